@@ -1,0 +1,242 @@
+"""The job: every field a user can set, typed and closed.
+
+What is written is respected or refused, never silently changed. What is `auto` belongs to the
+preflight, which fills it in, says why, and records it in plan.json. The docstring under a field is
+its help text: `docs/configuration.md` is generated from it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Gt(0)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+
+CLOSED = ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=False)
+
+STAGES = ("plan", "train", "evaluate", "export", "bundle")
+
+
+@dataclass(frozen=True, config=CLOSED)
+class ModelConfig:
+    name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Hub id of the base model; also the name that reports and the manifest carry."""
+    path: str | None = None
+    """Local folder with config.json, safetensors and tokenizer; used instead of the Hub when set."""
+    revision: str | None = None
+    """Hub revision (commit, tag or branch); null is the default branch."""
+    package: str | None = None
+    """Installed Python package that ships the model as a GGUF; used when the Hub cannot be reached."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class DataConfig:
+    path: str | list[str] = "???"
+    """File, folder, list of files (JSON, JSONL, Parquet) or Hub dataset id to train on."""
+    split: str = "train"
+    """Split of a Hub dataset; not used for files."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "text"] = "auto"
+    """Shape of the rows; auto recognises it from the fields of the first row and says so."""
+    validation: str | Annotated[float, Gt(0), Lt(1)] | None = 0.05
+    """Held-out data: a file, or the fraction of the rows to hold out (seeded), or null for none."""
+    system: str | None = None
+    """System message put before conversations that have none; null leaves the template's default."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Bad rows (broken JSON, missing or empty fields): stop with all of them listed, or skip and count."""
+    on_long_row: Literal["cut", "split", "refuse"] = "cut"
+    """Rows longer than sequence_length: cut at the end, split into several rows, or refuse to train."""
+    packing: bool = True
+    """Pack several rows into one of sequence_length; attention never crosses from one to another."""
+    max_rows: PositiveInt | None = None
+    """Train on the first so many rows only; null is all."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class LoraConfig:
+    rank: PositiveInt = 16
+    """Rank r of the adapter matrices A (r x in) and B (out x r)."""
+    alpha: PositiveFloat = 32
+    """The adapter's update is scaled by alpha / rank."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Dropout on the adapter's input; above 0 costs memory for the masks."""
+    targets: str | list[str] = "all-linear"
+    """Linear layers that get an adapter: all-linear (every one but the head), names, or a regular expression."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class OptimizerConfig:
+    name: Literal["auto", "adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "adafactor"] = "auto"
+    """adamw keeps its moments in fp32; the others are lighter. auto: adamw where it fits."""
+    lr: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay; norms and biases are left out."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up: to min_lr_ratio of the peak by cosine or linearly, or constant."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps over which the rate rises linearly from 0."""
+    min_lr_ratio: Fraction = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
+    master_weights: bool | Auto = "auto"
+    """Keep an fp32 copy of bf16 trainable weights (4 more bytes each); auto: yes for adapters, and for full where it fits."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class BatchConfig:
+    global_size: PositiveInt = 16
+    """Packed rows in one optimizer step, over all GPUs and accumulation steps."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class CheckpointConfig:
+    every_steps: PositiveInt | Auto = "auto"
+    """Steps between checkpoints; auto: a tenth of the run, at least 10 steps apart."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    keep_best: NonNegativeInt = 1
+    """Checkpoints with the lowest evaluation loss to keep besides."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class EvaluationConfig:
+    every_steps: PositiveInt | Auto | None = "auto"
+    """Steps between held-out evaluations while training; auto: with each checkpoint; null: only at the end."""
+    task: Literal["none", "json_fields", "exact_match"] = "none"
+    """Task metric on generated answers: none, json_fields (valid JSON and field-level match), or exact_match."""
+    max_rows: PositiveInt | None = 200
+    """Held-out rows that the task metric generates answers for; null is all."""
+    max_new_tokens: PositiveInt = 256
+    """Longest generated answer, tokens."""
+    batch_size: PositiveInt | Auto = "auto"
+    """Answers generated at a time."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class PlanConfig:
+    objective: Literal["time", "cost", "memory"] = "time"
+    """What to prefer among the plans that fit: the fastest, the cheapest, or the smallest."""
+    trace: bool = False
+    """Also trace one real training step under fake tensors on the CPU and report its peak."""
+    reserve: Annotated[float, Ge(0), Lt(0.5)] = 0.03
+    """Share of the device's memory that a plan leaves free."""
+    methods: list[Literal["full", "lora", "qlora"]] = ("full", "lora", "qlora")  # type: ignore[assignment]
+    """What method=auto may choose from, most faithful first."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class HardwareConfig:
+    gpu: str = "local"
+    """local, cpu, or a GPU of the catalogue (a100_80gb, h100_80gb, h200, b200, l40s, rtx4090)."""
+    count: PositiveInt | Auto = "auto"
+    """GPUs in each node; auto: what the machine has, or 1."""
+    nodes: PositiveInt = 1
+    """Machines."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class ThresholdsConfig:
+    """What an export must reach to be published, against the model as trained."""
+
+    max_perplexity_ratio: PositiveFloat = 1.10
+    """Perplexity of the export over that of the trained model."""
+    max_mean_kl: PositiveFloat = 0.10
+    """Mean KL divergence per token of the next-token distributions, nats."""
+    min_top1_agreement: Fraction = 0.90
+    """Share of tokens whose most likely next token is the same."""
+    min_task_retention: Fraction = 0.90
+    """Task metric of the export over that of the trained model."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class ExportConfig:
+    formats: list[Literal["adapter", "bf16", "fp8", "int4"]] = ("bf16",)  # type: ignore[assignment]
+    """Formats to write: adapter (as trained), bf16, fp8 (per-channel weights, dynamic activations), int4 (W4A16)."""
+    calibration_rows: PositiveInt = 64
+    """Training rows that int4 calibrates on (GPTQ); rendered with the chat template."""
+    verification_rows: PositiveInt = 32
+    """Held-out packed rows that each export is scored on."""
+    thresholds: dict[Literal["bf16", "fp8", "int4"], ThresholdsConfig] | None = None
+    """Limits by format; null is the shipped defaults."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class EndpointConfig:
+    server: str = "vllm"
+    """Server that the bundle is written for."""
+    serve_as: Literal["auto", "bf16", "fp8", "int4", "adapter"] = "auto"
+    """Which exported format the bundle serves; auto: the smallest that passed."""
+    max_model_len: PositiveInt | Auto = "auto"
+    """Longest request, prompt and answer, tokens; auto: the training sequence_length."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class LaunchConfig:
+    name: Literal["local"] = "local"
+    """Where the job runs."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class TrackerConfig:
+    name: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "tensorboard"
+    """Experiment tracker; metrics.jsonl is written in any case."""
+    project: str = "loadmaster"
+    """Project (or experiment) name in the tracker."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class Job:
+    recipe: str = "custom"
+    """Name of the recipe that this job was composed from; names the run directory."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    sequence_length: PositiveInt = 2048
+    """Tokens in a packed row; the longest context trained on."""
+    method: Literal["auto", "lora", "qlora", "full"] = "auto"
+    """lora: adapters on a frozen bf16 base; qlora: on an nf4 base; full: every weight."""
+    precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
+    """Compute dtype; auto: bf16 where the device has it, fp32 on a CPU."""
+    lora: LoraConfig = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    micro_batch_size: PositiveInt | Auto = "auto"
+    """Packed rows on one GPU at a time."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the packed training rows."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many optimizer steps; null is the number that epochs gives."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """Recompute activations in the backward pass instead of keeping them."""
+    sharding: Literal["auto", "none", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
+    """How weights, gradients and optimizer states are spread over GPUs."""
+    offload: Literal["auto", "none", "optimizer", "all"] = "auto"
+    """What lives in host memory instead of the GPU's."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: NonNegativeInt = 42
+    """Seeds data order, initialisation and dropout."""
+    run_dir: str | Auto = "auto"
+    """Run directory; auto: the newest of this very job under runs/<recipe>/, else a new one."""
+    stop_after: Literal["plan", "train", "evaluate", "export", "bundle"] = "bundle"
+    """Last stage to run."""
+    plan: PlanConfig = PlanConfig()
+    hardware: HardwareConfig = HardwareConfig()
+    export: ExportConfig = ExportConfig()
+    endpoint: EndpointConfig = EndpointConfig()
+    launch: LaunchConfig = LaunchConfig()
+    tracker: TrackerConfig = TrackerConfig()

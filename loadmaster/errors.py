@@ -1,0 +1,78 @@
+"""Errors that a user can act on, each with the exit code that scripts rely on.
+
+Every error raised for a user's mistake or a broken environment derives from `LoadmasterError`;
+`pipeline.py` and `cli.py` print its message without a traceback and exit with its code.
+A traceback therefore always means a defect in loadmaster itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class LoadmasterError(Exception):
+    """A sentence that says what is wrong, where it was set, and what would work."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the configuration.
+
+    key: dotted path of the field (`lora.rank`).
+    value: what was given, or None when the key itself is the problem.
+    origin: where it was set (`recipes/qlora_8b.yaml:12`, `command line`, `default`).
+    message: what is wrong.
+    remedy: what would work (nearest valid key, allowed values, the number that fits).
+    """
+
+    key: str
+    value: object
+    origin: str
+    message: str
+    remedy: str
+
+    def __str__(self) -> str:
+        given = "" if self.value is None else f" = {self.value!r}"
+        return f"{self.key}{given}  (set in {self.origin})\n    {self.message}\n    fix: {self.remedy}"
+
+
+class ConfigError(LoadmasterError):
+    """The configuration is wrong; carries every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        body = "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))
+        super().__init__(f"the configuration has {count}:\n{body}")
+
+
+class DataError(LoadmasterError):
+    """The data cannot be trained on as given; names file and line of every bad row."""
+
+    exit_code = 2
+
+
+class DoesNotFit(LoadmasterError):
+    """No plan fits the hardware; plan.json with the alternatives has been written."""
+
+    exit_code = 3
+
+
+class TrainingFailed(LoadmasterError):
+    exit_code = 4
+
+
+class ExportRejected(LoadmasterError):
+    """An export did not pass verification; nothing was published."""
+
+    exit_code = 5
+
+
+class StoppedOnRequest(LoadmasterError):
+    """SIGTERM or SIGINT: a checkpoint is saved, the same command resumes."""
+
+    exit_code = 75

@@ -1,0 +1,118 @@
+"""The Plan: what preflight decides, training obeys, the report prints, export and endpoint read.
+
+One frozen dataclass is the pivot of the program. Nobody else decides a micro-batch, a sharding or a
+dtype. Its JSON form is plan.json, a contract: fields may be added, none renamed or removed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loadmaster.files import read_json, write_json
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    name: str
+    parameters: int
+    trainable_parameters: int
+    layers: int
+    hidden_size: int
+    vocabulary_size: int
+    family: str
+
+
+@dataclass(frozen=True)
+class HardwareSummary:
+    gpu: str
+    count: int
+    nodes: int
+    memory_gib: float
+    """Usable memory of one GPU (of the host, for a CPU)."""
+    host_memory_gib: float | None
+    """Host memory of one node; None when not known."""
+
+
+@dataclass(frozen=True)
+class MemoryGib:
+    """Peak of one GPU in the phase that needs most, by component. GiB = 2**30 bytes."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    quantization: float
+    communication: float
+    context: float
+    total: float
+
+
+@dataclass(frozen=True)
+class PhasesGib:
+    """Peak of one GPU in each phase."""
+
+    load: float
+    train: float
+    evaluate: float
+    save: float
+    export: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    fits: bool
+    model: ModelSummary
+    hardware: HardwareSummary
+    method: str
+    precision: str
+    sharding: str
+    offload: str
+    activation_checkpointing: str
+    optimizer: str
+    master_weights: bool
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    sequence_length: int
+    memory_gib: MemoryGib
+    phases_gib: PhasesGib
+    budget_gib: float
+    host_memory_gib: float
+    disk_gib: float
+    tokens_per_second: float | None
+    hours: float | None
+    cost_usd: float | None
+    reasons: list[str] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    alternatives: list[dict[str, Any]] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    @property
+    def world_size(self) -> int:
+        return self.hardware.count * self.hardware.nodes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def write(self, path: Path) -> None:
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Plan:
+        return cls(
+            **{
+                **value,
+                "model": ModelSummary(**value["model"]),
+                "hardware": HardwareSummary(**value["hardware"]),
+                "memory_gib": MemoryGib(**value["memory_gib"]),
+                "phases_gib": PhasesGib(**value["phases_gib"]),
+            }
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        return cls.from_dict(read_json(path))
