@@ -10,17 +10,20 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Strict
 from pydantic.dataclasses import dataclass
 
 Auto = Literal["auto"]
-PositiveInt = Annotated[int, Gt(0)]
-NonNegativeInt = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
-NonNegativeFloat = Annotated[float, Ge(0)]
-Fraction = Annotated[float, Ge(0), Le(1)]
+# Strict: 16.5 is no row count, "yes" is no number and true is not 1. An integer still does for a float.
+Flag = Annotated[bool, Strict()]
+PositiveInt = Annotated[int, Strict(), Gt(0)]
+NonNegativeInt = Annotated[int, Strict(), Ge(0)]
+PositiveFloat = Annotated[float, Strict(), Gt(0)]
+NonNegativeFloat = Annotated[float, Strict(), Ge(0)]
+Fraction = Annotated[float, Strict(), Ge(0), Le(1)]
+FractionBelowOne = Annotated[float, Strict(), Ge(0), Lt(1)]
 
-CLOSED = ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=False)
+CLOSED = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 STAGES = ("plan", "train", "evaluate", "export", "bundle")
 
@@ -40,12 +43,12 @@ class ModelConfig:
 @dataclass(frozen=True, config=CLOSED)
 class DataConfig:
     path: str | list[str] = "???"
-    """File, folder, list of files (JSON, JSONL, Parquet) or Hub dataset id to train on."""
+    """File, folder, list of files (JSON, JSONL, Parquet) or Hub dataset id to train on; shipped:NAME is shipped data."""
     split: str = "train"
     """Split of a Hub dataset; not used for files."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "text"] = "auto"
     """Shape of the rows; auto recognises it from the fields of the first row and says so."""
-    validation: str | Annotated[float, Gt(0), Lt(1)] | None = 0.05
+    validation: str | Annotated[float, Strict(), Gt(0), Lt(1)] | None = 0.05
     """Held-out data: a file, or the fraction of the rows to hold out (seeded), or null for none."""
     system: str | None = None
     """System message put before conversations that have none; null leaves the template's default."""
@@ -53,10 +56,12 @@ class DataConfig:
     """Bad rows (broken JSON, missing or empty fields): stop with all of them listed, or skip and count."""
     on_long_row: Literal["cut", "split", "refuse"] = "cut"
     """Rows longer than sequence_length: cut at the end, split into several rows, or refuse to train."""
-    packing: bool = True
+    packing: Flag = True
     """Pack several rows into one of sequence_length; attention never crosses from one to another."""
     max_rows: PositiveInt | None = None
     """Train on the first so many rows only; null is all."""
+    tools: Literal["template", "text"] = "template"
+    """Tool definitions and calls: through the model's chat template, or as text (for templates that have none)."""
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -65,7 +70,7 @@ class LoraConfig:
     """Rank r of the adapter matrices A (r x in) and B (out x r)."""
     alpha: PositiveFloat = 32
     """The adapter's update is scaled by alpha / rank."""
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    dropout: FractionBelowOne = 0.0
     """Dropout on the adapter's input; above 0 costs memory for the masks."""
     targets: str | list[str] = "all-linear"
     """Linear layers that get an adapter: all-linear (every one but the head), names, or a regular expression."""
@@ -85,15 +90,15 @@ class OptimizerConfig:
     """Share of the steps over which the rate rises linearly from 0."""
     min_lr_ratio: Fraction = 0.0
     """Learning rate at the last step, as a share of the peak."""
-    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    beta1: FractionBelowOne = 0.9
     """Decay of the first moment."""
-    beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
+    beta2: FractionBelowOne = 0.999
     """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the denominator."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
-    master_weights: bool | Auto = "auto"
+    master_weights: Flag | Auto = "auto"
     """Keep an fp32 copy of bf16 trainable weights (4 more bytes each); auto: yes for adapters, and for full where it fits."""
 
 
@@ -131,9 +136,9 @@ class EvaluationConfig:
 class PlanConfig:
     objective: Literal["time", "cost", "memory"] = "time"
     """What to prefer among the plans that fit: the fastest, the cheapest, or the smallest."""
-    trace: bool = False
+    trace: Flag = False
     """Also trace one real training step under fake tensors on the CPU and report its peak."""
-    reserve: Annotated[float, Ge(0), Lt(0.5)] = 0.03
+    reserve: Annotated[float, Strict(), Ge(0), Lt(0.5)] = 0.03
     """Share of the device's memory that a plan leaves free."""
     methods: list[Literal["full", "lora", "qlora"]] = ("full", "lora", "qlora")  # type: ignore[assignment]
     """What method=auto may choose from, most faithful first."""

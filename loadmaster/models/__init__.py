@@ -1,0 +1,1 @@
+"""Models: found, loaded once, given adapters, and run over packed rows."""

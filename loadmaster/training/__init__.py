@@ -1,0 +1,1 @@
+"""Training: one loop, with its optimizer, checkpoints, rehearsal and progress."""

@@ -1,0 +1,285 @@
+"""Write the support tickets dataset: free-text messages and the JSON ticket each should become.
+
+    python data/tickets/generate.py            # rewrites train.jsonl and validation.jsonl beside this file
+
+Everything is written by hand below and combined by a seeded generator, so the same seed gives the same
+bytes. A message is made of parts (greeting, problem, order number, urgency, a remark, signature) in
+varying order, then typed carelessly: capitals dropped, letters swapped or doubled.
+
+The validation split is held out in four ways: its customers, its order numbers and its combinations
+of product, issue and urgency never occur in training, and neither does any of its messages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from itertools import product as cartesian_product
+from pathlib import Path
+from random import Random
+from typing import TypeVar
+
+TRAIN_ROWS = 420
+VALIDATION_ROWS = 60
+VALIDATION_COMBINATIONS = 30
+SEED = 7
+
+SYSTEM = "Write a JSON ticket: customer, product, issue, urgency, order."
+
+# Canonical name in the ticket -> how customers call it. The plural ones take "them" and "have".
+PRODUCTS = {
+    "kettle": ["kettle", "electric kettle", "water kettle"],
+    "toaster": ["toaster", "two-slice toaster", "toaster"],
+    "blender": ["blender", "smoothie blender", "blender"],
+    "coffee machine": ["coffee machine", "coffee maker", "espresso machine"],
+    "vacuum": ["vacuum cleaner", "hoover", "vacuum"],
+    "desk lamp": ["desk lamp", "reading lamp", "lamp"],
+    "headphones": ["headphones", "headset", "wireless headphones"],
+    "keyboard": ["keyboard", "wireless keyboard", "keyboard"],
+    "router": ["router", "wifi router", "wi-fi box"],
+    "backpack": ["backpack", "rucksack", "hiking backpack"],
+    "tent": ["tent", "camping tent", "two-person tent"],
+    "bike helmet": ["bike helmet", "helmet", "cycling helmet"],
+}
+
+ISSUES = {
+    "delivery": [
+        "the {item} has still not arrived",
+        "where is my {item}? tracking has not moved for {days} days",
+        "I ordered a {item} {days} days ago and nothing came",
+        "the courier says the {item} was delivered but it was not",
+        "my {item} is late",
+        "still waiting for the {item} you shipped {days} days ago",
+        "the parcel with my {item} seems to be lost",
+    ],
+    "defect": [
+        "the {item} stopped working after {days} days",
+        "my {item} arrived broken",
+        "the {item} has a crack in it",
+        "my new {item} is faulty",
+        "the {item} makes a strange noise and then it dies",
+        "a part of the {item} fell off",
+        "the {item} I got is damaged",
+    ],
+    "refund": [
+        "I want my money back for the {item}",
+        "please refund the {item}, I sent it back {days} days ago",
+        "how do I return the {item} and get a refund",
+        "the {item} is not for me, I would like to return it",
+        "I changed my mind about the {item} and want to send it back",
+        "I am still waiting for the refund for my {item}",
+        "I'd like to give the {item} back and be refunded",
+    ],
+    "billing": [
+        "I was charged twice for the {item}",
+        "the invoice for the {item} shows the wrong amount",
+        "you billed me {price} dollars too much for the {item}",
+        "my card was charged for a {item} but the price was lower on the site",
+        "I need a corrected invoice for the {item}",
+        "there are two payments for one {item} on my card",
+        "the discount code was not taken off the bill for my {item}",
+    ],
+    "question": [
+        "how do I clean the {item}",
+        "does the {item} come with a guarantee",
+        "is the {item} also sold in blue",
+        "where can I find the manual for the {item}",
+        "can I buy spare parts for the {item}",
+        "which size of the {item} should I pick",
+        "what is the {item} made of",
+    ],
+}
+
+URGENCY = {
+    "high": [
+        "This is urgent!",
+        "I need this solved today.",
+        "Please answer right away.",
+        "I need it by tomorrow morning.",
+        "ASAP please!",
+        "It cannot wait.",
+        "We leave tonight, so please hurry.",
+        "Call me immediately.",
+    ],
+    "normal": [
+        "",
+        "",
+        "Please let me know.",
+        "Can you help?",
+        "What should I do?",
+        "Looking forward to your reply.",
+        "Please advise.",
+        "Could you look into it?",
+    ],
+    "low": [
+        "No rush.",
+        "Whenever you have time.",
+        "It is not urgent.",
+        "Take your time.",
+        "There is no hurry at all.",
+        "Next week is fine too.",
+        "Just when you get round to it.",
+        "It can wait.",
+    ],
+}
+
+ORDER = [
+    "Order {order}.",
+    "My order number is {order}.",
+    "Order no. {order}.",
+    "(order #{order})",
+    "It is order {order}.",
+    "Ref {order}.",
+]
+# Numbers that are not the order's.
+REMARKS = [
+    "I paid {price} dollars.",
+    "It was a gift.",
+    "I live on the {days}th floor.",
+    "I have bought from you for {days} years.",
+    "I wrote {days} days ago already.",
+]
+
+GREETINGS = ["Hi,", "Hello,", "Hey there,", "Good morning,", "Dear team,", "Hi again,"]
+INTRODUCTIONS = ["{customer} here.", "This is {customer}.", "My name is {customer}.", "I am {customer}."]
+SIGNATURES = [
+    "Thanks, {customer}",
+    "Best, {customer}",
+    "- {customer}",
+    "Regards, {customer}",
+    "{customer}",
+    "Cheers, {customer}",
+]
+
+TRAIN_CUSTOMERS = [
+    "Maria", "Ahmed", "Chloe", "Tomasz", "Ingrid", "Wei", "Fatima", "Lucas", "Priya", "Sven", "Olga", "Mateo",
+    "Hannah", "Kofi", "Yuki", "Peter", "Elena", "Omar", "Grace", "Ivan", "Leila", "Marco", "Sofia", "Daniel",
+    "Amara", "Henrik", "Rosa", "Viktor", "Nadia", "Julian", "Mei", "Carlos", "Anna", "Tariq", "Beatriz",
+    "Simon", "Zara", "Pavel", "Lucy", "Diego", "Freya", "Hassan", "Clara", "Andre", "Noor", "Felix", "Aisha",
+    "Martin",
+]
+VALIDATION_CUSTOMERS = [
+    "Emma", "Rashid", "Nina", "Oscar", "Laura", "Jamal", "Irene", "Paul", "Sara", "Bruno", "Helen", "David",
+    "Marta", "Kenji", "Alice", "Victor",
+]
+
+Item = TypeVar("Item")
+
+
+def pick(random: Random, choices: Sequence[Item]) -> Item:
+    # random() alone is promised to give the same sequence in every Python version; choice() is not.
+    return choices[int(random.random() * len(choices))]
+
+
+def shuffled(random: Random, items: Sequence[Item]) -> list[Item]:
+    return [item for _, item in sorted(((random.random(), i), item) for i, item in enumerate(items))]
+
+
+def misspell(random: Random, word: str) -> str:
+    """Swap two inner letters, double one or drop one, as fast typing does."""
+    at = 1 + int(random.random() * (len(word) - 3))
+    return pick(
+        random,
+        [
+            word[:at] + word[at + 1] + word[at] + word[at + 2 :],
+            word[:at] + word[at] + word[at:],
+            word[:at] + word[at + 1 :],
+        ],
+    )
+
+
+def carelessly(random: Random, text: str, keep: set[str]) -> str:
+    """`text` as someone in a hurry types it; the words in `keep` stay readable."""
+    if random.random() < 0.4:
+        words = text.split(" ")
+        candidates = [i for i, word in enumerate(words) if len(word) > 4 and word.isalpha() and word not in keep]
+        if candidates:
+            at = pick(random, candidates)
+            words[at] = misspell(random, words[at])
+            text = " ".join(words)
+    if random.random() < 0.25:
+        text = " ".join(word if word in keep else word.lower() for word in text.split(" "))
+    return text
+
+
+def sentence(text: str) -> str:
+    text = text[0].upper() + text[1:]
+    is_question = text.lower().startswith(("how", "does", "is ", "where can", "can ", "which", "what"))
+    return text if text.endswith((".", "!", "?")) else text + ("?" if is_question else ".")
+
+
+def conversation(random: Random, combination: tuple[str, str, str], customer: str, order: str) -> dict:
+    product, issue, urgency = combination
+    signed = pick(random, ["introduction", "signature", "signature", "nothing"])
+    with_order = random.random() < 0.7
+    numbers = {"days": 3 + int(random.random() * 17), "price": 15 + int(random.random() * 80)}
+
+    problem = sentence(pick(random, ISSUES[issue]).format(item=pick(random, PRODUCTS[product]), **numbers))
+    body = [problem]
+    if with_order:
+        body.append(pick(random, ORDER).format(order=order))
+    body.append(pick(random, URGENCY[urgency]))
+    if random.random() < 0.3:
+        body.append(pick(random, REMARKS).format(**numbers))
+    if random.random() < 0.5:
+        body = shuffled(random, body)
+    if signed == "introduction":
+        body.insert(0, pick(random, INTRODUCTIONS).format(customer=customer))
+    if random.random() < 0.6:
+        body.insert(0, pick(random, GREETINGS))
+    if signed == "signature":
+        body.append(pick(random, SIGNATURES).format(customer=customer))
+
+    message = carelessly(random, " ".join(part for part in body if part), keep={customer, f"{customer}."})
+    ticket = {
+        "customer": None if signed == "nothing" else customer,
+        "product": product,
+        "issue": issue,
+        "urgency": urgency,
+        "order": order if with_order else None,
+    }
+    return {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": message},
+            {"role": "assistant", "content": json.dumps(ticket, separators=(",", ":"))},
+        ]
+    }
+
+
+def dataset(seed: int = SEED) -> dict[str, list[dict]]:
+    """Both splits, name -> conversations."""
+    random = Random(seed)
+    combinations = shuffled(random, list(cartesian_product(PRODUCTS, ISSUES, URGENCY)))
+    orders = shuffled(random, [str(number) for number in range(10_000, 100_000, 7)])
+    rows: dict[str, list[dict]] = {"train": [], "validation": []}
+    seen: set[str] = set()
+    for split, count, customers, allowed in (
+        ("train", TRAIN_ROWS, TRAIN_CUSTOMERS, combinations[VALIDATION_COMBINATIONS:]),
+        ("validation", VALIDATION_ROWS, VALIDATION_CUSTOMERS, combinations[:VALIDATION_COMBINATIONS]),
+    ):
+        while len(rows[split]) < count:
+            # Every combination in turn, so that none is left to chance.
+            combination = allowed[len(rows[split]) % len(allowed)]
+            row = conversation(random, combination, pick(random, customers), orders.pop())
+            message = row["messages"][1]["content"]
+            if message.lower() not in seen:
+                seen.add(message.lower())
+                rows[split].append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write train.jsonl and validation.jsonl of the tickets dataset.")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for split, rows in dataset(arguments.seed).items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (arguments.out / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

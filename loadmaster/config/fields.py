@@ -1,0 +1,179 @@
+"""The schema, read: every field by its dotted key, its type in words, its default and its help text.
+
+Error messages, "did you mean" and docs/configuration.md all come from here, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from loadmaster.config.schema import Job
+
+# What other tools call our fields, for the hint under an unknown key.
+ALIASES = {
+    "base_model": "model.name",
+    "batch_size": "batch.global_size",
+    "beta_1": "optimizer.beta1",
+    "dataset": "data.path",
+    "device_batch_size": "micro_batch_size",
+    "grad_clip": "optimizer.max_grad_norm",
+    "gradient_accumulation_steps": "batch.global_size",
+    "gradient_checkpointing": "activation_checkpointing",
+    "learning_rate": "optimizer.lr",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_r": "lora.rank",
+    "lr_scheduler_type": "optimizer.schedule",
+    "lora_target_modules": "lora.targets",
+    "max_length": "sequence_length",
+    "max_seq_len": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "max_seqlen": "sequence_length",
+    "min_lr": "optimizer.min_lr_ratio",
+    "model_name_or_path": "model.name",
+    "num_epochs": "epochs",
+    "num_gpus": "hardware.count",
+    "num_train_epochs": "epochs",
+    "output_dir": "run_dir",
+    "per_device_train_batch_size": "micro_batch_size",
+    "r": "lora.rank",
+    "report_to": "tracker.name",
+    "save_steps": "checkpoint.every_steps",
+    "eval_steps": "evaluation.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "seq_len": "sequence_length",
+    "target_modules": "lora.targets",
+    "warmup": "optimizer.warmup_ratio",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    key: str
+    annotation: Any
+    default: Any
+    help: str
+
+
+@cache
+def hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section, include_extras=True)
+
+
+@cache
+def fields() -> dict[str, Field]:
+    """Every leaf field by dotted key, in the schema's order."""
+    found: dict[str, Field] = {}
+
+    def walk(section: type, prefix: str) -> None:
+        for item in dataclasses.fields(section):
+            key, annotation = prefix + item.name, hints(section)[item.name]
+            default = section.__pydantic_fields__[item.name].default  # type: ignore[attr-defined]
+            if dataclasses.is_dataclass(annotation):
+                walk(typing.cast(type, annotation), key + ".")
+            else:
+                help_text = section.__pydantic_fields__[item.name].description or ""  # type: ignore[attr-defined]
+                found[key] = Field(key, annotation, default, " ".join(help_text.split()))
+
+    walk(Job, "")
+    return found
+
+
+@cache
+def sections() -> dict[str, list[str]]:
+    """Fields of each section (`lora` -> [`lora.rank`, ...]); the job's own fields are under the empty name."""
+    found: dict[str, list[str]] = {}
+    for key in fields():
+        found.setdefault(key.rpartition(".")[0], []).append(key)
+    return found
+
+
+def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The candidate most like `word`, or None when none is close."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[close[0]] if close else None
+
+
+def nearest_key(key: str, extra: Iterable[str] = ()) -> str | None:
+    """The field or section that a wrong dotted `key` was most likely meant to be."""
+    section, _, name = key.rpartition(".")
+    if section in sections():
+        siblings = {k.rpartition(".")[2]: k for k in [*sections()[section], *(extra if not section else ())]}
+        if match := nearest(name, siblings):
+            return siblings[match]
+    if name.lower() in ALIASES:
+        return ALIASES[name.lower()]
+    everything = [*fields(), *(s for s in sections() if s), *extra]
+    same_name = [k for k in everything if k.rpartition(".")[2] == name]
+    return same_name[0] if same_name else nearest(key, everything)
+
+
+def describe(annotation: Any) -> str:
+    """A type in words: `an integer above 0, or auto`."""
+    return _join([_one(branch) for branch in branches(annotation)])
+
+
+def branches(annotation: Any) -> list[Any]:
+    """The alternatives of a union; the annotation itself when it is none."""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return [b for arg in typing.get_args(annotation) for b in branches(arg)]
+    return [annotation]
+
+
+def choices(annotation: Any) -> list[str]:
+    """Every literal value that a field takes, lists of them included."""
+    found: list[str] = []
+    for branch in branches(annotation):
+        origin, args = typing.get_origin(branch), typing.get_args(branch)
+        if origin is Literal:
+            found += [str(value) for value in args]
+        elif origin is list:
+            found += choices(args[0])
+    return found
+
+
+def _join(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f", or {words[-1]}"
+
+
+def _one(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _number(args[0], args[1:])
+    if origin is Literal:
+        return str(args[0]) if len(args) == 1 else "one of " + ", ".join(map(str, args))
+    if origin is list:
+        return "a list of " + (", ".join(choices(annotation)) if choices(annotation) else f"{_plural(args[0])}")
+    if origin is dict:
+        return f"a mapping from {_one(args[0]).removeprefix('one of ')}"
+    return {str: "text", bool: "true or false", int: "an integer", float: "a number", type(None): "null"}[annotation]
+
+
+def _plural(annotation: Any) -> str:
+    return {str: "texts", int: "integers", float: "numbers"}.get(annotation, "values")
+
+
+def _number(kind: type, constraints: tuple[Any, ...]) -> str:
+    if kind is bool:
+        return "true or false"
+    low = next((c for c in constraints if isinstance(c, Gt | Ge)), None)
+    high = next((c for c in constraints if isinstance(c, Lt | Le)), None)
+    words = {int: "an integer", float: "a number"}[kind]
+    if isinstance(low, Ge) and isinstance(high, Le):
+        return f"{words} from {low.ge} to {high.le}"
+    limits = []
+    if low is not None:
+        limits.append(f"above {low.gt}" if isinstance(low, Gt) else f"of at least {low.ge}")
+    if high is not None:
+        limits.append(f"below {high.lt}" if isinstance(high, Lt) else f"of at most {high.le}")
+    return " ".join([words, " and ".join(limits)]).strip()

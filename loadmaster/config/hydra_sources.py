@@ -1,0 +1,106 @@
+"""Where Hydra looks: the shipped conf/ and recipes/, and the same two folders where the user stands.
+
+The group is called `recipe` (one picks a recipe) and its folder `recipes/` (it holds many), which a plain
+file source cannot express; `RecipeSource` maps the one to the other. Folders of the current directory come
+first, so that an installed loadmaster finds a user's own recipes, and a user's file wins over a shipped one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.core.utils import setup_globals
+from hydra.errors import SearchPathException
+from hydra.plugins.config_source import ConfigResult
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from loadmaster.config.schema import Job
+from loadmaster.config.shipped import shipped_folder
+
+PRIMARY = "train"
+VERSION_BASE = "1.3"
+GROUP = "recipe"
+
+
+class RecipeSource(FileConfigSource):
+    """A folder of recipes, seen by Hydra as the group `recipe`."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "recipes"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        return super().load_config(self._inside(config_path) or "")
+
+    def is_group(self, config_path: str) -> bool:
+        inside = self._inside(config_path)
+        return config_path == "" or (inside is not None and super().is_group(inside))
+
+    def is_config(self, config_path: str) -> bool:
+        inside = self._inside(config_path)
+        return inside is not None and inside != "" and super().is_config(inside)
+
+    def available(self) -> bool:
+        return Path(self.path).is_dir()
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        if config_path == "":
+            return [] if results_filter == ObjectType.CONFIG else [GROUP]
+        names: list[str] = []
+        for file in sorted((Path(self.path) / (self._inside(config_path) or "")).iterdir()):
+            self._list_add_result(names, f"{config_path}/{file.name}", file.name, results_filter)
+        return sorted(set(names))
+
+    @staticmethod
+    def _inside(config_path: str) -> str | None:
+        """`recipe/team/mine` -> `team/mine`; None for what is not a recipe."""
+        if config_path == GROUP:
+            return ""
+        return config_path.removeprefix(f"{GROUP}/") if config_path.startswith(f"{GROUP}/") else None
+
+
+class LoadmasterSearchPath(SearchPathPlugin):
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        seen: set[Path] = set()
+        for where, provider in ((Path.cwd(), "current folder"), (None, "loadmaster")):
+            for name, scheme in (("conf", "file"), ("recipes", RecipeSource.scheme())):
+                folder = (where / name if where else shipped_folder(name)).resolve()
+                if folder.is_dir() and folder not in seen:
+                    seen.add(folder)
+                    search_path.append(provider, f"{scheme}://{folder}")
+
+
+def register() -> None:
+    """Make Hydra know our sources and the schema's defaults; safe to call again."""
+    version.setbase(VERSION_BASE)
+    plugins = Plugins.instance()
+    plugins.register(RecipeSource)
+    plugins.register(LoadmasterSearchPath)
+    # First in the defaults list, so that `--cfg job` shows every field and not only those that a file sets.
+    ConfigStore.instance().store(name="schema_defaults", node=dataclasses.asdict(Job()), provider="loadmaster")
+    setup_globals()
+
+
+def config_loader(config_dir: str | None = None) -> ConfigLoaderImpl:
+    """Hydra's own loader over our search path; `config_dir` is its --config-dir.
+
+    hydra.compose() would do but for two things: it cannot run inside @hydra.main on other overrides, and it
+    hides the defaults list that the origins are read from. Hydra is held below 1.4 for this.
+    """
+    register()
+    search_path = create_config_search_path(None)
+    if config_dir is not None:
+        folder = Path(config_dir).resolve()
+        if not folder.is_dir():
+            raise SearchPathException(f"Additional config directory '{folder}' not found")
+        search_path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+    return ConfigLoaderImpl(search_path)

@@ -1,0 +1,82 @@
+"""Where each value was set: dotted key -> `recipes/lora_8b.yaml:21`, `command line` or `default`.
+
+Hydra knows the files and their order but forgets the lines; YAML's own parser knows the lines. So every
+file of the defaults list is parsed once more for its line marks alone, in Hydra's order: later wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.core.default_element import ResultDefault
+
+from loadmaster.config.hydra_sources import RecipeSource
+from loadmaster.config.shipped import display_path
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def origin_of(origins: dict[str, str], key: str) -> str:
+    """Origin of `key`, or of the nearest section around it that was set as a whole."""
+    while key:
+        if key in origins:
+            return origins[key]
+        key = key.rpartition(".")[0]
+    return DEFAULT
+
+
+def file_of(loader: ConfigLoaderImpl, config_path: str) -> Path | None:
+    """The file behind a Hydra config path (`model/llama3_1_8b`), as the first source that has it says."""
+    for source in loader.get_sources():
+        if source.is_config(config_path):
+            if isinstance(source, RecipeSource):
+                return Path(source.path) / f"{config_path.partition('/')[2].removesuffix('.yaml')}.yaml"
+            if isinstance(source, FileConfigSource):
+                return Path(source.path) / f"{config_path.removesuffix('.yaml')}.yaml"
+            return None
+    return None
+
+
+def origins_of_files(loader: ConfigLoaderImpl, defaults: list[ResultDefault]) -> dict[str, str]:
+    """Origin of every key that a file of the defaults list sets; Hydra's own configuration is left out."""
+    origins: dict[str, str] = {}
+    for default in defaults:
+        path = default.config_path
+        if path is None or path.startswith("hydra/"):
+            continue
+        file = file_of(loader, path)
+        if file is None:
+            continue
+        shown, prefix = display_path(file), f"{default.package}." if default.package else ""
+        for key, line in _lines(yaml.compose(file.read_text(encoding="utf-8"), Loader=_LOADER)):
+            if key.partition(".")[0] not in ("defaults", "hydra"):
+                origins[prefix + key] = f"{shown}:{line}"
+    return origins
+
+
+def line_of_default(file: Path, option: str) -> int | None:
+    """Line of a file's defaults list that asks for `option` of some group."""
+    root = yaml.compose(file.read_text(encoding="utf-8"), Loader=_LOADER)
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else []:
+        if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
+            for item in value.value:
+                names = [v.value for _, v in item.value] if isinstance(item, yaml.MappingNode) else [item.value]
+                if option in names:
+                    return item.start_mark.line + 1
+    return None
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Every key of a mapping, sections before what is in them, with its line (the first is 1)."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        yield name, key.start_mark.line + 1
+        yield from _lines(value, f"{name}.")

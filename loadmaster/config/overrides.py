@@ -1,0 +1,133 @@
+"""The command line's overrides, read one by one, so that every mistake among them is reported at once.
+
+Hydra stops at the first override that it does not know. Here each is parsed by Hydra's grammar on its own:
+what is wrong becomes a Problem, and what is a plain `key=value` becomes a forced one (`++key=value`), which
+Hydra takes without a question, so that the closed schema judges it together with the files.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+
+from loadmaster.config.fields import nearest
+from loadmaster.config.hydra_sources import GROUP
+from loadmaster.config.origins import COMMAND_LINE
+from loadmaster.errors import Problem
+
+
+@dataclass
+class Overrides:
+    """What Hydra is given, which keys the command line sets, and what was refused."""
+
+    for_hydra: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+
+
+def groups_of(loader: ConfigLoaderImpl) -> list[str]:
+    return [group for group in loader.list_groups("") if group != "hydra"]
+
+
+def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: bool = False) -> Overrides:
+    """Sort `arguments` into what Hydra can compose and what is wrong with the rest."""
+    result = Overrides()
+    parser = OverridesParser.create(config_loader=loader)
+    for argument in arguments:
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            result.problems.append(_unreadable(loader, argument, error))
+            continue
+        override.config_loader = loader
+        problem = _problem(loader, override, multirun)
+        key = override.key_or_group
+        if problem is not None:
+            result.problems.append(problem)
+            result.groups += [key] if loader.repository.group_exists(key) else []
+            continue
+        result.for_hydra.append(_forced(loader, override))
+        if not override.is_delete() and not _is_group_choice(loader, override) and not override.is_hydra_override():
+            result.keys.append(key)
+    return result
+
+
+def sweep(loader: ConfigLoaderImpl, for_hydra: list[str]) -> list[list[str]]:
+    """The overrides of each job of a --multirun, in the basic sweeper's order."""
+    axes = []
+    for override in OverridesParser.create(config_loader=loader).parse_overrides(for_hydra):
+        if override.is_sweep_override() and override.is_discrete_sweep():
+            axes.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        elif not override.is_sweep_override():
+            axes.append([override.input_line or ""])
+    return [list(job) for job in itertools.product(*axes)]
+
+
+def _is_group_choice(loader: ConfigLoaderImpl, override: Override) -> bool:
+    is_group = loader.repository.group_exists(override.key_or_group)
+    return is_group and not (not override.is_sweep_override() and isinstance(override.value(), dict))
+
+
+def _forced(loader: ConfigLoaderImpl, override: Override) -> str:
+    plain = override.type == OverrideType.CHANGE and not override.is_hydra_override()
+    line = override.input_line or ""
+    return f"++{line}" if plain and not _is_group_choice(loader, override) else line
+
+
+def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) -> Problem:
+    if "=" not in argument and not argument.startswith("~"):
+        message = "is not of the form key=value"
+        recipe = nearest(argument, loader.get_group_options(GROUP))
+        remedy = f"{GROUP}={recipe}" if recipe else "write key=value, for example lora.rank=16"
+        return Problem(argument, None, COMMAND_LINE, message, remedy)
+    key, _, value = argument.partition("=")
+    reason = str(error).splitlines()[0]
+    remedy = f"quote the value twice, once for the shell and once for Hydra: '{key}=\"{value}\"'"
+    return Problem(key, value, COMMAND_LINE, f"Hydra cannot read it: {reason}", remedy)
+
+
+def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Problem | None:
+    key, line = override.key_or_group, override.input_line or ""
+    if override.is_hydra_override():
+        return None
+    value = line.partition("=")[2]
+    if override.is_sweep_override() and not multirun:
+        remedy = f"{key}=[{value}] for a list, or add --multirun for one run each"
+        return Problem(key, value, COMMAND_LINE, "several values, but this is a single run", remedy)
+    if override.package is not None and not loader.repository.group_exists(key):
+        return Problem(f"{key}@{override.package}", value, COMMAND_LINE, f"there is no group {key}", _groups(loader))
+    if not _is_group_choice(loader, override):
+        return None
+    if override.is_force_add():
+        return Problem(key, value, COMMAND_LINE, "a group cannot be forced with ++", f"{key}={value}")
+    options = loader.get_group_options(key)
+    wanted = _wanted(override)
+    if override.is_delete() or all(option in options or option == "null" for option in wanted):
+        return None
+    wrong = next(option for option in wanted if option not in options)
+    return unknown_option(key, wrong, options, COMMAND_LINE)
+
+
+def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> Problem:
+    guess = nearest(wrong, options)
+    remedy = (f"{group}={guess}; " if guess else "") + "the options are " + ", ".join(options)
+    if "/" in wrong or wrong.endswith((".yaml", ".yml")):
+        remedy += f"; a file of your own goes into {'recipes' if group == GROUP else 'conf/' + group}/ here"
+    return Problem(group, wrong, origin, f"there is no {group} of this name", remedy)
+
+
+def _wanted(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return [str(v) for v in override.sweep_string_iterator()] if override.is_discrete_sweep() else []
+    value = override.value()
+    return [str(v) for v in value] if isinstance(value, list) else ["null" if value is None else str(value)]
+
+
+def _groups(loader: ConfigLoaderImpl) -> str:
+    return "the groups are " + ", ".join(groups_of(loader))

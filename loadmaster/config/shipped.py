@@ -1,0 +1,35 @@
+"""Where conf/, recipes/ and data/ are: at the top of a checkout, or inside an installed wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+SCHEME = "shipped:"
+
+
+def shipped_folder(name: str) -> Path:
+    """Folder `conf`, `recipes` or `data` that came with this loadmaster.
+
+    A wheel carries them under loadmaster/_shipped (see setup.py); a checkout has them beside the package.
+    """
+    packaged = _PACKAGE / "_shipped" / name
+    return packaged if packaged.is_dir() else _PACKAGE.parent / name
+
+
+def resolve_path(path: str) -> str:
+    """`shipped:tickets/train.jsonl` as a real path; any other path or Hub id unchanged.
+
+    The job keeps the short form, so that config.yaml and the job's hash are the same on every machine.
+    """
+    if path.startswith(SCHEME):
+        return str(shipped_folder("data") / path.removeprefix(SCHEME))
+    return path
+
+
+def display_path(path: Path) -> str:
+    """`path` as a person in the current folder would type it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,198 @@
+"""From a plain composed dict to a typed Job, or to every Problem in it.
+
+pydantic reports one error a union branch (`micro_batch_size` is no integer, and it is not `auto`); a person
+wants one a field: "must be an integer above 0, or auto".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from loadmaster.config.fields import branches, choices, describe, fields, hints, nearest, nearest_key, sections
+from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
+from loadmaster.config.schema import Job
+from loadmaster.errors import Problem
+
+MISSING = "???"
+
+
+@dataclass
+class Checked:
+    """A Job in which wrong fields are at their defaults, what was wrong, and the keys that were."""
+
+    job: Job
+    problems: list[Problem] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+
+@cache
+def _adapter() -> TypeAdapter[Job]:
+    return TypeAdapter(Job)
+
+
+def to_dict(job: Job) -> dict[str, Any]:
+    """Plain dict of every field, as config.yaml holds it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(job))
+
+
+def check(resolved: dict[str, Any], origins: dict[str, str], groups: dict[str, list[str]]) -> Checked:
+    """Type-check `resolved`; `groups` are Hydra's groups with their options, for the hints."""
+    problems: dict[str, Problem] = {}
+    for key in _missing(resolved):
+        problems[key] = Problem(key, None, origin_of(origins, key), "has no value yet", _how_to_set(key))
+    try:
+        job = _adapter().validate_python(resolved)
+    except ValidationError as error:
+        for entry in error.errors(include_url=False, include_context=False):
+            path, annotation = _locate(entry["loc"])
+            key = ".".join(path)
+            if key not in problems:
+                value = _at(resolved, path)
+                problems[key] = _problem(key, value, annotation, origins, groups)
+        job = _adapter().validate_python(_without(resolved, list(problems)))
+    return Checked(job, list(problems.values()), list(problems))
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], Any]:
+    """Path of the field that a pydantic location is in, and its type; (path, None) when there is no such field."""
+    path: list[str] = []
+    annotation: Any = Job
+    for step in loc:
+        if dataclasses.is_dataclass(annotation):
+            path.append(str(step))
+            known = hints(typing.cast(type, annotation))
+            if step not in known:
+                return path, None
+            annotation = known[str(step)]
+        elif (mapped := _mapping(annotation)) is not None:
+            keys, values = mapped
+            path.append(str(step))
+            if str(step) not in choices(keys):
+                return path, None
+            annotation = values
+        else:
+            break
+    return path, annotation
+
+
+def _mapping(annotation: Any) -> tuple[Any, Any] | None:
+    for branch in branches(annotation):
+        if typing.get_origin(branch) is dict:
+            return typing.cast(tuple[Any, Any], typing.get_args(branch))
+    return None
+
+
+def _problem(key: str, value: Any, annotation: Any, origins: dict[str, str], groups: dict[str, list[str]]) -> Problem:
+    origin = origin_of(origins, key)
+    assign = _assignment(origin)
+    if annotation is None:
+        return Problem(key, value, origin, "there is no such field", _instead(key, value, assign, groups))
+    if dataclasses.is_dataclass(annotation):
+        section = sections().get(key, [f"{key}.{name}" for name in hints(typing.cast(type, annotation))])
+        name = f"{key}.name"
+        remedy = assign(name, value) if name in section and isinstance(value, str) else "set " + ", ".join(section)
+        return Problem(key, value, origin, "is a section of several fields, not a value", remedy)
+    wrong = value
+    if isinstance(value, list) and choices(annotation):
+        wrong = next((item for item in value if str(item) not in choices(annotation)), value)
+    about = f"; {wrong!r} is none" if isinstance(value, list) else ""
+    message = f"must be {describe(annotation)}{about}"
+    return Problem(key, value, origin, message, _correction(key, wrong, annotation, assign))
+
+
+def _correction(key: str, wrong: Any, annotation: Any, assign: Any) -> str:
+    """A value that would be taken: the nearest choice, the same number without its quotes, or the default."""
+    match = nearest(str(wrong), choices(annotation), cutoff=0.4)
+    if match is not None:
+        listed = not any(typing.get_origin(branch) is typing.Literal for branch in branches(annotation))
+        return f"{match} instead of {wrong}" if listed else assign(key, match)
+    kinds = describe(annotation)
+    if "text" in kinds and isinstance(wrong, int | float):
+        return f"quote it, so that it stays text: {key}: '{wrong}' in a file, {key}=\"'{wrong}'\" in a shell"
+    if isinstance(wrong, str) and ("integer" in kinds or "number" in kinds):
+        number = _number(wrong)
+        if number is not None:
+            return f"{assign(key, number)} (without the quotes)"
+    if isinstance(wrong, float) and wrong.is_integer() and "integer" in kinds and wrong > 0:
+        return assign(key, int(wrong))
+    known = fields().get(key)
+    if known is None or known.default == MISSING:
+        return f"give {kinds}"
+    default = "null" if known.default is None else known.default
+    return f"{assign(key, list(default) if isinstance(default, tuple) else default)} is the default"
+
+
+def _number(text: str) -> int | float | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None
+
+
+def _instead(key: str, value: Any, assign: Any, groups: dict[str, list[str]]) -> str:
+    section = key.rpartition(".")[0]
+    guess = nearest_key(key, groups)
+    if guess is None:
+        known = sections().get(section)
+        return f"the fields of {section} are " + ", ".join(known) if section and known else "remove it"
+    if guess in groups and isinstance(value, str):
+        option = nearest(value, groups[guess])
+        return f"{guess}={option}" if option else f"{guess}=..., one of " + ", ".join(groups[guess])
+    if isinstance(value, dict):
+        return f"did you mean {guess}?"
+    return f"did you mean {assign(guess, value)} ?" if guess in fields() else f"did you mean {guess}?"
+
+
+def _assignment(origin: str) -> Any:
+    """How a value is written where this one was: key=value in a shell, key: value in a file."""
+    separator = "=" if origin in (COMMAND_LINE, DEFAULT) else ": "
+
+    def write(key: str, value: Any) -> str:
+        shown = {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, list) else (
+            "[" + ",".join(map(str, value)) + "]"
+        )
+        return f"{key}{separator}{shown}"
+
+    return write
+
+
+def _how_to_set(key: str) -> str:
+    known = fields().get(key)
+    return f"{key}=..., {describe(known.annotation)}" if known else f"give {key} a value"
+
+
+def _missing(value: Any, prefix: str = "") -> list[str]:
+    if isinstance(value, dict):
+        return [key for name, item in value.items() for key in _missing(item, f"{prefix}{name}.")]
+    return [prefix[:-1]] if value == MISSING else []
+
+
+def _at(value: Any, path: list[str]) -> Any:
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _without(resolved: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """A copy of `resolved` without `keys`, which then take their defaults."""
+
+    def keep(value: Any, prefix: str) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: keep(v, f"{prefix}{k}.") for k, v in value.items() if f"{prefix}{k}" not in keys}
+
+    return keep(resolved, "")

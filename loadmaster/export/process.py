@@ -1,0 +1,100 @@
+"""Run a step of the export in a process of its own, and get its result or a clear error.
+
+Quantization libraries patch torch and transformers as they are imported, and a verification proves more
+when nothing of the trainer is left in memory. The step gets a JSON spec, prints progress lines, and
+writes a JSON result; whatever happens to it (an exception, a crash of native code, a hang) becomes an
+ExportRejected with the end of its error output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loadmaster.errors import ExportRejected
+
+PROGRESS = "progress: "
+TAIL_LINES = 15
+
+LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+"""torchrun's; a step that inherits them would wait for ranks that never come."""
+
+
+def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float, echo: Callable[[str], None]) -> Any:
+    """Run `python -m module SPEC` with `spec` as a file, echo its progress, and return its result.
+
+    spec: must be JSON-able; the step finds the path for its result in it as "result".
+    scratch: folder for spec and result.
+    Raises ExportRejected when the step fails, dies, or takes longer than timeout_s.
+    """
+    name = module.rsplit(".", 1)[-1]
+    spec_path, result_path = scratch / f"{name}.spec.json", scratch / f"{name}.result.json"
+    result_path.unlink(missing_ok=True)
+    spec_path.write_text(json.dumps({**spec, "result": str(result_path)}), encoding="utf-8")
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in LAUNCHER_VARIABLES and not key.startswith(("TORCHELASTIC_", "ACCELERATE_"))
+    }
+    environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(spec_path)],
+            stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment,
+        )  # fmt: skip
+        timed_out = threading.Event()
+        timer = threading.Timer(timeout_s, lambda: (timed_out.set(), process.kill()))
+        timer.start()
+        last = "starting"
+        try:
+            for line in process.stdout or ():
+                if line.startswith(PROGRESS):
+                    last = line.removeprefix(PROGRESS).strip()
+                    echo(last)
+            code = process.wait()
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+        if code == 0 and result_path.is_file():
+            return json.loads(result_path.read_text(encoding="utf-8"))
+        errors.seek(0)
+        tail = "".join(errors.readlines()[-TAIL_LINES:]).rstrip()
+    what = f"did not finish in {timeout_s:.0f} s" if timed_out.is_set() else f"ended with {_meaning(code)}"
+    raise ExportRejected(f"the {name} step of the export {what}, at: {last}\n{tail}")
+
+
+def timeout_s(weight_bytes: int) -> float:
+    """How long a step may take before it counts as hanging: half an hour, and an hour for every 16 GB of weights."""
+    return 1800 + weight_bytes / 16e9 * 3600
+
+
+def progress(text: str) -> None:
+    """Called by a step: shown to the user by the process that started it."""
+    print(f"{PROGRESS}{text}", flush=True)
+
+
+def read_spec(arguments: list[str]) -> dict[str, Any]:
+    return json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+
+
+def write_result(spec: dict[str, Any], result: Any) -> None:
+    """Called by a step, last. NaN is allowed: a broken export scores it."""
+    Path(spec["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def _meaning(code: int) -> str:
+    if code == -9:
+        return "signal 9 (killed: most often the machine ran out of memory)"
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

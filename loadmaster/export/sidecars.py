@@ -1,0 +1,67 @@
+"""The files beside the weights: config, tokenizer, chat template, generation config.
+
+Most exports that "do not work" fail here, not in the weights: a tokenizer class that the server does not
+know, a quantization_config left over from training, an end-of-turn token that nothing stops at.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loadmaster.files import read_json, write_json
+
+# transformers 5 saves the first name; servers with transformers 4 only know the second, which both load as the
+# same class (reference: "Tokenizer class TokenizersBackend does not exist", LlamaFactory issue 10310).
+NEW_TOKENIZER_CLASS, KNOWN_TOKENIZER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+
+LEFT_BEHIND = ("quantization_config", "_name_or_path", "torch_dtype")
+"""Of the base's config.json: how it was quantized for training, where it lay, and the older name of dtype."""
+
+SERVER_CAPS = ("max_new_tokens", "max_length")
+"""Of generation_config.json: vLLM takes these as a cap for every request."""
+
+
+def write_config(base: Path, target: Path, tied_embeddings: bool) -> None:
+    """config.json of a bf16 model: the base's, without what belongs to its quantization or its place."""
+    config = {key: value for key, value in read_json(base / "config.json").items() if key not in LEFT_BEHIND}
+    config["dtype"] = "bfloat16"
+    if config.get("tie_word_embeddings", True) != tied_embeddings:
+        config["tie_word_embeddings"] = tied_embeddings
+    write_json(target / "config.json", config)
+
+
+def has_tied_embeddings(folder: Path) -> bool:
+    """Whether embedding and head share one tensor; transformers' default for a config that does not say."""
+    return bool(read_json(folder / "config.json").get("tie_word_embeddings", True))
+
+
+def write_tokenizer(tokenizer: Any, target: Path) -> None:
+    """The tokenizer as used in training, chat template included, in a form that older servers read too."""
+    tokenizer.save_pretrained(str(target))
+    path = target / "tokenizer_config.json"
+    config = read_json(path)
+    if config.get("tokenizer_class") == NEW_TOKENIZER_CLASS:
+        config["tokenizer_class"] = KNOWN_TOKENIZER_CLASS
+    config.pop("name_or_path", None)
+    write_json(path, config)
+
+
+def write_generation_config(base: Path, target: Path, tokenizer: Any, stop_token_ids: list[int]) -> list[int]:
+    """generation_config.json whose eos_token_id lists every id that ends a turn; returns that list.
+
+    The base's own list is kept (a model may have learnt to stop in more ways than its template shows).
+    """
+    source = base / "generation_config.json"
+    config = read_json(source) if source.is_file() else {}
+    for key in SERVER_CAPS:
+        config.pop(key, None)
+    own = config.get("eos_token_id")
+    own = own if isinstance(own, list) else [own]
+    config["eos_token_id"] = sorted({*stop_token_ids, *(token for token in own if token is not None)})
+    for key in ("bos_token_id", "pad_token_id"):
+        value = getattr(tokenizer, key, None)
+        if value is not None:
+            config[key] = value
+    write_json(target / "generation_config.json", config)
+    return config["eos_token_id"]

@@ -1,0 +1,56 @@
+"""What an export must reach to be published, and the judgement.
+
+The defaults were measured on SmolLM2-135M with the adapter of the smoke recipe (see docs/export.md for the
+figures): each limit lies between the worst good export and the best of those broken on purpose.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from loadmaster.config.schema import ExportConfig, ThresholdsConfig
+
+DEFAULTS = {
+    "adapter": ThresholdsConfig(
+        max_perplexity_ratio=1.01, max_mean_kl=0.005, min_top1_agreement=0.98, min_task_retention=0.95
+    ),
+    "bf16": ThresholdsConfig(
+        max_perplexity_ratio=1.03, max_mean_kl=0.02, min_top1_agreement=0.96, min_task_retention=0.95
+    ),
+    "fp8": ThresholdsConfig(
+        max_perplexity_ratio=1.10, max_mean_kl=0.10, min_top1_agreement=0.93, min_task_retention=0.90
+    ),
+    "int4": ThresholdsConfig(
+        max_perplexity_ratio=1.50, max_mean_kl=0.40, min_top1_agreement=0.85, min_task_retention=0.80
+    ),
+}
+
+
+def limits(export: ExportConfig, format_name: str) -> ThresholdsConfig:
+    """The limits of one format: the user's where given, else the shipped ones."""
+    given = export.thresholds or {}
+    return given.get(format_name, DEFAULTS[format_name])  # type: ignore[call-overload]
+
+
+def failures(figures: dict[str, Any], limit: ThresholdsConfig) -> list[str]:
+    """Every figure beyond its limit, as a sentence each; empty: the export may be published.
+
+    figures: perplexity_ratio, mean_kl (nats a token), top1_agreement, and task_retention where there is a task.
+    A figure that is not a number fails.
+    """
+    checks = [
+        ("perplexity_ratio", "perplexity over the trained model's", limit.max_perplexity_ratio, False),
+        ("mean_kl", "mean KL divergence, nats per token", limit.max_mean_kl, False),
+        ("top1_agreement", "share of tokens with the same most likely next token", limit.min_top1_agreement, True),
+        ("task_retention", "task metric over the trained model's", limit.min_task_retention, True),
+    ]
+    failed = []
+    for key, meaning, bound, at_least in checks:
+        value = figures.get(key)
+        if value is None:
+            continue
+        if not math.isfinite(value) or (value < bound if at_least else value > bound):
+            word = "at least" if at_least else "at most"
+            failed.append(f"{key} is {value:.4g}, must be {word} {bound:g} ({meaning})")
+    return failed

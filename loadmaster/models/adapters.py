@@ -1,0 +1,86 @@
+"""What is trained: adapters on a frozen base, or every weight."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from loadmaster.config.schema import LoraConfig
+from loadmaster.errors import ConfigError, Problem
+from loadmaster.models.forward import causal_lm
+
+
+def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module:
+    """Freeze and wrap the model for `method`: lora and qlora get a peft adapter, full trains all.
+
+    Adapter weights take the compute dtype of the base, so no cast is kept for the backward pass; their
+    precision over many small updates comes from the optimizer's fp32 master copy.
+    """
+    if method == "full":
+        return model.requires_grad_(True)
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    config = PeftLoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM", bias="none",
+        target_modules=_targets(model, lora.targets),
+    )
+    dtype = model.get_output_embeddings().weight.dtype
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for _, parameter in trainable(wrapped):
+        parameter.data = parameter.data.to(dtype)
+    return wrapped
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of everything that training changes, in a fixed order."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def checkpoint_activations(model: nn.Module, mode: str) -> None:
+    """full: keep only each decoder layer's input and recompute the layer in the backward pass."""
+    if mode == "none":
+        return
+    lm = causal_lm(model)
+    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lm.get_decoder().train()
+
+
+def save_trained(model: nn.Module, folder: Any) -> None:
+    """Write the adapter in peft's layout, or the whole model in transformers' layout, as safetensors."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Full names of the linear layers that can carry an adapter: all but the head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def _targets(model: nn.Module, targets: str | list[str]) -> list[str] | str:
+    """peft's target_modules; raises ConfigError when nothing matches, naming what there is."""
+    if targets == "all-linear":
+        return "all-linear"
+    names = _linear_names(model)
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
+    if isinstance(targets, str):
+        if targets in kinds:
+            return [targets]
+        try:
+            found = [name for name in names if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise _wrong_targets(targets, f"is no regular expression ({error})", kinds) from None
+        if not found:
+            raise _wrong_targets(targets, "matches no linear layer", kinds)
+        return targets
+    unknown = [target for target in targets if target not in kinds and target not in names]
+    if unknown:
+        raise _wrong_targets(targets, f"names no linear layer of this model: {', '.join(unknown)}", kinds)
+    return list(targets)
+
+
+def _wrong_targets(value: object, message: str, kinds: list[str]) -> ConfigError:
+    return ConfigError([Problem("lora.targets", value, "the recipe or command line", message,
+                                f"all-linear, or some of: {', '.join(kinds)}")])

@@ -1,0 +1,101 @@
+"""From a packed micro-batch to summed losses or logits at the trained positions.
+
+Both loss and logits come from the same hidden states, computed with documents kept apart; training,
+evaluation and the verification of exports all go through here, so they cannot disagree about what a
+trained token is: one whose label is not -100 and which has a token of its own document before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loadmaster.models.loss import summed_cross_entropy
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers causal language model inside adapters or wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def document_bounds(position_ids_BS: Tensor) -> list[int]:
+    """Where documents begin in the flattened batch, and its end: [0, ..., B * S]. Host tensors only."""
+    flat = position_ids_BS.reshape(-1)
+    return [*torch.nonzero(flat == 0).squeeze(-1).tolist(), flat.numel()]
+
+
+def shifted_targets(labels_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
+    """Target of each flattened position [B * S]: the next token's label inside the same document, else -100."""
+    labels, positions = labels_BS.reshape(-1), position_ids_BS.reshape(-1)
+    targets = torch.full_like(labels, -100)
+    targets[:-1] = torch.where(positions[1:] == 0, -100, labels[1:])
+    return targets
+
+
+def count_trained(labels_BS: Tensor, position_ids_BS: Tensor) -> int:
+    return int((shifted_targets(labels_BS, position_ids_BS) != -100).sum())
+
+
+def _logit_transform(config: Any) -> tuple[float | None, float]:
+    """(soft cap, factor) that the model family applies to its logits."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0
+    return getattr(text, "final_logit_softcapping", None), scale / (getattr(text, "logits_scaling", None) or 1.0)
+
+
+def _trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Hidden states [T, h] that predict trained tokens, and those tokens [T]."""
+    lm = causal_lm(model)
+    device = lm.get_input_embeddings().weight.device
+    bounds = document_bounds(batch.position_ids)
+    targets = shifted_targets(batch.labels, batch.position_ids)
+    trained = torch.nonzero(targets != -100).squeeze(-1)
+
+    def put(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    cu_seq_lens = put(torch.tensor(bounds, dtype=torch.int32))
+    longest = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+    hidden = lm.get_decoder()(
+        input_ids=put(batch.input_ids.reshape(1, -1)),
+        position_ids=put(batch.position_ids.reshape(1, -1)),
+        use_cache=False,
+        cu_seq_lens_q=cu_seq_lens, cu_seq_lens_k=cu_seq_lens,
+        max_length_q=longest, max_length_k=longest, document_bounds=bounds,
+    ).last_hidden_state[0]
+    trained = put(trained)
+    return hidden.index_select(0, trained), put(targets).index_select(0, trained)
+
+
+def token_losses(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    """(sum of the trained tokens' cross-entropies, fp32 scalar; how many they are).
+
+    batch: a MicroBatch with input_ids, labels, position_ids, each int64 [B, S] on the host.
+    """
+    hidden, targets = _trained_hidden(model, batch)
+    lm = causal_lm(model)
+    return summed_cross_entropy(hidden, lm.get_output_embeddings(), targets, *_logit_transform(lm.config)), len(targets)
+
+
+def trained_logits(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """(logits [T, V] in fp32 at the positions that predict trained tokens, those tokens [T])."""
+    hidden, targets = _trained_hidden(model, batch)
+    lm = causal_lm(model)
+    softcap, scale = _logit_transform(lm.config)
+    logits = lm.get_output_embeddings()(hidden).float() * scale
+    return (logits if softcap is None else softcap * torch.tanh(logits / softcap)), targets
+
+
+class SummedLoss(nn.Module):
+    """A model whose forward is `token_losses`: what DistributedDataParallel can wrap."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.module = model
+
+    def forward(self, batch: Any) -> Tensor:
+        return token_losses(self.module, batch)[0]

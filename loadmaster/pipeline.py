@@ -1,0 +1,248 @@
+"""The five stages in order: plan, train, evaluate, export, bundle.
+
+`pipeline.py` alone knows every stage. Each writes its output into the run directory and is skipped on a
+re-run when what it was made from has not changed. report.html is written anew after each stage.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from loadmaster.config.compose import Composed
+from loadmaster.config.jobhash import job_hash, stage_inputs_hash
+from loadmaster.config.schema import STAGES, Job
+from loadmaster.config.shipped import resolve_path
+from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, Problem
+from loadmaster.files import publish_folder, sha256_json, write_json, write_text
+from loadmaster.preflight import make_plan, print_plan
+from loadmaster.preflight.hardware import detect_local
+from loadmaster.preflight.plan import Plan
+from loadmaster.rundir import RunDir, file_fingerprint
+from loadmaster.training.stop import StopSignal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def run(composed: Composed, console: Console | None = None) -> int:
+    """Run the job up to `stop_after`; returns the exit code (loadmaster.errors says what each means)."""
+    console = console or Console()
+    stop = StopSignal().install()
+    try:
+        Pipeline(composed, console, stop).run()
+    except LoadmasterError as error:
+        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        return error.exit_code
+    finally:
+        stop.uninstall()
+    return 0
+
+
+class Pipeline:
+    """One job's way through the stages. What several stages need is made once, when first asked for."""
+
+    def __init__(self, composed: Composed, console: Console, stop: StopSignal):
+        self.composed = composed
+        self.job: Job = composed.job
+        self.console = console
+        self.stop = stop
+        identity = sha256_json([job_hash(self.job), data_identity(self.job)])
+        self.run_dir = RunDir.choose(self.job.run_dir, self.job.recipe, identity)
+
+    def run(self) -> None:
+        with self.run_dir.locked():
+            self.run_dir.claim()
+            write_text(self.run_dir.path / "config.yaml", self.composed.yaml())
+            self.echo(f"run directory: {self.run_dir.path}")
+            inputs = self.run_dir.identity
+            for stage in STAGES:
+                inputs = sha256_json([inputs, self._stage_inputs(stage)])
+                self._stage(stage, inputs)
+                if stage == self.job.stop_after:
+                    break
+
+    def _stage_inputs(self, stage: str) -> Any:
+        hardware = str(detect_local()) if stage == "plan" and self.job.hardware.gpu == "local" else None
+        return [stage_inputs_hash(self.job, stage), hardware]
+
+    def _stage(self, stage: str, inputs: str) -> None:
+        if self.run_dir.is_done(stage, inputs):
+            self.echo(f"{stage}: unchanged, skipped")
+            return
+        self.echo(f"{stage}: started")
+        start = time.perf_counter()
+        stages: dict[str, Callable[[], None]] = {
+            "plan": self.make_plan, "train": self.train, "evaluate": self.evaluate, "export": self.export,
+            "bundle": self.bundle,
+        }
+        try:
+            stages[stage]()
+            seconds = time.perf_counter() - start
+            self.run_dir.mark_done(stage, inputs, seconds)
+            self.echo(f"{stage}: done in {seconds:.1f} s")
+        finally:
+            self.run_dir.update_result(wall_seconds=self.run_dir.seconds_by_stage())
+            self._write_report()
+
+    def echo(self, message: str) -> None:
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    # ------------------------------------------------------------------ stages
+
+    def make_plan(self) -> None:
+        plan = make_plan(self.job)
+        plan.write(self.run_dir.path / "plan.json")
+        print_plan(plan, self.console)
+        if not plan.fits:
+            raise DoesNotFit(f"nothing fits; what came nearest, and what would fit, is in {self.run_dir.path / 'plan.json'}")
+
+    def train(self) -> None:
+        from loadmaster.models.adapters import save_trained
+        from loadmaster.training.display import Display
+        from loadmaster.training.loop import train
+
+        self._refuse_other_hardware()
+        model, outcome = train(
+            self.job, self.plan, self.prepared, self.tokenizer, self.base_folder, self.run_dir.path,
+            self._training_hash(), self._held_out, self.stop, Display(self.console),
+        )
+        name = "model" if self.plan.method == "full" else "adapter"
+        with publish_folder(self.run_dir.path / name) as partial:
+            save_trained(model, partial)
+            if name == "model":
+                self.tokenizer.save_pretrained(partial)
+        self.run_dir.update_result(
+            **outcome.peaks, predicted_gib=self.plan.memory_gib.total,
+            rehearsal_peak_allocated_gib=outcome.rehearsal.peak_allocated_gib,
+            tokens_per_second=outcome.tokens_per_second,
+            trained_tokens_per_second=outcome.trained_tokens_per_second,
+            mfu=model_flops_utilisation(self.plan, outcome.tokens_per_second),
+            steps=outcome.steps, train_loss=outcome.train_loss, eval_loss=outcome.eval_loss,
+            data=self.prepared.summary,
+        )
+
+    def evaluate(self) -> None:
+        from loadmaster.models.load import load_base, load_trained
+
+        trained = self._load(load_trained, self.base_folder, self.run_dir.trained)
+        after = self._evaluate_model(trained)
+        if hasattr(trained, "disable_adapter"):
+            with trained.disable_adapter():
+                before = self._evaluate_model(trained)
+        else:
+            del trained
+            gc.collect()
+            before = self._evaluate_model(self._load(load_base, self.base_folder))
+        write_json(self.run_dir.path / "eval.json", {"before": before, "after": after})
+        for part in after:
+            self.echo(f"  {part}: {_headline(before[part])} before, {_headline(after[part])} after")
+        self.run_dir.update_result(eval_loss=after.get("held_out", {}).get("loss", None))
+
+    def export(self) -> None:
+        from loadmaster.export import export_all, report_table
+
+        exports = export_all(self.job, self.plan, self.run_dir.path, self.base_folder, self.prepared, self.tokenizer, self.echo)
+        self.run_dir.update_result(exports=exports)
+        self.console.print(report_table(exports))
+
+    def bundle(self) -> None:
+        from loadmaster.endpoint.bundle import write_bundle
+
+        self.echo(f"  {write_bundle(self.run_dir.path, self.job)}")
+
+    # ------------------------------------------------- what several stages need
+
+    @cached_property
+    def plan(self) -> Plan:
+        return Plan.read(self.run_dir.path / "plan.json")
+
+    @cached_property
+    def base_folder(self) -> Path:
+        from loadmaster.models.resolve import resolve_base
+
+        return resolve_base(self.job.model)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from loadmaster.models.load import load_tokenizer
+
+        return load_tokenizer(self.base_folder)
+
+    @cached_property
+    def prepared(self) -> Any:
+        from loadmaster.data import prepare
+
+        return prepare(self.job, self.tokenizer)
+
+    def _training_hash(self) -> str:
+        return sha256_json([job_hash(self.job), self.prepared.train.fingerprint])
+
+    def _load(self, loader: Callable[..., nn.Module], *folders: Path) -> nn.Module:
+        from loadmaster.models.load import DTYPES
+
+        device = "cpu" if self.plan.hardware.gpu == "cpu" else "cuda"
+        return loader(*folders, DTYPES[self.plan.precision], device, nf4=self.plan.method == "qlora")
+
+    def _held_out(self, model: nn.Module) -> dict[str, float]:
+        from loadmaster.evaluation import held_out
+
+        device = next(model.parameters()).device
+        return held_out(model, self.prepared.validation, self.tokenizer.pad_token_id, self.plan.micro_batch_size, device)
+
+    def _evaluate_model(self, model: nn.Module) -> dict[str, Any]:
+        from loadmaster.evaluation import run_task
+
+        figures: dict[str, Any] = {}
+        if self.prepared.validation is not None:
+            figures["held_out"] = self._held_out(model)
+        if self.job.evaluation.task != "none":
+            figures["task"] = run_task(model, self.tokenizer, self.prepared.validation_conversations, self.job.evaluation)
+        return figures
+
+    def _refuse_other_hardware(self) -> None:
+        """A plan for rented hardware is not trained on whatever this machine happens to have."""
+        if self.job.hardware.gpu in ("local", "cpu"):
+            return
+        here = detect_local()
+        if here.gpu != self.plan.hardware.gpu or here.count < self.plan.hardware.count:
+            wanted = f"{self.plan.hardware.count}x {self.plan.hardware.gpu}"
+            raise ConfigError([Problem(
+                "hardware", wanted, "recipe or command line", f"this machine has {here.count}x {here.gpu}",
+                "hardware=local to train here, or stop_after=plan to plan only",
+            )])
+
+    def _write_report(self) -> None:
+        from loadmaster.report import write_report
+
+        write_report(self.run_dir.path, command=self.composed.command)
+
+
+def data_identity(job: Job) -> list[str]:
+    """What pins the training data: contents of local files, or the name of a Hub dataset."""
+    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
+    if isinstance(job.data.validation, str):
+        paths.append(job.data.validation)
+    resolved = [resolve_path(path) for path in paths]
+    return [file_fingerprint(Path(p)) if Path(p).exists() else f"hub:{p}" for p in resolved]
+
+
+def model_flops_utilisation(plan: Plan, tokens_per_second: float) -> float | None:
+    """Share of the GPUs' dense peak that the model's own FLOPs take; None on a CPU."""
+    from loadmaster.preflight.speed import model_flops_per_token, peak_flops
+
+    if plan.hardware.gpu == "cpu":
+        return None
+    return tokens_per_second * model_flops_per_token(plan) / (peak_flops(plan) * plan.world_size)
+
+
+def _headline(figures: dict[str, Any]) -> str:
+    if "perplexity" in figures:
+        return f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}"
+    return f"{figures['metric']:.1%} right"

@@ -1,0 +1,220 @@
+"""What there is to train on: the machine's own GPUs or CPU, or machines of the catalogue. No torch.
+
+Local GPUs are asked through the driver's management library (NVML, by ctypes), which answers in
+milliseconds and needs no CUDA context. Its memory figure counts what the driver itself keeps, so the
+catalogue's usable figure is taken for a known card.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loadmaster import catalog
+from loadmaster.config.schema import HardwareConfig
+from loadmaster.errors import ConfigError, Problem
+
+GIB = 2**30
+DRIVER_SHARE = 0.994
+"""Share of NVML's total that a process can use, where the card is not in the catalogue (0.9942 on H100, 0.992 on A100)."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One or more equal machines. Bandwidths in 10^9 bytes/s, tflops in 10^12 dense operations/s."""
+
+    gpu: str
+    """Catalogue name, `cpu`, or the driver's name of a card that the catalogue does not know."""
+    count: int
+    nodes: int
+    memory_gib: float
+    host_memory_gib: float | None
+    compute_capability: float
+    bandwidth_gb_per_s: float
+    tflops: dict[str, float]
+    link: str
+    link_gb_per_s: float
+    host_gb_per_s: float
+    network_gbps: float = 0.0
+    """Of a whole node."""
+    disk_gb: float | None = None
+    usd_per_hour: float | None = None
+    """Of everything: nodes x count x the price of a GPU."""
+    price_note: str = ""
+    known: bool = True
+    """False: a card that is not in the catalogue; its speed is not predicted."""
+
+    @property
+    def world_size(self) -> int:
+        return self.count * self.nodes
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.gpu == "cpu"
+
+    @property
+    def has_fp8(self) -> bool:
+        return "fp8" in self.tflops and self.compute_capability >= 8.9
+
+    @property
+    def label(self) -> str:
+        if self.is_cpu:
+            return "CPU"
+        name = f"{self.count}x {self.gpu}"
+        return f"{self.nodes} nodes of {name}" if self.nodes > 1 else name
+
+
+def find_hardware(config: HardwareConfig) -> Hardware:
+    """The machine that `hardware=` names.
+
+    Raises ConfigError for a name that is neither local, cpu nor in the catalogue.
+    """
+    if config.gpu == "cpu":
+        return cpu()
+    if config.gpu == "local":
+        return _local(config)
+    if config.gpu not in catalog.gpus():
+        names = ", ".join(["local", "cpu", *catalog.gpus()])
+        raise ConfigError([Problem(
+            "hardware.gpu", config.gpu, "the job", "this GPU is not in the catalogue", f"use one of: {names}"
+        )])
+    return from_catalog(config.gpu, 1 if config.count == "auto" else config.count, config.nodes)
+
+
+def from_catalog(gpu: str, count: int, nodes: int = 1) -> Hardware:
+    facts = catalog.gpus()[gpu]
+    machine = next((m for m in catalog.machines() if m["gpu"] == gpu), {})
+    price = catalog.prices()["gpus"].get(gpu)
+    per_gpu = machine.get("host_memory_gib_per_gpu")
+    return Hardware(
+        gpu=gpu, count=count, nodes=nodes,
+        memory_gib=facts["memory_gib"],
+        host_memory_gib=None if per_gpu is None else float(per_gpu * count),
+        compute_capability=facts["compute_capability"],
+        bandwidth_gb_per_s=facts["bandwidth_gb_per_s"],
+        tflops=facts["tflops"],
+        link=facts["link"], link_gb_per_s=facts["link_gb_per_s"], host_gb_per_s=facts["host_gb_per_s"],
+        network_gbps=machine.get("network_gbps", 0.0), disk_gb=machine.get("disk_gb"),
+        usd_per_hour=None if price is None else price["pod_usd_per_hour"] * count * nodes,
+        price_note="" if price is None else f"{catalog.prices()['provider']} list price of {price['date']}",
+    )
+
+
+def rentable() -> list[Hardware]:
+    """Every machine of the catalogue, clusters of 2 to max_nodes full nodes included."""
+    found = []
+    for machine in catalog.machines():
+        found += [from_catalog(machine["gpu"], count) for count in machine["counts"]]
+        found += [from_catalog(machine["gpu"], max(machine["counts"]), n) for n in range(2, machine["max_nodes"] + 1)]
+    return found
+
+
+def cpu() -> Hardware:
+    memory = host_memory_gib()
+    return Hardware(
+        gpu="cpu", count=1, nodes=1, memory_gib=memory, host_memory_gib=memory, compute_capability=0.0,
+        bandwidth_gb_per_s=10.0, tflops={"fp32": 0.03 * (os.cpu_count() or 1)}, link="none", link_gb_per_s=10.0,
+        host_gb_per_s=10.0,
+    )
+
+
+def host_memory_gib() -> float:
+    """Memory that this process may use: the container's limit where there is one, else the machine's."""
+    limits = [_meminfo_bytes()]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits) / GIB
+
+
+def _meminfo_bytes() -> int:
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemTotal:"))
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _local(config: HardwareConfig) -> Hardware:
+    cards = local_gpus()
+    if not cards:
+        return cpu()
+    name, total_gib, capability = cards[0]
+    count = len(cards) if config.count == "auto" else config.count
+    if count > len(cards):
+        raise ConfigError([Problem(
+            "hardware.count", count, "the job", f"this machine has {len(cards)} GPU(s)",
+            f"use hardware.count={len(cards)} or less, or name a machine of the catalogue with hardware.gpu",
+        )])
+    host = host_memory_gib()
+    known = catalog_name(name, total_gib)
+    if known is not None:
+        usable = min(catalog.gpus()[known]["memory_gib"], total_gib)
+        return replace(
+            from_catalog(known, count, config.nodes), memory_gib=usable, host_memory_gib=host, usd_per_hour=None,
+            price_note="", disk_gb=None,
+        )
+    return Hardware(
+        gpu=name, count=count, nodes=config.nodes, memory_gib=total_gib * DRIVER_SHARE, host_memory_gib=host,
+        compute_capability=capability, bandwidth_gb_per_s=500.0, tflops={"bf16": 100.0, "fp32": 20.0}, link="pcie",
+        link_gb_per_s=16.0, host_gb_per_s=16.0, known=False,
+    )
+
+
+def catalog_name(driver_name: str, total_gib: float) -> str | None:
+    """Catalogue name of the card that the driver calls so, if its memory agrees within 3%."""
+    for key, facts in catalog.gpus().items():
+        words = [str(word) for word in facts["match"]]
+        if words[0] in driver_name and abs(total_gib / facts["memory_gib"] - 1) < 0.03:
+            return key
+    return None
+
+
+def local_gpus() -> list[tuple[str, float, float]]:
+    """(driver's name, total memory in GiB, compute capability) of each visible GPU; empty without a driver."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    if nvml.nvmlInit_v2() != 0:
+        return []
+    try:
+        count = ctypes.c_uint()
+        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+            return []
+        cards = [_card(nvml, index) for index in range(count.value)]
+    finally:
+        nvml.nvmlShutdown()
+    return _visible([card for card in cards if card is not None])
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]  # noqa: RUF012
+
+
+def _card(nvml: Any, index: int) -> tuple[str, float, float] | None:
+    device, name, memory = ctypes.c_void_p(), ctypes.create_string_buffer(96), _Memory()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) != 0:
+        return None
+    nvml.nvmlDeviceGetName(device, name, 96)
+    nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
+    nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+    return name.value.decode(), memory.total / GIB, major.value + minor.value / 10
+
+
+def _visible(cards: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return cards
+    indices = [part.strip() for part in chosen.split(",") if part.strip()]
+    if all(part.isdigit() for part in indices):
+        return [cards[int(part)] for part in indices if int(part) < len(cards)]
+    return cards[: len([part for part in indices if not part.startswith("-")])]

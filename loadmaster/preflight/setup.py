@@ -1,0 +1,59 @@
+"""One candidate way to train: everything that memory and speed depend on besides model and hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from loadmaster.preflight.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Setup:
+    method: str
+    precision: str
+    """Compute dtype: bf16, fp8 (frozen weights in fp8 for adapters) or fp32."""
+    optimizer: str
+    master_weights: bool
+    sharding: str = "none"
+    offload: str = "none"
+    checkpointing: str = "none"
+    micro_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    sequence_length: int = 2048
+    world_size: int = 1
+    gpus_per_node: int = 1
+    lora_rank: int = 16
+    lora_targets: Any = "all-linear"
+    """As in the job; a list is given as a tuple."""
+    lora_dropout: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch on one GPU."""
+        return self.micro_batch_size * self.sequence_length
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation: 2 in bf16, 4 in fp32."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def adapters(self) -> bool:
+        return self.method != "full"
+
+    @property
+    def shards(self) -> int:
+        """Over how many GPUs weights are spread."""
+        return self.world_size if self.sharding in ("fsdp", "zero3") else 1
+
+    @property
+    def gradient_shards(self) -> int:
+        return self.world_size if self.sharding in ("fsdp", "zero3", "zero2") else 1
+
+    @property
+    def optimizer_shards(self) -> int:
+        return self.world_size if self.sharding in ("fsdp", "zero1", "zero2", "zero3") else 1
+
+    def trainable(self, shape: ModelShape) -> int:
+        return shape.lora_parameters(self.lora_rank, self.lora_targets) if self.adapters else shape.parameters

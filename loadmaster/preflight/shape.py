@@ -1,0 +1,308 @@
+"""The shape of a decoder model, read from its config.json: every matrix, and the exact number of parameters.
+
+Nothing is loaded and torch is not imported; parameter counts equal those of transformers' classes on the
+meta device exactly (tests/preflight/test_shape.py). A family that is not in FAMILIES is counted like Llama
+and marked with `estimate`, which every plan and table repeats.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loadmaster import catalog
+from loadmaster.config.schema import ModelConfig
+from loadmaster.errors import LoadmasterError
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    # What a config.json may leave out, and what the family's code does whatever the config says.
+    "llama": {},
+    "smollm3": {"tie": True},
+    "mistral": {"head_dim_key": True},
+    "qwen2": {"query_key_value_bias": True},
+    "qwen3": {"head_dim": 128, "query_key_norm": True},
+    "qwen3_moe": {"query_key_norm": True},
+    "mixtral": {},
+    "gemma2": {"tie": True, "head_dim": 256, "norms": 4, "gemma_norm": True, "scaled_embedding": True},
+    "gemma3_text": {
+        "tie": True, "head_dim": 256, "norms": 4, "gemma_norm": True, "query_key_norm": True, "scaled_embedding": True,
+    },
+    "phi3": {"fused": True},
+}
+WRAPPED = {"gemma3": "gemma3_text"}
+"""Multimodal configs whose language model is counted; the vision tower is not."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One nn.Linear of a layer: weight [outputs, inputs], bias [outputs] or none."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+    @property
+    def weight(self) -> int:
+        return self.inputs * self.outputs
+
+    @property
+    def parameters(self) -> int:
+        return self.weight + (self.outputs if self.bias else 0)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    name: str
+    family: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary_size: int
+    tied: bool
+    norms: int = 2
+    """Norms of hidden_size in a layer: 2, or 4 in Gemma 2 and 3."""
+    gemma_norm: bool = False
+    """The norm multiplies by (1 + weight) in fp32 before casting back."""
+    query_key_norm: bool = False
+    scaled_embedding: bool = False
+    query_key_value_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    fused: bool = False
+    """q, k, v in one matrix and gate, up in one (Phi-3 and 4)."""
+    rotary_fraction: float = 1.0
+    gelu: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    expert_layers: int = 0
+    windows: tuple[int | None, ...] = field(default=())
+    """Attention window of each layer, tokens; None sees everything."""
+    attention_softcap: bool = False
+    max_position: int | None = None
+    estimate: str | None = None
+    """Why the figures for this model are an estimate; None when its family is known."""
+
+    @property
+    def query_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        return self.key_value_heads * self.head_dim
+
+    @cached_property
+    def attention_matrices(self) -> tuple[Matrix, ...]:
+        h, q, k = self.hidden_size, self.query_size, self.key_value_size
+        bias = self.query_key_value_bias
+        output = Matrix("o_proj", q, h, self.output_bias)
+        if self.fused:
+            return Matrix("qkv_proj", h, q + 2 * k, bias), output
+        return Matrix("q_proj", h, q, bias), Matrix("k_proj", h, k, bias), Matrix("v_proj", h, k, bias), output
+
+    @cached_property
+    def mlp_matrices(self) -> tuple[Matrix, ...]:
+        """Of a dense layer; a layer with experts has none (its expert weights are 3-D, see expert_parameters)."""
+        h, f = self.hidden_size, self.intermediate_size
+        down = Matrix("down_proj", f, h, self.mlp_bias)
+        if self.fused:
+            return Matrix("gate_up_proj", h, 2 * f, self.mlp_bias), down
+        return Matrix("gate_proj", h, f, self.mlp_bias), Matrix("up_proj", h, f, self.mlp_bias), down
+
+    @property
+    def dense_layers(self) -> int:
+        return self.layers - self.expert_layers
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of one layer with experts: gate_up [E, 2e, h], down [E, h, e] and the router [E, h]."""
+        return self.experts * self.hidden_size * (3 * self.expert_size + 1)
+
+    @property
+    def norm_parameters(self) -> int:
+        """Of one layer."""
+        return self.norms * self.hidden_size + (2 * self.head_dim if self.query_key_norm else 0)
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.vocabulary_size * self.hidden_size
+
+    @property
+    def head_parameters(self) -> int:
+        """Of an untied output head."""
+        return 0 if self.tied else self.embedding_parameters
+
+    def matrices(self, experts: bool = False) -> tuple[Matrix, ...]:
+        """The linears of one layer, dense or with experts."""
+        return self.attention_matrices + (() if experts else self.mlp_matrices)
+
+    def layer_parameters(self, experts: bool = False) -> int:
+        linears = sum(m.parameters for m in self.matrices(experts))
+        return linears + self.norm_parameters + (self.expert_parameters if experts else 0)
+
+    @cached_property
+    def linear_weights(self) -> int:
+        """Weights of every nn.Linear but the head: what nf4 quantizes."""
+        dense = sum(m.weight for m in self.matrices())
+        sparse = sum(m.weight for m in self.matrices(experts=True))
+        return self.dense_layers * dense + self.expert_layers * sparse
+
+    @cached_property
+    def parameters(self) -> int:
+        return (
+            self.embedding_parameters + self.head_parameters + self.hidden_size
+            + self.dense_layers * self.layer_parameters()
+            + self.expert_layers * self.layer_parameters(experts=True)
+        )
+
+    @cached_property
+    def active_matrix_parameters(self) -> int:
+        """Matrix weights that one token is multiplied with, the head included and the embedding not."""
+        expert = self.hidden_size * (3 * self.expert_size * self.experts_per_token + self.experts)
+        return self.linear_weights + self.expert_layers * expert + self.embedding_parameters
+
+    def lora_parameters(self, rank: int, targets: str | list[str]) -> int:
+        dense = sum(rank * (m.inputs + m.outputs) for m in self.adapted(targets))
+        sparse = sum(rank * (m.inputs + m.outputs) for m in self.adapted(targets, experts=True))
+        return self.dense_layers * dense + self.expert_layers * sparse
+
+    def adapted(self, targets: str | list[str], experts: bool = False) -> tuple[Matrix, ...]:
+        """The linears of one layer that get an adapter."""
+        return tuple(m for m in self.matrices(experts) if _is_target(m.name, targets))
+
+
+def _is_target(name: str, targets: str | list[str]) -> bool:
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        import re
+
+        path = ("self_attn." if name in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj") else "mlp.") + name
+        return re.fullmatch(targets, f"model.layers.0.{path}") is not None
+    return any(name == target.rsplit(".", 1)[-1] for target in targets)
+
+
+def from_config(config: dict[str, Any], name: str) -> ModelShape:
+    """The shape that a config.json describes.
+
+    Raises LoadmasterError for a model that is no decoder with the usual sizes.
+    """
+    family, estimate = config.get("model_type", "unknown"), None
+    if "text_config" in config:
+        estimate = f"{family} is multimodal: its language model is counted, its other towers are not"
+        config = {**config["text_config"], "model_type": WRAPPED.get(family, config["text_config"].get("model_type"))}
+        family = config["model_type"] or family
+    if family not in FAMILIES:
+        estimate = f"model type {family!r} is not one that is modelled exactly: it is counted like Llama"
+    known = FAMILIES.get(family, {})
+    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [key for key in required if not isinstance(config.get(key), int)]
+    if missing:
+        raise LoadmasterError(
+            f"{name}: its config.json (model type {family!r}) has no {', '.join(missing)}, so its memory cannot be "
+            "worked out; models that can be planned: " + ", ".join(FAMILIES)
+        )
+    heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
+    experts = config.get("num_local_experts") or config.get("num_experts") or 0
+    bias = bool(config.get("attention_bias", False))
+    return ModelShape(
+        name=name,
+        family=family,
+        layers=layers,
+        hidden_size=hidden,
+        intermediate_size=config["intermediate_size"],
+        heads=heads,
+        key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or known.get("head_dim") or hidden // heads,
+        vocabulary_size=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings", known.get("tie", False))),
+        norms=known.get("norms", 2),
+        gemma_norm=known.get("gemma_norm", False),
+        query_key_norm=known.get("query_key_norm", False),
+        scaled_embedding=known.get("scaled_embedding", False),
+        query_key_value_bias=known.get("query_key_value_bias", bias),
+        output_bias=bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        fused=known.get("fused", False),
+        rotary_fraction=config.get("partial_rotary_factor") or 1.0,
+        gelu="gelu" in str(config.get("hidden_activation") or config.get("hidden_act", "silu")),
+        experts=experts,
+        experts_per_token=config.get("num_experts_per_tok", 2) if experts else 0,
+        expert_size=(config.get("moe_intermediate_size") or config["intermediate_size"]) if experts else 0,
+        expert_layers=_expert_layers(config, layers) if experts else 0,
+        windows=_windows(config, family, layers),
+        attention_softcap=bool(config.get("attn_logit_softcapping")),
+        max_position=config.get("max_position_embeddings"),
+        estimate=estimate,
+    )
+
+
+def _expert_layers(config: dict[str, Any], layers: int) -> int:
+    step, dense = config.get("decoder_sparse_step", 1) or 1, set(config.get("mlp_only_layers") or ())
+    return sum((i + 1) % step == 0 and i not in dense for i in range(layers))
+
+
+def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return (None,) * layers
+    if types := config.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else None for kind in types)
+    period = {"gemma2": 2, "gemma3_text": config.get("sliding_window_pattern") or 6}.get(family)
+    return tuple(None if period and (i + 1) % period == 0 else window for i in range(layers))
+
+
+def find_config(model: ModelConfig) -> tuple[dict[str, Any], str]:
+    """(config.json as a dict, where it was found), without reading any weight.
+
+    Looks at the local path, the shipped shapes, the Hub's local cache, and last the Hub itself.
+    Raises LoadmasterError naming what was tried.
+    """
+    if model.path is not None:
+        path = Path(model.path).expanduser() / "config.json"
+        if not path.is_file():
+            raise LoadmasterError(f"model.path={model.path}: there is no config.json in that folder")
+        return json.loads(path.read_text(encoding="utf-8")), str(path)
+    shipped = catalog.shapes().get(model.name.lower())
+    if shipped is not None:
+        return {key: value for key, value in shipped.items() if not key.startswith("_")}, "shipped shape"
+    found = _from_hub(model)
+    if found is not None:
+        return json.loads(found.read_text(encoding="utf-8")), str(found)
+    raise LoadmasterError(
+        f"model.name={model.name}: no config.json found. It is not one of the shipped shapes, not in the Hub's local "
+        "cache, and the Hub did not give it (no network, no such model, or a gated one without HF_TOKEN). "
+        "Set model.path to a folder with its config.json, or one of: " + ", ".join(nearest_names(model.name))
+    )
+
+
+def nearest_names(name: str, count: int = 4) -> list[str]:
+    import difflib
+
+    known = {entry["_name"].lower(): entry["_name"] for entry in catalog.shapes().values()}
+    close = difflib.get_close_matches(name.lower(), known, n=count, cutoff=0.4)
+    return [known[key] for key in close] or sorted(known.values())[:count]
+
+
+def _from_hub(model: ModelConfig) -> Path | None:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        return Path(hf_hub_download(model.name, "config.json", revision=model.revision, etag_timeout=5))
+    except Exception:  # offline, unknown, gated: the caller names all of these in one sentence
+        return None
+
+
+def find_shape(model: ModelConfig) -> ModelShape:
+    config, _ = find_config(model)
+    return from_config(config, model.name)

@@ -1,0 +1,117 @@
+"""The run directory: whose it is, which stages are done, and where each output lies.
+
+A run belongs to one job on one set of data, its identity. Starting the same command again finds the
+newest run of that identity and goes on there; stages.json remembers for each finished stage the hash of
+what it was made from, so a stage runs again only when something it depends on has changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from loadmaster.errors import ConfigError, LoadmasterError, Problem
+from loadmaster.files import read_json, sha256_json, write_json
+
+
+class RunDir:
+    """Paths and records of one run."""
+
+    def __init__(self, path: Path, identity: str):
+        self.path = path
+        self.identity = identity
+
+    @classmethod
+    def choose(cls, run_dir: str, recipe: str, identity: str, root: Path = Path("runs")) -> RunDir:
+        """The run directory of a job: as given, else the newest of this identity, else a new one.
+
+        Raises ConfigError when the given directory belongs to another job.
+        """
+        if run_dir != "auto":
+            path = Path(run_dir).expanduser()
+            owner = _identity(path)
+            if owner not in (None, identity):
+                raise ConfigError([Problem(
+                    "run_dir", run_dir, "command line or recipe",
+                    "holds a run of a job with other settings or other data; going on there would mix the two",
+                    f"give another run_dir, or the settings in {path / 'config.yaml'}",
+                )])
+            return cls(path, identity)
+        parent = root / recipe
+        known = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
+        for path in known:
+            if _identity(path) == identity:
+                return cls(path, identity)
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        path = parent / stamp
+        number = 2
+        while path.exists():
+            path, number = parent / f"{stamp}-{number}", number + 1
+        return cls(path, identity)
+
+    @property
+    def trained(self) -> Path | None:
+        """Folder of the trained weights, adapter/ or model/, or None before training has ended."""
+        return next((p for p in (self.path / "adapter", self.path / "model") if p.is_dir()), None)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; raises LoadmasterError when another one works in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise LoadmasterError(
+                    f"another process works in {self.path}; wait for it, or give this run its own run_dir"
+                ) from None
+            yield
+
+    def is_done(self, stage: str, inputs: str) -> bool:
+        return _stages(self.path).get(stage, {}).get("inputs") == inputs
+
+    def mark_done(self, stage: str, inputs: str, seconds: float) -> None:
+        stages = _stages(self.path)
+        stages[stage] = {"inputs": inputs, "seconds": round(seconds, 3), "finished": datetime.now(UTC).isoformat()}
+        write_json(self.path / "stages.json", {"identity": self.identity, "stages": stages})
+
+    def claim(self) -> None:
+        """Write the identity, so that the next start of the same job finds this run."""
+        write_json(self.path / "stages.json", {"identity": self.identity, "stages": _stages(self.path)})
+
+    def seconds_by_stage(self) -> dict[str, float]:
+        return {stage: record["seconds"] for stage, record in _stages(self.path).items()}
+
+    def result(self) -> dict[str, Any]:
+        path = self.path / "result.json"
+        return read_json(path) if path.exists() else {}
+
+    def update_result(self, **figures: Any) -> dict[str, Any]:
+        result = {**self.result(), **figures}
+        write_json(self.path / "result.json", result)
+        return result
+
+
+def file_fingerprint(path: Path) -> str:
+    """Hash of the contents of a file, or of all files of a folder with their names."""
+    from loadmaster.files import sha256_file
+
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return sha256_json([[os.fspath(p.relative_to(path)), sha256_file(p)] for p in files])
+
+
+def _stages(path: Path) -> dict[str, Any]:
+    record = path / "stages.json"
+    return read_json(record)["stages"] if record.exists() else {}
+
+
+def _identity(path: Path) -> str | None:
+    record = path / "stages.json"
+    return read_json(record)["identity"] if record.exists() else None

@@ -1,0 +1,36 @@
+"""A step's packed rows, dealt out to ranks and micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from loadmaster.data import MicroBatch, PackedRow, collate
+
+
+def trained_tokens(row: PackedRow) -> int:
+    """Tokens of the row that get a loss: trained, and not the first of their document."""
+    return int(((row.labels[1:] != -100) & (row.position_ids[1:] != 0)).sum())
+
+
+def micro_batches(rows: Sequence[PackedRow], size: int, rank: int, world_size: int, pad_token_id: int,
+                  to_length: int | None) -> list[MicroBatch]:
+    """This rank's micro-batches of one optimizer step, `size` rows each, as many as every other rank has.
+
+    The last step of an epoch can have fewer rows than ranks can share evenly; what is missing is filled
+    with untrained copies, so that collectives match and no row counts twice.
+    to_length: pad rows to so many tokens (fixed shapes), or to the longest row when None.
+    """
+    per_rank = -(-len(rows) // world_size)
+    idle = dataclasses.replace(rows[0], labels=np.full_like(rows[0].labels, -100))
+    mine = list(rows[rank * per_rank : (rank + 1) * per_rank])
+    mine += [idle] * (per_rank - len(mine))
+    return [collate(mine[i : i + size], pad_token_id, to_length) for i in range(0, per_rank, size)]
+
+
+def fullest_rows(rows: Sequence[PackedRow], count: int) -> list[int]:
+    """Indices of the rows that need most memory: longest first, then most trained tokens."""
+    weight = [(len(row.input_ids), trained_tokens(row), -index) for index, row in enumerate(rows)]
+    return [-index for *_, index in sorted(weight, reverse=True)[:count]]

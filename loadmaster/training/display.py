@@ -1,0 +1,50 @@
+"""Progress of a run: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Display:
+    """Shows tokens/s, loss, ETA and peak memory while training."""
+
+    PLAIN_EVERY_S = 10.0
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._progress: Progress | None = None
+        self._last_plain = 0.0
+
+    def echo(self, message: str) -> None:
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def start(self, steps: int, done: int) -> None:
+        self._started, self._done_before, self._steps = time.perf_counter(), done, steps
+        if self.console.is_terminal:
+            columns = ("training", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+                       TimeElapsedColumn(), "eta", TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self.console)
+            self._task = self._progress.add_task("training", total=steps, completed=done, status="")
+            self._progress.start()
+
+    def step(self, row: dict[str, Any], peak_gib: float) -> None:
+        status = (f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
+                  f"peak {peak_gib:.2f} GiB")
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], status=status)
+            return
+        now = time.perf_counter()
+        if now - self._last_plain < self.PLAIN_EVERY_S and row["step"] < self._steps:
+            return
+        self._last_plain = now
+        remaining = (now - self._started) / max(1, row["step"] - self._done_before) * (self._steps - row["step"])
+        self.echo(f"step {row['step']}/{self._steps}  {status}  eta {remaining:.0f} s")
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,79 @@
+"""metrics.jsonl, peak memory, and the rate at which tokens pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loadmaster.files import write_text
+
+GIB = 2**30
+
+
+class MetricsLog:
+    """One JSON object a step, appended; on a resume the lines after the checkpoint's step are dropped."""
+
+    def __init__(self, path: Path, resume_step: int):
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The logged steps; a last line torn by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Throughput:
+    """Tokens per second over the last steps; the first step, which warms up caches, is left out."""
+
+    WINDOW = 20
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = [(time.perf_counter(), 0)]
+
+    def update(self, tokens: int) -> float:
+        self._marks = [*self._marks[-self.WINDOW :], (time.perf_counter(), self._marks[-1][1] + tokens)]
+        (start, before), (end, after) = self._marks[0], self._marks[-1]
+        return (after - before) / max(end - start, 1e-9)
+
+    def pause(self) -> None:
+        """Leave out what has passed since the last step (evaluation, saving)."""
+        gap = time.perf_counter() - self._marks[-1][0]
+        self._marks = [(moment + gap, tokens) for moment, tokens in self._marks]
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak GiB: allocated by tensors, reserved by the allocator, and in use on the device by all processes.
+
+    On a CPU all three are the process's largest resident set.
+    """
+    if device.type != "cuda":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        return {"peak_allocated_gib": peak, "peak_reserved_gib": peak, "peak_device_gib": peak}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "peak_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+        "peak_device_gib": (total - free) / GIB,
+    }

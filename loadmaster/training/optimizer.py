@@ -1,0 +1,157 @@
+"""The optimizer over what is trained, with fp32 master weights where the plan asks for them.
+
+Bytes for each trainable bf16 parameter (weight and gradient are 2 + 2 of them):
+    adamw, master weights      16   fp32 master 4, moments 4 + 4; and 4 more for gradients, a bucket at a time
+    adamw, no master weights   12   moments 4 + 4 (bitsandbytes' 32-bit AdamW works on bf16 weights)
+    adamw_bf16                  8   moments 2 + 2, stochastic rounding (torchao)
+    adamw_8bit                  6   block-wise moments of 1 + 1 (bitsandbytes); paged: in memory the host can take
+    adafactor                  ~4   second moment as row and column sums (transformers)
+Everything is fp32 on a CPU: weight, gradient and two moments, 16 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loadmaster.config.schema import OptimizerConfig
+
+BUCKET_ELEMENTS = 2**28
+"""Parameters stepped together; bounds the fp32 gradients that exist at once to 1 GiB (preflight reads this)."""
+
+
+@dataclass
+class _Bucket:
+    names: list[str]
+    parameters: list[nn.Parameter]
+    targets: list[Tensor]
+    """What the optimizer updates: the parameters themselves, or their fp32 masters."""
+    optimizer: torch.optim.Optimizer
+
+
+class TrainingOptimizer:
+    """Clips, steps, and gives its state as named tensors."""
+
+    def __init__(self, named_parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig, name: str,
+                 master_weights: bool):
+        self.config = config
+        self.masters = master_weights and any(p.dtype != torch.float32 for _, p in named_parameters)
+        make = _factory(name, config, needs_fp32_moments=not self.masters and named_parameters[0][1].dtype != torch.float32)
+        self.buckets = [self._bucket(group, make) for group in _split(named_parameters)]
+
+    def _bucket(self, named: list[tuple[str, nn.Parameter]], make: Callable) -> _Bucket:
+        names, parameters = [n for n, _ in named], [p for _, p in named]
+        targets = [p.detach().float().clone() for p in parameters] if self.masters else parameters
+        decayed = [t for t in targets if t.dim() > 1]
+        plain = [t for t in targets if t.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        return _Bucket(names, parameters, targets, make([g for g in groups if g["params"]]))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for bucket in self.buckets for p in bucket.parameters]
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Global L2 norm of the gradients in fp32, before they are scaled down to `max_norm` (0: not scaled)."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
+        if max_norm > 0:
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update at rate `lr` and drop the gradients."""
+        for bucket in self.buckets:
+            for group in bucket.optimizer.param_groups:
+                group["lr"] = lr
+            if self.masters:
+                for parameter, master in zip(bucket.parameters, bucket.targets, strict=True):
+                    master.grad = None if parameter.grad is None else parameter.grad.float()
+                    parameter.grad = None
+            bucket.optimizer.step()
+            bucket.optimizer.zero_grad(set_to_none=True)
+            if self.masters:
+                torch._foreach_copy_(bucket.parameters, bucket.targets)
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def reset(self) -> None:
+        """Forget all moments and take the masters from the parameters again: as if never stepped."""
+        for bucket in self.buckets:
+            bucket.optimizer.state.clear()
+            if self.masters:
+                torch._foreach_copy_(bucket.targets, [p.detach() for p in bucket.parameters])
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """(tensors, scalars) by `parameter/key`; with master weights also `parameter/master`."""
+        tensors, scalars = {}, {}
+        for bucket in self.buckets:
+            for name, target in zip(bucket.names, bucket.targets, strict=True):
+                if self.masters:
+                    tensors[f"{name}/master"] = target
+                for key, value in bucket.optimizer.state.get(target, {}).items():
+                    (tensors if isinstance(value, Tensor) else scalars)[f"{name}/{key}"] = value
+        return tensors, scalars
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
+        """Take over what `state` gave. Raises KeyError when it is of other parameters."""
+        self.reset()
+        where = {n: (b, t) for b in self.buckets for n, t in zip(b.names, b.targets, strict=True)}
+        for path, value in [*tensors.items(), *scalars.items()]:
+            name, key = path.rsplit("/", 1)
+            bucket, target = where[name]
+            if key == "master":
+                target.copy_(value)
+                continue
+            state = bucket.optimizer.state[target]
+            state[key] = _place(value, target, key, bucket.optimizer) if isinstance(value, Tensor) else value
+
+
+def _place(value: Tensor, target: Tensor, key: str, optimizer: torch.optim.Optimizer) -> Tensor:
+    """A loaded state tensor where the optimizer keeps it: paged memory, the device, or (step counts) as made."""
+    if getattr(optimizer, "is_paged", False) and value.shape == target.shape:
+        buffer = optimizer.get_state_buffer(target, dtype=value.dtype)
+        return buffer.copy_(value)
+    if key == "step" and not optimizer.defaults.get("fused"):
+        return value.clone()
+    return value.to(target.device, copy=True)
+
+
+def _split(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
+    groups: list[list[tuple[str, nn.Parameter]]] = [[]]
+    size = 0
+    for name, parameter in named:
+        if groups[-1] and size + parameter.numel() > BUCKET_ELEMENTS:
+            groups.append([])
+            size = 0
+        groups[-1].append((name, parameter))
+        size += parameter.numel()
+    return groups
+
+
+def _factory(name: str, config: OptimizerConfig, needs_fp32_moments: bool) -> Callable:
+    betas, eps = (config.beta1, config.beta2), config.eps
+    if name == "adamw" and not needs_fp32_moments:
+        return lambda groups: torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=eps, fused=True)
+    if name == "adamw_bf16":
+        from torchao.optim import _AdamW
+
+        return lambda groups: _AdamW(groups, lr=config.lr, betas=betas, eps=eps, bf16_stochastic_round=True)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return lambda groups: Adafactor(groups, lr=config.lr, scale_parameter=False, relative_step=False,
+                                        warmup_init=False)
+    import bitsandbytes as bnb
+
+    kind = {"adamw": bnb.optim.AdamW32bit, "adamw_8bit": bnb.optim.AdamW8bit,
+            "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}[name]
+    return lambda groups: kind(groups, lr=config.lr, betas=betas, eps=eps)

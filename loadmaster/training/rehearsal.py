@@ -1,0 +1,85 @@
+"""What would fail at hour three fails in the first minute.
+
+Before step 1 the run goes once through everything it will do: forward, backward and optimizer step on the
+fullest micro-batch, an evaluation batch, a checkpoint written, read back and compared. Then weights,
+optimizer and random generators are put back bit for bit, so the run is the same with or without it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from loadmaster.data import MicroBatch
+from loadmaster.errors import TrainingFailed
+from loadmaster.training import checkpoint
+from loadmaster.training.metrics import peak_memory
+from loadmaster.training.optimizer import TrainingOptimizer
+from loadmaster.training.rng import restore_rng, rng_state
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """Peaks in GiB, and seconds, of the worst step with evaluation and saving."""
+
+    peak_allocated_gib: float
+    peak_reserved_gib: float
+    peak_device_gib: float
+    seconds: float
+
+
+def rehearse(
+    run_step: Callable[[MicroBatch], None],
+    evaluate_batch: Callable[[], None],
+    worst: MicroBatch,
+    trained: list[tuple[str, nn.Parameter]],
+    optimizer: TrainingOptimizer,
+    scratch: Path,
+    device: torch.device,
+) -> Rehearsed:
+    """Run everything once and restore all state. Raises TrainingFailed with the part that failed."""
+    start = time.perf_counter()
+    weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained}
+    generators = rng_state()
+    part = "the fullest micro-batch"
+    try:
+        # Twice: gradients of the second backward pass meet the optimizer's states, as in every later step.
+        run_step(worst)
+        run_step(worst)
+        part = "an evaluation batch"
+        evaluate_batch()
+        part = "saving and reloading a checkpoint"
+        _save_and_reload(scratch, trained, optimizer)
+    except torch.OutOfMemoryError as error:
+        peak = peak_memory(device)["peak_allocated_gib"]
+        raise TrainingFailed(
+            f"out of GPU memory in the rehearsal, at {part} (peak {peak:.2f} GiB allocated). The preflight's plan "
+            "was too large: set a smaller micro_batch_size or sequence_length, or activation_checkpointing=full"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    peaks = peak_memory(device)
+    for name, parameter in trained:
+        parameter.data.copy_(weights[name])
+    optimizer.zero_grad()
+    optimizer.reset()
+    restore_rng(*generators)
+    return Rehearsed(**peaks, seconds=time.perf_counter() - start)
+
+
+def _save_and_reload(scratch: Path, trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer) -> None:
+    checkpoint.save(scratch, trained, optimizer, {"step": 0, "job_hash": "rehearsal"})
+    before = {name: parameter.detach().clone() for name, parameter in trained}
+    states = {name: tensor.clone() for name, tensor in optimizer.state()[0].items()}
+    checkpoint.load(scratch, trained, optimizer)
+    reloaded = optimizer.state()[0]
+    changed = [name for name, parameter in trained if not torch.equal(parameter, before[name])]
+    changed += [name for name, tensor in states.items() if not torch.equal(tensor, reloaded[name])]
+    if changed:
+        raise TrainingFailed(f"a checkpoint did not read back as written: {', '.join(changed[:3])}")

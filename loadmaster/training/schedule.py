@@ -1,0 +1,38 @@
+"""Steps and learning rates as pure functions of the step, so that a resume has nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from loadmaster.config.schema import Job, OptimizerConfig
+
+
+def total_steps(rows: int, global_size: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of the run; an epoch's last, smaller batch counts as a step."""
+    if max_steps is not None:
+        return max_steps
+    return max(1, math.ceil(math.ceil(rows / global_size) * epochs - 1e-9))
+
+
+def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Rate of optimizer step `step` (1-based): a linear rise over the warm-up, then the schedule."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    if step <= warmup:
+        return config.lr * step / warmup
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - warmup) / max(1, steps - warmup)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * max(0.0, shape))
+
+
+def checkpoint_interval(job: Job, steps: int) -> int:
+    """Steps between checkpoints; auto is a tenth of the run and at least 10."""
+    every = job.checkpoint.every_steps
+    return max(10, steps // 10) if every == "auto" else every
+
+
+def evaluation_interval(job: Job, steps: int) -> int | None:
+    """Steps between held-out evaluations, or None for only at the end."""
+    every = job.evaluation.every_steps
+    return checkpoint_interval(job, steps) if every == "auto" else every

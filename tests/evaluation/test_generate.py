@@ -1,0 +1,147 @@
+"""Greedy generation on the real small model."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from loadmaster.config.schema import EvaluationConfig
+from loadmaster.data import Conversation
+from loadmaster.errors import DataError
+from loadmaster.evaluation import generate, run_task
+from loadmaster.models.load import load_base
+
+QUESTIONS = [
+    "What colour is the sky on a clear day?",
+    "Count from one to five.",
+    "I have three apples and eat one. How many apples do I have left? Please answer in one short sentence.",
+    "Hi",
+]
+
+
+def conversation(question: str, *more: dict, tools: list | None = None) -> Conversation:
+    messages = [{"role": "user", "content": question}, *more]
+    return Conversation(messages=messages, tools=tools, text=None, origin="test:1", row_id=question)
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    # float32, so that padding's rounding does not decide between near-equal tokens.
+    return load_base(smollm2, torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(model, tokenizer) -> list[str]:
+    return [generate(model, tokenizer, [conversation(q)], 24, batch_size=1)[0] for q in QUESTIONS]
+
+
+def test_answers_are_those_of_transformers_own_generation(smollm2, tokenizer, alone):
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTIONS[1]}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = plain.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert alone[1] == tokenizer.decode(output, skip_special_tokens=True)
+
+
+def test_a_batch_gives_the_answers_of_one_at_a_time_in_the_order_asked(model, tokenizer, alone):
+    seen = []
+    batch = [conversation(q) for q in QUESTIONS]
+    assert generate(model, tokenizer, batch, 24, 3, on_progress=lambda *at: seen.append(at)) == alone
+    assert len(set(alone)) == len(QUESTIONS)
+    assert seen == [(3, 4), (4, 4)]
+
+
+def test_generation_ends_with_the_turn_and_does_not_show_the_token(model, tokenizer):
+    answer = generate(model, tokenizer, [conversation("What is two plus two? Answer briefly.")], 64, 1)[0]
+    ids = tokenizer(answer)["input_ids"]
+    assert 0 < len(ids) < 60
+    assert "<|im_end|>" not in answer and "<|im_start|>" not in answer
+
+
+def test_the_models_own_sampling_settings_do_not_change_an_answer(model, tokenizer, alone):
+    shipped = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.5, top_p=0.8, repetition_penalty=2.0, no_repeat_ngram_size=1, eos_token_id=2
+    )
+    try:
+        assert generate(model, tokenizer, [conversation(QUESTIONS[1])], 24, 1) == [alone[1]]
+    finally:
+        model.generation_config = shipped
+
+
+def test_generation_leaves_no_trace(model, tokenizer, alone):
+    from peft import LoraConfig, get_peft_model
+
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    try:
+        lora.train()
+        lora.config.use_cache = False
+        lora.base_model.model.gradient_checkpointing_enable()
+        before = (
+            [module.training for module in lora.modules()],
+            lora.config.use_cache,
+            model.config._attn_implementation,
+            lora.generation_config.to_dict(),
+            tokenizer.padding_side,
+        )
+        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        # A fresh adapter's B is zero: the answers are the base model's.
+        assert generate(lora, tokenizer, [conversation(q) for q in QUESTIONS[:2]], 24, 2) == alone[:2]
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+        assert before == (
+            [module.training for module in lora.modules()],
+            lora.config.use_cache,
+            model.config._attn_implementation,
+            lora.generation_config.to_dict(),
+            tokenizer.padding_side,
+        )
+        assert torch.is_grad_enabled()
+    finally:
+        lora.base_model.model.gradient_checkpointing_disable()
+        lora.unload()
+        model.config.use_cache = True
+        model.eval()
+
+
+def test_run_task_scores_the_last_answer_and_shows_samples(model, tokenizer, alone):
+    rows = [
+        conversation(QUESTIONS[0], {"role": "assistant", "content": alone[0]}),
+        conversation(QUESTIONS[1], {"role": "assistant", "content": "no"}),
+        Conversation(messages=[], tools=None, text="plain text", origin="test:3", row_id="3"),
+        conversation(QUESTIONS[2], {"role": "assistant", "content": alone[2]}),
+    ]
+    evaluation = EvaluationConfig(task="exact_match", max_rows=2, max_new_tokens=24)
+    figures = run_task(model, tokenizer, rows, evaluation)
+    assert (figures["metric"], figures["rows"]) == (0.5, 2)
+    assert figures["samples"] == [
+        {"prompt": QUESTIONS[0], "reference": alone[0], "answer": alone[0], "right": True},
+        {"prompt": QUESTIONS[1], "reference": "no", "answer": alone[1], "right": False},
+    ]
+
+
+def test_run_task_without_a_task_or_without_rows(model, tokenizer):
+    assert run_task(model, tokenizer, [], EvaluationConfig(task="none")) == {}
+    with pytest.raises(DataError, match="no held-out conversation"):
+        run_task(model, tokenizer, [conversation("Hi")], EvaluationConfig(task="exact_match"))
+
+
+def test_a_longer_conversation_is_shown_turn_by_turn(model, tokenizer):
+    system = {"role": "system", "content": "Be brief."}
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": "Blue"},
+    ]
+    row = Conversation(messages=[system, *turns], tools=None, text=None, origin="test:1", row_id="1")
+    evaluation = EvaluationConfig(task="exact_match", max_new_tokens=2)
+    sample = run_task(model, tokenizer, [row], evaluation)["samples"][0]
+    assert sample["prompt"] == "user: Hi\nassistant: Hello\nuser: Name a colour."

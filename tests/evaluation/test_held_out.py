@@ -1,0 +1,91 @@
+"""Held-out loss against a plain transformers forward, one document at a time."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from loadmaster.errors import DataError
+from loadmaster.evaluation import held_out
+from loadmaster.evaluation.held_out import perplexity
+from loadmaster.models.load import load_base
+
+TEXTS = ["The capital of France is Paris.", "Water boils at 100 degrees.", "Two and two are four, three and three six."]
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    return load_base(smollm2, torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def documents(tokenizer):
+    """(input_ids, labels): the first three tokens of each document carry no loss."""
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    return [(each, [-100] * 3 + each[3:]) for each in ids]
+
+
+def packed(documents: list[tuple[list[int], list[int]]], groups: list[list[int]]) -> list[SimpleNamespace]:
+    """Rows holding the documents of each group, one after another, as PackedRows yields them."""
+    return [
+        SimpleNamespace(
+            input_ids=np.concatenate([documents[i][0] for i in group]),
+            labels=np.concatenate([documents[i][1] for i in group]),
+            position_ids=np.concatenate([np.arange(len(documents[i][0])) for i in group]),
+            document_ids=[str(i) for i in group],
+        )
+        for group in groups
+    ]
+
+
+@torch.no_grad()
+def by_hand(smollm2, documents) -> tuple[float, int]:
+    """Sum of -log p over the trained tokens, through transformers' own attention, and their number."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    total, tokens = 0.0, 0
+    for ids, labels in documents:
+        log_probabilities = plain(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+        for at in range(1, len(ids)):
+            if labels[at] != -100:
+                total -= log_probabilities[at - 1, labels[at]].item()
+                tokens += 1
+    return total, tokens
+
+
+def test_the_loss_is_the_mean_over_the_trained_tokens_of_separate_documents(smollm2, model, documents):
+    total, tokens = by_hand(smollm2, documents)
+    for groups, batch_size in [([[0, 1, 2]], 1), ([[0], [1], [2]], 2), ([[2, 0], [1]], 2)]:
+        figures = held_out(model, packed(documents, groups), 0, batch_size, "cpu")
+        assert figures["tokens"] == tokens
+        assert figures["loss"] == pytest.approx(total / tokens, abs=2e-5)
+        assert figures["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+
+
+def test_every_module_gets_its_own_mode_back(model, documents):
+    model.train()
+    frozen = model.get_decoder().layers[3]
+    frozen.eval()
+    before = [module.training for module in model.modules()]
+    held_out(model, packed(documents, [[1]]), 0, 1, "cpu")
+    assert [module.training for module in model.modules()] == before
+    assert True in before and False in before
+    assert torch.is_grad_enabled()
+    model.eval()
+
+
+def test_data_without_a_trained_token_is_refused(model, documents):
+    untrained = [(ids, [-100] * len(ids)) for ids, _ in documents]
+    for rows in ([], packed(untrained, [[0, 1]])):
+        with pytest.raises(DataError, match=r"no trained token.*data\.validation"):
+            held_out(model, rows, 0, 1, "cpu")
+
+
+def test_a_perplexity_beyond_a_float_is_infinite():
+    assert perplexity(1000.0) == math.inf
+    assert perplexity(0.0) == 1.0
