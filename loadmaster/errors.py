@@ -35,7 +35,7 @@ class Problem:
 
     def __str__(self) -> str:
         given = "" if self.value is None else f" = {self.value!r}"
-        return f"{self.key}{given}  (set in {self.origin})\n    {self.message}\n    fix: {self.remedy}"
+        return f"{self.key}{given}  ({self.origin})\n    {self.message}\n    fix: {self.remedy}"
 
 
 class ConfigError(LoadmasterError):

@@ -7,12 +7,15 @@ re-run when what it was made from has not changed. report.html is written anew a
 from __future__ import annotations
 
 import gc
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.console import Console
 
 from loadmaster.config.compose import Composed
@@ -59,7 +62,7 @@ class Pipeline:
     def run(self) -> None:
         with self.run_dir.locked():
             self.run_dir.claim()
-            write_text(self.run_dir.path / "config.yaml", self.composed.yaml())
+            write_text(self.run_dir.path / "config.yaml", yaml.safe_dump(self.composed.resolved, sort_keys=False))
             self.echo(f"run directory: {self.run_dir.path}")
             inputs = self.run_dir.identity
             for stage in STAGES:
@@ -221,7 +224,13 @@ class Pipeline:
     def _write_report(self) -> None:
         from loadmaster.report import write_report
 
-        write_report(self.run_dir.path, command=self.composed.command)
+        write_report(self.run_dir.path, command=command_line(sys.argv))
+
+
+def command_line(argv: list[str]) -> str:
+    """The command as a person would type it again."""
+    name = Path(argv[0]).name
+    return shlex.join([*(["python"] if name.endswith(".py") else []), name, *argv[1:]])
 
 
 def data_identity(job: Job) -> list[str]:

@@ -27,3 +27,19 @@ def tokenizer(smollm2: Path):
     from loadmaster.models.load import load_tokenizer
 
     return load_tokenizer(smollm2)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, smollm2: Path) -> Path:
+    """A two-layer Llama with random weights and the real tokenizer, for what needs a model but not a good one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=49152, tie_word_embeddings=True, bos_token_id=1,
+                         eos_token_id=2, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return folder

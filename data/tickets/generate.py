@@ -211,7 +211,7 @@ def sentence(text: str) -> str:
 
 def conversation(random: Random, combination: tuple[str, str, str], customer: str, order: str) -> dict:
     product, issue, urgency = combination
-    signed = pick(random, ["introduction", "signature", "signature", "nothing"])
+    introduces = random.random() < 0.35
     with_order = random.random() < 0.7
     numbers = {"days": 3 + int(random.random() * 17), "price": 15 + int(random.random() * 80)}
 
@@ -224,16 +224,16 @@ def conversation(random: Random, combination: tuple[str, str, str], customer: st
         body.append(pick(random, REMARKS).format(**numbers))
     if random.random() < 0.5:
         body = shuffled(random, body)
-    if signed == "introduction":
+    if introduces:
         body.insert(0, pick(random, INTRODUCTIONS).format(customer=customer))
     if random.random() < 0.6:
         body.insert(0, pick(random, GREETINGS))
-    if signed == "signature":
+    if not introduces:
         body.append(pick(random, SIGNATURES).format(customer=customer))
 
     message = carelessly(random, " ".join(part for part in body if part), keep={customer, f"{customer}."})
     ticket = {
-        "customer": None if signed == "nothing" else customer,
+        "customer": customer,
         "product": product,
         "issue": issue,
         "urgency": urgency,

@@ -6,7 +6,9 @@ Nothing here imports torch; the whole takes a fraction of a second in a cold pro
 
 from __future__ import annotations
 
-import re
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,26 +16,19 @@ from typing import Any
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, SearchPathException
+from hydra.errors import HydraException, SearchPathException
 from hydra.types import RunMode
 from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from loadmaster.config.fields import fields
+from loadmaster.config.hydra_errors import explain
 from loadmaster.config.hydra_sources import GROUP, PRIMARY, config_loader
-from loadmaster.config.origins import (
-    COMMAND_LINE,
-    DEFAULT,
-    file_of,
-    line_of_default,
-    origin_of,
-    origins_of_files,
-)
-from loadmaster.config.overrides import Overrides, groups_of, read_overrides, unknown_option
+from loadmaster.config.origins import COMMAND_LINE, lines_of, origin_of, origins_of_files
+from loadmaster.config.overrides import Overrides, groups_of, read_overrides
 from loadmaster.config.rules import broken_rules
 from loadmaster.config.schema import Job
-from loadmaster.config.shipped import display_path
-from loadmaster.config.validate import check, to_dict
+from loadmaster.config.validate import MISSING, check, to_dict
 from loadmaster.errors import ConfigError, Problem
 
 
@@ -46,50 +41,142 @@ class Composed:
     """Dotted key of every field -> `recipes/smoke.yaml:12`, `command line` or `default`."""
 
 
-def compose(overrides: list[str], config_dir: str | None = None, config_name: str = PRIMARY, job_number: int = 0) -> Composed:
+def compose(
+    overrides: list[str], config_dir: str | None = None, config_name: str = PRIMARY, job_number: int = 0
+) -> Composed:
     """Compose and validate one job.
 
     overrides: as on the command line (`recipe=lora_8b`, `lora.rank=8`, `+a=b`, `~tracker`).
     config_dir, config_name: Hydra's --config-dir and --config-name.
     job_number: position in a --multirun, for `${hydra:job.num}`.
-    Raises ConfigError with all problems of the files and the command line together.
+    Raises ConfigError with the problems of the files and of the command line together.
     """
-    try:
-        loader = config_loader(config_dir)
-    except SearchPathException as error:
-        raise ConfigError([Problem("--config-dir", config_dir, COMMAND_LINE, str(error), "name a folder")]) from error
+    loader = open_loader(config_dir)
     return compose_with(loader, read_overrides(loader, overrides), config_name, job_number)
 
 
-def compose_with(loader: ConfigLoaderImpl, given: Overrides, config_name: str, job_number: int = 0) -> Composed:
-    problems = list(given.problems)
-    unsure = list(given.groups)  # what was refused so far: rules about it would mislead
-    resolved: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    choices: dict[str, Any] = {}
+def open_loader(config_dir: str | None = None) -> ConfigLoaderImpl:
     try:
-        config = loader.load_configuration(config_name, given.for_hydra, run_mode=RunMode.RUN)
-        defaults = loader.compute_defaults_list(config_name, given.for_hydra, RunMode.RUN).defaults
-        origins = origins_of_files(loader, defaults)
-        choices = dict(config.hydra.runtime.choices)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        problems.append(_composition_problem(loader, error, config_name, choices))
-        unsure.append(GROUP)
-        config = _command_line_only(given)
-    origins |= {key: COMMAND_LINE for key in given.keys}
+        return config_loader(config_dir)
+    except SearchPathException as error:
+        problem = Problem("--config-dir", config_dir, COMMAND_LINE, "there is no such folder", "name one that exists")
+        raise ConfigError([problem]) from error
+
+
+def compose_with(
+    loader: ConfigLoaderImpl, given: Overrides, config_name: str = PRIMARY, job_number: int = 0
+) -> Composed:
+    """compose() on overrides that are read already, and on a loader that is open already."""
+    config, origins, problems = load(loader, given, config_name)
+    whole = config is not None
+    if config is None:  # files that do not compose: what the command line says can be judged all the same
+        config = _command_line_alone(given)
+    origins |= dict.fromkeys(given.values, COMMAND_LINE)
     resolved, unresolved = _plain(config, origins, job_number)
-    problems += unresolved
-    resolved.setdefault("recipe", choices.get(GROUP) or "custom")
-    if "schema_defaults" and resolved.get("recipe") == "custom":
-        resolved["recipe"] = choices.get(GROUP) or "custom"
+    if whole and "recipe" not in origins:
+        resolved["recipe"] = config.hydra.runtime.choices.get(GROUP) or "custom"
 
     options = {group: loader.get_group_options(group) for group in groups_of(loader)}
     checked = check(resolved, origins, options)
-    problems += checked.problems
-    if GROUP not in unsure:
-        suspect = unsure + checked.keys + [p.key for p in unresolved]
-        problems += broken_rules(checked.job, origins, suspect)
+    found = unresolved + checked.problems
+    if whole and GROUP not in given.groups:
+        doubtful = given.groups + checked.keys + [problem.key for problem in unresolved]
+        found += broken_rules(checked.job, origins, doubtful)
+    problems += [problem for problem in found if whole or problem.origin == COMMAND_LINE]
     if problems:
         raise ConfigError(problems)
-    every = {key: origin_of(origins, key) for key in fields()}
-    return Composed(checked.job, to_dict(checked.job), every | {k: v for k, v in origins.items() if k not in every})
+    return composed(checked.job, origins)
+
+
+def composed(job: Job, origins: dict[str, str]) -> Composed:
+    return Composed(job, to_dict(job), {key: origin_of(origins, key) for key in fields()})
+
+
+def read_job(path: Path) -> Composed:
+    """The job that a run directory's config.yaml holds, validated again.
+
+    Raises ConfigError where the file was edited into something wrong, or comes from another version.
+    """
+    resolved = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    origins = {key: f"{path}:{line}" for key, line in lines_of(path)}
+    checked = check(resolved, origins, {})
+    problems = checked.problems + broken_rules(checked.job, origins, checked.keys)
+    if problems:
+        raise ConfigError(problems)
+    return composed(checked.job, origins)
+
+
+def load(
+    loader: ConfigLoaderImpl, given: Overrides, config_name: str = PRIMARY
+) -> tuple[DictConfig | None, dict[str, str], list[Problem]]:
+    """Hydra's composition, where each key was set in the files, and what stopped it.
+
+    Hydra stops at its first error. Where that was an override, it is set aside and Hydra asked again, so that
+    the next one is found too; where it was a file, there is no composition, and None comes back.
+    """
+    problems = list(given.problems)
+    overrides = list(given.for_hydra)
+    while True:
+        try:
+            config = loader.load_configuration(config_name, overrides, run_mode=RunMode.RUN)
+            defaults = loader.compute_defaults_list(config_name, overrides, RunMode.RUN).defaults
+            return config, origins_of_files(loader, defaults), problems
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            problem, culprit = explain(loader, error, config_name, overrides)
+            problems.append(problem)
+            if culprit is None:
+                return None, {}, problems
+            overrides.remove(culprit)
+
+
+def _command_line_alone(given: Overrides) -> DictConfig:
+    config = OmegaConf.create(dataclasses.asdict(Job()))
+    for key, value in given.values.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    return config
+
+
+def _plain(config: DictConfig, origins: dict[str, str], job_number: int) -> tuple[dict[str, Any], list[Problem]]:
+    """Plain dict with every interpolation resolved, and a problem for each one that cannot be."""
+    problems: list[Problem] = []
+
+    def walk(node: DictConfig, prefix: str) -> dict[str, Any]:
+        plain: dict[str, Any] = {}
+        for name in node:
+            key = f"{prefix}{name}"
+            if key == "hydra":
+                continue
+            if OmegaConf.is_missing(node, name):
+                plain[str(name)] = MISSING
+                continue
+            try:
+                value = node[name]
+                if isinstance(value, DictConfig):
+                    value = walk(value, f"{key}.")
+                elif isinstance(value, Container):
+                    value = OmegaConf.to_container(value, resolve=True)
+                plain[str(name)] = value
+            except OmegaConfBaseException as error:
+                written = OmegaConf.to_container(node, resolve=False).get(name)  # type: ignore[union-attr]
+                message = f"cannot be resolved: {str(error).splitlines()[0]}"
+                remedy = "write the value itself, or mend the ${...}"
+                problems.append(Problem(key, written, origin_of(origins, key), message, remedy))
+        return plain
+
+    with _hydra_config(config, job_number):
+        return walk(config, ""), problems
+
+
+@contextmanager
+def _hydra_config(config: DictConfig, job_number: int) -> Iterator[None]:
+    """`${hydra:...}` as it would be inside the job."""
+    holder = HydraConfig.instance()
+    before = holder.cfg
+    if "hydra" in config:
+        with open_dict(config.hydra.job):
+            config.hydra.job.num = job_number
+        holder.set_config(config)
+    try:
+        yield
+    finally:
+        holder.cfg = before

@@ -101,6 +101,8 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     """The candidate most like `word`, or None when none is close."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
+    if not close and len(word) > 2:
+        close = [name for name in by_lower if name.startswith(word.lower())]
     return by_lower[close[0]] if close else None
 
 
@@ -177,3 +179,10 @@ def _number(kind: type, constraints: tuple[Any, ...]) -> str:
     if high is not None:
         limits.append(f"below {high.lt}" if isinstance(high, Lt) else f"of at most {high.le}")
     return " ".join([words, " and ".join(limits)]).strip()
+
+
+def written(value: Any) -> str:
+    """A value as it stands in YAML and on the command line: true, null, [a,b]."""
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(written, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -69,14 +69,20 @@ class RecipeSource(FileConfigSource):
 
 
 class LoadmasterSearchPath(SearchPathPlugin):
+    """Puts the current folder's conf/ and recipes/ before Hydra's main folder, and the shipped recipes after it."""
+
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        seen: set[Path] = set()
-        for where, provider in ((Path.cwd(), "current folder"), (None, "loadmaster")):
-            for name, scheme in (("conf", "file"), ("recipes", RecipeSource.scheme())):
-                folder = (where / name if where else shipped_folder(name)).resolve()
-                if folder.is_dir() and folder not in seen:
-                    seen.add(folder)
-                    search_path.append(provider, f"{scheme}://{folder}")
+        main = SearchPathQuery(provider="main")
+        recipes, scheme = shipped_folder("recipes"), RecipeSource.scheme()
+        for here, shipped, form in ((Path("conf"), shipped_folder("conf"), "file"), (Path("recipes"), recipes, scheme)):
+            if here.is_dir() and here.resolve() != shipped.resolve():
+                search_path.prepend("current folder", f"{form}://{here.resolve()}", anchor=main)
+        search_path.append("loadmaster", f"{scheme}://{recipes}", anchor=main)
+
+
+def main_folder() -> str:
+    """What @hydra.main and our own loader both take as the config path."""
+    return str(shipped_folder("conf"))
 
 
 def register() -> None:
@@ -86,7 +92,10 @@ def register() -> None:
     plugins.register(RecipeSource)
     plugins.register(LoadmasterSearchPath)
     # First in the defaults list, so that `--cfg job` shows every field and not only those that a file sets.
-    ConfigStore.instance().store(name="schema_defaults", node=dataclasses.asdict(Job()), provider="loadmaster")
+    # (But not `recipe`: that is the group's choice, which composition fills in.)
+    defaults = dataclasses.asdict(Job())
+    del defaults["recipe"]
+    ConfigStore.instance().store(name="schema_defaults", node=defaults, provider="loadmaster")
     setup_globals()
 
 
@@ -97,7 +106,7 @@ def config_loader(config_dir: str | None = None) -> ConfigLoaderImpl:
     hides the defaults list that the origins are read from. Hydra is held below 1.4 for this.
     """
     register()
-    search_path = create_config_search_path(None)
+    search_path = create_config_search_path(main_folder())
     if config_dir is not None:
         folder = Path(config_dir).resolve()
         if not folder.is_dir():

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.default_element import ResultDefault
 
+from loadmaster.config.fields import fields
 from loadmaster.config.hydra_sources import RecipeSource
 from loadmaster.config.shipped import display_path
 
@@ -23,11 +23,16 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def origin_of(origins: dict[str, str], key: str) -> str:
-    """Origin of `key`, or of the nearest section around it that was set as a whole."""
-    while key:
+    """Origin of `key`; of what is inside it, where only that was set; of what it is inside of, for no field."""
+    if key in origins:
+        return origins[key]
+    inside = [origin for name, origin in origins.items() if name.startswith(f"{key}.")]
+    if inside:
+        return inside[-1]
+    while key and key not in fields():
+        key = key.rpartition(".")[0]
         if key in origins:
             return origins[key]
-        key = key.rpartition(".")[0]
     return DEFAULT
 
 
@@ -37,7 +42,7 @@ def file_of(loader: ConfigLoaderImpl, config_path: str) -> Path | None:
         if source.is_config(config_path):
             if isinstance(source, RecipeSource):
                 return Path(source.path) / f"{config_path.partition('/')[2].removesuffix('.yaml')}.yaml"
-            if isinstance(source, FileConfigSource):
+            if source.scheme() == "file":  # not isinstance: Hydra's plugin scan makes the class a second time
                 return Path(source.path) / f"{config_path.removesuffix('.yaml')}.yaml"
             return None
     return None
@@ -54,10 +59,15 @@ def origins_of_files(loader: ConfigLoaderImpl, defaults: list[ResultDefault]) ->
         if file is None:
             continue
         shown, prefix = display_path(file), f"{default.package}." if default.package else ""
-        for key, line in _lines(yaml.compose(file.read_text(encoding="utf-8"), Loader=_LOADER)):
+        for key, line in lines_of(file):
             if key.partition(".")[0] not in ("defaults", "hydra"):
                 origins[prefix + key] = f"{shown}:{line}"
     return origins
+
+
+def lines_of(file: Path) -> Iterator[tuple[str, int]]:
+    """Every dotted key of a YAML file with its line, the first line being 1."""
+    return _lines(yaml.compose(file.read_text(encoding="utf-8"), Loader=_LOADER))
 
 
 def line_of_default(file: Path, option: str) -> int | None:
@@ -73,10 +83,9 @@ def line_of_default(file: Path, option: str) -> int | None:
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Every key of a mapping, sections before what is in them, with its line (the first is 1)."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
         name = f"{prefix}{key.value}"
-        yield name, key.start_mark.line + 1
-        yield from _lines(value, f"{name}.")
+        if isinstance(value, yaml.MappingNode) and value.value:  # a section is set where its fields are
+            yield from _lines(value, f"{name}.")
+        else:
+            yield name, key.start_mark.line + 1

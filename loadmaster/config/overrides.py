@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,9 +27,11 @@ class Overrides:
     """What Hydra is given, which keys the command line sets, and what was refused."""
 
     for_hydra: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+    """Dotted key -> value of every field set here; a sweep's keys are in it too, with no one value."""
     problems: list[Problem] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
+    """Groups whose choice was refused."""
 
 
 def groups_of(loader: ConfigLoaderImpl) -> list[str]:
@@ -54,7 +57,7 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
             continue
         result.for_hydra.append(_forced(loader, override))
         if not override.is_delete() and not _is_group_choice(loader, override) and not override.is_hydra_override():
-            result.keys.append(key)
+            result.values |= _leaves(key, None if override.is_sweep_override() else override.value())
     return result
 
 
@@ -67,6 +70,13 @@ def sweep(loader: ConfigLoaderImpl, for_hydra: list[str]) -> list[list[str]]:
         elif not override.is_sweep_override():
             axes.append([override.input_line or ""])
     return [list(job) for job in itertools.product(*axes)]
+
+
+def _leaves(key: str, value: Any) -> dict[str, Any]:
+    """`lora={rank:8}` sets lora.rank, and nothing else of lora."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {k: v for name, item in value.items() for k, v in _leaves(f"{key}.{name}", item).items()}
 
 
 def _is_group_choice(loader: ConfigLoaderImpl, override: Override) -> bool:

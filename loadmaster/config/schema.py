@@ -43,7 +43,7 @@ class ModelConfig:
 @dataclass(frozen=True, config=CLOSED)
 class DataConfig:
     path: str | list[str] = "???"
-    """File, folder, list of files (JSON, JSONL, Parquet) or Hub dataset id to train on; shipped:NAME is shipped data."""
+    """What to train on: a file, folder or list of files (JSON, JSONL, Parquet), a Hub dataset id, or shipped:NAME."""
     split: str = "train"
     """Split of a Hub dataset; not used for files."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "text"] = "auto"
@@ -98,8 +98,10 @@ class OptimizerConfig:
     """Added to the denominator."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
+    max_skipped_steps: NonNegativeInt = 2
+    """Steps in a row with a non-finite loss or gradient that are skipped before the run stops."""
     master_weights: Flag | Auto = "auto"
-    """Keep an fp32 copy of bf16 trainable weights (4 more bytes each); auto: yes for adapters, and for full where it fits."""
+    """Keep an fp32 copy of bf16 trainable weights (4 more bytes each); auto: for adapters, and for full if it fits."""
 
 
 @dataclass(frozen=True, config=CLOSED)

@@ -17,14 +17,17 @@ def shipped_folder(name: str) -> Path:
     return packaged if packaged.is_dir() else _PACKAGE.parent / name
 
 
+def shipped_path(name: str) -> Path:
+    """The shipped data file or folder `name` (`tickets/train.jsonl`)."""
+    return shipped_folder("data") / name
+
+
 def resolve_path(path: str) -> str:
     """`shipped:tickets/train.jsonl` as a real path; any other path or Hub id unchanged.
 
     The job keeps the short form, so that config.yaml and the job's hash are the same on every machine.
     """
-    if path.startswith(SCHEME):
-        return str(shipped_folder("data") / path.removeprefix(SCHEME))
-    return path
+    return str(shipped_path(path.removeprefix(SCHEME))) if path.startswith(SCHEME) else path
 
 
 def display_path(path: Path) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from loadmaster.config.fields import branches, choices, describe, fields, hints, nearest, nearest_key, sections
+from loadmaster.config.fields import branches, choices, describe, fields, hints, nearest, nearest_key, sections, written
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.schema import Job
 from loadmaster.errors import Problem
@@ -56,35 +57,39 @@ def check(resolved: dict[str, Any], origins: dict[str, str], groups: dict[str, l
         job = _adapter().validate_python(resolved)
     except ValidationError as error:
         for entry in error.errors(include_url=False, include_context=False):
-            path, annotation = _locate(entry["loc"])
+            path, annotation, siblings = _locate(entry["loc"])
             key = ".".join(path)
             if key not in problems:
-                value = _at(resolved, path)
-                problems[key] = _problem(key, value, annotation, origins, groups)
+                value, origin = _at(resolved, path), origin_of(origins, key)
+                if annotation is None:
+                    hint = _instead(key, value, origin, siblings, groups)
+                    problems[key] = Problem(key, value, origin, "there is no such field", hint)
+                else:
+                    problems[key] = _wrong_value(key, value, origin, annotation)
         job = _adapter().validate_python(_without(resolved, list(problems)))
     return Checked(job, list(problems.values()), list(problems))
 
 
-def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], Any]:
-    """Path of the field that a pydantic location is in, and its type; (path, None) when there is no such field."""
+def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], Any, list[str]]:
+    """Path of the field that a pydantic location is in, its type, and the names beside it.
+
+    The type is None where there is no such field. What follows the field in `loc` (a union's branch, an index
+    into a list) is left out.
+    """
     path: list[str] = []
+    names: list[str] = []
     annotation: Any = Job
-    for step in loc:
+    for step in map(str, loc):
         if dataclasses.is_dataclass(annotation):
-            path.append(str(step))
             known = hints(typing.cast(type, annotation))
-            if step not in known:
-                return path, None
-            annotation = known[str(step)]
         elif (mapped := _mapping(annotation)) is not None:
-            keys, values = mapped
-            path.append(str(step))
-            if str(step) not in choices(keys):
-                return path, None
-            annotation = values
+            known = dict.fromkeys(choices(mapped[0]), mapped[1])
         else:
             break
-    return path, annotation
+        path, names, annotation = [*path, step], list(known), known.get(step)
+        if annotation is None:
+            break
+    return path, annotation, names
 
 
 def _mapping(annotation: Any) -> tuple[Any, Any] | None:
@@ -94,11 +99,8 @@ def _mapping(annotation: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def _problem(key: str, value: Any, annotation: Any, origins: dict[str, str], groups: dict[str, list[str]]) -> Problem:
-    origin = origin_of(origins, key)
+def _wrong_value(key: str, value: Any, origin: str, annotation: Any) -> Problem:
     assign = _assignment(origin)
-    if annotation is None:
-        return Problem(key, value, origin, "there is no such field", _instead(key, value, assign, groups))
     if dataclasses.is_dataclass(annotation):
         section = sections().get(key, [f"{key}.{name}" for name in hints(typing.cast(type, annotation))])
         name = f"{key}.name"
@@ -112,7 +114,7 @@ def _problem(key: str, value: Any, annotation: Any, origins: dict[str, str], gro
     return Problem(key, value, origin, message, _correction(key, wrong, annotation, assign))
 
 
-def _correction(key: str, wrong: Any, annotation: Any, assign: Any) -> str:
+def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, Any], str]) -> str:
     """A value that would be taken: the nearest choice, the same number without its quotes, or the default."""
     match = nearest(str(wrong), choices(annotation), cutoff=0.4)
     if match is not None:
@@ -120,7 +122,8 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Any) -> str:
         return f"{match} instead of {wrong}" if listed else assign(key, match)
     kinds = describe(annotation)
     if "text" in kinds and isinstance(wrong, int | float):
-        return f"quote it, so that it stays text: {key}: '{wrong}' in a file, {key}=\"'{wrong}'\" in a shell"
+        quoted = assign(key, f"'{wrong}'")
+        return "quote it, so that it stays text: " + (f'"{quoted}"' if "=" in quoted else quoted)
     if isinstance(wrong, str) and ("integer" in kinds or "number" in kinds):
         number = _number(wrong)
         if number is not None:
@@ -130,8 +133,7 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Any) -> str:
     known = fields().get(key)
     if known is None or known.default == MISSING:
         return f"give {kinds}"
-    default = "null" if known.default is None else known.default
-    return f"{assign(key, list(default) if isinstance(default, tuple) else default)} is the default"
+    return f"{assign(key, known.default)} is the default"
 
 
 def _number(text: str) -> int | float | None:
@@ -143,31 +145,25 @@ def _number(text: str) -> int | float | None:
     return None
 
 
-def _instead(key: str, value: Any, assign: Any, groups: dict[str, list[str]]) -> str:
-    section = key.rpartition(".")[0]
+def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dict[str, list[str]]) -> str:
+    """What a key that does not exist was most likely meant to be."""
+    section, _, name = key.rpartition(".")
+    if section and section not in sections():  # inside a mapping, as under export.thresholds
+        beside = nearest(name, siblings)
+        return f"{section}.{beside}" if beside else f"{section} has " + ", ".join(siblings)
     guess = nearest_key(key, groups)
     if guess is None:
-        known = sections().get(section)
-        return f"the fields of {section} are " + ", ".join(known) if section and known else "remove it"
+        return f"{section} has " + ", ".join(siblings) if section else "take it out; --help lists every field"
     if guess in groups and isinstance(value, str):
         option = nearest(value, groups[guess])
         return f"{guess}={option}" if option else f"{guess}=..., one of " + ", ".join(groups[guess])
-    if isinstance(value, dict):
-        return f"did you mean {guess}?"
-    return f"did you mean {assign(guess, value)} ?" if guess in fields() else f"did you mean {guess}?"
+    return _assignment(origin)(guess, value) if guess in fields() and not isinstance(value, dict) else guess
 
 
-def _assignment(origin: str) -> Any:
+def _assignment(origin: str) -> Callable[[str, Any], str]:
     """How a value is written where this one was: key=value in a shell, key: value in a file."""
     separator = "=" if origin in (COMMAND_LINE, DEFAULT) else ": "
-
-    def write(key: str, value: Any) -> str:
-        shown = {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, list) else (
-            "[" + ",".join(map(str, value)) + "]"
-        )
-        return f"{key}{separator}{shown}"
-
-    return write
+    return lambda key, value: f"{key}{separator}{written(value)}"
 
 
 def _how_to_set(key: str) -> str:

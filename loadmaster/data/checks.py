@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from loadmaster.data.formats import Conversation
 from loadmaster.data.render import ChatRenderer, Rendering
 
 TRAINED_OPEN, TRAINED_CLOSE = "⟦", "⟧"
-LISTED_ROWS = 20
+LISTED = 20  # faults by name, and rows by name of one fault
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def _dropped_tools(conversation: Conversation, text: str) -> str | None:
 
 def _shown(value: str, text: str) -> bool:
     """Whether a value stands in the text, as it is or as JSON writes it."""
-    return any(form in text for form in (value.strip(), json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]))
+    forms = (value.strip(), json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
+    return any(form in text for form in forms)
 
 
 def marked(text: str, spans: Sequence) -> str:
@@ -96,11 +98,17 @@ def marked(text: str, spans: Sequence) -> str:
 
 
 def fault_report(faults: Sequence[Fault], rows_read: int, hint: str) -> str:
-    """All faults together, the first so many of them by name; the first rendering is shown in full."""
+    """All faults together, rows with the same fault in one line; the first rendering is shown in full."""
+    places: dict[str, list[str]] = {}
+    for fault in faults:
+        places.setdefault(fault.reason, []).append(fault.origin)
     lines = [f"{len(faults):,} of {rows_read:,} rows cannot be trained on:"]
-    lines += [f"  {fault.origin}: {fault.reason}" for fault in faults[:LISTED_ROWS]]
-    if len(faults) > LISTED_ROWS:
-        lines.append(f"  ... and {len(faults) - LISTED_ROWS:,} more")
+    for reason, origins in islice(places.items(), LISTED):
+        more = f" and {len(origins) - LISTED:,} more" if len(origins) > LISTED else ""
+        lines.append(f"  {', '.join(origins[:LISTED])}{more}: {reason}")
+    if len(places) > LISTED:
+        rest = sum(len(origins) for origins in islice(places.values(), LISTED, None))
+        lines.append(f"  ... and {rest:,} rows more")
     shown = next((fault for fault in faults if fault.rendering is not None), None)
     if shown:
         rendering = shown.rendering if len(shown.rendering) <= 4000 else shown.rendering[:4000] + " ... (cut here)"

@@ -63,6 +63,12 @@ class Conversation:
         return cls(**json.loads(line))
 
 
+def prompt_and_reference(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(messages before the last assistant message, that message): what to generate from, what to compare with."""
+    last = max(n for n, message in enumerate(conversation.messages) if message["role"] == "assistant")
+    return conversation.messages[:last], conversation.messages[last]
+
+
 def recognise_format(row: dict[str, Any]) -> tuple[str, str]:
     """(format, the fields that gave it away) of a row; RowError names the shapes that are read."""
     fields = [name for name in row if row[name] is not None]
@@ -89,7 +95,9 @@ _PREFERENCE = (
 )
 
 
-def to_conversation(row: Any, shape: str, origin: str, system: str | None = None, tools_as: str = "template") -> Conversation:
+def to_conversation(
+    row: Any, shape: str, origin: str, system: str | None = None, tools_as: str = "template"
+) -> Conversation:
     """One row as a Conversation; `system` is put before chats that have none. Raises RowError."""
     if not isinstance(row, dict):
         raise RowError(f"is {_kind(row)}, not an object with fields")
@@ -109,7 +117,10 @@ def to_conversation(row: Any, shape: str, origin: str, system: str | None = None
 
 def _identified(messages: list[dict], tools: list | None, text: str | None, origin: str) -> Conversation:
     content = json.dumps([messages, tools, text], sort_keys=True, ensure_ascii=False)
-    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    try:
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    except UnicodeEncodeError as error:
+        raise RowError(f"holds half a character ({content[error.start]!r}, a lone surrogate)") from None
     return Conversation(messages, tools, text, origin, digest)
 
 

@@ -23,7 +23,6 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from os.path import commonprefix
 from typing import Any
 
 from loadmaster.errors import DataError
@@ -113,12 +112,12 @@ class ChatRenderer:
             whole = self._after_sentinel(marked, tools, text)
             prompt = self._after_sentinel(marked[:index], tools, None, add_generation_prompt=True)
             if whole is not None and prompt is not None:
-                return len(text) - len(whole) + len(commonprefix([whole, prompt]))
+                return len(text) - len(whole) + _shared_length(whole, prompt)
         # No message before it, or none that shows: the turn begins where its own content does.
         own = _with_content(messages, index)
         if self._after_sentinel(own, tools, text) is None:
             return len(text)
-        return len(commonprefix([self.text(own, tools).split(SENTINEL)[0], text]))
+        return _shared_length(self.text(own, tools).split(SENTINEL)[0], text)
 
     def _turn_end(self, messages: list[dict], tools: list | None, text: str, index: int) -> tuple[int, str | None]:
         """(end of the turn including its end token, that token); (end of the content, None) without one."""
@@ -127,7 +126,7 @@ class ChatRenderer:
             if after is None:
                 continue
             alone = self._after_sentinel(marked[: index + 1], tools, None) or ""
-            shared = commonprefix([after, alone])
+            shared = after[: _shared_length(after, alone)]
             ends = [match for match in self._special.finditer(shared) if match[0] not in self._openers]
             usual = [match for match in ends if match[0] == self._usual_end]
             chosen = usual[0] if usual else ends[0 if is_plain else -1] if ends else None
@@ -152,7 +151,7 @@ class ChatRenderer:
     ) -> str | None:
         """What follows the sentinel in the rendering of `marked`; None unless `text` ends in just that."""
         try:
-            before, found, after = self.text(marked, tools, add_generation_prompt).rpartition(SENTINEL)
+            _before, found, after = self.text(marked, tools, add_generation_prompt).rpartition(SENTINEL)
         except TemplateRefused:
             return None
         return after if found and (text is None or text.endswith(after)) else None
@@ -161,7 +160,8 @@ class ChatRenderer:
 
     def _probe_turn_end(self) -> str | None:
         """The special token behind a plain assistant message, such as <|im_end|>."""
-        after = self._after_sentinel([{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}], None, None)
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
+        after = self._after_sentinel(turns, None, None)
         match = self._special.search(after or "")
         return match[0] if match else None
 
@@ -172,7 +172,7 @@ class ChatRenderer:
             plain, prompted = self.text(user), self.text(user, add_generation_prompt=True)
         except TemplateRefused:
             return set()
-        header = prompted[len(commonprefix([plain, prompted])) :]
+        header = prompted[_shared_length(plain, prompted) :]
         opening = self._special.findall(plain.split(SENTINEL)[0])[-1:]
         return {*self._special.findall(header), *opening} - {self._usual_end}
 
@@ -232,6 +232,13 @@ def _with_content(messages: list[dict], index: int) -> list[dict]:
     """The conversation with nothing but the sentinel as content of message `index`."""
     kept = {key: messages[index][key] for key in ("role", "tool_call_id", "name") if key in messages[index]}
     return [*messages[:index], {**kept, "content": SENTINEL}, *messages[index + 1 :]]
+
+
+def _shared_length(first: str, second: str) -> int:
+    """Characters that two texts have in common from the start."""
+    shortest = min(len(first), len(second))
+    differing = (n for n in range(shortest) if first[n] != second[n])
+    return next(differing, shortest)
 
 
 def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:

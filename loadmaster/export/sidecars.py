@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from loadmaster.data import Conversation
 from loadmaster.files import read_json, write_json
 
 # transformers 5 saves the first name; servers with transformers 4 only know the second, which both load as the
@@ -29,11 +30,6 @@ def write_config(base: Path, target: Path, tied_embeddings: bool) -> None:
     if config.get("tie_word_embeddings", True) != tied_embeddings:
         config["tie_word_embeddings"] = tied_embeddings
     write_json(target / "config.json", config)
-
-
-def has_tied_embeddings(folder: Path) -> bool:
-    """Whether embedding and head share one tensor; transformers' default for a config that does not say."""
-    return bool(read_json(folder / "config.json").get("tie_word_embeddings", True))
 
 
 def write_tokenizer(tokenizer: Any, target: Path) -> None:
@@ -65,3 +61,13 @@ def write_generation_config(base: Path, target: Path, tokenizer: Any, stop_token
             config[key] = value
     write_json(target / "generation_config.json", config)
     return config["eos_token_id"]
+
+
+def token_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
+    """The conversation as the model sees it: through the chat template, or as it is where it is plain text."""
+    if conversation.text is not None:
+        return tokenizer(conversation.text)["input_ids"]
+    rendered = tokenizer.apply_chat_template(
+        conversation.messages, tools=conversation.tools, tokenize=True, return_dict=True
+    )
+    return rendered["input_ids"]

@@ -7,7 +7,7 @@ A model folder holds `model.safetensors`, or several shards and `model.safetenso
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ from loadmaster.files import read_json, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 def shards(folder: Path) -> list[Path]:
@@ -26,10 +28,8 @@ def shards(folder: Path) -> list[Path]:
 
     Raises ExportRejected where there are none, or where the index names a file that is not there.
     """
-    if (folder / INDEX).exists():
-        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-    else:
-        names = [SINGLE]
+    sharded = (folder / INDEX).exists()
+    names = sorted(set(read_json(folder / INDEX)["weight_map"].values())) if sharded else [SINGLE]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ExportRejected(
@@ -82,3 +82,21 @@ def rewrite(source: Path, target: Path, change: Callable[[str, torch.Tensor], It
         readable_by_all(target / shard.name)
     if len(files) > 1:
         write_json(target / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def ties_embeddings(folder: Path) -> bool:
+    """Whether embedding and head are one tensor: config.json says so, and the files hold no other head.
+
+    transformers keeps a head apart whose stored values differ from the embedding's, whatever the config says.
+    """
+    files = tensor_files(folder)
+    if not read_json(folder / "config.json").get("tie_word_embeddings", HEAD not in files):
+        return False
+    embedding = embedding_name(files)
+    if HEAD not in files or embedding is None:
+        return True
+    return torch.equal(read_tensor(files[HEAD], HEAD), read_tensor(files[embedding], embedding))
+
+
+def embedding_name(names: Iterable[str]) -> str | None:
+    return next((name for name in names if name.endswith(EMBEDDINGS)), None)

@@ -64,29 +64,41 @@ def load_trained(base_folder: Path, trained_folder: Path, dtype: torch.dtype, de
     return model.eval()
 
 
-def random_model(config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> nn.Module:
-    """A model of this shape with small random weights: measures memory and speed as well as a real one."""
+def random_model(config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, nf4: bool = False,
+                 seed: int = 0) -> nn.Module:
+    """A model of this shape (a config.json's dict) with small random weights.
+
+    It measures memory and speed as well as a real one, and needs no download.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = AutoConfig.for_model(**config)
-    with torch.device("meta"):
+    torch.manual_seed(seed)
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=PACKED)
-    model.to_empty(device=device)
-    model.tie_weights()
-    generator = torch.Generator(device=device).manual_seed(seed)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 1:
-                parameter.data.normal_(0.0, 0.02, generator=generator)
-            else:
-                parameter.data.fill_(0.0 if name == "bias" else 1.0)
-        if hasattr(module, "rope_init_fn") or hasattr(module, "inv_freq"):
-            fresh = type(module)(config=shape, device=device) if hasattr(module, "config") else None
-            if fresh is not None:
-                module.load_state_dict(fresh.state_dict(), strict=False)
-                for name, buffer in fresh.named_buffers():
-                    setattr(module, name, buffer)
+    refuse_unsupported(model)
+    if nf4:
+        _quantize_linears(model, device)
+        keep_gradients_on_cpu(model)
     return model
+
+
+def _quantize_linears(model: nn.Module, device: torch.device | str) -> None:
+    """Every linear layer but the head to nf4 with double quantization, one at a time."""
+    import bitsandbytes as bnb
+
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if not isinstance(module, nn.Linear) or module is head:
+                continue
+            dtype = module.weight.dtype
+            layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=module.bias is not None,
+                                      compute_dtype=dtype, quant_type="nf4", compress_statistics=True, device="meta")
+            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4",
+                                             compress_statistics=True)
+            layer.bias = module.bias
+            setattr(parent, name, layer.to(device))
 
 
 def refuse_unsupported(model: nn.Module) -> None:

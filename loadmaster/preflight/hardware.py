@@ -75,7 +75,7 @@ def find_hardware(config: HardwareConfig) -> Hardware:
     if config.gpu == "cpu":
         return cpu()
     if config.gpu == "local":
-        return _local(config)
+        return detect_local(config.count, config.nodes)
     if config.gpu not in catalog.gpus():
         names = ", ".join(["local", "cpu", *catalog.gpus()])
         raise ConfigError([Problem(
@@ -142,12 +142,13 @@ def _meminfo_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _local(config: HardwareConfig) -> Hardware:
+def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
+    """This machine: its visible GPUs (all, or `count` of them), else its CPU."""
     cards = local_gpus()
     if not cards:
         return cpu()
     name, total_gib, capability = cards[0]
-    count = len(cards) if config.count == "auto" else config.count
+    count = len(cards) if count == "auto" else int(count)
     if count > len(cards):
         raise ConfigError([Problem(
             "hardware.count", count, "the job", f"this machine has {len(cards)} GPU(s)",
@@ -158,11 +159,11 @@ def _local(config: HardwareConfig) -> Hardware:
     if known is not None:
         usable = min(catalog.gpus()[known]["memory_gib"], total_gib)
         return replace(
-            from_catalog(known, count, config.nodes), memory_gib=usable, host_memory_gib=host, usd_per_hour=None,
+            from_catalog(known, count, nodes), memory_gib=usable, host_memory_gib=host, usd_per_hour=None,
             price_note="", disk_gb=None,
         )
     return Hardware(
-        gpu=name, count=count, nodes=config.nodes, memory_gib=total_gib * DRIVER_SHARE, host_memory_gib=host,
+        gpu=name, count=count, nodes=nodes, memory_gib=total_gib * DRIVER_SHARE, host_memory_gib=host,
         compute_capability=capability, bandwidth_gb_per_s=500.0, tflops={"bf16": 100.0, "fp32": 20.0}, link="pcie",
         link_gb_per_s=16.0, host_gb_per_s=16.0, known=False,
     )

@@ -24,6 +24,10 @@ class ModelSummary:
     hidden_size: int
     vocabulary_size: int
     family: str
+    flops_per_token: float = 0.0
+    """What the mathematics of a training step needs for one token, recomputation left out."""
+    estimate: str | None = None
+    """Why the figures are an estimate; None when the model's family is modelled exactly."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from loadmaster.preflight.memory import Memory, memory
 from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape, find_shape
-from loadmaster.preflight.speed import tokens_per_second
+from loadmaster.preflight.speed import model_flops, tokens_per_second
 
 CHECKPOINTING = ("none", "full")
 """What auto chooses from; selective is planned when asked for."""
@@ -287,7 +287,8 @@ def to_plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, datase
         model=ModelSummary(
             name=shape.name, parameters=shape.parameters, trainable_parameters=setup.trainable(shape),
             layers=shape.layers, hidden_size=shape.hidden_size, vocabulary_size=shape.vocabulary_size,
-            family=shape.family,
+            family=shape.family, estimate=shape.estimate,
+            flops_per_token=model_flops(shape, job.sequence_length, setup.adapters),
         ),
         hardware=HardwareSummary(
             gpu=hardware.gpu, count=hardware.count, nodes=hardware.nodes, memory_gib=round(hardware.memory_gib, 2),

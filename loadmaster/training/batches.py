@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loadmaster.data import MicroBatch, PackedRow, collate
+from loadmaster.data import MicroBatch, PackedRow, PackedRows, collate
 
 
 def trained_tokens(row: PackedRow) -> int:
@@ -30,7 +30,7 @@ def micro_batches(rows: Sequence[PackedRow], size: int, rank: int, world_size: i
     return [collate(mine[i : i + size], pad_token_id, to_length) for i in range(0, per_rank, size)]
 
 
-def fullest_rows(rows: Sequence[PackedRow], count: int) -> list[int]:
-    """Indices of the rows that need most memory: longest first, then most trained tokens."""
-    weight = [(len(row.input_ids), trained_tokens(row), -index) for index, row in enumerate(rows)]
-    return [-index for *_, index in sorted(weight, reverse=True)[:count]]
+def worst_rows(rows: PackedRows, count: int) -> list[PackedRow]:
+    """The longest rows, every token of them trained: no later micro-batch needs more memory."""
+    longest = np.argsort(-rows.lengths, kind="stable")[:count].tolist()
+    return [dataclasses.replace(rows[i], labels=rows[i].input_ids) for i in longest]

@@ -27,13 +27,13 @@ from loadmaster.models.forward import SummedLoss
 from loadmaster.models.load import DTYPES, load_base
 from loadmaster.preflight.plan import Plan
 from loadmaster.training import checkpoint
-from loadmaster.training.batches import fullest_rows, micro_batches, trained_tokens
+from loadmaster.training.batches import micro_batches, trained_tokens, worst_rows
 from loadmaster.training.display import Display
 from loadmaster.training.metrics import MetricsLog, Throughput, peak_memory, read_metrics
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.rng import seed_everything
-from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate, total_steps
+from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
 from loadmaster.training.stop import MESSAGE, StopSignal
 
 HeldOut = Callable[[nn.Module], dict[str, float]]
@@ -103,8 +103,9 @@ def train(job: Job, plan: Plan, prepared: PreparedData, tokenizer: Any, base_fol
     base = load_base(base_folder, DTYPES[plan.precision], accelerator.device, nf4=plan.method == "qlora")
     session = make_session(job, plan, base, accelerator, tokenizer.pad_token_id)
     rows, checkpoints = prepared.train, run_dir / "checkpoints"
-    steps = total_steps(len(rows), job.batch.global_size, job.epochs, job.max_steps)
-    sampler = BatchSampler(len(rows), job.batch.global_size, job.seed)
+    epochs = job.epochs if job.max_steps is None else math.inf
+    sampler = BatchSampler(len(rows), job.batch.global_size, job.seed, epochs, rows.fingerprint)
+    steps = job.max_steps or sampler.total_steps()
     rehearsal = _rehearse(session, prepared, checkpoints / ".rehearsal")
     display.echo(f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
                  f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {plan.memory_gib.total:.2f} GiB")
@@ -132,9 +133,8 @@ def train(job: Job, plan: Plan, prepared: PreparedData, tokenizer: Any, base_fol
     display.start(steps, done)
     try:
         with stop.deferred():
-            for step in range(done + 1, steps + 1):
+            for step, indices in zip(range(done + 1, steps + 1), sampler, strict=False):
                 began = time.perf_counter()
-                indices = next(sampler)
                 picked = [rows[i] for i in indices]
                 total_trained = sum(trained_tokens(r) for r in picked)
                 batches = session.split(picked)
@@ -148,11 +148,11 @@ def train(job: Job, plan: Plan, prepared: PreparedData, tokenizer: Any, base_fol
                 else:
                     _skip(session, row, picked, lambda before=step - 1: save(before))
                     row["loss"] = row["grad_norm"] = None
-                tokens += sum(len(r.input_ids) for r in picked)
+                tokens += sum(map(len, picked))
                 trained_total += total_trained
                 busy_s += time.perf_counter() - began
                 row |= {"tokens": tokens, "trained_tokens": trained_total,
-                        "tokens_per_second": round(rate.update(sum(len(r.input_ids) for r in picked)), 2)}
+                        "tokens_per_second": round(rate.update(sum(map(len, picked))), 2)}
                 eval_loss = None
                 if evaluate_every and prepared.validation is not None and (step % evaluate_every == 0 or step == steps):
                     eval_loss = row["eval_loss"] = held_out(session.model)["loss"]
@@ -215,7 +215,7 @@ def refuse_unbuilt(plan: Plan) -> None:
 
 def _rehearse(session: Session, prepared: PreparedData, scratch: Path) -> Rehearsed:
     rows, plan = prepared.train, session.plan
-    picked = [rows[i] for i in fullest_rows(rows, plan.micro_batch_size * session.accelerator.num_processes)]
+    picked = worst_rows(rows, plan.micro_batch_size * session.accelerator.num_processes)
     worst = session.split(picked)[0]
 
     def step(batch: MicroBatch) -> None:
@@ -227,9 +227,8 @@ def _rehearse(session: Session, prepared: PreparedData, scratch: Path) -> Rehear
         if prepared.validation is None:
             return
         session.model.eval()
-        fullest = fullest_rows(prepared.validation, plan.micro_batch_size)
         with torch.no_grad():
-            session.loss.forward(session.split([prepared.validation[i] for i in fullest])[0])
+            SummedLoss(session.model)(session.split(worst_rows(prepared.validation, plan.micro_batch_size))[0])
 
     return rehearse(step, evaluate, worst, session.trained, session.optimizer, scratch, session.device)
 
@@ -237,7 +236,7 @@ def _rehearse(session: Session, prepared: PreparedData, scratch: Path) -> Rehear
 def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[], None]) -> None:
     """Leave a step with a non-finite loss or gradient out; give up after too many in a row."""
     session.optimizer.zero_grad()
-    names = [name for r in picked for name in r.row_ids]
+    names = [name for r in picked for name in r.document_ids]
     session.skipped.append({"step": row["step"], "rows": names})
     limit = session.job.optimizer.max_skipped_steps
     if len(session.skipped) <= limit:

@@ -68,7 +68,10 @@ class TrainingOptimizer:
         """Update at rate `lr` and drop the gradients."""
         for bucket in self.buckets:
             for group in bucket.optimizer.param_groups:
-                group["lr"] = lr
+                if isinstance(group["lr"], Tensor):  # torchao keeps the rate in a tensor
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
             if self.masters:
                 for parameter, master in zip(bucket.parameters, bucket.targets, strict=True):
                     master.grad = None if parameter.grad is None else parameter.grad.float()

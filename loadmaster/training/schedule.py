@@ -1,17 +1,10 @@
-"""Steps and learning rates as pure functions of the step, so that a resume has nothing to restore."""
+"""Learning rate and intervals as pure functions of the step, so that a resume has nothing to restore."""
 
 from __future__ import annotations
 
 import math
 
 from loadmaster.config.schema import Job, OptimizerConfig
-
-
-def total_steps(rows: int, global_size: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps of the run; an epoch's last, smaller batch counts as a step."""
-    if max_steps is not None:
-        return max_steps
-    return max(1, math.ceil(math.ceil(rows / global_size) * epochs - 1e-9))
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

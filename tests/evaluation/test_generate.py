@@ -39,15 +39,21 @@ def alone(model, tokenizer) -> list[str]:
     return [generate(model, tokenizer, [conversation(q)], 24, batch_size=1)[0] for q in QUESTIONS]
 
 
-def test_answers_are_those_of_transformers_own_generation(smollm2, tokenizer, alone):
+@pytest.mark.parametrize(("at", "ends"), [(1, False), (3, True)])
+def test_an_answer_is_transformers_own_up_to_the_end_of_the_turn(smollm2, tokenizer, alone, at, ends):
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTIONS[1]}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": QUESTIONS[at]}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    output = plain.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    assert alone[1] == tokenizer.decode(output, skip_special_tokens=True)
+    # Told not to stop, so that what comes after the turn's end is there to be left out.
+    output = plain.generate(**prompt, max_new_tokens=24, do_sample=False, eos_token_id=None)
+    ids = output[0, prompt["input_ids"].shape[1] :].tolist()
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = [*ids, stop].index(stop)
+    assert (end < 24 - 1) == ends
+    assert alone[at] == tokenizer.decode(ids[:end])
 
 
 def test_a_batch_gives_the_answers_of_one_at_a_time_in_the_order_asked(model, tokenizer, alone):
@@ -58,11 +64,10 @@ def test_a_batch_gives_the_answers_of_one_at_a_time_in_the_order_asked(model, to
     assert seen == [(3, 4), (4, 4)]
 
 
-def test_generation_ends_with_the_turn_and_does_not_show_the_token(model, tokenizer):
-    answer = generate(model, tokenizer, [conversation("What is two plus two? Answer briefly.")], 64, 1)[0]
-    ids = tokenizer(answer)["input_ids"]
-    assert 0 < len(ids) < 60
-    assert "<|im_end|>" not in answer and "<|im_start|>" not in answer
+def test_a_long_answer_is_cut_at_max_new_tokens(model, tokenizer, alone):
+    answer = generate(model, tokenizer, [conversation(QUESTIONS[3])], 4, 1)[0]
+    assert len(tokenizer(answer)["input_ids"]) == 4
+    assert alone[3].startswith(answer)
 
 
 def test_the_models_own_sampling_settings_do_not_change_an_answer(model, tokenizer, alone):

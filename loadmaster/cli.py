@@ -1,0 +1,115 @@
+"""The `loadmaster` command: the stages one by one, and tools around them.
+
+    loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1     stages take the same words as train.py
+    loadmaster data recipe=smoke                              look at rendered rows and their loss mask
+    loadmaster verify runs/smoke/.../export/bf16              check every file of an artifact
+    loadmaster doctor                                         what this machine has
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+
+from loadmaster import __version__
+from loadmaster.config.schema import STAGES
+from loadmaster.errors import LoadmasterError
+
+STAGE_HELP = {
+    "plan": "say what fits, how fast, for how much (no GPU needed)",
+    "train": "plan and train",
+    "evaluate": "... and evaluate before and after",
+    "export": "... and export, each format verified in a clean process",
+    "bundle": "... and write what an endpoint needs (all five stages)",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments, overrides = _parser().parse_known_args(argv)
+    try:
+        return arguments.run(arguments, overrides)
+    except LoadmasterError as error:
+        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loadmaster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"loadmaster {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for stage in STAGES:
+        command = commands.add_parser(stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]")
+        command.set_defaults(run=_stage, stage=stage)
+    data = commands.add_parser("data", help="print rendered rows with the trained part marked",
+                               usage="loadmaster data [recipe=NAME] [key=value ...] [--rows N]")
+    data.add_argument("--rows", type=int, default=3, help="rows to print (default 3)")
+    data.set_defaults(run=_data)
+    verify = commands.add_parser("verify", help="check every file of an exported artifact against its manifest")
+    verify.add_argument("folder", type=Path)
+    verify.set_defaults(run=_verify)
+    doctor = commands.add_parser("doctor", help="say what this machine has: devices, versions, disk")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from loadmaster.config.compose import Composed
+    from loadmaster.config.hydra_app import run_app
+
+    def run_stages(composed: Composed) -> int:
+        from loadmaster.pipeline import run
+
+        return run(composed)
+
+    return run_app(run_stages, [*overrides, f"stop_after={arguments.stage}"])
+
+
+def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from loadmaster.config.compose import compose
+    from loadmaster.data import prepare, show
+    from loadmaster.models.load import load_tokenizer
+    from loadmaster.models.resolve import resolve_base
+
+    job = compose(overrides).job
+    tokenizer = load_tokenizer(resolve_base(job.model))
+    show(prepare(job, tokenizer), tokenizer, arguments.rows, Console())
+    return 0
+
+
+def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from loadmaster.export.manifest import verify_manifest
+
+    problems = verify_manifest(arguments.folder)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(f"{arguments.folder}: every file is as the manifest says")
+    return 5 if problems else 0
+
+
+def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    import shutil
+
+    from loadmaster.preflight.hardware import detect_local
+
+    here = detect_local()
+    memory = "" if here.host_memory_gib is None else f", host memory {here.host_memory_gib:.1f} GiB"
+    print(f"device     {here.count}x {here.gpu}, {here.memory_gib:.1f} GiB each{memory}")
+    print(f"disk       {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
+    for package in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "llmcompressor", "datasets"):
+        try:
+            print(f"{package:<10} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package:<10} not installed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

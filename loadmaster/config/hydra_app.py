@@ -1,0 +1,129 @@
+"""The command line around a job: every check first, then @hydra.main, then the task; the exit code survives.
+
+Hydra reports one error at a time, as its own, and turns every failure into exit code 1. So the whole command
+(all jobs of a sweep) is composed and validated before Hydra starts, and the task's code is kept beside Hydra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from loadmaster.config.compose import Composed, compose_with, load, open_loader
+from loadmaster.config.fields import nearest
+from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, main_folder
+from loadmaster.config.origins import COMMAND_LINE
+from loadmaster.config.overrides import read_overrides, sweep
+from loadmaster.config.show import show_error
+from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
+
+Task = Callable[[Composed], int]
+
+
+def run_app(task: Task, arguments: list[str] | None = None) -> int:
+    """Run `task` on the job that the command line describes, or on each job of a --multirun.
+
+    arguments: as in sys.argv[1:], which is the default. Returns the exit code: 2 when the configuration is wrong
+    (nothing was started), else the task's, and the highest one of a sweep's jobs.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        flags, for_hydra = check_command(arguments)
+    except ConfigError as error:
+        show_error(error)
+        return error.exit_code
+
+    codes: list[int] = []
+
+    typed = sys.argv
+
+    @hydra.main(version_base=VERSION_BASE, config_path=main_folder(), config_name=PRIMARY)
+    def job(config: DictConfig) -> None:
+        sys.argv = typed  # reports quote the command as the user wrote it
+        codes.append(_run_job(task, flags))
+        if codes[-1] == StoppedOnRequest.exit_code:  # the rest of a sweep is not started
+            raise SystemExit(StoppedOnRequest.exit_code)
+
+    # What is left to go wrong in here is a defect, and its whole traceback belongs in the report of it.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv = [typed[0], *[a for a in arguments if a not in flags.overrides], *for_hydra]
+    try:
+        job()
+    finally:
+        sys.argv = typed
+    return max(codes, default=0)
+
+
+def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Hydra's own flags, and the overrides as Hydra is to get them; raises ConfigError with every problem."""
+    parser = get_args_parser()
+    flags, rest = parser.parse_known_intermixed_args(arguments)
+    # argparse gives up on what follows an option that it does not know; an override is one wherever it stands.
+    flags.overrides = [a for a in arguments if a in flags.overrides or (a in rest and not a.startswith("-"))]
+    unknown = [a for a in rest if a.startswith("-")]
+    if flags.hydra_help or flags.shell_completion:
+        return flags, flags.overrides
+    if flags.config_path is not None:
+        message = "would take the place of all that loadmaster ships"
+        raise ConfigError(
+            [Problem("--config-path", flags.config_path, COMMAND_LINE, message, "--config-dir adds to it")]
+        )
+    loader = open_loader(flags.config_dir)
+    multirun = flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
+    given = read_overrides(loader, flags.overrides, multirun)
+    given.problems += [_unknown_flag(argument) for argument in unknown]
+    config_name = flags.config_name or PRIMARY
+    if flags.help or flags.cfg or flags.info:  # only looking: values may still be missing or wrong
+        _, _, problems = load(loader, given, config_name)
+        if problems:
+            raise ConfigError(problems)
+        return flags, given.for_hydra
+    if not multirun:
+        compose_with(loader, given, config_name)
+        return flags, given.for_hydra
+
+    found = list(given.problems)
+    run_dirs: list[str] = []
+    for number, overrides in enumerate(sweep(loader, given.for_hydra)):
+        try:
+            run_dirs.append(compose_with(loader, read_overrides(loader, overrides), config_name, number).job.run_dir)
+        except ConfigError as error:
+            found += [problem for problem in error.problems if problem not in found]
+    if clash := next((d for d in run_dirs if d != "auto" and run_dirs.count(d) > 1), None):
+        message = "several jobs of the sweep would write into this one folder"
+        found.append(Problem("run_dir", clash, COMMAND_LINE, message, "leave it out: each job then gets its own"))
+    if found:
+        raise ConfigError(found)
+    return flags, given.for_hydra
+
+
+def _run_job(task: Task, flags: argparse.Namespace) -> int:
+    settings = HydraConfig.get()
+    swept = settings.mode == RunMode.MULTIRUN
+    number = settings.job.num if swept else 0
+    overrides = list(settings.overrides.task)
+    if swept:
+        print(f"\njob {number}: {' '.join(o.removeprefix('++') for o in overrides)}", flush=True)
+    try:
+        loader = open_loader(flags.config_dir)
+        given = read_overrides(loader, overrides)
+        return task(compose_with(loader, given, flags.config_name or PRIMARY, number))
+    except LoadmasterError as error:
+        show_error(error)
+        return error.exit_code
+
+
+def _unknown_flag(argument: str) -> Problem:
+    name, _, value = argument.lstrip("-").partition("=")
+    known = [a for action in get_args_parser()._actions for a in action.option_strings if a.startswith("--")]
+    flag = nearest(argument, known, cutoff=0.75)
+    remedy = flag or f"fields are set without dashes: {name.replace('-', '_')}={value or '...'}"
+    return Problem(argument, None, COMMAND_LINE, "there is no such option", remedy)

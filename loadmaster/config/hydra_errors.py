@@ -1,0 +1,95 @@
+"""What stopped Hydra, as a Problem: which key, in which file and line, and what would work.
+
+Hydra's errors are sentences for a developer; the parts that a user needs are read out of them here, and what
+is not recognised is passed on in Hydra's own words.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.errors import MissingConfigException
+
+from loadmaster.config.fields import nearest, nearest_key
+from loadmaster.config.origins import COMMAND_LINE, file_of, line_of_default
+from loadmaster.config.overrides import groups_of, unknown_option
+from loadmaster.config.shipped import display_path
+from loadmaster.errors import Problem
+
+_WHERE = re.compile(r"In '([^']+)'")
+_KEY = re.compile(r"(?:Could not (?:override|delete|delete from config\.)|already at|The value of) '([^']+)'")
+
+
+def explain(
+    loader: ConfigLoaderImpl, error: Exception, config_name: str, overrides: list[str]
+) -> tuple[Problem, str | None]:
+    """The problem, and the override to blame for it; None where a file is to blame."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return _bad_yaml(error), None
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException):
+        return _missing_file(loader, error, text, config_name), None
+    where, key = _WHERE.search(text), _KEY.search(text)
+    culprit = next((o for o in overrides if key and o.lstrip("+~").partition("=")[0] == key[1]), None)
+    if culprit is None:
+        culprit = next((o for o in overrides if o in text), None)
+    if culprit is not None:
+        return _bad_override(loader, culprit, text), culprit
+    path = where[1] if where else config_name
+    file = file_of(loader, path)
+    origin = display_path(file) if file else path
+    if key is not None and "Could not override" in text:
+        groups = groups_of(loader)
+        guess = nearest(key[1], groups)
+        line = _line_of_group(file, key[1]) if file else None
+        remedy = f"override /{guess}: ..." if guess else "the groups are " + ", ".join(groups)
+        return Problem(key[1], None, f"{origin}:{line}" if line else origin, "there is no such group", remedy), None
+    return Problem(path, None, origin, f"Hydra cannot compose it: {text}", "mend this file"), None
+
+
+def _bad_yaml(error: yaml.MarkedYAMLError) -> Problem:
+    mark = error.problem_mark
+    assert mark is not None
+    file = display_path(Path(mark.name))
+    what = " ".join(part for part in (error.context, error.problem) if part)
+    remedy = "check the indentation, the quotes and the colons there and just above"
+    if "duplicate key" in what:
+        remedy = "keep one of the two"
+    return Problem(file, None, f"{file}:{mark.line + 1}", f"is not valid YAML: {what}", remedy)
+
+
+def _missing_file(loader: ConfigLoaderImpl, error: MissingConfigException, text: str, config_name: str) -> Problem:
+    group, _, option = (error.missing_cfg_file or config_name).rpartition("/")
+    where = _WHERE.search(text)
+    if not group and not where:
+        known = [name for name in loader.get_group_options("") if file_of(loader, name)]
+        return Problem("--config-name", option, COMMAND_LINE, "there is no such file", "one of " + ", ".join(known))
+    origin = config_name
+    if where is not None and (file := file_of(loader, where[1])) is not None:
+        line = line_of_default(file, option)
+        origin = f"{display_path(file)}:{line}" if line else display_path(file)
+    return unknown_option(group, option, loader.get_group_options(group) if group else [], origin)
+
+
+def _bad_override(loader: ConfigLoaderImpl, culprit: str, text: str) -> Problem:
+    key, _, value = culprit.lstrip("+~").partition("=")
+    if "already at" in text:
+        return Problem(key, value, COMMAND_LINE, "+ adds what is not there yet, and this field is", f"{key}={value}")
+    if culprit.startswith("~"):
+        actual = re.search(r"The value of '[^']+' is (.+) and not", text)
+        if actual:
+            return Problem(key, value, COMMAND_LINE, f"is {actual[1]} and not {value}, so ~ leaves it", f"~{key}")
+        guess = nearest_key(key, groups_of(loader))
+        remedy = f"~{guess}" if guess and guess != key else f"leave out ~{key}"
+        return Problem(key, None, COMMAND_LINE, "there is nothing of this name to take away", remedy)
+    return Problem(key, value, COMMAND_LINE, f"Hydra cannot set it: {text}", "check the key and the value")
+
+
+def _line_of_group(file: Path, group: str) -> int | None:
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if re.match(rf"\s*-\s*(override\s+)?/?{re.escape(group)}\s*:", line):
+            return number
+    return None

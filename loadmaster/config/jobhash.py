@@ -1,0 +1,52 @@
+"""What a job's result depends on, as hashes: whether a run is this job's, and which of its stages are stale.
+
+`job_hash` covers what shapes the trained weights: two commands with the same hash train the same model, and the
+second goes on in the first one's run directory. Each later stage adds the fields that only it reads, so a
+change of export.formats exports again and trains nothing. Files are hashed by name here; the pipeline adds
+their contents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loadmaster.config.schema import STAGES, Job
+from loadmaster.config.validate import to_dict
+from loadmaster.files import sha256_json
+
+# By stage, the sections and fields that are its inputs; a stage also depends on all stages before it.
+# hardware and plan count, because they decide what `auto` becomes.
+STAGE_FIELDS: dict[str, tuple[str, ...]] = {
+    "plan": (
+        "model", "data", "sequence_length", "method", "precision", "lora", "optimizer", "batch", "micro_batch_size",
+        "epochs", "max_steps", "activation_checkpointing", "sharding", "offload", "seed", "plan", "hardware",
+    ),
+    "train": (),
+    "evaluate": ("evaluation.task", "evaluation.max_rows", "evaluation.max_new_tokens"),
+    "export": ("export",),
+    "bundle": ("endpoint",),
+}  # fmt: skip
+
+# What may change between two starts of the same run: names and places, how often to save and look, who watches.
+NOT_INPUTS = (
+    "recipe", "run_dir", "stop_after", "checkpoint", "evaluation.every_steps", "evaluation.batch_size", "launch",
+    "tracker",
+)  # fmt: skip
+
+
+def job_hash(job: Job) -> str:
+    """Hash of every field that shapes the trained weights; stable over machines, key order and versions of Python."""
+    return stage_inputs_hash(job, "train")
+
+
+def stage_inputs_hash(job: Job, stage: str) -> str:
+    """Hash of every field that the output of `stage` depends on, those of the stages before it included."""
+    values = to_dict(job)
+    names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_FIELDS[earlier]]
+    return sha256_json({name: _value(values, name) for name in names})
+
+
+def _value(values: dict[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        values = values[part]
+    return values

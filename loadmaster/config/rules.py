@@ -1,0 +1,238 @@
+"""Rules between fields: one table, checked on every job and printed in docs/configuration.md.
+
+A rule is here only if it holds for every model and machine; what depends on memory, on the model's config.json
+or on the GPUs that are there is preflight's to refuse.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadmaster import catalog
+from loadmaster.config.fields import nearest
+from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
+from loadmaster.config.schema import Job
+from loadmaster.config.shipped import SCHEME, resolve_path
+from loadmaster.errors import Problem
+
+Origins = dict[str, str]
+Found = Iterator[tuple[str, object, str, str]]
+"""Key to blame, its value, what is wrong, what would work."""
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: str
+    keys: tuple[str, ...]
+    explanation: str
+    check: Callable[[Job, Origins], Found]
+
+
+RULES: list[Rule] = []
+
+
+def rule(*keys: str) -> Callable[[Callable[[Job, Origins], Found]], Callable[[Job, Origins], Found]]:
+    """Enter a check into the table; its docstring is the explanation, the first key the one to blame."""
+
+    def enter(check: Callable[[Job, Origins], Found]) -> Callable[[Job, Origins], Found]:
+        RULES.append(Rule(check.__name__, keys, " ".join((check.__doc__ or "").split()), check))
+        return check
+
+    return enter
+
+
+def broken_rules(job: Job, origins: Origins, doubtful: list[str]) -> list[Problem]:
+    """Problems of every rule but those about a `doubtful` key, whose value in `job` is not the user's."""
+    problems = []
+    for entry in RULES:
+        if any(_touches(key, wrong) for key in entry.keys for wrong in doubtful):
+            continue
+        for key, value, message, remedy in entry.check(job, origins):
+            problems.append(Problem(key, value, origin_of(origins, key), message, remedy))
+    return problems
+
+
+def _touches(key: str, wrong: str) -> bool:
+    return key == wrong or key.startswith(f"{wrong}.") or wrong.startswith(f"{key}.")
+
+
+@rule("data.path", "data.validation", "stop_after")
+def data_files_exist(job: Job, origins: Origins) -> Found:
+    """data.path and data.validation name files that exist, unless the job stops after the plan."""
+    if job.stop_after == "plan":
+        return
+    paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
+    named = [("data.path", path) for path in paths]
+    if isinstance(job.data.validation, str):
+        named.append(("data.validation", job.data.validation))
+    for key, path in named:
+        if _is_file_name(path) and not Path(resolve_path(path)).expanduser().exists():
+            yield key, path, "there is no such file", _file_hint(key, path)
+
+
+@rule("data.validation", "data.path")
+def validation_is_held_out(job: Job, origins: Origins) -> Found:
+    """The held-out file is not among the training files: what was trained on measures nothing."""
+    paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
+    if job.data.validation in paths:
+        remedy = "data.validation=0.05 holds out a share of the rows"
+        yield "data.validation", job.data.validation, "is the training file itself", remedy
+
+
+@rule("evaluation.task", "data.validation")
+def task_has_held_out_rows(job: Job, origins: Origins) -> Found:
+    """A task metric needs held-out rows: evaluation.task is none where data.validation is null."""
+    if job.evaluation.task != "none" and job.data.validation is None:
+        remedy = "data.validation=0.05, or evaluation.task=none"
+        yield "evaluation.task", job.evaluation.task, "needs held-out rows, and data.validation is null", remedy
+
+
+@rule("evaluation.task", "data.format")
+def task_has_answers(job: Job, origins: Origins) -> Found:
+    """A task metric compares answers, and plain text (data.format=text) has none."""
+    if job.evaluation.task != "none" and job.data.format == "text":
+        message = "compares answers, and data.format=text has no questions and answers"
+        yield "evaluation.task", job.evaluation.task, message, "evaluation.task=none"
+
+
+@rule("precision", "method")
+def qlora_is_not_fp8(job: Job, origins: Origins) -> Found:
+    """qlora keeps its base in nf4, so precision fp8 has nothing to apply to."""
+    if job.method == "qlora" and job.precision == "fp8":
+        remedy = "precision=bf16 with qlora, or method=lora for a frozen fp8 base"
+        yield "precision", job.precision, "does not go with method=qlora, whose base is in nf4", remedy
+
+
+@rule("precision", "hardware.gpu")
+def fp8_needs_fp8_units(job: Job, origins: Origins) -> Found:
+    """precision fp8 needs a GPU with fp8 matrix units (compute capability 8.9 or higher)."""
+    facts = catalog.gpus().get(job.hardware.gpu)
+    lacking = job.hardware.gpu == "cpu" or (facts is not None and "fp8" not in facts["tflops"])
+    if job.precision == "fp8" and lacking:
+        able = ", ".join(name for name, gpu in catalog.gpus().items() if "fp8" in gpu["tflops"])
+        message = f"hardware.gpu={job.hardware.gpu} has no fp8 matrix units"
+        yield "precision", job.precision, message, f"precision=bf16, or one of {able}"
+
+
+@rule("hardware.gpu")
+def gpu_is_known(job: Job, origins: Origins) -> Found:
+    """hardware.gpu is local, cpu or a GPU of the catalogue."""
+    known = ["local", "cpu", *catalog.gpus()]
+    if job.hardware.gpu not in known:
+        guess = nearest(job.hardware.gpu, known, cutoff=0.4)
+        remedy = (f"hardware.gpu={guess}; " if guess else "") + "known are " + ", ".join(known)
+        yield "hardware.gpu", job.hardware.gpu, "is not in the catalogue", remedy
+
+
+@rule("sharding", "hardware.count", "hardware.nodes")
+def several_gpus_are_synchronised(job: Job, origins: Origins) -> Found:
+    """sharding none is for one GPU: on several, each would train a model of its own."""
+    gpus = (1 if job.hardware.count == "auto" else job.hardware.count) * job.hardware.nodes
+    if job.sharding == "none" and gpus > 1:
+        message = f"{gpus} GPUs would each train a model of their own"
+        yield "sharding", "none", message, "sharding=ddp (whole model on each GPU), sharding=fsdp (split), or auto"
+
+
+@rule("micro_batch_size", "batch.global_size", "hardware.count", "hardware.nodes")
+def micro_batch_within_global_batch(job: Job, origins: Origins) -> Found:
+    """One micro-batch on every GPU is no more than batch.global_size."""
+    gpus = (1 if job.hardware.count == "auto" else job.hardware.count) * job.hardware.nodes
+    if job.micro_batch_size == "auto":
+        return
+    if job.micro_batch_size * gpus > job.batch.global_size:
+        largest = job.batch.global_size // gpus
+        message = f"times {gpus} GPU(s) is more than batch.global_size={job.batch.global_size}"
+        remedy = f"batch.global_size={job.micro_batch_size * gpus}"
+        remedy = f"micro_batch_size={largest}, or {remedy}" if largest else remedy
+        yield "micro_batch_size", job.micro_batch_size, message, remedy
+
+
+@rule("lora", "method")
+def lora_settings_have_an_adapter(job: Job, origins: Origins) -> Found:
+    """lora.* is not set beside method=full, which has no adapter. (A recipe's lora.* under a method=full given
+    later on the command line is simply not used.)"""
+    if job.method != "full":
+        return
+    method_file = _file(origin_of(origins, "method"))
+    for key in sorted(origins):
+        if key.startswith("lora.") and _file(origins[key]) in (COMMAND_LINE, method_file):
+            name = key.partition(".")[2]
+            remedy = f"leave out {key}, or method=lora"
+            yield key, getattr(job.lora, name, None), "has no effect: method=full has no adapter", remedy
+
+
+@rule("optimizer.min_lr_ratio", "optimizer.schedule")
+def constant_rate_has_no_minimum(job: Job, origins: Origins) -> Found:
+    """optimizer.min_lr_ratio has no meaning with schedule=constant, which does not fall."""
+    if job.optimizer.schedule == "constant" and job.optimizer.min_lr_ratio > 0:
+        remedy = "leave it out, or optimizer.schedule=cosine"
+        yield "optimizer.min_lr_ratio", job.optimizer.min_lr_ratio, "has no effect with schedule=constant", remedy
+
+
+@rule("export.formats", "method")
+def full_has_no_adapter(job: Job, origins: Origins) -> Found:
+    """export.formats holds no adapter with method=full."""
+    if job.method == "full" and "adapter" in job.export.formats:
+        remedy = "export=bf16, or method=lora"
+        yield "export.formats", list(job.export.formats), "method=full trains no adapter to export", remedy
+
+
+@rule("export.formats")
+def something_is_exported(job: Job, origins: Origins) -> Found:
+    """export.formats is not empty; a job that exports nothing says stop_after=evaluate."""
+    if not job.export.formats:
+        yield "export.formats", [], "names no format", "export=bf16, or stop_after=evaluate to export nothing"
+
+
+@rule("endpoint.serve_as", "export.formats")
+def served_format_is_exported(job: Job, origins: Origins) -> Found:
+    """endpoint.serve_as is auto or one of export.formats."""
+    serve_as = job.endpoint.serve_as
+    if serve_as != "auto" and serve_as not in job.export.formats:
+        both = ",".join([*job.export.formats, serve_as])
+        message = f"is not among export.formats ({', '.join(job.export.formats)})"
+        yield "endpoint.serve_as", serve_as, message, f"export.formats=[{both}], or endpoint.serve_as=auto"
+
+
+@rule("plan.methods", "method")
+def auto_has_methods_to_choose_from(job: Job, origins: Origins) -> Found:
+    """method=auto needs at least one entry in plan.methods."""
+    if job.method == "auto" and not job.plan.methods:
+        yield "plan.methods", [], "leaves method=auto nothing to choose from", "plan.methods=[full,lora,qlora]"
+
+
+@rule("model.path")
+def model_folder_exists(job: Job, origins: Origins) -> Found:
+    """model.path is a folder with a config.json."""
+    if job.model.path is None:
+        return
+    folder = Path(job.model.path).expanduser()
+    if not (folder / "config.json").is_file():
+        what = "has no config.json in it" if folder.is_dir() else "is not a folder here"
+        remedy = "name a folder with config.json, *.safetensors and the tokenizer, or leave it out to use the Hub"
+        yield "model.path", job.model.path, what, remedy
+
+
+def _file(origin: str) -> str:
+    return origin if origin in (COMMAND_LINE, DEFAULT) else origin.rpartition(":")[0]
+
+
+def _is_file_name(path: str) -> bool:
+    """Whether `path` means a file here and not a Hub dataset id (`owner/name`)."""
+    return path.startswith((SCHEME, "/", "./", "../", "~")) or path.endswith(DATA_SUFFIXES)
+
+
+def _file_hint(key: str, path: str) -> str:
+    real = Path(resolve_path(path)).expanduser()
+    if not real.parent.is_dir():
+        return f"there is no folder {real.parent}; paths are relative to where the command is run ({Path.cwd()})"
+    names = sorted(p.name for p in real.parent.iterdir() if p.suffix in DATA_SUFFIXES)
+    close = difflib.get_close_matches(real.name, names, n=1)
+    if close:
+        return f"{key}={path.removesuffix(real.name)}{close[0]}"
+    return f"{real.parent.resolve()} has " + (", ".join(names[:8]) or "no JSON, JSONL or Parquet file")

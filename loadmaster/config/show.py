@@ -1,0 +1,50 @@
+"""Errors as a person sees them: numbered, one block each, coloured on a terminal and plain in a log."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+from loadmaster.config.fields import written
+from loadmaster.errors import ConfigError, LoadmasterError, Problem
+
+
+def show_error(error: LoadmasterError, stream: TextIO | None = None) -> None:
+    """Print `error` without a traceback, on stderr unless told otherwise; once, under torchrun."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+    if not isinstance(error, ConfigError):
+        console.print(Text.assemble(("error: ", "bold red"), str(error)))
+        return
+    count = len(error.problems)
+    heading = "1 problem" if count == 1 else f"{count} problems"
+    console.print(Text.assemble((f"{heading} in the configuration", "bold red"), "; nothing was started.\n"))
+    for number, problem in enumerate(error.problems, 1):
+        console.print(_block(number, problem))
+
+
+def _block(number: int, problem: Problem):
+    from rich.text import Text
+
+    value = "" if problem.value is None else f" = {_shown(problem.value)}"
+    where = "on the command line" if problem.origin == "command line" else f"in {problem.origin}"
+    return Text.assemble(
+        f"{number:3}. ",
+        (f"{problem.key}{value}", "bold"),
+        (f"   {where}\n", "dim"),
+        f"     {problem.message}\n",
+        ("     fix: ", "green"),
+        f"{problem.remedy}\n",
+    )
+
+
+def _shown(value: object) -> str:
+    text = "{" + ", ".join(map(str, value)) + "}" if isinstance(value, dict) else written(value)
+    if isinstance(value, str) and (not value or value != value.strip() or value.replace(".", "").isdigit()):
+        text = repr(value)  # text that would otherwise look like a number, or like nothing
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,47 @@
+"""Rows -> the tensors of one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loadmaster.data.rows import NO_LOSS, PackedRow
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """input_ids, labels, position_ids: LongTensor [batch, length]; row_ids: "file:line" of each row's documents.
+
+    Labels are not shifted, -100 where there is no loss. A position of 0 begins a document; padding is a
+    document of its own at the end of the row, so no token attends to it.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    row_ids: list[list[str]]
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.labels, self.position_ids))
+        return MicroBatch(*moved, self.row_ids)
+
+
+def collate(rows: Sequence[PackedRow], pad_token_id: int, to_length: int | None = None) -> MicroBatch:
+    """Rows padded to `to_length`, or to the longest of them."""
+    longest = max(len(row) for row in rows)
+    length = longest if to_length is None else to_length
+    if longest > length:
+        raise ValueError(f"a row of {longest} tokens does not fit a batch of length {length}")
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
+    labels = torch.full((len(rows), length), NO_LOSS, dtype=torch.long)
+    position_ids = torch.zeros((len(rows), length), dtype=torch.long)
+    for place, row in enumerate(rows):
+        size = len(row)
+        input_ids[place, :size] = torch.from_numpy(row.input_ids)
+        labels[place, :size] = torch.from_numpy(row.labels)
+        position_ids[place, :size] = torch.from_numpy(row.position_ids)
+        position_ids[place, size:] = torch.arange(length - size)
+    return MicroBatch(input_ids, labels, position_ids, [row.document_ids for row in rows])

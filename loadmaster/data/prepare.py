@@ -1,0 +1,106 @@
+"""`prepare`: the data of a job as packed rows, from the cache when nothing that shapes them has changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loadmaster.config.schema import Job
+from loadmaster.data.build import CONVERSATIONS, build
+from loadmaster.data.cache import ConversationFile, cache_folder, exclusive, is_whole, seal
+from loadmaster.data.formats import Conversation
+from loadmaster.data.render import template_hash
+from loadmaster.data.rows import PackedRows
+from loadmaster.data.sources import Source, open_source
+from loadmaster.files import publish_folder, read_json, sha256_json
+
+# Raised whenever the same input would give other tokens, rows or files than before.
+LAYOUT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything that training, evaluation and export read of the data.
+
+    train, validation: packed rows; validation is None when none is held out.
+    train_conversations, validation_conversations: the same data as chats, read from disk as needed.
+    summary: counts and figures for the log and the report (see docs/data.md).
+    """
+
+    train: PackedRows
+    validation: PackedRows | None
+    validation_conversations: Sequence[Conversation]
+    train_conversations: Sequence[Conversation]
+    summary: dict[str, Any]
+
+
+def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> PreparedData:
+    """Read, check, tokenise and pack the job's data, or open what an earlier run left in the cache.
+
+    Processes of one machine may call it together: one builds, the others wait and open.
+    Raises DataError with file and line of every row that is wrong.
+    """
+    started = time.perf_counter()
+    train = open_source(job.data.path, job.data.split)
+    held = job.data.validation
+    validation = open_source(held, "validation") if isinstance(held, str) else None
+    fingerprint = sha256_json(_shaped_by(job, tokenizer, train, validation))
+    folder = cache_folder(cache_dir) / fingerprint[:32]
+    with exclusive(folder):
+        cached = is_whole(folder)
+        if not cached:
+            with publish_folder(folder) as partial:
+                build(partial, job, tokenizer, train, validation)
+                seal(partial)
+    prepared = _open(folder, fingerprint)
+    prepared.summary.update(cache="hit" if cached else "built", seconds=time.perf_counter() - started)
+    return prepared
+
+
+def _open(folder: Path, fingerprint: str) -> PreparedData:
+    from safetensors.numpy import load_file
+
+    index = load_file(folder / "conversations.safetensors")
+    rows = {
+        split: PackedRows.open(folder / f"{split}.safetensors", f"{fingerprint}:{split}")
+        for split in ("train", "validation")
+        if (folder / f"{split}.safetensors").exists()
+    }
+    chats = {
+        split: ConversationFile(folder / CONVERSATIONS, index["starts"], index[split])
+        for split in ("train", "validation")
+    }
+    summary = read_json(folder / "summary.json")
+    return PreparedData(rows["train"], rows.get("validation"), chats["validation"], chats["train"], summary)
+
+
+def _shaped_by(job: Job, tokenizer: Any, train: Source, validation: Source | None) -> dict[str, Any]:
+    """Everything that the tokens and rows depend on."""
+    data = job.data
+    return {
+        "layout": LAYOUT_VERSION,
+        "train": train.fingerprint(),
+        "validation": validation.fingerprint() if validation else data.validation,
+        "format": data.format,
+        "system": data.system,
+        "tools": data.tools,
+        "max_rows": data.max_rows,
+        "on_bad_row": data.on_bad_row,
+        "on_long_row": data.on_long_row,
+        "packing": data.packing,
+        "sequence_length": job.sequence_length,
+        "seed": job.seed,
+        "template": template_hash(tokenizer) if tokenizer.chat_template else None,
+        "tokenizer": tokenizer_hash(tokenizer),
+    }
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of the vocabulary, merges, normalisation and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    written = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return sha256_json([written, special])

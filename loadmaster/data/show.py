@@ -1,0 +1,68 @@
+"""Looking at the data: rendered rows with the trained part marked, and a summary in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from loadmaster.data.checks import marked
+from loadmaster.data.formats import Conversation
+from loadmaster.data.prepare import PreparedData
+from loadmaster.data.render import ChatRenderer, Rendering, Span
+
+
+def show(data: PreparedData | Sequence[Conversation], tokenizer: Any, count: int, console: Any) -> None:
+    """Print `count` rendered rows on a rich Console: trained text in green on a terminal, between ⟦ and ⟧ elsewhere."""
+    from rich.text import Text
+
+    conversations = data.train_conversations if isinstance(data, PreparedData) else data
+    for conversation in islice(conversations, count):
+        rendering = rendered(conversation, tokenizer)
+        if console.is_terminal:
+            console.rule(conversation.origin)
+            text = Text(rendering.text, style="dim")
+            for span in rendering.spans:
+                text.stylize("not dim bold green", span.start, span.end)
+            console.print(text, soft_wrap=True)
+        else:
+            plain = f"--- {conversation.origin}\n{marked(rendering.text, rendering.spans)}"
+            console.print(plain, markup=False, highlight=False, soft_wrap=True)
+    if isinstance(data, PreparedData):
+        console.print(describe(data.summary), markup=False, highlight=False, soft_wrap=True)
+
+
+def rendered(conversation: Conversation, tokenizer: Any) -> Rendering:
+    """The text that is tokenised and its trained spans; plain text is trained whole, with its EOS token."""
+    if conversation.text is None:
+        return ChatRenderer(tokenizer).render(conversation.messages, conversation.tools)
+    text = conversation.text + tokenizer.eos_token
+    return Rendering(text, (Span(0, len(text), tokenizer.eos_token),))
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary of PreparedData as lines for the log."""
+    took = f"tokenised in {summary['seconds']:.1f} s" if summary["cache"] == "built" else "from the cache"
+    lines = [
+        f"data: {summary['rows_read']:,} rows read as {summary['format']} "
+        f"(recognised by {summary['recognised_by']}), {took}"
+    ]
+    for split in ("train", "validation"):
+        figures = summary[split]
+        if figures is None:
+            continue
+        share = figures["trained_tokens"] / figures["tokens"]
+        kind = "packed rows" if summary["packing"] else "rows"
+        lines.append(
+            f"  {split}: {figures['conversations']:,} rows -> {figures['rows']:,} {kind} of "
+            f"{summary['sequence_length']:,}, {figures['fill']:.1%} full; {figures['tokens']:,} tokens, "
+            f"{share:.1%} of them trained; length median {figures['median_length']:,}, longest {figures['longest']:,}"
+        )
+        long, policy = figures["long_rows"], summary["on_long_row"]
+        if long["long"]:
+            lines.append(
+                f"  {split}: {long['long']:,} rows longer than sequence_length (data.on_long_row={policy}): "
+                f"{long['pieces']:,} pieces kept, {long['cut_tokens']:,} tokens cut off, "
+                f"{long['dropped']:,} pieces dropped with nothing trained in them"
+            )
+    return "\n".join(lines + [f"  note: {note}" for note in summary["notes"]])

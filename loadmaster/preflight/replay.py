@@ -1,0 +1,237 @@
+"""Eager autograd by sizes instead of numbers: the same operations, saved tensors and lifetimes, no arithmetic.
+
+A training step is replayed on `Tape` in the order in which PyTorch runs it. A storage is alive from its
+allocation until its last reference goes, as in CPython; a node of the graph keeps what its backward needs
+until it has run; nodes run newest first; gradients that meet are added in place. The peak is what
+`torch.cuda.max_memory_allocated` would show, but for temporaries inside a kernel, which the ops of
+`blocks.py` name one by one. The same replay counts FLOPs, bytes moved and kernels for the speed model.
+
+Proved against traces of the real modules on the meta device (tests/preflight/test_replay.py). A trace cannot
+add gradients in place (its dispatch mode forbids it), so `in_place=False` replays a trace.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+class Storage:
+    """Bytes on the device; gone with the last reference to it."""
+
+    __slots__ = ("bytes", "tape")
+
+    def __init__(self, tape: Tape, size: int):
+        self.bytes, self.tape = size, tape
+        tape.live += size
+        if tape.live > tape.peak:
+            tape.peak = tape.live
+        if tape.events is not None:
+            tape.events.append(size)
+
+    def __del__(self):
+        self.tape.live -= self.bytes
+        if self.tape.events is not None:
+            self.tape.events.append(-self.bytes)
+
+
+class Tensor:
+    """A view of a storage (`bytes` may be less than the storage's), with its place in the graph if it has one."""
+
+    __slots__ = ("bytes", "node", "storage")
+
+    def __init__(self, storage: Storage, node: Node | None = None, size: int | None = None):
+        self.storage, self.node = storage, node
+        self.bytes = storage.bytes if size is None else size
+
+
+class Node:
+    """One backward function: `backward(gradient, saved)` gives a Storage (or None) for each input."""
+
+    __slots__ = ("backward", "inputs", "order", "saved")
+
+    def __init__(self, order: int, inputs: list[Node | Leaf | None], backward: Callable, saved: list):
+        self.order, self.inputs, self.backward, self.saved = order, inputs, backward, saved
+
+
+class Leaf:
+    """Where a parameter's gradient ends up. Shared leaves (tied weights) wait for all their gradients."""
+
+    __slots__ = ("gradient", "waiting")
+
+    def __init__(self, gradient: Storage | None = None):
+        self.gradient = gradient
+        self.waiting: Storage | None = None
+
+
+class Stop(Exception):
+    """Recomputation has made everything that was saved."""
+
+
+class Region:
+    """What a checkpointed function keeps: its input and how to run it again."""
+
+    def __init__(self, tape: Tape, function: Callable, argument: Tensor):
+        self.tape, self.function, self.argument = tape, function, argument
+        self.count = 0
+        self.made: dict[int, Storage] | None = None
+
+    def pack(self, storage: Storage) -> tuple[Region, int]:
+        self.count += 1
+        return self, self.count - 1
+
+    def unpack(self, index: int) -> Storage:
+        if self.made is None:
+            self.made = {}
+            with self.tape.packing(self._keep), self.tape.gradients(True):
+                try:
+                    self.function(Tensor(self.argument.storage, self.argument.node))
+                except Stop:
+                    pass
+        return self.made.pop(index)
+
+    def _keep(self, storage: Storage) -> None:
+        made = self.made
+        made[self.tape.recomputed] = storage
+        self.tape.recomputed += 1
+        if self.tape.recomputed == self.count:
+            raise Stop
+
+
+@dataclass
+class Work:
+    """What the replayed kernels do."""
+
+    matmul_flops: float = 0.0
+    attention_flops: float = 0.0
+    bytes_moved: float = 0.0
+    """By kernels that are no matmuls: every input read and every output written once."""
+    matmul_bytes: float = 0.0
+    kernels: int = 0
+
+    def plus(self, other: Work, times: float = 1.0) -> Work:
+        return Work(*(getattr(self, k) + times * getattr(other, k) for k in self.__dataclass_fields__))
+
+
+class Tape:
+    def __init__(self, in_place: bool = True, record: bool = False):
+        self.in_place = in_place
+        self.live = self.peak = 0
+        self.events: list[int] | None = [] if record else None
+        self.work = Work()
+        self.order = 0
+        self.enabled = True
+        self.pack: Callable | None = None
+        self.recomputed = 0
+
+    # ------------------------------------------------------------ building
+
+    def alloc(self, size: float) -> Storage:
+        return Storage(self, int(size))
+
+    def parameter(self, size: float, trainable: bool, accumulated: bool = False) -> Tensor:
+        """accumulated: its gradient is there already, from an earlier micro-batch."""
+        if not trainable:
+            return Tensor(self.alloc(size))
+        leaf = Leaf(self.alloc(size) if accumulated else None)
+        return Tensor(self.alloc(size), leaf)
+
+    def moved(self, *sizes: float) -> None:
+        self.work.bytes_moved += sum(sizes)
+        self.work.kernels += 1
+
+    def needs(self, *inputs: Tensor) -> bool:
+        return self.enabled and any(i.node is not None for i in inputs)
+
+    def link(self, output: Tensor, inputs: Sequence[Tensor], saved: Sequence[Storage], backward: Callable) -> Tensor:
+        """Give `output` its backward; does nothing where no gradient is needed."""
+        if not self.needs(*inputs):
+            return output
+        pack = self.pack
+        kept = list(saved) if pack is None else [pack(s) for s in saved]
+        self.order += 1
+        output.node = Node(self.order, [i.node for i in inputs], backward, kept)
+        return output
+
+    def op(self, size: float, inputs: Sequence[Tensor], saved: Sequence[Storage], backward: Callable,
+           hidden: float = 0) -> Tensor:
+        """An operation whose result has `size` bytes; `hidden` bytes exist inside its kernel only.
+
+        Like PyTorch, what the backward needs is packed before the result is allocated.
+        """
+        output = Tensor.__new__(Tensor)
+        output.node = None
+        self.link(output, inputs, saved, backward)
+        output.storage, output.bytes = self.alloc(size), int(size)
+        if hidden:
+            self.alloc(hidden)
+        return output
+
+    @contextmanager
+    def gradients(self, enabled: bool) -> Iterator[None]:
+        before, self.enabled = self.enabled, enabled
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextmanager
+    def packing(self, pack: Callable) -> Iterator[None]:
+        before, self.pack = self.pack, pack
+        counted, self.recomputed = self.recomputed, 0
+        try:
+            yield
+        finally:
+            self.pack, self.recomputed = before, counted
+
+    def checkpoint(self, function: Callable[[Tensor], Tensor], argument: Tensor) -> Tensor:
+        """torch.utils.checkpoint without reentrance: saved tensors are made again when first asked for."""
+        region = Region(self, function, argument)
+        with self.packing(region.pack):
+            return function(argument)
+
+    # ------------------------------------------------------------ backward
+
+    def backward(self, output: Node, gradient: list[Storage]) -> None:
+        """Run the graph from `output`, newest node first. `gradient` is emptied: nobody else holds it."""
+        buffers: dict[Node, Storage] = {output: gradient.pop()}
+        queue = [(-output.order, output)]
+        pending_leaves: list[Leaf] = []
+        while queue:
+            node = heapq.heappop(queue)[1]
+            results = self._run(node, buffers)
+            for target in node.inputs:
+                result = results.pop(0)
+                if target is None or result is None:
+                    continue
+                if isinstance(target, Leaf):
+                    self._into_leaf(target, result)
+                elif target in buffers:
+                    self._add(buffers, target, result)
+                else:
+                    buffers[target] = result
+                    heapq.heappush(queue, (-target.order, target))
+                del result
+            node.inputs = []
+        del pending_leaves
+
+    def _run(self, node: Node, buffers: dict[Node, Storage]) -> list[Storage | None]:
+        gradient = buffers.pop(node)
+        saved = [s if isinstance(s, Storage) else s[0].unpack(s[1]) for s in node.saved]
+        with self.gradients(False):
+            results = list(node.backward(gradient, saved))
+        node.saved = node.backward = None
+        return results
+
+    def _add(self, buffers: dict[Node, Storage], target: Node, result: Storage) -> None:
+        first = buffers.pop(target)
+        self.moved(first.bytes, result.bytes, first.bytes)
+        buffers[target] = first if self.in_place else self.alloc(first.bytes)
+
+    def _into_leaf(self, leaf: Leaf, result: Storage) -> None:
+        if leaf.gradient is None:
+            leaf.gradient = result
+        else:
+            self.moved(result.bytes, result.bytes, result.bytes)

@@ -1,0 +1,147 @@
+"""Curves of a run as inline SVG: drawn by matplotlib, coloured by the page.
+
+Every colour goes into the SVG as a marker that is then replaced by a CSS variable, so that one drawing
+serves light and dark; text stays text in the page's own font. The smoothed line is an exponentially
+weighted mean, corrected for its start as in Adam: m_t = b m_(t-1) + (1 - b) x_t, shown as m_t / (1 - b^t).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+MOST_POINTS = 800
+"""More are averaged in bins: a screen shows no more, and the page stays small."""
+SMALLEST_TO_SMOOTH = 8
+LOG_SCALE_FROM = 50.0
+"""Ratio of the largest to the smallest value from which a chart that allows it is logarithmic."""
+
+COLOURS = {
+    "#010101": "var(--ink-soft)", "#020202": "var(--rule)", "#030303": "var(--series-1)", "#040404": "var(--series-2)",
+    "#050505": "var(--series-3)", "#060606": "var(--page)",
+}
+INK, RULE, FIRST, SECOND, THIRD, PAGE = COLOURS
+POINTS_PER_INCH = 72
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One chart: a measured series over optimizer steps, and what it is to be seen against.
+
+    x, y: step and value of the main series. others: label -> (steps, values), few points, drawn with marks.
+    lines: label -> value, drawn as a dashed level. missing: steps without a value (skipped), marked on the axis.
+    """
+
+    title: str
+    unit: str
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    smooth: bool = True
+    may_be_log: bool = False
+    from_zero: bool = False
+    others: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    lines: dict[str, float] = field(default_factory=dict)
+    missing: Sequence[float] = ()
+
+
+def draw(curve: Curve, width: int, height: int) -> str:
+    """The chart as an <svg> element of `width` x `height` CSS pixels that scales with its container."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_style(f"{curve.title} {width}x{height}"))
+        figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+        axes = figure.add_subplot()
+        _plot(axes, curve)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(curve.unit)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=max(3, width // 90), integer=True, min_n_ticks=1))
+        if axes.get_yscale() == "linear":
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.1)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return _inline(buffer.getvalue(), f"{curve.title}, {curve.unit}, over optimizer steps")
+
+
+def _plot(axes, curve: Curve) -> None:
+    x, y = binned(curve.x, curve.y)
+    if curve.smooth and len(y) >= SMALLEST_TO_SMOOTH:
+        axes.plot(x, y, color=FIRST, linewidth=1, alpha=0.35, label=f"{curve.label}, each step")
+        axes.plot(x, smoothed(y), color=FIRST, linewidth=2, label=f"{curve.label}, smoothed")
+    else:
+        axes.plot(x, y, color=FIRST, linewidth=2, marker="o" if len(y) == 1 else None, markersize=4, label=curve.label)
+    for label, (other_x, other_y) in curve.others.items():
+        axes.plot(other_x, other_y, color=SECOND, linewidth=1.2, marker="o", markersize=5, markeredgecolor=PAGE,
+                  label=label)
+    for label, level in curve.lines.items():
+        axes.axhline(level, color=THIRD, linewidth=1.4, dashes=(4, 3), label=label)
+    if len(curve.missing):
+        axes.plot(curve.missing, [0.02] * len(curve.missing), transform=axes.get_xaxis_transform(), linestyle="none",
+                  marker="x", color=SECOND, markersize=5, label="skipped")
+    positive = [v for v in y if v > 0]
+    if curve.may_be_log and len(positive) == len(y) and max(positive) / min(positive) > LOG_SCALE_FROM:
+        axes.set_yscale("log")
+    elif curve.from_zero:
+        axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+
+
+def binned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
+    """At most `most` points, each the mean of its neighbours."""
+    size = -(-len(x) // most)
+    if size <= 1:
+        return list(x), list(y)
+    parts = range(0, len(x), size)
+    return [_mean(x[i : i + size]) for i in parts], [_mean(y[i : i + size]) for i in parts]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponentially weighted mean over about a twentieth of the points, at least five of them."""
+    keep = 1 - 1 / max(5.0, len(values) / 20)
+    mean, out = 0.0, []
+    for number, value in enumerate(values, 1):
+        mean = keep * mean + (1 - keep) * value
+        out.append(mean / (1 - keep**number))
+    return out
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _style(salt: str) -> dict[str, object]:
+    return {
+        "svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "axes.labelsize": 11, "legend.fontsize": 11,
+        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": RULE, "xtick.color": RULE, "ytick.color": RULE,
+        "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": RULE, "grid.linewidth": 0.7,
+        "axes.axisbelow": True, "ytick.major.size": 0, "xtick.major.size": 3, "legend.frameon": False,
+        "legend.handlelength": 1.5, "legend.columnspacing": 1.4, "figure.facecolor": "none", "axes.facecolor": "none",
+        "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 6), "axes.formatter.use_mathtext": False,
+    }
+
+
+def _inline(svg: str, description: str) -> str:
+    """The drawing as an element of the page: no prolog, no fixed size, page colours, page font, no ids to clash."""
+    element = svg[svg.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.S)
+    element = re.sub(r' id="[a-z]+[0-9a-z.]*_[0-9_]+"', "", element)
+    view_box = re.search(r'viewBox="([^"]*)"', element)
+    assert view_box, "matplotlib writes a viewBox"
+    element = re.sub(
+        r"<svg[^>]*>", f'<svg viewBox="{view_box[1]}" role="img" aria-label="{description}">', element, count=1
+    )
+    element = element.replace("xlink:href", "href")
+    element = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", element)
+    for marker, variable in COLOURS.items():
+        element = element.replace(marker, variable)
+    return element

@@ -1,0 +1,67 @@
+"""Which curves a run has: loss, learning rate, throughput and gradient norm, from metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from loadmaster.report.charts import Curve, draw
+from loadmaster.report.inputs import RunFiles, number
+
+WIDE = (900, 300)
+NARROW = (420, 260)
+"""CSS pixels: the loss over the whole page, and a chart in a column or on a phone."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    narrow: Markup
+    wide: Markup | None = None
+
+
+@dataclass(frozen=True)
+class CurvesSection:
+    charts: list[Chart]
+    steps: int
+    skipped: list[int]
+
+
+def curves_section(files: RunFiles) -> CurvesSection | None:
+    if not files.metrics:
+        return None
+    skipped = [row["step"] for row in files.metrics if "loss" in row and number(row["loss"]) is None]
+    charts = [
+        Chart(curve.title, Markup(draw(curve, *NARROW)), Markup(draw(curve, *WIDE)) if curve.title == "Loss" else None)
+        for curve in curves_of(files, skipped)
+        if len(curve.x)
+    ]
+    return CurvesSection(charts, files.metrics[-1]["step"], skipped)
+
+
+def curves_of(files: RunFiles, skipped: Sequence[int]) -> list[Curve]:
+    metrics = files.metrics
+    planned, clip = number(files.plan.get("tokens_per_second")), number(files.job("optimizer.max_grad_norm"))
+    eval_x, eval_y = series(metrics, "eval_loss")
+    norm_x, norm_y = series(metrics, "grad_norm")
+    clips = bool(clip) and bool(norm_y) and max(norm_y) > clip / 3
+    return [
+        Curve("Loss", "nats per token", "training", *series(metrics, "loss"), missing=skipped,
+              others={"held-out": (eval_x, eval_y)} if eval_x else {}),
+        Curve("Learning rate", "learning rate", "learning rate", *series(metrics, "lr"), smooth=False, from_zero=True),
+        Curve("Throughput", "tokens/s", "measured", *series(metrics, "tokens_per_second"), smooth=False, from_zero=True,
+              lines={"planned": planned} if planned else {}),
+        Curve("Gradient norm", "L2 norm before clipping", "norm", norm_x, norm_y, may_be_log=True,
+              lines={"clipped above": clip} if clips and clip else {}),
+    ]
+
+
+def series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and finite values of one logged figure."""
+    pairs = [(row["step"], number(row.get(key))) for row in metrics]
+    known = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
+    return [step for step, _ in known], [value for _, value in known]

@@ -1,0 +1,193 @@
+"""The top of the page: what the run is, how far it came, and the figures that matter most."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from loadmaster.config.schema import STAGES
+from loadmaster.report import units
+from loadmaster.report.inputs import RunFiles, dig, number
+
+MEASURED_PEAK = "peak_device_gib"
+"""What must fit into the device, and so what the plan's total (which counts the context) is compared with."""
+
+
+@dataclass(frozen=True)
+class Header:
+    recipe: str
+    model: str
+    place: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    state: str
+    """done, failed, partial, stale or waiting; the page's symbol and colour go by it."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    label: str
+    value: str
+    note: str
+    before: str = ""
+
+
+def header(files: RunFiles) -> Header:
+    plan = files.plan
+    return Header(
+        recipe=str(files.job("recipe") or "run"),
+        model=str(dig(plan, "model.name") or files.job("model.name") or "model not known yet"),
+        place=place(plan),
+        what=", ".join(
+            str(part) for part in (plan.get("method"), plan.get("precision"), plan.get("optimizer")) if part
+        ),
+    )
+
+
+def place(plan: dict[str, Any]) -> str:
+    """The hardware in words: `CPU`, `1 x h100_80gb`, `2 nodes of 8 x h100_80gb`."""
+    gpu, count, nodes = (dig(plan, f"hardware.{key}") for key in ("gpu", "count", "nodes"))
+    if gpu is None:
+        return ""
+    if gpu == "cpu":
+        return "CPU"
+    each = f"{count} \N{MULTIPLICATION SIGN} {gpu}"
+    return each if nodes in (None, 1) else f"{nodes} nodes of {each}"
+
+
+def stages(files: RunFiles) -> list[Stage]:
+    last = files.job("stop_after")
+    asked = STAGES[: STAGES.index(last) + 1] if last in STAGES else STAGES
+    found, newest = [], ""
+    for name in STAGES:
+        record = files.stages.get(name)
+        if isinstance(record, dict):
+            text = units.seconds(record.get("seconds"))
+            finished = str(record.get("finished") or "")
+            stale = finished < newest
+            newest = max(newest, finished)
+            found.append(Stage(name, "stale" if stale else "done", f"{text}, before an earlier stage ran again" if stale else text))
+            continue
+        begun = _begun(files, name)
+        if begun:
+            found.append(Stage(name, begun[0], begun[1]))
+        else:
+            found.append(Stage(name, "waiting", "not run yet" if name in asked else f"not asked for (stop_after={last})"))
+    return found
+
+
+def _begun(files: RunFiles, stage: str) -> tuple[str, str] | None:
+    """State of a stage that left something behind but did not finish."""
+    if stage == "plan" and files.plan:
+        return ("failed", "does not fit") if files.plan.get("fits") is False else ("partial", "not finished")
+    if stage == "train" and files.metrics:
+        return "partial", f"{units.count(files.metrics[-1].get('step'))} steps so far"
+    if stage == "evaluate" and files.evaluation:
+        return "partial", "not finished"
+    if stage == "export" and files.manifests:
+        return "partial", "not finished"
+    return None
+
+
+def headlines(files: RunFiles) -> list[Figure]:
+    figures = [_task(files), *_held_out(files), _speed(files), _peak(files), _wall(files), _cost(files)]
+    return [figure for figure in figures if figure is not None]
+
+
+def _task(files: RunFiles) -> Figure | None:
+    before, after = (dig(files.evaluation, f"{side}.task.metric") for side in ("before", "after"))
+    if number(before) is None and number(after) is None:
+        return None
+    rows = dig(files.evaluation, "after.task.rows") or dig(files.evaluation, "before.task.rows")
+    task = {"json_fields": "whole JSON answers right", "exact_match": "answers right"}.get(
+        str(files.job("evaluation.task")), "answers right"
+    )
+    return Figure("Task metric", units.percent(after), f"{task}, {units.count(rows)} held-out rows", units.percent(before))
+
+
+def _held_out(files: RunFiles) -> list[Figure]:
+    sides = [dig(files.evaluation, f"{side}.held_out") for side in ("before", "after")]
+    if not any(isinstance(side, dict) for side in sides):
+        return []
+    before, after = (side if isinstance(side, dict) else {} for side in sides)
+    tokens = f"over {units.count(after.get('tokens') or before.get('tokens'))} trained tokens"
+    return [
+        Figure("Held-out loss", units.decimals(after.get("loss"), 3), f"nats per token, {tokens}",
+               units.decimals(before.get("loss"), 3)),
+        Figure("Held-out perplexity", units.significant(after.get("perplexity")), "exp of the loss",
+               units.significant(before.get("perplexity"))),
+    ]
+
+
+def _speed(files: RunFiles) -> Figure | None:
+    measured, planned = files.result.get("tokens_per_second"), files.plan.get("tokens_per_second")
+    utilisation = number(files.result.get("mfu"))
+    if number(measured) is None:
+        return None if number(planned) is None else Figure("Speed", units.rate(planned), "planned, not measured yet")
+    notes = [] if number(planned) is None else [f"planned {units.rate(planned)}"]
+    notes += [] if utilisation is None else [f"{units.percent(utilisation)} of the peak FLOP/s"]
+    trained = files.result.get("trained_tokens_per_second")
+    notes += [] if number(trained) is None else [f"{units.rate(trained)} with loss"]
+    return Figure("Speed", units.rate(measured), "; ".join(notes))
+
+
+def _peak(files: RunFiles) -> Figure | None:
+    predicted, measured = predicted_gib(files), number(files.result.get(MEASURED_PEAK))
+    if predicted is None:
+        return None
+    if measured is None:
+        return Figure("Peak memory", units.gib(predicted), "predicted, not measured yet")
+    return Figure("Peak memory", units.gib(measured), f"predicted {units.gib(predicted)}: {off_by(predicted, measured)}")
+
+
+def predicted_gib(files: RunFiles) -> float | None:
+    found = number(files.result.get("predicted_gib"))
+    return number(dig(files.plan, "memory_gib.total")) if found is None else found
+
+
+def off_by(predicted: float, measured: float) -> str:
+    """How far the prediction lies from the measurement, in per cent of the measurement."""
+    if measured <= 0 or not math.isfinite(measured):
+        return units.MISSING
+    share = predicted / measured - 1
+    return "exact" if abs(share) < 0.0005 else f"{100 * abs(share):.1f}% too {'high' if share > 0 else 'low'}"
+
+
+def _wall(files: RunFiles) -> Figure | None:
+    seconds = [number(record.get("seconds")) for record in files.stages.values() if isinstance(record, dict)]
+    known = [value for value in seconds if value is not None]
+    if not known:
+        return None
+    planned = number(files.plan.get("hours"))
+    note = f"{len(known)} of {len(STAGES)} stages"
+    return Figure("Wall time", units.seconds(sum(known)),
+                  note if planned is None else f"{note}; training planned at {units.seconds(planned * 3600)}")
+
+
+def _cost(files: RunFiles) -> Figure | None:
+    cost = files.plan.get("cost_usd")
+    return None if number(cost) is None else Figure("Cost", units.usd(cost), "planned, for training at the catalogue's price")
+
+
+def data(files: RunFiles) -> list[tuple[str, str]]:
+    """What was trained on: the plain figures of the data summary, nested ones by dotted name."""
+    return list(_flat(files.result.get("data")))
+
+
+def _flat(value: Any, prefix: str = ""):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}{key}.".replace("_", " "))
+    elif prefix and isinstance(value, str | int | float | list) and value not in ([], ""):
+        if isinstance(value, list):
+            text = ", ".join(map(str, value[:8])) + (", …" if len(value) > 8 else "")
+        else:
+            is_count = isinstance(value, int) and not isinstance(value, bool)
+            text = units.count(value) if is_count else units.significant(value, 4) if isinstance(value, float) else str(value)
+        yield prefix.rstrip("."), text

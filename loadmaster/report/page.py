@@ -1,0 +1,98 @@
+"""From a run directory to report.html. The report is a view: whatever is wrong with it, the run goes on."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from loadmaster import __version__
+from loadmaster.files import write_text
+from loadmaster.report import curves, evaluation, overview, plan, units
+from loadmaster.report.inputs import RunFiles, read_run
+
+NAME = "report.html"
+LIBRARIES = (
+    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors",
+    "compressed-tensors", "llmcompressor",
+)
+SECTIONS: dict[str, Callable[[RunFiles], Any]] = {
+    "header": overview.header,
+    "stages": overview.stages,
+    "headlines": overview.headlines,
+    "data": overview.data,
+    "plan": plan.plan_section,
+    "memory": plan.memory_section,
+    "curves": curves.curves_section,
+    "evaluation": evaluation.evaluation_section,
+    "exports": evaluation.exports_section,
+    "samples": evaluation.samples_section,
+}
+
+
+def write_report(run_dir: Path, command: str) -> Path:
+    """Write run_dir/report.html from whatever the run has left so far, and return its path.
+
+    command: the command line as a person would type it again.
+    Raises nothing for missing, torn or odd files: the page says what it could not show. Where the page itself
+    cannot be written (a full disk), a line on stderr says so and an earlier report stays.
+    """
+    path = run_dir / NAME
+    try:
+        write_text(path, render(run_dir, command))
+    except OSError as error:
+        print(f"{path} could not be written: {error}", file=sys.stderr)
+    return path
+
+
+def render(run_dir: Path, command: str) -> str:
+    """The page as text; the only thing in it that differs from one call to the next is inside <time> elements."""
+    files = read_run(run_dir)
+    problems = list(files.problems)
+    content = {name: _built(name, build, files, problems) for name, build in SECTIONS.items()}
+    html = _environment().get_template("report.html.j2").render(
+        **content, problems=problems, command=command, versions=versions(), config_text=files.config_text,
+        seed=files.job("seed"), written=datetime.now(UTC), run_name=files.name,
+    )
+    return html.encode("utf-8", errors="replace").decode("utf-8")  # generated text may hold half a surrogate pair
+
+
+def _built(name: str, build: Callable[[RunFiles], Any], files: RunFiles, problems: list[str]) -> Any:
+    try:
+        return build(files)
+    except Exception as error:  # files may hold anything; the rest of the page still stands
+        problems.append(f"The part on {name} could not be shown ({type(error).__name__}: {error}).")
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions in the environment that writes the page; libraries that are not installed are left out."""
+    found = {"loadmaster": __version__, "Python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def visible(value: Any) -> str:
+    """Text with the control characters that HTML forbids shown as their pictures (U+2400 and on)."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", lambda match: chr(0x2400 + ord(match[0])), str(value))
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("loadmaster.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+    )
+    environment.globals["units"] = units
+    return environment

@@ -1,0 +1,172 @@
+"""The plan and its memory, as the page shows them: what was decided, by whom, why, and what else was possible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from loadmaster.report import units
+from loadmaster.report.inputs import RunFiles, dig, number, rows
+from loadmaster.report.overview import off_by, place, predicted_gib
+
+COMPONENTS = {
+    "weights": "weights", "gradients": "gradients", "optimizer": "optimizer states", "activations": "activations",
+    "logits": "logits and loss", "quantization": "quantization", "communication": "communication buffers",
+    "context": "context and workspaces",
+}
+MEASURED = {
+    "peak_allocated_gib": ("allocated by tensors", "the allocator's own count"),
+    "peak_reserved_gib": ("reserved by the allocator", "tensors and what it keeps for reuse"),
+    "peak_device_gib": ("in use on the device", "everything, context included; this is what must fit"),
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    name: str
+    value: str
+    by: str
+    """`job` where the user wrote it, `preflight` where it was auto, empty where it is not a setting."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of a bar. share: of the bar's full length, 0 to 1; key: names its colour in the style sheet."""
+
+    key: str
+    label: str
+    gib: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Bar:
+    parts: list[Part]
+    total: float
+    budget: float | None
+    budget_at: float
+    """Where the budget lies on the bar, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class PlanSection:
+    fits: bool
+    place: str
+    decisions: list[Decision]
+    bar: Bar
+    phases: list[Part]
+    reasons: list[str]
+    rejected: list[dict[str, Any]]
+    alternatives: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    name: str
+    note: str
+    gib: float
+    share: float
+    difference: str
+
+
+@dataclass(frozen=True)
+class MemorySection:
+    predicted: float
+    predicted_share: float
+    budget: float | None
+    budget_at: float
+    measured: list[Comparison]
+    host_only: bool
+    """On a CPU the three figures are one: the process's largest resident set."""
+
+
+def plan_section(files: RunFiles) -> PlanSection | None:
+    plan = files.plan
+    if not plan:
+        return None
+    return PlanSection(
+        fits=plan.get("fits") is not False,
+        place=place(plan),
+        decisions=decisions(files),
+        bar=memory_bar(plan),
+        phases=_phases(plan),
+        reasons=[str(reason) for reason in plan.get("reasons") or []],
+        rejected=rows(plan.get("rejected")),
+        alternatives=rows(plan.get("alternatives")),
+    )
+
+
+def decisions(files: RunFiles) -> list[Decision]:
+    plan, job = files.plan, files.job
+    tokens = units.count(plan.get("sequence_length"))
+    world = (number(dig(plan, "hardware.count")) or 1) * (number(dig(plan, "hardware.nodes")) or 1)
+    size, accumulation = number(plan.get("micro_batch_size")), number(plan.get("gradient_accumulation_steps"))
+    step = None if size is None or accumulation is None else size * accumulation * world
+    length = number(plan.get("sequence_length"))
+
+    def row(name: str, key: str, value: str | None = None) -> Decision:
+        given = job("optimizer.name" if key == "optimizer" else key)
+        by = "" if given is None else "preflight" if given == "auto" else "job"
+        return Decision(name, str(plan.get(key, units.MISSING)) if value is None else value, by)
+
+    optimizer = str(plan.get("optimizer", units.MISSING)) + (", fp32 master weights" if plan.get("master_weights") else "")
+    device = "host" if dig(plan, "hardware.gpu") == "cpu" else "each GPU"
+    return [
+        row("Method", "method"),
+        row("Precision", "precision"),
+        row("Optimizer", "optimizer", optimizer),
+        row("Sharding", "sharding"),
+        row("Offload", "offload"),
+        row("Activation checkpointing", "activation_checkpointing"),
+        row("Micro-batch", "micro_batch_size", f"{units.count(size)} packed rows of {tokens} tokens"),
+        Decision("Gradient accumulation", f"{units.count(accumulation)} micro-batches per step", ""),
+        Decision("Optimizer step", f"{units.count(step)} rows, up to "
+                 f"{units.count(None if step is None or length is None else step * length)} tokens", ""),
+        Decision("Parameters", f"{units.parameters(dig(plan, 'model.parameters'))}, of which "
+                 f"{units.parameters(dig(plan, 'model.trainable_parameters'))} trained", ""),
+        Decision("Memory budget", f"{units.gib(plan.get('budget_gib'))} of {units.gib(dig(plan, 'hardware.memory_gib'))}, {device}", ""),
+        Decision("Host memory needed", f"{units.gib(plan.get('host_memory_gib'))} per node", ""),
+        Decision("Disk needed", units.gib(plan.get("disk_gib")), ""),
+        Decision("Speed", f"{units.rate(plan.get('tokens_per_second'))} (modelled)", ""),
+        Decision("Training time", units.seconds(None if number(plan.get("hours")) is None else plan["hours"] * 3600)
+                 + ("" if number(plan.get("cost_usd")) is None else f", {units.usd(plan['cost_usd'])}"), ""),
+    ]
+
+
+def memory_bar(plan: dict[str, Any]) -> Bar:
+    """Components of the training step's peak against the budget; the bar is as long as the larger of the two."""
+    values = {key: number(dig(plan, f"memory_gib.{key}")) or 0.0 for key in COMPONENTS}
+    total = number(dig(plan, "memory_gib.total")) or sum(values.values())
+    budget = number(plan.get("budget_gib"))
+    full = max(total, budget or 0.0) or 1.0
+    parts = [Part(key, label, values[key], values[key] / full) for key, label in COMPONENTS.items()]
+    return Bar(parts, total, budget, (budget or 0.0) / full)
+
+
+def _phases(plan: dict[str, Any]) -> list[Part]:
+    values = {str(k): number(v) or 0.0 for k, v in (dig(plan, "phases_gib") or {}).items()}
+    full = max([*values.values(), number(plan.get("budget_gib")) or 0.0], default=0.0) or 1.0
+    return [Part("phase", name, value, value / full) for name, value in values.items()]
+
+
+def memory_section(files: RunFiles) -> MemorySection | None:
+    """Predicted against measured; None before anything was measured."""
+    predicted = predicted_gib(files)
+    measured = {key: number(files.result.get(key)) for key in MEASURED}
+    known = {key: value for key, value in measured.items() if value is not None}
+    if predicted is None or not known:
+        return None
+    host_only = dig(files.plan, "hardware.gpu") == "cpu"
+    if host_only:
+        known = {"peak_device_gib": max(known.values())}
+    budget = number(files.plan.get("budget_gib"))
+    full = max(predicted, *known.values(), 1e-9)
+    if budget is not None and budget < 2 * full:
+        full = max(full, budget)
+    names = {**MEASURED, **({"peak_device_gib": ("resident set of the process", "largest, as the system counts it")}
+                            if host_only else {})}
+    return MemorySection(
+        predicted, predicted / full, budget, min(1.0, (budget or 0.0) / full),
+        [Comparison(*names[key], value, value / full, off_by(predicted, value)) for key, value in known.items()],
+        host_only,
+    )

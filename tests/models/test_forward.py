@@ -1,0 +1,81 @@
+"""Packed documents must not see each other: losses and gradients equal those of the documents one by one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+
+from loadmaster.config.schema import LoraConfig
+from loadmaster.models.adapters import make_trainable, trainable
+from loadmaster.models.attention import PACKED, cached_attention
+from loadmaster.models.forward import count_trained, token_losses, trained_logits
+from loadmaster.models.load import load_base
+
+TEXTS = [
+    "The capital of France is Paris, and the Seine runs through it.",
+    "Water boils at 100 degrees Celsius at sea level.",
+    "def add(a, b):\n    return a + b",
+]
+
+
+def packed(documents: list[list[int]], padding: int = 0):
+    ids = sum(documents, []) + [0] * padding
+    labels = sum(documents, []) + [-100] * padding
+    positions = sum((list(range(len(d))) for d in [*documents, [0] * padding]), [])
+    return SimpleNamespace(**{k: torch.tensor([v]) for k, v in
+                              {"input_ids": ids, "labels": labels, "position_ids": positions}.items()})
+
+
+def losses_and_gradients(model, batches):
+    model.zero_grad()
+    total, count = 0.0, 0
+    for batch in batches:
+        loss, n = token_losses(model, batch)
+        loss.backward()
+        total, count = total + loss.item(), count + n
+    return total, count, {name: p.grad.clone() for name, p in trainable(model)}
+
+
+def test_packed_equals_unpacked_on_the_real_model(smollm2, tokenizer):
+    documents = [tokenizer(text).input_ids for text in TEXTS]
+    model = make_trainable(load_base(smollm2, torch.float32, "cpu"), "lora", LoraConfig(rank=4))
+    for name, parameter in trainable(model):  # B starts at zero, which would hide A's gradient
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
+    together, count, gradients = losses_and_gradients(model, [packed(documents, padding=5)])
+    apart, count_apart, gradients_apart = losses_and_gradients(model, [packed([d]) for d in documents])
+    assert count == count_apart == sum(len(d) - 1 for d in documents)
+    assert together == pytest.approx(apart, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients_apart[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("config", [
+    LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                vocab_size=120),
+    MistralConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, vocab_size=120, sliding_window=6),
+    Qwen3Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=32, vocab_size=120),
+], ids=["llama", "mistral-sliding-window", "qwen3"])
+def test_families_agree_with_transformers_own_attention(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
+    documents = [torch.randint(1, 120, (n,)).tolist() for n in (17, 9, 23)]
+    logits, targets = trained_logits(model, packed(documents))
+    with cached_attention(model), torch.no_grad():
+        expected = torch.cat([model(torch.tensor([d]), use_cache=False).logits[0, :-1] for d in documents])
+    assert targets.tolist() == sum((d[1:] for d in documents), [])
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_token_of_a_document_gets_no_loss():
+    batch = packed([[1, 2, 3], [4, 5]])
+    assert count_trained(batch.labels, batch.position_ids) == 3
+
+
+def test_attention_without_document_bounds_is_refused(smollm2):
+    model = load_base(smollm2, torch.float32, "cpu")
+    with pytest.raises(RuntimeError, match="document bounds"):
+        model(torch.tensor([[1, 2, 3]]))

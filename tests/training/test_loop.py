@@ -1,0 +1,162 @@
+"""The loop's arithmetic and its ways to stop, in process on a tiny model."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from loadmaster.config.schema import BatchConfig, CheckpointConfig, DataConfig, EvaluationConfig, Job, OptimizerConfig, TrackerConfig
+from loadmaster.data import packed_rows
+from loadmaster.errors import ConfigError, StoppedOnRequest, TrainingFailed
+from loadmaster.models.load import load_base, load_tokenizer
+from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, PhasesGib, Plan
+from loadmaster.training.batches import micro_batches, trained_tokens
+from loadmaster.training.display import Display
+from loadmaster.training.loop import make_accelerator, make_session, refuse_unbuilt, train
+from loadmaster.training.metrics import read_metrics
+from loadmaster.training.stop import StopSignal
+
+PLAN = Plan(
+    fits=True, model=ModelSummary("tiny", 0, 0, 2, 64, 49152, "llama"), hardware=HardwareSummary("cpu", 1, 1, 8.0, 8.0),
+    method="full", precision="fp32", sharding="none", offload="none", activation_checkpointing="none", optimizer="adamw",
+    master_weights=False, micro_batch_size=2, gradient_accumulation_steps=2, sequence_length=64,
+    memory_gib=MemoryGib(*[0.0] * 9), phases_gib=PhasesGib(*[0.0] * 5), budget_gib=8.0, host_memory_gib=0.0,
+    disk_gib=0.0, tokens_per_second=None, hours=None, cost_usd=None,
+)
+JOB = Job(
+    data=DataConfig(path="in memory"), sequence_length=64, batch=BatchConfig(4), max_steps=6,
+    optimizer=OptimizerConfig(lr=1e-3), tracker=TrackerConfig("none"),
+    checkpoint=CheckpointConfig(every_steps=2), evaluation=EvaluationConfig(every_steps=2),
+)
+
+
+def rows(documents: int = 40, seed: int = 0):
+    generator = np.random.default_rng(seed)
+    made = []
+    for _ in range(documents):
+        size = int(generator.integers(8, 40))
+        made.append((generator.integers(3, 49152, size).tolist(), (np.arange(size) >= size // 3).tolist()))
+    return packed_rows(made, 64)
+
+
+def session_on(tiny, job=JOB, plan=PLAN):
+    accelerator = make_accelerator(job, plan, tiny)
+    return make_session(job, plan, load_base(tiny, torch.float32, "cpu"), accelerator, 0)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_any_split_of_a_batch_gives_the_same_gradients(tiny, checkpointing):
+    batch = [rows()[i] for i in range(5)]
+    total = sum(map(trained_tokens, batch))
+    session = session_on(tiny, plan=dataclasses.replace(PLAN, activation_checkpointing=checkpointing))
+    results = []
+    for size, ranks in [(5, 1), (1, 1), (2, 1), (3, 1), (1, 2), (2, 3), (1, 8)]:
+        session.optimizer.zero_grad()
+        loss = sum(session.backward(micro_batches(batch, size, rank, ranks, 0, None), total).item() for rank in range(ranks))
+        results.append((loss, [p.grad.clone() for _, p in session.trained]))
+    for loss, gradients in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        for gradient, first in zip(gradients, results[0][1], strict=True):
+            torch.testing.assert_close(gradient, first, rtol=1e-6, atol=1e-6)
+
+
+def run(tiny, folder, job=JOB, prepared=None, stop=None, held_out=lambda model: {"loss": 1.0}):
+    prepared = prepared or SimpleNamespace(train=rows(), validation=rows(6, seed=1))
+    return train(job, PLAN, prepared, load_tokenizer(tiny), tiny, folder, "hash", held_out, stop or StopSignal(),
+                 Display(Console(quiet=True)))
+
+
+def test_the_rehearsal_leaves_no_trace(tiny, tmp_path, monkeypatch):
+    from loadmaster.training import loop
+
+    run(tiny, tmp_path / "with")
+    rehearsed = SimpleNamespace(seconds=0.0, peak_allocated_gib=0.0)
+    monkeypatch.setattr(loop, "_rehearse", lambda *_: rehearsed)
+    run(tiny, tmp_path / "without")
+    both = [[(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / d / "metrics.jsonl")] for d in ("with", "without")]
+    assert both[0] == both[1] and len(both[0]) == 6
+    assert not (tmp_path / "with" / "checkpoints" / ".rehearsal").exists()
+
+
+def test_a_request_to_stop_saves_and_the_rest_continues_bit_for_bit(tiny, tmp_path):
+    run(tiny, tmp_path / "whole")
+    stop = StopSignal()
+
+    def stop_at_four(model):
+        stop.requested = len(read_metrics(tmp_path / "halves" / "metrics.jsonl")) >= 3
+        return {"loss": 1.0}
+
+    with pytest.raises(StoppedOnRequest, match="after step 4 of 6"):
+        run(tiny, tmp_path / "halves", stop=stop, held_out=stop_at_four)
+    run(tiny, tmp_path / "halves")
+    whole, halves = ([{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(tmp_path / d / "metrics.jsonl")]
+                     for d in ("whole", "halves"))
+    assert whole == halves and len(whole) == 6
+
+
+def test_non_finite_losses_are_skipped_then_stop_the_run_with_rows_and_checkpoint(tiny, tmp_path, monkeypatch):
+    from loadmaster.training import loop
+
+    calls = []
+    backward = loop.Session.backward
+
+    def poisoned(self, batches, total):
+        loss = backward(self, batches, total)
+        calls.append(loss)
+        return loss * math.nan if len(calls) > 4 else loss  # two of the calls are the rehearsal's
+
+    monkeypatch.setattr(loop.Session, "backward", poisoned)
+    with pytest.raises(TrainingFailed, match=r"not finite in 3 steps in a row, from step 3 on.*document:") as caught:
+        run(tiny, tmp_path)
+    assert "checkpoints/step-4" in str(caught.value)
+    assert (tmp_path / "checkpoints" / "step-4" / "checksums.json").exists()
+    assert [row["loss"] is None for row in read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True, True]
+
+
+def test_one_bad_step_is_left_out_and_the_run_goes_on(tiny, tmp_path, monkeypatch):
+    from loadmaster.training import loop
+
+    calls = []
+    clip = loop.TrainingOptimizer.clip
+
+    def poisoned(self, norm):
+        calls.append(1)
+        return clip(self, norm) * (math.inf if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(loop.TrainingOptimizer, "clip", poisoned)
+    _, outcome = run(tiny, tmp_path)
+    assert [row["loss"] is None for row in read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True, False, False, False]
+    assert math.isfinite(outcome.train_loss)
+
+
+def test_memory_running_out_in_the_rehearsal_says_what_to_change(tiny, tmp_path, monkeypatch):
+    from loadmaster.training import loop
+
+    def too_big(self, batches, total):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop.Session, "backward", too_big)
+    with pytest.raises(TrainingFailed, match="fullest micro-batch.*micro_batch_size"):
+        run(tiny, tmp_path)
+
+
+def test_the_loss_falls_and_the_outcome_reports_it(tiny, tmp_path):
+    one = SimpleNamespace(train=rows(4), validation=None)
+    job = dataclasses.replace(JOB, max_steps=30, optimizer=OptimizerConfig(lr=5e-3))
+    _, outcome = run(tiny, tmp_path, job, one)
+    logged = read_metrics(tmp_path / "metrics.jsonl")
+    assert logged[-1]["loss"] < 0.5 * logged[0]["loss"]
+    assert outcome.train_loss == logged[-1]["loss"] and outcome.steps == 30
+    assert logged[-1]["tokens"] == 30 * rows(4).tokens
+    assert {"step", "loss", "lr", "tokens", "tokens_per_second"} <= set(logged[0])
+
+
+@pytest.mark.parametrize("key, value", [("sharding", "zero3"), ("offload", "all"), ("activation_checkpointing", "selective"),
+                                        ("precision", "fp8")])
+def test_what_the_loop_does_not_do_is_refused_not_replaced(key, value):
+    with pytest.raises(ConfigError, match=f"{key}={value}"):
+        refuse_unbuilt(dataclasses.replace(PLAN, **{key: value}))

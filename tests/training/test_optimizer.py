@@ -1,0 +1,107 @@
+import pytest
+import torch
+from torch import nn
+
+from loadmaster.config.schema import OptimizerConfig
+from loadmaster.training import optimizer as optimizer_module
+from loadmaster.training.optimizer import TrainingOptimizer
+
+NAMES = ["adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
+
+
+def parameters(dtype=torch.bfloat16) -> list[tuple[str, nn.Parameter]]:
+    torch.manual_seed(0)
+    return [("big", nn.Parameter(torch.randn(128, 64, dtype=dtype))), ("norm", nn.Parameter(torch.ones(64, dtype=dtype)))]
+
+
+def step(optimizer: TrainingOptimizer, seed: int, lr: float = 1e-3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in optimizer.parameters:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    optimizer.step(lr)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_state_taken_and_loaded_continues_bit_for_bit(name, masters, dtype):
+    if name == "adamw_bf16" and masters:
+        dtype = torch.bfloat16  # stochastic rounding is for bf16 moments
+    first = TrainingOptimizer(parameters(dtype), OptimizerConfig(weight_decay=0.1), name, masters)
+    for seed in range(3):
+        step(first, seed)
+    tensors, scalars = first.state()
+    tensors = {k: v.clone() for k, v in tensors.items()}
+    named = parameters(dtype)
+    for (_, copy), original in zip(named, first.parameters, strict=True):
+        copy.data.copy_(original.data)
+    second = TrainingOptimizer(named, OptimizerConfig(weight_decay=0.1), name, masters)
+    second.load_state(tensors, scalars)
+    for optimizer in (first, second):
+        torch.manual_seed(7)  # stochastic rounding draws from the global generator
+        step(optimizer, 9)
+    for a, b in zip(first.parameters, second.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_master_weights_keep_updates_that_bf16_would_lose():
+    named = [("w", nn.Parameter(torch.ones(256, 4, dtype=torch.bfloat16)))]
+    optimizer = TrainingOptimizer(named, OptimizerConfig(), "adamw", master_weights=True)
+    for _ in range(40):
+        named[0][1].grad = torch.ones_like(named[0][1])
+        optimizer.step(1e-4)  # below half of bf16's spacing at 1.0 (2**-8): alone it rounds away
+    assert named[0][1].float().max() < 1.0
+    torch.testing.assert_close(optimizer.buckets[0].targets[0], torch.full((256, 4), 1 - 40e-4), rtol=1e-4, atol=0)
+
+
+def test_moments_of_adamw_are_fp32_also_over_bf16_weights():
+    optimizer = TrainingOptimizer(parameters(), OptimizerConfig(), "adamw", master_weights=False)
+    step(optimizer, 0)
+    moments = [t for k, t in optimizer.state()[0].items() if t.shape in [(128, 64), (64,)]]
+    assert len(moments) == 4 and {t.dtype for t in moments} == {torch.float32}
+
+
+def test_clipping_scales_to_the_norm_and_reports_the_one_before():
+    named = parameters(torch.float32)
+    optimizer = TrainingOptimizer(named, OptimizerConfig(), "adamw", False)
+    for _, p in named:
+        p.grad = torch.full_like(p, 2.0)
+    expected = 2.0 * sum(p.numel() for _, p in named) ** 0.5
+    assert optimizer.clip(1.0).item() == pytest.approx(expected, rel=1e-6)
+    assert torch.stack([p.grad.norm() for _, p in named]).norm().item() == pytest.approx(1.0, rel=1e-4)
+    assert optimizer.clip(0).item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_reset_makes_the_optimizer_as_new():
+    named = parameters()
+    start = [p.detach().clone() for _, p in named]
+    optimizer = TrainingOptimizer(named, OptimizerConfig(), "adamw", True)
+    step(optimizer, 0)
+    for (_, p), original in zip(named, start, strict=True):
+        p.data.copy_(original)
+    optimizer.reset()
+    step(optimizer, 1)
+    fresh = TrainingOptimizer(parameters(), OptimizerConfig(), "adamw", True)
+    step(fresh, 1)
+    assert all(torch.equal(a, b) for a, b in zip(optimizer.parameters, fresh.parameters, strict=True))
+
+
+def test_several_buckets_update_like_one(monkeypatch):
+    one = TrainingOptimizer(parameters(), OptimizerConfig(), "adamw", True)
+    monkeypatch.setattr(optimizer_module, "BUCKET_ELEMENTS", 100)
+    several = TrainingOptimizer(parameters(), OptimizerConfig(), "adamw", True)
+    assert (len(one.buckets), len(several.buckets)) == (1, 2)
+    step(one, 3)
+    step(several, 3)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters, several.parameters, strict=True))
+
+
+def test_weight_decay_leaves_norms_and_biases_out():
+    named = parameters(torch.float32)
+    optimizer = TrainingOptimizer(named, OptimizerConfig(weight_decay=0.5), "adamw", False)
+    before = [p.detach().clone() for _, p in named]
+    for _, p in named:
+        p.grad = torch.zeros_like(p)
+    optimizer.step(0.1)
+    torch.testing.assert_close(named[0][1].data, before[0] * (1 - 0.05))
+    assert torch.equal(named[1][1].data, before[1])

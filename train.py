@@ -1,0 +1,26 @@
+"""loadmaster's front door: `python train.py recipe=NAME key=value ...`.
+
+Hydra composes conf/, recipes/ and the command line; the closed schema and the rules judge the result before
+torch is imported; then the stages run: plan, train, evaluate, export, bundle. `--help` lists recipes and
+fields, `--cfg job` prints the composed job, `--multirun` sweeps.
+
+Exit codes: 0 done, 2 the configuration is wrong, 3 nothing fits, 4 training failed, 5 an export did not pass
+verification, 75 stopped on request with a checkpoint saved (the same command resumes).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from loadmaster.config.compose import Composed
+from loadmaster.config.hydra_app import run_app
+
+
+def train(composed: Composed) -> int:
+    from loadmaster.pipeline import run  # brings torch, so only once the job is known to be right
+
+    return run(composed)
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(train))
