@@ -20,9 +20,8 @@ from pathlib import Path
 from random import Random
 from typing import TypeVar
 
-TRAIN_ROWS = 420
+TRAIN_ROWS = 432
 VALIDATION_ROWS = 60
-VALIDATION_COMBINATIONS = 30
 SEED = 7
 
 SYSTEM = "Write a JSON ticket: customer, product, issue, urgency, order."
@@ -91,35 +90,30 @@ ISSUES = {
     ],
 }
 
+# An empty one says nothing about urgency, which is normal too.
 URGENCY = {
     "high": [
         "This is urgent!",
+        "ASAP please!",
         "I need this solved today.",
         "Please answer right away.",
-        "I need it by tomorrow morning.",
-        "ASAP please!",
-        "It cannot wait.",
         "We leave tonight, so please hurry.",
-        "Call me immediately.",
+        "I need it by tomorrow morning.",
     ],
     "normal": [
-        "",
         "",
         "Please let me know.",
         "Can you help?",
         "What should I do?",
-        "Looking forward to your reply.",
         "Please advise.",
         "Could you look into it?",
     ],
     "low": [
         "No rush.",
         "Whenever you have time.",
-        "It is not urgent.",
         "Take your time.",
         "There is no hurry at all.",
         "Next week is fine too.",
-        "Just when you get round to it.",
         "It can wait.",
     ],
 }
@@ -219,7 +213,9 @@ def conversation(random: Random, combination: tuple[str, str, str], customer: st
     body = [problem]
     if with_order:
         body.append(pick(random, ORDER).format(order=order))
-    body.append(pick(random, URGENCY[urgency]))
+    urging = pick(random, URGENCY[urgency])
+    if urging:
+        body.append(urging)
     if random.random() < 0.3:
         body.append(pick(random, REMARKS).format(**numbers))
     if random.random() < 0.5:
@@ -227,11 +223,13 @@ def conversation(random: Random, combination: tuple[str, str, str], customer: st
     if introduces:
         body.insert(0, pick(random, INTRODUCTIONS).format(customer=customer))
     if random.random() < 0.6:
+        if not body[0].startswith(("I ", "I'", "ASAP", customer)):
+            body[0] = body[0][0].lower() + body[0][1:]
         body.insert(0, pick(random, GREETINGS))
     if not introduces:
         body.append(pick(random, SIGNATURES).format(customer=customer))
 
-    message = carelessly(random, " ".join(part for part in body if part), keep={customer, f"{customer}."})
+    message = carelessly(random, " ".join(body), keep={customer, f"{customer}."})
     ticket = {
         "customer": customer,
         "product": product,
@@ -248,24 +246,32 @@ def conversation(random: Random, combination: tuple[str, str, str], customer: st
     }
 
 
+def combinations() -> dict[str, list[tuple[str, str, str]]]:
+    """The (product, issue, urgency) of each split: one in five is held out, three of every product."""
+    split: dict[str, list[tuple[str, str, str]]] = {"train": [], "validation": []}
+    for (p, product), (i, issue), (u, urgency) in cartesian_product(*map(enumerate, (PRODUCTS, ISSUES, URGENCY))):
+        split["validation" if (p + i + 2 * u) % len(ISSUES) == 0 else "train"].append((product, issue, urgency))
+    return split
+
+
 def dataset(seed: int = SEED) -> dict[str, list[dict]]:
     """Both splits, name -> conversations."""
     random = Random(seed)
-    combinations = shuffled(random, list(cartesian_product(PRODUCTS, ISSUES, URGENCY)))
     orders = shuffled(random, [str(number) for number in range(10_000, 100_000, 7)])
     rows: dict[str, list[dict]] = {"train": [], "validation": []}
     seen: set[str] = set()
-    for split, count, customers, allowed in (
-        ("train", TRAIN_ROWS, TRAIN_CUSTOMERS, combinations[VALIDATION_COMBINATIONS:]),
-        ("validation", VALIDATION_ROWS, VALIDATION_CUSTOMERS, combinations[:VALIDATION_COMBINATIONS]),
+    for split, count, customers in (
+        ("train", TRAIN_ROWS, TRAIN_CUSTOMERS),
+        ("validation", VALIDATION_ROWS, VALIDATION_CUSTOMERS),
     ):
+        allowed = shuffled(random, combinations()[split])
         while len(rows[split]) < count:
             # Every combination in turn, so that none is left to chance.
             combination = allowed[len(rows[split]) % len(allowed)]
             row = conversation(random, combination, pick(random, customers), orders.pop())
-            message = row["messages"][1]["content"]
-            if message.lower() not in seen:
-                seen.add(message.lower())
+            message = row["messages"][1]["content"].lower()
+            if message not in seen:
+                seen.add(message)
                 rows[split].append(row)
     return rows
 

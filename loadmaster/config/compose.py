@@ -25,7 +25,7 @@ from loadmaster.config.fields import fields
 from loadmaster.config.hydra_errors import explain
 from loadmaster.config.hydra_sources import GROUP, PRIMARY, config_loader
 from loadmaster.config.origins import COMMAND_LINE, lines_of, origin_of, origins_of_files
-from loadmaster.config.overrides import Overrides, groups_of, read_overrides
+from loadmaster.config.overrides import Overrides, groups_of, read_overrides, reading_order
 from loadmaster.config.rules import broken_rules
 from loadmaster.config.schema import Job
 from loadmaster.config.validate import MISSING, check, to_dict
@@ -73,10 +73,7 @@ def compose_with(
         config = _command_line_alone(given)
     origins |= dict.fromkeys(given.values, COMMAND_LINE)
     resolved, unresolved = _plain(config, origins, job_number)
-    if whole and "recipe" not in origins:
-        resolved["recipe"] = config.hydra.runtime.choices.get(GROUP) or "custom"
-
-    options = {group: loader.get_group_options(group) for group in groups_of(loader)}
+    options = {group: loader.repository.get_group_options(group) for group in groups_of(loader)}
     checked = check(resolved, origins, options)
     found = unresolved + checked.problems
     if whole and GROUP not in given.groups:
@@ -84,7 +81,7 @@ def compose_with(
         found += broken_rules(checked.job, origins, doubtful)
     problems += [problem for problem in found if whole or problem.origin == COMMAND_LINE]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(reading_order(problems, given.arguments))
     return composed(checked.job, origins)
 
 
@@ -120,6 +117,7 @@ def load(
         try:
             config = loader.load_configuration(config_name, overrides, run_mode=RunMode.RUN)
             defaults = loader.compute_defaults_list(config_name, overrides, RunMode.RUN).defaults
+            _name_recipe(config, [default.config_path or "" for default in defaults])
             return config, origins_of_files(loader, defaults), problems
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             problem, culprit = explain(loader, error, config_name, overrides)
@@ -127,6 +125,13 @@ def load(
             if culprit is None:
                 return None, {}, problems
             overrides.remove(culprit)
+
+
+def _name_recipe(config: DictConfig, paths: list[str]) -> None:
+    """Job.recipe is the name in recipe=NAME (NAME+NAME for recipe=[NAME,NAME]), unless a file sets another."""
+    names = [path.removeprefix(f"{GROUP}/") for path in paths if path.startswith(f"{GROUP}/")]
+    with open_dict(config):
+        config.setdefault("recipe", "+".join(names) or "custom")
 
 
 def _command_line_alone(given: Overrides) -> DictConfig:
@@ -158,7 +163,8 @@ def _plain(config: DictConfig, origins: dict[str, str], job_number: int) -> tupl
                 plain[str(name)] = value
             except OmegaConfBaseException as error:
                 written = OmegaConf.to_container(node, resolve=False).get(name)  # type: ignore[union-attr]
-                message = f"cannot be resolved: {str(error).splitlines()[0]}"
+                reason = str(error).splitlines()[0].partition("interpolation: ")
+                message = f"cannot be resolved: {reason[2] or reason[0]}"
                 remedy = "write the value itself, or mend the ${...}"
                 problems.append(Problem(key, written, origin_of(origins, key), message, remedy))
         return plain

@@ -70,8 +70,8 @@ def hints(section: type) -> dict[str, Any]:
 
 
 @cache
-def fields() -> dict[str, Field]:
-    """Every leaf field by dotted key, in the schema's order."""
+def fields(root: type = Job) -> dict[str, Field]:
+    """Every leaf field of the job by dotted key, in the schema's order; or of another dataclass of the schema."""
     found: dict[str, Field] = {}
 
     def walk(section: type, prefix: str) -> None:
@@ -84,7 +84,7 @@ def fields() -> dict[str, Field]:
                 help_text = section.__pydantic_fields__[item.name].description or ""  # type: ignore[attr-defined]
                 found[key] = Field(key, annotation, default, " ".join(help_text.split()))
 
-    walk(Job, "")
+    walk(root, "")
     return found
 
 
@@ -100,9 +100,11 @@ def sections() -> dict[str, list[str]]:
 def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The candidate most like `word`, or None when none is close."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
-    if not close and len(word) > 2:
-        close = [name for name in by_lower if name.startswith(word.lower())]
+    word = word.lower()
+    if word in by_lower:
+        return by_lower[word]
+    begun = [name for name in by_lower if len(word) > 2 and name.startswith(word)]  # h100 is h100_80gb, not h200
+    close = begun or difflib.get_close_matches(word, by_lower, n=1, cutoff=cutoff)
     return by_lower[close[0]] if close else None
 
 

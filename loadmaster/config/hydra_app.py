@@ -21,7 +21,7 @@ from loadmaster.config.compose import Composed, compose_with, load, open_loader
 from loadmaster.config.fields import nearest
 from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, main_folder
 from loadmaster.config.origins import COMMAND_LINE
-from loadmaster.config.overrides import read_overrides, sweep
+from loadmaster.config.overrides import read_overrides, reading_order, sweep
 from loadmaster.config.show import show_error
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 
@@ -42,7 +42,6 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
         return error.exit_code
 
     codes: list[int] = []
-
     typed = sys.argv
 
     @hydra.main(version_base=VERSION_BASE, config_path=main_folder(), config_name=PRIMARY)
@@ -54,9 +53,12 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
 
     # What is left to go wrong in here is a defect, and its whole traceback belongs in the report of it.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv = [typed[0], *[a for a in arguments if a not in flags.overrides], *for_hydra]
+    # Overrides first: --info takes what follows it as its value.
+    sys.argv = [typed[0], *for_hydra, *(a for a in arguments if a not in flags.overrides)]
     try:
         job()
+    except SystemExit as ended:  # --help and the like, or a stop on request
+        codes.append(int(ended.code or 0))
     finally:
         sys.argv = typed
     return max(codes, default=0)
@@ -72,10 +74,10 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if flags.hydra_help or flags.shell_completion:
         return flags, flags.overrides
     if flags.config_path is not None:
-        message = "would take the place of all that loadmaster ships"
-        raise ConfigError(
-            [Problem("--config-path", flags.config_path, COMMAND_LINE, message, "--config-dir adds to it")]
-        )
+        message, remedy = "would take the place of all that loadmaster ships", "--config-dir adds to it"
+        raise ConfigError([Problem("--config-path", flags.config_path, COMMAND_LINE, message, remedy)])
+    if problem := _contradiction(flags):
+        raise ConfigError([problem])
     loader = open_loader(flags.config_dir)
     multirun = flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
     given = read_overrides(loader, flags.overrides, multirun)
@@ -84,7 +86,7 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if flags.help or flags.cfg or flags.info:  # only looking: values may still be missing or wrong
         _, _, problems = load(loader, given, config_name)
         if problems:
-            raise ConfigError(problems)
+            raise ConfigError(reading_order(problems, arguments))
         return flags, given.for_hydra
     if not multirun:
         compose_with(loader, given, config_name)
@@ -101,7 +103,7 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         message = "several jobs of the sweep would write into this one folder"
         found.append(Problem("run_dir", clash, COMMAND_LINE, message, "leave it out: each job then gets its own"))
     if found:
-        raise ConfigError(found)
+        raise ConfigError(reading_order(found, arguments))
     return flags, given.for_hydra
 
 
@@ -119,6 +121,16 @@ def _run_job(task: Task, flags: argparse.Namespace) -> int:
     except LoadmasterError as error:
         show_error(error)
         return error.exit_code
+
+
+def _contradiction(flags: argparse.Namespace) -> Problem | None:
+    """Flags that Hydra would refuse with a traceback."""
+    modes = [name for name in ("run", "multirun", "cfg", "info") if getattr(flags, name)]
+    if len(modes) > 1:
+        return Problem(f"--{modes[1]}", None, COMMAND_LINE, f"does not go with --{modes[0]}", "give one of the two")
+    if flags.resolve and not (flags.cfg or flags.help):
+        return Problem("--resolve", None, COMMAND_LINE, "is for --cfg and --help", "--cfg job --resolve")
+    return None
 
 
 def _unknown_flag(argument: str) -> Problem:

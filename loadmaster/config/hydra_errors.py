@@ -14,6 +14,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import MissingConfigException
 
 from loadmaster.config.fields import nearest, nearest_key
+from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.origins import COMMAND_LINE, file_of, line_of_default
 from loadmaster.config.overrides import groups_of, unknown_option
 from loadmaster.config.shipped import display_path
@@ -31,7 +32,7 @@ def explain(
         return _bad_yaml(error), None
     text = " ".join(str(error).split())
     if isinstance(error, MissingConfigException):
-        return _missing_file(loader, error, text, config_name), None
+        return _missing_file(loader, error, text, config_name, overrides), None
     where, key = _WHERE.search(text), _KEY.search(text)
     culprit = next((o for o in overrides if key and o.lstrip("+~").partition("=")[0] == key[1]), None)
     if culprit is None:
@@ -61,17 +62,24 @@ def _bad_yaml(error: yaml.MarkedYAMLError) -> Problem:
     return Problem(file, None, f"{file}:{mark.line + 1}", f"is not valid YAML: {what}", remedy)
 
 
-def _missing_file(loader: ConfigLoaderImpl, error: MissingConfigException, text: str, config_name: str) -> Problem:
+def _missing_file(
+    loader: ConfigLoaderImpl, error: MissingConfigException, text: str, config_name: str, overrides: list[str]
+) -> Problem:
     group, _, option = (error.missing_cfg_file or config_name).rpartition("/")
     where = _WHERE.search(text)
     if not group and not where:
-        known = [name for name in loader.get_group_options("") if file_of(loader, name)]
+        known = [name for name in loader.repository.get_group_options("") if file_of(loader, name)]
         return Problem("--config-name", option, COMMAND_LINE, "there is no such file", "one of " + ", ".join(known))
-    origin = config_name
-    if where is not None and (file := file_of(loader, where[1])) is not None:
-        line = line_of_default(file, option)
-        origin = f"{display_path(file)}:{line}" if line else display_path(file)
-    return unknown_option(group, option, loader.get_group_options(group) if group else [], origin)
+    # Hydra blames the primary file for what a recipe's `override /group: option` asked for.
+    recipes = [o.replace("=", "/", 1) for o in overrides if o.startswith(f"{GROUP}=")]
+    origin = where[1] if where else config_name
+    for path in [*recipes, origin]:
+        file = file_of(loader, path)
+        line = line_of_default(file, option) if file else None
+        if file and line:
+            origin = f"{display_path(file)}:{line}"
+            break
+    return unknown_option(group, option, loader.repository.get_group_options(group) if group else [], origin)
 
 
 def _bad_override(loader: ConfigLoaderImpl, culprit: str, text: str) -> Problem:

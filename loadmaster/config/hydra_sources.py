@@ -39,7 +39,10 @@ class RecipeSource(FileConfigSource):
         return "recipes"
 
     def load_config(self, config_path: str) -> ConfigResult:
-        return super().load_config(self._inside(config_path) or "")
+        loaded = super().load_config(self._inside(config_path) or "")
+        # An overlay whatever its header says: under a package of its own it would set nothing, and silently.
+        loaded.header["package"] = loaded.header["package"] or "_global_"
+        return loaded
 
     def is_group(self, config_path: str) -> bool:
         inside = self._inside(config_path)

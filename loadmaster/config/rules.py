@@ -53,7 +53,8 @@ def broken_rules(job: Job, origins: Origins, doubtful: list[str]) -> list[Proble
         if any(_touches(key, wrong) for key in entry.keys for wrong in doubtful):
             continue
         for key, value, message, remedy in entry.check(job, origins):
-            problems.append(Problem(key, value, origin_of(origins, key), message, remedy))
+            if key not in doubtful:
+                problems.append(Problem(key, value, origin_of(origins, key), message, remedy))
     return problems
 
 
@@ -152,7 +153,7 @@ def micro_batch_within_global_batch(job: Job, origins: Origins) -> Found:
         yield "micro_batch_size", job.micro_batch_size, message, remedy
 
 
-@rule("lora", "method")
+@rule("method", "lora.*")
 def lora_settings_have_an_adapter(job: Job, origins: Origins) -> Found:
     """lora.* is not set beside method=full, which has no adapter. (A recipe's lora.* under a method=full given
     later on the command line is simply not used.)"""

@@ -184,7 +184,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, config=CLOSED)
 class EndpointConfig:
-    server: str = "vllm"
+    server: Literal["vllm"] = "vllm"
     """Server that the bundle is written for."""
     serve_as: Literal["auto", "bf16", "fp8", "int4", "adapter"] = "auto"
     """Which exported format the bundle serves; auto: the smallest that passed."""

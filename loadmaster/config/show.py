@@ -6,6 +6,9 @@ import os
 import sys
 from typing import TextIO
 
+from rich.console import Console
+from rich.text import Text
+
 from loadmaster.config.fields import written
 from loadmaster.errors import ConfigError, LoadmasterError, Problem
 
@@ -14,9 +17,6 @@ def show_error(error: LoadmasterError, stream: TextIO | None = None) -> None:
     """Print `error` without a traceback, on stderr unless told otherwise; once, under torchrun."""
     if os.environ.get("RANK", "0") != "0":
         return
-    from rich.console import Console
-    from rich.text import Text
-
     console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
     if not isinstance(error, ConfigError):
         console.print(Text.assemble(("error: ", "bold red"), str(error)))
@@ -28,9 +28,7 @@ def show_error(error: LoadmasterError, stream: TextIO | None = None) -> None:
         console.print(_block(number, problem))
 
 
-def _block(number: int, problem: Problem):
-    from rich.text import Text
-
+def _block(number: int, problem: Problem) -> Text:
     value = "" if problem.value is None else f" = {_shown(problem.value)}"
     where = "on the command line" if problem.origin == "command line" else f"in {problem.origin}"
     return Text.assemble(

@@ -21,6 +21,7 @@ from loadmaster.config.schema import Job
 from loadmaster.errors import Problem
 
 MISSING = "???"
+_TRUTH = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}
 
 
 @dataclass
@@ -116,12 +117,16 @@ def _wrong_value(key: str, value: Any, origin: str, annotation: Any) -> Problem:
 
 def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, Any], str]) -> str:
     """A value that would be taken: the nearest choice, the same number without its quotes, or the default."""
+    if isinstance(wrong, str) and describe(annotation).startswith("a list") and wrong in choices(annotation):
+        return assign(key, [wrong])
+    if "true or false" in describe(annotation) and str(wrong).lower() in _TRUTH:
+        return assign(key, _TRUTH[str(wrong).lower()])
     match = nearest(str(wrong), choices(annotation), cutoff=0.4)
     if match is not None:
         listed = not any(typing.get_origin(branch) is typing.Literal for branch in branches(annotation))
         return f"{match} instead of {wrong}" if listed else assign(key, match)
     kinds = describe(annotation)
-    if "text" in kinds and isinstance(wrong, int | float):
+    if "text" in kinds and "number" not in kinds and isinstance(wrong, int | float):
         quoted = assign(key, f"'{wrong}'")
         return "quote it, so that it stays text: " + (f'"{quoted}"' if "=" in quoted else quoted)
     if isinstance(wrong, str) and ("integer" in kinds or "number" in kinds):
@@ -157,7 +162,7 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
     if guess in groups and isinstance(value, str):
         option = nearest(value, groups[guess])
         return f"{guess}={option}" if option else f"{guess}=..., one of " + ", ".join(groups[guess])
-    return _assignment(origin)(guess, value) if guess in fields() and not isinstance(value, dict) else guess
+    return _assignment(origin)(guess, value) if guess in fields() and not isinstance(value, dict | list) else guess
 
 
 def _assignment(origin: str) -> Callable[[str, Any], str]:
@@ -168,7 +173,7 @@ def _assignment(origin: str) -> Callable[[str, Any], str]:
 
 def _how_to_set(key: str) -> str:
     known = fields().get(key)
-    return f"{key}=..., {describe(known.annotation)}" if known else f"give {key} a value"
+    return f"{key}=...; {known.help}" if known else f"give {key} a value"
 
 
 def _missing(value: Any, prefix: str = "") -> list[str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loadmaster.data.formats import Conversation, prompt_and_reference
-from loadmaster.data.prepare import PreparedData, prepare
+from loadmaster.data.prepared import PreparedData, prepare
+from loadmaster.data.preview import describe, show
 from loadmaster.data.render import stop_token_ids, template_hash
 from loadmaster.data.rows import PackedRow, PackedRows, packed_rows
 from loadmaster.data.sampler import BatchSampler
@@ -24,9 +25,11 @@ __all__ = [
     "PackedRows",
     "PreparedData",
     "collate",
+    "describe",
     "packed_rows",
     "prepare",
     "prompt_and_reference",
+    "show",
     "stop_token_ids",
     "template_hash",
 ]

@@ -104,7 +104,7 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
 
 def _read(source: Source, data: DataConfig, file: Any, starts: list[int], max_rows: int | None) -> Reading:
     """Append the conversations of `source` to `file`, and their byte offsets to `starts`."""
-    reading = Reading(format="" if data.format == "auto" else data.format, recognised_by="data.format")
+    reading = Reading(format="" if data.format == "auto" else data.format)
     with _progress("reading rows", None) as advance:
         for raw in source.rows():
             if max_rows is not None and reading.rows_read >= max_rows:
@@ -119,7 +119,7 @@ def _read(source: Source, data: DataConfig, file: Any, starts: list[int], max_ro
             starts.append(starts[-1] + file.write(line))
             reading.unfilled += UNFILLED.search(line) is not None
     if not reading.rows_read:
-        raise DataError(f"the data has no rows: {', '.join(source.fingerprint()).rpartition(':')[0]}")
+        raise DataError(f"the data has no rows: {', '.join(source.names())}")
     return reading
 
 

@@ -37,6 +37,7 @@ def check_conversation(
         _dropped_message(conversation, rendering.text, renderer)
         or _dropped_tools(conversation, rendering.text)
         or _wrong_mask(rendering, trained)
+        or _trains_others(conversation, rendering)
     )
 
 
@@ -51,6 +52,17 @@ def _wrong_mask(rendering: Rendering, trained: np.ndarray) -> str | None:
                 f"the end of assistant turn {number} gets no loss: the chat template puts no special token behind it, "
                 "so the model would not learn to stop; add one to the template (its EOS token, if nothing else)"
             )
+    return None
+
+
+def _trains_others(conversation: Conversation, rendering: Rendering) -> str | None:
+    for index, message in enumerate(conversation.messages):
+        content = message["content"].strip()
+        if message["role"] == "assistant" or not content or rendering.text.count(content) != 1:
+            continue
+        place = rendering.text.index(content)
+        if any(span.start <= place and place + len(content) <= span.end for span in rendering.spans):
+            return f"message {index + 1} (role {message['role']}) stands inside the trained part"
     return None
 
 

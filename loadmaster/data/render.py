@@ -22,12 +22,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from loadmaster.errors import DataError
 
 SENTINEL = "zqSentinelqz"
+
+# How templates want tool calls: (null instead of empty content, arguments as JSON text).
+DIALECTS = ((False, False), (True, False), (True, True), (False, True))
 
 
 class TemplateRefused(ValueError):
@@ -60,6 +64,7 @@ class ChatRenderer:
 
     tokenizer: Any
     _skeletons: dict[tuple, _Skeleton | None] = field(default_factory=dict)
+    _dialect: tuple[bool, bool] | None = None
 
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template:
@@ -67,12 +72,17 @@ class ChatRenderer:
                 "the model's tokenizer has no chat template, so conversations cannot be rendered\n"
                 "    fix: choose the instruct version of the model, or train on plain text (data.format=text)"
             )
-        self._special = special_token_pattern(self.tokenizer)
-        self._usual_end = self._probe_turn_end()
+        self._special, self._added = special_token_pattern(self.tokenizer), added_token_pattern(self.tokenizer)
+        self._usual_end: str | None = None
         self._openers = self._probe_openers()
+        self._usual_end = self._probe_turn_end()
 
     def text(self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
         """What the template renders. Raises TemplateRefused with the template's own complaint."""
+        written = self._in_dialect(messages) if any(m.get("tool_calls") for m in messages) else messages
+        return self._apply(written, tools, add_generation_prompt)
+
+    def _apply(self, messages: list[dict], tools: list | None, add_generation_prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -109,61 +119,73 @@ class ChatRenderer:
     def _turn_start(self, messages: list[dict], tools: list | None, text: str, index: int) -> int:
         if index > 0:
             marked = _with_content(messages, index - 1)
-            whole = self._after_sentinel(marked, tools, text)
-            prompt = self._after_sentinel(marked[:index], tools, None, add_generation_prompt=True)
-            if whole is not None and prompt is not None:
-                return len(text) - len(whole) + _shared_length(whole, prompt)
+            whole = self._after_sentinel(marked, tools)
+            prompt = self._after_sentinel(marked[:index], tools, add_generation_prompt=True)
+            if whole is not None and prompt is not None and text.endswith(whole):
+                shared = _shared_length(whole, prompt)
+                if shared < len(prompt):  # the prompt opens reasoning that this turn has not: back to a whole token
+                    shared = max((m.end() for m in self._added.finditer(whole, 0, shared)), default=0)
+                return len(text) - len(whole) + shared
         # No message before it, or none that shows: the turn begins where its own content does.
         own = _with_content(messages, index)
-        if self._after_sentinel(own, tools, text) is None:
+        try:
+            before, found, _after = self.text(own, tools).partition(SENTINEL)
+        except TemplateRefused:
             return len(text)
-        return _shared_length(self.text(own, tools).split(SENTINEL)[0], text)
+        return _shared_length(before, text) if found else len(text)
 
     def _turn_end(self, messages: list[dict], tools: list | None, text: str, index: int) -> tuple[int, str | None]:
-        """(end of the turn including its end token, that token); (end of the content, None) without one."""
-        for marked, is_plain in self._marked_turns(messages, index):
-            after = self._after_sentinel(marked, tools, text)
+        """(end of the turn including its end token, that token); (end of the text, None) without one."""
+        for marked, behind_calls in _marked_turns(messages, index):
+            after = self._after_sentinel(marked, tools)
             if after is None:
                 continue
-            alone = self._after_sentinel(marked[: index + 1], tools, None) or ""
-            shared = after[: _shared_length(after, alone)]
-            ends = [match for match in self._special.finditer(shared) if match[0] not in self._openers]
-            usual = [match for match in ends if match[0] == self._usual_end]
-            chosen = usual[0] if usual else ends[0 if is_plain else -1] if ends else None
-            if chosen is None:  # some templates end a turn differently when others follow
-                first = self._special.search(after)
-                chosen = first if first and first[0] not in self._openers else None
-            offset = len(text) - len(after)
-            return (offset + chosen.end(), chosen[0]) if chosen else (offset, None)
+            alone = self._after_sentinel(marked[: index + 1], tools) or ""
+            end = self._end_token(after[: _shared_length(after, alone)], behind_calls)
+            if end is None:  # some templates end a turn differently when others follow
+                end = self._end_token(after, behind_calls=False)
+            if end is None:
+                # Where the content ends, as far as the text agrees with that.
+                return (len(text) - len(after), None) if text.endswith(after) else (len(text), None)
+            if text.endswith(after[end[0] :]):
+                return len(text) - len(after) + end[1], end[2]
         return len(text), None
 
-    def _marked_turns(self, messages: list[dict], index: int):
-        """Versions of the conversation whose turn `index` ends in the same text, with the sentinel in it."""
-        calls = messages[index].get("tool_calls")
-        yield _with_content(messages, index), True
-        if calls:
-            renamed = {**calls[-1], "function": {**calls[-1]["function"], "name": SENTINEL}}
-            turn = {**messages[index], "tool_calls": [*calls[:-1], renamed]}
-            yield [*messages[:index], turn, *messages[index + 1 :]], False
+    def _end_token(self, part: str, behind_calls: bool) -> tuple[int, int, str] | None:
+        """(start, end, token) of what ends a turn in `part`, the text between the sentinel and the turn's end.
+
+        That is the token that usually does; else the first special token, or the last where tool calls
+        are closed by special tokens of their own; and the special tokens that follow without a gap.
+        """
+        found = [match for match in self._special.finditer(part)]
+        opener = next((n for n, match in enumerate(found) if match[0] in self._openers), len(found))
+        found = found[:opener]
+        if not found:
+            return None
+        usual = (n for n, match in enumerate(found) if match[0] == self._usual_end)
+        first = last = next(usual, len(found) - 1 if behind_calls else 0)
+        if found[last][0] != self._usual_end:
+            while last + 1 < len(found) and found[last + 1].start() == found[last].end():
+                last += 1
+        return found[first].start(), found[last].end(), found[last][0]
 
     def _after_sentinel(
-        self, marked: list[dict], tools: list | None, text: str | None, add_generation_prompt: bool = False
+        self, marked: list[dict], tools: list | None, add_generation_prompt: bool = False
     ) -> str | None:
-        """What follows the sentinel in the rendering of `marked`; None unless `text` ends in just that."""
+        """What follows the sentinel in the rendering of `marked`; None when it is not in there."""
         try:
             _before, found, after = self.text(marked, tools, add_generation_prompt).rpartition(SENTINEL)
         except TemplateRefused:
             return None
-        return after if found and (text is None or text.endswith(after)) else None
+        return after if found else None
 
     # --- what the template does in general ----------------------------------------------------------
 
     def _probe_turn_end(self) -> str | None:
         """The special token behind a plain assistant message, such as <|im_end|>."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
-        after = self._after_sentinel(turns, None, None)
-        match = self._special.search(after or "")
-        return match[0] if match else None
+        end = self._end_token(self._after_sentinel(turns, None) or "", behind_calls=False)
+        return end[2] if end else None
 
     def _probe_openers(self) -> set[str]:
         """Special tokens that begin a turn, which therefore cannot be what ends the turn before."""
@@ -173,8 +195,25 @@ class ChatRenderer:
         except TemplateRefused:
             return set()
         header = prompted[_shared_length(plain, prompted) :]
-        opening = self._special.findall(plain.split(SENTINEL)[0])[-1:]
-        return {*self._special.findall(header), *opening} - {self._usual_end}
+        return {*self._special.findall(header), *self._special.findall(plain.split(SENTINEL)[0])[-1:]}
+
+    def _in_dialect(self, messages: list[dict]) -> list[dict]:
+        """The same messages with tool calls written as this template wants them.
+
+        Most take an object as arguments and any content; DeepSeek's take null content and JSON text.
+        """
+        if self._dialect is None:
+            function = {"name": SENTINEL, "arguments": {"a": SENTINEL}}
+            call = {"type": "function", "id": "call00000", "function": function}
+            chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            self._dialect = next((d for d in DIALECTS if self._shows_calls(_in_dialect(chat, *d))), DIALECTS[0])
+        return _in_dialect(messages, *self._dialect)
+
+    def _shows_calls(self, chat: list[dict]) -> bool:
+        try:
+            return self._apply(chat, None).count(SENTINEL) >= 2
+        except TemplateRefused:
+            return False
 
     def _skeleton(self, messages: list[dict], tools: list | None) -> _Skeleton | None:
         if any(message.keys() != {"role", "content"} for message in messages):
@@ -234,17 +273,58 @@ def _with_content(messages: list[dict], index: int) -> list[dict]:
     return [*messages[:index], {**kept, "content": SENTINEL}, *messages[index + 1 :]]
 
 
+def _marked_turns(messages: list[dict], index: int) -> Iterator[tuple[list[dict], bool]]:
+    """(conversation with the sentinel in turn `index`, whether tool calls stand behind it), the closest first."""
+    calls = messages[index].get("tool_calls")
+    if calls:
+        marked = {**calls[-1], "function": {**calls[-1]["function"], "arguments": {"a": SENTINEL}}}
+        turn = {**messages[index], "tool_calls": [*calls[:-1], marked]}
+        yield [*messages[:index], turn, *messages[index + 1 :]], True
+    yield _with_content(messages, index), False
+
+
+def _in_dialect(messages: list[dict], null_content: bool, text_arguments: bool) -> list[dict]:
+    written = []
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = message["tool_calls"]
+            if text_arguments:
+                texts = [json.dumps(call["function"]["arguments"], ensure_ascii=False) for call in calls]
+                calls = [
+                    {**call, "function": {**call["function"], "arguments": text}}
+                    for call, text in zip(calls, texts, strict=True)
+                ]
+            content = message["content"] or (None if null_content else "")
+            message = {**message, "content": content, "tool_calls": calls}
+        written.append(message)
+    return written
+
+
 def _shared_length(first: str, second: str) -> int:
     """Characters that two texts have in common from the start."""
-    shortest = min(len(first), len(second))
-    differing = (n for n in range(shortest) if first[n] != second[n])
-    return next(differing, shortest)
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Matches any special token of the tokenizer in a text, the longest first."""
     tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     tokens |= set(tokenizer.all_special_tokens)
+    return _any_of(tokens)
+
+
+def added_token_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Matches what is never split into smaller tokens, special or not, such as <think>; and line ends."""
+    return _any_of({str(token) for token in tokenizer.added_tokens_decoder.values()} | {"\n"})
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
     longest_first = sorted((token for token in tokens if token), key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loadmaster.config.shipped import SCHEME, display_path, resolve_path
 from loadmaster.errors import DataError
 from loadmaster.files import sha256_file
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-SHIPPED_PREFIX = "shipped:"
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,16 @@ class FileSource:
         self.files = files
 
     def fingerprint(self) -> list[str]:
-        return [f"{path}:{sha256_file(path)}" for path in self.files]
+        """Hashes of the contents, the same wherever the files lie."""
+        return [sha256_file(path) for path in self.files]
+
+    def names(self) -> list[str]:
+        """What the origins of rows begin with."""
+        return [display_path(path) for path in self.files]
 
     def rows(self) -> Iterator[RawRow]:
         for path in self.files:
-            yield from _read_file(path)
+            yield from _read_file(path, display_path(path))
 
 
 class HubSource:
@@ -62,7 +67,10 @@ class HubSource:
             ) from error
 
     def fingerprint(self) -> list[str]:
-        return [f"{self.path}:{self.dataset._fingerprint}"]
+        return [self.dataset._fingerprint]
+
+    def names(self) -> list[str]:
+        return [self.path]
 
     def rows(self) -> Iterator[RawRow]:
         for number, row in enumerate(self.dataset, 1):
@@ -88,12 +96,7 @@ def open_source(path: str | list[str], split: str = "train") -> Source:
 
 def _local_files(path: str) -> list[Path] | None:
     """Files that a local path stands for; None when nothing of that name is here."""
-    if path.startswith(SHIPPED_PREFIX):
-        from loadmaster.config.shipped import shipped_path
-
-        place = Path(shipped_path(path.removeprefix(SHIPPED_PREFIX)))
-    else:
-        place = Path(path).expanduser()
+    place = Path(resolve_path(path)).expanduser()
     if place.is_dir():
         files = sorted(p for p in place.rglob("*") if p.suffix in SUFFIXES and not _hidden(p, place))
         if not files:
@@ -111,11 +114,11 @@ def _hidden(path: Path, below: Path) -> bool:
 
 
 def _looks_local(path: str) -> bool:
-    return path.endswith(SUFFIXES) or path.startswith((".", "/", "~", SHIPPED_PREFIX)) or path.count("/") > 1
+    return path.endswith(SUFFIXES) or path.startswith((".", "/", "~", SCHEME)) or path.count("/") > 1
 
 
 def _missing(path: str) -> Any:
-    place = Path(path.removeprefix(SHIPPED_PREFIX)).expanduser()
+    place = Path(resolve_path(path)).expanduser()
     names = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, 1)
     hint = f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
@@ -125,15 +128,15 @@ def _missing(path: str) -> Any:
 # --- files ------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path) -> Iterator[RawRow]:
+def _read_file(path: Path, name: str) -> Iterator[RawRow]:
     if path.suffix == ".parquet":
-        yield from _read_parquet(path)
+        yield from _read_parquet(path, name)
     elif path.suffix == ".json" and _starts_with_bracket(path):
-        yield from _read_array(path)
+        yield from _read_array(path, name)
     elif path.suffix == ".json" and _is_one_object(path):
-        yield RawRow(f"{path}:1", error="the file is one JSON object over several lines, not a list of rows")
+        yield RawRow(f"{name}:1", error="the file is one JSON object over several lines, not a list of rows")
     else:  # many files named .json hold one object a line
-        yield from _read_lines(path)
+        yield from _read_lines(path, name)
 
 
 def _starts_with_bracket(path: Path) -> bool:
@@ -161,26 +164,26 @@ def _is_one_object(path: Path) -> bool:
                 return False
 
 
-def _read_lines(path: Path) -> Iterator[RawRow]:
+def _read_lines(path: Path, name: str) -> Iterator[RawRow]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
-            origin = f"{path}:{number}"
+            origin = f"{name}:{number}"
             try:
                 yield RawRow(origin, json.loads(line))
             except ValueError as error:
                 yield RawRow(origin, error=_broken(error))
 
 
-def _read_array(path: Path) -> Iterator[RawRow]:
+def _read_array(path: Path, name: str) -> Iterator[RawRow]:
     """Elements of a JSON array, each with the line that it starts on."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        yield RawRow(f"{path}:1", error=f"is not UTF-8 text: {error.reason} at byte {error.start}")
+        yield RawRow(f"{name}:1", error=f"is not UTF-8 text: {error.reason} at byte {error.start}")
         return
     decode = json.JSONDecoder().raw_decode
     line, counted = 1, 0
@@ -188,7 +191,7 @@ def _read_array(path: Path) -> Iterator[RawRow]:
     while True:
         position = _skip_space(text, position)
         line, counted = line + text.count("\n", counted, position), position
-        origin = f"{path}:{line}"
+        origin = f"{name}:{line}"
         if text[position : position + 1] == "]":
             return
         try:
@@ -205,7 +208,7 @@ def _read_array(path: Path) -> Iterator[RawRow]:
             line += text.count("\n", counted, position)
             found = "the file ends" if not follows else f"{follows!r} stands"
             reason = f"broken JSON: {found} where a comma or ] must; the rest of the file cannot be read"
-            yield RawRow(f"{path}:{line}", error=reason)
+            yield RawRow(f"{name}:{line}", error=reason)
             return
 
 
@@ -221,7 +224,7 @@ def _broken(error: ValueError) -> str:
     return f"broken JSON: {error}"
 
 
-def _read_parquet(path: Path) -> Iterator[RawRow]:
+def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -231,9 +234,9 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield RawRow(f"{path}:{number}", without_nulls(row))
+                    yield RawRow(f"{name}:{number}", without_nulls(row))
     except (pyarrow.ArrowException, OSError) as error:
-        yield RawRow(f"{path}:{number + 1}", error=f"is not readable Parquet: {str(error).splitlines()[0]}")
+        yield RawRow(f"{name}:{number + 1}", error=f"is not readable Parquet: {str(error).splitlines()[0]}")
 
 
 def without_nulls(value: Any) -> Any:

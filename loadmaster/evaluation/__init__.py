@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from loadmaster.config.schema import EvaluationConfig
-from loadmaster.data import Conversation
-from loadmaster.evaluation.generate import Progress, generate, without_answer
+from loadmaster.data import Conversation, prompt_and_reference
+from loadmaster.evaluation.generate import Progress, generate
 from loadmaster.evaluation.held_out import held_out
 from loadmaster.evaluation.tasks import task_metric
 
@@ -28,17 +29,23 @@ def run_task(
 ) -> dict[str, Any]:
     """Answer the held-out conversations and score the answers with `evaluation.task`.
 
-    The last message of a conversation is the reference; those that do not end with text from the assistant
-    (plain text, tool calls) are left out. Returns the metric's figures ("metric" first) and "samples", the first
-    few as {"prompt", "reference", "answer", "right"}. Returns {} when the task is none.
+    The last assistant message of a conversation is the reference, what precedes it the prompt; plain text and
+    tool calls are left out, and of the rest the first `evaluation.max_rows` are answered. Returns the metric's
+    figures ("metric" first) and "samples", a few of {"prompt", "reference", "answer", "right"}; {} for task none.
     Raises DataError when no conversation can be scored.
     """
     if evaluation.task == "none":
         return {}
-    scored = [conversation for conversation in conversations if _has_answer(conversation)][: evaluation.max_rows]
-    references = [conversation.messages[-1]["content"] for conversation in scored]
+    prompts, references = [], []
+    for conversation in conversations:
+        if len(prompts) == evaluation.max_rows:
+            break
+        if conversation.text is None:
+            messages, reference = prompt_and_reference(conversation)
+            if not reference.get("tool_calls"):
+                prompts.append(replace(conversation, messages=messages))
+                references.append(reference["content"])
     batch_size = AUTO_BATCH_SIZE if evaluation.batch_size == "auto" else evaluation.batch_size
-    prompts = [without_answer(conversation) for conversation in scored]
     answers = generate(model, tokenizer, prompts, evaluation.max_new_tokens, batch_size, on_progress)
     samples = [
         {
@@ -50,11 +57,6 @@ def run_task(
         for prompt, reference, answer in list(zip(prompts, references, answers, strict=True))[:SAMPLES]
     ]
     return {**task_metric(evaluation.task, answers, references), "samples": samples}
-
-
-def _has_answer(conversation: Conversation) -> bool:
-    last = conversation.messages[-1] if conversation.messages else {}
-    return last.get("role") == "assistant" and isinstance(last.get("content"), str) and not last.get("tool_calls")
 
 
 def _shown(prompt: Conversation) -> str:

@@ -32,7 +32,7 @@ def generate(
 ) -> list[str]:
     """The model's answer to each conversation, in the order given, without the token that ends its turn.
 
-    conversations: each ends where the answer begins (see `without_answer`).
+    conversations: each ends where the answer begins; its tools, if any, are shown to the model.
     model: a transformers causal language model, or a peft model around one. Its training mode, attention and
     cache settings and the state of the random number generators are as before when this returns.
     """
@@ -50,17 +50,6 @@ def generate(
             if on_progress is not None:
                 on_progress(start + len(some), len(order))
     return answers
-
-
-def without_answer(conversation: Conversation) -> Conversation:
-    """The conversation up to its last message, which is the assistant's."""
-    return Conversation(
-        messages=conversation.messages[:-1],
-        tools=conversation.tools,
-        text=None,
-        origin=conversation.origin,
-        row_id=conversation.row_id,
-    )
 
 
 def _prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:

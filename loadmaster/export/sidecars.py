@@ -16,7 +16,7 @@ from loadmaster.files import read_json, write_json
 # same class (reference: "Tokenizer class TokenizersBackend does not exist", LlamaFactory issue 10310).
 NEW_TOKENIZER_CLASS, KNOWN_TOKENIZER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 
-LEFT_BEHIND = ("quantization_config", "_name_or_path", "torch_dtype")
+LEFT_BEHIND = ("quantization_config", "_name_or_path", "_model_name_or_path", "torch_dtype")
 """Of the base's config.json: how it was quantized for training, where it lay, and the older name of dtype."""
 
 SERVER_CAPS = ("max_new_tokens", "max_length")
@@ -39,7 +39,8 @@ def write_tokenizer(tokenizer: Any, target: Path) -> None:
     config = read_json(path)
     if config.get("tokenizer_class") == NEW_TOKENIZER_CLASS:
         config["tokenizer_class"] = KNOWN_TOKENIZER_CLASS
-    config.pop("name_or_path", None)
+    for key in ("name_or_path", "is_local", "local_files_only"):
+        config.pop(key, None)
     write_json(path, config)
 
 

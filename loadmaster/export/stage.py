@@ -88,7 +88,7 @@ class Export:
                 "data": [self.prepared.train.fingerprint, validation.fingerprint if validation is not None else None],
                 "export": [self.job.export.calibration_rows, self.job.export.verification_rows],
                 "limits": asdict(thresholds.limits(self.job.export, name)),
-                "evaluation": asdict(self.job.evaluation),
+                "task": [self.job.evaluation.task, self.job.evaluation.max_rows, self.job.evaluation.max_new_tokens],
                 "versions": versions(),
             }
         )
@@ -130,7 +130,7 @@ class Export:
         candidates: dict[str, dict[str, Path]] = {}
         facts: dict[str, dict[str, Any]] = {"merge": {}}
         if "adapter" in folders:
-            self._write_adapter(folders["adapter"])
+            facts["adapter"] = {"rank": self._write_adapter(folders["adapter"])}
             candidates["adapter"] = {"adapter": folders["adapter"]}
         if set(folders) - {"adapter"}:
             merged = folders.get("bf16") or scratch / "bf16"
@@ -145,7 +145,8 @@ class Export:
                 candidates |= {name: {each: scratch / each for each in found} for name, found in quantized.items()}
         return facts, candidates
 
-    def _write_adapter(self, target: Path) -> None:
+    def _write_adapter(self, target: Path) -> int:
+        """Copy the adapter; returns its largest rank, which a server has to be started with."""
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if not (self.trained / name).is_file():
                 raise ExportRejected(
@@ -153,9 +154,11 @@ class Export:
                 )
             shutil.copyfile(self.trained / name, target / name)
         config = read_json(target / "adapter_config.json")
+        # peft puts in the path on the machine that trained.
         config["base_model_name_or_path"] = self.job.model.name
         write_json(target / "adapter_config.json", config)
         write_tokenizer(self.tokenizer, target)
+        return max([config["r"], *(config.get("rank_pattern") or {}).values()])
 
     def _write_merged(self, target: Path) -> MergeReport:
         full = self.plan.method == "full"
@@ -246,8 +249,7 @@ class Export:
                 "plan": self.plan.to_dict(),
                 "chat_template_sha256": template_hash(self.tokenizer) if self.tokenizer.chat_template else None,
                 "stop_token_ids": stop_ids or stop_token_ids(self.tokenizer),
-                "merge": merged if name != "adapter" else {},
-                "quantization": made,
+                **({"adapter": made} if name == "adapter" else {"merge": merged, "quantization": made}),
                 "verification": {key: value for key, value in figures.items() if key != "bytes"},
             },
         )

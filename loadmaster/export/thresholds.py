@@ -13,7 +13,7 @@ from loadmaster.config.schema import ExportConfig, ThresholdsConfig
 
 DEFAULTS = {
     "adapter": ThresholdsConfig(
-        max_perplexity_ratio=1.01, max_mean_kl=0.005, min_top1_agreement=0.98, min_task_retention=0.95
+        max_perplexity_ratio=1.01, max_mean_kl=0.005, min_top1_agreement=0.96, min_task_retention=0.95
     ),
     "bf16": ThresholdsConfig(
         max_perplexity_ratio=1.03, max_mean_kl=0.02, min_top1_agreement=0.96, min_task_retention=0.95

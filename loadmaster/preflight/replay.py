@@ -13,28 +13,40 @@ add gradients in place (its dispatch mode forbids it), so `in_place=False` repla
 from __future__ import annotations
 
 import heapq
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+
+TAGS = ("activations", "logits", "gradients", "quantization")
 
 
 class Storage:
-    """Bytes on the device; gone with the last reference to it."""
+    """Bytes on the device under a component's name; gone with the last reference to it."""
 
-    __slots__ = ("bytes", "tape")
+    __slots__ = ("bytes", "tag", "tape")
 
     def __init__(self, tape: Tape, size: int):
-        self.bytes, self.tape = size, tape
+        self.bytes, self.tape, self.tag = size, tape, tape.tag
+        tape.by_tag[self.tag] += size
         tape.live += size
         if tape.live > tape.peak:
-            tape.peak = tape.live
-        if tape.events is not None:
+            tape.peak, tape.at_peak = tape.live, dict(tape.by_tag)
+        if tape.events is not None and size:
             tape.events.append(size)
 
     def __del__(self):
         self.tape.live -= self.bytes
-        if self.tape.events is not None:
+        self.tape.by_tag[self.tag] -= self.bytes
+        if self.tape.events is not None and self.bytes:
             self.tape.events.append(-self.bytes)
+
+    def retag(self, tag: str) -> None:
+        self.tape.by_tag[self.tag] -= self.bytes
+        self.tape.by_tag[tag] += self.bytes
+        self.tag = tag
 
 
 class Tensor:
@@ -56,13 +68,19 @@ class Node:
         self.order, self.inputs, self.backward, self.saved = order, inputs, backward, saved
 
 
+class Split(Node):
+    """The backward of a function with several results: it takes all their gradients, without adding them."""
+
+    __slots__ = ()
+
+
 class Leaf:
-    """Where a parameter's gradient ends up. Shared leaves (tied weights) wait for all their gradients."""
+    """Where a parameter's gradient ends up, once all its `uses` in the graph have given theirs (tied weights: 2)."""
 
-    __slots__ = ("gradient", "waiting")
+    __slots__ = ("gradient", "uses", "waiting")
 
-    def __init__(self, gradient: Storage | None = None):
-        self.gradient = gradient
+    def __init__(self, gradient: Storage | None = None, uses: int = 1):
+        self.gradient, self.uses = gradient, uses
         self.waiting: Storage | None = None
 
 
@@ -119,24 +137,37 @@ class Tape:
     def __init__(self, in_place: bool = True, record: bool = False):
         self.in_place = in_place
         self.live = self.peak = 0
+        self.tag = "activations"
+        self.by_tag = dict.fromkeys(TAGS, 0)
+        self.at_peak = dict(self.by_tag)
         self.events: list[int] | None = [] if record else None
         self.work = Work()
         self.order = 0
         self.enabled = True
         self.pack: Callable | None = None
         self.recomputed = 0
+        self.leaves: list[Leaf] = []
 
     # ------------------------------------------------------------ building
 
     def alloc(self, size: float) -> Storage:
         return Storage(self, int(size))
 
-    def parameter(self, size: float, trainable: bool, accumulated: bool = False) -> Tensor:
-        """accumulated: its gradient is there already, from an earlier micro-batch."""
-        if not trainable:
-            return Tensor(self.alloc(size))
-        leaf = Leaf(self.alloc(size) if accumulated else None)
-        return Tensor(self.alloc(size), leaf)
+    def parameter(self, size: float, trainable: bool, accumulated: bool = False, uses: int = 1) -> Tensor:
+        """A weight of `size` bytes. It takes no room here (what is always there is counted elsewhere); its gradient
+        does, unless it is `accumulated`: there already, from an earlier micro-batch."""
+        leaf = Leaf(self.alloc(0) if accumulated else None, uses) if trainable else None
+        if leaf is not None:
+            self.leaves.append(leaf)
+        return Tensor(self.alloc(0), leaf, int(size))
+
+    @contextmanager
+    def tagged(self, tag: str) -> Iterator[None]:
+        before, self.tag = self.tag, tag
+        try:
+            yield
+        finally:
+            self.tag = before
 
     def moved(self, *sizes: float) -> None:
         self.work.bytes_moved += sum(sizes)
@@ -196,28 +227,32 @@ class Tape:
 
     def backward(self, output: Node, gradient: list[Storage]) -> None:
         """Run the graph from `output`, newest node first. `gradient` is emptied: nobody else holds it."""
-        buffers: dict[Node, Storage] = {output: gradient.pop()}
+        buffers: dict[Node, Any] = {output: gradient.pop()}
         queue = [(-output.order, output)]
-        pending_leaves: list[Leaf] = []
         while queue:
             node = heapq.heappop(queue)[1]
             results = self._run(node, buffers)
+            results.reverse()
             for target in node.inputs:
-                result = results.pop(0)
+                result = results.pop()
                 if target is None or result is None:
                     continue
                 if isinstance(target, Leaf):
-                    self._into_leaf(target, result)
+                    self._into_leaf(target, [result])
+                elif isinstance(target, Split):
+                    if target not in buffers:
+                        buffers[target] = []
+                        heapq.heappush(queue, (-target.order, target))
+                    buffers[target].append(result)
                 elif target in buffers:
-                    self._add(buffers, target, result)
+                    buffers[target] = self._sum([buffers.pop(target), result])
                 else:
                     buffers[target] = result
                     heapq.heappush(queue, (-target.order, target))
-                del result
+                result = None
             node.inputs = []
-        del pending_leaves
 
-    def _run(self, node: Node, buffers: dict[Node, Storage]) -> list[Storage | None]:
+    def _run(self, node: Node, buffers: dict[Node, Any]) -> list[Storage | None]:
         gradient = buffers.pop(node)
         saved = [s if isinstance(s, Storage) else s[0].unpack(s[1]) for s in node.saved]
         with self.gradients(False):
@@ -225,13 +260,24 @@ class Tape:
         node.saved = node.backward = None
         return results
 
-    def _add(self, buffers: dict[Node, Storage], target: Node, result: Storage) -> None:
-        first = buffers.pop(target)
-        self.moved(first.bytes, result.bytes, first.bytes)
-        buffers[target] = first if self.in_place else self.alloc(first.bytes)
+    def _sum(self, two: list[Storage]) -> Storage:
+        """The sum of two gradients, in the memory of one that nobody else holds."""
+        self.moved(two[0].bytes, two[1].bytes, two[0].bytes)
+        for storage in two:
+            if self.in_place and sys.getrefcount(storage) == 3:  # the list, the loop variable, the call
+                return storage
+        return self.alloc(two[0].bytes)
 
-    def _into_leaf(self, leaf: Leaf, result: Storage) -> None:
-        if leaf.gradient is None:
-            leaf.gradient = result
+    def _into_leaf(self, leaf: Leaf, box: list[Storage]) -> None:
+        leaf.uses -= 1
+        if leaf.waiting is not None:
+            box.append(leaf.waiting)
+            leaf.waiting = None
+            box[:] = [self._sum(box)]
+        if leaf.uses > 0:
+            leaf.waiting = box.pop()
+        elif leaf.gradient is None:
+            leaf.gradient = box.pop()
+            leaf.gradient.retag("gradients")
         else:
-            self.moved(result.bytes, result.bytes, result.bytes)
+            self.moved(*(3 * [box[0].bytes]))

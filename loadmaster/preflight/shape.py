@@ -83,6 +83,8 @@ class ModelShape:
     experts_per_token: int = 0
     expert_size: int = 0
     expert_layers: int = 0
+    normalised_routing: bool = False
+    """The chosen experts' weights are divided by their sum."""
     windows: tuple[int | None, ...] = field(default=())
     """Attention window of each layer, tokens; None sees everything."""
     attention_softcap: bool = False
@@ -237,6 +239,7 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         experts_per_token=config.get("num_experts_per_tok", 2) if experts else 0,
         expert_size=(config.get("moe_intermediate_size") or config["intermediate_size"]) if experts else 0,
         expert_layers=_expert_layers(config, layers) if experts else 0,
+        normalised_routing=family == "mixtral" or bool(config.get("norm_topk_prob")),
         windows=_windows(config, family, layers),
         attention_softcap=bool(config.get("attn_logit_softcapping")),
         max_position=config.get("max_position_embeddings"),

@@ -1,8 +1,8 @@
 """Curves of a run as inline SVG: drawn by matplotlib, coloured by the page.
 
 Every colour goes into the SVG as a marker that is then replaced by a CSS variable, so that one drawing
-serves light and dark; text stays text in the page's own font. The smoothed line is an exponentially
-weighted mean, corrected for its start as in Adam: m_t = b m_(t-1) + (1 - b) x_t, shown as m_t / (1 - b^t).
+serves light and dark; text stays text in the page's own font. Title, unit and legend are HTML beside the
+drawing, where they wrap and can be read aloud. The smoothed line is a centred mean, so it does not lag.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 MOST_POINTS = 800
 """More are averaged in bins: a screen shows no more, and the page stays small."""
-SMALLEST_TO_SMOOTH = 8
+SMALLEST_TO_SMOOTH = 12
 LOG_SCALE_FROM = 50.0
 """Ratio of the largest to the smallest value from which a chart that allows it is logarithmic."""
 
@@ -24,6 +24,14 @@ COLOURS = {
 }
 INK, RULE, FIRST, SECOND, THIRD, PAGE = COLOURS
 POINTS_PER_INCH = 72
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a chart's legend. mark: raw, line, points, dashed or skipped, drawn by the style sheet."""
+
+    mark: str
+    label: str
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,27 @@ class Curve:
     lines: dict[str, float] = field(default_factory=dict)
     missing: Sequence[float] = ()
 
+    @property
+    def is_smoothed(self) -> bool:
+        return self.smooth and len(self.y) >= SMALLEST_TO_SMOOTH
+
+    @property
+    def legend(self) -> list[Key]:
+        """What is drawn, where it is more than one thing."""
+        main = [Key("raw", self.label), Key("line", "smoothed")] if self.is_smoothed else [
+            Key("line", self.label)
+        ]
+        others = [Key("points", label) for label in self.others] + [Key("dashed", label) for label in self.lines]
+        skipped = [Key("skipped", "skipped step")] if len(self.missing) else []
+        keys = [*main, *others, *skipped]
+        return keys if len(keys) > 1 else []
+
 
 def draw(curve: Curve, width: int, height: int) -> str:
     """The chart as an <svg> element of `width` x `height` CSS pixels that scales with its container."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -61,12 +84,11 @@ def draw(curve: Curve, width: int, height: int) -> str:
         axes = figure.add_subplot()
         _plot(axes, curve)
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(curve.unit)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=max(3, width // 90), integer=True, min_n_ticks=1))
         if axes.get_yscale() == "linear":
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        if len(axes.get_legend_handles_labels()[0]) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.1)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return _inline(buffer.getvalue(), f"{curve.title}, {curve.unit}, over optimizer steps")
@@ -74,25 +96,27 @@ def draw(curve: Curve, width: int, height: int) -> str:
 
 def _plot(axes, curve: Curve) -> None:
     x, y = binned(curve.x, curve.y)
-    if curve.smooth and len(y) >= SMALLEST_TO_SMOOTH:
-        axes.plot(x, y, color=FIRST, linewidth=1, alpha=0.35, label=f"{curve.label}, each step")
-        axes.plot(x, smoothed(y), color=FIRST, linewidth=2, label=f"{curve.label}, smoothed")
+    if curve.is_smoothed:
+        axes.plot(x, y, color=FIRST, linewidth=1, alpha=0.4)
+        axes.plot(x, smoothed(y), color=FIRST, linewidth=2)
     else:
-        axes.plot(x, y, color=FIRST, linewidth=2, marker="o" if len(y) == 1 else None, markersize=4, label=curve.label)
-    for label, (other_x, other_y) in curve.others.items():
-        axes.plot(other_x, other_y, color=SECOND, linewidth=1.2, marker="o", markersize=5, markeredgecolor=PAGE,
-                  label=label)
-    for label, level in curve.lines.items():
-        axes.axhline(level, color=THIRD, linewidth=1.4, dashes=(4, 3), label=label)
+        axes.plot(x, y, color=FIRST, linewidth=2, marker="o" if len(y) == 1 else None, markersize=4)
+    for other_x, other_y in curve.others.values():
+        axes.plot(other_x, other_y, color=SECOND, linewidth=1.2, marker="o", markersize=5, markeredgecolor=PAGE)
+    for level in curve.lines.values():
+        axes.axhline(level, color=THIRD, linewidth=1.4, dashes=(4, 3))
     if len(curve.missing):
         axes.plot(curve.missing, [0.02] * len(curve.missing), transform=axes.get_xaxis_transform(), linestyle="none",
-                  marker="x", color=SECOND, markersize=5, label="skipped")
-    positive = [v for v in y if v > 0]
-    if curve.may_be_log and len(positive) == len(y) and max(positive) / min(positive) > LOG_SCALE_FROM:
+                  marker="x", color=SECOND, markersize=5)
+    if curve.may_be_log and min(y) > 0 and max(y) / min(y) > LOG_SCALE_FROM:
         axes.set_yscale("log")
     elif curve.from_zero:
         axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
 def binned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
@@ -105,12 +129,12 @@ def binned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> t
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponentially weighted mean over about a twentieth of the points, at least five of them."""
-    keep = 1 - 1 / max(5.0, len(values) / 20)
-    mean, out = 0.0, []
-    for number, value in enumerate(values, 1):
-        mean = keep * mean + (1 - keep) * value
-        out.append(mean / (1 - keep**number))
+    """Mean of each value and its neighbours, about a twentieth of all on either side, fewer towards the ends."""
+    reach = max(2, len(values) // 20)
+    out = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        out.append(_mean(values[i - near : i + near + 1]))
     return out
 
 
@@ -120,13 +144,12 @@ def _mean(values: Sequence[float]) -> float:
 
 def _style(salt: str) -> dict[str, object]:
     return {
-        "svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "axes.labelsize": 11, "legend.fontsize": 11,
+        "svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "axes.labelsize": 11,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": RULE, "xtick.color": RULE, "ytick.color": RULE,
         "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
         "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": RULE, "grid.linewidth": 0.7,
-        "axes.axisbelow": True, "ytick.major.size": 0, "xtick.major.size": 3, "legend.frameon": False,
-        "legend.handlelength": 1.5, "legend.columnspacing": 1.4, "figure.facecolor": "none", "axes.facecolor": "none",
-        "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 6), "axes.formatter.use_mathtext": False,
+        "axes.axisbelow": True, "ytick.major.size": 0, "ytick.minor.size": 0, "xtick.major.size": 3,
+        "figure.facecolor": "none", "axes.facecolor": "none",
     }
 
 

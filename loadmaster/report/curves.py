@@ -9,19 +9,21 @@ from typing import Any
 
 from markupsafe import Markup
 
-from loadmaster.report.charts import Curve, draw
+from loadmaster.report.charts import Curve, Key, draw
 from loadmaster.report.inputs import RunFiles, number
 
-WIDE = (900, 300)
-NARROW = (420, 260)
-"""CSS pixels: the loss over the whole page, and a chart in a column or on a phone."""
+WIDE, NARROW, COLUMN = (960, 300), (360, 240), (300, 200)
+"""CSS pixels: the loss over the whole page and on a phone, and a chart in one of three columns."""
 
 
 @dataclass(frozen=True)
 class Chart:
     title: str
-    narrow: Markup
+    unit: str
+    legend: list[Key]
+    drawing: Markup
     wide: Markup | None = None
+    """The drawing for a wide screen, where there is a separate one."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,16 @@ def curves_section(files: RunFiles) -> CurvesSection | None:
     if not files.metrics:
         return None
     skipped = [row["step"] for row in files.metrics if "loss" in row and number(row["loss"]) is None]
-    charts = [
-        Chart(curve.title, Markup(draw(curve, *NARROW)), Markup(draw(curve, *WIDE)) if curve.title == "Loss" else None)
-        for curve in curves_of(files, skipped)
-        if len(curve.x)
-    ]
+    charts = [_chart(curve) for curve in curves_of(files, skipped) if len(curve.x)]
     return CurvesSection(charts, files.metrics[-1]["step"], skipped)
+
+
+def _chart(curve: Curve) -> Chart:
+    is_main = curve.title == "Loss"
+    return Chart(
+        curve.title, curve.unit, curve.legend, Markup(draw(curve, *(NARROW if is_main else COLUMN))),
+        Markup(draw(curve, *WIDE)) if is_main else None,
+    )
 
 
 def curves_of(files: RunFiles, skipped: Sequence[int]) -> list[Curve]:
@@ -50,13 +56,13 @@ def curves_of(files: RunFiles, skipped: Sequence[int]) -> list[Curve]:
     norm_x, norm_y = series(metrics, "grad_norm")
     clips = bool(clip) and bool(norm_y) and max(norm_y) > clip / 3
     return [
-        Curve("Loss", "nats per token", "training", *series(metrics, "loss"), missing=skipped,
+        Curve("Loss", "nats per token", "training, each step", *series(metrics, "loss"), missing=skipped,
               others={"held-out": (eval_x, eval_y)} if eval_x else {}),
-        Curve("Learning rate", "learning rate", "learning rate", *series(metrics, "lr"), smooth=False, from_zero=True),
+        Curve("Learning rate", "at each step", "learning rate", *series(metrics, "lr"), smooth=False, from_zero=True),
         Curve("Throughput", "tokens/s", "measured", *series(metrics, "tokens_per_second"), smooth=False, from_zero=True,
               lines={"planned": planned} if planned else {}),
-        Curve("Gradient norm", "L2 norm before clipping", "norm", norm_x, norm_y, may_be_log=True,
-              lines={"clipped above": clip} if clips and clip else {}),
+        Curve("Gradient norm", "L2, before clipping", "each step", norm_x, norm_y, may_be_log=True,
+              lines={f"clipped above {clip:g}": clip} if clips and clip else {}),
     ]
 
 

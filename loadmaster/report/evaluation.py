@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +21,30 @@ class Change:
     before: str
     after: str
     difference: str
+    is_part: bool = False
+    """Whether it is a part of the figure above it."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure, and the limit that it was held against (empty where there was none)."""
+
+    value: str
+    limit: str = ""
 
 
 @dataclass(frozen=True)
 class Export:
     name: str
     size: str
-    perplexity_ratio: str
-    mean_kl: str
-    top1: str
-    task: str
-    verdict: str
+    perplexity_ratio: Measured
+    mean_kl: Measured
+    top1: Measured
+    task: Measured
+    verdict: str = ""
     """passed, rejected, or empty for the rows that are not exports."""
-    failures: list[str]
+    notes: tuple[str, ...] = ()
+    """Why it was rejected; which of several candidates was taken."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +61,22 @@ def evaluation_section(files: RunFiles) -> list[Change] | None:
     before, after = (_side(files, side) for side in ("before", "after"))
     if not before and not after:
         return None
+    pairs = lambda key: (dig(before, key), dig(after, key))  # noqa: E731 - said once, used four times
     found = [
-        _change("held-out loss", "nats per token", dig(before, "held_out.loss"), dig(after, "held_out.loss"), units.decimals),
-        _change("held-out perplexity", "", dig(before, "held_out.perplexity"), dig(after, "held_out.perplexity"),
-                units.significant),
+        _change("loss", "nats per token", *pairs("held_out.loss"), units.decimals),
+        _change("perplexity", "", *pairs("held_out.perplexity"), lambda v: units.significant(v, 4)),
+        _change("answers right", "the task metric", *pairs("task.metric"), units.percent, points=True),
+        _change("answers that are valid JSON", "", *pairs("task.valid_json"), units.percent, points=True),
+        _change("fields right", "", *pairs("task.field_match"), units.percent, points=True),
     ]
-    figures = {"metric": "task metric: answers right", "valid_json": "answers that are valid JSON",
-               "field_match": "fields right"}
-    for key, name in figures.items():
-        found.append(_change(name, "", dig(before, f"task.{key}"), dig(after, f"task.{key}"), units.percent, points=True))
-    fields = dig(after, "task.per_field") or dig(before, "task.per_field") or {}
-    for name in fields if isinstance(fields, dict) else ():
-        pair = [(dig(side, "task.per_field") or {}).get(name) for side in (before, after)]
-        found.append(_change(f"field “{name}” right", "", *pair, units.percent, points=True))
+    first, second = (found if isinstance(found, dict) else {} for found in pairs("task.per_field"))
+    for name in second or first:
+        found.append(_change(name, "", first.get(name), second.get(name), units.percent, points=True, is_part=True))
     return [change for change in found if {change.before, change.after} != {units.MISSING}]
 
 
-def _change(name: str, unit: str, before: Any, after: Any, show: Any, points: bool = False) -> Change:
+def _change(name: str, unit: str, before: Any, after: Any, show: Any, points: bool = False,
+            is_part: bool = False) -> Change:
     first, second = number(before), number(after)
     difference = units.MISSING
     if first is not None and second is not None:
@@ -73,7 +84,7 @@ def _change(name: str, unit: str, before: Any, after: Any, show: Any, points: bo
             difference = f"{100 * (second - first):+.1f} points".replace("-", "\N{MINUS SIGN}")
         elif first > 0:
             difference = units.signed_percent(second / first - 1)
-    return Change(name, unit, show(before), show(after), difference)
+    return Change(name, unit, show(before), show(after), difference, is_part)
 
 
 def exports_section(files: RunFiles) -> list[Export] | None:
@@ -81,16 +92,18 @@ def exports_section(files: RunFiles) -> list[Export] | None:
     exports = _exports(files)
     if not exports:
         return None
-    base_task, trained_task = (units.percent(dig(_side(files, side), "task.metric")) for side in ("before", "after"))
+    base_task, trained_task = (number(dig(_side(files, side), "task.metric")) for side in ("before", "after"))
+    none = Measured(units.MISSING)
     return [
-        Export("base model", *[units.MISSING] * 4, base_task, "", []),
-        Export("as trained", units.MISSING, "1.0000", "0", "100.0%", trained_task, "", []),
-        *itertools.starmap(_export, exports.items()),
+        Export("base model", units.MISSING, none, none, none, Measured(units.percent(base_task))),
+        Export("as trained", units.MISSING, Measured("1.0000"), Measured("0.0000"), Measured("100.00%"),
+               Measured(units.percent(trained_task))),
+        *(_export(name, facts, trained_task) for name, facts in exports.items()),
     ]
 
 
 def _exports(files: RunFiles) -> dict[str, dict[str, Any]]:
-    """Facts of each format: what result.json says of all of them (rejected ones too), and the manifests of those published."""
+    """Facts of each format: what result.json says of all of them, and the manifests of those that were published."""
     said = files.result.get("exports")
     found = {str(k): v for k, v in said.items() if isinstance(v, dict)} if isinstance(said, dict) else {}
     for name, manifest in files.manifests.items():
@@ -98,22 +111,35 @@ def _exports(files: RunFiles) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _export(name: str, facts: dict[str, Any]) -> Export:
-    figures = next((facts[key] for key in ("verification", "figures") if isinstance(facts.get(key), dict)), facts)
-    failures = [str(f) for f in facts.get("failures") or figures.get("failures") or []]
-    error = facts.get("error") or figures.get("error")
-    failures += [str(error)] if error else []
-    passed = figures.get("passed", facts.get("passed", "files" in facts and not failures))
+def _export(name: str, facts: dict[str, Any], trained_task: float | None) -> Export:
+    figures = facts["verification"] if isinstance(facts.get("verification"), dict) else facts
+
+    def measured(key: str, show: Callable[[Any], str], bound: str, sign: str) -> Measured:
+        limit = dig(figures, f"limits.{bound}")
+        return Measured(show(dig(figures, key)), "" if number(limit) is None else f"{sign} {show(limit)}")
+
+    retention = number(dig(figures, "limits.min_task_retention"))
+    least = None if retention is None or trained_task is None else retention * trained_task
     return Export(
         name=name,
         size=units.file_size(facts.get("bytes")),
-        perplexity_ratio=units.decimals(figures.get("perplexity_ratio")),
-        mean_kl=units.significant(figures.get("mean_kl")),
-        top1=units.percent(figures.get("top1_agreement")),
-        task=units.percent(dig(figures, "task.metric")),
-        verdict="passed" if passed and not failures else "rejected",
-        failures=failures,
+        perplexity_ratio=measured("perplexity_ratio", units.decimals, "max_perplexity_ratio", "at most"),
+        mean_kl=measured("mean_kl", units.decimals, "max_mean_kl", "at most"),
+        top1=measured("top1_agreement", lambda v: units.percent(v, 2), "min_top1_agreement", "at least"),
+        task=Measured(units.percent(dig(figures, "task.metric")),
+                      "" if least is None else f"at least {units.percent(least)}"),
+        verdict="passed" if figures.get("passed") is True else "rejected",
+        notes=(*map(str, figures.get("failures") or []), *_chosen(figures)),
     )
+
+
+def _chosen(figures: dict[str, Any]) -> list[str]:
+    """Which candidate was taken, where a format had several."""
+    candidates = figures.get("candidates")
+    if not isinstance(candidates, dict):
+        return []
+    scores = (f"{name} {units.decimals(dig(score, 'mean_kl'))}" for name, score in candidates.items())
+    return [f"{figures.get('candidate')} was taken, by mean KL: {', '.join(scores)}"]
 
 
 def samples_section(files: RunFiles) -> list[Sample] | None:

@@ -100,7 +100,8 @@ def _parsed(name: str, text: str, parse: Any, problems: list[str]) -> dict[str, 
     try:
         value = parse(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        problems.append(f"{name} is torn or not in its format ({str(error).splitlines()[0]}); what it says is not shown.")
+        why = str(error).splitlines()[0]
+        problems.append(f"{name} is torn or not in its format ({why}); what it says is not shown.")
         return {}
     if not isinstance(value, dict):
         problems.append(f"{name} holds a {type(value).__name__} where an object belongs; what it says is not shown.")

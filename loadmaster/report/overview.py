@@ -36,6 +36,8 @@ class Figure:
     value: str
     note: str
     before: str = ""
+    unit: str = ""
+    """Printed small after the value, where it is not a part of it."""
 
 
 def header(files: RunFiles) -> Header:
@@ -68,17 +70,19 @@ def stages(files: RunFiles) -> list[Stage]:
     for name in STAGES:
         record = files.stages.get(name)
         if isinstance(record, dict):
-            text = units.seconds(record.get("seconds"))
-            finished = str(record.get("finished") or "")
-            stale = finished < newest
+            took, finished = units.seconds(record.get("seconds")), str(record.get("finished") or "")
+            if finished < newest:
+                found.append(Stage(name, "stale", f"{took}, before an earlier stage ran again"))
+            else:
+                found.append(Stage(name, "done", took))
             newest = max(newest, finished)
-            found.append(Stage(name, "stale" if stale else "done", f"{text}, before an earlier stage ran again" if stale else text))
-            continue
-        begun = _begun(files, name)
-        if begun:
-            found.append(Stage(name, begun[0], begun[1]))
+        elif dig(files.result, "failure.stage") == name:
+            found.append(Stage(name, "failed", "failed"))
+        elif begun := _begun(files, name):
+            found.append(Stage(name, *begun))
         else:
-            found.append(Stage(name, "waiting", "not run yet" if name in asked else f"not asked for (stop_after={last})"))
+            text = "not run yet" if name in asked else f"not asked for (stop_after={last})"
+            found.append(Stage(name, "waiting", text))
     return found
 
 
@@ -96,7 +100,7 @@ def _begun(files: RunFiles, stage: str) -> tuple[str, str] | None:
 
 
 def headlines(files: RunFiles) -> list[Figure]:
-    figures = [_task(files), *_held_out(files), _speed(files), _peak(files), _wall(files), _cost(files)]
+    figures = [_task(files), _held_out(files), _speed(files), _peak(files), _wall(files), _cost(files)]
     return [figure for figure in figures if figure is not None]
 
 
@@ -108,33 +112,32 @@ def _task(files: RunFiles) -> Figure | None:
     task = {"json_fields": "whole JSON answers right", "exact_match": "answers right"}.get(
         str(files.job("evaluation.task")), "answers right"
     )
-    return Figure("Task metric", units.percent(after), f"{task}, {units.count(rows)} held-out rows", units.percent(before))
+    note = f"{task}, {units.count(rows)} held-out rows"
+    return Figure("Task metric", units.percent(after), note, units.percent(before))
 
 
-def _held_out(files: RunFiles) -> list[Figure]:
+def _held_out(files: RunFiles) -> Figure | None:
     sides = [dig(files.evaluation, f"{side}.held_out") for side in ("before", "after")]
     if not any(isinstance(side, dict) for side in sides):
-        return []
+        return None
     before, after = (side if isinstance(side, dict) else {} for side in sides)
-    tokens = f"over {units.count(after.get('tokens') or before.get('tokens'))} trained tokens"
-    return [
-        Figure("Held-out loss", units.decimals(after.get("loss"), 3), f"nats per token, {tokens}",
-               units.decimals(before.get("loss"), 3)),
-        Figure("Held-out perplexity", units.significant(after.get("perplexity")), "exp of the loss",
-               units.significant(before.get("perplexity"))),
-    ]
+    perplexities = [units.significant(side.get("perplexity"), 4) for side in (before, after)]
+    return Figure(
+        "Held-out loss", units.decimals(after.get("loss"), 3), f"nats per token; perplexity {' → '.join(perplexities)}",
+        units.decimals(before.get("loss"), 3),
+    )
 
 
 def _speed(files: RunFiles) -> Figure | None:
     measured, planned = files.result.get("tokens_per_second"), files.plan.get("tokens_per_second")
     utilisation = number(files.result.get("mfu"))
     if number(measured) is None:
-        return None if number(planned) is None else Figure("Speed", units.rate(planned), "planned, not measured yet")
+        return None if number(planned) is None else Figure(
+            "Speed", units.count(planned), "planned, not measured yet", unit="tokens/s"
+        )
     notes = [] if number(planned) is None else [f"planned {units.rate(planned)}"]
     notes += [] if utilisation is None else [f"{units.percent(utilisation)} of the peak FLOP/s"]
-    trained = files.result.get("trained_tokens_per_second")
-    notes += [] if number(trained) is None else [f"{units.rate(trained)} with loss"]
-    return Figure("Speed", units.rate(measured), "; ".join(notes))
+    return Figure("Speed", units.count(measured), "; ".join(notes), unit="tokens/s")
 
 
 def _peak(files: RunFiles) -> Figure | None:
@@ -143,7 +146,8 @@ def _peak(files: RunFiles) -> Figure | None:
         return None
     if measured is None:
         return Figure("Peak memory", units.gib(predicted), "predicted, not measured yet")
-    return Figure("Peak memory", units.gib(measured), f"predicted {units.gib(predicted)}: {off_by(predicted, measured)}")
+    note = f"predicted {units.gib(predicted)}, {off_by(predicted, measured)}"
+    return Figure("Peak memory", units.gib(measured), note)
 
 
 def predicted_gib(files: RunFiles) -> float | None:
@@ -172,22 +176,5 @@ def _wall(files: RunFiles) -> Figure | None:
 
 def _cost(files: RunFiles) -> Figure | None:
     cost = files.plan.get("cost_usd")
-    return None if number(cost) is None else Figure("Cost", units.usd(cost), "planned, for training at the catalogue's price")
-
-
-def data(files: RunFiles) -> list[tuple[str, str]]:
-    """What was trained on: the plain figures of the data summary, nested ones by dotted name."""
-    return list(_flat(files.result.get("data")))
-
-
-def _flat(value: Any, prefix: str = ""):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}{key}.".replace("_", " "))
-    elif prefix and isinstance(value, str | int | float | list) and value not in ([], ""):
-        if isinstance(value, list):
-            text = ", ".join(map(str, value[:8])) + (", …" if len(value) > 8 else "")
-        else:
-            is_count = isinstance(value, int) and not isinstance(value, bool)
-            text = units.count(value) if is_count else units.significant(value, 4) if isinstance(value, float) else str(value)
-        yield prefix.rstrip("."), text
+    note = "planned, for training, at the catalogue's price"
+    return None if number(cost) is None else Figure("Cost", units.usd(cost), note)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from loadmaster import __version__
 from loadmaster.files import write_text
-from loadmaster.report import curves, evaluation, overview, plan, units
+from loadmaster.report import curves, data, evaluation, overview, plan, units
 from loadmaster.report.inputs import RunFiles, read_run
 
 NAME = "report.html"
@@ -28,7 +28,7 @@ SECTIONS: dict[str, Callable[[RunFiles], Any]] = {
     "header": overview.header,
     "stages": overview.stages,
     "headlines": overview.headlines,
-    "data": overview.data,
+    "data": data.data_section,
     "plan": plan.plan_section,
     "memory": plan.memory_section,
     "curves": curves.curves_section,
@@ -59,10 +59,16 @@ def render(run_dir: Path, command: str) -> str:
     problems = list(files.problems)
     content = {name: _built(name, build, files, problems) for name, build in SECTIONS.items()}
     html = _environment().get_template("report.html.j2").render(
-        **content, problems=problems, command=command, versions=versions(), config_text=files.config_text,
-        seed=files.job("seed"), written=datetime.now(UTC), run_name=files.name,
+        **content, order=order(files), problems=problems, command=command, versions=versions(), files=files,
+        written=datetime.now(UTC),
     )
     return html.encode("utf-8", errors="replace").decode("utf-8")  # generated text may hold half a surrogate pair
+
+
+def order(files: RunFiles) -> tuple[str, ...]:
+    """The sections, what matters most first: the proof once there is one, else the plan."""
+    proof, making = ("evaluation", "exports"), ("training", "plan")
+    return (*proof, *making, "samples") if files.evaluation else (*reversed(making), *proof, "samples")
 
 
 def _built(name: str, build: Callable[[RunFiles], Any], files: RunFiles, problems: list[str]) -> Any:
@@ -89,10 +95,16 @@ def visible(value: Any) -> str:
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", lambda match: chr(0x2400 + ord(match[0])), str(value))
 
 
+def breakable(text: str) -> Markup:
+    """Text that may be broken into lines after commas, as JSON without spaces needs; a copy of it is the text alone."""
+    return Markup(escape(visible(text)).replace(",", Markup(",<wbr>")))
+
+
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("loadmaster.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("loadmaster.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else visible(value),
     )
     environment.globals["units"] = units
+    environment.filters["breakable"] = breakable
     return environment

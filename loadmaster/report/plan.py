@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,8 @@ class PlanSection:
     fits: bool
     place: str
     decisions: list[Decision]
+    amounts: list[tuple[str, str]]
+    """What follows from the decisions, with units."""
     bar: Bar
     phases: list[Part]
     reasons: list[str]
@@ -88,6 +91,7 @@ def plan_section(files: RunFiles) -> PlanSection | None:
         fits=plan.get("fits") is not False,
         place=place(plan),
         decisions=decisions(files),
+        amounts=amounts(plan),
         bar=memory_bar(plan),
         phases=_phases(plan),
         reasons=[str(reason) for reason in plan.get("reasons") or []],
@@ -97,39 +101,47 @@ def plan_section(files: RunFiles) -> PlanSection | None:
 
 
 def decisions(files: RunFiles) -> list[Decision]:
-    plan, job = files.plan, files.job
-    tokens = units.count(plan.get("sequence_length"))
-    world = (number(dig(plan, "hardware.count")) or 1) * (number(dig(plan, "hardware.nodes")) or 1)
-    size, accumulation = number(plan.get("micro_batch_size")), number(plan.get("gradient_accumulation_steps"))
-    step = None if size is None or accumulation is None else size * accumulation * world
-    length = number(plan.get("sequence_length"))
+    plan = files.plan
 
     def row(name: str, key: str, value: str | None = None) -> Decision:
-        given = job("optimizer.name" if key == "optimizer" else key)
+        given = files.job("optimizer.name" if key == "optimizer" else key)
         by = "" if given is None else "preflight" if given == "auto" else "job"
         return Decision(name, str(plan.get(key, units.MISSING)) if value is None else value, by)
 
-    optimizer = str(plan.get("optimizer", units.MISSING)) + (", fp32 master weights" if plan.get("master_weights") else "")
-    device = "host" if dig(plan, "hardware.gpu") == "cpu" else "each GPU"
+    size, length = units.count(plan.get("micro_batch_size")), units.count(plan.get("sequence_length"))
+    master = ", fp32 master weights" if plan.get("master_weights") else ""
     return [
-        row("Method", "method"),
-        row("Precision", "precision"),
-        row("Optimizer", "optimizer", optimizer),
-        row("Sharding", "sharding"),
-        row("Offload", "offload"),
-        row("Activation checkpointing", "activation_checkpointing"),
-        row("Micro-batch", "micro_batch_size", f"{units.count(size)} packed rows of {tokens} tokens"),
-        Decision("Gradient accumulation", f"{units.count(accumulation)} micro-batches per step", ""),
-        Decision("Optimizer step", f"{units.count(step)} rows, up to "
-                 f"{units.count(None if step is None or length is None else step * length)} tokens", ""),
-        Decision("Parameters", f"{units.parameters(dig(plan, 'model.parameters'))}, of which "
-                 f"{units.parameters(dig(plan, 'model.trainable_parameters'))} trained", ""),
-        Decision("Memory budget", f"{units.gib(plan.get('budget_gib'))} of {units.gib(dig(plan, 'hardware.memory_gib'))}, {device}", ""),
-        Decision("Host memory needed", f"{units.gib(plan.get('host_memory_gib'))} per node", ""),
-        Decision("Disk needed", units.gib(plan.get("disk_gib")), ""),
-        Decision("Speed", f"{units.rate(plan.get('tokens_per_second'))} (modelled)", ""),
-        Decision("Training time", units.seconds(None if number(plan.get("hours")) is None else plan["hours"] * 3600)
-                 + ("" if number(plan.get("cost_usd")) is None else f", {units.usd(plan['cost_usd'])}"), ""),
+        row("method", "method"),
+        row("precision", "precision"),
+        row("optimizer", "optimizer", f"{plan.get('optimizer', units.MISSING)}{master}"),
+        row("sharding", "sharding"),
+        row("offload", "offload"),
+        row("activation checkpointing", "activation_checkpointing"),
+        row("sequence length", "sequence_length", f"{length} tokens"),
+        row("micro-batch", "micro_batch_size", f"{size} packed rows"),
+        row("gradient accumulation", "gradient_accumulation_steps",
+            f"{units.count(plan.get('gradient_accumulation_steps'))} micro-batches"),
+    ]
+
+
+def amounts(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    hours, cost = number(plan.get("hours")), number(plan.get("cost_usd"))
+    factors = [number(plan.get(key)) for key in ("micro_batch_size", "gradient_accumulation_steps")]
+    factors += [number(dig(plan, f"hardware.{key}")) for key in ("count", "nodes")]
+    rows_per_step = None if None in factors else math.prod(factor for factor in factors if factor is not None)
+    length = number(plan.get("sequence_length"))
+    device = "memory of the host" if dig(plan, "hardware.gpu") == "cpu" else "memory of one GPU"
+    return [
+        ("parameters", units.parameters(dig(plan, "model.parameters"))),
+        ("trained", units.parameters(dig(plan, "model.trainable_parameters"))),
+        ("one optimizer step", f"{units.count(rows_per_step)} rows"),
+        ("tokens in it, at most",
+         units.count(None if rows_per_step is None or length is None else rows_per_step * length)),
+        (device, units.gib(dig(plan, "hardware.memory_gib"))),
+        ("host memory needed per node", units.gib(plan.get("host_memory_gib"))),
+        ("disk needed", units.gib(plan.get("disk_gib"))),
+        ("speed, modelled", units.rate(plan.get("tokens_per_second"))),
+        ("training time, modelled", units.hours(hours) + ("" if cost is None else f", {units.usd(cost)}")),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from loadmaster.report.inputs import number
 
-MISSING = "–"
+MISSING = "\N{EN DASH}"
 
 
 def gib(value: Any) -> str:
@@ -29,14 +29,21 @@ def file_size(value: Any) -> str:
 
 def seconds(value: Any) -> str:
     def show(v: float) -> str:
-        if v < 60:
-            return f"{v:.1f} s" if v < 10 else f"{v:.0f} s"
+        if v < 10:
+            return f"{v:.1f} s"
+        if round(v) < 60:
+            return f"{v:.0f} s"
         minutes, rest = divmod(round(v), 60)
         if minutes < 60:
             return f"{minutes} min {rest:02d} s"
         return f"{minutes // 60} h {minutes % 60:02d} min"
 
     return _with(value, show)
+
+
+def hours(value: Any) -> str:
+    found = number(value)
+    return MISSING if found is None else seconds(found * 3600)
 
 
 def percent(value: Any, digits: int = 1) -> str:

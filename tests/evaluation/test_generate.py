@@ -135,7 +135,7 @@ def test_run_task_scores_the_last_answer_and_shows_samples(model, tokenizer, alo
 def test_run_task_without_a_task_or_without_rows(model, tokenizer):
     assert run_task(model, tokenizer, [], EvaluationConfig(task="none")) == {}
     with pytest.raises(DataError, match="no held-out conversation"):
-        run_task(model, tokenizer, [conversation("Hi")], EvaluationConfig(task="exact_match"))
+        run_task(model, tokenizer, [Conversation([], text="prose")], EvaluationConfig(task="exact_match"))
 
 
 def test_a_longer_conversation_is_shown_turn_by_turn(model, tokenizer):

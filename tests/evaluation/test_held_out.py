@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
+from loadmaster.data import packed_rows
 from loadmaster.errors import DataError
 from loadmaster.evaluation import held_out
 from loadmaster.evaluation.held_out import perplexity
@@ -24,22 +23,9 @@ def model(smollm2):
 
 @pytest.fixture(scope="module")
 def documents(tokenizer):
-    """(input_ids, labels): the first three tokens of each document carry no loss."""
+    """(input_ids, trained): the first three tokens of each document carry no loss."""
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
-    return [(each, [-100] * 3 + each[3:]) for each in ids]
-
-
-def packed(documents: list[tuple[list[int], list[int]]], groups: list[list[int]]) -> list[SimpleNamespace]:
-    """Rows holding the documents of each group, one after another, as PackedRows yields them."""
-    return [
-        SimpleNamespace(
-            input_ids=np.concatenate([documents[i][0] for i in group]),
-            labels=np.concatenate([documents[i][1] for i in group]),
-            position_ids=np.concatenate([np.arange(len(documents[i][0])) for i in group]),
-            document_ids=[str(i) for i in group],
-        )
-        for group in groups
-    ]
+    return [(each, [False] * 3 + [True] * (len(each) - 3)) for each in ids]
 
 
 @torch.no_grad()
@@ -49,19 +35,21 @@ def by_hand(smollm2, documents) -> tuple[float, int]:
 
     plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     total, tokens = 0.0, 0
-    for ids, labels in documents:
+    for ids, trained in documents:
         log_probabilities = plain(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
         for at in range(1, len(ids)):
-            if labels[at] != -100:
-                total -= log_probabilities[at - 1, labels[at]].item()
+            if trained[at]:
+                total -= log_probabilities[at - 1, ids[at]].item()
                 tokens += 1
     return total, tokens
 
 
-def test_the_loss_is_the_mean_over_the_trained_tokens_of_separate_documents(smollm2, model, documents):
+def test_the_loss_is_the_mean_over_the_trained_tokens_of_separate_documents(smollm2, model, tokenizer, documents):
     total, tokens = by_hand(smollm2, documents)
-    for groups, batch_size in [([[0, 1, 2]], 1), ([[0], [1], [2]], 2), ([[2, 0], [1]], 2)]:
-        figures = held_out(model, packed(documents, groups), 0, batch_size, "cpu")
+    for packing, rows, batch_size in [(True, 1, 1), (False, 3, 1), (False, 3, 2), (False, 3, 8)]:
+        packed = packed_rows(documents, sequence_length=64, packing=packing)
+        assert len(packed) == rows
+        figures = held_out(model, packed, tokenizer.pad_token_id, batch_size, "cpu")
         assert figures["tokens"] == tokens
         assert figures["loss"] == pytest.approx(total / tokens, abs=2e-5)
         assert figures["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
@@ -72,7 +60,7 @@ def test_every_module_gets_its_own_mode_back(model, documents):
     frozen = model.get_decoder().layers[3]
     frozen.eval()
     before = [module.training for module in model.modules()]
-    held_out(model, packed(documents, [[1]]), 0, 1, "cpu")
+    held_out(model, packed_rows(documents[:1], 64), 0, 1, "cpu")
     assert [module.training for module in model.modules()] == before
     assert True in before and False in before
     assert torch.is_grad_enabled()
@@ -80,10 +68,9 @@ def test_every_module_gets_its_own_mode_back(model, documents):
 
 
 def test_data_without_a_trained_token_is_refused(model, documents):
-    untrained = [(ids, [-100] * len(ids)) for ids, _ in documents]
-    for rows in ([], packed(untrained, [[0, 1]])):
-        with pytest.raises(DataError, match=r"no trained token.*data\.validation"):
-            held_out(model, rows, 0, 1, "cpu")
+    untrained = packed_rows([(ids, [False] * len(ids)) for ids, _ in documents], 64)
+    with pytest.raises(DataError, match=r"no trained token.*data\.validation"):
+        held_out(model, untrained, 0, 1, "cpu")
 
 
 def test_a_perplexity_beyond_a_float_is_infinite():

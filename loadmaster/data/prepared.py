@@ -48,7 +48,9 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
     held = job.data.validation
     validation = open_source(held, "validation") if isinstance(held, str) else None
     fingerprint = sha256_json(_shaped_by(job, tokenizer, train, validation))
-    folder = cache_folder(cache_dir) / fingerprint[:32]
+    # Rows carry the names of their files: the same data under another name is another entry of the cache.
+    names = [*train.names(), *(validation.names() if validation else ())]
+    folder = cache_folder(cache_dir) / sha256_json([fingerprint, names])[:32]
     with exclusive(folder):
         cached = is_whole(folder)
         if not cached:

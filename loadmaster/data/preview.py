@@ -8,7 +8,7 @@ from typing import Any
 
 from loadmaster.data.checks import marked
 from loadmaster.data.formats import Conversation
-from loadmaster.data.prepare import PreparedData
+from loadmaster.data.prepared import PreparedData
 from loadmaster.data.render import ChatRenderer, Rendering, Span
 
 
@@ -43,10 +43,8 @@ def rendered(conversation: Conversation, tokenizer: Any) -> Rendering:
 def describe(summary: dict[str, Any]) -> str:
     """The summary of PreparedData as lines for the log."""
     took = f"tokenised in {summary['seconds']:.1f} s" if summary["cache"] == "built" else "from the cache"
-    lines = [
-        f"data: {summary['rows_read']:,} rows read as {summary['format']} "
-        f"(recognised by {summary['recognised_by']}), {took}"
-    ]
+    known = f" (recognised by {summary['recognised_by']})" if summary["recognised_by"] else ""
+    lines = [f"data: {summary['rows_read']:,} rows read as {summary['format']}{known}, {took}"]
     for split in ("train", "validation"):
         figures = summary[split]
         if figures is None:

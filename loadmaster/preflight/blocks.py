@@ -1,0 +1,331 @@
+"""The engine's modules on a replay tape: transformers' eager decoder layers, peft adapters, nf4, the chunked loss.
+
+Each function is the module of the same name, line by line, with sizes in place of values. N tokens, w bytes an
+activation (2 in bf16, 4 in fp32), h hidden, f feed-forward, r rank. What one kernel needs inside itself and a
+trace therefore cannot see is `hidden`; those figures are for the CUDA kernels and are off when `tape.in_place` is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loadmaster.preflight.replay import Storage, Tape, Tensor
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import Matrix, ModelShape
+
+
+@dataclass
+class Weights:
+    """Parameters of one layer (or the top) as tensors; the base of an adapter is frozen."""
+
+    linears: dict[str, tuple[Matrix, Tensor, Tensor | None, Tensor | None, Tensor | None]]
+    """name -> (matrix, weight, bias, lora A, lora B)."""
+    norms: list[Tensor]
+    query_key_norms: list[Tensor]
+    rotary: Storage
+    """cos and sin, shared by all layers."""
+
+
+class Blocks:
+    """Modules of one model under one setup, on one tape."""
+
+    def __init__(self, tape: Tape, shape: ModelShape, setup: Setup, accumulated: bool, tokens: int | None = None):
+        self.tape, self.shape, self.setup = tape, shape, setup
+        self.n = setup.tokens if tokens is None else tokens
+        self.w = setup.width
+        self.accumulated = accumulated
+        self.full = not setup.adapters
+
+    # ------------------------------------------------------------ parameters
+
+    def layer_weights(self, experts: bool, rotary: Storage) -> Weights:
+        shape, setup, w = self.shape, self.setup, self.w
+        adapted = set() if self.full else {m.name for m in shape.adapted(setup.lora_targets, experts)}
+        linears = {}
+        for m in shape.matrices(experts):
+            a = b = None
+            if m.name in adapted:
+                a, b = self._parameter(w * setup.lora_rank * m.inputs), self._parameter(w * setup.lora_rank * m.outputs)
+            bias = self.base(w * m.outputs) if m.bias else None
+            linears[m.name] = (m, self.base(w * m.weight), bias, a, b)
+        norms = [self.base(w * shape.hidden_size) for _ in range(shape.norms)]
+        heads = [self.base(w * shape.head_dim) for _ in range(2)] if shape.query_key_norm else []
+        return Weights(linears, norms, heads, rotary)
+
+    def base(self, size: float, uses: int = 1) -> Tensor:
+        return self.tape.parameter(size, self.full, self.accumulated, uses)
+
+    def _parameter(self, size: float) -> Tensor:
+        return self.tape.parameter(size, True, self.accumulated)
+
+    # ------------------------------------------------------------ single operations
+
+    def elementwise(self, x: Tensor, size: float | None = None) -> Tensor:
+        """Multiplication with a constant, sign, cast: nothing saved, the gradient has the input's size."""
+        tape, before = self.tape, x.bytes
+        size = x.bytes if size is None else size
+        tape.moved(before, size)
+
+        def backward(g: Storage, _: list) -> list:
+            tape.moved(g.bytes, before)
+            return [tape.alloc(before)]
+
+        return tape.op(size, [x], [], backward)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        self.tape.moved(x.bytes, y.bytes, x.bytes)
+        return self.tape.op(x.bytes, [x, y], [], lambda g, _: [g, g])
+
+    def mul(self, x: Tensor, y: Tensor, reduced: float | None = None) -> Tensor:
+        """x * y; `reduced`: y is smaller and broadcast, so its gradient is summed to so many bytes."""
+        tape, needs_x, needs_y = self.tape, x.node is not None, y.node is not None
+        tape.moved(x.bytes, y.bytes, x.bytes)
+        saved = ([y.storage] if needs_x else []) + ([x.storage] if needs_y else [])
+        size = x.bytes
+
+        def backward(g: Storage, _: list) -> list:
+            tape.moved(g.bytes, size, size)
+            gx = tape.alloc(size) if needs_x else None
+            gy = None
+            if needs_y:
+                tape.moved(g.bytes, size, size)
+                gy = tape.alloc(size)
+                if reduced is not None:
+                    gy = tape.alloc(reduced)
+            return [gx, gy]
+
+        return tape.op(size, [x, y], saved, backward)
+
+    def matmul(self, x: Tensor, weight: Tensor, inputs: int, outputs: int, rows: int, groups: int = 1) -> Tensor:
+        """x [rows, inputs] @ weight^T -> [rows, outputs]; with groups, each row has one of so many weights."""
+        tape, w = self.tape, self.w
+        needs_x, needs_w = x.node is not None, weight.node is not None
+        saved = ([x.storage] if needs_w else []) + ([weight.storage] if needs_x else [])
+
+        def work() -> None:
+            tape.work.matmul_flops += 2.0 * rows * inputs * outputs
+            tape.work.matmul_bytes += w * (rows * (inputs + outputs) + groups * inputs * outputs)
+            tape.work.kernels += 1
+
+        def backward(g: Storage, _: list) -> list:
+            gw = gx = None
+            if needs_w:
+                work()
+                gw = tape.alloc(w * groups * inputs * outputs)
+            if needs_x:
+                work()
+                gx = tape.alloc(w * rows * inputs)
+            return [gx, gw]
+
+        work()
+        return tape.op(w * rows * outputs, [x, weight], saved, backward)
+
+    # ------------------------------------------------------------ linears
+
+    def linear(self, x: Tensor, entry: tuple, contiguous: bool = True) -> Tensor:
+        """A linear with its adapter, if it has one. contiguous=False: its gradient comes transposed and is copied."""
+        m, weight, bias, a, b = entry
+        nf4 = self.setup.method == "qlora"
+        out = self.nf4_matmul(x, weight, m) if nf4 else self.matmul(x, weight, m.inputs, m.outputs, self.n)
+        if bias is not None:
+            out = self.add_bias(out, bias)
+        if a is None:
+            return out if contiguous else self.restride(out)
+        if nf4:
+            out = self.copy(out)
+        rank, n = self.setup.lora_rank, self.n
+        dropped = self.dropout(x) if self.setup.lora_dropout and self.tape.enabled else x
+        update = self.elementwise(self.matmul(self.matmul(dropped, a, m.inputs, rank, n), b, rank, m.outputs, n))
+        out = self.add(out, update)
+        return out if contiguous else self.restride(out)
+
+    def dropout(self, x: Tensor) -> Tensor:
+        """The fused kernel of a GPU: keeps a mask of a byte an element."""
+        tape, size = self.tape, x.bytes
+        mask = tape.alloc(size // self.w)
+        tape.moved(size, size, size // self.w)
+
+        def backward(g: Storage, _: list) -> list:
+            tape.moved(size, size)
+            return [tape.alloc(size)]
+
+        return tape.op(size, [x], [mask], backward)
+
+    def add_bias(self, out: Tensor, bias: Tensor) -> Tensor:
+        """addmm: the bias joins in the matmul's kernel; its gradient is a sum over rows."""
+        tape, size = self.tape, bias.bytes
+        needs = bias.node is not None
+
+        def backward(g: Storage, _: list) -> list:
+            if needs:
+                tape.moved(g.bytes, size)
+            return [g, tape.alloc(size) if needs else None]
+
+        joined = Tensor(out.storage, out.node, out.bytes)
+        return tape.link(joined, [out, bias], [], backward)
+
+    def nf4_matmul(self, x: Tensor, weight: Tensor, m: Matrix) -> Tensor:
+        """bitsandbytes' MatMul4Bit: the weight is dequantized for each use, in the forward inside its kernel call."""
+        tape, w, n = self.tape, self.w, self.n
+        dequantized, absmax = w * m.weight, 4 * -(-m.weight // 64)
+
+        def work() -> None:
+            tape.work.matmul_flops += 2.0 * n * m.weight
+            tape.work.matmul_bytes += w * (n * (m.inputs + m.outputs) + m.weight)
+            tape.moved(m.weight / 2, dequantized)
+            tape.work.kernels += 2
+
+        def backward(g: Storage, _: list) -> list:
+            work()
+            with tape.tagged("quantization"):
+                scales = tape.alloc(absmax)
+                full = tape.alloc(dequantized)
+                del scales
+            gx = tape.alloc(w * n * m.inputs)
+            del full
+            return [gx]
+
+        work()
+        if tape.in_place:
+            with tape.tagged("quantization"):
+                scratch = [tape.alloc(dequantized), tape.alloc(absmax)]
+            tape.alloc(w * n * m.outputs)
+            del scratch
+        return tape.op(w * n * m.outputs, [x], [], backward)
+
+    def copy(self, x: Tensor) -> Tensor:
+        self.tape.moved(x.bytes, x.bytes)
+        return self.tape.op(x.bytes, [x], [], lambda g, _: [g])
+
+    def restride(self, x: Tensor) -> Tensor:
+        """A view whose gradient arrives in another layout and has to be copied before the matmul."""
+        tape, size = self.tape, x.bytes
+
+        def backward(g: Storage, _: list) -> list:
+            tape.moved(size, size)
+            return [tape.alloc(size)]
+
+        return tape.link(Tensor(x.storage, x.node, x.bytes), [x], [], backward)
+
+    # ------------------------------------------------------------ norm, rotary, attention
+
+    def norm(self, x: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """RMSNorm in fp32; Gemma's multiplies by 1 + weight before casting back."""
+        tape, w = self.tape, self.w
+        elements = x.bytes // w
+        x32 = self.elementwise(x, 4 * elements) if w != 4 else x
+        mean = self.mean_square(x32, 4 * rows)
+        scale = self.rsqrt(self.elementwise(mean))
+        x32 = self.mul(x32, scale, reduced=4 * rows)
+        del scale
+        if self.shape.gemma_norm:
+            width = weight.bytes // w
+            gain = self.elementwise(self.elementwise(weight, 4 * width) if w != 4 else weight)
+            x32 = self.mul(x32, gain, reduced=4 * width)
+            return self.elementwise(x32, w * elements) if w != 4 else x32
+        narrow = self.elementwise(x32, w * elements) if w != 4 else x32
+        return self.mul(narrow, weight, reduced=weight.bytes)
+
+    def mean_square(self, x: Tensor, size: int) -> Tensor:
+        """x.pow(2).mean(-1)."""
+        tape, whole = self.tape, x.bytes
+
+        def power(g: Storage, _: list) -> list:
+            parts = []
+            for _ in range(3):  # grad * (2 * x ** 1): each factor is a tensor
+                tape.moved(whole, whole)
+                parts.append(tape.alloc(whole))
+            return [parts[-1]]
+
+        def average(g: Storage, _: list) -> list:
+            tape.moved(whole)
+            return [tape.alloc(whole)]
+
+        tape.moved(whole, whole)
+        squared = tape.op(whole, [x], [x.storage], power)
+        tape.moved(whole, size)
+        return tape.op(size, [squared], [], average)
+
+    def rsqrt(self, x: Tensor) -> Tensor:
+        tape, size = self.tape, x.bytes
+
+        def backward(g: Storage, _: list) -> list:
+            parts = [tape.alloc(size) for _ in range(3)]
+            tape.work.kernels += 3
+            return [parts[-1]]
+
+        tape.moved(size, size)
+        out = tape.op(size, [], [], backward)
+        return tape.link(out, [x], [out.storage], backward)
+
+    def rotate(self, x: Tensor, rotary: Storage) -> Tensor:
+        """x * cos + rotate_half(x) * sin; where only a fraction of each head turns, the rest passes as it is."""
+        fraction = self.shape.rotary_fraction
+        if self.shape.fused:
+            turned, passed = self.slice(x, fraction), self.slice(x, 1 - fraction)
+            return self.join(self._rotated(turned, rotary), passed)
+        return self._rotated(x, rotary)
+
+    def _rotated(self, x: Tensor, rotary: Storage) -> Tensor:
+        turned = self.times_constant(x, rotary)
+        first, second = self.slice(x, 0.5), self.slice(x, 0.5)
+        return self.add(turned, self.times_constant(self.join(self.elementwise(second), first), rotary))
+
+    def times_constant(self, x: Tensor, constant: Storage) -> Tensor:
+        """Product with cos or sin, which are saved."""
+        tape, size = self.tape, x.bytes
+        tape.moved(size, size)
+
+        def backward(g: Storage, _: list) -> list:
+            tape.moved(size, size)
+            return [tape.alloc(size)]
+
+        return tape.op(size, [x], [constant], backward)
+
+    def slice(self, x: Tensor, fraction: float) -> Tensor:
+        """A view of part of x; its gradient is x-sized, with zeros elsewhere."""
+        tape, whole = self.tape, x.bytes
+
+        def backward(g: Storage, _: list) -> list:
+            tape.moved(whole, fraction * whole)
+            return [tape.alloc(whole)]
+
+        part = Tensor(x.storage, x.node, int(x.bytes * fraction))
+        return tape.link(part, [x], [], backward)
+
+    def join(self, x: Tensor, y: Tensor) -> Tensor:
+        """Concatenation; its gradients are views."""
+        self.tape.moved(*(2 * [x.bytes + y.bytes]))
+        return self.tape.op(x.bytes + y.bytes, [x, y], [], lambda g, _: [g, g])
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Variable-length flash attention over q, k, v of one row; indexing the row gives each a copied gradient."""
+        tape, n, shape = self.tape, self.n, self.shape
+        q, k, v = (self.slice(t, 1.0) for t in (q, k, v))
+        size = q.bytes
+        statistics = tape.alloc(4 * n * shape.heads)
+        sizes = [q.bytes, k.bytes, v.bytes]
+
+        def work(share: float) -> None:
+            tape.work.attention_flops += share * 2.0 * n * self.setup.sequence_length * shape.query_size
+            tape.moved(*sizes, size)
+
+        def backward(g: Storage, _: list) -> list:
+            work(2.5)
+            zeros = tape.alloc(4 * n * shape.heads)
+            if tape.in_place:
+                tape.alloc(self._attention_scratch())
+            results = [tape.alloc(s) for s in sizes]
+            del zeros
+            return results
+
+        work(1.0)
+        output = tape.op(size, [], [], backward)
+        saved = [q.storage, k.storage, v.storage, output.storage, statistics]
+        return tape.link(output, [q, k, v], saved, backward)
+
+    def _attention_scratch(self) -> int:
+        """Inside the backward kernel: dq in fp32, the row sums, and k, v gradients of every query head if grouped."""
+        shape, n = self.shape, self.n
+        grouped = 2 * self.w * shape.query_size if shape.key_value_heads != shape.heads else 0
+        return n * (4 * shape.query_size + 4 * shape.heads + grouped)

@@ -1,0 +1,147 @@
+"""Decoder layers, the top of the model and the loss, as the engine runs them, on a replay tape."""
+
+from __future__ import annotations
+
+from loadmaster.preflight.blocks import Blocks, Weights
+from loadmaster.preflight.mixture import activation, halves, mixture
+from loadmaster.preflight.replay import Storage, Tensor
+
+LOSS_CHUNK_TOKENS = 1024
+"""loadmaster.models.loss.CHUNK_TOKENS; a test holds the two equal."""
+
+
+def decoder_layer(b: Blocks, weights: Weights, x: Tensor, experts: bool) -> Tensor:
+    norms = weights.norms
+    residual = x
+    h = b.norm(x, norms[0], b.n)
+    del x
+    h = attention(b, weights, h)
+    if len(norms) == 4:
+        h = b.norm(h, norms[1], b.n)
+    h = b.add(residual, h)
+    residual = h
+    h = b.norm(h, norms[-2] if len(norms) == 4 else norms[1], b.n)
+    h = mixture(b, h) if experts else mlp(b, weights, h)
+    if len(norms) == 4:
+        h = b.norm(h, norms[3], b.n)
+    return b.add(residual, h)
+
+
+def attention(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
+    shape, linears = b.shape, weights.linears
+    if shape.fused:
+        q, k, v = fused_query_key_value(b, h, linears)
+    else:
+        q = b.linear(h, linears["q_proj"], contiguous=False)
+        if shape.query_key_norm:
+            q = b.norm(q, weights.query_key_norms[0], b.n * shape.heads)
+        k = b.linear(h, linears["k_proj"], contiguous=False)
+        if shape.query_key_norm:
+            k = b.norm(k, weights.query_key_norms[1], b.n * shape.key_value_heads)
+        v = b.linear(h, linears["v_proj"], contiguous=False)
+    q, k = rotate_both(b, q, k, weights.rotary)
+    out = b.attention(q, k, v)
+    if shape.fused:  # q comes from a concatenation, head by head, and so does the result: it is put in token order
+        out = b.copy(out)
+    return b.linear(out, linears["o_proj"])
+
+
+def fused_query_key_value(b: Blocks, h: Tensor, linears: dict) -> tuple[Tensor, Tensor, Tensor]:
+    shape = b.shape
+    whole = b.linear(h, linears["qkv_proj"])
+    width = shape.query_size + 2 * shape.key_value_size
+    q = b.slice(whole, shape.query_size / width)
+    k = b.slice(whole, shape.key_value_size / width)
+    v = b.slice(whole, shape.key_value_size / width)
+    return q, k, v
+
+
+def rotate_both(b: Blocks, q: Tensor, k: Tensor, rotary: Storage) -> tuple[Tensor, Tensor]:
+    return b.rotate(q, rotary), b.rotate(k, rotary)
+
+
+def mlp(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
+    linears = weights.linears
+    if b.shape.fused:
+        gate, up = halves(b, b.linear(h, linears["gate_up_proj"]))
+        up = b.mul(up, activation(b, gate))
+        return b.linear(up, linears["down_proj"])
+    return b.linear(
+        b.mul(activation(b, b.linear(h, linears["gate_proj"])), b.linear(h, linears["up_proj"])), linears["down_proj"]
+    )
+
+
+def embed(b: Blocks, table: Tensor) -> Tensor:
+    """Rows of the embedding; its gradient is as large as the table."""
+    tape, size = b.tape, b.w * b.n * b.shape.hidden_size
+    ids = tape.alloc(8 * b.n)
+    tape.moved(size, size)
+
+    def backward(g: Storage, _: list) -> list:
+        tape.moved(size, table_bytes)
+        return [tape.alloc(table_bytes)]
+
+    table_bytes = table.bytes
+    out = tape.op(size, [table], [ids], backward)
+    return b.elementwise(out) if b.shape.scaled_embedding else out
+
+
+def gather(b: Blocks, hidden: Tensor, rows: int) -> Tensor:
+    """Hidden states of the trained positions, by index; the gradient is added to zeros out of place."""
+    tape, whole, size = b.tape, hidden.bytes, b.w * rows * b.shape.hidden_size
+    index = tape.alloc(8 * rows)
+    tape.moved(size, size)
+
+    def backward(g: Storage, _: list) -> list:
+        tape.moved(whole, whole, size)
+        zeros = tape.alloc(whole)
+        full = tape.alloc(whole)
+        del zeros
+        return [full]
+
+    return tape.op(size, [hidden], [index], backward)
+
+
+def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
+    """models/loss.py: gradients of hidden states and head are made in the forward pass, chunk by chunk."""
+    tape, w, h, v = b.tape, b.w, b.shape.hidden_size, b.shape.vocabulary_size
+    targets = tape.alloc(8 * rows)
+    needs_hidden = tape.enabled and hidden.node is not None
+    needs_head = tape.enabled and head.node is not None
+    with tape.tagged("logits"):
+        grad_hidden = tape.alloc(w * rows * h) if needs_hidden else None
+        grad_head = tape.alloc(4 * v * h) if needs_head else None
+        logits = grad = None
+        for start in range(0, rows, LOSS_CHUNK_TOKENS):
+            c = min(LOSS_CHUNK_TOKENS, rows - start)
+            tape.work.matmul_flops += 2.0 * c * v * h * (1 + needs_hidden + needs_head)
+            tape.work.matmul_bytes += w * (c * h + v * h + c * v) * (1 + needs_hidden + needs_head)
+            tape.moved(10 * 4 * c * v if needs_hidden else 5 * 4 * c * v)
+            tape.work.kernels += 12
+            narrow = tape.alloc(w * c * v)
+            if w == 4:
+                logits = narrow
+            else:
+                logits = tape.alloc(4 * c * v)
+            del narrow
+            normaliser = tape.alloc(4 * c)
+            if tape.in_place:
+                tape.alloc(4 * c * v)  # logsumexp holds exp(logits - max)
+            if needs_hidden:
+                if w != 4:
+                    grad = tape.alloc(w * c * v)
+                tape.alloc(w * c * h)
+            if needs_head:
+                tape.alloc(w * v * h)
+        del logits, grad, normaliser, targets
+        loss = Tensor(tape.alloc(4))
+        grad_head = tape.alloc(w * v * h) if needs_head and w != 4 else grad_head
+
+        def backward(g: Storage, saved: list) -> list:
+            with tape.tagged("logits"):
+                first = tape.alloc(w * rows * h)
+                tape.moved(2 * w * rows * h)
+                return [first, tape.alloc(w * v * h) if needs_head else None]
+
+        saved = [s for s in (grad_hidden, grad_head) if s is not None]
+        return tape.link(loss, [hidden, head], saved, backward)

@@ -1,0 +1,148 @@
+"""A whole training step or evaluation batch on a replay tape: its peak by component, and its work.
+
+All layers of a kind are equal, so the first, the second and the last are replayed, and what lies between them
+is held as one block: between two layers the live bytes change by the same amount each time, so the peak is in
+one of the three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from loadmaster.preflight.blocks import Blocks, Weights
+from loadmaster.preflight.layers import chunked_loss, decoder_layer, embed, gather
+from loadmaster.preflight.replay import Leaf, Storage, Tape, Tensor, Work
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import ModelShape
+
+REPLAYED_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Replayed:
+    peak: int
+    """Bytes besides weights, optimizer states and gradients that were there before the micro-batch."""
+    at_peak: dict[str, int]
+    """The same by component."""
+    work: Work
+    """Of the micro-batch, all layers."""
+
+
+@cache
+def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Replayed:
+    """Forward and backward of one micro-batch; every token trained, so the loss is as large as it can be."""
+    accumulated = setup.gradient_accumulation_steps > 1
+    tape = Tape(in_place)
+    b = Blocks(tape, shape, setup, accumulated)
+    loss, done = _forward(b, _Middle(b))
+    box = [tape.alloc(4)]
+    node = loss.node
+    del loss
+    tape.backward(node, box)
+    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
+
+
+@cache
+def evaluation_batch(shape: ModelShape, setup: Setup) -> Replayed:
+    """The loss of one micro-batch without gradients."""
+    tape = Tape()
+    b = Blocks(tape, shape, setup, False)
+    with tape.gradients(False):
+        loss, done = _forward(b, _Middle(b))
+    del loss
+    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
+
+
+class _Middle:
+    """The layers that are not replayed one by one."""
+
+    def __init__(self, b: Blocks):
+        self.b = b
+        self.count = max(0, b.shape.layers - REPLAYED_LAYERS)
+        self.forward, self.started, self.finished = Work(), Work(), Work()
+        self.gradients: list[Storage] = []
+
+    def total(self, work: Work) -> Work:
+        one = self.forward.plus(self.finished).plus(self.started, -1.0)
+        return work.plus(one, self.count)
+
+    def stand_in(self, x: Tensor, kept: int, gradient_bytes: int) -> Tensor:
+        """The skipped layers between x and the last layer: their kept bytes now, their gradients in the backward."""
+        tape, held = self.b.tape, []
+        if not tape.enabled or self.count == 0:
+            return Tensor(x.storage, x.node)
+        held.append(tape.alloc(kept * self.count))
+
+        def backward(g: Storage, _: list) -> list:
+            held.clear()
+            with tape.tagged("gradients"):
+                self.gradients.append(tape.alloc(gradient_bytes * self.count))
+            self.started = Work().plus(tape.work)
+            return [g]
+
+        return tape.link(Tensor(x.storage, x.node), [x], [], backward)
+
+    def mark_end(self, x: Tensor) -> Tensor:
+        tape = self.b.tape
+
+        def backward(g: Storage, _: list) -> list:
+            self.finished = Work().plus(tape.work)
+            return [g]
+
+        return tape.link(Tensor(x.storage, x.node), [x], [], backward)
+
+
+def _forward(b: Blocks, middle: _Middle):
+    tape, shape = b.tape, b.shape
+    table = b.base(b.w * shape.embedding_parameters, uses=2 if shape.tied else 1)
+    head = table if shape.tied else b.base(b.w * shape.embedding_parameters)
+    x = embed(b, table)
+    positions = tape.alloc(8 * b.n)
+    rotary = tape.alloc(b.w * 2 * b.n * shape.head_dim * shape.rotary_fraction * _rotary_sets(shape))
+    simulated = min(shape.layers, REPLAYED_LAYERS)
+    for index in range(simulated):
+        experts = index < shape.expert_layers
+        if index == simulated - 1 and middle.count:
+            x = middle.stand_in(x, kept, gradients)
+        before, work = tape.live, Work().plus(tape.work)
+        if index == 1:
+            x = middle.mark_end(x)
+        weights = b.layer_weights(experts, rotary)
+        layer = _layer(b, weights, experts, positions)
+        x = tape.checkpoint(layer, x) if b.setup.checkpointing == "full" and tape.enabled else layer(x)
+        kept = tape.live - before
+        middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward
+        gradients = 0 if b.accumulated else gradient_bytes(shape, b.setup, experts)
+    x = b.norm(x, b.base(b.w * shape.hidden_size), b.n)
+    del weights, layer, rotary, positions
+    rows = b.n - b.setup.micro_batch_size  # the last token of a row predicts nothing
+    x = gather(b, b.slice(x, 1.0), rows)
+    return chunked_loss(b, x, head, rows), middle.total
+
+
+def _layer(b: Blocks, weights: Weights, experts: bool, positions: Storage) -> Callable[[Tensor], Tensor]:
+    """One layer as a function of its input; a checkpoint keeps all its arguments, the position ids too."""
+
+    def layer(x: Tensor, positions: Storage = positions) -> Tensor:
+        return decoder_layer(b, weights, x, experts)
+
+    return layer
+
+
+def gradient_bytes(shape: ModelShape, setup: Setup, experts: bool) -> int:
+    """Of one layer's trainable parameters."""
+    if not setup.adapters:
+        return setup.width * shape.layer_parameters(experts)
+    return setup.width * sum(
+        setup.lora_rank * (m.inputs + m.outputs) for m in shape.adapted(setup.lora_targets, experts)
+    )
+
+
+def _rotary_sets(shape: ModelShape) -> int:
+    """Gemma 3 turns local and global layers at different rates."""
+    return len(set(shape.windows)) if shape.family == "gemma3_text" else 1
+
+
+__all__ = ["Leaf", "Replayed", "evaluation_batch", "training_step"]

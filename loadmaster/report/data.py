@@ -1,0 +1,51 @@
+"""What the run was trained on, from the summary that the data room gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from loadmaster.report import units
+from loadmaster.report.inputs import RunFiles, dig
+
+FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "conversations": ("conversations", units.count),
+    "rows": ("packed rows", units.count),
+    "tokens": ("tokens", units.count),
+    "trained_tokens": ("tokens with loss", units.count),
+    "fill": ("filled with tokens", units.percent),
+    "median_length": ("median length, tokens", units.count),
+    "longest": ("longest, tokens", units.count),
+}
+
+
+@dataclass(frozen=True)
+class DataSection:
+    source: str
+    figures: list[tuple[str, str, str]]
+    """Label, and its value in the training and the validation data."""
+    notes: list[str]
+
+
+def data_section(files: RunFiles) -> DataSection | None:
+    summary = files.result.get("data")
+    if not isinstance(summary, dict):
+        return None
+    figures = [
+        (label, show(dig(summary, f"train.{key}")), show(dig(summary, f"validation.{key}")))
+        for key, (label, show) in FIGURES.items()
+    ]
+    path = files.job("data.path")
+    names = ", ".join(map(str, path)) if isinstance(path, list) else str(path or "")
+    parts = [
+        names,
+        f"format {summary['format']}" if summary.get("format") else "",
+        f"{units.count(summary['rows_read'])} rows read, {units.count(summary.get('bad_rows'))} of them bad"
+        if "rows_read" in summary else "",
+    ]
+    return DataSection(
+        "; ".join(part for part in parts if part),
+        [row for row in figures if set(row[1:]) != {units.MISSING}],
+        [str(note) for note in summary.get("notes") or []],
+    )

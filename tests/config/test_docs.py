@@ -1,0 +1,20 @@
+"""docs/configuration.md says what the schema, the groups, the recipes and the rules say."""
+
+from __future__ import annotations
+
+from loadmaster.config.docs import PAGE, page
+from loadmaster.config.fields import fields
+from loadmaster.config.rules import RULES
+
+
+def test_the_page_is_current():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m loadmaster.config.docs"
+
+
+def test_every_field_has_a_help_text_and_is_on_the_page_with_every_rule():
+    text = page()
+    for key, field in fields().items():
+        assert field.help.endswith("."), key
+        assert f"| `{key}` |" in text
+    for rule in RULES:
+        assert rule.explanation in text

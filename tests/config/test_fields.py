@@ -1,0 +1,63 @@
+"""Types in words, and the field that was most likely meant."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadmaster.config.fields import ALIASES, describe, fields, nearest, nearest_key, written
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("micro_batch_size", "an integer above 0, or auto"),
+        ("max_steps", "an integer above 0, or null"),
+        ("seed", "an integer of at least 0"),
+        ("optimizer.warmup_ratio", "a number from 0 to 1"),
+        ("lora.dropout", "a number of at least 0 and below 1"),
+        ("data.validation", "text, a number above 0 and below 1, or null"),
+        ("data.path", "text, or a list of texts"),
+        ("data.packing", "true or false"),
+        ("sharding", "one of auto, none, ddp, fsdp, zero1, zero2, zero3"),
+        ("export.formats", "a list of adapter, bf16, fp8, int4"),
+        ("export.thresholds", "a mapping from bf16, fp8, int4, or null"),
+    ],
+)
+def test_types_are_described_in_words(key: str, words: str):
+    assert describe(fields()[key].annotation) == words
+
+
+def test_every_field_of_the_schema_can_be_described():
+    assert all(describe(field.annotation) for field in fields().values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("lora.rnk", "lora.rank"),
+        ("lora.r", "lora.rank"),
+        ("loar.rank", "lora.rank"),
+        ("rank", "lora.rank"),
+        ("optimiser.lr", "optimizer.lr"),
+        ("Seed", "seed"),
+        ("max_step", "max_steps"),
+        ("hardware.gpus", "hardware.gpu"),
+        ("xyzzy", None),
+    ],
+)
+def test_the_nearest_key_is_found(wrong: str, right: str | None):
+    assert nearest_key(wrong) == right
+
+
+def test_what_other_tools_call_a_field_leads_to_a_field_that_exists():
+    assert set(ALIASES.values()) <= set(fields())
+    assert not set(ALIASES) & set(fields())
+
+
+def test_the_beginning_of_a_name_beats_a_similar_name():
+    assert nearest("h100", ["h200", "h100_80gb"]) == "h100_80gb"
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "null"), (True, "true"), ((1, "a"), "[1,a]"), (0.5, "0.5")])
+def test_values_are_written_as_in_yaml(value: object, text: str):
+    assert written(value) == text

@@ -1,0 +1,205 @@
+"""The command line as a user meets it: exit codes, sweeps, --cfg, --help, and nothing written beside the run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loadmaster.config.compose import Composed
+from loadmaster.config.hydra_app import run_app
+from loadmaster.errors import DoesNotFit, ExportRejected, LoadmasterError, StoppedOnRequest, TrainingFailed
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    return tmp_path
+
+
+class Recorder:
+    """A task that remembers its jobs and ends as its seed says."""
+
+    def __init__(self, ends: dict[int, int | LoadmasterError] | None = None):
+        self.jobs: list[Composed] = []
+        self.ends = ends or {}
+
+    def __call__(self, composed: Composed) -> int:
+        self.jobs.append(composed)
+        end = self.ends.get(composed.job.seed, 0)
+        if isinstance(end, LoadmasterError):
+            raise end
+        return end
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_task_gets_the_composed_job_and_hydra_writes_nothing(here: Path):
+    task = Recorder()
+    assert run_app(task, ["recipe=lora_8b", "lora.rank=4", "stop_after=plan"]) == 0
+    (composed,) = task.jobs
+    assert (composed.job.recipe, composed.job.lora.rank) == ("lora_8b", 4)
+    assert composed.origins["lora.rank"] == "command line"
+    assert list(here.iterdir()) == []
+    assert Path.cwd() == here
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (DoesNotFit("nothing fits"), 3),
+        (TrainingFailed("loss is not finite"), 4),
+        (ExportRejected("fp8 did not pass"), 5),
+        (StoppedOnRequest("saved"), 75),
+        (3, 3),
+        (75, 75),
+    ],
+)
+def test_the_tasks_exit_code_survives_hydra(end: int | LoadmasterError, code: int, capsys: pytest.CaptureFixture[str]):
+    assert run_app(Recorder({42: end}), ["stop_after=plan"]) == code
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert errors == (f"error: {end}\n" if isinstance(end, LoadmasterError) else "")
+
+
+def test_a_wrong_configuration_is_exit_code_2_with_every_problem_and_the_task_is_not_called(
+    capsys: pytest.CaptureFixture[str],
+):
+    task = Recorder()
+    assert run_app(task, ["lora.rnk=8", "seed=x", "hardware=nope"]) == 2
+    assert task.jobs == []
+    assert capsys.readouterr().err.startswith(
+        "3 problems in the configuration; nothing was started.\n\n"
+        "  1. lora.rnk = 8   on the command line\n     there is no such field\n     fix: lora.rank=8\n\n"
+        "  2. seed = x   on the command line\n     must be an integer of at least 0\n     fix: seed=42 is the default\n"
+    )
+
+
+def test_a_defect_in_the_task_is_a_traceback_of_its_own():
+    def broken(composed: Composed) -> int:
+        raise KeyError("a defect")
+
+    with pytest.raises(KeyError, match="a defect"):
+        run_app(broken, ["stop_after=plan"])
+
+
+def test_a_sweep_runs_every_combination_and_ends_with_the_worst_code(here: Path):
+    task = Recorder({1: TrainingFailed("no"), 2: 3})
+    assert run_app(task, ["--multirun", "seed=1,2,3", "method=lora,qlora", "stop_after=plan"]) == 4
+    assert [(c.job.seed, c.job.method) for c in task.jobs] == [
+        (1, "lora"), (1, "qlora"), (2, "lora"), (2, "qlora"), (3, "lora"), (3, "qlora"),
+    ]  # fmt: skip
+    assert {c.job.run_dir for c in task.jobs} == {"auto"}
+    (record,) = files(here)
+    assert record.startswith("runs/sweeps/")
+    assert record.endswith("multirun.yaml")
+
+
+def test_a_sweep_may_name_its_run_directories_by_job(here: Path):
+    task = Recorder()
+    assert run_app(task, ["-m", "recipe=smoke,qlora_8b", "run_dir='out/${hydra:job.num}'", "stop_after=plan"]) == 0
+    assert [(c.job.recipe, c.job.run_dir) for c in task.jobs] == [("smoke", "out/0"), ("qlora_8b", "out/1")]
+
+
+def test_every_job_of_a_sweep_is_judged_before_the_first_starts(capsys: pytest.CaptureFixture[str]):
+    task = Recorder()
+    assert run_app(task, ["-m", "seed=1,2", "method=lora,lorra", "recipe=smoke,smok", "run_dir=same"]) == 2
+    assert task.jobs == []
+    errors = capsys.readouterr().err
+    assert "method = lorra " in errors
+    assert "recipe = smok " in errors
+    assert "several jobs of the sweep would write into this one folder" in errors
+
+
+def test_a_sweep_that_is_stopped_does_not_go_on_with_the_next_job():
+    task = Recorder({1: StoppedOnRequest("checkpoint saved")})
+    assert run_app(task, ["-m", "seed=1,2", "stop_after=plan"]) == 75
+    assert [c.job.seed for c in task.jobs] == [1]
+
+
+def test_cfg_job_prints_every_field_as_yaml_and_starts_nothing(capsys: pytest.CaptureFixture[str]):
+    task = Recorder()
+    assert run_app(task, ["recipe=lora_8b", "--cfg", "job", "lora.rank=3", "data=file"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["lora"]["rank"] == 3
+    assert printed["sequence_length"] == 4096
+    assert printed["model"]["name"] == "meta-llama/Llama-3.1-8B-Instruct"
+    assert printed["checkpoint"]["keep_last"] == 2
+    assert printed["data"]["path"] == "???"
+    assert task.jobs == []
+
+
+def test_info_shows_where_the_configuration_comes_from(capsys: pytest.CaptureFixture[str]):
+    assert run_app(Recorder(), ["recipe=lora_8b", "lora.rank=3", "--info"]) == 0
+    text = capsys.readouterr().out
+    assert "recipe/lora_8b" in text
+    assert "rank: 3" in text
+
+
+def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]):
+    assert run_app(Recorder(), ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "recipe: full_8b, lora_8b, qlora_8b, smoke" in text
+    assert "hardware: a100_80gb_x1" in text
+    assert "micro_batch_size: auto" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--recipe=smoke"], "fields are set without dashes: recipe=smoke"),
+        (["--multirum", "seed=1"], "fix: --multirun"),
+        (["--config-path=x"], "--config-dir adds to it"),
+        (["--config-name=trian"], "one of train"),
+        (["--cfg", "job", "recipe=smok"], "recipe=smoke"),
+        (["--cfg", "job", "--multirun", "seed=1,2"], "--cfg   on the command line\n     does not go with --multirun"),
+        (["--resolve"], "--cfg job --resolve"),
+    ],
+)
+def test_a_wrong_flag_is_a_problem_like_any_other(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    assert run_app(Recorder(), arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_one_process_of_a_torchrun_prints_the_problems(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("RANK", "3")
+    assert run_app(Recorder(), ["seed=x"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_the_command_is_put_back_for_reports_to_quote(monkeypatch: pytest.MonkeyPatch):
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["train.py", "lora.rank=3", "stop_after=plan"])
+
+    def task(composed: Composed) -> int:
+        seen.append(list(sys.argv))
+        return 0
+
+    assert run_app(task) == 0
+    assert seen == [["train.py", "lora.rank=3", "stop_after=plan"]]
+    assert sys.argv == ["train.py", "lora.rank=3", "stop_after=plan"]
+
+
+def test_train_py_from_another_folder(here: Path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(REPOSITORY / "train.py")]
+    wrong = subprocess.run([*command, "lora.rnk=8"], capture_output=True, text=True, env=environment, cwd=here)
+    assert wrong.returncode == 2
+    assert "fix: lora.rank=8" in wrong.stderr
+    assert wrong.stdout == ""
+    shown = subprocess.run([*command, "--cfg", "job"], capture_output=True, text=True, env=environment, cwd=here)
+    assert shown.returncode == 0, shown.stderr
+    assert yaml.safe_load(shown.stdout)["data"]["path"] == "shipped:tickets/train.jsonl"
+    assert list(here.iterdir()) == []

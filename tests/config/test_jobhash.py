@@ -1,0 +1,54 @@
+"""What makes it another run, and what makes a stage stale: every field of the schema has its place."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadmaster.config.compose import compose
+from loadmaster.config.fields import fields
+from loadmaster.config.jobhash import NOT_INPUTS, STAGE_FIELDS, job_hash, stage_inputs_hash
+from loadmaster.config.schema import STAGES, Job
+
+
+def job(*overrides: str) -> Job:
+    return compose(list(overrides)).job
+
+
+@pytest.mark.parametrize("key", fields())
+def test_every_field_is_the_input_of_one_stage_or_of_none(key: str):
+    places = [name for names in STAGE_FIELDS.values() for name in names] + list(NOT_INPUTS)
+    assert sum(key == place or key.startswith(f"{place}.") for place in places) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "first_stale"),
+    [
+        ("lora.rank=8", "plan"),
+        ("seed=1", "plan"),
+        ("hardware=h100_80gb_x1", "plan"),
+        ("data.max_rows=10", "plan"),
+        ("evaluation.task=none", "evaluate"),
+        ("export.formats=[bf16]", "export"),
+        ("export.thresholds.fp8.max_mean_kl=0.3", "export"),
+        ("endpoint.serve_as=bf16", "bundle"),
+        ("run_dir=elsewhere", None),
+        ("stop_after=train", None),
+        ("tracker=none", None),
+        ("checkpoint.every_steps=3", None),
+        ("evaluation.every_steps=3", None),
+        ("evaluation.batch_size=1", None),
+    ],
+)
+def test_a_change_makes_the_first_stage_that_reads_it_and_all_after_it_stale(override: str, first_stale: str | None):
+    before, after = job(), job(override)
+    stale = [stage for stage in STAGES if stage_inputs_hash(before, stage) != stage_inputs_hash(after, stage)]
+    assert stale == (list(STAGES[STAGES.index(first_stale) :]) if first_stale else [])
+    assert (job_hash(before) != job_hash(after)) == (first_stale == "plan")
+
+
+def test_the_hash_does_not_depend_on_where_or_how_a_value_was_set(tmp_path, monkeypatch):
+    assert job_hash(job("lora.rank=16")) == job_hash(job())
+    here = job_hash(job())
+    monkeypatch.chdir(tmp_path)
+    assert job_hash(job()) == here
+    assert job_hash(Job()) == job_hash(Job())

@@ -1,0 +1,119 @@
+"""Each rule of the table refuses what it says, names the key to change, and lets the right thing pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loadmaster.config.compose import compose
+from loadmaster.config.rules import RULES
+from loadmaster.errors import ConfigError
+
+PLAN = "stop_after=plan"
+
+# rule -> (arguments it refuses, key it blames, part of the remedy, arguments that pass)
+CASES = {
+    "data_files_exist": (["data.path=trian.jsonl"], "data.path", "data.path=train.jsonl", ["data.path=train.jsonl"]),
+    "validation_is_held_out": (
+        ["data.path=train.jsonl", "data.validation=train.jsonl"], "data.validation", "data.validation=0.05",
+        ["data.path=train.jsonl", "data.validation=0.05"],
+    ),
+    "task_has_held_out_rows": (
+        ["evaluation.task=exact_match", "data.validation=null"], "evaluation.task", "data.validation=0.05",
+        ["evaluation.task=none", "data.validation=null"],
+    ),
+    "task_has_answers": (
+        ["evaluation.task=exact_match", "data.format=text"], "evaluation.task", "evaluation.task=none",
+        ["evaluation.task=none", "data.format=text"],
+    ),
+    "qlora_is_not_fp8": (["method=qlora", "precision=fp8"], "precision", "precision=bf16", ["method=qlora"]),
+    "fp8_needs_fp8_units": (
+        ["precision=fp8", "hardware=a100_80gb_x1"], "precision", "h100_80gb",
+        ["precision=fp8", "hardware=h100_80gb_x1"],
+    ),
+    "gpu_is_known": (["hardware.gpu=h100"], "hardware.gpu", "hardware.gpu=h100_80gb", ["hardware.gpu=h100_80gb"]),
+    "several_gpus_are_synchronised": (
+        ["sharding=none", "hardware=h100_80gb_x8"], "sharding", "sharding=ddp",
+        ["sharding=fsdp", "hardware=h100_80gb_x1"],
+    ),
+    "micro_batch_within_global_batch": (
+        ["micro_batch_size=4", "batch.global_size=16", "hardware=h100_80gb_x8"], "micro_batch_size",
+        "micro_batch_size=2, or batch.global_size=32",
+        ["micro_batch_size=2", "batch.global_size=16", "hardware=h100_80gb_x8"],
+    ),
+    "lora_settings_have_an_adapter": (
+        ["method=full", "lora.rank=4"], "lora.rank", "leave out lora.rank", ["recipe=lora_8b", "method=full"],
+    ),
+    "constant_rate_has_no_minimum": (
+        ["optimizer.schedule=constant", "optimizer.min_lr_ratio=0.1"], "optimizer.min_lr_ratio", "cosine",
+        ["optimizer.schedule=linear", "optimizer.min_lr_ratio=0.1"],
+    ),
+    "full_has_no_adapter": (
+        ["method=full", "export.formats=[adapter]"], "export.formats", "export=bf16",
+        ["method=lora", "export=adapter"],
+    ),
+    "something_is_exported": (["export.formats=[]"], "export.formats", "stop_after=evaluate", ["export.formats=[fp8]"]),
+    "served_format_is_exported": (
+        ["endpoint.serve_as=fp8", "export=int4"], "endpoint.serve_as", "export.formats=[bf16,int4,fp8]",
+        ["endpoint.serve_as=fp8", "export=fp8"],
+    ),
+    "auto_has_methods_to_choose_from": (
+        ["method=auto", "plan.methods=[]"], "plan.methods", "plan.methods=[full,lora,qlora]",
+        ["method=auto", "plan.methods=[qlora]"],
+    ),
+    "model_folder_exists": (["model.path=empty"], "model.path", "config.json", ["model.path=model"]),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with train.jsonl, a model with a config.json, and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    for name in ("model", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+
+
+def test_every_rule_of_the_table_has_a_case():
+    assert [rule.name for rule in RULES] == list(CASES)
+    assert all(rule.explanation.endswith((".", ")")) for rule in RULES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rule_refuses_what_it_says_and_names_the_remedy(name: str):
+    refused, key, remedy, _ = CASES[name]
+    with pytest.raises(ConfigError) as caught:
+        compose(refused)
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert problem.origin == "command line"
+    assert remedy in problem.remedy
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rule_lets_the_right_thing_pass(name: str):
+    compose(CASES[name][3])
+
+
+def test_a_plan_needs_no_data_here():
+    assert compose(["data.path=/data/on/the/cluster.jsonl", PLAN]).job.data.path == "/data/on/the/cluster.jsonl"
+
+
+def test_a_hub_dataset_is_not_taken_for_a_missing_file():
+    assert compose(["data.path=owner/dataset"]).job.data.path == "owner/dataset"
+
+
+def test_a_missing_file_in_a_missing_folder_says_where_it_looked():
+    with pytest.raises(ConfigError) as caught:
+        compose(["data.path=data/train.jsonl"])
+    assert f"relative to where the command is run ({Path.cwd()})" in caught.value.problems[0].remedy
+
+
+def test_lora_settings_of_the_same_recipe_as_method_full_are_refused_with_their_line():
+    Path("recipes").mkdir()
+    Path("recipes/mine.yaml").write_text("method: full\nlora:\n  rank: 4\n")
+    with pytest.raises(ConfigError) as caught:
+        compose(["recipe=mine"])
+    assert [(p.key, p.value, p.origin) for p in caught.value.problems] == [("lora.rank", 4, "recipes/mine.yaml:3")]

@@ -1,0 +1,164 @@
+"""Every mistake becomes one Problem with its key, value, origin and remedy; all of them at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loadmaster.config.compose import compose
+from loadmaster.errors import ConfigError, Problem
+
+CLI = "command line"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def problems(*arguments: str) -> list[Problem]:
+    with pytest.raises(ConfigError) as caught:
+        compose(list(arguments))
+    return caught.value.problems
+
+
+def recipe(folder: Path, text: str, name: str = "mine") -> None:
+    (folder / "recipes").mkdir(exist_ok=True)
+    (folder / "recipes" / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "message", "remedy"),
+    [
+        # unknown keys: the nearest field, group or section
+        ("lora.rnk=8", "lora.rnk", "there is no such field", "lora.rank=8"),
+        ("modle=llama", "modle", "there is no such field", "model=llama3_1_8b"),
+        ("learning_rate=1e-4", "learning_rate", "there is no such field", "optimizer.lr=0.0001"),
+        ("lr=1e-4", "lr", "there is no such field", "optimizer.lr=0.0001"),
+        ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", "there is no such field", "optimizer.lr=0.0001"),
+        ("max_seq_length=9", "max_seq_length", "there is no such field", "sequence_length=9"),
+        ("+lroa.rank=9", "lroa", "there is no such field", "lora"),
+        ("zzz=1", "zzz", "there is no such field", "take it out; --help lists every field"),
+        ("export.thresholds.fp8.max_kl=1", "export.thresholds.fp8.max_kl", "there is no such field",
+         "export.thresholds.fp8.max_mean_kl"),
+        ("export.thresholds.fp88.max_mean_kl=1", "export.thresholds.fp88", "there is no such field",
+         "export.thresholds.fp8"),
+        # wrong types and ranges: one message a field, whatever the union
+        ("micro_batch_size=lots", "micro_batch_size", "must be an integer above 0, or auto",
+         "micro_batch_size=auto is the default"),
+        ("micro_batch_size=0", "micro_batch_size", "must be an integer above 0, or auto",
+         "micro_batch_size=auto is the default"),
+        ("lora.rank='16'", "lora.rank", "must be an integer above 0", "lora.rank=16 (without the quotes)"),
+        ("lora.rank=true", "lora.rank", "must be an integer above 0", "lora.rank=16 is the default"),
+        ("max_steps=1e3", "max_steps", "must be an integer above 0, or null", "max_steps=1000"),
+        ("seed=1.5", "seed", "must be an integer of at least 0", "seed=42 is the default"),
+        ("optimizer.lr=nan", "optimizer.lr", "must be a number above 0", "optimizer.lr=0.0002 is the default"),
+        ("optimizer.warmup_ratio=3", "optimizer.warmup_ratio", "must be a number from 0 to 1",
+         "optimizer.warmup_ratio=0.03 is the default"),
+        ("data.validation=1.5", "data.validation", "must be text, a number above 0 and below 1, or null",
+         "data.validation=0.05 is the default"),
+        ("data.packing=yes", "data.packing", "must be true or false", "data.packing=true"),
+        ("model.revision=123", "model.revision", "must be text, or null",
+         "quote it, so that it stays text: \"model.revision='123'\""),
+        ("method=Lora", "method", "must be one of auto, lora, qlora, full", "method=lora"),
+        ("export.formats=fp8", "export.formats", "must be a list of adapter, bf16, fp8, int4", "export.formats=[fp8]"),
+        ("export.formats=[bf16,fp16]", "export.formats", "must be a list of adapter, bf16, fp8, int4; 'fp16' is none",
+         "bf16 instead of fp16"),
+        ("export.thresholds.fp8.max_mean_kl=-1", "export.thresholds.fp8.max_mean_kl", "must be a number above 0",
+         "give a number above 0"),
+        # a value where a section is
+        ("optimizer=adamw", "optimizer", "is a section of several fields, not a value", "optimizer.name=adamw"),
+        ("lora=8", "lora", "is a section of several fields, not a value",
+         "set lora.rank, lora.alpha, lora.dropout, lora.targets"),
+        # groups
+        ("hardware=h100", "hardware", "there is no hardware of this name", "hardware=h100_80gb_x1; the options are"),
+        ("recipe=lora8b", "recipe", "there is no recipe of this name", "recipe=lora_8b; the options are"),
+        ("model=null", "model", "there is no model of this name", "the options are"),
+        ("tracker=[wandb,mlflow]", "tracker", "takes one option", "tracker=mlflow"),
+        ("++model=llama3_1_8b", "model", "a group cannot be forced with ++", "model=llama3_1_8b"),
+        ("foo@bar=baz", "foo@bar", "there is no group foo", "the groups are data, endpoint"),
+        # what Hydra cannot read, or would die of
+        ("smoke", "smoke", "is not of the form key=value", "recipe=smoke"),
+        ("data.path=[a", "data.path", "Hydra cannot read it", "'data.path=\"[a\"'"),
+        ("seed=1,2", "seed", "several values, but this is a single run", "add --multirun for one run each"),
+        ("export.formats=fp8,bf16", "export.formats", "several values", "export.formats=[fp8,bf16] for a list, or"),
+        ("+seed=3", "seed", "+ adds what is not there yet", "seed=3"),
+        ("~modl", "modl", "there is nothing of this name to take away", "~model"),
+        ("~seed=3", "seed", "is 42 and not 3", "~seed"),
+        ("run_dir=${nope}", "run_dir", "cannot be resolved: Interpolation key 'nope' not found", "write the value"),
+        ("data=file", "data.path", "has no value yet", "data.path=...; What to train on"),
+    ],
+)  # fmt: skip
+def test_one_mistake_is_one_problem_with_its_remedy(argument: str, key: str, message: str, remedy: str):
+    (problem,) = problems(argument)
+    assert problem.key == key
+    assert message in problem.message
+    assert remedy in problem.remedy
+    if argument != "data=file":
+        assert problem.origin == CLI
+
+
+def test_every_mistake_of_the_command_line_and_of_the_files_is_reported_in_reading_order(here: Path):
+    (here / "conf/model").mkdir(parents=True)
+    (here / "conf/model/tiny.yaml").write_text("nam: my/tiny\n")
+    recipe(here, "defaults:\n  - override /model: tiny\nmethod: lorra\nlora:\n  rank: '8'\n  alfa: 3\nsedd: 4\n")
+    found = problems(
+        "recipe=mine", "hardware=a100", "optimizer.lr=fast", "smoke", "~nothing", "epochs=0", "export.formats=[int8]",
+        "endpoint.serve_as=fp9",
+    )  # fmt: skip
+    assert [(p.key, p.value, p.origin) for p in found] == [
+        ("hardware", "a100", CLI),
+        ("optimizer.lr", "fast", CLI),
+        ("smoke", None, CLI),
+        ("nothing", None, CLI),
+        ("epochs", 0, CLI),
+        ("export.formats", ["int8"], CLI),
+        ("endpoint.serve_as", "fp9", CLI),
+        ("model.nam", "my/tiny", "conf/model/tiny.yaml:1"),
+        ("method", "lorra", "recipes/mine.yaml:3"),
+        ("lora.rank", "8", "recipes/mine.yaml:5"),
+        ("lora.alfa", 3, "recipes/mine.yaml:6"),
+        ("sedd", 4, "recipes/mine.yaml:7"),
+    ]
+    assert [p.remedy for p in found[-5:]] == [
+        "model.name: my/tiny", "method: lora", "lora.rank: 8 (without the quotes)", "lora.alpha: 3", "seed: 4",
+    ]  # fmt: skip
+
+
+def test_rules_are_reported_beside_wrong_values_but_not_about_them():
+    found = problems("seed=x", "method=full", "lora.dropout=0.1", "sharding=sharded", "hardware=h100_80gb_x8")
+    assert [p.key for p in found] == ["seed", "lora.dropout", "sharding"]
+    assert "has no effect" in found[1].message
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "origin", "message", "remedy"),
+    [
+        ("lora:\n  rank: 3\n  rank: 4\n", "recipes/mine.yaml", "recipes/mine.yaml:3", "duplicate key rank", "keep one"),
+        ("lora:\n  rank: 3\n alpha: 4\n", "recipes/mine.yaml", "recipes/mine.yaml:3", "not valid YAML", "indentation"),
+        ("- lora\n", "recipe/mine", "recipes/mine.yaml", "Cannot merge", "mend this file"),
+        ("defaults:\n  - override /model: tinny\n", "model", "recipes/mine.yaml:2", "there is no model of this name",
+         "the options are llama3_1_8b, smollm2_135m"),
+        ("defaults:\n  - override /modl: x\n", "modl", "recipes/mine.yaml:2", "no such group", "override /model: ..."),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_compose_is_named_with_its_line_beside_the_command_lines_mistakes(
+    here: Path, text: str, key: str, origin: str, message: str, remedy: str
+):
+    recipe(here, text)
+    found = problems("recipe=mine", "lora.rnk=3")
+    assert [p.key for p in found] == ["lora.rnk", key]
+    assert found[1].origin == origin
+    assert message in found[1].message
+    assert remedy in found[1].remedy
+
+
+def test_a_config_name_or_config_dir_that_is_not_there_is_a_problem():
+    with pytest.raises(ConfigError) as caught:
+        compose([], config_name="trian")
+    assert [(p.key, p.value, p.remedy) for p in caught.value.problems] == [("--config-name", "trian", "one of train")]
+    with pytest.raises(ConfigError) as caught:
+        compose([], config_dir="nowhere")
+    assert [(p.key, p.value) for p in caught.value.problems] == [("--config-dir", "nowhere")]

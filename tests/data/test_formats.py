@@ -1,0 +1,202 @@
+"""The shapes of rows that people have, as conversations, and what is said of rows that are none."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadmaster.data.formats import (
+    Conversation,
+    RowError,
+    prompt_and_reference,
+    recognise_format,
+    to_conversation,
+)
+
+CALL = {"name": "weather", "arguments": {"city": "Paris"}}
+CALL_JSON = '{"name": "weather", "arguments": {"city": "Paris"}}'
+TOOL = {"name": "weather", "description": "Weather", "parameters": {"type": "object", "properties": {}}}
+
+
+def messages_of(row: dict, shape: str, **options) -> list[dict]:
+    return to_conversation(row, shape, "f:1", **options).messages
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": []}, "messages"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "sharegpt"),
+        ({"conversations": [{"role": "user", "content": "x"}]}, "messages"),
+        ({"instruction": "x", "input": "", "output": "y"}, "alpaca"),
+        ({"text": "x", "url": "y"}, "text"),
+    ],
+)
+def test_the_format_is_recognised_by_the_fields(row, expected):
+    assert recognise_format(row)[0] == expected
+
+
+def test_unknown_fields_name_the_shapes_that_are_read():
+    with pytest.raises(RowError, match=r"the fields question, answer are no shape that is read: messages \("):
+        recognise_format({"question": "x", "answer": "y"})
+
+
+def test_preference_rows_are_refused_with_what_to_do():
+    row = {"conversations": [{"from": "human", "value": "x"}], "chosen": {}, "rejected": {}}
+    for attempt in (lambda: recognise_format(row), lambda: to_conversation(row, "sharegpt", "f:1")):
+        with pytest.raises(RowError, match=r"preference row.*leave rejected out"):
+            attempt()
+
+
+def test_sharegpt_with_system_tools_calls_and_observations():
+    row = {
+        "conversations": [
+            {"from": "human", "value": "Weather?"},
+            {"from": "function_call", "value": CALL_JSON},
+            {"from": "observation", "value": "20"},
+            {"from": "gpt", "value": "Warm."},
+        ],
+        "system": "Help.",
+        "tools": f"[{CALL_JSON.replace('arguments', 'parameters')}]",
+    }
+    conversation = to_conversation(row, "sharegpt", "f:1")
+    assert conversation.messages == [
+        {"role": "system", "content": "Help."},
+        {"role": "user", "content": "Weather?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": CALL, "id": "call00000"}],
+        },
+        {"role": "tool", "content": "20", "tool_call_id": "call00000", "name": "weather"},
+        {"role": "assistant", "content": "Warm."},
+    ]
+    assert conversation.tools == [
+        {"type": "function", "function": {"name": "weather", "parameters": {"city": "Paris"}}}
+    ]
+
+
+def test_openai_calls_with_arguments_as_text_become_objects_and_keep_their_ids():
+    calls = [
+        {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}},
+        {"id": "b", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+    ]
+    row = {
+        "messages": [
+            {"role": "user", "content": "go"},
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "content": "2", "tool_call_id": "b"},
+            {"role": "tool", "content": "1"},
+        ]
+    }
+    _, assistant, first, second = messages_of(row, "messages")
+    assert [call["function"]["arguments"] for call in assistant["tool_calls"]] == [{"n": 1}, {}]
+    assert (first["tool_call_id"], first["name"]) == ("b", "g")
+    assert (second["tool_call_id"], second["name"]) == ("a", "f")
+
+
+def test_alpaca_with_input_history_and_system():
+    row = {"instruction": "Add", "input": "1 2", "output": "3", "system": "Sum.", "history": [["Hi", "Hello"]]}
+    assert [(m["role"], m["content"]) for m in messages_of(row, "alpaca")] == [
+        ("system", "Sum."),
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", "Add\n\n1 2"),
+        ("assistant", "3"),
+    ]
+    assert messages_of({"instruction": "Add", "input": "", "output": "3"}, "alpaca")[0]["content"] == "Add"
+
+
+def test_the_jobs_system_message_goes_only_where_there_is_none():
+    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    own = [{"role": "system", "content": "own"}, *chat]
+    assert messages_of({"messages": chat}, "messages", system="given")[0] == {"role": "system", "content": "given"}
+    assert messages_of({"messages": own}, "messages", system="given") == own
+
+
+def test_text_parts_are_joined_and_other_parts_refused():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]}
+    assert messages_of(row, "messages")[0]["content"] == "one two"
+    row["messages"][0]["content"] = [{"type": "image_url", "image_url": "x"}]
+    with pytest.raises(RowError, match="content parts other than text"):
+        messages_of(row, "messages")
+
+
+def test_tools_as_text_leave_only_roles_that_every_template_has():
+    row = {
+        "messages": [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": "Let me look.", "tool_calls": [{"function": CALL}]},
+            {"role": "tool", "content": "20"},
+            {"role": "assistant", "content": "Warm."},
+        ],
+        "tools": [TOOL],
+    }
+    conversation = to_conversation(row, "messages", "f:1", tools_as="text")
+    assert conversation.tools is None
+    assert [message["role"] for message in conversation.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert '"name": "weather"' in conversation.messages[0]["content"]
+    assert conversation.messages[2]["content"] == f"Let me look.\n<tool_call>\n{CALL_JSON}\n</tool_call>"
+    assert conversation.messages[3]["content"] == "<tool_response>\n20\n</tool_response>"
+
+
+ROWS_WITH_REASONS = [
+    ("messages", 7, "is a number, not an object with fields"),
+    ("messages", {}, "lacks messages"),
+    ("messages", {"messages": []}, "messages is empty"),
+    ("messages", {"messages": "hello"}, "messages is not JSON"),
+    ("messages", {"messages": [{"role": "user", "content": "x"}]}, "has no assistant message"),
+    ("messages", {"messages": [{"role": "robot", "content": "x"}]}, "message 1: role is 'robot', known are"),
+    ("messages", {"messages": [{"role": "user"}]}, r"message 1 \(user\) lacks content"),
+    ("messages", {"messages": [{"role": "user", "content": 3}]}, r"message 1 \(user\) is a number, not text"),
+    ("messages", {"messages": [{"role": "user", "content": " \n"}]}, r"message 1 \(user\) is empty"),
+    ("messages", {"messages": [{"role": "user", "content": None}]}, r"message 1 \(user\) is null, not text"),
+    ("messages", {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "only the assistant makes"),
+    ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "a function call needs a name"),
+    ("sharegpt", {"conversations": [{"from": "human"}]}, "turn 1 lacks value"),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "bard", "value": "x"}]},
+        "turn 1: from is 'bard', known are system, human",
+    ),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": ""}]}, r"turn 1 \(gpt\) is empty"),
+    ("sharegpt", {"conversations": [{"from": "function_call", "value": "look()"}]}, "the function call is not JSON"),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": "x"}], "tools": "{oops"}, "tools is not JSON"),
+    ("alpaca", {"instruction": "x"}, "lacks output"),
+    ("alpaca", {"instruction": "x", "output": ""}, "output is empty"),
+    ("alpaca", {"instruction": "x", "output": "y", "history": [["one"]]}, "history 1 is not a"),
+    ("text", {"text": None}, "text is null, not text"),
+    ("text", {"text": "half a \ud83d"}, "lone surrogate"),
+]
+
+
+@pytest.mark.parametrize(("shape", "row", "reason"), ROWS_WITH_REASONS)
+def test_bad_rows_say_what_is_wrong_with_them(shape, row, reason):
+    with pytest.raises(RowError, match=reason):
+        to_conversation(row, shape, "f:1")
+
+
+def test_row_id_depends_on_the_content_and_not_on_the_place():
+    row = {"instruction": "x", "output": "y"}
+    first, second = to_conversation(row, "alpaca", "f:1"), to_conversation(row, "alpaca", "g:9")
+    assert first.row_id == second.row_id
+    assert first.row_id != to_conversation({**row, "output": "z"}, "alpaca", "f:1").row_id
+
+
+def test_conversations_survive_the_way_through_json():
+    conversation = to_conversation(
+        {"messages": [{"role": "assistant", "content": "ü 🙂"}], "tools": [TOOL]}, "messages", "f:1"
+    )
+    assert Conversation.from_json(conversation.to_json()) == conversation
+
+
+def test_prompt_ends_before_the_last_answer():
+    chat = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant", "user")]
+    prompt, reference = prompt_and_reference(to_conversation({"messages": chat}, "messages", "f:1"))
+    assert prompt == chat[:3] and reference == chat[3]

@@ -1,0 +1,272 @@
+"""From files to packed rows: validation, long rows, bad rows together, and the cache."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+
+from loadmaster.data import describe, prepare
+from loadmaster.data import build as build_module
+from loadmaster.errors import DataError
+
+
+def row(number: int | str, words: int = 3) -> dict:
+    return {"instruction": f"Say {number}", "output": " ".join([f"word{number}"] * words)}
+
+
+def texts(rows, tokenizer) -> set[str]:
+    """Every document of packed rows as text."""
+    found = set()
+    for packed in rows:
+        starts = np.flatnonzero(packed.position_ids == 0)
+        found |= {tokenizer.decode(piece) for piece in np.split(packed.input_ids, starts[1:])}
+    return found
+
+
+def test_prepare_gives_rows_conversations_and_figures(tokenizer, tmp_path, write_jsonl, job_for):
+    prepared = prepare(
+        job_for(write_jsonl([row(n) for n in range(100)]), validation=0.1), tokenizer, tmp_path / "cache"
+    )
+    assert len(prepared.train_conversations) == 90 and len(prepared.validation_conversations) == 10
+    assert len(texts(prepared.train, tokenizer)) == 90 and len(texts(prepared.validation, tokenizer)) == 10
+    figures = prepared.summary["train"]
+    assert figures["tokens"] == prepared.train.tokens == sum(len(packed) for packed in prepared.train)
+    assert figures["trained_tokens"] == prepared.train.trained_tokens
+    assert figures["trained_tokens"] == sum(int((packed.labels != -100).sum()) for packed in prepared.train)
+    assert figures["fill"] == pytest.approx(figures["tokens"] / (len(prepared.train) * 256))
+    assert prepared.summary["format"] == "alpaca"
+    assert "recognised by instruction, output" in describe(prepared.summary)
+    named = prepared.train[0].document_ids[0]
+    assert named.endswith(tuple(f"rows.jsonl:{line}" for line in range(1, 101)))
+
+
+def test_equal_rows_are_held_out_together(tokenizer, tmp_path, write_jsonl, job_for):
+    rows = [row(n % 20) for n in range(100)]
+    prepared = prepare(job_for(write_jsonl(rows), validation=0.2), tokenizer, tmp_path / "cache")
+    held = {conversation.row_id for conversation in prepared.validation_conversations}
+    kept = {conversation.row_id for conversation in prepared.train_conversations}
+    assert len(held) == 4 and len(kept) == 16 and not held & kept
+    assert any("80 rows repeat another row" in note for note in prepared.summary["notes"])
+
+
+def test_validation_can_be_a_file_or_nothing(tokenizer, tmp_path, write_jsonl, job_for):
+    train = write_jsonl([row(n) for n in range(5)], "train.jsonl")
+    held = write_jsonl([row("other"), row(3)], "held.jsonl")
+    prepared = prepare(job_for(train, validation=str(held)), tokenizer, tmp_path / "cache")
+    assert len(prepared.train_conversations) == 5 and len(prepared.validation_conversations) == 2
+    assert any("1 of 2 validation rows also stand in the training data" in note for note in prepared.summary["notes"])
+    without = prepare(job_for(train, validation=None), tokenizer, tmp_path / "cache")
+    assert without.validation is None and len(without.validation_conversations) == 0
+
+
+def test_bad_rows_of_both_passes_are_reported_together_with_their_lines(
+    tokenizer_with, tmp_path, write_jsonl, job_for, chat
+):
+    good = {"messages": chat("u", "Hi", "a", "Hello.")}
+    twice = {"messages": chat("u", "Hi", "u", "Hi", "a", "Hello.")}
+    path = write_jsonl([good, '{"messages": [', {"messages": []}, twice, good, {"text": "x"}, {"messages": []}])
+    with pytest.raises(DataError) as caught:
+        prepare(job_for(path), tokenizer_with("mistral"), tmp_path / "cache")
+    message = str(caught.value)
+    assert message.startswith("5 of 7 rows cannot be trained on:")
+    assert "rows.jsonl:2: broken JSON" in message
+    assert "rows.jsonl:3, " in message and "rows.jsonl:7: messages is empty" in message
+    assert "rows.jsonl:4: the chat template refuses this conversation: roles must alternate" in message
+    assert "rows.jsonl:6: lacks messages" in message
+    assert message.index("rows.jsonl:2") < message.index("rows.jsonl:4") < message.index("rows.jsonl:6")
+    assert "data.on_bad_row=skip" in message
+    skipped = prepare(job_for(path, on_bad_row="skip", validation=None), tokenizer_with("mistral"), tmp_path / "cache")
+    assert skipped.summary["bad_rows"] == 5 and skipped.summary["train"]["conversations"] == 2
+    assert "5 bad rows were skipped" in describe(skipped.summary)
+
+
+def test_long_lists_of_bad_rows_are_capped_and_counted(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([{"messages": [{"role": f"r{n}", "content": "x"}]} for n in range(50)] + [{"messages": []}] * 40)
+    with pytest.raises(DataError) as caught:
+        prepare(job_for(path), tokenizer, tmp_path / "cache")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "90 of 90 rows cannot be trained on:"
+    assert len(lines) == 23 and lines[21] == "  ... and 70 rows more"
+
+
+def test_a_wrong_rendering_stops_the_run_also_when_bad_rows_are_skipped(
+    tokenizer_with, tmp_path, write_jsonl, job_for, chat
+):
+    path = write_jsonl(["{broken", {"messages": chat("s", "Be brief.", "u", "Hi", "a", "Hello.")}])
+    with pytest.raises(DataError) as caught:
+        prepare(job_for(path, on_bad_row="skip", format="messages"), tokenizer_with("deaf"), tmp_path / "cache")
+    message = str(caught.value)
+    assert "rows.jsonl:2: the chat template drops message 1 (role system)" in message
+    assert "| ⟦Hello.<|im_end|>⟧" in message
+    assert "1 bad rows besides were skipped" in message
+
+
+def test_nothing_left_and_nothing_there_are_errors(tokenizer, tmp_path, write_jsonl, job_for):
+    with pytest.raises(DataError, match="no row is left to train on: 1 read, 1 of them bad"):
+        prepare(job_for(write_jsonl([{"messages": []}]), on_bad_row="skip"), tokenizer, tmp_path / "cache")
+    with pytest.raises(DataError, match=r"the data has no rows: .*empty\.jsonl"):
+        prepare(job_for(write_jsonl([], "empty.jsonl")), tokenizer, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_long_rows_are_cut_split_or_refused_and_counted(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([row(1), row(2, words=100)])
+
+    def prepared(policy: str):
+        job = job_for(path, sequence_length=64, on_long_row=policy, validation=None)
+        return prepare(job, tokenizer, tmp_path / "cache")
+
+    cut, split = prepared("cut"), prepared("split")
+    whole = prepare(job_for(path, sequence_length=4096, validation=None), tokenizer, tmp_path / "cache")
+    assert cut.summary["train"]["long_rows"] == {
+        "long": 1,
+        "pieces": 1,
+        "cut_tokens": whole.train.tokens - cut.train.tokens,
+        "dropped": 0,
+    }
+    assert split.train.tokens == whole.train.tokens
+    assert max(cut.train.lengths) <= 64 and max(split.train.lengths) <= 64
+    assert "1 rows longer than sequence_length (data.on_long_row=split)" in describe(split.summary)
+    with pytest.raises(DataError, match=r"rows.jsonl:2: has \d+ tokens, sequence_length is 64"):
+        prepared("refuse")
+
+
+def test_max_rows_and_system_reach_the_rows(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([row(n) for n in range(9)])
+    prepared = prepare(job_for(path, max_rows=4, system="Be a parrot.", validation=None), tokenizer, tmp_path / "cache")
+    assert len(prepared.train_conversations) == 4
+    assert all("system\nBe a parrot.<|im_end|>" in text for text in texts(prepared.train, tokenizer))
+
+
+def test_plain_text_is_trained_on_whole(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([{"text": f"Chapter {n}. It rained."} for n in range(4)])
+    prepared = prepare(job_for(path, validation=None), tokenizer, tmp_path / "cache")
+    assert prepared.train.trained_tokens == prepared.train.tokens - 4
+    assert texts(prepared.train, tokenizer) == {f"Chapter {n}. It rained.<|im_end|>" for n in range(4)}
+
+
+# --- cache ------------------------------------------------------------------------------------------
+
+
+def test_the_second_run_opens_the_cache_and_gives_the_same(tokenizer, tmp_path, write_jsonl, job_for, monkeypatch):
+    job = job_for(write_jsonl([row(n) for n in range(40)]))
+    first = prepare(job, tokenizer, tmp_path / "cache")
+    monkeypatch.setattr("loadmaster.data.prepared.build", lambda *_: pytest.fail("built again"))
+    second = prepare(job, tokenizer, tmp_path / "cache")
+    assert (first.summary["cache"], second.summary["cache"]) == ("built", "hit")
+    assert second.train.fingerprint == first.train.fingerprint != second.validation.fingerprint
+    assert [packed.input_ids.tolist() for packed in second.train] == [
+        packed.input_ids.tolist() for packed in first.train
+    ]
+    assert list(second.train_conversations) == list(first.train_conversations)
+    assert second.train_conversations[:2] == [second.train_conversations[0], second.train_conversations[1]]
+
+
+def test_whatever_shapes_the_rows_makes_another_entry(tokenizer, tokenizer_with, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([row(n) for n in range(12)])
+    variants = [
+        (job_for(path), tokenizer),
+        (job_for(path, sequence_length=128), tokenizer),
+        (job_for(path, packing=False), tokenizer),
+        (job_for(path, on_long_row="split"), tokenizer),
+        (job_for(path, on_bad_row="skip"), tokenizer),
+        (job_for(path, validation=0.5), tokenizer),
+        (job_for(path, system="Hm."), tokenizer),
+        (job_for(path, max_rows=11), tokenizer),
+        (job_for(path, tools="text"), tokenizer),
+        (job_for(path, format="alpaca"), tokenizer),
+        (job_for(path, seed=1), tokenizer),
+        (job_for(path), tokenizer_with("llama3")),
+    ]
+    prepared = [prepare(job, chosen, tmp_path / "cache") for job, chosen in variants]
+    assert all(one.summary["cache"] == "built" for one in prepared)
+    assert len({one.train.fingerprint for one in prepared}) == len(variants)
+    write_jsonl([row(n) for n in range(13)])
+    assert prepare(job_for(path), tokenizer, tmp_path / "cache").summary["cache"] == "built"
+
+
+def test_the_fingerprint_does_not_depend_on_where_the_file_lies(tokenizer, tmp_path, write_jsonl, job_for):
+    here = prepare(job_for(write_jsonl([row(n) for n in range(5)], "a.jsonl")), tokenizer, tmp_path / "cache")
+    there = prepare(job_for(write_jsonl([row(n) for n in range(5)], "b.jsonl")), tokenizer, tmp_path / "cache")
+    assert here.train.fingerprint == there.train.fingerprint
+    assert there.train[0].document_ids[0].rpartition("/")[2].startswith("b.jsonl:")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "unseal"])
+def test_a_damaged_entry_is_noticed_and_built_again(tokenizer, tmp_path, write_jsonl, job_for, damage):
+    job = job_for(write_jsonl([row(n) for n in range(12)]))
+    expected = [packed.input_ids.tolist() for packed in prepare(job, tokenizer, tmp_path / "cache").train]
+    (victim,) = (tmp_path / "cache").glob("*/train.safetensors")
+    content = bytearray(victim.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+        victim.write_bytes(content)
+    elif damage == "cut":
+        victim.write_bytes(content[: len(content) // 2])
+    elif damage == "remove":
+        victim.unlink()
+    else:
+        (victim.parent / "entry.json").write_text("{")
+    again = prepare(job, tokenizer, tmp_path / "cache")
+    assert again.summary["cache"] == "built"
+    assert [packed.input_ids.tolist() for packed in again.train] == expected
+    assert prepare(job, tokenizer, tmp_path / "cache").summary["cache"] == "hit"
+
+
+def test_the_cache_holds_no_pickle_and_nothing_half_written(tokenizer, tmp_path, write_jsonl, job_for):
+    prepare(job_for(write_jsonl([row(n) for n in range(12)])), tokenizer, tmp_path / "cache")
+    (entry,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert sorted(path.name for path in entry.iterdir()) == [
+        "conversations.jsonl",
+        "conversations.safetensors",
+        "entry.json",
+        "summary.json",
+        "train.safetensors",
+        "validation.safetensors",
+    ]
+    assert json.loads((entry / "entry.json").read_text()).keys() == {p.name for p in entry.iterdir()} - {"entry.json"}
+
+
+def test_the_cache_lies_where_the_environment_says(tokenizer, tmp_path, write_jsonl, job_for, monkeypatch):
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "elsewhere"))
+    prepare(job_for(write_jsonl([row(1), row(2)])), tokenizer)
+    assert list((tmp_path / "elsewhere" / "data").glob("*/train.safetensors"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="set LOADMASTER_CACHE to a folder that can be written"):
+        prepare(job_for(write_jsonl([row(1), row(2)])), tokenizer)
+
+
+def _prepare_in_process(job, tokenizer, cache, queue) -> None:
+    queue.put(prepare(job, tokenizer, cache).summary["cache"])
+
+
+def test_of_processes_that_start_together_one_builds_and_the_others_wait(tokenizer, tmp_path, write_jsonl, job_for):
+    job = job_for(write_jsonl([row(n) for n in range(300)]))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_prepare_in_process, args=(job, tokenizer, tmp_path / "cache", queue)) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    outcomes = sorted(queue.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+    assert outcomes == ["built", "hit", "hit"]
+
+
+def test_worker_processes_give_the_same_rows_as_one(tokenizer, tmp_path, write_jsonl, job_for, monkeypatch):
+    job = job_for(write_jsonl([row(n) for n in range(600)] + [{"instruction": "x", "output": ""}]), on_bad_row="skip")
+    alone = prepare(job, tokenizer, tmp_path / "alone")
+    monkeypatch.setattr(build_module, "PARALLEL_ROWS", 100)
+    monkeypatch.setattr(build_module.os, "sched_getaffinity", lambda _: {0, 1})
+    together = prepare(job, tokenizer, tmp_path / "together")
+    assert together.summary["cache"] == "built"
+    assert [packed.input_ids.tolist() for packed in together.train] == [
+        packed.input_ids.tolist() for packed in alone.train
+    ]
+    assert [packed.document_ids for packed in together.train] == [packed.document_ids for packed in alone.train]

@@ -1,0 +1,40 @@
+"""What a person sees of the data."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from loadmaster.data import prepare, show
+
+
+def printed(terminal: bool, *arguments) -> str:
+    buffer = io.StringIO()
+    show(
+        *arguments,
+        Console(file=buffer, force_terminal=terminal, width=80, color_system="standard" if terminal else None),
+    )
+    return buffer.getvalue()
+
+
+def test_plain_output_marks_the_trained_part_and_ends_with_the_figures(tokenizer, tmp_path, write_jsonl, job_for):
+    rows = [{"instruction": f"[bold]{n}[/bold]", "output": f"answer {n}"} for n in range(4)]
+    prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer, tmp_path / "cache")
+    text = printed(False, prepared, tokenizer, 2)
+    assert "rows.jsonl:1\n" in text and "rows.jsonl:2\n" in text and "rows.jsonl:3\n" not in text
+    assert "[bold]0[/bold]<|im_end|>\n<|im_start|>assistant\n⟦answer 0<|im_end|>⟧" in text
+    assert "data: 4 rows read as alpaca" in text
+
+
+def test_a_terminal_gets_the_trained_part_in_green(tokenizer, tmp_path, write_jsonl, job_for):
+    rows = [{"instruction": "hi", "output": "answer"}]
+    prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer, tmp_path / "cache")
+    text = printed(True, prepared.train_conversations, tokenizer, 1)
+    start, green = text.index("answer"), text.rindex("\x1b[", 0, text.index("answer"))
+    assert "32m" in text[green:start] and "⟦" not in text
+
+
+def test_plain_text_is_shown_trained_with_its_eos(tokenizer, tmp_path, write_jsonl, job_for):
+    prepared = prepare(job_for(write_jsonl([{"text": "It rained."}]), validation=None), tokenizer, tmp_path / "cache")
+    assert "⟦It rained.<|im_end|>⟧" in printed(False, prepared, tokenizer, 1)

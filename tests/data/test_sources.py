@@ -1,0 +1,148 @@
+"""Files of every kind, with the line of each row, and paths that lead nowhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loadmaster.data.sources import open_source
+from loadmaster.errors import DataError
+
+
+def rows_of(path) -> list[tuple[str, object]]:
+    rows = open_source([str(one) for one in path] if isinstance(path, list) else str(path)).rows()
+    return [(row.origin.rpartition("/")[2], row.error or row.value) for row in rows]
+
+
+def test_jsonl_rows_have_their_line_and_broken_lines_do_not_stop_the_rest(write_jsonl):
+    path = write_jsonl([{"n": 1}, "", '{"n": 2', {"n": 3}])
+    (first, broken, last) = rows_of(path)
+    assert (first, last) == (("rows.jsonl:1", {"n": 1}), ("rows.jsonl:4", {"n": 3}))
+    assert broken[0] == "rows.jsonl:3" and broken[1].startswith("broken JSON")
+
+
+def test_json_array_rows_have_the_line_they_start_on(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('\ufeff\n[\n  {"n": 1,\n   "m": "a\\nb"},\n\n  {"n": 2}, {"n": 3}\n]\n', encoding="utf-8")
+    assert [(origin, value["n"]) for origin, value in rows_of(path)] == [
+        ("rows.json:3", 1),
+        ("rows.json:6", 2),
+        ("rows.json:6", 3),
+    ]
+
+
+def test_every_line_is_right_in_an_indented_array(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"n": n, "text": "x\ny"} for n in range(50)], indent=2))
+    lines = path.read_text().splitlines()
+    for origin, value in rows_of(path):
+        line = int(origin.rpartition(":")[2])
+        assert lines[line - 1].strip() == "{" and f'"n": {value["n"]},' in lines[line]
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "origin", "reason"),
+    [
+        ('[{"n": 1},\n {"n": oops}]', 1, "rows.json:2", "broken JSON"),
+        ('[{"n": 1}\n {"n": 2}]', 1, "rows.json:2", "a comma or ] must"),
+        ('[{"n": 1},\n', 1, "rows.json:2", "broken JSON"),
+        ('[{"n": 1}\n', 1, "rows.json:2", "the file ends where a comma or ] must"),
+        ('{\n "rows": []\n}', 0, "rows.json:1", "one JSON object over several lines"),
+    ],
+)
+def test_broken_json_files_say_where(tmp_path, text, good, origin, reason):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    rows = rows_of(path)
+    assert len(rows) == good + 1
+    assert rows[-1][0] == origin and reason in rows[-1][1]
+
+
+def test_json_lines_in_a_json_file_are_read_as_lines(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"n": 1}\n{"n": 2}\n')
+    assert rows_of(path) == [("rows.json:1", {"n": 1}), ("rows.json:2", {"n": 2})]
+
+
+def test_parquet_rows_lose_the_nulls_that_columns_add(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"messages": [{"role": "user", "content": "x", "name": None}]},
+        {"messages": [{"role": "user", "content": "y", "name": "n"}]},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert rows_of(tmp_path / "rows.parquet") == [
+        ("rows.parquet:1", {"messages": [{"role": "user", "content": "x"}]}),
+        ("rows.parquet:2", {"messages": [{"role": "user", "content": "y", "name": "n"}]}),
+    ]
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
+    assert "is not readable Parquet" in rows_of(tmp_path / "torn.parquet")[0][1]
+
+
+def test_folders_and_lists_are_read_in_order_without_hidden_files(tmp_path, write_jsonl):
+    write_jsonl([{"n": 2}], "b.jsonl")
+    write_jsonl([{"n": 1}], "a.jsonl")
+    write_jsonl([{"n": 0}], ".hidden.jsonl")
+    (tmp_path / "notes.md").write_text("not data")
+    assert [origin for origin, _ in rows_of(tmp_path)] == ["a.jsonl:1", "b.jsonl:1"]
+    listed = [tmp_path / "b.jsonl", tmp_path / "a.jsonl"]
+    assert [origin for origin, _ in rows_of(listed)] == ["b.jsonl:1", "a.jsonl:1"]
+
+
+def test_fingerprint_follows_the_content_and_not_the_place(tmp_path, write_jsonl):
+    first = open_source(str(write_jsonl([{"n": 1}], "a.jsonl"))).fingerprint()
+    assert open_source(str(write_jsonl([{"n": 1}], "b.jsonl"))).fingerprint() == first
+    assert open_source(str(write_jsonl([{"n": 2}], "a.jsonl"))).fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("???", "data.path is not set"),
+        ([], "an empty list"),
+        ("./none.jsonl", "no such file or folder"),
+        ("a/b/c", "no such file or folder"),
+    ],
+)
+def test_paths_that_lead_nowhere_say_so(path, reason):
+    with pytest.raises(DataError, match=reason):
+        open_source(path)
+
+
+def test_a_misspelt_file_name_is_answered_with_the_nearest(tmp_path, write_jsonl):
+    write_jsonl([{"n": 1}], "tickets.jsonl")
+    with pytest.raises(DataError, match=r"did you mean .*tickets\.jsonl"):
+        open_source(str(tmp_path / "tikets.jsonl"))
+
+
+def test_other_files_and_empty_folders_are_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"only files with \.json, \.jsonl"):
+        open_source(str(tmp_path / "rows.csv"))
+    with pytest.raises(DataError, match="a folder with no"):
+        open_source(str(tmp_path))
+
+
+def test_a_hub_dataset_that_cannot_be_loaded_is_a_data_error_with_a_remedy(monkeypatch):
+    import datasets
+
+    def unreachable(path, split):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"Couldn't reach the Hub\n    fix: .*HF_TOKEN"):
+        open_source("owner/name")
+
+
+def test_hub_rows_are_numbered_and_cleaned(monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "x", "name": None}]}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: rows if split == "train_sft" else None)
+    read = list(open_source("owner/name", "train_sft").rows())
+    assert [(row.origin, row.value) for row in read] == [
+        ("owner/name:1", {"messages": [{"role": "user", "content": "x"}]})
+    ]

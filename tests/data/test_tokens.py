@@ -1,0 +1,101 @@
+"""The token mask, exactly, and the checks on it with what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from loadmaster.data.formats import to_conversation
+from loadmaster.data.render import Span
+from loadmaster.data.tokens import Encoder, trained_mask
+
+
+def encode(tokenizer, row: dict, shape: str = "messages"):
+    return Encoder(tokenizer).encode([to_conversation(row, shape, "rows.jsonl:7")])
+
+
+def test_mask_over_tokens_is_exactly_the_answer_and_its_end(tokenizer, chat):
+    encoded = encode(tokenizer, {"messages": chat("s", "Count.", "u", "1 2", "a", "3 4", "u", "5", "a", "6")})
+    tokens = tokenizer.convert_ids_to_tokens(encoded.ids.tolist())
+    table = list(zip(tokens, encoded.trained.tolist(), strict=True))
+    assert [token for token, trained in table if trained] == ["3", "Ġ", "4", "<|im_end|>", "6", "<|im_end|>"]
+    assert table[-1] == ("Ċ", False)  # the newline behind the end of the turn
+    assert table[: tokens.index("3")] == [(token, False) for token in tokens[: tokens.index("3")]]
+
+
+@pytest.mark.parametrize("template", ["llama3", "mistral", "gemma", "qwen3", "hermes"])
+def test_token_ids_are_those_of_the_template_and_trained_tokens_decode_to_the_answers(tokenizer_with, chat, template):
+    tokenizer = tokenizer_with(template)
+    messages = chat("u", "Grüße, 你好 🙂?", "a", "Schön 🙂 你好.", "u", "And?", "a", "Bye.")
+    encoded = encode(tokenizer, {"messages": messages})
+    assert encoded.ids.tolist() == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    decoded = tokenizer.decode(encoded.ids[encoded.trained], clean_up_tokenization_spaces=False)
+    end = tokenizer.convert_ids_to_tokens(int(encoded.ids[encoded.trained][-1]))
+    thinking = "<think>\n\n</think>\n\n" if template == "qwen3" else ""
+    space = " " if template == "mistral" else ""
+    assert decoded == f"{space}Schön 🙂 你好.{end}{thinking}{space}Bye.{end}"
+
+
+def test_plain_text_is_trained_whole_with_eos_behind_it(tokenizer):
+    encoded = encode(tokenizer, {"text": "Once upon a time"}, "text")
+    assert encoded.ids.tolist() == [*tokenizer("Once upon a time")["input_ids"], tokenizer.eos_token_id]
+    assert encoded.trained.all()
+
+
+def test_tokens_across_the_start_belong_to_the_assistant_only_with_its_own_letters():
+    text, spans = "ab \n cd", (Span(4, 7, None),)
+    offsets = np.array([[0, 2], [2, 5], [5, 7]])
+    assert trained_mask(text, spans, offsets).tolist() == [False, False, True]
+    assert trained_mask(text, spans, np.array([[0, 2], [2, 6], [6, 7]])).tolist() == [False, True, True]
+
+
+def test_offsets_that_were_trimmed_of_white_space_still_map():
+    # As byte-level post-processors give them: a newline before the span is empty at its start, one behind it too.
+    text, spans = "user\nHi<end>\n", (Span(5, 12, "<end>"),)
+    offsets = np.array([[0, 4], [5, 5], [5, 7], [7, 12], [13, 13]])
+    assert trained_mask(text, spans, offsets).tolist() == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("template", "parts", "reason"),
+    [
+        ("mute", ("u", "Hi", "a", "Hello."), "drops message 2 (role assistant)"),
+        ("monologue", ("a", "Hello."), "every token of this row is trained"),
+        ("endless", ("u", "Hi", "a", "Hello."), "the end of assistant turn 1 gets no loss"),
+        ("endless", ("u", "Hi", "a", "Hello.", "u", "And?", "a", "Bye."), "the end of assistant turn 1 gets no loss"),
+        ("deaf", ("s", "Be brief.", "u", "Hi", "a", "Hello."), "drops message 1 (role system)"),
+    ],
+)
+def test_each_wrong_rendering_is_reported_with_place_and_marked_text(tokenizer_with, chat, template, parts, reason):
+    encoded = encode(tokenizer_with(template), {"messages": chat(*parts)})
+    assert len(encoded.ids) == 0 and len(encoded.wrong) == 1
+    fault = encoded.wrong[0]
+    assert fault.origin == "rows.jsonl:7"
+    assert reason in fault.reason
+    assert fault.rendering is not None and "⟦" in fault.rendering
+
+
+def test_a_row_in_which_nothing_is_trained_is_reported(tokenizer_with, chat):
+    messages = chat("u", "Hi", "a", "x")
+    messages[1] = {"role": "assistant", "content": "", "reasoning_content": "only reasoning, which this template drops"}
+    encoded = encode(tokenizer_with("mute"), {"messages": messages})
+    assert encoded.wrong[0].reason == "no token of this row is trained"
+
+
+def test_a_template_that_drops_tools_or_calls_is_reported_with_the_setting_that_helps(tokenizer, tokenizer_with, chat):
+    messages = chat("u", "Weather?", "a", "x", "t", "20", "a", "Warm.")
+    messages[1] = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "weather", "arguments": {}}}],
+    }
+    call = encode(tokenizer, {"messages": messages}).wrong[0].reason
+    assert "drops the tool call in message 2" in call and "data.tools=text" in call
+    tools = [{"name": "weather", "parameters": {}}]
+    definitions = encode(tokenizer, {"messages": chat("u", "Hi", "a", "Hello."), "tools": tools}).wrong[0].reason
+    assert "drops the tool definitions (weather)" in definitions
+
+
+def test_what_the_template_refuses_is_reported_in_its_words(tokenizer_with, chat):
+    encoded = encode(tokenizer_with("mistral"), {"messages": chat("u", "a", "u", "b", "a", "c")})
+    assert encoded.refused[0].reason == "the chat template refuses this conversation: roles must alternate"

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from loadmaster.errors import ExportRejected
+from loadmaster.export.manifest import OLDEST_SERVER, read_manifest, verify_manifest, write_manifest
+from loadmaster.files import read_json, write_json
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    folder = tmp_path / "bf16"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 40)
+    (folder / "sub" / "tokenizer.json").write_text("{}")
+    write_manifest(folder, {"format": "bf16", "recipe": "x"})
+    return folder
+
+
+def test_a_fresh_artifact_verifies_wherever_it_is_moved(artifact, tmp_path):
+    assert verify_manifest(artifact) == []
+    artifact.rename(tmp_path / "elsewhere")
+    assert verify_manifest(tmp_path / "elsewhere") == []
+
+
+def test_the_manifest_says_what_it_holds(artifact):
+    manifest = read_manifest(artifact)
+    assert [entry["path"] for entry in manifest["files"]] == ["model.safetensors", "sub/tokenizer.json"]
+    assert manifest["bytes"] == 256 * 40 + 2
+    assert manifest["oldest_server"] == OLDEST_SERVER["bf16"]
+    assert {"schema", "format", "recipe", "versions", "created_utc"} <= manifest.keys()
+    assert {"torch", "transformers", "loadmaster"} <= manifest["versions"].keys()
+
+
+@pytest.mark.parametrize("position", [0, 5000, 10239])
+def test_one_flipped_bit_is_found(artifact, position):
+    path = artifact / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    assert verify_manifest(artifact) == ["model.safetensors: changed since it was exported (sha256 differs)"]
+
+
+def test_missing_added_and_cut_files_are_found(artifact):
+    (artifact / "sub" / "tokenizer.json").unlink()
+    (artifact / "extra.py").write_text("x")
+    with open(artifact / "model.safetensors", "r+b") as file:
+        file.truncate(100)
+    problems = "\n".join(verify_manifest(artifact))
+    assert "sub/tokenizer.json: missing" in problems
+    assert "extra.py: not in the manifest" in problems
+    assert "model.safetensors: 100 bytes, the manifest says 10240" in problems
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../outside", "sub/../../outside", "", 7])
+def test_a_path_that_leaves_the_folder_is_a_problem_and_is_not_read(artifact, name):
+    (artifact.parent / "outside").write_text("secret")
+    manifest = read_json(artifact / "manifest.json")
+    manifest["files"].append({"path": name, "bytes": 6, "sha256": "0"})
+    write_json(artifact / "manifest.json", manifest)
+    assert verify_manifest(artifact) == [f"{name!r}: not a path inside the folder"]
+
+
+def test_a_symbolic_link_is_a_problem_even_to_the_right_content(artifact):
+    target = artifact.parent / "moved"
+    (artifact / "model.safetensors").rename(target)
+    (artifact / "model.safetensors").symlink_to(target)
+    assert verify_manifest(artifact) == ["model.safetensors: is or lies behind a symbolic link"]
+
+
+def test_no_manifest_is_no_artifact(artifact):
+    write_json(artifact / "manifest.json", {"schema": 99})
+    assert "schema" in verify_manifest(artifact)[0]
+    (artifact / "manifest.json").write_text("{")
+    assert "not JSON" in verify_manifest(artifact)[0]
+    (artifact / "manifest.json").unlink()
+    with pytest.raises(ExportRejected, match=r"has no manifest\.json"):
+        read_manifest(artifact)
+
+
+def test_manifests_and_bundles_are_read_without_torch():
+    code = "import sys, loadmaster.export.manifest, loadmaster.endpoint.bundle; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_adapter, save_tiny_llama
+
+from loadmaster.errors import ExportRejected
+from loadmaster.export.merge import merge, read_adapter, refusals
+from loadmaster.export.sidecars import write_config
+from loadmaster.export.weights import shards, tensor_files
+from loadmaster.files import read_json, write_json
+
+IDS = torch.arange(500, 564).reshape(2, 32)
+
+
+def merged_logits(base, adapter, target, dtype=None):
+    from transformers import AutoModelForCausalLM
+
+    target.mkdir()
+    report = merge(base, target, read_adapter(adapter), dtype)
+    write_config(base, target, report.tied_embeddings)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype or torch.float32).eval()
+        return model(input_ids=IDS).logits.float(), report
+
+
+def live_logits(base, adapter, dtype=torch.float32):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter).eval()
+        live = model(input_ids=IDS).logits.float()
+        with model.disable_adapter():
+            return live, model(input_ids=IDS).logits.float()
+
+
+@pytest.fixture(scope="module")
+def tiny32(tmp_path_factory, tokenizer):
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny32"), tokenizer, dtype=torch.float32)
+
+
+def test_merged_logits_of_the_real_model_equal_the_live_adapters_in_float32_and_bf16(smollm2, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).save_pretrained(tmp_path / "base32")
+    adapter = save_adapter(smollm2, tmp_path / "adapter", std=0.01, r=8, lora_alpha=16)
+    live, base = live_logits(tmp_path / "base32", adapter)
+    assert (live - base).abs().max() > 1.0
+    exact, _ = merged_logits(tmp_path / "base32", adapter, tmp_path / "merged32")
+    assert (exact - live).abs().max() <= 1e-4
+    rounded, _ = merged_logits(smollm2, adapter, tmp_path / "merged16", torch.bfloat16)
+    log_p, log_q = live.log_softmax(-1), rounded.log_softmax(-1)
+    assert (log_p.exp() * (log_p - log_q)).sum(-1).mean() < 5e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 3}},
+        {"target_modules": ["v_proj", "lm_head"]},
+        {"target_modules": ["o_proj", "embed_tokens"]},
+        {"target_modules": ["o_proj"], "modules_to_save": ["norm"]},
+    ],
+    ids=["rslora", "patterns", "tied head", "tied embedding", "modules_to_save"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_kind_of_adapter_merges_to_the_live_logits(tiny32, tmp_path, options):
+    adapter = save_adapter(tiny32, tmp_path / "adapter", **options)
+    live, base = live_logits(tiny32, adapter)
+    assert (live - base).abs().max() > 0.05
+    merged, report = merged_logits(tiny32, adapter, tmp_path / "merged")
+    assert (merged - live).abs().max() <= 1e-4
+    unties = {"lm_head", "embed_tokens"} & set(options.get("target_modules", ()))
+    assert report.tied_embeddings == (not unties)
+    assert ("lm_head.weight" in tensor_files(tmp_path / "merged")) == bool(unties)
+
+
+def test_merging_many_shards_gives_the_same_bits_as_one(tiny32, tokenizer, tmp_path):
+    sharded = save_tiny_llama(tmp_path / "sharded", tokenizer, dtype=torch.float32, max_shard_size="200KB")
+    assert len(shards(sharded)) > 3
+    adapter = read_adapter(save_adapter(tiny32, tmp_path / "adapter"))
+    one, many = tmp_path / "one", tmp_path / "many"
+    for source, target in ((tiny32, one), (sharded, many)):
+        target.mkdir()
+        merge(source, target, adapter, torch.bfloat16)
+    whole = load_file(one / "model.safetensors")
+    parts = {name: tensor for shard in shards(many) for name, tensor in load_file(shard).items()}
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    index = read_json(many / "model.safetensors.index.json")
+    assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in whole.values())
+    assert set(index["weight_map"]) == set(whole)
+
+
+def test_without_an_adapter_the_trained_weights_are_copied_in_the_dtype_asked_for(tiny32, tmp_path):
+    merge(tiny32, tmp_path, None, torch.bfloat16)
+    before, after = load_file(tiny32 / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].to(torch.bfloat16), after[name]) for name in before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o044
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"target_parameters": ["experts.w1"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ],
+)
+def test_adapters_that_are_not_a_sum_are_refused_by_name(change, named):
+    reasons = refusals({"peft_type": "LORA", "bias": "none", "init_lora_weights": True, **change})
+    assert len(reasons) == 1 and named in reasons[0]
+    assert refusals({"peft_type": "LORA", "bias": "none", "init_lora_weights": True}) == []
+
+
+def test_a_refusal_says_what_would_work(tiny, tiny_adapter, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    config = read_json(tmp_path / "adapter" / "adapter_config.json")
+    write_json(tmp_path / "adapter" / "adapter_config.json", {**config, "use_dora": True})
+    with pytest.raises(ExportRejected, match=r"DoRA(.|\n)*export\.formats=\[adapter\]"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_an_adapter_of_another_base_is_refused(tiny, tokenizer, tmp_path):
+    deeper = save_tiny_llama(tmp_path / "deeper", tokenizer, num_hidden_layers=3)
+    wider = save_tiny_llama(tmp_path / "wider", tokenizer, intermediate_size=256)
+    with pytest.raises(ExportRejected, match=r"layers\.2"):
+        merge(tiny, tmp_path, read_adapter(save_adapter(deeper, tmp_path / "a")), None)
+    with pytest.raises(ExportRejected, match="shape"):
+        merge(tiny, tmp_path, read_adapter(save_adapter(wider, tmp_path / "b")), None)
+
+
+def test_an_adapter_that_diverged_is_refused(tiny, tiny_adapter, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(ExportRejected, match="NaN"):
+        merge(tiny, tmp_path, read_adapter(tmp_path / "adapter"), None)
+
+
+def test_an_incomplete_download_is_named(tiny, tmp_path):
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "model-1.safetensors"}})
+    with pytest.raises(ExportRejected, match=r"model-1\.safetensors is not there"):
+        shards(tmp_path)

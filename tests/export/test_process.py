@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from loadmaster.errors import ExportRejected
+from loadmaster.export.process import LAUNCHER_VARIABLES, run_step
+
+
+@pytest.fixture
+def step(tmp_path, monkeypatch):
+    """Run the given source as a step: its module sees `spec`; returns the result, with the progress in `lines`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    lines: list[str] = []
+
+    def run(source: str, timeout_s: float = 60):
+        (tmp_path / "a_step.py").write_text(
+            "import os, sys, time\nfrom loadmaster.errors import DataError\n"
+            "from loadmaster.export.process import progress, read_spec, step, write_result\n"
+            f"def main(arguments):\n    spec = read_spec(arguments)\n    {source}\nstep(main, sys.argv[1:])\n"
+        )
+        return run_step("a_step", {"number": 7}, tmp_path, timeout_s, lines.append)
+
+    run.lines = lines
+    return run
+
+
+def test_a_step_gets_its_spec_reports_progress_and_gives_its_result(step):
+    source = (
+        "print('noise'); progress('half way'); write_result(spec, {'twice': 2 * spec['number'], 'nan': float('nan')})"
+    )
+    result = step(source)
+    assert result["twice"] == 14 and result["nan"] != result["nan"]
+    assert step.lines == ["half way"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("progress('loading x'); raise RuntimeError('boom 17')", r"exit code 1, at: loading x(.|\n)*boom 17"),
+        ("raise DataError('line 3 is empty')", r"exit code 1, at: starting\nline 3 is empty$"),
+        ("os.kill(os.getpid(), 11)", "signal 11"),
+        ("os.kill(os.getpid(), 9)", "ran out of memory"),
+        ("pass", "exit code 0"),
+    ],
+    ids=["exception", "error of the user's", "crash", "killed", "no result"],
+)
+def test_however_a_step_dies_is_an_export_rejected_with_what_it_said(step, source, message):
+    with pytest.raises(ExportRejected, match=message):
+        step(source)
+
+
+def test_a_step_that_hangs_is_ended_and_said_to_hang(step):
+    with pytest.raises(ExportRejected, match="did not finish in 3 s, at: waiting"):
+        step("progress('waiting'); time.sleep(60)", timeout_s=3)
+
+
+def test_a_step_does_not_join_the_launchers_process_group(step, monkeypatch):
+    for name in (*LAUNCHER_VARIABLES, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    seen = set(step("write_result(spec, sorted(os.environ))"))
+    assert not seen & {*LAUNCHER_VARIABLES, "TORCHELASTIC_RUN_ID"}
+    assert "PATH" in seen and "RANK" in os.environ

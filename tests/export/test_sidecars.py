@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+from transformers import AutoTokenizer, GenerationConfig
+
+from loadmaster.data import Conversation, stop_token_ids
+from loadmaster.export.sidecars import token_ids, write_config, write_generation_config, write_tokenizer
+from loadmaster.files import read_json, write_json
+
+CHAT = Conversation(
+    messages=[{"role": "user", "content": "Où est l'été ? 42"}, {"role": "assistant", "content": "ici"}],
+    tools=None, text=None, origin="a:1", row_id="1",
+)  # fmt: skip
+
+
+def test_the_tokenizer_class_is_one_that_older_servers_know_and_loads_to_the_same_tokens(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "as_saved")
+    write_tokenizer(tokenizer, tmp_path / "exported")
+    assert read_json(tmp_path / "as_saved" / "tokenizer_config.json")["tokenizer_class"] == "TokenizersBackend"
+    assert read_json(tmp_path / "exported" / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+    both = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("as_saved", "exported")]
+    assert token_ids(both[0], CHAT) == token_ids(both[1], CHAT) == token_ids(tokenizer, CHAT)
+    assert both[1].chat_template == tokenizer.chat_template
+    assert (both[1].eos_token, both[1].pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(2, [2]), ([0, 7], [0, 2, 7]), (None, [2])])
+def test_generation_config_lists_every_id_that_ends_a_turn(tokenizer, tmp_path, own, expected):
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": own, "max_new_tokens": 5, "temperature": 0.6})
+    target = tmp_path / "out"
+    target.mkdir()
+    assert stop_token_ids(tokenizer) == [2]
+    assert write_generation_config(tmp_path, target, tokenizer, stop_token_ids(tokenizer)) == expected
+    config = GenerationConfig.from_pretrained(target)
+    assert config.eos_token_id == expected
+    assert config.temperature == 0.6
+    assert config.max_new_tokens is None  # vLLM would cap every request at it
+
+
+def test_nothing_of_the_training_quantization_stays_in_the_config(tmp_path):
+    write_json(
+        tmp_path / "config.json",
+        {
+            "model_type": "llama",
+            "quantization_config": {"load_in_4bit": True},
+            "_name_or_path": "x",
+            "dtype": "float32",
+        },
+    )
+    (tmp_path / "out").mkdir()
+    write_config(tmp_path, tmp_path / "out", tied_embeddings=True)
+    assert read_json(tmp_path / "out" / "config.json") == {"model_type": "llama", "dtype": "bfloat16"}

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loadmaster.data import Conversation, PackedRow
+from loadmaster.errors import ExportRejected
+from loadmaster.export import verify
+from loadmaster.export.verify import (
+    Reference, check_tokenizer, compare, held_out_rows, load_adapter, load_export, log_probabilities,
+)  # fmt: skip
+
+IDS = np.arange(300, 340)
+ROW = PackedRow(IDS, np.where(IDS < 310, -100, IDS), np.concatenate([np.arange(25), np.arange(15)]), [])
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return load_export(tiny, "cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    return Reference(ROW, *log_probabilities(model, ROW, 0))
+
+
+def test_a_model_agrees_with_itself_entirely(model, reference):
+    figures = compare(model, [reference], 0)
+    assert figures["tokens"] == 29  # 30 labels, less the first token of the second document
+    assert figures["perplexity_ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert figures["mean_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert figures["top1_agreement"] == 1.0
+
+
+def test_the_figures_are_those_of_their_definitions(tiny, reference):
+    other = load_export(tiny, "cpu")
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.zero_()
+    figures = compare(other, [reference], 0)
+    p, q = reference.log_probabilities.double(), log_probabilities(other, ROW, 0)[0].double()
+    assert figures["mean_kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    at = torch.arange(len(reference.targets))
+    gap = (p - q)[at, reference.targets].mean().item()
+    assert figures["perplexity_ratio"] == pytest.approx(math.exp(gap), rel=1e-4)
+    assert figures["top1_agreement"] == (p.argmax(-1) == q.argmax(-1)).double().mean().item() < 1
+
+
+def test_a_model_that_computes_nan_scores_nan(tiny, reference):
+    other = load_export(tiny, "cpu")
+    with torch.no_grad():
+        other.model.norm.weight[0] = float("nan")
+    assert math.isnan(compare(other, [reference], 0)["mean_kl"])
+
+
+def tampered(tiny, folder, change):
+    shutil.copytree(tiny, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"), r"missing keys \(model\.layers\.1\.mlp\.up"),
+        (lambda tensors: tensors.update(stray=torch.zeros(2)), r"unexpected keys \(stray"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(7)}), r"model\.norm\.weight"),
+    ],
+    ids=["missing", "unexpected", "another shape"],
+)
+def test_an_export_whose_tensors_do_not_fill_the_model_is_not_loaded(tiny, tmp_path, change, named):
+    with pytest.raises((ExportRejected, RuntimeError), match=named):
+        load_export(tampered(tiny, tmp_path / "torn", change), "cpu")
+
+
+def test_an_adapter_with_a_tensor_the_base_has_no_place_for_is_not_loaded(tiny, tiny_adapter, tmp_path):
+    shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.elsewhere.lora_A.weight": torch.zeros(4, 64)}, file)
+    with pytest.raises(ExportRejected, match="elsewhere"):
+        load_adapter(tiny, tmp_path / "adapter", "cpu")
+
+
+def test_another_chat_template_is_noticed(tokenizer):
+    import copy
+
+    chat = Conversation([{"role": "user", "content": "a"}], None, None, "data.jsonl:3", "x")
+    other = copy.deepcopy(tokenizer)
+    check_tokenizer(other, tokenizer, [chat])
+    other.chat_template = other.chat_template.replace("user", "human") + " "
+    with pytest.raises(ExportRejected, match=r"data\.jsonl:3"):
+        check_tokenizer(other, tokenizer, [chat])
+
+
+def test_reference_memory_is_bounded_by_taking_labels_away_never_context(monkeypatch):
+    monkeypatch.setattr(verify, "REFERENCE_BYTES", 4 * 100 * 45)  # 45 tokens of a vocabulary of 100
+    rows = held_out_rows([ROW] * 5, limit=5, vocabulary_size=100)
+    labels = [np.array(row["labels"]) for row in rows]
+    assert [int((each != -100).sum()) for each in labels] == [30, 15]
+    assert rows[1]["input_ids"] == IDS.tolist()
+    assert labels[1][labels[1] != -100].tolist() == IDS[10:25].tolist()
+    assert len(held_out_rows([ROW] * 5, limit=2, vocabulary_size=1)) == 2

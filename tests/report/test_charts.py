@@ -1,0 +1,34 @@
+"""Curves are drawn once for light and dark, and long runs stay small."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadmaster.report.charts import Curve, binned, draw, smoothed
+
+
+def test_long_series_are_averaged_into_bins_that_keep_the_mean():
+    steps = list(range(10_000))
+    x, y = binned(steps, [float(s % 7) for s in steps], most=500)
+    assert len(x) == len(y) == 500
+    assert x[0] == pytest.approx(9.5) and sum(y) / len(y) == pytest.approx(3.0, abs=0.01)
+
+
+def test_short_series_are_drawn_as_they_are():
+    assert binned([1, 2, 3], [5.0, 6.0, 7.0]) == ([1, 2, 3], [5.0, 6.0, 7.0])
+
+
+def test_smoothing_neither_lags_nor_moves_the_ends():
+    line = [float(v) for v in range(50)]
+    assert smoothed(line) == pytest.approx(line)
+    noisy = [v + (-1) ** i for i, v in enumerate(line)]
+    assert max(abs(a - b) for a, b in zip(smoothed(noisy)[3:-3], line[3:-3], strict=True)) < 0.5
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, 1.0], [0.0] * 20, [1e-9, 1e6] * 20, [float(v) for v in range(20_000)]])
+def test_every_shape_of_series_can_be_drawn_small(values: list[float]):
+    curve = Curve("Gradient norm", "L2", "norm", range(1, len(values) + 1), values, may_be_log=True, from_zero=True)
+    svg = draw(curve, 300, 200)
+    assert svg.startswith('<svg viewBox="0 0 300 200"') and svg.rstrip().endswith("</svg>")
+    assert len(svg) < 150_000
+    assert "optimizer step" in svg

@@ -1,0 +1,41 @@
+"""Real runs in real processes, for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 300
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *overrides]
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen:
+    """Start train.py in `folder`; its output goes to folder/log.txt."""
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        return subprocess.Popen(command(*overrides), cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment())
+
+
+def finish(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """Run train.py in `folder` to its end; stdout and stderr as text."""
+    return subprocess.run(command(*overrides), cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S,
+                          env=environment(), check=False)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Logged steps without what depends on the clock."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]

@@ -1,0 +1,95 @@
+"""The stages in order, skipped when unchanged, refused when they would mix runs; in process, on a tiny model."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from loadmaster.config.compose import compose
+from loadmaster.pipeline import command_line, run
+from loadmaster.preflight.plan import Plan
+from loadmaster.rundir import RunDir
+
+RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+# What makes any recipe small enough for two CPU cores; everything else is the recipe's own.
+SCALED_DOWN = ["hardware=cpu", "precision=fp32", "sequence_length=64", "max_steps=2", "data.max_rows=24", "evaluation.max_rows=2",
+               "evaluation.max_new_tokens=4", "tracker=none", "export=bf16", "batch.global_size=2", "sharding=none",
+               "offload=none", "micro_batch_size=1", "data=tickets", "optimizer.name=adamw",
+               "activation_checkpointing=auto", "export.thresholds={bf16: {min_task_retention: 0.0}}"]
+
+
+def go(tiny, tmp_path, *overrides) -> tuple[int, str]:
+    console = Console(file=io.StringIO(), width=120)
+    composed = compose([f"model.path={tiny}", f"run_dir={tmp_path / 'run'}", *SCALED_DOWN, *overrides])
+    return run(composed, console), console.file.getvalue()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_shipped_recipe_runs_end_to_end_scaled_down(recipe, tiny, tmp_path):
+    code, output = go(tiny, tmp_path, f"recipe={recipe}")
+    assert code == 0, output
+    folder = tmp_path / "run"
+    job = compose([f"recipe={recipe}"]).job
+    plan = Plan.read(folder / "plan.json")
+    assert plan.fits and plan.method == (plan.method if job.method == "auto" else job.method)
+    assert {"config.yaml", "plan.json", "metrics.jsonl", "checkpoints", "eval.json", "export", "bundle", "report.html",
+            "result.json"} <= {p.name for p in folder.iterdir()}
+    assert (folder / ("model" if plan.method == "full" else "adapter")).is_dir()
+    assert (folder / "export" / "bf16" / "manifest.json").is_file()
+    result = json.loads((folder / "result.json").read_text())
+    assert {"peak_allocated_gib", "peak_reserved_gib", "peak_device_gib", "predicted_gib", "tokens_per_second",
+            "trained_tokens_per_second", "mfu", "steps", "train_loss", "eval_loss", "wall_seconds"} <= set(result)
+    assert result["steps"] == 2 and set(result["wall_seconds"]) == {"plan", "train", "evaluate", "export", "bundle"}
+
+
+def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp_path):
+    first = go(tiny, tmp_path, "stop_after=evaluate")[1]
+    assert "skipped" not in first
+    again = go(tiny, tmp_path, "stop_after=evaluate")[1]
+    assert [f"{stage}: unchanged, skipped" in again for stage in ("plan", "train", "evaluate")] == [True] * 3
+    changed = go(tiny, tmp_path, "stop_after=evaluate", "evaluation.max_new_tokens=5")[1]
+    assert "train: unchanged, skipped" in changed and "evaluate: started" in changed
+
+
+def test_a_run_directory_of_another_job_is_refused(tiny, tmp_path, capsys):
+    assert go(tiny, tmp_path, "stop_after=plan")[0] == 0
+    assert go(tiny, tmp_path, "stop_after=plan", "optimizer.lr=0.5")[0] == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_exits_3_with_a_plan(tmp_path, capsys):
+    overrides = ["recipe=full_8b", "hardware=rtx4090_x1", f"run_dir={tmp_path / 'run'}"]
+    assert run(compose(overrides), Console(file=io.StringIO())) == 3
+    plan = Plan.read(tmp_path / "run" / "plan.json")
+    assert not plan.fits and plan.alternatives
+
+
+def test_training_for_other_hardware_than_this_is_refused(tiny, tmp_path, capsys):
+    code, _ = go(tiny, tmp_path, "hardware=h100_80gb_x1", "precision=bf16", "recipe=smoke")
+    assert code == 2 and "stop_after=plan" in capsys.readouterr().err
+
+
+def test_the_newest_run_of_the_same_job_is_found_and_another_job_gets_its_own(tmp_path):
+    first = RunDir.choose("auto", "smoke", "a", tmp_path)
+    first.path.mkdir(parents=True)
+    first.claim()
+    assert RunDir.choose("auto", "smoke", "a", tmp_path).path == first.path
+    assert RunDir.choose("auto", "smoke", "b", tmp_path).path != first.path
+
+
+def test_two_processes_cannot_work_in_one_run(tmp_path):
+    from loadmaster.errors import LoadmasterError
+
+    mine = RunDir(tmp_path, "a")
+    with mine.locked(), pytest.raises(LoadmasterError, match="another process"), RunDir(tmp_path, "a").locked():
+        raise AssertionError("both got in")
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["/a/b/train.py", "recipe=smoke", "data.path=my file.json"], "python train.py recipe=smoke 'data.path=my file.json'"),
+    (["/usr/bin/loadmaster", "plan"], "loadmaster plan"),
+])
+def test_the_command_is_shown_as_one_would_type_it(argv, expected):
+    assert command_line(argv) == expected
