@@ -1,9 +1,9 @@
 """The `loadmaster` command: the stages one by one, and tools around them.
 
-    loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1     stages take the same words as train.py
-    loadmaster data recipe=smoke                              look at rendered rows and their loss mask
-    loadmaster verify runs/smoke/.../export/bf16              check every file of an artifact
-    loadmaster doctor                                         what this machine has
+loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1     stages take the same words as train.py
+loadmaster data recipe=smoke                              look at rendered rows and their loss mask
+loadmaster verify runs/smoke/.../export/bf16              check every file of an artifact
+loadmaster doctor                                         what this machine has
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from loadmaster import __version__
 from loadmaster.config.schema import STAGES
+from loadmaster.config.show import show_error
 from loadmaster.errors import LoadmasterError
 
 STAGE_HELP = {
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments, overrides)
     except LoadmasterError as error:
-        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        show_error(error)
         return error.exit_code
 
 
@@ -45,10 +46,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"loadmaster {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for stage in STAGES:
-        command = commands.add_parser(stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]")
+        command = commands.add_parser(
+            stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]"
+        )
         command.set_defaults(run=_stage, stage=stage)
-    data = commands.add_parser("data", help="print rendered rows with the trained part marked",
-                               usage="loadmaster data [recipe=NAME] [key=value ...] [--rows N]")
+    data = commands.add_parser(
+        "data",
+        help="print rendered rows with the trained part marked",
+        usage="loadmaster data [recipe=NAME] [key=value ...] [--rows N]",
+    )
     data.add_argument("--rows", type=int, default=3, help="rows to print (default 3)")
     data.set_defaults(run=_data)
     verify = commands.add_parser("verify", help="check every file of an exported artifact against its manifest")
@@ -103,7 +109,16 @@ def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     memory = "" if here.host_memory_gib is None else f", host memory {here.host_memory_gib:.1f} GiB"
     print(f"device     {here.count}x {here.gpu}, {here.memory_gib:.1f} GiB each{memory}")
     print(f"disk       {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
-    for package in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "llmcompressor", "datasets"):
+    for package in (
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "torchao",
+        "llmcompressor",
+        "datasets",
+    ):
         try:
             print(f"{package:<10} {version(package)}")
         except PackageNotFoundError:

@@ -22,6 +22,7 @@ from loadmaster.config.compose import Composed
 from loadmaster.config.jobhash import job_hash, stage_inputs_hash
 from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.shipped import resolve_path
+from loadmaster.config.show import show_error
 from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, Problem
 from loadmaster.files import publish_folder, sha256_json, write_json, write_text
 from loadmaster.preflight import make_plan, print_plan
@@ -41,7 +42,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
     try:
         Pipeline(composed, console, stop).run()
     except LoadmasterError as error:
-        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        show_error(error)
         return error.exit_code
     finally:
         stop.uninstall()
@@ -82,7 +83,10 @@ class Pipeline:
         self.echo(f"{stage}: started")
         start = time.perf_counter()
         stages: dict[str, Callable[[], None]] = {
-            "plan": self.make_plan, "train": self.train, "evaluate": self.evaluate, "export": self.export,
+            "plan": self.make_plan,
+            "train": self.train,
+            "evaluate": self.evaluate,
+            "export": self.export,
             "bundle": self.bundle,
         }
         try:
@@ -104,7 +108,9 @@ class Pipeline:
         plan.write(self.run_dir.path / "plan.json")
         print_plan(plan, self.console)
         if not plan.fits:
-            raise DoesNotFit(f"nothing fits; what came nearest, and what would fit, is in {self.run_dir.path / 'plan.json'}")
+            raise DoesNotFit(
+                f"nothing fits; what came nearest, and what would fit, is in {self.run_dir.path / 'plan.json'}"
+            )
 
     def train(self) -> None:
         from loadmaster.models.adapters import save_trained
@@ -113,8 +119,16 @@ class Pipeline:
 
         self._refuse_other_hardware()
         model, outcome = train(
-            self.job, self.plan, self.prepared, self.tokenizer, self.base_folder, self.run_dir.path,
-            self._training_hash(), self._held_out, self.stop, Display(self.console),
+            self.job,
+            self.plan,
+            self.prepared,
+            self.tokenizer,
+            self.base_folder,
+            self.run_dir.path,
+            self._training_hash(),
+            self._held_out,
+            self.stop,
+            Display(self.console),
         )
         name = "model" if self.plan.method == "full" else "adapter"
         with publish_folder(self.run_dir.path / name) as partial:
@@ -122,12 +136,15 @@ class Pipeline:
             if name == "model":
                 self.tokenizer.save_pretrained(partial)
         self.run_dir.update_result(
-            **outcome.peaks, predicted_gib=self.plan.memory_gib.total,
+            **outcome.peaks,
+            predicted_gib=self.plan.memory_gib.total,
             rehearsal_peak_allocated_gib=outcome.rehearsal.peak_allocated_gib,
             tokens_per_second=outcome.tokens_per_second,
             trained_tokens_per_second=outcome.trained_tokens_per_second,
             mfu=model_flops_utilisation(self.plan, outcome.tokens_per_second),
-            steps=outcome.steps, train_loss=outcome.train_loss, eval_loss=outcome.eval_loss,
+            steps=outcome.steps,
+            train_loss=outcome.train_loss,
+            eval_loss=outcome.eval_loss,
             data=self.prepared.summary,
         )
 
@@ -151,7 +168,9 @@ class Pipeline:
     def export(self) -> None:
         from loadmaster.export import export_all, report_table
 
-        exports = export_all(self.job, self.plan, self.run_dir.path, self.base_folder, self.prepared, self.tokenizer, self.echo)
+        exports = export_all(
+            self.job, self.plan, self.run_dir.path, self.base_folder, self.prepared, self.tokenizer, self.echo
+        )
         self.run_dir.update_result(exports=exports)
         self.console.print(report_table(exports))
 
@@ -197,7 +216,9 @@ class Pipeline:
         from loadmaster.evaluation import held_out
 
         device = next(model.parameters()).device
-        return held_out(model, self.prepared.validation, self.tokenizer.pad_token_id, self.plan.micro_batch_size, device)
+        return held_out(
+            model, self.prepared.validation, self.tokenizer.pad_token_id, self.plan.micro_batch_size, device
+        )
 
     def _evaluate_model(self, model: nn.Module) -> dict[str, Any]:
         from loadmaster.evaluation import run_task
@@ -206,7 +227,9 @@ class Pipeline:
         if self.prepared.validation is not None:
             figures["held_out"] = self._held_out(model)
         if self.job.evaluation.task != "none":
-            figures["task"] = run_task(model, self.tokenizer, self.prepared.validation_conversations, self.job.evaluation)
+            figures["task"] = run_task(
+                model, self.tokenizer, self.prepared.validation_conversations, self.job.evaluation
+            )
         return figures
 
     def _refuse_other_hardware(self) -> None:
@@ -216,10 +239,17 @@ class Pipeline:
         here = detect_local()
         if here.gpu != self.plan.hardware.gpu or here.count < self.plan.hardware.count:
             wanted = f"{self.plan.hardware.count}x {self.plan.hardware.gpu}"
-            raise ConfigError([Problem(
-                "hardware", wanted, "recipe or command line", f"this machine has {here.count}x {here.gpu}",
-                "hardware=local to train here, or stop_after=plan to plan only",
-            )])
+            raise ConfigError(
+                [
+                    Problem(
+                        "hardware",
+                        wanted,
+                        "recipe or command line",
+                        f"this machine has {here.count}x {here.gpu}",
+                        "hardware=local to train here, or stop_after=plan to plan only",
+                    )
+                ]
+            )
 
     def _write_report(self) -> None:
         from loadmaster.report import write_report

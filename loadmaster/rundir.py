@@ -36,11 +36,17 @@ class RunDir:
             path = Path(run_dir).expanduser()
             owner = _identity(path)
             if owner not in (None, identity):
-                raise ConfigError([Problem(
-                    "run_dir", run_dir, "command line or recipe",
-                    "holds a run of a job with other settings or other data; going on there would mix the two",
-                    f"give another run_dir, or the settings in {path / 'config.yaml'}",
-                )])
+                raise ConfigError(
+                    [
+                        Problem(
+                            "run_dir",
+                            run_dir,
+                            "command line or recipe",
+                            "holds a run of a job with other settings or other data; going on there would mix the two",
+                            f"give another run_dir, or the settings in {path / 'config.yaml'}",
+                        )
+                    ]
+                )
             return cls(path, identity)
         parent = root / recipe
         known = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []

@@ -20,13 +20,22 @@ def command(*overrides: str) -> list[str]:
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
     """Start train.py in `folder`; its output goes to folder/log.txt."""
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        return subprocess.Popen(command(*overrides), cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment())
+        return subprocess.Popen(
+            command(*overrides), cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment()
+        )
 
 
 def finish(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
     """Run train.py in `folder` to its end; stdout and stderr as text."""
-    return subprocess.run(command(*overrides), cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S,
-                          env=environment(), check=False)
+    return subprocess.run(
+        command(*overrides),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env=environment(),
+        check=False,
+    )
 
 
 def environment() -> dict[str, str]:

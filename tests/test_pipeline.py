@@ -14,10 +14,25 @@ from loadmaster.rundir import RunDir
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 # What makes any recipe small enough for two CPU cores; everything else is the recipe's own.
-SCALED_DOWN = ["hardware=cpu", "precision=fp32", "sequence_length=64", "max_steps=2", "data.max_rows=24", "evaluation.max_rows=2",
-               "evaluation.max_new_tokens=4", "tracker=none", "export=bf16", "batch.global_size=2", "sharding=none",
-               "offload=none", "micro_batch_size=1", "data=tickets", "optimizer.name=adamw",
-               "activation_checkpointing=auto", "export.thresholds={bf16: {min_task_retention: 0.0}}"]
+SCALED_DOWN = [
+    "hardware=cpu",
+    "precision=fp32",
+    "sequence_length=64",
+    "max_steps=2",
+    "data.max_rows=24",
+    "evaluation.max_rows=2",
+    "evaluation.max_new_tokens=4",
+    "tracker=none",
+    "export=bf16",
+    "batch.global_size=2",
+    "sharding=none",
+    "offload=none",
+    "micro_batch_size=1",
+    "data=tickets",
+    "optimizer.name=adamw",
+    "activation_checkpointing=auto",
+    "export.thresholds={bf16: {min_task_retention: 0.0}}",
+]
 
 
 def go(tiny, tmp_path, *overrides) -> tuple[int, str]:
@@ -34,13 +49,33 @@ def test_every_shipped_recipe_runs_end_to_end_scaled_down(recipe, tiny, tmp_path
     job = compose([f"recipe={recipe}"]).job
     plan = Plan.read(folder / "plan.json")
     assert plan.fits and plan.method == (plan.method if job.method == "auto" else job.method)
-    assert {"config.yaml", "plan.json", "metrics.jsonl", "checkpoints", "eval.json", "export", "bundle", "report.html",
-            "result.json"} <= {p.name for p in folder.iterdir()}
+    assert {
+        "config.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "eval.json",
+        "export",
+        "bundle",
+        "report.html",
+        "result.json",
+    } <= {p.name for p in folder.iterdir()}
     assert (folder / ("model" if plan.method == "full" else "adapter")).is_dir()
     assert (folder / "export" / "bf16" / "manifest.json").is_file()
     result = json.loads((folder / "result.json").read_text())
-    assert {"peak_allocated_gib", "peak_reserved_gib", "peak_device_gib", "predicted_gib", "tokens_per_second",
-            "trained_tokens_per_second", "mfu", "steps", "train_loss", "eval_loss", "wall_seconds"} <= set(result)
+    assert {
+        "peak_allocated_gib",
+        "peak_reserved_gib",
+        "peak_device_gib",
+        "predicted_gib",
+        "tokens_per_second",
+        "trained_tokens_per_second",
+        "mfu",
+        "steps",
+        "train_loss",
+        "eval_loss",
+        "wall_seconds",
+    } <= set(result)
     assert result["steps"] == 2 and set(result["wall_seconds"]) == {"plan", "train", "evaluate", "export", "bundle"}
 
 
@@ -87,9 +122,15 @@ def test_two_processes_cannot_work_in_one_run(tmp_path):
         raise AssertionError("both got in")
 
 
-@pytest.mark.parametrize("argv, expected", [
-    (["/a/b/train.py", "recipe=smoke", "data.path=my file.json"], "python train.py recipe=smoke 'data.path=my file.json'"),
-    (["/usr/bin/loadmaster", "plan"], "loadmaster plan"),
-])
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (
+            ["/a/b/train.py", "recipe=smoke", "data.path=my file.json"],
+            "python train.py recipe=smoke 'data.path=my file.json'",
+        ),
+        (["/usr/bin/loadmaster", "plan"], "loadmaster plan"),
+    ],
+)
 def test_the_command_is_shown_as_one_would_type_it(argv, expected):
     assert command_line(argv) == expected

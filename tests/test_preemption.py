@@ -9,9 +9,21 @@ import pytest
 from tests.runs import finish, metrics, start
 
 STEPS = 9
-JOB = ["model=smollm2_135m", "sequence_length=128", "batch.global_size=1", f"max_steps={STEPS}", "lora.dropout=0.1",
-       "checkpoint.every_steps=2", "evaluation.every_steps=null", "data.validation=null", "evaluation.task=none",
-       "tracker=none", "stop_after=train", "hardware=cpu", "run_dir=run"]
+JOB = [
+    "model=smollm2_135m",
+    "sequence_length=128",
+    "batch.global_size=1",
+    f"max_steps={STEPS}",
+    "lora.dropout=0.1",
+    "checkpoint.every_steps=2",
+    "evaluation.every_steps=null",
+    "data.validation=null",
+    "evaluation.task=none",
+    "tracker=none",
+    "stop_after=train",
+    "hardware=cpu",
+    "run_dir=run",
+]
 
 
 @pytest.fixture(scope="module")

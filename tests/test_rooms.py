@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "loadmaster"
-ROOMS = ["catalog", "config", "preflight", "data", "models", "training", "evaluation", "export", "endpoint", "launch", "report"]
+ROOMS = [
+    "catalog",
+    "config",
+    "preflight",
+    "data",
+    "models",
+    "training",
+    "evaluation",
+    "export",
+    "endpoint",
+    "launch",
+    "report",
+]
 HEAVY = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets"}
 
 

@@ -56,9 +56,12 @@ def _wrong_mask(rendering: Rendering, trained: np.ndarray) -> str | None:
 
 
 def _trains_others(conversation: Conversation, rendering: Rendering) -> str | None:
+    own = [message for message in conversation.messages if message["role"] == "assistant"]
     for index, message in enumerate(conversation.messages):
         content = message["content"].strip()
         if message["role"] == "assistant" or not content or rendering.text.count(content) != 1:
+            continue
+        if any(content in turn["content"] for turn in own):  # the assistant quotes it
             continue
         place = rendering.text.index(content)
         if any(span.start <= place and place + len(content) <= span.end for span in rendering.spans):

@@ -46,17 +46,19 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
     started = time.perf_counter()
     train = open_source(job.data.path, job.data.split)
     held = job.data.validation
-    validation = open_source(held, "validation") if isinstance(held, str) else None
+    validation = open_source(held, "validation", "data.validation") if isinstance(held, str) else None
     fingerprint = sha256_json(_shaped_by(job, tokenizer, train, validation))
     # Rows carry the names of their files: the same data under another name is another entry of the cache.
     names = [*train.names(), *(validation.names() if validation else ())]
     folder = cache_folder(cache_dir) / sha256_json([fingerprint, names])[:32]
-    with exclusive(folder):
-        cached = is_whole(folder)
-        if not cached:
-            with publish_folder(folder) as partial:
-                build(partial, job, tokenizer, train, validation)
-                seal(partial)
+    cached = is_whole(folder)
+    if not cached:
+        with exclusive(folder):
+            cached = is_whole(folder)  # another process may have built it meanwhile
+            if not cached:
+                with publish_folder(folder) as partial:
+                    build(partial, job, tokenizer, train, validation)
+                    seal(partial)
     prepared = _open(folder, fingerprint)
     prepared.summary.update(cache="hit" if cached else "built", seconds=time.perf_counter() - started)
     return prepared

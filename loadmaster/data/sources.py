@@ -52,7 +52,7 @@ class FileSource:
 class HubSource:
     """Rows of one split of a Hub dataset, through `datasets`."""
 
-    def __init__(self, path: str, split: str):
+    def __init__(self, path: str, split: str, key: str):
         import datasets
 
         self.path = path
@@ -61,7 +61,7 @@ class HubSource:
         except Exception as error:  # the Hub fails in dozens of ways; all of them are the user's to read
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(
-                f"data.path = {path!r} is neither a local file or folder nor a Hub dataset that could be loaded "
+                f"{key} = {path!r} is neither a local file or folder nor a Hub dataset that could be loaded "
                 f"(split {split!r}): {reason[0]}\n"
                 "    fix: check the name, data.split, the network and HF_TOKEN, or give a JSON, JSONL or Parquet file"
             ) from error
@@ -80,32 +80,32 @@ class HubSource:
 Source = FileSource | HubSource
 
 
-def open_source(path: str | list[str], split: str = "train") -> Source:
-    """The source that `data.path` names; DataError when there is no such thing."""
+def open_source(path: str | list[str], split: str = "train", key: str = "data.path") -> Source:
+    """The source that `path` names, as set in the job's field `key`; DataError when there is no such thing."""
     if isinstance(path, list):
         if not path:
-            raise DataError("data.path is an empty list: name at least one file")
-        return FileSource([file for one in path for file in _local_files(one) or _missing(one)])
+            raise DataError(f"{key} is an empty list: name at least one file")
+        return FileSource([file for one in path for file in _local_files(one, key) or _missing(one, key)])
     if path == "???":
-        raise DataError("data.path is not set: give a JSON, JSONL or Parquet file, a folder, or a Hub dataset id")
-    files = _local_files(path)
+        raise DataError(f"{key} is not set: give a JSON, JSONL or Parquet file, a folder, or a Hub dataset id")
+    files = _local_files(path, key)
     if files is not None:
         return FileSource(files)
-    return _missing(path) if _looks_local(path) else HubSource(path, split)
+    return _missing(path, key) if _looks_local(path) else HubSource(path, split, key)
 
 
-def _local_files(path: str) -> list[Path] | None:
+def _local_files(path: str, key: str) -> list[Path] | None:
     """Files that a local path stands for; None when nothing of that name is here."""
     place = Path(resolve_path(path)).expanduser()
     if place.is_dir():
         files = sorted(p for p in place.rglob("*") if p.suffix in SUFFIXES and not _hidden(p, place))
         if not files:
-            raise DataError(f"data.path = {path!r} is a folder with no {', '.join(SUFFIXES)} file in it")
+            raise DataError(f"{key} = {path!r} is a folder with no {', '.join(SUFFIXES)} file in it")
         return files
     if not place.is_file():
         return None
     if place.suffix not in SUFFIXES:
-        raise DataError(f"data.path = {path!r}: only files with {', '.join(SUFFIXES)} are read")
+        raise DataError(f"{key} = {path!r}: only files with {', '.join(SUFFIXES)} are read")
     return [place]
 
 
@@ -117,12 +117,12 @@ def _looks_local(path: str) -> bool:
     return path.endswith(SUFFIXES) or path.startswith((".", "/", "~", SCHEME)) or path.count("/") > 1
 
 
-def _missing(path: str) -> Any:
+def _missing(path: str, key: str) -> Any:
     place = Path(resolve_path(path)).expanduser()
     names = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, 1)
     hint = f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
-    raise DataError(f"data.path = {path!r}: no such file or folder (from {str(Path.cwd())!r}){hint}")
+    raise DataError(f"{key} = {path!r}: no such file or folder (from {str(Path.cwd())!r}){hint}")
 
 
 # --- files ------------------------------------------------------------------------------------------

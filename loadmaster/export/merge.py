@@ -128,7 +128,8 @@ def read_adapter(folder: Path) -> Adapter:
             if match := LORA.match(name):
                 pairs.setdefault((match["module"], bool(match["kind"])), {})[match["side"]] = key
             else:
-                replacements[name.replace(".modules_to_save.", ".")] = key
+                # A whole module that was trained, or the base weight of an embedding, which peft saves beside its LoRA.
+                replacements[name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = key
     updates = {}
     for (module, embedding), sides in pairs.items():
         if set(sides) != {"A", "B"}:
@@ -167,25 +168,16 @@ def merge(base: Path, target: Path, adapter: Adapter | None, dtype: torch.dtype 
     squared = {"update": 0.0, "weight": 0.0}
 
     def merged(name: str, weight: torch.Tensor) -> torch.Tensor:
+        stored = dtype if dtype and weight.is_floating_point() else weight.dtype
         if name in adapter.replacements:
-            return read_tensor(adapter.file, adapter.replacements[name]).to(dtype or weight.dtype)
+            weight = _checked(name, read_tensor(adapter.file, adapter.replacements[name]), weight.shape)
         if name not in adapter.updates:
-            return weight.to(dtype) if dtype and weight.is_floating_point() else weight
-        delta = adapter.delta(name)
-        if delta.shape != weight.shape:
-            raise ExportRejected(
-                f"the adapter's update of {name} has shape {tuple(delta.shape)}, the base's weight "
-                f"{tuple(weight.shape)}: the adapter was trained on another base."
-            )
-        if not torch.isfinite(delta).all():
-            raise ExportRejected(
-                f"the adapter's update of {name} holds NaN or infinity: training diverged. "
-                "Resume from an earlier checkpoint, with a lower optimizer.lr."
-            )
+            return weight.to(stored)
+        delta = _checked(name, adapter.delta(name), weight.shape)
         exact = weight.to(torch.float32)
         squared["update"] += float(delta.square().sum())
         squared["weight"] += float(exact.square().sum())
-        return (exact + delta).to(dtype or weight.dtype)
+        return (exact + delta).to(stored)
 
     def change(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         if name == HEAD and tied_embeddings:
@@ -201,6 +193,21 @@ def merge(base: Path, target: Path, adapter: Adapter | None, dtype: torch.dtype 
         relative_update=math.sqrt(squared["update"] / squared["weight"]) if squared["weight"] else 0.0,
         tied_embeddings=tied_embeddings and not untie,
     )
+
+
+def _checked(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A tensor of the adapter, of the base's shape and finite; else ExportRejected."""
+    if tensor.shape != shape:
+        raise ExportRejected(
+            f"the adapter's {name} has shape {tuple(tensor.shape)}, the base's {tuple(shape)}: "
+            "it was trained on another base, or on a larger vocabulary."
+        )
+    if not torch.isfinite(tensor).all():
+        raise ExportRejected(
+            f"the adapter's {name} holds NaN or infinity: training diverged. "
+            "Resume from an earlier checkpoint, with a lower optimizer.lr."
+        )
+    return tensor
 
 
 def _by_pattern(patterns: dict[str, float], module: str, default: float) -> float:

@@ -155,7 +155,7 @@ def load_export(folder: Path, device: str) -> nn.Module:
     quantization = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.bfloat16, device_map={"": device}, attn_implementation=PACKED, use_safetensors=True,
-        output_loading_info=True, **quantization,
+        output_loading_info=True, ignore_mismatched_sizes=True, **quantization,  # named below instead
     )  # fmt: skip
     _refuse_loose_tensors({kind: sorted(map(str, names)) for kind, names in dict(info).items() if names})
     return model.eval()

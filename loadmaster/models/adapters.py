@@ -24,7 +24,11 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
     from peft import get_peft_model
 
     config = PeftLoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM", bias="none",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        task_type="CAUSAL_LM",
+        bias="none",
         target_modules=_targets(model, lora.targets),
     )
     dtype = model.get_output_embeddings().weight.dtype
@@ -82,5 +86,14 @@ def _targets(model: nn.Module, targets: str | list[str]) -> list[str] | str:
 
 
 def _wrong_targets(value: object, message: str, kinds: list[str]) -> ConfigError:
-    return ConfigError([Problem("lora.targets", value, "the recipe or command line", message,
-                                f"all-linear, or some of: {', '.join(kinds)}")])
+    return ConfigError(
+        [
+            Problem(
+                "lora.targets",
+                value,
+                "the recipe or command line",
+                message,
+                f"all-linear, or some of: {', '.join(kinds)}",
+            )
+        ]
+    )

@@ -13,6 +13,7 @@ packed row lets documents see each other (logits differ by up to 37, measured on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,28 +32,44 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def _by_document(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float | None, dropout: float,
-                 window: int | None) -> Tensor:
+def _by_document(
+    q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float | None, dropout: float, window: int | None
+) -> Tensor:
     """q [1, H, N, D], k and v [1, H_kv, N, D] -> [1, H, N, D], one document at a time."""
     outputs = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         length = end - start
         windowed = window is not None and length > window
         outputs.append(
             scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, start:end], v[:, :, start:end],
+                q[:, :, start:end],
+                k[:, :, start:end],
+                v[:, :, start:end],
                 attn_mask=_window_mask(length, window, q.device) if windowed else None,
-                dropout_p=dropout, is_causal=not windowed, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+                dropout_p=dropout,
+                is_causal=not windowed,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
         )
     return torch.cat(outputs, dim=2)
 
 
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None,
-    document_bounds: list[int] | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_: object,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    document_bounds: list[int] | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]."""
     if cu_seq_lens_q is None or document_bounds is None:
@@ -60,15 +77,24 @@ def packed_attention(
             "packed attention was called without document bounds; run the model through loadmaster.models.forward"
         )
     if softcap is not None or s_aux is not None:
-        raise RuntimeError("packed attention has no soft-capping or attention sinks; this model family is refused at load")
+        raise RuntimeError(
+            "packed attention has no soft-capping or attention sinks; this model family is refused at load"
+        )
     if query.is_cuda and dropout == 0.0:
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         output = varlen_attn(
-            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
-            cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
-            scale=scaling, window_size=window, **_grouped_query(query, key),
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=window,
+            **_grouped_query(query, key),
         )
         return output.unsqueeze(0), None
     output = _by_document(query, key, value, document_bounds, scaling, dropout, sliding_window)

@@ -7,6 +7,7 @@ trained token is: one whose label is not -100 and which has a token of its own d
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -59,13 +60,16 @@ def _trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         return tensor.to(device, non_blocking=True)
 
     cu_seq_lens = put(torch.tensor(bounds, dtype=torch.int32))
-    longest = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+    longest = max(end - start for start, end in itertools.pairwise(bounds))
     hidden = lm.get_decoder()(
         input_ids=put(batch.input_ids.reshape(1, -1)),
         position_ids=put(batch.position_ids.reshape(1, -1)),
         use_cache=False,
-        cu_seq_lens_q=cu_seq_lens, cu_seq_lens_k=cu_seq_lens,
-        max_length_q=longest, max_length_k=longest, document_bounds=bounds,
+        cu_seq_lens_q=cu_seq_lens,
+        cu_seq_lens_k=cu_seq_lens,
+        max_length_q=longest,
+        max_length_k=longest,
+        document_bounds=bounds,
     ).last_hidden_state[0]
     trained = put(trained)
     return hidden.index_select(0, trained), put(targets).index_select(0, trained)

@@ -41,11 +41,16 @@ def convert_package(package: str, target: Path) -> Path:
     logging.disable_progress_bar()
     tokenizer = _tokenizer(files[0], fields)
     model = AutoModelForCausalLM.from_pretrained(
-        str(folder), gguf_file=files[0].name, dtype=torch.bfloat16,
+        str(folder),
+        gguf_file=files[0].name,
+        dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),  # otherwise saving is refused as still quantized
     )
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-           "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     for name, token_id in ids.items():
         setattr(model.config, name, token_id)
     model.generation_config = GenerationConfig(**ids)
@@ -85,8 +90,12 @@ def _tokenizer(file: Path, fields: dict[str, Any]) -> Any:
     eos = token["eos_token_id"]
     padding = token.get("padding_token_id")
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=loaded.chat_template, model_max_length=8192,
-        bos_token=token["bos_token_id"], eos_token=eos, unk_token=unknown,
+        tokenizer_object=backend,
+        chat_template=loaded.chat_template,
+        model_max_length=8192,
+        bos_token=token["bos_token_id"],
+        eos_token=eos,
+        unk_token=unknown,
         pad_token=unknown if padding in (None, eos) else padding,  # a pad that is also the end would be learned away
         clean_up_tokenization_spaces=False,
     )

@@ -37,20 +37,32 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device | str, nf4:
 
     transformers_logging.disable_progress_bar()
     model, info = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, device_map={"": str(device)}, attn_implementation=PACKED, use_safetensors=True,
-        quantization_config=_nf4_config(dtype) if nf4 else None, output_loading_info=True,
+        str(folder),
+        dtype=dtype,
+        device_map={"": str(device)},
+        attn_implementation=PACKED,
+        use_safetensors=True,
+        quantization_config=_nf4_config(dtype) if nf4 else None,
+        output_loading_info=True,
     )
-    problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "error_msgs") if info.get(kind)}
+    problems = {
+        kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "error_msgs") if info.get(kind)
+    }
     if problems:
-        shown = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(map(str, names[:3]))}" for kind, names in problems.items())
-        raise LoadmasterError(f"the checkpoint in {folder} does not fill the model ({shown}); it is torn or of another model")
+        shown = "; ".join(
+            f"{kind.replace('_', ' ')}: {', '.join(map(str, names[:3]))}" for kind, names in problems.items()
+        )
+        raise LoadmasterError(
+            f"the checkpoint in {folder} does not fill the model ({shown}); it is torn or of another model"
+        )
     refuse_unsupported(model)
     keep_gradients_on_cpu(model)
     return model
 
 
-def load_trained(base_folder: Path, trained_folder: Path, dtype: torch.dtype, device: torch.device | str,
-                 nf4: bool = False) -> nn.Module:
+def load_trained(
+    base_folder: Path, trained_folder: Path, dtype: torch.dtype, device: torch.device | str, nf4: bool = False
+) -> nn.Module:
     """The model exactly as it was trained: the adapter live over its base, or the full weights."""
     if not (trained_folder / "adapter_config.json").is_file():
         return load_base(trained_folder, dtype, device).eval()
@@ -64,8 +76,9 @@ def load_trained(base_folder: Path, trained_folder: Path, dtype: torch.dtype, de
     return model.eval()
 
 
-def random_model(config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, nf4: bool = False,
-                 seed: int = 0) -> nn.Module:
+def random_model(
+    config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, nf4: bool = False, seed: int = 0
+) -> nn.Module:
     """A model of this shape (a config.json's dict) with small random weights.
 
     It measures memory and speed as well as a real one, and needs no download.
@@ -93,10 +106,18 @@ def _quantize_linears(model: nn.Module, device: torch.device | str) -> None:
             if not isinstance(module, nn.Linear) or module is head:
                 continue
             dtype = module.weight.dtype
-            layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=module.bias is not None,
-                                      compute_dtype=dtype, quant_type="nf4", compress_statistics=True, device="meta")
-            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4",
-                                             compress_statistics=True)
+            layer = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=dtype,
+                quant_type="nf4",
+                compress_statistics=True,
+                device="meta",
+            )
+            layer.weight = bnb.nn.Params4bit(
+                module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+            )
             layer.bias = module.bias
             setattr(parent, name, layer.to(device))
 
@@ -126,5 +147,6 @@ def _nf4_config(dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )

@@ -20,8 +20,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies; gradients of hidden states and head are made in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor,
-                softcap: float | None, scale: float, with_gradients: bool) -> Tensor:
+    def forward(
+        ctx,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        softcap: float | None,
+        scale: float,
+        with_gradients: bool,
+    ) -> Tensor:
         needs_hidden, needs_weight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden_TH) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
@@ -59,12 +67,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * grad_output.to(grad_weight.dtype),
-            None, None, None, None, None,
+            None,
+            None,
+            None,
+            None,
+            None,
         )
 
 
-def summed_cross_entropy(hidden_TH: Tensor, head: nn.Linear, targets_T: Tensor, softcap: float | None = None,
-                         scale: float = 1.0) -> Tensor:
+def summed_cross_entropy(
+    hidden_TH: Tensor, head: nn.Linear, targets_T: Tensor, softcap: float | None = None, scale: float = 1.0
+) -> Tensor:
     """Sum over T tokens of the cross-entropy of `head(hidden)` with `targets`; fp32 scalar.
 
     hidden_TH: [T, h] in the compute dtype; targets_T: [T] int64, every one trained.

@@ -65,10 +65,17 @@ def _check_folder(folder: Path, given: str) -> Path:
         missing.append("*.safetensors")
     if missing:
         problem = "is not a folder" if not folder.is_dir() else f"has no {', '.join(missing)}"
-        raise ConfigError([
-            Problem("model.path", given, "model.path", f"{folder} {problem}",
-                    "give a folder written by save_pretrained: config.json, safetensors weights and the tokenizer")
-        ])
+        raise ConfigError(
+            [
+                Problem(
+                    "model.path",
+                    given,
+                    "model.path",
+                    f"{folder} {problem}",
+                    "give a folder written by save_pretrained: config.json, safetensors weights and the tokenizer",
+                )
+            ]
+        )
     return folder
 
 

@@ -197,7 +197,7 @@ def local_gpus() -> list[tuple[str, float, float]]:
 
 
 class _Memory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]  # noqa: RUF012
+    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
 
 
 def _card(nvml: Any, index: int) -> tuple[str, float, float] | None:

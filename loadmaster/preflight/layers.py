@@ -32,16 +32,17 @@ def attention(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
     if shape.fused:
         q, k, v = fused_query_key_value(b, h, linears)
     else:
-        q = b.linear(h, linears["q_proj"], contiguous=False)
+        one, only = shape.heads == 1, shape.key_value_heads == 1  # a single head lies in token order already
+        q = b.linear(h, linears["q_proj"], contiguous=one)
         if shape.query_key_norm:
             q = b.norm(q, weights.query_key_norms[0], b.n * shape.heads)
-        k = b.linear(h, linears["k_proj"], contiguous=False)
+        k = b.linear(h, linears["k_proj"], contiguous=only)
         if shape.query_key_norm:
             k = b.norm(k, weights.query_key_norms[1], b.n * shape.key_value_heads)
-        v = b.linear(h, linears["v_proj"], contiguous=False)
+        v = b.linear(h, linears["v_proj"], contiguous=only)
     q, k = rotate_both(b, q, k, weights.rotary)
     out = b.attention(q, k, v)
-    if shape.fused:  # q comes from a concatenation, head by head, and so does the result: it is put in token order
+    if shape.fused and shape.heads > 1:  # q comes from a concatenation, head by head, and so does the result: it is put in token order
         out = b.copy(out)
     return b.linear(out, linears["o_proj"])
 

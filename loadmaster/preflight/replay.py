@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-
 TAGS = ("activations", "logits", "gradients", "quantization")
 
 

@@ -15,8 +15,9 @@ def trained_tokens(row: PackedRow) -> int:
     return int(((row.labels[1:] != -100) & (row.position_ids[1:] != 0)).sum())
 
 
-def micro_batches(rows: Sequence[PackedRow], size: int, rank: int, world_size: int, pad_token_id: int,
-                  to_length: int | None) -> list[MicroBatch]:
+def micro_batches(
+    rows: Sequence[PackedRow], size: int, rank: int, world_size: int, pad_token_id: int, to_length: int | None
+) -> list[MicroBatch]:
     """This rank's micro-batches of one optimizer step, `size` rows each, as many as every other rank has.
 
     The last step of an epoch can have fewer rows than ranks can share evenly; what is missing is filled

@@ -36,8 +36,9 @@ class Found:
     state: dict[str, Any]
 
 
-def save(folder: Path, trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer,
-         state: dict[str, Any]) -> None:
+def save(
+    folder: Path, trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer, state: dict[str, Any]
+) -> None:
     """Write a checkpoint at `folder`. `state` must be JSON; raises TrainingFailed when the disk is full."""
     tensors, scalars = optimizer.state()
     rng_tensors, rng_json = rng_state()

@@ -25,15 +25,24 @@ class Display:
     def start(self, steps: int, done: int) -> None:
         self._started, self._done_before, self._steps = time.perf_counter(), done, steps
         if self.console.is_terminal:
-            columns = ("training", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-                       TimeElapsedColumn(), "eta", TimeRemainingColumn())
+            columns = (
+                "training",
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                "eta",
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=self.console)
             self._task = self._progress.add_task("training", total=steps, completed=done, status="")
             self._progress.start()
 
     def step(self, row: dict[str, Any], peak_gib: float) -> None:
-        status = (f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
-                  f"peak {peak_gib:.2f} GiB")
+        status = (
+            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
+            f"peak {peak_gib:.2f} GiB"
+        )
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"], status=status)
             return

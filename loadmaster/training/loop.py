@@ -73,8 +73,14 @@ class Session:
 
     def split(self, rows: list) -> list[MicroBatch]:
         fixed = self.job.sequence_length if self.device.type == "cuda" else None
-        return micro_batches(rows, self.plan.micro_batch_size, self.accelerator.process_index,
-                             self.accelerator.num_processes, self.pad_token_id, fixed)
+        return micro_batches(
+            rows,
+            self.plan.micro_batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.pad_token_id,
+            fixed,
+        )
 
     def backward(self, batches: list[MicroBatch], total_trained: int) -> torch.Tensor:
         """Accumulate the step's gradients; returns the step's mean loss, fp32 scalar, over all ranks."""
@@ -90,8 +96,18 @@ class Session:
         return self.accelerator.reduce(mean, reduction="sum")
 
 
-def train(job: Job, plan: Plan, prepared: PreparedData, tokenizer: Any, base_folder: Path, run_dir: Path,
-          job_hash: str, held_out: HeldOut, stop: StopSignal, display: Display) -> tuple[nn.Module, Outcome]:
+def train(
+    job: Job,
+    plan: Plan,
+    prepared: PreparedData,
+    tokenizer: Any,
+    base_folder: Path,
+    run_dir: Path,
+    job_hash: str,
+    held_out: HeldOut,
+    stop: StopSignal,
+    display: Display,
+) -> tuple[nn.Module, Outcome]:
     """Train as the plan says and return the model; resumes from the newest whole checkpoint in run_dir.
 
     Raises StoppedOnRequest after a signal (a checkpoint is saved), TrainingFailed when loss or gradients
@@ -107,8 +123,10 @@ def train(job: Job, plan: Plan, prepared: PreparedData, tokenizer: Any, base_fol
     sampler = BatchSampler(len(rows), job.batch.global_size, job.seed, epochs, rows.fingerprint)
     steps = job.max_steps or sampler.total_steps()
     rehearsal = _rehearse(session, prepared, checkpoints / ".rehearsal")
-    display.echo(f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
-                 f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {plan.memory_gib.total:.2f} GiB")
+    display.echo(
+        f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
+        f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {plan.memory_gib.total:.2f} GiB"
+    )
 
     found = checkpoint.newest_whole(checkpoints, job_hash, display.echo)
     done, tokens, trained_total = 0, 0, 0
@@ -124,10 +142,19 @@ def train(job: Job, plan: Plan, prepared: PreparedData, tokenizer: Any, base_fol
     eval_loss: float | None = None
 
     def save(step: int) -> None:
-        checkpoint.save(checkpoints / f"step-{step}", session.trained, session.optimizer, {
-            "step": step, "tokens": tokens, "trained_tokens": trained_total, "sampler": sampler.state_dict(),
-            "job_hash": job_hash, "eval_loss": eval_loss,
-        })
+        checkpoint.save(
+            checkpoints / f"step-{step}",
+            session.trained,
+            session.optimizer,
+            {
+                "step": step,
+                "tokens": tokens,
+                "trained_tokens": trained_total,
+                "sampler": sampler.state_dict(),
+                "job_hash": job_hash,
+                "eval_loss": eval_loss,
+            },
+        )
         checkpoint.prune(checkpoints, job.checkpoint.keep_last, job.checkpoint.keep_best)
 
     display.start(steps, done)
@@ -140,8 +167,12 @@ def train(job: Job, plan: Plan, prepared: PreparedData, tokenizer: Any, base_fol
                 batches = session.split(picked)
                 loss = session.backward(batches, max(1, total_trained))
                 norm = session.optimizer.clip(job.optimizer.max_grad_norm)
-                row = {"step": step, "loss": loss.item(), "grad_norm": norm.item(),
-                       "lr": learning_rate(step, steps, job.optimizer)}
+                row = {
+                    "step": step,
+                    "loss": loss.item(),
+                    "grad_norm": norm.item(),
+                    "lr": learning_rate(step, steps, job.optimizer),
+                }
                 if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
                     session.optimizer.step(row["lr"])
                     session.skipped.clear()
@@ -151,8 +182,11 @@ def train(job: Job, plan: Plan, prepared: PreparedData, tokenizer: Any, base_fol
                 tokens += sum(map(len, picked))
                 trained_total += total_trained
                 busy_s += time.perf_counter() - began
-                row |= {"tokens": tokens, "trained_tokens": trained_total,
-                        "tokens_per_second": round(rate.update(sum(map(len, picked))), 2)}
+                row |= {
+                    "tokens": tokens,
+                    "trained_tokens": trained_total,
+                    "tokens_per_second": round(rate.update(sum(map(len, picked))), 2),
+                }
                 eval_loss = None
                 if evaluate_every and prepared.validation is not None and (step % evaluate_every == 0 or step == steps):
                     eval_loss = row["eval_loss"] = held_out(session.model)["loss"]
@@ -171,10 +205,13 @@ def train(job: Job, plan: Plan, prepared: PreparedData, tokenizer: Any, base_fol
         session.accelerator.end_training()
     logged = read_metrics(run_dir / "metrics.jsonl")
     return session.model, Outcome(
-        steps=steps, train_loss=logged[-1]["loss"], eval_loss=logged[-1].get("eval_loss"),
+        steps=steps,
+        train_loss=logged[-1]["loss"],
+        eval_loss=logged[-1].get("eval_loss"),
         tokens_per_second=(tokens - tokens_at_start) / busy_s if busy_s else logged[-1]["tokens_per_second"],
         trained_tokens_per_second=(trained_total - trained_at_start) / busy_s if busy_s else 0.0,
-        rehearsal=rehearsal, peaks=peak_memory(session.device),
+        rehearsal=rehearsal,
+        peaks=peak_memory(session.device),
     )
 
 
@@ -193,21 +230,30 @@ def make_session(job: Job, plan: Plan, base: nn.Module, accelerator: Accelerator
     if accelerator.num_processes > 1:
         loss = accelerator.prepare_model(loss)
         if not isinstance(loss, nn.parallel.DistributedDataParallel):
-            raise TrainingFailed(f"{accelerator.num_processes} processes were started, but the model was not wrapped for them")
+            raise TrainingFailed(
+                f"{accelerator.num_processes} processes were started, but the model was not wrapped for them"
+            )
     return Session(job, plan, model, loss, trained, optimizer, accelerator, pad_token_id)
 
 
 def refuse_unbuilt(plan: Plan) -> None:
     """Raise ConfigError for what a plan may say and this loop does not do; nothing is silently replaced."""
     unbuilt = {
-        "sharding": (plan.sharding, ("none", "ddp")), "offload": (plan.offload, ("none",)),
+        "sharding": (plan.sharding, ("none", "ddp")),
+        "offload": (plan.offload, ("none",)),
         "activation_checkpointing": (plan.activation_checkpointing, ("none", "full")),
         "precision": (plan.precision, ("bf16", "fp32")),
     }
     problems = [
-        Problem(key, value, "the plan (plan.json)", f"training does not do {key}={value}; it is planned, not built",
-                f"{key}={' or '.join(built)}")
-        for key, (value, built) in unbuilt.items() if value not in built
+        Problem(
+            key,
+            value,
+            "the plan (plan.json)",
+            f"training does not do {key}={value}; it is planned, not built",
+            f"{key}={' or '.join(built)}",
+        )
+        for key, (value, built) in unbuilt.items()
+        if value not in built
     ]
     if problems:
         raise ConfigError(problems)

@@ -64,8 +64,11 @@ def measure(job: Job, plan: Plan, config: dict[str, Any], steps: int = 5, warm_u
         seconds.append(time.perf_counter() - start)
     step_s = float(np.median(seconds[warm_up:]))
     return {
-        "loaded_gib": loaded, **peak_memory(device), "step_s": step_s,
-        "tokens_per_second": plan.micro_batch_size * length / step_s, "loss": loss.item(),
+        "loaded_gib": loaded,
+        **peak_memory(device),
+        "step_s": step_s,
+        "tokens_per_second": plan.micro_batch_size * length / step_s,
+        "loss": loss.item(),
     }
 
 

@@ -35,11 +35,14 @@ class _Bucket:
 class TrainingOptimizer:
     """Clips, steps, and gives its state as named tensors."""
 
-    def __init__(self, named_parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig, name: str,
-                 master_weights: bool):
+    def __init__(
+        self, named_parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig, name: str, master_weights: bool
+    ):
         self.config = config
         self.masters = master_weights and any(p.dtype != torch.float32 for _, p in named_parameters)
-        make = _factory(name, config, needs_fp32_moments=not self.masters and named_parameters[0][1].dtype != torch.float32)
+        make = _factory(
+            name, config, needs_fp32_moments=not self.masters and named_parameters[0][1].dtype != torch.float32
+        )
         self.buckets = [self._bucket(group, make) for group in _split(named_parameters)]
 
     def _bucket(self, named: list[tuple[str, nn.Parameter]], make: Callable) -> _Bucket:
@@ -151,10 +154,14 @@ def _factory(name: str, config: OptimizerConfig, needs_fp32_moments: bool) -> Ca
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
-        return lambda groups: Adafactor(groups, lr=config.lr, scale_parameter=False, relative_step=False,
-                                        warmup_init=False)
+        return lambda groups: Adafactor(
+            groups, lr=config.lr, scale_parameter=False, relative_step=False, warmup_init=False
+        )
     import bitsandbytes as bnb
 
-    kind = {"adamw": bnb.optim.AdamW32bit, "adamw_8bit": bnb.optim.AdamW8bit,
-            "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}[name]
+    kind = {
+        "adamw": bnb.optim.AdamW32bit,
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    }[name]
     return lambda groups: kind(groups, lr=config.lr, betas=betas, eps=eps)

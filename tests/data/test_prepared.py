@@ -8,8 +8,8 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from loadmaster.data import describe, prepare
 from loadmaster.data import build as build_module
+from loadmaster.data import describe, prepare
 from loadmaster.errors import DataError
 
 
@@ -132,6 +132,11 @@ def test_long_rows_are_cut_split_or_refused_and_counted(tokenizer, tmp_path, wri
     assert "1 rows longer than sequence_length (data.on_long_row=split)" in describe(split.summary)
     with pytest.raises(DataError, match=r"rows.jsonl:2: has \d+ tokens, sequence_length is 64"):
         prepared("refuse")
+
+
+def test_a_missing_validation_file_is_named_by_its_own_key(tokenizer, tmp_path, write_jsonl, job_for):
+    with pytest.raises(DataError, match=r"data\.validation = './none\.jsonl': no such file"):
+        prepare(job_for(write_jsonl([row(1)]), validation="./none.jsonl"), tokenizer, tmp_path / "cache")
 
 
 def test_max_rows_and_system_reach_the_rows(tokenizer, tmp_path, write_jsonl, job_for):

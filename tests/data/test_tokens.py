@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
+from loadmaster.data.checks import check_conversation
 from loadmaster.data.formats import to_conversation
-from loadmaster.data.render import Span
+from loadmaster.data.render import Rendering, Span
 from loadmaster.data.tokens import Encoder, trained_mask
+
+LETTERS = ["<unk>", "▁", "\n", *"abcdefghijklmnopqrstuvwxyzDIY[]<>/|"]
+METASPACE_WORDS = [*LETTERS, "▁Yes", "Yes", "▁please", "▁Do", "▁it", "Do", "user", "model", "assistant"]
 
 
 def encode(tokenizer, row: dict, shape: str = "messages"):
@@ -56,6 +64,31 @@ def test_offsets_that_were_trimmed_of_white_space_still_map():
     assert trained_mask(text, spans, offsets).tolist() == [False, False, True, True, False]
 
 
+@pytest.mark.parametrize("kind", ["byte level, trimmed offsets", "metaspace", "metaspace, each piece"])
+@pytest.mark.parametrize("template", ["llama3", "mistral", "gemma", "hermes"])
+def test_masks_hold_for_the_other_kinds_of_tokenizer(tokenizer_with, chat, kind, template):
+    tokenizer = copy.deepcopy(tokenizer_with(template))
+    backend = tokenizer.backend_tokenizer
+    if kind.startswith("byte"):  # Llama 3, Mistral Nemo
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    else:  # Llama 2 and Gemma: a space is a letter, put before the text or before each piece of it
+        backend = Tokenizer(models.Unigram([(word, -1.0) for word in METASPACE_WORDS], 0, byte_fallback=False))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if "each" in kind else "first")
+        backend.decoder = decoders.Metaspace()
+        special = list(tokenizer_with(template).extra_special_tokens)
+        backend.add_special_tokens(["<|im_end|>", *special])
+        template_text = tokenizer.chat_template
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
+        tokenizer.chat_template = template_text
+    messages = chat("u", "Do it", "a", "Yes please", "u", "Do it", "a", "Yes")
+    encoded = encode(tokenizer, {"messages": messages})
+    assert not encoded.wrong and not encoded.refused
+    trained = [token.strip("Ġ▁") for token in tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained].tolist())]
+    end = trained[-1]
+    assert "".join(trained) == f"Yesplease{end}Yes{end}"
+
+
 @pytest.mark.parametrize(
     ("template", "parts", "reason"),
     [
@@ -99,3 +132,16 @@ def test_a_template_that_drops_tools_or_calls_is_reported_with_the_setting_that_
 def test_what_the_template_refuses_is_reported_in_its_words(tokenizer_with, chat):
     encoded = encode(tokenizer_with("mistral"), {"messages": chat("u", "a", "u", "b", "a", "c")})
     assert encoded.refused[0].reason == "the chat template refuses this conversation: roles must alternate"
+
+
+def test_a_tool_answer_inside_the_trained_part_is_reported_but_a_quoted_one_is_not(chat):
+    def reason(answer: str) -> str | None:
+        text = "Weather? 20 degrees " + answer
+        conversation = to_conversation(
+            {"messages": chat("u", "Weather?", "t", "20 degrees", "a", answer)}, "messages", "f:1"
+        )
+        rendering = Rendering(text, (Span(9, len(text), "."),))
+        return check_conversation(conversation, rendering, np.array([False, True]), renderer=None)
+
+    assert reason("Warm.") == "message 2 (role tool) stands inside the trained part"
+    assert reason("It is 20 degrees.") is None

@@ -1,5 +1,7 @@
 """Packed documents must not see each other: losses and gradients equal those of the documents one by one."""
 
+import functools
+import operator
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +22,12 @@ TEXTS = [
 
 
 def packed(documents: list[list[int]], padding: int = 0):
-    ids = sum(documents, []) + [0] * padding
-    labels = sum(documents, []) + [-100] * padding
-    positions = sum((list(range(len(d))) for d in [*documents, [0] * padding]), [])
-    return SimpleNamespace(**{k: torch.tensor([v]) for k, v in
-                              {"input_ids": ids, "labels": labels, "position_ids": positions}.items()})
+    ids = functools.reduce(operator.iadd, documents, []) + [0] * padding
+    labels = functools.reduce(operator.iadd, documents, []) + [-100] * padding
+    positions = functools.reduce(operator.iadd, (list(range(len(d))) for d in [*documents, [0] * padding]), [])
+    return SimpleNamespace(
+        **{k: torch.tensor([v]) for k, v in {"input_ids": ids, "labels": labels, "position_ids": positions}.items()}
+    )
 
 
 def losses_and_gradients(model, batches):
@@ -51,14 +54,38 @@ def test_packed_equals_unpacked_on_the_real_model(smollm2, tokenizer):
         torch.testing.assert_close(gradient, gradients_apart[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("config", [
-    LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                vocab_size=120),
-    MistralConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, vocab_size=120, sliding_window=6),
-    Qwen3Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=32, vocab_size=120),
-], ids=["llama", "mistral-sliding-window", "qwen3"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=120,
+        ),
+        MistralConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=120,
+            sliding_window=6,
+        ),
+        Qwen3Config(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            vocab_size=120,
+        ),
+    ],
+    ids=["llama", "mistral-sliding-window", "qwen3"],
+)
 def test_families_agree_with_transformers_own_attention(config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
@@ -66,7 +93,7 @@ def test_families_agree_with_transformers_own_attention(config):
     logits, targets = trained_logits(model, packed(documents))
     with cached_attention(model), torch.no_grad():
         expected = torch.cat([model(torch.tensor([d]), use_cache=False).logits[0, :-1] for d in documents])
-    assert targets.tolist() == sum((d[1:] for d in documents), [])
+    assert targets.tolist() == functools.reduce(operator.iadd, (d[1:] for d in documents), [])
     torch.testing.assert_close(logits, expected.float(), rtol=1e-4, atol=1e-4)
 
 

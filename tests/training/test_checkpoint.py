@@ -40,14 +40,17 @@ def test_weights_optimizer_and_generators_come_back_bit_for_bit(tmp_path, traine
     assert all(torch.equal(v, states[k]) for k, v in optimizer.state()[0].items())
 
 
-@pytest.mark.parametrize("tear", [
-    lambda f: (f / "optimizer.safetensors").write_bytes(b""),
-    lambda f: (f / "weights.safetensors").unlink(),
-    lambda f: (f / "checksums.json").unlink(),
-    lambda f: (f / "state.json").write_text('{"step": 5, "job_ha'),
-    lambda f: (f / "weights.safetensors").write_bytes(
-        (f / "weights.safetensors").read_bytes()[:-1] + b"\x01"),
-], ids=["empty", "missing", "no-checksums", "cut-state", "one-byte"])
+@pytest.mark.parametrize(
+    "tear",
+    [
+        lambda f: (f / "optimizer.safetensors").write_bytes(b""),
+        lambda f: (f / "weights.safetensors").unlink(),
+        lambda f: (f / "checksums.json").unlink(),
+        lambda f: (f / "state.json").write_text('{"step": 5, "job_ha'),
+        lambda f: (f / "weights.safetensors").write_bytes((f / "weights.safetensors").read_bytes()[:-1] + b"\x01"),
+    ],
+    ids=["empty", "missing", "no-checksums", "cut-state", "one-byte"],
+)
 def test_a_torn_newest_checkpoint_is_passed_over(tmp_path, trained, tear):
     save(tmp_path, 4, trained)
     save(tmp_path, 5, trained)

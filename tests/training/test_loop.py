@@ -9,7 +9,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from loadmaster.config.schema import BatchConfig, CheckpointConfig, DataConfig, EvaluationConfig, Job, OptimizerConfig, TrackerConfig
+from loadmaster.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    Job,
+    OptimizerConfig,
+    TrackerConfig,
+)
 from loadmaster.data import packed_rows
 from loadmaster.errors import ConfigError, StoppedOnRequest, TrainingFailed
 from loadmaster.models.load import load_base, load_tokenizer
@@ -21,16 +29,37 @@ from loadmaster.training.metrics import read_metrics
 from loadmaster.training.stop import StopSignal
 
 PLAN = Plan(
-    fits=True, model=ModelSummary("tiny", 0, 0, 2, 64, 49152, "llama"), hardware=HardwareSummary("cpu", 1, 1, 8.0, 8.0),
-    method="full", precision="fp32", sharding="none", offload="none", activation_checkpointing="none", optimizer="adamw",
-    master_weights=False, micro_batch_size=2, gradient_accumulation_steps=2, sequence_length=64,
-    memory_gib=MemoryGib(*[0.0] * 9), phases_gib=PhasesGib(*[0.0] * 5), budget_gib=8.0, host_memory_gib=0.0,
-    disk_gib=0.0, tokens_per_second=None, hours=None, cost_usd=None,
+    fits=True,
+    model=ModelSummary("tiny", 0, 0, 2, 64, 49152, "llama"),
+    hardware=HardwareSummary("cpu", 1, 1, 8.0, 8.0),
+    method="full",
+    precision="fp32",
+    sharding="none",
+    offload="none",
+    activation_checkpointing="none",
+    optimizer="adamw",
+    master_weights=False,
+    micro_batch_size=2,
+    gradient_accumulation_steps=2,
+    sequence_length=64,
+    memory_gib=MemoryGib(*[0.0] * 9),
+    phases_gib=PhasesGib(*[0.0] * 5),
+    budget_gib=8.0,
+    host_memory_gib=0.0,
+    disk_gib=0.0,
+    tokens_per_second=None,
+    hours=None,
+    cost_usd=None,
 )
 JOB = Job(
-    data=DataConfig(path="in memory"), sequence_length=64, batch=BatchConfig(4), max_steps=6,
-    optimizer=OptimizerConfig(lr=1e-3), tracker=TrackerConfig("none"),
-    checkpoint=CheckpointConfig(every_steps=2), evaluation=EvaluationConfig(every_steps=2),
+    data=DataConfig(path="in memory"),
+    sequence_length=64,
+    batch=BatchConfig(4),
+    max_steps=6,
+    optimizer=OptimizerConfig(lr=1e-3),
+    tracker=TrackerConfig("none"),
+    checkpoint=CheckpointConfig(every_steps=2),
+    evaluation=EvaluationConfig(every_steps=2),
 )
 
 
@@ -56,7 +85,9 @@ def test_any_split_of_a_batch_gives_the_same_gradients(tiny, checkpointing):
     results = []
     for size, ranks in [(5, 1), (1, 1), (2, 1), (3, 1), (1, 2), (2, 3), (1, 8)]:
         session.optimizer.zero_grad()
-        loss = sum(session.backward(micro_batches(batch, size, rank, ranks, 0, None), total).item() for rank in range(ranks))
+        loss = sum(
+            session.backward(micro_batches(batch, size, rank, ranks, 0, None), total).item() for rank in range(ranks)
+        )
         results.append((loss, [p.grad.clone() for _, p in session.trained]))
     for loss, gradients in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
@@ -66,8 +97,18 @@ def test_any_split_of_a_batch_gives_the_same_gradients(tiny, checkpointing):
 
 def run(tiny, folder, job=JOB, prepared=None, stop=None, held_out=lambda model: {"loss": 1.0}):
     prepared = prepared or SimpleNamespace(train=rows(), validation=rows(6, seed=1))
-    return train(job, PLAN, prepared, load_tokenizer(tiny), tiny, folder, "hash", held_out, stop or StopSignal(),
-                 Display(Console(quiet=True)))
+    return train(
+        job,
+        PLAN,
+        prepared,
+        load_tokenizer(tiny),
+        tiny,
+        folder,
+        "hash",
+        held_out,
+        stop or StopSignal(),
+        Display(Console(quiet=True)),
+    )
 
 
 def test_the_rehearsal_leaves_no_trace(tiny, tmp_path, monkeypatch):
@@ -77,7 +118,9 @@ def test_the_rehearsal_leaves_no_trace(tiny, tmp_path, monkeypatch):
     rehearsed = SimpleNamespace(seconds=0.0, peak_allocated_gib=0.0)
     monkeypatch.setattr(loop, "_rehearse", lambda *_: rehearsed)
     run(tiny, tmp_path / "without")
-    both = [[(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / d / "metrics.jsonl")] for d in ("with", "without")]
+    both = [
+        [(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / d / "metrics.jsonl")] for d in ("with", "without")
+    ]
     assert both[0] == both[1] and len(both[0]) == 6
     assert not (tmp_path / "with" / "checkpoints" / ".rehearsal").exists()
 
@@ -93,8 +136,10 @@ def test_a_request_to_stop_saves_and_the_rest_continues_bit_for_bit(tiny, tmp_pa
     with pytest.raises(StoppedOnRequest, match="after step 4 of 6"):
         run(tiny, tmp_path / "halves", stop=stop, held_out=stop_at_four)
     run(tiny, tmp_path / "halves")
-    whole, halves = ([{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(tmp_path / d / "metrics.jsonl")]
-                     for d in ("whole", "halves"))
+    whole, halves = (
+        [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(tmp_path / d / "metrics.jsonl")]
+        for d in ("whole", "halves")
+    )
     assert whole == halves and len(whole) == 6
 
 
@@ -129,7 +174,14 @@ def test_one_bad_step_is_left_out_and_the_run_goes_on(tiny, tmp_path, monkeypatc
 
     monkeypatch.setattr(loop.TrainingOptimizer, "clip", poisoned)
     _, outcome = run(tiny, tmp_path)
-    assert [row["loss"] is None for row in read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True, False, False, False]
+    assert [row["loss"] is None for row in read_metrics(tmp_path / "metrics.jsonl")] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert math.isfinite(outcome.train_loss)
 
 
@@ -155,8 +207,10 @@ def test_the_loss_falls_and_the_outcome_reports_it(tiny, tmp_path):
     assert {"step", "loss", "lr", "tokens", "tokens_per_second"} <= set(logged[0])
 
 
-@pytest.mark.parametrize("key, value", [("sharding", "zero3"), ("offload", "all"), ("activation_checkpointing", "selective"),
-                                        ("precision", "fp8")])
+@pytest.mark.parametrize(
+    "key, value",
+    [("sharding", "zero3"), ("offload", "all"), ("activation_checkpointing", "selective"), ("precision", "fp8")],
+)
 def test_what_the_loop_does_not_do_is_refused_not_replaced(key, value):
     with pytest.raises(ConfigError, match=f"{key}={value}"):
         refuse_unbuilt(dataclasses.replace(PLAN, **{key: value}))

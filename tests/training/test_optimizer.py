@@ -11,7 +11,10 @@ NAMES = ["adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
 
 def parameters(dtype=torch.bfloat16) -> list[tuple[str, nn.Parameter]]:
     torch.manual_seed(0)
-    return [("big", nn.Parameter(torch.randn(128, 64, dtype=dtype))), ("norm", nn.Parameter(torch.ones(64, dtype=dtype)))]
+    return [
+        ("big", nn.Parameter(torch.randn(128, 64, dtype=dtype))),
+        ("norm", nn.Parameter(torch.ones(64, dtype=dtype))),
+    ]
 
 
 def step(optimizer: TrainingOptimizer, seed: int, lr: float = 1e-3) -> None:
