@@ -93,7 +93,11 @@ class Pipeline:
             stages[stage]()
             seconds = time.perf_counter() - start
             self.run_dir.mark_done(stage, inputs, seconds)
+            self.run_dir.update_result(failure=None)
             self.echo(f"{stage}: done in {seconds:.1f} s")
+        except LoadmasterError as error:
+            self.run_dir.update_result(failure={"stage": stage, "message": str(error)})
+            raise
         finally:
             self.run_dir.update_result(wall_seconds=self.run_dir.seconds_by_stage())
             self._write_report()
@@ -199,9 +203,11 @@ class Pipeline:
 
     @cached_property
     def prepared(self) -> Any:
-        from loadmaster.data import prepare
+        from loadmaster.data import describe, prepare
 
-        return prepare(self.job, self.tokenizer)
+        prepared = prepare(self.job, self.tokenizer)
+        self.echo(describe(prepared.summary))
+        return prepared
 
     def _training_hash(self) -> str:
         return sha256_json([job_hash(self.job), self.prepared.train.fingerprint])

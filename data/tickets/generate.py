@@ -147,11 +147,15 @@ SIGNATURES = [
 ]
 
 TRAIN_CUSTOMERS = [
-    "Maria", "Ahmed", "Chloe", "Tomasz", "Ingrid", "Wei", "Fatima", "Lucas", "Priya", "Sven", "Olga", "Mateo",
-    "Hannah", "Kofi", "Yuki", "Peter", "Elena", "Omar", "Grace", "Ivan", "Leila", "Marco", "Sofia", "Daniel",
-    "Amara", "Henrik", "Rosa", "Viktor", "Nadia", "Julian", "Mei", "Carlos", "Anna", "Tariq", "Beatriz",
-    "Simon", "Zara", "Pavel", "Lucy", "Diego", "Freya", "Hassan", "Clara", "Andre", "Noor", "Felix", "Aisha",
-    "Martin",
+    "Abdul", "Agnes", "Ahmed", "Aisha", "Alan", "Amara", "Andre", "Anna", "Beatriz", "Bianca", "Boris",
+    "Camila", "Carlos", "Cecilia", "Chloe", "Clara", "Daniel", "Dario", "Deepak", "Diego", "Dora", "Edith",
+    "Eduardo", "Elena", "Esther", "Fatima", "Felix", "Fiona", "Frank", "Freya", "Gabriel", "Gita", "Grace",
+    "Greta", "Gustav", "Hannah", "Hassan", "Henrik", "Hilda", "Hugo", "Imran", "Ingrid", "Isabel", "Ivan",
+    "Jack", "Jana", "Joanna", "Jorge", "Julian", "Karim", "Katya", "Kofi", "Kwame", "Leila", "Lena", "Liam",
+    "Lionel", "Lucas", "Lucy", "Magda", "Malik", "Marco", "Maria", "Martin", "Mateo", "Mei", "Mina", "Monica",
+    "Nadia", "Nathan", "Nikolai", "Noor", "Olga", "Olivia", "Omar", "Patrick", "Pavel", "Peter", "Petra",
+    "Priya", "Quentin", "Ramona", "Ravi", "Rosa", "Ruth", "Samuel", "Simon", "Sofia", "Stella", "Sven", "Tariq",
+    "Teresa", "Thomas", "Tomasz", "Ursula", "Vera", "Viktor", "Walter", "Wei", "Yasmin", "Yuki", "Zara", "Zoe",
 ]
 VALIDATION_CUSTOMERS = [
     "Emma", "Rashid", "Nina", "Oscar", "Laura", "Jamal", "Irene", "Paul", "Sara", "Bruno", "Helen", "David",

@@ -234,13 +234,12 @@ def _stop_on(faults: list[Fault], wrong: list[Fault], rows_read: int, on_bad_row
     stopping = wrong + (faults if on_bad_row == "error" else [])
     if not stopping:
         return
-    hint = "mend these rows"
-    if not wrong:
-        hint += ", or leave them out with data.on_bad_row=skip"
-    elif on_bad_row == "skip" or not faults:
-        hint += " or the chat template (data.on_bad_row=skip does not pass over a wrong rendering)"
+    if wrong:
+        hint = "do as the lines say; data.on_bad_row=skip leaves out bad rows, never a wrong rendering"
+    else:
+        hint = "mend these rows, or leave them out with data.on_bad_row=skip"
     message = fault_report(sorted(stopping, key=_place), rows_read, hint)
-    raise DataError(message + (f"\n    ({len(skipped):,} bad rows besides were skipped)" if skipped else ""))
+    raise DataError(message + (f"\n    (bad rows skipped besides: {len(skipped):,})" if skipped else ""))
 
 
 def _refuse_long(encoded: list[Encoded], files: list[ConversationFile], sequence_length: int, rows_read: int) -> None:
@@ -258,7 +257,7 @@ def _refuse_long(encoded: list[Encoded], files: list[ConversationFile], sequence
 def _notes(reading: Reading, held: Reading | None, index: list[np.ndarray], faults: list[Fault]) -> list[str]:
     notes = []
     if faults:
-        notes.append(f"{len(faults):,} bad rows were skipped, the first: {faults[0].origin}: {faults[0].reason}")
+        notes.append(f"bad rows skipped: {len(faults):,}, the first {faults[0].origin}: {faults[0].reason}")
     if held:
         known = set(reading.row_ids)
         shared = sum(row_id in known for row_id in held.row_ids)

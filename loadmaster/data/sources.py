@@ -62,7 +62,7 @@ class HubSource:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(
                 f"{key} = {path!r} is neither a local file or folder nor a Hub dataset that could be loaded "
-                f"(split {split!r}): {reason[0]}\n"
+                f"(split {split!r}): {reason[0]}{_nearest(path)}\n"
                 "    fix: check the name, data.split, the network and HF_TOKEN, or give a JSON, JSONL or Parquet file"
             ) from error
 
@@ -118,11 +118,15 @@ def _looks_local(path: str) -> bool:
 
 
 def _missing(path: str, key: str) -> Any:
+    raise DataError(f"{key} = {path!r}: no such file or folder (from {str(Path.cwd())!r}){_nearest(path)}")
+
+
+def _nearest(path: str) -> str:
+    """A question after the file of nearly that name, if there is one."""
     place = Path(resolve_path(path)).expanduser()
     names = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, 1)
-    hint = f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
-    raise DataError(f"{key} = {path!r}: no such file or folder (from {str(Path.cwd())!r}){hint}")
+    return f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
 
 
 # --- files ------------------------------------------------------------------------------------------
@@ -173,7 +177,7 @@ def _read_lines(path: Path, name: str) -> Iterator[RawRow]:
                 continue
             origin = f"{name}:{number}"
             try:
-                yield RawRow(origin, json.loads(line))
+                yield RawRow(origin, json.loads(line.strip()))
             except ValueError as error:
                 yield RawRow(origin, error=_broken(error))
 
@@ -219,9 +223,10 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _broken(error: ValueError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"broken JSON: {error.msg} at {error.doc[error.pos : error.pos + 20]!r} (column {error.colno})"
-    return f"broken JSON: {error}"
+    if not isinstance(error, json.JSONDecodeError):
+        return f"broken JSON: {error}"
+    found = error.doc[error.pos : error.pos + 20]
+    return f"broken JSON: {error.msg} at {f'{found!r} (column {error.colno})' if found else 'the end'}"
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:

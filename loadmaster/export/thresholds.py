@@ -13,16 +13,16 @@ from loadmaster.config.schema import ExportConfig, ThresholdsConfig
 
 DEFAULTS = {
     "adapter": ThresholdsConfig(
-        max_perplexity_ratio=1.01, max_mean_kl=0.005, min_top1_agreement=0.96, min_task_retention=0.95
+        max_perplexity_ratio=1.02, max_mean_kl=0.005, min_top1_agreement=0.96, min_task_retention=0.90
     ),
     "bf16": ThresholdsConfig(
-        max_perplexity_ratio=1.03, max_mean_kl=0.02, min_top1_agreement=0.96, min_task_retention=0.95
+        max_perplexity_ratio=1.02, max_mean_kl=0.005, min_top1_agreement=0.96, min_task_retention=0.90
     ),
     "fp8": ThresholdsConfig(
-        max_perplexity_ratio=1.10, max_mean_kl=0.10, min_top1_agreement=0.93, min_task_retention=0.90
+        max_perplexity_ratio=1.05, max_mean_kl=0.03, min_top1_agreement=0.95, min_task_retention=0.85
     ),
     "int4": ThresholdsConfig(
-        max_perplexity_ratio=1.50, max_mean_kl=0.40, min_top1_agreement=0.85, min_task_retention=0.80
+        max_perplexity_ratio=1.15, max_mean_kl=0.12, min_top1_agreement=0.90, min_task_retention=0.75
     ),
 }
 

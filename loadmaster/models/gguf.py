@@ -10,6 +10,8 @@ published model's bf16.
 from __future__ import annotations
 
 import importlib.util
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,13 @@ def convert_package(package: str, target: Path) -> Path:
 
     logging.disable_progress_bar()
     tokenizer = _tokenizer(files[0], fields)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        gguf_file=files[0].name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),  # otherwise saving is refused as still quantized
-    )
+    with redirect_stderr(io.StringIO()):  # the dequantizer's progress bar, which no switch of transformers stops
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            gguf_file=files[0].name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),  # otherwise saving is refused as still quantized
+        )
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -40,7 +40,8 @@ def resolve_base(model: ModelConfig) -> Path:
     raise LoadmasterError(
         f"the base model {model.name} is neither in the Hub cache nor to be fetched "
         f"({type(hub_error).__name__}: {_first_line(hub_error)}).\n"
-        f"fix: {hint}set model.path to a local folder with the model; for a gated model, accept its licence and set HF_TOKEN"
+        f"fix: {hint}set model.path to a local folder with the model; "
+        "for a gated model, accept its licence and set HF_TOKEN"
     )
 
 

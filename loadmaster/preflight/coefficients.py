@@ -14,3 +14,7 @@ def coefficients() -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     path = Path(__file__).with_name("coefficients.yaml")
     return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+
+
+def value(group: str, name: str) -> float:
+    return coefficients()[group][name]["value"]

@@ -72,10 +72,9 @@ def mlp(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
     )
 
 
-def embed(b: Blocks, table: Tensor) -> Tensor:
+def embed(b: Blocks, table: Tensor, ids: Storage) -> Tensor:
     """Rows of the embedding; its gradient is as large as the table."""
     tape, size = b.tape, b.w * b.n * b.shape.hidden_size
-    ids = tape.alloc(8 * b.n)
     tape.moved(size, size)
 
     def backward(g: Storage, _: list) -> list:
@@ -116,7 +115,6 @@ def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
         for start in range(0, rows, LOSS_CHUNK_TOKENS):
             c = min(LOSS_CHUNK_TOKENS, rows - start)
             tape.work.matmul_flops += 2.0 * c * v * h * (1 + needs_hidden + needs_head)
-            tape.work.matmul_bytes += w * (c * h + v * h + c * v) * (1 + needs_hidden + needs_head)
             tape.moved(10 * 4 * c * v if needs_hidden else 5 * 4 * c * v)
             tape.work.kernels += 12
             narrow = tape.alloc(w * c * v)

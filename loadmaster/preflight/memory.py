@@ -1,22 +1,29 @@
-"""Bytes on one GPU by component and phase, on the host, and on disk.
+"""Bytes on one GPU by component and phase, on the host, and on disk. GiB = 2^30 bytes.
 
-Every figure is a sum over named tensors of the engine, in the phase where most of them live at once.
-GiB = 2^30 bytes.
+    peak of training = max( weights + optimizer + gradients so far + replayed micro-batch,     (forward and backward)
+                            weights + optimizer + all gradients + what the step itself takes )  (optimizer step)
+                       + CUDA context and workspaces + what other GPUs need
+
+The micro-batch is replayed allocation by allocation (step.py). Sharded figures are sums over the units of
+fully_shard (a unit is a decoder layer; embedding, head and last norm are the root) and are modelled, not measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cache
 
-from loadmaster.preflight.activations import layer_bytes
-from loadmaster.preflight.coefficients import coefficients
+from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware
-from loadmaster.preflight.plan import MemoryGib, PhasesGib
+from loadmaster.preflight.plan import MemoryGib, PeakGib, PhasesGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
+from loadmaster.preflight.step import evaluation_batch, training_step
 
-LOSS_CHUNK_TOKENS = 1024
-"""loadmaster.models.loss.CHUNK_TOKENS; a test holds the two equal."""
+BUCKET_ELEMENTS = 2**28
+"""loadmaster.training.optimizer.BUCKET_ELEMENTS; a test holds the two equal."""
+REDUCE_BYTES = 4
+"""Gradients are reduced over GPUs in fp32."""
 
 
 @dataclass(frozen=True)
@@ -45,109 +52,186 @@ class Bytes:
 class Memory:
     train: Bytes
     phases: PhasesGib
+    peak: PeakGib
     host_gib: float
     disk_gib: float
 
     @property
-    def total_gib(self) -> float:
-        return max(getattr(self.phases, f.name) for f in fields(self.phases))
+    def needed_gib(self) -> float:
+        """Of one GPU, over the phases that run in training (an export can run on the CPU)."""
+        phases = self.phases
+        return max(phases.load, phases.train, phases.evaluate, phases.save)
 
 
 def nf4_bytes(matrix: Matrix) -> int:
-    """A matrix in nf4 with double quantization: 4 bits a weight, an 8-bit absmax per 64, fp32 per 256 of those."""
+    """A matrix in nf4 with double quantization, to the byte, each tensor rounded to the allocator's 512.
+
+    4 bits a weight; one 8-bit absmax for 64 weights; one fp32 for 256 of those; the tables of both, the offset.
+    """
     blocks = -(-matrix.weight // 64)
-    return -(-matrix.weight // 2) + blocks + 4 * -(-blocks // 256) + 64 + 1024 + 512 + (2 * matrix.outputs if matrix.bias else 0)
+    sizes = [-(-matrix.weight // 2), blocks, 4 * -(-blocks // 256), 4 * 16, 4 * 256, 4]
+    if matrix.bias:
+        sizes.append(2 * matrix.outputs)
+    return sum(-(-size // 512) * 512 for size in sizes)
 
 
-def weight_bytes(shape: ModelShape, setup: Setup) -> float:
-    """The base model's weights, unsharded."""
-    w = setup.width
-    if setup.method == "qlora":
+@cache
+def base_bytes(shape: ModelShape, method: str, precision: str) -> float:
+    """The base model's weights, unsharded. Expert tensors are no nn.Linear: they stay in bf16 under nf4."""
+    width = 4 if precision == "fp32" else 2
+    rest = shape.parameters - shape.linear_weights - _biases(shape)
+    if method == "qlora":
         quantized = shape.dense_layers * sum(map(nf4_bytes, shape.matrices()))
         quantized += shape.expert_layers * sum(map(nf4_bytes, shape.matrices(experts=True)))
-        return quantized + w * (shape.parameters - shape.linear_weights)
-    if setup.precision == "fp8" and setup.adapters:
-        return shape.linear_weights * 1.0 + 2 * (shape.parameters - shape.linear_weights)
-    return w * shape.parameters
+        return quantized + width * rest
+    if precision == "fp8" and method == "lora":  # per output row one fp32 scale
+        rows = shape.layers * sum(m.outputs for m in shape.matrices())
+        return shape.linear_weights + 4 * rows + width * (rest + _biases(shape))
+    return width * shape.parameters
 
 
-def optimizer_bytes_per_parameter(setup: Setup) -> float:
-    """States besides weight and gradient; the fp32 master copy where there is one."""
-    states = {"adamw": 8.0, "adamw_bf16": 4.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 0.0, "adafactor": 0.02}
-    master = 4.0 if setup.master_weights and setup.precision != "fp32" else 0.0
-    return states[setup.optimizer] + master
+def _biases(shape: ModelShape) -> int:
+    return sum(m.outputs for m in shape.matrices() if m.bias) * shape.layers
+
+
+def state_bytes(setup: Setup) -> float:
+    """Optimizer states for each trainable parameter, the fp32 master copy included."""
+    states = {
+        "adamw": 8.0, "adamw_bf16": 4.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 2 + 2 * 4 / 256,
+        "adafactor": 0.004,
+    }
+    return states[setup.optimizer] + (4.0 if setup.master_weights and setup.precision != "fp32" else 0.0)
+
+
+def largest_tensor(shape: ModelShape, setup: Setup) -> int:
+    """Elements of the largest trainable tensor."""
+    if setup.adapters:
+        return max((setup.lora_rank * max(m.inputs, m.outputs) for m in shape.adapted(setup.lora_targets)), default=0)
+    experts = 2 * shape.experts * shape.expert_size * shape.hidden_size
+    return max(shape.embedding_parameters, experts, max(m.weight for m in shape.matrices()))
+
+
+def step_bytes(shape: ModelShape, setup: Setup) -> float:
+    """What the optimizer step takes besides states and gradients."""
+    trainable, largest = setup.trainable(shape) / setup.optimizer_shards, largest_tensor(shape, setup)
+    if setup.optimizer == "adafactor":
+        return 3 * 4 * largest / setup.optimizer_shards
+    if setup.master_weights and setup.width == 2 and setup.offload == "none":
+        # A bucket's gradients become fp32 (4 bytes) as their bf16 ones (2) go.
+        return (4 - 2) * min(trainable, max(BUCKET_ELEMENTS, largest))
+    return 0.0
 
 
 def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
-    w, n = setup.width, setup.tokens
-    trainable = setup.trainable(shape)
-    layer = layer_bytes(shape, setup)
-    layer_weights = weight_bytes(shape, setup) / shape.layers
-
-    adapters = w * trainable if setup.adapters else 0
-    weights = (weight_bytes(shape, setup) + adapters) / setup.shards
-    gradients = w * trainable / setup.gradient_shards
-    optimizer = optimizer_bytes_per_parameter(setup) * trainable / setup.optimizer_shards
+    """The larger of the backward pass's peak and the optimizer step's."""
+    width, trainable = setup.width, setup.trainable(shape)
+    weights = (base_bytes(shape, setup.method, setup.precision) + (width * trainable if setup.adapters else 0))
+    weights /= setup.shards
+    gradients = width * trainable / setup.gradient_shards
+    optimizer = state_bytes(setup) * trainable / setup.optimizer_shards
     if setup.offload != "none":
         optimizer = 0.0
+    elif setup.optimizer == "paged_adamw_8bit" and not hardware.is_cpu:
+        optimizer = 0.0  # managed memory: the host's, but for the pages in use
     if setup.offload == "all":
         weights = gradients = 0.0
+    sharded_gradients = setup.gradient_shards > 1
+    replayed = training_step(shape, replay_key(setup, keep=sharded_gradients or setup.gradient_accumulation_steps > 1))
+    static = gradients if sharded_gradients or setup.gradient_accumulation_steps > 1 else 0.0
+    at = replayed.at_peak
+    context = context_bytes(hardware)
+    backward = Bytes(
+        weights, static + at["gradients"], optimizer, at["activations"], at["logits"], at["quantization"],
+        communication_bytes(shape, hardware, setup), context,
+    )
+    step = Bytes(
+        weights, gradients + step_bytes(shape, setup), optimizer,
+        communication=communication_bytes(shape, hardware, replace(setup, sharding="ddp")), context=context,
+    )
+    return max(backward, step, key=lambda b: b.total)
 
-    chunk = min(n, LOSS_CHUNK_TOKENS)
-    logits = chunk * shape.vocabulary_size * (6 + w) + n * shape.hidden_size * w
-    if not setup.adapters:
-        logits += 4 * shape.embedding_parameters
-    boundary = n * shape.hidden_size * w
-    if setup.checkpointing == "full":
-        kept, inside = shape.layers * boundary, layer.kept + layer.backward
-    else:
-        kept, inside = shape.layers * layer.kept, layer.backward
-    activations = kept + 2 * boundary + max(0, inside - logits)
 
-    quantization = 0.0
-    if setup.method == "qlora":
-        largest = max(m.weight for m in shape.matrices())
-        quantization = 2 * largest + 8 * largest / 64
-    communication = 0.0
-    if setup.shards > 1:
-        communication = 4 * layer_weights + w * (shape.embedding_parameters + shape.head_parameters)
-        if not setup.adapters:
-            communication += 4 * shape.layer_parameters()
-    if setup.world_size > 1:
-        communication += coefficients()["communication"]["nccl_gib"]["value"] * GIB
-    step = trainable * 4 / setup.optimizer_shards if setup.master_weights and setup.offload == "none" else 0.0
-    activations = max(activations, step - logits)
-    return Bytes(weights, gradients, optimizer, activations, logits, quantization, communication, context_bytes(hardware))
+def replay_key(setup: Setup, keep: bool) -> Setup:
+    """The setup with all that does not change a replay set to one value, so that replays are shared."""
+    return Setup(
+        method=setup.method, precision="fp32" if setup.precision == "fp32" else "bf16", optimizer="", master_weights=False,
+        checkpointing=setup.checkpointing, micro_batch_size=setup.micro_batch_size,
+        gradient_accumulation_steps=2 if keep else 1, sequence_length=setup.sequence_length, lora_rank=setup.lora_rank,
+        lora_targets=setup.lora_targets, lora_dropout=setup.lora_dropout,
+    )
+
+
+def communication_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+    """Communicators, gathered weights and gradients on their way."""
+    if hardware.world_size == 1:
+        return 0.0
+    total = value("communication", "nccl_gib") * GIB
+    if setup.shards == 1:
+        return total
+    per_weight = base_bytes(shape, setup.method, setup.precision) / shape.parameters
+    layer = shape.layer_parameters(experts=shape.expert_layers > 0)
+    root = shape.embedding_parameters + shape.head_parameters + shape.hidden_size
+    # Two units are gathered at a time, each as the gathered buffer and as the parameters copied out of it.
+    gathered = 2 * (1 + 0.5) * per_weight * layer + setup.width * root
+    if setup.adapters:
+        return total + gathered
+    return total + gathered + (setup.width + REDUCE_BYTES) * max(layer, root)
 
 
 def context_bytes(hardware: Hardware) -> float:
-    """What is taken outside the tensors: CUDA context and libraries' workspaces, or the process itself on a CPU."""
-    table = coefficients()["context"]
+    """What is taken besides tensors: CUDA context and libraries' workspaces, or the process itself on a CPU."""
     if hardware.is_cpu:
-        return table["cpu_process_gib"]["value"] * GIB
-    return (table["cuda_gib"]["value"] + table["cublas_workspace_gib"]["value"]) * GIB
+        return value("context", "cpu_process_gib") * GIB
+    return (value("context", "cuda_gib") + value("context", "cublas_workspace_gib")) * GIB
 
 
 def memory(shape: ModelShape, hardware: Hardware, setup: Setup) -> Memory:
     train = train_bytes(shape, hardware, setup)
-    w, trainable = setup.width, setup.trainable(shape)
-    load = train.weights + train.context + (2 * max(m.weight for m in shape.matrices()) if setup.method == "qlora" else 0)
-    evaluate = train.weights + train.gradients * 0 + train.optimizer + train.logits + train.context + (
-        setup.tokens * w * (4 * shape.intermediate_size + 4 * shape.hidden_size)
+    evaluated = evaluation_batch(shape, replay_key(setup, keep=False)).peak
+    resting = train.weights + train.optimizer + train.context
+    matrix = max(m.weight for m in shape.matrices())
+    bf16 = setup.width * shape.parameters / setup.shards
+    phases = {
+        "load": train.weights + train.context + (2 * matrix if setup.method == "qlora" else 0),
+        "train": train.total,
+        "evaluate": resting + evaluated + train.communication,
+        "save": resting + train.communication,
+        "export": train.context + bf16 + evaluated,
+    }
+    return Memory(
+        train, PhasesGib(**{name: round(size / GIB, 4) for name, size in phases.items()}), peaks(hardware, train.total),
+        round(host_bytes(shape, hardware, setup, train) / GIB, 2), round(disk_bytes(shape, setup) / GIB, 2),
     )
-    save = train.weights + train.optimizer + train.context
-    export = train.context + (2 * shape.layer_parameters() if not hardware.is_cpu else w * shape.parameters)
-    phases = PhasesGib(**{
-        name: round(value / GIB, 4)
-        for name, value in {
-            "load": load, "train": train.total, "evaluate": evaluate, "save": save, "export": export,
-        }.items()
-    })
-    state = (2 * trainable + 12 * trainable) / GIB
-    host = 2 * shape.parameters / GIB / max(1, setup.shards) + 4
-    if setup.offload != "none":
-        host += (12 + 2) * trainable / GIB / max(1, setup.world_size // setup.gpus_per_node)
+
+
+def peaks(hardware: Hardware, total: float) -> PeakGib:
+    """The same peak as torch counts it (allocated, reserved) and as the card shows it (device)."""
+    outside = 0.0 if hardware.is_cpu else value("context", "cuda_gib")
+    allocated = total / GIB - outside
+    reserved = allocated * (1 + (0.0 if hardware.is_cpu else value("fragmentation", "share")))
+    return PeakGib(round(allocated, 4), round(reserved, 4), round(reserved + outside, 4))
+
+
+def host_bytes(shape: ModelShape, hardware: Hardware, setup: Setup, train: Bytes) -> float:
+    """Of one node. Weights stream to the GPU file by file; what is trained is copied once in the rehearsal."""
     if hardware.is_cpu:
-        host = train.total / GIB
-    disk = 2 * shape.parameters / GIB * 2 + 3 * state
-    return Memory(train, phases, round(host, 2), round(disk, 2))
+        return train.total
+    trainable = setup.trainable(shape)
+    processes = value("context", "host_process_gib") * GIB * setup.gpus_per_node
+    share = setup.gpus_per_node / setup.world_size
+    total = processes + 2 * trainable * share
+    if setup.offload != "none":
+        total += (state_bytes(setup) + setup.width) * trainable * share
+    elif setup.optimizer == "paged_adamw_8bit":
+        total += state_bytes(setup) * trainable * share
+    if setup.offload == "all":
+        total += base_bytes(shape, setup.method, setup.precision) * share + setup.width * trainable * share
+    return total
+
+
+def disk_bytes(shape: ModelShape, setup: Setup, checkpoints: int = 4) -> float:
+    """Base model, checkpoints (last two, best one, and the one being written), trained weights, bf16 export."""
+    trainable = setup.trainable(shape)
+    checkpoint = (setup.width + state_bytes(setup)) * trainable
+    trained = setup.width * trainable
+    return 2 * shape.parameters + checkpoints * checkpoint + trained + 2 * shape.parameters

@@ -68,6 +68,18 @@ class PhasesGib:
 
 
 @dataclass(frozen=True)
+class PeakGib:
+    """The training peak of one GPU as three counters show it."""
+
+    allocated: float
+    """torch.cuda.max_memory_allocated."""
+    reserved: float
+    """torch.cuda.max_memory_reserved: with fragmentation."""
+    device: float
+    """The card's own count: reserved and the CUDA context."""
+
+
+@dataclass(frozen=True)
 class Plan:
     fits: bool
     model: ModelSummary
@@ -93,6 +105,13 @@ class Plan:
     reasons: list[str] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     alternatives: list[dict[str, Any]] = field(default_factory=list)
+    peak_gib: PeakGib | None = None
+    runners_up: list[dict[str, Any]] = field(default_factory=list)
+    """Other plans that fit, best first, with what each would win or cost."""
+    price: dict[str, Any] | None = None
+    """Dollars an hour with date and source; None where the machine is not rented."""
+    basis: dict[str, str] = field(default_factory=dict)
+    """Which figures are measured and which are modelled, and what they leave out."""
     schema: int = SCHEMA
 
     @property
@@ -114,6 +133,7 @@ class Plan:
                 "hardware": HardwareSummary(**value["hardware"]),
                 "memory_gib": MemoryGib(**value["memory_gib"]),
                 "phases_gib": PhasesGib(**value["phases_gib"]),
+                "peak_gib": PeakGib(**value["peak_gib"]) if value.get("peak_gib") else None,
             }
         )
 

@@ -124,8 +124,7 @@ class Work:
     matmul_flops: float = 0.0
     attention_flops: float = 0.0
     bytes_moved: float = 0.0
-    """By kernels that are no matmuls: every input read and every output written once."""
-    matmul_bytes: float = 0.0
+    """By kernels that are bound by memory: every input read and every output written once."""
     kernels: int = 0
 
     def plus(self, other: Work, times: float = 1.0) -> Work:

@@ -38,13 +38,13 @@ class Candidate:
     @property
     def fits(self) -> bool:
         host = self.hardware.host_memory_gib
-        return self.memory.total_gib <= self.budget_gib and (host is None or self.memory.host_gib <= host)
+        return self.memory.needed_gib <= self.budget_gib and (host is None or self.memory.host_gib <= host)
 
     @property
     def missing_gib(self) -> float:
         host = self.hardware.host_memory_gib
         lacking_host = 0.0 if host is None else self.memory.host_gib - host
-        return max(self.memory.total_gib - self.budget_gib, lacking_host, 0.0)
+        return max(self.memory.needed_gib - self.budget_gib, lacking_host, 0.0)
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ def evaluate(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> C
 
 def ranking(job: Job):
     if job.plan.objective == "memory":
-        return lambda c: (c.memory.total_gib, -(c.tokens_per_second or 0))
-    return lambda c: (-(c.tokens_per_second or 0), c.memory.total_gib)
+        return lambda c: (c.memory.needed_gib, -(c.tokens_per_second or 0))
+    return lambda c: (-(c.tokens_per_second or 0), c.memory.needed_gib)
 
 
 def _fallback(job: Job, shape: ModelShape, hardware: Hardware) -> Candidate:
@@ -239,7 +239,7 @@ def _alternative(text: str, best: Candidate, job: Job, dataset_tokens: int | Non
         "change": text,
         "hardware": best.hardware.label,
         "plan": describe(best.setup),
-        "needs_gib": round(best.memory.total_gib, 2),
+        "needs_gib": round(best.memory.needed_gib, 2),
         "budget_gib": round(best.budget_gib, 2),
         "tokens_per_second": None if best.tokens_per_second is None else round(best.tokens_per_second, 1),
         "hours": None if hours is None else round(hours, 2),
@@ -308,7 +308,7 @@ def to_plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, datase
 
 
 def rejection(candidate: Candidate) -> dict[str, Any]:
-    need, budget = candidate.memory.total_gib, candidate.budget_gib
+    need, budget = candidate.memory.needed_gib, candidate.budget_gib
     host, has = candidate.memory.host_gib, candidate.hardware.host_memory_gib
     reason = f"needs {need:.1f} GiB on each GPU of {budget:.1f}"
     if has is not None and host > has and need <= budget:
@@ -331,7 +331,7 @@ def reasons(shape: ModelShape, chosen: Candidate, found: Found) -> list[str]:
         if chosen.tokens_per_second and second.tokens_per_second:
             slower = 100 * (1 - second.tokens_per_second / chosen.tokens_per_second)
             said.append(f"the runner-up ({describe(second.setup)}) is {slower:.0f}% slower")
-    said.append(f"uses {chosen.memory.total_gib:.1f} of {chosen.budget_gib:.1f} GiB (peak of every phase)")
+    said.append(f"uses {chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB (peak of every phase)")
     if shape.estimate:
         said.append(f"an estimate: {shape.estimate}")
     return said

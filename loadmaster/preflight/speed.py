@@ -1,8 +1,11 @@
-"""Tokens per second by a roofline, hours and dollars.
+"""Seconds of a training step by a roofline over the replayed work; tokens a second, hours, dollars.
 
-    time of a token = matmul FLOPs / (peak x efficiency) + bytes moved / (bandwidth x efficiency)
+    micro-batch = max( matmul FLOPs / (peak x e1) + attention FLOPs / (peak x e2) + bytes moved / (bandwidth x e3),
+                       kernels x launch time )
+    step        = micro-batches + optimizer traffic / (bandwidth x e3), beside the collectives that overlap with them
 
-4 FLOPs per frozen and 6 per trained weight and token, 2 more where the forward is recomputed.
+FLOPs, bytes and kernels are counted operation by operation (replay.py). The efficiencies e are in
+coefficients.yaml with card and date; other cards use the same ones against their own peaks, and a plan says so.
 """
 
 from __future__ import annotations
@@ -10,34 +13,99 @@ from __future__ import annotations
 import math
 
 from loadmaster import catalog
-from loadmaster.preflight.coefficients import coefficients
+from loadmaster.preflight.coefficients import coefficients, value
 from loadmaster.preflight.hardware import Hardware
+from loadmaster.preflight.memory import REDUCE_BYTES, base_bytes, replay_key, state_bytes
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.step import training_step
 
 
 def tokens_per_second(shape: ModelShape, hardware: Hardware, setup: Setup) -> float | None:
     """All tokens through the model, over all GPUs; None for a card that the catalogue does not know."""
     if not hardware.known:
         return None
-    table = coefficients()["efficiency"]
-    matmul, memory = table["matmul"]["value"], table["memory"]["value"]
-    flops = (4 if setup.adapters else 6) * shape.active_matrix_parameters
-    attention = 6 * shape.layers * setup.sequence_length * shape.query_size
-    if setup.checkpointing == "full":
-        flops, attention = flops + 2 * shape.active_matrix_parameters, attention * 4 / 3
-    peak = hardware.tflops.get("bf16" if setup.precision != "fp32" else "fp32", hardware.tflops.get("fp32", 1.0)) * 1e12
-    seconds = (flops + attention) / (peak * matmul)
-    moved = shape.layers * (60 * shape.hidden_size + 30 * shape.intermediate_size) * setup.width
-    seconds += moved / (hardware.bandwidth_gb_per_s * 1e9 * memory)
-    if setup.method == "qlora":
-        seconds += 2 * shape.linear_weights * 5 / setup.tokens / (hardware.bandwidth_gb_per_s * 1e9 * memory)
+    tokens = setup.tokens * setup.gradient_accumulation_steps * setup.world_size
+    return tokens / step_seconds(shape, hardware, setup)
+
+
+def step_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+    """One optimizer step, all micro-batches."""
+    compute = setup.gradient_accumulation_steps * micro_batch_seconds(shape, hardware, setup)
+    collectives = collective_seconds(shape, hardware, setup)
+    # Collectives run beside the compute; a share of the shorter of the two stays visible.
+    exposed = value("efficiency", "exposed_collectives")
+    return max(compute, collectives) + exposed * min(compute, collectives) + optimizer_seconds(shape, hardware, setup)
+
+
+def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+    work = training_step(shape, replay_key(setup, keep=False)).work
+    if hardware.is_cpu:
+        return (work.matmul_flops + work.attention_flops) / (hardware.tflops["fp32"] * 1e12) + work.bytes_moved / (
+            hardware.bandwidth_gb_per_s * 1e9
+        )
+    peak = hardware.tflops["fp32" if setup.precision == "fp32" else "bf16"] * 1e12
+    matmul_peak = peak * value("efficiency", "matmul") * size_factor(shape, setup)
+    if setup.precision == "fp8":
+        matmul_peak *= value("efficiency", "fp8_gain")
+    seconds = work.matmul_flops / matmul_peak + work.attention_flops / (peak * value("efficiency", "attention"))
+    seconds += work.bytes_moved / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
+    return max(seconds, work.kernels * value("efficiency", "launch_us") * 1e-6)
+
+
+def size_factor(shape: ModelShape, setup: Setup) -> float:
+    """How far matmuls of this width and this many rows come to the efficiency of large ones."""
+    half = value("efficiency", "half_size")
+    return shape.hidden_size / (shape.hidden_size + half) * setup.tokens / (setup.tokens + half)
+
+
+def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+    """Clipping and update read and write gradient, weight and states; offloaded states cross to the host and back."""
+    trainable = setup.trainable(shape) / setup.optimizer_shards
+    width = setup.width
+    moved = trainable * (3 * width + 2 * width + 2 * state_bytes(setup) + (8 if setup.master_weights else 0))
+    efficiency = 1.0 if hardware.is_cpu else value("efficiency", "memory")
+    seconds = moved / (hardware.bandwidth_gb_per_s * 1e9 * efficiency)
+    if setup.offload != "none" or setup.optimizer.startswith("paged"):
+        seconds += 2 * trainable * (width + 2) / (hardware.host_gb_per_s * 1e9 * value("efficiency", "host_link"))
+        seconds += moved / (value("efficiency", "host_memory_gb_per_s") * 1e9)
+    return seconds
+
+
+def collective_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+    """All-gathers of weights, reductions of gradients, over the slowest link that they cross."""
+    if setup.world_size == 1:
+        return 0.0
+    share = (setup.world_size - 1) / setup.world_size
+    gradients = REDUCE_BYTES * setup.trainable(shape)
     if setup.shards > 1:
-        gathered = 3 * 2 * shape.parameters / setup.tokens
-        link = hardware.link_gb_per_s if hardware.nodes == 1 else hardware.network_gbps / 8 / hardware.count
-        seconds = max(seconds, gathered / (max(link, 1.0) * 1e9 * 0.7))
-    return hardware.world_size / seconds
+        passes = 2 * setup.gradient_accumulation_steps
+        sent = passes * base_bytes(shape, setup.method, setup.precision) + gradients * setup.gradient_accumulation_steps
+    else:
+        sent = 2 * gradients
+    return sent * share / (link_bytes_per_second(hardware) * value("efficiency", "link"))
+
+
+def link_bytes_per_second(hardware: Hardware) -> float:
+    """What each GPU can send: inside a node its link, between nodes its share of the node's network."""
+    inside = hardware.link_gb_per_s * 1e9
+    if hardware.nodes == 1:
+        return inside
+    return min(inside, max(hardware.network_gbps, 1.0) * 1e9 / 8 / hardware.count)
+
+
+def overhead_hours(shape: ModelShape, hardware: Hardware, setup: Setup, rented: bool) -> float:
+    """Start of the machine, download, load, rehearsal, final checkpoint and bf16 export."""
+    if hardware.is_cpu:
+        return 0.0
+    table = coefficients()["overhead"]
+    size = 2 * shape.parameters / 1e9
+    seconds = size / table["load_gb_per_s"]["value"] + 2 * size / table["export_gb_per_s"]["value"]
+    seconds += table["rehearsal_s"]["value"]
+    if rented:
+        seconds += table["start_s"]["value"] + size / table["download_gb_per_s"]["value"]
+    return seconds / 3600
 
 
 def model_flops(shape: ModelShape, sequence_length: int, adapters: bool) -> float:
@@ -58,4 +126,4 @@ def peak_flops(plan: Plan) -> float:
     facts = catalog.gpus().get(plan.hardware.gpu)
     if facts is None:
         return math.inf
-    return facts["tflops"].get("fp32" if plan.precision == "fp32" else "bf16") * 1e12
+    return facts["tflops"]["fp32" if plan.precision == "fp32" else "bf16"] * 1e12

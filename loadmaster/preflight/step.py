@@ -98,7 +98,8 @@ def _forward(b: Blocks, middle: _Middle):
     tape, shape = b.tape, b.shape
     table = b.base(b.w * shape.embedding_parameters, uses=2 if shape.tied else 1)
     head = table if shape.tied else b.base(b.w * shape.embedding_parameters)
-    x = embed(b, table)
+    ids = tape.alloc(8 * b.n)
+    x = embedded = embed(b, table, ids)
     positions = tape.alloc(8 * b.n)
     rotary = tape.alloc(b.w * 2 * b.n * shape.head_dim * shape.rotary_fraction * _rotary_sets(shape))
     simulated = min(shape.layers, REPLAYED_LAYERS)
@@ -116,7 +117,7 @@ def _forward(b: Blocks, middle: _Middle):
         middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward
         gradients = 0 if b.accumulated else gradient_bytes(shape, b.setup, experts)
     x = b.norm(x, b.base(b.w * shape.hidden_size), b.n)
-    del weights, layer, rotary, positions
+    del weights, layer, rotary, positions, ids, embedded  # the decoder's own variables last as long as it runs
     rows = b.n - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = gather(b, b.slice(x, 1.0), rows)
     return chunked_loss(b, x, head, rows), middle.total

@@ -61,15 +61,18 @@ def evaluation_section(files: RunFiles) -> list[Change] | None:
     before, after = (_side(files, side) for side in ("before", "after"))
     if not before and not after:
         return None
-    pairs = lambda key: (dig(before, key), dig(after, key))  # noqa: E731 - said once, used four times
+
+    def pair(key: str) -> tuple[Any, Any]:
+        return dig(before, key), dig(after, key)
+
     found = [
-        _change("loss", "nats per token", *pairs("held_out.loss"), units.decimals),
-        _change("perplexity", "", *pairs("held_out.perplexity"), lambda v: units.significant(v, 4)),
-        _change("answers right", "the task metric", *pairs("task.metric"), units.percent, points=True),
-        _change("answers that are valid JSON", "", *pairs("task.valid_json"), units.percent, points=True),
-        _change("fields right", "", *pairs("task.field_match"), units.percent, points=True),
+        _change("loss", "nats per token", *pair("held_out.loss"), units.decimals),
+        _change("perplexity", "", *pair("held_out.perplexity"), lambda v: units.significant(v, 4)),
+        _change("answers right", "the task metric", *pair("task.metric"), units.percent, points=True),
+        _change("answers that are valid JSON", "", *pair("task.valid_json"), units.percent, points=True),
+        _change("fields right", "", *pair("task.field_match"), units.percent, points=True),
     ]
-    first, second = (found if isinstance(found, dict) else {} for found in pairs("task.per_field"))
+    first, second = (found if isinstance(found, dict) else {} for found in pair("task.per_field"))
     for name in second or first:
         found.append(_change(name, "", first.get(name), second.get(name), units.percent, points=True, is_part=True))
     return [change for change in found if {change.before, change.after} != {units.MISSING}]
@@ -127,7 +130,7 @@ def _export(name: str, facts: dict[str, Any], trained_task: float | None) -> Exp
         mean_kl=measured("mean_kl", units.decimals, "max_mean_kl", "at most"),
         top1=measured("top1_agreement", lambda v: units.percent(v, 2), "min_top1_agreement", "at least"),
         task=Measured(units.percent(dig(figures, "task.metric")),
-                      "" if least is None else f"at least {units.percent(least)}"),
+                      "" if not least else f"at least {units.percent(least)}"),
         verdict="passed" if figures.get("passed") is True else "rejected",
         notes=(*map(str, figures.get("failures") or []), *_chosen(figures)),
     )

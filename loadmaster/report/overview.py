@@ -91,7 +91,7 @@ def _begun(files: RunFiles, stage: str) -> tuple[str, str] | None:
     if stage == "plan" and files.plan:
         return ("failed", "does not fit") if files.plan.get("fits") is False else ("partial", "not finished")
     if stage == "train" and files.metrics:
-        return "partial", f"{units.count(files.metrics[-1].get('step'))} steps so far"
+        return "partial", f"{units.things(files.metrics[-1].get('step'), 'step')} so far"
     if stage == "evaluate" and files.evaluation:
         return "partial", "not finished"
     if stage == "export" and files.manifests:

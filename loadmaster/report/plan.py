@@ -8,7 +8,7 @@ from typing import Any
 
 from loadmaster.report import units
 from loadmaster.report.inputs import RunFiles, dig, number, rows
-from loadmaster.report.overview import off_by, place, predicted_gib
+from loadmaster.report.overview import MEASURED_PEAK, off_by, place, predicted_gib
 
 COMPONENTS = {
     "weights": "weights", "gradients": "gradients", "optimizer": "optimizer states", "activations": "activations",
@@ -18,7 +18,7 @@ COMPONENTS = {
 MEASURED = {
     "peak_allocated_gib": ("allocated by tensors", "the allocator's own count"),
     "peak_reserved_gib": ("reserved by the allocator", "tensors and what it keeps for reuse"),
-    "peak_device_gib": ("in use on the device", "everything, context included; this is what must fit"),
+    MEASURED_PEAK: ("in use on the device", "everything, context included; this is what must fit"),
 }
 
 
@@ -76,11 +76,7 @@ class Comparison:
 class MemorySection:
     predicted: float
     predicted_share: float
-    budget: float | None
-    budget_at: float
     measured: list[Comparison]
-    host_only: bool
-    """On a CPU the three figures are one: the process's largest resident set."""
 
 
 def plan_section(files: RunFiles) -> PlanSection | None:
@@ -108,7 +104,6 @@ def decisions(files: RunFiles) -> list[Decision]:
         by = "" if given is None else "preflight" if given == "auto" else "job"
         return Decision(name, str(plan.get(key, units.MISSING)) if value is None else value, by)
 
-    size, length = units.count(plan.get("micro_batch_size")), units.count(plan.get("sequence_length"))
     master = ", fp32 master weights" if plan.get("master_weights") else ""
     return [
         row("method", "method"),
@@ -117,10 +112,10 @@ def decisions(files: RunFiles) -> list[Decision]:
         row("sharding", "sharding"),
         row("offload", "offload"),
         row("activation checkpointing", "activation_checkpointing"),
-        row("sequence length", "sequence_length", f"{length} tokens"),
-        row("micro-batch", "micro_batch_size", f"{size} packed rows"),
+        row("sequence length", "sequence_length", units.things(plan.get("sequence_length"), "token")),
+        row("micro-batch", "micro_batch_size", units.things(plan.get("micro_batch_size"), "packed row")),
         row("gradient accumulation", "gradient_accumulation_steps",
-            f"{units.count(plan.get('gradient_accumulation_steps'))} micro-batches"),
+            units.things(plan.get("gradient_accumulation_steps"), "micro-batch", "micro-batches")),
     ]
 
 
@@ -134,7 +129,7 @@ def amounts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("parameters", units.parameters(dig(plan, "model.parameters"))),
         ("trained", units.parameters(dig(plan, "model.trainable_parameters"))),
-        ("one optimizer step", f"{units.count(rows_per_step)} rows"),
+        ("one optimizer step", units.things(rows_per_step, "row")),
         ("tokens in it, at most",
          units.count(None if rows_per_step is None or length is None else rows_per_step * length)),
         (device, units.gib(dig(plan, "hardware.memory_gib"))),
@@ -168,17 +163,12 @@ def memory_section(files: RunFiles) -> MemorySection | None:
     known = {key: value for key, value in measured.items() if value is not None}
     if predicted is None or not known:
         return None
-    host_only = dig(files.plan, "hardware.gpu") == "cpu"
-    if host_only:
-        known = {"peak_device_gib": max(known.values())}
-    budget = number(files.plan.get("budget_gib"))
+    names = MEASURED
+    if dig(files.plan, "hardware.gpu") == "cpu":  # there the three figures are one
+        known = {MEASURED_PEAK: max(known.values())}
+        names = {MEASURED_PEAK: ("resident set of the process", "largest, as the system counts it")}
     full = max(predicted, *known.values(), 1e-9)
-    if budget is not None and budget < 2 * full:
-        full = max(full, budget)
-    names = {**MEASURED, **({"peak_device_gib": ("resident set of the process", "largest, as the system counts it")}
-                            if host_only else {})}
     return MemorySection(
-        predicted, predicted / full, budget, min(1.0, (budget or 0.0) / full),
+        predicted, predicted / full,
         [Comparison(*names[key], value, value / full, off_by(predicted, value)) for key, value in known.items()],
-        host_only,
     )

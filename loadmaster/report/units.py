@@ -29,6 +29,8 @@ def file_size(value: Any) -> str:
 
 def seconds(value: Any) -> str:
     def show(v: float) -> str:
+        if 0 < v < 0.1:
+            return f"{1000 * v:.0f} ms"
         if v < 10:
             return f"{v:.1f} s"
         if round(v) < 60:
@@ -65,6 +67,11 @@ def usd(value: Any) -> str:
 
 def count(value: Any) -> str:
     return _with(value, lambda v: f"{v:,.0f}")
+
+
+def things(value: Any, one: str, many: str | None = None) -> str:
+    """A count of something, in the singular where there is one."""
+    return _with(value, lambda v: f"{v:,.0f} {one if v == 1 else many or one + 's'}")
 
 
 def parameters(value: Any) -> str:

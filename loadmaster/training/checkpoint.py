@@ -54,7 +54,8 @@ def save(
             free = shutil.disk_usage(folder.parent).free / 2**30
             raise TrainingFailed(
                 f"the checkpoint {folder} could not be written: {error} ({free:.2f} GiB free there). "
-                "Earlier checkpoints are whole; free some space or set run_dir to another disk, and start again to resume"
+                "Earlier checkpoints are whole; free some space or set run_dir to another disk, "
+                "and start again to resume"
             ) from error
         raise
 
@@ -85,8 +86,8 @@ def newest_whole(folder: Path, job_hash: str, warn: Any) -> Found | None:
             warn(f"checkpoint step-{step} is torn ({', '.join(broken)}) and passed over")
         elif state["job_hash"] != job_hash:
             raise TrainingFailed(
-                f"{path} was written by a job with other settings; give this one its own run_dir, or restore the settings "
-                f"in {folder.parent / 'config.yaml'}"
+                f"{path} was written by a job with other settings; give this one its own run_dir, "
+                f"or restore the settings in {folder.parent / 'config.yaml'}"
             )
         else:
             return Found(path, state)

@@ -291,7 +291,8 @@ def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[]
     first = session.skipped[0]
     what = "loss" if not math.isfinite(row["loss"]) else "gradient norm"
     raise TrainingFailed(
-        f"the {what} was not finite in {len(session.skipped)} steps in a row, from step {first['step']} on; weights are those "
-        f"before it, saved in checkpoints/step-{row['step'] - 1}. Rows of that step: {', '.join(first['rows'][:8])}"
-        f"{' ...' if len(first['rows']) > 8 else ''}.\nfix: look at these rows, lower optimizer.lr, or raise optimizer.warmup_ratio"
+        f"the {what} was not finite in {len(session.skipped)} steps in a row, from step {first['step']} on; "
+        f"weights are those before it, saved in checkpoints/step-{row['step'] - 1}. "
+        f"Rows of that step: {', '.join(first['rows'][:8])}{' ...' if len(first['rows']) > 8 else ''}.\n"
+        "fix: look at these rows, lower optimizer.lr, or raise optimizer.warmup_ratio"
     )

@@ -80,7 +80,7 @@ def test_bad_rows_of_both_passes_are_reported_together_with_their_lines(
     assert "data.on_bad_row=skip" in message
     skipped = prepare(job_for(path, on_bad_row="skip", validation=None), tokenizer_with("mistral"), tmp_path / "cache")
     assert skipped.summary["bad_rows"] == 5 and skipped.summary["train"]["conversations"] == 2
-    assert "5 bad rows were skipped" in describe(skipped.summary)
+    assert "bad rows skipped: 5, the first" in describe(skipped.summary)
 
 
 def test_long_lists_of_bad_rows_are_capped_and_counted(tokenizer, tmp_path, write_jsonl, job_for):
@@ -101,7 +101,7 @@ def test_a_wrong_rendering_stops_the_run_also_when_bad_rows_are_skipped(
     message = str(caught.value)
     assert "rows.jsonl:2: the chat template drops message 1 (role system)" in message
     assert "| ⟦Hello.<|im_end|>⟧" in message
-    assert "1 bad rows besides were skipped" in message
+    assert "bad rows skipped besides: 1" in message
 
 
 def test_nothing_left_and_nothing_there_are_errors(tokenizer, tmp_path, write_jsonl, job_for):

@@ -137,6 +137,13 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_a_data_error_with_a_remedy(monke
         open_source("owner/name")
 
 
+def test_a_file_name_that_could_be_a_hub_id_is_answered_with_the_nearest_file(tmp_path, write_jsonl, monkeypatch):
+    write_jsonl([{"n": 1}], "tickets.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"did you mean 'tickets\.jsonl'"):
+        open_source("tickets.jsn")
+
+
 def test_hub_rows_are_numbered_and_cleaned(monkeypatch):
     import datasets
 

@@ -61,7 +61,8 @@ class Run:
         self.plan, self.base, self.tokenizer = make_plan(), base, tokenizer
         self.folder = folder / "run"
         shutil.copytree(adapter, self.folder / "adapter")
-        self.prepared = prepare(self.job, tokenizer, cache_dir=folder / "cache")
+        self.cache = folder / "cache"
+        self.prepared = prepare(self.job, tokenizer, cache_dir=self.cache)
         self.log: list[str] = []
 
     def export(self, *formats: str):

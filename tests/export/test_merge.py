@@ -81,7 +81,7 @@ def test_every_kind_of_adapter_merges_to_the_live_logits(tiny32, tmp_path, optio
 
 def test_merging_many_shards_gives_the_same_bits_as_one(tiny32, tokenizer, tmp_path):
     sharded = save_tiny_llama(tmp_path / "sharded", tokenizer, dtype=torch.float32, max_shard_size="200KB")
-    assert len(shards(sharded)) > 3
+    assert len(shards(sharded)) == 3
     adapter = read_adapter(save_adapter(tiny32, tmp_path / "adapter"))
     one, many = tmp_path / "one", tmp_path / "many"
     for source, target in ((tiny32, one), (sharded, many)):

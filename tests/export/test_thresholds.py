@@ -35,15 +35,36 @@ def test_the_users_limits_replace_the_shipped_ones_of_their_format_only():
 
 
 # (perplexity ratio, mean KL, top-1 agreement) on SmolLM2-135M with a ticket adapter, 2026-11-24: docs/export.md.
-BROKEN = {
-    "adapter not applied": (5.4465, 1.68414, 0.6849),
-    "adapter's scale doubled": (1.0869, 0.09042, 0.9744),
-    "adapter's scale halved": (1.0718, 0.06483, 0.9621),
-    "adapter's scale as rsLoRA": (15.1015, 2.70053, 0.5780),
+GOOD_MEASURED = {
+    ("bf16", "tickets"): (1.0002, 0.00007, 0.9982),
+    ("bf16", "random adapter, text of perplexity 7"): (1.0091, 0.00157, 0.9793),
+    ("fp8", "tickets"): (0.9994, 0.00137, 0.9977),
+    ("int4", "GPTQ on the tickets"): (1.0072, 0.00624, 0.9953),
+    ("int4", "round-to-nearest, groups of 64"): (1.0366, 0.03212, 0.9788),
+}
+BROKEN_MEASURED = {
+    ("bf16", "adapter not applied"): (5.4465, 1.68414, 0.6849),
+    ("bf16", "adapter's scale doubled"): (1.0869, 0.09042, 0.9744),
+    ("bf16", "adapter's scale halved"): (1.0718, 0.06483, 0.9621),
+    ("bf16", "adapter's scale mistaken for rsLoRA's"): (15.1015, 2.70053, 0.5780),
+    ("bf16", "key projection of one layer zeroed"): (1.0064, 0.00522, 0.9911),
+    ("fp8", "up projection of one layer re-initialised"): (1.0397, 0.03736, 0.9844),
+    ("int4", "one scale a row instead of groups"): (1.1790, 0.14891, 0.9532),
+    ("int4", "three bits"): (4.4895, 1.47373, 0.6492),
+    ("int4", "the base instead of the merged model"): (10.4038, 2.32379, 0.5256),
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_exports_broken_on_purpose_do_not_pass_as_bf16(name):
-    ratio, kl, agreement = BROKEN[name]
-    assert failures({"perplexity_ratio": ratio, "mean_kl": kl, "top1_agreement": agreement}, DEFAULTS["bf16"])
+def judged(format_name, ratio, kl, agreement):
+    figures = {"perplexity_ratio": ratio, "mean_kl": kl, "top1_agreement": agreement}
+    return failures(figures, DEFAULTS[format_name])
+
+
+@pytest.mark.parametrize("case", GOOD_MEASURED, ids=" ".join)
+def test_the_shipped_limits_pass_what_was_measured_on_good_exports(case):
+    assert judged(case[0], *GOOD_MEASURED[case]) == []
+
+
+@pytest.mark.parametrize("case", BROKEN_MEASURED, ids=" ".join)
+def test_the_shipped_limits_fail_what_was_measured_on_exports_broken_on_purpose(case):
+    assert judged(case[0], *BROKEN_MEASURED[case])

@@ -76,7 +76,10 @@ def tampered(tiny, folder, change):
     [
         (lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"), r"missing keys \(model\.layers\.1\.mlp\.up"),
         (lambda tensors: tensors.update(stray=torch.zeros(2)), r"unexpected keys \(stray"),
-        (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(7)}), r"mismatched keys .*model\.norm\.weight"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.zeros(7)}),
+            r"mismatched keys .*model\.norm\.weight",
+        ),
     ],
     ids=["missing", "unexpected", "another shape"],
 )

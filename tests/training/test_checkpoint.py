@@ -93,6 +93,6 @@ def test_a_failed_write_says_how_to_go_on_and_keeps_the_earlier_one(tmp_path, tr
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(TrainingFailed, match="No space left.*start again to resume"):
+    with pytest.raises(TrainingFailed, match=r"No space left.*start again to resume"):
         save(tmp_path, 2, trained)
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]

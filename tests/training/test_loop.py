@@ -192,7 +192,7 @@ def test_memory_running_out_in_the_rehearsal_says_what_to_change(tiny, tmp_path,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loop.Session, "backward", too_big)
-    with pytest.raises(TrainingFailed, match="fullest micro-batch.*micro_batch_size"):
+    with pytest.raises(TrainingFailed, match=r"fullest micro-batch.*micro_batch_size"):
         run(tiny, tmp_path)
 
 

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from loadmaster.config.schema import ThresholdsConfig
+from loadmaster.errors import ExportRejected
+from loadmaster.export import report_table, stage, thresholds
+from loadmaster.export.manifest import read_manifest, verify_manifest
+from loadmaster.export.merge import Adapter
+from loadmaster.files import read_json
+
+ALL = ("adapter", "bf16", "fp8", "int4")
+KILLED = """
+import pickle, sys, time
+from loadmaster.data import prepare
+from loadmaster.export import stage
+from loadmaster.models.load import load_tokenizer
+
+job, plan, folder, base, cache = pickle.load(open(sys.argv[1], "rb"))
+tokenizer = load_tokenizer(base)
+stage.run_step = lambda *_: (print("written", flush=True), time.sleep(600))
+stage.export_all(job, plan, folder, base, prepare(job, tokenizer, cache_dir=cache), tokenizer, lambda line: None)
+"""
+PASS_ALL = ThresholdsConfig(max_perplexity_ratio=1e9, max_mean_kl=1e9, min_top1_agreement=0, min_task_retention=0)
+
+
+def left_in(run) -> list[str]:
+    return sorted(path.name for path in (run.folder / "export").iterdir())
+
+
+def test_every_format_is_written_verified_published_and_then_left_alone(run, monkeypatch):
+    # A random model loses more to quantization than a trained one: the figures are held here, not the limits.
+    monkeypatch.setattr(thresholds, "DEFAULTS", dict.fromkeys(ALL, PASS_ALL))
+    results = run.export(*ALL)
+    assert tuple(results) == ALL == tuple(left_in(run))
+    for name, figures in results.items():
+        folder = run.folder / "export" / name
+        manifest = read_manifest(folder)
+        assert verify_manifest(folder) == []
+        assert (manifest["format"], manifest["recipe"]) == (name, "tiny")
+        assert manifest["base_model"] == {"name": "example/tiny", "revision": None}
+        assert manifest["stop_token_ids"] == [2]
+        assert manifest["verification"]["mean_kl"] == figures["mean_kl"]
+        assert figures["passed"] and figures["tokens"] > 40 and "metric" in figures["task"]
+        assert str(run.folder.parent) not in (folder / "manifest.json").read_text()
+        assert len(AutoTokenizer.from_pretrained(folder)) == len(run.tokenizer)
+        assert all(path.stat().st_mode & 0o044 for path in folder.iterdir())
+    assert results["bf16"]["mean_kl"] < results["fp8"]["mean_kl"] < results["int4"]["mean_kl"]
+    candidates = results["int4"]["candidates"]
+    assert set(candidates) == {"int4-gptq", "int4-rtn"}
+    assert results["int4"]["mean_kl"] == min(figures["mean_kl"] for figures in candidates.values())
+
+    config = AutoConfig.from_pretrained(run.folder / "export" / "int4").quantization_config
+    assert config["format"] == "pack-quantized"
+    assert config["config_groups"]["group_0"]["weights"]["group_size"] == 64
+    config = AutoConfig.from_pretrained(run.folder / "export" / "fp8").quantization_config
+    assert config["format"] == "float-quantized"
+    assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
+    assert "quantization_config" not in read_json(run.folder / "export" / "bf16" / "config.json")
+    assert report_table(results).row_count == 4
+
+    before = {path: path.stat().st_mtime_ns for path in (run.folder / "export").rglob("*")}
+    assert run.export(*ALL) == results
+    assert {path: path.stat().st_mtime_ns for path in (run.folder / "export").rglob("*")} == before
+    assert sum("unchanged, skipped" in line for line in run.log) == 4
+
+
+def test_a_failed_or_killed_export_leaves_nothing_new_and_the_earlier_one_whole(run, monkeypatch, tmp_path):
+    run.export("bf16")
+    manifest = read_manifest(run.folder / "export" / "bf16")
+    os.utime(run.folder / "adapter" / "adapter_model.safetensors")  # trained anew, as far as anyone can tell
+
+    with monkeypatch.context() as patch:
+        # The commonest defect of exports: the adapter is silently not applied.
+        delta = Adapter.delta
+        patch.setattr(Adapter, "delta", lambda self, name: delta(self, name) * 0)
+        with pytest.raises(ExportRejected, match=r"bf16: mean_kl is .*must be at most") as rejected:
+            run.export("bf16")
+        assert rejected.value.exit_code == 5
+    assert left_in(run) == ["bf16"]
+    assert verify_manifest(run.folder / "export" / "bf16") == []
+    assert read_manifest(run.folder / "export" / "bf16") == manifest
+
+    with monkeypatch.context() as patch:
+
+        def full_disk(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(stage, "merge", full_disk)
+        with pytest.raises(ExportRejected, match=r"disk .* is full"):
+            run.export("bf16")
+    assert left_in(run) == ["bf16"]
+
+    # Killed with all files of the new export written, before they are judged.
+    arguments = tmp_path / "arguments.pickle"
+    arguments.write_bytes(pickle.dumps((run.job, run.plan, run.folder, run.base, run.cache)))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(arguments)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "written\n"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    visible = [name for name in left_in(run) if not name.startswith(".")]
+    assert visible == ["bf16"] and ".bf16.partial" in left_in(run)
+    assert verify_manifest(run.folder / "export" / "bf16") == []
+    assert read_manifest(run.folder / "export" / "bf16") == manifest
+
+
+def test_a_format_that_cannot_be_made_stops_all_of_them_and_is_named(run, monkeypatch):
+    monkeypatch.setattr(stage, "run_step", lambda *_: {"bf16": {"error": "its tensors do not fill the model"}})
+    with pytest.raises(ExportRejected, match=r"nothing was published:\n  bf16: its tensors do not fill the model"):
+        run.export("bf16")
+    assert left_in(run) == []
+    assert any(line.startswith("  bf16: MB") and "passed no" in line for line in run.log)
+
+
+def test_nothing_trained_is_said_so(run, tmp_path):
+    run.folder = tmp_path / "empty"
+    with pytest.raises(ExportRejected, match="train first"):
+        run.export("bf16")
