@@ -25,14 +25,14 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
         )
 
 
-def finish(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+def finish(folder: Path, *overrides: str, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess:
     """Run train.py in `folder` to its end; stdout and stderr as text."""
     return subprocess.run(
         command(*overrides),
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=timeout_s,
         env=environment(),
         check=False,
     )

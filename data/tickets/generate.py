@@ -26,16 +26,16 @@ SEED = 7
 
 SYSTEM = "Write a JSON ticket: customer, product, issue, urgency, order."
 
-# Canonical name in the ticket -> how customers call it. The plural ones take "them" and "have".
+# Canonical name in the ticket -> what customers call it.
 PRODUCTS = {
     "kettle": ["kettle", "electric kettle", "water kettle"],
-    "toaster": ["toaster", "two-slice toaster", "toaster"],
-    "blender": ["blender", "smoothie blender", "blender"],
+    "toaster": ["toaster", "two-slice toaster", "bread toaster"],
+    "blender": ["blender", "smoothie blender", "hand blender"],
     "coffee machine": ["coffee machine", "coffee maker", "espresso machine"],
     "vacuum": ["vacuum cleaner", "hoover", "vacuum"],
     "desk lamp": ["desk lamp", "reading lamp", "lamp"],
-    "headphones": ["headphones", "headset", "wireless headphones"],
-    "keyboard": ["keyboard", "wireless keyboard", "keyboard"],
+    "headset": ["headset", "wireless headset", "gaming headset"],
+    "keyboard": ["keyboard", "wireless keyboard", "gaming keyboard"],
     "router": ["router", "wifi router", "wi-fi box"],
     "backpack": ["backpack", "rucksack", "hiking backpack"],
     "tent": ["tent", "camping tent", "two-person tent"],
@@ -46,7 +46,7 @@ ISSUES = {
     "delivery": [
         "the {item} has still not arrived",
         "where is my {item}? tracking has not moved for {days} days",
-        "I ordered a {item} {days} days ago and nothing came",
+        "I ordered the {item} {days} days ago and nothing came",
         "the courier says the {item} was delivered but it was not",
         "my {item} is late",
         "still waiting for the {item} you shipped {days} days ago",
@@ -74,7 +74,7 @@ ISSUES = {
         "I was charged twice for the {item}",
         "the invoice for the {item} shows the wrong amount",
         "you billed me {price} dollars too much for the {item}",
-        "my card was charged for a {item} but the price was lower on the site",
+        "my card was charged for the {item} but the price was lower on the site",
         "I need a corrected invoice for the {item}",
         "there are two payments for one {item} on my card",
         "the discount code was not taken off the bill for my {item}",
@@ -130,7 +130,7 @@ ORDER = [
 REMARKS = [
     "I paid {price} dollars.",
     "It was a gift.",
-    "I live on the {days}th floor.",
+    "I live on floor {days}.",
     "I have bought from you for {days} years.",
     "I wrote {days} days ago already.",
 ]

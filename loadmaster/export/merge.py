@@ -9,16 +9,18 @@ that one rounding of W'. peft's layout: `adapter_config.json` and `adapter_model
 `lora_embedding_B` (dim x r), whose update is s (B A)^T.
 
 What cannot be written as a sum onto one weight is refused, by name: DoRA, biases, initialisations that
-changed the base. A QLoRA adapter was trained against the nf4 weights, which differ from the 16-bit base
-by their rounding error; it is merged into the 16-bit base, never into 4-bit modules, and verification
-against the live 4-bit model decides whether the result may be published.
+changed the base.
+
+A QLoRA adapter was trained against W4 = dequantize(nf4(W)), not W. Merging it into W adds the rounding error
+W - W4, which it never saw, and rounding the sum to 4 bits again loses part of the update; so it is merged
+into W4 in 16 bits, which is the model that was trained.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,15 @@ import torch
 from safetensors import safe_open
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.weights import HEAD, embedding_name, read_tensor, rewrite, tensor_files, ties_embeddings
+from loadmaster.export.weights import (
+    EMBEDDINGS,
+    HEAD,
+    embedding_name,
+    read_tensor,
+    rewrite,
+    tensor_files,
+    ties_embeddings,
+)
 from loadmaster.files import read_json
 
 PREFIX = "base_model.model."
@@ -144,10 +154,17 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(file, updates, replacements)
 
 
-def merge(base: Path, target: Path, adapter: Adapter | None, dtype: torch.dtype | None) -> MergeReport:
+def merge(
+    base: Path,
+    target: Path,
+    adapter: Adapter | None,
+    dtype: torch.dtype | None,
+    seen_as: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+) -> MergeReport:
     """Write the weights of `base` with `adapter` merged in to `target`, shard by shard.
 
     dtype: of the floating-point tensors written; None keeps each tensor's own.
+    seen_as: gives the base weight of a name as training saw it (`nf4_round_trip`); None: as it is stored.
     An adapter on one of a tied embedding and head unties them: the other keeps the base weight, as it does
     in training.
     Raises ExportRejected for an adapter that is not of this base, or that is not finite.
@@ -171,6 +188,8 @@ def merge(base: Path, target: Path, adapter: Adapter | None, dtype: torch.dtype 
         stored = dtype if dtype and weight.is_floating_point() else weight.dtype
         if name in adapter.replacements:
             weight = _checked(name, read_tensor(adapter.file, adapter.replacements[name]), weight.shape)
+        elif seen_as is not None:
+            weight = seen_as(name, weight)
         if name not in adapter.updates:
             return weight.to(stored)
         delta = _checked(name, adapter.delta(name), weight.shape)
@@ -193,6 +212,23 @@ def merge(base: Path, target: Path, adapter: Adapter | None, dtype: torch.dtype 
         relative_update=math.sqrt(squared["update"] / squared["weight"]) if squared["weight"] else 0.0,
         tied_embeddings=tied_embeddings and not untie,
     )
+
+
+def nf4_round_trip(dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """For `merge`: the weights of linear layers as QLoRA trains over them, quantized to nf4 and dequantized.
+
+    dtype: the one that training computed in. Settings are those of loadmaster.models.load: blocks of 64, double
+    quantization; embeddings, head and norms stay as they are.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    def seen(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dim() != 2 or name == HEAD or name.endswith(EMBEDDINGS):
+            return weight
+        packed, state = quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=True)
+        return dequantize_4bit(packed, state).reshape(weight.shape)
+
+    return seen
 
 
 def _checked(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:

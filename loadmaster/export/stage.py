@@ -24,11 +24,12 @@ from loadmaster.data.render import stop_token_ids, template_hash
 from loadmaster.errors import ExportRejected
 from loadmaster.export import quantize, table, thresholds, verify
 from loadmaster.export.manifest import read_manifest, verify_manifest, versions, write_manifest
-from loadmaster.export.merge import MergeReport, merge, read_adapter
+from loadmaster.export.merge import MergeReport, merge, nf4_round_trip, read_adapter
 from loadmaster.export.process import run_step, timeout_s
 from loadmaster.export.sidecars import write_config, write_generation_config, write_tokenizer
 from loadmaster.export.weights import readable_by_all, shards
 from loadmaster.files import publish_folder, read_json, sha256_json, write_json
+from loadmaster.models.load import DTYPES
 from loadmaster.models.resolve import base_revision
 from loadmaster.preflight.plan import Plan
 
@@ -163,7 +164,9 @@ class Export:
     def _write_merged(self, target: Path) -> MergeReport:
         full = self.plan.method == "full"
         source = self.trained if full else self.base
-        report = merge(source, target, None if full else read_adapter(self.trained), torch.bfloat16)
+        adapter = None if full else read_adapter(self.trained)
+        seen_as = nf4_round_trip(DTYPES[self.plan.precision]) if self.plan.method == "qlora" else None
+        report = merge(source, target, adapter, torch.bfloat16, seen_as)
         write_config(source, target, report.tied_embeddings)
         write_tokenizer(self.tokenizer, target)
         write_generation_config(self.base, target, self.tokenizer, stop_token_ids(self.tokenizer))
@@ -224,10 +227,10 @@ class Export:
             return
         reasons = "\n".join(f"  {name}: {reason}" for name, reasons in failed.items() for reason in reasons)
         advice = "Leave the format out of export.formats, or, if you accept the loss, set export.thresholds."
-        if self.plan.method == "qlora" and "bf16" in failed:
+        if self.plan.method == "qlora" and list(failed) == ["adapter"]:
             advice = (
-                "The adapter was trained over 4-bit weights, and over the 16-bit base it is another model: "
-                "export.formats=[adapter] keeps it as trained."
+                "The adapter was trained over 4-bit weights; over the 16-bit base that a server loads it is another "
+                "model. export.formats=[bf16] merges it into the weights that it was trained over."
             )
         raise ExportRejected(f"not what was trained, so nothing was published:\n{reasons}\n{advice}")
 

@@ -215,7 +215,7 @@ class Blocks:
 
     def norm(self, x: Tensor, weight: Tensor, rows: int) -> Tensor:
         """RMSNorm in fp32; Gemma's multiplies by 1 + weight before casting back."""
-        tape, w = self.tape, self.w
+        w = self.w
         elements = x.bytes // w
         x32 = self.elementwise(x, 4 * elements) if w != 4 else x
         mean = self.mean_square(x32, 4 * rows)

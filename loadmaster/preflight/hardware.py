@@ -16,10 +16,11 @@ from typing import Any
 from loadmaster import catalog
 from loadmaster.config.schema import HardwareConfig
 from loadmaster.errors import ConfigError, Problem
+from loadmaster.preflight.coefficients import value
 
 GIB = 2**30
 DRIVER_SHARE = 0.994
-"""Share of NVML's total that a process can use, where the card is not in the catalogue (0.9942 on H100, 0.992 on A100)."""
+"""Share of NVML's total that a process can use, for a card that is not in the catalogue (an H100's: 0.994)."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def find_hardware(config: HardwareConfig) -> Hardware:
         return detect_local(config.count, config.nodes)
     if config.gpu not in catalog.gpus():
         names = ", ".join(["local", "cpu", *catalog.gpus()])
-        raise ConfigError([Problem(
-            "hardware.gpu", config.gpu, "the job", "this GPU is not in the catalogue", f"use one of: {names}"
-        )])
+        raise ConfigError(
+            [Problem("hardware.gpu", config.gpu, "the job", "this GPU is not in the catalogue", f"use one of: {names}")]
+        )
     return from_catalog(config.gpu, 1 if config.count == "auto" else config.count, config.nodes)
 
 
@@ -90,14 +91,19 @@ def from_catalog(gpu: str, count: int, nodes: int = 1) -> Hardware:
     price = catalog.prices()["gpus"].get(gpu)
     per_gpu = machine.get("host_memory_gib_per_gpu")
     return Hardware(
-        gpu=gpu, count=count, nodes=nodes,
+        gpu=gpu,
+        count=count,
+        nodes=nodes,
         memory_gib=facts["memory_gib"],
         host_memory_gib=None if per_gpu is None else float(per_gpu * count),
         compute_capability=facts["compute_capability"],
         bandwidth_gb_per_s=facts["bandwidth_gb_per_s"],
         tflops=facts["tflops"],
-        link=facts["link"], link_gb_per_s=facts["link_gb_per_s"], host_gb_per_s=facts["host_gb_per_s"],
-        network_gbps=machine.get("network_gbps", 0.0), disk_gb=machine.get("disk_gb"),
+        link=facts["link"],
+        link_gb_per_s=facts["link_gb_per_s"],
+        host_gb_per_s=facts["host_gb_per_s"],
+        network_gbps=machine.get("network_gbps", 0.0),
+        disk_gb=machine.get("disk_gb"),
         usd_per_hour=None if price is None else price["pod_usd_per_hour"] * count * nodes,
         price_note="" if price is None else f"{catalog.prices()['provider']} list price of {price['date']}",
     )
@@ -115,10 +121,24 @@ def rentable() -> list[Hardware]:
 def cpu() -> Hardware:
     memory = host_memory_gib()
     return Hardware(
-        gpu="cpu", count=1, nodes=1, memory_gib=memory, host_memory_gib=memory, compute_capability=0.0,
-        bandwidth_gb_per_s=10.0, tflops={"fp32": 0.03 * (os.cpu_count() or 1)}, link="none", link_gb_per_s=10.0,
-        host_gb_per_s=10.0,
+        gpu="cpu",
+        count=1,
+        nodes=1,
+        memory_gib=memory,
+        host_memory_gib=memory,
+        compute_capability=0.0,
+        bandwidth_gb_per_s=value("cpu", "bandwidth_gb_per_s"),
+        tflops={"fp32": value("cpu", "tflops_per_thread") * _threads()},
+        link="none",
+        link_gb_per_s=value("cpu", "bandwidth_gb_per_s"),
+        host_gb_per_s=value("cpu", "bandwidth_gb_per_s"),
     )
+
+
+def _threads() -> int:
+    """Threads that torch will compute with."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
 
 
 def host_memory_gib() -> float:
@@ -150,22 +170,42 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
     name, total_gib, capability = cards[0]
     count = len(cards) if count == "auto" else int(count)
     if count > len(cards):
-        raise ConfigError([Problem(
-            "hardware.count", count, "the job", f"this machine has {len(cards)} GPU(s)",
-            f"use hardware.count={len(cards)} or less, or name a machine of the catalogue with hardware.gpu",
-        )])
+        raise ConfigError(
+            [
+                Problem(
+                    "hardware.count",
+                    count,
+                    "the job",
+                    f"this machine has {len(cards)} GPU(s)",
+                    f"use hardware.count={len(cards)} or less, or name a machine of the catalogue with hardware.gpu",
+                )
+            ]
+        )
     host = host_memory_gib()
     known = catalog_name(name, total_gib)
     if known is not None:
         usable = min(catalog.gpus()[known]["memory_gib"], total_gib)
         return replace(
-            from_catalog(known, count, nodes), memory_gib=usable, host_memory_gib=host, usd_per_hour=None,
-            price_note="", disk_gb=None,
+            from_catalog(known, count, nodes),
+            memory_gib=usable,
+            host_memory_gib=host,
+            usd_per_hour=None,
+            price_note="",
+            disk_gb=None,
         )
     return Hardware(
-        gpu=name, count=count, nodes=nodes, memory_gib=total_gib * DRIVER_SHARE, host_memory_gib=host,
-        compute_capability=capability, bandwidth_gb_per_s=500.0, tflops={"bf16": 100.0, "fp32": 20.0}, link="pcie",
-        link_gb_per_s=16.0, host_gb_per_s=16.0, known=False,
+        gpu=name,
+        count=count,
+        nodes=nodes,
+        memory_gib=total_gib * DRIVER_SHARE,
+        host_memory_gib=host,
+        compute_capability=capability,
+        bandwidth_gb_per_s=500.0,
+        tflops={"bf16": 100.0, "fp32": 20.0},
+        link="pcie",
+        link_gb_per_s=16.0,
+        host_gb_per_s=16.0,
+        known=False,
     )
 
 

@@ -42,7 +42,7 @@ def attention(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
         v = b.linear(h, linears["v_proj"], contiguous=only)
     q, k = rotate_both(b, q, k, weights.rotary)
     out = b.attention(q, k, v)
-    if shape.fused and shape.heads > 1:  # q comes from a concatenation, head by head, and so does the result: it is put in token order
+    if shape.fused and shape.heads > 1:  # q was joined head by head, so the result lies so and is put in token order
         out = b.copy(out)
     return b.linear(out, linears["o_proj"])
 
@@ -118,10 +118,7 @@ def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
             tape.moved(10 * 4 * c * v if needs_hidden else 5 * 4 * c * v)
             tape.work.kernels += 12
             narrow = tape.alloc(w * c * v)
-            if w == 4:
-                logits = narrow
-            else:
-                logits = tape.alloc(4 * c * v)
+            logits = narrow if w == 4 else tape.alloc(4 * c * v)
             del narrow
             normaliser = tape.alloc(4 * c)
             if tape.in_place:

@@ -10,20 +10,18 @@ fully_shard (a unit is a decoder layer; embedding, head and last norm are the ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from dataclasses import dataclass, fields
 
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.plan import MemoryGib, PeakGib, PhasesGib
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import Matrix, ModelShape
+from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import evaluation_batch, training_step
+from loadmaster.preflight.weights import base_bytes
 
 BUCKET_ELEMENTS = 2**28
 """loadmaster.training.optimizer.BUCKET_ELEMENTS; a test holds the two equal."""
-REDUCE_BYTES = 4
-"""Gradients are reduced over GPUs in fp32."""
 
 
 @dataclass(frozen=True)
@@ -63,41 +61,13 @@ class Memory:
         return max(phases.load, phases.train, phases.evaluate, phases.save)
 
 
-def nf4_bytes(matrix: Matrix) -> int:
-    """A matrix in nf4 with double quantization, to the byte, each tensor rounded to the allocator's 512.
-
-    4 bits a weight; one 8-bit absmax for 64 weights; one fp32 for 256 of those; the tables of both, the offset.
-    """
-    blocks = -(-matrix.weight // 64)
-    sizes = [-(-matrix.weight // 2), blocks, 4 * -(-blocks // 256), 4 * 16, 4 * 256, 4]
-    if matrix.bias:
-        sizes.append(2 * matrix.outputs)
-    return sum(-(-size // 512) * 512 for size in sizes)
-
-
-@cache
-def base_bytes(shape: ModelShape, method: str, precision: str) -> float:
-    """The base model's weights, unsharded. Expert tensors are no nn.Linear: they stay in bf16 under nf4."""
-    width = 4 if precision == "fp32" else 2
-    rest = shape.parameters - shape.linear_weights - _biases(shape)
-    if method == "qlora":
-        quantized = shape.dense_layers * sum(map(nf4_bytes, shape.matrices()))
-        quantized += shape.expert_layers * sum(map(nf4_bytes, shape.matrices(experts=True)))
-        return quantized + width * rest
-    if precision == "fp8" and method == "lora":  # per output row one fp32 scale
-        rows = shape.layers * sum(m.outputs for m in shape.matrices())
-        return shape.linear_weights + 4 * rows + width * (rest + _biases(shape))
-    return width * shape.parameters
-
-
-def _biases(shape: ModelShape) -> int:
-    return sum(m.outputs for m in shape.matrices() if m.bias) * shape.layers
-
-
 def state_bytes(setup: Setup) -> float:
     """Optimizer states for each trainable parameter, the fp32 master copy included."""
     states = {
-        "adamw": 8.0, "adamw_bf16": 4.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 2 + 2 * 4 / 256,
+        "adamw": 8.0,
+        "adamw_bf16": 4.0,
+        "adamw_8bit": 2 + 2 * 4 / 256,
+        "paged_adamw_8bit": 2 + 2 * 4 / 256,
         "adafactor": 0.004,
     }
     return states[setup.optimizer] + (4.0 if setup.master_weights and setup.precision != "fp32" else 0.0)
@@ -125,7 +95,7 @@ def step_bytes(shape: ModelShape, setup: Setup) -> float:
 def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
     """The larger of the backward pass's peak and the optimizer step's."""
     width, trainable = setup.width, setup.trainable(shape)
-    weights = (base_bytes(shape, setup.method, setup.precision) + (width * trainable if setup.adapters else 0))
+    weights = base_bytes(shape, setup.method, setup.precision) + (width * trainable if setup.adapters else 0)
     weights /= setup.shards
     gradients = width * trainable / setup.gradient_shards
     optimizer = state_bytes(setup) * trainable / setup.optimizer_shards
@@ -141,12 +111,21 @@ def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
     at = replayed.at_peak
     context = context_bytes(hardware)
     backward = Bytes(
-        weights, static + at["gradients"], optimizer, at["activations"], at["logits"], at["quantization"],
-        communication_bytes(shape, hardware, setup), context,
+        weights,
+        static + at["gradients"],
+        optimizer,
+        at["activations"],
+        at["logits"],
+        at["quantization"],
+        at["communication"] + communicator_bytes(hardware),
+        context,
     )
     step = Bytes(
-        weights, gradients + step_bytes(shape, setup), optimizer,
-        communication=communication_bytes(shape, hardware, replace(setup, sharding="ddp")), context=context,
+        weights,
+        gradients + step_bytes(shape, setup),
+        optimizer,
+        communication=communicator_bytes(hardware),
+        context=context,
     )
     return max(backward, step, key=lambda b: b.total)
 
@@ -154,28 +133,24 @@ def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
 def replay_key(setup: Setup, keep: bool) -> Setup:
     """The setup with all that does not change a replay set to one value, so that replays are shared."""
     return Setup(
-        method=setup.method, precision="fp32" if setup.precision == "fp32" else "bf16", optimizer="", master_weights=False,
-        checkpointing=setup.checkpointing, micro_batch_size=setup.micro_batch_size,
-        gradient_accumulation_steps=2 if keep else 1, sequence_length=setup.sequence_length, lora_rank=setup.lora_rank,
-        lora_targets=setup.lora_targets, lora_dropout=setup.lora_dropout,
+        method=setup.method,
+        precision=setup.precision,
+        optimizer="",
+        master_weights=False,
+        checkpointing=setup.checkpointing,
+        micro_batch_size=setup.micro_batch_size,
+        gradient_accumulation_steps=2 if keep else 1,
+        sequence_length=setup.sequence_length,
+        lora_rank=setup.lora_rank,
+        lora_targets=setup.lora_targets,
+        lora_dropout=setup.lora_dropout,
+        sharding="fsdp" if setup.shards > 1 else "none",
+        world_size=2 if setup.shards > 1 else 1,
     )
 
 
-def communication_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
-    """Communicators, gathered weights and gradients on their way."""
-    if hardware.world_size == 1:
-        return 0.0
-    total = value("communication", "nccl_gib") * GIB
-    if setup.shards == 1:
-        return total
-    per_weight = base_bytes(shape, setup.method, setup.precision) / shape.parameters
-    layer = shape.layer_parameters(experts=shape.expert_layers > 0)
-    root = shape.embedding_parameters + shape.head_parameters + shape.hidden_size
-    # Two units are gathered at a time, each as the gathered buffer and as the parameters copied out of it.
-    gathered = 2 * (1 + 0.5) * per_weight * layer + setup.width * root
-    if setup.adapters:
-        return total + gathered
-    return total + gathered + (setup.width + REDUCE_BYTES) * max(layer, root)
+def communicator_bytes(hardware: Hardware) -> float:
+    return value("communication", "nccl_gib") * GIB if hardware.world_size > 1 else 0.0
 
 
 def context_bytes(hardware: Hardware) -> float:
@@ -194,13 +169,16 @@ def memory(shape: ModelShape, hardware: Hardware, setup: Setup) -> Memory:
     phases = {
         "load": train.weights + train.context + (2 * matrix if setup.method == "qlora" else 0),
         "train": train.total,
-        "evaluate": resting + evaluated + train.communication,
-        "save": resting + train.communication,
+        "evaluate": resting + evaluated + communicator_bytes(hardware),
+        "save": resting + communicator_bytes(hardware),
         "export": train.context + bf16 + evaluated,
     }
     return Memory(
-        train, PhasesGib(**{name: round(size / GIB, 4) for name, size in phases.items()}), peaks(hardware, train.total),
-        round(host_bytes(shape, hardware, setup, train) / GIB, 2), round(disk_bytes(shape, setup) / GIB, 2),
+        train,
+        PhasesGib(**{name: round(size / GIB, 4) for name, size in phases.items()}),
+        peaks(hardware, train.total),
+        round(host_bytes(shape, hardware, setup, train) / GIB, 2),
+        round(disk_bytes(shape, setup) / GIB, 2),
     )
 
 
@@ -225,7 +203,7 @@ def host_bytes(shape: ModelShape, hardware: Hardware, setup: Setup, train: Bytes
     elif setup.optimizer == "paged_adamw_8bit":
         total += state_bytes(setup) * trainable * share
     if setup.offload == "all":
-        total += base_bytes(shape, setup.method, setup.precision) * share + setup.width * trainable * share
+        total += base_bytes(shape, setup.method, setup.precision) * share
     return total
 
 

@@ -106,6 +106,8 @@ class Plan:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     alternatives: list[dict[str, Any]] = field(default_factory=list)
     peak_gib: PeakGib | None = None
+    trace: dict[str, Any] | None = None
+    """With plan.trace: the peak of a traced step beside the replay's (loadmaster.training.trace); else None."""
     runners_up: list[dict[str, Any]] = field(default_factory=list)
     """Other plans that fit, best first, with what each would win or cost."""
     price: dict[str, Any] | None = None

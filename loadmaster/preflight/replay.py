@@ -15,11 +15,11 @@ from __future__ import annotations
 import heapq
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-TAGS = ("activations", "logits", "gradients", "quantization")
+TAGS = ("activations", "logits", "gradients", "quantization", "communication")
 
 
 class Storage:
@@ -102,11 +102,8 @@ class Region:
     def unpack(self, index: int) -> Storage:
         if self.made is None:
             self.made = {}
-            with self.tape.packing(self._keep), self.tape.gradients(True):
-                try:
-                    self.function(Tensor(self.argument.storage, self.argument.node))
-                except Stop:
-                    pass
+            with self.tape.packing(self._keep), self.tape.gradients(True), suppress(Stop):
+                self.function(Tensor(self.argument.storage, self.argument.node))
         return self.made.pop(index)
 
     def _keep(self, storage: Storage) -> None:
@@ -129,6 +126,16 @@ class Work:
 
     def plus(self, other: Work, times: float = 1.0) -> Work:
         return Work(*(getattr(self, k) + times * getattr(other, k) for k in self.__dataclass_fields__))
+
+
+def _references_when_alone() -> int:
+    """What sys.getrefcount says of an object that only a list holds, looked at in a loop over it."""
+    for thing in [object()]:
+        return sys.getrefcount(thing)
+    return 0
+
+
+ALONE = _references_when_alone()
 
 
 class Tape:
@@ -184,8 +191,9 @@ class Tape:
         output.node = Node(self.order, [i.node for i in inputs], backward, kept)
         return output
 
-    def op(self, size: float, inputs: Sequence[Tensor], saved: Sequence[Storage], backward: Callable,
-           hidden: float = 0) -> Tensor:
+    def op(
+        self, size: float, inputs: Sequence[Tensor], saved: Sequence[Storage], backward: Callable, hidden: float = 0
+    ) -> Tensor:
         """An operation whose result has `size` bytes; `hidden` bytes exist inside its kernel only.
 
         Like PyTorch, what the backward needs is packed before the result is allocated.
@@ -243,7 +251,9 @@ class Tape:
                         heapq.heappush(queue, (-target.order, target))
                     buffers[target].append(result)
                 elif target in buffers:
-                    buffers[target] = self._sum([buffers.pop(target), result])
+                    two, result = [buffers.pop(target), result], None
+                    buffers[target] = self._sum(two)
+                    del two
                 else:
                     buffers[target] = result
                     heapq.heappush(queue, (-target.order, target))
@@ -262,7 +272,7 @@ class Tape:
         """The sum of two gradients, in the memory of one that nobody else holds."""
         self.moved(two[0].bytes, two[1].bytes, two[0].bytes)
         for storage in two:
-            if self.in_place and sys.getrefcount(storage) == 3:  # the list, the loop variable, the call
+            if self.in_place and sys.getrefcount(storage) == ALONE:
                 return storage
         return self.alloc(two[0].bytes)
 

@@ -28,7 +28,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "gemma2": {"tie": True, "head_dim": 256, "norms": 4, "gemma_norm": True, "scaled_embedding": True},
     "gemma3_text": {
-        "tie": True, "head_dim": 256, "norms": 4, "gemma_norm": True, "query_key_norm": True, "scaled_embedding": True,
+        "tie": True,
+        "head_dim": 256,
+        "norms": 4,
+        "gemma_norm": True,
+        "query_key_norm": True,
+        "scaled_embedding": True,
     },
     "phi3": {"fused": True},
 }
@@ -159,7 +164,9 @@ class ModelShape:
     @cached_property
     def parameters(self) -> int:
         return (
-            self.embedding_parameters + self.head_parameters + self.hidden_size
+            self.embedding_parameters
+            + self.head_parameters
+            + self.hidden_size
             + self.dense_layers * self.layer_parameters()
             + self.expert_layers * self.layer_parameters(experts=True)
         )

@@ -15,11 +15,12 @@ import math
 from loadmaster import catalog
 from loadmaster.preflight.coefficients import coefficients, value
 from loadmaster.preflight.hardware import Hardware
-from loadmaster.preflight.memory import REDUCE_BYTES, base_bytes, replay_key, state_bytes
+from loadmaster.preflight.memory import replay_key, state_bytes
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import training_step
+from loadmaster.preflight.weights import REDUCE_BYTES, base_bytes
 
 
 def tokens_per_second(shape: ModelShape, hardware: Hardware, setup: Setup) -> float | None:
@@ -113,7 +114,8 @@ def model_flops(shape: ModelShape, sequence_length: int, adapters: bool) -> floa
 
     4 for each frozen and 6 for each trained matrix weight, and causal attention over whole rows.
     """
-    return (4 if adapters else 6) * shape.active_matrix_parameters + 6 * shape.layers * sequence_length * shape.query_size
+    matmuls = (4 if adapters else 6) * shape.active_matrix_parameters
+    return matmuls + 6 * shape.layers * sequence_length * shape.query_size
 
 
 def model_flops_per_token(plan: Plan) -> float:

@@ -16,6 +16,7 @@ from loadmaster.preflight.layers import chunked_loss, decoder_layer, embed, gath
 from loadmaster.preflight.replay import Leaf, Storage, Tape, Tensor, Work
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.units import Units
 
 REPLAYED_LAYERS = 3
 
@@ -36,11 +37,12 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
     accumulated = setup.gradient_accumulation_steps > 1
     tape = Tape(in_place)
     b = Blocks(tape, shape, setup, accumulated)
-    loss, done = _forward(b, _Middle(b))
+    loss, done, units = _forward(b, _Middle(b))
     box = [tape.alloc(4)]
     node = loss.node
     del loss
     tape.backward(node, box)
+    units.reduce_root()
     return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
 
 
@@ -50,7 +52,7 @@ def evaluation_batch(shape: ModelShape, setup: Setup) -> Replayed:
     tape = Tape()
     b = Blocks(tape, shape, setup, False)
     with tape.gradients(False):
-        loss, done = _forward(b, _Middle(b))
+        loss, done, _ = _forward(b, _Middle(b))
     del loss
     return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
 
@@ -103,6 +105,8 @@ def _forward(b: Blocks, middle: _Middle):
     positions = tape.alloc(8 * b.n)
     rotary = tape.alloc(b.w * 2 * b.n * shape.head_dim * shape.rotary_fraction * _rotary_sets(shape))
     simulated = min(shape.layers, REPLAYED_LAYERS)
+    units = Units(b)
+    kept = gradients = 0
     for index in range(simulated):
         experts = index < shape.expert_layers
         if index == simulated - 1 and middle.count:
@@ -112,7 +116,9 @@ def _forward(b: Blocks, middle: _Middle):
             x = middle.mark_end(x)
         weights = b.layer_weights(experts, rotary)
         layer = _layer(b, weights, experts, positions)
+        x = units.begin(x)
         x = tape.checkpoint(layer, x) if b.setup.checkpointing == "full" and tape.enabled else layer(x)
+        x = units.end(x)
         kept = tape.live - before
         middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward
         gradients = 0 if b.accumulated else gradient_bytes(shape, b.setup, experts)
@@ -120,7 +126,7 @@ def _forward(b: Blocks, middle: _Middle):
     del weights, layer, rotary, positions, ids, embedded  # the decoder's own variables last as long as it runs
     rows = b.n - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = gather(b, b.slice(x, 1.0), rows)
-    return chunked_loss(b, x, head, rows), middle.total
+    return chunked_loss(b, x, head, rows), middle.total, units
 
 
 def _layer(b: Blocks, weights: Weights, experts: bool, positions: Storage) -> Callable[[Tensor], Tensor]:

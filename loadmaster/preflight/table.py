@@ -3,48 +3,136 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loadmaster.preflight.plan import MemoryGib, Plan
+from loadmaster.preflight.plan import MemoryGib, PhasesGib, Plan
 
 BAR_WIDTH = 40
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Verdict and settings, memory by component and phase, speed and price, reasons, runners-up or alternatives."""
     console = console or Console()
-    hardware = plan.hardware
-    place = "CPU" if hardware.gpu == "cpu" else f"{hardware.nodes} x {hardware.count} x {hardware.gpu}"
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
-    console.print(f"[bold]{escape(plan.model.name)}[/] ({plan.model.parameters / 1e9:.2f}B) on {place}: {verdict}")
-    console.print(
-        f"{plan.method}, {plan.precision}, {plan.optimizer}, sharding {plan.sharding}, offload {plan.offload}, "
-        f"checkpointing {plan.activation_checkpointing}, {plan.micro_batch_size} x {plan.gradient_accumulation_steps} rows "
-        f"of {plan.sequence_length} tokens on each GPU"
-    )
-    table = Table(box=None, pad_edge=False)
-    for heading, justify in (("component", "left"), ("GiB", "right"), (f"of {plan.budget_gib:.1f} GiB", "left")):
+    line(f"[bold]{escape(plan.model.name)}[/] ({_billions(plan.model.parameters)}) on {_place(plan)}: {verdict}")
+    line(_settings(plan))
+    console.print(_memory_table(plan))
+    peaks = ", ".join(f"{f.name} {getattr(plan.phases_gib, f.name):.1f}" for f in fields(PhasesGib))
+    where = "" if plan.hardware.gpu == "cpu" else " on each GPU"
+    line(f"peaks in GiB{where}: {peaks}; host memory {plan.host_memory_gib:.0f} GiB, disk {plan.disk_gib:.0f} GiB")
+    if plan.peak_gib and plan.hardware.gpu != "cpu":
+        seen = plan.peak_gib
+        counts = f"allocated {seen.allocated:.2f}, reserved {seen.reserved:.2f}, by the card {seen.device:.2f}"
+        line(f"GiB as counted: {counts}")
+    line(_speed(plan))
+    if plan.trace and "traced_gib" in plan.trace:
+        found = plan.trace
+        line(f"traced: {found['traced_gib']:.3f} GiB, replayed {found['replayed_gib']:.3f}")
+    elif plan.trace:
+        line(f"traced: no, {escape(plan.trace['skipped'])}")
+    for text in plan.reasons:
+        line(f"- {escape(text)}")
+    for option in plan.alternatives:
+        line(f"[yellow]would fit:[/] {_alternative(option)}")
+    for subject, text in plan.basis.items():
+        line(f"[dim]{subject.replace('_', ' ')}: {escape(text)}[/]")
+
+
+def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
+    """The same job on several machines, side by side."""
+    table = Table(pad_edge=False)
+    for heading, justify in (
+        ("hardware", "left"),
+        ("fits", "left"),
+        ("plan", "left"),
+        ("GiB of budget", "right"),
+        ("tokens/s", "right"),
+        ("hours", "right"),
+        ("$/h", "right"),
+        ("$", "right"),
+    ):
         table.add_column(heading, justify=justify)
+    for plan in plans:
+        price = plan.price or {}
+        table.add_row(
+            _place(plan),
+            "yes" if plan.fits else "no",
+            _settings(plan) if plan.fits else escape(plan.reasons[0]),
+            f"{plan.memory_gib.total:.1f} of {plan.budget_gib:.1f}",
+            _figure(plan.tokens_per_second, "{:,.0f}"),
+            _figure(plan.hours, "{:.2f}"),
+            _figure(price.get("usd_per_hour"), "{:.2f}"),
+            _figure(plan.cost_usd, "{:.2f}"),
+        )
+    (console or Console()).print(table)
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading, justify in (("memory", "left"), ("GiB", "right"), (f"of {plan.budget_gib:.1f} GiB", "left")):
+        table.add_column(heading, justify=justify, no_wrap=True)
     for item in fields(MemoryGib):
         value = getattr(plan.memory_gib, item.name)
-        share = value / plan.budget_gib if plan.budget_gib else 0
+        if value == 0 and item.name in ("quantization", "communication"):
+            continue
+        share = value / plan.budget_gib if plan.budget_gib else 0.0
         filled = min(BAR_WIDTH, round(share * BAR_WIDTH))
-        style = "red" if share > 1 else "cyan" if item.name != "total" else "bold"
+        style = "red" if share > 1 else "bold" if item.name == "total" else "cyan"
         table.add_row(item.name, f"{value:.2f}", f"[{style}]{'█' * filled}[/]{'·' * (BAR_WIDTH - filled)}")
-    console.print(table)
-    phases = ", ".join(f"{f.name} {getattr(plan.phases_gib, f.name):.1f}" for f in fields(plan.phases_gib))
-    console.print(f"peaks in GiB: {phases}; host memory {plan.host_memory_gib:.0f} GiB, disk {plan.disk_gib:.0f} GiB")
-    if plan.tokens_per_second:
-        time = "" if plan.hours is None else f", {plan.hours:.2f} h"
-        cost = "" if plan.cost_usd is None else f", ${plan.cost_usd:.2f}"
-        console.print(f"{plan.tokens_per_second:,.0f} tokens/s (modelled){time}{cost}")
-    for reason in plan.reasons:
-        console.print(f"- {escape(reason)}")
-    for alternative in plan.alternatives:
-        rate = "" if alternative["usd_per_hour"] is None else f", ${alternative['usd_per_hour']:.2f}/h"
-        console.print(
-            f"  would fit: {escape(alternative['change'])} ({alternative['plan']}; "
-            f"{alternative['needs_gib']:.1f} of {alternative['budget_gib']:.1f} GiB{rate})"
-        )
+    return table
+
+
+def _place(plan: Plan) -> str:
+    hardware = plan.hardware
+    if hardware.gpu == "cpu":
+        return "the CPU"
+    nodes = f"{hardware.nodes} nodes of " if hardware.nodes > 1 else ""
+    return f"{nodes}{hardware.count}x {hardware.gpu}"
+
+
+def _settings(plan: Plan) -> str:
+    optimizer = plan.optimizer + (" with fp32 master weights" if plan.master_weights else "")
+    parts = [plan.method, plan.precision, optimizer]
+    parts += [] if plan.sharding == "none" else [f"sharding {plan.sharding}"]
+    parts += [] if plan.offload == "none" else [f"offload {plan.offload}"]
+    parts.append(f"activation checkpointing {plan.activation_checkpointing}")
+    parts.append(f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} rows of {plan.sequence_length} tokens")
+    return ", ".join(parts)
+
+
+def _speed(plan: Plan) -> str:
+    if not plan.tokens_per_second:
+        return "speed: not predicted, the card is not in the catalogue"
+    said = f"{plan.tokens_per_second:,.0f} tokens/s (modelled)"
+    said += "" if plan.hours is None else f", {plan.hours:.2f} h with start, load and export"
+    if plan.price:
+        said += "" if plan.cost_usd is None else f", ${plan.cost_usd:.2f}"
+        said += f" at ${plan.price['usd_per_hour']:.2f}/h ({plan.price['provider']}, {plan.price['date']})"
+    return said
+
+
+def _alternative(option: dict[str, Any]) -> str:
+    rate = "" if option["usd_per_hour"] is None else f", ${option['usd_per_hour']:.2f}/h"
+    total = "" if option["cost_usd"] is None else f", ${option['cost_usd']:.2f} in {option['hours']:.1f} h"
+    speed = "" if option["tokens_per_second"] is None else f", {option['tokens_per_second']:,.0f} tokens/s"
+    place = "" if option["hardware"] in option["change"] else f" on {option['hardware']}"
+    return (
+        f"{escape(option['change'])}{place} ({escape(option['plan'])}; {option['needs_gib']:.1f} of "
+        f"{option['budget_gib']:.1f} GiB{speed}{rate}{total})"
+    )
+
+
+def _billions(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} billion parameters"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -7,6 +7,7 @@ over their number, over all micro-batches and ranks, so however a batch is split
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -216,7 +217,11 @@ def train(
 
 
 def make_accelerator(job: Job, plan: Plan, run_dir: Path) -> Accelerator:
+    """Device and tracker. Raises ConfigError for a tracker that is not installed (accelerate would leave it out)."""
     tracker = None if job.tracker.name == "none" else job.tracker.name
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        remedy = f"pip install {tracker}, or tracker=tensorboard (metrics.jsonl is written in any case)"
+        raise ConfigError([Problem("tracker.name", tracker, "recipe or command line", "is not installed", remedy)])
     return Accelerator(cpu=plan.hardware.gpu == "cpu", log_with=tracker, project_dir=str(run_dir / "tracker"))
 
 

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_adapter, save_tiny_llama
 
+from loadmaster.data import PackedRow
 from loadmaster.errors import ExportRejected
-from loadmaster.export.merge import merge, read_adapter, refusals
+from loadmaster.export.merge import merge, nf4_round_trip, read_adapter, refusals
 from loadmaster.export.sidecars import write_config
 from loadmaster.export.weights import shards, tensor_files
 from loadmaster.files import read_json, write_json
@@ -77,6 +78,23 @@ def test_every_kind_of_adapter_merges_to_the_live_logits(tiny32, tmp_path, optio
     unties = {"lm_head", "embed_tokens"} & set(options.get("target_modules", ()))
     assert report.tied_embeddings == (not unties)
     assert ("lm_head.weight" in tensor_files(tmp_path / "merged")) == bool(unties)
+
+
+def test_a_qlora_adapter_is_merged_into_the_weights_it_was_trained_over(tiny, tiny_adapter, tmp_path):
+    from loadmaster.export.verify import Reference, compare, load_export, log_probabilities
+    from loadmaster.models.load import load_trained
+
+    row = PackedRow(IDS[0].numpy(), IDS[0].numpy(), torch.arange(32).numpy(), [])
+    trained = load_trained(tiny, tiny_adapter, torch.float32, "cpu", nf4=True)
+    reference = Reference(row, *log_probabilities(trained, row, 0))
+    divergence = {}
+    for name, seen_as in (("as trained", nf4_round_trip(torch.float32)), ("16-bit base", None)):
+        target = tmp_path / name
+        target.mkdir()
+        merge(tiny, target, read_adapter(tiny_adapter), torch.bfloat16, seen_as)
+        write_config(tiny, target, tied_embeddings=True)
+        divergence[name] = compare(load_export(target, "cpu"), [reference], 0)["mean_kl"]
+    assert divergence["as trained"] < 0.05 * divergence["16-bit base"]
 
 
 def test_merging_many_shards_gives_the_same_bits_as_one(tiny32, tokenizer, tmp_path):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from loadmaster_tracing import Case, traced_peaks
 
 from loadmaster.models import loss
 from loadmaster.preflight.layers import LOSS_CHUNK_TOKENS
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.step import training_step
+from loadmaster.training.trace import Case, traced_peaks
 
 TOLERANCE = 0.001
 FAMILIES = {
@@ -25,13 +25,20 @@ FAMILIES = {
     "gemma3_text": {"sliding_window": 512},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
-        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True,
-        "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     },
 }
 CASES = [
-    Case(512), Case(3000), Case(3000, accumulated=True),
-    Case(3000, "full"), Case(3000, "full", accumulated=True),
+    Case(512),
+    Case(3000),
+    Case(3000, accumulated=True),
+    Case(3000, "full"),
+    Case(3000, "full", accumulated=True),
 ]
 CHECKED: list[float] = []
 
@@ -43,11 +50,16 @@ def random_config(family: str, seed: int) -> dict:
     key_value_heads = draw.choice([1, 2, 4])
     heads = key_value_heads * draw.choice([1, 2, 4])
     return {
-        "model_type": family.split()[0], "head_dim": head_dim, "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads, "num_hidden_layers": 4,
+        "model_type": family.split()[0],
+        "head_dim": head_dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "num_hidden_layers": 4,
         "hidden_size": heads * head_dim if "phi3" in family else draw.choice([512, 768, 1024]),
-        "intermediate_size": draw.choice([1024, 2816, 4096]), "vocab_size": draw.choice([1000, 32000, 128256]),
-        "tie_word_embeddings": draw.choice([True, False]), **FAMILIES[family],
+        "intermediate_size": draw.choice([1024, 2816, 4096]),
+        "vocab_size": draw.choice([1000, 32000, 128256]),
+        "tie_word_embeddings": draw.choice([True, False]),
+        **FAMILIES[family],
     }
 
 
@@ -63,8 +75,13 @@ def test_replay_equals_a_trace_of_the_engine(family: str, method: str) -> None:
         traced = traced_peaks(config, method, CASES, rank, targets)
         for case, truth in zip(CASES, traced, strict=True):
             setup = Setup(
-                method=method, precision="bf16", optimizer="adamw", master_weights=True,
-                checkpointing=case.checkpointing, sequence_length=case.tokens, lora_rank=rank,
+                method=method,
+                precision="bf16",
+                optimizer="adamw",
+                master_weights=True,
+                checkpointing=case.checkpointing,
+                sequence_length=case.tokens,
+                lora_rank=rank,
                 lora_targets=targets if isinstance(targets, str) else tuple(targets),
                 gradient_accumulation_steps=2 if case.accumulated else 1,
             )

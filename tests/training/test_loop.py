@@ -214,3 +214,9 @@ def test_the_loss_falls_and_the_outcome_reports_it(tiny, tmp_path):
 def test_what_the_loop_does_not_do_is_refused_not_replaced(key, value):
     with pytest.raises(ConfigError, match=f"{key}={value}"):
         refuse_unbuilt(dataclasses.replace(PLAN, **{key: value}))
+
+
+def test_a_tracker_that_is_not_installed_is_refused_not_left_out(tiny):
+    job = dataclasses.replace(JOB, tracker=TrackerConfig("mlflow"))
+    with pytest.raises(ConfigError, match="pip install mlflow"):
+        make_accelerator(job, PLAN, tiny)

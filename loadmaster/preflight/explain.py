@@ -1,0 +1,209 @@
+"""Sentences about a plan: what it is, why this one, why not another, what would fit instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from loadmaster import catalog
+from loadmaster.config.schema import Job
+from loadmaster.preflight.coefficients import coefficients
+from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
+from loadmaster.preflight.search import Candidate, Found, largest_micro_batch, run_hours, search
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import ModelShape
+
+MOST_NODES = 32
+
+
+def describe(setup: Setup) -> str:
+    optimizer = setup.optimizer + (" with fp32 master weights" if setup.master_weights else "")
+    parts = [setup.method, setup.precision, optimizer]
+    if setup.sharding != "none":
+        parts.append(setup.sharding)
+    if setup.offload != "none":
+        parts.append(f"{'optimizer' if setup.offload == 'optimizer' else 'weights and optimizer'} in host memory")
+    kept = setup.checkpointing == "none"
+    parts.append("activations kept" if kept else f"activation checkpointing {setup.checkpointing}")
+    rows = setup.micro_batch_size
+    parts.append(f"{rows} row{'s' if rows > 1 else ''} of {setup.sequence_length} tokens at a time")
+    return ", ".join(parts)
+
+
+def shortfall(candidate: Candidate) -> str:
+    """What a plan needs against what there is, in GiB."""
+    need, budget = candidate.memory.needed_gib, candidate.budget_gib
+    host, has = candidate.memory.host_gib, candidate.hardware.host_memory_gib
+    said = []
+    if need > budget:
+        where = "" if candidate.hardware.is_cpu else " on each GPU"
+        said.append(f"needs {need:.1f} GiB{where} of {budget:.1f}")
+    if has is not None and host > has and not candidate.hardware.is_cpu:
+        said.append(f"needs {host:.0f} GiB of host memory of {has:.0f}")
+    return " and ".join(said) or f"fits: {need:.1f} GiB of {budget:.1f}"
+
+
+def rejection(job: Job, shape: ModelShape, candidate: Candidate) -> dict[str, Any]:
+    return {
+        "plan": describe(candidate.setup),
+        "needs_gib": round(candidate.memory.needed_gib, 2),
+        "budget_gib": round(candidate.budget_gib, 2),
+        "host_memory_gib": candidate.memory.host_gib,
+        "reason": shortfall(candidate) + _explicit_remedy(job, shape, candidate),
+    }
+
+
+def _explicit_remedy(job: Job, shape: ModelShape, failed: Candidate) -> str:
+    if job.micro_batch_size == "auto" or failed.memory.needed_gib <= failed.budget_gib:
+        return ""
+    fits = largest_micro_batch(job, shape, failed)
+    if fits == 0:
+        return "; not even micro_batch_size=1 fits"
+    rows = job.batch.global_size // failed.hardware.world_size
+    divides = max(d for d in range(1, fits + 1) if rows % d == 0)
+    whole = f" ({divides} is the largest that divides batch.global_size={job.batch.global_size})"
+    usable = "" if divides == fits else whole
+    return f"; micro_batch_size={fits} fits{usable}"
+
+
+def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found) -> list[str]:
+    if found.best is None:
+        said = list(found.refusals)
+        return said + [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
+    said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase that needs most"]
+    if found.nearest:
+        better = found.nearest[-1]
+        said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")
+    said += [against(chosen, other) for other in found.others]
+    setup = chosen.setup
+    if setup.method == "full" and setup.optimizer == "adamw" and not setup.master_weights and setup.precision == "bf16":
+        said.append("without fp32 master weights, updates smaller than a bf16 weight's spacing are lost")
+    if setup.offload != "none":
+        said.append(f"{chosen.memory.host_gib:.0f} GiB of host memory hold what the GPUs cannot")
+    if shape.estimate:
+        said.append(f"an estimate: {shape.estimate}")
+    return said
+
+
+def against(chosen: Candidate, other: Candidate) -> str:
+    """What the runner-up would win or cost."""
+    gib = other.memory.needed_gib - chosen.memory.needed_gib
+    memory = f"{abs(gib):.1f} GiB {'more' if gib > 0 else 'less'}"
+    if not chosen.tokens_per_second or not other.tokens_per_second:
+        return f"runner-up ({describe(other.setup)}): {memory}"
+    change = other.tokens_per_second / chosen.tokens_per_second - 1
+    speed = f"{abs(change):.0%} {'faster' if change > 0 else 'slower'}"
+    return f"runner-up ({describe(other.setup)}): {speed}, {memory}"
+
+
+def runner_up(chosen: Candidate, other: Candidate) -> dict[str, Any]:
+    return {
+        "plan": describe(other.setup),
+        "needs_gib": round(other.memory.needed_gib, 2),
+        "tokens_per_second": None if other.tokens_per_second is None else round(other.tokens_per_second, 1),
+        "difference": against(chosen, other),
+    }
+
+
+def basis(hardware: Hardware) -> dict[str, str]:
+    """Where the figures come from, and what they leave out."""
+    table = coefficients()
+    measured = table["context"]["cuda_gib"]
+    here = hardware.gpu == measured.get("card")
+    memory = "weights, gradients, states: exact; activations and loss: replay of the engine, equal to traces"
+    if hardware.is_cpu:
+        memory += "; the process itself: modelled"
+    else:
+        memory += f"; context and workspaces: measured on {measured['card']}, {measured['date']}"
+    if hardware.world_size > 1:
+        memory += "; gathered weights and communicators: modelled, not measured"
+    efficiency = table["efficiency"]["matmul"]
+    speed = f"roofline, efficiencies {efficiency['kind']} ({efficiency['date']})"
+    if not here and not hardware.is_cpu:
+        speed += ", scaled to this card from its data sheet"
+    return {
+        "memory": memory,
+        "speed": speed,
+        "left_out": "fragmentation beyond the reserve, other processes on the card, the KV cache of generated answers",
+    }
+
+
+def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens: int | None) -> list[dict[str, Any]]:
+    """What would fit: settings changed on this hardware, more of the same machines, then others, cheapest first."""
+    found = []
+    for text, changed in relaxations(job):
+        best = search(changed, shape, hardware).best
+        if best is not None:
+            found.append(_alternative(text, best, changed, shape, dataset_tokens))
+    machines = []
+    for other in rentable():
+        if (other.gpu, other.count, other.nodes) != (hardware.gpu, hardware.count, hardware.nodes):
+            machines += _on(job, shape, other, dataset_tokens)
+    machines.sort(key=lambda a: (a["cost_usd"] or math.inf, a["usd_per_hour"] or math.inf))
+    cheapest: dict[str, dict[str, Any]] = {}
+    for machine in machines:
+        cheapest.setdefault(machine["gpu"], machine)
+    if hardware.gpu not in cheapest:
+        found += _more_of_the_same(job, shape, hardware, dataset_tokens)
+    return found + list(cheapest.values())
+
+
+def _more_of_the_same(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens: int | None) -> list[dict]:
+    """The fewest full nodes of this GPU on which the job fits."""
+    if hardware.gpu not in catalog.gpus():
+        return []
+    for nodes in range(1, MOST_NODES + 1):
+        fits = _on(job, shape, from_catalog(hardware.gpu, 8, nodes), dataset_tokens)
+        if fits:
+            return fits
+    return []
+
+
+def _on(job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | None) -> list[dict[str, Any]]:
+    """The job on another machine, its global batch rounded up to the number of GPUs; empty if it does not fit."""
+    rows = math.ceil(job.batch.global_size / machine.world_size) * machine.world_size
+    adjusted = replace(job, batch=replace(job.batch, global_size=rows)) if rows != job.batch.global_size else job
+    best = search(adjusted, shape, machine).best
+    if best is None:
+        return []
+    text = machine.label + ("" if rows == job.batch.global_size else f" with batch.global_size={rows}")
+    return [_alternative(text, best, adjusted, shape, dataset_tokens)]
+
+
+def relaxations(job: Job) -> Iterator[tuple[str, Job]]:
+    """The job with one thing changed that the user wrote."""
+    if job.micro_batch_size != "auto":
+        yield "micro_batch_size=auto", replace(job, micro_batch_size="auto")
+    for name in ("activation_checkpointing", "offload", "sharding", "precision"):
+        if getattr(job, name) != "auto":
+            yield f"{name}=auto", replace(job, **{name: "auto"})
+    if job.optimizer.name != "auto" or job.optimizer.master_weights != "auto":
+        yield "optimizer.name=auto", replace(job, optimizer=replace(job.optimizer, name="auto", master_weights="auto"))
+    if job.precision != "fp8" and job.method == "lora":
+        yield "precision=fp8", replace(job, precision="fp8")
+    for method in ("lora", "qlora"):
+        if job.method not in ("auto", method) and (job.method, method) != ("qlora", "lora"):
+            yield f"method={method}", replace(job, method=method, precision="auto")
+    for length in (job.sequence_length // 2, job.sequence_length // 4):
+        if length >= 256:
+            yield f"sequence_length={length}", replace(job, sequence_length=length)
+
+
+def _alternative(text: str, best: Candidate, job: Job, shape: ModelShape, dataset_tokens: int | None) -> dict[str, Any]:
+    hours, rate = run_hours(job, shape, best, dataset_tokens), best.hardware.usd_per_hour
+    cost = None if hours is None or rate is None else round(hours * rate, 2)
+    return {
+        "change": text,
+        "gpu": best.hardware.gpu,
+        "hardware": best.hardware.label,
+        "plan": describe(best.setup),
+        "needs_gib": round(best.memory.needed_gib, 2),
+        "budget_gib": round(best.budget_gib, 2),
+        "tokens_per_second": None if best.tokens_per_second is None else round(best.tokens_per_second, 1),
+        "hours": None if hours is None else round(hours, 2),
+        "usd_per_hour": None if rate is None else round(rate, 2),
+        "cost_usd": cost,
+        "price": best.hardware.price_note,
+    }

@@ -1,0 +1,92 @@
+"""`make_plan`: the one function that the rest of the program calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loadmaster import catalog
+from loadmaster.config.schema import Job
+from loadmaster.preflight.explain import alternatives, basis, reasons, rejection, runner_up
+from loadmaster.preflight.hardware import Hardware, find_hardware
+from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan
+from loadmaster.preflight.search import Candidate, Found, closeness, run_hours, search, smallest
+from loadmaster.preflight.shape import ModelShape, find_shape
+from loadmaster.preflight.speed import model_flops
+
+
+def make_plan(job: Job, dataset_tokens: int | None = None) -> Plan:
+    """The plan for a job; `fits` is False when there is none, with what came nearest and what would do.
+
+    dataset_tokens: tokens of one epoch, for hours and dollars; None leaves them out unless max_steps is set.
+    Raises LoadmasterError for a model whose config.json cannot be found or read, ConfigError for unknown hardware.
+    """
+    shape, hardware = find_shape(job.model), find_hardware(job.hardware)
+    found = search(job, shape, hardware)
+    chosen = found.best or min(found.nearest, key=closeness, default=None) or smallest(job, shape, hardware)
+    plan = _plan(job, shape, chosen, found, dataset_tokens)
+    if found.best is not None:
+        return plan
+    return replace(plan, alternatives=alternatives(job, shape, hardware, dataset_tokens))
+
+
+def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_tokens: int | None) -> Plan:
+    setup, hardware, speed = chosen.setup, chosen.hardware, chosen.tokens_per_second
+    hours, rate = run_hours(job, shape, chosen, dataset_tokens), hardware.usd_per_hour
+    return Plan(
+        fits=found.best is not None,
+        model=ModelSummary(
+            name=shape.name,
+            parameters=shape.parameters,
+            trainable_parameters=setup.trainable(shape),
+            layers=shape.layers,
+            hidden_size=shape.hidden_size,
+            vocabulary_size=shape.vocabulary_size,
+            family=shape.family,
+            estimate=shape.estimate,
+            flops_per_token=model_flops(shape, job.sequence_length, setup.adapters),
+        ),
+        hardware=HardwareSummary(
+            gpu=hardware.gpu,
+            count=hardware.count,
+            nodes=hardware.nodes,
+            memory_gib=round(hardware.memory_gib, 2),
+            host_memory_gib=None if hardware.host_memory_gib is None else round(hardware.host_memory_gib, 2),
+        ),
+        method=setup.method,
+        precision=setup.precision,
+        sharding=setup.sharding,
+        offload=setup.offload,
+        activation_checkpointing=setup.checkpointing,
+        optimizer=setup.optimizer,
+        master_weights=setup.master_weights,
+        micro_batch_size=setup.micro_batch_size,
+        gradient_accumulation_steps=setup.gradient_accumulation_steps,
+        sequence_length=setup.sequence_length,
+        memory_gib=chosen.memory.train.gib(),
+        phases_gib=chosen.memory.phases,
+        peak_gib=chosen.memory.peak,
+        budget_gib=round(chosen.budget_gib, 2),
+        host_memory_gib=chosen.memory.host_gib,
+        disk_gib=chosen.memory.disk_gib,
+        tokens_per_second=None if speed is None else round(speed, 1),
+        hours=None if hours is None else round(hours, 4),
+        cost_usd=None if hours is None or rate is None else round(hours * rate, 2),
+        reasons=reasons(job, shape, chosen, found),
+        rejected=[rejection(job, shape, c) for c in found.nearest]
+        + [{"plan": "", "reason": refusal} for refusal in found.refusals],
+        runners_up=[runner_up(chosen, other) for other in found.others],
+        price=_price(hardware),
+        basis=basis(hardware),
+    )
+
+
+def _price(hardware: Hardware) -> dict | None:
+    if hardware.usd_per_hour is None:
+        return None
+    listed = catalog.prices()["gpus"][hardware.gpu]
+    return {
+        "usd_per_hour": round(hardware.usd_per_hour, 2),
+        "date": str(listed["date"]),
+        "source": catalog.prices()["sources"].get(listed["date"], ""),
+        "provider": catalog.prices()["provider"],
+    }

@@ -1,0 +1,207 @@
+"""An exact answer where one is wanted: the engine's real step, traced on the meta device (`plan.trace=true`).
+
+Real modules (transformers, peft, bitsandbytes' autograd), the engine's own forward and loss, autograd and
+torch.utils.checkpoint, with tensors that have sizes and no values: no GPU, no weights, seconds. Every storage is
+counted from the operation that makes it to its last reference. The one substitution: on the meta device the
+engine's attention would take its CPU path, so the variable-length kernel of a GPU is called instead.
+
+The tests hold the preflight's replay against the same function.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loadmaster.config.schema import Job
+from loadmaster.data import MicroBatch
+from loadmaster.models.adapters import checkpoint_activations
+from loadmaster.models.forward import causal_lm, token_losses
+from loadmaster.preflight.hardware import GIB
+from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import find_config, from_config
+from loadmaster.preflight.step import training_step
+
+TRACED_ATTENTION = "loadmaster_traced"
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: int
+    checkpointing: str = "none"
+    accumulated: bool = False
+    """Gradients of an earlier micro-batch are there."""
+
+
+def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
+    """One micro-batch of the plan, traced, beside its replay, in GiB; `skipped` says why where it is not traced.
+
+    Both are besides weights, optimizer states and gradients that were there before, and neither has what kernels
+    take inside themselves, which plan.json's memory_gib has.
+    """
+    if plan.precision != "bf16" or plan.sharding in ("fsdp", "zero3"):
+        return {"skipped": f"a trace is of bf16 and whole weights, the plan of {plan.precision} and {plan.sharding}"}
+    config, _ = find_config(job.model)
+    accumulated = plan.gradient_accumulation_steps > 1
+    tokens = plan.micro_batch_size * plan.sequence_length
+    targets = job.lora.targets
+    traced = traced_peaks(
+        config, plan.method, [Case(tokens, plan.activation_checkpointing, accumulated)], job.lora.rank, targets
+    )[0]
+    setup = Setup(
+        method=plan.method, precision="bf16", optimizer=plan.optimizer, master_weights=plan.master_weights,
+        checkpointing=plan.activation_checkpointing, sequence_length=tokens, lora_rank=job.lora.rank,
+        lora_targets=tuple(targets) if isinstance(targets, list) else targets,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+    )  # fmt: skip
+    replayed = training_step(from_config(config, job.model.name), setup, in_place=False).peak
+    return {
+        "traced_gib": round(traced / GIB, 4), "replayed_gib": round(replayed / GIB, 4),
+        "difference": round(replayed / traced - 1, 6),
+    }  # fmt: skip
+
+
+def traced_peaks(
+    config: dict[str, Any], method: str, cases: list[Case], rank: int = 16, targets: Any = "all-linear"
+) -> list[int]:
+    """For each case the peak bytes of one micro-batch, besides weights and the gradients that were there before.
+
+    config: the model's config.json as a dict.
+    """
+    model = _meta_model(config)
+    if method == "qlora":
+        _quantize(model)
+    if method != "full":
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return [_traced_peak(model, case) for case in cases]
+
+
+def _traced_peak(model: nn.Module, case: Case) -> int:
+    if case.checkpointing == "none":
+        causal_lm(model).gradient_checkpointing_disable()
+    checkpoint_activations(model, case.checkpointing)
+    live = Live()
+    held = [*model.parameters(), *model.buffers(), *_quantization_state(model)]
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad and case.accumulated else None
+        held += [] if parameter.grad is None else [parameter.grad]
+    for tensor in held:
+        live.count(tensor)
+    before, live.peak = live.live, 0
+    ids = torch.zeros(1, case.tokens, dtype=torch.long)
+    batch = MicroBatch(ids, ids, torch.arange(case.tokens)[None], [["row"]])
+    with live:
+        loss, _ = token_losses(model, batch)
+        loss.backward()
+    return live.peak - before
+
+
+class Live(TorchDispatchMode):
+    """Bytes of every live storage on the meta device, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.live = self.peak = 0
+
+    def count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if tensor.device.type != "meta" or key in self.sizes:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.live -= self.sizes.pop(key, 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.count(value)
+        return result
+
+
+def _varlen(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_: Any):
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    output = varlen_attn(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), **grouped
+    )
+    return output.unsqueeze(0), None
+
+
+def _meta_model(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+    AttentionInterface.register(TRACED_ATTENTION, _varlen)
+    shape = AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=TRACED_ATTENTION).train()
+
+
+def _quantize(model: nn.Module) -> None:
+    """Replace every linear but the head by bitsandbytes' 4-bit one, with the state of nf4 and double quantization."""
+    import bitsandbytes as bnb
+
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is not nn.Linear or child is head:
+                continue
+            four = bnb.nn.Linear4bit(
+                child.in_features, child.out_features, bias=child.bias is not None, device="meta",
+                compute_dtype=torch.bfloat16, quant_type="nf4",
+            )  # fmt: skip
+            if child.bias is not None:
+                four.bias = nn.Parameter(child.bias.data, requires_grad=False)
+            count = child.weight.numel()
+            packed = torch.empty(-(-count // 2), 1, dtype=torch.uint8, device="meta")
+            four.quant_state = _state(child.weight.shape, count)
+            four.weight = nn.Parameter(packed, requires_grad=False)
+            four.weight.quant_state = four.quant_state
+            four.weight.compress_statistics, four.weight.quant_type = True, "nf4"
+            four.weight.bnb_quantized = True
+            setattr(module, name, four)
+    model.is_loaded_in_4bit = True
+
+
+def _state(shape: torch.Size, count: int) -> Any:
+    from bitsandbytes.functional import QuantState
+
+    blocks = -(-count // 64)
+
+    def floats(*size: int) -> torch.Tensor:
+        return torch.empty(*size, device="meta")
+
+    second = QuantState(absmax=floats(-(-blocks // 256)), code=floats(256), blocksize=256, dtype=torch.float32)
+    return QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8, device="meta"), shape=shape, code=floats(16), blocksize=64,
+        quant_type="nf4", dtype=torch.bfloat16, offset=torch.empty((), device="meta"), state2=second,
+    )  # fmt: skip
+
+
+def _quantization_state(model: nn.Module) -> list[torch.Tensor]:
+    found = []
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
+        if hasattr(state, "state2"):
+            found += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return found

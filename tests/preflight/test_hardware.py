@@ -1,0 +1,48 @@
+"""Machines: the local one as it is, those of the catalogue as written, unknown names refused with the known ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadmaster.config.schema import HardwareConfig
+from loadmaster.errors import ConfigError
+from loadmaster.preflight import hardware
+
+
+def test_local_without_a_gpu_is_the_cpu_with_the_hosts_memory(monkeypatch) -> None:
+    monkeypatch.setattr(hardware, "local_gpus", lambda: [])
+    here = hardware.find_hardware(HardwareConfig())
+    assert here.is_cpu and 1 < here.memory_gib <= hardware._meminfo_bytes() / 2**30 and not here.has_fp8
+
+
+def test_local_takes_a_known_cards_facts_from_the_catalogue(monkeypatch) -> None:
+    monkeypatch.setattr(hardware, "local_gpus", lambda: 2 * [("NVIDIA H100 80GB HBM3", 79.65, 9.0)])
+    here = hardware.find_hardware(HardwareConfig())
+    assert (here.gpu, here.count, here.memory_gib, here.usd_per_hour) == ("h100_80gb", 2, 79.18, None)
+    with pytest.raises(ConfigError, match="has 2 GPU"):
+        hardware.find_hardware(HardwareConfig(count=4))
+
+
+def test_an_unknown_card_is_planned_for_memory_and_not_for_speed(monkeypatch) -> None:
+    monkeypatch.setattr(hardware, "local_gpus", lambda: [("NVIDIA RTX 7777", 48.0, 12.0)])
+    here = hardware.detect_local()
+    assert here.gpu == "NVIDIA RTX 7777" and not here.known and 47 < here.memory_gib < 48
+
+
+def test_visible_devices_are_respected(monkeypatch) -> None:
+    cards = [("a", 1.0, 8.0), ("b", 1.0, 8.0)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert hardware._visible(cards) == [("b", 1.0, 8.0)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert hardware._visible(cards) == []
+
+
+def test_catalogue_machines_have_memory_price_and_capability() -> None:
+    node = hardware.find_hardware(HardwareConfig(gpu="h100_80gb", count=8, nodes=2))
+    assert node.world_size == 16 and node.usd_per_hour == pytest.approx(16 * 3.99) and node.has_fp8
+    assert not hardware.from_catalog("a100_80gb", 1).has_fp8
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="a100_80gb"):
+        hardware.find_hardware(HardwareConfig(gpu="h100"))

@@ -1,0 +1,200 @@
+"""Can I train X on Y? The plans that must come out right, and why; docs/can-i-train-x-on-y.md prints the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from loadmaster.config.schema import (
+    BatchConfig,
+    EvaluationConfig,
+    HardwareConfig,
+    Job,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PlanConfig,
+)
+from loadmaster.preflight import make_plan
+from loadmaster.preflight.plan import Plan
+
+LLAMA = "meta-llama/Llama-3.1-"
+
+
+def job(model: str, method: str, gpu: str, count: int = 1, nodes: int = 1, **fields) -> Job:
+    master_weights = fields.pop("master_weights", "auto")
+    optimizer = OptimizerConfig(name=fields.pop("optimizer", "auto"), master_weights=master_weights)
+    return Job(
+        **{
+            "model": ModelConfig(name=model),
+            "method": method,
+            "optimizer": optimizer,
+            "sequence_length": 2048,
+            "hardware": HardwareConfig(gpu=gpu, count=count, nodes=nodes),
+            "batch": BatchConfig(global_size=64),
+            "evaluation": EvaluationConfig(),
+            "lora": LoraConfig(),
+            **fields,
+        }
+    )
+
+
+def plan(*args, **fields) -> Plan:
+    return make_plan(job(*args, **fields))
+
+
+def test_full_8b_with_adamw_does_not_fit_an_a100_but_lighter_states_lora_and_qlora_do() -> None:
+    refused = plan(LLAMA + "8B", "full", "a100_80gb", optimizer="adamw")
+    assert not refused.fits
+    # 12 bytes a parameter, 96 GB, before any activation.
+    bare = plan(LLAMA + "8B", "full", "a100_80gb", optimizer="adamw", master_weights=False, offload="none")
+    states = bare.memory_gib.weights + bare.memory_gib.gradients + bare.memory_gib.optimizer
+    assert not bare.fits and states * 2**30 == pytest.approx(12 * 8_030_261_248, rel=1e-3)
+    assert plan(LLAMA + "8B", "full", "a100_80gb", optimizer="adamw_8bit").fits
+    chosen = plan(LLAMA + "8B", "full", "a100_80gb")
+    assert chosen.fits and chosen.optimizer == "adamw_8bit" and "more faithful" in " ".join(chosen.reasons)
+    assert plan(LLAMA + "8B", "lora", "a100_80gb").fits and plan(LLAMA + "8B", "qlora", "a100_80gb").fits
+
+
+def test_lora_8b_and_qlora_13b_fit_an_a100() -> None:
+    assert plan(LLAMA + "8B", "lora", "a100_80gb").fits
+    assert plan("meta-llama/Llama-2-13b-hf", "qlora", "a100_80gb").fits
+
+
+def test_full_70b_does_not_fit_the_memory_of_four_a100() -> None:
+    refused = plan(LLAMA + "70B", "full", "a100_80gb", 4)
+    assert not refused.fits
+    kept = [r for r in refused.rejected if "host memory" not in r["plan"]]
+    assert kept and all(r["needs_gib"] > r["budget_gib"] for r in kept)
+    offloaded = [r for r in refused.rejected if "weights and optimizer in host memory" in r["plan"]]
+    assert offloaded[0]["host_memory_gib"] > 4 * 117 and "host memory" in offloaded[0]["reason"]
+    assert refused.alternatives
+
+
+def test_full_70b_on_eight_h100_is_decided_by_the_numbers() -> None:
+    fits = plan(LLAMA + "70B", "full", "h100_80gb", 8, optimizer="adamw_8bit", offload="none")
+    memory, states = fits.memory_gib, 6.03 * 70_553_706_496 / 8 / 2**30
+    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(states, 0.02)
+    assert fits.fits == (fits.memory_gib.total <= fits.budget_gib)
+    assert not plan(LLAMA + "70B", "full", "h100_80gb", 8, optimizer="adamw", offload="none").fits
+
+
+def test_405b_in_full_does_not_fit_eight_h100_and_says_what_would() -> None:
+    refused = plan(LLAMA + "405B", "full", "h100_80gb", 8)
+    assert not refused.fits
+    nodes = [a for a in refused.alternatives if "nodes of" in a["hardware"]]
+    assert nodes and all(a["needs_gib"] <= a["budget_gib"] and a["usd_per_hour"] for a in nodes)
+    assert any("h100" in a["hardware"] for a in nodes)
+
+
+def test_405b_lora_on_a_frozen_fp8_base_fits_eight_h100() -> None:
+    assert not plan(LLAMA + "405B", "lora", "h100_80gb", 8, precision="bf16", offload="none").fits
+    chosen = plan(LLAMA + "405B", "lora", "h100_80gb", 8, precision="fp8", offload="none")
+    assert chosen.fits and chosen.sharding == "fsdp"
+    assert chosen.memory_gib.weights * 8 == pytest.approx(410e9 / 2**30, rel=0.02)
+
+
+def test_qlora_70b_fits_one_a100_and_two_rtx4090_with_fsdp() -> None:
+    assert plan(LLAMA + "70B", "qlora", "a100_80gb").fits
+    two = plan(LLAMA + "70B", "qlora", "rtx4090", 2)
+    assert two.fits and two.sharding == "fsdp" and two.offload == "all"
+
+
+def test_fp8_is_refused_where_the_card_has_none() -> None:
+    refused = plan(LLAMA + "8B", "lora", "a100_80gb", precision="fp8")
+    assert not refused.fits and "no fp8" in refused.rejected[0]["reason"]
+    assert plan(LLAMA + "8B", "lora", "h100_80gb", precision="fp8").fits
+
+
+def test_an_explicit_micro_batch_that_does_not_fit_is_refused_with_the_number_that_would() -> None:
+    refused = plan(LLAMA + "8B", "lora", "h100_80gb", micro_batch_size=16, activation_checkpointing="none")
+    assert not refused.fits
+    said = refused.rejected[0]["reason"]
+    number = int(said.split("micro_batch_size=")[1].split()[0])
+
+    def fits(rows: int) -> bool:
+        return plan(
+            LLAMA + "8B",
+            "lora",
+            "h100_80gb",
+            micro_batch_size=rows,
+            batch=BatchConfig(global_size=2 * rows),
+            activation_checkpointing="none",
+        ).fits
+
+    assert fits(number) and not fits(number + 1)
+
+
+def test_what_is_written_is_kept() -> None:
+    chosen = plan(
+        LLAMA + "8B",
+        "lora",
+        "h100_80gb",
+        micro_batch_size=2,
+        activation_checkpointing="full",
+        optimizer="adamw_8bit",
+    )
+    assert (chosen.micro_batch_size, chosen.activation_checkpointing, chosen.optimizer) == (2, "full", "adamw_8bit")
+    assert chosen.micro_batch_size * chosen.gradient_accumulation_steps == 64
+
+
+def test_a_micro_batch_that_does_not_divide_the_global_batch_is_refused_with_those_that_do() -> None:
+    refused = plan(LLAMA + "8B", "lora", "h100_80gb", micro_batch_size=3)
+    assert not refused.fits and "1, 2, 4" in refused.rejected[0]["reason"]
+
+
+def test_auto_prefers_the_most_faithful_method_that_fits() -> None:
+    assert plan("meta-llama/Llama-3.2-1B", "auto", "h100_80gb").method == "full"
+    chosen = plan(LLAMA + "8B", "auto", "rtx4090")
+    assert chosen.method in ("lora", "qlora") and any("more faithful" in reason for reason in chosen.reasons)
+
+
+def test_rented_memory_is_used_for_speed() -> None:
+    chosen = plan(LLAMA + "8B", "qlora", "h100_80gb")
+    saving = plan(LLAMA + "8B", "qlora", "h100_80gb", plan=PlanConfig(objective="memory"))
+    assert chosen.activation_checkpointing == "none" and saving.memory_gib.total < chosen.memory_gib.total / 2
+    assert chosen.tokens_per_second > 1.2 * saving.tokens_per_second
+
+
+def test_the_smoke_job_fits_a_cpu_in_fp32() -> None:
+    chosen = plan("HuggingFaceTB/SmolLM2-135M-Instruct", "lora", "cpu", sequence_length=512)
+    assert chosen.fits and (chosen.precision, chosen.sharding) == ("fp32", "none") and chosen.micro_batch_size <= 4
+
+
+def test_hours_and_dollars_follow_the_dataset() -> None:
+    small, large = (make_plan(job(LLAMA + "8B", "lora", "h100_80gb"), tokens) for tokens in (10**7, 10**9))
+    assert large.hours > 50 * small.hours > 0 and large.cost_usd == pytest.approx(large.hours * 3.99, rel=0.01)
+    assert small.price["date"] == "2026-11-09" and plan(LLAMA + "8B", "lora", "h100_80gb").hours is None
+
+
+def test_a_plan_survives_its_json(tmp_path) -> None:
+    for made in (plan(LLAMA + "8B", "lora", "h100_80gb"), plan(LLAMA + "405B", "full", "h100_80gb", 8)):
+        made.write(tmp_path / "plan.json")
+        assert Plan.read(tmp_path / "plan.json").to_dict() == json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_cold_process_to_printed_plan_of_a_405b_over_all_machines_is_quick_and_without_torch() -> None:
+    code = """
+import sys
+from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConfig
+from loadmaster.preflight import make_plan, print_plan
+print_plan(make_plan(Job(model=ModelConfig(name="meta-llama/Llama-3.1-405B"), method="full", sequence_length=4096,
+                         hardware=HardwareConfig(gpu="h100_80gb", count=8), batch=BatchConfig(global_size=64))))
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+    seconds = []
+    for _ in range(3):
+        before = _children_seconds()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        seconds.append(_children_seconds() - before)
+    assert min(seconds) < 1.5, f"{min(seconds):.2f} s of processor time"
+
+
+def _children_seconds() -> float:
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

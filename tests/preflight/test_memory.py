@@ -1,0 +1,135 @@
+"""Components to the byte, where the byte is known from elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from loadmaster import catalog
+from loadmaster.preflight import memory as model
+from loadmaster.preflight.hardware import from_catalog
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import ModelShape, from_config
+from loadmaster.preflight.step import training_step
+from loadmaster.preflight.weights import base_bytes, nf4_bytes
+from loadmaster.training import optimizer
+
+GIB = 2**30
+
+
+def shape_of(name: str) -> ModelShape:
+    return from_config(json.loads((catalog.FOLDER / "shapes" / f"{name}.json").read_text())["config"], name)
+
+
+def setup(method: str = "lora", **fields) -> Setup:
+    return Setup(**{"method": method, "precision": "bf16", "optimizer": "adamw", "master_weights": True, **fields})
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "gib"),
+    [
+        ("llama-3.1-8b", 6_979_321_856, 3.3534),
+        ("llama-3.1-70b", 68_451_041_280, 32.8872),
+    ],
+)
+def test_nf4_with_double_quantization_is_what_bitsandbytes_takes(name: str, weights: int, gib: float) -> None:
+    """4.127 bits a weight: sums over bitsandbytes' own tensors (memory.md, 3.1)."""
+    shape = shape_of(name)
+    assert shape.linear_weights == weights
+    assert shape.layers * sum(map(nf4_bytes, shape.matrices())) / GIB == pytest.approx(gib, rel=2e-4)
+
+
+def test_bf16_weights_are_two_bytes_a_parameter_and_ties_count_once() -> None:
+    assert base_bytes(shape_of("llama-3.2-1b"), "lora", "bf16") == 2 * 1_235_814_400
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "adapters"),
+    [
+        ("llama-3.1-8b", 200_840, 184_680),
+        ("llama-3.2-1b", 108_680, 100_712),
+        ("llama-3.1-70b", 397_576, 365_032),
+    ],
+)
+def test_bytes_kept_per_token_and_layer_are_those_of_published_traces(name: str, full: int, adapters: int) -> None:
+    """Slopes traced independently with another tracer (memory.md, 2.1)."""
+    shape, tokens = shape_of(name), 4096
+    for method, truth in (("full", full), ("lora", adapters)):
+        peaks = [
+            training_step(
+                dataclasses.replace(shape, layers=n, windows=()),
+                setup(method, sequence_length=tokens, gradient_accumulation_steps=2),
+                False,
+            ).peak
+            for n in (8, 9)
+        ]
+        assert (peaks[1] - peaks[0]) / tokens == pytest.approx(truth, rel=1e-4)
+
+
+def test_full_checkpointing_keeps_one_hidden_state_a_layer() -> None:
+    shape = shape_of("llama-3.1-8b")
+    eight, nine = (
+        training_step(
+            dataclasses.replace(shape, layers=n, windows=()),
+            setup(checkpointing="full", sequence_length=4096, gradient_accumulation_steps=2),
+            False,
+        ).peak
+        for n in (8, 9)
+    )
+    assert nine - eight == 2 * 4096 * 4096
+
+
+def test_adapter_dropout_keeps_a_mask_and_a_copy() -> None:
+    """71,680 more bytes per token and layer of an 8B (memory.md, 2.1)."""
+    shape = shape_of("llama-3.1-8b")
+
+    def slope(dropout: float) -> float:
+        peaks = [
+            training_step(
+                dataclasses.replace(shape, layers=n, windows=()),
+                setup(lora_dropout=dropout, sequence_length=2048, gradient_accumulation_steps=2),
+                False,
+            ).peak
+            for n in (8, 9)
+        ]
+        return (peaks[1] - peaks[0]) / 2048
+
+    assert slope(0.1) - slope(0.0) == pytest.approx(71_680, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "master", "bytes_each"),
+    [
+        ("adamw", True, 16),
+        ("adamw", False, 12),
+        ("adamw_bf16", False, 8),
+        ("adamw_8bit", False, 6.03),
+    ],
+)
+def test_bytes_of_a_trained_parameter(name: str, master: bool, bytes_each: float) -> None:
+    states = model.state_bytes(setup("full", optimizer=name, master_weights=master))
+    assert 4 + states == pytest.approx(bytes_each, 0.001)
+
+
+def test_memory_grows_with_rows_length_and_rank_and_shrinks_with_checkpointing() -> None:
+    shape, gpu = shape_of("llama-3.2-1b"), from_catalog("h100_80gb", 1)
+    base = model.memory(shape, gpu, setup()).needed_gib
+    assert model.memory(shape, gpu, setup(micro_batch_size=2)).needed_gib > base
+    assert model.memory(shape, gpu, setup(sequence_length=4096)).needed_gib > base
+    assert model.memory(shape, gpu, setup(lora_rank=64)).needed_gib > base
+    assert model.memory(shape, gpu, setup(checkpointing="full")).needed_gib < base
+
+
+def test_components_add_up_to_the_training_peak() -> None:
+    sharded = setup("full", sharding="fsdp", world_size=8)
+    found = model.memory(shape_of("llama-3.1-8b"), from_catalog("h100_80gb", 8), sharded)
+    gib = found.train.gib()
+    parts = [getattr(gib, f.name) for f in dataclasses.fields(gib) if f.name != "total"]
+    assert sum(parts) == pytest.approx(gib.total, abs=1e-3) and gib.total == pytest.approx(found.phases.train, abs=1e-3)
+    assert gib.communication > 0
+
+
+def test_the_optimizer_bucket_is_the_engines() -> None:
+    assert model.BUCKET_ELEMENTS == optimizer.BUCKET_ELEMENTS

@@ -1,0 +1,43 @@
+"""Every command of the README runs, as it stands there; training is scaled down, the smoke recipe has its own test."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, TIMEOUT_S, environment
+
+SMALL = ["sequence_length=256", "max_steps=1", "data.max_rows=8", "tracker=none", "export=adapter", "evaluation.task=none"]
+TRAINS = re.compile(r"^python train.py(?!.*(--cfg|stop_after=plan))")
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith(". ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_command_runs(command, tmp_path):
+    words = shlex.split(command)
+    programs = {"python": [sys.executable], "loadmaster": [sys.executable, "-m", "loadmaster.cli"]}
+    words = [*programs[words[0]], *words[1:]]
+    if TRAINS.match(command):
+        words += [*SMALL, f"run_dir={tmp_path / 'run'}"]
+    words = [str(ROOT / word) if word == "train.py" else word.replace("examples/", f"{ROOT}/examples/") for word in words]
+    done = subprocess.run(
+        words, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S,
+        env={**environment(), "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_recipe_is_in_the_table_and_every_page_linked_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        assert f"`{recipe.stem}`" in readme
+    for link in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert Path(ROOT / link).exists(), link
