@@ -76,3 +76,9 @@ class StoppedOnRequest(LoadmasterError):
     """SIGTERM or SIGINT: a checkpoint is saved, the same command resumes."""
 
     exit_code = 75
+
+
+class ProviderError(LoadmasterError):
+    """The cloud provider refused, or could not be reached; says what was asked and what would work."""
+
+    exit_code = 4

@@ -10,7 +10,8 @@ import pytest
 
 from tests.runs import ROOT, TIMEOUT_S, environment
 
-SMALL = ["sequence_length=256", "max_steps=1", "data.max_rows=8", "tracker=none", "export=adapter", "evaluation.task=none"]
+SMALL = ["sequence_length=256", "max_steps=1", "data.max_rows=8", "export=adapter", "evaluation.task=none",
+         "tracker=none"]
 TRAINS = re.compile(r"^python train.py(?!.*(--cfg|stop_after=plan))")
 
 
@@ -27,7 +28,8 @@ def test_the_command_runs(command, tmp_path):
     words = [*programs[words[0]], *words[1:]]
     if TRAINS.match(command):
         words += [*SMALL, f"run_dir={tmp_path / 'run'}"]
-    words = [str(ROOT / word) if word == "train.py" else word.replace("examples/", f"{ROOT}/examples/") for word in words]
+    here = {"train.py": str(ROOT / "train.py")}
+    words = [here.get(word, word.replace("examples/", f"{ROOT}/examples/")) for word in words]
     done = subprocess.run(
         words, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S,
         env={**environment(), "PYTHONPATH": str(ROOT)}, check=False,

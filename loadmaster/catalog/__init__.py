@@ -1,6 +1,6 @@
 """Dated facts about GPUs, machines, prices and public models. No code here computes; preflight does.
 
-gpus.yaml, machines.yaml, prices.yaml and shapes/*.json are read once a process.
+gpus.yaml, machines.yaml, prices.yaml, serving.yaml and shapes/*.json are read once a process.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def machines() -> list[dict[str, Any]]:
 def prices() -> dict[str, Any]:
     """Prices in US dollars with the date and source of each."""
     return _read("prices.yaml")
+
+
+def serving() -> dict[str, Any]:
+    """GPU pools of endpoints, and how long a worker takes to start."""
+    return _read("serving.yaml")
 
 
 @cache

@@ -1,26 +1,32 @@
-"""What a server can hold: tokens of KV cache, concurrent requests, GPUs, dollars an hour and a million tokens.
+"""What a server can hold: tokens of KV cache, concurrent requests, and how fast it answers.
 
     cache bytes  = utilisation x card - weights / tp - server's own (context, graphs, activations)
     token bytes  = 2 x layers with cache x KV heads / min(tp, KV heads) x head_dim x bytes of the cache's dtype
     tokens       = cache bytes / token bytes, in whole blocks of 16
 
 Truth to start from: Llama 3.1 8B in bf16 on an H100 80 GB, vLLM 0.20.2, utilisation 0.9, max length 8192 gives
-443,168 tokens; the server's own share is fitted to it and marked so. Decode speed is bound by reading weights and
-cache once a step, and modelled.
+443,168 tokens; the server's own share is fitted to it and marked so. Speeds are modelled (serving_speed.py).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
+from loadmaster import catalog
+from loadmaster.errors import LoadmasterError
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware, rentable
-from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.serving_speed import Speed, Traffic
+from loadmaster.preflight.shape import FAMILIES, ModelShape
 
 BLOCK_TOKENS = 16
-WEIGHT_BITS = {"bf16": 16.0, "fp8": 8.0, "int4": 4.0 + 16 / 128}
-"""Bits of a linear's weight with its scales: fp8 has one a row, int4 a bf16 scale for 128 weights."""
+UTILISATION = 0.9
+"""Share of a card that vLLM may take: 0.9 by default up to 0.20.2 (measured), 0.92 in 0.33. Bundles set it."""
+WEIGHT_BITS = {"bf16": 16.0, "fp8": 8.0, "int4": 4.0}
+SCALE_BITS = 16
+"""Of the scale that int4 keeps for each group of weights; fp8 has one for a whole row, which is left out."""
 CACHE_BYTES = {"bf16": 2, "fp8": 1}
 RULES_OF_THUMB = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5}
 """GB for each billion parameters that people quote, before their 20% for everything else."""
@@ -35,10 +41,15 @@ class ServingPlan:
     gpu: str
     gpus: int
     fits: bool
+    """The cache holds at least one request of `context` tokens with all its answers."""
     weights_gb: float
     weights_gib_per_gpu: float
     server_gib_per_gpu: float
     cache_gib_per_gpu: float
+    budget_gib_per_gpu: float
+    """What the server may take of each card: utilisation x its memory."""
+    utilisation: float
+    cache_dtype: str
     cache_bytes_per_token: int
     """Over all cards."""
     cache_tokens: int
@@ -47,24 +58,36 @@ class ServingPlan:
     context: int
     samples: int
     tokens_per_second: float | None
-    """Modelled decode speed with the cache full."""
-    usd_per_hour: float | None
+    """Answer tokens a second with the cache full of this traffic; modelled."""
+    first_token_s: float | None
+    """Of a request that finds the server idle; modelled."""
+    pod_usd_per_hour: float | None
+    flex_usd_per_hour: float | None
+    """Of a running serverless worker."""
     usd_per_million_tokens: float | None
-    price: str
+    """Answer tokens, on a Pod that is busy all the time."""
+    prices: str
+    ecc: bool | None
     notes: list[str] = field(default_factory=list)
 
 
-def weight_bytes(shape: ModelShape, form: str) -> float:
+def weight_bytes(shape: ModelShape, form: str, group_size: int = 128) -> float:
     """Of the checkpoint: embedding, head, norms and router stay in bf16, everything else takes the format."""
     experts = shape.expert_layers * 3 * shape.experts * shape.expert_size * shape.hidden_size
     quantized = shape.linear_weights + experts
-    return quantized * WEIGHT_BITS[form] / 8 + 2 * (shape.parameters - quantized)
+    bits = WEIGHT_BITS[form] + (SCALE_BITS / group_size if form == "int4" else 0)
+    return quantized * bits / 8 + 2 * (shape.parameters - quantized)
 
 
 def cache_bytes_per_token(shape: ModelShape, dtype: str = "bf16", tp: int = 1) -> int:
     """On one card. Tensor parallelism divides the KV heads until each card has one."""
     heads = math.ceil(shape.key_value_heads / tp)
     return 2 * shape.layers * heads * shape.head_dim * CACHE_BYTES[dtype]
+
+
+def tokens_in(cache_bytes: float, per_token: int) -> int:
+    """Tokens that so many bytes of cache hold, in whole blocks."""
+    return max(0, math.floor(cache_bytes / (BLOCK_TOKENS * per_token))) * BLOCK_TOKENS
 
 
 def server_bytes(shape: ModelShape, hardware: Hardware) -> float:
@@ -81,40 +104,65 @@ def batched_tokens(hardware: Hardware) -> int:
     return 8192 if hardware.memory_gib >= 70 and not hardware.gpu.startswith("a100") else 2048
 
 
+def refuse_other_caches(config: dict[str, Any], name: str) -> None:
+    """Raises LoadmasterError for a model whose cache is not keys and values of every layer and token."""
+    text = config.get("text_config") or config
+    kinds = {str(kind) for kind in text.get("layer_types") or ()} - {"full_attention", "sliding_attention"}
+    why = None
+    if text.get("kv_lora_rank"):
+        why = f"keeps a compressed cache (multi-head latent attention, kv_lora_rank={text['kv_lora_rank']})"
+    elif kinds or text.get("full_attention_interval") or any("mamba" in key or "ssm" in key for key in text):
+        why = f"mixes attention with layers that have another state ({', '.join(sorted(kinds)) or 'state space'})"
+    if why:
+        raise LoadmasterError(
+            f"{name}: it {why}, and the formula for its cache is not known here, so its serving size would be a guess. "
+            f"Start the server once and read 'GPU KV cache size' in its log. Known: {', '.join(FAMILIES)}."
+        )
+
+
 def plan_serving(
     shape: ModelShape,
     hardware: Hardware,
     form: str = "bf16",
     context: int = 8192,
     cache: str = "bf16",
-    utilisation: float = 0.9,
-    samples: int = 1,
+    utilisation: float = UTILISATION,
+    traffic: Traffic | None = None,
+    checkpoint_bytes: float | None = None,
 ) -> ServingPlan:
     """One server on one machine, its cards joined by tensor parallelism.
 
-    context: tokens of a request, prompt and answer; samples: answers to each prompt that are generated together
-    (best of N), which share the prompt's cache in the best case and are counted whole here.
+    context: longest request, prompt and answer, tokens. traffic: what a usual request is; None is three quarters of
+    `context` as prompt and the rest as one answer. checkpoint_bytes: of the weight files, where they exist.
+    Raises LoadmasterError when the attention heads cannot be divided over the cards.
     """
     tp = hardware.count
-    weights = weight_bytes(shape, form)
+    if shape.heads % tp:
+        raise LoadmasterError(f"{shape.name}: {shape.heads} attention heads cannot be divided over {tp} GPUs")
+    traffic = traffic or Traffic(prompt_tokens=context * 3 // 4, output_tokens=context // 4)
+    weights = weight_bytes(shape, form) if checkpoint_bytes is None else checkpoint_bytes
     own = server_bytes(shape, hardware)
-    room = utilisation * hardware.memory_gib * GIB - weights / tp - own
+    budget = utilisation * hardware.memory_gib * GIB
+    room = budget - weights / tp - own
     per_token = cache_bytes_per_token(shape, cache, tp)
-    blocks = math.floor(room / (BLOCK_TOKENS * per_token)) if room > 0 else 0
-    tokens = blocks * BLOCK_TOKENS
-    concurrent = tokens / (context * samples)
+    tokens = tokens_in(room, per_token)
+    concurrent = tokens / (context * traffic.samples)
     fits = concurrent >= 1
-    speed = _decode_tokens_per_second(hardware, weights / tp, per_token, context, concurrent) if fits else None
-    rate = hardware.usd_per_hour
+    speed = Speed(shape, hardware, form, weights / tp, per_token) if fits and hardware.known else None
+    rate = speed.answer_tokens_per_second(traffic, tokens) if speed else None
+    pod, flex = hardware.usd_per_hour, flex_usd_per_hour(hardware)
     return ServingPlan(
         model=shape.name, format=form, gpu=hardware.gpu, gpus=tp, fits=fits,
         weights_gb=round(weights / 1e9, 2), weights_gib_per_gpu=round(weights / tp / GIB, 2),
         server_gib_per_gpu=round(own / GIB, 2), cache_gib_per_gpu=round(max(room, 0) / GIB, 2),
+        budget_gib_per_gpu=round(budget / GIB, 2), utilisation=utilisation, cache_dtype=cache,
         cache_bytes_per_token=per_token * tp, cache_tokens=tokens, concurrent_requests=round(concurrent, 2),
-        context=context, samples=samples, tokens_per_second=None if speed is None else round(speed, 1),
-        usd_per_hour=rate,
-        usd_per_million_tokens=None if speed is None or rate is None else round(rate / 3600 / speed * 1e6, 3),
-        price=hardware.price_note, notes=_notes(shape, hardware, form, weights, tokens, context),
+        context=context, samples=traffic.samples, tokens_per_second=None if rate is None else round(rate, 1),
+        first_token_s=None if speed is None else round(speed.first_token_s(traffic), 4),
+        pod_usd_per_hour=pod, flex_usd_per_hour=flex,
+        usd_per_million_tokens=None if not rate or pod is None else round(pod / 3600 / rate * 1e6, 3),
+        prices=_prices(hardware), ecc=catalog.serving()["gpus"].get(hardware.gpu, {}).get("ecc"),
+        notes=_notes(shape, hardware, form, weights, tokens, context, traffic),
     )  # fmt: skip
 
 
@@ -126,32 +174,42 @@ def cheapest_servers(shape: ModelShape, form: str, context: int, requests: float
         if machine.nodes == 1 and shape.heads % machine.count == 0
     ]
     return sorted(
-        (p for p in plans if p.concurrent_requests >= requests), key=lambda p: (p.usd_per_hour or math.inf, p.gpus)
+        (p for p in plans if p.concurrent_requests >= requests),
+        key=lambda p: (p.pod_usd_per_hour or math.inf, p.gpus),
     )
 
 
-def _decode_tokens_per_second(
-    hardware: Hardware, weights: float, per_token: int, context: int, sequences: float
-) -> float:
-    """Each step reads the weights once and every sequence's cache, half full on average."""
-    sequences = min(sequences, value("serving", "most_sequences"))
-    read = weights + sequences * context / 2 * per_token
-    return sequences / (read / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory")))
+def flex_usd_per_hour(hardware: Hardware) -> float | None:
+    """Of a serverless worker with these cards while it runs, list price."""
+    price = catalog.prices()["gpus"].get(hardware.gpu, {}).get("serverless_usd_per_hour")
+    return None if price is None else round(price * hardware.count, 4)
 
 
-def _notes(shape: ModelShape, hardware: Hardware, form: str, weights: float, tokens: int, context: int) -> list[str]:
-    billions = shape.parameters / 1e9
-    thumb = RULES_OF_THUMB[form] * billions
+def _prices(hardware: Hardware) -> str:
+    if hardware.gpu not in catalog.prices()["gpus"]:
+        return ""
+    return f"Pod: {hardware.price_note}; Flex: list price of {catalog.prices()['serverless_date']}"
+
+
+def _notes(
+    shape: ModelShape, hardware: Hardware, form: str, weights: float, tokens: int, context: int, traffic: Traffic
+) -> list[str]:
+    thumb = RULES_OF_THUMB[form] * shape.parameters / 1e9
+    kept = "" if form == "bf16" else " (embedding and head stay in bf16, quantized weights have scales)"
     notes = [
         f"rule of thumb: {thumb:.0f} GB of weights, {1.2 * thumb:.0f} GB in all; the checkpoint has "
-        f"{weights / 1e9:.1f} GB (embedding and head are not quantized), and the rest decides how many requests run"
+        f"{weights / 1e9:.1f} GB{kept}, and the 20% says nothing of how many requests fit"
     ]
     if any(shape.windows):
         notes.append("sliding windows hold less than counted here: an upper bound of the cache's size")
     if form == "fp8" and not hardware.has_fp8:
         notes.append(f"{hardware.gpu} has no fp8 matrix units: the weights are read in fp8 and computed in bf16")
-    if 0 < tokens < context:
-        notes.append(f"the cache holds {tokens:,} tokens in all, less than one request of {context:,}")
+    if tokens < context * traffic.samples:
+        notes.append(f"the cache holds {tokens:,} tokens, and one request may have {context * traffic.samples:,}")
+    if traffic.samples > 1:
+        notes.append(f"best of {traffic.samples}: each answer is counted with a prompt of its own, the worst case")
+    if catalog.serving()["gpus"].get(hardware.gpu, {}).get("ecc") is False:
+        notes.append(f"{hardware.gpu} has no ECC: a flipped bit in its memory goes unnoticed")
     if shape.estimate:
         notes.append(f"an estimate: {shape.estimate}")
     return notes

@@ -142,7 +142,7 @@ def test_cfg_job_prints_every_field_as_yaml_and_starts_nothing(capsys: pytest.Ca
 def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]):
     assert run_app(Recorder(), ["--help"]) == 0
     text = capsys.readouterr().out
-    assert "recipe: full_8b, lora_8b, qlora_8b, smoke" in text
+    assert "recipe: auto, fp8_405b, fp8_70b, fp8_8b, full_70b, full_8b, lora_8b" in text
     assert "hardware: a100_80gb_x1" in text
     assert "micro_batch_size: auto" in text
 

@@ -34,7 +34,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
     [
         # unknown keys: the nearest field, group or section
         ("lora.rnk=8", "lora.rnk", "there is no such field", "lora.rank=8"),
-        ("modle=llama", "modle", "there is no such field", "model=llama3_1_8b"),
+        ("modle=llama", "modle", "there is no such field", "model=llama2_13b"),
         ("learning_rate=1e-4", "learning_rate", "there is no such field", "optimizer.lr=0.0001"),
         ("lr=1e-4", "lr", "there is no such field", "optimizer.lr=0.0001"),
         ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", "there is no such field", "optimizer.lr=0.0001"),
@@ -140,7 +140,7 @@ def test_rules_are_reported_beside_wrong_values_but_not_about_them():
         ("lora:\n  rank: 3\n alpha: 4\n", "recipes/mine.yaml", "recipes/mine.yaml:3", "not valid YAML", "indentation"),
         ("- lora\n", "recipe/mine", "recipes/mine.yaml", "Cannot merge", "mend this file"),
         ("defaults:\n  - override /model: tinny\n", "model", "recipes/mine.yaml:2", "there is no model of this name",
-         "the options are llama3_1_8b, smollm2_135m"),
+         "the options are llama2_13b, llama3_1_405b, llama3_1_70b, llama3_1_8b, smollm2_135m"),
         ("defaults:\n  - override /modl: x\n", "modl", "recipes/mine.yaml:2", "no such group", "override /model: ..."),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 
 from loadmaster.models import loss
 from loadmaster.preflight.layers import LOSS_CHUNK_TOKENS
+from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.step import training_step
@@ -95,6 +96,20 @@ def test_several_hundred_combinations_were_checked() -> None:
         pytest.fail(f"only {len(CHECKED)} combinations were checked; run this file as a whole")
     assert len(CHECKED) == 300
     assert max(CHECKED) < TOLERANCE
+
+
+def test_gradients_that_meet_are_added_in_place_unless_a_trace_is_replayed() -> None:
+    shape = from_config(random_config("llama", 0), "llama")
+    setup = Setup(method="full", precision="bf16", optimizer="adamw", master_weights=True, checkpointing="full")
+    kernels = training_step(shape, setup).work.kernels
+    assert training_step(shape, setup, in_place=False).work.kernels == kernels > 0
+    tape = Tape()
+    two = [tape.alloc(100), tape.alloc(100)]
+    kept = two[0]
+    assert tape._sum(two) is two[1] and tape.live == 200  # the first is held elsewhere, the second is not
+    del kept
+    assert tape._sum(two) is two[0]
+    assert Tape(in_place=False)._sum(two) not in two
 
 
 def test_the_loss_chunk_is_the_engines() -> None:

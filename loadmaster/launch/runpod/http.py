@@ -1,0 +1,217 @@
+"""One HTTP call to the provider, as often as is safe: httpx carries it, tenacity repeats it.
+
+What may be repeated depends on what is known about the call that failed:
+
+    never sent (no connection), or 429    nothing happened        repeat, any method
+    timed out, dropped, 5xx, not JSON     it may have happened    repeat GET, PATCH and DELETE; a POST raises
+                                                                  Unsure, and its caller looks before it repeats
+    any other 4xx                         refused                 raise Refused
+
+The key comes from the environment, goes into one header and nowhere else; every message passes through redact().
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from json import JSONDecodeError
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+import tenacity
+from pydantic import ValidationError
+
+from loadmaster.errors import ProviderError
+
+T = TypeVar("T")
+
+BASE_URL = "https://api.runpod.io/v2"
+KEY_VARIABLE = "RUNPOD_API_KEY"
+BASE_URL_VARIABLE = "RUNPOD_API_BASE_URL_V2"
+REMEDIES = {
+    401: f"the key in {KEY_VARIABLE} is not accepted; make another one in the provider's console",
+    402: "the account's balance does not suffice; add funds",
+    403: "the key, or the account, may not do this; give the key read and write access",
+    404: "it does not exist any more, or belongs to another account",
+    409: "its state does not allow this now; look at it in the provider's console",
+    422: "the request does not match the provider's API; loadmaster and the API have grown apart: please report it",
+}
+
+
+class Refused(ProviderError):
+    """The provider answered no: nothing was done."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+class Throttled(ProviderError):
+    """429: nothing was done; after retry_after_s it may be asked again."""
+
+    def __init__(self, message: str, retry_after_s: float | None):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotSent(ProviderError):
+    """No connection: nothing was done."""
+
+
+class Unsure(ProviderError):
+    """No readable answer came: it may have been done or not."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait and how often to ask. The defaults are for people, tests use shorter ones."""
+
+    timeout_s: float = 30.0
+    attempts: int = 6
+    first_wait_s: float = 1.0
+    longest_wait_s: float = 60.0
+
+
+class Api:
+    """The provider's API under one key. Use as a context manager, or close()."""
+
+    def __init__(
+        self, key: str, base_url: str = BASE_URL, patience: Patience = Patience(), sleep: Callable = time.sleep
+    ):
+        self._key = key
+        self.base_url = base_url.rstrip("/")
+        self.patience = patience
+        self.sleep = sleep
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {key}", "User-Agent": "loadmaster"},
+            timeout=patience.timeout_s,
+            follow_redirects=False,  # a redirect would carry the key elsewhere
+        )
+
+    def __repr__(self) -> str:
+        return f"Api({self.base_url})"
+
+    def close(self) -> None:
+        self._client.close()
+
+    def redact(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if self._key else text
+
+    def call(self, method: str, path: str, read: Callable[[Any], T], body: Any = None, **query: Any) -> T:
+        """What `read` makes of the JSON answer (of None, where there is none: 204).
+
+        Raises Refused, and after the last repetition Throttled, NotSent or Unsure.
+        """
+        again = (Throttled, NotSent) if method == "POST" else (Throttled, NotSent, Unsure)
+        for attempt in self.attempts(again):
+            with attempt:
+                return self._once(method, path, read, body, query)
+        raise AssertionError("unreachable")
+
+    def attempts(self, on: tuple[type[ProviderError], ...]) -> tenacity.Retrying:
+        backoff = tenacity.wait_exponential_jitter(
+            self.patience.first_wait_s, self.patience.longest_wait_s, jitter=self.patience.first_wait_s
+        )
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            asked = getattr(error, "retry_after_s", None)
+            return backoff(state) if asked is None else min(asked, self.patience.longest_wait_s)
+
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(on),
+            stop=tenacity.stop_after_attempt(self.patience.attempts),
+            wait=wait,
+            sleep=self.sleep,
+            reraise=True,
+        )
+
+    def _once(self, method: str, path: str, read: Callable[[Any], T], body: Any, query: dict[str, Any]) -> T:
+        what = f"{method} {path}"
+        with self._transport(what):
+            response = self._client.request(
+                method, self.base_url + path, json=body, params={k: v for k, v in query.items() if v is not None}
+            )
+        self.check(response, what)
+        try:
+            return read(None if response.status_code == 204 else response.json())
+        except (JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, TypeError) as error:
+            # Neither JSON nor the validator's words go into the message: an answer can carry env.
+            where = [".".join(map(str, e["loc"])) for e in error.errors()] if isinstance(error, ValidationError) else []
+            fields = f" (wrong or missing: {', '.join(where[:5])})" if where else ""
+            raise Unsure(f"{what}: the answer is not what the API describes{fields}") from None
+
+    @contextmanager
+    def _transport(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
+            host = urlsplit(self.base_url).hostname
+            raise NotSent(self.redact(f"{what}: no connection to {host} ({error}); check the network")) from None
+        except httpx.TimeoutException:
+            raise Unsure(f"{what}: no answer within {self.patience.timeout_s:g} s") from None
+        except httpx.HTTPError as error:
+            raise Unsure(self.redact(f"{what}: the connection broke ({type(error).__name__})")) from None
+
+    def check(self, response: httpx.Response, what: str) -> None:
+        """Raise for anything but 2xx."""
+        status = response.status_code
+        if response.is_success:
+            return
+        said = self.redact(_detail(response))
+        if status == 429:
+            raise Throttled(f"{what}: asked too often{said}", _seconds(response.headers.get("Retry-After")))
+        if status >= 500:
+            raise Unsure(f"{what}: the provider's server failed ({status}){said}")
+        remedy = REMEDIES.get(status)
+        raise Refused(f"{what}: refused ({status}){said}" + (f"; {remedy}" if remedy else ""), status)
+
+    @contextmanager
+    def stream(self, path: str, idle_s: float, **query: Any) -> Iterator[Iterator[str]]:
+        """Lines of a streamed answer; Unsure when none came for idle_s, or the connection broke."""
+        what = f"GET {path}"
+        timeout = httpx.Timeout(self.patience.timeout_s, read=idle_s)
+        params = {k: v for k, v in query.items() if v is not None}
+        with (
+            self._transport(what),
+            self._client.stream("GET", self.base_url + path, params=params, timeout=timeout) as response,
+        ):
+            if not response.is_success:
+                response.read()
+            self.check(response, what)
+            yield response.iter_lines()
+
+
+def from_environment(base_url: str | None = None, patience: Patience = Patience()) -> Api:
+    """The API under the key in RUNPOD_API_KEY, at base_url, else RUNPOD_API_BASE_URL_V2, else the provider's own.
+
+    Raises ProviderError where there is no key.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key:
+        raise ProviderError(
+            f"{KEY_VARIABLE} is not set; put a key of your account (console: Settings, API Keys) into that environment "
+            "variable. Keys are read from nowhere else, so that none ends up in a file or a command line"
+        )
+    return Api(key, base_url or os.environ.get(BASE_URL_VARIABLE) or BASE_URL, patience)
+
+
+def _detail(response: httpx.Response) -> str:
+    """What an RFC 9457 problem says, shortened; nothing for any other body."""
+    try:
+        problem = response.json()
+        said = [str(problem["detail"]), *map(str, problem.get("errors", []))]
+    except (JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return ""
+    return ": " + "; ".join(said)[:500]
+
+
+def _seconds(header: str | None) -> float | None:
+    try:
+        return max(0.0, float(header)) if header is not None else None
+    except ValueError:
+        return None

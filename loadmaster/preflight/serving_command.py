@@ -1,0 +1,139 @@
+"""`loadmaster plan-serving model=NAME format=int4 gpu=l40s ...`: would it serve, how many at once, for how much."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from rich.console import Console
+
+from loadmaster import catalog
+from loadmaster.config.fields import nearest
+from loadmaster.config.schema import (
+    CLOSED,
+    Auto,
+    FractionBelowOne,
+    ModelConfig,
+    PositiveFloat,
+    PositiveInt,
+)
+from loadmaster.errors import ConfigError, Problem
+from loadmaster.preflight.hardware import from_catalog
+from loadmaster.preflight.serving import (
+    UTILISATION,
+    ServingPlan,
+    cheapest_servers,
+    plan_serving,
+    refuse_other_caches,
+)
+from loadmaster.preflight.serving_speed import Traffic
+from loadmaster.preflight.serving_table import print_servers, print_serving, what_if
+from loadmaster.preflight.shape import find_config, from_config
+
+USAGE = "loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [count=1] [context=8192] [key=value ...] [--json]"
+DOES_NOT_FIT = 3
+
+
+@dataclass(frozen=True, config=CLOSED)
+class Request:
+    """Words of the command."""
+
+    model: str = "???"
+    """Hub id, shipped name, or a folder with config.json."""
+    format: Literal["bf16", "fp8", "int4"] = "bf16"
+    gpu: str = "auto"
+    """Catalogue name; auto lists every machine of the catalogue that fits."""
+    count: PositiveInt | Auto = "auto"
+    """Cards, joined by tensor parallelism; auto: 1."""
+    context: PositiveInt = 8192
+    """Longest request, prompt and answer, tokens."""
+    cache: Literal["bf16", "fp8"] = "bf16"
+    utilisation: FractionBelowOne = UTILISATION
+    prompt_tokens: PositiveInt | Auto = "auto"
+    output_tokens: PositiveInt | Auto = "auto"
+    best_of_n: PositiveInt = 1
+    prefix_share: FractionBelowOne = 0.0
+    requests: PositiveFloat = 1
+    """Requests of `context` tokens to hold at once, for gpu=auto."""
+
+
+def plan_serving_command(arguments: list[str]) -> int:
+    """Print the plan (or JSON with --json); exit code 0, or 3 when it does not fit.
+
+    Raises ConfigError for a wrong word, LoadmasterError for a model that cannot be planned.
+    """
+    words = [word for word in arguments if word != "--json"]
+    request = parse(words)
+    folder = Path(request.model).expanduser()
+    is_folder = (folder / "config.json").is_file()
+    model = ModelConfig(name=folder.resolve().name, path=str(folder)) if is_folder else ModelConfig(name=request.model)
+    config, _ = find_config(model)
+    refuse_other_caches(config, model.name)
+    shape = from_config(config, model.name)
+    traffic = Traffic(
+        prompt_tokens=request.context * 3 // 4 if request.prompt_tokens == "auto" else request.prompt_tokens,
+        output_tokens=max(1, request.context // 4) if request.output_tokens == "auto" else request.output_tokens,
+        samples=request.best_of_n, prefix_share=request.prefix_share,
+    )  # fmt: skip
+    options: dict[str, Any] = {"cache": request.cache, "utilisation": request.utilisation}
+
+    def on_card(traffic: Traffic) -> ServingPlan:
+        hardware = from_catalog(request.gpu, 1 if request.count == "auto" else request.count)
+        context = max(request.context, traffic.prompt_tokens + traffic.output_tokens)
+        return plan_serving(shape, hardware, request.format, context, traffic=traffic, **options)
+
+    if request.gpu == "auto":
+        plans = cheapest_servers(shape, request.format, request.context, request.requests, traffic=traffic, **options)
+        plans = [plan for plan in plans if request.count in ("auto", plan.gpus)]
+    else:
+        plans = [on_card(traffic)]
+    if "--json" in arguments:
+        print(json.dumps([asdict(plan) for plan in plans], indent=2))
+    elif request.gpu != "auto":
+        print_serving(plans[0], {name: on_card(other) for name, other in what_if(traffic).items()})
+    elif plans:
+        print_serving(plans[0], {})
+        print_servers(plans)
+    else:
+        Console(stderr=True).print(
+            f"no machine of the catalogue holds {request.requests:g} requests of {request.context:,} tokens: "
+            "try format=int4 or fp8, cache=fp8, or a smaller context"
+        )
+    return 0 if plans and plans[0].fits else DOES_NOT_FIT
+
+
+def parse(words: list[str]) -> Request:
+    """Raises ConfigError with every wrong word."""
+    known = [field.name for field in fields(Request)]
+    values: dict[str, Any] = {}
+    problems = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in known:
+            close = nearest(key, known, cutoff=0.4)
+            hint = f"{close}=..." if close else USAGE
+            problems.append(Problem(key, text or None, "command line", "is not a word of this command", hint))
+            continue
+        values[key] = text if key in ("model", "gpu") else yaml.safe_load(text)
+    if values.get("model", "???") == "???":
+        problems.append(Problem("model", None, "command line", "is needed", USAGE))
+    if values.get("gpu", "auto") not in ("auto", *catalog.gpus()):
+        names = ", ".join(["auto", *catalog.gpus()])
+        problems.append(Problem("gpu", values.pop("gpu"), "command line", "is not in the catalogue", f"one of {names}"))
+    try:
+        request = TypeAdapter(Request).validate_python(values)
+    except ValidationError as error:
+        for key in dict.fromkeys(str(entry["loc"][0]) for entry in error.errors()):
+            message = next(e["msg"] for e in error.errors() if str(e["loc"][0]) == key)
+            problems.append(Problem(key, values.get(key), "command line", message, USAGE))
+        raise ConfigError(problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return request
+
+

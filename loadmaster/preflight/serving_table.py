@@ -1,0 +1,95 @@
+"""Serving plans as people read them: a bar for each part of the card, then what fits, then what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loadmaster.preflight.serving import ServingPlan
+from loadmaster.preflight.serving_speed import Traffic
+
+BAR_WIDTH = 40
+REASONING_FACTOR = 8
+"""Answers with long reasoning, as an example."""
+BEST_OF = 8
+
+
+def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan], console: Console | None = None) -> None:
+    """One server: memory of each card, tokens of cache, requests, price; and the same card under `variants`."""
+    console = console or Console()
+    place = f"{plan.gpus}x {plan.gpu}"
+    verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
+    console.print(f"[bold]{escape(plan.model)}[/] {plan.format} on {place}: {verdict}", highlight=False)
+    console.print(_memory(plan))
+    lines = [
+        f"cache: {plan.cache_tokens:,} tokens at {plan.cache_bytes_per_token / 1024:,.0f} KiB each ({plan.cache_dtype}), "
+        f"{plan.concurrent_requests:,.1f} requests of {plan.context:,} tokens at once",
+        f"checkpoint: {plan.weights_gb:,.2f} GB",
+    ]
+    if plan.tokens_per_second is not None and plan.first_token_s is not None:
+        lines.append(
+            f"speed (modelled): first token after {1000 * plan.first_token_s:,.0f} ms when idle, "
+            f"{plan.tokens_per_second:,.0f} answer tokens/s when full"
+        )
+    if plan.pod_usd_per_hour is not None:
+        million = "" if plan.usd_per_million_tokens is None else f", ${plan.usd_per_million_tokens:.2f} a million tokens"
+        flex = "" if plan.flex_usd_per_hour is None else f"; Flex worker ${plan.flex_usd_per_hour:.2f}/h while it runs"
+        lines.append(f"price: Pod ${plan.pod_usd_per_hour:.2f}/h{million}{flex} ({plan.prices})")
+    lines += [f"- {note}" for note in plan.notes]
+    for line in lines:
+        console.print(escape(line), highlight=False, soft_wrap=True)
+    if plan.fits and variants:
+        console.print(_comparison({"as asked": plan, **variants}, first="traffic"))
+
+
+def print_servers(plans: list[ServingPlan], console: Console | None = None) -> None:
+    """Several machines side by side: tokens of cache, requests at once, answer tokens a second, dollars."""
+    (console or Console()).print(_comparison({f"{p.gpus}x {p.gpu}": p for p in plans}, first="machine"))
+
+
+def what_if(traffic: Traffic) -> dict[str, Traffic]:
+    """The multipliers on occupancy that people forget."""
+    return {
+        f"best of {BEST_OF}": replace(traffic, samples=traffic.samples * BEST_OF),
+        f"answers {REASONING_FACTOR}x as long": replace(
+            traffic, output_tokens=traffic.output_tokens * REASONING_FACTOR
+        ),
+    }
+
+
+def _memory(plan: ServingPlan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading, justify in (("memory", "left"), ("GiB", "right"), (f"of {plan.budget_gib_per_gpu:.1f} GiB", "left")):
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    parts = {
+        "weights": plan.weights_gib_per_gpu,
+        "server": plan.server_gib_per_gpu,
+        "cache": plan.cache_gib_per_gpu,
+    }
+    over = sum(parts.values()) > plan.budget_gib_per_gpu * 1.01
+    for name, gib in parts.items():
+        filled = min(BAR_WIDTH, round(gib / plan.budget_gib_per_gpu * BAR_WIDTH))
+        style = "red" if over else "cyan"
+        table.add_row(name, f"{gib:.2f}", f"[{style}]{'█' * filled}[/]{'·' * (BAR_WIDTH - filled)}")
+    return table
+
+
+def _comparison(plans: dict[str, ServingPlan], first: str) -> Table:
+    table = Table(pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for heading in ("cache", "at once", "tokens/s", "Pod $/h", "Flex $/h", "$/M"):
+        table.add_column(heading, justify="right")
+    for name, plan in plans.items():
+        table.add_row(
+            name, f"{plan.cache_tokens:,}", f"{plan.concurrent_requests:,.1f}",
+            _figure(plan.tokens_per_second, "{:,.0f}"), _figure(plan.pod_usd_per_hour, "{:.2f}"),
+            _figure(plan.flex_usd_per_hour, "{:.2f}"), _figure(plan.usd_per_million_tokens, "{:.2f}"),
+        )  # fmt: skip
+    return table
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

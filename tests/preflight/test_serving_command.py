@@ -1,0 +1,51 @@
+"""The plan-serving command: words, table, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loadmaster.errors import ConfigError, LoadmasterError
+from loadmaster.preflight.serving_command import plan_serving_command
+
+LLAMA = "model=meta-llama/Llama-3.1-70B"
+
+
+def test_a_table_says_what_fits_and_what_best_of_n_does(capsys) -> None:
+    assert plan_serving_command([LLAMA, "format=int4", "gpu=l40s", "context=2048"]) == 0
+    said = capsys.readouterr().out
+    assert "fits" in said and "weights" in said and "best of 8" in said and "39.50 GB" in said
+
+
+def test_what_does_not_fit_exits_with_3(capsys) -> None:
+    assert plan_serving_command([LLAMA, "gpu=h100_80gb"]) == 3
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_without_a_gpu_every_machine_that_fits_is_listed_cheapest_first(capsys) -> None:
+    assert plan_serving_command([LLAMA, "format=int4", "requests=4", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert all(plan["concurrent_requests"] >= 4 for plan in plans)
+    assert [p["pod_usd_per_hour"] for p in plans] == sorted(p["pod_usd_per_hour"] for p in plans)
+    assert plan_serving_command([LLAMA, "requests=100000"]) == 3
+
+
+def test_every_wrong_word_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_serving_command(["modl=x", "gpu=h10", "context=many", "format=int3"])
+    said = str(caught.value)
+    assert all(word in said for word in ("modl", "h100_80gb", "context", "format", "model="))
+
+
+def test_a_folder_with_a_config_is_a_model(tmp_path, capsys) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan_serving_command([f"model={tmp_path}", "gpu=rtx4090", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["weights_gb"] == 0.27
+    (tmp_path / "config.json").write_text(json.dumps({**config, "kv_lora_rank": 512}))
+    with pytest.raises(LoadmasterError, match="latent attention"):
+        plan_serving_command([f"model={tmp_path}", "gpu=rtx4090"])

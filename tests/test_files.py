@@ -1,0 +1,34 @@
+import os
+
+import pytest
+
+from loadmaster.files import publish_folder, write_json
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with publish_folder(target) as partial:
+        (partial / "a").write_text("1")
+        assert not target.exists()
+    with pytest.raises(RuntimeError), publish_folder(target) as partial:
+        (partial / "a").write_text("2")
+        raise RuntimeError
+    assert (target / "a").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_set_aside_by_a_kill_between_the_renames_comes_back(tmp_path):
+    target = tmp_path / "out"
+    with publish_folder(target) as partial:
+        (partial / "a").write_text("1")
+    os.rename(target, tmp_path / ".out.previous")
+    with pytest.raises(RuntimeError), publish_folder(target):
+        raise RuntimeError
+    assert (target / "a").read_text() == "1"
+
+
+def test_json_with_a_number_that_json_lacks_is_refused_and_the_old_file_stays(tmp_path):
+    write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert "1" in (tmp_path / "x.json").read_text()
