@@ -49,7 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]"
         )
-        command.set_defaults(run=_stage, stage=stage)
+        command.set_defaults(run=_stage, stage=stage, compare=None)
+        if stage == "plan":
+            command.add_argument(
+                "--compare", metavar="KEY=A,B,...", help="plans side by side, e.g. hardware=l40s_x1,h200_x1"
+            )
     data = commands.add_parser(
         "data",
         help="print rendered rows with the trained part marked",
@@ -60,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check every file of an exported artifact against its manifest")
     verify.add_argument("folder", type=Path)
     verify.set_defaults(run=_verify)
+    serving = commands.add_parser(
+        "plan-serving",
+        help="say which GPU would serve a model, how many requests at once, for how much",
+        usage="loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [key=value ...] [--json]",
+    )
+    serving.set_defaults(run=_plan_serving)
     doctor = commands.add_parser("doctor", help="say what this machine has: devices, versions, disk")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -69,12 +79,28 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.config.compose import Composed
     from loadmaster.config.hydra_app import run_app
 
+    if arguments.compare:
+        return _compare(arguments.compare, overrides)
+
     def run_stages(composed: Composed) -> int:
         from loadmaster.pipeline import run
 
         return run(composed)
 
     return run_app(run_stages, [*overrides, f"stop_after={arguments.stage}"])
+
+
+def _compare(compare: str, overrides: list[str]) -> int:
+    """Plan the same job once for each value of one key; nothing is written."""
+    from loadmaster.config.compose import compose
+    from loadmaster.pipeline import dataset_tokens
+    from loadmaster.preflight import make_plan
+    from loadmaster.preflight.table import print_comparison
+
+    key, _, values = compare.partition("=")
+    jobs = [compose([*overrides, f"{key}={value}"]).job for value in values.split(",")]
+    print_comparison([make_plan(job, dataset_tokens(job)) for job in jobs], Console())
+    return 0
 
 
 def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -87,6 +113,12 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     tokenizer = load_tokenizer(resolve_base(job.model))
     show(prepare(job, tokenizer), tokenizer, arguments.rows, Console())
     return 0
+
+
+def _plan_serving(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from loadmaster.preflight.serving_command import plan_serving_command
+
+    return plan_serving_command(overrides)
 
 
 def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:

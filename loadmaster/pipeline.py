@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from loadmaster.config.shipped import resolve_path
 from loadmaster.config.show import show_error
 from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.files import publish_folder, sha256_json, write_json, write_text
-from loadmaster.preflight import make_plan, print_plan
+from loadmaster.preflight import estimate_tokens, make_plan, print_plan
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
 from loadmaster.rundir import RunDir, file_fingerprint
@@ -113,7 +114,11 @@ class Pipeline:
     # ------------------------------------------------------------------ stages
 
     def make_plan(self) -> None:
-        plan = make_plan(self.job)
+        plan = make_plan(self.job, dataset_tokens(self.job))
+        if self.job.plan.trace:
+            from loadmaster.training.trace import trace_plan
+
+            plan = replace(plan, trace=trace_plan(self.job, plan))
         plan.write(self.run_dir.path / "plan.json")
         print_plan(plan, self.console)
         if not plan.fits:
@@ -147,6 +152,7 @@ class Pipeline:
         self.run_dir.update_result(
             **outcome.peaks,
             predicted_gib=self.plan.memory_gib.total,
+            predicted_peaks_gib=asdict(self.plan.peak_gib) if self.plan.peak_gib else None,
             rehearsal_peak_allocated_gib=outcome.rehearsal.peak_allocated_gib,
             tokens_per_second=outcome.tokens_per_second,
             trained_tokens_per_second=outcome.trained_tokens_per_second,
@@ -281,6 +287,16 @@ def data_identity(job: Job) -> list[str]:
         paths.append(job.data.validation)
     resolved = [resolve_path(path) for path in paths]
     return [file_fingerprint(Path(p)) if Path(p).exists() else f"hub:{p}" for p in resolved]
+
+
+def dataset_tokens(job: Job) -> int | None:
+    """Tokens of an epoch, estimated from the size of the files; None for a Hub dataset."""
+    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
+    found = [Path(resolve_path(path)) for path in paths]
+    if not all(path.exists() for path in found):
+        return None
+    files = [file for path in found for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    return estimate_tokens({file.name: file.stat().st_size for file in files})
 
 
 def model_flops_utilisation(plan: Plan, tokens_per_second: float) -> float | None:

@@ -58,6 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + CHUNK_TOKENS] = grad @ weight_VH
             if grad_weight is not None:
                 grad_weight += grad.T @ x
+            del logits, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VH.dtype) if needs_weight else None)
         return total
 

@@ -129,6 +129,8 @@ def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
                 tape.alloc(w * c * h)
             if needs_head:
                 tape.alloc(w * v * h)
+            if needs_hidden or needs_head:
+                logits = grad = None
         del logits, grad, normaliser, targets
         loss = Tensor(tape.alloc(4))
         grad_head = tape.alloc(w * v * h) if needs_head and w != 4 else grad_head

@@ -23,7 +23,7 @@ from loadmaster.preflight.shape import FAMILIES, ModelShape
 
 BLOCK_TOKENS = 16
 UTILISATION = 0.9
-"""Share of a card that vLLM may take: 0.9 by default up to 0.20.2 (measured), 0.92 in 0.33. Bundles set it."""
+"""Share of a card that vLLM may take. Its default was 0.9 and is 0.92 in 0.33, so a bundle always sets it."""
 WEIGHT_BITS = {"bf16": 16.0, "fp8": 8.0, "int4": 4.0}
 SCALE_BITS = 16
 """Of the scale that int4 keeps for each group of weights; fp8 has one for a whole row, which is left out."""

@@ -135,5 +135,3 @@ def parse(words: list[str]) -> Request:
     if problems:
         raise ConfigError(problems)
     return request
-
-

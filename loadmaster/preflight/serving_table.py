@@ -25,7 +25,7 @@ def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan], console: 
     console.print(f"[bold]{escape(plan.model)}[/] {plan.format} on {place}: {verdict}", highlight=False)
     console.print(_memory(plan))
     lines = [
-        f"cache: {plan.cache_tokens:,} tokens at {plan.cache_bytes_per_token / 1024:,.0f} KiB each ({plan.cache_dtype}), "
+        f"cache: {plan.cache_tokens:,} tokens at {plan.cache_bytes_per_token / 1024:,.0f} KiB ({plan.cache_dtype}), "
         f"{plan.concurrent_requests:,.1f} requests of {plan.context:,} tokens at once",
         f"checkpoint: {plan.weights_gb:,.2f} GB",
     ]
@@ -35,7 +35,8 @@ def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan], console: 
             f"{plan.tokens_per_second:,.0f} answer tokens/s when full"
         )
     if plan.pod_usd_per_hour is not None:
-        million = "" if plan.usd_per_million_tokens is None else f", ${plan.usd_per_million_tokens:.2f} a million tokens"
+        per_million = plan.usd_per_million_tokens
+        million = "" if per_million is None else f", ${per_million:.2f} a million tokens"
         flex = "" if plan.flex_usd_per_hour is None else f"; Flex worker ${plan.flex_usd_per_hour:.2f}/h while it runs"
         lines.append(f"price: Pod ${plan.pod_usd_per_hour:.2f}/h{million}{flex} ({plan.prices})")
     lines += [f"- {note}" for note in plan.notes]

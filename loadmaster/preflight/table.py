@@ -48,24 +48,24 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
     """The same job on several machines, side by side."""
-    table = Table(pad_edge=False)
-    for heading, justify in (
-        ("hardware", "left"),
-        ("fits", "left"),
-        ("plan", "left"),
-        ("GiB of budget", "right"),
-        ("tokens/s", "right"),
-        ("hours", "right"),
-        ("$/h", "right"),
-        ("$", "right"),
+    table = Table(box=None, pad_edge=False)
+    for heading, justify, wrap in (
+        ("hardware", "left", False),
+        ("fits", "left", False),
+        ("plan", "left", True),
+        ("GiB of budget", "right", False),
+        ("tokens/s", "right", False),
+        ("hours", "right", False),
+        ("$/h", "right", False),
+        ("$", "right", False),
     ):
-        table.add_column(heading, justify=justify)
+        table.add_column(heading, justify=justify, no_wrap=not wrap)
     for plan in plans:
         price = plan.price or {}
         table.add_row(
             _place(plan),
             "yes" if plan.fits else "no",
-            _settings(plan) if plan.fits else escape(plan.reasons[0]),
+            _brief(plan) if plan.fits else escape(plan.reasons[0]),
             f"{plan.memory_gib.total:.1f} of {plan.budget_gib:.1f}",
             _figure(plan.tokens_per_second, "{:,.0f}"),
             _figure(plan.hours, "{:.2f}"),
@@ -88,6 +88,15 @@ def _memory_table(plan: Plan) -> Table:
         style = "red" if share > 1 else "bold" if item.name == "total" else "cyan"
         table.add_row(item.name, f"{value:.2f}", f"[{style}]{'█' * filled}[/]{'·' * (BAR_WIDTH - filled)}")
     return table
+
+
+def _brief(plan: Plan) -> str:
+    """The plan in a few words; `print_plan` has all of it."""
+    parts = [plan.method, plan.optimizer]
+    parts += [plan.sharding] if plan.sharding not in ("none", "ddp") else []
+    parts += ["checkpointing"] if plan.activation_checkpointing != "none" else []
+    parts += [f"{plan.offload} offloaded"] if plan.offload != "none" else []
+    return f"{', '.join(parts)}, {plan.micro_batch_size} x {plan.gradient_accumulation_steps}"
 
 
 def _place(plan: Plan) -> str:

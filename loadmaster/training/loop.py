@@ -267,10 +267,10 @@ def refuse_unbuilt(plan: Plan) -> None:
 def _rehearse(session: Session, prepared: PreparedData, scratch: Path) -> Rehearsed:
     rows, plan = prepared.train, session.plan
     picked = worst_rows(rows, plan.micro_batch_size * session.accelerator.num_processes)
-    worst = session.split(picked)[0]
+    worst = session.split(picked)[:1] * min(2, plan.gradient_accumulation_steps)
 
-    def step(batch: MicroBatch) -> None:
-        session.backward([batch], max(1, sum(map(trained_tokens, picked))))
+    def step(batches: list[MicroBatch]) -> None:
+        session.backward(batches, max(1, sum(map(trained_tokens, picked))))
         session.optimizer.clip(session.job.optimizer.max_grad_norm)
         session.optimizer.step(session.job.optimizer.lr)
 

@@ -35,15 +35,18 @@ class Rehearsed:
 
 
 def rehearse(
-    run_step: Callable[[MicroBatch], None],
+    run_step: Callable[[list[MicroBatch]], None],
     evaluate_batch: Callable[[], None],
-    worst: MicroBatch,
+    worst: list[MicroBatch],
     trained: list[tuple[str, nn.Parameter]],
     optimizer: TrainingOptimizer,
     scratch: Path,
     device: torch.device,
 ) -> Rehearsed:
-    """Run everything once and restore all state. Raises TrainingFailed with the part that failed."""
+    """Run everything once and restore all state. Raises TrainingFailed with the part that failed.
+
+    worst: the fullest micro-batch, twice where a step accumulates: gradients then meet activations.
+    """
     start = time.perf_counter()
     weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained}
     generators = rng_state()
@@ -75,11 +78,11 @@ def rehearse(
 
 def _save_and_reload(scratch: Path, trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer) -> None:
     checkpoint.save(scratch, trained, optimizer, {"step": 0, "job_hash": "rehearsal"})
-    before = {name: parameter.detach().clone() for name, parameter in trained}
-    states = {name: tensor.clone() for name, tensor in optimizer.state()[0].items()}
+    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained}
+    states = {name: tensor.to("cpu", copy=True) for name, tensor in optimizer.state()[0].items()}
     checkpoint.load(scratch, trained, optimizer)
     reloaded = optimizer.state()[0]
-    changed = [name for name, parameter in trained if not torch.equal(parameter, before[name])]
-    changed += [name for name, tensor in states.items() if not torch.equal(tensor, reloaded[name])]
+    changed = [name for name, parameter in trained if not torch.equal(parameter.cpu(), before[name])]
+    changed += [name for name, tensor in states.items() if not torch.equal(tensor, reloaded[name].cpu())]
     if changed:
         raise TrainingFailed(f"a checkpoint did not read back as written: {', '.join(changed[:3])}")

@@ -79,7 +79,7 @@ def test_checkpoint_sizes(name: str, form: str, gigabytes: float) -> None:
 
 
 def test_a_real_checkpoint_is_counted_to_its_headers() -> None:
-    """SmolLM2 135M as exported: 269,060,552 bytes in bf16, 163,227,736 in fp8, 113,175,416 in int4 with groups of 64."""
+    """SmolLM2 135M as exported here, bytes of model.safetensors; int4 with groups of 64."""
     shape = shape_of("smollm2-135m")
     sizes = {"bf16": 269_060_552, "fp8": 163_227_736, "int4": 113_175_416}
     for form, size in sizes.items():

@@ -1,0 +1,71 @@
+"""Bills of a month, and where Flex, Active and a Pod cross."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from loadmaster.endpoint.economics import (
+    MONTH_S,
+    Prices,
+    Service,
+    cold_share,
+    cold_start_s,
+    crossing_rate,
+    crossing_utilisation,
+    month,
+    share_up,
+)
+
+SERVICE = Service(request_s=2, start_s=100, idle_timeout_s=10, requests_per_second=4)
+H100 = Prices(flex=4.18, pod=3.99)
+
+
+def test_rare_requests_pay_start_work_and_timeout_each() -> None:
+    rate = 1e-5
+    assert share_up(rate, SERVICE) == pytest.approx(rate * (100 + 2 + 10), rel=0.01)
+    assert cold_share(rate, SERVICE) == pytest.approx(1, rel=0.01)
+
+
+def test_steady_requests_keep_a_worker_up_and_warm() -> None:
+    assert share_up(3, SERVICE) == pytest.approx(1)
+    assert cold_share(3, SERVICE) == pytest.approx(0, abs=1e-9)
+    assert share_up(1000, SERVICE) == 1 and cold_share(1000, SERVICE) == 0
+
+
+def test_the_bill_of_a_month() -> None:
+    rare, steady, heavy = (month(rate, SERVICE, H100) for rate in (0.0005, 2, 9))
+    assert rare.cheapest == "flex" and steady.cheapest == "pod"
+    assert steady.pod_usd == pytest.approx(3.99 * 720) and steady.flex_usd == pytest.approx(4.18 * 720)
+    assert heavy.workers == 3 and heavy.pod_usd == pytest.approx(3 * steady.pod_usd)
+    assert heavy.flex_usd == pytest.approx(4.18 * 720 * 9 / 4)
+    assert rare.requests == pytest.approx(0.0005 * MONTH_S)
+    with pytest.raises(ValueError, match="above 0"):
+        month(0, SERVICE, H100)
+
+
+def test_without_a_discount_active_is_never_cheaper_and_with_one_from_its_rest() -> None:
+    assert crossing_utilisation(H100)["active"] is None
+    assert crossing_utilisation(replace(H100, active_discount=0.2))["active"] == pytest.approx(0.8)
+    assert crossing_utilisation(H100)["pod"] == pytest.approx(3.99 / 4.18)
+    assert crossing_rate(SERVICE, H100, "active") is None
+
+
+@pytest.mark.parametrize("discount", [0.2, 0.3])
+def test_bills_are_equal_at_the_crossing_rate(discount: float) -> None:
+    prices = replace(H100, active_discount=discount)
+    rate = crossing_rate(SERVICE, prices, "active")
+    assert rate is not None
+    bill = month(rate, SERVICE, prices)
+    assert bill.flex_usd == pytest.approx(bill.active_usd, rel=1e-6)
+    assert month(rate / 2, SERVICE, prices).cheapest == "flex"
+
+
+def test_a_cold_start_reads_the_weights_from_where_they_are() -> None:
+    """39.5 GB from a network volume of 0.2 to 0.4 GB/s: 99 to 198 s, besides container and server."""
+    slow, fast, image = (
+        cold_start_s(39.5e9, "volume"), cold_start_s(39.5e9, "volume", "high"), cold_start_s(39.5e9, "image"),
+    )  # fmt: skip
+    assert slow - fast == pytest.approx(98.75)
+    assert image > slow > cold_start_s(0, "volume") > 0
