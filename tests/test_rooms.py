@@ -15,8 +15,8 @@ ROOMS = [
     "training",
     "evaluation",
     "export",
-    "endpoint",
     "launch",
+    "endpoint",
     "report",
 ]
 HEAVY = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets"}

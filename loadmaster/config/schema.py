@@ -190,12 +190,82 @@ class EndpointConfig:
     """Which exported format the bundle serves; auto: the smallest that passed."""
     max_model_len: PositiveInt | Auto = "auto"
     """Longest request, prompt and answer, tokens; auto: the training sequence_length."""
+    worker: Literal["worker-vllm", "handler"] = "worker-vllm"
+    """What runs on the endpoint: the provider's vLLM worker, or the bundle's own handler in an image that you build."""
+    image: str | None = None
+    """Container image to deploy; null is worker-vllm's. The handler's has to be built and pushed first."""
+    weights: Literal["volume", "image"] = "volume"
+    """Where a worker finds the weights: on a network volume, or baked into the handler's image."""
+    gpu: str = "auto"
+    """A GPU of the catalogue; auto: the cheapest that carries the load below."""
+    count: PositiveInt | Auto = "auto"
+    """GPUs of one worker, joined by tensor parallelism; auto: with gpu."""
+    kv_cache_dtype: Literal["bf16", "fp8"] = "bf16"
+    """fp8 holds twice the tokens; uncalibrated here, so check long contexts."""
+    gpu_memory_utilization: Annotated[float, Strict(), Gt(0), Lt(1)] = 0.9
+    """Share of each card's memory that the server may take."""
+    requests_per_second: PositiveFloat = 0.05
+    """Load that the endpoint is sized for, mean."""
+    arrivals: str = "poisson"
+    """How requests come: poisson, bursty (ten times the rate for a minute, then silence), or a CSV of times."""
+    prompt_tokens: PositiveInt | Auto = "auto"
+    """Of a usual request; auto: three quarters of max_model_len."""
+    output_tokens: PositiveInt | Auto = "auto"
+    """Of a usual answer, its reasoning included; auto: a quarter of max_model_len."""
+    best_of_n: PositiveInt = 1
+    """Answers generated for each prompt."""
+    prefix_share: FractionBelowOne = 0.0
+    """Share of the prompt that all requests have in common (a system message), found in the prefix cache."""
+    p99_first_token_ms: PositiveFloat | None = None
+    """Milliseconds to the first token that 99% of requests to a warm worker stay below; null: no limit."""
+    min_workers: NonNegativeInt = 0
+    """Workers that are always up (Active); 0 is Flex alone, which costs nothing while nobody asks."""
+    max_workers: PositiveInt | Auto = "auto"
+    """auto: twice what the load needs, at least 2."""
+    idle_timeout_s: Annotated[int, Strict(), Ge(1), Le(3600)] = 10
+    """Seconds that an idle worker waits, billed, before it ends."""
+    flashboot: Flag = True
+    """Ask the provider to keep ended workers' state for faster starts; no time is promised."""
+    active_discount: FractionBelowOne = 0.0
+    """Discount of Active workers that you agreed with the provider; there is no public one."""
 
 
 @dataclass(frozen=True, config=CLOSED)
 class LaunchConfig:
-    name: Literal["local"] = "local"
-    """Where the job runs."""
+    name: Literal["local", "runpod"] = "local"
+    """Where the job runs: on this machine, or on a rented Pod that is terminated at its end."""
+    gpus: list[str] | Auto = "auto"
+    """GPUs to choose from, of the catalogue, with a count or any (h100_80gb:2, l40s); auto: all, or hardware.gpu."""
+    objective: Literal["cost", "time"] = "cost"
+    """Which machine to prefer among those that fit: the cheapest for the whole job, or the fastest."""
+    max_usd_per_hour: PositiveFloat | None = None
+    """Dearest machine to take, US dollars an hour."""
+    max_usd: PositiveFloat | None = None
+    """Most to spend on the machine; it is terminated when that is spent. Null: max_hours alone decides."""
+    max_hours: PositiveFloat | Auto = "auto"
+    """Hours after which the machine is terminated, whatever it does; auto: twice the planned ones and one more."""
+    cloud: Literal["secure", "community"] = "secure"
+    """The provider's own data centres, or other people's hosts, which cost less and have no network volumes."""
+    data_centers: list[str] = ()  # type: ignore[assignment]
+    """Data centres to choose from; none named: all."""
+    image: str = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
+    """Container image, with a tag or digest; its entry point must run the arguments that it is given."""
+    package: str | None = None
+    """Pinned requirement that pip installs there (name==1.2.3, or a URL with a hash or commit); null: in the image."""
+    disk_gb: PositiveInt | Auto = "auto"
+    """Container disk, GB; auto: room for the image and, without a volume, for the run."""
+    volume: str | None = "loadmaster"
+    """Network volume that keeps checkpoints and exports, made when there is none of that name; null: none."""
+    volume_gb: PositiveInt | Auto = "auto"
+    """Size of a volume that is made, GB (10 to 4096); auto: what the plan writes, and the base model twice."""
+    env: dict[str, str] | None = None
+    """Environment variables of the job; no secrets."""
+    secrets: dict[str, str] | None = None
+    """Environment variables from the provider's secrets: name of the variable, name of the secret."""
+    yes: Flag = False
+    """Rent without asking."""
+    dry_run: Flag = False
+    """Print the exact requests that would be sent, and stop."""
 
 
 @dataclass(frozen=True, config=CLOSED)

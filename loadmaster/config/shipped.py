@@ -1,4 +1,4 @@
-"""Where conf/, recipes/ and data/ are: at the top of a checkout, or inside an installed wheel."""
+"""Where conf/, recipes/, data/ and launch/ are: at the top of a checkout, or inside an installed wheel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SCHEME = "shipped:"
 
 
 def shipped_folder(name: str) -> Path:
-    """Folder `conf`, `recipes` or `data` that came with this loadmaster.
+    """Folder `conf`, `recipes`, `data` or `launch` that came with this loadmaster.
 
     A wheel carries them under loadmaster/_shipped (see setup.py); a checkout has them beside the package.
     """

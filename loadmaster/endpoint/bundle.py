@@ -1,41 +1,71 @@
-"""The bundle: which export to serve, and how. Reads only the manifests; needs nothing of the training."""
+"""The bundle: which export to serve, on what, and how. Reads only the manifests; needs nothing of the training.
+
+    manifest.json                  of the export that is served, with the command under `serve`
+    README.md, traffic.svg         commands, size and reasons, bill, simulated waits, verification
+    serving.json                   the serving plan in figures
+    worker-vllm.env                environment of the provider's vLLM worker
+    endpoint.json                  the endpoint as `loadmaster deploy` asks for it
+    handler.py, server.json, requirements.txt, Dockerfile, test_input.json, .runpod/      a worker of our own
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from loadmaster import catalog
 from loadmaster.config.schema import Job
-from loadmaster.errors import ConfigError, ExportRejected, Problem
+from loadmaster.endpoint import readme, settings
+from loadmaster.endpoint.plot import draw
+from loadmaster.endpoint.sizing import Sizing, size
+from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, Problem
 from loadmaster.export.manifest import NAME, read_manifest
-from loadmaster.export.table import COLUMNS, row
 from loadmaster.files import publish_folder, write_json, write_text
 
 HOST, PORT = "127.0.0.1", 8000
 """Only this machine reaches a server that has no key; who opens it further says so."""
-
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank accepts (vllm 0.33.0)."""
+HERE = Path(__file__).parent
 
 
 def write_bundle(run_dir: Path, job: Job) -> Path:
-    """Write run_dir/bundle/: manifest.json of the export to serve, and README.md with the command and the figures.
+    """Write run_dir/bundle/ for the export to serve.
 
-    Raises ConfigError when endpoint.serve_as was not exported, ExportRejected when nothing was.
+    Raises ConfigError when endpoint.serve_as was not exported or endpoint settings cannot work, ExportRejected when
+    nothing was exported. A model whose size cannot be worked out gets a bundle without an endpoint, which says why.
     """
     folder = run_dir / "bundle"
     manifests = published(run_dir / "export", list(job.export.formats))
     chosen = choose(manifests, job.endpoint.serve_as)
     manifest = manifests[chosen]
-    artifact = Path(os.path.relpath(run_dir / "export" / chosen, folder)).as_posix()
-    longest = job.sequence_length if job.endpoint.max_model_len == "auto" else job.endpoint.max_model_len
-    command = serve_command(manifest, artifact, longest)
+    source = run_dir.absolute() / "export" / chosen
+    artifact = Path(os.path.relpath(source, folder.absolute())).as_posix()
+    context = job.sequence_length if job.endpoint.max_model_len == "auto" else job.endpoint.max_model_len
+    sizing, why_not = sized(job, manifest, source, context)
+    local = settings.vllm_options(manifest, artifact, job.endpoint, context, sizing)
+    command = settings.vllm_command(local, HOST, PORT)
     with publish_folder(folder) as partial:
-        serve = {"server": job.endpoint.server, "artifact": artifact, "max_model_len": longest, "command": command}
+        serve = {"server": job.endpoint.server, "artifact": artifact, "max_model_len": context, "command": command}
         write_json(partial / NAME, {**manifest, "serve": serve})
-        write_text(partial / "README.md", readme(manifest, command, manifests))
+        _write_worker(partial, job, manifest, source, context, sizing)
+        gpus = sizing.plan.gpus if sizing else 1
+        text = readme.render(
+            "README.md.j2", name=manifest["recipe"], manifest=manifest, command=shlex.join(command), host=HOST,
+            port=PORT, request=json.dumps(chat(manifest["recipe"])), artifact=artifact,
+            sglang=readme.sglang_command(manifest, artifact, context, gpus),
+            gguf=readme.gguf_commands(manifests, manifest["recipe"], context), sizing=sizing, why_not=why_not,
+            volume_path=settings.volume_path(source), worker_image=settings.WORKER_VLLM_IMAGE,
+            baked=job.endpoint.weights == "image", arrivals=job.endpoint.arrivals,
+            verification=readme.verification(manifests),
+            **({} if sizing is None else _tables(sizing)),
+        )  # fmt: skip
+        write_text(partial / "README.md", text)
+        if sizing is not None:
+            title = f"{manifest['recipe']} on {sizing.plan.gpus}x {sizing.plan.gpu}, simulated"
+            write_text(partial / "traffic.svg", draw(sizing.outcomes, sizing.prices, title))
     return folder
 
 
@@ -65,52 +95,75 @@ def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
     return min(whole, key=lambda name: manifests[name]["bytes"])
 
 
-def serve_command(manifest: dict[str, Any], artifact: str, max_model_len: int) -> list[str]:
-    """Arguments of `vllm serve`, to be run in the bundle's folder."""
-    name = manifest["recipe"]
-    shared = ["--host", HOST, "--port", str(PORT), "--max-model-len", str(max_model_len)]
-    if manifest["format"] != "adapter":
-        return ["vllm", "serve", artifact, "--served-model-name", name, *shared]
-    rank = manifest["adapter"]["rank"]
-    allowed = next((allowed for allowed in LORA_RANKS if allowed >= rank), rank)
-    base = manifest["base_model"]
-    revision = ["--revision", base["revision"]] if base["revision"] and "==" not in base["revision"] else []
-    return [
-        "vllm", "serve", base["name"], *revision, "--enable-lora", "--lora-modules", f"{name}={artifact}",
-        "--max-lora-rank", str(allowed), *shared,
+def sized(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> tuple[Sizing | None, str]:
+    """(the size, "") or (None, why there is none). Wrong settings are raised: they are the user's to mend."""
+    try:
+        return size(job, manifest, artifact, context), ""
+    except ConfigError:
+        raise
+    except LoadmasterError as error:
+        return None, str(error)
+
+
+def chat(name: str) -> dict[str, Any]:
+    return {"model": name, "messages": [{"role": "user", "content": "..."}]}
+
+
+def _write_worker(
+    folder: Path, job: Job, manifest: dict[str, Any], source: Path, context: int, sizing: Sizing | None
+) -> None:
+    wanted, name = job.endpoint, manifest["recipe"]
+    model = str(settings.served_from(source, wanted.weights))
+    at_once = sizing.requests_at_once if sizing else 1
+    options = settings.vllm_options(manifest, model, wanted, context, sizing)
+    env = settings.worker_env(options, at_once)
+    facts = {
+        "name": name, "vllm": settings.VLLM, "vllm_image": settings.VLLM_IMAGE, "model": model,
+        "baked": wanted.weights == "image", "artifact": f"export/{manifest['format']}",
+        "adapter": manifest["format"] == "adapter",
+    }  # fmt: skip
+    write_text(folder / "worker-vllm.env", "".join(f"{key}={value}\n" for key, value in env.items()))
+    write_text(folder / "handler.py", (HERE / "handler.py").read_text(encoding="utf-8"))
+    write_text(folder / "requirements.txt", (HERE / "templates/requirements.txt").read_text(encoding="utf-8"))
+    write_json(folder / "server.json", settings.server_json(options, name, context, at_once, PORT))
+    write_text(folder / "Dockerfile", readme.render("Dockerfile.j2", **facts))
+    write_text(folder / "Dockerfile.dockerignore", readme.render("dockerignore.j2", **facts))
+    test_input = {"input": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": min(16, context // 2)}}
+    write_json(folder / "test_input.json", test_input)
+    if sizing is None:
+        return
+    request = settings.endpoint_request(manifest, wanted, env, sizing)
+    gpu_name = catalog.gpus()[sizing.plan.gpu]["name"]
+    write_json(folder / ".runpod/hub.json", settings.hub_json(name, manifest["base_model"]["name"], request))
+    write_json(folder / ".runpod/tests.json", settings.tests_json(request, gpu_name, test_input))
+    on_volume = {} if wanted.weights == "image" else {"volume_path": str(settings.volume_path(source))}
+    usd = {"usd_per_worker_hour": sizing.prices.flex, "active_workers": sizing.min_workers}
+    write_json(folder / "endpoint.json", {"request": request, **on_volume, **usd})
+    write_json(folder / "serving.json", _figures(sizing))
+
+
+def _figures(sizing: Sizing) -> dict[str, Any]:
+    """Without the waits of every simulated request."""
+    outcomes = [
+        {
+            "fleet": asdict(outcome.fleet), "p50_wait_s": outcome.wait_s(0.5), "p95_wait_s": outcome.wait_s(0.95),
+            "p99_wait_s": outcome.wait_s(0.99), "cold_share": outcome.cold_share, "requests": len(outcome.waits_s),
+            "seconds": outcome.seconds,
+        }
+        for outcome in sizing.outcomes
     ]  # fmt: skip
+    return {
+        "plan": asdict(sizing.plan), "traffic": asdict(sizing.traffic), "workers": sizing.workers,
+        "service": asdict(sizing.service), "prices": asdict(sizing.prices), "start_s": list(sizing.start_s),
+        "bills": [asdict(bill) for bill in sizing.bills], "reasons": sizing.reasons,
+        "runners_up": [asdict(plan) for plan in sizing.runners_up], "outcomes": outcomes,
+    }  # fmt: skip
 
 
-def readme(manifest: dict[str, Any], command: list[str], manifests: dict[str, dict[str, Any]]) -> str:
-    """README.md of the bundle: what is served, the command, a request, and every format's figures."""
-    name, oldest, base = manifest["recipe"], manifest["oldest_server"], manifest["base_model"]
-    request = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "..."}}]}}'
-    header = [column for column, _ in COLUMNS]
-    rows = [row(each, {**found["verification"], "bytes": found["bytes"]}) for each, found in manifests.items()]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
-    revision = f" ({base['revision']})" if base["revision"] else ""
-    return f"""# {name}: {manifest["format"]}, ready to serve
-
-Fine-tuned from {base["name"]}{revision}, exported {manifest["created_utc"]}. Generation stops at token
-{", ".join(map(str, manifest["stop_token_ids"]))}. Loads in vLLM {oldest["vllm"]} or newer: {oldest["because"]}.
-
-Run in this folder:
-
-```
-{shlex.join(command)}
-```
-
-It listens on this machine only. Then:
-
-```
-curl http://{HOST}:{PORT}/v1/chat/completions -H 'Content-Type: application/json' -d '{request}'
-```
-
-## Against the model as trained
-
-{table}
-
-perplexity: over the trained model's. KL: mean over held-out tokens. top-1: share of tokens with the same most
-likely next token. task kept: task metric over the trained model's. `manifest.json` has every figure, and the
-sha256 of every file of the artifact.
-"""
+def _tables(sizing: Sizing) -> dict[str, str]:
+    return {
+        "sizes": readme.sizes(sizing),
+        "costs": readme.costs(sizing),
+        "crossings": readme.crossings(sizing),
+        "fleets": readme.fleets(sizing),
+    }

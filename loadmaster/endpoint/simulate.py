@@ -142,7 +142,7 @@ def simulate(arrivals: Sequence[float], service_s: float | Sequence[float], flee
             elif state.queue:
                 state.at(now + fleet.queue_delay_s, "late", what)
         elif kind == "late":
-            if state.queue and state.queue[-1] >= what:  # type: ignore[operator]
+            if state.queue and state.queue[0] <= what:  # type: ignore[operator]
                 state.start_if_needed(now)
         elif kind == "idle":
             worker, used = what  # type: ignore[misc]

@@ -36,17 +36,30 @@ def generate(
     model: a transformers causal language model, or a peft model around one. Its training mode, attention and
     cache settings and the state of the random number generators are as before when this returns.
     """
+    ids = generate_ids(model, tokenizer, conversations, max_new_tokens, batch_size, on_progress)
+    return [tokenizer.decode(answer, clean_up_tokenization_spaces=False) for answer in ids]
+
+
+def generate_ids(
+    model: nn.Module,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    max_new_tokens: int,
+    batch_size: int,
+    on_progress: Progress | None = None,
+) -> list[list[int]]:
+    """The token ids of what `generate` returns. An answer shorter than max_new_tokens ended by itself."""
     prompts = [_prompt_ids(tokenizer, conversation) for conversation in conversations]
     # Longest first: neighbours in length waste little padding, and what does not fit in memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     stops = _stop_ids(model, tokenizer)
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     with evaluating(model), cached_attention(model):
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
             new_ids = _generate_batch(model, [prompts[i] for i in some], stops, _pad_id(tokenizer), max_new_tokens)
             for i, ids in zip(some, new_ids, strict=True):
-                answers[i] = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+                answers[i] = ids
             if on_progress is not None:
                 on_progress(start + len(some), len(order))
     return answers

@@ -44,7 +44,15 @@ OLDEST_SERVER = {
 }
 """Oldest vLLM that loads each format, why, and where that is known from (2026-11-23)."""
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank accepts (vllm 0.33.0)."""
+
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "compressed-tensors", "llmcompressor")
+
+
+def max_lora_rank(rank: int) -> int:
+    """--max-lora-rank for an adapter of this rank."""
+    return next((allowed for allowed in LORA_RANKS if allowed >= rank), rank)
 
 
 def versions() -> dict[str, str]:

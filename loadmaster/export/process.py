@@ -41,11 +41,7 @@ def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float,
     spec_path, result_path = scratch / f"{name}.spec.json", scratch / f"{name}.result.json"
     result_path.unlink(missing_ok=True)
     spec_path.write_text(json.dumps({**spec, "result": str(result_path)}), encoding="utf-8")
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in LAUNCHER_VARIABLES and not key.startswith(("TORCHELASTIC_", "ACCELERATE_"))
-    }
+    environment = clean_environment()
     environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
     environment["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
@@ -73,6 +69,15 @@ def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float,
         tail = "".join(errors.readlines()[-TAIL_LINES:]).rstrip()
     what = f"did not finish in {timeout_s:.0f} s" if timed_out.is_set() else f"ended with {_meaning(code)}"
     raise ExportRejected(f"the {name} step of the export {what}, at: {last}\n{tail}")
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what a launcher put there."""
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key not in LAUNCHER_VARIABLES and not key.startswith(("TORCHELASTIC_", "ACCELERATE_"))
+    }
 
 
 def timeout_s(weight_bytes: int) -> float:

@@ -1,7 +1,7 @@
 """How fast a server answers, by a roofline: prefill is bound by FLOPs, decoding by reading weights and cache.
 
     prefill of P tokens    2 x active weights x P / (tp x peak x efficiency)
-    one decode step of N   (weights + N x cached tokens x bytes a token) / (bandwidth x efficiency)
+    one decode step of N   (weights + N x cached tokens x bytes a token) / (bandwidth x efficiency) + overhead
     tensor parallel        two all-reduces a layer besides, of the hidden state over the link, or their latency
     request alone          prefill + output x step(1)
     N requests at once     N / (N x prefill + output x step(N x samples))  requests a second
@@ -21,6 +21,8 @@ from loadmaster.preflight.shape import ModelShape
 
 ALL_REDUCE_S = 20e-6
 """Latency of one small all-reduce inside a node; a judgement."""
+STEP_S = 1e-3
+"""Of each step for the scheduler and launches, whatever the model's size; a judgement."""
 MOST_LOADED = 0.8
 """Share of a server's highest rate that is planned for; queues grow without end towards 1."""
 
@@ -80,7 +82,7 @@ class Speed:
         """One token for each of so many running answers."""
         read = self.weight_bytes + answers * traffic.mean_cached_tokens * self.bytes_per_token
         reading = read / (self.hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
-        return reading + self.all_reduces_s(answers)
+        return STEP_S + reading + self.all_reduces_s(answers)
 
     def first_token_s(self, traffic: Traffic) -> float:
         return self.prefill_s(traffic) + self.step_s(traffic, traffic.samples)
@@ -102,6 +104,18 @@ class Speed:
 
     def seconds_alone(self, traffic: Traffic) -> float:
         return self.prefill_s(traffic) + traffic.output_tokens * self.step_s(traffic, traffic.samples)
+
+    def seconds_at(self, traffic: Traffic, rate: float) -> float:
+        """Of one request while `rate` a second come to this server; of a server that is too slow, with all slots full.
+
+        N requests run at once where N = rate x seconds(N); seconds(N) is a straight line in N.
+        """
+        alone = self.seconds_alone(traffic)
+        two = 2 / self.requests_per_second(traffic, 2)
+        slope = two - alone
+        running = rate * (alone - slope) / (1 - rate * slope) if rate * slope < 1 else math.inf
+        most = value("serving", "most_sequences") / traffic.samples
+        return alone + slope * (max(1.0, min(running, most)) - 1)
 
     def p99_first_token_s(self, traffic: Traffic, rate: float) -> float:
         """99th percentile at `rate` requests a second, prefills queueing one after another (M/D/1).

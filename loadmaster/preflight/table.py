@@ -65,7 +65,7 @@ def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
         table.add_row(
             _place(plan),
             "yes" if plan.fits else "no",
-            _brief(plan) if plan.fits else escape(plan.reasons[0]),
+            _brief(plan),
             f"{plan.memory_gib.total:.1f} of {plan.budget_gib:.1f}",
             _figure(plan.tokens_per_second, "{:,.0f}"),
             _figure(plan.hours, "{:.2f}"),

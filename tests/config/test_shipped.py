@@ -15,7 +15,7 @@ import pytest
 from loadmaster.config.shipped import display_path, resolve_path, shipped_folder, shipped_path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SHIPPED = ("conf", "recipes", "data")
+SHIPPED = ("conf", "recipes", "data", "launch")
 
 
 def test_shipped_data_has_the_same_short_name_everywhere_and_other_paths_are_left_alone():

@@ -19,7 +19,7 @@ def always_on(workers: int, slots: int = 1) -> Fleet:
 
 @pytest.mark.parametrize(("workers", "load"), [(1, 0.5), (1, 0.8), (3, 0.8)])
 def test_waits_of_m_m_c_are_erlangs(workers: int, load: float) -> None:
-    arrivals = poisson(load * workers, 60_000 / workers, seed=1)
+    arrivals = poisson(load * workers, 60_000, seed=1)
     random = Random(2)
     outcome = simulate(arrivals, [random.expovariate(1.0) for _ in arrivals], always_on(workers))
     offered = load * workers

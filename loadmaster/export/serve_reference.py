@@ -1,0 +1,102 @@
+"""What the trained model says, for a server to be compared with; in a process of its own.
+
+Log-probabilities of held-out documents, each alone (a server cannot be given a packed row), under the model as
+trained and under its base; and greedy answers. The process ends before a server starts, so both never share
+the memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from loadmaster.data import Conversation, PackedRow
+from loadmaster.evaluation.generate import generate_ids
+from loadmaster.export.process import progress, read_spec, step, write_result
+from loadmaster.export.verify import log_probabilities
+from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
+
+BATCH_SIZE = 8
+
+
+def main(arguments: list[str]) -> None:
+    told = read_spec(arguments)
+    base, trained, device = Path(told["base"]), Path(told["trained"]), told["device"]
+    how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": device, "nf4": told["nf4"]}
+    tokenizer = load_tokenizer(base)
+    rows = [_row(document) for document in told["documents"]]
+    conversations = [Conversation(**conversation) for conversation in told["prompts"]]
+
+    progress("scoring the trained model")
+    model = load_trained(base, trained, **how)
+    scored = [_scored(model, row, tokenizer.pad_token_id) for row in rows]
+    answers = generate_ids(model, tokenizer, conversations, told["max_new_tokens"], BATCH_SIZE)
+    progress("scoring its base")
+    if hasattr(model, "disable_adapter"):
+        without = model.disable_adapter()
+    else:
+        del model
+        gc.collect()
+        model, without = load_base(base, **how).eval(), nullcontext()
+    with without:
+        of_base = [_scored(model, row, tokenizer.pad_token_id) for row in rows]
+
+    write_result(
+        told,
+        {
+            "documents": [
+                {
+                    "ids": row.input_ids.tolist(), "positions": _positions(row),
+                    "trained": ours["own"], "top": ours["top"], "base": theirs["own"],
+                }
+                for row, ours, theirs in zip(rows, scored, of_base, strict=True)
+            ],
+            "answers": [
+                {
+                    "ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True),
+                    "ended": len(ids) < told["max_new_tokens"],
+                }
+                for ids in answers
+            ],
+        },
+    )  # fmt: skip
+
+
+def split_row(row: PackedRow) -> list[PackedRow]:
+    """The documents of a packed row, each a row of its own."""
+    starts = [*np.flatnonzero(row.position_ids == 0).tolist(), len(row)]
+    return [
+        replace(
+            row, input_ids=row.input_ids[start:end], labels=row.labels[start:end],
+            position_ids=row.position_ids[start:end], document_ids=[],
+        )
+        for start, end in zip(starts, starts[1:], strict=False)
+    ]  # fmt: skip
+
+
+def _row(document: dict[str, list[int]]) -> PackedRow:
+    ids = np.array(document["input_ids"])
+    return PackedRow(ids, np.array(document["labels"]), np.arange(len(ids)), [])
+
+
+def _positions(row: PackedRow) -> list[int]:
+    """Where trained tokens stand that have one before them: those whose log-probabilities are taken, in order."""
+    return [at for at in np.flatnonzero(row.labels != -100).tolist() if at > 0]
+
+
+def _scored(model: nn.Module, row: PackedRow, pad_token_id: int) -> dict[str, list[Any]]:
+    log_p, targets = log_probabilities(model, row, pad_token_id)
+    own = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return {"own": own.tolist(), "top": torch.argmax(log_p, dim=-1).tolist()}
+
+
+if __name__ == "__main__":
+    step(main, sys.argv[1:])

@@ -1,0 +1,61 @@
+"""A Pod of the fake provider as a real process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+from tests.launch.fake_runpod import FakeRunpod
+
+
+class ProcessRunner:
+    """Runs a Pod's args as a process, as its container would: env, Pod id and a key of its own, lines as its log.
+
+    folder stands for the container's file system: /workspace in a value of env is folder/workspace.
+    """
+
+    def __init__(self, folder: Path, secrets: dict[str, str] | None = None, environment: dict[str, str] | None = None):
+        self.folder, self.secrets, self.environment = folder, secrets or {}, environment or {}
+        self.exit_codes: list[int] = []
+
+    def __call__(self, fake: FakeRunpod, id: str) -> None:
+        with fake.lock:
+            pod = fake.pods[id]
+            process = subprocess.Popen(
+                shlex.split(pod["args"]),
+                env=self._env(fake, id, pod["env"]),
+                cwd=self.folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+
+            def end() -> None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+            pod["_end"] = end
+        assert process.stdout is not None
+        for line in process.stdout:
+            fake.say(id, line.rstrip("\n"))
+        self.exit_codes.append(process.wait())
+
+    def _env(self, fake: FakeRunpod, id: str, env: dict[str, str]) -> dict[str, str]:
+        def secret(match: re.Match) -> str:
+            return self.secrets[match.group(1)]
+
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
+        given = {
+            name: re.sub(r"\{\{ RUNPOD_SECRET_(\w+) \}\}", secret, value).replace(
+                "/workspace", str(self.folder / "workspace")
+            )
+            for name, value in env.items()
+        }
+        own = {"RUNPOD_POD_ID": id, "RUNPOD_API_KEY": fake.pod_key(id)}
+        return {**kept, **self.environment, **given, **own}
