@@ -51,7 +51,7 @@ def terminate(api):
         with urllib.request.urlopen(request, timeout=30):
             return True
     except urllib.error.HTTPError as error:
-        said = "the provider answered %d" % error.code
+        said = f"the provider answered {error.code}"
         if error.code == 404:
             return True
     except OSError as error:
@@ -96,15 +96,15 @@ def prepare(job):
     if job["package"]:
         command = [sys.executable, "-m", "pip", "install", "--no-input", "--quiet", job["package"]]
         if subprocess.call(command) != 0:
-            return "pip could not install %s" % job["package"]
+            return "pip could not install " + job["package"]
     found = subprocess.run(
         [sys.executable, "-c", "import loadmaster; print(loadmaster.__version__)"], stdout=subprocess.PIPE
     )
     version = found.stdout.decode().strip()
     if version != job["version"]:
-        return "the image has loadmaster %s, the launcher %s; set launch.image or launch.package to the same" % (
-            version or "not at all",
-            job["version"],
+        has = version or "not at all"
+        return (
+            f"the image has loadmaster {has}, the launcher {job['version']}; launch.image or launch.package must match"
         )
     return None
 

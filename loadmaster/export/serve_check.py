@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ FIXED_CONVERSATIONS = {
         {"role": "user", "content": "And their weight?"},
     ],
 }
-"""Rendered by the server and by ours; one that the template itself refuses (some know no system message) is left out."""
+"""Rendered by the server and by us; one that the template itself refuses (some know no system message) is left out."""
 
 
 def serve_check(
@@ -65,23 +66,24 @@ def serve_check(
     tokenizer = load_tokenizer(base)
     prepared = prepare(job, tokenizer)
     wanted = questions(job, prepared, tokenizer)
-    log_folder = run_dir / "serve-check"
     with tempfile.TemporaryDirectory() as scratch:
         reference = _reference(run_dir, base, job, wanted, Path(scratch), echo)
     expected = {name: _rendered(tokenizer, messages) for name, messages in wanted["conversations"].items()}
     results = {}
     for name, manifest in manifests.items():
-        echo(f"{name}: starting {version}")
         start = time.monotonic()
-        port, folder = free_port(), run_dir / "export" / name
-        command = server_command(python, folder.absolute(), base.absolute(), manifest, job.recipe, port,
-                                 job.sequence_length)  # fmt: skip
-        weight_bytes = sum(p.stat().st_size for p in [*folder.glob("*.safetensors"), *base.glob("*.safetensors")])
-        limits = LIMITS[name]
+        port = free_port()
+        folder = run_dir / "export" / name
+        command = server_command(
+            python, folder.absolute(), base.absolute(), manifest, job.recipe, port, job.sequence_length
+        )
+        ready_within_s = start_timeout_s(_weight_bytes(folder) + _weight_bytes(base))
+        say = partial(_say, echo, name)
+        say(f"starting {version}")
         try:
-            with started(command, port, log_folder / f"{name}.log") as server:
-                ready = server.wait_until_ready(start_timeout_s(weight_bytes), lambda text: echo(f"{name}: {text}"))
-                echo(f"{name}: ready after {ready:.0f} s, asking")
+            with started(command, port, run_dir / "serve-check" / f"{name}.log") as server:
+                ready = server.wait_until_ready(ready_within_s, say)
+                say(f"ready after {ready:.0f} s, asking")
                 try:
                     with Client(port, job.recipe) as client:
                         figures = ask(client, reference, wanted, expected, manifest["stop_token_ids"])
@@ -89,21 +91,26 @@ def serve_check(
                     if server.exit_code is None:
                         raise
                     raise ExportRejected(f"{error}; {server.account()}") from None
-            found = failures(figures, limits, job.recipe)
+            found = failures(figures, LIMITS[name], job.recipe)
             results[name] = {"seconds_to_ready": ready, **figures}
         except ExportRejected as error:
             found, results[name] = [str(error)], {}
+        seconds = time.monotonic() - start
         results[name] |= {
-            "seconds": time.monotonic() - start, "limits": asdict(limits), "failures": found, "passed": not found,
+            "seconds": seconds, "limits": asdict(LIMITS[name]), "failures": found, "passed": not found,
         }  # fmt: skip
-        echo(f"{name}: {'passed' if not found else 'FAILED'} in {results[name]['seconds']:.0f} s")
+        say(f"{'passed' if not found else 'FAILED'} in {seconds:.0f} s")
     write_json(
         run_dir / "serve-check.json",
         {
-            "schema": 1, "server": version, "served_as": job.recipe, "passed": all(r["passed"] for r in results.values()),
-            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"), "formats": results,
+            "schema": 1,
+            "server": version,
+            "served_as": job.recipe,
+            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            "passed": all(figures["passed"] for figures in results.values()),
+            "formats": results,
         },
-    )  # fmt: skip
+    )
     return results
 
 
@@ -145,7 +152,8 @@ def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any
     asked["conversations"] = {
         name: messages for name, messages in FIXED_CONVERSATIONS.items() if _renders(tokenizer, messages)
     }
-    for conversation in prepared.train_conversations if prepared.validation is None else prepared.validation_conversations:
+    held_out = prepared.validation is not None
+    for conversation in prepared.validation_conversations if held_out else prepared.train_conversations:
         if len(asked["prompts"]) == PROMPTS:
             break
         if conversation.text is not None or conversation.tools or _calls_tools(conversation):
@@ -220,8 +228,15 @@ def _reference(
         "device": "cpu" if detect_local().gpu == "cpu" else "cuda",
         **{key: wanted[key] for key in ("documents", "prompts", "max_new_tokens")},
     }  # fmt: skip
-    weight_bytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    return run_step("loadmaster.export.serve_reference", spec, scratch, timeout_s(3 * weight_bytes), echo)
+    return run_step("loadmaster.export.serve_reference", spec, scratch, timeout_s(3 * _weight_bytes(base)), echo)
+
+
+def _say(echo: Callable[[str], None], name: str, text: str) -> None:
+    echo(f"{name}: {text}")
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:

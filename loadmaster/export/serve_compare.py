@@ -18,7 +18,7 @@ from typing import Any
 from loadmaster.export.serve_client import Served
 
 TELLABLE = 0.05
-"""Nats a token: below this the fine-tune is lost in the rounding of another kernel, and the tuned share says nothing."""
+"""Nats a token; a smaller fine-tune is lost in the rounding of other kernels, and the tuned share means nothing."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class Server:
                 pass
             if time.monotonic() - last_echo > ECHO_EVERY_S:
                 last_echo = time.monotonic()
-                echo(f"  waiting for the server ({waited:.0f} s)")
+                echo(f"waiting for the server ({waited:.0f} s)")
             time.sleep(POLL_S)
         raise ExportRejected(f"the server was not ready within {timeout_s:.0f} s ({state})\n{self.tail()}")
 

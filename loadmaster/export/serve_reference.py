@@ -8,6 +8,7 @@ the memory.
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -78,7 +79,7 @@ def split_row(row: PackedRow) -> list[PackedRow]:
             row, input_ids=row.input_ids[start:end], labels=row.labels[start:end],
             position_ids=row.position_ids[start:end], document_ids=[],
         )
-        for start, end in zip(starts, starts[1:], strict=False)
+        for start, end in itertools.pairwise(starts)
     ]  # fmt: skip
 
 

@@ -1,22 +1,39 @@
+"""What a bundle says and sets, for every format; on a real config.json and weight files of a stated size."""
+
 from __future__ import annotations
 
+import ast
+import json
+import shlex
 from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import pytest
 
-from loadmaster.config.schema import EndpointConfig, ExportConfig, Job
-from loadmaster.endpoint.bundle import choose, serve_command, write_bundle
+from loadmaster.config.schema import EndpointConfig, ExportConfig, Job, ModelConfig
+from loadmaster.endpoint.bundle import choose, write_bundle
+from loadmaster.endpoint.settings import model_options, volume_path
 from loadmaster.errors import ConfigError, ExportRejected
 from loadmaster.export.manifest import write_manifest
 from loadmaster.files import read_json
 
-JOB = Job(recipe="tickets", sequence_length=512, export=ExportConfig(formats=["adapter", "bf16", "int4"]))
+CONFIG = {
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+JOB = Job(
+    recipe="tickets", model=ModelConfig(name="HuggingFaceTB/SmolLM2-135M-Instruct"), sequence_length=512,
+    export=ExportConfig(formats=["adapter", "bf16", "int4"]),
+)  # fmt: skip
 
 
-def publish(run_dir, name, size, passed=True):
+def publish(run_dir, name, size, passed=True, config=CONFIG):
     folder = run_dir / "export" / name
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"x" * size)
+    if name != "adapter" and config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
     facts = {
         "format": name, "recipe": "tickets", "base_model": {"name": "org/base", "revision": "abc"},
         "stop_token_ids": [2, 7], "verification": {"perplexity_ratio": 1.01, "mean_kl": 0.002, "passed": passed},
@@ -26,47 +43,181 @@ def publish(run_dir, name, size, passed=True):
 
 @pytest.fixture
 def run_dir(tmp_path):
+    folder = tmp_path / "runs/tickets/one"
     for name, size in (("adapter", 10), ("bf16", 300), ("int4", 100)):
-        publish(tmp_path, name, size)
-    return tmp_path
+        publish(folder, name, size)
+    return folder
+
+
+def bundle(run_dir, **endpoint):
+    return write_bundle(run_dir, replace(JOB, endpoint=EndpointConfig(**endpoint)))
+
+
+def environment(folder):
+    return dict(line.split("=", 1) for line in (folder / "worker-vllm.env").read_text().splitlines())
 
 
 def test_the_smallest_whole_model_is_served_unless_told_otherwise(run_dir):
-    folder = write_bundle(run_dir, JOB)
+    folder = bundle(run_dir)
     manifest = read_json(folder / "manifest.json")
     assert folder == run_dir / "bundle"
     assert manifest["format"] == "int4"
     assert manifest["serve"]["artifact"] == "../export/int4"
     assert (folder / manifest["serve"]["artifact"] / manifest["files"][0]["path"]).is_file()
-    chosen = write_bundle(run_dir, replace(JOB, endpoint=EndpointConfig(serve_as="bf16", max_model_len=256)))
+    chosen = bundle(run_dir, serve_as="bf16", max_model_len=256)
     assert read_json(chosen / "manifest.json")["format"] == "bf16"
     assert "--max-model-len 256" in (chosen / "README.md").read_text()
 
 
 def test_the_readme_has_the_command_on_loopback_and_every_formats_figures(run_dir):
-    text = (write_bundle(run_dir, JOB) / "README.md").read_text()
+    text = (bundle(run_dir) / "README.md").read_text()
     assert (
-        "vllm serve ../export/int4 --served-model-name tickets --host 127.0.0.1 --port 8000 --max-model-len 512" in text
+        "vllm serve ../export/int4 --served-model-name tickets --max-model-len 512 --host 127.0.0.1 --port 8000" in text
     )
     assert "0.0.0.0" not in text
     assert all(f"| {name} |" in text for name in ("adapter", "bf16", "int4"))
     assert "token\n2, 7." in text and str(run_dir) not in text
 
 
-def test_an_adapter_alone_is_served_over_its_base_with_room_for_its_rank():
-    manifest = {
-        "format": "adapter", "recipe": "tickets", "base_model": {"name": "org/base", "revision": "abc"},
-        "adapter": {"rank": 24},
+def test_sizes_reasons_and_bills_are_in_the_readme(run_dir):
+    folder = bundle(run_dir)
+    text = (folder / "README.md").read_text()
+    for said in ("| 1x rtx4090 |", "| 1x l40s |", "rule of thumb", "no ECC", "An always-on Pod is cheaper", "(chosen)"):
+        assert said in text
+    figures = read_json(folder / "serving.json")
+    assert figures["plan"]["fits"] and len(figures["bills"]) == 3 and figures["outcomes"][0]["requests"] > 1000
+    assert (folder / "traffic.svg").read_text().count("<svg") == 1
+
+
+def test_the_worker_is_told_where_the_volume_is_and_never_a_quantization(run_dir):
+    for name in ("bf16", "int4", "adapter"):
+        env = environment(bundle(run_dir, serve_as=name))
+        assert not any("QUANTIZATION" in key for key in env)
+        path = f"/runpod-volume/runs/tickets/one/export/{name}"
+        if name == "adapter":
+            assert env["MODEL_NAME"] == "org/base" and env["MODEL_REVISION"] == "abc" and env["ENABLE_LORA"] == "true"
+            assert json.loads(env["LORA_MODULES"]) == {"name": "tickets", "path": path}
+            assert env["MAX_LORA_RANK"] == "32"
+        else:
+            assert env["MODEL_NAME"] == path and env["SERVED_MODEL_NAME"] == "tickets"
+        assert env["MAX_MODEL_LEN"] == "512" and env["GPU_MEMORY_UTILIZATION"] == "0.9"
+        assert "KV_CACHE_DTYPE" not in env
+    assert environment(bundle(run_dir, kv_cache_dtype="fp8"))["KV_CACHE_DTYPE"] == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("path", "on_volume"),
+    [
+        ("/workspace/runs/a/b/export/int4", "runs/a/b/export/int4"),
+        ("/workspace/deep/x/export/int4", "deep/x/export/int4"),
+        ("/home/me/runs/a/b/export/int4", "runs/a/b/export/int4"),
+        ("/home/runs/me/runs/a/b/export/int4", "runs/a/b/export/int4"),
+        ("/data/mine/export/int4", "runs/mine/export/int4"),
+    ],
+)
+def test_paths_move_to_the_volume_by_rule(path, on_volume):
+    assert volume_path(Path(path)) == PurePosixPath(on_volume)
+
+
+def test_the_endpoint_asks_for_one_card_of_a_mixed_pool(run_dir):
+    wanted = read_json(bundle(run_dir, gpu="l40s", min_workers=1, idle_timeout_s=60) / "endpoint.json")
+    request = wanted["request"]
+    assert request["gpu"] == {
+        "pools": ["ADA_48_PRO"], "excludedTypes": ["NVIDIA L40", "NVIDIA RTX 6000 Ada Generation"], "count": 1,
+        "minCudaVersion": "13.0",
     }  # fmt: skip
-    command = " ".join(serve_command(manifest, "../export/adapter", 512))
-    assert command.startswith("vllm serve org/base --revision abc --enable-lora")
-    assert "--lora-modules tickets=../export/adapter --max-lora-rank 32" in command
+    assert request["workers"] == {"min": 1, "max": 2, "idleTimeout": 60} and request["flashboot"] == "FLASHBOOT"
+    assert request["image"].startswith("runpod/worker-v1-vllm:v") and request["type"] == "QUEUE"
+    assert request["env"] == environment(run_dir / "bundle")
+    assert wanted["volume_path"] == "runs/tickets/one/export/int4" and wanted["active_workers"] == 1
+
+
+def test_a_load_and_a_limit_on_the_first_token_decide_the_machine(run_dir):
+    light = read_json(bundle(run_dir) / "serving.json")
+    heavy = read_json(bundle(run_dir, requests_per_second=5000.0) / "serving.json")
+    assert light["plan"]["gpu"] == "rtx4090" and light["workers"] == 1 < heavy["workers"]
+    folder = bundle(run_dir, p99_first_token_ms=0.001)
+    assert "first token within 0 ms" in (folder / "README.md").read_text()
+    assert not (folder / "endpoint.json").exists()
+
+
+def test_our_own_worker_has_all_it_needs_beside_it(run_dir):
+    folder = bundle(run_dir, worker="handler", image="me/tickets:1")
+    server = read_json(folder / "server.json")
+    assert shlex.join(server["command"]).startswith("vllm serve /runpod-volume/runs/tickets/one/export/int4")
+    assert server["served_model_name"] == "tickets" and server["max_concurrency"] >= 1
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name)
+        for node in ast.walk(ast.parse((folder / "handler.py").read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert not any(str(name).startswith("loadmaster") for name in imported)
+    assert {"httpx", "runpod"} <= imported and "runpod==" in (folder / "requirements.txt").read_text()
+    docker = (folder / "Dockerfile").read_text()
+    assert docker.count("FROM vllm/vllm-openai:v0.27.1") == 1 and "COPY export" not in docker
+    hub, tests = (read_json(folder / f".runpod/{name}.json") for name in ("hub", "tests"))
+    assert hub["config"]["gpuIds"] == "ADA_24"
+    assert tests["tests"][0]["input"] == read_json(folder / "test_input.json")["input"]
+    request = read_json(folder / "endpoint.json")["request"]
+    assert request["image"] == "me/tickets:1" and request["env"] == {}
+
+
+def test_a_baked_image_carries_the_weights_and_needs_no_volume(run_dir):
+    folder = bundle(run_dir, worker="handler", image="me/tickets:1", weights="image")
+    assert "COPY export/int4 /model" in (folder / "Dockerfile").read_text()
+    assert (folder / "Dockerfile.dockerignore").read_text() == "*\n!bundle\n!export/int4\n"
+    assert read_json(folder / "server.json")["command"][2] == "/model"
+    assert "volume_path" not in read_json(folder / "endpoint.json")
+
+
+def test_worker_vllm_cannot_have_baked_weights(run_dir):
+    with pytest.raises(ConfigError, match=r"endpoint\.weights(.|\n)*endpoint\.worker=handler"):
+        bundle(run_dir, weights="image")
+
+
+def test_a_gpu_that_is_too_small_is_said_to_be_and_no_endpoint_is_written(tmp_path):
+    big = {**CONFIG, "hidden_size": 16384, "num_hidden_layers": 126, "intermediate_size": 53248}
+    publish(tmp_path, "bf16", 10, config={**big, "num_attention_heads": 128, "num_key_value_heads": 128})
+    job = replace(JOB, export=ExportConfig(formats=["bf16"]), endpoint=EndpointConfig(max_model_len=500_000))
+    folder = write_bundle(tmp_path, job)
+    text = (folder / "README.md").read_text()
+    assert "Not sized: no GPU of the catalogue holds a request of 500,000 tokens" in text
+    assert not (folder / "endpoint.json").exists() and (folder / "worker-vllm.env").is_file()
+
+
+def test_a_model_with_another_cache_is_bundled_without_a_guess(tmp_path):
+    publish(tmp_path, "bf16", 10, config={**CONFIG, "kv_lora_rank": 512})
+    folder = write_bundle(tmp_path, replace(JOB, export=ExportConfig(formats=["bf16"])))
+    assert "multi-head latent attention" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "said"),
+    [
+        ({"prompt_tokens": 500, "output_tokens": 100}, r"max_model_len=600"),
+        ({"gpu": "h10"}, r"endpoint\.gpu"),
+        ({"arrivals": "steady"}, r"endpoint\.arrivals"),
+        ({"min_workers": 3, "max_workers": 2}, r"endpoint\.max_workers=3"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_what_would(run_dir, endpoint, said):
+    with pytest.raises(ConfigError, match=said):
+        bundle(run_dir, **endpoint)
+    assert not (run_dir / "bundle").exists()
+
+
+def test_a_rank_that_is_not_allowed_gets_the_next_one_up():
+    manifest = {
+        "format": "adapter", "recipe": "tickets", "base_model": {"name": "org/base", "revision": None},
+        "adapter": {"rank": 65},
+    }  # fmt: skip
+    assert model_options(manifest, "x", 512)["max-lora-rank"] == "128"
     assert choose({"adapter": {"bytes": 1}}, "auto") == "adapter"
 
 
 def test_a_format_that_was_not_exported_is_refused_with_those_that_were(run_dir):
     with pytest.raises(ConfigError, match=r"endpoint\.serve_as = 'fp8'(.|\n)*adapter, bf16, int4"):
-        write_bundle(run_dir, replace(JOB, endpoint=EndpointConfig(serve_as="fp8")))
+        bundle(run_dir, serve_as="fp8")
     assert not (run_dir / "bundle").exists()
 
 

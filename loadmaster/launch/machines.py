@@ -1,0 +1,107 @@
+"""`loadmaster pods`: what this tool has made and what it costs; `loadmaster pods sweep`: end what nobody needs."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loadmaster import catalog
+from loadmaster.errors import LoadmasterError
+from loadmaster.launch.provider import Machine, Provider
+
+GRACE_HOURS = 0.25
+"""A machine this long past its deadline did not end itself."""
+
+
+def age_hours(machine: Machine, now: datetime) -> float:
+    return max(0.0, (now - machine.created).total_seconds() / 3600)
+
+
+def usd_so_far(machine: Machine, now: datetime) -> float:
+    """Age times the present rate: what it has cost if it ran all the time; disk is not in it."""
+    return age_hours(machine, now) * machine.usd_per_hour
+
+
+def deadline(machine: Machine) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(json.loads(machine.env["LOADMASTER_JOB"])["deadline"], UTC)
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def orphan(machine: Machine, now: datetime) -> str | None:
+    """Why nobody needs this machine any more; None when its job may still run."""
+    if not machine.alive:
+        return f"{machine.status}: nothing runs, its disk goes on costing"
+    end = deadline(machine)
+    if end is None:
+        return "carries no job of this tool"
+    if (now - end).total_seconds() / 3600 > GRACE_HOURS:
+        return "past its deadline"
+    return None
+
+
+def list_pods(console: Console, provider: Provider | None = None) -> int:
+    """Print every machine that this tool has made, with age, cost so far and deadline; and its volumes."""
+    provider, now = provider or _provider(), datetime.now(UTC)
+    machines = provider.machines()
+    table = Table(pad_edge=False)
+    for heading in ("Pod", "id", "status", "GPUs", "age h", "$/h", "$ so far", "ends", "orphan"):
+        table.add_column(heading, justify="right" if heading in ("age h", "$/h", "$ so far") else "left")
+    for machine in machines:
+        end = deadline(machine)
+        table.add_row(
+            escape(machine.name),
+            machine.id,
+            machine.status,
+            machine.label,
+            f"{age_hours(machine, now):.2f}",
+            f"{machine.usd_per_hour:.2f}",
+            f"{usd_so_far(machine, now):.2f}",
+            "" if end is None else f"{end:%Y-%m-%d %H:%M} UTC",
+            orphan(machine, now) or "",
+        )
+    if machines:
+        console.print(table)
+    else:
+        console.print("no Pods of loadmaster")
+    price = catalog.prices()["storage"]["network_volume_usd_per_gb_month"]
+    for volume in provider.volumes():
+        if volume.name.startswith("loadmaster"):
+            month = volume.size_gb * price
+            console.print(
+                f"volume {volume.name} ({volume.id}): {volume.size_gb} GB in {volume.place}, ${month:.2f} a month",
+                highlight=False,
+            )
+    return 0
+
+
+def sweep_pods(console: Console, yes: bool = False, everything: bool = False, provider: Provider | None = None) -> int:
+    """End orphans, or everything that this tool has made; asks first. Volumes are never touched.
+
+    Raises ProviderError when one could not be ended.
+    """
+    provider, now = provider or _provider(), datetime.now(UTC)
+    doomed = [(m, orphan(m, now)) for m in provider.machines()]
+    doomed = [(machine, why) for machine, why in doomed if why or everything]
+    if not doomed:
+        console.print("nothing to sweep")
+        return 0
+    for machine, why in doomed:
+        console.print(f"{machine.name} ({machine.id}): {why or 'its job may still run'}", highlight=False, markup=False)
+    if not yes and console.input(f"Terminate {len(doomed)}? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise LoadmasterError("nothing was terminated")
+    for machine, _ in doomed:
+        provider.terminate(machine.id)
+        console.print(f"terminated {machine.name}", highlight=False, markup=False)
+    return 0
+
+
+def _provider() -> Provider:
+    from loadmaster.launch.runpod.provider import Runpod
+
+    return Runpod()

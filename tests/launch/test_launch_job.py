@@ -1,0 +1,325 @@
+"""`launch=runpod` against the fake provider: Pods are real processes that run the real bootstrap.
+
+The job inside is a stand-in (a few lines of Python); test_launch_slow.py runs the real one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from loadmaster.config.compose import Composed, compose
+from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, ProviderError, StoppedOnRequest
+from loadmaster.launch import job as job_module
+from loadmaster.launch import launch_job, list_pods, order, sweep_pods
+from loadmaster.launch.runpod import Api, Patience, RunpodClient
+from loadmaster.launch.runpod.provider import Runpod
+from tests.launch.fake_runpod import FAULTS, FakeRunpod
+from tests.launch.pod_process import ProcessRunner
+
+QUICK = Patience(timeout_s=0.3, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
+SECRET = "hf_THE0SECRET0VALUE"
+STAND_IN = """
+import json, os, pathlib, signal, sys, time
+if os.environ.get("STAND_IN_DEAF"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+run = pathlib.Path(sys.argv[1]); run.mkdir(parents=True, exist_ok=True)
+print("token is", os.environ.get("HF_TOKEN"), flush=True)
+assert pathlib.Path("job.yaml").exists()
+with open(run / "metrics.jsonl", "a") as file:
+    print(json.dumps({"step": 3, "loss": 1.5}), file=file)
+time.sleep(float(os.environ.get("STAND_IN_S", "0.15")))
+(run / "result.json").write_text(json.dumps({"steps": 3, "noise": os.urandom(3000).hex()}))
+sys.exit(int(os.environ.get("STAND_IN_CODE", "0")))
+"""
+PACKAGE = 'launch.package="loadmaster==0.1.0"'
+
+
+class Place:
+    """A fake account, a folder to launch from, and a console that remembers."""
+
+    def __init__(self, fake: FakeRunpod, folder: Path):
+        self.fake, self.folder = fake, folder
+        self.runner = ProcessRunner(folder, {"hf": SECRET})
+        fake.runner = self.runner
+        self.text = io.StringIO()
+        self.console = Console(file=self.text, width=200)
+        self.provider = Runpod(RunpodClient(Api(fake.key, fake.url, QUICK)))
+        (folder / "workspace").mkdir()
+
+    def composed(self, *words: str) -> Composed:
+        return compose(["recipe=qlora_8b", "launch=runpod", "launch.yes=true", PACKAGE, *words])
+
+    def launch(self, *words: str) -> int:
+        return launch_job(self.composed(*words), self.console, self.provider, tokens=200_000)
+
+    @property
+    def said(self) -> str:
+        return self.text.getvalue()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stand_in = tmp_path / "stand_in.py"
+    stand_in.write_text(STAND_IN)
+    monkeypatch.setattr(order, "command", lambda stop, choice, folder, run_dir: ["python3", str(stand_in), run_dir])
+    monkeypatch.setattr(job_module, "POLL_S", 0.02)
+    made = order.make_order
+
+    def without_pip(*arguments):
+        """The stand-in needs no package; what launch.package says is checked in test_order.py."""
+        ordered = made(*arguments)
+        job = json.loads(ordered.env["LOADMASTER_JOB"]) | {"package": None, "hold_s": 5, "progress_s": 0.05}
+        return replace(ordered, env={**ordered.env, "LOADMASTER_JOB": json.dumps(job)})
+
+    monkeypatch.setattr(job_module, "make_order", without_pip)
+    with FakeRunpod() as fake:
+        yield Place(fake, tmp_path)
+        assert fake.violations == []
+
+
+def everything_written(folder: Path) -> str:
+    files = [path for path in (folder / "runs").rglob("*") if path.is_file()]
+    return "\n".join(path.read_text(errors="replace") for path in files)
+
+
+def test_a_job_goes_out_comes_back_and_the_pod_is_terminated(place):
+    code = place.launch("launch.secrets.HF_TOKEN=hf", "launch.env.STAND_IN_S='0.4'")
+    assert code == 0
+    assert place.fake.pods == {} and [kind for kind, _ in place.fake.created] == ["volume", "pod"]
+    (run,) = (place.folder / "runs" / "qlora_8b").iterdir()
+    assert json.loads((run / "result.json").read_text())["steps"] == 3
+    assert "step 3, loss 1.5000" in place.said
+    assert "token is [HF_TOKEN]" in (run / "pod.log").read_text()
+    record = json.loads((run / "launch.json").read_text())
+    assert record["count"] == 1 and record["id"].startswith("pod")
+    pod = place.fake.bodies[-1]
+    assert pod["env"]["HF_TOKEN"] == "{{ RUNPOD_SECRET_hf }}"
+    assert pod["mounts"] == {"network": [{"volumeId": next(iter(place.fake.volumes)), "path": "/workspace"}]}
+    assert isinstance(pod["args"], str)
+
+
+def test_the_cheapest_machine_that_fits_is_taken_and_the_volume_is_used_again(place):
+    place.launch()
+    first = place.fake.bodies[-1]
+    assert first["gpu"]["id"] == "NVIDIA GeForce RTX 4090"
+    place.launch("launch.objective=time", "launch.max_usd_per_hour=5")
+    second = place.fake.bodies[-1]
+    assert second["gpu"]["id"] != first["gpu"]["id"]
+    assert second["mounts"] == first["mounts"]
+    assert [kind for kind, _ in place.fake.created] == ["volume", "pod", "pod"]
+
+
+def test_the_jobs_exit_code_is_the_launchers(place):
+    assert place.launch("launch.env.STAND_IN_CODE='5'") == 5
+    assert place.fake.pods == {}
+
+
+def test_no_secret_and_no_key_in_any_file_log_or_request(place):
+    place.launch("launch.secrets.HF_TOKEN=hf")
+    place.launch("launch.secrets.HF_TOKEN=hf")
+    text = place.said + everything_written(place.folder) + json.dumps(place.fake.bodies) + json.dumps(place.fake.logs)
+    assert SECRET not in text and place.fake.key not in text and "podkey_" not in text
+
+
+def test_a_log_that_breaks_again_and_again_loses_nothing(place):
+    place.fake.drop_log_after = 6
+    assert place.launch("launch.env.STAND_IN_S='1.2'") == 0
+    assert place.fake.calls.count(next(c for c in place.fake.calls if c.endswith("/logs"))) > 1
+    (run,) = (place.folder / "runs" / "qlora_8b").iterdir()
+    assert json.loads((run / "result.json").read_text())["steps"] == 3
+    lines = (run / "pod.log").read_text().splitlines()
+    assert sum("token is" in line for line in lines) == 1
+
+
+def calls_of_a_clean_launch(place) -> int:
+    place.launch()
+    return len(place.fake.calls)
+
+
+def test_every_fault_at_every_call_leaves_nothing_running_and_makes_nothing_twice(place):
+    """Each call of a whole launch fails once, in each of five ways; retries carry the launch through."""
+    calls = calls_of_a_clean_launch(place)
+    assert calls >= 8
+    for kind in FAULTS:
+        for call in range(1, calls + 1):
+            fake = place.fake
+            fake.calls.clear()
+            fake.created.clear()
+            fake.volumes.clear()
+            fake.faults = {call: kind}
+            assert place.launch() == 0, (kind, call)
+            assert fake.pods == {}, (kind, call)
+            assert sorted(thing for thing, _ in fake.created) == ["pod", "volume"], (kind, call)
+    assert place.fake.key not in place.said + everything_written(place.folder)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_when_the_provider_fails_for_good_the_pod_ends_itself(place, kind, monkeypatch):
+    """From the first log call on nothing answers any more: the machine must not depend on the launcher."""
+    calls = calls_of_a_clean_launch(place)
+    made = job_module.make_order
+
+    def soon(*arguments):
+        ordered = made(*arguments)
+        job = json.loads(ordered.env["LOADMASTER_JOB"]) | {"hold_s": 0.3}
+        return replace(ordered, env={**ordered.env, "LOADMASTER_JOB": json.dumps(job)})
+
+    monkeypatch.setattr(job_module, "make_order", soon)
+    place.fake.calls.clear()
+    first = next(i for i, call in enumerate(reversed(range(calls))) if i == calls - 4)
+    place.fake.faults = dict.fromkeys(range(first, first + 500), kind)
+    with pytest.raises(ProviderError):
+        place.launch()
+    assert "ATTENTION" in place.said
+    wait_until(lambda: place.fake.pods == {})
+
+
+def wait_until(true, timeout_s: float = 15.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end, "did not come true in time"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_terminates_and_the_checkpoints_stay_on_the_volume(place):
+    def press():
+        wait_until(lambda: place.fake.logs)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    with pytest.raises(StoppedOnRequest, match="on the volume"):
+        place.launch("launch.env.STAND_IN_S='30'")
+    assert place.fake.pods == {} and len(place.fake.volumes) == 1
+
+
+def test_the_job_is_told_to_save_a_checkpoint_before_the_limit(place):
+    """SIGTERM: the real job saves and exits with 75, the stand-in just ends (128 + 15)."""
+    assert place.launch("launch.env.STAND_IN_S='30'", "launch.max_hours=0.0005") == 143
+    assert place.fake.pods == {}
+
+
+@pytest.mark.parametrize("limit", ["launch.max_hours=0.0005", "launch.max_usd=0.00035"])
+def test_the_limits_terminate_a_job_that_does_not_listen(place, limit):
+    words = ["launch.env.STAND_IN_S='30'", "launch.env.STAND_IN_DEAF='1'", "launch.gpus=[rtx4090:1]", "max_steps=1"]
+    with pytest.raises(LoadmasterError, match="are over"):
+        launch_job(place.composed(*words, limit), place.console, place.provider, tokens=None)
+    assert place.fake.pods == {}
+
+
+def test_a_pod_that_nobody_watches_ends_itself_at_its_deadline(place):
+    """The launcher is gone from the start: the order is sent, and then nothing more is asked."""
+    composed = place.composed("launch.env.STAND_IN_S='30'", "launch.max_hours=0.0004")
+    offers = place.provider.offers(["l40s"], (1,), "secure")
+    choice = job_module.choices(composed.job, offers, 200_000)[0]
+    ordered = job_module.make_order(
+        composed, choice, "loadmaster-alone", time.time(), place.fake.url, None, choice.offer.places
+    )
+    place.provider.rent(ordered)
+    assert len(place.fake.pods) == 1
+    wait_until(lambda: place.fake.pods == {})
+    assert [call for call in place.fake.calls if call.startswith("DELETE")] == []
+
+
+def test_a_pod_that_dies_is_an_error_with_its_log_saved(place):
+    def kill():
+        wait_until(lambda: any("token is" in line for lines in place.fake.logs.values() for line in lines))
+        place.fake.end_pod(next(iter(place.fake.pods)))
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(ProviderError, match="is gone"):
+        place.launch("launch.env.STAND_IN_S='30'")
+    (log,) = (place.folder / "runs").rglob("pod.log")
+    assert "token is None" in log.read_text()
+
+
+def test_no_stock_tries_the_next_place_and_takes_the_volume_back(place, monkeypatch):
+    tried = []
+    create = place.fake.createPod
+
+    def only_in_texas(ids, query, body):
+        tried.append(body["dataCenterIds"])
+        if body["dataCenterIds"] != ["US-TX-3"]:
+            place.fake.sold_out.add(body["gpu"]["id"])
+        try:
+            return create(ids, query, body)
+        finally:
+            place.fake.sold_out.clear()
+
+    monkeypatch.setattr(place.fake, "createPod", only_in_texas)
+    assert place.launch() == 0
+    assert tried == [["EU-RO-1"], ["US-TX-3"]]
+    assert [volume["dataCenter"] for volume in place.fake.volumes.values()] == ["US-TX-3"]
+
+
+def test_nothing_to_be_had_says_so_and_leaves_nothing(place, monkeypatch):
+    create = place.fake.createPod
+
+    def none_left(ids, query, body):
+        place.fake.sold_out.add(body["gpu"]["id"])
+        return create(ids, query, body)
+
+    monkeypatch.setattr(place.fake, "createPod", none_left)
+    with pytest.raises(ProviderError, match="could not be rented"):
+        place.launch()
+    assert place.fake.pods == {} and place.fake.volumes == {}
+
+
+def test_a_dry_run_prints_requests_that_the_provider_would_take_and_makes_nothing(place):
+    from tests.launch import openapi
+
+    assert place.launch("launch.dry_run=true") == 0
+    assert place.fake.created == [] and not any(call.startswith("POST") for call in place.fake.calls)
+    requests = json.loads(place.said[place.said.index("\n[\n") :])
+    for request, operation in zip(requests, ("createNetworkVolume", "createPod"), strict=True):
+        schema = openapi.DESCRIPTION["operations"][operation]["request"]
+        assert openapi.errors(schema, request["body"]) == []
+        assert request["url"].startswith(place.fake.url)
+
+
+def test_without_a_yes_nothing_is_rented(place, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(LoadmasterError, match=r"launch\.yes=true"):
+        place.launch("launch.yes=false")
+    assert place.fake.created == []
+
+
+def test_limits_that_no_machine_meets_are_explained(place):
+    with pytest.raises(DoesNotFit, match=r"over launch\.max_usd_per_hour=0\.1"):
+        place.launch("launch.max_usd_per_hour=0.1")
+    with pytest.raises(DoesNotFit, match=r"over launch\.max_usd=0\.001"):
+        place.launch("launch.max_usd=0.001")
+
+
+def test_what_cannot_be_launched_is_refused_before_the_provider_is_asked(place):
+    with pytest.raises(ConfigError) as refused:
+        place.launch("hardware.nodes=2", "launch.image=a/b:latest", "launch.env.MY_TOKEN=x", "stop_after=plan")
+    keys = {problem.key for problem in refused.value.problems}
+    assert keys == {"hardware.nodes", "launch.image", "launch.env.MY_TOKEN", "stop_after"}
+    assert place.fake.calls == []
+
+
+def test_pods_are_listed_with_age_cost_and_end_and_orphans_swept(place):
+    place.fake.runner = None
+    composed = place.composed()
+    offers = place.provider.offers(["l40s"], (1,), "secure")
+    choice = job_module.choices(composed.job, offers, 200_000)[0]
+    for name, start in (("loadmaster-young", time.time()), ("loadmaster-old", time.time() - 90_000)):
+        place.provider.rent(job_module.make_order(composed, choice, name, start, place.fake.url, None, ()))
+    assert list_pods(place.console, place.provider) == 0
+    assert "loadmaster-young" in place.said and "past its deadline" in place.said and "0.99" in place.said
+    assert sweep_pods(place.console, True, provider=place.provider) == 0
+    assert [pod["name"] for pod in place.fake.pods.values()] == ["loadmaster-young"]
+    assert sweep_pods(place.console, True, everything=True, provider=place.provider) == 0
+    assert place.fake.pods == {}
