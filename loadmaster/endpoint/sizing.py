@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ from loadmaster.preflight.shape import ModelShape, find_config, from_config
 FEWEST_SIMULATED, MOST_SIMULATED = 5_000, 30_000
 STARTS_TO_SEE = 20
 """A simulation that ends before so many cold starts could have followed each other says nothing of them."""
-IDLE_TIMEOUTS_S = (5, 60, 300)
+OTHER_FLEETS = ((0, 5), (0, 60), (0, 300), (1, 60))
+"""(min workers, idle timeout in seconds) to be compared with the chosen ones."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +89,23 @@ class Sizing:
 def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Sizing:
     """The cheapest machine of the catalogue that carries the load, or the one that the job names.
 
-    Raises ConfigError for settings that cannot work, LoadmasterError where the model cannot be planned.
+    Raises ConfigError for a request that the model cannot take, LoadmasterError where the model cannot be planned.
     """
     wanted = job.endpoint
-    if wanted.weights == "image" and wanted.worker == "worker-vllm":
-        problem = Problem(
-            "endpoint.weights", "image", "the endpoint group, recipe or command line",
-            "worker-vllm's image has no weights of yours in it", "endpoint.worker=handler, or endpoint.weights=volume",
-        )  # fmt: skip
-        raise ConfigError([problem])
     traffic = traffic_of(wanted, context)
-    config, form, group_size, checkpoint = _artifact(job, manifest, artifact)
+    config, form, checkpoint = _artifact(job, manifest, artifact)
     name = manifest["base_model"]["name"]
     refuse_other_caches(config, name)
     shape = from_config(config, name)
+    if shape.max_position and context > shape.max_position:
+        problem = Problem(
+            "endpoint.max_model_len", context, "the endpoint group, recipe or command line",
+            f"is more than the model's max_position_embeddings={shape.max_position}",
+            f"endpoint.max_model_len={shape.max_position}",
+        )  # fmt: skip
+        raise ConfigError([problem])
     if checkpoint is None:
-        checkpoint = weight_bytes(shape, form, group_size) + manifest["bytes"]
+        checkpoint = weight_bytes(shape, form) + manifest["bytes"]
     found = [_candidate(shape, machine, form, context, wanted, traffic, checkpoint) for machine in _machines(wanted)]
     able = sorted((c for c in found if c is not None), key=lambda c: (c.usd_per_hour, c.plan.gpus))
     if not able:
@@ -113,15 +114,11 @@ def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Si
 
 
 def traffic_of(wanted: EndpointConfig, context: int) -> Traffic:
-    """Raises ConfigError when a usual request is longer than the longest."""
-    prompt = max(1, context * 3 // 4) if wanted.prompt_tokens == "auto" else wanted.prompt_tokens
+    """What is left open: three quarters prompt and a quarter answer, or what the other one leaves."""
     output = max(1, context // 4) if wanted.output_tokens == "auto" else wanted.output_tokens
-    if prompt + output > context:
-        problem = Problem(
-            "endpoint.prompt_tokens", f"{prompt} + {output}", "the endpoint group, recipe or command line",
-            f"with output_tokens is more than max_model_len={context}", f"endpoint.max_model_len={prompt + output}",
-        )  # fmt: skip
-        raise ConfigError([problem])
+    prompt = max(1, min(context * 3 // 4, context - output)) if wanted.prompt_tokens == "auto" else wanted.prompt_tokens
+    if wanted.output_tokens == "auto":
+        output = max(1, min(output, context - prompt))
     return Traffic(
         prompt_tokens=prompt, output_tokens=output, samples=wanted.best_of_n, prefix_share=wanted.prefix_share,
         requests_per_second=wanted.requests_per_second,
@@ -129,25 +126,20 @@ def traffic_of(wanted: EndpointConfig, context: int) -> Traffic:
     )  # fmt: skip
 
 
-def _artifact(job: Job, manifest: dict[str, Any], artifact: Path) -> tuple[dict[str, Any], str, int, float | None]:
-    """(config.json, format of its weights, group size, bytes of weights or None for an adapter over its base)."""
+def _artifact(job: Job, manifest: dict[str, Any], artifact: Path) -> tuple[dict[str, Any], str, float | None]:
+    """(config.json, format of its weights, bytes of them or None for an adapter over its base)."""
     if manifest["format"] == "adapter":
-        return find_config(job.model)[0], "bf16", 128, None
+        return find_config(job.model)[0], "bf16", None
     path = artifact / "config.json"
     if not path.is_file():
         raise LoadmasterError(f"{path}: missing, so its size on a server cannot be worked out")
     weights = sum(file["bytes"] for file in manifest["files"] if file["path"].endswith(".safetensors"))
-    return read_json(path), manifest["format"], 128, float(weights)
+    return read_json(path), manifest["format"], float(weights)
 
 
 def _machines(wanted: EndpointConfig) -> list[Hardware]:
     if wanted.gpu == "auto":
         return [m for m in rentable() if m.nodes == 1 and wanted.count in ("auto", m.count)]
-    if wanted.gpu not in catalog.gpus():
-        names = ", ".join(["auto", *catalog.gpus()])
-        raise ConfigError(
-            [Problem("endpoint.gpu", wanted.gpu, "the job", "this GPU is not in the catalogue", f"one of: {names}")]
-        )
     counts = (1, 2, 4, 8) if wanted.count == "auto" else (wanted.count,)
     return [from_catalog(wanted.gpu, count) for count in counts]
 
@@ -186,12 +178,6 @@ def _sizing(wanted: EndpointConfig, traffic: Traffic, able: list[Candidate], che
     plan = best.plan
     need = best.workers
     most = max(wanted.min_workers, 2, 2 * need) if wanted.max_workers == "auto" else wanted.max_workers
-    if wanted.min_workers > most:
-        problem = Problem(
-            "endpoint.min_workers", wanted.min_workers, "the endpoint group, recipe or command line",
-            f"is more than max_workers={most}", f"endpoint.max_workers={wanted.min_workers}",
-        )  # fmt: skip
-        raise ConfigError([problem])
     starts = (cold_start_s(checkpoint, wanted.weights, "high"), cold_start_s(checkpoint, wanted.weights, "low"))
     rate = traffic.requests_per_second
     per_worker = best.speed.requests_per_second(traffic, best.speed.most_requests(traffic, plan.cache_tokens))
@@ -211,22 +197,13 @@ def _sizing(wanted: EndpointConfig, traffic: Traffic, able: list[Candidate], che
 
 
 def arrivals_of(wanted: EndpointConfig) -> list[float]:
-    """Of as long a time as has a few thousand requests, at most a month.
-
-    Raises ConfigError for a word that is neither a kind of arrivals nor a file's name.
-    """
+    """Of as long a time as has a few thousand requests, at most a month; of a CSV its first 30,000."""
     rate = wanted.requests_per_second
     seconds = min(MONTH_S, MOST_SIMULATED / rate, max(3600.0, FEWEST_SIMULATED / rate))
     if wanted.arrivals == "poisson":
         return poisson(rate, seconds)
     if wanted.arrivals == "bursty":
         return bursty(rate, seconds)
-    if not wanted.arrivals.endswith(".csv"):
-        problem = Problem(
-            "endpoint.arrivals", wanted.arrivals, "the endpoint group, recipe or command line",
-            "is neither poisson nor bursty nor a .csv file", "endpoint.arrivals=poisson",
-        )  # fmt: skip
-        raise ConfigError([problem])
     return from_csv(Path(wanted.arrivals).expanduser())[:MOST_SIMULATED]
 
 
@@ -236,7 +213,7 @@ def _outcomes(wanted: EndpointConfig, service: Service, chosen: Fleet) -> list[O
     if len(arrivals) < 2 or arrivals[-1] < STARTS_TO_SEE * service.start_s:
         return []
     fleets = [chosen]
-    for least, idle in product((0, 1), IDLE_TIMEOUTS_S):
+    for least, idle in OTHER_FLEETS:
         fleet = replace(chosen, min_workers=min(least, chosen.max_workers), idle_timeout_s=idle)
         if fleet not in fleets:
             fleets.append(fleet)

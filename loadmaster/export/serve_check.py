@@ -88,7 +88,7 @@ def serve_check(
                     with Client(port, job.recipe) as client:
                         figures = ask(client, reference, wanted, expected, manifest["stop_token_ids"])
                 except ExportRejected as error:
-                    if server.exit_code is None:
+                    if not server.has_ended(within_s=5):
                         raise
                     raise ExportRejected(f"{error}; {server.account()}") from None
             found = failures(figures, LIMITS[name], job.recipe)
@@ -116,9 +116,11 @@ def serve_check(
 
 def exported(run_dir: Path, formats: list[str] | None) -> dict[str, dict[str, Any]]:
     """Manifests of the formats to check. Raises ExportRejected for one that is not there."""
-    found = sorted(path.parent.name for path in run_dir.glob(f"export/*/{MANIFEST}"))
+    found = sorted(name for name in LIMITS if (run_dir / "export" / name / MANIFEST).is_file())
     if not found:
         raise ExportRejected(f"{run_dir} holds no export: give a run directory whose export stage is done.")
+    if absent := [name for name in ("config.yaml", "plan.json") if not (run_dir / name).is_file()]:
+        raise ExportRejected(f"{run_dir} has no {', '.join(absent)}: give the run directory itself.")
     if missing := [name for name in formats or [] if name not in found]:
         raise ExportRejected(f"{run_dir} has no export {', '.join(missing)}; it has {', '.join(found)}.")
     return {name: read_manifest(run_dir / "export" / name) for name in formats or found}
@@ -192,11 +194,18 @@ def ask(
     return figures
 
 
+COLUMNS = ("format", "chats", "differs", "tuned", "top-1", "1st token", "answers", "ends", "passed")
+
+
 def table(results: dict[str, dict[str, Any]]) -> Table:
-    """What `serve_check` returns, as a rich Table; difference and fine-tune in nats a token."""
+    """What `serve_check` returns, as a rich Table, 80 characters wide.
+
+    chats: conversations rendered as in training. differs: mean difference of log-probabilities, nats. tuned: the tuned
+    share. top-1: tokens with the same most likely next token. 1st token, answers: greedy answers with our first token,
+    and equal to ours. ends: answers that end where ours do, of those that are ours up to there.
+    """
     shown = Table(title="served, against the model as trained")
-    for column in ("format", "rendering", "difference", "fine-tune", "tuned share", "top-1", "first token",
-                   "equal answers", "ends turns", "passed"):  # fmt: skip
+    for column in COLUMNS:
         shown.add_column(column, justify="left" if column in ("format", "passed") else "right")
     for name, figures in results.items():
         shown.add_row(name, *_cells(figures), "yes" if figures["passed"] else "no")
@@ -205,12 +214,11 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
 
 def _cells(figures: dict[str, Any]) -> list[str]:
     if "difference" not in figures:
-        return ["not served", *[""] * 7]
+        return [""] * 7
     rendering, share = figures["rendering"], figures["tuned_share"]
     cells = [
-        f"{rendering['cases'] - len(rendering['different'])}/{rendering['cases']}" if rendering["cases"] else "no chat",
-        f"{figures['difference']:.4f}", f"{figures['fine_tune']:.4f}",
-        "too small" if share is None else f"{share:.3f}", f"{figures['top1_agreement']:.2%}",
+        f"{rendering['cases'] - len(rendering['different'])}/{rendering['cases']}" if rendering["cases"] else "none",
+        f"{figures['difference']:.4f}", "?" if share is None else f"{share:.3f}", f"{figures['top1_agreement']:.1%}",
     ]  # fmt: skip
     if "answers" not in figures:
         return [*cells, "", "", ""]
@@ -223,6 +231,8 @@ def _reference(
 ) -> dict[str, Any]:
     plan = Plan.read(run_dir / "plan.json")
     trained = run_dir / ("model" if plan.method == "full" else "adapter")
+    if not trained.is_dir():
+        raise ExportRejected(f"{trained} is not there: without what was trained there is nothing to compare with.")
     spec = {
         "base": str(base), "trained": str(trained), "precision": plan.precision, "nf4": plan.method == "qlora",
         "device": "cpu" if detect_local().gpu == "cpu" else "cuda",

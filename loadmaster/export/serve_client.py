@@ -56,9 +56,7 @@ class Client:
         with _form_of("/v1/completions"):
             entries = self._ask("POST", "/v1/completions", body)["choices"][0]["prompt_logprobs"]
             own = [float(entries[at][str(ids[at])]["logprob"]) for at in positions]
-            top = [
-                int(next(token for token, entry in entries[at].items() if entry["rank"] == 1)) for at in positions
-            ]
+            top = [int(next(token for token, entry in entries[at].items() if entry["rank"] == 1)) for at in positions]
             return own, top
 
     def answer(self, messages: list[dict[str, Any]], max_tokens: int, only_token: int | None = None) -> Served:

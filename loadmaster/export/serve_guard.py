@@ -25,7 +25,9 @@ def main(command: list[str]) -> None:
 
 
 def _end_with_starter() -> None:
-    sys.stdin.buffer.read()
+    # Not sys.stdin, whose lock this thread would still hold when the interpreter shuts down.
+    while os.read(0, 1):
+        pass
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 

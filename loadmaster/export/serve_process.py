@@ -78,6 +78,12 @@ class Server:
     def exit_code(self) -> int | None:
         return self._process.poll()
 
+    def has_ended(self, within_s: float) -> bool:
+        """Whether it ends within this time: a server that dies cuts its connections a moment before."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(within_s)
+        return self.exit_code is not None
+
     def wait_until_ready(self, timeout_s: float, echo: Callable[[str], None]) -> float:
         """Seconds until /health answered 200. Raises ExportRejected when the server ends, or is not ready in time."""
         import httpx

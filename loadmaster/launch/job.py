@@ -185,16 +185,19 @@ def run_there(launch: Launch, choice: Choice, order: Order) -> int:
         limit = launch.composed.job.launch.max_usd_per_hour
         if limit is not None and machine.usd_per_hour > limit + 0.005:
             raise ProviderError(f"the Pod is billed at ${machine.usd_per_hour:.2f}/h, over max_usd_per_hour={limit:g}")
-        reader = follow(launch, machine, _until(launch, machine, order))
+        reader = follow(launch, machine, order)
         return _result(launch, machine, reader, order)
     except StoppedOnRequest:
-        where = "its checkpoints are on the volume, and the same command goes on from there"
-        raise StoppedOnRequest(
-            f"stopped on request; {where if order.volume or made else 'nothing of it is kept'}"
-        ) from None
+        raise StoppedOnRequest(f"stopped on request; {_what_stays(machine, order)}") from None
     finally:
         with _undisturbed():
             end(launch, machine, made)
+
+
+def _what_stays(machine: Machine | None, order: Order) -> str:
+    if machine is None or order.volume is None:
+        return "nothing of it is kept"
+    return "its checkpoints are on the volume, and the same command goes on from there"
 
 
 def _until(launch: Launch, machine: Machine, order: Order) -> float:
@@ -226,7 +229,7 @@ def _rent(launch: Launch, choice: Choice, order: Order, made: list[Volume]) -> t
             return launch.provider.rent(order), order
         except NoCapacity as error:
             said = str(error)
-    for place in order.places if needs_volume else ():
+    for place in (order.places or tuple(settings.data_centers)) if needs_volume else ():
         made.append(launch.provider.create_volume(settings.volume, volume_gb(settings, choice), place))
         try:
             placed = with_volume(order, made[-1])
@@ -240,9 +243,9 @@ def _rent(launch: Launch, choice: Choice, order: Order, made: list[Volume]) -> t
     )
 
 
-def follow(launch: Launch, machine: Machine, until: float) -> Reader:
+def follow(launch: Launch, machine: Machine, order: Order) -> Reader:
     """Read the log to its end event; raises LoadmasterError when the machine, or the time, ends without one."""
-    reader, start = Reader(), launch.clock()
+    reader, start, until = Reader(), launch.clock(), _until(launch, machine, order)
     with open(launch.folder / "pod.log", "a", encoding="utf-8") as log:
         while reader.ended is None:
             broken = ""
@@ -258,8 +261,8 @@ def follow(launch: Launch, machine: Machine, until: float) -> Reader:
             now = launch.clock()
             if now >= until:
                 raise LoadmasterError(
-                    f"{(now - start) / 3600:.2f} h are over (launch.max_hours, launch.max_usd); the job was told to save a checkpoint "
-                    "before. The same command goes on from the volume"
+                    f"{(now - start) / 3600:.2f} h are over (launch.max_hours, launch.max_usd); the job was told to "
+                    f"save a checkpoint before; {_what_stays(machine, order)}"
                 )
             if not reader.armed and now - start > START_S:
                 raise ProviderError(
@@ -295,10 +298,10 @@ def _take(launch: Launch, machine: Machine, reader: Reader, line, log, start: fl
 def _result(launch: Launch, machine: Machine, reader: Reader, order: Order) -> int:
     """Unpack what came back and say where the rest is; the job's own exit code."""
     assert reader.ended is not None
-    packed = reader.files()
+    packed = reader.files() if reader.ended["parts"] else b""
     if packed is None:
         launch.echo("the small files did not come through the log whole; they are in the run directory on the volume")
-    else:
+    elif packed:
         names = unpack(packed, launch.folder)
         launch.echo(f"brought back {len(names)} files to {launch.folder}")
     for name in reader.ended.get("left", []):

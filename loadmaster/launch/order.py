@@ -153,7 +153,7 @@ def make_order(
         "folder": folder,
         "run_dir": run_dir,
         "command": command(composed.job.stop_after, choice, folder, run_dir),
-        "deadline": round(now + hours * 3600),
+        "deadline": round(now + hours * 3600, 1),
         "max_hours": round(hours, 4),
         "stop_before_s": min(STOP_BEFORE_S, hours * 360),
         "hold_s": HOLD_S,

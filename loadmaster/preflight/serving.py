@@ -204,6 +204,8 @@ def _notes(
         notes.append("sliding windows hold less than counted here: an upper bound of the cache's size")
     if form == "fp8" and not hardware.has_fp8:
         notes.append(f"{hardware.gpu} has no fp8 matrix units: the weights are read in fp8 and computed in bf16")
+    if shape.max_position and context > shape.max_position:
+        notes.append(f"the model knows {shape.max_position:,} positions; a server refuses requests of {context:,}")
     if tokens < context * traffic.samples:
         notes.append(f"the cache holds {tokens:,} tokens, and one request may have {context * traffic.samples:,}")
     if traffic.samples > 1:

@@ -58,6 +58,23 @@ CASES = {
         ["endpoint.serve_as=fp8", "export=int4"], "endpoint.serve_as", "export.formats=[bf16,int4,fp8]",
         ["endpoint.serve_as=fp8", "export=fp8"],
     ),
+    "endpoint_gpu_is_known": (["endpoint.gpu=h100"], "endpoint.gpu", "endpoint.gpu=h100_80gb", ["endpoint.gpu=l40s"]),
+    "usual_request_fits_the_longest": (
+        ["endpoint.prompt_tokens=500", "endpoint.output_tokens=100", "endpoint.max_model_len=512"],
+        "endpoint.prompt_tokens", "endpoint.max_model_len=600",
+        ["endpoint.prompt_tokens=500", "endpoint.output_tokens=100", "endpoint.max_model_len=600"],
+    ),
+    "workers_have_an_order": (
+        ["endpoint.min_workers=3", "endpoint.max_workers=2"], "endpoint.min_workers", "endpoint.max_workers=3",
+        ["endpoint.min_workers=2", "endpoint.max_workers=2"],
+    ),
+    "baked_weights_are_in_our_own_image": (
+        ["endpoint.weights=image"], "endpoint.weights", "endpoint.worker=handler",
+        ["endpoint.weights=image", "endpoint.worker=handler"],
+    ),
+    "arrivals_are_known": (
+        ["endpoint.arrivals=steady"], "endpoint.arrivals", "poisson, bursty", ["endpoint.arrivals=bursty"],
+    ),
     "auto_has_methods_to_choose_from": (
         ["method=auto", "plan.methods=[]"], "plan.methods", "plan.methods=[full,lora,qlora]",
         ["method=auto", "plan.methods=[qlora]"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -84,3 +85,9 @@ class FakeOpenAI:
     def __exit__(self, *error: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+if __name__ == "__main__":  # as a worker starts it: port, seconds a word
+    fake = FakeOpenAI(int(sys.argv[1]))
+    fake.seconds_a_word = float(sys.argv[2])
+    fake.server.serve_forever()

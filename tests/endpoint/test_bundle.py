@@ -13,6 +13,7 @@ import pytest
 from loadmaster.config.schema import EndpointConfig, ExportConfig, Job, ModelConfig
 from loadmaster.endpoint.bundle import choose, write_bundle
 from loadmaster.endpoint.settings import model_options, volume_path
+from loadmaster.endpoint.sizing import traffic_of
 from loadmaster.errors import ConfigError, ExportRejected
 from loadmaster.export.manifest import write_manifest
 from loadmaster.files import read_json
@@ -170,14 +171,12 @@ def test_a_baked_image_carries_the_weights_and_needs_no_volume(run_dir):
     assert "volume_path" not in read_json(folder / "endpoint.json")
 
 
-def test_worker_vllm_cannot_have_baked_weights(run_dir):
-    with pytest.raises(ConfigError, match=r"endpoint\.weights(.|\n)*endpoint\.worker=handler"):
-        bundle(run_dir, weights="image")
-
-
 def test_a_gpu_that_is_too_small_is_said_to_be_and_no_endpoint_is_written(tmp_path):
-    big = {**CONFIG, "hidden_size": 16384, "num_hidden_layers": 126, "intermediate_size": 53248}
-    publish(tmp_path, "bf16", 10, config={**big, "num_attention_heads": 128, "num_key_value_heads": 128})
+    big = {
+        **CONFIG, "max_position_embeddings": 500_000, "hidden_size": 16384, "num_hidden_layers": 126,
+        "intermediate_size": 53248, "num_attention_heads": 128, "num_key_value_heads": 128,
+    }  # fmt: skip
+    publish(tmp_path, "bf16", 10, config=big)
     job = replace(JOB, export=ExportConfig(formats=["bf16"]), endpoint=EndpointConfig(max_model_len=500_000))
     folder = write_bundle(tmp_path, job)
     text = (folder / "README.md").read_text()
@@ -191,19 +190,19 @@ def test_a_model_with_another_cache_is_bundled_without_a_guess(tmp_path):
     assert "multi-head latent attention" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "said"),
-    [
-        ({"prompt_tokens": 500, "output_tokens": 100}, r"max_model_len=600"),
-        ({"gpu": "h10"}, r"endpoint\.gpu"),
-        ({"arrivals": "steady"}, r"endpoint\.arrivals"),
-        ({"min_workers": 3, "max_workers": 2}, r"endpoint\.max_workers=3"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_with_what_would(run_dir, endpoint, said):
-    with pytest.raises(ConfigError, match=said):
-        bundle(run_dir, **endpoint)
+def test_a_request_longer_than_the_model_knows_is_refused_with_what_would_do(run_dir):
+    with pytest.raises(ConfigError, match=r"max_position_embeddings=8192(.|\n)*endpoint\.max_model_len=8192"):
+        bundle(run_dir, max_model_len=8193)
     assert not (run_dir / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "both"),
+    [("auto", "auto", (384, 128)), (100, "auto", (100, 128)), ("auto", 400, (112, 400)), (500, "auto", (500, 12))],
+)
+def test_what_a_usual_request_leaves_open_is_filled_within_the_longest(prompt, output, both):
+    traffic = traffic_of(EndpointConfig(prompt_tokens=prompt, output_tokens=output), 512)
+    assert (traffic.prompt_tokens, traffic.output_tokens) == both
 
 
 def test_a_rank_that_is_not_allowed_gets_the_next_one_up():

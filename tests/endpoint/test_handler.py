@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from fake_openai import MODEL, WORDS, FakeOpenAI
+from fake_queue import FakeQueue
 
 HANDLER = Path(__file__).parents[2] / "loadmaster/endpoint/handler.py"
 SETTINGS = {
@@ -226,3 +227,39 @@ def test_under_the_real_sdk_jobs_streams_and_mistakes_are_answered(sdk, server, 
     finally:
         worker.send_signal(signal.SIGINT)
         assert worker.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_as_the_platform_runs_it_mistakes_fail_stops_stop_and_a_drain_finishes_first(sdk, settings) -> None:
+    port = free_port()
+    command = [sys.executable, str(Path(__file__).with_name("fake_openai.py")), str(port), "0.5"]
+    settings.write_text(json.dumps({**SETTINGS, "command": command, "port": port}))
+    with FakeQueue() as queue:
+        environment = {**os.environ, "SERVER_JSON": str(settings), **queue.environment}
+        worker = subprocess.Popen([sdk, HANDLER], env=environment, cwd=settings.parent)
+        try:
+            queue.waiting = [{"id": "wrong", "input": {"text": "Hi"}}, {"id": "chat", "input": CHAT}]
+            queue.until(lambda: {"wrong", "chat"} <= queue.done.keys(), 60)
+            assert queue.done["wrong"]["error"] == 'input needs either "messages" or "prompt"'
+            assert "output" not in queue.done["wrong"]
+            assert queue.done["chat"]["output"][0]["choices"][0]["message"]["content"] == "".join(WORDS)
+
+            queue.waiting = [{"id": "stopped", "input": {**CHAT, "stream": True}}]
+            queue.until(lambda: queue.streamed.get("stopped", 0) >= 1)
+            queue.stop = ["stopped"]
+            queue.until(lambda: not queue.stop)
+            time.sleep(2)
+            assert "stopped" not in queue.done and queue.streamed["stopped"] < len(WORDS) + 1
+
+            queue.waiting = [{"id": "last", "input": CHAT}]
+            queue.until(lambda: not queue.waiting)
+            time.sleep(0.7)
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(120) == 0
+            assert queue.done["last"]["output"][0]["choices"]
+            with pytest.raises(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+        finally:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()

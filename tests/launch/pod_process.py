@@ -8,9 +8,20 @@ import re
 import shlex
 import signal
 import subprocess
+import uuid
 from pathlib import Path
 
 from tests.launch.fake_runpod import FakeRunpod
+
+CONTAINER = "FAKE_CONTAINER"
+
+
+def kill_container(mark: str) -> None:
+    """Kill every process that was started with `mark` in its environment, whatever session it has moved to."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 class ProcessRunner:
@@ -24,11 +35,12 @@ class ProcessRunner:
         self.exit_codes: list[int] = []
 
     def __call__(self, fake: FakeRunpod, id: str) -> None:
+        container = f"{CONTAINER}={uuid.uuid4().hex}"
         with fake.lock:
             pod = fake.pods[id]
             process = subprocess.Popen(
                 shlex.split(pod["args"]),
-                env=self._env(fake, id, pod["env"]),
+                env=self._env(fake, id, pod["env"]) | dict([container.split("=")]),
                 cwd=self.folder,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -37,8 +49,7 @@ class ProcessRunner:
             )
 
             def end() -> None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                kill_container(container)
 
             pod["_end"] = end
         assert process.stdout is not None

@@ -1,20 +1,26 @@
 """`launch=runpod` against the fake provider: Pods are real processes that run the real bootstrap.
 
-The job inside is a stand-in (a few lines of Python); test_launch_slow.py runs the real one.
+The job inside is a stand-in (a few lines of Python), but for one test that runs the real plan stage.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import os
 import signal
+import subprocess
+import sys
+import tarfile
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from loadmaster.config.compose import Composed, compose
@@ -27,6 +33,8 @@ from tests.launch.fake_runpod import FAULTS, FakeRunpod
 from tests.launch.pod_process import ProcessRunner
 
 QUICK = Patience(timeout_s=0.3, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
+ROOT = Path(__file__).resolve().parents[2]
+real = order.command
 SECRET = "hf_THE0SECRET0VALUE"
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
@@ -109,6 +117,21 @@ def test_a_job_goes_out_comes_back_and_the_pod_is_terminated(place):
     assert isinstance(pod["args"], str)
 
 
+def test_the_real_job_composes_and_plans_on_the_pod(place, monkeypatch):
+    """The configuration that travelled is the one that was composed here: the plan there is the plan here."""
+
+    def plan_only(stop, choice, folder, run_dir):
+        return [sys.executable, *real("plan", choice, folder, run_dir)[1:]]
+
+    monkeypatch.setattr(order, "command", plan_only)
+    place.runner.environment = {"PYTHONPATH": str(ROOT)}
+    assert place.launch("launch.gpus=['h100_80gb:1']", "lora.rank=8") == 0
+    (run,) = (place.folder / "runs" / "qlora_8b").iterdir()
+    there = json.loads((run / "plan.json").read_text())
+    assert there["fits"] and there["hardware"]["gpu"] == "h100_80gb"
+    assert yaml.safe_load((run / "config.yaml").read_text())["lora"]["rank"] == 8
+
+
 def test_the_cheapest_machine_that_fits_is_taken_and_the_volume_is_used_again(place):
     place.launch()
     first = place.fake.bodies[-1]
@@ -133,7 +156,7 @@ def test_no_secret_and_no_key_in_any_file_log_or_request(place):
 
 
 def test_a_log_that_breaks_again_and_again_loses_nothing(place):
-    place.fake.drop_log_after = 6
+    place.fake.drop_log_after = 4
     assert place.launch("launch.env.STAND_IN_S='1.2'") == 0
     assert place.fake.calls.count(next(c for c in place.fake.calls if c.endswith("/logs"))) > 1
     (run,) = (place.folder / "runs" / "qlora_8b").iterdir()
@@ -142,18 +165,28 @@ def test_a_log_that_breaks_again_and_again_loses_nothing(place):
     assert sum("token is" in line for line in lines) == 1
 
 
-def calls_of_a_clean_launch(place) -> int:
-    place.launch()
-    return len(place.fake.calls)
+def scripted(fake: FakeRunpod, id: str) -> None:
+    """What a Pod says, without a process: quick enough for the many launches below."""
+    buffer = io.BytesIO()
+    tarfile.open(fileobj=buffer, mode="w:gz").close()
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    for event in (
+        {"event": "armed", "deadline": 0},
+        {"event": "file", "part": 0, "data": base64.b64encode(buffer.getvalue()).decode()},
+        {"event": "end", "exit_code": 0, "parts": 1, "sha256": digest},
+    ):
+        fake.say(id, f"::loadmaster {json.dumps(event)}")
 
 
 def test_every_fault_at_every_call_leaves_nothing_running_and_makes_nothing_twice(place):
     """Each call of a whole launch fails once, in each of five ways; retries carry the launch through."""
-    calls = calls_of_a_clean_launch(place)
+    fake = place.fake
+    fake.runner = scripted
+    place.launch()
+    calls = len(fake.calls)
     assert calls >= 8
     for kind in FAULTS:
         for call in range(1, calls + 1):
-            fake = place.fake
             fake.calls.clear()
             fake.created.clear()
             fake.volumes.clear()
@@ -161,13 +194,13 @@ def test_every_fault_at_every_call_leaves_nothing_running_and_makes_nothing_twic
             assert place.launch() == 0, (kind, call)
             assert fake.pods == {}, (kind, call)
             assert sorted(thing for thing, _ in fake.created) == ["pod", "volume"], (kind, call)
-    assert place.fake.key not in place.said + everything_written(place.folder)
+    assert fake.key not in place.said + everything_written(place.folder)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_when_the_provider_fails_for_good_the_pod_ends_itself(place, kind, monkeypatch):
     """From the first log call on nothing answers any more: the machine must not depend on the launcher."""
-    calls = calls_of_a_clean_launch(place)
+    place.launch()
     made = job_module.make_order
 
     def soon(*arguments):
@@ -176,8 +209,9 @@ def test_when_the_provider_fails_for_good_the_pod_ends_itself(place, kind, monke
         return replace(ordered, env={**ordered.env, "LOADMASTER_JOB": json.dumps(job)})
 
     monkeypatch.setattr(job_module, "make_order", soon)
+    first = place.fake.calls.index(next(call for call in place.fake.calls if call.endswith("/logs"))) + 1
     place.fake.calls.clear()
-    first = next(i for i, call in enumerate(reversed(range(calls))) if i == calls - 4)
+    place.fake.volumes.clear()
     place.fake.faults = dict.fromkeys(range(first, first + 500), kind)
     with pytest.raises(ProviderError):
         place.launch()
@@ -206,13 +240,13 @@ def test_ctrl_c_terminates_and_the_checkpoints_stay_on_the_volume(place):
 
 def test_the_job_is_told_to_save_a_checkpoint_before_the_limit(place):
     """SIGTERM: the real job saves and exits with 75, the stand-in just ends (128 + 15)."""
-    assert place.launch("launch.env.STAND_IN_S='30'", "launch.max_hours=0.0005") == 143
+    assert place.launch("launch.env.STAND_IN_S='30'", "launch.max_hours=0.001") == 143
     assert place.fake.pods == {}
 
 
 @pytest.mark.parametrize("limit", ["launch.max_hours=0.0005", "launch.max_usd=0.00035"])
 def test_the_limits_terminate_a_job_that_does_not_listen(place, limit):
-    words = ["launch.env.STAND_IN_S='30'", "launch.env.STAND_IN_DEAF='1'", "launch.gpus=[rtx4090:1]", "max_steps=1"]
+    words = ["launch.env.STAND_IN_S='30'", "launch.env.STAND_IN_DEAF='1'", "launch.gpus=[rtx4090:1]"]
     with pytest.raises(LoadmasterError, match="are over"):
         launch_job(place.composed(*words, limit), place.console, place.provider, tokens=None)
     assert place.fake.pods == {}
@@ -310,6 +344,27 @@ def test_what_cannot_be_launched_is_refused_before_the_provider_is_asked(place):
     assert place.fake.calls == []
 
 
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"version": "9.9.9"}, 2, "the launcher 9.9.9"),
+        ({"folder": "/proc/no"}, 4, "the bootstrap failed"),
+        ({"package": "no-such-package-of-loadmaster @ file:///nowhere.whl"}, 2, "pip could not install"),
+    ],
+)
+def test_a_pod_that_cannot_start_the_job_says_why_and_is_terminated(place, monkeypatch, change, code, said):
+    made = job_module.make_order
+
+    def broken(*arguments):
+        ordered = made(*arguments)
+        job = json.loads(ordered.env["LOADMASTER_JOB"]) | change
+        return replace(ordered, env={**ordered.env, "LOADMASTER_JOB": json.dumps(job)})
+
+    monkeypatch.setattr(job_module, "make_order", broken)
+    assert place.launch() == code
+    assert said in place.said and place.fake.pods == {}
+
+
 def test_pods_are_listed_with_age_cost_and_end_and_orphans_swept(place):
     place.fake.runner = None
     composed = place.composed()
@@ -323,3 +378,33 @@ def test_pods_are_listed_with_age_cost_and_end_and_orphans_swept(place):
     assert [pod["name"] for pod in place.fake.pods.values()] == ["loadmaster-young"]
     assert sweep_pods(place.console, True, everything=True, provider=place.provider) == 0
     assert place.fake.pods == {}
+
+
+def test_the_commands_of_a_person(place):
+    """train.py and loadmaster pods as processes, the key and the address from the environment."""
+    env = {**os.environ, "RUNPOD_API_KEY": place.fake.key, "RUNPOD_API_BASE_URL_V2": place.fake.url, "COLUMNS": "200"}
+
+    def run(*words, **more):
+        return subprocess.run(words, cwd=place.folder, env=env | more, capture_output=True, text=True, timeout=60)
+
+    train = [sys.executable, str(ROOT / "train.py"), "recipe=qlora_8b", "launch=runpod", "launch.image=me/image:1"]
+    dry = run(*train, "launch.dry_run=true")
+    assert dry.returncode == 0 and '"url": "http://127.0.0.1' in dry.stdout, dry.stderr
+    asked = run(*train)
+    assert asked.returncode == 4 and "launch.yes=true" in asked.stderr
+    assert place.fake.created == []
+    keyless = run(*train, RUNPOD_API_KEY="")
+    assert keyless.returncode == 4 and "RUNPOD_API_KEY is not set" in keyless.stderr
+    place.runner.environment = {"PYTHONPATH": str(ROOT)}
+    rented = run(*train, "launch.yes=true")
+    # The real job starts on the Pod, plans, and finds no card of that name here: its exit code is the launcher's.
+    assert "| plan: done" in rented.stdout and f"exit code {rented.returncode};" in rented.stdout
+    assert rented.returncode != 0 and "nothing of it is left running" in rented.stdout
+    assert place.fake.pods == {}
+    pods = run(sys.executable, "-m", "loadmaster.cli", "pods", PYTHONPATH=str(ROOT))
+    assert pods.returncode == 0 and "no Pods of loadmaster" in pods.stdout
+    assert "volume loadmaster" in pods.stdout
+    sweep = run(sys.executable, "-m", "loadmaster.cli", "pods", "sweep", "--yes", PYTHONPATH=str(ROOT))
+    assert sweep.returncode == 0 and "nothing to sweep" in sweep.stdout
+    text = "".join(done.stdout + done.stderr for done in (dry, asked, keyless, rented, pods, sweep))
+    assert place.fake.key not in text and "Traceback" not in text

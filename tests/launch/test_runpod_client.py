@@ -133,6 +133,15 @@ def test_a_first_request_that_was_carried_out_late_leaves_no_twin(fake, client, 
     assert len(fake.created) == 2 and len(fake.deleted) == 1
 
 
+def test_a_volume_of_the_same_name_is_never_deleted(fake, client):
+    """It might be somebody's data, however it came about."""
+    fake.fault(1, "lost")
+    other = {"id": "vol9", "name": "loadmaster", "size": 10, "dataCenter": "EU-RO-1", "type": "STANDARD"}
+    fake.volumes["vol9"] = other
+    client.create_volume(CreateNetworkVolume("loadmaster", 100, "EU-RO-1"))
+    assert fake.deleted == [] and other in fake.volumes.values()
+
+
 def test_a_creation_that_fails_for_good_says_so_and_made_one_at_most(fake, client):
     for call in range(1, 30):
         fake.fault(call, "lost")

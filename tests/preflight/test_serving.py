@@ -192,6 +192,21 @@ def test_a_shared_prefix_saves_prefill_and_more_answers_cost_it_once() -> None:
     assert server.prefill_s(replace(traffic, samples=8)) == server.prefill_s(traffic)
 
 
+def test_a_request_takes_longer_in_company_and_agrees_with_littles_law() -> None:
+    server, traffic = speed(), Traffic(prompt_tokens=1000, output_tokens=200)
+    assert server.seconds_at(traffic, 1e-6) == pytest.approx(server.seconds_alone(traffic), rel=0.01)
+    for rate in (2.0, 5.0):
+        running = rate * server.seconds_at(traffic, rate)
+        assert running > 1 and server.requests_per_second(traffic, running) == pytest.approx(rate, rel=0.01)
+    full = server.seconds_at(traffic, 1000.0)
+    assert full == pytest.approx(256 / server.requests_per_second(traffic, 256), rel=0.01)
+
+
+def test_a_context_beyond_the_models_positions_is_pointed_out() -> None:
+    plan = plan_serving(shape_of("llama-2-13b"), from_catalog("h100_80gb", 1), context=8192)
+    assert any("4,096 positions" in note for note in plan.notes)
+
+
 def test_the_tail_of_first_tokens_grows_with_load_and_workers_bring_it_back() -> None:
     server, traffic = speed(), Traffic(prompt_tokens=4000, output_tokens=200, requests_per_second=6)
     at = [server.p99_first_token_s(traffic, rate) for rate in (0.01, 1, 3, 5)]

@@ -129,8 +129,11 @@ class RunpodClient:
         return self._get("/network-volumes", id, NetworkVolume)
 
     def create_volume(self, request: CreateNetworkVolume) -> NetworkVolume:
-        """The name must not be taken: the service allows several volumes of one name, this client does not."""
-        return self._create("/network-volumes", request, NetworkVolume, self.volumes, self.delete_volume)
+        """The name must not be taken: the service allows several volumes of one name, this client does not.
+
+        A twin is left alone, unlike other twins: it might be somebody's data.
+        """
+        return self._create("/network-volumes", request, NetworkVolume, self.volumes, lambda id: None)
 
     def delete_volume(self, id: str) -> None:
         self._delete("/network-volumes", id)

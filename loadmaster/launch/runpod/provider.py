@@ -21,8 +21,8 @@ from loadmaster.launch.runpod.types import (
 )
 
 MOUNT = "/workspace"
-MIN_CUDA = "12.8"
-"""Hosts with older drivers do not run the CUDA libraries of the torch that loadmaster needs."""
+MIN_CUDA = "13.0"
+"""What torch's wheels from PyPI are built for since 2.11; hosts with an older driver do not run them."""
 STOCK = ("HIGH", "MEDIUM", "LOW")
 
 

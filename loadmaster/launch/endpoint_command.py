@@ -1,0 +1,154 @@
+"""`loadmaster deploy RUN` and `loadmaster endpoint list|test|scale|delete`: words, questions, printed lines.
+
+The parsers are built on every start of the command line, so what they run is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadmaster.errors import LoadmasterError
+
+if TYPE_CHECKING:
+    from loadmaster.launch.inference import Inference
+    from loadmaster.launch.runpod.client import RunpodClient
+
+
+def add_parsers(commands: Any) -> None:
+    """Add both commands to the subparsers of the command line; each sets run(arguments, rest) -> exit code."""
+    made = commands.add_parser("deploy", help="put a run's bundle on an endpoint, validate and measure it")
+    made.add_argument("run_dir", type=Path, metavar="RUN")
+    made.add_argument("--volume", metavar="ID", help="network volume that holds the artifact")
+    made.add_argument("--yes", action="store_true", help="do not ask before anything is made")
+    made.add_argument("--keep", action="store_true", help="keep the endpoint when its validation fails")
+    made.add_argument("--dry-run", action="store_true", help="print the request and make nothing")
+    made.set_defaults(run=_deploy)
+    endpoint = commands.add_parser("endpoint", help="list, test, scale or delete endpoints that loadmaster made")
+    actions = endpoint.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("list", help="what there is, and what it may cost an hour").set_defaults(run=_list)
+    test = actions.add_parser("test", help="ask and measure the endpoint of a deployed run")
+    test.add_argument("run_dir", type=Path, metavar="RUN")
+    test.add_argument("--volume", metavar="ID", help="network volume that holds the artifact")
+    test.set_defaults(run=_test)
+    size = actions.add_parser("scale", help="change the bounds of its workers")
+    size.add_argument("endpoint", help="id or name")
+    size.add_argument("--min", type=int, dest="least")
+    size.add_argument("--max", type=int, dest="most")
+    size.set_defaults(run=_scale)
+    gone = actions.add_parser("delete", help="delete an endpoint; the volume and its files stay")
+    gone.add_argument("endpoint", help="id or name")
+    gone.add_argument("--yes", action="store_true", help="do not ask")
+    gone.set_defaults(run=_delete)
+
+
+def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
+    import json
+
+    from loadmaster.launch.deploy import deploy, order, write_deployment
+    from loadmaster.launch.runpod.types import body
+
+    _refuse(rest)
+    wanted = order(arguments.run_dir, arguments.volume)
+    request = wanted.request
+    print(f"{request.name}: {request.image}")
+    print(
+        f"at least ${wanted.least_usd_per_hour:.2f}/h, at most ${wanted.most_usd_per_hour:.2f}/h "
+        f"(${wanted.usd_per_worker_hour:.2f} a worker and hour while it is up, list price)"
+    )
+    if arguments.dry_run:
+        print(json.dumps(body(request), indent=2))
+        return 0
+    if not arguments.yes and not _agreed("make or update this endpoint?"):
+        return 0
+    with _client() as client:
+        deployed = deploy(wanted, client, _connect, keep=arguments.keep)
+    print(f"written: {write_deployment(arguments.run_dir, deployed)}")
+    print(f"OpenAI base URL: {deployed['urls']['run'].removesuffix('/run')}/openai/v1, model {wanted.served_as}")
+    return 0
+
+
+def _list(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from loadmaster.launch.deploy import ours
+
+    _refuse(rest)
+    with _client() as client:
+        found = ours(client)
+        prices = {gpu.id: gpu for gpu in client.gpus("SERVERLESS")}
+    for endpoint in found:
+        workers = endpoint.workers
+        pools = (endpoint.gpu or {}).get("pools", [])
+        rates = [gpu.price.serverless for gpu in prices.values() if gpu.pool in pools and gpu.price.serverless]
+        usd = max(rates, default=None)
+        count = (endpoint.gpu or {}).get("count", 1)
+        cost = "" if usd is None else f", at most ${usd * count * (workers.max or 0):.2f}/h"
+        print(f"{endpoint.id}  {endpoint.name}  {workers.min} to {workers.max} workers of {count}x {pools}{cost}")
+    if not found:
+        print("no endpoint made by loadmaster in this account")
+    return 0
+
+
+def _test(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from loadmaster.launch.deploy import START_S, find, order, validate
+
+    _refuse(rest)
+    wanted = order(arguments.run_dir, arguments.volume or "not needed to ask")
+    with _client() as client:
+        endpoint = find(client, wanted.request.name)
+    if endpoint is None:
+        raise LoadmasterError(f"{wanted.request.name} is not deployed: loadmaster deploy {arguments.run_dir}")
+    with _connect(endpoint.request_urls) as inference:
+        validate(inference, wanted, START_S)
+    return 0
+
+
+def _scale(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from loadmaster.launch.deploy import owned, scale
+
+    _refuse(rest)
+    if arguments.least is None and arguments.most is None:
+        raise LoadmasterError("nothing to change: give --min, --max or both")
+    with _client() as client:
+        found = scale(client, owned(client, arguments.endpoint), arguments.least, arguments.most)
+    print(f"{found.id}: {found.workers.min} to {found.workers.max} workers")
+    return 0
+
+
+def _delete(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from loadmaster.launch.deploy import owned
+
+    _refuse(rest)
+    with _client() as client:
+        found = owned(client, arguments.endpoint)
+        if not arguments.yes and not _agreed(f"delete {found.id} ({found.name})?"):
+            return 0
+        client.delete_endpoint(found.id)
+    print(f"deleted {found.id}")
+    return 0
+
+
+def _refuse(rest: list[str]) -> None:
+    if rest:
+        raise LoadmasterError(f"this command does not know {' '.join(rest)}; --help says what it takes")
+
+
+def _agreed(question: str) -> bool:
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        raise LoadmasterError("nobody is there to ask: --yes goes on without") from None
+
+
+def _client() -> RunpodClient:
+    from loadmaster.launch.runpod.client import RunpodClient
+
+    return RunpodClient()
+
+
+def _connect(urls: Mapping[str, str]) -> Inference:
+    from loadmaster.launch.deploy import key_from_environment
+    from loadmaster.launch.inference import Inference
+
+    return Inference(urls, key_from_environment())

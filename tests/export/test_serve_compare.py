@@ -1,0 +1,93 @@
+"""The figures of a served model, and the judgement."""
+
+import copy
+
+import pytest
+
+from loadmaster.export.serve_client import Served
+from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, log_probability_figures
+
+STOP = 2
+DOCUMENTS = [
+    {"trained": [-0.1, -0.2], "base": [-2.1, -1.2], "top": [5, 6]},
+    {"trained": [-0.3], "base": [-3.3], "top": [7]},
+]
+FIGURES = {
+    "models": ["smoke"], "rendering": {"cases": 4, "different": []}, "difference": 0.002, "top1_agreement": 0.99,
+    "fine_tune": 1.7, "tuned_share": 1.0, "answers": 8, "first_token": 1.0, "equal_answers": 1.0, "ended": [8, 8],
+    "overrun": 0, "stops_at": {"2": True},
+}  # fmt: skip
+
+
+def served(log_p):
+    return [(log_p[:2], [5, 6]), (log_p[2:], [7])]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0, 2.0])
+def test_the_tuned_share_is_how_much_of_the_fine_tune_is_served(share):
+    trained, base = [-0.1, -0.2, -0.3], [-2.1, -1.2, -3.3]
+    mixed = [b + share * (t - b) for t, b in zip(trained, base, strict=True)]
+    figures = log_probability_figures(DOCUMENTS, served(mixed))
+    assert figures["tuned_share"] == pytest.approx(share)
+    assert figures["difference"] == pytest.approx(abs(1 - share) * 2.0)
+    assert (figures["tokens"], figures["top1_agreement"]) == (3, 1.0)
+
+
+def test_a_fine_tune_too_small_to_tell_has_no_tuned_share():
+    same = [{**document, "base": [value + 0.01 for value in document["trained"]]} for document in DOCUMENTS]
+    assert log_probability_figures(same, served([-0.1, -0.2, -0.3]))["tuned_share"] is None
+
+
+def reference(ids, ended=True):
+    return {"ids": ids, "text": str(ids), "ended": ended}
+
+
+def answer(ids, reason="stop"):
+    body = ids[:-1] if ids[-1] == STOP else ids
+    return Served([1], ids, str(body), reason)
+
+
+def test_answers_are_compared_up_to_the_token_that_ends_them():
+    figures = answer_figures(
+        [reference([10, 11]), reference([10, 11]), reference([12], ended=False)],
+        [answer([10, 11, STOP]), answer([10, 13, STOP]), answer([12], "length")], [STOP],
+    )  # fmt: skip
+    assert figures == {
+        "answers": 3, "first_token": 1.0, "equal_answers": pytest.approx(2 / 3), "ended": [1, 1], "overrun": 0,
+    }  # fmt: skip
+
+
+def test_an_answer_that_goes_on_where_ours_ends_is_counted():
+    figures = answer_figures([reference([10])] * 2, [answer([10, 14, 15], "length"), answer([10, STOP, 14])], [STOP])
+    assert (figures["ended"], figures["overrun"]) == ([0, 2], 1)
+
+
+def test_a_good_server_has_no_failures_in_any_format():
+    assert [failures(FIGURES, limits, "smoke") for limits in LIMITS.values()] == [[]] * 4
+    without_chat = {key: FIGURES[key] for key in
+                    ("models", "rendering", "difference", "top1_agreement", "fine_tune", "tuned_share")}  # fmt: skip
+    assert failures({**without_chat, "tuned_share": None}, LIMITS["bf16"], "smoke") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"models": ["other"]}, "/v1/models has other, not smoke"),
+        ({"rendering": {"cases": 4, "different": ["system"]}}, "1 of 4 conversations give other tokens"),
+        ({"tuned_share": 0.01}, "the base model is served, the fine-tune is not applied"),
+        ({"tuned_share": 0.55}, "tuned_share is 0.55, must be"),
+        ({"tuned_share": 1.9}, "tuned_share is 1.90, must be"),
+        ({"tuned_share": float("nan")}, "tuned_share is nan"),
+        ({"difference": 0.9}, "difference is 0.9000, must be at most"),
+        ({"difference": float("nan")}, "difference is nan"),
+        ({"top1_agreement": 0.3}, "top1_agreement is 0.300"),
+        ({"first_token": 0.25}, "first_token is 0.25"),
+        ({"stops_at": {"2": True, "7": False}}, "the server goes on after token 7"),
+        ({"ended": [7, 8]}, "1 of 8 answers go on where the trained model's end"),
+        ({"overrun": 2}, "2 answers go on behind a token that ends a turn"),
+    ],
+)
+@pytest.mark.parametrize("format_name", LIMITS)
+def test_each_failure_is_named(format_name, change, said):
+    [failure] = failures({**copy.deepcopy(FIGURES), **change}, LIMITS[format_name], "smoke")
+    assert said in failure

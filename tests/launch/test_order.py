@@ -1,0 +1,217 @@
+"""What is sent to a machine: pinned, whole, without secrets, and the same for the same job."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import random
+import re
+import shlex
+import tarfile
+
+import pytest
+import yaml
+
+from loadmaster.config.compose import compose
+from loadmaster.errors import ConfigError
+from loadmaster.launch import order
+from loadmaster.launch.choose import choices, counts, wanted
+from loadmaster.launch.follow import Reader, unpack
+from loadmaster.launch.provider import LogLine, Offer
+
+WORDS = ["recipe=qlora_8b", "launch=runpod", 'launch.package="loadmaster==0.1.0"']
+OFFERS = [
+    Offer("l40s", "NVIDIA L40S", 1, 0.99, ("EU-RO-1",)),
+    Offer("l40s", "NVIDIA L40S", 2, 1.98, ("US-TX-3",)),
+    Offer("h100_80gb", "NVIDIA H100 80GB HBM3", 1, 3.99, ("EU-RO-1", "US-TX-3")),
+]
+
+
+def composed(*words):
+    return compose([*WORDS, *words])
+
+
+def ordered(*words, now=1_000_000.0):
+    job = composed(*words)
+    choice = choices(job.job, OFFERS, 200_000)[0]
+    return order.make_order(job, choice, "loadmaster-x", now, "http://127.0.0.1/v2", None, ("EU-RO-1",))
+
+
+def unpacked(made) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(made.env["LOADMASTER_PAYLOAD"]))) as archive:
+        return {entry.name: archive.extractfile(entry).read() for entry in archive}
+
+
+@pytest.mark.parametrize(
+    ("words", "best"),
+    [
+        ([], "1x l40s"),
+        (["launch.objective=time"], "1x h100_80gb"),
+        (["launch.gpus=[h100_80gb]"], "1x h100_80gb"),
+        (["launch.gpus=[l40s:2,h100_80gb:1]"], "2x l40s"),
+        (["launch.objective=time", "launch.max_usd_per_hour=2"], "2x l40s"),
+        (["launch.data_centers=[US-TX-3]"], "2x l40s"),
+        (["hardware=h100_80gb_x1"], "1x h100_80gb"),
+    ],
+)
+def test_the_machine_is_picked_by_objective_within_the_limits(words, best):
+    assert choices(composed(*words).job, OFFERS, 200_000)[0].offer.label == best
+
+
+def test_without_the_size_of_the_data_machines_are_ranked_by_the_token():
+    ranked = choices(composed().job, OFFERS, None)
+    assert [choice.usd for choice in ranked] == [None] * 3
+    prices = [choice.offer.usd_per_hour / choice.plan.tokens_per_second for choice in ranked]
+    assert prices == sorted(prices)
+
+
+def test_only_the_counts_that_matter_are_asked_for():
+    assert counts(wanted(composed("launch.gpus=[l40s:2,h100_80gb:8]").job)) == (2, 8)
+    assert counts(wanted(composed("launch.gpus=[l40s]").job)) == (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["launch.gpus=[l40]"], "is not in the catalogue"),
+        (["launch.gpus=['l40s:3']"], "has no such count"),
+        (["launch.gpus=[l40s]", "hardware=h100_80gb_x1"], "names the machine already"),
+    ],
+)
+def test_machines_that_cannot_be_meant_are_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        wanted(composed(*words).job)
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["launch.package=loadmaster"], "launch.package"),
+        (["launch.package=null"], "launch.package"),
+        (["launch.image=a/b"], "launch.image"),
+        (["launch.cloud=community"], "launch.cloud"),
+        (["launch.env.WANDB_API_KEY=abc"], "launch.env.WANDB_API_KEY"),
+        (["hardware=cpu"], "hardware.gpu"),
+        (["run_dir=here"], "run_dir"),
+    ],
+)
+def test_each_mistake_has_its_remedy(words, key):
+    (problem,) = order.problems(composed(*words).job)
+    assert problem.key == key and problem.remedy
+    assert "abc" not in str(problem)
+
+
+def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"messages": []}\n')
+    made = ordered("data=file", f"data.path={data}")
+    files = unpacked(made)
+    job = yaml.safe_load(files["job.yaml"])
+    assert job["hardware"] == {"gpu": "l40s", "count": 1, "nodes": 1}
+    assert job["launch"] == {"name": "local"}
+    assert job["data"]["path"] == "/workspace/loadmaster/jobs/loadmaster-x/data/0-mine.jsonl"
+    assert files["data/0-mine.jsonl"] == data.read_bytes()
+    assert str(tmp_path) not in json.dumps(job)
+
+
+def test_data_that_is_too_large_to_travel_is_refused_with_a_way_out(tmp_path):
+    data = tmp_path / "mine.jsonl"
+    data.write_bytes(random.Random(0).randbytes(200_000))
+    with pytest.raises(ConfigError, match=r"Hub dataset, or copy it to the volume"):
+        ordered("data=file", f"data.path={data}")
+
+
+def test_data_on_the_volume_is_named_by_its_path_there():
+    made = ordered("data=file", "data.path=/workspace/data/mine.jsonl")
+    assert yaml.safe_load(unpacked(made)["job.yaml"])["data"]["path"] == "/workspace/data/mine.jsonl"
+
+
+def test_the_same_job_goes_on_in_the_same_folder_and_other_data_in_another(tmp_path):
+    def folder(text, *words):
+        data = tmp_path / "mine.jsonl"
+        data.write_text(text)
+        return json.loads(ordered("data=file", f"data.path={data}", *words).env["LOADMASTER_JOB"])["run_dir"]
+
+    assert folder("a") == folder("a", "launch.max_hours=3", "checkpoint.keep_last=5")
+    assert folder("a") != folder("b")
+    assert folder("a") != folder("a", "seed=1")
+
+
+def test_an_order_is_the_same_each_time_and_each_variable_fits_in_one():
+    made = ordered()
+    assert made == ordered()
+    assert all(len(value) < 128 << 10 for value in made.env.values())
+    assert len(shlex.split(made.arguments)) == 3
+
+
+def test_the_deadline_is_what_hours_and_dollars_allow():
+    def hours(*words):
+        job = json.loads(ordered(*words).env["LOADMASTER_JOB"])
+        assert job["deadline"] == pytest.approx(1_000_000 + job["max_hours"] * 3600, abs=0.5)
+        return job["max_hours"]
+
+    planned = choices(composed().job, OFFERS, 200_000)[0].hours
+    assert hours() == pytest.approx(2 * planned + 1, abs=1e-3)
+    assert hours("launch.max_hours=3") == 3
+    assert hours("launch.max_hours=3", "launch.max_usd=1.98") == 2
+
+
+def test_several_gpus_get_a_process_each():
+    (two,) = choices(composed("launch.gpus=['l40s:2']").job, OFFERS, 200_000)
+    assert order.command("export", two, "/f", "/r") == [
+        *("python3", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "loadmaster.cli", "export", "--config-dir", "/f", "--config-name", "job", "run_dir=/r"),
+    ]
+
+
+# --------------------------------------------------------------- reading the log
+
+
+def line(number: int, text: str, at: str = "2026-11-24T10:00:00Z") -> LogLine:
+    return LogLine(f"{at}/{number:012d}", at, text)
+
+
+def test_lines_that_come_again_are_taken_once_and_marks_of_others_are_text():
+    reader = Reader()
+    assert reader.take(line(1, "hello")) == "hello"
+    assert reader.take(line(1, "hello")) is None
+    assert reader.take(line(2, "hello")) == "hello"
+    assert reader.take(line(3, "::loadmaster not json")) == "::loadmaster not json"
+    assert reader.take(line(4, '::loadmaster {"event": "armed"}')) == {"event": "armed"}
+    assert reader.armed and reader.newest == "2026-11-24T10:00:00Z"
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1, "damaged"])
+def test_files_are_whole_or_not_there(lost, tmp_path):
+    packed = base64.b64decode(order._tar({"result.json": b"{}", "export/fp8/manifest.json": b"[]"}))
+    text = base64.b64encode(packed).decode()
+    halves = [text[:40], text[40:]]
+    reader = Reader()
+    for number, half in enumerate(halves):
+        if number != lost:
+            data = half if lost != "damaged" else half[::-1]
+            reader.take(line(number, f"::loadmaster {json.dumps({'event': 'file', 'part': number, 'data': data})}"))
+    digest = hashlib.sha256(packed).hexdigest()
+    reader.take(line(9, f"::loadmaster {json.dumps({'event': 'end', 'exit_code': 0, 'parts': 2, 'sha256': digest})}"))
+    if lost is not None:
+        assert reader.files() is None
+        return
+    assert sorted(unpack(reader.files(), tmp_path)) == ["export/fp8/manifest.json", "result.json"]
+    assert (tmp_path / "export" / "fp8" / "manifest.json").read_text() == "[]"
+
+
+def test_a_file_that_would_land_elsewhere_is_refused(tmp_path):
+    packed = base64.b64decode(order._tar({"../outside": b"x"}))
+    with pytest.raises(tarfile.TarError):
+        unpack(packed, tmp_path / "inside")
+    assert not (tmp_path / "outside").exists()
+
+
+def test_references_to_secrets_are_the_only_trace_of_them():
+    made = ordered("launch.secrets.HF_TOKEN=my_hf")
+    assert made.env["HF_TOKEN"] == "{{ RUNPOD_SECRET_my_hf }}"
+    assert json.loads(made.env["LOADMASTER_JOB"])["secrets"] == ["HF_TOKEN"]
+    assert not re.search("RUNPOD_API_KEY", json.dumps(made.env | {"LOADMASTER_BOOTSTRAP": ""}))
+    assert "HF_TOKEN" not in repr(made)
