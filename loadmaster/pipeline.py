@@ -50,6 +50,9 @@ def run(composed: Composed, console: Console | None = None) -> int:
     except LoadmasterError as error:
         show_error(error)
         return error.exit_code
+    except OSError as error:  # a full or read-only disk, a folder that is a file
+        show_error(LoadmasterError(f"{error}; set run_dir to a folder that can be written, on a disk with room"))
+        return LoadmasterError.exit_code
     finally:
         stop.uninstall()
     return 0
@@ -94,7 +97,7 @@ class Pipeline:
         return [stage_inputs_hash(self.job, stage), hardware]
 
     def _stage(self, stage: str, inputs: str) -> None:
-        if self.run_dir.is_done(stage, inputs):
+        if self.run_dir.is_done(stage, inputs) and self._is_whole(stage):
             self.echo(f"{stage}: unchanged, skipped")
             return
         self.echo(f"{stage}: started")
@@ -120,6 +123,22 @@ class Pipeline:
         finally:
             self.run_dir.update_result(wall_seconds=self.run_dir.seconds_by_stage())
             self._write_report()
+
+    def _is_whole(self, stage: str) -> bool:
+        """Whether what the stage wrote is still there; exports are compared with their manifests."""
+        folder = self.run_dir.path
+        if stage == "export":
+            from loadmaster.export.manifest import verify_manifest
+
+            try:
+                return not any(verify_manifest(folder / "export" / name) for name in self.job.export.formats)
+            except LoadmasterError:
+                return False
+        if stage == "train":
+            return self.run_dir.trained is not None and any(self.run_dir.trained.glob("*.safetensors"))
+        return (
+            folder / {"plan": "plan.json", "evaluate": "eval.json", "bundle": "bundle/manifest.json"}[stage]
+        ).is_file()
 
     def echo(self, message: str) -> None:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
@@ -298,14 +317,14 @@ def data_identity(job: Job) -> list[str]:
     paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
     if isinstance(job.data.validation, str):
         paths.append(job.data.validation)
-    resolved = [resolve_path(path) for path in paths]
+    resolved = [os.path.expanduser(resolve_path(path)) for path in paths]
     return [file_fingerprint(Path(p)) if Path(p).exists() else f"hub:{p}" for p in resolved]
 
 
 def dataset_tokens(job: Job) -> int | None:
     """Tokens of an epoch, estimated from the size of the files; None for a Hub dataset."""
     paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
-    found = [Path(resolve_path(path)) for path in paths]
+    found = [Path(resolve_path(path)).expanduser() for path in paths]
     if not all(path.exists() for path in found):
         return None
     files = [file for path in found for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]

@@ -35,6 +35,18 @@ class RunDir:
         if run_dir != "auto":
             path = Path(run_dir).expanduser()
             owner = _identity(path)
+            if owner is None and path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
+                raise ConfigError(
+                    [
+                        Problem(
+                            "run_dir",
+                            run_dir,
+                            "command line or recipe",
+                            "is a folder with other things in it, which a run would overwrite",
+                            "give a new folder, or an empty one",
+                        )
+                    ]
+                )
             if owner not in (None, identity):
                 raise ConfigError(
                     [
@@ -113,11 +125,18 @@ def file_fingerprint(path: Path) -> str:
     return sha256_json([[os.fspath(p.relative_to(path)), sha256_file(p)] for p in files])
 
 
+def _record(path: Path) -> dict[str, Any]:
+    """stages.json, or an empty record where there is none that can be read."""
+    try:
+        record = read_json(path / "stages.json")
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def _stages(path: Path) -> dict[str, Any]:
-    record = path / "stages.json"
-    return read_json(record)["stages"] if record.exists() else {}
+    return _record(path).get("stages", {})
 
 
 def _identity(path: Path) -> str | None:
-    record = path / "stages.json"
-    return read_json(record)["identity"] if record.exists() else None
+    return _record(path).get("identity")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ SCALED_DOWN = [
     "data=tickets",
     "optimizer.name=adamw",
     "activation_checkpointing=auto",
-    "export.thresholds={bf16: {min_task_retention: 0.0}}",
+    "export.thresholds={bf16: {min_task_retention: 0, max_perplexity_ratio: 1.1, "
+    "max_mean_kl: 0.1, min_top1_agreement: 0.9}}",
 ]
 
 
@@ -86,6 +88,36 @@ def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp
     assert [f"{stage}: unchanged, skipped" in again for stage in ("plan", "train", "evaluate")] == [True] * 3
     changed = go(tiny, tmp_path, "stop_after=evaluate", "evaluation.max_new_tokens=5")[1]
     assert "train: unchanged, skipped" in changed and "evaluate: started" in changed
+
+
+def test_what_was_lost_is_made_again_not_reported_as_done(tiny, tmp_path):
+    assert go(tiny, tmp_path)[0] == 0
+    folder = tmp_path / "run"
+    weights = folder / "export" / "bf16" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(bytes(damaged))
+    shutil.rmtree(folder / "bundle")
+    shutil.rmtree(folder / "adapter")
+    code, output = go(tiny, tmp_path)
+    assert code == 0, output
+    assert "plan: unchanged, skipped" in output and "evaluate: unchanged, skipped" in output
+    assert all(f"{stage}: started" in output for stage in ("train", "export", "bundle"))
+    assert (folder / "adapter").is_dir() and (folder / "bundle").is_dir()
+
+
+def test_a_folder_with_other_things_is_not_run_over(tiny, tmp_path, capsys):
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "thesis.txt").write_text("precious")
+    code = run(
+        compose([f"model.path={tiny}", f"run_dir={tmp_path / 'run'}", *SCALED_DOWN]), Console(file=io.StringIO())
+    )
+    assert code == 2 and (tmp_path / "run" / "adapter" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_run_dir_that_cannot_be_written_is_a_sentence(tiny, capsys):
+    code = run(compose([f"model.path={tiny}", "run_dir=/dev/null/x", *SCALED_DOWN]), Console(file=io.StringIO()))
+    assert code == 4 and "run_dir" in capsys.readouterr().err
 
 
 def test_a_run_directory_of_another_job_is_refused(tiny, tmp_path, capsys):

@@ -158,15 +158,15 @@ class HardwareConfig:
 
 @dataclass(frozen=True, config=CLOSED)
 class ThresholdsConfig:
-    """What an export must reach to be published, against the model as trained."""
+    """What an export must reach to be published, against the model as trained; null is the shipped limit."""
 
-    max_perplexity_ratio: PositiveFloat = 1.10
+    max_perplexity_ratio: PositiveFloat | None = None
     """Perplexity of the export over that of the trained model."""
-    max_mean_kl: PositiveFloat = 0.10
+    max_mean_kl: PositiveFloat | None = None
     """Mean KL divergence per token of the next-token distributions, nats."""
-    min_top1_agreement: Fraction = 0.90
+    min_top1_agreement: Fraction | None = None
     """Share of tokens whose most likely next token is the same."""
-    min_task_retention: Fraction = 0.90
+    min_task_retention: Fraction | None = None
     """Task metric of the export over that of the trained model."""
 
 

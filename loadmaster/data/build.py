@@ -148,8 +148,12 @@ def _held_out(row_ids: list[str], fraction: float, seed: int) -> tuple[np.ndarra
     for row_id in shuffled[:-1]:
         if taken >= wanted:
             break
+        if taken + counts[row_id] > wanted:
+            continue  # a row repeated more often than is wanted stays in training
         held.add(row_id)
         taken += counts[row_id]
+    if not held:
+        held.add(min(shuffled, key=counts.__getitem__))
     is_held = np.array([row_id in held for row_id in row_ids])
     return everything[~is_held], everything[is_held]
 

@@ -7,6 +7,7 @@ figures): each limit lies between the worst good export and the best of those br
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, replace
 from typing import Any
 
 from loadmaster.config.schema import ExportConfig, ThresholdsConfig
@@ -26,9 +27,11 @@ DEFAULTS = {
 
 def limits(export: ExportConfig, format_name: str) -> ThresholdsConfig:
     """The limits of one format: the user's where given, else the shipped ones. An adapter is held to bf16's."""
-    given = export.thresholds or {}
     key = "bf16" if format_name == "adapter" else format_name
-    return given.get(key, DEFAULTS[key])  # type: ignore[call-overload]
+    given = (export.thresholds or {}).get(key)  # type: ignore[call-overload]
+    if given is None:
+        return DEFAULTS[key]
+    return replace(DEFAULTS[key], **{name: value for name, value in asdict(given).items() if value is not None})
 
 
 def failures(figures: dict[str, Any], limit: ThresholdsConfig) -> list[str]:

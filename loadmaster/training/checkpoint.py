@@ -80,7 +80,7 @@ def newest_whole(folder: Path, job_hash: str, warn: Any) -> Found | None:
             wanted = read_json(path / "checksums.json")
             broken = [name for name in FILES if wanted.get(name) != sha256_file(path / name)]
             state = None if broken else read_json(path / "state.json")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             broken, state = [str(error)], None
         if state is None:
             warn(f"checkpoint step-{step} is torn ({', '.join(broken)}) and passed over")
@@ -97,7 +97,7 @@ def newest_whole(folder: Path, job_hash: str, warn: Any) -> Found | None:
 def prune(folder: Path, keep_last: int, keep_best: int) -> None:
     """Delete all but the newest `keep_last` and the `keep_best` with the lowest evaluation loss."""
     found = sorted(_steps(folder), reverse=True)
-    losses = {step: read_json(path / "state.json").get("eval_loss") for step, path in found}
+    losses = {step: _eval_loss(path) for step, path in found}
     best = sorted((loss, -step) for step, loss in losses.items() if loss is not None)[:keep_best]
     keep = {step for step, _ in found[:keep_last]} | {-step for _, step in best}
     for step, path in found:
@@ -107,10 +107,18 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
+def _eval_loss(path: Path) -> float | None:
+    """Held-out loss of a checkpoint; None where there is none, or the checkpoint is torn."""
+    try:
+        return read_json(path / "state.json").get("eval_loss")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     paths = folder.iterdir() if folder.is_dir() else []
     return [(int(match[1]), path) for path in paths if (match := re.fullmatch(r"step-(\d+)", path.name))]
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

@@ -123,7 +123,7 @@ def train(
     epochs = job.epochs if job.max_steps is None else math.inf
     sampler = BatchSampler(len(rows), job.batch.global_size, job.seed, epochs, rows.fingerprint)
     steps = job.max_steps or sampler.total_steps()
-    rehearsal = _rehearse(session, prepared, checkpoints / ".rehearsal")
+    rehearsal = _rehearse(session, prepared, checkpoints / ".rehearsal", learning_rate(1, steps, job.optimizer))
     display.echo(
         f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
         f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {plan.memory_gib.total:.2f} GiB"
@@ -204,7 +204,8 @@ def train(
         display.stop()
         log.close()
         session.accelerator.end_training()
-    logged = read_metrics(run_dir / "metrics.jsonl")
+    nothing = {"loss": None, "tokens_per_second": 0.0}  # metrics.jsonl was lost after the last step
+    logged = read_metrics(run_dir / "metrics.jsonl") or [nothing]
     return session.model, Outcome(
         steps=steps,
         train_loss=logged[-1]["loss"],
@@ -264,7 +265,8 @@ def refuse_unbuilt(plan: Plan) -> None:
         raise ConfigError(problems)
 
 
-def _rehearse(session: Session, prepared: PreparedData, scratch: Path) -> Rehearsed:
+def _rehearse(session: Session, prepared: PreparedData, scratch: Path, lr: float) -> Rehearsed:
+    """The rehearsal, at the learning rate of step 1: what the warm-up would have saved is not refused."""
     rows, plan = prepared.train, session.plan
     picked = worst_rows(rows, plan.micro_batch_size * session.accelerator.num_processes)
     worst = session.split(picked)[:1] * min(2, plan.gradient_accumulation_steps)
@@ -272,7 +274,7 @@ def _rehearse(session: Session, prepared: PreparedData, scratch: Path) -> Rehear
     def step(batches: list[MicroBatch]) -> None:
         session.backward(batches, max(1, sum(map(trained_tokens, picked))))
         session.optimizer.clip(session.job.optimizer.max_grad_norm)
-        session.optimizer.step(session.job.optimizer.lr)
+        session.optimizer.step(lr)
 
     def evaluate() -> None:
         if prepared.validation is None:

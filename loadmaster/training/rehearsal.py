@@ -55,6 +55,11 @@ def rehearse(
         # Twice: gradients of the second backward pass meet the optimizer's states, as in every later step.
         run_step(worst)
         run_step(worst)
+        if not all(bool(torch.isfinite(parameter).all()) for _, parameter in trained):
+            raise TrainingFailed(
+                "one optimizer step of the rehearsal made weights that are not finite\n"
+                "fix: lower optimizer.lr, or look for a gradient that overflows (a very long row, a broken checkpoint)"
+            )
         part = "an evaluation batch"
         evaluate_batch()
         part = "saving and reloading a checkpoint"
