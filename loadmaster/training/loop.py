@@ -117,6 +117,7 @@ def train(
     refuse_unbuilt(plan)
     seed_everything(job.seed)
     accelerator = make_accelerator(job, plan, run_dir)
+    _refuse_other_world(plan, accelerator.num_processes)
     base = load_base(base_folder, DTYPES[plan.precision], accelerator.device, nf4=plan.method == "qlora")
     session = make_session(job, plan, base, accelerator, tokenizer.pad_token_id)
     rows, checkpoints = prepared.train, run_dir / "checkpoints"
@@ -240,6 +241,14 @@ def make_session(job: Job, plan: Plan, base: nn.Module, accelerator: Accelerator
                 f"{accelerator.num_processes} processes were started, but the model was not wrapped for them"
             )
     return Session(job, plan, model, loss, trained, optimizer, accelerator, pad_token_id)
+
+
+def _refuse_other_world(plan: Plan, processes: int) -> None:
+    """A plan for several GPUs is not trained on one of them in silence."""
+    if processes != plan.world_size:
+        message = f"the plan is for {plan.world_size} GPUs and this is a run of {processes} process"
+        remedy = "hardware.count=1; training over several processes is planned, not built"
+        raise ConfigError([Problem("hardware.count", plan.world_size, "the plan (plan.json)", message, remedy)])
 
 
 def refuse_unbuilt(plan: Plan) -> None:
