@@ -10,8 +10,17 @@ import pytest
 
 from tests.runs import ROOT, TIMEOUT_S, environment
 
-SMALL = ["sequence_length=256", "max_steps=1", "data.max_rows=8", "export=adapter", "evaluation.task=none",
-         "tracker=none"]
+# One step from a random adapter is close to bf16's rounding, which the shipped limits rightly refuse.
+LOOSE = "export.thresholds={bf16: {max_perplexity_ratio: 1.5, max_mean_kl: 1.0, min_top1_agreement: 0.5}}"
+SMALL = [
+    LOOSE,
+    "sequence_length=256",
+    "max_steps=1",
+    "data.max_rows=8",
+    "export=adapter",
+    "evaluation.task=none",
+    "tracker=none",
+]
 TRAINS = re.compile(r"^python train.py(?!.*(--cfg|stop_after=plan))")
 
 
