@@ -47,9 +47,9 @@ def test_merged_logits_of_the_real_model_equal_the_live_adapters_in_float32_and_
 
     adapter = save_adapter(smollm2, tmp_path / "adapter", std=0.01, r=8, lora_alpha=16)
     live, base = live_logits(smollm2, adapter)
-    assert (live - base).abs().max() > 0.5  # the adapter moves logits 5,000 times further than the merge may
+    assert (live - base).abs().max() > 1.0
     exact, _ = merged_logits(smollm2, adapter, tmp_path / "merged", torch.float32)
-    assert (exact - live).abs().max() <= 5e-4
+    assert (exact - live).abs().max() <= 1e-4
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).eval()
         rounded = model(input_ids=IDS).logits.float()

@@ -33,8 +33,8 @@ def save_adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, s
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    torch.manual_seed(2)  # before peft draws A, or every run has another adapter
     model = get_peft_model(model, LoraConfig(**config))
-    torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_embedding_" in name:
             torch.nn.init.normal_(parameter, std=std)
