@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -61,7 +62,9 @@ class ProcessRunner:
         def secret(match: re.Match) -> str:
             return self.secrets[match.group(1)]
 
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
+        kept = {name: os.environ[name] for name in ("HOME", "PYTHONPATH") if name in os.environ}
+        # An image's python3 has loadmaster; here that is the one that runs the tests, also where it is not activated.
+        kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         given = {
             name: re.sub(r"\{\{ RUNPOD_SECRET_(\w+) \}\}", secret, value).replace(
                 "/workspace", str(self.folder / "workspace")
