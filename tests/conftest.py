@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 
-# A shell ignores SIGINT for what it runs in the background, and processes inherit that: Ctrl-C would go untested.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell ignores SIGINT for what it runs in the background, and processes inherit that: Ctrl-C would go untested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
