@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loadmaster import catalog
 from loadmaster.config.fields import nearest
+from loadmaster.config.model_folder import broken_files
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, resolve_path
@@ -261,13 +262,15 @@ def auto_has_methods_to_choose_from(job: Job, origins: Origins) -> Found:
 
 @rule("model.path")
 def model_folder_exists(job: Job, origins: Origins) -> Found:
-    """model.path is a folder with a config.json."""
+    """model.path is a folder with a config.json, and what lies in it is whole."""
     if job.model.path is None:
         return
     folder = Path(job.model.path).expanduser()
+    remedy = "name a folder with config.json, *.safetensors and the tokenizer, or leave it out to use the Hub"
     if not (folder / "config.json").is_file():
         what = "has no config.json in it" if folder.is_dir() else "is not a folder here"
-        remedy = "name a folder with config.json, *.safetensors and the tokenizer, or leave it out to use the Hub"
+        yield "model.path", job.model.path, what, remedy
+    for what in broken_files(folder):
         yield "model.path", job.model.path, what, remedy
 
 

@@ -1,0 +1,66 @@
+"""What is wrong with a model's folder, as far as that shows without loading it: a second now for an hour later."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+OBJECTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json")
+"""Files that hold one JSON object."""
+INDEX = "model.safetensors.index.json"
+
+
+def broken_files(folder: Path) -> Iterator[str]:
+    """What is torn or not what its name says, a phrase for each file; files that are absent are not looked at."""
+    for name in (*OBJECTS, INDEX):
+        if (folder / name).is_file():
+            content, problem = _object(folder / name)
+            if problem:
+                yield f"{name} {problem}"
+            elif name == INDEX:
+                yield from _missing_shards(folder, content)
+    for file in sorted(folder.glob("*.safetensors")):
+        if problem := _torn(file):
+            yield f"{file.name} {problem}"
+
+
+def _object(file: Path) -> tuple[dict[str, Any], str | None]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        return {}, f"is no JSON ({error})"
+    return (content, None) if isinstance(content, dict) else ({}, "holds no JSON object")
+
+
+def _missing_shards(folder: Path, index: dict[str, Any]) -> Iterator[str]:
+    """Shards that the index names and the folder lacks; a folder without any weights is one for planning only."""
+    weights = index.get("weight_map")
+    if not isinstance(weights, dict):
+        yield f"{INDEX} has no weight_map"
+        return
+    if not any(folder.glob("*.safetensors")):
+        return
+    missing = sorted({name for name in weights.values() if not (folder / str(name)).is_file()})
+    if missing:
+        yield f"{len(missing)} of the shards that {INDEX} names are not there ({', '.join(missing[:3])})"
+
+
+def _torn(file: Path) -> str | None:
+    """Whether a safetensors file ends before its header says (8 bytes length, JSON header, tensors)."""
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                return "is cut off in its header; fetch it again"
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, OSError, struct.error, KeyError, TypeError, AttributeError, IndexError):
+        return "is no safetensors file"
+    wanted = 8 + length + max(ends, default=0)
+    if size != wanted:
+        return f"has {size:,} bytes and should have {wanted:,}; the copy was cut off, fetch it again"
+    return None

@@ -1,0 +1,69 @@
+"""A broken model folder is named before anything is loaded."""
+
+import json
+import shutil
+
+import pytest
+
+from loadmaster.config.compose import compose
+from loadmaster.config.model_folder import broken_files
+from loadmaster.errors import ConfigError
+
+
+@pytest.fixture
+def folder(smollm2, tmp_path):
+    """A copy whose large file is a link, which each test may replace."""
+    target = tmp_path / "model"
+    target.mkdir()
+    for file in smollm2.iterdir():
+        if file.suffix == ".safetensors":
+            (target / file.name).symlink_to(file)
+        else:
+            shutil.copy(file, target / file.name)
+    return target
+
+
+def test_a_whole_folder_has_nothing_broken(folder):
+    assert list(broken_files(folder)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b"{broken", "config.json is no JSON"),
+        ("config.json", b"[]", "config.json holds no JSON object"),
+        ("tokenizer.json", b"garbage", "tokenizer.json is no JSON"),
+        ("tokenizer_config.json", b"\xff\xfe", "tokenizer_config.json is no JSON"),
+        ("model.safetensors", b"", "model.safetensors is no safetensors file"),
+        ("model.safetensors", b"\xff" * 64, "model.safetensors is cut off in its header"),
+        ("model.safetensors", b"\x02" + b"\x00" * 7 + b"[]", "model.safetensors is no safetensors file"),
+        ("model.safetensors.index.json", b"{}", "has no weight_map"),
+        (
+            "model.safetensors.index.json",
+            json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}).encode(),
+            "1 of the shards that model.safetensors.index.json names are not there (model-00002-of-00002.safetensors)",
+        ),
+    ],
+)
+def test_each_broken_file_is_named(folder, name, content, said):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).write_bytes(content)
+    found = list(broken_files(folder))
+    assert len(found) == 1
+    assert said in found[0]
+
+
+def test_weights_that_were_cut_off_are_refused_with_their_size(folder, smollm2):
+    whole = (smollm2 / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(whole[:100_000_000])
+    with pytest.raises(ConfigError) as error:
+        compose([f"model.path={folder}"])
+    assert f"has 100,000,000 bytes and should have {len(whole):,}" in str(error.value)
+
+
+def test_a_folder_with_only_a_configuration_can_be_planned(folder):
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    assert compose([f"model.path={folder}"]).job.model.path == str(folder)
