@@ -6,6 +6,7 @@ curves agree only if packing, masking, the loss's scale, clipping, optimizer and
 
 import copy
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,7 @@ def documents_of(row) -> list[dict]:
     starts = [i for i, position in enumerate(row.position_ids) if position == 0] + [len(row.input_ids)]
     return [
         {"input_ids": row.input_ids[a:b].tolist(), "labels": row.labels[a:b].tolist()}
-        for a, b in zip(starts, starts[1:], strict=False)
+        for a, b in itertools.pairwise(starts)
     ]
 
 
