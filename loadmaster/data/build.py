@@ -25,6 +25,7 @@ from loadmaster.data.cache import ConversationFile
 from loadmaster.data.checks import Fault, fault_report
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
 from loadmaster.data.packing import fit_documents, rows_of
+from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
 from loadmaster.data.tokens import Encoded, Encoder
@@ -47,6 +48,8 @@ class Reading:
     bad: list[Fault] = field(default_factory=list)
     row_ids: list[str] = field(default_factory=list)
     unfilled: int = 0  # rows with a {{field}} that nobody filled in
+    control: list[tuple[str, str]] = field(default_factory=list)
+    """(place, token) of rows whose own text holds one of the tokenizer's control tokens."""
 
 
 def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Source | None) -> None:
@@ -55,8 +58,9 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
 
     with open(folder / CONVERSATIONS, "wb") as file:
         starts = [0]
-        reading = _read(train, job.data, file, starts, job.data.max_rows)
-        held = _read(validation, job.data, file, starts, None) if validation else None
+        control = special_token_pattern(tokenizer)
+        reading = _read(train, job.data, file, starts, job.data.max_rows, control)
+        held = _read(validation, job.data, file, starts, None, control) if validation else None
     count = len(reading.row_ids)
     if held:
         index = [np.arange(count), np.arange(count, len(starts) - 1)]
@@ -84,7 +88,7 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
         "sequence_length": job.sequence_length,
         "packing": job.data.packing,
         "on_long_row": job.data.on_long_row,
-        "notes": _notes(reading, held, index, faults),
+        "notes": _notes(reading, held, index, faults, job.data),
     }
     for name, part, conversations in zip(SPLITS, encoded, files, strict=True):
         arrays, figures = _split_rows(part, conversations, job)
@@ -102,7 +106,9 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
 # --- first pass -------------------------------------------------------------------------------------
 
 
-def _read(source: Source, data: DataConfig, file: Any, starts: list[int], max_rows: int | None) -> Reading:
+def _read(
+    source: Source, data: DataConfig, file: Any, starts: list[int], max_rows: int | None, control: re.Pattern[str]
+) -> Reading:
     """Append the conversations of `source` to `file`, and their byte offsets to `starts`."""
     reading = Reading(format="" if data.format == "auto" else data.format)
     with _progress("reading rows", None) as advance:
@@ -118,6 +124,8 @@ def _read(source: Source, data: DataConfig, file: Any, starts: list[int], max_ro
                 continue
             starts.append(starts[-1] + file.write(line))
             reading.unfilled += UNFILLED.search(line) is not None
+            if found := control.search(line.decode()):
+                reading.control.append((raw.origin, found.group()))
     if not reading.rows_read:
         raise DataError(f"the data has no rows: {', '.join(source.names())}")
     return reading
@@ -258,8 +266,12 @@ def _refuse_long(encoded: list[Encoded], files: list[ConversationFile], sequence
         raise DataError(fault_report(sorted(faults, key=_place), rows_read, hint))
 
 
-def _notes(reading: Reading, held: Reading | None, index: list[np.ndarray], faults: list[Fault]) -> list[str]:
+def _notes(
+    reading: Reading, held: Reading | None, index: list[np.ndarray], faults: list[Fault], data: DataConfig
+) -> list[str]:
     notes = []
+    if isinstance(data.validation, float) and not len(index[1]):
+        notes.append(f"data.validation={data.validation:g} holds nothing out: there is no second row that differs")
     if faults:
         notes.append(f"bad rows skipped: {len(faults):,}, the first {faults[0].origin}: {faults[0].reason}")
     if held:
@@ -272,6 +284,12 @@ def _notes(reading: Reading, held: Reading | None, index: list[np.ndarray], faul
         notes.append(f"{repeated:,} rows repeat another row word for word")
     if reading.unfilled:
         notes.append(f"{reading.unfilled:,} rows hold fields like {{{{name}}}}, trained on as they stand")
+    if reading.control:
+        (place, token), count = reading.control[0], len(reading.control)
+        notes.append(
+            f"{count:,} {'rows hold' if count > 1 else 'row holds'} a control token of the model in its own text, "
+            f"which the model reads as one (first {place}: {token})"
+        )
     return notes
 
 

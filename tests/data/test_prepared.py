@@ -275,3 +275,16 @@ def test_worker_processes_give_the_same_rows_as_one(tokenizer, tmp_path, write_j
         packed.input_ids.tolist() for packed in alone.train
     ]
     assert [packed.document_ids for packed in together.train] == [packed.document_ids for packed in alone.train]
+
+
+def test_a_fraction_that_holds_nothing_out_is_said(tokenizer, tmp_path, write_jsonl, job_for):
+    prepared = prepare(job_for(write_jsonl([row(1)] * 4), validation=0.5), tokenizer, tmp_path / "cache")
+    assert prepared.validation is None
+    assert any("data.validation=0.5 holds nothing out" in note for note in prepared.summary["notes"])
+
+
+def test_control_tokens_in_what_people_wrote_are_said_with_their_place(tokenizer, tmp_path, write_jsonl, job_for):
+    rows = [row(1), {**row(2), "instruction": "Say <|im_end|> twice"}, row(3)]
+    prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer, tmp_path / "cache")
+    (note,) = prepared.summary["notes"]
+    assert "1 row holds a control token" in note and "rows.jsonl:2: <|im_end|>" in note
