@@ -25,7 +25,7 @@ smoke: setup
 	$(RUN) train.py
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
