@@ -18,12 +18,12 @@ from loadmaster.files import sha256_json
 # hardware and plan count, because they decide what `auto` becomes.
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "plan": (
-        "model", "data", "sequence_length", "method", "precision", "lora", "optimizer", "batch", "micro_batch_size",
+        "model", "data", "sequence_length", "objective", "preference", "method", "precision", "lora", "optimizer", "batch", "micro_batch_size",
         "epochs", "max_steps", "activation_checkpointing", "sharding", "offload", "seed", "plan", "hardware",
     ),
     "train": (),
     "evaluate": ("evaluation.task", "evaluation.max_rows", "evaluation.max_new_tokens"),
-    "export": ("export",),
+    "export": ("export", "endpoint.server"),
     "bundle": ("endpoint",),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ or on the GPUs that are there is preflight's to refuse.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,14 @@ def qlora_is_not_fp8(job: Job, origins: Origins) -> Found:
         yield "precision", job.precision, "does not go with method=qlora, whose base is in nf4", remedy
 
 
+@rule("precision", "method")
+def full_is_not_fp8(job: Job, origins: Origins) -> Found:
+    """precision fp8 is a frozen base's: training every weight in fp8 (method=full) is not built."""
+    if job.method == "full" and job.precision == "fp8":
+        remedy = "precision=bf16 with full, or method=lora for adapters on a frozen fp8 base"
+        yield "precision", job.precision, "is for a frozen base, and method=full trains every weight", remedy
+
+
 @rule("precision", "hardware.gpu")
 def fp8_needs_fp8_units(job: Job, origins: Origins) -> Found:
     """precision fp8 needs a GPU with fp8 matrix units (compute capability 8.9 or higher)."""
@@ -192,6 +201,30 @@ def something_is_exported(job: Job, origins: Origins) -> Found:
     """export.formats is not empty; a job that exports nothing says stop_after=evaluate."""
     if not job.export.formats:
         yield "export.formats", [], "names no format", "export=bf16, or stop_after=evaluate to export nothing"
+
+
+@rule("endpoint.server")
+def server_is_known(job: Job, origins: Origins) -> Found:
+    """endpoint.server is a server of catalog/servers.yaml, alone or with a version from its oldest known one on."""
+    name, given, version = job.endpoint.server.partition("==")
+    rows = catalog.servers()["servers"].get(name)
+    if rows is None:
+        known = catalog.servers()["servers"]
+        guess = nearest(name, list(known), cutoff=0.4) or "vllm"
+        message = "is not a server that exports are written for (known: " + ", ".join(known) + ")"
+        yield "endpoint.server", job.endpoint.server, message, f"endpoint.server={guess}"
+        return
+    oldest, newest = (str(rows[index]["version"]) for index in (0, -1))
+    if given and not re.fullmatch(r"\d+(\.\d+)+(\.?post\d+)?", version):
+        remedy = f"endpoint.server={name}=={newest}"
+        yield "endpoint.server", job.endpoint.server, "is not a version, three numbers with dots", remedy
+    elif given and _numbers(version) < _numbers(oldest):
+        message = f"is older than {oldest}, the oldest whose files are known here"
+        yield "endpoint.server", job.endpoint.server, message, f"endpoint.server={name}=={oldest}, or newer"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 @rule("endpoint.serve_as", "export.formats")

@@ -46,7 +46,7 @@ class DataConfig:
     """What to train on: a file, folder or list of files (JSON, JSONL, Parquet), a Hub dataset id, or shipped:NAME."""
     split: str = "train"
     """Split of a Hub dataset; not used for files."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "text"] = "auto"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "text", "preference"] = "auto"
     """Shape of the rows; auto recognises it from the fields of the first row and says so."""
     validation: str | Annotated[float, Strict(), Gt(0), Lt(1)] | None = 0.05
     """Held-out data: a file, or the fraction of the rows to hold out (seeded), or null for none."""
@@ -74,6 +74,14 @@ class LoraConfig:
     """Dropout on the adapter's input; above 0 costs memory for the masks."""
     targets: str | list[str] = "all-linear"
     """Linear layers that get an adapter: all-linear (every one but the head), names, or a regular expression."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class PreferenceConfig:
+    beta: PositiveFloat = 0.1
+    """dpo: how hard the policy is held to the reference (higher: closer); orpo: weight of the odds ratio."""
+    label_smoothing: Annotated[float, Strict(), Ge(0), Lt(0.5)] = 0.0
+    """dpo: share of the pairs whose preference is taken to be the wrong way round."""
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -164,29 +172,46 @@ class ThresholdsConfig:
     """Perplexity of the export over that of the trained model."""
     max_mean_kl: PositiveFloat | None = None
     """Mean KL divergence per token of the next-token distributions, nats."""
+    max_p99_kl: PositiveFloat | None = None
+    """99th percentile of the same over tokens, nats."""
     min_top1_agreement: Fraction | None = None
     """Share of tokens whose most likely next token is the same."""
     min_task_retention: Fraction | None = None
     """Task metric of the export over that of the trained model."""
+    max_flipped_answers: Fraction | None = None
+    """Share of greedy answers that are not the trained model's, text for text."""
+    min_tuned_share: PositiveFloat | None = None
+    """Least share of the fine-tune that is in the export: 1 is all of it, 0 is the base model."""
+    max_tuned_share: PositiveFloat | None = None
+    """Most of it: an adapter applied twice, or at too large a scale, is above 1."""
+
+
+ExportFormat = Literal[
+    "adapter", "bf16", "fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4", "gguf"
+]  # fmt: skip
+ServedFormat = Literal["auto", "adapter", "bf16", "fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4"]
 
 
 @dataclass(frozen=True, config=CLOSED)
 class ExportConfig:
-    formats: list[Literal["adapter", "bf16", "fp8", "int4"]] = ("bf16",)  # type: ignore[assignment]
-    """Formats to write: adapter (as trained), bf16, fp8 (per-channel weights, dynamic activations), int4 (W4A16)."""
+    formats: list[ExportFormat] = ("bf16",)  # type: ignore[assignment]
+    """Formats to write: adapter (as trained), bf16, fp8, fp8_block (128 x 128), int4 (the better of GPTQ and rounding),
+    int4_gptq, int4_awq, nvfp4, gguf (llama.cpp, Ollama)."""
+    gguf_type: Literal["q8_0", "bf16", "f16"] = "q8_0"
+    """How gguf stores matrices; q8_0 is 8 bits with a scale for every 32 weights."""
     calibration_rows: PositiveInt = 64
-    """Training rows that int4 calibrates on (GPTQ); rendered with the chat template."""
+    """Training rows that GPTQ, AWQ and nvfp4 calibrate on; rendered with the chat template."""
     verification_rows: PositiveInt = 32
     """Held-out packed rows that each export is scored on."""
-    thresholds: dict[Literal["bf16", "fp8", "int4"], ThresholdsConfig] | None = None
-    """Limits by format; null is the shipped defaults."""
+    thresholds: dict[ExportFormat, ThresholdsConfig] | None = None
+    """Limits by format (those of fp8 also hold fp8_block, of int4 its variants); null is the shipped defaults."""
 
 
 @dataclass(frozen=True, config=CLOSED)
 class EndpointConfig:
-    server: Literal["vllm"] = "vllm"
-    """Server that the bundle is written for."""
-    serve_as: Literal["auto", "bf16", "fp8", "int4", "adapter"] = "auto"
+    server: str = "vllm"
+    """Server that exports and bundle are written for: vllm, sglang, or a version of one (vllm==0.27.1)."""
+    serve_as: ServedFormat = "auto"
     """Which exported format the bundle serves; auto: the smallest that passed."""
     max_model_len: PositiveInt | Auto = "auto"
     """Longest request, prompt and answer, tokens; auto: the training sequence_length."""
@@ -228,12 +253,28 @@ class EndpointConfig:
     """Ask the provider to keep ended workers' state for faster starts; no time is promised."""
     active_discount: FractionBelowOne = 0.0
     """Discount of Active workers that you agreed with the provider; there is no public one."""
+    max_slowdown: Annotated[float, Strict(), Ge(1)] = 5.0
+    """A deployed endpoint that is more times slower than planned is taken back; the plan is modelled, not measured."""
 
 
 @dataclass(frozen=True, config=CLOSED)
 class LaunchConfig:
-    name: Literal["local", "runpod"] = "local"
-    """Where the job runs: on this machine, or on a rented Pod that is terminated at its end."""
+    name: Literal["local", "runpod", "slurm", "ssh"] = "local"
+    """Where the job runs: this machine, a rented one that is terminated at its end, a Slurm cluster, hosts by SSH."""
+    nodes: PositiveInt | Auto = "auto"
+    """Machines; auto: hardware.nodes, or as many as launch.hosts. Several rented ones are an Instant Cluster."""
+    force_pods: Flag = False
+    """Rent plain Pods for several nodes although nothing fast joins them; launch.max_hours must be given."""
+    hosts: list[str] = ()  # type: ignore[assignment]
+    """ssh: the machines, user@host or user@host:port; the first one is where the others meet."""
+    ssh_config: str | None = None
+    """ssh: OpenSSH client configuration (ssh -F) to use instead of your own."""
+    python: str = "python3"
+    """ssh, slurm: the interpreter there that has this version of loadmaster."""
+    folder: str = "loadmaster"
+    """ssh: folder there for jobs and runs, from the login's home; several hosts share it."""
+    sbatch: list[str] = ()  # type: ignore[assignment]
+    """slurm: further options of sbatch, each with its value (--partition=gpu)."""
     gpus: list[str] | Auto = "auto"
     """GPUs to choose from, of the catalogue, with a count or any (h100_80gb:2, l40s); auto: all, or hardware.gpu."""
     objective: Literal["cost", "time"] = "cost"
@@ -243,7 +284,11 @@ class LaunchConfig:
     max_usd: PositiveFloat | None = None
     """Most to spend on the machine; it is terminated when that is spent. Null: max_hours alone decides."""
     max_hours: PositiveFloat | Auto = "auto"
-    """Hours after which the machine is terminated, whatever it does; auto: twice the planned ones and one more."""
+    """Hours after which the job is ended, whatever it does; auto: twice the planned ones and one more, where rented."""
+    grace_s: PositiveFloat = 120
+    """Seconds from SIGTERM to a saved checkpoint; what still runs then is killed, and the checkpoint before counts."""
+    hang_timeout_s: PositiveFloat | Auto = "auto"
+    """Seconds without progress that end a run of several processes; auto: 20 times the slowest step, at least 300."""
     cloud: Literal["secure", "community"] = "secure"
     """The provider's own data centres, or other people's hosts, which cost less and have no network volumes."""
     data_centers: list[str] = ()  # type: ignore[assignment]
@@ -261,7 +306,7 @@ class LaunchConfig:
     env: dict[str, str] | None = None
     """Environment variables of the job; no secrets."""
     secrets: dict[str, str] | None = None
-    """Environment variables from the provider's secrets: name of the variable, name of the secret."""
+    """Environment variables from secrets of the provider (ssh, slurm: variables here): variable, name of the secret."""
     yes: Flag = False
     """Rent without asking."""
     dry_run: Flag = False
@@ -284,6 +329,9 @@ class Job:
     data: DataConfig = DataConfig()
     sequence_length: PositiveInt = 2048
     """Tokens in a packed row; the longest context trained on."""
+    objective: Literal["sft", "dpo", "orpo"] = "sft"
+    """sft: the likelihood of answers; dpo and orpo: preference of chosen over rejected answers (pairs in the data)."""
+    preference: PreferenceConfig = PreferenceConfig()
     method: Literal["auto", "lora", "qlora", "full"] = "auto"
     """lora: adapters on a frozen bf16 base; qlora: on an nf4 base; full: every weight."""
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"

@@ -24,7 +24,8 @@ from loadmaster.config.schema import DataConfig, Job
 from loadmaster.data.cache import ConversationFile
 from loadmaster.data.checks import Fault, fault_report
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
-from loadmaster.data.packing import fit_documents, rows_of
+from loadmaster.data.packing import both_answers, fit_documents, fit_pairs, rows_of
+from loadmaster.data.preference import is_preference
 from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
@@ -59,8 +60,8 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
     with open(folder / CONVERSATIONS, "wb") as file:
         starts = [0]
         control = special_token_pattern(tokenizer)
-        reading = _read(train, job.data, file, starts, job.data.max_rows, control)
-        held = _read(validation, job.data, file, starts, None, control) if validation else None
+        reading = _read(train, job, file, starts, job.data.max_rows, control)
+        held = _read(validation, job, file, starts, None, control) if validation else None
     count = len(reading.row_ids)
     if held:
         index = [np.arange(count), np.arange(count, len(starts) - 1)]
@@ -107,10 +108,10 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
 
 
 def _read(
-    source: Source, data: DataConfig, file: Any, starts: list[int], max_rows: int | None, control: re.Pattern[str]
+    source: Source, job: Job, file: Any, starts: list[int], max_rows: int | None, control: re.Pattern[str]
 ) -> Reading:
     """Append the conversations of `source` to `file`, and their byte offsets to `starts`."""
-    reading = Reading(format="" if data.format == "auto" else data.format)
+    reading = Reading(format="" if job.data.format == "auto" else job.data.format)
     with _progress("reading rows", None) as advance:
         for raw in source.rows():
             if max_rows is not None and reading.rows_read >= max_rows:
@@ -118,7 +119,7 @@ def _read(
             reading.rows_read += 1
             advance(1)
             try:
-                line = _conversation_line(raw, reading, data)
+                line = _conversation_line(raw, reading, job)
             except RowError as error:
                 reading.bad.append(Fault(raw.origin, str(error)))
                 continue
@@ -131,16 +132,29 @@ def _read(
     return reading
 
 
-def _conversation_line(raw: RawRow, reading: Reading, data: DataConfig) -> bytes:
+def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
     if raw.error is not None:
         raise RowError(raw.error)
     if not reading.format:
         if not isinstance(raw.value, dict):
             raise RowError("is not an object with fields")
         reading.format, reading.recognised_by = recognise_format(raw.value)
-    conversation = to_conversation(raw.value, reading.format, raw.origin, data.system, data.tools)
+    _fits_objective(raw.value, reading.format, job.objective)
+    conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)
     reading.row_ids.append(conversation.row_id)
     return conversation.to_json().encode() + b"\n"
+
+
+def _fits_objective(row: Any, shape: str, objective: str) -> None:
+    """Raise RowError for pairs under supervised fine-tuning, and for single answers under a preference objective."""
+    pairs = shape == "preference" or (isinstance(row, dict) and is_preference(row))
+    if objective == "sft" and pairs:
+        raise RowError(
+            "has chosen and rejected: a preference row. Train on pairs with objective=dpo or objective=orpo, or write "
+            "the chosen answer as the conversation's last assistant turn and leave rejected out"
+        )
+    if objective != "sft" and shape != "preference":
+        raise RowError(f"is no preference row: objective={objective} needs chosen and rejected, with a prompt")
 
 
 def _held_out(row_ids: list[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -209,12 +223,17 @@ def _split_rows(
     encoded: Encoded, conversations: ConversationFile, job: Job
 ) -> tuple[dict[str, np.ndarray] | None, dict[str, Any] | None]:
     """(arrays of the packed rows, their figures); (None, None) when nothing is left."""
-    source, begins, sizes, long = fit_documents(
-        encoded.lengths, encoded.trained, job.sequence_length, job.data.on_long_row
-    )
+    if job.objective == "sft":
+        source, begins, sizes, long = fit_documents(
+            encoded.lengths, encoded.trained, job.sequence_length, job.data.on_long_row
+        )
+    else:
+        source, begins, sizes, long = fit_pairs(encoded.lengths, job.sequence_length)
     if not len(sizes):
         return None, None
     rows = rows_of(sizes, job.sequence_length, job.data.packing, job.seed)
+    if job.objective != "sft":
+        source, begins, sizes, rows = both_answers(source, begins, sizes, encoded.splits, rows)
     origins = [conversation.origin for conversation in conversations]
     names = [origins[index] for index in encoded.kept[source].tolist()]
     arrays = lay_out(encoded.ids, encoded.trained, begins, sizes, names, rows)

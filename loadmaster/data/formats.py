@@ -1,8 +1,8 @@
 """Rows as people have them -> `Conversation`, the one shape that the rest of the data room knows.
 
 Four shapes are read: `messages` (role/content), ShareGPT (`conversations` of from/value), Alpaca
-(instruction/input/output) and plain `text`. A row that is not what it should be raises `RowError`
-with the reason; whoever reads the file adds the place.
+(instruction/input/output) and plain `text`; and preference rows (chosen, rejected) in any of the first three.
+A row that is not what it should be raises `RowError` with the reason; whoever reads the file adds the place.
 """
 
 from __future__ import annotations
@@ -12,30 +12,16 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-ROLES = ("system", "user", "assistant", "tool")
-
-# What ShareGPT files call the speakers, and what chat templates call them.
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "function_call",
-    "observation": "tool",
-    "tool": "tool",
-}
+from loadmaster.data.preference import is_preference, pair_of
+from loadmaster.data.shapes import READERS, RowError, kind_of, string_of, written_as_text
 
 FORMAT_FIELDS = {
     "messages": "messages: [{role, content}, ...]",
     "sharegpt": "conversations: [{from, value}, ...], optional system, tools",
     "alpaca": "instruction, output, optional input, system, history",
     "text": "text",
+    "preference": "chosen and rejected, with a prompt",
 }
-
-
-class RowError(ValueError):
-    """One row cannot be used; the message is the reason, without the place."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +32,7 @@ class Conversation:
     tools: JSON schemas of the tools the chat may call, as chat templates take them.
     origin: where it was read, "file:line".
     row_id: hash of the content alone, so identical rows share it wherever they stand.
+    rejected: of a preference row, the assistant message that is worse than the last of `messages`.
     """
 
     messages: list[dict[str, Any]]
@@ -53,9 +40,10 @@ class Conversation:
     text: str | None = None
     origin: str = ""
     row_id: str = ""
+    rejected: dict[str, Any] | None = None
 
     def to_json(self) -> str:
-        fields = {"messages": self.messages, "tools": self.tools, "text": self.text}
+        fields = {"messages": self.messages, "tools": self.tools, "text": self.text, "rejected": self.rejected}
         return json.dumps({**fields, "origin": self.origin, "row_id": self.row_id}, ensure_ascii=False)
 
     @classmethod
@@ -72,8 +60,8 @@ def prompt_and_reference(conversation: Conversation) -> tuple[list[dict[str, Any
 def recognise_format(row: dict[str, Any]) -> tuple[str, str]:
     """(format, the fields that gave it away) of a row; RowError names the shapes that are read."""
     fields = [name for name in row if row[name] is not None]
-    if "chosen" in row and "rejected" in row:
-        raise RowError(_PREFERENCE)
+    if is_preference(row):
+        return "preference", "chosen, rejected"
     if "messages" in row:
         return "messages", "messages"
     if "conversations" in row:
@@ -89,257 +77,33 @@ def recognise_format(row: dict[str, Any]) -> tuple[str, str]:
     raise RowError(f"the fields {', '.join(fields) or '(none)'} are no shape that is read: {shapes}")
 
 
-_PREFERENCE = (
-    "has chosen and rejected: a preference row, which supervised fine-tuning cannot use; "
-    "write the chosen answer as the conversation's last assistant turn and leave rejected out"
-)
-
-
 def to_conversation(
     row: Any, shape: str, origin: str, system: str | None = None, tools_as: str = "template"
 ) -> Conversation:
     """One row as a Conversation; `system` is put before chats that have none. Raises RowError."""
     if not isinstance(row, dict):
-        raise RowError(f"is {_kind(row)}, not an object with fields")
-    if "chosen" in row and "rejected" in row:
-        raise RowError(_PREFERENCE)
+        raise RowError(f"is {kind_of(row)}, not an object with fields")
     if shape == "text":
-        return _identified([], None, _string(row, "text"), origin)
-    messages, tools = _READERS[shape](row)
+        return _identified([], None, string_of(row, "text"), origin)
+    messages, tools, rejected = pair_of(row) if shape == "preference" else (*READERS[shape](row), None)
     if system is not None and not any(message["role"] == "system" for message in messages):
         messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("has no assistant message: nothing in it is trained")
     if tools_as == "text":
+        if rejected is not None:
+            rejected = written_as_text([*messages[:-1], rejected], tools)[-1]
         messages, tools = written_as_text(messages, tools), None
-    return _identified(messages, tools, None, origin)
+    return _identified(messages, tools, None, origin, rejected)
 
 
-def _identified(messages: list[dict], tools: list | None, text: str | None, origin: str) -> Conversation:
-    content = json.dumps([messages, tools, text], sort_keys=True, ensure_ascii=False)
+def _identified(
+    messages: list[dict], tools: list | None, text: str | None, origin: str, rejected: dict | None = None
+) -> Conversation:
+    parts = [messages, tools, text] if rejected is None else [messages, tools, text, rejected]
+    content = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     try:
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     except UnicodeEncodeError as error:
         raise RowError(f"holds half a character ({content[error.start]!r}, a lone surrogate)") from None
-    return Conversation(messages, tools, text, origin, digest)
-
-
-# --- the shapes -------------------------------------------------------------------------------------
-
-
-def _from_messages(row: dict) -> tuple[list[dict], list | None]:
-    turns = row["messages"] if "messages" in row else row.get("conversations")
-    messages = [_message(turn, f"message {n}") for n, turn in enumerate(_turns(turns, "messages"), 1)]
-    system = row.get("system")
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(system, "system")})
-    return _linked(messages), _tools(row.get("tools"))
-
-
-def _from_sharegpt(row: dict) -> tuple[list[dict], list | None]:
-    messages = []
-    for number, turn in enumerate(_turns(row.get("conversations"), "conversations"), 1):
-        where = f"turn {number}"
-        if not isinstance(turn, dict):
-            raise RowError(f"{where} is {_kind(turn)}, not an object with from and value")
-        if "from" not in turn or "value" not in turn:
-            raise RowError(f"{where} lacks {' and '.join(k for k in ('from', 'value') if k not in turn)}")
-        role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
-        if role is None:
-            raise RowError(f"{where}: from is {turn['from']!r}, known are {', '.join(SHAREGPT_ROLES)}")
-        if role == "function_call":
-            messages.append({"role": "assistant", "content": "", "tool_calls": _tool_calls(turn["value"], where)})
-        else:
-            messages.append({"role": role, "content": _filled(turn["value"], f"{where} ({turn['from']})")})
-    system = row.get("system")
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(system, "system")})
-    return _linked(messages), _tools(row.get("tools"))
-
-
-def _from_alpaca(row: dict) -> tuple[list[dict], list | None]:
-    instruction, output = _string(row, "instruction"), _string(row, "output")
-    extra = _text(row["input"], "input") if row.get("input") is not None else ""
-    messages = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": _text(row["system"], "system")})
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise RowError(f"history is {_kind(history)}, not a list of [question, answer] pairs")
-    for number, pair in enumerate(history, 1):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowError(f"history {number} is not a [question, answer] pair")
-        messages.append({"role": "user", "content": _filled(pair[0], f"history {number}, question")})
-        messages.append({"role": "assistant", "content": _filled(pair[1], f"history {number}, answer")})
-    messages.append({"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction})
-    messages.append({"role": "assistant", "content": output})
-    return messages, None
-
-
-_READERS = {"messages": _from_messages, "sharegpt": _from_sharegpt, "alpaca": _from_alpaca}
-
-
-# --- one message ------------------------------------------------------------------------------------
-
-
-def _message(turn: Any, where: str) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise RowError(f"{where} is {_kind(turn)}, not an object with role and content")
-    role = turn.get("role")
-    if role not in ROLES:
-        raise RowError(f"{where}: role is {role!r}, known are {', '.join(ROLES)}")
-    where = f"{where} ({role})"
-    calls = turn.get("tool_calls")
-    if calls and role != "assistant":
-        raise RowError(f"{where} has tool_calls, which only the assistant makes")
-    reasoning = turn.get("reasoning_content")
-    content = turn.get("content")
-    if calls or (reasoning and role == "assistant"):
-        message = {"role": role, "content": "" if content is None else _text(content, where)}
-    elif "content" not in turn:
-        raise RowError(f"{where} lacks content")
-    else:
-        message = {"role": role, "content": _filled(content, where)}
-    if calls:
-        message["tool_calls"] = _tool_calls(calls, where)
-    if reasoning:
-        message["reasoning_content"] = _text(reasoning, f"{where}, reasoning_content")
-    for key in ("tool_call_id", "name"):
-        if turn.get(key):
-            message[key] = _text(turn[key], f"{where}, {key}")
-    return message
-
-
-def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Calls as chat templates take them, `arguments` an object; from a JSON string, one call or a list."""
-    value = _json(value, f"{where}: the function call") if isinstance(value, str) else value
-    calls = []
-    for call in value if isinstance(value, list) else [value]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if isinstance(function, str):  # {"function": name, "arguments": ...}, seen in the wild
-            function = {"name": function, "arguments": call.get("arguments")}
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise RowError(f"{where}: a function call needs a name and arguments, this is {_short(call)}")
-        arguments = function.get("arguments", function.get("parameters"))
-        if isinstance(arguments, str):
-            arguments = _json(arguments, f"{where}: the arguments of {function['name']}")
-        if not isinstance(arguments, dict | None):
-            raise RowError(f"{where}: the arguments of {function['name']} are {_kind(arguments)}, not an object")
-        entry = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
-        calls.append({"id": call["id"], **entry} if isinstance(call.get("id"), str) and call["id"] else entry)
-    if not calls:
-        raise RowError(f"{where} has an empty list of function calls")
-    return calls
-
-
-def _linked(messages: list[dict]) -> list[dict]:
-    """Give every tool call an id and every tool answer the id and name of its call, where the data has none.
-
-    Some templates demand them (Mistral's: nine letters or digits), and ShareGPT has no place for them.
-    """
-    number, open_calls = 0, []
-    for message in messages:
-        if message.get("tool_calls"):
-            open_calls = []
-            for call in message["tool_calls"]:
-                call.setdefault("id", f"call{number:05d}")
-                number += 1
-                open_calls.append(call)
-        elif message["role"] == "tool" and open_calls:
-            wanted = message.get("tool_call_id")
-            call = next((c for c in open_calls if c["id"] == wanted), open_calls[0])
-            open_calls.remove(call)
-            message.setdefault("tool_call_id", call["id"])
-            message.setdefault("name", call["function"]["name"])
-    return messages
-
-
-def _tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tool definitions from a list or a JSON string; bare functions are wrapped as templates expect."""
-    if isinstance(value, str):
-        value = _json(value, "tools") if value.strip() else None
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowError(f"tools is {_kind(value)}, not a list of function definitions")
-    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
-    for tool in wrapped:
-        if not isinstance(tool["function"], dict) or not tool["function"].get("name"):
-            raise RowError(f"a tool has no name: {_short(tool)}")
-    return wrapped
-
-
-def written_as_text(messages: list[dict], tools: list[dict] | None) -> list[dict]:
-    """The same chat without tool fields: definitions in the system message, calls and answers as tagged JSON."""
-    written = []
-    for message in messages:
-        if message["role"] == "tool":
-            written.append({"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"})
-            continue
-        plain = {key: value for key, value in message.items() if key != "tool_calls"}
-        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
-        parts = [plain["content"], *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
-        written.append({**plain, "content": "\n".join(part for part in parts if part)})
-    if tools:
-        definitions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
-        block = f"You can call these tools:\n<tools>\n{definitions}\n</tools>"
-        if written[0]["role"] == "system":
-            written[0] = {**written[0], "content": f"{written[0]['content']}\n\n{block}"}
-        else:
-            written.insert(0, {"role": "system", "content": block})
-    return written
-
-
-# --- checks on values -------------------------------------------------------------------------------
-
-
-def _turns(value: Any, field: str) -> list:
-    if value is None:
-        raise RowError(f"lacks {field}")
-    if isinstance(value, str):
-        value = _json(value, field)
-    if not isinstance(value, list):
-        raise RowError(f"{field} is {_kind(value)}, not a list")
-    if not value:
-        raise RowError(f"{field} is empty")
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        value = "".join(_text(part.get("text"), where) for part in value)
-    if isinstance(value, list):
-        raise RowError(f"{where}: content parts other than text cannot be trained on here")
-    if not isinstance(value, str):
-        raise RowError(f"{where} is {_kind(value)}, not text")
-    return value
-
-
-def _filled(value: Any, where: str) -> str:
-    text = _text(value, where)
-    if not text.strip():
-        raise RowError(f"{where} is empty")
-    return text
-
-
-def _string(row: dict, field: str) -> str:
-    if field not in row:
-        raise RowError(f"lacks {field}")
-    return _filled(row[field], field)
-
-
-def _json(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RowError(f"{what} is not JSON: {error}") from None
-
-
-def _kind(value: Any) -> str:
-    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _short(value: Any, length: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return Conversation(messages, tools, text, origin, digest, rejected)

@@ -93,6 +93,31 @@ def fit_documents(
     return source[order], begin[order], size[order], counts
 
 
+def fit_pairs(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, LongRows]:
+    """`fit_documents` for preference pairs: both answers share a row, so a pair that does not fit is left out whole.
+
+    An answer that was cut would be judged by what is left of it.
+    """
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    kept = np.flatnonzero(lengths <= sequence_length)
+    long = len(lengths) - len(kept)
+    return kept, starts[kept], lengths[kept], LongRows(long=long, dropped=long)
+
+
+def both_answers(
+    source: np.ndarray, begins: np.ndarray, sizes: np.ndarray, splits: np.ndarray, rows: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list[int]]]:
+    """Pairs as two documents each, the chosen one first: (source, begins, sizes) of documents, and rows of them.
+
+    splits [conversations]: tokens of the chosen document, where the rejected one begins.
+    """
+    first = splits[source]
+    document_begins = np.stack([begins, begins + first], axis=1).reshape(-1)
+    document_sizes = np.stack([first, sizes - first], axis=1).reshape(-1)
+    in_rows = [[document for pair in row for document in (2 * pair, 2 * pair + 1)] for row in rows]
+    return np.repeat(source, 2), document_begins, document_sizes, in_rows
+
+
 def rows_of(sizes: np.ndarray, sequence_length: int, packing: bool, seed: int) -> list[Sequence[int]]:
     """Document indices of each row: packed, or one document a row."""
     return best_fit_decreasing(sizes, sequence_length, seed) if packing else [[index] for index in range(len(sizes))]

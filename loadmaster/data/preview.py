@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from loadmaster.data.checks import marked
 from loadmaster.data.formats import Conversation
+from loadmaster.data.preference import PAIR_FIELDS
 from loadmaster.data.prepared import PreparedData
 from loadmaster.data.render import ChatRenderer, Rendering, Span
+from loadmaster.data.tokens import answers, render_trained
 
 
 def show(data: PreparedData | Sequence[Conversation], tokenizer: Any, count: int, console: Any) -> None:
@@ -17,25 +19,35 @@ def show(data: PreparedData | Sequence[Conversation], tokenizer: Any, count: int
     from rich.text import Text
 
     conversations = data.train_conversations if isinstance(data, PreparedData) else data
-    for conversation in islice(conversations, count):
+    for conversation, name in _named(islice(conversations, count)):
         rendering = rendered(conversation, tokenizer)
         if console.is_terminal:
-            console.rule(conversation.origin)
+            console.rule(name)
             text = Text(rendering.text, style="dim")
             for span in rendering.spans:
                 text.stylize("not dim bold green", span.start, span.end)
             console.print(text, soft_wrap=True)
         else:
-            plain = f"--- {conversation.origin}\n{marked(rendering.text, rendering.spans)}"
+            plain = f"--- {name}\n{marked(rendering.text, rendering.spans)}"
             console.print(plain, markup=False, highlight=False, soft_wrap=True)
     if isinstance(data, PreparedData):
         console.print(describe(data.summary), markup=False, highlight=False, soft_wrap=True)
 
 
+def _named(conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, str]]:
+    """What is rendered, with its place; both answers of a preference pair."""
+    for conversation in conversations:
+        if conversation.rejected is None:
+            yield conversation, conversation.origin
+        else:
+            for answer, kind in zip(answers(conversation), PAIR_FIELDS, strict=True):
+                yield answer, f"{conversation.origin} ({kind})"
+
+
 def rendered(conversation: Conversation, tokenizer: Any) -> Rendering:
     """The text that is tokenised and its trained spans; plain text is trained whole, with its EOS token."""
     if conversation.text is None:
-        return ChatRenderer(tokenizer).render(conversation.messages, conversation.tools)
+        return render_trained(ChatRenderer(tokenizer), conversation)
     text = conversation.text + tokenizer.eos_token
     return Rendering(text, (Span(0, len(text), tokenizer.eos_token),))
 

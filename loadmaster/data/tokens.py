@@ -7,7 +7,7 @@ through the tokenizer's offsets. Plain text gets the EOS token behind it and is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,16 @@ class Encoded:
     """Tokens of many conversations, end to end.
 
     ids [tokens] int32 and trained [tokens] bool; lengths [conversations] int64; kept [conversations]
-    the index of each in what was encoded. refused: rows that the template raised on. wrong: rows whose
-    rendering or mask failed a check.
+    the index of each in what was encoded; splits [conversations] int64, of a preference pair the tokens of its
+    chosen document, which the rejected one follows (the whole length of anything else). refused: rows that the
+    template raised on. wrong: rows whose rendering or mask failed a check.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     lengths: np.ndarray
     kept: np.ndarray
+    splits: np.ndarray
     refused: list[Fault] = field(default_factory=list)
     wrong: list[Fault] = field(default_factory=list)
 
@@ -47,6 +49,7 @@ class Encoded:
             cat((part.trained for part in parts), np.bool_),
             cat((part.lengths for part in parts), np.int64),
             cat((part.kept + first for part, first in zip(parts, firsts, strict=True)), np.int64),
+            cat((part.splits for part in parts), np.int64),
             [fault for part in parts for fault in part.refused],
             [fault for part in parts for fault in part.wrong],
         )
@@ -67,50 +70,58 @@ class Encoder:
     def encode(self, conversations: Sequence[Conversation]) -> Encoded:
         """Tokenise a chunk; rows that fail are reported in the result, not raised."""
         refused: list[Fault] = []
-        rendered: list[tuple[int, Rendering]] = []
+        rendered: list[tuple[int, Conversation, Rendering]] = []
         for index, conversation in enumerate(conversations):
-            if conversation.text is not None:
-                rendered.append((index, Rendering(conversation.text, ())))
-                continue
-            self.renderer = self.renderer or ChatRenderer(self.tokenizer)
             try:
-                rendered.append((index, self.renderer.render(conversation.messages, conversation.tools)))
+                rendered += [(index, answer, self._render(answer)) for answer in answers(conversation)]
             except TemplateRefused as error:
                 reason = f"the chat template refuses this conversation: {error}"
                 refused.append(Fault(conversation.origin, reason))
 
-        wrong: list[Fault] = []
-        all_ids, all_trained, kept = [], [], []
-        for (index, rendering), (ids, trained) in zip(rendered, self._tokens(conversations, rendered), strict=True):
-            conversation = conversations[index]
-            if conversation.text is None:
-                reason = check_conversation(conversation, rendering, trained, self.renderer)
-                if reason:
-                    wrong.append(Fault(conversation.origin, reason, marked(rendering.text, rendering.spans)))
-                    continue
-            all_ids.append(ids)
-            all_trained.append(trained)
-            kept.append(index)
-        lengths = np.array([len(ids) for ids in all_ids], dtype=np.int64)
-        ids = np.concatenate([np.empty(0, np.int32), *all_ids])
-        trained = np.concatenate([np.empty(0, np.bool_), *all_trained])
-        return Encoded(ids, trained, lengths, np.array(kept, dtype=np.int64), refused, wrong)
+        faulty: dict[int, Fault] = {}
+        parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        tokens = self._tokens(conversations, [rendering for _, _, rendering in rendered])
+        for (index, answer, rendering), (ids, trained) in zip(rendered, tokens, strict=True):
+            reason = None
+            if answer.text is None:
+                reason = check_conversation(answer, rendering, trained, self.renderer)
+            if reason:
+                faulty.setdefault(index, Fault(answer.origin, reason, marked(rendering.text, rendering.spans)))
+            parts.setdefault(index, []).append((ids, trained))
+        kept = [index for index in parts if index not in faulty]
+        documents = [document for index in kept for document in parts[index]]
+        lengths = [sum(len(ids) for ids, _ in parts[index]) for index in kept]
+        return Encoded(
+            np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in documents)]),
+            np.concatenate([np.empty(0, np.bool_), *(trained for _, trained in documents)]),
+            np.array(lengths, dtype=np.int64),
+            np.array(kept, dtype=np.int64),
+            np.array([len(parts[index][0][0]) for index in kept], dtype=np.int64),
+            refused,
+            list(faulty.values()),
+        )
 
-    def _tokens(self, conversations: Sequence[Conversation], rendered: list[tuple[int, Rendering]]):
+    def _render(self, conversation: Conversation) -> Rendering:
+        if conversation.text is not None:
+            return Rendering(conversation.text, ())
+        self.renderer = self.renderer or ChatRenderer(self.tokenizer)
+        return render_trained(self.renderer, conversation)
+
+    def _tokens(self, conversations: Sequence[Conversation], rendered: list[Rendering]):
         """(ids, trained) of each rendering, in order."""
         if not rendered:
             return
         plain = conversations[0].text is not None  # one format a data set
         # Templates write their own BOS; plain text gets the one that the tokenizer adds, if any.
         batch = self.tokenizer(
-            [rendering.text for _, rendering in rendered],
+            [rendering.text for rendering in rendered],
             add_special_tokens=plain,
             return_offsets_mapping=not plain,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        for row, (_, rendering) in enumerate(rendered):
+        for row, rendering in enumerate(rendered):
             if plain:
                 yield self._with_eos(batch["input_ids"][row])
             else:
@@ -129,6 +140,20 @@ class Encoder:
         if not ids or ids[-1] != eos:
             ids = [*ids, eos]
         return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=np.bool_)
+
+
+def render_trained(renderer: ChatRenderer, conversation: Conversation) -> Rendering:
+    """A chat's text and what is trained of it: every assistant turn, or of a preference pair the last one alone."""
+    rendering = renderer.render(conversation.messages, conversation.tools)
+    return rendering if conversation.rejected is None else replace(rendering, spans=rendering.spans[-1:])
+
+
+def answers(conversation: Conversation) -> list[Conversation]:
+    """The conversation; of a preference pair, the chosen and the rejected one, each marked as half of a pair."""
+    if conversation.rejected is None:
+        return [conversation]
+    worse = [*conversation.messages[:-1], conversation.rejected]
+    return [conversation, replace(conversation, messages=worse)]
 
 
 def trained_mask(text: str, spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:

@@ -41,20 +41,21 @@ def count_trained(labels_BS: Tensor, position_ids_BS: Tensor) -> int:
     return int((shifted_targets(labels_BS, position_ids_BS) != -100).sum())
 
 
-def _logit_transform(config: Any) -> tuple[float | None, float]:
+def logit_transform(config: Any) -> tuple[float | None, float]:
     """(soft cap, factor) that the model family applies to its logits."""
     text = config.get_text_config()
     scale = getattr(text, "logit_scale", None) or 1.0
     return getattr(text, "final_logit_softcapping", None), scale / (getattr(text, "logits_scaling", None) or 1.0)
 
 
-def _trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Hidden states [T, h] that predict trained tokens, and those tokens [T]."""
+def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [T, h] that predict trained tokens, those tokens [T], and (on the host) their documents [T]."""
     lm = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
     bounds = document_bounds(batch.position_ids)
     targets = shifted_targets(batch.labels, batch.position_ids)
     trained = torch.nonzero(targets != -100).squeeze(-1)
+    documents = torch.bucketize(trained, torch.tensor(bounds[1:-1]), right=True)
 
     def put(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
@@ -72,7 +73,7 @@ def _trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         document_bounds=bounds,
     ).last_hidden_state[0]
     trained = put(trained)
-    return hidden.index_select(0, trained), put(targets).index_select(0, trained)
+    return hidden.index_select(0, trained), put(targets).index_select(0, trained), documents
 
 
 def token_losses(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
@@ -80,16 +81,16 @@ def token_losses(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
 
     batch: a MicroBatch with input_ids, labels, position_ids, each int64 [B, S] on the host.
     """
-    hidden, targets = _trained_hidden(model, batch)
+    hidden, targets, _ = trained_hidden(model, batch)
     lm = causal_lm(model)
-    return summed_cross_entropy(hidden, lm.get_output_embeddings(), targets, *_logit_transform(lm.config)), len(targets)
+    return summed_cross_entropy(hidden, lm.get_output_embeddings(), targets, *logit_transform(lm.config)), len(targets)
 
 
 def trained_logits(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """(logits [T, V] in fp32 at the positions that predict trained tokens, those tokens [T])."""
-    hidden, targets = _trained_hidden(model, batch)
+    hidden, targets, _ = trained_hidden(model, batch)
     lm = causal_lm(model)
-    softcap, scale = _logit_transform(lm.config)
+    softcap, scale = logit_transform(lm.config)
     logits = lm.get_output_embeddings()(hidden).float() * scale
     return (logits if softcap is None else softcap * torch.tanh(logits / softcap)), targets
 

@@ -29,6 +29,7 @@ def messages_of(row: dict, shape: str, **options) -> list[dict]:
         ({"conversations": [{"role": "user", "content": "x"}]}, "messages"),
         ({"instruction": "x", "input": "", "output": "y"}, "alpaca"),
         ({"text": "x", "url": "y"}, "text"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "preference"),
     ],
 )
 def test_the_format_is_recognised_by_the_fields(row, expected):
@@ -38,13 +39,6 @@ def test_the_format_is_recognised_by_the_fields(row, expected):
 def test_unknown_fields_name_the_shapes_that_are_read():
     with pytest.raises(RowError, match=r"the fields question, answer are no shape that is read: messages \("):
         recognise_format({"question": "x", "answer": "y"})
-
-
-def test_preference_rows_are_refused_with_what_to_do():
-    row = {"conversations": [{"from": "human", "value": "x"}], "chosen": {}, "rejected": {}}
-    for attempt in (lambda: recognise_format(row), lambda: to_conversation(row, "sharegpt", "f:1")):
-        with pytest.raises(RowError, match=r"preference row.*leave rejected out"):
-            attempt()
 
 
 def test_sharegpt_with_system_tools_calls_and_observations():

@@ -1,0 +1,156 @@
+"""Preference losses over pairs that lie side by side in packed rows: DPO and ORPO.
+
+Notation, for a prompt x with chosen answer c and rejected answer r: log p(c) is the sum over the answer's tokens
+of log p(token | x and the tokens before it).
+
+    DPO   -log sigmoid(beta * ([log p(c) - log q(c)] - [log p(r) - log q(r)])), q the reference: the base under a
+          disabled adapter, so it costs a second forward pass and no memory of its own (Rafailov et al. 2023, eq. 7)
+          label_smoothing e mixes in the other direction's loss: (1 - e) * loss + e * loss with c and r exchanged
+    ORPO  nll(c) - beta * log sigmoid(log odds(c) - log odds(r)), with nll and odds from the mean log-probability of an
+          answer's tokens; needs no reference (Hong et al. 2024, eq. 6 and 7)
+
+The loss of a step is the mean over its pairs, whatever micro-batches and ranks they are split into.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loadmaster.models.forward import causal_lm, logit_transform, trained_hidden
+from loadmaster.models.loss import CHUNK_TOKENS
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log p of each target [T], in chunks; the backward pass makes each chunk's logits again.
+
+    Unlike the summed loss, the gradient of a token here waits for its whole pair, so it cannot be taken in the
+    forward pass; what is kept are the hidden states, never T x V logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        softcap: float | None,
+        scale: float,
+    ):
+        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, targets_T)
+        ctx.transform = softcap, scale
+        chunks = [slice(i, i + CHUNK_TOKENS) for i in range(0, len(targets_T), CHUNK_TOKENS)]
+        found = []
+        for chunk in chunks:
+            logits, _ = _logits(hidden_TH[chunk], weight_VH, bias_V, softcap, scale)
+            found.append(-F.cross_entropy(logits, targets_T[chunk], reduction="none"))
+            del logits
+        return torch.cat(found) if found else hidden_TH.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad_T: Tensor):
+        hidden_TH, weight_VH, bias_V, targets_T = ctx.saved_tensors
+        softcap, scale = ctx.transform
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_TH) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
+        for start in range(0, len(targets_T), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            logits, capped = _logits(hidden_TH[part], weight_VH, bias_V, softcap, scale)
+            # d log p(t) / d logits = onehot(t) - softmax(logits), in the logits' own memory
+            grad = logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True)).exp_().neg_()
+            grad.scatter_add_(-1, targets_T[part, None], grad.new_ones((len(grad), 1)))
+            grad *= grad_T[part, None]
+            if softcap is not None:
+                grad *= 1 - capped * capped
+            if scale != 1.0:
+                grad *= scale
+            grad = grad.to(weight_VH.dtype)
+            if needs_hidden:
+                grad_hidden[part] = grad @ weight_VH
+            if needs_weight:
+                grad_weight += grad.T @ hidden_TH[part]
+            del logits, grad, capped  # before the next chunk's are made
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype), None, None, None, None
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """(logits in fp32, tanh of the uncapped ones over the cap where there is one)."""
+    logits = F.linear(hidden, weight, bias).float()
+    if scale != 1.0:
+        logits *= scale
+    if softcap is None:
+        return logits, None
+    capped = torch.tanh_(logits / softcap)
+    return capped * softcap, capped
+
+
+@dataclass(frozen=True)
+class AnswerLogProbs:
+    """Of the A answers of a batch, in order: sums of their tokens' log-probabilities [A], and how many tokens [A]."""
+
+    sums: Tensor
+    tokens: Tensor
+
+
+def answer_log_probs(model: nn.Module, batch: Any) -> AnswerLogProbs:
+    """log p of every document of the batch that has trained tokens: of pairs, chosen and rejected in turn."""
+    hidden, targets, documents = trained_hidden(model, batch)
+    lm = causal_lm(model)
+    head = lm.get_output_embeddings()
+    log_probs = _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, *logit_transform(lm.config))
+    # Padding and untrained copies of rows are documents without a trained token: they have no place in the count.
+    _, place, tokens = torch.unique_consecutive(documents, return_inverse=True, return_counts=True)
+    place, tokens = place.to(log_probs.device), tokens.to(log_probs.device)
+    sums = log_probs.new_zeros(len(tokens)).index_add(0, place, log_probs)
+    return AnswerLogProbs(sums, tokens)
+
+
+def dpo_loss(policy_A: Tensor, reference_A: Tensor, beta: float, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(loss [P], reward margin [P]) of P pairs from the summed log-probabilities of their 2 P answers."""
+    rewards = beta * (policy_A - reference_A)
+    margin = rewards[0::2] - rewards[1::2]
+    loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    return loss, margin.detach()
+
+
+def orpo_loss(mean_A: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(loss [P], log odds ratio [P]) of P pairs from the mean log-probabilities of their 2 P answers."""
+    log_odds = mean_A - torch.log1p(-torch.exp(mean_A).clamp(max=1 - 1e-7))
+    margin = log_odds[0::2] - log_odds[1::2]
+    return -mean_A[0::2] - beta * F.logsigmoid(margin), margin.detach()
+
+
+class PreferenceLoss(nn.Module):
+    """A model whose forward is the sum of its batch's pair losses: what takes SummedLoss's place in the loop.
+
+    After each forward `figures` holds sums over its pairs: pairs, correct (the chosen answer preferred), margin.
+    """
+
+    def __init__(self, model: nn.Module, objective: str, beta: float, label_smoothing: float):
+        super().__init__()
+        self.module = model
+        self.objective, self.beta, self.label_smoothing = objective, beta, label_smoothing
+        self.figures = torch.zeros(3)
+
+    def forward(self, batch: Any) -> Tensor:
+        reference = self._reference(batch) if self.objective == "dpo" else None
+        policy = answer_log_probs(self.module, batch)
+        if reference is not None:
+            loss, margin = dpo_loss(policy.sums, reference.sums, self.beta, self.label_smoothing)
+        else:
+            loss, margin = orpo_loss(policy.sums / policy.tokens, self.beta)
+        self.figures = torch.stack([margin.new_tensor(len(margin)), (margin > 0).sum().to(margin), margin.sum()])
+        return loss.sum()
+
+    def _reference(self, batch: Any) -> AnswerLogProbs:
+        """The base's log-probabilities: the same model with its adapter switched off."""
+        with torch.no_grad(), self.module.disable_adapter():
+            return answer_log_probs(self.module, batch)

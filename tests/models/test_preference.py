@@ -1,0 +1,207 @@
+"""DPO and ORPO: losses and gradients against the formulas on unpacked answers, and against TRL on the same pairs."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from loadmaster.config.schema import DataConfig, Job, LoraConfig
+from loadmaster.data import PackedRow, collate, prepare
+from loadmaster.models import preference
+from loadmaster.models.adapters import make_trainable, trainable
+from loadmaster.models.load import load_base
+from loadmaster.models.preference import PreferenceLoss, answer_log_probs, dpo_loss, orpo_loss
+
+PAIRS = [
+    {"prompt": "What boils at 100 degrees?", "chosen": "Water, at sea level.", "rejected": "I do not care to say."},
+    {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven is a nice one, is it not? I think so."},
+    {"prompt": "Add 2 and 2, and say how.", "chosen": "Two more than two is four.", "rejected": "5"},
+]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny):
+    """A model under an adapter that does something."""
+    model = make_trainable(load_base(tiny, torch.float32, "cpu"), "lora", LoraConfig(rank=4))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in trainable(model):  # B starts at zero, where policy and reference are the same
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain(policy, tiny):
+    """The same weights as transformers runs them, without our attention, packing or loss."""
+    model = make_trainable(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), "lora", LoraConfig(rank=4))
+    model.load_state_dict(policy.state_dict())
+    return model
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer, tmp_path_factory):
+    import json
+
+    folder = tmp_path_factory.mktemp("pairs")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    job = Job(data=DataConfig(path=str(folder / "pairs.jsonl"), validation=None), objective="dpo", sequence_length=256)
+    return prepare(job, tokenizer, folder / "cache").train
+
+
+def answers_apart(model, rows) -> list[tuple[float, int]]:
+    """{(sum of log-probabilities, tokens)} of each answer, each document through the plain model by itself."""
+    found = []
+    for row in rows:
+        starts = [*(row.position_ids == 0).nonzero()[0].tolist(), len(row)]
+        for begin, end in itertools.pairwise(starts):
+            ids, labels = (torch.tensor(array[begin:end])[None] for array in (row.input_ids, row.labels))
+            log_probs = F.log_softmax(model(input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
+            mask = labels[:, 1:] != -100
+            picked = log_probs.gather(-1, ids[:, 1:, None])[..., 0][mask]
+            found.append((picked.sum(), len(picked)))
+    return found
+
+
+def test_log_probs_of_packed_answers_are_those_of_the_answers_one_by_one(policy, plain, rows):
+    batch = collate([rows[i] for i in range(len(rows))], 0, 256)  # padded: a document with nothing trained
+    with torch.no_grad():
+        together = answer_log_probs(policy, batch)
+        apart = answers_apart(plain, rows)
+    assert together.tokens.tolist() == [tokens for _, tokens in apart]
+    torch.testing.assert_close(together.sums, torch.stack([s for s, _ in apart]), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_loss_and_gradients_are_the_formulas(policy, plain, rows, objective):
+    loss_module = PreferenceLoss(policy, objective, beta=0.3, label_smoothing=0.1 if objective == "dpo" else 0.0)
+    policy.zero_grad()
+    loss = loss_module(collate([rows[i] for i in range(len(rows))], 0, 256))
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in trainable(policy)}
+
+    with torch.no_grad(), plain.disable_adapter():
+        reference = torch.stack([s for s, _ in answers_apart(plain, rows)])
+    plain.zero_grad()
+    apart = answers_apart(plain, rows)
+    sums, tokens = torch.stack([s for s, _ in apart]), torch.tensor([n for _, n in apart])
+    if objective == "dpo":
+        margin = 0.3 * ((sums[0::2] - reference[0::2]) - (sums[1::2] - reference[1::2]))
+        expected = (-0.9 * F.logsigmoid(margin) - 0.1 * F.logsigmoid(-margin)).sum()
+    else:
+        mean = sums / tokens
+        odds = mean - torch.log(1 - torch.exp(mean))
+        margin = odds[0::2] - odds[1::2]
+        expected = (-mean[0::2] - 0.3 * F.logsigmoid(margin)).sum()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in trainable(plain):
+        off = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert off < 1e-4, f"{name}: {off}"
+    pairs, correct, margins = loss_module.figures.tolist()
+    assert (pairs, correct) == (3, int((margin > 0).sum())) and margins == pytest.approx(margin.sum().item(), rel=1e-4)
+
+
+def test_at_the_start_dpo_is_log_2_and_its_margin_zero(tiny, rows):
+    fresh = make_trainable(load_base(tiny, torch.float32, "cpu"), "lora", LoraConfig(rank=4))
+    module = PreferenceLoss(fresh, "dpo", beta=0.1, label_smoothing=0.0)
+    with torch.no_grad():
+        loss = module(collate([rows[0]], 0))
+    assert loss.item() / module.figures[0].item() == pytest.approx(0.6931472, abs=1e-6)
+    assert module.figures[2].item() == 0
+
+
+def test_the_dpo_loss_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, tmp_path):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    def chat(role, text):
+        return [{"role": role, "content": text}]
+
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": chat("user", pair["prompt"]),
+                "chosen": chat("assistant", pair["chosen"]),
+                "rejected": chat("assistant", pair["rejected"]),
+            }
+            for pair in PAIRS
+        ]
+    )
+    arguments = DPOConfig(
+        output_dir=str(tmp_path), beta=0.3, use_cpu=True, report_to=[], per_device_train_batch_size=3, bf16=False
+    )
+    trainer = DPOTrainer(
+        model=plain,
+        ref_model=AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32),
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        expected = trainer.compute_loss(plain, batch)
+
+    # TRL stacks all chosen answers over all rejected ones, padded; here they are packed in turn.
+    rows = []
+    for pair in range(3):
+        documents = [
+            (ids[mask == 1], trained[mask == 1])
+            for ids, mask, trained in (
+                tuple(batch[name][place] for name in ("input_ids", "attention_mask", "completion_mask"))
+                for place in (pair, pair + 3)
+            )
+        ]
+        ids = torch.cat([ids for ids, _ in documents]).numpy()
+        trained = torch.cat([trained for _, trained in documents]).numpy()
+        positions = np.concatenate([np.arange(len(ids)) for ids, _ in documents])
+        rows.append(PackedRow(ids, np.where(trained == 1, ids, -100), positions, ["pair"] * 2))
+    module = PreferenceLoss(policy, "dpo", beta=0.3, label_smoothing=0.0)
+    with torch.no_grad():
+        ours = module(collate(rows, 0)) / 3
+    assert ours.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert abs(ours.item() - 0.6931472) > 1e-3, "a margin of zero would compare nothing"
+
+
+def test_pair_losses_do_not_overflow():
+    loss, margin = dpo_loss(torch.tensor([-1e4, 0.0]), torch.zeros(2), 1.0)
+    assert loss.item() == pytest.approx(1e4) and margin.item() == -1e4
+    loss, _ = orpo_loss(torch.tensor([0.0, -50.0]), 1.0)
+    assert torch.isfinite(loss).all()
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 0.5)])
+def test_gradients_of_chunked_log_probs_are_autograds(monkeypatch, softcap, scale):
+    monkeypatch.setattr(preference, "CHUNK_TOKENS", 3)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((8, 4), (11, 4), (11,)))
+    targets, upstream = torch.arange(8), torch.randn(8, generator=generator)
+
+    def plainly(hidden, weight):
+        logits = F.linear(hidden, weight, bias) * scale
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return F.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
+
+    def chunked(hidden, weight):
+        return preference._TokenLogProbs.apply(hidden, weight, bias, targets, softcap, scale)
+
+    results = []
+    for function in (plainly, chunked):
+        inputs = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        log_probs = function(*inputs)
+        log_probs.backward(upstream)
+        results.append((log_probs.detach(), *(tensor.grad for tensor in inputs)))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_without_answers_has_loss_zero_and_gradients_of_zero(policy, rows):
+    row = rows[0]
+    idle = PackedRow(row.input_ids, np.full_like(row.labels, -100), row.position_ids, row.document_ids)
+    policy.zero_grad()
+    loss = PreferenceLoss(policy, "dpo", beta=0.1, label_smoothing=0.0)(collate([idle], 0))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for _, p in trainable(policy))
