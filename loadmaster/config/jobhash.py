@@ -15,17 +15,20 @@ from loadmaster.config.validate import to_dict
 from loadmaster.files import sha256_json
 
 # By stage, the sections and fields that are its inputs; a stage also depends on all stages before it.
-# hardware and plan count, because they decide what `auto` becomes.
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "plan": (
-        "model", "data", "sequence_length", "objective", "preference", "method", "precision", "lora", "optimizer", "batch", "micro_batch_size",
-        "epochs", "max_steps", "activation_checkpointing", "sharding", "offload", "seed", "plan", "hardware",
+        "model", "data", "sequence_length", "objective", "preference", "method", "precision", "lora", "optimizer",
+        "batch", "epochs", "max_steps", "seed",
     ),
     "train": (),
     "evaluate": ("evaluation.task", "evaluation.max_rows", "evaluation.max_new_tokens"),
     "export": ("export", "endpoint.server"),
     "bundle": ("endpoint",),
 }  # fmt: skip
+
+# How the work is spread and on what: inputs of the plan stage alone. Later stages depend on what the plan then chose
+# (the pipeline adds its method, precision and optimizer), so a run goes on with other GPUs, or another number of them.
+SPREAD = ("micro_batch_size", "activation_checkpointing", "sharding", "offload", "plan", "hardware")
 
 # What may change between two starts of the same run: names and places, how often to save and look, who watches.
 NOT_INPUTS = (
@@ -40,9 +43,13 @@ def job_hash(job: Job) -> str:
 
 
 def stage_inputs_hash(job: Job, stage: str) -> str:
-    """Hash of every field that the output of `stage` depends on, those of the stages before it included."""
+    """Hash of every field that the output of `stage` depends on, those of the stages before it included.
+
+    What only says how work is spread counts in the plan stage alone.
+    """
     values = to_dict(job)
     names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_FIELDS[earlier]]
+    names += SPREAD if stage == "plan" else ()
     return sha256_json({name: _value(values, name) for name in names})
 
 

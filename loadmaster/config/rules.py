@@ -106,6 +106,34 @@ def task_has_answers(job: Job, origins: Origins) -> Found:
         yield "evaluation.task", job.evaluation.task, message, "evaluation.task=none"
 
 
+@rule("objective", "method", "plan.methods")
+def dpo_has_a_reference(job: Job, origins: Origins) -> Found:
+    """objective=dpo trains an adapter: its reference is the base model with the adapter switched off."""
+    left = [name for name in job.plan.methods if name != "full"]
+    if job.objective == "dpo" and (job.method == "full" or (job.method == "auto" and job.plan.methods and not left)):
+        message = "needs the model before training as its reference, which a full fine-tune overwrites"
+        yield "objective", "dpo", message, "method=lora, or objective=orpo, which needs no reference"
+
+
+@rule("data.format", "objective")
+def pairs_go_with_a_preference_objective(job: Job, origins: Origins) -> Found:
+    """data.format=preference goes with objective=dpo or orpo, and they with it (or auto)."""
+    if (job.data.format == "preference") != (job.objective != "sft") and job.data.format != "auto":
+        what = "holds pairs, which objective=sft does not train on"
+        if job.objective != "sft":
+            what = f"holds no pairs, which objective={job.objective} trains on"
+        remedy = "objective=dpo" if job.objective == "sft" else "data.format=preference, or objective=sft"
+        yield "data.format", job.data.format, what, remedy
+
+
+@rule("preference.label_smoothing", "objective")
+def label_smoothing_is_dpos(job: Job, origins: Origins) -> Found:
+    """preference.label_smoothing belongs to objective=dpo."""
+    if job.preference.label_smoothing and job.objective != "dpo":
+        remedy = "preference.label_smoothing=0, or objective=dpo"
+        yield "preference.label_smoothing", job.preference.label_smoothing, f"{job.objective} has none", remedy
+
+
 @rule("precision", "method")
 def qlora_is_not_fp8(job: Job, origins: Origins) -> Found:
     """qlora keeps its base in nf4, so precision fp8 has nothing to apply to."""

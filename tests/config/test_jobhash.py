@@ -6,7 +6,7 @@ import pytest
 
 from loadmaster.config.compose import compose
 from loadmaster.config.fields import fields
-from loadmaster.config.jobhash import NOT_INPUTS, STAGE_FIELDS, job_hash, stage_inputs_hash
+from loadmaster.config.jobhash import NOT_INPUTS, SPREAD, STAGE_FIELDS, job_hash, stage_inputs_hash
 from loadmaster.config.schema import STAGES, Job
 
 
@@ -16,7 +16,7 @@ def job(*overrides: str) -> Job:
 
 @pytest.mark.parametrize("key", fields())
 def test_every_field_is_the_input_of_one_stage_or_of_none(key: str):
-    places = [name for names in STAGE_FIELDS.values() for name in names] + list(NOT_INPUTS)
+    places = [name for names in STAGE_FIELDS.values() for name in names] + [*SPREAD, *NOT_INPUTS]
     assert sum(key == place or key.startswith(f"{place}.") for place in places) == 1
 
 
@@ -25,7 +25,6 @@ def test_every_field_is_the_input_of_one_stage_or_of_none(key: str):
     [
         ("lora.rank=8", "plan"),
         ("seed=1", "plan"),
-        ("hardware=h100_80gb_x1", "plan"),
         ("data.max_rows=10", "plan"),
         ("evaluation.task=none", "evaluate"),
         ("export.formats=[bf16]", "export"),
@@ -44,6 +43,13 @@ def test_a_change_makes_the_first_stage_that_reads_it_and_all_after_it_stale(ove
     stale = [stage for stage in STAGES if stage_inputs_hash(before, stage) != stage_inputs_hash(after, stage)]
     assert stale == (list(STAGES[STAGES.index(first_stale) :]) if first_stale else [])
     assert (job_hash(before) != job_hash(after)) == (first_stale == "plan")
+
+
+@pytest.mark.parametrize("override", ["hardware=h100_80gb_x1", "sharding=fsdp", "micro_batch_size=1", "offload=all"])
+def test_how_the_work_is_spread_is_the_plans_alone(override: str):
+    before, after = job(), job(override)
+    stale = [stage for stage in STAGES if stage_inputs_hash(before, stage) != stage_inputs_hash(after, stage)]
+    assert stale == ["plan"] and job_hash(before) == job_hash(after)
 
 
 def test_the_hash_does_not_depend_on_where_or_how_a_value_was_set(tmp_path, monkeypatch):

@@ -27,7 +27,21 @@ CASES = {
         ["evaluation.task=exact_match", "data.format=text"], "evaluation.task", "evaluation.task=none",
         ["evaluation.task=none", "data.format=text"],
     ),
+    "dpo_has_a_reference": (
+        ["objective=dpo", "method=full"], "objective", "method=lora", ["objective=dpo", "method=auto"],
+    ),
+    "pairs_go_with_a_preference_objective": (
+        ["data.format=preference"], "data.format", "objective=dpo", ["data.format=preference", "objective=orpo"],
+    ),
+    "label_smoothing_is_dpos": (
+        ["objective=orpo", "preference.label_smoothing=0.1"], "preference.label_smoothing", "objective=dpo",
+        ["objective=dpo", "preference.label_smoothing=0.1"],
+    ),
     "qlora_is_not_fp8": (["method=qlora", "precision=fp8"], "precision", "precision=bf16", ["method=qlora"]),
+    "full_is_not_fp8": (
+        ["method=full", "precision=fp8", "hardware=h100_80gb_x1"], "precision", "method=lora",
+        ["method=lora", "precision=fp8", "hardware=h100_80gb_x1"],
+    ),
     "fp8_needs_fp8_units": (
         ["precision=fp8", "hardware=a100_80gb_x1"], "precision", "h100_80gb",
         ["precision=fp8", "hardware=h100_80gb_x1"],
