@@ -28,14 +28,15 @@ CASES = {
         ["evaluation.task=none", "data.format=text"],
     ),
     "dpo_has_a_reference": (
-        ["objective=dpo", "method=full"], "objective", "method=lora", ["objective=dpo", "method=auto"],
+        ["objective=dpo", "data.format=auto", "method=full"], "objective", "method=lora",
+        ["objective=dpo", "data.format=auto", "method=auto"],
     ),
     "pairs_go_with_a_preference_objective": (
         ["data.format=preference"], "data.format", "objective=dpo", ["data.format=preference", "objective=orpo"],
     ),
     "label_smoothing_is_dpos": (
-        ["objective=orpo", "preference.label_smoothing=0.1"], "preference.label_smoothing", "objective=dpo",
-        ["objective=dpo", "preference.label_smoothing=0.1"],
+        ["preference.label_smoothing=0.1"], "preference.label_smoothing", "objective=dpo",
+        ["objective=dpo", "data.format=preference", "preference.label_smoothing=0.1"],
     ),
     "qlora_is_not_fp8": (["method=qlora", "precision=fp8"], "precision", "precision=bf16", ["method=qlora"]),
     "full_is_not_fp8": (
