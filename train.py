@@ -10,7 +10,11 @@ verification, 75 stopped on request with a checkpoint saved (the same command re
 
 from __future__ import annotations
 
+import signal
 import sys
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while modules load ends it without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from loadmaster.config.compose import Composed
 from loadmaster.config.hydra_app import run_app

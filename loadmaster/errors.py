@@ -67,13 +67,24 @@ class TrainingFailed(LoadmasterError):
 
 
 class ExportRejected(LoadmasterError):
-    """An export did not pass verification; nothing was published."""
+    """An export did not pass verification; nothing was published.
+
+    figures: of each format that was scored, as `loadmaster.export.export_all` returns them; {} where none was.
+    """
 
     exit_code = 5
 
+    def __init__(self, message: str, figures: dict[str, dict] | None = None):
+        super().__init__(message)
+        self.figures = figures or {}
 
-class StoppedOnRequest(LoadmasterError):
-    """SIGTERM or SIGINT: a checkpoint is saved, the same command resumes."""
+
+class StoppedOnRequest(BaseException):
+    """SIGTERM or SIGINT: a checkpoint is saved, the same command resumes.
+
+    No Exception: it is raised wherever a signal finds the program, and a library must not take it for a failure of its
+    own and go on.
+    """
 
     exit_code = 75
 

@@ -6,6 +6,7 @@ written beside its place, fsynced and renamed; a folder is filled under a tempor
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -61,7 +62,9 @@ def publish_folder(target: Path) -> Iterator[Path]:
     """Yield an empty sibling folder that becomes `target` when the block ends without an error.
 
     On an error the partial folder is removed and an earlier `target` stays as it was. The earlier
-    target is moved aside only once the new one is complete and on disk.
+    target gives way only once the new one is complete and on disk: the two change places in one step where the
+    system and the disk can do that (Linux, local disks), so there is a whole `target` at any moment; elsewhere a
+    kill between two renames leaves the earlier one beside it, and the next call puts it back.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}{PARTIAL_SUFFIX}")
@@ -81,8 +84,21 @@ def publish_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(previous, ignore_errors=True)
-    if target.exists():
+    if not target.exists():
+        os.rename(partial, target)
+    elif not _exchanged(partial, target):
         os.rename(target, previous)
-    os.rename(partial, target)
+        os.rename(partial, target)
     _fsync_folder(target.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    for left in (partial, previous):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Let two folders change names in one step (renameat2 with RENAME_EXCHANGE); False where that is not to be had."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    try:
+        call = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return call(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0

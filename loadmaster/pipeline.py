@@ -6,16 +6,16 @@ re-run when what it was made from has not changed. report.html is written anew a
 
 from __future__ import annotations
 
-import gc
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -26,15 +26,15 @@ from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.shipped import resolve_path
 from loadmaster.config.show import show_error
 from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, Problem, StoppedOnRequest
-from loadmaster.files import publish_folder, sha256_json, write_json, write_text
+from loadmaster.files import sha256_json, write_text
 from loadmaster.preflight import estimate_tokens, make_plan, print_plan
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
 from loadmaster.rundir import RunDir, file_fingerprint
-from loadmaster.training.stop import StopSignal
-
-if TYPE_CHECKING:
-    from torch import nn
+from loadmaster.team import Team
+from loadmaster.training.display import Display
+from loadmaster.training.stop import STARTED, StopSignal, deadline
+from loadmaster.world_stages import Materials, chosen
 
 
 def run(composed: Composed, console: Console | None = None) -> int:
@@ -44,18 +44,23 @@ def run(composed: Composed, console: Console | None = None) -> int:
     console = console or Console()
     if composed.job.launch.name != "local":
         return run_elsewhere(composed, console)
-    stop = StopSignal().install()
+    os.environ[STARTED] = str(time.time())
+    stop = StopSignal(deadline(composed.job), composed.job.launch.grace_s).install()
+    team: Team | None = None
     try:
-        Pipeline(composed, console, stop).run()
-    except LoadmasterError as error:
+        team = Team.gather(composed.job)
+        if team.follows:
+            return team.follow(stop)
+        Pipeline(composed, console, stop, team).run()
+    except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
-        return error.exit_code
+        return team.end(error.exit_code) if team else error.exit_code
     except OSError as error:  # a full or read-only disk, a folder that is a file
         show_error(LoadmasterError(f"{error}; set run_dir to a folder that can be written, on a disk with room"))
-        return LoadmasterError.exit_code
+        return team.end(LoadmasterError.exit_code) if team else LoadmasterError.exit_code
     finally:
         stop.uninstall()
-    return 0
+    return team.end(0)
 
 
 def run_elsewhere(composed: Composed, console: Console) -> int:
@@ -64,7 +69,7 @@ def run_elsewhere(composed: Composed, console: Console) -> int:
 
     try:
         return launch_job(composed, console, tokens=dataset_tokens(composed.job))
-    except LoadmasterError as error:
+    except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return error.exit_code
 
@@ -72,11 +77,12 @@ def run_elsewhere(composed: Composed, console: Console) -> int:
 class Pipeline:
     """One job's way through the stages. What several stages need is made once, when first asked for."""
 
-    def __init__(self, composed: Composed, console: Console, stop: StopSignal):
+    def __init__(self, composed: Composed, console: Console, stop: StopSignal, team: Team):
         self.composed = composed
         self.job: Job = composed.job
         self.console = console
-        self.stop = stop
+        self.stop, self.team = stop, team
+        self.materials = Materials(self.job, self.echo)
         identity = sha256_json([job_hash(self.job), data_identity(self.job)])
         self.run_dir = RunDir.choose(self.job.run_dir, self.job.recipe, identity)
 
@@ -87,10 +93,12 @@ class Pipeline:
             self.echo(f"run directory: {self.run_dir.path}")
             inputs = self.run_dir.identity
             for stage in STAGES:
-                inputs = sha256_json([inputs, self._stage_inputs(stage)])
-                self._stage(stage, inputs)
+                stage_inputs = sha256_json([inputs, self._stage_inputs(stage)])
+                self._stage(stage, stage_inputs)
                 if stage == self.job.stop_after:
                     break
+                # What the plan chose counts from here on, and not on how many GPUs of which kind it did.
+                inputs = sha256_json([inputs, chosen(self.plan)]) if stage == "plan" else stage_inputs
 
     def _stage_inputs(self, stage: str) -> Any:
         hardware = str(detect_local()) if stage == "plan" and self.job.hardware.gpu == "local" else None
@@ -105,7 +113,7 @@ class Pipeline:
         stages: dict[str, Callable[[], None]] = {
             "plan": self.make_plan,
             "train": self.train,
-            "evaluate": self.evaluate,
+            "evaluate": lambda: self.in_world("evaluate"),
             "export": self.export,
             "bundle": self.bundle,
         }
@@ -146,79 +154,52 @@ class Pipeline:
     # ------------------------------------------------------------------ stages
 
     def make_plan(self) -> None:
-        plan = make_plan(self.job, dataset_tokens(self.job))
-        if self.job.plan.trace:
-            from loadmaster.training.trace import trace_plan
-
-            plan = replace(plan, trace=trace_plan(self.job, plan))
+        plan = planned(self.job)
         plan.write(self.run_dir.path / "plan.json")
         print_plan(plan, self.console)
         if not plan.fits:
             raise DoesNotFit(
                 f"nothing fits; what came nearest, and what would fit, is in {self.run_dir.path / 'plan.json'}"
             )
+        free = shutil.disk_usage(self.run_dir.path).free / 2**30
+        if self.job.stop_after != "plan" and free < plan.disk_gib:
+            self.echo(
+                f"warning: {free:.1f} GiB are free in {self.run_dir.path}, and base model, checkpoints and exports of "
+                f"this run take up to {plan.disk_gib:.1f}; set run_dir to a larger disk, or checkpoint.keep_last=1"
+            )
 
     def train(self) -> None:
-        from loadmaster.models.adapters import save_trained
-        from loadmaster.training.display import Display
-        from loadmaster.training.loop import train
-
         self._refuse_other_hardware()
-        model, outcome = train(
-            self.job,
-            self.plan,
-            self.prepared,
-            self.tokenizer,
-            self.base_folder,
-            self.run_dir.path,
-            self._training_hash(),
-            self._held_out,
-            self.stop,
-            Display(self.console),
-        )
-        name = "model" if self.plan.method == "full" else "adapter"
-        with publish_folder(self.run_dir.path / name) as partial:
-            save_trained(model, partial)
-            if name == "model":
-                self.tokenizer.save_pretrained(partial)
-        self.run_dir.update_result(
-            **outcome.peaks,
-            predicted_gib=self.plan.memory_gib.total,
-            predicted_peaks_gib=asdict(self.plan.peak_gib) if self.plan.peak_gib else None,
-            rehearsal_peak_allocated_gib=outcome.rehearsal.peak_allocated_gib,
-            tokens_per_second=outcome.tokens_per_second,
-            trained_tokens_per_second=outcome.trained_tokens_per_second,
-            mfu=model_flops_utilisation(self.plan, outcome.tokens_per_second),
-            steps=outcome.steps,
-            train_loss=outcome.train_loss,
-            eval_loss=outcome.eval_loss,
-            data=self.prepared.summary,
-        )
+        self.in_world("train")
 
-    def evaluate(self) -> None:
-        from loadmaster.models.load import load_base, load_trained
-
-        trained = self._load(load_trained, self.base_folder, self.run_dir.trained)
-        after = self._evaluate_model(trained)
-        if hasattr(trained, "disable_adapter"):
-            with trained.disable_adapter():
-                before = self._evaluate_model(trained)
-        else:
-            del trained
-            gc.collect()
-            before = self._evaluate_model(self._load(load_base, self.base_folder))
-        write_json(self.run_dir.path / "eval.json", {"before": before, "after": after})
-        for part in after:
-            self.echo(f"  {part}: {_headline(before[part])} before, {_headline(after[part])} after")
-        self.run_dir.update_result(eval_loss=after.get("held_out", {}).get("loss", None))
+    def in_world(self, stage: str) -> None:
+        """Run a stage on every process of the plan: here, in workers of our own, or in those that torchrun started."""
+        figures = self.team.run(
+            stage, self.job, self.plan, self.run_dir.path, self.stop, Display(self.console), self.materials
+        )
+        self.run_dir.update_result(**figures)
 
     def export(self) -> None:
-        from loadmaster.export import export_all, report_table
+        from loadmaster.errors import ExportRejected
+        from loadmaster.export import export_all, report_table, storable
 
-        exports = export_all(
-            self.job, self.plan, self.run_dir.path, self.base_folder, self.prepared, self.tokenizer, self.echo
-        )
-        self.run_dir.update_result(exports=exports)
+        try:
+            exports = export_all(
+                self.job,
+                self.plan,
+                self.run_dir.path,
+                self.materials.base_folder,
+                self.materials.prepared,
+                self.materials.tokenizer,
+                self.echo,
+            )
+        except ExportRejected as error:
+            # "exports" stays: an earlier export is still in its place.
+            self.run_dir.update_result(rejected_exports=storable(error.figures))
+            if error.figures:
+                self.console.print(report_table(error.figures))
+            raise
+        self.run_dir.update_result(exports=exports, rejected_exports=None)
         self.console.print(report_table(exports))
 
     def bundle(self) -> None:
@@ -231,55 +212,6 @@ class Pipeline:
     @cached_property
     def plan(self) -> Plan:
         return Plan.read(self.run_dir.path / "plan.json")
-
-    @cached_property
-    def base_folder(self) -> Path:
-        from loadmaster.models.resolve import resolve_base
-
-        return resolve_base(self.job.model)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        from loadmaster.models.load import load_tokenizer
-
-        return load_tokenizer(self.base_folder)
-
-    @cached_property
-    def prepared(self) -> Any:
-        from loadmaster.data import describe, prepare
-
-        prepared = prepare(self.job, self.tokenizer)
-        self.echo(describe(prepared.summary))
-        return prepared
-
-    def _training_hash(self) -> str:
-        return sha256_json([job_hash(self.job), self.prepared.train.fingerprint])
-
-    def _load(self, loader: Callable[..., nn.Module], *folders: Path) -> nn.Module:
-        from loadmaster.models.load import DTYPES
-
-        device = "cpu" if self.plan.hardware.gpu == "cpu" else "cuda"
-        return loader(*folders, DTYPES[self.plan.precision], device, nf4=self.plan.method == "qlora")
-
-    def _held_out(self, model: nn.Module) -> dict[str, float]:
-        from loadmaster.evaluation import held_out
-
-        device = next(model.parameters()).device
-        return held_out(
-            model, self.prepared.validation, self.tokenizer.pad_token_id, self.plan.micro_batch_size, device
-        )
-
-    def _evaluate_model(self, model: nn.Module) -> dict[str, Any]:
-        from loadmaster.evaluation import run_task
-
-        figures: dict[str, Any] = {}
-        if self.prepared.validation is not None:
-            figures["held_out"] = self._held_out(model)
-        if self.job.evaluation.task != "none":
-            figures["task"] = run_task(
-                model, self.tokenizer, self.prepared.validation_conversations, self.job.evaluation
-            )
-        return figures
 
     def _refuse_other_hardware(self) -> None:
         """A plan for rented hardware is not trained on whatever this machine happens to have."""
@@ -306,6 +238,16 @@ class Pipeline:
         write_report(self.run_dir.path, command=command_line(sys.argv))
 
 
+def planned(job: Job) -> Plan:
+    """The job's plan, with the trace of a step where plan.trace asks for it."""
+    plan = make_plan(job, dataset_tokens(job))
+    if not job.plan.trace:
+        return plan
+    from loadmaster.training.trace import trace_plan
+
+    return replace(plan, trace=trace_plan(job, plan))
+
+
 def command_line(argv: list[str]) -> str:
     """The command as a person would type it again."""
     name = Path(argv[0]).name
@@ -329,18 +271,3 @@ def dataset_tokens(job: Job) -> int | None:
         return None
     files = [file for path in found for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
     return estimate_tokens({file.name: file.stat().st_size for file in files})
-
-
-def model_flops_utilisation(plan: Plan, tokens_per_second: float) -> float | None:
-    """Share of the GPUs' dense peak that the model's own FLOPs take; None on a CPU."""
-    from loadmaster.preflight.speed import model_flops_per_token, peak_flops
-
-    if plan.hardware.gpu == "cpu":
-        return None
-    return tokens_per_second * model_flops_per_token(plan) / (peak_flops(plan) * plan.world_size)
-
-
-def _headline(figures: dict[str, Any]) -> str:
-    if "perplexity" in figures:
-        return f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}"
-    return f"{figures['metric']:.1%} right"

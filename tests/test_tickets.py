@@ -31,7 +31,7 @@ def generate(out: Path, *arguments: str) -> dict[str, bytes]:
 def test_the_shipped_files_are_what_the_script_writes(tmp_path):
     shipped = {path.name: path.read_bytes() for path in FOLDER.glob("*.jsonl")}
     assert generate(tmp_path) == shipped
-    assert shipped.keys() == {"train.jsonl", "validation.jsonl"}
+    assert shipped.keys() == {f"{name}.jsonl" for name in ("train", "validation", "pairs_train", "pairs_validation")}
 
 
 def test_another_seed_gives_other_conversations(tmp_path):
@@ -71,6 +71,20 @@ def test_the_held_out_split_shares_nothing_with_training(what, key):
             assert len(set(found)) == len(found)
     assert all(sets)
     assert not sets[0] & sets[1], what
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_rejected_ticket_differs_from_the_chosen_one_in_one_field(split):
+    lines = (FOLDER / f"pairs_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs, known = [json.loads(line) for line in lines], read(split)
+    assert len(pairs) == min(160, len(known))
+    changed = set()
+    for pair in pairs:
+        assert [*pair["messages"], pair["chosen"]] in known
+        chosen, rejected = (json.loads(pair[side]["content"]) for side in ("chosen", "rejected"))
+        (field,) = [name for name in chosen if chosen[name] != rejected[name]]
+        changed.add(field)
+    assert changed == {"customer", "product", "issue", "urgency", "order"}
 
 
 def test_no_field_can_be_guessed():

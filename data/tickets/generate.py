@@ -1,6 +1,6 @@
 """Write the support tickets dataset: free-text messages and the JSON ticket each should become.
 
-    python data/tickets/generate.py            # rewrites train.jsonl and validation.jsonl beside this file
+    python data/tickets/generate.py            # rewrites the .jsonl files beside this file
 
 Everything is written by hand below and combined by a seeded generator, so the same seed gives the same
 bytes. A message is made of parts (greeting, problem, order number, urgency, a remark, signature) in
@@ -8,6 +8,8 @@ varying order, then typed carelessly: capitals dropped, letters swapped or doubl
 
 The validation split is held out in four ways: its customers, its order numbers and its combinations
 of product, issue and urgency never occur in training, and neither does any of its messages.
+
+The pairs are rows of these splits with a second ticket in which one field is wrong: data for preference tuning.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from typing import TypeVar
 
 TRAIN_ROWS = 432
 VALIDATION_ROWS = 60
+PAIRS = 160
+"""Of each split, at most."""
 SEED = 7
 
 SYSTEM = "Write a JSON ticket: customer, product, issue, urgency, order."
@@ -280,15 +284,37 @@ def dataset(seed: int = SEED) -> dict[str, list[dict]]:
     return rows
 
 
+def pair(random: Random, row: dict) -> dict:
+    """The row as a preference pair: its ticket is chosen, the same with one field wrong is rejected."""
+    *prompt, answer = row["messages"]
+    ticket = json.loads(answer["content"])
+    field = pick(random, list(ticket))
+    if field == "order":
+        wrong = str(10_000 + int(random.random() * 90_000)) if ticket["order"] is None else None
+    else:
+        values = {"customer": TRAIN_CUSTOMERS, "product": PRODUCTS, "issue": ISSUES, "urgency": URGENCY}[field]
+        wrong = pick(random, [value for value in values if value != ticket[field]])
+    content = json.dumps({**ticket, field: wrong}, separators=(",", ":"))
+    return {"messages": prompt, "chosen": answer, "rejected": {**answer, "content": content}}
+
+
+def files(seed: int = SEED) -> dict[str, list[dict]]:
+    """All files, name -> rows."""
+    rows = dataset(seed)
+    random = Random(seed + 1)
+    pairs = {f"pairs_{split}": [pair(random, row) for row in some[:PAIRS]] for split, some in rows.items()}
+    return rows | pairs
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write train.jsonl and validation.jsonl of the tickets dataset.")
+    parser = argparse.ArgumentParser(description="Write the .jsonl files of the tickets dataset.")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for split, rows in dataset(arguments.seed).items():
+    for name, rows in files(arguments.seed).items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (arguments.out / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+        (arguments.out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Dated facts about GPUs, machines, prices and public models. No code here computes; preflight does.
 
-gpus.yaml, machines.yaml, prices.yaml, serving.yaml and shapes/*.json are read once a process.
+gpus.yaml, machines.yaml, prices.yaml, serving.yaml, servers.yaml and shapes/*.json are read once a process. A price
+file of the user's own, where there is one, comes before the shipped prices.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,43 @@ def machines() -> list[dict[str, Any]]:
     return _read("machines.yaml")["machines"]
 
 
+PRICES_VARIABLE = "LOADMASTER_PRICES"
+
+
+def price_file() -> Path:
+    """Where `loadmaster prices --refresh` writes: $LOADMASTER_PRICES, or loadmaster/prices.yaml with other settings."""
+    if named := os.environ.get(PRICES_VARIABLE):
+        return Path(named)
+    folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(folder).expanduser() / "loadmaster" / "prices.yaml"
+
+
 def prices() -> dict[str, Any]:
-    """Prices in US dollars with the date and source of each."""
-    return _read("prices.yaml")
+    """Prices in US dollars with the date and source of each: the shipped ones, and over them the user's price file."""
+    path = price_file()
+    return _prices(path, path.stat().st_mtime_ns if path.is_file() else None)
+
+
+@cache
+def _prices(path: Path, modified_ns: int | None) -> dict[str, Any]:
+    shipped = _read("prices.yaml")
+    if modified_ns is None:
+        return shipped
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    own = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    gpus = {name: {**listed, **own["gpus"].get(name, {})} for name, listed in shipped["gpus"].items()}
+    dates = {"serverless_date": own["date"]} if own.get("serverless") else {}
+    return {**shipped, **dates, "gpus": gpus, "sources": {**shipped["sources"], own["date"]: own["source"]}}
 
 
 def serving() -> dict[str, Any]:
     """GPU pools of endpoints, and how long a worker takes to start."""
     return _read("serving.yaml")
+
+
+def servers() -> dict[str, Any]:
+    """What each version of each inference server reads."""
+    return _read("servers.yaml")
 
 
 @cache

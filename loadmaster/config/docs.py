@@ -85,8 +85,8 @@ lora:
 """
 
 THRESHOLDS = """\
-The limits of one format, as in `export.thresholds.fp8.max_mean_kl=0.05`. Setting one sets all four of that format:
-those not given are at the defaults below, and not at the shipped limits of the format."""
+The limits of one format, as in `export.thresholds.fp8.max_mean_kl=0.05`. Those not given stay at the shipped ones of
+the format, which `docs/export.md` lists."""
 
 EXIT_CODES = """\
 ## Exit codes

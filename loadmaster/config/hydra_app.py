@@ -118,7 +118,7 @@ def _run_job(task: Task, flags: argparse.Namespace) -> int:
         loader = open_loader(flags.config_dir)
         given = read_overrides(loader, overrides)
         return task(compose_with(loader, given, flags.config_name or PRIMARY, number))
-    except LoadmasterError as error:
+    except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return error.exit_code
 

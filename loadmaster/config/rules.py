@@ -314,11 +314,35 @@ def arrivals_are_known(job: Job, origins: Origins) -> Found:
         yield "endpoint.arrivals", arrivals, "there is no such file", "a CSV with the time of a request a line"
 
 
+@rule("launch.name", "launch.nodes", "launch.force_pods", "launch.hosts", "launch.sbatch")
+def other_machines_need_a_way_to_them(job: Job, origins: Origins) -> Found:
+    """launch.nodes, force_pods, hosts and sbatch go with launch=runpod, ssh or slurm, not with launch=local."""
+    launch = job.launch
+    if launch.name != "local":
+        return
+    ways = {"nodes": "runpod, or slurm", "force_pods": "runpod", "hosts": "ssh", "sbatch": "slurm"}
+    given = {"nodes": launch.nodes != "auto", "force_pods": launch.force_pods}
+    given |= {"hosts": bool(launch.hosts), "sbatch": bool(launch.sbatch)}
+    for name in (name for name in ways if given[name]):
+        value = getattr(launch, name)
+        yield f"launch.{name}", value, "has no effect with launch=local", f"launch={ways[name]}; or leave it out"
+
+
 @rule("plan.methods", "method")
 def auto_has_methods_to_choose_from(job: Job, origins: Origins) -> Found:
     """method=auto needs at least one entry in plan.methods."""
     if job.method == "auto" and not job.plan.methods:
         yield "plan.methods", [], "leaves method=auto nothing to choose from", "plan.methods=[full,lora,qlora]"
+
+
+@rule("plan.prices_usd_per_hour")
+def prices_are_of_known_gpus(job: Job, origins: Origins) -> Found:
+    """plan.prices_usd_per_hour names GPUs of the catalogue."""
+    for name in job.plan.prices_usd_per_hour or {}:
+        if name not in catalog.gpus():
+            guess = nearest(name, list(catalog.gpus()), cutoff=0.4)
+            remedy = (f"{guess}; " if guess else "") + "known are " + ", ".join(catalog.gpus())
+            yield "plan.prices_usd_per_hour", job.plan.prices_usd_per_hour, f"{name} is not in the catalogue", remedy
 
 
 @rule("model.path")

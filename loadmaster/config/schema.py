@@ -152,6 +152,8 @@ class PlanConfig:
     """Share of the device's memory that a plan leaves free."""
     methods: list[Literal["full", "lora", "qlora"]] = ("full", "lora", "qlora")  # type: ignore[assignment]
     """What method=auto may choose from, most faithful first."""
+    prices_usd_per_hour: dict[str, PositiveFloat] | None = None
+    """Your own price of one GPU, US dollars an hour, by its catalogue name ({h100_80gb: 2.5}); null: list prices."""
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -288,7 +290,7 @@ class LaunchConfig:
     grace_s: PositiveFloat = 120
     """Seconds from SIGTERM to a saved checkpoint; what still runs then is killed, and the checkpoint before counts."""
     hang_timeout_s: PositiveFloat | Auto = "auto"
-    """Seconds without progress that end a run of several processes; auto: 20 times the slowest step, at least 300."""
+    """Seconds that a step may stand still in a run of several processes; auto: 20 times the slowest, at least 300."""
     cloud: Literal["secure", "community"] = "secure"
     """The provider's own data centres, or other people's hosts, which cost less and have no network volumes."""
     data_centers: list[str] = ()  # type: ignore[assignment]

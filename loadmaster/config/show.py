@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.text import Text
 
 from loadmaster.config.fields import written
-from loadmaster.errors import ConfigError, LoadmasterError, Problem
+from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 
 
-def show_error(error: LoadmasterError, stream: TextIO | None = None) -> None:
+def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None = None) -> None:
     """Print `error` without a traceback, on stderr unless told otherwise; once, under torchrun."""
     if os.environ.get("RANK", "0") != "0":
         return

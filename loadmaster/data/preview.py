@@ -69,7 +69,9 @@ def describe(summary: dict[str, Any]) -> str:
             f"{share:.1%} of them trained; length median {figures['median_length']:,}, longest {figures['longest']:,}"
         )
         long, policy = figures["long_rows"], summary["on_long_row"]
-        if long["long"]:
+        if long["long"] and summary["format"] == "preference":
+            lines.append(f"  {split}: {long['dropped']:,} pairs longer than sequence_length, left out whole")
+        elif long["long"]:
             lines.append(
                 f"  {split}: {long['long']:,} rows longer than sequence_length (data.on_long_row={policy}): "
                 f"{long['pieces']:,} pieces kept, {long['cut_tokens']:,} tokens cut off, "

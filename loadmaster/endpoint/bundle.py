@@ -5,6 +5,7 @@ README.md, traffic.svg         commands, size and reasons, bill, simulated waits
 serving.json                   the serving plan in figures
 worker-vllm.env                environment of the provider's vLLM worker
 endpoint.json                  the endpoint as `loadmaster deploy` asks for it
+smoke.json                     prompts, and what the artifact answers: what the endpoint has to say
 handler.py, server.json, requirements.txt, Dockerfile, test_input.json, .runpod/      a worker of our own
 """
 
@@ -23,6 +24,7 @@ from loadmaster.endpoint import readme, settings
 from loadmaster.endpoint.plot import draw
 from loadmaster.endpoint.sizing import Sizing, size
 from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, Problem
+from loadmaster.export.answers import kept
 from loadmaster.export.manifest import NAME, read_manifest
 from loadmaster.files import publish_folder, write_json, write_text
 
@@ -58,6 +60,7 @@ def write_bundle(run_dir: Path, job: Job) -> Path:
             gguf=readme.gguf_commands(manifests, manifest["recipe"], context), sizing=sizing, why_not=why_not,
             volume_path=settings.volume_path(source), worker_image=settings.WORKER_VLLM_IMAGE,
             baked=job.endpoint.weights == "image", arrivals=job.endpoint.arrivals,
+            max_slowdown=job.endpoint.max_slowdown,
             verification=readme.verification(manifests),
             **({} if sizing is None else _tables(sizing)),
         )  # fmt: skip
@@ -80,7 +83,8 @@ def published(export: Path, formats: list[str]) -> dict[str, dict[str, Any]]:
 def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
     """The format to serve: the one asked for, or the smallest; an adapter only where there is nothing else.
 
-    (An adapter is small on disk, but a server needs its base besides.)
+    (An adapter is small on disk, but a server needs its base besides.) A GGUF is not for the servers that bundles
+    are written for.
     """
     if serve_as != "auto":
         if serve_as not in manifests:
@@ -90,7 +94,14 @@ def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
                         f"add it to export.formats, or set endpoint.serve_as to auto or {next(iter(manifests))}")
             ])  # fmt: skip
         return serve_as
-    whole = [name for name in manifests if name != "adapter"] or list(manifests)
+    servable = [name for name in manifests if name != "gguf"]
+    if not servable:
+        raise ConfigError([
+            Problem("export.formats", list(manifests), "the export group, recipe or command line",
+                    "holds nothing that the bundle's server loads (gguf is for llama.cpp and Ollama)",
+                    "export.formats=[gguf,bf16], or stop_after=export")
+        ])  # fmt: skip
+    whole = [name for name in servable if name != "adapter"] or servable
     return min(whole, key=lambda name: manifests[name]["bytes"])
 
 
@@ -129,6 +140,9 @@ def _write_worker(
     write_text(folder / "Dockerfile.dockerignore", readme.render("dockerignore.j2", **facts))
     test_input = {"input": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": min(16, context // 2)}}
     write_json(folder / "test_input.json", test_input)
+    recorded = kept(source.parent.parent, manifest)
+    fitting = [each for each in recorded if each["prompt_tokens"] + each["max_tokens"] <= context]
+    write_json(folder / "smoke.json", {"model": name, "prompts": fitting})
     if sizing is None:
         return
     request = settings.endpoint_request(manifest, wanted, env, sizing)
@@ -137,8 +151,10 @@ def _write_worker(
     write_json(folder / ".runpod/tests.json", settings.tests_json(request, gpu_name, test_input))
     on_volume = {} if wanted.weights == "image" else {"volume_path": str(settings.volume_path(source))}
     usd = {"usd_per_worker_hour": sizing.prices.flex, "active_workers": sizing.min_workers}
+    usd |= {"pod_usd_per_hour": sizing.prices.pod, "active_discount": sizing.prices.active_discount}
+    limits = {"max_slowdown": wanted.max_slowdown}
     cards = [gpu_name, *catalog.serving()["gpus"][sizing.plan.gpu].get("alike", [])]
-    write_json(folder / "endpoint.json", {"request": request, "cards": cards, **on_volume, **usd})
+    write_json(folder / "endpoint.json", {"request": request, "cards": cards, **on_volume, **usd, **limits})
     write_json(folder / "serving.json", _figures(sizing))
 
 
@@ -155,8 +171,10 @@ def _figures(sizing: Sizing) -> dict[str, Any]:
     return {
         "plan": asdict(sizing.plan), "traffic": asdict(sizing.traffic), "workers": sizing.workers,
         "service": asdict(sizing.service), "prices": asdict(sizing.prices), "start_s": list(sizing.start_s),
+        "starts": sizing.starts,
         "bills": [asdict(bill) for bill in sizing.bills], "reasons": sizing.reasons,
         "runners_up": [asdict(plan) for plan in sizing.runners_up], "outcomes": outcomes,
+        "load": asdict(sizing.load),
     }  # fmt: skip
 
 
@@ -164,6 +182,7 @@ def _tables(sizing: Sizing) -> dict[str, str]:
     return {
         "sizes": readme.sizes(sizing),
         "costs": readme.costs(sizing),
+        "starts": readme.starts(sizing),
         "crossings": readme.crossings(sizing),
         "fleets": readme.fleets(sizing),
     }

@@ -73,6 +73,12 @@ def crossings(sizing: Sizing) -> str:
     return " ".join(lines)
 
 
+def starts(sizing: Sizing) -> str:
+    header = ["weights", "seconds to the first token", "billed"]
+    usd = sizing.prices.flex / 3600
+    return table(header, ([place, f"{s:,.0f}", f"${s * usd:.3f}"] for place, s in sizing.starts.items()))
+
+
 def fleets(sizing: Sizing) -> str:
     header = ["fleet", "p50 wait s", "p95", "p99", "cold starts", "$ a month"]
     prices = sizing.prices

@@ -23,8 +23,10 @@ from loadmaster.endpoint.economics import (
     crossing_utilisation,
     month,
 )
+from loadmaster.endpoint.load_test import LoadTest, plan_load
 from loadmaster.endpoint.simulate import Fleet, Outcome, simulate
 from loadmaster.errors import ConfigError, LoadmasterError, Problem
+from loadmaster.export.thresholds import FAMILIES
 from loadmaster.files import read_json
 from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
 from loadmaster.preflight.serving import (
@@ -40,8 +42,8 @@ from loadmaster.preflight.shape import ModelShape, find_config, from_config
 FEWEST_SIMULATED, MOST_SIMULATED = 5_000, 30_000
 STARTS_TO_SEE = 20
 """A simulation that ends before so many cold starts could have followed each other says nothing of them."""
-OTHER_FLEETS = ((0, 5), (0, 60), (0, 300), (1, 60))
-"""(min workers, idle timeout in seconds) to be compared with the chosen ones."""
+OTHER_FLEETS = ((0, 5, 1.0), (0, 60, 1.0), (0, 300, 1.0), (1, 60, 1.0), (0, 10, 0.5), (0, 10, 2.0))
+"""(min workers, idle timeout in seconds, share of the most workers) to be compared with the chosen ones."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Sizing:
     pool: str
     excluded: list[str]
     start_s: tuple[float, float]
-    """Cold start, with a fast and a slow volume."""
+    """Cold start from where the weights are, with a fast and a slow volume."""
+    starts: dict[str, float]
+    """Cold start from each place where the weights could be, seconds."""
     service: Service
     prices: Prices
     bills: list[Bill]
@@ -84,6 +88,8 @@ class Sizing:
     """Simulated, the chosen fleet first; empty where there are too many requests to simulate."""
     reasons: list[str]
     runners_up: list[ServingPlan]
+    load: LoadTest
+    """What deploying measures the endpoint under, and what is expected of it."""
 
 
 def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Sizing:
@@ -134,7 +140,7 @@ def _artifact(job: Job, manifest: dict[str, Any], artifact: Path) -> tuple[dict[
     if not path.is_file():
         raise LoadmasterError(f"{path}: missing, so its size on a server cannot be worked out")
     weights = sum(file["bytes"] for file in manifest["files"] if file["path"].endswith(".safetensors"))
-    return read_json(path), manifest["format"], float(weights)
+    return read_json(path), FAMILIES.get(manifest["format"], manifest["format"]), float(weights)
 
 
 def _machines(wanted: EndpointConfig) -> list[Hardware]:
@@ -189,11 +195,27 @@ def _sizing(wanted: EndpointConfig, traffic: Traffic, able: list[Candidate], che
     return Sizing(
         plan=plan, traffic=traffic, workers=need, min_workers=wanted.min_workers, max_workers=most,
         requests_at_once=best.requests_at_once, pool=facts["pool"], excluded=list(facts["others"]), start_s=starts,
+        starts=starts_of(checkpoint),
         service=service, prices=prices, bills=[month(factor * rate, service, prices) for factor in (0.1, 1, 10)],
         crossings={name: (share, crossing_rate(service, prices, name)) for name, share in shares.items()},
         outcomes=_outcomes(wanted, service, chosen), reasons=_reasons(best, wanted, traffic, able),
         runners_up=[candidate.plan for candidate in able[1:5]],
+        load=plan_load(best.speed, traffic, best.requests_at_once),
     )  # fmt: skip
+
+
+def starts_of(checkpoint: float) -> dict[str, float]:
+    """Cold start by where the weights are and how fast they come."""
+    facts = catalog.serving()["cold_start"]
+    speed = facts["volume_gb_per_s"]
+    return {
+        f"network volume at {speed['high']:g} GB/s": cold_start_s(checkpoint, "volume", "high"),
+        f"network volume at {speed['low']:g} GB/s": cold_start_s(checkpoint, "volume", "low"),
+        f"in the image, from a registry at {facts['registry_gb_per_s']['value']:g} GB/s": cold_start_s(
+            checkpoint, "image"
+        ),
+        "nothing to read (in the host's memory)": cold_start_s(0, "volume"),
+    }
 
 
 def arrivals_of(wanted: EndpointConfig) -> list[float]:
@@ -213,8 +235,9 @@ def _outcomes(wanted: EndpointConfig, service: Service, chosen: Fleet) -> list[O
     if len(arrivals) < 2 or arrivals[-1] < STARTS_TO_SEE * service.start_s:
         return []
     fleets = [chosen]
-    for least, idle in OTHER_FLEETS:
-        fleet = replace(chosen, min_workers=min(least, chosen.max_workers), idle_timeout_s=idle)
+    for least, idle, share in OTHER_FLEETS:
+        most = max(1, math.ceil(share * chosen.max_workers))
+        fleet = replace(chosen, min_workers=min(least, most), max_workers=most, idle_timeout_s=idle)
         if fleet not in fleets:
             fleets.append(fleet)
     return [simulate(arrivals, service.request_s, fleet) for fleet in fleets]

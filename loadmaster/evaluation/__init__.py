@@ -13,8 +13,9 @@ from loadmaster.data import Conversation, prompt_and_reference
 from loadmaster.evaluation.generate import Progress, generate
 from loadmaster.evaluation.held_out import held_out
 from loadmaster.evaluation.tasks import task_metric
+from loadmaster.training.world import World
 
-__all__ = ["generate", "held_out", "run_task", "task_metric"]
+__all__ = ["batch_size", "generate", "held_out", "prompts_and_references", "run_task", "task_metric"]
 
 SAMPLES = 8
 AUTO_BATCH_SIZE = 16
@@ -26,6 +27,7 @@ def run_task(
     conversations: Sequence[Conversation],
     evaluation: EvaluationConfig,
     on_progress: Progress | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Answer the held-out conversations and score the answers with `evaluation.task`.
 
@@ -36,17 +38,8 @@ def run_task(
     """
     if evaluation.task == "none":
         return {}
-    prompts, references = [], []
-    for conversation in conversations:
-        if len(prompts) == evaluation.max_rows:
-            break
-        if conversation.text is None:
-            messages, reference = prompt_and_reference(conversation)
-            if not reference.get("tool_calls"):
-                prompts.append(replace(conversation, messages=messages))
-                references.append(reference["content"])
-    batch_size = AUTO_BATCH_SIZE if evaluation.batch_size == "auto" else evaluation.batch_size
-    answers = generate(model, tokenizer, prompts, evaluation.max_new_tokens, batch_size, on_progress)
+    prompts, references = prompts_and_references(conversations, evaluation.max_rows)
+    answers = generate(model, tokenizer, prompts, evaluation.max_new_tokens, batch_size(evaluation), on_progress, world)
     samples = [
         {
             "prompt": _shown(prompt),
@@ -57,6 +50,27 @@ def run_task(
         for prompt, reference, answer in list(zip(prompts, references, answers, strict=True))[:SAMPLES]
     ]
     return {**task_metric(evaluation.task, answers, references), "samples": samples}
+
+
+def prompts_and_references(
+    conversations: Sequence[Conversation], limit: int | None
+) -> tuple[list[Conversation], list[str]]:
+    """What is asked, and the right answer to each: at most `limit` conversations that end in words (None: all)."""
+    prompts, references = [], []
+    for conversation in conversations:
+        if len(prompts) == limit:
+            break
+        if conversation.text is None:
+            messages, reference = prompt_and_reference(conversation)
+            if not reference.get("tool_calls"):
+                prompts.append(replace(conversation, messages=messages))
+                references.append(reference["content"])
+    return prompts, references
+
+
+def batch_size(evaluation: EvaluationConfig) -> int:
+    """Answers generated at a time."""
+    return AUTO_BATCH_SIZE if evaluation.batch_size == "auto" else evaluation.batch_size
 
 
 def _shown(prompt: Conversation) -> str:

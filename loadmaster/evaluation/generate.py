@@ -17,6 +17,7 @@ from loadmaster.data import Conversation
 from loadmaster.data.render import stop_token_ids
 from loadmaster.evaluation.mode import evaluating
 from loadmaster.models.attention import cached_attention
+from loadmaster.training.world import World
 
 Progress = Callable[[int, int], None]
 """Called with (answers generated, answers asked for) after each batch."""
@@ -29,14 +30,16 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     on_progress: Progress | None = None,
+    world: World | None = None,
 ) -> list[str]:
     """The model's answer to each conversation, in the order given, without the token that ends its turn.
 
     conversations: each ends where the answer begins; its tools, if any, are shown to the model.
     model: a transformers causal language model, or a peft model around one. Its training mode, attention and
     cache settings and the state of the random number generators are as before when this returns.
+    world: the ranks among which batches are dealt out; all call this together and get every answer.
     """
-    ids = generate_ids(model, tokenizer, conversations, max_new_tokens, batch_size, on_progress)
+    ids = generate_ids(model, tokenizer, conversations, max_new_tokens, batch_size, on_progress, world)
     return [tokenizer.decode(answer, clean_up_tokenization_spaces=False) for answer in ids]
 
 
@@ -47,22 +50,28 @@ def generate_ids(
     max_new_tokens: int,
     batch_size: int,
     on_progress: Progress | None = None,
+    world: World | None = None,
 ) -> list[list[int]]:
     """The token ids of what `generate` returns. An answer shorter than max_new_tokens ended by itself."""
     prompts = [_prompt_ids(tokenizer, conversation) for conversation in conversations]
     # Longest first: neighbours in length waste little padding, and what does not fit in memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     stops = _stop_ids(model, tokenizer)
-    answers: list[list[int]] = [[] for _ in prompts]
+    world = world or World()
+    mine: dict[int, list[int]] = {}
     with evaluating(model), cached_attention(model):
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            new_ids = _generate_batch(model, [prompts[i] for i in some], stops, _pad_id(tokenizer), max_new_tokens)
-            for i, ids in zip(some, new_ids, strict=True):
-                answers[i] = ids
+        for start in range(0, len(order), batch_size * world.size):
+            first = start + batch_size * world.rank
+            # A rank without prompts of its own goes along with some: sharded weights are gathered by all ranks.
+            some = order[first : first + batch_size] or order[:1]
+            new_ids = _generate_batch(
+                model, [prompts[i] for i in some], stops, _pad_id(tokenizer), max_new_tokens, world.size > 1
+            )
+            mine |= dict(zip(some, new_ids, strict=True))
             if on_progress is not None:
-                on_progress(start + len(some), len(order))
-    return answers
+                on_progress(min(start + batch_size * world.size, len(order)), len(order))
+    answers = {i: ids for part in world.gather(mine) for i, ids in part.items()}
+    return [answers[i] for i in range(len(prompts))]
 
 
 def _prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
@@ -83,9 +92,9 @@ def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def _generate_batch(
-    model: nn.Module, prompts: list[list[int]], stops: list[int], pad_id: int, max_new_tokens: int
+    model: nn.Module, prompts: list[list[int]], stops: list[int], pad_id: int, max_new_tokens: int, in_step: bool
 ) -> list[list[int]]:
-    """New token ids of each prompt, up to and without its first stop token."""
+    """New token ids of each prompt, up to and without its first stop token; in_step: with every other rank."""
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
@@ -99,7 +108,9 @@ def _generate_batch(
         temperature=1.0, top_k=50, top_p=1.0,
         max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id, use_cache=True,
     )  # fmt: skip
-    output_BN = model.generate(input_ids=input_ids_BS, attention_mask=mask_BS, generation_config=greedy)
+    output_BN = model.generate(
+        input_ids=input_ids_BS, attention_mask=mask_BS, generation_config=greedy, synced_gpus=in_step
+    )
     stop_set = set(stops)
     answers = []
     for ids in output_BN[:, longest:].tolist():

@@ -8,37 +8,61 @@ data was packed or batched.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from loadmaster.data import PackedRows, collate
+from loadmaster.data import MicroBatch, PackedRows, collate
 from loadmaster.errors import DataError
 from loadmaster.evaluation.mode import evaluating
-from loadmaster.models.forward import token_losses
+from loadmaster.models.forward import count_trained, token_losses
+from loadmaster.models.preference import mean_figures, pair_figures
+from loadmaster.training.batches import untrained
+from loadmaster.training.world import World
 
 
 def held_out(
-    model: nn.Module, rows: PackedRows, pad_token_id: int, batch_size: int, device: torch.device | str
-) -> dict[str, float | int]:
+    model: nn.Module,
+    rows: PackedRows,
+    pad_token_id: int,
+    batch_size: int,
+    device: torch.device | str,
+    loss: Callable[[MicroBatch], Tensor] | None = None,
+    world: World | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, float | int] | None:
     """{"loss": nats a trained token, "perplexity": exp of it, "tokens": trained tokens} of `rows`.
 
-    batch_size: packed rows at a time. A perplexity beyond the range of a float is infinite.
+    Of preference pairs: {"loss": mean of a pair, "reward_accuracy", "reward_margin", "pairs"}.
+    batch_size: packed rows at a time. loss: summed loss of a batch, where the model is sharded and must be called
+    through its root. world: the ranks among which batches are dealt out, as many to each; all call this together.
+    stopping: asked before each batch; None is returned once it says yes. A perplexity beyond a float is infinite.
     Raises DataError when the rows hold no trained token.
     """
+    world = world or World()
+    summed = loss or (lambda batch: token_losses(model, batch)[0])
     # Summed on the device: reading each batch's loss back would make the host wait for it.
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = 0
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, trained tokens, and figures of pairs
     with evaluating(model):
-        for start in range(0, len(rows), batch_size):
-            some = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-            batch_loss_sum, batch_tokens = token_losses(model, collate(some, pad_token_id))
-            loss_sum += batch_loss_sum
-            tokens += batch_tokens
+        for start in range(0, len(rows), batch_size * world.size):
+            if stopping():
+                return None
+            first = start + batch_size * world.rank
+            some = [rows[i] for i in range(first, min(first + batch_size, len(rows)))] or [untrained(rows[0])]
+            batch = collate(some, pad_token_id)
+            sums[0] += summed(batch)
+            sums[1] += count_trained(batch.labels, batch.position_ids)
+            if (pairs := pair_figures(loss)) is not None:
+                sums[2:] += pairs
+    sums = world.sum(sums)
+    loss_sum, tokens, pairs, *_ = sums.tolist()
+    if pairs:
+        return {"loss": loss_sum / pairs, **mean_figures(sums[2:]), "pairs": int(pairs)}
     if tokens == 0:
         raise DataError("the held-out data has no trained token: data.validation needs rows with an assistant's answer")
-    loss = loss_sum.item() / tokens
-    return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
+    mean = loss_sum / tokens
+    return {"loss": mean, "perplexity": perplexity(mean), "tokens": int(tokens)}
 
 
 def perplexity(loss: float) -> float:

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadmaster.export.table import report_table
+from loadmaster.export.table import report_table, storable
 
 if TYPE_CHECKING:
     from loadmaster.config.schema import Job
     from loadmaster.data import PreparedData
     from loadmaster.preflight.plan import Plan
 
-__all__ = ["export_all", "report_table"]
+__all__ = ["export_all", "report_table", "storable"]
 
 
 def export_all(

@@ -18,6 +18,8 @@ from loadmaster.files import read_json, sha256_file, write_json
 
 SCHEMA = 1
 NAME = "manifest.json"
+BESIDE = ("README.md", ".gitattributes", ".cache/")
+"""What a Hub repository and a download of it have besides; nothing that a server loads."""
 
 OLDEST_SERVER = {
     "bf16": {
@@ -41,7 +43,21 @@ OLDEST_SERVER = {
         "because": "plain LoRA in peft's layout over the base model",
         "source": "PEFTHelper of vllm 0.33.0; ranks up to max_lora_rank",
     },
+    "nvfp4": {
+        "vllm": "0.27.1",
+        "because": "its compressed-tensors 0.17.0 reads the nvfp4-pack-quantized config that 0.19 writes; 4-bit "
+        "compute needs a Blackwell GPU, others run it weight-only",
+        "source": "METADATA of the vllm 0.27.1 wheel; scheme code of vllm 0.33.0, not run",
+    },
+    "gguf": {
+        "vllm": None,
+        "because": "for llama.cpp and Ollama; vLLM needs its plugin vllm-gguf-plugin",
+        "source": "QUANTIZATION_METHODS of vllm 0.33.0",
+    },
 }
+OLDEST_SERVER |= {
+    "fp8_block": OLDEST_SERVER["fp8"], "int4_gptq": OLDEST_SERVER["int4"], "int4_awq": OLDEST_SERVER["int4"],
+}  # fmt: skip
 """Oldest vLLM that loads each format, why, and where that is known from (2026-11-23)."""
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -78,13 +94,13 @@ def file_list(folder: Path) -> list[dict[str, Any]]:
 def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Hash the files of `folder`, write manifest.json beside them, and return it.
 
-    facts: everything but schema, format's oldest server, files, versions and time of creation.
+    facts: everything but schema, files, versions and time of creation; "oldest_server" where it is not the format's.
     """
     files = file_list(folder)
     manifest = {
         "schema": SCHEMA,
-        **facts,
         "oldest_server": OLDEST_SERVER[facts["format"]],
+        **facts,
         "versions": versions(),
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "bytes": sum(file["bytes"] for file in files),
@@ -96,14 +112,20 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises ExportRejected where there is no manifest, or one that this version does not understand."""
+    if (folder / NAME).is_symlink():
+        raise ExportRejected(f"{folder / NAME} is a symbolic link: an export holds files of its own only.")
     try:
         manifest = read_json(folder / NAME)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ExportRejected(f"{folder} has no {NAME}: it is not an export that passed verification.") from None
-    except ValueError as error:
+    except OSError as error:
+        raise ExportRejected(f"{folder / NAME} cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError) as error:
         raise ExportRejected(f"{folder / NAME} is not JSON ({error}): export again.") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise ExportRejected(f"{folder / NAME} does not have schema {SCHEMA}: export again with this version.")
+    if not isinstance(manifest.get("files", []), list):
+        raise ExportRejected(f"{folder / NAME} has no list of files: it is damaged, export again.")
     return manifest
 
 
@@ -128,14 +150,15 @@ def verify_manifest(folder: Path) -> list[str]:
         problems += _file_problems(folder, name, entry)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_dir() and name != NAME and name not in listed:
+        if not path.is_dir() and name != NAME and name not in listed and not name.startswith(BESIDE):
             problems.append(f"{name}: not in the manifest")
     return problems if listed or problems else ["the manifest lists no files"]
 
 
 def _stays_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return inside and "\\" not in name and "\0" not in name
 
 
 def _file_problems(folder: Path, name: str, entry: dict[str, Any]) -> list[str]:

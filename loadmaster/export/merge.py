@@ -11,16 +11,17 @@ that one rounding of W'. peft's layout: `adapter_config.json` and `adapter_model
 What cannot be written as a sum onto one weight is refused, by name: DoRA, biases, initialisations that
 changed the base.
 
-A QLoRA adapter was trained against W4 = dequantize(nf4(W)), not W. Merging it into W adds the rounding error
-W - W4, which it never saw, and rounding the sum to 4 bits again loses part of the update; so it is merged
-into W4 in 16 bits, which is the model that was trained.
+A QLoRA adapter was trained against W4 = dequantize(nf4(W)), not W; one over an FP8 base against W8. Merged into W,
+the model carries the rounding error W - W4, which the adapter never saw; rounded to 4 bits again, it loses part of the
+update. `seen_as` merges into W4 in 16 bits, which is the model that was trained. Which of the two is closer to it is
+measured, not assumed (stage.py); `relative_error` has |W - W4| / |s B A| of each layer, which is why.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,18 @@ import torch
 from safetensors import safe_open
 
 from loadmaster.errors import ExportRejected
+from loadmaster.export.stream import Change, Unchanged, rewrite, row_chunks
 from loadmaster.export.weights import (
     EMBEDDINGS,
     HEAD,
+    Shapes,
     embedding_name,
     read_tensor,
-    rewrite,
     tensor_files,
     ties_embeddings,
 )
 from loadmaster.files import read_json
+from loadmaster.models.frozen import FORMS
 
 PREFIX = "base_model.model."
 LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
@@ -83,14 +86,28 @@ class Adapter:
     replacements: dict[str, str]
     """Name of the base tensor -> adapter tensor that takes its place (modules_to_save)."""
 
-    def delta(self, name: str) -> torch.Tensor:
-        """s B A in float32, in the shape of the base tensor `name`."""
+    def delta(self, name: str) -> Delta:
         update = self.updates[name]
         a, b = (read_tensor(self.file, key).to(torch.float32) for key in (update.a, update.b))
         rank = a.shape[0]
         scale = update.alpha / (math.sqrt(rank) if update.rank_stabilised else rank)
-        product = (b @ a).mul_(scale)
-        return product.T if update.transposed else product
+        return Delta(a.T, b.T, scale) if update.transposed else Delta(b, a, scale)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """s B A in float32, in the shape of the base tensor; made by rows, because whole it may outweigh the tensor."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.left.shape[0], self.right.shape[1])
+
+    def rows(self, rows: slice) -> torch.Tensor:
+        return (self.left[rows] @ self.right).mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,8 @@ class MergeReport:
     """Norm of all updates over the norm of the weights they were added to: 0 is an adapter that does nothing."""
     tied_embeddings: bool
     """Whether the merged model still shares embedding and head; config.json must say the same."""
+    relative_error: dict[str, float]
+    """Of each merged tensor that training saw quantized: norm of the base's quantization error over the update's."""
 
 
 def refusals(config: dict[str, Any]) -> list[str]:
@@ -156,94 +175,129 @@ def read_adapter(folder: Path) -> Adapter:
 
 def merge(
     base: Path,
-    target: Path,
+    target: Path | None,
     adapter: Adapter | None,
     dtype: torch.dtype | None,
     seen_as: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    also: Mapping[Path, Change] | None = None,
 ) -> MergeReport:
     """Write the weights of `base` with `adapter` merged in to `target`, shard by shard.
 
     dtype: of the floating-point tensors written; None keeps each tensor's own.
-    seen_as: gives the base weight of a name as training saw it (`nf4_round_trip`); None: as it is stored.
+    seen_as: gives the base weight of a name as training saw it (`round_trip`); None: as it is stored.
+    also: folders for the merged tensors changed further (quantized), in the same pass; then `target` may be None.
     An adapter on one of a tied embedding and head unties them: the other keeps the base weight, as it does
     in training.
     Raises ExportRejected for an adapter that is not of this base, or that is not finite.
     """
     adapter = adapter or Adapter(Path(), {}, {})
-    names = tensor_files(base)
-    tied_embeddings = ties_embeddings(base)
-    embedding = embedding_name(names)
-    touched = adapter.updates.keys() | adapter.replacements.keys()
-    untie = tied_embeddings and bool({HEAD, embedding} & touched)
-    # A tied base may leave the head out of its files, or carry a copy that is never read.
-    known = (names.keys() - {HEAD} if tied_embeddings else names.keys()) | ({HEAD} if untie else set())
-    if unknown := sorted(touched - known):
-        raise ExportRejected(
-            f"the adapter changes {len(unknown)} tensors that {base} does not have ({', '.join(unknown[:3])}"
-            f"{', ...' if len(unknown) > 3 else ''}): trained on another base, or on modules that cannot be merged."
-        )
-    squared = {"update": 0.0, "weight": 0.0}
-
-    def merged(name: str, weight: torch.Tensor) -> torch.Tensor:
-        stored = dtype if dtype and weight.is_floating_point() else weight.dtype
-        if name in adapter.replacements:
-            weight = _checked(name, read_tensor(adapter.file, adapter.replacements[name]), weight.shape)
-        elif seen_as is not None:
-            weight = seen_as(name, weight)
-        if name not in adapter.updates:
-            return weight.to(stored)
-        delta = _checked(name, adapter.delta(name), weight.shape)
-        exact = weight.to(torch.float32)
-        squared["update"] += float(delta.square().sum())
-        squared["weight"] += float(exact.square().sum())
-        return (exact + delta).to(stored)
-
-    def change(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        if name == HEAD and tied_embeddings:
-            return
-        yield name, merged(name, weight)
-        if untie and name == embedding:
-            yield HEAD, merged(HEAD, weight)
-
-    rewrite(base, target, change)
+    change = Merge(base, adapter, dtype, seen_as)
+    rewrite(base, change, {**({target: Unchanged()} if target else {}), **(also or {})})
     return MergeReport(
         merged_tensors=len(adapter.updates),
         replaced_tensors=len(adapter.replacements),
-        relative_update=math.sqrt(squared["update"] / squared["weight"]) if squared["weight"] else 0.0,
-        tied_embeddings=tied_embeddings and not untie,
+        relative_update=math.sqrt(change.update / change.weight) if change.weight else 0.0,
+        tied_embeddings=change.tied_embeddings and not change.untie,
+        relative_error=change.relative_error,
     )
 
 
-def nf4_round_trip(dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """For `merge`: the weights of linear layers as QLoRA trains over them, quantized to nf4 and dequantized.
+class Merge:
+    """For `stream.rewrite`: each base tensor with its update, in the dtype of the export."""
 
-    dtype: the one that training computed in. Settings are those of loadmaster.models.load: blocks of 64, double
-    quantization; embeddings, head and norms stay as they are.
+    def __init__(
+        self, base: Path, adapter: Adapter, dtype: torch.dtype | None,
+        seen_as: Callable[[str, torch.Tensor], torch.Tensor] | None,
+    ):  # fmt: skip
+        self.adapter, self.dtype, self.seen_as = adapter, dtype, seen_as
+        names = tensor_files(base)
+        self.tied_embeddings = ties_embeddings(base)
+        self.embedding = embedding_name(names)
+        touched = adapter.updates.keys() | adapter.replacements.keys()
+        self.untie = self.tied_embeddings and bool({HEAD, self.embedding} & touched)
+        # A tied base may leave the head out of its files, or carry a copy that is never read.
+        known = (names.keys() - {HEAD} if self.tied_embeddings else names.keys()) | ({HEAD} if self.untie else set())
+        if unknown := sorted(touched - known):
+            raise ExportRejected(
+                f"the adapter changes {len(unknown)} tensors that {base} does not have ({', '.join(unknown[:3])}"
+                f"{', ...' if len(unknown) > 3 else ''}): trained on another base, or on modules that cannot be merged."
+            )
+        self.update = self.weight = 0.0
+        self.relative_error: dict[str, float] = {}
+
+    def _names(self, name: str) -> list[str]:
+        """What a base tensor is written as."""
+        if name == HEAD and self.tied_embeddings:
+            return []
+        return [name, HEAD] if self.untie and name == self.embedding else [name]
+
+    def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Shapes:
+        stored = self.dtype if self.dtype and dtype.is_floating_point else dtype
+        return dict.fromkeys(self._names(name), (stored, shape))
+
+    def tensors(self, name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        for new in self._names(name):
+            yield new, self._merged(new, weight)
+
+    def _merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        stored = self.dtype if self.dtype and weight.is_floating_point() else weight.dtype
+        base = weight
+        if name in self.adapter.replacements:
+            weight = read_tensor(self.adapter.file, self.adapter.replacements[name])
+            _refuse_other_shape(name, weight.shape, base.shape)
+            _refuse_not_finite(name, weight)
+        elif self.seen_as is not None:
+            weight = self.seen_as(name, weight)
+        if name not in self.adapter.updates:
+            return weight.to(stored)
+        delta = self.adapter.delta(name)
+        _refuse_other_shape(name, delta.shape, base.shape)
+        merged = torch.empty(base.shape, dtype=stored)
+        update = error = 0.0
+        for rows in row_chunks(tuple(base.shape)):
+            exact, change = weight[rows].to(torch.float32), delta.rows(rows)
+            _refuse_not_finite(name, change)
+            update += float(change.square().sum())
+            self.weight += float(exact.square().sum())
+            error += 0.0 if weight is base else float((base[rows].to(torch.float32) - exact).square().sum())
+            merged[rows] = exact + change
+        self.update += update
+        if error and update:
+            self.relative_error[name] = math.sqrt(error / update)
+        return merged
+
+
+def round_trip(form: str, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """For `merge`: the weights of linear layers as training over a quantized base multiplied with them.
+
+    form: of the frozen base, nf4 or fp8 (loadmaster.models.frozen). dtype: the one that training computed in.
+    Embeddings, head and norms stay as they are.
     """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     def seen(name: str, weight: torch.Tensor) -> torch.Tensor:
         if weight.dim() != 2 or name == HEAD or name.endswith(EMBEDDINGS):
             return weight
-        packed, state = quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=True)
-        return dequantize_4bit(packed, state).reshape(weight.shape)
+        layer = FORMS[form](weight.shape[1], weight.shape[0])
+        layer.fill(weight.to(dtype))
+        return layer.dequantized(dtype if form == "nf4" else torch.float32)  # fp8 is multiplied without its scale
 
     return seen
 
 
-def _checked(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """A tensor of the adapter, of the base's shape and finite; else ExportRejected."""
-    if tensor.shape != shape:
+def _refuse_other_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(shape) != tuple(expected):
         raise ExportRejected(
-            f"the adapter's {name} has shape {tuple(tensor.shape)}, the base's {tuple(shape)}: "
+            f"the adapter's {name} has shape {tuple(shape)}, the base's {tuple(expected)}: "
             "it was trained on another base, or on a larger vocabulary."
         )
+
+
+def _refuse_not_finite(name: str, tensor: torch.Tensor) -> None:
     if not torch.isfinite(tensor).all():
         raise ExportRejected(
             f"the adapter's {name} holds NaN or infinity: training diverged. "
             "Resume from an earlier checkpoint, with a lower optimizer.lr."
         )
-    return tensor
 
 
 def _by_pattern(patterns: dict[str, float], module: str, default: float) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,8 @@ def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float,
     name = module.rsplit(".", 1)[-1]
     spec_path, result_path = scratch / f"{name}.spec.json", scratch / f"{name}.result.json"
     result_path.unlink(missing_ok=True)
-    spec_path.write_text(json.dumps({**spec, "result": str(result_path)}), encoding="utf-8")
+    told = {**spec, "result": str(result_path), "parent": os.getpid()}
+    spec_path.write_text(json.dumps(told), encoding="utf-8")
     environment = clean_environment()
     environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
     environment["TOKENIZERS_PARALLELISM"] = "false"
@@ -96,10 +98,23 @@ def read_spec(arguments: list[str]) -> dict[str, Any]:
 
 def step(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run a step's main: an error that is the user's to act on is printed without a traceback."""
+    _end_with(read_spec(arguments).get("parent"))
     try:
         main(arguments)
     except LoadmasterError as error:
         sys.exit(str(error))
+
+
+def _end_with(parent: int | None) -> None:
+    """On Linux: be killed when the process that started this one is gone, kill -9 of it included."""
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before that call
+        sys.exit("the process that started this step is gone")
 
 
 def write_result(spec: dict[str, Any], result: Any) -> None:

@@ -31,6 +31,7 @@ from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, lo
 from loadmaster.export.serve_environment import server_python
 from loadmaster.export.serve_process import free_port, server_command, start_timeout_s, started
 from loadmaster.files import write_json
+from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import load_tokenizer
 from loadmaster.models.resolve import resolve_base
 from loadmaster.preflight.hardware import detect_local
@@ -67,7 +68,7 @@ def serve_check(
     prepared = prepare(job, tokenizer)
     wanted = questions(job, prepared, tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
-        reference = _reference(run_dir, base, job, wanted, Path(scratch), echo)
+        reference = _reference(run_dir, base, job, wanted, list(manifests), Path(scratch), echo)
     expected = {name: _rendered(tokenizer, messages) for name, messages in wanted["conversations"].items()}
     results = {}
     for name, manifest in manifests.items():
@@ -81,12 +82,14 @@ def serve_check(
         say = partial(_say, echo, name)
         say(f"starting {version}")
         try:
+            if name in reference["broken"]:
+                raise ExportRejected(f"it does not load: {reference['broken'][name]}")
             with started(command, port, run_dir / "serve-check" / f"{name}.log") as server:
                 ready = server.wait_until_ready(ready_within_s, say)
                 say(f"ready after {ready:.0f} s, asking")
                 try:
                     with Client(port, job.recipe) as client:
-                        figures = ask(client, reference, wanted, expected, manifest["stop_token_ids"])
+                        figures = ask(client, reference, wanted, expected, manifest)
                 except ExportRejected as error:
                     if not server.has_ended(within_s=5):
                         raise
@@ -169,14 +172,15 @@ def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any
 
 def ask(
     client: Client, reference: dict[str, Any], wanted: dict[str, Any], expected: dict[str, list[int]],
-    stop_ids: list[int],
+    manifest: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Figures of one served model."""
+    stop_ids = manifest["stop_token_ids"]
     figures: dict[str, Any] = {"models": client.models()}
     different = [name for name, messages in wanted["conversations"].items()
                  if client.rendered(messages) != expected[name]]  # fmt: skip
     served = [client.log_probabilities(document["ids"], document["positions"]) for document in reference["documents"]]
-    figures |= log_probability_figures(reference["documents"], served)
+    figures |= log_probability_figures(reference["documents"], served, manifest["format"])
     if wanted["prompts"]:
         answers = [client.answer(prompt["messages"], wanted["max_new_tokens"]) for prompt in wanted["prompts"]]
         # What the server answered to, besides what it says it would.
@@ -194,15 +198,16 @@ def ask(
     return figures
 
 
-COLUMNS = ("format", "chats", "differs", "tuned", "top-1", "1st token", "answers", "ends", "passed")
+COLUMNS = ("format", "chats", "differs", "from disk", "tuned", "top-1", "1st token", "answers", "ends", "passed")
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
     """What `serve_check` returns, as a rich Table, 80 characters wide.
 
-    chats: conversations rendered as in training. differs: mean difference of log-probabilities, nats. tuned: the tuned
-    share. top-1: tokens with the same most likely next token. 1st token, answers: greedy answers with our first token,
-    and equal to ours. ends: answers that end where ours do, of those that are ours up to there.
+    chats: conversations rendered as in training. differs: mean difference of log-probabilities from the trained model,
+    nats; from disk: from the same files as we load them. tuned: the tuned share. top-1: tokens with the same most
+    likely next token. 1st token, answers: greedy answers with our first token, and equal to ours. ends: answers that
+    end where ours do, of those that are ours up to there.
     """
     shown = Table(title="served, against the model as trained")
     for column in COLUMNS:
@@ -214,11 +219,12 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
 
 def _cells(figures: dict[str, Any]) -> list[str]:
     if "difference" not in figures:
-        return [""] * 7
+        return [""] * (len(COLUMNS) - 2)
     rendering, share = figures["rendering"], figures["tuned_share"]
     cells = [
         f"{rendering['cases'] - len(rendering['different'])}/{rendering['cases']}" if rendering["cases"] else "none",
-        f"{figures['difference']:.4f}", "?" if share is None else f"{share:.3f}", f"{figures['top1_agreement']:.1%}",
+        f"{figures['difference']:.4f}", f"{figures['from_disk']:.4f}", "?" if share is None else f"{share:.3f}",
+        f"{figures['top1_agreement']:.1%}",
     ]  # fmt: skip
     if "answers" not in figures:
         return [*cells, "", "", ""]
@@ -227,16 +233,20 @@ def _cells(figures: dict[str, Any]) -> list[str]:
 
 
 def _reference(
-    run_dir: Path, base: Path, job: Job, wanted: dict[str, Any], scratch: Path, echo: Callable[[str], None]
-) -> dict[str, Any]:
+    run_dir: Path, base: Path, job: Job, wanted: dict[str, Any], formats: list[str], scratch: Path,
+    echo: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
     plan = Plan.read(run_dir / "plan.json")
     trained = run_dir / ("model" if plan.method == "full" else "adapter")
     if not trained.is_dir():
         raise ExportRejected(f"{trained} is not there: without what was trained there is nothing to compare with.")
     spec = {
-        "base": str(base), "trained": str(trained), "precision": plan.precision, "nf4": plan.method == "qlora",
+        "base": str(base), "trained": str(trained), "precision": plan.precision,
+        "frozen": frozen_form(plan.method, plan.precision),
         "device": "cpu" if detect_local().gpu == "cpu" else "cuda",
         **{key: wanted[key] for key in ("documents", "prompts", "max_new_tokens")},
+        # bf16 and the adapter are the trained model, to a rounding.
+        "exports": {name: str(run_dir / "export" / name) for name in formats if name not in ("bf16", "adapter")},
     }  # fmt: skip
     return run_step("loadmaster.export.serve_reference", spec, scratch, timeout_s(3 * _weight_bytes(base)), echo)
 

@@ -1,8 +1,8 @@
 """What the trained model says, for a server to be compared with; in a process of its own.
 
 Log-probabilities of held-out documents, each alone (a server cannot be given a packed row), under the model as
-trained and under its base; and greedy answers. The process ends before a server starts, so both never share
-the memory.
+trained, under its base and under each quantized export as it lies on disk; and greedy answers of the trained one.
+The process ends before a server starts, so both never share the memory.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import nn
 
 from loadmaster.data import Conversation, PackedRow
 from loadmaster.evaluation.generate import generate_ids
+from loadmaster.export.figures import log_probabilities
+from loadmaster.export.loading import load_export
 from loadmaster.export.process import progress, read_spec, step, write_result
-from loadmaster.export.verify import log_probabilities
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
 
 BATCH_SIZE = 8
@@ -31,7 +32,7 @@ BATCH_SIZE = 8
 def main(arguments: list[str]) -> None:
     told = read_spec(arguments)
     base, trained, device = Path(told["base"]), Path(told["trained"]), told["device"]
-    how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": device, "nf4": told["nf4"]}
+    how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": device, "frozen": told["frozen"]}
     tokenizer = load_tokenizer(base)
     rows = [_row(document) for document in told["documents"]]
     conversations = [Conversation(**conversation) for conversation in told["prompts"]]
@@ -49,6 +50,17 @@ def main(arguments: list[str]) -> None:
         model, without = load_base(base, **how).eval(), nullcontext()
     with without:
         of_base = [_scored(model, row, tokenizer.pad_token_id) for row in rows]
+    on_disk, broken = {}, {}
+    for name, folder in told["exports"].items():
+        progress(f"scoring {name} from disk")
+        model = None
+        gc.collect()
+        try:
+            model = load_export(Path(folder), device)
+        except Exception as error:  # the folder may hold anything; the other formats are checked all the same
+            broken[name] = str(error)
+            continue
+        on_disk[name] = [_scored(model, row, tokenizer.pad_token_id)["own"] for row in rows]
 
     write_result(
         told,
@@ -57,9 +69,11 @@ def main(arguments: list[str]) -> None:
                 {
                     "ids": row.input_ids.tolist(), "positions": _positions(row),
                     "trained": ours["own"], "top": ours["top"], "base": theirs["own"],
+                    "exports": {name: each[number] for name, each in on_disk.items()},
                 }
-                for row, ours, theirs in zip(rows, scored, of_base, strict=True)
+                for number, (row, ours, theirs) in enumerate(zip(rows, scored, of_base, strict=True))
             ],
+            "broken": broken,
             "answers": [
                 {
                     "ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True),

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.data import Conversation
+from loadmaster.export.servers import NEWEST, Server, model_config, tokenizer_config
 from loadmaster.files import read_json, write_json
-
-# transformers 5 saves the first name; servers with transformers 4 only know the second, which both load as the
-# same class (reference: "Tokenizer class TokenizersBackend does not exist", LlamaFactory issue 10310).
-NEW_TOKENIZER_CLASS, KNOWN_TOKENIZER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 
 LEFT_BEHIND = ("quantization_config", "_name_or_path", "_model_name_or_path", "torch_dtype")
 """Of the base's config.json: how it was quantized for training, where it lay, and the older name of dtype."""
@@ -23,22 +20,28 @@ SERVER_CAPS = ("max_new_tokens", "max_length")
 """Of generation_config.json: vLLM takes these as a cap for every request."""
 
 
-def write_config(base: Path, target: Path, tied_embeddings: bool) -> None:
-    """config.json of a bf16 model: the base's, without what belongs to its quantization or its place."""
+def write_config(
+    base: Path, target: Path, tied_embeddings: bool, server: Server = NEWEST,
+    quantization: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """config.json of the export: the base's, without what belongs to its own quantization or its place.
+
+    quantization: the export's own quantization_config.
+    """
     config = {key: value for key, value in read_json(base / "config.json").items() if key not in LEFT_BEHIND}
     config["dtype"] = "bfloat16"
     if config.get("tie_word_embeddings", True) != tied_embeddings:
         config["tie_word_embeddings"] = tied_embeddings
-    write_json(target / "config.json", config)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    write_json(target / "config.json", model_config(config, server))
 
 
-def write_tokenizer(tokenizer: Any, target: Path) -> None:
-    """The tokenizer as used in training, chat template included, in a form that older servers read too."""
+def write_tokenizer(tokenizer: Any, target: Path, server: Server = NEWEST) -> None:
+    """The tokenizer as used in training, chat template included, in a form that the server reads."""
     tokenizer.save_pretrained(str(target))
     path = target / "tokenizer_config.json"
-    config = read_json(path)
-    if config.get("tokenizer_class") == NEW_TOKENIZER_CLASS:
-        config["tokenizer_class"] = KNOWN_TOKENIZER_CLASS
+    config = tokenizer_config(read_json(path), server)
     for key in ("name_or_path", "is_local", "local_files_only"):
         config.pop(key, None)
     write_json(path, config)

@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 COLUMNS = (
-    ("format", "left"), ("MB", "right"), ("perplexity", "right"), ("KL, nats", "right"), ("top-1", "right"),
-    ("task", "right"), ("task kept", "right"), ("passed", "left"),
+    ("format", "left"), ("MB", "right"), ("ppl", "right"), ("KL", "right"), ("p99 KL", "right"), ("top-1", "right"),
+    ("flips", "right"), ("task", "right"), ("kept", "right"), ("passed", "left"),
 )  # fmt: skip
 
 
 def report_table(results: dict[str, dict[str, Any]]) -> Table:
     """A rich Table of what `export_all` returns.
 
-    MB: 10^6 bytes on disk. perplexity: over the trained model's. KL: mean a token. top-1: share of tokens with the
-    same most likely next token. task: the task metric; task kept: over the trained model's.
+    MB: 10^6 bytes on disk. ppl: perplexity over the trained model's. KL: nats, mean a token; p99 KL: its 99th
+    percentile over tokens. top-1: share of tokens with the same most likely next token. flips: share of greedy
+    answers that are not the trained model's. task: the task metric; kept: over the trained model's. Below a format of
+    which several were built, the others.
     """
-    table = Table(title="exports against the model as trained")
+    table = Table(title="exports against the model as trained", padding=0, box=SIMPLE_HEAD)
     for name, justify in COLUMNS:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for name, figures in results.items():
         table.add_row(*row(name, figures))
+        for other, scores in (figures.get("candidates") or {}).items():
+            if other != figures.get("candidate"):
+                table.add_row(*row(f"  {other}", scores)[:-1], "", style="dim")
     return table
 
 
 def row(name: str, figures: dict[str, Any]) -> list[str]:
     """The cells of one format; figures that were not measured are left empty."""
-    if "error" in figures:
-        return [name, _cell(_megabytes(figures), "{:.1f}"), "", "", "", "", "", "no"]
-    task = figures.get("task") or {}
     return [
         name,
-        _cell(_megabytes(figures), "{:.1f}"),
-        _cell(figures.get("perplexity_ratio"), "x{:.4f}"),
+        _cell(figures["bytes"] / 1e6 if "bytes" in figures else None, "{:.1f}"),
+        _cell(figures.get("perplexity_ratio"), "{:.4f}"),
         _cell(figures.get("mean_kl"), "{:.5f}"),
-        _cell(figures.get("top1_agreement"), "{:.2%}"),
-        _cell(task.get("metric"), "{:.1%}"),
+        _cell(figures.get("p99_kl"), "{:.4f}"),
+        _cell(figures.get("top1_agreement"), "{:.1%}"),
+        _cell(figures.get("flipped_answers"), "{:.1%}"),
+        _cell((figures.get("task") or {}).get("metric"), "{:.1%}"),
         _cell(figures.get("task_retention"), "{:.1%}"),
         "yes" if figures.get("passed") else "no",
     ]
@@ -49,8 +55,13 @@ def line(name: str, figures: dict[str, Any]) -> str:
     return f"{name}: " + ", ".join(f"{column} {cell}" for column, cell in cells if cell)
 
 
-def _megabytes(figures: dict[str, Any]) -> float | None:
-    return figures["bytes"] / 1e6 if "bytes" in figures else None
+def storable(value: Any) -> Any:
+    """Figures as JSON can hold them: NaN and infinity, which a broken export scores, become null."""
+    if isinstance(value, dict):
+        return {key: storable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [storable(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: float | None, pattern: str) -> str:

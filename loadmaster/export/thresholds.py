@@ -1,57 +1,87 @@
 """What an export must reach to be published, and the judgement.
 
-The defaults were measured on SmolLM2-135M with the adapter of the smoke recipe (see docs/export.md for the
-figures): each limit lies between the worst good export and the best of those broken on purpose.
+The defaults were measured on SmolLM2-135M with the adapter of the smoke recipe: each limit lies between the worst good
+export and the best of those broken on purpose. Figures: benchmarks/results/2026-11-24_exports_good_and_broken.md.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from loadmaster.config.schema import ExportConfig, ThresholdsConfig
 
 DEFAULTS = {
     "bf16": ThresholdsConfig(
-        max_perplexity_ratio=1.02, max_mean_kl=0.005, min_top1_agreement=0.95, min_task_retention=0.90
+        max_perplexity_ratio=1.02, max_mean_kl=0.005, max_p99_kl=0.1, min_top1_agreement=0.95, min_task_retention=0.90,
+        min_tuned_share=0.95, max_tuned_share=1.05,
     ),
     "fp8": ThresholdsConfig(
-        max_perplexity_ratio=1.06, max_mean_kl=0.06, min_top1_agreement=0.87, min_task_retention=0.85
+        max_perplexity_ratio=1.06, max_mean_kl=0.06, max_p99_kl=1.0, min_top1_agreement=0.87, min_task_retention=0.85,
+        min_tuned_share=0.85, max_tuned_share=1.15,
     ),
     "int4": ThresholdsConfig(
-        max_perplexity_ratio=1.15, max_mean_kl=0.12, min_top1_agreement=0.85, min_task_retention=0.75
+        max_perplexity_ratio=1.15, max_mean_kl=0.12, max_p99_kl=2.5, min_top1_agreement=0.85, min_task_retention=0.75,
+        min_tuned_share=0.70, max_tuned_share=1.30,
     ),
-}
+}  # fmt: skip
+"""Flipped answers have no shipped limit: an answer of hundreds of tokens flips at one near tie, in good exports too."""
+FAMILIES = {
+    "adapter": "bf16", "fp8_block": "fp8", "gguf": "fp8", "int4_gptq": "int4", "int4_awq": "int4", "nvfp4": "int4",
+}  # fmt: skip
+"""Formats that are held to another one's limits, unless the job sets theirs."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One figure, the field of ThresholdsConfig that bounds it, and what it means."""
+
+    figure: str
+    field: str
+    meaning: str
+
+    @property
+    def is_least(self) -> bool:
+        return self.field.startswith("min_")
+
+
+LIMITS = (
+    Limit("tuned_share", "min_tuned_share", "how much of the fine-tune is there; at 0 it was not applied"),
+    Limit("tuned_share", "max_tuned_share", "how much of the fine-tune is there; above 1 its scale is too large"),
+    Limit("perplexity_ratio", "max_perplexity_ratio", "perplexity over the trained model's"),
+    Limit("mean_kl", "max_mean_kl", "mean KL divergence, nats per token"),
+    Limit("p99_kl", "max_p99_kl", "99th percentile of the KL divergence of a token, nats"),
+    Limit("top1_agreement", "min_top1_agreement", "share of tokens with the same most likely next token"),
+    Limit("flipped_answers", "max_flipped_answers", "share of greedy answers that are not the trained model's"),
+    Limit("task_retention", "min_task_retention", "task metric over the trained model's"),
+)
 
 
 def limits(export: ExportConfig, format_name: str) -> ThresholdsConfig:
-    """The limits of one format: the user's where given, else the shipped ones. An adapter is held to bf16's."""
-    key = "bf16" if format_name == "adapter" else format_name
-    given = (export.thresholds or {}).get(key)  # type: ignore[call-overload]
-    if given is None:
-        return DEFAULTS[key]
-    return replace(DEFAULTS[key], **{name: value for name, value in asdict(given).items() if value is not None})
+    """The limits of one format: the user's where given, for it or for its family, else the shipped ones."""
+    family = FAMILIES.get(format_name, format_name)
+    given = export.thresholds or {}
+    chosen = given.get(format_name, given.get(family))  # type: ignore[call-overload]
+    shipped = DEFAULTS[family]
+    if chosen is None:
+        return shipped
+    return replace(shipped, **{name: value for name, value in asdict(chosen).items() if value is not None})
 
 
 def failures(figures: dict[str, Any], limit: ThresholdsConfig) -> list[str]:
-    """Every figure beyond its limit, as a sentence each; empty: the export may be published.
+    """Every check that did not pass and every figure beyond its limit, a sentence each that begins with its name.
 
-    figures: perplexity_ratio, mean_kl (nats a token), top1_agreement, and task_retention where there is a task.
-    A figure that is not a number fails.
+    figures: "error" where it could not be loaded, "checks" (name -> sentences), and numbers by the names in LIMITS; one
+    that was not measured (None) cannot fail, one that is not a number does. Empty: the export may be published.
     """
-    checks = [
-        ("perplexity_ratio", "perplexity over the trained model's", limit.max_perplexity_ratio, False),
-        ("mean_kl", "mean KL divergence, nats per token", limit.max_mean_kl, False),
-        ("top1_agreement", "share of tokens with the same most likely next token", limit.min_top1_agreement, True),
-        ("task_retention", "task metric over the trained model's", limit.min_task_retention, True),
-    ]
-    failed = []
-    for key, meaning, bound, at_least in checks:
-        value = figures.get(key)
-        if value is None:
+    failed = [figures["error"]] if "error" in figures else []
+    failed += [f"{name}: {sentence}" for name, found in figures.get("checks", {}).items() for sentence in found]
+    for each in LIMITS:
+        value, bound = figures.get(each.figure), getattr(limit, each.field)
+        if value is None or bound is None:
             continue
-        if not math.isfinite(value) or (value < bound if at_least else value > bound):
-            word = "at least" if at_least else "at most"
-            failed.append(f"{key} is {value:.4g}, must be {word} {bound:g} ({meaning})")
+        if not math.isfinite(value) or (value < bound if each.is_least else value > bound):
+            word = "at least" if each.is_least else "at most"
+            failed.append(f"{each.figure} is {value:.4g}, must be {word} {bound:g} ({each.meaning})")
     return failed

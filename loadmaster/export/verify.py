@@ -1,17 +1,12 @@
 """Score exported folders against the model as trained, in a process that has nothing of the trainer in it.
 
-    perplexity ratio   exp(mean over tokens of [log p_trained(y) - log p_export(y)])         y: the true next token
-    KL                 sum over v of p_trained(v) (log p_trained(v) - log p_export(v)), nats, for each token
-    top-1 agreement    share of tokens whose most likely next token is the same
-    task metric        of greedy answers to held-out conversations (loadmaster.evaluation)
-
-over the trained tokens of held-out packed rows; equal accuracy can hide changed answers, which KL and
-agreement show (Dutta et al. 2024, "Accuracy is not all you need", arXiv 2407.09141).
+Every folder is read from disk as it will be published. What can be told from its files is checked first
+(`loadmaster.export.checks`), then it is loaded strictly and held against the live model (`live_checks`), scored on the
+trained tokens of held-out packed rows, and asked held-out prompts (`figures` has the formulas).
 
 The distributions are whole, not the top k, so the figures are exact. The trained model goes first and
 its log-probabilities stay in host memory in float32 (`held_out_rows` bounds them to 1 GiB); then each
-export is loaded alone. So no more than one model is in memory at a time. Every folder is read from disk as
-it will be published, and loaded strictly: a missing, unexpected or misshapen tensor is an error.
+export is loaded alone. So no more than one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +15,9 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +26,27 @@ import torch
 from torch import Tensor, nn
 
 from loadmaster.config.schema import EvaluationConfig
-from loadmaster.data import Conversation, PackedRow, collate
+from loadmaster.data import Conversation, PackedRow, stop_token_ids
 from loadmaster.errors import ExportRejected
-from loadmaster.evaluation import run_task
+from loadmaster.evaluation import batch_size, generate, prompts_and_references, task_metric
+from loadmaster.evaluation.mode import evaluating
+from loadmaster.export import checks, live_checks
+from loadmaster.export.figures import (
+    Reference,
+    compare,
+    flipped,
+    log_probabilities,
+    true_token_log_probabilities,
+)
+from loadmaster.export.loading import load_adapter, load_export, refuse_torn
 from loadmaster.export.process import progress, read_spec, step, write_result
-from loadmaster.export.sidecars import token_ids
-from loadmaster.export.weights import tensor_names
-from loadmaster.files import read_json
-from loadmaster.models.attention import PACKED
-from loadmaster.models.forward import trained_logits
-from loadmaster.models.load import DTYPES, load_tokenizer, load_trained
+from loadmaster.export.smoke import recorded_answers
+from loadmaster.models.attention import cached_attention
+from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
 
 REFERENCE_BYTES = 2**30
-TOKENIZER_CHECKS = 32
+ANSWERS, ANSWER_TOKENS = 16, 64
+"""Greedy answers that are compared where there is no task, and their longest length."""
 
 
 # ----------------------------------------------------------- what is sent to the process
@@ -76,119 +80,22 @@ class Candidate:
     name: str
     folder: str
     is_adapter: bool = False
+    is_baseline: bool = False
+    """Scored for comparison, never taken."""
 
 
 def spec(
-    *, base: Path, trained: Path, precision: str, nf4: bool, device: str, rows: list[dict[str, list[int]]],
-    conversations: Sequence[Conversation], evaluation: EvaluationConfig, trained_task: dict[str, Any] | None,
-    formats: dict[str, list[Candidate]],
+    *, base: Path, trained: Path, precision: str, frozen: str | None, device: str,
+    rows: list[dict[str, list[int]]],
+    conversations: Sequence[Conversation], evaluation: EvaluationConfig, formats: dict[str, list[Candidate]],
 ) -> dict[str, Any]:  # fmt: skip
-    """What `python -m loadmaster.export.verify` is told, JSON-able.
-
-    trained_task: run_task's figures of the trained model where they are known; measured again otherwise.
-    """
+    """What `python -m loadmaster.export.verify` is told, JSON-able."""
     return {
-        "base": str(base), "trained": str(trained), "precision": precision, "nf4": nf4, "device": device,
+        "base": str(base), "trained": str(trained), "precision": precision, "frozen": frozen, "device": device,
         "rows": rows, "conversations": [asdict(conversation) for conversation in conversations],
-        "evaluation": asdict(evaluation), "trained_task": trained_task,
+        "evaluation": asdict(evaluation),
         "formats": {name: [asdict(candidate) for candidate in found] for name, found in formats.items()},
     }  # fmt: skip
-
-
-# ----------------------------------------------------------- the figures
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The trained model on one packed row: log-probabilities [T, V] in fp32 on the host, and the true tokens [T]."""
-
-    row: PackedRow
-    log_probabilities: Tensor
-    targets: Tensor
-
-
-def log_probabilities(model: nn.Module, row: PackedRow, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        logits, targets = trained_logits(model, collate([row], pad_token_id))
-        return torch.log_softmax(logits.float(), dim=-1), targets
-
-
-def compare(model: nn.Module, references: Sequence[Reference], pad_token_id: int) -> dict[str, float | int]:
-    """The figures of `model` against the references; see the top of the module."""
-    losses, trained_losses, divergences, agreements = [], [], [], []
-    for reference in references:
-        exported, targets = log_probabilities(model, reference.row, pad_token_id)
-        trained = reference.log_probabilities.to(exported.device)
-        true = targets.to(exported.device).unsqueeze(-1)
-        losses.append(-exported.gather(-1, true).squeeze(-1).cpu())
-        trained_losses.append(-trained.gather(-1, true).squeeze(-1).cpu())
-        agreements.append((exported.argmax(-1) == trained.argmax(-1)).float().cpu())
-        divergences.append((trained.exp() * (trained - exported)).sum(-1).cpu())
-    loss, trained_loss = (torch.cat(parts).double().mean().item() for parts in (losses, trained_losses))
-    divergence = torch.cat(divergences).double()
-    return {
-        "tokens": len(divergence),
-        "perplexity": _exp(loss),
-        "trained_perplexity": _exp(trained_loss),
-        "perplexity_ratio": _exp(loss - trained_loss),
-        "mean_kl": divergence.mean().item(),
-        "p99_kl": divergence.quantile(0.99).item(),
-        "top1_agreement": torch.cat(agreements).double().mean().item(),
-    }
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
-
-
-# ----------------------------------------------------------- loading what was published
-
-
-def load_export(folder: Path, device: str) -> nn.Module:
-    """The exported model as a server sees it, in bf16; quantized activations are quantized here too.
-
-    Raises ExportRejected for any tensor that is missing, unexpected, or of another shape.
-    """
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-
-    quantized = "quantization_config" in read_json(folder / "config.json")
-    quantization = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.bfloat16, device_map={"": device}, attn_implementation=PACKED, use_safetensors=True,
-        output_loading_info=True, ignore_mismatched_sizes=True, **quantization,  # named below instead
-    )  # fmt: skip
-    _refuse_loose_tensors({kind: sorted(map(str, names)) for kind, names in dict(info).items() if names})
-    return model.eval()
-
-
-def load_adapter(base: Path, folder: Path, device: str) -> nn.Module:
-    """The exported adapter over the bf16 base, every one of its tensors in use."""
-    from peft import get_peft_model_state_dict
-
-    model = load_trained(base, folder, torch.bfloat16, device)
-    expected, found = set(get_peft_model_state_dict(model)), set(tensor_names(folder / "adapter_model.safetensors"))
-    _refuse_loose_tensors({
-        kind: sorted(names)
-        for kind, names in {"missing_keys": expected - found, "unexpected_keys": found - expected}.items()
-        if names
-    })  # fmt: skip
-    return model
-
-
-def _refuse_loose_tensors(problems: dict[str, list[str]]) -> None:
-    if problems:
-        shown = "; ".join(
-            f"{len(names)} {kind.replace('_', ' ')} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for kind, names in problems.items()
-        )
-        raise ExportRejected(f"its tensors do not fill the model: {shown}")
-
-
-def check_tokenizer(exported: Any, trained: Any, conversations: Sequence[Conversation]) -> None:
-    """Raises ExportRejected where the exported tokenizer and template do not give the tokens of training."""
-    for conversation in conversations[:TOKENIZER_CHECKS]:
-        if token_ids(exported, conversation) != token_ids(trained, conversation):
-            raise ExportRejected(f"its tokenizer or template renders {conversation.origin} otherwise than in training")
 
 
 # ----------------------------------------------------------- the process
@@ -197,78 +104,162 @@ def check_tokenizer(exported: Any, trained: Any, conversations: Sequence[Convers
 def main(arguments: list[str]) -> None:
     _quiet()
     told = read_spec(arguments)
-    tokenizer = load_tokenizer(Path(told["base"]))
-    rows = [PackedRow(**{key: np.array(ids) for key, ids in row.items()}, document_ids=[]) for row in told["rows"]]
-    conversations = [Conversation(**conversation) for conversation in told["conversations"]]
-    evaluation = EvaluationConfig(**told["evaluation"])
-
-    progress("scoring the trained model")
-    trained = load_trained(
-        Path(told["base"]), Path(told["trained"]), DTYPES[told["precision"]], told["device"], nf4=told["nf4"]
-    )
-    references = list(_references(trained, rows, tokenizer.pad_token_id))
-    trained_task = told["trained_task"]
-    if trained_task is None and evaluation.task != "none":
-        trained_task = run_task(trained, tokenizer, conversations, evaluation)
-    del trained
-    _free()
-
+    formats = {name: [Candidate(**each) for each in found] for name, found in told["formats"].items()}
+    verification = Verification(told, formats)
     results = {}
-    for name, candidates in told["formats"].items():
+    for name, candidates in formats.items():
         progress(f"verifying {name}")
-        results[name] = _verify(
-            [Candidate(**candidate) for candidate in candidates], Path(told["base"]), told["device"], references,
-            tokenizer, conversations, evaluation, trained_task,
-        )  # fmt: skip
+        results[name] = verification.of(name, candidates)
     write_result(told, results)
 
 
-def _references(model: nn.Module, rows: list[PackedRow], pad_token_id: int) -> Iterator[Reference]:
-    for row in rows:
-        log_p, targets = log_probabilities(model, row, pad_token_id)
-        yield Reference(row, log_p.cpu(), targets.cpu())
+class Verification:
+    """The trained model's side of every comparison, made once; the model itself is gone when this is made."""
 
+    def __init__(self, told: dict[str, Any], formats: dict[str, list[Candidate]]):
+        self.base, self.device = Path(told["base"]), told["device"]
+        self.tokenizer = load_tokenizer(self.base)
+        self.conversations = [Conversation(**conversation) for conversation in told["conversations"]]
+        self.evaluation = EvaluationConfig(**told["evaluation"])
+        self.stop_ids = stop_token_ids(self.tokenizer)
+        self.prompts, self.right_answers = self._asked()
+        rows = [PackedRow(**{key: np.array(ids) for key, ids in row.items()}, document_ids=[]) for row in told["rows"]]
+        trained = Path(told["trained"])
+        self.trained_checks = {"lora_rows": checks.lora_rows(trained)}
+        merged = [Path(each.folder) for name, found in formats.items() if name == "bf16" for each in found]
 
-def _verify(
-    candidates: list[Candidate], base: Path, device: str, references: list[Reference], trained_tokenizer: Any,
-    conversations: list[Conversation], evaluation: EvaluationConfig, trained_task: dict[str, Any] | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Figures of the best candidate of a format, or {"error": why it cannot be used}."""
-    start = time.perf_counter()
-
-    def load(candidate: Candidate) -> nn.Module:
-        folder = Path(candidate.folder)
-        return load_adapter(base, folder, device) if candidate.is_adapter else load_export(folder, device)
-
-    scores: dict[str, dict[str, Any]] = {}
-    model = None
-    try:
-        for candidate in candidates:
-            model = None
+        progress("scoring the trained model")
+        how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": self.device, "frozen": told["frozen"]}
+        model = load_trained(self.base, trained, **how)
+        pad = self.tokenizer.pad_token_id
+        self.references = [Reference(row, *map(Tensor.cpu, log_probabilities(model, row, pad))) for row in rows]
+        self.answers = self._answers(model, self.tokenizer)
+        self.sketches = live_checks.sketches(model)
+        self.merged_weights = {} if _any_torn(merged) else live_checks.merged_weights(model, merged, self.base)
+        if hasattr(model, "disable_adapter"):
+            without = model.disable_adapter()
+        else:
+            del model
             _free()
-            model = load(candidate)
-            scores[candidate.name] = compare(model, references, trained_tokenizer.pad_token_id)
-        best = min(candidates, key=lambda candidate: _or_infinite(scores[candidate.name]["mean_kl"]))
-        tokenizer = load_tokenizer(Path(best.folder))
-        check_tokenizer(tokenizer, trained_tokenizer, conversations)
-        figures: dict[str, Any] = {"candidate": best.name, **scores[best.name]}
-        if len(candidates) > 1:
-            figures["candidates"] = scores
-        if evaluation.task != "none":
+            model, without = load_base(self.base, **how).eval(), nullcontext()
+        with without:
+            of_base = [true_token_log_probabilities(model, row, pad) for row in rows]
+        self.references = [replace(known, base=own) for known, own in zip(self.references, of_base, strict=True)]
+        del model
+        _free()
+
+    def of(self, name: str, candidates: list[Candidate]) -> dict[str, Any]:
+        """Figures of the best candidate of a format; "error" says why a folder cannot be used at all.
+
+        "checks" has the sentences of each named check: an empty list has passed.
+        """
+        start = time.perf_counter()
+        found: dict[str, list[str]] = {}
+        model = None
+        try:
+            scores: dict[str, dict[str, Any]] = {}
+            for candidate in candidates:
+                model = None
+                _free()
+                found = self._file_checks(name, Path(candidate.folder))
+                model = self._load(candidate)
+                scores[candidate.name] = compare(model, self.references, self.tokenizer.pad_token_id)
+            eligible = [candidate for candidate in candidates if not candidate.is_baseline]
+            best = min(eligible, key=lambda candidate: _or_infinite(scores[candidate.name]["mean_kl"]))
             if best is not candidates[-1]:
                 model = None
                 _free()
-                model = load(best)
-            figures["task"] = run_task(model, tokenizer, conversations, evaluation)
-            figures["task"].pop("samples", None)
-            if trained_task["metric"] > 0:
-                figures["task_retention"] = figures["task"]["metric"] / trained_task["metric"]
-    except ExportRejected as error:
-        return {"error": str(error)}
-    finally:
-        model = None
-        _free()
-    return {**figures, "seconds": time.perf_counter() - start}
+                found = self._file_checks(name, Path(best.folder))
+                model = self._load(best)
+            figures: dict[str, Any] = {"candidate": best.name, **scores[best.name]}
+            if len(candidates) > 1:
+                figures["candidates"] = scores
+            tokenizer = load_tokenizer(Path(best.folder))
+            figures["checks"] = found | self._live_checks(name, Path(best.folder), model, tokenizer)
+            figures["smoke"] = recorded_answers(model, tokenizer, self.conversations)
+            figures |= self._answer_figures(model, tokenizer)
+        except ExportRejected as error:
+            return {"error": str(error), "checks": found}
+        finally:
+            model = None
+            _free()
+        return {**figures, "seconds": time.perf_counter() - start}
+
+    def _file_checks(self, name: str, folder: Path) -> dict[str, list[str]]:
+        try:
+            refuse_torn(folder)
+        except ExportRejected as error:
+            raise ExportRejected(f"strict_load: {error}") from None
+        found = {
+            **self.trained_checks,
+            "storage": checks.storage(folder, name),
+            "finite": checks.finite(folder),
+            "stop_tokens": checks.stop_tokens(folder, self.base, self.stop_ids),
+        }
+        if (folder / "adapter_config.json").is_file():
+            found["lora_rows"] = checks.lora_rows(folder)
+        return found
+
+    def _load(self, candidate: Candidate) -> nn.Module:
+        folder = Path(candidate.folder)
+        try:
+            if candidate.is_adapter:
+                return load_adapter(self.base, folder, self.device)
+            return load_export(folder, self.device)
+        except Exception as error:  # the folder may hold anything, and no error of loading it is the trainer's
+            raise ExportRejected(f"strict_load: {error}") from None
+
+    def _live_checks(self, name: str, folder: Path, model: nn.Module, tokenizer: Any) -> dict[str, list[str]]:
+        found = {"template": checks.template(tokenizer, self.tokenizer, self.conversations)}
+        if (limit := live_checks.MAX_WEIGHT_ERROR.get(checks.family(name))) is not None:
+            found["quantized_weights"] = live_checks.quantized_weights(model, self.sketches, limit)
+        if str(folder) in self.merged_weights:
+            found["merged_weights"] = self.merged_weights[str(folder)]
+        if self.tokenizer.chat_template:
+            prompt = self.tokenizer.apply_chat_template(
+                checks.ONE_TURN, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+            with evaluating(model), cached_attention(model):
+                found["stops"] = live_checks.stops(model, prompt, self.stop_ids, self.tokenizer.pad_token_id)
+        return found
+
+    # ------------------------------------------------------------- greedy answers
+
+    def _asked(self) -> tuple[list[Conversation], list[str]]:
+        """Held-out prompts and, for a task, their right answers."""
+        if not self.tokenizer.chat_template:
+            return [], []
+        if self.evaluation.task != "none":
+            return prompts_and_references(self.conversations, self.evaluation.max_rows)
+        return prompts_and_references(self.conversations, ANSWERS)[0], []
+
+    def _answers(self, model: nn.Module, tokenizer: Any) -> list[str]:
+        longest = self.evaluation.max_new_tokens
+        if self.evaluation.task == "none":
+            longest = min(longest, ANSWER_TOKENS)
+        return generate(model, tokenizer, self.prompts, longest, batch_size(self.evaluation)) if self.prompts else []
+
+    def _answer_figures(self, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
+        if not self.prompts:
+            return {}
+        answers = self._answers(model, tokenizer)
+        figures: dict[str, Any] = {"answers": len(answers), "flipped_answers": flipped(answers, self.answers)}
+        if self.right_answers:
+            task = self.evaluation.task
+            figures["task"] = task_metric(task, answers, self.right_answers)
+            trained = task_metric(task, self.answers, self.right_answers)["metric"]
+            if trained > 0:
+                figures["task_retention"] = figures["task"]["metric"] / trained
+        return figures
+
+
+def _any_torn(folders: list[Path]) -> bool:
+    try:
+        for folder in folders:
+            refuse_torn(folder)
+    except ExportRejected:
+        return True
+    return False
 
 
 def _or_infinite(value: float) -> float:

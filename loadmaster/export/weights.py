@@ -1,4 +1,4 @@
-"""Safetensors folders, read and written shard by shard, so that a model never has to fit in memory.
+"""Safetensors folders, read tensor by tensor, so that a model never has to fit in memory (stream.py writes them).
 
 A model folder holds `model.safetensors`, or several shards and `model.safetensors.index.json` whose
 `weight_map` says which tensor lies in which shard (the format of huggingface_hub and transformers).
@@ -7,19 +7,24 @@ A model folder holds `model.safetensors`, or several shards and `model.safetenso
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from loadmaster.errors import ExportRejected
-from loadmaster.files import read_json, write_json
+from loadmaster.files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
+DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""safetensors' names, in the order in which it lays them into a file: wide ones first, so that all are aligned."""
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
@@ -49,7 +54,19 @@ def tensor_names(shard: Path) -> list[str]:
         return list(file.keys())
 
 
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Name of a tensor -> its dtype and shape."""
+
+
+def tensor_shapes(shard: Path) -> Shapes:
+    """What a shard holds, from its header alone."""
+    with safe_open(shard, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()}
+
+
 def read_tensor(shard: Path, name: str) -> torch.Tensor:
+    """One tensor; its pages are unmapped with it, which those of a file that stays open are not."""
     with safe_open(shard, framework="pt") as file:
         return file.get_tensor(name)
 
@@ -59,29 +76,6 @@ def readable_by_all(path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
-
-
-def rewrite(source: Path, target: Path, change: Callable[[str, torch.Tensor], Iterator[tuple[str, torch.Tensor]]]):
-    """Write the shards of `source` to `target`, each tensor replaced by what `change(name, tensor)` yields.
-
-    Peak memory: the tensors of one output shard, besides the pages of the input that the system maps.
-    Writes an index where there is more than one shard; `total_size` is in bytes.
-    """
-    weight_map: dict[str, str] = {}
-    total_size = 0
-    files = shards(source)
-    for shard in files:
-        output: dict[str, torch.Tensor] = {}
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is not iterable)
-                for new_name, tensor in change(name, file.get_tensor(name)):
-                    output[new_name] = tensor.contiguous()
-                    weight_map[new_name] = shard.name
-                    total_size += tensor.numel() * tensor.element_size()
-        save_file(output, target / shard.name, metadata={"format": "pt"})
-        readable_by_all(target / shard.name)
-    if len(files) > 1:
-        write_json(target / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def ties_embeddings(folder: Path) -> bool:

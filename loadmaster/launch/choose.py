@@ -28,13 +28,20 @@ class Choice:
         return None if self.hours is None else self.hours * self.offer.usd_per_hour
 
 
+def nodes_of(job: Job) -> int:
+    """Machines that the job runs on: launch.nodes, else hardware.nodes."""
+    return job.hardware.nodes if job.launch.nodes == "auto" else job.launch.nodes
+
+
 def wanted(job: Job) -> list[tuple[str, int | None]]:
     """(GPU of the catalogue, count or None for any) that the job may be rented on.
 
     Raises ConfigError where launch.gpus names what is not there, or contradicts hardware.gpu.
     """
-    known = list(catalog.gpus())
+    known = _joinable(nodes_of(job)) if not job.launch.force_pods else list(catalog.gpus())
     fixed = None if job.hardware.gpu == "local" else (job.hardware.gpu, job.hardware.count)
+    if fixed is not None and fixed[0] in catalog.gpus() and fixed[0] not in known:
+        raise _wrong("hardware.gpu", fixed[0], _unjoined(job), _instead(known))
     if job.launch.gpus == "auto":
         if fixed is None:
             return [(gpu, None) for gpu in known]
@@ -44,12 +51,25 @@ def wanted(job: Job) -> list[tuple[str, int | None]]:
     found = []
     for word in job.launch.gpus:
         gpu, _, count = word.partition(":")
-        if gpu not in known:
+        if gpu not in catalog.gpus():
             raise _wrong("launch.gpus", word, "is not in the catalogue", f"one of {', '.join(known)}")
+        if gpu not in known:
+            raise _wrong("launch.gpus", word, _unjoined(job), _instead(known))
         if count and not (count.isdigit() and int(count) in COUNTS):
             raise _wrong("launch.gpus", word, "has no such count", f"{gpu}:1, :2, :4 or :8, or {gpu} for any")
         found.append((gpu, int(count) if count else None))
     return found
+
+
+def _unjoined(job: Job) -> str:
+    return (
+        f"no cluster of {nodes_of(job)} nodes has it, and plain Pods have 100 Mbit/s between them where a cluster has "
+        "1600 Gbit/s or more: they spend the hours that you pay for waiting for each other"
+    )
+
+
+def _instead(known: list[str]) -> str:
+    return f"one of {', '.join(known) or 'fewer nodes'}; or, knowing that, launch.force_pods=true"
 
 
 def counts(gpus: list[tuple[str, int | None]]) -> tuple[int, ...]:
@@ -94,7 +114,12 @@ def choices(job: Job, offers: list[Offer], dataset_tokens: int | None) -> list[C
 
 def on(job: Job, offer: Offer) -> Job:
     """The job as it runs on that machine."""
-    return replace(job, hardware=HardwareConfig(gpu=offer.gpu, count=offer.count, nodes=1))
+    return replace(job, hardware=HardwareConfig(gpu=offer.gpu, count=offer.count, nodes=offer.nodes))
+
+
+def _joinable(nodes: int) -> list[str]:
+    """GPUs of the catalogue with a fabric that joins so many nodes."""
+    return [machine["gpu"] for machine in catalog.machines() if machine["max_nodes"] >= nodes]
 
 
 def _rank(launch: LaunchConfig, choice: Choice) -> tuple[float, float]:

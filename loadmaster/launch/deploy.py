@@ -1,34 +1,49 @@
 """`loadmaster deploy RUN`: the bundle's endpoint, made or brought up to date, asked, measured, or taken back.
 
-An artifact that did not pass verification, or of which a file has changed, is not deployed. The endpoint has one name
-for a recipe and format: a second deployment updates it in place. It is validated through the API that its users have;
-when that fails, what this call made is deleted, and what it changed is put back.
+    check      an artifact that did not pass verification, or of which a file has changed, is not deployed
+    upload     its files go to the network volume, what is there already is compared (upload.py)
+    make       the endpoint has one name for a recipe and format: a second deployment updates the first, and one that
+               changes nothing sends nothing
+    validate   through the API that its users have (validate.py)
+    take back  when that fails, what this call made is deleted, and what it changed is put back
+
+The endpoint carries its image and environment itself, as v2 allows: a template would be one more thing to leave behind.
+Files on the volume stay: they cost nothing beside the volume, and the next try does not send them again.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
 from loadmaster.files import read_json, write_json
-from loadmaster.launch.inference import Inference, NotAnswered, answer_in
-from loadmaster.launch.runpod.client import RunpodClient
-from loadmaster.launch.runpod.types import CreateEndpoint, Endpoint, GpuType, UpdateEndpoint, Workers, parse
+from loadmaster.launch.inference import Inference, NotAnswered
+from loadmaster.launch.runpod.client import FLASHBOOT_SUFFIX, RunpodClient
+from loadmaster.launch.runpod.types import (
+    CreateEndpoint,
+    Endpoint,
+    GpuType,
+    NetworkVolume,
+    UpdateEndpoint,
+    Workers,
+    body,
+    parse,
+)
+from loadmaster.launch.validate import Expected, validate
 
 PREFIX = "loadmaster-"
-FLASHBOOT_SUFFIX = " -fb"
-"""The provider appends this to the name of an endpoint with FlashBoot."""
 START_S = 1200.0
 """Cold start of a large model from a slow volume, with the image's first pull."""
-SMOKE_TOKENS = 64
-NO_SUCH_MODEL = "loadmaster-no-such-model"
+POLL_S = 5.0
 
 Connect = Callable[[Mapping[str, str]], Inference]
+Put = Callable[[NetworkVolume], Any]
 
 
 @dataclass(frozen=True)
@@ -38,12 +53,16 @@ class Order:
     request: CreateEndpoint
     cards: list[str]
     """Provider's names of the cards that the plan holds for."""
-    served_as: str
-    context: int
+    artifact: Path
+    volume: str | None
+    """Id or name of the network volume that the worker reads; None: the image holds the weights."""
+    volume_path: str | None
+    """Folder of the artifact there."""
+    bytes: int
+    """Of the artifact."""
     usd_per_worker_hour: float
     active_workers: int
-    expected: dict[str, Any]
-    """The serving plan's figures."""
+    expected: Expected
 
     @property
     def most_usd_per_hour(self) -> float:
@@ -56,7 +75,7 @@ class Order:
 
 
 def order(run_dir: Path, volume: str | None) -> Order:
-    """Check the bundle, its artifact and every hash. volume: id of the network volume that holds the artifact.
+    """Check the bundle, its artifact and every hash. volume: id or name of the network volume for the artifact.
 
     Raises ExportRejected for an artifact that is not what passed, LoadmasterError for what is missing.
     """
@@ -70,113 +89,138 @@ def order(run_dir: Path, volume: str | None) -> Order:
     exported = read_manifest(artifact)
     if not exported["verification"]["passed"]:
         raise ExportRejected(f"{artifact} did not pass verification, so it is not deployed")
+    if wrong := _failed_when_served(run_dir, exported):
+        raise ExportRejected(f"{artifact} was served by a real server and is not what was trained: {wrong}")
     if exported["files"] != manifest["files"]:
         raise ExportRejected(f"{artifact} is another export than the one that was bundled: run the bundle stage again")
     if not (bundle / "endpoint.json").is_file():
         raise LoadmasterError(f"the bundle has no endpoint, and {bundle / 'README.md'} says why")
-    wanted = read_json(bundle / "endpoint.json")
-    request = dict(wanted["request"])
+    if not (bundle / "smoke.json").is_file():
+        raise LoadmasterError(f"{bundle} is of an earlier version of loadmaster: run the bundle stage again")
+    wanted, plan, smoke = (read_json(bundle / f"{name}.json") for name in ("endpoint", "serving", "smoke"))
+    request = wanted["request"]
     if request["image"] is None:
         raise LoadmasterError(
             "endpoint.worker=handler needs its image: docker build -f bundle/Dockerfile -t IMAGE . in the run "
             "directory, push it, then endpoint.image=IMAGE and the bundle stage again"
         )
-    if "volume_path" in wanted:
-        if volume is None:
-            raise LoadmasterError(
-                f"the worker reads its weights from a network volume, at {wanted['volume_path']}: put the files of "
-                f"{artifact} there (on a Pod the volume is /workspace), and name it with --volume ID"
-            )
+    path = wanted.get("volume_path")
+    if path is not None and volume is None:
+        raise LoadmasterError(
+            f"the worker reads its weights from a network volume, at {path}: name one with --volume (id or name), and "
+            f"the files of {artifact} are brought there"
+        )
+    if path is not None:
         request["networkVolumes"] = [volume]
     return Order(
-        request=parse(CreateEndpoint, request), cards=wanted["cards"], served_as=manifest["recipe"],
-        context=manifest["serve"]["max_model_len"], usd_per_worker_hour=wanted["usd_per_worker_hour"],
-        active_workers=wanted["active_workers"], expected=read_json(bundle / "serving.json")["plan"],
+        request=parse(CreateEndpoint, request), cards=wanted["cards"], artifact=artifact,
+        volume=volume if path is not None else None, volume_path=path, bytes=manifest["bytes"],
+        usd_per_worker_hour=wanted["usd_per_worker_hour"], active_workers=wanted["active_workers"],
+        expected=Expected(
+            manifest["recipe"], manifest["serve"]["max_model_len"], smoke["prompts"], plan["load"],
+            wanted["max_slowdown"],
+        ),
     )  # fmt: skip
 
 
-def deploy(
-    wanted: Order, client: RunpodClient, connect: Connect, keep: bool = False, start_s: float = START_S,
-    echo: Callable[[str], None] = print,
-) -> dict[str, Any]:  # fmt: skip
-    """Make or update the endpoint, validate and measure it. Returns what deployment.json holds.
+def _failed_when_served(run_dir: Path, exported: dict[str, Any]) -> str | None:
+    """What `loadmaster serve-check` found wrong with this very export; None: nothing, or it was not asked."""
+    path = run_dir / "serve-check.json"
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    figures = found["formats"].get(exported["format"])
+    if figures is None or figures["passed"] or found["created_utc"] < exported["created_utc"]:
+        return None
+    return f"{'; '.join(figures['failures'])} ({path})"
 
-    Raises NotAnswered when it does not answer (after taking back what was done, unless `keep`), ProviderError for
-    the control plane's refusals.
+
+def deploy(
+    wanted: Order, client: RunpodClient, connect: Connect, put: Put | None = None, keep: bool = False,
+    start_s: float = START_S, echo: Callable[[str], None] = print, sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, Any]:  # fmt: skip
+    """Upload, make or update the endpoint, validate and measure it. Returns what deployment.json holds.
+
+    put: brings the artifact to the volume it is given; None: it is there already. Raises NotAnswered when the
+    endpoint does not answer as it should (after taking back what was done, unless `keep`), ProviderError for the
+    refusals of the control plane and of the volume.
     """
     request = wanted.request
-    if volumes := request.network_volumes:
-        known = client.volume(volumes[0])
-        if known is None:
-            raise LoadmasterError(f"there is no network volume {volumes[0]} in this account")
-        request = replace(request, data_center_ids=[known.data_center])
+    if wanted.volume is not None:
+        volume = volume_of(client, wanted.volume)
+        request = replace(request, network_volumes=[volume.id], data_center_ids=[volume.data_center])
     request = only_cards(request, wanted.cards, client.gpus("SERVERLESS"))
     before = find(client, request.name)
-    if before is None:
-        endpoint = client.create_endpoint(request)
-        echo(f"made endpoint {endpoint.id} ({endpoint.name})")
-    else:
-        endpoint = client.update_endpoint(before.id, _update(request))
-        echo(f"updated endpoint {endpoint.id} ({endpoint.name})")
-    try:
-        with connect(endpoint.request_urls) as inference:
-            figures = validate(inference, wanted, start_s, echo)
-    except BaseException as error:
-        if keep:
-            echo(f"validation failed; endpoint {endpoint.id} is kept, as asked")
-        else:
-            _take_back(client, endpoint, before, echo)
-        if isinstance(error, NotAnswered):
-            raise NotAnswered(f"{endpoint.name} does not serve as it should: {error}") from None
-        raise
-    return {"endpoint": endpoint.id, "name": endpoint.name, "urls": dict(endpoint.request_urls), **figures}
-
-
-def _take_back(client: RunpodClient, endpoint: Endpoint, before: Endpoint | None, echo: Callable[[str], None]) -> None:
-    """Delete what was made, or put back what was changed; says so when the provider does not let it."""
+    if wanted.volume is not None and put is not None:
+        put(volume)
+    change = None if before is None else changes(before, request)
     try:
         if before is None:
-            client.delete_endpoint(endpoint.id)
-            echo(f"validation failed: endpoint {endpoint.id} is deleted")
+            endpoint = client.create_endpoint(request)
+            echo(f"made endpoint {endpoint.id} ({endpoint.name})")
+        elif change is not None:
+            endpoint = client.update_endpoint(before.id, change)
+            echo(f"updated endpoint {endpoint.id} ({endpoint.name})")
+            _settled(client, endpoint.id, start_s, echo, sleep)
         else:
+            endpoint = before
+            echo(f"endpoint {endpoint.id} ({endpoint.name}) is as it should be; nothing is sent")
+        with connect(endpoint.request_urls) as inference:
+            found = validate(inference, wanted.expected, start_s, echo)
+    except BaseException as error:
+        if keep:
+            echo(f"validation failed; endpoint {request.name} is kept, as asked")
+        elif before is None or change is not None:
+            _take_back(client, request.name, before, echo)
+        if isinstance(error, NotAnswered):
+            raise NotAnswered(f"{request.name} does not serve as it should: {error}") from None
+        raise
+    return {"endpoint": endpoint.id, "name": endpoint.name, "urls": dict(endpoint.request_urls), **found}
+
+
+def _take_back(client: RunpodClient, name: str, before: Endpoint | None, echo: Callable[[str], None]) -> None:
+    """Delete what was made, or put back what was changed; says so when the provider does not let it."""
+    try:
+        if before is not None:
             client.update_endpoint(before.id, _restore(before))
-            echo(f"validation failed: endpoint {endpoint.id} is as it was before")
+            echo(f"failed: endpoint {before.id} is as it was before")
+        elif made := find(client, name):  # by its name: the answer to its creation may be what was lost
+            client.delete_endpoint(made.id)
+            echo(f"failed: endpoint {made.id} is deleted")
     except ProviderError as error:
         echo(
-            f"validation failed, and endpoint {endpoint.id} could not be taken back ({error}); it may cost money: "
-            f"loadmaster endpoint delete {endpoint.id}"
+            f"failed, and endpoint {name} could not be taken back ({error}); it may cost money: "
+            f"loadmaster endpoint delete {name}"
         )
 
 
-def validate(
-    inference: Inference, wanted: Order, start_s: float, echo: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """A chat must be answered, a wrong model must be refused, streams are timed. Raises NotAnswered."""
-    messages = [{"role": "user", "content": "Hello"}]
-    most = max(1, min(SMOKE_TOKENS, wanted.context // 4))
-    body = {"model": wanted.served_as, "messages": messages, "max_tokens": most, "temperature": 0}
-    echo(f"asking; the first worker may take up to {start_s:.0f} s to start")
-    asked = {"openai_route": "/v1/chat/completions", "openai_input": body}
-    answer = answer_in(inference.ask(asked, start_s))
-    if answer["model"] != wanted.served_as:
-        raise NotAnswered(f"it serves {answer['model']!r}, not {wanted.served_as!r}")
-    if answer["finish_reason"] not in ("stop", "length"):
-        raise NotAnswered(f"the answer ended with {answer['finish_reason']!r}, not with stop or length")
-    wrong = {"openai_route": "/v1/chat/completions", "openai_input": {**body, "model": NO_SUCH_MODEL}}
-    try:
-        inference.ask(wrong, 120)
-    except NotAnswered:
-        pass
-    else:
-        raise NotAnswered(f"it answers as {NO_SUCH_MODEL!r}, a model that does not exist, so its name means nothing")
-    load = inference.load(body)
-    figures = {"answer": answer, "measured": asdict(load), "planned": _planned(wanted)}
-    echo(
-        f"first token after {1000 * load.first_token_s:,.0f} ms (planned {_ms(wanted.expected['first_token_s'])}), "
-        f"{load.tokens_per_second_each:,.0f} tokens/s an answer, {load.tokens_per_second:,.0f} with {load.at_once} at "
-        f"once (a full server was planned at {_whole(wanted.expected['tokens_per_second'])})"
+def _settled(
+    client: RunpodClient, id: str, wait_s: float, echo: Callable[[str], None], sleep: Callable[[float], None]
+) -> None:
+    """Wait until no worker of before the update is left: it would answer for the new ones."""
+    deadline, said = time.monotonic() + wait_s, False
+    while old := [worker for worker in client.workers(id) if worker.is_stale]:
+        if time.monotonic() > deadline:
+            raise NotAnswered(f"{len(old)} workers of before the update are still there after {wait_s:.0f} s")
+        if not said:
+            echo(f"waiting for {len(old)} workers of before the update to end")
+            said = True
+        sleep(POLL_S)
+
+
+def volume_of(client: RunpodClient, name: str) -> NetworkVolume:
+    """By id or name. Raises LoadmasterError where there is none, or several of that name."""
+    volumes = client.volumes()
+    found = [volume for volume in volumes if name in (volume.id, volume.name)]
+    if len(found) == 1:
+        return found[0]
+    there = ", ".join(f"{volume.id} ({volume.name}, {volume.data_center})" for volume in volumes) or "none"
+    if found:
+        raise LoadmasterError(f"several network volumes are called {name}: give the id of one of {there}")
+    raise LoadmasterError(
+        f"there is no network volume {name} in this account; there are: {there}. A run with launch=runpod makes one, "
+        "and so does the provider's console"
     )
-    return figures
 
 
 def only_cards(request: CreateEndpoint, cards: list[str], live: list[GpuType]) -> CreateEndpoint:
@@ -196,6 +240,7 @@ def only_cards(request: CreateEndpoint, cards: list[str], live: list[GpuType]) -
 
 def find(client: RunpodClient, name: str) -> Endpoint | None:
     """The endpoint of that name, FlashBoot or not."""
+    name = name.removesuffix(FLASHBOOT_SUFFIX)
     return next((e for e in client.endpoints() if e.name.removesuffix(FLASHBOOT_SUFFIX) == name), None)
 
 
@@ -236,31 +281,28 @@ def write_deployment(run_dir: Path, deployed: dict[str, Any]) -> Path:
     return path
 
 
-def _update(request: CreateEndpoint) -> UpdateEndpoint:
-    """Everything that an update may change; the name stays."""
+def changes(before: Endpoint, request: CreateEndpoint) -> UpdateEndpoint | None:
+    """What brings `before` to `request` (the name stays); None: it is there already."""
     names = {f.name for f in fields(UpdateEndpoint)} - {"name", "template_id"}
-    return UpdateEndpoint(**{name: getattr(request, name) for name in names})
+    wanted = UpdateEndpoint(**{name: getattr(request, name) for name in names})
+    now, then = body(wanted), body(_restore(before))
+    return None if all(_same(value, then.get(key)) for key, value in now.items()) else wanted
+
+
+def _same(wanted: Any, there: Any) -> bool:
+    """Whether `there` has all that is wanted; what is not said is the service's."""
+    if isinstance(wanted, dict) and isinstance(there, dict):
+        return all(_same(value, there.get(key)) for key, value in wanted.items())
+    return wanted == there
 
 
 def _restore(before: Endpoint) -> UpdateEndpoint:
     gpu = None
     if before.gpu:
-        known = ("pools", "count", "excludedTypes")
+        known = ("pools", "count", "excludedTypes", "minCudaVersion")
         gpu = {key: before.gpu[key] for key in known if before.gpu.get(key)}
     return parse(UpdateEndpoint, {
         "image": before.image, "env": before.env, "workers": before.workers, "scaling": before.scaling, "gpu": gpu,
         "disk": before.disk, "networkVolumes": before.network_volumes, "timeout": before.timeout,
         "dataCenterIds": before.data_center_ids, "flashboot": before.flashboot,
     })  # fmt: skip
-
-
-def _planned(wanted: Order) -> dict[str, Any]:
-    return {name: wanted.expected[name] for name in ("gpu", "gpus", "first_token_s", "tokens_per_second")}
-
-
-def _ms(seconds: float | None) -> str:
-    return "not known" if seconds is None else f"{1000 * seconds:,.0f} ms"
-
-
-def _whole(value: float | None) -> str:
-    return "an unknown rate" if value is None else f"{value:,.0f} tokens/s"

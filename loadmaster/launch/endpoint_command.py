@@ -1,4 +1,4 @@
-"""`loadmaster deploy RUN` and `loadmaster endpoint list|test|scale|delete`: words, questions, printed lines.
+"""`loadmaster deploy RUN` and `loadmaster endpoint list|test|review|scale|delete`: words, questions, printed lines.
 
 The parsers are built on every start of the command line, so what they run is imported when it runs.
 """
@@ -6,33 +6,42 @@ The parsers are built on every start of the command line, so what they run is im
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadmaster.errors import LoadmasterError
 
 if TYPE_CHECKING:
+    from loadmaster.launch.deploy import Order
     from loadmaster.launch.inference import Inference
     from loadmaster.launch.runpod.client import RunpodClient
+    from loadmaster.launch.runpod.types import NetworkVolume
 
 
 def add_parsers(commands: Any) -> None:
     """Add both commands to the subparsers of the command line; each sets run(arguments, rest) -> exit code."""
     made = commands.add_parser("deploy", help="put a run's bundle on an endpoint, validate and measure it")
     made.add_argument("run_dir", type=Path, metavar="RUN")
-    made.add_argument("--volume", metavar="ID", help="network volume that holds the artifact")
+    made.add_argument("--volume", metavar="ID", help="network volume for the artifact, by id or name")
+    made.add_argument("--no-upload", action="store_true", help="the artifact is on the volume already")
     made.add_argument("--yes", action="store_true", help="do not ask before anything is made")
     made.add_argument("--keep", action="store_true", help="keep the endpoint when its validation fails")
     made.add_argument("--dry-run", action="store_true", help="print the request and make nothing")
     made.set_defaults(run=_deploy)
-    endpoint = commands.add_parser("endpoint", help="list, test, scale or delete endpoints that loadmaster made")
+    endpoint = commands.add_parser(
+        "endpoint", help="list, test, review, scale or delete endpoints that loadmaster made"
+    )
     actions = endpoint.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("list", help="what there is, and what it may cost an hour").set_defaults(run=_list)
     test = actions.add_parser("test", help="ask and measure the endpoint of a deployed run")
     test.add_argument("run_dir", type=Path, metavar="RUN")
-    test.add_argument("--volume", metavar="ID", help="network volume that holds the artifact")
     test.set_defaults(run=_test)
+    seen = actions.add_parser("review", help="Flex or Active workers, from what it was billed")
+    seen.add_argument("endpoint", help="id or name")
+    seen.add_argument("--hours", type=int, default=24 * 30, help="to look back, at most 2160 (default: 720)")
+    seen.add_argument("--active-discount", type=float, default=0.0, help="that you agreed on, 0.2 for 20%%")
+    seen.set_defaults(run=_review)
     size = actions.add_parser("scale", help="change the bounds of its workers")
     size.add_argument("endpoint", help="id or name")
     size.add_argument("--min", type=int, dest="least")
@@ -53,7 +62,13 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     wanted = order(arguments.run_dir, arguments.volume)
     request = wanted.request
+    uploads = wanted.volume is not None and not arguments.no_upload
     print(f"{request.name}: {request.image}")
+    if uploads:
+        print(
+            f"{wanted.artifact} ({wanted.bytes / 1e9:.2f} GB) goes to {wanted.volume_path} on volume {wanted.volume}, "
+            "unless it is there"
+        )
     print(
         f"at least ${wanted.least_usd_per_hour:.2f}/h, at most ${wanted.most_usd_per_hour:.2f}/h "
         f"(${wanted.usd_per_worker_hour:.2f} a worker and hour while it is up, list price)"
@@ -61,13 +76,27 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.dry_run:
         print(json.dumps(body(request), indent=2))
         return 0
+    put = _put(wanted) if uploads else None
     if not arguments.yes and not _agreed("make or update this endpoint?"):
         return 0
     with _client() as client:
-        deployed = deploy(wanted, client, _connect, keep=arguments.keep)
+        deployed = deploy(wanted, client, _connect, put, keep=arguments.keep)
     print(f"written: {write_deployment(arguments.run_dir, deployed)}")
-    print(f"OpenAI base URL: {deployed['urls']['run'].removesuffix('/run')}/openai/v1, model {wanted.served_as}")
+    print(f"OpenAI base URL: {deployed['urls']['run'].removesuffix('/run')}/openai/v1, model {wanted.expected.model}")
     return 0
+
+
+def _put(wanted: Order) -> Callable[[NetworkVolume], None]:
+    from loadmaster.launch.bucket import Bucket, require_keys
+    from loadmaster.launch.upload import upload
+
+    require_keys()  # now, and not after people have said yes
+
+    def put(volume: NetworkVolume) -> None:
+        with Bucket(volume.id, volume.data_center) as bucket:
+            upload(wanted.artifact, str(wanted.volume_path), bucket)
+
+    return put
 
 
 def _list(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -91,17 +120,50 @@ def _list(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _test(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import START_S, find, order, validate
+    from loadmaster.launch.deploy import START_S, find, order
+    from loadmaster.launch.validate import validate
 
     _refuse(rest)
-    wanted = order(arguments.run_dir, arguments.volume or "not needed to ask")
+    wanted = order(arguments.run_dir, "not needed to ask")
     with _client() as client:
         endpoint = find(client, wanted.request.name)
     if endpoint is None:
         raise LoadmasterError(f"{wanted.request.name} is not deployed: loadmaster deploy {arguments.run_dir}")
     with _connect(endpoint.request_urls) as inference:
-        validate(inference, wanted, START_S)
+        validate(inference, wanted.expected, START_S)
     return 0
+
+
+def _review(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from datetime import UTC, datetime
+
+    from loadmaster.launch.deploy import owned
+    from loadmaster.launch.inference import NotAnswered
+    from loadmaster.launch.review import MOST_HOURS, lines, rates_of, review, worker_hours
+
+    _refuse(rest)
+    if not 0 <= arguments.active_discount < 1:
+        raise LoadmasterError(f"--active-discount {arguments.active_discount:g} is no share: 0.2 is 20% off")
+    with _client() as client:
+        endpoint = owned(client, arguments.endpoint)
+        bills = client.endpoint_bills(endpoint.id, max(2, min(arguments.hours, MOST_HOURS)))
+        rates = rates_of(endpoint, client.gpus("SERVERLESS"), arguments.active_discount)
+    least = endpoint.workers.min or 0
+    measured = worker_hours(bills, rates, least, datetime.now(UTC))
+    print(f"{endpoint.id} ({endpoint.name})")
+    for line in lines(review(measured, rates), rates, least):
+        print(line)
+    try:
+        with _connect(endpoint.request_urls) as inference:
+            health = inference.health()
+        print(f"now: jobs {_counts(health.get('jobs'))}; workers {_counts(health.get('workers'))}")
+    except NotAnswered as error:
+        print(f"now: not known ({error})")
+    return 0
+
+
+def _counts(found: Any) -> str:
+    return ", ".join(f"{name} {value}" for name, value in found.items()) if isinstance(found, dict) else "not said"
 
 
 def _scale(arguments: argparse.Namespace, rest: list[str]) -> int:

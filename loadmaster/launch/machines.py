@@ -15,6 +15,8 @@ from loadmaster.launch.provider import Machine, Provider
 
 GRACE_HOURS = 0.25
 """A machine this long past its deadline did not end itself."""
+PLACED_HOURS = 1.0
+"""A cluster that has no machines after this will not get any."""
 
 
 def age_hours(machine: Machine, now: datetime) -> float:
@@ -36,7 +38,10 @@ def deadline(machine: Machine) -> datetime | None:
 def orphan(machine: Machine, now: datetime) -> str | None:
     """Why nobody needs this machine any more; None when its job may still run."""
     if not machine.alive:
-        return f"{machine.status}: nothing runs, its disk goes on costing"
+        lost = "nothing runs, its disk goes on costing" if machine.nodes == 1 else "a node of it has ended"
+        return f"{machine.status}: {lost}"
+    if machine.nodes > 1 and not machine.members:
+        return "got no machines" if age_hours(machine, now) > PLACED_HOURS else None
     end = deadline(machine)
     if end is None:
         return "carries no job of this tool"
@@ -46,16 +51,17 @@ def orphan(machine: Machine, now: datetime) -> str | None:
 
 
 def list_pods(console: Console, provider: Provider | None = None) -> int:
-    """Print every machine that this tool has made, with age, cost so far and deadline; and its volumes."""
-    provider, now = provider or _provider(), datetime.now(UTC)
+    """Print every Pod and cluster that this tool has made, with age, cost so far and deadline; and its volumes."""
+    provider, now = provider or provider_of(), datetime.now(UTC)
     machines = provider.machines()
     table = Table(pad_edge=False)
-    for heading in ("Pod", "id", "status", "GPUs", "age h", "$/h", "$ so far", "ends", "orphan"):
+    for heading in ("name", "kind", "id", "status", "GPUs", "age h", "$/h", "$ so far", "ends", "orphan"):
         table.add_column(heading, justify="right" if heading in ("age h", "$/h", "$ so far") else "left")
     for machine in machines:
         end = deadline(machine)
         table.add_row(
             escape(machine.name),
+            machine.kind,
             machine.id,
             machine.status,
             machine.label,
@@ -68,7 +74,7 @@ def list_pods(console: Console, provider: Provider | None = None) -> int:
     if machines:
         console.print(table)
     else:
-        console.print("no Pods of loadmaster")
+        console.print("no Pods or clusters of loadmaster")
     price = catalog.prices()["storage"]["network_volume_usd_per_gb_month"]
     for volume in provider.volumes():
         if volume.name.startswith("loadmaster"):
@@ -85,23 +91,28 @@ def sweep_pods(console: Console, yes: bool = False, everything: bool = False, pr
 
     Raises ProviderError when one could not be ended.
     """
-    provider, now = provider or _provider(), datetime.now(UTC)
+    provider, now = provider or provider_of(), datetime.now(UTC)
     doomed = [(m, orphan(m, now)) for m in provider.machines()]
     doomed = [(machine, why) for machine, why in doomed if why or everything]
     if not doomed:
         console.print("nothing to sweep")
         return 0
     for machine, why in doomed:
-        console.print(f"{machine.name} ({machine.id}): {why or 'its job may still run'}", highlight=False, markup=False)
+        console.print(
+            f"{machine.kind} {machine.name} ({machine.id}): {why or 'its job may still run'}",
+            highlight=False,
+            markup=False,
+        )
     if not yes and console.input(f"Terminate {len(doomed)}? [y/N] ").strip().lower() not in ("y", "yes"):
         raise LoadmasterError("nothing was terminated")
     for machine, _ in doomed:
-        provider.terminate(machine.id)
+        provider.terminate(machine)
         console.print(f"terminated {machine.name}", highlight=False, markup=False)
     return 0
 
 
-def _provider() -> Provider:
+def provider_of(name: str = "runpod") -> Provider:
+    """The one place where a provider is picked; a second one joins here and in the choices of launch.name."""
     from loadmaster.launch.runpod.provider import Runpod
 
-    return Runpod()
+    return {"runpod": Runpod}[name]()

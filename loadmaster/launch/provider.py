@@ -8,28 +8,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 PREFIX = "loadmaster-"
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A machine that can be rented."""
+    """A machine, or a cluster of equal ones, that can be rented."""
 
     gpu: str
     """Catalogue name."""
     gpu_id: str
     """The provider's name for it."""
     count: int
+    """GPUs in each node."""
     usd_per_hour: float
-    """Of all its GPUs, the provider's list price at this moment."""
+    """Of all its GPUs on all nodes, the provider's list price at this moment."""
     places: tuple[str, ...]
     """Data centres that have it in stock, fullest first; empty: unknown, the provider chooses."""
+    nodes: int = 1
 
     @property
     def label(self) -> str:
-        return f"{self.count}x {self.gpu}"
+        one = f"{self.count}x {self.gpu}"
+        return one if self.nodes == 1 else f"{self.nodes} nodes of {one}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,11 @@ class Volume:
 
 @dataclass(frozen=True)
 class Order:
-    """A machine with what runs on it."""
+    """A machine, or several, with what runs on each of them.
+
+    On several nodes the provider sets NUM_NODES, NODE_RANK, NUM_TRAINERS (GPUs of a node), MASTER_ADDR and
+    MASTER_PORT for each; launch/torchrun.py reads them.
+    """
 
     name: str
     offer: Offer
@@ -54,20 +61,31 @@ class Order:
     cloud: str
     volume: Volume | None
     places: tuple[str, ...]
+    plain: bool = False
+    """Several machines of their own, not a cluster with a fast network."""
+    secrets: dict[str, str] = field(default_factory=dict)
+    """Further environment variables -> name of the provider's secret that each is to hold."""
 
 
 @dataclass(frozen=True)
 class Machine:
+    """What one order became: a machine, a cluster, or a group of plain machines."""
+
     id: str
     name: str
     status: str
-    """In the provider's word."""
+    """In the provider's words."""
     alive: bool
-    """False: its container has ended, though its disk may go on costing."""
+    """False: a container of it has ended, though it may go on costing."""
     label: str
     usd_per_hour: float
+    """Of all its nodes; 0 while the provider does not say."""
     created: datetime
     env: dict[str, str] = field(repr=False)
+    kind: Literal["Pod", "Instant Cluster", "Pods"] = "Pod"
+    nodes: int = 1
+    members: tuple[str, ...] = ()
+    """Ids of the machines of a cluster or group that are there, in order of node; empty for a single one."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,9 @@ class Provider(Protocol):
         """Base URL under which a machine ends itself."""
         ...
 
-    def offers(self, gpus: list[str], counts: tuple[int, ...], cloud: str) -> list[Offer]: ...
+    def offers(
+        self, gpus: list[str], counts: tuple[int, ...], cloud: str, nodes: int = 1, plain: bool = False
+    ) -> list[Offer]: ...
 
     def volumes(self) -> list[Volume]: ...
 
@@ -101,20 +121,24 @@ class Provider(Protocol):
 
     def rent(self, order: Order) -> Machine: ...
 
-    def machine(self, id: str) -> Machine | None: ...
+    def refresh(self, machine: Machine) -> Machine | None:
+        """As it is now; None when it is gone."""
+        ...
 
     def machines(self) -> list[Machine]:
         """Those that this tool has made."""
         ...
 
-    def log(self, id: str, since: str | None) -> Iterator[LogLine]:
-        """Lines as they come; ends, or raises, when none came for a while."""
+    def log(self, machine: Machine, node: int, since: str | None) -> Iterator[LogLine]:
+        """Lines of one node as they come; ends, or raises, when none came for a while."""
         ...
 
-    def terminate(self, id: str) -> None: ...
+    def terminate(self, machine: Machine) -> None:
+        """End it with all its nodes."""
+        ...
 
-    def rent_request(self, order: Order) -> dict[str, Any]:
-        """The very request that rent() sends: method, url and body."""
+    def rent_requests(self, order: Order) -> list[dict[str, Any]]:
+        """The very requests that rent() sends: method, url and body."""
         ...
 
     def volume_request(self, name: str, size_gb: int, place: str) -> dict[str, Any]: ...

@@ -1,4 +1,4 @@
-"""Models in memory: the base, the base quantized to nf4, the model as trained."""
+"""Models in memory: the base, whole or quantized, and the model as trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED
+from loadmaster.models.frozen import freeze_linears
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 """Compute dtype of each precision; fp8 keeps everything but its matmuls in bf16."""
@@ -25,14 +26,16 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_base(folder: Path, dtype: torch.dtype, device: torch.device | str, nf4: bool = False) -> nn.Module:
+def load_base(folder: Path, dtype: torch.dtype, device: torch.device | str, frozen: str | None = None) -> nn.Module:
     """The base model with packed attention, weights read straight to `device`, no second copy in memory.
 
-    nf4: linear layers but the head are quantized to 4-bit NormalFloat with double quantization on the way in.
+    frozen: nf4 or fp8: linear layers but the head are quantized on the way in (`loadmaster.models.frozen`).
     Raises LoadmasterError for a checkpoint with missing or unexpected weights.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
+
+    from loadmaster.models.frozen_load import FrozenConfig
 
     transformers_logging.disable_progress_bar()
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -41,7 +44,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device | str, nf4:
         device_map={"": str(device)},
         attn_implementation=PACKED,
         use_safetensors=True,
-        quantization_config=_nf4_config(dtype) if nf4 else None,
+        quantization_config=FrozenConfig(frozen) if frozen else None,
         output_loading_info=True,
     )
     problems = {
@@ -55,19 +58,22 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device | str, nf4:
             f"the checkpoint in {folder} does not fill the model ({shown}); it is torn or of another model"
         )
     refuse_unsupported(model)
-    keep_gradients_on_cpu(model)
     return model
 
 
 def load_trained(
-    base_folder: Path, trained_folder: Path, dtype: torch.dtype, device: torch.device | str, nf4: bool = False
+    base_folder: Path,
+    trained_folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    frozen: str | None = None,
 ) -> nn.Module:
     """The model exactly as it was trained: the adapter live over its base, or the full weights."""
     if not (trained_folder / "adapter_config.json").is_file():
         return load_base(trained_folder, dtype, device).eval()
     from peft import PeftModel
 
-    base = load_base(base_folder, dtype, device, nf4)
+    base = load_base(base_folder, dtype, device, frozen)
     model = PeftModel.from_pretrained(base, str(trained_folder), autocast_adapter_dtype=False)
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype != dtype:
@@ -76,7 +82,7 @@ def load_trained(
 
 
 def random_model(
-    config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, nf4: bool = False, seed: int = 0
+    config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, frozen: str | None = None, seed: int = 0
 ) -> nn.Module:
     """A model of this shape (a config.json's dict) with small random weights.
 
@@ -89,36 +95,9 @@ def random_model(
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=PACKED)
     refuse_unsupported(model)
-    if nf4:
-        _quantize_linears(model, device)
-        keep_gradients_on_cpu(model)
+    if frozen:
+        freeze_linears(model, frozen)
     return model
-
-
-def _quantize_linears(model: nn.Module, device: torch.device | str) -> None:
-    """Every linear layer but the head to nf4 with double quantization, one at a time."""
-    import bitsandbytes as bnb
-
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if not isinstance(module, nn.Linear) or module is head:
-                continue
-            dtype = module.weight.dtype
-            layer = bnb.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=module.bias is not None,
-                compute_dtype=dtype,
-                quant_type="nf4",
-                compress_statistics=True,
-                device="meta",
-            )
-            layer.weight = bnb.nn.Params4bit(
-                module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
-            )
-            layer.bias = module.bias
-            setattr(parent, name, layer.to(device))
 
 
 def refuse_unsupported(model: nn.Module) -> None:
@@ -129,22 +108,3 @@ def refuse_unsupported(model: nn.Module) -> None:
             f"{config.model_type} caps its attention scores, which variable-length attention cannot do; "
             "models of this family are not trained yet (Gemma 3 has no such cap)"
         )
-
-
-def keep_gradients_on_cpu(model: nn.Module) -> None:
-    """Keep bitsandbytes' inference-only CPU kernel out of training.
-
-    On CPUs with AVX512_BF16, bitsandbytes 0.50 repacks a 4-bit weight in place at the first forward without
-    gradients; from then on no gradient passes through it, without a word (found 2026-11-23).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _nf4_config(dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loadmaster.models.forward import causal_lm, logit_transform, trained_hidden
+from loadmaster.config.schema import PreferenceConfig
+from loadmaster.models.forward import SummedLoss, causal_lm, logit_transform, trained_hidden
 from loadmaster.models.loss import CHUNK_TOKENS
 
 
@@ -126,6 +127,25 @@ def orpo_loss(mean_A: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     log_odds = mean_A - torch.log1p(-torch.exp(mean_A).clamp(max=1 - 1e-7))
     margin = log_odds[0::2] - log_odds[1::2]
     return -mean_A[0::2] - beta * F.logsigmoid(margin), margin.detach()
+
+
+def loss_module(model: nn.Module, objective: str, preference: PreferenceConfig) -> nn.Module:
+    """The module whose forward is the sum of a batch's losses: of its trained tokens (sft), or of its pairs."""
+    if objective == "sft":
+        return SummedLoss(model)
+    return PreferenceLoss(model, objective, preference.beta, preference.label_smoothing)
+
+
+def pair_figures(loss: Any) -> Tensor | None:
+    """[pairs, correct, margin] of the last batch, where `loss` (or what it wraps) is a PreferenceLoss."""
+    inner = loss.module if isinstance(loss, nn.parallel.DistributedDataParallel) else loss
+    return inner.figures if isinstance(inner, PreferenceLoss) else None
+
+
+def mean_figures(sums: Tensor) -> dict[str, float]:
+    """Of summed `pair_figures`: the share of pairs in which the chosen answer is preferred, and the mean margin."""
+    pairs, correct, margin = sums.tolist()
+    return {"reward_accuracy": correct / max(pairs, 1), "reward_margin": margin / max(pairs, 1)}
 
 
 class PreferenceLoss(nn.Module):

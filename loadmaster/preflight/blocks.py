@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loadmaster.preflight.frozen import fp8_matmul, nf4_matmul
 from loadmaster.preflight.replay import Storage, Tape, Tensor
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
@@ -130,14 +131,16 @@ class Blocks:
     def linear(self, x: Tensor, entry: tuple, contiguous: bool = True) -> Tensor:
         """A linear with its adapter, if it has one. contiguous=False: its gradient comes transposed and is copied."""
         m, weight, bias, a, b = entry
-        nf4 = self.setup.method == "qlora"
-        out = self.nf4_matmul(x, weight, m) if nf4 else self.matmul(x, weight, m.inputs, m.outputs, self.n)
+        if self.setup.method == "qlora":
+            out = nf4_matmul(self, x, m)
+        elif self.setup.method == "lora" and self.setup.precision == "fp8":
+            out = fp8_matmul(self, x, m)
+        else:
+            out = self.matmul(x, weight, m.inputs, m.outputs, self.n)
         if bias is not None:
             out = self.add_bias(out, bias)
         if a is None:
             return out if contiguous else self.restride(out)
-        if nf4:
-            out = self.copy(out)
         rank, n = self.setup.lora_rank, self.n
         dropped = self.dropout(x) if self.setup.lora_dropout and self.tape.enabled else x
         update = self.elementwise(self.matmul(self.matmul(dropped, a, m.inputs, rank, n), b, rank, m.outputs, n))
@@ -168,34 +171,6 @@ class Blocks:
 
         joined = Tensor(out.storage, out.node, out.bytes)
         return tape.link(joined, [out, bias], [], backward)
-
-    def nf4_matmul(self, x: Tensor, weight: Tensor, m: Matrix) -> Tensor:
-        """bitsandbytes' MatMul4Bit: the weight is dequantized for each use, in the forward inside its kernel call."""
-        tape, w, n = self.tape, self.w, self.n
-        dequantized, absmax = w * m.weight, 4 * -(-m.weight // 64)
-
-        def work() -> None:
-            tape.work.matmul_flops += 2.0 * n * m.weight
-            tape.moved(m.weight / 2, dequantized)
-            tape.work.kernels += 2
-
-        def backward(g: Storage, _: list) -> list:
-            work()
-            with tape.tagged("quantization"):
-                scales = tape.alloc(absmax)
-                full = tape.alloc(dequantized)
-                del scales
-            gx = tape.alloc(w * n * m.inputs)
-            del full
-            return [gx]
-
-        work()
-        if tape.in_place:
-            with tape.tagged("quantization"):
-                scratch = [tape.alloc(dequantized), tape.alloc(absmax)]
-            tape.alloc(w * n * m.outputs)
-            del scratch
-        return tape.op(w * n * m.outputs, [x], [], backward)
 
     def copy(self, x: Tensor) -> Tensor:
         self.tape.moved(x.bytes, x.bytes)

@@ -22,7 +22,7 @@ def describe(setup: Setup) -> str:
     optimizer = setup.optimizer + (" with fp32 master weights" if setup.master_weights else "")
     parts = [setup.method, setup.precision, optimizer]
     if setup.sharding != "none":
-        parts.append(setup.sharding)
+        parts.append(setup.sharding + (" inside each node" if setup.replicas > 1 else ""))
     if setup.offload != "none":
         parts.append(f"{'optimizer' if setup.offload == 'optimizer' else 'weights and optimizer'} in host memory")
     kept = setup.checkpointing == "none"
@@ -118,9 +118,12 @@ def basis(hardware: Hardware) -> dict[str, str]:
     else:
         memory += f"; context and workspaces: measured on {measured['card']}, {measured['date']}"
     if hardware.world_size > 1:
-        memory += "; gathered weights and communicators: modelled, not measured"
+        memory += "; gathered weights and gradients on their way: equal to traces of fully_shard (ZeRO: modelled)"
+        memory += "; communicators: modelled"
     efficiency = table["efficiency"]["matmul"]
     speed = f"roofline, efficiencies {efficiency['kind']} ({efficiency['date']})"
+    if hardware.world_size > 1:
+        speed += "; collectives over the links' published bandwidths: modelled, no run on several GPUs was measured"
     if not here and not hardware.is_cpu:
         speed += ", scaled to this card from its data sheet"
     return {
@@ -181,7 +184,7 @@ def relaxations(job: Job) -> Iterator[tuple[str, Job]]:
             yield f"{name}=auto", replace(job, **{name: "auto"})
     if job.optimizer.name != "auto" or job.optimizer.master_weights != "auto":
         yield "optimizer.name=auto", replace(job, optimizer=replace(job.optimizer, name="auto", master_weights="auto"))
-    if job.precision != "fp8" and job.method == "lora":
+    if job.precision not in ("auto", "fp8") and job.method == "lora":
         yield "precision=fp8", replace(job, precision="fp8")
     for method in ("lora", "qlora"):
         if job.method not in ("auto", method) and (job.method, method) != ("qlora", "lora"):

@@ -19,6 +19,7 @@ from loadmaster.errors import ConfigError, Problem
 from loadmaster.preflight.coefficients import value
 
 GIB = 2**30
+OWN_PRICE = "plan.prices_usd_per_hour"
 DRIVER_SHARE = 0.994
 """Share of NVML's total that a process can use, for a card that is not in the catalogue (an H100's: 0.994)."""
 
@@ -63,7 +64,7 @@ class Hardware:
     @property
     def label(self) -> str:
         if self.is_cpu:
-            return "CPU"
+            return "CPU" if self.world_size == 1 else f"{self.world_size} CPU processes"
         name = f"{self.count}x {self.gpu}"
         return f"{self.nodes} nodes of {name}" if self.nodes > 1 else name
 
@@ -74,7 +75,7 @@ def find_hardware(config: HardwareConfig) -> Hardware:
     Raises ConfigError for a name that is neither local, cpu nor in the catalogue.
     """
     if config.gpu == "cpu":
-        return cpu()
+        return cpu(1 if config.count == "auto" else config.count, config.nodes)
     if config.gpu == "local":
         return detect_local(config.count, config.nodes)
     if config.gpu not in catalog.gpus():
@@ -109,6 +110,14 @@ def from_catalog(gpu: str, count: int, nodes: int = 1) -> Hardware:
     )
 
 
+def priced(hardware: Hardware, own: dict[str, float] | None) -> Hardware:
+    """The machine at the job's own price of its GPU, if it gives one."""
+    usd = (own or {}).get(hardware.gpu)
+    if usd is None:
+        return hardware
+    return replace(hardware, usd_per_hour=usd * hardware.world_size, price_note=OWN_PRICE)
+
+
 def rentable() -> list[Hardware]:
     """Every machine of the catalogue, clusters of 2 to max_nodes full nodes included."""
     found = []
@@ -118,20 +127,22 @@ def rentable() -> list[Hardware]:
     return found
 
 
-def cpu() -> Hardware:
+def cpu(count: int = 1, nodes: int = 1) -> Hardware:
+    """This machine's processors as `count` processes a node, which share its memory and its threads."""
     memory = host_memory_gib()
     return Hardware(
         gpu="cpu",
-        count=1,
-        nodes=1,
-        memory_gib=memory,
+        count=count,
+        nodes=nodes,
+        memory_gib=memory / count,
         host_memory_gib=memory,
         compute_capability=0.0,
-        bandwidth_gb_per_s=value("cpu", "bandwidth_gb_per_s"),
-        tflops={"fp32": value("cpu", "tflops_per_thread") * _threads()},
-        link="none",
-        link_gb_per_s=value("cpu", "bandwidth_gb_per_s"),
+        bandwidth_gb_per_s=value("cpu", "bandwidth_gb_per_s") / count,
+        tflops={"fp32": value("cpu", "tflops_per_thread") * _threads() / count},
+        link="none" if count * nodes == 1 else "loopback",
+        link_gb_per_s=value("cpu", "gloo_gb_per_s"),
         host_gb_per_s=value("cpu", "bandwidth_gb_per_s"),
+        network_gbps=8 * count * value("cpu", "gloo_gb_per_s"),
     )
 
 
@@ -165,8 +176,12 @@ def _meminfo_bytes() -> int:
 def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
     """This machine: its visible GPUs (all, or `count` of them), else its CPU."""
     cards = local_gpus()
+    if not cards and count in ("auto", 1):
+        return cpu(nodes=nodes)
     if not cards:
-        return cpu()
+        remedy = f"hardware.gpu=cpu hardware.count={count} trains with {count} processes on this machine's processors"
+        message = "this machine has no GPU, or no driver that shows it"
+        raise ConfigError([Problem("hardware.count", count, "the job", message, remedy)])
     name, total_gib, capability = cards[0]
     count = len(cards) if count == "auto" else int(count)
     if count > len(cards):

@@ -7,24 +7,25 @@ from dataclasses import replace
 from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.preflight.explain import alternatives, basis, reasons, rejection, runner_up
-from loadmaster.preflight.hardware import Hardware, find_hardware
+from loadmaster.preflight.hardware import OWN_PRICE, Hardware, find_hardware
 from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan
 from loadmaster.preflight.search import Candidate, Found, closeness, run_hours, search, smallest
 from loadmaster.preflight.shape import ModelShape, find_shape
 from loadmaster.preflight.speed import model_flops
 
 
-def make_plan(job: Job, dataset_tokens: int | None = None) -> Plan:
+def make_plan(job: Job, dataset_tokens: int | None = None, with_alternatives: bool = True) -> Plan:
     """The plan for a job; `fits` is False when there is none, with what came nearest and what would do.
 
     dataset_tokens: tokens of one epoch, for hours and dollars; None leaves them out unless max_steps is set.
+    with_alternatives: look for what would do when nothing fits, on all machines of the catalogue.
     Raises LoadmasterError for a model whose config.json cannot be found or read, ConfigError for unknown hardware.
     """
     shape, hardware = find_shape(job.model), find_hardware(job.hardware)
     found = search(job, shape, hardware)
     chosen = found.best or min(found.nearest, key=closeness, default=None) or smallest(job, shape, hardware)
     plan = _plan(job, shape, chosen, found, dataset_tokens)
-    if found.best is not None:
+    if found.best is not None or not with_alternatives:
         return plan
     return replace(plan, alternatives=alternatives(job, shape, hardware, dataset_tokens))
 
@@ -55,6 +56,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         method=setup.method,
         precision=setup.precision,
         sharding=setup.sharding,
+        replicas=setup.replicas,
         offload=setup.offload,
         activation_checkpointing=setup.checkpointing,
         optimizer=setup.optimizer,
@@ -83,6 +85,13 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
 def _price(hardware: Hardware) -> dict | None:
     if hardware.usd_per_hour is None:
         return None
+    if hardware.price_note == OWN_PRICE:
+        return {
+            "usd_per_hour": round(hardware.usd_per_hour, 2),
+            "date": None,
+            "source": OWN_PRICE,
+            "provider": "your own",
+        }
     listed = catalog.prices()["gpus"][hardware.gpu]
     return {
         "usd_per_hour": round(hardware.usd_per_hour, 2),

@@ -4,8 +4,8 @@
                             weights + optimizer + all gradients + what the step itself takes )  (optimizer step)
                        + CUDA context and workspaces + what other GPUs need
 
-The micro-batch is replayed allocation by allocation (step.py). Sharded figures are sums over the units of
-fully_shard (a unit is a decoder layer; embedding, head and last norm are the root) and are modelled, not measured.
+The micro-batch is replayed allocation by allocation (step.py), under fully_shard with its buffers (units.py, shards.py;
+equal to traces of it; ZeRO's stages are settings of it). DDP holds every gradient twice: its buckets beside them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.plan import MemoryGib, PeakGib, PhasesGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.step import evaluation_batch, training_step
+from loadmaster.preflight.shards import whole
+from loadmaster.preflight.step import Replayed, evaluation_batch, training_step
 from loadmaster.preflight.weights import base_bytes
 
 BUCKET_ELEMENTS = 2**28
@@ -83,9 +84,9 @@ def largest_tensor(shape: ModelShape, setup: Setup) -> int:
 
 def step_bytes(shape: ModelShape, setup: Setup) -> float:
     """What the optimizer step takes besides states and gradients."""
-    trainable, largest = setup.trainable(shape) / setup.optimizer_shards, largest_tensor(shape, setup)
+    trainable, largest = setup.trainable(shape) / setup.shards, largest_tensor(shape, setup) // setup.shards
     if setup.optimizer == "adafactor":
-        return 3 * 4 * largest / setup.optimizer_shards
+        return 3 * 4 * largest
     if setup.master_weights and setup.width == 2 and setup.offload == "none":
         # A bucket's gradients become fp32 (4 bytes) as their bf16 ones (2) go.
         return (4 - 2) * min(trainable, max(BUCKET_ELEMENTS, largest))
@@ -94,22 +95,19 @@ def step_bytes(shape: ModelShape, setup: Setup) -> float:
 
 def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
     """The larger of the backward pass's peak and the optimizer step's."""
-    width, trainable = setup.width, setup.trainable(shape)
-    weights = base_bytes(shape, setup.method, setup.precision) + (width * trainable if setup.adapters else 0)
-    weights /= setup.shards
-    gradients = width * trainable / setup.gradient_shards
-    optimizer = state_bytes(setup) * trainable / setup.optimizer_shards
-    if setup.offload != "none":
+    weights, gradients, local = resident(shape, setup)
+    optimizer = state_bytes(setup) * local
+    if setup.offload != "none" and not hardware.is_cpu:
         optimizer = 0.0
     elif setup.optimizer == "paged_adamw_8bit" and not hardware.is_cpu:
         optimizer = 0.0  # managed memory: the host's, but for the pages in use
-    if setup.offload == "all":
-        weights = gradients = 0.0
-    sharded_gradients = setup.gradient_shards > 1
-    replayed = training_step(shape, replay_key(setup, keep=sharded_gradients or setup.gradient_accumulation_steps > 1))
-    static = gradients if sharded_gradients or setup.gradient_accumulation_steps > 1 else 0.0
+    replayed, static = worst_micro_batch(shape, setup)
+    if setup.offload == "all" and not hardware.is_cpu:
+        weights = gradients = static = 0.0
     at = replayed.at_peak
-    context = context_bytes(hardware)
+    communication, context = communicator_bytes(hardware), context_bytes(hardware)
+    if setup.sharding == "ddp":
+        communication += gradients
     backward = Bytes(
         weights,
         static + at["gradients"],
@@ -117,17 +115,43 @@ def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
         at["activations"],
         at["logits"],
         at["quantization"],
-        at["communication"] + communicator_bytes(hardware),
+        at["communication"] + communication,
         context,
     )
     step = Bytes(
         weights,
         gradients + step_bytes(shape, setup),
         optimizer,
-        communication=communicator_bytes(hardware),
+        communication=communication,
         context=context,
     )
     return max(backward, step, key=lambda b: b.total)
+
+
+def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:
+    """(the micro-batch of a step that needs most, bytes of gradients that were there before it).
+
+    With several, it is one that finds the gradients of others; zero1 and zero2 gather their weights in the first.
+    """
+    if setup.gradient_accumulation_steps == 1:
+        return training_step(shape, replay_key(setup, keep=False), in_place), 0.0
+    later = training_step(shape, replay_key(setup, keep=True), in_place)
+    gradients = 0.0 if setup.sharding == "zero1" else resident(shape, setup)[1]  # zero1's are whole, in the replay
+    if setup.shards > 1 and not setup.reshard:
+        first = training_step(shape, replay_key(setup, keep=False), in_place)
+        if first.peak > later.peak + gradients:
+            return first, 0.0
+    return later, gradients
+
+
+def resident(shape: ModelShape, setup: Setup) -> tuple[float, float, float]:
+    """(weights, gradients, trained elements) of one GPU: bytes, bytes, elements whose optimizer states it has."""
+    width, trainable = setup.width, setup.trainable(shape)
+    if setup.shards > 1:
+        unit = whole(shape, setup)
+        return unit.shard + unit.replicated, unit.trained_shard, unit.trained_shard / width
+    weights = base_bytes(shape, setup.method, setup.precision) + (width * trainable if setup.adapters else 0)
+    return weights, width * trainable, trainable
 
 
 def replay_key(setup: Setup, keep: bool) -> Setup:
@@ -144,13 +168,17 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
         lora_rank=setup.lora_rank,
         lora_targets=setup.lora_targets,
         lora_dropout=setup.lora_dropout,
-        sharding="fsdp" if setup.shards > 1 else "none",
-        world_size=2 if setup.shards > 1 else 1,
+        sharding="none" if setup.shards == 1 else "fsdp" if setup.sharding == "zero3" else setup.sharding,
+        world_size=setup.world_size if setup.shards > 1 else 1,
+        replicas=setup.replicas if setup.shards > 1 else 1,
+        offload="all" if setup.shards > 1 and setup.offload == "all" else "none",
     )
 
 
 def communicator_bytes(hardware: Hardware) -> float:
-    return value("communication", "nccl_gib") * GIB if hardware.world_size > 1 else 0.0
+    """Of NCCL; gloo's are a few MiB of the process."""
+    several = hardware.world_size > 1 and not hardware.is_cpu
+    return value("communication", "nccl_gib") * GIB if several else 0.0
 
 
 def context_bytes(hardware: Hardware) -> float:
@@ -184,7 +212,7 @@ def memory(shape: ModelShape, hardware: Hardware, setup: Setup) -> Memory:
 
 def peaks(hardware: Hardware, total: float) -> PeakGib:
     """The same peak as torch counts it (allocated, reserved) and as the card shows it (device)."""
-    outside = 0.0 if hardware.is_cpu else value("context", "cuda_gib")
+    outside = 0.0 if hardware.is_cpu else value("context", "cuda_gib") + communicator_bytes(hardware) / GIB
     allocated = total / GIB - outside
     reserved = allocated * (1 + (0.0 if hardware.is_cpu else value("fragmentation", "share")))
     return PeakGib(round(allocated, 4), round(reserved, 4), round(reserved + outside, 4))
@@ -193,18 +221,16 @@ def peaks(hardware: Hardware, total: float) -> PeakGib:
 def host_bytes(shape: ModelShape, hardware: Hardware, setup: Setup, train: Bytes) -> float:
     """Of one node. Weights stream to the GPU file by file; what is trained is copied once in the rehearsal."""
     if hardware.is_cpu:
-        return train.total
-    trainable = setup.trainable(shape)
-    processes = value("context", "host_process_gib") * GIB * setup.gpus_per_node
-    share = setup.gpus_per_node / setup.world_size
-    total = processes + 2 * trainable * share
+        return train.total * setup.gpus_per_node
+    weights, _, trained = resident(shape, setup)
+    each = value("context", "host_process_gib") * GIB + setup.width * trained
     if setup.offload != "none":
-        total += (state_bytes(setup) + setup.width) * trainable * share
+        each += (state_bytes(setup) + setup.width) * trained
     elif setup.optimizer == "paged_adamw_8bit":
-        total += state_bytes(setup) * trainable * share
+        each += state_bytes(setup) * trained
     if setup.offload == "all":
-        total += base_bytes(shape, setup.method, setup.precision) * share
-    return total
+        each += weights
+    return each * setup.gpus_per_node
 
 
 def disk_bytes(shape: ModelShape, setup: Setup, checkpoints: int = 4) -> float:

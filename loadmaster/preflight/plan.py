@@ -105,6 +105,8 @@ class Plan:
     reasons: list[str] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     alternatives: list[dict[str, Any]] = field(default_factory=list)
+    replicas: int = 1
+    """sharding fsdp over several nodes: groups of GPUs that each hold every shard (hybrid: the nodes); 1: one group."""
     peak_gib: PeakGib | None = None
     trace: dict[str, Any] | None = None
     """With plan.trace: the peak of a traced step beside the replay's (loadmaster.training.trace); else None."""

@@ -119,6 +119,8 @@ class Work:
     """What the replayed kernels do."""
 
     matmul_flops: float = 0.0
+    fp8_flops: float = 0.0
+    """Of matmuls on fp8 units, besides those."""
     attention_flops: float = 0.0
     bytes_moved: float = 0.0
     """By kernels that are bound by memory: every input read and every output written once."""
@@ -142,7 +144,7 @@ class Tape:
     def __init__(self, in_place: bool = True, record: bool = False):
         self.in_place = in_place
         self.live = self.peak = 0
-        self.tag = "activations"
+        self.tag, self.gradient_tag = "activations", "gradients"
         self.by_tag = dict.fromkeys(TAGS, 0)
         self.at_peak = dict(self.by_tag)
         self.events: list[int] | None = [] if record else None
@@ -286,6 +288,6 @@ class Tape:
             leaf.waiting = box.pop()
         elif leaf.gradient is None:
             leaf.gradient = box.pop()
-            leaf.gradient.retag("gradients")
+            leaf.gradient.retag(self.gradient_tag)
         else:
             self.moved(*(3 * [box[0].bytes]))

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from loadmaster.config.schema import Job
-from loadmaster.preflight.hardware import Hardware
+from loadmaster.errors import ConfigError, Problem
+from loadmaster.preflight.hardware import Hardware, priced
 from loadmaster.preflight.memory import Memory, memory
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
@@ -60,6 +62,11 @@ class Found:
 
 
 def search(job: Job, shape: ModelShape, hardware: Hardware) -> Found:
+    """Raises ConfigError for what a CPU cannot do at all, however small the model."""
+    problems = list(impossible_on_cpu(job, hardware)) if hardware.is_cpu else []
+    if problems:
+        raise ConfigError(problems)
+    hardware = priced(hardware, job.plan.prices_usd_per_hour)
     refusals = list(refuse(job, shape, hardware))
     if refusals:
         return Found(None, [], [], refusals)
@@ -78,12 +85,37 @@ def closeness(candidate: Candidate) -> tuple[float, float]:
     return max(0.0, candidate.missing_gib), candidate.memory.needed_gib
 
 
+def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
+    """Written settings that no processor does; on a GPU the like is refused with the machines that could."""
+    where = "the job"
+    if job.precision in ("bf16", "fp8"):
+        message = "this runs on the CPU, which trains in fp32 here"
+        yield Problem("precision", job.precision, where, message, "precision=fp32 or auto, or hardware with a GPU")
+    if job.sharding not in ("auto", "none") and hardware.world_size == 1:
+        message = "one process on the CPU has nothing to share or shard"
+        yield Problem("sharding", job.sharding, where, message, "sharding=none or auto, or hardware.count=2")
+    if job.sharding == "none" and hardware.world_size > 1:
+        message = f"{hardware.world_size} processes would each train a model of their own"
+        yield Problem("sharding", "none", where, message, "sharding=ddp, fsdp or auto, or hardware.count=1")
+    rows = job.batch.global_size
+    if rows % hardware.world_size:
+        message = f"does not divide over {hardware.world_size} processes"
+        works = f"batch.global_size={math.ceil(rows / hardware.world_size) * hardware.world_size}"
+        yield Problem("batch.global_size", rows, where, message, works)
+
+
 def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     """What was written and cannot work on this hardware, whatever its memory."""
     if job.precision == "fp8" and not hardware.has_fp8:
         yield f"precision=fp8: {hardware.label} has no fp8 matrix units (compute capability 8.9 or later has); use bf16"
-    if job.precision == "bf16" and hardware.is_cpu:
-        yield "precision=bf16: a CPU trains in fp32 here; use fp32 or auto"
+    if job.precision == "fp8" and job.method == "auto" and "lora" not in job.plan.methods:
+        yield "precision=fp8 is for the frozen base of method=lora, which plan.methods leaves out; use bf16"
+    if shape.experts and job.method != "full" and job.lora.targets == "all-linear":
+        # peft takes the router and the 3-D tensors of the experts for linears, at several times the adapter's size.
+        yield (
+            f"lora.targets=all-linear: {shape.name} is a mixture of experts, whose expert tensors get adapters that no "
+            "plan counts; use lora.targets=[q_proj,k_proj,v_proj,o_proj], or method=full"
+        )
     if shape.attention_softcap:
         yield f"{shape.name} caps its attention scores, which variable-length attention cannot do; Gemma 3 does not"
     world, rows = hardware.world_size, job.batch.global_size
@@ -110,6 +142,10 @@ def divisors(number: int) -> list[int]:
 def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
     """Method, precision, optimizer and offload of each tier, most faithful first."""
     methods = job.plan.methods if job.method == "auto" else [job.method]
+    if job.objective == "dpo":  # its reference is the base under a disabled adapter
+        methods = [method for method in methods if method != "full"]
+    if job.precision == "fp8":  # the form of a frozen base; nf4 is qlora's
+        methods = [method for method in methods if method == "lora"] or methods
     precision = job.precision if job.precision != "auto" else "fp32" if hardware.is_cpu else "bf16"
     for method in methods:
         for offload in offloads(job, method, hardware):
@@ -152,29 +188,40 @@ def enumerate_tier(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[s
     sizes = divisors(rows) if job.micro_batch_size == "auto" else [job.micro_batch_size]
     if hardware.is_cpu and job.micro_batch_size == "auto":
         sizes = [size for size in sizes if size <= MOST_CPU_ROWS]
-    for sharding in shardings(job, hardware, tier["offload"]):
-        for checkpointing in checkpointings:
-            for size in sizes:
-                setup = Setup(
-                    **tier,
-                    sharding=sharding,
-                    checkpointing=checkpointing,
-                    micro_batch_size=size,
-                    gradient_accumulation_steps=rows // size,
-                    **fixed(job, hardware),
-                )
-                candidate = evaluate(job, shape, hardware, setup)
-                yield candidate
-                if not candidate.fits:
-                    break
+    shared = shardings(job, hardware, tier["offload"])
+    for precision, (sharding, replicas), checkpointing in product(
+        precisions(job, hardware, tier), shared, checkpointings
+    ):
+        for size in sizes:
+            setup = Setup(
+                **{**tier, "precision": precision},
+                sharding=sharding,
+                replicas=replicas,
+                checkpointing=checkpointing,
+                micro_batch_size=size,
+                gradient_accumulation_steps=rows // size,
+                **fixed(job, hardware),
+            )
+            candidate = evaluate(job, shape, hardware, setup)
+            yield candidate
+            if not candidate.fits:
+                break
 
 
-def shardings(job: Job, hardware: Hardware, offload: str) -> tuple[str, ...]:
+def precisions(job: Job, hardware: Hardware, tier: dict[str, Any]) -> tuple[str, ...]:
+    """Adapters may also be trained over a frozen fp8 base, where the hardware has fp8 units and nothing was written."""
+    open_ = job.precision == "auto" and tier["method"] == "lora" and hardware.has_fp8
+    return (tier["precision"], "fp8") if open_ else (tier["precision"],)
+
+
+def shardings(job: Job, hardware: Hardware, offload: str) -> list[tuple[str, int]]:
+    """(sharding, replicas): fully sharded over all GPUs, or over each node's."""
     if hardware.world_size == 1:
-        return ("none",)
-    if job.sharding != "auto":
-        return (job.sharding,)
-    return ("ddp", "fsdp") if offload == "none" else ("fsdp",)
+        return [("none", 1)]
+    names = (job.sharding,) if job.sharding != "auto" else ("ddp", "fsdp") if offload == "none" else ("fsdp",)
+    hybrid = hardware.nodes > 1 and hardware.count > 1
+    found = [(name, 1) for name in names]
+    return found + [("fsdp", hardware.nodes)] * (hybrid and "fsdp" in names)
 
 
 def fixed(job: Job, hardware: Hardware) -> dict[str, Any]:
@@ -206,14 +253,23 @@ def ranking(job: Job, fit: list[Candidate]) -> Callable[[Candidate], tuple]:
         return lambda c: (c.memory.needed_gib, -(c.tokens_per_second or 0))
     fastest = max(c.tokens_per_second or 0 for c in fit)
     near = fastest * (1 - EQUAL_SPEED)
-    return lambda c: (-min(c.tokens_per_second or 0, near), c.memory.needed_gib)
+    # Whole weights on each GPU have nothing to gather, so they come before sharded ones that are as fast.
+    # fp8 rounds the base, so it has to win by more than that.
+    return lambda c: (
+        -min(c.tokens_per_second or 0, near), c.setup.precision == "fp8", c.setup.shards > 1, c.memory.needed_gib
+    )  # fmt: skip
 
 
 def _one_of_each_kind(fit: list[Candidate]) -> list[Candidate]:
-    """The best of every other combination of sharding and checkpointing, then the best other micro-batch."""
-    seen, kept = {(fit[0].setup.sharding, fit[0].setup.checkpointing)}, []
+    """The best of every other combination of precision, sharding and checkpointing, then the best micro-batch."""
+
+    def kind_of(candidate: Candidate) -> tuple:
+        setup = candidate.setup
+        return setup.precision, setup.sharding, setup.replicas, setup.checkpointing
+
+    seen, kept = {kind_of(fit[0])}, []
     for candidate in fit[1:]:
-        kind = (candidate.setup.sharding, candidate.setup.checkpointing)
+        kind = kind_of(candidate)
         if kind not in seen:
             seen.add(kind)
             kept.append(candidate)
@@ -228,7 +284,7 @@ def smallest(job: Job, shape: ModelShape, hardware: Hardware) -> Candidate:
     sharding = "none" if hardware.world_size == 1 else "fsdp"
     checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
     setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, **fixed(job, hardware))
-    return evaluate(job, shape, hardware, setup)
+    return evaluate(job, shape, priced(hardware, job.plan.prices_usd_per_hour), setup)
 
 
 def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:

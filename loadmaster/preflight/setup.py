@@ -7,6 +7,11 @@ from typing import Any
 
 from loadmaster.preflight.shape import ModelShape
 
+SHARDED = ("fsdp", "zero1", "zero2", "zero3")
+"""What fully_shard does; the ZeRO stages are settings of it (loadmaster.training.sharding)."""
+KEEP_WEIGHTS = ("zero1", "zero2")
+"""Weights are gathered once a step and stay whole."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -16,6 +21,8 @@ class Setup:
     optimizer: str
     master_weights: bool
     sharding: str = "none"
+    replicas: int = 1
+    """fsdp on several nodes: groups of GPUs that hold all shards between them (hybrid sharding); 1 or the nodes."""
     offload: str = "none"
     checkpointing: str = "none"
     micro_batch_size: int = 1
@@ -44,16 +51,13 @@ class Setup:
 
     @property
     def shards(self) -> int:
-        """Over how many GPUs weights are spread."""
-        return self.world_size if self.sharding in ("fsdp", "zero3") else 1
+        """Over how many GPUs weights, gradients and optimizer states are spread."""
+        return self.world_size // self.replicas if self.sharding in SHARDED else 1
 
     @property
-    def gradient_shards(self) -> int:
-        return self.world_size if self.sharding in ("fsdp", "zero3", "zero2") else 1
-
-    @property
-    def optimizer_shards(self) -> int:
-        return self.world_size if self.sharding in ("fsdp", "zero1", "zero2", "zero3") else 1
+    def reshard(self) -> bool:
+        """Whether a layer's gathered weights are let go after its forward pass and gathered again for the backward."""
+        return self.sharding not in KEEP_WEIGHTS
 
     def trainable(self, shape: ModelShape) -> int:
         return shape.lora_parameters(self.lora_rank, self.lora_targets) if self.adapters else shape.parameters

@@ -2,7 +2,8 @@
 
     micro-batch = max( matmul FLOPs / (peak x e1) + attention FLOPs / (peak x e2) + bytes moved / (bandwidth x e3),
                        kernels x launch time )
-    step        = micro-batches + optimizer traffic / (bandwidth x e3), beside the collectives that overlap with them
+    step        = micro-batches + optimizer traffic / (bandwidth x e3) + collectives that compute does not hide
+                  (communication.py)
 
 FLOPs, bytes and kernels are counted operation by operation (replay.py). The efficiencies e are in
 coefficients.yaml with card and date; other cards use the same ones against their own peaks, and a plan says so.
@@ -11,16 +12,17 @@ coefficients.yaml with card and date; other cards use the same ones against thei
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from loadmaster import catalog
 from loadmaster.preflight.coefficients import coefficients, value
+from loadmaster.preflight.communication import step_communication
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.memory import replay_key, state_bytes
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import training_step
-from loadmaster.preflight.weights import REDUCE_BYTES, base_bytes
 
 
 def tokens_per_second(shape: ModelShape, hardware: Hardware, setup: Setup) -> float | None:
@@ -33,24 +35,24 @@ def tokens_per_second(shape: ModelShape, hardware: Hardware, setup: Setup) -> fl
 
 def step_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """One optimizer step, all micro-batches."""
-    compute = setup.gradient_accumulation_steps * micro_batch_seconds(shape, hardware, setup)
-    collectives = collective_seconds(shape, hardware, setup)
-    # Collectives run beside the compute; a share of the shorter of the two stays visible.
-    exposed = value("efficiency", "exposed_collectives")
-    return max(compute, collectives) + exposed * min(compute, collectives) + optimizer_seconds(shape, hardware, setup)
+    micro_batch = micro_batch_seconds(shape, hardware, setup)
+    seconds = setup.gradient_accumulation_steps * micro_batch + optimizer_seconds(shape, hardware, setup)
+    return seconds + step_communication(shape, hardware, setup, micro_batch)
 
 
 def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
-    work = training_step(shape, replay_key(setup, keep=False)).work
+    work = training_step(shape, replay_key(replace(setup, sharding="none"), keep=False)).work
     if hardware.is_cpu:
         return (work.matmul_flops + work.attention_flops) / (hardware.tflops["fp32"] * 1e12) + work.bytes_moved / (
             hardware.bandwidth_gb_per_s * 1e9
         )
     peak = hardware.tflops["fp32" if setup.precision == "fp32" else "bf16"] * 1e12
     matmul_peak = peak * value("efficiency", "matmul") * size_factor(shape, setup)
-    if setup.precision == "fp8":
-        matmul_peak *= value("efficiency", "fp8_gain")
-    seconds = work.matmul_flops / matmul_peak + work.attention_flops / (peak * value("efficiency", "attention"))
+    seconds = work.matmul_flops / matmul_peak
+    if work.fp8_flops:
+        fp8_peak = hardware.tflops.get("fp8", hardware.tflops["bf16"]) * 1e12 * value("efficiency", "fp8_matmul")
+        seconds += work.fp8_flops / (fp8_peak * size_factor(shape, setup))
+    seconds += work.attention_flops / (peak * value("efficiency", "attention"))
     seconds += work.bytes_moved / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
     return max(seconds, work.kernels * value("efficiency", "launch_us") * 1e-6)
 
@@ -63,7 +65,7 @@ def size_factor(shape: ModelShape, setup: Setup) -> float:
 
 def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """Clipping and update read and write gradient, weight and states; offloaded states cross to the host and back."""
-    trainable = setup.trainable(shape) / setup.optimizer_shards
+    trainable = setup.trainable(shape) / setup.shards
     width = setup.width
     moved = trainable * (3 * width + 2 * width + 2 * state_bytes(setup) + (8 if setup.master_weights else 0))
     efficiency = 1.0 if hardware.is_cpu else value("efficiency", "memory")
@@ -72,28 +74,6 @@ def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> fl
         seconds += 2 * trainable * (width + 2) / (hardware.host_gb_per_s * 1e9 * value("efficiency", "host_link"))
         seconds += moved / (value("efficiency", "host_memory_gb_per_s") * 1e9)
     return seconds
-
-
-def collective_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
-    """All-gathers of weights, reductions of gradients, over the slowest link that they cross."""
-    if setup.world_size == 1:
-        return 0.0
-    share = (setup.world_size - 1) / setup.world_size
-    gradients = REDUCE_BYTES * setup.trainable(shape)
-    if setup.shards > 1:
-        passes = 2 * setup.gradient_accumulation_steps
-        sent = passes * base_bytes(shape, setup.method, setup.precision) + gradients * setup.gradient_accumulation_steps
-    else:
-        sent = 2 * gradients
-    return sent * share / (link_bytes_per_second(hardware) * value("efficiency", "link"))
-
-
-def link_bytes_per_second(hardware: Hardware) -> float:
-    """What each GPU can send: inside a node its link, between nodes its share of the node's network."""
-    inside = hardware.link_gb_per_s * 1e9
-    if hardware.nodes == 1:
-        return inside
-    return min(inside, max(hardware.network_gbps, 1.0) * 1e9 / 8 / hardware.count)
 
 
 def overhead_hours(shape: ModelShape, hardware: Hardware, setup: Setup, rented: bool) -> float:

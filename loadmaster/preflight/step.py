@@ -2,7 +2,8 @@
 
 All layers of a kind are equal, so the first, the second and the last are replayed, and what lies between them
 is held as one block: between two layers the live bytes change by the same amount each time, so the peak is in
-one of the three.
+one of the three. Sharded, the last but one is replayed as well: in its backward pass, and not before, the gradients
+of another layer are on their way.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.units import Units
 
-REPLAYED_LAYERS = 3
+HEAD_LAYERS = 2
+"""Replayed before the block."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Replayed:
 @cache
 def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Replayed:
     """Forward and backward of one micro-batch; every token trained, so the loss is as large as it can be."""
-    accumulated = setup.gradient_accumulation_steps > 1
+    # Sharded gradients meet those of an earlier micro-batch after they were reduced, in units.py.
+    accumulated = setup.gradient_accumulation_steps > 1 and not setup.shards > 1
     tape = Tape(in_place)
     b = Blocks(tape, shape, setup, accumulated)
     loss, done, units = _forward(b, _Middle(b))
@@ -42,7 +45,7 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
     node = loss.node
     del loss
     tape.backward(node, box)
-    units.reduce_root()
+    units.reduce_rest()
     return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
 
 
@@ -62,7 +65,8 @@ class _Middle:
 
     def __init__(self, b: Blocks):
         self.b = b
-        self.count = max(0, b.shape.layers - REPLAYED_LAYERS)
+        self.replayed = min(b.shape.layers, HEAD_LAYERS + (2 if b.setup.shards > 1 else 1))
+        self.count = b.shape.layers - self.replayed
         self.forward, self.started, self.finished = Work(), Work(), Work()
         self.gradients: list[Storage] = []
 
@@ -98,35 +102,39 @@ class _Middle:
 
 def _forward(b: Blocks, middle: _Middle):
     tape, shape = b.tape, b.shape
+    units = Units(b)
+    units.start()
     table = b.base(b.w * shape.embedding_parameters, uses=2 if shape.tied else 1)
     head = table if shape.tied else b.base(b.w * shape.embedding_parameters)
     ids = tape.alloc(8 * b.n)
     x = embedded = embed(b, table, ids)
     positions = tape.alloc(8 * b.n)
     rotary = tape.alloc(b.w * 2 * b.n * shape.head_dim * shape.rotary_fraction * _rotary_sets(shape))
-    simulated = min(shape.layers, REPLAYED_LAYERS)
-    units = Units(b)
+    units.top = list(tape.leaves)
     kept = gradients = 0
-    for index in range(simulated):
+    for index in range(middle.replayed):
         experts = index < shape.expert_layers
-        if index == simulated - 1 and middle.count:
+        if index == HEAD_LAYERS and middle.count:
             x = middle.stand_in(x, kept, gradients)
-        before, work = tape.live, Work().plus(tape.work)
+        before, work, first = tape.live, Work().plus(tape.work), len(tape.leaves)
         if index == 1:
             x = middle.mark_end(x)
         weights = b.layer_weights(experts, rotary)
         layer = _layer(b, weights, experts, positions)
-        x = units.begin(x)
+        x = units.begin(x, index, experts, index == middle.replayed - 1)
         x = tape.checkpoint(layer, x) if b.setup.checkpointing == "full" and tape.enabled else layer(x)
-        x = units.end(x)
+        x = units.end(x, index, tape.leaves[first:])
         kept = tape.live - before
         middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward
         gradients = 0 if b.accumulated else gradient_bytes(shape, b.setup, experts)
-    x = b.norm(x, b.base(b.w * shape.hidden_size), b.n)
+        gradients = units.shard_gradients(experts) if units.sharded else gradients
+    norm = b.base(b.w * shape.hidden_size)
+    units.top += tape.leaves[-1:] if norm.node is not None else []
+    x = b.norm(x, norm, b.n)
     del weights, layer, rotary, positions, ids, embedded  # the decoder's own variables last as long as it runs
     rows = b.n - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = gather(b, b.slice(x, 1.0), rows)
-    return chunked_loss(b, x, head, rows), middle.total, units
+    return units.finish(chunked_loss(b, x, head, rows)), middle.total, units
 
 
 def _layer(b: Blocks, weights: Weights, experts: bool, positions: Storage) -> Callable[[Tensor], Tensor]:

@@ -102,7 +102,7 @@ def _brief(plan: Plan) -> str:
 def _place(plan: Plan) -> str:
     hardware = plan.hardware
     if hardware.gpu == "cpu":
-        return "the CPU"
+        return "the CPU" if plan.world_size == 1 else f"{plan.world_size} CPU processes"
     nodes = f"{hardware.nodes} nodes of " if hardware.nodes > 1 else ""
     return f"{nodes}{hardware.count}x {hardware.gpu}"
 
@@ -110,7 +110,8 @@ def _place(plan: Plan) -> str:
 def _settings(plan: Plan) -> str:
     optimizer = plan.optimizer + (" with fp32 master weights" if plan.master_weights else "")
     parts = [plan.method, plan.precision, optimizer]
-    parts += [] if plan.sharding == "none" else [f"sharding {plan.sharding}"]
+    inside = " inside each node" if plan.replicas > 1 else ""
+    parts += [] if plan.sharding == "none" else [f"sharding {plan.sharding}{inside}"]
     parts += [] if plan.offload == "none" else [f"offload {plan.offload}"]
     parts.append(f"activation checkpointing {plan.activation_checkpointing}")
     parts.append(f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} rows of {plan.sequence_length} tokens")
@@ -124,7 +125,8 @@ def _speed(plan: Plan) -> str:
     said += "" if plan.hours is None else f", {plan.hours:.2f} h with start, load and export"
     if plan.price:
         said += "" if plan.cost_usd is None else f", ${plan.cost_usd:.2f}"
-        said += f" at ${plan.price['usd_per_hour']:.2f}/h ({plan.price['provider']}, {plan.price['date']})"
+        listed = ", ".join(plan.price[key] for key in ("provider", "date") if plan.price[key])
+        said += f" at ${plan.price['usd_per_hour']:.2f}/h ({listed})"
     return said
 
 

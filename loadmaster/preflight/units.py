@@ -1,67 +1,179 @@
 """What sharded weights add to a replay: units gathered for use, and gradients on their way to their shards.
 
-fully_shard gathers one unit (a decoder layer) for its use and prefetches the next, each into a buffer that is
-then copied out into parameters; the root (embedding, head, last norm) stays gathered from the first use to the
-end. In the backward pass a unit's gradients exist whole until they are reduced, in fp32, while the next unit
-runs. Source: torch's fully_shard and traces of it (memory.md, section 2.5); modelled, not measured.
+fully_shard, in the order in which it takes and frees memory (torch.distributed.fsdp 2.13, traced):
+
+    forward    a unit is gathered into one buffer and copied out of it into parameters; the buffer stays until the
+               next unit's is copied out, the parameters until the unit has run (the root's to the end). While a
+               layer runs, the next one's buffer is filled.
+    backward   a unit's buffer was filled while the one after it ran; it is copied out and let go, and the buffer of
+               the unit before it is taken. Afterwards the unit's gradients are copied into a buffer in fp32, which
+               stays until the next unit's; the shard that comes out is kept in the weights' dtype.
+    end        the root's gradients, and those of a first layer whose input needs none.
+
+zero1 and zero2 let no parameters go before the step's last micro-batch, so with several of them weights are whole from
+the start; zero1's gradients add up whole, in fp32. Hybrid, what comes out of a reduction is summed over nodes, and its
+fp32 form stays to the end of the backward pass. Weights that live in host memory are copied to the GPU for each
+gathering, and gradients back.
 """
 
 from __future__ import annotations
 
 from loadmaster.preflight.blocks import Blocks
-from loadmaster.preflight.replay import Storage, Tensor
-from loadmaster.preflight.weights import REDUCE_BYTES, base_bytes
+from loadmaster.preflight.replay import Leaf, Storage, Tensor
+from loadmaster.preflight.shards import REDUCE_BYTES, Unit, units, whole
 
 
 class Units:
     """Does nothing where weights are not sharded."""
 
     def __init__(self, b: Blocks):
-        self.tape, shape, setup = b.tape, b.shape, b.setup
-        self.sharded = setup.shards > 1
-        self.held: list[Storage] = []
-        self.in_flight: list[Storage] = []
+        self.b, self.tape, self.sharded = b, b.tape, b.setup.shards > 1
+        self.top: list[Leaf] = []
         if not self.sharded:
             return
-        per_weight = base_bytes(shape, setup.method, setup.precision) / shape.parameters
-        layer = shape.layer_parameters(experts=shape.expert_layers > 0)
-        root = shape.embedding_parameters + shape.head_parameters + shape.hidden_size
-        self.gathered = 2.5 * per_weight * layer  # this unit twice while it is copied out, half of the next on average
-        self.unsharded = 0 if setup.adapters else b.w * layer
-        self.reduced = 0 if setup.adapters else REDUCE_BYTES * layer
-        self.root_reduced = 0 if setup.adapters else (b.w + REDUCE_BYTES) * root
-        self.root = [self._alloc(b.w * root)]
+        b.tape.gradient_tag = "communication"  # whole gradients are on their way to their shards
+        self.dense, self.sparse, self.root = units(b.shape, b.setup)
+        self.held: list[Storage] = []
+        self.ahead: list[Storage] = []
+        self.prefetched: list[Storage] = []
+        self.summed: list[Storage] = []
+        self.scattering: list[Storage] = []
+        self.shards: list[Storage] = []
+        self.parameters: dict[int, Storage] = {}
+        self.order: list[tuple[int, Unit]] = []
+        """The layers that have run forward and are not through the backward pass."""
+        self.leaves: dict[int, list[Leaf]] = {}
+
+    def shard_gradients(self, experts: bool) -> int:
+        """Bytes that a layer's gradients leave on a GPU."""
+        unit, setup = self.sparse if experts else self.dense, self.b.setup
+        summed = unit.reduced // setup.shards if setup.replicas > 1 and setup.width < 4 else 0
+        return summed + (0 if self._accumulated or setup.offload == "all" else unit.trained_shard)
+
+    @property
+    def _accumulated(self) -> bool:
+        return self.b.setup.gradient_accumulation_steps > 1
 
     def _alloc(self, size: float) -> Storage:
         with self.tape.tagged("communication"):
             return self.tape.alloc(size)
 
-    def begin(self, x: Tensor) -> Tensor:
+    def start(self) -> None:
+        """Before the embedding."""
+        if not self.sharded:
+            return
+        if self._stays:
+            self.parameters[-1] = self._alloc(whole(self.b.shape, self.b.setup).gathered)
+            if self._adds_up_whole:
+                self.summed.append(self._alloc(REDUCE_BYTES * self.b.setup.trainable(self.b.shape)))
+            return
+        self._gather(-1, self.root)
+
+    @property
+    def _stays(self) -> bool:
+        return self._accumulated and not self.b.setup.reshard
+
+    @property
+    def _adds_up_whole(self) -> bool:
+        return self._stays and self.b.setup.sharding == "zero1"
+
+    def _buffer(self, unit: Unit) -> Storage:
+        if self.b.setup.offload != "all":
+            return self._alloc(unit.gathered)
+        shards = self._alloc(unit.shard)
+        buffer = self._alloc(unit.gathered)
+        del shards
+        return buffer
+
+    def _gather(self, index: int, unit: Unit) -> None:
+        buffer = self.ahead or [self._buffer(unit)]
+        self.parameters[index] = self._alloc(unit.gathered)
+        self.held, self.ahead = buffer, []
+
+    def begin(self, x: Tensor, index: int, experts: bool, last: bool) -> Tensor:
         """Before a layer runs forward; in the backward pass, after it has run."""
         if not self.sharded:
             return x
-        self.held.append(self._alloc(self.gathered))
+        unit = self.sparse if experts else self.dense
+        self.order.append((index, unit))
+        if not self._stays:
+            self._gather(index, unit)
+        if not last and not self._stays:
+            self.ahead = [self._buffer(unit)]
 
         def backward(g: Storage, _: list) -> list:
-            self.held.clear()
-            self.in_flight[:] = [self._alloc(self.reduced)]
+            self._reduce(index, unit)
+            self.order.pop()
             return [g]
 
         return self.tape.link(Tensor(x.storage, x.node), [x], [], backward)
 
-    def end(self, x: Tensor) -> Tensor:
+    def end(self, x: Tensor, index: int, leaves: list[Leaf]) -> Tensor:
         """After a layer has run forward; in the backward pass, before it runs."""
         if not self.sharded:
             return x
-        self.held.clear()
+        unit = self.order[-1][1]
+        if self.b.setup.reshard:
+            del self.parameters[index]
+        self.leaves[index] = leaves
 
         def backward(g: Storage, _: list) -> list:
-            self.held[:] = [self._alloc(self.gathered), self._alloc(self.unsharded)]
+            if self.b.setup.reshard:
+                self.parameters[index] = self._alloc(unit.gathered)
+                self.prefetched.clear()
+                if len(self.order) > 1:
+                    self.prefetched.append(self._buffer(self.order[-2][1]))
             return [g]
 
         return self.tape.link(Tensor(x.storage, x.node), [x], [], backward)
 
-    def reduce_root(self) -> None:
-        """The last of the backward pass: gradients of embedding and head."""
-        if self.sharded:
-            self._alloc(self.root_reduced)
+    def finish(self, loss: Tensor) -> Tensor:
+        """After the loss; in the backward pass, before it."""
+        if not self.sharded:
+            return loss
+        self.held.clear()
+
+        def backward(g: Storage, _: list) -> list:
+            if self.b.setup.reshard:
+                self.prefetched.append(self._buffer(self.order[-1][1]))
+            return [g]
+
+        return self.tape.link(Tensor(loss.storage, loss.node), [loss], [], backward)
+
+    def reduce_rest(self) -> None:
+        """The last of the backward pass."""
+        if not self.sharded:
+            return
+        self.leaves[-1] = self.top
+        self._reduce(-1, self.root)
+        for index, unit in self.order:
+            self._reduce(index, unit)
+
+    def _reduce(self, index: int, unit: Unit) -> None:
+        if not self._stays:
+            self.parameters.pop(index, None)
+        self.scattering.clear()
+        if not unit.reduced:
+            return
+        if self._adds_up_whole:
+            self._reduce_once(unit, self.leaves.pop(index))
+            return
+        self.scattering.append(self._alloc(unit.reduced))
+        for leaf in self.leaves.pop(index):
+            leaf.gradient = None
+        setup = self.b.setup
+        shard = self._alloc(unit.reduced // setup.shards)
+        if setup.replicas > 1:
+            self.summed.append(shard)
+        if self.b.w < 4:
+            shard = self._alloc(unit.trained_shard)
+        if not self._accumulated and setup.offload != "all":
+            shard.retag("gradients")
+            self.shards.append(shard)
+
+    def _reduce_once(self, unit: Unit, leaves: list[Leaf]) -> None:
+        """zero1, last micro-batch: the layer that is reduced first has let its parameters go, its gradients not yet."""
+        for leaf in leaves:
+            leaf.gradient = None
+        if unit is not self.root and len(self.leaves) == len(self.order) - 1:
+            self._alloc(max(0, unit.reduced - unit.gathered))

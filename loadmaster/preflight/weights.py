@@ -6,9 +6,6 @@ from functools import cache
 
 from loadmaster.preflight.shape import Matrix, ModelShape
 
-REDUCE_BYTES = 4
-"""Gradients are reduced over GPUs in fp32."""
-
 
 def nf4_bytes(matrix: Matrix) -> int:
     """A matrix in nf4 with double quantization, to the byte, each tensor rounded to the allocator's 512.

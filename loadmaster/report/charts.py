@@ -78,7 +78,7 @@ def draw(curve: Curve, width: int, height: int) -> str:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_style(f"{curve.title} {width}x{height}"))
+        matplotlib.rcParams.update(style(f"{curve.title} {width}x{height}"))
         figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
         axes = figure.add_subplot()
@@ -91,7 +91,7 @@ def draw(curve: Curve, width: int, height: int) -> str:
         axes.yaxis.set_minor_formatter(NullFormatter())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _inline(buffer.getvalue(), f"{curve.title}, {curve.unit}, over optimizer steps")
+    return inline(buffer.getvalue(), f"{curve.title}, {curve.unit}, over optimizer steps")
 
 
 def _plot(axes, curve: Curve) -> None:
@@ -142,7 +142,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _style(salt: str) -> dict[str, object]:
+def style(salt: str) -> dict[str, object]:
     return {
         "svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "axes.labelsize": 11,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": RULE, "xtick.color": RULE, "ytick.color": RULE,
@@ -153,7 +153,7 @@ def _style(salt: str) -> dict[str, object]:
     }
 
 
-def _inline(svg: str, description: str) -> str:
+def inline(svg: str, description: str) -> str:
     """The drawing as an element of the page: no prolog, no fixed size, page colours, page font, no ids to clash."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.S)

@@ -121,11 +121,13 @@ def _held_out(files: RunFiles) -> Figure | None:
     if not any(isinstance(side, dict) for side in sides):
         return None
     before, after = (side if isinstance(side, dict) else {} for side in sides)
-    perplexities = [units.significant(side.get("perplexity"), 4) for side in (before, after)]
-    return Figure(
-        "Held-out loss", units.decimals(after.get("loss"), 3), f"nats per token; perplexity {' → '.join(perplexities)}",
-        units.decimals(before.get("loss"), 3),
-    )
+    if "reward_accuracy" in after:
+        preferred = [units.percent(side.get("reward_accuracy")) for side in (before, after)]
+        note = f"per pair; chosen answers preferred {' → '.join(preferred)}"
+    else:
+        perplexities = [units.significant(side.get("perplexity"), 4) for side in (before, after)]
+        note = f"nats per token; perplexity {' → '.join(perplexities)}"
+    return Figure("Held-out loss", units.decimals(after.get("loss"), 3), note, units.decimals(before.get("loss"), 3))
 
 
 def _speed(files: RunFiles) -> Figure | None:

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 from loadmaster import __version__
 from loadmaster.files import write_text
-from loadmaster.report import curves, data, evaluation, overview, plan, units
+from loadmaster.report import curves, data, evaluation, exports, overview, plan, units
 from loadmaster.report.inputs import RunFiles, read_run
 
 NAME = "report.html"
@@ -33,7 +33,8 @@ SECTIONS: dict[str, Callable[[RunFiles], Any]] = {
     "memory": plan.memory_section,
     "curves": curves.curves_section,
     "evaluation": evaluation.evaluation_section,
-    "exports": evaluation.exports_section,
+    "exports": exports.exports_section,
+    "exports_chart": exports.exports_chart,
     "samples": evaluation.samples_section,
 }
 

@@ -15,6 +15,16 @@ def trained_tokens(row: PackedRow) -> int:
     return int(((row.labels[1:] != -100) & (row.position_ids[1:] != 0)).sum())
 
 
+def losses(row: PackedRow, objective: str) -> int:
+    """How many losses of `objective` the row has, over which a step takes the mean: trained tokens, or pairs."""
+    return trained_tokens(row) if objective == "sft" else len(row.document_ids) // 2
+
+
+def untrained(row: PackedRow) -> PackedRow:
+    """The row without any trained token: what a rank runs that has no row of its own."""
+    return dataclasses.replace(row, labels=np.full_like(row.labels, -100))
+
+
 def micro_batches(
     rows: Sequence[PackedRow], size: int, rank: int, world_size: int, pad_token_id: int, to_length: int | None
 ) -> list[MicroBatch]:
@@ -25,7 +35,7 @@ def micro_batches(
     to_length: pad rows to so many tokens (fixed shapes), or to the longest row when None.
     """
     per_rank = -(-len(rows) // world_size)
-    idle = dataclasses.replace(rows[0], labels=np.full_like(rows[0].labels, -100))
+    idle = untrained(rows[0])
     mine = list(rows[rank * per_rank : (rank + 1) * per_rank])
     mine += [idle] * (per_rank - len(mine))
     return [collate(mine[i : i + size], pad_token_id, to_length) for i in range(0, per_rank, size)]

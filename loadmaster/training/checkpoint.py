@@ -1,33 +1,47 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are whole or not there, and that any number of processes can go on from.
 
     checkpoints/step-120/
-        weights.safetensors     what is trained, by parameter name
-        optimizer.safetensors   moments and fp32 masters
-        rng.safetensors         generators of torch
-        state.json              step, data position, other generators, tokens seen, job hash, evaluation loss
-        checksums.json          sha256 of the four, written last
+        tensors/shard-00001-....safetensors   weights, moments and fp32 masters by parameter name; a file of each rank,
+                                              with the place of each piece in its whole (torch.distributed.checkpoint)
+        rng-0.safetensors, rng-0.json         random generators of each rank
+        state.json                            step, data position, tokens seen, job hash, evaluation loss
+        checksums.json                        sha256 of all others, written last
 
-A checkpoint is filled under a temporary name, fsynced and renamed. When it is read its checksums are
-compared, so one that a full disk or a broken machine tore is passed over for the one before it.
+Nothing in it says how it was spread when it was written: it is read by name and slice, by one process or by eight,
+whole or sharded. It is filled under a temporary name, fsynced and renamed by the lead after every rank has written.
+When it is read its checksums are compared, so one that a full disk or a broken machine tore is passed over.
+
+The loop waits only for a copy of the tensors to the host; the writing is done by a thread behind it.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import threading
+import time
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loadmaster.errors import TrainingFailed
 from loadmaster.files import publish_folder, read_json, sha256_file, write_json
 from loadmaster.training.optimizer import TrainingOptimizer
-from loadmaster.training.rng import restore_rng, rng_state
+from loadmaster.training.placement import Placed, local
+from loadmaster.training.rng import restore_rng, rng_state, seed_everything
+from loadmaster.training.world import World
 
-FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of a world of one, at every save
+
+Named = list[tuple[str, nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -36,53 +50,197 @@ class Found:
     state: dict[str, Any]
 
 
-def save(
-    folder: Path, trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer, state: dict[str, Any]
-) -> None:
-    """Write a checkpoint at `folder`. `state` must be JSON; raises TrainingFailed when the disk is full."""
-    tensors, scalars = optimizer.state()
-    rng_tensors, rng_json = rng_state()
-    try:
-        with publish_folder(folder) as partial:
-            save_file(_on_host(dict(trained)), partial / "weights.safetensors")
-            save_file(_on_host(tensors), partial / "optimizer.safetensors")
-            save_file(rng_tensors, partial / "rng.safetensors")
-            write_json(partial / "state.json", {**state, "optimizer_scalars": scalars, "rng": rng_json})
-            write_json(partial / "checksums.json", {name: sha256_file(partial / name) for name in FILES})
-    except Exception as error:  # safetensors raises its own error type for a failed write
-        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
-            free = shutil.disk_usage(folder.parent).free / 2**30
-            raise TrainingFailed(
-                f"the checkpoint {folder} could not be written: {error} ({free:.2f} GiB free there). "
-                "Earlier checkpoints are whole; free some space or set run_dir to another disk, "
-                "and start again to resume"
-            ) from error
-        raise
+class Checkpoints:
+    """Writes the checkpoints of a run, one at a time, behind the loop's back."""
 
+    def __init__(self, world: World, placed: Placed):
+        self.world, self.placed = world, placed
+        # Its own group: the writing thread's collectives must not get between the loop's.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self.stall_s = 0.0
+        """Seconds that the loop waited for the last save."""
 
-def load(folder: Path, trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer) -> dict[str, Any]:
-    """Put a whole checkpoint back into weights, optimizer and generators; return its state."""
-    weights = load_file(folder / "weights.safetensors")
-    if set(weights) != {name for name, _ in trained}:
-        raise TrainingFailed(f"the checkpoint {folder} holds other weights than this job trains; give another run_dir")
-    for name, parameter in trained:
-        parameter.data.copy_(weights[name])
-    state = read_json(folder / "state.json")
-    optimizer.load_state(load_file(folder / "optimizer.safetensors"), state["optimizer_scalars"])
-    restore_rng(load_file(folder / "rng.safetensors"), state["rng"])
-    return state
+    def save(
+        self,
+        folder: Path,
+        trained: Named,
+        optimizer: TrainingOptimizer,
+        state: dict[str, Any],
+        keep: tuple | None = None,
+    ) -> None:
+        """Copy everything and return; `folder` appears when it is whole. `state` must be JSON.
 
+        keep: (newest, best) to keep of its neighbours. Raises TrainingFailed for the save before, if that failed.
+        """
+        began = time.perf_counter()
+        self.wait()
+        tensors, steps, scalars = _collect(trained, optimizer, self.placed)
+        generators, generators_json = rng_state()
+        record = {**state, "world_size": self.world.size}
+        self.stall_s = time.perf_counter() - began
+        self._thread = threading.Thread(
+            target=self._write,
+            args=(folder, tensors, {"steps": steps, "scalars": scalars}, generators, generators_json, record, keep),
+            name="checkpoint",
+        )
+        self._thread.start()
 
-def newest_whole(folder: Path, job_hash: str, warn: Any) -> Found | None:
-    """The newest checkpoint under `folder` whose files have their checksums; `warn` hears of the others."""
-    for step, path in sorted(_steps(folder), reverse=True):
+    def wait(self) -> None:
+        """Until the last checkpoint is there. Raises TrainingFailed when it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(
+        self,
+        folder: Path,
+        tensors: dict,
+        optimizer: dict,
+        generators: dict,
+        generators_json: dict,
+        state: dict,
+        keep: Any,
+    ) -> None:
         try:
-            wanted = read_json(path / "checksums.json")
-            broken = [name for name in FILES if wanted.get(name) != sha256_file(path / name)]
-            state = None if broken else read_json(path / "state.json")
-        except (OSError, ValueError, AttributeError) as error:
-            broken, state = [str(error)], None
-        if state is None:
+            self._write_all(folder, tensors, optimizer, generators, generators_json, state)
+            if keep and self.world.lead:
+                prune(folder.parent, *keep)
+        except Exception as error:  # raised again by the loop, in wait
+            self._error = _failure(folder, error)
+
+    def _write_all(
+        self, folder: Path, tensors: dict, optimizer: dict, generators: dict, generators_json: dict, state: dict
+    ) -> None:
+        partial = folder.with_name(f".{folder.name}.partial")
+        with publish_folder(folder) if self.world.lead else nullcontext():
+            self._barrier()  # the lead has made the folder
+            mine = [f"rng-{self.world.rank}.safetensors", f"rng-{self.world.rank}.json"]
+            save_file(generators, partial / mine[0])
+            write_json(partial / mine[1], generators_json)
+            self._write_tensors(partial / "tensors", tensors)
+            start = f"shard-{self.world.rank + 1:05d}-"
+            written = sorted((partial / "tensors").glob(f"{start}*"))
+            names = [*mine, *(f"tensors/{path.name}" for path in written)]
+            reports = self._gather(({name: sha256_file(partial / name) for name in names}, optimizer))
+            if self.world.lead:
+                merged = {kind: {k: v for _, part in reports for k, v in part[kind].items()} for kind in optimizer}
+                write_json(partial / "state.json", {**state, "optimizer": merged})
+                sums = {name: digest for files, _ in reports for name, digest in files.items()}
+                sums["state.json"] = sha256_file(partial / "state.json")
+                write_json(partial / "checksums.json", sums)
+        self._barrier()  # it has its name
+
+    def _write_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1)
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _barrier(self) -> None:
+        self._gather(None)
+
+    def load(self, folder: Path, trained: Named, optimizer: TrainingOptimizer) -> dict[str, Any]:
+        """Put a whole checkpoint back into weights, optimizer and generators; return its state."""
+        state = read_json(folder / "state.json")
+        reader = dcp.HuggingFaceStorageReader(str(folder / "tensors"))
+        stored = reader.read_metadata().state_dict_metadata
+        names = {name for name, _ in trained}
+        if {key.removeprefix("weights/") for key in stored if key.startswith("weights/")} != names:
+            raise TrainingFailed(
+                f"the checkpoint {folder} holds other weights than this job trains; give another run_dir"
+            )
+        wanted = {f"weights/{name}": self.placed.empty(p, local(p).shape, p.dtype) for name, p in trained}
+        for name, parameter in trained:
+            for key, entry in stored.items():
+                if key.startswith(f"optimizer/{name}/") and tuple(entry.size) == tuple(parameter.shape):
+                    wanted[key] = self.placed.empty(parameter, local(parameter).shape, entry.properties.dtype)
+        opaque = f"opaque/{self.placed.shard_name}/"
+        for key, entry in stored.items():
+            if key.startswith(opaque):
+                wanted[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        others = {key.split("/")[1] for key in stored if key.startswith("opaque/")} - {self.placed.shard_name}
+        if others and not any(key.startswith(opaque) for key in stored):
+            raise TrainingFailed(
+                f"the optimizer states in {folder} are in blocks of another layout ({', '.join(sorted(others)[:2])}): "
+                f"this optimizer goes on only with as many shards as wrote them ({state['world_size']} processes)"
+            )
+        dcp.load(wanted, storage_reader=reader, process_group=self._group, no_dist=self.world.size == 1)
+        values = {key: local(tensor) for key, tensor in wanted.items()}
+        with torch.no_grad():
+            for name, parameter in trained:
+                local(parameter).copy_(values.pop(f"weights/{name}"))
+        tensors = {key.removeprefix(opaque).removeprefix("optimizer/"): value for key, value in values.items()}
+        tensors |= {key: torch.tensor(value) for key, value in state["optimizer"]["steps"].items()}
+        optimizer.load_state(tensors, state["optimizer"]["scalars"])
+        self._restore_generators(folder, state)
+        return state
+
+    def _restore_generators(self, folder: Path, state: dict[str, Any]) -> None:
+        tensors = folder / f"rng-{self.world.rank}.safetensors"
+        if tensors.is_file():
+            restore_rng(load_file(tensors), read_json(folder / f"rng-{self.world.rank}.json"))
+        else:  # a rank that was not there: a stream of its own
+            seed_everything(state["step"] * 100_003 + self.world.rank)
+
+
+def _collect(trained: Named, optimizer: TrainingOptimizer, placed: Placed) -> tuple[dict, dict, dict]:
+    """(tensors on the host by key, step counts, other scalars) of weights and optimizer."""
+    tensors = {f"weights/{name}": placed.copy(p, local(p)) for name, p in trained if local(p).numel()}
+    parameters = dict(trained)
+    states, scalars = optimizer.state()
+    steps = {}
+    for path, value in states.items():
+        name, _ = path.rsplit("/", 1)
+        if value.dim() == 0:
+            steps[path] = value.item()
+        elif value.shape == local(parameters[name]).shape:
+            tensors[f"optimizer/{path}"] = placed.copy(parameters[name], value)
+        else:
+            tensors[f"opaque/{placed.shard_name}/{path}"] = value.detach().to("cpu", copy=True)
+    return tensors, steps, scalars
+
+
+def _failure(folder: Path, error: Exception) -> Exception:
+    cause = error.failures.values() if isinstance(error, dcp.api.CheckpointException) else [error]
+    text = "; ".join(str(each[0] if isinstance(each, tuple) else each) for each in cause)
+    expected = (OSError, dcp.api.CheckpointException)
+    if not isinstance(error, expected) and "SafetensorError" not in type(error).__name__:
+        return error
+    free = shutil.disk_usage(folder.parent).free / 2**30
+    return TrainingFailed(
+        f"the checkpoint {folder} could not be written: {text} ({free:.2f} GiB free there). "
+        "Earlier checkpoints are whole; free some space or set run_dir to another disk, "
+        "and start again to resume"
+    )
+
+
+def newest_whole(folder: Path, job_hash: str, warn: Any, world: World | None = None) -> Found | None:
+    """The newest checkpoint under `folder` whose files have their checksums; `warn` hears of the others.
+
+    Each rank checks its share of the files; all agree.
+    """
+    world = world or World()
+    for step, path in world.broadcast(sorted(_steps(folder), reverse=True)):
+        state = None
+        try:
+            sums = read_json(path / "checksums.json")
+            mine = sorted(sums)[world.rank :: world.size]
+            broken = [name for name in mine if sums[name] != sha256_file(path / name)]
+            state = read_json(path / "state.json")
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            broken = [str(error)]
+        broken = [name for part in world.gather(broken) for name in part]
+        if broken or state is None:
             warn(f"checkpoint step-{step} is torn ({', '.join(broken)}) and passed over")
         elif state["job_hash"] != job_hash:
             raise TrainingFailed(
@@ -118,7 +276,3 @@ def _eval_loss(path: Path) -> float | None:
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     paths = folder.iterdir() if folder.is_dir() else []
     return [(int(match[1]), path) for path in paths if (match := re.fullmatch(r"step-(\d+)", path.name))]
-
-
-def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -14,17 +15,21 @@ class Display:
 
     PLAIN_EVERY_S = 10.0
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console | None):
+        """console: None on every rank but the lead, which alone speaks; all write to their own log."""
         self.console = console
+        self._log = logging.getLogger("loadmaster")
         self._progress: Progress | None = None
         self._last_plain = 0.0
 
     def echo(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        self._log.info(message)
+        if self.console is not None:
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, steps: int, done: int) -> None:
         self._started, self._done_before, self._steps = time.perf_counter(), done, steps
-        if self.console.is_terminal:
+        if self.console is not None and self.console.is_terminal:
             columns = (
                 "training",
                 BarColumn(),
@@ -44,6 +49,7 @@ class Display:
             f"peak {peak_gib:.2f} GiB"
         )
         if self._progress is not None:
+            self._log.info(f"step {row['step']}/{self._steps}  {status}")
             self._progress.update(self._task, completed=row["step"], status=status)
             return
         now = time.perf_counter()

@@ -1,44 +1,40 @@
-"""The one training loop: LoRA, QLoRA and full fine-tuning, on one device or several.
+"""The one training loop: LoRA, QLoRA, FP8 and full fine-tuning, on one device or many.
 
-What differs between them is decided before the loop, in the Plan, and built in `_prepare`: what is frozen,
-in which dtype, under which optimizer. The loss of a step is the sum of its trained tokens' cross-entropies
-over their number, over all micro-batches and ranks, so however a batch is split its gradient is the same.
+What differs between them is decided before the loop, in the Plan, and built into the Session: what is frozen, in which
+dtype, how it is spread, under which optimizer. All ranks run this loop and agree, step by step, on when to stop.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 
 from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, MicroBatch, PreparedData
-from loadmaster.errors import ConfigError, Problem, StoppedOnRequest, TrainingFailed
-from loadmaster.models.adapters import checkpoint_activations, make_trainable, trainable
-from loadmaster.models.forward import SummedLoss
-from loadmaster.models.load import DTYPES, load_base
+from loadmaster.errors import StoppedOnRequest, TrainingFailed
 from loadmaster.preflight.plan import Plan
-from loadmaster.training import checkpoint
-from loadmaster.training.batches import micro_batches, trained_tokens, worst_rows
+from loadmaster.training.batches import losses, trained_tokens, worst_rows
+from loadmaster.training.checkpoint import Checkpoints, newest_whole
 from loadmaster.training.display import Display
-from loadmaster.training.metrics import MetricsLog, Throughput, peak_memory, read_metrics
-from loadmaster.training.optimizer import TrainingOptimizer
+from loadmaster.training.metrics import MetricsLog, Throughput, peak_memory, read_metrics, recent_loss
 from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.rng import seed_everything
 from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
+from loadmaster.training.session import Session, make_session, refuse_other_world, refuse_unbuilt
 from loadmaster.training.stop import MESSAGE, StopSignal
+from loadmaster.training.tracker import open_tracker, refuse_missing_tracker
+from loadmaster.training.watchdog import Watchdog
+from loadmaster.training.world import World
 
-HeldOut = Callable[[nn.Module], dict[str, float]]
-"""Evaluates the model on the held-out rows: {"loss": ..., "perplexity": ...}."""
+HeldOut = Callable[[Session, Callable[[], bool]], dict[str, Any] | None]
+"""Evaluates on the held-out rows: {"loss": ..., ...}; None when it was asked to stop on the way."""
 
 
 @dataclass
@@ -54,49 +50,6 @@ class Outcome:
     peaks: dict[str, float]
 
 
-@dataclass
-class Session:
-    """Everything the loop works on, built once from job and plan."""
-
-    job: Job
-    plan: Plan
-    model: nn.Module
-    loss: nn.Module
-    trained: list[tuple[str, nn.Parameter]]
-    optimizer: TrainingOptimizer
-    accelerator: Accelerator
-    pad_token_id: int
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    def split(self, rows: list) -> list[MicroBatch]:
-        fixed = self.job.sequence_length if self.device.type == "cuda" else None
-        return micro_batches(
-            rows,
-            self.plan.micro_batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.pad_token_id,
-            fixed,
-        )
-
-    def backward(self, batches: list[MicroBatch], total_trained: int) -> torch.Tensor:
-        """Accumulate the step's gradients; returns the step's mean loss, fp32 scalar, over all ranks."""
-        self.model.train()
-        ranks = self.accelerator.num_processes
-        mean = torch.zeros((), device=self.device)
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.loss):
-                loss = self.loss(batch) / total_trained
-                (loss * ranks).backward()  # data parallelism averages over ranks what is to be summed
-            mean += loss.detach()
-        return self.accelerator.reduce(mean, reduction="sum")
-
-
 def train(
     job: Job,
     plan: Plan,
@@ -108,66 +61,80 @@ def train(
     held_out: HeldOut,
     stop: StopSignal,
     display: Display,
-) -> tuple[nn.Module, Outcome]:
-    """Train as the plan says and return the model; resumes from the newest whole checkpoint in run_dir.
+    world: World | None = None,
+    watch: Watchdog | None = None,
+) -> tuple[Session, Outcome]:
+    """Train as the plan says; resumes from the newest whole checkpoint in run_dir. All ranks of `world` call it.
 
-    Raises StoppedOnRequest after a signal (a checkpoint is saved), TrainingFailed when loss or gradients
-    stay non-finite or memory runs out.
+    Raises StoppedOnRequest on all ranks after a signal to any (a checkpoint is saved), TrainingFailed when loss or
+    gradients stay non-finite or memory runs out.
     """
+    world = world or World()
+    watch = watch or Watchdog(world, run_dir / "logs")
     refuse_unbuilt(plan)
-    seed_everything(job.seed)
-    accelerator = make_accelerator(job, plan, run_dir)
-    _refuse_other_world(plan, accelerator.num_processes)
-    base = load_base(base_folder, DTYPES[plan.precision], accelerator.device, nf4=plan.method == "qlora")
-    session = make_session(job, plan, base, accelerator, tokenizer.pad_token_id)
-    rows, checkpoints = prepared.train, run_dir / "checkpoints"
-    epochs = job.epochs if job.max_steps is None else math.inf
-    sampler = BatchSampler(len(rows), job.batch.global_size, job.seed, epochs, rows.fingerprint)
-    steps = job.max_steps or sampler.total_steps()
-    rehearsal = _rehearse(session, prepared, checkpoints / ".rehearsal", learning_rate(1, steps, job.optimizer))
-    display.echo(
-        f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
-        f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {plan.memory_gib.total:.2f} GiB"
-    )
+    refuse_other_world(plan, world)
+    refuse_missing_tracker(job)
 
-    found = checkpoint.newest_whole(checkpoints, job_hash, display.echo)
-    done, tokens, trained_total = 0, 0, 0
-    if found is not None:
-        state = checkpoint.load(found.folder, session.trained, session.optimizer)
-        sampler.load_state_dict(state["sampler"])
-        done, tokens, trained_total = state["step"], state["tokens"], state["trained_tokens"]
-        display.echo(f"resuming after step {done} of {steps} from {found.folder}")
-    save_every, evaluate_every = checkpoint_interval(job, steps), evaluation_interval(job, steps)
-    log, rate = MetricsLog(run_dir / "metrics.jsonl", done), Throughput()
-    session.accelerator.init_trackers(job.tracker.project, config={"recipe": job.recipe, "job_hash": job_hash})
-    tokens_at_start, trained_at_start, busy_s = tokens, trained_total, 0.0
-    eval_loss: float | None = None
+    def stopping() -> bool:
+        return world.any(stop.requested)
 
-    def save(step: int) -> None:
-        checkpoint.save(
-            checkpoints / f"step-{step}",
-            session.trained,
-            session.optimizer,
-            {
+    with stop.deferred():
+        watch.at(0, "load")
+        session = make_session(job, plan, world, tokenizer.pad_token_id, base_folder)
+        if world.rank:  # dropout differs from rank to rank; rank 0 draws what a run of one process draws
+            seed_everything(job.seed + world.rank)
+        rows, folder = prepared.train, run_dir / "checkpoints"
+        epochs = job.epochs if job.max_steps is None else math.inf
+        sampler = BatchSampler(len(rows), job.batch.global_size, job.seed, epochs, rows.fingerprint)
+        steps = job.max_steps or sampler.total_steps()
+        checkpoints = Checkpoints(world, session.strategy.placed)
+        _stop_if(stopping(), "before the first step")
+        watch.at(0, "rehearse")
+        lr = learning_rate(1, steps, job.optimizer)
+        rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr)
+        display.echo(
+            f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
+            f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {plan.memory_gib.total:.2f} GiB"
+        )
+        _stop_if(stopping(), "after the rehearsal, before the first step")
+
+        found = newest_whole(folder, job_hash, display.echo, world)
+        done, tokens, trained_total = 0, 0, 0
+        if found is not None:
+            watch.at(0, "load")
+            state = checkpoints.load(found.folder, session.trained, session.optimizer)
+            sampler.load_state_dict(state["sampler"])
+            done, tokens, trained_total = state["step"], state["tokens"], state["trained_tokens"]
+            display.echo(f"resuming after step {done} of {steps} from {found.folder}")
+        save_every, evaluate_every = checkpoint_interval(job, steps), evaluation_interval(job, steps)
+        log, rate = MetricsLog(run_dir / "metrics.jsonl", done, world.lead), Throughput()
+        tracker = open_tracker(job, run_dir, job_hash, world.lead)
+        tokens_at_start, trained_at_start, busy_s = tokens, trained_total, 0.0
+        eval_loss: float | None = None
+        straggler: str | None = None
+
+        def save(step: int) -> None:
+            state = {
                 "step": step,
                 "tokens": tokens,
                 "trained_tokens": trained_total,
                 "sampler": sampler.state_dict(),
                 "job_hash": job_hash,
                 "eval_loss": eval_loss,
-            },
-        )
-        checkpoint.prune(checkpoints, job.checkpoint.keep_last, job.checkpoint.keep_best)
+            }
+            keep = (job.checkpoint.keep_last, job.checkpoint.keep_best)
+            watch.at(step, "save")
+            checkpoints.save(folder / f"step-{step}", session.trained, session.optimizer, state, keep)
+            logging.getLogger("loadmaster").info(f"step {step}: saving; the loop waited {checkpoints.stall_s:.3f} s")
 
-    display.start(steps, done)
-    try:
-        with stop.deferred():
+        display.start(steps, done)
+        try:
             for step, indices in zip(range(done + 1, steps + 1), sampler, strict=False):
+                watch.at(step, "step")
                 began = time.perf_counter()
                 picked = [rows[i] for i in indices]
                 total_trained = sum(trained_tokens(r) for r in picked)
-                batches = session.split(picked)
-                loss = session.backward(batches, max(1, total_trained))
+                loss = session.backward(session.split(picked), max(1, sum(losses(r, job.objective) for r in picked)))
                 norm = session.optimizer.clip(job.optimizer.max_grad_norm)
                 row = {
                     "step": step,
@@ -179,37 +146,54 @@ def train(
                     session.optimizer.step(row["lr"])
                     session.skipped.clear()
                 else:
-                    _skip(session, row, picked, lambda before=step - 1: save(before))
+                    _skip(session, row, picked, lambda before=step - 1: (save(before), checkpoints.wait()))
                     row["loss"] = row["grad_norm"] = None
                 tokens += sum(map(len, picked))
                 trained_total += total_trained
                 busy_s += time.perf_counter() - began
-                row |= {
+                watch.worked(session.worked_s)
+                row |= session.preference | {
                     "tokens": tokens,
                     "trained_tokens": trained_total,
                     "tokens_per_second": round(rate.update(sum(map(len, picked))), 2),
                 }
+                if world.size > 1:
+                    row["step_s_by_rank"] = [round(s, 4) for s in world.gather(session.worked_s)]
                 eval_loss = None
-                if evaluate_every and prepared.validation is not None and (step % evaluate_every == 0 or step == steps):
-                    eval_loss = row["eval_loss"] = held_out(session.model)["loss"]
+                due = evaluate_every and (step % evaluate_every == 0 or step == steps)
+                if due and prepared.validation is not None:
+                    watch.at(step, "evaluate")
+                    figures = held_out(session, stopping)
+                    session.strategy.settle(session.loss)
+                    if figures is not None:
+                        eval_loss = row["eval_loss"] = figures["loss"] if math.isfinite(figures["loss"]) else None
+                asked = stopping()
+                if asked or step % save_every == 0 or step == steps:
+                    save(step)
+                    if world.size > 1 or session.device.type == "cuda":
+                        row["save_stall_s"] = round(checkpoints.stall_s, 4)
                 log.append(row)
-                session.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=step)
+                logging.getLogger("loadmaster").info(f"step {step} of {steps}: {row}")
+                figures = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+                tracker.log(figures, step)
                 if row["loss"] is not None:
                     display.step(row, peak_memory(session.device)["peak_allocated_gib"])
-                if stop.requested or step % save_every == 0 or step == steps:
-                    save(step)
-                    if stop.requested:
-                        raise StoppedOnRequest(f"{MESSAGE} after step {step} of {steps} (checkpoint saved)")
+                if world.lead and watch.straggler() not in (None, straggler):
+                    straggler = watch.straggler()
+                    display.echo(straggler)
+                _stop_if(asked, f"after step {step} of {steps} (checkpoint saved)", checkpoints)
                 rate.pause()
-    finally:
-        display.stop()
-        log.close()
-        session.accelerator.end_training()
+            watch.at(steps, "save")
+            checkpoints.wait()
+        finally:
+            display.stop()
+            log.close()
+            tracker.close()
     nothing = {"loss": None, "tokens_per_second": 0.0}  # metrics.jsonl was lost after the last step
     logged = read_metrics(run_dir / "metrics.jsonl") or [nothing]
-    return session.model, Outcome(
+    return session, Outcome(
         steps=steps,
-        train_loss=logged[-1]["loss"],
+        train_loss=recent_loss(logged),
         eval_loss=logged[-1].get("eval_loss"),
         tokens_per_second=(tokens - tokens_at_start) / busy_s if busy_s else logged[-1]["tokens_per_second"],
         trained_tokens_per_second=(trained_total - trained_at_start) / busy_s if busy_s else 0.0,
@@ -218,70 +202,25 @@ def train(
     )
 
 
-def make_accelerator(job: Job, plan: Plan, run_dir: Path) -> Accelerator:
-    """Device and tracker. Raises ConfigError for a tracker that is not installed (accelerate would leave it out)."""
-    tracker = None if job.tracker.name == "none" else job.tracker.name
-    if tracker is not None and importlib.util.find_spec(tracker) is None:
-        remedy = f"pip install {tracker}, or tracker=tensorboard (metrics.jsonl is written in any case)"
-        raise ConfigError([Problem("tracker.name", tracker, "recipe or command line", "is not installed", remedy)])
-    return Accelerator(cpu=plan.hardware.gpu == "cpu", log_with=tracker, project_dir=str(run_dir / "tracker"))
+def _stop_if(asked: bool, where: str, checkpoints: Checkpoints | None = None) -> None:
+    """Raise StoppedOnRequest, on all ranks together, once what was being saved is there."""
+    if not asked:
+        return
+    if checkpoints is not None:
+        checkpoints.wait()
+    raise StoppedOnRequest(f"{MESSAGE} {where}")
 
 
-def make_session(job: Job, plan: Plan, base: nn.Module, accelerator: Accelerator, pad_token_id: int) -> Session:
-    """Freeze, checkpoint, wrap and check, in this order; the optimizer comes last, over what is left to train."""
-    model = make_trainable(base, plan.method, job.lora)
-    checkpoint_activations(model, plan.activation_checkpointing)
-    trained = trainable(model)
-    optimizer = TrainingOptimizer(trained, job.optimizer, plan.optimizer, plan.master_weights)
-    loss = SummedLoss(model)
-    if accelerator.num_processes > 1:
-        loss = accelerator.prepare_model(loss)
-        if not isinstance(loss, nn.parallel.DistributedDataParallel):
-            raise TrainingFailed(
-                f"{accelerator.num_processes} processes were started, but the model was not wrapped for them"
-            )
-    return Session(job, plan, model, loss, trained, optimizer, accelerator, pad_token_id)
-
-
-def _refuse_other_world(plan: Plan, processes: int) -> None:
-    """A plan for several GPUs is not trained on one of them in silence."""
-    if processes != plan.world_size:
-        message = f"the plan is for {plan.world_size} GPUs and this is a run of {processes} process"
-        remedy = "hardware.count=1; training over several processes is planned, not built"
-        raise ConfigError([Problem("hardware.count", plan.world_size, "the plan (plan.json)", message, remedy)])
-
-
-def refuse_unbuilt(plan: Plan) -> None:
-    """Raise ConfigError for what a plan may say and this loop does not do; nothing is silently replaced."""
-    unbuilt = {
-        "sharding": (plan.sharding, ("none", "ddp")),
-        "offload": (plan.offload, ("none",)),
-        "activation_checkpointing": (plan.activation_checkpointing, ("none", "full")),
-        "precision": (plan.precision, ("bf16", "fp32")),
-    }
-    problems = [
-        Problem(
-            key,
-            value,
-            "the plan (plan.json)",
-            f"training does not do {key}={value}; it is planned, not built",
-            f"{key}={' or '.join(built)}",
-        )
-        for key, (value, built) in unbuilt.items()
-        if value not in built
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
-def _rehearse(session: Session, prepared: PreparedData, scratch: Path, lr: float) -> Rehearsed:
+def _rehearse(
+    session: Session, prepared: PreparedData, checkpoints: Checkpoints, scratch: Path, lr: float
+) -> Rehearsed:
     """The rehearsal, at the learning rate of step 1: what the warm-up would have saved is not refused."""
     rows, plan = prepared.train, session.plan
-    picked = worst_rows(rows, plan.micro_batch_size * session.accelerator.num_processes)
+    picked = worst_rows(rows, plan.micro_batch_size * session.world.size)
     worst = session.split(picked)[:1] * min(2, plan.gradient_accumulation_steps)
 
     def step(batches: list[MicroBatch]) -> None:
-        session.backward(batches, max(1, sum(map(trained_tokens, picked))))
+        session.backward(batches, max(1, sum(losses(row, session.job.objective) for row in picked)))
         session.optimizer.clip(session.job.optimizer.max_grad_norm)
         session.optimizer.step(lr)
 
@@ -290,12 +229,13 @@ def _rehearse(session: Session, prepared: PreparedData, scratch: Path, lr: float
             return
         session.model.eval()
         with torch.no_grad():
-            SummedLoss(session.model)(session.split(worst_rows(prepared.validation, plan.micro_batch_size))[0])
+            session.loss(session.split(worst_rows(prepared.validation, plan.micro_batch_size))[0])
+        session.strategy.settle(session.loss)
 
-    return rehearse(step, evaluate, worst, session.trained, session.optimizer, scratch, session.device)
+    return rehearse(step, evaluate, worst, session.trained, session.optimizer, checkpoints, scratch)
 
 
-def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[], None]) -> None:
+def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[], Any]) -> None:
     """Leave a step with a non-finite loss or gradient out; give up after too many in a row."""
     session.optimizer.zero_grad()
     names = [name for r in picked for name in r.document_ids]

@@ -7,7 +7,6 @@ tokens are random. All tokens are trained, as in the rehearsal's worst case.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,13 @@ import torch
 
 from loadmaster.config.schema import Job
 from loadmaster.data import PackedRow
+from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES, random_model
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import trained_tokens
-from loadmaster.training.loop import make_accelerator, make_session
 from loadmaster.training.metrics import GIB, peak_memory
+from loadmaster.training.session import make_session
+from loadmaster.training.world import World
 
 
 def random_rows(count: int, length: int, vocabulary: int, document_tokens: int, seed: int = 0) -> list[PackedRow]:
@@ -39,13 +40,12 @@ def measure(job: Job, plan: Plan, config: dict[str, Any], steps: int = 5, warm_u
     config: the model's config.json as a dict. Returns peaks (GiB: loaded, allocated, reserved, device), seconds a
     step (median), tokens a second, and the last loss. Needs the memory of the job on this machine's device.
     """
-    accelerator = make_accelerator(job, plan, Path("."))
-    device = accelerator.device
+    device = torch.device("cpu" if plan.hardware.gpu == "cpu" or not torch.cuda.is_available() else "cuda")
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    base = random_model(config, DTYPES[plan.precision], device, nf4=plan.method == "qlora")
-    session = make_session(job, plan, base, accelerator, pad_token_id=0)
+    base = random_model(config, DTYPES[plan.precision], device, frozen_form(plan.method, plan.precision))
+    session = make_session(job, plan, World(device=device), pad_token_id=0, base=base)
     loaded = _allocated(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()

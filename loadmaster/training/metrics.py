@@ -14,23 +14,34 @@ import torch
 from loadmaster.files import write_text
 
 GIB = 2**30
+RECENT_STEPS = 20
+"""Steps over which train_loss is the mean: one step's loss is mostly its rows' difficulty."""
 
 
 class MetricsLog:
-    """One JSON object a step, appended; on a resume the lines after the checkpoint's step are dropped."""
+    """One JSON object a step, appended; on a resume the lines after the checkpoint's step are dropped.
 
-    def __init__(self, path: Path, resume_step: int):
+    Only the lead writes; on another rank all this does nothing.
+    """
+
+    def __init__(self, path: Path, resume_step: int, lead: bool = True):
+        self._file = None
+        if not lead:
+            return
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
 
     def append(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        if self._file is None:
+            return
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -42,6 +53,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def recent_loss(rows: list[dict[str, Any]]) -> float | None:
+    """Mean loss of the last steps, up to RECENT_STEPS of them; skipped steps have none."""
+    losses = [row["loss"] for row in rows[-RECENT_STEPS:] if row["loss"] is not None]
+    return sum(losses) / len(losses) if losses else None
 
 
 class Throughput:

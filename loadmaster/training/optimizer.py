@@ -7,6 +7,10 @@ Bytes for each trainable bf16 parameter (weight and gradient are 2 + 2 of them):
     adamw_8bit                  6   block-wise moments of 1 + 1 (bitsandbytes); paged: in memory the host can take
     adafactor                  ~4   second moment as row and column sums (transformers)
 Everything is fp32 on a CPU: weight, gradient and two moments, 16 bytes.
+
+Of a sharded parameter each rank steps its own part, as a plain tensor: every optimizer here works element by element
+or block by block, so it needs not know. Offloaded states live on the host and are stepped there, on copies of the
+parameters; gradients go there and new values come back.
 """
 
 from __future__ import annotations
@@ -16,8 +20,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from loadmaster.config.schema import OptimizerConfig
+from loadmaster.training.placement import local
 
 BUCKET_ELEMENTS = 2**28
 """Parameters stepped together; bounds the fp32 gradients that exist at once to 1 GiB (preflight reads this)."""
@@ -28,18 +34,28 @@ class _Bucket:
     names: list[str]
     parameters: list[nn.Parameter]
     targets: list[Tensor]
-    """What the optimizer updates: the parameters themselves, or their fp32 masters."""
-    optimizer: torch.optim.Optimizer
+    """What the optimizer updates: the parameters themselves, their local parts, or copies (masters, offloaded)."""
+    optimizer: torch.optim.Optimizer | None
+    """None where this rank has no element of any of them."""
 
 
 class TrainingOptimizer:
-    """Clips, steps, and gives its state as named tensors."""
+    """Clips, steps, and gives its state as named tensors, each of this rank's part of its parameter."""
 
     def __init__(
-        self, named_parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig, name: str, master_weights: bool
+        self,
+        named_parameters: list[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        name: str,
+        master_weights: bool,
+        offload: bool = False,
+        sum_over_shards: Callable[[Tensor], Tensor] = lambda squares: squares,
     ):
-        self.config = config
+        """sum_over_shards: of a scalar, over the ranks that together hold every parameter once."""
+        self.config, self.offload, self.sum_over_shards = config, offload, sum_over_shards
         self.masters = master_weights and any(p.dtype != torch.float32 for _, p in named_parameters)
+        self.copies = self.masters or offload
+        self.sharded = any(isinstance(p, DTensor) for _, p in named_parameters)
         make = _factory(
             name, config, needs_fp32_moments=not self.masters and named_parameters[0][1].dtype != torch.float32
         )
@@ -47,11 +63,18 @@ class TrainingOptimizer:
 
     def _bucket(self, named: list[tuple[str, nn.Parameter]], make: Callable) -> _Bucket:
         names, parameters = [n for n, _ in named], [p for _, p in named]
-        targets = [p.detach().float().clone() for p in parameters] if self.masters else parameters
-        decayed = [t for t in targets if t.dim() > 1]
-        plain = [t for t in targets if t.dim() <= 1]
+        targets = [self._target(p) for p in parameters]
+        held = [t for t in targets if t.numel()]
+        decayed = [t for t in held if t.dim() > 1]
+        plain = [t for t in held if t.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        return _Bucket(names, parameters, targets, make([g for g in groups if g["params"]]))
+        return _Bucket(names, parameters, targets, make([g for g in groups if g["params"]]) if held else None)
+
+    def _target(self, parameter: nn.Parameter) -> Tensor:
+        if not self.copies:
+            return local(parameter) if isinstance(parameter, DTensor) else parameter
+        device = torch.device("cpu") if self.offload else local(parameter).device
+        return local(parameter).to(device, torch.float32 if self.masters else parameter.dtype, copy=True)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -60,8 +83,10 @@ class TrainingOptimizer:
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
         """Global L2 norm of the gradients in fp32, before they are scaled down to `max_norm` (0: not scaled)."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
+        if self.sharded:
+            norm = self.sum_over_shards(norm.square()).sqrt()
         if max_norm > 0:
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -70,19 +95,26 @@ class TrainingOptimizer:
     def step(self, lr: float) -> None:
         """Update at rate `lr` and drop the gradients."""
         for bucket in self.buckets:
+            if bucket.optimizer is None:
+                for parameter in bucket.parameters:
+                    parameter.grad = None
+                continue
             for group in bucket.optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):  # torchao keeps the rate in a tensor
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = lr
-            if self.masters:
-                for parameter, master in zip(bucket.parameters, bucket.targets, strict=True):
-                    master.grad = None if parameter.grad is None else parameter.grad.float()
+            if self.copies or self.sharded:
+                for parameter, target in zip(bucket.parameters, bucket.targets, strict=True):
+                    if not self.copies:
+                        target.data = local(parameter)  # FSDP may have moved it (pinned memory, on its first forward)
+                    gradient = None if parameter.grad is None else local(parameter.grad)
+                    target.grad = None if gradient is None else gradient.to(target.device, target.dtype)
                     parameter.grad = None
             bucket.optimizer.step()
             bucket.optimizer.zero_grad(set_to_none=True)
-            if self.masters:
-                torch._foreach_copy_(bucket.parameters, bucket.targets)
+            if self.copies:
+                torch._foreach_copy_([local(p) for p in bucket.parameters], bucket.targets)
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -91,15 +123,18 @@ class TrainingOptimizer:
     def reset(self) -> None:
         """Forget all moments and take the masters from the parameters again: as if never stepped."""
         for bucket in self.buckets:
-            bucket.optimizer.state.clear()
-            if self.masters:
-                torch._foreach_copy_(bucket.targets, [p.detach() for p in bucket.parameters])
+            if bucket.optimizer is not None:
+                bucket.optimizer.state.clear()
+            if self.copies:
+                torch._foreach_copy_(bucket.targets, [local(p) for p in bucket.parameters])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(tensors, scalars) by `parameter/key`; with master weights also `parameter/master`."""
         tensors, scalars = {}, {}
         for bucket in self.buckets:
             for name, target in zip(bucket.names, bucket.targets, strict=True):
+                if not target.numel():
+                    continue
                 if self.masters:
                     tensors[f"{name}/master"] = target
                 for key, value in bucket.optimizer.state.get(target, {}).items():

@@ -18,9 +18,10 @@ from torch import nn
 
 from loadmaster.data import MicroBatch
 from loadmaster.errors import TrainingFailed
-from loadmaster.training import checkpoint
+from loadmaster.training.checkpoint import Checkpoints
 from loadmaster.training.metrics import peak_memory
 from loadmaster.training.optimizer import TrainingOptimizer
+from loadmaster.training.placement import local
 from loadmaster.training.rng import restore_rng, rng_state
 
 
@@ -40,22 +41,23 @@ def rehearse(
     worst: list[MicroBatch],
     trained: list[tuple[str, nn.Parameter]],
     optimizer: TrainingOptimizer,
+    checkpoints: Checkpoints,
     scratch: Path,
-    device: torch.device,
 ) -> Rehearsed:
     """Run everything once and restore all state. Raises TrainingFailed with the part that failed.
 
     worst: the fullest micro-batch, twice where a step accumulates: gradients then meet activations.
     """
-    start = time.perf_counter()
-    weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained}
+    start, world = time.perf_counter(), checkpoints.world
+    weights = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
     generators = rng_state()
     part = "the fullest micro-batch"
     try:
         # Twice: gradients of the second backward pass meet the optimizer's states, as in every later step.
         run_step(worst)
         run_step(worst)
-        if not all(bool(torch.isfinite(parameter).all()) for _, parameter in trained):
+        finite = all(bool(torch.isfinite(local(parameter)).all()) for _, parameter in trained)
+        if world.any(not finite):
             raise TrainingFailed(
                 "one optimizer step of the rehearsal made weights that are not finite\n"
                 "fix: lower optimizer.lr, or look for a gradient that overflows (a very long row, a broken checkpoint)"
@@ -63,31 +65,37 @@ def rehearse(
         part = "an evaluation batch"
         evaluate_batch()
         part = "saving and reloading a checkpoint"
-        _save_and_reload(scratch, trained, optimizer)
+        _save_and_reload(scratch, trained, optimizer, checkpoints)
     except torch.OutOfMemoryError as error:
-        peak = peak_memory(device)["peak_allocated_gib"]
+        peak = peak_memory(world.device)["peak_allocated_gib"]
         raise TrainingFailed(
             f"out of GPU memory in the rehearsal, at {part} (peak {peak:.2f} GiB allocated). The preflight's plan "
             "was too large: set a smaller micro_batch_size or sequence_length, or activation_checkpointing=full"
         ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    peaks = peak_memory(device)
-    for name, parameter in trained:
-        parameter.data.copy_(weights[name])
+        if world.lead:
+            shutil.rmtree(scratch, ignore_errors=True)
+    peaks = peak_memory(world.device)
+    with torch.no_grad():
+        for name, parameter in trained:
+            local(parameter).copy_(weights[name])
     optimizer.zero_grad()
     optimizer.reset()
     restore_rng(*generators)
     return Rehearsed(**peaks, seconds=time.perf_counter() - start)
 
 
-def _save_and_reload(scratch: Path, trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer) -> None:
-    checkpoint.save(scratch, trained, optimizer, {"step": 0, "job_hash": "rehearsal"})
-    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained}
+def _save_and_reload(
+    scratch: Path, trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer, checkpoints: Checkpoints
+) -> None:
+    checkpoints.save(scratch, trained, optimizer, {"step": 0, "job_hash": "rehearsal"})
+    checkpoints.wait()
+    before = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
     states = {name: tensor.to("cpu", copy=True) for name, tensor in optimizer.state()[0].items()}
-    checkpoint.load(scratch, trained, optimizer)
+    checkpoints.load(scratch, trained, optimizer)
     reloaded = optimizer.state()[0]
-    changed = [name for name, parameter in trained if not torch.equal(parameter.cpu(), before[name])]
+    changed = [name for name, parameter in trained if not torch.equal(local(parameter).cpu(), before[name])]
     changed += [name for name, tensor in states.items() if not torch.equal(tensor, reloaded[name].cpu())]
+    changed = [name for part in checkpoints.world.gather(changed) for name in part]
     if changed:
         raise TrainingFailed(f"a checkpoint did not read back as written: {', '.join(changed[:3])}")

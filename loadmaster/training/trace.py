@@ -1,6 +1,6 @@
 """An exact answer where one is wanted: the engine's real step, traced on the meta device (`plan.trace=true`).
 
-Real modules (transformers, peft, bitsandbytes' autograd), the engine's own forward and loss, autograd and
+Real modules (transformers, peft, frozen layers), the engine's own forward and loss, autograd and
 torch.utils.checkpoint, with tensors that have sizes and no values: no GPU, no weights, seconds. Every storage is
 counted from the operation that makes it to its last reference. The one substitution: on the meta device the
 engine's attention would take its CPU path, so the variable-length kernel of a GPU is called instead.
@@ -22,9 +22,10 @@ from loadmaster.config.schema import Job
 from loadmaster.data import MicroBatch
 from loadmaster.models.adapters import checkpoint_activations
 from loadmaster.models.forward import causal_lm, token_losses
+from loadmaster.models.frozen import freeze_linears, frozen_form
 from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.plan import Plan
-from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.setup import SHARDED, Setup
 from loadmaster.preflight.shape import find_config, from_config
 from loadmaster.preflight.step import training_step
 
@@ -45,17 +46,24 @@ def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
     Both are besides weights, optimizer states and gradients that were there before, and neither has what kernels
     take inside themselves, which plan.json's memory_gib has.
     """
-    if plan.precision != "bf16" or plan.sharding in ("fsdp", "zero3"):
-        return {"skipped": f"a trace is of bf16 and whole weights, the plan of {plan.precision} and {plan.sharding}"}
+    if plan.precision == "fp32" or plan.sharding in SHARDED:
+        return {
+            "skipped": f"a trace is of bf16 or fp8 and whole weights, the plan of {plan.precision} and {plan.sharding}"
+        }
     config, _ = find_config(job.model)
     accumulated = plan.gradient_accumulation_steps > 1
     tokens = plan.micro_batch_size * plan.sequence_length
     targets = job.lora.targets
     traced = traced_peaks(
-        config, plan.method, [Case(tokens, plan.activation_checkpointing, accumulated)], job.lora.rank, targets
+        config,
+        plan.method,
+        [Case(tokens, plan.activation_checkpointing, accumulated)],
+        job.lora.rank,
+        targets,
+        plan.precision,
     )[0]
     setup = Setup(
-        method=plan.method, precision="bf16", optimizer=plan.optimizer, master_weights=plan.master_weights,
+        method=plan.method, precision=plan.precision, optimizer=plan.optimizer, master_weights=plan.master_weights,
         checkpointing=plan.activation_checkpointing, sequence_length=tokens, lora_rank=job.lora.rank,
         lora_targets=tuple(targets) if isinstance(targets, list) else targets,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
@@ -68,15 +76,20 @@ def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
 
 
 def traced_peaks(
-    config: dict[str, Any], method: str, cases: list[Case], rank: int = 16, targets: Any = "all-linear"
+    config: dict[str, Any],
+    method: str,
+    cases: list[Case],
+    rank: int = 16,
+    targets: Any = "all-linear",
+    precision: str = "bf16",
 ) -> list[int]:
     """For each case the peak bytes of one micro-batch, besides weights and the gradients that were there before.
 
     config: the model's config.json as a dict.
     """
     model = _meta_model(config)
-    if method == "qlora":
-        _quantize(model)
+    if form := frozen_form(method, precision):
+        freeze_linears(model, form)
     if method != "full":
         from peft import LoraConfig, get_peft_model
 
@@ -93,7 +106,7 @@ def _traced_peak(model: nn.Module, case: Case) -> int:
         causal_lm(model).gradient_checkpointing_disable()
     checkpoint_activations(model, case.checkpointing)
     live = Live()
-    held = [*model.parameters(), *model.buffers(), *_quantization_state(model)]
+    held = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad and case.accumulated else None
         held += [] if parameter.grad is None else [parameter.grad]
@@ -155,53 +168,3 @@ def _meta_model(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> 
     shape = AutoConfig.for_model(**config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=TRACED_ATTENTION).train()
-
-
-def _quantize(model: nn.Module) -> None:
-    """Replace every linear but the head by bitsandbytes' 4-bit one, with the state of nf4 and double quantization."""
-    import bitsandbytes as bnb
-
-    head = model.get_output_embeddings()
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is not nn.Linear or child is head:
-                continue
-            four = bnb.nn.Linear4bit(
-                child.in_features, child.out_features, bias=child.bias is not None, device="meta",
-                compute_dtype=torch.bfloat16, quant_type="nf4",
-            )  # fmt: skip
-            if child.bias is not None:
-                four.bias = nn.Parameter(child.bias.data, requires_grad=False)
-            count = child.weight.numel()
-            packed = torch.empty(-(-count // 2), 1, dtype=torch.uint8, device="meta")
-            four.quant_state = _state(child.weight.shape, count)
-            four.weight = nn.Parameter(packed, requires_grad=False)
-            four.weight.quant_state = four.quant_state
-            four.weight.compress_statistics, four.weight.quant_type = True, "nf4"
-            four.weight.bnb_quantized = True
-            setattr(module, name, four)
-    model.is_loaded_in_4bit = True
-
-
-def _state(shape: torch.Size, count: int) -> Any:
-    from bitsandbytes.functional import QuantState
-
-    blocks = -(-count // 64)
-
-    def floats(*size: int) -> torch.Tensor:
-        return torch.empty(*size, device="meta")
-
-    second = QuantState(absmax=floats(-(-blocks // 256)), code=floats(256), blocksize=256, dtype=torch.float32)
-    return QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8, device="meta"), shape=shape, code=floats(16), blocksize=64,
-        quant_type="nf4", dtype=torch.bfloat16, offset=torch.empty((), device="meta"), state2=second,
-    )  # fmt: skip
-
-
-def _quantization_state(model: nn.Module) -> list[torch.Tensor]:
-    found = []
-    for module in model.modules():
-        state = getattr(module, "quant_state", None)
-        if hasattr(state, "state2"):
-            found += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return found

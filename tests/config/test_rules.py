@@ -90,6 +90,9 @@ CASES = {
     "arrivals_are_known": (
         ["endpoint.arrivals=steady"], "endpoint.arrivals", "poisson, bursty", ["endpoint.arrivals=bursty"],
     ),
+    "other_machines_need_a_way_to_them": (
+        ["launch.hosts=[gpu1]"], "launch.hosts", "launch=ssh", ["launch=ssh", "launch.hosts=[gpu1]"],
+    ),
     "auto_has_methods_to_choose_from": (
         ["method=auto", "plan.methods=[]"], "plan.methods", "plan.methods=[full,lora,qlora]",
         ["method=auto", "plan.methods=[qlora]"],

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class FakeQueue:
-    """Put jobs into `waiting` and ids into `stop`; outputs come into `done`, pieces of streams into `streamed`."""
+    """Put jobs into `waiting` and ids into `stop`; outputs come into `done`, pieces of streams into `pieces`."""
 
     def __init__(self) -> None:
         queue = self
@@ -18,6 +18,7 @@ class FakeQueue:
         self.stop: list[str] = []
         self.done: dict[str, dict[str, Any]] = {}
         self.streamed: dict[str, int] = {}
+        self.pieces: dict[str, list[Any]] = {}
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -41,6 +42,7 @@ class FakeQueue:
                 found = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 id = self.path.split("/")[2].partition("?")[0]
                 if "/job-stream/" in self.path:
+                    queue.pieces.setdefault(id, []).append(found["output"])
                     queue.streamed[id] = queue.streamed.get(id, 0) + 1
                 else:
                     queue.done[id] = found

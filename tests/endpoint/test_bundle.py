@@ -15,6 +15,7 @@ from loadmaster.endpoint.bundle import choose, write_bundle
 from loadmaster.endpoint.settings import model_options, volume_path
 from loadmaster.endpoint.sizing import traffic_of
 from loadmaster.errors import ConfigError, ExportRejected
+from loadmaster.export.answers import keep
 from loadmaster.export.manifest import write_manifest
 from loadmaster.files import read_json
 
@@ -142,6 +143,63 @@ def test_a_load_and_a_limit_on_the_first_token_decide_the_machine(run_dir):
     assert not (folder / "endpoint.json").exists()
 
 
+def test_answers_for_each_prompt_and_a_shared_prefix_change_what_a_worker_takes(run_dir):
+    def planned(**wanted):
+        usual = {"max_model_len": 8192, "prompt_tokens": 7000, "output_tokens": 100, "requests_per_second": 2.0}
+        return read_json(bundle(run_dir, gpu="l40s", **usual, **wanted) / "serving.json")
+
+    one, best, shared = planned(), planned(best_of_n=8), planned(prefix_share=0.9)
+    assert one["plan"]["concurrent_requests"] == pytest.approx(8 * best["plan"]["concurrent_requests"], rel=0.01)
+    assert best["service"]["requests_per_second"] < one["service"]["requests_per_second"]
+    assert shared["service"]["requests_per_second"] > one["service"]["requests_per_second"]
+    assert shared["plan"]["first_token_s"] < one["plan"]["first_token_s"]
+
+
+def test_the_load_that_deploying_measures_is_bounded_and_planned(run_dir):
+    figures = read_json(bundle(run_dir, gpu="l40s", max_slowdown=3.0) / "serving.json")["load"]
+    assert (figures["requests"], figures["at_once"]) == (8, 4)
+    assert figures["prompt_tokens"] == 384 and figures["output_tokens"] == 64
+    assert 0 < figures["first_token_s"] < 1 and 50 < figures["tokens_per_second_each"] < 2000
+    assert read_json(run_dir / "bundle/endpoint.json")["max_slowdown"] == 3
+    assert "more than 3 times slower" in (run_dir / "bundle/README.md").read_text()
+
+
+def test_recorded_answers_that_fit_are_bundled_and_no_other_file_repeats_them(run_dir):
+    manifest = read_json(run_dir / "export/int4/manifest.json")
+    asked = [{"role": "user", "content": "Where is the tea?"}]
+    short = {"messages": asked, "prompt_tokens": 9, "text": "There.", "tokens": 2, "max_tokens": 32}
+    smoke = [{**short, "finish_reason": "stop"}, {**short, "finish_reason": "stop", "prompt_tokens": 500}]
+    keep(run_dir, manifest, smoke)
+    folder = bundle(run_dir)
+    assert read_json(folder / "smoke.json") == {"model": "tickets", "prompts": smoke[:1]}
+    assert "Where is the tea?" not in (folder / "manifest.json").read_text() + (folder / "README.md").read_text()
+    keep(run_dir, {**manifest, "files": []}, smoke)  # of other files than those that are served
+    assert read_json(bundle(run_dir) / "smoke.json")["prompts"] == []
+
+
+def test_the_readme_says_how_long_a_cold_start_takes_from_where(run_dir):
+    folder = bundle(run_dir)
+    text = (folder / "README.md").read_text()
+    for place in ("network volume at 0.4 GB/s", "network volume at 0.2 GB/s", "in the image, from a registry"):
+        assert f"| {place}" in text
+    starts = list(read_json(folder / "serving.json")["starts"].values())
+    assert starts[0] < starts[1] < starts[2] and min(starts) == starts[3]
+    fleets = {(f["fleet"]["min_workers"], f["fleet"]["max_workers"], f["fleet"]["idle_timeout_s"])
+              for f in read_json(folder / "serving.json")["outcomes"]}  # fmt: skip
+    assert {minimum for minimum, _, _ in fleets} == {0, 1} and {1, 2, 4} <= {most for _, most, _ in fleets}
+    assert len({idle for _, _, idle in fleets}) >= 4
+
+
+def test_commands_for_other_servers_are_there(run_dir):
+    text = (bundle(run_dir, serve_as="bf16") / "README.md").read_text()
+    for command in (
+        "sglang.launch_server --model-path ../export/bf16",
+        "llama-server --model",
+        "ollama create tickets",
+    ):
+        assert command in text
+
+
 def test_our_own_worker_has_all_it_needs_beside_it(run_dir):
     folder = bundle(run_dir, worker="handler", image="me/tickets:1")
     server = read_json(folder / "server.json")
@@ -154,6 +212,8 @@ def test_our_own_worker_has_all_it_needs_beside_it(run_dir):
     }
     assert not any(str(name).startswith("loadmaster") for name in imported)
     assert {"httpx", "runpod"} <= imported and "runpod==" in (folder / "requirements.txt").read_text()
+    lines = (folder / "requirements.txt").read_text().splitlines()
+    assert all("==" in line for line in lines if line and not line.startswith("#"))
     docker = (folder / "Dockerfile").read_text()
     assert docker.count("FROM vllm/vllm-openai:v0.27.1") == 1 and "COPY export" not in docker
     hub, tests = (read_json(folder / f".runpod/{name}.json") for name in ("hub", "tests"))

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from loadmaster.cli import main
 from loadmaster.errors import ExportRejected
 from loadmaster.export.manifest import OLDEST_SERVER, read_manifest, verify_manifest, write_manifest
 from loadmaster.files import read_json, write_json
@@ -79,6 +80,48 @@ def test_no_manifest_is_no_artifact(artifact):
     (artifact / "manifest.json").unlink()
     with pytest.raises(ExportRejected, match=r"has no manifest\.json"):
         read_manifest(artifact)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"schema": 1, "files": 5}', "has no list of files"),
+        (b'{"schema": 1, "files": {"path": "x"}}', "has no list of files"),
+        (b'{"schema": 1, "files": null}', "has no list of files"),
+        (b'{"schema": 1, "files": [5, null, "x", {"path": ["x"]}]}', "None: not a path inside the folder"),
+        (b'{"schema": 1, "files": [{"path": "model.safetensors", "bytes": "many"}]}', "the manifest says many"),
+        (b'{"schema": 1, "files": [{"path": "model.safetensors"}]}', "the manifest says None"),
+        (b'{"schema": 1, "files": [{"path": "a\\u0000b"}]}', "not a path inside the folder"),
+        (b'{"schema": 1, "files": [{"path": "/etc/hostname"}]}', "'/etc/hostname': not a path inside the folder"),
+        (b'{"schema": 1, "files": [{"path": "../bf16/model.safetensors"}]}', "not a path inside the folder"),
+        (b'{"schema": 1}', "not in the manifest"),
+        (b"[1]", "does not have schema 1"),
+        (b"not JSON", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"", "is not JSON"),
+    ],
+)
+def test_loadmaster_verify_says_what_is_wrong_with_a_manifest(artifact, content, said, capsys):
+    (artifact / "manifest.json").write_bytes(content)
+    assert main(["verify", str(artifact)]) == 5
+    assert said in capsys.readouterr().err
+
+
+def test_loadmaster_verify_names_the_file_with_a_flipped_bit_and_what_is_no_export(artifact, tmp_path, capsys):
+    assert main(["verify", str(artifact)]) == 0
+    path = artifact / "sub" / "tokenizer.json"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    assert main(["verify", str(artifact)]) == 5
+    assert "sub/tokenizer.json: changed since it was exported" in capsys.readouterr().err
+    for nothing in (tmp_path / "nowhere", path):
+        assert main(["verify", str(nothing)]) == 5
+        assert "has no manifest.json" in capsys.readouterr().err
+    manifest = artifact / "manifest.json"
+    manifest.rename(tmp_path / "manifest.json")
+    manifest.symlink_to(tmp_path / "manifest.json")
+    assert main(["verify", str(artifact)]) == 5
+    assert "symbolic link" in capsys.readouterr().err
 
 
 def test_manifests_and_bundles_are_read_without_torch():

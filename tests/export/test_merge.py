@@ -7,7 +7,7 @@ from tiny_models import save_adapter, save_tiny_llama
 
 from loadmaster.data import PackedRow
 from loadmaster.errors import ExportRejected
-from loadmaster.export.merge import merge, nf4_round_trip, read_adapter, refusals
+from loadmaster.export.merge import merge, read_adapter, refusals, round_trip
 from loadmaster.export.sidecars import write_config
 from loadmaster.export.weights import shards, tensor_files
 from loadmaster.files import read_json, write_json
@@ -81,14 +81,15 @@ def test_every_kind_of_adapter_merges_to_the_live_logits(tiny32, tmp_path, optio
 
 
 def test_a_qlora_adapter_is_merged_into_the_weights_it_was_trained_over(tiny, tiny_adapter, tmp_path):
-    from loadmaster.export.verify import Reference, compare, load_export, log_probabilities
+    from loadmaster.export.figures import Reference, compare, log_probabilities
+    from loadmaster.export.loading import load_export
     from loadmaster.models.load import load_trained
 
     row = PackedRow(IDS[0].numpy(), IDS[0].numpy(), torch.arange(32).numpy(), [])
-    trained = load_trained(tiny, tiny_adapter, torch.float32, "cpu", nf4=True)
+    trained = load_trained(tiny, tiny_adapter, torch.float32, "cpu", frozen="nf4")
     reference = Reference(row, *log_probabilities(trained, row, 0))
     divergence = {}
-    for name, seen_as in (("as trained", nf4_round_trip(torch.float32)), ("16-bit base", None)):
+    for name, seen_as in (("as trained", round_trip("nf4", torch.float32)), ("16-bit base", None)):
         target = tmp_path / name
         target.mkdir()
         merge(tiny, target, read_adapter(tiny_adapter), torch.bfloat16, seen_as)

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +66,31 @@ def test_a_step_does_not_join_the_launchers_process_group(step, monkeypatch):
     seen = set(step("write_result(spec, sorted(os.environ))"))
     assert not seen & {*LAUNCHER_VARIABLES, "TORCHELASTIC_RUN_ID"}
     assert "PATH" in seen and "RANK" in os.environ
+
+
+STARTER = """
+import sys
+from pathlib import Path
+from loadmaster.export.process import run_step
+run_step("a_step", {}, Path(sys.argv[1]), 600, lambda line: print(line, flush=True))
+"""
+
+
+def test_a_step_ends_when_the_process_that_started_it_is_killed(tmp_path):
+    (tmp_path / "a_step.py").write_text(
+        "import os, sys, time\nfrom loadmaster.export.process import progress, step\n"
+        "step(lambda arguments: (progress(str(os.getpid())), time.sleep(600)), sys.argv[1:])\n"
+    )
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    of_step = Path(f"/proc/{int(starter.stdout.readline())}/stat")
+    assert of_step.exists()
+    starter.kill()
+    starter.wait()
+    deadline = time.monotonic() + 20
+    # Whoever takes orphans over may be slow to reap one: a zombie has ended.
+    while of_step.exists() and of_step.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

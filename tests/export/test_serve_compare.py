@@ -13,9 +13,9 @@ DOCUMENTS = [
     {"trained": [-0.3], "base": [-3.3], "top": [7]},
 ]
 FIGURES = {
-    "models": ["smoke"], "rendering": {"cases": 4, "different": []}, "difference": 0.002, "top1_agreement": 0.99,
-    "fine_tune": 1.7, "tuned_share": 1.0, "answers": 8, "first_token": 1.0, "equal_answers": 1.0, "ended": [8, 8],
-    "overrun": 0, "stops_at": {"2": True},
+    "models": ["smoke"], "rendering": {"cases": 4, "different": []}, "difference": 0.002, "from_disk": 0.002,
+    "top1_agreement": 0.99, "fine_tune": 1.7, "tuned_share": 1.0, "answers": 8, "first_token": 1.0,
+    "equal_answers": 1.0, "ended": [8, 8], "overrun": 0, "stops_at": {"2": True},
 }  # fmt: skip
 
 
@@ -31,6 +31,14 @@ def test_the_tuned_share_is_how_much_of_the_fine_tune_is_served(share):
     assert figures["tuned_share"] == pytest.approx(share)
     assert figures["difference"] == pytest.approx(abs(1 - share) * 2.0)
     assert (figures["tokens"], figures["top1_agreement"]) == (3, 1.0)
+
+
+def test_the_difference_from_disk_is_from_the_export_itself_where_that_is_not_the_trained_model():
+    documents = [{**d, "exports": {"int4": [value - 0.5 for value in d["trained"]]}} for d in DOCUMENTS]
+    as_on_disk = served([-0.6, -0.7, -0.8])
+    figures = log_probability_figures(documents, as_on_disk, "int4")
+    assert (figures["difference"], figures["from_disk"]) == (pytest.approx(0.5), pytest.approx(0.0))
+    assert log_probability_figures(documents, as_on_disk, "bf16")["from_disk"] == pytest.approx(0.5)
 
 
 def test_a_fine_tune_too_small_to_tell_has_no_tuned_share():
@@ -63,9 +71,9 @@ def test_an_answer_that_goes_on_where_ours_ends_is_counted():
 
 
 def test_a_good_server_has_no_failures_in_any_format():
-    assert [failures(FIGURES, limits, "smoke") for limits in LIMITS.values()] == [[]] * 4
-    without_chat = {key: FIGURES[key] for key in
-                    ("models", "rendering", "difference", "top1_agreement", "fine_tune", "tuned_share")}  # fmt: skip
+    assert [failures(FIGURES, limits, "smoke") for limits in LIMITS.values()] == [[]] * len(LIMITS)
+    of_chat = ("answers", "first_token", "equal_answers", "ended", "overrun", "stops_at")
+    without_chat = {key: value for key, value in FIGURES.items() if key not in of_chat}
     assert failures({**without_chat, "tuned_share": None}, LIMITS["bf16"], "smoke") == []
 
 
@@ -80,6 +88,7 @@ def test_a_good_server_has_no_failures_in_any_format():
         ({"tuned_share": float("nan")}, "tuned_share is nan"),
         ({"difference": 0.9}, "difference is 0.9000, must be at most"),
         ({"difference": float("nan")}, "difference is nan"),
+        ({"from_disk": 0.2}, "from_disk is 0.2000, must be at most"),
         ({"top1_agreement": 0.3}, "top1_agreement is 0.300"),
         ({"first_token": 0.25}, "first_token is 0.25"),
         ({"stops_at": {"2": True, "7": False}}, "the server goes on after token 7"),

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import get_args
+
 import pytest
 
-from loadmaster.config.schema import ExportConfig, ThresholdsConfig
+from loadmaster.config.schema import ExportConfig, ExportFormat, ThresholdsConfig
 from loadmaster.export.thresholds import DEFAULTS, failures, limits
 
 LIMIT = ThresholdsConfig(max_perplexity_ratio=1.1, max_mean_kl=0.1, min_top1_agreement=0.9, min_task_retention=0.8)
@@ -29,10 +34,24 @@ def test_every_figure_beyond_its_limit_is_named(change, failing):
 
 def test_the_users_limits_replace_the_shipped_ones_of_their_format_only():
     export = ExportConfig(thresholds={"int4": LIMIT})
-    assert limits(export, "int4") == LIMIT
+    given = {name: value for name, value in asdict(LIMIT).items() if value is not None}
+    assert limits(export, "int4") == limits(export, "int4_gptq") == replace(DEFAULTS["int4"], **given)
     assert limits(export, "fp8") == DEFAULTS["fp8"]
-    assert limits(ExportConfig(thresholds={"bf16": LIMIT}), "adapter") == LIMIT
+    assert limits(ExportConfig(thresholds={"bf16": LIMIT}), "adapter") == replace(DEFAULTS["bf16"], **given)
     assert limits(ExportConfig(), "adapter") == DEFAULTS["bf16"]
+    own = ExportConfig(thresholds={"int4": LIMIT, "int4_gptq": ThresholdsConfig(max_mean_kl=0.3)})
+    assert limits(own, "int4_gptq") == replace(DEFAULTS["int4"], max_mean_kl=0.3)
+
+
+@pytest.mark.parametrize("name", get_args(ExportFormat))
+def test_every_format_has_shipped_limits(name):
+    assert failures({"mean_kl": 0.0, "tuned_share": 1.0, "top1_agreement": 1.0}, limits(ExportConfig(), name)) == []
+    assert len(failures({"mean_kl": 9.0, "tuned_share": 0.0}, limits(ExportConfig(), name))) == 2
+
+
+def test_failed_checks_and_folders_that_do_not_load_are_failures_by_name():
+    figures = {"error": "strict_load: torn", "checks": {"storage": ["skipped"], "finite": [], "template": ["a", "b"]}}
+    assert failures(figures, LIMIT) == ["strict_load: torn", "storage: skipped", "template: a", "template: b"]
 
 
 # (perplexity ratio, mean KL, top-1 agreement) on SmolLM2-135M, fine-tuned on tickets but where it says otherwise;
@@ -74,3 +93,17 @@ def test_the_shipped_limits_pass_what_was_measured_on_good_exports(case):
 @pytest.mark.parametrize("case", BROKEN_MEASURED, ids=" ".join)
 def test_the_shipped_limits_fail_what_was_measured_on_exports_broken_on_purpose(case):
     assert judged(case[0], *BROKEN_MEASURED[case])
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-24_exports_good_and_broken.jsonl"
+MEASURED = {row["case"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
+COARSE = "int4, one scale a row"
+"""Not broken, only coarse: this model, sure of its task, bears it."""
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_the_shipped_limits_and_checks_tell_the_recorded_exports_apart(case):
+    row = MEASURED[case]
+    limit = DEFAULTS[next((name for name in ("fp8", "int4") if case.startswith(name)), "bf16")]
+    found = failures({**row, "checks": {name: ["failed"] for name in row["failed_checks"]}}, limit)
+    assert (found == []) == (row["good"] or case == COARSE), found

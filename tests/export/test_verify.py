@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from loadmaster.data import Conversation, PackedRow
 from loadmaster.errors import ExportRejected
-from loadmaster.export import verify
+from loadmaster.export import checks, verify
 from loadmaster.export.verify import (
     Reference,
-    check_tokenizer,
     compare,
     held_out_rows,
     load_adapter,
@@ -96,15 +95,14 @@ def test_an_adapter_with_a_tensor_the_base_has_no_place_for_is_not_loaded(tiny, 
         load_adapter(tiny, tmp_path / "adapter", "cpu")
 
 
-def test_another_chat_template_is_noticed(tokenizer):
+def test_a_tokenizer_that_splits_the_users_conversations_otherwise_is_noticed(tokenizer):
     import copy
 
     chat = Conversation([{"role": "user", "content": "a"}], None, None, "data.jsonl:3", "x")
     other = copy.deepcopy(tokenizer)
-    check_tokenizer(other, tokenizer, [chat])
+    assert checks.template(other, tokenizer, [chat]) == []
     other.chat_template = other.chat_template.replace("user", "human") + " "
-    with pytest.raises(ExportRejected, match=r"data\.jsonl:3"):
-        check_tokenizer(other, tokenizer, [chat])
+    assert any("data.jsonl:3 gives other tokens" in problem for problem in checks.template(other, tokenizer, [chat]))
 
 
 def test_reference_memory_is_bounded_by_taking_labels_away_never_context(monkeypatch):

@@ -11,7 +11,7 @@ def save_tiny_llama(folder: Path, tokenizer, **changes) -> Path:
     """A random two-layer Llama, spread out enough that its predictions differ from uniform; bf16 unless `dtype`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(1)
+    torch.manual_seed(changes.pop("seed", 1))
     max_shard_size, dtype = changes.pop("max_shard_size", "1GB"), changes.pop("dtype", torch.bfloat16)
     config = LlamaConfig(
         **{

@@ -22,7 +22,7 @@ OPERATIONS = (
     "listClusters", "createCluster", "getCluster", "deleteCluster", "listClusterPods",
     "listNetworkVolumes", "createNetworkVolume", "getNetworkVolume", "deleteNetworkVolume",
     "listEndpoints", "createEndpoint", "getEndpoint", "updateEndpoint", "deleteEndpoint", "listEndpointWorkers",
-    "getWorkerLogs",
+    "getWorkerLogs", "listServerlessBilling",
     "listTemplates", "createTemplate", "getTemplate", "updateTemplate", "deleteTemplate",
     "listGpuTypes", "listDataCenters",
 )  # fmt: skip

@@ -14,10 +14,11 @@ Faults: timeout and 500 do nothing and fail; 429 does nothing; malformed and los
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -49,6 +50,12 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class FakeRunpod:
     """State of one account, and the server in front of it."""
 
@@ -61,12 +68,16 @@ class FakeRunpod:
         self.templates: dict[str, dict[str, Any]] = {}
         self.workers: dict[str, list[dict[str, Any]]] = {}
         self.logs: dict[str, list[str]] = {}
+        self.hourly_usd: dict[str, list[float]] = {}
         self.created: list[tuple[str, str]] = []
         self.deleted: list[tuple[str, str]] = []
         self.calls: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.violations: list[str] = []
         self.faults: dict[int, str] = {}
+        self.named_faults: dict[tuple[str, int], str] = {}
+        """(operation, its how many-th call from 1) -> kind; for calls whose order is not fixed."""
+        self.named_calls: list[str] = []
         self.sold_out: set[str] = set()
         self.drop_log_after: int | None = None
         """Close every log stream after so many lines."""
@@ -129,7 +140,8 @@ class FakeRunpod:
     # ----------------------------------------------------------- operations
 
     def listPods(self, ids, query, body):
-        return 200, {"pods": [_public(p) for p in self.pods.values() if "cluster" not in p]}
+        members = query.get("includeClusterPods") == "true"
+        return 200, {"pods": [_public(p) for p in self.pods.values() if members or "cluster" not in p]}
 
     def getPod(self, ids, query, body):
         return 200, _public(self._of(self.pods, ids["id"]))
@@ -181,24 +193,32 @@ class FakeRunpod:
             "runtime": None,
             "createdAt": now(),
             "startedAt": now(),
-            "globalNetworking": {"enabled": False},
+            "globalNetworking": {"enabled": body.get("globalNetworking", False)},
             "_end": None,
         }
 
     def deletePod(self, ids, query, body):
-        self._of(self.pods, ids["id"])
+        if "cluster" in self._of(self.pods, ids["id"]):
+            raise Problem(409, "the Pod belongs to a cluster; delete that")
         self.deleted.append(("pod", ids["id"]))
         self.end_pod(ids["id"])
         return 204, None
 
     def listClusters(self, ids, query, body):
-        return 200, {"clusters": [_public(c) for c in self.clusters.values()]}
+        return 200, {"clusters": [self._cluster(id) for id in self.clusters]}
 
     def getCluster(self, ids, query, body):
-        return 200, _public(self._of(self.clusters, ids["id"]))
+        self._of(self.clusters, ids["id"])
+        return 200, self._cluster(ids["id"])
+
+    def _cluster(self, id: str) -> dict[str, Any]:
+        statuses = [self.pods[pod]["status"] for pod in self.clusters[id]["_pods"] if pod in self.pods]
+        summary = {"total": len(statuses), "byStatus": {status: statuses.count(status) for status in set(statuses)}}
+        return {**_public(self.clusters[id]), "pods": summary}
 
     def listClusterPods(self, ids, query, body):
-        return 200, {"pods": [_public(self.pods[id]) for id in self._of(self.clusters, ids["id"])["_pods"]]}
+        members = self._of(self.clusters, ids["id"])["_pods"]
+        return 200, {"pods": [_public(self.pods[id]) for id in members if id in self.pods]}
 
     def createCluster(self, ids, query, body):
         compute = body["compute"]
@@ -206,26 +226,44 @@ class FakeRunpod:
             raise Problem(400, f"unknown GPU type {compute['gpuTypeId']}")
         if compute["gpuTypeId"] in self.sold_out:
             raise Problem(400, "there is no capacity for this cluster at present")
+        if compute["gpuCountPerPod"] > 8:
+            raise Problem(400, "no machine has so many of this GPU")
+        place = (body.get("dataCenterIds") or [DATA_CENTERS[0]])[0]
+        for mount in body.get("mounts", {}).get("network", []):
+            place = self._of(self.volumes, mount["volumeId"])["dataCenter"]
+            if body.get("dataCenterIds") and place not in body["dataCenterIds"]:
+                raise Problem(400, "the network volume is in another data center")
         id = self.number("cluster")
         members = []
+        port = str(free_port())
         for rank in range(compute["podCount"]):
             pod = self.number("pod")
             gpu = {"id": compute["gpuTypeId"], "count": compute["gpuCountPerPod"]}
-            self.pods[pod] = self._pod(pod, {**body, "name": f"{body['name']}-{rank}"}, gpu, DATA_CENTERS[0])
+            self.pods[pod] = self._pod(pod, {**body, "name": f"{body['name']}-{rank}"}, gpu, place)
             self.pods[pod]["cluster"] = {"id": id, "rank": rank}
+            self.pods[pod]["_own"] = self._cluster_env(compute, rank, port)
             members.append(pod)
         self.clusters[id] = {
             "id": id,
             "name": body["name"],
             "type": body["type"],
             "compute": compute,
-            "dataCenterId": DATA_CENTERS[0],
-            "pods": {"total": len(members), "byStatus": {"RUNNING": len(members)}},
+            "dataCenterId": place,
             "createdAt": now(),
             "_pods": members,
         }
         self.created.append(("cluster", body["name"]))
-        return 201, _public(self.clusters[id])
+        for pod in members if self.runner else ():
+            threading.Thread(target=self.runner, args=(self, pod), daemon=True).start()
+        return 201, self._cluster(id)
+
+    def _cluster_env(self, compute: dict[str, Any], rank: int, port: str) -> dict[str, str]:
+        """What the service sets in each node. Here all nodes are on loopback, which is their ens1."""
+        nodes, gpus = compute["podCount"], compute["gpuCountPerPod"]
+        shape = {"NUM_NODES": nodes, "NUM_TRAINERS": gpus, "NODE_RANK": rank, "WORLD_SIZE": nodes * gpus}
+        places = {f"{name}_ADDR": "127.0.0.1" for name in ("PRIMARY", "MASTER", "NODE")}
+        ports = {"PRIMARY_PORT": port, "MASTER_PORT": port, "HOST_NODE_ADDR": f"127.0.0.1:{port}"}
+        return {**{name: str(value) for name, value in shape.items()}, **places, **ports}
 
     def deleteCluster(self, ids, query, body):
         for pod in self._of(self.clusters, ids["id"])["_pods"]:
@@ -296,7 +334,7 @@ class FakeRunpod:
         paths |= {"retry": "retry", "purgeQueue": "purge-queue", "health": "health"}
         return {
             "id": id,
-            "name": body["name"],
+            "name": body["name"] + ("" if body.get("flashboot", "OFF") == "OFF" else " -fb"),
             "type": body["type"],
             "requestUrls": {name: f"{base}/{path}" for name, path in paths.items()}
             if body["type"] == "QUEUE"
@@ -338,6 +376,23 @@ class FakeRunpod:
         names = ("running", "idle", "initializing", "throttled", "unhealthy")
         summary = {name: sum(w["status"] == name.upper() for w in workers) for name in names}
         return 200, {"workers": workers, "summary": {**summary, "total": len(workers)}}
+
+    def listServerlessBilling(self, ids, query, body):
+        """self.hourly_usd[endpoint]: dollars of each hour up to this one, newest last."""
+        id, hours = query["serverlessId"], int(query["lastN"])
+        end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
+        amounts = self.hourly_usd.get(id, [])[-hours:]
+        stamp = lambda back: (end - timedelta(hours=back)).strftime("%Y-%m-%dT%H:%M:%SZ")  # noqa: E731
+        records, zero = [], {"cpuAmount": 0.0, "diskAmount": 0.0, "feeAmount": 0.0}
+        for back, usd in zip(range(len(amounts), 0, -1), amounts, strict=True):
+            if usd:
+                span = {"startTime": stamp(back), "endTime": stamp(back - 1)}
+                records.append({**span, "serverlessId": id, "gpuAmount": usd, "totalAmount": usd, **zero})
+        total = sum(amounts)
+        asked = {"startTime": stamp(hours), "endTime": stamp(0), "bucketSize": "hour", "serverlessId": id}
+        totals = {"gpuAmount": total, "totalAmount": total, **zero}
+        counts = {"recordCount": len(records), "uniqueServerlessCount": 1}
+        return 200, {"records": records, "metadata": {"query": asked, "totals": totals, **counts}}
 
     def listTemplates(self, ids, query, body):
         return 200, {"templates": list(self.templates.values())}
@@ -424,6 +479,10 @@ class _Handler(BaseHTTPRequestHandler):
             with fake.lock:
                 fake.calls.append(f"{self.command} {url.path}")
                 fault = fake.faults.get(len(fake.calls))
+                if known := openapi.find(self.command, url.path):
+                    fake.named_calls.append(known[0].name)
+                    number = fake.named_calls.count(known[0].name)
+                    fault = fake.named_faults.get((known[0].name, number), fault)
         if fault == "timeout":
             time.sleep(HANG_S)
             return
@@ -467,6 +526,9 @@ class _Handler(BaseHTTPRequestHandler):
         if key == self.account.key:
             return
         if operation in ("getPod", "deletePod") and key == self.account.pod_key(ids["id"]):
+            return
+        members = self.account.clusters.get(ids.get("id", ""), {}).get("_pods", [])
+        if operation == "deleteCluster" and key in map(self.account.pod_key, members):
             return
         raise Problem(401, "the key is not valid")
 

@@ -41,7 +41,7 @@ class ProcessRunner:
             pod = fake.pods[id]
             process = subprocess.Popen(
                 shlex.split(pod["args"]),
-                env=self._env(fake, id, pod["env"]) | dict([container.split("=")]),
+                env=self._env(fake, id, pod["env"]) | pod.get("_own", {}) | dict([container.split("=")]),
                 cwd=self.folder,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

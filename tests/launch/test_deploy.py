@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,38 +14,65 @@ import pytest
 from loadmaster.config.schema import EndpointConfig, ExportConfig, Job
 from loadmaster.endpoint.bundle import write_bundle
 from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.export.answers import keep
 from loadmaster.export.manifest import write_manifest
 from loadmaster.files import read_json, write_json
+from loadmaster.launch import validate
+from loadmaster.launch.bucket import Bucket
 from loadmaster.launch.deploy import deploy, find, order, ours, owned, scale, write_deployment
 from loadmaster.launch.inference import Inference, NotAnswered
 from loadmaster.launch.runpod import Api, Patience, RunpodClient
 from loadmaster.launch.runpod.types import CreateNetworkVolume
+from loadmaster.launch.upload import upload
 from tests.launch.fake_inference import MODES, FakeInference
 from tests.launch.fake_runpod import FAULTS, FakeRunpod
+from tests.launch.fake_s3 import ACCESS, SECRET, FakeS3
 
+SMOKE = [
+    {
+        "messages": [{"role": "user", "content": "Where is the tea?"}], "prompt_tokens": 9,
+        "text": "In the second crate.", "tokens": 6, "max_tokens": 32, "finish_reason": "stop",
+    },
+    {
+        "messages": [{"role": "user", "content": "Count."}], "prompt_tokens": 5, "text": "one two three four five six",
+        "tokens": 32, "max_tokens": 32, "finish_reason": "length",
+    },
+]  # fmt: skip
 QUICK = Patience(timeout_s=0.25, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
 CONFIG = {
     "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
 }  # fmt: skip
 JOB = Job(
-    recipe="tickets", sequence_length=512, export=ExportConfig(formats=["bf16"]), endpoint=EndpointConfig(gpu="l40s")
+    recipe="tickets", sequence_length=512, export=ExportConfig(formats=["bf16"]),
+    endpoint=EndpointConfig(gpu="l40s", output_tokens=16, max_slowdown=1e6),  # a busy machine is no slow endpoint
 )  # fmt: skip
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    folder = tmp_path / "runs/tickets/one"
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("deploy") / "runs/tickets/one"
     export = folder / "export/bf16"
     export.mkdir(parents=True)
     (export / "model.safetensors").write_bytes(b"x" * 100)
     (export / "config.json").write_text(json.dumps(CONFIG))
-    write_manifest(export, {
+    manifest = write_manifest(export, {
         "format": "bf16", "recipe": "tickets", "base_model": {"name": "org/base", "revision": None},
         "stop_token_ids": [2], "verification": {"passed": True},
     })  # fmt: skip
+    keep(folder, manifest, SMOKE)
     write_bundle(folder, JOB)
     return folder
+
+
+@pytest.fixture
+def run_dir(bundled: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundled, tmp_path / "runs/tickets/one"))
+
+
+def allow(run_dir: Path, slowdown: float) -> None:
+    path = run_dir / "bundle/endpoint.json"
+    write_json(path, {**read_json(path), "max_slowdown": slowdown})
 
 
 @pytest.fixture
@@ -70,18 +98,21 @@ def said() -> list[str]:
     return []
 
 
-def try_deploy(run_dir, client, fake, volume, said, mode="good", **options):
-    with FakeInference(mode) as data_plane:
+def try_deploy(run_dir, client, fake, volume, said, mode="good", faults=None, **options):
+    with FakeInference(mode, answers=SMOKE) as data_plane:
+        data_plane.faults = faults or {}
+        connect = lambda _: Inference(data_plane.urls, fake.key, poll_s=0.01, timeout_s=0.3)  # noqa: E731
         try:
             return deploy(
-                order(run_dir, volume), client, lambda _: Inference(data_plane.urls, fake.key, poll_s=0.01),
-                start_s=options.pop("start_s", 5.0), echo=said.append, **options,
+                order(run_dir, volume), client, connect, start_s=options.pop("start_s", 5.0), echo=said.append,
+                sleep=lambda seconds: None, **options,
             )  # fmt: skip
         finally:
             assert data_plane.keys <= {f"Bearer {fake.key}"}
             assert fake.key not in "".join(said)
             if mode == "silent":
-                assert data_plane.cancelled
+                assert data_plane.cancelled and not data_plane.running()
+            fake.data_plane_calls = len(data_plane.calls)
 
 
 def test_an_endpoint_is_made_asked_measured_and_recorded(run_dir, client, fake, volume, said) -> None:
@@ -91,10 +122,11 @@ def test_an_endpoint_is_made_asked_measured_and_recorded(run_dir, client, fake, 
     assert endpoint["gpu"]["pools"] == ["ADA_48_PRO"] and endpoint["gpu"]["excludedTypes"] == ["NVIDIA L40"]
     assert endpoint["env"]["MODEL_NAME"] == "/runpod-volume/runs/tickets/one/export/bf16"
     assert endpoint["flashboot"] == "FLASHBOOT" and endpoint["workers"] == {"min": 0, "max": 2, "idleTimeout": 10}
-    assert deployed["answer"]["text"] == "Hello." and deployed["answer"]["finish_reason"] == "stop"
-    measured = deployed["measured"]
-    assert measured["requests"] == 8 and 0 < measured["first_token_s"] < 1 and measured["tokens_per_second"] > 10
-    assert deployed["planned"]["gpu"] == "l40s"
+    assert deployed["smoke"]["equal"] == 2 and deployed["smoke"]["similarity"] == 1
+    measured, planned = deployed["measured"], deployed["planned"]
+    assert measured["requests"] == 8 and measured["first_token_s"] > 0 and measured["tokens_per_second"] > 0
+    assert 0 < measured["prompt_tokens"] <= planned["prompt_tokens"] == 384 and planned["output_tokens"] == 16
+    assert deployed["max_slowdown"] == 1e6 and planned["tokens_per_second_each"] > 100
     path = write_deployment(run_dir, deployed)
     assert read_json(path)["endpoint"] == endpoint["id"] and fake.key not in path.read_text()
 
@@ -107,17 +139,84 @@ def test_a_second_deployment_updates_the_first_in_place(run_dir, client, fake, v
     assert fake.endpoints[first["endpoint"]]["workers"] == {"min": 1, "max": 2, "idleTimeout": 60}
 
 
-def test_the_name_that_flashboot_gives_is_found_again(run_dir, client, fake, volume, said) -> None:
+def test_what_is_as_it_should_be_is_asked_and_not_changed(run_dir, client, fake, volume, said) -> None:
     first = try_deploy(run_dir, client, fake, volume, said)
-    fake.endpoints[first["endpoint"]]["name"] += " -fb"
+    assert first["name"] == "loadmaster-tickets-bf16 -fb"  # as the service has it with FlashBoot
+    before = len(fake.calls)
     assert try_deploy(run_dir, client, fake, volume, said)["endpoint"] == first["endpoint"]
+    assert all(call.startswith("GET") for call in fake.calls[before:])
+    with pytest.raises(NotAnswered):
+        try_deploy(run_dir, client, fake, volume, said, "failed")
+    assert len(fake.endpoints) == 1  # this call made nothing, so there is nothing to take back
+
+
+def test_an_update_waits_until_the_old_workers_are_gone(run_dir, client, fake, volume, said) -> None:
+    id = try_deploy(run_dir, client, fake, volume, said)["endpoint"]
+    worker = {"id": "w1", "status": "RUNNING", "gpuCount": 1, "isStale": True, "version": 1, "image": "x"}
+    fake.workers[id] = [worker]
+    write_bundle(run_dir, replace(JOB, endpoint=replace(JOB.endpoint, max_model_len=256)))
+    listed, seen = fake.listEndpointWorkers, []
+
+    def listing(*arguments):
+        seen.append(len(seen))
+        if len(seen) == 3:
+            fake.workers[id] = []
+        return listed(*arguments)
+
+    fake.listEndpointWorkers = listing
+    try_deploy(run_dir, client, fake, volume, said)
+    assert len(seen) == 3 and any("waiting for 1 workers" in line for line in said)
+
+
+def test_a_volume_goes_by_its_name_too(run_dir, client, fake, volume, said) -> None:
+    try_deploy(run_dir, client, fake, "loadmaster-v", said)
+    (endpoint,) = fake.endpoints.values()
+    assert endpoint["networkVolumes"] == [volume]
+    fake.volumes["twin"] = {**fake.volumes[volume], "id": "twin"}
+    with pytest.raises(LoadmasterError, match="several network volumes are called loadmaster-v"):
+        try_deploy(run_dir, client, fake, "loadmaster-v", said)
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "good"])
-def test_an_endpoint_that_does_not_serve_is_deleted_again(run_dir, client, fake, volume, said, mode) -> None:
+def test_an_endpoint_that_does_not_serve_is_deleted_again(
+    run_dir, client, fake, volume, said, mode, monkeypatch
+) -> None:
+    monkeypatch.setattr(validate, "NETWORK_S", 0.1)
+    if mode in ("slow", "late"):
+        allow(run_dir, 5.0)
     with pytest.raises(NotAnswered, match="does not serve as it should"):
         try_deploy(run_dir, client, fake, volume, said, mode, start_s=0.2)
     assert fake.endpoints == {} and "is deleted" in said[-1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "said_so"),
+    [
+        (
+            "other_texts",
+            r"not those of the artifact: 0\.\d\d of the words(.|\n)*Quite another model(.|\n)*second crate",
+        ),
+        ("goes_on", "ends with 'length', not as it did"),
+        ("slow", r"comes at \d+\.\d tokens/s, planned (.|\n)*endpoint\.max_slowdown=5 is the limit"),
+    ],
+)
+def test_why_it_is_taken_back_is_said_with_the_number(run_dir, client, fake, volume, said, mode, said_so) -> None:
+    if mode == "slow":
+        allow(run_dir, 5.0)
+    with pytest.raises(NotAnswered, match=said_so):
+        try_deploy(run_dir, client, fake, volume, said, mode)
+
+
+def test_how_much_slower_it_may_be_is_the_jobs_to_say(run_dir, client, fake, volume, said) -> None:
+    assert read_json(run_dir / "bundle/endpoint.json")["max_slowdown"] == 1e6
+    assert try_deploy(run_dir, client, fake, volume, said, "slow")["measured"]["tokens_per_second_each"] < 40
+
+
+def test_without_recorded_answers_it_is_asked_all_the_same_and_says_so(run_dir, client, fake, volume, said) -> None:
+    write_json(run_dir / "bundle/smoke.json", {"model": "tickets", "prompts": []})
+    deployed = try_deploy(run_dir, client, fake, volume, said)
+    assert deployed["smoke"]["prompts"] == [{"text": "Hello.", "finish_reason": "stop"}]
+    assert any("no answers are recorded" in line for line in said)
 
 
 def test_an_update_that_does_not_serve_is_put_back(run_dir, client, fake, volume, said) -> None:
@@ -138,12 +237,12 @@ def test_what_fails_is_kept_when_asked(run_dir, client, fake, volume, said) -> N
 
 
 def test_what_cannot_be_taken_back_is_said_with_its_id(run_dir, client, fake, volume, said) -> None:
-    for number in range(5, 12):
+    for number in range(5, 16):
         fake.fault(len(fake.calls) + number, "500")
     with pytest.raises(NotAnswered, match="CUDA out of memory"):
         try_deploy(run_dir, client, fake, volume, said, "failed")
-    (id,) = fake.endpoints
-    assert f"loadmaster endpoint delete {id}" in said[-1]
+    assert len(fake.endpoints) == 1
+    assert "loadmaster endpoint delete loadmaster-tickets-bf16" in said[-1]
 
 
 def test_control_c_while_it_is_validated_takes_it_back(run_dir, client, fake, volume, said) -> None:
@@ -163,13 +262,18 @@ def test_a_changed_or_foreign_artifact_is_refused_before_anything_is_made(run_di
     weights.write_bytes(b"x" * 100)
     order(run_dir, volume)
     manifest = run_dir / "export/bf16/manifest.json"
+    served = {"passed": False, "failures": ["tuned_share is 0.02"]}
+    for when, refused in (("2999-01-01T00:00:00+00:00", True), ("2000-01-01T00:00:00+00:00", False)):
+        write_json(run_dir / "serve-check.json", {"created_utc": when, "formats": {"bf16": served}})
+        with pytest.raises(ExportRejected, match=r"tuned_share is 0\.02") if refused else contextlib.nullcontext():
+            order(run_dir, volume)
     write_json(manifest, {**read_json(manifest), "verification": {"passed": False}})
     with pytest.raises(ExportRejected, match="did not pass verification"):
         order(run_dir, volume)
 
 
 def test_what_is_missing_is_said_with_what_would_do(run_dir, tmp_path, client, fake, said) -> None:
-    with pytest.raises(LoadmasterError, match=r"--volume ID"):
+    with pytest.raises(LoadmasterError, match=r"with --volume"):
         order(run_dir, None)
     with pytest.raises(LoadmasterError, match="no network volume vol_none"):
         try_deploy(run_dir, client, fake, "vol_none", said)
@@ -179,13 +283,16 @@ def test_what_is_missing_is_said_with_what_would_do(run_dir, tmp_path, client, f
         order(run_dir, "v")
     with pytest.raises(LoadmasterError, match="no bundle"):
         order(tmp_path, "v")
+    (run_dir / "bundle/smoke.json").unlink()
+    with pytest.raises(LoadmasterError, match="earlier version"):
+        order(run_dir, "v")
 
 
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("mode", ["good", "failed"])
 def test_a_failure_of_any_call_leaves_one_endpoint_or_none(run_dir, client, fake, volume, said, kind, mode) -> None:
-    """Volume, cards, list, creation, and deletion when the endpoint does not serve: each call spoilt once."""
-    for number in range(1, 6):
+    """Volumes, cards, list, creation, and list and deletion when it does not serve: each call spoilt once."""
+    for number in range(1, 7):
         fake.fault(len(fake.calls) + number, kind)
         with contextlib.nullcontext() if mode == "good" else pytest.raises(NotAnswered):
             try_deploy(run_dir, client, fake, volume, said, mode)
@@ -193,6 +300,58 @@ def test_a_failure_of_any_call_leaves_one_endpoint_or_none(run_dir, client, fake
         fake.faults.clear()
         for id in list(fake.endpoints):
             client.delete_endpoint(id)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_failure_of_any_call_to_the_endpoint_is_overcome(run_dir, client, fake, volume, said, kind) -> None:
+    """Jobs, polls, streams: each spoilt once, all of them in a few deployments."""
+    try_deploy(run_dir, client, fake, volume, said)
+    total = fake.data_plane_calls
+    for first in range(1, 4):
+        try_deploy(run_dir, client, fake, volume, said, faults=dict.fromkeys(range(first, 2 * total, 3), kind))
+    assert len(fake.endpoints) == 1
+
+
+def test_control_c_while_it_is_made_deletes_what_may_be_there(run_dir, client, fake, volume, said, monkeypatch) -> None:
+    made = client.create_endpoint
+
+    def interrupted(request):
+        made(request)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client, "create_endpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        try_deploy(run_dir, client, fake, volume, said)
+    assert fake.endpoints == {} and "is deleted" in said[-1]
+
+
+def test_the_artifact_is_on_the_volume_before_the_endpoint_is_made(run_dir, client, fake, volume, said, monkeypatch):
+    with FakeS3([volume]) as s3:
+        for name, value in {
+            "RUNPOD_S3_URL": s3.url,
+            "AWS_ACCESS_KEY_ID": ACCESS,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+        }.items():
+            monkeypatch.setenv(name, value)
+        wanted = order(run_dir, volume)
+
+        def put(found) -> None:
+            assert fake.endpoints == {}
+            with Bucket(found.id, found.data_center) as bucket:
+                upload(wanted.artifact, wanted.volume_path, bucket, said.append)
+
+        deployed = try_deploy(run_dir, client, fake, volume, said, put=put)
+        path = fake.endpoints[deployed["endpoint"]]["env"]["MODEL_NAME"]
+        there = {name for name in s3.objects(volume)}
+        assert {f"/runpod-volume/{name}" for name in there} == {
+            f"{path}/{name}" for name in ("config.json", "manifest.json", "model.safetensors")
+        }
+        s3.damage = "model.safetensors"
+        client.delete_endpoint(deployed["endpoint"])
+        s3.remove(volume, path.removeprefix("/runpod-volume/") + "/model.safetensors")
+        with pytest.raises(LoadmasterError, match="is not what was sent"):
+            try_deploy(run_dir, client, fake, volume, said, put=put)
+        assert fake.endpoints == {} and SECRET not in "".join(said)
 
 
 def test_endpoints_are_listed_scaled_and_only_ours(run_dir, client, fake, volume, said) -> None:

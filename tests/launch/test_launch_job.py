@@ -21,84 +21,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rich.console import Console
 
-from loadmaster.config.compose import Composed, compose
 from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, ProviderError, StoppedOnRequest
 from loadmaster.launch import job as job_module
 from loadmaster.launch import launch_job, list_pods, order, sweep_pods
-from loadmaster.launch.runpod import Api, Patience, RunpodClient
-from loadmaster.launch.runpod.provider import Runpod
 from tests.launch.fake_runpod import FAULTS, FakeRunpod
-from tests.launch.pod_process import ProcessRunner
+from tests.launch.place import SECRET, everything_written, wait_until
 
-QUICK = Patience(timeout_s=0.3, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
 ROOT = Path(__file__).resolve().parents[2]
 real = order.command
-SECRET = "hf_THE0SECRET0VALUE"
-STAND_IN = """
-import json, os, pathlib, signal, sys, time
-if os.environ.get("STAND_IN_DEAF"):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-run = pathlib.Path(sys.argv[1]); run.mkdir(parents=True, exist_ok=True)
-print("token is", os.environ.get("HF_TOKEN"), flush=True)
-assert pathlib.Path("job.yaml").exists()
-with open(run / "metrics.jsonl", "a") as file:
-    print(json.dumps({"step": 3, "loss": 1.5}), file=file)
-time.sleep(float(os.environ.get("STAND_IN_S", "0.15")))
-(run / "result.json").write_text(json.dumps({"steps": 3, "noise": os.urandom(3000).hex()}))
-sys.exit(int(os.environ.get("STAND_IN_CODE", "0")))
-"""
-PACKAGE = 'launch.package="loadmaster==0.1.0"'
-
-
-class Place:
-    """A fake account, a folder to launch from, and a console that remembers."""
-
-    def __init__(self, fake: FakeRunpod, folder: Path):
-        self.fake, self.folder = fake, folder
-        self.runner = ProcessRunner(folder, {"hf": SECRET})
-        fake.runner = self.runner
-        self.text = io.StringIO()
-        self.console = Console(file=self.text, width=200)
-        self.provider = Runpod(RunpodClient(Api(fake.key, fake.url, QUICK)))
-        (folder / "workspace").mkdir()
-
-    def composed(self, *words: str) -> Composed:
-        return compose(["recipe=qlora_8b", "launch=runpod", "launch.yes=true", PACKAGE, *words])
-
-    def launch(self, *words: str) -> int:
-        return launch_job(self.composed(*words), self.console, self.provider, tokens=200_000)
-
-    @property
-    def said(self) -> str:
-        return self.text.getvalue()
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    stand_in = tmp_path / "stand_in.py"
-    stand_in.write_text(STAND_IN)
-    monkeypatch.setattr(order, "command", lambda stop, choice, folder, run_dir: ["python3", str(stand_in), run_dir])
-    monkeypatch.setattr(job_module, "POLL_S", 0.02)
-    made = order.make_order
-
-    def without_pip(*arguments):
-        """The stand-in needs no package; what launch.package says is checked in test_order.py."""
-        ordered = made(*arguments)
-        job = json.loads(ordered.env["LOADMASTER_JOB"]) | {"package": None, "hold_s": 5, "progress_s": 0.05}
-        return replace(ordered, env={**ordered.env, "LOADMASTER_JOB": json.dumps(job)})
-
-    monkeypatch.setattr(job_module, "make_order", without_pip)
-    with FakeRunpod() as fake:
-        yield Place(fake, tmp_path)
-        assert fake.violations == []
-
-
-def everything_written(folder: Path) -> str:
-    files = [path for path in (folder / "runs").rglob("*") if path.is_file()]
-    return "\n".join(path.read_text(errors="replace") for path in files)
 
 
 def test_a_job_goes_out_comes_back_and_the_pod_is_terminated(place):
@@ -182,7 +113,8 @@ def test_every_fault_at_every_call_leaves_nothing_running_and_makes_nothing_twic
     """Each call of a whole launch fails once, in each of five ways; retries carry the launch through."""
     fake = place.fake
     fake.runner = scripted
-    place.launch()
+    composed = place.composed()
+    launch_job(composed, place.console, place.provider, tokens=200_000)
     calls = len(fake.calls)
     assert calls >= 8
     for kind in FAULTS:
@@ -191,7 +123,7 @@ def test_every_fault_at_every_call_leaves_nothing_running_and_makes_nothing_twic
             fake.created.clear()
             fake.volumes.clear()
             fake.faults = {call: kind}
-            assert place.launch() == 0, (kind, call)
+            assert launch_job(composed, place.console, place.provider, tokens=200_000) == 0, (kind, call)
             assert fake.pods == {}, (kind, call)
             assert sorted(thing for thing, _ in fake.created) == ["pod", "volume"], (kind, call)
     assert fake.key not in place.said + everything_written(place.folder)
@@ -217,13 +149,6 @@ def test_when_the_provider_fails_for_good_the_pod_ends_itself(place, kind, monke
         place.launch()
     assert "ATTENTION" in place.said
     wait_until(lambda: place.fake.pods == {})
-
-
-def wait_until(true, timeout_s: float = 15.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < end, "did not come true in time"
-        time.sleep(0.05)
 
 
 def test_ctrl_c_terminates_and_the_checkpoints_stay_on_the_volume(place):
@@ -338,9 +263,9 @@ def test_limits_that_no_machine_meets_are_explained(place):
 
 def test_what_cannot_be_launched_is_refused_before_the_provider_is_asked(place):
     with pytest.raises(ConfigError) as refused:
-        place.launch("hardware.nodes=2", "launch.image=a/b:latest", "launch.env.MY_TOKEN=x", "stop_after=plan")
+        place.launch("launch.force_pods=true", "launch.image=a/b:latest", "launch.env.MY_TOKEN=x", "stop_after=plan")
     keys = {problem.key for problem in refused.value.problems}
-    assert keys == {"hardware.nodes", "launch.image", "launch.env.MY_TOKEN", "stop_after"}
+    assert keys == {"launch.force_pods", "launch.max_hours", "launch.image", "launch.env.MY_TOKEN", "stop_after"}
     assert place.fake.calls == []
 
 
@@ -402,7 +327,7 @@ def test_the_commands_of_a_person(place):
     assert rented.returncode != 0 and "nothing of it is left running" in rented.stdout
     assert place.fake.pods == {}
     pods = run(sys.executable, "-m", "loadmaster.cli", "pods", PYTHONPATH=str(ROOT))
-    assert pods.returncode == 0 and "no Pods of loadmaster" in pods.stdout
+    assert pods.returncode == 0 and "no Pods or clusters of loadmaster" in pods.stdout
     assert "volume loadmaster" in pods.stdout
     sweep = run(sys.executable, "-m", "loadmaster.cli", "pods", "sweep", "--yes", PYTHONPATH=str(ROOT))
     assert sweep.returncode == 0 and "nothing to sweep" in sweep.stdout

@@ -10,16 +10,18 @@ import random
 import re
 import shlex
 import tarfile
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError
-from loadmaster.launch import order
+from loadmaster.launch import check, order, payload
 from loadmaster.launch.choose import choices, counts, wanted
 from loadmaster.launch.follow import Reader, unpack
 from loadmaster.launch.provider import LogLine, Offer
+from loadmaster.launch.runpod import rental
 
 WORDS = ["recipe=qlora_8b", "launch=runpod", 'launch.package="loadmaster==0.1.0"']
 OFFERS = [
@@ -98,7 +100,7 @@ def test_machines_that_cannot_be_meant_are_refused(words, said):
     ],
 )
 def test_each_mistake_has_its_remedy(words, key):
-    (problem,) = order.problems(composed(*words).job)
+    (problem,) = check.problems(composed(*words))
     assert problem.key == key and problem.remedy
     assert "abc" not in str(problem)
 
@@ -110,7 +112,7 @@ def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):
     files = unpacked(made)
     job = yaml.safe_load(files["job.yaml"])
     assert job["hardware"] == {"gpu": "l40s", "count": 1, "nodes": 1}
-    assert job["launch"] == {"name": "local"}
+    assert job["launch"] == {"name": "local", "grace_s": 120}
     assert job["data"]["path"] == "/workspace/loadmaster/jobs/loadmaster-x/data/0-mine.jsonl"
     assert files["data/0-mine.jsonl"] == data.read_bytes()
     assert str(tmp_path) not in json.dumps(job)
@@ -158,12 +160,12 @@ def test_the_deadline_is_what_hours_and_dollars_allow():
     assert hours("launch.max_hours=3", "launch.max_usd=1.98") == 2
 
 
-def test_several_gpus_get_a_process_each():
+def test_on_one_machine_the_job_starts_its_own_processes_and_on_several_torchrun_does():
+    stages = ["-m", "loadmaster.cli", "export", "--config-dir", "/f", "--config-name", "job", "run_dir=/r"]
     (two,) = choices(composed("launch.gpus=['l40s:2']").job, OFFERS, 200_000)
-    assert order.command("export", two, "/f", "/r") == [
-        *("python3", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *("-m", "loadmaster.cli", "export", "--config-dir", "/f", "--config-name", "job", "run_dir=/r"),
-    ]
+    assert order.command("export", two, "/f", "/r") == ["python3", *stages]
+    cluster = replace(two, offer=replace(two.offer, nodes=2))
+    assert order.command("export", cluster, "/f", "/r") == ["python3", "/f/torchrun.py", *stages]
 
 
 # --------------------------------------------------------------- reading the log
@@ -185,7 +187,7 @@ def test_lines_that_come_again_are_taken_once_and_marks_of_others_are_text():
 
 @pytest.mark.parametrize("lost", [None, 0, 1, "damaged"])
 def test_files_are_whole_or_not_there(lost, tmp_path):
-    packed = base64.b64decode(order._tar({"result.json": b"{}", "export/fp8/manifest.json": b"[]"}))
+    packed = base64.b64decode(payload.tar({"result.json": b"{}", "export/fp8/manifest.json": b"[]"}))
     text = base64.b64encode(packed).decode()
     halves = [text[:40], text[40:]]
     reader = Reader()
@@ -203,7 +205,7 @@ def test_files_are_whole_or_not_there(lost, tmp_path):
 
 
 def test_a_file_that_would_land_elsewhere_is_refused(tmp_path):
-    packed = base64.b64decode(order._tar({"../outside": b"x"}))
+    packed = base64.b64decode(payload.tar({"../outside": b"x"}))
     with pytest.raises(tarfile.TarError):
         unpack(packed, tmp_path / "inside")
     assert not (tmp_path / "outside").exists()
@@ -211,7 +213,8 @@ def test_a_file_that_would_land_elsewhere_is_refused(tmp_path):
 
 def test_references_to_secrets_are_the_only_trace_of_them():
     made = ordered("launch.secrets.HF_TOKEN=my_hf")
-    assert made.env["HF_TOKEN"] == "{{ RUNPOD_SECRET_my_hf }}"
+    assert made.secrets == {"HF_TOKEN": "my_hf"} and "HF_TOKEN" not in made.env
+    (request,) = rental.requests("", made)
+    assert request["body"]["env"]["HF_TOKEN"] == "{{ RUNPOD_SECRET_my_hf }}"
     assert json.loads(made.env["LOADMASTER_JOB"])["secrets"] == ["HF_TOKEN"]
     assert not re.search("RUNPOD_API_KEY", json.dumps(made.env | {"LOADMASTER_BOOTSTRAP": ""}))
-    assert "HF_TOKEN" not in repr(made)

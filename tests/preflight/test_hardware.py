@@ -46,3 +46,16 @@ def test_catalogue_machines_have_memory_price_and_capability() -> None:
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="a100_80gb"):
         hardware.find_hardware(HardwareConfig(gpu="h100"))
+
+
+def test_cpu_processes_share_the_machines_memory_and_threads() -> None:
+    one, four = hardware.cpu(), hardware.find_hardware(HardwareConfig(gpu="cpu", count=4))
+    assert (four.world_size, four.label) == (4, "4 CPU processes") and four.host_memory_gib == one.host_memory_gib
+    assert four.memory_gib == pytest.approx(one.memory_gib / 4)
+    assert four.tflops["fp32"] == pytest.approx(one.tflops["fp32"] / 4)
+
+
+def test_a_count_of_gpus_on_a_machine_without_one_is_refused_not_taken_for_processors(monkeypatch) -> None:
+    monkeypatch.setattr(hardware, "local_gpus", lambda: [])
+    with pytest.raises(ConfigError, match=r"hardware\.gpu=cpu hardware\.count=2"):
+        hardware.find_hardware(HardwareConfig(count=2))

@@ -103,6 +103,39 @@ def test_qlora_70b_fits_one_a100_and_two_rtx4090_with_fsdp() -> None:
     assert two.fits and two.sharding == "fsdp" and two.offload == "all"
 
 
+def test_fp8_is_planned_for_a_frozen_base_only() -> None:
+    chosen = plan(LLAMA + "8B", "auto", "h100_80gb", precision="fp8")
+    assert (chosen.method, chosen.precision) == ("lora", "fp8")
+    without = plan(LLAMA + "8B", "auto", "h100_80gb", precision="fp8", plan=PlanConfig(methods=["full", "qlora"]))
+    assert not without.fits and "plan.methods" in without.rejected[0]["reason"]
+
+
+def test_auto_takes_fp8_only_where_it_is_predicted_to_win() -> None:
+    for model, gpu, count in (
+        ("8B", "h100_80gb", 1),
+        ("70B", "h100_80gb", 8),
+        ("8B", "l40s", 1),
+        ("8B", "a100_80gb", 1),
+    ):
+        chosen, bf16 = (plan(LLAMA + model, "lora", gpu, count, precision=p) for p in ("auto", "bf16"))
+        fp8 = plan(LLAMA + model, "lora", gpu, count, precision="fp8")
+        wins = fp8.fits and (not bf16.fits or fp8.tokens_per_second > bf16.tokens_per_second / 0.98)
+        assert chosen.precision == ("fp8" if wins else "bf16"), (model, gpu)
+        assert chosen.fits == (bf16.fits or fp8.fits)
+
+
+def test_adapters_on_every_linear_of_a_mixture_of_experts_are_refused_and_said_not_guessed() -> None:
+    refused = plan("mistralai/Mixtral-8x7B-v0.1", "lora", "h100_80gb", 8)
+    assert not refused.fits and "q_proj,k_proj,v_proj,o_proj" in refused.rejected[0]["reason"]
+    attention = LoraConfig(targets=["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert plan("mistralai/Mixtral-8x7B-v0.1", "lora", "h100_80gb", 8, lora=attention).fits
+
+
+def test_attention_that_is_capped_is_refused_with_the_family_that_is_not() -> None:
+    refused = plan("google/gemma-2-9b", "lora", "h100_80gb")
+    assert not refused.fits and "Gemma 3" in refused.rejected[0]["reason"]
+
+
 def test_fp8_is_refused_where_the_card_has_none() -> None:
     refused = plan(LLAMA + "8B", "lora", "a100_80gb", precision="fp8")
     assert not refused.fits and "no fp8" in refused.rejected[0]["reason"]

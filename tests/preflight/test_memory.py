@@ -133,3 +133,14 @@ def test_components_add_up_to_the_training_peak() -> None:
 
 def test_the_optimizer_bucket_is_the_engines() -> None:
     assert model.BUCKET_ELEMENTS == optimizer.BUCKET_ELEMENTS
+
+
+def test_weights_gradients_and_states_that_are_offloaded_are_in_host_memory() -> None:
+    shape, machine = shape_of("llama-3.1-70b"), from_catalog("a100_80gb", 8)
+    for steps in (1, 4):
+        sharded = setup("full", sharding="fsdp", world_size=8, gpus_per_node=8, gradient_accumulation_steps=steps,
+                        checkpointing="full", offload="all")  # fmt: skip
+        found = model.memory(shape, machine, sharded)
+        assert found.train.weights == found.train.gradients == found.train.optimizer == 0
+        assert found.host_gib > 16 * shape.parameters / GIB
+    assert found.train.total < 30 * GIB

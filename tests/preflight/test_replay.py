@@ -64,20 +64,22 @@ def random_config(family: str, seed: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "fp8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replay_equals_a_trace_of_the_engine(family: str, method: str) -> None:
-    for seed in range(2):
+    precision = "fp8" if method == "fp8" else "bf16"
+    method = "lora" if method == "fp8" else method
+    for seed in range(2 if precision == "bf16" else 1):
         config = random_config(family, seed)
         rank = random.Random(seed).choice([8, 16, 64])
         experts = family in ("mixtral", "qwen3_moe")
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if experts else "all-linear"
         shape = from_config(config, family)
-        traced = traced_peaks(config, method, CASES, rank, targets)
+        traced = traced_peaks(config, method, CASES, rank, targets, precision)
         for case, truth in zip(CASES, traced, strict=True):
             setup = Setup(
                 method=method,
-                precision="bf16",
+                precision=precision,
                 optimizer="adamw",
                 master_weights=True,
                 checkpointing=case.checkpointing,
@@ -92,9 +94,9 @@ def test_replay_equals_a_trace_of_the_engine(family: str, method: str) -> None:
 
 
 def test_several_hundred_combinations_were_checked() -> None:
-    if len(CHECKED) != 2 * len(CASES) * 3 * len(FAMILIES):
+    if len(CHECKED) != (2 * 3 + 1) * len(CASES) * len(FAMILIES):
         pytest.fail(f"only {len(CHECKED)} combinations were checked; run this file as a whole")
-    assert len(CHECKED) == 300
+    assert len(CHECKED) == 350
     assert max(CHECKED) < TOLERANCE
 
 

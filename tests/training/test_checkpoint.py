@@ -1,4 +1,5 @@
 import json
+import threading
 
 import pytest
 import torch
@@ -7,7 +8,10 @@ from torch import nn
 from loadmaster.config.schema import OptimizerConfig
 from loadmaster.errors import TrainingFailed
 from loadmaster.training import checkpoint
+from loadmaster.training.checkpoint import Checkpoints
 from loadmaster.training.optimizer import TrainingOptimizer
+from loadmaster.training.placement import Placed
+from loadmaster.training.world import World
 
 
 @pytest.fixture
@@ -22,7 +26,15 @@ def trained():
 
 
 def save(folder, step, trained, **state):
-    checkpoint.save(folder / f"step-{step}", *trained, {"step": step, "job_hash": "h", **state})
+    checkpoints = Checkpoints(World(), Placed())
+    checkpoints.save(folder / f"step-{step}", *trained, {"step": step, "job_hash": "h", **state})
+    checkpoints.wait()
+
+
+def shard(folder):
+    """The one file of tensors of a checkpoint that one process wrote."""
+    (path,) = (folder / "tensors").glob("*.safetensors")
+    return path
 
 
 def test_weights_optimizer_and_generators_come_back_bit_for_bit(tmp_path, trained):
@@ -33,7 +45,7 @@ def test_weights_optimizer_and_generators_come_back_bit_for_bit(tmp_path, traine
     for _, p in named:
         p.data.zero_()
     optimizer.reset()
-    state = checkpoint.load(tmp_path / "step-3", named, optimizer)
+    state = Checkpoints(World(), Placed()).load(tmp_path / "step-3", named, optimizer)
     assert state["tokens"] == 17
     assert torch.equal(torch.rand(5), wanted[0])
     assert all(torch.equal(p, w) for (_, p), w in zip(named, wanted[1], strict=True))
@@ -43,11 +55,11 @@ def test_weights_optimizer_and_generators_come_back_bit_for_bit(tmp_path, traine
 @pytest.mark.parametrize(
     "tear",
     [
-        lambda f: (f / "optimizer.safetensors").write_bytes(b""),
-        lambda f: (f / "weights.safetensors").unlink(),
+        lambda f: shard(f).write_bytes(b""),
+        lambda f: shard(f).unlink(),
         lambda f: (f / "checksums.json").unlink(),
         lambda f: (f / "state.json").write_text('{"step": 5, "job_ha'),
-        lambda f: (f / "weights.safetensors").write_bytes((f / "weights.safetensors").read_bytes()[:-1] + b"\x01"),
+        lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-1] + b"\x01"),
     ],
     ids=["empty", "missing", "no-checksums", "cut-state", "one-byte"],
 )
@@ -81,9 +93,9 @@ def test_newest_and_best_are_kept(tmp_path, trained):
 
 def test_nothing_pickled_is_written(tmp_path, trained):
     save(tmp_path, 1, trained)
-    names = sorted(p.name for p in (tmp_path / "step-1").iterdir())
-    assert names == ["checksums.json", "optimizer.safetensors", "rng.safetensors", "state.json", "weights.safetensors"]
-    assert set(json.loads((tmp_path / "step-1" / "checksums.json").read_text())) == set(checkpoint.FILES)
+    files = {str(p.relative_to(tmp_path / "step-1")) for p in (tmp_path / "step-1").rglob("*") if p.is_file()}
+    assert {path.rsplit(".", 1)[1] for path in files} == {"json", "safetensors"}
+    assert set(json.loads((tmp_path / "step-1" / "checksums.json").read_text())) == files - {"checksums.json"}
 
 
 def test_a_failed_write_says_how_to_go_on_and_keeps_the_earlier_one(tmp_path, trained, monkeypatch):
@@ -96,3 +108,26 @@ def test_a_failed_write_says_how_to_go_on_and_keeps_the_earlier_one(tmp_path, tr
     with pytest.raises(TrainingFailed, match=r"No space left.*start again to resume"):
         save(tmp_path, 2, trained)
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_the_loop_may_change_weights_while_they_are_written(tmp_path, trained, monkeypatch):
+    named, optimizer = trained
+    written, go_on = [], threading.Event()
+    save_tensors = Checkpoints._write_tensors
+
+    def slow(self, folder, tensors):
+        go_on.wait(30)
+        written.append(True)
+        save_tensors(self, folder, tensors)
+
+    monkeypatch.setattr(Checkpoints, "_write_tensors", slow)
+    before = [p.detach().clone() for _, p in named]
+    checkpoints = Checkpoints(World(), Placed())
+    checkpoints.save(tmp_path / "step-1", named, optimizer, {"step": 1, "job_hash": "h"})
+    assert not written
+    for _, p in named:
+        p.data.zero_()
+    go_on.set()
+    checkpoints.wait()
+    checkpoints.load(tmp_path / "step-1", named, optimizer)
+    assert all(torch.equal(p, b) for (_, p), b in zip(named, before, strict=True))

@@ -20,13 +20,14 @@ from loadmaster.config.schema import (
 )
 from loadmaster.data import packed_rows
 from loadmaster.errors import ConfigError, StoppedOnRequest, TrainingFailed
-from loadmaster.models.load import load_base, load_tokenizer
+from loadmaster.models.load import load_tokenizer
 from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, PhasesGib, Plan
 from loadmaster.training.batches import micro_batches, trained_tokens
 from loadmaster.training.display import Display
-from loadmaster.training.loop import make_accelerator, make_session, refuse_unbuilt, train
+from loadmaster.training.loop import make_session, refuse_missing_tracker, refuse_unbuilt, train
 from loadmaster.training.metrics import read_metrics
 from loadmaster.training.stop import StopSignal
+from loadmaster.training.world import World
 
 PLAN = Plan(
     fits=True,
@@ -73,8 +74,7 @@ def rows(documents: int = 40, seed: int = 0):
 
 
 def session_on(tiny, job=JOB, plan=PLAN):
-    accelerator = make_accelerator(job, plan, tiny)
-    return make_session(job, plan, load_base(tiny, torch.float32, "cpu"), accelerator, 0)
+    return make_session(job, plan, World(), 0, tiny)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -95,7 +95,7 @@ def test_any_split_of_a_batch_gives_the_same_gradients(tiny, checkpointing):
             torch.testing.assert_close(gradient, first, rtol=1e-6, atol=1e-6)
 
 
-def run(tiny, folder, job=JOB, prepared=None, stop=None, held_out=lambda model: {"loss": 1.0}):
+def run(tiny, folder, job=JOB, prepared=None, stop=None, held_out=lambda session, stopping: {"loss": 1.0}):
     prepared = prepared or SimpleNamespace(train=rows(), validation=rows(6, seed=1))
     return train(
         job,
@@ -129,7 +129,7 @@ def test_a_request_to_stop_saves_and_the_rest_continues_bit_for_bit(tiny, tmp_pa
     run(tiny, tmp_path / "whole")
     stop = StopSignal()
 
-    def stop_at_four(model):
+    def stop_at_four(session, stopping):
         stop.requested = len(read_metrics(tmp_path / "halves" / "metrics.jsonl")) >= 3
         return {"loss": 1.0}
 
@@ -163,16 +163,16 @@ def test_non_finite_losses_are_skipped_then_stop_the_run_with_rows_and_checkpoin
 
 
 def test_one_bad_step_is_left_out_and_the_run_goes_on(tiny, tmp_path, monkeypatch):
-    from loadmaster.training import loop
+    from loadmaster.training.optimizer import TrainingOptimizer
 
     calls = []
-    clip = loop.TrainingOptimizer.clip
+    clip = TrainingOptimizer.clip
 
     def poisoned(self, norm):
         calls.append(1)
         return clip(self, norm) * (math.inf if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(loop.TrainingOptimizer, "clip", poisoned)
+    monkeypatch.setattr(TrainingOptimizer, "clip", poisoned)
     _, outcome = run(tiny, tmp_path)
     assert [row["loss"] is None for row in read_metrics(tmp_path / "metrics.jsonl")] == [
         False,
@@ -202,28 +202,29 @@ def test_the_loss_falls_and_the_outcome_reports_it(tiny, tmp_path):
     _, outcome = run(tiny, tmp_path, job, one)
     logged = read_metrics(tmp_path / "metrics.jsonl")
     assert logged[-1]["loss"] < 0.5 * logged[0]["loss"]
-    assert outcome.train_loss == logged[-1]["loss"] and outcome.steps == 30
+    assert outcome.train_loss == pytest.approx(np.mean([row["loss"] for row in logged[-20:]]))
+    assert outcome.steps == 30
     assert logged[-1]["tokens"] == 30 * rows(4).tokens
     assert {"step", "loss", "lr", "tokens", "tokens_per_second"} <= set(logged[0])
 
 
 @pytest.mark.parametrize(
     "key, value",
-    [("sharding", "zero3"), ("offload", "all"), ("activation_checkpointing", "selective"), ("precision", "fp8")],
+    [("sharding", "zero3"), ("activation_checkpointing", "selective")],
 )
 def test_what_the_loop_does_not_do_is_refused_not_replaced(key, value):
     with pytest.raises(ConfigError, match=f"{key}={value}"):
         refuse_unbuilt(dataclasses.replace(PLAN, **{key: value}))
 
 
-def test_a_tracker_that_is_not_installed_is_refused_not_left_out(tiny):
+def test_a_tracker_that_is_not_installed_is_refused_not_left_out():
     job = dataclasses.replace(JOB, tracker=TrackerConfig("mlflow"))
     with pytest.raises(ConfigError, match="pip install mlflow"):
-        make_accelerator(job, PLAN, tiny)
+        refuse_missing_tracker(job)
 
 
 def test_a_plan_for_two_gpus_is_not_trained_on_one_in_silence(tiny, tmp_path, monkeypatch):
     plan = dataclasses.replace(PLAN, hardware=HardwareSummary("cpu", 2, 1, 8.0, 8.0))
     monkeypatch.setitem(globals(), "PLAN", plan)
-    with pytest.raises(ConfigError, match="2 GPUs"):
+    with pytest.raises(ConfigError, match="2 processes"):
         run(tiny, tmp_path)

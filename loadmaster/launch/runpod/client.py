@@ -23,6 +23,7 @@ from loadmaster.launch.runpod.types import (
     CreateTemplate,
     DataCenter,
     Endpoint,
+    EndpointBill,
     GpuType,
     NetworkVolume,
     Pod,
@@ -34,6 +35,7 @@ from loadmaster.launch.runpod.types import (
     parse,
 )
 
+FLASHBOOT_SUFFIX = " -fb"
 LOG_IDLE_S = 20.0
 LOG_TAIL = 5000
 """The most that the service sends of what was logged before."""
@@ -155,6 +157,13 @@ class RunpodClient:
     def delete_endpoint(self, id: str) -> None:
         self._delete("/serverless", id)
 
+    def endpoint_bills(self, id: str, hours: int) -> list[EndpointBill]:
+        """What the endpoint cost in each of the last `hours` hours, the present one included; hours without are left
+        out."""
+        query = {"serverlessId": id, "bucketSize": "hour", "lastN": hours}
+        read = lambda answer: parse(list[EndpointBill], answer["records"])  # noqa: E731
+        return self.api.call("GET", "/billing/serverless", read, **query)
+
     def workers(self, endpoint_id: str) -> list[Worker]:
         return self._list(f"/serverless/{quote(endpoint_id, safe='')}/workers", "workers", Worker)
 
@@ -231,14 +240,19 @@ class RunpodClient:
     def _alone(self, made: N, listed: Callable[[], Sequence[N]], delete: Callable[[str], None]) -> N:
         """Delete whatever else bears the name of `made`: a first request that was carried out late."""
         for twin in listed():
-            if twin.name == made.name and twin.id != made.id:
+            if _asked_for(twin) == _asked_for(made) and twin.id != made.id:
                 delete(twin.id)
         return made
 
 
 def _oldest(things: Sequence[N], name: str) -> N | None:
-    named = [thing for thing in things if thing.name == name]
+    named = [thing for thing in things if _asked_for(thing) == name]
     return min(named, key=lambda thing: str(getattr(thing, "created_at", "")), default=None)
+
+
+def _asked_for(thing: Named) -> str:
+    """The name that was asked for: the service adds a suffix to endpoints with FlashBoot."""
+    return thing.name.removesuffix(FLASHBOOT_SUFFIX)
 
 
 def _events(lines: Iterator[str]) -> Iterator[LogEvent]:

@@ -113,6 +113,14 @@ class GpuCount:
 
 
 @dataclass(frozen=True, config=RESPONSE)
+class ClusterMembership:
+    id: str
+    """Of the cluster."""
+    rank: int | None
+    """NODE_RANK; None until it is assigned."""
+
+
+@dataclass(frozen=True, config=RESPONSE)
 class Pod:
     id: str
     name: str
@@ -126,6 +134,8 @@ class Pod:
     cloud: str | None = None
     data_center_id: str | None = None
     env: dict[str, str] = field(default_factory=dict, repr=False)
+    cluster: ClusterMembership | None = None
+    """Of a Pod that belongs to an Instant Cluster: it is deleted with that, and not by itself."""
 
 
 @dataclass(frozen=True, config=RESPONSE)
@@ -175,6 +185,17 @@ class Endpoint:
     request_urls: dict[str, str] = field(default_factory=dict)
     """QUEUE: run, runSync, status, stream, cancel, retry, purgeQueue, health. LOAD_BALANCER: base, health."""
     env: dict[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, config=RESPONSE)
+class EndpointBill:
+    """US dollars for one bucket of time."""
+
+    serverless_id: str
+    start_time: datetime
+    end_time: datetime
+    gpu_amount: float
+    total_amount: float
 
 
 @dataclass(frozen=True, config=RESPONSE)
@@ -266,6 +287,8 @@ class CreatePod:
     data_center_ids: list[str] | None = None
     mounts: Mounts | None = None
     start_ssh: bool | None = None
+    global_networking: bool | None = None
+    """A private address that the account's other Pods reach, at 100 Mbit/s."""
 
 
 @dataclass(frozen=True, config=REQUEST)

@@ -1,0 +1,194 @@
+"""Write every folder that may be published: the adapter, the merged model, and what is quantized from it.
+
+What streams (FP8, INT4 by rounding) is made in the same pass over the base that merges, so a run that exports nothing
+else writes no 16-bit model. Calibration and GGUF need the merged model whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loadmaster.config.schema import Job
+from loadmaster.data import PreparedData
+from loadmaster.data.render import stop_token_ids
+from loadmaster.errors import ExportRejected
+from loadmaster.export import candidates, quantize
+from loadmaster.export.linear import linear_weights, quantization_config
+from loadmaster.export.merge import MergeReport, merge, read_adapter, round_trip
+from loadmaster.export.process import run_step, timeout_s
+from loadmaster.export.servers import Server, for_server
+from loadmaster.export.sidecars import write_config, write_generation_config, write_tokenizer
+from loadmaster.export.stream import Change, Unchanged, rewrite
+from loadmaster.export.weights import shards
+from loadmaster.files import read_json, write_json
+from loadmaster.models.frozen import frozen_form
+from loadmaster.models.load import DTYPES
+from loadmaster.preflight.plan import Plan
+
+Score = Callable[[dict[str, Path]], dict[str, Any]]
+"""Scores merges of the model, name -> folder, against the live adapter: figures of the best, {"error": why} if none."""
+
+
+@dataclass
+class Written:
+    """What lies in the folders."""
+
+    candidates: dict[str, dict[str, Path]] = field(default_factory=dict)
+    """Format -> candidate -> the folder that would be published for it."""
+    read_from: dict[str, Path] = field(default_factory=dict)
+    """Candidate -> the folder that is scored in its place, its weights read back from a file that is no safetensors."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """Candidate -> scheme, calibration, seconds."""
+    merge: dict[str, Any] = field(default_factory=dict)
+    adapter_rank: int | None = None
+
+
+@dataclass
+class Builder:
+    job: Job
+    plan: Plan
+    base: Path
+    trained: Path
+    prepared: PreparedData
+    tokenizer: Any
+    server: Server
+    echo: Callable[[str], None]
+
+    @property
+    def source(self) -> Path:
+        """Where the config and, without an adapter, the weights come from."""
+        return self.trained if self.plan.method == "full" else self.base
+
+    def build(self, folders: Mapping[str, Path], scratch: Path, score: Score) -> Written:
+        """Every candidate of every format; those of bf16 and the adapter in `folders` where nothing is to choose."""
+        config = read_json(self.source / "config.json")
+        if reasons := candidates.refusals(folders, config.get("model_type", "unknown"), torch.cuda.is_available()):
+            raise ExportRejected("\n".join(reasons))
+        written = Written()
+        if "adapter" in folders:
+            written.adapter_rank = self._write_adapter(folders["adapter"])
+            written.candidates["adapter"] = {"adapter": folders["adapter"]}
+        formats = [name for name in folders if name != "adapter"]
+        if not formats:
+            return written
+        wanted = candidates.needed(formats)
+        linear = linear_weights(self.source) if candidates.quantizes(wanted) else {}
+        quantizers = candidates.streamed(wanted, linear)
+        outputs: dict[Path, Change] = {_made(scratch / name): quantizer for name, quantizer in quantizers.items()}
+        whole = [name for name in wanted if name not in quantizers and name != "bf16"]
+        if self.plan.method == "qlora":
+            merged, report = self._nearer_merge(formats, scratch, score, written)
+            if outputs:
+                rewrite(merged, Unchanged(), outputs)
+        else:
+            merged = folders["bf16"] if "bf16" in folders else _made(scratch / "bf16") if whole else None
+            report = self._merge(merged, None, outputs)
+            written.merge = asdict(report)
+            if "bf16" in folders:
+                written.candidates["bf16"] = {"bf16": merged}
+        for name, quantizer in quantizers.items():
+            config = for_server(quantization_config(quantizer.quantizer), self.server)
+            self._write_beside(scratch / name, report.tied_embeddings, config)
+            written.made[name] = quantizer.facts()
+        if whole:
+            self._build_whole(whole, merged, report.tied_embeddings, scratch, written)
+        for name in set(formats) - {"bf16"}:
+            written.candidates[name] = {each: scratch / each for each in candidates.CANDIDATES[name]}
+        return written
+
+    def _write_adapter(self, target: Path) -> int:
+        """Copy the adapter; returns its largest rank, which a server has to be started with."""
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (self.trained / name).is_file():
+                raise ExportRejected(
+                    f"{self.trained} has no {name}: export.formats=[adapter] needs method=lora or qlora."
+                )
+            shutil.copyfile(self.trained / name, target / name)
+        config = read_json(target / "adapter_config.json")
+        # peft puts in the path on the machine that trained.
+        config["base_model_name_or_path"] = self.job.model.name
+        write_json(target / "adapter_config.json", config)
+        write_tokenizer(self.tokenizer, target, self.server)
+        return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+    def _merge(
+        self, target: Path | None, which: str | None = None, outputs: Mapping[Path, Change] | None = None
+    ) -> MergeReport:
+        """The trained weights in bf16. which: of the two merges of a QLoRA adapter."""
+        full = self.plan.method == "full"
+        self.echo("  copying the trained model" if full else f"  merging {which}" if which else "  merging")
+        adapter = None if full else read_adapter(self.trained)
+        form = None if which == candidates.STORED_BASE else frozen_form(self.plan.method, self.plan.precision)
+        seen_as = None if form is None else round_trip(form, DTYPES[self.plan.precision])
+        report = merge(self.source, target, adapter, torch.bfloat16, seen_as, outputs)
+        if target is not None:
+            self._write_beside(target, report.tied_embeddings)
+        return report
+
+    def _nearer_merge(
+        self, formats: list[str], scratch: Path, score: Score, written: Written
+    ) -> tuple[Path, MergeReport]:
+        """Both merges of a QLoRA adapter; (folder of the one nearer to the live adapter, its report)."""
+        names = (candidates.AS_TRAINED, candidates.STORED_BASE)
+        folders = {name: _made(scratch / f"merged-{index}") for index, name in enumerate(names)}
+        reports = {name: self._merge(folder, name) for name, folder in folders.items()}
+        report = reports[candidates.AS_TRAINED]
+        written.merge = asdict(report)
+        if formats == ["bf16"]:  # its verification scores both, and nothing is made from them
+            written.candidates["bf16"] = dict(folders)
+            return folders[candidates.AS_TRAINED], report
+        scores = score(folders)
+        if "error" in scores:
+            raise ExportRejected(f"the merged model cannot be scored, so nothing was published:\n  {scores['error']}")
+        taken = scores["candidate"]
+        written.merge |= {"taken": taken, "candidates": scores["candidates"]}
+        self.echo(f"  {candidates.said_of_merges(taken, scores['candidates'])}")
+        if "bf16" in formats:
+            written.candidates["bf16"] = {taken: folders[taken]}
+        return folders[taken], report
+
+    def _write_beside(self, folder: Path, tied_embeddings: bool, quantization: dict[str, Any] | None = None) -> None:
+        """Everything that lies beside the weights."""
+        write_config(self.source, folder, tied_embeddings, self.server, quantization)
+        write_tokenizer(self.tokenizer, folder, self.server)
+        write_generation_config(self.base, folder, self.tokenizer, stop_token_ids(self.tokenizer))
+
+    def _build_whole(
+        self, names: list[str], merged: Path, tied_embeddings: bool, scratch: Path, written: Written
+    ) -> None:
+        """What is made from the merged model in a process of its own: calibration, layer by layer, and GGUF."""
+        calibration = []
+        if any(name in candidates.CALIBRATED for name in names):
+            calibration = quantize.calibration_tokens(
+                self.prepared.train_conversations, self.tokenizer, self.job.export.calibration_rows,
+                self.job.sequence_length,
+            )  # fmt: skip
+        spec = {
+            "model": str(merged), "targets": {name: str(_made(scratch / name)) for name in names},
+            "calibration": calibration,
+            "gguf": {
+                "name": self.job.recipe, "kind": self.job.export.gguf_type,
+                "stop_token_ids": stop_token_ids(self.tokenizer), "read_back": str(scratch / "gguf-read"),
+            },
+        }  # fmt: skip
+        limit_s = timeout_s(len(names) * sum(shard.stat().st_size for shard in shards(merged)))
+        made = run_step("loadmaster.export.quantize", spec, scratch, limit_s, lambda text: self.echo(f"  {text}"))
+        for name in names:
+            written.made[name] = made[name]
+            folder = scratch / name
+            if name == "gguf":
+                written.read_from[name] = folder = Path(made[name].pop("read_from"))
+                write_generation_config(self.base, scratch / name, self.tokenizer, stop_token_ids(self.tokenizer))
+            config = read_json(folder / "config.json").get("quantization_config")
+            self._write_beside(folder, tied_embeddings, config and for_server(config, self.server))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

@@ -1,0 +1,186 @@
+"""Checks of an export that need a model in memory, each with a name.
+
+merged_weights     every tensor of a 16-bit export is, to the rounding of bf16, what the live model multiplies with:
+
+                       |W_export - (W + s B A)| <= 2^-8 |W + s B A|
+
+                   A base of another model, a wrong scale, a layer that was left out and an untied head all fail,
+                   however little they change the predictions. The sum is taken from the live model's own modules,
+                   not by the code that merged.
+quantized_weights  no matrix of a quantized export is far from the trained one: a broken scale in one layer is, and
+                   hardly changes the predictions
+stops              forced to say a token that ends a turn, generation ends there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loadmaster.export.weights import EMBEDDINGS, HEAD, read_tensor, tensor_files
+from loadmaster.models.forward import causal_lm
+from loadmaster.models.frozen import FrozenLinear
+
+ROUNDING = 2.0**-8
+"""Of a value: twice the largest rounding error of bf16, which has 8 bits of significand."""
+FLOOR = 2.0**-20
+"""Of the largest weight: what the order of a float32 sum may change in an element that cancels to almost nothing."""
+NAMED = 3
+PROBES = 8
+MAX_WEIGHT_ERROR = {"fp8": 0.2, "gguf": 0.2, "int4": 0.3, "nvfp4": 0.3}
+"""By family of formats; a matrix at twice or half its scale is off by 1 or 0.5. Rounding to FP8 costs 0.03, to INT4
+in groups 0.1, and a QLoRA adapter merged into the other base 0.09 more."""
+
+
+def merged_weights(trained: nn.Module, folders: list[Path], base: Path) -> dict[str, list[str]]:
+    """What is wrong with each 16-bit folder (by its path), a sentence each; one pass over the live weights.
+
+    base: folder of the stored base, for a model trained over 4-bit weights: an export may be the adapter's update on
+    either the weights that it was trained over or the stored ones, but must be the same throughout.
+    """
+    files = {folder: tensor_files(folder) for folder in folders}
+    stored = tensor_files(base)
+    wrong: dict[Path, tuple[list[str], list[str]]] = {folder: ([], []) for folder in folders}
+    seen: set[str] = set()
+    for name, weight, delta, is_quantized in live_weights(trained):
+        seen.add(name)
+        as_trained = weight if delta is None else weight + delta
+        on_stored = None
+        if is_quantized and name in stored:
+            plain = read_tensor(stored[name], name).to(as_trained.device, torch.float32)
+            on_stored = plain if delta is None else plain + delta
+        for folder in folders:
+            if name not in files[folder]:
+                continue
+            found = read_tensor(files[folder][name], name).to(as_trained.device)
+            trained_over, over_stored = wrong[folder]
+            if not _is_rounded(found, as_trained):
+                trained_over.append(name)
+            if not _is_rounded(found, as_trained if on_stored is None else on_stored):
+                over_stored.append(name)
+    return {str(folder): _sentences(min(wrong[folder], key=len), set(files[folder]), seen) for folder in folders}
+
+
+def live_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None, bool]]:
+    """(name as in the base's files, W in float32, s B A in float32 or None, whether W is held in few bits).
+
+    A tied head is named where an adapter or a trained copy makes it differ from the embedding, and by its own name.
+    """
+    lm = causal_lm(model)
+    layers = {name: module for name, module in lm.named_modules() if hasattr(module, "base_layer")}
+    saved = {name: module for name, module in lm.named_modules() if hasattr(module, "modules_to_save")}
+    inside = tuple(f"{name}." for name in (*layers, *saved))
+    for name, parameter in lm.named_parameters():
+        if not name.startswith(inside):
+            yield name, parameter.detach().float(), None, False
+    for name, module in saved.items():
+        for part, parameter in module.modules_to_save[module.active_adapters[0]].named_parameters():
+            yield f"{name}.{part}", parameter.detach().float(), None, False
+    for name, module in layers.items():
+        weight, is_quantized = _dense(module.get_base_layer())
+        yield f"{name}.weight", weight, _delta(module), is_quantized
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    if isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight:
+        yield HEAD, head.weight.detach().float(), None, False
+
+
+def _dense(layer: nn.Module) -> tuple[Tensor, bool]:
+    """(the layer's weight in float32, whether it is held in few bits)."""
+    if isinstance(layer, FrozenLinear):
+        return layer.dequantized(torch.float32), True
+    return layer.weight.detach().float(), False
+
+
+def _delta(module: Any) -> Tensor:
+    """s B A of peft's layer, in the shape of its weight, float32."""
+    adapter = module.active_adapters[0]
+    if adapter in module.lora_A:
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        product = b.detach().float() @ a.detach().float()
+        transposed = getattr(module, "fan_in_fan_out", False)
+    else:
+        a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+        product, transposed = b.detach().float() @ a.detach().float(), True
+    return module.scaling[adapter] * (product.T if transposed else product)
+
+
+def _is_rounded(found: Tensor, exact: Tensor) -> bool:
+    if found.shape != exact.shape:
+        return False
+    allowed = ROUNDING * exact.abs() + FLOOR * exact.abs().max()
+    return bool(((found.float() - exact).abs() <= allowed).all())
+
+
+def _sentences(wrong: list[str], there: set[str], seen: set[str]) -> list[str]:
+    if not wrong:
+        return []
+    compared = len(there & seen)
+    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+    what = "is not the weight that was trained" if len(wrong) == 1 else "are not the weights that were trained"
+    return [f"{', '.join(wrong[:NAMED])}{more} {what}, beyond bf16's rounding ({len(wrong)} of {compared} tensors)"]
+
+
+def sketches(model: nn.Module) -> dict[str, Tensor]:
+    """Name of each matrix but embeddings and head -> its product with a few random vectors, [outputs, PROBES].
+
+    Small enough to keep, and as far from another matrix's, relative to its norm, as the matrices are from each other.
+    """
+    found = {}
+    for name, weight, delta, _ in live_weights(model):
+        if weight.dim() == 2 and name != HEAD and not name.endswith(EMBEDDINGS):
+            exact = weight if delta is None else weight + delta
+            probes = torch.randn(exact.shape[1], PROBES, generator=torch.Generator().manual_seed(exact.shape[1]))
+            found[name] = (exact @ probes.to(exact.device)).cpu()
+    return found
+
+
+def quantized_weights(model: nn.Module, trained: dict[str, Tensor], limit: float) -> list[str]:
+    """Matrices of a loaded quantized export that are further than `limit` from the trained ones.
+
+    trained: `sketches` of the trained model. limit: of |W_export - W| / |W|, Frobenius norm.
+    """
+    wrong = {}
+    for name, sketch in sketches(model).items():
+        if name in trained and sketch.shape == trained[name].shape:
+            error = float((sketch - trained[name]).norm() / trained[name].norm())
+            if not error <= limit:
+                wrong[name] = error
+    if not wrong:
+        return []
+    worst = sorted(wrong, key=lambda name: -wrong[name])[:NAMED]
+    shown = ", ".join(f"{name} by {wrong[name]:.0%}" for name in worst)
+    return [f"{len(wrong)} matrices are further than {limit:.0%} from the trained ones: {shown}"]
+
+
+def stops(model: nn.Module, prompt: list[int], expected: list[int], pad_token_id: int) -> list[str]:
+    """Whether the model's own generation settings end a generation at each token of `expected`.
+
+    The token is made the likeliest second one: whatever keeps it from being said, or from being heeded, shows.
+    """
+    from transformers import LogitsProcessor
+
+    class Wanted(LogitsProcessor):
+        def __init__(self, token: int):
+            self.token = token
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            at = input_ids.shape[1] - len(prompt)
+            scores[:, expected if at != 1 else [t for t in range(scores.shape[1]) if t != self.token]] = -torch.inf
+            return scores
+
+    ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+    deaf = []
+    for token in expected:
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
+            pad_token_id=pad_token_id, logits_processor=[Wanted(token)],
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        if output[1:] != [token]:
+            deaf.append(token)
+    if not deaf:
+        return []
+    return [f"generation does not end at token {', '.join(map(str, deaf))}, which ends a turn in training"]

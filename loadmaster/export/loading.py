@@ -1,0 +1,70 @@
+"""Load an exported folder as a server would, and strictly: whatever does not fill the model is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from loadmaster.errors import ExportRejected
+from loadmaster.export.weights import shards, tensor_names
+from loadmaster.files import read_json
+from loadmaster.models.attention import PACKED
+from loadmaster.models.load import load_trained
+
+LOOSE = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def load_export(folder: Path, device: str) -> nn.Module:
+    """The exported model as a server sees it, in bf16; quantized activations are quantized here too.
+
+    Raises ExportRejected for any tensor that is missing, unexpected, or of another shape.
+    """
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    quantized = "quantization_config" in read_json(folder / "config.json")
+    quantization = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.bfloat16, device_map={"": device}, attn_implementation=PACKED, use_safetensors=True,
+        output_loading_info=True, ignore_mismatched_sizes=True, **quantization,  # named below instead
+    )  # fmt: skip
+    _refuse_loose_tensors({kind: sorted(map(str, info[kind])) for kind in LOOSE if info.get(kind)})
+    return model.eval()
+
+
+def load_adapter(base: Path, folder: Path, device: str) -> nn.Module:
+    """The exported adapter over the bf16 base, every one of its tensors in use."""
+    from peft import get_peft_model_state_dict
+
+    model = load_trained(base, folder, torch.bfloat16, device)
+    expected, found = set(get_peft_model_state_dict(model)), set(tensor_names(folder / "adapter_model.safetensors"))
+    _refuse_loose_tensors({
+        kind: sorted(names)
+        for kind, names in {"missing_keys": expected - found, "unexpected_keys": found - expected}.items()
+        if names
+    })  # fmt: skip
+    return model
+
+
+def refuse_torn(folder: Path) -> None:
+    """Raises ExportRejected for a safetensors file that is not there, or is cut off or damaged in its header."""
+    files = [folder / "adapter_model.safetensors"] if _is_adapter(folder) else shards(folder)
+    for file in files:
+        try:
+            tensor_names(file)
+        except Exception as error:  # safetensors raises a class of its own, and OSError
+            raise ExportRejected(f"{file.name} is torn or no safetensors file ({error})") from None
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _refuse_loose_tensors(problems: dict[str, list[str]]) -> None:
+    if problems:
+        shown = "; ".join(
+            f"{len(names)} {kind.replace('_', ' ')} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in problems.items()
+        )
+        raise ExportRejected(f"its tensors do not fill the model: {shown}")

@@ -1,0 +1,58 @@
+"""Recorded answers: what an exported folder says to a few prompts, for an endpoint to be asked later.
+
+The answers are greedy and the export's own, in bf16 arithmetic, so that whoever serves these very files has to say
+the same, but for near ties that another kernel decides otherwise (loadmaster.launch.smoke has the tolerance).
+`loadmaster.export.answers` keeps them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from loadmaster.data import Conversation, prompt_and_reference
+from loadmaster.evaluation.generate import generate_ids
+
+PROMPTS, ANSWER_TOKENS, LONGEST_PROMPT_TOKENS = 3, 32, 512
+FIXED = Conversation([{"role": "user", "content": "What is in the hold?"}], origin="asked of every export")
+
+
+def recorded_answers(model: nn.Module, tokenizer: Any, conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
+    """{"messages", "prompt_tokens", "text", "tokens", "max_tokens", "finish_reason"} of held-out prompts and FIXED.
+
+    conversations: held out; plain text and those with tools are left out. Empty for a model without a chat template.
+    """
+    if not tokenizer.chat_template:
+        return []
+    held_out = (prompt for each in conversations if (prompt := _prompt(each, tokenizer)) is not None)
+    asked = [*itertools.islice(held_out, PROMPTS), FIXED]
+    answers = generate_ids(model, tokenizer, asked, ANSWER_TOKENS, batch_size=1)
+    return [
+        {
+            "messages": conversation.messages, "prompt_tokens": len(_rendered(tokenizer, conversation)),
+            "text": tokenizer.decode(ids, skip_special_tokens=True), "tokens": len(ids), "max_tokens": ANSWER_TOKENS,
+            "finish_reason": "stop" if len(ids) < ANSWER_TOKENS else "length",
+        }
+        for conversation, ids in zip(asked, answers, strict=True)
+    ]  # fmt: skip
+
+
+def _prompt(conversation: Conversation, tokenizer: Any) -> Conversation | None:
+    """The conversation up to its last answer; None where that is no short chat of words alone."""
+    if conversation.text is not None or conversation.tools:
+        return None
+    if any(message.get("tool_calls") or message["role"] == "tool" for message in conversation.messages):
+        return None
+    prompt = replace(conversation, messages=prompt_and_reference(conversation)[0])
+    return prompt if len(_rendered(tokenizer, prompt)) <= LONGEST_PROMPT_TOKENS else None
+
+
+def _rendered(tokenizer: Any, conversation: Conversation) -> list[int]:
+    rendered = tokenizer.apply_chat_template(
+        conversation.messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return rendered["input_ids"]

@@ -1,0 +1,151 @@
+"""What of a job cannot be launched, each with its remedy: pure, and asked before any machine is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+
+from loadmaster import __version__
+from loadmaster.config.compose import Composed
+from loadmaster.config.origins import DEFAULT, origin_of
+from loadmaster.config.schema import Job, LaunchConfig
+from loadmaster.errors import Problem
+from loadmaster.launch.choose import nodes_of
+from loadmaster.launch.payload import data_paths
+
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
+PINNED = re.compile(r"==[\w.!+]+$|@[0-9a-f]{40}\b|#sha256=[0-9a-f]{64}$")
+OWN = ("name", "nodes", "grace_s", "env", "secrets", "dry_run", "max_hours")
+"""Fields of launch that mean something wherever the job goes."""
+FIELDS = {
+    "runpod": (
+        "force_pods", "gpus", "objective", "max_usd_per_hour", "max_usd", "cloud", "data_centers", "image", "package",
+        "disk_gb", "volume", "volume_gb", "yes",
+    ),
+    "ssh": ("hosts", "ssh_config", "python", "folder"),
+    "slurm": ("python", "sbatch"),
+}  # fmt: skip
+
+
+def problems(composed: Composed) -> list[Problem]:
+    job = composed.job
+    found = _unused(composed, (*OWN, *FIELDS[job.launch.name])) + _nodes_problems(job)
+    if job.stop_after == "plan":
+        found.append(_wrong("stop_after", "plan", "a plan needs no machine", "launch.dry_run=true, or launch=local"))
+    for name in job.launch.env or {}:
+        if SECRET_NAME.search(name):
+            message = "looks like a secret, and this would end up in files and logs"
+            found.append(_wrong(f"launch.env.{name}", None, message, _secret_remedy(job.launch.name, name)))
+    return found + {"runpod": _rented, "ssh": _by_ssh, "slurm": _by_slurm}[job.launch.name](job)
+
+
+def _rented(job: Job) -> list[Problem]:
+    launch, found = job.launch, []
+
+    def wrong(key: str, value: object, message: str, remedy: str) -> None:
+        found.append(_wrong(key, value, message, remedy))
+
+    if job.hardware.gpu == "cpu":
+        wrong("hardware.gpu", "cpu", "a Pod is rented for its GPUs", "leave it out, or name a GPU of the catalogue")
+    if nodes_of(job) > 1:
+        if launch.volume is None:
+            wrong(
+                "launch.volume", None, "several nodes save their checkpoints in one folder", "leave launch.volume out"
+            )
+        if launch.cloud == "community":
+            wrong("launch.cloud", "community", "other people's hosts are joined by no fast network", "leave it out")
+    if launch.force_pods and nodes_of(job) == 1:
+        wrong("launch.force_pods", True, "has no effect on one machine", "leave it out, or launch.nodes=2")
+    if launch.force_pods and launch.max_hours == "auto":
+        message = "nobody can plan how slow several plain Pods are, whose network carries 100 Mbit/s"
+        wrong("launch.max_hours", "auto", message, "launch.max_hours=HOURS, after which they are ended")
+    if job.run_dir != "auto":
+        wrong("run_dir", job.run_dir, "the run directory there is launch's to choose", "leave run_dir out")
+    if job.model.path is not None:
+        remedy = "model.name of a Hub model (private ones with launch.secrets.HF_TOKEN=NAME)"
+        wrong("model.path", job.model.path, "a folder here does not travel with the job", remedy)
+    if launch.package is None and launch.image == LaunchConfig().image:
+        wrong(
+            "launch.package",
+            None,
+            "the default image has no loadmaster in it",
+            f"""'launch.package="loadmaster=={__version__}"' or a wheel's URL, or launch.image= one that you built""",
+        )
+    if launch.package is not None and not PINNED.search(launch.package):
+        remedy = "name==1.2.3, git+https://...@<40 hex digits>, or https://...whl#sha256=<64 hex digits>"
+        wrong("launch.package", launch.package, "is not pinned: it could be another one tomorrow", remedy)
+    tag = launch.image.rpartition("/")[2].partition(":")[2]
+    if "@sha256:" not in launch.image and tag in ("", "latest"):
+        wrong("launch.image", launch.image, "is not pinned", "give a tag (not latest) or a digest (@sha256:...)")
+    if launch.cloud == "community" and launch.volume is not None and nodes_of(job) == 1:
+        wrong("launch.cloud", "community", "other people's hosts have no network volumes", "launch.volume=null as well")
+    return found + _folders(job)
+
+
+def _by_ssh(job: Job) -> list[Problem]:
+    found = _folders(job)
+    if not job.launch.hosts:
+        found.append(_wrong("launch.hosts", [], "names no host", "launch.hosts=[user@host,user@host:2222]"))
+    for host in job.launch.hosts:
+        if host.startswith("-") or not re.fullmatch(r"[^\s:]+(:\d+)?", host):
+            found.append(
+                _wrong("launch.hosts", host, "is no host", "user@host, user@host:port, or a name of ssh_config")
+            )
+    if len(set(job.launch.hosts)) < len(job.launch.hosts):
+        found.append(_wrong("launch.hosts", job.launch.hosts, "names a host twice", "each host once"))
+    if job.launch.hosts and job.launch.nodes not in ("auto", len(job.launch.hosts)):
+        message = f"launch.hosts names {len(job.launch.hosts)}"
+        found.append(_wrong("launch.nodes", job.launch.nodes, message, "leave launch.nodes out"))
+    if job.model.path is not None and not job.model.path.startswith("/"):
+        message = "is looked for on the hosts, and is relative to a folder of this machine"
+        found.append(_wrong("model.path", job.model.path, message, "an absolute path that exists on the hosts"))
+    return found
+
+
+def _by_slurm(job: Job) -> list[Problem]:
+    return [
+        _wrong("launch.sbatch", option, "is no option with its value", "--partition=gpu, one entry each")
+        for option in job.launch.sbatch
+        if not re.match(r"--?[A-Za-z]", option)
+    ]
+
+
+def _nodes_problems(job: Job) -> list[Problem]:
+    given, planned = job.launch.nodes, job.hardware.nodes
+    if given in ("auto", planned) or planned == 1:
+        return []
+    message = f"hardware.nodes={planned} says otherwise"
+    return [_wrong("launch.nodes", given, message, "give one of the two")]
+
+
+def _folders(job: Job) -> list[Problem]:
+    message = "a folder does not travel with the job"
+    return [
+        _wrong(key, path, message, "name files, or a Hub dataset")
+        for key, path in data_paths(job)
+        if Path(path).expanduser().is_dir()
+    ]
+
+
+def _unused(composed: Composed, used: Collection[str]) -> list[Problem]:
+    """What was written and has no effect where the job goes is refused: it was meant to have one."""
+    found = []
+    for field in fields(LaunchConfig):
+        key = f"launch.{field.name}"
+        value, origin = getattr(composed.job.launch, field.name), origin_of(composed.origins, key)
+        if field.name not in used and value != getattr(LaunchConfig(), field.name) and origin != DEFAULT:
+            message = f"has no effect with launch={composed.job.launch.name}"
+            found.append(Problem(key, value, origin, message, "leave it out"))
+    return found
+
+
+def _secret_remedy(where: str, name: str) -> str:
+    if where == "runpod":
+        return f"launch.secrets.{name}=NAME, after making a secret of that NAME in the provider's console"
+    return f"launch.secrets.{name}={name}, with {name} set in the environment here"
+
+
+def _wrong(key: str, value: object, message: str, remedy: str) -> Problem:
+    return Problem(key, value, "recipe or command line", message, remedy)

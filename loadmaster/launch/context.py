@@ -1,0 +1,42 @@
+"""One launch: what is launched, where its record lies here, and how it speaks."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from loadmaster.config.compose import Composed
+from loadmaster.training.stop import StopSignal
+
+
+@dataclass
+class Launch:
+    composed: Composed
+    console: Console
+    name: str
+    """Used once; whatever is made for this launch bears it."""
+    folder: Path
+    """Of the log and of what comes back."""
+    stop: StopSignal
+    clock: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep
+
+    def echo(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No Ctrl-C or SIGTERM within: an impatient finger must not leave a bill, or a job that nobody watches."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,97 @@
+"""What travels to other machines: the resolved job as job.yaml, and the data files that lie here.
+
+A job that arrives is a job for that hardware, launched locally; paths of data that travels along are changed to
+where it will lie. The same job gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import tarfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loadmaster.config.compose import Composed
+from loadmaster.config.jobhash import job_hash
+from loadmaster.config.schema import HardwareConfig, Job
+from loadmaster.config.shipped import SCHEME
+from loadmaster.errors import ConfigError, Problem
+from loadmaster.files import sha256_file, sha256_json
+
+
+def data_paths(job: Job) -> list[tuple[str, str]]:
+    """(field, path) of all data that is not shipped with loadmaster; a path may be a Hub id."""
+    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
+    named = [("data.path", path) for path in paths]
+    if isinstance(job.data.validation, str):
+        named.append(("data.validation", job.data.validation))
+    return [(key, path) for key, path in named if not path.startswith(SCHEME)]
+
+
+def identity(job: Job) -> str:
+    """The same for the same job on the same data: a second launch goes on in the first one's run directory."""
+    local = [Path(path).expanduser() for _, path in data_paths(job)]
+    digests = [sha256_file(path) if path.is_file() else str(path) for path in local]
+    return sha256_json([job_hash(job), digests])[:12]
+
+
+def job_there(composed: Composed, hardware: HardwareConfig) -> dict[str, Any]:
+    resolved = json.loads(json.dumps(composed.resolved))
+    resolved["hardware"] = asdict(hardware)
+    resolved["launch"] = {"name": "local", "grace_s": resolved["launch"]["grace_s"]}
+    return resolved
+
+
+def payload(
+    composed: Composed, hardware: HardwareConfig, folder: str, limit_bytes: int | None, more: dict[str, bytes]
+) -> str:
+    """tar.gz in base64: job.yaml for that hardware, the local data files under data/, and `more`, by name.
+
+    Raises ConfigError where that is more than limit_bytes of text.
+    """
+    files: dict[str, bytes] = dict(more)
+    resolved = job_there(composed, hardware)
+
+    def moved(path: Any) -> Any:
+        local = Path(path).expanduser() if isinstance(path, str) and not path.startswith(SCHEME) else None
+        if local is None or not local.is_file():
+            return path
+        inside = f"data/{len(files) - len(more)}-{local.name}"
+        files[inside] = local.read_bytes()
+        return f"{folder}/{inside}"
+
+    data = resolved["data"]
+    data["path"] = [moved(path) for path in data["path"]] if isinstance(data["path"], list) else moved(data["path"])
+    data["validation"] = moved(data["validation"])
+    files["job.yaml"] = yaml.safe_dump(resolved, sort_keys=False).encode()
+    text = tar(files)
+    if limit_bytes is not None and len(text) > limit_bytes:
+        raise ConfigError(
+            [
+                Problem(
+                    "data.path",
+                    composed.job.data.path,
+                    "recipe or command line",
+                    f"packs to {len(text) >> 10} KiB, and a job takes {limit_bytes >> 10} KiB along",
+                    "publish it as a (private) Hub dataset, or copy it to the volume and name it /workspace/...",
+                )
+            ]
+        )
+    return text
+
+
+def tar(files: dict[str, bytes]) -> str:
+    """The same bytes for the same files: no times, no owners."""
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, content in sorted(files.items()):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return base64.b64encode(buffer.getvalue()).decode()

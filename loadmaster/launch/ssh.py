@@ -1,0 +1,353 @@
+"""`launch=ssh`: run on hosts that are there, through the system's own ssh.
+
+Each host runs launch/pod_bootstrap.py, which arrives over standard input together with the job, its files and
+its environment: nothing of it is on a command line. The connection is the dead-man's switch: when standard input
+ends, because this process closes it, dies, or loses the network, the job gets SIGTERM, time for a checkpoint, and
+then SIGKILL with all that it started. Several hosts meet at the first one (static rendezvous, launch/torchrun.py).
+
+Before anything starts, every host says whether it has this version of loadmaster, and whether it sees the folder
+that the first one has just made: checkpoints of several hosts are one folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shlex
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from loadmaster import __version__
+from loadmaster.config.schema import HardwareConfig, Job
+from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.launch.board import Board
+from loadmaster.launch.context import Launch, undisturbed
+from loadmaster.launch.follow import MARK
+from loadmaster.launch.order import BOOTSTRAP, FILES, PROGRESS_S, TORCHRUN, launch_file, stop_before_s
+from loadmaster.launch.payload import identity, payload
+from loadmaster.launch.provider import LogLine
+from loadmaster.preflight import make_plan, print_plan
+
+OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15")
+RECEIVE = (
+    "import json,os,sys;r=sys.stdin.buffer;os.environ.update(json.loads(r.readline()));exec(r.read(int(r.readline())))"
+)
+"""What the remote command line holds: take the environment and the program from standard input."""
+PROBE = f"""
+import json, os, socket
+base = os.path.realpath(os.path.expanduser(os.environ["LOADMASTER_FOLDER"]))
+meeting = os.path.join(base, "jobs", os.environ["LOADMASTER_NAME"])
+if os.environ["NODE_RANK"] == "0":
+    os.makedirs(meeting)
+try:
+    from loadmaster import __version__ as version
+except ImportError:
+    version = None
+with socket.socket() as free:
+    free.bind(("", 0))
+    port = free.getsockname()[1]
+print({MARK!r} + json.dumps({{"base": base, "shared": os.path.isdir(meeting), "version": version, "port": port}}))
+"""
+PROBE_S = 60.0
+POLL_S = 1.0
+NODE_GRACE_S = 30
+"""After one host has failed, so long for the others to end; then the bootstrap there kills what is left."""
+LEAVE_S = 30
+"""For it to say so."""
+
+
+@dataclass(frozen=True)
+class Host:
+    name: str
+    """As given: user@host or user@host:port."""
+    config: str | None
+
+    @property
+    def ssh(self) -> list[str]:
+        name, _, port = self.name.partition(":")
+        return ["ssh", *OPTIONS, *(["-F", self.config] if self.config else []), *(["-p", port] if port else []), name]
+
+    def command(self, python: str) -> list[str]:
+        return [*self.ssh[:-1], "--", self.ssh[-1], shlex.join([python, "-c", RECEIVE])]
+
+    def address(self) -> str:
+        """What ssh resolves the name to (ssh -G), for the others to meet at."""
+        done = subprocess.run(["ssh", "-G", *self.ssh[1:]], capture_output=True, text=True, timeout=PROBE_S)
+        found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("hostname ")]
+        if done.returncode or not found:
+            raise LoadmasterError(f"launch.hosts: ssh does not take {self.name} ({done.stderr.strip()})")
+        return found[0]
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the run lies on the hosts, and where they meet."""
+
+    base: str
+    address: str
+    port: str
+
+
+def run_by_ssh(launch: Launch, tokens: int | None) -> int:
+    """Run the job on launch.hosts; returns its exit code.
+
+    Raises LoadmasterError when a host cannot be reached, has another version, or is lost on the way.
+    """
+    job = launch.composed.job
+    hosts = [Host(name, job.launch.ssh_config) for name in job.launch.hosts]
+    secrets = secret_values(job)
+    hardware = HardwareConfig(job.hardware.gpu, job.hardware.count, len(hosts))
+    if job.hardware.gpu != "local":  # what the hosts have is theirs to say
+        print_plan(make_plan(replace(job, hardware=hardware), tokens), launch.console)
+    if job.launch.dry_run:
+        meeting = Meeting(job.launch.folder, "<address of the first host>", "<a free port of it>")
+        shown = [
+            {"command": shlex.join(host.command(job.launch.python)), "stdin": _job(launch, meeting, node, hardware)}
+            for node, host in enumerate(hosts)
+        ]
+        launch.console.out(json.dumps(shown, indent=2), highlight=False)
+        return 0
+    meeting = _meet(launch, hosts)
+    folder = f"{meeting.base}/jobs/{launch.name}"
+    more = {TORCHRUN: launch_file(TORCHRUN)} if len(hosts) > 1 else {}
+    packed = payload(launch.composed, hardware, folder, None, more)
+    launch.folder.mkdir(parents=True, exist_ok=True)
+    nodes = []
+    try:
+        for node, host in enumerate(hosts):
+            described = json.dumps(_job(launch, meeting, node, hardware))
+            env = {**(job.launch.env or {}), **secrets, "NODE_RANK": str(node), "PYTHONUNBUFFERED": "1"}
+            env |= {"LOADMASTER_JOB": described, "LOADMASTER_PAYLOAD": packed}
+            nodes.append(_start(host, job.launch.python, env, launch_file(BOOTSTRAP)))
+        launch.echo(f"started on {', '.join(job.launch.hosts)}; the log goes to {launch.folder / 'node.log'}")
+        code = _Hosts(launch, hosts, nodes).to_the_end()
+        run_dir = _job(launch, meeting, 0, hardware)["run_dir"]
+        launch.echo(f"the job ended with exit code {code}; its run directory is {hosts[0].name}: {run_dir}")
+        return code
+    finally:
+        with undisturbed():
+            for process in nodes:
+                _leave(process)
+
+
+def secret_values(job: Job) -> dict[str, str]:
+    """launch.secrets from the environment here: they travel over standard input, and into no file."""
+    names = job.launch.secrets or {}
+    if missing := [name for name in names.values() if name not in os.environ]:
+        message = "is not set in the environment here"
+        where = "recipe or command line"
+        raise ConfigError([Problem("launch.secrets", name, where, message, f"export {name}=...") for name in missing])
+    return {variable: os.environ[name] for variable, name in names.items()}
+
+
+def _meet(launch: Launch, hosts: list[Host]) -> Meeting:
+    """Ask every host; the first one before the others, as it makes the folder that they must see."""
+    settings = launch.composed.job.launch
+    first = _probe(launch, hosts[0], 0)
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        others = list(pool.map(lambda pair: _probe(launch, *pair), zip(hosts[1:], range(1, len(hosts)), strict=True)))
+    wrong = [
+        f"{host.name} has loadmaster {said['version'] or 'not at all'} in {settings.python}"
+        for host, said in zip(hosts, [first, *others], strict=True)
+        if said["version"] != __version__
+    ]
+    if wrong:
+        raise LoadmasterError(
+            f"loadmaster here is {__version__}, and {'; '.join(wrong)}. Install that version there, or name the "
+            "interpreter that has it with launch.python"
+        )
+    for host, said in zip(hosts[1:], others, strict=True):
+        if not said["shared"] or said["base"] != first["base"]:
+            raise LoadmasterError(
+                f"{host.name} does not see the folder {first['base']} of {hosts[0].name}; several hosts save their "
+                "checkpoints in one: set launch.folder to a folder on a file system that all of them mount"
+            )
+    env = settings.env or {}
+    address = env.get("MASTER_ADDR") or (hosts[0].address() if others else "localhost")
+    return Meeting(first["base"], address, env.get("MASTER_PORT") or str(first["port"]))
+
+
+def _probe(launch: Launch, host: Host, node: int) -> dict[str, Any]:
+    settings = launch.composed.job.launch
+    env = {"LOADMASTER_FOLDER": settings.folder, "LOADMASTER_NAME": launch.name, "NODE_RANK": str(node)}
+    try:
+        done = subprocess.run(
+            host.command(settings.python), input=_message(env, PROBE.encode()), capture_output=True,
+            timeout=PROBE_S, start_new_session=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise LoadmasterError("launch=ssh needs the program ssh (OpenSSH's client), which is not here") from None
+    except subprocess.TimeoutExpired:
+        raise LoadmasterError(f"{host.name} did not answer within {PROBE_S:g} s") from None
+    for line in done.stdout.decode("utf-8", "replace").splitlines():
+        if line.startswith(MARK):
+            return json.loads(line.removeprefix(MARK))
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    reason = said[-1] if said else f"ssh ended with exit code {done.returncode}"
+    raise LoadmasterError(
+        f"{host.name}: {reason}. `{shlex.join([*host.ssh, settings.python, '--version'])}` must work by itself, "
+        "with a key and a known host key"
+    )
+
+
+def _job(launch: Launch, meeting: Meeting, node: int, hardware: HardwareConfig) -> dict[str, Any]:
+    """What the bootstrap is to do on that host."""
+    job, folder = launch.composed.job, f"{meeting.base}/jobs/{launch.name}"
+    run_dir = f"{meeting.base}/runs/{job.recipe.replace('/', '-')}-{identity(replace(job, hardware=hardware))}"
+    run_dir = run_dir if job.run_dir == "auto" else os.path.join(meeting.base, job.run_dir)
+    torchrun = []
+    if hardware.nodes > 1:
+        processes = hardware.count if hardware.count != "auto" else 1 if hardware.gpu == "cpu" else "gpu"
+        torchrun = [
+            f"{folder}/{TORCHRUN}", f"--nnodes={hardware.nodes}", f"--node-rank={node}",
+            f"--nproc-per-node={processes}", f"--master-addr={meeting.address}", f"--master-port={meeting.port}",
+        ]  # fmt: skip
+    stages = ["-m", "loadmaster.cli", job.stop_after, "--config-dir", folder, "--config-name", "job"]
+    return {
+        "name": launch.name,
+        "version": __version__,
+        "package": None,
+        "remedy": "install that version there, or name the interpreter that has it with launch.python",
+        "folder": folder,
+        "run_dir": run_dir,
+        "command": [job.launch.python, *torchrun, *stages, f"run_dir={run_dir}"],
+        "ends": "with-input",
+        "deadline": None,
+        "stop_before_s": stop_before_s(job.launch),
+        "progress_s": PROGRESS_S,
+        "files": list(FILES),
+        "secrets": sorted(job.launch.secrets or {}),
+    }
+
+
+def _message(env: dict[str, str], program: bytes) -> bytes:
+    return json.dumps(env).encode() + b"\n" + str(len(program)).encode() + b"\n" + program
+
+
+def _start(host: Host, python: str, env: dict[str, str], program: bytes) -> subprocess.Popen:
+    """A session of its own: Ctrl-C here must reach the job as a request, not end its connection."""
+    process = subprocess.Popen(
+        host.command(python),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+    def send() -> None:
+        try:
+            process.stdin.write(_message(env, program))
+            process.stdin.flush()
+        except OSError:
+            pass  # its output says why
+
+    threading.Thread(target=send, daemon=True).start()
+    return process
+
+
+def _stop(process: subprocess.Popen, grace_s: float | None = None) -> None:
+    """Close its input: the job there gets SIGTERM, and SIGKILL after grace_s (else the time for a checkpoint)."""
+    try:
+        if grace_s is not None:
+            process.stdin.write(f"{grace_s:g}\n".encode())
+        process.stdin.close()
+    except (OSError, ValueError):
+        pass  # it is gone, or has been told already
+
+
+def _leave(process: subprocess.Popen) -> None:
+    _stop(process)
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class _Hosts:
+    """The hosts while the job runs."""
+
+    def __init__(self, launch: Launch, hosts: list[Host], nodes: list[subprocess.Popen]):
+        self.launch, self.hosts, self.nodes = launch, hosts, nodes
+        self.lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
+        self.gone: set[int] = set()
+        self.told_at: float | None = None
+        self.over_at: float | None = None
+        self.number = 0
+
+    def to_the_end(self) -> int:
+        """The job's exit code, with its small files brought back."""
+        launch = self.launch
+        with open(launch.folder / "node.log", "a", encoding="utf-8") as log, launch.stop.deferred():
+            self.board = Board(launch.echo, log, len(self.nodes), None, launch.clock)
+            for node, process in enumerate(self.nodes):
+                threading.Thread(target=self._read, args=(node, process), daemon=True).start()
+            self._follow()
+        if self.board.lead.ended is None:
+            raise LoadmasterError(
+                f"{self.hosts[0].name} was lost before the job had ended; the log is {launch.folder / 'node.log'}. The "
+                "job there gets SIGTERM to save a checkpoint, and the same command goes on from that"
+            )
+        return self.board.result(launch.folder)
+
+    def _read(self, node: int, process: subprocess.Popen) -> None:
+        for line in process.stdout:
+            self.lines.put((node, line.decode("utf-8", "replace").rstrip("\r\n")))
+        self.lines.put((node, None))
+
+    def _follow(self) -> None:
+        """Until every host has ended; the moment one fails, or is lost, or the time is over, all are told to."""
+        limit = self.launch.composed.job.launch.max_hours
+        until = None if limit == "auto" else self.board.start + limit * 3600
+        give_up = float("inf")
+        while len(self.gone) < len(self.nodes) and time.monotonic() < give_up:
+            with contextlib.suppress(queue.Empty):
+                self._take(*self.lines.get(timeout=POLL_S))
+            if self.told_at is not None:
+                continue
+            grace: float | None = None
+            if self._some_must_go():
+                grace = NODE_GRACE_S
+            elif self.launch.stop.requested:
+                self.launch.echo("asked the job to save a checkpoint and to end")
+            elif until is not None and self.launch.clock() >= until:
+                self.launch.echo(
+                    f"{limit:g} h are over (launch.max_hours): asked the job to save a checkpoint and to end"
+                )
+            else:
+                continue
+            self.told_at = time.monotonic()
+            give_up = (
+                self.told_at + (stop_before_s(self.launch.composed.job.launch) if grace is None else grace) + LEAVE_S
+            )
+            for process in self.nodes:
+                _stop(process, grace)
+
+    def _some_must_go(self) -> bool:
+        """Whether a host failed, or was lost, without which the others cannot go on; those that end in their own
+        time, because all is done or all stop together (75), are given it."""
+        if any(self.board.readers[node].ended is None for node in self.gone):
+            return True
+        if not self.board.over(0):
+            return False
+        self.over_at = self.over_at or time.monotonic()
+        lead = self.board.lead.ended
+        code = lead["exit_code"] if lead else self.board.failed
+        return code not in (0, StoppedOnRequest.exit_code) or time.monotonic() - self.over_at > LEAVE_S
+
+    def _take(self, node: int, text: str | None) -> None:
+        if text is None:
+            self.gone.add(node)
+            if self.board.readers[node].ended is None:
+                self.launch.echo(f"  | {self.hosts[node].name}: the connection has ended")
+            return
+        self.number += 1
+        at = datetime.fromtimestamp(self.launch.clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.board.take(node, LogLine(str(self.number), at, text))

@@ -1,0 +1,200 @@
+"""A model built without weights, and filled shard by shard: no process holds what it does not keep.
+
+    1  `empty_model`   every parameter on the meta device, buffers that are computed (rotary frequencies) real
+    2  (the caller adds adapters and shards: a parameter is then a DTensor, whose local part is this rank's)
+    3  `materialise`   memory for the local parts
+    4  `fill`          each is read from the checkpoint's safetensors, the rows of this rank and no others
+
+A quantized layer has to see its whole weight, for its blocks share a scale. Each is read and quantized by one
+rank, in turn, and handed round; the others never read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from loadmaster.errors import LoadmasterError
+from loadmaster.models.attention import PACKED
+from loadmaster.models.frozen import FrozenLinear, freeze_linears
+from loadmaster.models.load import refuse_unsupported
+
+
+def empty_model(folder: Path, dtype: torch.dtype, frozen: str | None = None) -> nn.Module:
+    """The model of a checkpoint with its parameters on the meta device; `frozen` as for load_base."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(folder))
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
+    model.tie_weights()
+    refuse_unsupported(model)
+    if frozen:
+        freeze_linears(model, frozen)
+    return model
+
+
+def with_adapter(model: nn.Module, add: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """`add(model)`, a function that puts an adapter on a model that is there, for one on the meta device.
+
+    peft leaves an adapter's first values on the meta device if its base is there. Meanwhile the base's parameters
+    are therefore tensors of one element that only look whole, and the adapter's draw the very numbers they always do.
+    """
+    base = dict.fromkeys(model.parameters())
+    for parameter in base:
+        stand_in = torch.empty(1, dtype=parameter.dtype).expand(parameter.shape)
+        base[parameter] = nn.Parameter(stand_in, requires_grad=False)
+    _replace(model, base)
+    model = add(model)
+    _replace(model, {stand_in: _on_meta(stand_in) for stand_in in base.values()})
+    return model
+
+
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False)
+
+
+def _replace(model: nn.Module, new: dict[nn.Parameter, nn.Parameter]) -> None:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter in new:
+                module._parameters[name] = new[parameter]
+
+
+def materialise(root: nn.Module, device: torch.device) -> None:
+    """Give everything that is on the meta device memory on `device`, and move the rest there."""
+    root._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t.to(device))
+
+
+class Checkpoint:
+    """A folder of safetensors, read by name and slice. Raises LoadmasterError for a name that is not there."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            self._where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            self._where = {}
+            for path in sorted(folder.glob("*.safetensors")):
+                self._where |= dict.fromkeys(self._open(path.name).keys(), path.name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def rows(self, name: str, start: int | None = None, end: int | None = None) -> Tensor:
+        """Rows `start` to `end` of a tensor, on the host; all of it without them."""
+        part = self._open(self._where[name]).get_slice(name)
+        return part[:] if start is None else part[start:end]
+
+    def shape(self, name: str) -> list[int]:
+        return self._open(self._where[name]).get_slice(name).get_shape()
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            self._files[name] = safe_open(self.folder / name, framework="pt")
+        return self._files[name]
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in its checkpoint: what wrappers and adapters put around it is left out."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def fill(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Fill a sharded model's base from a checkpoint; adapters keep what they hold.
+
+    dtype: what a weight is read in before it is quantized.
+
+    Raises LoadmasterError for a checkpoint whose tensors are not the model's by name and shape.
+    """
+    source = Checkpoint(folder)
+    quantized = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenLinear)
+        for part in [*module._parameters, *module._buffers]
+        if part != "bias"
+    }
+    wanted = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name not in quantized and ".lora_" not in name
+    }
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, FrozenLinear)]
+    _refuse_misfit(source, wanted, layers)
+    for name, parameter in wanted.items():
+        _fill_one(parameter, source, plain_name(name))
+    for index, (name, layer) in enumerate(layers):
+        _quantize_one(layer, source, plain_name(f"{name}.weight"), dtype, index)
+
+
+@torch.no_grad()
+def fill_adapter(model: nn.Module, folder: Path) -> None:
+    """Fill a sharded model's adapter from a folder that peft wrote. Raises LoadmasterError where it is another's."""
+    source = Checkpoint(folder)
+    adapter = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    missing = [name for name in adapter if name.replace(".default.", ".") not in source]
+    if missing or not adapter:
+        raise LoadmasterError(f"{folder} is not this model's adapter: {', '.join(missing[:3])} is missing")
+    for name, parameter in adapter.items():
+        _fill_one(parameter, source, name.replace(".default.", "."))
+
+
+def _refuse_misfit(source: Checkpoint, wanted: dict[str, Tensor], layers: list[tuple[str, FrozenLinear]]) -> None:
+    shapes = {plain_name(name): list(parameter.shape) for name, parameter in wanted.items()}
+    shapes |= {plain_name(f"{name}.weight"): [m.out_features, m.in_features] for name, m in layers}
+    missing = [name for name in shapes if name not in source]
+    other = [name for name, shape in shapes.items() if name in source and source.shape(name) != shape]
+    if missing or other:
+        raise LoadmasterError(
+            f"the checkpoint in {source.folder} cannot be read shard by shard: "
+            f"{', '.join([*missing, *other][:3])} is missing or of another shape there. It is torn, of another model, "
+            "or of a family whose tensors are renamed on loading; sharding=ddp reads it whole"
+        )
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, int, int]:
+    """(this rank's part, its first row, the row after its last) of a parameter, sharded by rows or whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), 0, parameter.shape[0] if parameter.dim() else 1
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.detach().to_local(), offset[0], offset[0] + shape[0]
+
+
+def _fill_one(parameter: Tensor, source: Checkpoint, name: str) -> None:
+    local, start, end = local_rows(parameter)
+    if local.numel():
+        local.copy_(source.rows(name, start, end) if parameter.dim() else source.rows(name))
+
+
+def _quantize_one(layer: FrozenLinear, source: Checkpoint, name: str, dtype: torch.dtype, index: int) -> None:
+    """One rank reads and quantizes the layer's weight; every rank takes its rows of the codes, and the scales whole."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    owner = index % dist.get_world_size() if several else 0
+    mine = not several or dist.get_rank() == owner
+    held = {**layer._parameters, **layer._buffers}
+    device = next(iter(layer._buffers.values())).device
+    made: dict[str, Tensor] = {}
+    if mine:
+        made = layer.quantized(source.rows(name).to(device, dtype))
+    for part, tensor in held.items():
+        if part == "bias":
+            continue
+        whole = made[part].contiguous() if mine else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if several:
+            dist.broadcast(whole, src=owner)
+        local, start, end = local_rows(tensor)
+        local.copy_(whole[start:end] if whole.dim() else whole)

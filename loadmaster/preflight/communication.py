@@ -1,0 +1,111 @@
+"""Seconds that GPUs spend telling each other things in a step, and how much of that compute does not hide.
+
+    ring collective of B bytes over n nodes of g GPUs     W = n g
+        inside a node      B (W - 1) / W / link           each GPU's own link, one direction
+        between nodes      B (n - 1) / n / network        of a whole node: its GPUs' rings cross it side by side
+        seconds = the slower of the two + hops x latency
+    all-reduce = reduce-scatter + all-gather
+
+    fsdp          each micro-batch: gather the weights forward and again backward, reduce the trained gradients (fp32)
+    hybrid        the same inside each node; then the shards' gradients are summed over nodes (fp32)
+    ddp           the last micro-batch of a step: all-reduce of the gradients in the weights' dtype
+    zero3         fsdp
+    zero1, zero2  gather the weights once a step; reduce the gradients once a step (zero1) or each micro-batch (zero2)
+
+Overlap: layers' collectives run beside the compute of their own pass, so the longer of the two is what one waits for,
+and a share of the shorter (they compete for memory and for SMs). Nothing hides the first gather (the root's, and the
+first layer's) and the last reduction (the root's).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.hardware import Hardware
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.shards import units as fsdp_units
+from loadmaster.preflight.shards import whole
+from loadmaster.preflight.weights import base_bytes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of whole tensors that are gathered or reduced in one optimizer step, for the tables."""
+
+    gathered: float = 0.0
+    reduced: float = 0.0
+
+
+def collective_seconds(bytes_: float, count: float, gpus: int, nodes: int, hardware: Hardware) -> float:
+    """`count` gathers or reductions of `bytes_` in all, over `nodes` nodes of `gpus` GPUs each."""
+    world = gpus * nodes
+    if world == 1 or not bytes_:
+        return 0.0
+    inside = 0.0
+    if gpus > 1:
+        inside = bytes_ * (world - 1) / world / (hardware.link_gb_per_s * 1e9 * value("efficiency", "link"))
+    between = 0.0
+    if nodes > 1:
+        network = max(hardware.network_gbps, 1.0) * 1e9 / 8 * value("efficiency", "network")
+        between = bytes_ * (nodes - 1) / nodes / network
+    hops = nodes * (gpus - 1) * value("latency", "link_us") + (nodes - 1) * value("latency", "network_us")
+    return max(inside, between) + count * (value("latency", "collective_us") + hops) * 1e-6
+
+
+def step_traffic(shape: ModelShape, setup: Setup) -> Traffic:
+    """What a step moves, all micro-batches."""
+    trained, repeats = setup.trainable(shape), setup.gradient_accumulation_steps
+    if setup.world_size == 1:
+        return Traffic()
+    if setup.shards > 1:
+        unit = whole(shape, setup)
+        gathers = 2 * repeats if setup.reshard else 1
+        return Traffic(gathers * unit.gathered, (1 if setup.sharding == "zero1" else repeats) * unit.reduced)
+    gradients = setup.width * trained
+    return Traffic(gradients, gradients)
+
+
+def step_communication(shape: ModelShape, hardware: Hardware, setup: Setup, micro_batch_s: float) -> float:
+    """Seconds that the collectives of a step add to its compute; micro_batch_s: compute of one micro-batch."""
+    if setup.world_size == 1:
+        return 0.0
+    exposed, repeats = value("efficiency", "exposed_collectives"), setup.gradient_accumulation_steps
+    gpus = setup.gpus_per_node
+    nodes = max(1, setup.world_size // gpus)
+    traffic = step_traffic(shape, setup)
+    inner = 1 if setup.replicas > 1 else nodes
+    layers = shape.layers
+    if setup.shards > 1:
+        passes = 2 if setup.reshard else 1 / repeats
+        sent = collective_seconds(traffic.gathered / repeats, passes * (layers + 1), gpus, inner, hardware)
+        sent += collective_seconds(traffic.reduced / repeats, layers + 1, gpus, inner, hardware)
+        if setup.replicas > 1:
+            shard = 2 * traffic.reduced / repeats / setup.shards
+            sent += collective_seconds(shard * gpus, 2 * (layers + 1), 1, nodes, hardware)
+        sent += host_seconds(shape, hardware, setup)
+        open_s = _unhidden(shape, hardware, setup, gpus, inner)
+        hidden = max(0.0, sent - open_s)
+        return repeats * (max(0.0, hidden - micro_batch_s) + exposed * min(hidden, micro_batch_s) + open_s)
+    backward_s = 2 / 3 * micro_batch_s
+    buckets = max(1.0, traffic.reduced / repeats / 25e6)
+    both = 2 * collective_seconds(traffic.reduced, buckets, gpus, nodes, hardware)
+    return max(0.0, both - backward_s) + exposed * min(both, backward_s)
+
+
+def _unhidden(shape: ModelShape, hardware: Hardware, setup: Setup, gpus: int, nodes: int) -> float:
+    """First gather and last reduction of a micro-batch."""
+    dense, sparse, root = fsdp_units(shape, setup)
+    first = sparse if shape.expert_layers else dense
+    seconds = collective_seconds(root.gathered + first.gathered, 2, gpus, nodes, hardware)
+    return seconds + collective_seconds(root.reduced, 1, gpus, nodes, hardware)
+
+
+def host_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+    """Shards in host memory come up for each gathering, and gradients go down, in one micro-batch."""
+    if setup.offload != "all" or hardware.is_cpu:
+        return 0.0
+    shard = base_bytes(shape, setup.method, setup.precision) / setup.shards
+    gradients = setup.width * setup.trainable(shape) / setup.shards
+    return (2 * shard + gradients) / (hardware.host_gb_per_s * 1e9 * value("efficiency", "host_link"))

@@ -1,0 +1,121 @@
+"""How fully_shard divides a model: its units, and the bytes of each, whole and on one GPU.
+
+A unit is a decoder layer, or the root: embedding, head, last norm. Every parameter is cut along its first dimension
+into as many rows for each GPU as the first one gets, so gathered buffers have padding: none for a matrix of 4096 rows,
+four times the bytes for an adapter of rank 16 over 64 GPUs. Sources: torch.distributed.fsdp, loadmaster.models.frozen;
+held against traces of both (tests/preflight/test_sharded.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import Matrix, ModelShape
+
+REDUCE_BYTES = 4
+"""Gradients are reduced over GPUs in fp32."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter of `rows` equal rows along its first dimension."""
+
+    rows: int
+    row_bytes: int
+    trained: bool
+
+    def local(self, gpus: int) -> int:
+        """Bytes of the GPU with most rows; gathering takes that of each."""
+        return -(-self.rows // gpus) * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Bytes on one of `gpus` GPUs."""
+
+    shard: int
+    """Weights."""
+    trained_shard: int
+    """Those of them that are trained: gradients in the same dtype are as large."""
+    gathered: int
+    reduced: int
+    """Gradients of the whole unit in the dtype of the reduction."""
+    replicated: int = 0
+    """Buffers, which are not cut."""
+
+
+@cache
+def units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
+    """A dense layer, a layer with experts, the root."""
+    layers = (
+        _unit(list(_layer(shape, setup, experts)), setup, _buffers(shape, setup, experts)) for experts in (False, True)
+    )
+    w, h, trained = setup.width, shape.hidden_size, not setup.adapters
+    tables = 1 if shape.tied else 2
+    root = [Part(shape.vocabulary_size, w * h, trained)] * tables + [Part(h, w, trained)]
+    return *layers, _unit(root, setup)
+
+
+@cache
+def whole(shape: ModelShape, setup: Setup) -> Unit:
+    """All units together."""
+    dense, sparse, root = units(shape, setup)
+
+    def total(name: str) -> int:
+        layers = shape.dense_layers * getattr(dense, name) + shape.expert_layers * getattr(sparse, name)
+        return layers + getattr(root, name)
+
+    return Unit(*map(total, Unit.__dataclass_fields__))
+
+
+def _unit(parts: list[Part], setup: Setup, buffers: int = 0) -> Unit:
+    gpus = setup.shards
+    trained = sum(p.local(gpus) for p in parts if p.trained)
+    shard = sum(p.local(gpus) for p in parts)
+    return Unit(shard, trained, gpus * shard, gpus * trained * REDUCE_BYTES // setup.width, buffers)
+
+
+def _layer(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part]:
+    w, h, full = setup.width, shape.hidden_size, not setup.adapters
+    for m in shape.matrices(experts):
+        yield from _frozen(m, setup) if frozen_form(setup) else [Part(m.outputs, w * m.inputs, full)]
+        if m.bias:
+            yield Part(m.outputs, w, full)
+    if not full:
+        for m in shape.adapted(setup.lora_targets, experts):
+            yield Part(setup.lora_rank, w * m.inputs, True)
+            yield Part(m.outputs, w * setup.lora_rank, True)
+    yield from [Part(h, w, full)] * shape.norms
+    if shape.query_key_norm:
+        yield from [Part(shape.head_dim, w, full)] * 2
+    if experts:
+        yield Part(shape.experts, w * 2 * shape.expert_size * h, full)
+        yield Part(shape.experts, w * shape.expert_size * h, full)
+        yield Part(shape.experts, w * h, full)
+
+
+def frozen_form(setup: Setup) -> str | None:
+    """The format of a quantized base, or None: loadmaster.models.frozen.frozen_form."""
+    if setup.method == "qlora":
+        return "nf4"
+    return "fp8" if setup.method == "lora" and setup.precision == "fp8" else None
+
+
+def _frozen(m: Matrix, setup: Setup) -> list[Part]:
+    if frozen_form(setup) == "fp8":
+        return [Part(m.outputs, m.inputs, False)]
+    return [Part(-(-m.weight // 2), 1, False), Part(-(-m.weight // 64), 1, False)]
+
+
+def _buffers(shape: ModelShape, setup: Setup, experts: bool) -> int:
+    """nf4: second scales, offset, code; fp8: a scale a row."""
+    form = frozen_form(setup)
+    if form is None:
+        return 0
+    if form == "fp8":
+        return sum(4 * m.outputs for m in shape.matrices(experts))
+    return sum(4 * math.ceil(m.weight / (64 * 256)) + 4 + 1024 for m in shape.matrices(experts))

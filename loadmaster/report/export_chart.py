@@ -1,0 +1,57 @@
+"""The exports as a picture: what each format costs on disk, and how far it is from the model as trained."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from loadmaster.report.charts import FIRST, POINTS_PER_INCH, SECOND, THIRD, inline, style
+
+WIDTH, HEIGHT = 560, 300
+"""CSS pixels."""
+LEAST_KL = 1e-7
+"""Nats; what is nearer than that to the trained model is drawn here, on a logarithmic axis."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One format: MB (10^6 bytes) on disk, mean KL in nats a token, the limit it is held to, and the judgement."""
+
+    name: str
+    megabytes: float
+    mean_kl: float
+    limit: float | None
+    passed: bool
+
+
+def draw_exports(points: list[Point]) -> Markup:
+    """An <svg> that scales with its container: size on disk against mean KL, with a tick at each format's limit."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style(f"exports {len(points)}"))
+        figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), layout="constrained")
+        axes = figure.add_subplot()
+        for point in points:
+            kl = max(point.mean_kl, LEAST_KL)
+            colour = FIRST if point.passed else SECOND
+            axes.plot([point.megabytes], [kl], marker="o" if point.passed else "X", markersize=8, color=colour)
+            axes.annotate(point.name, (point.megabytes, kl), xytext=(8, 5), textcoords="offset points")
+            if point.limit is not None:
+                axes.plot([point.megabytes], [point.limit], marker="_", markersize=22, markeredgewidth=2, color=THIRD)
+                axes.plot([point.megabytes] * 2, sorted((kl, point.limit)), color=THIRD, linewidth=0.8, dashes=(2, 2))
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(0, 1.25 * max(point.megabytes for point in points))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.margins(y=0.2)
+        axes.set_xlabel("MB on disk")
+        axes.set_ylabel("mean KL, nats a token")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return Markup(inline(buffer.getvalue(), "Mean KL divergence of each export over its size on disk"))

@@ -1,0 +1,177 @@
+"""Workers of this host under torch's elastic agent (what torchrun is made of), with their exit code and their signals.
+
+torchrun itself ends with 1 whatever its workers ended with, so that a scheduler cannot tell "stopped with a
+checkpoint, start me again" from a failure, and on SIGTERM it kills after 30 s what may still be saving. Here the
+first failed worker's code is the host's, and a request to stop is passed on once and waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from loadmaster.errors import LoadmasterError, TrainingFailed
+
+RENDEZVOUS_S = 900
+"""Longest wait for the other hosts to come."""
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where several hosts meet: static rendezvous, each is told its rank and the first one's address."""
+
+    nodes: int
+    rank: int
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What to run on this host: `processes` of `command` (words after the interpreter)."""
+
+    processes: int
+    command: Sequence[str]
+    meeting: Meeting | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    rendezvous_s: int = RENDEZVOUS_S
+
+
+def run_workers(workers: Workers) -> int:
+    """Run them to their end; returns 0, or the exit code of the first that failed.
+
+    SIGTERM and SIGINT to this process go to every worker, once; their agreed end is waited for. A second one is
+    passed on too. Raises LoadmasterError when the other hosts do not come, or a worker was killed.
+    """
+    kept = dict(os.environ)
+    os.environ.update(_defaults(workers) | dict(workers.environment))  # before torch, which reads some at its import
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+    # What the agent has to say is said here, in a sentence.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(**_launch_config(workers), logs_specs=_logs())
+    try:
+        with _signals_kept(meeting=workers.meeting is not None):
+            launch_agent(config, sys.executable, list(workers.command))
+        return 0
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name if failure.exitcode else "an unknown cause"
+        out_of_memory = "; the host's memory may have run out (dmesg tells)" if name == "SIGKILL" else ""
+        raise TrainingFailed(f"rank {rank} on this host was ended by {name}{out_of_memory}") from None
+    except (DistError, TimeoutError, ConnectionError) as error:
+        raise LoadmasterError(_not_met(workers, error)) from None
+    finally:  # what is for the workers is not for this process
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def _launch_config(workers: Workers) -> dict[str, Any]:
+    meeting = workers.meeting
+    common = {
+        "nproc_per_node": workers.processes,
+        "max_restarts": 0,
+        # The agent's own handler gives workers 30 s and forgets their exit code: _pass_on_from_now instead.
+        "signals_to_handle": "SIGQUIT",
+    }
+    if meeting is None:
+        return common | {
+            "min_nodes": 1, "max_nodes": 1, "run_id": uuid.uuid4().hex,
+            "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0",
+        }  # fmt: skip
+    return common | {
+        "min_nodes": meeting.nodes, "max_nodes": meeting.nodes, "run_id": "loadmaster", "rdzv_backend": "static",
+        "rdzv_endpoint": f"{meeting.address}:{meeting.port}",
+        "rdzv_configs": {"rank": meeting.rank, "timeout": workers.rendezvous_s},
+    }  # fmt: skip
+
+
+def _logs() -> Any:
+    """Workers write where this process writes. The agent asks for this right before it starts them."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
+
+    class Starting(DefaultLogsSpecs):
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            _pass_on_from_now()
+            return super().reify(envs)
+
+    return Starting(log_dir=os.devnull)
+
+
+def _defaults(workers: Workers) -> dict[str, str]:
+    """Threads shared out among the workers, and C++ messages with stack traces left out, unless set."""
+    threads = str(max(1, (os.cpu_count() or 1) // workers.processes))
+    defaults = {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {name: value for name, value in defaults.items() if name not in os.environ}
+
+
+def _not_met(workers: Workers, error: BaseException) -> str:
+    meeting = workers.meeting
+    if meeting is None:
+        return f"the workers of this machine could not be started: {str(error).splitlines()[0]}"
+    where = f"{meeting.address}:{meeting.port}"
+    if meeting.rank == 0:
+        return (
+            f"not all of the {meeting.nodes} hosts came to {where} within {workers.rendezvous_s} s; start the same "
+            f"command on each, with its own --node-rank, and let them reach that port ({str(error).splitlines()[0]})"
+        )
+    return (
+        f"node 0 did not answer at {where} within {workers.rendezvous_s} s; is it started, is that its address on "
+        "the network that the hosts share, and is the port open?"
+    )
+
+
+def _pass_on_from_now() -> None:
+    """SIGTERM and SIGINT of this process go to its workers, as SIGTERM."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for pid in _workers_of(os.getpid()):
+            os.kill(pid, signal.SIGTERM)
+
+    for number in STOPS:
+        signal.signal(number, pass_on)
+
+
+@contextmanager
+def _signals_kept(meeting: bool) -> Iterator[None]:
+    """This process's own handlers are there again afterwards.
+
+    While other hosts are waited for, a signal ends it at once: the wait is in C++, where no handler would run.
+    """
+    previous = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        if meeting:
+            for number in STOPS:
+                signal.signal(number, signal.SIG_DFL)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _workers_of(pid: int) -> list[int]:
+    """The agent's children: those that lead a session of their own, as it starts them."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(word) for task in tasks for word in task.read_text().split()]
+    return [child for child in children if _session(child) == child]
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None

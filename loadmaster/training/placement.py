@@ -1,0 +1,47 @@
+"""Parameters and their parts: what of a tensor is on this rank, and where in the whole it belongs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter or gradient, sharing its memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Placed:
+    """Tensors on the host that stand for parts of parameters as they are sharded over `mesh` (None: not at all)."""
+
+    def __init__(self, mesh: DeviceMesh | None = None):
+        self._mesh = mesh
+        if mesh is not None and mesh.device_type != "cpu":
+            self._mesh = init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)
+
+    @property
+    def shard_name(self) -> str:
+        """Which part of how many this rank holds: 2-of-4."""
+        if self._mesh is None:
+            return "0-of-1"
+        return f"{self._mesh.get_local_rank('shard')}-of-{self._mesh['shard'].size()}"
+
+    def copy(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        """A copy on the host of `part`, which lies in its whole as the local part of `parameter` does."""
+        return self._place(parameter, part.detach().to("cpu", copy=True).contiguous())
+
+    def empty(self, parameter: nn.Parameter, shape: Any, dtype: torch.dtype) -> Tensor:
+        return self._place(parameter, torch.empty(shape, dtype=dtype))
+
+    def _place(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return part
+        return DTensor.from_local(
+            part, self._mesh, parameter.placements, run_check=False,
+            shape=parameter.shape, stride=parameter.stride(),
+        )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Rank and size of this process, as other launchers than torchrun say them, in torchrun's words.
+
+    torchrun        RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: nothing to translate
+    Open MPI        OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE
+    MPICH, Intel    PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, MPI_LOCALNRANKS
+    srun, a task    SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_TASKS_PER_NODE
+    a process each
+
+Standard library only: launch/torchrun.py uses it too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from loadmaster.errors import LoadmasterError
+
+PORT = 29500
+NAMES = {
+    "mpirun (Open MPI)": (
+        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+    ),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    # Only srun sets SLURM_STEP_NUM_TASKS; in a batch script without srun, SLURM_PROCID is 0 and nobody else comes.
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+}  # fmt: skip
+
+
+def is_member(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun, or what speaks its variables, started this process as one of several."""
+    return int(env.get("WORLD_SIZE", "1")) > 1 and "RANK" in env
+
+
+def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the environment so that it says what torchrun would; empty where there is nothing to add.
+
+    Pure. Raises LoadmasterError for several hosts whose meeting place nobody names.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return {}
+    for launcher, (rank, size, local_rank, local_size) in NAMES.items():
+        if rank not in env or int(env.get(size, "1")) < 2:
+            continue
+        per_node = _per_node(env.get(local_size, env[size]))
+        found = {
+            "RANK": env[rank],
+            "WORLD_SIZE": env[size],
+            "LOCAL_RANK": env.get(local_rank) or str(int(env[rank]) % per_node),
+            "LOCAL_WORLD_SIZE": str(per_node),
+        }
+        return found | _meeting_place(env, launcher, alone=per_node >= int(env[size]))
+    return {}
+
+
+def first_host(nodelist: str) -> str:
+    """First name of a Slurm list: `gpu[07-09,12],login1` -> gpu07."""
+    match = re.match(r"([^\[,]*)(?:\[([^\]-]*?)[-,\]])?", nodelist)
+    return "" if match is None else match.group(1) + (match.group(2) or "").split(",")[0]
+
+
+def job_port(job_id: str) -> int:
+    """A port of the job's own, so that two jobs on one node do not meet."""
+    return 20000 + int(job_id) % 20000 if job_id.isdigit() else PORT
+
+
+def _per_node(text: str) -> int:
+    """Processes on a node; Slurm writes `8(x2)` for two nodes of 8, and `8,4` for unequal ones."""
+    counts = {int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", text)}
+    if len(counts) != 1:
+        raise LoadmasterError(
+            f"the nodes have different numbers of tasks ({text}); start as many on each: srun --ntasks-per-node=N"
+        )
+    return counts.pop()
+
+
+def _meeting_place(env: Mapping[str, str], launcher: str, alone: bool) -> dict[str, str]:
+    address = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "")) or ("127.0.0.1" if alone else "")
+    if not address:
+        raise LoadmasterError(
+            f"{launcher} started processes on several hosts and none of them knows where to meet; "
+            "name the first host: mpirun -x MASTER_ADDR=HOST ..."
+        )
+    port = env.get("MASTER_PORT") or str(job_port(env.get("SLURM_JOB_ID", "")))
+    return {"MASTER_ADDR": address, "MASTER_PORT": port}

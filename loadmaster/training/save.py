@@ -1,0 +1,109 @@
+"""The trained weights as files that everybody reads: gathered tensor by tensor, and compared with what was trained.
+
+Sharded, a tensor is whole on each rank's host only while it is passed on: the lead keeps those of one file, at most
+FILE_BYTES, and writes it. Every rank then reads back its own part of every tensor and compares it bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from loadmaster.errors import TrainingFailed
+from loadmaster.models.adapters import save_trained, trainable
+from loadmaster.models.forward import causal_lm
+from loadmaster.models.shards import Checkpoint, local_rows
+from loadmaster.training.placement import Placed, local
+from loadmaster.training.world import World
+
+FILE_BYTES = 4 * 2**30
+
+
+def write_trained(model: nn.Module, folder: Path, placed: Placed, world: World, tokenizer: Any | None = None) -> None:
+    """Write adapter or model into `folder`, which is there, and compare. All ranks call it.
+
+    tokenizer: goes beside a whole model. Raises TrainingFailed when a file does not hold what was trained.
+    """
+    adapter = hasattr(model, "peft_config")
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if not sharded and world.lead:
+        save_trained(model, folder)
+    elif sharded and adapter:
+        gathered = {name: _whole(parameter, placed) for name, parameter in trainable(model)}
+        if world.lead:
+            model.save_pretrained(str(folder), state_dict=gathered)
+    elif sharded:
+        _write_model(model, folder, placed, world)
+    if world.lead and tokenizer is not None and not adapter:
+        tokenizer.save_pretrained(folder)
+    world.barrier()
+    different = [name for part in world.gather(_different(model, folder, strict=sharded or adapter)) for name in part]
+    if different:
+        raise TrainingFailed(
+            f"{folder.name.strip('.')} does not hold what was trained: {', '.join(sorted(set(different))[:3])} differ; "
+            "nothing was published, and the last checkpoint is whole"
+        )
+
+
+def _whole(parameter: nn.Parameter, placed: Placed) -> Tensor:
+    part = placed.copy(parameter, local(parameter))
+    return part.full_tensor() if isinstance(part, DTensor) else part
+
+
+def _write_model(model: nn.Module, folder: Path, placed: Placed, world: World) -> None:
+    lm = causal_lm(model)
+    files: list[list[str]] = [[]]
+    size = 0
+    parameters = dict(lm.named_parameters())
+    for name, parameter in parameters.items():
+        taken = parameter.numel() * parameter.element_size()
+        if files[-1] and size + taken > FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += taken
+    where = {}
+    for number, names in enumerate(files, 1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        tensors = {}
+        for name in names:
+            whole = _whole(parameters[name], placed)
+            if world.lead:
+                tensors[name] = whole.contiguous()
+        if world.lead:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    if world.lead:
+        lm.config.architectures, lm.config.dtype = [type(lm).__name__], next(iter(parameters.values())).dtype
+        lm.config.save_pretrained(folder)
+        if lm.can_generate():
+            lm.generation_config.save_pretrained(folder)
+        if len(files) > 1:
+            total = sum(p.numel() * p.element_size() for p in parameters.values())
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _different(model: nn.Module, folder: Path, strict: bool) -> list[str]:
+    """Trained parameters of which this rank's part is not in the files. strict: a name that is not there is different.
+
+    (Of a model that is not sharded transformers writes the files, under names of its own in some families.)
+    """
+    written, found = Checkpoint(folder), []
+    compared = 0
+    for name, parameter in trainable(model):
+        saved = name.replace(".default.", ".") if hasattr(model, "peft_config") else name
+        if saved not in written:
+            found += [name] if strict else []
+            continue
+        part, start, end = local_rows(parameter)
+        compared += 1
+        if part.numel() and not torch.equal(written.rows(saved, start, end), part.cpu()):
+            found.append(name)
+    return found if compared else [*found, "every tensor"]

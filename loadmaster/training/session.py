@@ -1,0 +1,166 @@
+"""What the loop works on, built once from job and plan: model, strategy, optimizer, and the way to a step's gradients.
+
+The loss of a step is the sum of its trained tokens' cross-entropies over their number, over all micro-batches and
+ranks, so however a batch is split its gradient is the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loadmaster.config.schema import Job
+from loadmaster.data import MicroBatch
+from loadmaster.errors import ConfigError, Problem
+from loadmaster.models.adapters import trainable
+from loadmaster.models.preference import mean_figures, pair_figures
+from loadmaster.preflight.plan import Plan
+from loadmaster.training.batches import micro_batches
+from loadmaster.training.optimizer import TrainingOptimizer
+from loadmaster.training.sharding import STRATEGIES, Strategy
+from loadmaster.training.world import World
+
+BUILT = {
+    "sharding": tuple(STRATEGIES),
+    "activation_checkpointing": ("none", "full"),
+}
+"""What a plan may say and this loop does; other values are refused."""
+
+
+@dataclass
+class Session:
+    job: Job
+    plan: Plan
+    world: World
+    strategy: Strategy
+    model: nn.Module
+    loss: nn.Module
+    optimizer: TrainingOptimizer
+    pad_token_id: int
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    preference: dict[str, float] = field(default_factory=dict)
+    """Figures of the last step's preference pairs; {} for sft."""
+    worked_s: float = 0.0
+    """This rank's own part of the last step, without what it waited for others: a straggler is told by it.
+
+    Processor seconds on a CPU; on a GPU the seconds of the forward passes, which under fsdp wait for weights too.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of what is trained; sharded, a parameter is a DTensor."""
+        return trainable(self.model)
+
+    def split(self, rows: list) -> list[MicroBatch]:
+        fixed = self.job.sequence_length if self.device.type == "cuda" else None
+        return micro_batches(
+            rows, self.plan.micro_batch_size, self.world.rank, self.world.size, self.pad_token_id, fixed
+        )
+
+    def backward(self, batches: list[MicroBatch], count: int) -> torch.Tensor:
+        """Accumulate the step's gradients; returns the step's mean loss, fp32 scalar, over all ranks.
+
+        count: trained tokens (or pairs) of the step on all ranks, over which the mean is taken.
+        """
+        self.model.train()
+        mean = torch.zeros((), device=self.device)
+        pairs = torch.zeros(3, device=self.device)
+        clock = OwnTime(self.device)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.strategy.accumulating(self.loss):
+                with clock.forward():
+                    loss = self.loss(batch) / count
+                self.strategy.backward(loss)
+            mean += loss.detach()
+            if self.job.objective != "sft":
+                pairs += pair_figures(self.loss)
+        total = self.world.sum(mean)
+        if self.job.objective != "sft":
+            self.preference = mean_figures(self.world.sum(pairs))
+        self.worked_s = clock.seconds()
+        return total
+
+
+class OwnTime:
+    """How long a rank works on a step by itself."""
+
+    def __init__(self, device: torch.device):
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._cuda = device.type == "cuda"
+        self._began = time.process_time()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        if not self._cuda:
+            yield
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self._events.append((start, end))
+
+    def seconds(self) -> float:
+        if not self._cuda:
+            return time.process_time() - self._began
+        self._events[-1][1].synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._events) / 1000
+
+
+def make_session(
+    job: Job,
+    plan: Plan,
+    world: World,
+    pad_token_id: int,
+    base_folder: Path | None = None,
+    base: nn.Module | None = None,
+) -> Session:
+    """Load (or take `base`), freeze, checkpoint, shard and check, in this order; the optimizer comes last.
+
+    Raises ConfigError for a plan that this loop does not do, or that is for another number of processes.
+    """
+    refuse_unbuilt(plan)
+    refuse_other_world(plan, world)
+    strategy = STRATEGIES[plan.sharding](job, plan, world)
+    model, loss = strategy.prepare(strategy.load(base_folder) if base is None else base)
+    return Session(job, plan, world, strategy, model, loss, strategy.optimizer(model), pad_token_id)
+
+
+def refuse_other_world(plan: Plan, world: World) -> None:
+    """A plan for several GPUs is not trained on one of them in silence, nor the other way round."""
+    if world.size != plan.world_size:
+        message = f"the plan is for {plan.world_size} processes and this is a run of {world.size}"
+        remedy = f"start {plan.world_size} processes, or hardware.count and hardware.nodes for what was started"
+        raise ConfigError([Problem("hardware.count", plan.hardware.count, "the plan (plan.json)", message, remedy)])
+
+
+def refuse_unbuilt(plan: Plan) -> None:
+    """Raise ConfigError for what a plan may say and this loop does not do; nothing is silently replaced."""
+    problems = [
+        Problem(
+            key,
+            getattr(plan, key),
+            "the plan (plan.json)",
+            f"training does not do {key}={getattr(plan, key)}; it is planned, not built",
+            f"{key}={' or '.join(built)}",
+        )
+        for key, built in BUILT.items()
+        if getattr(plan, key) not in built
+    ]
+    if (plan.method, plan.precision) == ("full", "fp8"):
+        message = "training does precision=fp8 for the frozen base of method=lora only"
+        problems.append(Problem("precision", "fp8", "the plan (plan.json)", message, "precision=bf16, or method=lora"))
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,77 @@
+"""Workers of this machine: the lead starts one process for each local rank, watches them, and ends them.
+
+Torch's elastic agent starts and watches them, in this process (loadmaster.training.agent); how each ended it leaves in
+a file, so that the user reads the error itself and gets its exit code.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loadmaster.errors import ConfigError, DataError, LoadmasterError, StoppedOnRequest, TrainingFailed
+from loadmaster.files import read_json
+from loadmaster.training.agent import Workers, run_workers
+from loadmaster.training.stop import STARTED
+
+LAST_LINES = 15
+
+
+@dataclass
+class Outcome:
+    """How a rank's stage ended: an exit code of loadmaster.errors, its message, and the figures of a good end."""
+
+    code: int
+    message: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def outcome_file(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank-{rank}.json"
+
+
+def run_stage(stage: str, run_dir: Path, count: int) -> dict[str, Any]:
+    """Run a stage in `count` processes of this machine; returns rank 0's figures.
+
+    Raises what ended it: the workers' own LoadmasterError, StoppedOnRequest when all stopped together, or
+    TrainingFailed with the last lines of the log of a worker that broke.
+    """
+    for rank in range(count):
+        outcome_file(run_dir, rank).unlink(missing_ok=True)
+    environment = {"LOADMASTER_LEAD": str(os.getpid()), STARTED: os.environ[STARTED]}
+    failure: LoadmasterError | None = None
+    try:
+        run_workers(Workers(count, ["-m", "loadmaster.worker", stage, str(run_dir)], environment=environment))
+    except LoadmasterError as error:
+        failure = error
+    return _judge(run_dir, count, failure)
+
+
+def _judge(run_dir: Path, count: int, failure: LoadmasterError | None) -> dict[str, Any]:
+    """What became of a stage, from what its ranks left; `failure`: what the agent says of a worker that was killed."""
+    outcomes = {}
+    for rank in range(count):
+        if outcome_file(run_dir, rank).is_file():
+            outcomes[rank] = Outcome(**read_json(outcome_file(run_dir, rank)))
+    codes = {o.code for o in outcomes.values()}
+    if len(outcomes) == count and codes == {0}:
+        return outcomes[0].figures
+    failed = [o for o in outcomes.values() if o.code not in (0, StoppedOnRequest.exit_code)]
+    if failed:
+        raise _error(failed[0])
+    stopped = [o for o in outcomes.values() if o.code == StoppedOnRequest.exit_code]
+    if stopped and len(outcomes) == count:
+        raise StoppedOnRequest(stopped[0].message)
+    broken = min(set(range(count)) - set(outcomes), default=0)
+    log = run_dir / "logs" / f"rank-{broken}.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
+    what = str(failure) if failure else f"rank {broken} broke"
+    raise TrainingFailed("\n".join([f"{what}; its log is {log}", *lines]))
+
+
+def _error(outcome: Outcome) -> LoadmasterError:
+    """The worker's error again, with the same message and exit code."""
+    kinds = {ConfigError.exit_code: DataError, TrainingFailed.exit_code: TrainingFailed}
+    return kinds.get(outcome.code, LoadmasterError)(outcome.message)

@@ -1,0 +1,145 @@
+"""The processes that train together, and what they tell each other.
+
+A world is as large as torchrun's variables say (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT); without them it is this one process, which needs no process group and communicates nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loadmaster.errors import LoadmasterError
+from loadmaster.training.ranks import is_member
+
+CPU = torch.device("cpu")
+TIMEOUT_S = 12 * 3600.0
+"""Longest wait of one collective: for data that one rank prepares. What is stuck, the watchdog ends much sooner."""
+JOIN_S = 600.0
+"""Longest wait for all processes to come."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. `device` is where its tensors live."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def lead(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.local_size
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.size // self.local_size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of every rank's `tensor`, as a new tensor on every rank."""
+        total = tensor.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank: what all ranks must agree on before they branch."""
+        if self.size == 1:
+            return bool(flag)
+        seen = torch.tensor([float(flag)])  # gloo's side of the group, so that no kernel is waited for
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        return bool(seen.item())
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank; any picklable object."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in order of rank, on every rank; any picklable object."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        self.any(False)
+
+
+def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
+    """Enter the world that the environment describes; `device_type` is cpu or cuda.
+
+    Collectives of CPU tensors go over gloo, those of CUDA tensors over NCCL.
+    """
+    if not is_member():
+        return World(device=torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu"))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+            store=dist.PrefixStore("loadmaster/group", meet(rank, size)),
+            timeout=timedelta(seconds=timeout_s),
+            rank=rank,
+            world_size=size,
+            device_id=device if device_type == "cuda" else None,
+        )
+    return World(rank, size, local_rank, local_size, device)
+
+
+def meet(rank: int, size: int, patience_s: float = JOIN_S) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT once all have come there: torchrun's agent keeps it, else rank 0 does.
+
+    Raises LoadmasterError that names the ranks that did not come.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    patience = timedelta(seconds=patience_s)
+    keys = [f"loadmaster/here/{other}" for other in range(size)]
+    try:
+        store = dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=patience, multi_tenant=True)
+        store.set(keys[rank], "")
+    except dist.DistError:
+        raise LoadmasterError(f"rank {rank} found nobody at {host}:{port} within {patience_s:.0f} s") from None
+    try:
+        store.wait(keys, patience)
+    except dist.DistError:
+        raise LoadmasterError(
+            f"not all of {size} processes came to {host}:{port} within {patience_s:.0f} s; missing: "
+            f"{_missing(store, keys)}"
+        ) from None
+    return store
+
+
+def _missing(store: dist.Store, keys: list[str]) -> str:
+    try:
+        return "rank " + ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+    except dist.DistError:
+        return "the one that keeps the meeting place, on node 0"
+
+
+def leave(world: World) -> None:
+    """Close the process group; without it NCCL warns and its threads can hold the process."""
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()

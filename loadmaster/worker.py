@@ -1,0 +1,81 @@
+"""One rank of a world stage: `python -m loadmaster.worker STAGE RUN_DIR`, started by the lead for each local device.
+
+The job and the plan are those of the run directory. What the stage gave, or the error that ended it, is left in
+RUN_DIR/logs/rank-N.json for the lead; everything that ranks other than 0 print goes to RUN_DIR/logs/rank-N.log.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from loadmaster.config.schema import Job
+from loadmaster.config.validate import check
+from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
+from loadmaster.files import write_json
+from loadmaster.preflight.plan import Plan
+from loadmaster.training.display import Display
+from loadmaster.training.logs import log_to
+from loadmaster.training.stop import StopSignal, deadline
+from loadmaster.training.workers import Outcome, outcome_file
+from loadmaster.training.world import World, join, leave
+from loadmaster.world_stages import Materials, StageRun, device_type
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(stage: str, run_dir: Path) -> int:
+    die_with_the_lead()
+    rank = int(os.environ["RANK"])
+    stop = StopSignal().install()
+    job, plan = read_job(run_dir), Plan.read(run_dir / "plan.json")
+    stop.deadline, stop.grace_s = deadline(job), job.launch.grace_s
+    log_to(run_dir, rank, everything=rank > 0)
+    try:
+        outcome = _run(stage, job, plan, run_dir, stop)
+    except (LoadmasterError, StoppedOnRequest) as error:
+        outcome = Outcome(error.exit_code, str(error))
+    write_json(outcome_file(run_dir, rank), vars(outcome))
+    # What all agreed on is no failure of this process; else the first to go would take the others with it.
+    return 0 if outcome.code in (0, StoppedOnRequest.exit_code) else outcome.code
+
+
+def _run(stage: str, job: Job, plan: Plan, run_dir: Path, stop: StopSignal) -> Outcome:
+    with stop.deferred():
+        world = join(device_type(plan))
+    figures = run_stage(stage, job, plan, run_dir, world, stop)
+    leave(world)
+    return Outcome(0, "", figures)
+
+
+def run_stage(stage: str, job: Job, plan: Plan, run_dir: Path, world: World, stop: StopSignal) -> dict:
+    display = Display(Console() if world.lead else None)
+    materials = Materials(job, display.echo)
+
+    def ended(message: str) -> None:
+        write_json(outcome_file(run_dir, world.rank), vars(Outcome(TrainingFailed.exit_code, message)))
+
+    return StageRun(job, plan, run_dir, world, stop, display, materials, ended).run(stage)
+
+
+def read_job(run_dir: Path) -> Job:
+    """The job that config.yaml of a run directory holds, which was checked when it was written."""
+    resolved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    return check(resolved, {}, {}).job
+
+
+def die_with_the_lead() -> None:
+    """The kernel ends this process when the one that started it is gone, however that came about."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ["LOADMASTER_LEAD"]):  # it was gone before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

@@ -1,0 +1,249 @@
+"""The two stages that all processes of a world run together: train and evaluate.
+
+Plan, export and bundle are the lead's alone; it starts the others for these two, or finds them started. What a stage
+gives back goes from rank 0 into result.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadmaster.config.jobhash import job_hash
+from loadmaster.config.schema import Job
+from loadmaster.errors import ConfigError, Problem, StoppedOnRequest
+from loadmaster.files import publish_folder, sha256_json, write_json
+from loadmaster.preflight.plan import Plan
+from loadmaster.training.display import Display
+from loadmaster.training.stop import MESSAGE, StopSignal
+
+if TYPE_CHECKING:
+    from loadmaster.training.watchdog import Watchdog
+    from loadmaster.training.world import World
+
+
+class Materials:
+    """What stages need of a job besides its plan: base model, tokenizer and data, each made when first asked for."""
+
+    def __init__(self, job: Job, echo: Callable[[str], None]):
+        self.job, self._echo = job, echo
+
+    @cached_property
+    def base_folder(self) -> Path:
+        from loadmaster.models.resolve import resolve_base
+
+        return resolve_base(self.job.model)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from loadmaster.models.load import load_tokenizer
+
+        return load_tokenizer(self.base_folder)
+
+    @cached_property
+    def prepared(self) -> Any:
+        from loadmaster.data import describe, prepare
+
+        prepared = prepare(self.job, self.tokenizer)
+        self._echo(describe(prepared.summary))
+        return prepared
+
+
+@dataclass
+class StageRun:
+    """One world stage of one run, on one rank."""
+
+    job: Job
+    plan: Plan
+    run_dir: Path
+    world: World
+    stop: StopSignal
+    display: Display
+    materials: Materials
+    on_end: Callable[[str], None] | None = None
+    """Told why the watchdog ends this process; None: it is printed."""
+    settings: str = ""
+    """Hash of the job that this process was started with, where that could differ from the lead's."""
+
+    def run(self, stage: str) -> dict[str, Any]:
+        """Figures of the stage. Raises LoadmasterError, or StoppedOnRequest on all ranks together."""
+        from loadmaster.training.watchdog import Watchdog
+
+        self._refuse_folder_of_its_own()
+        hang_s = None if self.job.launch.hang_timeout_s == "auto" else self.job.launch.hang_timeout_s
+        with Watchdog(self.world, self.run_dir / "logs", hang_s, on_end=self.on_end) as watch:
+            self._make_materials()
+            self._examine(stage)
+            return {"train": self._train, "evaluate": self._evaluate}[stage](watch)
+
+    def _refuse_folder_of_its_own(self) -> None:
+        """Checkpoints are written by all nodes into one folder, so all must see the lead's."""
+        seen = self.world.gather((self.run_dir / "plan.json").is_file())
+        if not all(seen):
+            message = f"is not the lead's folder on rank {seen.index(False)}"
+            remedy = "set run_dir to a folder on storage that all nodes share"
+            raise ConfigError([Problem("run_dir", str(self.run_dir), "command line or recipe", message, remedy)])
+
+    def _make_materials(self) -> None:
+        """One rank of each node first: it downloads and prepares, the others find it done."""
+        for first in (True, False):
+            if (self.world.local_rank == 0) == first:
+                _ = self.materials.prepared
+            self.world.barrier()
+
+    def _examine(self, stage: str) -> None:
+        """Before training: is every host fit for it, and are all alike? Raises LoadmasterError naming who is not."""
+        from loadmaster.training.doctor import examine, needs_of
+
+        if stage == "train":
+            fingerprint = self.materials.prepared.train.fingerprint
+            settings = self.settings or job_hash(self.job)
+            examine(self.world, settings, fingerprint, self.run_dir, needs_of(self.plan), self.display.echo)
+
+    # ------------------------------------------------------------------ train
+
+    def _train(self, watch: Watchdog) -> dict[str, Any]:
+        from loadmaster.training.loop import train
+        from loadmaster.training.save import write_trained
+
+        session, outcome = train(
+            self.job, self.plan, self.materials.prepared, self.materials.tokenizer, self.materials.base_folder,
+            self.run_dir, training_hash(self.job, self.plan, self.materials.prepared), self._held_out_in_training,
+            self.stop, self.display, self.world, watch,
+        )  # fmt: skip
+        watch.at(outcome.steps, "save")
+        folder = self.run_dir / ("model" if self.plan.method == "full" else "adapter")
+        with publish_folder(folder) if self.world.lead else contextlib.nullcontext():
+            self.world.barrier()
+            partial = folder.with_name(f".{folder.name}.partial")
+            write_trained(session.model, partial, session.strategy.placed, self.world, self.materials.tokenizer)
+        return {
+            **outcome.peaks,
+            "predicted_gib": self.plan.memory_gib.total,
+            "predicted_peaks_gib": asdict(self.plan.peak_gib) if self.plan.peak_gib else None,
+            "rehearsal_peak_allocated_gib": outcome.rehearsal.peak_allocated_gib,
+            "tokens_per_second": outcome.tokens_per_second,
+            "trained_tokens_per_second": outcome.trained_tokens_per_second,
+            "mfu": model_flops_utilisation(self.plan, outcome.tokens_per_second),
+            "steps": outcome.steps,
+            "train_loss": outcome.train_loss,
+            "eval_loss": outcome.eval_loss,
+            "data": self.materials.prepared.summary,
+        }
+
+    def _held_out_in_training(self, session: Any, stopping: Callable[[], bool]) -> dict[str, Any] | None:
+        return self._held_out(session.model, session.loss, stopping)
+
+    def _held_out(self, model: Any, loss: Any, stopping: Callable[[], bool]) -> dict[str, Any] | None:
+        from loadmaster.evaluation import held_out
+
+        return held_out(
+            model, self.materials.prepared.validation, self.materials.tokenizer.pad_token_id,
+            self.plan.micro_batch_size, self.world.device, loss, self.world, stopping,
+        )  # fmt: skip
+
+    # --------------------------------------------------------------- evaluate
+
+    def _evaluate(self, watch: Watchdog) -> dict[str, Any]:
+        """Writes eval.json: held-out loss and task metric before and after training."""
+        trained_folder = next(p for p in (self.run_dir / "adapter", self.run_dir / "model") if p.is_dir())
+        with self.stop.deferred() if self.world.size > 1 else contextlib.nullcontext():
+            watch.at(0, "load")
+            model, loss = self._strategy().for_evaluation(self.materials.base_folder, trained_folder)
+            watch.at(0, "evaluate")
+            after = self._evaluate_model(model, loss, watch)
+            if hasattr(model, "disable_adapter"):
+                with model.disable_adapter():
+                    before = self._evaluate_model(model, loss, watch)
+            else:
+                del model, loss
+                gc.collect()
+                model, loss = self._strategy().for_evaluation(self.materials.base_folder, None)
+                before = self._evaluate_model(model, loss, watch)
+        if self.world.lead:
+            write_json(self.run_dir / "eval.json", finite({"before": before, "after": after}))
+            for part in after:
+                self.display.echo(f"  {part}: {_headline(before[part])} before, {_headline(after[part])} after")
+        return finite({"eval_loss": after.get("held_out", {}).get("loss", None)})
+
+    def _strategy(self) -> Any:
+        from loadmaster.training.session import refuse_other_world
+        from loadmaster.training.sharding import STRATEGIES
+
+        refuse_other_world(self.plan, self.world)
+        return STRATEGIES[self.plan.sharding](self.job, self.plan, self.world)
+
+    def _evaluate_model(self, model: Any, loss: Any, watch: Watchdog) -> dict[str, Any]:
+        from loadmaster.evaluation import run_task
+
+        def stopping() -> bool:
+            return self.world.any(self.stop.requested)
+
+        figures: dict[str, Any] = {}
+        if self.materials.prepared.validation is not None:
+            figures["held_out"] = self._held_out(model, loss, stopping)
+        if self.job.evaluation.task != "none":
+            with self._strategy_context(loss):
+                figures["task"] = run_task(
+                    model, self.materials.tokenizer, self.materials.prepared.validation_conversations,
+                    self.job.evaluation, lambda *_: self._stop_if(stopping()), self.world,
+                )  # fmt: skip
+        self._stop_if(stopping())
+        return figures
+
+    def _strategy_context(self, loss: Any) -> Any:
+        from loadmaster.training.sharding import STRATEGIES
+
+        return STRATEGIES[self.plan.sharding].generating(loss)
+
+    def _stop_if(self, asked: bool) -> None:
+        if asked:
+            raise StoppedOnRequest(f"{MESSAGE} (the evaluation starts anew)")
+
+
+def training_hash(job: Job, plan: Plan, prepared: Any) -> str:
+    """What a checkpoint must agree on to be gone on from: not how the work is spread, but what the plan chose."""
+    return sha256_json([job_hash(job), chosen(plan), prepared.train.fingerprint])
+
+
+def chosen(plan: Plan) -> list[Any]:
+    """What a plan chose that shapes the trained weights."""
+    return [plan.method, plan.precision, plan.optimizer, plan.master_weights]
+
+
+def model_flops_utilisation(plan: Plan, tokens_per_second: float) -> float | None:
+    """Share of the GPUs' dense peak that the model's own FLOPs take; None on a CPU."""
+    from loadmaster.preflight.speed import model_flops_per_token, peak_flops
+
+    if plan.hardware.gpu == "cpu":
+        return None
+    return tokens_per_second * model_flops_per_token(plan) / (peak_flops(plan) * plan.world_size)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has no word for (a diverged model's loss)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def device_type(plan: Plan) -> str:
+    import torch
+
+    return "cpu" if plan.hardware.gpu == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
+def _headline(figures: dict[str, Any]) -> str:
+    if "reward_accuracy" in figures:
+        return f"loss {figures['loss']:.4f}, {figures['reward_accuracy']:.1%} of the chosen answers preferred"
+    if "perplexity" in figures:
+        return f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}"
+    return f"{figures['metric']:.1%} right"

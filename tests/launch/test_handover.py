@@ -1,0 +1,197 @@
+"""The whole way: train, export, bundle, upload, deploy, validate; and every call on that way failing, in every way.
+
+The provider, its volumes and the endpoint are stand-ins over real HTTP; the endpoint says what the artifact said when
+it was exported. At the end of the file the endpoint is the real one: the bundle's own worker under the provider's SDK,
+over a real vLLM server, which reads the files that were uploaded.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from loadmaster.cli import main
+from loadmaster.config.compose import compose
+from loadmaster.files import read_json, write_json
+from loadmaster.launch import bucket, endpoint_command
+from loadmaster.launch.inference import Inference
+from loadmaster.launch.runpod import Api, Patience, RunpodClient
+from loadmaster.pipeline import run
+from tests.launch.fake_inference import FakeInference
+from tests.launch.fake_runpod import FAULTS, FakeRunpod
+from tests.launch.fake_s3 import ACCESS, SECRET, FakeS3
+
+JOB = [
+    "hardware=cpu", "precision=fp32", "sequence_length=256", "max_steps=1", "data=tickets", "data.max_rows=12",
+    "evaluation.max_rows=2", "evaluation.max_new_tokens=4", "evaluation.task=none", "tracker=none", "export=bf16",
+    "batch.global_size=2", "micro_batch_size=1", "endpoint.gpu=l40s", "endpoint.output_tokens=8",
+    "endpoint.max_slowdown=1e6",  # a busy machine is no slow endpoint
+]  # fmt: skip
+QUICK = Patience(timeout_s=0.3, attempts=5, first_wait_s=0.01, longest_wait_s=0.05)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("handover") / "runs/tickets/one"
+    console = Console(file=io.StringIO(), width=120)
+    composed = compose([f"model.path={tiny}", f"run_dir={folder}", *JOB])
+    assert run(composed, console) == 0, console.file.getvalue()
+    return folder
+
+
+class Account:
+    """The provider, as a run meets it: control plane, volume, endpoint."""
+
+    def __init__(self, fake: FakeRunpod, s3: FakeS3, endpoint: FakeInference):
+        self.fake, self.s3, self.endpoint = fake, s3, endpoint
+
+    def spoil(self, kind: str, at: int, every: int) -> None:
+        """In each plane the call of number `at` from now on, and each `every` calls after it."""
+        for plane in (self.fake, self.s3, self.endpoint):
+            first = len(plane.calls) + at
+            plane.faults = {number: kind for number in range(first, first + 200, every)}
+        self.endpoint.spoilt.clear()
+        self.fake.faults = {len(self.fake.calls) + at: kind}
+
+    def heal(self) -> None:
+        for plane in (self.fake, self.s3, self.endpoint):
+            plane.faults = {}
+
+
+@pytest.fixture
+def account(trained, monkeypatch) -> Iterator[Account]:
+    recorded = read_json(trained / "bundle/smoke.json")
+    endpoint = FakeInference(served=recorded["model"], answers=recorded["prompts"])
+    with FakeRunpod() as fake, FakeS3(["vol1"]) as s3, endpoint:
+        values = {
+            "RUNPOD_API_KEY": fake.key, "RUNPOD_S3_URL": s3.url, "AWS_ACCESS_KEY_ID": ACCESS,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+        }  # fmt: skip
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        made = fake._endpoint
+        fake._endpoint = lambda id, body: {**made(id, body), "requestUrls": endpoint.all_urls}
+        fake.volumes["vol1"] = {
+            "id": "vol1", "name": "loadmaster-v", "size": 50, "dataCenter": "EU-RO-1", "type": "STANDARD",
+        }  # fmt: skip
+        monkeypatch.setattr(endpoint_command, "_client", lambda: RunpodClient(Api(fake.key, fake.url, QUICK)))
+        connect = lambda urls: Inference(urls, fake.key, poll_s=0.01, timeout_s=0.3)  # noqa: E731
+        monkeypatch.setattr(endpoint_command, "_connect", connect)
+        monkeypatch.setattr(bucket, "Bucket", partial(bucket.Bucket, read_timeout_s=0.3))
+        monkeypatch.setattr(bucket, "COMPLETE_TIMEOUT_S", 0.3)
+        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.01)
+        yield Account(fake, s3, endpoint)
+        assert fake.violations == [] and s3.refused == []
+
+
+def deploy(run_dir: Path) -> int:
+    return main(["deploy", str(run_dir), "--volume", "loadmaster-v", "--yes"])
+
+
+def no_secret(text: str, fake: FakeRunpod) -> bool:
+    return SECRET not in text and fake.key not in text
+
+
+def test_from_training_to_an_endpoint_that_says_what_was_exported(trained, account, capsys, caplog) -> None:
+    caplog.set_level(logging.DEBUG)
+    recorded = read_json(trained / "bundle/smoke.json")["prompts"]
+    assert len(recorded) >= 2 and recorded[-1]["messages"][0]["content"] == "What is in the hold?"
+    assert "What is in the hold?" not in (trained / "export/bf16/manifest.json").read_text()
+    assert deploy(trained) == 0
+    said = "".join(capsys.readouterr())
+    (endpoint,) = account.fake.endpoints.values()
+    folder = endpoint["env"]["MODEL_NAME"].removeprefix("/runpod-volume/")
+    assert folder == "runs/tickets/one/export/bf16"
+    there = account.s3.objects("vol1")
+    for path in (trained / "export/bf16").iterdir():
+        assert there[f"{folder}/{path.name}"] == path.read_bytes()
+    deployment = read_json(trained / "deployment.json")
+    assert deployment["smoke"]["equal"] == len(recorded) and deployment["endpoint"] == endpoint["id"]
+    assert no_secret(said + caplog.text + json.dumps(deployment), account.fake)
+    sent = len(account.s3.calls)
+    assert deploy(trained) == 0  # again: nothing is sent, nothing is made
+    assert account.fake.created == [("endpoint", endpoint["name"].removesuffix(" -fb"))]
+    assert not any(call.startswith(("Put", "Upload", "Create")) for call in account.s3.calls[sent:])
+
+
+def test_a_changed_or_foreign_artifact_reaches_nobody(trained, account, tmp_path, capsys) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "runs/tickets/one"))
+    weights = folder / "export/bf16/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert deploy(folder) == 5
+    assert "changed since it was exported" in "".join(capsys.readouterr()).replace("\n", " ")
+    assert account.fake.calls == [] and account.s3.calls == []
+
+
+def test_another_model_at_the_endpoint_is_taken_down_again(trained, account, capsys) -> None:
+    account.endpoint.mode = "other_texts"
+    assert deploy(trained) == 4
+    said = "".join(capsys.readouterr()).replace("\n", " ")
+    assert "not those of the artifact" in said and account.fake.endpoints == {}
+    assert account.s3.objects("vol1")  # the files stay: the next try does not send them again
+
+
+MODES = {"good": 0, "failed": 4}
+
+
+def sweep(trained: Path, account: Account, capsys, caplog, tried: list[tuple[str, str]], every: int = 6) -> None:
+    """Deployments in which each plane fails at call n, and its data and volume at every sixth after it."""
+    caplog.set_level(logging.DEBUG)
+    for number, (kind, mode) in enumerate(tried):
+        at = number % every + 1
+        account.endpoint.mode = mode
+        for name in list(account.s3.objects("vol1")):
+            account.s3.remove("vol1", name)
+        account.fake.created.clear()
+        account.spoil(kind, at, every)
+        assert deploy(trained) == MODES[mode], f"{kind} at call {at}, endpoint {mode}: {''.join(capsys.readouterr())}"
+        account.heal()
+        assert len(account.fake.endpoints) == (1 if mode == "good" else 0), f"{kind} at call {at}"
+        assert len(account.fake.created) == 1, f"{kind} at call {at}: {account.fake.created}"
+        assert account.s3.begun("vol1") == 0
+        assert len(account.s3.objects("vol1")) == len(list((trained / "export/bf16").iterdir()))
+        account.fake.endpoints.clear()
+    assert no_secret("".join(capsys.readouterr()) + caplog.text, account.fake)
+
+
+def test_failures_along_the_way_leave_one_endpoint_or_none(trained, account, capsys, caplog) -> None:
+    tried = [(FAULTS[number % 5], list(MODES)[number % 2]) for number in range(6)]
+    sweep(trained, account, capsys, caplog, tried)
+
+
+@pytest.mark.slow
+def test_every_failure_of_every_call_leaves_one_endpoint_or_none(trained, account, capsys, caplog) -> None:
+    sweep(trained, account, capsys, caplog, [(kind, mode) for kind in FAULTS for mode in MODES for _ in range(6)])
+
+
+def test_a_network_that_is_gone_leaves_nothing_and_the_next_try_goes_on(trained, account, capsys) -> None:
+    for stop_after in range(0, 60, 7):
+        account.s3.stop_after = len(account.s3.calls) + stop_after
+        code = deploy(trained)
+        account.s3.stop_after = None
+        if code == 0:
+            break
+        assert code == 4 and account.fake.endpoints == {}
+        assert "it goes on where it was" in "".join(capsys.readouterr()).replace("\n", " ")
+    else:
+        raise AssertionError("it never ended")
+    assert len(account.fake.endpoints) == 1
+
+
+def test_two_deployments_of_one_bundle_are_the_same_request(trained, account) -> None:
+    assert deploy(trained) == 0
+    first = [body for body in account.fake.bodies if "scaling" in body]
+    account.fake.endpoints.clear()
+    write_json(trained / "deployment.json", {})
+    assert deploy(trained) == 0
+    assert [body for body in account.fake.bodies if "scaling" in body] == first * 2

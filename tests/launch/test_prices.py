@@ -1,0 +1,59 @@
+"""Prices: shipped, of the user's own file after a refresh, and of the job's own; each plan says which and of when."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from rich.console import Console
+
+from loadmaster import catalog
+from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConfig, PlanConfig
+from loadmaster.errors import ProviderError
+from loadmaster.launch.prices import refresh_prices, show_prices
+from loadmaster.launch.runpod import Api, RunpodClient
+from loadmaster.preflight import make_plan
+from tests.launch.fake_runpod import GPUS, FakeRunpod
+
+
+def plan(**options):
+    return make_plan(
+        Job(
+            model=ModelConfig(name="meta-llama/Llama-3.1-8B"), method="lora", batch=BatchConfig(16),
+            hardware=HardwareConfig(gpu="h100_80gb", count=2), plan=PlanConfig(**options), max_steps=10,
+        )
+    )  # fmt: skip
+
+
+def test_a_refresh_writes_dated_prices_that_plans_then_use(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("LOADMASTER_PRICES", str(tmp_path / "settings" / "prices.yaml"))
+    before = plan().price
+    with FakeRunpod() as fake:
+        assert refresh_prices(Console(), RunpodClient(Api(fake.key, fake.url))) == 0
+        assert fake.violations == []
+    secure = GPUS["NVIDIA H100 80GB HBM3"][3]
+    today = str(datetime.now(UTC).date())
+    after = plan()
+    assert before["date"] == "2026-11-09"
+    assert after.price["date"] == today and after.price["usd_per_hour"] == pytest.approx(2 * secure)
+    assert "/catalog/gpus" in after.price["source"] and today in capsys.readouterr().out
+
+
+def test_without_a_key_a_refresh_says_which_variable_is_missing(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    monkeypatch.setenv("LOADMASTER_PRICES", str(tmp_path / "prices.yaml"))
+    with pytest.raises(ProviderError, match="RUNPOD_API_KEY"):
+        refresh_prices(Console())
+    assert not (tmp_path / "prices.yaml").exists()
+
+
+def test_the_jobs_own_price_comes_before_every_list(capsys) -> None:
+    own = plan(prices_usd_per_hour={"h100_80gb": 2.5})
+    assert own.price["usd_per_hour"] == 5 and own.price["date"] is None
+    assert own.cost_usd == pytest.approx(own.hours * 5, abs=0.01)
+
+
+def test_prices_are_shown_with_date_and_source(capsys) -> None:
+    assert show_prices(Console()) == 0
+    said = capsys.readouterr().out
+    assert "as shipped" in said and all(name in said for name in catalog.gpus()) and "2026-11-09" in said

@@ -1,0 +1,157 @@
+"""A training step under real fully_shard, on one rank of a process group that only exists in name, without values.
+
+PyTorch's FSDP2 (hooks, buffers, prefetch, padding) and the engine's modules run on the meta device with the "fake"
+backend, so a rank of 64 is traced in seconds on a CPU. What meta tensors cannot have is replaced:
+the collectives do nothing, the device handle is the CPU's (no streams), and parameters may stay on the meta device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from loadmaster.data import MicroBatch
+from loadmaster.models import shards
+from loadmaster.models.adapters import checkpoint_activations
+from loadmaster.models.forward import SummedLoss
+from loadmaster.models.frozen import freeze_linears, frozen_form
+from loadmaster.preflight.setup import KEEP_WEIGHTS
+from loadmaster.training.sharding import FullyShard
+from loadmaster.training.trace import Case, Live, _meta_model
+from loadmaster.training.world import World
+
+
+class Sharded(Live):
+    """Counts storages as they are resized, too: that is how fully_shard frees and takes its buffers."""
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.sizes:
+            self.live += size - self.sizes[key]
+            self.sizes[key] = size
+            self.peak = max(self.peak, self.live)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        from torch.distributed.tensor import DTensor
+
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+class _Silent:
+    """A collective that allocates its buffers and moves nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def world_of(size: int, replicas: int = 1) -> Iterator[Any]:
+    """A mesh of `size` ranks of which this is the first; with replicas, of so many groups."""
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    group = "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup"
+    torch.meta = torch.cpu  # fully_shard looks its device handle up as torch.<device type>
+    try:
+        with (
+            mock.patch.object(_fully_shard, "_get_device_from_mesh", lambda mesh: torch.device("meta")),
+            mock.patch(f"{group}._validate_no_meta_params"),
+            mock.patch.object(_fsdp_collectives.dist, "all_reduce", lambda tensor, **_: None),
+            mock.patch.object(torch.cpu.Stream, "record_event", lambda stream: object(), create=True),
+            mock.patch.object(shards, "materialise"),
+            mock.patch.object(shards, "fill"),
+        ):
+            if replicas == 1:
+                yield init_device_mesh("cpu", (size,))
+            else:
+                yield init_device_mesh("cpu", (replicas, size // replicas), mesh_dim_names=("replica", "shard"))
+    finally:
+        del torch.meta
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def counting(live: Sharded) -> Iterator[None]:
+    original = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        result = original(storage, size)
+        live.resized(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_
+    try:
+        with live:
+            yield
+    finally:
+        torch.UntypedStorage.resize_ = original
+
+
+def sharded_model(
+    config: dict[str, Any], method: str, precision: str, checkpointing: str, mesh: Any, sharding: str, targets: Any
+) -> tuple[FullyShard, nn.Module]:
+    """The engine's strategy, and its model under its loss."""
+    model = _meta_model(config)
+    if form := frozen_form(method, precision):
+        freeze_linears(model, form)
+    if method != "full":
+        from peft import LoraConfig, get_peft_model
+
+        names = targets if isinstance(targets, str) else list(targets)
+        lora = LoraConfig(r=16, target_modules=names, task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    checkpoint_activations(model, checkpointing)
+    engine = object.__new__(FullyShard)  # its own settings for fully_shard; nothing is loaded
+    engine.mesh, engine.plan = mesh, SimpleNamespace(offload="none", sharding=sharding)
+    engine.world = World(device=torch.device("meta"))
+    engine.parameter_device, engine.folder, engine.dtype = torch.device("meta"), None, torch.bfloat16
+    engine.keeps_weights = sharding in KEEP_WEIGHTS
+    root = engine.wrap(SummedLoss(model))
+    for module in root.modules():
+        if hasattr(module, "set_custom_all_gather"):
+            module.set_custom_all_gather(_Silent())
+            module.set_custom_reduce_scatter(_Silent())
+    return engine, root
+
+
+def sharded_peaks(
+    config: dict[str, Any], method: str, precision: str, case: Case, world_size: int, sharding: str = "fsdp",
+    targets: Any = "all-linear", replicas: int = 1,
+) -> tuple[int, int]:  # fmt: skip
+    """(bytes of one rank's weights and buffers, peak bytes of a step's micro-batches besides those).
+
+    Accumulated, the step has three micro-batches, so that one has others before and after it.
+    """
+    with world_of(world_size, replicas) as mesh:
+        engine, root = sharded_model(config, method, precision, case.checkpointing, mesh, sharding, targets)
+        live = Sharded()
+        ids = torch.zeros(1, case.tokens, dtype=torch.long)
+        batch = MicroBatch(ids, ids, torch.arange(case.tokens)[None], [["row"]])
+        for tensor in [*root.parameters(), *root.buffers()]:
+            live.count(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
+        weights = live.live
+        with counting(live):
+            for _ in range(2 if case.accumulated else 0):
+                with engine.accumulating(root):
+                    engine.backward(root(batch))
+            engine.backward(root(batch))
+        return weights, live.peak - weights

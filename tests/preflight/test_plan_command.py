@@ -1,0 +1,50 @@
+"""`loadmaster plan` as programs and people call it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loadmaster.cli import main
+
+ASKED = ["recipe=lora_8b", "hardware.gpu=h100_80gb", "hardware.count=1"]
+
+
+def test_json_is_the_plan_and_nothing_else_and_writes_nothing(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *ASKED, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] is True and plan["model"]["name"].startswith("meta-llama") and not list(tmp_path.iterdir())
+
+
+def test_json_keeps_the_exit_codes(capsys) -> None:
+    assert main(["plan", *ASKED, "--json", "micro_batch_size=16", "activation_checkpointing=none"]) == 3
+    assert json.loads(capsys.readouterr().out)["fits"] is False
+    assert main(["plan", *ASKED, "--json", "method=lorra"]) == 2
+    seen = capsys.readouterr()
+    assert seen.out == "" and "lora" in seen.err
+
+
+def test_nodes_print_a_table_and_write_nothing(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "recipe=full_70b", "hardware=h100_80gb_x8", "--nodes", "1..4"]) == 0
+    assert "efficiency" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert main(["plan", *ASKED, "--nodes", "4..1"]) == 2
+
+
+def test_a_plan_does_not_take_another_last_stage_in_silence(capsys) -> None:
+    assert main(["plan", *ASKED, "stop_after=train"]) == 2
+    assert "loadmaster train" in capsys.readouterr().err
+
+
+def test_prices_of_gpus_that_the_catalogue_does_not_know_are_refused(capsys) -> None:
+    assert main(["plan", *ASKED, "--json", "plan.prices_usd_per_hour={h100: 2.5}"]) == 2
+    assert "h100_80gb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["doctor", "prices"])
+def test_words_that_a_command_does_not_know_are_refused(command: str, capsys) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main([command, "recipe=smoke"])
+    assert raised.value.code == 2

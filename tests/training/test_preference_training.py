@@ -1,0 +1,89 @@
+"""Preference objectives through the loop: what they learn, and that a split of the batch changes nothing."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from loadmaster.config.schema import BatchConfig, DataConfig, OptimizerConfig, PreferenceConfig
+from loadmaster.data import prepare
+from loadmaster.evaluation import held_out
+from loadmaster.models.load import load_tokenizer
+from loadmaster.training.batches import losses, micro_batches
+from loadmaster.training.display import Display
+from loadmaster.training.loop import make_session, train
+from loadmaster.training.metrics import read_metrics
+from loadmaster.training.stop import StopSignal
+from loadmaster.training.world import World
+from tests.training.test_loop import JOB, PLAN
+
+TICKETS = Path(__file__).parents[2] / "data" / "tickets"
+
+
+def job_of(objective: str, **changes):
+    return dataclasses.replace(
+        JOB,
+        data=DataConfig(path=str(TICKETS / "pairs_train.jsonl"), validation=None, format="preference", max_rows=8),
+        objective=objective,
+        preference=PreferenceConfig(beta=0.5),
+        method="lora",
+        sequence_length=256,
+        batch=BatchConfig(4),
+        max_steps=12,
+        optimizer=OptimizerConfig(lr=1e-2, warmup_ratio=0.0, schedule="constant"),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer, tmp_path_factory):
+    return prepare(job_of("dpo"), tokenizer, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_the_chosen_answers_come_to_be_preferred(tiny, pairs, tmp_path, objective):
+    plan = dataclasses.replace(PLAN, method="lora", sequence_length=256)
+
+    session, _ = train(
+        job_of(objective),
+        plan,
+        pairs,
+        load_tokenizer(tiny),
+        tiny,
+        tmp_path,
+        "hash",
+        lambda session, stopping: None,
+        StopSignal(),
+        Display(Console(quiet=True)),
+    )
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    figures = held_out(session.model, pairs.train, 0, 4, "cpu", session.loss)
+    assert figures["pairs"] == 8 and "perplexity" not in figures
+    if objective == "dpo":  # policy and reference start as the same model
+        assert rows[0]["loss"] == pytest.approx(0.6931472, abs=1e-5) and rows[0]["reward_margin"] == 0
+        assert figures["loss"] < 0.5 and figures["reward_margin"] > 0.5 and figures["reward_accuracy"] > 0.8
+    else:  # its loss is for the most part the likelihood of the chosen answers
+        assert figures["loss"] < rows[0]["loss"] - 0.3
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_any_split_of_pairs_gives_the_same_gradients(tiny, pairs, objective):
+    plan = dataclasses.replace(PLAN, method="lora", sequence_length=256)
+    session = make_session(job_of(objective), plan, World(), 0, tiny)
+    for name, parameter in session.trained:
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    batch = [pairs.train[i] for i in range(5)]
+    count = sum(losses(row, objective) for row in batch)
+    results = []
+    for size, ranks in [(5, 1), (1, 1), (2, 1), (2, 3), (1, 8)]:
+        session.optimizer.zero_grad()
+        split = [micro_batches(batch, size, rank, ranks, 0, None) for rank in range(ranks)]
+        loss = sum(session.backward(part, count).item() for part in split)
+        results.append((loss, [p.grad.clone() for _, p in session.trained]))
+    for loss, gradients in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        for gradient, first in zip(gradients, results[0][1], strict=True):
+            assert (gradient - first).norm() <= 1e-5 * first.norm() + 1e-9

@@ -1,0 +1,75 @@
+"""Other launchers' variables in torchrun's words."""
+
+import re
+
+import pytest
+
+from loadmaster.errors import LoadmasterError
+from loadmaster.training.ranks import first_host, torchrun_variables
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+SRUN = {
+    "SLURM_PROCID": "9",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "123456",
+}
+
+
+def ranks(rank, size, local_rank, local_size, address, port):
+    return {
+        "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size,
+        "MASTER_ADDR": address, "MASTER_PORT": port,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({}, {}),
+        ({**SRUN, "RANK": "0", "WORLD_SIZE": "4"}, {}),
+        ({**OPEN_MPI, "MASTER_ADDR": "a"}, ranks("5", "8", "1", "4", "a", "29500")),
+        (
+            {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "8", "MASTER_PORT": "7"},
+            ranks("5", "8", "1", "8", "127.0.0.1", "7"),
+        ),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, ranks("1", "2", "1", "2", "127.0.0.1", "29500")),
+        (SRUN, ranks("9", "16", "1", "8", "gpu07", "23456")),
+        # In a batch script itself, and for a step of one task, there is nobody to meet.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, {}),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, {}),
+    ],
+)
+def test_what_the_launcher_says_is_said_as_torchrun_would(env, said):
+    assert torchrun_variables(env) == said
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [(OPEN_MPI, "mpirun -x MASTER_ADDR=HOST"), ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "8,4"}, "--ntasks-per-node=N")],
+)
+def test_what_cannot_be_known_is_asked_for(env, said):
+    with pytest.raises(LoadmasterError, match=re.escape(said)):
+        torchrun_variables(env)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("gpu[07-09,12]", "gpu07"),
+        ("gpu[12,15]", "gpu12"),
+        ("node1,node2", "node1"),
+        ("node1", "node1"),
+        ("a[3]", "a3"),
+        ("", ""),
+    ],
+)
+def test_the_first_host_of_a_slurm_list(nodelist, host):
+    assert first_host(nodelist) == host

@@ -1,0 +1,108 @@
+"""`python train.py` with a plan for two devices starts its own workers, and ends as they do. Real processes, gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import finish, metrics, start
+
+pytestmark = pytest.mark.slow
+STEPS = 10
+
+
+def job(tiny, *overrides: str) -> list[str]:
+    return [
+        f"model.path={tiny}", "hardware=cpu", "hardware.count=2", "sequence_length=64", "batch.global_size=4",
+        f"max_steps={STEPS}", "data.max_rows=40", "checkpoint.every_steps=3", "evaluation.every_steps=null",
+        "evaluation.task=none", "tracker=none", "stop_after=train", "run_dir=run", "micro_batch_size=1",
+        "sharding=fsdp", *overrides,
+    ]  # fmt: skip
+
+
+def wait_for_step(process, folder, step):
+    deadline = time.monotonic() + 240
+    while len(metrics(folder / "run")) < step:
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
+        time.sleep(0.02)
+
+
+def workers_of(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True, check=False)
+    return [int(word) for word in listed.stdout.split()]
+
+
+def slow(tmp_path: Path) -> list[str]:
+    """Words that make the run long enough to be met in the middle of it."""
+    return ["max_steps=2000", "checkpoint.every_steps=500"]
+
+
+def test_a_signal_to_the_lead_saves_on_all_ranks_exits_75_and_another_number_of_processes_goes_on(tiny, tmp_path):
+    process = start(tmp_path, *job(tiny, *slow(tmp_path)))
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75
+    log = (tmp_path / "log.txt").read_text()
+    assert "checkpoint saved" in log and "Traceback" not in log
+    done = len(metrics(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{done}" / "checksums.json").is_file()
+    # max_steps is part of what shapes the weights: the same job, on one process instead of two.
+    process = start(tmp_path, *job(tiny, *slow(tmp_path), "hardware.count=1", "sharding=none"))
+    wait_for_step(process, tmp_path, done + 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75
+    assert f"resuming after step {done} of" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_signal_to_one_worker_stops_all_of_them(tiny, tmp_path):
+    process = start(tmp_path, *job(tiny, *slow(tmp_path)))
+    wait_for_step(process, tmp_path, 2)
+    os.kill(workers_of(process.pid)[-1], signal.SIGTERM)
+    assert process.wait(timeout=120) == 75
+    assert "checkpoint saved" in (tmp_path / "log.txt").read_text()
+
+
+def test_killing_the_lead_leaves_no_workers(tiny, tmp_path):
+    process = start(tmp_path, *job(tiny, *slow(tmp_path)))
+    wait_for_step(process, tmp_path, 2)
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "workers are left"
+        time.sleep(0.1)
+
+
+def test_a_killed_worker_ends_the_job_with_4_and_a_sentence(tiny, tmp_path):
+    process = start(tmp_path, *job(tiny, *slow(tmp_path)))
+    wait_for_step(process, tmp_path, 2)
+    os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
+    assert process.wait(timeout=120) == 4
+    log = (tmp_path / "log.txt").read_text()
+    assert "SIGKILL" in log and "Traceback" not in log
+
+
+def test_a_workers_own_error_reaches_the_user_with_its_exit_code(tiny, tmp_path):
+    done = finish(tmp_path, *job(tiny, "tracker=none", "tracker.name=mlflow"))
+    assert done.returncode == 2
+    assert "pip install mlflow" in done.stderr and "Traceback" not in done.stderr + done.stdout
+
+
+def test_two_workers_train_evaluate_and_leave_what_one_process_leaves(tiny, tmp_path):
+    done = finish(
+        tmp_path, *job(tiny, "stop_after=evaluate", "evaluation.task=json_fields", "evaluation.max_rows=3",
+                       "evaluation.max_new_tokens=4", "method=full"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert (run / "model" / "model.safetensors").is_file()
+    assert json.loads((run / "eval.json").read_text())["after"]["held_out"]["tokens"] > 0
+    assert {"rank-0.log", "rank-1.log"} <= {path.name for path in (run / "logs").iterdir()}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == STEPS and all(len(row["step_s_by_rank"]) == 2 for row in rows)
