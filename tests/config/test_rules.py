@@ -69,6 +69,10 @@ CASES = {
         ["method=lora", "export=adapter"],
     ),
     "something_is_exported": (["export.formats=[]"], "export.formats", "stop_after=evaluate", ["export.formats=[fp8]"]),
+    "server_is_known": (
+        ["endpoint.server=vllm==0.7.3"], "endpoint.server", "endpoint.server=vllm==0.8.5",
+        ["endpoint.server=vllm==0.27.1"],
+    ),
     "served_format_is_exported": (
         ["endpoint.serve_as=fp8", "export=int4"], "endpoint.serve_as", "export.formats=[bf16,int4,fp8]",
         ["endpoint.serve_as=fp8", "export=fp8"],

@@ -98,6 +98,21 @@ def test_a_qlora_adapter_is_merged_into_the_weights_it_was_trained_over(tiny, ti
     assert divergence["as trained"] < 0.05 * divergence["16-bit base"]
 
 
+def test_an_adapter_over_an_fp8_base_is_merged_into_the_fp8_values(tiny32, tmp_path):
+    adapter = read_adapter(save_adapter(tiny32, tmp_path / "adapter"))
+    target = tmp_path / "merged"
+    target.mkdir()
+    report = merge(tiny32, target, adapter, torch.float32, round_trip("fp8", torch.bfloat16))
+    name = "model.layers.1.mlp.up_proj.weight"
+    base, merged = (load_file(folder / "model.safetensors") for folder in (tiny32, target))
+    scale = base[name].bfloat16().abs().amax(dim=1, keepdim=True).float() / 448
+    seen = (base[name].bfloat16() / scale).to(torch.float8_e4m3fn).float() * scale
+    torch.testing.assert_close(merged[name], seen + adapter.delta(name).rows(slice(None)), rtol=0, atol=1e-6)
+    error = (base[name] - seen).norm() / adapter.delta(name).rows(slice(None)).norm()
+    assert report.relative_error[name] == pytest.approx(error.item(), rel=1e-4)
+    assert torch.equal(merged["model.norm.weight"], base["model.norm.weight"])
+
+
 def test_merging_many_shards_gives_the_same_bits_as_one(tiny32, tokenizer, tmp_path):
     sharded = save_tiny_llama(tmp_path / "sharded", tokenizer, dtype=torch.float32, max_shard_size="200KB")
     assert len(shards(sharded)) == 3

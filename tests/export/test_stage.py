@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,28 @@ def test_a_format_that_cannot_be_made_stops_all_of_them_and_is_named(run, monkey
         run.export("bf16")
     assert left_in(run) == []
     assert any(line.startswith("  bf16: MB") and "passed no" in line for line in run.log)
+
+
+def test_a_copied_model_is_the_same_model_and_a_changed_byte_makes_another(tiny_adapter, tmp_path):
+    cache = tmp_path / "cache.json"
+    before = stage.fingerprint(tiny_adapter, cache)
+    copied = tmp_path / "copied"
+    shutil.copytree(tiny_adapter, copied, copy_function=shutil.copyfile)  # other times of change
+    assert stage.fingerprint(copied, cache) == before == stage.fingerprint(tiny_adapter, tmp_path / "other.json")
+    file = copied / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert stage.fingerprint(copied, cache) != before
+
+
+def test_a_file_of_the_hubs_cache_is_known_by_its_name(tmp_path, monkeypatch):
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"never read")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(blob)
+    assert stage.fingerprint(tmp_path / "snapshot", tmp_path / "cache.json") == [["model.safetensors", "ab" * 32]]
 
 
 def test_nothing_trained_is_said_so(run, tmp_path):

@@ -138,7 +138,7 @@ def test_a_node_that_fails_ends_the_cluster_though_the_first_one_hangs(place, mo
 
 def test_a_node_that_vanishes_is_an_error_with_the_log_saved(place):
     def kill():
-        wait_until(lambda: any("token is" in line for lines in place.fake.logs.values() for line in lines))
+        wait_until(lambda: "token is" in place.said)
         with place.fake.lock:
             place.fake.pods[list(place.fake.pods)[1]]["status"] = "EXITED"
         place.fake.drop_log_after = 1

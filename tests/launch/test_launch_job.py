@@ -193,7 +193,7 @@ def test_a_pod_that_nobody_watches_ends_itself_at_its_deadline(place):
 
 def test_a_pod_that_dies_is_an_error_with_its_log_saved(place):
     def kill():
-        wait_until(lambda: any("token is" in line for lines in place.fake.logs.values() for line in lines))
+        wait_until(lambda: "token is" in place.said)
         place.fake.end_pod(next(iter(place.fake.pods)))
 
     threading.Thread(target=kill, daemon=True).start()

@@ -116,7 +116,7 @@ def run(case: dict[str, Any], world: World) -> None:
 
 
 def main(path: str) -> None:
-    world = join("cpu", 60)
+    world = join("cpu", 300)
     for case in json.loads(Path(path).read_text()):
         run(case, world)
         world.barrier()

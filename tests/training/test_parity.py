@@ -66,7 +66,7 @@ def spawn(folder: Path, name: str, cases: list[dict], size: int, nodes: int = 1)
             subprocess.Popen(command, env={**environment, **place}, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         )
     try:
-        codes = [process.wait(timeout=280) for process in processes]
+        codes = [process.wait(timeout=900) for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:
