@@ -81,6 +81,18 @@ def test_every_shipped_recipe_runs_end_to_end_scaled_down(recipe, tiny, tmp_path
     assert result["steps"] == 2 and set(result["wall_seconds"]) == {"plan", "train", "evaluate", "export", "bundle"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [("sharding=fsdp", "offload=all"), ("sharding=zero2",)], ids=["fsdp", "zero2"])
+def test_full_70b_scaled_down_runs_every_stage_on_two_processes(spread, tiny, tmp_path):
+    code, output = go(tiny, tmp_path, "recipe=full_70b", "hardware.count=2", *spread)
+    assert code == 0, output
+    folder = tmp_path / "run"
+    plan = Plan.read(folder / "plan.json")
+    assert (plan.method, plan.world_size, plan.sharding) == ("full", 2, spread[0].partition("=")[2])
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert (folder / "export" / "bf16" / "manifest.json").is_file() and (folder / "bundle").is_dir()
+
+
 def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp_path):
     first = go(tiny, tmp_path, "stop_after=evaluate")[1]
     assert "skipped" not in first

@@ -8,9 +8,10 @@ their contents.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
-from loadmaster.config.schema import STAGES, Job
+from loadmaster.config.schema import STAGES, EndpointConfig, Job
 from loadmaster.config.validate import to_dict
 from loadmaster.files import sha256_json
 
@@ -23,7 +24,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "train": (),
     "evaluate": ("evaluation.task", "evaluation.max_rows", "evaluation.max_new_tokens"),
     "export": ("export", "endpoint.server"),
-    "bundle": ("endpoint",),
+    "bundle": tuple(f"endpoint.{field.name}" for field in fields(EndpointConfig) if field.name != "server"),
 }  # fmt: skip
 
 # How the work is spread and on what: inputs of the plan stage alone. Later stages depend on what the plan then chose

@@ -8,6 +8,7 @@ Hydra takes without a question, so that the closed schema judges it together wit
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ from loadmaster.config.fields import describe, fields, nearest
 from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.errors import Problem
+
+PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
+"""`endpoint.server=vllm==0.27.1`: Hydra's grammar wants such a value in quotes, which nobody would guess."""
 
 
 @dataclass
@@ -47,7 +51,7 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
     parser = OverridesParser.create(config_loader=loader)
     for argument in arguments:
         try:
-            override = parser.parse_override(argument)
+            override = parser.parse_override(_quoted(argument))
         except HydraException as error:
             result.problems.append(_unreadable(loader, argument, error))
             continue
@@ -62,6 +66,11 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
         if not override.is_delete() and not _is_group_choice(loader, override) and not override.is_hydra_override():
             result.values |= _leaves(key, None if override.is_sweep_override() else override.value())
     return result
+
+
+def _quoted(argument: str) -> str:
+    pinned = PINNED.fullmatch(argument)
+    return f'{pinned[1]}="{pinned[2]}"' if pinned else argument
 
 
 def reading_order(problems: list[Problem], arguments: list[str]) -> list[Problem]:

@@ -97,7 +97,7 @@ class OptimizerConfig:
     warmup_ratio: Fraction = 0.03
     """Share of the steps over which the rate rises linearly from 0."""
     min_lr_ratio: Fraction = 0.0
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate that the schedule falls to, where the step after the last one would be; a share of the peak."""
     beta1: FractionBelowOne = 0.9
     """Decay of the first moment."""
     beta2: FractionBelowOne = 0.999

@@ -19,8 +19,11 @@ from loadmaster.config.fields import ALIASES, describe, fields, nearest, nearest
         ("data.path", "text, or a list of texts"),
         ("data.packing", "true or false"),
         ("sharding", "one of auto, none, ddp, fsdp, zero1, zero2, zero3"),
-        ("export.formats", "a list of adapter, bf16, fp8, int4"),
-        ("export.thresholds", "a mapping from bf16, fp8, int4, or null"),
+        ("export.formats", "a list of adapter, bf16, fp8, fp8_block, int4, int4_gptq, int4_awq, nvfp4, gguf"),
+        (
+            "export.thresholds",
+            "a mapping from adapter, bf16, fp8, fp8_block, int4, int4_gptq, int4_awq, nvfp4, gguf, or null",
+        ),
     ],
 )
 def test_types_are_described_in_words(key: str, words: str):

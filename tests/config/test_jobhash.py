@@ -29,6 +29,7 @@ def test_every_field_is_the_input_of_one_stage_or_of_none(key: str):
         ("evaluation.task=none", "evaluate"),
         ("export.formats=[bf16]", "export"),
         ("export.thresholds.fp8.max_mean_kl=0.3", "export"),
+        ("endpoint.server=vllm==0.14.0", "export"),
         ("endpoint.serve_as=bf16", "bundle"),
         ("run_dir=elsewhere", None),
         ("stop_after=train", None),

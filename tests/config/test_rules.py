@@ -101,6 +101,10 @@ CASES = {
         ["method=auto", "plan.methods=[]"], "plan.methods", "plan.methods=[full,lora,qlora]",
         ["method=auto", "plan.methods=[qlora]"],
     ),
+    "prices_are_of_known_gpus": (
+        ["plan.prices_usd_per_hour={h100: 2.5}"], "plan.prices_usd_per_hour", "h100_80gb",
+        ["plan.prices_usd_per_hour={h100_80gb: 2.5}"],
+    ),
     "model_folder_exists": (["model.path=empty"], "model.path", "config.json", ["model.path=model"]),
 }  # fmt: skip
 

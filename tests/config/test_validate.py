@@ -9,6 +9,7 @@ import pytest
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError, Problem
 
+FORMATS = "adapter, bf16, fp8, fp8_block, int4, int4_gptq, int4_awq, nvfp4, gguf"
 CLI = "command line"
 
 
@@ -41,7 +42,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("max_seq_length=9", "max_seq_length", "there is no such field", "sequence_length=9"),
         ("+lroa.rank=9", "lroa", "there is no such field", "lora"),
         ("zzz=1", "zzz", "there is no such field", "take it out; --help lists every field"),
-        ("export.thresholds.fp8.max_kl=1", "export.thresholds.fp8.max_kl", "there is no such field",
+        ("export.thresholds.fp8.max_meankl=1", "export.thresholds.fp8.max_meankl", "there is no such field",
          "export.thresholds.fp8.max_mean_kl"),
         ("export.thresholds.fp88.max_mean_kl=1", "export.thresholds.fp88", "there is no such field",
          "export.thresholds.fp8"),
@@ -63,8 +64,8 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("model.revision=123", "model.revision", "must be text, or null",
          "quote it, so that it stays text: \"model.revision='123'\""),
         ("method=Lora", "method", "must be one of auto, lora, qlora, full", "method=lora"),
-        ("export.formats=fp8", "export.formats", "must be a list of adapter, bf16, fp8, int4", "export.formats=[fp8]"),
-        ("export.formats=[bf16,fp16]", "export.formats", "must be a list of adapter, bf16, fp8, int4; 'fp16' is none",
+        ("export.formats=fp8", "export.formats", f"must be a list of {FORMATS}", "export.formats=[fp8]"),
+        ("export.formats=[bf16,fp16]", "export.formats", f"must be a list of {FORMATS}; 'fp16' is none",
          "bf16 instead of fp16"),
         ("export.thresholds.fp8.max_mean_kl=-1", "export.thresholds.fp8.max_mean_kl", "must be a number above 0",
          "give a number above 0"),

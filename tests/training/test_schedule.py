@@ -3,6 +3,8 @@ import pytest
 from loadmaster.config.schema import OptimizerConfig
 from loadmaster.training.schedule import learning_rate
 
+STEPS = 99
+
 
 @pytest.mark.parametrize(
     "schedule, step, expected",
@@ -10,18 +12,25 @@ from loadmaster.training.schedule import learning_rate
         ("cosine", 1, 0.1),
         ("cosine", 10, 1.0),
         ("cosine", 55, 0.5),
-        ("cosine", 100, 0.0),
+        ("cosine", STEPS + 1, 0.0),
         ("linear", 10, 1.0),
         ("linear", 55, 0.5),
-        ("linear", 100, 0.0),
+        ("linear", STEPS + 1, 0.0),
         ("constant", 10, 1.0),
-        ("constant", 100, 1.0),
+        ("constant", STEPS, 1.0),
     ],
 )
 def test_rate_rises_then_follows_its_schedule(schedule, step, expected):
     config = OptimizerConfig(lr=1.0, schedule=schedule, warmup_ratio=0.1)
-    assert learning_rate(step, 100, config) == pytest.approx(expected, abs=1e-12)
+    assert learning_rate(step, STEPS, config) == pytest.approx(expected, abs=1e-12)
 
 
-def test_rate_ends_at_the_floor():
-    assert learning_rate(100, 100, OptimizerConfig(lr=2.0, warmup_ratio=0, min_lr_ratio=0.1)) == pytest.approx(0.2)
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_last_step_still_trains(schedule):
+    config = OptimizerConfig(lr=1.0, schedule=schedule, warmup_ratio=0.1)
+    assert 0 < learning_rate(STEPS, STEPS, config) < learning_rate(STEPS - 1, STEPS, config)
+
+
+def test_rate_falls_to_the_floor():
+    config = OptimizerConfig(lr=2.0, warmup_ratio=0, min_lr_ratio=0.1)
+    assert learning_rate(STEPS + 1, STEPS, config) == pytest.approx(0.2)
