@@ -15,7 +15,7 @@ parameters; gradients go there and new values come back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -142,11 +142,11 @@ class TrainingOptimizer:
         return tensors, scalars
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
-        """Take over what `state` gave. Raises KeyError when it is of other parameters."""
+    def load_state(self, values: Iterable[tuple[str, Tensor | float]]) -> None:
+        """Take over what `state` gave, one value after another. Raises KeyError when it is of other parameters."""
         self.reset()
         where = {n: (b, t) for b in self.buckets for n, t in zip(b.names, b.targets, strict=True)}
-        for path, value in [*tensors.items(), *scalars.items()]:
+        for path, value in values:
             name, key = path.rsplit("/", 1)
             bucket, target = where[name]
             if key == "master":

@@ -33,15 +33,17 @@ class Placed:
 
     def copy(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
         """A copy on the host of `part`, which lies in its whole as the local part of `parameter` does."""
-        return self._place(parameter, part.detach().to("cpu", copy=True).contiguous())
+        return self.place(parameter, part.detach().to("cpu", copy=True).contiguous())
 
     def empty(self, parameter: nn.Parameter, shape: Any, dtype: torch.dtype) -> Tensor:
-        return self._place(parameter, torch.empty(shape, dtype=dtype))
+        return self.place(parameter, torch.empty(shape, dtype=dtype))
 
-    def _place(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+    def place(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        """`part` itself, as what lies in its whole as the local part of `parameter` does."""
         if not isinstance(parameter, DTensor):
             return part
+        mesh = self._mesh if part.device.type == self._mesh.device_type else parameter.device_mesh
         return DTensor.from_local(
-            part, self._mesh, parameter.placements, run_check=False,
+            part, mesh, parameter.placements, run_check=False,
             shape=parameter.shape, stride=parameter.stride(),
         )  # fmt: skip
