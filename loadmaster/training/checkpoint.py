@@ -47,6 +47,8 @@ from loadmaster.training.world import World
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of a world of one, at every save
 
 Named = list[tuple[str, nn.Parameter]]
+FAILURES = (Exception, dcp.api.CheckpointException)
+"""The second is no Exception: what only catches those lets a checkpoint that no rank could write pass as written."""
 READ_BYTES = 2**30
 """Tensors that are read, and put where they belong, at a time."""
 
@@ -65,7 +67,7 @@ class Checkpoints:
         # Its own group: the writing thread's collectives must not get between the loop's.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._staging = Staging(world.local_size)
         self.stalls_s: list[float] = []
         """Seconds that the loop waited for each save."""
@@ -135,7 +137,7 @@ class Checkpoints:
                 prune(folder.parent, *keep)
             size = sum(local(tensor).nbytes for tensor in tensors.values())
             self.written.append((size, time.perf_counter() - began))
-        except Exception as error:  # raised again by the loop, in wait
+        except FAILURES as error:  # raised again by the loop, in wait
             self._error = _failure(folder, error)
 
     def _write_all(
@@ -172,7 +174,7 @@ class Checkpoints:
         result, error = None, None
         try:
             result = work()
-        except Exception as raised:
+        except FAILURES as raised:
             error = raised
         failed = [text for text in self._gather(None if error is None else _cause(error)) if text]
         if error is not None and not _is_expected(error):
@@ -230,12 +232,12 @@ class Checkpoints:
         where = {f"weights/{name}": p for name, p in trained}
         for key, value in self._read(folder, stored, where):
             with torch.no_grad():
-                local(where[key]).copy_(value)
+                self.placed.part(where[key]).copy_(value)
         where = {
             key: parameters[name]
             for key, entry in stored.items()
             if key.startswith("optimizer/") and (name := key.split("/", 1)[1].rsplit("/", 1)[0]) in parameters
-            and tuple(entry.size) == tuple(parameters[name].shape)
+            and tuple(entry.size) == tuple(self.placed.shape(parameters[name]))
         }  # fmt: skip
         states = ((key.removeprefix("optimizer/"), value) for key, value in self._read(folder, stored, where))
         blocks = {
@@ -261,11 +263,13 @@ class Checkpoints:
         size = 0
         for number, (key, parameter) in enumerate(where.items(), 1):
             dtype = stored[key].properties.dtype
-            batch[key] = self.placed.empty(parameter, local(parameter).shape, dtype)
-            size += parameter.numel() * dtype.itemsize // self.world.size  # not this rank's: the same on all
+            batch[key] = self.placed.empty(parameter, dtype)
+            whole = self.placed.shape(parameter).numel() * dtype.itemsize
+            size += whole // self.world.size  # not this rank's share: all ranks must come to the same batches
             if size >= READ_BYTES or number == len(where):
                 self._read_into(folder, batch)
-                yield from ((name, part) for name, tensor in batch.items() if (part := local(tensor)).numel())
+                parts = {name: self.placed.filled(where[name], tensor) for name, tensor in batch.items()}
+                yield from ((name, part) for name, part in parts.items() if part.numel())
                 batch, size = {}, 0
 
     def _read_into(self, folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -294,35 +298,37 @@ def _collect(
     trained: Named, optimizer: TrainingOptimizer, placed: Placed, staging: Staging
 ) -> tuple[dict, dict, dict]:
     """(tensors by key, step counts, other scalars) of weights and optimizer; copies, as long as there is room."""
-    parameters = dict(trained)
+    parameters, parts = dict(trained), {name: placed.part(p) for name, p in trained}
     states, scalars = optimizer.state()
-    held = {f"weights/{name}": local(p) for name, p in trained if local(p).numel()}
+    held = {f"weights/{name}": part for name, part in parts.items() if part.numel()}
     like = {f"weights/{name}": p for name, p in trained}
     steps = {}
     for path, value in states.items():
-        parameter = parameters[path.rsplit("/", 1)[0]]
+        name = path.rsplit("/", 1)[0]
         if value.dim() == 0:
             steps[path] = value.item()
-        elif value.shape == local(parameter).shape:
-            held[f"optimizer/{path}"], like[f"optimizer/{path}"] = value, parameter
+        elif value.shape == parts[name].shape:
+            held[f"optimizer/{path}"], like[f"optimizer/{path}"] = value, parameters[name]
         else:
             held[f"opaque/{placed.shard_name}/{path}"] = value
     staging.begin(held)
     copies = {key: staging.take(key, value) for key, value in held.items()}
     staging.settle()
-    return {k: placed.place(like[k], copy) if k in like else copy for k, copy in copies.items()}, steps, scalars
+    placed_copies = {key: placed.place(like[key], copy) for key, copy in copies.items() if key in like}
+    opaque = {key: copy for key, copy in copies.items() if key not in like}
+    return placed.complete(placed_copies) | opaque, steps, scalars
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     causes = error.failures.values() if isinstance(error, dcp.api.CheckpointException) else [error]
     return "; ".join(dict.fromkeys(str(each[0] if isinstance(each, tuple) else each) for each in causes))
 
 
-def _is_expected(error: Exception) -> bool:
+def _is_expected(error: BaseException) -> bool:
     return isinstance(error, OSError | dcp.api.CheckpointException) or "SafetensorError" in type(error).__name__
 
 
-def _failure(folder: Path, error: Exception) -> Exception:
+def _failure(folder: Path, error: BaseException) -> BaseException:
     if not _is_expected(error):
         return error
     try:

@@ -31,15 +31,32 @@ class Placed:
             return "0-of-1"
         return f"{self._mesh.get_local_rank('shard')}-of-{self._mesh['shard'].size()}"
 
-    def copy(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        """A copy on the host of `part`, which lies in its whole as the local part of `parameter` does."""
+    def part(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of a trained parameter, sharing its memory."""
+        return local(parameter)
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Of the whole."""
+        return parameter.shape
+
+    def copy(self, parameter: nn.Parameter, part: Tensor) -> Any:
+        """A copy on the host of `part`, which lies in its whole as this rank's part of `parameter` does."""
         return self.place(parameter, part.detach().to("cpu", copy=True).contiguous())
 
-    def empty(self, parameter: nn.Parameter, shape: Any, dtype: torch.dtype) -> Tensor:
-        return self.place(parameter, torch.empty(shape, dtype=dtype))
+    def complete(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """What `place` gave, as torch.distributed.checkpoint writes it; all ranks call it."""
+        return parts
 
-    def place(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        """`part` itself, as what lies in its whole as the local part of `parameter` does."""
+    def empty(self, parameter: nn.Parameter, dtype: torch.dtype) -> Any:
+        """What torch.distributed.checkpoint fills with this rank's part."""
+        return self.place(parameter, torch.empty(local(parameter).shape, dtype=dtype))
+
+    def filled(self, parameter: nn.Parameter, loaded: Any) -> Tensor:
+        """This rank's part out of what `empty` gave, once it is filled."""
+        return local(loaded)
+
+    def place(self, parameter: nn.Parameter, part: Tensor) -> Any:
+        """`part` itself, as what lies in its whole as this rank's part of `parameter` does."""
         if not isinstance(parameter, DTensor):
             return part
         mesh = self._mesh if part.device.type == self._mesh.device_type else parameter.device_mesh

@@ -22,7 +22,7 @@ from loadmaster.errors import TrainingFailed
 from loadmaster.training.checkpoint import Checkpoints
 from loadmaster.training.metrics import most, peak_memory
 from loadmaster.training.optimizer import TrainingOptimizer
-from loadmaster.training.placement import local
+from loadmaster.training.placement import Placed
 from loadmaster.training.rng import restore_rng, rng_state
 
 
@@ -49,7 +49,7 @@ def rehearse(
 
     worst: the fullest micro-batch, twice where a step accumulates: gradients then meet activations.
     """
-    start, world = time.perf_counter(), checkpoints.world
+    start, world, local = time.perf_counter(), checkpoints.world, checkpoints.placed.part
     weights = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
     generators = rng_state()
     part = "the fullest micro-batch"
@@ -92,18 +92,20 @@ def _save_and_reload(
     checkpoints.save(scratch, trained, optimizer, {"step": 0, "job_hash": "rehearsal"})
     checkpoints.wait()
     checkpoints.forget_figures()
-    before = _digests(trained, optimizer)
+    before = _digests(trained, optimizer, checkpoints.placed)
     checkpoints.load(scratch, trained, optimizer)
-    after = _digests(trained, optimizer)
+    after = _digests(trained, optimizer, checkpoints.placed)
     changed = [name for name, digest in before.items() if after.get(name) != digest]
     changed = [name for part in checkpoints.world.gather(changed) for name in part]
     if changed:
         raise TrainingFailed(f"a checkpoint did not read back as written: {', '.join(changed[:3])}")
 
 
-def _digests(trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer) -> dict[str, str]:
+def _digests(
+    trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer, placed: Placed
+) -> dict[str, str]:
     """A hash of each weight and each state: copies of them all would not fit beside a large model's."""
-    tensors = {name: local(parameter) for name, parameter in trained} | optimizer.state()[0]
+    tensors = {name: placed.part(parameter) for name, parameter in trained} | optimizer.state()[0]
     return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
 
 

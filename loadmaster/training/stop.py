@@ -89,7 +89,9 @@ class StopSignal:
     def _listen(self, ear: socket.socket) -> None:
         with ear, suppress(OSError):
             while numbers := ear.recv(64):
-                if not self._heard and {signal.SIGTERM, signal.SIGINT} & set(numbers):
+                # Another's handler is there while workers run (training.agent): they are told, and waited for.
+                ours = signal.getsignal(signal.SIGTERM) == self._handle
+                if ours and not self._heard and {signal.SIGTERM, signal.SIGINT} & set(numbers):
                     self._heard = True
                     self._end_in_time()
 

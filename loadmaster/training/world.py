@@ -97,14 +97,18 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-            store=dist.PrefixStore("loadmaster/group", meet(rank, size)),
-            timeout=timedelta(seconds=timeout_s),
-            rank=rank,
-            world_size=size,
-            device_id=device if device_type == "cuda" else None,
-        )
+        store = dist.PrefixStore("loadmaster/group", meet(rank, size))
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+                store=store,
+                timeout=timedelta(seconds=timeout_s),
+                rank=rank,
+                world_size=size,
+                device_id=device if device_type == "cuda" else None,
+            )
+        except RuntimeError as error:
+            raise LoadmasterError(f"rank {rank} lost the others as they joined: {str(error).splitlines()[0]}") from None
     return World(rank, size, local_rank, local_size, device)
 
 
