@@ -17,7 +17,6 @@ behind it. What goes wrong there on one rank, all ranks hear of, and the loop at
 
 from __future__ import annotations
 
-import itertools
 import re
 import shutil
 import threading
@@ -37,8 +36,10 @@ from torch import Tensor, nn
 
 from loadmaster.errors import TrainingFailed
 from loadmaster.files import publish_folder, read_json, sha256_file, write_json
+from loadmaster.models.shards import local_rows
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed, local
+from loadmaster.training.relayout import OldLayout
 from loadmaster.training.rng import restore_rng, rng_state, seed_everything
 from loadmaster.training.shard_files import ShardWriter
 from loadmaster.training.staging import Staging
@@ -222,12 +223,6 @@ class Checkpoints:
                 f"the checkpoint {folder} holds other weights than this job trains; give another run_dir"
             )
         opaque = f"opaque/{self.placed.shard_name}/"
-        others = {key.split("/")[1] for key in stored if key.startswith("opaque/")} - {self.placed.shard_name}
-        if others and not any(key.startswith(opaque) for key in stored):
-            raise TrainingFailed(
-                f"the optimizer states in {folder} are in blocks of another layout ({', '.join(sorted(others)[:2])}): "
-                f"this optimizer goes on only with as many shards as wrote them ({state['world_size']} processes)"
-            )
         parameters = dict(trained)
         where = {f"weights/{name}": p for name, p in trained}
         for key, value in self._read(folder, stored, where):
@@ -248,7 +243,18 @@ class Checkpoints:
         self._read_into(folder, blocks)
         steps = {key: torch.tensor(value) for key, value in state["optimizer"]["steps"].items()}
         rest = {**{key.removeprefix(opaque): value for key, value in blocks.items()}, **steps}
-        optimizer.load_state(itertools.chain(states, rest.items(), state["optimizer"]["scalars"].items()))
+
+        def values() -> Iterator[tuple[str, Any]]:
+            yield from states
+            yield from rest.items()
+            old = OldLayout(folder / "tensors")
+            if old.shards and not opaque.endswith(f"-of-{old.shards}/"):
+                for name, parameter in trained:
+                    _, first, last = local_rows(parameter)
+                    optimizer.adopt(name, old.states(name, parameter.shape, first, last))
+            yield from state["optimizer"]["scalars"].items()
+
+        optimizer.load_state(values())
         self._restore_generators(folder, state)
         return state
 
@@ -300,6 +306,7 @@ def _collect(
     """(tensors by key, step counts, other scalars) of weights and optimizer; copies, as long as there is room."""
     parameters, parts = dict(trained), {name: placed.part(p) for name, p in trained}
     states, scalars = optimizer.state()
+    own_form = getattr(optimizer, "own_form", False)
     held = {f"weights/{name}": part for name, part in parts.items() if part.numel()}
     like = {f"weights/{name}": p for name, p in trained}
     steps = {}
@@ -307,7 +314,7 @@ def _collect(
         name = path.rsplit("/", 1)[0]
         if value.dim() == 0:
             steps[path] = value.item()
-        elif value.shape == parts[name].shape:
+        elif value.shape == parts[name].shape and (not own_form or path.endswith("/master")):
             held[f"optimizer/{path}"], like[f"optimizer/{path}"] = value, parameters[name]
         else:
             held[f"opaque/{placed.shard_name}/{path}"] = value
