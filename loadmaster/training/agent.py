@@ -27,6 +27,12 @@ RENDEZVOUS_S = 900
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
+class WorkerKilled(TrainingFailed):
+    def __init__(self, rank: int, message: str):
+        super().__init__(message)
+        self.rank = rank
+
+
 @dataclass(frozen=True)
 class Meeting:
     """Where several hosts meet: static rendezvous, each is told its rank and the first one's address."""
@@ -76,7 +82,7 @@ def run_workers(workers: Workers) -> int:
             raise StoppedOnRequest(f"{MESSAGE} (the processes were still starting)") from None
         name = signal.Signals(-failure.exitcode).name if failure.exitcode else "an unknown cause"
         out_of_memory = "; the host's memory may have run out (dmesg tells)" if name == "SIGKILL" else ""
-        raise TrainingFailed(f"rank {rank} on this host was ended by {name}{out_of_memory}") from None
+        raise WorkerKilled(rank, f"rank {rank} on this host was ended by {name}{out_of_memory}") from None
     except (DistError, TimeoutError, ConnectionError) as error:
         raise LoadmasterError(_not_met(workers, error)) from None
     finally:  # what is for the workers is not for this process
@@ -128,6 +134,8 @@ def _not_met(workers: Workers, error: BaseException) -> str:
     if meeting is None:
         return f"the workers of this machine could not be started: {str(error).splitlines()[0]}"
     where = f"{meeting.address}:{meeting.port}"
+    if "EADDRINUSE" in str(error):
+        return f"port {meeting.port} of this host is in use; give all hosts another one: --master-port, or MASTER_PORT"
     if meeting.rank == 0:
         return (
             f"not all of the {meeting.nodes} hosts came to {where} within {workers.rendezvous_s} s; start the same "

@@ -13,7 +13,7 @@ from typing import Any
 
 from loadmaster.errors import ConfigError, DataError, LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.files import read_json
-from loadmaster.training.agent import Workers, run_workers
+from loadmaster.training.agent import WorkerKilled, Workers, run_workers
 from loadmaster.training.stop import STARTED, StopSignal
 
 LAST_LINES = 15
@@ -75,7 +75,8 @@ def _judge(
     stopped = [o for o in outcomes.values() if o.code == StoppedOnRequest.exit_code]
     if stopped and len(outcomes) == count:
         raise StoppedOnRequest(stopped[0].message)
-    broken = min(set(range(count)) - set(outcomes), default=0)
+    silent = min(set(range(count)) - set(outcomes), default=0)
+    broken = failure.rank if isinstance(failure, WorkerKilled) else silent
     log = run_dir / "logs" / f"rank-{broken}.log"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
     what = str(failure) if failure else f"rank {broken} broke"

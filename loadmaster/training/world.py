@@ -124,7 +124,9 @@ def meet(rank: int, size: int, patience_s: float = JOIN_S) -> dist.Store:
     try:
         store = dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=patience, multi_tenant=True)
         store.set(keys[rank], "")
-    except dist.DistError:
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise LoadmasterError(f"port {port} of {host} is in use; set another MASTER_PORT on every rank") from None
         raise LoadmasterError(f"rank {rank} found nobody at {host}:{port} within {patience_s:.0f} s") from None
     try:
         store.wait(keys, patience)
