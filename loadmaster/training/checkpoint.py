@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from loadmaster.errors import TrainingFailed
 from loadmaster.files import publish_folder, read_json, sha256_file, write_json
 from loadmaster.training.optimizer import TrainingOptimizer
-from loadmaster.training.placement import Placed, local
+from loadmaster.training.placement import Placed
 from loadmaster.training.rng import restore_rng, rng_state, seed_everything
 from loadmaster.training.world import World
 
@@ -159,27 +159,34 @@ class Checkpoints:
             raise TrainingFailed(
                 f"the checkpoint {folder} holds other weights than this job trains; give another run_dir"
             )
-        wanted = {f"weights/{name}": self.placed.empty(p, local(p).shape, p.dtype) for name, p in trained}
+        placed, wanted, of = self.placed, {}, {}
         for name, parameter in trained:
+            if not placed.part(parameter).numel():
+                continue
+            wanted[f"weights/{name}"] = placed.empty(parameter, parameter.dtype)
             for key, entry in stored.items():
-                if key.startswith(f"optimizer/{name}/") and tuple(entry.size) == tuple(parameter.shape):
-                    wanted[key] = self.placed.empty(parameter, local(parameter).shape, entry.properties.dtype)
-        opaque = f"opaque/{self.placed.shard_name}/"
+                if key.startswith(f"optimizer/{name}/") and tuple(entry.size) == tuple(placed.shape(parameter)):
+                    wanted[key] = placed.empty(parameter, entry.properties.dtype)
+                    of[key] = parameter
+        opaque = f"opaque/{placed.shard_name}/"
         for key, entry in stored.items():
             if key.startswith(opaque):
                 wanted[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        others = {key.split("/")[1] for key in stored if key.startswith("opaque/")} - {self.placed.shard_name}
+        others = {key.split("/")[1] for key in stored if key.startswith("opaque/")} - {placed.shard_name}
         if others and not any(key.startswith(opaque) for key in stored):
             raise TrainingFailed(
                 f"the optimizer states in {folder} are in blocks of another layout ({', '.join(sorted(others)[:2])}): "
                 f"this optimizer goes on only with as many shards as wrote them ({state['world_size']} processes)"
             )
         dcp.load(wanted, storage_reader=reader, process_group=self._group, no_dist=self.world.size == 1)
-        values = {key: local(tensor) for key, tensor in wanted.items()}
         with torch.no_grad():
             for name, parameter in trained:
-                local(parameter).copy_(values.pop(f"weights/{name}"))
-        tensors = {key.removeprefix(opaque).removeprefix("optimizer/"): value for key, value in values.items()}
+                if f"weights/{name}" in wanted:
+                    placed.part(parameter).copy_(placed.filled(parameter, wanted.pop(f"weights/{name}")))
+        tensors = {
+            key.removeprefix(opaque).removeprefix("optimizer/"): placed.filled(of[key], value) if key in of else value
+            for key, value in wanted.items()
+        }
         tensors |= {key: torch.tensor(value) for key, value in state["optimizer"]["steps"].items()}
         optimizer.load_state(tensors, state["optimizer"]["scalars"])
         self._restore_generators(folder, state)
@@ -194,20 +201,21 @@ class Checkpoints:
 
 
 def _collect(trained: Named, optimizer: TrainingOptimizer, placed: Placed) -> tuple[dict, dict, dict]:
-    """(tensors on the host by key, step counts, other scalars) of weights and optimizer."""
-    tensors = {f"weights/{name}": placed.copy(p, local(p)) for name, p in trained if local(p).numel()}
+    """(tensors on the host by key, step counts, other scalars) of weights and optimizer; all ranks call it."""
+    parts = {name: placed.part(p) for name, p in trained}
+    tensors = {f"weights/{name}": placed.copy(p, parts[name]) for name, p in trained if parts[name].numel()}
     parameters = dict(trained)
     states, scalars = optimizer.state()
-    steps = {}
+    steps, opaque = {}, {}
     for path, value in states.items():
         name, _ = path.rsplit("/", 1)
         if value.dim() == 0:
             steps[path] = value.item()
-        elif value.shape == local(parameters[name]).shape:
+        elif value.shape == parts[name].shape:
             tensors[f"optimizer/{path}"] = placed.copy(parameters[name], value)
         else:
-            tensors[f"opaque/{placed.shard_name}/{path}"] = value.detach().to("cpu", copy=True)
-    return tensors, steps, scalars
+            opaque[f"opaque/{placed.shard_name}/{path}"] = value.detach().to("cpu", copy=True)
+    return placed.complete(tensors) | opaque, steps, scalars
 
 
 def _failure(folder: Path, error: Exception) -> Exception:

@@ -21,7 +21,6 @@ from loadmaster.errors import TrainingFailed
 from loadmaster.training.checkpoint import Checkpoints
 from loadmaster.training.metrics import peak_memory
 from loadmaster.training.optimizer import TrainingOptimizer
-from loadmaster.training.placement import local
 from loadmaster.training.rng import restore_rng, rng_state
 
 
@@ -48,7 +47,7 @@ def rehearse(
 
     worst: the fullest micro-batch, twice where a step accumulates: gradients then meet activations.
     """
-    start, world = time.perf_counter(), checkpoints.world
+    start, world, local = time.perf_counter(), checkpoints.world, checkpoints.placed.part
     weights = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
     generators = rng_state()
     part = "the fullest micro-batch"
@@ -90,6 +89,7 @@ def _save_and_reload(
 ) -> None:
     checkpoints.save(scratch, trained, optimizer, {"step": 0, "job_hash": "rehearsal"})
     checkpoints.wait()
+    local = checkpoints.placed.part
     before = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
     states = {name: tensor.to("cpu", copy=True) for name, tensor in optimizer.state()[0].items()}
     checkpoints.load(scratch, trained, optimizer)
