@@ -247,8 +247,8 @@ class Checkpoints:
         def values() -> Iterator[tuple[str, Any]]:
             yield from states
             yield from rest.items()
-            old = OldLayout(folder / "tensors")
-            if old.shards and not opaque.endswith(f"-of-{old.shards}/"):
+            old = OldLayout(folder / "tensors") if getattr(optimizer, "own_form", False) else None
+            if old and old.shards and not opaque.endswith(f"-of-{old.shards}/"):
                 for name, parameter in trained:
                     _, first, last = local_rows(parameter)
                     optimizer.adopt(name, old.states(name, parameter.shape, first, last))
