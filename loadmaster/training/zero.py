@@ -307,10 +307,13 @@ class ZeroOptimizer:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
-        whole = self.zero.persistent_parameters
+        kept = self.zero.persistent_parameters
+        # A forward pass without a backward one may have left others whole: they, too, hold what was there before.
+        whole = [p for group in self.zero.fp16_groups for p in group if p.ds_status.name == "AVAILABLE"]
         if whole:
             whole[0].partition(whole)
-            whole[0].all_gather(whole)
+        if kept:
+            kept[0].all_gather(kept)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(tensors, scalars) by `parameter/key`; of bf16 weights also `parameter/master`."""

@@ -112,6 +112,16 @@ def test_8_bit_states_of_two_processes_go_on_in_one(tiny, tmp_path):
     assert [row["loss"] for row in metrics(run)] == pytest.approx(together, rel=1e-3)
 
 
+def test_zero3_begins_with_the_weights_that_were_there_before_the_rehearsal(tiny, tmp_path):
+    """The tiny model's embeddings are too large to be kept whole on every rank, as a real one's are."""
+    words = ["method=full", "max_steps=2"]
+    assert finish(tmp_path, *job(tiny, *words, "sharding=zero3")).returncode == 0
+    alone = finish(tmp_path, *job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
+    assert alone.returncode == 0, alone.stderr
+    several, one = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("run", "alone"))
+    assert several == pytest.approx(one, rel=1e-5)
+
+
 def test_two_workers_train_evaluate_and_leave_what_one_process_leaves(tiny, tmp_path):
     done = finish(
         tmp_path, *job(tiny, "stop_after=evaluate", "evaluation.task=json_fields", "evaluation.max_rows=3",
