@@ -122,7 +122,6 @@ def train(
         tracker = open_tracker(job, run_dir, job_hash, world.lead)
         tokens_at_start, trained_at_start, busy_s = tokens, trained_total, 0.0
         eval_loss: float | None = None
-        straggler: str | None = None
 
         def save(step: int) -> None:
             state = {
@@ -189,8 +188,7 @@ def train(
                 tracker.log(figures, step)
                 if row["loss"] is not None:
                     display.step(row, peak_memory(session.device)["peak_allocated_gib"])
-                if world.lead and watch.straggler() not in (None, straggler):
-                    straggler = watch.straggler()
+                if world.lead and (straggler := watch.straggler()) is not None:
                     display.echo(straggler)
                 _stop_if(asked, f"after step {step} of {steps} (checkpoint saved)", checkpoints)
                 rate.pause()
