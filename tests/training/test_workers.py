@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from loadmaster.errors import DataError, StoppedOnRequest, TrainingFailed
+from loadmaster.files import write_json
+from loadmaster.training.agent import WorkerKilled
+from loadmaster.training.stop import StopSignal
+from loadmaster.training.workers import Outcome, _judge, outcome_file
 from tests.runs import finish, metrics, start
 
 pytestmark = pytest.mark.slow
@@ -87,6 +92,26 @@ def test_a_killed_worker_ends_the_job_with_4_and_a_sentence(tiny, tmp_path):
     assert process.wait(timeout=120) == 4
     log = (tmp_path / "log.txt").read_text()
     assert "SIGKILL" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    "first, failure, codes, wanted",
+    [
+        (75, None, {0: (4, False), 1: (75, True)}, StoppedOnRequest),  # its time was over: rank 0 missed it
+        (2, None, {0: (2, False), 1: (75, True)}, DataError),  # rank 1 was ended because of rank 0
+        (4, WorkerKilled(1, "rank 1 was ended by SIGKILL"), {0: (75, True)}, TrainingFailed),
+        (4, WorkerKilled(1, "rank 1 was ended by SIGKILL"), {0: (4, False)}, TrainingFailed),
+        (0, None, {0: (75, False), 1: (75, False)}, StoppedOnRequest),  # agreed
+        (75, StoppedOnRequest("while starting"), {}, StoppedOnRequest),
+    ],
+)
+def test_who_failed_first_is_the_cause_and_not_who_was_ended_for_it(first, failure, codes, wanted, tmp_path):
+    for rank, (code, stop) in codes.items():
+        write_json(outcome_file(tmp_path, rank), vars(Outcome(code, f"rank {rank} says", stop=stop)))
+    with pytest.raises(wanted) as raised:
+        _judge(tmp_path, 2, first, failure, StopSignal())
+    if isinstance(failure, WorkerKilled):
+        assert "SIGKILL" in str(raised.value) and "rank-1.log" in str(raised.value)
 
 
 def test_a_workers_own_error_reaches_the_user_with_its_exit_code(tiny, tmp_path):
