@@ -99,7 +99,7 @@ def step_bytes(shape: ModelShape, setup: Setup) -> float:
 def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
     """The larger of the backward pass's peak and the optimizer step's."""
     weights, gradients, local = resident(shape, setup)
-    optimizer = state_bytes(setup) * local
+    optimizer = zero_bytes(shape, setup).states if setup.stage else state_bytes(setup) * local
     if setup.offload != "none" and not hardware.is_cpu:
         optimizer = 0.0
     elif setup.optimizer == "paged_adamw_8bit" and not hardware.is_cpu:
@@ -117,7 +117,7 @@ def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
         communication += zero.kept
         reducing, gradients = zero.backward, 0.0 if setup.stage < 3 else zero.gradients
         if hardware.is_cpu:
-            reducing += zero.host - optimizer if zero.host else 0.0
+            reducing += max(0.0, zero.host - optimizer)
     backward = Bytes(
         weights,
         static + at["gradients"],

@@ -4,8 +4,9 @@
     weights          whole                        whole                    1/W of each tensor; small ones whole, too
     states           12 N / W: fp32 weights and two moments
     gradients        4 N, fp32, to the step       4 N / W                  4 N / W, always there
-    reducing         a bucket of fp32, and as much again while it is on its way: after the backward pass, or in it;
-                     zero3's bucket is always there
+    reducing         after the backward pass:     in it: a bucket in the   in it: an fp32 bucket,
+                     an fp32 bucket, twice        weights' dtype, twice,   always there, twice
+                                                  and once in fp32
     gathered                                                               the head from begin to end, a matrix in use,
                                                                            and what is gathered ahead, twice while it
                                                                            is copied out
@@ -22,11 +23,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from loadmaster.preflight import zero_settings
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.shards import Part, layer_buffers, layer_parts, root_parts
 from loadmaster.preflight.weights import base_bytes
-from loadmaster.preflight.zero_settings import PERSISTENCE, PREFETCH_BUCKET, SUB_GROUP, reduce_bucket
 
 FP32 = 4
 
@@ -56,7 +57,7 @@ def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
     w, gpus, trained = setup.width, setup.world_size, setup.trainable(shape)
     parts = list(_parts(shape, setup))
     largest = max(_elements(p, w) for p, _ in parts if p.trained)
-    bucket = reduce_bucket(trained)
+    bucket = zero_settings.reduce_bucket(trained)
     alone = largest if largest > bucket else 0
     offloaded = setup.offload != "none"
     if setup.stage == 3:
@@ -64,12 +65,9 @@ def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
         weights = sum(count * _cut(p, w, gpus) for p, count in parts) + _buffers(shape, setup)
         persistent = sum(count * p.rows * p.row_bytes for p, count in parts if _persists(p, w))
         kept, gradients = FP32 * bucket, FP32 * share
-        # Out of place: the bucket as one row of numbers, and this GPU's part; a large tensor is cast before.
-        reducing = FP32 * bucket * (1 + 1 / gpus)
-        if alone:
-            reducing = max(reducing, (w + FP32 * (2 + 1 / gpus)) * alone)
-        backward = reducing + _gathered(shape, setup, parts)
-        step = FP32 * min(share, SUB_GROUP + largest // gpus)
+        # The bucket once more as one row of numbers, by rank; a large tensor as it is and cast.
+        backward = max(FP32 * bucket, (w + FP32) * alone) + _gathered(shape, setup, parts)
+        step = FP32 * min(share, zero_settings.SUB_GROUP + largest // gpus)
         host = (3 * FP32 + 2 * FP32) * share + (weights if setup.offload == "all" else 0)
         on_gpu = persistent if setup.offload == "all" else weights + persistent
         if offloaded:
@@ -79,7 +77,10 @@ def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
     weights = base_bytes(shape, setup.method, setup.precision) + (w * trained if setup.adapters else 0)
     gradients = FP32 * (trained if setup.stage == 1 else share)
     kept = w * largest if offloaded else 0
-    backward = FP32 * (bucket + max(bucket, alone)) + (w * alone if setup.stage == 2 else FP32 * share)
+    if setup.stage == 1:  # the bucket, and as one row of numbers; the share of all that was reduced
+        backward = FP32 * (bucket + max(bucket, alone) + share)
+    else:  # the bucket, and as one row of numbers, in the weights' dtype, and cast
+        backward = w * bucket + (w + (FP32 if w < FP32 else 0)) * max(bucket, alone) + w * alone
     host = (4 * FP32 + w) * share + w * largest
     return ZeroBytes(
         weights, gradients, 3 * FP32 * share, share, kept, backward, FP32 * (share + bucket), host if offloaded else 0.0
@@ -103,7 +104,7 @@ def _cut(part: Part, width: int, gpus: int) -> int:
 
 
 def _persists(part: Part, width: int) -> bool:
-    return _elements(part, width) <= PERSISTENCE
+    return _elements(part, width) <= zero_settings.PERSISTENCE
 
 
 def _buffers(shape: ModelShape, setup: Setup) -> int:
@@ -119,7 +120,7 @@ def _gathered(shape: ModelShape, setup: Setup, parts: list[tuple[Part, int]]) ->
     layer = max((p.rows * p.row_bytes for p, count in cut if count > 1), default=0)
     ahead, elements = 0.0, 0
     for part, count in cut:
-        taken = min(count, max(0, PREFETCH_BUCKET - elements) // max(1, _elements(part, w)))
+        taken = min(count, max(0, zero_settings.PREFETCH_BUCKET - elements) // max(1, _elements(part, w)))
         elements += taken * _elements(part, w)
         ahead += taken * part.rows * part.row_bytes
     return head + layer + 2 * ahead
