@@ -5,7 +5,7 @@
                        + CUDA context and workspaces + what other GPUs need
 
 The micro-batch is replayed allocation by allocation (step.py), under fully_shard with its buffers (units.py, shards.py;
-equal to traces of it; ZeRO's stages are settings of it). DDP holds every gradient twice: its buckets beside them.
+equal to traces of it); what DeepSpeed holds is counted (zero.py). DDP holds gradients twice: its buckets beside them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.shards import whole
 from loadmaster.preflight.step import Replayed, evaluation_batch, training_step
 from loadmaster.preflight.weights import base_bytes
+from loadmaster.preflight.zero import zero_bytes
 
 BUCKET_ELEMENTS = 2**28
 """loadmaster.training.optimizer.BUCKET_ELEMENTS; a test holds the two equal."""
@@ -84,6 +85,8 @@ def largest_tensor(shape: ModelShape, setup: Setup) -> int:
 
 def step_bytes(shape: ModelShape, setup: Setup) -> float:
     """What the optimizer step takes besides states and gradients."""
+    if setup.stage:
+        return zero_bytes(shape, setup).step
     trainable, largest = setup.trainable(shape) / setup.shards, largest_tensor(shape, setup) // setup.shards
     if setup.optimizer == "adafactor":
         return 3 * 4 * largest
@@ -96,18 +99,25 @@ def step_bytes(shape: ModelShape, setup: Setup) -> float:
 def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
     """The larger of the backward pass's peak and the optimizer step's."""
     weights, gradients, local = resident(shape, setup)
-    optimizer = state_bytes(setup) * local
+    optimizer = zero_bytes(shape, setup).states if setup.stage else state_bytes(setup) * local
     if setup.offload != "none" and not hardware.is_cpu:
         optimizer = 0.0
     elif setup.optimizer == "paged_adamw_8bit" and not hardware.is_cpu:
         optimizer = 0.0  # managed memory: the host's, but for the pages in use
     replayed, static = worst_micro_batch(shape, setup)
-    if setup.offload == "all" and not hardware.is_cpu:
+    if setup.offload == "all" and not setup.stage and not hardware.is_cpu:
         weights = gradients = static = 0.0
     at = replayed.at_peak
     communication, context = communicator_bytes(hardware), context_bytes(hardware)
+    reducing = 0.0
     if setup.sharding == "ddp":
         communication += gradients
+    elif setup.stage:
+        zero = zero_bytes(shape, setup)
+        communication += zero.kept
+        reducing, gradients = zero.backward, 0.0 if setup.stage < 3 else zero.gradients
+        if hardware.is_cpu:
+            reducing += max(0.0, zero.host - optimizer)
     backward = Bytes(
         weights,
         static + at["gradients"],
@@ -115,7 +125,7 @@ def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
         at["activations"],
         at["logits"],
         at["quantization"],
-        at["communication"] + communication,
+        at["communication"] + communication + reducing,
         context,
     )
     step = Bytes(
@@ -131,22 +141,22 @@ def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
 def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:
     """(the micro-batch of a step that needs most, bytes of gradients that were there before it).
 
-    With several, it is one that finds the gradients of others; zero1 and zero2 gather their weights in the first.
+    With several, it is one that finds the gradients of others.
     """
+    if setup.stage > 1:  # a gradient is reduced and let go as it comes
+        return training_step(shape, replay_key(setup, keep=True), in_place), zero_bytes(shape, setup).gradients
     if setup.gradient_accumulation_steps == 1:
         return training_step(shape, replay_key(setup, keep=False), in_place), 0.0
     later = training_step(shape, replay_key(setup, keep=True), in_place)
-    gradients = 0.0 if setup.sharding == "zero1" else resident(shape, setup)[1]  # zero1's are whole, in the replay
-    if setup.shards > 1 and not setup.reshard:
-        first = training_step(shape, replay_key(setup, keep=False), in_place)
-        if first.peak > later.peak + gradients:
-            return first, 0.0
-    return later, gradients
+    return later, resident(shape, setup)[1]
 
 
 def resident(shape: ModelShape, setup: Setup) -> tuple[float, float, float]:
     """(weights, gradients, trained elements) of one GPU: bytes, bytes, elements whose optimizer states it has."""
     width, trainable = setup.width, setup.trainable(shape)
+    if setup.stage:
+        zero = zero_bytes(shape, setup)
+        return zero.weights, zero.gradients, zero.share
     if setup.shards > 1:
         unit = whole(shape, setup)
         return unit.shard + unit.replicated, unit.trained_shard, unit.trained_shard / width
@@ -168,7 +178,7 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
         lora_rank=setup.lora_rank,
         lora_targets=setup.lora_targets,
         lora_dropout=setup.lora_dropout,
-        sharding="none" if setup.shards == 1 else "fsdp" if setup.sharding == "zero3" else setup.sharding,
+        sharding="zero1" if setup.stage == 1 else "fsdp" if setup.shards > 1 else "none",
         world_size=setup.world_size if setup.shards > 1 else 1,
         replicas=setup.replicas if setup.shards > 1 else 1,
         offload="all" if setup.shards > 1 and setup.offload == "all" else "none",
@@ -193,7 +203,7 @@ def memory(shape: ModelShape, hardware: Hardware, setup: Setup) -> Memory:
     evaluated = evaluation_batch(shape, replay_key(setup, keep=False)).peak
     resting = train.weights + train.optimizer + train.context
     matrix = max(m.weight for m in shape.matrices())
-    bf16 = setup.width * shape.parameters / setup.shards
+    bf16 = setup.width * shape.parameters / (setup.world_size if setup.stage == 3 else setup.shards)
     phases = {
         "load": train.weights + train.context + (2 * matrix if setup.method == "qlora" else 0),
         "train": train.total,
@@ -224,6 +234,8 @@ def host_bytes(shape: ModelShape, hardware: Hardware, setup: Setup, train: Bytes
         return train.total * setup.gpus_per_node
     weights, _, trained = resident(shape, setup)
     each = value("context", "host_process_gib") * GIB + setup.width * trained
+    if setup.stage:
+        return (each + zero_bytes(shape, setup).host) * setup.gpus_per_node
     if setup.offload != "none":
         each += (state_bytes(setup) + setup.width) * trained
     elif setup.optimizer == "paged_adamw_8bit":

@@ -69,9 +69,8 @@ class Zero(Strategy):
         self.engine: Any = None
 
     def _config(self, trained: list[nn.Parameter]) -> dict[str, Any]:
-        cuda, bf16 = self.world.device.type == "cuda", self.dtype == torch.bfloat16
-        count = sum(map(elements, trained))
-        return deepspeed_config(self.plan.sharding, self.plan.offload, bf16, cuda, count, self.plan.micro_batch_size)
+        pin, count = self.world.device.type == "cuda", sum(map(elements, trained))
+        return deepspeed_config(self.plan.sharding, self.plan.offload, pin, count, self.plan.micro_batch_size)
 
     # ---------------------------------------------------------------- loading
 
@@ -127,6 +126,10 @@ class Zero(Strategy):
         found, asked = (loss.zero_optimization_stage(), loss.dp_world_size), (self.stage, self.world.size)
         self._agree(found == asked, f"DeepSpeed does stage {found[0]} over {found[1]} ranks")
         zero = loss.optimizer
+        asked = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}[
+            self.stage
+        ]
+        self._agree(type(zero).__name__ == asked, f"DeepSpeed steps by {type(zero).__name__}")
         shares = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         device = "cpu" if self.plan.offload != "none" else self.world.device.type
         for share in shares:
