@@ -142,6 +142,13 @@ def test_a_run_directory_of_another_job_is_refused(tiny, tmp_path, capsys):
     assert "other settings" in capsys.readouterr().err
 
 
+def test_a_limit_of_money_where_nobody_knows_the_price_is_refused(tiny, tmp_path, capsys):
+    assert go(tiny, tmp_path, "launch.max_usd=3", "stop_after=train")[0] == 2
+    said = capsys.readouterr().err
+    assert "launch.max_usd" in said and "plan.prices_usd_per_hour" in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_what_does_not_fit_exits_3_with_a_plan(tmp_path, capsys):
     overrides = ["recipe=full_8b", "hardware=rtx4090_x1", f"run_dir={tmp_path / 'run'}"]
     assert run(compose(overrides), Console(file=io.StringIO())) == 3

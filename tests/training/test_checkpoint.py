@@ -1,5 +1,6 @@
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from loadmaster.config.schema import OptimizerConfig
 from loadmaster.errors import TrainingFailed
-from loadmaster.training import checkpoint
+from loadmaster.training import checkpoint, staging
 from loadmaster.training.checkpoint import Checkpoints
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed
@@ -131,3 +132,44 @@ def test_the_loop_may_change_weights_while_they_are_written(tmp_path, trained, m
     checkpoints.wait()
     checkpoints.load(tmp_path / "step-1", named, optimizer)
     assert all(torch.equal(p, b) for (_, p), b in zip(named, before, strict=True))
+
+
+def test_what_fails_behind_the_loop_is_known_before_the_next_save_and_raised_by_it(tmp_path, trained, monkeypatch):
+    """torch raises CheckpointException for it, which is no Exception: it must not end the thread in silence."""
+    from loadmaster.training.shard_files import ShardWriter
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "_write_data", full_disk)
+    checkpoints = Checkpoints(World(), Placed())
+    checkpoints.save(tmp_path / "step-1", *trained, {"step": 1, "job_hash": "h"})
+    deadline = time.monotonic() + 30
+    while not checkpoints.failed:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(TrainingFailed, match=r"step-1 could not be written: .*No space left"):
+        checkpoints.save(tmp_path / "step-2", *trained, {"step": 2, "job_hash": "h"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_host_has_no_room_for_a_copy_the_loop_waits_for_the_writing(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(staging, "free_host_bytes", lambda: 100.0)
+    checkpoints = Checkpoints(World(), Placed())
+    checkpoints.save(tmp_path / "step-1", *trained, {"step": 1, "job_hash": "h"})
+    assert not checkpoints.behind and (tmp_path / "step-1" / "checksums.json").is_file()
+    figures = checkpoints.figures()
+    assert figures["count"] == 1 and not figures["behind"] and figures["stall_s_max"] >= figures["write_s_mean"]
+
+
+def test_a_rank_writes_several_files_so_that_none_has_to_be_put_together_whole(tmp_path, trained, monkeypatch):
+    from loadmaster.training import shard_files
+
+    monkeypatch.setattr(shard_files, "FILE_BYTES", 150)  # a weight of 128 bytes each
+    save(tmp_path, 1, trained)
+    assert len(list((tmp_path / "step-1" / "tensors").glob("shard-00001-model-*"))) == 4
+    before = [p.detach().clone() for _, p in trained[0]]
+    for _, p in trained[0]:
+        p.data.zero_()
+    Checkpoints(World(), Placed()).load(tmp_path / "step-1", *trained)
+    assert all(torch.equal(p, b) for (_, p), b in zip(trained[0], before, strict=True))
