@@ -18,8 +18,6 @@ from loadmaster.errors import StoppedOnRequest
 MESSAGE = "stopped on request; start the same command again to resume"
 SAME_REQUEST_S = 2.0
 """Signals so soon after the first are the same request: a scheduler tells every process, the launcher its workers."""
-AT_ONCE_S = 10.0
-"""Where a request ends the process at once, it does so after these seconds even out of a call that no signal wakes."""
 
 STARTED = "LOADMASTER_STARTED"
 """Environment variable: when the job began, seconds of time.time(), which launch.max_hours counts from."""
@@ -41,7 +39,7 @@ class StopSignal:
         self.deadline, self.grace_s = deadline, grace_s
         self.last_words: Callable[[str], object] = _print
         """Told why, when the process ends because grace_s is over."""
-        self._signalled = self._heard = False
+        self._signalled = self._heard = self._raised = False
         self._timers: list[threading.Timer] = []
         self._first_s = float("-inf")
         self._deferring = False
@@ -96,9 +94,8 @@ class StopSignal:
                     self._end_in_time()
 
     def _end_in_time(self) -> None:
-        wait_s = self.grace_s if self._deferring else AT_ONCE_S
-        if wait_s is not None:
-            self._later(wait_s, self._end, wait_s)
+        if self.grace_s is not None:
+            self._later(self.grace_s, self._end, self.grace_s)
 
     def _later(self, wait_s: float, do: Callable[..., object], *what: object) -> None:
         timer = threading.Timer(wait_s, do, what)
@@ -114,6 +111,7 @@ class StopSignal:
             self._first_s = time.monotonic()
             self._signalled = True
         if not (first and self._deferring):
+            self._raised = not self._deferring
             raise StoppedOnRequest(self.message)
 
     @property
@@ -131,7 +129,12 @@ class StopSignal:
             self._deferring = before
 
     def _end(self, waited_s: float) -> None:
-        """The last resort: a step, or a rank that is waited for, took longer than whoever asked is willing to wait."""
+        """The last resort: a step, or a rank that is waited for, took longer than whoever asked is willing to wait.
+
+        What was raised outside of a block that defers is on its way, and may have to give back what was rented first.
+        """
+        if self._raised:
+            return
         with suppress(Exception):
             self.last_words(f"{MESSAGE} (nothing was saved within {waited_s:g} s)")
         os._exit(StoppedOnRequest.exit_code)

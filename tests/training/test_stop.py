@@ -58,6 +58,20 @@ def test_a_request_between_safe_points_is_noted_and_does_not_interrupt():
         stop.uninstall()
 
 
+def test_what_a_request_interrupts_may_take_its_time_to_clear_up(monkeypatch):
+    """A machine is given back on the way out; nothing may end the process before that."""
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code))
+    ended, stop = [], StopSignal(grace_s=0.1).install()
+    try:
+        with pytest.raises(StoppedOnRequest):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+        time.sleep(0.5)
+        assert ended == []
+    finally:
+        stop.uninstall()
+
+
 def test_deferral_within_deferral_ends_with_the_outer_one():
     stop = StopSignal().install()
     try:
