@@ -22,6 +22,7 @@ from tests.runs import ROOT, environment
 
 PORT = 29611
 NAMES = ("lm-alpha", "lm-beta")
+MARK = "LOADMASTER_TEST_HOST"
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Host:
         env = environment() | {"GLOO_SOCKET_IFNAME": self.interface, **more}
         if self.namespace is None:
             env["NODE_ADDR"] = self.name  # else the host's name is its own
+            env[MARK] = self.mark
         with open(log, "a", encoding="utf-8") as file:
             process = subprocess.Popen([*enter, *command], cwd=folder, env=env, stdout=file, stderr=file)
         self.started.append(process)
@@ -53,7 +55,18 @@ class Host:
         if self.namespace is not None:
             listed = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=True)
             return [int(word) for word in listed.stdout.split()]
-        return [pid for process in self.started for pid in _family(process.pid)]
+        return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if self._is_mine(path)]
+
+    @property
+    def mark(self) -> str:
+        return f"{self.name}-{os.getpid()}"
+
+    def _is_mine(self, environment: Path) -> bool:
+        """Whether a process was started here, by whomever: what a killed launcher leaves has another parent by then."""
+        try:
+            return f"{MARK}={self.mark}".encode() in environment.read_bytes().split(b"\0")
+        except OSError:
+            return False
 
     def lose(self) -> None:
         """The host is gone: kill -9 for everything that runs on it."""
@@ -139,12 +152,3 @@ def _loopback() -> tuple[Host, Host]:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-def _family(pid: int) -> list[int]:
-    """A process and its descendants."""
-    try:
-        children = [int(w) for task in Path(f"/proc/{pid}/task").glob("*/children") for w in task.read_text().split()]
-    except OSError:
-        return []
-    return [pid, *(member for child in children for member in _family(child))]
