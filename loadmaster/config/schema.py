@@ -284,7 +284,7 @@ class LaunchConfig:
     max_usd_per_hour: PositiveFloat | None = None
     """Dearest machine to take, US dollars an hour."""
     max_usd: PositiveFloat | None = None
-    """Most to spend on the machine; it is terminated when that is spent. Null: max_hours alone decides."""
+    """Most to spend: what is rented ends then, a run here stops before, at the plan's price. Null: max_hours alone."""
     max_hours: PositiveFloat | Auto = "auto"
     """Hours after which the job is ended, whatever it does; auto: twice the planned ones and one more, where rented."""
     grace_s: PositiveFloat = 120

@@ -23,7 +23,15 @@ from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import losses, trained_tokens, worst_rows
 from loadmaster.training.checkpoint import Checkpoints, newest_whole
 from loadmaster.training.display import Display
-from loadmaster.training.metrics import MetricsLog, Throughput, peak_memory, read_metrics, recent_loss
+from loadmaster.training.metrics import (
+    MetricsLog,
+    Throughput,
+    most,
+    peak_memory,
+    read_metrics,
+    recent_loss,
+    saving_sentence,
+)
 from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.rng import seed_everything
 from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
@@ -48,6 +56,9 @@ class Outcome:
     trained_tokens_per_second: float
     rehearsal: Rehearsed
     peaks: dict[str, float]
+    """Of the rank that needed most."""
+    saves: dict[str, float | bool] | None
+    """How many checkpoints, their size, how long the loop waited for them and how long they took to write."""
 
 
 def train(
@@ -76,7 +87,7 @@ def train(
     refuse_missing_tracker(job)
 
     def stopping() -> bool:
-        return world.any(stop.requested)
+        return world.any(stop.requested or checkpoints.failed)
 
     with stop.deferred():
         watch.at(0, "load")
@@ -125,7 +136,8 @@ def train(
             keep = (job.checkpoint.keep_last, job.checkpoint.keep_best)
             watch.at(step, "save")
             checkpoints.save(folder / f"step-{step}", session.trained, session.optimizer, state, keep)
-            logging.getLogger("loadmaster").info(f"step {step}: saving; the loop waited {checkpoints.stall_s:.3f} s")
+            waited_s = checkpoints.stalls_s[-1]
+            logging.getLogger("loadmaster").info(f"step {step}: saving; the loop waited {waited_s:.3f} s")
 
         display.start(steps, done)
         try:
@@ -170,8 +182,7 @@ def train(
                 asked = stopping()
                 if asked or step % save_every == 0 or step == steps:
                     save(step)
-                    if world.size > 1 or session.device.type == "cuda":
-                        row["save_stall_s"] = round(checkpoints.stall_s, 4)
+                    row["save_stall_s"] = round(checkpoints.stalls_s[-1], 4)
                 log.append(row)
                 logging.getLogger("loadmaster").info(f"step {step} of {steps}: {row}")
                 figures = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
@@ -189,6 +200,9 @@ def train(
             display.stop()
             log.close()
             tracker.close()
+    saves = checkpoints.figures()
+    if saves is not None:
+        display.echo(saving_sentence(saves))
     nothing = {"loss": None, "tokens_per_second": 0.0}  # metrics.jsonl was lost after the last step
     logged = read_metrics(run_dir / "metrics.jsonl") or [nothing]
     return session, Outcome(
@@ -198,7 +212,8 @@ def train(
         tokens_per_second=(tokens - tokens_at_start) / busy_s if busy_s else logged[-1]["tokens_per_second"],
         trained_tokens_per_second=(trained_total - trained_at_start) / busy_s if busy_s else 0.0,
         rehearsal=rehearsal,
-        peaks=peak_memory(session.device),
+        peaks=most(world.gather(peak_memory(session.device))),
+        saves=saves,
     )
 
 
@@ -208,7 +223,7 @@ def _stop_if(asked: bool, where: str, checkpoints: Checkpoints | None = None) ->
         return
     if checkpoints is not None:
         checkpoints.wait()
-    raise StoppedOnRequest(f"{MESSAGE} {where}")
+    raise StoppedOnRequest(f"{MESSAGE} {where}", agreed=True)
 
 
 def _rehearse(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -92,6 +93,23 @@ def test_a_workers_own_error_reaches_the_user_with_its_exit_code(tiny, tmp_path)
     done = finish(tmp_path, *job(tiny, "tracker=none", "tracker.name=mlflow"))
     assert done.returncode == 2
     assert "pip install mlflow" in done.stderr and "Traceback" not in done.stderr + done.stdout
+
+
+def test_8_bit_states_of_two_processes_go_on_in_one(tiny, tmp_path):
+    words = job(tiny, "optimizer.name=adamw_8bit", "method=full", "max_steps=8", "checkpoint.every_steps=4")
+    done = finish(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    together = [row["loss"] for row in metrics(run)]
+    assert "the loop waited" in done.stdout
+    saves = json.loads((run / "result.json").read_text())["checkpoints"]
+    assert saves["count"] == 2 and saves["behind"] and 0 < saves["stall_s_mean"] <= saves["stall_s_max"]
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step-8")
+    done = finish(tmp_path, *words, "hardware.count=1", "sharding=none")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 4 of 8" in done.stdout
+    assert [row["loss"] for row in metrics(run)] == pytest.approx(together, rel=1e-3)
 
 
 def test_two_workers_train_evaluate_and_leave_what_one_process_leaves(tiny, tmp_path):
