@@ -305,6 +305,8 @@ class LaunchConfig:
     """Network volume that keeps checkpoints and exports, made when there is none of that name; null: none."""
     volume_gb: PositiveInt | Auto = "auto"
     """Size of a volume that is made, GB (10 to 4096); auto: what the plan writes, and the base model twice."""
+    fetch: Flag = False
+    """Bring the exports home from the volume once the machine has ended; false: `loadmaster fetch` does, any time."""
     env: dict[str, str] | None = None
     """Environment variables of the job; no secrets."""
     secrets: dict[str, str] | None = None

@@ -22,7 +22,7 @@ OWN = ("name", "nodes", "grace_s", "env", "secrets", "dry_run", "max_hours")
 FIELDS = {
     "runpod": (
         "force_pods", "gpus", "objective", "max_usd_per_hour", "max_usd", "cloud", "data_centers", "image", "package",
-        "disk_gb", "volume", "volume_gb", "yes",
+        "disk_gb", "volume", "volume_gb", "yes", "fetch",
     ),
     "ssh": ("hosts", "ssh_config", "python", "folder"),
     "slurm": ("python", "sbatch"),
@@ -56,6 +56,10 @@ def _rented(job: Job) -> list[Problem]:
             )
         if launch.cloud == "community":
             wrong("launch.cloud", "community", "other people's hosts are joined by no fast network", "leave it out")
+    if launch.fetch and launch.volume is None:
+        wrong("launch.fetch", True, "the exports come from the volume, and there is none", "leave launch.volume out")
+    if launch.fetch and job.stop_after not in ("export", "bundle"):
+        wrong("launch.fetch", True, f"the job ends after {job.stop_after} and exports nothing", "stop_after=bundle")
     if launch.force_pods and nodes_of(job) == 1:
         wrong("launch.force_pods", True, "has no effect on one machine", "leave it out, or launch.nodes=2")
     if launch.force_pods and launch.max_hours == "auto":

@@ -1,7 +1,8 @@
 """`loadmaster deploy RUN`: the bundle's endpoint, made or brought up to date, asked, measured, or taken back.
 
     check      an artifact that did not pass verification, or of which a file has changed, is not deployed
-    upload     its files go to the network volume, what is there already is compared (upload.py)
+    upload     its files go to the network volume, what is there already is compared (upload.py); those that a launched
+               job left on its volume are looked at there (left.py)
     make       the endpoint has one name for a recipe and format: a second deployment updates the first, and one that
                changes nothing sends nothing
     validate   through the API that its users have (validate.py)
@@ -24,6 +25,7 @@ from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
 from loadmaster.files import read_json, write_json
 from loadmaster.launch.inference import Inference, NotAnswered
+from loadmaster.launch.left import Left, away, copied_by
 from loadmaster.launch.runpod.client import FLASHBOOT_SUFFIX, RunpodClient
 from loadmaster.launch.runpod.types import (
     CreateEndpoint,
@@ -54,6 +56,8 @@ class Order:
     cards: list[str]
     """Provider's names of the cards that the plan holds for."""
     artifact: Path
+    left: Left | None
+    """Where its files are, when a launched job left them there; None: here."""
     volume: str | None
     """Id or name of the network volume that the worker reads; None: the image holds the weights."""
     volume_path: str | None
@@ -75,7 +79,8 @@ class Order:
 
 
 def order(run_dir: Path, volume: str | None) -> Order:
-    """Check the bundle, its artifact and every hash. volume: id or name of the network volume for the artifact.
+    """Check the bundle, its artifact and every hash. volume: id or name of the network volume for the artifact; None:
+    the one on which a launched job left it.
 
     Raises ExportRejected for an artifact that is not what passed, LoadmasterError for what is missing.
     """
@@ -84,7 +89,10 @@ def order(run_dir: Path, volume: str | None) -> Order:
         raise LoadmasterError(f"{run_dir} has no bundle: run the bundle stage first (loadmaster bundle ...)")
     manifest = read_manifest(bundle)
     artifact = bundle / manifest["serve"]["artifact"]
-    if problems := verify_manifest(artifact):
+    left = away(run_dir, artifact)
+    if left is not None and left.volume is None:
+        raise LoadmasterError(f"the files of {artifact} are not here; first {copied_by(left, run_dir)}")
+    if left is None and (problems := verify_manifest(artifact)):
         raise ExportRejected(f"{artifact} is not what was exported, so it is not deployed:\n  " + "\n  ".join(problems))
     exported = read_manifest(artifact)
     if not exported["verification"]["passed"]:
@@ -105,6 +113,11 @@ def order(run_dir: Path, volume: str | None) -> Order:
             "directory, push it, then endpoint.image=IMAGE and the bundle stage again"
         )
     path = wanted.get("volume_path")
+    if left is not None and path is None:
+        raise LoadmasterError(
+            f"the image is to hold the weights of {artifact}, and they are not here: loadmaster fetch {run_dir}"
+        )
+    volume = volume or (left and left.volume)
     if path is not None and volume is None:
         raise LoadmasterError(
             f"the worker reads its weights from a network volume, at {path}: name one with --volume (id or name), and "
@@ -113,7 +126,7 @@ def order(run_dir: Path, volume: str | None) -> Order:
     if path is not None:
         request["networkVolumes"] = [volume]
     return Order(
-        request=parse(CreateEndpoint, request), cards=wanted["cards"], artifact=artifact,
+        request=parse(CreateEndpoint, request), cards=wanted["cards"], artifact=artifact, left=left,
         volume=volume if path is not None else None, volume_path=path, bytes=manifest["bytes"],
         usd_per_worker_hour=wanted["usd_per_worker_hour"], active_workers=wanted["active_workers"],
         expected=Expected(
@@ -141,13 +154,18 @@ def deploy(
 ) -> dict[str, Any]:  # fmt: skip
     """Upload, make or update the endpoint, validate and measure it. Returns what deployment.json holds.
 
-    put: brings the artifact to the volume it is given; None: it is there already. Raises NotAnswered when the
-    endpoint does not answer as it should (after taking back what was done, unless `keep`), ProviderError for the
-    refusals of the control plane and of the volume.
+    put: brings the artifact to the volume it is given, or looks at it there; None: it is there already. Raises
+    NotAnswered when the endpoint does not answer as it should (after taking back what was done, unless `keep`),
+    ProviderError for the refusals of the control plane and of the volume.
     """
     request = wanted.request
     if wanted.volume is not None:
         volume = volume_of(client, wanted.volume)
+        if wanted.left is not None and volume.id != wanted.left.volume:
+            raise LoadmasterError(
+                f"the files are on volume {wanted.left.volume}, not on {wanted.volume}: leave --volume out; or bring "
+                "them home with `loadmaster fetch RUN`, and they are uploaded from here"
+            )
         request = replace(request, network_volumes=[volume.id], data_center_ids=[volume.data_center])
     request = only_cards(request, wanted.cards, client.gpus("SERVERLESS"))
     before = find(client, request.name)

@@ -17,10 +17,12 @@ from rich.console import Console
 
 from loadmaster import catalog
 from loadmaster.config.compose import Composed
-from loadmaster.errors import ConfigError, LoadmasterError, ProviderError
+from loadmaster.errors import ConfigError, LoadmasterError, ProviderError, StoppedOnRequest
+from loadmaster.launch.bucket import reachable, require_keys, url_of
 from loadmaster.launch.check import problems
 from loadmaster.launch.choose import Choice, choices, counts, nodes_of, wanted
 from loadmaster.launch.context import Launch
+from loadmaster.launch.left import fetch, fetchable
 from loadmaster.launch.machines import provider_of
 from loadmaster.launch.order import deadline_hours, make_order, volume_gb, with_volume
 from loadmaster.launch.provider import PREFIX, Order, Provider, Volume
@@ -67,6 +69,8 @@ def _rent(launch: Launch, provider: Provider, tokens: int | None) -> int:
     if job.launch.volume is not None:
         volume = next((v for v in provider.volumes() if v.name == job.launch.volume), None)
     choice = _where_the_volume_is(ranked, volume)
+    if job.launch.fetch and not job.launch.dry_run:
+        require_keys()  # now, and not when the job is over
     order = _order(launch, provider, choice, volume)
     _show(launch, ranked, choice, order)
     if job.launch.dry_run:
@@ -74,7 +78,23 @@ def _rent(launch: Launch, provider: Provider, tokens: int | None) -> int:
         return 0
     _ask(launch)
     order = _order(launch, provider, choice, volume)  # anew: its deadline counts from now
-    return run_there(launch, provider, choice, order)
+    code = run_there(launch, provider, choice, order)
+    if job.launch.fetch and code == 0:
+        _fetch(launch, provider)
+    return code
+
+
+def _fetch(launch: Launch, provider: Provider) -> None:
+    """The exports, once the machine costs nothing any more. Raises LoadmasterError; the files stay on the volume."""
+    done, again = "the job is done and its exports are on the volume", f"`loadmaster fetch {launch.folder}` goes on"
+    try:
+        left, formats = fetchable(launch.folder, None)
+        with provider.bucket(str(left.volume)) as bucket:
+            fetch(launch.folder, formats, bucket, left, launch.echo)
+    except StoppedOnRequest:
+        raise StoppedOnRequest(f"stopped on request; {done}: {again}") from None
+    except LoadmasterError as error:
+        raise LoadmasterError(f"{done}, but did not come: {error}; {again}") from None
 
 
 def _where_the_volume_is(ranked: list[Choice], volume: Volume | None) -> Choice:
@@ -91,7 +111,17 @@ def _where_the_volume_is(ranked: list[Choice], volume: Volume | None) -> Choice:
 
 def _order(launch: Launch, provider: Provider, choice: Choice, volume: Volume | None) -> Order:
     places = (volume.place,) if volume else choice.offer.places
+    if launch.composed.job.launch.fetch:
+        places = _with_a_way_home(places, launch.composed.job.launch.data_centers)
     return make_order(launch.composed, choice, launch.name, launch.clock(), provider.api, volume, places)
+
+
+def _with_a_way_home(places: tuple[str, ...], asked: list[str]) -> tuple[str, ...]:
+    """Those whose volumes can be reached from here. Raises LoadmasterError where none can."""
+    found = tuple(place for place in places or asked if reachable(place))
+    if not found and (places or asked):
+        url_of((places or tuple(asked))[0])
+    return found
 
 
 # -------------------------------------------------------- before anything is made

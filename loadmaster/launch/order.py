@@ -19,10 +19,9 @@ from loadmaster.config.schema import LaunchConfig
 from loadmaster.config.shipped import shipped_folder
 from loadmaster.launch.choose import Choice, on
 from loadmaster.launch.payload import identity, payload
-from loadmaster.launch.provider import Order, Volume
+from loadmaster.launch.provider import MOUNT, Order, Volume
 
-ROOM = "/workspace/loadmaster"
-"""On a Pod the network volume is mounted at /workspace; without one it is a folder of the container."""
+ROOM = f"{MOUNT}/loadmaster"
 PAYLOAD_BYTES = 96 << 10
 """Most that travels in one environment variable: Linux takes 128 KiB a variable."""
 BOOTSTRAP_ARGUMENTS = (
@@ -37,7 +36,7 @@ TORCHRUN, BOOTSTRAP = "torchrun.py", "pod_bootstrap.py"
 PROGRESS_S = 10
 FILES = (
     "config.yaml", "plan.json", "metrics.jsonl", "eval.json", "result.json", "stages.json", "report.html",
-    "export/*/manifest.json", "bundle/*", "bundle/*/*",
+    "export/*/manifest.json", "smoke/*.json", "bundle/*", "bundle/*/*", "bundle/.*", "bundle/.*/*",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from loadmaster.files import write_json
 from loadmaster.launch.board import Board
 from loadmaster.launch.choose import Choice
 from loadmaster.launch.context import Launch, undisturbed
+from loadmaster.launch.left import RECORD
 from loadmaster.launch.machines import usd_so_far
 from loadmaster.launch.order import run_folder, volume_gb, with_volume
 from loadmaster.launch.provider import LogLine, Machine, NoCapacity, Order, Provider, Volume
@@ -40,7 +41,7 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
     record = {"name": launch.name, "gpu": offer.gpu_id, "count": offer.count, "nodes": offer.nodes}
     record |= {"image": order.image, "usd_per_hour": offer.usd_per_hour}
     record |= {"run_dir": run_folder(launch.composed, choice)}
-    write_json(launch.folder / "launch.json", record)
+    write_json(launch.folder / RECORD, record)
     machine: Machine | None = None
     made: list[Volume] = []
     followed: _Followed | None = None
@@ -48,7 +49,7 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
         machine, order = _rent(launch, provider, choice, order, made)
         record |= {"id": machine.id, "kind": machine.kind, "volume": order.volume and order.volume.id}
         record |= {"billed_usd_per_hour": machine.usd_per_hour}
-        write_json(launch.folder / "launch.json", record)
+        write_json(launch.folder / RECORD, record)
         launch.echo(f"rented {machine.kind} {machine.id}; its log goes to {launch.folder / 'pod.log'}")
         followed = _Followed(launch, provider, machine, order)
         return followed.to_the_end()
