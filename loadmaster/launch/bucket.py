@@ -28,6 +28,7 @@ from typing import Any
 from loadmaster import catalog
 from loadmaster.errors import LoadmasterError, ProviderError
 from loadmaster.files import PARTIAL_SUFFIX, sha256_file
+from loadmaster.launch.given import is_address, is_key
 
 KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 """As the provider's documentation has it: they hold its S3 API key, not one of Amazon's."""
@@ -62,6 +63,8 @@ def url_of(data_center: str) -> str:
     """Address of the S3 API for volumes of this data center. Raises LoadmasterError where there is none."""
     facts = catalog.serving()["s3"]
     if url := os.environ.get(URL_VARIABLE, "").strip():
+        if not is_address(url):
+            raise LoadmasterError(f"{URL_VARIABLE} is no address: https://HOST/, or unset it for the provider's own")
         return url
     if data_center not in facts["data_centers"]:
         raise LoadmasterError(
@@ -142,15 +145,14 @@ class Bucket:
             return 0
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
-        while True:
+        for _ in range(2):  # once more from the beginning: what lay here was of another file, or came damaged
             before = partial.stat().st_size if partial.is_file() else 0
             self._fetch(name, partial, file["bytes"], progress)
             if partial.stat().st_size == file["bytes"] and sha256_file(partial) == file["sha256"]:
                 os.replace(partial, path)
                 return file["bytes"] - before
             partial.unlink()
-            if not before:  # else what lay here was of another file
-                raise Damaged(f"{name} on volume {self.volume} is not what its manifest says (sha256 or size differs)")
+        raise Damaged(f"{name} on volume {self.volume} is not what its manifest says (sha256 or size differs)")
 
     def entries(self, folder: str) -> dict[str, Entry]:
         """All files below `folder`, by name."""
@@ -315,6 +317,12 @@ def _md5_header(data: bytes) -> str:
 def require_keys() -> tuple[str, str]:
     """The S3 API key of the environment, and something that can use it. Raises LoadmasterError where there is none."""
     found = tuple(os.environ.get(name, "").strip() for name in KEY_VARIABLES)
+    for name, value in zip(KEY_VARIABLES, found, strict=True):
+        if value and not is_key(value):
+            raise LoadmasterError(
+                f"{name} holds characters that no key has (spaces, line breaks, letters with accents): copy it anew "
+                "from the console (Settings, S3 API Keys)"
+            )
     if not all(found):
         raise LoadmasterError(
             f"{' and '.join(KEY_VARIABLES)} are not set: they hold the provider's S3 API key (console: Settings, S3 "

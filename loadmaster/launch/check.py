@@ -14,6 +14,7 @@ from loadmaster.config.schema import Job, LaunchConfig
 from loadmaster.errors import Problem
 from loadmaster.launch.choose import nodes_of
 from loadmaster.launch.payload import data_paths
+from loadmaster.launch.wheel import is_file
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
 PINNED = re.compile(r"==[\w.!+]+$|@[0-9a-f]{40}\b|#sha256=[0-9a-f]{64}$")
@@ -71,14 +72,16 @@ def _rented(job: Job) -> list[Problem]:
         remedy = "model.name of a Hub model (private ones with launch.secrets.HF_TOKEN=NAME)"
         wrong("model.path", job.model.path, "a folder here does not travel with the job", remedy)
     if launch.package is None and launch.image == LaunchConfig().image:
-        wrong(
-            "launch.package",
-            None,
-            "the default image has no loadmaster in it",
-            f"""'launch.package="loadmaster=={__version__}"' or a wheel's URL, or launch.image= one that you built""",
-        )
-    if launch.package is not None and not PINNED.search(launch.package):
-        remedy = "name==1.2.3, git+https://...@<40 hex digits>, or https://...whl#sha256=<64 hex digits>"
+        message = "the default image has no loadmaster in it"
+        wrong("launch.package", None, message, "leave it out: this very code travels; or launch.image= one that has it")
+    if launch.package is not None and is_file(launch.package):
+        if not Path(launch.package).expanduser().is_file():
+            wrong("launch.package", launch.package, "there is no such file", "python -m build --wheel, or leave it out")
+        elif not Path(launch.package).name.startswith(f"loadmaster-{__version__}-"):
+            message = f"is no wheel of loadmaster {__version__}, which is what runs here"
+            wrong("launch.package", launch.package, message, "leave it out: this very code travels")
+    elif launch.package not in (None, "auto") and not PINNED.search(launch.package):
+        remedy = "name==1.2.3, git+https://...@<40 hex digits>, https://...whl#sha256=<64 hex digits>, or auto"
         wrong("launch.package", launch.package, "is not pinned: it could be another one tomorrow", remedy)
     tag = launch.image.rpartition("/")[2].partition(":")[2]
     if "@sha256:" not in launch.image and tag in ("", "latest"):

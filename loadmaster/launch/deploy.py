@@ -14,7 +14,6 @@ Files on the volume stay: they cost nothing beside the volume, and the next try 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -24,6 +23,7 @@ from typing import Any
 from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
 from loadmaster.files import read_json, write_json
+from loadmaster.launch.context import undisturbed
 from loadmaster.launch.inference import Inference, NotAnswered
 from loadmaster.launch.left import Left, away, copied_by
 from loadmaster.launch.runpod.client import FLASHBOOT_SUFFIX, RunpodClient
@@ -82,8 +82,18 @@ def order(run_dir: Path, volume: str | None) -> Order:
     """Check the bundle, its artifact and every hash. volume: id or name of the network volume for the artifact; None:
     the one on which a launched job left it.
 
-    Raises ExportRejected for an artifact that is not what passed, LoadmasterError for what is missing.
+    Raises ExportRejected for an artifact that is not what passed, LoadmasterError for what is missing or damaged.
     """
+    try:
+        return _order(run_dir, volume)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON that is cut, or of another shape
+        raise LoadmasterError(
+            f"{run_dir / 'bundle'} is damaged, or of another version of loadmaster ({type(error).__name__}): run the "
+            "bundle stage again (loadmaster bundle ...)"
+        ) from None
+
+
+def _order(run_dir: Path, volume: str | None) -> Order:
     bundle = run_dir / "bundle"
     if not (bundle / NAME).is_file():
         raise LoadmasterError(f"{run_dir} has no bundle: run the bundle stage first (loadmaster bundle ...)")
@@ -172,9 +182,11 @@ def deploy(
     if wanted.volume is not None and put is not None:
         put(volume)
     change = None if before is None else changes(before, request)
+    made: Endpoint | None = None
     try:
         if before is None:
-            endpoint = client.create_endpoint(request)
+            endpoint = made = client.create_endpoint(request)
+            _alone(client, made)
             echo(f"made endpoint {endpoint.id} ({endpoint.name})")
         elif change is not None:
             endpoint = client.update_endpoint(before.id, change)
@@ -189,22 +201,39 @@ def deploy(
         if keep:
             echo(f"validation failed; endpoint {request.name} is kept, as asked")
         elif before is None or change is not None:
-            _take_back(client, request.name, before, echo)
+            with undisturbed():
+                _take_back(client, request.name, before, made, echo)
         if isinstance(error, NotAnswered):
             raise NotAnswered(f"{request.name} does not serve as it should: {error}") from None
         raise
     return {"endpoint": endpoint.id, "name": endpoint.name, "urls": dict(endpoint.request_urls), **found}
 
 
-def _take_back(client: RunpodClient, name: str, before: Endpoint | None, echo: Callable[[str], None]) -> None:
+def _alone(client: RunpodClient, made: Endpoint) -> None:
+    """Raises LoadmasterError where another deployment of the same bundle made its endpoint at the same moment.
+
+    Whoever sees the other one and is not older gives way, so at most one stays.
+    """
+    for twin in client.endpoints():
+        same = twin.name.removesuffix(FLASHBOOT_SUFFIX) == made.name.removesuffix(FLASHBOOT_SUFFIX)
+        if same and twin.id != made.id and twin.created_at <= made.created_at:
+            raise LoadmasterError(
+                f"somebody else deployed {made.name} at this moment (endpoint {twin.id}): start again when that is "
+                "over; it is then updated in place"
+            )
+
+
+def _take_back(
+    client: RunpodClient, name: str, before: Endpoint | None, made: Endpoint | None, echo: Callable[[str], None]
+) -> None:
     """Delete what was made, or put back what was changed; says so when the provider does not let it."""
     try:
         if before is not None:
             client.update_endpoint(before.id, _restore(before))
             echo(f"failed: endpoint {before.id} is as it was before")
-        elif made := find(client, name):  # by its name: the answer to its creation may be what was lost
-            client.delete_endpoint(made.id)
-            echo(f"failed: endpoint {made.id} is deleted")
+        elif there := made or find(client, name):  # by its name, where the answer to its creation was lost
+            client.delete_endpoint(there.id)
+            echo(f"failed: endpoint {there.id} is deleted")
     except ProviderError as error:
         echo(
             f"failed, and endpoint {name} could not be taken back ({error}); it may cost money: "
@@ -283,14 +312,6 @@ def scale(client: RunpodClient, endpoint: Endpoint, least: int | None, most: int
     if (low or 0) > (high or 0):
         raise LoadmasterError(f"at least {low} and at most {high} workers cannot both hold")
     return client.update_endpoint(endpoint.id, UpdateEndpoint(workers=Workers(min=least, max=most)))
-
-
-def key_from_environment() -> str:
-    """Raises LoadmasterError where there is none."""
-    key = os.environ.get("RUNPOD_API_KEY", "").strip()
-    if not key:
-        raise LoadmasterError("RUNPOD_API_KEY is not set; the endpoint is asked with it")
-    return key
 
 
 def write_deployment(run_dir: Path, deployed: dict[str, Any]) -> Path:

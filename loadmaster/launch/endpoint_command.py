@@ -6,6 +6,7 @@ The parsers are built on every start of the command line, so what they run is im
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     from loadmaster.launch.deploy import deploy, order, write_deployment
     from loadmaster.launch.runpod.types import body
+    from loadmaster.training.stop import StopSignal
 
     _refuse(rest)
     wanted = order(arguments.run_dir, arguments.volume)
@@ -85,11 +87,22 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
     put = _put(wanted) if puts else None
     if not arguments.yes and not _agreed("make or update this endpoint?"):
         return 0
-    with _client() as client:
-        deployed = deploy(wanted, client, _connect, put, keep=arguments.keep)
+    _writable(arguments.run_dir)
+    stop = StopSignal().install()  # Ctrl-C or SIGTERM from here on: what was made is taken back
+    try:
+        with _client() as client:
+            deployed = deploy(wanted, client, _connect, put, keep=arguments.keep)
+    finally:
+        stop.uninstall()
     print(f"written: {write_deployment(arguments.run_dir, deployed)}")
     print(f"OpenAI base URL: {deployed['urls']['run'].removesuffix('/run')}/openai/v1, model {wanted.expected.model}")
     return 0
+
+
+def _writable(run_dir: Path) -> None:
+    """Before anything is made. Raises LoadmasterError where deployment.json cannot be written."""
+    if not os.access(run_dir, os.W_OK):
+        raise LoadmasterError(f"{run_dir} cannot be written, and deployment.json belongs there: chmod u+w, or a copy")
 
 
 def _put(wanted: Order) -> Callable[[NetworkVolume], None]:
@@ -230,7 +243,7 @@ def _client() -> RunpodClient:
 
 
 def _connect(urls: Mapping[str, str]) -> Inference:
-    from loadmaster.launch.deploy import key_from_environment
     from loadmaster.launch.inference import Inference
+    from loadmaster.launch.runpod.http import key_from_environment
 
     return Inference(urls, key_from_environment())

@@ -12,6 +12,7 @@ import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -23,9 +24,9 @@ from loadmaster.launch.check import problems
 from loadmaster.launch.choose import Choice, choices, counts, nodes_of, wanted
 from loadmaster.launch.context import Launch
 from loadmaster.launch.left import fetch, fetchable
-from loadmaster.launch.machines import provider_of
-from loadmaster.launch.order import deadline_hours, make_order, volume_gb, with_volume
-from loadmaster.launch.provider import PREFIX, Order, Provider, Volume
+from loadmaster.launch.machines import orphan, provider_of, run_dir
+from loadmaster.launch.order import deadline_hours, make_order, run_folder, volume_gb, with_volume
+from loadmaster.launch.provider import PREFIX, Machine, Order, Provider, Volume
 from loadmaster.launch.rented import run_there
 from loadmaster.launch.slurm import run_by_slurm
 from loadmaster.launch.ssh import run_by_ssh
@@ -33,6 +34,7 @@ from loadmaster.preflight import print_plan
 from loadmaster.training.stop import StopSignal
 
 SHOWN_OFFERS = 6
+SHOWN_CHARACTERS = 2000
 
 
 def launch_job(
@@ -73,6 +75,8 @@ def _rent(launch: Launch, provider: Provider, tokens: int | None) -> int:
         require_keys()  # now, and not when the job is over
     order = _order(launch, provider, choice, volume)
     _show(launch, ranked, choice, order)
+    if volume is not None:
+        _refuse_a_second(provider.machines(), run_folder(launch.composed, choice))
     if job.launch.dry_run:
         _print_requests(launch, provider, choice, order)
         return 0
@@ -82,6 +86,17 @@ def _rent(launch: Launch, provider: Provider, tokens: int | None) -> int:
     if job.launch.fetch and code == 0:
         _fetch(launch, provider)
     return code
+
+
+def _refuse_a_second(machines: list[Machine], folder: str) -> None:
+    """Two jobs in one run directory would write each other's files. Raises LoadmasterError."""
+    now = datetime.now(UTC)
+    for machine in machines:
+        if run_dir(machine) == folder and not orphan(machine, now):
+            raise LoadmasterError(
+                f"this very job on this very data runs already, in the same run directory, on {machine.kind} "
+                f"{machine.name}: wait for it, end it (loadmaster pods sweep {machine.name}), or change the job"
+            )
 
 
 def _fetch(launch: Launch, provider: Provider) -> None:
@@ -163,7 +178,17 @@ def _print_requests(launch: Launch, provider: Provider, choice: Choice, order: O
         requests.append(provider.volume_request(settings.volume, volume_gb(settings, choice), place))
         order = with_volume(order, Volume("<id of the volume above>", settings.volume, 0, place))
     requests += provider.rent_requests(order)
+    if launch.console.is_terminal:
+        requests = [_shortened(request) for request in requests]
     launch.console.out(json.dumps(requests, indent=2), highlight=False)
+
+
+def _shortened(request: dict[str, Any]) -> dict[str, Any]:
+    """Packed files are pages of base64: on a terminal their beginning will do."""
+    env = request["body"].get("env", {})
+    long = {name: value for name, value in env.items() if len(value) > SHOWN_CHARACTERS}
+    short = {name: f"{value[:40]}... ({len(value):,} characters, whole in a pipe)" for name, value in long.items()}
+    return {**request, "body": {**request["body"], **({"env": env | short} if env else {})}}
 
 
 def _ask(launch: Launch) -> None:

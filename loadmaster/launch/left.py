@@ -1,8 +1,8 @@
 """What a launched job left where it ran: its exports lie on the network volume, and only their manifests came home.
 
     deploy    needs them on the volume and nowhere else, so it looks at them there: the manifest is the one that came
-              home, every file has its size, none is besides, and none was written after the manifest, which an export
-              writes last. A file that was is read back and hashed.
+              home, every file has its size, none is besides, and all were written before the manifest, which an
+              export writes last. A file that was not (to the second, which is what S3 says) is read back and hashed.
     fetch     brings them home, each file compared with its SHA-256; what was cut off goes on where it was
 """
 
@@ -20,6 +20,8 @@ from loadmaster.launch.provider import MOUNT
 from loadmaster.launch.upload import Shown, refuse_foreign
 
 RECORD = "launch.json"
+LARGE_BYTES = 10**8
+"""Reading back more than this is said."""
 
 Echo = Callable[[str], None]
 
@@ -66,7 +68,7 @@ def look(artifact: Path, folder: str, bucket: Bucket, echo: Echo = print) -> Non
     refuse_foreign({f"{folder}/{file['path']}" for file in files} | {manifest}, folder, bucket.volume, there)
     if manifest not in there or bucket.sha256(manifest) != sha256_file(artifact / NAME):
         raise ExportRejected(f"{at} does not hold the export that {artifact / NAME} describes: launch the job again")
-    wrong = []
+    wrong, back = [], 0
     for file in files:
         name = f"{folder}/{file['path']}"
         entry = there.get(name)
@@ -74,14 +76,19 @@ def look(artifact: Path, folder: str, bucket: Bucket, echo: Echo = print) -> Non
             wrong.append(f"{file['path']}: missing")
         elif entry.bytes != file["bytes"]:
             wrong.append(f"{file['path']}: {entry.bytes} bytes, the manifest says {file['bytes']}")
-        elif entry.modified > there[manifest].modified:
-            echo(f"{file['path']} was written after its manifest: reading {file['bytes'] / 1e9:.2f} GB of it back")
+        elif entry.modified >= there[manifest].modified:
+            back += 1
+            if file["bytes"] > LARGE_BYTES:
+                echo(f"{file['path']} is not older than its manifest: reading {file['bytes'] / 1e9:.2f} GB of it back")
             if bucket.sha256(name) != file["sha256"]:
                 wrong.append(f"{file['path']}: changed since it was exported (sha256 differs)")
     if wrong:
         raise ExportRejected(f"{at} is not what was exported, so it is not deployed:\n  " + "\n  ".join(wrong))
     total = sum(file["bytes"] for file in files)
-    echo(f"{at}: {len(files)} files, {total / 1e9:.2f} GB, as exported (sizes, and unchanged since their manifest)")
+    echo(
+        f"{at}: {len(files)} files, {total / 1e9:.2f} GB, as exported ({back} read back, {len(files) - back} unchanged "
+        "since their manifest)"
+    )
 
 
 def fetch(run_dir: Path, formats: list[str], bucket: Bucket, left: Left, echo: Echo = print) -> list[Path]:

@@ -2,7 +2,8 @@
 
 The job travels in the machine's environment: its resolved configuration and its small data files as
 LOADMASTER_PAYLOAD (tar.gz, base64), what the bootstrap must know as LOADMASTER_JOB (JSON), the bootstrap itself
-as LOADMASTER_BOOTSTRAP. Secrets never do: only their names, for which the provider puts its references.
+as LOADMASTER_BOOTSTRAP, and the code, where the image does not have it, as LOADMASTER_WHEEL_0, _1, ... Secrets
+never do: only their names, for which the provider puts its references.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from loadmaster.config.shipped import shipped_folder
 from loadmaster.launch.choose import Choice, on
 from loadmaster.launch.payload import identity, payload
 from loadmaster.launch.provider import MOUNT, Order, Volume
+from loadmaster.launch.wheel import travelling
 
 ROOM = f"{MOUNT}/loadmaster"
 PAYLOAD_BYTES = 96 << 10
@@ -81,10 +83,13 @@ def make_order(
     launch, folder, run_dir = composed.job.launch, f"{ROOM}/jobs/{name}", run_folder(composed, choice)
     hours, nodes = deadline_hours(launch, choice), choice.offer.nodes
     secrets = launch.secrets or {}
+    wheel = travelling(launch)
+    packed = wheel.variables(PAYLOAD_BYTES) if wheel else {}
     job = {
         "name": name,
         "version": __version__,
-        "package": launch.package,
+        "package": None if launch.package == "auto" or wheel else launch.package,
+        "wheel": wheel and {"name": wheel.name, "sha256": wheel.sha256, "parts": len(packed)},
         "remedy": "launch.image or launch.package must match",
         "folder": folder,
         "run_dir": run_dir,
@@ -108,6 +113,7 @@ def make_order(
         "LOADMASTER_JOB": json.dumps(job),
         "LOADMASTER_PAYLOAD": payload(composed, hardware, folder, PAYLOAD_BYTES, more),
         "LOADMASTER_BOOTSTRAP": _packed(launch_file(BOOTSTRAP)),
+        **packed,
     }
     return Order(
         name,

@@ -105,8 +105,10 @@ class _Followed:
     def to_the_end(self) -> int:
         """The job's exit code; raises LoadmasterError when the machine, or the time, ends without one."""
         launch, nodes = self.launch, self.order.offer.nodes
-        with open(launch.folder / "pod.log", "a", encoding="utf-8") as log:
-            self.board = Board(launch.echo, log, nodes, self._rate(), launch.clock)
+        with (
+            open(launch.folder / "pod.log", "a", encoding="utf-8") as log,
+            Board(launch, log, nodes, self._rate()) as self.board,
+        ):
             self._hold_to_limit()
             for node in range(nodes):
                 self.threads.append(threading.Thread(target=self._read, args=(node,), daemon=True))
@@ -116,7 +118,7 @@ class _Followed:
         code = self.board.result(launch.folder)
         if self.order.volume is not None:
             volume, job = self.order.volume, json.loads(self.order.env["LOADMASTER_JOB"])
-            launch.echo(f"weights and exports are on the volume {volume.name} ({volume.id}): {job['run_dir']}")
+            launch.echo(f"the run directory is on the volume {volume.name} ({volume.id}): {job['run_dir']}")
         billed = replace(self.machine, usd_per_hour=self._rate())
         cost = usd_so_far(billed, datetime.fromtimestamp(launch.clock(), UTC))
         launch.echo(f"the job ended with exit code {code}; about ${cost:.2f} for the machine")

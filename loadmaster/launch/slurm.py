@@ -224,8 +224,9 @@ class _Submitted:
             return
         if newest.get("step") != self.last_step:
             self.last_step = newest.get("step")
+            of = f" of {newest['steps']}" if newest.get("steps") else ""
             loss = "" if newest.get("loss") is None else f", loss {newest['loss']:.4f}"
-            self.launch.echo(f"  step {self.last_step}{loss}")
+            self.launch.echo(f"  step {self.last_step}{of}{loss}")
 
     def _result(self, code: int) -> int:
         self._show()

@@ -288,8 +288,11 @@ class _Hosts:
     def to_the_end(self) -> int:
         """The job's exit code, with its small files brought back."""
         launch = self.launch
-        with open(launch.folder / "node.log", "a", encoding="utf-8") as log, launch.stop.deferred():
-            self.board = Board(launch.echo, log, len(self.nodes), None, launch.clock)
+        with (
+            open(launch.folder / "node.log", "a", encoding="utf-8") as log,
+            Board(launch, log, len(self.nodes), None) as self.board,
+            launch.stop.deferred(),
+        ):
             for node, process in enumerate(self.nodes):
                 threading.Thread(target=self._read, args=(node, process), daemon=True).start()
             self._follow()

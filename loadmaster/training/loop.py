@@ -172,7 +172,7 @@ def train(
                     save(step)
                     if world.size > 1 or session.device.type == "cuda":
                         row["save_stall_s"] = round(checkpoints.stall_s, 4)
-                log.append(row)
+                log.append({**row, "steps": steps})  # so that who follows a run from elsewhere knows its end
                 logging.getLogger("loadmaster").info(f"step {step} of {steps}: {row}")
                 figures = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
                 tracker.log(figures, step)

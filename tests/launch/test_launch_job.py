@@ -38,7 +38,7 @@ def test_a_job_goes_out_comes_back_and_the_pod_is_terminated(place):
     assert place.fake.pods == {} and [kind for kind, _ in place.fake.created] == ["volume", "pod"]
     (run,) = (place.folder / "runs" / "qlora_8b").iterdir()
     assert json.loads((run / "result.json").read_text())["steps"] == 3
-    assert "step 3, loss 1.5000" in place.said
+    assert "step 3 of 6, loss 1.5000, 1,200 tokens/s" in place.said
     assert "token is [HF_TOKEN]" in (run / "pod.log").read_text()
     record = json.loads((run / "launch.json").read_text())
     assert record["count"] == 1 and record["id"].startswith("pod")
