@@ -113,6 +113,7 @@ def trip(place, there, tiny, monkeypatch) -> Iterator[Trip]:
         yield Trip(place, there, endpoint, run)
 
 
+@pytest.mark.slow
 def test_what_a_pod_exported_is_deployed_from_its_volume_and_fetched(trip: Trip, capsys, caplog) -> None:
     caplog.set_level(logging.DEBUG)
     # Everything small came home, the weights did not.
