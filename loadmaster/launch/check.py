@@ -13,6 +13,7 @@ from loadmaster.config.origins import DEFAULT, origin_of
 from loadmaster.config.schema import Job, LaunchConfig
 from loadmaster.errors import Problem
 from loadmaster.launch.choose import nodes_of
+from loadmaster.launch.order import VOLUME_GB
 from loadmaster.launch.payload import data_paths
 from loadmaster.launch.wheel import is_file
 
@@ -57,6 +58,11 @@ def _rented(job: Job) -> list[Problem]:
             )
         if launch.cloud == "community":
             wrong("launch.cloud", "community", "other people's hosts are joined by no fast network", "leave it out")
+    if launch.volume is not None and not launch.volume.strip():
+        wrong("launch.volume", launch.volume, "is no name", "a name; or launch.volume=null for none")
+    if launch.volume_gb != "auto" and not VOLUME_GB[0] <= launch.volume_gb <= VOLUME_GB[1]:
+        message = f"a network volume has {VOLUME_GB[0]} to {VOLUME_GB[1]} GB"
+        wrong("launch.volume_gb", launch.volume_gb, message, "leave it out, or a number in between")
     if launch.fetch and launch.volume is None:
         wrong("launch.fetch", True, "the exports come from the volume, and there is none", "leave launch.volume out")
     if launch.fetch and job.stop_after not in ("export", "bundle"):

@@ -307,6 +307,8 @@ def owned(client: RunpodClient, name: str) -> Endpoint:
 
 def scale(client: RunpodClient, endpoint: Endpoint, least: int | None, most: int | None) -> Endpoint:
     """Raises LoadmasterError when the bounds cross."""
+    if min(least or 0, most or 0) < 0:
+        raise LoadmasterError("a number of workers is 0 or more: --min 0 --max 3")
     low = endpoint.workers.min if least is None else least
     high = endpoint.workers.max if most is None else most
     if (low or 0) > (high or 0):

@@ -124,10 +124,10 @@ def fetchable(run_dir: Path, formats: list[str] | None) -> tuple[Left, list[str]
     if left.volume is None:
         raise LoadmasterError(f"the exports of {run_dir} are on a host of yours: {copied_by(left, run_dir)}")
     there = sorted(path.parent.name for path in run_dir.glob(f"export/*/{NAME}"))
-    if missing := sorted(set(formats or there) - set(there)) or ([] if there else ["any"]):
-        raise LoadmasterError(
-            f"{run_dir} has no manifest of {', '.join(missing)}: the job exported {', '.join(there) or 'nothing'}"
-        )
+    if not there:
+        raise LoadmasterError(f"the job of {run_dir} exported nothing; its log there says why")
+    if missing := sorted(set(formats or ()) - set(there)):
+        raise LoadmasterError(f"the job of {run_dir} did not export {', '.join(missing)}; it has {', '.join(there)}")
     return left, list(formats or there)
 
 

@@ -30,6 +30,8 @@ BOOTSTRAP_ARGUMENTS = (
     "python3 -c \"import base64,gzip,os;exec(gzip.decompress(base64.b64decode(os.environ['LOADMASTER_BOOTSTRAP'])))\""
 )
 IMAGE_GB = 50
+VOLUME_GB = (10, 4096)
+"""What the provider makes."""
 HOLD_S = 300
 MARGIN_S = 60
 """Between the last moment for a checkpoint and the end of the machine."""
@@ -64,7 +66,7 @@ def volume_gb(launch: LaunchConfig, choice: Choice) -> int:
     if launch.volume_gb != "auto":
         return launch.volume_gb
     weights_gb = choice.plan.model.parameters * 2 / 1e9
-    return min(4096, max(10, math.ceil(choice.plan.disk_gib * 1.074 + 2 * weights_gb)))
+    return min(VOLUME_GB[1], max(VOLUME_GB[0], math.ceil(choice.plan.disk_gib * 1.074 + 2 * weights_gb)))
 
 
 def disk_gb(launch: LaunchConfig, choice: Choice) -> int:

@@ -232,7 +232,7 @@ def test_what_cannot_be_fetched_is_a_sentence(tmp_path, capsys, monkeypatch) -> 
     empty = record_of(tmp_path / "empty", volume="vol1")
     assert "exported nothing" in said(str(empty))
     write_json(empty / "export/bf16/manifest.json", {"schema": 1, "files": []})
-    assert "has no manifest of fp8: the job exported bf16" in said(str(empty), "--formats", "fp8")
+    assert "did not export fp8; it has bf16" in said(str(empty), "--formats", "fp8")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set" in said(str(empty))
 
