@@ -303,7 +303,7 @@ class LaunchConfig:
     disk_gb: PositiveInt | Auto = "auto"
     """Container disk, GB; auto: room for the image and, without a volume, for the run."""
     volume: str | None = "loadmaster"
-    """Network volume that keeps checkpoints and exports, made when there is none of that name; null: none."""
+    """Network volume (name or id) for checkpoints and exports, made when there is none of that name; null: none."""
     volume_gb: PositiveInt | Auto = "auto"
     """Size of a volume that is made, GB (10 to 4096); auto: what the plan writes, and the base model twice."""
     fetch: Flag = False

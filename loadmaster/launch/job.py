@@ -69,7 +69,7 @@ def _rent(launch: Launch, provider: Provider, tokens: int | None) -> int:
     ranked = choices(job, offers, tokens)
     volume = None
     if job.launch.volume is not None:
-        volume = next((v for v in provider.volumes() if v.name == job.launch.volume), None)
+        volume = _volume_called(job.launch.volume, provider.volumes())
     choice = _where_the_volume_is(ranked, volume)
     if job.launch.fetch and not job.launch.dry_run:
         require_keys()  # now, and not when the job is over
@@ -110,6 +110,18 @@ def _fetch(launch: Launch, provider: Provider) -> None:
         raise StoppedOnRequest(f"stopped on request; {done}: {again}") from None
     except LoadmasterError as error:
         raise LoadmasterError(f"{done}, but did not come: {error}; {again}") from None
+
+
+def _volume_called(name: str, volumes: list[Volume]) -> Volume | None:
+    """By name or id; None: it is to be made. Raises LoadmasterError where several have that name."""
+    found = [volume for volume in volumes if name in (volume.name, volume.id)]
+    if len(found) > 1:
+        there = ", ".join(f"{volume.id} ({volume.size_gb} GB in {volume.place})" for volume in found)
+        raise LoadmasterError(
+            f"several network volumes are called {name}: {there}. launch.volume=ID says which; delete the other one in "
+            "the provider's console, as it costs money"
+        )
+    return found[0] if found else None
 
 
 def _where_the_volume_is(ranked: list[Choice], volume: Volume | None) -> Choice:

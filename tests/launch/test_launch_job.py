@@ -254,6 +254,17 @@ def test_without_a_yes_nothing_is_rented(place, monkeypatch):
     assert place.fake.created == []
 
 
+def test_a_volume_goes_by_its_id_where_two_have_one_name(place):
+    place.launch()
+    (first,) = place.fake.volumes
+    place.fake.volumes["twin"] = {**place.fake.volumes[first], "id": "twin"}
+    with pytest.raises(LoadmasterError, match=r"several network volumes are called loadmaster: vol0001(.|\n)*twin"):
+        place.launch("seed=2")
+    assert place.launch("seed=2", "launch.volume=twin") == 0
+    assert place.fake.bodies[-1]["mounts"]["network"][0]["volumeId"] == "twin"
+    assert [kind for kind, _ in place.fake.created] == ["volume", "pod", "pod"]
+
+
 def test_limits_that_no_machine_meets_are_explained(place):
     with pytest.raises(DoesNotFit, match=r"over launch\.max_usd_per_hour=0\.1"):
         place.launch("launch.max_usd_per_hour=0.1")
