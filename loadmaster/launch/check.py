@@ -18,6 +18,10 @@ from loadmaster.launch.payload import data_paths
 from loadmaster.launch.wheel import is_file
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
+SECRET_VALUE = re.compile(
+    r"(hf|sk|rpa|rps|ghp|gho|github_pat|glpat|xox[abp]|AKIA)[-_]?\w*[A-Za-z0-9]{14,}|[0-9a-fA-F]{32,}|.{48,}|.*[^\w.-].*"
+)
+"""What no name of a secret looks like: the usual beginnings of tokens, long hexadecimal, long or odd text."""
 PINNED = re.compile(r"==[\w.!+]+$|@[0-9a-f]{40}\b|#sha256=[0-9a-f]{64}$")
 OWN = ("name", "nodes", "grace_s", "env", "secrets", "dry_run", "max_hours")
 """Fields of launch that mean something wherever the job goes."""
@@ -40,6 +44,10 @@ def problems(composed: Composed) -> list[Problem]:
         if SECRET_NAME.search(name):
             message = "looks like a secret, and this would end up in files and logs"
             found.append(_wrong(f"launch.env.{name}", None, message, _secret_remedy(job.launch.name, name)))
+    for name, secret in (job.launch.secrets or {}).items():
+        if not secret or SECRET_VALUE.fullmatch(secret):
+            message = "wants the name of a secret, and this looks like one itself (it is in your shell's history now)"
+            found.append(_wrong(f"launch.secrets.{name}", None, message, _secret_remedy(job.launch.name, name)))
     return found + {"runpod": _rented, "ssh": _by_ssh, "slurm": _by_slurm}[job.launch.name](job)
 
 
