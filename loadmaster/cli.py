@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     push.set_defaults(run=_push)
     pods = commands.add_parser("pods", help="list what launch=runpod has made, with its cost; pods sweep ends orphans")
     pods.add_argument("action", nargs="?", choices=["list", "sweep"], default="list")
+    pods.add_argument("names", nargs="*", metavar="NAME", help="sweep: end these, whatever they do (name or id)")
     pods.add_argument("--all", action="store_true", help="sweep: end those whose job may still run, too")
     pods.add_argument("--yes", action="store_true", help="sweep: do not ask")
     pods.set_defaults(run=_pods)
@@ -254,8 +258,10 @@ def _push(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _pods(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.launch import list_pods, sweep_pods
 
+    if overrides:
+        _parser().error(f"pods does not know {' '.join(overrides)}")
     if arguments.action == "sweep":
-        return sweep_pods(Console(), arguments.yes, arguments.all)
+        return sweep_pods(Console(), arguments.yes, arguments.all, arguments.names)
     return list_pods(Console())
 
 

@@ -314,14 +314,15 @@ def arrivals_are_known(job: Job, origins: Origins) -> Found:
         yield "endpoint.arrivals", arrivals, "there is no such file", "a CSV with the time of a request a line"
 
 
-@rule("launch.name", "launch.nodes", "launch.force_pods", "launch.hosts", "launch.sbatch")
+@rule("launch.name", "launch.nodes", "launch.force_pods", "launch.hosts", "launch.sbatch", "launch.dry_run")
 def other_machines_need_a_way_to_them(job: Job, origins: Origins) -> Found:
-    """launch.nodes, force_pods, hosts and sbatch go with launch=runpod, ssh or slurm, not with launch=local."""
+    """launch.nodes, force_pods, hosts, sbatch, dry_run go with launch=runpod, ssh or slurm, not with launch=local."""
     launch = job.launch
     if launch.name != "local":
         return
     ways = {"nodes": "runpod, or slurm", "force_pods": "runpod", "hosts": "ssh", "sbatch": "slurm"}
-    given = {"nodes": launch.nodes != "auto", "force_pods": launch.force_pods}
+    ways |= {"dry_run": "runpod, ssh or slurm; here stop_after=plan shows the plan"}
+    given = {"nodes": launch.nodes != "auto", "force_pods": launch.force_pods, "dry_run": launch.dry_run}
     given |= {"hosts": bool(launch.hosts), "sbatch": bool(launch.sbatch)}
     for name in (name for name in ways if given[name]):
         value = getattr(launch, name)

@@ -2,7 +2,8 @@
 
 The job travels in the machine's environment: its resolved configuration and its small data files as
 LOADMASTER_PAYLOAD (tar.gz, base64), what the bootstrap must know as LOADMASTER_JOB (JSON), the bootstrap itself
-as LOADMASTER_BOOTSTRAP. Secrets never do: only their names, for which the provider puts its references.
+as LOADMASTER_BOOTSTRAP, and the code, where the image does not have it, as LOADMASTER_WHEEL_0, _1, ... Secrets
+never do: only their names, for which the provider puts its references.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from loadmaster.config.schema import LaunchConfig
 from loadmaster.config.shipped import shipped_folder
 from loadmaster.launch.choose import Choice, on
 from loadmaster.launch.payload import identity, payload
-from loadmaster.launch.provider import Order, Volume
+from loadmaster.launch.provider import MOUNT, Order, Volume
+from loadmaster.launch.wheel import travelling
 
-ROOM = "/workspace/loadmaster"
-"""On a Pod the network volume is mounted at /workspace; without one it is a folder of the container."""
+ROOM = f"{MOUNT}/loadmaster"
 PAYLOAD_BYTES = 96 << 10
 """Most that travels in one environment variable: Linux takes 128 KiB a variable."""
 BOOTSTRAP_ARGUMENTS = (
     "python3 -c \"import base64,gzip,os;exec(gzip.decompress(base64.b64decode(os.environ['LOADMASTER_BOOTSTRAP'])))\""
 )
 IMAGE_GB = 50
+VOLUME_GB = (10, 4096)
+"""What the provider makes."""
 HOLD_S = 300
 MARGIN_S = 60
 """Between the last moment for a checkpoint and the end of the machine."""
@@ -37,7 +40,7 @@ TORCHRUN, BOOTSTRAP = "torchrun.py", "pod_bootstrap.py"
 PROGRESS_S = 10
 FILES = (
     "config.yaml", "plan.json", "metrics.jsonl", "eval.json", "result.json", "stages.json", "report.html",
-    "export/*/manifest.json", "bundle/*", "bundle/*/*",
+    "export/*/manifest.json", "smoke/*.json", "bundle/*", "bundle/*/*", "bundle/.*", "bundle/.*/*",
 )  # fmt: skip
 
 
@@ -63,7 +66,7 @@ def volume_gb(launch: LaunchConfig, choice: Choice) -> int:
     if launch.volume_gb != "auto":
         return launch.volume_gb
     weights_gb = choice.plan.model.parameters * 2 / 1e9
-    return min(4096, max(10, math.ceil(choice.plan.disk_gib * 1.074 + 2 * weights_gb)))
+    return min(VOLUME_GB[1], max(VOLUME_GB[0], math.ceil(choice.plan.disk_gib * 1.074 + 2 * weights_gb)))
 
 
 def disk_gb(launch: LaunchConfig, choice: Choice) -> int:
@@ -82,10 +85,13 @@ def make_order(
     launch, folder, run_dir = composed.job.launch, f"{ROOM}/jobs/{name}", run_folder(composed, choice)
     hours, nodes = deadline_hours(launch, choice), choice.offer.nodes
     secrets = launch.secrets or {}
+    wheel = travelling(launch)
+    packed = wheel.variables(PAYLOAD_BYTES) if wheel else {}
     job = {
         "name": name,
         "version": __version__,
-        "package": launch.package,
+        "package": None if launch.package == "auto" or wheel else launch.package,
+        "wheel": wheel and {"name": wheel.name, "sha256": wheel.sha256, "parts": len(packed)},
         "remedy": "launch.image or launch.package must match",
         "folder": folder,
         "run_dir": run_dir,
@@ -109,6 +115,7 @@ def make_order(
         "LOADMASTER_JOB": json.dumps(job),
         "LOADMASTER_PAYLOAD": payload(composed, hardware, folder, PAYLOAD_BYTES, more),
         "LOADMASTER_BOOTSTRAP": _packed(launch_file(BOOTSTRAP)),
+        **packed,
     }
     return Order(
         name,

@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from loadmaster.launch.bucket import Bucket
 
 PREFIX = "loadmaster-"
+MOUNT = "/workspace"
+"""Where a machine sees its volume; without one it is a folder of the container."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,10 @@ class Provider(Protocol):
     def create_volume(self, name: str, size_gb: int, place: str) -> Volume: ...
 
     def delete_volume(self, id: str) -> None: ...
+
+    def bucket(self, volume: str) -> Bucket:
+        """The files of a volume, by its id. Raises LoadmasterError without its key."""
+        ...
 
     def rent(self, order: Order) -> Machine: ...
 

@@ -20,6 +20,7 @@ from loadmaster.files import write_json
 from loadmaster.launch.board import Board
 from loadmaster.launch.choose import Choice
 from loadmaster.launch.context import Launch, undisturbed
+from loadmaster.launch.left import RECORD
 from loadmaster.launch.machines import usd_so_far
 from loadmaster.launch.order import run_folder, volume_gb, with_volume
 from loadmaster.launch.provider import LogLine, Machine, NoCapacity, Order, Provider, Volume
@@ -40,7 +41,7 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
     record = {"name": launch.name, "gpu": offer.gpu_id, "count": offer.count, "nodes": offer.nodes}
     record |= {"image": order.image, "usd_per_hour": offer.usd_per_hour}
     record |= {"run_dir": run_folder(launch.composed, choice)}
-    write_json(launch.folder / "launch.json", record)
+    write_json(launch.folder / RECORD, record)
     machine: Machine | None = None
     made: list[Volume] = []
     followed: _Followed | None = None
@@ -48,7 +49,7 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
         machine, order = _rent(launch, provider, choice, order, made)
         record |= {"id": machine.id, "kind": machine.kind, "volume": order.volume and order.volume.id}
         record |= {"billed_usd_per_hour": machine.usd_per_hour}
-        write_json(launch.folder / "launch.json", record)
+        write_json(launch.folder / RECORD, record)
         launch.echo(f"rented {machine.kind} {machine.id}; its log goes to {launch.folder / 'pod.log'}")
         followed = _Followed(launch, provider, machine, order)
         return followed.to_the_end()
@@ -104,8 +105,10 @@ class _Followed:
     def to_the_end(self) -> int:
         """The job's exit code; raises LoadmasterError when the machine, or the time, ends without one."""
         launch, nodes = self.launch, self.order.offer.nodes
-        with open(launch.folder / "pod.log", "a", encoding="utf-8") as log:
-            self.board = Board(launch.echo, log, nodes, self._rate(), launch.clock)
+        with (
+            open(launch.folder / "pod.log", "a", encoding="utf-8") as log,
+            Board(launch, log, nodes, self._rate()) as self.board,
+        ):
             self._hold_to_limit()
             for node in range(nodes):
                 self.threads.append(threading.Thread(target=self._read, args=(node,), daemon=True))
@@ -115,7 +118,7 @@ class _Followed:
         code = self.board.result(launch.folder)
         if self.order.volume is not None:
             volume, job = self.order.volume, json.loads(self.order.env["LOADMASTER_JOB"])
-            launch.echo(f"weights and exports are on the volume {volume.name} ({volume.id}): {job['run_dir']}")
+            launch.echo(f"the run directory is on the volume {volume.name} ({volume.id}): {job['run_dir']}")
         billed = replace(self.machine, usd_per_hour=self._rate())
         cost = usd_so_far(billed, datetime.fromtimestamp(launch.clock(), UTC))
         launch.echo(f"the job ended with exit code {code}; about ${cost:.2f} for the machine")

@@ -183,7 +183,7 @@ def train(
                 if asked or step % save_every == 0 or step == steps:
                     save(step)
                     row["save_stall_s"] = round(checkpoints.stalls_s[-1], 4)
-                log.append(row)
+                log.append({**row, "steps": steps})  # so that who follows a run from elsewhere knows its end
                 logging.getLogger("loadmaster").info(f"step {step} of {steps}: {row}")
                 figures = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
                 tracker.log(figures, step)

@@ -93,8 +93,16 @@ def test_machines_that_cannot_be_meant_are_refused(words, said):
         (["launch.package=loadmaster"], "launch.package"),
         (["launch.package=null"], "launch.package"),
         (["launch.image=a/b"], "launch.image"),
+        (["launch.volume_gb=9"], "launch.volume_gb"),
+        (["launch.volume_gb=5000"], "launch.volume_gb"),
+        (["launch.volume=''"], "launch.volume"),
+        (["launch.fetch=true", "launch.volume=null"], "launch.fetch"),
+        (["launch.fetch=true", "stop_after=train"], "launch.fetch"),
         (["launch.cloud=community"], "launch.cloud"),
         (["launch.env.WANDB_API_KEY=abc"], "launch.env.WANDB_API_KEY"),
+        (["launch.secrets.HF_TOKEN=hf_abcDEFghiJKLmnop"], "launch.secrets.HF_TOKEN"),
+        (["launch.secrets.WANDB_API_KEY=0abc456789abcdef0123456789abcdef01234567"], "launch.secrets.WANDB_API_KEY"),
+        (["launch.secrets.KEY=''"], "launch.secrets.KEY"),
         (["hardware=cpu"], "hardware.gpu"),
         (["run_dir=here"], "run_dir"),
     ],
@@ -103,6 +111,11 @@ def test_each_mistake_has_its_remedy(words, key):
     (problem,) = check.problems(composed(*words))
     assert problem.key == key and problem.remedy
     assert "abc" not in str(problem)
+
+
+@pytest.mark.parametrize("name", ["hf", "my_hf", "HF_TOKEN", "hf_token", "huggingface-read", "sk.prod", "wandb_2026"])
+def test_names_of_secrets_are_taken(name):
+    assert check.problems(composed(f"launch.secrets.HF_TOKEN={name}")) == []
 
 
 def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):
