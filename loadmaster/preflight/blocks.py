@@ -39,6 +39,7 @@ class Blocks:
         self.w = setup.width
         self.accumulated = accumulated
         self.full = not setup.adapters
+        self.attended = shape.attended(setup.sequence_length)
 
     # ------------------------------------------------------------ parameters
 
@@ -148,9 +149,9 @@ class Blocks:
         return out if contiguous else self.restride(out)
 
     def dropout(self, x: Tensor) -> Tensor:
-        """The fused kernel of a GPU: keeps a mask of a byte an element."""
+        """The fused kernel of a GPU: keeps a mask of a byte an element (elsewhere, in a trace: of x's dtype)."""
         tape, size = self.tape, x.bytes
-        mask = tape.alloc(size // self.w)
+        mask = tape.alloc(size // self.w if tape.in_place else size)
         tape.moved(size, size, size // self.w)
 
         def backward(g: Storage, _: list) -> list:
@@ -286,7 +287,7 @@ class Blocks:
         sizes = [q.bytes, k.bytes, v.bytes]
 
         def work(share: float) -> None:
-            tape.work.attention_flops += share * 2.0 * n * self.setup.sequence_length * shape.query_size
+            tape.work.attention_flops += share * 4.0 * n * self.attended * shape.query_size
             tape.moved(*sizes, size)
 
         def backward(g: Storage, _: list) -> list:

@@ -34,6 +34,7 @@ class Setup:
     lora_targets: Any = "all-linear"
     """As in the job; a list is given as a tuple."""
     lora_dropout: float = 0.0
+    objective: str = "sft"
 
     @property
     def tokens(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from loadmaster.models import loss
-from loadmaster.preflight.layers import LOSS_CHUNK_TOKENS
+from loadmaster.preflight.layers import LOSS_CHUNK_TOKENS, chunks
 from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import from_config
@@ -64,19 +65,34 @@ def random_config(family: str, seed: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora", "fp8"])
+DROPPED = [Case(512), Case(3000, "full")]
+PAIRS = [Case(3000), Case(3000, "full", accumulated=True)]
+CHECKS: dict[str, list[tuple[str, str, float, str, int, list[Case]]]] = {
+    "full": [("full", "bf16", 0.0, "sft", seed, CASES) for seed in (0, 1)],
+    "lora": [("lora", "bf16", 0.0, "sft", seed, CASES) for seed in (0, 1)],
+    "qlora": [("qlora", "bf16", 0.0, "sft", seed, CASES) for seed in (0, 1)],
+    "fp8": [("lora", "fp8", 0.0, "sft", 0, CASES)],
+    "dropout": [(method, precision, 0.1, "sft", 1, DROPPED) for method, precision in
+                (("lora", "bf16"), ("qlora", "bf16"), ("lora", "fp8"))],
+    "preference": [(method, "bf16", dropout, objective, 0, PAIRS) for method, objective, dropout in
+                   (("lora", "dpo", 0.0), ("qlora", "dpo", 0.1), ("lora", "orpo", 0.0), ("full", "orpo", 0.0))],
+    "fp32": [(method, "fp32", 0.0, "sft", 0, DROPPED) for method in ("full", "lora")],
+}  # fmt: skip
+"""(method, precision, dropout, objective, seed, cases) of each group of checks."""
+
+
+@pytest.mark.parametrize("checks", CHECKS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replay_equals_a_trace_of_the_engine(family: str, method: str) -> None:
-    precision = "fp8" if method == "fp8" else "bf16"
-    method = "lora" if method == "fp8" else method
-    for seed in range(2 if precision == "bf16" else 1):
+def test_replay_equals_a_trace_of_the_engine(family: str, checks: str) -> None:
+    for method, precision, dropout, objective, seed, cases in CHECKS[checks]:
         config = random_config(family, seed)
         rank = random.Random(seed).choice([8, 16, 64])
         experts = family in ("mixtral", "qwen3_moe")
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if experts else "all-linear"
         shape = from_config(config, family)
-        traced = traced_peaks(config, method, CASES, rank, targets, precision)
-        for case, truth in zip(CASES, traced, strict=True):
+        cases = [replace(case, objective=objective) for case in cases]
+        traced = traced_peaks(config, method, cases, rank, targets, precision, dropout)
+        for case, truth in zip(cases, traced, strict=True):
             setup = Setup(
                 method=method,
                 precision=precision,
@@ -86,18 +102,27 @@ def test_replay_equals_a_trace_of_the_engine(family: str, method: str) -> None:
                 sequence_length=case.tokens,
                 lora_rank=rank,
                 lora_targets=targets if isinstance(targets, str) else tuple(targets),
+                lora_dropout=dropout,
+                objective=objective,
                 gradient_accumulation_steps=2 if case.accumulated else 1,
             )
             error = training_step(shape, setup, in_place=False).peak / truth - 1
             CHECKED.append(abs(error))
-            assert abs(error) < TOLERANCE, f"{config} {case}: replay is {error:+.3%} from the trace of {truth} bytes"
+            said = f"{config} {precision} dropout {dropout} {case}"
+            assert abs(error) < TOLERANCE, f"{said}: replay is {error:+.3%} from the trace of {truth} bytes"
 
 
 def test_several_hundred_combinations_were_checked() -> None:
-    if len(CHECKED) != (2 * 3 + 1) * len(CASES) * len(FAMILIES):
+    of_a_family = sum(len(cases) for checks in CHECKS.values() for *_, cases in checks)
+    if len(CHECKED) != of_a_family * len(FAMILIES):
         pytest.fail(f"only {len(CHECKED)} combinations were checked; run this file as a whole")
-    assert len(CHECKED) == 350
+    assert len(CHECKED) == 530
     assert max(CHECKED) < TOLERANCE
+
+
+def test_chunks_of_the_loss_count_every_token_and_a_long_row_takes_no_longer() -> None:
+    assert [sum(tokens * times for tokens, times in chunks(rows)) for rows in (1, 1024, 5000)] == [1, 1024, 5000]
+    assert len(chunks(10**8)) == 3
 
 
 def test_gradients_that_meet_are_added_in_place_unless_a_trace_is_replayed() -> None:
