@@ -109,7 +109,8 @@ class StageRun:
     # ------------------------------------------------------------------ train
 
     def _train(self, watch: Watchdog) -> dict[str, Any]:
-        from loadmaster.training.loop import train
+        from loadmaster.preflight.prediction import held_against
+        from loadmaster.training.loop import measured, train
         from loadmaster.training.save import write_trained
 
         session, outcome = train(
@@ -128,6 +129,7 @@ class StageRun:
             "predicted_gib": self.plan.memory_gib.total,
             "predicted_peaks_gib": asdict(self.plan.peak_gib) if self.plan.peak_gib else None,
             "rehearsal_peak_allocated_gib": outcome.rehearsal.peak_allocated_gib,
+            "prediction": held_against(self.plan, measured(outcome.rehearsal)),
             "tokens_per_second": outcome.tokens_per_second,
             "trained_tokens_per_second": outcome.trained_tokens_per_second,
             "mfu": model_flops_utilisation(self.plan, outcome.tokens_per_second),

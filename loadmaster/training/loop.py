@@ -20,6 +20,7 @@ from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, MicroBatch, PreparedData
 from loadmaster.errors import StoppedOnRequest, TrainingFailed
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.prediction import Measured, held_against, sentence
 from loadmaster.training.batches import losses, trained_tokens, worst_rows
 from loadmaster.training.checkpoint import Checkpoints, newest_whole
 from loadmaster.training.display import Display
@@ -94,8 +95,10 @@ def train(
         rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr)
         display.echo(
             f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
-            f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {plan.memory_gib.total:.2f} GiB"
+            f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {predicted_allocated(plan):.2f} GiB"
         )
+        if said := sentence(held_against(plan, measured(rehearsal))):
+            display.echo(f"note: {said}")
         _stop_if(stopping(), "after the rehearsal, before the first step")
 
         found = newest_whole(folder, job_hash, display.echo, world)
@@ -200,6 +203,19 @@ def train(
         rehearsal=rehearsal,
         peaks=peak_memory(session.device),
     )
+
+
+def measured(rehearsal: Rehearsed) -> Measured:
+    return Measured(
+        rehearsal.peak_allocated_gib, rehearsal.peak_reserved_gib, rehearsal.peak_device_gib,
+        rehearsal.loaded_gib, rehearsal.resting_gib,
+    )  # fmt: skip
+
+
+def predicted_allocated(plan: Plan) -> float:
+    """What `peak_allocated_gib` counts: on a CPU the whole process."""
+    on_gpu = plan.peak_gib is not None and plan.hardware.gpu != "cpu"
+    return plan.peak_gib.allocated if on_gpu else plan.memory_gib.total
 
 
 def _stop_if(asked: bool, where: str, checkpoints: Checkpoints | None = None) -> None:

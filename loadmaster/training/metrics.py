@@ -94,3 +94,8 @@ def peak_memory(device: torch.device) -> dict[str, float]:
         "peak_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
         "peak_device_gib": (total - free) / GIB,
     }
+
+
+def allocated_gib(device: torch.device) -> float:
+    """By tensors, now; 0 on a CPU, which does not count them."""
+    return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0

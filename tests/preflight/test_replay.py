@@ -81,13 +81,21 @@ CHECKS: dict[str, list[tuple[str, str, float, str, int, list[Case]]]] = {
 """(method, precision, dropout, objective, seed, cases) of each group of checks."""
 
 
-@pytest.mark.parametrize("checks", CHECKS)
-@pytest.mark.parametrize("family", FAMILIES)
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
+PAIRED = [
+    (family, checks)
+    for family in FAMILIES
+    for checks in CHECKS
+    if not (checks == "fp32" and family in WITH_EXPERTS)  # grouped matmuls are traced in bf16 only
+]
+
+
+@pytest.mark.parametrize(("family", "checks"), PAIRED)
 def test_replay_equals_a_trace_of_the_engine(family: str, checks: str) -> None:
     for method, precision, dropout, objective, seed, cases in CHECKS[checks]:
         config = random_config(family, seed)
         rank = random.Random(seed).choice([8, 16, 64])
-        experts = family in ("mixtral", "qwen3_moe")
+        experts = family in WITH_EXPERTS
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if experts else "all-linear"
         shape = from_config(config, family)
         cases = [replace(case, objective=objective) for case in cases]
@@ -113,10 +121,9 @@ def test_replay_equals_a_trace_of_the_engine(family: str, checks: str) -> None:
 
 
 def test_several_hundred_combinations_were_checked() -> None:
-    of_a_family = sum(len(cases) for checks in CHECKS.values() for *_, cases in checks)
-    if len(CHECKED) != of_a_family * len(FAMILIES):
+    if len(CHECKED) != sum(len(cases) for _, checks in PAIRED for *_, cases in CHECKS[checks]):
         pytest.fail(f"only {len(CHECKED)} combinations were checked; run this file as a whole")
-    assert len(CHECKED) == 530
+    assert len(CHECKED) == 522
     assert max(CHECKED) < TOLERANCE
 
 
