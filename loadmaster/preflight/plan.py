@@ -107,6 +107,8 @@ class Plan:
     alternatives: list[dict[str, Any]] = field(default_factory=list)
     replicas: int = 1
     """sharding fsdp over several nodes: groups of GPUs that each hold every shard (hybrid: the nodes); 1: one group."""
+    compile: bool = False
+    """Decoder layers run compiled."""
     peak_gib: PeakGib | None = None
     trace: dict[str, Any] | None = None
     """With plan.trace: the peak of a traced step beside the replay's (loadmaster.training.trace); else None."""

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from loadmaster.models import loss
+from loadmaster.models import loss, recompute
+from loadmaster.preflight.frozen import WIDE
 from loadmaster.preflight.layers import LOSS_CHUNK_TOKENS
 from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
@@ -40,6 +41,7 @@ CASES = [
     Case(3000, accumulated=True),
     Case(3000, "full"),
     Case(3000, "full", accumulated=True),
+    Case(3000, "selective"),
 ]
 CHECKED: list[float] = []
 
@@ -96,7 +98,7 @@ def test_replay_equals_a_trace_of_the_engine(family: str, method: str) -> None:
 def test_several_hundred_combinations_were_checked() -> None:
     if len(CHECKED) != (2 * 3 + 1) * len(CASES) * len(FAMILIES):
         pytest.fail(f"only {len(CHECKED)} combinations were checked; run this file as a whole")
-    assert len(CHECKED) == 350
+    assert len(CHECKED) == 420
     assert max(CHECKED) < TOLERANCE
 
 
@@ -114,5 +116,6 @@ def test_gradients_that_meet_are_added_in_place_unless_a_trace_is_replayed() -> 
     assert Tape(in_place=False)._sum(two) not in two
 
 
-def test_the_loss_chunk_is_the_engines() -> None:
+def test_the_engines_numbers_are_the_preflights() -> None:
     assert LOSS_CHUNK_TOKENS == loss.CHUNK_TOKENS
+    assert WIDE == recompute.WIDE
