@@ -134,20 +134,23 @@ class StageRun:
             "trained_tokens_per_second": outcome.trained_tokens_per_second,
             "mfu": model_flops_utilisation(self.plan, outcome.tokens_per_second),
             "steps": outcome.steps,
+            "recompilations": outcome.recompilations,
             "train_loss": outcome.train_loss,
             "eval_loss": outcome.eval_loss,
             "data": self.materials.prepared.summary,
         }
 
     def _held_out_in_training(self, session: Any, stopping: Callable[[], bool]) -> dict[str, Any] | None:
-        return self._held_out(session.model, session.loss, stopping)
+        return self._held_out(session.model, session.loss, stopping, session.fixed_length)
 
-    def _held_out(self, model: Any, loss: Any, stopping: Callable[[], bool]) -> dict[str, Any] | None:
+    def _held_out(
+        self, model: Any, loss: Any, stopping: Callable[[], bool], to_length: int | None = None
+    ) -> dict[str, Any] | None:
         from loadmaster.evaluation import held_out
 
         return held_out(
             model, self.materials.prepared.validation, self.materials.tokenizer.pad_token_id,
-            self.plan.micro_batch_size, self.world.device, loss, self.world, stopping,
+            self.plan.micro_batch_size, self.world.device, loss, self.world, stopping, to_length,
         )  # fmt: skip
 
     # --------------------------------------------------------------- evaluate

@@ -122,7 +122,7 @@ def runner_up(chosen: Candidate, other: Candidate) -> dict[str, Any]:
     }
 
 
-def basis(hardware: Hardware) -> dict[str, str]:
+def basis(hardware: Hardware, setup: Setup) -> dict[str, str]:
     """Where the figures come from, and what they leave out."""
     table = coefficients()
     measured = table["context"]["cuda_gib"]
@@ -132,6 +132,8 @@ def basis(hardware: Hardware) -> dict[str, str]:
         memory += "; the process itself: modelled"
     else:
         memory += f"; context and workspaces: measured on {measured['card']}, {measured['date']}"
+    if setup.compiled:
+        memory += "; compiled layers: counted as if they were not, which is no less than they take"
     if hardware.world_size > 1:
         memory += "; gathered weights and gradients on their way: equal to traces of fully_shard (ZeRO: modelled)"
         memory += "; communicators: modelled"

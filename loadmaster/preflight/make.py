@@ -78,6 +78,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         micro_batch_size=setup.micro_batch_size,
         gradient_accumulation_steps=setup.gradient_accumulation_steps,
         sequence_length=setup.sequence_length,
+        compile=setup.compiled,
         memory_gib=chosen.memory.train.gib(),
         phases_gib=phases_gib(phases),
         phase_components_gib=components_gib(phases),
@@ -93,7 +94,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         + [{"plan": "", "reason": refusal} for refusal in found.refusals],
         runners_up=[runner_up(chosen, other) for other in found.others],
         price=_price(hardware),
-        basis=basis(hardware),
+        basis=basis(hardware, setup),
     )
 
 

@@ -115,6 +115,8 @@ class Plan:
     alternatives: list[dict[str, Any]] = field(default_factory=list)
     replicas: int = 1
     """sharding fsdp over several nodes: groups of GPUs that each hold every shard (hybrid: the nodes); 1: one group."""
+    compile: bool = False
+    """Decoder layers run compiled."""
     peak_gib: PeakGib | None = None
     phase_components_gib: dict[str, MemoryGib] = field(default_factory=dict)
     """Each phase's peak by component."""

@@ -21,7 +21,7 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
 
-CHECKPOINTING = ("none", "full")
+CHECKPOINTING = ("none", "selective", "full")
 """What auto chooses from."""
 FULL_STATES = (("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False))
 """Optimizer and fp32 master weights for full fine-tuning, most faithful first."""
@@ -253,6 +253,7 @@ def fixed(job: Job, hardware: Hardware) -> dict[str, Any]:
     targets = job.lora.targets
     return {
         "sequence_length": job.sequence_length,
+        "compiled": not hardware.is_cpu if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,
         "gpus_per_node": hardware.count,
         "lora_rank": job.lora.rank,

@@ -28,6 +28,7 @@ class Setup:
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     sequence_length: int = 2048
+    compiled: bool = False
     world_size: int = 1
     gpus_per_node: int = 1
     lora_rank: int = 16

@@ -55,8 +55,11 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
         fp8_peak = hardware.tflops.get("fp8", hardware.tflops["bf16"]) * 1e12 * value("efficiency", "fp8_matmul")
         seconds += work.fp8_flops / (fp8_peak * size_factor(shape, setup))
     seconds += work.attention_flops / (peak * value("efficiency", "attention"))
-    seconds += work.bytes_moved / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
-    return max(seconds, work.kernels * value("efficiency", "launch_us") * 1e-6)
+    traffic, kernels = work.bytes_moved, work.kernels
+    if setup.compiled:  # elementwise kernels are fused: fewer of them, and what is between two of them is not written
+        traffic, kernels = traffic * value("compiled", "traffic"), kernels * value("compiled", "kernels")
+    seconds += traffic / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
+    return max(seconds, kernels * value("efficiency", "launch_us") * 1e-6)
 
 
 def size_factor(shape: ModelShape, setup: Setup) -> float:

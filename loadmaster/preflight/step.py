@@ -133,7 +133,8 @@ def _forward(b: Blocks, middle: _Middle):
         weights = b.layer_weights(experts, rotary)
         layer = _layer(b, weights, experts, positions)
         x = units.begin(x, index, experts, index == middle.replayed - 1)
-        x = tape.checkpoint(layer, x) if b.setup.checkpointing == "full" and tape.enabled else layer(x)
+        kind = b.setup.checkpointing
+        x = tape.checkpoint(layer, x, kind == "selective") if kind != "none" and tape.enabled else layer(x)
         x = units.end(x, index, tape.leaves[first:])
         kept = tape.live - before
         middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward

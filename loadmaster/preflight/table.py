@@ -152,6 +152,7 @@ def _settings(plan: Plan) -> str:
     parts += [] if plan.sharding == "none" else [f"sharding {plan.sharding}{inside}"]
     parts += [] if plan.offload == "none" else [f"offload {plan.offload}"]
     parts.append(f"activation checkpointing {plan.activation_checkpointing}")
+    parts += ["layers compiled"] if plan.compile else []
     parts.append(f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} rows of {plan.sequence_length} tokens")
     return ", ".join(parts)
 

@@ -19,6 +19,7 @@ import torch
 from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, MicroBatch, PreparedData
 from loadmaster.errors import StoppedOnRequest, TrainingFailed
+from loadmaster.models.compiled import CompileCache, graphs_compiled
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.prediction import Measured, held_against, sentence
 from loadmaster.training.batches import losses, trained_tokens, worst_rows
@@ -49,6 +50,8 @@ class Outcome:
     trained_tokens_per_second: float
     rehearsal: Rehearsed
     peaks: dict[str, float]
+    recompilations: int = 0
+    """Graphs that were compiled after the rehearsal; each makes a step slow, and there should be none."""
 
 
 def train(
@@ -81,6 +84,9 @@ def train(
 
     with stop.deferred():
         watch.at(0, "load")
+        cache = CompileCache(run_dir / "compile_cache", world.lead)
+        if plan.compile:
+            cache.open()
         session = make_session(job, plan, world, tokenizer.pad_token_id, base_folder)
         if world.rank:  # dropout differs from rank to rank; rank 0 draws what a run of one process draws
             seed_everything(job.seed + world.rank)
@@ -99,6 +105,9 @@ def train(
         )
         if said := sentence(held_against(plan, measured(rehearsal))):
             display.echo(f"note: {said}")
+        compiled = graphs_compiled()
+        if plan.compile:
+            cache.share()
         _stop_if(stopping(), "after the rehearsal, before the first step")
 
         found = newest_whole(folder, job_hash, display.echo, world)
@@ -115,6 +124,7 @@ def train(
         tokens_at_start, trained_at_start, busy_s = tokens, trained_total, 0.0
         eval_loss: float | None = None
         straggler: str | None = None
+        recompilations = 0
 
         def save(step: int) -> None:
             state = {
@@ -181,6 +191,9 @@ def train(
                 tracker.log(figures, step)
                 if row["loss"] is not None:
                     display.step(row, peak_memory(session.device)["peak_allocated_gib"])
+                if plan.compile and graphs_compiled() > compiled + recompilations:
+                    recompilations = graphs_compiled() - compiled
+                    display.echo(f"step {step} compiled anew ({recompilations} graphs since the rehearsal)")
                 if world.lead and watch.straggler() not in (None, straggler):
                     straggler = watch.straggler()
                     display.echo(straggler)
@@ -202,6 +215,7 @@ def train(
         trained_tokens_per_second=(trained_total - trained_at_start) / busy_s if busy_s else 0.0,
         rehearsal=rehearsal,
         peaks=peak_memory(session.device),
+        recompilations=recompilations,
     )
 
 

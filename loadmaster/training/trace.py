@@ -2,8 +2,7 @@
 
 Real modules (transformers, peft, frozen layers), the engine's own forward and loss, autograd and
 torch.utils.checkpoint, with tensors that have sizes and no values: no GPU, no weights, seconds. Every storage is
-counted from the operation that makes it to its last reference. The one substitution: on the meta device the
-engine's attention would take its CPU path, so the variable-length kernel of a GPU is called instead.
+counted from the operation that makes it to its last reference. On the meta device the engine takes the paths of a GPU.
 
 The tests hold the preflight's replay against the same function.
 """
@@ -21,18 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loadmaster.config.schema import Job, PreferenceConfig
 from loadmaster.data import MicroBatch
 from loadmaster.errors import ConfigError, Problem
-from loadmaster.models.adapters import checkpoint_activations
-from loadmaster.models.forward import causal_lm, token_losses
+from loadmaster.models.attention import PACKED
+from loadmaster.models.forward import token_losses
 from loadmaster.models.frozen import freeze_linears, frozen_form
 from loadmaster.models.load import DTYPES
 from loadmaster.models.preference import loss_module
+from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import find_config, from_config
 from loadmaster.preflight.step import training_step
-
-TRACED_ATTENTION = "loadmaster_traced"
 
 
 @dataclass(frozen=True)
@@ -135,8 +133,6 @@ def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:
 
 
 def _traced_peak(model: nn.Module, case: Case) -> int:
-    if case.checkpointing == "none":
-        causal_lm(model).gradient_checkpointing_disable()
     checkpoint_activations(model, case.checkpointing)
     live = Live()
     held = [*model.parameters(), *model.buffers()]
@@ -187,21 +183,9 @@ class Live(TorchDispatchMode):
         return result
 
 
-def _varlen(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_: Any):
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    output = varlen_attn(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), **grouped
-    )
-    return output.unsqueeze(0), None
-
-
 def _meta_model(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    AttentionInterface.register(TRACED_ATTENTION, _varlen)
     shape = AutoConfig.for_model(**config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=TRACED_ATTENTION).train()
+        return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=PACKED).train()

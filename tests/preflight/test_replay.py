@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from loadmaster.models import loss
+from loadmaster.models import loss, recompute
+from loadmaster.preflight.frozen import WIDE
 from loadmaster.preflight.layers import LOSS_CHUNK_TOKENS, chunks
 from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
@@ -41,6 +42,7 @@ CASES = [
     Case(3000, accumulated=True),
     Case(3000, "full"),
     Case(3000, "full", accumulated=True),
+    Case(3000, "selective"),
 ]
 CHECKED: list[float] = []
 
@@ -123,7 +125,7 @@ def test_replay_equals_a_trace_of_the_engine(family: str, checks: str) -> None:
 def test_several_hundred_combinations_were_checked() -> None:
     if len(CHECKED) != sum(len(cases) for _, checks in PAIRED for *_, cases in CHECKS[checks]):
         pytest.fail(f"only {len(CHECKED)} combinations were checked; run this file as a whole")
-    assert len(CHECKED) == 522
+    assert len(CHECKED) == 592
     assert max(CHECKED) < TOLERANCE
 
 
@@ -146,5 +148,6 @@ def test_gradients_that_meet_are_added_in_place_unless_a_trace_is_replayed() -> 
     assert Tape(in_place=False)._sum(two) not in two
 
 
-def test_the_loss_chunk_is_the_engines() -> None:
+def test_the_engines_numbers_are_the_preflights() -> None:
     assert LOSS_CHUNK_TOKENS == loss.CHUNK_TOKENS
+    assert WIDE == recompute.WIDE

@@ -210,7 +210,7 @@ def test_the_loss_falls_and_the_outcome_reports_it(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("sharding", "zero3"), ("activation_checkpointing", "selective")],
+    [("sharding", "zero4"), ("activation_checkpointing", "some")],
 )
 def test_what_the_loop_does_not_do_is_refused_not_replaced(key, value):
     with pytest.raises(ConfigError, match=f"{key}={value}"):
