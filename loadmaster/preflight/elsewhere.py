@@ -1,6 +1,6 @@
 """The same job priced on every machine of the catalogue that holds it.
 
-Method, optimizer and what lives in host memory are those of the plan; sharding, activation checkpointing and
+Method, precision, optimizer and what lives in host memory are those of the plan; sharding, activation checkpointing and
 micro-batch are chosen anew, for each machine has others that are best. Of a GPU's clusters only the smallest that is
 needed is priced. The global batch is kept where it divides over the GPUs, and else rounded up, which is said.
 """
@@ -51,10 +51,11 @@ def on(job: Job, shape: ModelShape, chosen: Candidate, machine: Hardware) -> tup
         sharding="auto" if job.sharding == "none" or machine.world_size == 1 else job.sharding,
         batch=replace(job.batch, global_size=rows),
         optimizer=replace(job.optimizer, name=setup.optimizer, master_weights=setup.master_weights),
-        precision="auto" if job.precision == "fp32" and setup.precision == "fp32" and here.is_cpu else job.precision,
+        precision=setup.precision if setup.precision != "fp8" or machine.has_fp8 else "auto",
     )
-    if here.is_cpu and setup.optimizer == "adamw":  # fp32 weights there are their own masters
-        job = replace(job, optimizer=replace(job.optimizer, master_weights="auto"))
+    if here.is_cpu:  # in fp32, weights that are their own masters; on a GPU that is another job
+        states = replace(job.optimizer, master_weights="auto" if setup.optimizer == "adamw" else setup.master_weights)
+        job = replace(job, precision="bf16", optimizer=states)
     return search(job, shape, machine, explain=False).best, rows
 
 

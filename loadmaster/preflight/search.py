@@ -29,6 +29,8 @@ MOST_CPU_ROWS = 4
 """Larger micro-batches gain nothing on a CPU."""
 MOST_TOKENS = 32768
 """Of a micro-batch on one GPU; where only the best plan is asked for, larger ones are passed over: they gain < 1%."""
+ENOUGH_TOKENS = 4096
+"""Of a micro-batch whose activations are all kept: nothing else is more than EQUAL_SPEED faster."""
 EQUAL_SPEED = 0.02
 """Plans this close in speed are equal: the one with less memory is taken."""
 
@@ -193,7 +195,8 @@ def enumerate_tier(
 ) -> Iterator[Candidate]:
     """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails.
 
-    explain=False leaves out what its weights and states alone rule out, and micro-batches too large to gain anything.
+    explain=False leaves out what its weights and states alone rule out, micro-batches too large to gain anything, and
+    what recomputes or shards where there is room enough without.
     """
     checkpointings = CHECKPOINTING if job.activation_checkpointing == "auto" else (job.activation_checkpointing,)
     rows = job.batch.global_size // hardware.world_size
@@ -203,9 +206,12 @@ def enumerate_tier(
     if not explain and job.micro_batch_size == "auto":
         sizes = [size for size in sizes if size == 1 or size * job.sequence_length <= MOST_TOKENS]
     shared = shardings(job, hardware, tier["offload"])
+    roomy = False
     for precision, (sharding, replicas), checkpointing in product(
         precisions(job, hardware, tier), shared, checkpointings
     ):
+        if roomy and not explain:
+            return
         for size in sizes:
             setup = Setup(
                 **{**tier, "precision": precision},
@@ -222,6 +228,7 @@ def enumerate_tier(
             yield candidate
             if not candidate.fits:
                 break
+            roomy = roomy or (checkpointing == "none" and setup.tokens >= ENOUGH_TOKENS)
 
 
 def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:
