@@ -29,7 +29,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
 
 # How the work is spread and on what: inputs of the plan stage alone. Later stages depend on what the plan then chose
 # (the pipeline adds its method, precision and optimizer), so a run goes on with other GPUs, or another number of them.
-SPREAD = ("micro_batch_size", "activation_checkpointing", "sharding", "offload", "plan", "hardware")
+SPREAD = ("micro_batch_size", "activation_checkpointing", "compile", "sharding", "offload", "plan", "hardware")
 
 # What may change between two starts of the same run: names and places, how often to save and look, who watches.
 NOT_INPUTS = (

@@ -351,7 +351,10 @@ class Job:
     max_steps: PositiveInt | None = None
     """Stop after so many optimizer steps; null is the number that epochs gives."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """Recompute activations in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them: of each decoder layer all (full), or all but
+    large products and attention (selective)."""
+    compile: Flag | Auto = "auto"
+    """Compile decoder layers (torch.compile); auto: on a GPU. The first step waits for it, a minute or less."""
     sharding: Literal["auto", "none", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
     """How weights, gradients and optimizer states are spread over GPUs."""
     offload: Literal["auto", "none", "optimizer", "all"] = "auto"

@@ -10,7 +10,8 @@ from typing import Any
 from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.preflight.coefficients import coefficients
-from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
+from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, rentable
+from loadmaster.preflight.memory import Bytes
 from loadmaster.preflight.search import Candidate, Found, largest_micro_batch, run_hours, search
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
@@ -68,7 +69,7 @@ def _explicit_remedy(job: Job, shape: ModelShape, failed: Candidate) -> str:
     return f"; micro_batch_size={fits} fits{usable}"
 
 
-def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found) -> list[str]:
+def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, phases: dict[str, Bytes]) -> list[str]:
     if found.best is None:
         said = list(found.refusals)
         return said + [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
@@ -82,9 +83,23 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found) -> lis
         said.append("without fp32 master weights, updates smaller than a bf16 weight's spacing are lost")
     if setup.offload != "none":
         said.append(f"{chosen.memory.host_gib:.0f} GiB of host memory hold what the GPUs cannot")
+    said += export_warning(job, chosen, phases)
     if shape.estimate:
         said.append(f"an estimate: {shape.estimate}")
     return said
+
+
+def export_warning(job: Job, chosen: Candidate, phases: dict[str, Bytes]) -> list[str]:
+    """Exports are verified on one GPU, whatever training was spread over."""
+    need = phases["verify"].total / GIB
+    if need <= chosen.budget_gib or chosen.hardware.is_cpu or job.stop_after in ("train", "evaluate"):
+        return []
+    larger = [name for name, facts in catalog.gpus().items() if facts["memory_gib"] * (1 - job.plan.reserve) >= need]
+    where = f"one {larger[0]}" if larger else "no card of the catalogue"
+    return [
+        f"the export will not pass here: it is verified whole on one GPU, {need:.0f} GiB of {chosen.budget_gib:.1f}; "
+        f"end with stop_after=evaluate ({where} holds it)"
+    ]
 
 
 def against(chosen: Candidate, other: Candidate) -> str:
@@ -107,7 +122,7 @@ def runner_up(chosen: Candidate, other: Candidate) -> dict[str, Any]:
     }
 
 
-def basis(hardware: Hardware) -> dict[str, str]:
+def basis(hardware: Hardware, setup: Setup) -> dict[str, str]:
     """Where the figures come from, and what they leave out."""
     table = coefficients()
     measured = table["context"]["cuda_gib"]
@@ -117,6 +132,8 @@ def basis(hardware: Hardware) -> dict[str, str]:
         memory += "; the process itself: modelled"
     else:
         memory += f"; context and workspaces: measured on {measured['card']}, {measured['date']}"
+    if setup.compiled:
+        memory += "; compiled layers: counted as if they were not, which is no less than they take"
     if hardware.world_size > 1:
         memory += "; gathered weights and gradients on their way: equal to traces of fully_shard (ZeRO: modelled)"
         memory += "; communicators: modelled"
@@ -137,7 +154,7 @@ def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens
     """What would fit: settings changed on this hardware, more of the same machines, then others, cheapest first."""
     found = []
     for text, changed in relaxations(job):
-        best = search(changed, shape, hardware).best
+        best = search(changed, shape, hardware, explain=False).best
         if best is not None:
             found.append(_alternative(text, best, changed, shape, dataset_tokens))
     machines = []
@@ -168,7 +185,7 @@ def _on(job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | No
     """The job on another machine, its global batch rounded up to the number of GPUs; empty if it does not fit."""
     rows = math.ceil(job.batch.global_size / machine.world_size) * machine.world_size
     adjusted = replace(job, batch=replace(job.batch, global_size=rows)) if rows != job.batch.global_size else job
-    best = search(adjusted, shape, machine).best
+    best = search(adjusted, shape, machine, explain=False).best
     if best is None:
         return []
     text = machine.label + ("" if rows == job.batch.global_size else f" with batch.global_size={rows}")

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 from loadmaster.preflight.replay import Storage, Tensor
 from loadmaster.preflight.shape import Matrix
 
+WIDE = 512
+"""loadmaster.models.recompute.WIDE; a test holds the two equal."""
+
 if TYPE_CHECKING:
     from loadmaster.preflight.blocks import Blocks
 
 
 def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
     """models/frozen.py: the weight is dequantized for each use, in the forward inside its kernel call."""
-    tape, w, n = b.tape, b.w, b.n
+    tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
     dequantized, absmax = w * m.weight, 4 * -(-m.weight // 64)
 
     def work() -> None:
@@ -31,18 +34,20 @@ def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
         del full
         return [gx]
 
-    work()
-    if tape.in_place:
+    runs = tape.runs(kept)
+    if runs:
+        work()
+    if tape.in_place and runs:
         with tape.tagged("quantization"):
             scratch = [tape.alloc(dequantized), tape.alloc(absmax)]
         tape.alloc(w * n * m.outputs)
         del scratch
-    return tape.op(w * n * m.outputs, [x], [], backward)
+    return tape.op(w * n * m.outputs, [x], [], backward, kept)
 
 
 def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
     """models/frozen.py: x is cast to fp8 by row through fp32; the backward casts the weight to bf16."""
-    tape, w, n = b.tape, b.w, b.n
+    tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
 
     def backward(g: Storage, _: list) -> list:
         tape.work.matmul_flops += 2.0 * n * m.weight
@@ -55,7 +60,7 @@ def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
         del full, scaled
         return [gx]
 
-    tape.work.fp8_flops += 2.0 * n * m.weight
+    tape.work.fp8_flops += 0.0 if not tape.runs(kept) else 2.0 * n * m.weight
     tape.moved(x.bytes, x.bytes, 4 * 4 * n * m.inputs, n * m.inputs)
     tape.work.kernels += 6
     with tape.tagged("quantization"):
@@ -63,6 +68,6 @@ def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
         wide = tape.alloc(4 * n * m.inputs)
         codes = tape.alloc(n * m.inputs)
         del wide
-    out = tape.op(w * n * m.outputs, [x], [], backward)
+    out = tape.op(w * n * m.outputs, [x], [], backward, kept)
     del codes, scale
     return out

@@ -15,18 +15,22 @@ from typing import Any
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError, Problem
-from loadmaster.preflight.hardware import Hardware, priced
-from loadmaster.preflight.memory import Memory, memory
+from loadmaster.preflight.hardware import GIB, Hardware, priced
+from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
 
-CHECKPOINTING = ("none", "full")
+CHECKPOINTING = ("none", "selective", "full")
 """What auto chooses from."""
 FULL_STATES = (("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False))
 """Optimizer and fp32 master weights for full fine-tuning, most faithful first."""
 MOST_CPU_ROWS = 4
 """Larger micro-batches gain nothing on a CPU."""
+MOST_TOKENS = 32768
+"""Of a micro-batch on one GPU; where only the best plan is asked for, larger ones are passed over: they gain < 1%."""
+ENOUGH_TOKENS = 4096
+"""Of a micro-batch whose activations are all kept: nothing else is more than EQUAL_SPEED faster."""
 EQUAL_SPEED = 0.02
 """Plans this close in speed are equal: the one with less memory is taken."""
 
@@ -61,8 +65,11 @@ class Found:
     """Settings that cannot work on this hardware at all."""
 
 
-def search(job: Job, shape: ModelShape, hardware: Hardware) -> Found:
-    """Raises ConfigError for what a CPU cannot do at all, however small the model."""
+def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True) -> Found:
+    """The best plan of the first tier in which one fits. explain=False: only that, without what came nearest.
+
+    Raises ConfigError for what a CPU cannot do at all, however small the model.
+    """
     problems = list(impossible_on_cpu(job, hardware)) if hardware.is_cpu else []
     if problems:
         raise ConfigError(problems)
@@ -72,12 +79,12 @@ def search(job: Job, shape: ModelShape, hardware: Hardware) -> Found:
         return Found(None, [], [], refusals)
     nearest = []
     for tier in tiers(job, hardware):
-        candidates = list(enumerate_tier(job, shape, hardware, tier))
+        candidates = list(enumerate_tier(job, shape, hardware, tier, explain))
         fit = [c for c in candidates if c.fits]
         if fit:
             fit.sort(key=ranking(job, fit))
             return Found(fit[0], _one_of_each_kind(fit), nearest, [])
-        nearest.append(min(candidates, key=closeness))
+        nearest += [min(candidates, key=closeness)] if explain else []
     return Found(None, [], nearest, [])
 
 
@@ -116,6 +123,8 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
             f"lora.targets=all-linear: {shape.name} is a mixture of experts, whose expert tensors get adapters that no "
             "plan counts; use lora.targets=[q_proj,k_proj,v_proj,o_proj], or method=full"
         )
+    if job.activation_checkpointing not in ("auto", *CHECKPOINTING):
+        yield f"activation_checkpointing={job.activation_checkpointing}: training does {' or '.join(CHECKPOINTING)}"
     if shape.attention_softcap:
         yield f"{shape.name} caps its attention scores, which variable-length attention cannot do; Gemma 3 does not"
     world, rows = hardware.world_size, job.batch.global_size
@@ -181,17 +190,28 @@ def states(job: Job, method: str, offload: str, precision: str) -> Iterator[tupl
     yield from ladder
 
 
-def enumerate_tier(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any]) -> Iterator[Candidate]:
-    """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails."""
+def enumerate_tier(
+    job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any], explain: bool = True
+) -> Iterator[Candidate]:
+    """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails.
+
+    explain=False leaves out what its weights and states alone rule out, micro-batches too large to gain anything, and
+    what recomputes or shards where there is room enough without.
+    """
     checkpointings = CHECKPOINTING if job.activation_checkpointing == "auto" else (job.activation_checkpointing,)
     rows = job.batch.global_size // hardware.world_size
     sizes = divisors(rows) if job.micro_batch_size == "auto" else [job.micro_batch_size]
     if hardware.is_cpu and job.micro_batch_size == "auto":
         sizes = [size for size in sizes if size <= MOST_CPU_ROWS]
+    if not explain and job.micro_batch_size == "auto":
+        sizes = [size for size in sizes if size == 1 or size * job.sequence_length <= MOST_TOKENS]
     shared = shardings(job, hardware, tier["offload"])
+    roomy = False
     for precision, (sharding, replicas), checkpointing in product(
         precisions(job, hardware, tier), shared, checkpointings
     ):
+        if roomy and not explain:
+            return
         for size in sizes:
             setup = Setup(
                 **{**tier, "precision": precision},
@@ -202,10 +222,21 @@ def enumerate_tier(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[s
                 gradient_accumulation_steps=rows // size,
                 **fixed(job, hardware),
             )
+            if not explain and not conceivable(job, shape, hardware, setup):
+                break
             candidate = evaluate(job, shape, hardware, setup)
             yield candidate
             if not candidate.fits:
                 break
+            roomy = roomy or (checkpointing == "none" and setup.tokens >= ENOUGH_TOKENS)
+
+
+def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:
+    """Whether weights, gradients and states alone, and what lies in host memory, leave room for anything."""
+    if least_bytes(shape, hardware, setup) > hardware.memory_gib * (1 - job.plan.reserve) * GIB:
+        return False
+    has = hardware.host_memory_gib
+    return hardware.is_cpu or has is None or host_bytes(shape, setup) <= has * GIB
 
 
 def precisions(job: Job, hardware: Hardware, tier: dict[str, Any]) -> tuple[str, ...]:
@@ -229,11 +260,13 @@ def fixed(job: Job, hardware: Hardware) -> dict[str, Any]:
     targets = job.lora.targets
     return {
         "sequence_length": job.sequence_length,
+        "compiled": not hardware.is_cpu if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,
         "gpus_per_node": hardware.count,
         "lora_rank": job.lora.rank,
         "lora_targets": tuple(targets) if isinstance(targets, list) else targets,
         "lora_dropout": job.lora.dropout,
+        "objective": job.objective,
     }
 
 
@@ -315,4 +348,4 @@ def run_hours(job: Job, shape: ModelShape, candidate: Candidate, dataset_tokens:
     tokens = count * job.batch.global_size * job.sequence_length
     rented = candidate.hardware.usd_per_hour is not None
     training = tokens / candidate.tokens_per_second / 3600
-    return training + overhead_hours(shape, candidate.hardware, candidate.setup, rented)
+    return training + overhead_hours(job, shape, candidate.hardware, candidate.setup, rented)

@@ -28,12 +28,14 @@ class Setup:
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     sequence_length: int = 2048
+    compiled: bool = False
     world_size: int = 1
     gpus_per_node: int = 1
     lora_rank: int = 16
     lora_targets: Any = "all-linear"
     """As in the job; a list is given as a tuple."""
     lora_dropout: float = 0.0
+    objective: str = "sft"
 
     @property
     def tokens(self) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from loadmaster.preflight.blocks import Blocks, Weights
-from loadmaster.preflight.layers import chunked_loss, decoder_layer, embed, gather
+from loadmaster.preflight.layers import chunked_loss, decoder_layer, embed, gather, preference_loss
 from loadmaster.preflight.replay import Leaf, Storage, Tape, Tensor, Work
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
@@ -40,13 +40,23 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
     accumulated = setup.gradient_accumulation_steps > 1 and not setup.shards > 1
     tape = Tape(in_place)
     b = Blocks(tape, shape, setup, accumulated)
+    reference = _reference(b) if setup.objective == "dpo" else Work()
     loss, done, units = _forward(b, _Middle(b))
     box = [tape.alloc(4)]
     node = loss.node
     del loss
     tape.backward(node, box)
     units.reduce_rest()
-    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
+    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work).plus(reference))
+
+
+def _reference(b: Blocks) -> Work:
+    """DPO's first pass: the base without its adapter, of which only the answers' log-probabilities stay."""
+    with b.tape.gradients(False):
+        loss, done, _ = _forward(b, _Middle(b))
+    del loss
+    work, b.tape.work = done(b.tape.work), Work()
+    return work
 
 
 @cache
@@ -54,10 +64,11 @@ def evaluation_batch(shape: ModelShape, setup: Setup) -> Replayed:
     """The loss of one micro-batch without gradients."""
     tape = Tape()
     b = Blocks(tape, shape, setup, False)
+    reference = _reference(b) if setup.objective == "dpo" else Work()
     with tape.gradients(False):
         loss, done, _ = _forward(b, _Middle(b))
     del loss
-    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
+    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work).plus(reference))
 
 
 class _Middle:
@@ -122,7 +133,8 @@ def _forward(b: Blocks, middle: _Middle):
         weights = b.layer_weights(experts, rotary)
         layer = _layer(b, weights, experts, positions)
         x = units.begin(x, index, experts, index == middle.replayed - 1)
-        x = tape.checkpoint(layer, x) if b.setup.checkpointing == "full" and tape.enabled else layer(x)
+        kind = b.setup.checkpointing
+        x = tape.checkpoint(layer, x, kind == "selective") if kind != "none" and tape.enabled else layer(x)
         x = units.end(x, index, tape.leaves[first:])
         kept = tape.live - before
         middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward
@@ -134,7 +146,8 @@ def _forward(b: Blocks, middle: _Middle):
     del weights, layer, rotary, positions, ids, embedded  # the decoder's own variables last as long as it runs
     rows = b.n - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = gather(b, b.slice(x, 1.0), rows)
-    return units.finish(chunked_loss(b, x, head, rows)), middle.total, units
+    loss = chunked_loss if b.setup.objective == "sft" else preference_loss
+    return units.finish(loss(b, x, head, rows)), middle.total, units
 
 
 def _layer(b: Blocks, weights: Weights, experts: bool, positions: Storage) -> Callable[[Tensor], Tensor]:

@@ -112,6 +112,7 @@ def decisions(files: RunFiles) -> list[Decision]:
         row("sharding", "sharding"),
         row("offload", "offload"),
         row("activation checkpointing", "activation_checkpointing"),
+        row("layers compiled", "compile", "yes" if plan.get("compile") else "no"),
         row("sequence length", "sequence_length", units.things(plan.get("sequence_length"), "token")),
         row("micro-batch", "micro_batch_size", units.things(plan.get("micro_batch_size"), "packed row")),
         row("gradient accumulation", "gradient_accumulation_steps",

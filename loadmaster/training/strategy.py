@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import TrainingFailed
-from loadmaster.models.adapters import checkpoint_activations, make_trainable, trainable
-from loadmaster.models.forward import causal_lm
+from loadmaster.models.adapters import make_trainable, trainable
+from loadmaster.models.compiled import compile_layers
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES, load_base, load_trained
 from loadmaster.models.preference import loss_module
+from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed
@@ -42,6 +43,8 @@ class Strategy:
         """(model as it is trained, module whose forward is a batch's summed loss), wrapped and checked."""
         model = self.with_trained_part(base)
         checkpoint_activations(model, self.plan.activation_checkpointing)
+        if self.plan.compile:
+            compile_layers(model)
         loss = self.wrap(self.loss(model))
         self.check(loss)
         return model, loss
@@ -94,11 +97,3 @@ class Strategy:
         else:
             model = load_trained(base_folder, trained_folder, *how)
         return model, self.loss(model)
-
-
-def decoder_layers(loss: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a SummedLoss, in order. Raises TrainingFailed for a model that has no list of them."""
-    layers = getattr(causal_lm(loss).get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not layers:
-        raise TrainingFailed("this model has no list of decoder layers to shard by; use sharding=ddp")
-    return list(layers)

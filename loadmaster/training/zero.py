@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from loadmaster.config.schema import Job, OptimizerConfig
 from loadmaster.errors import ConfigError, Problem, TrainingFailed
 from loadmaster.models.adapters import trainable
-from loadmaster.models.forward import causal_lm
+from loadmaster.models.forward import causal_lm, decoder_layers
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.zero_settings import ZERO, deepspeed_config
 from loadmaster.training.flat import Cut, FlatPlaced
-from loadmaster.training.strategy import Strategy, decoder_layers
+from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
 
 

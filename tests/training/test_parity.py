@@ -31,6 +31,9 @@ TWO = [
     case("full-fsdp-2", "full", "fsdp", 2),
     case("lora-fsdp-2", "lora", "fsdp", 2),
     case("full-fsdp-2-offload", "full", "fsdp", 2, offload="all"),
+    case("full-fsdp-2-compiled", "full", "fsdp", 2, compile=True),
+    case("lora-fsdp-2-compiled", "lora", "fsdp", 2, compile=True, checkpointing="selective"),
+    case("full-ddp-2-compiled", "full", "ddp", 2, compile=True, checkpointing="full"),
     case("full-fsdp-2-checkpointed", "full", "fsdp", 2, checkpointing="full", offload="optimizer"),
 ]
 FOUR = [
