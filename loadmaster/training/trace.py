@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from loadmaster.config.schema import Job
 from loadmaster.data import MicroBatch
 from loadmaster.models.attention import PACKED
+from loadmaster.models.float8 import train_in_fp8
 from loadmaster.models.forward import token_losses
 from loadmaster.models.frozen import freeze_linears, frozen_form
 from loadmaster.models.recompute import checkpoint_activations
@@ -88,6 +89,8 @@ def traced_peaks(
     model = _meta_model(config)
     if form := frozen_form(method, precision):
         freeze_linears(model, form)
+    if (method, precision) == ("full", "fp8"):
+        train_in_fp8(model, torch.device("meta"))
     if method != "full":
         from peft import LoraConfig, get_peft_model
 
@@ -126,6 +129,8 @@ class Live(TorchDispatchMode):
         self.live = self.peak = 0
 
     def count(self, tensor: torch.Tensor) -> None:
+        if is_traceable_wrapper_subclass(tensor):  # what it wraps is counted
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if tensor.device.type != "meta" or key in self.sizes:
