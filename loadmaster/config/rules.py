@@ -142,12 +142,13 @@ def qlora_is_not_fp8(job: Job, origins: Origins) -> Found:
         yield "precision", job.precision, "does not go with method=qlora, whose base is in nf4", remedy
 
 
-@rule("precision", "method")
-def full_is_not_fp8(job: Job, origins: Origins) -> Found:
-    """precision fp8 is a frozen base's: training every weight in fp8 (method=full) is not built."""
-    if job.method == "full" and job.precision == "fp8":
-        remedy = "precision=bf16 with full, or method=lora for adapters on a frozen fp8 base"
-        yield "precision", job.precision, "is for a frozen base, and method=full trains every weight", remedy
+@rule("sequence_length", "method", "precision")
+def fp8_products_take_sixteens(job: Job, origins: Origins) -> Found:
+    """method=full precision=fp8 needs a sequence_length that is a multiple of 16: its fp8 products sum over tokens."""
+    if job.method == "full" and job.precision == "fp8" and job.sequence_length % 16:
+        works = -(-job.sequence_length // 16) * 16
+        message = "is no multiple of 16, which fp8 products over tokens need"
+        yield "sequence_length", job.sequence_length, message, f"sequence_length={works}, or precision=bf16"
 
 
 @rule("precision", "hardware.gpu")

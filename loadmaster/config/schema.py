@@ -340,7 +340,8 @@ class Job:
     method: Literal["auto", "lora", "qlora", "full"] = "auto"
     """lora: adapters on a frozen bf16 base; qlora: on an nf4 base; full: every weight."""
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
-    """Compute dtype; auto: bf16 where the device has it, fp32 on a CPU."""
+    """Compute dtype; fp8: a frozen base held in FP8 (lora), or products on FP8 units over bf16 weights (full).
+    auto: bf16 where the device has it, or fp8 where the plan finds that faster; fp32 on a CPU."""
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()

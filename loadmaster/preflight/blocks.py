@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loadmaster.preflight.frozen import WIDE, fp8_matmul, nf4_matmul
+from loadmaster.preflight.frozen import WIDE, fp8_matmul, fp8_training_matmul, nf4_matmul
 from loadmaster.preflight.replay import Storage, Tape, Tensor
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
@@ -135,13 +135,15 @@ class Blocks:
         m, weight, bias, a, b = entry
         if self.setup.method == "qlora":
             out = nf4_matmul(self, x, m)
-        elif self.setup.method == "lora" and self.setup.precision == "fp8":
+        elif self.setup.precision == "fp8" and self.setup.adapters:
             out = fp8_matmul(self, x, m)
+        elif self.setup.precision == "fp8" and m.inputs % 16 == 0 == m.outputs % 16:
+            out = fp8_training_matmul(self, x, weight, m)
         else:
             out = self.matmul(x, weight, m.inputs, m.outputs, self.n)
         if bias is not None:
             out = self.add_bias(out, bias)
-            if self.setup.method == "lora" and self.setup.precision == "fp8":  # a kernel of its own
+            if self.setup.precision == "fp8":  # a kernel of its own
                 self.tape.moved(out.bytes, out.bytes)
                 out = Tensor(self.tape.alloc(out.bytes), out.node)
         if a is None:

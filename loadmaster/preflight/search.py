@@ -115,8 +115,8 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     """What was written and cannot work on this hardware, whatever its memory."""
     if job.precision == "fp8" and not hardware.has_fp8:
         yield f"precision=fp8: {hardware.label} has no fp8 matrix units (compute capability 8.9 or later has); use bf16"
-    if job.precision == "fp8" and job.method == "auto" and "lora" not in job.plan.methods:
-        yield "precision=fp8 is for the frozen base of method=lora, which plan.methods leaves out; use bf16"
+    if job.precision == "fp8" and job.method == "auto" and set(job.plan.methods) == {"qlora"}:
+        yield "precision=fp8 is for method=lora or full, which plan.methods leaves out; use bf16"
     if shape.experts and job.method != "full" and job.lora.targets == "all-linear":
         # peft takes the router and the 3-D tensors of the experts for linears, at several times the adapter's size.
         yield (
@@ -153,8 +153,9 @@ def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
     methods = job.plan.methods if job.method == "auto" else [job.method]
     if job.objective == "dpo":  # its reference is the base under a disabled adapter
         methods = [method for method in methods if method != "full"]
-    if job.precision == "fp8":  # the form of a frozen base; nf4 is qlora's
-        methods = [method for method in methods if method == "lora"] or methods
+    if job.precision == "fp8":  # qlora's base is in nf4
+        without = {"qlora"} if job.sequence_length % 16 == 0 else {"qlora", "full"}
+        methods = [method for method in methods if method not in without] or methods
     precision = job.precision if job.precision != "auto" else "fp32" if hardware.is_cpu else "bf16"
     for method in methods:
         for offload in offloads(job, method, hardware):
@@ -240,8 +241,9 @@ def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
 
 
 def precisions(job: Job, hardware: Hardware, tier: dict[str, Any]) -> tuple[str, ...]:
-    """Adapters may also be trained over a frozen fp8 base, where the hardware has fp8 units and nothing was written."""
-    open_ = job.precision == "auto" and tier["method"] == "lora" and hardware.has_fp8
+    """Where the hardware has fp8 units and nothing was written, a frozen base may be in fp8, or full's products."""
+    able = tier["method"] == "lora" or (tier["method"] == "full" and job.sequence_length % 16 == 0)
+    open_ = job.precision == "auto" and able and hardware.has_fp8
     return (tier["precision"], "fp8") if open_ else (tier["precision"],)
 
 

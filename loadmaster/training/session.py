@@ -166,8 +166,5 @@ def refuse_unbuilt(plan: Plan) -> None:
         for key, built in BUILT.items()
         if getattr(plan, key) not in built
     ]
-    if (plan.method, plan.precision) == ("full", "fp8"):
-        message = "training does precision=fp8 for the frozen base of method=lora only"
-        problems.append(Problem("precision", "fp8", "the plan (plan.json)", message, "precision=bf16, or method=lora"))
     if problems:
         raise ConfigError(problems)

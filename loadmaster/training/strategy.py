@@ -15,6 +15,7 @@ from loadmaster.config.schema import Job
 from loadmaster.errors import TrainingFailed
 from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.compiled import compile_layers
+from loadmaster.models.float8 import train_in_fp8
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES, load_base, load_trained
 from loadmaster.models.preference import loss_module
@@ -51,7 +52,10 @@ class Strategy:
 
     def with_trained_part(self, base: nn.Module) -> nn.Module:
         seed_everything(self.job.seed)  # an adapter's first values: the same on every rank, however the base was read
-        return make_trainable(base, self.plan.method, self.job.lora)
+        model = make_trainable(base, self.plan.method, self.job.lora)
+        if (self.plan.method, self.plan.precision) == ("full", "fp8"):
+            train_in_fp8(model, self.world.device)
+        return model
 
     def loss(self, model: nn.Module) -> nn.Module:
         return loss_module(model, self.job.objective, self.job.preference)

@@ -39,9 +39,10 @@ CASES = {
         ["objective=dpo", "data.format=preference", "preference.label_smoothing=0.1"],
     ),
     "qlora_is_not_fp8": (["method=qlora", "precision=fp8"], "precision", "precision=bf16", ["method=qlora"]),
-    "full_is_not_fp8": (
-        ["method=full", "precision=fp8", "hardware=h100_80gb_x1"], "precision", "method=lora",
-        ["method=lora", "precision=fp8", "hardware=h100_80gb_x1"],
+    "fp8_products_take_sixteens": (
+        ["method=full", "precision=fp8", "hardware=h100_80gb_x1", "sequence_length=1000"], "sequence_length",
+        "sequence_length=1008",
+        ["method=full", "precision=fp8", "hardware=h100_80gb_x1", "sequence_length=1008"],
     ),
     "fp8_needs_fp8_units": (
         ["precision=fp8", "hardware=a100_80gb_x1"], "precision", "h100_80gb",

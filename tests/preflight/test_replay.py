@@ -151,3 +151,18 @@ def test_gradients_that_meet_are_added_in_place_unless_a_trace_is_replayed() -> 
 def test_the_engines_numbers_are_the_preflights() -> None:
     assert LOSS_CHUNK_TOKENS == loss.CHUNK_TOKENS
     assert WIDE == recompute.WIDE
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_training_in_fp8_is_replayed_as_torchao_does_it(family: str) -> None:
+    config = random_config(family, 0)
+    cases = [Case(512), Case(3008), Case(3008, accumulated=True), Case(3008, "full"), Case(3008, "selective")]
+    shape = from_config(config, family)
+    for case, truth in zip(cases, traced_peaks(config, "full", cases, precision="fp8"), strict=True):
+        setup = Setup(
+            method="full", precision="fp8", optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
+            sequence_length=case.tokens, gradient_accumulation_steps=2 if case.accumulated else 1,
+        )  # fmt: skip
+        error = training_step(shape, setup, in_place=False).peak / truth - 1
+        allowed = 0.01 if case.checkpointing == "selective" else TOLERANCE
+        assert -TOLERANCE < error < allowed, f"{config} {case}: replay is {error:+.3%} from the trace of {truth} bytes"

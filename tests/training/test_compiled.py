@@ -176,3 +176,19 @@ def test_a_cache_folder_of_the_users_own_is_used_as_it_is(tmp_path, monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     CompileCache(tmp_path / "run").open()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+
+
+def test_a_gpus_attention_compiles_once_too_whatever_the_documents():
+    """On the meta device the engine takes the paths of a GPU: variable-length attention, FP8 units."""
+    from loadmaster.training.trace import _meta_model
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made = make_trainable(_meta_model(SHAPE), "lora", LoraConfig(rank=4))
+    checkpoint_activations(made, "selective")
+    compile_layers(made)
+    for seed in range(4):
+        loss, _ = token_losses(made, batch(seed))
+        loss.backward()
+        assert graphs_compiled() == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
