@@ -181,6 +181,21 @@ def several_gpus_are_synchronised(job: Job, origins: Origins) -> Found:
         yield "sharding", "none", message, "sharding=ddp (whole model on each GPU), sharding=fsdp (split), or auto"
 
 
+@rule("optimizer.name", "optimizer.master_weights", "sharding", "precision")
+def zero_steps_by_adamw(job: Job, origins: Origins) -> Found:
+    """zero1, zero2 and zero3 are DeepSpeed's, which cuts what is trained into ranges of elements: only AdamW, with fp32
+    master weights, steps those."""
+    if job.sharding not in ("zero1", "zero2", "zero3"):
+        return
+    remedy = "adamw or auto, or sharding=fsdp, which goes with every optimizer"
+    if job.optimizer.name not in ("auto", "adamw"):
+        message = f"works on matrices or blocks, which sharding={job.sharding} cuts"
+        yield "optimizer.name", job.optimizer.name, message, f"optimizer.name={remedy}"
+    if job.optimizer.master_weights is False and job.precision != "fp32":
+        message = f"sharding={job.sharding} keeps fp32 master weights of what it trains in bf16"
+        yield "optimizer.master_weights", False, message, "optimizer.master_weights=auto, or sharding=fsdp"
+
+
 @rule("micro_batch_size", "batch.global_size", "hardware.count", "hardware.nodes")
 def micro_batch_within_global_batch(job: Job, origins: Origins) -> Found:
     """One micro-batch on every GPU is no more than batch.global_size."""

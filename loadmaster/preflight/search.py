@@ -20,6 +20,7 @@ from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
+from loadmaster.preflight.zero_settings import ZERO
 
 CHECKPOINTING = ("none", "selective", "full")
 """What auto chooses from."""
@@ -132,7 +133,7 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
         yield f"sharding={job.sharding}: there is one GPU; use none or auto"
     if job.sharding == "none" and world > 1:
         yield f"sharding=none: there are {world} GPUs; use ddp, fsdp or auto"
-    if job.offload == "all" and job.sharding in ("none", "ddp"):
+    if job.offload == "all" and job.sharding in ("none", "ddp", "zero1", "zero2"):
         yield f"offload=all needs sharded weights; use sharding=fsdp or zero3 instead of {job.sharding}"
     if rows % world:
         yield f"batch.global_size={rows} does not divide over {world} GPUs; use {math.ceil(rows / world) * world}"
@@ -179,7 +180,8 @@ def offloads(job: Job, method: str, hardware: Hardware) -> tuple[str, ...]:
 
 
 def states(job: Job, method: str, offload: str, precision: str) -> Iterator[tuple[str, bool]]:
-    ladder = (("adamw", True),) if method != "full" or offload != "none" else FULL_STATES
+    one = method != "full" or offload != "none" or job.sharding in ZERO  # DeepSpeed keeps fp32 masters
+    ladder = (("adamw", True),) if one else FULL_STATES
     if precision == "fp32":
         ladder = tuple(dict.fromkeys((name, False) for name, _ in ladder))
     if job.optimizer.name != "auto":
@@ -291,7 +293,7 @@ def ranking(job: Job, fit: list[Candidate]) -> Callable[[Candidate], tuple]:
     # Whole weights on each GPU have nothing to gather, so they come before sharded ones that are as fast.
     # fp8 rounds the base, so it has to win by more than that.
     return lambda c: (
-        -min(c.tokens_per_second or 0, near), c.setup.precision == "fp8", c.setup.shards > 1, c.memory.needed_gib
+        -min(c.tokens_per_second or 0, near), c.setup.precision == "fp8", c.setup.state_shards > 1, c.memory.needed_gib
     )  # fmt: skip
 
 

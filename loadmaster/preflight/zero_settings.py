@@ -30,9 +30,13 @@ def reduce_bucket(trainable: int) -> int:
 
 
 def deepspeed_config(
-    sharding: str, offload: str, bf16: bool, pin_memory: bool, trainable: int, micro_batch_size: int
+    sharding: str, offload: str, pin_memory: bool, trainable: int, micro_batch_size: int
 ) -> dict[str, Any]:
-    """The configuration that DeepSpeed is given; trainable: elements of all trained parameters."""
+    """The configuration that DeepSpeed is given; trainable: elements of all trained parameters.
+
+    No "bf16": weights come in the dtype that the plan says. Set, zero1 alone would go to another optimizer of
+    DeepSpeed's, with buffers of its own.
+    """
     stage = ZERO[sharding]
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": reduce_bucket(trainable)}
     host = {"device": "cpu", "pin_memory": pin_memory}
@@ -52,7 +56,6 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,  # the loop says itself which micro-batch is a step's last
         "gradient_clipping": 0.0,
-        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # the loop leaves out what is not finite
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,

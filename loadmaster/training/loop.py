@@ -134,7 +134,6 @@ def train(
         tracker = open_tracker(job, run_dir, job_hash, world.lead)
         tokens_at_start, trained_at_start, busy_s = tokens, trained_total, 0.0
         eval_loss: float | None = None
-        straggler: str | None = None
         recompilations = 0
 
         def save(step: int) -> None:
@@ -205,8 +204,7 @@ def train(
                 if plan.compile and graphs_compiled() > compiled + recompilations:
                     recompilations = graphs_compiled() - compiled
                     display.echo(f"step {step} compiled anew ({recompilations} graphs since the rehearsal)")
-                if world.lead and watch.straggler() not in (None, straggler):
-                    straggler = watch.straggler()
+                if world.lead and (straggler := watch.straggler()) is not None:
                     display.echo(straggler)
                 _stop_if(asked, f"after step {step} of {steps} (checkpoint saved)", checkpoints)
                 rate.pause()

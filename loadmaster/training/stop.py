@@ -133,7 +133,7 @@ class StopSignal:
     def _end(self, waited_s: float) -> None:
         """The last resort: a step, or a rank that is waited for, took longer than whoever asked is willing to wait."""
         with suppress(Exception):
-            self.last_words(f"{MESSAGE} (nothing was saved within {waited_s:g} s, launch.grace_s)")
+            self.last_words(f"{MESSAGE} (nothing was saved within {waited_s:g} s)")
         os._exit(StoppedOnRequest.exit_code)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from loadmaster.errors import ConfigError, DataError, LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.files import read_json
 from loadmaster.training.agent import WorkerKilled, Workers, run_workers
-from loadmaster.training.stop import STARTED, StopSignal
+from loadmaster.training.stop import MESSAGE, STARTED, StopSignal
 
 LAST_LINES = 15
 
@@ -47,16 +47,19 @@ def run_stage(stage: str, run_dir: Path, count: int, stop: StopSignal) -> dict[s
     environment = {"LOADMASTER_LEAD": str(os.getpid()), STARTED: os.environ[STARTED]}
     failure: LoadmasterError | StoppedOnRequest | None = None
     try:
-        run_workers(Workers(count, ["-m", "loadmaster.worker", stage, str(run_dir)], environment=environment))
+        first = run_workers(Workers(count, ["-m", "loadmaster.worker", stage, str(run_dir)], environment=environment))
     except (LoadmasterError, StoppedOnRequest) as error:
-        failure = error
-    return _judge(run_dir, count, failure, stop)
+        failure, first = error, error.exit_code
+    return _judge(run_dir, count, first, failure, stop)
 
 
 def _judge(
-    run_dir: Path, count: int, failure: LoadmasterError | StoppedOnRequest | None, stop: StopSignal
+    run_dir: Path, count: int, first: int, failure: LoadmasterError | StoppedOnRequest | None, stop: StopSignal
 ) -> dict[str, Any]:
-    """What became of a stage, from what its ranks left; `failure`: what the agent says of a worker that was killed."""
+    """What became of a stage, from what its ranks left.
+
+    first: exit code of the first that failed, who has the others ended; failure: what the agent says of a killed one.
+    """
     outcomes: dict[int, Outcome] = {}
     for rank in range(count):
         if outcome_file(run_dir, rank).is_file():
@@ -65,12 +68,11 @@ def _judge(
     if len(outcomes) == count and codes == {0}:
         stop.requested = stop.requested or any(o.stop for o in outcomes.values())
         return outcomes[0].figures
-    # Whose time is over ends by itself, and the others then miss it: the request is the cause.
-    alone = [o for o in outcomes.values() if o.code == StoppedOnRequest.exit_code and o.stop]
-    if alone or isinstance(failure, StoppedOnRequest):
-        raise StoppedOnRequest(alone[0].message if alone else str(failure))
+    if first == StoppedOnRequest.exit_code:  # who was asked ended alone, and the others only miss it
+        alone = [o.message for o in outcomes.values() if o.code == first and o.stop]
+        raise StoppedOnRequest(next(iter(alone), str(failure or MESSAGE)))
     failed = [o for o in outcomes.values() if o.code not in (0, StoppedOnRequest.exit_code)]
-    if failed:
+    if failed and not isinstance(failure, WorkerKilled):  # else the others only miss the one that was killed
         raise _error(failed[0])
     stopped = [o for o in outcomes.values() if o.code == StoppedOnRequest.exit_code]
     if stopped and len(outcomes) == count:

@@ -69,9 +69,8 @@ class Zero(Strategy):
         self.engine: Any = None
 
     def _config(self, trained: list[nn.Parameter]) -> dict[str, Any]:
-        cuda, bf16 = self.world.device.type == "cuda", self.dtype == torch.bfloat16
-        count = sum(map(elements, trained))
-        return deepspeed_config(self.plan.sharding, self.plan.offload, bf16, cuda, count, self.plan.micro_batch_size)
+        pin, count = self.world.device.type == "cuda", sum(map(elements, trained))
+        return deepspeed_config(self.plan.sharding, self.plan.offload, pin, count, self.plan.micro_batch_size)
 
     # ---------------------------------------------------------------- loading
 
@@ -127,6 +126,10 @@ class Zero(Strategy):
         found, asked = (loss.zero_optimization_stage(), loss.dp_world_size), (self.stage, self.world.size)
         self._agree(found == asked, f"DeepSpeed does stage {found[0]} over {found[1]} ranks")
         zero = loss.optimizer
+        asked = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}[
+            self.stage
+        ]
+        self._agree(type(zero).__name__ == asked, f"DeepSpeed steps by {type(zero).__name__}")
         shares = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         device = "cpu" if self.plan.offload != "none" else self.world.device.type
         for share in shares:
@@ -307,10 +310,13 @@ class ZeroOptimizer:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
-        whole = self.zero.persistent_parameters
+        kept = self.zero.persistent_parameters
+        # A forward pass without a backward one may have left others whole: they, too, hold what was there before.
+        whole = [p for group in self.zero.fp16_groups for p in group if p.ds_status.name == "AVAILABLE"]
         if whole:
             whole[0].partition(whole)
-            whole[0].all_gather(whole)
+        if kept:
+            kept[0].all_gather(kept)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(tensors, scalars) by `parameter/key`; of bf16 weights also `parameter/master`."""

@@ -53,6 +53,10 @@ CASES = {
         ["sharding=none", "hardware=h100_80gb_x8"], "sharding", "sharding=ddp",
         ["sharding=fsdp", "hardware=h100_80gb_x1"],
     ),
+    "zero_steps_by_adamw": (
+        ["sharding=zero3", "optimizer.name=adafactor", "hardware=h100_80gb_x8"], "optimizer.name", "sharding=fsdp",
+        ["sharding=fsdp", "optimizer.name=adafactor", "hardware=h100_80gb_x8"],
+    ),
     "micro_batch_within_global_batch": (
         ["micro_batch_size=4", "batch.global_size=16", "hardware=h100_80gb_x8"], "micro_batch_size",
         "micro_batch_size=2, or batch.global_size=32",

@@ -40,24 +40,34 @@ def phase(folder: Path, rank: int, words: str) -> bool:
     return log.is_file() and words in log.read_text()
 
 
-@pytest.mark.parametrize("when", ["starting", "loading", "rehearsing", "evaluating"])
+MORE = {
+    "evaluating": ["evaluation.every_steps=1", "data.max_rows=400"],
+    "in the stage evaluate": [
+        "max_steps=2", "stop_after=evaluate", "evaluation.task=json_fields", "evaluation.max_rows=60",
+        "evaluation.max_new_tokens=400",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["starting", "loading", "rehearsing", *MORE])
 def test_sigterm_to_one_rank_ends_all_of_them_with_75_in_every_phase(when, tiny, tmp_path):
-    evaluates = ["evaluation.every_steps=1", "data.max_rows=400"] if when == "evaluating" else []
-    process = start(tmp_path, *job(tiny, "max_steps=2000", "checkpoint.every_steps=500", *evaluates))
-    wait_for(process, lambda: len(workers_of(process.pid)) == 2)
+    process = start(tmp_path, *job(tiny, "max_steps=2000", "checkpoint.every_steps=500", *MORE.get(when, [])))
+    logs = tmp_path / "run" / "logs"
     wait_for(process, {
         "starting": lambda: True,
-        "loading": lambda: (tmp_path / "run" / "logs" / "rank-1.log").is_file(),
+        "loading": (logs / "rank-1.log").is_file,
         "rehearsing": lambda: phase(tmp_path, 1, "doctor:"),
         "evaluating": lambda: len(metrics(tmp_path / "run")) >= 1,
+        "in the stage evaluate": lambda: "evaluate: started" in said(tmp_path) and (logs / "rank-1.stack").is_file(),
     }[when])  # fmt: skip
+    wait_for(process, lambda: len(workers_of(process.pid)) == 2)
     os.kill(workers_of(process.pid)[-1], signal.SIGTERM)
     assert ends(process, tmp_path) == 75, said(tmp_path)
     assert "start the same command again to resume" in said(tmp_path) and "Traceback" not in said(tmp_path)
     done = len(metrics(tmp_path / "run"))
     if when == "evaluating":
         assert (tmp_path / "run" / "checkpoints" / f"step-{done}" / "checksums.json").is_file()
-    else:
+    elif when != "in the stage evaluate":
         assert done == 0
 
 
