@@ -82,7 +82,11 @@ def test_every_shipped_recipe_runs_end_to_end_scaled_down(recipe, tiny, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [("sharding=fsdp", "offload=all"), ("sharding=zero2",)], ids=["fsdp", "zero2"])
+@pytest.mark.parametrize(
+    "spread",
+    [("sharding=fsdp", "offload=all"), ("sharding=zero2",), ("sharding=zero3", "offload=all")],
+    ids=["fsdp", "zero2", "zero3"],
+)
 def test_full_70b_scaled_down_runs_every_stage_on_two_processes(spread, tiny, tmp_path):
     code, output = go(tiny, tmp_path, "recipe=full_70b", "hardware.count=2", *spread)
     assert code == 0, output
