@@ -242,6 +242,7 @@ def end(launch: Launch, provider: Provider, machine: Machine | None, made: list[
             _end_by_name(launch, provider)
             for volume in made:
                 provider.delete_volume(volume.id)
+            _say_what_stays(launch, provider)
     except ProviderError as error:
         launch.echo(
             f"\nATTENTION: it is not certain that {launch.name} has ended ({error}). It ends itself at its "
@@ -249,6 +250,14 @@ def end(launch: Launch, provider: Provider, machine: Machine | None, made: list[
         )
         return
     launch.echo(f"terminated {launch.name}; nothing of it is left running")
+
+
+def _say_what_stays(launch: Launch, provider: Provider) -> None:
+    """A volume whose making was interrupted is not deleted: it may be another launch's, which has the same name."""
+    name = launch.composed.job.launch.volume
+    for volume in provider.volumes():
+        if name is not None and volume.name == name:
+            launch.echo(f"the network volume {name} ({volume.id}, {volume.size_gb} GB) stays, for the next launch")
 
 
 def _end_by_name(launch: Launch, provider: Provider) -> None:
