@@ -22,7 +22,7 @@ from loadmaster.errors import ConfigError
 from loadmaster.launch.choose import Choice, on
 from loadmaster.launch.payload import by_volume, identity, payload
 from loadmaster.launch.provider import MOUNT, Order, Upload, Volume
-from loadmaster.launch.wheel import travelling
+from loadmaster.launch.wheel import constraints, travelling
 
 ROOM = f"{MOUNT}/loadmaster"
 PAYLOAD_BYTES = 96 << 10
@@ -39,7 +39,7 @@ HOLD_S = 300
 MARGIN_S = 60
 """Between the last moment for a checkpoint and the end of the machine."""
 UNKNOWN_HOURS = 24.0
-TORCHRUN, BOOTSTRAP = "torchrun.py", "pod_bootstrap.py"
+TORCHRUN, BOOTSTRAP, CONSTRAINTS = "torchrun.py", "pod_bootstrap.py", "constraints.txt"
 PROGRESS_S = 10
 FILES = (
     "config.yaml", "plan.json", "metrics.jsonl", "eval.json", "result.json", "stages.json", "report.html",
@@ -92,11 +92,13 @@ def make_order(
     secrets = launch.secrets or {}
     wheel = travelling(launch)
     packed = wheel.variables(PAYLOAD_BYTES) if wheel else {}
+    pins = constraints() if wheel else None
     job = {
         "name": name,
         "version": __version__,
         "package": None if launch.package == "auto" or wheel else launch.package,
         "wheel": wheel and {"name": wheel.name, "sha256": wheel.sha256, "parts": len(packed)},
+        "constraints": pins and f"{folder}/{CONSTRAINTS}",
         "remedy": "launch.image or launch.package must match",
         "folder": folder,
         "run_dir": run_dir,
@@ -111,7 +113,7 @@ def make_order(
         "files": list(FILES),
         "secrets": sorted(secrets),
     }
-    more = {TORCHRUN: launch_file(TORCHRUN)} if nodes > 1 else {}
+    more = ({TORCHRUN: launch_file(TORCHRUN)} if nodes > 1 else {}) | ({CONSTRAINTS: pins} if pins else {})
     hardware = on(composed.job, choice.offer).hardware
     travels, uploads = _data(composed, hardware, folder, more, can_upload and launch.volume is not None)
     env = {
