@@ -148,6 +148,8 @@ def prepare(job):
     package = wheel(job) if job.get("wheel") else job["package"]
     if package:
         command = [sys.executable, "-m", "pip", "install", "--no-input", "--quiet", package]
+        if job.get("constraints"):
+            command += ["--constraint", job["constraints"]]
         # Newer base images keep pip from their own Python; this container is thrown away.
         if subprocess.call(command, env=dict(os.environ, PIP_BREAK_SYSTEM_PACKAGES="1")) != 0:
             return "pip could not install " + package

@@ -314,6 +314,11 @@ def _md5_header(data: bytes) -> str:
     return b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
+def has_keys() -> bool:
+    """Whether the environment holds an S3 API key."""
+    return all(os.environ.get(name, "").strip() for name in KEY_VARIABLES)
+
+
 def require_keys() -> tuple[str, str]:
     """The S3 API key of the environment, and something that can use it. Raises LoadmasterError where there is none."""
     found = tuple(os.environ.get(name, "").strip() for name in KEY_VARIABLES)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loadmaster.launch.deploy import Order
     from loadmaster.launch.inference import Inference
     from loadmaster.launch.runpod.client import RunpodClient
-    from loadmaster.launch.runpod.types import NetworkVolume
+    from loadmaster.launch.runpod.types import CreateEndpoint, NetworkVolume
 
 
 def add_parsers(commands: Any) -> None:
@@ -63,7 +63,7 @@ def add_parsers(commands: Any) -> None:
 def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
     import json
 
-    from loadmaster.launch.deploy import deploy, order, write_deployment
+    from loadmaster.launch.deploy import deploy, find, order, write_deployment
     from loadmaster.launch.runpod.types import body
     from loadmaster.training.stop import StopSignal
 
@@ -71,7 +71,8 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
     wanted = order(arguments.run_dir, arguments.volume)
     request = wanted.request
     puts = wanted.volume is not None and not arguments.no_upload
-    print(f"{request.name}: {request.image}")
+    print(f"endpoint {request.name}: {request.image}")
+    print(f"  {_described(request)}")
     if puts:
         what = f"{wanted.artifact} ({wanted.bytes / 1e9:.2f} GB)"
         how = "goes to" if wanted.left is None else "was left in"
@@ -85,18 +86,32 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
         print(json.dumps(body(request), indent=2))
         return 0
     put = _put(wanted) if puts else None
-    if not arguments.yes and not _agreed("make or update this endpoint?"):
-        return 0
     _writable(arguments.run_dir)
-    stop = StopSignal().install()  # Ctrl-C or SIGTERM from here on: what was made is taken back
-    try:
-        with _client() as client:
+    with _client() as client:
+        there = find(client, request.name)
+        print(f"it is there ({there.id}) and is updated in place" if there else "it is not there and is made")
+        if not arguments.yes and not _agreed("go on?"):
+            return 0
+        stop = StopSignal().install()  # Ctrl-C or SIGTERM from here on: what was made is taken back
+        try:
             deployed = deploy(wanted, client, _connect, put, keep=arguments.keep)
-    finally:
-        stop.uninstall()
+        finally:
+            stop.uninstall()
     print(f"written: {write_deployment(arguments.run_dir, deployed)}")
     print(f"OpenAI base URL: {deployed['urls']['run'].removesuffix('/run')}/openai/v1, model {wanted.expected.model}")
     return 0
+
+
+def _described(request: CreateEndpoint) -> str:
+    """Its machines and workers in a line."""
+    gpu, workers = request.gpu, request.workers
+    assert gpu is not None and workers is not None
+    without = f" without {', '.join(gpu.excluded_types)}" if gpu.excluded_types else ""
+    flashboot = "" if request.flashboot in (None, "OFF") else ", FlashBoot"
+    return (
+        f"{gpu.count} GPU(s) a worker of pool {', '.join(gpu.pools)}{without}; {workers.min} to {workers.max} workers, "
+        f"idle for {workers.idle_timeout} s{flashboot}"
+    )
 
 
 def _writable(run_dir: Path) -> None:

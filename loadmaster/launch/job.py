@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rich.console import Console
 from loadmaster import catalog
 from loadmaster.config.compose import Composed
 from loadmaster.errors import ConfigError, LoadmasterError, ProviderError, StoppedOnRequest
-from loadmaster.launch.bucket import reachable, require_keys, url_of
+from loadmaster.launch.bucket import has_keys, reachable, require_keys, url_of
 from loadmaster.launch.check import problems
 from loadmaster.launch.choose import Choice, choices, counts, nodes_of, wanted
 from loadmaster.launch.context import Launch
@@ -71,9 +72,9 @@ def _rent(launch: Launch, provider: Provider, tokens: int | None) -> int:
     if job.launch.volume is not None:
         volume = _volume_called(job.launch.volume, provider.volumes())
     choice = _where_the_volume_is(ranked, volume)
-    if job.launch.fetch and not job.launch.dry_run:
-        require_keys()  # now, and not when the job is over
     order = _order(launch, provider, choice, volume)
+    if (job.launch.fetch or order.uploads) and not job.launch.dry_run:
+        require_keys()  # now, and not when the job is over
     _show(launch, ranked, choice, order)
     if volume is not None:
         _refuse_a_second(provider.machines(), run_folder(launch.composed, choice))
@@ -138,9 +139,10 @@ def _where_the_volume_is(ranked: list[Choice], volume: Volume | None) -> Choice:
 
 def _order(launch: Launch, provider: Provider, choice: Choice, volume: Volume | None) -> Order:
     places = (volume.place,) if volume else choice.offer.places
-    if launch.composed.job.launch.fetch:
-        places = _with_a_way_home(places, launch.composed.job.launch.data_centers)
-    return make_order(launch.composed, choice, launch.name, launch.clock(), provider.api, volume, places)
+    order = make_order(launch.composed, choice, launch.name, launch.clock(), provider.api, volume, places, has_keys())
+    if launch.composed.job.launch.fetch or order.uploads:
+        order = replace(order, places=_with_a_way_home(places, launch.composed.job.launch.data_centers))
+    return order
 
 
 def _with_a_way_home(places: tuple[str, ...], asked: list[str]) -> tuple[str, ...]:
@@ -178,6 +180,8 @@ def _show(launch: Launch, ranked: list[Choice], choice: Choice, order: Order) ->
         launch.echo(f"  (on the network volume {order.volume.name}, {order.volume.size_gb} GB in {order.volume.place})")
     else:
         launch.echo("  no volume: the trained weights end with the Pod; only the run's small files come back")
+    for upload in order.uploads:
+        launch.echo(f"  {upload.path.name} ({upload.bytes / 1e6:.1f} MB) goes to the volume first, as {upload.name}")
     expected = "not known (size of the data)" if choice.usd is None else f"about ${choice.usd:.2f}"
     launch.echo(f"  cost {expected}; terminated after {hours:.2f} h at the latest, ${hours * rate:.2f}\n")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -49,6 +50,17 @@ class Volume:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """A file of this machine that goes to the volume."""
+
+    path: Path
+    name: str
+    """On the volume."""
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Order:
     """A machine, or several, with what runs on each of them.
 
@@ -70,6 +82,8 @@ class Order:
     """Several machines of their own, not a cluster with a fast network."""
     secrets: dict[str, str] = field(default_factory=dict)
     """Further environment variables -> name of the provider's secret that each is to hold."""
+    uploads: tuple[Upload, ...] = ()
+    """Files that have to be on the volume before the machine starts."""
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def _rent(
     needs_volume = settings.volume is not None and order.volume is None
     if not needs_volume:
         try:
+            _upload(launch, provider, order)
             return provider.rent(order), order
         except NoCapacity as error:
             said = str(error)
@@ -83,6 +84,7 @@ def _rent(
         made.append(provider.create_volume(settings.volume, volume_gb(settings, choice), place))
         try:
             placed = with_volume(order, made[-1])
+            _upload(launch, provider, placed)
             return provider.rent(placed), placed
         except NoCapacity as error:
             said = str(error)
@@ -91,6 +93,17 @@ def _rent(
         f"{order.offer.label} could not be rented: {said or 'no data centre has it in stock'}. Try again, name other "
         "machines with launch.gpus, or see whether the request itself is at fault (launch.dry_run=true)"
     )
+
+
+def _upload(launch: Launch, provider: Provider, order: Order) -> None:
+    """Bring the data to the volume while no machine costs anything; what is there is left alone."""
+    if not order.uploads:
+        return
+    assert order.volume is not None
+    with provider.bucket(order.volume.id) as bucket:
+        for upload in order.uploads:
+            sent = bucket.put(upload.path, upload.name, upload.sha256)
+            launch.echo(f"{upload.name} is on the volume ({sent / 1e6:.1f} MB were sent)")
 
 
 class _Followed:
@@ -229,6 +242,7 @@ def end(launch: Launch, provider: Provider, machine: Machine | None, made: list[
             _end_by_name(launch, provider)
             for volume in made:
                 provider.delete_volume(volume.id)
+            _say_what_stays(launch, provider)
     except ProviderError as error:
         launch.echo(
             f"\nATTENTION: it is not certain that {launch.name} has ended ({error}). It ends itself at its "
@@ -236,6 +250,14 @@ def end(launch: Launch, provider: Provider, machine: Machine | None, made: list[
         )
         return
     launch.echo(f"terminated {launch.name}; nothing of it is left running")
+
+
+def _say_what_stays(launch: Launch, provider: Provider) -> None:
+    """A volume whose making was interrupted is not deleted: it may be another launch's, which has the same name."""
+    name = launch.composed.job.launch.volume
+    for volume in provider.volumes():
+        if name is not None and volume.name == name:
+            launch.echo(f"the network volume {name} ({volume.id}, {volume.size_gb} GB) stays, for the next launch")
 
 
 def _end_by_name(launch: Launch, provider: Provider) -> None:

@@ -54,6 +54,12 @@ def travelling(launch: LaunchConfig) -> Wheel | None:
     return None
 
 
+def constraints() -> bytes | None:
+    """The exact versions that this checkout was tested with, for pip there; None: an installed package has none."""
+    path = Path(loadmaster.__file__).parents[1] / "constraints.txt"
+    return path.read_bytes() if path.is_file() else None
+
+
 def is_file(package: str) -> bool:
     """Whether launch.package is meant as a path: a wheel without a scheme."""
     return package.endswith(".whl") and "://" not in package and " @ " not in package

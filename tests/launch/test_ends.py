@@ -57,7 +57,15 @@ def test_a_launcher_that_is_killed_leaves_a_pod_that_ends_itself(place):
     assert list_pods(place.console, place.provider) == 0 and "no Pods or clusters" in place.said
 
 
-def test_ctrl_c_at_any_call_leaves_nothing_running(place):
+@pytest.fixture
+def late_fingers():
+    """A Ctrl-C that comes when the launch is over is nobody's."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_at_any_call_leaves_nothing_running(place, late_fingers):
     """A finger on Ctrl-C while each call of a whole launch is on its way, and again while the machine is ended."""
     fake = place.fake
     fake.runner = scripted

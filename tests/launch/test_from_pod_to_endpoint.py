@@ -248,6 +248,31 @@ def test_a_launch_that_is_to_fetch_asks_for_its_keys_before_anything_is_rented(p
         _with_a_way_home(("US-TX-3",), [])
 
 
+def test_large_data_is_on_the_volume_before_the_machine_starts(place, there, monkeypatch) -> None:
+    data = place.folder / "mine.jsonl"
+    data.write_bytes(os.urandom(300_000))
+    created = place.fake.createPod
+    seen: list[dict[str, bytes]] = []
+
+    def after_the_data(ids, query, body):
+        seen.append(there.objects("vol0001"))
+        return created(ids, query, body)
+
+    monkeypatch.setattr(place.fake, "createPod", after_the_data)
+    words = ("data=file", f"data.path={data}")
+    assert place.launch(*words) == 0, place.said
+    ((name, content),) = seen[0].items()
+    assert name.startswith("loadmaster/data/") and name.endswith("-mine.jsonl") and content == data.read_bytes()
+    assert "mine.jsonl (0.3 MB) goes to the volume first" in place.said
+    puts = sum(call.startswith("PutObject") for call in there.calls)
+    assert place.launch(*words, "seed=3") == 0
+    assert sum(call.startswith("PutObject") for call in there.calls) == puts == 1
+    there.stop_after = len(there.calls)  # the network is gone: nothing is rented
+    with pytest.raises(LoadmasterError, match="goes on where it was"):
+        place.launch(*words, "seed=4")
+    assert place.fake.pods == {} and len(place.fake.created) == 3
+
+
 def test_launch_fetch_brings_the_exports_home_after_the_machine_has_ended(place, there, monkeypatch) -> None:
     exporter = place.folder / "exporter.py"
     exporter.write_text(EXPORTER)

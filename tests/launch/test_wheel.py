@@ -108,6 +108,9 @@ def test_a_job_runs_on_the_code_that_came_along(place, monkeypatch):
     job = json.loads(body["env"]["LOADMASTER_JOB"])
     assert len(parts) == job["wheel"]["parts"] >= 2 and job["package"] is None
     assert all(len(value) < 128 << 10 for value in body["env"].values())
+    assert job["constraints"] == job["folder"] + "/constraints.txt"
+    (pins,) = (place.folder / "workspace").rglob("constraints.txt")
+    assert pins.read_bytes() == (ROOT / "constraints.txt").read_bytes()
     assert f"| from {place.folder}/installed/loadmaster/__init__.py" in place.said
 
 
