@@ -211,7 +211,8 @@ class Verification:
 
     def _live_checks(self, name: str, folder: Path, model: nn.Module, tokenizer: Any) -> dict[str, list[str]]:
         found = {"template": checks.template(tokenizer, self.tokenizer, self.conversations)}
-        if (limit := live_checks.MAX_WEIGHT_ERROR.get(checks.family(name))) is not None:
+        limit = live_checks.MAX_WEIGHT_ERROR.get(checks.family(name))
+        if limit is not None and name not in live_checks.FACTORS_MOVE:
             found["quantized_weights"] = live_checks.quantized_weights(model, self.sketches, limit)
         if str(folder) in self.merged_weights:
             found["merged_weights"] = self.merged_weights[str(folder)]

@@ -155,3 +155,28 @@ def test_nothing_trained_is_said_so(run, tmp_path):
     run.folder = tmp_path / "empty"
     with pytest.raises(ExportRejected, match="train first"):
         run.export("bf16")
+
+
+def cut(file, to=5000):
+    with open(file, "r+b") as opened:
+        opened.truncate(to)
+
+
+@pytest.mark.parametrize(
+    ("break_", "said"),
+    [
+        (lambda base, adapter: cut(base / "model.safetensors"), r"base: model\.safetensors .*should have"),
+        (lambda base, adapter: cut(base / "model.safetensors", 0), r"base: model\.safetensors is no safetensors file"),
+        (lambda base, adapter: (base / "config.json").write_text("{"), r"base: config\.json is no JSON"),
+        (lambda base, adapter: (base / "config.json").unlink(), r"base: config\.json is not there"),
+        (lambda base, adapter: cut(adapter / "adapter_model.safetensors"), r"adapter_model\.safetensors .*should have"),
+        (lambda base, adapter: (adapter / "adapter_config.json").write_text("[]"), r"adapter_config\.json holds no"),
+    ],
+    ids=["base cut off", "base empty", "config garbage", "no config", "adapter cut off", "adapter config garbage"],
+)
+def test_a_base_or_an_adapter_damaged_since_training_is_named_before_anything_is_made(run, tmp_path, break_, said):
+    run.base = shutil.copytree(run.base, tmp_path / "base")
+    break_(run.base, run.folder / "adapter")
+    with pytest.raises(ExportRejected, match=said):
+        run.export("bf16", "fp8")
+    assert not (run.folder / "export").exists()
