@@ -64,6 +64,7 @@ def test_every_format_is_written_verified_published_and_then_left_alone(run, mon
     candidates = results["int4"]["candidates"]
     assert set(candidates) == {"int4-gptq", "int4-rtn"}
     assert results["int4"]["mean_kl"] == min(figures["mean_kl"] for figures in candidates.values())
+    assert all({"task", "flipped_answers"} <= figures.keys() for figures in candidates.values())
 
     config = AutoConfig.from_pretrained(run.folder / "export" / "int4").quantization_config
     assert config["format"] == "pack-quantized"
