@@ -125,7 +125,7 @@ def test_tasks_are_asked_of_a_real_server_before_and_after(tmp_path, smollm2, to
     run = Run(tmp_path, smollm2, save_adapter(smollm2, tmp_path / "adapter", std=0.02), tokenizer)
     data = DataConfig(path="shipped:tickets/validation.jsonl", validation=0.5)
     run.job = replace(run.job, data=data, evaluation=EvaluationConfig(task="none", max_new_tokens=8))
-    run.job = replace(run.job, sequence_length=512)
+    run.job = replace(run.job, sequence_length=512, export=replace(run.job.export, verification_rows=1))
     run.prepared = prepare(run.job, tokenizer, cache_dir=run.cache)
     run.export("bf16")
     write_run_files(run)
