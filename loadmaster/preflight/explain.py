@@ -133,7 +133,7 @@ def basis(hardware: Hardware, setup: Setup) -> dict[str, str]:
     else:
         memory += f"; context and workspaces: measured on {measured['card']}, {measured['date']}"
     if setup.compiled:
-        memory += "; compiled layers: counted as if they were not, which is no less than they take"
+        memory += "; what compiled layers keep: as the compiler's partitioner cuts them, not measured"
     if hardware.world_size > 1:
         memory += "; gathered weights and gradients on their way: equal to traces of fully_shard (ZeRO: modelled)"
         memory += "; communicators: modelled"
