@@ -71,8 +71,8 @@ RUNS = (
     Run("LoRA 8B, adapters in bf16, nothing recomputed, 1 x 4096", EIGHT, lora(1, 4096, **STATES),
         44.650, None, TRANSFORMERS, True),
     Run("sketch: LoRA 8B, layers compiled, 2 x 2048", EIGHT, lora(2, 2048, compiled=True), 32.9, 14587,
-        "a sketch of this engine: compiled layers, fused loss; its states not known, counted as here; one layer is counted "
-        "as eager"),
+        "a sketch of this engine: compiled layers, fused loss; its optimizer states are not known and counted as here, "
+        "and one of the layers is counted as eager"),
     Run("sketch: LoRA 8B, layers compiled, nf4 base, 2 x 2048", EIGHT, lora(2, 2048, compiled=True, method="qlora"),
         23.2, 13778, "the same"),
     Run("sketch: full 3B, layers compiled, 4 x 2048, bf16 moments", THREE, full(compiled=True), 38.6, 24639,
