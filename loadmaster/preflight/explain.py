@@ -12,7 +12,15 @@ from loadmaster.config.schema import Job
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, rentable
 from loadmaster.preflight.memory import Bytes
-from loadmaster.preflight.search import Candidate, Found, largest_micro_batch, run_hours, search
+from loadmaster.preflight.search import (
+    ROW_STEP,
+    Candidate,
+    Found,
+    largest_micro_batch,
+    longest_row,
+    run_hours,
+    search,
+)
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 
@@ -57,6 +65,12 @@ def rejection(job: Job, shape: ModelShape, candidate: Candidate) -> dict[str, An
 
 
 def _explicit_remedy(job: Job, shape: ModelShape, failed: Candidate) -> str:
+    """The number that would fit, of what was written and is too large."""
+    too_large = failed.memory.needed_gib > failed.budget_gib
+    if too_large and failed.setup.micro_batch_size == 1 and failed.setup.sequence_length > ROW_STEP:
+        longest = longest_row(job, shape, failed)
+        if longest:
+            return f"; sequence_length={longest} fits"
     if job.micro_batch_size == "auto" or failed.memory.needed_gib <= failed.budget_gib:
         return ""
     fits = largest_micro_batch(job, shape, failed)
@@ -78,6 +92,9 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, phases
         better = found.nearest[-1]
         said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")
     said += [against(chosen, other) for other in found.others]
+    longest = longest_row(job, shape, chosen)
+    beyond = f", of the {shape.max_position:,} that the model knows" if shape.max_position else ""
+    said.append(f"the longest row that fits here, recomputed and one at a time: {longest:,} tokens{beyond}")
     setup = chosen.setup
     if setup.method == "full" and setup.optimizer == "adamw" and not setup.master_weights and setup.precision == "bf16":
         said.append("without fp32 master weights, updates smaller than a bf16 weight's spacing are lost")
@@ -133,7 +150,7 @@ def basis(hardware: Hardware, setup: Setup) -> dict[str, str]:
     else:
         memory += f"; context and workspaces: measured on {measured['card']}, {measured['date']}"
     if setup.compiled:
-        memory += "; compiled layers: counted as if they were not, which is no less than they take"
+        memory += "; what compiled layers keep: as the compiler's partitioner cuts them, not measured"
     if hardware.world_size > 1:
         memory += "; gathered weights and gradients on their way: equal to traces of fully_shard (ZeRO: modelled)"
         memory += "; communicators: modelled"

@@ -195,6 +195,7 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
         lora_targets=setup.lora_targets,
         lora_dropout=setup.lora_dropout,
         objective=setup.objective,
+        compiled=setup.compiled,
         sharding="zero1" if setup.stage == 1 else "fsdp" if setup.shards > 1 else "none",
         world_size=setup.world_size if setup.shards > 1 else 1,
         replicas=setup.replicas if setup.shards > 1 else 1,

@@ -1,10 +1,10 @@
 """The plan's peak held against what the worst step on a real GPU took: how far off, and through which component.
 
-    allocated at load             weights, fp32 masters
-    allocated between steps       the same, and optimizer states
-    peak minus that               gradients, activations, logits, dequantized weights, gathered shards
-    reserved over allocated       fragmentation
-    device minus reserved         CUDA context, communicators
+allocated at load             weights, fp32 masters
+allocated between steps       the same, and optimizer states
+peak minus that               gradients, activations, logits, dequantized weights, gathered shards
+reserved over allocated       fragmentation
+device minus reserved         CUDA context, communicators
 """
 
 from __future__ import annotations

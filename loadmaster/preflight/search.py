@@ -32,6 +32,7 @@ MOST_TOKENS = 32768
 """Of a micro-batch on one GPU; where only the best plan is asked for, larger ones are passed over: they gain < 1%."""
 ENOUGH_TOKENS = 4096
 """Of a micro-batch whose activations are all kept: nothing else is more than EQUAL_SPEED faster."""
+ROW_STEP, MOST_ROW = 256, 2**24
 EQUAL_SPEED = 0.02
 """Plans this close in speed are equal: the one with less memory is taken."""
 
@@ -331,6 +332,25 @@ def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
         middle = (low + high) // 2
         tried = evaluate(job, shape, failed.hardware, replace(failed.setup, micro_batch_size=middle))
         low, high = (middle, high) if tried.fits else (low, middle)
+    return low
+
+
+def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
+    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time with every layer recomputed."""
+    checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
+    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing)
+
+    def fits(length: int) -> bool:
+        return evaluate(job, shape, like.hardware, replace(setup, sequence_length=length)).fits
+
+    if not fits(ROW_STEP):
+        return 0
+    low, high = ROW_STEP, 2 * ROW_STEP
+    while high <= MOST_ROW and fits(high):
+        low, high = high, 2 * high
+    while high - low > ROW_STEP:
+        middle = (low + high) // (2 * ROW_STEP) * ROW_STEP
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

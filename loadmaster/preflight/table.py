@@ -110,7 +110,8 @@ def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
             _figure(price.get("usd_per_hour"), "{:.2f}"),
             _figure(plan.cost_usd, "{:.2f}"),
         )
-    (console or Console()).print(table)
+    console = console or Console()
+    Console(file=console.file, width=max(console.width, 120)).print(table)  # whole, also in a log
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -122,3 +122,16 @@ def test_stored_measurements_are_predicted_again_and_summarised() -> None:
     )
     assert "3 of 4 cases measured" in said and "ran out of memory: 1" in said
     assert "device_gib         median 50.00%" in said
+
+
+def test_runs_that_were_measured_on_a_card_stand_beside_the_replay_as_it_is_now() -> None:
+    script = load("reference_runs")
+    stored = sorted(script.RESULTS.glob("reference-*.md"))[-1]
+    assert stored.read_text(encoding="utf-8") == script.page(stored.stem.removeprefix("reference-")), (
+        "the model has changed: python benchmarks/reference_runs.py"
+    )
+    off = {run.name: script.predict(run)[0] / run.gib - 1 for run in script.RUNS}
+    same = [run.name for run in script.RUNS if run.whole_logits]  # eager, and everything that memory depends on
+    assert len(same) == 2 and all(abs(off[name]) < 0.001 for name in same)
+    compiled = [off[name] for name in off if name.startswith("sketch")]
+    assert len(compiled) == 3 and all(0 < share < 0.06 for share in compiled)
