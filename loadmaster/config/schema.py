@@ -79,9 +79,13 @@ class LoraConfig:
 @dataclass(frozen=True, config=CLOSED)
 class PreferenceConfig:
     beta: PositiveFloat = 0.1
-    """dpo: how hard the policy is held to the reference (higher: closer); orpo: weight of the odds ratio."""
+    """dpo, kto: how hard the policy is held to the reference (higher: closer); orpo: weight of the odds ratio."""
     label_smoothing: Annotated[float, Strict(), Ge(0), Lt(0.5)] = 0.0
     """dpo: share of the pairs whose preference is taken to be the wrong way round."""
+    desirable_weight: PositiveFloat = 1.0
+    """kto: weight of the chosen answers' losses."""
+    undesirable_weight: PositiveFloat = 1.0
+    """kto: weight of the rejected answers' losses."""
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -331,8 +335,8 @@ class Job:
     data: DataConfig = DataConfig()
     sequence_length: PositiveInt = 2048
     """Tokens in a packed row; the longest context trained on."""
-    objective: Literal["sft", "dpo", "orpo"] = "sft"
-    """sft: the likelihood of answers; dpo and orpo: preference of chosen over rejected answers (pairs in the data)."""
+    objective: Literal["sft", "dpo", "orpo", "kto"] = "sft"
+    """sft: the likelihood of answers; dpo, orpo, kto: preference of chosen over rejected answers, pairs in the data."""
     preference: PreferenceConfig = PreferenceConfig()
     method: Literal["auto", "lora", "qlora", "full"] = "auto"
     """lora: adapters on a frozen bf16 base; qlora: on an nf4 base; full: every weight."""
