@@ -24,6 +24,8 @@ Origins = dict[str, str]
 Found = Iterator[tuple[str, object, str, str]]
 """Key to blame, its value, what is wrong, what would work."""
 
+SERVED_RANK = 512
+"""Largest rank that --max-lora-rank accepts (vllm 0.33.0); a test holds it to export's list."""
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -203,6 +205,23 @@ def micro_batch_within_global_batch(job: Job, origins: Origins) -> Found:
         remedy = f"batch.global_size={job.micro_batch_size * gpus}"
         remedy = f"micro_batch_size={largest}, or {remedy}" if largest else remedy
         yield "micro_batch_size", job.micro_batch_size, message, remedy
+
+
+@rule("neftune_alpha", "objective")
+def noise_is_for_answers(job: Job, origins: Origins) -> Found:
+    """neftune_alpha goes with objective=sft: noise would be taken for a preference."""
+    if job.neftune_alpha and job.objective != "sft":
+        message = f"objective={job.objective} compares likelihoods, which noise changes"
+        yield "neftune_alpha", job.neftune_alpha, message, "neftune_alpha=0, or objective=sft"
+
+
+@rule("lora.rank", "endpoint.serve_as", "endpoint.server", "method")
+def servers_load_the_rank(job: Job, origins: Origins) -> Found:
+    """endpoint.serve_as=adapter needs a lora.rank that the server takes: up to 512 for vLLM (merged, any rank does)."""
+    if job.endpoint.serve_as == "adapter" and job.method != "full" and job.lora.rank > SERVED_RANK:
+        message = f"{job.endpoint.server} takes adapters of ranks up to {SERVED_RANK}"
+        remedy = f"lora.rank={SERVED_RANK}, or endpoint.serve_as=bf16, where the adapter is merged"
+        yield "lora.rank", job.lora.rank, message, remedy
 
 
 @rule("method", "lora.*")

@@ -74,6 +74,10 @@ class LoraConfig:
     """Dropout on the adapter's input; above 0 costs memory for the masks."""
     targets: str | list[str] = "all-linear"
     """Linear layers that get an adapter: all-linear (every one but the head), names, or a regular expression."""
+    rank_stabilised: Flag = False
+    """rsLoRA: scale by alpha / sqrt(rank) instead, which keeps large ranks learning."""
+    b_lr_ratio: Annotated[float, Strict(), Ge(1)] = 1.0
+    """LoRA+: learning rate of every B over that of A (optimizer.lr); 1 is plain LoRA."""
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -344,6 +348,9 @@ class Job:
     """Compute dtype; fp8: a frozen base held in FP8 (lora), or products on FP8 units over bf16 weights (full).
     auto: bf16 where the device has it, or fp8 where the plan finds that faster; fp32 on a CPU."""
     lora: LoraConfig = LoraConfig()
+    neftune_alpha: NonNegativeFloat = 0.0
+    """NEFTune: uniform noise on the embeddings in training, up to this over the root of a document's tokens times the
+    hidden size; 0: none, 5 is usual."""
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     micro_batch_size: PositiveInt | Auto = "auto"

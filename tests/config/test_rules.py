@@ -62,6 +62,13 @@ CASES = {
         "micro_batch_size=2, or batch.global_size=32",
         ["micro_batch_size=2", "batch.global_size=16", "hardware=h100_80gb_x8"],
     ),
+    "noise_is_for_answers": (
+        ["data=ticket_pairs", "neftune_alpha=5"], "neftune_alpha", "objective=sft", ["neftune_alpha=5"],
+    ),
+    "servers_load_the_rank": (
+        ["method=lora", "lora.rank=1024", "export=adapter", "endpoint.serve_as=adapter"], "lora.rank", "lora.rank=512",
+        ["method=lora", "lora.rank=1024", "export=bf16"],
+    ),
     "lora_settings_have_an_adapter": (
         ["method=full", "lora.rank=4"], "lora.rank", "leave out lora.rank", ["recipe=lora_8b", "method=full"],
     ),
