@@ -24,6 +24,8 @@ Origins = dict[str, str]
 Found = Iterator[tuple[str, object, str, str]]
 """Key to blame, its value, what is wrong, what would work."""
 
+SERVED_RANK = 512
+"""Largest rank that --max-lora-rank accepts (vllm 0.33.0); a test holds it to export's list."""
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -107,17 +109,18 @@ def task_has_answers(job: Job, origins: Origins) -> Found:
 
 
 @rule("objective", "method", "plan.methods")
-def dpo_has_a_reference(job: Job, origins: Origins) -> Found:
-    """objective=dpo trains an adapter: its reference is the base model with the adapter switched off."""
+def preferences_have_a_reference(job: Job, origins: Origins) -> Found:
+    """objective=dpo and kto train an adapter: their reference is the base model with the adapter switched off."""
     left = [name for name in job.plan.methods if name != "full"]
-    if job.objective == "dpo" and (job.method == "full" or (job.method == "auto" and job.plan.methods and not left)):
+    only_full = job.method == "full" or (job.method == "auto" and job.plan.methods and not left)
+    if job.objective in ("dpo", "kto") and only_full:
         message = "needs the model before training as its reference, which a full fine-tune overwrites"
-        yield "objective", "dpo", message, "method=lora, or objective=orpo, which needs no reference"
+        yield "objective", job.objective, message, "method=lora, or objective=orpo, which needs no reference"
 
 
 @rule("data.format", "objective")
 def pairs_go_with_a_preference_objective(job: Job, origins: Origins) -> Found:
-    """data.format=preference goes with objective=dpo or orpo, and they with it (or auto)."""
+    """data.format=preference goes with objective=dpo, orpo or kto, and they with it (or auto)."""
     if (job.data.format == "preference") != (job.objective != "sft") and job.data.format != "auto":
         what = "holds pairs, which objective=sft does not train on"
         if job.objective != "sft":
@@ -132,6 +135,15 @@ def label_smoothing_is_dpos(job: Job, origins: Origins) -> Found:
     if job.preference.label_smoothing and job.objective != "dpo":
         remedy = "preference.label_smoothing=0, or objective=dpo"
         yield "preference.label_smoothing", job.preference.label_smoothing, f"{job.objective} has none", remedy
+
+
+@rule("preference.desirable_weight", "preference.undesirable_weight", "objective")
+def answer_weights_are_ktos(job: Job, origins: Origins) -> Found:
+    """preference.desirable_weight and undesirable_weight belong to objective=kto."""
+    for name in ("desirable_weight", "undesirable_weight"):
+        value = getattr(job.preference, name)
+        if value != 1.0 and job.objective != "kto":
+            yield f"preference.{name}", value, f"{job.objective} has none", f"preference.{name}=1, or objective=kto"
 
 
 @rule("precision", "method")
@@ -208,6 +220,23 @@ def micro_batch_within_global_batch(job: Job, origins: Origins) -> Found:
         remedy = f"batch.global_size={job.micro_batch_size * gpus}"
         remedy = f"micro_batch_size={largest}, or {remedy}" if largest else remedy
         yield "micro_batch_size", job.micro_batch_size, message, remedy
+
+
+@rule("neftune_alpha", "objective")
+def noise_is_for_answers(job: Job, origins: Origins) -> Found:
+    """neftune_alpha goes with objective=sft: noise would be taken for a preference."""
+    if job.neftune_alpha and job.objective != "sft":
+        message = f"objective={job.objective} compares likelihoods, which noise changes"
+        yield "neftune_alpha", job.neftune_alpha, message, "neftune_alpha=0, or objective=sft"
+
+
+@rule("lora.rank", "endpoint.serve_as", "endpoint.server", "method")
+def servers_load_the_rank(job: Job, origins: Origins) -> Found:
+    """endpoint.serve_as=adapter needs a lora.rank that the server takes: up to 512 for vLLM (merged, any rank does)."""
+    if job.endpoint.serve_as == "adapter" and job.method != "full" and job.lora.rank > SERVED_RANK:
+        message = f"{job.endpoint.server} takes adapters of ranks up to {SERVED_RANK}"
+        remedy = f"lora.rank={SERVED_RANK}, or endpoint.serve_as=bf16, where the adapter is merged"
+        yield "lora.rank", job.lora.rank, message, remedy
 
 
 @rule("method", "lora.*")

@@ -24,6 +24,8 @@ from loadmaster.preflight.zero_settings import ZERO
 
 CHECKPOINTING = ("none", "selective", "full")
 """What auto chooses from."""
+FORWARDS = {"dpo": 1, "kto": 3}
+"""Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
 FULL_STATES = (("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False))
 """Optimizer and fp32 master weights for full fine-tuning, most faithful first."""
 MOST_CPU_ROWS = 4
@@ -153,7 +155,7 @@ def divisors(number: int) -> list[int]:
 def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
     """Method, precision, optimizer and offload of each tier, most faithful first."""
     methods = job.plan.methods if job.method == "auto" else [job.method]
-    if job.objective == "dpo":  # its reference is the base under a disabled adapter
+    if job.objective in ("dpo", "kto"):  # their reference is the base under a disabled adapter
         methods = [method for method in methods if method != "full"]
     if job.precision == "fp8":  # qlora's base is in nf4
         without = {"qlora"} if job.sequence_length % 16 == 0 else {"qlora", "full"}
@@ -265,6 +267,7 @@ def fixed(job: Job, hardware: Hardware) -> dict[str, Any]:
     targets = job.lora.targets
     return {
         "sequence_length": job.sequence_length,
+        "forwards": FORWARDS.get(job.objective, 0),
         "compiled": not hardware.is_cpu if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,
         "gpus_per_node": hardware.count,

@@ -24,7 +24,7 @@ from loadmaster.preflight.phases import CALIBRATED, export_bytes
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.step import training_step
+from loadmaster.preflight.step import evaluation_batch, training_step
 
 
 def tokens_per_second(shape: ModelShape, hardware: Hardware, setup: Setup) -> float | None:
@@ -43,7 +43,10 @@ def step_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
 
 
 def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
-    work = training_step(shape, replay_key(replace(setup, sharding="none"), keep=False)).work
+    key = replay_key(replace(setup, sharding="none"), keep=False)
+    work = training_step(shape, key).work
+    if setup.forwards:
+        work = work.plus(evaluation_batch(shape, key).work, setup.forwards)
     if hardware.is_cpu:
         return (work.matmul_flops + work.attention_flops) / (hardware.tflops["fp32"] * 1e12) + work.bytes_moved / (
             hardware.bandwidth_gb_per_s * 1e9

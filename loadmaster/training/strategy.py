@@ -16,6 +16,7 @@ from loadmaster.errors import TrainingFailed
 from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.compiled import compile_layers
 from loadmaster.models.float8 import train_in_fp8
+from loadmaster.models.forward import causal_lm
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES, load_base, load_trained
 from loadmaster.models.preference import loss_module
@@ -46,6 +47,7 @@ class Strategy:
         checkpoint_activations(model, self.plan.activation_checkpointing)
         if self.plan.compile:
             compile_layers(model)
+        causal_lm(model).neftune_alpha = self.job.neftune_alpha
         loss = self.wrap(self.loss(model))
         self.check(loss)
         return model, loss
@@ -72,6 +74,7 @@ class Strategy:
         return TrainingOptimizer(
             trainable(model), self.job.optimizer, self.plan.optimizer, self.plan.master_weights,
             offload=self.plan.offload == "optimizer", sum_over_shards=self.sum_over_shards,
+            b_lr_ratio=self.job.lora.b_lr_ratio,
         )  # fmt: skip
 
     def backward(self, loss: Tensor) -> None:
