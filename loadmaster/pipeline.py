@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -254,12 +253,12 @@ class Pipeline:
 
 def planned(job: Job) -> Plan:
     """The job's plan, with the trace of a step where plan.trace asks for it."""
-    plan = make_plan(job, dataset_tokens(job))
+    tokens = dataset_tokens(job)
     if not job.plan.trace:
-        return plan
-    from loadmaster.training.trace import trace_plan
+        return make_plan(job, tokens, with_elsewhere=True)
+    from loadmaster.training.traced_plan import traced
 
-    return replace(plan, trace=trace_plan(job, plan))
+    return traced(job, lambda share: make_plan(job, tokens, with_elsewhere=True, card_share=share))
 
 
 def command_line(argv: list[str]) -> str:

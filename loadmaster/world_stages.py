@@ -118,7 +118,8 @@ class StageRun:
     # ------------------------------------------------------------------ train
 
     def _train(self, watch: Watchdog) -> dict[str, Any]:
-        from loadmaster.training.loop import train
+        from loadmaster.preflight.prediction import held_against
+        from loadmaster.training.loop import measured, train
         from loadmaster.training.save import write_trained
 
         session, outcome = train(
@@ -137,25 +138,29 @@ class StageRun:
             "predicted_gib": self.plan.memory_gib.total,
             "predicted_peaks_gib": asdict(self.plan.peak_gib) if self.plan.peak_gib else None,
             "rehearsal_peak_allocated_gib": outcome.rehearsal.peak_allocated_gib,
+            "prediction": held_against(self.plan, measured(outcome.rehearsal)),
             "tokens_per_second": outcome.tokens_per_second,
             "trained_tokens_per_second": outcome.trained_tokens_per_second,
             "mfu": model_flops_utilisation(self.plan, outcome.tokens_per_second),
             "checkpoints": outcome.saves,
             "steps": outcome.steps,
+            "recompilations": outcome.recompilations,
             "train_loss": outcome.train_loss,
             "eval_loss": outcome.eval_loss,
             "data": self.materials.prepared.summary,
         }
 
     def _held_out_in_training(self, session: Any, stopping: Callable[[], bool]) -> dict[str, Any] | None:
-        return self._held_out(session.model, session.loss, stopping)
+        return self._held_out(session.model, session.loss, stopping, session.fixed_length)
 
-    def _held_out(self, model: Any, loss: Any, stopping: Callable[[], bool]) -> dict[str, Any] | None:
+    def _held_out(
+        self, model: Any, loss: Any, stopping: Callable[[], bool], to_length: int | None = None
+    ) -> dict[str, Any] | None:
         from loadmaster.evaluation import held_out
 
         return held_out(
             model, self.materials.prepared.validation, self.materials.tokenizer.pad_token_id,
-            self.plan.micro_batch_size, self.world.device, loss, self.world, stopping,
+            self.plan.micro_batch_size, self.world.device, loss, self.world, stopping, to_length,
         )  # fmt: skip
 
     # --------------------------------------------------------------- evaluate

@@ -84,8 +84,13 @@ def test_every_shipped_recipe_runs_end_to_end_scaled_down(recipe, tiny, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "count, spread",
-    [(2, ("sharding=fsdp", "offload=all")), (4, ("sharding=fsdp", "batch.global_size=4")), (2, ("sharding=zero2",))],
-    ids=["fsdp-2-offload", "fsdp-4", "zero2-2"],
+    [
+        (2, ("sharding=fsdp", "offload=all")),
+        (4, ("sharding=fsdp", "batch.global_size=4")),
+        (2, ("sharding=zero2",)),
+        (2, ("sharding=zero3", "offload=all")),
+    ],
+    ids=["fsdp-2-offload", "fsdp-4", "zero2-2", "zero3-2-offload"],
 )
 def test_full_70b_scaled_down_runs_every_stage_on_several_processes(count, spread, tiny, tmp_path):
     code, output = go(tiny, tmp_path, "recipe=full_70b", f"hardware.count={count}", *spread)

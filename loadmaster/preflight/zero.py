@@ -5,11 +5,10 @@
     states           12 N / W: fp32 weights and two moments
     gradients        4 N, fp32, to the step       4 N / W                  4 N / W, always there
     reducing         after the backward pass:     in it: a bucket in the   in it: an fp32 bucket,
-                     an fp32 bucket, twice        weights' dtype, twice,   always there, twice
+                     4 N / W, an fp32 bucket      weights' dtype, twice,   always there, twice
                                                   and once in fp32
-    gathered                                                               the head from begin to end, a matrix in use,
-                                                                           and what is gathered ahead, twice while it
-                                                                           is copied out
+    gathered                                                               the head and two layers; a bucket of them
+                                                                           once more while it is copied out
     step             in place                     in place                 fp32 copies of up to SUB_GROUP gradients
 
 A trained tensor that is larger than the bucket is reduced by itself, out of place. Offloaded, states are on the host;
@@ -77,8 +76,8 @@ def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
     weights = base_bytes(shape, setup.method, setup.precision) + (w * trained if setup.adapters else 0)
     gradients = FP32 * (trained if setup.stage == 1 else share)
     kept = w * largest if offloaded else 0
-    if setup.stage == 1:  # the bucket, and as one row of numbers; the share of all that was reduced
-        backward = FP32 * (bucket + max(bucket, alone) + share)
+    if setup.stage == 1:  # a bucket as one row of numbers, beside the whole gradients; the share of what was reduced
+        backward = FP32 * (bucket + share + alone // gpus)
     else:  # the bucket, and as one row of numbers, in the weights' dtype, and cast
         backward = w * bucket + (w + (FP32 if w < FP32 else 0)) * max(bucket, alone) + w * alone
     host = (4 * FP32 + w) * share + w * largest
@@ -113,14 +112,14 @@ def _buffers(shape: ModelShape, setup: Setup) -> int:
 
 
 def _gathered(shape: ModelShape, setup: Setup, parts: list[tuple[Part, int]]) -> float:
-    """Whole weights at a time: the head, the largest matrix of a layer, and those gathered ahead, twice."""
+    """Whole weights at a time: up to max_live, and what is gathered ahead once more while it is copied out."""
     w = setup.width
-    head = w * shape.embedding_parameters
     cut = [(p, count) for p, count in parts if not _persists(p, w)]
-    layer = max((p.rows * p.row_bytes for p, count in cut if count > 1), default=0)
-    ahead, elements = 0.0, 0
-    for part, count in cut:
-        taken = min(count, max(0, zero_settings.PREFETCH_BUCKET - elements) // max(1, _elements(part, w)))
-        elements += taken * _elements(part, w)
-        ahead += taken * part.rows * part.row_bytes
-    return head + layer + 2 * ahead
+    layers = [
+        sum(p.rows * p.row_bytes for p in layer_parts(shape, setup, experts) if not _persists(p, w))
+        for experts, count in ((False, shape.dense_layers), (True, shape.expert_layers))
+        if count
+    ]
+    ahead = w * (zero_settings.PREFETCH_BUCKET + max((_elements(p, w) for p, count in cut if count > 1), default=0))
+    whole = sum(count * p.rows * p.row_bytes for p, count in cut)
+    return min(w * shape.embedding_parameters + 2 * max(layers), whole) + min(ahead, 2 * max(layers))

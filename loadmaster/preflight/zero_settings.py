@@ -3,7 +3,9 @@
     reduce_bucket_size         gradients reduced together. DeepSpeed takes a buffer of so many fp32 numbers at once and
                                keeps it (stage 3) or takes it anew each backward pass (stages 1 and 2)
     prefetch_bucket_size       stage 3: parameters gathered ahead of their layer
-    max_live_parameters        stage 3: parameters that may be whole at a time; nothing is gathered ahead beyond it
+    max_live_parameters        stage 3: whole parameters beyond which nothing is gathered ahead: the head's, which are
+                               whole throughout, and two decoder layers'. What is gathered ahead runs up to it, for
+                               DeepSpeed looks a bucket further at every module, however small
     max_reuse_distance         stage 3: 0: what a pass has used it lets go, however soon it is needed again
     param_persistence_threshold  stage 3: a tensor no larger is kept whole on every rank: norms, biases, adapters
     sub_group_size             stage 3: parameters stepped together: bounds the fp32 copies of a step
@@ -19,7 +21,6 @@ ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
 """The stage of a sharding that DeepSpeed does."""
 REDUCE_BUCKET = 50_000_000
 PREFETCH_BUCKET = 50_000_000
-MAX_LIVE = 1_000_000_000
 PERSISTENCE = 100_000
 SUB_GROUP = 2**28
 
@@ -29,10 +30,16 @@ def reduce_bucket(trainable: int) -> int:
     return min(REDUCE_BUCKET, trainable + trainable % 2)
 
 
+def max_live(head: int, layer: int) -> int:
+    """Elements that may be whole at a time: of the head, and of two of the largest decoder layers."""
+    return head + 2 * layer
+
+
 def deepspeed_config(
-    sharding: str, offload: str, pin_memory: bool, trainable: int, micro_batch_size: int
+    sharding: str, offload: str, pin_memory: bool, trainable: int, live: int, micro_batch_size: int
 ) -> dict[str, Any]:
-    """The configuration that DeepSpeed is given; trainable: elements of all trained parameters.
+    """The configuration that DeepSpeed is given; trainable: elements of all trained parameters;
+    live: `max_live` of the model.
 
     No "bf16": weights come in the dtype that the plan says. Set, zero1 alone would go to another optimizer of
     DeepSpeed's, with buffers of its own.
@@ -45,7 +52,7 @@ def deepspeed_config(
     if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": PREFETCH_BUCKET,
-            "stage3_max_live_parameters": MAX_LIVE,
+            "stage3_max_live_parameters": live,
             "stage3_max_reuse_distance": 0,
             "stage3_param_persistence_threshold": PERSISTENCE,
             "sub_group_size": SUB_GROUP,

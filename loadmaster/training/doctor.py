@@ -36,7 +36,10 @@ from loadmaster.preflight.plan import Plan
 from loadmaster.training.world import World
 
 GIB = 2**30
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "numpy", "safetensors", "triton")
+PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "torchao", "numpy", "safetensors",
+    "triton",
+)  # fmt: skip
 CLOCK_S = 5.0
 """Clocks further apart than this make logs and checkpoints' times misleading, and can break TLS and NFS."""
 SHM_GIB = 1.0

@@ -19,7 +19,9 @@ import torch
 from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, MicroBatch, PreparedData
 from loadmaster.errors import StoppedOnRequest, TrainingFailed
+from loadmaster.models.compiled import CompileCache, graphs_compiled
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.prediction import Measured, held_against, sentence
 from loadmaster.training.batches import losses, trained_tokens, worst_rows
 from loadmaster.training.checkpoint import Checkpoints, newest_whole
 from loadmaster.training.display import Display
@@ -59,6 +61,8 @@ class Outcome:
     """Of the rank that needed most."""
     saves: dict[str, float | bool] | None
     """How many checkpoints, their size, how long the loop waited for them and how long they took to write."""
+    recompilations: int = 0
+    """Graphs that were compiled after the rehearsal; each makes a step slow, and there should be none."""
 
 
 def train(
@@ -91,6 +95,9 @@ def train(
 
     with stop.deferred():
         watch.at(0, "load")
+        cache = CompileCache(run_dir / "compile_cache", world.lead)
+        if plan.compile:
+            cache.open()
         session = make_session(job, plan, world, tokenizer.pad_token_id, base_folder)
         if world.rank:  # dropout differs from rank to rank; rank 0 draws what a run of one process draws
             seed_everything(job.seed + world.rank)
@@ -105,8 +112,13 @@ def train(
         rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr)
         display.echo(
             f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
-            f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {plan.memory_gib.total:.2f} GiB"
+            f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {predicted_allocated(plan):.2f} GiB"
         )
+        if said := sentence(held_against(plan, measured(rehearsal))):
+            display.echo(f"note: {said}")
+        compiled = graphs_compiled()
+        if plan.compile:
+            cache.share()
         _stop_if(stopping(), "after the rehearsal, before the first step")
 
         found = newest_whole(folder, job_hash, display.echo, world)
@@ -122,6 +134,7 @@ def train(
         tracker = open_tracker(job, run_dir, job_hash, world.lead)
         tokens_at_start, trained_at_start, busy_s = tokens, trained_total, 0.0
         eval_loss: float | None = None
+        recompilations = 0
 
         def save(step: int) -> None:
             state = {
@@ -182,12 +195,15 @@ def train(
                 if asked or step % save_every == 0 or step == steps:
                     save(step)
                     row["save_stall_s"] = round(checkpoints.stalls_s[-1], 4)
-                log.append(row)
+                log.append({**row, "steps": steps})  # so that who follows a run from elsewhere knows its end
                 logging.getLogger("loadmaster").info(f"step {step} of {steps}: {row}")
                 figures = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
                 tracker.log(figures, step)
                 if row["loss"] is not None:
                     display.step(row, peak_memory(session.device)["peak_allocated_gib"])
+                if plan.compile and graphs_compiled() > compiled + recompilations:
+                    recompilations = graphs_compiled() - compiled
+                    display.echo(f"step {step} compiled anew ({recompilations} graphs since the rehearsal)")
                 if world.lead and (straggler := watch.straggler()) is not None:
                     display.echo(straggler)
                 _stop_if(asked, f"after step {step} of {steps} (checkpoint saved)", checkpoints)
@@ -212,7 +228,21 @@ def train(
         rehearsal=rehearsal,
         peaks=most(world.gather(peak_memory(session.device))),
         saves=saves,
+        recompilations=recompilations,
     )
+
+
+def measured(rehearsal: Rehearsed) -> Measured:
+    return Measured(
+        rehearsal.peak_allocated_gib, rehearsal.peak_reserved_gib, rehearsal.peak_device_gib,
+        rehearsal.loaded_gib, rehearsal.resting_gib,
+    )  # fmt: skip
+
+
+def predicted_allocated(plan: Plan) -> float:
+    """What `peak_allocated_gib` counts: on a CPU the whole process."""
+    on_gpu = plan.peak_gib is not None and plan.hardware.gpu != "cpu"
+    return plan.peak_gib.allocated if on_gpu else plan.memory_gib.total
 
 
 def _stop_if(asked: bool, where: str, checkpoints: Checkpoints | None = None) -> None:

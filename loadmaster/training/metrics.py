@@ -108,3 +108,8 @@ def saving_sentence(saves: dict[str, Any]) -> str:
         f"checkpoints: {saves['count']} of {saves['gib']:.3f} GiB; the loop waited {saves['stall_s_mean']:.3f} s for "
         f"each, at most {saves['stall_s_max']:.3f} s; writing took {saves['write_s_mean']:.3f} s{how}"
     )
+
+
+def allocated_gib(device: torch.device) -> float:
+    """By tensors, now; 0 on a CPU, which does not count them."""
+    return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0

@@ -20,7 +20,7 @@ from torch import nn
 from loadmaster.data import MicroBatch
 from loadmaster.errors import TrainingFailed
 from loadmaster.training.checkpoint import Checkpoints
-from loadmaster.training.metrics import most, peak_memory
+from loadmaster.training.metrics import allocated_gib, most, peak_memory
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed
 from loadmaster.training.rng import restore_rng, rng_state
@@ -34,6 +34,10 @@ class Rehearsed:
     peak_reserved_gib: float
     peak_device_gib: float
     seconds: float
+    loaded_gib: float = 0.0
+    """Allocated before the first step."""
+    resting_gib: float = 0.0
+    """Allocated between two steps."""
 
 
 def rehearse(
@@ -53,10 +57,12 @@ def rehearse(
     weights = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
     generators = rng_state()
     part = "the fullest micro-batch"
+    loaded = resting = allocated_gib(world.device)
     try:
         # Twice: gradients of the second backward pass meet the optimizer's states, as in every later step.
         run_step(worst)
         run_step(worst)
+        resting = allocated_gib(world.device)
         finite = all(bool(torch.isfinite(local(parameter)).all()) for _, parameter in trained)
         if world.any(not finite):
             raise TrainingFailed(
@@ -83,7 +89,7 @@ def rehearse(
     optimizer.zero_grad()
     optimizer.reset()
     restore_rng(*generators)
-    return Rehearsed(**peaks, seconds=time.perf_counter() - start)
+    return Rehearsed(**peaks, seconds=time.perf_counter() - start, loaded_gib=loaded, resting_gib=resting)
 
 
 def _save_and_reload(

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from loadmaster.config.schema import Job, OptimizerConfig
 from loadmaster.errors import ConfigError, Problem, TrainingFailed
 from loadmaster.models.adapters import trainable
-from loadmaster.models.forward import causal_lm
+from loadmaster.models.forward import causal_lm, decoder_layers
 from loadmaster.preflight.plan import Plan
-from loadmaster.preflight.zero_settings import ZERO, deepspeed_config
+from loadmaster.preflight.zero_settings import ZERO, deepspeed_config, max_live
 from loadmaster.training.flat import Cut, FlatPlaced
-from loadmaster.training.strategy import Strategy, decoder_layers
+from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
 
 
@@ -68,9 +68,14 @@ class Zero(Strategy):
         self.folder: Path | None = None
         self.engine: Any = None
 
-    def _config(self, trained: list[nn.Parameter]) -> dict[str, Any]:
+    def _config(self, loss: nn.Module, trained: list[nn.Parameter]) -> dict[str, Any]:
         pin, count = self.world.device.type == "cuda", sum(map(elements, trained))
-        return deepspeed_config(self.plan.sharding, self.plan.offload, pin, count, self.plan.micro_batch_size)
+        sharding, offload, rows = self.plan.sharding, self.plan.offload, self.plan.micro_batch_size
+        return deepspeed_config(sharding, offload, pin, count, self._live(loss), rows)
+
+    def _live(self, loss: nn.Module) -> int:
+        head = elements(causal_lm(loss).get_output_embeddings().weight)
+        return max_live(head, max(sum(map(elements, layer.parameters())) for layer in decoder_layers(loss)))
 
     # ---------------------------------------------------------------- loading
 
@@ -113,7 +118,7 @@ class Zero(Strategy):
 
     def wrap(self, loss: nn.Module) -> nn.Module:
         named = trainable(loss)
-        config = self._config([p for _, p in named])
+        config = self._config(loss, [p for _, p in named])
         if self.stage == 3:
             self._fill(loss, config)
             named = trainable(loss)
@@ -184,7 +189,7 @@ class Zero(Strategy):
         if adapter:
             fill_adapter(model, trained_folder)
         loss = self.loss(model.requires_grad_(False))
-        config = self._config([])
+        config = self._config(loss, [])
         config["zero_optimization"].pop("offload_optimizer", None)
         self._fill(loss, config)
         engine, *_ = self.deepspeed.initialize(model=loss, config=config)

@@ -211,9 +211,13 @@ def test_the_loss_falls_and_the_outcome_reports_it(tiny, tmp_path):
     assert {"step", "loss", "lr", "tokens", "tokens_per_second"} <= set(logged[0])
 
 
-def test_what_the_loop_does_not_do_is_refused_not_replaced():
-    with pytest.raises(ConfigError, match="sharding=pipeline"):
-        refuse_unbuilt(dataclasses.replace(PLAN, sharding="pipeline"))
+@pytest.mark.parametrize(
+    "key, value",
+    [("sharding", "zero4"), ("activation_checkpointing", "some")],
+)
+def test_what_the_loop_does_not_do_is_refused_not_replaced(key, value):
+    with pytest.raises(ConfigError, match=f"{key}={value}"):
+        refuse_unbuilt(dataclasses.replace(PLAN, **{key: value}))
 
 
 def test_a_tracker_that_is_not_installed_is_refused_not_left_out():
