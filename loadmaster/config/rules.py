@@ -208,6 +208,17 @@ def zero_steps_by_adamw(job: Job, origins: Origins) -> Found:
         yield "optimizer.master_weights", False, message, "optimizer.master_weights=auto, or sharding=fsdp"
 
 
+@rule("sharding", "compile", "method", "precision")
+def zero_gathers_by_itself(job: Job, origins: Origins) -> Found:
+    """zero3 gathers weights in hooks that cannot be compiled; full fine-tuning in fp8 goes with fsdp, not with ZeRO."""
+    if job.sharding == "zero3" and job.compile is True:
+        message = "sharding=zero3 gathers weights inside the layers, in code that cannot be compiled"
+        yield "compile", True, message, "compile=auto, or sharding=fsdp"
+    if job.sharding in ("zero1", "zero2", "zero3") and (job.method, job.precision) == ("full", "fp8"):
+        message = f"was tried with fully_shard only, not with sharding={job.sharding}"
+        yield "precision", "fp8", message, "precision=bf16, or sharding=fsdp"
+
+
 @rule("micro_batch_size", "batch.global_size", "hardware.count", "hardware.nodes")
 def micro_batch_within_global_batch(job: Job, origins: Origins) -> Found:
     """One micro-batch on every GPU is no more than batch.global_size."""

@@ -122,7 +122,7 @@ class Zero(Strategy):
         if self.stage == 3:
             self._fill(loss, config)
             named = trainable(loss)
-        basic = adamw([p for _, p in named], self.job.optimizer)
+        basic = adamw(named, self.job.optimizer, self.job.lora.b_lr_ratio)
         self.engine, *_ = self.deepspeed.initialize(model=loss, optimizer=basic, config=config)
         return self.engine
 
@@ -203,18 +203,16 @@ def elements(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def adamw(
+    named: list[tuple[str, nn.Parameter]], config: OptimizerConfig, b_lr_ratio: float
+) -> torch.optim.Optimizer:
     """PyTorch's fused AdamW, which DeepSpeed gives its fp32 shares to; matrices decay, vectors do not."""
-
-    def dimensions(parameter: nn.Parameter) -> int:
-        return len(getattr(parameter, "ds_shape", parameter.shape))
-
-    decayed = [p for p in parameters if dimensions(p) > 1]
-    plain = [p for p in parameters if dimensions(p) <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        decay = config.weight_decay if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 else 0.0
+        groups.setdefault((decay, b_lr_ratio if ".lora_B." in name else 1.0), []).append(parameter)
+    made = [{"params": held, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), held in groups.items()]
+    return torch.optim.AdamW(made, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 class ZeroOptimizer:
@@ -288,7 +286,7 @@ class ZeroOptimizer:
     def step(self, lr: float) -> None:
         """Update at rate `lr` and drop the gradients."""
         for group in self.zero.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         self.engine.step()
 
     def zero_grad(self) -> None:
