@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ def load_deepspeed(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*_tensor` is deprecated", category=FutureWarning)  # its collectives
     deepspeed.ops.__compatible_ops__ = {}  # or a process on a CPU compiles a collective of inference for a minute
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
