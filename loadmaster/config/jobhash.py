@@ -18,8 +18,8 @@ from loadmaster.files import sha256_json
 # By stage, the sections and fields that are its inputs; a stage also depends on all stages before it.
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "plan": (
-        "model", "data", "sequence_length", "objective", "preference", "method", "precision", "lora", "optimizer",
-        "batch", "epochs", "max_steps", "seed",
+        "model", "data", "sequence_length", "objective", "preference", "method", "precision", "lora", "neftune_alpha",
+        "optimizer", "batch", "epochs", "max_steps", "seed",
     ),
     "train": (),
     "evaluate": ("evaluation.task", "evaluation.max_rows", "evaluation.max_new_tokens"),
@@ -29,7 +29,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
 
 # How the work is spread and on what: inputs of the plan stage alone. Later stages depend on what the plan then chose
 # (the pipeline adds its method, precision and optimizer), so a run goes on with other GPUs, or another number of them.
-SPREAD = ("micro_batch_size", "activation_checkpointing", "sharding", "offload", "plan", "hardware")
+SPREAD = ("micro_batch_size", "activation_checkpointing", "compile", "sharding", "offload", "plan", "hardware")
 
 # What may change between two starts of the same run: names and places, how often to save and look, who watches.
 NOT_INPUTS = (

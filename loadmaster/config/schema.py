@@ -74,14 +74,22 @@ class LoraConfig:
     """Dropout on the adapter's input; above 0 costs memory for the masks."""
     targets: str | list[str] = "all-linear"
     """Linear layers that get an adapter: all-linear (every one but the head), names, or a regular expression."""
+    rank_stabilised: Flag = False
+    """rsLoRA: scale by alpha / sqrt(rank) instead, which keeps large ranks learning."""
+    b_lr_ratio: Annotated[float, Strict(), Ge(1)] = 1.0
+    """LoRA+: learning rate of every B over that of A (optimizer.lr); 1 is plain LoRA."""
 
 
 @dataclass(frozen=True, config=CLOSED)
 class PreferenceConfig:
     beta: PositiveFloat = 0.1
-    """dpo: how hard the policy is held to the reference (higher: closer); orpo: weight of the odds ratio."""
+    """dpo, kto: how hard the policy is held to the reference (higher: closer); orpo: weight of the odds ratio."""
     label_smoothing: Annotated[float, Strict(), Ge(0), Lt(0.5)] = 0.0
     """dpo: share of the pairs whose preference is taken to be the wrong way round."""
+    desirable_weight: PositiveFloat = 1.0
+    """kto: weight of the chosen answers' losses."""
+    undesirable_weight: PositiveFloat = 1.0
+    """kto: weight of the rejected answers' losses."""
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -284,7 +292,7 @@ class LaunchConfig:
     max_usd_per_hour: PositiveFloat | None = None
     """Dearest machine to take, US dollars an hour."""
     max_usd: PositiveFloat | None = None
-    """Most to spend on the machine; it is terminated when that is spent. Null: max_hours alone decides."""
+    """Most to spend: what is rented ends then, a run here stops before, at the plan's price. Null: max_hours alone."""
     max_hours: PositiveFloat | Auto = "auto"
     """Hours after which the job is ended, whatever it does; auto: twice the planned ones and one more, where rented."""
     grace_s: PositiveFloat = 120
@@ -297,14 +305,17 @@ class LaunchConfig:
     """Data centres to choose from; none named: all."""
     image: str = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
     """Container image, with a tag or digest; its entry point must run the arguments that it is given."""
-    package: str | None = None
-    """Pinned requirement that pip installs there (name==1.2.3, or a URL with a hash or commit); null: in the image."""
+    package: str | None = "auto"
+    """What pip installs there: pinned (name==1.2.3, a URL with a hash or commit), or a wheel here, which travels; auto:
+    this very code as a wheel, or with an image of your own nothing; null: nothing, it is in the image."""
     disk_gb: PositiveInt | Auto = "auto"
     """Container disk, GB; auto: room for the image and, without a volume, for the run."""
     volume: str | None = "loadmaster"
-    """Network volume that keeps checkpoints and exports, made when there is none of that name; null: none."""
+    """Network volume (name or id) for checkpoints and exports, made when there is none of that name; null: none."""
     volume_gb: PositiveInt | Auto = "auto"
     """Size of a volume that is made, GB (10 to 4096); auto: what the plan writes, and the base model twice."""
+    fetch: Flag = False
+    """Bring the exports home from the volume once the machine has ended; false: `loadmaster fetch` does, any time."""
     env: dict[str, str] | None = None
     """Environment variables of the job; no secrets."""
     secrets: dict[str, str] | None = None
@@ -331,14 +342,18 @@ class Job:
     data: DataConfig = DataConfig()
     sequence_length: PositiveInt = 2048
     """Tokens in a packed row; the longest context trained on."""
-    objective: Literal["sft", "dpo", "orpo"] = "sft"
-    """sft: the likelihood of answers; dpo and orpo: preference of chosen over rejected answers (pairs in the data)."""
+    objective: Literal["sft", "dpo", "orpo", "kto"] = "sft"
+    """sft: the likelihood of answers; dpo, orpo, kto: preference of chosen over rejected answers, pairs in the data."""
     preference: PreferenceConfig = PreferenceConfig()
     method: Literal["auto", "lora", "qlora", "full"] = "auto"
     """lora: adapters on a frozen bf16 base; qlora: on an nf4 base; full: every weight."""
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
-    """Compute dtype; auto: bf16 where the device has it, fp32 on a CPU."""
+    """Compute dtype; fp8: a frozen base held in FP8 (lora), or products on FP8 units over bf16 weights (full).
+    auto: bf16 where the device has it, or fp8 where the plan finds that faster; fp32 on a CPU."""
     lora: LoraConfig = LoraConfig()
+    neftune_alpha: NonNegativeFloat = 0.0
+    """NEFTune: uniform noise on the embeddings in training, up to this over the root of a document's tokens times the
+    hidden size; 0: none, 5 is usual."""
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     micro_batch_size: PositiveInt | Auto = "auto"
@@ -348,7 +363,10 @@ class Job:
     max_steps: PositiveInt | None = None
     """Stop after so many optimizer steps; null is the number that epochs gives."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """Recompute activations in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them: of each decoder layer all (full), or all but
+    large products and attention (selective)."""
+    compile: Flag | Auto = "auto"
+    """Compile decoder layers (torch.compile); auto: on a GPU. The first step waits for it, a minute or less."""
     sharding: Literal["auto", "none", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
     """How weights, gradients and optimizer states are spread over GPUs."""
     offload: Literal["auto", "none", "optimizer", "all"] = "auto"

@@ -84,7 +84,7 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], Any, list[str]]:
         if dataclasses.is_dataclass(annotation):
             known = hints(typing.cast(type, annotation))
         elif (mapped := _mapping(annotation)) is not None:
-            known = dict.fromkeys(choices(mapped[0]), mapped[1])
+            known = dict.fromkeys(choices(mapped[0]) or [step], mapped[1])  # any text, where no names are listed
         else:
             break
         path, names, annotation = [*path, step], list(known), known.get(step)

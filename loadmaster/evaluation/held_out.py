@@ -31,6 +31,7 @@ def held_out(
     loss: Callable[[MicroBatch], Tensor] | None = None,
     world: World | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    to_length: int | None = None,
 ) -> dict[str, float | int] | None:
     """{"loss": nats a trained token, "perplexity": exp of it, "tokens": trained tokens} of `rows`.
 
@@ -38,6 +39,7 @@ def held_out(
     batch_size: packed rows at a time. loss: summed loss of a batch, where the model is sharded and must be called
     through its root. world: the ranks among which batches are dealt out, as many to each; all call this together.
     stopping: asked before each batch; None is returned once it says yes. A perplexity beyond a float is infinite.
+    to_length: fixed shapes, as a compiled model needs them: `batch_size` rows of so many tokens, whatever is left.
     Raises DataError when the rows hold no trained token.
     """
     world = world or World()
@@ -50,7 +52,9 @@ def held_out(
                 return None
             first = start + batch_size * world.rank
             some = [rows[i] for i in range(first, min(first + batch_size, len(rows)))] or [untrained(rows[0])]
-            batch = collate(some, pad_token_id)
+            if to_length is not None:
+                some += [untrained(rows[0])] * (batch_size - len(some))
+            batch = collate(some, pad_token_id, to_length)
             sums[0] += summed(batch)
             sums[1] += count_trained(batch.labels, batch.position_ids)
             if (pairs := pair_figures(loss)) is not None:

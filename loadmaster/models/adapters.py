@@ -9,7 +9,6 @@ from torch import nn
 
 from loadmaster.config.schema import LoraConfig
 from loadmaster.errors import ConfigError, Problem
-from loadmaster.models.forward import causal_lm
 
 
 def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module:
@@ -27,6 +26,7 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.rank_stabilised,
         task_type="CAUSAL_LM",
         bias="none",
         target_modules=_targets(model, lora.targets),
@@ -41,15 +41,6 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of everything that training changes, in a fixed order."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def checkpoint_activations(model: nn.Module, mode: str) -> None:
-    """full: keep only each decoder layer's input and recompute the layer in the backward pass."""
-    if mode == "none":
-        return
-    lm = causal_lm(model)
-    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lm.get_decoder().train()
 
 
 def save_trained(model: nn.Module, folder: Any) -> None:

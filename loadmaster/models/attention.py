@@ -7,15 +7,21 @@ goes through scaled-dot-product attention by itself. Neither needs a mask, so no
 S tokens never costs S x S memory, and transformers' mask code (which reads position ids back from the
 device on every forward) is not run.
 
+Both are one operation to torch.compile, and neither how many documents there are nor how long they are is part of
+a compiled graph: each batch has others. The kernel is told the longest document's length, which is therefore the
+first size of a tensor without elements; as a number it would be compiled in.
+
 Calling the model without the bounds is an error, never a silent leak: transformers' default call over a
 packed row lets documents see each other (logits differ by up to 37, measured on SmolLM2, 2026-11-23).
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +61,61 @@ def _by_document(
     return torch.cat(outputs, dim=2)
 
 
+@torch.library.custom_op("loadmaster::attention_by_document", mutates_args=())
+def attention_by_document(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """`_by_document` as one operation, for compiled layers where there is no variable-length kernel (a CPU)."""
+    return _by_document(q, k, v, cu_seq_lens.tolist(), scale, 0.0, window)
+
+
+@attention_by_document.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float | None, window: int | None) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@torch.library.custom_op("loadmaster::attention_by_document_backward", mutates_args=())
+def _backward_by_document(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float | None, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax attention's gradients, one document at a time, with its probabilities P made again in fp32:
+
+    dV = P^T dO    dS = P (dO V^T - rowsum(dO O))    dQ = scale dS K    dK = scale dS^T Q
+    """
+    groups, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
+    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+    for start, end in itertools.pairwise(cu_seq_lens.tolist()):
+        d_out, query = grad[:, :, start:end].float(), q[:, :, start:end].float()
+        key, value = (t[:, :, start:end].float().repeat_interleave(groups, dim=1) for t in (k, v))
+        seen = _window_mask(end - start, end - start if window is None else window, q.device)
+        scores = (query @ key.mT * scale).masked_fill_(~seen, -torch.inf)
+        p = scores.softmax(-1)
+        d_p = d_out @ value.mT
+        d_scores = p * (d_p - (d_p * p).sum(-1, keepdim=True))
+        parts = d_scores @ key * scale, d_scores.mT @ query * scale, p.mT @ d_out
+        for whole, part in zip(gradients, parts, strict=True):
+            whole[:, :, start:end] = part.unflatten(1, (whole.shape[1], -1)).sum(2)
+    return tuple(gradients)
+
+
+@_backward_by_document.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple:
+    gradients = torch.ops.loadmaster.attention_by_document_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.window)
+    return *gradients, None, None, None
+
+
+attention_by_document.register_autograd(_differentiate, setup_context=_keep)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -65,14 +126,16 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    document_bounds: list[int] | None = None,
+    longest_document: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]."""
-    if cu_seq_lens_q is None or document_bounds is None:
+    """transformers' attention function: query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D].
+
+    cu_seq_lens_q: int32 [documents + 1]; longest_document: [its length, 0], no elements.
+    """
+    if cu_seq_lens_q is None or longest_document is None:
         raise RuntimeError(
             "packed attention was called without document bounds; run the model through loadmaster.models.forward"
         )
@@ -80,9 +143,10 @@ def packed_attention(
         raise RuntimeError(
             "packed attention has no soft-capping or attention sinks; this model family is refused at load"
         )
-    if query.is_cuda and dropout == 0.0:
+    if query.is_meta or (query.is_cuda and dropout == 0.0):  # a trace on the meta device stands for a GPU
         from torch.nn.attention.varlen import varlen_attn
 
+        longest = longest_document.shape[0]
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         output = varlen_attn(
             query[0].transpose(0, 1),
@@ -90,27 +154,28 @@ def packed_attention(
             value[0].transpose(0, 1),
             cu_seq_lens_q,
             cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
+            longest,
+            longest,
             scale=scaling,
             window_size=window,
-            **_grouped_query(query, key),
+            **({"enable_gqa": True} if query.shape[1] != key.shape[1] and TOLD_OF_GROUPS else {}),
         )
         return output.unsqueeze(0), None
-    output = _by_document(query, key, value, document_bounds, scaling, dropout, sliding_window)
+    if torch.compiler.is_compiling() and dropout == 0.0:
+        output = torch.ops.loadmaster.attention_by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window)
+    else:
+        output = _by_document(query, key, value, cu_seq_lens_q.tolist(), scaling, dropout, sliding_window)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _grouped_query(query: Tensor, key: Tensor) -> dict[str, bool]:
+def _told_of_groups() -> bool:
     """torch 2.11's varlen_attn infers grouped queries from the shapes, later ones want to be told."""
-    import inspect
-
     from torch.nn.attention.varlen import varlen_attn
 
-    if query.shape[1] == key.shape[1] or "enable_gqa" not in inspect.signature(varlen_attn).parameters:
-        return {}
-    return {"enable_gqa": True}
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
+
+TOLD_OF_GROUPS = _told_of_groups()
 
 AttentionInterface.register(PACKED, packed_attention)
 

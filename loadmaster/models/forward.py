@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loadmaster.errors import LoadmasterError
 from loadmaster.models.loss import summed_cross_entropy
 
 
@@ -21,6 +22,17 @@ def causal_lm(model: nn.Module) -> nn.Module:
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Its decoder layers, in order. Raises LoadmasterError for a model that has no list of them."""
+    layers = getattr(causal_lm(model).get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not layers:
+        raise LoadmasterError(
+            "this model has no list of decoder layers to shard, compile or checkpoint by; use sharding=ddp, "
+            "compile=false and activation_checkpointing=none"
+        )
+    return list(layers)
 
 
 def document_bounds(position_ids_BS: Tensor) -> list[int]:
@@ -61,19 +73,33 @@ def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
         return tensor.to(device, non_blocking=True)
 
     cu_seq_lens = put(torch.tensor(bounds, dtype=torch.int32))
-    longest = max(end - start for start, end in itertools.pairwise(bounds))
+    longest = torch.empty(max(2, *(end - start for start, end in itertools.pairwise(bounds))), 0, device=device)
+    for varies in (cu_seq_lens, longest):  # from batch to batch, and compiled layers are not compiled anew for it
+        torch._dynamo.mark_dynamic(varies, 0)
+    ids = put(batch.input_ids.reshape(1, -1))
+    alpha = getattr(lm, "neftune_alpha", 0.0) if lm.training else 0.0
+    text = {"inputs_embeds": noisy(lm.get_input_embeddings()(ids), bounds, alpha)} if alpha else {"input_ids": ids}
     hidden = lm.get_decoder()(
-        input_ids=put(batch.input_ids.reshape(1, -1)),
+        **text,
         position_ids=put(batch.position_ids.reshape(1, -1)),
         use_cache=False,
         cu_seq_lens_q=cu_seq_lens,
         cu_seq_lens_k=cu_seq_lens,
-        max_length_q=longest,
-        max_length_k=longest,
-        document_bounds=bounds,
+        longest_document=longest,
     ).last_hidden_state[0]
     trained = put(trained)
     return hidden.index_select(0, trained), put(targets).index_select(0, trained), documents
+
+
+def noisy(embedded_NH: Tensor, bounds: list[int], alpha: float) -> Tensor:
+    """NEFTune: embeddings [1, N, h] plus uniform noise of up to alpha / sqrt(L h), L the tokens of the document.
+
+    (Jain et al. 2023, arXiv 2310.05914.)
+    """
+    lengths = torch.tensor([end - start for start, end in itertools.pairwise(bounds)])
+    largest = (alpha / (lengths * embedded_NH.shape[-1]).sqrt()).repeat_interleave(lengths)
+    noise = torch.empty_like(embedded_NH).uniform_(-1, 1)
+    return embedded_NH + noise * largest[None, :, None].to(noise, non_blocking=True)
 
 
 def token_losses(model: nn.Module, batch: Any) -> tuple[Tensor, int]:

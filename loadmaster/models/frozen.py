@@ -265,8 +265,10 @@ class _FP8Matmul(torch.autograd.Function):
         if _on_fp8_units(x, weight.shape[0]):
             product = _scaled_product(x, codes, scale)
         else:
-            product = (x @ codes.to(x.dtype).t()).mul_(scale)
-        return product if bias is None else product.add_(bias)
+            product = x @ codes.to(x.dtype).t()
+            product = torch.mul(product, scale, out=torch.empty_like(product))
+        # Never in place: a selective checkpoint may hold the product (recompute.py).
+        return product if bias is None else product + bias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:

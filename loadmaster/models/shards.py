@@ -76,6 +76,10 @@ def materialise(root: nn.Module, device: torch.device) -> None:
     root._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t.to(device))
 
 
+OPEN_FILES = 2
+"""Files of a checkpoint that are mapped at a time: what was read of one is this process's memory until it is closed."""
+
+
 class Checkpoint:
     """A folder of safetensors, read by name and slice. Raises LoadmasterError for a name that is not there."""
 
@@ -103,6 +107,8 @@ class Checkpoint:
 
     def _open(self, name: str) -> Any:
         if name not in self._files:
+            if len(self._files) == OPEN_FILES:
+                del self._files[next(iter(self._files))]
             self._files[name] = safe_open(self.folder / name, framework="pt")
         return self._files[name]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loadmaster.preflight.frozen import fp8_matmul, nf4_matmul
+from loadmaster.preflight.frozen import WIDE, fp8_matmul, fp8_training_matmul, nf4_matmul
 from loadmaster.preflight.replay import Storage, Tape, Tensor
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
@@ -39,6 +39,7 @@ class Blocks:
         self.w = setup.width
         self.accumulated = accumulated
         self.full = not setup.adapters
+        self.attended = shape.attended(setup.sequence_length)
 
     # ------------------------------------------------------------ parameters
 
@@ -102,7 +103,7 @@ class Blocks:
 
     def matmul(self, x: Tensor, weight: Tensor, inputs: int, outputs: int, rows: int, groups: int = 1) -> Tensor:
         """x [rows, inputs] @ weight^T -> [rows, outputs]; with groups, each row has one of so many weights."""
-        tape, w = self.tape, self.w
+        tape, w, kept = self.tape, self.w, inputs >= WIDE
         needs_x, needs_w = x.node is not None, weight.node is not None
         saved = ([x.storage] if needs_w else []) + ([weight.storage] if needs_x else [])
 
@@ -123,8 +124,9 @@ class Blocks:
                 gx = tape.alloc(w * rows * inputs)
             return [gx, gw]
 
-        work()
-        return tape.op(w * rows * outputs, [x, weight], saved, backward)
+        if tape.runs(kept):
+            work()
+        return tape.op(w * rows * outputs, [x, weight], saved, backward, kept)
 
     # ------------------------------------------------------------ linears
 
@@ -133,12 +135,17 @@ class Blocks:
         m, weight, bias, a, b = entry
         if self.setup.method == "qlora":
             out = nf4_matmul(self, x, m)
-        elif self.setup.method == "lora" and self.setup.precision == "fp8":
+        elif self.setup.precision == "fp8" and self.setup.adapters:
             out = fp8_matmul(self, x, m)
+        elif self.setup.precision == "fp8" and m.inputs % 16 == 0 == m.outputs % 16:
+            out = fp8_training_matmul(self, x, weight, m)
         else:
             out = self.matmul(x, weight, m.inputs, m.outputs, self.n)
         if bias is not None:
             out = self.add_bias(out, bias)
+            if self.setup.precision == "fp8":  # a kernel of its own
+                self.tape.moved(out.bytes, out.bytes)
+                out = Tensor(self.tape.alloc(out.bytes), out.node)
         if a is None:
             return out if contiguous else self.restride(out)
         rank, n = self.setup.lora_rank, self.n
@@ -148,9 +155,9 @@ class Blocks:
         return out if contiguous else self.restride(out)
 
     def dropout(self, x: Tensor) -> Tensor:
-        """The fused kernel of a GPU: keeps a mask of a byte an element."""
+        """The fused kernel of a GPU: keeps a mask of a byte an element (elsewhere, in a trace: of x's dtype)."""
         tape, size = self.tape, x.bytes
-        mask = tape.alloc(size // self.w)
+        mask = tape.alloc(size // self.w if tape.in_place else size)
         tape.moved(size, size, size // self.w)
 
         def backward(g: Storage, _: list) -> list:
@@ -282,11 +289,11 @@ class Blocks:
         tape, n, shape = self.tape, self.n, self.shape
         q, k, v = (self.slice(t, 1.0) for t in (q, k, v))
         size = q.bytes
-        statistics = tape.alloc(4 * n * shape.heads)
+        statistics = tape.alloc_kept(4 * n * shape.heads)
         sizes = [q.bytes, k.bytes, v.bytes]
 
         def work(share: float) -> None:
-            tape.work.attention_flops += share * 2.0 * n * self.setup.sequence_length * shape.query_size
+            tape.work.attention_flops += share * 4.0 * n * self.attended * shape.query_size
             tape.moved(*sizes, size)
 
         def backward(g: Storage, _: list) -> list:
@@ -298,8 +305,9 @@ class Blocks:
             del zeros
             return results
 
-        work(1.0)
-        output = tape.op(size, [], [], backward)
+        if tape.runs(kept=True):
+            work(1.0)
+        output = tape.op(size, [], [], backward, kept=True)
         saved = [q.storage, k.storage, v.storage, output.storage, statistics]
         return tape.link(output, [q, k, v], saved, backward)
 

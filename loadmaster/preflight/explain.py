@@ -10,8 +10,17 @@ from typing import Any
 from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.preflight.coefficients import coefficients
-from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
-from loadmaster.preflight.search import Candidate, Found, largest_micro_batch, run_hours, search
+from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, rentable
+from loadmaster.preflight.memory import Bytes
+from loadmaster.preflight.search import (
+    ROW_STEP,
+    Candidate,
+    Found,
+    largest_micro_batch,
+    longest_row,
+    run_hours,
+    search,
+)
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 
@@ -56,6 +65,12 @@ def rejection(job: Job, shape: ModelShape, candidate: Candidate) -> dict[str, An
 
 
 def _explicit_remedy(job: Job, shape: ModelShape, failed: Candidate) -> str:
+    """The number that would fit, of what was written and is too large."""
+    too_large = failed.memory.needed_gib > failed.budget_gib
+    if too_large and failed.setup.micro_batch_size == 1 and failed.setup.sequence_length > ROW_STEP:
+        longest = longest_row(job, shape, failed)
+        if longest:
+            return f"; sequence_length={longest} fits"
     if job.micro_batch_size == "auto" or failed.memory.needed_gib <= failed.budget_gib:
         return ""
     fits = largest_micro_batch(job, shape, failed)
@@ -68,7 +83,7 @@ def _explicit_remedy(job: Job, shape: ModelShape, failed: Candidate) -> str:
     return f"; micro_batch_size={fits} fits{usable}"
 
 
-def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found) -> list[str]:
+def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, phases: dict[str, Bytes]) -> list[str]:
     if found.best is None:
         said = list(found.refusals)
         return said + [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
@@ -77,14 +92,31 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found) -> lis
         better = found.nearest[-1]
         said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")
     said += [against(chosen, other) for other in found.others]
+    longest = longest_row(job, shape, chosen)
+    beyond = f", of the {shape.max_position:,} that the model knows" if shape.max_position else ""
+    said.append(f"the longest row that fits here, recomputed and one at a time: {longest:,} tokens{beyond}")
     setup = chosen.setup
     if setup.method == "full" and setup.optimizer == "adamw" and not setup.master_weights and setup.precision == "bf16":
         said.append("without fp32 master weights, updates smaller than a bf16 weight's spacing are lost")
     if setup.offload != "none":
         said.append(f"{chosen.memory.host_gib:.0f} GiB of host memory hold what the GPUs cannot")
+    said += export_warning(job, chosen, phases)
     if shape.estimate:
         said.append(f"an estimate: {shape.estimate}")
     return said
+
+
+def export_warning(job: Job, chosen: Candidate, phases: dict[str, Bytes]) -> list[str]:
+    """Exports are verified on one GPU, whatever training was spread over."""
+    need = phases["verify"].total / GIB
+    if need <= chosen.budget_gib or chosen.hardware.is_cpu or job.stop_after in ("train", "evaluate"):
+        return []
+    larger = [name for name, facts in catalog.gpus().items() if facts["memory_gib"] * (1 - job.plan.reserve) >= need]
+    where = f"one {larger[0]}" if larger else "no card of the catalogue"
+    return [
+        f"the export will not pass here: it is verified whole on one GPU, {need:.0f} GiB of {chosen.budget_gib:.1f}; "
+        f"end with stop_after=evaluate ({where} holds it)"
+    ]
 
 
 def against(chosen: Candidate, other: Candidate) -> str:
@@ -107,7 +139,7 @@ def runner_up(chosen: Candidate, other: Candidate) -> dict[str, Any]:
     }
 
 
-def basis(hardware: Hardware) -> dict[str, str]:
+def basis(hardware: Hardware, setup: Setup) -> dict[str, str]:
     """Where the figures come from, and what they leave out."""
     table = coefficients()
     measured = table["context"]["cuda_gib"]
@@ -117,6 +149,8 @@ def basis(hardware: Hardware) -> dict[str, str]:
         memory += "; the process itself: modelled"
     else:
         memory += f"; context and workspaces: measured on {measured['card']}, {measured['date']}"
+    if setup.compiled:
+        memory += "; what compiled layers keep: as the compiler's partitioner cuts them, not measured"
     if hardware.world_size > 1:
         memory += "; gathered weights and gradients on their way: equal to traces of fully_shard (ZeRO: modelled)"
         memory += "; communicators: modelled"
@@ -137,7 +171,7 @@ def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens
     """What would fit: settings changed on this hardware, more of the same machines, then others, cheapest first."""
     found = []
     for text, changed in relaxations(job):
-        best = search(changed, shape, hardware).best
+        best = search(changed, shape, hardware, explain=False).best
         if best is not None:
             found.append(_alternative(text, best, changed, shape, dataset_tokens))
     machines = []
@@ -168,7 +202,7 @@ def _on(job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | No
     """The job on another machine, its global batch rounded up to the number of GPUs; empty if it does not fit."""
     rows = math.ceil(job.batch.global_size / machine.world_size) * machine.world_size
     adjusted = replace(job, batch=replace(job.batch, global_size=rows)) if rows != job.batch.global_size else job
-    best = search(adjusted, shape, machine).best
+    best = search(adjusted, shape, machine, explain=False).best
     if best is None:
         return []
     text = machine.label + ("" if rows == job.batch.global_size else f" with batch.global_size={rows}")

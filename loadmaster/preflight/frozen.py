@@ -1,4 +1,4 @@
-"""Matmuls over frozen nf4 and fp8 weights (models/frozen.py) on a replay tape: what they make and let go."""
+"""Matmuls over nf4 and fp8 weights (models/frozen.py, torchao.float8) on a replay tape: what they make and let go."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 from loadmaster.preflight.replay import Storage, Tensor
 from loadmaster.preflight.shape import Matrix
 
+WIDE = 512
+"""loadmaster.models.recompute.WIDE; a test holds the two equal."""
+
 if TYPE_CHECKING:
     from loadmaster.preflight.blocks import Blocks
 
 
 def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
     """models/frozen.py: the weight is dequantized for each use, in the forward inside its kernel call."""
-    tape, w, n = b.tape, b.w, b.n
+    tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
     dequantized, absmax = w * m.weight, 4 * -(-m.weight // 64)
 
     def work() -> None:
@@ -31,18 +34,20 @@ def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
         del full
         return [gx]
 
-    work()
-    if tape.in_place:
+    runs = tape.runs(kept)
+    if runs:
+        work()
+    if tape.in_place and runs:
         with tape.tagged("quantization"):
             scratch = [tape.alloc(dequantized), tape.alloc(absmax)]
         tape.alloc(w * n * m.outputs)
         del scratch
-    return tape.op(w * n * m.outputs, [x], [], backward)
+    return tape.op(w * n * m.outputs, [x], [], backward, kept)
 
 
 def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
     """models/frozen.py: x is cast to fp8 by row through fp32; the backward casts the weight to bf16."""
-    tape, w, n = b.tape, b.w, b.n
+    tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
 
     def backward(g: Storage, _: list) -> list:
         tape.work.matmul_flops += 2.0 * n * m.weight
@@ -55,7 +60,7 @@ def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
         del full, scaled
         return [gx]
 
-    tape.work.fp8_flops += 2.0 * n * m.weight
+    tape.work.fp8_flops += 0.0 if not tape.runs(kept) else 2.0 * n * m.weight
     tape.moved(x.bytes, x.bytes, 4 * 4 * n * m.inputs, n * m.inputs)
     tape.work.kernels += 6
     with tape.tagged("quantization"):
@@ -63,6 +68,57 @@ def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
         wide = tape.alloc(4 * n * m.inputs)
         codes = tape.alloc(n * m.inputs)
         del wide
-    out = tape.op(w * n * m.outputs, [x], [], backward)
+    out = tape.op(w * n * m.outputs, [x], [], backward, kept)
     del codes, scale
+    return out
+
+
+def fp8_training_matmul(b: Blocks, x: Tensor, weight: Tensor, m: Matrix) -> Tensor:
+    """torchao's float8 linear, a scale for each tensor: factors are cast at each use, and nothing in fp8 is kept."""
+    tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
+    needs_x = x.node is not None
+
+    def cast(elements: float) -> Storage:
+        """Largest magnitude, product with the scale in fp32, clamped, rounded."""
+        tape.moved(w * elements, w * elements, elements)
+        tape.work.kernels += 6
+        with tape.tagged("quantization"):
+            tape.alloc(w * elements)
+            wide = tape.alloc(4 * elements)
+            scaled = tape.alloc(4 * elements)
+            del wide
+            clamped = tape.alloc(4 * elements)
+            codes = tape.alloc(elements)
+            del scaled, clamped
+        return codes
+
+    def copied(codes: Storage) -> Storage:
+        """In the layout that the units take."""
+        tape.moved(codes.bytes, codes.bytes)
+        with tape.tagged("quantization"):
+            return tape.alloc(codes.bytes)
+
+    def product() -> None:
+        tape.work.fp8_flops += 2.0 * n * m.weight
+        tape.work.kernels += 1
+
+    def backward(g: Storage, _: list) -> list:
+        rows = n * m.outputs
+        first, codes = cast(rows), cast(m.weight)
+        laid = copied(codes)
+        product()
+        gx = tape.alloc(w * n * m.inputs)
+        del laid
+        second, inputs = cast(rows), cast(n * m.inputs)
+        laid = [copied(second), copied(inputs)]
+        product()
+        gw = tape.alloc(w * m.weight)
+        del laid, first, codes, second, inputs
+        return [gx if needs_x else None, gw]
+
+    codes = [cast(n * m.inputs), cast(m.weight)]
+    if tape.runs(kept):
+        product()
+    out = tape.op(w * n * m.outputs, [x, weight], [x.storage, weight.storage], backward, kept)
+    del codes
     return out

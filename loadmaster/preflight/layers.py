@@ -112,11 +112,10 @@ def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
         grad_hidden = tape.alloc(w * rows * h) if needs_hidden else None
         grad_head = tape.alloc(4 * v * h) if needs_head else None
         logits = grad = None
-        for start in range(0, rows, LOSS_CHUNK_TOKENS):
-            c = min(LOSS_CHUNK_TOKENS, rows - start)
-            tape.work.matmul_flops += 2.0 * c * v * h * (1 + needs_hidden + needs_head)
-            tape.moved(10 * 4 * c * v if needs_hidden else 5 * 4 * c * v)
-            tape.work.kernels += 12
+        for c, times in chunks(rows):
+            tape.work.matmul_flops += times * 2.0 * c * v * h * (1 + needs_hidden + needs_head)
+            tape.work.bytes_moved += times * (10 * 4 * c * v if needs_hidden else 5 * 4 * c * v)
+            tape.work.kernels += 13 * times
             narrow = tape.alloc(w * c * v)
             logits = narrow if w == 4 else tape.alloc(4 * c * v)
             del narrow
@@ -143,3 +142,56 @@ def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
 
         saved = [s for s in (grad_hidden, grad_head) if s is not None]
         return tape.link(loss, [hidden, head], saved, backward)
+
+
+def chunks(rows: int) -> list[tuple[int, int]]:
+    """(tokens of a chunk, how many such): whole ones are alike, so two of them are replayed, and what is left."""
+    whole, rest = divmod(rows, LOSS_CHUNK_TOKENS)
+    found = [(LOSS_CHUNK_TOKENS, whole - whole // 2), (LOSS_CHUNK_TOKENS, whole // 2), (rest, 1)]
+    return [(tokens, times) for tokens, times in found if tokens and times]
+
+
+def preference_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
+    """models/preference.py: log p of each token by chunks; the backward pass makes each chunk's logits again."""
+    tape, w, h, v = b.tape, b.w, b.shape.hidden_size, b.shape.vocabulary_size
+    targets = tape.alloc(8 * rows)
+    needs_hidden, needs_head = hidden.node is not None, head.node is not None
+
+    def logits_of(c: int, times: int) -> Storage:
+        tape.work.matmul_flops += times * 2.0 * c * v * h
+        tape.work.bytes_moved += times * 5.0 * 4 * c * v
+        tape.work.kernels += 6 * times
+        narrow = tape.alloc(w * c * v)
+        return narrow if w == 4 else tape.alloc(4 * c * v)
+
+    def backward(g: Storage, saved: list) -> list:
+        with tape.tagged("logits"):
+            grad_hidden = tape.alloc(w * rows * h) if needs_hidden else None
+            grad_head = tape.alloc(4 * v * h) if needs_head else None
+            for c, times in chunks(rows):
+                tape.work.matmul_flops += times * 2.0 * c * v * h * (needs_hidden + needs_head)
+                logits = logits_of(c, times)
+                normaliser = tape.alloc(4 * c)
+                if tape.in_place:
+                    tape.alloc(4 * c * v)  # logsumexp holds exp(logits - max)
+                grad = tape.alloc(w * c * v) if w != 4 else logits
+                if needs_hidden:
+                    tape.alloc(w * c * h)
+                if needs_head:
+                    tape.alloc(w * v * h)
+                del logits, grad, normaliser
+            narrow = tape.alloc(w * v * h) if needs_head and w != 4 else grad_head
+            return [grad_hidden, narrow]
+
+    with tape.tagged("logits"):
+        for c, times in chunks(rows):
+            logits = logits_of(c, times)
+            probabilities = tape.alloc(4 * c * v)
+            del logits, probabilities
+        log_p = tape.op(4 * rows, [hidden, head], [hidden.storage, targets], backward)
+    places = tape.alloc(8 * rows)
+
+    def spread(g: Storage, _: list) -> list:
+        return [tape.alloc(4 * rows)]
+
+    return tape.op(4, [log_p], [places], spread)

@@ -6,32 +6,46 @@ from dataclasses import replace
 
 from loadmaster import catalog
 from loadmaster.config.schema import Job
+from loadmaster.preflight.elsewhere import elsewhere
 from loadmaster.preflight.explain import alternatives, basis, reasons, rejection, runner_up
-from loadmaster.preflight.hardware import OWN_PRICE, Hardware, find_hardware
+from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardware
+from loadmaster.preflight.phases import components_gib, disk_bytes, phase_bytes, phases_gib
 from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan
 from loadmaster.preflight.search import Candidate, Found, closeness, run_hours, search, smallest
 from loadmaster.preflight.shape import ModelShape, find_shape
 from loadmaster.preflight.speed import model_flops
 
 
-def make_plan(job: Job, dataset_tokens: int | None = None, with_alternatives: bool = True) -> Plan:
+def make_plan(
+    job: Job,
+    dataset_tokens: int | None = None,
+    with_alternatives: bool = True,
+    with_elsewhere: bool = False,
+    card_share: float = 1.0,
+) -> Plan:
     """The plan for a job; `fits` is False when there is none, with what came nearest and what would do.
 
     dataset_tokens: tokens of one epoch, for hours and dollars; None leaves them out unless max_steps is set.
     with_alternatives: look for what would do when nothing fits, on all machines of the catalogue.
+    with_elsewhere: price what fits on all machines of the catalogue.
+    card_share: plan for so much of each card's memory (loadmaster.training.traced_plan).
     Raises LoadmasterError for a model whose config.json cannot be found or read, ConfigError for unknown hardware.
     """
-    shape, hardware = find_shape(job.model), find_hardware(job.hardware)
+    shape, hardware = find_shape(job.model, traced=job.plan.trace), find_hardware(job.hardware)
+    hardware = replace(hardware, memory_gib=card_share * hardware.memory_gib)
     found = search(job, shape, hardware)
     chosen = found.best or min(found.nearest, key=closeness, default=None) or smallest(job, shape, hardware)
     plan = _plan(job, shape, chosen, found, dataset_tokens)
-    if found.best is not None or not with_alternatives:
+    if found.best is not None:
+        return replace(plan, elsewhere=elsewhere(job, shape, chosen, dataset_tokens)) if with_elsewhere else plan
+    if not with_alternatives:
         return plan
     return replace(plan, alternatives=alternatives(job, shape, hardware, dataset_tokens))
 
 
 def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_tokens: int | None) -> Plan:
     setup, hardware, speed = chosen.setup, chosen.hardware, chosen.tokens_per_second
+    phases = phase_bytes(job, shape, hardware, setup)
     hours, rate = run_hours(job, shape, chosen, dataset_tokens), hardware.usd_per_hour
     return Plan(
         fits=found.best is not None,
@@ -64,21 +78,23 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         micro_batch_size=setup.micro_batch_size,
         gradient_accumulation_steps=setup.gradient_accumulation_steps,
         sequence_length=setup.sequence_length,
+        compile=setup.compiled,
         memory_gib=chosen.memory.train.gib(),
-        phases_gib=chosen.memory.phases,
+        phases_gib=phases_gib(phases),
+        phase_components_gib=components_gib(phases),
         peak_gib=chosen.memory.peak,
         budget_gib=round(chosen.budget_gib, 2),
         host_memory_gib=chosen.memory.host_gib,
-        disk_gib=chosen.memory.disk_gib,
+        disk_gib=round(disk_bytes(job, shape, setup) / GIB, 2),
         tokens_per_second=None if speed is None else round(speed, 1),
         hours=None if hours is None else round(hours, 4),
         cost_usd=None if hours is None or rate is None else round(hours * rate, 2),
-        reasons=reasons(job, shape, chosen, found),
+        reasons=reasons(job, shape, chosen, found, phases),
         rejected=[rejection(job, shape, c) for c in found.nearest]
         + [{"plan": "", "reason": refusal} for refusal in found.refusals],
         runners_up=[runner_up(chosen, other) for other in found.others],
         price=_price(hardware),
-        basis=basis(hardware),
+        basis=basis(hardware, setup),
     )
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, fields
 
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware
-from loadmaster.preflight.plan import MemoryGib, PeakGib, PhasesGib
+from loadmaster.preflight.plan import MemoryGib, PeakGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.shards import whole
+from loadmaster.preflight.shards import frozen_form, whole
 from loadmaster.preflight.step import Replayed, evaluation_batch, training_step
 from loadmaster.preflight.weights import base_bytes
 from loadmaster.preflight.zero import zero_bytes
@@ -51,16 +51,15 @@ class Bytes:
 @dataclass(frozen=True)
 class Memory:
     train: Bytes
-    phases: PhasesGib
+    phases: dict[str, float]
+    """GiB of one GPU in the phases that run in training: load, train, evaluate, save."""
     peak: PeakGib
     host_gib: float
-    disk_gib: float
 
     @property
     def needed_gib(self) -> float:
-        """Of one GPU, over the phases that run in training (an export can run on the CPU)."""
-        phases = self.phases
-        return max(phases.load, phases.train, phases.evaluate, phases.save)
+        """Of one GPU, over the phases that run in training."""
+        return max(self.phases.values())
 
 
 def state_bytes(setup: Setup) -> float:
@@ -98,6 +97,11 @@ def step_bytes(shape: ModelShape, setup: Setup) -> float:
 
 def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
     """The larger of the backward pass's peak and the optimizer step's."""
+    return max(backward_and_step_bytes(shape, hardware, setup), key=lambda b: b.total)
+
+
+def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> tuple[Bytes, Bytes]:
+    """Peaks of the two halves of a steady step: forward and backward, and the optimizer step."""
     weights, gradients, local = resident(shape, setup)
     optimizer = zero_bytes(shape, setup).states if setup.stage else state_bytes(setup) * local
     if setup.offload != "none" and not hardware.is_cpu:
@@ -135,7 +139,19 @@ def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
         communication=communication,
         context=context,
     )
-    return max(backward, step, key=lambda b: b.total)
+    return backward, step
+
+
+def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+    """What a GPU holds whatever a micro-batch needs: quick to say, and enough to rule most plans out."""
+    weights, gradients, local = resident(shape, setup)
+    if hardware.is_cpu:
+        return weights + state_bytes(setup) * local
+    if setup.offload == "all":
+        return context_bytes(hardware)
+    on_host = setup.offload != "none" or setup.optimizer == "paged_adamw_8bit"
+    states = 0.0 if on_host else state_bytes(setup) * local
+    return weights + gradients + states + context_bytes(hardware)
 
 
 def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:
@@ -178,6 +194,8 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
         lora_rank=setup.lora_rank,
         lora_targets=setup.lora_targets,
         lora_dropout=setup.lora_dropout,
+        objective=setup.objective,
+        compiled=setup.compiled,
         sharding="zero1" if setup.stage == 1 else "fsdp" if setup.shards > 1 else "none",
         world_size=setup.world_size if setup.shards > 1 else 1,
         replicas=setup.replicas if setup.shards > 1 else 1,
@@ -201,23 +219,30 @@ def context_bytes(hardware: Hardware) -> float:
 def memory(shape: ModelShape, hardware: Hardware, setup: Setup) -> Memory:
     train = train_bytes(shape, hardware, setup)
     evaluated = evaluation_batch(shape, replay_key(setup, keep=False)).peak
-    resting = train.weights + train.optimizer + train.context
-    matrix = max(m.weight for m in shape.matrices())
-    bf16 = setup.width * shape.parameters / (setup.world_size if setup.stage == 3 else setup.shards)
+    rests = resting(train).total
+    host = train.total * setup.gpus_per_node if hardware.is_cpu else host_bytes(shape, setup)
     phases = {
-        "load": train.weights + train.context + (2 * matrix if setup.method == "qlora" else 0),
+        "load": train.weights + train.context + load_bytes(shape, setup),
         "train": train.total,
-        "evaluate": resting + evaluated + communicator_bytes(hardware),
-        "save": resting + communicator_bytes(hardware),
-        "export": train.context + bf16 + evaluated,
+        "evaluate": rests + evaluated + communicator_bytes(hardware),
+        "save": rests + communicator_bytes(hardware),
     }
     return Memory(
         train,
-        PhasesGib(**{name: round(size / GIB, 4) for name, size in phases.items()}),
+        {name: round(size / GIB, 4) for name, size in phases.items()},
         peaks(hardware, train.total),
-        round(host_bytes(shape, hardware, setup, train) / GIB, 2),
-        round(disk_bytes(shape, setup) / GIB, 2),
+        round(host / GIB, 2),
     )
+
+
+def resting(train: Bytes) -> Bytes:
+    """Between two steps: weights, optimizer states and the context."""
+    return Bytes(weights=train.weights, optimizer=train.optimizer, context=train.context)
+
+
+def load_bytes(shape: ModelShape, setup: Setup) -> float:
+    """Beside the weights while they are read: a quantized matrix in bf16 and in fp32."""
+    return 0 if frozen_form(setup) is None else 6 * max(m.weight for m in shape.matrices())
 
 
 def peaks(hardware: Hardware, total: float) -> PeakGib:
@@ -228,26 +253,21 @@ def peaks(hardware: Hardware, total: float) -> PeakGib:
     return PeakGib(round(allocated, 4), round(reserved, 4), round(reserved + outside, 4))
 
 
-def host_bytes(shape: ModelShape, hardware: Hardware, setup: Setup, train: Bytes) -> float:
-    """Of one node. Weights stream to the GPU file by file; what is trained is copied once in the rehearsal."""
-    if hardware.is_cpu:
-        return train.total * setup.gpus_per_node
+def host_bytes(shape: ModelShape, setup: Setup) -> float:
+    """Of one node with GPUs. Weights stream to the GPU file by file.
+
+    What is trained is copied once in the rehearsal; offloaded states and weights are there besides. A checkpoint is
+    copied to the host only where there is room for it (loadmaster.training.staging).
+    """
     weights, _, trained = resident(shape, setup)
+    states = state_bytes(setup) * trained
     each = value("context", "host_process_gib") * GIB + setup.width * trained
     if setup.stage:
         return (each + zero_bytes(shape, setup).host) * setup.gpus_per_node
     if setup.offload != "none":
-        each += (state_bytes(setup) + setup.width) * trained
+        each += states + setup.width * trained
     elif setup.optimizer == "paged_adamw_8bit":
-        each += state_bytes(setup) * trained
+        each += states
     if setup.offload == "all":
         each += weights
     return each * setup.gpus_per_node
-
-
-def disk_bytes(shape: ModelShape, setup: Setup, checkpoints: int = 4) -> float:
-    """Base model, checkpoints (last two, best one, and the one being written), trained weights, bf16 export."""
-    trainable = setup.trainable(shape)
-    checkpoint = (setup.width + state_bytes(setup)) * trainable
-    trained = setup.width * trainable
-    return 2 * shape.parameters + checkpoints * checkpoint + trained + 2 * shape.parameters

@@ -58,13 +58,21 @@ class MemoryGib:
 
 @dataclass(frozen=True)
 class PhasesGib:
-    """Peak of one GPU in each phase."""
+    """Peak of one GPU in each phase (loadmaster.preflight.phases says what each is)."""
 
     load: float
     train: float
+    """The larger of the first step and a steady one."""
     evaluate: float
     save: float
     export: float
+    """The largest of merge, quantize and verify."""
+    first_step: float = 0.0
+    steady_step: float = 0.0
+    resume: float = 0.0
+    merge: float = 0.0
+    quantize: float = 0.0
+    verify: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,11 +115,17 @@ class Plan:
     alternatives: list[dict[str, Any]] = field(default_factory=list)
     replicas: int = 1
     """sharding fsdp over several nodes: groups of GPUs that each hold every shard (hybrid: the nodes); 1: one group."""
+    compile: bool = False
+    """Decoder layers run compiled."""
     peak_gib: PeakGib | None = None
+    phase_components_gib: dict[str, MemoryGib] = field(default_factory=dict)
+    """Each phase's peak by component."""
     trace: dict[str, Any] | None = None
     """With plan.trace: the peak of a traced step beside the replay's (loadmaster.training.trace); else None."""
     runners_up: list[dict[str, Any]] = field(default_factory=list)
     """Other plans that fit, best first, with what each would win or cost."""
+    elsewhere: list[dict[str, Any]] = field(default_factory=list)
+    """The same job, with this plan's method and optimizer, on every machine of the catalogue that holds it."""
     price: dict[str, Any] | None = None
     """Dollars an hour with date and source; None where the machine is not rented."""
     basis: dict[str, str] = field(default_factory=dict)
@@ -137,6 +151,9 @@ class Plan:
                 "hardware": HardwareSummary(**value["hardware"]),
                 "memory_gib": MemoryGib(**value["memory_gib"]),
                 "phases_gib": PhasesGib(**value["phases_gib"]),
+                "phase_components_gib": {
+                    name: MemoryGib(**parts) for name, parts in (value.get("phase_components_gib") or {}).items()
+                },
                 "peak_gib": PeakGib(**value["peak_gib"]) if value.get("peak_gib") else None,
             }
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -88,10 +89,11 @@ class Stop(Exception):
 
 
 class Region:
-    """What a checkpointed function keeps: its input and how to run it again."""
+    """What a checkpointed function keeps: its input and how to run it again; selective, also some results."""
 
-    def __init__(self, tape: Tape, function: Callable, argument: Tensor):
+    def __init__(self, tape: Tape, function: Callable, argument: Tensor, selective: bool):
         self.tape, self.function, self.argument = tape, function, argument
+        self.results: deque[Storage] | None = deque() if selective else None
         self.count = 0
         self.made: dict[int, Storage] | None = None
 
@@ -102,7 +104,8 @@ class Region:
     def unpack(self, index: int) -> Storage:
         if self.made is None:
             self.made = {}
-            with self.tape.packing(self._keep), self.tape.gradients(True), suppress(Stop):
+            recalled = self.tape.keeping(self.results, recalling=True)
+            with self.tape.packing(self._keep), recalled, self.tape.gradients(True), suppress(Stop):
                 self.function(Tensor(self.argument.storage, self.argument.node))
         return self.made.pop(index)
 
@@ -155,6 +158,8 @@ class Tape:
         self.enabled = True
         self.pack: Callable | None = None
         self.recomputed = 0
+        self.results: deque[Storage] | None = None
+        self.recalling = False
         self.leaves: list[Leaf] = []
 
     # ------------------------------------------------------------ building
@@ -196,19 +201,30 @@ class Tape:
         return output
 
     def op(
-        self, size: float, inputs: Sequence[Tensor], saved: Sequence[Storage], backward: Callable, hidden: float = 0
+        self, size: float, inputs: Sequence[Tensor], saved: Sequence[Storage], backward: Callable, kept: bool = False
     ) -> Tensor:
-        """An operation whose result has `size` bytes; `hidden` bytes exist inside its kernel only.
+        """An operation whose result has `size` bytes; `kept`: a selective checkpoint keeps it.
 
         Like PyTorch, what the backward needs is packed before the result is allocated.
         """
         output = Tensor.__new__(Tensor)
         output.node = None
         self.link(output, inputs, saved, backward)
-        output.storage, output.bytes = self.alloc(size), int(size)
-        if hidden:
-            self.alloc(hidden)
+        output.storage, output.bytes = self.alloc_kept(size) if kept else self.alloc(size), int(size)
         return output
+
+    def alloc_kept(self, size: float) -> Storage:
+        """What a selective checkpoint keeps: allocated once, and found again when the rest is made again."""
+        if self.recalling and self.results is not None:
+            return self.results.popleft()
+        storage = self.alloc(size)
+        if self.results is not None:
+            self.results.append(storage)
+        return storage
+
+    def runs(self, kept: bool) -> bool:
+        """Whether an operation does its work now: not when its result is recalled."""
+        return not (kept and self.recalling and self.results is not None)
 
     @contextmanager
     def gradients(self, enabled: bool) -> Iterator[None]:
@@ -227,10 +243,22 @@ class Tape:
         finally:
             self.pack, self.recomputed = before, counted
 
-    def checkpoint(self, function: Callable[[Tensor], Tensor], argument: Tensor) -> Tensor:
-        """torch.utils.checkpoint without reentrance: saved tensors are made again when first asked for."""
-        region = Region(self, function, argument)
-        with self.packing(region.pack):
+    @contextmanager
+    def keeping(self, results: deque[Storage] | None, recalling: bool) -> Iterator[None]:
+        before = self.results, self.recalling
+        self.results, self.recalling = results, recalling
+        try:
+            yield
+        finally:
+            self.results, self.recalling = before
+
+    def checkpoint(self, function: Callable[[Tensor], Tensor], argument: Tensor, selective: bool = False) -> Tensor:
+        """torch.utils.checkpoint without reentrance: saved tensors are made again when first asked for.
+
+        selective: by operation; results that are `kept` are not made again.
+        """
+        region = Region(self, function, argument, selective)
+        with self.packing(region.pack), self.keeping(region.results, recalling=False):
             return function(argument)
 
     # ------------------------------------------------------------ backward

@@ -15,19 +15,26 @@ from typing import Any
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError, Problem
-from loadmaster.preflight.hardware import Hardware, priced
-from loadmaster.preflight.memory import Memory, memory
+from loadmaster.preflight.hardware import GIB, Hardware, priced
+from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
 from loadmaster.preflight.zero_settings import ZERO
 
-CHECKPOINTING = ("none", "full")
+CHECKPOINTING = ("none", "selective", "full")
 """What auto chooses from."""
+FORWARDS = {"dpo": 1, "kto": 3}
+"""Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
 FULL_STATES = (("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False))
 """Optimizer and fp32 master weights for full fine-tuning, most faithful first."""
 MOST_CPU_ROWS = 4
 """Larger micro-batches gain nothing on a CPU."""
+MOST_TOKENS = 32768
+"""Of a micro-batch on one GPU; where only the best plan is asked for, larger ones are passed over: they gain < 1%."""
+ENOUGH_TOKENS = 4096
+"""Of a micro-batch whose activations are all kept: nothing else is more than EQUAL_SPEED faster."""
+ROW_STEP, MOST_ROW = 256, 2**24
 EQUAL_SPEED = 0.02
 """Plans this close in speed are equal: the one with less memory is taken."""
 
@@ -62,8 +69,11 @@ class Found:
     """Settings that cannot work on this hardware at all."""
 
 
-def search(job: Job, shape: ModelShape, hardware: Hardware) -> Found:
-    """Raises ConfigError for what a CPU cannot do at all, however small the model."""
+def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True) -> Found:
+    """The best plan of the first tier in which one fits. explain=False: only that, without what came nearest.
+
+    Raises ConfigError for what a CPU cannot do at all, however small the model.
+    """
     problems = list(impossible_on_cpu(job, hardware)) if hardware.is_cpu else []
     if problems:
         raise ConfigError(problems)
@@ -73,12 +83,12 @@ def search(job: Job, shape: ModelShape, hardware: Hardware) -> Found:
         return Found(None, [], [], refusals)
     nearest = []
     for tier in tiers(job, hardware):
-        candidates = list(enumerate_tier(job, shape, hardware, tier))
+        candidates = list(enumerate_tier(job, shape, hardware, tier, explain))
         fit = [c for c in candidates if c.fits]
         if fit:
             fit.sort(key=ranking(job, fit))
             return Found(fit[0], _one_of_each_kind(fit), nearest, [])
-        nearest.append(min(candidates, key=closeness))
+        nearest += [min(candidates, key=closeness)] if explain else []
     return Found(None, [], nearest, [])
 
 
@@ -109,14 +119,16 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     """What was written and cannot work on this hardware, whatever its memory."""
     if job.precision == "fp8" and not hardware.has_fp8:
         yield f"precision=fp8: {hardware.label} has no fp8 matrix units (compute capability 8.9 or later has); use bf16"
-    if job.precision == "fp8" and job.method == "auto" and "lora" not in job.plan.methods:
-        yield "precision=fp8 is for the frozen base of method=lora, which plan.methods leaves out; use bf16"
+    if job.precision == "fp8" and job.method == "auto" and set(job.plan.methods) == {"qlora"}:
+        yield "precision=fp8 is for method=lora or full, which plan.methods leaves out; use bf16"
     if shape.experts and job.method != "full" and job.lora.targets == "all-linear":
         # peft takes the router and the 3-D tensors of the experts for linears, at several times the adapter's size.
         yield (
             f"lora.targets=all-linear: {shape.name} is a mixture of experts, whose expert tensors get adapters that no "
             "plan counts; use lora.targets=[q_proj,k_proj,v_proj,o_proj], or method=full"
         )
+    if job.activation_checkpointing not in ("auto", *CHECKPOINTING):
+        yield f"activation_checkpointing={job.activation_checkpointing}: training does {' or '.join(CHECKPOINTING)}"
     if shape.attention_softcap:
         yield f"{shape.name} caps its attention scores, which variable-length attention cannot do; Gemma 3 does not"
     world, rows = hardware.world_size, job.batch.global_size
@@ -143,10 +155,11 @@ def divisors(number: int) -> list[int]:
 def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
     """Method, precision, optimizer and offload of each tier, most faithful first."""
     methods = job.plan.methods if job.method == "auto" else [job.method]
-    if job.objective == "dpo":  # its reference is the base under a disabled adapter
+    if job.objective in ("dpo", "kto"):  # their reference is the base under a disabled adapter
         methods = [method for method in methods if method != "full"]
-    if job.precision == "fp8":  # the form of a frozen base; nf4 is qlora's
-        methods = [method for method in methods if method == "lora"] or methods
+    if job.precision == "fp8":  # qlora's base is in nf4
+        without = {"qlora"} if job.sequence_length % 16 == 0 else {"qlora", "full"}
+        methods = [method for method in methods if method not in without] or methods
     precision = job.precision if job.precision != "auto" else "fp32" if hardware.is_cpu else "bf16"
     for method in methods:
         for offload in offloads(job, method, hardware):
@@ -183,17 +196,28 @@ def states(job: Job, method: str, offload: str, precision: str) -> Iterator[tupl
     yield from ladder
 
 
-def enumerate_tier(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any]) -> Iterator[Candidate]:
-    """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails."""
+def enumerate_tier(
+    job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any], explain: bool = True
+) -> Iterator[Candidate]:
+    """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails.
+
+    explain=False leaves out what its weights and states alone rule out, micro-batches too large to gain anything, and
+    what recomputes or shards where there is room enough without.
+    """
     checkpointings = CHECKPOINTING if job.activation_checkpointing == "auto" else (job.activation_checkpointing,)
     rows = job.batch.global_size // hardware.world_size
     sizes = divisors(rows) if job.micro_batch_size == "auto" else [job.micro_batch_size]
     if hardware.is_cpu and job.micro_batch_size == "auto":
         sizes = [size for size in sizes if size <= MOST_CPU_ROWS]
+    if not explain and job.micro_batch_size == "auto":
+        sizes = [size for size in sizes if size == 1 or size * job.sequence_length <= MOST_TOKENS]
     shared = shardings(job, hardware, tier["offload"])
+    roomy = False
     for precision, (sharding, replicas), checkpointing in product(
         precisions(job, hardware, tier), shared, checkpointings
     ):
+        if roomy and not explain:
+            return
         for size in sizes:
             setup = Setup(
                 **{**tier, "precision": precision},
@@ -204,15 +228,27 @@ def enumerate_tier(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[s
                 gradient_accumulation_steps=rows // size,
                 **fixed(job, hardware),
             )
+            if not explain and not conceivable(job, shape, hardware, setup):
+                break
             candidate = evaluate(job, shape, hardware, setup)
             yield candidate
             if not candidate.fits:
                 break
+            roomy = roomy or (checkpointing == "none" and setup.tokens >= ENOUGH_TOKENS)
+
+
+def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:
+    """Whether weights, gradients and states alone, and what lies in host memory, leave room for anything."""
+    if least_bytes(shape, hardware, setup) > hardware.memory_gib * (1 - job.plan.reserve) * GIB:
+        return False
+    has = hardware.host_memory_gib
+    return hardware.is_cpu or has is None or host_bytes(shape, setup) <= has * GIB
 
 
 def precisions(job: Job, hardware: Hardware, tier: dict[str, Any]) -> tuple[str, ...]:
-    """Adapters may also be trained over a frozen fp8 base, where the hardware has fp8 units and nothing was written."""
-    open_ = job.precision == "auto" and tier["method"] == "lora" and hardware.has_fp8
+    """Where the hardware has fp8 units and nothing was written, a frozen base may be in fp8, or full's products."""
+    able = tier["method"] == "lora" or (tier["method"] == "full" and job.sequence_length % 16 == 0)
+    open_ = job.precision == "auto" and able and hardware.has_fp8
     return (tier["precision"], "fp8") if open_ else (tier["precision"],)
 
 
@@ -231,11 +267,14 @@ def fixed(job: Job, hardware: Hardware) -> dict[str, Any]:
     targets = job.lora.targets
     return {
         "sequence_length": job.sequence_length,
+        "forwards": FORWARDS.get(job.objective, 0),
+        "compiled": not hardware.is_cpu and job.sharding != "zero3" if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,
         "gpus_per_node": hardware.count,
         "lora_rank": job.lora.rank,
         "lora_targets": tuple(targets) if isinstance(targets, list) else targets,
         "lora_dropout": job.lora.dropout,
+        "objective": job.objective,
     }
 
 
@@ -299,6 +338,25 @@ def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
     return low
 
 
+def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
+    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time with every layer recomputed."""
+    checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
+    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing)
+
+    def fits(length: int) -> bool:
+        return evaluate(job, shape, like.hardware, replace(setup, sequence_length=length)).fits
+
+    if not fits(ROW_STEP):
+        return 0
+    low, high = ROW_STEP, 2 * ROW_STEP
+    while high <= MOST_ROW and fits(high):
+        low, high = high, 2 * high
+    while high - low > ROW_STEP:
+        middle = (low + high) // (2 * ROW_STEP) * ROW_STEP
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 def steps(job: Job, dataset_tokens: int | None) -> int | None:
     """Optimizer steps of the run; None when the dataset's size is not known."""
     if job.max_steps is not None:
@@ -317,4 +375,4 @@ def run_hours(job: Job, shape: ModelShape, candidate: Candidate, dataset_tokens:
     tokens = count * job.batch.global_size * job.sequence_length
     rented = candidate.hardware.usd_per_hour is not None
     training = tokens / candidate.tokens_per_second / 3600
-    return training + overhead_hours(shape, candidate.hardware, candidate.setup, rented)
+    return training + overhead_hours(job, shape, candidate.hardware, candidate.setup, rented)

@@ -17,9 +17,10 @@ from typing import Any
 from loadmaster import catalog
 from loadmaster.errors import LoadmasterError
 from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.families import FAMILIES
 from loadmaster.preflight.hardware import GIB, Hardware, rentable
 from loadmaster.preflight.serving_speed import Speed, Traffic
-from loadmaster.preflight.shape import FAMILIES, ModelShape
+from loadmaster.preflight.shape import ModelShape
 
 BLOCK_TOKENS = 16
 UTILISATION = 0.9

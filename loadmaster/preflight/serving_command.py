@@ -23,6 +23,7 @@ from loadmaster.config.schema import (
     PositiveInt,
 )
 from loadmaster.errors import ConfigError, Problem
+from loadmaster.preflight.families import refuse_uncountable
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.serving import (
     UTILISATION,
@@ -74,6 +75,7 @@ def plan_serving_command(arguments: list[str]) -> int:
     model = ModelConfig(name=folder.resolve().name, path=str(folder)) if is_folder else ModelConfig(name=request.model)
     config, _ = find_config(model)
     refuse_other_caches(config, model.name)
+    refuse_uncountable(config, model.name)
     shape = from_config(config, model.name)
     traffic = Traffic(
         prompt_tokens=request.context * 3 // 4 if request.prompt_tokens == "auto" else request.prompt_tokens,

@@ -27,12 +27,16 @@ class Setup:
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     sequence_length: int = 2048
+    compiled: bool = False
+    forwards: int = 0
+    """Passes without gradients of each micro-batch, besides its own: what a preference objective compares with."""
     world_size: int = 1
     gpus_per_node: int = 1
     lora_rank: int = 16
     lora_targets: Any = "all-linear"
     """As in the job; a list is given as a tuple."""
     lora_dropout: float = 0.0
+    objective: str = "sft"
 
     @property
     def tokens(self) -> int:

@@ -15,30 +15,8 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
-from loadmaster.errors import LoadmasterError
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    # What a config.json may leave out, and what the family's code does whatever the config says.
-    "llama": {},
-    "smollm3": {"tie": True},
-    "mistral": {"head_dim_key": True},
-    "qwen2": {"query_key_value_bias": True},
-    "qwen3": {"head_dim": 128, "query_key_norm": True},
-    "qwen3_moe": {"query_key_norm": True},
-    "mixtral": {},
-    "gemma2": {"tie": True, "head_dim": 256, "norms": 4, "gemma_norm": True, "scaled_embedding": True},
-    "gemma3_text": {
-        "tie": True,
-        "head_dim": 256,
-        "norms": 4,
-        "gemma_norm": True,
-        "query_key_norm": True,
-        "scaled_embedding": True,
-    },
-    "phi3": {"fused": True},
-}
-WRAPPED = {"gemma3": "gemma3_text"}
-"""Multimodal configs whose language model is counted; the vision tower is not."""
+from loadmaster.errors import ConfigError, Problem
+from loadmaster.preflight.families import FAMILIES, full_config, refuse_uncountable
 
 
 @dataclass(frozen=True)
@@ -177,6 +155,11 @@ class ModelShape:
         expert = self.hidden_size * (3 * self.expert_size * self.experts_per_token + self.experts)
         return self.linear_weights + self.expert_layers * expert + self.embedding_parameters
 
+    def attended(self, length: int) -> float:
+        """Positions that a token of a row of `length` sees, on average over tokens and layers."""
+        windows = [min(window or length, length) for window in self.windows or (None,)]
+        return sum(w - w * w / (2 * length) for w in windows) / len(windows)
+
     def lora_parameters(self, rank: int, targets: str | list[str]) -> int:
         dense = sum(rank * (m.inputs + m.outputs) for m in self.adapted(targets))
         sparse = sum(rank * (m.inputs + m.outputs) for m in self.adapted(targets, experts=True))
@@ -201,26 +184,15 @@ def _is_target(name: str, targets: str | list[str]) -> bool:
 def from_config(config: dict[str, Any], name: str) -> ModelShape:
     """The shape that a config.json describes.
 
-    Raises LoadmasterError for a model that is no decoder with the usual sizes.
+    Raises ConfigError for a model that is no decoder with the usual sizes, or whose sizes do not go together.
     """
-    family, estimate = config.get("model_type", "unknown"), None
-    if "text_config" in config:
-        estimate = f"{family} is multimodal: its language model is counted, its other towers are not"
-        config = {**config["text_config"], "model_type": WRAPPED.get(family, config["text_config"].get("model_type"))}
-        family = config["model_type"] or family
-    if family not in FAMILIES:
-        estimate = f"model type {family!r} is not one that is modelled exactly: it is counted like Llama"
-    known = FAMILIES.get(family, {})
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in required if not isinstance(config.get(key), int)]
-    if missing:
-        raise LoadmasterError(
-            f"{name}: its config.json (model type {family!r}) has no {', '.join(missing)}, so its memory cannot be "
-            "worked out; models that can be planned: " + ", ".join(FAMILIES)
-        )
+    config, family, estimate = full_config(config)
+    known = FAMILIES.get(family, {"biases": True})
+    _refuse_sizes(config, family, name)
     heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
     experts = config.get("num_local_experts") or config.get("num_experts") or 0
-    bias = bool(config.get("attention_bias", False))
+    bias = bool(known.get("biases") and config.get("attention_bias"))
+    rotary = config.get("rope_parameters") or {}
     return ModelShape(
         name=name,
         family=family,
@@ -229,18 +201,18 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         intermediate_size=config["intermediate_size"],
         heads=heads,
         key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or known.get("head_dim") or hidden // heads,
+        head_dim=config.get("head_dim") or hidden // heads,
         vocabulary_size=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", known.get("tie", False))),
+        tied=bool(config.get("tie_word_embeddings", False)),
         norms=known.get("norms", 2),
         gemma_norm=known.get("gemma_norm", False),
         query_key_norm=known.get("query_key_norm", False),
         scaled_embedding=known.get("scaled_embedding", False),
         query_key_value_bias=known.get("query_key_value_bias", bias),
         output_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=bool(config.get("mlp_bias", False)) and family in ("llama", "smollm3"),
         fused=known.get("fused", False),
-        rotary_fraction=config.get("partial_rotary_factor") or 1.0,
+        rotary_fraction=config.get("partial_rotary_factor") or rotary.get("partial_rotary_factor") or 1.0,
         gelu="gelu" in str(config.get("hidden_activation") or config.get("hidden_act", "silu")),
         experts=experts,
         experts_per_token=config.get("num_experts_per_tok", 2) if experts else 0,
@@ -254,6 +226,37 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
     )
 
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+OTHER_SIZES = ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts", "num_experts_per_tok",
+               "moe_intermediate_size", "sliding_window")  # fmt: skip
+
+
+def _refuse_sizes(config: dict[str, Any], family: str, name: str) -> None:
+    """Raises ConfigError with everything that is missing, no whole number above 0, or does not go together."""
+
+    def whole(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    missing = [key for key in SIZES if config.get(key) is None]
+    wrong = [f"{key}={config[key]!r}" for key in SIZES if key not in missing and not whole(config[key])]
+    wrong += [f"{key}={config[key]!r}" for key in OTHER_SIZES if config.get(key) and not whole(config[key])]
+    said = [f"has no {', '.join(missing)}"] if missing else []
+    said += [f"has {', '.join(wrong)}, which must be whole numbers above 0"] if wrong else []
+    if not said:
+        heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or 1
+        if heads % groups:
+            said.append(f"has {heads} attention heads that do not divide over {groups} key-value heads")
+        if not config.get("head_dim") and config["hidden_size"] < heads:
+            said.append(f"has more heads ({heads}) than hidden_size={config['hidden_size']}")
+        types = config.get("layer_types")
+        if types and len(types) != config["num_hidden_layers"]:
+            said.append(f"has {len(types)} layer_types for {config['num_hidden_layers']} layers")
+    if said:
+        message = f"model type {family!r}: it {' and '.join(said)}, so its memory cannot be worked out"
+        remedy = "a model of one of these types: " + ", ".join(FAMILIES)
+        raise ConfigError([Problem("model", name, "its config.json", message, remedy)])
+
+
 def _expert_layers(config: dict[str, Any], layers: int) -> int:
     step, dense = config.get("decoder_sparse_step", 1) or 1, set(config.get("mlp_only_layers") or ())
     return sum((i + 1) % step == 0 and i not in dense for i in range(layers))
@@ -265,6 +268,9 @@ def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | No
         return (None,) * layers
     if types := config.get("layer_types"):
         return tuple(window if kind == "sliding_attention" else None for kind in types)
+    if family in ("qwen2", "qwen3"):
+        first = config.get("max_window_layers", layers)
+        return tuple(window if i >= first else None for i in range(layers))
     period = {"gemma2": 2, "gemma3_text": config.get("sliding_window_pattern") or 6}.get(family)
     return tuple(None if period and (i + 1) % period == 0 else window for i in range(layers))
 
@@ -273,24 +279,39 @@ def find_config(model: ModelConfig) -> tuple[dict[str, Any], str]:
     """(config.json as a dict, where it was found), without reading any weight.
 
     Looks at the local path, the shipped shapes, the Hub's local cache, and last the Hub itself.
-    Raises LoadmasterError naming what was tried.
+    Raises ConfigError naming what was tried.
     """
     if model.path is not None:
         path = Path(model.path).expanduser() / "config.json"
         if not path.is_file():
-            raise LoadmasterError(f"model.path={model.path}: there is no config.json in that folder")
-        return json.loads(path.read_text(encoding="utf-8")), str(path)
+            raise _no_config("model.path", model.path, "there is no config.json in that folder", model)
+        return _read(path, "model.path", model), str(path)
     shipped = catalog.shapes().get(model.name.lower())
     if shipped is not None:
         return {key: value for key, value in shipped.items() if not key.startswith("_")}, "shipped shape"
     found = _from_hub(model)
     if found is not None:
-        return json.loads(found.read_text(encoding="utf-8")), str(found)
-    raise LoadmasterError(
-        f"model.name={model.name}: no config.json found. It is not one of the shipped shapes, not in the Hub's local "
-        "cache, and the Hub did not give it (no network, no such model, or a gated one without HF_TOKEN). "
-        "Set model.path to a folder with its config.json, or one of: " + ", ".join(nearest_names(model.name))
-    )
+        return _read(found, "model.name", model), str(found)
+    raise _no_config(
+        "model.name", model.name,
+        "no config.json found: it is not one of the shipped shapes, not in the Hub's local cache, and the Hub did not "
+        "give it (no network, no such model, or a gated one without HF_TOKEN)", model,
+    )  # fmt: skip
+
+
+def _read(path: Path, key: str, model: ModelConfig) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _no_config(key, str(path), f"config.json cannot be read ({error})", model) from None
+    if not isinstance(found, dict):
+        raise _no_config(key, str(path), "config.json holds no JSON object", model)
+    return found
+
+
+def _no_config(key: str, value: str, message: str, model: ModelConfig) -> ConfigError:
+    remedy = "model.path=FOLDER with its config.json, or model.name=" + " or ".join(nearest_names(model.name))
+    return ConfigError([Problem(key, value, "the job", message, remedy)])
 
 
 def nearest_names(name: str, count: int = 4) -> list[str]:
@@ -313,6 +334,8 @@ def _from_hub(model: ModelConfig) -> Path | None:
         return None
 
 
-def find_shape(model: ModelConfig) -> ModelShape:
+def find_shape(model: ModelConfig, traced: bool = False) -> ModelShape:
+    """traced: the plan is going to be held against a trace, so an unknown kind of model is let through."""
     config, _ = find_config(model)
+    refuse_uncountable(config, model.path or model.name, traced)
     return from_config(config, model.name)

@@ -15,14 +15,16 @@ import math
 from dataclasses import replace
 
 from loadmaster import catalog
+from loadmaster.config.schema import Job
 from loadmaster.preflight.coefficients import coefficients, value
 from loadmaster.preflight.communication import step_communication
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.memory import replay_key, state_bytes
+from loadmaster.preflight.phases import CALIBRATED, export_bytes
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.step import training_step
+from loadmaster.preflight.step import evaluation_batch, training_step
 
 
 def tokens_per_second(shape: ModelShape, hardware: Hardware, setup: Setup) -> float | None:
@@ -41,7 +43,10 @@ def step_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
 
 
 def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
-    work = training_step(shape, replay_key(replace(setup, sharding="none"), keep=False)).work
+    key = replay_key(replace(setup, sharding="none"), keep=False)
+    work = training_step(shape, key).work
+    if setup.forwards:
+        work = work.plus(evaluation_batch(shape, key).work, setup.forwards)
     if hardware.is_cpu:
         return (work.matmul_flops + work.attention_flops) / (hardware.tflops["fp32"] * 1e12) + work.bytes_moved / (
             hardware.bandwidth_gb_per_s * 1e9
@@ -53,8 +58,11 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
         fp8_peak = hardware.tflops.get("fp8", hardware.tflops["bf16"]) * 1e12 * value("efficiency", "fp8_matmul")
         seconds += work.fp8_flops / (fp8_peak * size_factor(shape, setup))
     seconds += work.attention_flops / (peak * value("efficiency", "attention"))
-    seconds += work.bytes_moved / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
-    return max(seconds, work.kernels * value("efficiency", "launch_us") * 1e-6)
+    traffic, kernels = work.bytes_moved, work.kernels
+    if setup.compiled:  # elementwise kernels are fused: fewer of them, and what is between two of them is not written
+        traffic, kernels = traffic * value("compiled", "traffic"), kernels * value("compiled", "kernels")
+    seconds += traffic / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
+    return max(seconds, kernels * value("efficiency", "launch_us") * 1e-6)
 
 
 def size_factor(shape: ModelShape, setup: Setup) -> float:
@@ -76,14 +84,18 @@ def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> fl
     return seconds
 
 
-def overhead_hours(shape: ModelShape, hardware: Hardware, setup: Setup, rented: bool) -> float:
-    """Start of the machine, download, load, rehearsal, final checkpoint and bf16 export."""
+def overhead_hours(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup, rented: bool) -> float:
+    """Start of the machine, download, load, rehearsal, and the export: written, calibrated, read back and scored."""
     if hardware.is_cpu:
         return 0.0
     table = coefficients()["overhead"]
     size = 2 * shape.parameters / 1e9
-    seconds = size / table["load_gb_per_s"]["value"] + 2 * size / table["export_gb_per_s"]["value"]
-    seconds += table["rehearsal_s"]["value"]
+    seconds = size / table["load_gb_per_s"]["value"] + table["rehearsal_s"]["value"]
+    formats = [name for name in job.export.formats if name != "adapter"]
+    written = export_bytes(job, shape, setup) / 1e9
+    seconds += (written + size * (1 + len(formats))) / table["export_gb_per_s"]["value"]
+    calibrated = sum(name in CALIBRATED for name in formats)
+    seconds += calibrated * shape.parameters / 1e9 * table["calibrate_s_per_billion"]["value"]
     if rented:
         seconds += table["start_s"]["value"] + size / table["download_gb_per_s"]["value"]
     return seconds / 3600
@@ -92,10 +104,10 @@ def overhead_hours(shape: ModelShape, hardware: Hardware, setup: Setup, rented: 
 def model_flops(shape: ModelShape, sequence_length: int, adapters: bool) -> float:
     """FLOPs that the mathematics of a training step needs for a token; recomputation is not counted.
 
-    4 for each frozen and 6 for each trained matrix weight, and causal attention over whole rows.
+    4 for each frozen and 6 for each trained matrix weight, and causal attention over whole rows, within its windows.
     """
     matmuls = (4 if adapters else 6) * shape.active_matrix_parameters
-    return matmuls + 6 * shape.layers * sequence_length * shape.query_size
+    return matmuls + 12 * shape.layers * shape.attended(sequence_length) * shape.query_size
 
 
 def model_flops_per_token(plan: Plan) -> float:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from loadmaster.preflight.blocks import Blocks, Weights
-from loadmaster.preflight.layers import chunked_loss, decoder_layer, embed, gather
+from loadmaster.preflight.compiled import kept_bytes
+from loadmaster.preflight.layers import chunked_loss, decoder_layer, embed, gather, preference_loss
 from loadmaster.preflight.replay import Leaf, Storage, Tape, Tensor, Work
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
@@ -41,13 +42,23 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
     tape = Tape(in_place)
     tape.widens_gradients = setup.stage == 1 and setup.width < 4
     b = Blocks(tape, shape, setup, accumulated)
+    reference = _reference(b) if setup.objective == "dpo" else Work()
     loss, done, units = _forward(b, _Middle(b))
     box = [tape.alloc(4)]
     node = loss.node
     del loss
     tape.backward(node, box)
     units.reduce_rest()
-    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
+    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work).plus(reference))
+
+
+def _reference(b: Blocks) -> Work:
+    """DPO's first pass: the base without its adapter, of which only the answers' log-probabilities stay."""
+    with b.tape.gradients(False):
+        loss, done, _ = _forward(b, _Middle(b))
+    del loss
+    work, b.tape.work = done(b.tape.work), Work()
+    return work
 
 
 @cache
@@ -55,10 +66,11 @@ def evaluation_batch(shape: ModelShape, setup: Setup) -> Replayed:
     """The loss of one micro-batch without gradients."""
     tape = Tape()
     b = Blocks(tape, shape, setup, False)
+    reference = _reference(b) if setup.objective == "dpo" else Work()
     with tape.gradients(False):
         loss, done, _ = _forward(b, _Middle(b))
     del loss
-    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
+    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work).plus(reference))
 
 
 class _Middle:
@@ -75,12 +87,15 @@ class _Middle:
         one = self.forward.plus(self.finished).plus(self.started, -1.0)
         return work.plus(one, self.count)
 
-    def stand_in(self, x: Tensor, kept: int, gradient_bytes: int) -> Tensor:
-        """The skipped layers between x and the last layer: their kept bytes now, their gradients in the backward."""
+    def stand_in(self, x: Tensor, kept: int, gradient_bytes: int, less: int = 0) -> Tensor:
+        """The skipped layers between x and the last layer: their kept bytes now, their gradients in the backward.
+
+        less: what those that are replayed keep too much.
+        """
         tape, held = self.b.tape, []
         if not tape.enabled or self.count == 0:
             return Tensor(x.storage, x.node)
-        held.append(tape.alloc(kept * self.count))
+        held.append(tape.alloc(max(0, kept * self.count - less)))
 
         def backward(g: Storage, _: list) -> list:
             held.clear()
@@ -112,20 +127,23 @@ def _forward(b: Blocks, middle: _Middle):
     positions = tape.alloc(8 * b.n)
     rotary = tape.alloc(b.w * 2 * b.n * shape.head_dim * shape.rotary_fraction * _rotary_sets(shape))
     units.top = list(tape.leaves)
-    kept = gradients = 0
+    kept = gradients = less = 0
     for index in range(middle.replayed):
         experts = index < shape.expert_layers
         if index == HEAD_LAYERS and middle.count:
-            x = middle.stand_in(x, kept, gradients)
+            x = middle.stand_in(x, kept - less, gradients, HEAD_LAYERS * less)
         before, work, first = tape.live, Work().plus(tape.work), len(tape.leaves)
+        activations = tape.by_tag["activations"]
         if index == 1:
             x = middle.mark_end(x)
         weights = b.layer_weights(experts, rotary)
         layer = _layer(b, weights, experts, positions)
         x = units.begin(x, index, experts, index == middle.replayed - 1)
-        x = tape.checkpoint(layer, x) if b.setup.checkpointing == "full" and tape.enabled else layer(x)
+        kind = b.setup.checkpointing
+        x = tape.checkpoint(layer, x, kind == "selective") if kind != "none" and tape.enabled else layer(x)
         x = units.end(x, index, tape.leaves[first:])
         kept = tape.live - before
+        less = _compiled_keeps_less(b, tape.by_tag["activations"] - activations, experts)
         middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward
         gradients = 0 if b.accumulated else gradient_bytes(shape, b.setup, experts) * (1 + tape.widens_gradients)
         gradients = units.shard_gradients(experts) if units.sharded else gradients
@@ -135,7 +153,17 @@ def _forward(b: Blocks, middle: _Middle):
     del weights, layer, rotary, positions, ids, embedded  # the decoder's own variables last as long as it runs
     rows = b.n - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = gather(b, b.slice(x, 1.0), rows)
-    return units.finish(chunked_loss(b, x, head, rows)), middle.total, units
+    loss = chunked_loss if b.setup.objective == "sft" else preference_loss
+    return units.finish(loss(b, x, head, rows)), middle.total, units
+
+
+def _compiled_keeps_less(b: Blocks, eager: int, experts: bool) -> int:
+    """Bytes that a compiled layer does not keep of what an eager one does. One layer stays eager in the replay: what a
+    compiled layer has inside its backward pass is not known, and taken to be no more than that."""
+    if not b.setup.compiled or b.setup.checkpointing != "none" or experts or not b.tape.enabled:
+        return 0
+    each = kept_bytes(b.shape, b.setup)
+    return 0 if each is None else max(0, eager - each * b.n)
 
 
 def _layer(b: Blocks, weights: Weights, experts: bool, positions: Storage) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from loadmaster.preflight.plan import MemoryGib, PhasesGib, Plan
 
 BAR_WIDTH = 40
+ELSEWHERE_ROWS = 6
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -25,7 +27,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     line(f"[bold]{escape(plan.model.name)}[/] ({_billions(plan.model.parameters)}) on {_place(plan)}: {verdict}")
     line(_settings(plan))
     console.print(_memory_table(plan))
-    peaks = ", ".join(f"{f.name} {getattr(plan.phases_gib, f.name):.1f}" for f in fields(PhasesGib))
+    peaks = ", ".join(f"{name.replace('_', ' ')} {gib:.1f}" for name, gib in phases(plan.phases_gib).items())
     where = "" if plan.hardware.gpu == "cpu" else " on each GPU"
     line(f"peaks in GiB{where}: {peaks}; host memory {plan.host_memory_gib:.0f} GiB, disk {plan.disk_gib:.0f} GiB")
     if plan.peak_gib and plan.hardware.gpu != "cpu":
@@ -33,17 +35,53 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         counts = f"allocated {seen.allocated:.2f}, reserved {seen.reserved:.2f}, by the card {seen.device:.2f}"
         line(f"GiB as counted: {counts}")
     line(_speed(plan))
-    if plan.trace and "traced_gib" in plan.trace:
+    if plan.trace:
         found = plan.trace
-        line(f"traced: {found['traced_gib']:.3f} GiB, replayed {found['replayed_gib']:.3f}")
-    elif plan.trace:
-        line(f"traced: no, {escape(plan.trace['skipped'])}")
+        line(f"traced, {found['of']}: {found['traced_gib']:.3f} GiB, replayed {found['replayed_gib']:.3f}")
     for text in plan.reasons:
         line(f"- {escape(text)}")
     for option in plan.alternatives:
         line(f"[yellow]would fit:[/] {_alternative(option)}")
+    if plan.elsewhere:
+        print_elsewhere(plan, console)
     for subject, text in plan.basis.items():
         line(f"[dim]{subject.replace('_', ' ')}: {escape(text)}[/]")
+
+
+def phases(gib: PhasesGib) -> dict[str, float]:
+    """Each phase in the order of a run; train and export, which sum some of them up, are left out."""
+    order = ("load", "first_step", "steady_step", "evaluate", "save", "resume", "merge", "quantize", "verify")
+    return {name: getattr(gib, name) for name in order}
+
+
+def print_elsewhere(plan: Plan, console: Console) -> None:
+    """The job on other machines: the first ones by the objective, and the cheapest."""
+    shown = plan.elsewhere[:ELSEWHERE_ROWS]
+    cheapest = min(plan.elsewhere, key=lambda row: row["cost_usd"] or row["usd_per_million_tokens"] or math.inf)
+    shown += [cheapest] if cheapest not in shown else []
+    table = Table(box=None, pad_edge=False)
+    for heading in ("on", "plan", "GiB", "tokens/s", "hours", "$/h", "$", "$ a million tokens"):
+        table.add_column(heading, justify="left" if heading in ("on", "plan") else "right", no_wrap=True)
+    for row in shown:
+        nodes = f"{row['nodes']} nodes of " if row["nodes"] > 1 else ""
+        parts = [row["precision"], *([row["sharding"]] if row["sharding"] != "none" else [])]
+        parts += ["checkpointing"] if row["activation_checkpointing"] != "none" else []
+        parts += [f"{row['offload']} in host memory"] if row["offload"] != "none" else []
+        parts += [f"{row['micro_batch_size']} row{'s' if row['micro_batch_size'] > 1 else ''}"]
+        asked = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.world_size
+        parts += [f"batch.global_size={row['global_size']}"] if row["global_size"] != asked else []
+        table.add_row(
+            f"{nodes}{row['count']}x {row['gpu']}", ", ".join(parts), f"{row['needs_gib']:.1f}",
+            _figure(row["tokens_per_second"], "{:,.0f}"), _figure(row["hours"], "{:.2f}"),
+            _figure(row["usd_per_hour"], "{:.2f}"), _figure(row["cost_usd"], "{:.2f}"),
+            _figure(row["usd_per_million_tokens"], "{:.3f}"),
+        )  # fmt: skip
+    left = len(plan.elsewhere) - len(shown)
+    more = f" (and {left} more in plan.json)" if left else ""
+    dates = " and ".join(sorted({row["price"].rpartition(" of ")[2] for row in shown if row["price"]}))
+    said = f"machines of the catalogue that hold it{more}, at list prices of {dates}:"
+    console.print(said, highlight=False, soft_wrap=True)
+    Console(file=console.file, width=max(console.width, 110)).print(table)  # whole, also in a log
 
 
 def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
@@ -72,7 +110,8 @@ def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
             _figure(price.get("usd_per_hour"), "{:.2f}"),
             _figure(plan.cost_usd, "{:.2f}"),
         )
-    (console or Console()).print(table)
+    console = console or Console()
+    Console(file=console.file, width=max(console.width, 120)).print(table)  # whole, also in a log
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -114,6 +153,7 @@ def _settings(plan: Plan) -> str:
     parts += [] if plan.sharding == "none" else [f"sharding {plan.sharding}{inside}"]
     parts += [] if plan.offload == "none" else [f"offload {plan.offload}"]
     parts.append(f"activation checkpointing {plan.activation_checkpointing}")
+    parts += ["layers compiled"] if plan.compile else []
     parts.append(f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} rows of {plan.sequence_length} tokens")
     return ", ".join(parts)
 
@@ -122,7 +162,8 @@ def _speed(plan: Plan) -> str:
     if not plan.tokens_per_second:
         return "speed: not predicted, the card is not in the catalogue"
     said = f"{plan.tokens_per_second:,.0f} tokens/s (modelled)"
-    said += "" if plan.hours is None else f", {plan.hours:.2f} h with start, load and export"
+    counted = "" if plan.hardware.gpu == "cpu" else " with start, load and export"
+    said += "" if plan.hours is None else f", {plan.hours:.2f} h{counted}"
     if plan.price:
         said += "" if plan.cost_usd is None else f", ${plan.cost_usd:.2f}"
         listed = ", ".join(plan.price[key] for key in ("provider", "date") if plan.price[key])

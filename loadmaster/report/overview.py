@@ -148,6 +148,8 @@ def _peak(files: RunFiles) -> Figure | None:
         return None
     if measured is None:
         return Figure("Peak memory", units.gib(predicted), "predicted, not measured yet")
+    of_device = predicted_peak(files, MEASURED_PEAK)
+    predicted = predicted if of_device is None or dig(files.plan, "hardware.gpu") == "cpu" else of_device
     note = f"predicted {units.gib(predicted)}, {off_by(predicted, measured)}"
     return Figure("Peak memory", units.gib(measured), note)
 
@@ -155,6 +157,11 @@ def _peak(files: RunFiles) -> Figure | None:
 def predicted_gib(files: RunFiles) -> float | None:
     found = number(files.result.get("predicted_gib"))
     return number(dig(files.plan, "memory_gib.total")) if found is None else found
+
+
+def predicted_peak(files: RunFiles, counter: str) -> float | None:
+    """The prediction of one counter (peak_allocated_gib, ...), as the plan has it."""
+    return number(dig(files.plan, f"peak_gib.{counter.removeprefix('peak_').removesuffix('_gib')}"))
 
 
 def off_by(predicted: float, measured: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from loadmaster.report import units
 from loadmaster.report.inputs import RunFiles, dig, number, rows
-from loadmaster.report.overview import MEASURED_PEAK, off_by, place, predicted_gib
+from loadmaster.report.overview import MEASURED_PEAK, off_by, place, predicted_gib, predicted_peak
 
 COMPONENTS = {
     "weights": "weights", "gradients": "gradients", "optimizer": "optimizer states", "activations": "activations",
@@ -50,6 +50,15 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Phase:
+    label: str
+    gib: float
+    budget_at: float
+    """Where the budget lies on its bar, 0 to 1."""
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
 class PlanSection:
     fits: bool
     place: str
@@ -57,10 +66,14 @@ class PlanSection:
     amounts: list[tuple[str, str]]
     """What follows from the decisions, with units."""
     bar: Bar
-    phases: list[Part]
+    phases: list[Phase]
     reasons: list[str]
     rejected: list[dict[str, Any]]
     alternatives: list[dict[str, Any]]
+    runners_up: list[dict[str, Any]]
+    elsewhere: list[dict[str, Any]]
+    basis: list[tuple[str, str]]
+    """Where the figures come from, and what they leave out."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class MemorySection:
     predicted: float
     predicted_share: float
     measured: list[Comparison]
+    parts: list[dict[str, Any]]
 
 
 def plan_section(files: RunFiles) -> PlanSection | None:
@@ -93,7 +107,19 @@ def plan_section(files: RunFiles) -> PlanSection | None:
         reasons=[str(reason) for reason in plan.get("reasons") or []],
         rejected=rows(plan.get("rejected")),
         alternatives=rows(plan.get("alternatives")),
+        runners_up=rows(plan.get("runners_up")),
+        elsewhere=[{**row, "place": machine(row)} for row in rows(plan.get("elsewhere"))],
+        basis=[(str(key).replace("_", " "), str(text)) for key, text in _mapping(plan.get("basis")).items()],
     )
+
+
+def machine(row: dict[str, Any]) -> str:
+    nodes = number(row.get("nodes")) or 1
+    return (f"{nodes:.0f} nodes of " if nodes > 1 else "") + f"{row.get('count')}x {row.get('gpu')}"
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def decisions(files: RunFiles) -> list[Decision]:
@@ -112,6 +138,7 @@ def decisions(files: RunFiles) -> list[Decision]:
         row("sharding", "sharding"),
         row("offload", "offload"),
         row("activation checkpointing", "activation_checkpointing"),
+        row("layers compiled", "compile", "yes" if plan.get("compile") else "no"),
         row("sequence length", "sequence_length", units.things(plan.get("sequence_length"), "token")),
         row("micro-batch", "micro_batch_size", units.things(plan.get("micro_batch_size"), "packed row")),
         row("gradient accumulation", "gradient_accumulation_steps",
@@ -150,10 +177,24 @@ def memory_bar(plan: dict[str, Any]) -> Bar:
     return Bar(parts, total, budget, (budget or 0.0) / full)
 
 
-def _phases(plan: dict[str, Any]) -> list[Part]:
-    values = {str(k): number(v) or 0.0 for k, v in (dig(plan, "phases_gib") or {}).items()}
-    full = max([*values.values(), number(plan.get("budget_gib")) or 0.0], default=0.0) or 1.0
-    return [Part("phase", name, value, value / full) for name, value in values.items()]
+def _phases(plan: dict[str, Any]) -> list[Phase]:
+    """Each phase of the run with its components, on bars of one length; of an old plan only the totals."""
+    found: dict[str, dict[str, float]] = {
+        str(name): {key: number(_mapping(parts).get(key)) or 0.0 for key in COMPONENTS}
+        for name, parts in _mapping(plan.get("phase_components_gib")).items()
+    }
+    if not found:
+        totals = _mapping(dig(plan, "phases_gib"))
+        found = {str(name): {"phase": number(gib) or 0.0} for name, gib in totals.items() if number(gib)}
+    budget = number(plan.get("budget_gib")) or 0.0
+    full = max([*(sum(parts.values()) for parts in found.values()), budget], default=0.0) or 1.0
+    return [
+        Phase(
+            name.replace("_", " "), sum(parts.values()), budget / full,
+            [Part(key, COMPONENTS.get(key, "in all"), gib, gib / full) for key, gib in parts.items() if gib > 0],
+        )
+        for name, parts in found.items()
+    ]  # fmt: skip
 
 
 def memory_section(files: RunFiles) -> MemorySection | None:
@@ -168,7 +209,16 @@ def memory_section(files: RunFiles) -> MemorySection | None:
         known = {MEASURED_PEAK: max(known.values())}
         names = {MEASURED_PEAK: ("resident set of the process", "largest, as the system counts it")}
     full = max(predicted, *known.values(), 1e-9)
+    on_cpu = dig(files.plan, "hardware.gpu") == "cpu"
+    counted = {key: (None if on_cpu else predicted_peak(files, key)) or predicted for key in known}
     return MemorySection(
         predicted, predicted / full,
-        [Comparison(*names[key], value, value / full, off_by(predicted, value)) for key, value in known.items()],
+        [Comparison(*names[key], value, value / full, off_by(counted[key], value)) for key, value in known.items()],
+        _parts(files),
     )
+
+
+def _parts(files: RunFiles) -> list[dict[str, Any]]:
+    """What the rehearsal's worst step took of each part, where a GPU could tell."""
+    found = _mapping(dig(files.result, "prediction.parts"))
+    return [{"name": str(name), **_mapping(row)} for name, row in found.items()]

@@ -32,13 +32,14 @@ def micro_batches(
 
     The last step of an epoch can have fewer rows than ranks can share evenly; what is missing is filled
     with untrained copies, so that collectives match and no row counts twice.
-    to_length: pad rows to so many tokens (fixed shapes), or to the longest row when None.
+    to_length: pad rows to so many tokens and fill the last micro-batch (fixed shapes), or pad to the longest row.
     """
     per_rank = -(-len(rows) // world_size)
     idle = untrained(rows[0])
     mine = list(rows[rank * per_rank : (rank + 1) * per_rank])
-    mine += [idle] * (per_rank - len(mine))
-    return [collate(mine[i : i + size], pad_token_id, to_length) for i in range(0, per_rank, size)]
+    count = per_rank if to_length is None else -(-per_rank // size) * size
+    mine += [idle] * (count - len(mine))
+    return [collate(mine[i : i + size], pad_token_id, to_length) for i in range(0, count, size)]
 
 
 def worst_rows(rows: PackedRows, count: int) -> list[PackedRow]:

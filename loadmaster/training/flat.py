@@ -126,8 +126,8 @@ class FlatPlaced(Placed):
         found = read(first, last).reshape(-1)[start - first * row : end - first * row]
         return torch.equal(found, self.part(parameter).cpu())
 
-    def copy(self, parameter: nn.Parameter, part: Tensor) -> _Copy:
-        return _Copy(self._cuts[parameter], part.detach().to("cpu", copy=True))
+    def place(self, parameter: nn.Parameter, part: Tensor) -> _Copy:
+        return _Copy(self._cuts[parameter], part.cpu())
 
     def complete(self, copies: dict[str, Any]) -> dict[str, Any]:
         given: list[dict[str, tuple[int, Tensor]]] = [{} for _ in range(self._ranks)]

@@ -19,11 +19,21 @@ import torch
 from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, MicroBatch, PreparedData
 from loadmaster.errors import StoppedOnRequest, TrainingFailed
+from loadmaster.models.compiled import CompileCache, graphs_compiled
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.prediction import Measured, held_against, sentence
 from loadmaster.training.batches import losses, trained_tokens, worst_rows
 from loadmaster.training.checkpoint import Checkpoints, newest_whole
 from loadmaster.training.display import Display
-from loadmaster.training.metrics import MetricsLog, Throughput, peak_memory, read_metrics, recent_loss
+from loadmaster.training.metrics import (
+    MetricsLog,
+    Throughput,
+    most,
+    peak_memory,
+    read_metrics,
+    recent_loss,
+    saving_sentence,
+)
 from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.rng import seed_everything
 from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
@@ -48,6 +58,11 @@ class Outcome:
     trained_tokens_per_second: float
     rehearsal: Rehearsed
     peaks: dict[str, float]
+    """Of the rank that needed most."""
+    saves: dict[str, float | bool] | None
+    """How many checkpoints, their size, how long the loop waited for them and how long they took to write."""
+    recompilations: int = 0
+    """Graphs that were compiled after the rehearsal; each makes a step slow, and there should be none."""
 
 
 def train(
@@ -76,10 +91,13 @@ def train(
     refuse_missing_tracker(job)
 
     def stopping() -> bool:
-        return world.any(stop.requested)
+        return world.any(stop.requested or checkpoints.failed)
 
     with stop.deferred():
         watch.at(0, "load")
+        cache = CompileCache(run_dir / "compile_cache", world.lead)
+        if plan.compile:
+            cache.open()
         session = make_session(job, plan, world, tokenizer.pad_token_id, base_folder)
         if world.rank:  # dropout differs from rank to rank; rank 0 draws what a run of one process draws
             seed_everything(job.seed + world.rank)
@@ -94,8 +112,13 @@ def train(
         rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr)
         display.echo(
             f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
-            f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {plan.memory_gib.total:.2f} GiB"
+            f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {predicted_allocated(plan):.2f} GiB"
         )
+        if said := sentence(held_against(plan, measured(rehearsal))):
+            display.echo(f"note: {said}")
+        compiled = graphs_compiled()
+        if plan.compile:
+            cache.share()
         _stop_if(stopping(), "after the rehearsal, before the first step")
 
         found = newest_whole(folder, job_hash, display.echo, world)
@@ -111,7 +134,7 @@ def train(
         tracker = open_tracker(job, run_dir, job_hash, world.lead)
         tokens_at_start, trained_at_start, busy_s = tokens, trained_total, 0.0
         eval_loss: float | None = None
-        straggler: str | None = None
+        recompilations = 0
 
         def save(step: int) -> None:
             state = {
@@ -125,7 +148,8 @@ def train(
             keep = (job.checkpoint.keep_last, job.checkpoint.keep_best)
             watch.at(step, "save")
             checkpoints.save(folder / f"step-{step}", session.trained, session.optimizer, state, keep)
-            logging.getLogger("loadmaster").info(f"step {step}: saving; the loop waited {checkpoints.stall_s:.3f} s")
+            waited_s = checkpoints.stalls_s[-1]
+            logging.getLogger("loadmaster").info(f"step {step}: saving; the loop waited {waited_s:.3f} s")
 
         display.start(steps, done)
         try:
@@ -170,16 +194,17 @@ def train(
                 asked = stopping()
                 if asked or step % save_every == 0 or step == steps:
                     save(step)
-                    if world.size > 1 or session.device.type == "cuda":
-                        row["save_stall_s"] = round(checkpoints.stall_s, 4)
-                log.append(row)
+                    row["save_stall_s"] = round(checkpoints.stalls_s[-1], 4)
+                log.append({**row, "steps": steps})  # so that who follows a run from elsewhere knows its end
                 logging.getLogger("loadmaster").info(f"step {step} of {steps}: {row}")
                 figures = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
                 tracker.log(figures, step)
                 if row["loss"] is not None:
                     display.step(row, peak_memory(session.device)["peak_allocated_gib"])
-                if world.lead and watch.straggler() not in (None, straggler):
-                    straggler = watch.straggler()
+                if plan.compile and graphs_compiled() > compiled + recompilations:
+                    recompilations = graphs_compiled() - compiled
+                    display.echo(f"step {step} compiled anew ({recompilations} graphs since the rehearsal)")
+                if world.lead and (straggler := watch.straggler()) is not None:
                     display.echo(straggler)
                 _stop_if(asked, f"after step {step} of {steps} (checkpoint saved)", checkpoints)
                 rate.pause()
@@ -189,6 +214,9 @@ def train(
             display.stop()
             log.close()
             tracker.close()
+    saves = checkpoints.figures()
+    if saves is not None:
+        display.echo(saving_sentence(saves))
     nothing = {"loss": None, "tokens_per_second": 0.0}  # metrics.jsonl was lost after the last step
     logged = read_metrics(run_dir / "metrics.jsonl") or [nothing]
     return session, Outcome(
@@ -198,8 +226,23 @@ def train(
         tokens_per_second=(tokens - tokens_at_start) / busy_s if busy_s else logged[-1]["tokens_per_second"],
         trained_tokens_per_second=(trained_total - trained_at_start) / busy_s if busy_s else 0.0,
         rehearsal=rehearsal,
-        peaks=peak_memory(session.device),
+        peaks=most(world.gather(peak_memory(session.device))),
+        saves=saves,
+        recompilations=recompilations,
     )
+
+
+def measured(rehearsal: Rehearsed) -> Measured:
+    return Measured(
+        rehearsal.peak_allocated_gib, rehearsal.peak_reserved_gib, rehearsal.peak_device_gib,
+        rehearsal.loaded_gib, rehearsal.resting_gib,
+    )  # fmt: skip
+
+
+def predicted_allocated(plan: Plan) -> float:
+    """What `peak_allocated_gib` counts: on a CPU the whole process."""
+    on_gpu = plan.peak_gib is not None and plan.hardware.gpu != "cpu"
+    return plan.peak_gib.allocated if on_gpu else plan.memory_gib.total
 
 
 def _stop_if(asked: bool, where: str, checkpoints: Checkpoints | None = None) -> None:
@@ -208,7 +251,7 @@ def _stop_if(asked: bool, where: str, checkpoints: Checkpoints | None = None) ->
         return
     if checkpoints is not None:
         checkpoints.wait()
-    raise StoppedOnRequest(f"{MESSAGE} {where}")
+    raise StoppedOnRequest(f"{MESSAGE} {where}", agreed=True)
 
 
 def _rehearse(

@@ -17,62 +17,77 @@ from loadmaster.data import PackedRow
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES, random_model
 from loadmaster.preflight.plan import Plan
-from loadmaster.training.batches import trained_tokens
-from loadmaster.training.metrics import GIB, peak_memory
+from loadmaster.training.batches import losses
+from loadmaster.training.metrics import allocated_gib, peak_memory
 from loadmaster.training.session import make_session
 from loadmaster.training.world import World
 
 
 def random_rows(count: int, length: int, vocabulary: int, document_tokens: int, seed: int = 0) -> list[PackedRow]:
-    """Rows of exactly `length` tokens, made of documents of `document_tokens`, every token trained."""
+    """Rows of exactly `length` tokens, made of documents of `document_tokens`, every token trained.
+
+    Documents next to each other have ids as of a preference pair: two of them are one.
+    """
     generator = np.random.default_rng(seed)
     positions = np.arange(length) % document_tokens
+    documents = -(-length // document_tokens)
     rows = []
     for index in range(count):
         ids = generator.integers(0, vocabulary, length)
-        rows.append(PackedRow(ids, ids, positions, [f"random:{index}"]))
+        rows.append(PackedRow(ids, ids, positions, [f"random:{index}:{i}" for i in range(documents)]))
     return rows
 
 
 def measure(job: Job, plan: Plan, config: dict[str, Any], steps: int = 5, warm_up: int = 2) -> dict[str, Any]:
-    """Run `warm_up` + `steps` optimizer steps of one micro-batch each.
+    """Run `warm_up` + `steps` optimizer steps as the plan has them, and one evaluation batch.
 
-    config: the model's config.json as a dict. Returns peaks (GiB: loaded, allocated, reserved, device), seconds a
-    step (median), tokens a second, and the last loss. Needs the memory of the job on this machine's device.
+    config: the model's config.json as a dict. Returns peaks (GiB: allocated, reserved, device; of the evaluation
+    batch), what was allocated when the model was loaded and between two steps, seconds a step (median), tokens a
+    second, and the last loss. Needs the memory of the job on this machine's device.
     """
     device = torch.device("cpu" if plan.hardware.gpu == "cpu" or not torch.cuda.is_available() else "cuda")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    _reset_peak(device)
     base = random_model(config, DTYPES[plan.precision], device, frozen_form(plan.method, plan.precision))
     session = make_session(job, plan, World(device=device), pad_token_id=0, base=base)
     loaded = _allocated(device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    _reset_peak(device)
     length = plan.sequence_length
-    rows = random_rows(plan.micro_batch_size, length, base.config.get_text_config().vocab_size, length)
-    batches, trained = session.split(rows), sum(map(trained_tokens, rows))
+    document = length if job.objective == "sft" else length // 2  # a pair of answers in each row
+    count = plan.micro_batch_size * plan.gradient_accumulation_steps
+    rows = random_rows(count, length, base.config.get_text_config().vocab_size, document)
+    batches, terms = session.split(rows), sum(losses(row, job.objective) for row in rows)
     seconds = []
     for _ in range(warm_up + steps):
         start = time.perf_counter()
-        loss = session.backward(batches, trained)
+        loss = session.backward(batches, terms)
         session.optimizer.clip(job.optimizer.max_grad_norm)
         session.optimizer.step(job.optimizer.lr)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     step_s = float(np.median(seconds[warm_up:]))
+    peaks, resting = peak_memory(device), _allocated(device)
+    _reset_peak(device)
+    session.model.eval()
+    with torch.no_grad():
+        session.loss(batches[0])
     return {
         "loaded_gib": loaded,
-        **peak_memory(device),
+        "resting_gib": resting,
+        **peaks,
+        "evaluate_peak_allocated_gib": peak_memory(device)["peak_allocated_gib"],
+        "first_step_s": seconds[0],
         "step_s": step_s,
-        "tokens_per_second": plan.micro_batch_size * length / step_s,
+        "tokens_per_second": count * length / step_s,
         "loss": loss.item(),
     }
 
 
-def _allocated(device: torch.device) -> float:
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / GIB
-    return peak_memory(device)["peak_allocated_gib"]
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _allocated(device: torch.device) -> float:
+    return allocated_gib(device) if device.type == "cuda" else peak_memory(device)["peak_allocated_gib"]

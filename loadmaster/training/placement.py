@@ -62,24 +62,26 @@ class Placed:
 
     def copy(self, parameter: nn.Parameter, part: Tensor) -> Any:
         """A copy on the host of `part`, which lies in its whole as this rank's part of `parameter` does."""
-        return self._place(parameter, part.detach().to("cpu", copy=True).contiguous())
+        return self.place(parameter, part.detach().to("cpu", copy=True).contiguous())
 
-    def complete(self, copies: dict[str, Any]) -> dict[str, Any]:
-        """Copies as torch.distributed.checkpoint writes them; all ranks call it."""
-        return copies
+    def complete(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """What `place` gave, as torch.distributed.checkpoint writes it; all ranks call it."""
+        return parts
 
     def empty(self, parameter: nn.Parameter, dtype: torch.dtype) -> Any:
         """What torch.distributed.checkpoint fills with this rank's part."""
-        return self._place(parameter, torch.empty(local(parameter).shape, dtype=dtype))
+        return self.place(parameter, torch.empty(local(parameter).shape, dtype=dtype))
 
     def filled(self, parameter: nn.Parameter, loaded: Any) -> Tensor:
         """This rank's part out of what `empty` gave, once it is filled."""
         return local(loaded)
 
-    def _place(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+    def place(self, parameter: nn.Parameter, part: Tensor) -> Any:
+        """`part` itself, as what lies in its whole as this rank's part of `parameter` does."""
         if not isinstance(parameter, DTensor):
             return part
+        mesh = self._mesh if part.device.type == self._mesh.device_type else parameter.device_mesh
         return DTensor.from_local(
-            part, self._mesh, parameter.placements, run_check=False,
+            part, mesh, parameter.placements, run_check=False,
             shape=parameter.shape, stride=parameter.stride(),
         )  # fmt: skip

@@ -7,6 +7,7 @@ optimizer and random generators are put back bit for bit, so the run is the same
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from torch import nn
 from loadmaster.data import MicroBatch
 from loadmaster.errors import TrainingFailed
 from loadmaster.training.checkpoint import Checkpoints
-from loadmaster.training.metrics import peak_memory
+from loadmaster.training.metrics import allocated_gib, most, peak_memory
 from loadmaster.training.optimizer import TrainingOptimizer
+from loadmaster.training.placement import Placed
 from loadmaster.training.rng import restore_rng, rng_state
 
 
@@ -32,6 +34,10 @@ class Rehearsed:
     peak_reserved_gib: float
     peak_device_gib: float
     seconds: float
+    loaded_gib: float = 0.0
+    """Allocated before the first step."""
+    resting_gib: float = 0.0
+    """Allocated between two steps."""
 
 
 def rehearse(
@@ -51,10 +57,12 @@ def rehearse(
     weights = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
     generators = rng_state()
     part = "the fullest micro-batch"
+    loaded = resting = allocated_gib(world.device)
     try:
         # Twice: gradients of the second backward pass meet the optimizer's states, as in every later step.
         run_step(worst)
         run_step(worst)
+        resting = allocated_gib(world.device)
         finite = all(bool(torch.isfinite(local(parameter)).all()) for _, parameter in trained)
         if world.any(not finite):
             raise TrainingFailed(
@@ -74,14 +82,14 @@ def rehearse(
     finally:
         if world.lead:
             shutil.rmtree(scratch, ignore_errors=True)
-    peaks = peak_memory(world.device)
+    peaks = most(world.gather(peak_memory(world.device)))
     with torch.no_grad():
         for name, parameter in trained:
             local(parameter).copy_(weights[name])
     optimizer.zero_grad()
     optimizer.reset()
     restore_rng(*generators)
-    return Rehearsed(**peaks, seconds=time.perf_counter() - start)
+    return Rehearsed(**peaks, seconds=time.perf_counter() - start, loaded_gib=loaded, resting_gib=resting)
 
 
 def _save_and_reload(
@@ -89,13 +97,23 @@ def _save_and_reload(
 ) -> None:
     checkpoints.save(scratch, trained, optimizer, {"step": 0, "job_hash": "rehearsal"})
     checkpoints.wait()
-    local = checkpoints.placed.part
-    before = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
-    states = {name: tensor.to("cpu", copy=True) for name, tensor in optimizer.state()[0].items()}
+    checkpoints.forget_figures()
+    before = _digests(trained, optimizer, checkpoints.placed)
     checkpoints.load(scratch, trained, optimizer)
-    reloaded = optimizer.state()[0]
-    changed = [name for name, parameter in trained if not torch.equal(local(parameter).cpu(), before[name])]
-    changed += [name for name, tensor in states.items() if not torch.equal(tensor, reloaded[name].cpu())]
+    after = _digests(trained, optimizer, checkpoints.placed)
+    changed = [name for name, digest in before.items() if after.get(name) != digest]
     changed = [name for part in checkpoints.world.gather(changed) for name in part]
     if changed:
         raise TrainingFailed(f"a checkpoint did not read back as written: {', '.join(changed[:3])}")
+
+
+def _digests(
+    trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer, placed: Placed
+) -> dict[str, str]:
+    """A hash of each weight and each state: copies of them all would not fit beside a large model's."""
+    tensors = {name: placed.part(parameter) for name, parameter in trained} | optimizer.state()[0]
+    return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -31,7 +31,7 @@ from loadmaster.training.zero import ZeroOptimizer, refuse_missing_deepspeed
 
 BUILT = {
     "sharding": tuple(STRATEGIES),
-    "activation_checkpointing": ("none", "full"),
+    "activation_checkpointing": ("none", "selective", "full"),
 }
 """What a plan may say and this loop does; other values are refused."""
 
@@ -64,10 +64,14 @@ class Session:
         """(name, parameter) of what is trained; sharded, a parameter is a DTensor."""
         return trainable(self.model)
 
+    @property
+    def fixed_length(self) -> int | None:
+        """Tokens that every row is padded to; None where shapes may differ from batch to batch."""
+        return self.job.sequence_length if self.device.type == "cuda" or self.plan.compile else None
+
     def split(self, rows: list) -> list[MicroBatch]:
-        fixed = self.job.sequence_length if self.device.type == "cuda" else None
         return micro_batches(
-            rows, self.plan.micro_batch_size, self.world.rank, self.world.size, self.pad_token_id, fixed
+            rows, self.plan.micro_batch_size, self.world.rank, self.world.size, self.pad_token_id, self.fixed_length
         )
 
     def backward(self, batches: list[MicroBatch], count: int) -> torch.Tensor:
@@ -162,8 +166,5 @@ def refuse_unbuilt(plan: Plan) -> None:
         for key, built in BUILT.items()
         if getattr(plan, key) not in built
     ]
-    if (plan.method, plan.precision) == ("full", "fp8"):
-        message = "training does precision=fp8 for the frozen base of method=lora only"
-        problems.append(Problem("precision", "fp8", "the plan (plan.json)", message, "precision=bf16, or method=lora"))
     if problems:
         raise ConfigError(problems)

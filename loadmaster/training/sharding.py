@@ -26,9 +26,10 @@ from torch.distributed.tensor import DTensor
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import TrainingFailed
+from loadmaster.models.forward import decoder_layers
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.placement import Placed, local
-from loadmaster.training.strategy import Strategy, decoder_layers
+from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
 from loadmaster.training.zero import Zero
 

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import TrainingFailed
-from loadmaster.models.adapters import checkpoint_activations, make_trainable, trainable
+from loadmaster.models.adapters import make_trainable, trainable
+from loadmaster.models.compiled import compile_layers
+from loadmaster.models.float8 import train_in_fp8
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES, load_base, load_trained
 from loadmaster.models.preference import loss_module
+from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed
@@ -42,13 +45,19 @@ class Strategy:
         """(model as it is trained, module whose forward is a batch's summed loss), wrapped and checked."""
         model = self.with_trained_part(base)
         checkpoint_activations(model, self.plan.activation_checkpointing)
+        if self.plan.compile:
+            compile_layers(model)
+        causal_lm(model).neftune_alpha = self.job.neftune_alpha
         loss = self.wrap(self.loss(model))
         self.check(loss)
         return model, loss
 
     def with_trained_part(self, base: nn.Module) -> nn.Module:
         seed_everything(self.job.seed)  # an adapter's first values: the same on every rank, however the base was read
-        return make_trainable(base, self.plan.method, self.job.lora)
+        model = make_trainable(base, self.plan.method, self.job.lora)
+        if (self.plan.method, self.plan.precision) == ("full", "fp8"):
+            train_in_fp8(model, self.world.device)
+        return model
 
     def loss(self, model: nn.Module) -> nn.Module:
         return loss_module(model, self.job.objective, self.job.preference)
@@ -65,6 +74,7 @@ class Strategy:
         return TrainingOptimizer(
             trainable(model), self.job.optimizer, self.plan.optimizer, self.plan.master_weights,
             offload=self.plan.offload == "optimizer", sum_over_shards=self.sum_over_shards,
+            b_lr_ratio=self.job.lora.b_lr_ratio,
         )  # fmt: skip
 
     def backward(self, loss: Tensor) -> None:
@@ -94,11 +104,3 @@ class Strategy:
         else:
             model = load_trained(base_folder, trained_folder, *how)
         return model, self.loss(model)
-
-
-def decoder_layers(loss: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a SummedLoss, in order. Raises TrainingFailed for a model that has no list of them."""
-    layers = getattr(causal_lm(loss).get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not layers:
-        raise TrainingFailed("this model has no list of decoder layers to shard by; use sharding=ddp")
-    return list(layers)

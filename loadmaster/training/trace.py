@@ -2,8 +2,7 @@
 
 Real modules (transformers, peft, frozen layers), the engine's own forward and loss, autograd and
 torch.utils.checkpoint, with tensors that have sizes and no values: no GPU, no weights, seconds. Every storage is
-counted from the operation that makes it to its last reference. The one substitution: on the meta device the
-engine's attention would take its CPU path, so the variable-length kernel of a GPU is called instead.
+counted from the operation that makes it to its last reference. On the meta device the engine takes the paths of a GPU.
 
 The tests hold the preflight's replay against the same function.
 """
@@ -16,20 +15,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from loadmaster.config.schema import Job
+from loadmaster.config.schema import Job, PreferenceConfig
 from loadmaster.data import MicroBatch
-from loadmaster.models.adapters import checkpoint_activations
-from loadmaster.models.forward import causal_lm, token_losses
+from loadmaster.errors import ConfigError, Problem
+from loadmaster.models.attention import PACKED
+from loadmaster.models.float8 import train_in_fp8
+from loadmaster.models.forward import token_losses
 from loadmaster.models.frozen import freeze_linears, frozen_form
+from loadmaster.models.load import DTYPES
+from loadmaster.models.preference import loss_module
+from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.plan import Plan
-from loadmaster.preflight.setup import SHARDED, Setup
+from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import find_config, from_config
 from loadmaster.preflight.step import training_step
-
-TRACED_ATTENTION = "loadmaster_traced"
 
 
 @dataclass(frozen=True)
@@ -38,41 +40,60 @@ class Case:
     checkpointing: str = "none"
     accumulated: bool = False
     """Gradients of an earlier micro-batch are there."""
+    objective: str = "sft"
 
 
 def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
-    """One micro-batch of the plan, traced, beside its replay, in GiB; `skipped` says why where it is not traced.
+    """One micro-batch of the plan, traced, beside its replay, in GiB, and what the traced model consists of.
 
     Both are besides weights, optimizer states and gradients that were there before, and neither has what kernels
-    take inside themselves, which plan.json's memory_gib has.
+    take inside themselves, which plan.json's memory_gib has. Weights are whole: of a sharded plan the micro-batch is
+    traced as one GPU would run it, without the buffers of sharding.
+    Raises ConfigError for a model that transformers cannot build, or whose step depends on its data.
     """
-    if plan.precision == "fp32" or plan.sharding in SHARDED:
-        return {
-            "skipped": f"a trace is of bf16 or fp8 and whole weights, the plan of {plan.precision} and {plan.sharding}"
-        }
     config, _ = find_config(job.model)
-    accumulated = plan.gradient_accumulation_steps > 1
-    tokens = plan.micro_batch_size * plan.sequence_length
+    setup = traced_setup(job, plan)
+    case = Case(setup.tokens, setup.checkpointing, setup.gradient_accumulation_steps > 1, job.objective)
+    try:
+        base = _meta_model(config, DTYPES[setup.precision])
+        parameters = sum(p.numel() for p in base.parameters())
+        model = with_trained_part(base, setup)
+        peak = _traced_peak(model, case)
+    except Exception as error:  # whatever a model's own code makes of the meta device
+        message = f"a step of model type {config.get('model_type')!r} cannot be traced ({first_line(error)})"
+        remedy = "plan.trace=false, or a model of a type that transformers knows"
+        raise ConfigError([Problem("plan.trace", True, "the job", message, remedy)]) from error
+    replayed = training_step(from_config(config, job.model.name), setup, in_place=False).peak
+    whole = plan.sharding not in ("none", "ddp")
+    return {
+        "traced_gib": round(peak / GIB, 4), "replayed_gib": round(replayed / GIB, 4),
+        "difference": round(replayed / peak - 1, 6),
+        "of": "a micro-batch" + (" with whole weights on one GPU" if whole else ""),
+        "parameters": parameters,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "weights_gib": round(weight_bytes(model) / GIB, 4),
+    }  # fmt: skip
+
+
+def traced_setup(job: Job, plan: Plan) -> Setup:
     targets = job.lora.targets
-    traced = traced_peaks(
-        config,
-        plan.method,
-        [Case(tokens, plan.activation_checkpointing, accumulated)],
-        job.lora.rank,
-        targets,
-        plan.precision,
-    )[0]
-    setup = Setup(
+    return Setup(
         method=plan.method, precision=plan.precision, optimizer=plan.optimizer, master_weights=plan.master_weights,
-        checkpointing=plan.activation_checkpointing, sequence_length=tokens, lora_rank=job.lora.rank,
-        lora_targets=tuple(targets) if isinstance(targets, list) else targets,
+        checkpointing=plan.activation_checkpointing, micro_batch_size=plan.micro_batch_size,
+        sequence_length=plan.sequence_length, lora_rank=job.lora.rank, lora_dropout=job.lora.dropout,
+        lora_targets=tuple(targets) if isinstance(targets, list) else targets, objective=job.objective,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
     )  # fmt: skip
-    replayed = training_step(from_config(config, job.model.name), setup, in_place=False).peak
-    return {
-        "traced_gib": round(traced / GIB, 4), "replayed_gib": round(replayed / GIB, 4),
-        "difference": round(replayed / traced - 1, 6),
-    }  # fmt: skip
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of everything that the model keeps on the device, each storage once."""
+    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}
+    return sum(held.values())
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def traced_peaks(
@@ -82,28 +103,39 @@ def traced_peaks(
     rank: int = 16,
     targets: Any = "all-linear",
     precision: str = "bf16",
+    dropout: float = 0.0,
 ) -> list[int]:
     """For each case the peak bytes of one micro-batch, besides weights and the gradients that were there before.
 
     config: the model's config.json as a dict.
     """
-    model = _meta_model(config)
-    if form := frozen_form(method, precision):
-        freeze_linears(model, form)
-    if method != "full":
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+    targets = tuple(targets) if isinstance(targets, list) else targets
+    setup = Setup(method=method, precision=precision, optimizer="adamw", master_weights=True, lora_rank=rank,
+                  lora_targets=targets, lora_dropout=dropout)  # fmt: skip
+    model = with_trained_part(_meta_model(config, DTYPES[precision]), setup)
     return [_traced_peak(model, case) for case in cases]
 
 
+def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:
+    """A model on the meta device as it is trained: its linears quantized, its adapter on."""
+    if form := frozen_form(setup.method, setup.precision):
+        freeze_linears(model, form)
+    if (setup.method, setup.precision) == ("full", "fp8"):
+        train_in_fp8(model, torch.device("meta"))
+    if setup.method != "full":
+        from peft import LoraConfig, get_peft_model
+
+        targets = list(setup.lora_targets) if isinstance(setup.lora_targets, tuple) else setup.lora_targets
+        lora = LoraConfig(r=setup.lora_rank, lora_dropout=setup.lora_dropout, target_modules=targets,
+                          task_type="CAUSAL_LM")  # fmt: skip
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(DTYPES[setup.precision])
+    return model
+
+
 def _traced_peak(model: nn.Module, case: Case) -> int:
-    if case.checkpointing == "none":
-        causal_lm(model).gradient_checkpointing_disable()
     checkpoint_activations(model, case.checkpointing)
     live = Live()
     held = [*model.parameters(), *model.buffers()]
@@ -114,9 +146,13 @@ def _traced_peak(model: nn.Module, case: Case) -> int:
         live.count(tensor)
     before, live.peak = live.live, 0
     ids = torch.zeros(1, case.tokens, dtype=torch.long)
-    batch = MicroBatch(ids, ids, torch.arange(case.tokens)[None], [["row"]])
+    places = torch.arange(case.tokens) % -(-case.tokens // 2)  # two documents: the answers of one pair
+    batch = MicroBatch(ids, ids, (torch.arange(case.tokens) if case.objective == "sft" else places)[None], [["row"]])
     with live:
-        loss, _ = token_losses(model, batch)
+        if case.objective == "sft":
+            loss, _ = token_losses(model, batch)
+        else:
+            loss = loss_module(model, case.objective, PreferenceConfig())(batch)
         loss.backward()
     return live.peak - before
 
@@ -130,6 +166,8 @@ class Live(TorchDispatchMode):
         self.live = self.peak = 0
 
     def count(self, tensor: torch.Tensor) -> None:
+        if is_traceable_wrapper_subclass(tensor):  # what it wraps is counted
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if tensor.device.type != "meta" or key in self.sizes:
@@ -150,21 +188,9 @@ class Live(TorchDispatchMode):
         return result
 
 
-def _varlen(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_: Any):
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    output = varlen_attn(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), **grouped
-    )
-    return output.unsqueeze(0), None
-
-
 def _meta_model(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    AttentionInterface.register(TRACED_ATTENTION, _varlen)
     shape = AutoConfig.for_model(**config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=TRACED_ATTENTION).train()
+        return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=PACKED).train()

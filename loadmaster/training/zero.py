@@ -18,7 +18,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from loadmaster.config.schema import Job, OptimizerConfig
 from loadmaster.errors import ConfigError, Problem, TrainingFailed
 from loadmaster.models.adapters import trainable
-from loadmaster.models.forward import causal_lm
+from loadmaster.models.forward import causal_lm, decoder_layers
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.zero_settings import ZERO, deepspeed_config, max_live
 from loadmaster.training.flat import Cut, FlatPlaced
-from loadmaster.training.strategy import Strategy, decoder_layers
+from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
 
 
@@ -124,7 +124,7 @@ class Zero(Strategy):
         if self.stage == 3:
             self._fill(loss, config)
             named = trainable(loss)
-        basic = adamw([p for _, p in named], self.job.optimizer)
+        basic = adamw(named, self.job.optimizer, self.job.lora.b_lr_ratio)
         self.engine, *_ = self.deepspeed.initialize(model=loss, optimizer=basic, config=config)
         return self.engine
 
@@ -205,18 +205,19 @@ def elements(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """PyTorch's fused AdamW, which DeepSpeed gives its fp32 shares to; matrices decay, vectors do not."""
+def adamw(
+    named: list[tuple[str, nn.Parameter]], config: OptimizerConfig, b_lr_ratio: float = 1.0
+) -> torch.optim.Optimizer:
+    """PyTorch's fused AdamW, which DeepSpeed gives its fp32 shares to; matrices decay, vectors do not.
 
-    def dimensions(parameter: nn.Parameter) -> int:
-        return len(getattr(parameter, "ds_shape", parameter.shape))
-
-    decayed = [p for p in parameters if dimensions(p) > 1]
-    plain = [p for p in parameters if dimensions(p) <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+    b_lr_ratio: LoRA+, as of TrainingOptimizer.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        decay = config.weight_decay if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 else 0.0
+        groups.setdefault((decay, b_lr_ratio if ".lora_B." in name else 1.0), []).append(parameter)
+    made = [{"params": held, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), held in groups.items()]
+    return torch.optim.AdamW(made, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 class ZeroOptimizer:
@@ -290,7 +291,7 @@ class ZeroOptimizer:
     def step(self, lr: float) -> None:
         """Update at rate `lr` and drop the gradients."""
         for group in self.zero.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         self.engine.step()
 
     def zero_grad(self) -> None:
@@ -317,10 +318,13 @@ class ZeroOptimizer:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
-        whole = self.zero.persistent_parameters
+        kept = self.zero.persistent_parameters
+        # A forward pass without a backward one may have left others whole: they, too, hold what was there before.
+        whole = [p for group in self.zero.fp16_groups for p in group if p.ds_status.name == "AVAILABLE"]
         if whole:
             whole[0].partition(whole)
-            whole[0].all_gather(whole)
+        if kept:
+            kept[0].all_gather(kept)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(tensors, scalars) by `parameter/key`; of bf16 weights also `parameter/master`."""
@@ -334,10 +338,10 @@ class ZeroOptimizer:
         return tensors, {}
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
+    def load_state(self, values: Iterable[tuple[str, Tensor | float]]) -> None:
         """Take over what `state` gave, of any number of ranks. Raises KeyError when it is of other parameters."""
         self.reset()
-        for path, value in tensors.items():
+        for path, value in values:
             name, key = path.rsplit("/", 1)
             if name not in self._where:
                 continue  # a step count of what is on other ranks
@@ -346,7 +350,7 @@ class ZeroOptimizer:
             if key == "master":
                 share.detach().narrow(0, offset, count).copy_(value)
                 continue
-            state = self.zero.optimizer.state[share]
+            state, value = self.zero.optimizer.state[share], torch.as_tensor(value)
             if value.dim() == 0:
                 state[key] = value.to(share.device, copy=True)
                 continue

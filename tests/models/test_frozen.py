@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.models import frozen
-from loadmaster.models.adapters import checkpoint_activations, make_trainable, trainable
+from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.frozen import FORMS, FrozenFP8Linear, FrozenLinear, FrozenNF4Linear, frozen_form
 from loadmaster.models.load import load_base, random_model
+from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.preflight.shape import Matrix
 from loadmaster.preflight.weights import nf4_bytes
 

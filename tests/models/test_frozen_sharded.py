@@ -13,10 +13,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from loadmaster.config.schema import LoraConfig
-from loadmaster.models.adapters import checkpoint_activations, make_trainable, trainable
+from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.frozen import FORMS, FrozenLinear
 from loadmaster.models.load import random_model
+from loadmaster.models.recompute import checkpoint_activations
 
 STEPS, RANKS = 20, 2
 SHAPE = {

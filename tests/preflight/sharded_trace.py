@@ -22,9 +22,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from loadmaster.data import MicroBatch
 from loadmaster.models import shards
-from loadmaster.models.adapters import checkpoint_activations
 from loadmaster.models.forward import SummedLoss
 from loadmaster.models.frozen import freeze_linears, frozen_form
+from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.training.sharding import FullyShard
 from loadmaster.training.trace import Case, Live, _meta_model
 from loadmaster.training.world import World

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
-from loadmaster.errors import LoadmasterError
-from loadmaster.preflight.shape import find_config, from_config
+from loadmaster.errors import ConfigError, LoadmasterError
+from loadmaster.preflight.families import FAMILIES
+from loadmaster.preflight.shape import find_config, find_shape, from_config
 
 SHAPES = {path.stem: json.loads(path.read_text()) for path in sorted((catalog.FOLDER / "shapes").glob("*.json"))}
 
@@ -59,6 +61,74 @@ def test_an_unknown_family_is_an_estimate_and_says_so() -> None:
     config = {**SHAPES["llama-3.2-1b"]["config"], "model_type": "some_new_family"}
     assert "some_new_family" in from_config(config, "x").estimate
     assert from_config(SHAPES["llama-3.2-1b"]["config"], "x").estimate is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
+    few = {"model_type": family, "num_hidden_layers": 2}
+    shape = from_config(few, family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**few))
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    truth = model.config
+    windows = [truth.sliding_window if kind == "sliding_attention" else None
+               for kind in getattr(truth, "layer_types", None) or ()]  # fmt: skip
+    assert not windows or list(shape.windows) == windows
+
+
+def test_fractions_of_rotary_embeddings_are_found_where_transformers_5_writes_them() -> None:
+    config = {"model_type": "phi3", "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}
+    assert from_config(config, "x").rotary_fraction == 0.75
+
+
+def test_windows_shorten_what_a_token_attends_to() -> None:
+    shape = from_config(SHAPES["mistral-7b-v0.1"]["config"], "x")
+    assert shape.windows[0] == 4096 and shape.attended(2048) == 1024
+    assert shape.attended(32768) == pytest.approx(4096 - 4096**2 / 65536)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_hidden_layers": -3}, "num_hidden_layers=-3"),
+        ({"hidden_size": "4096"}, "hidden_size='4096'"),
+        ({"vocab_size": True}, "vocab_size=True"),
+        ({"num_key_value_heads": 5}, "32 attention heads that do not divide over 5"),
+        ({"layer_types": ["full_attention"]}, "1 layer_types for 16 layers"),
+        ({"hidden_size": 0, "vocab_size": 0}, "hidden_size=0, vocab_size=0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_in_a_sentence(changed: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        from_config({**SHAPES["llama-3.2-1b"]["config"], **changed}, "x")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "said"),
+    [
+        ("deepseek_v3", {"kv_lora_rank": 512, "n_routed_experts": 256}, "latent attention"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 5632}, "shared experts"),
+        ("jamba", {"mamba_d_state": 16}, "state space"),
+        ("qwen3_next", {"layer_types": 16 * ["linear_attention"]}, "linear_attention"),
+        ("bert", {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
+    ],
+)
+def test_a_family_that_is_visibly_not_like_llama_is_refused_unless_it_is_traced(
+    model_type: str, more: dict, said: str, tmp_path
+) -> None:
+    config = {**SHAPES["llama-3.2-1b"]["config"], "model_type": model_type, **more}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ModelConfig(name="x", path=str(tmp_path))
+    with pytest.raises(ConfigError, match=said):
+        find_shape(model)
+    assert "counted like Llama" in find_shape(model, traced=True).estimate
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model_type": ', "\x00"])
+def test_a_config_that_is_no_json_object_is_refused_in_a_sentence(text: str, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        find_shape(ModelConfig(name="x", path=str(tmp_path)))
 
 
 def test_a_config_without_sizes_is_refused_with_what_is_missing() -> None:

@@ -29,6 +29,7 @@ from loadmaster.config.schema import (
     TrackerConfig,
 )
 from loadmaster.data import packed_rows
+from loadmaster.models import compiled, recompute
 from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, PhasesGib, Plan
 from loadmaster.training import loop
 from loadmaster.training.display import Display
@@ -56,7 +57,7 @@ def plan(case: dict[str, Any]) -> Plan:
         model=ModelSummary("tiny", 0, 0, 2, 64, VOCABULARY, "llama"),
         hardware=HardwareSummary("cpu", case["count"], case["nodes"], 8.0, 8.0),
         method=case["method"], precision=case.get("precision", "fp32"), sharding=case["sharding"],
-        offload=case["offload"], replicas=case["nodes"],
+        compile=case.get("compile", False), offload=case["offload"], replicas=case["nodes"],
         activation_checkpointing=case["checkpointing"], optimizer=case["optimizer"],
         master_weights=case.get("precision") == "bf16",
         micro_batch_size=1, gradient_accumulation_steps=8 // world, sequence_length=64,
@@ -98,7 +99,7 @@ def run(case: dict[str, Any], world: World) -> None:
             job, plan(case), SimpleNamespace(train=rows(60), validation=validation),
             SimpleNamespace(pad_token_id=0), Path(case["model"]), out, "hash",
             lambda session, stopping: held_out(
-                session.model, validation, 0, 1, world.device, session.loss, world, stopping
+                session.model, validation, 0, 1, world.device, session.loss, world, stopping, session.fixed_length
             ),
             StopSignal(), Display(Console(quiet=True) if world.lead else None), world,
         )  # fmt: skip
@@ -112,11 +113,18 @@ def run(case: dict[str, Any], world: World) -> None:
     (out / f"rows-{world.rank}.json").write_text(json.dumps(seen[2:]))  # the first two are the rehearsal's
     if world.lead:
         (out / "outcome.json").write_text(
-            json.dumps({"train_loss": outcome.train_loss, "eval_loss": outcome.eval_loss})
+            json.dumps(
+                {
+                    "train_loss": outcome.train_loss, "eval_loss": outcome.eval_loss,
+                    "recompilations": outcome.recompilations,
+                }
+            )
         )
 
 
 def main(path: str) -> None:
+    compiled.BACKEND = "aot_eager"  # all of compiling but the C++ compiler, which takes its time
+    recompute.WIDE = VOCABULARY // 8  # or nothing of so small a layer would be kept
     world = join("cpu", 300)
     for case in json.loads(Path(path).read_text()):
         run(case, world)

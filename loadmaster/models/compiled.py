@@ -1,0 +1,94 @@
+"""Decoder layers compiled one by one: every layer of a kind runs the same compiled code.
+
+Compiling a layer and not the model takes the time of one layer, whatever their number, and leaves what is between
+layers alone: FSDP2's hooks, and checkpoints that recompute a whole layer. Shapes are fixed (micro-batches of compiled
+layers are whole, their rows padded to sequence_length); what does vary, the documents in a row, is one operation's
+concern (attention.py). So nothing is compiled after the rehearsal; the loop counts, and says so if anything is.
+
+What the compiler makes is kept in the run directory, where another start of the run finds it on whatever machine has
+that folder, and once more on this machine for other runs. Its keys hold code, shapes, versions and card.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from types import MethodType
+
+import torch
+from torch import nn
+
+from loadmaster.models.forward import causal_lm, decoder_layers
+from loadmaster.models.resolve import cache_root
+
+VARIANTS = 64
+"""Of one layer's code: kinds of layers, with and without gradients, adapter on and off."""
+BACKEND = "inductor"
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+_opened: set[str] = set()
+"""Folders that this process has set the variable to."""
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Let every decoder layer run compiled; it is compiled when it is first called, forward and backward."""
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.optimize_ddp = False  # it would split a layer's graph at the bounds of DDP's buckets
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of selective checkpoints
+    if not causal_lm(model).get_input_embeddings().weight.requires_grad:
+        # Or the first layer, whose input would then need no gradient, would be compiled by itself.
+        causal_lm(model).enable_input_require_grads()
+    compiled = {}
+    for layer in decoder_layers(model):
+        forward = layer.forward.__func__
+        if forward not in compiled:
+            compiled[forward] = torch.compile(forward, dynamic=False, backend=BACKEND)
+        layer.forward = MethodType(compiled[forward], layer)
+
+
+def graphs_compiled() -> int:
+    """How many graphs this process has compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class CompileCache:
+    """The compiler's files of one run, in `folder`, taken from and given to this machine's other runs.
+
+    A folder that the user's environment names is used as it is instead.
+    """
+
+    def __init__(self, folder: Path, lead: bool = True):
+        self.folder, self.lead = folder, lead
+        self.shared = cache_root() / "compiled"
+        self.own = os.environ.get(CACHE_VARIABLE, str(folder)) in {str(folder), *_opened}
+
+    def open(self) -> None:
+        """Before anything is compiled."""
+        if not self.own:
+            return
+        os.environ[CACHE_VARIABLE] = str(self.folder)
+        _opened.add(str(self.folder))
+        if self.lead and not self.folder.exists() and self.shared.is_dir():
+            _add(self.shared, self.folder)
+
+    def share(self) -> None:
+        """Once everything is compiled: what other runs may find here."""
+        if self.own and self.lead and self.folder.is_dir():
+            _add(self.folder, self.shared)
+
+
+def _add(source: Path, target: Path) -> None:
+    """Copy what `target` does not have; each file appears whole."""
+    for path in source.rglob("*"):
+        copy = target / path.relative_to(source)
+        if not path.is_file() or path.suffix in (".lock", ".tmp") or copy.exists():
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        partial = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
+        try:
+            shutil.copy2(path, partial)
+            partial.replace(copy)
+        except OSError:  # a cache: a full disk, or another run that tidies up, is no reason to stop
+            partial.unlink(missing_ok=True)
+            return

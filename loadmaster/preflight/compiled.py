@@ -1,0 +1,47 @@
+"""What a compiled decoder layer keeps for its backward pass: what the compiler's partitioner chose, family by family.
+
+torch.compile cuts a layer's forward from its backward where least has to be kept, and makes the rest again inside fused
+kernels (min-cut partitioning). Read off the compiled functions' saved tensors (tests/preflight/test_compiled_memory.py
+does it again, on the meta device), a token of a layer in bf16 keeps
+
+    2 h    for each of: its input, the sum after attention (with four norms: the outputs of both halves instead of it),
+           and the output of the norm before attention and before the feed-forward, where a trained matrix reads it
+    4      for each norm                            (1 / root mean square)
+    4 dq + 4 dk + 4 heads                           (q and the output; k and v; logsumexp)
+    2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k
+    4 f, 6 f where down_proj is trained             (gate, up, their product)
+    2 r    for each adapter
+    a byte for each input of an adapter, and 6 h + 2 dq more, with dropout on all linears
+
+On an H100 a sketch of such an engine took 32.9 GiB (LoRA 8B, 2 x 2048), 23.2 over nf4, and 38.6 (full 3B, 4 x 2048):
+benchmarks/reference_runs.py has them beside this. Fused kernels' own temporaries are not known.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import ModelShape
+
+
+@cache
+def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
+    """Of one token and dense layer; None where it is not known: fused matrices, experts, fp32, partial dropout."""
+    if shape.fused or shape.experts or setup.precision == "fp32":
+        return None
+    h, f, dq, dk = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size
+    adapted = {m.name for m in shape.adapted(setup.lora_targets)} if setup.adapters else set()
+    everything = {m.name for m in shape.matrices()}
+    trained = adapted if setup.adapters else everything
+    inputs = 2 if shape.norms == 2 else 3
+    inputs += bool(trained & {"q_proj", "k_proj", "v_proj"}) + bool(trained & {"gate_proj", "up_proj"})
+    kept = 2 * h * inputs + 4 * shape.norms + 4 * dq + 4 * dk + 4 * shape.heads
+    if shape.query_key_norm:
+        kept += 2 * dq + 2 * dk + 4 * (shape.heads + shape.key_value_heads)
+    kept += (6 if "down_proj" in trained else 4) * f + 2 * setup.lora_rank * len(adapted)
+    if setup.lora_dropout and adapted:
+        if adapted != everything:
+            return None
+        kept += 5 * h + dq + f + 6 * h + 2 * dq
+    return kept

@@ -1,0 +1,124 @@
+"""Model families that are modelled exactly: what a config.json may leave out, and what a family's code does anyway.
+
+Defaults are those of transformers' configuration classes (tests/preflight/test_shape.py holds them equal): files on the
+Hub leave out what equals them. A family that is not here is counted like Llama and called an estimate, as long as
+nothing in its config.json says that its layers are of another kind; then it is refused, for the count would be a guess.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loadmaster.errors import ConfigError, Problem
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"biases": True},
+    "smollm3": {"biases": True},
+    "mistral": {},
+    "qwen2": {"query_key_value_bias": True},
+    "qwen3": {"biases": True, "query_key_norm": True},
+    "qwen3_moe": {"biases": True, "query_key_norm": True},
+    "mixtral": {},
+    "gemma2": {"biases": True, "norms": 4, "gemma_norm": True, "scaled_embedding": True},
+    "gemma3_text": {
+        "biases": True, "norms": 4, "gemma_norm": True, "scaled_embedding": True, "query_key_norm": True,
+    },
+    "phi3": {"fused": True},
+}  # fmt: skip
+"""What the family's code does; `biases`: attention_bias in the config is read."""
+
+_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+_GEMMA = {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096,
+    "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {**_7B, "vocab_size": 32000},
+    "smollm3": {
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "mistral": {
+        **_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000, "sliding_window": 4096,
+    },
+    "qwen2": {
+        **_7B, "intermediate_size": 22016, "num_key_value_heads": 32, "vocab_size": 151936, "sliding_window": 4096,
+        "use_sliding_window": False, "max_window_layers": 28,
+    },
+    "qwen3": {
+        **_7B, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128, "vocab_size": 151936,
+        "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28,
+    },
+    "qwen3_moe": {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "sliding_window": 4096, "use_sliding_window": False,
+    },
+    "mixtral": {
+        **_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "gemma2": {**_GEMMA, "vocab_size": 256000, "attn_logit_softcapping": 50.0},
+    "gemma3_text": {**_GEMMA, "vocab_size": 262208},
+    "phi3": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 32064,
+    },
+}  # fmt: skip
+WRAPPED = {"gemma3": "gemma3_text"}
+"""Multimodal configs whose language model is counted; the vision tower is not."""
+
+OTHER_LAYERS = {
+    "kv_lora_rank": "latent attention",
+    "q_lora_rank": "latent attention",
+    "n_routed_experts": "experts of another layout",
+    "n_shared_experts": "shared experts",
+    "num_shared_experts": "shared experts",
+    "shared_expert_intermediate_size": "shared experts",
+    "full_attention_interval": "layers without attention",
+    "attn_layer_period": "layers without attention",
+    "hybrid_override_pattern": "layers without attention",
+    "num_kv_shared_layers": "layers that share keys and values",
+    "is_encoder_decoder": "an encoder and a decoder",
+}
+"""Keys of a config.json that say of a family which is not modelled that its layers are not Llama's."""
+OTHER_WORDS = {"mamba": "state space layers", "ssm": "state space layers", "rwkv": "state space layers"}
+
+
+def full_config(config: dict[str, Any]) -> tuple[dict[str, Any], str, str | None]:
+    """(config of the language model with what it leaves out, its family, why figures are an estimate or None)."""
+    family, estimate = str(config.get("model_type", "unknown")), None
+    if isinstance(config.get("text_config"), dict):
+        estimate = f"{family} is multimodal: its language model is counted, its other towers are not"
+        inner = config["text_config"]
+        family = WRAPPED.get(family) or str(inner.get("model_type") or family)
+        config = {**{k: v for k, v in config.items() if k == "tie_word_embeddings"}, **inner, "model_type": family}
+    if family not in FAMILIES:
+        estimate = f"model type {family!r} is not one that is modelled exactly: it is counted like Llama"
+    return {**DEFAULTS.get(family, {}), **config}, family, estimate
+
+
+def unlike_llama(config: dict[str, Any]) -> list[str]:
+    """What in the config of a family that is not modelled says that counting it like Llama would be a guess."""
+    config, family, _ = full_config(config)
+    if family in FAMILIES:
+        return []
+    found = [f"{what} ({key})" for key, what in OTHER_LAYERS.items() if config.get(key)]
+    found += [f"{what} ({key})" for key in config for word, what in OTHER_WORDS.items() if word in key.lower()]
+    kinds = {str(kind) for kind in config.get("layer_types") or ()}
+    kinds -= {"full_attention", "sliding_attention", "chunked_attention"}
+    found += [f"layers of other kinds ({', '.join(sorted(kinds))})"] if kinds else []
+    named = [str(name) for name in config.get("architectures") or ()]
+    if named and not any(word in name for name in named for word in ("CausalLM", "ConditionalGeneration", "LMHead")):
+        found.append(f"no language model that continues a text ({', '.join(named)})")
+    return found[:3]
+
+
+def refuse_uncountable(config: dict[str, Any], name: str, traced: bool = False) -> None:
+    """Raises ConfigError for an unknown family that is visibly not like Llama, unless its step will be traced."""
+    why = unlike_llama(config)
+    if why and not traced:
+        message = f"model type {config.get('model_type')!r} is not modelled, and it has {', '.join(why)}"
+        remedy = "plan.trace=true, which traces a step of it, or one of " + ", ".join(FAMILIES)
+        raise ConfigError([Problem("model", name, "its config.json", message, remedy)])

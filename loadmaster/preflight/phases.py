@@ -1,0 +1,177 @@
+"""What every phase of a run takes: one GPU by component, and the disk. GiB = 2^30 bytes.
+
+load         weights, and a quantized matrix in bf16 and fp32 while it is read
+first step   no optimizer states before it ends (fp32 masters are there from the start)
+steady step  backward pass or optimizer step, whichever is larger
+evaluate     no gradients; or answers generated with a KV cache, by a model that was loaded for it
+save         copies go to the host tensor by tensor, and sharded weights are gathered there: nothing on the GPU
+resume       states are read on the host and go to the GPU one tensor at a time
+merge        tensor by tensor on the host
+quantize     formats that calibrate: one layer with its Hessians at a time (export/quantize.py); others stream
+verify       a process of its own, beside the context of the first: one model in bf16 on one GPU, whole, and the
+             log-probabilities of a row (export/verify.py)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loadmaster.config.schema import Job
+from loadmaster.preflight.hardware import GIB, Hardware
+from loadmaster.preflight.memory import (
+    Bytes,
+    backward_and_step_bytes,
+    communicator_bytes,
+    context_bytes,
+    load_bytes,
+    replay_key,
+    resident,
+    resting,
+    state_bytes,
+    train_bytes,
+)
+from loadmaster.preflight.plan import MemoryGib, PhasesGib
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.step import evaluation_batch
+from loadmaster.preflight.weights import base_bytes
+
+CALIBRATED = ("int4", "int4_gptq", "int4_awq", "nvfp4")
+HESSIANS = ("int4", "int4_gptq")
+REFERENCE_BYTES = 2**30
+"""loadmaster.export.verify.REFERENCE_BYTES; a test holds the two equal."""
+ANSWERS_AT_A_TIME = 16
+"""loadmaster.evaluation.AUTO_BATCH_SIZE; a test holds the two equal."""
+PROMPTS_A_ROW = 4
+"""Documents in a packed row: prompts that are answered are taken to be as long. A judgement."""
+EXPORT_BITS = {
+    "bf16": 16.0, "fp8": 8.0, "fp8_block": 8.0, "int4": 4.125, "int4_gptq": 4.125, "int4_awq": 4.125, "nvfp4": 4.5,
+    "gguf": 8.5,
+}  # fmt: skip
+"""Bits of a quantized weight with its scales; embeddings and head stay in bf16 (in a GGUF they are 8.5 as well)."""
+
+
+def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> dict[str, Bytes]:
+    """Peak of one GPU by component in each phase, in the order in which they come."""
+    backward, step = backward_and_step_bytes(shape, hardware, setup)
+    train = train_bytes(shape, hardware, setup)
+    rests = replace(resting(train), communication=communicator_bytes(hardware))
+    batch = evaluation_batch(shape, replay_key(setup, keep=False)).at_peak
+    masters = 4.0 * resident(shape, setup)[2] if setup.master_weights and train.optimizer else 0.0
+    first = max(replace(backward, optimizer=masters), step, key=lambda b: b.total)
+    context = Bytes(context=context_bytes(hardware))
+    return {
+        "load": Bytes(weights=train.weights, quantization=load_bytes(shape, setup), context=train.context),
+        "first_step": first,
+        "steady_step": train,
+        "evaluate": max(
+            replace(
+                rests,
+                activations=batch["activations"],
+                logits=batch["logits"],
+                quantization=batch["quantization"],
+                communication=rests.communication + batch["communication"],
+            ),
+            answering(job, shape, hardware, setup),
+            key=lambda b: b.total,
+        ),
+        "save": rests,
+        "resume": rests,
+        "merge": context,
+        "quantize": quantizing(job, shape, hardware, setup) if set(job.export.formats) & set(CALIBRATED) else context,
+        "verify": verifying(job, shape, hardware, setup),
+    }
+
+
+def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
+    """The evaluate stage's answers, where the job has a task: weights and the KV cache."""
+    if job.evaluation.task == "none":
+        return Bytes()
+    return Bytes(
+        weights=resident(shape, setup)[0] if setup.offload != "all" else 0.0,
+        activations=cache_bytes(job, shape, setup.width),
+        context=context_bytes(hardware),
+        communication=communicator_bytes(hardware),
+    )
+
+
+def cache_bytes(job: Job, shape: ModelShape, width: int) -> float:
+    """KV cache of the answers that are generated at a time."""
+    answers = ANSWERS_AT_A_TIME if job.evaluation.batch_size == "auto" else job.evaluation.batch_size
+    if job.evaluation.max_rows is not None:
+        answers = min(answers, job.evaluation.max_rows)
+    tokens = job.sequence_length / PROMPTS_A_ROW + job.evaluation.max_new_tokens
+    return 2.0 * width * shape.layers * shape.key_value_size * answers * tokens
+
+
+def quantizing(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
+    """One layer in bf16 with the input of each of its matrices squared (GPTQ), and a calibration row on its way."""
+    if hardware.is_cpu:
+        return Bytes(weights=2.0 * shape.parameters, context=context_bytes(hardware))
+    matrices = shape.matrices(experts=shape.expert_layers == shape.layers)
+    hessians = sum(4 * m.inputs**2 for m in matrices) if set(job.export.formats) & set(HESSIANS) else 0
+    working = 3 * 4 * max(m.weight for m in matrices)  # the matrix in fp32, its codes, and the inverse at work
+    row = 2.0 * job.sequence_length * (4 * shape.hidden_size + 2 * shape.intermediate_size)
+    layer = 2.0 * shape.layer_parameters(experts=bool(shape.expert_layers))
+    return Bytes(weights=layer, activations=row, quantization=hessians + working, context=2 * context_bytes(hardware))
+
+
+def verifying(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
+    """The trained model, then each export by itself, scored on a row and asked for answers."""
+    exported = float(setup.width * shape.parameters)
+    trained = base_bytes(shape, setup.method, setup.precision) + (setup.width * setup.trainable(shape))
+    weights = max(exported, trained if setup.adapters else exported)
+    scored = min(job.sequence_length, REFERENCE_BYTES // (4 * shape.vocabulary_size))
+    row = replace(setup, micro_batch_size=1, sharding="none", replicas=1, offload="none", precision="bf16")
+    batch = evaluation_batch(shape, replay_key(replace(row, method="full"), keep=False)).at_peak
+    logits = (2 + 5 * 4) * scored * shape.vocabulary_size  # bf16; fp32 logits, both log-probabilities, exp and product
+    answers = cache_bytes(job, shape, setup.width) if job.evaluation.task != "none" else 0.0
+    contexts = 1 if hardware.is_cpu else 2
+    return Bytes(
+        weights=weights,
+        activations=max(batch["activations"] if logits >= answers else 0.0, answers),
+        logits=logits if logits >= answers else 0.0,
+        context=contexts * context_bytes(hardware),
+    )
+
+
+def phases_gib(phases: dict[str, Bytes]) -> PhasesGib:
+    total = {name: round(part.total / GIB, 4) for name, part in phases.items()}
+    return PhasesGib(
+        **total,
+        train=max(total["first_step"], total["steady_step"]),
+        export=max(total["merge"], total["quantize"], total["verify"]),
+    )
+
+
+def components_gib(phases: dict[str, Bytes]) -> dict[str, MemoryGib]:
+    return {name: part.gib() for name, part in phases.items()}
+
+
+def disk_bytes(job: Job, shape: ModelShape, setup: Setup) -> float:
+    """Base model, checkpoints (kept, and the one being written), trained weights, and the exports with scratch."""
+    trainable = setup.trainable(shape)
+    checkpoints = job.checkpoint.keep_last + job.checkpoint.keep_best + 1
+    checkpoint = (setup.width + state_bytes(setup)) * trainable
+    base = 2.0 * shape.parameters
+    return base + checkpoints * checkpoint + setup.width * trainable + export_bytes(job, shape, setup)
+
+
+def export_bytes(job: Job, shape: ModelShape, setup: Setup) -> float:
+    """Every format, and the folders that it is made from: two merges of a QLoRA adapter, a bf16 one to calibrate on."""
+    formats = set(job.export.formats)
+    sizes = {name: format_bytes(shape, setup, name) for name in formats}
+    merges = 2 if setup.method == "qlora" else 1 if formats & {*CALIBRATED, "gguf"} else 0
+    scratch = max(0, merges - ("bf16" in formats)) * 2.0 * shape.parameters if formats - {"adapter"} else 0.0
+    twice = sum(size for name, size in sizes.items() if name in CALIBRATED and name != "nvfp4")  # rounding beside it
+    return sum(sizes.values()) + scratch + twice
+
+
+def format_bytes(shape: ModelShape, setup: Setup, name: str) -> float:
+    if name == "adapter":
+        return float(setup.width * setup.trainable(shape))
+    experts = shape.expert_layers * 3 * shape.experts * shape.expert_size * shape.hidden_size
+    quantized = shape.linear_weights + (0 if name == "gguf" else experts)
+    rest = shape.parameters - quantized
+    bits = EXPORT_BITS[name]
+    return quantized * bits / 8 + rest * (bits / 8 if name == "gguf" else 2)

@@ -1,0 +1,105 @@
+"""What compiled layers keep is what torch.compile's partitioner says, read off its saved tensors on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loadmaster.config.schema import ModelConfig
+from loadmaster.data import MicroBatch
+from loadmaster.models import compiled
+from loadmaster.models.forward import token_losses
+from loadmaster.preflight.compiled import kept_bytes
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import find_shape, from_config
+from loadmaster.preflight.step import training_step
+from loadmaster.training.trace import _meta_model, with_trained_part
+
+PARTITIONED = "aot_eager_decomp_partition"
+"""inductor's decompositions and partitioner, with the parts run as they are: nothing is generated."""
+TOKENS = 2048
+SIZES = {
+    "llama": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128},
+    "qwen2": {"num_attention_heads": 16, "num_key_value_heads": 4},
+    "qwen3": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128},
+    "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512},
+}
+
+
+def config(family: str, layers: int) -> dict:
+    return {
+        "model_type": family, "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 1000,
+        "tie_word_embeddings": False, "num_hidden_layers": layers, **SIZES[family],
+    }  # fmt: skip
+
+
+def saved_bytes(family: str, layers: int, setup: Setup) -> int:
+    """Bytes that the forward pass leaves for the backward one besides parameters."""
+    torch._dynamo.reset()
+    model = with_trained_part(_meta_model(config(family, layers)), setup)
+    compiled.compile_layers(model)
+    fixed = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    held: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in fixed:
+            held[storage._cdata] = storage.nbytes(), tensor
+        return tensor
+
+    ids = torch.zeros(1, TOKENS, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        token_losses(model, MicroBatch(ids, ids, torch.arange(TOKENS)[None], [["row"]]))
+    return sum(size for size, _ in held.values())
+
+
+def check(family: str, setup: Setup) -> None:
+    two, three = (saved_bytes(family, layers, setup) for layers in (2, 3))
+    assert kept_bytes(from_config(config(family, 2), family), setup) == pytest.approx((three - two) / TOKENS, abs=0.1)
+
+
+def setup(method: str = "lora", **fields) -> Setup:
+    return Setup(method=method, precision="bf16", optimizer="adamw", master_weights=True, compiled=True, **fields)
+
+
+@pytest.fixture(autouse=True)
+def partitioned(monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", PARTITIONED)
+    yield
+    torch._dynamo.reset()
+
+
+def test_a_compiled_layer_keeps_what_its_partitioner_chose() -> None:
+    check("llama", setup())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {}, {"method": "full"}, {"method": "qlora"}, {"lora_dropout": 0.1}, {"precision": "fp8"},
+        {"lora_targets": ("q_proj", "v_proj")}, {"lora_targets": ("gate_proj", "down_proj")},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("family", SIZES)
+def test_every_family_and_method_keeps_what_its_partitioner_chose(family: str, changed: dict) -> None:
+    check(family, replace(setup(), **changed))
+
+
+def test_compiled_layers_are_counted_with_less_and_recomputed_ones_as_before() -> None:
+    shape = find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B"))
+    eager, less = (training_step(shape, replace(setup(), compiled=each)).peak for each in (False, True))
+    assert kept_bytes(shape, setup()) == 139_624  # eager: 184,680
+    assert eager - less == 31 * 2048 * (184_680 - 139_624)  # one layer stays eager
+    for kind in ("selective", "full"):
+        same = [
+            training_step(shape, replace(setup(), compiled=each, checkpointing=kind)).peak for each in (True, False)
+        ]
+        assert same[0] == same[1]
+
+
+def test_kinds_of_layers_that_were_not_looked_at_are_counted_as_if_eager() -> None:
+    for name in ("microsoft/Phi-3-mini-4k-instruct", "mistralai/Mixtral-8x7B-v0.1"):
+        assert kept_bytes(find_shape(ModelConfig(name=name)), setup()) is None

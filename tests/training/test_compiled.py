@@ -1,0 +1,194 @@
+"""Compiled and checkpointed layers give the losses and gradients of plain ones, and nothing is compiled twice."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from loadmaster.config.schema import LoraConfig
+from loadmaster.data import MicroBatch
+from loadmaster.models import compiled, recompute
+from loadmaster.models.adapters import make_trainable, trainable
+from loadmaster.models.compiled import CompileCache, compile_layers, graphs_compiled
+from loadmaster.models.forward import token_losses
+from loadmaster.models.load import random_model
+from loadmaster.models.recompute import checkpoint_activations
+from loadmaster.training.metrics import read_metrics
+from tests.training import test_loop
+
+SHAPE = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 300,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.1,
+}  # fmt: skip
+MISTRAL = {**SHAPE, "model_type": "mistral", "sliding_window": 6}
+QWEN = {**SHAPE, "model_type": "qwen2"}  # its q, k and v have biases
+
+
+@pytest.fixture(autouse=True)
+def small_layers(monkeypatch):
+    """What is kept by a selective checkpoint, and all of compiling but the C++ compiler, which takes its time."""
+    monkeypatch.setattr(recompute, "WIDE", 64)
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+
+
+def batch(seed: int, length: int = 64) -> MicroBatch:
+    """A row whose documents differ in number and length from seed to seed."""
+    generator = np.random.default_rng(seed)
+    sizes: list[int] = []
+    while sum(sizes) < length:
+        sizes.append(int(generator.integers(1, 8 + 12 * seed)))
+    positions = np.concatenate([np.arange(size) for size in sizes])[:length]
+    ids = torch.from_numpy(generator.integers(0, 300, (1, length)))
+    return MicroBatch(ids, ids, torch.from_numpy(positions)[None], [["row"]])
+
+
+def model(form: str | None, method: str, checkpointing: str, compiling: bool, shape: dict = SHAPE):
+    made = make_trainable(random_model(shape, torch.float32, "cpu", form), method, LoraConfig(rank=4))
+    torch.manual_seed(1)
+    for name, parameter in trainable(made):
+        if "lora_B" in name:  # which starts at zero, and would hide A's gradient
+            torch.nn.init.normal_(parameter, std=0.02)
+    checkpoint_activations(made, checkpointing)
+    if compiling:
+        compile_layers(made)
+    return made.train()
+
+
+def steps(made) -> tuple[list, int]:
+    """(loss and gradients of four batches, graphs compiled after the first)."""
+    found, after_first = [], 0
+    for seed in range(4):
+        made.zero_grad()
+        loss, _ = token_losses(made, batch(seed))
+        loss.backward()
+        found.append((loss.item(), [parameter.grad.clone() for _, parameter in trainable(made)]))
+        after_first = after_first or graphs_compiled()
+    return found, graphs_compiled() - after_first
+
+
+CASES = [
+    (None, "lora", "none", SHAPE), (None, "lora", "selective", SHAPE), (None, "full", "none", SHAPE),
+    (None, "full", "selective", SHAPE), (None, "lora", "full", SHAPE), ("nf4", "qlora", "none", SHAPE),
+    ("nf4", "qlora", "selective", SHAPE), ("fp8", "lora", "selective", SHAPE), (None, "lora", "selective", MISTRAL),
+    ("fp8", "lora", "selective", QWEN), ("nf4", "qlora", "full", QWEN),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("form", "method", "checkpointing", "shape"), CASES)
+def test_losses_and_gradients_are_those_of_plain_layers(form, method, checkpointing, shape, compiling):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, _ = steps(model(form, method, "none", False, shape))
+    assert graphs_compiled() == 0
+    found, recompiled = steps(model(form, method, checkpointing, compiling, shape))
+    assert recompiled == 0 and graphs_compiled() == compiling  # one graph, for all layers and all batches
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for (loss, gradients), (expected, others) in zip(found, plain, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-6)
+        for gradient, other in zip(gradients, others, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=2e-4)
+
+
+def test_a_selective_checkpoint_makes_no_wide_product_and_no_attention_again(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = dict.fromkeys(("mm", "flash", "silu"), 0)
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            for name in self.seen:
+                self.seen[name] += name in operation.name().replace("flash_attention_for_cpu_backward", "")
+            return operation(*args, **(kwargs or {}))
+
+    seen = {}
+    for mode in ("none", "selective", "full"):
+        made = model(None, "full", mode, False)
+        loss, _ = token_losses(made, batch(1))
+        with Count() as count:
+            loss.backward()
+        seen[mode] = count.seen
+    assert seen["selective"]["mm"] == seen["none"]["mm"] < seen["full"]["mm"]
+    assert seen["selective"]["flash"] == 0 < seen["full"]["flash"]
+    assert seen["none"]["silu"] < seen["selective"]["silu"] == seen["full"]["silu"]
+
+
+def test_changing_the_checkpointing_undoes_what_was_there():
+    made = model(None, "lora", "selective", False)
+    layer = made.get_base_model().model.layers[0]
+    assert "forward" in layer.__dict__
+    checkpoint_activations(made, "full")
+    assert "forward" not in layer.__dict__ and layer.gradient_checkpointing
+    checkpoint_activations(made, "none")
+    assert not layer.gradient_checkpointing
+
+
+def run(tiny, folder, monkeypatch, **plan):
+    monkeypatch.setattr(test_loop, "PLAN", dataclasses.replace(test_loop.PLAN, **plan))
+
+    def held_out(session, stopping):
+        from loadmaster.evaluation import held_out
+
+        rows = test_loop.rows(7, seed=1)
+        return held_out(
+            session.model, rows, 0, 2, session.device, session.loss, session.world, stopping, session.fixed_length
+        )
+
+    return test_loop.run(tiny, folder, held_out=held_out)[1]
+
+
+def test_a_compiled_run_is_the_plain_one_and_compiles_nothing_after_the_rehearsal(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    torch._dynamo.reset()
+    plain = run(tiny, tmp_path / "plain", monkeypatch)
+    before = graphs_compiled()
+    outcome = run(tiny, tmp_path / "compiled", monkeypatch, compile=True, activation_checkpointing="selective")
+    assert graphs_compiled() > before and outcome.recompilations == 0 == plain.recompilations
+    logged = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("compiled", "plain")]
+    for row, other in zip(*logged, strict=True):
+        assert ("eval_loss" in row) == ("eval_loss" in other)
+        for figure in {"loss", "grad_norm", "eval_loss"} & set(row):
+            assert row[figure] == pytest.approx(other[figure], rel=1e-5)
+
+
+def test_the_compilers_cache_travels_with_the_run_and_serves_the_next_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    found = []
+    for name in ("first", "second"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        outcome = run(tiny, tmp_path / name, monkeypatch, compile=True)
+        assert any((tmp_path / name / "compile_cache").rglob("*.so"))
+        counted = torch._dynamo.utils.counters["inductor"]
+        found.append((counted["fxgraph_cache_hit"], counted["fxgraph_cache_miss"], outcome.train_loss))
+    (_, compiled_first, loss), (hits, misses, again) = found
+    assert compiled_first > 0 and hits > 0 and misses == 0 and again == loss
+
+
+def test_a_cache_folder_of_the_users_own_is_used_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    CompileCache(tmp_path / "run").open()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+
+
+def test_a_gpus_attention_compiles_once_too_whatever_the_documents():
+    """On the meta device the engine takes the paths of a GPU: variable-length attention, FP8 units."""
+    from loadmaster.training.trace import _meta_model
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made = make_trainable(_meta_model(SHAPE), "lora", LoraConfig(rank=4))
+    checkpoint_activations(made, "selective")
+    compile_layers(made)
+    for seed in range(4):
+        loss, _ = token_losses(made, batch(seed))
+        loss.backward()
+        assert graphs_compiled() == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
