@@ -152,8 +152,9 @@ class Zero(Strategy):
         part = getattr(parameter, "ds_tensor", None)
         cut = part is not None and part.numel() == -(-elements(parameter) // self.world.size)
         self._agree(cut, f"{name} is not sharded over the ranks")
-        host = self.plan.offload == "all" and not parameter.ds_persist
-        self._agree(part.device.type == ("cpu" if host else self.world.device.type), f"{name} is on {part.device}")
+        host = self.plan.offload == "all"
+        if not (host and parameter.ds_persist):  # a small one is whole on the GPU, wherever its part is
+            self._agree(part.device.type == ("cpu" if host else self.world.device.type), f"{name} is on {part.device}")
 
     def _agree(self, agrees: bool, found: str) -> None:
         if not agrees:
