@@ -209,14 +209,15 @@ def zero_steps_by_adamw(job: Job, origins: Origins) -> Found:
 
 
 @rule("sharding", "compile", "method", "precision")
-def zero_gathers_by_itself(job: Job, origins: Origins) -> Found:
-    """zero3 gathers weights in hooks that cannot be compiled; full fine-tuning in fp8 goes with fsdp, not with ZeRO."""
-    if job.sharding == "zero3" and job.compile is True:
-        message = "sharding=zero3 gathers weights inside the layers, in code that cannot be compiled"
-        yield "compile", True, message, "compile=auto, or sharding=fsdp"
-    if job.sharding in ("zero1", "zero2", "zero3") and (job.method, job.precision) == ("full", "fp8"):
-        message = f"was tried with fully_shard only, not with sharding={job.sharding}"
-        yield "precision", "fp8", message, "precision=bf16, or sharding=fsdp"
+def zero3_gathers_module_by_module(job: Job, origins: Origins) -> Found:
+    """zero3 gathers and drops weights around every module: not inside compiled layers, and not under FP8 training."""
+    if job.sharding != "zero3":
+        return
+    if job.compile is True:
+        message = "gathers weights around every module, which a compiled layer runs as one"
+        yield "sharding", "zero3", message, "compile=auto, or sharding=fsdp"
+    if (job.method, job.precision) == ("full", "fp8"):
+        yield "sharding", "zero3", "was not made to go with training in FP8", "sharding=fsdp, or precision=bf16"
 
 
 @rule("micro_batch_size", "batch.global_size", "hardware.count", "hardware.nodes")

@@ -262,18 +262,13 @@ def shardings(job: Job, hardware: Hardware, offload: str) -> list[tuple[str, int
     return found + [("fsdp", hardware.nodes)] * (hybrid and "fsdp" in names)
 
 
-def compiles(job: Job, hardware: Hardware) -> bool:
-    """Layers are compiled on GPUs, but for those whose weights DeepSpeed gathers in hooks of its own."""
-    return not hardware.is_cpu and job.sharding != "zero3" if job.compile == "auto" else job.compile
-
-
 def fixed(job: Job, hardware: Hardware) -> dict[str, Any]:
     """What a setup takes from job and hardware as it is."""
     targets = job.lora.targets
     return {
         "sequence_length": job.sequence_length,
         "forwards": FORWARDS.get(job.objective, 0),
-        "compiled": compiles(job, hardware),
+        "compiled": not hardware.is_cpu and job.sharding != "zero3" if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,
         "gpus_per_node": hardware.count,
         "lora_rank": job.lora.rank,

@@ -46,7 +46,7 @@ class ZeroBytes:
     backward: float
     """Buffers and gathered weights of a backward pass, besides."""
     step: float
-    """What a step takes besides states and gradients."""
+    """What a step takes besides states (zero3: and gradients); zero1's includes the reduction before it."""
     host: float
     """In the node's memory, for this GPU."""
 
@@ -76,14 +76,13 @@ def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
     weights = base_bytes(shape, setup.method, setup.precision) + (w * trained if setup.adapters else 0)
     gradients = FP32 * (trained if setup.stage == 1 else share)
     kept = w * largest if offloaded else 0
-    if setup.stage == 1:  # a bucket as one row of numbers, beside the whole gradients; the share of what was reduced
-        backward = FP32 * (bucket + share + alone // gpus)
+    if setup.stage == 1:  # after the backward pass whole gradients meet a bucket and the share of what was reduced
+        backward, step = FP32 * bucket, FP32 * (trained + bucket + share + alone // gpus)
     else:  # the bucket, and as one row of numbers, in the weights' dtype, and cast
         backward = w * bucket + (w + (FP32 if w < FP32 else 0)) * max(bucket, alone) + w * alone
-    host = (4 * FP32 + w) * share + w * largest
-    return ZeroBytes(
-        weights, gradients, 3 * FP32 * share, share, kept, backward, FP32 * (share + bucket), host if offloaded else 0.0
-    )
+        step = FP32 * share
+    host = (4 * FP32 + w) * share + w * largest if offloaded else 0.0
+    return ZeroBytes(weights, gradients, 3 * FP32 * share, share, kept, backward, step, host)
 
 
 def _parts(shape: ModelShape, setup: Setup) -> Iterator[tuple[Part, int]]:

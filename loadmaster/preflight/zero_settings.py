@@ -27,7 +27,7 @@ SUB_GROUP = 2**28
 
 def reduce_bucket(trainable: int) -> int:
     """Elements of the buffer in which gradients are reduced: no larger than all of them."""
-    return min(REDUCE_BUCKET, trainable + trainable % 2)
+    return min(REDUCE_BUCKET, max(2, trainable + trainable % 2))
 
 
 def max_live(head: int, layer: int) -> int:

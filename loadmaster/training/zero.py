@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ def load_deepspeed(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*_tensor` is deprecated", category=FutureWarning)  # its collectives
     deepspeed.ops.__compatible_ops__ = {}  # or a process on a CPU compiles a collective of inference for a minute
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
@@ -150,8 +152,9 @@ class Zero(Strategy):
         part = getattr(parameter, "ds_tensor", None)
         cut = part is not None and part.numel() == -(-elements(parameter) // self.world.size)
         self._agree(cut, f"{name} is not sharded over the ranks")
-        host = self.plan.offload == "all" and not parameter.ds_persist
-        self._agree(part.device.type == ("cpu" if host else self.world.device.type), f"{name} is on {part.device}")
+        host = self.plan.offload == "all"
+        if not (host and parameter.ds_persist):  # a small one is whole on the GPU, wherever its part is
+            self._agree(part.device.type == ("cpu" if host else self.world.device.type), f"{name} is on {part.device}")
 
     def _agree(self, agrees: bool, found: str) -> None:
         if not agrees:
@@ -204,9 +207,12 @@ def elements(parameter: nn.Parameter) -> int:
 
 
 def adamw(
-    named: list[tuple[str, nn.Parameter]], config: OptimizerConfig, b_lr_ratio: float
+    named: list[tuple[str, nn.Parameter]], config: OptimizerConfig, b_lr_ratio: float = 1.0
 ) -> torch.optim.Optimizer:
-    """PyTorch's fused AdamW, which DeepSpeed gives its fp32 shares to; matrices decay, vectors do not."""
+    """PyTorch's fused AdamW, which DeepSpeed gives its fp32 shares to; matrices decay, vectors do not.
+
+    b_lr_ratio: LoRA+, as of TrainingOptimizer.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         decay = config.weight_decay if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 else 0.0

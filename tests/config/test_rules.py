@@ -61,9 +61,9 @@ CASES = {
         ["sharding=zero3", "optimizer.name=adafactor", "hardware=h100_80gb_x8"], "optimizer.name", "sharding=fsdp",
         ["sharding=fsdp", "optimizer.name=adafactor", "hardware=h100_80gb_x8"],
     ),
-    "zero_gathers_by_itself": (
-        ["sharding=zero3", "compile=true", "hardware=h100_80gb_x8"], "compile", "sharding=fsdp",
-        ["sharding=fsdp", "compile=true", "hardware=h100_80gb_x8"],
+    "zero3_gathers_module_by_module": (
+        ["sharding=zero3", "compile=true", "hardware=h100_80gb_x8"], "sharding", "sharding=fsdp",
+        ["sharding=zero2", "compile=true", "hardware=h100_80gb_x8"],
     ),
     "micro_batch_within_global_batch": (
         ["micro_batch_size=4", "batch.global_size=16", "hardware=h100_80gb_x8"], "micro_batch_size",

@@ -17,6 +17,8 @@ from tests.preflight.zero_run import RANK, SETTINGS, TOKENS
 from tests.training.test_parity import case, spawn
 
 TOLERANCE = 0.05
+ABOVE = 0.06
+"""A peak may be predicted so much too high: zero2's buckets are not full where activations are most."""
 CONFIG = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "head_dim": 64,
     "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2048, "tie_word_embeddings": False,
@@ -65,5 +67,5 @@ def test_a_ranks_memory_equals_the_bytes_of_real_deepspeed(c, measured, monkeypa
     for rank, found in enumerate(measured[c["name"]]):
         off = [f"{resting / found['resting'] - 1:+.1%}", f"{peak / found['peak'] - 1:+.1%}"]
         said = f"rank {rank}: {found}, predicted {' and '.join(off)}"
-        assert resting == pytest.approx(found["resting"], rel=TOLERANCE), said
-        assert peak == pytest.approx(found["peak"], rel=TOLERANCE), said
+        assert resting == pytest.approx(found["resting"], rel=0.001), said
+        assert (1 - TOLERANCE) * found["peak"] <= peak <= (1 + ABOVE) * found["peak"], said

@@ -73,14 +73,16 @@ def test_without_deepspeed_zero_is_refused_with_the_remedy_before_anything_is_lo
     assert "sharding=fsdp" in str(raised.value)
 
 
-def test_only_matrices_decay():
+def test_only_matrices_decay_and_an_adapters_b_may_have_a_rate_of_its_own():
     parameters = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(0))]
     parameters[1].ds_shape = torch.Size([4, 5])  # cut by zero3
     vector = nn.Parameter(torch.zeros(3))
     from loadmaster.config.schema import OptimizerConfig
 
-    made = zero.adamw([*parameters, vector], dataclasses.replace(OptimizerConfig(), weight_decay=0.1))
-    assert [(len(g["params"]), g["weight_decay"]) for g in made.param_groups] == [(2, 0.1), (1, 0.0)]
+    named = [("q.lora_A.w", parameters[0]), ("q.lora_B.w", parameters[1]), ("norm", vector)]
+    made = zero.adamw(named, dataclasses.replace(OptimizerConfig(), weight_decay=0.1), 16.0).param_groups
+    found = [(len(group["params"]), group["weight_decay"], group["lr_ratio"]) for group in made]
+    assert found == [(1, 0.1, 1), (1, 0.1, 16), (1, 0, 1)]
 
 
 @pytest.fixture(scope="module")
