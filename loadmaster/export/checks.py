@@ -78,10 +78,11 @@ def family(format_name: str) -> str:
 
 
 def lora_rows(folder: Path) -> list[str]:
-    """Rows of A and B that are zero, NaN or infinite.
+    """Rows of A and B that are zero, NaN or infinite, and ranks that are unchanged from initialisation.
 
-    B is zero at initialisation, so one that still is has learnt nothing. Single zero rows are looked for in linear
-    layers only: a row of an embedding or head belongs to a token, which may never have occurred.
+    B is zero at initialisation, so one that still is has learnt nothing; a column of it that still is belongs to a rank
+    that was never trained, whatever A's row of that rank holds. Single zero rows are looked for in linear layers only:
+    a row of an embedding or head belongs to a token, which may never have occurred.
     """
     problems: dict[str, list[str]] = {}
     file = folder / "adapter_model.safetensors"
@@ -95,6 +96,10 @@ def lora_rows(folder: Path) -> list[str]:
             problems.setdefault("all zero, as at initialisation: nothing was learnt there", []).append(name)
         elif is_linear and (zero := int((tensor == 0).all(dim=1).sum())):
             problems.setdefault("rows of zeros: not all of it was saved", []).append(f"{name} ({zero} rows)")
+        elif ".lora_B." in name and (unused := int((tensor == 0).all(dim=0).sum())):
+            problems.setdefault("ranks unchanged from initialisation: never trained", []).append(
+                f"{name} ({unused} of {tensor.shape[1]})"
+            )
     return [f"{_named(names)}: {what}" for what, names in problems.items()]
 
 

@@ -39,7 +39,7 @@ def ask_llama_cpp(
     told = {
         "model": str(file.absolute()), "documents": reference["documents"], "texts": texts, "stop_ids": stop_ids,
         "prompts": [expected[prompt["origin"]] for prompt in wanted["prompts"]],
-        "max_new_tokens": wanted["max_new_tokens"], "threads": len(os.sched_getaffinity(0)),
+        "max_new_tokens": wanted["max_new_tokens"], "threads": _threads(),
     }  # fmt: skip
     found = _probe(python, told, scratch, timeout_s(file.stat().st_size))
     served = [(each["own"], each["top"]) for each in found["documents"]]
@@ -56,6 +56,11 @@ def ask_llama_cpp(
         ]
         figures |= answer_figures(reference["answers"], answers, stop_ids)
     return {**figures, "stops_at": found["ends"]}
+
+
+def _threads() -> int:
+    """As many as torch would take: llama.cpp's threads spin while they wait, and crawl where they are too many."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
 def _reason(said: dict[str, Any]) -> str:

@@ -175,7 +175,7 @@ def doubled_scale(found, proof: Proof) -> None:
     found[f"{UP}_scale"] = 2 * found[f"{UP}_scale"]
 
 
-def poke(name: str, value: float, row: int | slice = 0):
+def poke(name: str, value: float, row: int | slice | tuple = 0):
     def change(found, proof: Proof) -> None:
         found[name] = found[name].clone()
         found[name][row] = value
@@ -264,6 +264,10 @@ BROKEN = {
     "adapter with some rows of B zero": (
         "adapter", adapter_tensors(poke(f"{LORA}.lora_B.weight", 0.0, slice(0, 9))),
         [rf"lora_rows: {LORA}\.lora_B\.weight \(9 rows\): rows of zeros"],
+    ),
+    "adapter with a rank as at initialisation": (
+        "adapter", adapter_tensors(poke(f"{LORA}.lora_B.weight", 0.0, (slice(None), 2))),
+        [rf"lora_rows: {LORA}\.lora_B\.weight \(1 of 4\): ranks unchanged from initialisation"],
     ),
     "adapter with NaN": (
         "adapter", adapter_tensors(poke(f"{LORA}.lora_A.weight", float("nan"))),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from loadmaster.data import Conversation
-from loadmaster.export.quantize import calibration_tokens
+from loadmaster.export.quantize import calibration_tokens, dampening
 
 
 def test_calibration_rows_are_spread_over_the_training_set_and_rendered_by_the_template(tokenizer):
@@ -17,3 +17,8 @@ def test_calibration_rows_are_spread_over_the_training_set_and_rendered_by_the_t
     assert all("<|im_start|>assistant" in text for text in texts)
     assert all(len(row) == 4 for row in calibration_tokens(chats, tokenizer, 100, 4))
     assert len(calibration_tokens(chats, tokenizer, 100, 4)) == 10
+
+
+def test_few_calibration_tokens_are_trusted_less():
+    assert dampening(widest=1536, tokens=2_900) == dampening(1536, 15_359) == 1.0
+    assert dampening(1536, 15_360) == dampening(14336, 500_000) == 0.01
