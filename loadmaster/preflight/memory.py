@@ -133,15 +133,17 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
 
 
 def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
-    """What a GPU holds whatever a micro-batch needs: quick to say, and enough to rule most plans out."""
+    """Weights, states and each layer's input: quick to say, no more than is needed, and enough to rule most plans out."""
     weights, gradients, local = resident(shape, setup)
+    inputs = setup.width * setup.tokens * shape.hidden_size * shape.layers
     if hardware.is_cpu:
-        return weights + state_bytes(setup) * local
+        return weights + state_bytes(setup) * local + inputs
     if setup.offload == "all":
-        return context_bytes(hardware)
+        return context_bytes(hardware) + inputs
     on_host = setup.offload != "none" or setup.optimizer == "paged_adamw_8bit"
     states = 0.0 if on_host else state_bytes(setup) * local
-    return weights + gradients + states + context_bytes(hardware)
+    backward = weights + states + inputs  # gradients come as these go
+    return max(backward, weights + states + gradients) + context_bytes(hardware)
 
 
 def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:

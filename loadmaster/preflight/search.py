@@ -135,6 +135,8 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
         yield f"sharding=none: there are {world} GPUs; use ddp, fsdp or auto"
     if job.offload == "all" and job.sharding in ("none", "ddp"):
         yield f"offload=all needs sharded weights; use sharding=fsdp or zero3 instead of {job.sharding}"
+    if job.offload == "all" and world == 1 and not hardware.is_cpu:
+        yield "offload=all: weights in host memory come to GPUs by shards, and there is one GPU; use optimizer or auto"
     if rows % world:
         yield f"batch.global_size={rows} does not divide over {world} GPUs; use {math.ceil(rows / world) * world}"
     elif job.micro_batch_size != "auto" and (rows // world) % job.micro_batch_size:
@@ -233,7 +235,7 @@ def enumerate_tier(
 
 
 def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:
-    """Whether weights, gradients and states alone, and what lies in host memory, leave room for anything."""
+    """Whether what is needed at least, and what lies in host memory, leaves room for anything."""
     if least_bytes(shape, hardware, setup) > hardware.memory_gib * (1 - job.plan.reserve) * GIB:
         return False
     has = hardware.host_memory_gib

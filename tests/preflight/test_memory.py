@@ -145,3 +145,14 @@ def test_weights_gradients_and_states_that_are_offloaded_are_in_host_memory() ->
         assert found.train.weights == found.train.gradients == found.train.optimizer == 0
         assert found.host_gib > 16 * shape.parameters / GIB
     assert found.train.total < 30 * GIB
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("more", [{}, {"checkpointing": "full"}, {"gradient_accumulation_steps": 4}, {"compiled": True},
+                                  {"sharding": "fsdp", "world_size": 8}, {"optimizer": "adamw_8bit"}])  # fmt: skip
+def test_what_is_ruled_out_quickly_does_not_fit(method: str, more: dict) -> None:
+    """The quick bound is below what the replay says, whatever the setting."""
+    gpu = from_catalog("h100_80gb", more.get("world_size", 1))
+    for name in ("llama-3.2-1b", "qwen3-8b", "gemma-3-1b"):
+        tried = setup(method, **more)
+        assert model.least_bytes(shape_of(name), gpu, tried) <= model.train_bytes(shape_of(name), gpu, tried).total
