@@ -133,7 +133,7 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
 
 
 def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
-    """Weights, states and each layer's input: quick to say, no more than is needed, and enough to rule most plans out."""
+    """Weights, states and each layer's input: quick to say, never more than is needed, and it rules most plans out."""
     weights, gradients, local = resident(shape, setup)
     inputs = setup.width * setup.tokens * shape.hidden_size * shape.layers
     if hardware.is_cpu:
