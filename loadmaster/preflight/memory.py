@@ -230,7 +230,14 @@ def host_bytes(shape: ModelShape, hardware: Hardware, setup: Setup, train: Bytes
         each += state_bytes(setup) * trained
     if setup.offload == "all":
         each += weights
+    if setup.checkpointing == "offload":
+        each += inputs_bytes(shape, setup)
     return each * setup.gpus_per_node
+
+
+def inputs_bytes(shape: ModelShape, setup: Setup) -> float:
+    """Of all decoder layers' inputs in one micro-batch: what activation_checkpointing=offload keeps on the host."""
+    return setup.width * setup.tokens * shape.hidden_size * shape.layers
 
 
 def disk_bytes(shape: ModelShape, setup: Setup, checkpoints: int = 4) -> float:

@@ -22,7 +22,8 @@ from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
 
 CHECKPOINTING = ("none", "selective", "full")
-"""What auto chooses from."""
+"""What auto chooses from; and offload for rows of LONG_ROW tokens or more."""
+LONG_ROW = 32768
 FORWARDS = {"dpo": 1, "kto": 3}
 """Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
 FULL_STATES = (("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False))
@@ -186,7 +187,10 @@ def states(job: Job, method: str, offload: str, precision: str) -> Iterator[tupl
 
 def enumerate_tier(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any]) -> Iterator[Candidate]:
     """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails."""
-    checkpointings = CHECKPOINTING if job.activation_checkpointing == "auto" else (job.activation_checkpointing,)
+    checkpointings: tuple[str, ...] = (job.activation_checkpointing,)
+    if job.activation_checkpointing == "auto":
+        offload = job.sequence_length >= LONG_ROW and job.compile is not True and not hardware.is_cpu
+        checkpointings = (*CHECKPOINTING, "offload") if offload else CHECKPOINTING
     rows = job.batch.global_size // hardware.world_size
     sizes = divisors(rows) if job.micro_batch_size == "auto" else [job.micro_batch_size]
     if hardware.is_cpu and job.micro_batch_size == "auto":
@@ -203,7 +207,7 @@ def enumerate_tier(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[s
                 checkpointing=checkpointing,
                 micro_batch_size=size,
                 gradient_accumulation_steps=rows // size,
-                **fixed(job, hardware),
+                **fixed(job, hardware, checkpointing),
             )
             candidate = evaluate(job, shape, hardware, setup)
             yield candidate
@@ -228,13 +232,13 @@ def shardings(job: Job, hardware: Hardware, offload: str) -> list[tuple[str, int
     return found + [("fsdp", hardware.nodes)] * (hybrid and "fsdp" in names)
 
 
-def fixed(job: Job, hardware: Hardware) -> dict[str, Any]:
-    """What a setup takes from job and hardware as it is."""
+def fixed(job: Job, hardware: Hardware, checkpointing: str) -> dict[str, Any]:
+    """What a setup takes from job and hardware as it is. What runs by pieces under offload is not compiled."""
     targets = job.lora.targets
     return {
         "sequence_length": job.sequence_length,
         "forwards": FORWARDS.get(job.objective, 0),
-        "compiled": not hardware.is_cpu if job.compile == "auto" else job.compile,
+        "compiled": not hardware.is_cpu and checkpointing != "offload" if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,
         "gpus_per_node": hardware.count,
         "lora_rank": job.lora.rank,
@@ -289,7 +293,7 @@ def smallest(job: Job, shape: ModelShape, hardware: Hardware) -> Candidate:
         tier["precision"] = "fp32"
     sharding = "none" if hardware.world_size == 1 else "fsdp"
     checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
-    setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, **fixed(job, hardware))
+    setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, **fixed(job, hardware, checkpointing))
     return evaluate(job, shape, priced(hardware, job.plan.prices_usd_per_hour), setup)
 
 

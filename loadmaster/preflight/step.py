@@ -123,7 +123,8 @@ def _forward(b: Blocks, middle: _Middle):
         layer = _layer(b, weights, experts, positions)
         x = units.begin(x, index, experts, index == middle.replayed - 1)
         kind = b.setup.checkpointing
-        x = tape.checkpoint(layer, x, kind == "selective") if kind != "none" and tape.enabled else layer(x)
+        checkpointed = kind != "none" and tape.enabled
+        x = tape.checkpoint(layer, x, kind == "selective", kind == "offload") if checkpointed else layer(x)
         x = units.end(x, index, tape.leaves[first:])
         kept = tape.live - before
         middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward
@@ -132,9 +133,12 @@ def _forward(b: Blocks, middle: _Middle):
     norm = b.base(b.w * shape.hidden_size)
     units.top += tape.leaves[-1:] if norm.node is not None else []
     x = b.norm(x, norm, b.n)
-    del weights, layer, rotary, positions, ids, embedded  # the decoder's own variables last as long as it runs
+    # The decoder's own variables last as long as it runs. An input that goes to the host and needs no gradient stays.
+    stays = embedded.storage if b.setup.checkpointing == "offload" and b.setup.adapters and tape.enabled else None
+    del weights, layer, rotary, positions, ids, embedded
     rows = b.n - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = gather(b, b.slice(x, 1.0), rows)
+    units.stays = stays
     return units.finish(chunked_loss(b, x, head, rows)), middle.total, units
 
 

@@ -29,7 +29,7 @@ from loadmaster.training.world import World
 
 BUILT = {
     "sharding": tuple(STRATEGIES),
-    "activation_checkpointing": ("none", "selective", "full"),
+    "activation_checkpointing": ("none", "selective", "full", "offload"),
 }
 """What a plan may say and this loop does; other values are refused."""
 
