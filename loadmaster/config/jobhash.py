@@ -18,8 +18,8 @@ from loadmaster.files import sha256_json
 # By stage, the sections and fields that are its inputs; a stage also depends on all stages before it.
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "plan": (
-        "model", "data", "sequence_length", "objective", "preference", "method", "precision", "lora", "optimizer",
-        "batch", "epochs", "max_steps", "seed",
+        "model", "data", "sequence_length", "objective", "preference", "method", "precision", "lora", "neftune_alpha",
+        "optimizer", "batch", "epochs", "max_steps", "seed",
     ),
     "train": (),
     "evaluate": ("evaluation.task", "evaluation.max_rows", "evaluation.max_new_tokens"),

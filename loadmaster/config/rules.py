@@ -24,6 +24,8 @@ Origins = dict[str, str]
 Found = Iterator[tuple[str, object, str, str]]
 """Key to blame, its value, what is wrong, what would work."""
 
+SERVED_RANK = 512
+"""Largest rank that --max-lora-rank accepts (vllm 0.33.0); a test holds it to export's list."""
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -107,17 +109,18 @@ def task_has_answers(job: Job, origins: Origins) -> Found:
 
 
 @rule("objective", "method", "plan.methods")
-def dpo_has_a_reference(job: Job, origins: Origins) -> Found:
-    """objective=dpo trains an adapter: its reference is the base model with the adapter switched off."""
+def preferences_have_a_reference(job: Job, origins: Origins) -> Found:
+    """objective=dpo and kto train an adapter: their reference is the base model with the adapter switched off."""
     left = [name for name in job.plan.methods if name != "full"]
-    if job.objective == "dpo" and (job.method == "full" or (job.method == "auto" and job.plan.methods and not left)):
+    only_full = job.method == "full" or (job.method == "auto" and job.plan.methods and not left)
+    if job.objective in ("dpo", "kto") and only_full:
         message = "needs the model before training as its reference, which a full fine-tune overwrites"
-        yield "objective", "dpo", message, "method=lora, or objective=orpo, which needs no reference"
+        yield "objective", job.objective, message, "method=lora, or objective=orpo, which needs no reference"
 
 
 @rule("data.format", "objective")
 def pairs_go_with_a_preference_objective(job: Job, origins: Origins) -> Found:
-    """data.format=preference goes with objective=dpo or orpo, and they with it (or auto)."""
+    """data.format=preference goes with objective=dpo, orpo or kto, and they with it (or auto)."""
     if (job.data.format == "preference") != (job.objective != "sft") and job.data.format != "auto":
         what = "holds pairs, which objective=sft does not train on"
         if job.objective != "sft":
@@ -134,6 +137,15 @@ def label_smoothing_is_dpos(job: Job, origins: Origins) -> Found:
         yield "preference.label_smoothing", job.preference.label_smoothing, f"{job.objective} has none", remedy
 
 
+@rule("preference.desirable_weight", "preference.undesirable_weight", "objective")
+def answer_weights_are_ktos(job: Job, origins: Origins) -> Found:
+    """preference.desirable_weight and undesirable_weight belong to objective=kto."""
+    for name in ("desirable_weight", "undesirable_weight"):
+        value = getattr(job.preference, name)
+        if value != 1.0 and job.objective != "kto":
+            yield f"preference.{name}", value, f"{job.objective} has none", f"preference.{name}=1, or objective=kto"
+
+
 @rule("precision", "method")
 def qlora_is_not_fp8(job: Job, origins: Origins) -> Found:
     """qlora keeps its base in nf4, so precision fp8 has nothing to apply to."""
@@ -142,12 +154,13 @@ def qlora_is_not_fp8(job: Job, origins: Origins) -> Found:
         yield "precision", job.precision, "does not go with method=qlora, whose base is in nf4", remedy
 
 
-@rule("precision", "method")
-def full_is_not_fp8(job: Job, origins: Origins) -> Found:
-    """precision fp8 is a frozen base's: training every weight in fp8 (method=full) is not built."""
-    if job.method == "full" and job.precision == "fp8":
-        remedy = "precision=bf16 with full, or method=lora for adapters on a frozen fp8 base"
-        yield "precision", job.precision, "is for a frozen base, and method=full trains every weight", remedy
+@rule("sequence_length", "method", "precision")
+def fp8_products_take_sixteens(job: Job, origins: Origins) -> Found:
+    """method=full precision=fp8 needs a sequence_length that is a multiple of 16: its fp8 products sum over tokens."""
+    if job.method == "full" and job.precision == "fp8" and job.sequence_length % 16:
+        works = -(-job.sequence_length // 16) * 16
+        message = "is no multiple of 16, which fp8 products over tokens need"
+        yield "sequence_length", job.sequence_length, message, f"sequence_length={works}, or precision=bf16"
 
 
 @rule("precision", "hardware.gpu")
@@ -159,6 +172,14 @@ def fp8_needs_fp8_units(job: Job, origins: Origins) -> Found:
         able = ", ".join(name for name, gpu in catalog.gpus().items() if "fp8" in gpu["tflops"])
         message = f"hardware.gpu={job.hardware.gpu} has no fp8 matrix units"
         yield "precision", job.precision, message, f"precision=bf16, or one of {able}"
+
+
+@rule("compile", "activation_checkpointing")
+def pieces_are_not_compiled(job: Job, origins: Origins) -> Found:
+    """compile=true does not go with activation_checkpointing=offload, which runs layers by pieces."""
+    if job.compile is True and job.activation_checkpointing == "offload":
+        message = "does not go with activation_checkpointing=offload, which runs layers by pieces"
+        yield "compile", True, message, "compile=auto, or activation_checkpointing=full"
 
 
 @rule("hardware.gpu")
@@ -192,6 +213,23 @@ def micro_batch_within_global_batch(job: Job, origins: Origins) -> Found:
         remedy = f"batch.global_size={job.micro_batch_size * gpus}"
         remedy = f"micro_batch_size={largest}, or {remedy}" if largest else remedy
         yield "micro_batch_size", job.micro_batch_size, message, remedy
+
+
+@rule("neftune_alpha", "objective")
+def noise_is_for_answers(job: Job, origins: Origins) -> Found:
+    """neftune_alpha goes with objective=sft: noise would be taken for a preference."""
+    if job.neftune_alpha and job.objective != "sft":
+        message = f"objective={job.objective} compares likelihoods, which noise changes"
+        yield "neftune_alpha", job.neftune_alpha, message, "neftune_alpha=0, or objective=sft"
+
+
+@rule("lora.rank", "endpoint.serve_as", "endpoint.server", "method")
+def servers_load_the_rank(job: Job, origins: Origins) -> Found:
+    """endpoint.serve_as=adapter needs a lora.rank that the server takes: up to 512 for vLLM (merged, any rank does)."""
+    if job.endpoint.serve_as == "adapter" and job.method != "full" and job.lora.rank > SERVED_RANK:
+        message = f"{job.endpoint.server} takes adapters of ranks up to {SERVED_RANK}"
+        remedy = f"lora.rank={SERVED_RANK}, or endpoint.serve_as=bf16, where the adapter is merged"
+        yield "lora.rank", job.lora.rank, message, remedy
 
 
 @rule("method", "lora.*")

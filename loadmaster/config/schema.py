@@ -74,14 +74,22 @@ class LoraConfig:
     """Dropout on the adapter's input; above 0 costs memory for the masks."""
     targets: str | list[str] = "all-linear"
     """Linear layers that get an adapter: all-linear (every one but the head), names, or a regular expression."""
+    rank_stabilised: Flag = False
+    """rsLoRA: scale by alpha / sqrt(rank) instead, which keeps large ranks learning."""
+    b_lr_ratio: Annotated[float, Strict(), Ge(1)] = 1.0
+    """LoRA+: learning rate of every B over that of A (optimizer.lr); 1 is plain LoRA."""
 
 
 @dataclass(frozen=True, config=CLOSED)
 class PreferenceConfig:
     beta: PositiveFloat = 0.1
-    """dpo: how hard the policy is held to the reference (higher: closer); orpo: weight of the odds ratio."""
+    """dpo, kto: how hard the policy is held to the reference (higher: closer); orpo: weight of the odds ratio."""
     label_smoothing: Annotated[float, Strict(), Ge(0), Lt(0.5)] = 0.0
     """dpo: share of the pairs whose preference is taken to be the wrong way round."""
+    desirable_weight: PositiveFloat = 1.0
+    """kto: weight of the chosen answers' losses."""
+    undesirable_weight: PositiveFloat = 1.0
+    """kto: weight of the rejected answers' losses."""
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -331,14 +339,18 @@ class Job:
     data: DataConfig = DataConfig()
     sequence_length: PositiveInt = 2048
     """Tokens in a packed row; the longest context trained on."""
-    objective: Literal["sft", "dpo", "orpo"] = "sft"
-    """sft: the likelihood of answers; dpo and orpo: preference of chosen over rejected answers (pairs in the data)."""
+    objective: Literal["sft", "dpo", "orpo", "kto"] = "sft"
+    """sft: the likelihood of answers; dpo, orpo, kto: preference of chosen over rejected answers, pairs in the data."""
     preference: PreferenceConfig = PreferenceConfig()
     method: Literal["auto", "lora", "qlora", "full"] = "auto"
     """lora: adapters on a frozen bf16 base; qlora: on an nf4 base; full: every weight."""
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
-    """Compute dtype; auto: bf16 where the device has it, fp32 on a CPU."""
+    """Compute dtype; fp8: a frozen base held in FP8 (lora), or products on FP8 units over bf16 weights (full).
+    auto: bf16 where the device has it, or fp8 where the plan finds that faster; fp32 on a CPU."""
     lora: LoraConfig = LoraConfig()
+    neftune_alpha: NonNegativeFloat = 0.0
+    """NEFTune: uniform noise on the embeddings in training, up to this over the root of a document's tokens times the
+    hidden size; 0: none, 5 is usual."""
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     micro_batch_size: PositiveInt | Auto = "auto"
@@ -347,9 +359,10 @@ class Job:
     """Passes over the packed training rows."""
     max_steps: PositiveInt | None = None
     """Stop after so many optimizer steps; null is the number that epochs gives."""
-    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """Recompute activations in the backward pass instead of keeping them: of each decoder layer all (full), or all but
-    large products and attention (selective)."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
+    """Recompute activations in the backward pass instead of keeping them: of each decoder layer all but large products
+    and attention (selective), all (full), or all, its input in host memory and its MLP by pieces (offload, for very
+    long rows)."""
     compile: Flag | Auto = "auto"
     """Compile decoder layers (torch.compile); auto: on a GPU. The first step waits for it, a minute or less."""
     sharding: Literal["auto", "none", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"

@@ -150,7 +150,7 @@ def _fits_objective(row: Any, shape: str, objective: str) -> None:
     pairs = shape == "preference" or (isinstance(row, dict) and is_preference(row))
     if objective == "sft" and pairs:
         raise RowError(
-            "has chosen and rejected: a preference row. Train on pairs with objective=dpo or objective=orpo, or write "
+            "has chosen and rejected: a preference row. Train on pairs with objective=dpo, orpo or kto, or write "
             "the chosen answer as the conversation's last assistant turn and leave rejected out"
         )
     if objective != "sft" and shape != "preference":

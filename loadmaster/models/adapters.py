@@ -26,6 +26,7 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.rank_stabilised,
         task_type="CAUSAL_LM",
         bias="none",
         target_modules=_targets(model, lora.targets),

@@ -76,8 +76,11 @@ def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
     longest = torch.empty(max(2, *(end - start for start, end in itertools.pairwise(bounds))), 0, device=device)
     for varies in (cu_seq_lens, longest):  # from batch to batch, and compiled layers are not compiled anew for it
         torch._dynamo.mark_dynamic(varies, 0)
+    ids = put(batch.input_ids.reshape(1, -1))
+    alpha = getattr(lm, "neftune_alpha", 0.0) if lm.training else 0.0
+    text = {"inputs_embeds": noisy(lm.get_input_embeddings()(ids), bounds, alpha)} if alpha else {"input_ids": ids}
     hidden = lm.get_decoder()(
-        input_ids=put(batch.input_ids.reshape(1, -1)),
+        **text,
         position_ids=put(batch.position_ids.reshape(1, -1)),
         use_cache=False,
         cu_seq_lens_q=cu_seq_lens,
@@ -86,6 +89,17 @@ def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
     ).last_hidden_state[0]
     trained = put(trained)
     return hidden.index_select(0, trained), put(targets).index_select(0, trained), documents
+
+
+def noisy(embedded_NH: Tensor, bounds: list[int], alpha: float) -> Tensor:
+    """NEFTune: embeddings [1, N, h] plus uniform noise of up to alpha / sqrt(L h), L the tokens of the document.
+
+    (Jain et al. 2023, arXiv 2310.05914.)
+    """
+    lengths = torch.tensor([end - start for start, end in itertools.pairwise(bounds)])
+    largest = (alpha / (lengths * embedded_NH.shape[-1]).sqrt()).repeat_interleave(lengths)
+    noise = torch.empty_like(embedded_NH).uniform_(-1, 1)
+    return embedded_NH + noise * largest[None, :, None].to(noise, non_blocking=True)
 
 
 def token_losses(model: nn.Module, batch: Any) -> tuple[Tensor, int]:

@@ -1,4 +1,4 @@
-"""Preference losses over pairs that lie side by side in packed rows: DPO and ORPO.
+"""Preference losses over pairs that lie side by side in packed rows: DPO, ORPO and KTO.
 
 Notation, for a prompt x with chosen answer c and rejected answer r: log p(c) is the sum over the answer's tokens
 of log p(token | x and the tokens before it).
@@ -8,12 +8,18 @@ of log p(token | x and the tokens before it).
           label_smoothing e mixes in the other direction's loss: (1 - e) * loss + e * loss with c and r exchanged
     ORPO  nll(c) - beta * log sigmoid(log odds(c) - log odds(r)), with nll and odds from the mean log-probability of an
           answer's tokens; needs no reference (Hong et al. 2024, eq. 6 and 7)
+    KTO   an answer by itself: w (1 - sigmoid(beta * (r - z))) of a chosen one, w' (1 - sigmoid(beta * (z - r))) of a
+          rejected one, r = log p(answer) - log q(answer), w and w' its weights; z is what the policy has moved from the
+          reference altogether: the mean of r, at least 0, over prompts with another pair's answer, without gradient
+          (Ethayarajh et al. 2024, eq. 7). A pair's loss is the mean of its two. Two more passes, of no memory either
 
-The loss of a step is the mean over its pairs, whatever micro-batches and ranks they are split into.
+The loss of a step is the mean over its pairs, whatever micro-batches and ranks they are split into; KTO's z alone is
+taken from the pairs of one micro-batch, and is 0 where that holds a single pair.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loadmaster.config.schema import PreferenceConfig
-from loadmaster.models.forward import SummedLoss, causal_lm, logit_transform, trained_hidden
+from loadmaster.data import MicroBatch
+from loadmaster.models.forward import SummedLoss, causal_lm, document_bounds, logit_transform, trained_hidden
 from loadmaster.models.loss import CHUNK_TOKENS
+
+NEED_REFERENCE = ("dpo", "kto")
+"""Objectives that compare with the model before training."""
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -129,11 +139,51 @@ def orpo_loss(mean_A: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return -mean_A[0::2] - beta * F.logsigmoid(margin), margin.detach()
 
 
+def kto_loss(
+    policy_A: Tensor, reference_A: Tensor, moved: Tensor, beta: float, weights: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """(loss [P], reward margin [P]) of P pairs from the summed log-probabilities of their 2 P answers, and z."""
+    ratios = policy_A - reference_A
+    chosen = weights[0] * (1 - torch.sigmoid(beta * (ratios[0::2] - moved)))
+    rejected = weights[1] * (1 - torch.sigmoid(beta * (moved - ratios[1::2])))
+    return (chosen + rejected) / 2, beta * (ratios[0::2] - ratios[1::2]).detach()
+
+
+ROTATION = 2
+"""Every prompt gets the answer so many places before its own: that of another pair's same side."""
+
+
+def mismatched(batch: MicroBatch, rotation: int) -> MicroBatch:
+    """The batch's prompts under each other's answers, as one row of the same number of tokens."""
+    ids, labels, positions = (t.reshape(-1) for t in (batch.input_ids, batch.labels, batch.position_ids))
+    bounds = document_bounds(batch.position_ids)
+    prompts, answers, rest = [], [], []
+    for start, end in itertools.pairwise(bounds):
+        trained = torch.nonzero(labels[start:end] != -100)
+        if len(trained):
+            first = start + int(trained[0])
+            prompts.append((ids[start:first], labels[start:first]))
+            answers.append((ids[first:end], labels[first:end]))
+        else:
+            rest.append((ids[start:end], labels[start:end]))
+    documents = [
+        tuple(torch.cat(parts) for parts in zip(prompt, answers[place - rotation], strict=True))
+        for place, prompt in enumerate(prompts)
+    ] + rest
+    return MicroBatch(
+        torch.cat([tokens for tokens, _ in documents])[None],
+        torch.cat([trained for _, trained in documents])[None],
+        torch.cat([torch.arange(len(tokens)) for tokens, _ in documents]).to(positions.dtype)[None],
+        batch.row_ids,
+    )
+
+
 def loss_module(model: nn.Module, objective: str, preference: PreferenceConfig) -> nn.Module:
     """The module whose forward is the sum of a batch's losses: of its trained tokens (sft), or of its pairs."""
     if objective == "sft":
         return SummedLoss(model)
-    return PreferenceLoss(model, objective, preference.beta, preference.label_smoothing)
+    weights = preference.desirable_weight, preference.undesirable_weight
+    return PreferenceLoss(model, objective, preference.beta, preference.label_smoothing, weights)
 
 
 def pair_figures(loss: Any) -> Tensor | None:
@@ -154,21 +204,40 @@ class PreferenceLoss(nn.Module):
     After each forward `figures` holds sums over its pairs: pairs, correct (the chosen answer preferred), margin.
     """
 
-    def __init__(self, model: nn.Module, objective: str, beta: float, label_smoothing: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: str,
+        beta: float,
+        label_smoothing: float,
+        weights: tuple[float, float] = (1.0, 1.0),
+    ):
         super().__init__()
         self.module = model
-        self.objective, self.beta, self.label_smoothing = objective, beta, label_smoothing
+        self.objective, self.beta, self.label_smoothing, self.weights = objective, beta, label_smoothing, weights
         self.figures = torch.zeros(3)
 
     def forward(self, batch: Any) -> Tensor:
-        reference = self._reference(batch) if self.objective == "dpo" else None
+        reference = self._reference(batch) if self.objective in NEED_REFERENCE else None
+        moved = self._moved(batch) if self.objective == "kto" else None
         policy = answer_log_probs(self.module, batch)
-        if reference is not None:
+        if moved is not None:
+            loss, margin = kto_loss(policy.sums, reference.sums, moved, self.beta, self.weights)
+        elif reference is not None:
             loss, margin = dpo_loss(policy.sums, reference.sums, self.beta, self.label_smoothing)
         else:
             loss, margin = orpo_loss(policy.sums / policy.tokens, self.beta)
         self.figures = torch.stack([margin.new_tensor(len(margin)), (margin > 0).sum().to(margin), margin.sum()])
         return loss.sum()
+
+    def _moved(self, batch: Any) -> Tensor:
+        """KTO's z. The passes are made in any case: ranks that share weights gather them together."""
+        other = mismatched(batch, ROTATION)
+        with torch.no_grad():
+            ratios = answer_log_probs(self.module, other).sums - self._reference(other).sums
+        if len(ratios) <= ROTATION:
+            return ratios.new_zeros(())
+        return ratios.mean().clamp(min=0)
 
     def _reference(self, batch: Any) -> AnswerLogProbs:
         """The base's log-probabilities: the same model with its adapter switched off."""

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loadmaster.preflight.frozen import WIDE, fp8_matmul, nf4_matmul
+from loadmaster.preflight.frozen import WIDE, fp8_matmul, fp8_training_matmul, nf4_matmul
 from loadmaster.preflight.replay import Storage, Tape, Tensor
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
 
 NARROW = 512
 """A matmul with fewer columns than this moves bytes more than it computes."""
+
+
+MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+MLP_TOKENS = 16384
+"""loadmaster.models.recompute.MLP_TOKENS; a test holds the two equal."""
 
 
 @dataclass
@@ -49,10 +54,11 @@ class Blocks:
         linears = {}
         for m in shape.matrices(experts):
             a = b = None
+            uses = self.pieces if m.name in MLP else 1
             if m.name in adapted:
-                a, b = self._parameter(w * setup.lora_rank * m.inputs), self._parameter(w * setup.lora_rank * m.outputs)
+                a, b = (self._parameter(w * setup.lora_rank * size, uses) for size in (m.inputs, m.outputs))
             bias = self.base(w * m.outputs) if m.bias else None
-            linears[m.name] = (m, self.base(w * m.weight), bias, a, b)
+            linears[m.name] = (m, self.base(w * m.weight, uses), bias, a, b)
         norms = [self.base(w * shape.hidden_size) for _ in range(shape.norms)]
         heads = [self.base(w * shape.head_dim) for _ in range(2)] if shape.query_key_norm else []
         return Weights(linears, norms, heads, rotary)
@@ -60,8 +66,13 @@ class Blocks:
     def base(self, size: float, uses: int = 1) -> Tensor:
         return self.tape.parameter(size, self.full, self.accumulated, uses)
 
-    def _parameter(self, size: float) -> Tensor:
-        return self.tape.parameter(size, True, self.accumulated)
+    def _parameter(self, size: float, uses: int = 1) -> Tensor:
+        return self.tape.parameter(size, True, self.accumulated, uses)
+
+    @property
+    def pieces(self) -> int:
+        """In how many pieces an MLP runs (models/recompute.py)."""
+        return -(-self.n // MLP_TOKENS) if self.setup.checkpointing == "offload" else 1
 
     # ------------------------------------------------------------ single operations
 
@@ -135,13 +146,15 @@ class Blocks:
         m, weight, bias, a, b = entry
         if self.setup.method == "qlora":
             out = nf4_matmul(self, x, m)
-        elif self.setup.method == "lora" and self.setup.precision == "fp8":
+        elif self.setup.precision == "fp8" and self.setup.adapters:
             out = fp8_matmul(self, x, m)
+        elif self.setup.precision == "fp8" and m.inputs % 16 == 0 == m.outputs % 16:
+            out = fp8_training_matmul(self, x, weight, m)
         else:
             out = self.matmul(x, weight, m.inputs, m.outputs, self.n)
         if bias is not None:
             out = self.add_bias(out, bias)
-            if self.setup.method == "lora" and self.setup.precision == "fp8":  # a kernel of its own
+            if self.setup.precision == "fp8":  # a kernel of its own
                 self.tape.moved(out.bytes, out.bytes)
                 out = Tensor(self.tape.alloc(out.bytes), out.node)
         if a is None:

@@ -1,4 +1,4 @@
-"""Matmuls over frozen nf4 and fp8 weights (models/frozen.py) on a replay tape: what they make and let go."""
+"""Matmuls over nf4 and fp8 weights (models/frozen.py, torchao.float8) on a replay tape: what they make and let go."""
 
 from __future__ import annotations
 
@@ -70,4 +70,55 @@ def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
         del wide
     out = tape.op(w * n * m.outputs, [x], [], backward, kept)
     del codes, scale
+    return out
+
+
+def fp8_training_matmul(b: Blocks, x: Tensor, weight: Tensor, m: Matrix) -> Tensor:
+    """torchao's float8 linear, a scale for each tensor: factors are cast at each use, and nothing in fp8 is kept."""
+    tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
+    needs_x = x.node is not None
+
+    def cast(elements: float) -> Storage:
+        """Largest magnitude, product with the scale in fp32, clamped, rounded."""
+        tape.moved(w * elements, w * elements, elements)
+        tape.work.kernels += 6
+        with tape.tagged("quantization"):
+            tape.alloc(w * elements)
+            wide = tape.alloc(4 * elements)
+            scaled = tape.alloc(4 * elements)
+            del wide
+            clamped = tape.alloc(4 * elements)
+            codes = tape.alloc(elements)
+            del scaled, clamped
+        return codes
+
+    def copied(codes: Storage) -> Storage:
+        """In the layout that the units take."""
+        tape.moved(codes.bytes, codes.bytes)
+        with tape.tagged("quantization"):
+            return tape.alloc(codes.bytes)
+
+    def product() -> None:
+        tape.work.fp8_flops += 2.0 * n * m.weight
+        tape.work.kernels += 1
+
+    def backward(g: Storage, _: list) -> list:
+        rows = n * m.outputs
+        first, codes = cast(rows), cast(m.weight)
+        laid = copied(codes)
+        product()
+        gx = tape.alloc(w * n * m.inputs)
+        del laid
+        second, inputs = cast(rows), cast(n * m.inputs)
+        laid = [copied(second), copied(inputs)]
+        product()
+        gw = tape.alloc(w * m.weight)
+        del laid, first, codes, second, inputs
+        return [gx if needs_x else None, gw]
+
+    codes = [cast(n * m.inputs), cast(m.weight)]
+    if tape.runs(kept):
+        product()
+    out = tape.op(w * n * m.outputs, [x, weight], [x.storage, weight.storage], backward, kept)
+    del codes
     return out

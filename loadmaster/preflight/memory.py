@@ -135,7 +135,7 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
 def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """Weights, states and each layer's input: quick to say, never more than is needed, and it rules most plans out."""
     weights, gradients, local = resident(shape, setup)
-    inputs = setup.width * setup.tokens * shape.hidden_size * shape.layers
+    inputs = 0.0 if setup.checkpointing == "offload" else inputs_bytes(shape, setup)
     if hardware.is_cpu:
         return weights + state_bytes(setup) * local + inputs
     if setup.offload == "all":
@@ -260,4 +260,11 @@ def host_bytes(shape: ModelShape, setup: Setup) -> float:
         each += states
     if setup.offload == "all":
         each += weights
+    if setup.checkpointing == "offload":
+        each += inputs_bytes(shape, setup)
     return each * setup.gpus_per_node
+
+
+def inputs_bytes(shape: ModelShape, setup: Setup) -> float:
+    """Of all decoder layers' inputs in one micro-batch: what activation_checkpointing=offload keeps on the host."""
+    return setup.width * setup.tokens * shape.hidden_size * shape.layers

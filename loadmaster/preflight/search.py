@@ -22,7 +22,10 @@ from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
 
 CHECKPOINTING = ("none", "selective", "full")
-"""What auto chooses from."""
+"""What auto chooses from; and offload for rows of LONG_ROW tokens or more."""
+LONG_ROW = 32768
+FORWARDS = {"dpo": 1, "kto": 3}
+"""Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
 FULL_STATES = (("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False))
 """Optimizer and fp32 master weights for full fine-tuning, most faithful first."""
 MOST_CPU_ROWS = 4
@@ -116,8 +119,8 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     """What was written and cannot work on this hardware, whatever its memory."""
     if job.precision == "fp8" and not hardware.has_fp8:
         yield f"precision=fp8: {hardware.label} has no fp8 matrix units (compute capability 8.9 or later has); use bf16"
-    if job.precision == "fp8" and job.method == "auto" and "lora" not in job.plan.methods:
-        yield "precision=fp8 is for the frozen base of method=lora, which plan.methods leaves out; use bf16"
+    if job.precision == "fp8" and job.method == "auto" and set(job.plan.methods) == {"qlora"}:
+        yield "precision=fp8 is for method=lora or full, which plan.methods leaves out; use bf16"
     if shape.experts and job.method != "full" and job.lora.targets == "all-linear":
         # peft takes the router and the 3-D tensors of the experts for linears, at several times the adapter's size.
         yield (
@@ -154,10 +157,11 @@ def divisors(number: int) -> list[int]:
 def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
     """Method, precision, optimizer and offload of each tier, most faithful first."""
     methods = job.plan.methods if job.method == "auto" else [job.method]
-    if job.objective == "dpo":  # its reference is the base under a disabled adapter
+    if job.objective in ("dpo", "kto"):  # their reference is the base under a disabled adapter
         methods = [method for method in methods if method != "full"]
-    if job.precision == "fp8":  # the form of a frozen base; nf4 is qlora's
-        methods = [method for method in methods if method == "lora"] or methods
+    if job.precision == "fp8":  # qlora's base is in nf4
+        without = {"qlora"} if job.sequence_length % 16 == 0 else {"qlora", "full"}
+        methods = [method for method in methods if method not in without] or methods
     precision = job.precision if job.precision != "auto" else "fp32" if hardware.is_cpu else "bf16"
     for method in methods:
         for offload in offloads(job, method, hardware):
@@ -198,10 +202,13 @@ def enumerate_tier(
 ) -> Iterator[Candidate]:
     """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails.
 
-    explain=False leaves out what its weights and states alone rule out, micro-batches too large to gain anything, and
-    what recomputes or shards where there is room enough without.
+    explain=False leaves out what is ruled out without a replay, micro-batches too large to gain anything, and what
+    recomputes or shards where there is room enough without.
     """
-    checkpointings = CHECKPOINTING if job.activation_checkpointing == "auto" else (job.activation_checkpointing,)
+    checkpointings: tuple[str, ...] = (job.activation_checkpointing,)
+    if job.activation_checkpointing == "auto":
+        offload = job.sequence_length >= LONG_ROW and can_offload(job, hardware)
+        checkpointings = (*CHECKPOINTING, "offload") if offload else CHECKPOINTING
     rows = job.batch.global_size // hardware.world_size
     sizes = divisors(rows) if job.micro_batch_size == "auto" else [job.micro_batch_size]
     if hardware.is_cpu and job.micro_batch_size == "auto":
@@ -223,7 +230,7 @@ def enumerate_tier(
                 checkpointing=checkpointing,
                 micro_batch_size=size,
                 gradient_accumulation_steps=rows // size,
-                **fixed(job, hardware),
+                **fixed(job, hardware, checkpointing),
             )
             if not explain and not conceivable(job, shape, hardware, setup):
                 break
@@ -232,6 +239,11 @@ def enumerate_tier(
             if not candidate.fits:
                 break
             roomy = roomy or (checkpointing == "none" and setup.tokens >= ENOUGH_TOKENS)
+
+
+def can_offload(job: Job, hardware: Hardware) -> bool:
+    """Whether layers' inputs may go to host memory: nothing does on a CPU, and such layers are not compiled."""
+    return job.compile is not True and not hardware.is_cpu
 
 
 def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:
@@ -243,8 +255,9 @@ def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
 
 
 def precisions(job: Job, hardware: Hardware, tier: dict[str, Any]) -> tuple[str, ...]:
-    """Adapters may also be trained over a frozen fp8 base, where the hardware has fp8 units and nothing was written."""
-    open_ = job.precision == "auto" and tier["method"] == "lora" and hardware.has_fp8
+    """Where the hardware has fp8 units and nothing was written, a frozen base may be in fp8, or full's products."""
+    able = tier["method"] == "lora" or (tier["method"] == "full" and job.sequence_length % 16 == 0)
+    open_ = job.precision == "auto" and able and hardware.has_fp8
     return (tier["precision"], "fp8") if open_ else (tier["precision"],)
 
 
@@ -258,18 +271,19 @@ def shardings(job: Job, hardware: Hardware, offload: str) -> list[tuple[str, int
     return found + [("fsdp", hardware.nodes)] * (hybrid and "fsdp" in names)
 
 
-def fixed(job: Job, hardware: Hardware) -> dict[str, Any]:
-    """What a setup takes from job and hardware as it is."""
+def fixed(job: Job, hardware: Hardware, checkpointing: str) -> dict[str, Any]:
+    """What a setup takes from job and hardware as it is. What runs by pieces under offload is not compiled."""
     targets = job.lora.targets
     return {
         "sequence_length": job.sequence_length,
-        "compiled": not hardware.is_cpu if job.compile == "auto" else job.compile,
+        "forwards": FORWARDS.get(job.objective, 0),
+        "objective": job.objective,
+        "compiled": not hardware.is_cpu and checkpointing != "offload" if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,
         "gpus_per_node": hardware.count,
         "lora_rank": job.lora.rank,
         "lora_targets": tuple(targets) if isinstance(targets, list) else targets,
         "lora_dropout": job.lora.dropout,
-        "objective": job.objective,
     }
 
 
@@ -319,7 +333,7 @@ def smallest(job: Job, shape: ModelShape, hardware: Hardware) -> Candidate:
         tier["precision"] = "fp32"
     sharding = "none" if hardware.world_size == 1 else "fsdp"
     checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
-    setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, **fixed(job, hardware))
+    setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, **fixed(job, hardware, checkpointing))
     return evaluate(job, shape, priced(hardware, job.plan.prices_usd_per_hour), setup)
 
 
@@ -334,9 +348,13 @@ def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
 
 
 def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
-    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time with every layer recomputed."""
-    checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
-    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing)
+    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed and with layers' inputs in
+    host memory where that may be."""
+    checkpointing = job.activation_checkpointing
+    if checkpointing == "auto":
+        checkpointing = "offload" if can_offload(job, like.hardware) else "full"
+    compiled = fixed(job, like.hardware, checkpointing)["compiled"]
+    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing, compiled=compiled)
 
     def fits(length: int) -> bool:
         return evaluate(job, shape, like.hardware, replace(setup, sequence_length=length)).fits

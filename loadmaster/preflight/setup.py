@@ -29,6 +29,8 @@ class Setup:
     gradient_accumulation_steps: int = 1
     sequence_length: int = 2048
     compiled: bool = False
+    forwards: int = 0
+    """Passes without gradients of each micro-batch, besides its own: what a preference objective compares with."""
     world_size: int = 1
     gpus_per_node: int = 1
     lora_rank: int = 16

@@ -50,8 +50,13 @@ class TrainingOptimizer:
         master_weights: bool,
         offload: bool = False,
         sum_over_shards: Callable[[Tensor], Tensor] = lambda squares: squares,
+        b_lr_ratio: float = 1.0,
     ):
-        """sum_over_shards: of a scalar, over the ranks that together hold every parameter once."""
+        """sum_over_shards: of a scalar, over the ranks that together hold every parameter once.
+
+        b_lr_ratio: LoRA+ (Hayou et al. 2024, arXiv 2402.12354): rate of every adapter's B over that of all else.
+        """
+        self.b_lr_ratio = b_lr_ratio
         self.config, self.offload, self.sum_over_shards = config, offload, sum_over_shards
         self.masters = master_weights and any(p.dtype != torch.float32 for _, p in named_parameters)
         self.copies = self.masters or offload
@@ -64,11 +69,13 @@ class TrainingOptimizer:
     def _bucket(self, named: list[tuple[str, nn.Parameter]], make: Callable) -> _Bucket:
         names, parameters = [n for n, _ in named], [p for _, p in named]
         targets = [self._target(p) for p in parameters]
-        held = [t for t in targets if t.numel()]
-        decayed = [t for t in held if t.dim() > 1]
-        plain = [t for t in held if t.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        return _Bucket(names, parameters, targets, make([g for g in groups if g["params"]]) if held else None)
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, target in zip(names, targets, strict=True):
+            if target.numel():
+                decay = self.config.weight_decay if target.dim() > 1 else 0.0
+                groups.setdefault((decay, self.b_lr_ratio if ".lora_B." in name else 1.0), []).append(target)
+        made = [{"params": held, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), held in groups.items()]
+        return _Bucket(names, parameters, targets, make(made) if made else None)
 
     def _target(self, parameter: nn.Parameter) -> Tensor:
         if not self.copies:
@@ -100,10 +107,11 @@ class TrainingOptimizer:
                     parameter.grad = None
                 continue
             for group in bucket.optimizer.param_groups:
+                rate = lr * group["lr_ratio"]
                 if isinstance(group["lr"], Tensor):  # torchao keeps the rate in a tensor
-                    group["lr"].fill_(lr)
+                    group["lr"].fill_(rate)
                 else:
-                    group["lr"] = lr
+                    group["lr"] = rate
             if self.copies or self.sharded:
                 for parameter, target in zip(bucket.parameters, bucket.targets, strict=True):
                     if not self.copies:

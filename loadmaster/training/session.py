@@ -29,7 +29,7 @@ from loadmaster.training.world import World
 
 BUILT = {
     "sharding": tuple(STRATEGIES),
-    "activation_checkpointing": ("none", "selective", "full"),
+    "activation_checkpointing": ("none", "selective", "full", "offload"),
 }
 """What a plan may say and this loop does; other values are refused."""
 
@@ -163,8 +163,5 @@ def refuse_unbuilt(plan: Plan) -> None:
         for key, built in BUILT.items()
         if getattr(plan, key) not in built
     ]
-    if (plan.method, plan.precision) == ("full", "fp8"):
-        message = "training does precision=fp8 for the frozen base of method=lora only"
-        problems.append(Problem("precision", "fp8", "the plan (plan.json)", message, "precision=bf16, or method=lora"))
     if problems:
         raise ConfigError(problems)

@@ -36,7 +36,8 @@ from loadmaster.config.schema import Job
 from loadmaster.errors import TrainingFailed
 from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.compiled import compile_layers
-from loadmaster.models.forward import decoder_layers
+from loadmaster.models.float8 import train_in_fp8
+from loadmaster.models.forward import causal_lm, decoder_layers
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES, load_base, load_trained
 from loadmaster.models.preference import loss_module
@@ -72,13 +73,17 @@ class Strategy:
         checkpoint_activations(model, self.plan.activation_checkpointing)
         if self.plan.compile:
             compile_layers(model)
+        causal_lm(model).neftune_alpha = self.job.neftune_alpha
         loss = self.wrap(self.loss(model))
         self.check(loss)
         return model, loss
 
     def with_trained_part(self, base: nn.Module) -> nn.Module:
         seed_everything(self.job.seed)  # an adapter's first values: the same on every rank, however the base was read
-        return make_trainable(base, self.plan.method, self.job.lora)
+        model = make_trainable(base, self.plan.method, self.job.lora)
+        if (self.plan.method, self.plan.precision) == ("full", "fp8"):
+            train_in_fp8(model, self.world.device)
+        return model
 
     def loss(self, model: nn.Module) -> nn.Module:
         return loss_module(model, self.job.objective, self.job.preference)
@@ -95,6 +100,7 @@ class Strategy:
         return TrainingOptimizer(
             trainable(model), self.job.optimizer, self.plan.optimizer, self.plan.master_weights,
             offload=self.plan.offload == "optimizer", sum_over_shards=self.sum_over_shards,
+            b_lr_ratio=self.job.lora.b_lr_ratio,
         )  # fmt: skip
 
     def backward(self, loss: Tensor) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from loadmaster.config.schema import Job, PreferenceConfig
 from loadmaster.data import MicroBatch
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.models.attention import PACKED
+from loadmaster.models.float8 import train_in_fp8
 from loadmaster.models.forward import token_losses
 from loadmaster.models.frozen import freeze_linears, frozen_form
 from loadmaster.models.load import DTYPES
@@ -119,6 +120,8 @@ def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:
     """A model on the meta device as it is trained: its linears quantized, its adapter on."""
     if form := frozen_form(setup.method, setup.precision):
         freeze_linears(model, form)
+    if (setup.method, setup.precision) == ("full", "fp8"):
+        train_in_fp8(model, torch.device("meta"))
     if setup.method != "full":
         from peft import LoraConfig, get_peft_model
 
@@ -163,6 +166,8 @@ class Live(TorchDispatchMode):
         self.live = self.peak = 0
 
     def count(self, tensor: torch.Tensor) -> None:
+        if is_traceable_wrapper_subclass(tensor):  # what it wraps is counted
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if tensor.device.type != "meta" or key in self.sizes:

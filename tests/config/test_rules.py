@@ -27,7 +27,7 @@ CASES = {
         ["evaluation.task=exact_match", "data.format=text"], "evaluation.task", "evaluation.task=none",
         ["evaluation.task=none", "data.format=text"],
     ),
-    "dpo_has_a_reference": (
+    "preferences_have_a_reference": (
         ["objective=dpo", "data.format=auto", "method=full"], "objective", "method=lora",
         ["objective=dpo", "data.format=auto", "method=auto"],
     ),
@@ -38,14 +38,23 @@ CASES = {
         ["preference.label_smoothing=0.1"], "preference.label_smoothing", "objective=dpo",
         ["objective=dpo", "data.format=preference", "preference.label_smoothing=0.1"],
     ),
+    "answer_weights_are_ktos": (
+        ["data=ticket_pairs", "preference.desirable_weight=2"], "preference.desirable_weight", "objective=kto",
+        ["data=ticket_pairs", "objective=kto", "preference.desirable_weight=2"],
+    ),
     "qlora_is_not_fp8": (["method=qlora", "precision=fp8"], "precision", "precision=bf16", ["method=qlora"]),
-    "full_is_not_fp8": (
-        ["method=full", "precision=fp8", "hardware=h100_80gb_x1"], "precision", "method=lora",
-        ["method=lora", "precision=fp8", "hardware=h100_80gb_x1"],
+    "fp8_products_take_sixteens": (
+        ["method=full", "precision=fp8", "hardware=h100_80gb_x1", "sequence_length=1000"], "sequence_length",
+        "sequence_length=1008",
+        ["method=full", "precision=fp8", "hardware=h100_80gb_x1", "sequence_length=1008"],
     ),
     "fp8_needs_fp8_units": (
         ["precision=fp8", "hardware=a100_80gb_x1"], "precision", "h100_80gb",
         ["precision=fp8", "hardware=h100_80gb_x1"],
+    ),
+    "pieces_are_not_compiled": (
+        ["compile=true", "activation_checkpointing=offload"], "compile", "activation_checkpointing=full",
+        ["compile=auto", "activation_checkpointing=offload"],
     ),
     "gpu_is_known": (["hardware.gpu=h100"], "hardware.gpu", "hardware.gpu=h100_80gb", ["hardware.gpu=h100_80gb"]),
     "several_gpus_are_synchronised": (
@@ -56,6 +65,13 @@ CASES = {
         ["micro_batch_size=4", "batch.global_size=16", "hardware=h100_80gb_x8"], "micro_batch_size",
         "micro_batch_size=2, or batch.global_size=32",
         ["micro_batch_size=2", "batch.global_size=16", "hardware=h100_80gb_x8"],
+    ),
+    "noise_is_for_answers": (
+        ["data=ticket_pairs", "neftune_alpha=5"], "neftune_alpha", "objective=sft", ["neftune_alpha=5"],
+    ),
+    "servers_load_the_rank": (
+        ["method=lora", "lora.rank=1024", "export=adapter", "endpoint.serve_as=adapter"], "lora.rank", "lora.rank=512",
+        ["method=lora", "lora.rank=1024", "export=bf16"],
     ),
     "lora_settings_have_an_adapter": (
         ["method=full", "lora.rank=4"], "lora.rank", "leave out lora.rank", ["recipe=lora_8b", "method=full"],

@@ -1,4 +1,4 @@
-"""DPO and ORPO: losses and gradients against the formulas on unpacked answers, and against TRL on the same pairs."""
+"""DPO, ORPO and KTO: losses and gradients against the formulas on unpacked answers, and TRL's on the same pairs."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from loadmaster.data import PackedRow, collate, prepare
 from loadmaster.models import preference
 from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.load import load_base
-from loadmaster.models.preference import PreferenceLoss, answer_log_probs, dpo_loss, orpo_loss
+from loadmaster.models.preference import PreferenceLoss, answer_log_probs, dpo_loss, mismatched, orpo_loss
 
 PAIRS = [
     {"prompt": "What boils at 100 degrees?", "chosen": "Water, at sea level.", "rejected": "I do not care to say."},
@@ -163,6 +163,84 @@ def test_the_dpo_loss_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, 
         ours = module(collate(rows, 0)) / 3
     assert ours.item() == pytest.approx(expected.item(), abs=1e-5)
     assert abs(ours.item() - 0.6931472) > 1e-3, "a margin of zero would compare nothing"
+
+
+def test_the_kto_loss_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, tmp_path, monkeypatch):
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
+    from trl import KTOConfig, KTOTrainer
+
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": pair["prompt"]}],
+                "completion": [{"role": "assistant", "content": pair[side]}],
+                "label": side == "chosen",
+            }
+            for pair in PAIRS
+            for side in ("chosen", "rejected")
+        ]
+    )
+    arguments = KTOConfig(
+        output_dir=str(tmp_path), beta=0.3, desirable_weight=1.5, undesirable_weight=0.7, use_cpu=True, report_to=[],
+        per_device_train_batch_size=6, bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = KTOTrainer(
+        model=plain,
+        ref_model=AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32),
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    batch = next(iter(DataLoader(trainer.train_dataset, batch_size=6, collate_fn=trainer.data_collator)))
+    with torch.no_grad():
+        expected = trainer.compute_loss(plain, batch)
+    assert trainer._metrics["train"]["kl"][0] > 0, "a move of zero would compare nothing"
+
+    rows = []
+    for first in (0, 2, 4):
+        documents = [
+            (batch["input_ids"][place][batch["attention_mask"][place] == 1],
+             batch["completion_mask"][place][batch["attention_mask"][place] == 1])
+            for place in (first, first + 1)
+        ]  # fmt: skip
+        ids = torch.cat([ids for ids, _ in documents]).numpy()
+        trained = torch.cat([trained for _, trained in documents]).numpy()
+        positions = np.concatenate([np.arange(len(ids)) for ids, _ in documents])
+        rows.append(PackedRow(ids, np.where(trained == 1, ids, -100), positions, ["pair"] * 2))
+    monkeypatch.setattr(preference, "ROTATION", 1)  # TRL's, where a pair's prompt may get its own other answer
+    module = PreferenceLoss(policy, "kto", 0.3, 0.0, (1.5, 0.7))
+    with torch.no_grad():
+        ours = module(collate(rows, 0)) / 3
+    assert ours.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_prompts_get_other_pairs_answers_and_no_token_is_lost(rows):
+    batch = collate([rows[i] for i in range(len(rows))], 0, 256)
+    other = mismatched(batch, 2)
+    assert other.input_ids.numel() == batch.input_ids.numel()
+    assert sorted(other.input_ids[0].tolist()) == sorted(batch.input_ids.reshape(-1).tolist())
+    assert (other.labels != -100).sum() == (batch.labels != -100).sum()
+
+    def parts(of):
+        found = []
+        for start, end in itertools.pairwise(preference.document_bounds(of.position_ids)):
+            ids, labels = of.input_ids.reshape(-1)[start:end], of.labels.reshape(-1)[start:end]
+            if (labels != -100).any():
+                first = int((labels != -100).nonzero()[0])
+                found.append((ids[:first].tolist(), ids[first:].tolist()))
+        return found
+
+    before, after = parts(batch), parts(other)
+    assert [prompt for prompt, _ in after] == [prompt for prompt, _ in before]
+    assert [answer for _, answer in after] == [answer for _, answer in (*before[-2:], *before[:-2])]
+
+
+def test_ktos_move_takes_two_pairs(tiny, policy, rows):
+    alone = PackedRow(*(getattr(rows[0], name) for name in ("input_ids", "labels", "position_ids", "document_ids")))
+    ends = [*(alone.position_ids == 0).nonzero()[0].tolist(), len(alone)]
+    one = PackedRow(alone.input_ids[: ends[2]], alone.labels[: ends[2]], alone.position_ids[: ends[2]], ["pair"] * 2)
+    assert PreferenceLoss(policy, "kto", 0.3, 0.0)._moved(collate([one], 0)).item() == 0
 
 
 def test_pair_losses_do_not_overflow():

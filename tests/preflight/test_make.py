@@ -103,10 +103,11 @@ def test_qlora_70b_fits_one_a100_and_two_rtx4090_with_fsdp() -> None:
     assert two.fits and two.sharding == "fsdp" and two.offload == "all"
 
 
-def test_fp8_is_planned_for_a_frozen_base_only() -> None:
-    chosen = plan(LLAMA + "8B", "auto", "h100_80gb", precision="fp8")
-    assert (chosen.method, chosen.precision) == ("lora", "fp8")
-    without = plan(LLAMA + "8B", "auto", "h100_80gb", precision="fp8", plan=PlanConfig(methods=["full", "qlora"]))
+def test_fp8_is_planned_for_all_but_nf4() -> None:
+    for methods, chosen in ((["qlora", "full", "lora"], "full"), (["qlora", "lora"], "lora")):
+        found = plan("meta-llama/Llama-3.2-3B", "auto", "h100_80gb", precision="fp8", plan=PlanConfig(methods=methods))
+        assert (found.method, found.precision) == (chosen, "fp8") and found.fits
+    without = plan(LLAMA + "8B", "auto", "h100_80gb", precision="fp8", plan=PlanConfig(methods=["qlora"]))
     assert not without.fits and "plan.methods" in without.rejected[0]["reason"]
 
 
@@ -249,3 +250,12 @@ def _children_seconds() -> float:
 
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def test_a_preference_objectives_further_passes_cost_time_and_no_memory() -> None:
+    sft, dpo, kto = (
+        plan(LLAMA + "8B", "lora", "h100_80gb", objective=objective, precision="bf16", micro_batch_size=2)
+        for objective in ("sft", "dpo", "kto")
+    )
+    assert sft.memory_gib == dpo.memory_gib == kto.memory_gib
+    assert sft.tokens_per_second > 1.1 * dpo.tokens_per_second > 1.3 * kto.tokens_per_second

@@ -103,7 +103,9 @@ def test_disk_holds_base_checkpoints_and_every_export_with_what_it_is_made_from(
 def test_the_host_holds_the_rehearsals_copies() -> None:
     shape, machine = find_shape(EIGHT), from_catalog("h100_80gb", 1)
     job = Job(model=EIGHT, method="full")
-    light = Setup(method="full", precision="bf16", optimizer="adamw_8bit", master_weights=False, **fixed(job, machine))
+    light = Setup(
+        method="full", precision="bf16", optimizer="adamw_8bit", master_weights=False, **fixed(job, machine, "none")
+    )
     copies = host_bytes(shape, light) - 3 * GIB
     assert copies == pytest.approx((3 * 2 + 2 * 2 * (1 + 4 / 256)) * shape.parameters, rel=0.001)
 

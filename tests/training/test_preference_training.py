@@ -42,7 +42,7 @@ def pairs(tokenizer, tmp_path_factory):
     return prepare(job_of("dpo"), tokenizer, tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_the_chosen_answers_come_to_be_preferred(tiny, pairs, tmp_path, objective):
     plan = dataclasses.replace(PLAN, method="lora", sequence_length=256)
 
@@ -64,6 +64,9 @@ def test_the_chosen_answers_come_to_be_preferred(tiny, pairs, tmp_path, objectiv
     if objective == "dpo":  # policy and reference start as the same model
         assert rows[0]["loss"] == pytest.approx(0.6931472, abs=1e-5) and rows[0]["reward_margin"] == 0
         assert figures["loss"] < 0.5 and figures["reward_margin"] > 0.5 and figures["reward_accuracy"] > 0.8
+    elif objective == "kto":
+        assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-5) and rows[0]["reward_margin"] == 0
+        assert figures["loss"] < 0.45 and figures["reward_margin"] > 0.3 and figures["reward_accuracy"] > 0.8
     else:  # its loss is for the most part the likelihood of the chosen answers
         assert figures["loss"] < rows[0]["loss"] - 0.3
 

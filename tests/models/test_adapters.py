@@ -1,0 +1,95 @@
+"""Adapter variants: rsLoRA, LoRA+ and NEFTune are peft's and transformers' own, on the same weights and batch."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers.integrations.neftune import neftune_post_forward_hook
+
+from loadmaster.config import rules
+from loadmaster.config.schema import LoraConfig, OptimizerConfig
+from loadmaster.export.manifest import LORA_RANKS
+from loadmaster.export.merge import read_adapter
+from loadmaster.models.adapters import make_trainable, save_trained, trainable
+from loadmaster.models.forward import causal_lm, noisy, token_losses
+from loadmaster.models.load import random_model
+from loadmaster.training.optimizer import TrainingOptimizer
+from loadmaster.training.session import make_session
+from loadmaster.training.world import World
+from tests.training.test_compiled import SHAPE, batch
+from tests.training.test_loop import JOB, PLAN
+
+
+def adapted(**lora):
+    model = make_trainable(random_model(SHAPE, torch.float32, "cpu"), "lora", LoraConfig(rank=4, alpha=8, **lora))
+    torch.manual_seed(1)
+    for name, parameter in trainable(model):
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def test_rslora_scales_by_the_root_of_the_rank_and_an_export_merges_it_so(tmp_path):
+    model = adapted(rank_stabilised=True)
+    scales = {m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)}
+    assert scales == {4.0}  # 8 / sqrt(4), where plain LoRA has 8 / 4
+    save_trained(model, tmp_path)
+    adapter = read_adapter(tmp_path)
+    assert {adapter.delta(name).scale for name in adapter.updates} == {4.0}
+    assert token_losses(model, batch(1))[0] != token_losses(adapted(), batch(1))[0]
+
+
+def test_lora_plus_is_pefts():
+    from peft.optimizers import create_loraplus_optimizer
+
+    ours, theirs = adapted(), adapted()
+    config = OptimizerConfig(lr=1e-2, weight_decay=0.1)
+    mine = TrainingOptimizer(trainable(ours), config, "adamw", False, b_lr_ratio=8.0)
+    other = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1, weight_decay=0.1
+    )
+    for seed in range(3):
+        for model in (ours, theirs):
+            token_losses(model, batch(seed))[0].backward()
+        mine.step(1e-2)
+        other.step()
+        other.zero_grad()
+    for (name, found), (_, expected) in zip(trainable(ours), trainable(theirs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=name)
+    plain = TrainingOptimizer(trainable(adapted()), config, "adamw", False)
+    assert [group["lr_ratio"] for group in plain.buckets[0].optimizer.param_groups] == [1.0]
+
+
+def test_the_noise_is_transformers_own_for_each_document_by_itself():
+    embedded = torch.randn(1, 24, 8)
+    torch.manual_seed(3)
+    module = SimpleNamespace(training=True, neftune_noise_alpha=5.0)
+    expected = neftune_post_forward_hook(module, None, embedded)
+    torch.manual_seed(3)
+    torch.testing.assert_close(noisy(embedded, [0, 24], 5.0), expected)
+    noise = noisy(embedded, [0, 4, 24], 5.0) - embedded
+    for start, end in ((0, 4), (4, 24)):
+        largest = 5.0 / ((end - start) * 8) ** 0.5
+        assert 0.8 * largest < noise[0, start:end].abs().max() <= largest + 1e-6
+
+
+def test_noise_is_in_training_alone(tiny):
+    job = dataclasses.replace(JOB, neftune_alpha=5.0)
+    session = make_session(job, PLAN, World(), 0, tiny)
+    assert causal_lm(session.model).neftune_alpha == 5.0
+    made = [token_losses(session.model.train(), batch(1))[0].item() for _ in range(2)]
+    assert made[0] != made[1]
+    made = [token_losses(session.model.eval(), batch(1))[0].item() for _ in range(2)]
+    assert made[0] == made[1]
+
+
+def test_the_rank_that_servers_take_is_the_manifests():
+    assert max(LORA_RANKS) == rules.SERVED_RANK
+
+
+@pytest.mark.parametrize(("pattern", "count"), [("q_proj", 3), (r".*layers\.[01]\..*(gate|up)_proj", 4)])
+def test_targets_by_name_or_pattern(pattern, count):
+    model = make_trainable(random_model(SHAPE, torch.float32, "cpu"), "lora", LoraConfig(rank=4, targets=pattern))
+    assert sum("lora_A" in name for name, _ in trainable(model)) == count

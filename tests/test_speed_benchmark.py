@@ -1,0 +1,102 @@
+"""benchmarks/speed.py: what it measures, what it leaves behind, and that it runs beside a peer on a CPU."""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "speed.py"
+
+
+@pytest.fixture(scope="module")
+def speed():
+    spec = importlib.util.spec_from_file_location("speed", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["speed"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_of(speed, folder: Path, budget: float = 100.0):
+    arguments = argparse.Namespace(budget=budget, out=folder / "speed.json", peer=[], peer_folder=[])
+    return speed.Run(arguments, folder)
+
+
+def test_every_bar_and_the_whole_ladder_are_measured(speed):
+    rungs = speed.bars()
+    assert {each["bar"] for each in rungs} == {"ceiling", "ladder", *(f"bar{n}" for n in range(1, 7))}
+    assert {each.get("peer") for each in rungs} == {None, "trl", "unsloth"}
+    names = [(each["bar"], each["name"]) for each in rungs]
+    assert len(set(names)) == len(names)
+    lengths = {each["sequence_length"]: each["memory_gib"] for each in rungs if each["bar"] == "bar5"}
+    assert lengths == {78_475: 24, 342_733: None}
+
+
+def test_what_the_budget_leaves_no_time_for_and_peers_that_are_not_there_are_said(speed, tmp_path, capsys):
+    run = run_of(speed, tmp_path, budget=0)
+    run.measure(speed.bars()[0])
+    run.measure(next(each for each in speed.bars() if each["kind"] == "peer"))
+    stored = json.loads((tmp_path / "speed.json").read_text())
+    assert "budget" in stored["rows"][0]["not_run"] and "--peer trl=PYTHON" in stored["rows"][1]["not_run"]
+    assert stored["versions"]["torch"] and stored["card"] and stored["command"].startswith("python ")
+    page = (tmp_path / "speed.md").read_text()
+    assert all(row["not_run"] in page for row in stored["rows"])
+
+
+def test_a_second_run_adds_to_the_first_and_replaces_its_own(speed, tmp_path):
+    first = run_of(speed, tmp_path, budget=0)
+    for each in speed.bars()[:2]:
+        first.measure(each)
+    second = run_of(speed, tmp_path, budget=0)
+    second.measure(speed.bars()[1])
+    assert [row["name"] for row in second.rows] == [each["name"] for each in speed.bars()[:2]]
+
+
+def test_a_rung_that_brings_nothing_does_not_pay(speed):
+    def row(name, rate, gib):
+        figures = {"tokens_per_second": rate, "trained_tokens_per_second": rate, "peak_allocated_gib": gib}
+        return {"bar": "ladder", "name": name, **figures}
+
+    rows = [row("a", 100, 10), row("b", 150, 10), row("c", 140, 12), row("d", 130, 8)]
+    said = [speed.verdict(each, rows) for each in rows]
+    assert said == ["", "+50%", "-7%: does not pay", "-7%, 4.0 GiB less"]
+
+
+def test_short_documents_are_as_long_as_instruction_data_has_them(speed, tmp_path):
+    import numpy as np
+
+    speed.write_documents(tmp_path / "short", "short", 2048, 1000)
+    sizes = [len(json.loads(line)["input_ids"]) for line in (tmp_path / "short").read_text().splitlines()]
+    assert 75 < np.median(sizes) < 105 and max(sizes) <= 1024
+    speed.write_documents(tmp_path / "full", "full", 2048, 1000)
+    assert {len(json.loads(line)["labels"]) for line in (tmp_path / "full").read_text().splitlines()} == {2048}
+
+
+@pytest.mark.slow
+def test_rungs_and_a_peer_run_on_a_cpu_and_the_loss_is_the_same_up_the_ladder(tmp_path):
+    """Every kind of loss, and TRL, at a size that says nothing of speed."""
+    code = (
+        "import sys, runpy; sys.argv = ['speed.py', *sys.argv[2:]]; import importlib.util as u;"
+        f"s = u.spec_from_file_location('speed', {str(SCRIPT)!r}); m = u.module_from_spec(s); s.loader.exec_module(m);"
+        "whole = m.bars; keep = ('baseline', '+ packing', '+ variable', '+ fused', 'TRL, lora', 'one product');"
+        "m.bars = lambda: [r for r in whole() if r['name'].startswith(keep)]; m.main()"
+    )
+    command = [
+        sys.executable, "-c", code, "-", "--shape", "tiny", "--peer", f"trl={sys.executable}",
+        "--out", str(tmp_path / "speed.json"), "--budget", "500",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {
+        row["name"].split(":")[0].split(",")[0]: row
+        for row in json.loads((tmp_path / "speed.json").read_text())["rows"]
+    }
+    assert len(rows) == 6 and not any("failed" in row for row in rows.values()), rows
+    assert all(rows[name]["tokens_per_second"] > 0 for name in rows if name != "one product of 8192 x 8192 x 8192")
+    packed = [rows[name]["loss"] for name in ("+ packing", "+ variable-length attention", "+ fused loss")]
+    assert packed == pytest.approx([packed[0]] * 3, rel=1e-4)
+    assert rows["baseline"]["padding"] > 0.2 and rows["+ fused loss"]["padding"] < 0.1
