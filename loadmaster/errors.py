@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DISK_REMEDY = "set run_dir to a folder that can be written, on a disk with room"
+
 
 class LoadmasterError(Exception):
     """A sentence that says what is wrong, where it was set, and what would work."""
@@ -87,6 +89,11 @@ class StoppedOnRequest(BaseException):
     """
 
     exit_code = 75
+
+    def __init__(self, message: str, agreed: bool = False):
+        """agreed: all ranks of the run stop here together."""
+        super().__init__(message)
+        self.agreed = agreed
 
 
 class ProviderError(LoadmasterError):

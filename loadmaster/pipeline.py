@@ -24,7 +24,7 @@ from loadmaster.config.jobhash import job_hash, stage_inputs_hash
 from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.shipped import resolve_path
 from loadmaster.config.show import show_error
-from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.errors import DISK_REMEDY, ConfigError, DoesNotFit, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.files import sha256_json, write_text
 from loadmaster.preflight import estimate_tokens, make_plan, print_plan
 from loadmaster.preflight.hardware import detect_local
@@ -44,7 +44,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
     if composed.job.launch.name != "local":
         return run_elsewhere(composed, console)
     os.environ[STARTED] = str(time.time())
-    stop = StopSignal(deadline(composed.job), composed.job.launch.grace_s).install()
+    stop = StopSignal(grace_s=composed.job.launch.grace_s).install()
     team: Team | None = None
     try:
         team = Team.gather(composed.job)
@@ -55,7 +55,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
         show_error(error)
         return team.end(error.exit_code) if team else error.exit_code
     except OSError as error:  # a full or read-only disk, a folder that is a file
-        show_error(LoadmasterError(f"{error}; set run_dir to a folder that can be written, on a disk with room"))
+        show_error(LoadmasterError(f"{error}; {DISK_REMEDY}"))
         return team.end(LoadmasterError.exit_code) if team else LoadmasterError.exit_code
     finally:
         stop.uninstall()
@@ -96,6 +96,10 @@ class Pipeline:
                 self._stage(stage, stage_inputs)
                 if stage == self.job.stop_after:
                     break
+                if stage == "plan":
+                    self.stop.limit(self._deadline())
+                if self.stop.requested:
+                    raise StoppedOnRequest(f"{self.stop.message} (after the stage {stage})")
                 # What the plan chose counts from here on, and not on how many GPUs of which kind it did.
                 inputs = sha256_json([inputs, chosen(self.plan)]) if stage == "plan" else stage_inputs
 
@@ -230,6 +234,16 @@ class Pipeline:
                     )
                 ]
             )
+
+    def _deadline(self) -> float | None:
+        """When the limits of time and money are reached. Raises ConfigError for one that cannot be watched."""
+        price = self.plan.price
+        if self.job.launch.max_usd is not None and price is None:
+            message = f"nobody knows what an hour of {self.plan.hardware.gpu} costs here"
+            remedy = "plan.prices_usd_per_hour={GPU: DOLLARS} with your price, or launch.max_hours"
+            where = "recipe or command line"
+            raise ConfigError([Problem("launch.max_usd", self.job.launch.max_usd, where, message, remedy)])
+        return deadline(self.job, None if price is None else price["usd_per_hour"])
 
     def _write_report(self) -> None:
         from loadmaster.report import write_report

@@ -87,7 +87,7 @@ class Team:
             remedy = "start it on every machine: python launch/torchrun.py train.py ... (docs/multi-gpu.md)"
             raise ConfigError([Problem("hardware.nodes", plan.hardware.nodes, "the plan (plan.json)", message, remedy)])
         if self.world is None and plan.world_size > 1:
-            return run_stage(stage, run_dir, plan.world_size)
+            return run_stage(stage, run_dir, plan.world_size, stop)
         import torch
 
         from loadmaster.training.world import World

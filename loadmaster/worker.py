@@ -17,12 +17,12 @@ from rich.console import Console
 
 from loadmaster.config.schema import Job
 from loadmaster.config.validate import check
-from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
+from loadmaster.errors import DISK_REMEDY, LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.files import write_json
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.display import Display
 from loadmaster.training.logs import log_to
-from loadmaster.training.stop import StopSignal, deadline
+from loadmaster.training.stop import StopSignal
 from loadmaster.training.workers import Outcome, outcome_file
 from loadmaster.training.world import World, join, leave
 from loadmaster.world_stages import Materials, StageRun, device_type
@@ -33,25 +33,40 @@ PR_SET_PDEATHSIG = 1
 def main(stage: str, run_dir: Path) -> int:
     die_with_the_lead()
     rank = int(os.environ["RANK"])
-    stop = StopSignal().install()
-    job, plan = read_job(run_dir), Plan.read(run_dir / "plan.json")
-    stop.deadline, stop.grace_s = deadline(job), job.launch.grace_s
-    log_to(run_dir, rank, everything=rank > 0)
+    stop = StopSignal()
+    stop.last_words = lambda message: leave_word(run_dir, rank, Outcome(StoppedOnRequest.exit_code, message, stop=True))
+    agreed = False
     try:
+        stop.install()
+        job, plan = read_job(run_dir), Plan.read(run_dir / "plan.json")
+        stop.grace_s = job.launch.grace_s
+        log_to(run_dir, rank, everything=rank > 0)
         outcome = _run(stage, job, plan, run_dir, stop)
-    except (LoadmasterError, StoppedOnRequest) as error:
+    except StoppedOnRequest as error:
+        agreed = error.agreed
+        outcome = Outcome(error.exit_code, str(error), stop=not agreed)
+    except LoadmasterError as error:
         outcome = Outcome(error.exit_code, str(error))
-    write_json(outcome_file(run_dir, rank), vars(outcome))
+    except OSError as error:  # a full or read-only disk
+        outcome = Outcome(LoadmasterError.exit_code, f"rank {rank}: {error}; {DISK_REMEDY}")
+    leave_word(run_dir, rank, outcome)
     # What all agreed on is no failure of this process; else the first to go would take the others with it.
-    return 0 if outcome.code in (0, StoppedOnRequest.exit_code) else outcome.code
+    return 0 if outcome.code == 0 or agreed else outcome.code
 
 
 def _run(stage: str, job: Job, plan: Plan, run_dir: Path, stop: StopSignal) -> Outcome:
-    with stop.deferred():
-        world = join(device_type(plan))
+    world = join(device_type(plan))
     figures = run_stage(stage, job, plan, run_dir, world, stop)
     leave(world)
-    return Outcome(0, "", figures)
+    return Outcome(0, "", figures, stop=stop.requested)
+
+
+def leave_word(run_dir: Path, rank: int, outcome: Outcome) -> None:
+    """For the lead; where even that cannot be written, for whoever reads the log."""
+    try:
+        write_json(outcome_file(run_dir, rank), vars(outcome))
+    except OSError as error:
+        print(f"{outcome.message} ({error})", file=sys.stderr, flush=True)
 
 
 def run_stage(stage: str, job: Job, plan: Plan, run_dir: Path, world: World, stop: StopSignal) -> dict:

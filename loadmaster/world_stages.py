@@ -77,10 +77,19 @@ class StageRun:
 
         self._refuse_folder_of_its_own()
         hang_s = None if self.job.launch.hang_timeout_s == "auto" else self.job.launch.hang_timeout_s
-        with Watchdog(self.world, self.run_dir / "logs", hang_s, on_end=self.on_end) as watch:
+        # Alone, a request ends what is not training at once; of several, all agree where.
+        together = self.stop.deferred() if self.world.size > 1 else contextlib.nullcontext()
+        with together, Watchdog(self.world, self.run_dir / "logs", hang_s, on_end=self.on_end) as watch:
             self._make_materials()
+            self._stop_if(self._stopping(), f"{stage} starts")
             self._examine(stage)
-            return {"train": self._train, "evaluate": self._evaluate}[stage](watch)
+            figures = {"train": self._train, "evaluate": self._evaluate}[stage](watch)
+            if self._stopping():  # too late for this stage, which is done: whoever goes on asks again
+                self.stop.requested = True
+            return figures
+
+    def _stopping(self) -> bool:
+        return self.world.any(self.stop.requested)
 
     def _refuse_folder_of_its_own(self) -> None:
         """Checkpoints are written by all nodes into one folder, so all must see the lead's."""
@@ -133,6 +142,7 @@ class StageRun:
             "tokens_per_second": outcome.tokens_per_second,
             "trained_tokens_per_second": outcome.trained_tokens_per_second,
             "mfu": model_flops_utilisation(self.plan, outcome.tokens_per_second),
+            "checkpoints": outcome.saves,
             "steps": outcome.steps,
             "recompilations": outcome.recompilations,
             "train_loss": outcome.train_loss,
@@ -158,19 +168,18 @@ class StageRun:
     def _evaluate(self, watch: Watchdog) -> dict[str, Any]:
         """Writes eval.json: held-out loss and task metric before and after training."""
         trained_folder = next(p for p in (self.run_dir / "adapter", self.run_dir / "model") if p.is_dir())
-        with self.stop.deferred() if self.world.size > 1 else contextlib.nullcontext():
-            watch.at(0, "load")
-            model, loss = self._strategy().for_evaluation(self.materials.base_folder, trained_folder)
-            watch.at(0, "evaluate")
-            after = self._evaluate_model(model, loss, watch)
-            if hasattr(model, "disable_adapter"):
-                with model.disable_adapter():
-                    before = self._evaluate_model(model, loss, watch)
-            else:
-                del model, loss
-                gc.collect()
-                model, loss = self._strategy().for_evaluation(self.materials.base_folder, None)
+        watch.at(0, "load")
+        model, loss = self._strategy().for_evaluation(self.materials.base_folder, trained_folder)
+        watch.at(0, "evaluate")
+        after = self._evaluate_model(model, loss, watch)
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
                 before = self._evaluate_model(model, loss, watch)
+        else:
+            del model, loss
+            gc.collect()
+            model, loss = self._strategy().for_evaluation(self.materials.base_folder, None)
+            before = self._evaluate_model(model, loss, watch)
         if self.world.lead:
             write_json(self.run_dir / "eval.json", finite({"before": before, "after": after}))
             for part in after:
@@ -187,19 +196,16 @@ class StageRun:
     def _evaluate_model(self, model: Any, loss: Any, watch: Watchdog) -> dict[str, Any]:
         from loadmaster.evaluation import run_task
 
-        def stopping() -> bool:
-            return self.world.any(self.stop.requested)
-
         figures: dict[str, Any] = {}
         if self.materials.prepared.validation is not None:
-            figures["held_out"] = self._held_out(model, loss, stopping)
+            figures["held_out"] = self._held_out(model, loss, self._stopping)
         if self.job.evaluation.task != "none":
             with self._strategy_context(loss):
                 figures["task"] = run_task(
                     model, self.materials.tokenizer, self.materials.prepared.validation_conversations,
-                    self.job.evaluation, lambda *_: self._stop_if(stopping()), self.world,
+                    self.job.evaluation, lambda *_: self._stop_if(self._stopping()), self.world,
                 )  # fmt: skip
-        self._stop_if(stopping())
+        self._stop_if(self._stopping())
         return figures
 
     def _strategy_context(self, loss: Any) -> Any:
@@ -207,9 +213,9 @@ class StageRun:
 
         return STRATEGIES[self.plan.sharding].generating(loss)
 
-    def _stop_if(self, asked: bool) -> None:
+    def _stop_if(self, asked: bool, what: str = "the evaluation starts") -> None:
         if asked:
-            raise StoppedOnRequest(f"{MESSAGE} (the evaluation starts anew)")
+            raise StoppedOnRequest(f"{MESSAGE} ({what} anew)", agreed=True)
 
 
 def training_hash(job: Job, plan: Plan, prepared: Any) -> str:

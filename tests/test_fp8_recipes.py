@@ -21,8 +21,8 @@ from loadmaster.models.frozen import FrozenFP8Linear
 from loadmaster.models.load import load_base, load_trained
 from loadmaster.preflight.plan import HardwareSummary, Plan
 
-RECIPES = {"fp8_8b": 1, "fp8_70b": 2, "fp8_405b": 4}
-"""Processes that train and evaluate each; more than one share the base by FSDP2."""
+RECIPES = [("fp8_8b", 1), *((recipe, count) for recipe in ("fp8_8b", "fp8_70b", "fp8_405b") for count in (2, 4))]
+"""With the processes that train and evaluate each; more than one share the base by FSDP2."""
 SCALED_DOWN = [
     "hardware=h100_80gb_x1", "sequence_length=64", "max_steps=3", "batch.global_size=4", "data=tickets",
     "data.max_rows=24", "evaluation.max_rows=2", "evaluation.max_new_tokens=4", "tracker=none", "export=bf16",
@@ -49,16 +49,16 @@ def go(tiny: Path, folder: Path, monkeypatch, processes: int, *overrides: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe, processes", RECIPES)
 def test_every_stage_of_an_fp8_recipe_runs_and_the_merge_is_over_the_base_that_was_trained_over(
-    recipe, tiny, tmp_path, monkeypatch
+    recipe, processes, tiny, tmp_path, monkeypatch
 ):
     run = tmp_path / "run"
-    code, output = go(tiny, run, monkeypatch, RECIPES[recipe], f"recipe={recipe}")
+    code, output = go(tiny, run, monkeypatch, processes, f"recipe={recipe}")
     assert code == 0, output
     plan, result = Plan.read(run / "plan.json"), json.loads((run / "result.json").read_text())
-    assert (plan.method, plan.precision, plan.world_size) == ("lora", "fp8", RECIPES[recipe])
-    assert plan.sharding == ("fsdp" if RECIPES[recipe] > 1 else "none")
+    assert (plan.method, plan.precision, plan.world_size) == ("lora", "fp8", processes)
+    assert plan.sharding == ("fsdp" if processes > 1 else "none")
     assert result["steps"] == 3 and result["exports"]["bf16"]["passed"]
     assert (run / "bundle" / "manifest.json").is_file()
 

@@ -35,6 +35,7 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
     (nothing was started), else the task's, and the highest one of a sweep's jobs.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = ["launch.dry_run=true" if argument == "--dry-run" else argument for argument in arguments]
     try:
         flags, for_hydra = check_command(arguments)
     except ConfigError as error:

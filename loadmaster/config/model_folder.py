@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-OBJECTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json")
+OBJECTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json", "adapter_config.json")
 """Files that hold one JSON object."""
 INDEX = "model.safetensors.index.json"
 

@@ -201,6 +201,33 @@ def several_gpus_are_synchronised(job: Job, origins: Origins) -> Found:
         yield "sharding", "none", message, "sharding=ddp (whole model on each GPU), sharding=fsdp (split), or auto"
 
 
+@rule("optimizer.name", "optimizer.master_weights", "sharding", "precision")
+def zero_steps_by_adamw(job: Job, origins: Origins) -> Found:
+    """zero1, zero2 and zero3 are DeepSpeed's, which cuts what is trained into ranges of elements: only AdamW, with fp32
+    master weights, steps those."""
+    if job.sharding not in ("zero1", "zero2", "zero3"):
+        return
+    remedy = "adamw or auto, or sharding=fsdp, which goes with every optimizer"
+    if job.optimizer.name not in ("auto", "adamw"):
+        message = f"works on matrices or blocks, which sharding={job.sharding} cuts"
+        yield "optimizer.name", job.optimizer.name, message, f"optimizer.name={remedy}"
+    if job.optimizer.master_weights is False and job.precision != "fp32":
+        message = f"sharding={job.sharding} keeps fp32 master weights of what it trains in bf16"
+        yield "optimizer.master_weights", False, message, "optimizer.master_weights=auto, or sharding=fsdp"
+
+
+@rule("sharding", "compile", "method", "precision")
+def zero3_gathers_module_by_module(job: Job, origins: Origins) -> Found:
+    """zero3 gathers and drops weights around every module: not inside compiled layers, and not under FP8 training."""
+    if job.sharding != "zero3":
+        return
+    if job.compile is True:
+        message = "gathers weights around every module, which a compiled layer runs as one"
+        yield "sharding", "zero3", message, "compile=auto, or sharding=fsdp"
+    if (job.method, job.precision) == ("full", "fp8"):
+        yield "sharding", "zero3", "was not made to go with training in FP8", "sharding=fsdp, or precision=bf16"
+
+
 @rule("micro_batch_size", "batch.global_size", "hardware.count", "hardware.nodes")
 def micro_batch_within_global_batch(job: Job, origins: Origins) -> Found:
     """One micro-batch on every GPU is no more than batch.global_size."""
@@ -352,14 +379,15 @@ def arrivals_are_known(job: Job, origins: Origins) -> Found:
         yield "endpoint.arrivals", arrivals, "there is no such file", "a CSV with the time of a request a line"
 
 
-@rule("launch.name", "launch.nodes", "launch.force_pods", "launch.hosts", "launch.sbatch")
+@rule("launch.name", "launch.nodes", "launch.force_pods", "launch.hosts", "launch.sbatch", "launch.dry_run")
 def other_machines_need_a_way_to_them(job: Job, origins: Origins) -> Found:
-    """launch.nodes, force_pods, hosts and sbatch go with launch=runpod, ssh or slurm, not with launch=local."""
+    """launch.nodes, force_pods, hosts, sbatch, dry_run go with launch=runpod, ssh or slurm, not with launch=local."""
     launch = job.launch
     if launch.name != "local":
         return
     ways = {"nodes": "runpod, or slurm", "force_pods": "runpod", "hosts": "ssh", "sbatch": "slurm"}
-    given = {"nodes": launch.nodes != "auto", "force_pods": launch.force_pods}
+    ways |= {"dry_run": "runpod, ssh or slurm; here stop_after=plan shows the plan"}
+    given = {"nodes": launch.nodes != "auto", "force_pods": launch.force_pods, "dry_run": launch.dry_run}
     given |= {"hosts": bool(launch.hosts), "sbatch": bool(launch.sbatch)}
     for name in (name for name in ways if given[name]):
         value = getattr(launch, name)

@@ -292,7 +292,7 @@ class LaunchConfig:
     max_usd_per_hour: PositiveFloat | None = None
     """Dearest machine to take, US dollars an hour."""
     max_usd: PositiveFloat | None = None
-    """Most to spend on the machine; it is terminated when that is spent. Null: max_hours alone decides."""
+    """Most to spend: what is rented ends then, a run here stops before, at the plan's price. Null: max_hours alone."""
     max_hours: PositiveFloat | Auto = "auto"
     """Hours after which the job is ended, whatever it does; auto: twice the planned ones and one more, where rented."""
     grace_s: PositiveFloat = 120
@@ -305,14 +305,17 @@ class LaunchConfig:
     """Data centres to choose from; none named: all."""
     image: str = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
     """Container image, with a tag or digest; its entry point must run the arguments that it is given."""
-    package: str | None = None
-    """Pinned requirement that pip installs there (name==1.2.3, or a URL with a hash or commit); null: in the image."""
+    package: str | None = "auto"
+    """What pip installs there: pinned (name==1.2.3, a URL with a hash or commit), or a wheel here, which travels; auto:
+    this very code as a wheel, or with an image of your own nothing; null: nothing, it is in the image."""
     disk_gb: PositiveInt | Auto = "auto"
     """Container disk, GB; auto: room for the image and, without a volume, for the run."""
     volume: str | None = "loadmaster"
-    """Network volume that keeps checkpoints and exports, made when there is none of that name; null: none."""
+    """Network volume (name or id) for checkpoints and exports, made when there is none of that name; null: none."""
     volume_gb: PositiveInt | Auto = "auto"
     """Size of a volume that is made, GB (10 to 4096); auto: what the plan writes, and the base model twice."""
+    fetch: Flag = False
+    """Bring the exports home from the volume once the machine has ended; false: `loadmaster fetch` does, any time."""
     env: dict[str, str] | None = None
     """Environment variables of the job; no secrets."""
     secrets: dict[str, str] | None = None

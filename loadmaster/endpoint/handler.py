@@ -56,7 +56,11 @@ def request_of(given: Any) -> tuple[str, dict[str, Any] | None]:
     """(route, body or None for a route that is only read) of a job's input. Raises Refused."""
     if not isinstance(given, dict) or not given:
         raise Refused('input must be an object with "messages", "prompt" or "openai_route"')
-    size = len(json.dumps(given))
+    try:
+        size = len(json.dumps(given))
+        json.dumps(given, ensure_ascii=False, allow_nan=False).encode()  # as it goes to the server
+    except (ValueError, TypeError, RecursionError):
+        raise Refused("input holds what JSON cannot carry: NaN, half a character, or hundreds of levels") from None
     if size > LONGEST_INPUT_BYTES:
         raise Refused(f"input has {size:,} bytes, at most {LONGEST_INPUT_BYTES:,} are taken")
     if "openai_route" in given or "openai_input" in given:

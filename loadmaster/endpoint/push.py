@@ -21,6 +21,7 @@ from loadmaster.endpoint.model_card import model_card
 from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
 from loadmaster.files import read_json
+from loadmaster.launch.left import away, copied_by
 
 CARD = "README.md"
 KEPT = (".gitattributes",)
@@ -54,6 +55,9 @@ def push(
     Raises ExportRejected for an export that is not there or does not verify, ProviderError when the Hub refuses.
     """
     what = Push(run_dir / "export" / chosen(run_dir, format_name), {}, repository, private)
+    if left := away(run_dir, what.folder):
+        how = f"loadmaster fetch {run_dir}" if left.volume else copied_by(left, run_dir)
+        raise ExportRejected(f"the files of {what.folder} are where the job ran; first {how}")
     if problems := verify_manifest(what.folder):
         raise ExportRejected(f"{what.folder} does not verify, so it is not pushed:\n  " + "\n  ".join(problems))
     manifest = read_manifest(what.folder)

@@ -108,7 +108,13 @@ def sglang_command(manifest: dict[str, Any], artifact: str, context: int, gpus: 
 
 
 def gguf_commands(manifests: dict[str, dict[str, Any]], name: str, context: int) -> str:
-    """Empty where no bf16 export is there to convert."""
+    """For the gguf export, else for one that llama.cpp's converter makes of the bf16 export; empty without both."""
+    if "gguf" in manifests:
+        exported = next(f["path"] for f in manifests["gguf"]["files"] if f["path"].endswith(".gguf"))
+        return "\n".join([
+            f"llama-server --model ../export/gguf/{exported} --ctx-size {context} --alias {name}",
+            f"(cd ../export/gguf && ollama create {name} -f Modelfile)",
+        ])  # fmt: skip
     if "bf16" not in manifests:
         return ""
     file = f"{name}.gguf"

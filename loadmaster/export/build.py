@@ -68,7 +68,7 @@ class Builder:
     def build(self, folders: Mapping[str, Path], scratch: Path, score: Score) -> Written:
         """Every candidate of every format; those of bf16 and the adapter in `folders` where nothing is to choose."""
         config = read_json(self.source / "config.json")
-        if reasons := candidates.refusals(folders, config.get("model_type", "unknown"), torch.cuda.is_available()):
+        if reasons := candidates.refusals(folders, config.get("model_type", "unknown")):
             raise ExportRejected("\n".join(reasons))
         written = Written()
         if "adapter" in folders:
@@ -135,8 +135,7 @@ class Builder:
         self, formats: list[str], scratch: Path, score: Score, written: Written
     ) -> tuple[Path, MergeReport]:
         """Both merges of a QLoRA adapter; (folder of the one nearer to the live adapter, its report)."""
-        names = (candidates.AS_TRAINED, candidates.STORED_BASE)
-        folders = {name: _made(scratch / f"merged-{index}") for index, name in enumerate(names)}
+        folders = {name: _made(scratch / f"merged-{index}") for index, name in enumerate(candidates.MERGES)}
         reports = {name: self._merge(folder, name) for name, folder in folders.items()}
         report = reports[candidates.AS_TRAINED]
         written.merge = asdict(report)

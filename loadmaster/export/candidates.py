@@ -37,18 +37,13 @@ CALIBRATED = ("int4-gptq", "int4-awq", "nvfp4")
 GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """model_type of what GGUF is written for -> llama.cpp's name."""
 
-AS_TRAINED, STORED_BASE = "dequant(nf4) + delta", "bf16 base + delta"
+MERGES = AS_TRAINED, STORED_BASE = "dequant(nf4) + delta", "bf16 base + delta"
 """The two merges of a QLoRA adapter."""
 
 
-def refusals(formats: Iterable[str], model_type: str, has_gpu: bool) -> list[str]:
-    """Formats that cannot be made of this model or on this machine, a sentence each: said before any work."""
+def refusals(formats: Iterable[str], model_type: str) -> list[str]:
+    """Formats that cannot be made of this model, a sentence each: said before any work."""
     wanted, found = set(formats), []
-    if "int4_awq" in wanted and not has_gpu:
-        found.append(
-            "int4_awq searches its scales on a GPU, and this machine has none (llm-compressor 0.14: 'Cannot access "
-            "accelerator device when none is available'). Take export.formats=[int4_gptq], which a CPU can do."
-        )
     if "gguf" in wanted and model_type not in GGUF_ARCHITECTURES:
         found.append(
             f"gguf is written for {', '.join(GGUF_ARCHITECTURES)}, not for {model_type}. Take it from export.formats, "

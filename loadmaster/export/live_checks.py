@@ -8,7 +8,8 @@ merged_weights     every tensor of a 16-bit export is, to the rounding of bf16, 
                    however little they change the predictions. The sum is taken from the live model's own modules,
                    not by the code that merged.
 quantized_weights  no matrix of a quantized export is far from the trained one: a broken scale in one layer is, and
-                   hardly changes the predictions
+                   hardly changes the predictions. Not for AWQ, which moves a factor of each channel from one layer's
+                   matrices to those before it on purpose
 stops              forced to say a token that ends a turn, generation ends there
 """
 
@@ -35,6 +36,9 @@ MAX_WEIGHT_ERROR = {"fp8": 0.2, "gguf": 0.2, "int4": 0.8, "nvfp4": 0.8}
 """By family of formats; a matrix at twice its scale is off by 1, at half by 0.5. SmolLM2-135M after the smoke recipe:
 FP8 0.028 at most; INT4 by GPTQ 0.15 in the middle and 0.48 at most, because it moves weights (2026-11-24). A QLoRA
 adapter merged into the other base costs 0.09 more."""
+
+FACTORS_MOVE = ("int4_awq",)
+"""Formats in which a matrix alone is not the trained one."""
 
 
 def merged_weights(trained: nn.Module, folders: list[Path], base: Path) -> dict[str, list[str]]:

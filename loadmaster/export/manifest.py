@@ -1,12 +1,15 @@
 """manifest.json: what an exported folder is, what it was made from, and the proof that it is what it claims.
 
-Written last, when every other file of the folder is in place. Everything after the export (the bundle,
+Written last, when every other file of the folder is in place; it holds the sha256 of each of them, and of its own text
+with that digest as zeros, so that one flipped bit shows wherever it is. Everything after the export (the bundle,
 the endpoint, a reader on another machine) reads the manifest and nothing else. Paths are relative to the
 folder of the manifest, so the folder can be moved, mounted elsewhere or downloaded. No torch here.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -14,10 +17,11 @@ from typing import Any
 
 from loadmaster import __version__
 from loadmaster.errors import ExportRejected
-from loadmaster.files import read_json, sha256_file, write_json
+from loadmaster.files import sha256_file, write_text
 
 SCHEMA = 1
 NAME = "manifest.json"
+OWN_DIGEST, NO_DIGEST = "manifest_sha256", "0" * 64
 BESIDE = ("README.md", ".gitattributes", ".cache/")
 """What a Hub repository and a download of it have besides; nothing that a server loads."""
 
@@ -106,16 +110,21 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "bytes": sum(file["bytes"] for file in files),
         "files": files,
     }
-    write_json(folder / NAME, manifest)
+    text = json.dumps({OWN_DIGEST: NO_DIGEST, **manifest}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_text(folder / NAME, text.replace(NO_DIGEST, digest, 1))
     return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ExportRejected where there is no manifest, or one that this version does not understand."""
+    """Raises ExportRejected where there is no manifest, or one that this version does not understand.
+
+    The digest of its own text is no part of what it says, and left out.
+    """
     if (folder / NAME).is_symlink():
         raise ExportRejected(f"{folder / NAME} is a symbolic link: an export holds files of its own only.")
     try:
-        manifest = read_json(folder / NAME)
+        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ExportRejected(f"{folder} has no {NAME}: it is not an export that passed verification.") from None
     except OSError as error:
@@ -126,6 +135,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ExportRejected(f"{folder / NAME} does not have schema {SCHEMA}: export again with this version.")
     if not isinstance(manifest.get("files", []), list):
         raise ExportRejected(f"{folder / NAME} has no list of files: it is damaged, export again.")
+    manifest.pop(OWN_DIGEST, None)
     return manifest
 
 
@@ -139,7 +149,7 @@ def verify_manifest(folder: Path) -> list[str]:
         manifest = read_manifest(folder)
     except ExportRejected as error:
         return [str(error)]
-    problems = []
+    problems = [] if _is_as_written(folder / NAME) else [f"{NAME}: changed since it was written (sha256 differs)"]
     listed = set()
     for entry in manifest.get("files") or []:
         name = entry.get("path") if isinstance(entry, dict) else None
@@ -153,6 +163,15 @@ def verify_manifest(folder: Path) -> list[str]:
         if not path.is_dir() and name != NAME and name not in listed and not name.startswith(BESIDE):
             problems.append(f"{name}: not in the manifest")
     return problems if listed or problems else ["the manifest lists no files"]
+
+
+def _is_as_written(path: Path) -> bool:
+    """Whether the manifest's text, with its digest as zeros, has that digest."""
+    text = path.read_bytes()
+    digest = json.loads(text).get(OWN_DIGEST)
+    if not isinstance(digest, str) or len(digest) != len(NO_DIGEST):
+        return False
+    return hashlib.sha256(text.replace(digest.encode(), NO_DIGEST.encode(), 1)).hexdigest() == digest
 
 
 def _stays_inside(name: str) -> bool:

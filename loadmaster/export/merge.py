@@ -151,14 +151,23 @@ def read_adapter(folder: Path) -> Adapter:
         )
     pairs: dict[tuple[str, bool], dict[str, str]] = {}
     replacements: dict[str, str] = {}
+    ranks: dict[str, int] = {}
     with safe_open(file, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118
             name = key.removeprefix(PREFIX)
             if match := LORA.match(name):
                 pairs.setdefault((match["module"], bool(match["kind"])), {})[match["side"]] = key
+                if match["side"] == "A":
+                    ranks[match["module"]] = tensors.get_slice(key).get_shape()[0]
             else:
                 # A whole module that was trained, or the base weight of an embedding, which peft saves beside its LoRA.
                 replacements[name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = key
+    for module, rank in ranks.items():
+        if rank != (said := _by_pattern(config.get("rank_pattern") or {}, module, config.get("r"))):
+            raise ExportRejected(
+                f"the adapter in {folder} contradicts itself: {module} has rank {rank} in adapter_model.safetensors "
+                f"and {said} in adapter_config.json, so its scale cannot be known. Take both from the same training."
+            )
     updates = {}
     for (module, embedding), sides in pairs.items():
         if set(sides) != {"A", "B"}:

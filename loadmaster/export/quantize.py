@@ -64,8 +64,12 @@ def calibrate(source: Path, candidate: str, target: Path, calibration: list[list
     Raises ExportRejected where this machine or this model cannot.
     """
     from llmcompressor import oneshot
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM
 
+    if not torch.accelerator.is_available():
+        # AWQ asks for page-locked memory, which speeds the copy to a GPU and cannot be had without one.
+        IntermediatesCache.pin_memory = lambda *_: None
     model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16)
     recipe, facts = _recipe(candidate, quantized_layers(model))
     oneshot(

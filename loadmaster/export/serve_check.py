@@ -1,16 +1,17 @@
 """`loadmaster serve-check RUN`: is what a real server serves what was trained?
 
-Each exported format is loaded into a vLLM server of its own on 127.0.0.1, an adapter over its base, and asked, over
-the OpenAI API, for its name, the tokens of rendered conversations, log-probabilities of held-out documents, greedy
-answers, and whether each token that ends a turn stops it. All of it is compared with the model as trained
-(`serve_compare`). run_dir/serve-check.json has the figures, run_dir/serve-check/<format>.log what the server said.
+Each exported format is loaded into a vLLM server of its own on 127.0.0.1, an adapter over its base (a GGUF file into
+llama.cpp: `serve_llama_cpp`), and asked, over the OpenAI API, for its name, the tokens of rendered conversations,
+log-probabilities of held-out documents, greedy answers, and whether each token that ends a turn stops it. All of it is
+compared with the model as trained (`serve_compare`). run_dir/serve-check.json has the figures,
+run_dir/serve-check/<format>.log what the server said.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -23,13 +24,16 @@ from loadmaster.config.compose import read_job
 from loadmaster.config.schema import Job
 from loadmaster.data import Conversation, PreparedData, prepare, prompt_and_reference
 from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.export.harness import Asked, Harness
+from loadmaster.export.harness import failures as task_failures
 from loadmaster.export.manifest import NAME as MANIFEST
 from loadmaster.export.manifest import read_manifest
 from loadmaster.export.process import run_step, timeout_s
 from loadmaster.export.serve_client import Client
 from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, log_probability_figures
-from loadmaster.export.serve_environment import server_python
-from loadmaster.export.serve_process import free_port, server_command, start_timeout_s, started
+from loadmaster.export.serve_environment import LLAMA_CPP, environment_python, server_python
+from loadmaster.export.serve_llama_cpp import ask_llama_cpp
+from loadmaster.export.serve_run import Servers
 from loadmaster.files import write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import load_tokenizer
@@ -52,69 +56,87 @@ FIXED_CONVERSATIONS = {
 
 
 def serve_check(
-    run_dir: Path, formats: list[str] | None, python: Path | None, echo: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
+    run_dir: Path, formats: list[str] | None, python: Path | None, echo: Callable[[str], None],
+    harness: Harness | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Check each of `formats` (None: all that are exported) in a server, and write run_dir/serve-check.json.
 
-    python: interpreter that has vLLM; None: see `server_python`.
+    python: interpreter that has vLLM; None: see `server_python`. harness: tasks that the base and every format that
+    vLLM serves are asked besides.
     Returns {format: figures, "limits", "failures" (a sentence each), "passed"}; a server that dies or never gets
     ready is a failure of its format. Raises LoadmasterError for a run that holds no export, or without a server.
     """
     manifests = exported(run_dir, formats)
+    if harness is not None and set(manifests) == {"gguf"}:
+        raise LoadmasterError("tasks are asked of what vLLM serves, and gguf is llama.cpp's: name another format too")
     job = read_job(run_dir / "config.yaml").job
-    python, version = server_python(python, echo)
+    pythons, versions = _interpreters(manifests, python, echo)
     base = resolve_base(job.model)
     tokenizer = load_tokenizer(base)
     prepared = prepare(job, tokenizer)
     wanted = questions(job, prepared, tokenizer)
-    with tempfile.TemporaryDirectory() as scratch:
-        reference = _reference(run_dir, base, job, wanted, list(manifests), Path(scratch), echo)
     expected = {name: _rendered(tokenizer, messages) for name, messages in wanted["conversations"].items()}
     results = {}
-    for name, manifest in manifests.items():
-        start = time.monotonic()
-        port = free_port()
-        folder = run_dir / "export" / name
-        command = server_command(
-            python, folder.absolute(), base.absolute(), manifest, job.recipe, port, job.sequence_length
-        )
-        ready_within_s = start_timeout_s(_weight_bytes(folder) + _weight_bytes(base))
-        say = partial(_say, echo, name)
-        say(f"starting {version}")
-        try:
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        asked = None if harness is None else Asked(harness, scratch, echo)
+        reference = _reference(run_dir, base, job, wanted, list(manifests), scratch, echo)
+        servers = Servers(run_dir, job.recipe, base, job.sequence_length, pythons.get("vllm"), asked)
+        before = None if asked is None else servers.tasks_of_base(echo)
+
+        def measured(name: str, say: Callable[[str], None]) -> dict[str, Any]:
+            manifest = manifests[name]
             if name in reference["broken"]:
                 raise ExportRejected(f"it does not load: {reference['broken'][name]}")
-            with started(command, port, run_dir / "serve-check" / f"{name}.log") as server:
-                ready = server.wait_until_ready(ready_within_s, say)
-                say(f"ready after {ready:.0f} s, asking")
-                try:
-                    with Client(port, job.recipe) as client:
-                        figures = ask(client, reference, wanted, expected, manifest)
-                except ExportRejected as error:
-                    if not server.has_ended(within_s=5):
-                        raise
-                    raise ExportRejected(f"{error}; {server.account()}") from None
-            found = failures(figures, LIMITS[name], job.recipe)
-            results[name] = {"seconds_to_ready": ready, **figures}
-        except ExportRejected as error:
-            found, results[name] = [str(error)], {}
-        seconds = time.monotonic() - start
-        results[name] |= {
-            "seconds": seconds, "limits": asdict(LIMITS[name]), "failures": found, "passed": not found,
-        }  # fmt: skip
-        say(f"{'passed' if not found else 'FAILED'} in {seconds:.0f} s")
-    write_json(
-        run_dir / "serve-check.json",
-        {
-            "schema": 1,
-            "server": version,
-            "served_as": job.recipe,
-            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-            "passed": all(figures["passed"] for figures in results.values()),
-            "formats": results,
-        },
-    )
+            if name == "gguf":
+                exported_to = run_dir / "export" / name
+                return ask_llama_cpp(
+                    pythons["llama.cpp"], exported_to, manifest, reference, wanted, tokenizer, expected, scratch
+                )
+            return servers.figures(name, manifest, partial(ask, reference, wanted, expected, manifest), say)
+
+        for name in manifests:
+            start = time.monotonic()
+            say = partial(_say, echo, name)
+            say(f"starting {versions['llama.cpp' if name == 'gguf' else 'vllm']}")
+            try:
+                results[name] = measured(name, say)
+                found = failures(results[name], LIMITS[name], job.recipe)
+                if harness is not None and before is not None and "tasks" in results[name]:
+                    found += task_failures(before, results[name]["tasks"], harness.max_drop)
+            except ExportRejected as error:
+                found, results[name] = [str(error)], {}
+            seconds = time.monotonic() - start
+            results[name] |= {
+                "seconds": seconds, "limits": asdict(LIMITS[name]), "failures": found, "passed": not found,
+            }  # fmt: skip
+            say(f"{'passed' if not found else 'FAILED'} in {seconds:.0f} s")
+    record: dict[str, Any] = {
+        "schema": 1,
+        "server": ", ".join(versions.values()),
+        "served_as": job.recipe,
+        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "passed": all(figures["passed"] for figures in results.values()),
+        "formats": results,
+    }
+    if harness is not None:
+        path = str(harness.include_path) if harness.include_path else None
+        record["tasks"] = {**asdict(harness), "include_path": path, "before": before}
+    write_json(run_dir / "serve-check.json", record)
     return results
+
+
+def _interpreters(
+    formats: Collection[str], python: Path | None, echo: Callable[[str], None]
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """(server -> its interpreter, server -> its name and version) of those that these formats need."""
+    pythons, versions = {}, {}
+    if set(formats) != {"gguf"}:
+        pythons["vllm"], versions["vllm"] = server_python(python, echo)
+    if "gguf" in formats:
+        pythons["llama.cpp"] = environment_python(LLAMA_CPP, echo)
+        versions["llama.cpp"] = f"llama.cpp ({LLAMA_CPP.folder})"
+    return pythons, versions
 
 
 def exported(run_dir: Path, formats: list[str] | None) -> dict[str, dict[str, Any]]:
@@ -171,8 +193,8 @@ def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any
 
 
 def ask(
-    client: Client, reference: dict[str, Any], wanted: dict[str, Any], expected: dict[str, list[int]],
-    manifest: dict[str, Any],
+    reference: dict[str, Any], wanted: dict[str, Any], expected: dict[str, list[int]], manifest: dict[str, Any],
+    client: Client,
 ) -> dict[str, Any]:  # fmt: skip
     """Figures of one served model."""
     stop_ids = manifest["stop_token_ids"]
@@ -245,8 +267,10 @@ def _reference(
         "frozen": frozen_form(plan.method, plan.precision),
         "device": "cpu" if detect_local().gpu == "cpu" else "cuda",
         **{key: wanted[key] for key in ("documents", "prompts", "max_new_tokens")},
-        # bf16 and the adapter are the trained model, to a rounding.
-        "exports": {name: str(run_dir / "export" / name) for name in formats if name not in ("bf16", "adapter")},
+        # bf16 and the adapter are the trained model, to a rounding; transformers does not compute a GGUF as llama.cpp.
+        "exports": {
+            name: str(run_dir / "export" / name) for name in formats if name not in ("bf16", "adapter", "gguf")
+        },
     }  # fmt: skip
     return run_step("loadmaster.export.serve_reference", spec, scratch, timeout_s(3 * _weight_bytes(base)), echo)
 

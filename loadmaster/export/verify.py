@@ -164,6 +164,7 @@ class Verification:
                 found = self._file_checks(name, Path(candidate.folder))
                 model = self._load(candidate)
                 scores[candidate.name] = compare(model, self.references, self.tokenizer.pad_token_id)
+                scores[candidate.name] |= self._answer_figures(model, load_tokenizer(Path(candidate.folder)))
             eligible = [candidate for candidate in candidates if not candidate.is_baseline]
             best = min(eligible, key=lambda candidate: _or_infinite(scores[candidate.name]["mean_kl"]))
             if best is not candidates[-1]:
@@ -177,7 +178,6 @@ class Verification:
             tokenizer = load_tokenizer(Path(best.folder))
             figures["checks"] = found | self._live_checks(name, Path(best.folder), model, tokenizer)
             figures["smoke"] = recorded_answers(model, tokenizer, self.conversations)
-            figures |= self._answer_figures(model, tokenizer)
         except ExportRejected as error:
             return {"error": str(error), "checks": found}
         finally:
@@ -211,7 +211,8 @@ class Verification:
 
     def _live_checks(self, name: str, folder: Path, model: nn.Module, tokenizer: Any) -> dict[str, list[str]]:
         found = {"template": checks.template(tokenizer, self.tokenizer, self.conversations)}
-        if (limit := live_checks.MAX_WEIGHT_ERROR.get(checks.family(name))) is not None:
+        limit = live_checks.MAX_WEIGHT_ERROR.get(checks.family(name))
+        if limit is not None and name not in live_checks.FACTORS_MOVE:
             found["quantized_weights"] = live_checks.quantized_weights(model, self.sketches, limit)
         if str(folder) in self.merged_weights:
             found["merged_weights"] = self.merged_weights[str(folder)]

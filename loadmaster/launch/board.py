@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from loadmaster.launch.context import Launch
 from loadmaster.launch.follow import Reader, unpack
 from loadmaster.launch.provider import LogLine
 
@@ -19,16 +21,17 @@ Echo = Callable[[str], None]
 class Board:
     """A Reader for each node; lines of several nodes carry their number.
 
-    usd_per_hour: of all nodes together, None where nothing is billed.
+    usd_per_hour: of all nodes together, None where nothing is billed. On a terminal the last line is a bar: steps,
+    loss, tokens/s, dollars, time left. Elsewhere each report of a step is a line.
     """
 
-    def __init__(
-        self, echo: Echo, log: TextIO, nodes: int, usd_per_hour: float | None, clock: Callable[[], float] = time.time
-    ):
-        self.echo, self.log, self.clock = echo, log, clock
+    def __init__(self, launch: Launch, log: TextIO, nodes: int, usd_per_hour: float | None):
+        self.echo, self.log, self.clock, self.console = launch.echo, log, launch.clock, launch.console
+        self.bar: Progress | None = None
+        self.first_step: tuple[int, float] | None = None
         self.readers = [Reader() for _ in range(nodes)]
         self.usd_per_hour = usd_per_hour
-        self.start = clock()
+        self.start = self.clock()
         self.failed_at: float | None = None
         self.failed = 0
         """Exit code of the first node that failed."""
@@ -52,10 +55,7 @@ class Board:
             self._keep(f"{line.at} {prefix}{said}")
             self.echo(f"  | {prefix}{said}")
         elif said is not None and said["event"] == "step":
-            loss = "" if said.get("loss") is None else f", loss {said['loss']:.4f}"
-            of = f" of {said['steps']}" if said.get("steps") else ""
-            bill = "" if self.usd_per_hour is None else f", ${self.hours * self.usd_per_hour:.2f}"
-            self.echo(f"  step {said['step']}{of}{loss}; {self.hours:.2f} h{bill} so far")
+            self._step(said)
         elif said is not None and said["event"] == "end":
             if said["exit_code"] != 0 and self.failed_at is None:
                 self.failed_at, self.failed = self.clock(), int(said["exit_code"])
@@ -63,6 +63,43 @@ class Board:
                 self.echo(f"  | {prefix}ended with exit code {said['exit_code']}")
         elif said is not None:
             self._keep(f"{line.at} {prefix}{json.dumps(said)}")
+
+    def _step(self, said: dict[str, Any]) -> None:
+        step, steps, now = int(said["step"]), said.get("steps"), self.clock()
+        loss = "" if said.get("loss") is None else f", loss {said['loss']:.4f}"
+        speed = "" if not said.get("tokens_per_second") else f", {said['tokens_per_second']:,.0f} tokens/s"
+        bill = "" if self.usd_per_hour is None else f", ${self.hours * self.usd_per_hour:.2f}"
+        self.first_step = self.first_step or (step, now)
+        left = ""
+        if steps and step > self.first_step[0]:
+            left = f", {(now - self.first_step[1]) / (step - self.first_step[0]) * (steps - step) / 60:.0f} min left"
+        if steps and self.console.is_terminal:
+            self._draw(step, int(steps), f"{loss}{speed}; {self.hours:.2f} h{bill}{left}".lstrip(", "))
+            return
+        of = f" of {steps}" if steps else ""
+        self.echo(f"  step {step}{of}{loss}{speed}; {self.hours:.2f} h{bill} so far{left}")
+
+    def _draw(self, step: int, steps: int, status: str) -> None:
+        if self.bar is None:
+            columns = ("there", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}", markup=False))
+            self.bar = Progress(*columns, console=self.console)
+            self.bar.add_task("", total=steps, status=status)
+            self.bar.start()
+        self.bar.update(self.bar.task_ids[0], completed=step, total=steps, status=status)
+        if step >= steps:  # what comes after training has no steps
+            self.close()
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
 
     def _keep(self, line: str) -> None:
         self.log.write(line + "\n")

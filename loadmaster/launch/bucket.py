@@ -1,4 +1,4 @@
-"""A network volume through the provider's S3 API: files go up in parts, what is there is compared, nothing twice.
+"""A network volume through the provider's S3 API: files go up in parts and come home, nothing twice, all compared.
 
     name of a file on the volume    s3://VOLUME/runs/x/...   = /workspace/runs/x/... on a Pod
                                                              = /runpod-volume/runs/x/... on a serverless worker
@@ -6,6 +6,7 @@
 An upload that was cut off goes on with the first part that is missing. Each part carries its MD5, which the service
 checks, and the service's own MD5 (the ETag) is compared with ours for each part and for the whole file. Where its
 ETag cannot be compared (a file that another tool sent in parts of another size) the file is read back and hashed.
+A file that comes home goes on where it was cut off, and counts once its SHA-256 is that of its manifest.
 Keys come from the environment and go into signatures only.
 """
 
@@ -17,13 +18,17 @@ import re
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from loadmaster import catalog
 from loadmaster.errors import LoadmasterError, ProviderError
-from loadmaster.files import sha256_file
+from loadmaster.files import PARTIAL_SUFFIX, sha256_file
+from loadmaster.launch.given import is_address, is_key
 
 KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 """As the provider's documentation has it: they hold its S3 API key, not one of Amazon's."""
@@ -46,17 +51,33 @@ class Damaged(ProviderError):
     """What is on the volume is not what was sent."""
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A file on the volume, as its folder lists it."""
+
+    bytes: int
+    modified: datetime
+
+
 def url_of(data_center: str) -> str:
     """Address of the S3 API for volumes of this data center. Raises LoadmasterError where there is none."""
     facts = catalog.serving()["s3"]
     if url := os.environ.get(URL_VARIABLE, "").strip():
+        if not is_address(url):
+            raise LoadmasterError(f"{URL_VARIABLE} is no address: https://HOST/, or unset it for the provider's own")
         return url
     if data_center not in facts["data_centers"]:
         raise LoadmasterError(
-            f"volumes in {data_center} have no S3 API, so nothing can be uploaded to them from here (there is one in "
-            f"{', '.join(facts['data_centers'])}): copy the files on a Pod that mounts the volume, then --no-upload"
+            f"volumes in {data_center} have no S3 API, so their files cannot be reached from here (there is one in "
+            f"{', '.join(facts['data_centers'])}): copy them on a Pod that mounts the volume; deploy --no-upload goes "
+            "on without"
         )
     return facts["url"].format(data_center=data_center.lower())
+
+
+def reachable(data_center: str) -> bool:
+    """Whether files of volumes there can be reached from here."""
+    return bool(os.environ.get(URL_VARIABLE, "").strip()) or data_center in catalog.serving()["s3"]["data_centers"]
 
 
 class Bucket:
@@ -66,7 +87,7 @@ class Bucket:
         self, volume: str, data_center: str, part_bytes: int = PART_BYTES, attempts: int = ATTEMPTS,
         read_timeout_s: float = READ_TIMEOUT_S,
     ):  # fmt: skip
-        self.volume, self.part_bytes = volume, part_bytes
+        self.volume, self.part_bytes, self.attempts = volume, part_bytes, attempts
         self._etags: dict[Path, set[str]] = {}
         self._secrets = require_keys()
         with self._said("the connection"):
@@ -110,17 +131,47 @@ class Bucket:
         if found[1] in self._etags[path]:
             return True
         if MULTIPART_ETAG.fullmatch(found[1]) or len(found[1]) != 32:  # it says nothing of these parts
-            return self._read_back(name) == sha256
+            return self.sha256(name) == sha256
         return False
 
-    def names(self, folder: str) -> list[str]:
-        """Names of all files below `folder`."""
-        found: list[str] = []
+    def get(self, name: str, path: Path, file: dict[str, Any], progress: Progress = lambda fetched: None) -> int:
+        """Bring `name` home to `path`; returns the bytes that were fetched. file: its entry in the manifest.
+
+        What is here and equal is left alone, and what was cut off goes on where it was. Raises Damaged when what
+        came is something else.
+        """
+        if path.is_file() and path.stat().st_size == file["bytes"] and sha256_file(path) == file["sha256"]:
+            progress(file["bytes"])
+            return 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+        for _ in range(2):  # once more from the beginning: what lay here was of another file, or came damaged
+            before = partial.stat().st_size if partial.is_file() else 0
+            self._fetch(name, partial, file["bytes"], progress)
+            if partial.stat().st_size == file["bytes"] and sha256_file(partial) == file["sha256"]:
+                os.replace(partial, path)
+                return file["bytes"] - before
+            partial.unlink()
+        raise Damaged(f"{name} on volume {self.volume} is not what its manifest says (sha256 or size differs)")
+
+    def entries(self, folder: str) -> dict[str, Entry]:
+        """All files below `folder`, by name."""
+        found: dict[str, Entry] = {}
         with self._said(f"list {folder}"):
             pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.volume, Prefix=f"{folder}/")
             for page in pages:
-                found += [entry["Key"] for entry in page.get("Contents", []) if not entry["Key"].endswith("/")]
+                for entry in page.get("Contents", []):
+                    if not entry["Key"].endswith("/"):
+                        found[entry["Key"]] = Entry(entry["Size"], entry["LastModified"])
         return found
+
+    def sha256(self, name: str) -> str:
+        """Read the file back, all of it."""
+        digest = hashlib.sha256()
+        with self._said(f"read {name} back"):
+            for piece in self._patient.get_object(Bucket=self.volume, Key=name)["Body"].iter_chunks(2**20):
+                digest.update(piece)
+        return digest.hexdigest()
 
     # ------------------------------------------------------------------ inside
 
@@ -201,12 +252,27 @@ class Bucket:
         begun = [upload for upload in begun if upload["Key"] == name]
         return [u["UploadId"] for u in sorted(begun, key=lambda upload: str(upload.get("Initiated", "")))]
 
-    def _read_back(self, name: str) -> str:
-        digest = hashlib.sha256()
-        with self._said(f"read {name} back"):
-            for piece in self._patient.get_object(Bucket=self.volume, Key=name)["Body"].iter_chunks(2**20):
-                digest.update(piece)
-        return digest.hexdigest()
+    def _fetch(self, name: str, partial: Path, size: int, progress: Progress) -> None:
+        """Append to `partial` what it lacks of `size` bytes; a broken stream goes on, as long as something comes."""
+        from botocore.exceptions import BotoCoreError
+
+        without = 0
+        with self._said(f"fetch {name}"), open(partial, "ab") as file:
+            progress(file.tell())
+            while (have := file.tell()) < size:
+                try:
+                    found = self._s3.get_object(Bucket=self.volume, Key=name, Range=f"bytes={have}-")
+                    if have and "ContentRange" not in found:  # all of it came again
+                        file.truncate(0)
+                    for piece in found["Body"].iter_chunks(2**20):
+                        file.write(piece)
+                        progress(len(piece))
+                except BotoCoreError:
+                    if without + 1 >= self.attempts:
+                        raise
+                without = 0 if file.tell() > have else without + 1
+                if without >= self.attempts:
+                    return
 
     @contextmanager
     def _said(self, what: str) -> Iterator[None]:
@@ -248,27 +314,38 @@ def _md5_header(data: bytes) -> str:
     return b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
+def has_keys() -> bool:
+    """Whether the environment holds an S3 API key."""
+    return all(os.environ.get(name, "").strip() for name in KEY_VARIABLES)
+
+
 def require_keys() -> tuple[str, str]:
-    """The S3 API key of the environment. Raises LoadmasterError where there is none."""
+    """The S3 API key of the environment, and something that can use it. Raises LoadmasterError where there is none."""
     found = tuple(os.environ.get(name, "").strip() for name in KEY_VARIABLES)
+    for name, value in zip(KEY_VARIABLES, found, strict=True):
+        if value and not is_key(value):
+            raise LoadmasterError(
+                f"{name} holds characters that no key has (spaces, line breaks, letters with accents): copy it anew "
+                "from the console (Settings, S3 API Keys)"
+            )
     if not all(found):
         raise LoadmasterError(
             f"{' and '.join(KEY_VARIABLES)} are not set: they hold the provider's S3 API key (console: Settings, S3 "
-            "API Keys), with which files go to a network volume. Keys are read from nowhere else. --no-upload goes on "
+            "API Keys), with which files go to a network volume and come from it. Keys are read from nowhere else. "
+            "deploy --no-upload goes on without, where the files are on the volume already"
+        )
+    if find_spec("botocore") is None:
+        raise LoadmasterError(
+            'files of a network volume need botocore: pip install "loadmaster[upload]"; deploy --no-upload goes on '
             "without, where the files are on the volume already"
         )
     return found[0], found[1]
 
 
 def _clients(url: str, region: str, keys: tuple[str, str], attempts: int) -> Callable[[float], Any]:
-    try:
-        from botocore.config import Config
-        from botocore.session import Session
-    except ImportError:
-        raise LoadmasterError(
-            'uploading needs botocore: pip install "loadmaster[upload]"; --no-upload goes on without, where the files '
-            "are on the volume already"
-        ) from None
+    from botocore.config import Config
+    from botocore.session import Session
+
     # Profiles and files are Amazon's: only this call says where to, and as whom.
     unset = {name: (None, None, None, None) for name in ("profile", "region")}
     files = {name: (None, None, os.devnull, None) for name in ("config_file", "credentials_file")}

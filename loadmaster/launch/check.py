@@ -13,16 +13,22 @@ from loadmaster.config.origins import DEFAULT, origin_of
 from loadmaster.config.schema import Job, LaunchConfig
 from loadmaster.errors import Problem
 from loadmaster.launch.choose import nodes_of
+from loadmaster.launch.order import VOLUME_GB
 from loadmaster.launch.payload import data_paths
+from loadmaster.launch.wheel import is_file
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
+SECRET_VALUE = re.compile(
+    r"(hf|sk|rpa|rps|ghp|gho|github_pat|glpat|xox[abp]|AKIA)[-_]?\w*[A-Za-z0-9]{14,}|[0-9a-fA-F]{32,}|.{48,}|.*[^\w.-].*"
+)
+"""What no name of a secret looks like: the usual beginnings of tokens, long hexadecimal, long or odd text."""
 PINNED = re.compile(r"==[\w.!+]+$|@[0-9a-f]{40}\b|#sha256=[0-9a-f]{64}$")
 OWN = ("name", "nodes", "grace_s", "env", "secrets", "dry_run", "max_hours")
 """Fields of launch that mean something wherever the job goes."""
 FIELDS = {
     "runpod": (
         "force_pods", "gpus", "objective", "max_usd_per_hour", "max_usd", "cloud", "data_centers", "image", "package",
-        "disk_gb", "volume", "volume_gb", "yes",
+        "disk_gb", "volume", "volume_gb", "yes", "fetch",
     ),
     "ssh": ("hosts", "ssh_config", "python", "folder"),
     "slurm": ("python", "sbatch"),
@@ -38,6 +44,10 @@ def problems(composed: Composed) -> list[Problem]:
         if SECRET_NAME.search(name):
             message = "looks like a secret, and this would end up in files and logs"
             found.append(_wrong(f"launch.env.{name}", None, message, _secret_remedy(job.launch.name, name)))
+    for name, secret in (job.launch.secrets or {}).items():
+        if not secret or SECRET_VALUE.fullmatch(secret):
+            message = "wants the name of a secret, and this looks like one itself (it is in your shell's history now)"
+            found.append(_wrong(f"launch.secrets.{name}", None, message, _secret_remedy(job.launch.name, name)))
     return found + {"runpod": _rented, "ssh": _by_ssh, "slurm": _by_slurm}[job.launch.name](job)
 
 
@@ -56,6 +66,15 @@ def _rented(job: Job) -> list[Problem]:
             )
         if launch.cloud == "community":
             wrong("launch.cloud", "community", "other people's hosts are joined by no fast network", "leave it out")
+    if launch.volume is not None and not launch.volume.strip():
+        wrong("launch.volume", launch.volume, "is no name", "a name; or launch.volume=null for none")
+    if launch.volume_gb != "auto" and not VOLUME_GB[0] <= launch.volume_gb <= VOLUME_GB[1]:
+        message = f"a network volume has {VOLUME_GB[0]} to {VOLUME_GB[1]} GB"
+        wrong("launch.volume_gb", launch.volume_gb, message, "leave it out, or a number in between")
+    if launch.fetch and launch.volume is None:
+        wrong("launch.fetch", True, "the exports come from the volume, and there is none", "leave launch.volume out")
+    if launch.fetch and job.stop_after not in ("export", "bundle"):
+        wrong("launch.fetch", True, f"the job ends after {job.stop_after} and exports nothing", "stop_after=bundle")
     if launch.force_pods and nodes_of(job) == 1:
         wrong("launch.force_pods", True, "has no effect on one machine", "leave it out, or launch.nodes=2")
     if launch.force_pods and launch.max_hours == "auto":
@@ -67,14 +86,16 @@ def _rented(job: Job) -> list[Problem]:
         remedy = "model.name of a Hub model (private ones with launch.secrets.HF_TOKEN=NAME)"
         wrong("model.path", job.model.path, "a folder here does not travel with the job", remedy)
     if launch.package is None and launch.image == LaunchConfig().image:
-        wrong(
-            "launch.package",
-            None,
-            "the default image has no loadmaster in it",
-            f"""'launch.package="loadmaster=={__version__}"' or a wheel's URL, or launch.image= one that you built""",
-        )
-    if launch.package is not None and not PINNED.search(launch.package):
-        remedy = "name==1.2.3, git+https://...@<40 hex digits>, or https://...whl#sha256=<64 hex digits>"
+        message = "the default image has no loadmaster in it"
+        wrong("launch.package", None, message, "leave it out: this very code travels; or launch.image= one that has it")
+    if launch.package is not None and is_file(launch.package):
+        if not Path(launch.package).expanduser().is_file():
+            wrong("launch.package", launch.package, "there is no such file", "python -m build --wheel, or leave it out")
+        elif not Path(launch.package).name.startswith(f"loadmaster-{__version__}-"):
+            message = f"is no wheel of loadmaster {__version__}, which is what runs here"
+            wrong("launch.package", launch.package, message, "leave it out: this very code travels")
+    elif launch.package not in (None, "auto") and not PINNED.search(launch.package):
+        remedy = "name==1.2.3, git+https://...@<40 hex digits>, https://...whl#sha256=<64 hex digits>, or auto"
         wrong("launch.package", launch.package, "is not pinned: it could be another one tomorrow", remedy)
     tag = launch.image.rpartition("/")[2].partition(":")[2]
     if "@sha256:" not in launch.image and tag in ("", "latest"):

@@ -1,7 +1,8 @@
 """`loadmaster deploy RUN`: the bundle's endpoint, made or brought up to date, asked, measured, or taken back.
 
     check      an artifact that did not pass verification, or of which a file has changed, is not deployed
-    upload     its files go to the network volume, what is there already is compared (upload.py)
+    upload     its files go to the network volume, what is there already is compared (upload.py); those that a launched
+               job left on its volume are looked at there (left.py)
     make       the endpoint has one name for a recipe and format: a second deployment updates the first, and one that
                changes nothing sends nothing
     validate   through the API that its users have (validate.py)
@@ -13,7 +14,6 @@ Files on the volume stay: they cost nothing beside the volume, and the next try 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -23,7 +23,9 @@ from typing import Any
 from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
 from loadmaster.files import read_json, write_json
+from loadmaster.launch.context import undisturbed
 from loadmaster.launch.inference import Inference, NotAnswered
+from loadmaster.launch.left import Left, away, copied_by
 from loadmaster.launch.runpod.client import FLASHBOOT_SUFFIX, RunpodClient
 from loadmaster.launch.runpod.types import (
     CreateEndpoint,
@@ -54,6 +56,8 @@ class Order:
     cards: list[str]
     """Provider's names of the cards that the plan holds for."""
     artifact: Path
+    left: Left | None
+    """Where its files are, when a launched job left them there; None: here."""
     volume: str | None
     """Id or name of the network volume that the worker reads; None: the image holds the weights."""
     volume_path: str | None
@@ -75,16 +79,30 @@ class Order:
 
 
 def order(run_dir: Path, volume: str | None) -> Order:
-    """Check the bundle, its artifact and every hash. volume: id or name of the network volume for the artifact.
+    """Check the bundle, its artifact and every hash. volume: id or name of the network volume for the artifact; None:
+    the one on which a launched job left it.
 
-    Raises ExportRejected for an artifact that is not what passed, LoadmasterError for what is missing.
+    Raises ExportRejected for an artifact that is not what passed, LoadmasterError for what is missing or damaged.
     """
+    try:
+        return _order(run_dir, volume)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON that is cut, or of another shape
+        raise LoadmasterError(
+            f"{run_dir / 'bundle'} is damaged, or of another version of loadmaster ({type(error).__name__}): run the "
+            "bundle stage again (loadmaster bundle ...)"
+        ) from None
+
+
+def _order(run_dir: Path, volume: str | None) -> Order:
     bundle = run_dir / "bundle"
     if not (bundle / NAME).is_file():
         raise LoadmasterError(f"{run_dir} has no bundle: run the bundle stage first (loadmaster bundle ...)")
     manifest = read_manifest(bundle)
     artifact = bundle / manifest["serve"]["artifact"]
-    if problems := verify_manifest(artifact):
+    left = away(run_dir, artifact)
+    if left is not None and left.volume is None:
+        raise LoadmasterError(f"the files of {artifact} are not here; first {copied_by(left, run_dir)}")
+    if left is None and (problems := verify_manifest(artifact)):
         raise ExportRejected(f"{artifact} is not what was exported, so it is not deployed:\n  " + "\n  ".join(problems))
     exported = read_manifest(artifact)
     if not exported["verification"]["passed"]:
@@ -105,6 +123,11 @@ def order(run_dir: Path, volume: str | None) -> Order:
             "directory, push it, then endpoint.image=IMAGE and the bundle stage again"
         )
     path = wanted.get("volume_path")
+    if left is not None and path is None:
+        raise LoadmasterError(
+            f"the image is to hold the weights of {artifact}, and they are not here: loadmaster fetch {run_dir}"
+        )
+    volume = volume or (left and left.volume)
     if path is not None and volume is None:
         raise LoadmasterError(
             f"the worker reads its weights from a network volume, at {path}: name one with --volume (id or name), and "
@@ -113,7 +136,7 @@ def order(run_dir: Path, volume: str | None) -> Order:
     if path is not None:
         request["networkVolumes"] = [volume]
     return Order(
-        request=parse(CreateEndpoint, request), cards=wanted["cards"], artifact=artifact,
+        request=parse(CreateEndpoint, request), cards=wanted["cards"], artifact=artifact, left=left,
         volume=volume if path is not None else None, volume_path=path, bytes=manifest["bytes"],
         usd_per_worker_hour=wanted["usd_per_worker_hour"], active_workers=wanted["active_workers"],
         expected=Expected(
@@ -141,22 +164,29 @@ def deploy(
 ) -> dict[str, Any]:  # fmt: skip
     """Upload, make or update the endpoint, validate and measure it. Returns what deployment.json holds.
 
-    put: brings the artifact to the volume it is given; None: it is there already. Raises NotAnswered when the
-    endpoint does not answer as it should (after taking back what was done, unless `keep`), ProviderError for the
-    refusals of the control plane and of the volume.
+    put: brings the artifact to the volume it is given, or looks at it there; None: it is there already. Raises
+    NotAnswered when the endpoint does not answer as it should (after taking back what was done, unless `keep`),
+    ProviderError for the refusals of the control plane and of the volume.
     """
     request = wanted.request
     if wanted.volume is not None:
         volume = volume_of(client, wanted.volume)
+        if wanted.left is not None and volume.id != wanted.left.volume:
+            raise LoadmasterError(
+                f"the files are on volume {wanted.left.volume}, not on {wanted.volume}: leave --volume out; or bring "
+                "them home with `loadmaster fetch RUN`, and they are uploaded from here"
+            )
         request = replace(request, network_volumes=[volume.id], data_center_ids=[volume.data_center])
     request = only_cards(request, wanted.cards, client.gpus("SERVERLESS"))
     before = find(client, request.name)
     if wanted.volume is not None and put is not None:
         put(volume)
     change = None if before is None else changes(before, request)
+    made: Endpoint | None = None
     try:
         if before is None:
-            endpoint = client.create_endpoint(request)
+            endpoint = made = client.create_endpoint(request)
+            _alone(client, made)
             echo(f"made endpoint {endpoint.id} ({endpoint.name})")
         elif change is not None:
             endpoint = client.update_endpoint(before.id, change)
@@ -171,22 +201,39 @@ def deploy(
         if keep:
             echo(f"validation failed; endpoint {request.name} is kept, as asked")
         elif before is None or change is not None:
-            _take_back(client, request.name, before, echo)
+            with undisturbed():
+                _take_back(client, request.name, before, made, echo)
         if isinstance(error, NotAnswered):
             raise NotAnswered(f"{request.name} does not serve as it should: {error}") from None
         raise
     return {"endpoint": endpoint.id, "name": endpoint.name, "urls": dict(endpoint.request_urls), **found}
 
 
-def _take_back(client: RunpodClient, name: str, before: Endpoint | None, echo: Callable[[str], None]) -> None:
+def _alone(client: RunpodClient, made: Endpoint) -> None:
+    """Raises LoadmasterError where another deployment of the same bundle made its endpoint at the same moment.
+
+    Whoever sees the other one and is not older gives way, so at most one stays.
+    """
+    for twin in client.endpoints():
+        same = twin.name.removesuffix(FLASHBOOT_SUFFIX) == made.name.removesuffix(FLASHBOOT_SUFFIX)
+        if same and twin.id != made.id and twin.created_at <= made.created_at:
+            raise LoadmasterError(
+                f"somebody else deployed {made.name} at this moment (endpoint {twin.id}): start again when that is "
+                "over; it is then updated in place"
+            )
+
+
+def _take_back(
+    client: RunpodClient, name: str, before: Endpoint | None, made: Endpoint | None, echo: Callable[[str], None]
+) -> None:
     """Delete what was made, or put back what was changed; says so when the provider does not let it."""
     try:
         if before is not None:
             client.update_endpoint(before.id, _restore(before))
             echo(f"failed: endpoint {before.id} is as it was before")
-        elif made := find(client, name):  # by its name: the answer to its creation may be what was lost
-            client.delete_endpoint(made.id)
-            echo(f"failed: endpoint {made.id} is deleted")
+        elif there := made or find(client, name):  # by its name, where the answer to its creation was lost
+            client.delete_endpoint(there.id)
+            echo(f"failed: endpoint {there.id} is deleted")
     except ProviderError as error:
         echo(
             f"failed, and endpoint {name} could not be taken back ({error}); it may cost money: "
@@ -260,19 +307,13 @@ def owned(client: RunpodClient, name: str) -> Endpoint:
 
 def scale(client: RunpodClient, endpoint: Endpoint, least: int | None, most: int | None) -> Endpoint:
     """Raises LoadmasterError when the bounds cross."""
+    if min(least or 0, most or 0) < 0:
+        raise LoadmasterError("a number of workers is 0 or more: --min 0 --max 3")
     low = endpoint.workers.min if least is None else least
     high = endpoint.workers.max if most is None else most
     if (low or 0) > (high or 0):
         raise LoadmasterError(f"at least {low} and at most {high} workers cannot both hold")
     return client.update_endpoint(endpoint.id, UpdateEndpoint(workers=Workers(min=least, max=most)))
-
-
-def key_from_environment() -> str:
-    """Raises LoadmasterError where there is none."""
-    key = os.environ.get("RUNPOD_API_KEY", "").strip()
-    if not key:
-        raise LoadmasterError("RUNPOD_API_KEY is not set; the endpoint is asked with it")
-    return key
 
 
 def write_deployment(run_dir: Path, deployed: dict[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""`loadmaster deploy RUN` and `loadmaster endpoint list|test|review|scale|delete`: words, questions, printed lines.
+"""`loadmaster deploy RUN`, `fetch RUN` and `endpoint list|test|review|scale|delete`: words, questions, printed lines.
 
 The parsers are built on every start of the command line, so what they run is imported when it runs.
 """
@@ -6,6 +6,7 @@ The parsers are built on every start of the command line, so what they run is im
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +17,25 @@ if TYPE_CHECKING:
     from loadmaster.launch.deploy import Order
     from loadmaster.launch.inference import Inference
     from loadmaster.launch.runpod.client import RunpodClient
-    from loadmaster.launch.runpod.types import NetworkVolume
+    from loadmaster.launch.runpod.types import CreateEndpoint, NetworkVolume
 
 
 def add_parsers(commands: Any) -> None:
-    """Add both commands to the subparsers of the command line; each sets run(arguments, rest) -> exit code."""
+    """Add these commands to the subparsers of the command line; each sets run(arguments, rest) -> exit code."""
     made = commands.add_parser("deploy", help="put a run's bundle on an endpoint, validate and measure it")
     made.add_argument("run_dir", type=Path, metavar="RUN")
     made.add_argument("--volume", metavar="ID", help="network volume for the artifact, by id or name")
-    made.add_argument("--no-upload", action="store_true", help="the artifact is on the volume already")
+    made.add_argument(
+        "--no-upload", action="store_true", help="the artifact is on the volume already, and is not looked at there"
+    )
     made.add_argument("--yes", action="store_true", help="do not ask before anything is made")
     made.add_argument("--keep", action="store_true", help="keep the endpoint when its validation fails")
     made.add_argument("--dry-run", action="store_true", help="print the request and make nothing")
     made.set_defaults(run=_deploy)
+    home = commands.add_parser("fetch", help="bring home the exports that a launched job left on its network volume")
+    home.add_argument("run_dir", type=Path, metavar="RUN")
+    home.add_argument("--formats", nargs="+", metavar="FORMAT", help="default: all that it exported")
+    home.set_defaults(run=_fetch)
     endpoint = commands.add_parser(
         "endpoint", help="list, test, review, scale or delete endpoints that loadmaster made"
     )
@@ -56,19 +63,21 @@ def add_parsers(commands: Any) -> None:
 def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
     import json
 
-    from loadmaster.launch.deploy import deploy, order, write_deployment
+    from loadmaster.launch.deploy import deploy, find, order, write_deployment
     from loadmaster.launch.runpod.types import body
+    from loadmaster.training.stop import StopSignal
 
     _refuse(rest)
     wanted = order(arguments.run_dir, arguments.volume)
     request = wanted.request
-    uploads = wanted.volume is not None and not arguments.no_upload
-    print(f"{request.name}: {request.image}")
-    if uploads:
-        print(
-            f"{wanted.artifact} ({wanted.bytes / 1e9:.2f} GB) goes to {wanted.volume_path} on volume {wanted.volume}, "
-            "unless it is there"
-        )
+    puts = wanted.volume is not None and not arguments.no_upload
+    print(f"endpoint {request.name}: {request.image}")
+    print(f"  {_described(request)}")
+    if puts:
+        what = f"{wanted.artifact} ({wanted.bytes / 1e9:.2f} GB)"
+        how = "goes to" if wanted.left is None else "was left in"
+        end = "unless it is there" if wanted.left is None else "where it is looked at"
+        print(f"{what} {how} {wanted.volume_path} on volume {wanted.volume}, {end}")
     print(
         f"at least ${wanted.least_usd_per_hour:.2f}/h, at most ${wanted.most_usd_per_hour:.2f}/h "
         f"(${wanted.usd_per_worker_hour:.2f} a worker and hour while it is up, list price)"
@@ -76,27 +85,66 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.dry_run:
         print(json.dumps(body(request), indent=2))
         return 0
-    put = _put(wanted) if uploads else None
-    if not arguments.yes and not _agreed("make or update this endpoint?"):
-        return 0
+    put = _put(wanted) if puts else None
+    _writable(arguments.run_dir)
     with _client() as client:
-        deployed = deploy(wanted, client, _connect, put, keep=arguments.keep)
+        there = find(client, request.name)
+        print(f"it is there ({there.id}) and is updated in place" if there else "it is not there and is made")
+        if not arguments.yes and not _agreed("go on?"):
+            return 0
+        stop = StopSignal().install()  # Ctrl-C or SIGTERM from here on: what was made is taken back
+        try:
+            deployed = deploy(wanted, client, _connect, put, keep=arguments.keep)
+        finally:
+            stop.uninstall()
     print(f"written: {write_deployment(arguments.run_dir, deployed)}")
     print(f"OpenAI base URL: {deployed['urls']['run'].removesuffix('/run')}/openai/v1, model {wanted.expected.model}")
     return 0
 
 
+def _described(request: CreateEndpoint) -> str:
+    """Its machines and workers in a line."""
+    gpu, workers = request.gpu, request.workers
+    assert gpu is not None and workers is not None
+    without = f" without {', '.join(gpu.excluded_types)}" if gpu.excluded_types else ""
+    flashboot = "" if request.flashboot in (None, "OFF") else ", FlashBoot"
+    return (
+        f"{gpu.count} GPU(s) a worker of pool {', '.join(gpu.pools)}{without}; {workers.min} to {workers.max} workers, "
+        f"idle for {workers.idle_timeout} s{flashboot}"
+    )
+
+
+def _writable(run_dir: Path) -> None:
+    """Before anything is made. Raises LoadmasterError where deployment.json cannot be written."""
+    if not os.access(run_dir, os.W_OK):
+        raise LoadmasterError(f"{run_dir} cannot be written, and deployment.json belongs there: chmod u+w, or a copy")
+
+
 def _put(wanted: Order) -> Callable[[NetworkVolume], None]:
     from loadmaster.launch.bucket import Bucket, require_keys
+    from loadmaster.launch.left import look
     from loadmaster.launch.upload import upload
 
     require_keys()  # now, and not after people have said yes
 
     def put(volume: NetworkVolume) -> None:
         with Bucket(volume.id, volume.data_center) as bucket:
-            upload(wanted.artifact, str(wanted.volume_path), bucket)
+            (upload if wanted.left is None else look)(wanted.artifact, str(wanted.volume_path), bucket)
 
     return put
+
+
+def _fetch(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from loadmaster.launch.bucket import require_keys
+    from loadmaster.launch.left import fetch, fetchable
+    from loadmaster.launch.runpod.provider import Runpod
+
+    _refuse(rest)
+    left, formats = fetchable(arguments.run_dir, arguments.formats)
+    require_keys()
+    with _client() as client, Runpod(client).bucket(str(left.volume)) as bucket:
+        fetch(arguments.run_dir, formats, bucket, left)
+    return 0
 
 
 def _list(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -210,7 +258,7 @@ def _client() -> RunpodClient:
 
 
 def _connect(urls: Mapping[str, str]) -> Inference:
-    from loadmaster.launch.deploy import key_from_environment
     from loadmaster.launch.inference import Inference
+    from loadmaster.launch.runpod.http import key_from_environment
 
     return Inference(urls, key_from_environment())

@@ -10,20 +10,24 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from loadmaster import catalog
 from loadmaster.config.compose import Composed
-from loadmaster.errors import ConfigError, LoadmasterError, ProviderError
+from loadmaster.errors import ConfigError, LoadmasterError, ProviderError, StoppedOnRequest
+from loadmaster.launch.bucket import has_keys, reachable, require_keys, url_of
 from loadmaster.launch.check import problems
 from loadmaster.launch.choose import Choice, choices, counts, nodes_of, wanted
 from loadmaster.launch.context import Launch
-from loadmaster.launch.machines import provider_of
-from loadmaster.launch.order import deadline_hours, make_order, volume_gb, with_volume
-from loadmaster.launch.provider import PREFIX, Order, Provider, Volume
+from loadmaster.launch.left import fetch, fetchable
+from loadmaster.launch.machines import orphan, provider_of, run_dir
+from loadmaster.launch.order import deadline_hours, make_order, run_folder, volume_gb, with_volume
+from loadmaster.launch.provider import PREFIX, Machine, Order, Provider, Volume
 from loadmaster.launch.rented import run_there
 from loadmaster.launch.slurm import run_by_slurm
 from loadmaster.launch.ssh import run_by_ssh
@@ -31,6 +35,7 @@ from loadmaster.preflight import print_plan
 from loadmaster.training.stop import StopSignal
 
 SHOWN_OFFERS = 6
+SHOWN_CHARACTERS = 2000
 
 
 def launch_job(
@@ -65,16 +70,59 @@ def _rent(launch: Launch, provider: Provider, tokens: int | None) -> int:
     ranked = choices(job, offers, tokens)
     volume = None
     if job.launch.volume is not None:
-        volume = next((v for v in provider.volumes() if v.name == job.launch.volume), None)
+        volume = _volume_called(job.launch.volume, provider.volumes())
     choice = _where_the_volume_is(ranked, volume)
     order = _order(launch, provider, choice, volume)
+    if (job.launch.fetch or order.uploads) and not job.launch.dry_run:
+        require_keys()  # now, and not when the job is over
     _show(launch, ranked, choice, order)
+    if volume is not None:
+        _refuse_a_second(provider.machines(), run_folder(launch.composed, choice))
     if job.launch.dry_run:
         _print_requests(launch, provider, choice, order)
         return 0
     _ask(launch)
     order = _order(launch, provider, choice, volume)  # anew: its deadline counts from now
-    return run_there(launch, provider, choice, order)
+    code = run_there(launch, provider, choice, order)
+    if job.launch.fetch and code == 0:
+        _fetch(launch, provider)
+    return code
+
+
+def _refuse_a_second(machines: list[Machine], folder: str) -> None:
+    """Two jobs in one run directory would write each other's files. Raises LoadmasterError."""
+    now = datetime.now(UTC)
+    for machine in machines:
+        if run_dir(machine) == folder and not orphan(machine, now):
+            raise LoadmasterError(
+                f"this very job on this very data runs already, in the same run directory, on {machine.kind} "
+                f"{machine.name}: wait for it, end it (loadmaster pods sweep {machine.name}), or change the job"
+            )
+
+
+def _fetch(launch: Launch, provider: Provider) -> None:
+    """The exports, once the machine costs nothing any more. Raises LoadmasterError; the files stay on the volume."""
+    done, again = "the job is done and its exports are on the volume", f"`loadmaster fetch {launch.folder}` goes on"
+    try:
+        left, formats = fetchable(launch.folder, None)
+        with provider.bucket(str(left.volume)) as bucket:
+            fetch(launch.folder, formats, bucket, left, launch.echo)
+    except StoppedOnRequest:
+        raise StoppedOnRequest(f"stopped on request; {done}: {again}") from None
+    except LoadmasterError as error:
+        raise LoadmasterError(f"{done}, but did not come: {error}; {again}") from None
+
+
+def _volume_called(name: str, volumes: list[Volume]) -> Volume | None:
+    """By name or id; None: it is to be made. Raises LoadmasterError where several have that name."""
+    found = [volume for volume in volumes if name in (volume.name, volume.id)]
+    if len(found) > 1:
+        there = ", ".join(f"{volume.id} ({volume.size_gb} GB in {volume.place})" for volume in found)
+        raise LoadmasterError(
+            f"several network volumes are called {name}: {there}. launch.volume=ID says which; delete the other one in "
+            "the provider's console, as it costs money"
+        )
+    return found[0] if found else None
 
 
 def _where_the_volume_is(ranked: list[Choice], volume: Volume | None) -> Choice:
@@ -91,7 +139,18 @@ def _where_the_volume_is(ranked: list[Choice], volume: Volume | None) -> Choice:
 
 def _order(launch: Launch, provider: Provider, choice: Choice, volume: Volume | None) -> Order:
     places = (volume.place,) if volume else choice.offer.places
-    return make_order(launch.composed, choice, launch.name, launch.clock(), provider.api, volume, places)
+    order = make_order(launch.composed, choice, launch.name, launch.clock(), provider.api, volume, places, has_keys())
+    if launch.composed.job.launch.fetch or order.uploads:
+        order = replace(order, places=_with_a_way_home(places, launch.composed.job.launch.data_centers))
+    return order
+
+
+def _with_a_way_home(places: tuple[str, ...], asked: list[str]) -> tuple[str, ...]:
+    """Those whose volumes can be reached from here. Raises LoadmasterError where none can."""
+    found = tuple(place for place in places or asked if reachable(place))
+    if not found and (places or asked):
+        url_of((places or tuple(asked))[0])
+    return found
 
 
 # -------------------------------------------------------- before anything is made
@@ -121,6 +180,8 @@ def _show(launch: Launch, ranked: list[Choice], choice: Choice, order: Order) ->
         launch.echo(f"  (on the network volume {order.volume.name}, {order.volume.size_gb} GB in {order.volume.place})")
     else:
         launch.echo("  no volume: the trained weights end with the Pod; only the run's small files come back")
+    for upload in order.uploads:
+        launch.echo(f"  {upload.path.name} ({upload.bytes / 1e6:.1f} MB) goes to the volume first, as {upload.name}")
     expected = "not known (size of the data)" if choice.usd is None else f"about ${choice.usd:.2f}"
     launch.echo(f"  cost {expected}; terminated after {hours:.2f} h at the latest, ${hours * rate:.2f}\n")
 
@@ -133,7 +194,17 @@ def _print_requests(launch: Launch, provider: Provider, choice: Choice, order: O
         requests.append(provider.volume_request(settings.volume, volume_gb(settings, choice), place))
         order = with_volume(order, Volume("<id of the volume above>", settings.volume, 0, place))
     requests += provider.rent_requests(order)
+    if launch.console.is_terminal:
+        requests = [_shortened(request) for request in requests]
     launch.console.out(json.dumps(requests, indent=2), highlight=False)
+
+
+def _shortened(request: dict[str, Any]) -> dict[str, Any]:
+    """Packed files are pages of base64: on a terminal their beginning will do."""
+    env = request["body"].get("env", {})
+    long = {name: value for name, value in env.items() if len(value) > SHOWN_CHARACTERS}
+    short = {name: f"{value[:40]}... ({len(value):,} characters, whole in a pipe)" for name, value in long.items()}
+    return {**request, "body": {**request["body"], **({"env": env | short} if env else {})}}
 
 
 def _ask(launch: Launch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loadmaster import catalog
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import LoadmasterError, ProviderError
 from loadmaster.launch.provider import Machine, Provider
 
 GRACE_HOURS = 0.25
@@ -31,6 +32,14 @@ def usd_so_far(machine: Machine, now: datetime) -> float:
 def deadline(machine: Machine) -> datetime | None:
     try:
         return datetime.fromtimestamp(json.loads(machine.env["LOADMASTER_JOB"])["deadline"], UTC)
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def run_dir(machine: Machine) -> str | None:
+    """Where its job writes, as it sees it."""
+    try:
+        return json.loads(machine.env["LOADMASTER_JOB"])["run_dir"]
     except (KeyError, ValueError, TypeError):
         return None
 
@@ -86,14 +95,21 @@ def list_pods(console: Console, provider: Provider | None = None) -> int:
     return 0
 
 
-def sweep_pods(console: Console, yes: bool = False, everything: bool = False, provider: Provider | None = None) -> int:
-    """End orphans, or everything that this tool has made; asks first. Volumes are never touched.
+def sweep_pods(
+    console: Console, yes: bool = False, everything: bool = False, names: Sequence[str] = (),
+    provider: Provider | None = None,
+) -> int:  # fmt: skip
+    """End orphans, or everything that this tool has made, or what is named; asks first. Volumes are never touched.
 
-    Raises ProviderError when one could not be ended.
+    Raises LoadmasterError for a name that is none, ProviderError when one could not be ended.
     """
     provider, now = provider or provider_of(), datetime.now(UTC)
-    doomed = [(m, orphan(m, now)) for m in provider.machines()]
-    doomed = [(machine, why) for machine, why in doomed if why or everything]
+    machines = provider.machines()
+    if unknown := [name for name in names if not any(name in (m.name, m.id) for m in machines)]:
+        there = ", ".join(m.name for m in machines) or "nothing"
+        raise LoadmasterError(f"there is no {', '.join(unknown)} that loadmaster has made; there is: {there}")
+    doomed = [(m, orphan(m, now)) for m in machines if not names or m.name in names or m.id in names]
+    doomed = [(machine, why) for machine, why in doomed if why or everything or names]
     if not doomed:
         console.print("nothing to sweep")
         return 0
@@ -103,12 +119,26 @@ def sweep_pods(console: Console, yes: bool = False, everything: bool = False, pr
             highlight=False,
             markup=False,
         )
-    if not yes and console.input(f"Terminate {len(doomed)}? [y/N] ").strip().lower() not in ("y", "yes"):
+    if not yes and not _agreed(console, f"Terminate {len(doomed)}? [y/N] "):
         raise LoadmasterError("nothing was terminated")
+    left: list[str] = []
     for machine, _ in doomed:
-        provider.terminate(machine)
-        console.print(f"terminated {machine.name}", highlight=False, markup=False)
+        try:
+            provider.terminate(machine)
+        except ProviderError as error:  # the others cost money as well
+            left.append(f"{machine.name} ({error})")
+        else:
+            console.print(f"terminated {machine.name}", highlight=False, markup=False)
+    if left:
+        raise ProviderError(f"not certain to have ended, and may cost money: {'; '.join(left)}. Sweep again")
     return 0
+
+
+def _agreed(console: Console, question: str) -> bool:
+    try:
+        return console.input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        raise LoadmasterError("nobody is there to ask: --yes goes on without") from None
 
 
 def provider_of(name: str = "runpod") -> Provider:

@@ -2,7 +2,8 @@
 
 The job travels in the machine's environment: its resolved configuration and its small data files as
 LOADMASTER_PAYLOAD (tar.gz, base64), what the bootstrap must know as LOADMASTER_JOB (JSON), the bootstrap itself
-as LOADMASTER_BOOTSTRAP. Secrets never do: only their names, for which the provider puts its references.
+as LOADMASTER_BOOTSTRAP, and the code, where the image does not have it, as LOADMASTER_WHEEL_0, _1, ... Secrets
+never do: only their names, for which the provider puts its references.
 """
 
 from __future__ import annotations
@@ -15,29 +16,34 @@ from dataclasses import replace
 
 from loadmaster import __version__
 from loadmaster.config.compose import Composed
-from loadmaster.config.schema import LaunchConfig
+from loadmaster.config.schema import HardwareConfig, LaunchConfig
 from loadmaster.config.shipped import shipped_folder
+from loadmaster.errors import ConfigError
 from loadmaster.launch.choose import Choice, on
-from loadmaster.launch.payload import identity, payload
-from loadmaster.launch.provider import Order, Volume
+from loadmaster.launch.payload import by_volume, identity, payload
+from loadmaster.launch.provider import MOUNT, Order, Upload, Volume
+from loadmaster.launch.wheel import constraints, travelling
 
-ROOM = "/workspace/loadmaster"
-"""On a Pod the network volume is mounted at /workspace; without one it is a folder of the container."""
+ROOM = f"{MOUNT}/loadmaster"
 PAYLOAD_BYTES = 96 << 10
 """Most that travels in one environment variable: Linux takes 128 KiB a variable."""
+PACKED_AT_MOST = 20
+"""Text does not shrink to less than a twentieth; more than that is not tried."""
 BOOTSTRAP_ARGUMENTS = (
     "python3 -c \"import base64,gzip,os;exec(gzip.decompress(base64.b64decode(os.environ['LOADMASTER_BOOTSTRAP'])))\""
 )
 IMAGE_GB = 50
+VOLUME_GB = (10, 4096)
+"""What the provider makes."""
 HOLD_S = 300
 MARGIN_S = 60
 """Between the last moment for a checkpoint and the end of the machine."""
 UNKNOWN_HOURS = 24.0
-TORCHRUN, BOOTSTRAP = "torchrun.py", "pod_bootstrap.py"
+TORCHRUN, BOOTSTRAP, CONSTRAINTS = "torchrun.py", "pod_bootstrap.py", "constraints.txt"
 PROGRESS_S = 10
 FILES = (
     "config.yaml", "plan.json", "metrics.jsonl", "eval.json", "result.json", "stages.json", "report.html",
-    "export/*/manifest.json", "bundle/*", "bundle/*/*",
+    "export/*/manifest.json", "smoke/*.json", "bundle/*", "bundle/*/*", "bundle/.*", "bundle/.*/*",
 )  # fmt: skip
 
 
@@ -63,7 +69,7 @@ def volume_gb(launch: LaunchConfig, choice: Choice) -> int:
     if launch.volume_gb != "auto":
         return launch.volume_gb
     weights_gb = choice.plan.model.parameters * 2 / 1e9
-    return min(4096, max(10, math.ceil(choice.plan.disk_gib * 1.074 + 2 * weights_gb)))
+    return min(VOLUME_GB[1], max(VOLUME_GB[0], math.ceil(choice.plan.disk_gib * 1.074 + 2 * weights_gb)))
 
 
 def disk_gb(launch: LaunchConfig, choice: Choice) -> int:
@@ -73,19 +79,26 @@ def disk_gb(launch: LaunchConfig, choice: Choice) -> int:
 
 
 def make_order(
-    composed: Composed, choice: Choice, name: str, now: float, api: str, volume: Volume | None, places: tuple[str, ...]
-) -> Order:
-    """now: seconds since 1970. api: base URL under which the machine ends itself.
+    composed: Composed, choice: Choice, name: str, now: float, api: str, volume: Volume | None,
+    places: tuple[str, ...], can_upload: bool = False,
+) -> Order:  # fmt: skip
+    """now: seconds since 1970. api: base URL under which the machine ends itself. can_upload: data that does not fit
+    into the environment may go to the volume.
 
-    Raises ConfigError when the data does not fit into the environment.
+    Raises ConfigError when it does not fit and may not.
     """
     launch, folder, run_dir = composed.job.launch, f"{ROOM}/jobs/{name}", run_folder(composed, choice)
     hours, nodes = deadline_hours(launch, choice), choice.offer.nodes
     secrets = launch.secrets or {}
+    wheel = travelling(launch)
+    packed = wheel.variables(PAYLOAD_BYTES) if wheel else {}
+    pins = constraints() if wheel else None
     job = {
         "name": name,
         "version": __version__,
-        "package": launch.package,
+        "package": None if launch.package == "auto" or wheel else launch.package,
+        "wheel": wheel and {"name": wheel.name, "sha256": wheel.sha256, "parts": len(packed)},
+        "constraints": pins and f"{folder}/{CONSTRAINTS}",
         "remedy": "launch.image or launch.package must match",
         "folder": folder,
         "run_dir": run_dir,
@@ -100,15 +113,17 @@ def make_order(
         "files": list(FILES),
         "secrets": sorted(secrets),
     }
-    more = {TORCHRUN: launch_file(TORCHRUN)} if nodes > 1 else {}
+    more = ({TORCHRUN: launch_file(TORCHRUN)} if nodes > 1 else {}) | ({CONSTRAINTS: pins} if pins else {})
     hardware = on(composed.job, choice.offer).hardware
+    travels, uploads = _data(composed, hardware, folder, more, can_upload and launch.volume is not None)
     env = {
         "HF_HOME": f"{ROOM}/huggingface",
         **(launch.env or {}),
         "PYTHONUNBUFFERED": "1",
         "LOADMASTER_JOB": json.dumps(job),
-        "LOADMASTER_PAYLOAD": payload(composed, hardware, folder, PAYLOAD_BYTES, more),
+        "LOADMASTER_PAYLOAD": travels,
         "LOADMASTER_BOOTSTRAP": _packed(launch_file(BOOTSTRAP)),
+        **packed,
     }
     return Order(
         name,
@@ -122,7 +137,22 @@ def make_order(
         places,
         plain=launch.force_pods,
         secrets=secrets,
+        uploads=uploads,
     )
+
+
+def _data(
+    composed: Composed, hardware: HardwareConfig, folder: str, more: dict[str, bytes], can_upload: bool
+) -> tuple[str, tuple[Upload, ...]]:
+    """(LOADMASTER_PAYLOAD, what goes to the volume instead, as it does not fit)."""
+    uploads = by_volume(composed.job, ROOM.removeprefix(f"{MOUNT}/")) if can_upload else ()
+    if sum(upload.bytes for upload in uploads) <= PACKED_AT_MOST * PAYLOAD_BYTES:
+        try:
+            return payload(composed, hardware, folder, PAYLOAD_BYTES, more), ()
+        except ConfigError:
+            if not uploads:
+                raise
+    return payload(composed, hardware, folder, PAYLOAD_BYTES, more, uploads), uploads
 
 
 def ended_by(nodes: int, plain: bool) -> str:

@@ -1,7 +1,8 @@
 """What travels to other machines: the resolved job as job.yaml, and the data files that lie here.
 
-A job that arrives is a job for that hardware, launched locally; paths of data that travels along are changed to
-where it will lie. The same job gives the same bytes.
+Data that is too large to travel along goes to the volume before the machine starts, under a name with its hash, so that
+the same data goes there once. A job that arrives is a job for that hardware, launched locally; paths of data that
+travels along are changed to where it will lie. The same job gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import gzip
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from loadmaster.config.schema import HardwareConfig, Job
 from loadmaster.config.shipped import SCHEME
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.files import sha256_file, sha256_json
+from loadmaster.launch.provider import MOUNT, Upload
 
 
 def data_paths(job: Job) -> list[tuple[str, str]]:
@@ -48,13 +51,26 @@ def job_there(composed: Composed, hardware: HardwareConfig) -> dict[str, Any]:
     return resolved
 
 
+def by_volume(job: Job, room: str) -> tuple[Upload, ...]:
+    """The local data files, as they go to the volume. room: the folder of this tool there."""
+    found = []
+    for _, path in data_paths(job):
+        local = Path(path).expanduser()
+        if local.is_file():
+            digest = sha256_file(local)
+            found.append(Upload(local, f"{room}/data/{digest[:16]}-{local.name}", digest, local.stat().st_size))
+    return tuple(found)
+
+
 def payload(
-    composed: Composed, hardware: HardwareConfig, folder: str, limit_bytes: int | None, more: dict[str, bytes]
-) -> str:
+    composed: Composed, hardware: HardwareConfig, folder: str, limit_bytes: int | None, more: dict[str, bytes],
+    uploads: Sequence[Upload] = (),
+) -> str:  # fmt: skip
     """tar.gz in base64: job.yaml for that hardware, the local data files under data/, and `more`, by name.
 
-    Raises ConfigError where that is more than limit_bytes of text.
+    uploads: data files that are on the volume instead. Raises ConfigError where it is more than limit_bytes of text.
     """
+    on_volume = {upload.path: f"{MOUNT}/{upload.name}" for upload in uploads}
     files: dict[str, bytes] = dict(more)
     resolved = job_there(composed, hardware)
 
@@ -62,6 +78,8 @@ def payload(
         local = Path(path).expanduser() if isinstance(path, str) and not path.startswith(SCHEME) else None
         if local is None or not local.is_file():
             return path
+        if local in on_volume:
+            return on_volume[local]
         inside = f"data/{len(files) - len(more)}-{local.name}"
         files[inside] = local.read_bytes()
         return f"{folder}/{inside}"
@@ -79,7 +97,8 @@ def payload(
                     composed.job.data.path,
                     "recipe or command line",
                     f"packs to {len(text) >> 10} KiB, and a job takes {limit_bytes >> 10} KiB along",
-                    "publish it as a (private) Hub dataset, or copy it to the volume and name it /workspace/...",
+                    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the provider's S3 API key, and it goes to the "
+                    "volume by itself; or publish it as a (private) Hub dataset",
                 )
             ]
         )

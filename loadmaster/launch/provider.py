@@ -8,9 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from loadmaster.launch.bucket import Bucket
 
 PREFIX = "loadmaster-"
+MOUNT = "/workspace"
+"""Where a machine sees its volume; without one it is a folder of the container."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,17 @@ class Volume:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """A file of this machine that goes to the volume."""
+
+    path: Path
+    name: str
+    """On the volume."""
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Order:
     """A machine, or several, with what runs on each of them.
 
@@ -65,6 +82,8 @@ class Order:
     """Several machines of their own, not a cluster with a fast network."""
     secrets: dict[str, str] = field(default_factory=dict)
     """Further environment variables -> name of the provider's secret that each is to hold."""
+    uploads: tuple[Upload, ...] = ()
+    """Files that have to be on the volume before the machine starts."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,10 @@ class Provider(Protocol):
     def create_volume(self, name: str, size_gb: int, place: str) -> Volume: ...
 
     def delete_volume(self, id: str) -> None: ...
+
+    def bucket(self, volume: str) -> Bucket:
+        """The files of a volume, by its id. Raises LoadmasterError without its key."""
+        ...
 
     def rent(self, order: Order) -> Machine: ...
 

@@ -20,6 +20,7 @@ from loadmaster.files import write_json
 from loadmaster.launch.board import Board
 from loadmaster.launch.choose import Choice
 from loadmaster.launch.context import Launch, undisturbed
+from loadmaster.launch.left import RECORD
 from loadmaster.launch.machines import usd_so_far
 from loadmaster.launch.order import run_folder, volume_gb, with_volume
 from loadmaster.launch.provider import LogLine, Machine, NoCapacity, Order, Provider, Volume
@@ -40,7 +41,7 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
     record = {"name": launch.name, "gpu": offer.gpu_id, "count": offer.count, "nodes": offer.nodes}
     record |= {"image": order.image, "usd_per_hour": offer.usd_per_hour}
     record |= {"run_dir": run_folder(launch.composed, choice)}
-    write_json(launch.folder / "launch.json", record)
+    write_json(launch.folder / RECORD, record)
     machine: Machine | None = None
     made: list[Volume] = []
     followed: _Followed | None = None
@@ -48,7 +49,7 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
         machine, order = _rent(launch, provider, choice, order, made)
         record |= {"id": machine.id, "kind": machine.kind, "volume": order.volume and order.volume.id}
         record |= {"billed_usd_per_hour": machine.usd_per_hour}
-        write_json(launch.folder / "launch.json", record)
+        write_json(launch.folder / RECORD, record)
         launch.echo(f"rented {machine.kind} {machine.id}; its log goes to {launch.folder / 'pod.log'}")
         followed = _Followed(launch, provider, machine, order)
         return followed.to_the_end()
@@ -75,6 +76,7 @@ def _rent(
     needs_volume = settings.volume is not None and order.volume is None
     if not needs_volume:
         try:
+            _upload(launch, provider, order)
             return provider.rent(order), order
         except NoCapacity as error:
             said = str(error)
@@ -82,6 +84,7 @@ def _rent(
         made.append(provider.create_volume(settings.volume, volume_gb(settings, choice), place))
         try:
             placed = with_volume(order, made[-1])
+            _upload(launch, provider, placed)
             return provider.rent(placed), placed
         except NoCapacity as error:
             said = str(error)
@@ -90,6 +93,17 @@ def _rent(
         f"{order.offer.label} could not be rented: {said or 'no data centre has it in stock'}. Try again, name other "
         "machines with launch.gpus, or see whether the request itself is at fault (launch.dry_run=true)"
     )
+
+
+def _upload(launch: Launch, provider: Provider, order: Order) -> None:
+    """Bring the data to the volume while no machine costs anything; what is there is left alone."""
+    if not order.uploads:
+        return
+    assert order.volume is not None
+    with provider.bucket(order.volume.id) as bucket:
+        for upload in order.uploads:
+            sent = bucket.put(upload.path, upload.name, upload.sha256)
+            launch.echo(f"{upload.name} is on the volume ({sent / 1e6:.1f} MB were sent)")
 
 
 class _Followed:
@@ -104,8 +118,10 @@ class _Followed:
     def to_the_end(self) -> int:
         """The job's exit code; raises LoadmasterError when the machine, or the time, ends without one."""
         launch, nodes = self.launch, self.order.offer.nodes
-        with open(launch.folder / "pod.log", "a", encoding="utf-8") as log:
-            self.board = Board(launch.echo, log, nodes, self._rate(), launch.clock)
+        with (
+            open(launch.folder / "pod.log", "a", encoding="utf-8") as log,
+            Board(launch, log, nodes, self._rate()) as self.board,
+        ):
             self._hold_to_limit()
             for node in range(nodes):
                 self.threads.append(threading.Thread(target=self._read, args=(node,), daemon=True))
@@ -115,7 +131,7 @@ class _Followed:
         code = self.board.result(launch.folder)
         if self.order.volume is not None:
             volume, job = self.order.volume, json.loads(self.order.env["LOADMASTER_JOB"])
-            launch.echo(f"weights and exports are on the volume {volume.name} ({volume.id}): {job['run_dir']}")
+            launch.echo(f"the run directory is on the volume {volume.name} ({volume.id}): {job['run_dir']}")
         billed = replace(self.machine, usd_per_hour=self._rate())
         cost = usd_so_far(billed, datetime.fromtimestamp(launch.clock(), UTC))
         launch.echo(f"the job ended with exit code {code}; about ${cost:.2f} for the machine")
@@ -226,6 +242,7 @@ def end(launch: Launch, provider: Provider, machine: Machine | None, made: list[
             _end_by_name(launch, provider)
             for volume in made:
                 provider.delete_volume(volume.id)
+            _say_what_stays(launch, provider)
     except ProviderError as error:
         launch.echo(
             f"\nATTENTION: it is not certain that {launch.name} has ended ({error}). It ends itself at its "
@@ -233,6 +250,14 @@ def end(launch: Launch, provider: Provider, machine: Machine | None, made: list[
         )
         return
     launch.echo(f"terminated {launch.name}; nothing of it is left running")
+
+
+def _say_what_stays(launch: Launch, provider: Provider) -> None:
+    """A volume whose making was interrupted is not deleted: it may be another launch's, which has the same name."""
+    name = launch.composed.job.launch.volume
+    for volume in provider.volumes():
+        if name is not None and volume.name == name:
+            launch.echo(f"the network volume {name} ({volume.id}, {volume.size_gb} GB) stays, for the next launch")
 
 
 def _end_by_name(launch: Launch, provider: Provider) -> None:

@@ -28,6 +28,7 @@ from loadmaster.errors import LoadmasterError
 from loadmaster.files import write_json, write_text
 from loadmaster.launch.choose import nodes_of
 from loadmaster.launch.context import Launch, undisturbed
+from loadmaster.launch.left import RECORD
 from loadmaster.launch.order import TORCHRUN, stop_before_s
 from loadmaster.launch.payload import identity, job_there
 from loadmaster.launch.ssh import secret_values
@@ -162,7 +163,7 @@ class _Submitted:
             said = done.stderr.strip() if done else "no answer"
             raise LoadmasterError(f"sbatch did not take the job: {said or 'it gave no reason'}")
         self.id = id
-        write_json(self.batch.folder / "launch.json", {"name": launch.name, "id": id, "command": self.batch.command})
+        write_json(self.batch.folder / RECORD, {"name": launch.name, "id": id, "command": self.batch.command})
         launch.echo(f"submitted job {id}; its log is {self.batch.log}, its run directory {self.batch.run_dir}")
 
     def _id_by_name(self) -> str:
@@ -223,8 +224,9 @@ class _Submitted:
             return
         if newest.get("step") != self.last_step:
             self.last_step = newest.get("step")
+            of = f" of {newest['steps']}" if newest.get("steps") else ""
             loss = "" if newest.get("loss") is None else f", loss {newest['loss']:.4f}"
-            self.launch.echo(f"  step {self.last_step}{loss}")
+            self.launch.echo(f"  step {self.last_step}{of}{loss}")
 
     def _result(self, code: int) -> int:
         self._show()

@@ -27,9 +27,11 @@ from typing import Any
 from loadmaster import __version__
 from loadmaster.config.schema import HardwareConfig, Job
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.files import write_json
 from loadmaster.launch.board import Board
 from loadmaster.launch.context import Launch, undisturbed
 from loadmaster.launch.follow import MARK
+from loadmaster.launch.left import RECORD
 from loadmaster.launch.order import BOOTSTRAP, FILES, PROGRESS_S, TORCHRUN, launch_file, stop_before_s
 from loadmaster.launch.payload import identity, payload
 from loadmaster.launch.provider import LogLine
@@ -119,6 +121,8 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
     more = {TORCHRUN: launch_file(TORCHRUN)} if len(hosts) > 1 else {}
     packed = payload(launch.composed, hardware, folder, None, more)
     launch.folder.mkdir(parents=True, exist_ok=True)
+    run_dir = _job(launch, meeting, 0, hardware)["run_dir"]
+    write_json(launch.folder / RECORD, {"name": launch.name, "kind": "ssh", "host": hosts[0].name, "run_dir": run_dir})
     nodes = []
     try:
         for node, host in enumerate(hosts):
@@ -128,7 +132,6 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
             nodes.append(_start(host, job.launch.python, env, launch_file(BOOTSTRAP)))
         launch.echo(f"started on {', '.join(job.launch.hosts)}; the log goes to {launch.folder / 'node.log'}")
         code = _Hosts(launch, hosts, nodes).to_the_end()
-        run_dir = _job(launch, meeting, 0, hardware)["run_dir"]
         launch.echo(f"the job ended with exit code {code}; its run directory is {hosts[0].name}: {run_dir}")
         return code
     finally:
@@ -285,8 +288,11 @@ class _Hosts:
     def to_the_end(self) -> int:
         """The job's exit code, with its small files brought back."""
         launch = self.launch
-        with open(launch.folder / "node.log", "a", encoding="utf-8") as log, launch.stop.deferred():
-            self.board = Board(launch.echo, log, len(self.nodes), None, launch.clock)
+        with (
+            open(launch.folder / "node.log", "a", encoding="utf-8") as log,
+            Board(launch, log, len(self.nodes), None) as self.board,
+            launch.stop.deferred(),
+        ):
             for node, process in enumerate(self.nodes):
                 threading.Thread(target=self._read, args=(node, process), daemon=True).start()
             self._follow()

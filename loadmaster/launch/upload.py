@@ -6,7 +6,7 @@ nothing else; a file there that the manifest does not list stops it, because a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +34,12 @@ def upload(artifact: Path, folder: str, bucket: Bucket, echo: Callable[[str], No
     """
     files = [*read_manifest(artifact)["files"], file_facts(artifact / NAME)]
     total = sum(file["bytes"] for file in files)
-    _refuse_foreign(files, folder, bucket)
-    shown = _Shown(total, echo)
+    refuse_foreign({f"{folder}/{file['path']}" for file in files}, folder, bucket.volume, bucket.entries(folder))
+    shown = Shown(total, echo, "are on the volume")
     sent = 0
     for file in files:
         sent += bucket.put(artifact / file["path"], f"{folder}/{file['path']}", file["sha256"], shown.add)
-    there = set(bucket.names(folder))
+    there = bucket.entries(folder)
     if missing := [file["path"] for file in files if f"{folder}/{file['path']}" not in there]:
         raise Damaged(f"{folder} on volume {bucket.volume} lacks {', '.join(missing)} after it was sent; start again")
     echo(
@@ -49,25 +49,25 @@ def upload(artifact: Path, folder: str, bucket: Bucket, echo: Callable[[str], No
     return Uploaded(len(files), total, sent)
 
 
-def _refuse_foreign(files: list[dict], folder: str, bucket: Bucket) -> None:
-    known = {f"{folder}/{file['path']}" for file in files}
-    if foreign := sorted(set(bucket.names(folder)) - known):
+def refuse_foreign(known: set[str], folder: str, volume: str, there: Iterable[str]) -> None:
+    """Raises LoadmasterError for what lies there and is not `known`."""
+    if foreign := sorted(set(there) - known):
         raise LoadmasterError(
-            f"{folder} on volume {bucket.volume} holds files that this artifact does not have, and a server would "
+            f"{folder} on volume {volume} holds files that this artifact does not have, and a server would "
             f"load them: {', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}. Delete them there, or bundle "
             "the run under another folder"
         )
 
 
-class _Shown:
+class Shown:
     """A line for each tenth of the artifact."""
 
-    def __init__(self, total: int, echo: Callable[[str], None]):
-        self.total, self.echo, self.done, self.tenths = total, echo, 0, 0
+    def __init__(self, total: int, echo: Callable[[str], None], where: str):
+        self.total, self.echo, self.where, self.done, self.tenths = total, echo, where, 0, 0
 
     def add(self, sent: int) -> None:
         self.done += sent
         tenths = 10 * self.done // max(1, self.total)
         if tenths > self.tenths and self.total > 10**9:
             self.tenths = tenths
-            self.echo(f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB are on the volume")
+            self.echo(f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB {self.where}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import nn
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED
 from loadmaster.models.frozen import freeze_linears
+
+if not torch.cuda.is_available():  # accelerate imports DeepSpeed when it saves, which would warn of that
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 """Compute dtype of each precision; fp8 keeps everything but its matmuls in bf16."""

@@ -188,8 +188,9 @@ def loss_module(model: nn.Module, objective: str, preference: PreferenceConfig) 
 
 def pair_figures(loss: Any) -> Tensor | None:
     """[pairs, correct, margin] of the last batch, where `loss` (or what it wraps) is a PreferenceLoss."""
-    inner = loss.module if isinstance(loss, nn.parallel.DistributedDataParallel) else loss
-    return inner.figures if isinstance(inner, PreferenceLoss) else None
+    while not isinstance(loss, PreferenceLoss) and hasattr(loss, "module"):
+        loss = loss.module
+    return loss.figures if isinstance(loss, PreferenceLoss) else None
 
 
 def mean_figures(sums: Tensor) -> dict[str, float]:

@@ -76,6 +76,10 @@ def materialise(root: nn.Module, device: torch.device) -> None:
     root._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t.to(device))
 
 
+OPEN_FILES = 2
+"""Files of a checkpoint that are mapped at a time: what was read of one is this process's memory until it is closed."""
+
+
 class Checkpoint:
     """A folder of safetensors, read by name and slice. Raises LoadmasterError for a name that is not there."""
 
@@ -103,6 +107,8 @@ class Checkpoint:
 
     def _open(self, name: str) -> Any:
         if name not in self._files:
+            if len(self._files) == OPEN_FILES:
+                del self._files[next(iter(self._files))]
             self._files[name] = safe_open(self.folder / name, framework="pt")
         return self._files[name]
 
@@ -121,24 +127,72 @@ def fill(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     Raises LoadmasterError for a checkpoint whose tensors are not the model's by name and shape.
     """
     source = Checkpoint(folder)
-    quantized = {
-        f"{name}.{part}"
-        for name, module in model.named_modules()
-        if isinstance(module, FrozenLinear)
-        for part in [*module._parameters, *module._buffers]
-        if part != "bias"
-    }
-    wanted = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name not in quantized and ".lora_" not in name
-    }
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, FrozenLinear)]
+    wanted, layers = _base(model)
     _refuse_misfit(source, wanted, layers)
     for name, parameter in wanted.items():
         _fill_one(parameter, source, plain_name(name))
     for index, (name, layer) in enumerate(layers):
         _quantize_one(layer, source, plain_name(f"{name}.weight"), dtype, index)
+
+
+@torch.no_grad()
+def stream(
+    model: nn.Module,
+    units: list[nn.Module],
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    cut: Callable[[nn.Module], Any],
+) -> None:
+    """The same, unit by unit, and then what is in none of them: memory for it, its tensors, then `cut(unit)`.
+
+    Only rank 0 reads what is not quantized: `cut` is to give its values to all.
+    """
+    source = Checkpoint(folder)
+    wanted, layers = _base(model)
+    _refuse_misfit(source, wanted, layers)
+    names = {module: name for name, module in model.named_modules()}
+    reads = not dist.is_initialized() or dist.get_rank() == 0
+    missing = list(wanted)
+    index = 0
+    for unit in [*units, model]:
+        prefix = f"{names[unit]}." if names[unit] else ""
+        mine = [name for name in missing if name.startswith(prefix)]
+        missing = [name for name in missing if not name.startswith(prefix)]
+        _onto(unit, device)
+        for name in mine if reads else ():
+            _fill_one(model.get_parameter(name), source, plain_name(name))
+        for name, layer in layers if unit is not model else ():
+            if name.startswith(prefix):
+                _quantize_one(layer, source, plain_name(f"{name}.weight"), dtype, index)
+                index += 1
+        cut(unit)
+
+
+def _onto(module: nn.Module, device: torch.device) -> None:
+    """Memory on `device` for all that is on the meta device; parameters that are shared stay so."""
+    new = {
+        p: nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
+        for p in module.parameters()
+        if p.is_meta
+    }
+    _replace(module, new)
+    for each in module.modules():
+        for name, buffer in each._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                each._buffers[name] = torch.empty_like(buffer, device=device)
+
+
+def _base(model: nn.Module) -> tuple[dict[str, nn.Parameter], list[tuple[str, FrozenLinear]]]:
+    """(parameters that a checkpoint has as they are, layers that are quantized from it), by name."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, FrozenLinear)]
+    quantized = {f"{name}.{part}" for name, m in layers for part in [*m._parameters, *m._buffers] if part != "bias"}
+    wanted = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name not in quantized and ".lora_" not in name
+    }
+    return wanted, layers
 
 
 @torch.no_grad()

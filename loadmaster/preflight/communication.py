@@ -10,7 +10,8 @@
     hybrid        the same inside each node; then the shards' gradients are summed over nodes (fp32)
     ddp           the last micro-batch of a step: all-reduce of the gradients in the weights' dtype
     zero3         fsdp
-    zero1, zero2  gather the weights once a step; reduce the gradients once a step (zero1) or each micro-batch (zero2)
+    zero1, zero2  all-reduce of the gradients in fp32, once a step (zero1) or each micro-batch (zero2), and a gather of
+                  the trained weights after the step; DeepSpeed's default hides none of it behind compute
 
 Overlap: layers' collectives run beside the compute of their own pass, so the longer of the two is what one waits for,
 and a share of the shorter (they compete for memory and for SMs). Nothing hides the first gather (the root's, and the
@@ -19,15 +20,16 @@ first layer's) and the last reduction (the root's).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.shards import REDUCE_BYTES, whole
 from loadmaster.preflight.shards import units as fsdp_units
-from loadmaster.preflight.shards import whole
 from loadmaster.preflight.weights import base_bytes
+from loadmaster.preflight.zero_settings import reduce_bucket
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,12 @@ def step_traffic(shape: ModelShape, setup: Setup) -> Traffic:
     trained, repeats = setup.trainable(shape), setup.gradient_accumulation_steps
     if setup.world_size == 1:
         return Traffic()
+    setup = _as_fsdp(setup)
     if setup.shards > 1:
         unit = whole(shape, setup)
-        gathers = 2 * repeats if setup.reshard else 1
-        return Traffic(gathers * unit.gathered, (1 if setup.sharding == "zero1" else repeats) * unit.reduced)
+        return Traffic(2 * repeats * unit.gathered, repeats * unit.reduced)
+    if setup.stage:
+        return Traffic(setup.width * trained, (1 if setup.stage == 1 else repeats) * REDUCE_BYTES * trained)
     gradients = setup.width * trained
     return Traffic(gradients, gradients)
 
@@ -71,6 +75,7 @@ def step_communication(shape: ModelShape, hardware: Hardware, setup: Setup, micr
     """Seconds that the collectives of a step add to its compute; micro_batch_s: compute of one micro-batch."""
     if setup.world_size == 1:
         return 0.0
+    setup = _as_fsdp(setup)
     exposed, repeats = value("efficiency", "exposed_collectives"), setup.gradient_accumulation_steps
     gpus = setup.gpus_per_node
     nodes = max(1, setup.world_size // gpus)
@@ -78,8 +83,7 @@ def step_communication(shape: ModelShape, hardware: Hardware, setup: Setup, micr
     inner = 1 if setup.replicas > 1 else nodes
     layers = shape.layers
     if setup.shards > 1:
-        passes = 2 if setup.reshard else 1 / repeats
-        sent = collective_seconds(traffic.gathered / repeats, passes * (layers + 1), gpus, inner, hardware)
+        sent = collective_seconds(traffic.gathered / repeats, 2 * (layers + 1), gpus, inner, hardware)
         sent += collective_seconds(traffic.reduced / repeats, layers + 1, gpus, inner, hardware)
         if setup.replicas > 1:
             shard = 2 * traffic.reduced / repeats / setup.shards
@@ -88,10 +92,19 @@ def step_communication(shape: ModelShape, hardware: Hardware, setup: Setup, micr
         open_s = _unhidden(shape, hardware, setup, gpus, inner)
         hidden = max(0.0, sent - open_s)
         return repeats * (max(0.0, hidden - micro_batch_s) + exposed * min(hidden, micro_batch_s) + open_s)
+    if setup.stage:
+        buckets = max(1.0, traffic.reduced / (REDUCE_BYTES * reduce_bucket(setup.trainable(shape))))
+        sent = 2 * collective_seconds(traffic.reduced, buckets, gpus, nodes, hardware)
+        return sent + collective_seconds(traffic.gathered, 1, gpus, nodes, hardware)
     backward_s = 2 / 3 * micro_batch_s
     buckets = max(1.0, traffic.reduced / repeats / 25e6)
     both = 2 * collective_seconds(traffic.reduced, buckets, gpus, nodes, hardware)
     return max(0.0, both - backward_s) + exposed * min(both, backward_s)
+
+
+def _as_fsdp(setup: Setup) -> Setup:
+    """zero3 moves what fsdp over all GPUs does."""
+    return replace(setup, sharding="fsdp", replicas=1) if setup.stage == 3 else setup
 
 
 def _unhidden(shape: ModelShape, hardware: Hardware, setup: Setup, gpus: int, nodes: int) -> float:

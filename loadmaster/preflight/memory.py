@@ -5,7 +5,7 @@
                        + CUDA context and workspaces + what other GPUs need
 
 The micro-batch is replayed allocation by allocation (step.py), under fully_shard with its buffers (units.py, shards.py;
-equal to traces of it; ZeRO's stages are settings of it). DDP holds every gradient twice: its buckets beside them.
+equal to traces of it); what DeepSpeed holds is counted (zero.py). DDP holds gradients twice: its buckets beside them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.shards import frozen_form, whole
 from loadmaster.preflight.step import Replayed, evaluation_batch, training_step
 from loadmaster.preflight.weights import base_bytes
+from loadmaster.preflight.zero import zero_bytes
 
 BUCKET_ELEMENTS = 2**28
 """loadmaster.training.optimizer.BUCKET_ELEMENTS; a test holds the two equal."""
@@ -83,6 +84,8 @@ def largest_tensor(shape: ModelShape, setup: Setup) -> int:
 
 def step_bytes(shape: ModelShape, setup: Setup) -> float:
     """What the optimizer step takes besides states and gradients."""
+    if setup.stage:
+        return zero_bytes(shape, setup).step
     trainable, largest = setup.trainable(shape) / setup.shards, largest_tensor(shape, setup) // setup.shards
     if setup.optimizer == "adafactor":
         return 3 * 4 * largest
@@ -100,18 +103,25 @@ def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
 def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> tuple[Bytes, Bytes]:
     """Peaks of the two halves of a steady step: forward and backward, and the optimizer step."""
     weights, gradients, local = resident(shape, setup)
-    optimizer = state_bytes(setup) * local
+    optimizer = zero_bytes(shape, setup).states if setup.stage else state_bytes(setup) * local
     if setup.offload != "none" and not hardware.is_cpu:
         optimizer = 0.0
     elif setup.optimizer == "paged_adamw_8bit" and not hardware.is_cpu:
         optimizer = 0.0  # managed memory: the host's, but for the pages in use
     replayed, static = worst_micro_batch(shape, setup)
-    if setup.offload == "all" and not hardware.is_cpu:
+    if setup.offload == "all" and not setup.stage and not hardware.is_cpu:
         weights = gradients = static = 0.0
     at = replayed.at_peak
     communication, context = communicator_bytes(hardware), context_bytes(hardware)
+    reducing = 0.0
     if setup.sharding == "ddp":
         communication += gradients
+    elif setup.stage:
+        zero = zero_bytes(shape, setup)
+        communication += zero.kept
+        reducing, gradients = zero.backward, 0.0 if setup.stage < 3 else zero.gradients
+        if hardware.is_cpu:
+            reducing += max(0.0, zero.host - optimizer)
     backward = Bytes(
         weights,
         static + at["gradients"],
@@ -119,7 +129,7 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
         at["activations"],
         at["logits"],
         at["quantization"],
-        at["communication"] + communication,
+        at["communication"] + communication + reducing,
         context,
     )
     step = Bytes(
@@ -136,6 +146,8 @@ def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """Weights, states and each layer's input: quick to say, never more than is needed, and it rules most plans out."""
     weights, gradients, local = resident(shape, setup)
     inputs = 0.0 if setup.checkpointing == "offload" else inputs_bytes(shape, setup)
+    if setup.stage:
+        return inputs if hardware.is_cpu or setup.offload == "all" else weights + inputs
     if hardware.is_cpu:
         return weights + state_bytes(setup) * local + inputs
     if setup.offload == "all":
@@ -149,22 +161,22 @@ def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
 def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:
     """(the micro-batch of a step that needs most, bytes of gradients that were there before it).
 
-    With several, it is one that finds the gradients of others; zero1 and zero2 gather their weights in the first.
+    With several, it is one that finds the gradients of others.
     """
+    if setup.stage > 1:  # a gradient is reduced and let go as it comes
+        return training_step(shape, replay_key(setup, keep=True), in_place), zero_bytes(shape, setup).gradients
     if setup.gradient_accumulation_steps == 1:
         return training_step(shape, replay_key(setup, keep=False), in_place), 0.0
     later = training_step(shape, replay_key(setup, keep=True), in_place)
-    gradients = 0.0 if setup.sharding == "zero1" else resident(shape, setup)[1]  # zero1's are whole, in the replay
-    if setup.shards > 1 and not setup.reshard:
-        first = training_step(shape, replay_key(setup, keep=False), in_place)
-        if first.peak > later.peak + gradients:
-            return first, 0.0
-    return later, gradients
+    return later, resident(shape, setup)[1]
 
 
 def resident(shape: ModelShape, setup: Setup) -> tuple[float, float, float]:
     """(weights, gradients, trained elements) of one GPU: bytes, bytes, elements whose optimizer states it has."""
     width, trainable = setup.width, setup.trainable(shape)
+    if setup.stage:
+        zero = zero_bytes(shape, setup)
+        return zero.weights, zero.gradients, zero.share
     if setup.shards > 1:
         unit = whole(shape, setup)
         return unit.shard + unit.replicated, unit.trained_shard, unit.trained_shard / width
@@ -188,7 +200,7 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
         lora_dropout=setup.lora_dropout,
         objective=setup.objective,
         compiled=setup.compiled,
-        sharding="none" if setup.shards == 1 else "fsdp" if setup.sharding == "zero3" else setup.sharding,
+        sharding="zero1" if setup.stage == 1 else "fsdp" if setup.shards > 1 else "none",
         world_size=setup.world_size if setup.shards > 1 else 1,
         replicas=setup.replicas if setup.shards > 1 else 1,
         offload="all" if setup.shards > 1 and setup.offload == "all" else "none",
@@ -248,12 +260,14 @@ def peaks(hardware: Hardware, total: float) -> PeakGib:
 def host_bytes(shape: ModelShape, setup: Setup) -> float:
     """Of one node with GPUs. Weights stream to the GPU file by file.
 
-    The rehearsal's comparison of a checkpoint with what was saved holds what is trained three times and the optimizer's
-    states twice (loadmaster.training.rehearsal); offloaded states and weights are there besides.
+    What is trained is copied once in the rehearsal; offloaded states and weights are there besides. A checkpoint is
+    copied to the host only where there is room for it (loadmaster.training.staging).
     """
     weights, _, trained = resident(shape, setup)
     states = state_bytes(setup) * trained
-    each = value("context", "host_process_gib") * GIB + 3 * setup.width * trained + 2 * states
+    each = value("context", "host_process_gib") * GIB + setup.width * trained
+    if setup.stage:
+        return (each + zero_bytes(shape, setup).host) * setup.gpus_per_node
     if setup.offload != "none":
         each += states + setup.width * trained
     elif setup.optimizer == "paged_adamw_8bit":

@@ -171,6 +171,8 @@ class Tape:
         self.in_place = in_place
         self.live = self.peak = 0
         self.tag, self.gradient_tag = "activations", "gradients"
+        self.widens_gradients = False
+        """Whether a bf16 gradient is kept, or added up, as an fp32 copy (zero1)."""
         self.by_tag = dict.fromkeys(TAGS, 0)
         self.at_peak = dict(self.by_tag)
         self.events: list[int] | None = [] if record else None
@@ -341,7 +343,12 @@ class Tape:
         if leaf.uses > 0:
             leaf.waiting = box.pop()
         elif leaf.gradient is None:
+            if self.widens_gradients:
+                self.moved(box[0].bytes, 2 * box[0].bytes)
+                box.append(self.alloc(2 * box[0].bytes))
             leaf.gradient = box.pop()
             leaf.gradient.retag(self.gradient_tag)
         else:
             self.moved(*(3 * [box[0].bytes]))
+            if self.widens_gradients:
+                self.alloc(2 * box[0].bytes)

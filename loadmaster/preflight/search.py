@@ -20,6 +20,7 @@ from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
+from loadmaster.preflight.zero_settings import ZERO
 
 CHECKPOINTING = ("none", "selective", "full")
 """What auto chooses from; and offload for rows of LONG_ROW tokens or more."""
@@ -136,7 +137,7 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
         yield f"sharding={job.sharding}: there is one GPU; use none or auto"
     if job.sharding == "none" and world > 1:
         yield f"sharding=none: there are {world} GPUs; use ddp, fsdp or auto"
-    if job.offload == "all" and job.sharding in ("none", "ddp"):
+    if job.offload == "all" and job.sharding in ("none", "ddp", "zero1", "zero2"):
         yield f"offload=all needs sharded weights; use sharding=fsdp or zero3 instead of {job.sharding}"
     if job.offload == "all" and world == 1 and not hardware.is_cpu:
         yield "offload=all: weights in host memory come to GPUs by shards, and there is one GPU; use optimizer or auto"
@@ -185,7 +186,8 @@ def offloads(job: Job, method: str, hardware: Hardware) -> tuple[str, ...]:
 
 
 def states(job: Job, method: str, offload: str, precision: str) -> Iterator[tuple[str, bool]]:
-    ladder = (("adamw", True),) if method != "full" or offload != "none" else FULL_STATES
+    one = method != "full" or offload != "none" or job.sharding in ZERO  # DeepSpeed keeps fp32 masters
+    ladder = (("adamw", True),) if one else FULL_STATES
     if precision == "fp32":
         ladder = tuple(dict.fromkeys((name, False) for name, _ in ladder))
     if job.optimizer.name != "auto":
@@ -271,6 +273,11 @@ def shardings(job: Job, hardware: Hardware, offload: str) -> list[tuple[str, int
     return found + [("fsdp", hardware.nodes)] * (hybrid and "fsdp" in names)
 
 
+def may_compile(job: Job, checkpointing: str) -> bool:
+    """Not what runs by pieces, nor layers whose weights DeepSpeed gathers."""
+    return checkpointing != "offload" and job.sharding != "zero3"
+
+
 def fixed(job: Job, hardware: Hardware, checkpointing: str) -> dict[str, Any]:
     """What a setup takes from job and hardware as it is. What runs by pieces under offload is not compiled."""
     targets = job.lora.targets
@@ -278,7 +285,7 @@ def fixed(job: Job, hardware: Hardware, checkpointing: str) -> dict[str, Any]:
         "sequence_length": job.sequence_length,
         "forwards": FORWARDS.get(job.objective, 0),
         "objective": job.objective,
-        "compiled": not hardware.is_cpu and checkpointing != "offload" if job.compile == "auto" else job.compile,
+        "compiled": may_compile(job, checkpointing) and not hardware.is_cpu if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,
         "gpus_per_node": hardware.count,
         "lora_rank": job.lora.rank,
@@ -306,7 +313,7 @@ def ranking(job: Job, fit: list[Candidate]) -> Callable[[Candidate], tuple]:
     # Whole weights on each GPU have nothing to gather, so they come before sharded ones that are as fast.
     # fp8 rounds the base, so it has to win by more than that.
     return lambda c: (
-        -min(c.tokens_per_second or 0, near), c.setup.precision == "fp8", c.setup.shards > 1, c.memory.needed_gib
+        -min(c.tokens_per_second or 0, near), c.setup.precision == "fp8", c.setup.state_shards > 1, c.memory.needed_gib
     )  # fmt: skip
 
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.zero_settings import ZERO
 
-SHARDED = ("fsdp", "zero1", "zero2", "zero3")
-"""What fully_shard does; the ZeRO stages are settings of it (loadmaster.training.sharding)."""
-KEEP_WEIGHTS = ("zero1", "zero2")
-"""Weights are gathered once a step and stay whole."""
+SHARDED = ("fsdp", *ZERO)
+"""Shardings that cut at least the optimizer's states."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,18 @@ class Setup:
 
     @property
     def shards(self) -> int:
-        """Over how many GPUs weights, gradients and optimizer states are spread."""
-        return self.world_size // self.replicas if self.sharding in SHARDED else 1
+        """Over how many GPUs fully_shard spreads weights, gradients and optimizer states."""
+        return self.world_size // self.replicas if self.sharding == "fsdp" else 1
 
     @property
-    def reshard(self) -> bool:
-        """Whether a layer's gathered weights are let go after its forward pass and gathered again for the backward."""
-        return self.sharding not in KEEP_WEIGHTS
+    def stage(self) -> int:
+        """DeepSpeed's ZeRO stage; 0 without it."""
+        return ZERO.get(self.sharding, 0)
+
+    @property
+    def state_shards(self) -> int:
+        """Over how many GPUs optimizer states are spread, by fully_shard or DeepSpeed."""
+        return self.world_size if self.stage else self.shards
 
     def trainable(self, shape: ModelShape) -> int:
         return shape.lora_parameters(self.lora_rank, self.lora_targets) if self.adapters else shape.parameters

@@ -27,6 +27,8 @@ class Part:
     rows: int
     row_bytes: int
     trained: bool
+    coded: bool = False
+    """Bytes, not numbers of the compute dtype."""
 
     def local(self, gpus: int) -> int:
         """Bytes of the GPU with most rows; gathering takes that of each."""
@@ -52,12 +54,16 @@ class Unit:
 def units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
     """A dense layer, a layer with experts, the root."""
     layers = (
-        _unit(list(_layer(shape, setup, experts)), setup, _buffers(shape, setup, experts)) for experts in (False, True)
+        _unit(list(layer_parts(shape, setup, experts)), setup, layer_buffers(shape, setup, experts))
+        for experts in (False, True)
     )
+    return *layers, _unit(root_parts(shape, setup), setup)
+
+
+def root_parts(shape: ModelShape, setup: Setup) -> list[Part]:
+    """Embedding, head, last norm."""
     w, h, trained = setup.width, shape.hidden_size, not setup.adapters
-    tables = 1 if shape.tied else 2
-    root = [Part(shape.vocabulary_size, w * h, trained)] * tables + [Part(h, w, trained)]
-    return *layers, _unit(root, setup)
+    return [Part(shape.vocabulary_size, w * h, trained)] * (1 if shape.tied else 2) + [Part(h, w, trained)]
 
 
 @cache
@@ -79,7 +85,7 @@ def _unit(parts: list[Part], setup: Setup, buffers: int = 0) -> Unit:
     return Unit(shard, trained, gpus * shard, gpus * trained * REDUCE_BYTES // setup.width, buffers)
 
 
-def _layer(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part]:
+def layer_parts(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part]:
     w, h, full = setup.width, shape.hidden_size, not setup.adapters
     for m in shape.matrices(experts):
         yield from _frozen(m, setup) if frozen_form(setup) else [Part(m.outputs, w * m.inputs, full)]
@@ -107,11 +113,11 @@ def frozen_form(setup: Setup) -> str | None:
 
 def _frozen(m: Matrix, setup: Setup) -> list[Part]:
     if frozen_form(setup) == "fp8":
-        return [Part(m.outputs, m.inputs, False)]
-    return [Part(-(-m.weight // 2), 1, False), Part(-(-m.weight // 64), 1, False)]
+        return [Part(m.outputs, m.inputs, False, True)]
+    return [Part(-(-m.weight // 2), 1, False, True), Part(-(-m.weight // 64), 1, False, True)]
 
 
-def _buffers(shape: ModelShape, setup: Setup, experts: bool) -> int:
+def layer_buffers(shape: ModelShape, setup: Setup, experts: bool) -> int:
     """nf4: second scales, offset, code; fp8: a scale a row."""
     form = frozen_form(setup)
     if form is None:

@@ -77,7 +77,7 @@ def size_factor(shape: ModelShape, setup: Setup) -> float:
 
 def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """Clipping and update read and write gradient, weight and states; offloaded states cross to the host and back."""
-    trainable = setup.trainable(shape) / setup.shards
+    trainable = setup.trainable(shape) / setup.state_shards
     width = setup.width
     moved = trainable * (3 * width + 2 * width + 2 * state_bytes(setup) + (8 if setup.master_weights else 0))
     efficiency = 1.0 if hardware.is_cpu else value("efficiency", "memory")

@@ -40,6 +40,7 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
     # Sharded gradients meet those of an earlier micro-batch after they were reduced, in units.py.
     accumulated = setup.gradient_accumulation_steps > 1 and not setup.shards > 1
     tape = Tape(in_place)
+    tape.widens_gradients = setup.stage == 1 and setup.width < 4
     b = Blocks(tape, shape, setup, accumulated)
     _reference(b)
     loss, done, units = _forward(b, _Middle(b))
@@ -147,7 +148,7 @@ def _forward(b: Blocks, middle: _Middle):
         kept = tape.live - before
         less = _compiled_keeps_less(b, tape.by_tag["activations"] - activations, experts)
         middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward
-        gradients = 0 if b.accumulated else gradient_bytes(shape, b.setup, experts)
+        gradients = 0 if b.accumulated else gradient_bytes(shape, b.setup, experts) * (1 + tape.widens_gradients)
         gradients = units.shard_gradients(experts) if units.sharded else gradients
     norm = b.base(b.w * shape.hidden_size)
     units.top += tape.leaves[-1:] if norm.node is not None else []

@@ -10,17 +10,15 @@ fully_shard, in the order in which it takes and frees memory (torch.distributed.
                stays until the next unit's; the shard that comes out is kept in the weights' dtype.
     end        the root's gradients, and those of a first layer whose input needs none.
 
-zero1 and zero2 let no parameters go before the step's last micro-batch, so with several of them weights are whole from
-the start; zero1's gradients add up whole, in fp32. Hybrid, what comes out of a reduction is summed over nodes, and its
-fp32 form stays to the end of the backward pass. Weights that live in host memory are copied to the GPU for each
-gathering, and gradients back.
+Hybrid, what comes out of a reduction is summed over nodes, and its fp32 form stays to the end of the backward pass.
+Weights that live in host memory are copied to the GPU for each gathering, and gradients back.
 """
 
 from __future__ import annotations
 
 from loadmaster.preflight.blocks import Blocks
 from loadmaster.preflight.replay import Leaf, Storage, Tensor
-from loadmaster.preflight.shards import REDUCE_BYTES, Unit, units, whole
+from loadmaster.preflight.shards import Unit, units
 
 
 class Units:
@@ -63,20 +61,7 @@ class Units:
         """Before the embedding."""
         if not self.sharded:
             return
-        if self._stays:
-            self.parameters[-1] = self._alloc(whole(self.b.shape, self.b.setup).gathered)
-            if self._adds_up_whole:
-                self.summed.append(self._alloc(REDUCE_BYTES * self.b.setup.trainable(self.b.shape)))
-            return
         self._gather(-1, self.root)
-
-    @property
-    def _stays(self) -> bool:
-        return self._accumulated and not self.b.setup.reshard
-
-    @property
-    def _adds_up_whole(self) -> bool:
-        return self._stays and self.b.setup.sharding == "zero1"
 
     def _buffer(self, unit: Unit) -> Storage:
         if self.b.setup.offload != "all":
@@ -97,9 +82,8 @@ class Units:
             return x
         unit = self.sparse if experts else self.dense
         self.order.append((index, unit))
-        if not self._stays:
-            self._gather(index, unit)
-        if not last and not self._stays:
+        self._gather(index, unit)
+        if not last:
             self.ahead = [self._buffer(unit)]
 
         def backward(g: Storage, _: list) -> list:
@@ -114,16 +98,14 @@ class Units:
         if not self.sharded:
             return x
         unit = self.order[-1][1]
-        if self.b.setup.reshard:
-            del self.parameters[index]
+        del self.parameters[index]
         self.leaves[index] = leaves
 
         def backward(g: Storage, _: list) -> list:
-            if self.b.setup.reshard:
-                self.parameters[index] = self._alloc(unit.gathered)
-                self.prefetched.clear()
-                if len(self.order) > 1:
-                    self.prefetched.append(self._buffer(self.order[-2][1]))
+            self.parameters[index] = self._alloc(unit.gathered)
+            self.prefetched.clear()
+            if len(self.order) > 1:
+                self.prefetched.append(self._buffer(self.order[-2][1]))
             return [g]
 
         return self.tape.link(Tensor(x.storage, x.node), [x], [], backward)
@@ -135,8 +117,7 @@ class Units:
         self.held.clear()
 
         def backward(g: Storage, _: list) -> list:
-            if self.b.setup.reshard:
-                self.prefetched.append(self._buffer(self.order[-1][1]))
+            self.prefetched.append(self._buffer(self.order[-1][1]))
             return [g]
 
         return self.tape.link(Tensor(loss.storage, loss.node), [loss], [], backward)
@@ -151,13 +132,9 @@ class Units:
             self._reduce(index, unit)
 
     def _reduce(self, index: int, unit: Unit) -> None:
-        if not self._stays:
-            self.parameters.pop(index, None)
+        self.parameters.pop(index, None)
         self.scattering.clear()
         if not unit.reduced:
-            return
-        if self._adds_up_whole:
-            self._reduce_once(unit, self.leaves.pop(index))
             return
         self.scattering.append(self._alloc(unit.reduced))
         for leaf in self.leaves.pop(index):
@@ -171,10 +148,3 @@ class Units:
         if not self._accumulated and setup.offload != "all":
             shard.retag("gradients")
             self.shards.append(shard)
-
-    def _reduce_once(self, unit: Unit, leaves: list[Leaf]) -> None:
-        """zero1, last micro-batch: the layer that is reduced first has let its parameters go, its gradients not yet."""
-        for leaf in leaves:
-            leaf.gradient = None
-        if unit is not self.root and len(self.leaves) == len(self.order) - 1:
-            self._alloc(max(0, unit.reduced - unit.gathered))

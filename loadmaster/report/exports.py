@@ -56,7 +56,9 @@ def exports_section(files: RunFiles) -> list[Export] | None:
     for name, facts in exports.items():
         rows += [_export(name, facts, trained_task), *_others(name, facts)]
     again = " (made again, not published)"
-    rows += [_export(name + again * (name in exports), facts, trained_task) for name, facts in rejected.items()]
+    for name, facts in rejected.items():
+        shown = name + again * (name in exports)
+        rows += [_export(shown, facts, trained_task), *_others(shown, facts)]
     return rows
 
 
@@ -125,7 +127,9 @@ def _others(name: str, facts: dict[str, Any]) -> list[Export]:
         Export(
             f"{name}: {other}", units.MISSING, Measured(units.decimals(dig(scores, "perplexity_ratio"))),
             Measured(units.decimals(dig(scores, "mean_kl"))), Measured(units.decimals(dig(scores, "p99_kl"))),
-            Measured(units.percent(dig(scores, "top1_agreement"), 2)), NONE, NONE,
+            Measured(units.percent(dig(scores, "top1_agreement"), 2)),
+            Measured(units.percent(dig(scores, "flipped_answers"))),
+            Measured(units.percent(dig(scores, "task.metric"))),
         )
         for other, scores in candidates.items() if other != figures.get("candidate")
     ]  # fmt: skip

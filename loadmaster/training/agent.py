@@ -19,11 +19,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from loadmaster.errors import LoadmasterError, TrainingFailed
+from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
+from loadmaster.training.stop import MESSAGE
 
 RENDEZVOUS_S = 900
 """Longest wait for the other hosts to come."""
 STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+class WorkerKilled(TrainingFailed):
+    def __init__(self, rank: int, message: str):
+        super().__init__(message)
+        self.rank = rank
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,8 @@ def run_workers(workers: Workers) -> int:
     """Run them to their end; returns 0, or the exit code of the first that failed.
 
     SIGTERM and SIGINT to this process go to every worker, once; their agreed end is waited for. A second one is
-    passed on too. Raises LoadmasterError when the other hosts do not come, or a worker was killed.
+    passed on too. Raises LoadmasterError when the other hosts do not come, or a worker was killed, and
+    StoppedOnRequest when it was a SIGTERM that ended it: it had not come so far as to hear of one.
     """
     kept = dict(os.environ)
     os.environ.update(_defaults(workers) | dict(workers.environment))  # before torch, which reads some at its import
@@ -70,9 +78,11 @@ def run_workers(workers: Workers) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
+        if -failure.exitcode in STOPS:
+            raise StoppedOnRequest(f"{MESSAGE} (the processes were still starting)") from None
         name = signal.Signals(-failure.exitcode).name if failure.exitcode else "an unknown cause"
         out_of_memory = "; the host's memory may have run out (dmesg tells)" if name == "SIGKILL" else ""
-        raise TrainingFailed(f"rank {rank} on this host was ended by {name}{out_of_memory}") from None
+        raise WorkerKilled(rank, f"rank {rank} on this host was ended by {name}{out_of_memory}") from None
     except (DistError, TimeoutError, ConnectionError) as error:
         raise LoadmasterError(_not_met(workers, error)) from None
     finally:  # what is for the workers is not for this process
@@ -124,6 +134,8 @@ def _not_met(workers: Workers, error: BaseException) -> str:
     if meeting is None:
         return f"the workers of this machine could not be started: {str(error).splitlines()[0]}"
     where = f"{meeting.address}:{meeting.port}"
+    if "EADDRINUSE" in str(error):
+        return f"port {meeting.port} of this host is in use; give all hosts another one: --master-port, or MASTER_PORT"
     if meeting.rank == 0:
         return (
             f"not all of the {meeting.nodes} hosts came to {where} within {workers.rendezvous_s} s; start the same "

@@ -31,11 +31,15 @@ import torch.distributed as dist
 from loadmaster import catalog
 from loadmaster.errors import LoadmasterError
 from loadmaster.files import sha256_file, sha256_json
+from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.world import World
 
 GIB = 2**30
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "numpy", "safetensors", "triton")
+PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "torchao", "numpy", "safetensors",
+    "triton",
+)  # fmt: skip
 CLOCK_S = 5.0
 """Clocks further apart than this make logs and checkpoints' times misleading, and can break TLS and NFS."""
 SHM_GIB = 1.0
@@ -44,6 +48,8 @@ LOGS_GIB = 1.0
 """Room that a node wants which is not the lead's; what the run keeps is written there or on a disk that all share."""
 FAIR_SHARE = 0.4
 """A link below this share of what the catalogue expects, or of what the other nodes' links do, is slow."""
+SLOW_LATENCY = 10.0
+"""A link whose smallest message takes so many times what the model expects, or what the other nodes' takes, is slow."""
 MEGABYTES = {"cpu": 4, "cuda": 128}
 REPEATS = 3
 
@@ -65,6 +71,10 @@ class Report:
     latency_us: float | None = None
     node_gb_per_s: float | None = None
     next_gb_per_s: float | None = None
+    node_latency_us: float | None = None
+    """Of the smallest all-reduce within the node."""
+    next_latency_us: float | None = None
+    """Of the smallest exchange with this rank's peer on the next node."""
 
     @property
     def place(self) -> str:
@@ -79,6 +89,8 @@ class Needs:
     shm_gib: float = 0.0
     node_gb_per_s: float | None = None
     next_gb_per_s: float | None = None
+    node_latency_us: float | None = None
+    next_latency_us: float | None = None
 
 
 def needs_of(plan: Plan) -> Needs:
@@ -88,8 +100,12 @@ def needs_of(plan: Plan) -> Needs:
         return Needs(plan.disk_gib)
     machine = next((m for m in catalog.machines() if m["gpu"] == plan.hardware.gpu), {})
     network = machine.get("network_gbps", 0) / 8 or None
-    shm = SHM_GIB if plan.hardware.count > 1 else 0.0
-    return Needs(plan.disk_gib, shm, facts["link_gb_per_s"] if plan.hardware.count > 1 else None, network)
+    shm, count = SHM_GIB if plan.hardware.count > 1 else 0.0, plan.hardware.count
+    call_us = value("latency", "collective_us")
+    return Needs(
+        plan.disk_gib, shm, facts["link_gb_per_s"] if count > 1 else None, network,
+        call_us + (count - 1) * value("latency", "link_us"), call_us + value("latency", "network_us"),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------- decisions
@@ -147,6 +163,20 @@ def slow_links(reports: Sequence[Report], needs: Needs) -> list[str]:
         if len(nodes) > 2 and (node - 1) % len(nodes) in slow:  # slow to both neighbours: it is this one
             ends = f"{names[node]} and its neighbours"
         found.append(f"{rate:.1f} GB/s between {ends}, of {expected:.1f} expected")
+    return found + _late(nodes, needs)
+
+
+def _late(nodes: list[list[Report]], needs: Needs) -> list[str]:
+    """Nodes whose smallest messages take too long, by the slowest of their ranks."""
+    found = []
+    for name, where in (("node_latency_us", "within it"), ("next_latency_us", "to the next node")):
+        taken = {n[0].node: max(getattr(r, name) for r in n) for n in nodes if getattr(n[0], name) is not None}
+        for n in nodes:
+            expected = getattr(needs, name) or _others(taken, n[0].node)
+            if expected and taken.get(n[0].node, 0) > SLOW_LATENCY * expected:
+                found.append(
+                    f"{n[0].place}: a message takes {taken[n[0].node]:.0f} us {where}, of {expected:.0f} expected"
+                )
     return found
 
 
@@ -171,6 +201,8 @@ def describe(reports: Sequence[Report]) -> list[str]:
         shm = "" if r.shm_free_gib is None else f", {r.shm_free_gib:.1f} GiB in /dev/shm"
         rates = [f"{rate:.2f} GB/s {where}" for rate, where in
                  ((r.node_gb_per_s, "in the node"), (r.next_gb_per_s, "to the next")) if rate is not None]  # fmt: skip
+        latencies = ((r.node_latency_us, "in the node"), (r.next_latency_us, "to the next"))
+        rates += [f"{taken:.0f} us {where}" for taken, where in latencies if taken is not None]
         links = "".join(f", {rate}" for rate in rates)
         gpu = f", {r.versions['GPU']}" if "GPU" in r.versions else ""
         lines.append(f"rank {r.rank}  {r.place}{gpu}, {r.disk_free_gib:.1f} GiB free on disk{shm}{links}")
@@ -231,42 +263,45 @@ def examine(
 
 def report(world: World, config: str, data: str, run_dir: Path) -> Report:
     """This rank's; all ranks call it together."""
-    latency_us, node_rate, next_rate = measure_links(world)
+    latency_us, node_rate, next_rate, *latencies = measure_links(world)
     code, versions = code_hash(), _versions(world)
     disk, shm = _free_gib(run_dir), _free_gib(Path("/dev/shm"))
     world.barrier()  # so that the clocks are read at the same moment
     return Report(
         world.rank, world.node, os.environ.get("NODE_ADDR") or socket.gethostname(), code, config, data, versions,
-        time.time(), disk or 0.0, shm, latency_us, node_rate, next_rate,
+        time.time(), disk or 0.0, shm, latency_us, node_rate, next_rate, *latencies,
     )  # fmt: skip
 
 
-def measure_links(world: World) -> tuple[float | None, float | None, float | None]:
-    """Microseconds of the smallest all-reduce, GB/s within this node, GB/s of this rank to its peer on the next."""
+def measure_links(world: World) -> tuple[float | None, float | None, float | None, float | None, float | None]:
+    """Microseconds of the smallest all-reduce, GB/s within this node, GB/s of this rank to its peer on the next;
+    microseconds of the smallest message within the node and to the next."""
     if world.size == 1:
-        return None, None, None
+        return None, None, None, None, None
     one = torch.ones(1, device=world.device)
     latency_us = _timed(lambda: dist.all_reduce(one), world, 10 * REPEATS) * 1e6
     large = torch.ones(MEGABYTES[world.device.type] * 10**6 // 4, device=world.device)
-    size_gb, node_rate, next_rate = large.nbytes / 1e9, None, None
+    size_gb, node_rate, next_rate, node_us, next_us = large.nbytes / 1e9, None, None, None, None
     if world.local_size > 1:
         first = range(0, world.size, world.local_size)
         groups = [dist.new_group(list(range(f, min(f + world.local_size, world.size)))) for f in first]
+        node_us = _timed(lambda: dist.all_reduce(one, group=groups[world.node]), world, 10 * REPEATS) * 1e6
         seconds = _timed(lambda: dist.all_reduce(large, group=groups[world.node]), world, REPEATS)
         node_rate = 2 * (world.local_size - 1) / world.local_size * size_gb / seconds
         dist.destroy_process_group(groups[world.node])
     if world.nodes > 1:
         after = (world.rank + world.local_size) % world.size
         before = (world.rank - world.local_size) % world.size
-        received = torch.empty_like(large)
 
-        def exchange() -> None:
-            steps = [dist.P2POp(dist.isend, large, after), dist.P2POp(dist.irecv, received, before)]
+        def exchange(sent: torch.Tensor, received: torch.Tensor) -> None:
+            steps = [dist.P2POp(dist.isend, sent, after), dist.P2POp(dist.irecv, received, before)]
             for work in dist.batch_isend_irecv(steps):
                 work.wait()
 
-        next_rate = size_gb / _timed(exchange, world, REPEATS)
-    return latency_us, node_rate, next_rate
+        small, received = torch.empty_like(one), torch.empty_like(large)
+        next_us = _timed(lambda: exchange(one, small), world, 10 * REPEATS) * 1e6
+        next_rate = size_gb / _timed(lambda: exchange(large, received), world, REPEATS)
+    return latency_us, node_rate, next_rate, node_us, next_us
 
 
 def _timed(work: Callable[[], Any], world: World, repeats: int) -> float:

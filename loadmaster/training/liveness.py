@@ -158,10 +158,15 @@ def stragglers(busy_s: Sequence[float], factor: float = SLOW_FACTOR) -> list[int
     return [rank for rank, seconds in enumerate(busy_s) if seconds > factor * usual]
 
 
+def slow_beats(sightings: Sequence[Sighting]) -> list[Beat]:
+    """The last beats of the ranks that hold the others up, by rank."""
+    beats = sorted((s.beat for s in sightings), key=lambda beat: beat.rank)
+    return [beats[index] for index in stragglers([beat.busy_s for beat in beats])]
+
+
 def straggler_message(sightings: Sequence[Sighting]) -> str | None:
     """A sentence that names the ranks that hold the others up; None where none does."""
-    beats = sorted((s.beat for s in sightings), key=lambda beat: beat.rank)
-    slow = [beats[index] for index in stragglers([beat.busy_s for beat in beats])]
+    beats, slow = [s.beat for s in sightings], slow_beats(sightings)
     if not slow:
         return None
     usual = median(beat.busy_s for beat in beats if beat not in slow)

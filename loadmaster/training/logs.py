@@ -18,6 +18,7 @@ def log_to(run_dir: Path, rank: int, everything: bool = False) -> None:
         logger.removeHandler(handler)
         handler.close()
     handler = logging.FileHandler(path, encoding="utf-8")
+    handler.handleError = lambda record: None  # a full disk: the run says so itself, and not for every line
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

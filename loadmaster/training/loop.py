@@ -25,7 +25,15 @@ from loadmaster.preflight.prediction import Measured, held_against, sentence
 from loadmaster.training.batches import losses, trained_tokens, worst_rows
 from loadmaster.training.checkpoint import Checkpoints, newest_whole
 from loadmaster.training.display import Display
-from loadmaster.training.metrics import MetricsLog, Throughput, peak_memory, read_metrics, recent_loss
+from loadmaster.training.metrics import (
+    MetricsLog,
+    Throughput,
+    most,
+    peak_memory,
+    read_metrics,
+    recent_loss,
+    saving_sentence,
+)
 from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.rng import seed_everything
 from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
@@ -50,6 +58,9 @@ class Outcome:
     trained_tokens_per_second: float
     rehearsal: Rehearsed
     peaks: dict[str, float]
+    """Of the rank that needed most."""
+    saves: dict[str, float | bool] | None
+    """How many checkpoints, their size, how long the loop waited for them and how long they took to write."""
     recompilations: int = 0
     """Graphs that were compiled after the rehearsal; each makes a step slow, and there should be none."""
 
@@ -80,7 +91,7 @@ def train(
     refuse_missing_tracker(job)
 
     def stopping() -> bool:
-        return world.any(stop.requested)
+        return world.any(stop.requested or checkpoints.failed)
 
     with stop.deferred():
         watch.at(0, "load")
@@ -123,7 +134,6 @@ def train(
         tracker = open_tracker(job, run_dir, job_hash, world.lead)
         tokens_at_start, trained_at_start, busy_s = tokens, trained_total, 0.0
         eval_loss: float | None = None
-        straggler: str | None = None
         recompilations = 0
 
         def save(step: int) -> None:
@@ -138,7 +148,8 @@ def train(
             keep = (job.checkpoint.keep_last, job.checkpoint.keep_best)
             watch.at(step, "save")
             checkpoints.save(folder / f"step-{step}", session.trained, session.optimizer, state, keep)
-            logging.getLogger("loadmaster").info(f"step {step}: saving; the loop waited {checkpoints.stall_s:.3f} s")
+            waited_s = checkpoints.stalls_s[-1]
+            logging.getLogger("loadmaster").info(f"step {step}: saving; the loop waited {waited_s:.3f} s")
 
         display.start(steps, done)
         try:
@@ -183,9 +194,8 @@ def train(
                 asked = stopping()
                 if asked or step % save_every == 0 or step == steps:
                     save(step)
-                    if world.size > 1 or session.device.type == "cuda":
-                        row["save_stall_s"] = round(checkpoints.stall_s, 4)
-                log.append(row)
+                    row["save_stall_s"] = round(checkpoints.stalls_s[-1], 4)
+                log.append({**row, "steps": steps})  # so that who follows a run from elsewhere knows its end
                 logging.getLogger("loadmaster").info(f"step {step} of {steps}: {row}")
                 figures = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
                 tracker.log(figures, step)
@@ -194,8 +204,7 @@ def train(
                 if plan.compile and graphs_compiled() > compiled + recompilations:
                     recompilations = graphs_compiled() - compiled
                     display.echo(f"step {step} compiled anew ({recompilations} graphs since the rehearsal)")
-                if world.lead and watch.straggler() not in (None, straggler):
-                    straggler = watch.straggler()
+                if world.lead and (straggler := watch.straggler()) is not None:
                     display.echo(straggler)
                 _stop_if(asked, f"after step {step} of {steps} (checkpoint saved)", checkpoints)
                 rate.pause()
@@ -205,6 +214,9 @@ def train(
             display.stop()
             log.close()
             tracker.close()
+    saves = checkpoints.figures()
+    if saves is not None:
+        display.echo(saving_sentence(saves))
     nothing = {"loss": None, "tokens_per_second": 0.0}  # metrics.jsonl was lost after the last step
     logged = read_metrics(run_dir / "metrics.jsonl") or [nothing]
     return session, Outcome(
@@ -214,7 +226,8 @@ def train(
         tokens_per_second=(tokens - tokens_at_start) / busy_s if busy_s else logged[-1]["tokens_per_second"],
         trained_tokens_per_second=(trained_total - trained_at_start) / busy_s if busy_s else 0.0,
         rehearsal=rehearsal,
-        peaks=peak_memory(session.device),
+        peaks=most(world.gather(peak_memory(session.device))),
+        saves=saves,
         recompilations=recompilations,
     )
 
@@ -238,7 +251,7 @@ def _stop_if(asked: bool, where: str, checkpoints: Checkpoints | None = None) ->
         return
     if checkpoints is not None:
         checkpoints.wait()
-    raise StoppedOnRequest(f"{MESSAGE} {where}")
+    raise StoppedOnRequest(f"{MESSAGE} {where}", agreed=True)
 
 
 def _rehearse(

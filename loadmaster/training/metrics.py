@@ -96,6 +96,20 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     }
 
 
+def most(peaks: list[dict[str, float]]) -> dict[str, float]:
+    """Of each figure the largest of all ranks'."""
+    return {name: max(each[name] for each in peaks) for name in peaks[0]}
+
+
+def saving_sentence(saves: dict[str, Any]) -> str:
+    """Checkpoints.figures for the log."""
+    how = " behind it" if saves["behind"] else ": the host has no room for a copy"
+    return (
+        f"checkpoints: {saves['count']} of {saves['gib']:.3f} GiB; the loop waited {saves['stall_s_mean']:.3f} s for "
+        f"each, at most {saves['stall_s_max']:.3f} s; writing took {saves['write_s_mean']:.3f} s{how}"
+    )
+
+
 def allocated_gib(device: torch.device) -> float:
     """By tensors, now; 0 on a CPU, which does not count them."""
     return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0

@@ -15,7 +15,7 @@ parameters; gradients go there and new values come back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from loadmaster.config.schema import OptimizerConfig
 from loadmaster.training.placement import local
+from loadmaster.training.relayout import BLOCK
 
 BUCKET_ELEMENTS = 2**28
 """Parameters stepped together; bounds the fp32 gradients that exist at once to 1 GiB (preflight reads this)."""
@@ -58,6 +59,8 @@ class TrainingOptimizer:
         """
         self.b_lr_ratio = b_lr_ratio
         self.config, self.offload, self.sum_over_shards = config, offload, sum_over_shards
+        self.own_form = name in ("adamw_8bit", "paged_adamw_8bit", "adafactor")
+        """Whether states depend on how a parameter is cut (loadmaster.training.relayout)."""
         self.masters = master_weights and any(p.dtype != torch.float32 for _, p in named_parameters)
         self.copies = self.masters or offload
         self.sharded = any(isinstance(p, DTensor) for _, p in named_parameters)
@@ -150,18 +153,51 @@ class TrainingOptimizer:
         return tensors, scalars
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
-        """Take over what `state` gave. Raises KeyError when it is of other parameters."""
+    def load_state(self, values: Iterable[tuple[str, Tensor | float]]) -> None:
+        """Take over what `state` gave, one value after another. Raises KeyError when it is of other parameters."""
         self.reset()
         where = {n: (b, t) for b in self.buckets for n, t in zip(b.names, b.targets, strict=True)}
-        for path, value in [*tensors.items(), *scalars.items()]:
+        for path, value in values:
             name, key = path.rsplit("/", 1)
             bucket, target = where[name]
+            if not target.numel():
+                continue  # a step count of a parameter that others hold
             if key == "master":
                 target.copy_(value)
                 continue
             state = bucket.optimizer.state[target]
             state[key] = _place(value, target, key, bucket.optimizer) if isinstance(value, Tensor) else value
+
+
+    @torch.no_grad()
+    def adopt(self, name: str, states: dict[str, Tensor]) -> None:
+        """Take over a parameter's states that OldLayout gave: this rank's rows, codes as numbers."""
+        bucket, target = next(
+            (b, t) for b in self.buckets for n, t in zip(b.names, b.targets, strict=True) if n == name
+        )
+        if not states or not target.numel():
+            return
+        if "state1" not in states:
+            bucket.optimizer.state[target].update({k: v.to(target.device, copy=True) for k, v in states.items()})
+            return
+        import bitsandbytes.functional as bnb
+
+        groups = bucket.optimizer.param_groups
+        where = ((g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"]) if p is target)
+        group, index = next(where)
+        bucket.optimizer.init_state(groups[group], target, group, index)
+        state = bucket.optimizer.state[target]
+        for number in ("1", "2"):
+            held, whole = state[f"state{number}"], states[f"state{number}"].to(target.device)
+            if held.dtype != torch.uint8:
+                held.copy_(whole)
+                continue
+            codes, scales = states.get(f"codes{number}"), states.get(f"absmax{number}")
+            if codes is None:
+                codes, made = bnb.quantize_blockwise(whole, code=state[f"qmap{number}"], blocksize=BLOCK)
+                scales = made.absmax
+            held.copy_(codes.view_as(held))
+            state[f"absmax{number}"].copy_(scales)
 
 
 def _place(value: Tensor, target: Tensor, key: str, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+
+from loadmaster.models.shards import local_rows
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -17,12 +20,20 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class Placed:
-    """Tensors on the host that stand for parts of parameters as they are sharded over `mesh` (None: not at all)."""
+    """Where parts of parameters are that are sharded over `mesh` by rows, or (None) not at all.
+
+    Tensors on the host stand for them in a checkpoint; another way to place parts is a subclass.
+    """
 
     def __init__(self, mesh: DeviceMesh | None = None):
         self._mesh = mesh
         if mesh is not None and mesh.device_type != "cpu":
             self._mesh = init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a rank's model holds less than the whole."""
+        return self._mesh is not None
 
     @property
     def shard_name(self) -> str:
@@ -31,17 +42,46 @@ class Placed:
             return "0-of-1"
         return f"{self._mesh.get_local_rank('shard')}-of-{self._mesh['shard'].size()}"
 
-    def copy(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        """A copy on the host of `part`, which lies in its whole as the local part of `parameter` does."""
-        return self._place(parameter, part.detach().to("cpu", copy=True).contiguous())
+    def part(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of a trained parameter, sharing its memory."""
+        return local(parameter)
 
-    def empty(self, parameter: nn.Parameter, shape: Any, dtype: torch.dtype) -> Tensor:
-        return self._place(parameter, torch.empty(shape, dtype=dtype))
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Of the whole."""
+        return parameter.shape
 
-    def _place(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """All of it, on every rank's host; all ranks call it."""
+        part = self.copy(parameter, local(parameter))
+        return part.full_tensor() if isinstance(part, DTensor) else part
+
+    def holds(self, parameter: nn.Parameter, read: Callable[[int, int], Tensor]) -> bool:
+        """Whether this rank's part is bit for bit what `read` gives of the whole: its rows from one to another."""
+        part, start, end = local_rows(parameter)
+        return not part.numel() or torch.equal(read(start, end), part.cpu())
+
+    def copy(self, parameter: nn.Parameter, part: Tensor) -> Any:
+        """A copy on the host of `part`, which lies in its whole as this rank's part of `parameter` does."""
+        return self.place(parameter, part.detach().to("cpu", copy=True).contiguous())
+
+    def complete(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """What `place` gave, as torch.distributed.checkpoint writes it; all ranks call it."""
+        return parts
+
+    def empty(self, parameter: nn.Parameter, dtype: torch.dtype) -> Any:
+        """What torch.distributed.checkpoint fills with this rank's part."""
+        return self.place(parameter, torch.empty(local(parameter).shape, dtype=dtype))
+
+    def filled(self, parameter: nn.Parameter, loaded: Any) -> Tensor:
+        """This rank's part out of what `empty` gave, once it is filled."""
+        return local(loaded)
+
+    def place(self, parameter: nn.Parameter, part: Tensor) -> Any:
+        """`part` itself, as what lies in its whole as this rank's part of `parameter` does."""
         if not isinstance(parameter, DTensor):
             return part
+        mesh = self._mesh if part.device.type == self._mesh.device_type else parameter.device_mesh
         return DTensor.from_local(
-            part, self._mesh, parameter.placements, run_check=False,
+            part, mesh, parameter.placements, run_check=False,
             shape=parameter.shape, stride=parameter.stride(),
         )  # fmt: skip

@@ -7,6 +7,7 @@ optimizer and random generators are put back bit for bit, so the run is the same
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -19,9 +20,9 @@ from torch import nn
 from loadmaster.data import MicroBatch
 from loadmaster.errors import TrainingFailed
 from loadmaster.training.checkpoint import Checkpoints
-from loadmaster.training.metrics import allocated_gib, peak_memory
+from loadmaster.training.metrics import allocated_gib, most, peak_memory
 from loadmaster.training.optimizer import TrainingOptimizer
-from loadmaster.training.placement import local
+from loadmaster.training.placement import Placed
 from loadmaster.training.rng import restore_rng, rng_state
 
 
@@ -52,7 +53,7 @@ def rehearse(
 
     worst: the fullest micro-batch, twice where a step accumulates: gradients then meet activations.
     """
-    start, world = time.perf_counter(), checkpoints.world
+    start, world, local = time.perf_counter(), checkpoints.world, checkpoints.placed.part
     weights = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
     generators = rng_state()
     part = "the fullest micro-batch"
@@ -81,7 +82,7 @@ def rehearse(
     finally:
         if world.lead:
             shutil.rmtree(scratch, ignore_errors=True)
-    peaks = peak_memory(world.device)
+    peaks = most(world.gather(peak_memory(world.device)))
     with torch.no_grad():
         for name, parameter in trained:
             local(parameter).copy_(weights[name])
@@ -96,12 +97,23 @@ def _save_and_reload(
 ) -> None:
     checkpoints.save(scratch, trained, optimizer, {"step": 0, "job_hash": "rehearsal"})
     checkpoints.wait()
-    before = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
-    states = {name: tensor.to("cpu", copy=True) for name, tensor in optimizer.state()[0].items()}
+    checkpoints.forget_figures()
+    before = _digests(trained, optimizer, checkpoints.placed)
     checkpoints.load(scratch, trained, optimizer)
-    reloaded = optimizer.state()[0]
-    changed = [name for name, parameter in trained if not torch.equal(local(parameter).cpu(), before[name])]
-    changed += [name for name, tensor in states.items() if not torch.equal(tensor, reloaded[name].cpu())]
+    after = _digests(trained, optimizer, checkpoints.placed)
+    changed = [name for name, digest in before.items() if after.get(name) != digest]
     changed = [name for part in checkpoints.world.gather(changed) for name in part]
     if changed:
         raise TrainingFailed(f"a checkpoint did not read back as written: {', '.join(changed[:3])}")
+
+
+def _digests(
+    trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer, placed: Placed
+) -> dict[str, str]:
+    """A hash of each weight and each state: copies of them all would not fit beside a large model's."""
+    tensors = {name: placed.part(parameter) for name, parameter in trained} | optimizer.state()[0]
+    return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

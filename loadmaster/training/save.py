@@ -7,19 +7,18 @@ FILE_BYTES, and writes it. Every rank then reads back its own part of every tens
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from loadmaster.errors import TrainingFailed
 from loadmaster.models.adapters import save_trained, trainable
 from loadmaster.models.forward import causal_lm
-from loadmaster.models.shards import Checkpoint, local_rows
-from loadmaster.training.placement import Placed, local
+from loadmaster.models.shards import Checkpoint
+from loadmaster.training.placement import Placed
 from loadmaster.training.world import World
 
 FILE_BYTES = 4 * 2**30
@@ -31,11 +30,11 @@ def write_trained(model: nn.Module, folder: Path, placed: Placed, world: World, 
     tokenizer: goes beside a whole model. Raises TrainingFailed when a file does not hold what was trained.
     """
     adapter = hasattr(model, "peft_config")
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    sharded = placed.sharded
     if not sharded and world.lead:
         save_trained(model, folder)
     elif sharded and adapter:
-        gathered = {name: _whole(parameter, placed) for name, parameter in trainable(model)}
+        gathered = {name: placed.whole(parameter) for name, parameter in trainable(model)}
         if world.lead:
             model.save_pretrained(str(folder), state_dict=gathered)
     elif sharded:
@@ -43,17 +42,13 @@ def write_trained(model: nn.Module, folder: Path, placed: Placed, world: World, 
     if world.lead and tokenizer is not None and not adapter:
         tokenizer.save_pretrained(folder)
     world.barrier()
-    different = [name for part in world.gather(_different(model, folder, strict=sharded or adapter)) for name in part]
+    mine = _different(model, folder, placed, strict=sharded or adapter)
+    different = [name for part in world.gather(mine) for name in part]
     if different:
         raise TrainingFailed(
             f"{folder.name.strip('.')} does not hold what was trained: {', '.join(sorted(set(different))[:3])} differ; "
             "nothing was published, and the last checkpoint is whole"
         )
-
-
-def _whole(parameter: nn.Parameter, placed: Placed) -> Tensor:
-    part = placed.copy(parameter, local(parameter))
-    return part.full_tensor() if isinstance(part, DTensor) else part
 
 
 def _write_model(model: nn.Module, folder: Path, placed: Placed, world: World) -> None:
@@ -62,7 +57,7 @@ def _write_model(model: nn.Module, folder: Path, placed: Placed, world: World) -
     size = 0
     parameters = dict(lm.named_parameters())
     for name, parameter in parameters.items():
-        taken = parameter.numel() * parameter.element_size()
+        taken = placed.shape(parameter).numel() * parameter.element_size()
         if files[-1] and size + taken > FILE_BYTES:
             files.append([])
             size = 0
@@ -73,7 +68,7 @@ def _write_model(model: nn.Module, folder: Path, placed: Placed, world: World) -
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
         tensors = {}
         for name in names:
-            whole = _whole(parameters[name], placed)
+            whole = placed.whole(parameters[name])
             if world.lead:
                 tensors[name] = whole.contiguous()
         if world.lead:
@@ -85,12 +80,12 @@ def _write_model(model: nn.Module, folder: Path, placed: Placed, world: World) -
         if lm.can_generate():
             lm.generation_config.save_pretrained(folder)
         if len(files) > 1:
-            total = sum(p.numel() * p.element_size() for p in parameters.values())
+            total = sum(placed.shape(p).numel() * p.element_size() for p in parameters.values())
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _different(model: nn.Module, folder: Path, strict: bool) -> list[str]:
+def _different(model: nn.Module, folder: Path, placed: Placed, strict: bool) -> list[str]:
     """Trained parameters of which this rank's part is not in the files. strict: a name that is not there is different.
 
     (Of a model that is not sharded transformers writes the files, under names of its own in some families.)
@@ -102,8 +97,7 @@ def _different(model: nn.Module, folder: Path, strict: bool) -> list[str]:
         if saved not in written:
             found += [name] if strict else []
             continue
-        part, start, end = local_rows(parameter)
         compared += 1
-        if part.numel() and not torch.equal(written.rows(saved, start, end), part.cpu()):
+        if not placed.holds(parameter, partial(written.rows, saved)):
             found.append(name)
     return found if compared else [*found, "every tensor"]

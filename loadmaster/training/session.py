@@ -24,8 +24,10 @@ from loadmaster.models.preference import mean_figures, pair_figures
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import micro_batches
 from loadmaster.training.optimizer import TrainingOptimizer
-from loadmaster.training.sharding import STRATEGIES, Strategy
+from loadmaster.training.sharding import STRATEGIES
+from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
+from loadmaster.training.zero import ZeroOptimizer, refuse_missing_deepspeed
 
 BUILT = {
     "sharding": tuple(STRATEGIES),
@@ -42,7 +44,7 @@ class Session:
     strategy: Strategy
     model: nn.Module
     loss: nn.Module
-    optimizer: TrainingOptimizer
+    optimizer: TrainingOptimizer | ZeroOptimizer
     pad_token_id: int
     skipped: list[dict[str, Any]] = field(default_factory=list)
     preference: dict[str, float] = field(default_factory=dict)
@@ -137,6 +139,7 @@ def make_session(
     """
     refuse_unbuilt(plan)
     refuse_other_world(plan, world)
+    refuse_missing_deepspeed(plan)
     strategy = STRATEGIES[plan.sharding](job, plan, world)
     model, loss = strategy.prepare(strategy.load(base_folder) if base is None else base)
     return Session(job, plan, world, strategy, model, loss, strategy.optimizer(model), pad_token_id)

@@ -1,14 +1,15 @@
-"""SIGTERM, SIGINT and a time limit: a run stops where nothing is lost, and says how to go on."""
+"""SIGTERM, SIGINT and limits of time and money: a run stops where nothing is lost, and says how to go on."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from loadmaster.config.schema import Job
@@ -17,14 +18,20 @@ from loadmaster.errors import StoppedOnRequest
 MESSAGE = "stopped on request; start the same command again to resume"
 SAME_REQUEST_S = 2.0
 """Signals so soon after the first are the same request: a scheduler tells every process, the launcher its workers."""
-
+AT_ONCE_S = 10.0
+"""Where a request ends the process at once, it does so after these seconds even out of a call that no signal wakes."""
 
 STARTED = "LOADMASTER_STARTED"
 """Environment variable: when the job began, seconds of time.time(), which launch.max_hours counts from."""
 
 
 class StopSignal:
-    """Between safe points a request is only noted; elsewhere, and the second time, it stops at once."""
+    """Between safe points a request is only noted; elsewhere, and the second time, it stops at once.
+
+    Python runs a signal's handler between two steps of its own, and never within a collective that waits for another
+    rank. A thread hears of the signal all the same (signal.set_wakeup_fd), notes the request and sees to it that the
+    process ends in time.
+    """
 
     def __init__(self, deadline: float | None = None, grace_s: float | None = None) -> None:
         """deadline: in seconds of time.time(), from when on a stop is requested.
@@ -32,63 +39,118 @@ class StopSignal:
         grace_s: seconds from a first request to where the process ends all the same, with what was saved before.
         """
         self.deadline, self.grace_s = deadline, grace_s
-        self._signalled = False
-        self._timer: threading.Timer | None = None
+        self.last_words: Callable[[str], object] = _print
+        """Told why, when the process ends because grace_s is over."""
+        self._signalled = self._heard = False
+        self._timers: list[threading.Timer] = []
         self._first_s = float("-inf")
         self._deferring = False
         self._previous: dict[int, object] = {}
+        self._ears: tuple[socket.socket, socket.socket] | None = None
+        self._previous_fd = -1
 
     @property
     def requested(self) -> bool:
-        return self._signalled or (self.deadline is not None and time.time() >= self.deadline)
+        return self._signalled or self._heard or (self.deadline is not None and time.time() >= self.deadline)
 
     @requested.setter
     def requested(self, value: bool) -> None:
         self._signalled = value
 
+    def limit(self, deadline: float | None) -> None:
+        """From `deadline` on it is as if somebody had sent SIGTERM: a stage of one process ends too. None: no limit."""
+        self.deadline = deadline
+        if deadline is not None:
+            self._later(max(0.0, deadline - time.time()), os.kill, os.getpid(), signal.SIGTERM)
+
     def install(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._handle)
+        self._ears = socket.socketpair()
+        for end in self._ears:
+            end.setblocking(end is self._ears[0])
+        self._previous_fd = signal.set_wakeup_fd(self._ears[1].fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(self._ears[0],), name="signals", daemon=True).start()
         return self
 
     def uninstall(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._ears is not None:
+            signal.set_wakeup_fd(self._previous_fd)
+            with suppress(OSError):
+                self._ears[0].shutdown(socket.SHUT_RDWR)  # wakes the thread, which closes its end
+            self._ears[1].close()
+            self._ears = None
+        for timer in self._timers:
+            timer.cancel()
+
+    def _listen(self, ear: socket.socket) -> None:
+        with ear, suppress(OSError):
+            while numbers := ear.recv(64):
+                # Another's handler is there while workers run (training.agent): they are told, and waited for.
+                ours = signal.getsignal(signal.SIGTERM) == self._handle
+                if ours and not self._heard and {signal.SIGTERM, signal.SIGINT} & set(numbers):
+                    self._heard = True
+                    self._end_in_time()
+
+    def _end_in_time(self) -> None:
+        wait_s = self.grace_s if self._deferring else AT_ONCE_S
+        if wait_s is not None:
+            self._later(wait_s, self._end, wait_s)
+
+    def _later(self, wait_s: float, do: Callable[..., object], *what: object) -> None:
+        timer = threading.Timer(wait_s, do, what)
+        timer.daemon = True
+        timer.start()
+        self._timers.append(timer)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if time.monotonic() - self._first_s < SAME_REQUEST_S:
             return
-        if not self._signalled:
+        first = not self._signalled
+        if first:
             self._first_s = time.monotonic()
-        if self._deferring and not self._signalled:
             self._signalled = True
-            if self.grace_s is not None:
-                self._timer = threading.Timer(self.grace_s, _end, [self.grace_s])
-                self._timer.daemon = True
-                self._timer.start()
-            return
-        raise StoppedOnRequest(MESSAGE)
+        if not (first and self._deferring):
+            raise StoppedOnRequest(self.message)
+
+    @property
+    def message(self) -> str:
+        over = self.deadline is not None and time.time() >= self.deadline
+        return f"launch.max_hours or launch.max_usd is used up: {MESSAGE}" if over else MESSAGE
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Within the block a first request only sets `requested`; the block looks at it at its safe points."""
-        self._deferring = True
+        before, self._deferring = self._deferring, True
         try:
             yield
         finally:
-            self._deferring = False
+            self._deferring = before
+
+    def _end(self, waited_s: float) -> None:
+        """The last resort: a step, or a rank that is waited for, took longer than whoever asked is willing to wait."""
+        with suppress(Exception):
+            self.last_words(f"{MESSAGE} (nothing was saved within {waited_s:g} s)")
+        os._exit(StoppedOnRequest.exit_code)
 
 
-def deadline(job: Job) -> float | None:
-    """When launch.max_hours is over, in seconds of time.time(); None where there is no such limit."""
-    started = float(os.environ[STARTED])
-    return None if job.launch.max_hours == "auto" else started + 3600 * job.launch.max_hours
+def deadline(job: Job, usd_per_hour: float | None = None) -> float | None:
+    """When launch.max_hours is over or launch.max_usd is spent, in seconds of time.time(); None: no such limit.
+
+    usd_per_hour: what all of the hardware costs, by the plan; None where that is not known. A stop is requested before
+    the limit, so that it is saved by then: launch.grace_s before, or a tenth of a limit that is short.
+    """
+    limits = [] if job.launch.max_hours == "auto" else [job.launch.max_hours]
+    if job.launch.max_usd is not None and usd_per_hour:
+        limits.append(job.launch.max_usd / usd_per_hour)
+    if not limits:
+        return None
+    allowed_s = 3600 * min(limits)
+    return float(os.environ[STARTED]) + allowed_s - min(job.launch.grace_s, allowed_s / 10)
 
 
-def _end(grace_s: float) -> None:
-    """The last resort: a step, or a rank that is waited for, took longer than whoever asked is willing to wait."""
-    print(f"{MESSAGE} (nothing was saved within launch.grace_s={grace_s:g} s)", file=sys.stderr, flush=True)
-    os._exit(StoppedOnRequest.exit_code)
+def _print(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

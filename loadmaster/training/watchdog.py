@@ -27,7 +27,18 @@ from types import FrameType, TracebackType
 import torch.distributed as dist
 
 from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
-from loadmaster.training.liveness import Beat, Sighting, age, judge, limit_s, lost, printer, see, straggler_message
+from loadmaster.training.liveness import (
+    Beat,
+    Sighting,
+    age,
+    judge,
+    limit_s,
+    lost,
+    printer,
+    see,
+    slow_beats,
+    straggler_message,
+)
 from loadmaster.training.world import World
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -73,6 +84,7 @@ class Watchdog:
         self._steps: deque[float] = deque(maxlen=LAST_STEPS)
         self._busy: deque[float] = deque(maxlen=LAST_STEPS)
         self._step_began = time.monotonic()
+        self._slow: list[int] = []
         self._lock, self._stop, self._leaving = threading.Lock(), threading.Event(), False
         self._main = threading.get_ident()
 
@@ -95,8 +107,13 @@ class Watchdog:
             self._busy.append(seconds)
 
     def straggler(self) -> str | None:
-        """A sentence that names the slow ranks, from what is known now; None where none is slow."""
-        return straggler_message(list(self._sightings.values()))
+        """A sentence that names the slow ranks, once for as long as it is the same ones; None where none is slow."""
+        sightings = list(self._sightings.values())
+        slow = [beat.rank for beat in slow_beats(sightings)]
+        if not slow or slow == self._slow:
+            return None
+        self._slow = slow
+        return straggler_message(sightings)
 
     # ------------------------------------------------------------ begin and end
 

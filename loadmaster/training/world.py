@@ -97,14 +97,18 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-            store=dist.PrefixStore("loadmaster/group", meet(rank, size)),
-            timeout=timedelta(seconds=timeout_s),
-            rank=rank,
-            world_size=size,
-            device_id=device if device_type == "cuda" else None,
-        )
+        store = dist.PrefixStore("loadmaster/group", meet(rank, size))
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+                store=store,
+                timeout=timedelta(seconds=timeout_s),
+                rank=rank,
+                world_size=size,
+                device_id=device if device_type == "cuda" else None,
+            )
+        except RuntimeError as error:
+            raise LoadmasterError(f"rank {rank} lost the others as they joined: {str(error).splitlines()[0]}") from None
     return World(rank, size, local_rank, local_size, device)
 
 
@@ -120,7 +124,9 @@ def meet(rank: int, size: int, patience_s: float = JOIN_S) -> dist.Store:
     try:
         store = dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=patience, multi_tenant=True)
         store.set(keys[rank], "")
-    except dist.DistError:
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise LoadmasterError(f"port {port} of {host} is in use; set another MASTER_PORT on every rank") from None
         raise LoadmasterError(f"rank {rank} found nobody at {host}:{port} within {patience_s:.0f} s") from None
     try:
         store.wait(keys, patience)

@@ -12,7 +12,7 @@ import yaml
 
 from loadmaster.config.compose import Composed
 from loadmaster.config.hydra_app import run_app
-from loadmaster.errors import DoesNotFit, ExportRejected, LoadmasterError, StoppedOnRequest, TrainingFailed
+from loadmaster.errors import DoesNotFit, ExportRejected, StoppedOnRequest, TrainingFailed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -28,14 +28,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Recorder:
     """A task that remembers its jobs and ends as its seed says."""
 
-    def __init__(self, ends: dict[int, int | LoadmasterError] | None = None):
+    def __init__(self, ends: dict[int, int | BaseException] | None = None):
         self.jobs: list[Composed] = []
         self.ends = ends or {}
 
     def __call__(self, composed: Composed) -> int:
         self.jobs.append(composed)
         end = self.ends.get(composed.job.seed, 0)
-        if isinstance(end, LoadmasterError):
+        if isinstance(end, BaseException):
             raise end
         return end
 
@@ -65,11 +65,11 @@ def test_the_task_gets_the_composed_job_and_hydra_writes_nothing(here: Path):
         (75, 75),
     ],
 )
-def test_the_tasks_exit_code_survives_hydra(end: int | LoadmasterError, code: int, capsys: pytest.CaptureFixture[str]):
+def test_the_tasks_exit_code_survives_hydra(end: int | BaseException, code: int, capsys: pytest.CaptureFixture[str]):
     assert run_app(Recorder({42: end}), ["stop_after=plan"]) == code
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
-    assert errors == (f"error: {end}\n" if isinstance(end, LoadmasterError) else "")
+    assert errors == (f"error: {end}\n" if isinstance(end, BaseException) else "")
 
 
 def test_a_wrong_configuration_is_exit_code_2_with_every_problem_and_the_task_is_not_called(

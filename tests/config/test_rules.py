@@ -61,6 +61,14 @@ CASES = {
         ["sharding=none", "hardware=h100_80gb_x8"], "sharding", "sharding=ddp",
         ["sharding=fsdp", "hardware=h100_80gb_x1"],
     ),
+    "zero_steps_by_adamw": (
+        ["sharding=zero3", "optimizer.name=adafactor", "hardware=h100_80gb_x8"], "optimizer.name", "sharding=fsdp",
+        ["sharding=fsdp", "optimizer.name=adafactor", "hardware=h100_80gb_x8"],
+    ),
+    "zero3_gathers_module_by_module": (
+        ["sharding=zero3", "compile=true", "hardware=h100_80gb_x8"], "sharding", "sharding=fsdp",
+        ["sharding=zero2", "compile=true", "hardware=h100_80gb_x8"],
+    ),
     "micro_batch_within_global_batch": (
         ["micro_batch_size=4", "batch.global_size=16", "hardware=h100_80gb_x8"], "micro_batch_size",
         "micro_batch_size=2, or batch.global_size=32",

@@ -200,6 +200,20 @@ def test_commands_for_other_servers_are_there(run_dir):
         assert command in text
 
 
+def test_a_gguf_that_was_exported_is_served_as_it_is_and_without_one_its_export_is_named(run_dir):
+    with_gguf = replace(JOB, export=ExportConfig(formats=["int4", "gguf"]))
+    without = (write_bundle(run_dir, replace(JOB, export=ExportConfig(formats=["int4"]))) / "README.md").read_text()
+    assert "export.formats=[int4,gguf]" in without and "llama-server" not in without
+    publish(run_dir, "gguf", 10)
+    folder = run_dir / "export/gguf"
+    (folder / "model.safetensors").rename(folder / "tickets-q8_0.gguf")
+    facts = {"format": "gguf", "recipe": "tickets", "base_model": {"name": "org/base", "revision": "abc"}}
+    write_manifest(folder, {**facts, "stop_token_ids": [2], "verification": {"passed": True}})
+    text = (write_bundle(run_dir, with_gguf) / "README.md").read_text()
+    assert "llama-server --model ../export/gguf/tickets-q8_0.gguf --ctx-size 512 --alias tickets" in text
+    assert "cd ../export/gguf && ollama create tickets -f Modelfile" in text and "convert_hf_to_gguf" not in text
+
+
 def test_our_own_worker_has_all_it_needs_beside_it(run_dir):
     folder = bundle(run_dir, worker="handler", image="me/tickets:1")
     server = read_json(folder / "server.json")

@@ -30,6 +30,14 @@ SETTINGS = {
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
+def nested(levels: int) -> list:
+    """Lists in lists."""
+    value: list = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 @pytest.fixture
 def server() -> Iterator[FakeOpenAI]:
     with FakeOpenAI() as fake:
@@ -103,6 +111,14 @@ def test_a_stream_comes_in_whole_events_with_whole_characters(worker) -> None:
         ({"openai_route": "/v1/chat/completions"}, "openai_input must be an object"),
         ({"openai_input": CHAT, "stream": True}, "only openai_input"),
         ({"prompt": "x" * 3000}, "at most 2,000 are taken"),
+        ({**CHAT, "temperature": float("nan")}, "what JSON cannot carry"),
+        ({"prompt": "\ud83d"}, "what JSON cannot carry"),
+        ({"prompt": "Hi", "stop": nested(5000)}, "what JSON cannot carry"),
+        ({**CHAT, "openai_route": ["/v1/models"]}, "only openai_input"),
+        ({"openai_route": ["/v1/models"]}, "is not served here"),
+        ({"prompt": "Hi", "sampling_params": {"messages": [1]}}, r"messages\[0\]"),
+        ({**CHAT, "model": None}, "is not served here"),
+        ({**CHAT, "n": 2.0}, '"n" must be an integer above 0'),
     ],
 )
 def test_wrong_input_is_refused_with_a_sentence_and_never_reaches_the_server(worker, server, given, said) -> None:

@@ -18,6 +18,7 @@ from loadmaster.config.validate import to_dict
 from loadmaster.endpoint import push
 from loadmaster.errors import ProviderError
 from loadmaster.export.manifest import verify_manifest, write_manifest
+from loadmaster.files import write_json
 
 FIGURES = {
     "candidate": "bf16", "tokens": 1703, "perplexity_ratio": 0.9999, "mean_kl": 0.00003, "p99_kl": 0.0003,
@@ -176,3 +177,19 @@ def test_which_format_is_pushed(run, capsys):
     assert "has not passed verification" in capsys.readouterr().err
     assert main(["push", str(run.parent), "--repo", "org/name"]) == 5
     assert "holds no export" in capsys.readouterr().err
+
+
+def test_what_a_launched_job_left_elsewhere_is_fetched_first(run, capsys):
+    for name in ("model.safetensors", "config.json"):
+        (run / "export/bf16" / name).unlink()
+    there = {"name": "loadmaster-x", "run_dir": "/workspace/loadmaster/runs/x"}
+    for facts, said in (
+        ({"volume": "vol1"}, f"first loadmaster fetch {run}"),
+        ({"host": "ada@gpu1:22"}, "first scp -r -P 22 ada@gpu1:/workspace/loadmaster/runs/x/export"),
+    ):
+        write_json(run / "launch.json", there | facts)
+        assert main(["push", str(run), "--repo", "org/name"]) == 5
+        assert said in "".join(capsys.readouterr()).replace("\n", " ")
+    (run / "launch.json").unlink()
+    assert main(["push", str(run), "--repo", "org/name"]) == 5
+    assert "model.safetensors: missing" in "".join(capsys.readouterr())

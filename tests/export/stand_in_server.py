@@ -18,7 +18,8 @@ if sys.argv[1] == "-c":
 options = dict(zip(sys.argv[3::1], sys.argv[4::1], strict=False))
 adapter = options.get("--lora-modules")
 name, folder = adapter.split("=") if adapter else (options["--served-model-name"], options["--model"])
-behaviour = (Path(folder) / "behaviour").read_text()
+says = Path(folder) / "behaviour"
+behaviour = says.read_text() if says.is_file() else "honest"
 answers = json.loads(Path(sys.argv[0]).with_name("answers.json").read_text())
 
 

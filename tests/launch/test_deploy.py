@@ -237,7 +237,7 @@ def test_what_fails_is_kept_when_asked(run_dir, client, fake, volume, said) -> N
 
 
 def test_what_cannot_be_taken_back_is_said_with_its_id(run_dir, client, fake, volume, said) -> None:
-    for number in range(5, 16):
+    for number in range(6, 17):
         fake.fault(len(fake.calls) + number, "500")
     with pytest.raises(NotAnswered, match="CUDA out of memory"):
         try_deploy(run_dir, client, fake, volume, said, "failed")
@@ -291,8 +291,8 @@ def test_what_is_missing_is_said_with_what_would_do(run_dir, tmp_path, client, f
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("mode", ["good", "failed"])
 def test_a_failure_of_any_call_leaves_one_endpoint_or_none(run_dir, client, fake, volume, said, kind, mode) -> None:
-    """Volumes, cards, list, creation, and list and deletion when it does not serve: each call spoilt once."""
-    for number in range(1, 7):
+    """Volumes, cards, list, creation, list, and deletion when it does not serve: each call spoilt once."""
+    for number in range(1, 8):
         fake.fault(len(fake.calls) + number, kind)
         with contextlib.nullcontext() if mode == "good" else pytest.raises(NotAnswered):
             try_deploy(run_dir, client, fake, volume, said, mode)
@@ -364,5 +364,7 @@ def test_endpoints_are_listed_scaled_and_only_ours(run_dir, client, fake, volume
         owned(client, "other")
     assert scale(client, endpoint, 1, 4).workers.max == 4
     assert fake.endpoints[made]["workers"] == {"min": 1, "max": 4, "idleTimeout": 10}
+    with pytest.raises(LoadmasterError, match="is 0 or more"):
+        scale(client, endpoint, -1, None)
     with pytest.raises(LoadmasterError, match="cannot both hold"):
         scale(client, endpoint, 9, None)

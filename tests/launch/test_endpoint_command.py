@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 
 from loadmaster.cli import main
 from loadmaster.launch import endpoint_command
 from loadmaster.launch.inference import Inference
+from loadmaster.launch.runpod import Api, Patience, RunpodClient
 from tests.launch.fake_inference import FakeInference
-from tests.launch.fake_runpod import FakeRunpod
+from tests.launch.fake_runpod import FAULTS, FakeRunpod
 from tests.launch.fake_s3 import ACCESS, SECRET, FakeS3
 from tests.launch.test_deploy import SMOKE, bundled, run_dir  # noqa: F401
 
@@ -40,6 +43,7 @@ def test_a_run_is_deployed_tested_scaled_and_deleted(run_dir, account, capsys) -
     assert account.endpoints == {}
     assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 0
     said = capsys.readouterr().out
+    assert "1 GPU(s) a worker of pool ADA_48_PRO without NVIDIA L40" in said and "it is not there and is made" in said
     assert "at least $0.00/h, at most $3.82/h" in said and "first token after" in said and "/openai/v1" in said
     assert "3 files" in said and "checksums agree" in said and SECRET not in said
     assert json.loads((run_dir / "deployment.json").read_text())["smoke"]["equal"] == 2
@@ -87,3 +91,115 @@ def test_mistakes_are_sentences(run_dir, account, capsys, monkeypatch) -> None: 
     monkeypatch.delenv("RUNPOD_API_KEY")
     assert main(["endpoint", "list"]) == 4
     assert "RUNPOD_API_KEY is not set" in "".join(capsys.readouterr()).replace("\n", " ")
+
+
+def quick(fake: FakeRunpod) -> RunpodClient:
+    return RunpodClient(Api(fake.key, fake.url, Patience(timeout_s=0.3, attempts=4, first_wait_s=0.01)))
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_every_call_of_every_command_may_fail_once(run_dir, account, capsys, monkeypatch, kind) -> None:  # noqa: F811
+    """list, test, review, scale, delete: the result is the same, one change is made once, and no key is shown."""
+    monkeypatch.setattr(endpoint_command, "_client", lambda: quick(account))
+    assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 0
+    (id,) = account.endpoints
+    account.hourly_usd[id] = [1.91] * 80
+    commands = (["list"], ["test", str(run_dir)], ["review", id], ["scale", id, "--max", "4"], ["delete", id, "--yes"])
+    for words in commands:
+        before = json.dumps(account.endpoints[id])
+        account.calls.clear()
+        assert main(["endpoint", *words]) == 0
+        calls, after = len(account.calls), json.dumps(account.endpoints.get(id))
+        for call in range(1, calls + 1):
+            account.endpoints[id] = json.loads(before)
+            account.calls.clear()
+            account.deleted.clear()
+            account.faults = {call: kind}
+            assert main(["endpoint", *words]) == 0, (words, call)
+            assert json.dumps(account.endpoints.get(id)) == after, (words, call)
+            assert len(account.deleted) <= 1
+            account.faults = {}
+        if words[0] != "delete":
+            assert id in account.endpoints
+    said = "".join(capsys.readouterr())
+    assert account.key not in said and "Traceback" not in said
+
+
+def test_two_deployments_at_once_leave_one_endpoint(run_dir, account, capsys) -> None:  # noqa: F811
+    """The other one is made between our look and our creation; ours gives way, and the next call updates that one."""
+    made = account.createEndpoint
+
+    def together(ids, query, body):
+        account.createEndpoint = made
+        made(ids, query, body)
+        return made(ids, query, body)
+
+    account.createEndpoint = together
+    assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 4
+    said = "".join(capsys.readouterr()).replace("\n", " ")
+    first = account.created[0]
+    assert "somebody else deployed" in said and len(account.endpoints) == 1 and len(account.created) == 2
+    assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 0
+    assert len(account.endpoints) == 1 and account.created == [first] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("RUNPOD_API_KEY", "schlüssel", "RUNPOD_API_KEY holds characters that no key has"),
+        ("RUNPOD_API_KEY", "two words", "RUNPOD_API_KEY holds characters that no key has"),
+        ("RUNPOD_API_KEY", "line\nbreak", "RUNPOD_API_KEY holds characters that no key has"),
+        ("RUNPOD_API_KEY", "wrong", "the key in RUNPOD_API_KEY is not accepted"),
+        ("RUNPOD_API_KEY", "  ", "RUNPOD_API_KEY is not set"),
+        ("RUNPOD_API_BASE_URL_V2", "http://[bad", "RUNPOD_API_BASE_URL_V2 is no address"),
+        ("RUNPOD_API_BASE_URL_V2", "nonsense", "RUNPOD_API_BASE_URL_V2 is no address"),
+        ("RUNPOD_S3_URL", "nonsense", "RUNPOD_S3_URL is no address"),
+        ("AWS_ACCESS_KEY_ID", "schlüssel", "AWS_ACCESS_KEY_ID holds characters that no key has"),
+    ],
+)
+def test_keys_and_addresses_that_can_be_none(run_dir, account, capsys, monkeypatch, name, value, said) -> None:  # noqa: F811
+    monkeypatch.setenv(name, value)
+    assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 4
+    shown = "".join(capsys.readouterr()).replace("\n", " ")
+    assert said in shown and account.endpoints == {}
+    assert value not in ("wrong", "schlüssel") or value not in shown.replace("wrong or", "")
+
+
+def test_what_is_no_run_is_a_sentence(run_dir, account, capsys, tmp_path) -> None:  # noqa: F811
+    """Missing, a file, unreadable JSON, another schema, read-only: never a traceback, and nothing is made."""
+    file = tmp_path / "file"
+    file.write_text("x")
+    damaged = {
+        "bundle/endpoint.json": "{", "bundle/serving.json": "[]", "bundle/smoke.json": "{}",
+        "bundle/manifest.json": '{"schema": 1}', "export/bf16/manifest.json": "no",
+    }  # fmt: skip
+    for path in (tmp_path / "nowhere", file, tmp_path):
+        assert main(["deploy", str(path), "--volume", "vol1", "--yes"]) == 4
+        assert "has no bundle" in "".join(capsys.readouterr()).replace("\n", " ")
+    for name, text in damaged.items():
+        good = (run_dir / name).read_text()
+        (run_dir / name).write_text(text)
+        assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) in (4, 5), name
+        said = "".join(capsys.readouterr()).replace("\n", " ")
+        assert "error: " in said and "again" in said, name
+        (run_dir / name).write_text(good)
+    assert account.endpoints == {} and account.created == []
+
+
+def test_a_run_that_cannot_be_written_is_said_before_anything_is_made(
+    run_dir, account, capsys, monkeypatch  # noqa: F811
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 4
+    assert "cannot be written" in "".join(capsys.readouterr()).replace("\n", " ")
+    assert account.calls == []
+
+
+def test_ctrl_c_and_sigterm_take_back_what_was_made(run_dir, account, capsys, monkeypatch) -> None:  # noqa: F811
+    for number in (signal.SIGINT, signal.SIGTERM):
+        monkeypatch.setattr(endpoint_command, "_connect", lambda urls, number=number: os.kill(os.getpid(), number))
+        assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 75
+        said = "".join(capsys.readouterr()).replace("\n", " ")
+        assert account.endpoints == {} and "is deleted" in said and "Traceback" not in said
+    monkeypatch.setattr("builtins.input", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["deploy", str(run_dir), "--volume", "vol1"]) == 130

@@ -144,8 +144,8 @@ def test_another_model_at_the_endpoint_is_taken_down_again(trained, account, cap
 MODES = {"good": 0, "failed": 4}
 
 
-def sweep(trained: Path, account: Account, capsys, caplog, tried: list[tuple[str, str]], every: int = 6) -> None:
-    """Deployments in which each plane fails at call n, and its data and volume at every sixth after it."""
+def sweep(trained: Path, account: Account, capsys, caplog, tried: list[tuple[str, str]], every: int = 8) -> None:
+    """Deployments in which each plane fails at call n, and its data and volume at every eighth after it."""
     caplog.set_level(logging.DEBUG)
     for number, (kind, mode) in enumerate(tried):
         at = number % every + 1
@@ -165,13 +165,13 @@ def sweep(trained: Path, account: Account, capsys, caplog, tried: list[tuple[str
 
 
 def test_failures_along_the_way_leave_one_endpoint_or_none(trained, account, capsys, caplog) -> None:
-    tried = [(FAULTS[number % 5], list(MODES)[number % 2]) for number in range(6)]
+    tried = [(FAULTS[number % 5], list(MODES)[number % 2]) for number in range(8)]
     sweep(trained, account, capsys, caplog, tried)
 
 
 @pytest.mark.slow
 def test_every_failure_of_every_call_leaves_one_endpoint_or_none(trained, account, capsys, caplog) -> None:
-    sweep(trained, account, capsys, caplog, [(kind, mode) for kind in FAULTS for mode in MODES for _ in range(6)])
+    sweep(trained, account, capsys, caplog, [(kind, mode) for kind in FAULTS for mode in MODES for _ in range(8)])
 
 
 def test_a_network_that_is_gone_leaves_nothing_and_the_next_try_goes_on(trained, account, capsys) -> None:

@@ -38,7 +38,7 @@ def test_a_job_goes_out_comes_back_and_the_pod_is_terminated(place):
     assert place.fake.pods == {} and [kind for kind, _ in place.fake.created] == ["volume", "pod"]
     (run,) = (place.folder / "runs" / "qlora_8b").iterdir()
     assert json.loads((run / "result.json").read_text())["steps"] == 3
-    assert "step 3, loss 1.5000" in place.said
+    assert "step 3 of 6, loss 1.5000, 1,200 tokens/s" in place.said
     assert "token is [HF_TOKEN]" in (run / "pod.log").read_text()
     record = json.loads((run / "launch.json").read_text())
     assert record["count"] == 1 and record["id"].startswith("pod")
@@ -252,6 +252,17 @@ def test_without_a_yes_nothing_is_rented(place, monkeypatch):
     with pytest.raises(LoadmasterError, match=r"launch\.yes=true"):
         place.launch("launch.yes=false")
     assert place.fake.created == []
+
+
+def test_a_volume_goes_by_its_id_where_two_have_one_name(place):
+    place.launch()
+    (first,) = place.fake.volumes
+    place.fake.volumes["twin"] = {**place.fake.volumes[first], "id": "twin"}
+    with pytest.raises(LoadmasterError, match=r"several network volumes are called loadmaster: vol0001(.|\n)*twin"):
+        place.launch("seed=2")
+    assert place.launch("seed=2", "launch.volume=twin") == 0
+    assert place.fake.bodies[-1]["mounts"]["network"][0]["volumeId"] == "twin"
+    assert [kind for kind, _ in place.fake.created] == ["volume", "pod", "pod"]
 
 
 def test_limits_that_no_machine_meets_are_explained(place):

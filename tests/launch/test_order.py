@@ -93,8 +93,16 @@ def test_machines_that_cannot_be_meant_are_refused(words, said):
         (["launch.package=loadmaster"], "launch.package"),
         (["launch.package=null"], "launch.package"),
         (["launch.image=a/b"], "launch.image"),
+        (["launch.volume_gb=9"], "launch.volume_gb"),
+        (["launch.volume_gb=5000"], "launch.volume_gb"),
+        (["launch.volume=''"], "launch.volume"),
+        (["launch.fetch=true", "launch.volume=null"], "launch.fetch"),
+        (["launch.fetch=true", "stop_after=train"], "launch.fetch"),
         (["launch.cloud=community"], "launch.cloud"),
         (["launch.env.WANDB_API_KEY=abc"], "launch.env.WANDB_API_KEY"),
+        (["launch.secrets.HF_TOKEN=hf_abcDEFghiJKLmnop"], "launch.secrets.HF_TOKEN"),
+        (["launch.secrets.WANDB_API_KEY=0abc456789abcdef0123456789abcdef01234567"], "launch.secrets.WANDB_API_KEY"),
+        (["launch.secrets.KEY=''"], "launch.secrets.KEY"),
         (["hardware=cpu"], "hardware.gpu"),
         (["run_dir=here"], "run_dir"),
     ],
@@ -103,6 +111,11 @@ def test_each_mistake_has_its_remedy(words, key):
     (problem,) = check.problems(composed(*words))
     assert problem.key == key and problem.remedy
     assert "abc" not in str(problem)
+
+
+@pytest.mark.parametrize("name", ["hf", "my_hf", "HF_TOKEN", "hf_token", "huggingface-read", "sk.prod", "wandb_2026"])
+def test_names_of_secrets_are_taken(name):
+    assert check.problems(composed(f"launch.secrets.HF_TOKEN={name}")) == []
 
 
 def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):
@@ -121,8 +134,25 @@ def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):
 def test_data_that_is_too_large_to_travel_is_refused_with_a_way_out(tmp_path):
     data = tmp_path / "mine.jsonl"
     data.write_bytes(random.Random(0).randbytes(200_000))
-    with pytest.raises(ConfigError, match=r"Hub dataset, or copy it to the volume"):
+    with pytest.raises(ConfigError, match=r"it goes to the volume by itself; or publish it as a \(private\) Hub"):
         ordered("data=file", f"data.path={data}")
+
+
+def test_data_that_is_too_large_to_travel_goes_to_the_volume_under_its_hash(tmp_path):
+    data = tmp_path / "meine daten.jsonl"
+    data.write_bytes(random.Random(0).randbytes(200_000))
+    job = composed("data=file", f"data.path='{data}'")
+    choice = choices(job.job, OFFERS, 200_000)[0]
+    made = order.make_order(job, choice, "loadmaster-x", 0.0, "http://127.0.0.1/v2", None, ("EU-RO-1",), True)
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    (upload,) = made.uploads
+    assert upload.name == f"loadmaster/data/{digest[:16]}-meine daten.jsonl" and upload.sha256 == digest
+    files = unpacked(made)
+    assert list(files) == ["job.yaml"]
+    assert yaml.safe_load(files["job.yaml"])["data"]["path"] == f"/workspace/{upload.name}"
+    small = composed("data=file", "data.path=/workspace/data/mine.jsonl")
+    made = order.make_order(small, choice, "loadmaster-x", 0.0, "http://127.0.0.1/v2", None, ("EU-RO-1",), True)
+    assert made.uploads == ()
 
 
 def test_data_on_the_volume_is_named_by_its_path_there():

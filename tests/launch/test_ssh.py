@@ -88,7 +88,7 @@ def test_a_job_runs_on_two_hosts_and_its_files_come_back(hosts, monkeypatch):
     (run,) = (hosts.folder / "runs" / "qlora_8b").iterdir()
     assert json.loads((run / "result.json").read_text())["steps"] == 3
     assert "[0] token is [HF_TOKEN]" in hosts.log and "[1] token is [HF_TOKEN]" in hosts.log
-    assert hosts.said.count("step 3, loss 1.5000") == 1 and "$" not in hosts.said.split("started on")[1]
+    assert hosts.said.count("step 3 of 6, loss 1.5000") == 1 and "$" not in hosts.said.split("started on")[1]
     assert "its run directory is node0:" in hosts.said
     assert SECRET not in hosts.said + everything_written(hosts.folder) + everything_written(hosts.room.parent)
     assert running(hosts.folder) == []

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -172,6 +173,27 @@ def test_hosts_that_do_not_come_are_a_sentence(tmp_path, monkeypatch, capfd):
     meeting = Meeting(2, 1, "127.0.0.1", 9)
     with pytest.raises(LoadmasterError, match=r"node 0 did not answer at 127\.0\.0\.1:9 within 2 s"):
         agent.run_workers(agent.Workers(1, ["-c", "pass"], meeting, rendezvous_s=2))
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_a_sentence(tmp_path):
+    from loadmaster.training import agent
+
+    with socket.socket() as taken, pytest.raises(LoadmasterError, match=r"port \d+ of this host is in use"):
+        taken.bind(("", 0))
+        taken.listen()
+        meeting = Meeting(2, 0, "127.0.0.1", taken.getsockname()[1])
+        agent.run_workers(agent.Workers(1, ["-c", "pass"], meeting, rendezvous_s=10))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_asked_to_stop_before_it_can_listen_was_stopped_not_broken(tmp_path):
+    from loadmaster.errors import StoppedOnRequest
+    from loadmaster.training import agent
+
+    words = "import os, signal; os.kill(os.getpid(), signal.SIGTERM) if os.environ['RANK'] == '1' else None"
+    with pytest.raises(StoppedOnRequest, match="still starting"):
+        agent.run_workers(agent.Workers(2, ["-c", words]))
 
 
 def test_the_slurm_script_starts_one_task_a_node_and_goes_back_to_the_queue_when_stopped(tmp_path):

@@ -25,7 +25,6 @@ from loadmaster.models import shards
 from loadmaster.models.forward import SummedLoss
 from loadmaster.models.frozen import freeze_linears, frozen_form
 from loadmaster.models.recompute import checkpoint_activations
-from loadmaster.preflight.setup import KEEP_WEIGHTS
 from loadmaster.training.sharding import FullyShard
 from loadmaster.training.trace import Case, Live, _meta_model
 from loadmaster.training.world import World
@@ -104,7 +103,7 @@ def counting(live: Sharded) -> Iterator[None]:
 
 
 def sharded_model(
-    config: dict[str, Any], method: str, precision: str, checkpointing: str, mesh: Any, sharding: str, targets: Any
+    config: dict[str, Any], method: str, precision: str, checkpointing: str, mesh: Any, targets: Any
 ) -> tuple[FullyShard, nn.Module]:
     """The engine's strategy, and its model under its loss."""
     model = _meta_model(config)
@@ -121,10 +120,9 @@ def sharded_model(
                 parameter.data = parameter.data.to(torch.bfloat16)
     checkpoint_activations(model, checkpointing)
     engine = object.__new__(FullyShard)  # its own settings for fully_shard; nothing is loaded
-    engine.mesh, engine.plan = mesh, SimpleNamespace(offload="none", sharding=sharding)
+    engine.mesh, engine.plan = mesh, SimpleNamespace(offload="none", sharding="fsdp")
     engine.world = World(device=torch.device("meta"))
     engine.parameter_device, engine.folder, engine.dtype = torch.device("meta"), None, torch.bfloat16
-    engine.keeps_weights = sharding in KEEP_WEIGHTS
     root = engine.wrap(SummedLoss(model))
     for module in root.modules():
         if hasattr(module, "set_custom_all_gather"):
@@ -134,7 +132,7 @@ def sharded_model(
 
 
 def sharded_peaks(
-    config: dict[str, Any], method: str, precision: str, case: Case, world_size: int, sharding: str = "fsdp",
+    config: dict[str, Any], method: str, precision: str, case: Case, world_size: int,
     targets: Any = "all-linear", replicas: int = 1,
 ) -> tuple[int, int]:  # fmt: skip
     """(bytes of one rank's weights and buffers, peak bytes of a step's micro-batches besides those).
@@ -142,7 +140,7 @@ def sharded_peaks(
     Accumulated, the step has three micro-batches, so that one has others before and after it.
     """
     with world_of(world_size, replicas) as mesh:
-        engine, root = sharded_model(config, method, precision, case.checkpointing, mesh, sharding, targets)
+        engine, root = sharded_model(config, method, precision, case.checkpointing, mesh, targets)
         live = Sharded()
         ids = torch.zeros(1, case.tokens, dtype=torch.long)
         batch = MicroBatch(ids, ids, torch.arange(case.tokens)[None], [["row"]])

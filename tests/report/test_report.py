@@ -226,13 +226,16 @@ def test_an_attempt_that_was_rejected_stands_beside_the_earlier_export_with_figu
     rejected = {"bf16": {**verification(False), "bytes": 2.7e8}, "int4": {**verification(False), "bytes": 1.2e8}}
     rejected["int4"] |= {
         "flipped_answers": 0.25, "p99_kl": 0.4321, "candidate": "int4-gptq",
-        "candidates": {"int4-gptq": {"mean_kl": 0.01}, "int4-rtn": {"mean_kl": 0.02}},
+        "candidates": {
+            "int4-gptq": {"mean_kl": 0.01},
+            "int4-rtn": {"mean_kl": 0.02, "flipped_answers": 0.123, "task": {"metric": 0.456}},
+        },
     }  # fmt: skip
     put(whole_run, "result.json", {**result, "rejected_exports": rejected})
     page = report(whole_run)
     assert "bf16 ✓ passed" in page.text
     assert "bf16 (made again, not published) ✕ rejected" in page.text and "int4 ✕ rejected" in page.text
-    assert "25.0%" in page.text and "0.4321" in page.text
+    assert "25.0%" in page.text and "0.4321" in page.text and "12.3%" in page.text and "45.6%" in page.text
     assert "int4-gptq was taken, by mean KL: int4-gptq 0.0100, int4-rtn 0.0200" in page.text
     assert "Distance from the model as trained over size" in page.text and page.html.count("<svg") == 6
 

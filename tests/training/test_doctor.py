@@ -77,6 +77,10 @@ def test_of_two_that_disagree_the_lead_is_right():
          Needs(next_gb_per_s=100),
          ["10.0 GB/s between node 0 (gpu0) and node 1 (gpu1), of 100.0 expected",
           "10.0 GB/s between node 1 (gpu1) and its neighbours, of 100.0 expected"]),
+        (on_node_1(node_latency_us=900.0), Needs(node_latency_us=27.0),
+         ["node 1 (gpu1): a message takes 900 us within it, of 27 expected"]),
+        (on_node_1(next_latency_us=900.0), Needs(next_latency_us=25.0),
+         ["node 1 (gpu1): a message takes 900 us to the next node, of 25 expected"]),
     ],
 )  # fmt: skip
 def test_a_slow_link_is_named(odd, needs, said):

@@ -15,6 +15,10 @@ TWO = [
     case("qlora-fsdp-2", "qlora", "fsdp", 2, checkpointing="full"),
     case("qlora-ddp-2", "qlora", "ddp", 2),
     case("fp8-fsdp-2", "lora", "fsdp", 2, **FP8),
+    case("qlora-zero2-2", "qlora", "zero2", 2),
+    case("qlora-zero3-2", "qlora", "zero3", 2, checkpointing="full"),
+    case("qlora-zero3-2-all", "qlora", "zero3", 2, offload="all"),
+    case("fp8-zero3-2", "lora", "zero3", 2, **FP8),
 ]
 FOUR = [case("qlora-fsdp-4", "qlora", "fsdp", 4), case("fp8-fsdp-4", "lora", "fsdp", 4, checkpointing="full", **FP8)]
 
@@ -23,7 +27,7 @@ FOUR = [case("qlora-fsdp-4", "qlora", "fsdp", 4), case("fp8-fsdp-4", "lora", "fs
 def runs(tmp_path_factory, model) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("frozen")
     for size, cases in ((1, ONE), (2, TWO), (4, FOUR)):
-        placed = [{**each, "model": str(model), "out": str(folder / each["name"])} for each in cases]
+        placed = [{**each, "model": str(model / "even"), "out": str(folder / each["name"])} for each in cases]
         spawn(folder, f"world-{size}", placed, size)
     return folder
 

@@ -39,7 +39,7 @@ def test_state_taken_and_loaded_continues_bit_for_bit(name, masters, dtype):
     for (_, copy), original in zip(named, first.parameters, strict=True):
         copy.data.copy_(original.data)
     second = TrainingOptimizer(named, OptimizerConfig(weight_decay=0.1), name, masters)
-    second.load_state(tensors, scalars)
+    second.load_state([*tensors.items(), *scalars.items()])
     for optimizer in (first, second):
         torch.manual_seed(7)  # stochastic rounding draws from the global generator
         step(optimizer, 9)

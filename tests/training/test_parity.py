@@ -21,11 +21,28 @@ TOLERANCE = 1e-5
 def case(name: str, method: str, sharding: str, count: int = 1, nodes: int = 1, **others) -> dict:
     return {
         "name": name, "method": method, "sharding": sharding, "count": count, "nodes": nodes, "offload": "none",
-        "checkpointing": "none", "optimizer": "adamw", "steps": STEPS, **others,
+        "checkpointing": "none", "optimizer": "adamw", "steps": STEPS, "model": "even", **others,
     }  # fmt: skip
 
 
-ALONE = [case("full", "full", "none"), case("lora", "lora", "none")]
+def zeros(count: int, *spreads: str, methods: tuple[str, ...] = ("full", "lora"), model: str = "even") -> list[dict]:
+    """Cases of methods under each sharding, or sharding-offload."""
+    cases = []
+    for method in methods:
+        for spread in spreads:
+            sharding, _, offload = spread.partition("-")
+            tag = [] if model == "even" else [model]
+            name = "-".join([method, *tag, sharding, str(count), *filter(None, [offload])])
+            cases.append(case(name, method, sharding, count, offload=offload or "none", model=model))
+    return cases
+
+
+ALONE = [
+    case("full", "full", "none"),
+    case("lora", "lora", "none"),
+    case("full-odd", "full", "none", model="odd"),
+    case("lora-odd", "lora", "none", model="odd"),
+]
 TWO = [
     case("full-ddp-2", "full", "ddp", 2),
     case("full-fsdp-2", "full", "fsdp", 2),
@@ -35,13 +52,19 @@ TWO = [
     case("lora-fsdp-2-compiled", "lora", "fsdp", 2, compile=True, checkpointing="selective"),
     case("full-ddp-2-compiled", "full", "ddp", 2, compile=True, checkpointing="full"),
     case("full-fsdp-2-checkpointed", "full", "fsdp", 2, checkpointing="full", offload="optimizer"),
+    *zeros(2, "zero1", "zero2", "zero3", "zero3-all"),
+    *zeros(2, "zero1-optimizer", "zero2-optimizer", "zero3-optimizer", methods=("full",)),
+    case("full-zero3-2-checkpointed", "full", "zero3", 2, checkpointing="full"),
 ]
 FOUR = [
     case("full-hybrid-2x2", "full", "fsdp", 2, 2),
     case("lora-fsdp-4", "lora", "fsdp", 4),
     case("full-fsdp-4", "full", "fsdp", 4),
     case("lora-ddp-4", "lora", "ddp", 4),
+    *zeros(4, "zero1", "zero2", "zero3", methods=("full",)),
+    *zeros(4, "zero2", "zero3", model="odd"),
 ]
+"""Four ranks cut rows of the odd model's matrices, so that one row is on two of them."""
 
 
 def free_port() -> int:
@@ -50,7 +73,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def spawn(folder: Path, name: str, cases: list[dict], size: int, nodes: int = 1) -> None:
+def spawn(
+    folder: Path, name: str, cases: list[dict], size: int, nodes: int = 1, module: str = "tests.training.parity"
+) -> None:
     """Run the cases one after another in one world of `size` processes."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps(cases))
@@ -63,7 +88,7 @@ def spawn(folder: Path, name: str, cases: list[dict], size: int, nodes: int = 1)
             "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % (size // nodes)),
             "LOCAL_WORLD_SIZE": str(size // nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-        command = [sys.executable, "-m", "tests.training.parity", str(path)]
+        command = [sys.executable, "-m", module, str(path)]
         log = open(folder / f"{name}-{rank}.log", "w")  # noqa: SIM115 - the process writes to it
         processes.append(
             subprocess.Popen(command, env={**environment, **place}, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -83,20 +108,29 @@ def model(tmp_path_factory) -> Path:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    even = {"hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2}
+    odd = {
+        "hidden_size": 62, "intermediate_size": 111, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    }  # fmt: skip
+    for name, shape in (("even", even), ("odd", {**odd, "vocab_size": 513, "tie_word_embeddings": False})):
+        torch.manual_seed(0)
+        config = LlamaConfig(**{
+            "num_hidden_layers": 3, "vocab_size": 512, "tie_word_embeddings": True, "bos_token_id": 1,
+            "eos_token_id": 2, "pad_token_id": 0, **shape,
+        })  # fmt: skip
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
     return folder
 
 
 RESUMED = [
-    case("full-resumed-alone", "full", "none"),
-    case("full-resumed-fsdp-2", "full", "fsdp", 2),
-    case("full-resumed-ddp-2", "full", "ddp", 2),
-    case("full-resumed-fsdp-8", "full", "fsdp", 8),
+    case(f"full-{source}-then-{sharding}-{count}", "full", sharding, count, source=f"full-{source}-4")
+    for source, *then in (
+        ("fsdp", ("none", 1), ("fsdp", 2), ("ddp", 2), ("fsdp", 8), ("zero1", 2), ("zero2", 2), ("zero3", 2)),
+        ("zero1", ("none", 1)),
+        ("zero2", ("fsdp", 2), ("zero3", 2)),
+        ("zero3", ("none", 1), ("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero3", 8)),
+    )
+    for sharding, count in then
 ]
 SAVED_AT = 10
 
@@ -106,12 +140,13 @@ def runs(tmp_path_factory, model) -> Path:
     """Every case, run once; the folder of each by its name."""
     folder = tmp_path_factory.mktemp("parity")
     for size, nodes, cases in [(1, 1, ALONE), (2, 1, TWO), (4, 2, FOUR[:1]), (4, 1, FOUR[1:])]:
-        placed = [{**c, "model": str(model), "out": str(folder / c["name"])} for c in cases]
+        placed = [{**c, "model": str(model / c["model"]), "out": str(folder / c["name"])} for c in cases]
         spawn(folder, f"world-{size}-{nodes}", placed, size, nodes)
     for size in (1, 2, 8):
-        placed = [{**c, "model": str(model), "out": str(folder / c["name"])} for c in RESUMED if c["count"] == size]
+        cases = [c for c in RESUMED if c["count"] == size]
+        placed = [{**c, "model": str(model / c["model"]), "out": str(folder / c["name"])} for c in cases]
         for each in placed:
-            resume_from(folder / "full-fsdp-4", Path(each["out"]))
+            resume_from(folder / each["source"], Path(each["out"]))
         spawn(folder, f"resumed-{size}", placed, size)
     return folder
 
@@ -136,32 +171,37 @@ def consumed(folder: Path) -> list[list[str]]:
     return [sorted(name for rank in step for name in rank) for step in zip(*ranks, strict=True)]
 
 
+def alone_of(name: str) -> str:
+    method, *rest = name.split("-")
+    return f"{method}-odd" if "odd" in rest else method
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [c["name"] for c in TWO + FOUR])
 def test_losses_gradient_norms_weights_and_rows_are_those_of_one_process(runs, name):
-    alone, spread = (metrics(runs / n) for n in (name.split("-")[0], name))
+    alone, spread = (metrics(runs / n) for n in (alone_of(name), name))
     assert len(spread) == STEPS
     for one, many in zip(alone, spread, strict=True):
         assert many["tokens"] == one["tokens"] and many["trained_tokens"] == one["trained_tokens"]
         assert ("eval_loss" in many) == ("eval_loss" in one)
         for key in {"loss", "grad_norm", "eval_loss"} & set(one):
             assert many[key] == pytest.approx(one[key], rel=TOLERANCE), (key, one["step"])
-    assert consumed(runs / name) == consumed(runs / name.split("-")[0])
-    wanted, got = weights(runs / name.split("-")[0]), weights(runs / name)
+    assert consumed(runs / name) == consumed(runs / alone_of(name))
+    wanted, got = weights(runs / alone_of(name)), weights(runs / name)
     assert wanted.keys() == got.keys()
     for key, tensor in wanted.items():
         torch.testing.assert_close(got[key], tensor, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [c["name"] for c in RESUMED])
-def test_what_four_ranks_saved_one_two_or_eight_go_on_from_and_every_row_is_seen_once(runs, name):
+@pytest.mark.parametrize(("name", "source"), [(c["name"], c["source"]) for c in RESUMED])
+def test_what_four_ranks_saved_others_go_on_from_under_any_engine_and_every_row_is_seen_once(runs, name, source):
     alone, resumed = metrics(runs / "full"), metrics(runs / name)
     assert [row["step"] for row in resumed] == list(range(1, STEPS + 1))
     for one, many in zip(alone, resumed, strict=True):
         for key in {"loss", "grad_norm", "eval_loss", "tokens"} & set(one):
             assert many[key] == pytest.approx(one[key], rel=TOLERANCE), (key, one["step"])
-    together = consumed(runs / "full-fsdp-4")[:SAVED_AT] + consumed(runs / name)
+    together = consumed(runs / source)[:SAVED_AT] + consumed(runs / name)
     assert together == consumed(runs / "full") and len(together) == STEPS
     for key, tensor in weights(runs / "full").items():
         torch.testing.assert_close(weights(runs / name)[key], tensor, rtol=TOLERANCE, atol=TOLERANCE)

@@ -134,6 +134,15 @@ def test_a_straggler_is_named():
     assert straggler_message(sightings()) is None
 
 
+def test_the_same_straggler_is_told_of_once_however_its_figures_change():
+    watch, told = Watchdog(World(), None), []
+    usual = {f"rank{r}": {"busy_s": 0.5} for r in range(4)}
+    for busy_s in (0.9, 0.95, 0.5, 0.9):
+        watch._sightings = {s.beat.rank: s for s in sightings(**usual | {"rank2": {"busy_s": busy_s}})}
+        told.append(watch.straggler() is not None)
+    assert told == [True, False, False, False]
+
+
 def test_one_rank_of_each_host_speaks():
     beats = [s.beat for s in sightings()]
     assert (printer(beats, 0, set()), printer(beats, 1, set())) == (0, 2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -9,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from loadmaster.errors import DataError, StoppedOnRequest, TrainingFailed
+from loadmaster.files import write_json
+from loadmaster.training.agent import WorkerKilled
+from loadmaster.training.stop import StopSignal
+from loadmaster.training.workers import Outcome, _judge, outcome_file
 from tests.runs import finish, metrics, start
 
 pytestmark = pytest.mark.slow
@@ -88,10 +94,57 @@ def test_a_killed_worker_ends_the_job_with_4_and_a_sentence(tiny, tmp_path):
     assert "SIGKILL" in log and "Traceback" not in log
 
 
+@pytest.mark.parametrize(
+    "first, failure, codes, wanted",
+    [
+        (75, None, {0: (4, False), 1: (75, True)}, StoppedOnRequest),  # its time was over: rank 0 missed it
+        (2, None, {0: (2, False), 1: (75, True)}, DataError),  # rank 1 was ended because of rank 0
+        (4, WorkerKilled(1, "rank 1 was ended by SIGKILL"), {0: (75, True)}, TrainingFailed),
+        (4, WorkerKilled(1, "rank 1 was ended by SIGKILL"), {0: (4, False)}, TrainingFailed),
+        (0, None, {0: (75, False), 1: (75, False)}, StoppedOnRequest),  # agreed
+        (75, StoppedOnRequest("while starting"), {}, StoppedOnRequest),
+    ],
+)
+def test_who_failed_first_is_the_cause_and_not_who_was_ended_for_it(first, failure, codes, wanted, tmp_path):
+    for rank, (code, stop) in codes.items():
+        write_json(outcome_file(tmp_path, rank), vars(Outcome(code, f"rank {rank} says", stop=stop)))
+    with pytest.raises(wanted) as raised:
+        _judge(tmp_path, 2, first, failure, StopSignal())
+    if isinstance(failure, WorkerKilled):
+        assert "SIGKILL" in str(raised.value) and "rank-1.log" in str(raised.value)
+
+
 def test_a_workers_own_error_reaches_the_user_with_its_exit_code(tiny, tmp_path):
     done = finish(tmp_path, *job(tiny, "tracker=none", "tracker.name=mlflow"))
     assert done.returncode == 2
     assert "pip install mlflow" in done.stderr and "Traceback" not in done.stderr + done.stdout
+
+
+def test_8_bit_states_of_two_processes_go_on_in_one(tiny, tmp_path):
+    words = job(tiny, "optimizer.name=adamw_8bit", "method=full", "max_steps=8", "checkpoint.every_steps=4")
+    done = finish(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    together = [row["loss"] for row in metrics(run)]
+    assert "the loop waited" in done.stdout
+    saves = json.loads((run / "result.json").read_text())["checkpoints"]
+    assert saves["count"] == 2 and saves["behind"] and 0 < saves["stall_s_mean"] <= saves["stall_s_max"]
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step-8")
+    done = finish(tmp_path, *words, "hardware.count=1", "sharding=none")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 4 of 8" in done.stdout
+    assert [row["loss"] for row in metrics(run)] == pytest.approx(together, rel=1e-3)
+
+
+def test_zero3_begins_with_the_weights_that_were_there_before_the_rehearsal(tiny, tmp_path):
+    """The tiny model's embeddings are too large to be kept whole on every rank, as a real one's are."""
+    words = ["method=full", "max_steps=2"]
+    assert finish(tmp_path, *job(tiny, *words, "sharding=zero3")).returncode == 0
+    alone = finish(tmp_path, *job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
+    assert alone.returncode == 0, alone.stderr
+    several, one = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("run", "alone"))
+    assert several == pytest.approx(one, rel=1e-5)
 
 
 def test_two_workers_train_evaluate_and_leave_what_one_process_leaves(tiny, tmp_path):

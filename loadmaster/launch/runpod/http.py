@@ -26,6 +26,7 @@ import tenacity
 from pydantic import ValidationError
 
 from loadmaster.errors import ProviderError
+from loadmaster.launch.given import is_address, is_key
 
 T = TypeVar("T")
 
@@ -188,15 +189,29 @@ class Api:
 def from_environment(base_url: str | None = None, patience: Patience = Patience()) -> Api:
     """The API under the key in RUNPOD_API_KEY, at base_url, else RUNPOD_API_BASE_URL_V2, else the provider's own.
 
-    Raises ProviderError where there is no key.
+    Raises ProviderError where there is no key, or what is there can be none, and for an address that is none.
     """
+    key = key_from_environment()
+    url = base_url or os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL
+    if not is_address(url):
+        raise ProviderError(f"{BASE_URL_VARIABLE} is no address: https://HOST/v2, or unset it for the provider's own")
+    return Api(key, url, patience)
+
+
+def key_from_environment() -> str:
+    """Raises ProviderError where there is none, or what is there can be none."""
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key:
         raise ProviderError(
             f"{KEY_VARIABLE} is not set; put a key of your account (console: Settings, API Keys) into that environment "
             "variable. Keys are read from nowhere else, so that none ends up in a file or a command line"
         )
-    return Api(key, base_url or os.environ.get(BASE_URL_VARIABLE) or BASE_URL, patience)
+    if not is_key(key):
+        raise ProviderError(
+            f"{KEY_VARIABLE} holds characters that no key has (spaces, line breaks, letters with accents): copy it "
+            "anew from the console (Settings, API Keys)"
+        )
+    return key
 
 
 def _detail(response: httpx.Response) -> str:

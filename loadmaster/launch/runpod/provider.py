@@ -7,6 +7,7 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.errors import ProviderError
+from loadmaster.launch.bucket import Bucket
 from loadmaster.launch.provider import PREFIX, LogLine, Machine, NoCapacity, Offer, Order, Volume
 from loadmaster.launch.runpod import rental
 from loadmaster.launch.runpod.client import RunpodClient
@@ -57,6 +58,12 @@ class Runpod:
 
     def delete_volume(self, id: str) -> None:
         self.client.delete_volume(id)
+
+    def bucket(self, volume: str) -> Bucket:
+        found = self.client.volume(volume)
+        if found is None:
+            raise ProviderError(f"there is no network volume {volume} in this account any more")
+        return Bucket(found.id, found.data_center)
 
     def rent(self, order: Order) -> Machine:
         try:

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from loadmaster.launch.provider import Machine, Order
+from loadmaster.launch.provider import MOUNT, Machine, Order
 from loadmaster.launch.runpod.client import RunpodClient
 from loadmaster.launch.runpod.types import (
     Cluster,
@@ -27,7 +27,6 @@ from loadmaster.launch.runpod.types import (
     body,
 )
 
-MOUNT = "/workspace"
 MIN_CUDA = "13.0"
 """What torch's wheels from PyPI are built for since 2.11; hosts with an older driver do not run them."""
 NODE = re.compile(r"-node(\d+)$")

@@ -1,0 +1,80 @@
+"""A GGUF export in llama.cpp, which is not vLLM's to serve: the same questions, asked through its Python binding.
+
+llama.cpp is cyllama's build, in an environment of its own, and runs in a process of its own: native code that crashes
+on this machine's processor is a failure of the format and of nothing else. It computes activations in 8 bits beside
+8-bit weights, so its difference from the trained model is larger than that of the same weights in transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from loadmaster.errors import ExportRejected
+from loadmaster.export.process import clean_environment, timeout_s
+from loadmaster.export.serve_client import Served
+from loadmaster.export.serve_compare import answer_figures, log_probability_figures
+
+TAIL_LINES = 8
+
+
+def ask_llama_cpp(
+    python: Path, folder: Path, manifest: dict[str, Any], reference: dict[str, Any], wanted: dict[str, Any],
+    tokenizer: Any, expected: dict[str, list[int]], scratch: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of the GGUF file in `folder`, as `serve_check.ask` gives them of a served model.
+
+    python: interpreter of an environment with cyllama. expected: conversation -> its token ids in training.
+    Raises ExportRejected when llama.cpp does not load it, or dies.
+    """
+    [file] = sorted(folder.glob("*.gguf"))
+    texts = {
+        name: tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        for name, messages in wanted["conversations"].items()
+    }
+    stop_ids = manifest["stop_token_ids"]
+    told = {
+        "model": str(file.absolute()), "documents": reference["documents"], "texts": texts, "stop_ids": stop_ids,
+        "prompts": [expected[prompt["origin"]] for prompt in wanted["prompts"]],
+        "max_new_tokens": wanted["max_new_tokens"], "threads": len(os.sched_getaffinity(0)),
+    }  # fmt: skip
+    found = _probe(python, told, scratch, timeout_s(file.stat().st_size))
+    served = [(each["own"], each["top"]) for each in found["documents"]]
+    figures: dict[str, Any] = {"models": [found["name"]]}
+    figures |= log_probability_figures(reference["documents"], served)
+    different = [name for name, ids in found["tokens"].items() if ids != expected[name]]
+    if texts and found["template"] != tokenizer.chat_template:
+        different.append("the chat template in the file")
+    figures["rendering"] = {"cases": len(texts), "different": different}
+    if wanted["prompts"]:
+        answers = [
+            Served(ids, said["ids"], tokenizer.decode(said["ids"], skip_special_tokens=True), _reason(said))
+            for ids, said in zip(told["prompts"], found["answers"], strict=True)
+        ]
+        figures |= answer_figures(reference["answers"], answers, stop_ids)
+    return {**figures, "stops_at": found["ends"]}
+
+
+def _reason(said: dict[str, Any]) -> str:
+    return "stop" if said["ended"] else "length"
+
+
+def _probe(python: Path, told: dict[str, Any], scratch: Path, limit_s: float) -> dict[str, Any]:
+    spec, result = scratch / "llama_cpp.spec.json", scratch / "llama_cpp.result.json"
+    result.unlink(missing_ok=True)
+    spec.write_text(json.dumps({**told, "result": str(result)}), encoding="utf-8")
+    try:
+        done = subprocess.run(
+            [str(python), "-I", str(Path(__file__).with_name("llama_cpp_probe.py")), str(spec)],
+            capture_output=True, text=True, errors="replace", timeout=limit_s, env=clean_environment(),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ExportRejected(f"llama.cpp did not answer within {limit_s:.0f} s") from None
+    if done.returncode != 0 or not result.is_file():
+        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        tail = "\n".join(done.stderr.strip().splitlines()[-TAIL_LINES:])
+        raise ExportRejected(f"llama.cpp ended with {how} on {Path(told['model']).name}\n{tail}")
+    return json.loads(result.read_text(encoding="utf-8"))

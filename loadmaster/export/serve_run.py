@@ -1,0 +1,86 @@
+"""One server after another for the formats of a run, each asked and stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loadmaster.errors import ExportRejected
+from loadmaster.export.harness import LONGEST, Asked, Figures
+from loadmaster.export.serve_client import Client
+from loadmaster.export.serve_process import free_port, server_command, start_timeout_s, started
+from loadmaster.files import read_json
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Servers:
+    """What the servers of a run share."""
+
+    run_dir: Path
+    served_as: str
+    base: Path
+    sequence_length: int
+    python: Path | None
+    """Interpreter that has vLLM."""
+    tasks: Asked | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a request: those of training; with tasks up to LONGEST, where the model has as many."""
+        if self.tasks is None:
+            return self.sequence_length
+        own = read_json(self.base / "config.json").get("max_position_embeddings") or self.sequence_length
+        return max(self.sequence_length, min(LONGEST, own))
+
+    def figures(
+        self, name: str, manifest: dict[str, Any], ask: Callable[[Client], dict[str, Any]], say: Say
+    ) -> dict[str, Any]:
+        """What `ask` finds in the exported format, how long its server took, and its tasks where there are any.
+
+        Raises ExportRejected when the server dies, is never ready, or cannot be asked.
+        """
+        folder = self.run_dir / "export" / name
+        return self._served(name, folder, manifest, ask, say)
+
+    def tasks_of_base(self, echo: Say) -> Figures:
+        """The tasks before training. Raises ExportRejected."""
+        try:
+            found = self._served("base", self.base, {"format": "bf16"}, None, lambda text: echo(f"base: {text}"))
+        except ExportRejected as error:
+            raise ExportRejected(f"the tasks cannot be asked of the base: {error}") from None
+        return found["tasks"]
+
+    def _served(
+        self, name: str, folder: Path, manifest: dict[str, Any], ask: Callable[[Client], dict[str, Any]] | None,
+        say: Say,
+    ) -> dict[str, Any]:  # fmt: skip
+        assert self.python is not None
+        port = free_port()
+        command = server_command(
+            self.python, folder.absolute(), self.base.absolute(), manifest, self.served_as, port, self.max_model_len
+        )
+        ready_within_s = start_timeout_s(_weight_bytes(folder) + _weight_bytes(self.base))
+        with started(command, port, self.run_dir / "serve-check" / f"{name}.log") as server:
+            ready = server.wait_until_ready(ready_within_s, say)
+            say(f"ready after {ready:.0f} s, asking")
+            figures: dict[str, Any] = {"seconds_to_ready": ready}
+            try:
+                if ask is not None:
+                    with Client(port, self.served_as) as client:
+                        figures |= ask(client)
+                if self.tasks is not None:
+                    say(f"asking {', '.join(self.tasks.harness.tasks)}")
+                    figures["tasks"] = self.tasks.of(port, self.served_as, folder.absolute(), self.max_model_len)
+            except ExportRejected as error:
+                if not server.has_ended(within_s=5):
+                    raise
+                raise ExportRejected(f"{error}; {server.account()}") from None
+        return figures
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,0 +1,138 @@
+"""What a launched job left where it ran: its exports lie on the network volume, and only their manifests came home.
+
+    deploy    needs them on the volume and nowhere else, so it looks at them there: the manifest is the one that came
+              home, every file has its size, none is besides, and all were written before the manifest, which an
+              export writes last. A file that was not (to the second, which is what S3 says) is read back and hashed.
+    fetch     brings them home, each file compared with its SHA-256; what was cut off goes on where it was
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
+from loadmaster.files import read_json, sha256_file
+from loadmaster.launch.bucket import Bucket
+from loadmaster.launch.provider import MOUNT
+from loadmaster.launch.upload import Shown, refuse_foreign
+
+RECORD = "launch.json"
+LARGE_BYTES = 10**8
+"""Reading back more than this is said."""
+
+Echo = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Left:
+    """Where a launched run lies."""
+
+    volume: str | None
+    """Id of the network volume; None: on hosts."""
+    run_dir: str
+    """As the machine saw it."""
+    host: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Its path on the volume."""
+        return str(PurePosixPath(self.run_dir).relative_to(MOUNT))
+
+
+def where(run_dir: Path) -> Left | None:
+    """Where the run of this launch's folder lies; None where it is no launch's folder, or nothing was kept."""
+    if not (run_dir / RECORD).is_file():
+        return None
+    found = read_json(run_dir / RECORD)
+    if not found.get("run_dir") or not (found.get("volume") or found.get("host")):
+        return None
+    return Left(found.get("volume"), found["run_dir"], found.get("host"))
+
+
+def away(run_dir: Path, artifact: Path) -> Left | None:
+    """Where the files of this export are, when none of them is here; None: they are (or should be) here."""
+    files = read_manifest(artifact).get("files") or []
+    if any((artifact / file["path"]).exists() for file in files):
+        return None
+    return where(run_dir)
+
+
+def look(artifact: Path, folder: str, bucket: Bucket, echo: Echo = print) -> None:
+    """Whether `folder` on the volume is the export whose manifest is here. Raises ExportRejected where it is not."""
+    at = f"{folder} on volume {bucket.volume}"
+    there, manifest = bucket.entries(folder), f"{folder}/{NAME}"
+    files = read_manifest(artifact)["files"]
+    refuse_foreign({f"{folder}/{file['path']}" for file in files} | {manifest}, folder, bucket.volume, there)
+    if manifest not in there or bucket.sha256(manifest) != sha256_file(artifact / NAME):
+        raise ExportRejected(f"{at} does not hold the export that {artifact / NAME} describes: launch the job again")
+    wrong, back = [], 0
+    for file in files:
+        name = f"{folder}/{file['path']}"
+        entry = there.get(name)
+        if entry is None:
+            wrong.append(f"{file['path']}: missing")
+        elif entry.bytes != file["bytes"]:
+            wrong.append(f"{file['path']}: {entry.bytes} bytes, the manifest says {file['bytes']}")
+        elif entry.modified >= there[manifest].modified:
+            back += 1
+            if file["bytes"] > LARGE_BYTES:
+                echo(f"{file['path']} is not older than its manifest: reading {file['bytes'] / 1e9:.2f} GB of it back")
+            if bucket.sha256(name) != file["sha256"]:
+                wrong.append(f"{file['path']}: changed since it was exported (sha256 differs)")
+    if wrong:
+        raise ExportRejected(f"{at} is not what was exported, so it is not deployed:\n  " + "\n  ".join(wrong))
+    total = sum(file["bytes"] for file in files)
+    echo(
+        f"{at}: {len(files)} files, {total / 1e9:.2f} GB, as exported ({back} read back, {len(files) - back} unchanged "
+        "since their manifest)"
+    )
+
+
+def fetch(run_dir: Path, formats: list[str], bucket: Bucket, left: Left, echo: Echo = print) -> list[Path]:
+    """Bring these exports home, into the folders where their manifests are; returns the folders.
+
+    Raises ProviderError for what the service refuses (the same call goes on where it was), Damaged for a file that is
+    not what its manifest says.
+    """
+    done = []
+    for name in formats:
+        artifact = run_dir / "export" / name
+        manifest = read_manifest(artifact)
+        shown = Shown(manifest["bytes"], echo, f"of {name} are here")
+        fetched = sum(
+            bucket.get(f"{left.folder}/export/{name}/{file['path']}", artifact / file["path"], file, shown.add)
+            for file in manifest["files"]
+        )
+        if problems := verify_manifest(artifact):
+            raise ExportRejected(f"{artifact} is not what was exported:\n  " + "\n  ".join(problems))
+        echo(f"{artifact}: {manifest['bytes'] / 1e9:.2f} GB, checksums agree; {fetched / 1e9:.2f} GB were fetched")
+        done.append(artifact)
+    return done
+
+
+def fetchable(run_dir: Path, formats: list[str] | None) -> tuple[Left, list[str]]:
+    """Where the run lies, and the formats to fetch: as asked for, else all that it has. Raises LoadmasterError."""
+    left = where(run_dir)
+    if left is None:
+        raise LoadmasterError(
+            f"{run_dir} is no folder of a launch that left its exports elsewhere ({RECORD} there would say so): give "
+            "runs/<recipe>/loadmaster-..., which launch=runpod printed"
+        )
+    if left.volume is None:
+        raise LoadmasterError(f"the exports of {run_dir} are on a host of yours: {copied_by(left, run_dir)}")
+    there = sorted(path.parent.name for path in run_dir.glob(f"export/*/{NAME}"))
+    if not there:
+        raise LoadmasterError(f"the job of {run_dir} exported nothing; its log there says why")
+    if missing := sorted(set(formats or ()) - set(there)):
+        raise LoadmasterError(f"the job of {run_dir} did not export {', '.join(missing)}; it has {', '.join(there)}")
+    return left, list(formats or there)
+
+
+def copied_by(left: Left, run_dir: Path) -> str:
+    """The command that brings a run home from a host."""
+    host, _, port = str(left.host).partition(":")
+    option = f" -P {port}" if port else ""
+    return f"scp -r{option} {host}:{left.run_dir}/export {run_dir}"

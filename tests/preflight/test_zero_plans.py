@@ -1,0 +1,75 @@
+"""Plans with DeepSpeed's ZeRO: taken when asked for, refused where it cannot, counted by the settings it is given."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadmaster.preflight.hardware import from_catalog
+from loadmaster.preflight.memory import memory
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import from_config
+from loadmaster.preflight.zero import zero_bytes
+from loadmaster.preflight.zero_settings import PREFETCH_BUCKET, REDUCE_BUCKET, deepspeed_config, max_live, reduce_bucket
+from tests.preflight.test_make import LLAMA, plan
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_auto_takes_no_zero_and_what_is_asked_for_is_kept_with_fp32_masters(method: str) -> None:
+    assert plan(LLAMA + "8B", method, "h100_80gb", 8).sharding in ("ddp", "fsdp")
+    for sharding in ("zero1", "zero2", "zero3"):
+        chosen = plan(LLAMA + "8B", method, "h100_80gb", 8, sharding=sharding)
+        assert chosen.fits and chosen.sharding == sharding
+        assert (chosen.optimizer, chosen.master_weights) == ("adamw", True)
+
+
+@pytest.mark.parametrize("sharding", ["zero1", "zero2"])
+def test_whole_weights_cannot_be_offloaded(sharding: str) -> None:
+    refused = plan(LLAMA + "8B", "full", "h100_80gb", 8, sharding=sharding, offload="all")
+    assert not refused.fits and "use sharding=fsdp or zero3" in refused.rejected[0]["reason"]
+
+
+def setup(sharding: str, **fields) -> Setup:
+    known = {"method": "full", "precision": "bf16", "optimizer": "adamw", "master_weights": True, "world_size": 8}
+    return Setup(**{**known, "sharding": sharding, "gpus_per_node": 8, "sequence_length": 2048, **fields})
+
+
+SHAPE = from_config(
+    {
+        "model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+    "small",
+)  # fmt: skip
+
+
+def test_each_stage_cuts_what_it_says() -> None:
+    n = SHAPE.parameters
+    one, two, three = (zero_bytes(SHAPE, setup(f"zero{stage}")) for stage in (1, 2, 3))
+    assert one.weights == two.weights == 2 * n and three.weights == pytest.approx(2 * n / 8, rel=0.01)
+    assert one.states == two.states == pytest.approx(12 * n / 8, rel=1e-4)
+    assert (one.gradients, two.gradients) == (4 * n, pytest.approx(4 * n / 8, rel=1e-4))
+    assert three.kept == 4 * reduce_bucket(n) == 4 * REDUCE_BUCKET
+    offloaded = zero_bytes(SHAPE, setup("zero3", offload="all"))
+    assert offloaded.weights == pytest.approx(2 * 17 * 1024, rel=0.01), "norms are whole on each GPU"
+    assert offloaded.host == pytest.approx((12 + 8 + 2) * n / 8, rel=0.01), "states, gradients twice, weights"
+
+
+def test_offload_moves_states_from_the_gpu_to_the_host() -> None:
+    hardware = from_catalog("h100_80gb", 8)
+    for stage in (1, 2, 3):
+        here, there = (memory(SHAPE, hardware, setup(f"zero{stage}", offload=o)) for o in ("none", "optimizer"))
+        assert there.train.optimizer == 0 and here.train.optimizer == pytest.approx(12 * SHAPE.parameters / 8, rel=0.01)
+        assert there.host_gib - here.host_gib > 12 * SHAPE.parameters / 2**30
+
+
+def test_deepspeed_takes_the_settings_that_are_counted() -> None:
+    zero_config = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    for sharding, offload in (("zero1", "none"), ("zero2", "optimizer"), ("zero3", "all")):
+        config = deepspeed_config(sharding, offload, False, 10**9, max_live(5, 7), 1)
+        taken = zero_config(**config["zero_optimization"])
+        assert int(taken.stage) == int(sharding[-1]) and taken.reduce_bucket_size == REDUCE_BUCKET
+        assert (taken.offload_optimizer is not None) == (offload != "none")
+        assert (taken.offload_param is not None) == (offload == "all")
+        assert taken.overlap_comm == (sharding == "zero3")
+        if sharding == "zero3":
+            assert (taken.prefetch_bucket_size, taken.max_live_parameters) == (PREFETCH_BUCKET, 19)

@@ -1,0 +1,113 @@
+"""What users, schedulers and disks do to a run of two processes: it ends in bounded time, says why, and goes on."""
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import metrics, start
+from tests.training.test_workers import job, wait_for_step, workers_of
+
+pytestmark = pytest.mark.slow
+END_S = 90
+"""Longest wait for an end, under load."""
+
+
+def said(folder: Path) -> str:
+    return (folder / "log.txt").read_text()
+
+
+def wait_for(process, what, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None and time.monotonic() < deadline, "ended, or it took too long"
+        time.sleep(0.02)
+
+
+def ends(process, folder: Path) -> int:
+    try:
+        return process.wait(timeout=END_S)
+    except Exception:
+        process.kill()
+        raise AssertionError(f"no end within {END_S} s\n{said(folder)}") from None
+
+
+def phase(folder: Path, rank: int, words: str) -> bool:
+    log = folder / "run" / "logs" / f"rank-{rank}.log"
+    return log.is_file() and words in log.read_text()
+
+
+MORE = {
+    "evaluating": ["evaluation.every_steps=1", "data.max_rows=400"],
+    "in the stage evaluate": [
+        "max_steps=2", "stop_after=evaluate", "evaluation.task=json_fields", "evaluation.max_rows=60",
+        "evaluation.max_new_tokens=400",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["starting", "loading", "rehearsing", *MORE])
+def test_sigterm_to_one_rank_ends_all_of_them_with_75_in_every_phase(when, tiny, tmp_path):
+    process = start(tmp_path, *job(tiny, "max_steps=2000", "checkpoint.every_steps=500", *MORE.get(when, [])))
+    logs = tmp_path / "run" / "logs"
+    wait_for(process, {
+        "starting": lambda: True,
+        "loading": (logs / "rank-1.log").is_file,
+        "rehearsing": lambda: phase(tmp_path, 1, "doctor:"),
+        "evaluating": lambda: len(metrics(tmp_path / "run")) >= 1,
+        "in the stage evaluate": lambda: "evaluate: started" in said(tmp_path) and (logs / "rank-1.stack").is_file(),
+    }[when])  # fmt: skip
+    wait_for(process, lambda: len(workers_of(process.pid)) == 2)
+    os.kill(workers_of(process.pid)[-1], signal.SIGTERM)
+    assert ends(process, tmp_path) == 75, said(tmp_path)
+    assert "start the same command again to resume" in said(tmp_path) and "Traceback" not in said(tmp_path)
+    done = len(metrics(tmp_path / "run"))
+    if when == "evaluating":
+        assert (tmp_path / "run" / "checkpoints" / f"step-{done}" / "checksums.json").is_file()
+    elif when != "in the stage evaluate":
+        assert done == 0
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_the_run_at_its_next_step_and_the_same_command_goes_on(tiny, tmp_path):
+    words = job(tiny, "max_steps=2000", "checkpoint.every_steps=20", "method=full")
+    process = start(tmp_path, *words)
+    first = tmp_path / "run" / "checkpoints" / "step-20" / "checksums.json"
+    wait_for(process, first.is_file)
+    # From now on this rank cannot write a file of more than 100 kB: its part of a checkpoint fails.
+    resource.prlimit(workers_of(process.pid)[-1], resource.RLIMIT_FSIZE, (100_000, 100_000))
+    assert ends(process, tmp_path) == 4, said(tmp_path)
+    assert "could not be written" in said(tmp_path) and "Earlier checkpoints are whole" in said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
+    steps = len(metrics(tmp_path / "run"))
+    assert steps % 20 < 15, "trained on for long after the checkpoint had failed"
+    whole = max(int(p.name[5:]) for p in first.parent.parent.glob("step-*"))
+    assert whole >= 20
+    again = start(tmp_path, *words)
+    wait_for(again, lambda: f"resuming after step {whole} of" in said(tmp_path))
+    again.send_signal(signal.SIGTERM)
+    assert ends(again, tmp_path) == 75, said(tmp_path)
+
+
+@pytest.mark.parametrize("apart_s", [0.5, 3.0])
+def test_ctrl_c_twice_ends_it_with_75(apart_s, tiny, tmp_path):
+    process = start(tmp_path, *job(tiny, "max_steps=2000", "checkpoint.every_steps=500"))
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(apart_s)
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    assert ends(process, tmp_path) == 75, said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
+
+
+def test_max_hours_saves_and_ends_before_they_are_over(tiny, tmp_path):
+    process = start(tmp_path, *job(tiny, "max_steps=100000", "checkpoint.every_steps=50000", "launch.max_hours=0.03"))
+    assert process.wait(timeout=300) == 75, said(tmp_path)
+    done = len(metrics(tmp_path / "run"))
+    saved = tmp_path / "run" / "checkpoints" / f"step-{done}" / "checksums.json"
+    began = (tmp_path / "run" / "config.yaml").stat().st_mtime
+    assert done and saved.stat().st_mtime - began < 0.03 * 3600
+    assert "checkpoint saved" in said(tmp_path) and "nothing was saved" not in said(tmp_path)

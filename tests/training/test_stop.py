@@ -1,0 +1,98 @@
+"""Requests to stop: heard in time also where no Python runs, and limits of time and money as such requests."""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from loadmaster.config.schema import DataConfig, Job, LaunchConfig
+from loadmaster.errors import StoppedOnRequest
+from loadmaster.training.stop import STARTED, StopSignal, deadline
+from tests.runs import ROOT, environment
+
+JOB = Job(data=DataConfig(path="x"))
+
+
+@pytest.mark.parametrize(
+    "launch, usd_per_hour, wanted",
+    [
+        ({}, 4.0, None),
+        ({"max_hours": 2.0}, None, 7200 - 120),
+        ({"max_usd": 6.0}, 4.0, 5400 - 120),
+        ({"max_usd": 6.0, "max_hours": 1.0}, 4.0, 3600 - 120),
+        ({"max_usd": 6.0}, None, None),
+        ({"max_hours": 0.01}, None, 36 - 3.6),  # of a short one, a tenth
+        ({"max_hours": 2.0, "grace_s": 10.0}, None, 7200 - 10),
+    ],
+)
+def test_a_limit_asks_to_stop_so_early_that_it_is_kept(launch, usd_per_hour, wanted, monkeypatch):
+    monkeypatch.setenv(STARTED, "1000")
+    found = deadline(dataclasses.replace(JOB, launch=LaunchConfig(**launch)), usd_per_hour)
+    assert found == (None if wanted is None else pytest.approx(1000 + wanted))
+
+
+def test_a_limit_ends_what_one_process_does_alone():
+    stop = StopSignal().install()
+    try:
+        stop.limit(time.time() + 0.2)
+        with pytest.raises(StoppedOnRequest, match=r"launch\.max_hours or launch\.max_usd is used up"):
+            time.sleep(20)
+    finally:
+        stop.uninstall()
+
+
+def test_a_request_between_safe_points_is_noted_and_does_not_interrupt():
+    stop = StopSignal(grace_s=100).install()
+    try:
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            assert stop.requested
+    finally:
+        stop.uninstall()
+
+
+def test_deferral_within_deferral_ends_with_the_outer_one():
+    stop = StopSignal().install()
+    try:
+        with stop.deferred():
+            with stop.deferred():
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    finally:
+        stop.uninstall()
+
+
+def test_a_process_that_is_stuck_in_c_ends_when_its_time_is_over():
+    """It waits in a store's C++, as a rank waits for another that does not come; no Python handler ever runs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = (
+        "import datetime, torch.distributed as d; from loadmaster.training.stop import StopSignal\n"
+        "stop = StopSignal(grace_s=1.0).install()\n"
+        "with stop.deferred():\n"
+        f"    store = d.TCPStore('127.0.0.1', {port}, is_master=True, wait_for_workers=False)\n"
+        "    print('waits', flush=True)\n"
+        "    store.wait(['never'], datetime.timedelta(seconds=300))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", words], env=environment() | {"PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    killer = threading.Timer(100, process.kill)
+    killer.start()
+    assert process.stdout.readline() == "waits\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    killer.cancel()
+    assert process.returncode == 75 and time.monotonic() - began < 20
+    assert "nothing was saved within 1 s" in said
