@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return error.exit_code
+    except BrokenPipeError:  # what reads the output has seen enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

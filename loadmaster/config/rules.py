@@ -174,6 +174,14 @@ def fp8_needs_fp8_units(job: Job, origins: Origins) -> Found:
         yield "precision", job.precision, message, f"precision=bf16, or one of {able}"
 
 
+@rule("compile", "activation_checkpointing")
+def pieces_are_not_compiled(job: Job, origins: Origins) -> Found:
+    """compile=true does not go with activation_checkpointing=offload, which runs layers by pieces."""
+    if job.compile is True and job.activation_checkpointing == "offload":
+        message = "does not go with activation_checkpointing=offload, which runs layers by pieces"
+        yield "compile", True, message, "compile=auto, or activation_checkpointing=full"
+
+
 @rule("hardware.gpu")
 def gpu_is_known(job: Job, origins: Origins) -> Found:
     """hardware.gpu is local, cpu or a GPU of the catalogue."""

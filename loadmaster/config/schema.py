@@ -362,9 +362,10 @@ class Job:
     """Passes over the packed training rows."""
     max_steps: PositiveInt | None = None
     """Stop after so many optimizer steps; null is the number that epochs gives."""
-    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """Recompute activations in the backward pass instead of keeping them: of each decoder layer all (full), or all but
-    large products and attention (selective)."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
+    """Recompute activations in the backward pass instead of keeping them: of each decoder layer all but large products
+    and attention (selective), all (full), or all, its input in host memory and its MLP by pieces (offload, for very
+    long rows)."""
     compile: Flag | Auto = "auto"
     """Compile decoder layers (torch.compile); auto: on a GPU. The first step waits for it, a minute or less."""
     sharding: Literal["auto", "none", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"

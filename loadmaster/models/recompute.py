@@ -4,6 +4,8 @@
     selective  of each decoder layer: its input, attention, and products over at least WIDE inputs; norms, activations,
                rotary embeddings, dequantized weights and adapters' second products are made again
     full       of each decoder layer its input
+    offload    full, with those inputs in pinned host memory, copied beside the layers that run meanwhile, and MLPs run
+               (and made again once more) by pieces of MLP_TOKENS: what very long rows need
 
 Selective is torch.utils.checkpoint's policy by operation. What is kept is what costs most to make again for each byte
 it takes: an element of a product over K inputs costs 2 K FLOPs and 2 bytes, so that on cards of the day, with about
@@ -12,16 +14,19 @@ it takes: an element of a product over K inputs costs 2 K FLOPs and 2 bytes, so 
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from loadmaster.models.forward import causal_lm, decoder_layers
 
+MLP_TOKENS = 16384
+"""Tokens of an MLP at a time under offload; the preflight reads this number."""
 WIDE = 512
 """Inputs of a product that is kept; an adapter's second product has its rank. The preflight reads this number."""
 
@@ -31,22 +36,108 @@ def checkpoint_activations(model: nn.Module, mode: str) -> None:
     lm = causal_lm(model)
     if lm.is_gradient_checkpointing:
         lm.gradient_checkpointing_disable()
-    if mode == "full":
+    if mode in ("full", "offload"):
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         lm.get_decoder().train()
     layers = getattr(lm.get_decoder(), "layers", [])
     for layer in layers:
-        if getattr(layer.__dict__.get("forward"), "__func__", None) is _selective:
-            del layer.forward
+        for module in filter(None, (layer, getattr(layer, "mlp", None))):
+            if getattr(module.__dict__.get("forward"), "__func__", None) in (_selective, _pieces):
+                del module.forward
     if mode == "selective":
         for layer in decoder_layers(model):
             layer.forward = MethodType(_selective, layer)
+    if mode == "offload":
+        host = HostMemory(lm.get_input_embeddings().weight.device)
+        for layer in decoder_layers(model):
+            layer._gradient_checkpointing_func = host.checkpoint
+            if not hasattr(getattr(layer, "mlp", None), "experts") and hasattr(layer, "mlp"):
+                layer.mlp.forward = MethodType(_pieces, layer.mlp)
 
 
 def _selective(layer: nn.Module, *inputs: Any, **settings: Any) -> Any:
     """The layer's own forward, checkpointed by operation."""
     forward = partial(type(layer).forward, layer)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_contexts, **settings)
+
+
+def _pieces(mlp: nn.Module, hidden: Tensor) -> Tensor:
+    """An MLP's own forward over pieces of its tokens [1, N, h], each made again by itself in the backward pass."""
+    forward = partial(type(mlp).forward, mlp)
+    if hidden.shape[1] <= MLP_TOKENS:
+        return forward(hidden)
+    parts = hidden.split(MLP_TOKENS, dim=1)
+    return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in parts], dim=1)
+
+
+class HostMemory:
+    """Keeps checkpointed layers' inputs in pinned host memory; copies run on a stream of their own.
+
+    An input's memory on the device is free for others once its copy is there. In the backward pass the input of the
+    layer before is fetched while a layer runs.
+    """
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.held: list[weakref.ref[_Held]] = []
+        """In the order of the forward pass; the graph alone keeps them, and takes them with it."""
+
+    def checkpoint(self, function: Any, *inputs: Any) -> Any:
+        """torch.utils.checkpoint of `function`; what it saves here is nothing but its inputs."""
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+            return checkpoint(function, *inputs, use_reentrant=False)
+
+    def pack(self, tensor: Tensor) -> Any:
+        if not tensor.numel():
+            return tensor
+        if self.stream is None:
+            copy = tensor.detach().to("cpu", copy=True) if tensor.device.type == "cpu" else None
+        else:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.stream.wait_stream(torch.cuda.current_stream(tensor.device))
+            with torch.cuda.stream(self.stream):
+                copy.copy_(tensor.detach(), non_blocking=True)
+            tensor.record_stream(self.stream)
+        kept = _Held(copy, tensor)
+        self.held.append(weakref.ref(kept))
+        return kept
+
+    def unpack(self, kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        self._fetch(kept)
+        here, kept.here = kept.here, None
+        if self.stream is not None:
+            current = torch.cuda.current_stream(kept.device)
+            current.wait_event(kept.arrived)
+            here.record_stream(current)
+        while self.held and self.held.pop()() is not kept:  # later ones were asked for before
+            pass
+        before = self.held[-1]() if self.held else None
+        if before is not None:
+            self._fetch(before)
+        return here
+
+    def _fetch(self, kept: _Held) -> None:
+        if kept.here is not None:
+            return
+        if self.stream is None:
+            kept.here = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
+            if kept.host is not None:
+                kept.here.copy_(kept.host)
+            return
+        with torch.cuda.stream(self.stream):
+            kept.here = kept.host.to(kept.device, non_blocking=True)
+            kept.arrived = self.stream.record_event()
+
+
+class _Held:
+    """One input: its copy on the host (None in a trace on the meta device), and on the device once it was fetched."""
+
+    def __init__(self, host: Tensor | None, tensor: Tensor):
+        self.host, self.shape, self.dtype, self.device = host, tensor.shape, tensor.dtype, tensor.device
+        self.here: Tensor | None = None
+        self.arrived: torch.cuda.Event | None = None
 
 
 def _contexts() -> Any:

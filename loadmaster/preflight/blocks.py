@@ -18,6 +18,11 @@ NARROW = 512
 """A matmul with fewer columns than this moves bytes more than it computes."""
 
 
+MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+MLP_TOKENS = 16384
+"""loadmaster.models.recompute.MLP_TOKENS; a test holds the two equal."""
+
+
 @dataclass
 class Weights:
     """Parameters of one layer (or the top) as tensors; the base of an adapter is frozen."""
@@ -49,10 +54,11 @@ class Blocks:
         linears = {}
         for m in shape.matrices(experts):
             a = b = None
+            uses = self.pieces if m.name in MLP else 1
             if m.name in adapted:
-                a, b = self._parameter(w * setup.lora_rank * m.inputs), self._parameter(w * setup.lora_rank * m.outputs)
+                a, b = (self._parameter(w * setup.lora_rank * size, uses) for size in (m.inputs, m.outputs))
             bias = self.base(w * m.outputs) if m.bias else None
-            linears[m.name] = (m, self.base(w * m.weight), bias, a, b)
+            linears[m.name] = (m, self.base(w * m.weight, uses), bias, a, b)
         norms = [self.base(w * shape.hidden_size) for _ in range(shape.norms)]
         heads = [self.base(w * shape.head_dim) for _ in range(2)] if shape.query_key_norm else []
         return Weights(linears, norms, heads, rotary)
@@ -60,8 +66,13 @@ class Blocks:
     def base(self, size: float, uses: int = 1) -> Tensor:
         return self.tape.parameter(size, self.full, self.accumulated, uses)
 
-    def _parameter(self, size: float) -> Tensor:
-        return self.tape.parameter(size, True, self.accumulated)
+    def _parameter(self, size: float, uses: int = 1) -> Tensor:
+        return self.tape.parameter(size, True, self.accumulated, uses)
+
+    @property
+    def pieces(self) -> int:
+        """In how many pieces an MLP runs (models/recompute.py)."""
+        return -(-self.n // MLP_TOKENS) if self.setup.checkpointing == "offload" else 1
 
     # ------------------------------------------------------------ single operations
 

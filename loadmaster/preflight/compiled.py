@@ -27,8 +27,8 @@ from loadmaster.preflight.shape import ModelShape
 
 @cache
 def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
-    """Of one token and dense layer; None where it is not known: fused matrices, experts, fp32, partial dropout."""
-    if shape.fused or shape.experts or setup.precision == "fp32":
+    """Of one token and dense layer; None where it is not known: fused matrices, experts, fp32, full in fp8."""
+    if shape.fused or shape.experts or setup.precision == "fp32" or (setup.precision == "fp8" and not setup.adapters):
         return None
     h, f, dq, dk = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size
     adapted = {m.name for m in shape.adapted(setup.lora_targets)} if setup.adapters else set()

@@ -48,6 +48,7 @@ def on(job: Job, shape: ModelShape, chosen: Candidate, machine: Hardware) -> tup
     job = replace(
         job,
         method=setup.method,
+        offload=setup.offload,
         sharding="auto" if job.sharding == "none" or machine.world_size == 1 else job.sharding,
         batch=replace(job.batch, global_size=rows),
         optimizer=replace(job.optimizer, name=setup.optimizer, master_weights=setup.master_weights),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from loadmaster.preflight import blocks
 from loadmaster.preflight.blocks import Blocks, Weights
 from loadmaster.preflight.mixture import activation, halves, mixture
-from loadmaster.preflight.replay import Storage, Tensor
+from loadmaster.preflight.replay import Split, Storage, Tensor
 
 LOSS_CHUNK_TOKENS = 1024
 """loadmaster.models.loss.CHUNK_TOKENS; a test holds the two equal."""
@@ -21,7 +22,7 @@ def decoder_layer(b: Blocks, weights: Weights, x: Tensor, experts: bool) -> Tens
     h = b.add(residual, h)
     residual = h
     h = b.norm(h, norms[-2] if len(norms) == 4 else norms[1], b.n)
-    h = mixture(b, h) if experts else mlp(b, weights, h)
+    h = mixture(b, h) if experts else mlp_by_pieces(b, weights, h)
     if len(norms) == 4:
         h = b.norm(h, norms[3], b.n)
     return b.add(residual, h)
@@ -70,6 +71,39 @@ def mlp(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
     return b.linear(
         b.mul(activation(b, b.linear(h, linears["gate_proj"])), b.linear(h, linears["up_proj"])), linears["down_proj"]
     )
+
+
+def mlp_by_pieces(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
+    """models/recompute.py: under offload, pieces of so many tokens, each checkpointed by itself."""
+    tape = b.tape
+    if b.pieces == 1:
+        return mlp(b, weights, h)
+    whole, total, most = h.bytes, b.n, blocks.MLP_TOKENS
+    sizes = [min(most, total - start) for start in range(0, total, most)]
+    node = None
+    if tape.needs(h):
+
+        def split_backward(g: list[Storage], _: list) -> list:
+            tape.moved(whole, whole)
+            return [tape.alloc(whole)]
+
+        tape.order += 1
+        node = Split(tape.order, [h.node], split_backward, [])
+    parts = []
+    for size in sizes:
+        piece = Tensor(h.storage, node, b.w * size * b.shape.hidden_size)
+
+        def run(x: Tensor, size: int = size) -> Tensor:
+            b.n = size
+            try:
+                return mlp(b, weights, x)
+            finally:
+                b.n = total
+
+        parts.append(tape.checkpoint(run, piece) if tape.enabled or node is not None else run(piece))
+    del piece
+    tape.moved(whole, whole)
+    return tape.op(whole, parts, [], lambda g, _: [g] * len(sizes))
 
 
 def embed(b: Blocks, table: Tensor, ids: Storage) -> Tensor:

@@ -143,15 +143,19 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
 
 
 def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
-    """What a GPU holds whatever a micro-batch needs: quick to say, and enough to rule most plans out."""
+    """Weights, states and each layer's input: quick to say, never more than is needed, and it rules most plans out."""
     weights, gradients, local = resident(shape, setup)
+    inputs = 0.0 if setup.checkpointing == "offload" else inputs_bytes(shape, setup)
+    if setup.stage:
+        return inputs if hardware.is_cpu or setup.offload == "all" else weights + inputs
     if hardware.is_cpu:
-        return weights + state_bytes(setup) * local
+        return weights + state_bytes(setup) * local + inputs
     if setup.offload == "all":
-        return context_bytes(hardware)
+        return context_bytes(hardware) + inputs
     on_host = setup.offload != "none" or setup.optimizer == "paged_adamw_8bit"
     states = 0.0 if on_host else state_bytes(setup) * local
-    return weights + gradients + states + context_bytes(hardware)
+    backward = weights + states + inputs  # gradients come as these go
+    return max(backward, weights + states + gradients) + context_bytes(hardware)
 
 
 def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:
@@ -270,4 +274,11 @@ def host_bytes(shape: ModelShape, setup: Setup) -> float:
         each += states
     if setup.offload == "all":
         each += weights
+    if setup.checkpointing == "offload":
+        each += inputs_bytes(shape, setup)
     return each * setup.gpus_per_node
+
+
+def inputs_bytes(shape: ModelShape, setup: Setup) -> float:
+    """Of all decoder layers' inputs in one micro-batch: what activation_checkpointing=offload keeps on the host."""
+    return setup.width * setup.tokens * shape.hidden_size * shape.layers

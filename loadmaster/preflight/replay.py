@@ -91,8 +91,15 @@ class Stop(Exception):
 class Region:
     """What a checkpointed function keeps: its input and how to run it again; selective, also some results."""
 
-    def __init__(self, tape: Tape, function: Callable, argument: Tensor, selective: bool):
-        self.tape, self.function, self.argument = tape, function, argument
+    def __init__(self, tape: Tape, function: Callable, argument: Tensor, selective: bool, offloaded: bool):
+        self.tape, self.function = tape, function
+        self.node, self.bytes, self.offloaded = argument.node, argument.bytes, offloaded
+        self.fetched: Storage | None = None
+        self.argument: Any = None
+        if offloaded:
+            tape.offloaded.append(self)
+        else:  # inside another region, whose recomputation makes it
+            self.argument = argument.storage if tape.pack is None else tape.pack(argument.storage)
         self.results: deque[Storage] | None = deque() if selective else None
         self.count = 0
         self.made: dict[int, Storage] | None = None
@@ -105,9 +112,25 @@ class Region:
         if self.made is None:
             self.made = {}
             recalled = self.tape.keeping(self.results, recalling=True)
+            argument = Tensor(self._argument(), self.node, self.bytes)
             with self.tape.packing(self._keep), recalled, self.tape.gradients(True), suppress(Stop):
-                self.function(Tensor(self.argument.storage, self.argument.node))
+                self.function(argument)
         return self.made.pop(index)
+
+    def _argument(self) -> Storage:
+        if not self.offloaded:
+            return self.argument if isinstance(self.argument, Storage) else self.argument[0].unpack(self.argument[1])
+        self.fetch()
+        storage, self.fetched = self.fetched, None
+        self.tape.offloaded.pop()
+        if self.tape.offloaded:
+            self.tape.offloaded[-1].fetch()
+        return storage
+
+    def fetch(self) -> None:
+        """From host memory, unless it is here."""
+        if self.fetched is None:
+            self.fetched = self.tape.alloc(self.bytes)
 
     def _keep(self, storage: Storage) -> None:
         made = self.made
@@ -160,6 +183,7 @@ class Tape:
         self.recomputed = 0
         self.results: deque[Storage] | None = None
         self.recalling = False
+        self.offloaded: list[Region] = []
         self.leaves: list[Leaf] = []
 
     # ------------------------------------------------------------ building
@@ -252,12 +276,14 @@ class Tape:
         finally:
             self.results, self.recalling = before
 
-    def checkpoint(self, function: Callable[[Tensor], Tensor], argument: Tensor, selective: bool = False) -> Tensor:
+    def checkpoint(
+        self, function: Callable[[Tensor], Tensor], argument: Tensor, selective: bool = False, offloaded: bool = False
+    ) -> Tensor:
         """torch.utils.checkpoint without reentrance: saved tensors are made again when first asked for.
 
-        selective: by operation; results that are `kept` are not made again.
+        selective: by operation; results that are `kept` are not made again. offloaded: the argument goes to the host.
         """
-        region = Region(self, function, argument, selective)
+        region = Region(self, function, argument, selective, offloaded)
         with self.packing(region.pack), self.keeping(region.results, recalling=False):
             return function(argument)
 

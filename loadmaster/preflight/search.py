@@ -23,7 +23,8 @@ from loadmaster.preflight.speed import overhead_hours, tokens_per_second
 from loadmaster.preflight.zero_settings import ZERO
 
 CHECKPOINTING = ("none", "selective", "full")
-"""What auto chooses from."""
+"""What auto chooses from; and offload for rows of LONG_ROW tokens or more."""
+LONG_ROW = 32768
 FORWARDS = {"dpo": 1, "kto": 3}
 """Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
 FULL_STATES = (("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False))
@@ -138,6 +139,8 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
         yield f"sharding=none: there are {world} GPUs; use ddp, fsdp or auto"
     if job.offload == "all" and job.sharding in ("none", "ddp", "zero1", "zero2"):
         yield f"offload=all needs sharded weights; use sharding=fsdp or zero3 instead of {job.sharding}"
+    if job.offload == "all" and world == 1 and not hardware.is_cpu:
+        yield "offload=all: weights in host memory come to GPUs by shards, and there is one GPU; use optimizer or auto"
     if rows % world:
         yield f"batch.global_size={rows} does not divide over {world} GPUs; use {math.ceil(rows / world) * world}"
     elif job.micro_batch_size != "auto" and (rows // world) % job.micro_batch_size:
@@ -201,10 +204,13 @@ def enumerate_tier(
 ) -> Iterator[Candidate]:
     """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails.
 
-    explain=False leaves out what its weights and states alone rule out, micro-batches too large to gain anything, and
-    what recomputes or shards where there is room enough without.
+    explain=False leaves out what is ruled out without a replay, micro-batches too large to gain anything, and what
+    recomputes or shards where there is room enough without.
     """
-    checkpointings = CHECKPOINTING if job.activation_checkpointing == "auto" else (job.activation_checkpointing,)
+    checkpointings: tuple[str, ...] = (job.activation_checkpointing,)
+    if job.activation_checkpointing == "auto":
+        offload = job.sequence_length >= LONG_ROW and can_offload(job, hardware)
+        checkpointings = (*CHECKPOINTING, "offload") if offload else CHECKPOINTING
     rows = job.batch.global_size // hardware.world_size
     sizes = divisors(rows) if job.micro_batch_size == "auto" else [job.micro_batch_size]
     if hardware.is_cpu and job.micro_batch_size == "auto":
@@ -226,7 +232,7 @@ def enumerate_tier(
                 checkpointing=checkpointing,
                 micro_batch_size=size,
                 gradient_accumulation_steps=rows // size,
-                **fixed(job, hardware),
+                **fixed(job, hardware, checkpointing),
             )
             if not explain and not conceivable(job, shape, hardware, setup):
                 break
@@ -237,8 +243,13 @@ def enumerate_tier(
             roomy = roomy or (checkpointing == "none" and setup.tokens >= ENOUGH_TOKENS)
 
 
+def can_offload(job: Job, hardware: Hardware) -> bool:
+    """Whether layers' inputs may go to host memory: nothing does on a CPU, and such layers are not compiled."""
+    return job.compile is not True and not hardware.is_cpu
+
+
 def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:
-    """Whether weights, gradients and states alone, and what lies in host memory, leave room for anything."""
+    """Whether what is needed at least, and what lies in host memory, leaves room for anything."""
     if least_bytes(shape, hardware, setup) > hardware.memory_gib * (1 - job.plan.reserve) * GIB:
         return False
     has = hardware.host_memory_gib
@@ -262,19 +273,24 @@ def shardings(job: Job, hardware: Hardware, offload: str) -> list[tuple[str, int
     return found + [("fsdp", hardware.nodes)] * (hybrid and "fsdp" in names)
 
 
-def fixed(job: Job, hardware: Hardware) -> dict[str, Any]:
-    """What a setup takes from job and hardware as it is."""
+def may_compile(job: Job, checkpointing: str) -> bool:
+    """Not what runs by pieces, nor layers whose weights DeepSpeed gathers."""
+    return checkpointing != "offload" and job.sharding != "zero3"
+
+
+def fixed(job: Job, hardware: Hardware, checkpointing: str) -> dict[str, Any]:
+    """What a setup takes from job and hardware as it is. What runs by pieces under offload is not compiled."""
     targets = job.lora.targets
     return {
         "sequence_length": job.sequence_length,
         "forwards": FORWARDS.get(job.objective, 0),
-        "compiled": not hardware.is_cpu and job.sharding != "zero3" if job.compile == "auto" else job.compile,
+        "objective": job.objective,
+        "compiled": may_compile(job, checkpointing) and not hardware.is_cpu if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,
         "gpus_per_node": hardware.count,
         "lora_rank": job.lora.rank,
         "lora_targets": tuple(targets) if isinstance(targets, list) else targets,
         "lora_dropout": job.lora.dropout,
-        "objective": job.objective,
     }
 
 
@@ -324,7 +340,7 @@ def smallest(job: Job, shape: ModelShape, hardware: Hardware) -> Candidate:
         tier["precision"] = "fp32"
     sharding = "none" if hardware.world_size == 1 else "fsdp"
     checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
-    setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, **fixed(job, hardware))
+    setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, **fixed(job, hardware, checkpointing))
     return evaluate(job, shape, priced(hardware, job.plan.prices_usd_per_hour), setup)
 
 
@@ -339,9 +355,13 @@ def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
 
 
 def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
-    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time with every layer recomputed."""
-    checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
-    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing)
+    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed and with layers' inputs in
+    host memory where that may be."""
+    checkpointing = job.activation_checkpointing
+    if checkpointing == "auto":
+        checkpointing = "offload" if can_offload(job, like.hardware) else "full"
+    compiled = fixed(job, like.hardware, checkpointing)["compiled"]
+    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing, compiled=compiled)
 
     def fits(length: int) -> bool:
         return evaluate(job, shape, like.hardware, replace(setup, sequence_length=length)).fits

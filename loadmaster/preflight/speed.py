@@ -19,7 +19,7 @@ from loadmaster.config.schema import Job
 from loadmaster.preflight.coefficients import coefficients, value
 from loadmaster.preflight.communication import step_communication
 from loadmaster.preflight.hardware import Hardware
-from loadmaster.preflight.memory import replay_key, state_bytes
+from loadmaster.preflight.memory import inputs_bytes, replay_key, state_bytes
 from loadmaster.preflight.phases import CALIBRATED, export_bytes
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
@@ -62,7 +62,11 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     if setup.compiled:  # elementwise kernels are fused: fewer of them, and what is between two of them is not written
         traffic, kernels = traffic * value("compiled", "traffic"), kernels * value("compiled", "kernels")
     seconds += traffic / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
-    return max(seconds, kernels * value("efficiency", "launch_us") * 1e-6)
+    seconds = max(seconds, kernels * value("efficiency", "launch_us") * 1e-6)
+    if setup.checkpointing == "offload":  # there and back, beside the layers
+        link = hardware.host_gb_per_s * 1e9 * value("efficiency", "host_link")
+        seconds = max(seconds, 2 * inputs_bytes(shape, setup) / link)
+    return seconds
 
 
 def size_factor(shape: ModelShape, setup: Setup) -> float:

@@ -42,23 +42,25 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
     tape = Tape(in_place)
     tape.widens_gradients = setup.stage == 1 and setup.width < 4
     b = Blocks(tape, shape, setup, accumulated)
-    reference = _reference(b) if setup.objective == "dpo" else Work()
+    _reference(b)
     loss, done, units = _forward(b, _Middle(b))
     box = [tape.alloc(4)]
     node = loss.node
     del loss
     tape.backward(node, box)
     units.reduce_rest()
-    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work).plus(reference))
+    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
 
 
-def _reference(b: Blocks) -> Work:
-    """DPO's first pass: the base without its adapter, of which only the answers' log-probabilities stay."""
-    with b.tape.gradients(False):
-        loss, done, _ = _forward(b, _Middle(b))
-    del loss
-    work, b.tape.work = done(b.tape.work), Work()
-    return work
+def _reference(b: Blocks) -> None:
+    """DPO's and KTO's first pass: the base without its adapter, of which only the answers' log-probabilities stay.
+
+    Its work is counted by Setup.forwards (speed.py).
+    """
+    if b.setup.objective in ("dpo", "kto"):
+        with b.tape.gradients(False):
+            _forward(b, _Middle(b))
+        b.tape.work = Work()
 
 
 @cache
@@ -66,11 +68,11 @@ def evaluation_batch(shape: ModelShape, setup: Setup) -> Replayed:
     """The loss of one micro-batch without gradients."""
     tape = Tape()
     b = Blocks(tape, shape, setup, False)
-    reference = _reference(b) if setup.objective == "dpo" else Work()
+    _reference(b)
     with tape.gradients(False):
         loss, done, _ = _forward(b, _Middle(b))
     del loss
-    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work).plus(reference))
+    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
 
 
 class _Middle:
@@ -140,7 +142,8 @@ def _forward(b: Blocks, middle: _Middle):
         layer = _layer(b, weights, experts, positions)
         x = units.begin(x, index, experts, index == middle.replayed - 1)
         kind = b.setup.checkpointing
-        x = tape.checkpoint(layer, x, kind == "selective") if kind != "none" and tape.enabled else layer(x)
+        checkpointed = kind != "none" and tape.enabled
+        x = tape.checkpoint(layer, x, kind == "selective", kind == "offload") if checkpointed else layer(x)
         x = units.end(x, index, tape.leaves[first:])
         kept = tape.live - before
         less = _compiled_keeps_less(b, tape.by_tag["activations"] - activations, experts)
@@ -150,9 +153,12 @@ def _forward(b: Blocks, middle: _Middle):
     norm = b.base(b.w * shape.hidden_size)
     units.top += tape.leaves[-1:] if norm.node is not None else []
     x = b.norm(x, norm, b.n)
-    del weights, layer, rotary, positions, ids, embedded  # the decoder's own variables last as long as it runs
+    # The decoder's own variables last as long as it runs. An input that goes to the host and needs no gradient stays.
+    stays = embedded.storage if b.setup.checkpointing == "offload" and b.setup.adapters and tape.enabled else None
+    del weights, layer, rotary, positions, ids, embedded
     rows = b.n - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = gather(b, b.slice(x, 1.0), rows)
+    units.stays = stays
     loss = chunked_loss if b.setup.objective == "sft" else preference_loss
     return units.finish(loss(b, x, head, rows)), middle.total, units
 

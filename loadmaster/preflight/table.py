@@ -65,7 +65,7 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     for row in shown:
         nodes = f"{row['nodes']} nodes of " if row["nodes"] > 1 else ""
         parts = [row["precision"], *([row["sharding"]] if row["sharding"] != "none" else [])]
-        parts += ["checkpointing"] if row["activation_checkpointing"] != "none" else []
+        parts += _recomputed(row["activation_checkpointing"])
         parts += [f"{row['offload']} in host memory"] if row["offload"] != "none" else []
         parts += [f"{row['micro_batch_size']} row{'s' if row['micro_batch_size'] > 1 else ''}"]
         asked = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.world_size
@@ -133,9 +133,13 @@ def _brief(plan: Plan) -> str:
     """The plan in a few words; `print_plan` has all of it."""
     parts = [plan.method, plan.optimizer]
     parts += [plan.sharding] if plan.sharding not in ("none", "ddp") else []
-    parts += ["checkpointing"] if plan.activation_checkpointing != "none" else []
+    parts += _recomputed(plan.activation_checkpointing)
     parts += [f"{plan.offload} offloaded"] if plan.offload != "none" else []
     return f"{', '.join(parts)}, {plan.micro_batch_size} x {plan.gradient_accumulation_steps}"
+
+
+def _recomputed(kind: str) -> list[str]:
+    return {"none": [], "full": ["checkpointing"]}.get(kind, [f"{kind} checkpointing"])
 
 
 def _place(plan: Plan) -> str:

@@ -31,7 +31,7 @@ from loadmaster.training.zero import ZeroOptimizer, refuse_missing_deepspeed
 
 BUILT = {
     "sharding": tuple(STRATEGIES),
-    "activation_checkpointing": ("none", "selective", "full"),
+    "activation_checkpointing": ("none", "selective", "full", "offload"),
 }
 """What a plan may say and this loop does; other values are refused."""
 

@@ -50,6 +50,8 @@ def correct(job: Job, plan: Plan, shape: ModelShape, found: dict[str, Any]) -> P
     setup = traced_setup(job, plan)
     shards = plan.world_size // plan.replicas if plan.sharding not in ("none", "ddp") else 1
     trainable = found["trainable_parameters"] / shards
+    if plan.sharding in ("zero1", "zero2"):
+        shards = 1  # of weights
     in_kernels = training_step(shape, setup).peak - training_step(shape, setup, in_place=False).peak
     old = plan.memory_gib
     accumulated = plan.gradient_accumulation_steps > 1

@@ -52,6 +52,10 @@ CASES = {
         ["precision=fp8", "hardware=a100_80gb_x1"], "precision", "h100_80gb",
         ["precision=fp8", "hardware=h100_80gb_x1"],
     ),
+    "pieces_are_not_compiled": (
+        ["compile=true", "activation_checkpointing=offload"], "compile", "activation_checkpointing=full",
+        ["compile=auto", "activation_checkpointing=offload"],
+    ),
     "gpu_is_known": (["hardware.gpu=h100"], "hardware.gpu", "hardware.gpu=h100_80gb", ["hardware.gpu=h100_80gb"]),
     "several_gpus_are_synchronised": (
         ["sharding=none", "hardware=h100_80gb_x8"], "sharding", "sharding=ddp",

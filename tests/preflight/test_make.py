@@ -162,6 +162,22 @@ def test_an_explicit_micro_batch_that_does_not_fit_is_refused_with_the_number_th
     assert fits(number) and not fits(number + 1)
 
 
+def test_a_row_that_is_too_long_is_refused_with_the_length_that_would_fit() -> None:
+    refused = plan(LLAMA + "8B", "qlora", "rtx4090", sequence_length=10_000_000)
+    assert not refused.fits
+    longest = int(refused.rejected[0]["reason"].split("sequence_length=")[1].split()[0])
+
+    def fits(length: int) -> bool:
+        return plan(LLAMA + "8B", "qlora", "rtx4090", sequence_length=length).fits
+
+    assert 8192 < longest < 131072 and fits(longest) and not fits(longest + 512)
+
+
+def test_weights_in_host_memory_on_one_gpu_are_refused_not_counted_as_nothing() -> None:
+    refused = plan(LLAMA + "8B", "lora", "h100_80gb", offload="all")
+    assert not refused.fits and "one GPU" in refused.rejected[0]["reason"]
+
+
 def test_what_is_written_is_kept() -> None:
     chosen = plan(
         LLAMA + "8B",
@@ -210,19 +226,21 @@ def test_a_plan_survives_its_json(tmp_path) -> None:
         assert Plan.read(tmp_path / "plan.json").to_dict() == json.loads((tmp_path / "plan.json").read_text())
 
 
-def test_cold_process_to_printed_plan_of_a_405b_over_all_machines_is_quick_and_without_torch() -> None:
+@pytest.mark.parametrize("method", ["full", "lora"])  # one fits nowhere near, the other on many machines
+def test_cold_process_to_printed_plan_of_a_405b_over_all_machines_is_quick_and_without_torch(method: str) -> None:
     code = """
 import sys
 from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConfig
 from loadmaster.preflight import make_plan, print_plan
-print_plan(make_plan(Job(model=ModelConfig(name="meta-llama/Llama-3.1-405B"), method="full", sequence_length=4096,
-                         hardware=HardwareConfig(gpu="h100_80gb", count=8), batch=BatchConfig(global_size=64))))
+print_plan(make_plan(Job(model=ModelConfig(name="meta-llama/Llama-3.1-405B"), method=sys.argv[1], sequence_length=4096,
+                         hardware=HardwareConfig(gpu="h100_80gb", count=8), batch=BatchConfig(global_size=64)),
+                     with_elsewhere=True))
 assert not {"torch", "transformers"} & set(sys.modules)
 """
     seconds = []
     for _ in range(3):
         before = _children_seconds()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", code, method], check=True, capture_output=True)
         seconds.append(_children_seconds() - before)
     assert min(seconds) < 1.5, f"{min(seconds):.2f} s of processor time"
 

@@ -145,3 +145,33 @@ def test_weights_gradients_and_states_that_are_offloaded_are_in_host_memory() ->
         assert found.train.weights == found.train.gradients == found.train.optimizer == 0
         assert found.host_gib > 16 * shape.parameters / GIB
     assert found.train.total < 30 * GIB
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("more", [{}, {"checkpointing": "full"}, {"gradient_accumulation_steps": 4}, {"compiled": True},
+                                  {"sharding": "fsdp", "world_size": 8}, {"optimizer": "adamw_8bit"}])  # fmt: skip
+def test_what_is_ruled_out_quickly_does_not_fit(method: str, more: dict) -> None:
+    """The quick bound is below what the replay says, whatever the setting."""
+    gpu = from_catalog("h100_80gb", more.get("world_size", 1))
+    for name in ("llama-3.2-1b", "qwen3-8b", "gemma-3-1b"):
+        tried = setup(method, **more)
+        assert model.least_bytes(shape_of(name), gpu, tried) <= model.train_bytes(shape_of(name), gpu, tried).total
+
+
+@pytest.mark.parametrize(
+    ("name", "master"), [("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adamw_8bit", True)]
+)
+def test_optimizer_states_are_as_large_as_the_optimizers_own(name: str, master: bool) -> None:
+    """The real optimizers after one step on bf16 weights of a million elements."""
+    import torch
+
+    from loadmaster.config.schema import OptimizerConfig
+
+    named = [(key, torch.nn.Parameter(torch.randn(512, 1024).bfloat16())) for key in "ab"]
+    real = optimizer.TrainingOptimizer(named, OptimizerConfig(), name, master)
+    for _, parameter in named:
+        parameter.grad = torch.randn_like(parameter)
+    real.step(1e-3)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in real.state()[0].values())
+    predicted = model.state_bytes(setup("full", optimizer=name, master_weights=master))
+    assert held / (2 * 512 * 1024) == pytest.approx(predicted, abs=0.005)

@@ -12,7 +12,7 @@ from loadmaster.data import MicroBatch
 from loadmaster.models import compiled, recompute
 from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.compiled import CompileCache, compile_layers, graphs_compiled
-from loadmaster.models.forward import token_losses
+from loadmaster.models.forward import causal_lm, token_losses
 from loadmaster.models.load import random_model
 from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.training.metrics import read_metrics
@@ -115,6 +115,37 @@ def test_a_selective_checkpoint_makes_no_wide_product_and_no_attention_again(mon
     assert seen["selective"]["mm"] == seen["none"]["mm"] < seen["full"]["mm"]
     assert seen["selective"]["flash"] == 0 < seen["full"]["flash"]
     assert seen["none"]["silu"] < seen["selective"]["silu"] == seen["full"]["silu"]
+
+
+@pytest.mark.parametrize(("form", "method"), [(None, "full"), (None, "lora"), ("nf4", "qlora"), ("fp8", "lora")])
+def test_inputs_in_host_memory_and_mlps_by_pieces_change_nothing(form, method, monkeypatch):
+    monkeypatch.setattr(recompute, "MLP_TOKENS", 20)  # of 64
+    plain, _ = steps(model(form, method, "none", False))
+    made = model(form, method, "offload", False)
+    host = causal_lm(made).get_decoder().layers[0]._gradient_checkpointing_func.__self__
+    loss, _ = token_losses(made, batch(0))
+    assert sum(held() is not None for held in host.held) == SHAPE["num_hidden_layers"]
+    loss.backward()
+    del loss
+    assert not any(held() for held in host.held)
+    found, _ = steps(made)
+    for (loss, gradients), (expected, others) in zip(found, plain, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-6)
+        for gradient, other in zip(gradients, others, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=2e-4)
+
+
+def test_a_passes_inputs_that_were_never_asked_for_are_let_go():
+    made = model(None, "lora", "offload", False)
+    host = causal_lm(made).get_decoder().layers[0]._gradient_checkpointing_func.__self__
+    for _ in range(3):
+        token_losses(made, batch(0))  # a forward pass without a backward one
+    with torch.no_grad():
+        token_losses(made, batch(0))
+    assert len(host.held) and not any(held() for held in host.held)
+    loss, _ = token_losses(made, batch(0))
+    loss.backward()
+    assert not any(held() for held in host.held)
 
 
 def test_changing_the_checkpointing_undoes_what_was_there():

@@ -1,0 +1,87 @@
+"""The same job priced on every machine of the catalogue that holds it, in the objective's order."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from rich.console import Console
+
+from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConfig, PlanConfig
+from loadmaster.preflight import make_plan, print_plan
+from loadmaster.preflight.plan import Plan
+
+EIGHT = ModelConfig(name="meta-llama/Llama-3.1-8B")
+TOKENS = 20_000_000
+
+
+def job(**fields) -> Job:
+    return Job(**{"model": EIGHT, "method": "lora", "hardware": HardwareConfig(gpu="h100_80gb", count=1),
+                  "batch": BatchConfig(global_size=64), **fields})  # fmt: skip
+
+
+def plan(**fields) -> Plan:
+    return make_plan(job(**fields), TOKENS, with_elsewhere=True)
+
+
+def test_every_machine_that_holds_the_job_is_priced_and_those_that_do_not_are_left_out() -> None:
+    made = plan()
+    places = {(row["gpu"], row["count"], row["nodes"]): row for row in made.elsewhere}
+    assert ("h100_80gb", 1, 1) in places and ("rtx4090", 1, 1) in places and len(places) == len(made.elsewhere) == 24
+    for row in made.elsewhere:
+        assert row["needs_gib"] <= row["budget_gib"] and row["price"]
+        assert row["cost_usd"] == pytest.approx(row["hours"] * row["usd_per_hour"], rel=0.02)
+        assert row["global_size"] == 64 and 64 % (row["micro_batch_size"] * row["count"]) == 0
+    own = places["h100_80gb", 1, 1]
+    assert (own["tokens_per_second"], own["cost_usd"]) == (made.tokens_per_second, made.cost_usd)
+    full = plan(method="full", optimizer=replace(Job().optimizer, name="adamw_8bit"))
+    held = {(row["gpu"], row["count"]) for row in full.elsewhere}
+    assert ("rtx4090", 1) not in held and ("h100_80gb", 1) in held
+
+
+def test_each_row_is_what_planning_on_that_machine_gives() -> None:
+    for row in plan().elsewhere[::7]:
+        there = make_plan(
+            job(hardware=HardwareConfig(gpu=row["gpu"], count=row["count"]), precision=row["precision"]), TOKENS
+        )
+        assert row["tokens_per_second"] == pytest.approx(there.tokens_per_second, rel=0.021)
+
+
+def test_the_objective_ranks_and_equals_go_by_what_they_cost() -> None:
+    by_cost = plan(plan=PlanConfig(objective="cost")).elsewhere
+    costs = [row["cost_usd"] for row in by_cost]
+    assert costs[0] == min(costs) and all(later > 0.97 * earlier for earlier, later in pairwise(costs))
+    by_time = plan().elsewhere
+    assert by_time[0]["hours"] <= 1.03 * min(row["hours"] for row in by_time)
+    by_memory = plan(plan=PlanConfig(objective="memory")).elsewhere
+    assert by_memory[0]["needs_gib"] <= 1.03 * min(row["needs_gib"] for row in by_memory)
+
+
+def test_a_cluster_is_priced_where_one_node_does_not_hold_the_job_and_only_the_smallest() -> None:
+    made = make_plan(
+        Job(model=ModelConfig(name="meta-llama/Llama-3.1-405B"), method="lora", precision="fp8",
+            hardware=HardwareConfig(gpu="h100_80gb", count=8), batch=BatchConfig(global_size=64)),
+        with_elsewhere=True,
+    )  # fmt: skip
+    assert made.fits
+    machines = {(row["gpu"], row["count"], row["nodes"], row["precision"]) for row in made.elsewhere}
+    assert ("h200", 8, 1, "fp8") in machines and {row[0] for row in machines} <= {
+        "h200",
+        "b200",
+        "h100_80gb",
+        "a100_80gb",
+    }
+    a100 = [row for row in machines if row[0] == "a100_80gb"]  # no fp8 units: 810 GB in bf16
+    assert a100 == [("a100_80gb", 8, 3, "bf16")]
+
+
+def test_the_table_prints_the_first_and_the_cheapest_with_the_dates_of_prices() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    made = plan()
+    print_plan(made, console)
+    said = console.file.getvalue()
+    assert "machines of the catalogue that hold it (and 17 more in plan.json)" in said and "2026-11-09" in said
+    cheapest = min(made.elsewhere, key=lambda row: row["cost_usd"])
+    assert f"{cheapest['count']}x {cheapest['gpu']}" in said and "longest row that fits here" in said
