@@ -50,7 +50,7 @@ def load(paths: list[Path], gpu: str) -> list[tuple[Any, Any, Setup, float]]:
                 master_weights=plan.master_weights,
                 checkpointing=plan.activation_checkpointing,
                 micro_batch_size=plan.micro_batch_size,
-                **fixed(job, hardware),
+                **fixed(job, hardware, plan.activation_checkpointing),
             )
             training_step(shape, replay_key(setup, keep=False))  # replays are cached: the search below is quick
             rows.append((shape, hardware, setup, row["measured"]["tokens_per_second"]))

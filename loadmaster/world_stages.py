@@ -133,6 +133,7 @@ class StageRun:
             "mfu": model_flops_utilisation(self.plan, outcome.tokens_per_second),
             "steps": outcome.steps,
             "recompilations": outcome.recompilations,
+            "input_share": outcome.input_share,
             "train_loss": outcome.train_loss,
             "eval_loss": outcome.eval_loss,
             "data": self.materials.prepared.summary,
