@@ -103,7 +103,8 @@ def bars() -> list[dict[str, Any]]:
         *(
             rung(
                 "bar5", f"qlora, one row of {tokens:,} tokens in {gib or 80} GB", **qlora, sequence_length=tokens,
-                activation_checkpointing="offload", compile=False, micro_batch_size=1, steps=1, warm_up=1, memory_gib=gib,
+                activation_checkpointing="offload", compile=False, micro_batch_size=1, steps=1, warm_up=1,
+                memory_gib=gib,
             )
             for tokens, gib in ((78_475, 24), (342_733, None))
         ),

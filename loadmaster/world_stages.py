@@ -145,6 +145,7 @@ class StageRun:
             "checkpoints": outcome.saves,
             "steps": outcome.steps,
             "recompilations": outcome.recompilations,
+            "input_share": outcome.input_share,
             "train_loss": outcome.train_loss,
             "eval_loss": outcome.eval_loss,
             "data": self.materials.prepared.summary,

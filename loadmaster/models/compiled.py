@@ -59,9 +59,9 @@ class CompileCache:
     """
 
     def __init__(self, folder: Path, lead: bool = True):
-        self.folder, self.lead = folder, lead
+        self.folder, self.lead = folder.resolve(), lead
         self.shared = cache_root() / "compiled"
-        self.own = os.environ.get(CACHE_VARIABLE, str(folder)) in {str(folder), *_opened}
+        self.own = os.environ.get(CACHE_VARIABLE, str(self.folder)) in {str(self.folder), *_opened}
 
     def open(self) -> None:
         """Before anything is compiled."""

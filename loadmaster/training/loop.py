@@ -63,6 +63,8 @@ class Outcome:
     """How many checkpoints, their size, how long the loop waited for them and how long they took to write."""
     recompilations: int = 0
     """Graphs that were compiled after the rehearsal; each makes a step slow, and there should be none."""
+    input_share: float = 0.0
+    """Of the steps' time, what went by until their batches were there."""
 
 
 def train(
@@ -132,7 +134,7 @@ def train(
         save_every, evaluate_every = checkpoint_interval(job, steps), evaluation_interval(job, steps)
         log, rate = MetricsLog(run_dir / "metrics.jsonl", done, world.lead), Throughput()
         tracker = open_tracker(job, run_dir, job_hash, world.lead)
-        tokens_at_start, trained_at_start, busy_s = tokens, trained_total, 0.0
+        tokens_at_start, trained_at_start, busy_s, input_s = tokens, trained_total, 0.0, 0.0
         eval_loss: float | None = None
         recompilations = 0
 
@@ -158,7 +160,9 @@ def train(
                 began = time.perf_counter()
                 picked = [rows[i] for i in indices]
                 total_trained = sum(trained_tokens(r) for r in picked)
-                loss = session.backward(session.split(picked), max(1, sum(losses(r, job.objective) for r in picked)))
+                batches, count = session.split(picked), max(1, sum(losses(r, job.objective) for r in picked))
+                input_s += time.perf_counter() - began
+                loss = session.backward(batches, count)
                 norm = session.optimizer.clip(job.optimizer.max_grad_norm)
                 row = {
                     "step": step,
@@ -229,6 +233,7 @@ def train(
         peaks=most(world.gather(peak_memory(session.device))),
         saves=saves,
         recompilations=recompilations,
+        input_share=input_s / busy_s if busy_s else 0.0,
     )
 
 

@@ -79,6 +79,15 @@ def rehearse(
             f"out of GPU memory in the rehearsal, at {part} (peak {peak:.2f} GiB allocated). The preflight's plan "
             "was too large: set a smaller micro_batch_size or sequence_length, or activation_checkpointing=full"
         ) from error
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        cause = getattr(error, "inner_exception", None) or error
+        reason = " ".join(str(cause).split())[:200]
+        raise TrainingFailed(
+            f"the decoder layers could not be compiled ({type(cause).__name__}: {reason}).\n"
+            "fix: compile=false trains without; a C compiler (gcc) and Python's headers are what is usually missing"
+        ) from error
     finally:
         if world.lead:
             shutil.rmtree(scratch, ignore_errors=True)

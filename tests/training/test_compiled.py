@@ -9,6 +9,7 @@ import torch
 
 from loadmaster.config.schema import LoraConfig
 from loadmaster.data import MicroBatch
+from loadmaster.errors import TrainingFailed
 from loadmaster.models import compiled, recompute
 from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.compiled import CompileCache, compile_layers, graphs_compiled
@@ -201,6 +202,17 @@ def test_the_compilers_cache_travels_with_the_run_and_serves_the_next_one(tiny, 
         found.append((counted["fxgraph_cache_hit"], counted["fxgraph_cache_miss"], outcome.train_loss))
     (_, compiled_first, loss), (hits, misses, again) = found
     assert compiled_first > 0 and hits > 0 and misses == 0 and again == loss
+
+
+def test_layers_that_cannot_be_compiled_end_the_rehearsal_with_a_way_out(tiny, tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        raise OSError("gcc: not found")
+
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiled, "BACKEND", broken)
+    torch._dynamo.reset()
+    with pytest.raises(TrainingFailed, match=r"gcc: not found(.|\n)*compile=false"):
+        run(tiny, tmp_path / "run", monkeypatch, compile=True)
 
 
 def test_a_cache_folder_of_the_users_own_is_used_as_it_is(tmp_path, monkeypatch):

@@ -207,6 +207,7 @@ def test_the_loss_falls_and_the_outcome_reports_it(tiny, tmp_path):
     assert logged[-1]["loss"] < 0.5 * logged[0]["loss"]
     assert outcome.train_loss == pytest.approx(np.mean([row["loss"] for row in logged[-20:]]))
     assert outcome.steps == 30
+    assert 0 < outcome.input_share < 0.2  # of a model as small as this
     assert logged[-1]["tokens"] == 30 * rows(4).tokens
     assert {"step", "loss", "lr", "tokens", "tokens_per_second"} <= set(logged[0])
 

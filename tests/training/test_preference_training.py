@@ -10,6 +10,7 @@ from rich.console import Console
 from loadmaster.config.schema import BatchConfig, DataConfig, OptimizerConfig, PreferenceConfig
 from loadmaster.data import prepare
 from loadmaster.evaluation import held_out
+from loadmaster.models import compiled
 from loadmaster.models.load import load_tokenizer
 from loadmaster.training.batches import losses, micro_batches
 from loadmaster.training.display import Display
@@ -90,3 +91,22 @@ def test_any_split_of_pairs_gives_the_same_gradients(tiny, pairs, objective):
         assert loss == pytest.approx(results[0][0], rel=1e-5)
         for gradient, first in zip(gradients, results[0][1], strict=True):
             assert (gradient - first).norm() <= 1e-5 * first.norm() + 1e-9
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_not_compiled_anew_when_the_adapter_goes_on_and_off(tiny, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    losses = []
+    for compiling in (False, True):
+        plan = dataclasses.replace(PLAN, method="lora", sequence_length=256, compile=compiling)
+        job = dataclasses.replace(job_of("kto"), max_steps=3)
+        folder = tmp_path / str(compiling)
+        _, outcome = train(
+            job, plan, pairs, load_tokenizer(tiny), tiny, folder, "hash", lambda session, stopping: None, StopSignal(),
+            Display(Console(quiet=True)),
+        )  # fmt: skip
+        assert outcome.recompilations == 0
+        losses.append([row["loss"] for row in read_metrics(folder / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
