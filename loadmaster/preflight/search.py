@@ -355,8 +355,10 @@ def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
 
 
 def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
-    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed, and with layers' inputs in
-    host memory where `like` has them there."""
+    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed.
+
+    With layers' inputs in host memory where `like` has them there.
+    """
     checkpointing = job.activation_checkpointing
     if checkpointing == "auto":
         checkpointing = "offload" if like.setup.checkpointing == "offload" else "full"
