@@ -355,11 +355,13 @@ def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
 
 
 def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
-    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed and with layers' inputs in
-    host memory where that may be."""
+    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed.
+
+    With layers' inputs in host memory where `like` has them there.
+    """
     checkpointing = job.activation_checkpointing
     if checkpointing == "auto":
-        checkpointing = "offload" if can_offload(job, like.hardware) else "full"
+        checkpointing = "offload" if like.setup.checkpointing == "offload" else "full"
     compiled = fixed(job, like.hardware, checkpointing)["compiled"]
     setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing, compiled=compiled)
 
