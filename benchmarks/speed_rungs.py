@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, LoraConfig, ModelConfig, OptimizerConfig
 from loadmaster.data import packed_rows
-from loadmaster.models.attention import cached_attention
 from loadmaster.models.compiled import CompileCache, graphs_compiled
 from loadmaster.models.forward import causal_lm, trained_logits
 from loadmaster.preflight import make_plan
@@ -40,6 +39,8 @@ class PlainLoss(nn.Module):
     def __init__(self, model: nn.Module, kind: str):
         super().__init__()
         self.module, self.kind = model, kind
+        if kind != "varlen":  # for good: a checkpointed layer runs again in the backward pass
+            causal_lm(model).set_attn_implementation("sdpa")
 
     def forward(self, batch: Any) -> Tensor:
         if self.kind == "varlen":
@@ -51,8 +52,7 @@ class PlainLoss(nn.Module):
         if self.kind == "plain":  # one document a row: what restarts at 0 after it is padding
             first = (positions == 0).cumsum(dim=1) == 1
             how = {"attention_mask": first.long()}
-        with cached_attention(self.module):
-            logits = self.module(input_ids=ids, use_cache=False, **how).logits.float()
+        logits = self.module(input_ids=ids, use_cache=False, **how).logits.float()
         starts = positions[:, 1:] == 0
         targets = torch.where(starts, -100, labels[:, 1:])
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum")

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -76,27 +75,29 @@ def test_short_documents_are_as_long_as_instruction_data_has_them(speed, tmp_pat
     assert {len(json.loads(line)["labels"]) for line in (tmp_path / "full").read_text().splitlines()} == {2048}
 
 
+def test_the_loss_is_the_same_from_packing_up_and_packing_fills_the_rows(speed, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import speed_rungs
+
+    model, documents = tmp_path / "tiny", tmp_path / "short.jsonl"
+    speed_rungs.make_checkpoint({"model": str(model), "config": speed.TINY})
+    speed.write_documents(documents, "short", 64, 512)
+    rows = []
+    for each in speed.ladder()[:4]:
+        placed = {**speed.on_a_cpu(each), "model": str(model), "documents": str(documents)}
+        rows.append(speed_rungs.run(placed))
+    assert [row["loss"] for row in rows[1:]] == pytest.approx([rows[1]["loss"]] * 3, rel=1e-5)
+    assert rows[0]["padding"] > 0.1 and all(row["padding"] < 0.05 for row in rows[1:])
+    assert all(row["tokens_per_second"] > row["trained_tokens_per_second"] > 0 for row in rows)
+
+
 @pytest.mark.slow
-def test_rungs_and_a_peer_run_on_a_cpu_and_the_loss_is_the_same_up_the_ladder(tmp_path):
-    """Every kind of loss, and TRL, at a size that says nothing of speed."""
-    code = (
-        "import sys, runpy; sys.argv = ['speed.py', *sys.argv[2:]]; import importlib.util as u;"
-        f"s = u.spec_from_file_location('speed', {str(SCRIPT)!r}); m = u.module_from_spec(s); s.loader.exec_module(m);"
-        "whole = m.bars; keep = ('baseline', '+ packing', '+ variable', '+ fused', 'TRL, lora', 'one product');"
-        "m.bars = lambda: [r for r in whole() if r['name'].startswith(keep)]; m.main()"
-    )
-    command = [
-        sys.executable, "-c", code, "-", "--shape", "tiny", "--peer", f"trl={sys.executable}",
-        "--out", str(tmp_path / "speed.json"), "--budget", "500",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = {
-        row["name"].split(":")[0].split(",")[0]: row
-        for row in json.loads((tmp_path / "speed.json").read_text())["rows"]
-    }
-    assert len(rows) == 6 and not any("failed" in row for row in rows.values()), rows
-    assert all(rows[name]["tokens_per_second"] > 0 for name in rows if name != "one product of 8192 x 8192 x 8192")
-    packed = [rows[name]["loss"] for name in ("+ packing", "+ variable-length attention", "+ fused loss")]
-    assert packed == pytest.approx([packed[0]] * 3, rel=1e-4)
-    assert rows["baseline"]["padding"] > 0.2 and rows["+ fused loss"]["padding"] < 0.1
+def test_a_peer_runs_in_a_process_of_its_own_beside_ours(speed, tmp_path):
+    run = run_of(speed, tmp_path, budget=500)
+    run.peers = {"trl": (sys.executable, None)}
+    names = ("TRL, lora, its defaults", "+ fused loss")
+    for each in speed.bars():
+        if each["name"] in names:
+            run.measure(speed.on_a_cpu(each))
+    assert len(run.rows) == 2 and not any("failed" in row for row in run.rows), run.rows
+    assert all(row["tokens_per_second"] > 0 for row in run.rows) and run.rows[1]["versions"]["trl"]
