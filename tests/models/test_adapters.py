@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from loadmaster.config import rules
+from loadmaster.config import serving_rules
 from loadmaster.config.schema import LoraConfig, OptimizerConfig
 from loadmaster.export.manifest import LORA_RANKS
 from loadmaster.export.merge import read_adapter
@@ -86,7 +86,7 @@ def test_noise_is_in_training_alone(tiny):
 
 
 def test_the_rank_that_servers_take_is_the_manifests():
-    assert max(LORA_RANKS) == rules.SERVED_RANK
+    assert max(LORA_RANKS) == serving_rules.SERVED_RANK
 
 
 @pytest.mark.parametrize(("pattern", "count"), [("q_proj", 3), (r".*layers\.[01]\..*(gate|up)_proj", 4)])

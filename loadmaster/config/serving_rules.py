@@ -1,0 +1,136 @@
+"""Rules of what comes after training, and of where a job runs: export, endpoint, launch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from loadmaster import catalog
+from loadmaster.config.fields import nearest
+from loadmaster.config.rule_table import Found, Origins, rule
+from loadmaster.config.schema import Job
+
+SERVED_RANK = 512
+"""Largest rank that --max-lora-rank accepts (vllm 0.33.0); a test holds it to export's list."""
+
+
+@rule("lora.rank", "endpoint.serve_as", "endpoint.server", "method")
+def servers_load_the_rank(job: Job, origins: Origins) -> Found:
+    """endpoint.serve_as=adapter needs a lora.rank that the server takes: up to 512 for vLLM (merged, any rank does)."""
+    if job.endpoint.serve_as == "adapter" and job.method != "full" and job.lora.rank > SERVED_RANK:
+        message = f"{job.endpoint.server} takes adapters of ranks up to {SERVED_RANK}"
+        remedy = f"lora.rank={SERVED_RANK}, or endpoint.serve_as=bf16, where the adapter is merged"
+        yield "lora.rank", job.lora.rank, message, remedy
+
+
+@rule("export.formats", "method")
+def full_has_no_adapter(job: Job, origins: Origins) -> Found:
+    """export.formats holds no adapter with method=full."""
+    if job.method == "full" and "adapter" in job.export.formats:
+        remedy = "export=bf16, or method=lora"
+        yield "export.formats", list(job.export.formats), "method=full trains no adapter to export", remedy
+
+
+@rule("export.formats")
+def something_is_exported(job: Job, origins: Origins) -> Found:
+    """export.formats is not empty; a job that exports nothing says stop_after=evaluate."""
+    if not job.export.formats:
+        yield "export.formats", [], "names no format", "export=bf16, or stop_after=evaluate to export nothing"
+
+
+@rule("endpoint.server")
+def server_is_known(job: Job, origins: Origins) -> Found:
+    """endpoint.server is a server of catalog/servers.yaml, alone or with a version from its oldest known one on."""
+    name, given, version = job.endpoint.server.partition("==")
+    rows = catalog.servers()["servers"].get(name)
+    if rows is None:
+        known = catalog.servers()["servers"]
+        guess = nearest(name, list(known), cutoff=0.4) or "vllm"
+        message = "is not a server that exports are written for (known: " + ", ".join(known) + ")"
+        yield "endpoint.server", job.endpoint.server, message, f"endpoint.server={guess}"
+        return
+    oldest, newest = (str(rows[index]["version"]) for index in (0, -1))
+    if given and not re.fullmatch(r"\d+(\.\d+)+(\.?post\d+)?", version):
+        remedy = f"endpoint.server={name}=={newest}"
+        yield "endpoint.server", job.endpoint.server, "is not a version, three numbers with dots", remedy
+    elif given and _numbers(version) < _numbers(oldest):
+        message = f"is older than {oldest}, the oldest whose files are known here"
+        yield "endpoint.server", job.endpoint.server, message, f"endpoint.server={name}=={oldest}, or newer"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+@rule("endpoint.serve_as", "export.formats")
+def served_format_is_exported(job: Job, origins: Origins) -> Found:
+    """endpoint.serve_as is auto or one of export.formats."""
+    serve_as = job.endpoint.serve_as
+    if serve_as != "auto" and serve_as not in job.export.formats:
+        both = ",".join([*job.export.formats, serve_as])
+        message = f"is not among export.formats ({', '.join(job.export.formats)})"
+        yield "endpoint.serve_as", serve_as, message, f"export.formats=[{both}], or endpoint.serve_as=auto"
+
+
+@rule("endpoint.gpu")
+def endpoint_gpu_is_known(job: Job, origins: Origins) -> Found:
+    """endpoint.gpu is auto or a GPU of the catalogue."""
+    known = ["auto", *catalog.serving()["gpus"]]
+    if job.endpoint.gpu not in known:
+        guess = nearest(job.endpoint.gpu, known, cutoff=0.4)
+        remedy = (f"endpoint.gpu={guess}; " if guess else "") + "known are " + ", ".join(known)
+        yield "endpoint.gpu", job.endpoint.gpu, "is not in the catalogue", remedy
+
+
+@rule("endpoint.prompt_tokens", "endpoint.output_tokens", "endpoint.max_model_len", "sequence_length")
+def usual_request_fits_the_longest(job: Job, origins: Origins) -> Found:
+    """endpoint.prompt_tokens and output_tokens together are no more than max_model_len (auto: sequence_length)."""
+    prompt, output = (0 if n == "auto" else n for n in (job.endpoint.prompt_tokens, job.endpoint.output_tokens))
+    longest = job.sequence_length if job.endpoint.max_model_len == "auto" else job.endpoint.max_model_len
+    if prompt + output > longest:
+        key = "endpoint.prompt_tokens" if prompt else "endpoint.output_tokens"
+        message = f"a request of {prompt} + {output} tokens is longer than max_model_len={longest}"
+        yield key, prompt or output, message, f"endpoint.max_model_len={prompt + output}"
+
+
+@rule("endpoint.min_workers", "endpoint.max_workers")
+def workers_have_an_order(job: Job, origins: Origins) -> Found:
+    """endpoint.min_workers is no more than max_workers."""
+    least, most = job.endpoint.min_workers, job.endpoint.max_workers
+    if most != "auto" and least > most:
+        yield "endpoint.min_workers", least, f"is more than max_workers={most}", f"endpoint.max_workers={least}"
+
+
+@rule("endpoint.weights", "endpoint.worker", "endpoint.image")
+def baked_weights_are_in_our_own_image(job: Job, origins: Origins) -> Found:
+    """endpoint.weights=image goes with worker=handler, whose image you build."""
+    if job.endpoint.weights == "image" and job.endpoint.worker == "worker-vllm":
+        remedy = "endpoint.worker=handler, or endpoint.weights=volume"
+        yield "endpoint.weights", "image", "worker-vllm's image has no weights of yours in it", remedy
+
+
+@rule("endpoint.arrivals")
+def arrivals_are_known(job: Job, origins: Origins) -> Found:
+    """endpoint.arrivals is poisson, bursty, or a .csv file that exists."""
+    arrivals = job.endpoint.arrivals
+    if arrivals in ("poisson", "bursty"):
+        return
+    if not arrivals.endswith(".csv"):
+        yield "endpoint.arrivals", arrivals, "is no kind of arrivals", "poisson, bursty, or the name of a .csv file"
+    elif not Path(arrivals).expanduser().is_file():
+        yield "endpoint.arrivals", arrivals, "there is no such file", "a CSV with the time of a request a line"
+
+
+@rule("launch.name", "launch.nodes", "launch.force_pods", "launch.hosts", "launch.sbatch", "launch.dry_run")
+def other_machines_need_a_way_to_them(job: Job, origins: Origins) -> Found:
+    """launch.nodes, force_pods, hosts, sbatch, dry_run go with launch=runpod, ssh or slurm, not with launch=local."""
+    launch = job.launch
+    if launch.name != "local":
+        return
+    ways = {"nodes": "runpod, or slurm", "force_pods": "runpod", "hosts": "ssh", "sbatch": "slurm"}
+    ways |= {"dry_run": "runpod, ssh or slurm; here stop_after=plan shows the plan"}
+    given = {"nodes": launch.nodes != "auto", "force_pods": launch.force_pods, "dry_run": launch.dry_run}
+    given |= {"hosts": bool(launch.hosts), "sbatch": bool(launch.sbatch)}
+    for name in (name for name in ways if given[name]):
+        value = getattr(launch, name)
+        yield f"launch.{name}", value, "has no effect with launch=local", f"launch={ways[name]}; or leave it out"
