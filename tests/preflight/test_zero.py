@@ -64,8 +64,8 @@ def test_a_ranks_memory_equals_the_bytes_of_real_deepspeed(c, measured, monkeypa
     peak = zero.weights + max(zero.states, zero.host) + zero.kept + max(
         gradients + replayed.peak + zero.backward, zero.step + (zero.gradients if setup.stage == 3 else 0)
     )  # fmt: skip
-    for rank, found in enumerate(measured[c["name"]]):
-        off = [f"{resting / found['resting'] - 1:+.1%}", f"{peak / found['peak'] - 1:+.1%}"]
-        said = f"rank {rank}: {found}, predicted {' and '.join(off)}"
-        assert resting == pytest.approx(found["resting"], rel=0.001), said
-        assert (1 - TOLERANCE) * found["peak"] <= peak <= (1 + ABOVE) * found["peak"], said
+    ranks = measured[c["name"]]
+    most = max(found["peak"] for found in ranks)  # ranks differ: of zero1, in which gradients they reduce first
+    said = f"{ranks}, predicted {resting} and {peak}, the peak {peak / most - 1:+.1%}"
+    assert all(resting == pytest.approx(found["resting"], rel=0.001) for found in ranks), said
+    assert (1 - TOLERANCE) * most <= peak <= (1 + ABOVE) * most, said
