@@ -17,14 +17,12 @@ behind it. What goes wrong there on one rank, all ranks hear of, and the loop at
 
 from __future__ import annotations
 
-import re
 import shutil
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from torch import Tensor, nn
 from loadmaster.errors import TrainingFailed
 from loadmaster.files import publish_folder, read_json, sha256_file, write_json
 from loadmaster.models.shards import local_rows
+from loadmaster.training.checkpoint_folders import prune
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed, local
 from loadmaster.training.relayout import OldLayout
@@ -52,12 +51,6 @@ FAILURES = (Exception, dcp.api.CheckpointException)
 """The second is no Exception: what only catches those lets a checkpoint that no rank could write pass as written."""
 READ_BYTES = 2**30
 """Tensors that are read, and put where they belong, at a time."""
-
-
-@dataclass(frozen=True)
-class Found:
-    folder: Path
-    state: dict[str, Any]
 
 
 class Checkpoints:
@@ -347,57 +340,3 @@ def _failure(folder: Path, error: BaseException) -> BaseException:
         "Earlier checkpoints are whole; free some space or set run_dir to another disk, "
         "and start again to resume"
     )
-
-
-def newest_whole(folder: Path, job_hash: str, warn: Any, world: World | None = None) -> Found | None:
-    """The newest checkpoint under `folder` whose files have their checksums; `warn` hears of the others.
-
-    Each rank checks its share of the files; all agree.
-    """
-    world = world or World()
-    for step, path in world.broadcast(sorted(_steps(folder), reverse=True)):
-        state = None
-        try:
-            sums = read_json(path / "checksums.json")
-            mine = sorted(sums)[world.rank :: world.size]
-            broken = [name for name in mine if sums[name] != sha256_file(path / name)]
-            state = read_json(path / "state.json")
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            broken = [str(error)]
-        broken = [name for part in world.gather(broken) for name in part]
-        if broken or state is None:
-            warn(f"checkpoint step-{step} is torn ({', '.join(broken)}) and passed over")
-        elif state["job_hash"] != job_hash:
-            raise TrainingFailed(
-                f"{path} was written by a job with other settings; give this one its own run_dir, "
-                f"or restore the settings in {folder.parent / 'config.yaml'}"
-            )
-        else:
-            return Found(path, state)
-    return None
-
-
-def prune(folder: Path, keep_last: int, keep_best: int) -> None:
-    """Delete all but the newest `keep_last` and the `keep_best` with the lowest evaluation loss."""
-    found = sorted(_steps(folder), reverse=True)
-    losses = {step: _eval_loss(path) for step, path in found}
-    best = sorted((loss, -step) for step, loss in losses.items() if loss is not None)[:keep_best]
-    keep = {step for step, _ in found[:keep_last]} | {-step for _, step in best}
-    for step, path in found:
-        if step not in keep:
-            doomed = path.with_name(f".{path.name}.deleted")  # never a half-deleted folder under a valid name
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _eval_loss(path: Path) -> float | None:
-    """Held-out loss of a checkpoint; None where there is none, or the checkpoint is torn."""
-    try:
-        return read_json(path / "state.json").get("eval_loss")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _steps(folder: Path) -> list[tuple[int, Path]]:
-    paths = folder.iterdir() if folder.is_dir() else []
-    return [(int(match[1]), path) for path in paths if (match := re.fullmatch(r"step-(\d+)", path.name))]

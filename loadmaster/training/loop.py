@@ -23,7 +23,8 @@ from loadmaster.models.compiled import CompileCache, graphs_compiled
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.prediction import Measured, held_against, sentence
 from loadmaster.training.batches import losses, trained_tokens, worst_rows
-from loadmaster.training.checkpoint import Checkpoints, newest_whole
+from loadmaster.training.checkpoint import Checkpoints
+from loadmaster.training.checkpoint_folders import newest_whole
 from loadmaster.training.display import Display
 from loadmaster.training.metrics import (
     MetricsLog,

@@ -8,7 +8,7 @@ from torch import nn
 
 from loadmaster.config.schema import OptimizerConfig
 from loadmaster.errors import TrainingFailed
-from loadmaster.training import checkpoint, staging
+from loadmaster.training import checkpoint, checkpoint_folders, staging
 from loadmaster.training.checkpoint import Checkpoints
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed
@@ -69,26 +69,26 @@ def test_a_torn_newest_checkpoint_is_passed_over(tmp_path, trained, tear):
     save(tmp_path, 5, trained)
     tear(tmp_path / "step-5")
     heard = []
-    found = checkpoint.newest_whole(tmp_path, "h", heard.append)
+    found = checkpoint_folders.newest_whole(tmp_path, "h", heard.append)
     assert found.state["step"] == 4
     assert "step-5 is torn" in heard[0]
 
 
 def test_a_partial_folder_is_not_a_checkpoint(tmp_path, trained):
     (tmp_path / ".step-9.partial").mkdir(parents=True)
-    assert checkpoint.newest_whole(tmp_path, "h", print) is None
+    assert checkpoint_folders.newest_whole(tmp_path, "h", print) is None
 
 
 def test_a_checkpoint_of_another_job_is_refused(tmp_path, trained):
     save(tmp_path, 4, trained)
     with pytest.raises(TrainingFailed, match="other settings"):
-        checkpoint.newest_whole(tmp_path, "another", print)
+        checkpoint_folders.newest_whole(tmp_path, "another", print)
 
 
 def test_newest_and_best_are_kept(tmp_path, trained):
     for step, loss in [(1, 3.0), (2, 0.5), (3, 1.0), (4, None), (5, 2.0)]:
         save(tmp_path, step, trained, eval_loss=loss)
-    checkpoint.prune(tmp_path, keep_last=2, keep_best=1)
+    checkpoint_folders.prune(tmp_path, keep_last=2, keep_best=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-2", "step-4", "step-5"]
 
 

@@ -1,0 +1,73 @@
+"""The checkpoints that a run has on disk: which is the newest whole one, and which may go."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loadmaster.errors import TrainingFailed
+from loadmaster.files import read_json, sha256_file
+from loadmaster.training.world import World
+
+
+@dataclass(frozen=True)
+class Found:
+    folder: Path
+    state: dict[str, Any]
+
+
+def newest_whole(folder: Path, job_hash: str, warn: Any, world: World | None = None) -> Found | None:
+    """The newest checkpoint under `folder` whose files have their checksums; `warn` hears of the others.
+
+    Each rank checks its share of the files; all agree.
+    """
+    world = world or World()
+    for step, path in world.broadcast(sorted(_steps(folder), reverse=True)):
+        state = None
+        try:
+            sums = read_json(path / "checksums.json")
+            mine = sorted(sums)[world.rank :: world.size]
+            broken = [name for name in mine if sums[name] != sha256_file(path / name)]
+            state = read_json(path / "state.json")
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            broken = [str(error)]
+        broken = [name for part in world.gather(broken) for name in part]
+        if broken or state is None:
+            warn(f"checkpoint step-{step} is torn ({', '.join(broken)}) and passed over")
+        elif state["job_hash"] != job_hash:
+            raise TrainingFailed(
+                f"{path} was written by a job with other settings; give this one its own run_dir, "
+                f"or restore the settings in {folder.parent / 'config.yaml'}"
+            )
+        else:
+            return Found(path, state)
+    return None
+
+
+def prune(folder: Path, keep_last: int, keep_best: int) -> None:
+    """Delete all but the newest `keep_last` and the `keep_best` with the lowest evaluation loss."""
+    found = sorted(_steps(folder), reverse=True)
+    losses = {step: _eval_loss(path) for step, path in found}
+    best = sorted((loss, -step) for step, loss in losses.items() if loss is not None)[:keep_best]
+    keep = {step for step, _ in found[:keep_last]} | {-step for _, step in best}
+    for step, path in found:
+        if step not in keep:
+            doomed = path.with_name(f".{path.name}.deleted")  # never a half-deleted folder under a valid name
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _eval_loss(path: Path) -> float | None:
+    """Held-out loss of a checkpoint; None where there is none, or the checkpoint is torn."""
+    try:
+        return read_json(path / "state.json").get("eval_loss")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    paths = folder.iterdir() if folder.is_dir() else []
+    return [(int(match[1]), path) for path in paths if (match := re.fullmatch(r"step-(\d+)", path.name))]
