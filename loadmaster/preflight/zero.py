@@ -14,7 +14,7 @@
 A trained tensor that is larger than the bucket is reduced by itself, out of place. Offloaded, states are on the host;
 on the GPU, zero1 and zero2 keep their fp32 gradients and a buffer of the largest tensor, zero3 its bucket alone.
 Sources: deepspeed.runtime.zero.stage_1_and_2, stage3, partition_parameters (0.19.8); held against bytes that a real
-DeepSpeed has (tests/preflight/test_zero.py).
+DeepSpeed has (tests/preflight/test_zero_memory.py).
 """
 
 from __future__ import annotations
