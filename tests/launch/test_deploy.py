@@ -15,7 +15,7 @@ from loadmaster.config.schema import EndpointConfig, ExportConfig, Job
 from loadmaster.endpoint.bundle import write_bundle
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export.answers import keep
-from loadmaster.export.manifest import write_manifest
+from loadmaster.export.manifest import OWN_DIGEST, write_manifest
 from loadmaster.files import read_json, write_json
 from loadmaster.launch import validate
 from loadmaster.launch.bucket import Bucket
@@ -267,7 +267,8 @@ def test_a_changed_or_foreign_artifact_is_refused_before_anything_is_made(run_di
         write_json(run_dir / "serve-check.json", {"created_utc": when, "formats": {"bf16": served}})
         with pytest.raises(ExportRejected, match=r"tuned_share is 0\.02") if refused else contextlib.nullcontext():
             order(run_dir, volume)
-    write_json(manifest, {**read_json(manifest), "verification": {"passed": False}})
+    facts = {key: value for key, value in read_json(manifest).items() if key not in ("files", OWN_DIGEST)}
+    write_manifest(manifest.parent, {**facts, "verification": {"passed": False}})
     with pytest.raises(ExportRejected, match="did not pass verification"):
         order(run_dir, volume)
 
