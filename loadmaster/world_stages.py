@@ -73,13 +73,17 @@ class StageRun:
 
     def run(self, stage: str) -> dict[str, Any]:
         """Figures of the stage. Raises LoadmasterError, or StoppedOnRequest on all ranks together."""
-        from loadmaster.training.watchdog import Watchdog
+        from loadmaster.training.watchdog import Watchdog, as_they_begin
 
-        self._refuse_folder_of_its_own()
         hang_s = None if self.job.launch.hang_timeout_s == "auto" else self.job.launch.hang_timeout_s
         # Alone, a request ends what is not training at once; of several, all agree where.
         together = self.stop.deferred() if self.world.size > 1 else contextlib.nullcontext()
-        with together, Watchdog(self.world, self.run_dir / "logs", hang_s, on_end=self.on_end) as watch:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(together)
+            with as_they_begin(self.world.rank):
+                self._refuse_folder_of_its_own()
+                watch = Watchdog(self.world, self.run_dir / "logs", hang_s, on_end=self.on_end)
+                stack.enter_context(watch)
             self._make_materials()
             self._stop_if(self._stopping(), f"{stage} starts")
             self._examine(stage)

@@ -18,7 +18,8 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -296,6 +297,17 @@ def is_communication(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(word in text for word in COMMUNICATION)
+
+
+@contextmanager
+def as_they_begin(rank: int) -> Iterator[None]:
+    """Around what ranks say to one another before a Watchdog is there to name who is gone."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:
+        if not is_communication(error):
+            raise
+        raise LoadmasterError(f"rank {rank} lost the others as they began: {str(error).splitlines()[0]}") from None
 
 
 def own_line(frame: FrameType | None) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loadmaster.errors import TrainingFailed
+from loadmaster.errors import LoadmasterError, TrainingFailed
 from loadmaster.training.liveness import (
     LONG_PHASE_S,
     STEP_FLOOR_S,
@@ -19,7 +19,7 @@ from loadmaster.training.liveness import (
     straggler_message,
     stragglers,
 )
-from loadmaster.training.watchdog import Watchdog, is_communication
+from loadmaster.training.watchdog import Watchdog, as_they_begin, is_communication
 from loadmaster.training.world import World
 from tests.training.processes import run_ranks
 
@@ -222,3 +222,10 @@ def test_the_others_say_why_a_rank_failed_and_not_that_it_is_gone(tmp_path):
     done = run(tmp_path, "raise", 3)
     assert done.codes == [4, 4, 4, 4]
     assert "rank 3 on node 1" in done.output[0] and "failed: the disk is full" in done.output[0]
+
+
+def test_a_rank_whose_others_end_before_the_watch_begins_says_so_and_a_defect_stays_a_defect():
+    with pytest.raises(LoadmasterError, match="rank 1 lost the others as they began"), as_they_begin(1):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:26536\nand more")
+    with pytest.raises(RuntimeError, match="shape mismatch"), as_they_begin(1):
+        raise RuntimeError("shape mismatch")
