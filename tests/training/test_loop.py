@@ -26,6 +26,7 @@ from loadmaster.training.batches import micro_batches, trained_tokens
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, refuse_missing_tracker, refuse_unbuilt, train
 from loadmaster.training.metrics import read_metrics
+from loadmaster.training.rehearsal import Rehearsed
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.world import World
 
@@ -115,7 +116,7 @@ def test_the_rehearsal_leaves_no_trace(tiny, tmp_path, monkeypatch):
     from loadmaster.training import loop
 
     run(tiny, tmp_path / "with")
-    rehearsed = SimpleNamespace(seconds=0.0, peak_allocated_gib=0.0)
+    rehearsed = Rehearsed(0.0, 0.0, 0.0, seconds=0.0)
     monkeypatch.setattr(loop, "_rehearse", lambda *_: rehearsed)
     run(tiny, tmp_path / "without")
     both = [
