@@ -17,10 +17,14 @@ from loadmaster.launch.order import VOLUME_GB
 from loadmaster.launch.payload import data_paths
 from loadmaster.launch.wheel import is_file
 
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
-SECRET_VALUE = re.compile(
-    r"(hf|sk|rpa|rps|ghp|gho|github_pat|glpat|xox[abp]|AKIA)[-_]?\w*[A-Za-z0-9]{14,}|[0-9a-fA-F]{32,}|.{48,}|.*[^\w.-].*"
+SECRET_NAME = re.compile(
+    r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|(^|_)(PAT|PASS|AUTH|DSN)($|_)",
+    re.IGNORECASE,
 )
+TOKEN = r"(hf|sk|rpa|rps|ghp|gho|github_pat|glpat|xox[abp]|AKIA)[-_]?\w*[A-Za-z0-9]{14,}"
+GIVEN_AWAY = re.compile(rf"{TOKEN}|.*://[^/@\s]*:[^/@\s]+@.*")
+"""A variable's value that is one: a token by its beginning, or an address with a password."""
+SECRET_VALUE = re.compile(rf"{TOKEN}|[0-9a-fA-F]{{32,}}|.{{48,}}|.*[^\w.-].*")
 """What no name of a secret looks like: the usual beginnings of tokens, long hexadecimal, long or odd text."""
 PINNED = re.compile(r"==[\w.!+]+$|@[0-9a-f]{40}\b|#sha256=[0-9a-f]{64}$")
 OWN = ("name", "nodes", "grace_s", "env", "secrets", "dry_run", "max_hours")
@@ -40,8 +44,8 @@ def problems(composed: Composed) -> list[Problem]:
     found = _unused(composed, (*OWN, *FIELDS[job.launch.name])) + _nodes_problems(job)
     if job.stop_after == "plan":
         found.append(_wrong("stop_after", "plan", "a plan needs no machine", "launch.dry_run=true, or launch=local"))
-    for name in job.launch.env or {}:
-        if SECRET_NAME.search(name):
+    for name, value in (job.launch.env or {}).items():
+        if SECRET_NAME.search(name) or GIVEN_AWAY.fullmatch(str(value)):
             message = "looks like a secret, and this would end up in files and logs"
             found.append(_wrong(f"launch.env.{name}", None, message, _secret_remedy(job.launch.name, name)))
     for name, secret in (job.launch.secrets or {}).items():

@@ -46,7 +46,12 @@ def where(run_dir: Path) -> Left | None:
     """Where the run of this launch's folder lies; None where it is no launch's folder, or nothing was kept."""
     if not (run_dir / RECORD).is_file():
         return None
-    found = read_json(run_dir / RECORD)
+    try:
+        found = read_json(run_dir / RECORD)
+    except ValueError as error:
+        raise LoadmasterError(f"{run_dir / RECORD} is damaged ({error}); start the launch again") from None
+    if not isinstance(found, dict):
+        raise LoadmasterError(f"{run_dir / RECORD} is no launch's record; start the launch again")
     if not found.get("run_dir") or not (found.get("volume") or found.get("host")):
         return None
     return Left(found.get("volume"), found["run_dir"], found.get("host"))

@@ -12,6 +12,8 @@ import base64
 import hashlib
 import io
 import lzma
+import shutil
+import subprocess
 import tomllib
 import zipfile
 from dataclasses import dataclass
@@ -76,7 +78,7 @@ def own() -> Wheel:
     package = Path(loadmaster.__file__).parent
     files = _below(package, "loadmaster")
     for folder in SHIPPED:
-        files |= _below(shipped_folder(folder), f"loadmaster/_shipped/{folder}")
+        files |= _ours(shipped_folder(folder), _below(shipped_folder(folder), f"loadmaster/_shipped/{folder}"))
     info = f"loadmaster-{loadmaster.__version__}.dist-info"
     files[f"{info}/METADATA"] = _metadata().encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: loadmaster\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -96,6 +98,17 @@ def _below(folder: Path, prefix: str) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+
+
+def _ours(folder: Path, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Without what the user keeps there: what git does not track, and hidden files."""
+    git = shutil.which("git")
+    listing = [git, "-C", str(folder), "ls-files", "-z"]
+    listed = subprocess.run(listing, capture_output=True, check=False).stdout if git else b""
+    tracked = {name for name in listed.decode().split("\0") if name}
+    prefix = f"loadmaster/_shipped/{folder.name}/"
+    kept = {name: content for name, content in files.items() if "/." not in name}
+    return {name: content for name, content in kept.items() if not tracked or name.removeprefix(prefix) in tracked}
 
 
 def _digest(content: bytes) -> str:

@@ -128,8 +128,6 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
             f"lora.targets=all-linear: {shape.name} is a mixture of experts, whose expert tensors get adapters that no "
             "plan counts; use lora.targets=[q_proj,k_proj,v_proj,o_proj], or method=full"
         )
-    if job.activation_checkpointing not in ("auto", *CHECKPOINTING):
-        yield f"activation_checkpointing={job.activation_checkpointing}: training does {' or '.join(CHECKPOINTING)}"
     if shape.attention_softcap:
         yield f"{shape.name} caps its attention scores, which variable-length attention cannot do; Gemma 3 does not"
     world, rows = hardware.world_size, job.batch.global_size
@@ -258,7 +256,8 @@ def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
 
 def precisions(job: Job, hardware: Hardware, tier: dict[str, Any]) -> tuple[str, ...]:
     """Where the hardware has fp8 units and nothing was written, a frozen base may be in fp8, or full's products."""
-    able = tier["method"] == "lora" or (tier["method"] == "full" and job.sequence_length % 16 == 0)
+    full = job.sequence_length % 16 == 0 and job.sharding not in ("zero1", "zero2", "zero3")  # tried with FSDP2 alone
+    able = tier["method"] == "lora" or (tier["method"] == "full" and full)
     open_ = job.precision == "auto" and able and hardware.has_fp8
     return (tier["precision"], "fp8") if open_ else (tier["precision"],)
 

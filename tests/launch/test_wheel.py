@@ -22,6 +22,22 @@ from tests.launch.place import Place
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def test_what_a_user_keeps_in_the_shipped_folders_stays_here(tmp_path):
+    folder = tmp_path / "conf"
+    folder.mkdir()
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (folder / "train.yaml").write_text("shipped")
+    subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
+    (folder / ".env").write_text("HF_TOKEN=planted")
+    (folder / "customers.jsonl").write_text("planted")
+    prefix = "loadmaster/_shipped/conf"
+    files = wheel._below(folder, prefix)
+    assert set(files) == {f"{prefix}/{name}" for name in ("train.yaml", ".env", "customers.jsonl")}
+    assert set(wheel._ours(folder, files)) == {f"{prefix}/train.yaml"}
+    (tmp_path / ".git").rename(tmp_path / "elsewhere")  # no checkout: an installed copy
+    assert set(wheel._ours(folder, files)) == {f"{prefix}/train.yaml", f"{prefix}/customers.jsonl"}
+
+
 def test_it_holds_the_package_and_the_shipped_folders_and_nothing_of_this_machine():
     packed = wheel.own()
     with zipfile.ZipFile(io.BytesIO(packed.content)) as archive:
@@ -31,7 +47,7 @@ def test_it_holds_the_package_and_the_shipped_folders_and_nothing_of_this_machin
         metadata = archive.read(f"loadmaster-{loadmaster.__version__}.dist-info/METADATA").decode()
     for folder in ("conf", "recipes", "data", "launch"):
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("."):
                 assert f"loadmaster/_shipped/{path.relative_to(ROOT).as_posix()}" in names
     assert not any("__pycache__" in name for name in names)
     assert "Requires-Dist: torch>=" in metadata and "moto" not in metadata
