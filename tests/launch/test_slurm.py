@@ -227,7 +227,7 @@ def test_two_nodes_train_one_model(cluster, monkeypatch, tiny):
     words = ["recipe=smoke", "launch=slurm", "hardware=cpu", "launch.nodes=2", f"launch.python={sys.executable}"]
     words += [f"model.path={tiny}", "max_steps=2", "stop_after=train", "sequence_length=256", "batch.global_size=2"]
     assert launch_job(compose([*words, "data.max_rows=40"]), cluster.console) == 0, cluster.said
-    assert "on 2 CPU processes" in cluster.said and "step 2, loss" in cluster.said
+    assert "on 2 CPU processes" in cluster.said and "of 2, loss" in cluster.said
     (run,) = (cluster.folder / "runs" / "smoke").glob("slurm-*")
     assert json.loads((run / "result.json").read_text())["steps"] == 2
 

@@ -186,7 +186,7 @@ def test_two_hosts_train_one_model(tmp_path, monkeypatch, sshd, tiny):
     words += ["batch.global_size=2", "data.max_rows=40", "launch.hosts=[node0,node1]"]
     env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": ROOT}
     assert hosts.launch(*words, *(f"launch.env.{name}='{value}'" for name, value in env.items())) == 0
-    assert "on 2 CPU processes" in hosts.said and "step 2, loss" in hosts.said
+    assert "on 2 CPU processes" in hosts.said and "of 2, loss" in hosts.said, hosts.said
     assert "[1] ended with exit code 0" in hosts.said and "Traceback" not in hosts.log
     (run,) = (tmp_path / "runs" / "smoke").iterdir()
     assert json.loads((run / "result.json").read_text())["steps"] == 2
