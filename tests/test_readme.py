@@ -12,8 +12,8 @@ from tests.runs import ROOT, TIMEOUT_S, environment
 
 # One step from a random adapter is close to bf16's rounding, which the shipped limits rightly refuse.
 LOOSE = (
-    "export.thresholds={adapter: {max_perplexity_ratio: 1.5, max_mean_kl: 1.0, max_p99_kl: 10.0, min_top1_agreement: 0.5, "
-    "min_tuned_share: 0.5}}"
+    "export.thresholds={adapter: {max_perplexity_ratio: 1.5, max_mean_kl: 1.0, max_p99_kl: 10.0, "
+    "min_top1_agreement: 0.5, min_tuned_share: 0.5}}"
 )
 SMALL = [
     LOOSE,
