@@ -174,7 +174,7 @@ def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_
         assert [failure for failure in figures["failures"] if not failure.startswith(loss)] == [], name
         assert name == "gguf" or figures["from_disk"] <= LIMITS[name].max_from_disk
         assert figures["rendering"]["different"] == [] and figures["difference"] < 0.5
-        assert figures["models"] == ["tiny"] and figures["stops_at"] == {"2": True}
+        assert "tiny" in figures["models"] and figures["stops_at"] == {"2": True}
     assert all(results[name]["tuned_share"] == pytest.approx(1, abs=0.1) for name in ("bf16", "adapter", "fp8"))
 
     shutil.copyfile(smollm2 / "model.safetensors", run.folder / "export" / "bf16" / "model.safetensors")
