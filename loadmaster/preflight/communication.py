@@ -6,7 +6,8 @@
         seconds = the slower of the two + hops x latency
     all-reduce = reduce-scatter + all-gather
 
-    fsdp          each micro-batch: gather the weights forward and again backward, reduce the trained gradients (fp32)
+    fsdp          each micro-batch: gather the weights forward and the layers' again backward, reduce the trained
+                  gradients (fp32); where layers stay whole (reshard_after_forward false), gather once a step
     hybrid        the same inside each node; then the shards' gradients are summed over nodes (fp32)
     ddp           the last micro-batch of a step: all-reduce of the gradients in the weights' dtype
     zero3         fsdp
@@ -63,8 +64,9 @@ def step_traffic(shape: ModelShape, setup: Setup) -> Traffic:
         return Traffic()
     setup = _as_fsdp(setup)
     if setup.shards > 1:
-        unit = whole(shape, setup)
-        return Traffic(2 * repeats * unit.gathered, repeats * unit.reduced)
+        unit, root = whole(shape, setup), fsdp_units(shape, setup)[2]
+        gathered = unit.gathered if setup.keeps_weights else repeats * (2 * unit.gathered - root.gathered)
+        return Traffic(gathered, repeats * unit.reduced)
     if setup.stage:
         return Traffic(setup.width * trained, (1 if setup.stage == 1 else repeats) * REDUCE_BYTES * trained)
     gradients = setup.width * trained
@@ -83,7 +85,8 @@ def step_communication(shape: ModelShape, hardware: Hardware, setup: Setup, micr
     inner = 1 if setup.replicas > 1 else nodes
     layers = shape.layers
     if setup.shards > 1:
-        sent = collective_seconds(traffic.gathered / repeats, 2 * (layers + 1), gpus, inner, hardware)
+        gathers = (layers + 1) / repeats if setup.keeps_weights else 2 * layers + 1
+        sent = collective_seconds(traffic.gathered / repeats, gathers, gpus, inner, hardware)
         sent += collective_seconds(traffic.reduced / repeats, layers + 1, gpus, inner, hardware)
         if setup.replicas > 1:
             shard = 2 * traffic.reduced / repeats / setup.shards
@@ -112,6 +115,7 @@ def _unhidden(shape: ModelShape, hardware: Hardware, setup: Setup, gpus: int, no
     dense, sparse, root = fsdp_units(shape, setup)
     first = sparse if shape.expert_layers else dense
     seconds = collective_seconds(root.gathered + first.gathered, 2, gpus, nodes, hardware)
+    seconds /= setup.gradient_accumulation_steps if setup.keeps_weights else 1
     return seconds + collective_seconds(root.reduced, 1, gpus, nodes, hardware)
 
 

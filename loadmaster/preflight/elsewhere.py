@@ -71,6 +71,7 @@ def _row(job: Job, shape: ModelShape, best: Candidate, rows: int, dataset_tokens
         "precision": setup.precision,
         "sharding": setup.sharding,
         "replicas": setup.replicas,
+        "reshard_after_forward": setup.reshard_after_forward,
         "offload": setup.offload,
         "activation_checkpointing": setup.checkpointing,
         "micro_batch_size": setup.micro_batch_size,

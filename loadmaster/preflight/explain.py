@@ -21,17 +21,19 @@ from loadmaster.preflight.search import (
     run_hours,
     search,
 )
-from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
 
 MOST_NODES = 32
+RUNNERS_UP = 4
+"""That are said; plan.json has all."""
 
 
 def describe(setup: Setup) -> str:
     optimizer = setup.optimizer + (" with fp32 master weights" if setup.master_weights else "")
     parts = [setup.method, setup.precision, optimizer]
     if setup.sharding != "none":
-        parts.append(setup.sharding + (" inside each node" if setup.replicas > 1 else ""))
+        parts.append(sharding_words(setup))
     if setup.offload != "none":
         parts.append(f"{'optimizer' if setup.offload == 'optimizer' else 'weights and optimizer'} in host memory")
     kept = setup.checkpointing == "none"
@@ -91,7 +93,9 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, phases
     if found.nearest:
         better = found.nearest[-1]
         said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")
-    said += [against(chosen, other) for other in found.others]
+    said += [against(chosen, other) for other in found.others[:RUNNERS_UP]]
+    if (more := len(found.others) - RUNNERS_UP) > 0:
+        said.append(f"{more} more that fit are in plan.json")
     longest = longest_row(job, shape, chosen)
     beyond = f", of the {shape.max_position:,} that the model knows" if shape.max_position else ""
     said.append(f"the longest row that fits here, recomputed and one at a time: {longest:,} tokens{beyond}")

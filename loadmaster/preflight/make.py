@@ -71,6 +71,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         precision=setup.precision,
         sharding=setup.sharding,
         replicas=setup.replicas,
+        reshard_after_forward=setup.reshard_after_forward,
         offload=setup.offload,
         activation_checkpointing=setup.checkpointing,
         optimizer=setup.optimizer,

@@ -146,6 +146,8 @@ def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """Weights, states and each layer's input: quick to say, never more than is needed, and it rules most plans out."""
     weights, gradients, local = resident(shape, setup)
     inputs = 0.0 if setup.checkpointing == "offload" else inputs_bytes(shape, setup)
+    if setup.keeps_weights:
+        inputs += whole(shape, setup).gathered
     if setup.stage:
         return inputs if hardware.is_cpu or setup.offload == "all" else weights + inputs
     if hardware.is_cpu:
@@ -161,14 +163,17 @@ def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
 def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:
     """(the micro-batch of a step that needs most, bytes of gradients that were there before it).
 
-    With several, it is one that finds the gradients of others.
+    With several, it is one that finds the gradients of others; but where layers stay whole, the first may need more,
+    for it gathers them.
     """
     if setup.stage > 1:  # a gradient is reduced and let go as it comes
         return training_step(shape, replay_key(setup, keep=True), in_place), zero_bytes(shape, setup).gradients
-    if setup.gradient_accumulation_steps == 1:
-        return training_step(shape, replay_key(setup, keep=False), in_place), 0.0
-    later = training_step(shape, replay_key(setup, keep=True), in_place)
-    return later, resident(shape, setup)[1]
+    found = []
+    if setup.gradient_accumulation_steps == 1 or setup.keeps_weights:
+        found.append((training_step(shape, replay_key(setup, keep=False), in_place), 0.0))
+    if setup.gradient_accumulation_steps > 1:
+        found.append((training_step(shape, replay_key(setup, keep=True), in_place), resident(shape, setup)[1]))
+    return max(found, key=lambda pair: pair[0].peak + pair[1])
 
 
 def resident(shape: ModelShape, setup: Setup) -> tuple[float, float, float]:
@@ -203,6 +208,7 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
         sharding="zero1" if setup.stage == 1 else "fsdp" if setup.shards > 1 else "none",
         world_size=setup.world_size if setup.shards > 1 else 1,
         replicas=setup.replicas if setup.shards > 1 else 1,
+        reshard_after_forward=not setup.keeps_weights,
         offload="all" if setup.shards > 1 and setup.offload == "all" else "none",
     )
 

@@ -115,6 +115,9 @@ class Plan:
     alternatives: list[dict[str, Any]] = field(default_factory=list)
     replicas: int = 1
     """sharding fsdp over several nodes: groups of GPUs that each hold every shard (hybrid: the nodes); 1: one group."""
+    reshard_after_forward: bool = True
+    """sharding fsdp: layers are dropped after the forward pass and gathered again; False: whole until their backward,
+    over all micro-batches of a step."""
     compile: bool = False
     """Decoder layers run compiled."""
     peak_gib: PeakGib | None = None

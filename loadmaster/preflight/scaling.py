@@ -122,6 +122,7 @@ def print_scaling(job: Job, steps: list[Step], console: Console | None = None) -
             table.add_row(*said, f"does not fit: {plan.memory_gib.total:.0f} of {plan.budget_gib:.0f} GiB")
             continue
         inside = " in each node" if plan.replicas > 1 else ""
+        inside += "" if plan.reshard_after_forward else ", whole layers"
         kept = "" if plan.activation_checkpointing == "none" else ", checkpointing"
         table.add_row(
             *said, f"{plan.sharding}{inside}{kept}, {plan.micro_batch_size} x {plan.gradient_accumulation_steps}",

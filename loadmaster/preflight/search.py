@@ -217,7 +217,7 @@ def enumerate_tier(
         sizes = [size for size in sizes if size == 1 or size * job.sequence_length <= MOST_TOKENS]
     shared = shardings(job, hardware, tier["offload"])
     roomy = False
-    for precision, (sharding, replicas), checkpointing in product(
+    for precision, (sharding, replicas, reshard), checkpointing in product(
         precisions(job, hardware, tier), shared, checkpointings
     ):
         if roomy and not explain:
@@ -227,6 +227,7 @@ def enumerate_tier(
                 **{**tier, "precision": precision},
                 sharding=sharding,
                 replicas=replicas,
+                reshard_after_forward=reshard,
                 checkpointing=checkpointing,
                 micro_batch_size=size,
                 gradient_accumulation_steps=rows // size,
@@ -262,14 +263,20 @@ def precisions(job: Job, hardware: Hardware, tier: dict[str, Any]) -> tuple[str,
     return (tier["precision"], "fp8") if open_ else (tier["precision"],)
 
 
-def shardings(job: Job, hardware: Hardware, offload: str) -> list[tuple[str, int]]:
-    """(sharding, replicas): fully sharded over all GPUs, or over each node's."""
+def shardings(job: Job, hardware: Hardware, offload: str) -> list[tuple[str, int, bool]]:
+    """(sharding, replicas, reshard after forward): fully sharded over all GPUs, or over each node's.
+
+    Layers that stay whole come before those that are gathered twice: they are never slower.
+    """
     if hardware.world_size == 1:
-        return [("none", 1)]
+        return [("none", 1, True)]
     names = (job.sharding,) if job.sharding != "auto" else ("ddp", "fsdp") if offload == "none" else ("fsdp",)
-    hybrid = hardware.nodes > 1 and hardware.count > 1
-    found = [(name, 1) for name in names]
-    return found + [("fsdp", hardware.nodes)] * (hybrid and "fsdp" in names)
+    found = [(name, 1, True) for name in names if name != "fsdp"]
+    if "fsdp" in names:
+        hybrid = hardware.nodes > 1 and hardware.count > 1
+        keeps = (True,) if offload == "all" else (False, True)
+        found += [("fsdp", replicas, reshard) for replicas in (1, hardware.nodes)[: 1 + hybrid] for reshard in keeps]
+    return found
 
 
 def may_compile(job: Job, checkpointing: str) -> bool:

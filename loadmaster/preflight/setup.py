@@ -12,6 +12,13 @@ SHARDED = ("fsdp", *ZERO)
 """Shardings that cut at least the optimizer's states."""
 
 
+def sharding_words(plan: Any) -> str:
+    """"fsdp inside each node, layers kept whole", of a Setup or a Plan."""
+    inside = " inside each node" if plan.replicas > 1 else ""
+    whole = "" if plan.reshard_after_forward else ", layers whole until their backward pass"
+    return f"{plan.sharding}{inside}{whole}"
+
+
 @dataclass(frozen=True)
 class Setup:
     method: str
@@ -22,6 +29,8 @@ class Setup:
     sharding: str = "none"
     replicas: int = 1
     """fsdp on several nodes: groups of GPUs that hold all shards between them (hybrid sharding); 1 or the nodes."""
+    reshard_after_forward: bool = True
+    """fsdp: a layer's gathered weights are dropped after its forward pass and gathered again for the backward one."""
     offload: str = "none"
     checkpointing: str = "none"
     micro_batch_size: int = 1
@@ -56,6 +65,11 @@ class Setup:
     def shards(self) -> int:
         """Over how many GPUs fully_shard spreads weights, gradients and optimizer states."""
         return self.world_size // self.replicas if self.sharding == "fsdp" else 1
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether fully_shard leaves layers whole between their forward and their backward pass."""
+        return self.shards > 1 and not self.reshard_after_forward
 
     @property
     def stage(self) -> int:

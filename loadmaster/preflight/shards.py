@@ -57,7 +57,7 @@ def units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
         _unit(list(layer_parts(shape, setup, experts)), setup, layer_buffers(shape, setup, experts))
         for experts in (False, True)
     )
-    return *layers, _unit(root_parts(shape, setup), setup)
+    return *layers, _unit(root_parts(shape, setup), setup, 4 * shape.head_dim)  # rotary frequencies, twice
 
 
 def root_parts(shape: ModelShape, setup: Setup) -> list[Part]:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loadmaster.preflight.plan import MemoryGib, PhasesGib, Plan
+from loadmaster.preflight.setup import sharding_words
 
 BAR_WIDTH = 40
 ELSEWHERE_ROWS = 6
@@ -153,8 +154,7 @@ def _place(plan: Plan) -> str:
 def _settings(plan: Plan) -> str:
     optimizer = plan.optimizer + (" with fp32 master weights" if plan.master_weights else "")
     parts = [plan.method, plan.precision, optimizer]
-    inside = " inside each node" if plan.replicas > 1 else ""
-    parts += [] if plan.sharding == "none" else [f"sharding {plan.sharding}{inside}"]
+    parts += [] if plan.sharding == "none" else [f"sharding {sharding_words(plan)}"]
     parts += [] if plan.offload == "none" else [f"offload {plan.offload}"]
     parts.append(f"activation checkpointing {plan.activation_checkpointing}")
     parts += ["layers compiled"] if plan.compile else []

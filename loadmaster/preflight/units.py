@@ -10,6 +10,9 @@ fully_shard, in the order in which it takes and frees memory (torch.distributed.
                stays until the next unit's; the shard that comes out is kept in the weights' dtype.
     end        the root's gradients, and those of a first layer whose input needs none.
 
+A plan that keeps layers whole (reshard_after_forward false) has nothing to gather in the backward pass; with several
+micro-batches in a step no parameters go before its last one, so they are whole from the start.
+
 Hybrid, what comes out of a reduction is summed over nodes, and its fp32 form stays to the end of the backward pass.
 Weights that live in host memory are copied to the GPU for each gathering, and gradients back.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 from loadmaster.preflight.blocks import Blocks
 from loadmaster.preflight.replay import Leaf, Storage, Tensor
-from loadmaster.preflight.shards import Unit, units
+from loadmaster.preflight.shards import Unit, units, whole
 
 
 class Units:
@@ -61,7 +64,18 @@ class Units:
         """Before the embedding."""
         if not self.sharded:
             return
+        if self._stays:
+            self.parameters[-1] = self._alloc(whole(self.b.shape, self.b.setup).gathered)
+            return
         self._gather(-1, self.root)
+
+    @property
+    def _keeps(self) -> bool:
+        return self.b.setup.keeps_weights
+
+    @property
+    def _stays(self) -> bool:
+        return self._accumulated and self._keeps
 
     def _buffer(self, unit: Unit) -> Storage:
         if self.b.setup.offload != "all":
@@ -82,8 +96,9 @@ class Units:
             return x
         unit = self.sparse if experts else self.dense
         self.order.append((index, unit))
-        self._gather(index, unit)
-        if not last:
+        if not self._stays:
+            self._gather(index, unit)
+        if not last and not self._stays:
             self.ahead = [self._buffer(unit)]
 
         def backward(g: Storage, _: list) -> list:
@@ -98,14 +113,16 @@ class Units:
         if not self.sharded:
             return x
         unit = self.order[-1][1]
-        del self.parameters[index]
+        if not self._keeps:
+            del self.parameters[index]
         self.leaves[index] = leaves
 
         def backward(g: Storage, _: list) -> list:
-            self.parameters[index] = self._alloc(unit.gathered)
-            self.prefetched.clear()
-            if len(self.order) > 1:
-                self.prefetched.append(self._buffer(self.order[-2][1]))
+            if not self._keeps:
+                self.parameters[index] = self._alloc(unit.gathered)
+                self.prefetched.clear()
+                if len(self.order) > 1:
+                    self.prefetched.append(self._buffer(self.order[-2][1]))
             return [g]
 
         return self.tape.link(Tensor(x.storage, x.node), [x], [], backward)
@@ -117,7 +134,8 @@ class Units:
         self.held.clear()
 
         def backward(g: Storage, _: list) -> list:
-            self.prefetched.append(self._buffer(self.order[-1][1]))
+            if not self._keeps:
+                self.prefetched.append(self._buffer(self.order[-1][1]))
             return [g]
 
         return self.tape.link(Tensor(loss.storage, loss.node), [loss], [], backward)
@@ -132,7 +150,8 @@ class Units:
             self._reduce(index, unit)
 
     def _reduce(self, index: int, unit: Unit) -> None:
-        self.parameters.pop(index, None)
+        if not self._stays:
+            self.parameters.pop(index, None)
         self.scattering.clear()
         if not unit.reduced:
             return

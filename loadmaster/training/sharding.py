@@ -5,6 +5,8 @@
     fsdp   FSDP2: each holds a share of every parameter, its gradient and its optimizer states. A decoder layer is
            gathered whole when it is needed, forward and backward, and dropped after; embeddings, last norm and head
            stay whole from the forward to the end of the backward pass, for the loss uses the head by itself.
+           Where the plan says reshard_after_forward=false, layers are gathered once a step and stay whole until
+           their backward pass in its last micro-batch.
            On several nodes, where the plan says so, each node has all shards (hybrid sharding):
            weights then travel inside the node, and between nodes only gradients do.
     zero1, zero2, zero3   DeepSpeed (zero.py)
@@ -15,7 +17,8 @@ A Strategy (strategy.py) is all that the loop knows of it; another engine is ano
 from __future__ import annotations
 
 import itertools
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +102,7 @@ class FullyShard(Strategy):
         }
         layers = decoder_layers(loss)
         for layer in layers:
-            fully_shard(layer, **settings, reshard_after_forward=True)
+            fully_shard(layer, **settings, reshard_after_forward=self.plan.reshard_after_forward)
         fully_shard(loss, **settings, reshard_after_forward=False)
         for module in (loss, *layers):
             module.set_gradient_divide_factor(1.0)
@@ -122,9 +125,16 @@ class FullyShard(Strategy):
                 raise TrainingFailed(f"the plan says offload={self.plan.offload}, and {name} is on {parameter.device}")
 
     def settle(self, loss: nn.Module) -> None:
-        for module in loss.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        _reshard(loss)
+
+    @contextmanager
+    def accumulating(self, loss: nn.Module) -> Iterator[None]:
+        keeps = not self.plan.reshard_after_forward
+        if keeps:
+            loss.set_reshard_after_backward(False)
+        yield
+        if keeps:
+            loss.set_reshard_after_backward(True)
 
     def sum_over_shards(self, squares: Tensor) -> Tensor:
         total = squares.clone()
@@ -149,7 +159,10 @@ class FullyShard(Strategy):
 
 
 class _Unsharded:
-    """Embeddings, norm and head whole within the block; layers gather themselves when they are called."""
+    """Embeddings, norm and head whole within the block; layers gather themselves when they are called.
+
+    After the block nothing is whole, layers that stay so after a forward pass included.
+    """
 
     def __init__(self, root: nn.Module):
         self.root = root
@@ -158,7 +171,13 @@ class _Unsharded:
         self.root.unshard()
 
     def __exit__(self, *_: object) -> None:
-        self.root.reshard()
+        _reshard(self.root)
+
+
+def _reshard(loss: nn.Module) -> None:
+    for module in loss.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

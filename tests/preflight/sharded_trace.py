@@ -49,16 +49,16 @@ class Sharded(Live):
 
 
 class _Silent:
-    """A collective that allocates its buffers and moves nothing."""
+    """A collective that allocates its buffers, moves nothing and notes what it would have moved."""
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    def __init__(self, moved: list[int]) -> None:
+        self.moved = moved
 
     def allocate(self, size, *, dtype, device):
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, *_: Any, **__: Any) -> None:
-        return None
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, *_: Any, **__: Any) -> None:
+        self.moved.append(max(tensor.numel() * tensor.element_size() for tensor in (output_tensor, input_tensor)))
 
 
 @contextlib.contextmanager
@@ -103,7 +103,8 @@ def counting(live: Sharded) -> Iterator[None]:
 
 
 def sharded_model(
-    config: dict[str, Any], method: str, precision: str, checkpointing: str, mesh: Any, targets: Any
+    config: dict[str, Any], method: str, precision: str, checkpointing: str, mesh: Any, targets: Any,
+    reshard_after_forward: bool = True,
 ) -> tuple[FullyShard, nn.Module]:
     """The engine's strategy, and its model under its loss."""
     model = _meta_model(config)
@@ -120,30 +121,34 @@ def sharded_model(
                 parameter.data = parameter.data.to(torch.bfloat16)
     checkpoint_activations(model, checkpointing)
     engine = object.__new__(FullyShard)  # its own settings for fully_shard; nothing is loaded
-    engine.mesh, engine.plan = mesh, SimpleNamespace(offload="none", sharding="fsdp")
+    engine.mesh, engine.plan = mesh, SimpleNamespace(
+        offload="none", sharding="fsdp", reshard_after_forward=reshard_after_forward
+    )
     engine.world = World(device=torch.device("meta"))
     engine.parameter_device, engine.folder, engine.dtype = torch.device("meta"), None, torch.bfloat16
+    engine.gathered, engine.reduced = [], []  # bytes of each collective
     root = engine.wrap(SummedLoss(model))
     for module in root.modules():
         if hasattr(module, "set_custom_all_gather"):
-            module.set_custom_all_gather(_Silent())
-            module.set_custom_reduce_scatter(_Silent())
+            module.set_custom_all_gather(_Silent(engine.gathered))
+            module.set_custom_reduce_scatter(_Silent(engine.reduced))
     return engine, root
 
 
 def sharded_peaks(
     config: dict[str, Any], method: str, precision: str, case: Case, world_size: int,
-    targets: Any = "all-linear", replicas: int = 1,
+    targets: Any = "all-linear", replicas: int = 1, reshard_after_forward: bool = True,
 ) -> tuple[int, int]:  # fmt: skip
     """(bytes of one rank's weights and buffers, peak bytes of a step's micro-batches besides those).
 
     Accumulated, the step has three micro-batches, so that one has others before and after it.
     """
     with world_of(world_size, replicas) as mesh:
-        engine, root = sharded_model(config, method, precision, case.checkpointing, mesh, targets)
+        engine, root = sharded_model(
+            config, method, precision, case.checkpointing, mesh, targets, reshard_after_forward
+        )
         live = Sharded()
-        ids = torch.zeros(1, case.tokens, dtype=torch.long)
-        batch = MicroBatch(ids, ids, torch.arange(case.tokens)[None], [["row"]])
+        batch = micro_batch(case)
         for tensor in [*root.parameters(), *root.buffers()]:
             live.count(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
         weights = live.live
@@ -153,3 +158,25 @@ def sharded_peaks(
                     engine.backward(root(batch))
             engine.backward(root(batch))
         return weights, live.peak - weights
+
+
+def micro_batch(case: Case) -> MicroBatch:
+    ids = torch.zeros(1, case.tokens, dtype=torch.long)
+    return MicroBatch(ids, ids, torch.arange(case.tokens)[None], [["row"]])
+
+
+def step_bytes(
+    config: dict[str, Any], method: str, case: Case, world_size: int, micro_batches: int, reshard_after_forward: bool
+) -> tuple[int, int]:
+    """(gathered, reduced) bytes of whole tensors in one optimizer step, after one that is warm-up."""
+    with world_of(world_size) as mesh:
+        engine, root = sharded_model(
+            config, method, "bf16", case.checkpointing, mesh, "all-linear", reshard_after_forward
+        )
+        for _ in range(2):
+            engine.gathered.clear()
+            engine.reduced.clear()
+            for index in range(micro_batches):
+                with engine.accumulating(root) if index < micro_batches - 1 else contextlib.nullcontext():
+                    engine.backward(root(micro_batch(case)))
+        return sum(engine.gathered), sum(engine.reduced)

@@ -53,7 +53,10 @@ def test_bytes_of_a_step_follow_what_each_sharding_gathers_and_reduces() -> None
         name: step_traffic(shape, setup(name, gradient_accumulation_steps=steps))
         for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")
     }
-    assert moved["fsdp"].gathered == pytest.approx(2 * steps * weights, rel=1e-3)  # forward and backward
+    root = 2 * 2 * shape.embedding_parameters  # whole from the forward pass to the end
+    assert moved["fsdp"].gathered == pytest.approx(steps * (2 * weights - root), rel=1e-3)  # forward and backward
+    whole = setup("fsdp", gradient_accumulation_steps=steps, reshard_after_forward=False)
+    assert step_traffic(shape, whole).gathered == pytest.approx(weights, rel=1e-3)  # once a step
     assert moved["fsdp"].reduced == pytest.approx(steps * 2 * weights, rel=1e-3)  # in fp32
     assert moved["zero3"] == moved["fsdp"]
     assert moved["zero2"].gathered == moved["zero1"].gathered == pytest.approx(weights, rel=1e-3)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
+from loadmaster.preflight.communication import step_traffic
 from loadmaster.preflight.memory import worst_micro_batch
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.shards import whole
 from loadmaster.training.trace import Case
-from tests.preflight.sharded_trace import sharded_peaks
+from tests.preflight.sharded_trace import sharded_peaks, step_bytes
 from tests.preflight.test_replay import FAMILIES, random_config
 
 TOLERANCE = 0.001
@@ -23,20 +26,22 @@ def check(family: str, method: str, precision: str, world_sizes: tuple[int, ...]
     shape = from_config(config, family)
     experts = family in ("mixtral", "qwen3_moe")
     targets = ("q_proj", "k_proj", "v_proj", "o_proj") if experts else "all-linear"
-    for case in CASES:
-        for world_size in world_sizes:
-            setup = Setup(
-                method=method, precision=precision, optimizer="adamw", master_weights=True, sharding="fsdp",
-                checkpointing=case.checkpointing, sequence_length=case.tokens, world_size=world_size,
-                gradient_accumulation_steps=2 if case.accumulated else 1, lora_targets=targets,
-            )  # fmt: skip
-            weights, peak = sharded_peaks(config, method, precision, case, world_size, targets)
-            unit = whole(shape, setup)
-            said = f"{config} {case} on {world_size}"
-            assert unit.shard + unit.replicated == pytest.approx(weights, rel=0.002), f"weights: {said}"
-            worst, gradients = worst_micro_batch(shape, setup, in_place=False)
-            replayed = worst.peak + gradients
-            assert replayed == pytest.approx(peak, rel=TOLERANCE), f"{replayed / peak - 1:+.3%}: {said}"
+    for case, world_size, reshard in product(CASES, world_sizes, (True, False)):
+        if not reshard and not small_vocabulary:
+            continue  # the loss is the peak, with the same weights gathered or not
+        setup = Setup(
+            method=method, precision=precision, optimizer="adamw", master_weights=True, sharding="fsdp",
+            checkpointing=case.checkpointing, sequence_length=case.tokens, world_size=world_size,
+            gradient_accumulation_steps=2 if case.accumulated else 1, lora_targets=targets,
+            reshard_after_forward=reshard,
+        )  # fmt: skip
+        weights, peak = sharded_peaks(config, method, precision, case, world_size, targets, 1, reshard)
+        unit = whole(shape, setup)
+        said = f"{config} {case} on {world_size}, resharded {reshard}"
+        assert unit.shard + unit.replicated == pytest.approx(weights, rel=0.002), f"weights: {said}"
+        worst, gradients = worst_micro_batch(shape, setup, in_place=False)
+        replayed = worst.peak + gradients
+        assert replayed == pytest.approx(peak, rel=TOLERANCE), f"{replayed / peak - 1:+.3%}: {said}"
 
 
 METHODS = [("full", "bf16"), ("lora", "bf16"), ("lora", "fp8"), ("qlora", "bf16")]
@@ -72,3 +77,18 @@ def test_hybrid_sharding_keeps_each_layers_sum_to_the_end() -> None:
         shape = from_config(config, "llama")
         assert whole(shape, setup).shard == pytest.approx(weights, rel=0.002)
         assert worst_micro_batch(shape, setup, in_place=False)[0].peak == pytest.approx(peak, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_bytes_that_a_step_moves_equal_those_of_fully_shard(method: str, reshard: bool, micro_batches: int) -> None:
+    config = {**random_config("llama", 1), "vocab_size": 256}
+    setup = Setup(
+        method=method, precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp",
+        checkpointing="full", sequence_length=512, world_size=8, gpus_per_node=8,
+        gradient_accumulation_steps=micro_batches, reshard_after_forward=reshard,
+    )  # fmt: skip
+    gathered, reduced = step_bytes(config, method, Case(512, "full"), 8, micro_batches, reshard)
+    traffic = step_traffic(from_config(config, "llama"), setup)
+    assert (traffic.gathered, traffic.reduced) == pytest.approx((gathered, reduced), rel=0.001)

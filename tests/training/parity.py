@@ -58,6 +58,7 @@ def plan(case: dict[str, Any]) -> Plan:
         hardware=HardwareSummary("cpu", case["count"], case["nodes"], 8.0, 8.0),
         method=case["method"], precision=case.get("precision", "fp32"), sharding=case["sharding"],
         compile=case.get("compile", False), offload=case["offload"], replicas=case["nodes"],
+        reshard_after_forward=case.get("reshard_after_forward", True),
         activation_checkpointing=case["checkpointing"], optimizer=case["optimizer"],
         master_weights=case.get("precision") == "bf16",
         micro_batch_size=1, gradient_accumulation_steps=8 // world, sequence_length=64,

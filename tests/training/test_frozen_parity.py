@@ -13,6 +13,7 @@ FP8 = {"precision": "fp8", "steps": STEPS}
 ONE = [case("qlora", "qlora", "none"), case("fp8", "lora", "none", **FP8)]
 TWO = [
     case("qlora-fsdp-2", "qlora", "fsdp", 2, checkpointing="full"),
+    case("qlora-fsdp-2-whole", "qlora", "fsdp", 2, reshard_after_forward=False),
     case("qlora-ddp-2", "qlora", "ddp", 2),
     case("fp8-fsdp-2", "lora", "fsdp", 2, **FP8),
     case("qlora-zero2-2", "qlora", "zero2", 2),

@@ -47,6 +47,8 @@ TWO = [
     case("full-ddp-2", "full", "ddp", 2),
     case("full-fsdp-2", "full", "fsdp", 2),
     case("lora-fsdp-2", "lora", "fsdp", 2),
+    case("full-fsdp-2-whole", "full", "fsdp", 2, reshard_after_forward=False),
+    case("lora-fsdp-2-whole", "lora", "fsdp", 2, reshard_after_forward=False, checkpointing="full"),
     case("full-fsdp-2-offload", "full", "fsdp", 2, offload="all"),
     case("full-fsdp-2-compiled", "full", "fsdp", 2, compile=True),
     case("lora-fsdp-2-compiled", "lora", "fsdp", 2, compile=True, checkpointing="selective"),
@@ -58,6 +60,7 @@ TWO = [
 ]
 FOUR = [
     case("full-hybrid-2x2", "full", "fsdp", 2, 2),
+    case("full-hybrid-2x2-whole", "full", "fsdp", 2, 2, reshard_after_forward=False),
     case("lora-fsdp-4", "lora", "fsdp", 4),
     case("full-fsdp-4", "full", "fsdp", 4),
     case("lora-ddp-4", "lora", "ddp", 4),
