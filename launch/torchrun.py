@@ -9,7 +9,8 @@ Where the shape of the cluster comes from, first found first:
     Runpod       Instant Clusters: NUM_NODES, NUM_TRAINERS, NODE_RANK, PRIMARY_ADDR or MASTER_ADDR, ..._PORT,
                  WORLD_SIZE
     SkyPilot     SKYPILOT_NUM_NODES, SKYPILOT_NODE_RANK, SKYPILOT_NODE_IPS, SKYPILOT_NUM_GPUS_PER_NODE
-    Slurm        SLURM_NNODES, SLURM_NODEID, SLURM_GPUS_ON_NODE, SLURM_STEP_NODELIST or SLURM_JOB_NODELIST
+    Slurm        SLURM_NNODES, SLURM_NODEID, SLURM_GPUS_ON_NODE; MASTER_ADDR and MASTER_PORT, else the first host of
+                 SLURM_STEP_NODELIST or SLURM_JOB_NODELIST and a port of the job's own
     nothing      this machine alone, with a process for each of its GPUs
 
 The rendezvous is static: every node is told its rank and the first one's address. Instant Clusters do not do
@@ -130,8 +131,9 @@ def _shape(flags: dict[str, str], env: Mapping[str, str]) -> tuple[dict[str, str
             "nnodes": env["SLURM_NNODES"],
             "nproc-per-node": _gpus(env),
             "node-rank": env.get("SLURM_NODEID", "0"),
-            "master-addr": first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")),
-            "master-port": str(job_port(env.get("SLURM_JOB_ID", ""))),
+            "master-addr": env.get("MASTER_ADDR")
+            or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")),
+            "master-port": env.get("MASTER_PORT") or str(job_port(env.get("SLURM_JOB_ID", ""))),
         }
     else:
         found = {

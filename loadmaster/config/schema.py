@@ -279,8 +279,8 @@ class LaunchConfig:
     """ssh: the machines, user@host or user@host:port; the first one is where the others meet."""
     ssh_config: str | None = None
     """ssh: OpenSSH client configuration (ssh -F) to use instead of your own."""
-    python: str = "python3"
-    """ssh, slurm: the interpreter there that has this version of loadmaster."""
+    python: str = "auto"
+    """ssh, slurm: the interpreter there that has this version of loadmaster; auto: ssh python3, slurm this very one."""
     folder: str = "loadmaster"
     """ssh: folder there for jobs and runs, from the login's home; several hosts share it."""
     sbatch: list[str] = ()  # type: ignore[assignment]

@@ -1,7 +1,8 @@
 """`launch=slurm`: from a login node, submit a batch script, follow it, and cancel it when asked to.
 
-The folder of the launch and the run directory must be on a file system that the nodes share, as is usual where
-one submits from. The script starts one task a node, launch/torchrun.py makes a process for each GPU. Slurm's SIGTERM
+The folder of the launch, the run directory and (unless launch.python names another) the environment of this very
+program must be on a file system that the nodes share, as is usual where one submits from. The script starts one task a
+node, launch/torchrun.py makes a process for each GPU. Slurm's SIGTERM
 before the time limit lets every process save a checkpoint; the job ends with 75 then, goes back to the queue and
 goes on from there. So it does after a failed node or a preemption. It is followed through all of that.
 
@@ -16,6 +17,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,7 +107,8 @@ def make_batch(launch: Launch, hardware: HardwareConfig) -> Batch:
     ]  # fmt: skip
     processes = hardware.count if hardware.count != "auto" else 1 if hardware.gpu == "cpu" else None
     task = [
-        job.launch.python, str(shipped_folder("launch").absolute() / TORCHRUN),
+        sys.executable if job.launch.python == "auto" else job.launch.python,
+        str(shipped_folder("launch").absolute() / TORCHRUN),
         *([] if processes is None else [f"--nproc-per-node={processes}"]),
         "-m", "loadmaster.cli", job.stop_after, "--config-dir", str(folder), "--config-name", "job",
         f"run_dir={run_dir}",

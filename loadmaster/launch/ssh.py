@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from loadmaster import __version__
-from loadmaster.config.schema import HardwareConfig, Job
+from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.files import write_json
 from loadmaster.launch.board import Board
@@ -97,6 +97,10 @@ class Meeting:
     port: str
 
 
+def interpreter(settings: LaunchConfig) -> str:
+    return "python3" if settings.python == "auto" else settings.python
+
+
 def run_by_ssh(launch: Launch, tokens: int | None) -> int:
     """Run the job on launch.hosts; returns its exit code.
 
@@ -110,8 +114,9 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
         print_plan(make_plan(replace(job, hardware=hardware), tokens), launch.console)
     if job.launch.dry_run:
         meeting = Meeting(job.launch.folder, "<address of the first host>", "<a free port of it>")
+        python = interpreter(job.launch)
         shown = [
-            {"command": shlex.join(host.command(job.launch.python)), "stdin": _job(launch, meeting, node, hardware)}
+            {"command": shlex.join(host.command(python)), "stdin": _job(launch, meeting, node, hardware)}
             for node, host in enumerate(hosts)
         ]
         launch.console.out(json.dumps(shown, indent=2), highlight=False)
@@ -129,7 +134,7 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
             described = json.dumps(_job(launch, meeting, node, hardware))
             env = {**(job.launch.env or {}), **secrets, "NODE_RANK": str(node), "PYTHONUNBUFFERED": "1"}
             env |= {"LOADMASTER_JOB": described, "LOADMASTER_PAYLOAD": packed}
-            nodes.append(_start(host, job.launch.python, env, launch_file(BOOTSTRAP)))
+            nodes.append(_start(host, interpreter(job.launch), env, launch_file(BOOTSTRAP)))
         launch.echo(f"started on {', '.join(job.launch.hosts)}; the log goes to {launch.folder / 'node.log'}")
         code = _Hosts(launch, hosts, nodes).to_the_end()
         launch.echo(f"the job ended with exit code {code}; its run directory is {hosts[0].name}: {run_dir}")
@@ -157,7 +162,7 @@ def _meet(launch: Launch, hosts: list[Host]) -> Meeting:
     with ThreadPoolExecutor(max_workers=16) as pool:
         others = list(pool.map(lambda pair: _probe(launch, *pair), zip(hosts[1:], range(1, len(hosts)), strict=True)))
     wrong = [
-        f"{host.name} has loadmaster {said['version'] or 'not at all'} in {settings.python}"
+        f"{host.name} has loadmaster {said['version'] or 'not at all'} in {interpreter(settings)}"
         for host, said in zip(hosts, [first, *others], strict=True)
         if said["version"] != __version__
     ]
@@ -182,7 +187,7 @@ def _probe(launch: Launch, host: Host, node: int) -> dict[str, Any]:
     env = {"LOADMASTER_FOLDER": settings.folder, "LOADMASTER_NAME": launch.name, "NODE_RANK": str(node)}
     try:
         done = subprocess.run(
-            host.command(settings.python), input=_message(env, PROBE.encode()), capture_output=True,
+            host.command(interpreter(settings)), input=_message(env, PROBE.encode()), capture_output=True,
             timeout=PROBE_S, start_new_session=True,
         )  # fmt: skip
     except FileNotFoundError:
@@ -195,7 +200,7 @@ def _probe(launch: Launch, host: Host, node: int) -> dict[str, Any]:
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()
     reason = said[-1] if said else f"ssh ended with exit code {done.returncode}"
     raise LoadmasterError(
-        f"{host.name}: {reason}. `{shlex.join([*host.ssh, settings.python, '--version'])}` must work by itself, "
+        f"{host.name}: {reason}. `{shlex.join([*host.ssh, interpreter(settings), '--version'])}` must work by itself, "
         "with a key and a known host key"
     )
 
@@ -220,7 +225,7 @@ def _job(launch: Launch, meeting: Meeting, node: int, hardware: HardwareConfig) 
         "remedy": "install that version there, or name the interpreter that has it with launch.python",
         "folder": folder,
         "run_dir": run_dir,
-        "command": [job.launch.python, *torchrun, *stages, f"run_dir={run_dir}"],
+        "command": [interpreter(job.launch), *torchrun, *stages, f"run_dir={run_dir}"],
         "ends": "with-input",
         "deadline": None,
         "stop_before_s": stop_before_s(job.launch),

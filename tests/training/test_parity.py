@@ -58,9 +58,11 @@ TWO = [
     *zeros(2, "zero1-optimizer", "zero2-optimizer", "zero3-optimizer", methods=("full",)),
     case("full-zero3-2-checkpointed", "full", "zero3", 2, checkpointing="full"),
 ]
-FOUR = [
+HYBRID = [
     case("full-hybrid-2x2", "full", "fsdp", 2, 2),
     case("full-hybrid-2x2-whole", "full", "fsdp", 2, 2, reshard_after_forward=False),
+]
+FOUR = [
     case("lora-fsdp-4", "lora", "fsdp", 4),
     case("full-fsdp-4", "full", "fsdp", 4),
     case("lora-ddp-4", "lora", "ddp", 4),
@@ -142,7 +144,7 @@ SAVED_AT = 10
 def runs(tmp_path_factory, model) -> Path:
     """Every case, run once; the folder of each by its name."""
     folder = tmp_path_factory.mktemp("parity")
-    for size, nodes, cases in [(1, 1, ALONE), (2, 1, TWO), (4, 2, FOUR[:1]), (4, 1, FOUR[1:])]:
+    for size, nodes, cases in [(1, 1, ALONE), (2, 1, TWO), (4, 2, HYBRID), (4, 1, FOUR)]:
         placed = [{**c, "model": str(model / c["model"]), "out": str(folder / c["name"])} for c in cases]
         spawn(folder, f"world-{size}-{nodes}", placed, size, nodes)
     for size in (1, 2, 8):
