@@ -240,6 +240,8 @@ def test_hosts_that_do_not_share_the_folder_are_refused(hosts, monkeypatch):
         ([], "names no host"),
         (["launch.hosts=['-oProxyCommand=x']"], "is no host"),
         (["launch.hosts=['a b']"], "is no host"),
+        (["launch.hosts=['u@h:99999']", "launch.dry_run=true"], "ports go from 1 to 65535"),
+        (["launch.hosts=['u@h:0']"], "ports go from 1 to 65535"),
         (["launch.hosts=[node0,node0]"], "names a host twice"),
         (["launch.hosts=[node0,node1]", "launch.nodes=3"], "launch.hosts names 2"),
         (["launch.hosts=[node0]", "launch.max_usd=3"], "has no effect with launch=ssh"),
