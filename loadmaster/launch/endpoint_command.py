@@ -61,10 +61,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
-    import json
-
     from loadmaster.launch.deploy import deploy, find, order, write_deployment
-    from loadmaster.launch.runpod.types import body
     from loadmaster.training.stop import StopSignal
 
     _refuse(rest)
@@ -83,7 +80,7 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
         f"(${wanted.usd_per_worker_hour:.2f} a worker and hour while it is up, list price)"
     )
     if arguments.dry_run:
-        print(json.dumps(body(request), indent=2))
+        _print_request(wanted)
         return 0
     put = _put(wanted) if puts else None
     _writable(arguments.run_dir)
@@ -100,6 +97,30 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
     print(f"written: {write_deployment(arguments.run_dir, deployed)}")
     print(f"OpenAI base URL: {deployed['urls']['run'].removesuffix('/run')}/openai/v1, model {wanted.expected.model}")
     return 0
+
+
+def _print_request(wanted: Order) -> None:
+    """What would be sent now; without an account the request as the bundle has it, and what would be looked up."""
+    import json
+
+    from loadmaster.launch.deploy import changes, exact, find
+    from loadmaster.launch.runpod.http import KEY_VARIABLE
+    from loadmaster.launch.runpod.types import body
+
+    if not os.environ.get(KEY_VARIABLE):
+        volume = "" if wanted.volume is None else f"the id and data center of volume {wanted.volume}, "
+        print(f"as the bundle has it; with {KEY_VARIABLE} set, {volume}the cards of the pool today are looked up")
+        print(json.dumps(body(wanted.request), indent=2))
+        return
+    with _client() as client:
+        request, _ = exact(wanted, client)
+        before, path = find(client, request.name), f"{client.api.base_url}/serverless"
+    change = request if before is None else changes(before, request)
+    if change is None:
+        print(f"endpoint {before.id} is as it should be; nothing would be sent")
+        return
+    print(f"POST {path}" if before is None else f"PATCH {path}/{before.id}")
+    print(json.dumps(body(change), indent=2))
 
 
 def _described(request: CreateEndpoint) -> str:
