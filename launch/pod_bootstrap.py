@@ -242,9 +242,10 @@ def stop_with_input(job, process, stop):
 
 
 def progress(job, ended):
-    """Say the newest line of metrics.jsonl whenever there is one."""
-    path, last = os.path.join(job["run_dir"], "metrics.jsonl"), None
-    while not ended.wait(job["progress_s"]):
+    """Say the newest line of metrics.jsonl whenever there is one, and once more when the job has ended."""
+    path, last, over = os.path.join(job["run_dir"], "metrics.jsonl"), None, False
+    while not over:
+        over = ended.wait(job["progress_s"])
         try:
             with open(path, "rb") as file:
                 file.seek(0, os.SEEK_END)
