@@ -181,7 +181,10 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
     if guess in groups and isinstance(value, str):
         option = nearest(value, groups[guess])
         return f"{guess}={option}" if option else f"{guess}=..., one of " + ", ".join(groups[guess])
-    return _assignment(origin)(guess, value) if guess in fields() and not isinstance(value, dict | list) else guess
+    assign = _assignment(origin)
+    if isinstance(value, dict) and origin == COMMAND_LINE and all(f"{guess}.{name}" in fields() for name in value):
+        return " ".join(assign(f"{guess}.{name}", item) for name, item in value.items())
+    return assign(guess, value) if guess in fields() and not isinstance(value, dict | list) else guess
 
 
 def _assignment(origin: str) -> Callable[[str, Any], str]:

@@ -43,7 +43,8 @@ def problems(composed: Composed) -> list[Problem]:
     job = composed.job
     found = _unused(composed, (*OWN, *FIELDS[job.launch.name])) + _nodes_problems(job)
     if job.stop_after == "plan":
-        found.append(_wrong("stop_after", "plan", "a plan needs no machine", "launch.dry_run=true, or launch=local"))
+        remedy = "launch=local; or another stage, with launch.dry_run=true"
+        found.append(_wrong("stop_after", "plan", "a plan needs no machine", remedy))
     for name, value in (job.launch.env or {}).items():
         if SECRET_NAME.search(name) or GIVEN_AWAY.fullmatch(str(value)):
             message = "looks like a secret, and this would end up in files and logs"

@@ -96,6 +96,8 @@ def order(run_dir: Path, volume: str | None) -> Order:
 def _order(run_dir: Path, volume: str | None) -> Order:
     bundle = run_dir / "bundle"
     if not (bundle / NAME).is_file():
+        if not run_dir.is_dir():
+            raise LoadmasterError(f"there is no folder {run_dir}: give a run directory, such as runs/smoke/<date-time>")
         raise LoadmasterError(f"{run_dir} has no bundle: run the bundle stage first (loadmaster bundle ...)")
     manifest = read_manifest(bundle)
     artifact = bundle / manifest["serve"]["artifact"]

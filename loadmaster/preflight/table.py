@@ -79,8 +79,10 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     left = len(plan.elsewhere) - len(shown)
     more = f" (and {left} more in plan.json)" if left else ""
     dates = " and ".join(sorted({row["price"].rpartition(" of ")[2] for row in shown if row["price"]}))
-    said = f"machines of the catalogue that hold it{more}, at list prices of {dates}:"
-    console.print(said, highlight=False, soft_wrap=True)
+    last = ", the cheapest last" if cheapest in shown[ELSEWHERE_ROWS:] else ""
+    order = f"best first by plan.objective{last}"
+    said = f"machines of the catalogue that hold it{more}, {order}, at list prices of {dates}"
+    console.print(f"{said}:", highlight=False, soft_wrap=True)
     Console(file=console.file, width=max(console.width, 110)).print(table)  # whole, also in a log
 
 

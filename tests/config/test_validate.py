@@ -36,6 +36,8 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         # unknown keys: the nearest field, group or section
         ("lora.rnk=8", "lora.rnk", "there is no such field", "lora.rank=8"),
         ("modle=llama", "modle", "there is no such field", "model=llama2_13b"),
+        ("optimzer.lr=1e-3", "optimzer", "there is no such field", "optimizer.lr=0.001"),
+        ("optimzer.rate=1e-3", "optimzer", "there is no such field", "optimizer"),
         ("learning_rate=1e-4", "learning_rate", "there is no such field", "optimizer.lr=0.0001"),
         ("lr=1e-4", "lr", "there is no such field", "optimizer.lr=0.0001"),
         ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", "there is no such field", "optimizer.lr=0.0001"),

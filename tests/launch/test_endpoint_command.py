@@ -198,7 +198,8 @@ def test_what_is_no_run_is_a_sentence(run_dir, account, capsys, tmp_path) -> Non
     }  # fmt: skip
     for path in (tmp_path / "nowhere", file, tmp_path):
         assert main(["deploy", str(path), "--volume", "vol1", "--yes"]) == 4
-        assert "has no bundle" in "".join(capsys.readouterr()).replace("\n", " ")
+        said = "".join(capsys.readouterr()).replace("\n", " ")
+        assert ("has no bundle" if path == tmp_path else f"there is no folder {path}") in said
     for name, text in damaged.items():
         good = (run_dir / name).read_text()
         (run_dir / name).write_text(text)

@@ -82,6 +82,7 @@ def test_the_table_prints_the_first_and_the_cheapest_with_the_dates_of_prices() 
     made = plan()
     print_plan(made, console)
     said = console.file.getvalue()
-    assert "machines of the catalogue that hold it (and 17 more in plan.json)" in said and "2026-11-09" in said
+    assert "machines of the catalogue that hold it (and 17 more in plan.json), best first by plan.objective" in said
+    assert "2026-11-09" in said
     cheapest = min(made.elsewhere, key=lambda row: row["cost_usd"])
     assert f"{cheapest['count']}x {cheapest['gpu']}" in said and "longest row that fits here" in said
