@@ -184,7 +184,7 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
     assign = _assignment(origin)
     if isinstance(value, dict) and origin == COMMAND_LINE and all(f"{guess}.{name}" in fields() for name in value):
         return " ".join(assign(f"{guess}.{name}", item) for name, item in value.items())
-    return assign(guess, value) if guess in fields() and not isinstance(value, dict | list) else guess
+    return assign(guess, value) if guess in fields() and not isinstance(value, dict) else guess
 
 
 def _assignment(origin: str) -> Callable[[str, Any], str]:

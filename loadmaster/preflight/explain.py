@@ -25,6 +25,7 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 
 MOST_NODES = 32
+RUNNER_UP = "runner-up"
 
 
 def describe(setup: Setup) -> str:
@@ -93,7 +94,8 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, phases
         said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")
     said += [against(chosen, other) for other in found.others]
     longest = longest_row(job, shape, chosen)
-    beyond = f", of the {shape.max_position:,} that the model knows" if shape.max_position else ""
+    known = shape.max_position
+    beyond = f", {'more than' if longest > known else 'of'} the {known:,} that the model knows" if known else ""
     said.append(f"the longest row that fits here, recomputed and one at a time: {longest:,} tokens{beyond}")
     setup = chosen.setup
     if setup.method == "full" and setup.optimizer == "adamw" and not setup.master_weights and setup.precision == "bf16":
@@ -124,10 +126,10 @@ def against(chosen: Candidate, other: Candidate) -> str:
     gib = other.memory.needed_gib - chosen.memory.needed_gib
     memory = f"{abs(gib):.1f} GiB {'more' if gib > 0 else 'less'}"
     if not chosen.tokens_per_second or not other.tokens_per_second:
-        return f"runner-up ({describe(other.setup)}): {memory}"
+        return f"{RUNNER_UP} ({describe(other.setup)}): {memory}"
     change = other.tokens_per_second / chosen.tokens_per_second - 1
     speed = f"{abs(change):.0%} {'faster' if change > 0 else 'slower'}"
-    return f"runner-up ({describe(other.setup)}): {speed}, {memory}"
+    return f"{RUNNER_UP} ({describe(other.setup)}): {speed}, {memory}"
 
 
 def runner_up(chosen: Candidate, other: Candidate) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loadmaster.preflight.explain import RUNNER_UP
 from loadmaster.preflight.plan import MemoryGib, PhasesGib, Plan
 
 BAR_WIDTH = 40
 ELSEWHERE_ROWS = 6
+RUNNERS_UP = 4
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -38,8 +40,12 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.trace:
         found = plan.trace
         line(f"traced, {found['of']}: {found['traced_gib']:.3f} GiB, replayed {found['replayed_gib']:.3f}")
+    runners_up = [text for text in plan.reasons if text.startswith(RUNNER_UP)]
     for text in plan.reasons:
-        line(f"- {escape(text)}")
+        if text not in runners_up[RUNNERS_UP:]:
+            line(f"- {escape(text)}")
+        elif text == runners_up[-1]:
+            line(f"- and {len(runners_up) - RUNNERS_UP} more of them in plan.json")
     for option in plan.alternatives:
         line(f"[yellow]would fit:[/] {_alternative(option)}")
     if plan.elsewhere:

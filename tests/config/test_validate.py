@@ -44,6 +44,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("max_seq_length=9", "max_seq_length", "there is no such field", "sequence_length=9"),
         ("hardware.gpus=3", "hardware.gpus", "there is no such field", "hardware.count=3"),
         ("hardware.gpus=l40s", "hardware.gpus", "there is no such field", "hardware.gpu=l40s"),
+        ("launch.gpu=[l40s]", "launch.gpu", "there is no such field", "launch.gpus=[l40s]"),
         ("gpus=4", "gpus", "there is no such field", "hardware.count=4"),
         ("nodes=2", "nodes", "there is no such field", "hardware.nodes=2"),
         ("+lroa.rank=9", "lroa", "there is no such field", "lora"),
