@@ -111,7 +111,7 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, phases
 def export_warning(job: Job, chosen: Candidate, phases: dict[str, Bytes]) -> list[str]:
     """Exports are verified on one GPU, whatever training was spread over."""
     need = phases["verify"].total / GIB
-    if need <= chosen.budget_gib or chosen.hardware.is_cpu or job.stop_after in ("train", "evaluate"):
+    if chosen.hardware.is_cpu or can_export(job, need, chosen.budget_gib):
         return []
     larger = [name for name, facts in catalog.gpus().items() if facts["memory_gib"] * (1 - job.plan.reserve) >= need]
     where = f"one {larger[0]}" if larger else "no card of the catalogue"
@@ -119,6 +119,12 @@ def export_warning(job: Job, chosen: Candidate, phases: dict[str, Bytes]) -> lis
         f"the export will not pass here: it is verified whole on one GPU, {need:.0f} GiB of {chosen.budget_gib:.1f}; "
         f"end with stop_after=evaluate ({where} holds it)"
     ]
+
+
+def can_export(job: Job, verify_gib: float, budget_gib: float) -> bool:
+    """Whether the last stage that the job asks for can pass on a GPU, where one holds the model whole or no export is
+    asked for."""
+    return verify_gib <= budget_gib or job.stop_after in ("train", "evaluate")
 
 
 def against(chosen: Candidate, other: Candidate) -> str:
