@@ -147,12 +147,13 @@ def prepare(job):
     unpack(job["folder"], base64.b64decode(os.environ.pop("LOADMASTER_PAYLOAD", "")))
     package = wheel(job) if job.get("wheel") else job["package"]
     if package:
-        command = [sys.executable, "-m", "pip", "install", "--no-input", "--quiet", package]
-        if job.get("constraints"):
-            command += ["--constraint", job["constraints"]]
-        # Newer base images keep pip from their own Python; this container is thrown away.
-        if subprocess.call(command, env=dict(os.environ, PIP_BREAK_SYSTEM_PACKAGES="1")) != 0:
-            return "pip could not install " + package
+        pins = ["--constraint", job["constraints"]] if job.get("constraints") else []
+        # First what it requires; then itself again, as pip leaves what an image has under the same version as it is.
+        for options in (pins, ["--no-deps", "--force-reinstall"]):
+            command = [sys.executable, "-m", "pip", "install", "--no-input", "--quiet", *options, package]
+            # Newer base images keep pip from their own Python; this container is thrown away.
+            if subprocess.call(command, env=dict(os.environ, PIP_BREAK_SYSTEM_PACKAGES="1")) != 0:
+                return "pip could not install " + package
     found = subprocess.run(
         [sys.executable, "-c", "import loadmaster; print(loadmaster.__version__)"], stdout=subprocess.PIPE
     )
@@ -242,9 +243,10 @@ def stop_with_input(job, process, stop):
 
 
 def progress(job, ended):
-    """Say the newest line of metrics.jsonl whenever there is one."""
-    path, last = os.path.join(job["run_dir"], "metrics.jsonl"), None
-    while not ended.wait(job["progress_s"]):
+    """Say the newest line of metrics.jsonl whenever there is one, and once more when the job has ended."""
+    path, last, over = os.path.join(job["run_dir"], "metrics.jsonl"), None, False
+    while not over:
+        over = ended.wait(job["progress_s"])
         try:
             with open(path, "rb") as file:
                 file.seek(0, os.SEEK_END)

@@ -17,14 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
 from loadmaster import __version__
+from loadmaster.config.fields import nearest
 from loadmaster.config.schema import STAGES
 from loadmaster.config.show import show_error
 from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, Problem, StoppedOnRequest
@@ -55,16 +57,26 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says which command was most likely meant."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        guess = wrong and nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+        super().error(f"there is no {wrong[1]!r}; did you mean {guess}?" if wrong and guess else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="loadmaster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"loadmaster {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for stage in STAGES:
         command = commands.add_parser(
-            stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]"
-        )
+            stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]",
+            epilog="fields, groups and recipes: python train.py --help, and docs/configuration.md",
+        )  # fmt: skip
         command.set_defaults(run=_stage, stage=stage, compare=None, nodes=None, json=False)
         if stage == "plan":
             command.add_argument(
@@ -83,12 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--rows", type=int, default=3, help="rows to print (default 3)")
     data.set_defaults(run=_data)
     verify = commands.add_parser("verify", help="check every file of an exported artifact against its manifest")
-    verify.add_argument("folder", type=Path)
+    verify.add_argument("folder", type=Path, metavar="FOLDER", help="of one format: runs/.../export/bf16")
     verify.set_defaults(run=_verify)
     serving = commands.add_parser(
         "plan-serving",
         help="say which GPU would serve a model, how many requests at once, for how much",
-        usage="loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [key=value ...] [--json]",
+        add_help=False,  # its words are listed by what reads them
     )
     serving.set_defaults(run=_plan_serving)
     add_parsers(commands)
@@ -199,7 +211,10 @@ def _compare(compare: str, overrides: list[str]) -> int:
     from loadmaster.preflight import make_plan
     from loadmaster.preflight.table import print_comparison
 
-    key, _, values = compare.partition("=")
+    key, equals, values = compare.partition("=")
+    if not equals:
+        remedy = "--compare hardware=l40s_x1,h200_x1"
+        raise ConfigError([Problem("--compare", compare, "command line", "compares values of one key", remedy)])
     jobs = [compose([*overrides, f"{key}={value}"]).job for value in values.split(",")]
     print_comparison([make_plan(job, dataset_tokens(job)) for job in jobs], Console())
     return 0

@@ -55,6 +55,9 @@ ALIASES = {
     "warmup": "optimizer.warmup_ratio",
 }
 
+COUNTED = {"hardware.gpu": "hardware.count", "launch.gpus": "hardware.count"}
+"""Where a number was given for a name, it counts what is named."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -111,14 +114,14 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
 def nearest_key(key: str, extra: Iterable[str] = ()) -> str | None:
     """The field or section that a wrong dotted `key` was most likely meant to be."""
     section, _, name = key.rpartition(".")
-    if section in sections():
+    everything = [*fields(), *(s for s in sections() if s), *extra]
+    same_name = [k for k in everything if k.rpartition(".")[2] == name]
+    if section in sections() and (section or not same_name):
         siblings = {k.rpartition(".")[2]: k for k in [*sections()[section], *(extra if not section else ())]}
         if match := nearest(name, siblings):
             return siblings[match]
     if name.lower() in ALIASES:
         return ALIASES[name.lower()]
-    everything = [*fields(), *(s for s in sections() if s), *extra]
-    same_name = [k for k in everything if k.rpartition(".")[2] == name]
     return same_name[0] if same_name else nearest(key, everything)
 
 

@@ -25,6 +25,7 @@ from loadmaster.errors import Problem
 
 PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
 """`endpoint.server=vllm==0.27.1`: Hydra's grammar wants such a value in quotes, which nobody would guess."""
+_QUOTES = " '\""
 
 
 @dataclass
@@ -123,7 +124,11 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) 
         return Problem(argument, None, COMMAND_LINE, message, remedy)
     key, _, value = argument.partition("=")
     reason = str(error).splitlines()[0]
+    known = fields().get(key)
     remedy = f"quote the value twice, once for the shell and once for Hydra: '{key}=\"{value}\"'"
+    if known and "list" in describe(known.annotation) and value.startswith("[") and value.endswith("]"):
+        items = ",".join(f"'{item.strip(_QUOTES)}'" for item in value[1:-1].split(","))
+        remedy = f'quote each entry, and all of it for the shell: "{key}=[{items}]"'
     return Problem(key, value, COMMAND_LINE, f"Hydra cannot read it: {reason}", remedy)
 
 

@@ -15,7 +15,18 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from loadmaster.config.fields import branches, choices, describe, fields, hints, nearest, nearest_key, sections, written
+from loadmaster.config.fields import (
+    COUNTED,
+    branches,
+    choices,
+    describe,
+    fields,
+    hints,
+    nearest,
+    nearest_key,
+    sections,
+    written,
+)
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.schema import Job
 from loadmaster.errors import Problem
@@ -126,6 +137,10 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
         listed = not any(typing.get_origin(branch) is typing.Literal for branch in branches(annotation))
         return f"{match} instead of {wrong}" if listed else assign(key, match)
     kinds = describe(annotation)
+    if key in COUNTED and type(wrong) is int:
+        return assign(COUNTED[key], wrong)
+    if isinstance(wrong, str) and "a list of texts" in kinds:
+        return assign(key, [wrong])
     if "text" in kinds and "number" not in kinds and isinstance(wrong, int | float):
         quoted = assign(key, f"'{wrong}'")
         return "quote it, so that it stays text: " + (f'"{quoted}"' if "=" in quoted else quoted)
@@ -136,6 +151,8 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
     if isinstance(wrong, float) and wrong.is_integer() and "integer" in kinds and wrong > 0:
         return assign(key, int(wrong))
     known = fields().get(key)
+    if known is not None and kinds == "a list of texts":
+        return f"{assign(key, ['A', 'B'])}, or leave it out"
     if known is None or known.default == MISSING:
         return f"give {kinds}"
     return f"{assign(key, known.default)} is the default"
@@ -157,12 +174,17 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
         beside = nearest(name, siblings)
         return f"{section}.{beside}" if beside else f"{section} has " + ", ".join(siblings)
     guess = nearest_key(key, groups)
+    if type(value) is int and guess in COUNTED:
+        guess = COUNTED[guess]
     if guess is None:
         return f"{section} has " + ", ".join(siblings) if section else "take it out; --help lists every field"
     if guess in groups and isinstance(value, str):
         option = nearest(value, groups[guess])
         return f"{guess}={option}" if option else f"{guess}=..., one of " + ", ".join(groups[guess])
-    return _assignment(origin)(guess, value) if guess in fields() and not isinstance(value, dict | list) else guess
+    assign = _assignment(origin)
+    if isinstance(value, dict) and origin == COMMAND_LINE and all(f"{guess}.{name}" in fields() for name in value):
+        return " ".join(assign(f"{guess}.{name}", item) for name, item in value.items())
+    return assign(guess, value) if guess in fields() and not isinstance(value, dict) else guess
 
 
 def _assignment(origin: str) -> Callable[[str, Any], str]:

@@ -43,7 +43,8 @@ def problems(composed: Composed) -> list[Problem]:
     job = composed.job
     found = _unused(composed, (*OWN, *FIELDS[job.launch.name])) + _nodes_problems(job)
     if job.stop_after == "plan":
-        found.append(_wrong("stop_after", "plan", "a plan needs no machine", "launch.dry_run=true, or launch=local"))
+        remedy = "launch=local; or another stage, with launch.dry_run=true"
+        found.append(_wrong("stop_after", "plan", "a plan needs no machine", remedy))
     for name, value in (job.launch.env or {}).items():
         if SECRET_NAME.search(name) or GIVEN_AWAY.fullmatch(str(value)):
             message = "looks like a secret, and this would end up in files and logs"
@@ -114,10 +115,12 @@ def _by_ssh(job: Job) -> list[Problem]:
     if not job.launch.hosts:
         found.append(_wrong("launch.hosts", [], "names no host", "launch.hosts=[user@host,user@host:2222]"))
     for host in job.launch.hosts:
+        name, _, port = host.partition(":")
         if host.startswith("-") or not re.fullmatch(r"[^\s:]+(:\d+)?", host):
-            found.append(
-                _wrong("launch.hosts", host, "is no host", "user@host, user@host:port, or a name of ssh_config")
-            )
+            remedy = "user@host, user@host:port, or a name of ssh_config"
+            found.append(_wrong("launch.hosts", host, "is no host", remedy))
+        elif port and not 0 < int(port) < 65536:
+            found.append(_wrong("launch.hosts", host, "ports go from 1 to 65535", f"{name}:22, or {name}"))
     if len(set(job.launch.hosts)) < len(job.launch.hosts):
         found.append(_wrong("launch.hosts", job.launch.hosts, "names a host twice", "each host once"))
     if job.launch.hosts and job.launch.nodes not in ("auto", len(job.launch.hosts)):

@@ -9,6 +9,7 @@ from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
 from loadmaster.errors import ConfigError, DoesNotFit, Problem
 from loadmaster.launch.provider import Offer
 from loadmaster.preflight import Plan, make_plan
+from loadmaster.preflight.explain import can_export
 
 COUNTS = (1, 2, 4, 8)
 
@@ -17,6 +18,8 @@ COUNTS = (1, 2, 4, 8)
 class Choice:
     offer: Offer
     plan: Plan
+    can_export: bool = True
+    """Whether all that the job asks for passes there, and not its training alone."""
 
     @property
     def hours(self) -> float | None:
@@ -78,7 +81,7 @@ def counts(gpus: list[tuple[str, int | None]]) -> tuple[int, ...]:
 
 
 def choices(job: Job, offers: list[Offer], dataset_tokens: int | None) -> list[Choice]:
-    """Offers that the job fits and that launch.* allows, best first.
+    """Offers that the job fits and that launch.* allows, best first; those last on which its exports will not pass.
 
     Raises DoesNotFit with a line for each offer that fell, when none is left.
     """
@@ -97,7 +100,7 @@ def choices(job: Job, offers: list[Offer], dataset_tokens: int | None) -> list[C
                 fell.append(f"{offer.label}: not in stock in {', '.join(launch.data_centers)}")
                 continue
         plan = make_plan(on(job, offer), dataset_tokens)
-        choice = Choice(offer, plan)
+        choice = Choice(offer, plan, can_export(job, plan.phases_gib.verify, plan.budget_gib))
         if not plan.fits:
             needed, budget = plan.memory_gib.total, plan.budget_gib
             fell.append(f"{price}, does not fit ({needed:.1f} GiB on a GPU, {budget:.1f} there)")
@@ -122,12 +125,12 @@ def _joinable(nodes: int) -> list[str]:
     return [machine["gpu"] for machine in catalog.machines() if machine["max_nodes"] >= nodes]
 
 
-def _rank(launch: LaunchConfig, choice: Choice) -> tuple[float, float]:
+def _rank(launch: LaunchConfig, choice: Choice) -> tuple[float, ...]:
     """Dollars and hours, of the whole job or, where its length is not known, of a token."""
     speed = choice.plan.tokens_per_second or 1e-9
     hours = choice.hours if choice.hours is not None else 1 / speed
     usd = choice.usd if choice.usd is not None else choice.offer.usd_per_hour / speed
-    return (usd, hours) if launch.objective == "cost" else (hours, usd)
+    return not choice.can_export, *((usd, hours) if launch.objective == "cost" else (hours, usd))
 
 
 def _wrong(key: str, value: object, message: str, remedy: str) -> ConfigError:

@@ -96,6 +96,8 @@ def order(run_dir: Path, volume: str | None) -> Order:
 def _order(run_dir: Path, volume: str | None) -> Order:
     bundle = run_dir / "bundle"
     if not (bundle / NAME).is_file():
+        if not run_dir.is_dir():
+            raise LoadmasterError(f"there is no folder {run_dir}: give a run directory, such as runs/smoke/<date-time>")
         raise LoadmasterError(f"{run_dir} has no bundle: run the bundle stage first (loadmaster bundle ...)")
     manifest = read_manifest(bundle)
     artifact = bundle / manifest["serve"]["artifact"]
@@ -168,18 +170,9 @@ def deploy(
     NotAnswered when the endpoint does not answer as it should (after taking back what was done, unless `keep`),
     ProviderError for the refusals of the control plane and of the volume.
     """
-    request = wanted.request
-    if wanted.volume is not None:
-        volume = volume_of(client, wanted.volume)
-        if wanted.left is not None and volume.id != wanted.left.volume:
-            raise LoadmasterError(
-                f"the files are on volume {wanted.left.volume}, not on {wanted.volume}: leave --volume out; or bring "
-                "them home with `loadmaster fetch RUN`, and they are uploaded from here"
-            )
-        request = replace(request, network_volumes=[volume.id], data_center_ids=[volume.data_center])
-    request = only_cards(request, wanted.cards, client.gpus("SERVERLESS"))
+    request, volume = exact(wanted, client)
     before = find(client, request.name)
-    if wanted.volume is not None and put is not None:
+    if volume is not None and put is not None:
         put(volume)
     change = None if before is None else changes(before, request)
     made: Endpoint | None = None
@@ -207,6 +200,21 @@ def deploy(
             raise NotAnswered(f"{request.name} does not serve as it should: {error}") from None
         raise
     return {"endpoint": endpoint.id, "name": endpoint.name, "urls": dict(endpoint.request_urls), **found}
+
+
+def exact(wanted: Order, client: RunpodClient) -> tuple[CreateEndpoint, NetworkVolume | None]:
+    """The request as it is sent: with the volume's id and data center, and without the cards that its pools hold today
+    besides. Raises LoadmasterError where the volume is none of this account, or not the one with the files."""
+    request, volume = wanted.request, None
+    if wanted.volume is not None:
+        volume = volume_of(client, wanted.volume)
+        if wanted.left is not None and volume.id != wanted.left.volume:
+            raise LoadmasterError(
+                f"the files are on volume {wanted.left.volume}, not on {wanted.volume}: leave --volume out; or bring "
+                "them home with `loadmaster fetch RUN`, and they are uploaded from here"
+            )
+        request = replace(request, network_volumes=[volume.id], data_center_ids=[volume.data_center])
+    return only_cards(request, wanted.cards, client.gpus("SERVERLESS")), volume
 
 
 def _alone(client: RunpodClient, made: Endpoint) -> None:

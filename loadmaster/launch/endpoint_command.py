@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def add_parsers(commands: Any) -> None:
     """Add these commands to the subparsers of the command line; each sets run(arguments, rest) -> exit code."""
     made = commands.add_parser("deploy", help="put a run's bundle on an endpoint, validate and measure it")
-    made.add_argument("run_dir", type=Path, metavar="RUN")
+    made.add_argument("run_dir", type=Path, metavar="RUN", help="run directory whose bundle stage is done")
     made.add_argument("--volume", metavar="ID", help="network volume for the artifact, by id or name")
     made.add_argument(
         "--no-upload", action="store_true", help="the artifact is on the volume already, and is not looked at there"
@@ -33,7 +33,7 @@ def add_parsers(commands: Any) -> None:
     made.add_argument("--dry-run", action="store_true", help="print the request and make nothing")
     made.set_defaults(run=_deploy)
     home = commands.add_parser("fetch", help="bring home the exports that a launched job left on its network volume")
-    home.add_argument("run_dir", type=Path, metavar="RUN")
+    home.add_argument("run_dir", type=Path, metavar="RUN", help="runs/<recipe>/loadmaster-..., which the launch named")
     home.add_argument("--formats", nargs="+", metavar="FORMAT", help="default: all that it exported")
     home.set_defaults(run=_fetch)
     endpoint = commands.add_parser(
@@ -42,17 +42,18 @@ def add_parsers(commands: Any) -> None:
     actions = endpoint.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("list", help="what there is, and what it may cost an hour").set_defaults(run=_list)
     test = actions.add_parser("test", help="ask and measure the endpoint of a deployed run")
-    test.add_argument("run_dir", type=Path, metavar="RUN")
+    test.add_argument("run_dir", type=Path, metavar="RUN", help="run directory that was deployed")
     test.set_defaults(run=_test)
     seen = actions.add_parser("review", help="Flex or Active workers, from what it was billed")
     seen.add_argument("endpoint", help="id or name")
-    seen.add_argument("--hours", type=int, default=24 * 30, help="to look back, at most 2160 (default: 720)")
-    seen.add_argument("--active-discount", type=float, default=0.0, help="that you agreed on, 0.2 for 20%%")
+    hours, discount = "to look back, at most 2160 (default: 720)", "that you agreed on, 0.2 for 20%%"
+    seen.add_argument("--hours", type=int, default=24 * 30, metavar="N", help=hours)
+    seen.add_argument("--active-discount", type=float, default=0.0, metavar="SHARE", help=discount)
     seen.set_defaults(run=_review)
     size = actions.add_parser("scale", help="change the bounds of its workers")
     size.add_argument("endpoint", help="id or name")
-    size.add_argument("--min", type=int, dest="least")
-    size.add_argument("--max", type=int, dest="most")
+    size.add_argument("--min", type=int, dest="least", metavar="N", help="workers that are kept up, and billed, always")
+    size.add_argument("--max", type=int, dest="most", metavar="N", help="workers at most")
     size.set_defaults(run=_scale)
     gone = actions.add_parser("delete", help="delete an endpoint; the volume and its files stay")
     gone.add_argument("endpoint", help="id or name")
@@ -61,10 +62,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
-    import json
-
     from loadmaster.launch.deploy import deploy, find, order, write_deployment
-    from loadmaster.launch.runpod.types import body
     from loadmaster.training.stop import StopSignal
 
     _refuse(rest)
@@ -83,7 +81,7 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
         f"(${wanted.usd_per_worker_hour:.2f} a worker and hour while it is up, list price)"
     )
     if arguments.dry_run:
-        print(json.dumps(body(request), indent=2))
+        _print_request(wanted)
         return 0
     put = _put(wanted) if puts else None
     _writable(arguments.run_dir)
@@ -100,6 +98,30 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
     print(f"written: {write_deployment(arguments.run_dir, deployed)}")
     print(f"OpenAI base URL: {deployed['urls']['run'].removesuffix('/run')}/openai/v1, model {wanted.expected.model}")
     return 0
+
+
+def _print_request(wanted: Order) -> None:
+    """What would be sent now; without an account the request as the bundle has it, and what would be looked up."""
+    import json
+
+    from loadmaster.launch.deploy import changes, exact, find
+    from loadmaster.launch.runpod.http import KEY_VARIABLE
+    from loadmaster.launch.runpod.types import body
+
+    if not os.environ.get(KEY_VARIABLE):
+        volume = "" if wanted.volume is None else f"the id and data center of volume {wanted.volume}, "
+        print(f"as the bundle has it; with {KEY_VARIABLE} set, {volume}the cards of the pool today are looked up")
+        print(json.dumps(body(wanted.request), indent=2))
+        return
+    with _client() as client:
+        request, _ = exact(wanted, client)
+        before, path = find(client, request.name), f"{client.api.base_url}/serverless"
+    change = request if before is None else changes(before, request)
+    if change is None:
+        print(f"endpoint {before.id} is as it should be; nothing would be sent")
+        return
+    print(f"POST {path}" if before is None else f"PATCH {path}/{before.id}")
+    print(json.dumps(body(change), indent=2))
 
 
 def _described(request: CreateEndpoint) -> str:

@@ -163,7 +163,8 @@ def _show(launch: Launch, ranked: list[Choice], choice: Choice, order: Order) ->
     for other in ranked[:SHOWN_OFFERS]:
         total = "" if other.usd is None else f", {other.hours:.2f} h, ${other.usd:.2f} in all"
         mark = ">" if other is choice else " "
-        launch.echo(f" {mark} {other.offer.label:<14} ${other.offer.usd_per_hour:.2f}/h{total}")
+        halfway = "" if other.can_export else "; trains there, but its exports will not pass"
+        launch.echo(f" {mark} {other.offer.label:<14} ${other.offer.usd_per_hour:.2f}/h{total}{halfway}")
     launch.echo("\nwhat will be made:")
     rate = choice.offer.usd_per_hour
     kind = "Pod" if choice.offer.nodes == 1 else "Pods" if order.plain else "Instant Cluster"

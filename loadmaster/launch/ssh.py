@@ -340,6 +340,8 @@ class _Hosts:
             )
             for process in self.nodes:
                 _stop(process, grace)
+        while not self.lines.empty():  # what was said before the time to wait was over
+            self._take(*self.lines.get())
 
     def _some_must_go(self) -> bool:
         """Whether a host failed, or was lost, without which the others cannot go on; those that end in their own

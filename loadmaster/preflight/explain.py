@@ -25,8 +25,7 @@ from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
 
 MOST_NODES = 32
-RUNNERS_UP = 4
-"""That are said; plan.json has all."""
+RUNNER_UP = "runner-up"
 
 
 def describe(setup: Setup) -> str:
@@ -93,11 +92,10 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, phases
     if found.nearest:
         better = found.nearest[-1]
         said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")
-    said += [against(chosen, other) for other in found.others[:RUNNERS_UP]]
-    if (more := len(found.others) - RUNNERS_UP) > 0:
-        said.append(f"{more} more that fit are in plan.json")
+    said += [against(chosen, other) for other in found.others]
     longest = longest_row(job, shape, chosen)
-    beyond = f", of the {shape.max_position:,} that the model knows" if shape.max_position else ""
+    known = shape.max_position
+    beyond = f", {'more than' if longest > known else 'of'} the {known:,} that the model knows" if known else ""
     said.append(f"the longest row that fits here, recomputed and one at a time: {longest:,} tokens{beyond}")
     setup = chosen.setup
     if setup.method == "full" and setup.optimizer == "adamw" and not setup.master_weights and setup.precision == "bf16":
@@ -113,7 +111,7 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, phases
 def export_warning(job: Job, chosen: Candidate, phases: dict[str, Bytes]) -> list[str]:
     """Exports are verified on one GPU, whatever training was spread over."""
     need = phases["verify"].total / GIB
-    if need <= chosen.budget_gib or chosen.hardware.is_cpu or job.stop_after in ("train", "evaluate"):
+    if chosen.hardware.is_cpu or can_export(job, need, chosen.budget_gib):
         return []
     larger = [name for name, facts in catalog.gpus().items() if facts["memory_gib"] * (1 - job.plan.reserve) >= need]
     where = f"one {larger[0]}" if larger else "no card of the catalogue"
@@ -123,15 +121,21 @@ def export_warning(job: Job, chosen: Candidate, phases: dict[str, Bytes]) -> lis
     ]
 
 
+def can_export(job: Job, verify_gib: float, budget_gib: float) -> bool:
+    """Whether the last stage that the job asks for can pass on a GPU, where one holds the model whole or no export is
+    asked for."""
+    return verify_gib <= budget_gib or job.stop_after in ("train", "evaluate")
+
+
 def against(chosen: Candidate, other: Candidate) -> str:
     """What the runner-up would win or cost."""
     gib = other.memory.needed_gib - chosen.memory.needed_gib
     memory = f"{abs(gib):.1f} GiB {'more' if gib > 0 else 'less'}"
     if not chosen.tokens_per_second or not other.tokens_per_second:
-        return f"runner-up ({describe(other.setup)}): {memory}"
+        return f"{RUNNER_UP} ({describe(other.setup)}): {memory}"
     change = other.tokens_per_second / chosen.tokens_per_second - 1
     speed = f"{abs(change):.0%} {'faster' if change > 0 else 'slower'}"
-    return f"runner-up ({describe(other.setup)}): {speed}, {memory}"
+    return f"{RUNNER_UP} ({describe(other.setup)}): {speed}, {memory}"
 
 
 def runner_up(chosen: Candidate, other: Candidate) -> dict[str, Any]:

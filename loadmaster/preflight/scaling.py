@@ -1,7 +1,8 @@
 """What more nodes would bring: the plan for each number of nodes, by the communication model, and where that stops.
 
     efficiency   tokens a second of a GPU, over those of a GPU on the fewest nodes that fit
-    it pays      as long as the tokens a second that added GPUs bring are half of what as many of the first ones do
+    it pays      as long as what added GPUs bring is half of what as many of the first ones do: in tokens a second, and
+                 in runs an hour where the length of the run is known, as its start, loading and export stay
 
 The job keeps its batch.global_size as long as that gives every GPU a row; beyond, the batch grows with the GPUs, and
 the table says so: another batch is another training run. All of it is modelled; no run on several nodes was measured.
@@ -36,6 +37,8 @@ class Step:
     """None where the plan does not fit."""
     marginal: float | None
     """The same of the GPUs that were added since the step before; None for the first that fits."""
+    run_marginal: float | None
+    """The same in whole runs an hour; None also where the hours are not known."""
 
     @property
     def usd_per_billion_tokens(self) -> float | None:
@@ -81,32 +84,66 @@ def scaling(job: Job, nodes: list[int], dataset_tokens: int | None) -> list[Step
 
 def _step(nodes: int, rows: int, plan: Plan, before: list[Step]) -> Step:
     if not plan.fits or not plan.tokens_per_second:
-        return Step(nodes, rows, plan, None, None)
+        return Step(nodes, rows, plan, None, None, None)
     if not before:
-        return Step(nodes, rows, plan, 1.0, None)
-    first, last = before[0].plan, before[-1].plan
-    each = first.tokens_per_second / first.world_size
-    added = plan.tokens_per_second - last.tokens_per_second
+        return Step(nodes, rows, plan, 1.0, None, None)
+    plans = [before[0].plan, before[-1].plan, plan]
+    rates = [plan.tokens_per_second for plan in plans]
+    runs = None if plan.hours is None else [1 / plan.hours for plan in plans]
     return Step(
-        nodes, rows, plan, plan.tokens_per_second / plan.world_size / each,
-        added / (plan.world_size - last.world_size) / each,
+        nodes, rows, plan, rates[2] / plan.world_size / (rates[0] / plans[0].world_size), _marginal(plans, rates),
+        runs and _marginal(plans, runs),
     )  # fmt: skip
 
 
-def verdict(steps: list[Step]) -> str:
-    """A sentence: up to where more nodes pay."""
+def _marginal(plans: list[Plan], rates: list[float]) -> float:
+    """Of a GPU that the third plan has more than the second, over the rate of one of the first's."""
+    added = (rates[2] - rates[1]) / (plans[2].world_size - plans[1].world_size)
+    return added / (rates[0] / plans[0].world_size)
+
+
+def verdict(steps: list[Step], max_steps: int | None = None) -> str:
+    """A sentence: up to where more nodes pay, in speed, and for this very run."""
     fit = [s for s in steps if s.efficiency is not None]
     if not fit:
         return f"nothing fits on up to {steps[-1].nodes} nodes; `loadmaster plan` says what would"
-    last = fit[0]
-    for step in fit[1:]:
-        if step.marginal < PAYS:
-            return (
-                f"pays up to {_nodes(last.nodes)}: of those added up to {step.nodes}, a GPU brings {step.marginal:.0%} "
-                f"of what one of the first {fit[0].plan.world_size} does"
-            )
-        last = step
-    return f"pays up to {_nodes(last.nodes)}, the most that was asked for"
+    fast = next((k for k, s in enumerate(fit[1:]) if s.marginal < PAYS), len(fit) - 1)
+    paid = next((k for k, s in enumerate(fit[1:]) if s.run_marginal is not None and s.run_marginal < PAYS), fast)
+    if paid < fast:
+        here, more = fit[paid], fit[paid + 1]
+        why = "start, loading and export are no shorter on more"
+        if max_steps is not None and more.global_size > here.global_size:
+            why = f"its {max_steps} steps have more rows there"
+        said = "1 node is enough" if here.nodes == 1 else f"more than {here.nodes} nodes do not pay"
+        longer = f"; by speed alone it would pay up to {_nodes(fit[fast].nodes)}"
+        return f"for this run, {said}: {_compared(here, more)}, as {why}{longer}"
+    said = f"pays up to {_nodes(fit[fast].nodes)}"
+    if fast == len(fit) - 1:
+        said += ", the most that was asked for"
+        return said if fast == 0 else f"{said}: {_compared(fit[0], fit[fast])} on {fit[0].nodes}"
+    worse = fit[fast + 1]
+    return (
+        f"{said}: of those added up to {worse.nodes}, a GPU brings {worse.marginal:.0%} of what one of the first "
+        f"{fit[0].plan.world_size} does; {_compared(fit[fast], worse)}"
+    )
+
+
+def _compared(one: Step, other: Step) -> str:
+    """Time and money of the run, or of a billion tokens where its length is not known."""
+    hours, cost = (one.plan.hours, other.plan.hours), (one.plan.cost_usd, other.plan.cost_usd)
+    if None in hours:
+        cost = one.usd_per_billion_tokens, other.usd_per_billion_tokens
+        said = f"{other.nodes} are {other.plan.tokens_per_second / one.plan.tokens_per_second:.1f} times as fast"
+        money = "" if None in cost else f", and a billion tokens cost ${cost[1]:,.0f} instead of ${cost[0]:,.0f}"
+        return f"{said}{money}"
+    times = [_time(hour) for hour in hours]
+    instead = f"{times[1]} instead of {times[0]}" if times[0] != times[1] else f"the same {times[0]}"
+    money = "" if None in cost else f" and cost ${cost[1]:,.2f} instead of ${cost[0]:,.2f}"
+    return f"{other.nodes} take {instead}{money}"
+
+
+def _time(hours: float) -> str:
+    return f"{60 * hours:.0f} minutes" if hours < 2 else f"{hours:,.1f} h"
 
 
 def print_scaling(job: Job, steps: list[Step], console: Console | None = None) -> None:
@@ -131,7 +168,9 @@ def print_scaling(job: Job, steps: list[Step], console: Console | None = None) -
             "" if plan.price is None else f"{plan.price['usd_per_hour']:.2f}", "" if cost is None else f"{cost:,.0f}",
         )  # fmt: skip
     Console(file=console.file, width=max(console.width, 110)).print(table)  # whole, also in a log
-    notes = [verdict(steps)]
+    notes = [verdict(steps, job.max_steps)]
+    if all(step.plan.hours is None for step in steps):
+        notes.append("hours are not known, as the data is not here; the length of a run decides too (max_steps)")
     if any(step.global_size != job.batch.global_size for step in steps):
         rows = job.batch.global_size
         notes.append(f"* batch.global_size={rows} does not divide over them: another batch, so another training run")

@@ -13,7 +13,8 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from loadmaster import catalog
-from loadmaster.config.fields import nearest
+from loadmaster.config.fields import fields as fields_of
+from loadmaster.config.fields import nearest, written
 from loadmaster.config.schema import (
     CLOSED,
     Auto,
@@ -47,6 +48,7 @@ class Request:
     model: str = "???"
     """Hub id, shipped name, or a folder with config.json."""
     format: Literal["bf16", "fp8", "int4"] = "bf16"
+    """Of the weights."""
     gpu: str = "auto"
     """Catalogue name; auto lists every machine of the catalogue that fits."""
     count: PositiveInt | Auto = "auto"
@@ -54,13 +56,27 @@ class Request:
     context: PositiveInt = 8192
     """Longest request, prompt and answer, tokens."""
     cache: Literal["bf16", "fp8"] = "bf16"
+    """Of keys and values."""
     utilisation: FractionBelowOne = UTILISATION
+    """Share of each card that the server takes."""
     prompt_tokens: PositiveInt | Auto = "auto"
+    """Of a usual request; auto: three quarters of context."""
     output_tokens: PositiveInt | Auto = "auto"
+    """Of a usual answer; auto: a quarter of context."""
     best_of_n: PositiveInt = 1
+    """Answers to each prompt."""
     prefix_share: FractionBelowOne = 0.0
+    """Of a usual prompt, what is the same in all and held once."""
     requests: PositiveFloat = 1
     """Requests of `context` tokens to hold at once, for gpu=auto."""
+
+
+def described() -> str:
+    """The command's words, each with its default."""
+    words = {f"{word.key}={written(word.default)}": word.help for word in fields_of(Request).values()}
+    width = max(map(len, words))
+    lines = [f"  {word.replace('???', 'NAME'):<{width}}  {said}" for word, said in words.items()]
+    return "\n".join([f"usage: {USAGE}", "", *lines, f"  {'--json':<{width}}  the plans as JSON, and nothing else"])
 
 
 def plan_serving_command(arguments: list[str]) -> int:
@@ -68,6 +84,9 @@ def plan_serving_command(arguments: list[str]) -> int:
 
     Raises ConfigError for a wrong word, LoadmasterError for a model that cannot be planned.
     """
+    if {"-h", "--help"} & set(arguments):
+        print(described())
+        return 0
     words = [word for word in arguments if word != "--json"]
     request = parse(words)
     folder = Path(request.model).expanduser()
@@ -118,7 +137,7 @@ def parse(words: list[str]) -> Request:
         key, equals, text = word.partition("=")
         if not equals or key not in known:
             close = nearest(key, known, cutoff=0.4)
-            hint = f"{close}=..." if close else USAGE
+            hint = f"{close}={text or '...'}" if close else USAGE
             problems.append(Problem(key, text or None, "command line", "is not a word of this command", hint))
             continue
         values[key] = text if key in ("model", "gpu") else yaml.safe_load(text)

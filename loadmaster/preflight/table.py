@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loadmaster.preflight.explain import RUNNER_UP
 from loadmaster.preflight.plan import MemoryGib, PhasesGib, Plan
 from loadmaster.preflight.setup import sharding_words
 
 BAR_WIDTH = 40
 ELSEWHERE_ROWS = 6
+RUNNERS_UP = 4
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -39,8 +41,12 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.trace:
         found = plan.trace
         line(f"traced, {found['of']}: {found['traced_gib']:.3f} GiB, replayed {found['replayed_gib']:.3f}")
+    runners_up = [text for text in plan.reasons if text.startswith(RUNNER_UP)]
     for text in plan.reasons:
-        line(f"- {escape(text)}")
+        if text not in runners_up[RUNNERS_UP:]:
+            line(f"- {escape(text)}")
+        elif text == runners_up[-1]:
+            line(f"- and {len(runners_up) - RUNNERS_UP} more of them in plan.json")
     for option in plan.alternatives:
         line(f"[yellow]would fit:[/] {_alternative(option)}")
     if plan.elsewhere:
@@ -80,8 +86,10 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     left = len(plan.elsewhere) - len(shown)
     more = f" (and {left} more in plan.json)" if left else ""
     dates = " and ".join(sorted({row["price"].rpartition(" of ")[2] for row in shown if row["price"]}))
-    said = f"machines of the catalogue that hold it{more}, at list prices of {dates}:"
-    console.print(said, highlight=False, soft_wrap=True)
+    last = ", the cheapest last" if cheapest in shown[ELSEWHERE_ROWS:] else ""
+    order = f"best first by plan.objective{last}"
+    said = f"machines of the catalogue that hold it{more}, {order}, at list prices of {dates}"
+    console.print(f"{said}:", highlight=False, soft_wrap=True)
     Console(file=console.file, width=max(console.width, 110)).print(table)  # whole, also in a log
 
 

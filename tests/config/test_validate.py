@@ -36,10 +36,17 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         # unknown keys: the nearest field, group or section
         ("lora.rnk=8", "lora.rnk", "there is no such field", "lora.rank=8"),
         ("modle=llama", "modle", "there is no such field", "model=llama2_13b"),
+        ("optimzer.lr=1e-3", "optimzer", "there is no such field", "optimizer.lr=0.001"),
+        ("optimzer.rate=1e-3", "optimzer", "there is no such field", "optimizer"),
         ("learning_rate=1e-4", "learning_rate", "there is no such field", "optimizer.lr=0.0001"),
         ("lr=1e-4", "lr", "there is no such field", "optimizer.lr=0.0001"),
         ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", "there is no such field", "optimizer.lr=0.0001"),
         ("max_seq_length=9", "max_seq_length", "there is no such field", "sequence_length=9"),
+        ("hardware.gpus=3", "hardware.gpus", "there is no such field", "hardware.count=3"),
+        ("hardware.gpus=l40s", "hardware.gpus", "there is no such field", "hardware.gpu=l40s"),
+        ("launch.gpu=[l40s]", "launch.gpu", "there is no such field", "launch.gpus=[l40s]"),
+        ("gpus=4", "gpus", "there is no such field", "hardware.count=4"),
+        ("nodes=2", "nodes", "there is no such field", "hardware.nodes=2"),
         ("+lroa.rank=9", "lroa", "there is no such field", "lora"),
         ("zzz=1", "zzz", "there is no such field", "take it out; --help lists every field"),
         ("export.thresholds.fp8.max_meankl=1", "export.thresholds.fp8.max_meankl", "there is no such field",
@@ -67,6 +74,11 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("export.formats=fp8", "export.formats", f"must be a list of {FORMATS}", "export.formats=[fp8]"),
         ("export.formats=[bf16,fp16]", "export.formats", f"must be a list of {FORMATS}; 'fp16' is none",
          "bf16 instead of fp16"),
+        ("launch.hosts=user@host:2222", "launch.hosts", "must be a list of texts", "launch.hosts=[user@host:2222]"),
+        ("launch.hosts=null", "launch.hosts", "must be a list of texts", "launch.hosts=[A,B], or leave it out"),
+        ("launch.gpus=l40s", "launch.gpus", "must be a list of texts, or auto", "launch.gpus=[l40s]"),
+        ("launch.gpus=Auto", "launch.gpus", "must be a list of texts, or auto", "launch.gpus=auto"),
+        ("hardware.gpu=3", "hardware.gpu", "must be text", "hardware.count=3"),
         ("export.thresholds.fp8.max_mean_kl=-1", "export.thresholds.fp8.max_mean_kl", "must be a number above 0",
          "give a number above 0"),
         # a value where a section is
@@ -83,6 +95,10 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         # what Hydra cannot read, or would die of
         ("smoke", "smoke", "is not of the form key=value", "recipe=smoke"),
         ("data.path=[a", "data.path", "Hydra cannot read it", "'data.path=\"[a\"'"),
+        ("launch.sbatch=[--partition=gpu]", "launch.sbatch", "Hydra cannot read it",
+         "\"launch.sbatch=['--partition=gpu']\""),
+        ("launch.sbatch=[--qos=a, '--mem=9G']", "launch.sbatch", "Hydra cannot read it",
+         "\"launch.sbatch=['--qos=a','--mem=9G']\""),
         ("seed=1,2", "seed", "several values, but this is a single run", "add --multirun for one run each"),
         ("export.formats=fp8,bf16", "export.formats", "several values", "export.formats=[fp8,bf16] for a list, or"),
         ("+seed=3", "seed", "+ adds what is not there yet", "seed=3"),
@@ -99,6 +115,24 @@ def test_one_mistake_is_one_problem_with_its_remedy(argument: str, key: str, mes
     assert remedy in problem.remedy
     if argument != "data=file":
         assert problem.origin == CLI
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["launch.hosts=user@host:2222", "launch.sbatch=[--partition=gpu,--qos=x]", "launch.sbatch=--partition", "nodes=2"],
+)
+def test_what_is_proposed_is_taken(argument: str):
+    """As a shell would hand it over: without its double quotes."""
+    proposed = problems(argument)[0].remedy.rpartition(": ")[2].strip('"')
+    assert not any("must be" in p.message or "Hydra" in p.message for p in taken(proposed))
+
+
+def taken(argument: str) -> list[Problem]:
+    try:
+        compose([argument])
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def test_every_mistake_of_the_command_line_and_of_the_files_is_reported_in_reading_order(here: Path):

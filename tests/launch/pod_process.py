@@ -64,6 +64,8 @@ class ProcessRunner:
 
         kept = {name: os.environ[name] for name in ("HOME", "PYTHONPATH") if name in os.environ}
         # An image's python3 has loadmaster; here that is the one that runs the tests, also where it is not activated.
+        # What pip installs in an image goes away with it; this Python's own packages are not to be touched.
+        kept["PIP_TARGET"] = str(self.folder / "installed")
         kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         given = {
             name: re.sub(r"\{\{ RUNPOD_SECRET_(\w+) \}\}", secret, value).replace(

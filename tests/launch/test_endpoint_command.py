@@ -38,9 +38,6 @@ def account(monkeypatch):
 
 
 def test_a_run_is_deployed_tested_scaled_and_deleted(run_dir, account, capsys) -> None:  # noqa: F811
-    assert main(["deploy", str(run_dir), "--volume", "vol1", "--dry-run"]) == 0
-    assert json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))["networkVolumes"] == ["vol1"]
-    assert account.endpoints == {}
     assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 0
     said = capsys.readouterr().out
     assert "1 GPU(s) a worker of pool ADA_48_PRO without NVIDIA L40" in said and "it is not there and is made" in said
@@ -62,6 +59,32 @@ def test_a_run_is_deployed_tested_scaled_and_deleted(run_dir, account, capsys) -
     assert account.endpoints == {}
     assert main(["endpoint", "list"]) == 0
     assert "no endpoint" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_what_is_sent_then(run_dir, account, capsys, monkeypatch) -> None:  # noqa: F811
+    """The volume was given by its name; the API takes its id."""
+    words = ["deploy", str(run_dir), "--volume", "loadmaster-v"]
+
+    def dry() -> tuple[str, dict]:
+        assert main([*words, "--dry-run"]) == 0
+        said, brace, rest = capsys.readouterr().out.partition("{")
+        return said, json.loads(brace + rest) if brace else {}
+
+    said, shown = dry()
+    assert said.endswith(f"POST {account.url}/serverless\n") and account.endpoints == {}
+    assert (shown["networkVolumes"], shown["dataCenterIds"]) == (["vol1"], ["EU-RO-1"])
+    assert main([*words, "--yes"]) == 0
+    assert [sent for sent in account.bodies if "networkVolumes" in sent] == [shown]
+    capsys.readouterr()
+    said, shown = dry()
+    assert "is as it should be; nothing would be sent" in said and shown == {}
+    (id,) = account.endpoints
+    account.endpoints[id]["workers"]["max"] = 7
+    said, shown = dry()
+    assert said.endswith(f"PATCH {account.url}/serverless/{id}\n") and shown["workers"]["max"] == 2
+    monkeypatch.delenv("RUNPOD_API_KEY")
+    said, shown = dry()
+    assert "id and data center of volume loadmaster-v" in said and shown["networkVolumes"] == ["loadmaster-v"]
 
 
 def test_nothing_is_made_unless_agreed(run_dir, account, monkeypatch) -> None:  # noqa: F811
@@ -175,7 +198,8 @@ def test_what_is_no_run_is_a_sentence(run_dir, account, capsys, tmp_path) -> Non
     }  # fmt: skip
     for path in (tmp_path / "nowhere", file, tmp_path):
         assert main(["deploy", str(path), "--volume", "vol1", "--yes"]) == 4
-        assert "has no bundle" in "".join(capsys.readouterr()).replace("\n", " ")
+        said = "".join(capsys.readouterr()).replace("\n", " ")
+        assert ("has no bundle" if path == tmp_path else f"there is no folder {path}") in said
     for name, text in damaged.items():
         good = (run_dir / name).read_text()
         (run_dir / name).write_text(text)

@@ -62,6 +62,16 @@ def test_the_machine_is_picked_by_objective_within_the_limits(words, best):
     assert choices(composed(*words).job, OFFERS, 200_000)[0].offer.label == best
 
 
+def test_a_machine_that_trains_and_cannot_export_comes_last():
+    """8B in bf16, which the export is verified as, is more than a 4090 holds; the training is not."""
+    small = Offer("rtx4090", "NVIDIA GeForce RTX 4090", 1, 0.69, ("EU-RO-1",))
+    ranked = choices(composed().job, [small, *OFFERS], 200_000)
+    assert ranked[0].offer.label == "1x l40s" and ranked[-1].offer == small
+    assert [choice.can_export for choice in ranked] == [True] * 3 + [False]
+    assert choices(composed("stop_after=evaluate").job, [small, *OFFERS], 200_000)[0].offer == small
+    assert choices(composed("launch.gpus=[rtx4090]").job, [small, *OFFERS], 200_000)[0].offer == small
+
+
 def test_without_the_size_of_the_data_machines_are_ranked_by_the_token():
     ranked = choices(composed().job, OFFERS, None)
     assert [choice.usd for choice in ranked] == [None] * 3

@@ -197,10 +197,27 @@ def test_a_silent_log_raises_and_can_be_taken_up_again(fake, client):
     assert next(client.pod_log(pod.id, since=first.ts)) == first
 
 
-def test_no_connection_is_a_sentence(fake):
-    unreachable = Api(fake.key, "http://127.0.0.1:9", QUICK)
-    with RunpodClient(unreachable) as client, pytest.raises(NotSent, match=r"no connection to 127\.0\.0\.1"):
+def test_a_provider_that_was_never_reached_is_given_up_soon_and_said_at_once():
+    said, waits = [], []
+    api = Api("key-0123456789", "http://127.0.0.1:9", sleep=waits.append, echo=said.append)
+    with RunpodClient(api) as client, pytest.raises(NotSent) as raised:
         client.pods()
+    assert str(raised.value).startswith("GET /pods: no connection to 127.0.0.1:9 ([Errno 111] Connection refused)")
+    assert "RUNPOD_API_BASE_URL_V2, which names this address" in str(raised.value)
+    assert len(said) == 1 and said[0].endswith("Connection refused); trying again, 2 times at most")
+    assert len(waits) == 2 and sum(waits) < 6
+
+
+def test_a_provider_that_was_reached_is_waited_for():
+    """What was made has to be ended, also after the network was gone for half a minute."""
+    waits = []
+    with FakeRunpod() as fake:
+        api = Api(fake.key, fake.url, sleep=waits.append, echo=lambda text: None)
+        client = RunpodClient(api)
+        client.pods()
+    with client, pytest.raises(NotSent):
+        client.delete_pod("pod1")
+    assert len(waits) == 5 and sum(waits) > 30
 
 
 def test_no_secret_in_exceptions_logs_or_reprs(fake, caplog):
@@ -232,3 +249,18 @@ def test_the_key_comes_from_the_environment_only(monkeypatch):
     monkeypatch.setenv("RUNPOD_API_KEY", "k")
     monkeypatch.setenv("RUNPOD_API_BASE_URL_V2", "http://127.0.0.1:1/v2/")
     assert from_environment().base_url == "http://127.0.0.1:1/v2"
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:1", "http://localhost:8080/v2", "https://api.example.org/v2"])
+def test_the_key_is_sent_where_nobody_else_reads_it(monkeypatch, url):
+    monkeypatch.setenv("RUNPOD_API_KEY", "k")
+    monkeypatch.setenv("RUNPOD_API_BASE_URL_V2", url)
+    assert from_environment().base_url == url
+
+
+@pytest.mark.parametrize("url", ["http://api.runpod.io/v2", "http://10.0.0.4:8080/v2", "http://localhost.example.org"])
+def test_the_key_is_not_sent_in_clear(monkeypatch, url):
+    monkeypatch.setenv("RUNPOD_API_KEY", "k")
+    monkeypatch.setenv("RUNPOD_API_BASE_URL_V2", url)
+    with pytest.raises(ProviderError, match=r"RUNPOD_API_BASE_URL_V2 begins with http://.*read the key.*https://HOST"):
+        from_environment()

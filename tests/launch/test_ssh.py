@@ -29,6 +29,7 @@ class Hosts:
         self.text = io.StringIO()
         self.console = Console(file=self.text, width=200)
         self.room = folder / "room"
+        self.progress_s = 0.05
 
     def launch(self, *words: str) -> int:
         recipe = [] if "recipe=smoke" in words else ["recipe=qlora_8b"]
@@ -57,15 +58,15 @@ def hosts(tmp_path, monkeypatch, sshd):
     monkeypatch.chdir(tmp_path)
     stand_in = tmp_path / "stand_in.py"
     stand_in.write_text(STAND_IN)
-    real = ssh._job
+    real, made = ssh._job, Hosts(tmp_path, sshd)
 
     def with_stand_in(*arguments):
         job = real(*arguments)
-        return job | {"command": [sys.executable, str(stand_in), job["run_dir"]], "progress_s": 0.05}
+        return job | {"command": [sys.executable, str(stand_in), job["run_dir"]], "progress_s": made.progress_s}
 
     monkeypatch.setattr(ssh, "_job", with_stand_in)
     monkeypatch.setattr(ssh, "POLL_S", 0.05)
-    return Hosts(tmp_path, sshd)
+    return made
 
 
 def running(folder: Path) -> list[str]:
@@ -84,7 +85,7 @@ def running(folder: Path) -> list[str]:
 def test_a_job_runs_on_two_hosts_and_its_files_come_back(hosts, monkeypatch):
     monkeypatch.setenv("MY_SECRET", SECRET)
     two = "launch.hosts=[node0,node1]"
-    assert hosts.launch(two, "launch.secrets.HF_TOKEN=MY_SECRET", "launch.env.STAND_IN_S='0.4'") == 0
+    assert hosts.launch(two, "launch.secrets.HF_TOKEN=MY_SECRET") == 0
     (run,) = (hosts.folder / "runs" / "qlora_8b").iterdir()
     assert json.loads((run / "result.json").read_text())["steps"] == 3
     assert "[0] token is [HF_TOKEN]" in hosts.log and "[1] token is [HF_TOKEN]" in hosts.log
@@ -92,6 +93,12 @@ def test_a_job_runs_on_two_hosts_and_its_files_come_back(hosts, monkeypatch):
     assert "its run directory is node0:" in hosts.said
     assert SECRET not in hosts.said + everything_written(hosts.folder) + everything_written(hosts.room.parent)
     assert running(hosts.folder) == []
+
+
+def test_the_last_step_is_shown_however_soon_the_job_ends_after_it(hosts):
+    hosts.progress_s = 60
+    assert hosts.launch("launch.hosts=[node0]", "launch.env.STAND_IN_S='0'") == 0
+    assert hosts.said.count("step 3 of 6, loss 1.5000") == 1
 
 
 def test_one_host_needs_no_meeting_and_a_port_can_be_given(hosts):
@@ -240,6 +247,8 @@ def test_hosts_that_do_not_share_the_folder_are_refused(hosts, monkeypatch):
         ([], "names no host"),
         (["launch.hosts=['-oProxyCommand=x']"], "is no host"),
         (["launch.hosts=['a b']"], "is no host"),
+        (["launch.hosts=['u@h:99999']", "launch.dry_run=true"], "ports go from 1 to 65535"),
+        (["launch.hosts=['u@h:0']"], "ports go from 1 to 65535"),
         (["launch.hosts=[node0,node0]"], "names a host twice"),
         (["launch.hosts=[node0,node1]", "launch.nodes=3"], "launch.hosts names 2"),
         (["launch.hosts=[node0]", "launch.max_usd=3"], "has no effect with launch=ssh"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import pip
 import pytest
 
 import loadmaster
@@ -103,7 +105,7 @@ def without_its_requirements(place: Place, monkeypatch, change: dict[str, str] |
     """The real bootstrap and the real pip, into a folder of its own, without a package index."""
     target = place.folder / "installed"
     place.runner.environment = {
-        "PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_TARGET": str(target), "PYTHONPATH": str(target),
+        "PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_UPGRADE": "1", "PYTHONPATH": str(target),
     }  # fmt: skip
     made = order.make_order  # as it is, and not the fixture's, which takes the package away
 
@@ -128,6 +130,40 @@ def test_a_job_runs_on_the_code_that_came_along(place, monkeypatch):
     (pins,) = (place.folder / "workspace").rglob("constraints.txt")
     assert pins.read_bytes() == (ROOT / "constraints.txt").read_bytes()
     assert f"| from {place.folder}/installed/loadmaster/__init__.py" in place.said
+
+
+def test_an_image_that_has_other_code_under_this_version_gets_the_code_that_came_along(place, monkeypatch):
+    """A real environment with a loadmaster of its own, into which the real pip of the tests' Python installs."""
+    without_its_requirements(place, monkeypatch)
+    image, tools = place.folder / "image", place.folder / "tools"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(image)], check=True)
+    (packages,) = image.glob("lib/*/site-packages")
+    name, version = f"loadmaster-{loadmaster.__version__}.dist-info", loadmaster.__version__
+    for path, text in {
+        "loadmaster/__init__.py": f"__version__ = {version!r}\n",
+        "loadmaster/of_before.py": "",
+        f"{name}/METADATA": f"Metadata-Version: 2.1\nName: loadmaster\nVersion: {version}\n",
+        f"{name}/RECORD": "".join(f"loadmaster/{file}.py,,\n" for file in ("__init__", "of_before")),
+    }.items():
+        (packages / path).parent.mkdir(exist_ok=True)
+        (packages / path).write_text(text)
+    tools.mkdir()
+    (tools / "pip").symlink_to(Path(pip.__file__).parent)
+    place.runner.environment |= {
+        "PIP_TARGET": "", "PYTHONPATH": str(tools), "PATH": os.pathsep.join([str(image / "bin"), os.environ["PATH"]]),
+    }  # fmt: skip
+    where = ["python3", "-c", "import loadmaster; print('from', loadmaster.__file__)"]
+    monkeypatch.setattr(order, "command", lambda *arguments: where)
+    assert place.launch("launch.image=me/image:1", f"launch.package={saved(place.folder)}") == 0, place.said
+    assert f"| from {packages}/loadmaster/__init__.py" in place.said
+    assert (packages / "loadmaster/cli.py").read_bytes() == (ROOT / "loadmaster/cli.py").read_bytes()
+    assert not (packages / "loadmaster/of_before.py").exists()
+
+
+def saved(folder: Path) -> Path:
+    path = folder / wheel.own().name
+    path.write_bytes(wheel.own().content)
+    return path
 
 
 def test_a_wheel_that_is_damaged_on_its_way_is_not_installed(place, monkeypatch):

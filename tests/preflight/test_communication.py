@@ -123,6 +123,36 @@ def test_scaling_stops_paying_where_added_gpus_bring_less_than_half(monkeypatch)
     assert nothing[0].efficiency is None and "nothing fits" in verdict(nothing)
 
 
+def test_a_run_that_is_mostly_start_loading_and_export_does_not_pay_on_more_nodes(capsys) -> None:
+    """70B, some 40 steps: 34 minutes on one node and on 64 of them."""
+    short = job(rows=64)
+    steps = scaling(short, [1, 2, 4, 8], 64 * short.sequence_length * 4)
+    assert steps[1].marginal > 0.9 and steps[1].run_marginal < 0.5
+    said = verdict(steps)
+    one, two = steps[0].plan, steps[1].plan
+    assert said.startswith("for this run, 1 node is enough: 2 take")
+    assert said.endswith("by speed alone it would pay up to 8 nodes")
+    assert f"cost ${two.cost_usd:,.2f} instead of ${one.cost_usd:,.2f}" in said and two.cost_usd > 1.8 * one.cost_usd
+    print_scaling(short, steps, Console(width=80))
+    assert said in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_long_run_pays_and_what_its_tokens_cost_more_is_said() -> None:
+    long = scaling(job(rows=64), [1, 8], 4_000_000_000)
+    said = verdict(long)
+    assert said.startswith("pays up to 8 nodes, the most that was asked for: 8 take") and "instead of" in said
+    assert f"${long[1].plan.cost_usd:,.2f} instead of ${long[0].plan.cost_usd:,.2f} on 1" in said
+    unknown = verdict(scaling(job(rows=64, model="8B"), [1, 8], None))
+    assert "times as fast, and a billion tokens cost $" in unknown
+
+
+def test_with_fixed_steps_a_larger_batch_is_no_shorter_run() -> None:
+    steps = scaling(replace(job(rows=64), max_steps=100_000), [8, 16], None)
+    said = verdict(steps, 100_000)
+    assert steps[1].marginal > 0.8 and "more than 8 nodes do not pay: 16 take" in said
+    assert "as its 100000 steps have more rows there" in said
+
+
 def test_scaling_needs_a_machine_with_modelled_links() -> None:
     with pytest.raises(ConfigError, match="h100_80gb_x8"):
         scaling(job(gpu="cpu"), [1, 2], None)

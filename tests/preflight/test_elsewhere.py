@@ -82,6 +82,18 @@ def test_the_table_prints_the_first_and_the_cheapest_with_the_dates_of_prices() 
     made = plan()
     print_plan(made, console)
     said = console.file.getvalue()
-    assert "machines of the catalogue that hold it (and 17 more in plan.json)" in said and "2026-11-09" in said
+    assert "machines of the catalogue that hold it (and 17 more in plan.json), best first by plan.objective" in said
+    assert "2026-11-09" in said
     cheapest = min(made.elsewhere, key=lambda row: row["cost_usd"])
     assert f"{cheapest['count']}x {cheapest['gpu']}" in said and "longest row that fits here" in said
+
+
+def test_of_many_runners_up_the_first_are_printed_and_the_others_counted() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    made = make_plan(job(hardware=HardwareConfig("h100_80gb", 8, 2)))
+    runners_up = [reason for reason in made.reasons if reason.startswith("runner-up")]
+    assert len(runners_up) > 5
+    print_plan(made, console)
+    said = console.file.getvalue()
+    assert [reason in said for reason in runners_up[:5]] == [True] * 4 + [False]
+    assert f"- and {len(runners_up) - 4} more of them in plan.json" in said

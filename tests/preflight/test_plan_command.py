@@ -48,3 +48,22 @@ def test_words_that_a_command_does_not_know_are_refused(command: str, capsys) ->
     with pytest.raises(SystemExit) as raised:
         main([command, "recipe=smoke"])
     assert raised.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plna"], "there is no 'plna'; did you mean plan?"),
+        (["endpoint", "lst"], "there is no 'lst'; did you mean list?"),
+        (["zzz"], "choose from"),
+    ],
+)
+def test_a_command_that_is_misspelt_is_told_the_nearest(words: list[str], said: str, capsys) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(words)
+    assert raised.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_comparison_is_of_the_values_of_one_key(capsys) -> None:
+    assert main(["plan", "--compare", "l40s_x1"]) == 2
+    assert "--compare hardware=l40s_x1,h200_x1" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from loadmaster.cli import main
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.preflight.serving_command import plan_serving_command
 
@@ -31,11 +32,17 @@ def test_without_a_gpu_every_machine_that_fits_is_listed_cheapest_first(capsys) 
     assert plan_serving_command([LLAMA, "requests=100000"]) == 3
 
 
+def test_help_lists_every_word_with_its_default(capsys) -> None:
+    assert main(["plan-serving", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("model=NAME", "utilisation=0.9", "three quarters of context", "--json"))
+
+
 def test_every_wrong_word_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         plan_serving_command(["modl=x", "gpu=h10", "context=many", "format=int3"])
     said = str(caught.value)
-    assert all(word in said for word in ("modl", "h100_80gb", "context", "format", "model="))
+    assert all(word in said for word in ("modl", "model=x", "h100_80gb", "context", "format", "model="))
 
 
 def test_a_folder_with_a_config_is_a_model(tmp_path, capsys) -> None:

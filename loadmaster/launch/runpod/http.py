@@ -7,12 +7,16 @@ What may be repeated depends on what is known about the call that failed:
                                                                   Unsure, and its caller looks before it repeats
     any other 4xx                         refused                 raise Refused
 
+Where no connection was ever had, a few tries will do; where one was, the network may come back, and what was made has
+to be ended. Either way the first failure is said at once.
+
 The key comes from the environment, goes into one header and nowhere else; every message passes through redact().
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +30,7 @@ import tenacity
 from pydantic import ValidationError
 
 from loadmaster.errors import ProviderError
-from loadmaster.launch.given import is_address, is_key
+from loadmaster.launch.given import is_address, is_key, is_readable_on_the_way
 
 T = TypeVar("T")
 
@@ -62,6 +66,10 @@ class Throttled(ProviderError):
 class NotSent(ProviderError):
     """No connection: nothing was done."""
 
+    def __init__(self, what: str, reason: str, remedy: str):
+        super().__init__(f"{what}: {reason}; {remedy}")
+        self.reason = reason
+
 
 class Unsure(ProviderError):
     """No readable answer came: it may have been done or not."""
@@ -72,7 +80,10 @@ class Patience:
     """How long to wait and how often to ask. The defaults are for people, tests use shorter ones."""
 
     timeout_s: float = 30.0
+    connect_s: float = 10.0
     attempts: int = 6
+    first_attempts: int = 3
+    """As long as the provider was never reached."""
     first_wait_s: float = 1.0
     longest_wait_s: float = 60.0
 
@@ -81,17 +92,24 @@ class Api:
     """The provider's API under one key. Use as a context manager, or close()."""
 
     def __init__(
-        self, key: str, base_url: str = BASE_URL, patience: Patience = Patience(), sleep: Callable = time.sleep
-    ):
+        self, key: str, base_url: str = BASE_URL, patience: Patience = Patience(), sleep: Callable = time.sleep,
+        echo: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    ):  # fmt: skip
         self._key = key
         self.base_url = base_url.rstrip("/")
         self.patience = patience
         self.sleep = sleep
+        self.echo = echo
+        self.reached = False
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}", "User-Agent": "loadmaster"},
-            timeout=patience.timeout_s,
+            timeout=self._timeout(patience.timeout_s),
             follow_redirects=False,  # a redirect would carry the key elsewhere
         )
+
+    def _timeout(self, read_s: float) -> httpx.Timeout:
+        timeout_s = self.patience.timeout_s
+        return httpx.Timeout(timeout_s, read=read_s, connect=min(timeout_s, self.patience.connect_s))
 
     def __repr__(self) -> str:
         return f"Api({self.base_url})"
@@ -117,14 +135,26 @@ class Api:
         first, longest = self.patience.first_wait_s, self.patience.longest_wait_s
         backoff = tenacity.wait_exponential(multiplier=first, max=longest) + tenacity.wait_random(0, first)
 
+        def error_of(state: tenacity.RetryCallState) -> BaseException | None:
+            return state.outcome.exception() if state.outcome else None
+
+        def most(state: tenacity.RetryCallState) -> int:
+            unreached = isinstance(error_of(state), NotSent) and not self.reached
+            return min(self.patience.attempts, self.patience.first_attempts) if unreached else self.patience.attempts
+
+        def say(state: tenacity.RetryCallState) -> None:
+            if isinstance(error := error_of(state), NotSent) and state.attempt_number == 1:
+                self.echo(f"{error.reason}; trying again, {most(state) - 1} times at most")
+
         def wait(state: tenacity.RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
+            error = error_of(state)
             asked = getattr(error, "retry_after_s", None)
             return backoff(state) if asked is None else min(asked, self.patience.longest_wait_s)
 
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(on),
-            stop=tenacity.stop_after_attempt(self.patience.attempts),
+            stop=lambda state: state.attempt_number >= most(state),
+            before_sleep=say,
             wait=wait,
             sleep=self.sleep,
             reraise=True,
@@ -136,6 +166,7 @@ class Api:
             response = self._client.request(
                 method, self.base_url + path, json=body, params={k: v for k, v in query.items() if v is not None}
             )
+        self.reached = True
         self.check(response, what)
         try:
             return read(None if response.status_code == 204 else response.json())
@@ -150,8 +181,11 @@ class Api:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
-            host = urlsplit(self.base_url).hostname
-            raise NotSent(self.redact(f"{what}: no connection to {host} ({error}); check the network")) from None
+            parts = urlsplit(self.base_url)
+            where = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
+            given = "" if self.base_url == BASE_URL else f", and {BASE_URL_VARIABLE}, which names this address"
+            reason = self.redact(f"no connection to {where} ({error})")
+            raise NotSent(what, reason, f"check the network{given}") from None
         except httpx.TimeoutException:
             raise Unsure(f"{what}: no answer within {self.patience.timeout_s:g} s") from None
         except httpx.HTTPError as error:
@@ -174,7 +208,7 @@ class Api:
     def stream(self, path: str, idle_s: float, **query: Any) -> Iterator[Iterator[str]]:
         """Lines of a streamed answer; Unsure when none came for idle_s, or the connection broke."""
         what = f"GET {path}"
-        timeout = httpx.Timeout(self.patience.timeout_s, read=idle_s)
+        timeout = self._timeout(idle_s)
         params = {k: v for k, v in query.items() if v is not None}
         with (
             self._transport(what),
@@ -189,12 +223,18 @@ class Api:
 def from_environment(base_url: str | None = None, patience: Patience = Patience()) -> Api:
     """The API under the key in RUNPOD_API_KEY, at base_url, else RUNPOD_API_BASE_URL_V2, else the provider's own.
 
-    Raises ProviderError where there is no key, or what is there can be none, and for an address that is none.
+    Raises ProviderError where there is no key, or what is there can be none, for an address that is none, and for one
+    to which the key would travel in clear.
     """
     key = key_from_environment()
     url = base_url or os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL
     if not is_address(url):
         raise ProviderError(f"{BASE_URL_VARIABLE} is no address: https://HOST/v2, or unset it for the provider's own")
+    if is_readable_on_the_way(url):
+        raise ProviderError(
+            f"{BASE_URL_VARIABLE} begins with http://, and anyone on the way could read the key in {KEY_VARIABLE}: "
+            "https://HOST/v2, or unset it for the provider's own (http is for this machine alone)"
+        )
     return Api(key, url, patience)
 
 
