@@ -21,6 +21,8 @@ from pathlib import Path
 
 COMMANDS = ("sbatch", "squeue", "sacct", "scancel", "srun", "scontrol")
 LIVE = ("PENDING", "RUNNING")
+PENDING_S = 1.0
+"""A job is in the queue so long, each time: several polls, also on a machine that has much to do."""
 
 
 def install(folder: Path) -> Path:
@@ -39,11 +41,12 @@ def room() -> Path:
 
 
 def change(id: str, **values: object) -> dict:
-    """Update a job's record under a lock; the record."""
+    """Update a job's record under a lock; the record. One that was cancelled stays so."""
     path = room() / f"{id}.json"
     with open(room() / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        record = json.loads(path.read_text()) | values
+        record = json.loads(path.read_text())
+        record |= {**values, "state": "CANCELLED"} if record["state"] == "CANCELLED" else values
         path.write_text(json.dumps(record))
     return record
 
@@ -83,7 +86,7 @@ def run(words: list[str]) -> int:
     """The node daemon: the script, again as long as it goes back to the queue."""
     id = words[0]
     while True:
-        time.sleep(0.1)
+        time.sleep(PENDING_S)
         record = change(id)
         if record["state"] == "CANCELLED":
             return 0
@@ -94,7 +97,8 @@ def run(words: list[str]) -> int:
             batch = subprocess.Popen(
                 ["bash", record["script"]], env=env, stdout=log, stderr=log, start_new_session=True
             )
-            change(id, state="RUNNING", batch=batch.pid)
+            if change(id, state="RUNNING", batch=batch.pid)["state"] == "CANCELLED":
+                os.killpg(batch.pid, signal.SIGKILL)
             code = batch.wait()
         record = change(id)
         if record["state"] in ("CANCELLED", "TIMEOUT"):
