@@ -2,13 +2,15 @@
 
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.runs import metrics, start
+from tests.runs import finish, metrics, start
 from tests.training.test_workers import job, wait_for_step, workers_of
 
 pytestmark = pytest.mark.slow
@@ -116,3 +118,61 @@ def test_max_hours_saves_and_ends_before_they_are_over(tiny, tmp_path):
     began = (tmp_path / "run" / "config.yaml").stat().st_mtime
     assert done and saved.stat().st_mtime - began < 0.03 * 3600
     assert "checkpoint saved" in said(tmp_path) and "nothing was saved" not in said(tmp_path)
+
+
+def test_kill_9_in_the_middle_of_a_checkpoint_loses_none_and_goes_on_bit_for_bit(tiny, tmp_path):
+    words = job(tiny, "method=full", "max_steps=8", "checkpoint.every_steps=1", "checkpoint.keep_last=2")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    assert finish(whole, *words).returncode == 0
+    checkpoints = cut / "run" / "checkpoints"
+    for least in (1, 3, 5):
+        process = start(cut, *words)
+        wait_for_step(process, cut, least)
+        wait_for(process, lambda: any(checkpoints.glob(".step-*")))  # being written, under a name that does not count
+        process.kill()
+        process.wait()
+        wait_for_none_of(cut)
+    last = finish(cut, *words)
+    assert last.returncode == 0, last.stderr
+    assert "resuming after step" in last.stdout and "torn" not in last.stdout
+    assert [row | {"step_s_by_rank": 0} for row in metrics(cut / "run")] == [
+        row | {"step_s_by_rank": 0} for row in metrics(whole / "run")
+    ]
+    assert not any(checkpoints.glob(".*"))
+
+
+def wait_for_none_of(folder: Path) -> None:
+    """Until the workers of a lead that was killed are gone too."""
+    deadline = time.monotonic() + 20
+    while subprocess.run(["pgrep", "-f", f"loadmaster.worker .*{folder}"], capture_output=True, check=False).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900m", "none", str(folder)], check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_file_system_that_others_fill_up_ends_the_run_and_with_room_the_same_command_goes_on(tiny, disk):
+    words = job(tiny, "method=full", "max_steps=400", "checkpoint.every_steps=10")
+    process = start(disk, *words)
+    wait_for(process, (disk / "run" / "checkpoints" / "step-10" / "checksums.json").is_file)
+    fill = disk / "of somebody else"
+    with open(fill, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - 5_000_000)
+    assert ends(process, disk) == 4, said(disk)
+    assert "could not be written" in said(disk) and "Traceback" not in said(disk)
+    fill.unlink()
+    again = start(disk, *words)
+    wait_for(again, lambda: "resuming after step" in said(disk))
+    again.send_signal(signal.SIGTERM)
+    assert ends(again, disk) == 75, said(disk)
