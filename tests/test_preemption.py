@@ -54,7 +54,7 @@ def test_kill_9_at_a_random_step_then_the_same_command_continues_bit_for_bit(tmp
     assert joined == uninterrupted
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_a_checkpoint_and_exits_75(tmp_path, uninterrupted, number):
     process = start(tmp_path, *JOB)
     wait_for_step(process, tmp_path, 3)

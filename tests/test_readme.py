@@ -33,7 +33,13 @@ def commands() -> list[str]:
     return [line for line in lines if line and not line.startswith(". ")]
 
 
-@pytest.mark.parametrize("command", commands())
+def marked() -> list:
+    """Of those that train, the first here, and the others with the slow tests."""
+    trains = [command for command in commands() if TRAINS.match(command)]
+    return [pytest.param(c, marks=[pytest.mark.slow] if c in trains[1:] else []) for c in commands()]
+
+
+@pytest.mark.parametrize("command", marked())
 def test_the_command_runs(command, tmp_path):
     words = shlex.split(command)
     programs = {"python": [sys.executable], "loadmaster": [sys.executable, "-m", "loadmaster.cli"]}
