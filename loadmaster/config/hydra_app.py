@@ -37,7 +37,7 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments = ["launch.dry_run=true" if argument == "--dry-run" else argument for argument in arguments]
     try:
-        flags, for_hydra = check_command(arguments)
+        flags, for_hydra, checked = check_command(arguments)
     except ConfigError as error:
         show_error(error)
         return error.exit_code
@@ -48,7 +48,7 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
     @hydra.main(version_base=VERSION_BASE, config_path=main_folder(), config_name=PRIMARY)
     def job(config: DictConfig) -> None:
         sys.argv = typed  # reports quote the command as the user wrote it
-        codes.append(_run_job(task, flags))
+        codes.append(_run_job(task, flags, checked))
         if codes[-1] == StoppedOnRequest.exit_code:  # the rest of a sweep is not started
             raise SystemExit(StoppedOnRequest.exit_code)
 
@@ -65,15 +65,18 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
     return max(codes, default=0)
 
 
-def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Hydra's own flags, and the overrides as Hydra is to get them; raises ConfigError with every problem."""
+def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], Composed | None]:
+    """Hydra's own flags, the overrides as Hydra is to get them, and the job where there is one and not a sweep.
+
+    Raises ConfigError with every problem.
+    """
     parser = get_args_parser()
     flags, rest = parser.parse_known_intermixed_args(arguments)
     # argparse gives up on what follows an option that it does not know; an override is one wherever it stands.
     flags.overrides = [a for a in arguments if a in flags.overrides or (a in rest and not a.startswith("-"))]
     unknown = [a for a in rest if a.startswith("-")]
     if flags.hydra_help or flags.shell_completion:
-        return flags, flags.overrides
+        return flags, flags.overrides, None
     if flags.config_path is not None:
         message, remedy = "would take the place of all that loadmaster ships", "--config-dir adds to it"
         raise ConfigError([Problem("--config-path", flags.config_path, COMMAND_LINE, message, remedy)])
@@ -88,10 +91,9 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         _, _, problems = load(loader, given, config_name)
         if problems:
             raise ConfigError(reading_order(problems, arguments))
-        return flags, given.for_hydra
+        return flags, given.for_hydra, None
     if not multirun:
-        compose_with(loader, given, config_name)
-        return flags, given.for_hydra
+        return flags, given.for_hydra, compose_with(loader, given, config_name)
 
     found = list(given.problems)
     run_dirs: list[str] = []
@@ -105,10 +107,10 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         found.append(Problem("run_dir", clash, COMMAND_LINE, message, "leave it out: each job then gets its own"))
     if found:
         raise ConfigError(reading_order(found, arguments))
-    return flags, given.for_hydra
+    return flags, given.for_hydra, None
 
 
-def _run_job(task: Task, flags: argparse.Namespace) -> int:
+def _run_job(task: Task, flags: argparse.Namespace, checked: Composed | None) -> int:
     settings = HydraConfig.get()
     swept = settings.mode == RunMode.MULTIRUN
     number = settings.job.num if swept else 0
@@ -116,9 +118,10 @@ def _run_job(task: Task, flags: argparse.Namespace) -> int:
     if swept:
         print(f"\njob {number}: {' '.join(o.removeprefix('++') for o in overrides)}", flush=True)
     try:
-        loader = open_loader(flags.config_dir)
-        given = read_overrides(loader, overrides)
-        return task(compose_with(loader, given, flags.config_name or PRIMARY, number))
+        if checked is None or swept:
+            loader = open_loader(flags.config_dir)
+            checked = compose_with(loader, read_overrides(loader, overrides), flags.config_name or PRIMARY, number)
+        return task(checked)
     except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return error.exit_code

@@ -202,8 +202,9 @@ def enumerate_tier(
 ) -> Iterator[Candidate]:
     """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails.
 
-    explain=False leaves out what is ruled out without a replay, micro-batches too large to gain anything, and what
-    recomputes or shards where there is room enough without.
+    Layers that stay whole come nearest to fitting only where dropped ones do, so they are left out where weights alone
+    do not fit. explain=False leaves out whatever is ruled out without a replay, micro-batches too large to gain
+    anything, and what recomputes or shards where there is room enough without.
     """
     checkpointings: tuple[str, ...] = (job.activation_checkpointing,)
     if job.activation_checkpointing == "auto":
@@ -233,7 +234,7 @@ def enumerate_tier(
                 gradient_accumulation_steps=rows // size,
                 **fixed(job, hardware, checkpointing),
             )
-            if not explain and not conceivable(job, shape, hardware, setup):
+            if (not explain or setup.keeps_weights) and not conceivable(job, shape, hardware, setup):
                 break
             candidate = evaluate(job, shape, hardware, setup)
             yield candidate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -227,22 +228,29 @@ def test_a_plan_survives_its_json(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])  # one fits nowhere near, the other on many machines
-def test_cold_process_to_printed_plan_of_a_405b_over_all_machines_is_quick_and_without_torch(method: str) -> None:
-    code = """
+def test_cold_process_to_printed_plan_of_a_405b_over_all_machines_is_quick_and_without_torch(method, tmp_path) -> None:
+    """The command itself: configuration read and checked, every machine searched, the plan printed.
+
+    The limit is twice what it takes on an idle machine, so that it holds beside other work.
+    """
+    words = [
+        "plan", "recipe=auto", "model.name=meta-llama/Llama-3.1-405B", f"method={method}", "hardware=h100_80gb_x8",
+        "sequence_length=4096", "batch.global_size=64", "run_dir=run",
+    ]  # fmt: skip
+    code = f"""
 import sys
-from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConfig
-from loadmaster.preflight import make_plan, print_plan
-print_plan(make_plan(Job(model=ModelConfig(name="meta-llama/Llama-3.1-405B"), method=sys.argv[1], sequence_length=4096,
-                         hardware=HardwareConfig(gpu="h100_80gb", count=8), batch=BatchConfig(global_size=64)),
-                     with_elsewhere=True))
-assert not {"torch", "transformers"} & set(sys.modules)
+from loadmaster.cli import main
+assert main({words}) == {3 if method == "full" else 0}
+assert not {{"torch", "transformers"}} & set(sys.modules)
 """
     seconds = []
     for _ in range(3):
         before = _children_seconds()
-        subprocess.run([sys.executable, "-c", code, method], check=True, capture_output=True)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
         seconds.append(_children_seconds() - before)
-    assert min(seconds) < 1.5, f"{min(seconds):.2f} s of processor time"
+    assert "h200" in done.stdout  # of the other machines, too
+    assert min(seconds) < 3.0, f"{min(seconds):.2f} s of processor time"
 
 
 def _children_seconds() -> float:
