@@ -87,7 +87,7 @@ def test_only_the_counts_that_matter_are_asked_for():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["launch.gpus=[l40]"], "is not in the catalogue"),
+        (["launch.gpus=[l40]"], r"is not in the catalogue\s+fix: l40s; one of"),
         (["launch.gpus=['l40s:3']"], "has no such count"),
         (["launch.gpus=[l40s]", "hardware=h100_80gb_x1"], "names the machine already"),
     ],
