@@ -222,11 +222,12 @@ def _compare(compare: str, overrides: list[str]) -> int:
 
 def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.config.compose import compose
+
+    job = compose(overrides).job  # before what takes seconds to import
     from loadmaster.data import prepare, show
     from loadmaster.models.load import load_tokenizer
     from loadmaster.models.resolve import resolve_base
 
-    job = compose(overrides).job
     tokenizer = load_tokenizer(resolve_base(job.model))
     show(prepare(job, tokenizer), tokenizer, arguments.rows, Console())
     return 0

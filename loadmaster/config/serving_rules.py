@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 from loadmaster import catalog
 from loadmaster.config.fields import nearest
+from loadmaster.config.origins import COMMAND_LINE, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
-from loadmaster.config.schema import Job
+from loadmaster.config.schema import Job, LaunchConfig
 
 SERVED_RANK = 512
 """Largest rank that --max-lora-rank accepts (vllm 0.33.0); a test holds it to export's list."""
@@ -121,9 +123,14 @@ def arrivals_are_known(job: Job, origins: Origins) -> Found:
         yield "endpoint.arrivals", arrivals, "there is no such file", "a CSV with the time of a request a line"
 
 
-@rule("launch.name", "launch.nodes", "launch.force_pods", "launch.hosts", "launch.sbatch", "launch.dry_run")
+HERE = ("name", "max_hours", "max_usd", "grace_s", "hang_timeout_s")
+"""Fields of launch that a run on this machine obeys."""
+
+
+@rule("launch.name", "launch.*")
 def other_machines_need_a_way_to_them(job: Job, origins: Origins) -> Found:
-    """launch.nodes, force_pods, hosts, sbatch, dry_run go with launch=runpod, ssh or slurm, not with launch=local."""
+    """launch.nodes, force_pods, hosts, sbatch, dry_run go with launch=runpod, ssh or slurm, not with launch=local; nor
+    does any other field of launch, on the command line, but max_hours, max_usd, grace_s and hang_timeout_s."""
     launch = job.launch
     if launch.name != "local":
         return
@@ -131,6 +138,10 @@ def other_machines_need_a_way_to_them(job: Job, origins: Origins) -> Found:
     ways |= {"dry_run": "runpod, ssh or slurm; here stop_after=plan shows the plan"}
     given = {"nodes": launch.nodes != "auto", "force_pods": launch.force_pods, "dry_run": launch.dry_run}
     given |= {"hosts": bool(launch.hosts), "sbatch": bool(launch.sbatch)}
+    for field in dataclasses.fields(LaunchConfig):  # a recipe may say how it is launched, and be run here all the same
+        name, typed = field.name, origin_of(origins, f"launch.{field.name}") == COMMAND_LINE
+        if typed and name not in (*HERE, *ways):
+            ways[name], given[name] = "runpod, ssh or slurm", getattr(launch, name) != getattr(LaunchConfig(), name)
     for name in (name for name in ways if given[name]):
         value = getattr(launch, name)
         yield f"launch.{name}", value, "has no effect with launch=local", f"launch={ways[name]}; or leave it out"

@@ -14,7 +14,7 @@ from loadmaster.config.schema import Job, LaunchConfig
 from loadmaster.errors import Problem
 from loadmaster.launch.choose import nodes_of
 from loadmaster.launch.order import VOLUME_GB
-from loadmaster.launch.payload import data_paths
+from loadmaster.launch.payload import THERE, data_paths
 from loadmaster.launch.wheel import is_file
 
 SECRET_NAME = re.compile(
@@ -27,7 +27,7 @@ GIVEN_AWAY = re.compile(rf"{TOKEN}|.*://[^/@\s]*:[^/@\s]+@.*")
 SECRET_VALUE = re.compile(rf"{TOKEN}|[0-9a-fA-F]{{32,}}|.{{48,}}|.*[^\w.-].*")
 """What no name of a secret looks like: the usual beginnings of tokens, long hexadecimal, long or odd text."""
 PINNED = re.compile(r"==[\w.!+]+$|@[0-9a-f]{40}\b|#sha256=[0-9a-f]{64}$")
-OWN = ("name", "nodes", "grace_s", "env", "secrets", "dry_run", "max_hours")
+OWN = ("name", "nodes", *THERE, "env", "secrets", "dry_run", "max_hours")
 """Fields of launch that mean something wherever the job goes."""
 FIELDS = {
     "runpod": (

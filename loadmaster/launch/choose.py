@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loadmaster import catalog
+from loadmaster.config.fields import nearest
 from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
 from loadmaster.errors import ConfigError, DoesNotFit, Problem
 from loadmaster.launch.provider import Offer
@@ -55,7 +56,9 @@ def wanted(job: Job) -> list[tuple[str, int | None]]:
     for word in job.launch.gpus:
         gpu, _, count = word.partition(":")
         if gpu not in catalog.gpus():
-            raise _wrong("launch.gpus", word, "is not in the catalogue", f"one of {', '.join(known)}")
+            guess = nearest(gpu, known, cutoff=0.4)
+            remedy = (f"{guess}; " if guess else "") + f"one of {', '.join(known)}"
+            raise _wrong("launch.gpus", word, "is not in the catalogue", remedy)
         if gpu not in known:
             raise _wrong("launch.gpus", word, _unjoined(job), _instead(known))
         if count and not (count.isdigit() and int(count) in COUNTS):

@@ -14,6 +14,7 @@ Files on the volume stay: they cost nothing beside the volume, and the next try 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -100,7 +101,7 @@ def _order(run_dir: Path, volume: str | None) -> Order:
             raise LoadmasterError(f"there is no folder {run_dir}: give a run directory, such as runs/smoke/<date-time>")
         raise LoadmasterError(f"{run_dir} has no bundle: run the bundle stage first (loadmaster bundle ...)")
     manifest = read_manifest(bundle)
-    artifact = bundle / manifest["serve"]["artifact"]
+    artifact = Path(os.path.normpath(bundle / manifest["serve"]["artifact"]))
     left = away(run_dir, artifact)
     if left is not None and left.volume is None:
         raise LoadmasterError(f"the files of {artifact} are not here; first {copied_by(left, run_dir)}")

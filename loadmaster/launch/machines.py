@@ -60,7 +60,7 @@ def orphan(machine: Machine, now: datetime) -> str | None:
 
 
 def list_pods(console: Console, provider: Provider | None = None) -> int:
-    """Print every Pod and cluster that this tool has made, with age, cost so far and deadline; and its volumes."""
+    """Print every Pod and cluster that this tool has made, with age, cost so far and deadline; and all volumes."""
     provider, now = provider or provider_of(), datetime.now(UTC)
     machines = provider.machines()
     table = Table(pad_edge=False)
@@ -85,13 +85,12 @@ def list_pods(console: Console, provider: Provider | None = None) -> int:
     else:
         console.print("no Pods or clusters of loadmaster")
     price = catalog.prices()["storage"]["network_volume_usd_per_gb_month"]
-    for volume in provider.volumes():
-        if volume.name.startswith("loadmaster"):
-            month = volume.size_gb * price
-            console.print(
-                f"volume {volume.name} ({volume.id}): {volume.size_gb} GB in {volume.place}, ${month:.2f} a month",
-                highlight=False,
-            )
+    for volume in provider.volumes():  # all of them: launch.volume may have given any name
+        month = volume.size_gb * price
+        console.print(
+            f"volume {volume.name} ({volume.id}): {volume.size_gb} GB in {volume.place}, ${month:.2f} a month",
+            highlight=False, markup=False,
+        )  # fmt: skip
     return 0
 
 

@@ -37,6 +37,10 @@ def data_paths(job: Job) -> list[tuple[str, str]]:
     return [(key, path) for key, path in named if not path.startswith(SCHEME)]
 
 
+THERE = ("grace_s", "hang_timeout_s")
+"""Fields of launch that the job itself obeys; the others are the launcher's."""
+
+
 def identity(job: Job) -> str:
     """The same for the same job on the same data: a second launch goes on in the first one's run directory."""
     local = [Path(path).expanduser() for _, path in data_paths(job)]
@@ -47,7 +51,7 @@ def identity(job: Job) -> str:
 def job_there(composed: Composed, hardware: HardwareConfig) -> dict[str, Any]:
     resolved = json.loads(json.dumps(composed.resolved))
     resolved["hardware"] = asdict(hardware)
-    resolved["launch"] = {"name": "local", "grace_s": resolved["launch"]["grace_s"]}
+    resolved["launch"] = {"name": "local", **{name: resolved["launch"][name] for name in THERE}}
     return resolved
 
 

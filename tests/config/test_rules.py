@@ -164,6 +164,22 @@ def test_the_rule_lets_the_right_thing_pass(name: str):
     compose(CASES[name][3])
 
 
+@pytest.mark.parametrize("typed", ["launch.gpus=[l40s]", "launch.env.A=b", "launch.volume=null", "launch.yes=true"])
+def test_a_launch_that_is_typed_and_would_not_be_made_is_refused(typed: str):
+    with pytest.raises(ConfigError) as caught:
+        compose([typed])
+    (problem,) = caught.value.problems
+    assert problem.message == "has no effect with launch=local" and problem.remedy.startswith("launch=runpod")
+    compose([typed, "launch=runpod"])
+
+
+def test_a_recipe_that_says_how_it_is_launched_runs_here_too(tmp_path: Path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.yaml").write_text("# @package _global_\nlaunch:\n  gpus: [l40s]\n")
+    assert compose(["recipe=mine"]).job.launch.gpus == ["l40s"]
+    compose(["launch.max_hours=3", "launch.max_usd=5", "launch.grace_s=9", "launch.hang_timeout_s=60"])
+
+
 def test_a_plan_needs_no_data_here():
     assert compose(["data.path=/data/on/the/cluster.jsonl", PLAN]).job.data.path == "/data/on/the/cluster.jsonl"
 

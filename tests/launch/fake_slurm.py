@@ -21,8 +21,6 @@ from pathlib import Path
 
 COMMANDS = ("sbatch", "squeue", "sacct", "scancel", "srun", "scontrol")
 LIVE = ("PENDING", "RUNNING")
-PENDING_S = 1.0
-"""A job is in the queue so long, each time: several polls, also on a machine that has much to do."""
 
 
 def install(folder: Path) -> Path:
@@ -47,7 +45,8 @@ def change(id: str, **values: object) -> dict:
         fcntl.flock(lock, fcntl.LOCK_EX)
         record = json.loads(path.read_text())
         record |= {**values, "state": "CANCELLED"} if record["state"] == "CANCELLED" else values
-        path.write_text(json.dumps(record))
+        if values:
+            path.write_text(json.dumps(record))
     return record
 
 
@@ -69,7 +68,7 @@ def sbatch(words: list[str]) -> int:
         print("sbatch: error: invalid partition specified: none", file=sys.stderr)
         return 1
     id = str(1000 + len(list(room().glob("*.json"))))
-    record = {"id": id, "state": "PENDING", "again": False, "steps": [], **vars(given)}
+    record = {"id": id, "state": "PENDING", "seen": False, "again": False, "steps": [], **vars(given)}
     (room() / f"{id}.json").write_text(json.dumps(record))
     subprocess.Popen(
         [sys.executable, __file__, "run", id], start_new_session=True,
@@ -86,7 +85,9 @@ def run(words: list[str]) -> int:
     """The node daemon: the script, again as long as it goes back to the queue."""
     id = words[0]
     while True:
-        time.sleep(PENDING_S)
+        end = time.monotonic() + 2
+        while not change(id)["seen"] and time.monotonic() < end:  # a busy machine looks seldom
+            time.sleep(0.05)
         record = change(id)
         if record["state"] == "CANCELLED":
             return 0
@@ -106,7 +107,7 @@ def run(words: list[str]) -> int:
         if not record["again"]:
             change(id, state="COMPLETED" if code == 0 else "FAILED")
             return 0
-        change(id, state="PENDING", again=False, steps=[])
+        change(id, state="PENDING", seen=False, again=False, steps=[])
 
 
 def srun(words: list[str]) -> int:
@@ -150,6 +151,8 @@ def squeue(words: list[str]) -> int:
     jobs = [job for job in jobs if given.get("name", job["job_name"]) == job["job_name"]]
     for job in jobs:
         print({"%T": job["state"], "%i": job["id"]}[given["format"]])
+        if job["state"] == "PENDING" and given["format"] == "%T":
+            change(job["id"], seen=True)
     return 0
 
 

@@ -43,6 +43,7 @@ def test_a_run_is_deployed_tested_scaled_and_deleted(run_dir, account, capsys) -
     assert "1 GPU(s) a worker of pool ADA_48_PRO without NVIDIA L40" in said and "it is not there and is made" in said
     assert "at least $0.00/h, at most $3.82/h" in said and "first token after" in said and "/openai/v1" in said
     assert "3 files" in said and "checksums agree" in said and SECRET not in said
+    assert f"{run_dir}/export/bf16 (0.00 GB) goes to" in said
     assert json.loads((run_dir / "deployment.json").read_text())["smoke"]["equal"] == 2
     (id,) = account.endpoints
     assert main(["endpoint", "list"]) == 0

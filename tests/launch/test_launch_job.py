@@ -337,9 +337,12 @@ def test_the_commands_of_a_person(place):
     assert "| plan: done" in rented.stdout and f"exit code {rented.returncode};" in rented.stdout
     assert rented.returncode != 0 and "nothing of it is left running" in rented.stdout
     assert place.fake.pods == {}
+    mine = {"id": "vol9", "name": "mine", "size": 100, "dataCenter": "EU-RO-1", "type": "STANDARD"}
+    place.fake.volumes["vol9"] = mine  # of a launch.volume=mine
     pods = run(sys.executable, "-m", "loadmaster.cli", "pods", PYTHONPATH=str(ROOT))
     assert pods.returncode == 0 and "no Pods or clusters of loadmaster" in pods.stdout
     assert "volume loadmaster" in pods.stdout
+    assert "volume mine (vol9): 100 GB in EU-RO-1, $7.00 a month" in pods.stdout
     sweep = run(sys.executable, "-m", "loadmaster.cli", "pods", "sweep", "--yes", PYTHONPATH=str(ROOT))
     assert sweep.returncode == 0 and "nothing to sweep" in sweep.stdout
     text = "".join(done.stdout + done.stderr for done in (dry, asked, keyless, rented, pods, sweep))

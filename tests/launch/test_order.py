@@ -87,7 +87,7 @@ def test_only_the_counts_that_matter_are_asked_for():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["launch.gpus=[l40]"], "is not in the catalogue"),
+        (["launch.gpus=[l40]"], r"is not in the catalogue\s+fix: l40s; one of"),
         (["launch.gpus=['l40s:3']"], "has no such count"),
         (["launch.gpus=[l40s]", "hardware=h100_80gb_x1"], "names the machine already"),
     ],
@@ -135,7 +135,7 @@ def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):
     files = unpacked(made)
     job = yaml.safe_load(files["job.yaml"])
     assert job["hardware"] == {"gpu": "l40s", "count": 1, "nodes": 1}
-    assert job["launch"] == {"name": "local", "grace_s": 120}
+    assert job["launch"] == {"name": "local", "grace_s": 120, "hang_timeout_s": "auto"}
     assert job["data"]["path"] == "/workspace/loadmaster/jobs/loadmaster-x/data/0-mine.jsonl"
     assert files["data/0-mine.jsonl"] == data.read_bytes()
     assert str(tmp_path) not in json.dumps(job)

@@ -87,14 +87,16 @@ def cluster(tmp_path, monkeypatch):
 
 
 def test_a_job_is_submitted_followed_on_all_nodes_and_its_exit_code_comes_back(cluster):
-    assert cluster.launch("launch.nodes=2", "launch.sbatch=['--partition=gpu']", "launch.max_hours=2") == 0
+    words = ["launch.nodes=2", "launch.sbatch=['--partition=gpu']", "launch.max_hours=2", "launch.hang_timeout_s=900"]
+    assert cluster.launch(*words) == 0
     (job,) = cluster.jobs
     assert (job["nodes"], job["ntasks_per_node"], job["partition"], job["time"]) == ("2", "1", "gpu", "120")
     assert job["signal"] == "TERM@180" and job["requeue"] is True
     assert "| 0: node 0 of 2" in cluster.said and "| 1: node 1 of 2" in cluster.said
     assert "step 3, loss 1.5000" in cluster.said and "running" in cluster.said
     composed = yaml.safe_load(next((cluster.folder / "runs").rglob("job.yaml")).read_text())
-    assert composed["hardware"]["nodes"] == 2 and composed["launch"] == {"name": "local", "grace_s": 120}
+    assert composed["hardware"]["nodes"] == 2
+    assert composed["launch"] == {"name": "local", "grace_s": 120, "hang_timeout_s": 900}
 
 
 def test_the_jobs_exit_code_is_the_launchers(cluster):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -67,3 +69,9 @@ def test_a_command_that_is_misspelt_is_told_the_nearest(words: list[str], said: 
 def test_a_comparison_is_of_the_values_of_one_key(capsys) -> None:
     assert main(["plan", "--compare", "l40s_x1"]) == 2
     assert "--compare hardware=l40s_x1,h200_x1" in capsys.readouterr().err
+
+
+def test_a_wrong_word_is_said_before_torch_is_imported() -> None:
+    code = "import sys; from loadmaster.cli import main; print(main(['data', 'lora.rnk=8']), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"] and "lora.rank=8" in done.stderr
