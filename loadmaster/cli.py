@@ -153,7 +153,7 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _refuse_other_end(arguments.stage, overrides)
     if arguments.compare:
         return _compare(arguments.compare, overrides)
-    if arguments.nodes:
+    if arguments.nodes is not None:
         return _scaling(arguments.nodes, overrides)
     if arguments.json:
         return _plan_json(overrides)

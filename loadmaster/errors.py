@@ -16,6 +16,8 @@ class LoadmasterError(Exception):
     """A sentence that says what is wrong, where it was set, and what would work."""
 
     exit_code = 4
+    said = False
+    """It is in this host's log already."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class StoppedOnRequest(BaseException):
     """
 
     exit_code = 75
+    said = False
 
     def __init__(self, message: str, agreed: bool = False):
         """agreed: all ranks of the run stop here together."""

@@ -14,8 +14,11 @@ from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRe
 
 
 def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None = None) -> None:
-    """Print `error` without a traceback, on stderr unless told otherwise; once, under torchrun."""
-    if os.environ.get("RANK", "0") != "0":
+    """Print `error` without a traceback, on stderr unless told otherwise; under torchrun once on each host.
+
+    Not by rank 0 alone: what is wrong on one host only, a file that it does not have, rank 0 never hears of.
+    """
+    if error.said or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
         return
     console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
     if not isinstance(error, ConfigError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -41,6 +43,25 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of everything that training changes, in a fixed order."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is its base; what is trained stays what it was.
+
+    peft's disable_adapter also sets requires_grad, off and on again. Under fully_shard a layer has other parameters on
+    the way in than on the way out, when it is whole: the shards would then be trained no more.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def save_trained(model: nn.Module, folder: Any) -> None:

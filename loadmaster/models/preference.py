@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from loadmaster.config.schema import PreferenceConfig
 from loadmaster.data import MicroBatch
+from loadmaster.models.adapters import without_adapter
 from loadmaster.models.forward import SummedLoss, causal_lm, document_bounds, logit_transform, trained_hidden
 from loadmaster.models.loss import CHUNK_TOKENS
 
@@ -242,5 +243,5 @@ class PreferenceLoss(nn.Module):
 
     def _reference(self, batch: Any) -> AnswerLogProbs:
         """The base's log-probabilities: the same model with its adapter switched off."""
-        with torch.no_grad(), self.module.disable_adapter():
+        with torch.no_grad(), without_adapter(self.module):
             return answer_log_probs(self.module, batch)

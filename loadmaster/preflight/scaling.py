@@ -52,7 +52,8 @@ def parse_nodes(text: str) -> list[int]:
     """`1..64`: powers of two from 1 to 64 and the end itself; `1,3,8`: these. Raises ConfigError for anything else."""
     first, dots, last = text.partition("..")
     numbers = [first, last] if dots else text.split(",")
-    if not all(n.isdigit() and 0 < int(n) <= MOST_NODES for n in numbers) or (dots and int(first) > int(last)):
+    counts = all(n.isascii() and n.isdigit() and 0 < int(n) <= MOST_NODES for n in numbers)
+    if not counts or (dots and int(first) > int(last)):
         remedy = f"--nodes 1..64, or --nodes 1,2,6 (from 1 to {MOST_NODES})"
         raise ConfigError([Problem("--nodes", text, "command line", "is no range or list of node counts", remedy)])
     if not dots:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,17 +164,40 @@ def _pass_on_from_now() -> None:
 def _signals_kept(meeting: bool) -> Iterator[None]:
     """This process's own handlers are there again afterwards.
 
-    While other hosts are waited for, a signal ends it at once: the wait is in C++, where no handler would run.
+    While other hosts are waited for, a signal ends it at once, with the code of a stop on request: the wait is in C++,
+    where no handler would run, so a thread hears of the signal.
     """
     previous = {number: signal.getsignal(number) for number in STOPS}
+    ears = socket.socketpair()
+    ears[1].setblocking(False)
+    before = signal.set_wakeup_fd(ears[1].fileno(), warn_on_full_buffer=False) if meeting else -1
     try:
         if meeting:
             for number in STOPS:
-                signal.signal(number, signal.SIG_DFL)
+                signal.signal(number, _while_hosts_are_waited_for)
+            threading.Thread(target=_end_when_asked, args=(ears[0],), name="signals", daemon=True).start()
         yield
     finally:
+        if meeting:
+            signal.set_wakeup_fd(before)
         for number, handler in previous.items():
             signal.signal(number, handler)
+        ears[1].close()  # ends the thread
+        if not meeting:
+            ears[0].close()
+
+
+def _while_hosts_are_waited_for(number: int, frame: FrameType | None) -> None:
+    """A handler only because Python tells a wakeup descriptor of no other signals."""
+
+
+def _end_when_asked(ear: socket.socket) -> None:
+    with ear:
+        while numbers := ear.recv(64):
+            waits = signal.getsignal(signal.SIGTERM) == _while_hosts_are_waited_for
+            if waits and set(STOPS) & set(numbers):
+                print(f"error: {MESSAGE} (not all hosts had come)", file=sys.stderr, flush=True)
+                os._exit(StoppedOnRequest.exit_code)
 
 
 def _workers_of(pid: int) -> list[int]:

@@ -166,7 +166,9 @@ class Watchdog:
                 time.sleep(4 * self.interval_s)  # the first that ends has its siblings ended, who may still write
             elif not self.world.lead:  # the lead's error is shown by whoever called it
                 self.on_end(explained)
-            raise TrainingFailed(explained) from None
+            failure = TrainingFailed(explained)
+            failure.said = not self.world.lead
+            raise failure from None
 
     # ------------------------------------------------------------- the threads
 

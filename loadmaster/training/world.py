@@ -7,6 +7,7 @@ MASTER_PORT); without them it is this one process, which needs no process group 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -109,7 +110,26 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
             )
         except RuntimeError as error:
             raise LoadmasterError(f"rank {rank} lost the others as they joined: {str(error).splitlines()[0]}") from None
-    return World(rank, size, local_rank, local_size, device)
+    world = World(rank, size, local_rank, local_size, device)
+    try:
+        refuse_uneven(world.gather(local_size))
+    except LoadmasterError:
+        leave(world)  # its threads must not outlive Python
+        raise
+    return world
+
+
+def refuse_uneven(counts: Sequence[int]) -> None:
+    """Ranks are told apart by nodes of one size: of others, some would wait for what the rest never comes to.
+
+    counts: processes on the node of each rank. Raises the same LoadmasterError on all of them.
+    """
+    if len(set(counts)) > 1:
+        said = ", ".join(f"{count} on the node of rank {counts.index(count)}" for count in dict.fromkeys(counts))
+        raise LoadmasterError(
+            f"the nodes have different numbers of processes ({said}); start as many on each: --nproc-per-node=N, or "
+            "the same number of GPUs"
+        )
 
 
 def meet(rank: int, size: int, patience_s: float = JOIN_S) -> dist.Store:

@@ -164,12 +164,14 @@ def test_a_wrong_flag_is_a_problem_like_any_other(arguments: list[str], said: st
     assert said in capsys.readouterr().err
 
 
-def test_one_process_of_a_torchrun_prints_the_problems(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("rank", "local_rank", "prints"), [("0", "0", True), ("3", "3", False), ("8", "0", True)])
+def test_one_process_of_each_host_prints_the_problems_which_may_be_of_that_host_only(
+    rank: str, local_rank: str, prints: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert run_app(Recorder(), ["seed=x"]) == 2
-    assert capsys.readouterr().err == ""
+    assert ("seed" in capsys.readouterr().err) == prints
 
 
 def test_the_command_is_put_back_for_reports_to_quote(monkeypatch: pytest.MonkeyPatch):

@@ -20,6 +20,7 @@ from loadmaster.config.compose import compose
 from loadmaster.errors import LoadmasterError
 from loadmaster.training.agent import Meeting
 from tests.runs import environment
+from tests.training.processes import free_port
 
 PATH = Path(__file__).parents[2] / "launch" / "torchrun.py"
 spec = importlib.util.spec_from_file_location("launch_torchrun", PATH)
@@ -163,6 +164,28 @@ def test_a_killed_worker_is_a_sentence_and_not_a_traceback(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 4
     assert output.startswith("error: rank 1 on this host was ended by SIGKILL") and len(output.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_while_other_hosts_are_waited_for_is_a_stop_and_not_a_failure(rank, tmp_path):
+    """A batch script puts what ends with 75 back into the queue; 143 it would give up."""
+    flags = ("--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
+    process = start(tmp_path, "wait", *flags)
+    deadline = time.monotonic() + 60
+    while not caught(process.pid, signal.SIGTERM):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1.0)  # into the wait itself
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 75 and "not all hosts had come" in output and len(output.splitlines()) == 1
+
+
+def caught(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    mask = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("SigCgt:"))
+    return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
 
 
 @pytest.mark.slow

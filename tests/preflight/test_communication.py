@@ -96,7 +96,7 @@ def job(method: str = "full", rows: int = 64, gpu: str = "h100_80gb", model: str
 def test_node_ranges_are_powers_of_two_and_lists_are_taken_as_written() -> None:
     assert parse_nodes("1..64") == [1, 2, 4, 8, 16, 32, 64] and parse_nodes("3..6") == [3, 4, 6]
     assert parse_nodes("8,1") == [1, 8]
-    for wrong in ("", "0..4", "4..2", "1..x", "9999"):
+    for wrong in ("", "0..4", "4..2", "1..x", "9999", "²"):
         with pytest.raises(ConfigError, match=r"1\.\.64"):
             parse_nodes(wrong)
 

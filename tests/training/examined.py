@@ -11,14 +11,15 @@ from pathlib import Path
 from loadmaster.config.show import show_error
 from loadmaster.errors import LoadmasterError
 from loadmaster.training import doctor
-from loadmaster.training.world import join, leave
+from loadmaster.training.world import World, join, leave
 
 
 def main(folder: Path) -> int:
     ahead_s = float(os.environ.get("CLOCK", "0"))
     doctor.time.time = lambda now=time.time: now() + ahead_s  # the clock of the whole machine cannot be set here
-    world = join("cpu")
+    world = World()
     try:
+        world = join("cpu")
         doctor.examine(world, os.environ.get("CONFIG", "c0ffee"), "data", folder, doctor.Needs(), print)
         return 0
     except LoadmasterError as error:

@@ -113,3 +113,13 @@ def test_a_real_node_with_other_code_settings_and_clock_is_named_and_nothing_sta
     assert "the job's settings differ (badcafe, not c0ffee)" in said
     assert "its clock is" in said and "node 0 (" not in said.split("its clock")[0]
     assert "Traceback" not in "".join(done.output)
+
+
+@pytest.mark.slow
+def test_nodes_with_different_numbers_of_processes_are_refused_on_every_rank(tmp_path):
+    """They used to wait for one another in the doctor, until the watchdog's half hour was over."""
+    alone = {2: {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}}
+    ended = run_ranks(SCRIPT, str(tmp_path), size=3, local_size=2, folder=tmp_path, each=alone)
+    assert ended.codes == [4, 4, 4]
+    for said in (ended.output[0], ended.output[2]):  # a line in the log of each node
+        assert "2 on the node of rank 0, 1 on the node of rank 2" in said and "--nproc-per-node=N" in said

@@ -137,6 +137,23 @@ def test_8_bit_states_of_two_processes_go_on_in_one(tiny, tmp_path):
     assert [row["loss"] for row in metrics(run)] == pytest.approx(together, rel=1e-3)
 
 
+def test_preference_pairs_on_two_processes_are_compared_with_the_base_and_saved_as_on_one(tiny, tmp_path):
+    """The reference pass switches the adapter off while layers are whole: their shards are still what is trained."""
+    words = [
+        "data=ticket_pairs", "sequence_length=256", "batch.global_size=8", "max_steps=4", "checkpoint.every_steps=2",
+        "evaluation.every_steps=2",
+    ]  # fmt: skip
+    done = finish(tmp_path, *job(tiny, *words))
+    assert done.returncode == 0, done.stderr
+    assert not json.loads((tmp_path / "run" / "plan.json").read_text())["reshard_after_forward"]
+    alone = finish(tmp_path, *job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
+    assert alone.returncode == 0, alone.stderr
+    several, one = (metrics(tmp_path / name) for name in ("run", "alone"))
+    for key in ("loss", "grad_norm", "reward_margin"):
+        assert [row[key] for row in several] == pytest.approx([row[key] for row in one], rel=1e-5, abs=1e-6), key
+    assert several[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=1e-5)
+
+
 def test_zero3_begins_with_the_weights_that_were_there_before_the_rehearsal(tiny, tmp_path):
     """The tiny model's embeddings are too large to be kept whole on every rank, as a real one's are."""
     words = ["method=full", "max_steps=2"]
