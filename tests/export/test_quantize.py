@@ -24,8 +24,8 @@ def test_calibration_rows_are_spread_over_the_training_set_and_rendered_by_the_t
 
 
 def test_few_calibration_tokens_are_trusted_less():
-    assert trust(widest=1536, tokens=2_804) == trust(1536, 15_359) == (1.0, 0.0)
-    assert trust(1536, 15_360) == trust(14336, 500_000) == (0.01, 0.3)
+    assert trust(widest=1536, tokens=2_804) == trust(1536, 10_751) == (1.0, 0.0)
+    assert trust(1536, 10_752) == trust(14336, 500_000) == (0.01, 0.3)
 
 
 def test_shrinking_keeps_the_diagonal():
