@@ -1,7 +1,8 @@
 """What the trained model says, for a server to be compared with; in a process of its own.
 
 Log-probabilities of held-out documents, each alone (a server cannot be given a packed row), under the model as
-trained, under its base and under each quantized export as it lies on disk; and greedy answers of the trained one.
+trained, under its base and under each quantized export as it lies on disk; and greedy answers of the trained one. An
+export whose activations are rounded is scored twice: as its server does it, and with the activations left in bf16.
 The process ends before a server starts, so both never share the memory.
 """
 
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> None:
         model, without = load_base(base, **how).eval(), nullcontext()
     with without:
         of_base = [_scored(model, row, tokenizer.pad_token_id) for row in rows]
-    on_disk, broken = {}, {}
+    on_disk, rounded, broken = {}, {}, {}
     for name, folder in told["exports"].items():
         progress(f"scoring {name} from disk")
         model = None
@@ -60,6 +61,11 @@ def main(arguments: list[str]) -> None:
         except Exception as error:  # the folder may hold anything; the other formats are checked all the same
             broken[name] = str(error)
             continue
+        rounding = rounding_layers(model)
+        if rounding:
+            rounded[name] = [_scored(model, row, tokenizer.pad_token_id)["own"] for row in rows]
+        for layer in rounding:
+            layer.quantization_enabled = False
         on_disk[name] = [_scored(model, row, tokenizer.pad_token_id)["own"] for row in rows]
 
     write_result(
@@ -70,6 +76,7 @@ def main(arguments: list[str]) -> None:
                     "ids": row.input_ids.tolist(), "positions": _positions(row),
                     "trained": ours["own"], "top": ours["top"], "base": theirs["own"],
                     "exports": {name: each[number] for name, each in on_disk.items()},
+                    "rounded": {name: each[number] for name, each in rounded.items()},
                 }
                 for number, (row, ours, theirs) in enumerate(zip(rows, scored, of_base, strict=True))
             ],
@@ -95,6 +102,12 @@ def split_row(row: PackedRow) -> list[PackedRow]:
         )
         for start, end in itertools.pairwise(starts)
     ]  # fmt: skip
+
+
+def rounding_layers(model: nn.Module) -> list[Any]:
+    """Layers of an export that round their inputs, as compressed-tensors does it where `quantization_enabled`."""
+    schemes = ((layer, getattr(layer, "quantization_scheme", None)) for layer in model.modules())
+    return [layer for layer, scheme in schemes if scheme is not None and scheme.input_activations is not None]
 
 
 def _row(document: dict[str, list[int]]) -> PackedRow:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import torch
+from safetensors.torch import load_file
+
 from loadmaster.data import Conversation
-from loadmaster.export.quantize import calibration_tokens, dampening
+from loadmaster.export import quantize
+from loadmaster.export.quantize import calibrate, calibration_tokens, shrink, trust
 
 
 def test_calibration_rows_are_spread_over_the_training_set_and_rendered_by_the_template(tokenizer):
@@ -20,5 +24,27 @@ def test_calibration_rows_are_spread_over_the_training_set_and_rendered_by_the_t
 
 
 def test_few_calibration_tokens_are_trusted_less():
-    assert dampening(widest=1536, tokens=2_900) == dampening(1536, 15_359) == 1.0
-    assert dampening(1536, 15_360) == dampening(14336, 500_000) == 0.01
+    assert trust(widest=1536, tokens=2_804) == trust(1536, 10_751) == (1.0, 0.0)
+    assert trust(1536, 10_752) == trust(14336, 500_000) == (0.01, 0.3)
+
+
+def test_shrinking_keeps_the_diagonal():
+    hessian = torch.tensor([[4.0, 2.0], [2.0, 1.0]])
+    shrink(hessian, 0.3)
+    assert torch.equal(hessian, torch.tensor([[4.0, 1.4], [1.4, 1.0]]))
+
+
+def test_gptq_quantizes_behind_the_shrunk_hessian(tiny, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    rows = torch.randint(3, 40_000, (30, 100)).tolist()
+    made = {}
+    for share in (quantize.SHRINKAGE, 0.0):
+        monkeypatch.setattr(quantize, "SHRINKAGE", share)
+        facts = calibrate(tiny, "int4-gptq", tmp_path / str(share), rows)
+        assert (facts["dampening"], facts["shrinkage"], facts["calibration_tokens"]) == (0.01, share, 3_000)
+        made[share] = load_file(tmp_path / str(share) / "model.safetensors")
+    shrunk, full = made.values()
+    packed = [name for name in shrunk if name.endswith("weight_packed")]
+    assert len(packed) == 14 and all(not torch.equal(shrunk[name], full[name]) for name in packed)
+    scales = [name for name in shrunk if name.endswith("weight_scale")]
+    assert all(torch.equal(shrunk[name], full[name]) for name in scales)

@@ -14,7 +14,7 @@ DOCUMENTS = [
 ]
 FIGURES = {
     "models": ["smoke"], "rendering": {"cases": 4, "different": []}, "difference": 0.002, "from_disk": 0.002,
-    "top1_agreement": 0.99, "fine_tune": 1.7, "tuned_share": 1.0, "answers": 8, "first_token": 1.0,
+    "rounding": 0.0, "top1_agreement": 0.99, "fine_tune": 1.7, "tuned_share": 1.0, "answers": 8, "first_token": 1.0,
     "equal_answers": 1.0, "ended": [8, 8], "overrun": 0, "stops_at": {"2": True},
 }  # fmt: skip
 
@@ -39,6 +39,33 @@ def test_the_difference_from_disk_is_from_the_export_itself_where_that_is_not_th
     figures = log_probability_figures(documents, as_on_disk, "int4")
     assert (figures["difference"], figures["from_disk"]) == (pytest.approx(0.5), pytest.approx(0.0))
     assert log_probability_figures(documents, as_on_disk, "bf16")["from_disk"] == pytest.approx(0.5)
+
+
+def test_rounding_is_how_far_the_export_is_from_itself_with_its_activations_rounded():
+    documents = [
+        {**d, "exports": {"fp8": d["trained"]}, "rounded": {"fp8": [v - 0.2 for v in d["trained"]]}} for d in DOCUMENTS
+    ]
+    rounded_the_other_way = served([0.1, 0.0, -0.1])
+    figures = log_probability_figures(documents, rounded_the_other_way, "fp8")
+    assert (figures["from_disk"], figures["rounding"]) == (pytest.approx(0.2), pytest.approx(0.2))
+    assert log_probability_figures(documents, rounded_the_other_way, "bf16")["rounding"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("from_disk", "rounding", "accepted"),
+    [
+        (0.1145, 0.1531, True),   # rounded by scales in float32, and by ours in bf16
+        (0.0325, 0.1531, True),   # not rounded: what bf16 arithmetic does otherwise
+        (0.3443, 0.1531, False),  # the scale of one of 30 up projections doubled
+        (0.2074, 0.0, False),     # the same figure of a format that rounds nothing
+        (3.5637, 0.1531, False),  # the scale of all of them doubled
+        (0.05, float("nan"), False),
+    ],
+)  # fmt: skip
+def test_a_server_may_round_activations_its_own_way_and_not_do_worse(from_disk, rounding, accepted):
+    """Figures of an imitated server, SmolLM2-135M and an adapter that has learnt nothing, 477 tokens, 2026-11-26."""
+    found = failures({**FIGURES, "from_disk": from_disk, "rounding": rounding}, LIMITS["fp8"], "smoke")
+    assert [failure.split()[0] for failure in found] == ([] if accepted else ["from_disk"])
 
 
 def test_a_fine_tune_too_small_to_tell_has_no_tuned_share():
