@@ -158,6 +158,17 @@ def test_sigterm_goes_to_every_worker_once_and_is_waited_for(tmp_path):
     assert {file.name: file.read_text() for file in tmp_path.glob("asked-*")} == {"asked-0": "1", "asked-1": "1"}
 
 
+def test_a_sigterm_that_comes_right_before_the_workers_is_kept_for_them():
+    from loadmaster.training import agent
+
+    with agent._signals_kept(meeting=False):
+        agent._pass_on_from_now()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.02)
+        worker = subprocess.Popen(["sleep", "30"], start_new_session=True)
+        assert worker.wait(timeout=10) == -signal.SIGTERM
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_a_sentence_and_not_a_traceback(tmp_path):
     process = start(tmp_path, "kill")
