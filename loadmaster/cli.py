@@ -358,6 +358,7 @@ def _doctor_of_all(overrides: list[str]) -> int:
     from loadmaster.pipeline import dataset_tokens
     from loadmaster.preflight import make_plan
     from loadmaster.training.doctor import describe, examine, needs_of
+    from loadmaster.training.watchdog import Watchdog, as_they_begin
     from loadmaster.training.world import join, leave
     from loadmaster.world_stages import device_type
 
@@ -365,7 +366,8 @@ def _doctor_of_all(overrides: list[str]) -> int:
     plan = make_plan(job, dataset_tokens(job))
     world = join(device_type(plan))
     try:
-        reports = examine(world, job_hash(job), "", Path("."), needs_of(plan), print if world.lead else str)
+        with as_they_begin(world.rank), Watchdog(world, None):  # a host may be lost meanwhile
+            reports = examine(world, job_hash(job), "", Path("."), needs_of(plan), print if world.lead else str)
         if world.lead:
             print("\n".join(describe(reports)))
     finally:

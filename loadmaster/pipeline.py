@@ -58,6 +58,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
         show_error(LoadmasterError(f"{error}; {DISK_REMEDY}"))
         return team.end(LoadmasterError.exit_code) if team else LoadmasterError.exit_code
     finally:
+        stop.leave_word()
         stop.uninstall()
     return team.end(0)
 

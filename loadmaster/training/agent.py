@@ -27,6 +27,8 @@ from loadmaster.training.stop import MESSAGE
 RENDEZVOUS_S = 900
 """Longest wait for the other hosts to come."""
 STOPS = (signal.SIGTERM, signal.SIGINT)
+AGAIN_S = 0.1
+"""A signal that finds no worker yet is looked at again after so long."""
 
 
 class WorkerKilled(TrainingFailed):
@@ -153,8 +155,17 @@ def _pass_on_from_now() -> None:
     """SIGTERM and SIGINT of this process go to its workers, as SIGTERM."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        for pid in _workers_of(os.getpid()):
+        workers = _workers_of(os.getpid())
+        for pid in workers:
             os.kill(pid, signal.SIGTERM)
+        if not workers:  # the first is about to be started: it would never hear of it
+            timer = threading.Timer(AGAIN_S, again, (number,))
+            timer.daemon = True
+            timer.start()
+
+    def again(number: int) -> None:
+        if signal.getsignal(number) is pass_on:
+            os.kill(os.getpid(), number)
 
     for number in STOPS:
         signal.signal(number, pass_on)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from loadmaster.config.schema import Job
@@ -18,9 +19,15 @@ from loadmaster.errors import StoppedOnRequest
 MESSAGE = "stopped on request; start the same command again to resume"
 SAME_REQUEST_S = 2.0
 """Signals so soon after the first are the same request: a scheduler tells every process, the launcher its workers."""
+FINALIZER_S = 0.05
+"""A signal that finds the program where nothing can be raised comes once more after so long."""
 
 STARTED = "LOADMASTER_STARTED"
 """Environment variable: when the job began, seconds of time.time(), which launch.max_hours counts from."""
+
+OVER = "LOADMASTER_OVER"
+"""Environment variable: a file to leave when a limit of time or money ends the run. A batch script that starts again
+what was stopped (75) would else pay for another such time, and another."""
 
 
 class StopSignal:
@@ -106,6 +113,9 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if time.monotonic() - self._first_s < SAME_REQUEST_S:
             return
+        if not self._deferring and _in_finalizer(frame):
+            self._later(FINALIZER_S, os.kill, os.getpid(), number)
+            return
         first = not self._signalled
         if first:
             self._first_s = time.monotonic()
@@ -118,6 +128,12 @@ class StopSignal:
     def message(self) -> str:
         over = self.deadline is not None and time.time() >= self.deadline
         return f"launch.max_hours or launch.max_usd is used up: {MESSAGE}" if over else MESSAGE
+
+    def leave_word(self) -> None:
+        """Where a limit of time or money is reached, for who would start the run again."""
+        if self.deadline is not None and time.time() >= self.deadline and OVER in os.environ:
+            with suppress(OSError):
+                Path(os.environ[OVER]).touch()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -135,9 +151,17 @@ class StopSignal:
         """
         if self._raised:
             return
+        self.leave_word()
         with suppress(Exception):
             self.last_words(f"{MESSAGE} (nothing was saved within {waited_s:g} s)")
         os._exit(StoppedOnRequest.exit_code)
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    """Whether the interrupted code is an object's __del__: Python prints what is raised there, drops it and goes on."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 def deadline(job: Job, usd_per_hour: float | None = None) -> float | None:

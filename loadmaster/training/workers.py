@@ -42,6 +42,8 @@ def run_stage(stage: str, run_dir: Path, count: int, stop: StopSignal) -> dict[s
     Raises what ended it: the workers' own LoadmasterError, StoppedOnRequest when all stopped together, or
     TrainingFailed with the last lines of the log of a worker that broke.
     """
+    if stop.requested:  # asked before there was a worker to pass it on to
+        raise StoppedOnRequest(stop.message)
     for rank in range(count):
         outcome_file(run_dir, rank).unlink(missing_ok=True)
     environment = {"LOADMASTER_LEAD": str(os.getpid()), STARTED: os.environ[STARTED]}

@@ -158,6 +158,17 @@ def test_sigterm_goes_to_every_worker_once_and_is_waited_for(tmp_path):
     assert {file.name: file.read_text() for file in tmp_path.glob("asked-*")} == {"asked-0": "1", "asked-1": "1"}
 
 
+def test_a_sigterm_that_comes_right_before_the_workers_is_kept_for_them():
+    from loadmaster.training import agent
+
+    with agent._signals_kept(meeting=False):
+        agent._pass_on_from_now()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.02)
+        worker = subprocess.Popen(["sleep", "30"], start_new_session=True)
+        assert worker.wait(timeout=10) == -signal.SIGTERM
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_a_sentence_and_not_a_traceback(tmp_path):
     process = start(tmp_path, "kill")
@@ -219,21 +230,23 @@ def test_a_process_that_is_asked_to_stop_before_it_can_listen_was_stopped_not_br
         agent.run_workers(agent.Workers(2, ["-c", words]))
 
 
-def test_the_slurm_script_starts_one_task_a_node_and_goes_back_to_the_queue_when_stopped(tmp_path):
-    """With srun and scontrol that write down what they were asked; no Slurm here."""
-    for name, ending in (("srun", "exit 75"), ("scontrol", "")):
+@pytest.mark.parametrize("limit", [False, True])
+def test_the_slurm_script_starts_one_task_a_node_and_goes_back_to_the_queue_when_stopped(limit, tmp_path):
+    """With srun and scontrol that write down what they were asked; no Slurm here. A limit of the job's is its end."""
+    for name, ending in (("srun", 'touch "$LOADMASTER_OVER"; exit 75' if limit else "exit 75"), ("scontrol", "")):
         tool = tmp_path / name
         tool.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/asked\n{ending}\n')
         tool.chmod(0o755)
     done = subprocess.run(
         ["bash", str(PATH.with_name("slurm.sbatch")), "recipe=full_70b", "seed=1"],
+        cwd=tmp_path,
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": "python3"},
         timeout=20,
     )
     assert done.returncode == 75
     assert (tmp_path / "asked").read_text().splitlines() == [
         "srun python3 launch/torchrun.py train.py recipe=full_70b seed=1",
-        "scontrol requeue 7",
+        *([] if limit else ["scontrol requeue 7"]),
     ]
 
 

@@ -123,3 +123,25 @@ def test_nodes_with_different_numbers_of_processes_are_refused_on_every_rank(tmp
     assert ended.codes == [4, 4, 4]
     for said in (ended.output[0], ended.output[2]):  # a line in the log of each node
         assert "2 on the node of rank 0, 1 on the node of rank 2" in said and "--nproc-per-node=N" in said
+
+
+@pytest.mark.slow
+def test_the_doctor_by_itself_names_a_rank_that_dies_while_it_is_looked_at(tiny, tmp_path):
+    words = ["hardware=cpu", "hardware.count=2", "batch.global_size=2", f"model.path={tiny}"]
+    script = tmp_path / "script.py"
+    script.write_text(DIES.format(words=["doctor", *words]))
+    ended = run_ranks(script, size=2, folder=tmp_path, timeout_s=150)
+    assert ended.codes == [4, -9]
+    assert "rank 1" in ended.output[0] and "no sign of life" in ended.output[0]
+    assert "Traceback" not in ended.output[0]
+
+
+DIES = """
+import os, signal, sys
+from loadmaster import cli
+from loadmaster.training import doctor
+
+if os.environ["RANK"] == "1":
+    doctor.code_hash = lambda: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(cli.main({words!r}))
+"""

@@ -110,7 +110,8 @@ def test_ctrl_c_twice_ends_it_with_75(apart_s, tiny, tmp_path):
     assert "Traceback" not in said(tmp_path)
 
 
-def test_max_hours_saves_and_ends_before_they_are_over(tiny, tmp_path):
+def test_max_hours_saves_and_ends_before_they_are_over(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOADMASTER_OVER", str(tmp_path / "over"))
     process = start(tmp_path, *job(tiny, "max_steps=100000", "checkpoint.every_steps=50000", "launch.max_hours=0.03"))
     assert process.wait(timeout=300) == 75, said(tmp_path)
     done = len(metrics(tmp_path / "run"))
@@ -118,6 +119,7 @@ def test_max_hours_saves_and_ends_before_they_are_over(tiny, tmp_path):
     began = (tmp_path / "run" / "config.yaml").stat().st_mtime
     assert done and saved.stat().st_mtime - began < 0.03 * 3600
     assert "checkpoint saved" in said(tmp_path) and "nothing was saved" not in said(tmp_path)
+    assert (tmp_path / "over").exists()  # or a batch script would start it again, for another such time
 
 
 def test_kill_9_in_the_middle_of_a_checkpoint_loses_none_and_goes_on_bit_for_bit(tiny, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from loadmaster.config.schema import DataConfig, Job, LaunchConfig
 from loadmaster.errors import StoppedOnRequest
 from loadmaster.training.stop import STARTED, StopSignal, deadline
+from loadmaster.training.workers import run_stage
 from tests.runs import ROOT, environment
 
 JOB = Job(data=DataConfig(path="x"))
@@ -70,6 +71,30 @@ def test_what_a_request_interrupts_may_take_its_time_to_clear_up(monkeypatch):
         assert ended == []
     finally:
         stop.uninstall()
+
+
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)  # the handler runs in here
+
+
+def test_a_request_that_comes_while_an_object_is_dropped_is_not_lost():
+    """Python swallows what is raised in a __del__, and a plan drops objects by the hundred thousand."""
+    stop = StopSignal(grace_s=100).install()
+    try:
+        with pytest.raises(StoppedOnRequest):
+            Dropped()
+            time.sleep(20)
+    finally:
+        stop.uninstall()
+
+
+def test_a_request_that_came_before_the_workers_did_starts_none(tmp_path):
+    stop = StopSignal()
+    stop.requested = True
+    with pytest.raises(StoppedOnRequest):
+        run_stage("train", tmp_path, 2, stop)
 
 
 def test_deferral_within_deferral_ends_with_the_outer_one():
