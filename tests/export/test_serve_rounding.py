@@ -28,6 +28,7 @@ def as_vllm(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return ((rounded @ self.weight.float().t()) * scale).to(x.dtype)
 
 
+@pytest.mark.slow
 def test_the_rounding_of_activations_is_allowed_for_and_a_doubled_scale_is_not(run, tmp_path, monkeypatch):
     monkeypatch.setattr(thresholds, "DEFAULTS", dict.fromkeys(("bf16", "fp8", "int4"), ThresholdsConfig()))
     run.export("fp8", "bf16")

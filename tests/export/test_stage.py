@@ -106,6 +106,7 @@ def test_every_format_is_written_verified_published_and_then_left_alone(run, mon
     assert sum("unchanged, skipped" in line for line in run.log) == 4
 
 
+@pytest.mark.slow
 def test_a_failed_or_killed_export_leaves_nothing_new_and_the_earlier_one_whole(run, monkeypatch, tmp_path):
     run.export("bf16")
     manifest = read_manifest(run.folder / "export" / "bf16")
