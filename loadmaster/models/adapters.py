@@ -54,14 +54,14 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
+    before = {module: module._disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    for layer in before:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, disabled in before.items():  # off already where the model before training is scored
+            layer._disable_adapters = disabled
 
 
 def save_trained(model: nn.Module, folder: Any) -> None:

@@ -113,6 +113,18 @@ def test_at_the_start_dpo_is_log_2_and_its_margin_zero(tiny, rows):
     assert module.figures[2].item() == 0
 
 
+def test_before_training_there_is_no_margin_and_what_is_trained_stays_so(policy, rows):
+    """eval.json's "before": the adapter is off around the loss, whose reference pass must not switch it on."""
+    trained = [name for name, _ in trainable(policy)]
+    loss = PreferenceLoss(policy, "dpo", 0.1, 0.0)
+    with torch.no_grad():
+        loss(collate(rows, 0))
+        assert loss.figures[2] != 0 and [name for name, _ in trainable(policy)] == trained
+        with policy.disable_adapter():
+            loss(collate(rows, 0))
+    assert loss.figures[2] == 0
+
+
 def test_the_dpo_loss_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, tmp_path):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
