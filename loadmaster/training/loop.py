@@ -139,12 +139,12 @@ def train(
         eval_loss: float | None = None
         recompilations = 0
 
-        def save(step: int) -> None:
+        def save(step: int, position: dict[str, Any]) -> None:
             state = {
                 "step": step,
                 "tokens": tokens,
                 "trained_tokens": trained_total,
-                "sampler": sampler.state_dict(),
+                "sampler": position,
                 "job_hash": job_hash,
                 "eval_loss": eval_loss,
             }
@@ -155,8 +155,10 @@ def train(
             logging.getLogger("loadmaster").info(f"step {step}: saving; the loop waited {waited_s:.3f} s")
 
         display.start(steps, done)
+        position = sampler.state_dict()
         try:
             for step, indices in zip(range(done + 1, steps + 1), sampler, strict=False):
+                before, position = position, sampler.state_dict()
                 watch.at(step, "step")
                 began = time.perf_counter()
                 picked = [rows[i] for i in indices]
@@ -175,7 +177,7 @@ def train(
                     session.optimizer.step(row["lr"])
                     session.skipped.clear()
                 else:
-                    _skip(session, row, picked, lambda before=step - 1: (save(before), checkpoints.wait()))
+                    _skip(session, row, picked, lambda at=(step - 1, before): (save(*at), checkpoints.wait()))
                     row["loss"] = row["grad_norm"] = None
                 tokens += sum(map(len, picked))
                 trained_total += total_trained
@@ -198,7 +200,7 @@ def train(
                         eval_loss = row["eval_loss"] = figures["loss"] if math.isfinite(figures["loss"]) else None
                 asked = stopping()
                 if asked or step % save_every == 0 or step == steps:
-                    save(step)
+                    save(step, position)
                     row["save_stall_s"] = round(checkpoints.stalls_s[-1], 4)
                 log.append({**row, "steps": steps})  # so that who follows a run from elsewhere knows its end
                 logging.getLogger("loadmaster").info(f"step {step} of {steps}: {row}")

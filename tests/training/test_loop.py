@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -164,6 +165,31 @@ def test_non_finite_losses_are_skipped_then_stop_the_run_with_rows_and_checkpoin
     assert "checkpoints/step-4" in str(caught.value)
     assert (tmp_path / "checkpoints" / "step-4" / "checksums.json").exists()
     assert [row["loss"] is None for row in read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True, True]
+
+
+def test_after_a_run_that_gave_up_the_same_data_goes_on_to_the_last_step(tiny, tmp_path, monkeypatch):
+    """The step that was not made gets its batch again; else the data of an epoch would end a step too soon."""
+    from loadmaster.training import loop
+
+    job = replace(JOB, max_steps=None, epochs=1.0)
+    run(tiny, tmp_path / "whole", job)
+    whole = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    backward, calls = loop.Session.backward, []
+
+    def poisoned(self, batches, total):
+        calls.append(1)
+        return backward(self, batches, total) * (math.nan if len(calls) > 3 else 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Session, "backward", poisoned)
+        patched.setattr(loop, "_rehearse", lambda *_: Rehearsed(0.0, 0.0, 0.0, seconds=0.0))
+        with pytest.raises(TrainingFailed, match="not finite"):
+            run(tiny, tmp_path / "cut", replace(job, optimizer=replace(job.optimizer, max_skipped_steps=0)))
+    run(tiny, tmp_path / "cut", replace(job, optimizer=replace(job.optimizer, max_skipped_steps=0)))
+    gone_on = read_metrics(tmp_path / "cut" / "metrics.jsonl")
+    assert [row["step"] for row in gone_on] == [row["step"] for row in whole]
+    assert [row["loss"] for row in gone_on] == pytest.approx([row["loss"] for row in whole], abs=1e-5)
+    assert (tmp_path / "cut" / "checkpoints" / f"step-{len(whole)}" / "checksums.json").exists()
 
 
 def test_one_bad_step_is_left_out_and_the_run_goes_on(tiny, tmp_path, monkeypatch):
