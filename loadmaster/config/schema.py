@@ -294,7 +294,7 @@ class LaunchConfig:
     max_usd: PositiveFloat | None = None
     """Most to spend: what is rented ends then, a run here stops before, at the plan's price. Null: max_hours alone."""
     max_hours: PositiveFloat | Auto = "auto"
-    """Hours until the job is ended; slurm: of each run of it (--time); auto: twice the planned and one, where rented."""
+    """Hours until the job is ended; slurm: of each of its runs (--time); auto: twice the plan and one, where rented."""
     grace_s: PositiveFloat = 120
     """Seconds from SIGTERM to a saved checkpoint; what still runs then is killed, and the checkpoint before counts."""
     hang_timeout_s: PositiveFloat | Auto = "auto"
