@@ -9,9 +9,9 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from importlib.metadata import distribution
 from pathlib import Path
 
-import pip
 import pytest
 
 import loadmaster
@@ -148,7 +148,8 @@ def test_an_image_that_has_other_code_under_this_version_gets_the_code_that_came
         (packages / path).parent.mkdir(exist_ok=True)
         (packages / path).write_text(text)
     tools.mkdir()
-    (tools / "pip").symlink_to(Path(pip.__file__).parent)
+    # Not by its import, after which this process would have the standard library's distutils, and setuptools none.
+    (tools / "pip").symlink_to(distribution("pip").locate_file("pip"))
     place.runner.environment |= {
         "PIP_TARGET": "", "PYTHONPATH": str(tools), "PATH": os.pathsep.join([str(image / "bin"), os.environ["PATH"]]),
     }  # fmt: skip
