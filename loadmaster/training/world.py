@@ -97,9 +97,10 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
     if device_type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        store = dist.PrefixStore("loadmaster/group", meet(rank, size))
-        try:
+    world = World(rank, size, local_rank, local_size, device)
+    store = None if dist.is_initialized() else dist.PrefixStore("loadmaster/group", meet(rank, size))
+    try:
+        if store is not None:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
                 store=store,
@@ -108,11 +109,9 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
                 world_size=size,
                 device_id=device if device_type == "cuda" else None,
             )
-        except RuntimeError as error:
-            raise LoadmasterError(f"rank {rank} lost the others as they joined: {str(error).splitlines()[0]}") from None
-    world = World(rank, size, local_rank, local_size, device)
-    try:
         refuse_uneven(world.gather(local_size))
+    except RuntimeError as error:
+        raise LoadmasterError(f"rank {rank} lost the others as they joined: {str(error).splitlines()[0]}") from None
     except LoadmasterError:
         leave(world)  # its threads must not outlive Python
         raise

@@ -145,3 +145,23 @@ if os.environ["RANK"] == "1":
     doctor.code_hash = lambda: os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(cli.main({words!r}))
 """
+
+
+@pytest.mark.slow
+def test_a_rank_that_goes_as_it_joins_leaves_the_others_a_sentence(tmp_path):
+    """What a stop request does to a process that is between its meeting and its first word."""
+    script = tmp_path / "joins.py"
+    script.write_text(
+        "import os, sys\n"
+        "from loadmaster.errors import LoadmasterError\n"
+        "from loadmaster.training import world\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    world.World.gather = lambda self, value: os._exit(75)\n"
+        "try:\n"
+        "    world.join('cpu', 60)\n"
+        "except LoadmasterError as error:\n"
+        "    sys.exit(f'said: {error}')\n"
+    )
+    ended = run_ranks(script, size=2, folder=tmp_path, timeout_s=100)
+    assert ended.codes == [1, 75]
+    assert "said: rank 0 lost the others as they joined" in ended.output[0] and "Traceback" not in ended.output[0]
