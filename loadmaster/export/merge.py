@@ -288,7 +288,7 @@ def round_trip(form: str, dtype: torch.dtype) -> Callable[[str, torch.Tensor], t
             return weight
         layer = FORMS[form](weight.shape[1], weight.shape[0])
         layer.fill(weight.to(dtype))
-        return layer.dequantized(dtype if form == "nf4" else torch.float32)  # fp8 is multiplied without its scale
+        return layer.multiplied_with(dtype)
 
     return seen
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,39 @@ def test_a_qlora_adapter_is_merged_into_the_weights_it_was_trained_over(tiny, ti
         write_config(tiny, target, tied_embeddings=True)
         divergence[name] = compare(load_export(target, "cpu"), [reference], 0)["mean_kl"]
     assert divergence["as trained"] < 0.05 * divergence["16-bit base"]
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp8"])
+def test_a_merge_of_an_adapter_trained_in_bf16_over_a_quantized_base_holds_what_was_trained(tiny, tmp_path, form):
+    """Quantized adapters are trained in bf16, where the base is rounded to bf16 before it is multiplied with."""
+    from loadmaster.export.live_checks import merged_weights
+    from loadmaster.models.load import load_trained
+
+    folder = save_adapter(tiny, tmp_path / "adapter", std=0.02)
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    adapter, seen_as = read_adapter(folder), round_trip(form, torch.bfloat16)
+    louder = replace(adapter, updates={name: replace(u, alpha=1.1 * u.alpha) for name, u in adapter.updates.items()})
+    merges = {
+        "as trained": (adapter, seen_as), "stored base": (adapter, None), "no adapter": (None, seen_as),
+        "scale 10% off": (louder, seen_as),
+    }  # fmt: skip
+    for name, (update, base) in merges.items():
+        (tmp_path / name).mkdir()
+        merge(tiny, tmp_path / name, update, torch.bfloat16, base)
+    trained = load_trained(tiny, folder, torch.bfloat16, "cpu", frozen=form)
+
+    def is_as_trained() -> dict[str, bool]:
+        found = merged_weights(trained, [tmp_path / name for name in merges], tiny)
+        return {name: found[str(tmp_path / name)] == [] for name in merges}
+
+    right = {"as trained": True, "stored base": True, "no adapter": False, "scale 10% off": False}
+    assert is_as_trained() == right
+    # A GPU adds up magnitudes in another order than the CPU that merges.
+    for module in trained.modules():
+        if hasattr(module, "absmax_offset"):
+            module.absmax_offset.mul_(1 + 2**-22)
+    assert is_as_trained() == right
 
 
 def test_an_adapter_over_an_fp8_base_is_merged_into_the_fp8_values(tiny32, tmp_path):
