@@ -130,7 +130,7 @@ def test_a_merge_of_an_adapter_trained_in_bf16_over_a_quantized_base_holds_what_
     # A GPU adds up magnitudes in another order than the CPU that merges.
     for module in trained.modules():
         if hasattr(module, "absmax_offset"):
-            module.absmax_offset.mul_(1 + 2**-22)
+            module.absmax_offset.mul_(1 + 2**-19)
     assert is_as_trained() == right
 
 
