@@ -61,7 +61,8 @@ def away(run_dir: Path, artifact: Path) -> Left | None:
     """Where the files of this export are, when none of them is here; None: they are (or should be) here."""
     files = read_manifest(artifact).get("files") or []
     paths = [file.get("path") if isinstance(file, dict) else None for file in files]
-    if None in paths or any((artifact / path).exists() for path in paths):  # damaged: verify_manifest says how
+    # One that is damaged counts as here, where verify_manifest says how.
+    if any(not isinstance(path, str) or (artifact / path).exists() for path in paths):
         return None
     return where(run_dir)
 
