@@ -6,7 +6,8 @@ merged_weights     every tensor of a 16-bit export is, to the rounding of bf16, 
 
                    A base of another model, a wrong scale, a layer that was left out and an untied head all fail,
                    however little they change the predictions. The sum is taken from the live model's own modules,
-                   not by the code that merged.
+                   not by the code that merged; what has no module of its own there (experts, which are fused as they
+                   are loaded) is the stored base's.
 quantized_weights  no matrix of a quantized export is far from the trained one: a broken scale in one layer is, and
                    hardly changes the predictions. Not for AWQ, which moves a factor of each channel from one layer's
                    matrices to those before it on purpose
@@ -72,6 +73,15 @@ def merged_weights(trained: nn.Module, folders: list[Path], base: Path) -> dict[
                 trained_over.append(name)
             if not _is_rounded(found, as_trained if on_stored is None else on_stored):
                 over_stored.append(name)
+    if hasattr(trained, "peft_config"):
+        # transformers fuses the experts of a mixture as it loads them; an adapter leaves what has no name of its own.
+        for folder in folders:
+            for name in sorted(files[folder].keys() & stored.keys() - seen):
+                found, plain = (read_tensor(each[name], name).float() for each in (files[folder], stored))
+                if not _is_rounded(found, plain):
+                    for names in wrong[folder]:
+                        names.append(name)
+        seen |= stored.keys()
     return {
         str(folder): _sentences(min(wrong[folder], key=len), set(files[folder]), seen)
         if seen & set(files[folder])

@@ -134,6 +134,32 @@ def test_a_merge_of_an_adapter_trained_in_bf16_over_a_quantized_base_holds_what_
     assert is_as_trained() == right
 
 
+def test_an_expert_of_a_mixture_that_is_not_the_bases_is_named(tmp_path):
+    """transformers fuses experts as it loads them, so the live model has none under the name that is in the files."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from loadmaster.export.live_checks import merged_weights
+    from loadmaster.models.load import load_trained
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    base, target = tmp_path / "base", tmp_path / "merged"
+    Qwen3MoeForCausalLM(config).save_pretrained(base)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    target.mkdir()
+    merge(base, target, read_adapter(adapter), torch.bfloat16)
+    trained = load_trained(base, adapter, torch.float32, "cpu")
+    assert merged_weights(trained, [target], base) == {str(target): []}
+    tensors = load_file(target / "model.safetensors")
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    tensors[name] = 1.02 * tensors[name]
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    assert merged_weights(trained, [target], base)[str(target)][0].startswith(f"{name} is not the weight")
+
+
 def test_an_adapter_over_an_fp8_base_is_merged_into_the_fp8_values(tiny32, tmp_path):
     adapter = read_adapter(save_adapter(tiny32, tmp_path / "adapter"))
     target = tmp_path / "merged"
