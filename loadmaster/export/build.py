@@ -124,8 +124,9 @@ class Builder:
         full = self.plan.method == "full"
         self.echo("  copying the trained model" if full else f"  merging {which}" if which else "  merging")
         adapter = None if full else read_adapter(self.trained)
-        form = None if which == candidates.STORED_BASE else frozen_form(self.plan.method, self.plan.precision)
-        seen_as = None if form is None else round_trip(form, DTYPES[self.plan.precision])
+        as_stored = full or which == candidates.STORED_BASE
+        form = frozen_form(self.plan.method, self.plan.precision)
+        seen_as = None if as_stored else round_trip(form, DTYPES[self.plan.precision])
         report = merge(self.source, target, adapter, torch.bfloat16, seen_as, outputs)
         if target is not None:
             self._write_beside(target, report.tied_embeddings)
