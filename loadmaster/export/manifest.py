@@ -17,6 +17,7 @@ from typing import Any
 
 from loadmaster import __version__
 from loadmaster.errors import ExportRejected
+from loadmaster.export.table import storable
 from loadmaster.files import sha256_file, write_text
 
 SCHEMA = 1
@@ -100,12 +101,13 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Hash the files of `folder`, write manifest.json beside them, and return it.
 
     facts: everything but schema, files, versions and time of creation; "oldest_server" where it is not the format's.
+    A candidate that was not taken may have scored NaN, which is kept as null.
     """
     files = file_list(folder)
     manifest = {
         "schema": SCHEMA,
         "oldest_server": OLDEST_SERVER[facts["format"]],
-        **facts,
+        **storable(facts),
         "versions": versions(),
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "bytes": sum(file["bytes"] for file in files),

@@ -36,6 +36,13 @@ def test_the_manifest_says_what_it_holds(artifact):
     assert {"torch", "transformers", "loadmaster"} <= manifest["versions"].keys()
 
 
+def test_a_candidate_that_scored_nan_and_was_not_taken_does_not_end_the_export(tmp_path):
+    scores = {"int4-rtn": {"mean_kl": 0.01}, "int4-gptq": {"mean_kl": float("nan"), "perplexity": float("inf")}}
+    write_manifest(tmp_path, {"format": "int4", "verification": {"candidate": "int4-rtn", "candidates": scores}})
+    kept = read_manifest(tmp_path)["verification"]["candidates"]
+    assert kept == {"int4-rtn": {"mean_kl": 0.01}, "int4-gptq": {"mean_kl": None, "perplexity": None}}
+
+
 @pytest.mark.parametrize("position", [0, 5000, 10239])
 def test_one_flipped_bit_is_found(artifact, position):
     path = artifact / "model.safetensors"
