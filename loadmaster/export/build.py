@@ -151,6 +151,10 @@ class Builder:
         self.echo(f"  {candidates.said_of_merges(taken, scores['candidates'])}")
         if "bf16" in formats:
             written.candidates["bf16"] = {taken: folders[taken]}
+        elif scores["failures"]:  # else the verification of bf16 says it, and stops
+            self.echo("  " + candidates.NEITHER_IS_CLOSE)
+            for reason in scores["failures"]:
+                self.echo(f"    {reason}")
         return folders[taken], report
 
     def _write_beside(self, folder: Path, tied_embeddings: bool, quantization: dict[str, Any] | None = None) -> None:
