@@ -97,7 +97,13 @@ class Hub:
 
     def __init__(self, repository: str):
         from huggingface_hub import HfApi, get_token
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
 
+        try:
+            validate_repo_id(repository)
+        except HFValidationError as error:
+            raise LoadmasterError(f"--repo {repository} is no name of a repository: {error}") from None
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self.repository, self.url = repository, f"{self.endpoint}/{repository}"
         self._token = get_token()

@@ -168,6 +168,12 @@ def test_a_card_names_no_folder_of_a_machine_even_when_the_data_are_gone(source,
     assert push._without_folders(source) == shown
 
 
+@pytest.mark.parametrize("name", ["org/bad name", "org/name/more", "https://huggingface.co/org/name", "-x"])
+def test_a_name_that_no_repository_can_have_is_said_so_by_a_dry_run_too(run, capsys, name):
+    assert main(["push", str(run), f"--repo={name}", "--dry-run"]) != 0
+    assert f"--repo {name} is no name of a repository" in capsys.readouterr().err
+
+
 def test_a_damaged_manifest_is_not_pushed_and_said_so(run, capsys):
     (run / "export" / "bf16" / "manifest.json").write_text('{"schema": 1, "files": [5, {"path": 7}]}')
     assert main(["push", str(run), "--repo", "org/name", "--dry-run"]) == 5
