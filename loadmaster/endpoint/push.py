@@ -97,7 +97,13 @@ class Hub:
 
     def __init__(self, repository: str):
         from huggingface_hub import HfApi, get_token
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
 
+        try:
+            validate_repo_id(repository)
+        except HFValidationError as error:
+            raise LoadmasterError(f"--repo {repository} is no name of a repository: {error}") from None
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self.repository, self.url = repository, f"{self.endpoint}/{repository}"
         self._token = get_token()
@@ -122,6 +128,13 @@ class Hub:
         self._ask("create the repository", lambda: self._api.create_repo(
             self.repository, private=what.private, exist_ok=True
         ))  # fmt: skip
+        is_private = self._ask("look at the repository", lambda: self._api.repo_info(self.repository).private)
+        if what.private and is_private is False:
+            raise ProviderError(
+                f"{self.url} is public already: give --public, or the name of another repository"
+            )
+        if is_private and not what.private:
+            echo(f"{self.url} is private already, and stays so")
         there = self._ask("list the repository", lambda: self._api.list_repo_files(self.repository))
         self._refuse_other_model(what.manifest["format"], there)
         stale = sorted(set(there) - {*what.paths, CARD, *KEPT})
@@ -148,9 +161,10 @@ class Hub:
         held = self._ask("read the repository's manifest", lambda: read_json(Path(
             self._api.hf_hub_download(self.repository, NAME)
         )))  # fmt: skip
-        if held.get("format") != format_name:
+        holds = held.get("format") if isinstance(held, dict) else "no manifest that can be read"
+        if holds != format_name:
             raise ProviderError(
-                f"{self.url} holds {held.get('format')}: one quantization a repository, so push {format_name} elsewhere"
+                f"{self.url} holds {holds}: one quantization a repository, so push {format_name} elsewhere"
             )
 
     def _ask(self, what: str, ask: Callable[[], Any], echo: Callable[[str], None] = lambda text: None) -> Any:
@@ -163,7 +177,8 @@ class Hub:
 
         def say(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
-            echo(f"  {what}: {self._without_token(str(error)).splitlines()[0]}; trying again")
+            said = self._without_token(str(error)).splitlines() or [type(error).__name__]  # a timeout may say nothing
+            echo(f"  {what}: {said[0]}; trying again")
 
         try:
             for attempt in Retrying(
@@ -188,10 +203,16 @@ def _job_facts(run_dir: Path) -> dict[str, Any]:
     if not (run_dir / "config.yaml").is_file():
         return {}
     job = read_job(run_dir / "config.yaml").job
-    # A path of this machine means nothing elsewhere, and is nobody's business.
     path = job.data.path
-    shown = [Path(each).name if Path(each).exists() else each for each in ([path] if isinstance(path, str) else path)]
+    shown = [_without_folders(each) for each in ([path] if isinstance(path, str) else path)]
     return {
         "data": shown, "epochs": job.epochs, "lr": job.optimizer.lr, "sequence_length": job.sequence_length,
         "global_batch": job.batch.global_size, "lora": job.lora, "task": job.evaluation.task, "seed": job.seed,
     }  # fmt: skip
+
+
+def _without_folders(source: str) -> str:
+    """A path of this machine, or of the one that trained, means nothing elsewhere, and is nobody's business."""
+    path = Path(source)
+    is_path = path.exists() or path.is_absolute() or source.startswith(("~", "."))
+    return path.name if is_path else source

@@ -124,8 +124,9 @@ class Builder:
         full = self.plan.method == "full"
         self.echo("  copying the trained model" if full else f"  merging {which}" if which else "  merging")
         adapter = None if full else read_adapter(self.trained)
-        form = None if which == candidates.STORED_BASE else frozen_form(self.plan.method, self.plan.precision)
-        seen_as = None if form is None else round_trip(form, DTYPES[self.plan.precision])
+        as_stored = full or which == candidates.STORED_BASE
+        form = frozen_form(self.plan.method, self.plan.precision)
+        seen_as = None if as_stored else round_trip(form, DTYPES[self.plan.precision])
         report = merge(self.source, target, adapter, torch.bfloat16, seen_as, outputs)
         if target is not None:
             self._write_beside(target, report.tied_embeddings)
@@ -150,6 +151,10 @@ class Builder:
         self.echo(f"  {candidates.said_of_merges(taken, scores['candidates'])}")
         if "bf16" in formats:
             written.candidates["bf16"] = {taken: folders[taken]}
+        elif scores["failures"]:  # else the verification of bf16 says it, and stops
+            self.echo("  " + candidates.NEITHER_IS_CLOSE)
+            for reason in scores["failures"]:
+                self.echo(f"    {reason}")
         return folders[taken], report
 
     def _write_beside(self, folder: Path, tied_embeddings: bool, quantization: dict[str, Any] | None = None) -> None:

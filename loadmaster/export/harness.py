@@ -78,6 +78,8 @@ class Asked:
             )  # fmt: skip
         except LoadmasterError as error:
             raise ExportRejected(str(error)) from None
+        if not found["tasks"]:
+            raise ExportRejected(f"{', '.join(self.harness.tasks)} gave no figure, so there is nothing to compare")
         return found["tasks"]
 
     def _run(self, model_args: dict[str, Any] | None) -> dict[str, Any]:
@@ -149,7 +151,7 @@ def table(before: Figures, after: dict[str, Figures]) -> Table:
 
 
 def _cell(figure: dict[str, Any] | None) -> str:
-    if figure is None:
+    if figure is None or figure["value"] is None:
         return ""
     error = "" if figure["stderr"] is None else f" ± {figure['stderr']:.3f}"
     return f"{figure['value']:.3f}{error}"

@@ -17,12 +17,14 @@ from typing import Any
 
 from loadmaster import __version__
 from loadmaster.errors import ExportRejected
+from loadmaster.export.table import storable
 from loadmaster.files import sha256_file, write_text
 
 SCHEMA = 1
 NAME = "manifest.json"
 OWN_DIGEST, NO_DIGEST = "manifest_sha256", "0" * 64
-BESIDE = ("README.md", ".gitattributes", ".cache/")
+BESIDE = ("README.md", ".gitattributes")
+BESIDE_FOLDER = ".cache/huggingface/"
 """What a Hub repository and a download of it have besides; nothing that a server loads."""
 
 OLDEST_SERVER = {
@@ -99,12 +101,13 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Hash the files of `folder`, write manifest.json beside them, and return it.
 
     facts: everything but schema, files, versions and time of creation; "oldest_server" where it is not the format's.
+    A candidate that was not taken may have scored NaN, which is kept as null.
     """
     files = file_list(folder)
     manifest = {
         "schema": SCHEMA,
         "oldest_server": OLDEST_SERVER[facts["format"]],
-        **facts,
+        **storable(facts),
         "versions": versions(),
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "bytes": sum(file["bytes"] for file in files),
@@ -160,7 +163,9 @@ def verify_manifest(folder: Path) -> list[str]:
         problems += _file_problems(folder, name, entry)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_dir() and name != NAME and name not in listed and not name.startswith(BESIDE):
+        if path.is_symlink() and name not in listed:
+            problems.append(f"{name}: a symbolic link that is not in the manifest")
+        elif not path.is_dir() and name not in {NAME, *BESIDE, *listed} and not name.startswith(BESIDE_FOLDER):
             problems.append(f"{name}: not in the manifest")
     return problems if listed or problems else ["the manifest lists no files"]
 
@@ -169,7 +174,7 @@ def _is_as_written(path: Path) -> bool:
     """Whether the manifest's text, with its digest as zeros, has that digest."""
     text = path.read_bytes()
     digest = json.loads(text).get(OWN_DIGEST)
-    if not isinstance(digest, str) or len(digest) != len(NO_DIGEST):
+    if not isinstance(digest, str) or len(digest) != len(NO_DIGEST) or not digest.isascii():
         return False
     return hashlib.sha256(text.replace(digest.encode(), NO_DIGEST.encode(), 1)).hexdigest() == digest
 
@@ -181,6 +186,13 @@ def _stays_inside(name: str) -> bool:
 
 
 def _file_problems(folder: Path, name: str, entry: dict[str, Any]) -> list[str]:
+    try:
+        return _differences(folder, name, entry)
+    except OSError as error:  # no permission, a name that is too long for the disk, a disk that fails
+        return [f"{name[:255]}: cannot be read ({error.strerror})"]
+
+
+def _differences(folder: Path, name: str, entry: dict[str, Any]) -> list[str]:
     path = folder
     for part in PurePosixPath(name).parts:
         path = path / part

@@ -119,7 +119,7 @@ class MergeReport:
     tied_embeddings: bool
     """Whether the merged model still shares embedding and head; config.json must say the same."""
     relative_error: dict[str, float]
-    """Of each merged tensor that training saw quantized: norm of the base's quantization error over the update's."""
+    """Of each merged tensor that training saw quantized or rounded: norm of that error over the update's."""
 
 
 def refusals(config: dict[str, Any]) -> list[str]:
@@ -276,19 +276,21 @@ class Merge:
         return merged
 
 
-def round_trip(form: str, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """For `merge`: the weights of linear layers as training over a quantized base multiplied with them.
+def round_trip(form: str | None, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """For `merge`: the base weights as training multiplied with them.
 
-    form: of the frozen base, nf4 or fp8 (loadmaster.models.frozen). dtype: the one that training computed in.
-    Embeddings, head and norms stay as they are.
+    form: of the frozen base, nf4 or fp8 (loadmaster.models.frozen); None where it is not quantized. dtype: the one that
+    training computed in; a base that is stored in a wider one was rounded to it. Embeddings, head and norms are not
+    quantized.
     """
 
     def seen(name: str, weight: torch.Tensor) -> torch.Tensor:
-        if weight.dim() != 2 or name == HEAD or name.endswith(EMBEDDINGS):
-            return weight
+        if form is None or weight.dim() != 2 or name == HEAD or name.endswith(EMBEDDINGS):
+            is_wider = weight.is_floating_point() and weight.dtype.itemsize > dtype.itemsize
+            return weight.to(dtype) if is_wider else weight
         layer = FORMS[form](weight.shape[1], weight.shape[0])
         layer.fill(weight.to(dtype))
-        return layer.dequantized(dtype if form == "nf4" else torch.float32)  # fp8 is multiplied without its scale
+        return layer.multiplied_with(dtype)
 
     return seen
 

@@ -34,6 +34,7 @@ from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, lo
 from loadmaster.export.serve_environment import LLAMA_CPP, environment_python, server_python
 from loadmaster.export.serve_llama_cpp import ask_llama_cpp
 from loadmaster.export.serve_run import Servers
+from loadmaster.export.table import storable
 from loadmaster.files import write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import load_tokenizer
@@ -122,7 +123,7 @@ def serve_check(
     if harness is not None:
         path = str(harness.include_path) if harness.include_path else None
         record["tasks"] = {**asdict(harness), "include_path": path, "before": before}
-    write_json(run_dir / "serve-check.json", record)
+    write_json(run_dir / "serve-check.json", storable(record))
     return results
 
 

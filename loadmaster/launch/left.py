@@ -60,7 +60,9 @@ def where(run_dir: Path) -> Left | None:
 def away(run_dir: Path, artifact: Path) -> Left | None:
     """Where the files of this export are, when none of them is here; None: they are (or should be) here."""
     files = read_manifest(artifact).get("files") or []
-    if any((artifact / file["path"]).exists() for file in files):
+    paths = [file.get("path") if isinstance(file, dict) else None for file in files]
+    # One that is damaged counts as here, where verify_manifest says how.
+    if any(not isinstance(path, str) or (artifact / path).exists() for path in paths):
         return None
     return where(run_dir)
 

@@ -61,7 +61,11 @@ class FrozenLinear(nn.Linear):
             setattr(self, name, _frozen(tensor) if name in self._parameters else tensor)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] that this layer multiplies with."""
+        """The weight [out, in], rounded to `dtype`."""
+        raise AssertionError("of a subclass")
+
+    def multiplied_with(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that inputs of `dtype` are multiplied with, to its last bit."""
         raise AssertionError("of a subclass")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -111,6 +115,9 @@ class FrozenNF4Linear(FrozenLinear):
             [self.out_features, self.in_features], dtype,
         )  # fmt: skip
 
+    def multiplied_with(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantized(dtype)
+
     def forward(self, input: Tensor) -> Tensor:
         _check_codes(self.weight)
         return _NF4Matmul.apply(
@@ -134,6 +141,9 @@ class FrozenFP8Linear(FrozenLinear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return (self.weight.view(torch.float8_e4m3fn).float() * self.scale[:, None]).to(dtype)
+
+    def multiplied_with(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantized(torch.float32)  # the scale comes after the product, in float32
 
     def forward(self, input: Tensor) -> Tensor:
         _check_codes(self.weight)

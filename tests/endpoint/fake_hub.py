@@ -88,7 +88,7 @@ class FakeHub:
             content = self.files[path.rpartition("/")[2]]
             etag = f'"{hashlib.sha256(content).hexdigest()}"'
             return content, 200, {"ETag": etag, "X-Repo-Commit": "c0", "X-Linked-Size": str(len(content))}
-        return {"sha": "c0", "id": "org/name"}, 200, {}
+        return {"sha": "c0", "id": "org/name", "private": self.private}, 200, {}
 
     def upload_of(self, told: dict[str, Any]) -> dict[str, Any]:
         """Where an object goes; nothing to do for one that is there."""

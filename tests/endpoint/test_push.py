@@ -140,6 +140,45 @@ def test_a_hub_that_refuses_or_stays_away_is_told_in_a_sentence_without_the_toke
         push.Hub("org/name")._ask("upload", ask, said.append)
     assert (len(asked), len(said)) == (4, 3) and TOKEN not in "".join(said)
 
+    def silent():
+        raise httpx.ReadTimeout("")
+
+    with pytest.raises(ProviderError, match="could not upload"):
+        push.Hub("org/name")._ask("upload", silent, said.append)
+    assert said[-1] == "  upload: ReadTimeout; trying again"
+
+
+def test_what_is_to_be_private_is_not_pushed_to_a_repository_that_is_public(hub, run):
+    hub.private = False
+    refused = pushed(hub, run)
+    assert refused.returncode == 4 and "org/name is public already: give --public" in refused.stderr
+    assert (hub.commits, hub.files) == (0, {})
+    assert pushed(hub, run, "--public").returncode == 0 and hub.commits == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("/home/someone/secret/tickets.jsonl", "tickets.jsonl"), ("~/secret/tickets.jsonl", "tickets.jsonl"),
+        ("../secret/tickets.jsonl", "tickets.jsonl"), ("org/dataset", "org/dataset"),
+        ("shipped:tickets/train.jsonl", "shipped:tickets/train.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_card_names_no_folder_of_a_machine_even_when_the_data_are_gone(source, shown):
+    assert push._without_folders(source) == shown
+
+
+@pytest.mark.parametrize("name", ["org/bad name", "org/name/more", "https://huggingface.co/org/name", "-x"])
+def test_a_name_that_no_repository_can_have_is_said_so_by_a_dry_run_too(run, capsys, name):
+    assert main(["push", str(run), f"--repo={name}", "--dry-run"]) != 0
+    assert f"--repo {name} is no name of a repository" in capsys.readouterr().err
+
+
+def test_a_damaged_manifest_is_not_pushed_and_said_so(run, capsys):
+    (run / "export" / "bf16" / "manifest.json").write_text('{"schema": 1, "files": [5, {"path": 7}]}')
+    assert main(["push", str(run), "--repo", "org/name", "--dry-run"]) == 5
+    assert "does not verify" in capsys.readouterr().err
+
 
 def test_nothing_is_pushed_without_a_token_or_after_a_bit_has_flipped(run, capsys, monkeypatch):
     import huggingface_hub

@@ -26,6 +26,7 @@ answers = json.loads(Path(sys.argv[0]).with_name("answers.json").read_text())
 def completion(ids):
     document = next(document for document in answers["documents"] if document["ids"] == ids)
     own = document["base" if behaviour == "base" else "trained"]
+    own = [float("nan")] * len(own) if behaviour == "nan" else own
     entries = [None] * len(ids)
     for at, value, top in zip(document["positions"], own, document["top"], strict=True):
         entries[at] = {str(top): {"logprob": -0.1, "rank": 1}}

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from loadmaster.config.schema import EndpointConfig, ThresholdsConfig
 from loadmaster.errors import ExportRejected
 from loadmaster.export import candidates, thresholds
+from loadmaster.export.build import Builder, Written
 from loadmaster.export.candidates import AS_TRAINED, STORED_BASE, needed, said_of_merges
 from loadmaster.export.manifest import read_manifest
+from loadmaster.export.servers import NEWEST
 from loadmaster.files import read_json
 
 PASS_ALL = ThresholdsConfig(max_perplexity_ratio=1e9, max_mean_kl=1e9, min_top1_agreement=0, min_task_retention=0)
@@ -39,6 +41,22 @@ def test_the_gap_between_the_merges_is_said():
         "dequant(nf4) + delta is nearer to the live adapter: KL 0.00050 and top-1 99.00%, "
         "against 0.02000 and 90.00% of bf16 base + delta"
     )
+
+
+@pytest.mark.parametrize("formats", [["fp8"], ["fp8", "bf16"]])
+def test_where_neither_merge_is_close_a_run_that_exports_no_bf16_says_so_too(run, tmp_path, formats):
+    run.plan = replace(run.plan, method="qlora", precision="bf16")
+    scores = {
+        "candidate": STORED_BASE, "failures": ["mean_kl is 0.2, must be at most 0.005"],
+        "candidates": {name: {"mean_kl": 0.2, "top1_agreement": 0.8} for name in (AS_TRAINED, STORED_BASE)},
+    }  # fmt: skip
+    builder = Builder(
+        run.job, run.plan, run.base, run.folder / "adapter", run.prepared, run.tokenizer, NEWEST, run.log.append
+    )
+    folder, _ = builder._nearer_merge(formats, tmp_path, lambda merges: scores, Written())
+    assert folder.name == "merged-1"
+    said = [line for line in run.log if "Neither merge" in line or "mean_kl is 0.2" in line]
+    assert len(said) == (2 if formats == ["fp8"] else 0)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ if "breaks" in told["tasks"]:
 answer = {"tasks": {}}
 if "nothing" in told["tasks"]:
     answer = {"unknown": ["nothing"]}
-elif told["model_args"]:
+elif told["model_args"] and "silent" not in told["tasks"]:
     folder = Path(told["model_args"]["tokenizer"])
     value = json.loads((folder / "scores").read_text()) if (folder / "scores").is_file() else 0.6
     figure = {"value": value, "stderr": 0.01, "higher_is_better": True, "answers": told["limit"]}
@@ -100,6 +100,15 @@ def test_base_and_exports_are_asked_and_one_that_lost_too_much_fails(
     shown = capsys.readouterr().out
     assert "before and after" in shown and "0.600 ± 0.010" in shown and "0.300 ± 0.010" in shown
     assert (checked.folder / "serve-check" / "base.log").is_file()
+
+
+def test_a_figure_that_is_recorded_as_no_number_has_an_empty_cell():
+    assert harness._cell({"value": None, "stderr": None}) == harness._cell(None) == ""
+
+
+def test_tasks_without_a_figure_are_no_pass(stand_in_harness, tmp_path):
+    with pytest.raises(ExportRejected, match="silent gave no figure"):
+        Asked(Harness(("silent",)), tmp_path, print).of(1, "tiny", tmp_path, 128)
 
 
 def test_options_of_tasks_without_tasks_are_refused(tmp_path, capsys):

@@ -36,6 +36,13 @@ def test_the_manifest_says_what_it_holds(artifact):
     assert {"torch", "transformers", "loadmaster"} <= manifest["versions"].keys()
 
 
+def test_a_candidate_that_scored_nan_and_was_not_taken_does_not_end_the_export(tmp_path):
+    scores = {"int4-rtn": {"mean_kl": 0.01}, "int4-gptq": {"mean_kl": float("nan"), "perplexity": float("inf")}}
+    write_manifest(tmp_path, {"format": "int4", "verification": {"candidate": "int4-rtn", "candidates": scores}})
+    kept = read_manifest(tmp_path)["verification"]["candidates"]
+    assert kept == {"int4-rtn": {"mean_kl": 0.01}, "int4-gptq": {"mean_kl": None, "perplexity": None}}
+
+
 @pytest.mark.parametrize("position", [0, 5000, 10239])
 def test_one_flipped_bit_is_found(artifact, position):
     path = artifact / "model.safetensors"
@@ -85,6 +92,32 @@ def test_a_symbolic_link_is_a_problem_even_to_the_right_content(artifact):
     assert verify_manifest(artifact) == ["model.safetensors: is or lies behind a symbolic link"]
 
 
+@pytest.mark.parametrize("name", ["extra", "README.md", ".cache", "sub/extra"])
+@pytest.mark.parametrize("target", ["/etc", "/etc/hostname", "/nowhere"])
+def test_a_symbolic_link_besides_is_a_problem_wherever_it_leads(artifact, name, target):
+    (artifact / name).symlink_to(target)
+    assert verify_manifest(artifact) == [f"{name}: a symbolic link that is not in the manifest"]
+
+
+def test_only_what_the_hub_puts_beside_an_export_may_lie_there(artifact):
+    for name in ("README.md", ".gitattributes", ".cache/huggingface/download/model.safetensors.metadata"):
+        (artifact / name).parent.mkdir(parents=True, exist_ok=True)
+        (artifact / name).write_text("x")
+    assert verify_manifest(artifact) == []
+    for name in ("README.md.py", ".gitattributes.safetensors", ".cache/modeling.py"):
+        (artifact / name).write_text("x")
+        assert verify_manifest(artifact) == [f"{name}: not in the manifest"]
+        (artifact / name).unlink()
+
+
+def test_a_file_that_cannot_be_read_is_a_problem_by_name(artifact, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("loadmaster.export.manifest.sha256_file", refuse)
+    assert "model.safetensors: cannot be read (Permission denied)" in verify_manifest(artifact)
+
+
 def test_no_manifest_is_no_artifact(artifact):
     write_json(artifact / "manifest.json", {"schema": 99})
     assert "schema" in verify_manifest(artifact)[0]
@@ -107,6 +140,8 @@ def test_no_manifest_is_no_artifact(artifact):
         (b'{"schema": 1, "files": [{"path": "a\\u0000b"}]}', "not a path inside the folder"),
         (b'{"schema": 1, "files": [{"path": "/etc/hostname"}]}', "'/etc/hostname': not a path inside the folder"),
         (b'{"schema": 1, "files": [{"path": "../bf16/model.safetensors"}]}', "not a path inside the folder"),
+        (b'{"schema": 1, "files": [{"path": "' + b"a" * 5000 + b'"}]}', "cannot be read (File name too long)"),
+        (b'{"schema": 1, "files": [], "manifest_sha256": "' + b"\\ud800" * 64 + b'"}', "changed since it was written"),
         (b'{"schema": 1}', "not in the manifest"),
         (b"[1]", "does not have schema 1"),
         (b"not JSON", "is not JSON"),

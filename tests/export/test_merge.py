@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,66 @@ def test_a_qlora_adapter_is_merged_into_the_weights_it_was_trained_over(tiny, ti
         write_config(tiny, target, tied_embeddings=True)
         divergence[name] = compare(load_export(target, "cpu"), [reference], 0)["mean_kl"]
     assert divergence["as trained"] < 0.05 * divergence["16-bit base"]
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp8", None])
+def test_a_merge_of_an_adapter_trained_in_bf16_holds_what_was_trained(tiny, tiny32, tmp_path, form):
+    """On GPUs adapters are trained in bf16, where the base is rounded to bf16 before it is multiplied with."""
+    tiny = tiny if form else tiny32
+    from loadmaster.export.live_checks import merged_weights
+    from loadmaster.models.load import load_trained
+
+    folder = save_adapter(tiny, tmp_path / "adapter", std=0.02)
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    adapter, seen_as = read_adapter(folder), round_trip(form, torch.bfloat16)
+    louder = replace(adapter, updates={name: replace(u, alpha=1.1 * u.alpha) for name, u in adapter.updates.items()})
+    merges = {
+        "as trained": (adapter, seen_as), "stored base": (adapter, None), "no adapter": (None, seen_as),
+        "scale 10% off": (louder, seen_as),
+    }  # fmt: skip
+    for name, (update, base) in merges.items():
+        (tmp_path / name).mkdir()
+        merge(tiny, tmp_path / name, update, torch.bfloat16, base)
+    trained = load_trained(tiny, folder, torch.bfloat16, "cpu", frozen=form)
+
+    def is_as_trained() -> dict[str, bool]:
+        found = merged_weights(trained, [tmp_path / name for name in merges], tiny)
+        return {name: found[str(tmp_path / name)] == [] for name in merges}
+
+    right = {"as trained": True, "stored base": form is not None, "no adapter": False, "scale 10% off": False}
+    assert is_as_trained() == right
+    # A GPU adds up magnitudes in another order than the CPU that merges.
+    for module in trained.modules():
+        if hasattr(module, "absmax_offset"):
+            module.absmax_offset.mul_(1 + 2**-19)
+    assert is_as_trained() == right
+
+
+def test_an_expert_of_a_mixture_that_is_not_the_bases_is_named(tmp_path):
+    """transformers fuses experts as it loads them, so the live model has none under the name that is in the files."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from loadmaster.export.live_checks import merged_weights
+    from loadmaster.models.load import load_trained
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    base, target = tmp_path / "base", tmp_path / "merged"
+    Qwen3MoeForCausalLM(config).save_pretrained(base)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    target.mkdir()
+    merge(base, target, read_adapter(adapter), torch.bfloat16)
+    trained = load_trained(base, adapter, torch.float32, "cpu")
+    assert merged_weights(trained, [target], base) == {str(target): []}
+    tensors = load_file(target / "model.safetensors")
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    tensors[name] = 1.02 * tensors[name]
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    assert merged_weights(trained, [target], base)[str(target)][0].startswith(f"{name} is not the weight")
 
 
 def test_an_adapter_over_an_fp8_base_is_merged_into_the_fp8_values(tiny32, tmp_path):

@@ -110,6 +110,14 @@ def test_each_format_is_judged_by_what_its_server_says(checked, stand_in, capsys
     assert "bf16: tuned_share is" in shown.err and "Traceback" not in shown.err
 
 
+def test_a_server_that_computes_nan_fails_and_is_recorded(checked, stand_in):
+    serve_as(checked.folder / "export" / "bf16", "nan")
+    results = serve_check(checked.folder, ["bf16"], stand_in, lambda text: None)
+    assert any(failure.startswith("difference is nan") for failure in results["bf16"]["failures"])
+    record = read_json(checked.folder / "serve-check.json")
+    assert record["formats"]["bf16"]["difference"] is None and record["passed"] is False
+
+
 def test_a_server_that_renders_otherwise_or_does_not_stop_is_caught(checked, stand_in):
     serve_as(checked.folder / "export" / "bf16", "template")
     serve_as(checked.folder / "export" / "fp8", "endless")
