@@ -266,7 +266,7 @@ def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; no server is left running", file=sys.stderr)
         return 130
-    console.print(table(results))
+    Console(file=console.file, width=max(console.width, 100)).print(table(results))  # whole, also in a log
     if asked is not None:
         before = json.loads((arguments.run_dir / "serve-check.json").read_text())["tasks"]["before"]
         after = {name: figures["tasks"] for name, figures in results.items() if "tasks" in figures}

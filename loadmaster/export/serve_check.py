@@ -225,7 +225,7 @@ COLUMNS = ("format", "chats", "differs", "from disk", "tuned", "top-1", "1st tok
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
-    """What `serve_check` returns, as a rich Table, 80 characters wide.
+    """What `serve_check` returns, as a rich Table.
 
     chats: conversations rendered as in training. differs: mean difference of log-probabilities from the trained model,
     nats; from disk: from the same files as we load them. tuned: the tuned share. top-1: tokens with the same most
