@@ -166,12 +166,9 @@ def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
         for offload in offloads(job, method, hardware):
             for optimizer, master in states(job, method, offload, precision):
                 yield {
-                    "method": method,
-                    "precision": precision,
-                    "optimizer": optimizer,
-                    "master_weights": master,
+                    "method": method, "precision": precision, "optimizer": optimizer, "master_weights": master,
                     "offload": offload,
-                }
+                }  # fmt: skip
 
 
 def offloads(job: Job, method: str, hardware: Hardware) -> tuple[str, ...]:
@@ -225,15 +222,10 @@ def enumerate_tier(
             return
         for size in sizes:
             setup = Setup(
-                **{**tier, "precision": precision},
-                sharding=sharding,
-                replicas=replicas,
-                reshard_after_forward=reshard,
-                checkpointing=checkpointing,
-                micro_batch_size=size,
-                gradient_accumulation_steps=rows // size,
-                **fixed(job, hardware, checkpointing),
-            )
+                **{**tier, "precision": precision}, **fixed(job, hardware, checkpointing),
+                sharding=sharding, replicas=replicas, reshard_after_forward=reshard, checkpointing=checkpointing,
+                micro_batch_size=size, gradient_accumulation_steps=rows // size,
+            )  # fmt: skip
             if (not explain or setup.keeps_weights) and not conceivable(job, shape, hardware, setup):
                 break
             candidate = evaluate(job, shape, hardware, setup)
