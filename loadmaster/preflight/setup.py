@@ -13,7 +13,7 @@ SHARDED = ("fsdp", *ZERO)
 
 
 def sharding_words(plan: Any) -> str:
-    """"fsdp inside each node, layers kept whole", of a Setup or a Plan."""
+    """How a Setup's or a Plan's model is spread, as it is shown: `fsdp inside each node`."""
     inside = " inside each node" if plan.replicas > 1 else ""
     whole = "" if plan.reshard_after_forward else ", layers whole until their backward pass"
     return f"{plan.sharding}{inside}{whole}"
