@@ -152,10 +152,11 @@ def _not_met(workers: Workers, error: BaseException) -> str:
 
 
 def _pass_on_from_now() -> None:
-    """SIGTERM and SIGINT of this process go to its workers, as SIGTERM."""
+    """SIGTERM and SIGINT of this process go to its workers, as SIGTERM: to those that are started from here on."""
+    before = set(_leaders_under(os.getpid()))
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        workers = _workers_of(os.getpid())
+        workers = [child for child in _leaders_under(os.getpid()) if child not in before]
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
         if not workers:  # the first is about to be started: it would never hear of it
@@ -211,8 +212,8 @@ def _end_when_asked(ear: socket.socket) -> None:
                 os._exit(StoppedOnRequest.exit_code)
 
 
-def _workers_of(pid: int) -> list[int]:
-    """The agent's children: those that lead a session of their own, as it starts them."""
+def _leaders_under(pid: int) -> list[int]:
+    """Children that lead a session of their own, as the agent starts its workers."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     children = [int(word) for task in tasks for word in task.read_text().split()]
     return [child for child in children if _session(child) == child]

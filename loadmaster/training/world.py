@@ -6,10 +6,14 @@ MASTER_PORT); without them it is this one process, which needs no process group 
 
 from __future__ import annotations
 
+import atexit
 import os
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +28,8 @@ TIMEOUT_S = 12 * 3600.0
 """Longest wait of one collective: for data that one rank prepares. What is stuck, the watchdog ends much sooner."""
 JOIN_S = 600.0
 """Longest wait for all processes to come."""
+QUIET_S = 2.0
+"""Longest wait at the end for the communication's threads to be done."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
         torch.cuda.set_device(device)
     world = World(rank, size, local_rank, local_size, device)
     store = None if dist.is_initialized() else dist.PrefixStore("loadmaster/group", meet(rank, size))
+    atexit.register(quiet)
     try:
         if store is not None:
             dist.init_process_group(
@@ -168,3 +175,24 @@ def leave(world: World) -> None:
     """Close the process group; without it NCCL warns and its threads can hold the process."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def quiet(patience_s: float = QUIET_S) -> None:
+    """Return once no other thread of this process runs, or after `patience_s`.
+
+    Gloo's threads let go of a collective's tensors after who waited for it goes on, and need Python to do so. Once
+    Python ends that aborts the process ("terminate called without an active exception"), and FSDP and DeepSpeed keep
+    such threads alive past the end of their group (pytorch/pytorch#190489).
+    """
+    me, deadline = threading.get_native_id(), time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        time.sleep(0.005)  # whoever waits for Python gets it now
+        if not any(_runs(task) for task in Path("/proc/self/task").iterdir() if task.name != str(me)):
+            return
+
+
+def _runs(task: Path) -> bool:
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
+    except (FileNotFoundError, ProcessLookupError):  # it ended
+        return False

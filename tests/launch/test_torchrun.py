@@ -161,12 +161,16 @@ def test_sigterm_goes_to_every_worker_once_and_is_waited_for(tmp_path):
 def test_a_sigterm_that_comes_right_before_the_workers_is_kept_for_them():
     from loadmaster.training import agent
 
+    bystander = subprocess.Popen(["sleep", "30"], start_new_session=True)  # was there before, and is no worker
     with agent._signals_kept(meeting=False):
         agent._pass_on_from_now()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.02)
         worker = subprocess.Popen(["sleep", "30"], start_new_session=True)
         assert worker.wait(timeout=10) == -signal.SIGTERM
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
 
 
 @pytest.mark.slow
