@@ -33,17 +33,21 @@ class Storage:
         tape.by_tag[self.tag] += size
         tape.live += size
         if tape.live > tape.peak:
-            tape.peak, tape.at_peak = tape.live, dict(tape.by_tag)
+            tape.peak, tape.climbing = tape.live, True
         if tape.events is not None and size:
             tape.events.append(size)
 
     def __del__(self):
-        self.tape.live -= self.bytes
-        self.tape.by_tag[self.tag] -= self.bytes
-        if self.tape.events is not None and self.bytes:
-            self.tape.events.append(-self.bytes)
+        tape = self.tape
+        if tape.climbing:
+            tape.top()
+        tape.live -= self.bytes
+        tape.by_tag[self.tag] -= self.bytes
+        if tape.events is not None and self.bytes:
+            tape.events.append(-self.bytes)
 
     def retag(self, tag: str) -> None:
+        self.tape.top()
         self.tape.by_tag[self.tag] -= self.bytes
         self.tape.by_tag[tag] += self.bytes
         self.tag = tag
@@ -174,6 +178,8 @@ class Tape:
         self.widens_gradients = False
         """Whether a bf16 gradient is kept, or added up, as an fp32 copy (zero1)."""
         self.by_tag = dict.fromkeys(TAGS, 0)
+        self.climbing = False
+        """Whether all is in use that was at the peak so far, which `at_peak` does not yet hold by component."""
         self.at_peak = dict(self.by_tag)
         self.events: list[int] | None = [] if record else None
         self.work = Work()
@@ -185,6 +191,11 @@ class Tape:
         self.recalling = False
         self.offloaded: list[Region] = []
         self.leaves: list[Leaf] = []
+
+    def top(self) -> None:
+        """Note what is in use now, if that is the peak: called before any of it goes."""
+        if self.climbing:
+            self.climbing, self.at_peak = False, dict(self.by_tag)
 
     # ------------------------------------------------------------ building
 
@@ -212,7 +223,11 @@ class Tape:
         self.work.kernels += 1
 
     def needs(self, *inputs: Tensor) -> bool:
-        return self.enabled and any(i.node is not None for i in inputs)
+        if self.enabled:
+            for tensor in inputs:
+                if tensor.node is not None:
+                    return True
+        return False
 
     def link(self, output: Tensor, inputs: Sequence[Tensor], saved: Sequence[Storage], backward: Callable) -> Tensor:
         """Give `output` its backward; does nothing where no gradient is needed."""
@@ -321,8 +336,9 @@ class Tape:
     def _run(self, node: Node, buffers: dict[Node, Any]) -> list[Storage | None]:
         gradient = buffers.pop(node)
         saved = [s if isinstance(s, Storage) else s[0].unpack(s[1]) for s in node.saved]
-        with self.gradients(False):
-            results = list(node.backward(gradient, saved))
+        before, self.enabled = self.enabled, False
+        results = list(node.backward(gradient, saved))
+        self.enabled = before
         node.saved = node.backward = None
         return results
 

@@ -199,9 +199,10 @@ def enumerate_tier(
 ) -> Iterator[Candidate]:
     """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails.
 
-    Layers that stay whole come nearest to fitting only where dropped ones do, so they are left out where weights alone
-    do not fit. explain=False leaves out whatever is ruled out without a replay, micro-batches too large to gain
-    anything, and what recomputes or shards where there is room enough without.
+    Where all layers recomputed do not fit, nothing else of that sharding is tried. Whole layers, and a whole copy on
+    each GPU, come nearest to fitting only where sharded ones do, so they are left out where weights alone do not fit.
+    explain=False leaves out whatever is ruled out without a replay, micro-batches too large to gain anything, and what
+    recomputes or shards where there is room enough without.
     """
     checkpointings: tuple[str, ...] = (job.activation_checkpointing,)
     if job.activation_checkpointing == "auto":
@@ -214,25 +215,35 @@ def enumerate_tier(
     if not explain and job.micro_batch_size == "auto":
         sizes = [size for size in sizes if size == 1 or size * job.sequence_length <= MOST_TOKENS]
     shared = shardings(job, hardware, tier["offload"])
-    roomy = False
-    for precision, (sharding, replicas, reshard), checkpointing in product(
-        precisions(job, hardware, tier), shared, checkpointings
-    ):
-        if roomy and not explain:
-            return
-        for size in sizes:
-            setup = Setup(
-                **{**tier, "precision": precision}, **fixed(job, hardware, checkpointing),
-                sharding=sharding, replicas=replicas, reshard_after_forward=reshard, checkpointing=checkpointing,
-                micro_batch_size=size, gradient_accumulation_steps=rows // size,
-            )  # fmt: skip
-            if (not explain or setup.keeps_weights) and not conceivable(job, shape, hardware, setup):
-                break
-            candidate = evaluate(job, shape, hardware, setup)
-            yield candidate
-            if not candidate.fits:
-                break
-            roomy = roomy or (checkpointing == "none" and setup.tokens >= ENOUGH_TOKENS)
+
+    def candidate(precision: str, split: tuple[str, int, bool], checkpointing: str, size: int) -> Candidate | None:
+        sharding, replicas, reshard = split
+        setup = Setup(
+            **{**tier, "precision": precision}, **fixed(job, hardware, checkpointing),
+            sharding=sharding, replicas=replicas, reshard_after_forward=reshard, checkpointing=checkpointing,
+            micro_batch_size=size, gradient_accumulation_steps=rows // size,
+        )  # fmt: skip
+        nearest = explain and not (setup.keeps_weights or (sharding == "ddp" and len(shared) > 1))
+        return evaluate(job, shape, hardware, setup) if nearest or conceivable(job, shape, hardware, setup) else None
+
+    for precision, split in product(precisions(job, hardware, tier), shared):
+        lean = checkpointings[CHECKPOINTING.index("full") :]
+        leanest = [made for way in lean if (made := candidate(precision, split, way, sizes[0])) is not None]
+        if lean and not any(made.fits for made in leanest):
+            yield from leanest
+            continue
+        for checkpointing in checkpointings:
+            roomy = False
+            for size in sizes:
+                made = candidate(precision, split, checkpointing, size)
+                if made is None:
+                    break
+                yield made
+                if not made.fits:
+                    break
+                roomy = roomy or (checkpointing == "none" and size * job.sequence_length >= ENOUGH_TOKENS)
+            if roomy and not explain:
+                return
 
 
 def can_offload(job: Job, hardware: Hardware) -> bool:

@@ -49,6 +49,7 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
     del loss
     tape.backward(node, box)
     units.reduce_rest()
+    tape.top()
     return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
 
 
@@ -72,6 +73,7 @@ def evaluation_batch(shape: ModelShape, setup: Setup) -> Replayed:
     with tape.gradients(False):
         loss, done, _ = _forward(b, _Middle(b))
     del loss
+    tape.top()
     return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
 
 
