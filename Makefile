@@ -28,7 +28,7 @@ test: setup lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(VENV)/bin/ruff check .
