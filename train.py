@@ -10,9 +10,13 @@ verification, 75 stopped on request with a checkpoint saved (the same command re
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
+if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # while modules load there is nothing to save
+    stopped = b"stopped on request; the same command starts it again\n"
+    signal.signal(signal.SIGTERM, lambda *_: os.write(2, stopped) and os._exit(75))
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while modules load ends it without a word
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

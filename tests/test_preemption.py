@@ -1,8 +1,10 @@
 """Real processes, real signals, the real small model: nothing is lost and nothing repeats."""
 
 import random
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +54,19 @@ def test_kill_9_at_a_random_step_then_the_same_command_continues_bit_for_bit(tmp
     joined = metrics(tmp_path / "run")
     assert [row["step"] for row in joined] == list(range(1, STEPS + 1))
     assert joined == uninterrupted
+
+
+def test_sigterm_while_modules_load_is_a_stop_and_not_a_failure(tmp_path):
+    """A scheduler puts what ends with 75 back into the queue; 143 it would give up."""
+    process = start(tmp_path, *JOB)
+    caught = Path(f"/proc/{process.pid}/status")
+    while not int(re.search(r"SigCgt:\s*(\w+)", caught.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert (tmp_path / "log.txt").read_text().startswith("stopped on request; the same command")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
