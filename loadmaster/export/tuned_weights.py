@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from loadmaster.export.dequantize import ExportedTensors
 from loadmaster.export.live_checks import NAMED, live_weights
 from loadmaster.export.stream import row_chunks
-from loadmaster.export.weights import read_tensor, tensor_files
+from loadmaster.export.weights import HEAD, read_tensor, tensor_files
+from loadmaster.models.forward import causal_lm
 
 ERRORS = 6
 """Standard errors by which a share must miss: one in 10^9, with thousands of matrices and a spread of 1.2."""
@@ -140,11 +141,15 @@ def tuned_weights(trained: nn.Module, folders: Sequence[Path], base: Path) -> di
     that was trained over 4-bit weights an export may be the update on those or on the stored ones; it is held to the
     one that it is nearer to.
     """
+    if not folders:
+        return {}
     exports, stored = {folder: ExportedTensors(folder) for folder in folders}, tensor_files(base)
     found: dict[Path, tuple[list[Share], list[Share], list[str]]] = {folder: ([], [], []) for folder in folders}
+    lm = causal_lm(trained)
+    is_tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     for name, weight, delta, is_quantized in live_weights(trained):
-        if delta is None and is_quantized:  # held in few bits and not adapted: no more than rounded
-            continue
+        if delta is None and (is_quantized or (is_tied and name == HEAD)):
+            continue  # no more than rounded to few bits; judged as the embedding
         own = weight if delta is not None else _stored(stored, name, weight)
         if own is None or (delta is None and torch.equal(own, weight)):
             continue

@@ -26,6 +26,7 @@ from loadmaster.export.servers import NEWEST
 from loadmaster.export.sidecars import write_config, write_generation_config, write_tokenizer
 from loadmaster.export.tuned_weights import Carried, Share, pooled, share_of, tuned_weights
 from loadmaster.export.verify import Candidate, Verification
+from loadmaster.export.weights import HEAD
 from loadmaster.files import write_json
 from loadmaster.models.load import load_trained
 
@@ -207,16 +208,20 @@ def test_both_merges_of_an_adapter_trained_over_few_bits_carry_it(tiny, tmp_path
 
 
 def test_a_full_fine_tune_is_held_to_the_stored_base(tiny, tmp_path):
-    trained = tmp_path / "trained"
+    trained, base = tmp_path / "trained", tmp_path / "base"
     shutil.copytree(tiny, trained)
+    shutil.copytree(tiny, base)
     tensors, generator = load_file(tiny / "model.safetensors"), torch.Generator().manual_seed(0)
+    # A tied base may carry a copy of the head that is never read, and that no export has.
+    copied = {**tensors, HEAD: tensors["model.embed_tokens.weight"].clone()}
+    save_file(copied, base / "model.safetensors", metadata={"format": "pt"})
     moved = {
         name: (each + 0.01 * each.std() * torch.randn(each.shape, generator=generator)).bfloat16()
         for name, each in tensors.items() if each.dim() == 2
     }  # fmt: skip
     save_file({**tensors, **moved}, trained / "model.safetensors", metadata={"format": "pt"})
-    folders = [fp8_of(trained, tmp_path / "good", None), fp8_of(tiny, tmp_path / "of the base", None)]
-    good, bad = tuned_weights(load_trained(tiny, trained, torch.float32, "cpu"), folders, tiny).values()
+    folders = [fp8_of(trained, tmp_path / "good", None), fp8_of(base, tmp_path / "of the base", None)]
+    good, bad = tuned_weights(load_trained(base, trained, torch.float32, "cpu"), folders, base).values()
     assert good.problems("fp8") == [] and len(good.shares) == 15  # the embedding was trained too, and is not quantized
     assert good.figures()["share"] == pytest.approx(1, abs=0.05)
     assert "model.embed_tokens.weight" in bad.problems("fp8")[0]
