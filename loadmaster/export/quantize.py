@@ -105,7 +105,7 @@ def calibration_dtype(candidate: str, weight_bytes: int) -> torch.dtype:
     """What the model runs in: bf16, or float32 where that is faster: GPTQ on a CPU without instructions for bf16.
 
     CPU seconds of SmolLM2-135M, 32 rows, one thread, bf16 and float32 (2026-11-26): AVX2 117 and 57, AVX-512 81 and 59,
-    AVX-512 with bf16 56 and 63. weight_bytes: of the model in bf16.
+    AVX-512 with bf16 56 and 56. weight_bytes: of the model in bf16.
     """
     cpu = torch.cpu.get_capabilities()
     is_fast = torch.accelerator.is_available() or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
