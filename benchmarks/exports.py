@@ -28,6 +28,7 @@ from loadmaster.config.compose import read_job
 from loadmaster.data import prepare
 from loadmaster.export import live_checks, verify
 from loadmaster.export.merge import read_adapter
+from loadmaster.export.tuned_weights import tuned_weights
 from loadmaster.export.verify import Candidate, Verification
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES, load_tokenizer, load_trained
@@ -130,6 +131,8 @@ def main() -> None:
             kind = case if case in GOOD[:4] else "bf16"
             if kind == "bf16" and not case.startswith("int4"):  # whose weights are not to be the trained ones
                 verification.merged_weights = live_checks.merged_weights(live, [folder], base)
+            if live_checks.keeps_matrices(kind):
+                verification.tuned_weights = tuned_weights(live, [folder], base)
             found[case] = verification.of(kind, [Candidate(case, str(folder), case == "adapter")])
             found[case].pop("smoke", None)
             print(json.dumps({"case": case, "good": case in GOOD, **found[case]}), flush=True)

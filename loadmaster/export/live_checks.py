@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loadmaster.export import checks
 from loadmaster.export.weights import EMBEDDINGS, HEAD, read_tensor, tensor_files
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.frozen import FrozenLinear
@@ -45,6 +46,11 @@ adapter merged into the other base costs 0.09 more."""
 
 FACTORS_MOVE = ("int4_awq",)
 """Formats in which a matrix alone is not the trained one."""
+
+
+def keeps_matrices(format_name: str) -> bool:
+    """Whether it is a quantized format each of whose matrices is, but for rounding, the trained one."""
+    return checks.family(format_name) in MAX_WEIGHT_ERROR and format_name not in FACTORS_MOVE
 
 
 def merged_weights(trained: nn.Module, folders: list[Path], base: Path) -> dict[str, list[str]]:

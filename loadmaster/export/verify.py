@@ -41,6 +41,7 @@ from loadmaster.export.figures import (
 from loadmaster.export.loading import load_adapter, load_export, refuse_torn
 from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.smoke import recorded_answers
+from loadmaster.export.tuned_weights import tuned_weights
 from loadmaster.models.attention import cached_attention
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
 
@@ -127,6 +128,9 @@ class Verification:
         trained = Path(told["trained"])
         self.trained_checks = {"lora_rows": checks.lora_rows(trained)}
         merged = [Path(each.folder) for name, found in formats.items() if name == "bf16" for each in found]
+        quantized = [
+            Path(each.folder) for name, found in formats.items() if live_checks.keeps_matrices(name) for each in found
+        ]
 
         progress("scoring the trained model")
         how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": self.device, "frozen": told["frozen"]}
@@ -136,6 +140,8 @@ class Verification:
         self.answers = self._answers(model, self.tokenizer)
         self.sketches = live_checks.sketches(model)
         self.merged_weights = {} if _any_torn(merged) else live_checks.merged_weights(model, merged, self.base)
+        quantized = [folder for folder in dict.fromkeys(quantized) if not _any_torn([folder])]
+        self.tuned_weights = tuned_weights(model, quantized, self.base)
         if hasattr(model, "disable_adapter"):
             without = model.disable_adapter()
         else:
@@ -165,6 +171,8 @@ class Verification:
                 model = self._load(candidate)
                 scores[candidate.name] = compare(model, self.references, self.tokenizer.pad_token_id)
                 scores[candidate.name] |= self._answer_figures(model, load_tokenizer(Path(candidate.folder)))
+                if carried := self.tuned_weights.get(candidate.folder):
+                    scores[candidate.name]["tuned_weights"] = carried.figures()
             eligible = [candidate for candidate in candidates if not candidate.is_baseline]
             best = min(eligible, key=lambda candidate: _or_infinite(scores[candidate.name]["mean_kl"]))
             if best is not candidates[-1]:
@@ -211,9 +219,12 @@ class Verification:
 
     def _live_checks(self, name: str, folder: Path, model: nn.Module, tokenizer: Any) -> dict[str, list[str]]:
         found = {"template": checks.template(tokenizer, self.tokenizer, self.conversations)}
-        limit = live_checks.MAX_WEIGHT_ERROR.get(checks.family(name))
-        if limit is not None and name not in live_checks.FACTORS_MOVE:
+        if live_checks.keeps_matrices(name):
+            family = checks.family(name)
+            limit = live_checks.MAX_WEIGHT_ERROR[family]
             found["quantized_weights"] = live_checks.quantized_weights(model, self.sketches, limit)
+            if carried := self.tuned_weights.get(str(folder)):
+                found["tuned_weights"] = carried.problems(family)
         if str(folder) in self.merged_weights:
             found["merged_weights"] = self.merged_weights[str(folder)]
         if self.tokenizer.chat_template:

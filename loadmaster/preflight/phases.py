@@ -106,8 +106,9 @@ def cache_bytes(job: Job, shape: ModelShape, width: int) -> float:
 
 def quantizing(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
     """One layer in bf16 with the input of each of its matrices squared (GPTQ), and a calibration row on its way."""
-    if hardware.is_cpu:
-        return Bytes(weights=2.0 * shape.parameters, context=context_bytes(hardware))
+    if hardware.is_cpu:  # the whole model, a small one in fp32 where the CPU has no bf16 (export/quantize.py)
+        width = 4.0 if 2 * shape.parameters <= 4 * GIB and set(job.export.formats) & set(HESSIANS) else 2.0
+        return Bytes(weights=width * shape.parameters, context=context_bytes(hardware))
     matrices = shape.matrices(experts=shape.expert_layers == shape.layers)
     hessians = sum(4 * m.inputs**2 for m in matrices) if set(job.export.formats) & set(HESSIANS) else 0
     working = 3 * 4 * max(m.weight for m in matrices)  # the matrix in fp32, its codes, and the inverse at work

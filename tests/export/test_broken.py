@@ -18,6 +18,7 @@ from tiny_models import save_tiny_llama
 from loadmaster.config.schema import ThresholdsConfig
 from loadmaster.export import checks, live_checks, thresholds, verify
 from loadmaster.export.thresholds import failures
+from loadmaster.export.tuned_weights import tuned_weights
 from loadmaster.export.verify import Candidate, Verification
 from loadmaster.files import read_json, write_json
 from loadmaster.models.load import load_trained
@@ -65,6 +66,8 @@ class Proof:
     def failures(self, folder: Path, name: str) -> list[str]:
         if name == "bf16" and not verify._any_torn([folder]):
             self.verification.merged_weights = live_checks.merged_weights(self.trained, [folder], self.run.base)
+        if live_checks.keeps_matrices(name):
+            self.verification.tuned_weights = tuned_weights(self.trained, [folder], self.run.base)
         figures = self.verification.of(name, [Candidate(name, str(folder), name == "adapter")])
         return failures(figures, LIMITS[name])
 
@@ -233,6 +236,11 @@ BROKEN = {
     "another quantization than the format's": (
         "fp8", config("config.json", quantization_config={**FP8_CONFIG, "format": "pack-quantized"}),
         [r"storage: config\.json says 'pack-quantized', fp8 is 'float-quantized'"],
+    ),
+    "fp8 of the base, adapter not applied": (
+        "fp8", lambda folder, proof: (shutil.rmtree(folder), write_fp8(proof.run.base, folder)),
+        [r"tuned_weights: .* and 11 more hold -?0% .*\(14 of 14 that can be told\)",
+         r"tuned_weights: all matrices together"],
     ),
     "scale of one layer at twice its value": (
         "fp8", tensors(doubled_scale),

@@ -83,6 +83,10 @@ def test_every_format_is_written_verified_published_and_then_left_alone(run, mon
         assert str(run.folder.parent) not in (folder / "manifest.json").read_text()
         assert len(AutoTokenizer.from_pretrained(folder)) == len(run.tokenizer)
         assert all(path.stat().st_mode & 0o044 for path in folder.iterdir())
+    for name in ("fp8", "int4"):
+        carried = read_manifest(run.folder / "export" / name)["verification"]["tuned_weights"]
+        assert carried["matrices"] == 14 and abs(carried["share"] - 1) < 0.05
+    assert all("tuned_weights" in scores for scores in results["int4"]["candidates"].values())
     assert results["bf16"]["mean_kl"] < results["fp8"]["mean_kl"] < results["int4"]["mean_kl"]
     made = read_manifest(run.folder / "export" / "int4")["quantization"]
     assert made["int4-gptq"]["dampening"] == 1.0 and made["int4-gptq"]["calibration_tokens"] < 7 * 192
