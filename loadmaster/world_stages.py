@@ -257,9 +257,15 @@ def device_type(plan: Plan) -> str:
     return "cpu" if plan.hardware.gpu == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
+REWARDS = ("reward_desirable", "reward_undesirable")
+
+
 def _headline(figures: dict[str, Any]) -> str:
     if "reward_accuracy" in figures:
         return f"loss {figures['loss']:.4f}, {figures['reward_accuracy']:.1%} of the chosen answers preferred"
+    if "answers" in figures:
+        rewards = [f"{figures[name]:+.3f} {name.removeprefix('reward_')}" for name in REWARDS if name in figures]
+        return f"loss {figures['loss']:.4f}, reward {' and '.join(rewards)}"
     if "perplexity" in figures:
         return f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}"
     return f"{figures['metric']:.1%} right"

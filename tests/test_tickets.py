@@ -31,7 +31,9 @@ def generate(out: Path, *arguments: str) -> dict[str, bytes]:
 def test_the_shipped_files_are_what_the_script_writes(tmp_path):
     shipped = {path.name: path.read_bytes() for path in FOLDER.glob("*.jsonl")}
     assert generate(tmp_path) == shipped
-    assert shipped.keys() == {f"{name}.jsonl" for name in ("train", "validation", "pairs_train", "pairs_validation")}
+    assert shipped.keys() == {
+        f"{kind}{split}.jsonl" for kind in ("", "pairs_", "labels_") for split in ("train", "validation")
+    }
 
 
 def test_another_seed_gives_other_conversations(tmp_path):

@@ -9,7 +9,8 @@ varying order, then typed carelessly: capitals dropped, letters swapped or doubl
 The validation split is held out in four ways: its customers, its order numbers and its combinations
 of product, issue and urgency never occur in training, and neither does any of its messages.
 
-The pairs are rows of these splits with a second ticket in which one field is wrong: data for preference tuning.
+The pairs are rows of these splits with a second ticket in which one field is wrong, the labels one ticket of each pair
+and whether it is right: data for preference tuning.
 """
 
 from __future__ import annotations
@@ -298,12 +299,22 @@ def pair(random: Random, row: dict) -> dict:
     return {"messages": prompt, "chosen": answer, "rejected": {**answer, "content": content}}
 
 
+def labelled(random: Random, couple: dict) -> dict:
+    """One of a pair's two tickets with the label that a reader might have given it: right in two rows of three."""
+    label = random.random() < 2 / 3
+    return {"prompt": couple["messages"], "completion": [couple["chosen" if label else "rejected"]], "label": label}
+
+
 def files(seed: int = SEED) -> dict[str, list[dict]]:
     """All files, name -> rows."""
     rows = dataset(seed)
     random = Random(seed + 1)
     pairs = {f"pairs_{split}": [pair(random, row) for row in some[:PAIRS]] for split, some in rows.items()}
-    return rows | pairs
+    random = Random(seed + 2)
+    labels = {
+        f"labels_{split}": [labelled(random, couple) for couple in pairs[f"pairs_{split}"]] for split in rows
+    }
+    return rows | pairs | labels
 
 
 def main() -> None:

@@ -71,12 +71,21 @@ def preferences_have_a_reference(job: Job, origins: Origins) -> Found:
 @rule("data.format", "objective")
 def pairs_go_with_a_preference_objective(job: Job, origins: Origins) -> Found:
     """data.format=preference goes with objective=dpo, orpo or kto, and they with it (or auto)."""
-    if (job.data.format == "preference") != (job.objective != "sft") and job.data.format != "auto":
+    if (job.data.format == "preference") != (job.objective != "sft") and job.data.format not in ("auto", "unpaired"):
         what = "holds pairs, which objective=sft does not train on"
         if job.objective != "sft":
             what = f"holds no pairs, which objective={job.objective} trains on"
         remedy = "objective=dpo" if job.objective == "sft" else "data.format=preference, or objective=sft"
         yield "data.format", job.data.format, what, remedy
+
+
+@rule("data.format", "objective")
+def labelled_answers_are_ktos(job: Job, origins: Origins) -> Found:
+    """data.format=unpaired (single answers with a label) goes with objective=kto."""
+    if job.data.format == "unpaired" and job.objective != "kto":
+        message = f"holds single answers with a label, which objective={job.objective} does not train on"
+        remedy = "objective=kto, or data.format=" + ("messages" if job.objective == "sft" else "preference")
+        yield "data.format", "unpaired", message, remedy
 
 
 @rule("preference.label_smoothing", "objective")

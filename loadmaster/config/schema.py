@@ -46,7 +46,7 @@ class DataConfig:
     """What to train on: a file, folder or list of files (JSON, JSONL, Parquet), a Hub dataset id, or shipped:NAME."""
     split: str = "train"
     """Split of a Hub dataset; not used for files."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "text", "preference"] = "auto"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "text", "preference", "unpaired"] = "auto"
     """Shape of the rows; auto recognises it from the fields of the first row and says so."""
     validation: str | Annotated[float, Strict(), Gt(0), Lt(1)] | None = 0.05
     """Held-out data: a file, or the fraction of the rows to hold out (seeded), or null for none."""
@@ -87,9 +87,9 @@ class PreferenceConfig:
     label_smoothing: Annotated[float, Strict(), Ge(0), Lt(0.5)] = 0.0
     """dpo: share of the pairs whose preference is taken to be the wrong way round."""
     desirable_weight: PositiveFloat = 1.0
-    """kto: weight of the chosen answers' losses."""
+    """kto: weight of the losses of chosen (or desirable) answers."""
     undesirable_weight: PositiveFloat = 1.0
-    """kto: weight of the rejected answers' losses."""
+    """kto: weight of the losses of rejected (or undesirable) answers."""
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -343,7 +343,7 @@ class Job:
     sequence_length: PositiveInt = 2048
     """Tokens in a packed row; the longest context trained on."""
     objective: Literal["sft", "dpo", "orpo", "kto"] = "sft"
-    """sft: the likelihood of answers; dpo, orpo, kto: preference of chosen over rejected answers, pairs in the data."""
+    """sft: the likelihood of answers; dpo, orpo, kto: preference between pairs of answers (kto: or labelled ones)."""
     preference: PreferenceConfig = PreferenceConfig()
     method: Literal["auto", "lora", "qlora", "full"] = "auto"
     """lora: adapters on a frozen bf16 base; qlora: on an nf4 base; full: every weight."""

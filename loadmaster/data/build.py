@@ -24,8 +24,8 @@ from loadmaster.config.schema import DataConfig, Job
 from loadmaster.data.cache import ConversationFile
 from loadmaster.data.checks import Fault, fault_report
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
-from loadmaster.data.packing import both_answers, fit_documents, fit_pairs, rows_of
-from loadmaster.data.preference import is_preference
+from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
+from loadmaster.data.preference import is_preference, unfit
 from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
@@ -101,6 +101,10 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
             f"no row is left to train on: {rows_read:,} read, {len(faults):,} of them bad\n"
             "    fix: check data.path and data.format, or raise sequence_length if every row was too long"
         )
+    if lacking := [kind for kind in ("desirable", "undesirable") if summary["train"].get(kind) == 0]:
+        summary["notes"].append(
+            f"no answer to train on is {lacking[0]}: kto tells the two kinds apart, so add rows with the other label"
+        )
     write_json(folder / "summary.json", summary)
 
 
@@ -138,7 +142,7 @@ def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
     if not reading.format:
         if not isinstance(raw.value, dict):
             raise RowError("is not an object with fields")
-        reading.format, reading.recognised_by = recognise_format(raw.value)
+        reading.format, reading.recognised_by = recognise_format(raw.value, job.objective)
     _fits_objective(raw.value, reading.format, job.objective)
     conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)
     reading.row_ids.append(conversation.row_id)
@@ -146,15 +150,10 @@ def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
 
 
 def _fits_objective(row: Any, shape: str, objective: str) -> None:
-    """Raise RowError for pairs under supervised fine-tuning, and for single answers under a preference objective."""
-    pairs = shape == "preference" or (isinstance(row, dict) and is_preference(row))
-    if objective == "sft" and pairs:
-        raise RowError(
-            "has chosen and rejected: a preference row. Train on pairs with objective=dpo, orpo or kto, or write "
-            "the chosen answer as the conversation's last assistant turn and leave rejected out"
-        )
-    if objective != "sft" and shape != "preference":
-        raise RowError(f"is no preference row: objective={objective} needs chosen and rejected, with a prompt")
+    """Raise RowError for a row that `objective` does not train on."""
+    pair = objective == "sft" and isinstance(row, dict) and is_preference(row)
+    if reason := unfit("preference" if pair else shape, objective):
+        raise RowError(reason)
 
 
 def _held_out(row_ids: list[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -228,15 +227,17 @@ def _split_rows(
             encoded.lengths, encoded.trained, job.sequence_length, job.data.on_long_row
         )
     else:
-        source, begins, sizes, long = fit_pairs(encoded.lengths, job.sequence_length)
+        source, begins, sizes, long = fit_judged(encoded.lengths, job.sequence_length)
     if not len(sizes):
         return None, None
     rows = rows_of(sizes, job.sequence_length, job.data.packing, job.seed)
-    if job.objective != "sft":
+    origins, labels = zip(*((each.origin, each.label) for each in conversations), strict=True)
+    unpaired = labels[0] is not None
+    if job.objective != "sft" and not unpaired:
         source, begins, sizes, rows = both_answers(source, begins, sizes, encoded.splits, rows)
-    origins = [conversation.origin for conversation in conversations]
-    names = [origins[index] for index in encoded.kept[source].tolist()]
-    arrays = lay_out(encoded.ids, encoded.trained, begins, sizes, names, rows)
+    kept = encoded.kept[source].tolist()
+    desirable = np.array([labels[index] for index in kept], dtype=np.bool_) if unpaired else None
+    arrays = lay_out(encoded.ids, encoded.trained, begins, sizes, [origins[index] for index in kept], rows, desirable)
     tokens = int(sizes.sum())
     figures = {
         "conversations": len(encoded.lengths),
@@ -249,6 +250,8 @@ def _split_rows(
         "longest": int(encoded.lengths.max()),
         "long_rows": asdict(long),
     }
+    if desirable is not None:
+        figures |= {"desirable": int(desirable.sum()), "undesirable": int((~desirable).sum())}
     return arrays, figures
 
 

@@ -1,7 +1,8 @@
 """Rows as people have them -> `Conversation`, the one shape that the rest of the data room knows.
 
 Four shapes are read: `messages` (role/content), ShareGPT (`conversations` of from/value), Alpaca
-(instruction/input/output) and plain `text`; and preference rows (chosen, rejected) in any of the first three.
+(instruction/input/output) and plain `text`; and preference rows in any of the first three: pairs (chosen, rejected)
+or single answers with a label.
 A row that is not what it should be raises `RowError` with the reason; whoever reads the file adds the place.
 """
 
@@ -12,7 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from loadmaster.data.preference import is_preference, pair_of
+from loadmaster.data.preference import LABEL_FIELDS, is_preference, is_unpaired, labelled_answer_of, pair_of
 from loadmaster.data.shapes import READERS, RowError, kind_of, string_of, written_as_text
 
 FORMAT_FIELDS = {
@@ -21,6 +22,7 @@ FORMAT_FIELDS = {
     "alpaca": "instruction, output, optional input, system, history",
     "text": "text",
     "preference": "chosen and rejected, with a prompt",
+    "unpaired": "completion and label, with a prompt",
 }
 
 
@@ -33,6 +35,7 @@ class Conversation:
     origin: where it was read, "file:line".
     row_id: hash of the content alone, so identical rows share it wherever they stand.
     rejected: of a preference row, the assistant message that is worse than the last of `messages`.
+    label: of an unpaired preference row, whether the last of `messages` is desirable.
     """
 
     messages: list[dict[str, Any]]
@@ -41,9 +44,11 @@ class Conversation:
     origin: str = ""
     row_id: str = ""
     rejected: dict[str, Any] | None = None
+    label: bool | None = None
 
     def to_json(self) -> str:
         fields = {"messages": self.messages, "tools": self.tools, "text": self.text, "rejected": self.rejected}
+        fields |= {} if self.label is None else {"label": self.label}
         return json.dumps({**fields, "origin": self.origin, "row_id": self.row_id}, ensure_ascii=False)
 
     @classmethod
@@ -57,11 +62,13 @@ def prompt_and_reference(conversation: Conversation) -> tuple[list[dict[str, Any
     return conversation.messages[:last], conversation.messages[last]
 
 
-def recognise_format(row: dict[str, Any]) -> tuple[str, str]:
+def recognise_format(row: dict[str, Any], objective: str = "sft") -> tuple[str, str]:
     """(format, the fields that gave it away) of a row; RowError names the shapes that are read."""
     fields = [name for name in row if row[name] is not None]
     if is_preference(row):
         return "preference", "chosen, rejected"
+    if is_unpaired(row, objective):
+        return "unpaired", ", ".join(name for name in ("completion", *LABEL_FIELDS) if name in row)
     if "messages" in row:
         return "messages", "messages"
     if "conversations" in row:
@@ -85,7 +92,13 @@ def to_conversation(
         raise RowError(f"is {kind_of(row)}, not an object with fields")
     if shape == "text":
         return _identified([], None, string_of(row, "text"), origin)
-    messages, tools, rejected = pair_of(row) if shape == "preference" else (*READERS[shape](row), None)
+    rejected = label = None
+    if shape == "preference":
+        messages, tools, rejected = pair_of(row)
+    elif shape == "unpaired":
+        messages, tools, label = labelled_answer_of(row)
+    else:
+        messages, tools = READERS[shape](row)
     if system is not None and not any(message["role"] == "system" for message in messages):
         messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "assistant" for message in messages):
@@ -94,16 +107,21 @@ def to_conversation(
         if rejected is not None:
             rejected = written_as_text([*messages[:-1], rejected], tools)[-1]
         messages, tools = written_as_text(messages, tools), None
-    return _identified(messages, tools, None, origin, rejected)
+    return _identified(messages, tools, None, origin, rejected, label)
 
 
 def _identified(
-    messages: list[dict], tools: list | None, text: str | None, origin: str, rejected: dict | None = None
+    messages: list[dict],
+    tools: list | None,
+    text: str | None,
+    origin: str,
+    rejected: dict | None = None,
+    label: bool | None = None,
 ) -> Conversation:
-    parts = [messages, tools, text] if rejected is None else [messages, tools, text, rejected]
+    parts = [messages, tools, text, *(part for part in (rejected, label) if part is not None)]
     content = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     try:
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     except UnicodeEncodeError as error:
         raise RowError(f"holds half a character ({content[error.start]!r}, a lone surrogate)") from None
-    return Conversation(messages, tools, text, origin, digest, rejected)
+    return Conversation(messages, tools, text, origin, digest, rejected, label)

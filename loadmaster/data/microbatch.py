@@ -16,17 +16,19 @@ class MicroBatch:
     """input_ids, labels, position_ids: LongTensor [batch, length]; row_ids: "file:line" of each row's documents.
 
     Labels are not shifted, -100 where there is no loss. A position of 0 begins a document; padding is a
-    document of its own at the end of the row, so no token attends to it.
+    document of its own at the end of the row, so no token attends to it. desirable: bool [documents], the label of each
+    document in the flattened batch, padding (false) among them; on the host. None where documents have no labels.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
     row_ids: list[list[str]]
+    desirable: Tensor | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.labels, self.position_ids))
-        return MicroBatch(*moved, self.row_ids)
+        return MicroBatch(*moved, self.row_ids, self.desirable)
 
 
 def collate(rows: Sequence[PackedRow], pad_token_id: int, to_length: int | None = None) -> MicroBatch:
@@ -44,4 +46,8 @@ def collate(rows: Sequence[PackedRow], pad_token_id: int, to_length: int | None 
         labels[place, :size] = torch.from_numpy(row.labels)
         position_ids[place, :size] = torch.from_numpy(row.position_ids)
         position_ids[place, size:] = torch.arange(length - size)
-    return MicroBatch(input_ids, labels, position_ids, [row.document_ids for row in rows])
+    desirable = None
+    if rows[0].desirable is not None:
+        padding = [[False] * (len(row) < length) for row in rows]
+        desirable = torch.tensor([d for row, pad in zip(rows, padding, strict=True) for d in (*row.desirable, *pad)])
+    return MicroBatch(input_ids, labels, position_ids, [row.document_ids for row in rows], desirable)

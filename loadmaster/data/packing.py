@@ -93,8 +93,8 @@ def fit_documents(
     return source[order], begin[order], size[order], counts
 
 
-def fit_pairs(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, LongRows]:
-    """`fit_documents` for preference pairs: both answers share a row, so a pair that does not fit is left out whole.
+def fit_judged(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, LongRows]:
+    """`fit_documents` for preference rows: what does not fit is left out whole, of a pair both answers.
 
     An answer that was cut would be judged by what is left of it.
     """

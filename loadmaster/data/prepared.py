@@ -12,9 +12,11 @@ from loadmaster.config.schema import Job
 from loadmaster.data.build import CONVERSATIONS, build
 from loadmaster.data.cache import ConversationFile, cache_folder, exclusive, is_whole, seal
 from loadmaster.data.formats import Conversation
+from loadmaster.data.preference import unfit
 from loadmaster.data.render import template_hash
 from loadmaster.data.rows import PackedRows
 from loadmaster.data.sources import Source, open_source
+from loadmaster.errors import DataError
 from loadmaster.files import publish_folder, read_json, sha256_json
 
 # Raised whenever the same input would give other tokens, rows or files than before.
@@ -60,6 +62,8 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
                     build(partial, job, tokenizer, train, validation)
                     seal(partial)
     prepared = _open(folder, fingerprint)
+    if reason := unfit(prepared.summary["format"], job.objective):  # what kto left in the cache, dpo and orpo find
+        raise DataError(f"each row of the data {reason}")
     prepared.summary.update(cache="hit" if cached else "built", seconds=time.perf_counter() - started)
     return prepared
 

@@ -13,6 +13,9 @@ from loadmaster.data.prepared import PreparedData
 from loadmaster.data.render import ChatRenderer, Rendering, Span
 from loadmaster.data.tokens import answers, render_trained
 
+EQUAL_ENOUGH = 4 / 3
+"""Weighted numbers of KTO's two kinds of answers should be within this ratio (Ethayarajh et al. 2024, eq. 9)."""
+
 
 def show(data: PreparedData | Sequence[Conversation], tokenizer: Any, count: int, console: Any) -> None:
     """Print `count` rendered rows on a rich Console: trained text in green on a terminal, between ⟦ and ⟧ elsewhere."""
@@ -35,9 +38,11 @@ def show(data: PreparedData | Sequence[Conversation], tokenizer: Any, count: int
 
 
 def _named(conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, str]]:
-    """What is rendered, with its place; both answers of a preference pair."""
+    """What is rendered, with its place; both answers of a preference pair, and the label of a single one."""
     for conversation in conversations:
-        if conversation.rejected is None:
+        if conversation.label is not None:
+            yield conversation, f"{conversation.origin} ({'desirable' if conversation.label else 'undesirable'})"
+        elif conversation.rejected is None:
             yield conversation, conversation.origin
         else:
             for answer, kind in zip(answers(conversation), PAIR_FIELDS, strict=True):
@@ -68,9 +73,12 @@ def describe(summary: dict[str, Any]) -> str:
             f"{summary['sequence_length']:,}, {figures['fill']:.1%} full; {figures['tokens']:,} tokens, "
             f"{share:.1%} of them trained; length median {figures['median_length']:,}, longest {figures['longest']:,}"
         )
+        if "desirable" in figures:
+            lines.append(f"  {split}: {_labels(figures['desirable'], figures['undesirable'])}")
         long, policy = figures["long_rows"], summary["on_long_row"]
-        if long["long"] and summary["format"] == "preference":
-            lines.append(f"  {split}: {long['dropped']:,} pairs longer than sequence_length, left out whole")
+        if long["long"] and summary["format"] in ("preference", "unpaired"):
+            what = "pairs" if summary["format"] == "preference" else "answers"
+            lines.append(f"  {split}: {long['dropped']:,} {what} longer than sequence_length, left out whole")
         elif long["long"]:
             lines.append(
                 f"  {split}: {long['long']:,} rows longer than sequence_length (data.on_long_row={policy}): "
@@ -78,3 +86,13 @@ def describe(summary: dict[str, Any]) -> str:
                 f"{long['dropped']:,} pieces dropped with nothing trained in them"
             )
     return "\n".join(lines + [f"  note: {note}" for note in summary["notes"]])
+
+
+def _labels(desirable: int, undesirable: int) -> str:
+    """How many answers have which label, and where they are far from equal, the weight that would make up for it."""
+    said = f"{desirable:,} desirable and {undesirable:,} undesirable answers"
+    few, many = sorted((desirable, undesirable))
+    if not few or many <= few * EQUAL_ENOUGH:
+        return said
+    name = "desirable" if few == desirable else "undesirable"
+    return f"{said}; preference.{name}_weight={many / few:.2g} would weigh both alike"

@@ -23,12 +23,14 @@ class PackedRow:
     input_ids, labels, position_ids: int64 [length]. labels stand at their own token (not shifted), -100
     where there is no loss. position_ids restart at 0 with each document.
     document_ids: "file:line" of each document, in order.
+    desirable: bool [documents], the label of each, where the data is unpaired preference.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
     document_ids: list[str]
+    desirable: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -48,6 +50,7 @@ class PackedRows(Sequence[PackedRow]):
         self._document_starts = np.asarray(arrays["document_starts"][:])
         self._origin_starts = np.asarray(arrays["origin_starts"][:])
         self._origins = np.asarray(arrays["origins"][:])
+        self._desirable = np.asarray(arrays["desirable"][:]) if "desirable" in arrays else None
         self.tokens = int(self._row_starts[-1])
         self.trained_tokens = int(arrays["trained_tokens"][:][0])
         self.documents = len(self._document_starts) - 1
@@ -71,7 +74,9 @@ class PackedRows(Sequence[PackedRow]):
         ids = self._ids[start:end].astype(np.int64)
         labels = np.where(self._trained[start:end], ids, NO_LOSS)
         positions = np.concatenate([np.arange(length) for length in lengths.tolist()])
-        return PackedRow(ids, labels, positions, [self._origin(document) for document in range(first, last)])
+        origins = [self._origin(document) for document in range(first, last)]
+        desirable = None if self._desirable is None else self._desirable[first:last]
+        return PackedRow(ids, labels, positions, origins, desirable)
 
     def __iter__(self) -> Iterator[PackedRow]:
         return (self[index] for index in range(len(self)))
@@ -96,10 +101,11 @@ def lay_out(
     sizes: np.ndarray,
     origins: Sequence[str],
     rows: Sequence[Sequence[int]],
+    desirable: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The arrays of a PackedRows: document d is [begins[d], begins[d] + sizes[d]) of ids and trained.
 
-    rows: document indices of each row. origins: "file:line" of each document.
+    rows: document indices of each row. origins: "file:line" of each document. desirable: its label, where it has one.
     """
     order = np.fromiter((document for row in rows for document in row), dtype=np.int64)
     row_documents = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
@@ -121,6 +127,7 @@ def lay_out(
         "origins": np.frombuffer(b"".join(names), dtype=np.uint8),
         "origin_starts": np.concatenate([[0], np.cumsum([len(name) for name in names], dtype=np.int64)]),
         "trained_tokens": np.array([int(out_trained.sum()) - firsts_trained], dtype=np.int64),
+        **({} if desirable is None else {"desirable": desirable[order]}),
     }
 
 

@@ -143,9 +143,10 @@ class Encoder:
 
 
 def render_trained(renderer: ChatRenderer, conversation: Conversation) -> Rendering:
-    """A chat's text and what is trained of it: every assistant turn, or of a preference pair the last one alone."""
+    """A chat's text and what is trained of it: every assistant turn, or of a preference row the last one alone."""
     rendering = renderer.render(conversation.messages, conversation.tools)
-    return rendering if conversation.rejected is None else replace(rendering, spans=rendering.spans[-1:])
+    judged = conversation.rejected is not None or conversation.label is not None
+    return replace(rendering, spans=rendering.spans[-1:]) if judged else rendering
 
 
 def answers(conversation: Conversation) -> list[Conversation]:

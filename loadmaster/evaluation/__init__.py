@@ -31,9 +31,10 @@ def run_task(
 ) -> dict[str, Any]:
     """Answer the held-out conversations and score the answers with `evaluation.task`.
 
-    The last assistant message of a conversation is the reference, what precedes it the prompt; plain text and
-    tool calls are left out, and of the rest the first `evaluation.max_rows` are answered. Returns the metric's
-    figures ("metric" first) and "samples", a few of {"prompt", "reference", "answer", "right"}; {} for task none.
+    The last assistant message of a conversation is the reference, what precedes it the prompt; plain text,
+    tool calls and answers labelled undesirable are left out, and of the rest the first `evaluation.max_rows` are
+    answered. Returns the metric's figures ("metric" first) and "samples", a few of {"prompt", "reference", "answer",
+    "right"}; {} for task none.
     Raises DataError when no conversation can be scored.
     """
     if evaluation.task == "none":
@@ -60,7 +61,7 @@ def prompts_and_references(
     for conversation in conversations:
         if len(prompts) == limit:
             break
-        if conversation.text is None:
+        if conversation.text is None and conversation.label is not False:
             messages, reference = prompt_and_reference(conversation)
             if not reference.get("tool_calls"):
                 prompts.append(replace(conversation, messages=messages))

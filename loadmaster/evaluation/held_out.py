@@ -17,7 +17,7 @@ from loadmaster.data import MicroBatch, PackedRows, collate
 from loadmaster.errors import DataError
 from loadmaster.evaluation.mode import evaluating
 from loadmaster.models.forward import count_trained, token_losses
-from loadmaster.models.preference import mean_figures, pair_figures
+from loadmaster.models.preference import FIGURES, mean_figures, preference_figures
 from loadmaster.training.batches import untrained
 from loadmaster.training.world import World
 
@@ -35,7 +35,8 @@ def held_out(
 ) -> dict[str, float | int] | None:
     """{"loss": nats a trained token, "perplexity": exp of it, "tokens": trained tokens} of `rows`.
 
-    Of preference pairs: {"loss": mean of a pair, "reward_accuracy", "reward_margin", "pairs"}.
+    Of preference pairs: {"loss": mean of a pair, "reward_accuracy", "reward_margin", "pairs"}; of labelled answers:
+    {"loss": mean of an answer, "reward_desirable", "reward_undesirable", "reward_margin", "answers"}.
     batch_size: packed rows at a time. loss: summed loss of a batch, where the model is sharded and must be called
     through its root. world: the ranks among which batches are dealt out, as many to each; all call this together.
     stopping: asked before each batch; None is returned once it says yes. A perplexity beyond a float is infinite.
@@ -45,7 +46,7 @@ def held_out(
     world = world or World()
     summed = loss or (lambda batch: token_losses(model, batch)[0])
     # Summed on the device: reading each batch's loss back would make the host wait for it.
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, trained tokens, and figures of pairs
+    sums = torch.zeros(2 + FIGURES, dtype=torch.float64, device=device)  # loss, trained tokens, figures of preferences
     with evaluating(model):
         for start in range(0, len(rows), batch_size * world.size):
             if stopping():
@@ -57,12 +58,14 @@ def held_out(
             batch = collate(some, pad_token_id, to_length)
             sums[0] += summed(batch)
             sums[1] += count_trained(batch.labels, batch.position_ids)
-            if (pairs := pair_figures(loss)) is not None:
-                sums[2:] += pairs
+            if (figures := preference_figures(loss)) is not None:
+                sums[2:] += figures
     sums = world.sum(sums)
-    loss_sum, tokens, pairs, *_ = sums.tolist()
+    loss_sum, tokens, pairs, _, _, desirable, undesirable, *_ = sums.tolist()
     if pairs:
         return {"loss": loss_sum / pairs, **mean_figures(sums[2:]), "pairs": int(pairs)}
+    if answers := int(desirable + undesirable):
+        return {"loss": loss_sum / answers, **mean_figures(sums[2:]), "answers": answers}
     if tokens == 0:
         raise DataError("the held-out data has no trained token: data.validation needs rows with an assistant's answer")
     mean = loss_sum / tokens

@@ -1,4 +1,4 @@
-"""Preference losses over pairs that lie side by side in packed rows: DPO, ORPO and KTO.
+"""Preference losses over packed rows: DPO, ORPO and KTO over pairs that lie side by side, KTO over labelled answers.
 
 Notation, for a prompt x with chosen answer c and rejected answer r: log p(c) is the sum over the answer's tokens
 of log p(token | x and the tokens before it).
@@ -10,11 +10,12 @@ of log p(token | x and the tokens before it).
           answer's tokens; needs no reference (Hong et al. 2024, eq. 6 and 7)
     KTO   an answer by itself: w (1 - sigmoid(beta * (r - z))) of a chosen one, w' (1 - sigmoid(beta * (z - r))) of a
           rejected one, r = log p(answer) - log q(answer), w and w' its weights; z is what the policy has moved from the
-          reference altogether: the mean of r, at least 0, over prompts with another pair's answer, without gradient
-          (Ethayarajh et al. 2024, eq. 7). A pair's loss is the mean of its two. Two more passes, of no memory either
+          reference altogether: the mean of r, at least 0, over prompts with another row's answer, without gradient
+          (Ethayarajh et al. 2024, eq. 7). A pair's loss is the mean of its two. Of unpaired data each answer stands
+          alone, chosen where its label says desirable. Two more passes, of no memory either
 
-The loss of a step is the mean over its pairs, whatever micro-batches and ranks they are split into; KTO's z alone is
-taken from the pairs of one micro-batch, and is 0 where that holds a single pair.
+The loss of a step is the mean over its pairs (or labelled answers), whatever micro-batches and ranks they are split
+into; KTO's z alone is taken from one micro-batch, and is 0 where that holds a single pair or labelled answer.
 """
 
 from __future__ import annotations
@@ -106,10 +107,12 @@ def _logits(
 
 @dataclass(frozen=True)
 class AnswerLogProbs:
-    """Of the A answers of a batch, in order: sums of their tokens' log-probabilities [A], and how many tokens [A]."""
+    """Of the A answers of a batch, in order: sums of their tokens' log-probabilities [A], how many tokens [A], and (on
+    the host) their places among all documents of the batch [A]."""
 
     sums: Tensor
     tokens: Tensor
+    documents: Tensor
 
 
 def answer_log_probs(model: nn.Module, batch: Any) -> AnswerLogProbs:
@@ -119,10 +122,10 @@ def answer_log_probs(model: nn.Module, batch: Any) -> AnswerLogProbs:
     head = lm.get_output_embeddings()
     log_probs = _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, *logit_transform(lm.config))
     # Padding and untrained copies of rows are documents without a trained token: they have no place in the count.
-    _, place, tokens = torch.unique_consecutive(documents, return_inverse=True, return_counts=True)
+    answered, place, tokens = torch.unique_consecutive(documents, return_inverse=True, return_counts=True)
     place, tokens = place.to(log_probs.device), tokens.to(log_probs.device)
     sums = log_probs.new_zeros(len(tokens)).index_add(0, place, log_probs)
-    return AnswerLogProbs(sums, tokens)
+    return AnswerLogProbs(sums, tokens, answered)
 
 
 def dpo_loss(policy_A: Tensor, reference_A: Tensor, beta: float, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -145,13 +148,23 @@ def kto_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss [P], reward margin [P]) of P pairs from the summed log-probabilities of their 2 P answers, and z."""
     ratios = policy_A - reference_A
-    chosen = weights[0] * (1 - torch.sigmoid(beta * (ratios[0::2] - moved)))
-    rejected = weights[1] * (1 - torch.sigmoid(beta * (moved - ratios[1::2])))
+    chosen, rejected = kto_losses(ratios[0::2], ratios[1::2], moved, beta, weights)
     return (chosen + rejected) / 2, beta * (ratios[0::2] - ratios[1::2]).detach()
+
+
+def kto_losses(
+    desirable_D: Tensor, undesirable_U: Tensor, moved: Tensor, beta: float, weights: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Losses [D] and [U] of desirable and undesirable answers from their log-ratios to the reference, and z."""
+    return (
+        weights[0] * (1 - torch.sigmoid(beta * (desirable_D - moved))),
+        weights[1] * (1 - torch.sigmoid(beta * (moved - undesirable_U))),
+    )
 
 
 ROTATION = 2
 """Every prompt gets the answer so many places before its own: that of another pair's same side."""
+ROTATION_UNPAIRED = 1
 
 
 def mismatched(batch: MicroBatch, rotation: int) -> MicroBatch:
@@ -180,30 +193,44 @@ def mismatched(batch: MicroBatch, rotation: int) -> MicroBatch:
 
 
 def loss_module(model: nn.Module, objective: str, preference: PreferenceConfig) -> nn.Module:
-    """The module whose forward is the sum of a batch's losses: of its trained tokens (sft), or of its pairs."""
+    """The module whose forward is the sum of a batch's losses: of its trained tokens (sft), pairs or answers."""
     if objective == "sft":
         return SummedLoss(model)
     weights = preference.desirable_weight, preference.undesirable_weight
     return PreferenceLoss(model, objective, preference.beta, preference.label_smoothing, weights)
 
 
-def pair_figures(loss: Any) -> Tensor | None:
-    """[pairs, correct, margin] of the last batch, where `loss` (or what it wraps) is a PreferenceLoss."""
+FIGURES = 7
+"""Sums over a batch: pairs, correct (the chosen answer preferred), margin; and of labelled answers, whose rewards have
+no partner: desirable, undesirable, reward of the desirable, reward of the undesirable."""
+
+
+def preference_figures(loss: Any) -> Tensor | None:
+    """The FIGURES of the last batch, where `loss` (or what it wraps) is a PreferenceLoss."""
     while not isinstance(loss, PreferenceLoss) and hasattr(loss, "module"):
         loss = loss.module
     return loss.figures if isinstance(loss, PreferenceLoss) else None
 
 
 def mean_figures(sums: Tensor) -> dict[str, float]:
-    """Of summed `pair_figures`: the share of pairs in which the chosen answer is preferred, and the mean margin."""
-    pairs, correct, margin = sums.tolist()
-    return {"reward_accuracy": correct / max(pairs, 1), "reward_margin": margin / max(pairs, 1)}
+    """Of summed FIGURES: the share of pairs in which the chosen answer is preferred, and the mean margin.
+
+    Of labelled answers the mean rewards of those that there are, and if there are both, the margin between them.
+    """
+    pairs, correct, margin, desirable, undesirable, *rewards = sums.tolist()
+    if not desirable + undesirable:
+        return {"reward_accuracy": correct / max(pairs, 1), "reward_margin": margin / max(pairs, 1)}
+    counted = zip(("desirable", "undesirable"), rewards, (desirable, undesirable), strict=True)
+    found = {f"reward_{name}": reward / count for name, reward, count in counted if count}
+    if len(found) == 2:
+        found["reward_margin"] = found["reward_desirable"] - found["reward_undesirable"]
+    return found
 
 
 class PreferenceLoss(nn.Module):
-    """A model whose forward is the sum of its batch's pair losses: what takes SummedLoss's place in the loop.
+    """A model whose forward is the sum of its batch's preference losses: what takes SummedLoss's place in the loop.
 
-    After each forward `figures` holds sums over its pairs: pairs, correct (the chosen answer preferred), margin.
+    After each forward `figures` holds the batch's FIGURES.
     """
 
     def __init__(
@@ -217,27 +244,40 @@ class PreferenceLoss(nn.Module):
         super().__init__()
         self.module = model
         self.objective, self.beta, self.label_smoothing, self.weights = objective, beta, label_smoothing, weights
-        self.figures = torch.zeros(3)
+        self.figures = torch.zeros(FIGURES)
 
     def forward(self, batch: Any) -> Tensor:
         reference = self._reference(batch) if self.objective in NEED_REFERENCE else None
         moved = self._moved(batch) if self.objective == "kto" else None
         policy = answer_log_probs(self.module, batch)
+        if batch.desirable is not None:
+            return self._unpaired(batch.desirable[policy.documents], policy.sums - reference.sums, moved)
         if moved is not None:
             loss, margin = kto_loss(policy.sums, reference.sums, moved, self.beta, self.weights)
         elif reference is not None:
             loss, margin = dpo_loss(policy.sums, reference.sums, self.beta, self.label_smoothing)
         else:
             loss, margin = orpo_loss(policy.sums / policy.tokens, self.beta)
-        self.figures = torch.stack([margin.new_tensor(len(margin)), (margin > 0).sum().to(margin), margin.sum()])
+        pairs = torch.stack([margin.new_tensor(len(margin)), (margin > 0).sum().to(margin), margin.sum()])
+        self.figures = F.pad(pairs, (0, FIGURES - len(pairs)))
         return loss.sum()
+
+    def _unpaired(self, desirable_A: Tensor, ratios_A: Tensor, moved: Tensor) -> Tensor:
+        """KTO's loss of answers with labels [A] on the host."""
+        places = (torch.nonzero(side).squeeze(-1) for side in (desirable_A, ~desirable_A))
+        sides = [ratios_A[place.to(ratios_A.device, non_blocking=True)] for place in places]
+        rewards = [self.beta * side.detach().sum() for side in sides]
+        counts = [ratios_A.new_tensor(len(side)) for side in sides]
+        self.figures = F.pad(torch.stack([*counts, *rewards]), (FIGURES - 4, 0))
+        return torch.cat(kto_losses(*sides, moved, self.beta, self.weights)).sum()
 
     def _moved(self, batch: Any) -> Tensor:
         """KTO's z. The passes are made in any case: ranks that share weights gather them together."""
-        other = mismatched(batch, ROTATION)
+        rotation = ROTATION if batch.desirable is None else ROTATION_UNPAIRED
+        other = mismatched(batch, rotation)
         with torch.no_grad():
             ratios = answer_log_probs(self.module, other).sums - self._reference(other).sums
-        if len(ratios) <= ROTATION:
+        if len(ratios) <= rotation:
             return ratios.new_zeros(())
         return ratios.mean().clamp(min=0)
 

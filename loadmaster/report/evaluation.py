@@ -42,11 +42,14 @@ def evaluation_section(files: RunFiles) -> list[Change] | None:
     def pair(key: str) -> tuple[Any, Any]:
         return dig(before, key), dig(after, key)
 
+    of = {"held_out.pairs": "of a pair", "held_out.answers": "of a labelled answer"}
+    unit = next((said for key, said in of.items() if pair(key)[1]), "nats per token")
     found = [
-        _change("loss", "of a pair" if pair("held_out.pairs")[1] else "nats per token", *pair("held_out.loss"),
-                units.decimals),
+        _change("loss", unit, *pair("held_out.loss"), units.decimals),
         _change("perplexity", "", *pair("held_out.perplexity"), lambda v: units.significant(v, 4)),
         _change("chosen answers preferred", "", *pair("held_out.reward_accuracy"), units.percent, points=True),
+        _change("reward of desirable answers", "", *pair("held_out.reward_desirable"), units.decimals),
+        _change("reward of undesirable answers", "", *pair("held_out.reward_undesirable"), units.decimals),
         _change("answers right", "the task metric", *pair("task.metric"), units.percent, points=True),
         _change("answers that are valid JSON", "", *pair("task.valid_json"), units.percent, points=True),
         _change("fields right", "", *pair("task.field_match"), units.percent, points=True),

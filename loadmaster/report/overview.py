@@ -124,6 +124,9 @@ def _held_out(files: RunFiles) -> Figure | None:
     if "reward_accuracy" in after:
         preferred = [units.percent(side.get("reward_accuracy")) for side in (before, after)]
         note = f"per pair; chosen answers preferred {' → '.join(preferred)}"
+    elif "answers" in after:
+        margins = [units.decimals(side.get("reward_margin"), 3) for side in (before, after)]
+        note = f"per labelled answer; reward of desirable over undesirable {' → '.join(margins)}"
     else:
         perplexities = [units.significant(side.get("perplexity"), 4) for side in (before, after)]
         note = f"nats per token; perplexity {' → '.join(perplexities)}"

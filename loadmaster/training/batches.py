@@ -16,8 +16,10 @@ def trained_tokens(row: PackedRow) -> int:
 
 
 def losses(row: PackedRow, objective: str) -> int:
-    """How many losses of `objective` the row has, over which a step takes the mean: trained tokens, or pairs."""
-    return trained_tokens(row) if objective == "sft" else len(row.document_ids) // 2
+    """How many losses of `objective` the row has, of which a step takes the mean: trained tokens, pairs or answers."""
+    if objective == "sft":
+        return trained_tokens(row)
+    return len(row.document_ids) // 2 if row.desirable is None else len(row.document_ids)
 
 
 def untrained(row: PackedRow) -> PackedRow:

@@ -20,7 +20,7 @@ from loadmaster.config.schema import Job
 from loadmaster.data import MicroBatch
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.models.adapters import trainable
-from loadmaster.models.preference import mean_figures, pair_figures
+from loadmaster.models.preference import FIGURES, mean_figures, preference_figures
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import micro_batches
 from loadmaster.training.optimizer import TrainingOptimizer
@@ -48,7 +48,7 @@ class Session:
     pad_token_id: int
     skipped: list[dict[str, Any]] = field(default_factory=list)
     preference: dict[str, float] = field(default_factory=dict)
-    """Figures of the last step's preference pairs; {} for sft."""
+    """Figures of the last step's preferences; {} for sft."""
     worked_s: float = 0.0
     """This rank's own part of the last step, without what it waited for others: a straggler is told by it.
 
@@ -77,11 +77,11 @@ class Session:
     def backward(self, batches: list[MicroBatch], count: int) -> torch.Tensor:
         """Accumulate the step's gradients; returns the step's mean loss, fp32 scalar, over all ranks.
 
-        count: trained tokens (or pairs) of the step on all ranks, over which the mean is taken.
+        count: trained tokens (or pairs, or labelled answers) of the step on all ranks, over which the mean is taken.
         """
         self.model.train()
         mean = torch.zeros((), device=self.device)
-        pairs = torch.zeros(3, device=self.device)
+        figures = torch.zeros(FIGURES, device=self.device)
         clock = OwnTime(self.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -91,10 +91,10 @@ class Session:
                 self.strategy.backward(loss)
             mean += loss.detach()
             if self.job.objective != "sft":
-                pairs += pair_figures(self.loss)
+                figures += preference_figures(self.loss)
         total = self.world.sum(mean)
         if self.job.objective != "sft":
-            self.preference = mean_figures(self.world.sum(pairs))
+            self.preference = mean_figures(self.world.sum(figures))
         self.worked_s = clock.seconds()
         return total
 

@@ -34,6 +34,10 @@ CASES = {
     "pairs_go_with_a_preference_objective": (
         ["data.format=preference"], "data.format", "objective=dpo", ["data.format=preference", "objective=orpo"],
     ),
+    "labelled_answers_are_ktos": (
+        ["data=ticket_pairs", "data.format=unpaired"], "data.format", "objective=kto, or data.format=preference",
+        ["data=ticket_labels"],
+    ),
     "label_smoothing_is_dpos": (
         ["preference.label_smoothing=0.1"], "preference.label_smoothing", "objective=dpo",
         ["objective=dpo", "data.format=preference", "preference.label_smoothing=0.1"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,7 +119,8 @@ def test_generation_leaves_no_trace(model, tokenizer, alone):
 
 def test_run_task_scores_the_last_answer_and_shows_samples(model, tokenizer, alone):
     rows = [
-        conversation(QUESTIONS[0], {"role": "assistant", "content": alone[0]}),
+        replace(conversation(QUESTIONS[3], {"role": "assistant", "content": "Go away."}), label=False),  # no reference
+        replace(conversation(QUESTIONS[0], {"role": "assistant", "content": alone[0]}), label=True),
         conversation(QUESTIONS[1], {"role": "assistant", "content": "no"}),
         Conversation(messages=[], tools=None, text="plain text", origin="test:3", row_id="3"),
         conversation(QUESTIONS[2], {"role": "assistant", "content": alone[2]}),

@@ -1,5 +1,6 @@
-"""DPO, ORPO and KTO: losses and gradients against the formulas on unpacked answers, and TRL's on the same pairs."""
+"""DPO, ORPO and KTO: losses and gradients against the formulas on unpacked answers, and TRL's on the same answers."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -100,8 +101,9 @@ def test_loss_and_gradients_are_the_formulas(policy, plain, rows, objective):
     for name, parameter in trainable(plain):
         off = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
         assert off < 1e-4, f"{name}: {off}"
-    pairs, correct, margins = loss_module.figures.tolist()
+    pairs, correct, margins, *labelled = loss_module.figures.tolist()
     assert (pairs, correct) == (3, int((margin > 0).sum())) and margins == pytest.approx(margin.sum().item(), rel=1e-4)
+    assert labelled == [0, 0, 0, 0]
 
 
 def test_at_the_start_dpo_is_log_2_and_its_margin_zero(tiny, rows):
@@ -177,7 +179,8 @@ def test_the_dpo_loss_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, 
     assert abs(ours.item() - 0.6931472) > 1e-3, "a margin of zero would compare nothing"
 
 
-def test_the_kto_loss_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, tmp_path, monkeypatch):
+def trls_kto(plain, tiny, tokenizer, folder, answers, weights):
+    """TRL's collated batch of (prompt, completion, label) answers, and its loss."""
     from datasets import Dataset
     from torch.utils.data import DataLoader
     from trl import KTOConfig, KTOTrainer
@@ -185,17 +188,16 @@ def test_the_kto_loss_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, 
     data = Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": pair["prompt"]}],
-                "completion": [{"role": "assistant", "content": pair[side]}],
-                "label": side == "chosen",
+                "prompt": [{"role": "user", "content": prompt}],
+                "completion": [{"role": "assistant", "content": completion}],
+                "label": label,
             }
-            for pair in PAIRS
-            for side in ("chosen", "rejected")
+            for prompt, completion, label in answers
         ]
     )
     arguments = KTOConfig(
-        output_dir=str(tmp_path), beta=0.3, desirable_weight=1.5, undesirable_weight=0.7, use_cpu=True, report_to=[],
-        per_device_train_batch_size=6, bf16=False, gradient_checkpointing=False,
+        output_dir=str(folder), beta=0.3, desirable_weight=weights[0], undesirable_weight=weights[1], use_cpu=True,
+        report_to=[], per_device_train_batch_size=len(answers), bf16=False, gradient_checkpointing=False,
     )  # fmt: skip
     trainer = KTOTrainer(
         model=plain,
@@ -204,27 +206,68 @@ def test_the_kto_loss_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, 
         train_dataset=data,
         processing_class=tokenizer,
     )
-    batch = next(iter(DataLoader(trainer.train_dataset, batch_size=6, collate_fn=trainer.data_collator)))
+    batch = next(iter(DataLoader(trainer.train_dataset, batch_size=len(answers), collate_fn=trainer.data_collator)))
     with torch.no_grad():
         expected = trainer.compute_loss(plain, batch)
     assert trainer._metrics["train"]["kl"][0] > 0, "a move of zero would compare nothing"
+    return batch, expected.item(), trainer
 
-    rows = []
-    for first in (0, 2, 4):
-        documents = [
-            (batch["input_ids"][place][batch["attention_mask"][place] == 1],
-             batch["completion_mask"][place][batch["attention_mask"][place] == 1])
-            for place in (first, first + 1)
-        ]  # fmt: skip
-        ids = torch.cat([ids for ids, _ in documents]).numpy()
-        trained = torch.cat([trained for _, trained in documents]).numpy()
-        positions = np.concatenate([np.arange(len(ids)) for ids, _ in documents])
-        rows.append(PackedRow(ids, np.where(trained == 1, ids, -100), positions, ["pair"] * 2))
+
+def packed_from(batch, places, desirable=None) -> PackedRow:
+    """Those documents of TRL's padded batch as one packed row."""
+    documents = [
+        (batch["input_ids"][place][batch["attention_mask"][place] == 1],
+         batch["completion_mask"][place][batch["attention_mask"][place] == 1])
+        for place in places
+    ]  # fmt: skip
+    ids = torch.cat([ids for ids, _ in documents]).numpy()
+    trained = torch.cat([trained for _, trained in documents]).numpy()
+    positions = np.concatenate([np.arange(len(ids)) for ids, _ in documents])
+    return PackedRow(ids, np.where(trained == 1, ids, -100), positions, ["answer"] * len(documents), desirable)
+
+
+def test_the_kto_loss_of_pairs_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, tmp_path, monkeypatch):
+    answers = [(pair["prompt"], pair[side], side == "chosen") for pair in PAIRS for side in ("chosen", "rejected")]
+    batch, expected, _ = trls_kto(plain, tiny, tokenizer, tmp_path, answers, (1.5, 0.7))
+    rows = [packed_from(batch, (first, first + 1)) for first in (0, 2, 4)]
     monkeypatch.setattr(preference, "ROTATION", 1)  # TRL's, where a pair's prompt may get its own other answer
     module = PreferenceLoss(policy, "kto", 0.3, 0.0, (1.5, 0.7))
     with torch.no_grad():
         ours = module(collate(rows, 0)) / 3
-    assert ours.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert ours.item() == pytest.approx(expected, abs=1e-5)
+
+
+ANSWERS = [
+    ("What boils at 100 degrees?", "Water, at sea level."),
+    ("Name a colour.", "Seven is a nice one, is it not? I think so."),
+    ("Add 2 and 2, and say how.", "Two more than two is four."),
+    ("Who wrote this?", "A loadmaster did, before take-off."),
+    ("Name a fish.", "Pike."),
+]
+
+
+@pytest.mark.parametrize(
+    ("labels", "weights"),
+    [((True, False, True, True, True), (0.6, 2.4)), ((False, False, True, False, False), (1.3, 0.5))],
+)
+def test_the_kto_loss_of_labelled_answers_is_trls_on_the_same_batch(
+    policy, plain, tiny, tokenizer, tmp_path, labels, weights
+):
+    answers = [(*answer, label) for answer, label in zip(ANSWERS, labels, strict=True)]
+    batch, expected, trainer = trls_kto(plain, tiny, tokenizer, tmp_path, answers, weights)
+    rows = [packed_from(batch, places, np.array(labels)[list(places)]) for places in ((0, 1), (2,), (3, 4))]
+    module = PreferenceLoss(policy, "kto", 0.3, 0.0, weights)
+    with torch.no_grad():
+        ours = module(collate(rows, 0, 128)) / 5  # padded: documents that have no label
+    assert ours.item() == pytest.approx(expected, abs=1e-5)
+    assert abs(ours.item() - 0.5) > 1e-3, "rewards of zero would compare nothing"
+
+    figures = preference.mean_figures(module.figures)
+    theirs = trainer._metrics["train"]
+    assert figures["reward_desirable"] == pytest.approx(theirs["rewards/chosen"][0], rel=1e-4)
+    assert figures["reward_undesirable"] == pytest.approx(theirs["rewards/rejected"][0], rel=1e-4)
+    assert figures["reward_margin"] == figures["reward_desirable"] - figures["reward_undesirable"]
+    assert module.figures.tolist()[:5] == [0, 0, 0, sum(labels), 5 - sum(labels)]
 
 
 def test_prompts_get_other_pairs_answers_and_no_token_is_lost(rows):
@@ -253,6 +296,54 @@ def test_ktos_move_takes_two_pairs(tiny, policy, rows):
     ends = [*(alone.position_ids == 0).nonzero()[0].tolist(), len(alone)]
     one = PackedRow(alone.input_ids[: ends[2]], alone.labels[: ends[2]], alone.position_ids[: ends[2]], ["pair"] * 2)
     assert PreferenceLoss(policy, "kto", 0.3, 0.0)._moved(collate([one], 0)).item() == 0
+
+
+def labelled(rows, count: int) -> PackedRow:
+    """The first `count` answers of the pairs as one row of answers by themselves, every second one desirable."""
+    row = rows[0]
+    end = [*(row.position_ids == 0).nonzero()[0].tolist(), len(row)][count]
+    parts = (array[:end] for array in (row.input_ids, row.labels, row.position_ids))
+    return PackedRow(*parts, row.document_ids[:count], np.arange(count) % 2 == 0)
+
+
+def test_ktos_move_takes_two_labelled_answers(policy, rows):
+    module = PreferenceLoss(policy, "kto", 0.3, 0.0)
+    assert module._moved(collate([labelled(rows, 1)], 0, 256)).item() == 0
+    moved = module._moved(collate([labelled(rows, 2)], 0, 256))
+    with torch.no_grad():
+        other = mismatched(collate([labelled(rows, 2)], 0), 1)  # each prompt under the other answer
+        ratios = answer_log_probs(policy, other).sums - module._reference(other).sums
+    assert moved.item() == pytest.approx(max(0, ratios.mean().item()), rel=1e-5) and ratios.any()
+
+
+def test_gradients_of_labelled_answers_are_the_formulas(policy, plain, rows, monkeypatch):
+    monkeypatch.setattr(PreferenceLoss, "_moved", lambda self, batch: torch.tensor(0.4))
+    row = labelled(rows, 3)  # desirable, undesirable, desirable
+    policy.zero_grad()
+    loss = PreferenceLoss(policy, "kto", 0.3, 0.0, (1.5, 0.7))(collate([row], 0, 256))
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in trainable(policy)}
+
+    with torch.no_grad(), plain.disable_adapter():
+        reference = torch.stack([s for s, _ in answers_apart(plain, [row])])
+    plain.zero_grad()
+    first, second, third = torch.stack([s for s, _ in answers_apart(plain, [row])]) - reference
+    good = sum(1.5 * (1 - torch.sigmoid(0.3 * (ratio - 0.4))) for ratio in (first, third))
+    expected = good + 0.7 * (1 - torch.sigmoid(0.3 * (0.4 - second)))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in trainable(plain):
+        off = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert off < 1e-4, f"{name}: {off}"
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_micro_batch_of_one_label_has_its_loss_and_no_margin(policy, rows, label):
+    row = dataclasses.replace(labelled(rows, 2), desirable=np.array([label, label]))
+    module = PreferenceLoss(policy, "kto", 0.3, 0.0)
+    with torch.no_grad():
+        assert 0 < module(collate([row], 0, 256)).item() < 2
+    assert list(preference.mean_figures(module.figures)) == ["reward_desirable" if label else "reward_undesirable"]
 
 
 def test_pair_losses_do_not_overflow():
@@ -287,11 +378,13 @@ def test_gradients_of_chunked_log_probs_are_autograds(monkeypatch, softcap, scal
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_batch_without_answers_has_loss_zero_and_gradients_of_zero(policy, rows):
-    row = rows[0]
-    idle = PackedRow(row.input_ids, np.full_like(row.labels, -100), row.position_ids, row.document_ids)
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_a_batch_without_answers_has_loss_zero_and_gradients_of_zero(policy, rows, objective):
+    row = labelled(rows, 2) if objective == "kto" else rows[0]
+    idle = dataclasses.replace(row, labels=np.full_like(row.labels, -100))
     policy.zero_grad()
-    loss = PreferenceLoss(policy, "dpo", beta=0.1, label_smoothing=0.0)(collate([idle], 0))
+    module = PreferenceLoss(policy, objective, beta=0.1, label_smoothing=0.0)
+    loss = module(collate([idle], 0))
     loss.backward()
-    assert loss.item() == 0
+    assert loss.item() == 0 and not module.figures.any()
     assert all(p.grad is None or not p.grad.any() for _, p in trainable(policy))

@@ -6,7 +6,9 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
+from loadmaster.data import MicroBatch
 from loadmaster.models import loss, recompute
 from loadmaster.preflight import blocks
 from loadmaster.preflight.frozen import WIDE
@@ -15,6 +17,7 @@ from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.step import training_step
+from loadmaster.training import trace
 from loadmaster.training.trace import Case, traced_peaks
 
 TOLERANCE = 0.001
@@ -119,6 +122,25 @@ def test_replay_equals_a_trace_of_the_engine(family: str, checks: str) -> None:
             error = training_step(shape, setup, in_place=False).peak / truth - 1
             said = f"{config} {precision} dropout {dropout} {case}"
             assert abs(error) < TOLERANCE, f"{said}: replay is {error:+.3%} from the trace of {truth} bytes"
+
+
+@pytest.mark.parametrize("documents", [1, 8])
+def test_kto_of_labelled_answers_takes_what_pairs_are_planned_with(documents, monkeypatch) -> None:
+    """However many answers share the row, and whatever their labels: what is planned are tokens."""
+
+    def labelled(ids, labels, _, rows) -> MicroBatch:
+        positions = torch.arange(ids.shape[1]) % -(-ids.shape[1] // documents)
+        return MicroBatch(ids, labels, positions[None], rows, torch.arange(documents) % 2 == 0)
+
+    monkeypatch.setattr(trace, "MicroBatch", labelled)
+    config = random_config("llama", 0)
+    cases = [replace(case, objective="kto") for case in PAIRS]
+    for case, truth in zip(cases, traced_peaks(config, "lora", cases), strict=True):
+        setup = Setup(
+            method="lora", precision="bf16", optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
+            sequence_length=case.tokens, objective="kto", gradient_accumulation_steps=2 if case.accumulated else 1,
+        )  # fmt: skip
+        assert abs(training_step(from_config(config, "llama"), setup, in_place=False).peak / truth - 1) < TOLERANCE
 
 
 def test_several_hundred_combinations_are_checked() -> None:

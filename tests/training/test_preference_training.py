@@ -1,6 +1,7 @@
 """Preference objectives through the loop: what they learn, and that a split of the batch changes nothing."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from loadmaster.data import prepare
 from loadmaster.evaluation import held_out
 from loadmaster.models import compiled
 from loadmaster.models.load import load_tokenizer
+from loadmaster.models.preference import FIGURES, PreferenceLoss
 from loadmaster.training.batches import losses, micro_batches
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, train
 from loadmaster.training.metrics import read_metrics
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.world import World
+from tests.runs import finish
 from tests.training.test_loop import JOB, PLAN
 
 TICKETS = Path(__file__).parents[2] / "data" / "tickets"
@@ -41,6 +44,13 @@ def job_of(objective: str, **changes):
 @pytest.fixture(scope="module")
 def pairs(tokenizer, tmp_path_factory):
     return prepare(job_of("dpo"), tokenizer, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def answers(tokenizer, tmp_path_factory):
+    """Twelve labelled answers in rows of two, nine of them desirable."""
+    data = DataConfig(path=str(TICKETS / "labels_train.jsonl"), validation=None, max_rows=12)
+    return prepare(dataclasses.replace(job_of("kto"), data=data), tokenizer, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
@@ -72,21 +82,47 @@ def test_the_chosen_answers_come_to_be_preferred(tiny, pairs, tmp_path, objectiv
         assert figures["loss"] < rows[0]["loss"] - 0.3
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
-def test_any_split_of_pairs_gives_the_same_gradients(tiny, pairs, objective):
+def test_desirable_answers_rise_and_undesirable_ones_fall_without_pairs(tiny, answers, tmp_path):
+    plan = dataclasses.replace(PLAN, method="lora", sequence_length=256)
+    session, _ = train(
+        job_of("kto"), plan, answers, load_tokenizer(tiny), tiny, tmp_path, "hash", lambda session, stopping: None,
+        StopSignal(), Display(Console(quiet=True)),
+    )  # fmt: skip
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-5) and "reward_accuracy" not in rows[0]
+    assert rows[0]["reward_desirable"] == rows[0]["reward_undesirable"] == rows[0]["reward_margin"] == 0
+    figures = held_out(session.model, answers.train, 0, 4, "cpu", session.loss)
+    assert figures.keys() == {"loss", "reward_desirable", "reward_undesirable", "reward_margin", "answers"}
+    assert figures["answers"] == 12 and figures["loss"] < 0.47 and figures["reward_margin"] > 0.3
+    # However the answers are batched, each counts once.
+    assert held_out(session.model, answers.train, 0, 5, "cpu", session.loss)["answers"] == 12
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_any_split_of_a_step_gives_the_same_gradients(tiny, pairs, answers, objective, monkeypatch):
+    """Of kto's answers too, but for the move, which each micro-batch tells by itself."""
+    monkeypatch.setattr(PreferenceLoss, "_moved", lambda self, batch: torch.tensor(0.4))
     plan = dataclasses.replace(PLAN, method="lora", sequence_length=256)
     session = make_session(job_of(objective), plan, World(), 0, tiny)
     for name, parameter in session.trained:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
-    batch = [pairs.train[i] for i in range(5)]
+    rows = answers.train if objective == "kto" else pairs.train
+    batch = [rows[i] for i in range(5)]
     count = sum(losses(row, objective) for row in batch)
     results = []
     for size, ranks in [(5, 1), (1, 1), (2, 1), (2, 3), (1, 8)]:
         session.optimizer.zero_grad()
         split = [micro_batches(batch, size, rank, ranks, 0, None) for rank in range(ranks)]
-        loss = sum(session.backward(part, count).item() for part in split)
+        loss, counted = 0.0, torch.zeros(FIGURES)
+        for part in split:  # a rank each
+            loss += session.backward(part, count).item()
+            for micro_batch in part:
+                with torch.no_grad():
+                    session.loss(micro_batch)
+                counted += session.loss.figures
         results.append((loss, [p.grad.clone() for _, p in session.trained]))
+        assert counted[0] + counted[3] + counted[4] == count, "filled-up copies counted"
     for loss, gradients in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
         for gradient, first in zip(gradients, results[0][1], strict=True):
@@ -110,3 +146,23 @@ def test_compiled_layers_are_not_compiled_anew_when_the_adapter_goes_on_and_off(
         assert outcome.recompilations == 0
         losses.append([row["loss"] for row in read_metrics(folder / "metrics.jsonl")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_train_py_learns_from_labels_and_says_what_it_held_out(tiny, tmp_path):
+    done = finish(
+        tmp_path, f"model.path={tiny}", "data=ticket_labels", "data.max_rows=12", "hardware=cpu", "method=lora",
+        "sequence_length=256", "batch.global_size=4", "micro_batch_size=2", "max_steps=3", "stop_after=evaluate",
+        "evaluation.max_rows=2", "evaluation.max_new_tokens=4", "tracker=none", "run_dir=run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "rows read as unpaired" in done.stdout and "desirable and" in done.stdout
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 3 and all("reward_desirable" in row and "reward_accuracy" not in row for row in rows)
+    figures = json.loads((tmp_path / "run" / "eval.json").read_text())
+    before, after = figures["before"]["held_out"], figures["after"]["held_out"]
+    assert before["answers"] == after["answers"] == 60
+    assert before["loss"] == pytest.approx(0.5, abs=1e-6) and before["reward_margin"] == 0 != after["reward_margin"]
+    assert figures["after"]["task"]["rows"] == 2
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "per labelled answer; reward of desirable over undesirable" in page and "of a labelled answer" in page

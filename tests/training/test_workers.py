@@ -1,6 +1,7 @@
 """`python train.py` with a plan for two devices starts its own workers, and ends as they do. Real processes, gloo."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -152,6 +153,33 @@ def test_preference_pairs_on_two_processes_are_compared_with_the_base_and_saved_
     for key in ("loss", "grad_norm", "reward_margin"):
         assert [row[key] for row in several] == pytest.approx([row[key] for row in one], rel=1e-5, abs=1e-6), key
     assert several[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=1e-5)
+
+
+def test_labelled_answers_on_two_processes_count_as_on_one_and_a_resumed_run_goes_on_as_it_was(tiny, tmp_path):
+    """One answer a micro-batch, which tells no move; the second step of an epoch has three rows for two processes."""
+    words = [
+        "data=ticket_labels", "data.max_rows=11", "data.packing=false", "objective=kto", "sequence_length=128",
+        "batch.global_size=8", "max_steps=4", "checkpoint.every_steps=2", "evaluation.every_steps=2", "method=lora",
+    ]  # fmt: skip
+    done = finish(tmp_path, *job(tiny, *words))
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    alone = finish(tmp_path, *job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
+    assert alone.returncode == 0, alone.stderr
+    several, one = (metrics(folder) for folder in (run, tmp_path / "alone"))
+    assert one[-1]["tokens"] == 2 * one[1]["tokens"]  # 8 and 3 rows, twice
+    rewards = ("reward_desirable", "reward_undesirable")
+    assert all(any(key in row for row in one) for key in rewards)  # a step may have rows of one label alone
+    for key in ("loss", "grad_norm", *rewards):
+        found, expected = ([row.get(key, math.nan) for row in rows] for rows in (several, one))
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True), key
+    assert several[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=1e-5)
+
+    shutil.rmtree(tmp_path / "alone" / "adapter")
+    shutil.rmtree(tmp_path / "alone" / "checkpoints" / "step-4")
+    alone = finish(tmp_path, *job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
+    assert alone.returncode == 0 and "resuming after step 2 of 4" in alone.stdout, alone.stderr
+    assert metrics(tmp_path / "alone") == one
 
 
 def test_zero3_begins_with_the_weights_that_were_there_before_the_rehearsal(tiny, tmp_path):
