@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from loadmaster.export.weights import EMBEDDINGS, HEAD, read_tensor, tensor_files
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.frozen import FrozenLinear
+from loadmaster.models.spread import where_they_lie
 
 ROUNDING = 2.0**-8
 """Of a value: twice the largest rounding error of bf16, which has 8 bits of significand."""
@@ -99,9 +100,10 @@ def live_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None,
     layers = {name: module for name, module in lm.named_modules() if hasattr(module, "base_layer")}
     saved = {name: module for name, module in lm.named_modules() if hasattr(module, "modules_to_save")}
     inside = tuple(f"{name}." for name in (*layers, *saved))
-    for name, parameter in lm.named_parameters():
-        if not name.startswith(inside):
-            yield name, parameter.detach().float(), None, False
+    with where_they_lie(lm):  # named_parameters() keeps all that it has seen
+        names = [name for name, _ in lm.named_parameters() if not name.startswith(inside)]
+    for name in names:
+        yield name, _read(lm.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]), None, False
     for name, module in saved.items():
         for part, parameter in module.modules_to_save[module.active_adapters[0]].named_parameters():
             yield f"{name}.{part}", parameter.detach().float(), None, False
@@ -117,7 +119,15 @@ def _dense(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """(what the layer multiplies inputs of `dtype` with, in float32; whether it is held in few bits)."""
     if isinstance(layer, FrozenLinear):
         return layer.multiplied_with(dtype).float(), True
-    return layer.weight.detach().float(), False
+    return _read(layer, "weight"), False
+
+
+def _read(module: nn.Module, name: str) -> Tensor:
+    """A parameter in float32; of a layer that lies elsewhere it is brought. Without numbers nothing is compared."""
+    parameter = getattr(module, name)
+    if parameter.is_meta:
+        raise RuntimeError(f"a {type(module).__name__} has no numbers in its {name}: it cannot be compared")
+    return parameter.detach().float()
 
 
 def _delta(module: Any) -> Tensor:

@@ -133,6 +133,9 @@ class Plan:
     """Dollars an hour with date and source; None where the machine is not rented."""
     basis: dict[str, str] = field(default_factory=dict)
     """Which figures are measured and which are modelled, and what they leave out."""
+    verification: dict[str, Any] | None = None
+    """Where the export's verification puts a model that no GPU holds (loadmaster.preflight.verification): `fits`,
+    `layers`, and what is moved; None: one GPU holds it."""
     schema: int = SCHEMA
 
     @property

@@ -1,0 +1,38 @@
+"""What a verification may take of the machine that it runs on, measured as it starts: every visible GPU's free memory,
+the host's, and the disk that the export is written on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from loadmaster.models.spread import Spread
+from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.placement import Room
+from loadmaster.preflight.verification import REFERENCE_BYTES
+from loadmaster.training.staging import free_host_bytes
+
+
+def spread_over(device: str, scratch: Path | None, working: float, passing: float) -> Spread:
+    """Where the models of a verification go; `device` alone where it holds them.
+
+    scratch: folder for what is written of layers on disk; None: none go there.
+    working, passing: bytes of a row's activations and logits, on the first GPU and on each other one.
+    """
+    on_disk = scratch is not None
+    gpus, host = free_bytes(device)
+    if not gpus:
+        room = Room((host - REFERENCE_BYTES,), 0.0, on_disk, working, passing)
+    else:
+        room = Room(gpus, max(0.0, host - REFERENCE_BYTES), on_disk, working, passing)
+    return Spread(room, device, (scratch or Path()) / "offload")
+
+
+def free_bytes(device: str) -> tuple[tuple[float, ...], float]:
+    """(free on each visible GPU, but for what fragmentation takes; free in host memory)."""
+    if device == "cpu":
+        return (), free_host_bytes()
+    usable = 1 - value("fragmentation", "share")
+    gpus = range(torch.cuda.device_count())
+    return tuple(usable * torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), free_host_bytes()
