@@ -278,10 +278,8 @@ def fingerprint(folder: Path, cache: Path) -> list[Any]:
 
 def _beside_weights(plan: Plan) -> tuple[float, float]:
     """Bytes beside weights that a verification takes on the first GPU, and on each other one, as planned."""
-    planned = plan.phase_components_gib.get("verify")
-    if planned is None:
-        return 0.0, 0.0
-    return (planned.activations + planned.logits) * GIB, planned.activations * GIB
+    planned = plan.verification or {"working_gib": 0.0, "passing_gib": 0.0}
+    return planned["working_gib"] * GIB, planned["passing_gib"] * GIB
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -110,7 +110,7 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, verifi
 
 def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> list[str]:
     """Where the export's verification puts a model that one GPU does not hold, and what that costs."""
-    if need.summary() is None or job.stop_after in ("train", "evaluate"):
+    if need.is_whole or job.stop_after in ("train", "evaluate"):
         return []
     if need.placement is None:
         return [

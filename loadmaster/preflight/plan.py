@@ -134,8 +134,8 @@ class Plan:
     basis: dict[str, str] = field(default_factory=dict)
     """Which figures are measured and which are modelled, and what they leave out."""
     verification: dict[str, Any] | None = None
-    """Where the export's verification puts a model that no GPU holds (loadmaster.preflight.verification): `fits`,
-    `layers`, and what is moved; None: one GPU holds it."""
+    """Where the export's verification puts the largest model (loadmaster.preflight.verification): `fits`, `layers` on
+    each GPU, in host memory and on disk, what is needed besides weights, and what is moved."""
     schema: int = SCHEMA
 
     @property

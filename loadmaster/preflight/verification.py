@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from loadmaster.config.schema import Job
 from loadmaster.preflight.coefficients import value
@@ -50,18 +51,24 @@ class VerificationNeed:
     """Forward passes of all models together, each of which moves what is not on a GPU."""
     seconds: float = 0.0
     """Of moving."""
+    working: float = 0.0
+    """Bytes of the first GPU besides weights and adapters."""
+    passing: float = 0.0
+    """And of each other one."""
 
-    def summary(self) -> dict | None:
-        """For plan.json; None where one GPU holds the model."""
-        if self.placement is not None and self.placement.is_whole:
-            return None
-        if self.placement is None:
-            return {"fits": False}
+    @property
+    def is_whole(self) -> bool:
+        """One GPU holds the model."""
+        return self.placement is not None and self.placement.is_whole
+
+    def summary(self) -> dict[str, Any]:
+        """For plan.json."""
+        layers = None if self.placement is None else {
+            "gpus": list(self.placement.gpus), "host": self.placement.host, "disk": self.placement.disk,
+        }  # fmt: skip
         return {
-            "fits": True,
-            "layers": {
-                "gpus": list(self.placement.gpus), "host": self.placement.host, "disk": self.placement.disk,
-            },
+            "fits": self.placement is not None, "layers": layers,
+            "working_gib": round(self.working / GIB, 3), "passing_gib": round(self.passing / GIB, 3),
             "host_gib": round(self.host_bytes / GIB, 2), "disk_gib": round(self.disk_bytes / GIB, 2),
             "passes": self.passes, "moving_hours": round(self.seconds / 3600, 3),
         }  # fmt: skip
@@ -74,13 +81,13 @@ def verifying(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     trained = base_bytes(shape, setup.method, setup.precision) + adapters
     working = _working(job, shape, setup)
     context = (1 if hardware.is_cpu else 2) * context_bytes(hardware)
+    beside = working.total, max(working.activations, _compared(shape, setup, layers_alone=True))
     whole = replace(working, weights=max(exported, trained), context=context)
     if hardware.is_cpu:
-        return VerificationNeed(whole, Placement((shape.layers,)))
+        return VerificationNeed(whole, Placement((shape.layers,)), working=beside[0], passing=beside[1])
     free = hardware.memory_gib * (1 - job.plan.reserve) * GIB - context
     room = Room(
-        (free,) * hardware.count, _host_room(hardware), True, working.activations + working.logits + adapters,
-        working.activations + adapters,
+        (free,) * hardware.count, _host_room(hardware), True, beside[0] + adapters, beside[1] + adapters
     )  # fmt: skip
     layers, rest = _sizes(shape, setup, exported)
     placement = place(layers, rest, room)
@@ -88,30 +95,41 @@ def verifying(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     if frozen and place(*_sizes(shape, setup, trained - adapters), replace(room, disk=False)) is None:
         placement = None
     if placement is None or placement.is_whole:
-        return VerificationNeed(whole, placement)
+        return VerificationNeed(whole, placement, working=beside[0], passing=beside[1])
     each = max(layers)
     moved = each if placement.host or placement.disk else 0.0
     on_gpus = [replace(working, weights=rest + adapters + placement.gpus[0] * each + moved, context=context)]
-    inside = Bytes(activations=working.activations, context=context)
+    inside = Bytes(activations=beside[1], context=context)
     on_gpus += [replace(inside, weights=adapters + count * each) for count in placement.gpus[1:] if count]
     host, disk = placement.host * each, placement.disk * each
     passes = forward_passes(job, setup)
     host_rate = hardware.host_gb_per_s * 1e9 * value("efficiency", "pageable_link")
     seconds = passes * (host / host_rate + disk / (value("overhead", "load_gb_per_s") * 1e9))
-    return VerificationNeed(max(on_gpus, key=lambda b: b.total), placement, host, disk, passes, seconds)
+    return VerificationNeed(max(on_gpus, key=lambda b: b.total), placement, host, disk, passes, seconds, *beside)
 
 
 def _working(job: Job, shape: ModelShape, setup: Setup) -> Bytes:
-    """Of a row while it is scored, or of answers, whichever is more."""
+    """Of a row while it is scored, of answers, or of a matrix while it is compared, whichever is most."""
     scored = min(job.sequence_length, REFERENCE_BYTES // (4 * shape.vocabulary_size))
     row = replace(setup, micro_batch_size=1, sharding="none", replicas=1, offload="none", precision="bf16")
     batch = evaluation_batch(shape, replay_key(replace(row, method="full"), keep=False)).at_peak
     logits = (2 + 5 * 4) * scored * shape.vocabulary_size  # bf16; fp32 logits, both log-probabilities, exp and product
     answers = cache_bytes(job, shape, setup.width) if job.evaluation.task != "none" else 0.0
-    return Bytes(
+    scoring = Bytes(
         activations=max(batch["activations"] if logits >= answers else 0.0, answers),
         logits=logits if logits >= answers else 0.0,
     )
+    return max(scoring, Bytes(quantization=_compared(shape, setup)), key=lambda b: b.total)
+
+
+def _compared(shape: ModelShape, setup: Setup, layers_alone: bool = False) -> float:
+    """Of the largest tensor that is held against the live model's (export/live_checks.py): the live one in fp32, the
+    exported one in bf16; under adapters their product and the sum, and of a frozen one the stored base and its sum."""
+    each = 4 + 2 + (8 if setup.adapters else 0) + (8 if frozen_form(setup) else 0)
+    matrix = max(m.weight for m in shape.matrices())
+    experts = 2 * shape.experts * shape.expert_size * shape.hidden_size
+    outside = 0 if layers_alone else shape.embedding_parameters
+    return float(max(each * matrix, (4 + 2) * max(experts, outside)))
 
 
 def _sizes(shape: ModelShape, setup: Setup, weights: float) -> tuple[list[float], float]:
