@@ -9,7 +9,9 @@ import torch
 
 from loadmaster.models.spread import Spread
 from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.placement import Room
+from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.verification import REFERENCE_BYTES
 from loadmaster.training.staging import free_host_bytes
 
@@ -18,7 +20,7 @@ def spread_over(device: str, scratch: Path | None, working: float, passing: floa
     """Where the models of a verification go; `device` alone where it holds them.
 
     scratch: folder for what is written of layers on disk; None: none go there.
-    working, passing: bytes of a row's activations and logits, on the first GPU and on each other one.
+    working, passing: bytes beside weights, on the first GPU and on each other one.
     """
     on_disk = scratch is not None
     gpus, host = free_bytes(device)
@@ -27,6 +29,17 @@ def spread_over(device: str, scratch: Path | None, working: float, passing: floa
     else:
         room = Room(gpus, max(0.0, host - REFERENCE_BYTES), on_disk, working, passing)
     return Spread(room, device, (scratch or Path()) / "offload")
+
+
+def beside_weights(plan: Plan) -> tuple[float, float]:
+    """`working` and `passing` as planned; a plan made before they were in it has none."""
+    planned = plan.verification or {"working_gib": 0.0, "passing_gib": 0.0}
+    return planned["working_gib"] * GIB, planned["passing_gib"] * GIB
+
+
+def moving_s(plan: Plan) -> float:
+    """How much longer than reading a verification may take for what it moves: twice what is modelled."""
+    return 2 * 3600 * (plan.verification or {}).get("moving_hours", 0.0)
 
 
 def free_bytes(device: str) -> tuple[tuple[float, ...], float]:

@@ -25,13 +25,13 @@ from loadmaster.export import advice, answers, candidates, table, thresholds, ve
 from loadmaster.export.build import Builder, Written
 from loadmaster.export.manifest import read_manifest, verify_manifest, versions, write_manifest
 from loadmaster.export.process import run_step, timeout_s
+from loadmaster.export.room import beside_weights, moving_s
 from loadmaster.export.servers import aimed_at, oldest_reader
 from loadmaster.export.weights import readable_by_all, shards
 from loadmaster.files import publish_folder, read_json, sha256_file, sha256_json, write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.resolve import base_revision
 from loadmaster.models.spread import free_device_memory
-from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.plan import Plan
 
 SCRATCH = ".work.partial"
@@ -162,7 +162,7 @@ class Export:
             self.prepared.train if validation is None else validation, self.job.export.verification_rows,
             self.plan.model.vocabulary_size,
         )  # fmt: skip
-        working, passing = _beside_weights(self.plan)
+        working, passing = beside_weights(self.plan)
         spec = verify.spec(
             base=self.base, trained=self.trained, precision=self.plan.precision,
             frozen=frozen_form(self.plan.method, self.plan.precision),
@@ -182,7 +182,8 @@ class Export:
         )  # fmt: skip
         weight_bytes = _weight_bytes(self.base) * (1 + sum(map(len, written.candidates.values())))
         results = run_step(
-            "loadmaster.export.verify", spec, scratch, timeout_s(weight_bytes), lambda text: self.echo(f"  {text}")
+            "loadmaster.export.verify", spec, scratch, timeout_s(weight_bytes) + moving_s(self.plan),
+            lambda text: self.echo(f"  {text}"),
         )
         for name, figures in results.items():
             limit = thresholds.limits(self.job.export, name)
@@ -274,12 +275,6 @@ def fingerprint(folder: Path, cache: Path) -> list[Any]:
     if not found.keys() <= known.keys():
         write_json(cache, {**known, **found})
     return [[path.name, digest] for path, digest in zip(files, found.values(), strict=True)]
-
-
-def _beside_weights(plan: Plan) -> tuple[float, float]:
-    """Bytes beside weights that a verification takes on the first GPU, and on each other one, as planned."""
-    planned = plan.verification or {"working_gib": 0.0, "passing_gib": 0.0}
-    return planned["working_gib"] * GIB, planned["passing_gib"] * GIB
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -81,20 +81,16 @@ class Spread:
 
 
 def sizes(model: nn.Module) -> tuple[list[float], float]:
-    """(bytes of each decoder layer, bytes of all else), tied weights once."""
-    from loadmaster.models.forward import decoder_layers
-
-    layers = [float(sum(map(_bytes, _tensors(layer)))) for layer in decoder_layers(model)]
+    """(bytes of each decoder layer, bytes of all else), tied weights once; a model without a list of them has none."""
+    layers = [float(sum(map(_bytes, _tensors(layer)))) for layer in _layers(model)]
     return layers, float(sum(map(_bytes, _tensors(model)))) - sum(layers)
 
 
 def device_map(model: nn.Module, placement: Placement, main: str) -> dict[str, int | str]:
     """Name of each layer, and of each module outside them, -> its device as accelerate calls it."""
-    from loadmaster.models.forward import decoder_layers
-
     on_gpus = main != "cpu"
     device = {"host": "cpu", "disk": "disk"}
-    layers = {id(layer): place for layer, place in zip(decoder_layers(model), placement.places(), strict=True)}
+    layers = {id(layer): place for layer, place in zip(_layers(model), placement.places(), strict=True)}
     found: dict[str, int | str] = {}
 
     def walk(module: nn.Module, name: str) -> None:
@@ -186,6 +182,15 @@ def free_device_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    from loadmaster.models.forward import decoder_layers
+
+    try:
+        return decoder_layers(model)
+    except LoadmasterError:
+        return []
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from loadmaster.models import spread
 from loadmaster.models.load import load_base, load_trained
 from loadmaster.models.shards import empty_model
 from loadmaster.models.spread import NoRoom, Spread, device_map, is_spread, sizes, where_they_lie
-from loadmaster.preflight.placement import Placement, Room
+from loadmaster.preflight.placement import Placement, Room, place
 from loadmaster.preflight.verification import REFERENCE_BYTES
 
 GIB = 2**30
@@ -138,6 +138,13 @@ def test_several_gpus_get_layers_and_the_first_all_that_is_outside_them(tiny):
     layers, rest = sizes(model)
     width = 64 * (64 + 2 * 32 + 64) + 3 * 64 * 192 + 2 * 64
     assert layers == [2.0 * width] * 2 and rest == 2 * (49152 * 64 + 64) + 4 * 32  # rotary frequencies, twice
+
+
+def test_a_model_without_a_list_of_layers_goes_to_one_device_or_nowhere():
+    model = torch.nn.Linear(4, 4)
+    model.get_decoder = lambda: model
+    assert sizes(model) == ([], 80.0)
+    assert place([], 80.0, Room((80.0,))) == Placement((0,)) and place([], 80.0, Room((79.0,), None)) is None
 
 
 def test_every_visible_gpu_is_asked_what_is_free(monkeypatch):

@@ -11,10 +11,11 @@ from loadmaster import evaluation
 from loadmaster.config.schema import BatchConfig, EvaluationConfig, ExportConfig, HardwareConfig, Job, ModelConfig
 from loadmaster.export import candidates, smoke
 from loadmaster.preflight import make_plan, phases, verification
+from loadmaster.preflight.explain import about_verification, can_export
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import host_bytes
 from loadmaster.preflight.plan import Plan
-from loadmaster.preflight.search import fixed
+from loadmaster.preflight.search import evaluate, fixed
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import find_shape
 from loadmaster.preflight.verification import verifying
@@ -125,7 +126,11 @@ def test_layers_go_to_disk_where_the_host_is_too_small_and_frozen_ones_do_not() 
     assert on_host.placement.disk == 0 and need.seconds > on_host.seconds > 0
     fp8 = replace(setup, method="lora", precision="fp8", optimizer="adamw")
     small = replace(machine, memory_gib=40.0, host_memory_gib=16.0)
-    assert not verifying(job, shape, small, fp8).summary()["fits"]
+    nowhere = verifying(job, shape, small, fp8)
+    assert not can_export(job, nowhere.summary()) and can_export(replace(job, stop_after="train"), nowhere.summary())
+    chosen = evaluate(job, shape, small, fp8)
+    assert "will not pass here: its verification needs 1" in about_verification(job, chosen, nowhere)[0]
+    assert about_verification(replace(job, stop_after="evaluate"), chosen, nowhere) == []
     assert verifying(job, shape, small, replace(fp8, precision="bf16")).summary()["fits"]
 
 
