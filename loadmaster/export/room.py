@@ -12,22 +12,20 @@ from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.placement import Room
 from loadmaster.preflight.plan import Plan
-from loadmaster.preflight.verification import REFERENCE_BYTES
 from loadmaster.training.staging import free_host_bytes
 
 
-def spread_over(device: str, scratch: Path | None, working: float, passing: float) -> Spread:
+def spread_over(device: str, scratch: Path | None, working: float, passing: float, kept: float) -> Spread:
     """Where the models of a verification go; `device` alone where it holds them.
 
     scratch: folder for what is written of layers on disk; None: none go there.
     working, passing: bytes beside weights, on the first GPU and on each other one.
+    kept: bytes that stay in host memory meanwhile.
     """
     on_disk = scratch is not None
     gpus, host = free_bytes(device)
-    if not gpus:
-        room = Room((host - REFERENCE_BYTES,), 0.0, on_disk, working, passing)
-    else:
-        room = Room(gpus, max(0.0, host - REFERENCE_BYTES), on_disk, working, passing)
+    host = max(0.0, host - kept)
+    room = Room(gpus, host, on_disk, working, passing) if gpus else Room((host,), 0.0, on_disk, working, passing)
     return Spread(room, device, (scratch or Path()) / "offload")
 
 

@@ -34,7 +34,7 @@ BATCH_SIZE = 8
 def main(arguments: list[str]) -> None:
     told = read_spec(arguments)
     base, trained = Path(told["base"]), Path(told["trained"])
-    device = spread_over(told["device"], Path(told["scratch"]), told["working"], told["passing"])
+    device = spread_over(told["device"], Path(told["scratch"]), told["working"], told["passing"], kept=0.0)
     how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": device, "frozen": told["frozen"]}
     tokenizer = load_tokenizer(base)
     rows = [_row(document) for document in told["documents"]]

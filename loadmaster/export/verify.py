@@ -117,8 +117,12 @@ class Verification:
 
     def __init__(self, told: dict[str, Any], formats: dict[str, list[Candidate]]):
         self.base, scratch = Path(told["base"]), told["scratch"]
-        self.spread = spread_over(told["device"], scratch and Path(scratch), told["working"], told["passing"])
         self.tokenizer = load_tokenizer(self.base)
+        scored = sum(label != -100 for row in told["rows"] for label in row["labels"])
+        self.spread = spread_over(
+            told["device"], scratch and Path(scratch), told["working"], told["passing"],
+            4.0 * len(self.tokenizer) * scored,
+        )  # fmt: skip
         self.conversations = [Conversation(**conversation) for conversation in told["conversations"]]
         self.evaluation = EvaluationConfig(**told["evaluation"])
         self.stop_ids = stop_token_ids(self.tokenizer)

@@ -122,8 +122,8 @@ def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> l
         moved = (need.host_bytes + need.disk_bytes) / GIB
         said += (
             f": {moved:.0f} GiB are brought to the first GPU in each of {need.passes} forward passes, "
-            f"{need.seconds / 3600:.1f} hours (modelled), less with fewer or shorter answers (evaluation.max_rows, "
-            "evaluation.max_new_tokens)"
+            f"{need.seconds / 3600:.1f} hours (modelled), less with fewer or shorter answers, or more of them at "
+            "a time (evaluation.max_rows, evaluation.max_new_tokens, evaluation.batch_size)"
         )
     return [f"{said}; no verification on several GPUs was run yet"]
 

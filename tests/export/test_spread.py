@@ -26,7 +26,6 @@ from loadmaster.models.load import load_base, load_trained
 from loadmaster.models.shards import empty_model
 from loadmaster.models.spread import NoRoom, Spread, device_map, is_spread, sizes, where_they_lie
 from loadmaster.preflight.placement import Placement, Room, place
-from loadmaster.preflight.verification import REFERENCE_BYTES
 
 GIB = 2**30
 IDS = np.arange(300, 340)
@@ -151,11 +150,11 @@ def test_every_visible_gpu_is_asked_what_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: ((10 + gpu) * GIB, 80 * GIB))
     monkeypatch.setattr(room, "free_host_bytes", lambda: 100.0 * GIB)
-    found = room.spread_over("cuda", None, 3.0, 2.0).room
+    found = room.spread_over("cuda", None, 3.0, 2.0, GIB).room
     assert found.gpus == pytest.approx([0.97 * (10 + gpu) * GIB for gpu in range(3)])
-    assert found == Room(found.gpus, 100 * GIB - REFERENCE_BYTES, False, 3.0, 2.0)
-    host = (100 * GIB - REFERENCE_BYTES,)
-    assert room.spread_over("cpu", Path("x"), 3.0, 2.0).room == Room(host, 0.0, True, 3.0, 2.0)
+    assert found == Room(found.gpus, 99 * GIB, False, 3.0, 2.0)
+    on_a_cpu = room.spread_over("cpu", Path("x"), 3.0, 2.0, GIB).room
+    assert on_a_cpu == Room((99 * GIB,), 0.0, True, 3.0, 2.0)
 
 
 MEASURE = """
@@ -174,7 +173,7 @@ def resident() -> int:
 folder, scratch, free = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 import compressed_tensors.offload, transformers.models.llama.modeling_llama
 room.free_bytes = lambda device: ((), free)
-spread = room.spread_over("cpu", scratch, 0.0, 0.0)
+spread = room.spread_over("cpu", scratch, 0.0, 0.0, 0.0)
 gc.collect()
 before, peak, done = resident(), [0], threading.Event()
 
@@ -203,7 +202,7 @@ def test_a_real_model_on_disk_scores_to_the_bit_in_a_fraction_of_its_memory(smol
     found = {}
     for name, kept in (("whole", 100), ("parts", 2.5)):
         (tmp_path / name).mkdir()
-        free = REFERENCE_BYTES + rest + kept * layers[0]
+        free = rest + kept * layers[0]
         command = [sys.executable, "-c", MEASURE, str(smollm2), str(tmp_path / name), str(free)]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300)
         assert ran.returncode == 0, ran.stderr[-2000:]
