@@ -27,6 +27,7 @@ from loadmaster.export import checks
 from loadmaster.export.weights import EMBEDDINGS, HEAD, read_tensor, tensor_files
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.frozen import FrozenLinear
+from loadmaster.models.spread import where_they_lie
 
 ROUNDING = 2.0**-8
 """Of a value: twice the largest rounding error of bf16, which has 8 bits of significand."""
@@ -37,6 +38,8 @@ QUANTIZED_OTHERWISE = 2e-3
 the merge on the CPU, whose sums over the same magnitudes differ in the last bit, and so do a few codes and roundings.
 Modelled, by moving the sum over 4 million weights by two bits: 0.00005 of them. A merge into the other base moves most;
 a scale 10% off every element whose 4-bit code is zero, one in twelve."""
+COMPARED_AT_A_TIME = 2**22
+"""Elements."""
 NAMED = 3
 PROBES = 8
 MAX_WEIGHT_ERROR = {"fp8": 0.2, "gguf": 0.2, "int4": 0.8, "nvfp4": 0.8}
@@ -105,9 +108,10 @@ def live_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None,
     layers = {name: module for name, module in lm.named_modules() if hasattr(module, "base_layer")}
     saved = {name: module for name, module in lm.named_modules() if hasattr(module, "modules_to_save")}
     inside = tuple(f"{name}." for name in (*layers, *saved))
-    for name, parameter in lm.named_parameters():
-        if not name.startswith(inside):
-            yield name, parameter.detach().float(), None, False
+    with where_they_lie(lm):  # named_parameters() keeps all that it has seen
+        names = [name for name, _ in lm.named_parameters() if not name.startswith(inside)]
+    for name in names:
+        yield name, _read(lm.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]), None, False
     for name, module in saved.items():
         for part, parameter in module.modules_to_save[module.active_adapters[0]].named_parameters():
             yield f"{name}.{part}", parameter.detach().float(), None, False
@@ -123,7 +127,15 @@ def _dense(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """(what the layer multiplies inputs of `dtype` with, in float32; whether it is held in few bits)."""
     if isinstance(layer, FrozenLinear):
         return layer.multiplied_with(dtype).float(), True
-    return layer.weight.detach().float(), False
+    return _read(layer, "weight"), False
+
+
+def _read(module: nn.Module, name: str) -> Tensor:
+    """A parameter in float32; of a layer that lies elsewhere it is brought. Without numbers nothing is compared."""
+    parameter = getattr(module, name)
+    if parameter.is_meta:
+        raise RuntimeError(f"a {type(module).__name__} has no numbers in its {name}: it cannot be compared")
+    return parameter.detach().float()
 
 
 def _delta(module: Any) -> Tensor:
@@ -142,9 +154,17 @@ def _delta(module: Any) -> Tensor:
 def _is_rounded(found: Tensor, exact: Tensor, except_share: float = 0.0) -> bool:
     if found.shape != exact.shape:
         return False
-    allowed = ROUNDING * exact.abs() + FLOOR * exact.abs().max()
-    beyond = ~((found.float() - exact).abs() <= allowed)  # NaN is beyond
-    return int(beyond.sum()) <= except_share * beyond.numel()
+    largest = torch.linalg.vector_norm(exact, torch.inf)
+    beyond = 0
+    for some, same in zip(found.split(rows := _rows(exact)), exact.split(rows), strict=True):
+        allowed = ROUNDING * same.abs() + FLOOR * largest
+        beyond += int((~((some.float() - same).abs() <= allowed)).sum())  # NaN is beyond
+    return beyond <= except_share * exact.numel()
+
+
+def _rows(tensor: Tensor) -> int:
+    """Rows that are compared at a time: an embedding's copies in float32 would be several times the model's layers."""
+    return max(1, COMPARED_AT_A_TIME * len(tensor) // max(1, tensor.numel()))
 
 
 def _sentences(wrong: list[str], there: set[str], seen: set[str]) -> list[str]:

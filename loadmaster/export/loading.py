@@ -11,12 +11,13 @@ from loadmaster.errors import ExportRejected
 from loadmaster.export.weights import shards, tensor_names
 from loadmaster.files import read_json
 from loadmaster.models.attention import PACKED
-from loadmaster.models.load import load_trained
+from loadmaster.models.load import load_trained, placed_by
+from loadmaster.models.spread import Spread, other_shapes, settled, where_they_lie
 
 LOOSE = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
-def load_export(folder: Path, device: str) -> nn.Module:
+def load_export(folder: Path, device: str | Spread) -> nn.Module:
     """The exported model as a server sees it, in bf16; quantized activations are quantized here too.
 
     Raises ExportRejected for any tensor that is missing, unexpected, or of another shape.
@@ -26,19 +27,25 @@ def load_export(folder: Path, device: str) -> nn.Module:
     quantized = "quantization_config" in read_json(folder / "config.json")
     quantization = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
     model, info = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.bfloat16, device_map={"": device}, attn_implementation=PACKED, use_safetensors=True,
-        output_loading_info=True, ignore_mismatched_sizes=True, **quantization,  # named below instead
+        str(folder), dtype=torch.bfloat16, attn_implementation=PACKED, use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True, **quantization,  # named below instead
+        **placed_by(folder, torch.bfloat16, device),
     )  # fmt: skip
     _refuse_loose_tensors({kind: sorted(map(str, info[kind])) for kind in LOOSE if info.get(kind)})
+    model = settled(model)
+    if isinstance(device, Spread) and not device.placement.is_whole and (wrong := other_shapes(model, device.shapes)):
+        _refuse_loose_tensors({"mismatched_keys": wrong})
     return model.eval()
 
 
-def load_adapter(base: Path, folder: Path, device: str) -> nn.Module:
+def load_adapter(base: Path, folder: Path, device: str | Spread) -> nn.Module:
     """The exported adapter over the bf16 base, every one of its tensors in use."""
     from peft import get_peft_model_state_dict
 
     model = load_trained(base, folder, torch.bfloat16, device)
-    expected, found = set(get_peft_model_state_dict(model)), set(tensor_names(folder / "adapter_model.safetensors"))
+    with where_they_lie(model):
+        expected = set(get_peft_model_state_dict(model))
+    found = set(tensor_names(folder / "adapter_model.safetensors"))
     _refuse_loose_tensors({
         kind: sorted(names)
         for kind, names in {"missing_keys": expected - found, "unexpected_keys": found - expected}.items()

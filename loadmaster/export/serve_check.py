@@ -29,6 +29,7 @@ from loadmaster.export.harness import failures as task_failures
 from loadmaster.export.manifest import NAME as MANIFEST
 from loadmaster.export.manifest import read_manifest
 from loadmaster.export.process import run_step, timeout_s
+from loadmaster.export.room import beside_weights
 from loadmaster.export.serve_client import Client
 from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, log_probability_figures
 from loadmaster.export.serve_environment import LLAMA_CPP, environment_python, server_python
@@ -263,7 +264,9 @@ def _reference(
     trained = run_dir / ("model" if plan.method == "full" else "adapter")
     if not trained.is_dir():
         raise ExportRejected(f"{trained} is not there: without what was trained there is nothing to compare with.")
+    working, passing = beside_weights(plan)
     spec = {
+        "scratch": str(scratch), "working": working, "passing": passing,
         "base": str(base), "trained": str(trained), "precision": plan.precision,
         "frozen": frozen_form(plan.method, plan.precision),
         "device": "cpu" if detect_local().gpu == "cpu" else "cuda",

@@ -25,6 +25,7 @@ from loadmaster.evaluation.generate import generate_ids
 from loadmaster.export.figures import log_probabilities
 from loadmaster.export.loading import load_export
 from loadmaster.export.process import progress, read_spec, step, write_result
+from loadmaster.export.room import spread_over
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
 
 BATCH_SIZE = 8
@@ -32,7 +33,8 @@ BATCH_SIZE = 8
 
 def main(arguments: list[str]) -> None:
     told = read_spec(arguments)
-    base, trained, device = Path(told["base"]), Path(told["trained"]), told["device"]
+    base, trained = Path(told["base"]), Path(told["trained"])
+    device = spread_over(told["device"], Path(told["scratch"]), told["working"], told["passing"], kept=0.0)
     how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": device, "frozen": told["frozen"]}
     tokenizer = load_tokenizer(base)
     rows = [_row(document) for document in told["documents"]]

@@ -7,7 +7,6 @@ passed; a crash, a full disk or a failed check at any moment leaves earlier expo
 from __future__ import annotations
 
 import errno
-import gc
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.model_folder import broken_files
@@ -28,11 +25,13 @@ from loadmaster.export import advice, answers, candidates, table, thresholds, ve
 from loadmaster.export.build import Builder, Written
 from loadmaster.export.manifest import read_manifest, verify_manifest, versions, write_manifest
 from loadmaster.export.process import run_step, timeout_s
+from loadmaster.export.room import beside_weights, moving_s
 from loadmaster.export.servers import aimed_at, oldest_reader
 from loadmaster.export.weights import readable_by_all, shards
 from loadmaster.files import publish_folder, read_json, sha256_file, sha256_json, write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.resolve import base_revision
+from loadmaster.models.spread import free_device_memory
 from loadmaster.preflight.plan import Plan
 
 SCRATCH = ".work.partial"
@@ -51,7 +50,7 @@ def export_all(
         echo(f"  {name}: unchanged, skipped")
     todo = [name for name in dict.fromkeys(job.export.formats) if name not in done]
     if todo:
-        _free_device_memory()
+        free_device_memory()
         try:
             done |= export.make(todo)
         except OSError as error:
@@ -163,10 +162,12 @@ class Export:
             self.prepared.train if validation is None else validation, self.job.export.verification_rows,
             self.plan.model.vocabulary_size,
         )  # fmt: skip
+        working, passing = beside_weights(self.plan)
         spec = verify.spec(
             base=self.base, trained=self.trained, precision=self.plan.precision,
             frozen=frozen_form(self.plan.method, self.plan.precision),
             device="cpu" if self.plan.hardware.gpu == "cpu" else "cuda", rows=rows,
+            scratch=scratch, working_bytes=working, passing_bytes=passing,
             conversations=conversations, evaluation=self.job.evaluation,
             formats={
                 name: [
@@ -181,7 +182,8 @@ class Export:
         )  # fmt: skip
         weight_bytes = _weight_bytes(self.base) * (1 + sum(map(len, written.candidates.values())))
         results = run_step(
-            "loadmaster.export.verify", spec, scratch, timeout_s(weight_bytes), lambda text: self.echo(f"  {text}")
+            "loadmaster.export.verify", spec, scratch, timeout_s(weight_bytes) + moving_s(self.plan),
+            lambda text: self.echo(f"  {text}"),
         )
         for name, figures in results.items():
             limit = thresholds.limits(self.job.export, name)
@@ -277,10 +279,3 @@ def fingerprint(folder: Path, cache: Path) -> list[Any]:
 
 def _weight_bytes(folder: Path) -> int:
     return sum(shard.stat().st_size for shard in shards(folder))
-
-
-def _free_device_memory() -> None:
-    """Give cached memory back to the device: the steps run in processes of their own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -6,12 +6,12 @@ trained tokens of held-out packed rows, and asked held-out prompts (`figures` ha
 
 The distributions are whole, not the top k, so the figures are exact. The trained model goes first and
 its log-probabilities stay in host memory in float32 (`held_out_rows` bounds them to 1 GiB); then each
-export is loaded alone. So no more than one model is in memory at a time.
+export is loaded alone. So no more than one model is in memory at a time. One that the first GPU does not hold is spread
+over all, then over host memory and disk (`loadmaster.models.spread`).
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 import time
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from loadmaster.config.schema import EvaluationConfig
@@ -40,15 +39,13 @@ from loadmaster.export.figures import (
 )
 from loadmaster.export.loading import load_adapter, load_export, refuse_torn
 from loadmaster.export.process import progress, read_spec, step, write_result
+from loadmaster.export.room import spread_over
 from loadmaster.export.smoke import recorded_answers
 from loadmaster.export.tuned_weights import tuned_weights
 from loadmaster.models.attention import cached_attention
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
-
-REFERENCE_BYTES = 2**30
-ANSWERS, ANSWER_TOKENS = 16, 64
-"""Greedy answers that are compared where there is no task, and their longest length."""
-
+from loadmaster.models.spread import NoRoom, free_device_memory
+from loadmaster.preflight.verification import ANSWER_TOKENS, ANSWERS, REFERENCE_BYTES
 
 # ----------------------------------------------------------- what is sent to the process
 
@@ -89,9 +86,11 @@ def spec(
     *, base: Path, trained: Path, precision: str, frozen: str | None, device: str,
     rows: list[dict[str, list[int]]],
     conversations: Sequence[Conversation], evaluation: EvaluationConfig, formats: dict[str, list[Candidate]],
+    scratch: Path | None = None, working_bytes: float = 0.0, passing_bytes: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
-    """What `python -m loadmaster.export.verify` is told, JSON-able."""
+    """What `python -m loadmaster.export.verify` is told, JSON-able; the last three as in `room.spread_over`."""
     return {
+        "scratch": None if scratch is None else str(scratch), "working": working_bytes, "passing": passing_bytes,
         "base": str(base), "trained": str(trained), "precision": precision, "frozen": frozen, "device": device,
         "rows": rows, "conversations": [asdict(conversation) for conversation in conversations],
         "evaluation": asdict(evaluation),
@@ -118,8 +117,13 @@ class Verification:
     """The trained model's side of every comparison, made once; the model itself is gone when this is made."""
 
     def __init__(self, told: dict[str, Any], formats: dict[str, list[Candidate]]):
-        self.base, self.device = Path(told["base"]), told["device"]
+        self.base, scratch = Path(told["base"]), told["scratch"]
         self.tokenizer = load_tokenizer(self.base)
+        scored = sum(label != -100 for row in told["rows"] for label in row["labels"])
+        self.spread = spread_over(
+            told["device"], scratch and Path(scratch), told["working"], told["passing"],
+            4.0 * len(self.tokenizer) * scored,
+        )  # fmt: skip
         self.conversations = [Conversation(**conversation) for conversation in told["conversations"]]
         self.evaluation = EvaluationConfig(**told["evaluation"])
         self.stop_ids = stop_token_ids(self.tokenizer)
@@ -133,8 +137,9 @@ class Verification:
         ]
 
         progress("scoring the trained model")
-        how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": self.device, "frozen": told["frozen"]}
+        how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": self.spread, "frozen": told["frozen"]}
         model = load_trained(self.base, trained, **how)
+        self._say_where()
         pad = self.tokenizer.pad_token_id
         self.references = [Reference(row, *map(Tensor.cpu, log_probabilities(model, row, pad))) for row in rows]
         self.answers = self._answers(model, self.tokenizer)
@@ -146,13 +151,13 @@ class Verification:
             without = model.disable_adapter()
         else:
             del model
-            _free()
+            free_device_memory()
             model, without = load_base(self.base, **how).eval(), nullcontext()
         with without:
             of_base = [true_token_log_probabilities(model, row, pad) for row in rows]
         self.references = [replace(known, base=own) for known, own in zip(self.references, of_base, strict=True)]
         del model
-        _free()
+        free_device_memory()
 
     def of(self, name: str, candidates: list[Candidate]) -> dict[str, Any]:
         """Figures of the best candidate of a format; "error" says why a folder cannot be used at all.
@@ -166,7 +171,7 @@ class Verification:
             scores: dict[str, dict[str, Any]] = {}
             for candidate in candidates:
                 model = None
-                _free()
+                free_device_memory()
                 found = self._file_checks(name, Path(candidate.folder))
                 model = self._load(candidate)
                 scores[candidate.name] = compare(model, self.references, self.tokenizer.pad_token_id)
@@ -177,7 +182,7 @@ class Verification:
             best = min(eligible, key=lambda candidate: _or_infinite(scores[candidate.name]["mean_kl"]))
             if best is not candidates[-1]:
                 model = None
-                _free()
+                free_device_memory()
                 found = self._file_checks(name, Path(best.folder))
                 model = self._load(best)
             figures: dict[str, Any] = {"candidate": best.name, **scores[best.name]}
@@ -190,7 +195,7 @@ class Verification:
             return {"error": str(error), "checks": found}
         finally:
             model = None
-            _free()
+            free_device_memory()
         return {**figures, "seconds": time.perf_counter() - start}
 
     def _file_checks(self, name: str, folder: Path) -> dict[str, list[str]]:
@@ -212,10 +217,19 @@ class Verification:
         folder = Path(candidate.folder)
         try:
             if candidate.is_adapter:
-                return load_adapter(self.base, folder, self.device)
-            return load_export(folder, self.device)
+                model = load_adapter(self.base, folder, self.spread)
+            else:
+                model = load_export(folder, self.spread)
+        except NoRoom:  # says nothing of the folder
+            raise
         except Exception as error:  # the folder may hold anything, and no error of loading it is the trainer's
             raise ExportRejected(f"strict_load: {error}") from None
+        self._say_where()
+        return model
+
+    def _say_where(self) -> None:
+        if not self.spread.placement.is_whole:
+            progress(self.spread.placement.words(self.spread.main != "cpu"))
 
     def _live_checks(self, name: str, folder: Path, model: nn.Module, tokenizer: Any) -> dict[str, list[str]]:
         found = {"template": checks.template(tokenizer, self.tokenizer, self.conversations)}
@@ -276,12 +290,6 @@ def _any_torn(folders: list[Path]) -> bool:
 
 def _or_infinite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _quiet() -> None:

@@ -103,7 +103,7 @@ def choices(job: Job, offers: list[Offer], dataset_tokens: int | None) -> list[C
                 fell.append(f"{offer.label}: not in stock in {', '.join(launch.data_centers)}")
                 continue
         plan = make_plan(on(job, offer), dataset_tokens)
-        choice = Choice(offer, plan, can_export(job, plan.phases_gib.verify, plan.budget_gib))
+        choice = Choice(offer, plan, can_export(job, plan.verification))
         if not plan.fits:
             needed, budget = plan.memory_gib.total, plan.budget_gib
             fell.append(f"{price}, does not fit ({needed:.1f} GiB on a GPU, {budget:.1f} there)")

@@ -119,9 +119,10 @@ class FrozenNF4Linear(FrozenLinear):
         return self.dequantized(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        _check_codes(self.weight)
+        weight = self.weight  # once: it may be brought from elsewhere (spread.py)
+        _check_codes(weight)
         return _NF4Matmul.apply(
-            input, self.weight, self.absmax, self.absmax_scale, self.absmax_offset, self.absmax_code, self.bias,
+            input, weight, self.absmax, self.absmax_scale, self.absmax_offset, self.absmax_code, self.bias,
             [self.out_features, self.in_features],
         )  # fmt: skip
 
@@ -146,8 +147,9 @@ class FrozenFP8Linear(FrozenLinear):
         return self.dequantized(torch.float32)  # the scale comes after the product, in float32
 
     def forward(self, input: Tensor) -> Tensor:
-        _check_codes(self.weight)
-        return _FP8Matmul.apply(input, self.weight, self.scale, self.bias)
+        weight = self.weight
+        _check_codes(weight)
+        return _FP8Matmul.apply(input, weight, self.scale, self.bias)
 
 
 FORMS = {"nf4": FrozenNF4Linear, "fp8": FrozenFP8Linear}

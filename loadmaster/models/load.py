@@ -12,6 +12,7 @@ from torch import nn
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED
 from loadmaster.models.frozen import freeze_linears
+from loadmaster.models.spread import Spread, settled, stand_ins
 
 if not torch.cuda.is_available():  # accelerate imports DeepSpeed when it saves, which would warn of that
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -30,9 +31,16 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_base(folder: Path, dtype: torch.dtype, device: torch.device | str, frozen: str | None = None) -> nn.Module:
+def load_base(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str | Spread,
+    frozen: str | None = None,
+    beside: float = 0.0,
+) -> nn.Module:
     """The base model with packed attention, weights read straight to `device`, no second copy in memory.
 
+    device: one, or where the layers of a model go that none may hold; `beside` of its adapters' bytes.
     frozen: nf4 or fp8: linear layers but the head are quantized on the way in (`loadmaster.models.frozen`).
     Raises LoadmasterError for a checkpoint with missing or unexpected weights.
     """
@@ -45,7 +53,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device | str, froz
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=dtype,
-        device_map={"": str(device)},
+        **placed_by(folder, dtype, device, frozen, beside),
         attn_implementation=PACKED,
         use_safetensors=True,
         quantization_config=FrozenConfig(frozen) if frozen else None,
@@ -62,14 +70,27 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device | str, froz
             f"the checkpoint in {folder} does not fill the model ({shown}); it is torn or of another model"
         )
     refuse_unsupported(model)
-    return model
+    return settled(model)
+
+
+def placed_by(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str | Spread,
+    frozen: str | None = None,
+    beside: float = 0.0,
+) -> dict[str, Any]:
+    """Arguments of from_pretrained that put the checkpoint's model there."""
+    if isinstance(device, Spread):
+        return device.placed_by(folder, dtype, frozen, beside)
+    return {"device_map": {"": str(device)}}
 
 
 def load_trained(
     base_folder: Path,
     trained_folder: Path,
     dtype: torch.dtype,
-    device: torch.device | str,
+    device: torch.device | str | Spread,
     frozen: str | None = None,
 ) -> nn.Module:
     """The model exactly as it was trained: the adapter live over its base, or the full weights."""
@@ -77,11 +98,13 @@ def load_trained(
         return load_base(trained_folder, dtype, device).eval()
     from peft import PeftModel
 
-    base = load_base(base_folder, dtype, device, frozen)
-    model = PeftModel.from_pretrained(base, str(trained_folder), autocast_adapter_dtype=False)
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+    adapter_bytes = sum(file.stat().st_size for file in trained_folder.glob("adapter_model.safetensors"))
+    base = load_base(base_folder, dtype, device, frozen, adapter_bytes)
+    with stand_ins(base):
+        model = PeftModel.from_pretrained(base, str(trained_folder), autocast_adapter_dtype=False)
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 

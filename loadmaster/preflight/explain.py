@@ -11,7 +11,6 @@ from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, rentable
-from loadmaster.preflight.memory import Bytes
 from loadmaster.preflight.search import (
     ROW_STEP,
     Candidate,
@@ -23,6 +22,7 @@ from loadmaster.preflight.search import (
 )
 from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.verification import VerificationNeed
 
 MOST_NODES = 32
 RUNNER_UP = "runner-up"
@@ -84,7 +84,7 @@ def _explicit_remedy(job: Job, shape: ModelShape, failed: Candidate) -> str:
     return f"; micro_batch_size={fits} fits{usable}"
 
 
-def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, phases: dict[str, Bytes]) -> list[str]:
+def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, verification: VerificationNeed) -> list[str]:
     if found.best is None:
         said = list(found.refusals)
         return said + [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
@@ -102,29 +102,35 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, phases
         said.append("without fp32 master weights, updates smaller than a bf16 weight's spacing are lost")
     if setup.offload != "none":
         said.append(f"{chosen.memory.host_gib:.0f} GiB of host memory hold what the GPUs cannot")
-    said += export_warning(job, chosen, phases)
+    said += about_verification(job, chosen, verification)
     if shape.estimate:
         said.append(f"an estimate: {shape.estimate}")
     return said
 
 
-def export_warning(job: Job, chosen: Candidate, phases: dict[str, Bytes]) -> list[str]:
-    """Exports are verified on one GPU, whatever training was spread over."""
-    need = phases["verify"].total / GIB
-    if chosen.hardware.is_cpu or can_export(job, need, chosen.budget_gib):
+def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> list[str]:
+    """Where the export's verification puts a model that one GPU does not hold, and what that costs."""
+    if need.is_whole or job.stop_after in ("train", "evaluate"):
         return []
-    larger = [name for name, facts in catalog.gpus().items() if facts["memory_gib"] * (1 - job.plan.reserve) >= need]
-    where = f"one {larger[0]}" if larger else "no card of the catalogue"
-    return [
-        f"the export will not pass here: it is verified whole on one GPU, {need:.0f} GiB of {chosen.budget_gib:.1f}; "
-        f"end with stop_after=evaluate ({where} holds it)"
-    ]
+    if need.placement is None:
+        return [
+            f"the export will not pass here: its verification needs {need.bytes.total / GIB:.0f} GiB, of which "
+            f"{chosen.hardware.label} and its host memory hold too little; end with stop_after=evaluate"
+        ]
+    said = f"exports are verified with {need.placement.words()}"
+    if need.seconds:
+        moved = (need.host_bytes + need.disk_bytes) / GIB
+        said += (
+            f": {moved:.0f} GiB are brought to the first GPU in each of {need.passes} forward passes, "
+            f"{need.seconds / 3600:.1f} hours (modelled), less with fewer or shorter answers, or more of them at "
+            "a time (evaluation.max_rows, evaluation.max_new_tokens, evaluation.batch_size)"
+        )
+    return [f"{said}; no verification on several GPUs was run yet"]
 
 
-def can_export(job: Job, verify_gib: float, budget_gib: float) -> bool:
-    """Whether the last stage that the job asks for can pass on a GPU, where one holds the model whole or no export is
-    asked for."""
-    return verify_gib <= budget_gib or job.stop_after in ("train", "evaluate")
+def can_export(job: Job, verification: dict[str, Any] | None) -> bool:
+    """Whether the last stage that the job asks for can pass, by a plan's `verification`."""
+    return verification is None or verification["fits"] or job.stop_after in ("train", "evaluate")
 
 
 def against(chosen: Candidate, other: Candidate) -> str:

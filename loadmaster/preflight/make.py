@@ -14,6 +14,7 @@ from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan
 from loadmaster.preflight.search import Candidate, Found, closeness, run_hours, search, smallest
 from loadmaster.preflight.shape import ModelShape, find_shape
 from loadmaster.preflight.speed import model_flops
+from loadmaster.preflight.verification import verifying
 
 
 def make_plan(
@@ -45,7 +46,7 @@ def make_plan(
 
 def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_tokens: int | None) -> Plan:
     setup, hardware, speed = chosen.setup, chosen.hardware, chosen.tokens_per_second
-    phases = phase_bytes(job, shape, hardware, setup)
+    phases, verification = phase_bytes(job, shape, hardware, setup), verifying(job, shape, hardware, setup)
     hours, rate = run_hours(job, shape, chosen, dataset_tokens), hardware.usd_per_hour
     return Plan(
         fits=found.best is not None,
@@ -86,16 +87,17 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         peak_gib=chosen.memory.peak,
         budget_gib=round(chosen.budget_gib, 2),
         host_memory_gib=chosen.memory.host_gib,
-        disk_gib=round(disk_bytes(job, shape, setup) / GIB, 2),
+        disk_gib=round((disk_bytes(job, shape, setup) + verification.disk_bytes) / GIB, 2),
         tokens_per_second=None if speed is None else round(speed, 1),
         hours=None if hours is None else round(hours, 4),
         cost_usd=None if hours is None or rate is None else round(hours * rate, 2),
-        reasons=reasons(job, shape, chosen, found, phases),
+        reasons=reasons(job, shape, chosen, found, verification),
         rejected=[rejection(job, shape, c) for c in found.nearest]
         + [{"plan": "", "reason": refusal} for refusal in found.refusals],
         runners_up=[runner_up(chosen, other) for other in found.others],
         price=_price(hardware),
         basis=basis(hardware, setup),
+        verification=verification.summary(),
     )
 
 

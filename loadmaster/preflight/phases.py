@@ -8,8 +8,8 @@ save         copies go to the host tensor by tensor, and sharded weights are gat
 resume       states are read on the host and go to the GPU one tensor at a time
 merge        tensor by tensor on the host
 quantize     formats that calibrate: one layer with its Hessians at a time (export/quantize.py); others stream
-verify       a process of its own, beside the context of the first: one model in bf16 on one GPU, whole, and the
-             log-probabilities of a row (export/verify.py)
+verify       a process of its own, beside the context of the first: one model in bf16, whole on one GPU or spread over
+             them, and the log-probabilities of a row (verification.py)
 """
 
 from __future__ import annotations
@@ -34,16 +34,10 @@ from loadmaster.preflight.plan import MemoryGib, PhasesGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import evaluation_batch
-from loadmaster.preflight.weights import base_bytes
+from loadmaster.preflight.verification import cache_bytes, verifying
 
 CALIBRATED = ("int4", "int4_gptq", "int4_awq", "nvfp4")
 HESSIANS = ("int4", "int4_gptq")
-REFERENCE_BYTES = 2**30
-"""loadmaster.export.verify.REFERENCE_BYTES; a test holds the two equal."""
-ANSWERS_AT_A_TIME = 16
-"""loadmaster.evaluation.AUTO_BATCH_SIZE; a test holds the two equal."""
-PROMPTS_A_ROW = 4
-"""Documents in a packed row: prompts that are answered are taken to be as long. A judgement."""
 EXPORT_BITS = {
     "bf16": 16.0, "fp8": 8.0, "fp8_block": 8.0, "int4": 4.125, "int4_gptq": 4.125, "int4_awq": 4.125, "nvfp4": 4.5,
     "gguf": 8.5,
@@ -79,7 +73,7 @@ def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
         "resume": rests,
         "merge": context,
         "quantize": quantizing(job, shape, hardware, setup) if set(job.export.formats) & set(CALIBRATED) else context,
-        "verify": verifying(job, shape, hardware, setup),
+        "verify": verifying(job, shape, hardware, setup).bytes,
     }
 
 
@@ -95,15 +89,6 @@ def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     )
 
 
-def cache_bytes(job: Job, shape: ModelShape, width: int) -> float:
-    """KV cache of the answers that are generated at a time."""
-    answers = ANSWERS_AT_A_TIME if job.evaluation.batch_size == "auto" else job.evaluation.batch_size
-    if job.evaluation.max_rows is not None:
-        answers = min(answers, job.evaluation.max_rows)
-    tokens = job.sequence_length / PROMPTS_A_ROW + job.evaluation.max_new_tokens
-    return 2.0 * width * shape.layers * shape.key_value_size * answers * tokens
-
-
 def quantizing(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
     """One layer in bf16 with the input of each of its matrices squared (GPTQ), and a calibration row on its way."""
     if hardware.is_cpu:  # the whole model, a small one in fp32 where the CPU has no bf16 (export/quantize.py)
@@ -115,25 +100,6 @@ def quantizing(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) ->
     row = 2.0 * job.sequence_length * (4 * shape.hidden_size + 2 * shape.intermediate_size)
     layer = 2.0 * shape.layer_parameters(experts=bool(shape.expert_layers))
     return Bytes(weights=layer, activations=row, quantization=hessians + working, context=2 * context_bytes(hardware))
-
-
-def verifying(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
-    """The trained model, then each export by itself, scored on a row and asked for answers."""
-    exported = float(setup.width * shape.parameters)
-    trained = base_bytes(shape, setup.method, setup.precision) + (setup.width * setup.trainable(shape))
-    weights = max(exported, trained if setup.adapters else exported)
-    scored = min(job.sequence_length, REFERENCE_BYTES // (4 * shape.vocabulary_size))
-    row = replace(setup, micro_batch_size=1, sharding="none", replicas=1, offload="none", precision="bf16")
-    batch = evaluation_batch(shape, replay_key(replace(row, method="full"), keep=False)).at_peak
-    logits = (2 + 5 * 4) * scored * shape.vocabulary_size  # bf16; fp32 logits, both log-probabilities, exp and product
-    answers = cache_bytes(job, shape, setup.width) if job.evaluation.task != "none" else 0.0
-    contexts = 1 if hardware.is_cpu else 2
-    return Bytes(
-        weights=weights,
-        activations=max(batch["activations"] if logits >= answers else 0.0, answers),
-        logits=logits if logits >= answers else 0.0,
-        context=contexts * context_bytes(hardware),
-    )
 
 
 def phases_gib(phases: dict[str, Bytes]) -> PhasesGib:

@@ -133,6 +133,9 @@ class Plan:
     """Dollars an hour with date and source; None where the machine is not rented."""
     basis: dict[str, str] = field(default_factory=dict)
     """Which figures are measured and which are modelled, and what they leave out."""
+    verification: dict[str, Any] | None = None
+    """Where the export's verification puts the largest model (loadmaster.preflight.verification): `fits`, `layers` on
+    each GPU, in host memory and on disk, what is needed besides weights, and what is moved."""
     schema: int = SCHEMA
 
     @property

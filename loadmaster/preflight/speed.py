@@ -25,6 +25,7 @@ from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import evaluation_batch, training_step
+from loadmaster.preflight.verification import verifying
 
 
 def tokens_per_second(shape: ModelShape, hardware: Hardware, setup: Setup) -> float | None:
@@ -89,7 +90,10 @@ def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> fl
 
 
 def overhead_hours(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup, rented: bool) -> float:
-    """Start of the machine, download, load, rehearsal, and the export: written, calibrated, read back and scored."""
+    """Start of the machine, download, load, rehearsal, and the export: written, calibrated, read back and scored.
+
+    What the scoring moves, where no GPU holds the model, is in it.
+    """
     if hardware.is_cpu:
         return 0.0
     table = coefficients()["overhead"]
@@ -100,6 +104,8 @@ def overhead_hours(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup
     seconds += (written + size * (1 + len(formats))) / table["export_gb_per_s"]["value"]
     calibrated = sum(name in CALIBRATED for name in formats)
     seconds += calibrated * shape.parameters / 1e9 * table["calibrate_s_per_billion"]["value"]
+    if job.stop_after not in ("train", "evaluate"):
+        seconds += verifying(job, shape, hardware, setup).seconds
     if rented:
         seconds += table["start_s"]["value"] + size / table["download_gb_per_s"]["value"]
     return seconds / 3600

@@ -21,7 +21,9 @@ from loadmaster.export.thresholds import failures
 from loadmaster.export.tuned_weights import tuned_weights
 from loadmaster.export.verify import Candidate, Verification
 from loadmaster.files import read_json, write_json
+from loadmaster.models import spread
 from loadmaster.models.load import load_trained
+from loadmaster.preflight.placement import Placement, Room
 
 UP = "model.layers.1.mlp.up_proj.weight"
 LORA = "base_model.model.model.layers.1.mlp.up_proj"
@@ -61,6 +63,7 @@ class Proof:
             conversations=list(run.prepared.validation_conversations), evaluation=run.job.evaluation, formats={},
         )  # fmt: skip
         self.verification = Verification(told, {})
+        self.told = told
         self.trained = load_trained(run.base, adapter, torch.float32, "cpu")
 
     def failures(self, folder: Path, name: str) -> list[str]:
@@ -91,6 +94,20 @@ def proof(tmp_path_factory, tiny, tiny_adapter, tokenizer) -> Iterator[Proof]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "recorded_answers", lambda *_: [])  # these are for an endpoint, and take a while
         yield Proof(Run(tmp_path_factory.mktemp("proof"), tiny, tiny_adapter, tokenizer))
+
+
+@pytest.fixture(scope="module")
+def spread_proof(proof, tmp_path_factory) -> Iterator[Proof]:
+    """The same, of models whose second layer, which is what is broken below, stays on disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "recorded_answers", lambda *_: [])
+        patch.setattr(spread, "place", lambda layers, rest, room: Placement((1,), 0, 1))
+        parts = copy.copy(proof)
+        told = {**proof.told, "scratch": str(tmp_path_factory.mktemp("scratch"))}
+        parts.verification = Verification(told, {})
+        on_disk = spread.Spread(Room((0.0,)), "cpu", tmp_path_factory.mktemp("trained"))
+        parts.trained = load_trained(proof.run.base, proof.run.folder / "adapter", torch.float32, on_disk)
+        yield parts
 
 
 # ----------------------------------------------------------- ways of breaking
@@ -310,6 +327,43 @@ def test_each_broken_export_is_caught_by_name(proof, case, tmp_path, tokenizer):
     (folder / "manifest.json").unlink()
     break_(folder, proof)
     found = proof.failures(folder, name)
+    for pattern in expected:
+        assert any(re.search(pattern, failure) for failure in found), (pattern, found)
+
+
+ON_DISK = {
+    "tensor missing": (),
+    "tensor renamed, so the model's own is re-initialised": (),
+    "adapter left out of one layer": (),
+    "merged into another base": (),
+    "NaN in the weights": (),
+    "scale of one layer at twice its value": (),
+    "adapter of another alpha": (),
+    "adapter with a tensor missing": (),
+    "another shape": (
+        "bf16", tensors(lambda found, _: found.update({UP: found[UP].T.contiguous()})),
+        [rf"strict_load: .*mismatched keys \({UP} \[64, 192\] instead of \[192, 64\]"],
+    ),
+}  # fmt: skip
+"""Those of BROKEN that are in a layer's weights, by name, and what only reading from disk has to look for."""
+
+
+@pytest.mark.parametrize("name", ["bf16", "adapter", "fp8"])
+def test_layers_on_disk_have_no_failed_check(spread_proof, name):
+    assert spread_proof.failures(spread_proof.exports / name, name) == []
+    assert spread_proof.verification.spread.placement.disk == 1
+
+
+@pytest.mark.parametrize("case", ON_DISK)
+def test_a_broken_export_is_caught_in_layers_on_disk(spread_proof, case, tmp_path, tokenizer):
+    name, break_, expected = ON_DISK[case] or BROKEN[case]
+    if case == "merged into another base":
+        spread_proof.other_base = save_tiny_llama(tmp_path / "other", tokenizer, seed=7)
+    folder = tmp_path / name
+    shutil.copytree(spread_proof.exports / name, folder)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    break_(folder, spread_proof)
+    found = spread_proof.failures(folder, name)
     for pattern in expected:
         assert any(re.search(pattern, failure) for failure in found), (pattern, found)
 

@@ -17,11 +17,12 @@ import yaml
 
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError
-from loadmaster.launch import check, order, payload
+from loadmaster.launch import check, choose, order, payload
 from loadmaster.launch.choose import choices, counts, wanted
 from loadmaster.launch.follow import Reader, unpack
 from loadmaster.launch.provider import LogLine, Offer
 from loadmaster.launch.runpod import rental
+from loadmaster.preflight import make_plan
 
 WORDS = ["recipe=qlora_8b", "launch=runpod", 'launch.package="loadmaster==0.1.0"']
 OFFERS = [
@@ -62,9 +63,28 @@ def test_the_machine_is_picked_by_objective_within_the_limits(words, best):
     assert choices(composed(*words).job, OFFERS, 200_000)[0].offer.label == best
 
 
-def test_a_machine_that_trains_and_cannot_export_comes_last():
+SMALL = Offer("rtx4090", "NVIDIA GeForce RTX 4090", 1, 0.69, ("EU-RO-1",))
+
+
+def test_a_machine_whose_exports_are_verified_from_host_memory_costs_that_time():
     """8B in bf16, which the export is verified as, is more than a 4090 holds; the training is not."""
-    small = Offer("rtx4090", "NVIDIA GeForce RTX 4090", 1, 0.69, ("EU-RO-1",))
+    ranked = choices(composed().job, [SMALL, *OFFERS], 200_000)
+    assert ranked[0].offer.label == "1x l40s" and all(choice.can_export for choice in ranked)
+    small = next(choice for choice in ranked if choice.offer == SMALL)
+    found = small.plan.verification
+    assert found["layers"]["host"] > 0 and 0 < found["moving_hours"] < small.hours
+    alone = choices(composed("stop_after=evaluate").job, [SMALL], 200_000)[0]
+    assert small.hours - alone.hours == pytest.approx(found["moving_hours"], abs=0.001)
+
+
+def test_a_machine_that_trains_and_cannot_export_comes_last(monkeypatch):
+    def planned(job, *tokens):
+        plan = make_plan(job, *tokens)
+        cannot = job.hardware.gpu == "rtx4090"
+        return replace(plan, verification={**plan.verification, "fits": False}) if cannot else plan
+
+    small = SMALL
+    monkeypatch.setattr(choose, "make_plan", planned)
     ranked = choices(composed().job, [small, *OFFERS], 200_000)
     assert ranked[0].offer.label == "1x l40s" and ranked[-1].offer == small
     assert [choice.can_export for choice in ranked] == [True] * 3 + [False]
