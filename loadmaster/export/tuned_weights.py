@@ -1,15 +1,16 @@
 """Whether the weights of a quantized export carry the fine-tune: the check `tuned_weights`, which needs no predictions.
 
 Of each matrix, W0 is the base's and W1 the trained one, and b() rounds to bf16, from which exports are quantized. The
-update is D = W1 - W0, and W is the exported matrix, dequantized. Then
+update is D = W1 - W0, less what of each row lies along b(W1), and W is the exported matrix, dequantized. Then
 
     share = <W - b(W0), D> / <b(W1) - b(W0), D>        1: the fine-tune is there; 0: the base was exported; 2: it was
                                                        applied twice
 
 Quantization moves a weight by much more than a weak fine-tune does, but not along D: its error is nearly uncorrelated
 with D, and a matrix has 10^5 to 10^8 weights to average over. (D itself, and not what bf16 leaves of it, because that
-is correlated with the error: bf16 keeps a small update where the weight is small, and INT4 rounds those to zero.) The
-standard error of the share is taken from the export itself, the larger of
+is correlated with the error: bf16 keeps a small update where the weight is small, and INT4 rounds those to zero. Less
+what lies along the weights, for quantization shrinks them, which under weight decay would be taken for the update.)
+The standard error of the share is taken from the export itself, the larger of
 
     sqrt(sum over rows i of (<E_i, D_i> - (share - 1) <b(W1)_i - b(W0)_i, D_i>)^2) / <b(W1) - b(W0), D>
     |E| |D| / sqrt(weights) / <b(W1) - b(W0), D>                                           E = W - b(W1)
@@ -192,6 +193,8 @@ def share_of(name: str, found: Tensor, base: Tensor, trained: Tensor) -> Share |
     along, reached, square, distance = [], [], 0.0, 0.0
     for rows in row_chunks(tuple(trained.shape)):
         change, end = trained[rows] - base[rows], trained[rows].bfloat16().float()
+        if change[0].numel() > 1:  # a norm or bias is stored as it is
+            change -= _along(change, end)
         off = found[rows] - end
         along.append((off * change).flatten(1).sum(1).double())
         reached.append(((end - base[rows].bfloat16().float()) * change).flatten(1).sum(1).double())
@@ -205,6 +208,13 @@ def share_of(name: str, found: Tensor, base: Tensor, trained: Tensor) -> Share |
     by_rows = float((along_rows - beyond * reached_rows).norm()) / total
     white = math.sqrt(max(0.0, distance - beyond**2 * total) / trained.numel() * square) / total
     return Share(name, 1 + beyond, max(by_rows, white), distance)
+
+
+def _along(change: Tensor, weight: Tensor) -> Tensor:
+    """The part of each row of `change` that lies along the weights of that row."""
+    dims = tuple(range(1, weight.dim()))
+    products = (change * weight).sum(dims, keepdim=True)
+    return weight * (products / weight.square().sum(dims, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny))
 
 
 def pooled(name: str, shares: Sequence[Share]) -> Share:
