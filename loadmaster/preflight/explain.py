@@ -11,12 +11,10 @@ from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, rentable
+from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.search import (
-    ROW_STEP,
     Candidate,
     Found,
-    largest_micro_batch,
-    longest_row,
     run_hours,
     search,
 )

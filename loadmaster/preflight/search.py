@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -35,7 +35,6 @@ MOST_TOKENS = 32768
 """Of a micro-batch on one GPU; where only the best plan is asked for, larger ones are passed over: they gain < 1%."""
 ENOUGH_TOKENS = 4096
 """Of a micro-batch whose activations are all kept: nothing else is more than EQUAL_SPEED faster."""
-ROW_STEP, MOST_ROW = 256, 2**24
 EQUAL_SPEED = 0.02
 """Plans this close in speed are equal: the one with less memory is taken."""
 
@@ -352,41 +351,6 @@ def smallest(job: Job, shape: ModelShape, hardware: Hardware) -> Candidate:
     checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
     setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, **fixed(job, hardware, checkpointing))
     return evaluate(job, shape, priced(hardware, job.plan.prices_usd_per_hour), setup)
-
-
-def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
-    """Rows that fit in place of `failed`'s, all else equal; 0 when not even one does."""
-    low, high = 0, failed.setup.micro_batch_size
-    while high - low > 1:
-        middle = (low + high) // 2
-        tried = evaluate(job, shape, failed.hardware, replace(failed.setup, micro_batch_size=middle))
-        low, high = (middle, high) if tried.fits else (low, middle)
-    return low
-
-
-def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
-    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed.
-
-    With layers' inputs in host memory where `like` has them there.
-    """
-    checkpointing = job.activation_checkpointing
-    if checkpointing == "auto":
-        checkpointing = "offload" if like.setup.checkpointing == "offload" else "full"
-    compiled = fixed(job, like.hardware, checkpointing)["compiled"]
-    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing, compiled=compiled)
-
-    def fits(length: int) -> bool:
-        return evaluate(job, shape, like.hardware, replace(setup, sequence_length=length)).fits
-
-    if not fits(ROW_STEP):
-        return 0
-    low, high = ROW_STEP, 2 * ROW_STEP
-    while high <= MOST_ROW and fits(high):
-        low, high = high, 2 * high
-    while high - low > ROW_STEP:
-        middle = (low + high) // (2 * ROW_STEP) * ROW_STEP
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def steps(job: Job, dataset_tokens: int | None) -> int | None:
