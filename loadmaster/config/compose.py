@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Composed:
     """Plain dict of every field of the job; what config.yaml holds."""
     origins: dict[str, str]
     """Dotted key of every field -> `recipes/smoke.yaml:12`, `command line` or `default`."""
+    needs_hydra: bool = False
+    """Something of Hydra's own is set (a callback, a folder, logging): Hydra has to run the job itself."""
 
 
 def compose(
@@ -82,7 +84,15 @@ def compose_with(
     problems += [problem for problem in found if whole or problem.origin == COMMAND_LINE]
     if problems:
         raise ConfigError(reading_order(problems, given.arguments))
-    return composed(checked.job, origins)
+    return replace(composed(checked.job, origins), needs_hydra=whole and _needs_hydra(config))
+
+
+def _needs_hydra(config: DictConfig) -> bool:
+    """Whether Hydra would do more with one job than compose it, which is all it does as shipped (conf/train.yaml)."""
+    hydra = config.hydra
+    logs = {hydra.runtime.choices[f"hydra/{kind}"] for kind in ("job_logging", "hydra_logging")}
+    more = hydra.callbacks or hydra.job.env_set or hydra.job.chdir or hydra.output_subdir or hydra.verbose
+    return bool(more) or hydra.run.dir != "." or logs != {"disabled"}
 
 
 def composed(job: Job, origins: dict[str, str]) -> Composed:

@@ -204,3 +204,47 @@ def test_train_py_from_another_folder(here: Path):
     assert "rank: 3" in info.stdout
     assert yaml.safe_load(shown.stdout)["data"]["path"] == "shipped:tickets/train.jsonl"
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "runs"),
+    [
+        ([], False),
+        (["recipe=lora_8b", "lora.rank=4"], False),
+        (["hydra.output_subdir=.hydra"], True),
+        (["hydra/job_logging=default"], True),
+        (["hydra.run.dir=elsewhere"], True),
+    ],
+)
+def test_hydra_runs_a_job_itself_where_it_is_told_to_do_more_than_compose(
+    here: Path, overrides: list[str], runs: bool, monkeypatch: pytest.MonkeyPatch
+):
+    from hydra.core.hydra_config import HydraConfig
+
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # of an earlier test
+    seen: list[bool] = []
+
+    def task(composed: Composed) -> int:
+        seen.append(HydraConfig.initialized())
+        return 0
+
+    assert run_app(task, [*overrides, "stop_after=plan"]) == 0
+    assert seen == [runs]
+    assert (here / ".hydra" / "config.yaml").is_file() == ("hydra.output_subdir=.hydra" in overrides)
+
+
+def test_a_callback_of_the_users_own_configuration_is_called(here: Path, capsys: pytest.CaptureFixture[str]):
+    (here / "conf").mkdir()
+    (here / "told.py").write_text(
+        "from hydra.experimental.callback import Callback\n\n\nclass Told(Callback):\n"
+        "    def on_job_start(self, config, **_):\n        print('callback called')\n"
+    )
+    shipped = (REPOSITORY / "conf" / "train.yaml").read_text()
+    own = shipped.replace("hydra:\n", "hydra:\n  callbacks: {told: {_target_: told.Told}}\n")
+    (here / "conf" / "train.yaml").write_text(own)
+    sys.path.insert(0, str(here))
+    try:
+        assert run_app(Recorder(), ["stop_after=plan"]) == 0
+    finally:
+        sys.path.remove(str(here))
+    assert "callback called" in capsys.readouterr().out
