@@ -5,6 +5,7 @@ python benchmarks/can_i_train.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConfig, OptimizerConfig
@@ -44,6 +45,15 @@ QUESTIONS: list[tuple[str, str, str, str, int, int, dict]] = [
     ("LoRA 8B", LLAMA + "8B", "lora", "rtx4090", 1, 1, {}),
     ("QLoRA 13B", "meta-llama/Llama-2-13b-hf", "qlora", "a100_80gb", 1, 1, {}),
     ("full fine-tune 70B", LLAMA + "70B", "full", "a100_80gb", 4, 1, {}),
+    (
+        "full fine-tune 70B, stepped in the backward pass, 4 rows a step",
+        LLAMA + "70B",
+        "full",
+        "a100_80gb",
+        4,
+        1,
+        {"in_backward": True, "rows": 4},
+    ),
     ("full fine-tune 70B", LLAMA + "70B", "full", "h100_80gb", 8, 1, {}),
     ("full fine-tune 70B, AdamW", LLAMA + "70B", "full", "h100_80gb", 8, 2, {"optimizer": "adamw"}),
     ("QLoRA 70B", LLAMA + "70B", "qlora", "a100_80gb", 1, 1, {}),
@@ -56,9 +66,12 @@ QUESTIONS: list[tuple[str, str, str, str, int, int, dict]] = [
 
 def ask(model: str, method: str, gpu: str, count: int, nodes: int, options: dict) -> Plan:
     optimizer = OptimizerConfig(name=options.get("optimizer", "auto"))
-    rest = {key: value for key, value in options.items() if key != "optimizer"}
+    if options.get("in_backward"):
+        optimizer = replace(optimizer, in_backward=True, max_grad_norm=0.0)
+    batch = BatchConfig(global_size=options.get("rows", 64))
+    rest = {key: value for key, value in options.items() if key not in ("optimizer", "in_backward", "rows")}
     return make_plan(
-        Job(model=ModelConfig(name=model), method=method, optimizer=optimizer, batch=BatchConfig(global_size=64),
+        Job(model=ModelConfig(name=model), method=method, optimizer=optimizer, batch=batch,
             hardware=HardwareConfig(gpu=gpu, count=count, nodes=nodes), **rest)
     )  # fmt: skip
 
@@ -67,6 +80,7 @@ def answer(plan: Plan) -> tuple[str, str]:
     """(yes or no, why) in a sentence."""
     if plan.fits:
         states = plan.optimizer + (" with fp32 master weights" if plan.master_weights else "")
+        states += " in the backward pass" if plan.optimizer_in_backward else ""
         parts = [states, f"activation checkpointing {plan.activation_checkpointing}"]
         parts += [] if plan.sharding == "none" else [plan.sharding]
         parts += [] if plan.offload == "none" else [f"{plan.offload} in host memory ({plan.host_memory_gib:.0f} GiB)"]

@@ -123,8 +123,7 @@ def measure(session: Session, rung: dict[str, Any]) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         batches = session.split(picked)
-        loss = session.backward(batches, max(1, sum(map(trained_tokens, picked))))
-        session.optimizer.clip(session.job.optimizer.max_grad_norm)
+        loss, _ = session.gradients(batches, max(1, sum(map(trained_tokens, picked))), session.job.optimizer.lr)
         session.optimizer.step(session.job.optimizer.lr)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

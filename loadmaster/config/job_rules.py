@@ -175,6 +175,24 @@ def zero_steps_by_adamw(job: Job, origins: Origins) -> Found:
         yield "optimizer.master_weights", False, message, "optimizer.master_weights=auto, or sharding=fsdp"
 
 
+@rule("optimizer.in_backward", "optimizer.max_grad_norm", "sharding", "offload")
+def stepped_in_the_backward_pass(job: Job, origins: Origins) -> Found:
+    """optimizer.in_backward=true steps a layer before the norm of all gradients is known, so nothing is clipped, and
+    does so where the gradients are (sharding none or fsdp, no offload)."""
+    if job.optimizer.in_backward is not True:
+        return
+    other = "optimizer.in_backward=auto, which then never takes it"
+    if job.optimizer.max_grad_norm:
+        message = f"gradients cannot be clipped to a norm of {job.optimizer.max_grad_norm:g} that is not known yet"
+        yield "optimizer.in_backward", True, message, f"optimizer.max_grad_norm=0, or {other}"
+    if job.sharding not in ("auto", "none", "fsdp"):
+        message = f"does not go with sharding={job.sharding}, which holds gradients for itself"
+        yield "optimizer.in_backward", True, message, f"sharding=fsdp, or {other}"
+    if job.offload not in ("auto", "none"):
+        message = f"does not go with offload={job.offload}, under which the host steps what it holds"
+        yield "optimizer.in_backward", True, message, f"offload=none, or {other}"
+
+
 @rule("sharding", "compile", "method", "precision")
 def zero3_gathers_module_by_module(job: Job, origins: Origins) -> Found:
     """zero3 gathers and drops weights around every module: not inside compiled layers, and not under FP8 training."""

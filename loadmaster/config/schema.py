@@ -116,6 +116,9 @@ class OptimizerConfig:
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
     max_skipped_steps: NonNegativeInt = 2
     """Steps in a row with a non-finite loss or gradient that are skipped before the run stops."""
+    in_backward: Flag | Auto = "auto"
+    """Step each layer inside the backward pass and drop its gradients there (2 bytes a parameter less): a step is then
+    one micro-batch, and not clipped. auto: where max_grad_norm=0 and it does not fit otherwise."""
     master_weights: Flag | Auto = "auto"
     """Keep an fp32 copy of bf16 trainable weights (4 more bytes each); auto: for adapters, and for full if it fits."""
 

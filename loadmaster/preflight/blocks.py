@@ -13,6 +13,7 @@ from loadmaster.preflight.frozen import WIDE, fp8_matmul, fp8_training_matmul, n
 from loadmaster.preflight.replay import Storage, Tape, Tensor
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
+from loadmaster.preflight.stepping import Stepping
 
 NARROW = 512
 """A matmul with fewer columns than this moves bytes more than it computes."""
@@ -43,6 +44,7 @@ class Blocks:
         self.n = setup.tokens if tokens is None else tokens
         self.w = setup.width
         self.accumulated = accumulated
+        self.stepping = Stepping(tape, setup) if setup.in_backward and tape.enabled else None
         self.full = not setup.adapters
         self.attended = shape.attended(setup.sequence_length)
 

@@ -51,7 +51,9 @@ def on(job: Job, shape: ModelShape, chosen: Candidate, machine: Hardware) -> tup
         offload=setup.offload,
         sharding="auto" if job.sharding == "none" or machine.world_size == 1 else job.sharding,
         batch=replace(job.batch, global_size=rows),
-        optimizer=replace(job.optimizer, name=setup.optimizer, master_weights=setup.master_weights),
+        optimizer=replace(
+            job.optimizer, name=setup.optimizer, master_weights=setup.master_weights, in_backward=setup.in_backward
+        ),
         precision=setup.precision if setup.precision != "fp8" or machine.has_fp8 else "auto",
     )
     if here.is_cpu:  # in fp32, weights that are their own masters; on a GPU that is another job

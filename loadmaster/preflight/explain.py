@@ -28,6 +28,7 @@ RUNNER_UP = "runner-up"
 
 def describe(setup: Setup) -> str:
     optimizer = setup.optimizer + (" with fp32 master weights" if setup.master_weights else "")
+    optimizer += " in the backward pass" if setup.in_backward else ""
     parts = [setup.method, setup.precision, optimizer]
     if setup.sharding != "none":
         parts.append(sharding_words(setup))
@@ -96,7 +97,8 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, verifi
     beyond = f", {'more than' if longest > known else 'of'} the {known:,} that the model knows" if known else ""
     said.append(f"the longest row that fits here, recomputed and one at a time: {longest:,} tokens{beyond}")
     setup = chosen.setup
-    if setup.method == "full" and setup.optimizer == "adamw" and not setup.master_weights and setup.precision == "bf16":
+    kept = setup.master_weights or setup.optimizer == "adamw_bf16"  # that one rounds stochastically
+    if setup.method == "full" and setup.precision != "fp32" and not kept:
         said.append("without fp32 master weights, updates smaller than a bf16 weight's spacing are lost")
     if setup.offload != "none":
         said.append(f"{chosen.memory.host_gib:.0f} GiB of host memory hold what the GPUs cannot")
@@ -163,6 +165,8 @@ def basis(hardware: Hardware, setup: Setup) -> dict[str, str]:
         memory += f"; context and workspaces: measured on {measured['card']}, {measured['date']}"
     if setup.compiled:
         memory += "; what compiled layers keep: as the compiler's partitioner cuts them, not measured"
+    if setup.in_backward:
+        memory += "; steps in the backward pass: replayed, run on no GPU"
     if hardware.world_size > 1:
         memory += "; gathered weights and gradients on their way: equal to traces of fully_shard (ZeRO: modelled)"
         memory += "; communicators: modelled"
@@ -182,7 +186,7 @@ def basis(hardware: Hardware, setup: Setup) -> dict[str, str]:
 def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens: int | None) -> list[dict[str, Any]]:
     """What would fit: settings changed on this hardware, more of the same machines, then others, cheapest first."""
     found = []
-    for text, changed in relaxations(job):
+    for text, changed in relaxations(job, hardware.world_size):
         best = search(changed, shape, hardware, explain=False).best
         if best is not None:
             found.append(_alternative(text, best, changed, shape, dataset_tokens))
@@ -221,7 +225,7 @@ def _on(job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | No
     return [_alternative(text, best, adjusted, shape, dataset_tokens)]
 
 
-def relaxations(job: Job) -> Iterator[tuple[str, Job]]:
+def relaxations(job: Job, gpus: int) -> Iterator[tuple[str, Job]]:
     """The job with one thing changed that the user wrote."""
     if job.micro_batch_size != "auto":
         yield "micro_batch_size=auto", replace(job, micro_batch_size="auto")
@@ -230,6 +234,13 @@ def relaxations(job: Job) -> Iterator[tuple[str, Job]]:
             yield f"{name}=auto", replace(job, **{name: "auto"})
     if job.optimizer.name != "auto" or job.optimizer.master_weights != "auto":
         yield "optimizer.name=auto", replace(job, optimizer=replace(job.optimizer, name="auto", master_weights="auto"))
+    here = job.offload in ("auto", "none") and job.sharding in ("auto", "none", "fsdp")
+    if job.optimizer.in_backward == "auto" and job.method == "full" and here:
+        stepped = replace(job, optimizer=replace(job.optimizer, in_backward=True, max_grad_norm=0.0))
+        said = "optimizer.in_backward=true optimizer.max_grad_norm=0"
+        yield said, stepped
+        if job.batch.global_size > gpus:
+            yield f"{said} batch.global_size={gpus}", replace(stepped, batch=replace(job.batch, global_size=gpus))
     if job.precision not in ("auto", "fp8") and job.method == "lora":
         yield "precision=fp8", replace(job, precision="fp8")
     for method in ("lora", "qlora"):

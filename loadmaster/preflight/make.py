@@ -81,6 +81,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         gradient_accumulation_steps=setup.gradient_accumulation_steps,
         sequence_length=setup.sequence_length,
         compile=setup.compiled,
+        optimizer_in_backward=setup.in_backward,
         memory_gib=chosen.memory.train.gib(),
         phases_gib=phases_gib(phases),
         phase_components_gib=components_gib(phases),

@@ -19,6 +19,7 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.shards import frozen_form, whole
 from loadmaster.preflight.step import Replayed, evaluation_batch, training_step
+from loadmaster.preflight.stepping import adafactor_bytes
 from loadmaster.preflight.weights import base_bytes
 from loadmaster.preflight.zero import zero_bytes
 
@@ -74,22 +75,26 @@ def state_bytes(setup: Setup) -> float:
     return states[setup.optimizer] + (4.0 if setup.master_weights and setup.precision != "fp32" else 0.0)
 
 
-def largest_tensor(shape: ModelShape, setup: Setup) -> int:
-    """Elements of the largest trainable tensor."""
+def tensors(shape: ModelShape, setup: Setup) -> list[int]:
+    """Elements of large tensors that are trained, in the order in which they are stepped; two layers stand for all."""
     if setup.adapters:
-        return max((setup.lora_rank * max(m.inputs, m.outputs) for m in shape.adapted(setup.lora_targets)), default=0)
-    experts = 2 * shape.experts * shape.expert_size * shape.hidden_size
-    return max(shape.embedding_parameters, experts, max(m.weight for m in shape.matrices()))
+        return [setup.lora_rank * size for m in shape.adapted(setup.lora_targets) for size in (m.inputs, m.outputs)]
+    experts = shape.experts * shape.expert_size * shape.hidden_size
+    top = shape.embedding_parameters
+    layer = [m.weight for m in shape.matrices()] + ([2 * experts, experts] if experts else [])
+    return [top, *layer, *layer, *([] if shape.tied else [top])]
 
 
 def step_bytes(shape: ModelShape, setup: Setup) -> float:
     """What the optimizer step takes besides states and gradients."""
     if setup.stage:
         return zero_bytes(shape, setup).step
-    trainable, largest = setup.trainable(shape) / setup.shards, largest_tensor(shape, setup) // setup.shards
+    if setup.in_backward:
+        return 0.0  # the replay has it
     if setup.optimizer == "adafactor":
-        return 3 * 4 * largest
+        return adafactor_bytes([size / setup.shards for size in tensors(shape, setup)], setup.width)
     if setup.master_weights and setup.width == 2 and setup.offload == "none":
+        trainable, largest = setup.trainable(shape) / setup.shards, max(tensors(shape, setup)) / setup.shards
         # A bucket's gradients become fp32 (4 bytes) as their bf16 ones (2) go.
         return (4 - 2) * min(trainable, max(BUCKET_ELEMENTS, largest))
     return 0.0
@@ -182,11 +187,12 @@ def resident(shape: ModelShape, setup: Setup) -> tuple[float, float, float]:
     if setup.stage:
         zero = zero_bytes(shape, setup)
         return zero.weights, zero.gradients, zero.share
+    kept = 0 if setup.in_backward else 1  # gradients go within the backward pass that makes them
     if setup.shards > 1:
         unit = whole(shape, setup)
-        return unit.shard + unit.replicated, unit.trained_shard, unit.trained_shard / width
+        return unit.shard + unit.replicated, kept * unit.trained_shard, unit.trained_shard / width
     weights = base_bytes(shape, setup.method, setup.precision) + (width * trainable if setup.adapters else 0)
-    return weights, width * trainable, trainable
+    return weights, kept * width * trainable, trainable
 
 
 def replay_key(setup: Setup, keep: bool) -> Setup:
@@ -194,8 +200,9 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
     return Setup(
         method=setup.method,
         precision=setup.precision,
-        optimizer="",
-        master_weights=False,
+        optimizer=setup.optimizer if setup.in_backward else "",
+        master_weights=setup.master_weights and setup.in_backward,
+        in_backward=setup.in_backward,
         checkpointing=setup.checkpointing,
         micro_batch_size=setup.micro_batch_size,
         gradient_accumulation_steps=2 if keep else 1,

@@ -52,7 +52,8 @@ def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
     rests = replace(resting(train), communication=communicator_bytes(hardware))
     batch = evaluation_batch(shape, replay_key(setup, keep=False)).at_peak
     masters = 4.0 * resident(shape, setup)[2] if setup.master_weights and train.optimizer else 0.0
-    first = max(replace(backward, optimizer=masters), step, key=lambda b: b.total)
+    before = backward.optimizer if setup.in_backward else masters  # there, states are made in the backward pass
+    first = max(replace(backward, optimizer=before), step, key=lambda b: b.total)
     context = Bytes(context=context_bytes(hardware))
     return {
         "load": Bytes(weights=train.weights, quantization=load_bytes(shape, setup), context=train.context),

@@ -120,6 +120,8 @@ class Plan:
     over all micro-batches of a step."""
     compile: bool = False
     """Decoder layers run compiled."""
+    optimizer_in_backward: bool = False
+    """Each layer is stepped, and its gradients dropped, inside the backward pass (loadmaster.training.in_backward)."""
     peak_gib: PeakGib | None = None
     phase_components_gib: dict[str, MemoryGib] = field(default_factory=dict)
     """Each phase's peak by component."""

@@ -81,11 +81,13 @@ class Split(Node):
 class Leaf:
     """Where a parameter's gradient ends up, once all its `uses` in the graph have given theirs (tied weights: 2)."""
 
-    __slots__ = ("gradient", "uses", "waiting")
+    __slots__ = ("arrived", "gradient", "uses", "waiting")
 
     def __init__(self, gradient: Storage | None = None, uses: int = 1):
         self.gradient, self.uses = gradient, uses
         self.waiting: Storage | None = None
+        self.arrived: Callable[[], None] | None = None
+        """Called when the gradient is there."""
 
 
 class Stop(Exception):
@@ -364,6 +366,8 @@ class Tape:
                 box.append(self.alloc(2 * box[0].bytes))
             leaf.gradient = box.pop()
             leaf.gradient.retag(self.gradient_tag)
+            if leaf.arrived is not None:
+                leaf.arrived()
         else:
             self.moved(*(3 * [box[0].bytes]))
             if self.widens_gradients:

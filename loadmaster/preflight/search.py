@@ -140,6 +140,12 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
         yield "offload=all: weights in host memory come to GPUs by shards, and there is one GPU; use optimizer or auto"
     if rows % world:
         yield f"batch.global_size={rows} does not divide over {world} GPUs; use {math.ceil(rows / world) * world}"
+    elif job.optimizer.in_backward is True and job.micro_batch_size not in ("auto", rows // world):
+        yield (
+            f"optimizer.in_backward=true takes a step after each micro-batch, and batch.global_size={rows} is "
+            f"{rows // world} rows on each GPU; use micro_batch_size={rows // world}, "
+            f"or batch.global_size={job.micro_batch_size * world}"
+        )
     elif job.micro_batch_size != "auto" and (rows // world) % job.micro_batch_size:
         works = ", ".join(map(str, divisors(rows // world)))
         yield (
@@ -163,20 +169,33 @@ def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
     precision = job.precision if job.precision != "auto" else "fp32" if hardware.is_cpu else "bf16"
     for method in methods:
         for offload in offloads(job, method, hardware):
-            for optimizer, master in states(job, method, offload, precision):
+            ladder = states(job, method, offload, precision)
+            for (optimizer, master), in_backward in product(ladder, stepping(job, hardware, method, offload)):
                 yield {
                     "method": method, "precision": precision, "optimizer": optimizer, "master_weights": master,
-                    "offload": offload,
+                    "offload": offload, "in_backward": in_backward,
                 }  # fmt: skip
 
 
 def offloads(job: Job, method: str, hardware: Hardware) -> tuple[str, ...]:
+    if job.optimizer.in_backward is True:
+        return ("none",)
     if job.offload != "auto" or hardware.is_cpu:
         return ("none" if job.offload == "auto" else job.offload,)
     sharded = hardware.world_size > 1 and job.sharding in ("auto", "fsdp", "zero3")
     if method != "full":
         return ("none", "all") if sharded else ("none",)
     return ("none", "optimizer", "all") if sharded else ("none", "optimizer")
+
+
+def stepping(job: Job, hardware: Hardware, method: str, offload: str) -> tuple[bool, ...]:
+    """Whether the optimizer steps inside the backward pass: the same update, but all that a step has is one batch."""
+    if job.optimizer.in_backward != "auto":
+        return (job.optimizer.in_backward,)
+    rows = job.batch.global_size // hardware.world_size
+    able = method == "full" and offload == "none" and job.sharding in ("auto", "none", "fsdp")
+    able = able and not job.optimizer.max_grad_norm and job.micro_batch_size in ("auto", rows)
+    return (False, True) if able else (False,)
 
 
 def states(job: Job, method: str, offload: str, precision: str) -> Iterator[tuple[str, bool]]:
@@ -209,11 +228,15 @@ def enumerate_tier(
         checkpointings = (*CHECKPOINTING, "offload") if offload else CHECKPOINTING
     rows = job.batch.global_size // hardware.world_size
     sizes = divisors(rows) if job.micro_batch_size == "auto" else [job.micro_batch_size]
-    if hardware.is_cpu and job.micro_batch_size == "auto":
+    if tier["in_backward"]:
+        sizes = [rows]
+    elif hardware.is_cpu and job.micro_batch_size == "auto":
         sizes = [size for size in sizes if size <= MOST_CPU_ROWS]
-    if not explain and job.micro_batch_size == "auto":
+    if not explain and job.micro_batch_size == "auto" and not tier["in_backward"]:
         sizes = [size for size in sizes if size == 1 or size * job.sequence_length <= MOST_TOKENS]
     shared = shardings(job, hardware, tier["offload"])
+    if tier["in_backward"]:  # under ddp gradients lie in its buckets
+        shared = [way for way in shared if way[0] != "ddp"]
 
     def candidate(precision: str, split: tuple[str, int, bool], checkpointing: str, size: int) -> Candidate | None:
         sharding, replicas, reshard = split

@@ -46,6 +46,8 @@ class Setup:
     """As in the job; a list is given as a tuple."""
     lora_dropout: float = 0.0
     objective: str = "sft"
+    in_backward: bool = False
+    """The optimizer steps each layer inside the backward pass."""
 
     @property
     def tokens(self) -> int:

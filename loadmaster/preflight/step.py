@@ -2,8 +2,8 @@
 
 All layers of a kind are equal, so the first, the second and the last are replayed, and what lies between them
 is held as one block: between two layers the live bytes change by the same amount each time, so the peak is in
-one of the three. Sharded, the last but one is replayed as well: in its backward pass, and not before, the gradients
-of another layer are on their way.
+one of the three. Sharded, or stepped in the backward pass, the last but one is replayed as well: in its backward pass,
+and not before, the gradients of another layer are on their way, or wait.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
     del loss
     tape.backward(node, box)
     units.reduce_rest()
+    if b.stepping is not None:
+        b.stepping.finish()
     tape.top()
     return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
 
@@ -82,7 +84,7 @@ class _Middle:
 
     def __init__(self, b: Blocks):
         self.b = b
-        self.replayed = min(b.shape.layers, HEAD_LAYERS + (2 if b.setup.shards > 1 else 1))
+        self.replayed = min(b.shape.layers, HEAD_LAYERS + (2 if b.setup.shards > 1 or b.setup.in_backward else 1))
         self.count = b.shape.layers - self.replayed
         self.forward, self.started, self.finished = Work(), Work(), Work()
         self.gradients: list[Storage] = []
@@ -131,6 +133,7 @@ def _forward(b: Blocks, middle: _Middle):
     positions = tape.alloc(8 * b.n)
     rotary = tape.alloc(b.w * 2 * b.n * shape.head_dim * shape.rotary_fraction * _rotary_sets(shape))
     units.top = list(tape.leaves)
+    _stepped_alone(b, units.top)
     kept = gradients = less = 0
     for index in range(middle.replayed):
         experts = index < shape.expert_layers
@@ -141,6 +144,8 @@ def _forward(b: Blocks, middle: _Middle):
         if index == 1:
             x = middle.mark_end(x)
         weights = b.layer_weights(experts, rotary)
+        if b.stepping is not None and not units.sharded:
+            b.stepping.group(tape.leaves[first:])
         layer = _layer(b, weights, experts, positions)
         x = units.begin(x, index, experts, index == middle.replayed - 1)
         kind = b.setup.checkpointing
@@ -150,10 +155,12 @@ def _forward(b: Blocks, middle: _Middle):
         kept = tape.live - before
         less = _compiled_keeps_less(b, tape.by_tag["activations"] - activations, experts)
         middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward
-        gradients = 0 if b.accumulated else gradient_bytes(shape, b.setup, experts) * (1 + tape.widens_gradients)
+        stay = not b.accumulated and b.stepping is None
+        gradients = gradient_bytes(shape, b.setup, experts) * (1 + tape.widens_gradients) if stay else 0
         gradients = units.shard_gradients(experts) if units.sharded else gradients
     norm = b.base(b.w * shape.hidden_size)
     units.top += tape.leaves[-1:] if norm.node is not None else []
+    _stepped_alone(b, tape.leaves[-1:] if norm.node is not None else [])
     x = b.norm(x, norm, b.n)
     # The decoder's own variables last as long as it runs. An input that goes to the host and needs no gradient stays.
     stays = embedded.storage if b.setup.checkpointing == "offload" and b.setup.adapters and tape.enabled else None
@@ -163,6 +170,12 @@ def _forward(b: Blocks, middle: _Middle):
     units.stays = stays
     loss = chunked_loss if b.setup.objective == "sft" else preference_loss
     return units.finish(loss(b, x, head, rows)), middle.total, units
+
+
+def _stepped_alone(b: Blocks, leaves: list[Leaf]) -> None:
+    if b.stepping is not None and b.setup.shards == 1:
+        for leaf in leaves:
+            b.stepping.group([leaf])
 
 
 def _compiled_keeps_less(b: Blocks, eager: int, experts: bool) -> int:

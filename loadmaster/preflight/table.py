@@ -161,6 +161,7 @@ def _place(plan: Plan) -> str:
 
 def _settings(plan: Plan) -> str:
     optimizer = plan.optimizer + (" with fp32 master weights" if plan.master_weights else "")
+    optimizer += " stepped in the backward pass" if plan.optimizer_in_backward else ""
     parts = [plan.method, plan.precision, optimizer]
     parts += [] if plan.sharding == "none" else [f"sharding {sharding_words(plan)}"]
     parts += [] if plan.offload == "none" else [f"offload {plan.offload}"]

@@ -50,7 +50,8 @@ class Units:
         """Bytes that a layer's gradients leave on a GPU."""
         unit, setup = self.sparse if experts else self.dense, self.b.setup
         summed = unit.reduced // setup.shards if setup.replicas > 1 and setup.width < 4 else 0
-        return summed + (0 if self._accumulated or setup.offload == "all" else unit.trained_shard)
+        gone = self._accumulated or setup.offload == "all" or setup.in_backward
+        return summed + (0 if gone else unit.trained_shard)
 
     @property
     def _accumulated(self) -> bool:
@@ -166,4 +167,9 @@ class Units:
             shard = self._alloc(unit.trained_shard)
         if not self._accumulated and setup.offload != "all":
             shard.retag("gradients")
-            self.shards.append(shard)
+            if self.b.stepping is None:
+                self.shards.append(shard)
+                return
+            box = [shard]
+            del shard
+            self.b.stepping.complete(box)

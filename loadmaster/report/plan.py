@@ -131,6 +131,7 @@ def decisions(files: RunFiles) -> list[Decision]:
         return Decision(name, str(plan.get(key, units.MISSING)) if value is None else value, by)
 
     master = ", fp32 master weights" if plan.get("master_weights") else ""
+    master += ", in the backward pass" if plan.get("optimizer_in_backward") else ""
     return [
         row("method", "method"),
         row("precision", "precision"),

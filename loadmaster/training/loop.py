@@ -165,16 +165,11 @@ def train(
                 total_trained = sum(trained_tokens(r) for r in picked)
                 batches, count = session.split(picked), max(1, sum(losses(r, job.objective) for r in picked))
                 input_s += time.perf_counter() - began
-                loss = session.backward(batches, count)
-                norm = session.optimizer.clip(job.optimizer.max_grad_norm)
-                row = {
-                    "step": step,
-                    "loss": loss.item(),
-                    "grad_norm": norm.item(),
-                    "lr": learning_rate(step, steps, job.optimizer),
-                }
+                lr = learning_rate(step, steps, job.optimizer)
+                loss, norm = session.gradients(batches, count, lr)
+                row = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
                 if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-                    session.optimizer.step(row["lr"])
+                    session.optimizer.step(lr)
                     session.skipped.clear()
                 else:
                     _skip(session, row, picked, lambda at=(step - 1, before): (save(*at), checkpoints.wait()))
@@ -271,8 +266,7 @@ def _rehearse(
     worst = session.split(picked)[:1] * min(2, plan.gradient_accumulation_steps)
 
     def step(batches: list[MicroBatch]) -> None:
-        session.backward(batches, max(1, sum(losses(row, session.job.objective) for row in picked)))
-        session.optimizer.clip(session.job.optimizer.max_grad_norm)
+        session.gradients(batches, max(1, sum(losses(row, session.job.objective) for row in picked)), lr)
         session.optimizer.step(lr)
 
     def evaluate() -> None:
@@ -297,9 +291,12 @@ def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[]
     save()
     first = session.skipped[0]
     what = "loss" if not math.isfinite(row["loss"]) else "gradient norm"
+    weights = "weights are those before it"
+    if session.plan.optimizer_in_backward:
+        weights = "layers whose own gradients were finite were stepped (optimizer.in_backward); the weights are"
     raise TrainingFailed(
         f"the {what} was not finite in {len(session.skipped)} steps in a row, from step {first['step']} on; "
-        f"weights are those before it, saved in checkpoints/step-{row['step'] - 1}. "
+        f"{weights}, saved in checkpoints/step-{row['step'] - 1}. "
         f"Rows of that step: {', '.join(first['rows'][:8])}{' ...' if len(first['rows']) > 8 else ''}.\n"
         "fix: look at these rows, lower optimizer.lr, or raise optimizer.warmup_ratio"
     )

@@ -59,8 +59,7 @@ def measure(job: Job, plan: Plan, config: dict[str, Any], steps: int = 5, warm_u
     seconds = []
     for _ in range(warm_up + steps):
         start = time.perf_counter()
-        loss = session.backward(batches, terms)
-        session.optimizer.clip(job.optimizer.max_grad_norm)
+        loss, _ = session.gradients(batches, terms, job.optimizer.lr)
         session.optimizer.step(job.optimizer.lr)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

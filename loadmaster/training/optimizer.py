@@ -67,7 +67,20 @@ class TrainingOptimizer:
         make = _factory(
             name, config, needs_fp32_moments=not self.masters and named_parameters[0][1].dtype != torch.float32
         )
-        self.buckets = [self._bucket(group, make) for group in _split(named_parameters)]
+        self.buckets = [self._bucket(group, make) for group in self.split(named_parameters)]
+
+    @staticmethod
+    def split(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
+        """Parameters that are stepped together."""
+        groups: list[list[tuple[str, nn.Parameter]]] = [[]]
+        size = 0
+        for name, parameter in named:
+            if groups[-1] and size + parameter.numel() > BUCKET_ELEMENTS:
+                groups.append([])
+                size = 0
+            groups[-1].append((name, parameter))
+            size += parameter.numel()
+        return groups
 
     def _bucket(self, named: list[tuple[str, nn.Parameter]], make: Callable) -> _Bucket:
         names, parameters = [n for n, _ in named], [p for _, p in named]
@@ -90,6 +103,9 @@ class TrainingOptimizer:
     def parameters(self) -> list[nn.Parameter]:
         return [p for bucket in self.buckets for p in bucket.parameters]
 
+    def begin(self, lr: float) -> None:
+        """Before the backward pass of a step that is to be taken at rate `lr`."""
+
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
         """Global L2 norm of the gradients in fp32, before they are scaled down to `max_norm` (0: not scaled)."""
@@ -105,27 +121,30 @@ class TrainingOptimizer:
     def step(self, lr: float) -> None:
         """Update at rate `lr` and drop the gradients."""
         for bucket in self.buckets:
-            if bucket.optimizer is None:
-                for parameter in bucket.parameters:
-                    parameter.grad = None
-                continue
-            for group in bucket.optimizer.param_groups:
-                rate = lr * group["lr_ratio"]
-                if isinstance(group["lr"], Tensor):  # torchao keeps the rate in a tensor
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
-            if self.copies or self.sharded:
-                for parameter, target in zip(bucket.parameters, bucket.targets, strict=True):
-                    if not self.copies:
-                        target.data = local(parameter)  # FSDP may have moved it (pinned memory, on its first forward)
-                    gradient = None if parameter.grad is None else local(parameter.grad)
-                    target.grad = None if gradient is None else gradient.to(target.device, target.dtype)
-                    parameter.grad = None
-            bucket.optimizer.step()
-            bucket.optimizer.zero_grad(set_to_none=True)
-            if self.copies:
-                torch._foreach_copy_([local(p) for p in bucket.parameters], bucket.targets)
+            self._step(bucket, lr)
+
+    def _step(self, bucket: _Bucket, lr: float) -> None:
+        if bucket.optimizer is None:
+            for parameter in bucket.parameters:
+                parameter.grad = None
+            return
+        for group in bucket.optimizer.param_groups:
+            rate = lr * group["lr_ratio"]
+            if isinstance(group["lr"], Tensor):  # torchao keeps the rate in a tensor
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        if self.copies or self.sharded:
+            for parameter, target in zip(bucket.parameters, bucket.targets, strict=True):
+                if not self.copies:
+                    target.data = local(parameter)  # FSDP may have moved it (pinned memory, on its first forward)
+                given = parameter.grad is not None
+                target.grad = local(parameter.grad).to(target.device, target.dtype) if given else None
+                parameter.grad = None
+        bucket.optimizer.step()
+        bucket.optimizer.zero_grad(set_to_none=True)
+        if self.copies:
+            torch._foreach_copy_([local(p) for p in bucket.parameters], bucket.targets)
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -208,18 +227,6 @@ def _place(value: Tensor, target: Tensor, key: str, optimizer: torch.optim.Optim
     if key == "step" and not optimizer.defaults.get("fused"):
         return value.clone()
     return value.to(target.device, copy=True)
-
-
-def _split(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
-    groups: list[list[tuple[str, nn.Parameter]]] = [[]]
-    size = 0
-    for name, parameter in named:
-        if groups[-1] and size + parameter.numel() > BUCKET_ELEMENTS:
-            groups.append([])
-            size = 0
-        groups[-1].append((name, parameter))
-        size += parameter.numel()
-    return groups
 
 
 def _factory(name: str, config: OptimizerConfig, needs_fp32_moments: bool) -> Callable:

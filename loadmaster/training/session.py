@@ -98,6 +98,15 @@ class Session:
         self.worked_s = clock.seconds()
         return total
 
+    def gradients(self, batches: list[MicroBatch], count: int, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean loss, gradients' norm before clipping) of a step that is to be taken at rate `lr`; fp32 scalars.
+
+        Under optimizer.in_backward it is taken when this returns; else `optimizer.step(lr)` takes it.
+        """
+        self.optimizer.begin(lr)
+        loss = self.backward(batches, count)
+        return loss, self.optimizer.clip(self.job.optimizer.max_grad_norm)
+
 
 class OwnTime:
     """How long a rank works on a step by itself."""

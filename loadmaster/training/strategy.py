@@ -22,6 +22,7 @@ from loadmaster.models.load import DTYPES, load_base, load_trained
 from loadmaster.models.preference import loss_module
 from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.preflight.plan import Plan
+from loadmaster.training.in_backward import BackwardOptimizer
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed
 from loadmaster.training.rng import seed_everything
@@ -71,7 +72,8 @@ class Strategy:
             raise TrainingFailed(f"sharding=none, and there are {self.world.size} processes; use ddp or fsdp")
 
     def optimizer(self, model: nn.Module) -> TrainingOptimizer:
-        return TrainingOptimizer(
+        kind = BackwardOptimizer if self.plan.optimizer_in_backward else TrainingOptimizer
+        return kind(
             trainable(model), self.job.optimizer, self.plan.optimizer, self.plan.master_weights,
             offload=self.plan.offload == "optimizer", sum_over_shards=self.sum_over_shards,
             b_lr_ratio=self.job.lora.b_lr_ratio,

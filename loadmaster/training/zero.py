@@ -276,6 +276,9 @@ class ZeroOptimizer:
             return [share.grad for share in self._shares]
         return [g for group in range(len(self._shares)) for g in self.zero.averaged_gradients[group]]
 
+    def begin(self, lr: float) -> None:
+        """Before the backward pass of a step that is to be taken at rate `lr`."""
+
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
         """Global L2 norm of the gradients in fp32, before they are scaled down to `max_norm` (0: not scaled)."""

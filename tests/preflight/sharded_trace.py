@@ -20,11 +20,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from loadmaster.config.schema import OptimizerConfig
 from loadmaster.data import MicroBatch
 from loadmaster.models import shards
+from loadmaster.models.adapters import trainable
 from loadmaster.models.forward import SummedLoss
 from loadmaster.models.frozen import freeze_linears, frozen_form
 from loadmaster.models.recompute import checkpoint_activations
+from loadmaster.training.in_backward import BackwardOptimizer
 from loadmaster.training.sharding import FullyShard
 from loadmaster.training.trace import Case, Live, _meta_model
 from loadmaster.training.world import World
@@ -137,11 +140,12 @@ def sharded_model(
 
 def sharded_peaks(
     config: dict[str, Any], method: str, precision: str, case: Case, world_size: int,
-    targets: Any = "all-linear", replicas: int = 1, reshard_after_forward: bool = True,
+    targets: Any = "all-linear", replicas: int = 1, reshard_after_forward: bool = True, in_backward: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
     """(bytes of one rank's weights and buffers, peak bytes of a step's micro-batches besides those).
 
-    Accumulated, the step has three micro-batches, so that one has others before and after it.
+    Accumulated, the step has three micro-batches, so that one has others before and after it. in_backward: a second
+    step under AdamW with master weights, besides its states as well.
     """
     with world_of(world_size, replicas) as mesh:
         engine, root = sharded_model(
@@ -152,6 +156,19 @@ def sharded_peaks(
         for tensor in [*root.parameters(), *root.buffers()]:
             live.count(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
         weights = live.live
+        if in_backward:
+            optimizer = BackwardOptimizer(trainable(root), OptimizerConfig(max_grad_norm=0.0), "adamw", True)
+            for bucket in optimizer.buckets:
+                for tensor in bucket.targets:
+                    live.count(tensor)
+            before = live.live
+            for _ in range(2):
+                live.peak = 0
+                with counting(live):
+                    optimizer.begin(1e-3)
+                    engine.backward(root(batch))
+                    optimizer.clip(0.0)
+            return weights, live.peak - before
         with counting(live):
             for _ in range(2 if case.accumulated else 0):
                 with engine.accumulating(root):

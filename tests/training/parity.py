@@ -61,7 +61,9 @@ def plan(case: dict[str, Any]) -> Plan:
         reshard_after_forward=case.get("reshard_after_forward", True),
         activation_checkpointing=case["checkpointing"], optimizer=case["optimizer"],
         master_weights=case.get("precision") == "bf16",
-        micro_batch_size=1, gradient_accumulation_steps=8 // world, sequence_length=64,
+        optimizer_in_backward=case.get("in_backward", False),
+        micro_batch_size=8 // world if case.get("in_backward") else 1,
+        gradient_accumulation_steps=1 if case.get("in_backward") else 8 // world, sequence_length=64,
         memory_gib=MemoryGib(*[0.0] * 9), phases_gib=PhasesGib(*[0.0] * 5), budget_gib=8.0, host_memory_gib=0.0,
         disk_gib=0.0, tokens_per_second=None, hours=None, cost_usd=None,
     )  # fmt: skip
@@ -81,7 +83,8 @@ def run(case: dict[str, Any], world: World) -> None:
     from loadmaster.evaluation import held_out
 
     out, validation = Path(case["out"]), rows(9, seed=1)
-    job = dataclasses.replace(JOB, max_steps=case["steps"])
+    optimizer = dataclasses.replace(JOB.optimizer, max_grad_norm=case.get("max_grad_norm", 0.5))
+    job = dataclasses.replace(JOB, max_steps=case["steps"], optimizer=optimizer)
     seen: list[list[str]] = []
     split = loop.Session.split
 

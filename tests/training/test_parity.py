@@ -42,6 +42,7 @@ ALONE = [
     case("lora", "lora", "none"),
     case("full-odd", "full", "none", model="odd"),
     case("lora-odd", "lora", "none", model="odd"),
+    case("unclipped", "full", "none", max_grad_norm=0.0),
 ]
 TWO = [
     case("full-ddp-2", "full", "ddp", 2),
@@ -57,6 +58,11 @@ TWO = [
     *zeros(2, "zero1", "zero2", "zero3", "zero3-all"),
     *zeros(2, "zero1-optimizer", "zero2-optimizer", "zero3-optimizer", methods=("full",)),
     case("full-zero3-2-checkpointed", "full", "zero3", 2, checkpointing="full"),
+    case("unclipped-fsdp-2-in_backward", "full", "fsdp", 2, max_grad_norm=0.0, in_backward=True),
+    case(
+        "unclipped-fsdp-2-whole-in_backward", "full", "fsdp", 2, max_grad_norm=0.0, in_backward=True,
+        reshard_after_forward=False, checkpointing="full",
+    ),
 ]
 HYBRID = [
     case("full-hybrid-2x2", "full", "fsdp", 2, 2),

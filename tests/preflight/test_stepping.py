@@ -1,0 +1,170 @@
+"""What a step inside the backward pass takes equals a trace of engine and optimizer; so does what Adafactor takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loadmaster.config.schema import BatchConfig, OptimizerConfig
+from loadmaster.data import MicroBatch
+from loadmaster.errors import ConfigError
+from loadmaster.models.adapters import trainable
+from loadmaster.models.forward import token_losses
+from loadmaster.models.load import DTYPES
+from loadmaster.models.recompute import checkpoint_activations
+from loadmaster.preflight.memory import step_bytes, worst_micro_batch
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import from_config
+from loadmaster.preflight.step import training_step
+from loadmaster.training import optimizer as optimizers
+from loadmaster.training.in_backward import BackwardOptimizer
+from loadmaster.training.optimizer import TrainingOptimizer
+from loadmaster.training.trace import Case, Live, _meta_model, with_trained_part
+from tests.preflight.sharded_trace import sharded_peaks
+from tests.preflight.test_make import LLAMA, job, make_plan
+from tests.preflight.test_replay import random_config
+
+
+class Fused(torch.optim.Optimizer):
+    """A fused kernel: it takes nothing besides states. PyTorch has none for the meta device."""
+
+    def __init__(self, groups: list) -> None:
+        super().__init__(groups, {"lr": 1e-3})
+
+    def step(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fused(monkeypatch) -> None:
+    real = optimizers._factory
+    monkeypatch.setattr(
+        optimizers, "_factory", lambda name, *more, **how: real(name, *more, **how) if name == "adafactor" else Fused
+    )
+
+
+def traced_peak(step, model, optimizer) -> int:
+    """Bytes besides weights and states of the second step."""
+    live = Live()
+    with live:
+        step()
+    for tensor in [*model.parameters(), *model.buffers(), *optimizer.state()[0].values()]:
+        live.count(tensor)
+    for bucket in optimizer.buckets:
+        for tensor in bucket.targets:
+            live.count(tensor)
+    before, live.peak = live.live, 0
+    with live:
+        step()
+    return live.peak - before
+
+
+@pytest.mark.parametrize(("name", "precision"), [("adamw", "bf16"), ("adamw", "fp32"), ("adafactor", "bf16")])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+def test_replay_equals_a_trace(fused, family, name, precision) -> None:
+    config = {**random_config(family, 1), "num_hidden_layers": 6}
+    for checkpointing in ("none", "full"):
+        for tokens in (256, 2000):
+            setup = Setup(
+                method="full", precision=precision, optimizer=name, master_weights=name == "adamw",
+                checkpointing=checkpointing, sequence_length=tokens, in_backward=True,
+            )  # fmt: skip
+            model = with_trained_part(_meta_model(config, DTYPES[precision]), setup)
+            checkpoint_activations(model, checkpointing)
+            optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, name == "adamw")
+            ids = torch.zeros(1, tokens, dtype=torch.long)
+            batch = MicroBatch(ids, ids, torch.arange(tokens)[None], [["row"]])
+
+            def step(model=model, batch=batch, optimizer=optimizer) -> None:
+                optimizer.begin(1e-3)
+                token_losses(model, batch)[0].backward()
+                optimizer.clip(0.0)
+
+            truth = traced_peak(step, model, optimizer)
+            error = training_step(from_config(config, family), setup, in_place=False).peak / truth - 1
+            assert abs(error) < 0.001, f"{checkpointing}, {tokens} tokens: replay is {error:+.3%} from {truth} bytes"
+
+
+@pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_under_fully_shard_it_equals_a_trace_too(fused, reshard) -> None:
+    config = {**random_config("llama", 1), "vocab_size": 256, "num_hidden_layers": 6}
+    shape = from_config(config, "llama")
+    for case in (Case(512), Case(2000, "full")):
+        setup = Setup(
+            method="full", precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp", in_backward=True,
+            checkpointing=case.checkpointing, sequence_length=case.tokens, world_size=8, reshard_after_forward=reshard,
+        )  # fmt: skip
+        _, peak = sharded_peaks(config, "full", "bf16", case, 8, "all-linear", 1, reshard, in_backward=True)
+        replayed = worst_micro_batch(shape, setup, in_place=False)[0].peak
+        assert replayed == pytest.approx(peak, rel=0.001), f"{replayed / peak - 1:+.3%}: {case}"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("vocabulary", "tied"), [(1000, True), (128256, False)])
+def test_what_adafactor_takes_besides_states_equals_a_trace(precision, vocabulary, tied) -> None:
+    config = {**random_config("llama", 1), "vocab_size": vocabulary, "tie_word_embeddings": tied}
+    setup = Setup(method="full", precision=precision, optimizer="adafactor", master_weights=False)
+    model = _meta_model(config, DTYPES[precision])
+    # With weight decay the matrices come one after another; without, a norm may lie between two.
+    optimizer = TrainingOptimizer(trainable(model), OptimizerConfig(weight_decay=0.1), "adafactor", False)
+
+    def step() -> None:
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step(1e-3)
+
+    shape = from_config(config, "llama")
+    gradients = setup.width * shape.parameters
+    assert traced_peak(step, model, optimizer) - gradients == pytest.approx(step_bytes(shape, setup), rel=0.001)
+
+
+def stepped(model: str, gpu: str, count: int, rows: int, **settings):
+    given = job(LLAMA + model, "full", gpu, count, batch=BatchConfig(rows), offload="none")
+    return make_plan(replace(given, optimizer=OptimizerConfig(max_grad_norm=0.0, **settings)), with_alternatives=False)
+
+
+def test_full_70b_fits_four_a100_with_adafactor_in_the_backward_pass_alone() -> None:
+    """141 GB of weights on 320 GB; their gradients are as much again, and 8-bit states too."""
+    assert not stepped("70B", "a100_80gb", 4, 4, in_backward=False).fits
+    found = stepped("70B", "a100_80gb", 4, 4)
+    assert found.fits and found.optimizer == "adafactor" and found.optimizer_in_backward
+    assert found.micro_batch_size == 1 and found.gradient_accumulation_steps == 1
+    assert found.memory_gib.gradients < 1.0
+    assert not stepped("70B", "a100_80gb", 4, 4, name="adamw_8bit").fits
+    assert "in the backward pass" in " ".join(c["plan"] for c in found.rejected)
+
+
+def test_what_does_not_fit_says_that_it_would_in_the_backward_pass() -> None:
+    refused = make_plan(job(LLAMA + "70B", "full", "a100_80gb", 4))
+    said = [a for a in refused.alternatives if a["change"].startswith("optimizer.in_backward=true")]
+    assert said and "batch.global_size=4" in said[0]["change"] and said[0]["needs_gib"] < said[0]["budget_gib"]
+
+
+def test_it_is_not_taken_unasked_where_gradients_are_clipped_or_accumulated() -> None:
+    clipped = make_plan(job(LLAMA + "8B", "full", "a100_80gb", batch=BatchConfig(1)), with_alternatives=False)
+    assert clipped.fits and not clipped.optimizer_in_backward
+    refused = stepped("8B", "a100_80gb", 1, 1, in_backward=True, name="adamw")
+    assert not refused.fits  # 14 bytes a parameter are too many still
+    given = job(LLAMA + "8B", "full", "a100_80gb", batch=BatchConfig(4), micro_batch_size=1)
+    optimizer = OptimizerConfig(in_backward=True, max_grad_norm=0.0)
+    accumulated = make_plan(replace(given, optimizer=optimizer), with_alternatives=False)
+    assert not accumulated.fits and "micro_batch_size=4" in accumulated.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ([], "optimizer.max_grad_norm=0"),
+        (["optimizer.max_grad_norm=0", "sharding=ddp", "hardware.count=2"], "sharding=fsdp"),
+        (["optimizer.max_grad_norm=0", "offload=optimizer"], "offload=none"),
+    ],
+)
+def test_what_it_does_not_go_with_is_refused(overrides, says) -> None:
+    from loadmaster.config.compose import compose
+
+    with pytest.raises(ConfigError) as error:
+        compose(["recipe=full_8b", "hardware=a100_80gb_x1", "optimizer.in_backward=true", *overrides])
+    assert says in str(error.value)
+
