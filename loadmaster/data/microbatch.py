@@ -26,10 +26,6 @@ class MicroBatch:
     row_ids: list[list[str]]
     desirable: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> MicroBatch:
-        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.labels, self.position_ids))
-        return MicroBatch(*moved, self.row_ids, self.desirable)
-
 
 def collate(rows: Sequence[PackedRow], pad_token_id: int, to_length: int | None = None) -> MicroBatch:
     """Rows padded to `to_length`, or to the longest of them."""

@@ -70,7 +70,8 @@ def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
     documents = torch.bucketize(trained, torch.tensor(bounds[1:-1]), right=True)
 
     def put(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
+        pinned = tensor.pin_memory() if device.type == "cuda" else tensor  # else the copy waits for the GPU's queue
+        return pinned.to(device, non_blocking=True)
 
     cu_seq_lens = put(torch.tensor(bounds, dtype=torch.int32))
     longest = torch.empty(max(2, *(end - start for start, end in itertools.pairwise(bounds))), 0, device=device)

@@ -62,8 +62,8 @@ def plan(case: dict[str, Any]) -> Plan:
         activation_checkpointing=case["checkpointing"], optimizer=case["optimizer"],
         master_weights=case.get("precision") == "bf16",
         optimizer_in_backward=case.get("in_backward", False),
-        micro_batch_size=8 // world if case.get("in_backward") else 1,
-        gradient_accumulation_steps=1 if case.get("in_backward") else 8 // world, sequence_length=64,
+        micro_batch_size=case.get("micro_batch_size", 1),
+        gradient_accumulation_steps=8 // world // case.get("micro_batch_size", 1), sequence_length=64,
         memory_gib=MemoryGib(*[0.0] * 9), phases_gib=PhasesGib(*[0.0] * 5), budget_gib=8.0, host_memory_gib=0.0,
         disk_gib=0.0, tokens_per_second=None, hours=None, cost_usd=None,
     )  # fmt: skip

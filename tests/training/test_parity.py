@@ -42,7 +42,6 @@ ALONE = [
     case("lora", "lora", "none"),
     case("full-odd", "full", "none", model="odd"),
     case("lora-odd", "lora", "none", model="odd"),
-    case("unclipped", "full", "none", max_grad_norm=0.0),
 ]
 TWO = [
     case("full-ddp-2", "full", "ddp", 2),
@@ -58,11 +57,11 @@ TWO = [
     *zeros(2, "zero1", "zero2", "zero3", "zero3-all"),
     *zeros(2, "zero1-optimizer", "zero2-optimizer", "zero3-optimizer", methods=("full",)),
     case("full-zero3-2-checkpointed", "full", "zero3", 2, checkpointing="full"),
-    case("unclipped-fsdp-2-in_backward", "full", "fsdp", 2, max_grad_norm=0.0, in_backward=True),
-    case(
-        "unclipped-fsdp-2-whole-in_backward", "full", "fsdp", 2, max_grad_norm=0.0, in_backward=True,
-        reshard_after_forward=False, checkpointing="full",
-    ),
+]
+STEPPED = [
+    case(name, "full", "fsdp", 2, max_grad_norm=0.0, micro_batch_size=4, in_backward="in_backward" in name, **others)
+    for tag, others in (("", {}), ("-whole", {"reshard_after_forward": False, "checkpointing": "full"}))
+    for name in (f"stepped{tag}-after", f"stepped{tag}-in_backward")
 ]
 HYBRID = [
     case("full-hybrid-2x2", "full", "fsdp", 2, 2),
@@ -150,7 +149,7 @@ SAVED_AT = 10
 def runs(tmp_path_factory, model) -> Path:
     """Every case, run once; the folder of each by its name."""
     folder = tmp_path_factory.mktemp("parity")
-    for size, nodes, cases in [(1, 1, ALONE), (2, 1, TWO), (4, 2, HYBRID), (4, 1, FOUR)]:
+    for size, nodes, cases in [(1, 1, ALONE), (2, 1, TWO + STEPPED), (4, 2, HYBRID), (4, 1, FOUR)]:
         placed = [{**c, "model": str(model / c["model"]), "out": str(folder / c["name"])} for c in cases]
         spawn(folder, f"world-{size}-{nodes}", placed, size, nodes)
     for size in (1, 2, 8):
@@ -202,6 +201,17 @@ def test_losses_gradient_norms_weights_and_rows_are_those_of_one_process(runs, n
     assert wanted.keys() == got.keys()
     for key, tensor in wanted.items():
         torch.testing.assert_close(got[key], tensor, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [c["name"] for c in STEPPED if c["in_backward"]])
+def test_shards_are_stepped_in_the_backward_pass_as_after_it(runs, name):
+    """To the last bit but for the norm, which is a sum in another order."""
+    after = runs / name.replace("in_backward", "after")
+    for one, other in zip(metrics(after), metrics(runs / name), strict=True):
+        assert one["loss"] == other["loss"] and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=TOLERANCE)
+    for key, tensor in weights(after).items():
+        assert torch.equal(tensor, weights(runs / name)[key]), key
 
 
 @pytest.mark.slow
