@@ -145,7 +145,7 @@ def _contexts() -> Any:
 
 
 def _policy(_: Any, operation: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:
-    name = operation.name() if isinstance(operation, torch._ops.OpOverload) else ""
+    name = operation.name() if isinstance(operation, torch._ops.OperatorBase) else ""
     inputs = arguments[PRODUCTS[name]].shape[-1] if name in PRODUCTS else 0
     kept = name in ATTENTION or inputs >= WIDE
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -164,5 +164,7 @@ PRODUCTS = {
 ATTENTION = {
     "torch_attn::_varlen_attn",
     "loadmaster::attention_by_document",
+    "loadmaster::capped_attention",
+    "flex_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
 }
