@@ -135,12 +135,13 @@ def packed_attention(
     s_aux: Tensor | None = None,
     documents: Tensor | None = None,
     blocks: dict[int | None, tuple[Tensor, Tensor]] | None = None,
+    kernel_options: dict[str, Any] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D].
 
-    cu_seq_lens_q: int32 [documents + 1]; longest_document: [its length, 0], no elements. documents and blocks: for
-    capped scores on a GPU (capped.visible_blocks).
+    cu_seq_lens_q: int32 [documents + 1]; longest_document: [its length, 0], no elements. documents, blocks and
+    kernel_options: for capped scores on a GPU (capped.fused_inputs).
     """
     if cu_seq_lens_q is None or longest_document is None:
         raise RuntimeError(
@@ -152,7 +153,9 @@ def packed_attention(
         if dropout:
             raise RuntimeError("packed attention has no dropout of capped scores; this model is refused at load")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = attend_capped(query, key, value, cu_seq_lens_q, scale, softcap, sliding_window, documents, blocks)
+        output = attend_capped(
+            query, key, value, cu_seq_lens_q, scale, softcap, sliding_window, documents, blocks, kernel_options
+        )
         return output.transpose(1, 2), None
     if query.is_meta or (query.is_cuda and dropout == 0.0):  # a trace on the meta device stands for a GPU
         from torch.nn.attention.varlen import varlen_attn

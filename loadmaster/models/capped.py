@@ -1,15 +1,14 @@
 """Attention whose scores are soft-capped, as Gemma 2's are: cap * tanh(score / cap) before the softmax.
 
-PyTorch's variable-length kernel has no cap (torch 2.11 to 2.13), so on a GPU such models go through FlexAttention
+PyTorch's variable-length kernel has no cap (looked up in torch 2.13), so on a GPU such models go through FlexAttention
 (`torch.nn.attention.flex_attention`): one fused kernel made of `capping` and `sees`, which reads only the blocks of
 128 x 128 positions that have a pair to attend. Which ones those are is worked out once a micro-batch from the document
 bounds (`visible_blocks`), never by way of an N x N mask. Everywhere else `capped_attention` below is exact, document by
 document; its sizes on the meta device are those of the kernel: the output and the logsumexp are kept.
 
 What FlexAttention is known for, and what is done about it here:
-- a backward pass of NaN where the length is no multiple of 128 (pytorch #153799): the micro-batch is padded to whole
-  blocks (forward.py);
-- short rows sent to the decoding kernel (pytorch's choice by length): the training kernel is asked for by name;
+- a backward pass of NaN where the length is no multiple of 128 (pytorch #153799), and fewer than 128 tokens sent to the
+  kernel for decoding: a micro-batch is padded to whole blocks (forward.py);
 - kernels for heads of 256 that need more shared memory than an RTX or L4 has (pytorch #198224): smaller blocks there,
   those of pytorch #198228 for the backward pass.
 """
@@ -69,8 +68,22 @@ def sees(documents_N: Tensor, window: int | None) -> Callable[..., Tensor]:
     return visible
 
 
+def fused_inputs(config: Any, bounds: list[int], device: torch.device) -> dict[str, Any]:
+    """What attention takes beside q, k and v where the fused kernel runs; nothing for other models and devices."""
+    if not runs_fused(config, device):
+        return {}
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    options = kernel_options(head_dim, _shared_bytes(device))
+    return {**visible_blocks(bounds, attention_windows(config), device), "kernel_options": options}
+
+
+def runs_fused(config: Any, device: torch.device) -> bool:
+    return bool(caps_scores(config)) and device.type in BLOCKED
+
+
 def visible_blocks(bounds: list[int], windows: Iterable[int | None], device: torch.device) -> dict[str, Any]:
-    """What attention takes beside q, k and v: which document each token is of, and the blocks it has to read.
+    """Which document each token is of, and the blocks that its attention has to read.
 
     bounds: where documents begin, and the end, a multiple of BLOCK. Returns `documents`, int32 [N], and by window
     `blocks`: (counts [4, N / BLOCK], indices [4, N / BLOCK, N / BLOCK]), both int32, of the blocks that a query block
@@ -116,17 +129,17 @@ def flexible(
 
 
 def kernel_options(head_dim: int, shared_bytes: int) -> dict[str, Any]:
-    """Of the fused kernel: the training one, in blocks that fit what the card has."""
-    options: dict[str, Any] = {"BACKEND": "TRITON"}
-    if head_dim > 128 and shared_bytes < ROOMY_BYTES:
-        blocks = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
-        options |= {**dict.fromkeys(blocks, 32), "num_stages": 2, "num_warps": 4}
-    return options
+    """Of the fused kernel: its own, or blocks that fit what the card has. shared_bytes: of a block of threads."""
+    if head_dim <= 128 or shared_bytes >= ROOMY_BYTES:
+        return {}
+    blocks = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
+    return {**dict.fromkeys(blocks, 32), "num_stages": 2, "num_warps": 4}
 
 
-@cache
-def _options_of(device: torch.device, head_dim: int) -> dict[str, Any]:
-    return kernel_options(head_dim, torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+def _shared_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return ROOMY_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @cache
@@ -222,10 +235,10 @@ capped_attention.register_autograd(_differentiate, setup_context=_keep)
 def attend_capped(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float, softcap: float, window: int | None,
     documents: Tensor | None = None, blocks: dict[int | None, tuple[Tensor, Tensor]] | None = None,
+    kernel_options: dict[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """q [1, H, N, D], k and v [1, H_kv, N, D] -> [1, H, N, D], by the fused kernel where there are blocks for it."""
     if blocks is None or q.is_meta:
         return torch.ops.loadmaster.capped_attention(q, k, v, cu_seq_lens, scale, softcap, window)[0]
-    options = _options_of(q.device, q.shape[-1]) if q.is_cuda else None
     fused = flexible if torch.compiler.is_compiling() else _compiled()
-    return fused(q, k, v, documents, blocks[window], scale, softcap, window, options)
+    return fused(q, k, v, documents, blocks[window], scale, softcap, window, kernel_options)

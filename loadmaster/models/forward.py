@@ -76,13 +76,10 @@ def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
         return pinned.to(device, non_blocking=True)
 
     ids, positions = batch.input_ids.reshape(1, -1), batch.position_ids.reshape(1, -1)
-    blocks: dict[str, Any] = {}
-    if capped.caps_scores(lm.config) and device.type in capped.BLOCKED:
-        if extra := -bounds[-1] % capped.BLOCK:  # a document of padding makes the last block whole
-            ids = pad(ids, (0, extra))
-            positions = torch.cat([positions, torch.arange(extra)[None]], dim=1)
-            bounds = [*bounds, bounds[-1] + extra]
-        blocks = capped.visible_blocks(bounds, capped.attention_windows(lm.config), device)
+    if capped.runs_fused(lm.config, device) and (extra := -bounds[-1] % capped.BLOCK):
+        ids = pad(ids, (0, extra))  # a document of padding makes the last block whole
+        positions = torch.cat([positions, torch.arange(extra)[None]], dim=1)
+        bounds = [*bounds, bounds[-1] + extra]
     cu_seq_lens = put(torch.tensor(bounds, dtype=torch.int32))
     longest = torch.empty(max(2, *(end - start for start, end in itertools.pairwise(bounds))), 0, device=device)
     for varies in (cu_seq_lens, longest):  # from batch to batch, and compiled layers are not compiled anew for it
@@ -97,7 +94,7 @@ def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
         cu_seq_lens_q=cu_seq_lens,
         cu_seq_lens_k=cu_seq_lens,
         longest_document=longest,
-        **blocks,
+        **capped.fused_inputs(lm.config, bounds, device),
     ).last_hidden_state[0]
     trained = put(trained)
     return hidden.index_select(0, trained), put(targets).index_select(0, trained), documents

@@ -71,6 +71,7 @@ class ModelShape:
     windows: tuple[int | None, ...] = field(default=())
     """Attention window of each layer, tokens; None sees everything."""
     attention_softcap: bool = False
+    """Scores are cap * tanh(score / cap), by a kernel of its own (models/capped.py)."""
     logit_softcap: bool = False
     max_position: int | None = None
     estimate: str | None = None
