@@ -134,7 +134,7 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     documents: Tensor | None = None,
-    blocks: dict[int | None, tuple[Tensor, Tensor]] | None = None,
+    blocks: dict[int | None, tuple[Tensor, ...]] | None = None,
     kernel_options: dict[str, Any] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:

@@ -39,7 +39,7 @@ def caps_scores(config: Any) -> float | None:
 
 
 def own_attention(config: Any) -> str:
-    """Which of transformers' attentions the model runs rightly in: all but its eager one ignore the cap."""
+    """Which of transformers' attentions the model runs rightly in, cached or not: sdpa ignores the cap."""
     return "eager" if caps_scores(config) else "sdpa"
 
 
@@ -86,9 +86,8 @@ def visible_blocks(bounds: list[int], windows: Iterable[int | None], device: tor
     """Which document each token is of, and the blocks that its attention has to read.
 
     bounds: where documents begin, and the end, a multiple of BLOCK. Returns `documents`, int32 [N], and by window
-    `blocks`: (counts [4, N / BLOCK], indices [4, N / BLOCK, N / BLOCK]), both int32, of the blocks that a query block
-    sees in part and whole, and of those that see a key block in part and whole. Only the first `counts` of a row's
-    indices count.
+    `blocks`, four times how many [1, 1, N / BLOCK] and which [1, 1, N / BLOCK, N / BLOCK], int32: blocks that a query
+    block sees in part, and whole, and blocks that see a key block in part, and whole (BlockMask's own order).
     """
     sizes = torch.tensor([end - start for start, end in itertools.pairwise(bounds)])
     documents = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes).to(device, non_blocking=True)
@@ -105,23 +104,23 @@ def visible_blocks(bounds: list[int], windows: Iterable[int | None], device: tor
             partly &= (back - 1) * BLOCK + 1 < window
             whole &= back * BLOCK + BLOCK - 1 < window
         partly &= ~whole
-        kinds = torch.stack([partly, whole, partly.T, whole.T])
-        order = kinds.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        blocks[window] = kinds.sum(-1, dtype=torch.int32), order.to(torch.int32)
+        blocks[window] = *_table(partly), *_table(whole), *_table(partly.T), *_table(whole.T)
     return {"documents": documents, "blocks": blocks}
 
 
+def _table(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of a bool matrix: how many are true, and their places before the others'."""
+    places = seen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return seen.sum(-1, dtype=torch.int32)[None, None], places.to(torch.int32).contiguous()[None, None]
+
+
 def flexible(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, blocks: tuple[Tensor, Tensor],
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, blocks: tuple[Tensor, ...],
     scale: float, softcap: float, window: int | None, options: dict[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """FlexAttention of q [1, H, N, D] over k and v [1, H_kv, N, D] -> [1, H, N, D]."""
-    (part, whole, part_of, whole_of), (parts, wholes, parts_of, wholes_of) = (t[:, None, None] for t in blocks)
-    mask = BlockMask(
-        seq_lengths=(q.shape[2], q.shape[2]), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees(documents, window),
-        kv_num_blocks=part, kv_indices=parts, full_kv_num_blocks=whole, full_kv_indices=wholes,
-        q_num_blocks=part_of, q_indices=parts_of, full_q_num_blocks=whole_of, full_q_indices=wholes_of,
-    )  # fmt: skip
+    size = (q.shape[2], q.shape[2])
+    mask = BlockMask(size, *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees(documents, window))
     return flex_attention(
         q, k, v, score_mod=capping(softcap), block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=options,
@@ -234,7 +233,7 @@ capped_attention.register_autograd(_differentiate, setup_context=_keep)
 
 def attend_capped(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float, softcap: float, window: int | None,
-    documents: Tensor | None = None, blocks: dict[int | None, tuple[Tensor, Tensor]] | None = None,
+    documents: Tensor | None = None, blocks: dict[int | None, tuple[Tensor, ...]] | None = None,
     kernel_options: dict[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """q [1, H, N, D], k and v [1, H_kv, N, D] -> [1, H, N, D], by the fused kernel where there are blocks for it."""

@@ -142,13 +142,14 @@ def test_blocks_are_those_that_hold_a_visible_pair(seed):
     bounds = [0, *ends, length]
     made = capped.visible_blocks(bounds, {None, 1, 5, 128, 200}, torch.device("cpu"))
     assert made["documents"].tolist() == [n for n, (a, b) in enumerate(pairwise(bounds)) for _ in range(a, b)]
-    for window, (counts, indices) in made["blocks"].items():
+    for window, tables in made["blocks"].items():
         mask = create_block_mask(capped.sees(made["documents"], window), 1, 1, length, length, device="cpu")
         for kind, name in enumerate(("kv", "full_kv", "q", "full_q")):
-            expected, places = getattr(mask, f"{name}_num_blocks")[0, 0], getattr(mask, f"{name}_indices")[0, 0]
-            assert counts[kind].tolist() == expected.tolist(), (name, window)
-            for row, count in enumerate(expected.tolist()):
-                assert indices[kind, row, :count].tolist() == places[row, :count].tolist()
+            counts, indices = tables[2 * kind : 2 * kind + 2]
+            expected, places = getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices")
+            assert torch.equal(counts, expected) and indices.shape == places.shape, (name, window)
+            for row, count in enumerate(expected[0, 0].tolist()):
+                assert indices[0, 0, row, :count].tolist() == places[0, 0, row, :count].tolist()
 
 
 def test_one_compiled_kernel_serves_rows_of_every_length(monkeypatch):
@@ -166,6 +167,25 @@ def test_one_compiled_kernel_serves_rows_of_every_length(monkeypatch):
             torch.testing.assert_close(fused, exact, rtol=1e-5, atol=1e-5)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[2]  # a length, and then any
+    capped._compiled.cache_clear()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_generated_kernel_reads_the_blocks_and_gives_the_exact_values(monkeypatch):
+    use_the_fused_way(monkeypatch)
+    monkeypatch.setattr(capped, "BACKEND", "inductor")  # the compiler's code for a CPU, which has no backward pass
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    bounds = [0, 100, 300, 384]
+    q, k, v = (torch.randn(1, bounds[-1], heads, 64).transpose(1, 2) for heads in (4, 2, 2))
+    made, lens = capped.visible_blocks(bounds, {64}, q.device), torch.tensor(bounds, dtype=torch.int32)
+    exact = capped.attend_capped(q, k, v, lens, 0.3, 5.0, 64)
+    torch.testing.assert_close(capped.attend_capped(q, k, v, lens, 0.3, 5.0, 64, **made), exact, rtol=1e-5, atol=1e-5)
+    made["blocks"][64][0][0, 0, 1] = 1  # of the two blocks that the second one sees, the first
+    less = capped.attend_capped(q, k, v, lens, 0.3, 5.0, 64, **made)
+    torch.testing.assert_close(less[:, :, :128], exact[:, :, :128], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(less[:, :, 128:256], exact[:, :, 128:256], atol=0.1)
     capped._compiled.cache_clear()
 
 
