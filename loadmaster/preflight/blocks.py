@@ -51,6 +51,8 @@ class Blocks:
         self.stepping = Stepping(tape, setup) if setup.in_backward and tape.enabled else None
         self.full = not setup.adapters
         self.attended = shape.attended(setup.sequence_length)
+        self.blocks: Storage | None = None
+        """`attention_blocks` of this micro-batch, until its backward pass is over."""
 
     # ------------------------------------------------------------ parameters
 
