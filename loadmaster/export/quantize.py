@@ -28,6 +28,7 @@ from loadmaster.export.int4 import Int4, group_size
 from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.sidecars import token_ids
 from loadmaster.export.weights import shards
+from loadmaster.models.capped import own_attention
 
 NVFP4_GROUP = 16
 FEW_TOKENS, STRONG, USUAL = 7, 1.0, 0.01
@@ -79,13 +80,14 @@ def calibrate(source: Path, candidate: str, target: Path, calibration: list[list
     """
     from llmcompressor import oneshot
     from llmcompressor.pipelines.cache import IntermediatesCache
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if not torch.accelerator.is_available():
         # AWQ asks for page-locked memory, which speeds the copy to a GPU and cannot be had without one.
         IntermediatesCache.pin_memory = lambda *_: None
     dtype = calibration_dtype(candidate, sum(shard.stat().st_size for shard in shards(source)))
-    model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
+    attention = own_attention(AutoConfig.from_pretrained(str(source)))
+    model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, attn_implementation=attention)
     recipe, facts = _recipe(candidate, quantized_layers(model), sum(map(len, calibration)))
     oneshot(
         model=model, dataset=_dataset(calibration), num_calibration_samples=len(calibration),

@@ -11,6 +11,8 @@ Both are one operation to torch.compile, and neither how many documents there ar
 a compiled graph: each batch has others. The kernel is told the longest document's length, which is therefore the
 first size of a tensor without elements; as a number it would be compiled in.
 
+Soft-capped scores (Gemma 2) are a kernel of their own: capped.py.
+
 Calling the model without the bounds is an error, never a silent leak: transformers' default call over a
 packed row lets documents see each other (logits differ by up to 37, measured on SmolLM2, 2026-11-23).
 """
@@ -27,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from loadmaster.models.capped import attend_capped, own_attention
 
 PACKED = "loadmaster_packed"
 
@@ -129,20 +133,30 @@ def packed_attention(
     longest_document: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    documents: Tensor | None = None,
+    blocks: dict[int | None, tuple[Tensor, ...]] | None = None,
+    kernel_options: dict[str, Any] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D].
 
-    cu_seq_lens_q: int32 [documents + 1]; longest_document: [its length, 0], no elements.
+    cu_seq_lens_q: int32 [documents + 1]; longest_document: [its length, 0], no elements. documents, blocks and
+    kernel_options: for capped scores on a GPU (capped.fused_inputs).
     """
     if cu_seq_lens_q is None or longest_document is None:
         raise RuntimeError(
             "packed attention was called without document bounds; run the model through loadmaster.models.forward"
         )
-    if softcap is not None or s_aux is not None:
-        raise RuntimeError(
-            "packed attention has no soft-capping or attention sinks; this model family is refused at load"
+    if s_aux is not None:
+        raise RuntimeError("packed attention has no attention sinks; this model family is refused at load")
+    if softcap is not None:
+        if dropout:
+            raise RuntimeError("packed attention has no dropout of capped scores; this model is refused at load")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = attend_capped(
+            query, key, value, cu_seq_lens_q, scale, softcap, sliding_window, documents, blocks, kernel_options
         )
+        return output.transpose(1, 2), None
     if query.is_meta or (query.is_cuda and dropout == 0.0):  # a trace on the meta device stands for a GPU
         from torch.nn.attention.varlen import varlen_attn
 
@@ -181,9 +195,10 @@ AttentionInterface.register(PACKED, packed_attention)
 
 
 @contextmanager
-def cached_attention(model: nn.Module, implementation: str = "sdpa") -> Iterator[None]:
+def cached_attention(model: nn.Module, implementation: str | None = None) -> Iterator[None]:
     """Within the block the model attends by padding mask and KV cache, as generation needs."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    implementation = implementation or own_attention(causal.config)
     before = causal.config._attn_implementation
     causal.set_attn_implementation(implementation)
     try:

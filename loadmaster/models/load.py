@@ -11,6 +11,7 @@ from torch import nn
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED
+from loadmaster.models.capped import caps_scores
 from loadmaster.models.frozen import freeze_linears
 from loadmaster.models.spread import Spread, settled, stand_ins
 
@@ -128,10 +129,15 @@ def random_model(
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """Raise for a family whose attention or head needs what packed attention does not do."""
+    """Raise for a family whose attention needs what packed attention does not do."""
     config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None):
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
         raise LoadmasterError(
-            f"{config.model_type} caps its attention scores, which variable-length attention cannot do; "
-            "models of this family are not trained yet (Gemma 3 has no such cap)"
+            f"{config.model_type} has attention sinks, which packed attention cannot do; models of this family are "
+            "not trained yet"
+        )
+    if caps_scores(config) and getattr(config, "attention_dropout", 0.0):
+        raise LoadmasterError(
+            f"attention_dropout={config.attention_dropout} in the model's config.json: {config.model_type} caps its "
+            "attention scores, and those have no dropout here; set it to 0 there (lora.dropout is another one)"
         )

@@ -34,6 +34,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_TH) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
         total = hidden_TH.new_zeros((), dtype=torch.float32)
+        capped = None
         for start in range(0, hidden_TH.shape[0], CHUNK_TOKENS):
             x = hidden_TH[start : start + CHUNK_TOKENS]
             t = targets_T[start : start + CHUNK_TOKENS]
@@ -41,16 +42,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if scale != 1.0:
                 logits *= scale
             if softcap is not None:
-                capped = torch.tanh_(logits / softcap)
+                capped = logits.div_(softcap).tanh_()
                 logits = capped * softcap
             log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
             total += (log_normaliser.squeeze(-1) - logits.gather(-1, t[:, None]).squeeze(-1)).sum()
             if grad_hidden is None and grad_weight is None:
+                capped = None
                 continue
             grad = logits.sub_(log_normaliser).exp_()  # softmax, in the logits' own memory
             grad.scatter_add_(-1, t[:, None], grad.new_full((len(t), 1), -1.0))
             if softcap is not None:
-                grad *= 1 - capped * capped
+                grad *= capped.square_().neg_().add_(1)  # tanh' = 1 - tanh^2, in its own memory
+                capped = None
             if scale != 1.0:
                 grad *= scale
             grad = grad.to(weight_VH.dtype)

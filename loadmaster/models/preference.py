@@ -60,7 +60,7 @@ class _TokenLogProbs(torch.autograd.Function):
         chunks = [slice(i, i + CHUNK_TOKENS) for i in range(0, len(targets_T), CHUNK_TOKENS)]
         found = []
         for chunk in chunks:
-            logits, _ = _logits(hidden_TH[chunk], weight_VH, bias_V, softcap, scale)
+            logits = _logits(hidden_TH[chunk], weight_VH, bias_V, softcap, scale)[0]
             found.append(-F.cross_entropy(logits, targets_T[chunk], reduction="none"))
             del logits
         return torch.cat(found) if found else hidden_TH.new_zeros(0, dtype=torch.float32)
@@ -80,7 +80,8 @@ class _TokenLogProbs(torch.autograd.Function):
             grad.scatter_add_(-1, targets_T[part, None], grad.new_ones((len(grad), 1)))
             grad *= grad_T[part, None]
             if softcap is not None:
-                grad *= 1 - capped * capped
+                grad *= capped.square_().neg_().add_(1)
+            del capped
             if scale != 1.0:
                 grad *= scale
             grad = grad.to(weight_VH.dtype)
@@ -88,7 +89,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 grad_hidden[part] = grad @ weight_VH
             if needs_weight:
                 grad_weight += grad.T @ hidden_TH[part]
-            del logits, grad, capped  # before the next chunk's are made
+            del logits, grad  # before the next chunk's are made
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype), None, None, None, None
 
 
@@ -101,7 +102,7 @@ def _logits(
         logits *= scale
     if softcap is None:
         return logits, None
-    capped = torch.tanh_(logits / softcap)
+    capped = logits.div_(softcap).tanh_()
     return capped * softcap, capped
 
 

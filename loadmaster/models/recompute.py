@@ -7,6 +7,8 @@
     offload    full, with those inputs in pinned host memory, copied beside the layers that run meanwhile, and MLPs run
                (and made again once more) by pieces of MLP_TOKENS: what very long rows need
 
+(FlexAttention, compiled by itself beside eager layers, is made again under selective too: capped.py.)
+
 Selective is torch.utils.checkpoint's policy by operation. What is kept is what costs most to make again for each byte
 it takes: an element of a product over K inputs costs 2 K FLOPs and 2 bytes, so that on cards of the day, with about
 300 dense bf16 FLOPs for each byte of bandwidth, remaking it is cheaper than its traffic below some hundred inputs.
@@ -145,7 +147,7 @@ def _contexts() -> Any:
 
 
 def _policy(_: Any, operation: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:
-    name = operation.name() if isinstance(operation, torch._ops.OpOverload) else ""
+    name = operation.name() if isinstance(operation, torch._ops.OperatorBase) else ""
     inputs = arguments[PRODUCTS[name]].shape[-1] if name in PRODUCTS else 0
     kept = name in ATTENTION or inputs >= WIDE
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -164,5 +166,7 @@ PRODUCTS = {
 ATTENTION = {
     "torch_attn::_varlen_attn",
     "loadmaster::attention_by_document",
+    "loadmaster::capped_attention",
+    "flex_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
 }

@@ -22,6 +22,8 @@ NARROW = 512
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 MLP_TOKENS = 16384
 """loadmaster.models.recompute.MLP_TOKENS; a test holds the two equal."""
+BLOCK = 128
+"""loadmaster.models.capped.BLOCK; a test holds the two equal."""
 
 
 @dataclass
@@ -42,11 +44,15 @@ class Blocks:
     def __init__(self, tape: Tape, shape: ModelShape, setup: Setup, accumulated: bool, tokens: int | None = None):
         self.tape, self.shape, self.setup = tape, shape, setup
         self.n = setup.tokens if tokens is None else tokens
+        if shape.attention_softcap:  # padded to whole blocks (models/capped.py)
+            self.n = -(-self.n // BLOCK) * BLOCK
         self.w = setup.width
         self.accumulated = accumulated
         self.stepping = Stepping(tape, setup) if setup.in_backward and tape.enabled else None
         self.full = not setup.adapters
         self.attended = shape.attended(setup.sequence_length)
+        self.blocks: Storage | None = None
+        """`attention_blocks` of this micro-batch, until its backward pass is over."""
 
     # ------------------------------------------------------------ parameters
 
@@ -297,10 +303,20 @@ class Blocks:
         self.tape.moved(*(2 * [x.bytes + y.bytes]))
         return self.tape.op(x.bytes + y.bytes, [x, y], [], lambda g, _: [g, g])
 
+    def attention_blocks(self) -> Storage:
+        """What FlexAttention reads besides q, k, v: each token's document, and four tables of blocks for each window
+        that layers have (models/capped.py). Nothing where scores are not capped."""
+        rows = self.n // BLOCK
+        tables = 4 * 4 * rows * (rows + 1) * len(set(self.shape.windows))
+        return self.tape.alloc(4 * self.n + tables if self.shape.attention_softcap else 0)
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Variable-length flash attention over q, k, v of one row; indexing the row gives each a copied gradient."""
+        """Variable-length flash attention over q, k, v of one row; indexing the row gives each a copied gradient.
+        Of capped scores FlexAttention, which takes them as they are."""
         tape, n, shape = self.tape, self.n, self.shape
-        q, k, v = (self.slice(t, 1.0) for t in (q, k, v))
+        capped = shape.attention_softcap
+        if not capped:
+            q, k, v = (self.slice(t, 1.0) for t in (q, k, v))
         size = q.bytes
         statistics = tape.alloc_kept(4 * n * shape.heads)
         sizes = [q.bytes, k.bytes, v.bytes]
@@ -311,8 +327,9 @@ class Blocks:
 
         def backward(g: Storage, _: list) -> list:
             work(2.5)
-            zeros = tape.alloc(4 * n * shape.heads)
-            if tape.in_place:
+            # Of the flash kernel's logsumexp a gradient of zeros; inside FlexAttention rowsum(dO O).
+            zeros = tape.alloc(4 * n * shape.heads) if tape.in_place or not capped else None
+            if tape.in_place and not capped:
                 tape.alloc(self._attention_scratch())
             results = [tape.alloc(s) for s in sizes]
             del zeros

@@ -59,7 +59,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    "gemma2": {**_GEMMA, "vocab_size": 256000, "attn_logit_softcapping": 50.0},
+    "gemma2": {
+        **_GEMMA, "vocab_size": 256000, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    },
     "gemma3_text": {**_GEMMA, "vocab_size": 262208},
     "phi3": {
         "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,

@@ -153,9 +153,15 @@ def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
             narrow = tape.alloc(w * c * v)
             logits = narrow if w == 4 else tape.alloc(4 * c * v)
             del narrow
+            capped = logits if b.shape.logit_softcap else None  # tanh of them over the cap, beside the capped ones
+            if capped is not None:
+                logits = tape.alloc(4 * c * v)
+                tape.work.bytes_moved += times * 4 * c * v * (15 if needs_hidden else 6)
+                tape.work.kernels += times * (7 if needs_hidden else 3)
             normaliser = tape.alloc(4 * c)
             if tape.in_place:
                 tape.alloc(4 * c * v)  # logsumexp holds exp(logits - max)
+            del capped
             if needs_hidden:
                 if w != 4:
                     grad = tape.alloc(w * c * v)
@@ -191,12 +197,15 @@ def preference_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tenso
     targets = tape.alloc(8 * rows)
     needs_hidden, needs_head = hidden.node is not None, head.node is not None
 
-    def logits_of(c: int, times: int) -> Storage:
+    def logits_of(c: int, times: int) -> tuple[Storage, Storage | None]:
+        """And, where they are capped, tanh of what they were over the cap."""
         tape.work.matmul_flops += times * 2.0 * c * v * h
         tape.work.bytes_moved += times * 5.0 * 4 * c * v
         tape.work.kernels += 6 * times
         narrow = tape.alloc(w * c * v)
-        return narrow if w == 4 else tape.alloc(4 * c * v)
+        logits = narrow if w == 4 else tape.alloc(4 * c * v)
+        del narrow
+        return logits, tape.alloc(4 * c * v) if b.shape.logit_softcap else None
 
     def backward(g: Storage, saved: list) -> list:
         with tape.tagged("logits"):
@@ -204,10 +213,11 @@ def preference_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tenso
             grad_head = tape.alloc(4 * v * h) if needs_head else None
             for c, times in chunks(rows):
                 tape.work.matmul_flops += times * 2.0 * c * v * h * (needs_hidden + needs_head)
-                logits = logits_of(c, times)
+                logits, capped = logits_of(c, times)
                 normaliser = tape.alloc(4 * c)
                 if tape.in_place:
                     tape.alloc(4 * c * v)  # logsumexp holds exp(logits - max)
+                del capped
                 grad = tape.alloc(w * c * v) if w != 4 else logits
                 if needs_hidden:
                     tape.alloc(w * c * h)
@@ -219,7 +229,7 @@ def preference_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tenso
 
     with tape.tagged("logits"):
         for c, times in chunks(rows):
-            logits = logits_of(c, times)
+            logits = logits_of(c, times)[0]
             probabilities = tape.alloc(4 * c * v)
             del logits, probabilities
         log_p = tape.op(4 * rows, [hidden, head], [hidden.storage, targets], backward)

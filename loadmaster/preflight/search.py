@@ -127,8 +127,6 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
             f"lora.targets=all-linear: {shape.name} is a mixture of experts, whose expert tensors get adapters that no "
             "plan counts; use lora.targets=[q_proj,k_proj,v_proj,o_proj], or method=full"
         )
-    if shape.attention_softcap:
-        yield f"{shape.name} caps its attention scores, which variable-length attention cannot do; Gemma 3 does not"
     world, rows = hardware.world_size, job.batch.global_size
     if job.sharding not in ("auto", "none") and world == 1:
         yield f"sharding={job.sharding}: there is one GPU; use none or auto"

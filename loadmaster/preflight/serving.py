@@ -203,6 +203,11 @@ def _notes(
     ]
     if any(shape.windows):
         notes.append("sliding windows hold less than counted here: an upper bound of the cache's size")
+    if shape.attention_softcap:
+        notes.append(
+            "its attention scores are capped, which not every kernel of a server can do: a vLLM of 2025 did not start "
+            "with Gemma 2 on an H100 (its issue 25502); start the server once before you rely on it"
+        )
     if form == "fp8" and not hardware.has_fp8:
         notes.append(f"{hardware.gpu} has no fp8 matrix units: the weights are read in fp8 and computed in bf16")
     if shape.max_position and context > shape.max_position:

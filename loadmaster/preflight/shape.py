@@ -71,6 +71,8 @@ class ModelShape:
     windows: tuple[int | None, ...] = field(default=())
     """Attention window of each layer, tokens; None sees everything."""
     attention_softcap: bool = False
+    """Scores are cap * tanh(score / cap), by a kernel of its own (models/capped.py)."""
+    logit_softcap: bool = False
     max_position: int | None = None
     estimate: str | None = None
     """Why the figures for this model are an estimate; None when its family is known."""
@@ -221,6 +223,7 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         normalised_routing=family == "mixtral" or bool(config.get("norm_topk_prob")),
         windows=_windows(config, family, layers),
         attention_softcap=bool(config.get("attn_logit_softcapping")),
+        logit_softcap=bool(config.get("final_logit_softcapping")),
         max_position=config.get("max_position_embeddings"),
         estimate=estimate,
     )

@@ -128,6 +128,7 @@ def _forward(b: Blocks, middle: _Middle):
     units.start()
     table = b.base(b.w * shape.embedding_parameters, uses=2 if shape.tied else 1)
     head = table if shape.tied else b.base(b.w * shape.embedding_parameters)
+    b.blocks = b.attention_blocks()
     ids = tape.alloc(8 * b.n)
     x = embedded = embed(b, table, ids)
     positions = tape.alloc(8 * b.n)
@@ -165,7 +166,7 @@ def _forward(b: Blocks, middle: _Middle):
     # The decoder's own variables last as long as it runs. An input that goes to the host and needs no gradient stays.
     stays = embedded.storage if b.setup.checkpointing == "offload" and b.setup.adapters and tape.enabled else None
     del weights, layer, rotary, positions, ids, embedded
-    rows = b.n - b.setup.micro_batch_size  # the last token of a row predicts nothing
+    rows = b.setup.tokens - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = gather(b, b.slice(x, 1.0), rows)
     units.stays = stays
     loss = chunked_loss if b.setup.objective == "sft" else preference_loss

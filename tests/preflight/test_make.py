@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -21,8 +22,12 @@ from loadmaster.config.schema import (
 )
 from loadmaster.preflight import make_plan
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import find_shape
+from loadmaster.preflight.step import training_step
 
 LLAMA = "meta-llama/Llama-3.1-"
+LORA = Setup(method="lora", precision="bf16", optimizer="adamw", master_weights=True, checkpointing="full")
 
 
 def job(model: str, method: str, gpu: str, count: int = 1, nodes: int = 1, **fields) -> Job:
@@ -133,9 +138,16 @@ def test_adapters_on_every_linear_of_a_mixture_of_experts_are_refused_and_said_n
     assert plan("mistralai/Mixtral-8x7B-v0.1", "lora", "h100_80gb", 8, lora=attention).fits
 
 
-def test_attention_that_is_capped_is_refused_with_the_family_that_is_not() -> None:
-    refused = plan("google/gemma-2-9b", "lora", "h100_80gb")
-    assert not refused.fits and "Gemma 3" in refused.rejected[0]["reason"]
+def test_gemma_2_is_planned_like_gemma_3_with_its_logits_capped_beside_themselves() -> None:
+    chosen = plan("google/gemma-2-9b", "lora", "h100_80gb")
+    assert chosen.fits and chosen.model.estimate is None
+    assert not plan("google/gemma-2-27b", "lora", "l40s", precision="bf16").fits
+    assert plan("google/gemma-2-27b", "qlora", "l40s").fits
+    capped, bare = (
+        training_step(replace(find_shape(ModelConfig(name="google/gemma-2-2b")), logit_softcap=each), LORA)
+        for each in (True, False)
+    )
+    assert capped.at_peak["logits"] - bare.at_peak["logits"] == 4 * 1024 * 256_000
 
 
 def test_fp8_is_refused_where_the_card_has_none() -> None:

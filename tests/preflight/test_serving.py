@@ -164,6 +164,12 @@ def test_a_cache_of_another_kind_is_refused(extra: dict, said: str) -> None:
     refuse_other_caches({"layer_types": ["sliding_attention", "full_attention"]}, "gemma")
 
 
+def test_what_a_server_needs_for_capped_scores_is_said() -> None:
+    for name, expected in (("gemma-2-9b", True), ("qwen3-8b", False)):
+        notes = plan_serving(shape_of(name), from_catalog("h100_80gb", 1)).notes
+        assert any("scores are capped" in note for note in notes) == expected
+
+
 def test_heads_that_cannot_be_divided_are_refused() -> None:
     with pytest.raises(LoadmasterError, match="9 attention heads"):
         plan_serving(shape_of("smollm2-135m"), from_catalog("rtx4090", 2))
