@@ -59,7 +59,6 @@ UNMERGEABLE = {
     "monteclora_config": "MonteCLoRA samples its update",
     "kasa_config": "KaSA changes the base weights",
     "arrow_config": "Arrow routes between several adapters",
-    "ensure_weight_tying": "the adapters of embedding and head are tied",
 }
 BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -85,6 +84,8 @@ class Adapter:
     """Name of the base tensor -> its update."""
     replacements: dict[str, str]
     """Name of the base tensor -> adapter tensor that takes its place (modules_to_save)."""
+    tied: bool = False
+    """A head that is tied to the embedding stayed so in training (ensure_weight_tying): what replaces one is both."""
 
     def delta(self, name: str) -> Delta:
         update = self.updates[name]
@@ -179,7 +180,14 @@ def read_adapter(folder: Path) -> Adapter:
             rank_stabilised=bool(config.get("use_rslora")),
             transposed=embedding or bool(config.get("fan_in_fan_out")),
         )
-    return Adapter(file, updates, replacements)
+    tied = bool(config.get("ensure_weight_tying"))
+    if tied and (both := sorted(name for name in updates if name == HEAD or name.endswith(EMBEDDINGS))):
+        raise ExportRejected(
+            f"the adapter in {folder} cannot be merged into its base: ensure_weight_tying: the updates of embedding and "
+            f"head ({', '.join(both)}) are tied.\nExport it as it is with export.formats=[adapter], or train the embedding "
+            "whole with lora.modules_to_save=[embed_tokens]."
+        )
+    return Adapter(file, updates, replacements, tied)
 
 
 def merge(
@@ -196,7 +204,7 @@ def merge(
     seen_as: gives the base weight of a name as training saw it (`round_trip`); None: as it is stored.
     also: folders for the merged tensors changed further (quantized), in the same pass; then `target` may be None.
     An adapter on one of a tied embedding and head unties them: the other keeps the base weight, as it does
-    in training.
+    in training. Where training kept them tied, they are one in the merged model too.
     Raises ExportRejected for an adapter that is not of this base, or that is not finite.
     """
     adapter = adapter or Adapter(Path(), {}, {})
@@ -223,7 +231,9 @@ class Merge:
         self.tied_embeddings = ties_embeddings(base)
         self.embedding = embedding_name(names)
         touched = adapter.updates.keys() | adapter.replacements.keys()
-        self.untie = self.tied_embeddings and bool({HEAD, self.embedding} & touched)
+        if adapter.tied and self.tied_embeddings:  # peft saves the one weight under both names
+            touched -= {HEAD}
+        self.untie = self.tied_embeddings and not adapter.tied and bool({HEAD, self.embedding} & touched)
         # A tied base may leave the head out of its files, or carry a copy that is never read.
         known = (names.keys() - {HEAD} if self.tied_embeddings else names.keys()) | ({HEAD} if self.untie else set())
         if unknown := sorted(touched - known):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loadmaster.preflight import saved
 from loadmaster.preflight.frozen import WIDE, fp8_matmul, fp8_training_matmul, nf4_matmul
 from loadmaster.preflight.replay import Storage, Tape, Tensor
 from loadmaster.preflight.setup import Setup
@@ -59,12 +60,17 @@ class Blocks:
                 a, b = (self._parameter(w * setup.lora_rank * size, uses) for size in (m.inputs, m.outputs))
             bias = self.base(w * m.outputs) if m.bias else None
             linears[m.name] = (m, self.base(w * m.weight, uses), bias, a, b)
-        norms = [self.base(w * shape.hidden_size) for _ in range(shape.norms)]
-        heads = [self.base(w * shape.head_dim) for _ in range(2)] if shape.query_key_norm else []
+        norms = [self.module(w * shape.hidden_size, name) for name in saved.layer_norms(shape)]
+        heads = [self.module(w * shape.head_dim, name) for name in saved.head_norms(shape)]
         return Weights(linears, norms, heads, rotary)
 
     def base(self, size: float, uses: int = 1) -> Tensor:
         return self.tape.parameter(size, self.full, self.accumulated, uses)
+
+    def module(self, size: float, *names: str, uses: int = 1) -> Tensor:
+        """The weight of a module that no adapter is put on, under each of its names."""
+        trained = any(map(self.setup.trains, names))
+        return self.tape.parameter(size, trained, self.accumulated, uses)
 
     def _parameter(self, size: float, uses: int = 1) -> Tensor:
         return self.tape.parameter(size, True, self.accumulated, uses)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from loadmaster.preflight import saved
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.plan import MemoryGib, PeakGib
@@ -77,7 +78,8 @@ def state_bytes(setup: Setup) -> float:
 def largest_tensor(shape: ModelShape, setup: Setup) -> int:
     """Elements of the largest trainable tensor."""
     if setup.adapters:
-        return max((setup.lora_rank * max(m.inputs, m.outputs) for m in shape.adapted(setup.lora_targets)), default=0)
+        adapters = [setup.lora_rank * max(m.inputs, m.outputs) for m in shape.adapted(setup.lora_targets)]
+        return max([*adapters, saved.largest(shape, setup.modules_to_save)], default=0)
     experts = 2 * shape.experts * shape.expert_size * shape.hidden_size
     return max(shape.embedding_parameters, experts, max(m.weight for m in shape.matrices()))
 
@@ -203,6 +205,7 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
         lora_rank=setup.lora_rank,
         lora_targets=setup.lora_targets,
         lora_dropout=setup.lora_dropout,
+        modules_to_save=setup.modules_to_save,
         objective=setup.objective,
         compiled=setup.compiled,
         sharding="zero1" if setup.stage == 1 else "fsdp" if setup.shards > 1 else "none",

@@ -300,6 +300,7 @@ def fixed(job: Job, hardware: Hardware, checkpointing: str) -> dict[str, Any]:
         "lora_rank": job.lora.rank,
         "lora_targets": tuple(targets) if isinstance(targets, list) else targets,
         "lora_dropout": job.lora.dropout,
+        "modules_to_save": tuple(job.lora.modules_to_save),
     }
 
 

@@ -68,8 +68,9 @@ def test_merged_logits_of_the_real_model_equal_the_live_adapters_in_float32_and_
         {"target_modules": ["v_proj", "lm_head"]},
         {"target_modules": ["o_proj", "embed_tokens"]},
         {"target_modules": ["o_proj"], "modules_to_save": ["norm"]},
+        {"target_modules": ["o_proj"], "modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": True},
     ],
-    ids=["rslora", "patterns", "tied head", "tied embedding", "modules_to_save"],
+    ids=["rslora", "patterns", "tied head", "tied embedding", "modules_to_save", "whole embedding, tied"],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_kind_of_adapter_merges_to_the_live_logits(tiny32, tmp_path, options):
