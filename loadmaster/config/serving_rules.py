@@ -39,8 +39,8 @@ MERGED = "export.formats=[adapter,bf16] (or fp8, ...) and endpoint.serve_as=bf16
 
 def _serves_adapter(job: Job) -> bool:
     """Whether the adapter is what a bundle of this job serves."""
-    only = set(job.export.formats) - {"gguf"} == {"adapter"}
-    return job.endpoint.serve_as == "adapter" or (job.endpoint.serve_as == "auto" and only and job.stop_after == "bundle")
+    only = set(job.export.formats) - {"gguf"} == {"adapter"} and job.stop_after in ("plan", "bundle")
+    return job.endpoint.serve_as == "adapter" or (job.endpoint.serve_as == "auto" and only)
 
 
 @rule("export.formats", "method")

@@ -183,9 +183,9 @@ def read_adapter(folder: Path) -> Adapter:
     tied = bool(config.get("ensure_weight_tying"))
     if tied and (both := sorted(name for name in updates if name == HEAD or name.endswith(EMBEDDINGS))):
         raise ExportRejected(
-            f"the adapter in {folder} cannot be merged into its base: ensure_weight_tying: the updates of embedding and "
-            f"head ({', '.join(both)}) are tied.\nExport it as it is with export.formats=[adapter], or train the embedding "
-            "whole with lora.modules_to_save=[embed_tokens]."
+            f"the adapter in {folder} cannot be merged into its base:\n  - ensure_weight_tying: the updates of embedding "
+            f"and head are tied ({', '.join(both)})\nExport it as it is with export.formats=[adapter], or train the "
+            "embedding whole: lora.modules_to_save=[embed_tokens]."
         )
     return Adapter(file, updates, replacements, tied)
 

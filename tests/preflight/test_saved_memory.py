@@ -16,7 +16,13 @@ from tests.preflight.sharded_trace import sharded_peaks
 from tests.preflight.test_replay import TOLERANCE, random_config
 
 EVERYTHING = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
-MODELS = [("llama", False), ("qwen3", False), ("gemma3_text", True)]
+HEAD, EMBEDDING = ("lm_head",), ("embed_tokens",)
+CHECKED = [("llama", False, EVERYTHING)]
+CHECKED += [
+    pytest.param(*each, marks=pytest.mark.slow)
+    for each in (("llama", False, HEAD), ("llama", False, EMBEDDING), ("qwen3", False, EVERYTHING),
+                 ("gemma3_text", True, HEAD), ("gemma3_text", True, EVERYTHING))
+]  # fmt: skip
 
 
 def setup_of(case: Case, method: str, names: tuple[str, ...], **others) -> Setup:
@@ -27,8 +33,7 @@ def setup_of(case: Case, method: str, names: tuple[str, ...], **others) -> Setup
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("names", [("embed_tokens",), ("lm_head",), EVERYTHING], ids=["embedding", "head", "all"])
-@pytest.mark.parametrize(("family", "tied"), MODELS)
+@pytest.mark.parametrize(("family", "tied", "names"), CHECKED)
 def test_replay_equals_a_trace_of_the_engine(family, tied, names):
     config = {**random_config(family, 0), "tie_word_embeddings": tied}
     names += ("q_norm",) if family == "qwen3" and names is EVERYTHING else ()

@@ -1,4 +1,4 @@
-"""Embedding, head and norms trained whole beside an adapter: peft's steps, the base as reference, a run that goes on."""
+"""Embedding, head and norms trained whole beside an adapter: peft's steps, the base as reference, runs that go on."""
 
 import dataclasses
 import shutil
@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loadmaster.config.schema import LoraConfig, OptimizerConfig
 from loadmaster.errors import ConfigError
+from loadmaster.models import compiled, recompute
 from loadmaster.models.adapters import make_trainable, saved_modules, trainable, without_adapter
+from loadmaster.models.compiled import compile_layers
 from loadmaster.models.forward import causal_lm, token_losses, trained_logits
 from loadmaster.models.load import load_base, load_tokenizer, load_trained, random_model
+from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.training.batches import trained_tokens
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, train
@@ -24,7 +27,7 @@ from loadmaster.training.metrics import read_metrics
 from loadmaster.training.save import write_trained
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.world import World
-from tests.training.test_compiled import SHAPE, batch
+from tests.training.test_compiled import SHAPE, batch, steps
 from tests.training.test_loop import JOB, PLAN, rows
 from tests.training.test_trainer_parity import documents_of
 
@@ -53,7 +56,10 @@ def untied(tmp_path_factory, tiny):
     [
         (True, ["lm_head", "norm"], {"modules_to_save": ["embed_tokens", "model.norm"], "ensure_weight_tying": True}),
         (False, ["embed_tokens", "lm_head"], {"modules_to_save": ["embed_tokens", "lm_head"]}),
-        (False, ["lm_head", "input_layernorm"], {"modules_to_save": ["lm_head", "input_layernorm"]}),
+        pytest.param(
+            False, ["lm_head", "input_layernorm"], {"modules_to_save": ["lm_head", "input_layernorm"]},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["tied", "both", "head"],
 )
@@ -94,7 +100,8 @@ def test_a_few_steps_are_pefts_and_torchs(tiny, untied, tied, names, pefts):
 
 
 def test_without_the_adapter_the_modules_are_the_bases(tiny):
-    model = make_trainable(load_base(tiny, torch.float32, "cpu"), "lora", LoraConfig(rank=4, modules_to_save=["lm_head"]))
+    lora = LoraConfig(rank=4, modules_to_save=["lm_head"])
+    model = make_trainable(load_base(tiny, torch.float32, "cpu"), "lora", lora)
     base = load_base(tiny, torch.float32, "cpu")
     lm = causal_lm(model)
     assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
@@ -128,6 +135,7 @@ def run(tiny, folder, names=("embed_tokens", "norm")):
     return session
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_a_checkpoint_is_the_same_bit_for_bit(tiny, tmp_path):
     whole = run(tiny, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-4", tmp_path / "joined" / "checkpoints" / "step-4")
@@ -149,3 +157,24 @@ def test_a_name_means_modules_of_that_name_alone():
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"q_proj(.|\n)*embed_tokens, input_layernorm, lm_head, norm"):
         saved_modules(model, ["q_proj"])
+
+
+@pytest.mark.parametrize(("form", "checkpointing"), [(None, "none"), ("nf4", "selective")])
+def test_compiled_and_checkpointed_they_learn_the_same(form, checkpointing, monkeypatch):
+    monkeypatch.setattr(recompute, "WIDE", 64)
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    found = []
+    for kept, compiling in (("none", False), (checkpointing, True)):
+        lora = LoraConfig(rank=4, modules_to_save=["embed_tokens", "norm", "input_layernorm"])
+        model = make_trainable(random_model(SHAPE, torch.float32, "cpu", form), "lora", lora).train()
+        checkpoint_activations(model, kept)
+        if compiling:
+            compile_layers(model)
+        found.append(steps(model))
+    (plain, _), (made, recompiled) = found
+    assert recompiled == 0
+    for (loss, gradients), (expected, others) in zip(made, plain, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-6)
+        for gradient, other in zip(gradients, others, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
