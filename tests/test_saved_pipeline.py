@@ -10,10 +10,9 @@ FORMATS = "export.formats=[adapter,bf16,fp8]"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora.modules_to_save=[lm_head,norm]"])
-def test_what_was_trained_whole_is_in_every_export(tiny, tmp_path, kind):
+def test_what_was_trained_whole_is_in_every_export(tiny, tmp_path):
     code, output = go(
-        tiny, tmp_path, "recipe=smoke", "method=lora", kind, FORMATS, "optimizer.lr=1e-2", "max_steps=6"
+        tiny, tmp_path, "recipe=smoke", "method=lora", "lora.modules_to_save=[lm_head,norm]", "lora.dora=true", FORMATS, "optimizer.lr=1e-2", "max_steps=6"
     )
     assert code == 0, output
     export = tmp_path / "run" / "export"

@@ -34,6 +34,14 @@ def servers_load_no_whole_modules(job: Job, origins: Origins) -> Found:
         yield "lora.modules_to_save", list(job.lora.modules_to_save), message, MERGED
 
 
+@rule("lora.dora", "endpoint.serve_as", "endpoint.server", "export.formats", "method", "stop_after")
+def servers_load_no_dora(job: Job, origins: Origins) -> Found:
+    """lora.dora is served merged: no server loads DoRA adapters, so endpoint.serve_as is not adapter, nor is adapter the
+    only format that a bundle could serve."""
+    if job.lora.dora and job.method != "full" and _serves_adapter(job):
+        yield "lora.dora", True, f"{job.endpoint.server} loads no DoRA adapters (PEFTHelper of vllm 0.33.0)", MERGED
+
+
 MERGED = "export.formats=[adapter,bf16] (or fp8, ...) and endpoint.serve_as=bf16, where it is merged"
 
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from loadmaster.config.schema import LoraConfig
 from loadmaster.errors import ConfigError, Problem
+from loadmaster.models.dora import run_by_norms
+from loadmaster.models.frozen import FrozenLinear
 
 
 def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module:
@@ -21,6 +23,10 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
     """
     if method == "full":
         return model.requires_grad_(True)
+    if lora.dora and any(isinstance(module, FrozenLinear) for module in model.modules()):
+        message = "takes norms of a base's weights, which are held in few bits here"
+        remedy = "method=lora and precision=bf16, or lora.dora=false"
+        raise ConfigError([Problem("lora.dora", True, "the recipe or command line", message, remedy)])
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -32,12 +38,14 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
         task_type="CAUSAL_LM",
         bias="none",
         target_modules=_targets(model, lora.targets),
+        use_dora=lora.dora,
         **saved_modules(model, lora.modules_to_save),
     )
     dtype = model.get_output_embeddings().weight.dtype
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
     for _, parameter in trainable(wrapped):
         parameter.data = parameter.data.to(dtype)
+    run_by_norms(wrapped)
     return wrapped
 
 

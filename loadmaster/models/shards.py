@@ -128,7 +128,9 @@ COPY = ".modules_to_save.default."
 
 def saved_name(name: str) -> str:
     """The name that peft saves a trained parameter of an adapted model by."""
-    return name.replace(COPY, ".").replace(".default.", ".")
+    return name.replace(COPY, ".").replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(
+        ".default.", "."
+    )
 
 
 @torch.no_grad()

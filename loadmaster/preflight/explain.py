@@ -230,11 +230,16 @@ def relaxations(job: Job) -> Iterator[tuple[str, Job]]:
             yield f"{name}=auto", replace(job, **{name: "auto"})
     if job.optimizer.name != "auto" or job.optimizer.master_weights != "auto":
         yield "optimizer.name=auto", replace(job, optimizer=replace(job.optimizer, name="auto", master_weights="auto"))
+    lora, plain = replace(job.lora, dora=False), " lora.dora=false" if job.lora.dora else ""
     if job.precision not in ("auto", "fp8") and job.method == "lora":
-        yield "precision=fp8", replace(job, precision="fp8")
+        yield f"precision=fp8{plain}", replace(job, precision="fp8", lora=lora)
     for method in ("lora", "qlora"):
         if job.method not in ("auto", method) and (job.method, method) != ("qlora", "lora"):
-            yield f"method={method}", replace(job, method=method, precision="auto")
+            without = method == "qlora" and job.lora.dora
+            yield (
+                f"method={method}{plain if without else ''}",
+                replace(job, method=method, precision="auto", lora=lora if without else job.lora),
+            )
     for length in (job.sequence_length // 2, job.sequence_length // 4):
         if length >= 256:
             yield f"sequence_length={length}", replace(job, sequence_length=length)

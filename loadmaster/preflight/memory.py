@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from loadmaster.preflight import saved
+from loadmaster.preflight import dora, saved
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.plan import MemoryGib, PeakGib
@@ -187,8 +187,8 @@ def resident(shape: ModelShape, setup: Setup) -> tuple[float, float, float]:
     if setup.shards > 1:
         unit = whole(shape, setup)
         return unit.shard + unit.replicated, unit.trained_shard, unit.trained_shard / width
-    weights = base_bytes(shape, setup.method, setup.precision) + (width * trainable if setup.adapters else 0)
-    return weights, width * trainable, trainable
+    trained = width * trainable + dora.beyond_width(shape, setup)
+    return base_bytes(shape, setup.method, setup.precision) + (trained if setup.adapters else 0), trained, trainable
 
 
 def replay_key(setup: Setup, keep: bool) -> Setup:
@@ -205,6 +205,7 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
         lora_rank=setup.lora_rank,
         lora_targets=setup.lora_targets,
         lora_dropout=setup.lora_dropout,
+        dora=setup.dora,
         modules_to_save=setup.modules_to_save,
         objective=setup.objective,
         compiled=setup.compiled,
@@ -254,8 +255,12 @@ def resting(train: Bytes) -> Bytes:
 
 
 def load_bytes(shape: ModelShape, setup: Setup) -> float:
-    """Beside the weights while they are read: a quantized matrix in bf16 and in fp32."""
-    return 0 if frozen_form(setup) is None else 6 * max(m.weight for m in shape.matrices())
+    """Beside the weights while they are read: a quantized matrix in bf16 and in fp32; under DoRA, peft's first values
+    of a matrix: B A, that scaled, and the sum."""
+    largest = max(m.weight for m in shape.matrices())
+    if setup.adapters and setup.dora:
+        return 3 * setup.width * largest
+    return 0 if frozen_form(setup) is None else 6 * largest
 
 
 def peaks(hardware: Hardware, total: float) -> PeakGib:

@@ -46,6 +46,7 @@ class Setup:
     lora_targets: Any = "all-linear"
     """As in the job; a list is given as a tuple."""
     lora_dropout: float = 0.0
+    dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     objective: str = "sft"
 
@@ -87,7 +88,12 @@ class Setup:
         if not self.adapters:
             return shape.parameters
         beside = saved.parameters(shape, self.modules_to_save)
-        return shape.lora_parameters(self.lora_rank, self.lora_targets) + beside
+        return shape.lora_parameters(self.lora_rank, self.lora_targets, self.dora) + beside
+
+    def magnitudes(self, shape: ModelShape) -> int:
+        """Of them, DoRA's, which are in fp32."""
+        args = self.lora_rank, self.lora_targets
+        return shape.lora_parameters(*args, True) - shape.lora_parameters(*args) if self.adapters and self.dora else 0
 
     def trains(self, module: str) -> bool:
         """Whether the weight of a module that no adapter is put on is trained: an embedding, the head, a norm."""

@@ -101,6 +101,8 @@ def layer_parts(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part
         for m in shape.adapted(setup.lora_targets, experts):
             yield Part(setup.lora_rank, w * m.inputs, True)
             yield Part(m.outputs, w * setup.lora_rank, True)
+            if setup.dora:
+                yield Part(m.outputs, w, True)
         yield from [Part(h, w, True)] * sum(map(setup.trains, saved.layer_norms(shape)))
         yield from [Part(shape.head_dim, w, True)] * sum(map(setup.trains, saved.head_norms(shape)))
     yield from [Part(h, w, full)] * shape.norms

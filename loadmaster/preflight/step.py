@@ -192,8 +192,9 @@ def gradient_bytes(shape: ModelShape, setup: Setup, experts: bool) -> int:
     """Of one layer's trainable parameters."""
     if not setup.adapters:
         return setup.width * shape.layer_parameters(experts)
-    adapters = sum(setup.lora_rank * (m.inputs + m.outputs) for m in shape.adapted(setup.lora_targets, experts))
-    return setup.width * (adapters + saved.layer_parameters(shape, setup.modules_to_save))
+    adapters = shape.layer_lora_parameters(setup.lora_rank, setup.lora_targets, setup.dora, experts)
+    beyond = (4 - setup.width) * sum(m.outputs for m in shape.adapted(setup.lora_targets, experts)) * setup.dora
+    return setup.width * (adapters + saved.layer_parameters(shape, setup.modules_to_save)) + beyond
 
 
 def _rotary_sets(shape: ModelShape) -> int:
