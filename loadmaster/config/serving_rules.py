@@ -36,8 +36,8 @@ def servers_load_no_whole_modules(job: Job, origins: Origins) -> Found:
 
 @rule("lora.dora", "endpoint.serve_as", "endpoint.server", "export.formats", "method", "stop_after")
 def servers_load_no_dora(job: Job, origins: Origins) -> Found:
-    """lora.dora is served merged: no server loads DoRA adapters, so endpoint.serve_as is not adapter, nor is adapter the
-    only format that a bundle could serve."""
+    """lora.dora is served merged: no server loads DoRA adapters, so endpoint.serve_as is not adapter, nor is adapter
+    the only format that a bundle could serve."""
     if job.lora.dora and job.method != "full" and _serves_adapter(job):
         yield "lora.dora", True, f"{job.endpoint.server} loads no DoRA adapters (PEFTHelper of vllm 0.33.0)", MERGED
 

@@ -167,12 +167,16 @@ class Blocks:
         if a is None:
             return out if contiguous else self.restride(out)
         rank, n = self.setup.lora_rank, self.n
+        scale = None if magnitudes is None else dora.scale(self, m, magnitudes)
         dropped = self.dropout(x) if self.setup.lora_dropout and self.tape.enabled else x
         update = self.elementwise(self.matmul(self.matmul(dropped, a, m.inputs, rank, n), b, rank, m.outputs, n))
-        if magnitudes is not None:
-            out = dora.scaled(self, m, out, update, magnitudes, bias is not None)
-        else:
-            out = self.add(out, update)
+        result = out if scale is not None else None  # peft's own variable, as long as the layer runs
+        out = self.add(out if scale is None or bias is None else self.elementwise(out), update)
+        del update
+        if scale is not None:
+            out = self.mul(out, scale, reduced=scale.bytes)
+            out = out if bias is None else self.elementwise(out)
+        del result
         return out if contiguous else self.restride(out)
 
     def dropout(self, x: Tensor) -> Tensor:

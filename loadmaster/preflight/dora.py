@@ -16,14 +16,10 @@ if TYPE_CHECKING:
 FP32 = 4
 
 
-def scaled(b: Blocks, m: Matrix, out: Tensor, update: Tensor, magnitudes: Tensor, bias: bool) -> Tensor:
-    """(out - bias + update) m / |V| + bias."""
-    size = b.w * m.outputs
-    scale = divided(b, magnitudes, norms(b, m))
-    scale = b.elementwise(scale, size) if b.w != 4 else scale
-    if not bias:
-        return b.mul(b.add(out, update), scale, reduced=size)
-    return b.elementwise(b.mul(b.add(b.elementwise(out), update), scale, reduced=size))
+def scale(b: Blocks, m: Matrix, magnitudes: Tensor) -> Tensor:
+    """m / |V|, in the dtype of what it scales."""
+    found = divided(b, magnitudes, norms(b, m))
+    return b.elementwise(found, b.w * m.outputs) if b.w != FP32 else found
 
 
 def norms(b: Blocks, m: Matrix) -> Storage:

@@ -1,4 +1,4 @@
-"""DoRA by norms: peft's losses and gradients, plain or compiled; what is merged is the live model, and a run goes on."""
+"""DoRA by norms: peft's losses and gradients, plain or compiled; what is merged is the live model; runs go on."""
 
 import dataclasses
 import shutil
