@@ -81,7 +81,8 @@ def run(case: dict[str, Any], world: World) -> None:
     from loadmaster.evaluation import held_out
 
     out, validation = Path(case["out"]), rows(9, seed=1)
-    lora = dataclasses.replace(JOB.lora, modules_to_save=case.get("modules_to_save", []))
+    kinds = {"modules_to_save": case.get("modules_to_save", []), "dora": case.get("dora", False)}
+    lora = dataclasses.replace(JOB.lora, **kinds)
     job = dataclasses.replace(JOB, max_steps=case["steps"], lora=lora)
     seen: list[list[str]] = []
     split = loop.Session.split

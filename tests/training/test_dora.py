@@ -89,8 +89,14 @@ def test_a_few_steps_are_pefts_and_torchs(tiny):
     assert min(norm for name, norm in moved.items() if "magnitude" in name) > 1e-3
 
 
-@pytest.mark.parametrize("shape", [SHAPE, QWEN], ids=["llama", "with biases"])
-@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@pytest.mark.parametrize(
+    ("shape", "checkpointing"),
+    [
+        (QWEN, "selective"),
+        pytest.param(QWEN, "full", marks=pytest.mark.slow),
+        pytest.param(SHAPE, "selective", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_and_checkpointed_gradients_are_pefts(shape, checkpointing, monkeypatch):
     monkeypatch.setattr(recompute, "WIDE", 64)
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")

@@ -159,7 +159,9 @@ def test_a_name_means_modules_of_that_name_alone():
         saved_modules(model, ["q_proj"])
 
 
-@pytest.mark.parametrize(("form", "checkpointing"), [(None, "none"), ("nf4", "selective")])
+@pytest.mark.parametrize(
+    ("form", "checkpointing"), [pytest.param(None, "none", marks=pytest.mark.slow), ("nf4", "selective")]
+)
 def test_compiled_and_checkpointed_they_learn_the_same(form, checkpointing, monkeypatch):
     monkeypatch.setattr(recompute, "WIDE", 64)
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")

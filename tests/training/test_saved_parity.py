@@ -13,12 +13,18 @@ from tests.training.test_parity import TOLERANCE, case, metrics, model, spawn, w
 STEPS = 10  # with an evaluation, and a checkpoint before
 TIED = {"modules_to_save": ["embed_tokens", "norm"], "steps": STEPS, "evaluated": True}
 UNTIED = {**TIED, "modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"], "model": "odd"}
-ONE = [case("tied", "lora", "none", **TIED), case("untied", "qlora", "none", **UNTIED)]
+DORA = {"dora": True, "steps": STEPS, "evaluated": True}
+ONE = [
+    case("tied", "lora", "none", **TIED),
+    case("dora", "lora", "none", **DORA),
+    case("untied", "qlora", "none", **UNTIED),
+]
 TWO = [
     case("tied-fsdp", "lora", "fsdp", 2, checkpointing="full", **TIED),
     case("untied-fsdp-whole", "qlora", "fsdp", 2, reshard_after_forward=False, **UNTIED),
     case("untied-zero2", "qlora", "zero2", 2, **UNTIED),
     case("tied-zero3", "lora", "zero3", 2, **TIED),
+    case("dora-ddp", "lora", "ddp", 2, checkpointing="full", **DORA),
 ]
 
 
