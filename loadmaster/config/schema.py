@@ -78,6 +78,11 @@ class LoraConfig:
     """rsLoRA: scale by alpha / sqrt(rank) instead, which keeps large ranks learning."""
     b_lr_ratio: Annotated[float, Strict(), Ge(1)] = 1.0
     """LoRA+: learning rate of every B over that of A (optimizer.lr); 1 is plain LoRA."""
+    dora: Flag = False
+    """DoRA: a trained magnitude for each output besides; over a base in bf16 or fp32 (method=lora). Served merged."""
+    modules_to_save: list[str] = ()  # type: ignore[assignment]
+    """Modules trained whole beside the adapter, by name: embed_tokens and lm_head (new tokens need them), norms. A head
+    that is tied to the embedding stays so: either name trains the one weight of both."""
 
 
 @dataclass(frozen=True, config=CLOSED)

@@ -25,6 +25,32 @@ def servers_load_the_rank(job: Job, origins: Origins) -> Found:
         yield "lora.rank", job.lora.rank, message, remedy
 
 
+@rule("lora.modules_to_save", "endpoint.serve_as", "endpoint.server", "export.formats", "method", "stop_after")
+def servers_load_no_whole_modules(job: Job, origins: Origins) -> Found:
+    """lora.modules_to_save is served merged: no server loads whole modules beside an adapter, so endpoint.serve_as is
+    not adapter, nor is adapter the only format that a bundle could serve."""
+    if job.lora.modules_to_save and job.method != "full" and _serves_adapter(job):
+        message = f"{job.endpoint.server} loads adapters without whole modules (PEFTHelper of vllm 0.33.0)"
+        yield "lora.modules_to_save", list(job.lora.modules_to_save), message, MERGED
+
+
+@rule("lora.dora", "endpoint.serve_as", "endpoint.server", "export.formats", "method", "stop_after")
+def servers_load_no_dora(job: Job, origins: Origins) -> Found:
+    """lora.dora is served merged: no server loads DoRA adapters, so endpoint.serve_as is not adapter, nor is adapter
+    the only format that a bundle could serve."""
+    if job.lora.dora and job.method != "full" and _serves_adapter(job):
+        yield "lora.dora", True, f"{job.endpoint.server} loads no DoRA adapters (PEFTHelper of vllm 0.33.0)", MERGED
+
+
+MERGED = "export.formats=[adapter,bf16] (or fp8, ...) and endpoint.serve_as=bf16, where it is merged"
+
+
+def _serves_adapter(job: Job) -> bool:
+    """Whether the adapter is what a bundle of this job serves."""
+    only = set(job.export.formats) - {"gguf"} == {"adapter"} and job.stop_after in ("plan", "bundle")
+    return job.endpoint.serve_as == "adapter" or (job.endpoint.serve_as == "auto" and only)
+
+
 @rule("export.formats", "method")
 def full_has_no_adapter(job: Job, origins: Origins) -> Found:
     """export.formats holds no adapter with method=full."""

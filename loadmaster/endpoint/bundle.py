@@ -25,7 +25,7 @@ from loadmaster.endpoint.plot import draw
 from loadmaster.endpoint.sizing import Sizing, size
 from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, Problem
 from loadmaster.export.answers import kept
-from loadmaster.export.manifest import NAME, read_manifest
+from loadmaster.export.manifest import NAME, OLDEST_SERVER, read_manifest
 from loadmaster.files import publish_folder, write_json, write_text
 
 HOST, PORT = "127.0.0.1", 8000
@@ -84,8 +84,15 @@ def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
     """The format to serve: the one asked for, or the smallest; an adapter only where there is nothing else.
 
     (An adapter is small on disk, but a server needs its base besides.) A GGUF is not for the servers that bundles
-    are written for.
+    are written for, nor is an adapter that no server loads as it is.
     """
+    unserved = {name for name in ("gguf", "adapter") if name in manifests and not _is_served(manifests[name], name)}
+    if serve_as in unserved:
+        why = manifests[serve_as]["oldest_server"]["because"]
+        raise ConfigError([
+            Problem("endpoint.serve_as", serve_as, "the endpoint group, recipe or command line",
+                    f"no server loads it: {why}", "endpoint.serve_as=bf16, with it in export.formats")
+        ])  # fmt: skip
     if serve_as != "auto":
         if serve_as not in manifests:
             raise ConfigError([
@@ -94,15 +101,21 @@ def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
                         f"add it to export.formats, or set endpoint.serve_as to auto or {next(iter(manifests))}")
             ])  # fmt: skip
         return serve_as
-    servable = [name for name in manifests if name != "gguf"]
+    servable = [name for name in manifests if name not in unserved]
     if not servable:
         raise ConfigError([
             Problem("export.formats", list(manifests), "the export group, recipe or command line",
-                    "holds nothing that the bundle's server loads (gguf is for llama.cpp and Ollama)",
-                    "export.formats=[gguf,bf16], or stop_after=export")
+                    "holds nothing that the bundle's server loads (gguf is for llama.cpp and Ollama"
+                    + (", an adapter with whole modules or DoRA for none)" if "adapter" in unserved else ")"),
+                    f"export.formats=[{','.join([*manifests, 'bf16'])}], or stop_after=export")
         ])  # fmt: skip
     whole = [name for name in servable if name != "adapter"] or servable
     return min(whole, key=lambda name: manifests[name]["bytes"])
+
+
+def _is_served(manifest: dict[str, Any], name: str) -> bool:
+    """Whether there is a server that loads this export."""
+    return manifest.get("oldest_server", OLDEST_SERVER[name])["vllm"] is not None
 
 
 def sized(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> tuple[Sizing | None, str]:

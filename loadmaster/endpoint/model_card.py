@@ -22,7 +22,7 @@ def model_card(manifest: dict[str, Any], repository: str, job: dict[str, Any], l
     format_name, plan = manifest["format"], manifest.get("plan") or {}
     context = job.get("sequence_length") or plan.get("sequence_length") or 2048
     name = repository.rpartition("/")[2]
-    if format_name == "gguf":
+    if format_name == "gguf" or manifest["oldest_server"]["vllm"] is None:
         command = None
     else:
         command = shlex.join(settings.vllm_command(settings.model_options(manifest, repository, context), HOST, PORT))

@@ -89,7 +89,7 @@ def lora_rows(folder: Path) -> list[str]:
     for name, tensor in _tensors([file]) if file.is_file() else ():
         if ".lora_" not in name:
             continue
-        is_linear = "lora_embedding_" not in name and "lm_head" not in name
+        is_linear = "lora_embedding_" not in name and "lm_head" not in name and tensor.dim() > 1
         if not torch.isfinite(tensor).all():
             problems.setdefault("NaN or infinite, training diverged", []).append(name)
         elif not tensor.any():

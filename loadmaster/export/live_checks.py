@@ -5,7 +5,8 @@ merged_weights     every tensor of a 16-bit export is, to the rounding of bf16, 
                        |W_export - (W + s B A)| <= 2^-8 |W + s B A|
 
                    A base of another model, a wrong scale, a layer that was left out and an untied head all fail,
-                   however little they change the predictions. The sum is taken from the live model's own modules,
+                   however little they change the predictions. The sum (with DoRA, its rows at their magnitudes) is
+                   taken from the live model's own modules,
                    not by the code that merged; what has no module of its own there (experts, which are fused as they
                    are loaded) is the stored base's.
 quantized_weights  no matrix of a quantized export is far from the trained one: a broken scale in one layer is, and
@@ -100,7 +101,7 @@ def merged_weights(trained: nn.Module, folders: list[Path], base: Path) -> dict[
 
 
 def live_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None, bool]]:
-    """(name as in the base's files, W in float32, s B A in float32 or None, whether W is held in few bits).
+    """(name as in the base's files, W in float32, what an adapter adds in float32 or None, whether W is in few bits).
 
     A tied head is named where an adapter or a trained copy makes it differ from the embedding, and by its own name.
     """
@@ -117,7 +118,7 @@ def live_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None,
             yield f"{name}.{part}", parameter.detach().float(), None, False
     for name, module in layers.items():
         weight, is_quantized = _dense(module.get_base_layer(), lm.get_input_embeddings().weight.dtype)
-        yield f"{name}.weight", weight, _delta(module), is_quantized
+        yield f"{name}.weight", weight, _delta(module, weight), is_quantized
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
     if isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight:
         yield HEAD, head.weight.detach().float(), None, False
@@ -138,8 +139,8 @@ def _read(module: nn.Module, name: str) -> Tensor:
     return parameter.detach().float()
 
 
-def _delta(module: Any) -> Tensor:
-    """s B A of peft's layer, in the shape of its weight, float32."""
+def _delta(module: Any, weight: Tensor) -> Tensor:
+    """What peft's layer adds to its weight, float32: s B A; with DoRA, what brings that sum to its magnitudes."""
     adapter = module.active_adapters[0]
     if adapter in module.lora_A:
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
@@ -148,7 +149,12 @@ def _delta(module: Any) -> Tensor:
     else:
         a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
         product, transposed = b.detach().float() @ a.detach().float(), True
-    return module.scaling[adapter] * (product.T if transposed else product)
+    delta = module.scaling[adapter] * (product.T if transposed else product)
+    if not getattr(module, "lora_magnitude_vector", None):
+        return delta
+    delta += weight
+    magnitudes = module.lora_magnitude_vector[adapter].weight.detach().float()
+    return delta * (magnitudes / delta.norm(dim=1))[:, None] - weight
 
 
 def _is_rounded(found: Tensor, exact: Tensor, except_share: float = 0.0) -> bool:

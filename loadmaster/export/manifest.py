@@ -72,6 +72,19 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "compressed-tensors", "llmcompressor")
 
 
+UNSERVED = {"modules_to_save": "it has whole modules beside the adapter", "use_dora": "it is a DoRA adapter"}
+"""Settings of an adapter with which no server loads it as it is, and why."""
+
+
+def adapter_reader(config: dict[str, Any]) -> dict[str, Any]:
+    """What loads the adapter of this adapter_config.json as it is."""
+    reasons = [why for key, why in UNSERVED.items() if config.get(key)]
+    if not reasons:
+        return OLDEST_SERVER["adapter"]
+    because = f"{' and '.join(reasons)}, which vLLM does not load; merged formats have all of it"
+    return {"vllm": None, "because": because, "source": "PEFTHelper of vllm 0.33.0"}
+
+
 def max_lora_rank(rank: int) -> int:
     """--max-lora-rank for an adapter of this rank."""
     return next((allowed for allowed in LORA_RANKS if allowed >= rank), rank)

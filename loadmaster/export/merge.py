@@ -2,14 +2,14 @@
 
     W' = W + s B A        s = alpha / r,  or alpha / sqrt(r) with rsLoRA        (A: r x in, B: out x r)
 
-(Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.) The sum is taken in
+(Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.) DoRA has each row of the sum at its
+trained magnitude: W' = m / |W + s B A| (W + s B A), norms by rows (Liu et al. 2024, arXiv 2402.09353). It is taken in
 float32 and rounded once, to the dtype of the export, so the only difference from the live adapter is
 that one rounding of W'. peft's layout: `adapter_config.json` and `adapter_model.safetensors` with
 `base_model.model.<module>.lora_A.weight`; embeddings have `lora_embedding_A` (r x vocabulary) and
 `lora_embedding_B` (dim x r), whose update is s (B A)^T.
 
-What cannot be written as a sum onto one weight is refused, by name: DoRA, biases, initialisations that
-changed the base.
+What cannot be written as a sum onto one weight is refused, by name: biases, initialisations that changed the base.
 
 A QLoRA adapter was trained against W4 = dequantize(nf4(W)), not W; one over an FP8 base against W8. Merged into W,
 the model carries the rounding error W - W4, which the adapter never saw; rounded to 4 bits again, it loses part of the
@@ -46,9 +46,10 @@ from loadmaster.models.frozen import FORMS
 PREFIX = "base_model.model."
 LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
 
+MAGNITUDES = ".lora_magnitude_vector"
+
 # Options of peft 0.21's LoraConfig under which the adapter is not W + s B A on the unchanged base.
 UNMERGEABLE = {
-    "use_dora": "DoRA rescales the columns of each weight",
     "lora_bias": "the adapter has biases of its own, which the base layers have no place for",
     "use_qalora": "QA-LoRA pools its input before A",
     "use_bdlora": "block-diagonal LoRA",
@@ -59,7 +60,6 @@ UNMERGEABLE = {
     "monteclora_config": "MonteCLoRA samples its update",
     "kasa_config": "KaSA changes the base weights",
     "arrow_config": "Arrow routes between several adapters",
-    "ensure_weight_tying": "the adapters of embedding and head are tied",
 }
 BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -74,6 +74,8 @@ class Update:
     rank_stabilised: bool
     transposed: bool
     """B A is the transpose of the stored weight (embeddings, and Conv1D layers: fan_in_fan_out)."""
+    magnitudes: str | None = None
+    """DoRA: name of the norms that the rows of the sum have."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,16 @@ class Adapter:
     """Name of the base tensor -> its update."""
     replacements: dict[str, str]
     """Name of the base tensor -> adapter tensor that takes its place (modules_to_save)."""
+    tied: bool = False
+    """A head that is tied to the embedding stayed so in training (ensure_weight_tying): what replaces one is both."""
 
     def delta(self, name: str) -> Delta:
         update = self.updates[name]
         a, b = (read_tensor(self.file, key).to(torch.float32) for key in (update.a, update.b))
         rank = a.shape[0]
         scale = update.alpha / (math.sqrt(rank) if update.rank_stabilised else rank)
+        if update.magnitudes is not None:
+            return Delta(b, a, scale, read_tensor(self.file, update.magnitudes).to(torch.float32))
         return Delta(a.T, b.T, scale) if update.transposed else Delta(b, a, scale)
 
 
@@ -101,6 +107,8 @@ class Delta:
     left: torch.Tensor
     right: torch.Tensor
     scale: float
+    magnitudes: torch.Tensor | None = None
+    """DoRA: of each row of the sum; None: the sum is left as it is."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,6 +116,14 @@ class Delta:
 
     def rows(self, rows: slice) -> torch.Tensor:
         return (self.left[rows] @ self.right).mul_(self.scale)
+
+    def onto(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+        """What these rows of the base tensor, float32, become."""
+        change = self.rows(rows)
+        if self.magnitudes is None:
+            return change.add_(weight)
+        change += weight
+        return change.mul_((self.magnitudes[rows] / torch.linalg.vector_norm(change, dim=1))[:, None])
 
 
 @dataclass(frozen=True)
@@ -152,6 +168,7 @@ def read_adapter(folder: Path) -> Adapter:
     pairs: dict[tuple[str, bool], dict[str, str]] = {}
     replacements: dict[str, str] = {}
     ranks: dict[str, int] = {}
+    magnitudes: dict[str, str] = {}
     with safe_open(file, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118
             name = key.removeprefix(PREFIX)
@@ -159,6 +176,8 @@ def read_adapter(folder: Path) -> Adapter:
                 pairs.setdefault((match["module"], bool(match["kind"])), {})[match["side"]] = key
                 if match["side"] == "A":
                     ranks[match["module"]] = tensors.get_slice(key).get_shape()[0]
+            elif name.endswith(MAGNITUDES):
+                magnitudes[name.removesuffix(MAGNITUDES)] = key
             else:
                 # A whole module that was trained, or the base weight of an embedding, which peft saves beside its LoRA.
                 replacements[name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = key
@@ -172,14 +191,27 @@ def read_adapter(folder: Path) -> Adapter:
     for (module, embedding), sides in pairs.items():
         if set(sides) != {"A", "B"}:
             raise ExportRejected(f"the adapter in {folder} is incomplete: {module} has no lora_{'AB'['A' in sides]}.")
+        if config.get("use_dora") and (module not in magnitudes or embedding or config.get("fan_in_fan_out")):
+            raise ExportRejected(
+                f"the DoRA adapter in {folder} cannot be merged into its base: {module} "
+                + ("has no magnitudes." if module not in magnitudes else "is no linear layer.")
+            )
         updates[f"{module}.weight"] = Update(
             a=sides["A"],
             b=sides["B"],
             alpha=_by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"]),
             rank_stabilised=bool(config.get("use_rslora")),
             transposed=embedding or bool(config.get("fan_in_fan_out")),
+            magnitudes=magnitudes.get(module),
         )
-    return Adapter(file, updates, replacements)
+    tied = bool(config.get("ensure_weight_tying"))
+    if tied and (both := sorted(name for name in updates if name == HEAD or name.endswith(EMBEDDINGS))):
+        raise ExportRejected(
+            f"the adapter in {folder} cannot be merged into its base:\n  - ensure_weight_tying: the updates of "
+            f"embedding and head are tied ({', '.join(both)})\nExport it as it is with export.formats=[adapter], or "
+            "train the embedding whole: lora.modules_to_save=[embed_tokens]."
+        )
+    return Adapter(file, updates, replacements, tied)
 
 
 def merge(
@@ -196,7 +228,7 @@ def merge(
     seen_as: gives the base weight of a name as training saw it (`round_trip`); None: as it is stored.
     also: folders for the merged tensors changed further (quantized), in the same pass; then `target` may be None.
     An adapter on one of a tied embedding and head unties them: the other keeps the base weight, as it does
-    in training.
+    in training. Where training kept them tied, they are one in the merged model too.
     Raises ExportRejected for an adapter that is not of this base, or that is not finite.
     """
     adapter = adapter or Adapter(Path(), {}, {})
@@ -223,7 +255,9 @@ class Merge:
         self.tied_embeddings = ties_embeddings(base)
         self.embedding = embedding_name(names)
         touched = adapter.updates.keys() | adapter.replacements.keys()
-        self.untie = self.tied_embeddings and bool({HEAD, self.embedding} & touched)
+        if adapter.tied and self.tied_embeddings:  # peft saves the one weight under both names
+            touched -= {HEAD}
+        self.untie = self.tied_embeddings and not adapter.tied and bool({HEAD, self.embedding} & touched)
         # A tied base may leave the head out of its files, or carry a copy that is never read.
         known = (names.keys() - {HEAD} if self.tied_embeddings else names.keys()) | ({HEAD} if self.untie else set())
         if unknown := sorted(touched - known):
@@ -264,12 +298,13 @@ class Merge:
         merged = torch.empty(base.shape, dtype=stored)
         update = error = 0.0
         for rows in row_chunks(tuple(base.shape)):
-            exact, change = weight[rows].to(torch.float32), delta.rows(rows)
-            _refuse_not_finite(name, change)
-            update += float(change.square().sum())
+            exact = weight[rows].to(torch.float32)
+            added = delta.onto(exact, rows)
+            _refuse_not_finite(name, added)
+            update += float((added - exact).square().sum())
             self.weight += float(exact.square().sum())
             error += 0.0 if weight is base else float((base[rows].to(torch.float32) - exact).square().sum())
-            merged[rows] = exact + change
+            merged[rows] = added
         self.update += update
         if error and update:
             self.relative_error[name] = math.sqrt(error / update)

@@ -23,7 +23,7 @@ from loadmaster.data.render import stop_token_ids, template_hash
 from loadmaster.errors import ExportRejected
 from loadmaster.export import advice, answers, candidates, table, thresholds, verify
 from loadmaster.export.build import Builder, Written
-from loadmaster.export.manifest import read_manifest, verify_manifest, versions, write_manifest
+from loadmaster.export.manifest import adapter_reader, read_manifest, verify_manifest, versions, write_manifest
 from loadmaster.export.process import run_step, timeout_s
 from loadmaster.export.room import beside_weights, moving_s
 from loadmaster.export.servers import aimed_at, oldest_reader
@@ -221,6 +221,8 @@ class Export:
                 merge = {**merge, "taken": figures["candidate"], "candidates": figures["candidates"]}
             made = {"merge": merge, "quantization": of_candidates}
         oldest: dict[str, Any] = {}
+        if name == "adapter":
+            oldest = {"oldest_server": adapter_reader(read_json(folder / "adapter_config.json"))}
         if "==" in self.job.endpoint.server and name not in ("adapter", "gguf"):
             oldest = {"oldest_server": oldest_reader(self.server, name != "bf16")}
         smoke = figures.pop("smoke", [])  # kept beside the artifact, which may be passed on

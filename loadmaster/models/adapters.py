@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from loadmaster.config.schema import LoraConfig
 from loadmaster.errors import ConfigError, Problem
+from loadmaster.models.dora import run_by_norms
+from loadmaster.models.frozen import FrozenLinear
 
 
 def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module:
@@ -21,6 +23,10 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
     """
     if method == "full":
         return model.requires_grad_(True)
+    if lora.dora and any(isinstance(module, FrozenLinear) for module in model.modules()):
+        message = "takes norms of a base's weights, which are held in few bits here"
+        remedy = "method=lora and precision=bf16, or lora.dora=false"
+        raise ConfigError([Problem("lora.dora", True, "the recipe or command line", message, remedy)])
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -32,12 +38,44 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
         task_type="CAUSAL_LM",
         bias="none",
         target_modules=_targets(model, lora.targets),
+        use_dora=lora.dora,
+        **saved_modules(model, lora.modules_to_save),
     )
     dtype = model.get_output_embeddings().weight.dtype
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
     for _, parameter in trainable(wrapped):
         parameter.data = parameter.data.to(dtype)
+    run_by_norms(wrapped)
     return wrapped
+
+
+def saved_modules(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """peft's options for training modules of these names whole: an embedding, the head, norms.
+
+    peft takes every module whose name ends so (`norm` would be all norms) and unties a head from its embedding unless
+    it is told not to. Here a name is the last part of a module's, and what is tied stays one weight, whichever of the
+    two is named: a copy of one alone would leave the other what it was, and the model of another shape than its base.
+    Raises ConfigError for a name that is none of these.
+    """
+    if not names:
+        return {}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    full = {
+        name: module
+        for name, module in model.named_modules()
+        if module in (head, embedding) or [p.dim() for p in module.parameters()] == [1]
+    }
+    kinds = {name.rpartition(".")[2] for name in full}
+    if unknown := [name for name in names if name not in kinds]:
+        what = f"names no embedding, head or norm of this model: {', '.join(unknown)}"
+        remedy = f"some of: {', '.join(sorted(kinds))}"
+        raise ConfigError([Problem("lora.modules_to_save", list(names), "the recipe or command line", what, remedy)])
+    found = {name: module for name, module in full.items() if name.rpartition(".")[2] in names}
+    tied = head.weight is embedding.weight and not {head, embedding}.isdisjoint(found.values())
+    if tied:
+        found = {name: module for name, module in found.items() if module is not head}
+        found |= {name: module for name, module in full.items() if module is embedding}
+    return {"modules_to_save": sorted(found), "ensure_weight_tying": tied}
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -53,8 +91,10 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
     the way in than on the way out, when it is whole: the shards would then be trained no more.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
 
-    before = {module: module._disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    switched = (BaseTunerLayer, ModulesToSaveWrapper)
+    before = {module: module._disable_adapters for module in model.modules() if isinstance(module, switched)}
     for layer in before:
         layer._disable_adapters = True
     try:

@@ -12,6 +12,7 @@ from torch import nn
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED
 from loadmaster.models.capped import caps_scores
+from loadmaster.models.dora import run_by_norms
 from loadmaster.models.frozen import freeze_linears
 from loadmaster.models.spread import Spread, settled, stand_ins
 
@@ -106,6 +107,7 @@ def load_trained(
         for parameter in model.parameters():
             if parameter.is_floating_point() and parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
+    run_by_norms(model, trained_folder)
     return model.eval()
 
 

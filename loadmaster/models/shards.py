@@ -47,10 +47,13 @@ def empty_model(folder: Path, dtype: torch.dtype, frozen: str | None = None) -> 
 def with_adapter(model: nn.Module, add: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """`add(model)`, a function that puts an adapter on a model that is there, for one on the meta device.
 
-    peft leaves an adapter's first values on the meta device if its base is there. Meanwhile the base's parameters
-    are therefore tensors of one element that only look whole, and the adapter's draw the very numbers they always do.
+    peft leaves an adapter's first values on the meta device if its base is there. Meanwhile the base's linear layers
+    therefore have tensors of one element that only look whole, and the adapter's draw the very numbers they always do.
+    (Copies that are trained beside it, of embedding, head and norms, are filled like what they are copies of.)
     """
-    base = dict.fromkeys(model.parameters())
+    head = model.get_output_embeddings()
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    base = dict.fromkeys(parameter for module in linears for parameter in module.parameters(recurse=False))
     for parameter in base:
         stand_in = torch.empty(1, dtype=parameter.dtype).expand(parameter.shape)
         base[parameter] = nn.Parameter(stand_in, requires_grad=False)
@@ -115,7 +118,19 @@ class Checkpoint:
 
 def plain_name(name: str) -> str:
     """A parameter's name in its checkpoint: what wrappers and adapters put around it is left out."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return plain.replace(".original_module.", ".").replace(COPY, ".")
+
+
+COPY = ".modules_to_save.default."
+"""In the name of a parameter that is trained beside an adapter, a copy of the base's."""
+
+
+def saved_name(name: str) -> str:
+    """The name that peft saves a trained parameter of an adapted model by."""
+    return name.replace(COPY, ".").replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(
+        ".default.", "."
+    )
 
 
 @torch.no_grad()
@@ -143,12 +158,15 @@ def stream(
     dtype: torch.dtype,
     device: torch.device,
     cut: Callable[[nn.Module], Any],
+    trained: Path | None = None,
 ) -> None:
     """The same, unit by unit, and then what is in none of them: memory for it, its tensors, then `cut(unit)`.
 
-    Only rank 0 reads what is not quantized: `cut` is to give its values to all.
+    Only rank 0 reads what is not quantized: `cut` is to give its values to all. trained: folder that peft wrote, with
+    the values of copies that were trained beside an adapter; None: the base's.
     """
     source = Checkpoint(folder)
+    copies = None if trained is None else Checkpoint(trained)
     wanted, layers = _base(model)
     _refuse_misfit(source, wanted, layers)
     names = {module: name for name, module in model.named_modules()}
@@ -161,7 +179,10 @@ def stream(
         missing = [name for name in missing if not name.startswith(prefix)]
         _onto(unit, device)
         for name in mine if reads else ():
-            _fill_one(model.get_parameter(name), source, plain_name(name))
+            if COPY in name and copies is not None:
+                _fill_one(model.get_parameter(name), copies, saved_name(name))
+            else:
+                _fill_one(model.get_parameter(name), source, plain_name(name))
         for name, layer in layers if unit is not model else ():
             if name.startswith(prefix):
                 _quantize_one(layer, source, plain_name(f"{name}.weight"), dtype, index)
@@ -199,12 +220,12 @@ def _base(model: nn.Module) -> tuple[dict[str, nn.Parameter], list[tuple[str, Fr
 def fill_adapter(model: nn.Module, folder: Path) -> None:
     """Fill a sharded model's adapter from a folder that peft wrote. Raises LoadmasterError where it is another's."""
     source = Checkpoint(folder)
-    adapter = {name: p for name, p in model.named_parameters() if ".lora_" in name}
-    missing = [name for name in adapter if name.replace(".default.", ".") not in source]
+    adapter = {name: p for name, p in model.named_parameters() if ".lora_" in name or COPY in name}
+    missing = [name for name in adapter if saved_name(name) not in source]
     if missing or not adapter:
         raise LoadmasterError(f"{folder} is not this model's adapter: {', '.join(missing[:3])} is missing")
     for name, parameter in adapter.items():
-        _fill_one(parameter, source, name.replace(".default.", "."))
+        _fill_one(parameter, source, saved_name(name))
 
 
 def _refuse_misfit(source: Checkpoint, wanted: dict[str, Tensor], layers: list[tuple[str, FrozenLinear]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loadmaster.preflight import dora, saved
 from loadmaster.preflight.frozen import WIDE, fp8_matmul, fp8_training_matmul, nf4_matmul
 from loadmaster.preflight.replay import Storage, Tape, Tensor
 from loadmaster.preflight.setup import Setup
@@ -30,8 +31,8 @@ BLOCK = 128
 class Weights:
     """Parameters of one layer (or the top) as tensors; the base of an adapter is frozen."""
 
-    linears: dict[str, tuple[Matrix, Tensor, Tensor | None, Tensor | None, Tensor | None]]
-    """name -> (matrix, weight, bias, lora A, lora B)."""
+    linears: dict[str, tuple[Matrix, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
+    """name -> (matrix, weight, bias, lora A, lora B, DoRA's magnitudes)."""
     norms: list[Tensor]
     query_key_norms: list[Tensor]
     rotary: Storage
@@ -61,18 +62,24 @@ class Blocks:
         adapted = set() if self.full else {m.name for m in shape.adapted(setup.lora_targets, experts)}
         linears = {}
         for m in shape.matrices(experts):
-            a = b = None
+            a = b = magnitudes = None
             uses = self.pieces if m.name in MLP else 1
             if m.name in adapted:
                 a, b = (self._parameter(w * setup.lora_rank * size, uses) for size in (m.inputs, m.outputs))
+                magnitudes = self._parameter(dora.FP32 * m.outputs, uses) if setup.dora else None
             bias = self.base(w * m.outputs) if m.bias else None
-            linears[m.name] = (m, self.base(w * m.weight, uses), bias, a, b)
-        norms = [self.base(w * shape.hidden_size) for _ in range(shape.norms)]
-        heads = [self.base(w * shape.head_dim) for _ in range(2)] if shape.query_key_norm else []
+            linears[m.name] = (m, self.base(w * m.weight, uses), bias, a, b, magnitudes)
+        norms = [self.module(w * shape.hidden_size, name) for name in saved.layer_norms(shape)]
+        heads = [self.module(w * shape.head_dim, name) for name in saved.head_norms(shape)]
         return Weights(linears, norms, heads, rotary)
 
     def base(self, size: float, uses: int = 1) -> Tensor:
         return self.tape.parameter(size, self.full, self.accumulated, uses)
+
+    def module(self, size: float, *names: str, uses: int = 1) -> Tensor:
+        """The weight of a module that no adapter is put on, under each of its names."""
+        trained = any(map(self.setup.trains, names))
+        return self.tape.parameter(size, trained, self.accumulated, uses)
 
     def _parameter(self, size: float, uses: int = 1) -> Tensor:
         return self.tape.parameter(size, True, self.accumulated, uses)
@@ -151,7 +158,7 @@ class Blocks:
 
     def linear(self, x: Tensor, entry: tuple, contiguous: bool = True) -> Tensor:
         """A linear with its adapter, if it has one. contiguous=False: its gradient comes transposed and is copied."""
-        m, weight, bias, a, b = entry
+        m, weight, bias, a, b, magnitudes = entry
         if self.setup.method == "qlora":
             out = nf4_matmul(self, x, m)
         elif self.setup.precision == "fp8" and self.setup.adapters:
@@ -168,9 +175,16 @@ class Blocks:
         if a is None:
             return out if contiguous else self.restride(out)
         rank, n = self.setup.lora_rank, self.n
+        scale = None if magnitudes is None else dora.scale(self, m, magnitudes)
         dropped = self.dropout(x) if self.setup.lora_dropout and self.tape.enabled else x
         update = self.elementwise(self.matmul(self.matmul(dropped, a, m.inputs, rank, n), b, rank, m.outputs, n))
-        out = self.add(out, update)
+        result = out if scale is not None else None  # peft's own variable, as long as the layer runs
+        out = self.add(out if scale is None or bias is None else self.elementwise(out), update)
+        del update
+        if scale is not None:
+            out = self.mul(out, scale, reduced=scale.bytes)
+            out = out if bias is None else self.elementwise(out)
+        del result
         return out if contiguous else self.restride(out)
 
     def dropout(self, x: Tensor) -> Tensor:

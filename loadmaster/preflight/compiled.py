@@ -21,13 +21,17 @@ from __future__ import annotations
 
 from functools import cache
 
+from loadmaster.preflight import saved
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 
 
 @cache
 def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
-    """Of one token and dense layer; None where it is not known: fused matrices, experts, fp32, full in fp8."""
+    """Of one token and dense layer; None where it is not known: fused matrices, experts, fp32, full in fp8, and norms
+    that are trained beside an adapter, or DoRA."""
+    if setup.adapters and (setup.dora or saved.layer_parameters(shape, setup.modules_to_save)):
+        return None
     if shape.fused or shape.experts or setup.precision == "fp32" or (setup.precision == "fp8" and not setup.adapters):
         return None
     h, f, dq, dk = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size

@@ -241,11 +241,16 @@ def relaxations(job: Job, gpus: int) -> Iterator[tuple[str, Job]]:
         yield said, stepped
         if job.batch.global_size > gpus:
             yield f"{said} batch.global_size={gpus}", replace(stepped, batch=replace(job.batch, global_size=gpus))
+    lora, plain = replace(job.lora, dora=False), " lora.dora=false" if job.lora.dora else ""
     if job.precision not in ("auto", "fp8") and job.method == "lora":
-        yield "precision=fp8", replace(job, precision="fp8")
+        yield f"precision=fp8{plain}", replace(job, precision="fp8", lora=lora)
     for method in ("lora", "qlora"):
         if job.method not in ("auto", method) and (job.method, method) != ("qlora", "lora"):
-            yield f"method={method}", replace(job, method=method, precision="auto")
+            without = method == "qlora" and job.lora.dora
+            yield (
+                f"method={method}{plain if without else ''}",
+                replace(job, method=method, precision="auto", lora=lora if without else job.lora),
+            )
     for length in (job.sequence_length // 2, job.sequence_length // 4):
         if length >= 256:
             yield f"sequence_length={length}", replace(job, sequence_length=length)

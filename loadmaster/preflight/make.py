@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from loadmaster import catalog
 from loadmaster.config.schema import Job
+from loadmaster.preflight import saved
 from loadmaster.preflight.elsewhere import elsewhere
 from loadmaster.preflight.explain import alternatives, basis, reasons, rejection, runner_up
 from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardware
@@ -33,6 +34,7 @@ def make_plan(
     Raises LoadmasterError for a model whose config.json cannot be found or read, ConfigError for unknown hardware.
     """
     shape, hardware = find_shape(job.model, traced=job.plan.trace), find_hardware(job.hardware)
+    saved.refuse_unknown(shape, job.lora.modules_to_save)
     hardware = replace(hardware, memory_gib=card_share * hardware.memory_gib)
     found = search(job, shape, hardware)
     chosen = found.best or min(found.nearest, key=closeness, default=None) or smallest(job, shape, hardware)
@@ -47,6 +49,7 @@ def make_plan(
 def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_tokens: int | None) -> Plan:
     setup, hardware, speed = chosen.setup, chosen.hardware, chosen.tokens_per_second
     phases, verification = phase_bytes(job, shape, hardware, setup), verifying(job, shape, hardware, setup)
+    head = setup.trains("lm_head") or (shape.tied and setup.trains("embed_tokens"))
     hours, rate = run_hours(job, shape, chosen, dataset_tokens), hardware.usd_per_hour
     return Plan(
         fits=found.best is not None,
@@ -59,7 +62,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
             vocabulary_size=shape.vocabulary_size,
             family=shape.family,
             estimate=shape.estimate,
-            flops_per_token=model_flops(shape, job.sequence_length, setup.adapters),
+            flops_per_token=model_flops(shape, job.sequence_length, setup.adapters, head),
         ),
         hardware=HardwareSummary(
             gpu=hardware.gpu,

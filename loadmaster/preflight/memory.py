@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from loadmaster.preflight import dora, saved
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.plan import MemoryGib, PeakGib
@@ -78,7 +79,8 @@ def state_bytes(setup: Setup) -> float:
 def tensors(shape: ModelShape, setup: Setup) -> list[int]:
     """Elements of large tensors that are trained, in the order in which they are stepped; two layers stand for all."""
     if setup.adapters:
-        return [setup.lora_rank * size for m in shape.adapted(setup.lora_targets) for size in (m.inputs, m.outputs)]
+        adapters = [setup.lora_rank * size for m in shape.adapted(setup.lora_targets) for size in (m.inputs, m.outputs)]
+        return [*adapters, saved.largest(shape, setup.modules_to_save)]
     experts = shape.experts * shape.expert_size * shape.hidden_size
     top = shape.embedding_parameters
     layer = [m.weight for m in shape.matrices()] + ([2 * experts, experts] if experts else [])
@@ -191,8 +193,9 @@ def resident(shape: ModelShape, setup: Setup) -> tuple[float, float, float]:
     if setup.shards > 1:
         unit = whole(shape, setup)
         return unit.shard + unit.replicated, kept * unit.trained_shard, unit.trained_shard / width
-    weights = base_bytes(shape, setup.method, setup.precision) + (width * trainable if setup.adapters else 0)
-    return weights, kept * width * trainable, trainable
+    trained = width * trainable + dora.beyond_width(shape, setup)
+    base = base_bytes(shape, setup.method, setup.precision) + (trained if setup.adapters else 0)
+    return base, kept * trained, trainable
 
 
 def replay_key(setup: Setup, keep: bool) -> Setup:
@@ -210,6 +213,8 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
         lora_rank=setup.lora_rank,
         lora_targets=setup.lora_targets,
         lora_dropout=setup.lora_dropout,
+        dora=setup.dora,
+        modules_to_save=setup.modules_to_save,
         objective=setup.objective,
         compiled=setup.compiled,
         sharding="zero1" if setup.stage == 1 else "fsdp" if setup.shards > 1 else "none",
@@ -258,8 +263,12 @@ def resting(train: Bytes) -> Bytes:
 
 
 def load_bytes(shape: ModelShape, setup: Setup) -> float:
-    """Beside the weights while they are read: a quantized matrix in bf16 and in fp32."""
-    return 0 if frozen_form(setup) is None else 6 * max(m.weight for m in shape.matrices())
+    """Beside the weights while they are read: a quantized matrix in bf16 and in fp32; under DoRA, peft's first values
+    of a matrix: B A, that scaled, and the sum."""
+    largest = max(m.weight for m in shape.matrices())
+    if setup.adapters and setup.dora:
+        return 3 * setup.width * largest
+    return 0 if frozen_form(setup) is None else 6 * largest
 
 
 def peaks(hardware: Hardware, total: float) -> PeakGib:

@@ -164,6 +164,8 @@ def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
     if job.precision == "fp8":  # qlora's base is in nf4
         without = {"qlora"} if job.sequence_length % 16 == 0 else {"qlora", "full"}
         methods = [method for method in methods if method not in without] or methods
+    if job.lora.dora:
+        methods = [method for method in methods if method != "qlora"] or methods
     precision = job.precision if job.precision != "auto" else "fp32" if hardware.is_cpu else "bf16"
     for method in methods:
         for offload in offloads(job, method, hardware):
@@ -182,7 +184,7 @@ def offloads(job: Job, method: str, hardware: Hardware) -> tuple[str, ...]:
         return ("none" if job.offload == "auto" else job.offload,)
     sharded = hardware.world_size > 1 and job.sharding in ("auto", "fsdp", "zero3")
     if method != "full":
-        return ("none", "all") if sharded else ("none",)
+        return ("none", "all") if sharded and not job.lora.dora else ("none",)
     return ("none", "optimizer", "all") if sharded else ("none", "optimizer")
 
 
@@ -228,11 +230,11 @@ def enumerate_tier(
     sizes = divisors(rows) if job.micro_batch_size == "auto" else [job.micro_batch_size]
     if tier["in_backward"]:
         sizes = [rows]
-    elif hardware.is_cpu and job.micro_batch_size == "auto":
-        sizes = [size for size in sizes if size <= MOST_CPU_ROWS]
-    if not explain and job.micro_batch_size == "auto" and not tier["in_backward"]:
-        sizes = [size for size in sizes if size == 1 or size * job.sequence_length <= MOST_TOKENS]
-    shared = shardings(job, hardware, tier["offload"])
+    elif job.micro_batch_size == "auto":
+        most = MOST_CPU_ROWS if hardware.is_cpu else rows
+        most = most if explain else min(most, max(1, MOST_TOKENS // job.sequence_length))
+        sizes = [size for size in sizes if size <= most]
+    shared = shardings(job, hardware, tier["offload"], tier["method"] != "full" and job.lora.dora)
     if tier["in_backward"]:  # under ddp gradients lie in its buckets
         shared = [way for way in shared if way[0] != "ddp"]
 
@@ -282,18 +284,20 @@ def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
 def precisions(job: Job, hardware: Hardware, tier: dict[str, Any]) -> tuple[str, ...]:
     """Where the hardware has fp8 units and nothing was written, a frozen base may be in fp8, or full's products."""
     full = job.sequence_length % 16 == 0 and job.sharding not in ("zero1", "zero2", "zero3")  # tried with FSDP2 alone
-    able = tier["method"] == "lora" or (tier["method"] == "full" and full)
+    able = (tier["method"] == "lora" and not job.lora.dora) or (tier["method"] == "full" and full)
     open_ = job.precision == "auto" and able and hardware.has_fp8
     return (tier["precision"], "fp8") if open_ else (tier["precision"],)
 
 
-def shardings(job: Job, hardware: Hardware, offload: str) -> list[tuple[str, int, bool]]:
-    """(sharding, replicas, reshard after forward): fully sharded over all GPUs, or over each node's.
+def shardings(job: Job, hardware: Hardware, offload: str, whole: bool = False) -> list[tuple[str, int, bool]]:
+    """(sharding, replicas, reshard after forward): fully sharded over all GPUs, or over each node's. whole: not cut.
 
     Layers that stay whole come before those that are gathered twice: they are never slower.
     """
     if hardware.world_size == 1:
         return [("none", 1, True)]
+    if whole and job.sharding == "auto":
+        return [("ddp", 1, True)]
     names = (job.sharding,) if job.sharding != "auto" else ("ddp", "fsdp") if offload == "none" else ("fsdp",)
     found = [(name, 1, True) for name in names if name != "fsdp"]
     if "fsdp" in names:
@@ -321,6 +325,8 @@ def fixed(job: Job, hardware: Hardware, checkpointing: str) -> dict[str, Any]:
         "lora_rank": job.lora.rank,
         "lora_targets": tuple(targets) if isinstance(targets, list) else targets,
         "lora_dropout": job.lora.dropout,
+        "dora": job.lora.dora,
+        "modules_to_save": tuple(job.lora.modules_to_save),
     }
 
 

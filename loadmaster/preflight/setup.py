@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from loadmaster.preflight import saved
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.zero_settings import ZERO
 
@@ -45,6 +46,8 @@ class Setup:
     lora_targets: Any = "all-linear"
     """As in the job; a list is given as a tuple."""
     lora_dropout: float = 0.0
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
     objective: str = "sft"
     in_backward: bool = False
     """The optimizer steps each layer inside the backward pass."""
@@ -84,4 +87,16 @@ class Setup:
         return self.world_size if self.stage else self.shards
 
     def trainable(self, shape: ModelShape) -> int:
-        return shape.lora_parameters(self.lora_rank, self.lora_targets) if self.adapters else shape.parameters
+        if not self.adapters:
+            return shape.parameters
+        beside = saved.parameters(shape, self.modules_to_save)
+        return shape.lora_parameters(self.lora_rank, self.lora_targets, self.dora) + beside
+
+    def magnitudes(self, shape: ModelShape) -> int:
+        """Of them, DoRA's, which are in fp32."""
+        args = self.lora_rank, self.lora_targets
+        return shape.lora_parameters(*args, True) - shape.lora_parameters(*args) if self.adapters and self.dora else 0
+
+    def trains(self, module: str) -> bool:
+        """Whether the weight of a module that no adapter is put on is trained: an embedding, the head, a norm."""
+        return not self.adapters or module in self.modules_to_save

@@ -162,10 +162,13 @@ class ModelShape:
         windows = [min(window or length, length) for window in self.windows or (None,)]
         return sum(w - w * w / (2 * length) for w in windows) / len(windows)
 
-    def lora_parameters(self, rank: int, targets: str | list[str]) -> int:
-        dense = sum(rank * (m.inputs + m.outputs) for m in self.adapted(targets))
-        sparse = sum(rank * (m.inputs + m.outputs) for m in self.adapted(targets, experts=True))
+    def lora_parameters(self, rank: int, targets: str | list[str], dora: bool = False) -> int:
+        dense, sparse = (self.layer_lora_parameters(rank, targets, dora, experts) for experts in (False, True))
         return self.dense_layers * dense + self.expert_layers * sparse
+
+    def layer_lora_parameters(self, rank: int, targets: str | list[str], dora: bool, experts: bool) -> int:
+        """Of one layer; dora: with a magnitude for each output."""
+        return sum(rank * (m.inputs + m.outputs) + dora * m.outputs for m in self.adapted(targets, experts))
 
     def adapted(self, targets: str | list[str], experts: bool = False) -> tuple[Matrix, ...]:
         """The linears of one layer that get an adapter."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from loadmaster.preflight import saved
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
 
@@ -61,9 +62,14 @@ def units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
 
 
 def root_parts(shape: ModelShape, setup: Setup) -> list[Part]:
-    """Embedding, head, last norm."""
-    w, h, trained = setup.width, shape.hidden_size, not setup.adapters
-    return [Part(shape.vocabulary_size, w * h, trained)] * (1 if shape.tied else 2) + [Part(h, w, trained)]
+    """Embedding, head, last norm; beside an adapter also the copies of them that are trained."""
+    w, h, full = setup.width, shape.hidden_size, not setup.adapters
+    found = [Part(shape.vocabulary_size, w * h, full)] * (1 if shape.tied else 2) + [Part(h, w, full)]
+    if not full:
+        tables = saved.tables(shape, setup.modules_to_save)
+        found += [Part(shape.vocabulary_size, w * h, True)] * tables
+        found += [Part(h, w, True)] * ("norm" in setup.modules_to_save)
+    return found
 
 
 @cache
@@ -95,6 +101,10 @@ def layer_parts(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part
         for m in shape.adapted(setup.lora_targets, experts):
             yield Part(setup.lora_rank, w * m.inputs, True)
             yield Part(m.outputs, w * setup.lora_rank, True)
+            if setup.dora:
+                yield Part(m.outputs, w, True)
+        yield from [Part(h, w, True)] * sum(map(setup.trains, saved.layer_norms(shape)))
+        yield from [Part(shape.head_dim, w, True)] * sum(map(setup.trains, saved.head_norms(shape)))
     yield from [Part(h, w, full)] * shape.norms
     if shape.query_key_norm:
         yield from [Part(shape.head_dim, w, full)] * 2

@@ -111,12 +111,14 @@ def overhead_hours(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup
     return seconds / 3600
 
 
-def model_flops(shape: ModelShape, sequence_length: int, adapters: bool) -> float:
+def model_flops(shape: ModelShape, sequence_length: int, adapters: bool, head: bool = False) -> float:
     """FLOPs that the mathematics of a training step needs for a token; recomputation is not counted.
 
     4 for each frozen and 6 for each trained matrix weight, and causal attention over whole rows, within its windows.
+    head: it is trained, beside an adapter.
     """
     matmuls = (4 if adapters else 6) * shape.active_matrix_parameters
+    matmuls += 2 * shape.embedding_parameters if adapters and head else 0
     return matmuls + 12 * shape.layers * shape.attended(sequence_length) * shape.query_size
 
 

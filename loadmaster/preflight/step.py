@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from loadmaster.preflight import saved
 from loadmaster.preflight.blocks import Blocks, Weights
 from loadmaster.preflight.compiled import kept_bytes
 from loadmaster.preflight.layers import chunked_loss, decoder_layer, embed, gather, preference_loss
@@ -126,8 +127,11 @@ def _forward(b: Blocks, middle: _Middle):
     tape, shape = b.tape, b.shape
     units = Units(b)
     units.start()
-    table = b.base(b.w * shape.embedding_parameters, uses=2 if shape.tied else 1)
-    head = table if shape.tied else b.base(b.w * shape.embedding_parameters)
+    size = b.w * shape.embedding_parameters
+    if shape.tied:
+        table = head = b.module(size, "embed_tokens", "lm_head", uses=2)
+    else:
+        table, head = b.module(size, "embed_tokens"), b.module(size, "lm_head")
     b.blocks = b.attention_blocks()
     ids = tape.alloc(8 * b.n)
     x = embedded = embed(b, table, ids)
@@ -159,12 +163,13 @@ def _forward(b: Blocks, middle: _Middle):
         stay = not b.accumulated and b.stepping is None
         gradients = gradient_bytes(shape, b.setup, experts) * (1 + tape.widens_gradients) if stay else 0
         gradients = units.shard_gradients(experts) if units.sharded else gradients
-    norm = b.base(b.w * shape.hidden_size)
+    norm = b.module(b.w * shape.hidden_size, "norm")
     units.top += tape.leaves[-1:] if norm.node is not None else []
     _stepped_alone(b, tape.leaves[-1:] if norm.node is not None else [])
     x = b.norm(x, norm, b.n)
     # The decoder's own variables last as long as it runs. An input that goes to the host and needs no gradient stays.
-    stays = embedded.storage if b.setup.checkpointing == "offload" and b.setup.adapters and tape.enabled else None
+    stays = embedded.storage if b.setup.checkpointing == "offload" and not tape.needs(embedded) else None
+    stays = stays if tape.enabled else None
     del weights, layer, rotary, positions, ids, embedded
     rows = b.setup.tokens - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = gather(b, b.slice(x, 1.0), rows)
@@ -201,9 +206,9 @@ def gradient_bytes(shape: ModelShape, setup: Setup, experts: bool) -> int:
     """Of one layer's trainable parameters."""
     if not setup.adapters:
         return setup.width * shape.layer_parameters(experts)
-    return setup.width * sum(
-        setup.lora_rank * (m.inputs + m.outputs) for m in shape.adapted(setup.lora_targets, experts)
-    )
+    adapters = shape.layer_lora_parameters(setup.lora_rank, setup.lora_targets, setup.dora, experts)
+    beyond = (4 - setup.width) * sum(m.outputs for m in shape.adapted(setup.lora_targets, experts)) * setup.dora
+    return setup.width * (adapters + saved.layer_parameters(shape, setup.modules_to_save)) + beyond
 
 
 def _rotary_sets(shape: ModelShape) -> int:

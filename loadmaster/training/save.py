@@ -17,7 +17,7 @@ from torch import nn
 from loadmaster.errors import TrainingFailed
 from loadmaster.models.adapters import save_trained, trainable
 from loadmaster.models.forward import causal_lm
-from loadmaster.models.shards import Checkpoint
+from loadmaster.models.shards import Checkpoint, saved_name
 from loadmaster.training.placement import Placed
 from loadmaster.training.world import World
 
@@ -35,6 +35,9 @@ def write_trained(model: nn.Module, folder: Path, placed: Placed, world: World, 
         save_trained(model, folder)
     elif sharded and adapter:
         gathered = {name: placed.whole(parameter) for name, parameter in trainable(model)}
+        first = {parameter: name for name, parameter in trainable(model)}
+        shared = model.named_parameters(remove_duplicate=False)  # a tied head's copy is its embedding's
+        gathered |= {name: gathered[first[parameter]] for name, parameter in shared if parameter in first}
         if world.lead:
             model.save_pretrained(str(folder), state_dict=gathered)
     elif sharded:
@@ -93,7 +96,7 @@ def _different(model: nn.Module, folder: Path, placed: Placed, strict: bool) -> 
     written, found = Checkpoint(folder), []
     compared = 0
     for name, parameter in trainable(model):
-        saved = name.replace(".default.", ".") if hasattr(model, "peft_config") else name
+        saved = saved_name(name) if hasattr(model, "peft_config") else name
         if saved not in written:
             found += [name] if strict else []
             continue

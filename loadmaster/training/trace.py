@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from loadmaster.config.schema import Job, PreferenceConfig
 from loadmaster.data import MicroBatch
 from loadmaster.errors import ConfigError, Problem
+from loadmaster.models.adapters import saved_modules
 from loadmaster.models.attention import PACKED
+from loadmaster.models.dora import run_by_norms
 from loadmaster.models.float8 import train_in_fp8
 from loadmaster.models.forward import token_losses
 from loadmaster.models.frozen import freeze_linears, frozen_form
@@ -82,6 +84,7 @@ def traced_setup(job: Job, plan: Plan) -> Setup:
         checkpointing=plan.activation_checkpointing, micro_batch_size=plan.micro_batch_size,
         sequence_length=plan.sequence_length, lora_rank=job.lora.rank, lora_dropout=job.lora.dropout,
         lora_targets=tuple(targets) if isinstance(targets, list) else targets, objective=job.objective,
+        modules_to_save=tuple(job.lora.modules_to_save), dora=job.lora.dora,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
     )  # fmt: skip
 
@@ -104,6 +107,8 @@ def traced_peaks(
     targets: Any = "all-linear",
     precision: str = "bf16",
     dropout: float = 0.0,
+    modules_to_save: tuple[str, ...] = (),
+    dora: bool = False,
 ) -> list[int]:
     """For each case the peak bytes of one micro-batch, besides weights and the gradients that were there before.
 
@@ -111,7 +116,7 @@ def traced_peaks(
     """
     targets = tuple(targets) if isinstance(targets, list) else targets
     setup = Setup(method=method, precision=precision, optimizer="adamw", master_weights=True, lora_rank=rank,
-                  lora_targets=targets, lora_dropout=dropout)  # fmt: skip
+                  lora_targets=targets, lora_dropout=dropout, modules_to_save=modules_to_save, dora=dora)  # fmt: skip
     model = with_trained_part(_meta_model(config, DTYPES[precision]), setup)
     return [_traced_peak(model, case) for case in cases]
 
@@ -127,11 +132,13 @@ def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:
 
         targets = list(setup.lora_targets) if isinstance(setup.lora_targets, tuple) else setup.lora_targets
         lora = LoraConfig(r=setup.lora_rank, lora_dropout=setup.lora_dropout, target_modules=targets,
-                          task_type="CAUSAL_LM")  # fmt: skip
+                          task_type="CAUSAL_LM", use_dora=setup.dora,
+                          **saved_modules(model, setup.modules_to_save))  # fmt: skip
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(DTYPES[setup.precision])
+        run_by_norms(model)
     return model
 
 

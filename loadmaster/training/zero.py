@@ -97,14 +97,17 @@ class Zero(Strategy):
 
         return with_adapter(base, add)
 
-    def _fill(self, loss: nn.Module, config: dict[str, Any]) -> None:
-        """zero3: a decoder layer at a time is whole on each rank, as it is read, and cut; then what is left."""
+    def _fill(self, loss: nn.Module, config: dict[str, Any], trained: Path | None = None) -> None:
+        """zero3: a decoder layer at a time is whole on each rank, as it is read, and cut; then what is left.
+
+        trained: the adapter's folder, where it was trained before.
+        """
         from loadmaster.models.shards import stream
 
         def cut(part: nn.Module) -> None:
             self.deepspeed.zero.Init(module=part, config_dict_or_path=config)
 
-        stream(loss.module, decoder_layers(loss), self.folder, self.dtype, self.world.device, cut)
+        stream(loss.module, decoder_layers(loss), self.folder, self.dtype, self.world.device, cut, trained)
         for buffer in loss.buffers():
             buffer.data = buffer.data.to(self.world.device)
         # The loss multiplies with the head by itself, so it has to be whole for as long as the loss runs.
@@ -194,7 +197,7 @@ class Zero(Strategy):
         loss = self.loss(model.requires_grad_(False))
         config = self._config(loss, [])
         config["zero_optimization"].pop("offload_optimizer", None)
-        self._fill(loss, config)
+        self._fill(loss, config, trained_folder if adapter else None)
         engine, *_ = self.deepspeed.initialize(model=loss, config=config)
         for name, parameter in engine.named_parameters():
             self._check_cut(name, parameter)

@@ -46,6 +46,17 @@ CASES = {
         ["data=ticket_pairs", "preference.desirable_weight=2"], "preference.desirable_weight", "objective=kto",
         ["data=ticket_pairs", "objective=kto", "preference.desirable_weight=2"],
     ),
+    "servers_load_no_whole_modules": (
+        ["lora.modules_to_save=[lm_head]", "export=adapter"], "lora.modules_to_save", "endpoint.serve_as=bf16",
+        ["lora.modules_to_save=[lm_head]", "export.formats=[adapter,bf16]"],
+    ),
+    "servers_load_no_dora": (
+        ["lora.dora=true", "method=lora", "export=adapter", "endpoint.serve_as=adapter"], "lora.dora",
+        "endpoint.serve_as=bf16", ["lora.dora=true", "method=lora", "export.formats=[adapter,bf16]"],
+    ),
+    "dora_reads_whole_weights": (
+        ["lora.dora=true", "method=qlora"], "lora.dora", "method=lora", ["lora.dora=true", "method=lora"],
+    ),
     "qlora_is_not_fp8": (["method=qlora", "precision=fp8"], "precision", "precision=bf16", ["method=qlora"]),
     "fp8_products_take_sixteens": (
         ["method=full", "precision=fp8", "hardware=h100_80gb_x1", "sequence_length=1000"], "sequence_length",

@@ -16,7 +16,7 @@ from loadmaster.endpoint.settings import model_options, volume_path
 from loadmaster.endpoint.sizing import traffic_of
 from loadmaster.errors import ConfigError, ExportRejected
 from loadmaster.export.answers import keep
-from loadmaster.export.manifest import write_manifest
+from loadmaster.export.manifest import adapter_reader, write_manifest
 from loadmaster.files import read_json
 
 CONFIG = {
@@ -286,6 +286,15 @@ def test_a_rank_that_is_not_allowed_gets_the_next_one_up():
     }  # fmt: skip
     assert model_options(manifest, "x", 512)["max-lora-rank"] == "128"
     assert choose({"adapter": {"bytes": 1}}, "auto") == "adapter"
+
+
+@pytest.mark.parametrize("serve_as", ["auto", "adapter"])
+def test_an_adapter_with_whole_modules_is_served_by_nobody(serve_as):
+    adapter = {"bytes": 1, "oldest_server": adapter_reader({"modules_to_save": ["lm_head"]})}
+    with pytest.raises(ConfigError, match=r"whole modules(.|\n)*bf16"):
+        choose({"adapter": adapter}, serve_as)
+    assert choose({"adapter": adapter, "bf16": {"bytes": 9}}, "auto") == "bf16"
+    assert adapter_reader({"modules_to_save": None})["vllm"]
 
 
 def test_a_format_that_was_not_exported_is_refused_with_those_that_were(run_dir):

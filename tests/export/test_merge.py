@@ -67,9 +67,11 @@ def test_merged_logits_of_the_real_model_equal_the_live_adapters_in_float32_and_
         {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 3}},
         {"target_modules": ["v_proj", "lm_head"]},
         {"target_modules": ["o_proj", "embed_tokens"]},
+        {"use_dora": True},
         {"target_modules": ["o_proj"], "modules_to_save": ["norm"]},
+        {"target_modules": ["o_proj"], "modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": True},
     ],
-    ids=["rslora", "patterns", "tied head", "tied embedding", "modules_to_save"],
+    ids=["rslora", "patterns", "tied head", "tied embedding", "dora", "modules_to_save", "whole embedding, tied"],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_kind_of_adapter_merges_to_the_live_logits(tiny32, tmp_path, options):
@@ -204,7 +206,7 @@ def test_without_an_adapter_the_trained_weights_are_copied_in_the_dtype_asked_fo
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_qalora": True}, "QA-LoRA"),
         ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "pissa"),
@@ -224,9 +226,17 @@ def test_a_refusal_says_what_would_work(tiny, tiny_adapter, tmp_path):
 
     shutil.copytree(tiny_adapter, tmp_path / "adapter")
     config = read_json(tmp_path / "adapter" / "adapter_config.json")
-    write_json(tmp_path / "adapter" / "adapter_config.json", {**config, "use_dora": True})
-    with pytest.raises(ExportRejected, match=r"DoRA(.|\n)*export\.formats=\[adapter\]"):
+    write_json(tmp_path / "adapter" / "adapter_config.json", {**config, "use_qalora": True})
+    with pytest.raises(ExportRejected, match=r"QA-LoRA(.|\n)*export\.formats=\[adapter\]"):
         read_adapter(tmp_path / "adapter")
+
+
+def test_dora_without_its_magnitudes_is_refused(tiny_adapter, tmp_path):
+    folder = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    config = read_json(folder / "adapter_config.json")
+    write_json(folder / "adapter_config.json", {**config, "use_dora": True})
+    with pytest.raises(ExportRejected, match="has no magnitudes"):
+        read_adapter(folder)
 
 
 def test_an_adapter_of_another_base_is_refused(tiny, tokenizer, tmp_path):

@@ -152,6 +152,7 @@ def test_blocks_are_those_that_hold_a_visible_pair(seed):
                 assert indices[0, 0, row, :count].tolist() == places[0, 0, row, :count].tolist()
 
 
+@pytest.mark.slow
 def test_one_compiled_kernel_serves_rows_of_every_length(monkeypatch):
     use_the_fused_way(monkeypatch)
     torch._dynamo.reset()

@@ -51,7 +51,7 @@ def test_packed_equals_unpacked_on_the_real_model(smollm2, tokenizer):
     together, count, gradients = losses_and_gradients(model, [packed(documents, padding=5)])
     apart, count_apart, gradients_apart = losses_and_gradients(model, [packed([d]) for d in documents])
     assert count == count_apart == sum(len(d) - 1 for d in documents)
-    assert together == pytest.approx(apart, rel=1e-9)
+    assert together == pytest.approx(apart, rel=1e-6)  # summed in float32
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, gradients_apart[name], rtol=1e-9, atol=1e-9, msg=name)
 

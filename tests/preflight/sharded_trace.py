@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from loadmaster.config.schema import OptimizerConfig
 from loadmaster.data import MicroBatch
 from loadmaster.models import shards
-from loadmaster.models.adapters import trainable
+from loadmaster.models.adapters import saved_modules, trainable
 from loadmaster.models.forward import SummedLoss
 from loadmaster.models.frozen import freeze_linears, frozen_form
 from loadmaster.models.recompute import checkpoint_activations
@@ -107,7 +107,7 @@ def counting(live: Sharded) -> Iterator[None]:
 
 def sharded_model(
     config: dict[str, Any], method: str, precision: str, checkpointing: str, mesh: Any, targets: Any,
-    reshard_after_forward: bool = True,
+    reshard_after_forward: bool = True, modules_to_save: tuple[str, ...] = (),
 ) -> tuple[FullyShard, nn.Module]:
     """The engine's strategy, and its model under its loss."""
     model = _meta_model(config)
@@ -117,7 +117,7 @@ def sharded_model(
         from peft import LoraConfig, get_peft_model
 
         names = targets if isinstance(targets, str) else list(targets)
-        lora = LoraConfig(r=16, target_modules=names, task_type="CAUSAL_LM")
+        lora = LoraConfig(r=16, target_modules=names, task_type="CAUSAL_LM", **saved_modules(model, modules_to_save))
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -141,6 +141,7 @@ def sharded_model(
 def sharded_peaks(
     config: dict[str, Any], method: str, precision: str, case: Case, world_size: int,
     targets: Any = "all-linear", replicas: int = 1, reshard_after_forward: bool = True, in_backward: bool = False,
+    modules_to_save: tuple[str, ...] = (),
 ) -> tuple[int, int]:  # fmt: skip
     """(bytes of one rank's weights and buffers, peak bytes of a step's micro-batches besides those).
 
@@ -149,7 +150,7 @@ def sharded_peaks(
     """
     with world_of(world_size, replicas) as mesh:
         engine, root = sharded_model(
-            config, method, precision, case.checkpointing, mesh, targets, reshard_after_forward
+            config, method, precision, case.checkpointing, mesh, targets, reshard_after_forward, modules_to_save
         )
         live = Sharded()
         batch = micro_batch(case)

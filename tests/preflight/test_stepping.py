@@ -61,7 +61,10 @@ def traced_peak(step, model, optimizer) -> int:
     return live.peak - before
 
 
-@pytest.mark.parametrize(("name", "precision"), [("adamw", "bf16"), ("adamw", "fp32"), ("adafactor", "bf16")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("adamw", "bf16"), ("adamw", "fp32"), pytest.param("adafactor", "bf16", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_replay_equals_a_trace(fused, family, name, precision) -> None:
     config = {**random_config(family, 1), "num_hidden_layers": 6}

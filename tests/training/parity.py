@@ -84,7 +84,9 @@ def run(case: dict[str, Any], world: World) -> None:
 
     out, validation = Path(case["out"]), rows(9, seed=1)
     optimizer = dataclasses.replace(JOB.optimizer, max_grad_norm=case.get("max_grad_norm", 0.5))
-    job = dataclasses.replace(JOB, max_steps=case["steps"], optimizer=optimizer)
+    kinds = {"modules_to_save": case.get("modules_to_save", []), "dora": case.get("dora", False)}
+    lora = dataclasses.replace(JOB.lora, **kinds)
+    job = dataclasses.replace(JOB, max_steps=case["steps"], optimizer=optimizer, lora=lora)
     seen: list[list[str]] = []
     split = loop.Session.split
 
@@ -115,15 +117,18 @@ def run(case: dict[str, Any], world: World) -> None:
     world.barrier()
     write_trained(session.model, folder, session.strategy.placed, world)
     (out / f"rows-{world.rank}.json").write_text(json.dumps(seen[2:]))  # the first two are the rehearsal's
+    figures = {
+        "train_loss": outcome.train_loss, "eval_loss": outcome.eval_loss, "recompilations": outcome.recompilations,
+    }  # fmt: skip
+    if case.get("evaluated"):  # read back from what was saved
+        world.barrier()
+        strategy, fixed_length = session.strategy, session.fixed_length
+        del session
+        model, loss = strategy.for_evaluation(Path(case["model"]), folder)
+        found = held_out(model, validation, 0, 1, world.device, loss, world, lambda: False, fixed_length)
+        figures["evaluated"] = found["loss"]
     if world.lead:
-        (out / "outcome.json").write_text(
-            json.dumps(
-                {
-                    "train_loss": outcome.train_loss, "eval_loss": outcome.eval_loss,
-                    "recompilations": outcome.recompilations,
-                }
-            )
-        )
+        (out / "outcome.json").write_text(json.dumps(figures))
 
 
 def main(path: str) -> None:

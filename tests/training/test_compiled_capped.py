@@ -23,8 +23,8 @@ def case(way: str, form: str | None, method: str, checkpointing: str, compiling:
 
 
 @pytest.mark.parametrize(("way", "form", "method", "checkpointing", "compiling"), [
-    case("documents", None, "lora", "selective", True),
-    case("fused", None, "lora", "selective", True),
+    case("documents", None, "lora", "selective", True, slow=True),
+    case("fused", None, "lora", "selective", True, slow=True),
     case("fused", None, "full", "full", False),
     case("documents", None, "full", "full", True, slow=True),
     case("documents", "nf4", "qlora", "offload", False, slow=True),

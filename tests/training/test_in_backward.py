@@ -40,7 +40,7 @@ def trained(tiny, folder, in_backward: bool, job=UNCLIPPED, **changed):
         pytest.param({"method": "lora"}, marks=pytest.mark.slow),
         pytest.param({"activation_checkpointing": "full"}, marks=pytest.mark.slow),
         pytest.param({"activation_checkpointing": "offload"}, marks=pytest.mark.slow),
-        {"precision": "bf16", "master_weights": True},
+        pytest.param({"precision": "bf16", "master_weights": True}, marks=pytest.mark.slow),
         {"precision": "bf16", "optimizer": "adamw_8bit"},
         pytest.param({"optimizer": "adafactor"}, marks=pytest.mark.slow),
         pytest.param({"compile": True}, marks=pytest.mark.slow),
