@@ -89,10 +89,15 @@ def compose_with(
 
 def _needs_hydra(config: DictConfig) -> bool:
     """Whether Hydra would do more with one job than compose it, which is all it does as shipped (conf/train.yaml)."""
-    hydra = config.hydra
-    logs = {hydra.runtime.choices[f"hydra/{kind}"] for kind in ("job_logging", "hydra_logging")}
-    more = hydra.callbacks or hydra.job.env_set or hydra.job.chdir or hydra.output_subdir or hydra.verbose
-    return bool(more) or hydra.run.dir != "." or logs != {"disabled"}
+    hydra = OmegaConf.to_container(config.hydra, resolve=False)
+    choices = hydra["runtime"]["choices"]
+    as_shipped = (
+        hydra["run"] == {"dir": "."} and hydra["mode"] in (None, RunMode.RUN, "RUN")
+        and all(choices.get(f"hydra/{kind}") == "disabled" for kind in ("job_logging", "hydra_logging"))
+    )  # fmt: skip
+    job = hydra["job"]
+    more = (hydra["callbacks"], job["env_set"], job["chdir"], hydra["output_subdir"], hydra["verbose"])
+    return not as_shipped or any(more)
 
 
 def composed(job: Job, origins: dict[str, str]) -> Composed:

@@ -38,6 +38,10 @@ NOT_INPUTS = (
 )  # fmt: skip
 
 
+SINCE: dict[str, Any] = {"lora.modules_to_save": [], "lora.dora": False, "optimizer.in_backward": "auto"}
+"""Fields that came after runs were hashed without them, with what those runs did: left out where they say that."""
+
+
 def job_hash(job: Job) -> str:
     """Hash of every field that shapes the trained weights; stable over machines, key order and versions of Python."""
     return stage_inputs_hash(job, "train")
@@ -49,6 +53,12 @@ def stage_inputs_hash(job: Job, stage: str) -> str:
     What only says how work is spread counts in the plan stage alone.
     """
     values = to_dict(job)
+    for name, before in SINCE.items():
+        section, field = name.split(".")
+        if values[section][field] == before:
+            del values[section][field]
+    if saved := values["lora"].get("modules_to_save"):  # a set: neither order nor repetition is another job
+        values["lora"]["modules_to_save"] = sorted(set(saved))
     names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_FIELDS[earlier]]
     names += SPREAD if stage == "plan" else ()
     return sha256_json({name: _value(values, name) for name in names})

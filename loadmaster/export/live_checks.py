@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from loadmaster.export import checks
 from loadmaster.export.weights import EMBEDDINGS, HEAD, read_tensor, tensor_files
+from loadmaster.models.dora import LEAST_NORM
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.frozen import FrozenLinear
 from loadmaster.models.spread import where_they_lie
@@ -154,7 +155,7 @@ def _delta(module: Any, weight: Tensor) -> Tensor:
         return delta
     delta += weight
     magnitudes = module.lora_magnitude_vector[adapter].weight.detach().float()
-    return delta * (magnitudes / delta.norm(dim=1))[:, None] - weight
+    return delta * (magnitudes / delta.norm(dim=1).clamp(min=LEAST_NORM))[:, None] - weight
 
 
 def _is_rounded(found: Tensor, exact: Tensor, except_share: float = 0.0) -> bool:

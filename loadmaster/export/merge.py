@@ -41,6 +41,7 @@ from loadmaster.export.weights import (
     ties_embeddings,
 )
 from loadmaster.files import read_json
+from loadmaster.models.dora import LEAST_NORM
 from loadmaster.models.frozen import FORMS
 
 PREFIX = "base_model.model."
@@ -123,7 +124,8 @@ class Delta:
         if self.magnitudes is None:
             return change.add_(weight)
         change += weight
-        return change.mul_((self.magnitudes[rows] / torch.linalg.vector_norm(change, dim=1))[:, None])
+        norms = torch.linalg.vector_norm(change, dim=1).clamp_(min=LEAST_NORM)
+        return change.mul_((self.magnitudes[rows] / norms)[:, None])
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,13 @@ def read_adapter(folder: Path) -> Adapter:
                 f"the adapter in {folder} contradicts itself: {module} has rank {rank} in adapter_model.safetensors "
                 f"and {said} in adapter_config.json, so its scale cannot be known. Take both from the same training."
             )
+    saved = {name.rpartition(".")[0] for name in replacements}
+    whole = config.get("modules_to_save") or []
+    if lost := [name for name in whole if not any(f".{module}".endswith(f".{name}") for module in saved)]:
+        raise ExportRejected(
+            f"the adapter in {folder} is incomplete: it was trained with {', '.join(lost)} whole, and has no such "
+            "tensors in adapter_model.safetensors."
+        )
     updates = {}
     for (module, embedding), sides in pairs.items():
         if set(sides) != {"A", "B"}:
@@ -295,6 +304,8 @@ class Merge:
             return weight.to(stored)
         delta = self.adapter.delta(name)
         _refuse_other_shape(name, delta.shape, base.shape)
+        if delta.magnitudes is not None:
+            _refuse_other_shape(f"magnitudes of {name}", delta.magnitudes.shape, base.shape[:1])
         merged = torch.empty(base.shape, dtype=stored)
         update = error = 0.0
         for rows in row_chunks(tuple(base.shape)):

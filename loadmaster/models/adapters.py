@@ -27,6 +27,8 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
         message = "takes norms of a base's weights, which are held in few bits here"
         remedy = "method=lora and precision=bf16, or lora.dora=false"
         raise ConfigError([Problem("lora.dora", True, "the recipe or command line", message, remedy)])
+    targets, saved = _targets(model, lora.targets), saved_modules(model, lora.modules_to_save)
+    _refuse_overlap(model, targets, saved.get("modules_to_save", []), lora)
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -37,9 +39,9 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
         use_rslora=lora.rank_stabilised,
         task_type="CAUSAL_LM",
         bias="none",
-        target_modules=_targets(model, lora.targets),
+        target_modules=targets,
         use_dora=lora.dora,
-        **saved_modules(model, lora.modules_to_save),
+        **saved,
     )
     dtype = model.get_output_embeddings().weight.dtype
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -135,6 +137,21 @@ def _targets(model: nn.Module, targets: str | list[str]) -> list[str] | str:
     if unknown:
         raise _wrong_targets(targets, f"names no linear layer of this model: {', '.join(unknown)}", kinds)
     return list(targets)
+
+
+def _refuse_overlap(model: nn.Module, targets: str | list[str], saved: Sequence[str], lora: LoraConfig) -> None:
+    """An expression may match the embedding or the head: DoRA is not made for them, nor is what is trained whole."""
+    if not isinstance(targets, str) or targets == "all-linear":
+        return
+    linear = set(_linear_names(model))
+    other = [name for name, _ in model.named_modules() if re.fullmatch(targets, name) and name not in linear]
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    both = [name for name in other if name in saved or (tied and saved)]
+    if both or (other and lora.dora):
+        message = f"matches {', '.join(both or other)}, " + (
+            "which lora.modules_to_save trains whole" if both else "where lora.dora has no rows to take norms of"
+        )
+        raise _wrong_targets(targets, message, sorted({name.rpartition(".")[2] for name in linear}))
 
 
 def _wrong_targets(value: object, message: str, kinds: list[str]) -> ConfigError:

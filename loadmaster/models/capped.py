@@ -16,13 +16,15 @@ What FlexAttention is known for, and what is done about it here:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from loadmaster.models.transfer import put
 
 BLOCK = 128
 """Tokens of a block; the preflight reads this number."""
@@ -90,7 +92,7 @@ def visible_blocks(bounds: list[int], windows: Iterable[int | None], device: tor
     block sees in part, and whole, and blocks that see a key block in part, and whole (BlockMask's own order).
     """
     sizes = torch.tensor([end - start for start, end in itertools.pairwise(bounds)])
-    documents = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes).to(device, non_blocking=True)
+    documents = put(torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes), device)
     first, last = documents[::BLOCK], documents[BLOCK - 1 :: BLOCK]
     place = torch.arange(len(first), device=device)
     back = place[:, None] - place[None, :]
@@ -154,16 +156,24 @@ def _compiled() -> Callable[..., Tensor]:
 # ---------------------------------------------------------------- exact, document by document
 
 
+def _pieces(bounds: list[int], window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(queries, the keys that they see) over all documents, BLOCK queries of one at a time: scores take N x BLOCK."""
+    for start, end in itertools.pairwise(bounds):
+        for first in range(start, end, BLOCK):
+            last = min(first + BLOCK, end)
+            yield slice(first, last), slice(start if window is None else max(start, first - window + 1), last)
+
+
 def _parts(
-    q: Tensor, k: Tensor, v: Tensor, start: int, end: int, scale: float, softcap: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, queries: slice, keys: slice, scale: float, softcap: float, window: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of one document, in fp32 or finer: q, k and v with a head for each of q's, tanh(scores / cap), who sees whom."""
+    """Of one piece, in fp32 or finer: q, k and v with a head for each of q's, tanh(scores / cap), who sees whom."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    query, key, value = (t[:, :, start:end].to(wide) for t in (q, k, v))
-    key, value = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (key, value))
-    place = torch.arange(end - start, device=q.device)
-    back = place[:, None] - place[None, :]
-    seen = (back >= 0) & (back < (end - start if window is None else window))
+    query = q[:, :, queries].to(wide)
+    key, value = (t[:, :, keys].to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    places = (torch.arange(part.start, part.stop, device=q.device) for part in (queries, keys))
+    back = next(places)[:, None] - next(places)[None, :]
+    seen = (back >= 0) if window is None else (back >= 0) & (back < window)
     return query, key, value, torch.tanh(query @ key.mT * (scale / softcap)), seen
 
 
@@ -173,12 +183,12 @@ def capped_attention(
 ) -> tuple[Tensor, Tensor]:
     """(output [1, H, N, D], logsumexp [1, H, N]) of q [1, H, N, D], k and v [1, H_kv, N, D]."""
     output, logsumexp = _outputs(q)
-    for start, end in itertools.pairwise(cu_seq_lens.tolist()):
-        _, _, value, bent, seen = _parts(q, k, v, start, end, scale, softcap, window)
+    for queries, keys in _pieces(cu_seq_lens.tolist(), window):
+        _, _, value, bent, seen = _parts(q, k, v, queries, keys, scale, softcap, window)
         scores = (softcap * bent).masked_fill_(~seen, -torch.inf)
         total = scores.logsumexp(-1, keepdim=True)
-        output[:, :, start:end] = (scores - total).exp_() @ value
-        logsumexp[:, :, start:end] = total.squeeze(-1)
+        output[:, :, queries] = (scores - total).exp_() @ value
+        logsumexp[:, :, queries] = total.squeeze(-1)
     return output, logsumexp
 
 
@@ -192,20 +202,21 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, output: Tensor, logsumexp: Tensor,
     scale: float, softcap: float, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """With T = tanh(scale Q K^T / cap) and P = exp(cap T - logsumexp), one document at a time:
+    """With T = tanh(scale Q K^T / cap) and P = exp(cap T - logsumexp), one piece of a document at a time:
 
     dV = P^T dO    dS = P (dO V^T - rowsum(dO O)) (1 - T^2)    dQ = scale dS K    dK = scale dS^T Q
     """
-    gradients = [torch.empty_like(t) for t in (q, k, v)]
-    for start, end in itertools.pairwise(cu_seq_lens.tolist()):
-        query, key, value, bent, seen = _parts(q, k, v, start, end, scale, softcap, window)
-        d_out, out = (t[:, :, start:end].to(query.dtype) for t in (grad, output))
-        p = (softcap * bent - logsumexp[:, :, start:end, None]).exp_().masked_fill_(~seen, 0)
+    d_q = torch.empty_like(q)
+    d_k, d_v = (torch.zeros_like(t, dtype=logsumexp.dtype) for t in (k, v))  # sums over pieces
+    for queries, keys in _pieces(cu_seq_lens.tolist(), window):
+        query, key, value, bent, seen = _parts(q, k, v, queries, keys, scale, softcap, window)
+        d_out, out = (t[:, :, queries].to(query.dtype) for t in (grad, output))
+        p = (softcap * bent - logsumexp[:, :, queries, None]).exp_().masked_fill_(~seen, 0)
         d_scores = p * (d_out @ value.mT - (d_out * out).sum(-1, keepdim=True)) * (1 - bent * bent)
-        parts = d_scores @ key * scale, d_scores.mT @ query * scale, p.mT @ d_out
-        for whole, part in zip(gradients, parts, strict=True):
-            whole[:, :, start:end] = part.unflatten(1, (whole.shape[1], -1)).sum(2)
-    return tuple(gradients)
+        d_q[:, :, queries] = d_scores @ key * scale
+        for whole, part in ((d_k, d_scores.mT @ query * scale), (d_v, p.mT @ d_out)):
+            whole[:, :, keys] += part.unflatten(1, (whole.shape[1], -1)).sum(2)
+    return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
 
 
 @_backward.register_fake

@@ -23,6 +23,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+LEAST_NORM = torch.finfo(torch.float32).tiny ** 0.5
+"""Of a row of zeros (a dead or padded channel), which stays one: whatever its magnitude is divided by, but not 0."""
+
 
 class Magnitudes:
     """Takes the place of peft's variant in a layer's forward pass; called with no dropout on the adapter's input."""
@@ -51,7 +54,7 @@ def row_norms(layer: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     a32, b32 = a.float(), b.float()
     crossed = nn.functional.linear(a, weight).t().float()
     both = 2 * scaling * crossed + scaling**2 * (b32 @ (a32 @ a32.t()))
-    return (squares + (b32 * both).sum(1)).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    return (squares + (b32 * both).sum(1)).clamp(min=0).sqrt().clamp(min=LEAST_NORM)
 
 
 def run_by_norms(model: nn.Module, folder: Path | None = None) -> None:

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from loadmaster.errors import LoadmasterError
 from loadmaster.models import capped
 from loadmaster.models.loss import summed_cross_entropy
+from loadmaster.models.transfer import put
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -71,33 +72,29 @@ def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
     trained = torch.nonzero(targets != -100).squeeze(-1)
     documents = torch.bucketize(trained, torch.tensor(bounds[1:-1]), right=True)
 
-    def put(tensor: Tensor) -> Tensor:
-        pinned = tensor.pin_memory() if device.type == "cuda" else tensor  # else the copy waits for the GPU's queue
-        return pinned.to(device, non_blocking=True)
-
     ids, positions = batch.input_ids.reshape(1, -1), batch.position_ids.reshape(1, -1)
     if capped.runs_fused(lm.config, device) and (extra := -bounds[-1] % capped.BLOCK):
         ids = pad(ids, (0, extra))  # a document of padding makes the last block whole
         positions = torch.cat([positions, torch.arange(extra)[None]], dim=1)
         bounds = [*bounds, bounds[-1] + extra]
-    cu_seq_lens = put(torch.tensor(bounds, dtype=torch.int32))
+    cu_seq_lens = put(torch.tensor(bounds, dtype=torch.int32), device)
     longest = torch.empty(max(2, *(end - start for start, end in itertools.pairwise(bounds))), 0, device=device)
     for varies in (cu_seq_lens, longest):  # from batch to batch, and compiled layers are not compiled anew for it
         torch._dynamo.mark_dynamic(varies, 0)
-    ids = put(ids)
+    ids = put(ids, device)
     alpha = getattr(lm, "neftune_alpha", 0.0) if lm.training else 0.0
     text = {"inputs_embeds": noisy(lm.get_input_embeddings()(ids), bounds, alpha)} if alpha else {"input_ids": ids}
     hidden = lm.get_decoder()(
         **text,
-        position_ids=put(positions),
+        position_ids=put(positions, device),
         use_cache=False,
         cu_seq_lens_q=cu_seq_lens,
         cu_seq_lens_k=cu_seq_lens,
         longest_document=longest,
         **capped.fused_inputs(lm.config, bounds, device),
     ).last_hidden_state[0]
-    trained = put(trained)
-    return hidden.index_select(0, trained), put(targets).index_select(0, trained), documents
+    trained = put(trained, device)
+    return hidden.index_select(0, trained), put(targets, device).index_select(0, trained), documents
 
 
 def noisy(embedded_NH: Tensor, bounds: list[int], alpha: float) -> Tensor:
@@ -108,7 +105,7 @@ def noisy(embedded_NH: Tensor, bounds: list[int], alpha: float) -> Tensor:
     lengths = torch.tensor([end - start for start, end in itertools.pairwise(bounds)])
     largest = (alpha / (lengths * embedded_NH.shape[-1]).sqrt()).repeat_interleave(lengths)
     noise = torch.empty_like(embedded_NH).uniform_(-1, 1)
-    return embedded_NH + noise * largest[None, :, None].to(noise, non_blocking=True)
+    return embedded_NH + noise * put(largest, noise.device)[None, :, None].to(noise.dtype)
 
 
 def token_losses(model: nn.Module, batch: Any) -> tuple[Tensor, int]:

@@ -33,6 +33,7 @@ from loadmaster.data import MicroBatch
 from loadmaster.models.adapters import without_adapter
 from loadmaster.models.forward import SummedLoss, causal_lm, document_bounds, logit_transform, trained_hidden
 from loadmaster.models.loss import CHUNK_TOKENS
+from loadmaster.models.transfer import put
 
 NEED_REFERENCE = ("dpo", "kto")
 """Objectives that compare with the model before training."""
@@ -266,7 +267,7 @@ class PreferenceLoss(nn.Module):
     def _unpaired(self, desirable_A: Tensor, ratios_A: Tensor, moved: Tensor) -> Tensor:
         """KTO's loss of answers with labels [A] on the host."""
         places = (torch.nonzero(side).squeeze(-1) for side in (desirable_A, ~desirable_A))
-        sides = [ratios_A[place.to(ratios_A.device, non_blocking=True)] for place in places]
+        sides = [ratios_A[put(place, ratios_A.device)] for place in places]
         rewards = [self.beta * side.detach().sum() for side in sides]
         counts = [ratios_A.new_tensor(len(side)) for side in sides]
         self.figures = F.pad(torch.stack([*counts, *rewards]), (FIGURES - 4, 0))

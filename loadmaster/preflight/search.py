@@ -14,9 +14,10 @@ from itertools import product
 from typing import Any
 
 from loadmaster.config.schema import Job
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import ConfigError
 from loadmaster.preflight.hardware import GIB, Hardware, priced
 from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
+from loadmaster.preflight.refusals import divisors, impossible_on_cpu, refuse
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
@@ -96,66 +97,6 @@ def closeness(candidate: Candidate) -> tuple[float, float]:
     return max(0.0, candidate.missing_gib), candidate.memory.needed_gib
 
 
-def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
-    """Written settings that no processor does; on a GPU the like is refused with the machines that could."""
-    where = "the job"
-    if job.precision in ("bf16", "fp8"):
-        message = "this runs on the CPU, which trains in fp32 here"
-        yield Problem("precision", job.precision, where, message, "precision=fp32 or auto, or hardware with a GPU")
-    if job.sharding not in ("auto", "none") and hardware.world_size == 1:
-        message = "one process on the CPU has nothing to share or shard"
-        yield Problem("sharding", job.sharding, where, message, "sharding=none or auto, or hardware.count=2")
-    if job.sharding == "none" and hardware.world_size > 1:
-        message = f"{hardware.world_size} processes would each train a model of their own"
-        yield Problem("sharding", "none", where, message, "sharding=ddp, fsdp or auto, or hardware.count=1")
-    rows = job.batch.global_size
-    if rows % hardware.world_size:
-        message = f"does not divide over {hardware.world_size} processes"
-        works = f"batch.global_size={math.ceil(rows / hardware.world_size) * hardware.world_size}"
-        yield Problem("batch.global_size", rows, where, message, works)
-
-
-def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
-    """What was written and cannot work on this hardware, whatever its memory."""
-    if job.precision == "fp8" and not hardware.has_fp8:
-        yield f"precision=fp8: {hardware.label} has no fp8 matrix units (compute capability 8.9 or later has); use bf16"
-    if job.precision == "fp8" and job.method == "auto" and set(job.plan.methods) == {"qlora"}:
-        yield "precision=fp8 is for method=lora or full, which plan.methods leaves out; use bf16"
-    if shape.experts and job.method != "full" and job.lora.targets == "all-linear":
-        # peft takes the router and the 3-D tensors of the experts for linears, at several times the adapter's size.
-        yield (
-            f"lora.targets=all-linear: {shape.name} is a mixture of experts, whose expert tensors get adapters that no "
-            "plan counts; use lora.targets=[q_proj,k_proj,v_proj,o_proj], or method=full"
-        )
-    world, rows = hardware.world_size, job.batch.global_size
-    if job.sharding not in ("auto", "none") and world == 1:
-        yield f"sharding={job.sharding}: there is one GPU; use none or auto"
-    if job.sharding == "none" and world > 1:
-        yield f"sharding=none: there are {world} GPUs; use ddp, fsdp or auto"
-    if job.offload == "all" and job.sharding in ("none", "ddp", "zero1", "zero2"):
-        yield f"offload=all needs sharded weights; use sharding=fsdp or zero3 instead of {job.sharding}"
-    if job.offload == "all" and world == 1 and not hardware.is_cpu:
-        yield "offload=all: weights in host memory come to GPUs by shards, and there is one GPU; use optimizer or auto"
-    if rows % world:
-        yield f"batch.global_size={rows} does not divide over {world} GPUs; use {math.ceil(rows / world) * world}"
-    elif job.optimizer.in_backward is True and job.micro_batch_size not in ("auto", rows // world):
-        yield (
-            f"optimizer.in_backward=true takes a step after each micro-batch, and batch.global_size={rows} is "
-            f"{rows // world} rows on each GPU; use micro_batch_size={rows // world}, "
-            f"or batch.global_size={job.micro_batch_size * world}"
-        )
-    elif job.micro_batch_size != "auto" and (rows // world) % job.micro_batch_size:
-        works = ", ".join(map(str, divisors(rows // world)))
-        yield (
-            f"micro_batch_size={job.micro_batch_size} does not divide the {rows // world} rows that each GPU has of "
-            f"batch.global_size={rows}; these do: {works}"
-        )
-
-
-def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
 def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
     """Method, precision, optimizer and offload of each tier, most faithful first."""
     methods = job.plan.methods if job.method == "auto" else [job.method]
@@ -165,7 +106,8 @@ def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
         without = {"qlora"} if job.sequence_length % 16 == 0 else {"qlora", "full"}
         methods = [method for method in methods if method not in without] or methods
     if job.lora.dora:
-        methods = [method for method in methods if method != "qlora"] or methods
+        few_bits = {"qlora", "lora"} if job.precision == "fp8" else {"qlora"}
+        methods = [method for method in methods if method not in few_bits] or methods
     precision = job.precision if job.precision != "auto" else "fp32" if hardware.is_cpu else "bf16"
     for method in methods:
         for offload in offloads(job, method, hardware):

@@ -3,7 +3,7 @@
 All gradients are never there together, which of a full fine-tune in bf16 saves 2 bytes a parameter; the update is the
 same. It asks for three things. A step is one micro-batch, for a later one would find changed weights. The norm of all
 gradients is known only when most are gone, so they cannot be clipped. And a gradient that is not finite leaves out its
-own layer, not the whole step; a loss that is not finite leaves out all of them, as everywhere.
+own layer, on all ranks, not the whole step; where the loss is not a number, that is every layer.
 
 Whether a layer's gradients are finite is read on the host one layer later, so nothing waits for the GPU. Under
 fully_shard the hooks see each rank's shards after they were reduced (torch.distributed.fsdp calls them there).
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,8 @@ class BackwardOptimizer(TrainingOptimizer):
     def _arrived(self, index: int, _: Tensor) -> None:
         if self._lr is None:
             raise RuntimeError("gradients came before begin() said at which rate they are stepped")
+        if not self._missing[index]:
+            raise RuntimeError("a second micro-batch would find weights that the first one has stepped")
         self._missing[index] -= 1
         if not self._missing[index]:
             self._complete(index)
@@ -63,7 +66,7 @@ class BackwardOptimizer(TrainingOptimizer):
     @torch.no_grad()
     def _complete(self, index: int) -> None:
         gradients = [local(p.grad) for p in self.buckets[index].parameters if p.grad is not None]
-        before, self._waiting = self._waiting, (index, _Norm(gradients))
+        before, self._waiting = self._waiting, (index, _Norm(gradients, self.sum_over_shards if self.sharded else None))
         self._norms.append(self._waiting[1])
         self._step_waiting(before)
 
@@ -86,17 +89,19 @@ class BackwardOptimizer(TrainingOptimizer):
         self._step_waiting(self._waiting)
         squares = torch.stack([norm.squares for norm in self._norms]).sum()
         self._lr, self._norms, self._waiting = None, [], None
-        return (self.sum_over_shards(squares) if self.sharded else squares).sqrt()
+        return squares.sqrt()
 
     def step(self, lr: float) -> None:
         """Nothing is left to do: the backward pass and `clip` have stepped everything."""
 
 
 class _Norm:
-    """The sum of squares of some gradients, fp32, on its way to the host."""
+    """The sum of squares of some gradients, fp32, over all shards of them, on its way to the host."""
 
-    def __init__(self, gradients: list[Tensor]):
+    def __init__(self, gradients: list[Tensor], over_shards: Callable[[Tensor], Tensor] | None):
         self.squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
+        if over_shards is not None:
+            self.squares = over_shards(self.squares)
         self._here, self._event = self.squares, None
         if self.squares.is_cuda:
             self._here = torch.empty((), pin_memory=True)

@@ -175,5 +175,11 @@ def refuse_unbuilt(plan: Plan) -> None:
         for key, built in BUILT.items()
         if getattr(plan, key) not in built
     ]
+    if plan.optimizer_in_backward and (
+        plan.gradient_accumulation_steps != 1 or plan.sharding not in ("none", "fsdp") or plan.offload != "none"
+    ):
+        message = "the optimizer steps in the backward pass of one micro-batch, with none or fsdp and without offload"
+        remedy = "gradient_accumulation_steps=1, sharding=none or fsdp, offload=none"
+        problems.append(Problem("optimizer_in_backward", True, "the plan (plan.json)", message, remedy))
     if problems:
         raise ConfigError(problems)

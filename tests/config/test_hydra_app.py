@@ -248,3 +248,32 @@ def test_a_callback_of_the_users_own_configuration_is_called(here: Path, capsys:
     finally:
         sys.path.remove(str(here))
     assert "callback called" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "hydra.run.dir='out/${hydra:job.name}'",
+        "hydra.job.chdir=${hydra:job.num}",
+        "hydra/hydra_logging=[disabled]",
+    ],
+)
+def test_hydras_own_settings_may_be_anything_that_hydra_takes(here: Path, override: str):
+    task = Recorder()
+    assert run_app(task, [override, "stop_after=plan"]) == 0
+    assert len(task.jobs) == 1
+
+
+def test_the_folders_of_a_sweep_may_name_its_jobs(here: Path):
+    task = Recorder()
+    assert run_app(task, ["-m", "seed=1,2", "hydra.run.dir='out/${hydra:job.num}'", "stop_after=plan"]) == 0
+    assert [composed.job.seed for composed in task.jobs] == [1, 2]
+
+
+def test_a_sweep_that_a_file_asks_for_is_one(here: Path):
+    (here / "conf" / "tracker").mkdir(parents=True)
+    own = "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}\n"
+    (here / "conf" / "tracker" / "multi.yaml").write_text(own)
+    task = Recorder()
+    assert run_app(task, ["tracker=multi", "stop_after=plan"]) == 0
+    assert [composed.job.seed for composed in task.jobs] == [1, 2]

@@ -59,3 +59,16 @@ def test_the_hash_does_not_depend_on_where_or_how_a_value_was_set(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert job_hash(job()) == here
     assert job_hash(Job()) == job_hash(Job())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "begins"), [("smoke", "328b970a"), ("lora_8b", "4295f40d"), ("full_8b", "d88ea3d4")]
+)
+def test_runs_made_before_a_field_existed_are_gone_on_with(recipe: str, begins: str):
+    """As version 0.1 hashed them on 2026-11-26; a recipe that is changed on purpose gets its new value here."""
+    assert job_hash(job(f"recipe={recipe}", "stop_after=plan")).startswith(begins)
+
+
+def test_modules_to_save_are_a_set():
+    hashes = {job_hash(job(f"lora.modules_to_save=[{names}]")) for names in ("norm,lm_head", "lm_head,norm,norm")}
+    assert len(hashes) == 1 and job_hash(job()) not in hashes

@@ -5,8 +5,12 @@ The fused way is what a GPU runs, but for its kernel: FlexAttention's operator, 
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,7 +123,8 @@ def test_generation_keeps_the_cap(documents):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_operators_gradients_are_those_of_its_values(window):
+def test_the_operators_gradients_are_those_of_its_values(window, monkeypatch):
+    monkeypatch.setattr(capped, "BLOCK", 2)  # documents in several pieces
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 9, 4, dtype=torch.double, requires_grad=True) for heads in (4, 2, 2))
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
@@ -205,3 +210,36 @@ def test_what_attention_cannot_do_is_refused_at_load():
     with pytest.raises(LoadmasterError, match="gpt_oss has attention sinks"):
         refuse_unsupported(AutoModelForCausalLM.from_config(sinks, attn_implementation=PACKED))
     refuse_unsupported(gemma())
+
+
+MEMORY = """
+import resource, torch
+from transformers import AutoModelForCausalLM
+from loadmaster.models.forward import token_losses
+from tests.models.test_capped import model_of, packed
+model = model_of(num_attention_heads=8, num_key_value_heads=4)
+def peak(tokens):
+    token_losses(model, packed([list(range(1, 101)) * (tokens // 100)]))[0].backward()
+    model.zero_grad()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak(100)
+print(peak(4000) - before)
+"""
+
+
+def model_of(**changed):
+    return AutoModelForCausalLM.from_config(
+        Gemma2Config(**{**GEMMA_2.to_dict(), **changed}), attn_implementation=PACKED
+    )
+
+
+@pytest.mark.slow
+def test_a_long_document_takes_no_square_of_its_length():
+    """One matrix of scores of 4,000 tokens and 8 heads is 488 MiB in fp32; a step by pieces takes less than one."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 400

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from loadmaster.config.compose import compose
+from loadmaster.errors import ConfigError
 from loadmaster.preflight.hardware import find_hardware
 from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.memory import resident
@@ -63,3 +64,29 @@ def test_the_norms_of_every_pass_are_in_the_speed():
     seconds = [micro_batch_seconds(shape, hardware, each) for each in (with_norms, plain)]
     assert 1.05 < seconds[0] / seconds[1] < 1.5
 
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["method=lora", "offload=all"], "offload=auto"),
+        (["precision=fp8", "plan.methods=[lora,qlora]"], "fp8"),
+    ],
+)
+def test_what_would_cut_or_code_the_weights_is_refused(overrides, says):
+    with pytest.raises(ConfigError) as error:
+        compose(["recipe=auto", "model=llama3_1_8b", "hardware=h100_80gb_x8", "lora.dora=true", *overrides])
+    assert says in str(error.value)
+
+
+def test_fp8_leaves_full_fine_tuning_alone():
+    args = ["recipe=auto", "model=llama3_1_70b", "hardware=h100_80gb_x1", "lora.dora=true", "stop_after=plan"]
+    plan = make_plan(compose([*args, "precision=fp8"]).job, with_alternatives=False)
+    assert plan.method == "full" and not plan.fits
+
+
+def test_stepping_in_the_backward_pass_wants_shards_and_dora_none():
+    args = ["recipe=lora_8b", "hardware=a100_80gb_x1", "hardware.count=2", "lora.dora=true", "stop_after=plan"]
+    more = ["optimizer.in_backward=true", "optimizer.max_grad_norm=0"]
+    plan = make_plan(compose([*args, *more]).job, with_alternatives=False)
+    assert not plan.fits and "lora.dora" in plan.rejected[-1]["reason"]

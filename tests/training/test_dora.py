@@ -187,3 +187,37 @@ def test_a_base_held_in_few_bits_is_refused():
     with pytest.raises(ConfigError, match=r"lora\.dora"):
         make_trainable(model, "qlora", DORA.lora)
     assert token_losses(model, batch(1))[1] > 0
+
+
+def test_a_row_of_zeros_stays_one(tiny, tmp_path):
+    """A dead or padded channel has no direction to give a magnitude to."""
+    base = load_base(tiny, torch.float32, "cpu")
+    with torch.no_grad():
+        base.model.layers[0].mlp.gate_proj.weight[5:8] = 0
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer(tiny).save_pretrained(tmp_path / "base")
+    model = make_trainable(load_base(tmp_path / "base", torch.float32, "cpu"), "lora", DORA.lora)
+    with torch.no_grad():
+        shaken([(n, p) for n, p in trainable(model) if "lora_B" in n])
+        model.base_model.model.model.layers[0].mlp.gate_proj.lora_B["default"].weight[5:8] = 0
+        live = trained_logits(model.eval(), batch(1))[0]
+    adapter, target = tmp_path / "adapter", tmp_path / "merged"
+    write_trained(model, adapter, make_session(DORA, LORA, World(), 0, tiny).strategy.placed, World())
+    target.mkdir()
+    report = merge(tmp_path / "base", target, read_adapter(adapter), torch.float32)
+    write_config(tmp_path / "base", target, report.tied_embeddings)
+    merged = load_base(target, torch.float32, "cpu")
+    assert not merged.model.layers[0].mlp.gate_proj.weight[5:8].any()
+    with torch.no_grad():
+        torch.testing.assert_close(trained_logits(merged, batch(1))[0], live, rtol=1e-4, atol=1e-4)
+    trained = load_trained(tmp_path / "base", adapter, torch.float32, "cpu")
+    assert merged_weights(trained, [target], tmp_path / "base")[str(target)] == []
+
+
+def test_an_expression_that_matches_the_embedding_is_refused(tiny):
+    lora = dataclasses.replace(DORA.lora, targets=".*(embed_tokens|q_proj)")
+    with pytest.raises(ConfigError, match=r"matches model\.embed_tokens, where lora\.dora"):
+        make_trainable(load_base(tiny, torch.float32, "cpu"), "lora", lora)
+    saved = LoraConfig(rank=4, targets=".*(embed_tokens|q_proj)", modules_to_save=["embed_tokens"])
+    with pytest.raises(ConfigError, match=r"matches model\.embed_tokens, which lora\.modules_to_save"):
+        make_trainable(load_base(tiny, torch.float32, "cpu"), "lora", saved)

@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 
 from loadmaster.config.schema import OptimizerConfig
-from loadmaster.errors import TrainingFailed
+from loadmaster.errors import ConfigError, TrainingFailed
 from loadmaster.models.load import load_tokenizer
 from loadmaster.training.display import Display
 from loadmaster.training.in_backward import BackwardOptimizer
 from loadmaster.training.loop import train
 from loadmaster.training.metrics import read_metrics
-from loadmaster.training.session import make_session
+from loadmaster.training.session import make_session, refuse_unbuilt
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.world import World
 from tests.training.test_loop import JOB, PLAN, rows
@@ -101,6 +101,16 @@ def test_the_end_of_a_run_says_which_layers_were_stepped(tiny, tmp_path, monkeyp
     monkeypatch.setattr(loop, "make_session", spoilt)
     with pytest.raises(TrainingFailed, match="layers whose own gradients were finite were stepped"):
         trained(tiny, tmp_path, True)
+
+
+def test_a_second_micro_batch_in_a_step_is_an_error(tiny):
+    plan = dataclasses.replace(WHOLE, optimizer_in_backward=True)
+    session = make_session(UNCLIPPED, plan, World(), 0, tiny)
+    with pytest.raises(RuntimeError, match="second micro-batch"):
+        session.gradients(session.split([rows()[0]]) * 2, 100, 1e-3)
+    for changed in ({"gradient_accumulation_steps": 2}, {"sharding": "ddp"}, {"offload": "optimizer"}):
+        with pytest.raises(ConfigError, match="optimizer_in_backward"):
+            refuse_unbuilt(dataclasses.replace(plan, **changed))
 
 
 def test_gradients_without_a_rate_are_an_error(tiny):

@@ -9,11 +9,13 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loadmaster.config.schema import LoraConfig, OptimizerConfig
-from loadmaster.errors import ConfigError
+from loadmaster.errors import ConfigError, ExportRejected
+from loadmaster.export.merge import read_adapter
 from loadmaster.models import compiled, recompute
 from loadmaster.models.adapters import make_trainable, saved_modules, trainable, without_adapter
 from loadmaster.models.compiled import compile_layers
@@ -179,3 +181,12 @@ def test_compiled_and_checkpointed_they_learn_the_same(form, checkpointing, monk
         assert loss == pytest.approx(expected, rel=1e-6)
         for gradient, other in zip(gradients, others, strict=True):
             torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_lost_its_whole_modules_is_not_merged(tiny, tmp_path):
+    model = make_trainable(load_base(tiny, torch.float32, "cpu"), "lora", LoraConfig(rank=4, modules_to_save=["norm"]))
+    model.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if "lora_" in key}, file)
+    with pytest.raises(ExportRejected, match=r"trained with model\.norm whole"):
+        read_adapter(tmp_path)

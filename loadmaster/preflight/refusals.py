@@ -1,0 +1,73 @@
+"""What was written in a job and cannot work on some hardware, whatever its memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from loadmaster.config.schema import Job
+from loadmaster.errors import Problem
+from loadmaster.preflight.hardware import Hardware
+from loadmaster.preflight.shape import ModelShape
+
+
+def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
+    """Written settings that no processor does; on a GPU the like is refused with the machines that could."""
+    where = "the job"
+    if job.precision in ("bf16", "fp8"):
+        message = "this runs on the CPU, which trains in fp32 here"
+        yield Problem("precision", job.precision, where, message, "precision=fp32 or auto, or hardware with a GPU")
+    if job.sharding not in ("auto", "none") and hardware.world_size == 1:
+        message = "one process on the CPU has nothing to share or shard"
+        yield Problem("sharding", job.sharding, where, message, "sharding=none or auto, or hardware.count=2")
+    if job.sharding == "none" and hardware.world_size > 1:
+        message = f"{hardware.world_size} processes would each train a model of their own"
+        yield Problem("sharding", "none", where, message, "sharding=ddp, fsdp or auto, or hardware.count=1")
+    rows = job.batch.global_size
+    if rows % hardware.world_size:
+        message = f"does not divide over {hardware.world_size} processes"
+        works = f"batch.global_size={math.ceil(rows / hardware.world_size) * hardware.world_size}"
+        yield Problem("batch.global_size", rows, where, message, works)
+
+
+def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
+    """What was written and cannot work on this hardware, whatever its memory."""
+    if job.precision == "fp8" and not hardware.has_fp8:
+        yield f"precision=fp8: {hardware.label} has no fp8 matrix units (compute capability 8.9 or later has); use bf16"
+    if job.precision == "fp8" and job.method == "auto" and set(job.plan.methods) == {"qlora"}:
+        yield "precision=fp8 is for method=lora or full, which plan.methods leaves out; use bf16"
+    if shape.experts and job.method != "full" and job.lora.targets == "all-linear":
+        # peft takes the router and the 3-D tensors of the experts for linears, at several times the adapter's size.
+        yield (
+            f"lora.targets=all-linear: {shape.name} is a mixture of experts, whose expert tensors get adapters that no "
+            "plan counts; use lora.targets=[q_proj,k_proj,v_proj,o_proj], or method=full"
+        )
+    world, rows = hardware.world_size, job.batch.global_size
+    if job.sharding not in ("auto", "none") and world == 1:
+        yield f"sharding={job.sharding}: there is one GPU; use none or auto"
+    if job.sharding == "none" and world > 1:
+        yield f"sharding=none: there are {world} GPUs; use ddp, fsdp or auto"
+    if job.offload == "all" and job.sharding in ("none", "ddp", "zero1", "zero2"):
+        yield f"offload=all needs sharded weights; use sharding=fsdp or zero3 instead of {job.sharding}"
+    if job.offload == "all" and world == 1 and not hardware.is_cpu:
+        yield "offload=all: weights in host memory come to GPUs by shards, and there is one GPU; use optimizer or auto"
+    if job.optimizer.in_backward is True and job.lora.dora and job.method != "full" and world > 1:
+        yield "optimizer.in_backward=true goes with fsdp and lora.dora=true with ddp; set one of the two to false"
+    if rows % world:
+        yield f"batch.global_size={rows} does not divide over {world} GPUs; use {math.ceil(rows / world) * world}"
+    elif job.optimizer.in_backward is True and job.micro_batch_size not in ("auto", rows // world):
+        yield (
+            f"optimizer.in_backward=true takes a step after each micro-batch, and batch.global_size={rows} is "
+            f"{rows // world} rows on each GPU; use micro_batch_size={rows // world}, "
+            f"or batch.global_size={job.micro_batch_size * world}"
+        )
+    elif job.micro_batch_size != "auto" and (rows // world) % job.micro_batch_size:
+        works = ", ".join(map(str, divisors(rows // world)))
+        yield (
+            f"micro_batch_size={job.micro_batch_size} does not divide the {rows // world} rows that each GPU has of "
+            f"batch.global_size={rows}; these do: {works}"
+        )
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
