@@ -90,8 +90,9 @@ def serve_check(
             manifest = manifests[name]
             if name in reference["broken"]:
                 raise ExportRejected(f"it does not load: {reference['broken'][name]}")
-            if name == "adapter" and not manifest["oldest_server"]["vllm"]:
-                raise ExportRejected(f"no server loads it: {manifest['oldest_server']['because']}")
+            reader = manifest.get("oldest_server", {})
+            if name == "adapter" and reader.get("vllm", "any") is None:
+                raise ExportRejected(f"no server loads it: {reader['because']}")
             if name == "gguf":
                 exported_to = run_dir / "export" / name
                 return ask_llama_cpp(

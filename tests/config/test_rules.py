@@ -80,6 +80,11 @@ CASES = {
         ["sharding=zero3", "optimizer.name=adafactor", "hardware=h100_80gb_x8"], "optimizer.name", "sharding=fsdp",
         ["sharding=fsdp", "optimizer.name=adafactor", "hardware=h100_80gb_x8"],
     ),
+    "stepped_in_the_backward_pass": (
+        ["optimizer.in_backward=true", "optimizer.max_grad_norm=1"],
+        "optimizer.in_backward", "optimizer.max_grad_norm=0",
+        ["optimizer.in_backward=true", "optimizer.max_grad_norm=0"],
+    ),
     "zero3_gathers_module_by_module": (
         ["sharding=zero3", "compile=true", "hardware=h100_80gb_x8"], "sharding", "sharding=fsdp",
         ["sharding=zero2", "compile=true", "hardware=h100_80gb_x8"],
