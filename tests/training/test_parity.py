@@ -1,6 +1,7 @@
 """Real processes over gloo train as one process does: same losses, same gradient norms, same weights, same rows."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -212,6 +213,16 @@ def test_shards_are_stepped_in_the_backward_pass_as_after_it(runs, name):
         assert one["loss"] == other["loss"] and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=TOLERANCE)
     for key, tensor in weights(after).items():
         assert torch.equal(tensor, weights(runs / name)[key]), key
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_on_one_shard_leaves_the_layer_out_on_all(tmp_path, model):
+    spoiled = {**STEPPED[1], "model": str(model / "even"), "out": str(tmp_path / "out")}
+    spawn(tmp_path, "spoiled", [spoiled], 2, module="tests.training.stepped_rank")
+    ranks = [json.loads((tmp_path / "out" / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for found in ranks:
+        layers = {int(name.split("layers.")[1].split(".")[0]) for name in found["moved"] if "layers." in name}
+        assert layers == {0, 2} and not math.isfinite(found["norm"])
 
 
 @pytest.mark.slow
