@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from pathlib import Path
 
@@ -234,11 +235,13 @@ def lora_settings_have_an_adapter(job: Job, origins: Origins) -> Found:
     if job.method != "full":
         return
     method_file = _file(origin_of(origins, "method"))
-    for key in sorted(origins):
-        if key.startswith("lora.") and _file(origins[key]) in (COMMAND_LINE, method_file):
-            name = key.partition(".")[2]
-            remedy = f"leave out {key}, or method=lora"
-            yield key, getattr(job.lora, name, None), "has no effect: method=full has no adapter", remedy
+    said = [k for k in sorted(origins) if k.startswith("lora.") and _file(origins[k]) in (COMMAND_LINE, method_file)]
+    if len(said) >= len(dataclasses.fields(job.lora)):
+        return  # a run's own config.yaml, which has every field, used or not
+    for key in said:
+        name = key.partition(".")[2]
+        remedy = f"leave out {key}, or method=lora"
+        yield key, getattr(job.lora, name, None), "has no effect: method=full has no adapter", remedy
 
 
 @rule("lora.dora", "method", "precision", "lora.dropout", "sharding", "offload", "plan.methods")

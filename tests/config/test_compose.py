@@ -178,6 +178,13 @@ def test_an_edited_config_yaml_is_refused_with_its_line(here: Path):
     assert (problem.key, problem.origin, problem.remedy) == ("lora.rnk", f"{path}:4", "lora.rank: 3")
 
 
+def test_a_full_fine_tunes_own_configuration_is_read_again(here: Path):
+    """It has every field of lora, none of which was set by anybody."""
+    made = compose(["recipe=full_8b", "stop_after=plan"])
+    (here / "config.yaml").write_text(yaml.safe_dump(made.resolved, sort_keys=False))
+    assert read_job(here / "config.yaml").job == made.job
+
+
 COLD = """
 import json, sys, time
 import loadmaster.config.hydra_app
