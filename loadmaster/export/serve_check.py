@@ -33,6 +33,7 @@ from loadmaster.export.room import beside_weights
 from loadmaster.export.serve_client import Client
 from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, log_probability_figures
 from loadmaster.export.serve_environment import LLAMA_CPP, environment_python, server_python
+from loadmaster.export.serve_fp8 import refuse_slow_fp8
 from loadmaster.export.serve_llama_cpp import ask_llama_cpp
 from loadmaster.export.serve_run import Servers
 from loadmaster.export.table import storable
@@ -93,6 +94,8 @@ def serve_check(
             reader = manifest.get("oldest_server", {})
             if name == "adapter" and reader.get("vllm", "any") is None:
                 raise ExportRejected(f"no server loads it: {reader['because']}")
+            if python is None and name.startswith("fp8"):
+                refuse_slow_fp8(pythons["vllm"])
             if name == "gguf":
                 exported_to = run_dir / "export" / name
                 return ask_llama_cpp(
