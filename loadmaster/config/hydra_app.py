@@ -2,7 +2,7 @@
 
 Hydra reports one error at a time, as its own, and turns every failure into exit code 1. So the whole command
 (all jobs of a sweep) is composed and validated before Hydra starts, and the task's code is kept beside Hydra. One job
-is thereby composed already; Hydra would compose it twice more, which takes as long as the rest of a start.
+is thereby composed already; Hydra would compose it twice more.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from loadmaster.endpoint.plot import draw
 from loadmaster.endpoint.sizing import Sizing, size
 from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, Problem
 from loadmaster.export.answers import kept
-from loadmaster.export.manifest import NAME, OLDEST_SERVER, read_manifest
+from loadmaster.export.manifest import NAME, is_served, read_manifest
 from loadmaster.files import publish_folder, write_json, write_text
 
 HOST, PORT = "127.0.0.1", 8000
@@ -86,7 +86,7 @@ def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
     (An adapter is small on disk, but a server needs its base besides.) A GGUF is not for the servers that bundles
     are written for, nor is an adapter that no server loads as it is.
     """
-    unserved = {name for name in ("gguf", "adapter") if name in manifests and not _is_served(manifests[name], name)}
+    unserved = {name for name in ("gguf", "adapter") if name in manifests and not is_served(manifests[name], name)}
     if serve_as in unserved:
         why = manifests[serve_as]["oldest_server"]["because"]
         raise ConfigError([
@@ -111,11 +111,6 @@ def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
         ])  # fmt: skip
     whole = [name for name in servable if name != "adapter"] or servable
     return min(whole, key=lambda name: manifests[name]["bytes"])
-
-
-def _is_served(manifest: dict[str, Any], name: str) -> bool:
-    """Whether there is a server that loads this export."""
-    return manifest.get("oldest_server", OLDEST_SERVER[name])["vllm"] is not None
 
 
 def sized(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> tuple[Sizing | None, str]:

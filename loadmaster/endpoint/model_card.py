@@ -7,6 +7,7 @@ import shlex
 from typing import Any
 
 from loadmaster.endpoint import readme, settings
+from loadmaster.export.manifest import is_served
 from loadmaster.export.table import COLUMNS, row
 
 HOST, PORT = "127.0.0.1", 8000
@@ -22,7 +23,7 @@ def model_card(manifest: dict[str, Any], repository: str, job: dict[str, Any], l
     format_name, plan = manifest["format"], manifest.get("plan") or {}
     context = job.get("sequence_length") or plan.get("sequence_length") or 2048
     name = repository.rpartition("/")[2]
-    if format_name == "gguf" or manifest["oldest_server"]["vllm"] is None:
+    if not is_served(manifest, format_name):
         command = None
     else:
         command = shlex.join(settings.vllm_command(settings.model_options(manifest, repository, context), HOST, PORT))

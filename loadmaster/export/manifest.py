@@ -85,6 +85,11 @@ def adapter_reader(config: dict[str, Any]) -> dict[str, Any]:
     return {"vllm": None, "because": because, "source": "PEFTHelper of vllm 0.33.0"}
 
 
+def is_served(manifest: dict[str, Any], format_name: str) -> bool:
+    """Whether vLLM loads this export as it is; a manifest that does not say is taken for its format's usual."""
+    return manifest.get("oldest_server", OLDEST_SERVER[format_name])["vllm"] is not None
+
+
 def max_lora_rank(rank: int) -> int:
     """--max-lora-rank for an adapter of this rank."""
     return next((allowed for allowed in LORA_RANKS if allowed >= rank), rank)

@@ -27,7 +27,7 @@ from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export.harness import Asked, Harness
 from loadmaster.export.harness import failures as task_failures
 from loadmaster.export.manifest import NAME as MANIFEST
-from loadmaster.export.manifest import read_manifest
+from loadmaster.export.manifest import is_served, read_manifest
 from loadmaster.export.process import run_step, timeout_s
 from loadmaster.export.room import beside_weights
 from loadmaster.export.serve_client import Client
@@ -91,9 +91,8 @@ def serve_check(
             manifest = manifests[name]
             if name in reference["broken"]:
                 raise ExportRejected(f"it does not load: {reference['broken'][name]}")
-            reader = manifest.get("oldest_server", {})
-            if name == "adapter" and reader.get("vllm", "any") is None:
-                raise ExportRejected(f"no server loads it: {reader['because']}")
+            if name == "adapter" and not is_served(manifest, name):
+                raise ExportRejected(f"no server loads it: {manifest['oldest_server']['because']}")
             if python is None and name.startswith("fp8"):
                 refuse_slow_fp8(pythons["vllm"])
             if name == "gguf":

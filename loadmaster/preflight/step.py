@@ -168,8 +168,8 @@ def _forward(b: Blocks, middle: _Middle):
     _stepped_alone(b, tape.leaves[-1:] if norm.node is not None else [])
     x = b.norm(x, norm, b.n)
     # The decoder's own variables last as long as it runs. An input that goes to the host and needs no gradient stays.
-    stays = embedded.storage if b.setup.checkpointing == "offload" and not tape.needs(embedded) else None
-    stays = stays if tape.enabled else None
+    here = tape.enabled and b.setup.checkpointing == "offload" and not tape.needs(embedded)
+    stays = embedded.storage if here else None
     del weights, layer, rotary, positions, ids, embedded
     rows = b.setup.tokens - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = gather(b, b.slice(x, 1.0), rows)

@@ -22,7 +22,6 @@ def adafactor_bytes(elements: Iterable[float], width: int) -> float:
     return max(((16 if width == 2 else 8) * now + 4 * before for before, now in pairwise((0, *elements))), default=0)
 
 
-
 class Stepping:
     def __init__(self, tape: Tape, setup: Setup):
         self.tape, self.width = tape, setup.width

@@ -33,7 +33,7 @@ from loadmaster.training.stop import StopSignal
 from loadmaster.training.world import World
 from tests.training.test_compiled import QWEN, SHAPE, batch, steps
 from tests.training.test_loop import JOB, PLAN, rows
-from tests.training.test_trainer_parity import documents_of
+from tests.training.test_trainer_parity import gradients_one_by_one
 
 LORA = dataclasses.replace(PLAN, method="lora")
 OPTIMIZER = OptimizerConfig(lr=1e-2, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.5)
@@ -75,12 +75,7 @@ def test_a_few_steps_are_pefts_and_torchs(tiny):
         ours = session.backward(session.split(picked), count).item()
         session.optimizer.clip(OPTIMIZER.max_grad_norm)
         session.optimizer.step(OPTIMIZER.lr)
-        theirs = 0.0
-        for document in (each for row in picked for each in documents_of(row)):
-            ids, labels = (torch.tensor([document[key]]) for key in ("input_ids", "labels"))
-            loss = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(count), use_cache=False).loss
-            loss.backward()
-            theirs += loss.item()
+        theirs = gradients_one_by_one(model, picked, count)
         torch.nn.utils.clip_grad_norm_([p for _, p in trainable(model)], OPTIMIZER.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

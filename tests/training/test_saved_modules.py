@@ -31,7 +31,7 @@ from loadmaster.training.stop import StopSignal
 from loadmaster.training.world import World
 from tests.training.test_compiled import SHAPE, batch, steps
 from tests.training.test_loop import JOB, PLAN, rows
-from tests.training.test_trainer_parity import documents_of
+from tests.training.test_trainer_parity import gradients_one_by_one
 
 LORA = dataclasses.replace(PLAN, method="lora")
 OPTIMIZER = OptimizerConfig(lr=1e-2, schedule="constant", warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=0.5)
@@ -84,13 +84,7 @@ def test_a_few_steps_are_pefts_and_torchs(tiny, untied, tied, names, pefts):
         ours = session.backward(session.split(picked), count).item()
         session.optimizer.clip(OPTIMIZER.max_grad_norm)
         session.optimizer.step(OPTIMIZER.lr)
-        theirs = 0.0
-        for row in picked:
-            for document in documents_of(row):
-                ids, labels = (torch.tensor([document[key]]) for key in ("input_ids", "labels"))
-                loss = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(count), use_cache=False).loss
-                loss.backward()
-                theirs += loss.item()
+        theirs = gradients_one_by_one(model, picked, count)
         clip_grad_norm_([p for _, p in trainable(model)], OPTIMIZER.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

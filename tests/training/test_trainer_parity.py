@@ -42,6 +42,17 @@ def documents_of(row) -> list[dict]:
     ]
 
 
+def gradients_one_by_one(model, rows: list, count: int) -> float:
+    """The step's loss, and its gradients in the model, as transformers computes them of each document by itself."""
+    total = 0.0
+    for document in (each for row in rows for each in documents_of(row)):
+        ids, labels = (torch.tensor([document[key]]) for key in ("input_ids", "labels"))
+        loss = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(count), use_cache=False).loss
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 def padded(steps: list[list[dict]]) -> dict:
     """One optimizer step's documents, each a row of its own, padded at the right under a mask."""
     (documents,) = steps
