@@ -20,6 +20,11 @@ if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # while modules load the
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while modules load ends it without a word
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from loadmaster import collector
+
+if __name__ == "__main__":  # before what takes long to import
+    collector.pause()
+
 from loadmaster.config.compose import Composed
 from loadmaster.config.hydra_app import run_app
 

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from loadmaster import __version__
+from loadmaster import __version__, collector
 from loadmaster.config.fields import nearest
 from loadmaster.config.schema import STAGES
 from loadmaster.config.show import show_error
@@ -44,6 +44,8 @@ STAGE_HELP = {
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments, overrides = _parser().parse_known_args(argv)
+    if arguments.run is not _stage:
+        collector.resume()
     try:
         return arguments.run(arguments, overrides)
     except (LoadmasterError, StoppedOnRequest) as error:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from loadmaster import collector
 from loadmaster.config.compose import Composed
 from loadmaster.config.jobhash import job_hash, stage_inputs_hash
 from loadmaster.config.schema import STAGES, Job
@@ -67,6 +68,7 @@ def run_elsewhere(composed: Composed, console: Console) -> int:
     """The same on a rented machine; returns the job's exit code."""
     from loadmaster.launch import launch_job
 
+    collector.resume()
     try:
         return launch_job(composed, console, tokens=dataset_tokens(composed.job))
     except (LoadmasterError, StoppedOnRequest) as error:
@@ -98,6 +100,7 @@ class Pipeline:
                 if stage == self.job.stop_after:
                     break
                 if stage == "plan":
+                    collector.resume()
                     self.stop.limit(self._deadline())
                 if self.stop.requested:
                     raise StoppedOnRequest(f"{self.stop.message} (after the stage {stage})")

@@ -82,7 +82,7 @@ def own() -> Wheel:
     info = f"loadmaster-{loadmaster.__version__}.dist-info"
     files[f"{info}/METADATA"] = _metadata().encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: loadmaster\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    files[f"{info}/entry_points.txt"] = b"[console_scripts]\nloadmaster = loadmaster.cli:main\n"
+    files[f"{info}/entry_points.txt"] = b"[console_scripts]\nloadmaster = loadmaster.__main__:main\n"
     record = [f"{name},sha256={_digest(content)},{len(content)}" for name, content in sorted(files.items())]
     files[f"{info}/RECORD"] = "".join(f"{line}\n" for line in [*record, f"{info}/RECORD,,"]).encode()
     buffer = io.BytesIO()

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def breakable(text: str) -> Markup:
     return Markup(escape(visible(text)).replace(",", Markup(",<wbr>")))
 
 
+@cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("loadmaster.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,

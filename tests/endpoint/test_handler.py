@@ -82,7 +82,8 @@ def test_messages_prompts_and_openai_routes_are_answered(worker, server) -> None
     assert run(worker, {"openai_route": "/health"}) == [{"healthy": True}]
 
 
-def test_a_stream_comes_in_whole_events_with_whole_characters(worker) -> None:
+def test_a_stream_comes_in_whole_events_with_whole_characters(worker, server) -> None:
+    server.seconds_a_word = 0.05  # or a busy machine reads all of it at once
     pieces = run(worker, {**CHAT, "stream": True})
     assert len(pieces) > 1 and all(piece.endswith("\n\n") for piece in pieces)
     events = [line.removeprefix("data: ") for line in "".join(pieces).split("\n\n") if line]

@@ -1,0 +1,18 @@
+"""`loadmaster`, and `python -m loadmaster`."""
+
+from __future__ import annotations
+
+import sys
+
+from loadmaster import collector
+
+
+def main() -> int:
+    collector.pause()
+    from loadmaster.cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""Python's collector of cycles, off while a command starts and plans: what is made then stays until the end.
+
+It would walk over half a million objects of imported modules again and again: a fifth of the time of a plan.
+"""
+
+from __future__ import annotations
+
+import gc
+
+
+def pause() -> None:
+    """For an entry point alone, before its imports; whoever goes on to long work calls `resume`."""
+    gc.disable()
+
+
+def resume() -> None:
+    """Collect again, but never among what was there before. Does nothing where nobody paused."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
