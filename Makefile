@@ -8,6 +8,8 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH_INDEX ?=
 RUN = $(VENV)/bin/python
+# A file's tests share what was made for them, so they stay in one process.
+TESTS = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup smoke test test-slow lint docs clean
 
@@ -25,10 +27,10 @@ smoke: setup
 	$(RUN) train.py
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
+	$(TESTS) -m "not slow"
 
 test-slow: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
+	$(TESTS) -m slow
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -17,18 +17,26 @@ import pytest
 # A shell ignores SIGINT for what it runs in the background, and processes inherit that: Ctrl-C would go untested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = (
-    "tests/export/test_serve_check.py", "tests/test_smoke.py", "tests/launch/test_handover_served.py",
-    "tests/training/test_parity.py", "tests/export/test_candidates.py", "tests/export/test_harness.py",
-    "tests/training/test_hostile.py", "tests/test_readme.py", "tests/test_pipeline.py", "tests/test_preemption.py",
-)  # fmt: skip
-"""Slow files that take the longest, from 20 minutes to 3: begun first, so that none is left alone at the end."""
+LONGEST = {
+    "slow": (
+        "tests/export/test_serve_check.py", "tests/test_smoke.py", "tests/launch/test_handover_served.py",
+        "tests/training/test_parity.py", "tests/export/test_candidates.py", "tests/export/test_harness.py",
+        "tests/training/test_hostile.py", "tests/test_readme.py", "tests/test_pipeline.py", "tests/test_preemption.py",
+    ),
+    "not slow": (
+        "tests/test_pipeline.py", "tests/preflight/test_replay.py", "tests/launch/test_launch_job.py",
+        "tests/export/test_broken.py", "tests/test_preemption.py", "tests/export/test_spread.py",
+        "tests/test_readme.py", "tests/export/test_stage.py", "tests/training/test_compiled.py",
+        "tests/launch/test_ends.py", "tests/launch/test_deploy.py", "tests/export/test_serve_check.py",
+    ),
+}  # fmt: skip
+"""Files that take the longest, by what is run: begun first, so that none is left alone at the end."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.markexpr == "slow":
-        place = {config.rootpath / file: number for number, file in enumerate(LONGEST)}
-        items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+    longest = LONGEST.get(config.option.markexpr, ())
+    place = {config.rootpath / file: number for number, file in enumerate(longest)}
+    items.sort(key=lambda item: place.get(item.path, len(longest)))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 
 MOST_POINTS = 800
 """More are averaged in bins: a screen shows no more, and the page stays small."""
@@ -38,21 +39,21 @@ class Key:
 class Curve:
     """One chart: a measured series over optimizer steps, and what it is to be seen against.
 
-    x, y: step and value of the main series. others: label -> (steps, values), few points, drawn with marks.
-    lines: label -> value, drawn as a dashed level. missing: steps without a value (skipped), marked on the axis.
+    x, y: step and value of the main series. others: (label, steps, values), few points, drawn with marks.
+    lines: (label, value), drawn as a dashed level. missing: steps without a value (skipped), marked on the axis.
     """
 
     title: str
     unit: str
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: tuple[float, ...]
+    y: tuple[float, ...]
     smooth: bool = True
     may_be_log: bool = False
     from_zero: bool = False
-    others: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
-    lines: dict[str, float] = field(default_factory=dict)
-    missing: Sequence[float] = ()
+    others: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...] = ()
+    lines: tuple[tuple[str, float], ...] = ()
+    missing: tuple[float, ...] = ()
 
     @property
     def is_smoothed(self) -> bool:
@@ -64,14 +65,18 @@ class Curve:
         main = [Key("raw", self.label), Key("line", "smoothed")] if self.is_smoothed else [
             Key("line", self.label)
         ]
-        others = [Key("points", label) for label in self.others] + [Key("dashed", label) for label in self.lines]
+        others = [Key("points", label) for label, *_ in self.others] + [Key("dashed", label) for label, _ in self.lines]
         skipped = [Key("skipped", "skipped step")] if len(self.missing) else []
         keys = [*main, *others, *skipped]
         return keys if len(keys) > 1 else []
 
 
+@lru_cache(maxsize=16)
 def draw(curve: Curve, width: int, height: int) -> str:
-    """The chart as an <svg> element of `width` x `height` CSS pixels that scales with its container."""
+    """The chart as an <svg> element of `width` x `height` CSS pixels that scales with its container.
+
+    Drawn once: the page is written after every stage, and most curves are as they were.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
@@ -101,9 +106,9 @@ def _plot(axes, curve: Curve) -> None:
         axes.plot(x, smoothed(y), color=FIRST, linewidth=2)
     else:
         axes.plot(x, y, color=FIRST, linewidth=2, marker="o" if len(y) == 1 else None, markersize=4)
-    for other_x, other_y in curve.others.values():
+    for _, other_x, other_y in curve.others:
         axes.plot(other_x, other_y, color=SECOND, linewidth=1.2, marker="o", markersize=5, markeredgecolor=PAGE)
-    for level in curve.lines.values():
+    for _, level in curve.lines:
         axes.axhline(level, color=THIRD, linewidth=1.4, dashes=(4, 3))
     if len(curve.missing):
         axes.plot(curve.missing, [0.02] * len(curve.missing), transform=axes.get_xaxis_transform(), linestyle="none",

@@ -30,13 +30,13 @@ class Chart:
 class CurvesSection:
     charts: list[Chart]
     steps: int
-    skipped: list[int]
+    skipped: tuple[int, ...]
 
 
 def curves_section(files: RunFiles) -> CurvesSection | None:
     if not files.metrics:
         return None
-    skipped = [row["step"] for row in files.metrics if "loss" in row and number(row["loss"]) is None]
+    skipped = tuple(row["step"] for row in files.metrics if "loss" in row and number(row["loss"]) is None)
     charts = [_chart(curve) for curve in curves_of(files, skipped) if len(curve.x)]
     return CurvesSection(charts, files.metrics[-1]["step"], skipped)
 
@@ -49,7 +49,7 @@ def _chart(curve: Curve) -> Chart:
     )
 
 
-def curves_of(files: RunFiles, skipped: Sequence[int]) -> list[Curve]:
+def curves_of(files: RunFiles, skipped: tuple[int, ...]) -> list[Curve]:
     metrics = files.metrics
     planned, clip = number(files.plan.get("tokens_per_second")), number(files.job("optimizer.max_grad_norm"))
     eval_x, eval_y = series(metrics, "eval_loss")
@@ -57,17 +57,17 @@ def curves_of(files: RunFiles, skipped: Sequence[int]) -> list[Curve]:
     clips = bool(clip) and bool(norm_y) and max(norm_y) > clip / 3
     return [
         Curve("Loss", "nats per token", "training, each step", *series(metrics, "loss"), missing=skipped,
-              others={"held-out": (eval_x, eval_y)} if eval_x else {}),
+              others=(("held-out", eval_x, eval_y),) if eval_x else ()),
         Curve("Learning rate", "at each step", "learning rate", *series(metrics, "lr"), smooth=False, from_zero=True),
         Curve("Throughput", "tokens/s", "measured", *series(metrics, "tokens_per_second"), smooth=False, from_zero=True,
-              lines={"planned": planned} if planned else {}),
+              lines=(("planned", planned),) if planned else ()),
         Curve("Gradient norm", "L2, before clipping", "each step", norm_x, norm_y, may_be_log=True,
-              lines={f"clipped above {clip:g}": clip} if clips and clip else {}),
+              lines=((f"clipped above {clip:g}", clip),) if clips and clip else ()),
     ]
 
 
-def series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+def series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Steps and finite values of one logged figure."""
     pairs = [(row["step"], number(row.get(key))) for row in metrics]
     known = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
-    return [step for step, _ in known], [value for _, value in known]
+    return tuple(step for step, _ in known), tuple(value for _, value in known)

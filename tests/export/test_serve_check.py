@@ -179,7 +179,8 @@ def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_
     run = Run(tmp_path, smollm2, adapter, tokenizer)
     data = DataConfig(path="shipped:tickets/validation.jsonl", validation=0.5)
     evaluation = EvaluationConfig(task="none", max_new_tokens=24)
-    run.job = replace(run.job, data=data, evaluation=evaluation, sequence_length=512)
+    export = replace(run.job.export, verification_rows=2)  # what the server says is held against files further down
+    run.job = replace(run.job, data=data, evaluation=evaluation, sequence_length=512, export=export)
     run.prepared = prepare(run.job, tokenizer, cache_dir=run.cache)
     run.export("bf16", "adapter", "fp8", "int4", "gguf")
     write_run_files(run)

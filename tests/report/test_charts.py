@@ -27,7 +27,8 @@ def test_smoothing_neither_lags_nor_moves_the_ends():
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, 1.0], [0.0] * 20, [1e-9, 1e6] * 20, [float(v) for v in range(20_000)]])
 def test_every_shape_of_series_can_be_drawn_small(values: list[float]):
-    curve = Curve("Gradient norm", "L2", "norm", range(1, len(values) + 1), values, may_be_log=True, from_zero=True)
+    steps = tuple(range(1, len(values) + 1))
+    curve = Curve("Gradient norm", "L2", "norm", steps, tuple(values), may_be_log=True, from_zero=True)
     svg = draw(curve, 300, 200)
     assert svg.startswith('<svg viewBox="0 0 300 200"') and svg.rstrip().endswith("</svg>")
     assert len(svg) < 150_000
