@@ -14,7 +14,8 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.zero import zero_bytes
 from tests.preflight.zero_run import RANK, SETTINGS, TOKENS
-from tests.training.test_parity import case, spawn
+from tests.training.test_parity import case
+from tests.training.worlds import spawn
 
 TOLERANCE = 0.05
 ABOVE = 0.06

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.test_parity import STEPS, TOLERANCE, case, metrics, model, spawn, weights  # noqa: F401  (a fixture)
+from tests.training.test_parity import STEPS, TOLERANCE, case, metrics, model, weights  # noqa: F401  (a fixture)
+from tests.training.worlds import spawn
 
 FP8 = {"precision": "fp8", "steps": STEPS}
 ONE = [case("qlora", "qlora", "none"), case("fp8", "lora", "none", **FP8)]

@@ -2,19 +2,15 @@
 
 import json
 import math
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.training.worlds import spawn
+
 STEPS = 20
 TOLERANCE = 1e-5
 
@@ -76,42 +72,6 @@ FOUR = [
     *zeros(4, "zero2", "zero3", model="odd"),
 ]
 """Four ranks cut rows of the odd model's matrices, so that one row is on two of them."""
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def spawn(
-    folder: Path, name: str, cases: list[dict], size: int, nodes: int = 1, module: str = "tests.training.parity"
-) -> None:
-    """Run the cases one after another in one world of `size` processes."""
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(cases))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        environment.pop(variable, None)
-    port, processes = free_port(), []
-    for rank in range(size):
-        place = {} if size == 1 else {
-            "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % (size // nodes)),
-            "LOCAL_WORLD_SIZE": str(size // nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-        command = [sys.executable, "-m", module, str(path)]
-        log = open(folder / f"{name}-{rank}.log", "w")  # noqa: SIM115 - the process writes to it
-        processes.append(
-            subprocess.Popen(command, env={**environment, **place}, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        )
-    try:
-        codes = [process.wait(timeout=900) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-    logs = "\n".join((folder / f"{name}-{rank}.log").read_text()[-3000:] for rank in range(size))
-    assert codes == [0] * size, logs
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.test_parity import TOLERANCE, case, metrics, model, spawn, weights  # noqa: F401  (a fixture)
+from tests.training.test_parity import TOLERANCE, case, metrics, model, weights  # noqa: F401  (a fixture)
+from tests.training.worlds import spawn
 
 STEPS = 10  # with an evaluation, and a checkpoint before
 TIED = {"modules_to_save": ["embed_tokens", "norm"], "steps": STEPS, "evaluated": True}

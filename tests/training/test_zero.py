@@ -14,7 +14,8 @@ from loadmaster.errors import ConfigError
 from loadmaster.training import flat, zero
 from loadmaster.training.flat import Cut, FlatPlaced
 from tests.training.parity import plan
-from tests.training.test_parity import case, model, spawn  # noqa: F401  (a fixture)
+from tests.training.test_parity import case, model  # noqa: F401  (a fixture)
+from tests.training.worlds import spawn
 
 SPREADS = [("zero1", "none"), ("zero2", "optimizer"), ("zero3", "all")]
 
