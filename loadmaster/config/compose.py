@@ -112,7 +112,7 @@ def read_job(path: Path) -> Composed:
     resolved = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     origins = {key: f"{path}:{line}" for key, line in lines_of(path)}
     checked = check(resolved, origins, {})
-    problems = checked.problems + broken_rules(checked.job, origins, checked.keys)
+    problems = checked.problems + broken_rules(checked.job, origins, checked.keys, by_hand=False)
     if problems:
         raise ConfigError(problems)
     return composed(checked.job, origins)
