@@ -22,7 +22,7 @@ from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from loadmaster.config.fields import fields
-from loadmaster.config.hydra_errors import explain
+from loadmaster.config.hydra_errors import explain, explain_section
 from loadmaster.config.hydra_sources import GROUP, PRIMARY, config_loader
 from loadmaster.config.origins import COMMAND_LINE, lines_of, origin_of, origins_of_files
 from loadmaster.config.overrides import Overrides, groups_of, read_overrides, reading_order
@@ -30,6 +30,10 @@ from loadmaster.config.rules import broken_rules
 from loadmaster.config.schema import Job
 from loadmaster.config.validate import MISSING, check, to_dict
 from loadmaster.errors import ConfigError, Problem
+
+NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
+"""Hydra's own `none`."""
+OUTPUT_FOLDER = "hydra:runtime.output_dir"
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def compose_with(
     if config is None:  # files that do not compose: what the command line says can be judged all the same
         config = _command_line_alone(given)
     origins |= dict.fromkeys(given.values, COMMAND_LINE)
-    resolved, unresolved = _plain(config, origins, job_number)
+    resolved, unresolved = resolve_all(config, origins, job_number)
     options = {group: loader.repository.get_group_options(group) for group in groups_of(loader)}
     checked = check(resolved, origins, options)
     found = unresolved + checked.problems
@@ -90,10 +94,9 @@ def compose_with(
 def _needs_hydra(config: DictConfig) -> bool:
     """Whether Hydra would do more with one job than compose it, which is all it does as shipped (conf/train.yaml)."""
     hydra = OmegaConf.to_container(config.hydra, resolve=False)
-    choices = hydra["runtime"]["choices"]
     as_shipped = (
         hydra["run"] == {"dir": "."} and hydra["mode"] in (None, RunMode.RUN, "RUN")
-        and all(choices.get(f"hydra/{kind}") == "disabled" for kind in ("job_logging", "hydra_logging"))
+        and hydra["job_logging"] == hydra["hydra_logging"] == NO_LOGGING
     )  # fmt: skip
     job = hydra["job"]
     more = (hydra["callbacks"], job["env_set"], job["chdir"], hydra["output_subdir"], hydra["verbose"])
@@ -112,7 +115,7 @@ def read_job(path: Path) -> Composed:
     resolved = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     origins = {key: f"{path}:{line}" for key, line in lines_of(path)}
     checked = check(resolved, origins, {})
-    problems = checked.problems + broken_rules(checked.job, origins, checked.keys)
+    problems = checked.problems + broken_rules(checked.job, origins, checked.keys, by_hand=False)
     if problems:
         raise ConfigError(problems)
     return composed(checked.job, origins)
@@ -132,14 +135,20 @@ def load(
         try:
             config = loader.load_configuration(config_name, overrides, run_mode=RunMode.RUN)
             defaults = loader.compute_defaults_list(config_name, overrides, RunMode.RUN).defaults
-            _name_recipe(config, [default.config_path or "" for default in defaults])
-            return config, origins_of_files(loader, defaults), problems
+            break
+        except (AttributeError, AssertionError, TypeError):  # Hydra's, of a hydra section that it did not expect
+            found = explain_section(loader, config_name, overrides)
+            if found is None:
+                raise
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            problem, culprit = explain(loader, error, config_name, overrides)
-            problems.append(problem)
-            if culprit is None:
-                return None, {}, problems
-            overrides.remove(culprit)
+            found = explain(loader, error, config_name, overrides)
+        problem, culprit = found
+        problems.append(problem)
+        if culprit is None:
+            return None, {}, problems
+        overrides.remove(culprit)
+    _name_recipe(config, [default.config_path or "" for default in defaults])
+    return config, origins_of_files(loader, defaults), problems
 
 
 def _name_recipe(config: DictConfig, paths: list[str]) -> None:
@@ -156,9 +165,12 @@ def _command_line_alone(given: Overrides) -> DictConfig:
     return config
 
 
-def _plain(config: DictConfig, origins: dict[str, str], job_number: int) -> tuple[dict[str, Any], list[Problem]]:
+def resolve_all(config: DictConfig, origins: dict[str, str], job_number: int) -> tuple[dict[str, Any], list[Problem]]:
     """Plain dict with every interpolation resolved, and a problem for each one that cannot be."""
     problems: list[Problem] = []
+
+    def written(node: DictConfig, name: Any) -> Any:
+        return OmegaConf.to_container(node, resolve=False).get(name)  # type: ignore[union-attr]
 
     def walk(node: DictConfig, prefix: str) -> dict[str, Any]:
         plain: dict[str, Any] = {}
@@ -176,12 +188,15 @@ def _plain(config: DictConfig, origins: dict[str, str], job_number: int) -> tupl
                 elif isinstance(value, Container):
                     value = OmegaConf.to_container(value, resolve=True)
                 plain[str(name)] = value
+                if OmegaConf.is_interpolation(node, name) and OUTPUT_FOLDER in written(node, name):
+                    message = "names a folder that Hydra makes only after the job was judged"
+                    remedy = "write the folder itself; ${hydra:run.dir} is what hydra.run.dir says"
+                    problems.append(Problem(key, written(node, name), origin_of(origins, key), message, remedy))
             except OmegaConfBaseException as error:
-                written = OmegaConf.to_container(node, resolve=False).get(name)  # type: ignore[union-attr]
                 reason = str(error).splitlines()[0].partition("interpolation: ")
                 message = f"cannot be resolved: {reason[2] or reason[0]}"
                 remedy = "write the value itself, or mend the ${...}"
-                problems.append(Problem(key, written, origin_of(origins, key), message, remedy))
+                problems.append(Problem(key, written(node, name), origin_of(origins, key), message, remedy))
         return plain
 
     with _hydra_config(config, job_number):

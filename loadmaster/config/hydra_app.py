@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from loadmaster.config.compose import Composed, compose_with, load, open_loader
+from loadmaster.config.compose import Composed, compose_with, load, open_loader, resolve_all
 from loadmaster.config.fields import nearest
 from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, main_folder
 from loadmaster.config.origins import COMMAND_LINE
@@ -46,23 +47,29 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
     if checked is not None and not checked.needs_hydra:
         return _end_of(task, checked)
     codes: list[int] = []
-    typed = sys.argv
+    typed, begun = sys.argv, False
 
     @hydra.main(version_base=VERSION_BASE, config_path=main_folder(), config_name=PRIMARY)
     def job(config: DictConfig) -> None:
+        nonlocal begun
+        begun = True
         sys.argv = typed  # reports quote the command as the user wrote it
         codes.append(_run_job(task, flags, checked))
         if codes[-1] == StoppedOnRequest.exit_code:  # the rest of a sweep is not started
             raise SystemExit(StoppedOnRequest.exit_code)
 
-    # What is left to go wrong in here is a defect, and its whole traceback belongs in the report of it.
+    # What goes wrong in a job is a defect, and its whole traceback belongs in the report of it.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # Overrides first: --info takes what follows it as its value.
     sys.argv = [typed[0], *for_hydra, *(a for a in arguments if a not in flags.overrides)]
     try:
         job()
     except SystemExit as ended:  # --help and the like, or a stop on request
-        codes.append(int(ended.code or 0))
+        codes.append(_code_of(ended))
+    except Exception as error:
+        if begun:
+            raise
+        codes.append(_refused_by_hydra(error, arguments))
     finally:
         sys.argv = typed
     return max(codes, default=0)
@@ -83,6 +90,9 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], 
     if flags.config_path is not None:
         message, remedy = "would take the place of all that loadmaster ships", "--config-dir adds to it"
         raise ConfigError([Problem("--config-path", flags.config_path, COMMAND_LINE, message, remedy)])
+    if flags.experimental_rerun is not None:
+        message, remedy = "would start an earlier job over", "the same command goes on where its run stopped"
+        raise ConfigError([Problem("--experimental-rerun", flags.experimental_rerun, COMMAND_LINE, message, remedy)])
     if problem := _contradiction(flags):
         raise ConfigError([problem])
     loader = open_loader(flags.config_dir)
@@ -91,7 +101,9 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], 
     given.problems += [_unknown_flag(argument) for argument in unknown]
     config_name = flags.config_name or PRIMARY
     if flags.help or flags.cfg or flags.info:  # only looking: values may still be missing or wrong
-        _, _, problems = load(loader, given, config_name)
+        config, origins, problems = load(loader, given, config_name)
+        if flags.resolve and config is not None:
+            problems += resolve_all(config, origins | dict.fromkeys(given.values, COMMAND_LINE), job_number=0)[1]
         if problems:
             raise ConfigError(reading_order(problems, arguments))
         return flags, given.for_hydra, None
@@ -136,6 +148,26 @@ def _end_of(task: Task, composed: Composed) -> int:
     except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return error.exit_code
+
+
+def _code_of(ended: SystemExit) -> int:
+    """As Python itself takes it: anything but a number is a text for stderr."""
+    if ended.code is None or isinstance(ended.code, int):
+        return ended.code or 0
+    print(ended.code, file=sys.stderr)
+    return 1
+
+
+def _refused_by_hydra(error: Exception, arguments: list[str]) -> int:
+    """Before a job begins Hydra works on its own settings alone, which loadmaster does not judge."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    found = re.search(r"full_key: (\S+)", str(error))
+    key = found[1] if found else "hydra"
+    origin = COMMAND_LINE if any(a.lstrip("+").startswith(key) for a in arguments) else "the recipe or command line"
+    message = f"Hydra stops at it: {lines[0].partition(', set env var')[0]}"
+    shown = ConfigError([Problem(key, None, origin, message, "mend this setting of Hydra's own, or leave it out")])
+    show_error(shown)
+    return shown.exit_code
 
 
 def _contradiction(flags: argparse.Namespace) -> Problem | None:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
 
 from loadmaster.config.fields import nearest, nearest_key
 from loadmaster.config.hydra_sources import GROUP
-from loadmaster.config.origins import COMMAND_LINE, file_of, line_of_default
+from loadmaster.config.origins import COMMAND_LINE, file_of, line_of_default, lines_of
 from loadmaster.config.overrides import groups_of, unknown_option
 from loadmaster.config.shipped import display_path
 from loadmaster.errors import Problem
@@ -48,7 +50,43 @@ def explain(
         line = _line_of_group(file, key[1]) if file else None
         remedy = f"override /{guess}: ..." if guess else "the groups are " + ", ".join(groups)
         return Problem(key[1], None, f"{origin}:{line}" if line else origin, "there is no such group", remedy), None
-    return Problem(path, None, origin, f"Hydra cannot compose it: {text}", "mend this file"), None
+    no_section = _no_section(loader, config_name, overrides)
+    return no_section or Problem(path, None, origin, f"Hydra cannot compose it: {text}", "mend this file"), None
+
+
+def explain_section(
+    loader: ConfigLoaderImpl, config_name: str, overrides: list[str]
+) -> tuple[Problem, str | None] | None:
+    """The same where Hydra only fell over its own section: a file in which it is none, else an override of it."""
+    if problem := _no_section(loader, config_name, overrides):
+        return problem, None
+    culprit = next((o for o in overrides if o.lstrip("+~").startswith("hydra.")), None)
+    if culprit is None:
+        return None
+    key, _, value = culprit.lstrip("+~").partition("=")
+    swept = key.startswith("hydra.sweeper.params")
+    remedy = "give what is swept itself: --multirun seed=1,2" if swept else "check the key and the value"
+    return Problem(key, value, COMMAND_LINE, "Hydra cannot set it", remedy), culprit
+
+
+def _no_section(loader: ConfigLoaderImpl, config_name: str, overrides: list[str]) -> Problem | None:
+    """The file that gives `hydra` a value."""
+    for file in _files(loader, config_name, overrides):
+        whole = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if isinstance(whole, dict) and not isinstance(whole.get("hydra", {}), dict):
+            line = dict(lines_of(file))["hydra"]
+            message, remedy = "is Hydra's own section and no value", "leave it out, or hydra: {run: {dir: FOLDER}}"
+            return Problem("hydra", None, f"{display_path(file)}:{line}", message, remedy)
+    return None
+
+
+def _files(loader: ConfigLoaderImpl, config_name: str, overrides: list[str]) -> list[Path]:
+    """Of the defaults list, as far as there is one."""
+    try:
+        defaults = loader.compute_defaults_list(config_name, overrides, RunMode.RUN).defaults
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return []
+    return [file for default in defaults if (file := file_of(loader, default.config_path or ""))]
 
 
 def _bad_yaml(error: yaml.MarkedYAMLError) -> Problem:

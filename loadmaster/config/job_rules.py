@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from pathlib import Path
 
@@ -228,7 +227,7 @@ def noise_is_for_answers(job: Job, origins: Origins) -> Found:
         yield "neftune_alpha", job.neftune_alpha, message, "neftune_alpha=0, or objective=sft"
 
 
-@rule("method", "lora.*")
+@rule("method", "lora.*", by_hand=True)
 def lora_settings_have_an_adapter(job: Job, origins: Origins) -> Found:
     """lora.* is not set beside method=full, which has no adapter. (A recipe's lora.* under a method=full given
     later on the command line is simply not used.)"""
@@ -236,8 +235,6 @@ def lora_settings_have_an_adapter(job: Job, origins: Origins) -> Found:
         return
     method_file = _file(origin_of(origins, "method"))
     said = [k for k in sorted(origins) if k.startswith("lora.") and _file(origins[k]) in (COMMAND_LINE, method_file)]
-    if len(said) >= len(dataclasses.fields(job.lora)):
-        return  # a run's own config.yaml, which has every field, used or not
     for key in said:
         name = key.partition(".")[2]
         remedy = f"leave out {key}, or method=lora"

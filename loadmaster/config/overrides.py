@@ -142,6 +142,9 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
         a_list = f"{key}=[{value}] for a list, or " if known and "list" in describe(known.annotation) else ""
         remedy = f"{a_list}add --multirun for one run each"
         return Problem(key, value, COMMAND_LINE, "several values, but this is a single run", remedy)
+    if override.is_sweep_override() and not override.is_discrete_sweep():
+        message = "is a range to search in, and a sweep here runs every one of the values that are listed"
+        return Problem(key, value, COMMAND_LINE, message, f"{key}=A,B,C, or {key}=range(START,STOP,STEP)")
     if override.package is not None and not loader.repository.group_exists(key):
         return Problem(f"{key}@{override.package}", value, COMMAND_LINE, f"there is no group {key}", _groups(loader))
     if not _is_group_choice(loader, override):

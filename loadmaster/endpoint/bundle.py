@@ -25,7 +25,7 @@ from loadmaster.endpoint.plot import draw
 from loadmaster.endpoint.sizing import Sizing, size
 from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, Problem
 from loadmaster.export.answers import kept
-from loadmaster.export.manifest import NAME, is_served, read_manifest
+from loadmaster.export.manifest import NAME, OLDEST_SERVER, is_served, read_manifest
 from loadmaster.files import publish_folder, write_json, write_text
 
 HOST, PORT = "127.0.0.1", 8000
@@ -88,7 +88,7 @@ def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
     """
     unserved = {name for name in ("gguf", "adapter") if name in manifests and not is_served(manifests[name], name)}
     if serve_as in unserved:
-        why = manifests[serve_as]["oldest_server"]["because"]
+        why = manifests[serve_as].get("oldest_server", OLDEST_SERVER[serve_as])["because"]
         raise ConfigError([
             Problem("endpoint.serve_as", serve_as, "the endpoint group, recipe or command line",
                     f"no server loads it: {why}", "endpoint.serve_as=bf16, with it in export.formats")

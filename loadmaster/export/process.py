@@ -82,6 +82,12 @@ def clean_environment() -> dict[str, str]:
     }
 
 
+def foreign_environment() -> dict[str, str]:
+    """The same for another interpreter, which has libraries of its own."""
+    own = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    return {key: value for key, value in clean_environment().items() if key not in own}
+
+
 def timeout_s(weight_bytes: int) -> float:
     """How long a step may take before it counts as hanging: half an hour, and an hour for every 16 GB of weights."""
     return 1800 + weight_bytes / 16e9 * 3600

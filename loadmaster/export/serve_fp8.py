@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.process import clean_environment
+from loadmaster.export.process import foreign_environment
 
 LEAST_FLOPS = 5e8
 PROBE_S = 120
@@ -20,11 +20,14 @@ PROBE = f"""
 import time, torch
 x, w = (torch.ones(rows, {SIZE}).to(torch.float8_e4m3fn) for rows in ({ROWS}, {SIZE}))
 one = torch.ones(())
-for _ in range(2):
+taken = []
+while len(taken) < 2 or len(taken) < 5 and sum(taken) < 2:
     start = time.perf_counter()
     torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
-print(time.perf_counter() - start)
+    taken.append(time.perf_counter() - start)
+print(min(taken))
 """
+"""Seconds of the fastest of five products, of two where they are slow: the first prepares, any may be preempted."""
 
 
 def refuse_slow_fp8(python: Path) -> None:
@@ -34,7 +37,7 @@ def refuse_slow_fp8(python: Path) -> None:
     """
     try:
         done = subprocess.run(
-            [str(python), "-c", PROBE], env=clean_environment(), capture_output=True, text=True, timeout=PROBE_S
+            [str(python), "-c", PROBE], env=foreign_environment(), capture_output=True, text=True, timeout=PROBE_S
         )
         seconds = float(done.stdout.strip().splitlines()[-1])
     except (subprocess.TimeoutExpired, OSError, ValueError, IndexError):

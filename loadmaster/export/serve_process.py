@@ -21,7 +21,7 @@ from typing import Any
 from loadmaster.errors import ExportRejected
 from loadmaster.export import serve_guard
 from loadmaster.export.manifest import max_lora_rank
-from loadmaster.export.process import clean_environment
+from loadmaster.export.process import foreign_environment
 
 HOST = "127.0.0.1"
 TAIL_LINES = 12
@@ -145,9 +145,7 @@ class Server:
 def started(command: list[str], port: int, log: Path) -> Iterator[Server]:
     """Run `command` with its output in `log`; it is stopped when the block ends, however it ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**clean_environment(), **SERVER_VARIABLES}
-    for variable in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):  # another interpreter's
-        environment.pop(variable, None)
+    environment = {**foreign_environment(), **SERVER_VARIABLES}
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-I", serve_guard.__file__, *command],

@@ -13,6 +13,7 @@ from loadmaster.config.schema import LoraConfig
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.models.dora import run_by_norms
 from loadmaster.models.frozen import FrozenLinear
+from loadmaster.preflight.targets import WHOLE, some_of
 
 
 def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module:
@@ -27,8 +28,7 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
         message = "takes norms of a base's weights, which are held in few bits here"
         remedy = "method=lora and precision=bf16, or lora.dora=false"
         raise ConfigError([Problem("lora.dora", True, "the recipe or command line", message, remedy)])
-    targets, saved = _targets(model, lora.targets), saved_modules(model, lora.modules_to_save)
-    _refuse_overlap(model, targets, saved.get("modules_to_save", []), lora)
+    targets, saved = target_modules(model, lora.targets), saved_modules(model, lora.modules_to_save)
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -117,8 +117,8 @@ def _linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
 
-def _targets(model: nn.Module, targets: str | list[str]) -> list[str] | str:
-    """peft's target_modules; raises ConfigError when nothing matches, naming what there is."""
+def target_modules(model: nn.Module, targets: str | list[str]) -> list[str] | str:
+    """peft's option of this name; raises ConfigError when nothing matches, or what gets no adapter."""
     if targets == "all-linear":
         return "all-linear"
     names = _linear_names(model)
@@ -132,37 +132,26 @@ def _targets(model: nn.Module, targets: str | list[str]) -> list[str] | str:
             raise _wrong_targets(targets, f"is no regular expression ({error})", kinds) from None
         if not found:
             raise _wrong_targets(targets, "matches no linear layer", kinds)
+        _refuse_others(model, targets)
         return targets
+    if not targets:
+        raise _wrong_targets(targets, "names no linear layer", kinds)
     unknown = [target for target in targets if target not in kinds and target not in names]
     if unknown:
         raise _wrong_targets(targets, f"names no linear layer of this model: {', '.join(unknown)}", kinds)
     return list(targets)
 
 
-def _refuse_overlap(model: nn.Module, targets: str | list[str], saved: Sequence[str], lora: LoraConfig) -> None:
-    """An expression may match the embedding or the head: DoRA is not made for them, nor is what is trained whole."""
-    if not isinstance(targets, str) or targets == "all-linear":
-        return
+def _refuse_others(model: nn.Module, targets: str) -> None:
+    """An expression may match modules that get no adapter here: the loss takes the head's weight past its module, and
+    peft has none for whole layers or activations."""
     linear = set(_linear_names(model))
-    other = [name for name, _ in model.named_modules() if re.fullmatch(targets, name) and name not in linear]
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    both = [name for name in other if name in saved or (tied and saved)]
-    if both or (other and lora.dora):
-        message = f"matches {', '.join(both or other)}, " + (
-            "which lora.modules_to_save trains whole" if both else "where lora.dora has no rows to take norms of"
-        )
+    other = [name for name, _ in model.named_modules() if re.fullmatch(targets, name) and name and name not in linear]
+    if other:
+        message = f"also matches {some_of(other)}, where no adapter is made"
         raise _wrong_targets(targets, message, sorted({name.rpartition(".")[2] for name in linear}))
 
 
 def _wrong_targets(value: object, message: str, kinds: list[str]) -> ConfigError:
-    return ConfigError(
-        [
-            Problem(
-                "lora.targets",
-                value,
-                "the recipe or command line",
-                message,
-                f"all-linear, or some of: {', '.join(kinds)}",
-            )
-        ]
-    )
+    remedy = f"all-linear, or some of: {', '.join(kinds)}; {WHOLE}"
+    return ConfigError([Problem("lora.targets", value, "the recipe or command line", message, remedy)])

@@ -20,6 +20,7 @@ from loadmaster.preflight.search import (
 )
 from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.targets import in_some_layers_only
 from loadmaster.preflight.verification import VerificationNeed
 
 MOST_NODES = 32
@@ -100,6 +101,8 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, verifi
     kept = setup.master_weights or setup.optimizer == "adamw_bf16"  # that one rounds stochastically
     if setup.method == "full" and setup.precision != "fp32" and not kept:
         said.append("without fp32 master weights, updates smaller than a bf16 weight's spacing are lost")
+    if setup.adapters and in_some_layers_only(shape, setup.lora_targets):
+        said.append(f"lora.targets adapts some layers only and was counted in all {shape.layers}: less is needed")
     if setup.offload != "none":
         said.append(f"{chosen.memory.host_gib:.0f} GiB of host memory hold what the GPUs cannot")
     said += about_verification(job, chosen, verification)

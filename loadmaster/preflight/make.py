@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from loadmaster import catalog
 from loadmaster.config.schema import Job
-from loadmaster.preflight import saved
+from loadmaster.preflight import saved, targets
 from loadmaster.preflight.elsewhere import elsewhere
 from loadmaster.preflight.explain import alternatives, basis, reasons, rejection, runner_up
 from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardware
@@ -34,7 +34,9 @@ def make_plan(
     Raises LoadmasterError for a model whose config.json cannot be found or read, ConfigError for unknown hardware.
     """
     shape, hardware = find_shape(job.model, traced=job.plan.trace), find_hardware(job.hardware)
-    saved.refuse_unknown(shape, job.lora.modules_to_save)
+    if job.method != "full":
+        saved.refuse_unknown(shape, job.lora.modules_to_save)
+        targets.refuse_unknown(shape, job.lora.targets)
     hardware = replace(hardware, memory_gib=card_share * hardware.memory_gib)
     found = search(job, shape, hardware)
     chosen = found.best or min(found.nearest, key=closeness, default=None) or smallest(job, shape, hardware)

@@ -8,8 +8,10 @@ and marked with `estimate`, which every plan and table repeats.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -162,28 +164,37 @@ class ModelShape:
         windows = [min(window or length, length) for window in self.windows or (None,)]
         return sum(w - w * w / (2 * length) for w in windows) / len(windows)
 
-    def lora_parameters(self, rank: int, targets: str | list[str], dora: bool = False) -> int:
+    def lora_parameters(self, rank: int, targets: str | Sequence[str], dora: bool = False) -> int:
         dense, sparse = (self.layer_lora_parameters(rank, targets, dora, experts) for experts in (False, True))
         return self.dense_layers * dense + self.expert_layers * sparse
 
-    def layer_lora_parameters(self, rank: int, targets: str | list[str], dora: bool, experts: bool) -> int:
+    def layer_lora_parameters(self, rank: int, targets: str | Sequence[str], dora: bool, experts: bool) -> int:
         """Of one layer; dora: with a magnitude for each output."""
         return sum(rank * (m.inputs + m.outputs) + dora * m.outputs for m in self.adapted(targets, experts))
 
-    def adapted(self, targets: str | list[str], experts: bool = False) -> tuple[Matrix, ...]:
-        """The linears of one layer that get an adapter."""
-        return tuple(m for m in self.matrices(experts) if _is_target(m.name, targets))
+    def adapted(self, targets: str | Sequence[str], experts: bool = False) -> tuple[Matrix, ...]:
+        """The linears that get an adapter in any layer, taken as those of each: too many where it is not all layers."""
+        return tuple(m for m in self.matrices(experts) if adapted_layers(m.name, targets, self.layers))
 
 
-def _is_target(name: str, targets: str | list[str]) -> bool:
-    if targets == "all-linear":
-        return True
+def adapted_layers(name: str, targets: str | Sequence[str], layers: int) -> int:
+    """In how many layers the linear of this name gets an adapter."""
+    if targets in ("all-linear", name):
+        return layers
     if isinstance(targets, str):
-        import re
+        return _matched_layers(name, targets, layers)
+    return layers if name in targets else sum(full_name(name, layer) in targets for layer in range(layers))
 
-        path = ("self_attn." if name in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj") else "mlp.") + name
-        return re.fullmatch(targets, f"model.layers.0.{path}") is not None
-    return any(name == target.rsplit(".", 1)[-1] for target in targets)
+
+def full_name(matrix: str, layer: int) -> str:
+    """Of a linear in transformers' model."""
+    part = "self_attn" if matrix in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj") else "mlp"
+    return f"model.layers.{layer}.{part}.{matrix}"
+
+
+@lru_cache
+def _matched_layers(name: str, expression: str, layers: int) -> int:
+    return sum(re.fullmatch(expression, full_name(name, layer)) is not None for layer in range(layers))
 
 
 def from_config(config: dict[str, Any], name: str) -> ModelShape:

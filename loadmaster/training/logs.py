@@ -23,6 +23,7 @@ def log_to(run_dir: Path, rank: int, everything: bool = False) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    logger.disabled = False  # as a logging configuration with disable_existing_loggers would have it
     if everything:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         for stream in (1, 2):

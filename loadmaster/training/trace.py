@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from loadmaster.config.schema import Job, PreferenceConfig
 from loadmaster.data import MicroBatch
 from loadmaster.errors import ConfigError, Problem
-from loadmaster.models.adapters import saved_modules
+from loadmaster.models.adapters import saved_modules, target_modules
 from loadmaster.models.attention import PACKED
 from loadmaster.models.dora import run_by_norms
 from loadmaster.models.float8 import train_in_fp8
@@ -132,8 +132,8 @@ def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         targets = list(setup.lora_targets) if isinstance(setup.lora_targets, tuple) else setup.lora_targets
-        lora = LoraConfig(r=setup.lora_rank, lora_dropout=setup.lora_dropout, target_modules=targets,
-                          task_type="CAUSAL_LM", use_dora=setup.dora,
+        lora = LoraConfig(r=setup.lora_rank, lora_dropout=setup.lora_dropout,
+                          target_modules=target_modules(model, targets), task_type="CAUSAL_LM", use_dora=setup.dora,
                           **saved_modules(model, setup.modules_to_save))  # fmt: skip
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         for parameter in model.parameters():

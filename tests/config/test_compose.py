@@ -13,6 +13,7 @@ import yaml
 
 from loadmaster.config.compose import compose, read_job
 from loadmaster.config.fields import fields
+from loadmaster.config.jobhash import job_hash
 from loadmaster.config.shipped import shipped_folder
 from loadmaster.errors import ConfigError
 
@@ -183,6 +184,14 @@ def test_a_full_fine_tunes_own_configuration_is_read_again(here: Path):
     made = compose(["recipe=full_8b", "stop_after=plan"])
     (here / "config.yaml").write_text(yaml.safe_dump(made.resolved, sort_keys=False))
     assert read_job(here / "config.yaml").job == made.job
+
+
+def test_so_is_that_of_a_run_older_than_some_of_the_fields(here: Path):
+    made = compose(["recipe=full_8b", "hardware=h100_80gb_x8", "stop_after=plan"])
+    older = json.loads(json.dumps(made.resolved))
+    del older["lora"]["dora"], older["lora"]["modules_to_save"], older["optimizer"]["in_backward"]
+    path = write(here / "config.yaml", yaml.safe_dump(older, sort_keys=False))
+    assert job_hash(read_job(path).job) == job_hash(made.job)
 
 
 COLD = """

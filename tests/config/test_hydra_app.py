@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from loadmaster.config.compose import Composed
 from loadmaster.config.hydra_app import run_app
 from loadmaster.errors import DoesNotFit, ExportRejected, StoppedOnRequest, TrainingFailed
+from loadmaster.training.logs import NAME, log_to
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -85,12 +87,60 @@ def test_a_wrong_configuration_is_exit_code_2_with_every_problem_and_the_task_is
     )
 
 
-def test_a_defect_in_the_task_is_a_traceback_of_its_own():
+@pytest.mark.parametrize("arguments", [[], ["--multirun", "seed=1,2"], ["hydra.output_subdir=.hydra"]])
+def test_a_defect_in_the_task_is_a_traceback_of_its_own(arguments: list[str]):
     def broken(composed: Composed) -> int:
         raise KeyError("a defect")
 
     with pytest.raises(KeyError, match="a defect"):
-        run_app(broken, ["stop_after=plan"])
+        run_app(broken, [*arguments, "stop_after=plan"])
+
+
+@pytest.mark.parametrize(("end", "code", "said"), [("no disk", 1, "no disk\n"), (7, 7, ""), (None, 0, "")])
+def test_a_task_that_exits_by_itself_does_so_as_from_python(
+    end: object, code: int, said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run_app(Recorder({42: SystemExit(end)}), ["hydra.output_subdir=.hydra", "stop_after=plan"]) == code
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "said"),
+    [
+        ("{run: {dir: '${missing.key}'}}", [], "hydra.run.dir   in the recipe"),
+        ("{callbacks: {x: {_target_: nowhere.Nope}}}", [], "Error locating target 'nowhere.Nope'"),
+        ("{job_logging: {root: {level: NOPE}}}", [], "Hydra stops at it: Unable to configure"),
+        ("null", [], "hydra   in recipes/mine.yaml:2"),
+        ("[1, 2]", ["hydra.run.dir=x"], "hydra   in recipes/mine.yaml:2"),
+        ("{}", ["--cfg", "job", "--resolve", "run_dir=${nope.x}"], "run_dir = ${nope.x}   on the command line"),
+        ("{}", ["-m", "hydra.sweep.dir='${nope}'"], "hydra.sweep.dir   on the command line"),
+        ("{}", ["-m", "optimizer.lr=interval(1,3)"], "optimizer.lr=A,B,C"),
+        ("{}", ["-m", 'hydra.sweeper.params={seed:"1,2"}'], "--multirun seed=1,2"),
+        ("{}", ["-m", '+hydra.sweeper.params.seed="1,2"'], "--multirun seed=1,2"),
+        ("{}", ["run_dir=${hydra:runtime.output_dir}/x"], "Hydra makes only after the job was judged"),
+    ],
+)
+def test_a_mistake_in_hydras_own_settings_is_a_problem_like_any_other(
+    here: Path, recipe: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
+    (here / "recipes").mkdir()
+    (here / "recipes" / "mine.yaml").write_text(f"# one that sets something of Hydra's own\nhydra: {recipe}\n")
+    task = Recorder()
+    assert run_app(task, ["recipe=mine", "stop_after=plan", *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("1 problem in") and said in errors and task.jobs == []
+
+
+@pytest.mark.parametrize("own", [[], ["hydra/job_logging=disabled"]])
+def test_every_job_of_a_sweep_has_a_log(here: Path, own: list[str]):
+    def task(composed: Composed) -> int:
+        log_to(here / str(composed.job.seed), rank=0)
+        logging.getLogger(NAME).info("began")
+        return 0
+
+    assert run_app(task, ["-m", "seed=1,2,3", *own, "stop_after=plan"]) == 0
+    for seed in (1, 2, 3):
+        assert (here / str(seed) / "logs" / "rank-0.log").read_text().endswith(" began\n")
 
 
 def test_a_sweep_runs_every_combination_and_ends_with_the_worst_code(here: Path):
@@ -153,6 +203,7 @@ def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]
         (["--recipe=smoke"], "fields are set without dashes: recipe=smoke"),
         (["--multirum", "seed=1"], "fix: --multirun"),
         (["--config-path=x"], "--config-dir adds to it"),
+        (["--experimental-rerun", "config.pickle"], "the same command goes on where its run stopped"),
         (["--config-name=trian"], "one of train"),
         (["--cfg", "job", "recipe=smok"], "recipe=smoke"),
         (["--cfg", "job", "--multirun", "seed=1,2"], "--cfg   on the command line\n     does not go with --multirun"),
@@ -213,6 +264,7 @@ def test_train_py_from_another_folder(here: Path):
         (["recipe=lora_8b", "lora.rank=4"], False),
         (["hydra.output_subdir=.hydra"], True),
         (["hydra/job_logging=default"], True),
+        (["hydra.job_logging={root: {level: WARNING}}"], True),
         (["hydra.run.dir=elsewhere"], True),
     ],
 )

@@ -286,6 +286,8 @@ def test_a_rank_that_is_not_allowed_gets_the_next_one_up():
     }  # fmt: skip
     assert model_options(manifest, "x", 512)["max-lora-rank"] == "128"
     assert choose({"adapter": {"bytes": 1}}, "auto") == "adapter"
+    with pytest.raises(ConfigError, match=r"no server loads it: for llama\.cpp(.|\n)*serve_as=bf16"):
+        choose({"gguf": {"bytes": 1}}, "gguf")  # of a manifest older than this field
 
 
 @pytest.mark.parametrize("serve_as", ["auto", "adapter"])

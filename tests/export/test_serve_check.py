@@ -6,6 +6,8 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -20,7 +22,7 @@ from loadmaster.errors import ExportRejected
 from loadmaster.export import thresholds
 from loadmaster.export.serve_check import questions, serve_check
 from loadmaster.export.serve_compare import LIMITS
-from loadmaster.export.serve_fp8 import refuse_slow_fp8
+from loadmaster.export.serve_fp8 import PROBE, refuse_slow_fp8
 from loadmaster.files import read_json, write_json
 
 BEHAVIOURS = {"adapter": "honest", "bf16": "base", "fp8": "dies", "int4": "error"}
@@ -167,6 +169,27 @@ def test_fp8_is_not_served_where_it_would_take_hours(tmp_path, prints, refused):
     python.chmod(0o755)
     with pytest.raises(ExportRejected, match=r"not checked: .* GFLOP/s") if refused else nullcontext():
         refuse_slow_fp8(python)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "found"), [([1.2, 0.3, 0.01, 0.4, 0.02], 0.01), ([0.01, 1.9, 0.2], 0.01), ([9.0, 0.5], 0.5)]
+)
+def test_one_preempted_product_does_not_make_a_processor_slow(seconds, found, monkeypatch, capsys):
+    clock = iter([time for each in seconds for time in (0.0, each)])
+    monkeypatch.setitem(sys.modules, "torch", MagicMock())
+    monkeypatch.setitem(sys.modules, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    exec(PROBE, {})
+    assert float(capsys.readouterr().out) == found and next(clock, None) is None
+
+
+def test_another_interpreter_gets_nothing_of_this_ones_environment(tmp_path, monkeypatch):
+    for variable in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
+        monkeypatch.setenv(variable, "/ours")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PYTHONPATH$PYTHONHOME$VIRTUAL_ENV" > "$0.saw"\n')
+    python.chmod(0o755)
+    refuse_slow_fp8(python)
+    assert (tmp_path / "python.saw").read_text() == "\n"
 
 
 @pytest.mark.slow

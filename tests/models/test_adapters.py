@@ -8,8 +8,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from loadmaster.config import serving_rules
+from loadmaster.config.rules import serving_rules
 from loadmaster.config.schema import LoraConfig, OptimizerConfig
+from loadmaster.errors import ConfigError
 from loadmaster.export.manifest import LORA_RANKS
 from loadmaster.export.merge import read_adapter
 from loadmaster.models.adapters import make_trainable, save_trained, trainable
@@ -87,6 +88,12 @@ def test_noise_is_in_training_alone(tiny):
 
 def test_the_rank_that_servers_take_is_the_manifests():
     assert max(LORA_RANKS) == serving_rules.SERVED_RANK
+
+
+@pytest.mark.parametrize("targets", [r".*(q_proj|lm_head)", r".*(q_proj|embed_tokens)", r".*q_proj|.*norm", ".*", []])
+def test_an_adapter_is_of_linear_layers_alone(targets):
+    with pytest.raises(ConfigError, match=r"lora\.targets(.|\n)*lora\.modules_to_save"):
+        make_trainable(random_model(SHAPE, torch.float32, "cpu"), "lora", LoraConfig(rank=2, targets=targets))
 
 
 @pytest.mark.parametrize(("pattern", "count"), [("q_proj", 3), (r".*layers\.[01]\..*(gate|up)_proj", 4)])

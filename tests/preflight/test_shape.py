@@ -55,6 +55,8 @@ def test_targets_select_by_name_list_or_expression() -> None:
     shape = from_config(SHAPES["llama-3.1-8b"]["config"], "x")
     assert [m.name for m in shape.adapted(("q_proj", "v_proj"))] == ["q_proj", "v_proj"]
     assert [m.name for m in shape.adapted(r".*self_attn\.(q|k)_proj")] == ["q_proj", "k_proj"]
+    assert [m.name for m in shape.adapted("q_proj")] == ["q_proj"]
+    assert [m.name for m in shape.adapted(r".*layers\.3[01]\..*q_proj")] == ["q_proj"]  # not in the first layer
 
 
 def test_an_unknown_family_is_an_estimate_and_says_so() -> None:

@@ -211,8 +211,5 @@ def test_a_row_of_zeros_stays_one(tiny, tmp_path):
 
 def test_an_expression_that_matches_the_embedding_is_refused(tiny):
     lora = dataclasses.replace(DORA.lora, targets=".*(embed_tokens|q_proj)")
-    with pytest.raises(ConfigError, match=r"matches model\.embed_tokens, where lora\.dora"):
+    with pytest.raises(ConfigError, match=r"matches model\.embed_tokens, where no adapter"):
         make_trainable(load_base(tiny, torch.float32, "cpu"), "lora", lora)
-    saved = LoraConfig(rank=4, targets=".*(embed_tokens|q_proj)", modules_to_save=["embed_tokens"])
-    with pytest.raises(ConfigError, match=r"matches model\.embed_tokens, which lora\.modules_to_save"):
-        make_trainable(load_base(tiny, torch.float32, "cpu"), "lora", saved)

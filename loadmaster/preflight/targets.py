@@ -1,0 +1,70 @@
+"""lora.targets against a model's shape, by the names that its modules have in training, which refuses the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from loadmaster.config.fields import nearest
+from loadmaster.errors import ConfigError, Problem
+from loadmaster.preflight.saved import head_norms, layer_norms
+from loadmaster.preflight.shape import ModelShape, adapted_layers
+
+WHOLE = "the embedding, the head and norms are trained whole by lora.modules_to_save"
+
+
+def linears(shape: ModelShape) -> list[str]:
+    """Names of the linears that some layer has."""
+    return [matrix.name for matrix in shape.matrices(experts=not shape.dense_layers)]
+
+
+def in_some_layers_only(shape: ModelShape, targets: str | Sequence[str]) -> bool:
+    """Whether a linear is adapted in some layers and in others not."""
+    return any(0 < adapted_layers(name, targets, shape.layers) < shape.layers for name in linears(shape))
+
+
+def refuse_unknown(shape: ModelShape, targets: str | Sequence[str]) -> None:
+    """Raises ConfigError for what is no linear of a layer, and for an expression that matches other modules besides."""
+    names = linears(shape)
+    if message := _wrong(shape, targets, names):
+        words = [targets] if isinstance(targets, str) else targets
+        guesses = (nearest(word, names) for word in words if word not in names)
+        guess = next((f"{guess}; " for guess in guesses if guess), "")
+        remedy = f"{guess}all-linear, or some of {', '.join(names)}; {WHOLE}"
+        value = targets if isinstance(targets, str) else list(targets)
+        raise ConfigError([Problem("lora.targets", value, "the job", message, remedy)])
+
+
+def _wrong(shape: ModelShape, targets: str | Sequence[str], names: list[str]) -> str | None:
+    if not targets:
+        return "names no linear layer, so nothing would be trained"
+    if not isinstance(targets, str):
+        unknown = [t for t in targets if not any(adapted_layers(name, [t], shape.layers) for name in names)]
+        return f"no linear layer of {shape.name} is named {' or '.join(unknown)}" if unknown else None
+    if targets in ("all-linear", *names):
+        return None
+    try:
+        expression = re.compile(targets)
+    except re.error as error:
+        return f"is no name of a linear layer, and no regular expression ({error})"
+    if not any(adapted_layers(name, targets, shape.layers) for name in names):
+        return f"is no name of a linear layer of {shape.name}, nor an expression that matches one"
+    other = [name for name in other_modules(shape) if expression.fullmatch(name)]
+    return f"also matches {some_of(other)}, where no adapter is made" if other else None
+
+
+def other_modules(shape: ModelShape) -> Iterator[str]:
+    """Full names of modules that are no linear of a layer."""
+    yield from ("model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+    feed_forward = ["mlp.activation_fn" if shape.fused else "mlp.act_fn"] if shape.dense_layers else []
+    feed_forward += ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"] if shape.expert_layers else []
+    attention = [f"self_attn.{name}" for name in head_norms(shape)]
+    parts = ("self_attn", *attention, "mlp", *feed_forward, *layer_norms(shape))
+    for layer in range(shape.layers):
+        yield f"model.layers.{layer}"
+        yield from (f"model.layers.{layer}.{part}" for part in parts)
+
+
+def some_of(names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
