@@ -46,7 +46,7 @@ JOB = Job(
     lora=LoraConfig(rank=4),
     tracker=TrackerConfig("none"),
     checkpoint=CheckpointConfig(every_steps=5, keep_last=9),
-    evaluation=EvaluationConfig(every_steps=10),
+    evaluation=EvaluationConfig(every_steps=5),
 )
 
 

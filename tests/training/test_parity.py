@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.training.worlds import spawn
 
-STEPS = 20
+STEPS = 10
 TOLERANCE = 1e-5
 
 
@@ -103,7 +103,7 @@ RESUMED = [
     )
     for sharding, count in then
 ]
-SAVED_AT = 10
+SAVED_AT = 5
 
 
 @pytest.fixture(scope="module")
