@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -239,12 +238,9 @@ def test_a_plan_survives_its_json(tmp_path) -> None:
         assert Plan.read(tmp_path / "plan.json").to_dict() == json.loads((tmp_path / "plan.json").read_text())
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])  # one fits nowhere near, the other on many machines
-def test_cold_process_to_printed_plan_of_a_405b_over_all_machines_is_quick_and_without_torch(method, tmp_path) -> None:
-    """The command itself: configuration read and checked, every machine searched, the plan printed.
-
-    The limit is twice what it takes on an idle machine, so that it holds beside other work.
-    """
+@pytest.mark.parametrize(("method", "replays"), [("full", 150), ("lora", 80)])
+def test_the_plan_of_a_405b_over_all_machines_takes_no_torch_and_few_replays(method, replays, tmp_path) -> None:
+    """One fits nowhere near, the other on many machines. benchmarks/plan_speed.py measures the time of the command."""
     words = [
         "plan", "recipe=auto", "model.name=meta-llama/Llama-3.1-405B", f"method={method}", "hardware=h100_80gb_x8",
         "sequence_length=4096", "batch.global_size=64", "run_dir=run",
@@ -254,22 +250,12 @@ import sys
 from loadmaster.cli import main
 assert main({words}) == {3 if method == "full" else 0}
 assert not {{"torch", "transformers"}} & set(sys.modules)
+from loadmaster.preflight.step import training_step
+print("replays", training_step.cache_info().misses)
 """
-    seconds = []
-    for _ in range(3):
-        before = _children_seconds()
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
-        seconds.append(_children_seconds() - before)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert "h200" in done.stdout  # of the other machines, too
-    assert min(seconds) < 3.0, f"{min(seconds):.2f} s of processor time"
-
-
-def _children_seconds() -> float:
-    import resource
-
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    assert int(done.stdout.split("replays ")[-1]) <= replays  # each takes milliseconds, and is most of what a plan does
 
 
 def test_a_preference_objectives_further_passes_cost_time_and_no_memory() -> None:

@@ -1,0 +1,65 @@
+"""How long a plan takes from a cold process: Llama 3.1 405B on 8 H100, and over every machine of the catalogue.
+
+    python benchmarks/plan_speed.py [--runs 15]
+
+Each run is `loadmaster plan` as a process of its own, from its start to its exit (plan printed, plan.json and
+report.html written). The least is what the command takes where nothing else runs. Results go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+JOB = ("recipe=auto", "model.name=meta-llama/Llama-3.1-405B", "hardware=h100_80gb_x8", "run_dir=run")
+METHODS = {"lora": 0, "full": 3}
+"""With the exit code that is expected: a full fine-tune fits on no machine of the catalogue."""
+
+
+def seconds_of(method: str, folder: Path) -> float:
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    command = [sys.executable, "-m", "loadmaster", "plan", *JOB, f"method={method}"]
+    start = time.perf_counter()
+    code = subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode
+    seconds = time.perf_counter() - start
+    assert code == METHODS[method], f"exit code {code}"
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=15)
+    runs = parser.parse_args().runs
+    with tempfile.TemporaryDirectory() as folder:
+        seconds_of("lora", Path(folder))  # files into the cache
+        taken = {method: [seconds_of(method, Path(folder)) for _ in range(runs)] for method in METHODS}
+    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    lines = [
+        f"# Seconds from a cold process to a printed plan, {today}",
+        "",
+        f"`python benchmarks/plan_speed.py --runs {runs}`: {' '.join(JOB[1:3])}, each run a process of its own; "
+        f"{platform.machine()}, Python {platform.python_version()}.",
+        "",
+        "| method | least | median | most |",
+        "|---|---|---|---|",
+        *(
+            f"| {method} | {min(each):.2f} | {statistics.median(each):.2f} | {max(each):.2f} |"
+            for method, each in taken.items()
+        ),
+    ]
+    path = ROOT / "benchmarks/results" / f"plan_speed-{today}.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
