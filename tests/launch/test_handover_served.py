@@ -29,7 +29,7 @@ from tests.launch.fake_s3 import ACCESS, SECRET, FakeS3
 from tests.runs import finish
 
 STEPS = [
-    "max_steps=24", "export=bf16", "evaluation.task=none",
+    "max_steps=12", "export=bf16", "export.verification_rows=4", "evaluation.task=none",
     "export.thresholds={bf16: {min_task_retention: 0}}", "endpoint.worker=handler", "endpoint.image=me/tickets:1",
     "endpoint.output_tokens=16", "endpoint.prompt_tokens=64", "endpoint.max_slowdown=100000.0",
 ]  # fmt: skip
