@@ -5,13 +5,17 @@ Error messages, "did you mean" and docs/configuration.md all come from here, so 
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import sys
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -64,7 +68,24 @@ class Field:
     key: str
     annotation: Any
     default: Any
-    help: str
+    section: type
+
+    @property
+    def help(self) -> str:
+        """The text under the field in its class, "" where there is none."""
+        return texts(self.section.__module__).get((self.section.__name__, self.key.rpartition(".")[2]), "")
+
+
+@cache
+def texts(module: str) -> dict[tuple[str, str], str]:
+    """What a module's source says under each field, by class and name. It takes long, so only where it is asked for."""
+    found = {}
+    for section in ast.parse(inspect.getsource(sys.modules[module])).body:
+        for field, below in pairwise(section.body if isinstance(section, ast.ClassDef) else []):
+            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, str):
+                found[section.name, field.target.id] = " ".join(text.split())
+    return found
 
 
 @cache
@@ -84,8 +105,7 @@ def fields(root: type = Job) -> dict[str, Field]:
             if dataclasses.is_dataclass(annotation):
                 walk(typing.cast(type, annotation), key + ".")
             else:
-                help_text = section.__pydantic_fields__[item.name].description or ""  # type: ignore[attr-defined]
-                found[key] = Field(key, annotation, default, " ".join(help_text.split()))
+                found[key] = Field(key, annotation, default, section)
 
     walk(root, "")
     return found

@@ -23,7 +23,7 @@ NonNegativeFloat = Annotated[float, Strict(), Ge(0)]
 Fraction = Annotated[float, Strict(), Ge(0), Le(1)]
 FractionBelowOne = Annotated[float, Strict(), Ge(0), Lt(1)]
 
-CLOSED = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 STAGES = ("plan", "train", "evaluate", "export", "bundle")
 
