@@ -150,9 +150,12 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
 
 
 def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
-    """Weights, states and each layer's input: quick to say, never more than is needed, and it rules most plans out."""
+    """Weights, states and what layers keep at least: quick to say, never more than is needed, and it rules most plans
+    out."""
     weights, gradients, local = resident(shape, setup)
     inputs = 0.0 if setup.checkpointing == "offload" else inputs_bytes(shape, setup)
+    if setup.checkpointing == "none":
+        inputs += setup.width * setup.tokens * kept_elements(shape)
     if setup.keeps_weights:
         inputs += whole(shape, setup).gathered
     if setup.stage:
@@ -165,6 +168,13 @@ def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     states = 0.0 if on_host else state_bytes(setup) * local
     backward = weights + states + inputs  # gradients come as these go
     return max(backward, weights + states + gradients) + context_bytes(hardware)
+
+
+def kept_elements(shape: ModelShape) -> int:
+    """Of one token at least, where nothing is recomputed: attention's queries, keys, values and results, and a dense
+    layer's gate and what it gates. The first layer may have nothing to train before them."""
+    attention = 2 * (shape.query_size + shape.key_value_size)
+    return (shape.layers - 1) * attention + max(0, shape.dense_layers - 1) * 2 * shape.intermediate_size
 
 
 def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:
