@@ -50,6 +50,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
     try:
         team = Team.gather(composed.job)
         if team.follows:
+            collector.resume()
             return team.follow(stop)
         Pipeline(composed, console, stop, team).run()
     except (LoadmasterError, StoppedOnRequest) as error:

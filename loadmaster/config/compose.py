@@ -115,7 +115,7 @@ def read_job(path: Path) -> Composed:
     resolved = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     origins = {key: f"{path}:{line}" for key, line in lines_of(path)}
     checked = check(resolved, origins, {})
-    problems = checked.problems + broken_rules(checked.job, origins, checked.keys, by_hand=False)
+    problems = checked.problems + broken_rules(checked.job, origins, checked.keys)
     if problems:
         raise ConfigError(problems)
     return composed(checked.job, origins)
@@ -188,7 +188,7 @@ def resolve_all(config: DictConfig, origins: dict[str, str], job_number: int) ->
                 elif isinstance(value, Container):
                     value = OmegaConf.to_container(value, resolve=True)
                 plain[str(name)] = value
-                if OmegaConf.is_interpolation(node, name) and OUTPUT_FOLDER in written(node, name):
+                if not isinstance(value, dict) and OUTPUT_FOLDER in str(written(node, name)):
                     message = "names a folder that Hydra makes only after the job was judged"
                     remedy = "write the folder itself; ${hydra:run.dir} is what hydra.run.dir says"
                     problems.append(Problem(key, written(node, name), origin_of(origins, key), message, remedy))

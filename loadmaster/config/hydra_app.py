@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from loadmaster import collector
 from loadmaster.config.compose import Composed, compose_with, load, open_loader, resolve_all
 from loadmaster.config.fields import nearest
 from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, main_folder
@@ -66,8 +67,10 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
         job()
     except SystemExit as ended:  # --help and the like, or a stop on request
         codes.append(_code_of(ended))
+    except BrokenPipeError:  # what reads the output has seen enough (| head)
+        raise
     except Exception as error:
-        if begun:
+        if begun or flags.help or flags.cfg or flags.info:
             raise
         codes.append(_refused_by_hydra(error, arguments))
     finally:
@@ -97,6 +100,8 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], 
         raise ConfigError([problem])
     loader = open_loader(flags.config_dir)
     multirun = flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
+    if multirun:
+        collector.resume()  # what composing a job leaves would stay until the last one
     given = read_overrides(loader, flags.overrides, multirun)
     given.problems += [_unknown_flag(argument) for argument in unknown]
     config_name = flags.config_name or PRIMARY
@@ -163,7 +168,8 @@ def _refused_by_hydra(error: Exception, arguments: list[str]) -> int:
     lines = str(error).splitlines() or [type(error).__name__]
     found = re.search(r"full_key: (\S+)", str(error))
     key = found[1] if found else "hydra"
-    origin = COMMAND_LINE if any(a.lstrip("+").startswith(key) for a in arguments) else "the recipe or command line"
+    typed = found and any(a.lstrip("+").startswith(key) for a in arguments)
+    origin = COMMAND_LINE if typed else "the recipe or command line"
     message = f"Hydra stops at it: {lines[0].partition(', set env var')[0]}"
     shown = ConfigError([Problem(key, None, origin, message, "mend this setting of Hydra's own, or leave it out")])
     show_error(shown)

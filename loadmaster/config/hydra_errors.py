@@ -60,13 +60,23 @@ def explain_section(
     """The same where Hydra only fell over its own section: a file in which it is none, else an override of it."""
     if problem := _no_section(loader, config_name, overrides):
         return problem, None
-    culprit = next((o for o in overrides if o.lstrip("+~").startswith("hydra.")), None)
-    if culprit is None:
+    own = [o for o in overrides if o.lstrip("+~").startswith("hydra.")]
+    if not own:
         return None
+    without = {each: [other for other in overrides if other != each] for each in own}
+    culprit = next((each for each in own if _composes(loader, config_name, without[each])), own[0])
     key, _, value = culprit.lstrip("+~").partition("=")
     swept = key.startswith("hydra.sweeper.params")
     remedy = "give what is swept itself: --multirun seed=1,2" if swept else "check the key and the value"
     return Problem(key, value, COMMAND_LINE, "Hydra cannot set it", remedy), culprit
+
+
+def _composes(loader: ConfigLoaderImpl, config_name: str, overrides: list[str]) -> bool:
+    try:
+        loader.load_configuration(config_name, overrides, run_mode=RunMode.RUN)
+    except Exception:  # of whatever kind: it is looked for what does not raise
+        return False
+    return True
 
 
 def _no_section(loader: ConfigLoaderImpl, config_name: str, overrides: list[str]) -> Problem | None:

@@ -227,7 +227,12 @@ def noise_is_for_answers(job: Job, origins: Origins) -> Found:
         yield "neftune_alpha", job.neftune_alpha, message, "neftune_alpha=0, or objective=sft"
 
 
-@rule("method", "lora.*", by_hand=True)
+RESOLVED = {f"lora.{name}" for name in ("rank", "alpha", "dropout", "targets", "rank_stabilised", "b_lr_ratio")}
+"""What every version writes of lora into a run's config.yaml, and into the job that goes to another machine, used or
+not; nobody writes all of it by hand."""
+
+
+@rule("method", "lora.*")
 def lora_settings_have_an_adapter(job: Job, origins: Origins) -> Found:
     """lora.* is not set beside method=full, which has no adapter. (A recipe's lora.* under a method=full given
     later on the command line is simply not used.)"""
@@ -235,6 +240,8 @@ def lora_settings_have_an_adapter(job: Job, origins: Origins) -> Found:
         return
     method_file = _file(origin_of(origins, "method"))
     said = [k for k in sorted(origins) if k.startswith("lora.") and _file(origins[k]) in (COMMAND_LINE, method_file)]
+    if RESOLVED.issubset(said):
+        return
     for key in said:
         name = key.partition(".")[2]
         remedy = f"leave out {key}, or method=lora"

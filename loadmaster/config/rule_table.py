@@ -12,41 +12,32 @@ from loadmaster.errors import Problem
 Origins = dict[str, str]
 Found = Iterator[tuple[str, object, str, str]]
 """Key to blame, its value, what is wrong, what would work."""
-Check = Callable[[Job, Origins], Found]
-
 
 @dataclass(frozen=True)
 class Rule:
     name: str
     keys: tuple[str, ...]
     explanation: str
-    check: Check
-    by_hand: bool = False
-    """About who wrote a value. A run's own config.yaml has every field, used or not, and none of them by hand."""
+    check: Callable[[Job, Origins], Found]
 
 
 RULES: list[Rule] = []
 
 
-def rule(*keys: str, by_hand: bool = False) -> Callable[[Check], Check]:
+def rule(*keys: str) -> Callable[[Callable[[Job, Origins], Found]], Callable[[Job, Origins], Found]]:
     """Enter a check into the table; its docstring is the explanation, the first key the one to blame."""
 
-    def enter(check: Check) -> Check:
-        RULES.append(Rule(check.__name__, keys, " ".join((check.__doc__ or "").split()), check, by_hand))
+    def enter(check: Callable[[Job, Origins], Found]) -> Callable[[Job, Origins], Found]:
+        RULES.append(Rule(check.__name__, keys, " ".join((check.__doc__ or "").split()), check))
         return check
 
     return enter
 
 
-def broken_rules(job: Job, origins: Origins, doubtful: list[str], by_hand: bool = True) -> list[Problem]:
-    """Problems of every rule but those about a `doubtful` key, whose value in `job` is not the user's.
-
-    by_hand: the job was written by a person, and not by the program into a run's config.yaml.
-    """
+def broken_rules(job: Job, origins: Origins, doubtful: list[str]) -> list[Problem]:
+    """Problems of every rule but those about a `doubtful` key, whose value in `job` is not the user's."""
     problems = []
     for entry in RULES:
-        if entry.by_hand and not by_hand:
-            continue
         if any(_touches(key, wrong) for key in entry.keys for wrong in doubtful):
             continue
         for key, value, message, remedy in entry.check(job, origins):

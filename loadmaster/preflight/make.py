@@ -36,7 +36,7 @@ def make_plan(
     shape, hardware = find_shape(job.model, traced=job.plan.trace), find_hardware(job.hardware)
     if job.method != "full":
         saved.refuse_unknown(shape, job.lora.modules_to_save)
-        targets.refuse_unknown(shape, job.lora.targets)
+        targets.refuse_unknown(shape, job.lora.targets, job.model.path or job.model.name)
     hardware = replace(hardware, memory_gib=card_share * hardware.memory_gib)
     found = search(job, shape, hardware)
     chosen = found.best or min(found.nearest, key=closeness, default=None) or smallest(job, shape, hardware)

@@ -20,6 +20,9 @@ from loadmaster.config.schema import ModelConfig
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.preflight.families import FAMILIES, full_config, refuse_uncountable
 
+LAYERS = ("model.layers", "model.language_model.layers")
+"""Where decoder layers are in transformers' models, of which the second kind is multimodal."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -183,18 +186,22 @@ def adapted_layers(name: str, targets: str | Sequence[str], layers: int) -> int:
         return layers
     if isinstance(targets, str):
         return _matched_layers(name, targets, layers)
-    return layers if name in targets else sum(full_name(name, layer) in targets for layer in range(layers))
+    return layers if name in targets else sum(
+        any(full_name(name, layer, above) in targets for above in LAYERS) for layer in range(layers)
+    )
 
 
-def full_name(matrix: str, layer: int) -> str:
+def full_name(matrix: str, layer: int, above: str = LAYERS[0]) -> str:
     """Of a linear in transformers' model."""
     part = "self_attn" if matrix in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj") else "mlp"
-    return f"model.layers.{layer}.{part}.{matrix}"
+    return f"{above}.{layer}.{part}.{matrix}"
 
 
 @lru_cache
 def _matched_layers(name: str, expression: str, layers: int) -> int:
-    return sum(re.fullmatch(expression, full_name(name, layer)) is not None for layer in range(layers))
+    return sum(
+        any(re.fullmatch(expression, full_name(name, layer, above)) for above in LAYERS) for layer in range(layers)
+    )
 
 
 def from_config(config: dict[str, Any], name: str) -> ModelShape:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from loadmaster.config.fields import nearest
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.preflight.saved import head_norms, layer_norms
-from loadmaster.preflight.shape import ModelShape, adapted_layers
+from loadmaster.preflight.shape import ModelShape, adapted_layers, full_name
 
 WHOLE = "the embedding, the head and norms are trained whole by lora.modules_to_save"
 
@@ -23,10 +23,14 @@ def in_some_layers_only(shape: ModelShape, targets: str | Sequence[str]) -> bool
     return any(0 < adapted_layers(name, targets, shape.layers) < shape.layers for name in linears(shape))
 
 
-def refuse_unknown(shape: ModelShape, targets: str | Sequence[str]) -> None:
-    """Raises ConfigError for what is no linear of a layer, and for an expression that matches other modules besides."""
+def refuse_unknown(shape: ModelShape, targets: str | Sequence[str], model: str) -> None:
+    """Raises ConfigError for what is no linear of a layer, and for an expression that matches other modules besides.
+
+    model: as the user named it. Of a model that is only estimated, whose modules may have other names, for targets of
+    which nothing can be counted.
+    """
     names = linears(shape)
-    if message := _wrong(shape, targets, names):
+    if message := _wrong(shape, targets, names, model):
         words = [targets] if isinstance(targets, str) else targets
         guesses = (nearest(word, names) for word in words if word not in names)
         guess = next((f"{guess}; " for guess in guesses if guess), "")
@@ -35,22 +39,29 @@ def refuse_unknown(shape: ModelShape, targets: str | Sequence[str]) -> None:
         raise ConfigError([Problem("lora.targets", value, "the job", message, remedy)])
 
 
-def _wrong(shape: ModelShape, targets: str | Sequence[str], names: list[str]) -> str | None:
+def _wrong(shape: ModelShape, targets: str | Sequence[str], names: list[str], model: str) -> str | None:
     if not targets:
         return "names no linear layer, so nothing would be trained"
-    if not isinstance(targets, str):
-        unknown = [t for t in targets if not any(adapted_layers(name, [t], shape.layers) for name in names)]
-        return f"no linear layer of {shape.name} is named {' or '.join(unknown)}" if unknown else None
     if targets in ("all-linear", *names):
         return None
     try:
-        expression = re.compile(targets)
+        expression = re.compile(targets if isinstance(targets, str) else "")
     except re.error as error:
         return f"is no name of a linear layer, and no regular expression ({error})"
-    if not any(adapted_layers(name, targets, shape.layers) for name in names):
-        return f"is no name of a linear layer of {shape.name}, nor an expression that matches one"
+    if shape.estimate:
+        counted = any(adapted_layers(name, targets, shape.layers) for name in names)
+        return None if counted else f"names nothing that can be counted; {shape.estimate}"
+    if not isinstance(targets, str):
+        unknown = [t for t in targets if not any(t in (name, *full_names(name, shape)) for name in names)]
+        return f"no linear layer of {model} is named {' or '.join(unknown)}" if unknown else None
+    if not any(expression.fullmatch(full) for name in names for full in full_names(name, shape)):
+        return f"is no name of a linear layer of {model}, nor an expression that matches one"
     other = [name for name in other_modules(shape) if expression.fullmatch(name)]
     return f"also matches {some_of(other)}, where no adapter is made" if other else None
+
+
+def full_names(matrix: str, shape: ModelShape) -> Iterator[str]:
+    return (full_name(matrix, layer) for layer in range(shape.layers))
 
 
 def other_modules(shape: ModelShape) -> Iterator[str]:

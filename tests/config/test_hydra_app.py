@@ -117,7 +117,9 @@ def test_a_task_that_exits_by_itself_does_so_as_from_python(
         ("{}", ["-m", "optimizer.lr=interval(1,3)"], "optimizer.lr=A,B,C"),
         ("{}", ["-m", 'hydra.sweeper.params={seed:"1,2"}'], "--multirun seed=1,2"),
         ("{}", ["-m", '+hydra.sweeper.params.seed="1,2"'], "--multirun seed=1,2"),
+        ("{}", ["-m", "hydra.run.dir=out", 'hydra.sweeper.params={seed:"1,2"}'], "--multirun seed=1,2"),
         ("{}", ["run_dir=${hydra:runtime.output_dir}/x"], "Hydra makes only after the job was judged"),
+        ("{}", ["data.path=['${hydra:runtime.output_dir}/x']"], "Hydra makes only after the job was judged"),
     ],
 )
 def test_a_mistake_in_hydras_own_settings_is_a_problem_like_any_other(
@@ -329,3 +331,9 @@ def test_a_sweep_that_a_file_asks_for_is_one(here: Path):
     task = Recorder()
     assert run_app(task, ["tracker=multi", "stop_after=plan"]) == 0
     assert [composed.job.seed for composed in task.jobs] == [1, 2]
+
+
+def test_output_that_nobody_reads_is_no_mistake_in_the_configuration(here: Path):
+    command = f"{sys.executable} -m loadmaster plan --cfg all | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

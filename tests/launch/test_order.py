@@ -23,6 +23,7 @@ from loadmaster.launch.follow import Reader, unpack
 from loadmaster.launch.provider import LogLine, Offer
 from loadmaster.launch.runpod import rental
 from loadmaster.preflight import make_plan
+from tests.runs import ROOT
 
 WORDS = ["recipe=qlora_8b", "launch=runpod", 'launch.package="loadmaster==0.1.0"']
 OFFERS = [
@@ -146,6 +147,14 @@ def test_each_mistake_has_its_remedy(words, key):
 @pytest.mark.parametrize("name", ["hf", "my_hf", "HF_TOKEN", "hf_token", "huggingface-read", "sk.prod", "wandb_2026"])
 def test_names_of_secrets_are_taken(name):
     assert check.problems(composed(f"launch.secrets.HF_TOKEN={name}")) == []
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+def test_the_job_of_every_recipe_composes_there_as_it_did_here(recipe, tmp_path):
+    here = compose([f"recipe={recipe}", "hardware=h100_80gb_x8", "launch=runpod"])
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(payload.job_there(here, here.job.hardware), sort_keys=False))
+    there = compose([], config_dir=str(tmp_path), config_name="job").job
+    assert replace(there, launch=here.job.launch) == here.job
 
 
 def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):

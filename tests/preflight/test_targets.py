@@ -71,9 +71,35 @@ def test_what_training_would_refuse_is_refused_before_the_search(targets: str | 
 
 def test_layers_of_experts_have_no_dense_linears_to_adapt() -> None:
     shape = from_config(few_layers("mixtral"), "mixtral")
-    refuse_unknown(shape, ["q_proj"])
+    refuse_unknown(shape, ["q_proj"], "mixtral")
     with pytest.raises(ConfigError, match="is named gate_proj"):
-        refuse_unknown(shape, ["q_proj", "gate_proj"])
+        refuse_unknown(shape, ["q_proj", "gate_proj"], "mixtral")
+
+
+STARCODER_2 = {
+    "model_type": "starcoder2", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "c_fc"], r".*\.(q_proj|c_proj)", "all-linear"])
+def test_other_names_of_a_model_that_is_only_estimated_are_let_through(targets: str | list[str]) -> None:
+    refuse_unknown(from_config(STARCODER_2, "starcoder2"), targets, "starcoder2")
+
+
+@pytest.mark.parametrize("targets", [["c_fc"], r".*c_fc", "c_fc"])
+def test_what_cannot_be_counted_at_all_is_said(targets: str | list[str]) -> None:
+    with pytest.raises(ConfigError, match="nothing that can be counted; model type 'starcoder2'"):
+        refuse_unknown(from_config(STARCODER_2, "starcoder2"), targets, "starcoder2")
+
+
+def test_the_language_model_of_a_multimodal_one_may_be_meant() -> None:
+    shape = from_config({"model_type": "gemma3", "text_config": few_layers("gemma3_text")}, "gemma-3-4b")
+    expression = r".*language_model.*(q|v)_proj"
+    refuse_unknown(shape, expression, "gemma-3-4b")
+    assert [matrix.name for matrix in shape.adapted(expression)] == ["q_proj", "v_proj"]
+    with pytest.raises(ConfigError, match="nor an expression that matches one"):
+        refuse_unknown(from_config(few_layers("llama"), "llama"), expression, "llama")
 
 
 def test_a_name_is_planned_as_the_list_of_it() -> None:

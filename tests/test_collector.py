@@ -1,0 +1,51 @@
+"""Python's collector of cycles is off while a command starts, and on wherever it goes on for long."""
+
+import gc
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from loadmaster import collector, pipeline
+from loadmaster.config.compose import compose
+from loadmaster.config.hydra_app import check_command
+
+
+@pytest.fixture
+def paused():
+    collector.pause()
+    yield
+    collector.resume()
+    gc.unfreeze()
+
+
+def run(run_dir) -> None:
+    words = ["hardware=cpu", "model=smollm2_135m", "stop_after=train", "data.max_rows=8", f"run_dir={run_dir}"]
+    assert pipeline.run(compose(words), Console(file=io.StringIO())) == 0
+
+
+def test_it_is_off_for_the_plan_and_on_for_what_follows(paused, tmp_path, monkeypatch):
+    seen = []
+    planned = pipeline.planned
+    monkeypatch.setattr(pipeline, "planned", lambda job: (seen.append(gc.isenabled()), planned(job))[1])
+    monkeypatch.setattr(pipeline.Pipeline, "train", lambda self: seen.append(gc.isenabled()))
+    run(tmp_path / "run")
+    assert seen == [False, True]
+
+
+def test_it_is_on_in_a_process_that_follows_a_lead(paused, tmp_path, monkeypatch):
+    follower = SimpleNamespace(follows=True, follow=lambda stop: 0 if gc.isenabled() else 1)
+    monkeypatch.setattr(pipeline.Team, "gather", lambda job: follower)
+    run(tmp_path / "run")
+
+
+def test_it_is_on_for_a_sweep_from_the_first_of_its_jobs(paused):
+    check_command(["--multirun", "seed=1,2", "hardware=cpu"])
+    assert gc.isenabled()
+
+
+def test_what_was_not_paused_is_not_frozen():
+    before = gc.get_freeze_count()
+    collector.resume()
+    assert gc.isenabled() and gc.get_freeze_count() == before
