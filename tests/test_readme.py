@@ -21,7 +21,9 @@ SMALL = [
     "max_steps=1",
     "data.max_rows=8",
     "export=adapter",
+    "export.verification_rows=2",
     "evaluation.task=none",
+    "evaluation.max_rows=2",
     "tracker=none",
 ]
 TRAINS = re.compile(r"^python train.py(?!.*(--cfg|stop_after=plan))")
