@@ -67,8 +67,6 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
         job()
     except SystemExit as ended:  # --help and the like, or a stop on request
         codes.append(_code_of(ended))
-    except BrokenPipeError:  # what reads the output has seen enough (| head)
-        raise
     except Exception as error:
         if begun or flags.help or flags.cfg or flags.info:
             raise

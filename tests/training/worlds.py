@@ -10,20 +10,15 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.runs import ROOT, environment
+from tests.training.processes import free_port
+
 TIMEOUT_S = 900
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def spawn(
@@ -32,11 +27,11 @@ def spawn(
     """Run module.main on the cases, one after another, in one world of `size` processes."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps(cases))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = environment() | {"PYTHONPATH": str(ROOT)}
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        environment.pop(variable, None)
+        env.pop(variable, None)
     command = [sys.executable, "-m", "tests.training.worlds", module, str(path), str(size), str(nodes)]
-    world = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
+    world = subprocess.Popen(command, env=env, cwd=ROOT, start_new_session=True)
     try:
         code = world.wait(timeout=TIMEOUT_S)
     finally:
