@@ -148,6 +148,14 @@ def write(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
     )
 
 
+def earlier(given: argparse.Namespace) -> list[dict[str, Any]]:
+    told = json.loads(given.beside.read_text())
+    for setting in ("steps", "rows", "length"):
+        if told["about"][setting] != getattr(given, setting):
+            raise SystemExit(f"{given.beside} has other settings: {setting} is {told['about'][setting]}")
+    return told["runs"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="instruction data, a file")
@@ -156,11 +164,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="packed rows in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--only", help="runs whose name has this in it")
+    parser.add_argument("--beside", type=Path, help="a .json of earlier runs with these settings")
     given = parser.parse_args()
-    found: list[dict[str, Any]] = []
+    found = earlier(given) if given.beside else []
     for run in RUNS:
         if not given.only or given.only in run["name"]:
-            found.append(train(run, given))
+            found = sorted([*found, train(run, given)], key=lambda each: [r["name"] for r in RUNS].index(each["name"]))
             write(found, given)
     print(table(found))
 

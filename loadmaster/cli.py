@@ -182,8 +182,10 @@ def _scaling(nodes: str, overrides: list[str]) -> int:
     from loadmaster.pipeline import dataset_tokens
     from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling
 
-    job = compose([*overrides, "stop_after=plan"]).job
-    steps = scaling(job, parse_nodes(nodes), dataset_tokens(job))
+    composed = compose([*overrides, "stop_after=plan"])
+    job = composed.job
+    with composed.located():
+        steps = scaling(job, parse_nodes(nodes), dataset_tokens(job))
     print_scaling(job, steps, Console())
     return 0 if any(step.plan.fits for step in steps) else DoesNotFit.exit_code
 
@@ -193,7 +195,9 @@ def _plan_json(overrides: list[str]) -> int:
     from loadmaster.config.compose import compose
     from loadmaster.pipeline import planned
 
-    plan = planned(compose([*overrides, "stop_after=plan"]).job)
+    composed = compose([*overrides, "stop_after=plan"])
+    with composed.located():
+        plan = planned(composed.job)
     print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
     return 0 if plan.fits else DoesNotFit.exit_code
 
@@ -217,8 +221,11 @@ def _compare(compare: str, overrides: list[str]) -> int:
     if not equals:
         remedy = "--compare hardware=l40s_x1,h200_x1"
         raise ConfigError([Problem("--compare", compare, "command line", "compares values of one key", remedy)])
-    jobs = [compose([*overrides, f"{key}={value}"]).job for value in values.split(",")]
-    print_comparison([make_plan(job, dataset_tokens(job)) for job in jobs], Console())
+    plans = []
+    for composed in [compose([*overrides, f"{key}={value}"]) for value in values.split(",")]:
+        with composed.located():
+            plans.append(make_plan(composed.job, dataset_tokens(composed.job)))
+    print_comparison(plans, Console())
     return 0
 
 
@@ -364,8 +371,10 @@ def _doctor_of_all(overrides: list[str]) -> int:
     from loadmaster.training.world import join, leave
     from loadmaster.world_stages import device_type
 
-    job = compose(overrides).job
-    plan = make_plan(job, dataset_tokens(job))
+    composed = compose(overrides)
+    job = composed.job
+    with composed.located():
+        plan = make_plan(job, dataset_tokens(job))
     world = join(device_type(plan))
     try:
         with as_they_begin(world.rank), Watchdog(world, None):  # a host may be lost meanwhile

@@ -71,7 +71,8 @@ def run_elsewhere(composed: Composed, console: Console) -> int:
 
     collector.resume()
     try:
-        return launch_job(composed, console, tokens=dataset_tokens(composed.job))
+        with composed.located():
+            return launch_job(composed, console, tokens=dataset_tokens(composed.job))
     except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return error.exit_code
@@ -126,7 +127,8 @@ class Pipeline:
             "bundle": self.bundle,
         }
         try:
-            stages[stage]()
+            with self.composed.located():
+                stages[stage]()
             seconds = time.perf_counter() - start
             self.run_dir.mark_done(stage, inputs, seconds)
             self.run_dir.update_result(failure=None)
@@ -177,7 +179,10 @@ class Pipeline:
             )
 
     def train(self) -> None:
+        from loadmaster.export import refuse_unholdable
+
         self._refuse_other_hardware()
+        refuse_unholdable(self.job, self.materials.base_folder)
         self.in_world("train")
 
     def in_world(self, stage: str) -> None:

@@ -29,7 +29,7 @@ from loadmaster.config.overrides import Overrides, groups_of, read_overrides, re
 from loadmaster.config.rules import broken_rules
 from loadmaster.config.schema import Job
 from loadmaster.config.validate import MISSING, check, to_dict
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 
 NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
 """Hydra's own `none`."""
@@ -45,6 +45,18 @@ class Composed:
     """Dotted key of every field -> `recipes/smoke.yaml:12`, `command line` or `default`."""
     needs_hydra: bool = False
     """Something of Hydra's own is set (a callback, a folder, logging): Hydra has to run the job itself."""
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Say of problems that are found in the job later, by the plan, where each field was set."""
+        try:
+            yield
+        except ConfigError as error:
+            found = [
+                replace(p, origin=origin_of(self.origins, p.key)) if p.origin == IN_THE_JOB else p
+                for p in error.problems
+            ]
+            raise ConfigError(found) from error
 
 
 def compose(

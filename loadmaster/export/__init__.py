@@ -13,7 +13,23 @@ if TYPE_CHECKING:
     from loadmaster.data import PreparedData
     from loadmaster.preflight.plan import Plan
 
-__all__ = ["export_all", "report_table", "storable"]
+__all__ = ["export_all", "refuse_unholdable", "report_table", "storable"]
+
+
+def refuse_unholdable(job: Job, base_folder: Path) -> None:
+    """Raises ConfigError where the job ends with exports that its base says cannot be made: before it is trained."""
+    from loadmaster.errors import IN_THE_JOB, ConfigError, ExportRejected, Problem
+    from loadmaster.export.build import streamed
+    from loadmaster.export.servers import aimed_at
+
+    if job.stop_after not in ("export", "bundle"):
+        return
+    formats = list(dict.fromkeys(job.export.formats))
+    try:
+        streamed(formats, base_folder, aimed_at(job.endpoint.server))
+    except ExportRejected as error:
+        remedy = "other export.formats, or stop_after=evaluate"
+        raise ConfigError([Problem("export.formats", formats, IN_THE_JOB, str(error), remedy)]) from None
 
 
 def export_all(

@@ -7,7 +7,7 @@ else writes no 16-bit model. Calibration and GGUF need the merged model whole.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,20 @@ from loadmaster.data import PreparedData
 from loadmaster.data.render import stop_token_ids
 from loadmaster.errors import ExportRejected
 from loadmaster.export import candidates, quantize
-from loadmaster.export.linear import linear_weights, quantization_config
+from loadmaster.export.gguf import refuse_unwritable
+from loadmaster.export.linear import QuantizeLinears, linear_weights, quantization_config
 from loadmaster.export.merge import MergeReport, merge, read_adapter, round_trip
 from loadmaster.export.process import run_step, timeout_s
-from loadmaster.export.servers import Server, for_server
+from loadmaster.export.servers import Server, for_server, model_config
 from loadmaster.export.sidecars import write_config, write_generation_config, write_tokenizer
 from loadmaster.export.stream import Change, Unchanged, rewrite
 from loadmaster.export.weights import shards
 from loadmaster.files import read_json, write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES
+from loadmaster.preflight.exports import NVFP4_GROUP
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.shape import base_name
 
 Score = Callable[[dict[str, Path]], dict[str, Any]]
 """Scores merges of the model, name -> folder, against the live adapter: figures of the best, {"error": why} if none."""
@@ -47,6 +50,29 @@ class Written:
     """Candidate -> scheme, calibration, seconds."""
     merge: dict[str, Any] = field(default_factory=dict)
     adapter_rank: int | None = None
+
+
+def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, QuantizeLinears]:
+    """How each candidate of `formats` is written whose weights stream through.
+
+    source: the model to export, or its base, which tells as much. Raises ExportRejected where a format cannot hold it.
+    """
+    config = read_json(source / "config.json")
+    if reasons := candidates.refusals(formats, config.get("model_type", "unknown")):
+        raise ExportRejected("\n".join(reasons))
+    if formats != ["adapter"]:
+        model_config(config, server)
+    if "gguf" in formats:
+        refuse_unwritable(source, config)
+    wanted = candidates.needed(formats)
+    linear = linear_weights(source) if candidates.quantizes(wanted) else {}
+    odd = [inputs for _, inputs in linear.values() if inputs % NVFP4_GROUP]
+    if "nvfp4" in wanted and odd:
+        raise ExportRejected(
+            f"nvfp4 needs inputs in multiples of {NVFP4_GROUP}; a layer has {odd[0]}. "
+            "Take export.formats=[fp8] instead."
+        )
+    return candidates.streamed(wanted, linear)
 
 
 @dataclass
@@ -67,9 +93,7 @@ class Builder:
 
     def build(self, folders: Mapping[str, Path], scratch: Path, score: Score) -> Written:
         """Every candidate of every format; those of bf16 and the adapter in `folders` where nothing is to choose."""
-        config = read_json(self.source / "config.json")
-        if reasons := candidates.refusals(folders, config.get("model_type", "unknown")):
-            raise ExportRejected("\n".join(reasons))
+        quantizers = streamed(list(folders), self.source, self.server)
         written = Written()
         if "adapter" in folders:
             written.adapter_rank = self._write_adapter(folders["adapter"])
@@ -78,8 +102,6 @@ class Builder:
         if not formats:
             return written
         wanted = candidates.needed(formats)
-        linear = linear_weights(self.source) if candidates.quantizes(wanted) else {}
-        quantizers = candidates.streamed(wanted, linear)
         outputs: dict[Path, Change] = {_made(scratch / name): quantizer for name, quantizer in quantizers.items()}
         whole = [name for name in wanted if name not in quantizers and name != "bf16"]
         if self.plan.method == "qlora":
@@ -112,7 +134,7 @@ class Builder:
             shutil.copyfile(self.trained / name, target / name)
         config = read_json(target / "adapter_config.json")
         # peft puts in the path on the machine that trained.
-        config["base_model_name_or_path"] = self.job.model.name
+        config["base_model_name_or_path"] = base_name(self.job.model)
         write_json(target / "adapter_config.json", config)
         write_tokenizer(self.tokenizer, target, self.server)
         return max([config["r"], *(config.get("rank_pattern") or {}).values()])

@@ -17,6 +17,7 @@ from typing import Any
 from loadmaster.export.fp8 import Fp8, Fp8Block
 from loadmaster.export.int4 import Int4, group_size
 from loadmaster.export.linear import QuantizeLinears, Quantizer
+from loadmaster.preflight.exports import GGUF_ARCHITECTURES
 
 CANDIDATES = {
     "bf16": ("bf16",),
@@ -33,9 +34,6 @@ BASELINES = {"int4_gptq": ("int4-rtn",), "int4_awq": ("int4-rtn",)}
 """Of those, what is scored and never published."""
 STREAMED = ("fp8", "fp8_block", "int4-rtn")
 CALIBRATED = ("int4-gptq", "int4-awq", "nvfp4")
-
-GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""model_type of what GGUF is written for -> llama.cpp's name."""
 
 MERGES = AS_TRAINED, STORED_BASE = "dequant(nf4) + delta", "bf16 base + delta"
 """The two merges of a QLoRA adapter."""

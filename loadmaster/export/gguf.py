@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.candidates import GGUF_ARCHITECTURES as ARCHITECTURES
-from loadmaster.export.gguf_tokenizer import add_tokenizer
+from loadmaster.export.gguf_tokenizer import add_tokenizer, pre_tokenizer
 from loadmaster.export.stream import ShardWriter, row_chunks
 from loadmaster.export.weights import SINGLE, read_tensor, shards, tensor_shapes
 from loadmaster.files import read_json, write_json, write_text
+from loadmaster.preflight.exports import GGUF_ARCHITECTURES as ARCHITECTURES
 
 PERMUTED = ("llama",)
 Q8_0_BLOCK = 32
@@ -40,6 +40,7 @@ def export_gguf(
     Raises ExportRejected for a rotation or tokenizer that it cannot describe rightly.
     """
     config = read_json(source / "config.json")
+    refuse_unwritable(source, config)
     file = target / f"{name}-{kind}.gguf"
     write_gguf(source, file, config, name, kind, stop_token_ids)
     stops = "".join(f'PARAMETER stop "{text}"\n' for text in _texts(source, stop_token_ids))
@@ -51,6 +52,21 @@ def export_gguf(
         "architecture": ARCHITECTURES[config["model_type"]],
         "read_from": read_back,
     }
+
+
+def refuse_unwritable(source: Path, config: dict[str, Any]) -> None:
+    """Raises ExportRejected for a rotation or a tokenizer that a GGUF cannot describe rightly."""
+    kind = _rope(config)[0]
+    if kind not in ("default", "llama3", "linear"):  # yarn has fields, but llama.cpp's is off by a KL of 0.003 nats
+        raise ExportRejected(f"gguf cannot hold this model's rotation ({kind}) exactly: take it from export.formats.")
+    if (source / "tokenizer.json").is_file():
+        pre_tokenizer(read_json(source / "tokenizer.json"))
+
+
+def _rope(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(kind of rotation, its settings)"""
+    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
+    return rope.get("rope_type", rope.get("type", "default")), rope
 
 
 def write_gguf(
@@ -109,10 +125,10 @@ def _add_shape(writer: Any, config: dict[str, Any]) -> np.ndarray | None:
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_rope_dimension_count(head_dim)
-    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
+    kind, rope = _rope(config)
     base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     writer.add_rope_freq_base(base)
-    return _add_rope_scaling(writer, rope, base, head_dim)
+    return _add_rope_scaling(writer, kind, rope, base, head_dim)
 
 
 def _context(config: dict[str, Any]) -> int:
@@ -122,16 +138,15 @@ def _context(config: dict[str, Any]) -> int:
     return min(window, config["max_position_embeddings"])
 
 
-def _add_rope_scaling(writer: Any, rope: dict[str, Any], base: float, head_dim: int) -> np.ndarray | None:
+def _add_rope_scaling(
+    writer: Any, kind: str, rope: dict[str, Any], base: float, head_dim: int
+) -> np.ndarray | None:
     import gguf
 
-    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind == "llama3":
         return llama3_divisors(rope, base, head_dim)
-    if kind != "linear":  # yarn has fields, but llama.cpp's differs from transformers' by a KL of 0.003 nats
-        raise ExportRejected(f"gguf cannot hold this model's rotation ({kind}) exactly: take it from export.formats.")
     writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     writer.add_rope_scaling_factor(rope["factor"])
     return None

@@ -27,6 +27,12 @@ PATTERNS = {
 
 def pre_tokenizer(backend: dict[str, Any]) -> str:
     """llama.cpp's name of what tokenizer.json does before merging. Raises ExportRejected where it has none."""
+    if backend["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(backend.get("pre_tokenizer")):
+        raise ExportRejected(
+            "gguf is written for byte-level BPE tokenizers (Llama 3, Qwen, SmolLM, Mistral's Tekken); this one is of "
+            "SentencePiece's kind, whose scores are not in tokenizer.json. Leave gguf out of export.formats, and "
+            "convert the bf16 export with llama.cpp's convert_hf_to_gguf.py."
+        )
     step = backend.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
     kinds = [each.get("type") for each in steps]
@@ -50,12 +56,7 @@ def add_tokenizer(writer: Any, source: Path, vocabulary_size: int, stop_token_id
     from loadmaster.models.load import load_tokenizer
 
     backend = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-    if backend["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(backend.get("pre_tokenizer")):
-        raise ExportRejected(
-            "gguf is written for byte-level BPE tokenizers (Llama 3, Qwen, SmolLM, Mistral's Tekken); this one is of "
-            "SentencePiece's kind, whose scores are not in tokenizer.json. Leave gguf out of export.formats, and "
-            "convert the bf16 export with llama.cpp's convert_hf_to_gguf.py."
-        )
+    pre = pre_tokenizer(backend)
     tokenizer = load_tokenizer(source)
     tokens = {index: token for token, index in backend["model"]["vocab"].items()}
     types = dict.fromkeys(tokens, TokenType.NORMAL)
@@ -65,7 +66,7 @@ def add_tokenizer(writer: Any, source: Path, vocabulary_size: int, stop_token_id
     listed = [tokens.get(index, f"[PAD{index}]") for index in range(vocabulary_size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(backend))
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(listed)
     writer.add_token_types([types.get(index, TokenType.UNUSED) for index in range(vocabulary_size)])
     writer.add_token_merges(merges)

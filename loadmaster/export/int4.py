@@ -18,9 +18,8 @@ from torch import Tensor
 from loadmaster.errors import ExportRejected
 from loadmaster.export.fp8 import Shape, scale_of
 from loadmaster.export.stream import row_chunks
+from loadmaster.preflight.exports import INT4_GROUPS
 
-GROUP_SIZES = (128, 64, 32)
-"""Sizes that vLLM's INT4 kernels know, best compression first."""
 STEPS = 7.5
 PER_WORD = 8
 
@@ -31,12 +30,12 @@ def group_size(input_sizes: Iterable[int]) -> int:
     Raises ExportRejected where none does.
     """
     sizes = sorted(set(input_sizes))
-    for size in GROUP_SIZES:
+    for size in INT4_GROUPS:
         if all(inputs % size == 0 for inputs in sizes):
             return size
-    odd = [inputs for inputs in sizes if inputs % GROUP_SIZES[-1]]
+    odd = [inputs for inputs in sizes if inputs % INT4_GROUPS[-1]]
     raise ExportRejected(
-        f"int4 needs layers whose number of inputs is a multiple of {GROUP_SIZES[-1]}; this model has {odd}. "
+        f"int4 needs layers whose number of inputs is a multiple of {INT4_GROUPS[-1]}; this model has {odd}. "
         "Take export.formats=[bf16, fp8] instead."
     )
 

@@ -19,9 +19,7 @@ from torch import Tensor
 from loadmaster.errors import ExportRejected
 from loadmaster.export.weights import EMBEDDINGS, HEAD, Shapes, shards, tensor_shapes
 from loadmaster.files import read_json
-
-MIN_QUANTIZED_SHARE = 0.9
-"""Of the weights besides embeddings and head; below it the architecture keeps weights outside linear layers."""
+from loadmaster.preflight.exports import MIN_QUANTIZED_SHARE
 
 ARGUMENTS = {
     "actorder": None, "block_structure": None, "dynamic": False, "group_size": None, "observer_kwargs": {},

@@ -23,14 +23,12 @@ import torch
 from torch import nn
 
 from loadmaster.data import Conversation
-from loadmaster.errors import ExportRejected
 from loadmaster.export.int4 import Int4, group_size
 from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.sidecars import token_ids
 from loadmaster.export.weights import shards
 from loadmaster.models.capped import own_attention
 
-NVFP4_GROUP = 16
 FEW_TOKENS, STRONG, USUAL = 7, 1.0, 0.01
 """Of calibration, for each input of the widest layer; and GPTQ's dampening below that and above it, as a share of the
 mean of the Hessian's diagonal. 0.01 is llm-compressor's. With two tokens an input it fits the few conversations that
@@ -132,9 +130,6 @@ def _recipe(candidate: str, layers: list[nn.Linear], tokens: int) -> tuple[Any, 
 
     ignore = ["lm_head"]
     if candidate == "nvfp4":
-        odd = [layer for layer in layers if layer.in_features % NVFP4_GROUP]
-        if odd:
-            raise ExportRejected(f"nvfp4 needs inputs in multiples of {NVFP4_GROUP}; a layer has {odd[0].in_features}.")
         return QuantizationModifier(targets="Linear", scheme="NVFP4", ignore=ignore), {"scheme": "NVFP4"}
     size = group_size(layer.in_features for layer in layers)
     weights, _ = Int4(size).arguments()

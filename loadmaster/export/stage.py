@@ -33,6 +33,7 @@ from loadmaster.models.frozen import frozen_form
 from loadmaster.models.resolve import base_revision
 from loadmaster.models.spread import free_device_memory
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.shape import base_name
 
 SCRATCH = ".work.partial"
 FINGERPRINTS = ".fingerprints.json"
@@ -231,7 +232,7 @@ class Export:
             folder,
             {
                 "format": name,
-                "base_model": {"name": self.job.model.name, "revision": base_revision(self.job.model, self.base)},
+                "base_model": {"name": base_name(self.job.model), "revision": base_revision(self.job.model, self.base)},
                 "recipe": self.job.recipe,
                 "job_hash": job_hash(self.job),
                 "inputs_hash": self.inputs_hash(name),

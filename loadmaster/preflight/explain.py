@@ -108,6 +108,8 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, verifi
     said += about_verification(job, chosen, verification)
     if shape.estimate:
         said.append(f"an estimate: {shape.estimate}")
+    if shape.name != job.model.name:
+        said.append(f"model.path holds another model than {job.model.name}; it is called {shape.name}: set model.name")
     return said
 
 
@@ -189,7 +191,7 @@ def basis(hardware: Hardware, setup: Setup) -> dict[str, str]:
 def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens: int | None) -> list[dict[str, Any]]:
     """What would fit: settings changed on this hardware, more of the same machines, then others, cheapest first."""
     found = []
-    for text, changed in relaxations(job, hardware.world_size):
+    for text, changed in relaxations(job, hardware):
         best = search(changed, shape, hardware, explain=False).best
         if best is not None:
             found.append(_alternative(text, best, changed, shape, dataset_tokens))
@@ -228,8 +230,9 @@ def _on(job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | No
     return [_alternative(text, best, adjusted, shape, dataset_tokens)]
 
 
-def relaxations(job: Job, gpus: int) -> Iterator[tuple[str, Job]]:
+def relaxations(job: Job, hardware: Hardware) -> Iterator[tuple[str, Job]]:
     """The job with one thing changed that the user wrote."""
+    gpus = hardware.world_size
     if job.micro_batch_size != "auto":
         yield "micro_batch_size=auto", replace(job, micro_batch_size="auto")
     for name in ("activation_checkpointing", "offload", "sharding", "precision"):
@@ -245,7 +248,7 @@ def relaxations(job: Job, gpus: int) -> Iterator[tuple[str, Job]]:
         if job.batch.global_size > gpus:
             yield f"{said} batch.global_size={gpus}", replace(stepped, batch=replace(job.batch, global_size=gpus))
     lora, plain = replace(job.lora, dora=False), " lora.dora=false" if job.lora.dora else ""
-    if job.precision not in ("auto", "fp8") and job.method == "lora":
+    if job.precision not in ("auto", "fp8") and job.method == "lora" and not hardware.is_cpu:
         yield f"precision=fp8{plain}", replace(job, precision="fp8", lora=lora)
     for method in ("lora", "qlora"):
         if job.method not in ("auto", method) and (job.method, method) != ("qlora", "lora"):

@@ -15,7 +15,7 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import HardwareConfig
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.coefficients import value
 
 GIB = 2**30
@@ -80,9 +80,8 @@ def find_hardware(config: HardwareConfig) -> Hardware:
         return detect_local(config.count, config.nodes)
     if config.gpu not in catalog.gpus():
         names = ", ".join(["local", "cpu", *catalog.gpus()])
-        raise ConfigError(
-            [Problem("hardware.gpu", config.gpu, "the job", "this GPU is not in the catalogue", f"use one of: {names}")]
-        )
+        message = "this GPU is not in the catalogue"
+        raise ConfigError([Problem("hardware.gpu", config.gpu, IN_THE_JOB, message, f"use one of: {names}")])
     return from_catalog(config.gpu, 1 if config.count == "auto" else config.count, config.nodes)
 
 
@@ -181,7 +180,7 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
     if not cards:
         remedy = f"hardware.gpu=cpu hardware.count={count} trains with {count} processes on this machine's processors"
         message = "this machine has no GPU, or no driver that shows it"
-        raise ConfigError([Problem("hardware.count", count, "the job", message, remedy)])
+        raise ConfigError([Problem("hardware.count", count, IN_THE_JOB, message, remedy)])
     name, total_gib, capability = cards[0]
     count = len(cards) if count == "auto" else int(count)
     if count > len(cards):
@@ -190,7 +189,7 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
                 Problem(
                     "hardware.count",
                     count,
-                    "the job",
+                    IN_THE_JOB,
                     f"this machine has {len(cards)} GPU(s)",
                     f"use hardware.count={len(cards)} or less, or name a machine of the catalogue with hardware.gpu",
                 )

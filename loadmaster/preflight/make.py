@@ -9,6 +9,7 @@ from loadmaster.config.schema import Job
 from loadmaster.preflight import saved, targets
 from loadmaster.preflight.elsewhere import elsewhere
 from loadmaster.preflight.explain import alternatives, basis, reasons, rejection, runner_up
+from loadmaster.preflight.exports import refuse_unholdable
 from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardware
 from loadmaster.preflight.phases import components_gib, disk_bytes, phase_bytes, phases_gib
 from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan
@@ -37,6 +38,7 @@ def make_plan(
     if job.method != "full":
         saved.refuse_unknown(shape, job.lora.modules_to_save)
         targets.refuse_unknown(shape, job.lora.targets, job.model.path or job.model.name)
+    refuse_unholdable(job, shape)
     hardware = replace(hardware, memory_gib=card_share * hardware.memory_gib)
     found = search(job, shape, hardware)
     chosen = found.best or min(found.nearest, key=closeness, default=None) or smallest(job, shape, hardware)

@@ -6,28 +6,27 @@ import math
 from collections.abc import Iterator
 
 from loadmaster.config.schema import Job
-from loadmaster.errors import Problem
+from loadmaster.errors import IN_THE_JOB, Problem
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.shape import ModelShape
 
 
 def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
     """Written settings that no processor does; on a GPU the like is refused with the machines that could."""
-    where = "the job"
     if job.precision in ("bf16", "fp8"):
         message = "this runs on the CPU, which trains in fp32 here"
-        yield Problem("precision", job.precision, where, message, "precision=fp32 or auto, or hardware with a GPU")
+        yield Problem("precision", job.precision, IN_THE_JOB, message, "precision=fp32 or auto, or hardware with a GPU")
     if job.sharding not in ("auto", "none") and hardware.world_size == 1:
         message = "one process on the CPU has nothing to share or shard"
-        yield Problem("sharding", job.sharding, where, message, "sharding=none or auto, or hardware.count=2")
+        yield Problem("sharding", job.sharding, IN_THE_JOB, message, "sharding=none or auto, or hardware.count=2")
     if job.sharding == "none" and hardware.world_size > 1:
         message = f"{hardware.world_size} processes would each train a model of their own"
-        yield Problem("sharding", "none", where, message, "sharding=ddp, fsdp or auto, or hardware.count=1")
+        yield Problem("sharding", "none", IN_THE_JOB, message, "sharding=ddp, fsdp or auto, or hardware.count=1")
     rows = job.batch.global_size
     if rows % hardware.world_size:
         message = f"does not divide over {hardware.world_size} processes"
         works = f"batch.global_size={math.ceil(rows / hardware.world_size) * hardware.world_size}"
-        yield Problem("batch.global_size", rows, where, message, works)
+        yield Problem("batch.global_size", rows, IN_THE_JOB, message, works)
 
 
 def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:

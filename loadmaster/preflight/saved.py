@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.shape import ModelShape
 
 TABLES = ("embed_tokens", "lm_head")
@@ -57,4 +57,4 @@ def refuse_unknown(shape: ModelShape, named: Sequence[str]) -> None:
     if unknown := [name for name in named if name not in names(shape)]:
         message = f"{', '.join(unknown)}: no embedding, head or norm of {shape.name} has this name"
         remedy = f"some of {', '.join(names(shape))}; linear layers are adapted by lora.targets"
-        raise ConfigError([Problem("lora.modules_to_save", list(named), "the job", message, remedy)])
+        raise ConfigError([Problem("lora.modules_to_save", list(named), IN_THE_JOB, message, remedy)])

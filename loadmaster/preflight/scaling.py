@@ -18,7 +18,7 @@ from rich.table import Table
 
 from loadmaster import catalog
 from loadmaster.config.schema import Job
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.hardware import find_hardware
 from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.plan import Plan
@@ -70,7 +70,7 @@ def scaling(job: Job, nodes: list[int], dataset_tokens: int | None) -> list[Step
     machine = find_hardware(replace(job.hardware, nodes=1))
     if machine.gpu not in catalog.gpus():
         remedy = "hardware=h100_80gb_x8, or any GPU of the catalogue with hardware.gpu and hardware.count"
-        problem = Problem("hardware.gpu", machine.gpu, "the job", "has no modelled links between nodes", remedy)
+        problem = Problem("hardware.gpu", machine.gpu, IN_THE_JOB, "has no modelled links between nodes", remedy)
         raise ConfigError([problem])
     steps: list[Step] = []
     for count in nodes:

@@ -17,7 +17,7 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.families import FAMILIES, full_config, refuse_uncountable
 
 LAYERS = ("model.layers", "model.language_model.layers")
@@ -299,6 +299,10 @@ def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | No
     return tuple(None if period and (i + 1) % period == 0 else window for i in range(layers))
 
 
+KEPT_SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""What a fine-tune has of its base; a vocabulary may have grown."""
+
+
 def find_config(model: ModelConfig) -> tuple[dict[str, Any], str]:
     """(config.json as a dict, where it was found), without reading any weight.
 
@@ -335,7 +339,7 @@ def _read(path: Path, key: str, model: ModelConfig) -> dict[str, Any]:
 
 def _no_config(key: str, value: str, message: str, model: ModelConfig) -> ConfigError:
     remedy = "model.path=FOLDER with its config.json, or model.name=" + " or ".join(nearest_names(model.name))
-    return ConfigError([Problem(key, value, "the job", message, remedy)])
+    return ConfigError([Problem(key, value, IN_THE_JOB, message, remedy)])
 
 
 def nearest_names(name: str, count: int = 4) -> list[str]:
@@ -362,4 +366,18 @@ def find_shape(model: ModelConfig, traced: bool = False) -> ModelShape:
     """traced: the plan is going to be held against a trace, so an unknown kind of model is let through."""
     config, _ = find_config(model)
     refuse_uncountable(config, model.path or model.name, traced)
-    return from_config(config, model.name)
+    return from_config(config, name_of(model, config))
+
+
+def base_name(model: ModelConfig) -> str:
+    """What plan, report, manifest and adapter call the base model."""
+    return model.name if model.path is None else name_of(model, find_config(model)[0])
+
+
+def name_of(model: ModelConfig, config: dict[str, Any]) -> str:
+    """model.name; the folder's, where config is model.path's and of other sizes than the shipped shape of that name."""
+    shipped = catalog.shapes().get(model.name.lower())
+    if model.path is None or shipped is None:
+        return model.name
+    held, named = full_config(config)[0], full_config(shipped)[0]
+    return model.name if all(held.get(key) == named.get(key) for key in KEPT_SIZES) else Path(model.path).resolve().name

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from loadmaster.config.fields import nearest
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.saved import head_norms, layer_norms
 from loadmaster.preflight.shape import ModelShape, adapted_layers, full_name
 
@@ -34,9 +34,10 @@ def refuse_unknown(shape: ModelShape, targets: str | Sequence[str], model: str) 
         words = [targets] if isinstance(targets, str) else targets
         guesses = (nearest(word, names) for word in words if word not in names)
         guess = next((f"{guess}; " for guess in guesses if guess), "")
-        remedy = f"{guess}all-linear, or some of {', '.join(names)}; {WHOLE}"
+        every = "" if shape.experts else "all-linear, or "
+        remedy = f"{guess}{every}some of {', '.join(names)}; {WHOLE}"
         value = targets if isinstance(targets, str) else list(targets)
-        raise ConfigError([Problem("lora.targets", value, "the job", message, remedy)])
+        raise ConfigError([Problem("lora.targets", value, IN_THE_JOB, message, remedy)])
 
 
 def _wrong(shape: ModelShape, targets: str | Sequence[str], names: list[str], model: str) -> str | None:

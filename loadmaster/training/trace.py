@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from loadmaster.config.schema import Job, PreferenceConfig
 from loadmaster.data import MicroBatch
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.models.adapters import saved_modules, target_modules
 from loadmaster.models.attention import PACKED
 from loadmaster.models.dora import run_by_norms
@@ -64,7 +64,7 @@ def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
     except Exception as error:  # whatever a model's own code makes of the meta device
         message = f"a step of model type {config.get('model_type')!r} cannot be traced ({first_line(error)})"
         remedy = "plan.trace=false, or a model of a type that transformers knows"
-        raise ConfigError([Problem("plan.trace", True, "the job", message, remedy)]) from error
+        raise ConfigError([Problem("plan.trace", True, IN_THE_JOB, message, remedy)]) from error
     replayed = training_step(from_config(config, job.model.name), setup, in_place=False).peak
     whole = plan.sharding not in ("none", "ddp")
     return {

@@ -54,6 +54,10 @@ CASES = {
         ["lora.dora=true", "method=lora", "export=adapter", "endpoint.serve_as=adapter"], "lora.dora",
         "endpoint.serve_as=bf16", ["lora.dora=true", "method=lora", "export.formats=[adapter,bf16]"],
     ),
+    "servers_find_an_adapters_base": (
+        ["model.path=model", "model.name=Qwen/Qwen3-8B", "method=lora", "export=adapter"], "model.name",
+        "endpoint.serve_as=bf16", ["model.path=model", "model.name=me/mine", "method=lora", "export=adapter"],
+    ),
     "dora_reads_whole_weights": (
         ["lora.dora=true", "method=qlora"], "lora.dora", "method=lora", ["lora.dora=true", "method=lora"],
     ),

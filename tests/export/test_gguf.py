@@ -123,7 +123,8 @@ def test_llama_3_frequencies_are_those_of_transformers(tmp_path):
 @pytest.mark.parametrize(("pattern", "name"), PATTERNS.items())
 def test_a_tokenizer_is_named_by_how_it_cuts_text(pattern, name):
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    backend = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel"}]}}
+    steps = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel"}]}
+    backend = {"model": {"type": "BPE"}, "pre_tokenizer": steps}
     assert pre_tokenizer(backend) == name
     split["pattern"]["Regex"] += "|x"
     with pytest.raises(ExportRejected, match=r"Split, ByteLevel\) is not known"):

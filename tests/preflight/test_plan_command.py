@@ -45,6 +45,19 @@ def test_prices_of_gpus_that_the_catalogue_does_not_know_are_refused(capsys) -> 
     assert "h100_80gb" in capsys.readouterr().err
 
 
+def test_what_only_the_plan_can_refuse_is_located_too(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["--json"], [], ["--compare", "seed=1,2"], ["--nodes", "1,2"]):
+        assert main(["plan", *ASKED, "lora.targets=[q_prj]", *arguments]) == 2
+        assert "lora.targets = [q_prj]   on the command line" in capsys.readouterr().err
+
+
+def test_what_no_processor_does_is_not_tried_as_a_remedy(capsys) -> None:
+    mixture = ["recipe=lora_8b", "hardware=cpu", "precision=fp32", "export=bf16", "model.name=Qwen/Qwen3-30B-A3B"]
+    assert main(["plan", *mixture, "lora.targets=all-linear", "--json"]) == 3
+    assert "mixture of experts" in json.loads(capsys.readouterr().out)["reasons"][0]
+
+
 @pytest.mark.parametrize("command", ["doctor", "prices"])
 def test_words_that_a_command_does_not_know_are_refused(command: str, capsys) -> None:
     with pytest.raises(SystemExit) as raised:

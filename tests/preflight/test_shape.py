@@ -13,7 +13,7 @@ from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.preflight.families import FAMILIES
-from loadmaster.preflight.shape import find_config, find_shape, from_config
+from loadmaster.preflight.shape import base_name, find_config, find_shape, from_config
 
 SHAPES = {path.stem: json.loads(path.read_text()) for path in sorted((catalog.FOLDER / "shapes").glob("*.json"))}
 
@@ -152,6 +152,17 @@ def test_a_local_folder_is_read_and_a_missing_one_is_named(smollm2, tmp_path) ->
     assert from_config(config, "x").parameters == 134_515_008 and where.endswith("config.json")
     with pytest.raises(LoadmasterError, match=r"no config\.json"):
         find_config(ModelConfig(name="anything", path=str(tmp_path)))
+
+
+def test_a_folder_with_another_model_is_not_called_by_a_shipped_ones_name(smollm2, tmp_path) -> None:
+    named = ModelConfig(name="HuggingFaceTB/SmolLM2-135M-Instruct", path=str(smollm2))
+    assert find_shape(named).name == base_name(named) == named.name
+    config = json.loads((smollm2 / "config.json").read_text())
+    for change, name in (({"vocab_size": 50000}, named.name), ({"hidden_size": 1152}, "mine")):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine/config.json").write_text(json.dumps({**config, **change}))
+        assert base_name(ModelConfig(name=named.name, path=str(tmp_path / "mine"))) == name
+    assert base_name(ModelConfig(name="me/mine", path=str(tmp_path / "mine"))) == "me/mine"
 
 
 def test_an_unknown_name_gives_the_nearest_known_ones() -> None:

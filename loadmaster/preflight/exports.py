@@ -1,0 +1,63 @@
+"""What a format of export cannot hold of a model, as far as its config.json says: a word before training, not after.
+
+The export itself judges by the tensors and the tokenizer (`loadmaster.export.build.refusals`), again before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from loadmaster.config.schema import Job
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
+from loadmaster.preflight.shape import Matrix, ModelShape
+
+GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""model_type of what GGUF is written for -> llama.cpp's name."""
+FP8_BLOCK = 128
+"""Weights of a side of fp8_block's squares."""
+INT4_GROUPS = (128, 64, 32)
+"""Inputs that share a scale of int4: the sizes that vLLM's kernels know, best compression first."""
+NVFP4_GROUP = 16
+"""Inputs that share a scale of nvfp4."""
+MIN_QUANTIZED_SHARE = 0.9
+"""Of the weights besides embeddings and head; below it the architecture keeps weights outside linear layers."""
+WHOLE = ("adapter", "bf16", "gguf")
+"""Formats that leave linear layers as they are, or treat all matrices alike."""
+
+
+def refuse_unholdable(job: Job, shape: ModelShape) -> None:
+    """Raises ConfigError where the job ends with an export in a format that cannot hold this model.
+
+    Nothing is said of a model that is only estimated.
+    """
+    if shape.estimate or job.stop_after in ("train", "evaluate"):
+        return
+    problems = {name: problem for name in job.export.formats if (problem := unholdable(name, shape))}
+    if problems:
+        left = [name for name in job.export.formats if name not in problems] or ["bf16"]
+        message = "; ".join(f"{name} cannot hold {shape.name}: {problem}" for name, problem in problems.items())
+        remedy = f"export.formats=[{','.join(left)}], or stop_after=evaluate"
+        raise ConfigError([Problem("export.formats", list(job.export.formats), IN_THE_JOB, message, remedy)])
+
+
+def unholdable(name: str, shape: ModelShape) -> str | None:
+    """Why this format cannot hold this model, or None."""
+    if name == "gguf" and shape.family not in GGUF_ARCHITECTURES:
+        return f"it is written for {', '.join(GGUF_ARCHITECTURES)}, not for {shape.family}"
+    if name in WHOLE:
+        return None
+    outside = shape.embedding_parameters + shape.head_parameters
+    share = shape.linear_weights / (shape.parameters - outside)
+    if share < MIN_QUANTIZED_SHARE:
+        return f"only {share:.0%} of its weights are in linear layers, the others in experts, which stay in bf16"
+    odd = next(_odd(name, shape), None)
+    return None if odd is None else f"{odd[0].name} has {odd[1]}, which is no multiple of {odd[2]}"
+
+
+def _odd(name: str, shape: ModelShape) -> Iterator[tuple[Matrix, str, int]]:
+    for matrix in shape.matrices():
+        if name == "fp8_block" and matrix.outputs % FP8_BLOCK:
+            yield matrix, f"{matrix.outputs} outputs", FP8_BLOCK
+        group = {"fp8": 1, "fp8_block": FP8_BLOCK, "nvfp4": NVFP4_GROUP}.get(name, INT4_GROUPS[-1])
+        if matrix.inputs % group:
+            yield matrix, f"{matrix.inputs} inputs", group

@@ -1,0 +1,85 @@
+"""What a format cannot hold is said by the plan and before training, and is what the export itself would refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from loadmaster.cli import main
+from loadmaster.config.schema import ExportConfig, Job, ModelConfig
+from loadmaster.errors import ConfigError, ExportRejected
+from loadmaster.export import refuse_unholdable
+from loadmaster.export.build import streamed
+from loadmaster.export.servers import aimed_at
+from loadmaster.preflight.exports import unholdable
+from loadmaster.preflight.shape import from_config
+
+QUANTIZED = ("fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4")
+FORMATS = ("adapter", "bf16", *QUANTIZED, "gguf")
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+MODELS = {
+    "llama": {},
+    "llama of 128": {"hidden_size": 128, "head_dim": 64},
+    "llama of 40": {"intermediate_size": 40},
+    "llama of 16": {"intermediate_size": 48},
+    "qwen3": {},
+    "phi3": {"pad_token_id": 0},
+    "gemma2": {"sliding_window": 64},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": EXPERTS,
+}
+REFUSED = {
+    "llama": {"fp8_block"}, "llama of 128": set(), "llama of 40": set(QUANTIZED) - {"fp8"},
+    "llama of 16": set(QUANTIZED) - {"fp8", "nvfp4"}, "qwen3": {"fp8_block"},
+    "phi3": {"fp8_block", "gguf"}, "gemma2": {"fp8_block", "gguf"},
+    "mixtral": {*QUANTIZED, "gguf"}, "qwen3_moe": {*QUANTIZED, "gguf"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory, smollm2: Path) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    config = AutoConfig.for_model(request.param.split()[0], **{**sizes, **MODELS[request.param]})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    shutil.copyfile(smollm2 / "tokenizer.json", folder / "tokenizer.json")
+    return request.param, folder
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_plan_and_the_export_refuse_the_same(model, name: str) -> None:
+    kind, folder = model
+    shape = from_config(json.loads((folder / "config.json").read_text()), "mine")
+    assert bool(unholdable(name, shape)) == (name in REFUSED[kind])
+    if name in REFUSED[kind]:
+        with pytest.raises(ExportRejected):
+            streamed([name], folder, aimed_at("vllm"))
+    else:
+        streamed([name], folder, aimed_at("vllm"))
+
+
+def test_a_base_whose_tokenizer_gguf_cannot_hold_is_refused_before_it_is_trained(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "base", copy_function=shutil.copyfile)
+    backend = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**backend, "pre_tokenizer": {"type": "Metaspace"}}))
+    job = Job(model=ModelConfig(path=str(folder)), export=ExportConfig(formats=["bf16", "gguf"]))
+    with pytest.raises(ConfigError, match="SentencePiece"):
+        refuse_unholdable(job, folder)
+    refuse_unholdable(job, tiny)
+    refuse_unholdable(Job(export=job.export, stop_after="evaluate"), folder)
+
+
+def test_the_plan_names_the_formats_and_what_would_do(tiny: Path, capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["plan", f"model.path={tiny}", "hardware=cpu", "export.formats=[bf16,fp8_block]", "--json"]
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    assert "export.formats = [bf16,fp8_block]   on the command line" in said
+    assert "64 inputs, which is no multiple of 128" in said or "64 outputs, which is no multiple of 128" in said
+    assert "fix: export.formats=[bf16]" in said
