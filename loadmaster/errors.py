@@ -49,8 +49,9 @@ class ConfigError(LoadmasterError):
 
     exit_code = 2
 
-    def __init__(self, problems: list[Problem]):
-        self.problems = problems
+    def __init__(self, problems: list[Problem], begun: bool = False):
+        """begun: found by the plan or later, when something had been started."""
+        self.problems, self.begun = problems, begun
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         body = "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))
         super().__init__(f"the configuration has {count}:\n{body}")

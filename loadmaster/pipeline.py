@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,21 @@ from loadmaster.config.jobhash import job_hash, stage_inputs_hash
 from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.shipped import resolve_path
 from loadmaster.config.show import show_error
-from loadmaster.errors import DISK_REMEDY, ConfigError, DoesNotFit, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.errors import (
+    DISK_REMEDY,
+    IN_THE_JOB,
+    ConfigError,
+    DoesNotFit,
+    LoadmasterError,
+    Problem,
+    StoppedOnRequest,
+)
 from loadmaster.files import sha256_json, write_text
 from loadmaster.preflight import estimate_tokens, make_plan, print_plan
+from loadmaster.preflight.families import full_config
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.shape import find_config
 from loadmaster.rundir import RunDir, file_fingerprint
 from loadmaster.team import Team
 from loadmaster.training.display import Display
@@ -116,6 +127,8 @@ class Pipeline:
     def _stage(self, stage: str, inputs: str) -> None:
         if self.run_dir.is_done(stage, inputs) and self._is_whole(stage):
             self.echo(f"{stage}: unchanged, skipped")
+            if stage == self.job.stop_after == "plan":
+                print_plan(self.plan, self.console)
             return
         self.echo(f"{stage}: started")
         start = time.perf_counter()
@@ -182,6 +195,7 @@ class Pipeline:
         from loadmaster.export import refuse_unholdable
 
         self._refuse_other_hardware()
+        self._refuse_another_model()
         refuse_unholdable(self.job, self.materials.base_folder)
         self.in_world("train")
 
@@ -238,12 +252,23 @@ class Pipeline:
                     Problem(
                         "hardware",
                         wanted,
-                        "recipe or command line",
+                        IN_THE_JOB,
                         f"this machine has {here.count}x {here.gpu}",
                         "hardware=local to train here, or stop_after=plan to plan only",
                     )
                 ]
             )
+
+    def _refuse_another_model(self) -> None:
+        """What is trained is what was planned: a repository may have changed, a package may carry something else."""
+        folder, planned = self.materials.base_folder, self.plan.model
+        config, _ = find_config(replace(self.job.model, path=str(folder)))
+        sizes = {"num_hidden_layers": planned.layers, "hidden_size": planned.hidden_size}
+        held = {key: full_config(config)[0].get(key) for key in sizes}
+        if held != sizes:
+            message = f"the model in {folder} has {_said(held)}, and the plan was made for {_said(sizes)}"
+            remedy = "model.name of the model that is meant, and model.path=null model.package=null unless they hold it"
+            raise ConfigError([Problem("model.name", self.job.model.name, IN_THE_JOB, message, remedy)])
 
     def _deadline(self) -> float | None:
         """When the limits of time and money are reached. Raises ConfigError for one that cannot be watched."""
@@ -251,14 +276,17 @@ class Pipeline:
         if self.job.launch.max_usd is not None and price is None:
             message = f"nobody knows what an hour of {self.plan.hardware.gpu} costs here"
             remedy = "plan.prices_usd_per_hour={GPU: DOLLARS} with your price, or launch.max_hours"
-            where = "recipe or command line"
-            raise ConfigError([Problem("launch.max_usd", self.job.launch.max_usd, where, message, remedy)])
+            raise ConfigError([Problem("launch.max_usd", self.job.launch.max_usd, IN_THE_JOB, message, remedy)])
         return deadline(self.job, None if price is None else price["usd_per_hour"])
 
     def _write_report(self) -> None:
         from loadmaster.report import write_report
 
         write_report(self.run_dir.path, command=command_line(sys.argv))
+
+
+def _said(sizes: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sizes.items())
 
 
 def planned(job: Job) -> Plan:

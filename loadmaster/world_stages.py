@@ -111,10 +111,12 @@ class StageRun:
             self.world.barrier()
 
     def _examine(self, stage: str) -> None:
-        """Before training: is every host fit for it, and are all alike? Raises LoadmasterError naming who is not."""
+        """Before training: can the task be asked, is every host fit, and are all alike? Raises LoadmasterError."""
+        from loadmaster.evaluation import refuse_unaskable
         from loadmaster.training.doctor import examine, needs_of
 
         if stage == "train":
+            refuse_unaskable(self.job.evaluation, self.materials.prepared.validation_conversations)
             fingerprint = self.materials.prepared.train.fingerprint
             settings = self.settings or job_hash(self.job)
             examine(self.world, settings, fingerprint, self.run_dir, needs_of(self.plan), self.display.echo)
@@ -208,10 +210,14 @@ class StageRun:
             with self._strategy_context(loss):
                 figures["task"] = run_task(
                     model, self.materials.tokenizer, self.materials.prepared.validation_conversations,
-                    self.job.evaluation, lambda *_: self._stop_if(self._stopping()), self.world,
+                    self.job.evaluation, self._answered, self.world,
                 )  # fmt: skip
         self._stop_if(self._stopping())
         return figures
+
+    def _answered(self, done: int, wanted: int) -> None:
+        self._stop_if(self._stopping())
+        self.display.answers(done, wanted)
 
     def _strategy_context(self, loss: Any) -> Any:
         from loadmaster.training.sharding import STRATEGIES

@@ -117,6 +117,33 @@ def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp
     assert "train: unchanged, skipped" in changed and "evaluate: started" in changed
 
 
+def test_a_plan_that_is_there_is_shown_again(tiny, tmp_path):
+    first, again = (go(tiny, tmp_path, "stop_after=plan")[1] for _ in range(2))
+    assert "plan: unchanged, skipped" in again
+    for said in ("(3 million parameters) on", "2 steps of 2 x 64 tokens: max_steps of shipped:tickets"):
+        assert said in first and said in again
+
+
+def test_another_model_than_was_planned_is_not_trained(tiny, smollm2, tmp_path, capsys):
+    base = shutil.copytree(tiny, tmp_path / "base", copy_function=shutil.copyfile)
+    assert go(base, tmp_path, "stop_after=plan")[0] == 0
+    shutil.rmtree(base)
+    shutil.copytree(smollm2, base, copy_function=shutil.copyfile)
+    assert go(base, tmp_path, "stop_after=train")[0] == 2
+    said = capsys.readouterr().err
+    assert "num_hidden_layers=30, hidden_size=576" in said and "num_hidden_layers=2, hidden_size=64" in said
+    assert "nothing was started" not in said and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_task_that_the_held_out_rows_cannot_be_asked_is_refused_before_training(tiny, tmp_path, capsys):
+    rows = [{"instruction": f"{number}?", "input": "", "output": "no"} for number in range(9)]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    mine = ["data=file", f"data.path={tmp_path / 'mine.json'}", "data.validation=0.3", "evaluation.task=json_fields"]
+    assert go(tiny, tmp_path, "stop_after=evaluate", *mine)[0] == 2
+    assert "json_fields needs references that are JSON objects" in capsys.readouterr().err
+    assert not (tmp_path / "run/adapter").exists()
+
+
 def test_what_was_lost_is_made_again_not_reported_as_done(tiny, tmp_path):
     assert go(tiny, tmp_path)[0] == 0
     folder = tmp_path / "run"

@@ -56,7 +56,7 @@ class Composed:
                 replace(p, origin=origin_of(self.origins, p.key)) if p.origin == IN_THE_JOB else p
                 for p in error.problems
             ]
-            raise ConfigError(found) from error
+            raise ConfigError(found, begun=True) from error
 
 
 def compose(

@@ -43,6 +43,14 @@ def servers_load_no_dora(job: Job, origins: Origins) -> Found:
         yield "lora.dora", True, f"{job.endpoint.server} loads no DoRA adapters (PEFTHelper of vllm 0.33.0)", MERGED
 
 
+@rule("export.formats", "stop_after")
+def bundles_hold_what_a_server_loads(job: Job, origins: Origins) -> Found:
+    """export.formats holds more than gguf where a bundle is made: it is written for vLLM or SGLang."""
+    if set(job.export.formats) == {"gguf"} and job.stop_after in ("plan", "bundle"):
+        message = "gguf is for llama.cpp and Ollama, and a bundle is written for servers that do not load it"
+        yield "export.formats", ["gguf"], message, "export.formats=[gguf,bf16], or stop_after=export"
+
+
 @rule("model.name", "model.path", "endpoint.serve_as", "export.formats", "method", "stop_after")
 def servers_find_an_adapters_base(job: Job, origins: Origins) -> Found:
     """Served as an adapter, model.name is the model in model.path: a server loads it by that name."""

@@ -22,11 +22,13 @@ def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None 
         return
     console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
     if not isinstance(error, ConfigError):
-        console.print(Text.assemble(("error: ", "bold red"), str(error)))
+        word = ("", "") if isinstance(error, StoppedOnRequest) else ("error: ", "bold red")
+        console.print(Text.assemble(word, str(error)))
         return
     count = len(error.problems)
     heading = "1 problem" if count == 1 else f"{count} problems"
-    console.print(Text.assemble((f"{heading} in the configuration", "bold red"), "; nothing was started.\n"))
+    so_far = ".\n" if error.begun else "; nothing was started.\n"
+    console.print(Text.assemble((f"{heading} in the configuration", "bold red"), so_far))
     for number, problem in enumerate(error.problems, 1):
         console.print(_block(number, problem))
 

@@ -15,7 +15,9 @@ from loadmaster.evaluation.held_out import held_out
 from loadmaster.evaluation.tasks import task_metric
 from loadmaster.training.world import World
 
-__all__ = ["batch_size", "generate", "held_out", "prompts_and_references", "run_task", "task_metric"]
+__all__ = [
+    "batch_size", "generate", "held_out", "prompts_and_references", "refuse_unaskable", "run_task", "task_metric",
+]  # fmt: skip
 
 SAMPLES = 8
 AUTO_BATCH_SIZE = 16
@@ -51,6 +53,13 @@ def run_task(
         for prompt, reference, answer in list(zip(prompts, references, answers, strict=True))[:SAMPLES]
     ]
     return {**task_metric(evaluation.task, answers, references), "samples": samples}
+
+
+def refuse_unaskable(evaluation: EvaluationConfig, conversations: Sequence[Conversation]) -> None:
+    """Raises DataError where the task metric cannot be had of these held-out conversations: before training."""
+    if evaluation.task != "none":
+        _, references = prompts_and_references(conversations, evaluation.max_rows)
+        task_metric(evaluation.task, references, references)
 
 
 def prompts_and_references(

@@ -37,6 +37,8 @@ from loadmaster.preflight.shape import base_name
 
 SCRATCH = ".work.partial"
 FINGERPRINTS = ".fingerprints.json"
+FEW_TOKENS = 500
+"""Of which the 99th percentile is five."""
 HUB_BLOB = re.compile("[0-9a-f]{64}")
 
 
@@ -150,6 +152,12 @@ class Export:
                 shutil.copytree(chosen, folder, dirs_exist_ok=True, copy_function=copy)
             figures["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             self.echo("  " + table.line(name, figures))
+        tokens = min((figures["tokens"] for figures in results.values() if "tokens" in figures), default=FEW_TOKENS)
+        if tokens < FEW_TOKENS:
+            self.echo(
+                f"  these figures are of {tokens} held-out tokens, too few to tell much: a larger data.validation, or "
+                "export.verification_rows where it cuts them"
+            )
 
     def _score_merges(self, merges: dict[str, Path], scratch: Path) -> dict[str, Any]:
         """Figures of the merge nearest to the live adapter; no answers are generated."""

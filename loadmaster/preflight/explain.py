@@ -9,6 +9,7 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import Job
+from loadmaster.config.shipped import SCHEME
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, rentable
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
@@ -17,6 +18,7 @@ from loadmaster.preflight.search import (
     Found,
     run_hours,
     search,
+    steps,
 )
 from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
@@ -84,11 +86,15 @@ def _explicit_remedy(job: Job, shape: ModelShape, failed: Candidate) -> str:
     return f"; micro_batch_size={fits} fits{usable}"
 
 
-def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, verification: VerificationNeed) -> list[str]:
+def reasons(
+    job: Job, shape: ModelShape, chosen: Candidate, found: Found, verification: VerificationNeed,
+    dataset_tokens: int | None,
+) -> list[str]:  # fmt: skip
     if found.best is None:
         said = list(found.refusals)
         return said + [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
     said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase that needs most"]
+    said += how_much(job, dataset_tokens)
     if found.nearest:
         better = found.nearest[-1]
         said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")
@@ -111,6 +117,19 @@ def reasons(job: Job, shape: ModelShape, chosen: Candidate, found: Found, verifi
     if shape.name != job.model.name:
         said.append(f"model.path holds another model than {job.model.name}; it is called {shape.name}: set model.name")
     return said
+
+
+def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
+    """How much is trained on in the hours and for the dollars of the plan."""
+    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
+    named = ", ".join(paths)
+    count = steps(job, dataset_tokens)
+    if count is None:
+        return [f"no hours or dollars: how much {named} holds is not known here; max_steps would say it"]
+    whole = "max_steps" if job.max_steps is not None else f"{job.epochs:g} epoch{'s' if job.epochs != 1 else ''}"
+    shown = ", which is here to try things on" if all(path.startswith(SCHEME) for path in paths) else ""
+    rows = f"{count:,} step{'s' if count > 1 else ''} of {job.batch.global_size} x {job.sequence_length:,} tokens"
+    return [f"the hours are those of {rows}: {whole} of {named}{shown}"]
 
 
 def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> list[str]:
@@ -233,6 +252,9 @@ def _on(job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | No
 def relaxations(job: Job, hardware: Hardware) -> Iterator[tuple[str, Job]]:
     """The job with one thing changed that the user wrote."""
     gpus = hardware.world_size
+    if job.batch.global_size % gpus:
+        rows = math.ceil(job.batch.global_size / gpus) * gpus
+        yield f"batch.global_size={rows}", replace(job, batch=replace(job.batch, global_size=rows))
     if job.micro_batch_size != "auto":
         yield "micro_batch_size=auto", replace(job, micro_batch_size="auto")
     for name in ("activation_checkpointing", "offload", "sharding", "precision"):

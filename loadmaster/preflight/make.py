@@ -99,7 +99,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         tokens_per_second=None if speed is None else round(speed, 1),
         hours=None if hours is None else round(hours, 4),
         cost_usd=None if hours is None or rate is None else round(hours * rate, 2),
-        reasons=reasons(job, shape, chosen, found, verification),
+        reasons=reasons(job, shape, chosen, found, verification, dataset_tokens),
         rejected=[rejection(job, shape, c) for c in found.nearest]
         + [{"plan": "", "reason": refusal} for refusal in found.refusals],
         runners_up=[runner_up(chosen, other) for other in found.others],

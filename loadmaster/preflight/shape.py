@@ -277,7 +277,9 @@ def _refuse_sizes(config: dict[str, Any], family: str, name: str) -> None:
             said.append(f"has {len(types)} layer_types for {config['num_hidden_layers']} layers")
     if said:
         message = f"model type {family!r}: it {' and '.join(said)}, so its memory cannot be worked out"
-        remedy = "a model of one of these types: " + ", ".join(FAMILIES)
+        remedy = "the model's own config.json, as it was published or saved"
+        if family not in FAMILIES:
+            remedy = "a model of one of these types: " + ", ".join(FAMILIES)
         raise ConfigError([Problem("model", name, "its config.json", message, remedy)])
 
 

@@ -196,7 +196,8 @@ def _alternative(option: dict[str, Any]) -> str:
 
 
 def _billions(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f} billion parameters"
+    many = f"{parameters / 1e9:.2f} billion" if parameters >= 1e9 else f"{parameters / 1e6:.0f} million"
+    return f"{many} parameters"
 
 
 def _figure(value: float | None, form: str) -> str:

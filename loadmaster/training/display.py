@@ -59,6 +59,12 @@ class Display:
         remaining = (now - self._started) / max(1, row["step"] - self._done_before) * (self._steps - row["step"])
         self.echo(f"step {row['step']}/{self._steps}  {status}  eta {remaining:.0f} s")
 
+    def answers(self, done: int, wanted: int) -> None:
+        """While answers are generated; a line every PLAIN_EVERY_S."""
+        if time.perf_counter() - self._last_plain >= self.PLAIN_EVERY_S:
+            self._last_plain = time.perf_counter()
+            self.echo(f"  {done} of {wanted} answers")
+
     def stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.config.schema import Job
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 
 
 class Tracker:
@@ -46,4 +46,4 @@ def refuse_missing_tracker(job: Job) -> None:
     name = job.tracker.name
     if name != "none" and importlib.util.find_spec(name) is None:
         remedy = f"pip install {name}, or tracker=tensorboard (metrics.jsonl is written in any case)"
-        raise ConfigError([Problem("tracker.name", name, "recipe or command line", "is not installed", remedy)])
+        raise ConfigError([Problem("tracker.name", name, IN_THE_JOB, "is not installed", remedy)])

@@ -54,6 +54,10 @@ CASES = {
         ["lora.dora=true", "method=lora", "export=adapter", "endpoint.serve_as=adapter"], "lora.dora",
         "endpoint.serve_as=bf16", ["lora.dora=true", "method=lora", "export.formats=[adapter,bf16]"],
     ),
+    "bundles_hold_what_a_server_loads": (
+        ["export.formats=[gguf]"], "export.formats", "stop_after=export",
+        ["export.formats=[gguf]", "stop_after=export"],
+    ),
     "servers_find_an_adapters_base": (
         ["model.path=model", "model.name=Qwen/Qwen3-8B", "method=lora", "export=adapter"], "model.name",
         "endpoint.serve_as=bf16", ["model.path=model", "model.name=me/mine", "method=lora", "export=adapter"],

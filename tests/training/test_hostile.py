@@ -68,7 +68,7 @@ def test_sigterm_to_one_rank_ends_all_of_them_with_75_in_every_phase(when, tiny,
     wait_for(process, lambda: len(workers_of(process.pid)) == 2)
     os.kill(workers_of(process.pid)[-1], signal.SIGTERM)
     assert ends(process, tmp_path) == 75, said(tmp_path)
-    assert "error: stopped on request; start the same command again to resume" in said(tmp_path)
+    assert "stopped on request; start the same command again to resume" in said(tmp_path)
     # Where compiling takes longer than launch.grace_s, torch warns with one of its own when its compilers are ended.
     assert "Traceback" not in said(tmp_path) or when == "compiling"
     done = len(metrics(tmp_path / "run"))
