@@ -70,7 +70,8 @@ class ModelShape:
     experts: int = 0
     experts_per_token: int = 0
     expert_size: int = 0
-    expert_layers: int = 0
+    dense_at: tuple[int, ...] = ()
+    """Layers without experts, of a model that has experts in others."""
     normalised_routing: bool = False
     """The chosen experts' weights are divided by their sum."""
     windows: tuple[int | None, ...] = field(default=())
@@ -110,7 +111,11 @@ class ModelShape:
 
     @property
     def dense_layers(self) -> int:
-        return self.layers - self.expert_layers
+        return len(self.dense_at) if self.experts else self.layers
+
+    @property
+    def expert_layers(self) -> int:
+        return self.layers - self.dense_layers
 
     @property
     def expert_parameters(self) -> int:
@@ -240,7 +245,7 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         experts=experts,
         experts_per_token=config.get("num_experts_per_tok", 2) if experts else 0,
         expert_size=(config.get("moe_intermediate_size") or config["intermediate_size"]) if experts else 0,
-        expert_layers=_expert_layers(config, layers) if experts else 0,
+        dense_at=_dense_layers(config, layers) if experts else (),
         normalised_routing=family == "mixtral" or bool(config.get("norm_topk_prob")),
         windows=_windows(config, family, layers),
         attention_softcap=bool(config.get("attn_logit_softcapping")),
@@ -283,9 +288,9 @@ def _refuse_sizes(config: dict[str, Any], family: str, name: str) -> None:
         raise ConfigError([Problem("model", name, "its config.json", message, remedy)])
 
 
-def _expert_layers(config: dict[str, Any], layers: int) -> int:
+def _dense_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:
     step, dense = config.get("decoder_sparse_step", 1) or 1, set(config.get("mlp_only_layers") or ())
-    return sum((i + 1) % step == 0 and i not in dense for i in range(layers))
+    return tuple(i for i in range(layers) if (i + 1) % step or i in dense)
 
 
 def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:

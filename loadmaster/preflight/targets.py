@@ -62,7 +62,8 @@ def _wrong(shape: ModelShape, targets: str | Sequence[str], names: list[str], mo
 
 
 def full_names(matrix: str, shape: ModelShape) -> Iterator[str]:
-    return (full_name(matrix, layer) for layer in range(shape.layers))
+    everywhere = not shape.experts or matrix in {each.name for each in shape.attention_matrices}
+    return (full_name(matrix, layer) for layer in (range(shape.layers) if everywhere else shape.dense_at))
 
 
 def other_modules(shape: ModelShape) -> Iterator[str]:

@@ -76,6 +76,15 @@ def test_layers_of_experts_have_no_dense_linears_to_adapt() -> None:
         refuse_unknown(shape, ["q_proj", "gate_proj"], "mixtral")
 
 
+def test_a_dense_linear_is_in_the_layers_without_experts_only() -> None:
+    shape = from_config({**few_layers("qwen3_moe"), "mlp_only_layers": [0]}, "mixed")
+    assert (shape.dense_at, shape.dense_layers, shape.expert_layers) == ((0,), 1, shape.layers - 1)
+    refuse_unknown(shape, r".*layers\.0\.mlp\.gate_proj", "mixed")
+    refuse_unknown(shape, r".*layers\.1\.self_attn\.q_proj", "mixed")
+    with pytest.raises(ConfigError, match="nor an expression that matches one"):
+        refuse_unknown(shape, r".*layers\.1\.mlp\.gate_proj", "mixed")
+
+
 STARCODER_2 = {
     "model_type": "starcoder2", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512,
     "num_attention_heads": 4, "num_key_value_heads": 2,
