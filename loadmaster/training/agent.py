@@ -208,7 +208,7 @@ def _end_when_asked(ear: socket.socket) -> None:
         while numbers := ear.recv(64):
             waits = signal.getsignal(signal.SIGTERM) == _while_hosts_are_waited_for
             if waits and set(STOPS) & set(numbers):
-                print(f"error: {MESSAGE} (not all hosts had come)", file=sys.stderr, flush=True)
+                print(f"{MESSAGE} (not all hosts had come)", file=sys.stderr, flush=True)
                 os._exit(StoppedOnRequest.exit_code)
 
 

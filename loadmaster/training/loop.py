@@ -208,7 +208,7 @@ def train(
                     display.echo(f"step {step} compiled anew ({recompilations} graphs since the rehearsal)")
                 if world.lead and (straggler := watch.straggler()) is not None:
                     display.echo(straggler)
-                _stop_if(asked, f"after step {step} of {steps} (checkpoint saved)", checkpoints)
+                _stop_if(asked, f"checkpoint saved after step {step} of {steps}", checkpoints)
                 rate.pause()
             watch.at(steps, "save")
             checkpoints.wait()
@@ -254,7 +254,7 @@ def _stop_if(asked: bool, where: str, checkpoints: Checkpoints | None = None) ->
         return
     if checkpoints is not None:
         checkpoints.wait()
-    raise StoppedOnRequest(f"{MESSAGE} {where}", agreed=True)
+    raise StoppedOnRequest(f"{MESSAGE} ({where})", agreed=True)
 
 
 def _rehearse(
