@@ -46,7 +46,9 @@ class DataConfig:
     """What to train on: a file, folder or list of files (JSON, JSONL, Parquet), a Hub dataset id, or shipped:NAME."""
     split: str = "train"
     """Split of a Hub dataset; not used for files."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "text", "preference", "unpaired"] = "auto"
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired"
+    ] = "auto"  # fmt: skip
     """Shape of the rows; auto recognises it from the fields of the first row and says so."""
     validation: str | Annotated[float, Strict(), Gt(0), Lt(1)] | None = 0.05
     """Held-out data: a file, or the fraction of the rows to hold out (seeded), or null for none."""

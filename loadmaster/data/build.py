@@ -25,7 +25,7 @@ from loadmaster.data.cache import ConversationFile
 from loadmaster.data.checks import Fault, fault_report
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
 from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
-from loadmaster.data.preference import is_preference, unfit
+from loadmaster.data.preference import is_preference, is_unpaired, unfit
 from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
@@ -143,16 +143,21 @@ def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
         if not isinstance(raw.value, dict):
             raise RowError("is not an object with fields")
         reading.format, reading.recognised_by = recognise_format(raw.value, job.objective)
-    _fits_objective(raw.value, reading.format, job.objective)
+    _fits_objective(raw.value, reading, job.objective)
     conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)
     reading.row_ids.append(conversation.row_id)
     return conversation.to_json().encode() + b"\n"
 
 
-def _fits_objective(row: Any, shape: str, objective: str) -> None:
+def _fits_objective(row: Any, reading: Reading, objective: str) -> None:
     """Raise RowError for a row that `objective` does not train on."""
-    pair = objective == "sft" and isinstance(row, dict) and is_preference(row)
-    if reason := unfit("preference" if pair else shape, objective):
+    shape = reading.format
+    if objective == "sft" and isinstance(row, dict):
+        if is_preference(row):
+            shape = "preference"
+        elif shape == "prompt_completion" and reading.recognised_by and is_unpaired(row):
+            shape = "unpaired"  # told apart by its label alone, which the first row had not
+    if reason := unfit(shape, objective):
         raise RowError(reason)
 
 

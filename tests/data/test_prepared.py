@@ -153,6 +153,24 @@ def test_plain_text_is_trained_on_whole(tokenizer, tmp_path, write_jsonl, job_fo
     assert texts(prepared.train, tokenizer) == {f"Chapter {n}. It rained.<|im_end|>" for n in range(4)}
 
 
+def test_of_a_prompt_and_its_completion_only_the_completion_is_trained(tokenizer, tmp_path, write_jsonl, job_for, chat):
+    turns = chat("u", "Name a fish.", "a", "Carp.", "u", "Another.")
+    rows = [{"prompt": "Name a bird.", "completion": "Crow."}, {"prompt": turns, "completion": chat("a", "Cod.")}]
+    prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer, tmp_path / "cache")
+    assert "read as prompt_completion (recognised by prompt, completion)" in describe(prepared.summary)
+    trained = "".join(tokenizer.decode(packed.labels[packed.labels != -100]) for packed in prepared.train)
+    assert sorted(trained.split("<|im_end|>")) == ["", "Cod.", "Crow."]
+    assert any("Carp." in text for text in texts(prepared.train, tokenizer))
+
+
+def test_a_labelled_answer_among_completions_is_not_trained_on_unseen(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([{"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": "z", "label": False}])
+    with pytest.raises(DataError, match=r"1 of 2 rows[\s\S]*one answer with a label"):
+        prepare(job_for(path), tokenizer, tmp_path / "cache")
+    asked = prepare(job_for(path, format="prompt_completion", validation=None), tokenizer, tmp_path / "cache")
+    assert asked.train.documents == 2
+
+
 # --- cache ------------------------------------------------------------------------------------------
 
 
