@@ -10,10 +10,8 @@ from loadmaster.config.fields import nearest
 from loadmaster.config.model_folder import broken_files
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
-from loadmaster.config.schema import Job
+from loadmaster.config.schema import DATA_SUFFIXES, Job
 from loadmaster.config.shipped import SCHEME, resolve_path
-
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 @rule("data.path", "data.validation", "stop_after")
@@ -313,15 +311,15 @@ def _file(origin: str) -> str:
 
 def _is_file_name(path: str) -> bool:
     """Whether `path` means a file here and not a Hub dataset id (`owner/name`)."""
-    return path.startswith((SCHEME, "/", "./", "../", "~")) or path.endswith(DATA_SUFFIXES)
+    return path.startswith((SCHEME, "/", "./", "../", "~")) or path.lower().endswith(DATA_SUFFIXES)
 
 
 def _file_hint(key: str, path: str) -> str:
     real = Path(resolve_path(path)).expanduser()
     if not real.parent.is_dir():
         return f"there is no folder {real.parent}; paths are relative to where the command is run ({Path.cwd()})"
-    names = sorted(p.name for p in real.parent.iterdir() if p.suffix in DATA_SUFFIXES)
+    names = sorted(p.name for p in real.parent.iterdir() if p.suffix.lower() in DATA_SUFFIXES)
     close = difflib.get_close_matches(real.name, names, n=1)
     if close:
         return f"{key}={path.removesuffix(real.name)}{close[0]}"
-    return f"{real.parent.resolve()} has " + (", ".join(names[:8]) or "no JSON, JSONL or Parquet file")
+    return f"{real.parent.resolve()} has " + (", ".join(names[:8]) or "no JSON, JSONL, CSV or Parquet file")

@@ -27,6 +27,8 @@ CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 STAGES = ("plan", "train", "evaluate", "export", "bundle")
 
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
 
 @dataclass(frozen=True, config=CLOSED)
 class ModelConfig:
@@ -43,7 +45,7 @@ class ModelConfig:
 @dataclass(frozen=True, config=CLOSED)
 class DataConfig:
     path: str | list[str] = "???"
-    """What to train on: a file, folder or list of files (JSON, JSONL, Parquet), a Hub dataset id, or shipped:NAME."""
+    """What to train on: a file, folder or list of files (JSON, JSONL, CSV, Parquet), a Hub dataset, or shipped:NAME."""
     split: str = "train"
     """Split of a Hub dataset; not used for files."""
     format: Literal[

@@ -1,4 +1,4 @@
-"""Where rows come from: JSON, JSONL and Parquet files, folders and lists of them, and Hub datasets.
+"""Where rows come from: JSON, JSONL, CSV and Parquet files, folders and lists of them, and Hub datasets.
 
 Every row carries its origin, "file:line" (for Parquet and Hub rows, the number of the row), so that
 whatever is wrong with it later can be looked up. Files are read as a stream; only a JSON array is
@@ -7,18 +7,35 @@ held in memory whole.
 
 from __future__ import annotations
 
+import csv
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loadmaster.config.schema import DATA_SUFFIXES
 from loadmaster.config.shipped import SCHEME, display_path, resolve_path
 from loadmaster.errors import DataError
 from loadmaster.files import sha256_file
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+LINE_OF_TEXT = 'one JSON object {"text": ...} a line (or a document), as .jsonl'
+UNPACK = "unpack it first (gunzip, unzip, unzstd)"
+SHEET = "save the sheet as .csv (in a spreadsheet program: CSV UTF-8, comma delimited)"
+INSTEAD = {
+    ".txt": LINE_OF_TEXT, ".md": LINE_OF_TEXT,
+    ".gz": UNPACK, ".zip": UNPACK, ".zst": UNPACK, ".bz2": UNPACK, ".xz": UNPACK,
+    ".xlsx": SHEET, ".xls": SHEET, ".ods": SHEET,
+    ".tsv": "write it with commas and a header, as .csv",
+    ".arrow": "write it as .parquet", ".feather": "write it as .parquet",
+}  # fmt: skip
+"""What to make of files that are not read, by suffix."""
+LONGEST_CELL = 2**31 - 1
+"""Characters; the csv module refuses cells of more than 131,072 otherwise."""
+ESCAPED = re.compile("[\udc80-\udcff]")
+"""Bytes that are not UTF-8, as surrogateescape decodes them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,8 @@ class HubSource:
             raise DataError(
                 f"{key} = {path!r} is neither a local file or folder nor a Hub dataset that could be loaded "
                 f"(split {split!r}): {reason[0]}{_nearest(path)}\n"
-                "    fix: check the name, data.split, the network and HF_TOKEN, or give a JSON, JSONL or Parquet file"
+                "    fix: check the name, data.split, the network and HF_TOKEN, or give a JSON, JSONL, CSV or Parquet "
+                "file"
             ) from error
 
     def fingerprint(self) -> list[str]:
@@ -87,7 +105,7 @@ def open_source(path: str | list[str], split: str = "train", key: str = "data.pa
             raise DataError(f"{key} is an empty list: name at least one file")
         return FileSource([file for one in path for file in _local_files(one, key) or _missing(one, key)])
     if path == "???":
-        raise DataError(f"{key} is not set: give a JSON, JSONL or Parquet file, a folder, or a Hub dataset id")
+        raise DataError(f"{key} is not set: give a JSON, JSONL, CSV or Parquet file, a folder, or a Hub dataset id")
     files = _local_files(path, key)
     if files is not None:
         return FileSource(files)
@@ -98,15 +116,20 @@ def _local_files(path: str, key: str) -> list[Path] | None:
     """Files that a local path stands for; None when nothing of that name is here."""
     place = Path(resolve_path(path)).expanduser()
     if place.is_dir():
-        files = sorted(p for p in place.rglob("*") if p.suffix in SUFFIXES and not _hidden(p, place))
+        files = sorted(p for p in place.rglob("*") if _suffix(p) in DATA_SUFFIXES and not _hidden(p, place))
         if not files:
-            raise DataError(f"{key} = {path!r} is a folder with no {', '.join(SUFFIXES)} file in it")
+            raise DataError(f"{key} = {path!r} is a folder with no {', '.join(DATA_SUFFIXES)} file in it")
         return files
     if not place.is_file():
         return None
-    if place.suffix not in SUFFIXES:
-        raise DataError(f"{key} = {path!r}: only files with {', '.join(SUFFIXES)} are read")
+    if _suffix(place) not in DATA_SUFFIXES:
+        remedy = INSTEAD.get(_suffix(place), "write it as .jsonl, one JSON object a line")
+        raise DataError(f"{key} = {path!r}: only files with {', '.join(DATA_SUFFIXES)} are read\n    fix: {remedy}")
     return [place]
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def _hidden(path: Path, below: Path) -> bool:
@@ -114,7 +137,7 @@ def _hidden(path: Path, below: Path) -> bool:
 
 
 def _looks_local(path: str) -> bool:
-    return path.endswith(SUFFIXES) or path.startswith((".", "/", "~", SCHEME)) or path.count("/") > 1
+    return path.lower().endswith(DATA_SUFFIXES) or path.startswith((".", "/", "~", SCHEME)) or path.count("/") > 1
 
 
 def _missing(path: str, key: str) -> Any:
@@ -133,11 +156,14 @@ def _nearest(path: str) -> str:
 
 
 def _read_file(path: Path, name: str) -> Iterator[RawRow]:
-    if path.suffix == ".parquet":
+    suffix = _suffix(path)
+    if suffix == ".parquet":
         yield from _read_parquet(path, name)
-    elif path.suffix == ".json" and _starts_with_bracket(path):
+    elif suffix == ".csv":
+        yield from _read_csv(path, name)
+    elif suffix == ".json" and _starts_with_bracket(path):
         yield from _read_array(path, name)
-    elif path.suffix == ".json" and _is_one_object(path):
+    elif suffix == ".json" and _is_one_object(path):
         yield RawRow(f"{name}:1", error="the file is one JSON object over several lines, not a list of rows")
     else:  # many files named .json hold one object a line
         yield from _read_lines(path, name)
@@ -227,6 +253,49 @@ def _broken(error: ValueError) -> str:
         return f"broken JSON: {error}"
     found = error.doc[error.pos : error.pos + 20]
     return f"broken JSON: {error.msg} at {f'{found!r} (column {error.colno})' if found else 'the end'}"
+
+
+def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
+    """Rows of a CSV file by the names in its header, each with the line that it starts on; all cells are text."""
+    csv.field_size_limit(LONGEST_CELL)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        cells, header = csv.reader(file, strict=True), None
+        while True:
+            origin = f"{name}:{cells.line_num + 1}"
+            try:
+                row = next(cells, None)
+            except csv.Error as error:
+                yield RawRow(origin, error=f"broken CSV: {error}")
+                continue
+            if row is None:
+                return
+            if any(ESCAPED.search(cell) for cell in row):
+                yield RawRow(origin, error="is not UTF-8 text")
+                if header is None:
+                    return
+            elif header is None:
+                header = row
+                if fault := _header_fault(header):
+                    yield RawRow(origin, error=fault)
+                    return
+            elif len(row) == len(header):
+                yield RawRow(origin, dict(zip(header, row, strict=True)))
+            elif row:  # an empty line is no row
+                few = "few" if len(row) < len(header) else "many"
+                yield RawRow(origin, error=f"has too {few} cells: {len(row)}, for {len(header)} columns")
+
+
+def _header_fault(header: list[str]) -> str | None:
+    """Why the first row of a CSV file cannot name its columns."""
+    if not any(cell.strip() for cell in header):
+        return "the header is empty: the first line names the columns, such as prompt,completion"
+    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
+        return f"the columns are apart by {other!r}: write the file with commas"
+    if nameless := [str(place) for place, cell in enumerate(header, 1) if not cell.strip()]:
+        return f"column {', '.join(nameless)} has no name in the header (pandas: to_csv(..., index=False))"
+    if twice := sorted({cell for cell in header if header.count(cell) > 1}):
+        return f"the header names {', '.join(twice)} twice"
+    return None
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:

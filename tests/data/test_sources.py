@@ -118,10 +118,78 @@ def test_a_misspelt_file_name_is_answered_with_the_nearest(tmp_path, write_jsonl
         open_source(str(tmp_path / "tikets.jsonl"))
 
 
-def test_other_files_and_empty_folders_are_refused(tmp_path):
-    (tmp_path / "rows.csv").write_text("a,b")
-    with pytest.raises(DataError, match=r"only files with \.json, \.jsonl"):
-        open_source(str(tmp_path / "rows.csv"))
+def csv_rows(tmp_path, content: bytes) -> list[tuple[str, object]]:
+    (tmp_path / "rows.csv").write_bytes(content)
+    return rows_of(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_csv_rows_have_the_line_they_start_on_and_quoted_newlines(tmp_path, mark, end):
+    lines = [b"prompt,completion", b'"Two,', b'lines ""?""",Yes.', b"", "Ein Fisch,Döbel".encode(), b"Empty,"]
+    first, *rest = csv_rows(tmp_path, mark + end.join(lines))
+    assert first == ("rows.csv:2", {"prompt": f'Two,{end.decode()}lines "?"', "completion": "Yes."})
+    assert rest == [
+        ("rows.csv:5", {"prompt": "Ein Fisch", "completion": "Döbel"}),
+        ("rows.csv:6", {"prompt": "Empty", "completion": ""}),
+    ]
+
+
+def test_csv_rows_that_do_not_fit_the_header_do_not_stop_the_rest(tmp_path):
+    long = "x" * 200_000
+    content = f'text,n\na,1\nb\nc,2,3\n"d" d,4\n{long},5\n'.encode() + b'caf\xe9,6\nl,7\n"open,8\nm,9\n'
+    rows = csv_rows(tmp_path, content)
+    assert rows[0] == ("rows.csv:2", {"text": "a", "n": "1"})
+    assert rows[1] == ("rows.csv:3", "has too few cells: 1, for 2 columns")
+    assert rows[2] == ("rows.csv:4", "has too many cells: 3, for 2 columns")
+    assert rows[3][0] == "rows.csv:5" and rows[3][1].startswith("broken CSV")
+    assert rows[4] == ("rows.csv:6", {"text": long, "n": "5"})
+    assert rows[5] == ("rows.csv:7", "is not UTF-8 text")
+    assert rows[6] == ("rows.csv:8", {"text": "l", "n": "7"})
+    assert rows[7][0] == "rows.csv:9" and rows[7][1].startswith("broken CSV") and len(rows) == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\n\na,b\n", "the header is empty"),
+        (b",\na,b\n", "the header is empty"),
+        (b",prompt,completion\n0,a,b\n", "column 1 has no name in the header"),
+        (b"a,b,a\n1,2,3\n", "the header names a twice"),
+        (b"prompt;completion\na;b\n", "the columns are apart by ';'"),
+        (b"pr\xf6mpt,completion\na,b\n", "is not UTF-8 text"),
+    ],
+)
+def test_a_csv_file_without_a_header_that_names_its_columns_says_so(tmp_path, content, reason):
+    ((origin, said),) = csv_rows(tmp_path, content)
+    assert origin == "rows.csv:1" and reason in said
+
+
+def test_csv_files_of_folders_are_read_and_an_empty_one_has_no_rows(tmp_path, write_jsonl):
+    write_jsonl([{"n": 1}], "b.jsonl")
+    (tmp_path / "A.CSV").write_text("n\n2\n")
+    (tmp_path / "c.csv").write_text("")
+    assert rows_of(tmp_path) == [("A.CSV:2", {"n": "2"}), ("b.jsonl:1", {"n": 1})]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("rows.txt", r'one JSON object \{"text": ...\} a line'),
+        ("rows.jsonl.gz", "unpack it first"),
+        ("rows.xlsx", r"save the sheet as \.csv"),
+        ("rows.tsv", r"with commas and a header, as \.csv"),
+        ("rows.pickle", r"write it as \.jsonl"),
+    ],
+)
+def test_other_files_are_refused_with_what_to_make_of_them(tmp_path, name, remedy):
+    (tmp_path / name).write_text("a")
+    with pytest.raises(DataError, match=rf"only files with \.json, \.jsonl, \.ndjson, \.csv.*\n    fix: .*{remedy}"):
+        open_source(str(tmp_path / name))
+
+
+def test_a_folder_without_a_file_that_is_read_is_refused(tmp_path):
+    (tmp_path / "rows.tsv").write_text("a")
     with pytest.raises(DataError, match="a folder with no"):
         open_source(str(tmp_path))
 
