@@ -9,6 +9,8 @@ import json
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+SYNONYMS = {"developer": "system"}
+"""What newer OpenAI files call a role, and what chat templates call it."""
 
 # What ShareGPT files call the speakers, and what chat templates call them.
 SHAREGPT_ROLES = {
@@ -139,6 +141,7 @@ def message_of(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise RowError(f"{where} is {kind_of(turn)}, not an object with role and content")
     role = turn.get("role")
+    role = SYNONYMS.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise RowError(f"{where}: role is {role!r}, known are {', '.join(ROLES)}")
     where = f"{where} ({role})"

@@ -147,6 +147,15 @@ def test_the_jobs_system_message_goes_only_where_there_is_none():
     assert messages_of({"messages": own}, "messages", system="given") == own
 
 
+def test_a_developer_message_is_the_system_message():
+    turns = [{"role": "developer", "content": "own"}, ASKED, SAID]
+    rows = {"messages": {"messages": turns}, "prompt_completion": {"prompt": turns[:2], "completion": SAID}}
+    for shape, row in rows.items():
+        assert messages_of(row, shape, system="given") == [{"role": "system", "content": "own"}, ASKED, SAID]
+    pair = {"prompt": turns[:2], "chosen": "Cod.", "rejected": "Seven."}
+    assert messages_of(pair, "preference")[0]["role"] == "system"
+
+
 def test_text_parts_are_joined_and_other_parts_refused():
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]}
