@@ -22,8 +22,8 @@ FORMAT_FIELDS = {
     "alpaca": "instruction, output, optional input, system, history",
     "prompt_completion": "prompt and completion, prompt and response, or question and answer",
     "text": "text",
-    "preference": "chosen and rejected, with a prompt",
-    "unpaired": "completion and label, with a prompt",
+    "preference": "chosen and rejected, with a prompt; for objective=dpo, orpo or kto",
+    "unpaired": "completion and label, with a prompt; for objective=kto",
 }
 
 
@@ -68,7 +68,7 @@ def prompt_and_reference(conversation: Conversation) -> tuple[list[dict[str, Any
 
 
 def recognise_format(row: dict[str, Any], objective: str = "sft") -> tuple[str, str]:
-    """(format, the fields that gave it away) of a row; RowError names the shapes that are read."""
+    """(format, the fields that gave it away) of a row; the remedy of its RowError names the shapes that are read."""
     fields = [name for name in row if row[name] is not None]
     if is_preference(row):
         return "preference", "chosen, rejected"
@@ -88,7 +88,8 @@ def recognise_format(row: dict[str, Any], objective: str = "sft") -> tuple[str, 
     if names := prompt_fields(row):
         return "prompt_completion", ", ".join(names)
     shapes = "; ".join(f"{name} ({what})" for name, what in FORMAT_FIELDS.items())
-    raise RowError(f"the fields {', '.join(fields) or '(none)'} are no shape that is read: {shapes}")
+    reason = f"the fields {', '.join(fields) or '(none)'} are no shape that is read"
+    raise RowError(reason, f"name the fields as one of these shapes does: {shapes}")
 
 
 def to_conversation(

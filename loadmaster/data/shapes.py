@@ -30,7 +30,13 @@ PROMPT_FIELDS = (("prompt", "completion"), ("prompt", "response"), ("question", 
 
 
 class RowError(ValueError):
-    """One row cannot be used; the message is the reason, without the place."""
+    """One row cannot be used; the message is the reason, without the place. remedy: what helps, where it is not to
+    mend the row.
+    """
+
+    def __init__(self, reason: str, remedy: str | None = None):
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 # --- the shapes -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ held in memory whole.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import json
@@ -32,19 +33,30 @@ INSTEAD = {
     ".arrow": "write it as .parquet", ".feather": "write it as .parquet",
 }  # fmt: skip
 """What to make of files that are not read, by suffix."""
+NO_UTF8 = "is not UTF-8 text"
+AS_UTF8 = "save the file as UTF-8 (of files from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW)"
+WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+"""How a file in UTF-16 or UTF-32 begins."""
 LONGEST_CELL = 2**31 - 1
 """Characters; the csv module refuses cells of more than 131,072 otherwise."""
 ESCAPED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as surrogateescape decodes them."""
+ROW_FIELDS = {
+    "messages", "conversations", "instruction", "output", "prompt", "completion", "response", "question", "answer",
+    "text", "chosen", "rejected",
+}  # fmt: skip
+TURN_FIELDS = {"role", "from", "function"}
+"""Fields of a row, and of a turn of a chat or a tool: what has them is no object that only holds rows."""
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as read: its value, or the reason why it could not be read."""
+    """A row as read: its value, or the reason why it could not be read and what would help."""
 
     origin: str
     value: Any = None
     error: str | None = None
+    remedy: str | None = None
 
 
 class FileSource:
@@ -159,12 +171,14 @@ def _read_file(path: Path, name: str) -> Iterator[RawRow]:
     suffix = _suffix(path)
     if suffix == ".parquet":
         yield from _read_parquet(path, name)
+    elif _is_wide(path):
+        yield RawRow(f"{name}:1", error=f"{NO_UTF8}: it begins as UTF-16 does", remedy="save the file as UTF-8")
     elif suffix == ".csv":
         yield from _read_csv(path, name)
     elif suffix == ".json" and _starts_with_bracket(path):
         yield from _read_array(path, name)
-    elif suffix == ".json" and _is_one_object(path):
-        yield RawRow(f"{name}:1", error="the file is one JSON object over several lines, not a list of rows")
+    elif suffix == ".json" and (whole := _one_object(path)) is not None:
+        yield from _read_object(path, name, *whole)
     else:  # many files named .json hold one object a line
         yield from _read_lines(path, name)
 
@@ -177,21 +191,54 @@ def _starts_with_bracket(path: Path) -> bool:
     return False
 
 
-def _is_one_object(path: Path) -> bool:
-    """Whether the first line is only the beginning of a JSON object."""
+def _is_wide(path: Path) -> bool:
     with open(path, "rb") as file:
-        first = next((line.strip() for line in file if line.strip()), b"")
+        return file.read(4).startswith(WIDE)
+
+
+def _one_object(path: Path) -> tuple[dict[str, Any], bool] | None:
+    """The JSON object that is the whole file, and whether it stands on one line; None for anything else."""
+    with open(path, "rb") as file:
+        lines = (line.strip().removeprefix(codecs.BOM_UTF8) for line in file)
+        first = next((line for line in lines if line), b"")
         if not first.startswith(b"{"):
-            return False
+            return None
         try:
-            json.loads(first)
-            return False
+            value = json.loads(first)
+            return (value, True) if isinstance(value, dict) and not any(lines) else None
         except ValueError:
             file.seek(0)
             try:
-                return isinstance(json.load(file), dict)
+                value = json.loads(file.read().removeprefix(codecs.BOM_UTF8))
+                return (value, False) if isinstance(value, dict) else None
             except ValueError:
-                return False
+                return None
+
+
+def _read_object(path: Path, name: str, value: dict[str, Any], is_one_line: bool) -> Iterator[RawRow]:
+    """The rows under an object's only key, or what to do about an object that is more than that, and no row."""
+    holders = [key for key, rows in value.items() if _holds_rows(rows)] if not set(value) & ROW_FIELDS else []
+    if len(holders) == 1 == len(value):
+        text = path.read_text(encoding="utf-8-sig")
+        _, end_of_key = json.JSONDecoder().raw_decode(text, _skip_space(text, text.index("{") + 1))
+        yield from _elements(text, text.index("[", end_of_key) + 1, name)
+    elif holders:
+        key = holders[0]
+        reason = f"the file is one JSON object, with rows under {', '.join(holders)}"
+        taken = f"json.dump(json.load(open({name!r}, encoding='utf-8'))[{key!r}], open('rows.json', 'w'))"
+        yield RawRow(f"{name}:1", error=reason, remedy=f'take them out: python -c "import json; {taken}"')
+    elif is_one_line:
+        yield from _read_lines(path, name)
+    else:
+        reason = "the file is one JSON object over several lines, not a list of rows"
+        remedy = "put rows into a list, [{...}, {...}], or write one a line, as .jsonl"
+        yield RawRow(f"{name}:1", error=reason, remedy=remedy)
+
+
+def _holds_rows(value: Any) -> bool:
+    """Whether a value is a list of objects that are rows, and not the turns of one chat or its tools."""
+    is_list = isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    return is_list and not any(set(item) & TURN_FIELDS for item in value)
 
 
 def _read_lines(path: Path, name: str) -> Iterator[RawRow]:
@@ -204,20 +251,25 @@ def _read_lines(path: Path, name: str) -> Iterator[RawRow]:
             origin = f"{name}:{number}"
             try:
                 yield RawRow(origin, json.loads(line.strip()))
+            except UnicodeDecodeError:
+                yield RawRow(origin, error=NO_UTF8, remedy=AS_UTF8)
             except ValueError as error:
                 yield RawRow(origin, error=_broken(error))
 
 
 def _read_array(path: Path, name: str) -> Iterator[RawRow]:
-    """Elements of a JSON array, each with the line that it starts on."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        yield RawRow(f"{name}:1", error=f"is not UTF-8 text: {error.reason} at byte {error.start}")
+        yield RawRow(f"{name}:1", error=f"{NO_UTF8}: {error.reason} at byte {error.start}", remedy=AS_UTF8)
         return
+    yield from _elements(text, _skip_space(text, 0) + 1, name)
+
+
+def _elements(text: str, position: int, name: str) -> Iterator[RawRow]:
+    """Elements of the JSON array whose bracket ends at `position`, each with the line that it starts on."""
     decode = json.JSONDecoder().raw_decode
     line, counted = 1, 0
-    position = _skip_space(text, 0) + 1  # past the bracket
     while True:
         position = _skip_space(text, position)
         line, counted = line + text.count("\n", counted, position), position
@@ -270,13 +322,13 @@ def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
             if row is None:
                 return
             if any(ESCAPED.search(cell) for cell in row):
-                yield RawRow(origin, error="is not UTF-8 text")
+                yield RawRow(origin, error=NO_UTF8, remedy=AS_UTF8)
                 if header is None:
                     return
             elif header is None:
                 header = row
                 if fault := _header_fault(header):
-                    yield RawRow(origin, error=fault)
+                    yield RawRow(origin, None, *fault)
                     return
             elif len(row) == len(header):
                 yield RawRow(origin, dict(zip(header, row, strict=True)))
@@ -285,16 +337,17 @@ def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
                 yield RawRow(origin, error=f"has too {few} cells: {len(row)}, for {len(header)} columns")
 
 
-def _header_fault(header: list[str]) -> str | None:
-    """Why the first row of a CSV file cannot name its columns."""
+def _header_fault(header: list[str]) -> tuple[str, str] | None:
+    """Why the first row of a CSV file cannot name its columns, and the remedy."""
+    named = "name every column once in the first line, such as prompt,completion"
     if not any(cell.strip() for cell in header):
-        return "the header is empty: the first line names the columns, such as prompt,completion"
+        return "the header is empty", named
     if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
-        return f"the columns are apart by {other!r}: write the file with commas"
+        return f"the columns are apart by {other!r}", "write the file with commas"
     if nameless := [str(place) for place, cell in enumerate(header, 1) if not cell.strip()]:
-        return f"column {', '.join(nameless)} has no name in the header (pandas: to_csv(..., index=False))"
+        return f"column {', '.join(nameless)} has no name in the header", f"{named} (pandas: to_csv(..., index=False))"
     if twice := sorted({cell for cell in header if header.count(cell) > 1}):
-        return f"the header names {', '.join(twice)} twice"
+        return f"the header names {', '.join(twice)} twice", named
     return None
 
 

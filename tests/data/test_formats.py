@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loadmaster.data.formats import (
+    FORMAT_FIELDS,
     Conversation,
     RowError,
     prompt_and_reference,
@@ -43,8 +44,9 @@ def test_the_format_is_recognised_by_the_fields(row, expected):
 
 
 def test_unknown_fields_name_the_shapes_that_are_read():
-    with pytest.raises(RowError, match=r"the fields ask, reply are no shape that is read: messages \("):
+    with pytest.raises(RowError, match="the fields ask, reply are no shape that is read") as caught:
         recognise_format({"ask": "x", "reply": "y"})
+    assert all(f"{name} (" in caught.value.remedy for name in FORMAT_FIELDS)
 
 
 ASKED, SAID = {"role": "user", "content": "Name a fish."}, {"role": "assistant", "content": "Cod."}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -63,6 +65,59 @@ def test_json_lines_in_a_json_file_are_read_as_lines(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('{"n": 1}\n{"n": 2}\n')
     assert rows_of(path) == [("rows.json:1", {"n": 1}), ("rows.json:2", {"n": 2})]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_rows_under_the_only_key_of_an_object_have_the_line_they_start_on(tmp_path, mark):
+    path = tmp_path / "rows.json"
+    path.write_text(mark + '\n{ "a \\" [": [\n  {"n": 1},\n\n  {"n": 2}]\n}\n', encoding="utf-8")
+    assert rows_of(path) == [("rows.json:3", {"n": 1}), ("rows.json:5", {"n": 2})]
+    path.write_text(mark + '{"data":[{"n":1},{"n":2}]}', encoding="utf-8")
+    assert rows_of(path) == [("rows.json:1", {"n": 1}), ("rows.json:1", {"n": 2})]
+
+
+def test_rows_under_one_of_several_keys_are_not_read_and_the_remedy_takes_them_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text(json.dumps({"version": 1, "data": [{"n": 1}]}))
+    (row,) = open_source("mine.json").rows()
+    assert (row.origin, row.error) == ("mine.json:1", "the file is one JSON object, with rows under data")
+    subprocess.run(row.remedy.removeprefix("take them out: ").replace("python", sys.executable), shell=True, check=True)
+    assert rows_of(tmp_path / "rows.json") == [("rows.json:1", {"n": 1})]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "x"}]},
+        {"chat": [{"role": "user", "content": "x"}]},
+        {"turns": [{"from": "human", "value": "x"}]},
+        {"conversations": [{"speaker": "x"}]},
+        {"text": "x", "spans": [{"start": 1}]},
+        {"prompt": "x", "completion": "y", "sources": [{"url": "z"}]},
+        {"data": ["x"]},
+        {"data": []},
+    ],
+)
+def test_a_file_of_one_row_is_not_taken_for_an_object_that_holds_rows(tmp_path, row):
+    (tmp_path / "rows.json").write_text(json.dumps(row) + "\n")
+    assert rows_of(tmp_path / "rows.json") == [("rows.json:1", row)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "origin"),
+    [
+        ("rows.jsonl", '{"n": 1}\n{"n": "Döbel"}\n'.encode("latin-1"), "rows.jsonl:2"),
+        ("rows.json", '[{"n": "Döbel"}]'.encode("latin-1"), "rows.json:1"),
+        ("rows.csv", "n\nDöbel\n".encode("latin-1"), "rows.csv:2"),
+        ("rows.csv", "n\nDöbel\n".encode("utf-16"), "rows.csv:1"),
+        ("rows.jsonl", '{"n": 1}\n{"n": 2}\n'.encode("utf-16"), "rows.jsonl:1"),
+    ],
+)
+def test_a_file_that_is_not_utf8_is_to_be_saved_as_such(tmp_path, name, content, origin):
+    (tmp_path / name).write_bytes(content)
+    (bad,) = (row for row in open_source(str(tmp_path / name)).rows() if row.error)
+    assert bad.origin.endswith(origin) and bad.error.startswith("is not UTF-8 text")
+    assert bad.remedy.startswith("save the file as UTF-8")
 
 
 def test_parquet_rows_lose_the_nulls_that_columns_add(tmp_path):
