@@ -147,10 +147,10 @@ def _read(
 def _other_format(row: Any, job: Job) -> str | None:
     """The remedy where a row is not of the format that was given, and of another one."""
     try:
-        other, fields = recognise_format(row, job.objective) if isinstance(row, dict) else ("", "")
+        other, fields = recognise_format(row, job.objective)
     except RowError as error:
         return error.remedy
-    if other in ("", job.data.format) or unfit(other, job.objective):
+    if other == job.data.format or unfit(other, job.objective):
         return None
     return f"data.format={other}, by the fields {fields}; or data.format=auto"
 
@@ -159,8 +159,6 @@ def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
     if raw.error is not None:
         raise RowError(raw.error, raw.remedy)
     if not reading.format:
-        if not isinstance(raw.value, dict):
-            raise RowError("is not an object with fields")
         reading.format, reading.recognised_by = recognise_format(raw.value, job.objective)
     _fits_objective(raw.value, reading, job.objective)
     conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)

@@ -153,7 +153,7 @@ def fault_report(sources: Sequence[SourceFaults], hint: str) -> str:
 
 def _all_of(source: SourceFaults) -> str:
     """Where a fault of all rows of a source stands: the files, and a few rows."""
-    origins = [fault.origin for fault in sorted(source.faults, key=_place)[:EXAMPLES]]
+    origins = list(dict.fromkeys(fault.origin for fault in sorted(source.faults, key=_place)))[:EXAMPLES]
     if source.rows_read == 1:
         return origins[0]
     more = f" and {len(source.names) - EXAMPLES:,} more files" if len(source.names) > EXAMPLES else ""

@@ -67,8 +67,16 @@ def prompt_and_reference(conversation: Conversation) -> tuple[list[dict[str, Any
     return conversation.messages[:last], conversation.messages[last]
 
 
-def recognise_format(row: dict[str, Any], objective: str = "sft") -> tuple[str, str]:
+def with_fields(row: Any) -> None:
+    """Raise RowError for a row that is no object."""
+    if not isinstance(row, dict):
+        remedy = "name the file .json, from which lists of rows are read" if isinstance(row, list) else None
+        raise RowError(f"is {kind_of(row)}, not an object with fields", remedy)
+
+
+def recognise_format(row: Any, objective: str = "sft") -> tuple[str, str]:
     """(format, the fields that gave it away) of a row; the remedy of its RowError names the shapes that are read."""
+    with_fields(row)
     fields = [name for name in row if row[name] is not None]
     if is_preference(row):
         return "preference", "chosen, rejected"
@@ -96,8 +104,7 @@ def to_conversation(
     row: Any, shape: str, origin: str, system: str | None = None, tools_as: str = "template"
 ) -> Conversation:
     """One row as a Conversation; `system` is put before chats that have none. Raises RowError."""
-    if not isinstance(row, dict):
-        raise RowError(f"is {kind_of(row)}, not an object with fields")
+    with_fields(row)
     if shape == "text":
         return _identified([], None, string_of(row, "text"), origin)
     rejected = label = None

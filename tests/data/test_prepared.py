@@ -142,6 +142,13 @@ def test_held_out_rows_that_all_have_the_same_fault_are_named_as_theirs(tokenize
     assert said[3].endswith("; mend these rows, or leave them out with data.on_bad_row=skip")
 
 
+def test_a_list_of_rows_in_a_jsonl_file_is_to_be_named_json(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([json.dumps([row(1), row(2)])])
+    for shape in ("auto", "alpaca"):
+        said = said_of(job_for(path, format=shape), tokenizer, tmp_path, path)
+        assert "is a list, not an object with fields (rows.jsonl:1)\n    fix: name the file .json" in said
+
+
 def test_a_file_in_another_encoding_is_to_be_saved_as_utf8(tokenizer, tmp_path, job_for):
     path = tmp_path / "rows.csv"
     path.write_bytes("prompt,completion\nEin Fisch?,Döbel\nNoch einer?,Äsche\n".encode("latin-1"))
