@@ -40,6 +40,22 @@ def validation_is_held_out(job: Job, origins: Origins) -> Found:
         yield "data.validation", job.data.validation, "is the training file itself", remedy
 
 
+@rule("data.path", "data.validation")
+def own_data_is_held_out_of_itself(job: Job, origins: Origins) -> Found:
+    """Data of one's own is not judged on held-out rows that are shipped, which another data group left there. (A file
+    that sets both, such as a run's config.yaml, means it.)"""
+    paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
+    held = job.data.validation
+    if all(path.startswith(SCHEME) for path in paths) or not (isinstance(held, str) and held.startswith(SCHEME)):
+        return
+    file = _file(origin_of(origins, "data.path"))
+    if file in (COMMAND_LINE, DEFAULT) or file != _file(origin_of(origins, "data.validation")):
+        typed = paths[0] if isinstance(job.data.path, str) else f"[{','.join(paths)}]"
+        message = f"would be judged on other data's held-out rows, data.validation={held}"
+        remedy = f"data=file data.path={typed} holds out a share of its rows; or data.validation=0.05"
+        yield "data.path", job.data.path, message, remedy
+
+
 @rule("evaluation.task", "data.validation")
 def task_has_held_out_rows(job: Job, origins: Origins) -> Found:
     """A task metric needs held-out rows: evaluation.task is none where data.validation is null."""
