@@ -10,10 +10,8 @@ from loadmaster.config.fields import nearest
 from loadmaster.config.model_folder import broken_files
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
-from loadmaster.config.schema import Job
+from loadmaster.config.schema import DATA_SUFFIXES, Job
 from loadmaster.config.shipped import SCHEME, resolve_path
-
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 @rule("data.path", "data.validation", "stop_after")
@@ -40,6 +38,22 @@ def validation_is_held_out(job: Job, origins: Origins) -> Found:
     if job.data.validation in paths:
         remedy = "data.validation=0.05 holds out a share of the rows"
         yield "data.validation", job.data.validation, "is the training file itself", remedy
+
+
+@rule("data.path", "data.validation")
+def own_data_is_held_out_of_itself(job: Job, origins: Origins) -> Found:
+    """Data of one's own is not judged on held-out rows that are shipped, which another data group left there. (A file
+    that sets both, such as a run's config.yaml, means it.)"""
+    paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
+    held = job.data.validation
+    if all(path.startswith(SCHEME) for path in paths) or not (isinstance(held, str) and held.startswith(SCHEME)):
+        return
+    file = _file(origin_of(origins, "data.path"))
+    if file in (COMMAND_LINE, DEFAULT) or file != _file(origin_of(origins, "data.validation")):
+        typed = paths[0] if isinstance(job.data.path, str) else f"[{','.join(paths)}]"
+        message = f"would be judged on other data's held-out rows, data.validation={held}"
+        remedy = f"data=file data.path={typed} holds out a share of its rows; or data.validation=0.05"
+        yield "data.path", job.data.path, message, remedy
 
 
 @rule("evaluation.task", "data.validation")
@@ -313,15 +327,15 @@ def _file(origin: str) -> str:
 
 def _is_file_name(path: str) -> bool:
     """Whether `path` means a file here and not a Hub dataset id (`owner/name`)."""
-    return path.startswith((SCHEME, "/", "./", "../", "~")) or path.endswith(DATA_SUFFIXES)
+    return path.startswith((SCHEME, "/", "./", "../", "~")) or path.lower().endswith(DATA_SUFFIXES)
 
 
 def _file_hint(key: str, path: str) -> str:
     real = Path(resolve_path(path)).expanduser()
     if not real.parent.is_dir():
         return f"there is no folder {real.parent}; paths are relative to where the command is run ({Path.cwd()})"
-    names = sorted(p.name for p in real.parent.iterdir() if p.suffix in DATA_SUFFIXES)
+    names = sorted(p.name for p in real.parent.iterdir() if p.suffix.lower() in DATA_SUFFIXES)
     close = difflib.get_close_matches(real.name, names, n=1)
     if close:
         return f"{key}={path.removesuffix(real.name)}{close[0]}"
-    return f"{real.parent.resolve()} has " + (", ".join(names[:8]) or "no JSON, JSONL or Parquet file")
+    return f"{real.parent.resolve()} has " + (", ".join(names[:8]) or "no JSON, JSONL, CSV or Parquet file")

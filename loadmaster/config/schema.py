@@ -27,6 +27,8 @@ CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 STAGES = ("plan", "train", "evaluate", "export", "bundle")
 
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
 
 @dataclass(frozen=True, config=CLOSED)
 class ModelConfig:
@@ -43,10 +45,12 @@ class ModelConfig:
 @dataclass(frozen=True, config=CLOSED)
 class DataConfig:
     path: str | list[str] = "???"
-    """What to train on: a file, folder or list of files (JSON, JSONL, Parquet), a Hub dataset id, or shipped:NAME."""
+    """What to train on: a file, folder or list of files (JSON, JSONL, CSV, Parquet), a Hub dataset, or shipped:NAME."""
     split: str = "train"
     """Split of a Hub dataset; not used for files."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "text", "preference", "unpaired"] = "auto"
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired"
+    ] = "auto"  # fmt: skip
     """Shape of the rows; auto recognises it from the fields of the first row and says so."""
     validation: str | Annotated[float, Strict(), Gt(0), Lt(1)] | None = 0.05
     """Held-out data: a file, or the fraction of the rows to hold out (seeded), or null for none."""

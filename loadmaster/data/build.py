@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ import numpy as np
 
 from loadmaster.config.schema import DataConfig, Job
 from loadmaster.data.cache import ConversationFile
-from loadmaster.data.checks import Fault, fault_report
+from loadmaster.data.checks import Fault, SourceFaults, fault_report
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
 from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
-from loadmaster.data.preference import is_preference, unfit
+from loadmaster.data.preference import is_preference, is_unpaired, unfit
 from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
@@ -47,6 +47,7 @@ class Reading:
     recognised_by: str = ""
     rows_read: int = 0
     bad: list[Fault] = field(default_factory=list)
+    first_bad: Any = None  # the value of the first of them
     row_ids: list[str] = field(default_factory=list)
     unfilled: int = 0  # rows with a {{field}} that nobody filled in
     control: list[tuple[str, str]] = field(default_factory=list)
@@ -71,15 +72,16 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
     all_starts = np.array(starts, dtype=np.int64)
     save_file({"starts": all_starts, "train": index[0], "validation": index[1]}, folder / "conversations.safetensors")
 
-    faults = reading.bad + (held.bad if held else [])
     files = [ConversationFile(folder / CONVERSATIONS, all_starts, part) for part in index]
     encoded = [_encode(part, tokenizer) for part in files]
-    faults += [fault for part in encoded for fault in part.refused]
-    wrong = [fault for part in encoded for fault in part.wrong]
     rows_read = reading.rows_read + (held.rows_read if held else 0)
-    _stop_on(faults, wrong, rows_read, job.data.on_bad_row)
+    sources = [_Checked(train.names(), reading, encoded[:1] if held else encoded)]
+    sources += [_Checked(validation.names(), held, encoded[1:])] if held else []
+    faults = [fault for source in sources for fault in source.bad()]
+    _stop_on(sources, job.data.on_bad_row)
     if job.data.on_long_row == "refuse":
-        _refuse_long(encoded, files, job.sequence_length, rows_read)
+        names = [name for source in sources for name in source.names]
+        _refuse_long(encoded, files, job.sequence_length, rows_read, names)
 
     summary: dict[str, Any] = {
         "format": reading.format,
@@ -97,10 +99,12 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
         if arrays is not None:
             save_file(arrays, folder / f"{name}.safetensors")
     if summary["train"] is None:
-        raise DataError(
-            f"no row is left to train on: {rows_read:,} read, {len(faults):,} of them bad\n"
-            "    fix: check data.path and data.format, or raise sequence_length if every row was too long"
-        )
+        all_bad = SourceFaults(train.names(), reading.rows_read, sources[0].bad())
+        why = f": {all_bad.faults[0].reason} ({all_bad.faults[0].origin})" if all_bad.faults else ""
+        remedy = all_bad.faults[0].remedy if all_bad.alike else None
+        usual = "check data.path and data.format, or raise sequence_length if every row was too long"
+        said = f"no row is left to train on: {rows_read:,} read, {len(faults):,} of them bad{why}"
+        raise DataError(f"{said}\n    fix: {remedy or usual}")
     if lacking := [kind for kind in ("desirable", "undesirable") if summary["train"].get(kind) == 0]:
         summary["notes"].append(
             f"no answer to train on is {lacking[0]}: kto tells the two kinds apart, so add rows with the other label"
@@ -125,7 +129,8 @@ def _read(
             try:
                 line = _conversation_line(raw, reading, job)
             except RowError as error:
-                reading.bad.append(Fault(raw.origin, str(error)))
+                reading.first_bad = raw.value if not reading.bad else reading.first_bad
+                reading.bad.append(Fault(raw.origin, str(error), remedy=error.remedy))
                 continue
             starts.append(starts[-1] + file.write(line))
             reading.unfilled += UNFILLED.search(line) is not None
@@ -133,27 +138,44 @@ def _read(
                 reading.control.append((raw.origin, found.group()))
     if not reading.rows_read:
         raise DataError(f"the data has no rows: {', '.join(source.names())}")
+    if job.data.format != "auto" and SourceFaults(source.names(), reading.rows_read, reading.bad).alike:
+        remedy = _other_format(reading.first_bad, job)
+        reading.bad = [replace(fault, remedy=fault.remedy or remedy) for fault in reading.bad]
     return reading
+
+
+def _other_format(row: Any, job: Job) -> str | None:
+    """The remedy where a row is not of the format that was given, and of another one."""
+    try:
+        other, fields = recognise_format(row, job.objective)
+    except RowError as error:
+        return error.remedy
+    if other == job.data.format or unfit(other, job.objective):
+        return None
+    return f"data.format={other}, by the fields {fields}; or data.format=auto"
 
 
 def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
     if raw.error is not None:
-        raise RowError(raw.error)
+        raise RowError(raw.error, raw.remedy)
     if not reading.format:
-        if not isinstance(raw.value, dict):
-            raise RowError("is not an object with fields")
         reading.format, reading.recognised_by = recognise_format(raw.value, job.objective)
-    _fits_objective(raw.value, reading.format, job.objective)
+    _fits_objective(raw.value, reading, job.objective)
     conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)
     reading.row_ids.append(conversation.row_id)
     return conversation.to_json().encode() + b"\n"
 
 
-def _fits_objective(row: Any, shape: str, objective: str) -> None:
+def _fits_objective(row: Any, reading: Reading, objective: str) -> None:
     """Raise RowError for a row that `objective` does not train on."""
-    pair = objective == "sft" and isinstance(row, dict) and is_preference(row)
-    if reason := unfit("preference" if pair else shape, objective):
-        raise RowError(reason)
+    shape = reading.format
+    if objective == "sft" and isinstance(row, dict):
+        if is_preference(row):
+            shape = "preference"
+        elif shape == "prompt_completion" and reading.recognised_by and is_unpaired(row):
+            shape = "unpaired"  # told apart by its label alone, which the first row had not
+    if found := unfit(shape, objective):
+        raise RowError(*found)
 
 
 def _held_out(row_ids: list[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -258,25 +280,48 @@ def _split_rows(
 # --- what is said about it --------------------------------------------------------------------------
 
 
-def _place(fault: Fault) -> tuple[str, int]:
-    name, _, line = fault.origin.rpartition(":")
-    return name, int(line)
+@dataclass(frozen=True)
+class _Checked:
+    """Both passes over one source."""
+
+    names: list[str]
+    reading: Reading
+    encoded: list[Encoded]
+
+    def bad(self) -> list[Fault]:
+        return self.reading.bad + [fault for part in self.encoded for fault in part.refused]
+
+    def wrong(self) -> list[Fault]:
+        return [fault for part in self.encoded for fault in part.wrong]
 
 
-def _stop_on(faults: list[Fault], wrong: list[Fault], rows_read: int, on_bad_row: str) -> None:
-    skipped = faults if on_bad_row == "skip" else []
-    stopping = wrong + (faults if on_bad_row == "error" else [])
-    if not stopping:
+def _stop_on(checked: list[_Checked], on_bad_row: str) -> None:
+    """Raise DataError with all rows that stop the run."""
+    is_skipped = on_bad_row == "skip"
+    sources = [
+        SourceFaults(each.names, each.reading.rows_read, each.wrong() + ([] if is_skipped else each.bad()))
+        for each in checked
+    ]
+    if not any(source.faults for source in sources):
         return
-    if wrong:
-        hint = "do as the lines say; data.on_bad_row=skip leaves out bad rows, never a wrong rendering"
-    else:
-        hint = "mend these rows, or leave them out with data.on_bad_row=skip"
-    message = fault_report(sorted(stopping, key=_place), rows_read, hint)
-    raise DataError(message + (f"\n    (bad rows skipped besides: {len(skipped):,})" if skipped else ""))
+    skipped = sum(len(each.bad()) for each in checked) if is_skipped else 0
+    besides = f"\n    (bad rows skipped besides: {skipped:,})" if skipped else ""
+    raise DataError(fault_report(sources, _hint(sources, any(each.wrong() for each in checked))) + besides)
 
 
-def _refuse_long(encoded: list[Encoded], files: list[ConversationFile], sequence_length: int, rows_read: int) -> None:
+def _hint(sources: list[SourceFaults], has_wrong: bool) -> str:
+    """What to do about the rows that stop the run; to leave them out is no help where none would remain."""
+    hints = [source.faults[0].remedy for source in sources if source.alike and source.faults[0].remedy]
+    if has_wrong:
+        hints.append("do as the lines say; data.on_bad_row=skip leaves out bad rows, never a wrong rendering")
+    elif any(source.faults and not source.alike and len(source.faults) < source.rows_read for source in sources):
+        hints.append("mend these rows, or leave them out with data.on_bad_row=skip")
+    return "; ".join(dict.fromkeys(hints)) or "mend these rows: without them none is left"
+
+
+def _refuse_long(
+    encoded: list[Encoded], files: list[ConversationFile], sequence_length: int, rows_read: int, names: list[str]
+) -> None:
     faults = []
     for part, conversations in zip(encoded, files, strict=True):
         for place in np.flatnonzero(part.lengths > sequence_length).tolist():
@@ -285,7 +330,7 @@ def _refuse_long(encoded: list[Encoded], files: list[ConversationFile], sequence
             faults.append(Fault(origin, reason))
     if faults:
         hint = "raise sequence_length, shorten these rows, or set data.on_long_row to cut or split"
-        raise DataError(fault_report(sorted(faults, key=_place), rows_read, hint))
+        raise DataError(fault_report([SourceFaults(names, rows_read, faults)], hint))
 
 
 def _notes(

@@ -18,15 +18,31 @@ from loadmaster.data.render import ChatRenderer, Rendering
 
 TRAINED_OPEN, TRAINED_CLOSE = "⟦", "⟧"
 LISTED = 20  # faults by name, and rows by name of one fault
+EXAMPLES = 3  # rows by name of a fault that all rows have
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A row that must not be trained on: where it stands, why, and, for a wrong mask, its rendering."""
+    """A row that must not be trained on: where it stands, why, for a wrong mask its rendering, and what would help."""
 
     origin: str
     reason: str
     rendering: str | None = None
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceFaults:
+    """The faults of one source, the files that it reads, and how many rows these gave."""
+
+    names: list[str]
+    rows_read: int
+    faults: list[Fault]
+
+    @property
+    def alike(self) -> bool:
+        """Whether all rows have the same fault, which is then the file's or the job's and no row's."""
+        return len(self.faults) == self.rows_read and len({fault.reason for fault in self.faults}) == 1
 
 
 def check_conversation(
@@ -112,15 +128,18 @@ def marked(text: str, spans: Sequence) -> str:
     return "".join([*parts, text[cursor:]])
 
 
-def fault_report(faults: Sequence[Fault], rows_read: int, hint: str) -> str:
+def fault_report(sources: Sequence[SourceFaults], hint: str) -> str:
     """All faults together, rows with the same fault in one line; the first rendering is shown in full."""
+    faults = [fault for source in sources for fault in source.faults]
+    lines = [f"{len(faults):,} of {sum(source.rows_read for source in sources):,} rows cannot be trained on:"]
+    lines += [f"  {source.faults[0].reason} ({_all_of(source)})" for source in sources if source.alike]
     places: dict[str, list[str]] = {}
-    for fault in faults:
-        places.setdefault(fault.reason, []).append(fault.origin)
-    lines = [f"{len(faults):,} of {rows_read:,} rows cannot be trained on:"]
-    for reason, origins in islice(places.items(), LISTED):
+    for fault in sorted((f for source in sources if not source.alike for f in source.faults), key=_place):
+        said = f"{fault.reason}; {fault.remedy}" if fault.remedy else fault.reason
+        places.setdefault(said, []).append(fault.origin)
+    for said, origins in islice(places.items(), LISTED):
         more = f" and {len(origins) - LISTED:,} more" if len(origins) > LISTED else ""
-        lines.append(f"  {', '.join(origins[:LISTED])}{more}: {reason}")
+        lines.append(f"  {said} ({', '.join(origins[:LISTED])}{more})")
     if len(places) > LISTED:
         rest = sum(len(origins) for origins in islice(places.values(), LISTED, None))
         lines.append(f"  ... and {rest:,} rows more")
@@ -130,3 +149,18 @@ def fault_report(faults: Sequence[Fault], rows_read: int, hint: str) -> str:
         indented = "\n".join(f"  | {line}" for line in rendering.splitlines())
         lines += [f"rendering of {shown.origin}, trained part between {TRAINED_OPEN} and {TRAINED_CLOSE}:", indented]
     return "\n".join([*lines, f"    fix: {hint}"])
+
+
+def _all_of(source: SourceFaults) -> str:
+    """Where a fault of all rows of a source stands: the files, and a few rows."""
+    origins = list(dict.fromkeys(fault.origin for fault in sorted(source.faults, key=_place)))[:EXAMPLES]
+    if source.rows_read == 1:
+        return origins[0]
+    more = f" and {len(source.names) - EXAMPLES:,} more files" if len(source.names) > EXAMPLES else ""
+    files = ", ".join(source.names[:EXAMPLES])
+    return f"all {source.rows_read:,} rows of {files}{more}, such as {', '.join(origins)}"
+
+
+def _place(fault: Fault) -> tuple[str, int]:
+    name, _, line = fault.origin.rpartition(":")
+    return name, int(line)

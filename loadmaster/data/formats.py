@@ -1,8 +1,8 @@
 """Rows as people have them -> `Conversation`, the one shape that the rest of the data room knows.
 
-Four shapes are read: `messages` (role/content), ShareGPT (`conversations` of from/value), Alpaca
-(instruction/input/output) and plain `text`; and preference rows in any of the first three: pairs (chosen, rejected)
-or single answers with a label.
+Five shapes are read: `messages` (role/content), ShareGPT (`conversations` of from/value), Alpaca
+(instruction/input/output), prompt and completion, and plain `text`; and preference rows, written as any of the chats:
+pairs (chosen, rejected) or single answers with a label.
 A row that is not what it should be raises `RowError` with the reason; whoever reads the file adds the place.
 """
 
@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadmaster.data.preference import LABEL_FIELDS, is_preference, is_unpaired, labelled_answer_of, pair_of
-from loadmaster.data.shapes import READERS, RowError, kind_of, string_of, written_as_text
+from loadmaster.data.shapes import READERS, RowError, kind_of, prompt_answers, prompt_fields, string_of, written_as_text
 
 FORMAT_FIELDS = {
     "messages": "messages: [{role, content}, ...]",
     "sharegpt": "conversations: [{from, value}, ...], optional system, tools",
     "alpaca": "instruction, output, optional input, system, history",
+    "prompt_completion": "prompt and completion, prompt and response, or question and answer",
     "text": "text",
-    "preference": "chosen and rejected, with a prompt",
-    "unpaired": "completion and label, with a prompt",
+    "preference": "chosen and rejected, with a prompt; for objective=dpo, orpo or kto",
+    "unpaired": "completion and label, with a prompt; for objective=kto",
 }
 
 
@@ -36,6 +37,8 @@ class Conversation:
     row_id: hash of the content alone, so identical rows share it wherever they stand.
     rejected: of a preference row, the assistant message that is worse than the last of `messages`.
     label: of an unpaired preference row, whether the last of `messages` is desirable.
+    prompt_answers: how many of the first assistant messages belong to the prompt of a prompt/completion row, and are
+    not trained.
     """
 
     messages: list[dict[str, Any]]
@@ -45,10 +48,12 @@ class Conversation:
     row_id: str = ""
     rejected: dict[str, Any] | None = None
     label: bool | None = None
+    prompt_answers: int = 0
 
     def to_json(self) -> str:
         fields = {"messages": self.messages, "tools": self.tools, "text": self.text, "rejected": self.rejected}
         fields |= {} if self.label is None else {"label": self.label}
+        fields |= {"prompt_answers": self.prompt_answers} if self.prompt_answers else {}
         return json.dumps({**fields, "origin": self.origin, "row_id": self.row_id}, ensure_ascii=False)
 
     @classmethod
@@ -62,8 +67,16 @@ def prompt_and_reference(conversation: Conversation) -> tuple[list[dict[str, Any
     return conversation.messages[:last], conversation.messages[last]
 
 
-def recognise_format(row: dict[str, Any], objective: str = "sft") -> tuple[str, str]:
-    """(format, the fields that gave it away) of a row; RowError names the shapes that are read."""
+def with_fields(row: Any) -> None:
+    """Raise RowError for a row that is no object."""
+    if not isinstance(row, dict):
+        remedy = "name the file .json, from which lists of rows are read" if isinstance(row, list) else None
+        raise RowError(f"is {kind_of(row)}, not an object with fields", remedy)
+
+
+def recognise_format(row: Any, objective: str = "sft") -> tuple[str, str]:
+    """(format, the fields that gave it away) of a row; the remedy of its RowError names the shapes that are read."""
+    with_fields(row)
     fields = [name for name in row if row[name] is not None]
     if is_preference(row):
         return "preference", "chosen, rejected"
@@ -80,16 +93,18 @@ def recognise_format(row: dict[str, Any], objective: str = "sft") -> tuple[str, 
         return "alpaca", "instruction, output"
     if "text" in row:
         return "text", "text"
+    if names := prompt_fields(row):
+        return "prompt_completion", ", ".join(names)
     shapes = "; ".join(f"{name} ({what})" for name, what in FORMAT_FIELDS.items())
-    raise RowError(f"the fields {', '.join(fields) or '(none)'} are no shape that is read: {shapes}")
+    reason = f"the fields {', '.join(fields) or '(none)'} are no shape that is read"
+    raise RowError(reason, f"name the fields as one of these shapes does: {shapes}")
 
 
 def to_conversation(
     row: Any, shape: str, origin: str, system: str | None = None, tools_as: str = "template"
 ) -> Conversation:
     """One row as a Conversation; `system` is put before chats that have none. Raises RowError."""
-    if not isinstance(row, dict):
-        raise RowError(f"is {kind_of(row)}, not an object with fields")
+    with_fields(row)
     if shape == "text":
         return _identified([], None, string_of(row, "text"), origin)
     rejected = label = None
@@ -107,7 +122,8 @@ def to_conversation(
         if rejected is not None:
             rejected = written_as_text([*messages[:-1], rejected], tools)[-1]
         messages, tools = written_as_text(messages, tools), None
-    return _identified(messages, tools, None, origin, rejected, label)
+    context = prompt_answers(row) if shape == "prompt_completion" else 0
+    return _identified(messages, tools, None, origin, rejected, label, context)
 
 
 def _identified(
@@ -117,11 +133,12 @@ def _identified(
     origin: str,
     rejected: dict | None = None,
     label: bool | None = None,
+    context: int = 0,
 ) -> Conversation:
-    parts = [messages, tools, text, *(part for part in (rejected, label) if part is not None)]
+    parts = [messages, tools, text, *(part for part in (rejected, label, context or None) if part is not None)]
     content = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     try:
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     except UnicodeEncodeError as error:
         raise RowError(f"holds half a character ({content[error.start]!r}, a lone surrogate)") from None
-    return Conversation(messages, tools, text, origin, digest, rejected, label)
+    return Conversation(messages, tools, text, origin, digest, rejected, label, context)

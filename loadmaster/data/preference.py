@@ -23,26 +23,31 @@ def is_preference(row: dict[str, Any]) -> bool:
     return all(row.get(name) is not None for name in PAIR_FIELDS)
 
 
-def unfit(shape: str, objective: str) -> str | None:
-    """Why rows of this shape are not trained on under `objective`; None where they are."""
+def unfit(shape: str, objective: str) -> tuple[str, str] | None:
+    """Why rows of this shape are not trained on under `objective`, and the remedy; None where they are."""
     if shape == "preference" and objective == "sft":
         return (
-            "has chosen and rejected: a preference row. Train on pairs with objective=dpo, orpo or kto, or write "
-            "the chosen answer as the conversation's last assistant turn and leave rejected out"
+            "has chosen and rejected: a preference row",
+            "train on pairs with objective=dpo, orpo or kto, or write the chosen answer as the conversation's last "
+            "assistant turn and leave rejected out",
         )
     if shape == "unpaired" and objective == "sft":
         return (
-            "is one answer with a label: a preference row. Train on labelled answers with objective=kto, or write "
-            "the desirable ones as messages and leave the others out"
+            "is one answer with a label: a preference row",
+            "train on labelled answers with objective=kto, or write the desirable ones as messages and leave out the "
+            "others",
         )
     if shape == "unpaired" and objective != "kto":
         return (
-            f"is one answer with a label, and objective={objective} compares two: use objective=kto, or write pairs "
-            "of chosen and rejected"
+            f"is one answer with a label, and objective={objective} compares two",
+            "use objective=kto, or write pairs of chosen and rejected",
         )
     if shape not in ("preference", "unpaired") and objective != "sft":
         single = " (or completion and label)" if objective == "kto" else ""
-        return f"is no preference row: objective={objective} needs chosen and rejected{single}, with a prompt"
+        return (
+            f"is no preference row: objective={objective} needs chosen and rejected{single}, with a prompt",
+            "objective=sft trains on such rows; or give rows with chosen and rejected",
+        )
     return None
 
 

@@ -62,8 +62,9 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
                     build(partial, job, tokenizer, train, validation)
                     seal(partial)
     prepared = _open(folder, fingerprint)
-    if reason := unfit(prepared.summary["format"], job.objective):  # what kto left in the cache, dpo and orpo find
-        raise DataError(f"each row of the data {reason}")
+    if found := unfit(prepared.summary["format"], job.objective):  # what kto left in the cache, dpo and orpo find
+        reason, remedy = found
+        raise DataError(f"each row of the data {reason}\n    fix: {remedy}")
     prepared.summary.update(cache="hit" if cached else "built", seconds=time.perf_counter() - started)
     return prepared
 

@@ -1,4 +1,4 @@
-"""One row of a supervised data set -> chat messages and tools: `messages`, ShareGPT and Alpaca, field by field.
+"""One row of a supervised data set -> chat messages and tools: each shape of chat, field by field.
 
 A row that is not what it should be raises `RowError` with the reason; whoever reads the file adds the place.
 """
@@ -9,6 +9,8 @@ import json
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+SYNONYMS = {"developer": "system"}
+"""What newer OpenAI files call a role, and what chat templates call it."""
 
 # What ShareGPT files call the speakers, and what chat templates call them.
 SHAREGPT_ROLES = {
@@ -23,8 +25,18 @@ SHAREGPT_ROLES = {
 }
 
 
+# A question and its answer, by the names that people give them.
+PROMPT_FIELDS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+
+
 class RowError(ValueError):
-    """One row cannot be used; the message is the reason, without the place."""
+    """One row cannot be used; the message is the reason, without the place. remedy: what helps, where it is not to
+    mend the row.
+    """
+
+    def __init__(self, reason: str, remedy: str | None = None):
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 # --- the shapes -------------------------------------------------------------------------------------
@@ -79,7 +91,53 @@ def _from_alpaca(row: dict) -> tuple[list[dict], list | None]:
     return messages, None
 
 
-READERS = {"messages": _from_messages, "sharegpt": _from_sharegpt, "alpaca": _from_alpaca}
+def prompt_fields(row: dict) -> tuple[str, str] | None:
+    """Which two fields of a row hold a prompt and what completes it; None where it has no such two."""
+    return next((names for names in PROMPT_FIELDS if all(row.get(name) is not None for name in names)), None)
+
+
+def _from_prompt_completion(row: dict) -> tuple[list[dict], list | None]:
+    asked, answer = prompt_fields(row) or _no_prompt(row)
+    prompt, completion = said_turns(row, asked, "user"), said_turns(row, answer, "assistant")
+    if completion[: len(prompt)] == prompt:  # a completion may repeat its prompt
+        completion = completion[len(prompt) :]
+    if not any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in completion):
+        raise RowError(f"{answer} has no message of the assistant")
+    return _from_messages({"messages": [*prompt, *completion], "system": row.get("system"), "tools": row.get("tools")})
+
+
+def prompt_answers(row: dict) -> int:
+    """How many assistant turns of a prompt/completion row belong to its prompt, which is not trained."""
+    asked, _ = prompt_fields(row) or _no_prompt(row)
+    return sum(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in said_turns(row, asked, "user"))
+
+
+def said_turns(row: dict, field: str, role: str) -> list:
+    """A text as one message of `role`, or the messages that the field holds."""
+    value = row[field]
+    if isinstance(value, str):
+        return [{"role": role, "content": filled(value, field)}]
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise RowError(f"{field} is {kind_of(value)}, not text or a list of messages")
+    if not value:
+        raise RowError(f"{field} is empty")
+    return value
+
+
+def _no_prompt(row: dict) -> Any:
+    """Raise RowError for what a prompt/completion row lacks."""
+    asked, answer = next((names for names in PROMPT_FIELDS if any(name in row for name in names)), PROMPT_FIELDS[0])
+    missing = [name for name in (asked, answer) if row.get(name) is None]
+    raise RowError(f"lacks {' and '.join(missing)}")
+
+
+READERS = {
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_prompt_completion,
+}
 
 
 # --- one message ------------------------------------------------------------------------------------
@@ -89,6 +147,7 @@ def message_of(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise RowError(f"{where} is {kind_of(turn)}, not an object with role and content")
     role = turn.get("role")
+    role = SYNONYMS.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise RowError(f"{where}: role is {role!r}, known are {', '.join(ROLES)}")
     where = f"{where} ({role})"

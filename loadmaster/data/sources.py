@@ -1,4 +1,4 @@
-"""Where rows come from: JSON, JSONL and Parquet files, folders and lists of them, and Hub datasets.
+"""Where rows come from: JSON, JSONL, CSV and Parquet files, folders and lists of them, and Hub datasets.
 
 Every row carries its origin, "file:line" (for Parquet and Hub rows, the number of the row), so that
 whatever is wrong with it later can be looked up. Files are read as a stream; only a JSON array is
@@ -7,27 +7,56 @@ held in memory whole.
 
 from __future__ import annotations
 
+import codecs
+import csv
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loadmaster.config.schema import DATA_SUFFIXES
 from loadmaster.config.shipped import SCHEME, display_path, resolve_path
 from loadmaster.errors import DataError
 from loadmaster.files import sha256_file
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+LINE_OF_TEXT = 'one JSON object {"text": ...} a line (or a document), as .jsonl'
+UNPACK = "unpack it first (gunzip, unzip, unzstd)"
+SHEET = "save the sheet as .csv (in a spreadsheet program: CSV UTF-8, comma delimited)"
+INSTEAD = {
+    ".txt": LINE_OF_TEXT, ".md": LINE_OF_TEXT,
+    ".gz": UNPACK, ".zip": UNPACK, ".zst": UNPACK, ".bz2": UNPACK, ".xz": UNPACK,
+    ".xlsx": SHEET, ".xls": SHEET, ".ods": SHEET,
+    ".tsv": "write it with commas and a header, as .csv",
+    ".arrow": "write it as .parquet", ".feather": "write it as .parquet",
+}  # fmt: skip
+"""What to make of files that are not read, by suffix."""
+NO_UTF8 = "is not UTF-8 text"
+AS_UTF8 = "save the file as UTF-8 (of files from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW)"
+WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+"""How a file in UTF-16 or UTF-32 begins."""
+LONGEST_CELL = 2**31 - 1
+"""Characters; the csv module refuses cells of more than 131,072 otherwise."""
+ESCAPED = re.compile("[\udc80-\udcff]")
+"""Bytes that are not UTF-8, as surrogateescape decodes them."""
+ROW_FIELDS = {
+    "messages", "conversations", "instruction", "output", "prompt", "completion", "response", "question", "answer",
+    "text", "chosen", "rejected",
+}  # fmt: skip
+TURN_FIELDS = {"role", "from", "function"}
+"""Fields of a row, and of a turn of a chat or a tool: what has them is no object that only holds rows."""
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as read: its value, or the reason why it could not be read."""
+    """A row as read: its value, or the reason why it could not be read and what would help."""
 
     origin: str
     value: Any = None
     error: str | None = None
+    remedy: str | None = None
 
 
 class FileSource:
@@ -63,7 +92,8 @@ class HubSource:
             raise DataError(
                 f"{key} = {path!r} is neither a local file or folder nor a Hub dataset that could be loaded "
                 f"(split {split!r}): {reason[0]}{_nearest(path)}\n"
-                "    fix: check the name, data.split, the network and HF_TOKEN, or give a JSON, JSONL or Parquet file"
+                "    fix: check the name, data.split, the network and HF_TOKEN, or give a JSON, JSONL, CSV or Parquet "
+                "file"
             ) from error
 
     def fingerprint(self) -> list[str]:
@@ -87,7 +117,7 @@ def open_source(path: str | list[str], split: str = "train", key: str = "data.pa
             raise DataError(f"{key} is an empty list: name at least one file")
         return FileSource([file for one in path for file in _local_files(one, key) or _missing(one, key)])
     if path == "???":
-        raise DataError(f"{key} is not set: give a JSON, JSONL or Parquet file, a folder, or a Hub dataset id")
+        raise DataError(f"{key} is not set: give a JSON, JSONL, CSV or Parquet file, a folder, or a Hub dataset id")
     files = _local_files(path, key)
     if files is not None:
         return FileSource(files)
@@ -98,15 +128,20 @@ def _local_files(path: str, key: str) -> list[Path] | None:
     """Files that a local path stands for; None when nothing of that name is here."""
     place = Path(resolve_path(path)).expanduser()
     if place.is_dir():
-        files = sorted(p for p in place.rglob("*") if p.suffix in SUFFIXES and not _hidden(p, place))
+        files = sorted(p for p in place.rglob("*") if _suffix(p) in DATA_SUFFIXES and not _hidden(p, place))
         if not files:
-            raise DataError(f"{key} = {path!r} is a folder with no {', '.join(SUFFIXES)} file in it")
+            raise DataError(f"{key} = {path!r} is a folder with no {', '.join(DATA_SUFFIXES)} file in it")
         return files
     if not place.is_file():
         return None
-    if place.suffix not in SUFFIXES:
-        raise DataError(f"{key} = {path!r}: only files with {', '.join(SUFFIXES)} are read")
+    if _suffix(place) not in DATA_SUFFIXES:
+        remedy = INSTEAD.get(_suffix(place), "write it as .jsonl, one JSON object a line")
+        raise DataError(f"{key} = {path!r}: only files with {', '.join(DATA_SUFFIXES)} are read\n    fix: {remedy}")
     return [place]
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def _hidden(path: Path, below: Path) -> bool:
@@ -114,7 +149,7 @@ def _hidden(path: Path, below: Path) -> bool:
 
 
 def _looks_local(path: str) -> bool:
-    return path.endswith(SUFFIXES) or path.startswith((".", "/", "~", SCHEME)) or path.count("/") > 1
+    return path.lower().endswith(DATA_SUFFIXES) or path.startswith((".", "/", "~", SCHEME)) or path.count("/") > 1
 
 
 def _missing(path: str, key: str) -> Any:
@@ -133,12 +168,17 @@ def _nearest(path: str) -> str:
 
 
 def _read_file(path: Path, name: str) -> Iterator[RawRow]:
-    if path.suffix == ".parquet":
+    suffix = _suffix(path)
+    if suffix == ".parquet":
         yield from _read_parquet(path, name)
-    elif path.suffix == ".json" and _starts_with_bracket(path):
+    elif _is_wide(path):
+        yield RawRow(f"{name}:1", error=f"{NO_UTF8}: it begins as UTF-16 does", remedy="save the file as UTF-8")
+    elif suffix == ".csv":
+        yield from _read_csv(path, name)
+    elif suffix == ".json" and _starts_with_bracket(path):
         yield from _read_array(path, name)
-    elif path.suffix == ".json" and _is_one_object(path):
-        yield RawRow(f"{name}:1", error="the file is one JSON object over several lines, not a list of rows")
+    elif suffix == ".json" and (whole := _one_object(path)) is not None:
+        yield from _read_object(path, name, *whole)
     else:  # many files named .json hold one object a line
         yield from _read_lines(path, name)
 
@@ -151,21 +191,54 @@ def _starts_with_bracket(path: Path) -> bool:
     return False
 
 
-def _is_one_object(path: Path) -> bool:
-    """Whether the first line is only the beginning of a JSON object."""
+def _is_wide(path: Path) -> bool:
     with open(path, "rb") as file:
-        first = next((line.strip() for line in file if line.strip()), b"")
+        return file.read(4).startswith(WIDE)
+
+
+def _one_object(path: Path) -> tuple[dict[str, Any], bool] | None:
+    """The JSON object that is the whole file, and whether it stands on one line; None for anything else."""
+    with open(path, "rb") as file:
+        lines = (line.strip().removeprefix(codecs.BOM_UTF8) for line in file)
+        first = next((line for line in lines if line), b"")
         if not first.startswith(b"{"):
-            return False
+            return None
         try:
-            json.loads(first)
-            return False
+            value = json.loads(first)
+            return (value, True) if isinstance(value, dict) and not any(lines) else None
         except ValueError:
             file.seek(0)
             try:
-                return isinstance(json.load(file), dict)
+                value = json.loads(file.read().removeprefix(codecs.BOM_UTF8))
+                return (value, False) if isinstance(value, dict) else None
             except ValueError:
-                return False
+                return None
+
+
+def _read_object(path: Path, name: str, value: dict[str, Any], is_one_line: bool) -> Iterator[RawRow]:
+    """The rows under an object's only key, or what to do about an object that is more than that, and no row."""
+    holders = [key for key, rows in value.items() if _holds_rows(rows)] if not set(value) & ROW_FIELDS else []
+    if len(holders) == 1 == len(value):
+        text = path.read_text(encoding="utf-8-sig")
+        _, end_of_key = json.JSONDecoder().raw_decode(text, _skip_space(text, text.index("{") + 1))
+        yield from _elements(text, text.index("[", end_of_key) + 1, name)
+    elif holders:
+        key = holders[0]
+        reason = f"the file is one JSON object, with rows under {', '.join(holders)}"
+        taken = f"json.dump(json.load(open({name!r}, encoding='utf-8'))[{key!r}], open('rows.json', 'w'))"
+        yield RawRow(f"{name}:1", error=reason, remedy=f'take them out: python -c "import json; {taken}"')
+    elif is_one_line:
+        yield from _read_lines(path, name)
+    else:
+        reason = "the file is one JSON object over several lines, not a list of rows"
+        remedy = "put rows into a list, [{...}, {...}], or write one a line, as .jsonl"
+        yield RawRow(f"{name}:1", error=reason, remedy=remedy)
+
+
+def _holds_rows(value: Any) -> bool:
+    """Whether a value is a list of objects that are rows, and not the turns of one chat or its tools."""
+    is_list = isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    return is_list and not any(set(item) & TURN_FIELDS for item in value)
 
 
 def _read_lines(path: Path, name: str) -> Iterator[RawRow]:
@@ -178,20 +251,25 @@ def _read_lines(path: Path, name: str) -> Iterator[RawRow]:
             origin = f"{name}:{number}"
             try:
                 yield RawRow(origin, json.loads(line.strip()))
+            except UnicodeDecodeError:
+                yield RawRow(origin, error=NO_UTF8, remedy=AS_UTF8)
             except ValueError as error:
                 yield RawRow(origin, error=_broken(error))
 
 
 def _read_array(path: Path, name: str) -> Iterator[RawRow]:
-    """Elements of a JSON array, each with the line that it starts on."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        yield RawRow(f"{name}:1", error=f"is not UTF-8 text: {error.reason} at byte {error.start}")
+        yield RawRow(f"{name}:1", error=f"{NO_UTF8}: {error.reason} at byte {error.start}", remedy=AS_UTF8)
         return
+    yield from _elements(text, _skip_space(text, 0) + 1, name)
+
+
+def _elements(text: str, position: int, name: str) -> Iterator[RawRow]:
+    """Elements of the JSON array whose bracket ends at `position`, each with the line that it starts on."""
     decode = json.JSONDecoder().raw_decode
     line, counted = 1, 0
-    position = _skip_space(text, 0) + 1  # past the bracket
     while True:
         position = _skip_space(text, position)
         line, counted = line + text.count("\n", counted, position), position
@@ -227,6 +305,50 @@ def _broken(error: ValueError) -> str:
         return f"broken JSON: {error}"
     found = error.doc[error.pos : error.pos + 20]
     return f"broken JSON: {error.msg} at {f'{found!r} (column {error.colno})' if found else 'the end'}"
+
+
+def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
+    """Rows of a CSV file by the names in its header, each with the line that it starts on; all cells are text."""
+    csv.field_size_limit(LONGEST_CELL)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        cells, header = csv.reader(file, strict=True), None
+        while True:
+            origin = f"{name}:{cells.line_num + 1}"
+            try:
+                row = next(cells, None)
+            except csv.Error as error:
+                yield RawRow(origin, error=f"broken CSV: {error}")
+                continue
+            if row is None:
+                return
+            if any(ESCAPED.search(cell) for cell in row):
+                yield RawRow(origin, error=NO_UTF8, remedy=AS_UTF8)
+                if header is None:
+                    return
+            elif header is None:
+                header = row
+                if fault := _header_fault(header):
+                    yield RawRow(origin, None, *fault)
+                    return
+            elif len(row) == len(header):
+                yield RawRow(origin, dict(zip(header, row, strict=True)))
+            elif row:  # an empty line is no row
+                few = "few" if len(row) < len(header) else "many"
+                yield RawRow(origin, error=f"has too {few} cells: {len(row)}, for {len(header)} columns")
+
+
+def _header_fault(header: list[str]) -> tuple[str, str] | None:
+    """Why the first row of a CSV file cannot name its columns, and the remedy."""
+    named = "name every column once in the first line, such as prompt,completion"
+    if not any(cell.strip() for cell in header):
+        return "the header is empty", named
+    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
+        return f"the columns are apart by {other!r}", "write the file with commas"
+    if nameless := [str(place) for place, cell in enumerate(header, 1) if not cell.strip()]:
+        return f"column {', '.join(nameless)} has no name in the header", f"{named} (pandas: to_csv(..., index=False))"
+    if twice := sorted({cell for cell in header if header.count(cell) > 1}):
+        return f"the header names {', '.join(twice)} twice", named
+    return None
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:

@@ -143,10 +143,12 @@ class Encoder:
 
 
 def render_trained(renderer: ChatRenderer, conversation: Conversation) -> Rendering:
-    """A chat's text and what is trained of it: every assistant turn, or of a preference row the last one alone."""
+    """A chat's text and what is trained of it: every assistant turn, but those of a prompt that has its completion
+    apart; of a preference row the last one alone.
+    """
     rendering = renderer.render(conversation.messages, conversation.tools)
     judged = conversation.rejected is not None or conversation.label is not None
-    return replace(rendering, spans=rendering.spans[-1:]) if judged else rendering
+    return replace(rendering, spans=rendering.spans[-1:] if judged else rendering.spans[conversation.prompt_answers :])
 
 
 def answers(conversation: Conversation) -> list[Conversation]:

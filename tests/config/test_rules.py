@@ -14,10 +14,17 @@ PLAN = "stop_after=plan"
 
 # rule -> (arguments it refuses, key it blames, part of the remedy, arguments that pass)
 CASES = {
-    "data_files_exist": (["data.path=trian.jsonl"], "data.path", "data.path=train.jsonl", ["data.path=train.jsonl"]),
+    "data_files_exist": (
+        ["data=file", "data.path=trian.jsonl"], "data.path", "data.path=train.jsonl",
+        ["data=file", "data.path=train.jsonl"],
+    ),
     "validation_is_held_out": (
         ["data.path=train.jsonl", "data.validation=train.jsonl"], "data.validation", "data.validation=0.05",
         ["data.path=train.jsonl", "data.validation=0.05"],
+    ),
+    "own_data_is_held_out_of_itself": (
+        ["data.path=train.jsonl"], "data.path", "data=file data.path=train.jsonl",
+        ["data=file", "data.path=train.jsonl"],
     ),
     "task_has_held_out_rows": (
         ["evaluation.task=exact_match", "data.validation=null"], "evaluation.task", "data.validation=0.05",
@@ -209,17 +216,40 @@ def test_a_recipe_that_says_how_it_is_launched_runs_here_too(tmp_path: Path):
 
 
 def test_a_plan_needs_no_data_here():
-    assert compose(["data.path=/data/on/the/cluster.jsonl", PLAN]).job.data.path == "/data/on/the/cluster.jsonl"
+    there = "/data/on/the/cluster.jsonl"
+    assert compose(["data=file", f"data.path={there}", PLAN]).job.data.path == there
 
 
 def test_a_hub_dataset_is_not_taken_for_a_missing_file():
-    assert compose(["data.path=owner/dataset"]).job.data.path == "owner/dataset"
+    assert compose(["data=file", "data.path=owner/dataset"]).job.data.path == "owner/dataset"
 
 
 def test_a_missing_file_in_a_missing_folder_says_where_it_looked():
     with pytest.raises(ConfigError) as caught:
-        compose(["data.path=data/train.jsonl"])
+        compose(["data=file", "data.path=data/train.jsonl"])
     assert f"relative to where the command is run ({Path.cwd()})" in caught.value.problems[0].remedy
+
+
+@pytest.mark.parametrize("path", ["[train.jsonl,shipped:tickets/train.jsonl]", "owner/dataset"])
+def test_own_data_beside_shipped_held_out_rows_is_refused_wherever_it_comes_from(path: str):
+    held = "data.validation=shipped:tickets/validation.jsonl"
+    for words in (["recipe=smoke"], ["data=file", held]):
+        with pytest.raises(ConfigError) as caught:
+            compose([*words, f"data.path={path}"])
+        (problem,) = caught.value.problems
+        assert f"data=file data.path={path}" in problem.remedy and "data.validation=0.05" in problem.remedy
+    compose(["recipe=smoke", f"data.path={path}", "data.validation=0.05"])
+
+
+def test_a_file_that_sets_own_data_and_shipped_held_out_rows_means_it(tmp_path: Path):
+    both = "data:\n  path: train.jsonl\n  validation: shipped:tickets/validation.jsonl\n"
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.yaml").write_text("# @package _global_\n" + both)
+    assert compose(["recipe=mine"]).job.data.path == "train.jsonl"
+    (tmp_path / "recipes/mine.yaml").write_text("# @package _global_\ndata:\n  path: train.jsonl\n")
+    with pytest.raises(ConfigError) as caught:
+        compose(["recipe=mine"])
+    assert [(p.key, p.origin) for p in caught.value.problems] == [("data.path", "recipes/mine.yaml:3")]
 
 
 def test_lora_settings_of_the_same_recipe_as_method_full_are_refused_with_their_line():

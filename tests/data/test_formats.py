@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loadmaster.data.formats import (
+    FORMAT_FIELDS,
     Conversation,
     RowError,
     prompt_and_reference,
@@ -30,6 +31,12 @@ def messages_of(row: dict, shape: str, **options) -> list[dict]:
         ({"instruction": "x", "input": "", "output": "y"}, "alpaca"),
         ({"text": "x", "url": "y"}, "text"),
         ({"prompt": "x", "chosen": "y", "rejected": "z"}, "preference"),
+        ({"prompt": "x", "completion": "y"}, "prompt_completion"),
+        ({"prompt": "x", "response": "y", "id": 3}, "prompt_completion"),
+        ({"question": "x", "answer": "y"}, "prompt_completion"),
+        ({"prompt": [{"role": "user", "content": "x"}], "completion": []}, "prompt_completion"),
+        ({"prompt": "x", "completion": "y", "label": True}, "unpaired"),
+        ({"text": "x", "question": "y", "answer": "z"}, "text"),
     ],
 )
 def test_the_format_is_recognised_by_the_fields(row, expected):
@@ -37,8 +44,43 @@ def test_the_format_is_recognised_by_the_fields(row, expected):
 
 
 def test_unknown_fields_name_the_shapes_that_are_read():
-    with pytest.raises(RowError, match=r"the fields question, answer are no shape that is read: messages \("):
-        recognise_format({"question": "x", "answer": "y"})
+    with pytest.raises(RowError, match="the fields ask, reply are no shape that is read") as caught:
+        recognise_format({"ask": "x", "reply": "y"})
+    assert all(f"{name} (" in caught.value.remedy for name in FORMAT_FIELDS)
+
+
+ASKED, SAID = {"role": "user", "content": "Name a fish."}, {"role": "assistant", "content": "Cod."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Name a fish.", "completion": "Cod."},
+        {"prompt": "Name a fish.", "response": "Cod."},
+        {"question": "Name a fish.", "answer": "Cod."},
+        {"prompt": [ASKED], "completion": [SAID]},
+        {"prompt": [ASKED], "completion": SAID},
+        {"prompt": [ASKED], "completion": "Cod."},
+        {"prompt": [ASKED], "completion": [ASKED, SAID]},
+    ],
+)
+def test_every_way_of_writing_a_prompt_and_its_completion_is_the_same_chat(row):
+    assert recognise_format(row)[0] == "prompt_completion"
+    conversation = to_conversation({**row, "system": "Be brief."}, "prompt_completion", "f:1")
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}, ASKED, SAID]
+    assert conversation.prompt_answers == 0
+
+
+def test_assistant_turns_of_a_prompt_are_context():
+    row = {"prompt": [ASKED, SAID, {"role": "user", "content": "Another."}], "completion": [SAID], "tools": [TOOL]}
+    conversation = to_conversation(row, "prompt_completion", "f:1", system="Be brief.")
+    assert [message["role"] for message in conversation.messages] == [
+        "system", "user", "assistant", "user", "assistant",
+    ]  # fmt: skip
+    assert conversation.prompt_answers == 1 and conversation.tools
+    assert Conversation.from_json(conversation.to_json()) == conversation
+    whole = to_conversation({"messages": [*row["prompt"], SAID], "tools": [TOOL]}, "messages", "f:1", "Be brief.")
+    assert whole.messages == conversation.messages and whole.row_id != conversation.row_id
 
 
 def test_sharegpt_with_system_tools_calls_and_observations():
@@ -107,6 +149,15 @@ def test_the_jobs_system_message_goes_only_where_there_is_none():
     assert messages_of({"messages": own}, "messages", system="given") == own
 
 
+def test_a_developer_message_is_the_system_message():
+    turns = [{"role": "developer", "content": "own"}, ASKED, SAID]
+    rows = {"messages": {"messages": turns}, "prompt_completion": {"prompt": turns[:2], "completion": SAID}}
+    for shape, row in rows.items():
+        assert messages_of(row, shape, system="given") == [{"role": "system", "content": "own"}, ASKED, SAID]
+    pair = {"prompt": turns[:2], "chosen": "Cod.", "rejected": "Seven."}
+    assert messages_of(pair, "preference")[0]["role"] == "system"
+
+
 def test_text_parts_are_joined_and_other_parts_refused():
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]}
@@ -165,6 +216,14 @@ ROWS_WITH_REASONS = [
     ("alpaca", {"instruction": "x"}, "lacks output"),
     ("alpaca", {"instruction": "x", "output": ""}, "output is empty"),
     ("alpaca", {"instruction": "x", "output": "y", "history": [["one"]]}, "history 1 is not a"),
+    ("prompt_completion", {"prompt": "x"}, "lacks completion"),
+    ("prompt_completion", {"question": "x", "answer": None}, "lacks answer"),
+    ("prompt_completion", {"messages": []}, "lacks prompt and completion"),
+    ("prompt_completion", {"prompt": "x", "completion": " "}, "completion is empty"),
+    ("prompt_completion", {"prompt": [], "completion": "y"}, "prompt is empty"),
+    ("prompt_completion", {"prompt": 3, "completion": "y"}, "prompt is a number, not text or a list of messages"),
+    ("prompt_completion", {"prompt": [SAID], "completion": [ASKED]}, "completion has no message of the assistant"),
+    ("prompt_completion", {"prompt": ["x"], "completion": "y"}, "message 1 is text, not an object with role"),
     ("text", {"text": None}, "text is null, not text"),
     ("text", {"text": "half a \ud83d"}, "lone surrogate"),
 ]

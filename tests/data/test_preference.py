@@ -118,8 +118,8 @@ def test_pairs_are_held_out_whole(tokenizer, tmp_path, write_jsonl):
 
 
 def test_data_and_objective_must_go_together(tokenizer, tmp_path, write_jsonl):
-    with pytest.raises(DataError, match=r"preference row.*objective=dpo.*leave rejected out"):
+    with pytest.raises(DataError, match=r"preference row[\s\S]*fix: .*objective=dpo.*leave rejected out"):
         prepare(job(write_jsonl([pair(1)]), objective="sft"), tokenizer, tmp_path / "cache")
     plain = write_jsonl([{"instruction": "x", "output": "y"}], "plain.jsonl")
-    with pytest.raises(DataError, match="objective=dpo needs chosen and rejected"):
+    with pytest.raises(DataError, match=r"objective=dpo needs chosen and rejected[\s\S]*fix: objective=sft"):
         prepare(job(plain), tokenizer, tmp_path / "cache")

@@ -72,10 +72,13 @@ def test_bad_rows_of_both_passes_are_reported_together_with_their_lines(
         prepare(job_for(path), tokenizer_with("mistral"), tmp_path / "cache")
     message = str(caught.value)
     assert message.startswith("5 of 7 rows cannot be trained on:")
-    assert "rows.jsonl:2: broken JSON" in message
-    assert "rows.jsonl:3, " in message and "rows.jsonl:7: messages is empty" in message
-    assert "rows.jsonl:4: the chat template refuses this conversation: roles must alternate" in message
-    assert "rows.jsonl:6: lacks messages" in message
+    said = message.replace(str(path), path.name).splitlines()
+    assert said[1].startswith("  broken JSON") and said[1].endswith(" (rows.jsonl:2)")
+    assert said[2:5] == [
+        "  messages is empty (rows.jsonl:3, rows.jsonl:7)",
+        "  the chat template refuses this conversation: roles must alternate (rows.jsonl:4)",
+        "  lacks messages (rows.jsonl:6)",
+    ]
     assert message.index("rows.jsonl:2") < message.index("rows.jsonl:4") < message.index("rows.jsonl:6")
     assert "data.on_bad_row=skip" in message
     skipped = prepare(job_for(path, on_bad_row="skip", validation=None), tokenizer_with("mistral"), tmp_path / "cache")
@@ -90,6 +93,67 @@ def test_long_lists_of_bad_rows_are_capped_and_counted(tokenizer, tmp_path, writ
     lines = str(caught.value).splitlines()
     assert lines[0] == "90 of 90 rows cannot be trained on:"
     assert len(lines) == 23 and lines[21] == "  ... and 70 rows more"
+    assert lines[22] == "    fix: mend these rows: without them none is left"
+
+
+def said_of(job, tokenizer, tmp_path, *paths) -> str:
+    """What stops the preparation of the job's data, with file names for paths."""
+    with pytest.raises(DataError) as caught:
+        prepare(job, tokenizer, tmp_path / "cache")
+    said = str(caught.value)
+    for path in paths:
+        said = said.replace(str(path), path.name)
+    return said
+
+
+def test_a_fault_of_all_rows_is_said_once_with_a_few_rows_and_the_remedy(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([{"ask": f"Say {n}", "reply": "No."} for n in range(1200)])
+    said = said_of(job_for(path), tokenizer, tmp_path, path).splitlines()
+    assert said[:2] == [
+        "1,200 of 1,200 rows cannot be trained on:",
+        "  the fields ask, reply are no shape that is read (all 1,200 rows of rows.jsonl, such as rows.jsonl:1, "
+        "rows.jsonl:2, rows.jsonl:3)",
+    ]
+    assert said[2].startswith("    fix: name the fields as one of these shapes does: messages (") and len(said) == 3
+    assert "prompt_completion (prompt and completion" in said[2] and "on_bad_row" not in said[2]
+    skipping = said_of(job_for(path, on_bad_row="skip"), tokenizer, tmp_path, path)
+    assert "1,200 of them bad: the fields ask, reply are no shape" in skipping
+    assert skipping.splitlines()[1] == said[2]
+
+
+def test_rows_of_another_format_than_was_given_name_theirs(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([row(n) for n in range(5)])
+    said = said_of(job_for(path, format="messages"), tokenizer, tmp_path, path)
+    assert "lacks messages (all 5 rows of rows.jsonl" in said
+    assert said.endswith("fix: data.format=alpaca, by the fields instruction, output; or data.format=auto")
+    mixed = write_jsonl([{"messages": [{"role": "assistant", "content": "x"}]}, row(1)], "mixed.jsonl")
+    said = said_of(job_for(mixed, format="messages"), tokenizer, tmp_path, mixed)
+    assert "  lacks messages (mixed.jsonl:2)\n" in said and said.endswith("leave them out with data.on_bad_row=skip")
+
+
+def test_held_out_rows_that_all_have_the_same_fault_are_named_as_theirs(tokenizer, tmp_path, write_jsonl, job_for):
+    train = write_jsonl([row(n) for n in range(4)] + [{"instruction": "x", "output": ""}], "train.jsonl")
+    held = write_jsonl([{"prompt": "x", "chosen": "y", "rejected": "z"}] * 2, "held.jsonl")
+    said = said_of(job_for(train, validation=str(held)), tokenizer, tmp_path, train, held).splitlines()
+    assert said[0] == "3 of 7 rows cannot be trained on:"
+    assert said[1].endswith("a preference row (all 2 rows of held.jsonl, such as held.jsonl:1, held.jsonl:2)")
+    assert said[2] == "  output is empty (train.jsonl:5)"
+    assert "objective=dpo" in said[3]
+    assert said[3].endswith("; mend these rows, or leave them out with data.on_bad_row=skip")
+
+
+def test_a_list_of_rows_in_a_jsonl_file_is_to_be_named_json(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([json.dumps([row(1), row(2)])])
+    for shape in ("auto", "alpaca"):
+        said = said_of(job_for(path, format=shape), tokenizer, tmp_path, path)
+        assert "is a list, not an object with fields (rows.jsonl:1)\n    fix: name the file .json" in said
+
+
+def test_a_file_in_another_encoding_is_to_be_saved_as_utf8(tokenizer, tmp_path, job_for):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("prompt,completion\nEin Fisch?,Döbel\nNoch einer?,Äsche\n".encode("latin-1"))
+    said = said_of(job_for(path), tokenizer, tmp_path, path)
+    assert "is not UTF-8 text (all 2 rows of rows.csv" in said and "fix: save the file as UTF-8" in said
 
 
 def test_a_wrong_rendering_stops_the_run_also_when_bad_rows_are_skipped(
@@ -99,7 +163,7 @@ def test_a_wrong_rendering_stops_the_run_also_when_bad_rows_are_skipped(
     with pytest.raises(DataError) as caught:
         prepare(job_for(path, on_bad_row="skip", format="messages"), tokenizer_with("deaf"), tmp_path / "cache")
     message = str(caught.value)
-    assert "rows.jsonl:2: the chat template drops message 1 (role system)" in message
+    assert "the chat template drops message 1 (role system)" in message and "rows.jsonl:2)" in message
     assert "| ⟦Hello.<|im_end|>⟧" in message
     assert "bad rows skipped besides: 1" in message
 
@@ -130,7 +194,7 @@ def test_long_rows_are_cut_split_or_refused_and_counted(tokenizer, tmp_path, wri
     assert split.train.tokens == whole.train.tokens
     assert max(cut.train.lengths) <= 64 and max(split.train.lengths) <= 64
     assert "1 rows longer than sequence_length (data.on_long_row=split)" in describe(split.summary)
-    with pytest.raises(DataError, match=r"rows.jsonl:2: has \d+ tokens, sequence_length is 64"):
+    with pytest.raises(DataError, match=r"has \d+ tokens, sequence_length is 64 \(.*rows.jsonl:2\)"):
         prepared("refuse")
 
 
@@ -151,6 +215,24 @@ def test_plain_text_is_trained_on_whole(tokenizer, tmp_path, write_jsonl, job_fo
     prepared = prepare(job_for(path, validation=None), tokenizer, tmp_path / "cache")
     assert prepared.train.trained_tokens == prepared.train.tokens - 4
     assert texts(prepared.train, tokenizer) == {f"Chapter {n}. It rained.<|im_end|>" for n in range(4)}
+
+
+def test_of_a_prompt_and_its_completion_only_the_completion_is_trained(tokenizer, tmp_path, write_jsonl, job_for, chat):
+    turns = chat("u", "Name a fish.", "a", "Carp.", "u", "Another.")
+    rows = [{"prompt": "Name a bird.", "completion": "Crow."}, {"prompt": turns, "completion": chat("a", "Cod.")}]
+    prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer, tmp_path / "cache")
+    assert "read as prompt_completion (recognised by prompt, completion)" in describe(prepared.summary)
+    trained = "".join(tokenizer.decode(packed.labels[packed.labels != -100]) for packed in prepared.train)
+    assert sorted(trained.split("<|im_end|>")) == ["", "Cod.", "Crow."]
+    assert any("Carp." in text for text in texts(prepared.train, tokenizer))
+
+
+def test_a_labelled_answer_among_completions_is_not_trained_on_unseen(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([{"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": "z", "label": False}])
+    with pytest.raises(DataError, match=r"1 of 2 rows[\s\S]*one answer with a label"):
+        prepare(job_for(path), tokenizer, tmp_path / "cache")
+    asked = prepare(job_for(path, format="prompt_completion", validation=None), tokenizer, tmp_path / "cache")
+    assert asked.train.documents == 2
 
 
 # --- cache ------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -65,6 +67,59 @@ def test_json_lines_in_a_json_file_are_read_as_lines(tmp_path):
     assert rows_of(path) == [("rows.json:1", {"n": 1}), ("rows.json:2", {"n": 2})]
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_rows_under_the_only_key_of_an_object_have_the_line_they_start_on(tmp_path, mark):
+    path = tmp_path / "rows.json"
+    path.write_text(mark + '\n{ "a \\" [": [\n  {"n": 1},\n\n  {"n": 2}]\n}\n', encoding="utf-8")
+    assert rows_of(path) == [("rows.json:3", {"n": 1}), ("rows.json:5", {"n": 2})]
+    path.write_text(mark + '{"data":[{"n":1},{"n":2}]}', encoding="utf-8")
+    assert rows_of(path) == [("rows.json:1", {"n": 1}), ("rows.json:1", {"n": 2})]
+
+
+def test_rows_under_one_of_several_keys_are_not_read_and_the_remedy_takes_them_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text(json.dumps({"version": 1, "data": [{"n": 1}]}))
+    (row,) = open_source("mine.json").rows()
+    assert (row.origin, row.error) == ("mine.json:1", "the file is one JSON object, with rows under data")
+    subprocess.run(row.remedy.removeprefix("take them out: ").replace("python", sys.executable), shell=True, check=True)
+    assert rows_of(tmp_path / "rows.json") == [("rows.json:1", {"n": 1})]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "x"}]},
+        {"chat": [{"role": "user", "content": "x"}]},
+        {"turns": [{"from": "human", "value": "x"}]},
+        {"conversations": [{"speaker": "x"}]},
+        {"text": "x", "spans": [{"start": 1}]},
+        {"prompt": "x", "completion": "y", "sources": [{"url": "z"}]},
+        {"data": ["x"]},
+        {"data": []},
+    ],
+)
+def test_a_file_of_one_row_is_not_taken_for_an_object_that_holds_rows(tmp_path, row):
+    (tmp_path / "rows.json").write_text(json.dumps(row) + "\n")
+    assert rows_of(tmp_path / "rows.json") == [("rows.json:1", row)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "origin"),
+    [
+        ("rows.jsonl", '{"n": 1}\n{"n": "Döbel"}\n'.encode("latin-1"), "rows.jsonl:2"),
+        ("rows.json", '[{"n": "Döbel"}]'.encode("latin-1"), "rows.json:1"),
+        ("rows.csv", "n\nDöbel\n".encode("latin-1"), "rows.csv:2"),
+        ("rows.csv", "n\nDöbel\n".encode("utf-16"), "rows.csv:1"),
+        ("rows.jsonl", '{"n": 1}\n{"n": 2}\n'.encode("utf-16"), "rows.jsonl:1"),
+    ],
+)
+def test_a_file_that_is_not_utf8_is_to_be_saved_as_such(tmp_path, name, content, origin):
+    (tmp_path / name).write_bytes(content)
+    (bad,) = (row for row in open_source(str(tmp_path / name)).rows() if row.error)
+    assert bad.origin.endswith(origin) and bad.error.startswith("is not UTF-8 text")
+    assert bad.remedy.startswith("save the file as UTF-8")
+
+
 def test_parquet_rows_lose_the_nulls_that_columns_add(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -118,10 +173,78 @@ def test_a_misspelt_file_name_is_answered_with_the_nearest(tmp_path, write_jsonl
         open_source(str(tmp_path / "tikets.jsonl"))
 
 
-def test_other_files_and_empty_folders_are_refused(tmp_path):
-    (tmp_path / "rows.csv").write_text("a,b")
-    with pytest.raises(DataError, match=r"only files with \.json, \.jsonl"):
-        open_source(str(tmp_path / "rows.csv"))
+def csv_rows(tmp_path, content: bytes) -> list[tuple[str, object]]:
+    (tmp_path / "rows.csv").write_bytes(content)
+    return rows_of(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_csv_rows_have_the_line_they_start_on_and_quoted_newlines(tmp_path, mark, end):
+    lines = [b"prompt,completion", b'"Two,', b'lines ""?""",Yes.', b"", "Ein Fisch,Döbel".encode(), b"Empty,"]
+    first, *rest = csv_rows(tmp_path, mark + end.join(lines))
+    assert first == ("rows.csv:2", {"prompt": f'Two,{end.decode()}lines "?"', "completion": "Yes."})
+    assert rest == [
+        ("rows.csv:5", {"prompt": "Ein Fisch", "completion": "Döbel"}),
+        ("rows.csv:6", {"prompt": "Empty", "completion": ""}),
+    ]
+
+
+def test_csv_rows_that_do_not_fit_the_header_do_not_stop_the_rest(tmp_path):
+    long = "x" * 200_000
+    content = f'text,n\na,1\nb\nc,2,3\n"d" d,4\n{long},5\n'.encode() + b'caf\xe9,6\nl,7\n"open,8\nm,9\n'
+    rows = csv_rows(tmp_path, content)
+    assert rows[0] == ("rows.csv:2", {"text": "a", "n": "1"})
+    assert rows[1] == ("rows.csv:3", "has too few cells: 1, for 2 columns")
+    assert rows[2] == ("rows.csv:4", "has too many cells: 3, for 2 columns")
+    assert rows[3][0] == "rows.csv:5" and rows[3][1].startswith("broken CSV")
+    assert rows[4] == ("rows.csv:6", {"text": long, "n": "5"})
+    assert rows[5] == ("rows.csv:7", "is not UTF-8 text")
+    assert rows[6] == ("rows.csv:8", {"text": "l", "n": "7"})
+    assert rows[7][0] == "rows.csv:9" and rows[7][1].startswith("broken CSV") and len(rows) == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\n\na,b\n", "the header is empty"),
+        (b",\na,b\n", "the header is empty"),
+        (b",prompt,completion\n0,a,b\n", "column 1 has no name in the header"),
+        (b"a,b,a\n1,2,3\n", "the header names a twice"),
+        (b"prompt;completion\na;b\n", "the columns are apart by ';'"),
+        (b"pr\xf6mpt,completion\na,b\n", "is not UTF-8 text"),
+    ],
+)
+def test_a_csv_file_without_a_header_that_names_its_columns_says_so(tmp_path, content, reason):
+    ((origin, said),) = csv_rows(tmp_path, content)
+    assert origin == "rows.csv:1" and reason in said
+
+
+def test_csv_files_of_folders_are_read_and_an_empty_one_has_no_rows(tmp_path, write_jsonl):
+    write_jsonl([{"n": 1}], "b.jsonl")
+    (tmp_path / "A.CSV").write_text("n\n2\n")
+    (tmp_path / "c.csv").write_text("")
+    assert rows_of(tmp_path) == [("A.CSV:2", {"n": "2"}), ("b.jsonl:1", {"n": 1})]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("rows.txt", r'one JSON object \{"text": ...\} a line'),
+        ("rows.jsonl.gz", "unpack it first"),
+        ("rows.xlsx", r"save the sheet as \.csv"),
+        ("rows.tsv", r"with commas and a header, as \.csv"),
+        ("rows.pickle", r"write it as \.jsonl"),
+    ],
+)
+def test_other_files_are_refused_with_what_to_make_of_them(tmp_path, name, remedy):
+    (tmp_path / name).write_text("a")
+    with pytest.raises(DataError, match=rf"only files with \.json, \.jsonl, \.ndjson, \.csv.*\n    fix: .*{remedy}"):
+        open_source(str(tmp_path / name))
+
+
+def test_a_folder_without_a_file_that_is_read_is_refused(tmp_path):
+    (tmp_path / "rows.tsv").write_text("a")
     with pytest.raises(DataError, match="a folder with no"):
         open_source(str(tmp_path))
 

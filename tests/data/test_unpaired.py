@@ -148,8 +148,14 @@ def test_broken_labels_stop_the_run_with_their_lines_or_are_skipped(tokenizer, t
     with pytest.raises(DataError) as caught:
         prepare(job(path), tokenizer, tmp_path / "cache")
     said = str(caught.value)
-    assert f"{path.name}:2: label is null" in said and f"{path.name}:4: label is 'maybe'" in said
-    assert f"{path.name}:5: lacks label" in said and "data.on_bad_row=skip" in said
+    places = {line.rpartition(" (")[0].strip(): line.rpartition("/")[2] for line in said.splitlines()[1:-1]}
+    meanings = "true (a desirable answer) or false (an undesirable one)"
+    assert places == {
+        f"label is null, not {meanings}": "rows.jsonl:2)",
+        f"label is 'maybe', not {meanings}": "rows.jsonl:4)",
+        f"lacks label: {meanings}": "rows.jsonl:5)",
+    }
+    assert "data.on_bad_row=skip" in said
     prepared = prepare(job(path, on_bad_row="skip"), tokenizer, tmp_path / "cache")
     assert prepared.train.documents == 3 and prepared.summary["bad_rows"] == 3
 
@@ -166,7 +172,8 @@ def test_only_kto_takes_labelled_answers(tokenizer, tmp_path, write_jsonl, cache
     if cached:  # dpo would find kto's entry
         prepare(job(path), tokenizer, tmp_path / "cache")
     for objective in ("dpo", "orpo"):
-        with pytest.raises(DataError, match=f"objective={objective} compares two: use objective=kto, or write pairs"):
+        said = rf"objective={objective} compares two[\s\S]*fix: use objective=kto, or write pairs"
+        with pytest.raises(DataError, match=said):
             prepare(job(path, objective), tokenizer, tmp_path / "cache")
     with pytest.raises(DataError, match="with objective=kto, or write the desirable ones as messages"):
         prepare(job(path, "sft"), tokenizer, tmp_path / "cache")
