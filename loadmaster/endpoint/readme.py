@@ -107,7 +107,8 @@ def served(run_dir: Path, manifest: dict[str, Any]) -> str:
     if figures is None or found["created_utc"] < manifest["created_utc"]:
         return (
             "The export was verified with transformers, in a process of its own. When this was written no server had "
-            "loaded it:\n`loadmaster serve-check RUN` loads it in a real one and compares; `../serve-check.json` has its result."
+            "loaded it:\n`loadmaster serve-check RUN` loads it in a real one and compares; its result is "
+            "`../serve-check.json`."
         )
     server = found["server"].rpartition(", ")[2] if name == "gguf" else found["server"].partition(", ")[0]
     if not figures["passed"]:
