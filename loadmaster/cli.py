@@ -2,7 +2,7 @@
 
 loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1     stages take the same words as train.py
 loadmaster data recipe=smoke                              look at rendered rows and their loss mask
-loadmaster verify runs/smoke/.../export/bf16              check every file of an artifact
+loadmaster verify runs/smoke/...                          check every file of the exports (or of one: .../export/bf16)
 loadmaster serve-check runs/smoke/...                     load each artifact in a real vLLM, and compare
 loadmaster push runs/smoke/... --repo org/name            upload one format to the Hub, with a model card
 loadmaster prices --refresh                               today's list prices into the plans (RUNPOD_API_KEY)
@@ -96,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--rows", type=int, default=3, help="rows to print (default 3)")
     data.set_defaults(run=_data)
-    verify = commands.add_parser("verify", help="check every file of an exported artifact against its manifest")
-    verify.add_argument("folder", type=Path, metavar="FOLDER", help="of one format: runs/.../export/bf16")
+    verify = commands.add_parser("verify", help="check every file of a run's exports, or of one, against its manifest")
+    verify.add_argument("folder", type=Path, metavar="FOLDER", help="run directory, or one of its exports")
     verify.set_defaults(run=_verify)
     serving = commands.add_parser(
         "plan-serving",
@@ -249,14 +249,19 @@ def _plan_serving(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from loadmaster.export.manifest import verify_manifest
+    from loadmaster.export.manifest import exports_in, verify_manifest
 
-    problems = verify_manifest(arguments.folder)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if not problems:
-        print(f"{arguments.folder}: every file is as the manifest says")
-    return 5 if problems else 0
+    if overrides:
+        _parser().error(f"verify does not know {' '.join(overrides)}")
+    wrong = False
+    for folder in exports_in(arguments.folder):
+        problems = verify_manifest(folder)
+        for problem in problems:
+            print(problem if folder == arguments.folder else f"{folder}: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"{folder}: every file is as the manifest says")
+        wrong = wrong or bool(problems)
+    return 5 if wrong else 0
 
 
 def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
