@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from loadmaster import __version__, collector
+from loadmaster import __version__, collector, hub
 from loadmaster.config.fields import nearest
 from loadmaster.config.schema import STAGES
 from loadmaster.config.show import show_error
@@ -43,6 +43,7 @@ STAGE_HELP = {
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    hub.quieten()
     arguments, overrides = _parser().parse_known_args(argv)
     if arguments.run is not _stage:
         collector.resume()
@@ -161,6 +162,7 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return _plan_json(overrides)
 
     def run_stages(composed: Composed) -> int:
+        hub.settle_for(composed.job)
         from loadmaster.pipeline import run
 
         return run(composed)
@@ -183,6 +185,7 @@ def _scaling(nodes: str, overrides: list[str]) -> int:
     from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling
 
     composed = compose([*overrides, "stop_after=plan"])
+    hub.settle(composed.job.model.name)
     job = composed.job
     with composed.located():
         steps = scaling(job, parse_nodes(nodes), dataset_tokens(job))
@@ -196,6 +199,7 @@ def _plan_json(overrides: list[str]) -> int:
     from loadmaster.pipeline import planned
 
     composed = compose([*overrides, "stop_after=plan"])
+    hub.settle(composed.job.model.name)
     with composed.located():
         plan = planned(composed.job)
     print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
@@ -222,7 +226,9 @@ def _compare(compare: str, overrides: list[str]) -> int:
         remedy = "--compare hardware=l40s_x1,h200_x1"
         raise ConfigError([Problem("--compare", compare, "command line", "compares values of one key", remedy)])
     plans = []
-    for composed in [compose([*overrides, f"{key}={value}"]) for value in values.split(",")]:
+    jobs = [compose([*overrides, f"{key}={value}"]) for value in values.split(",")]
+    hub.settle(*(composed.job.model.name for composed in jobs))
+    for composed in jobs:
         with composed.located():
             plans.append(make_plan(composed.job, dataset_tokens(composed.job)))
     print_comparison(plans, Console())
@@ -233,6 +239,7 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.config.compose import compose
 
     job = compose(overrides).job  # before what takes seconds to import
+    hub.settle()
     from loadmaster.data import prepare, show
     from loadmaster.models.load import load_tokenizer
     from loadmaster.models.resolve import resolve_base
@@ -245,6 +252,7 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _plan_serving(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.preflight.serving_command import plan_serving_command
 
+    hub.settle(*(word.partition("=")[2] for word in overrides if word.startswith("model=")))
     return plan_serving_command(overrides)
 
 
