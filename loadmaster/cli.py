@@ -33,11 +33,11 @@ from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, Problem,
 from loadmaster.launch.endpoint_command import add_parsers
 
 STAGE_HELP = {
-    "plan": "say what fits, how fast, for how much (no GPU needed)",
-    "train": "plan and train",
-    "evaluate": "... and evaluate before and after",
-    "export": "... and export, each format verified in a clean process",
-    "bundle": "... and write what an endpoint needs (all five stages)",
+    "plan": "say what fits in which memory, how fast and for how much (needs no GPU)",
+    "train": "plan a job and train it",
+    "evaluate": "plan, train, and evaluate the model before and after",
+    "export": "plan, train, evaluate, and export in each format, verified in a clean process",
+    "bundle": "run all five stages: what an endpoint needs is written after the export",
 }
 
 
@@ -61,9 +61,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says which command was most likely meant."""
+    """Says which command was most likely meant, or which there are where none was given."""
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith(("required: COMMAND", "required: ACTION")):
+            self.print_help(sys.stderr)
+            self.exit(2)
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         guess = wrong and nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
         super().error(f"there is no {wrong[1]!r}; did you mean {guess}?" if wrong and guess else message)
@@ -87,12 +90,14 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--nodes", metavar="A..B", help="what more nodes would bring, e.g. 1..64 (modelled)")
             command.add_argument("--json", action="store_true", help="print plan.json and nothing else; write nothing")
-    prices = commands.add_parser("prices", help="what GPUs cost in plans; --refresh asks the provider (RUNPOD_API_KEY)")
+    prices = commands.add_parser(
+        "prices", help="list what GPUs cost in plans; --refresh asks the provider (RUNPOD_API_KEY)"
+    )
     prices.add_argument("--refresh", action="store_true", help="write today's list prices into your own price file")
     prices.set_defaults(run=_prices)
     data = commands.add_parser(
         "data",
-        help="print rendered rows with the trained part marked",
+        help="print rows of the data as they are rendered, with the trained part marked",
         usage="loadmaster data [recipe=NAME] [key=value ...] [--rows N]",
     )
     data.add_argument("--rows", type=int, default=3, help="rows to print (default 3)")
