@@ -188,14 +188,15 @@ def _number(text: str) -> int | float | None:
 def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dict[str, list[str]]) -> str:
     """What a key that does not exist was most likely meant to be."""
     section, _, name = key.rpartition(".")
-    if section.partition(".")[0] in sections() and section not in sections():  # a mapping, as export.thresholds
+    if any(section == field or section.startswith(f"{field}.") for field in fields()):  # a mapping: export.thresholds
         beside = nearest(name, siblings)
         return f"{section}.{beside}" if beside else f"{section} has " + ", ".join(siblings)
     guess = nearest_key(key, groups)
     if type(value) is int and guess in COUNTED:
         guess = COUNTED[guess]
     if guess is None:
-        return f"{section} has " + ", ".join(siblings) if section in sections() and section else NONE_LIKE_IT
+        parent = section.partition(".")[0]
+        return f"{parent} has " + ", ".join(siblings) if parent and parent in sections() else NONE_LIKE_IT
     if guess in groups and isinstance(value, str):
         option = nearest(value, groups[guess])
         return f"{guess}={option}" if option else f"{guess}=..., one of " + ", ".join(groups[guess])

@@ -48,6 +48,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("training.steps=5", "training.steps", "there is no such field", "max_steps=5"),
         ("training.lora.rank=8", "training.lora.rank", "there is no such field", "lora.rank=8"),
         ("trainer.model=llama", "trainer.model", "there is no such field", "model=llama2_13b"),
+        ("optimizer.foo.bar=1", "optimizer.foo.bar", "there is no such field", "optimizer has name, lr, "),
         ("training.zzz=1", "training.zzz", "there is no such field", "take it out; --help lists every field"),
         ("learning_rate=1e-4", "learning_rate", "there is no such field", "optimizer.lr=0.0001"),
         ("lr=1e-4", "lr", "there is no such field", "optimizer.lr=0.0001"),
