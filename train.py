@@ -20,16 +20,18 @@ if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # while modules load the
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while modules load ends it without a word
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from loadmaster import collector
+from loadmaster import collector, hub
 
 if __name__ == "__main__":  # before what takes long to import
     collector.pause()
+    hub.quieten()
 
 from loadmaster.config.compose import Composed
 from loadmaster.config.hydra_app import run_app
 
 
 def train(composed: Composed) -> int:
+    hub.settle_for(composed.job)
     from loadmaster.pipeline import run  # brings torch, so only once the job is known to be right
 
     return run(composed)

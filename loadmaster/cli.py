@@ -2,7 +2,7 @@
 
 loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1     stages take the same words as train.py
 loadmaster data recipe=smoke                              look at rendered rows and their loss mask
-loadmaster verify runs/smoke/.../export/bf16              check every file of an artifact
+loadmaster verify runs/smoke/...                          check every file of the exports (or of one: .../export/bf16)
 loadmaster serve-check runs/smoke/...                     load each artifact in a real vLLM, and compare
 loadmaster push runs/smoke/... --repo org/name            upload one format to the Hub, with a model card
 loadmaster prices --refresh                               today's list prices into the plans (RUNPOD_API_KEY)
@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from loadmaster import __version__, collector
+from loadmaster import __version__, collector, hub
 from loadmaster.config.fields import nearest
 from loadmaster.config.schema import STAGES
 from loadmaster.config.show import show_error
@@ -33,16 +33,17 @@ from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, Problem,
 from loadmaster.launch.endpoint_command import add_parsers
 
 STAGE_HELP = {
-    "plan": "say what fits, how fast, for how much (no GPU needed)",
-    "train": "plan and train",
-    "evaluate": "... and evaluate before and after",
-    "export": "... and export, each format verified in a clean process",
-    "bundle": "... and write what an endpoint needs (all five stages)",
+    "plan": "say what fits in which memory, how fast and for how much (needs no GPU)",
+    "train": "plan a job and train it",
+    "evaluate": "plan, train, and evaluate the model before and after",
+    "export": "plan, train, evaluate, and export in each format, verified in a clean process",
+    "bundle": "run all five stages: what an endpoint needs is written after the export",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    hub.quieten()
     arguments, overrides = _parser().parse_known_args(argv)
     if arguments.run is not _stage:
         collector.resume()
@@ -60,9 +61,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says which command was most likely meant."""
+    """Says which command was most likely meant, or which there are where none was given."""
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith(("required: COMMAND", "required: ACTION")):
+            self.print_help(sys.stderr)
+            self.exit(2)
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         guess = wrong and nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
         super().error(f"there is no {wrong[1]!r}; did you mean {guess}?" if wrong and guess else message)
@@ -86,18 +90,20 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--nodes", metavar="A..B", help="what more nodes would bring, e.g. 1..64 (modelled)")
             command.add_argument("--json", action="store_true", help="print plan.json and nothing else; write nothing")
-    prices = commands.add_parser("prices", help="what GPUs cost in plans; --refresh asks the provider (RUNPOD_API_KEY)")
+    prices = commands.add_parser(
+        "prices", help="list what GPUs cost in plans; --refresh asks the provider (RUNPOD_API_KEY)"
+    )
     prices.add_argument("--refresh", action="store_true", help="write today's list prices into your own price file")
     prices.set_defaults(run=_prices)
     data = commands.add_parser(
         "data",
-        help="print rendered rows with the trained part marked",
+        help="print rows of the data as they are rendered, with the trained part marked",
         usage="loadmaster data [recipe=NAME] [key=value ...] [--rows N]",
     )
     data.add_argument("--rows", type=int, default=3, help="rows to print (default 3)")
     data.set_defaults(run=_data)
-    verify = commands.add_parser("verify", help="check every file of an exported artifact against its manifest")
-    verify.add_argument("folder", type=Path, metavar="FOLDER", help="of one format: runs/.../export/bf16")
+    verify = commands.add_parser("verify", help="check every file of a run's exports, or of one, against its manifest")
+    verify.add_argument("folder", type=Path, metavar="FOLDER", help="run directory, or one of its exports")
     verify.set_defaults(run=_verify)
     serving = commands.add_parser(
         "plan-serving",
@@ -161,6 +167,7 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return _plan_json(overrides)
 
     def run_stages(composed: Composed) -> int:
+        hub.settle_for(composed.job)
         from loadmaster.pipeline import run
 
         return run(composed)
@@ -183,6 +190,7 @@ def _scaling(nodes: str, overrides: list[str]) -> int:
     from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling
 
     composed = compose([*overrides, "stop_after=plan"])
+    hub.settle(composed.job.model.name)
     job = composed.job
     with composed.located():
         steps = scaling(job, parse_nodes(nodes), dataset_tokens(job))
@@ -196,6 +204,7 @@ def _plan_json(overrides: list[str]) -> int:
     from loadmaster.pipeline import planned
 
     composed = compose([*overrides, "stop_after=plan"])
+    hub.settle(composed.job.model.name)
     with composed.located():
         plan = planned(composed.job)
     print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
@@ -222,7 +231,9 @@ def _compare(compare: str, overrides: list[str]) -> int:
         remedy = "--compare hardware=l40s_x1,h200_x1"
         raise ConfigError([Problem("--compare", compare, "command line", "compares values of one key", remedy)])
     plans = []
-    for composed in [compose([*overrides, f"{key}={value}"]) for value in values.split(",")]:
+    jobs = [compose([*overrides, f"{key}={value}"]) for value in values.split(",")]
+    hub.settle(*(composed.job.model.name for composed in jobs))
+    for composed in jobs:
         with composed.located():
             plans.append(make_plan(composed.job, dataset_tokens(composed.job)))
     print_comparison(plans, Console())
@@ -233,6 +244,7 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.config.compose import compose
 
     job = compose(overrides).job  # before what takes seconds to import
+    hub.settle()
     from loadmaster.data import prepare, show
     from loadmaster.models.load import load_tokenizer
     from loadmaster.models.resolve import resolve_base
@@ -245,18 +257,24 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _plan_serving(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.preflight.serving_command import plan_serving_command
 
+    hub.settle(*(word.partition("=")[2] for word in overrides if word.startswith("model=")))
     return plan_serving_command(overrides)
 
 
 def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from loadmaster.export.manifest import verify_manifest
+    from loadmaster.export.manifest import exports_in, verify_manifest
 
-    problems = verify_manifest(arguments.folder)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if not problems:
-        print(f"{arguments.folder}: every file is as the manifest says")
-    return 5 if problems else 0
+    if overrides:
+        _parser().error(f"verify does not know {' '.join(overrides)}")
+    wrong = False
+    for folder in exports_in(arguments.folder):
+        problems = verify_manifest(folder)
+        for problem in problems:
+            print(problem if folder == arguments.folder else f"{folder}: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"{folder}: every file is as the manifest says")
+        wrong = wrong or bool(problems)
+    return 5 if wrong else 0
 
 
 def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:

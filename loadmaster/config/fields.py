@@ -38,6 +38,7 @@ ALIASES = {
     "lora_r": "lora.rank",
     "lr_scheduler_type": "optimizer.schedule",
     "lora_target_modules": "lora.targets",
+    "max_epochs": "epochs",
     "max_length": "sequence_length",
     "max_seq_len": "sequence_length",
     "max_seq_length": "sequence_length",
@@ -55,7 +56,9 @@ ALIASES = {
     "eval_steps": "evaluation.every_steps",
     "save_total_limit": "checkpoint.keep_last",
     "seq_len": "sequence_length",
+    "steps": "max_steps",
     "target_modules": "lora.targets",
+    "train_batch_size": "batch.global_size",
     "warmup": "optimizer.warmup_ratio",
 }
 
@@ -132,7 +135,10 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
 
 
 def nearest_key(key: str, extra: Iterable[str] = ()) -> str | None:
-    """The field or section that a wrong dotted `key` was most likely meant to be."""
+    """The field or section that a wrong dotted `key` was most likely meant to be.
+
+    Where its section is none, the name says more: `training.max_steps` is max_steps.
+    """
     section, _, name = key.rpartition(".")
     everything = [*fields(), *(s for s in sections() if s), *extra]
     same_name = [k for k in everything if k.rpartition(".")[2] == name]
@@ -140,9 +146,25 @@ def nearest_key(key: str, extra: Iterable[str] = ()) -> str | None:
         siblings = {k.rpartition(".")[2]: k for k in [*sections()[section], *(extra if not section else ())]}
         if match := nearest(name, siblings):
             return siblings[match]
+    if section not in sections() and (found := _in_a_section_like(section, name)):
+        return found
     if name.lower() in ALIASES:
         return ALIASES[name.lower()]
-    return same_name[0] if same_name else nearest(key, everything)
+    if same_name:
+        return min(same_name, key=lambda k: k.count("."))
+    if section in sections():
+        return nearest(key, everything)
+    leaves = {k.rpartition(".")[2]: k for k in reversed(fields())}
+    like = nearest(name, leaves, cutoff=0.75)
+    return leaves[like] if like else nearest(section.rpartition(".")[2], filter(None, sections()))
+
+
+def _in_a_section_like(section: str, name: str) -> str | None:
+    """`optimzer.lr`, `training.lora.rank`: the field, where the section it is in is a real one misspelt."""
+    like = nearest(section.rpartition(".")[2], filter(None, sections()))
+    leaves = {k.rpartition(".")[2]: k for k in sections()[like]} if like else {}
+    match = nearest(name, leaves)
+    return leaves[match] if match else None
 
 
 def describe(annotation: Any) -> str:

@@ -32,6 +32,7 @@ from loadmaster.config.schema import Job
 from loadmaster.errors import Problem
 
 MISSING = "???"
+NONE_LIKE_IT = "take it out; --help lists every field"
 _TRUTH = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}
 
 
@@ -63,6 +64,7 @@ def to_dict(job: Job) -> dict[str, Any]:
 def check(resolved: dict[str, Any], origins: dict[str, str], groups: dict[str, list[str]]) -> Checked:
     """Type-check `resolved`; `groups` are Hydra's groups with their options, for the hints."""
     problems: dict[str, Problem] = {}
+    unknown: list[str] = []
     for key in _missing(resolved):
         problems[key] = Problem(key, None, origin_of(origins, key), "has no value yet", _how_to_set(key))
     try:
@@ -74,12 +76,28 @@ def check(resolved: dict[str, Any], origins: dict[str, str], groups: dict[str, l
             if key not in problems:
                 value, origin = _at(resolved, path), origin_of(origins, key)
                 if annotation is None:
-                    hint = _instead(key, value, origin, siblings, groups)
-                    problems[key] = Problem(key, value, origin, "there is no such field", hint)
+                    unknown.append(key)
+                    for name, item in _typed(key, value):
+                        origin = origin_of(origins, name)
+                        hint = _instead(name, item, origin, siblings, groups)
+                        problems[name] = Problem(name, item, origin, "there is no such field", hint)
                 else:
                     problems[key] = _wrong_value(key, value, origin, annotation)
-        job = _adapter().validate_python(_without(resolved, list(problems)))
+        job = _adapter().validate_python(_without(resolved, [*problems, *unknown]))
     return Checked(job, list(problems.values()), list(problems))
+
+
+def _typed(key: str, value: Any) -> list[tuple[str, Any]]:
+    """An unknown section as the keys that were typed (`training.max_steps`), anything else as it is."""
+    if not isinstance(value, dict) or not value or key.rpartition(".")[0] not in sections():
+        return [(key, value)]
+    return [(f"{key}{name}", item) for name, item in _leaves(value)]
+
+
+def _leaves(value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict) or not value:
+        return [("", value)]
+    return [(f".{name}{rest}", leaf) for name, item in value.items() for rest, leaf in _leaves(item)]
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], Any, list[str]]:
@@ -170,21 +188,21 @@ def _number(text: str) -> int | float | None:
 def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dict[str, list[str]]) -> str:
     """What a key that does not exist was most likely meant to be."""
     section, _, name = key.rpartition(".")
-    if section and section not in sections():  # inside a mapping, as under export.thresholds
+    if any(section == field or section.startswith(f"{field}.") for field in fields()):  # a mapping: export.thresholds
         beside = nearest(name, siblings)
         return f"{section}.{beside}" if beside else f"{section} has " + ", ".join(siblings)
     guess = nearest_key(key, groups)
     if type(value) is int and guess in COUNTED:
         guess = COUNTED[guess]
     if guess is None:
-        return f"{section} has " + ", ".join(siblings) if section else "take it out; --help lists every field"
+        parent = section.partition(".")[0]
+        return f"{parent} has " + ", ".join(siblings) if parent and parent in sections() else NONE_LIKE_IT
     if guess in groups and isinstance(value, str):
         option = nearest(value, groups[guess])
         return f"{guess}={option}" if option else f"{guess}=..., one of " + ", ".join(groups[guess])
-    assign = _assignment(origin)
-    if isinstance(value, dict) and origin == COMMAND_LINE and all(f"{guess}.{name}" in fields() for name in value):
-        return " ".join(assign(f"{guess}.{name}", item) for name, item in value.items())
-    return assign(guess, value) if guess in fields() and not isinstance(value, dict) else guess
+    if guess in sections():
+        return f"{guess} has " + ", ".join(field.rpartition(".")[2] for field in sections()[guess])
+    return _assignment(origin)(guess, value) if guess in fields() and not isinstance(value, dict) else guess
 
 
 def _assignment(origin: str) -> Callable[[str, Any], str]:

@@ -61,7 +61,7 @@ def write_bundle(run_dir: Path, job: Job) -> Path:
             volume_path=settings.volume_path(source), worker_image=settings.WORKER_VLLM_IMAGE,
             baked=job.endpoint.weights == "image", arrivals=job.endpoint.arrivals,
             max_slowdown=job.endpoint.max_slowdown,
-            verification=readme.verification(manifests),
+            verification=readme.verification(manifests), served=readme.served(run_dir, manifest),
             **({} if sizing is None else _tables(sizing)),
         )  # fmt: skip
         write_text(partial / "README.md", text)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from loadmaster.endpoint.economics import MONTH_S
 from loadmaster.endpoint.plot import label
 from loadmaster.endpoint.sizing import Sizing
 from loadmaster.export.table import COLUMNS, row
+from loadmaster.files import read_json
 from loadmaster.preflight.serving import ServingPlan
 
 
@@ -95,6 +97,29 @@ def fleets(sizing: Sizing) -> str:
 def verification(manifests: dict[str, dict[str, Any]]) -> str:
     rows = (row(name, {**found["verification"], "bytes": found["bytes"]}) for name, found in manifests.items())
     return table([column for column, _ in COLUMNS], rows)
+
+
+def served(run_dir: Path, manifest: dict[str, Any]) -> str:
+    """Which server has loaded this very export and what came of it, as `loadmaster serve-check` recorded it."""
+    name, path = manifest["format"], run_dir / "serve-check.json"
+    found = read_json(path) if path.is_file() else {"formats": {}}
+    figures = found["formats"].get(name)
+    if figures is None or found["created_utc"] < manifest["created_utc"]:
+        return (
+            "The export was verified with transformers, in a process of its own. When this was written no server had "
+            "loaded it:\n`loadmaster serve-check RUN` loads it in a real one and compares; its result is "
+            "`../serve-check.json`."
+        )
+    server = found["server"].rpartition(", ")[2] if name == "gguf" else found["server"].partition(", ")[0]
+    if not figures["passed"]:
+        return (
+            f"The export was verified with transformers, and `loadmaster serve-check` found it served otherwise by "
+            f"{server}:\n{'; '.join(figures['failures'])}."
+        )
+    return (
+        "The export was verified with transformers, in a process of its own, and `loadmaster serve-check` loaded and "
+        f"compared it in\n{server}; no other server was run against it."
+    )
 
 
 def sglang_command(manifest: dict[str, Any], artifact: str, context: int, gpus: int) -> str:

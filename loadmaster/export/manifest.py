@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -158,6 +159,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ExportRejected(f"{folder / NAME} has no list of files: it is damaged, export again.")
     manifest.pop(OWN_DIGEST, None)
     return manifest
+
+
+def exports_in(folder: Path) -> list[Path]:
+    """The export that `folder` is, or all that it holds as a run directory or as the export/ of one.
+
+    A folder that is neither comes back itself. Raises ExportRejected where there is no such folder.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "there is no such folder"
+        raise ExportRejected(f"{folder}: {what}; give a run directory, or one export of it (RUN/export/bf16)")
+    if os.path.lexists(folder / NAME):
+        return [folder]
+    holder = folder / "export" if (folder / "export").is_dir() else folder
+    found = sorted(path for path in holder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if holder is folder and not any((path / NAME).exists() for path in found if path.name != "bundle"):
+        return [folder]
+    return found or [folder]
 
 
 def verify_manifest(folder: Path) -> list[str]:

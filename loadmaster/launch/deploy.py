@@ -3,8 +3,8 @@
     check      an artifact that did not pass verification, or of which a file has changed, is not deployed
     upload     its files go to the network volume, what is there already is compared (upload.py); those that a launched
                job left on its volume are looked at there (left.py)
-    make       the endpoint has one name for a recipe and format: a second deployment updates the first, and one that
-               changes nothing sends nothing
+    make       the endpoint has one name for a recipe and format, or the one that is given: a second deployment updates
+               the first (where that was another job's, this is said before), and one that changes nothing sends nothing
     validate   through the API that its users have (validate.py)
     take back  when that fails, what this call made is deleted, and what it changed is put back
 
@@ -14,7 +14,9 @@ Files on the volume stay: they cost nothing beside the volume, and the next try 
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -44,6 +46,9 @@ PREFIX = "loadmaster-"
 START_S = 1200.0
 """Cold start of a large model from a slow volume, with the image's first pull."""
 POLL_S = 5.0
+SERVES = "LOADMASTER_SERVES"
+"""Variable of the endpoint that says which job's export it serves; no server reads it."""
+NAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Connect = Callable[[Mapping[str, str]], Inference]
 Put = Callable[[NetworkVolume], Any]
@@ -79,14 +84,14 @@ class Order:
         return self.active_workers * self.usd_per_worker_hour
 
 
-def order(run_dir: Path, volume: str | None) -> Order:
+def order(run_dir: Path, volume: str | None, name: str | None = None) -> Order:
     """Check the bundle, its artifact and every hash. volume: id or name of the network volume for the artifact; None:
-    the one on which a launched job left it.
+    the one on which a launched job left it. name: of the endpoint, None: after recipe and format.
 
     Raises ExportRejected for an artifact that is not what passed, LoadmasterError for what is missing or damaged.
     """
     try:
-        return _order(run_dir, volume)
+        return _order(run_dir, volume, name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON that is cut, or of another shape
         raise LoadmasterError(
             f"{run_dir / 'bundle'} is damaged, or of another version of loadmaster ({type(error).__name__}): run the "
@@ -94,7 +99,7 @@ def order(run_dir: Path, volume: str | None) -> Order:
         ) from None
 
 
-def _order(run_dir: Path, volume: str | None) -> Order:
+def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
     bundle = run_dir / "bundle"
     if not (bundle / NAME).is_file():
         if not run_dir.is_dir():
@@ -125,6 +130,9 @@ def _order(run_dir: Path, volume: str | None) -> Order:
             "endpoint.worker=handler needs its image: docker build -f bundle/Dockerfile -t IMAGE . in the run "
             "directory, push it, then endpoint.image=IMAGE and the bundle stage again"
         )
+    if name is not None:
+        request["name"] = endpoint_called(name)
+    request["env"] = {**(request.get("env") or {}), SERVES: json.dumps(_origin(manifest), sort_keys=True)}
     path = wanted.get("volume_path")
     if left is not None and path is None:
         raise LoadmasterError(
@@ -159,6 +167,32 @@ def _failed_when_served(run_dir: Path, exported: dict[str, Any]) -> str | None:
     if figures is None or figures["passed"] or found["created_utc"] < exported["created_utc"]:
         return None
     return f"{'; '.join(figures['failures'])} ({path})"
+
+
+def endpoint_called(name: str) -> str:
+    """With the beginning by which `ours` finds it. Raises LoadmasterError for what is no name."""
+    name = name.removesuffix(FLASHBOOT_SUFFIX).removeprefix(PREFIX)
+    if not NAMED.fullmatch(name):
+        raise LoadmasterError(f"--name {name!r} is no name of an endpoint: letters, digits, dots, dashes, at most 64")
+    return f"{PREFIX}{name}"
+
+
+def _origin(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Of which job, base model and data the export is."""
+    base, data = manifest.get("base_model") or {}, manifest.get("data") or {}
+    return {"job_hash": manifest.get("job_hash"), "base_model": base.get("name"), "data": data.get("sha256")}
+
+
+def replaced(before: Endpoint, request: CreateEndpoint) -> str | None:
+    """What another job deployed under this name, in a sentence; None: it was this one."""
+    try:
+        there = json.loads(before.env[SERVES])
+        words = f"job {str(there['job_hash'])[:12]} (base {there['base_model']}, data {str(there['data'])[:12]})"
+    except (KeyError, TypeError, ValueError):
+        return "it does not say which job deployed it; this replaces what is there, --name NAME makes another beside it"
+    if before.env[SERVES] == (request.env or {}).get(SERVES):
+        return None
+    return f"this replaces what {words} deployed; --name NAME makes another endpoint beside it"
 
 
 def deploy(
@@ -329,6 +363,12 @@ def write_deployment(run_dir: Path, deployed: dict[str, Any]) -> Path:
     path = run_dir / "deployment.json"
     write_json(path, {"schema": 1, **deployed})
     return path
+
+
+def deployed_name(run_dir: Path) -> str | None:
+    """Of the endpoint that was last deployed from this run; None: none, or it is not known."""
+    path = run_dir / "deployment.json"
+    return read_json(path).get("name") if path.is_file() else None
 
 
 def changes(before: Endpoint, request: CreateEndpoint) -> UpdateEndpoint | None:

@@ -25,6 +25,7 @@ def add_parsers(commands: Any) -> None:
     made = commands.add_parser("deploy", help="put a run's bundle on an endpoint, validate and measure it")
     made.add_argument("run_dir", type=Path, metavar="RUN", help="run directory whose bundle stage is done")
     made.add_argument("--volume", metavar="ID", help="network volume for the artifact, by id or name")
+    made.add_argument("--name", metavar="NAME", help="of the endpoint (default: recipe and format, which it updates)")
     made.add_argument(
         "--no-upload", action="store_true", help="the artifact is on the volume already, and is not looked at there"
     )
@@ -62,11 +63,11 @@ def add_parsers(commands: Any) -> None:
 
 
 def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import deploy, find, order, write_deployment
+    from loadmaster.launch.deploy import deploy, find, order, replaced, write_deployment
     from loadmaster.training.stop import StopSignal
 
     _refuse(rest)
-    wanted = order(arguments.run_dir, arguments.volume)
+    wanted = order(arguments.run_dir, arguments.volume, arguments.name)
     request = wanted.request
     puts = wanted.volume is not None and not arguments.no_upload
     print(f"endpoint {request.name}: {request.image}")
@@ -88,6 +89,8 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
     with _client() as client:
         there = find(client, request.name)
         print(f"it is there ({there.id}) and is updated in place" if there else "it is not there and is made")
+        if there and (note := replaced(there, request)):
+            print(f"ATTENTION: {note}")
         if not arguments.yes and not _agreed("go on?"):
             return 0
         stop = StopSignal().install()  # Ctrl-C or SIGTERM from here on: what was made is taken back
@@ -104,13 +107,14 @@ def _print_request(wanted: Order) -> None:
     """What would be sent now; without an account the request as the bundle has it, and what would be looked up."""
     import json
 
-    from loadmaster.launch.deploy import changes, exact, find
+    from loadmaster.launch.deploy import changes, exact, find, replaced
     from loadmaster.launch.runpod.http import KEY_VARIABLE
     from loadmaster.launch.runpod.types import body
 
     if not os.environ.get(KEY_VARIABLE):
         volume = "" if wanted.volume is None else f"the id and data center of volume {wanted.volume}, "
-        print(f"as the bundle has it; with {KEY_VARIABLE} set, {volume}the cards of the pool today are looked up")
+        looked_up = f"{volume}the cards of the pool today, and what is there under this name, are looked up"
+        print(f"as the bundle has it; with {KEY_VARIABLE} set, {looked_up}")
         print(json.dumps(body(wanted.request), indent=2))
         return
     with _client() as client:
@@ -120,6 +124,8 @@ def _print_request(wanted: Order) -> None:
     if change is None:
         print(f"endpoint {before.id} is as it should be; nothing would be sent")
         return
+    if before is not None and (note := replaced(before, request)):
+        print(f"ATTENTION: {note}")
     print(f"POST {path}" if before is None else f"PATCH {path}/{before.id}")
     print(json.dumps(body(change), indent=2))
 
@@ -190,11 +196,11 @@ def _list(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _test(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import START_S, find, order
+    from loadmaster.launch.deploy import START_S, deployed_name, find, order
     from loadmaster.launch.validate import validate
 
     _refuse(rest)
-    wanted = order(arguments.run_dir, "not needed to ask")
+    wanted = order(arguments.run_dir, "not needed to ask", deployed_name(arguments.run_dir))
     with _client() as client:
         endpoint = find(client, wanted.request.name)
     if endpoint is None:

@@ -25,7 +25,7 @@ from loadmaster.launch.check import problems
 from loadmaster.launch.choose import Choice, choices, counts, nodes_of, wanted
 from loadmaster.launch.context import Launch
 from loadmaster.launch.left import fetch, fetchable
-from loadmaster.launch.machines import orphan, provider_of, run_dir
+from loadmaster.launch.machines import listed_provider_of, orphan, provider_of, run_dir
 from loadmaster.launch.order import deadline_hours, make_order, run_folder, volume_gb, with_volume
 from loadmaster.launch.provider import PREFIX, Machine, Order, Provider, Volume
 from loadmaster.launch.rented import run_there
@@ -57,6 +57,8 @@ def launch_job(
             return run_by_ssh(launch, tokens)
         if composed.job.launch.name == "slurm":
             return run_by_slurm(launch, tokens)
+        if provider is None and composed.job.launch.dry_run:
+            provider = listed_provider_of(composed.job.launch.name)
         return _rent(launch, provider or provider_of(composed.job.launch.name), tokens)
     finally:
         stop.uninstall()
@@ -75,7 +77,7 @@ def _rent(launch: Launch, provider: Provider, tokens: int | None) -> int:
     order = _order(launch, provider, choice, volume)
     if (job.launch.fetch or order.uploads) and not job.launch.dry_run:
         require_keys()  # now, and not when the job is over
-    _show(launch, ranked, choice, order)
+    _show(launch, provider, ranked, choice, order)
     if volume is not None:
         _refuse_a_second(provider.machines(), run_folder(launch.composed, choice))
     if job.launch.dry_run:
@@ -156,10 +158,12 @@ def _with_a_way_home(places: tuple[str, ...], asked: list[str]) -> tuple[str, ..
 # -------------------------------------------------------- before anything is made
 
 
-def _show(launch: Launch, ranked: list[Choice], choice: Choice, order: Order) -> None:
+def _show(launch: Launch, provider: Provider, ranked: list[Choice], choice: Choice, order: Order) -> None:
     settings, hours = launch.composed.job.launch, deadline_hours(launch.composed.job.launch, choice)
     print_plan(choice.plan, launch.console)
     launch.echo("\nmachines that this job fits, best first:")
+    if provider.not_asked:
+        launch.echo(f"  ({provider.not_asked})")
     for other in ranked[:SHOWN_OFFERS]:
         total = "" if other.usd is None else f", {other.hours:.2f} h, ${other.usd:.2f} in all"
         mark = ">" if other is choice else " "
@@ -191,7 +195,8 @@ def _print_requests(launch: Launch, provider: Provider, choice: Choice, order: O
     settings = launch.composed.job.launch
     requests = []
     if settings.volume and order.volume is None:
-        place = next(iter(order.places or settings.data_centers), "any")
+        unknown = "<a data center with the machine in stock>" if provider.not_asked else "any"
+        place = next(iter(order.places or settings.data_centers), unknown)
         requests.append(provider.volume_request(settings.volume, volume_gb(settings, choice), place))
         order = with_volume(order, Volume("<id of the volume above>", settings.volume, 0, place))
     requests += provider.rent_requests(order)

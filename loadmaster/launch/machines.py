@@ -145,3 +145,11 @@ def provider_of(name: str = "runpod") -> Provider:
     from loadmaster.launch.runpod.provider import Runpod
 
     return {"runpod": Runpod}[name]()
+
+
+def listed_provider_of(name: str) -> Provider | None:
+    """Of that name without an account, for a dry run; None where the environment has a key to ask with."""
+    from loadmaster.launch.runpod.http import has_key
+    from loadmaster.launch.runpod.listed import Listed
+
+    return None if has_key() else {"runpod": Listed}[name]()

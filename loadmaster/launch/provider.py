@@ -122,6 +122,8 @@ class Provider(Protocol):
     """All methods raise ProviderError, rent() also NoCapacity. None of them makes anything twice."""
 
     name: str
+    not_asked: str
+    """What offers() and volumes() were taken from where the provider was not asked, and why; empty where it was."""
 
     @property
     def api(self) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -41,6 +42,11 @@ CALL_S = 60.0
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED")
 """Slurm's states of a job that will not run again. PREEMPTED and NODE_FAIL go back to the queue (--requeue)."""
 GONE = ("PREEMPTED", "NODE_FAIL")
+SPOKEN = re.compile(r"^sbatch: (error|fatal): ")
+NO_CONTROLLER = re.compile(
+    r"no answer|unable to contact slurm controller|configuration source|failed to fetch config|DNS SRV|slurm\.conf",
+    re.IGNORECASE,
+)
 PATIENCE = 12
 """Answers in a row without the job before it counts as gone."""
 
@@ -132,6 +138,18 @@ exit "$code"
     return Batch(folder, run_dir, script, options)
 
 
+def refusal(said: str) -> str:
+    """What sbatch said, as a sentence; where it found no controller, with what would work."""
+    reasons = [SPOKEN.sub("", line) for line in said.splitlines() if line.strip()]
+    text = "; ".join(dict.fromkeys(reasons)) or "it gave no reason"
+    if not NO_CONTROLLER.search(said):
+        return text
+    return (
+        f"no controller of a cluster answers here ({text})\n"
+        "fix: run this on a login node of the cluster, where `sinfo` lists its nodes"
+    )
+
+
 class _Submitted:
     """A batch job from its submission to its end."""
 
@@ -163,8 +181,7 @@ class _Submitted:
         if not id.isdigit():
             id = self._id_by_name()
         if not id:
-            said = done.stderr.strip() if done else "no answer"
-            raise LoadmasterError(f"sbatch did not take the job: {said or 'it gave no reason'}")
+            raise LoadmasterError(f"sbatch did not take the job: {refusal(done.stderr if done else 'no answer')}")
         self.id = id
         write_json(self.batch.folder / RECORD, {"name": launch.name, "id": id, "command": self.batch.command})
         launch.echo(f"submitted job {id}; its log is {self.batch.log}, its run directory {self.batch.run_dir}")

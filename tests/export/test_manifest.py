@@ -162,14 +162,40 @@ def test_loadmaster_verify_names_the_file_with_a_flipped_bit_and_what_is_no_expo
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     assert main(["verify", str(artifact)]) == 5
     assert "sub/tokenizer.json: changed since it was exported" in capsys.readouterr().err
-    for nothing in (tmp_path / "nowhere", path):
+    for nothing, said in ((tmp_path / "nowhere", "there is no such folder"), (path, "is a file")):
         assert main(["verify", str(nothing)]) == 5
-        assert "has no manifest.json" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     manifest = artifact / "manifest.json"
     manifest.rename(tmp_path / "manifest.json")
     manifest.symlink_to(tmp_path / "manifest.json")
     assert main(["verify", str(artifact)]) == 5
     assert "symbolic link" in capsys.readouterr().err
+
+
+def test_loadmaster_verify_of_a_run_directory_checks_and_names_every_export(tmp_path, capsys):
+    run_dir = tmp_path / "runs/smoke/one"
+    for name in ("bf16", "int4", ".fp8.partial"):
+        folder = run_dir / "export" / name
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"x" * 100)
+        if not name.startswith("."):
+            write_manifest(folder, {"format": name, "recipe": "x"})
+    for given in (run_dir, run_dir / "export"):
+        assert main(["verify", str(given)]) == 0
+        ends = [line.partition(": ") for line in capsys.readouterr().out.splitlines()]
+        assert [(line[0], line[2]) for line in ends] == [
+            (str(run_dir / "export" / name), "every file is as the manifest says") for name in ("bf16", "int4")
+        ]
+    (run_dir / "export/bf16/model.safetensors").write_bytes(b"y" * 100)
+    (run_dir / "export/fp8").mkdir()
+    assert main(["verify", str(run_dir)]) == 5
+    told = capsys.readouterr()
+    assert f"{run_dir}/export/bf16: model.safetensors: changed since it was exported" in told.err
+    assert f"{run_dir}/export/fp8: {run_dir}/export/fp8 has no manifest.json" in told.err
+    assert f"{run_dir}/export/int4: every file" in told.out
+    (tmp_path / "empty").mkdir()
+    assert main(["verify", str(tmp_path / "empty")]) == 5
+    assert "has no manifest.json" in capsys.readouterr().err
 
 
 def test_manifests_and_bundles_are_read_without_torch():

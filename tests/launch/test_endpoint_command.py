@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
 
 from loadmaster.cli import main
+from loadmaster.export.manifest import read_manifest, write_manifest
+from loadmaster.files import write_json
 from loadmaster.launch import endpoint_command
 from loadmaster.launch.inference import Inference
 from loadmaster.launch.runpod import Api, Patience, RunpodClient
@@ -86,6 +89,40 @@ def test_a_dry_run_shows_what_is_sent_then(run_dir, account, capsys, monkeypatch
     monkeypatch.delenv("RUNPOD_API_KEY")
     said, shown = dry()
     assert "id and data center of volume loadmaster-v" in said and shown["networkVolumes"] == ["loadmaster-v"]
+
+
+def test_what_another_job_deployed_is_named_before_it_is_replaced(bundled, tmp_path, account, capsys) -> None:  # noqa: F811
+    def run(job_hash: str, data: str) -> str:
+        folder = tmp_path / job_hash
+        shutil.copytree(bundled, folder)
+        for path in (folder / "export/bf16", folder / "bundle"):
+            facts = {**read_manifest(path), "job_hash": job_hash, "data": {"sha256": data}}
+            if path.name == "bf16":
+                write_manifest(path, facts)
+            else:
+                write_json(path / "manifest.json", facts)
+        return str(folder)
+
+    def deploy(folder: str, *words: str) -> str:
+        assert main(["deploy", folder, "--volume", "vol1", *words]) == 0
+        return capsys.readouterr().out
+
+    first, second = run("aaaa1111", "tea"), run("bbbb2222", "coffee")
+    assert "replaces" not in deploy(first, "--yes")
+    assert "replaces" not in deploy(first, "--yes") + deploy(first, "--dry-run")
+    told = "ATTENTION: this replaces what job aaaa1111 (base org/base, data tea) deployed; --name NAME makes another"
+    assert told in deploy(second, "--dry-run")
+    assert "replaces" not in deploy(second, "--yes", "--name", "second")
+    assert sorted(endpoint["name"] for endpoint in account.endpoints.values()) == [
+        "loadmaster-second -fb", "loadmaster-tickets-bf16 -fb"
+    ]  # fmt: skip
+    assert main(["endpoint", "test", second]) == 0  # finds it by the name it was given
+    capsys.readouterr()
+    assert told in deploy(second, "--yes")
+    (there,) = (e for e in account.endpoints.values() if "tickets" in e["name"])
+    del there["env"]["LOADMASTER_SERVES"]  # an earlier version made it
+    assert "it does not say which job deployed it" in deploy(first, "--dry-run")
+    assert main(["deploy", first, "--volume", "vol1", "--name", "a/b", "--dry-run"]) == 4
 
 
 def test_nothing_is_made_unless_agreed(run_dir, account, monkeypatch) -> None:  # noqa: F811

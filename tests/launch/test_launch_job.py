@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loadmaster import catalog
 from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, ProviderError, StoppedOnRequest
 from loadmaster.launch import job as job_module
 from loadmaster.launch import launch_job, list_pods, order, sweep_pods
@@ -245,6 +246,26 @@ def test_a_dry_run_prints_requests_that_the_provider_would_take_and_makes_nothin
         schema = openapi.DESCRIPTION["operations"][operation]["request"]
         assert openapi.errors(schema, request["body"]) == []
         assert request["url"].startswith(place.fake.url)
+
+
+def test_without_a_key_a_dry_run_takes_the_catalogue_and_says_so(place, monkeypatch):
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    monkeypatch.setenv("RUNPOD_API_BASE_URL_V2", "http://127.0.0.1:9/v2")  # nobody is there to be asked
+
+    def dry(*words):
+        return launch_job(place.composed("launch.dry_run=true", *words), place.console, tokens=200_000)
+
+    assert dry("launch.gpus=[l40s:1]") == 0
+    assert "RUNPOD_API_KEY is not set, so stock, prices and volumes were not asked" in place.said
+    listed = catalog.prices()["gpus"]["l40s"]["pod_usd_per_hour"]
+    assert f"> 1x l40s        ${listed:.2f}/h" in place.said
+    volume, pod = json.loads(place.said[place.said.index("\n[\n") :])
+    assert volume["url"] == "http://127.0.0.1:9/v2/network-volumes" and "in stock>" in volume["body"]["dataCenter"]
+    assert pod["body"]["gpu"]["id"] == catalog.gpus()["l40s"]["name"]
+    with pytest.raises(DoesNotFit, match=r"over launch\.max_usd_per_hour=0\.01"):
+        dry("launch.max_usd_per_hour=0.01")
+    with pytest.raises(ProviderError, match="RUNPOD_API_KEY is not set"):
+        launch_job(place.composed(), place.console, tokens=200_000)
 
 
 def test_without_a_yes_nothing_is_rented(place, monkeypatch):

@@ -162,6 +162,23 @@ def test_an_answer_of_sbatch_that_is_lost_makes_no_second_job(cluster, monkeypat
     assert len(cluster.jobs) == 1
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)\n",
+        "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+        "sbatch: error: fetch_config: DNS SRV lookup failed\n"
+        "sbatch: fatal: Could not establish a configuration source\n",
+        "no answer",
+    ],
+)
+def test_where_no_controller_answers_a_login_node_is_named(said):
+    text = slurm.refusal(said)
+    assert "sbatch:" not in text and "fix: run this on a login node of the cluster, where `sinfo`" in text
+    assert slurm.refusal("sbatch: error: invalid partition specified: none\n") == "invalid partition specified: none"
+    assert slurm.refusal(" ") == "it gave no reason"
+
+
 def test_what_sbatch_refuses_is_said_in_its_words(cluster):
     with pytest.raises(LoadmasterError, match="invalid partition specified: none"):
         cluster.launch("launch.sbatch=['--partition=none']")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from loadmaster.cli import main
+from loadmaster.cli import STAGE_HELP, main
 
 ASKED = ["recipe=lora_8b", "hardware.gpu=h100_80gb", "hardware.count=1"]
 
@@ -77,6 +77,19 @@ def test_a_command_that_is_misspelt_is_told_the_nearest(words: list[str], said: 
     with pytest.raises(SystemExit) as raised:
         main(words)
     assert raised.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "listed"), [([], ("plan", "verify", "doctor")), (["endpoint"], ("list", "scale"))])
+def test_without_a_command_there_is_the_list_of_them(words: list[str], listed: tuple[str, ...], capsys) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(words)
+    said = capsys.readouterr().err
+    assert raised.value.code == 2 and all(f"\n    {name} " in said for name in listed)
+    assert "required" not in said and "    ..." not in said
+
+
+def test_each_stage_in_the_list_of_commands_says_what_it_does_by_itself() -> None:
+    assert not any(text.startswith("...") or text[0].isupper() for text in STAGE_HELP.values())
 
 
 def test_a_comparison_is_of_the_values_of_one_key(capsys) -> None:

@@ -227,7 +227,7 @@ def from_environment(base_url: str | None = None, patience: Patience = Patience(
     to which the key would travel in clear.
     """
     key = key_from_environment()
-    url = base_url or os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL
+    url = base_url or base_url_from_environment()
     if not is_address(url):
         raise ProviderError(f"{BASE_URL_VARIABLE} is no address: https://HOST/v2, or unset it for the provider's own")
     if is_readable_on_the_way(url):
@@ -236,6 +236,14 @@ def from_environment(base_url: str | None = None, patience: Patience = Patience(
             "https://HOST/v2, or unset it for the provider's own (http is for this machine alone)"
         )
     return Api(key, url, patience)
+
+
+def base_url_from_environment() -> str:
+    return os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL
+
+
+def has_key() -> bool:
+    return bool(os.environ.get(KEY_VARIABLE, "").strip())
 
 
 def key_from_environment() -> str:

@@ -19,6 +19,7 @@ STOCK = ("HIGH", "MEDIUM", "LOW")
 
 class Runpod:
     name = "runpod"
+    not_asked = ""
 
     def __init__(self, client: RunpodClient | None = None):
         self.client = client or RunpodClient()

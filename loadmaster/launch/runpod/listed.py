@@ -1,0 +1,40 @@
+"""Runpod without an account: what a dry run can know with no key, from the catalogue's machines and list prices."""
+
+from __future__ import annotations
+
+from loadmaster import catalog
+from loadmaster.launch.provider import Machine, Offer, Volume
+from loadmaster.launch.runpod.http import KEY_VARIABLE, base_url_from_environment
+from loadmaster.launch.runpod.provider import Runpod
+
+
+class Listed(Runpod):
+    """Asks nobody: every machine counts as in stock, and no volume or machine as there. It can rent nothing."""
+
+    not_asked = f"the catalogue's list prices: {KEY_VARIABLE} is not set, so stock, prices and volumes were not asked"
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def api(self) -> str:
+        return base_url_from_environment().rstrip("/")
+
+    def offers(
+        self, gpus: list[str], counts: tuple[int, ...], cloud: str, nodes: int = 1, plain: bool = False
+    ) -> list[Offer]:
+        price = "pod_usd_per_hour" if cloud == "secure" else "community_usd_per_hour"
+        listed = {gpu: found[price] for gpu, found in catalog.prices()["gpus"].items() if price in found}
+        return [
+            Offer(gpu, catalog.gpus()[gpu]["name"], count, listed[gpu] * count * nodes, (), nodes)
+            for machine in catalog.machines()
+            if (gpu := machine["gpu"]) in gpus and gpu in listed and (plain or nodes <= machine["max_nodes"])
+            for count in machine["counts"]
+            if count in counts
+        ]
+
+    def volumes(self) -> list[Volume]:
+        return []
+
+    def machines(self) -> list[Machine]:
+        return []
