@@ -11,7 +11,6 @@ from loadmaster.config.fields import nearest
 from loadmaster.config.origins import COMMAND_LINE, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import Job, LaunchConfig
-from loadmaster.errors import ConfigError
 
 SERVED_RANK = 512
 """Largest rank that --max-lora-rank accepts (vllm 0.33.0); a test holds it to export's list."""
@@ -30,7 +29,7 @@ def servers_load_the_rank(job: Job, origins: Origins) -> Found:
 def servers_load_no_whole_modules(job: Job, origins: Origins) -> Found:
     """lora.modules_to_save is served merged: no server loads whole modules beside an adapter, so endpoint.serve_as is
     not adapter, nor is adapter the only format that a bundle could serve."""
-    if job.lora.modules_to_save and job.method != "full" and _serves_adapter(job):
+    if job.lora.modules_to_save and job.method != "full" and serves_adapter(job):
         message = f"{job.endpoint.server} loads adapters without whole modules (PEFTHelper of vllm 0.33.0)"
         yield "lora.modules_to_save", list(job.lora.modules_to_save), message, MERGED
 
@@ -39,7 +38,7 @@ def servers_load_no_whole_modules(job: Job, origins: Origins) -> Found:
 def servers_load_no_dora(job: Job, origins: Origins) -> Found:
     """lora.dora is served merged: no server loads DoRA adapters, so endpoint.serve_as is not adapter, nor is adapter
     the only format that a bundle could serve."""
-    if job.lora.dora and job.method != "full" and _serves_adapter(job):
+    if job.lora.dora and job.method != "full" and serves_adapter(job):
         yield "lora.dora", True, f"{job.endpoint.server} loads no DoRA adapters (PEFTHelper of vllm 0.33.0)", MERGED
 
 
@@ -51,26 +50,10 @@ def bundles_hold_what_a_server_loads(job: Job, origins: Origins) -> Found:
         yield "export.formats", ["gguf"], message, "export.formats=[gguf,bf16], or stop_after=export"
 
 
-@rule("model.name", "model.path", "endpoint.serve_as", "export.formats", "method", "stop_after")
-def servers_find_an_adapters_base(job: Job, origins: Origins) -> Found:
-    """Served as an adapter, model.name is the model in model.path: a server loads it by that name."""
-    from loadmaster.preflight.shape import base_name
-
-    if job.model.path is None or job.method == "full" or not _serves_adapter(job):
-        return
-    try:
-        called = base_name(job.model)
-    except ConfigError:  # of a folder that model_folder_exists refuses
-        return
-    if called != job.model.name:
-        message = f"is another model than the one in {job.model.path}, and servers load an adapter's base by its name"
-        yield "model.name", job.model.name, message, f"model.name=ITS-HUB-ID, or {MERGED}"
-
-
 MERGED = "export.formats=[adapter,bf16] (or fp8, ...) and endpoint.serve_as=bf16, where it is merged"
 
 
-def _serves_adapter(job: Job) -> bool:
+def serves_adapter(job: Job) -> bool:
     """Whether the adapter is what a bundle of this job serves."""
     only = set(job.export.formats) - {"gguf"} == {"adapter"} and job.stop_after in ("plan", "bundle")
     return job.endpoint.serve_as == "adapter" or (job.endpoint.serve_as == "auto" and only)

@@ -23,7 +23,7 @@ from loadmaster.config.schema import Job
 from loadmaster.endpoint import readme, settings
 from loadmaster.endpoint.plot import draw
 from loadmaster.endpoint.sizing import Sizing, size
-from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, ExportRejected, LoadmasterError, Problem
 from loadmaster.export.answers import kept
 from loadmaster.export.manifest import NAME, OLDEST_SERVER, is_served, read_manifest
 from loadmaster.files import publish_folder, write_json, write_text
@@ -90,13 +90,13 @@ def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
     if serve_as in unserved:
         why = manifests[serve_as].get("oldest_server", OLDEST_SERVER[serve_as])["because"]
         raise ConfigError([
-            Problem("endpoint.serve_as", serve_as, "the endpoint group, recipe or command line",
+            Problem("endpoint.serve_as", serve_as, IN_THE_JOB,
                     f"no server loads it: {why}", "endpoint.serve_as=bf16, with it in export.formats")
         ])  # fmt: skip
     if serve_as != "auto":
         if serve_as not in manifests:
             raise ConfigError([
-                Problem("endpoint.serve_as", serve_as, "the endpoint group, recipe or command line",
+                Problem("endpoint.serve_as", serve_as, IN_THE_JOB,
                         f"was not exported (there are: {', '.join(manifests)})",
                         f"add it to export.formats, or set endpoint.serve_as to auto or {next(iter(manifests))}")
             ])  # fmt: skip
@@ -104,7 +104,7 @@ def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
     servable = [name for name in manifests if name not in unserved]
     if not servable:
         raise ConfigError([
-            Problem("export.formats", list(manifests), "the export group, recipe or command line",
+            Problem("export.formats", list(manifests), IN_THE_JOB,
                     "holds nothing that the bundle's server loads (gguf is for llama.cpp and Ollama"
                     + (", an adapter with whole modules or DoRA for none)" if "adapter" in unserved else ")"),
                     f"export.formats=[{','.join([*manifests, 'bf16'])}], or stop_after=export")

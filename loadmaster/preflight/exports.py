@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loadmaster.config.rules import serving_rules
 from loadmaster.config.schema import Job
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.shape import Matrix, ModelShape
@@ -26,11 +27,18 @@ WHOLE = ("adapter", "bf16", "gguf")
 
 
 def refuse_unholdable(job: Job, shape: ModelShape) -> None:
-    """Raises ConfigError where the job ends with an export in a format that cannot hold this model.
+    """Raises ConfigError where the job ends with an export in a format that cannot hold this model, or with an adapter
+    to be served over another one.
 
-    Nothing is said of a model that is only estimated.
+    Nothing is said of formats for a model that is only estimated.
     """
-    if shape.estimate or job.stop_after in ("train", "evaluate"):
+    if job.stop_after in ("train", "evaluate"):
+        return
+    if job.method != "full" and serving_rules.serves_adapter(job) and shape.name != job.model.name:
+        message = f"is another model than the one in {job.model.path}, and servers load an adapter's base by its name"
+        remedy = f"model.name=ITS-HUB-ID, or {serving_rules.MERGED}"
+        raise ConfigError([Problem("model.name", job.model.name, IN_THE_JOB, message, remedy)])
+    if shape.estimate:
         return
     problems = {name: problem for name in job.export.formats if (problem := unholdable(name, shape))}
     if problems:

@@ -65,10 +65,6 @@ CASES = {
         ["export.formats=[gguf]"], "export.formats", "stop_after=export",
         ["export.formats=[gguf]", "stop_after=export"],
     ),
-    "servers_find_an_adapters_base": (
-        ["model.path=model", "model.name=Qwen/Qwen3-8B", "method=lora", "export=adapter"], "model.name",
-        "endpoint.serve_as=bf16", ["model.path=model", "model.name=me/mine", "method=lora", "export=adapter"],
-    ),
     "dora_reads_whole_weights": (
         ["lora.dora=true", "method=qlora"], "lora.dora", "method=lora", ["lora.dora=true", "method=lora"],
     ),

@@ -83,3 +83,14 @@ def test_the_plan_names_the_formats_and_what_would_do(tiny: Path, capsys, monkey
     assert "export.formats = [bf16,fp8_block]   on the command line" in said
     assert "64 inputs, which is no multiple of 128" in said or "64 outputs, which is no multiple of 128" in said
     assert "fix: export.formats=[bf16]" in said
+
+
+def test_an_adapter_is_not_served_over_a_model_of_another_name(tiny: Path, capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["plan", f"model.path={tiny}", "hardware=cpu", "method=lora", "export=adapter", "--json"]
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    assert "model.name = HuggingFaceTB/SmolLM2-135M-Instruct   in " in said and "conf/model/smollm2_135m.yaml:2" in said
+    assert "endpoint.serve_as=bf16" in said
+    assert main([*asked, "model.name=me/mine"]) == 0
+    assert main([*asked, "export.formats=[adapter,bf16]"]) == 0
