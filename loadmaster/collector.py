@@ -1,5 +1,5 @@
-"""Python's collector of cycles, off while a command starts and plans: what is made then stays until the end, and the
-collector would walk over all of it again and again."""
+"""Python's collector of cycles, off while a process starts, plans and imports: what is made then stays until the end,
+and the collector would walk over all of it again and again."""
 
 from __future__ import annotations
 

@@ -113,7 +113,6 @@ class Pipeline:
                 if stage == self.job.stop_after:
                     break
                 if stage == "plan":
-                    collector.resume()
                     self.stop.limit(self._deadline())
                 if self.stop.requested:
                     raise StoppedOnRequest(f"{self.stop.message} (after the stage {stage})")

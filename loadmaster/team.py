@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadmaster import collector
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import Job
 from loadmaster.config.show import show_error
@@ -87,6 +88,7 @@ class Team:
             remedy = "start it on every machine: python launch/torchrun.py train.py ... (docs/multi-gpu.md)"
             raise ConfigError([Problem("hardware.nodes", plan.hardware.nodes, "the plan (plan.json)", message, remedy)])
         if self.world is None and plan.world_size > 1:
+            collector.resume()
             return run_stage(stage, run_dir, plan.world_size, stop)
         import torch
 

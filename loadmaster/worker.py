@@ -15,6 +15,11 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from loadmaster import collector
+
+if __name__ == "__main__":  # before what takes long to import
+    collector.pause()
+
 from loadmaster.config.schema import Job
 from loadmaster.config.validate import check
 from loadmaster.errors import DISK_REMEDY, LoadmasterError, StoppedOnRequest, TrainingFailed

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadmaster import collector
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError, Problem, StoppedOnRequest
@@ -73,8 +74,10 @@ class StageRun:
 
     def run(self, stage: str) -> dict[str, Any]:
         """Figures of the stage. Raises LoadmasterError, or StoppedOnRequest on all ranks together."""
+        import loadmaster.training.loop  # noqa: F401  with the libraries below it
         from loadmaster.training.watchdog import Watchdog, as_they_begin
 
+        collector.resume()
         hang_s = None if self.job.launch.hang_timeout_s == "auto" else self.job.launch.hang_timeout_s
         # Alone, a request ends what is not training at once; of several, all agree where.
         together = self.stop.deferred() if self.world.size > 1 else contextlib.nullcontext()

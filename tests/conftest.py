@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["LOADMASTER_PRICES"] = os.devnull  # the shipped prices, whatever this machine's user has
 
+import gc
 import signal
 from pathlib import Path
 
@@ -39,6 +40,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     longest = LONGEST.get(config.option.markexpr, ())
     place = {config.rootpath / file: number for number, file in enumerate(longest)}
     items.sort(key=lambda item: place.get(item.path, len(longest)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # every collection of a model's memory would else walk over all that was imported
 
 
 @pytest.fixture(scope="session")

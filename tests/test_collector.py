@@ -2,14 +2,16 @@
 
 import gc
 import io
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from loadmaster import collector, pipeline
+from loadmaster import collector, pipeline, team
 from loadmaster.config.compose import compose
 from loadmaster.config.hydra_app import check_command
+from loadmaster.world_stages import StageRun
 
 
 @pytest.fixture
@@ -29,9 +31,17 @@ def test_it_is_off_for_the_plan_and_on_for_what_follows(paused, tmp_path, monkey
     seen = []
     planned = pipeline.planned
     monkeypatch.setattr(pipeline, "planned", lambda job: (seen.append(gc.isenabled()), planned(job))[1])
-    monkeypatch.setattr(pipeline.Pipeline, "train", lambda self: seen.append(gc.isenabled()))
+    monkeypatch.setattr(StageRun, "_make_materials", lambda self: seen.append(gc.isenabled()))
+    monkeypatch.setattr(StageRun, "_examine", lambda self, stage: None)
+    monkeypatch.setattr(StageRun, "_train", lambda self, watch: {})
     run(tmp_path / "run")
     assert seen == [False, True]
+
+
+def test_it_is_on_in_a_process_that_waits_for_its_workers(paused, monkeypatch):
+    monkeypatch.setattr(team, "run_stage", lambda *_: {"on": gc.isenabled()})
+    plan = SimpleNamespace(hardware=SimpleNamespace(nodes=1), world_size=2)
+    assert team.Team().run("train", None, plan, Path("."), None, None, None) == {"on": True}
 
 
 def test_it_is_on_in_a_process_that_follows_a_lead(paused, tmp_path, monkeypatch):

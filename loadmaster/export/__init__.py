@@ -18,12 +18,12 @@ __all__ = ["export_all", "refuse_unholdable", "report_table", "storable"]
 
 def refuse_unholdable(job: Job, base_folder: Path) -> None:
     """Raises ConfigError where the job ends with exports that its base says cannot be made: before it is trained."""
+    if job.stop_after not in ("export", "bundle"):
+        return
     from loadmaster.errors import IN_THE_JOB, ConfigError, ExportRejected, Problem
     from loadmaster.export.build import streamed
     from loadmaster.export.servers import aimed_at
 
-    if job.stop_after not in ("export", "bundle"):
-        return
     formats = list(dict.fromkeys(job.export.formats))
     try:
         streamed(formats, base_folder, aimed_at(job.endpoint.server))

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loadmaster import collector
 from loadmaster.errors import ExportRejected, LoadmasterError
 
 PROGRESS = "progress: "
@@ -104,6 +105,7 @@ def read_spec(arguments: list[str]) -> dict[str, Any]:
 
 def step(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run a step's main: an error that is the user's to act on is printed without a traceback."""
+    collector.resume()
     _end_with(read_spec(arguments).get("parent"))
     try:
         main(arguments)

@@ -19,6 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loadmaster import collector
+
+if __name__ == "__main__":  # before what takes long to import
+    collector.pause()
+
 import torch
 from torch import nn
 

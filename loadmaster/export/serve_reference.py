@@ -16,6 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loadmaster import collector
+
+if __name__ == "__main__":  # before what takes long to import
+    collector.pause()
+
 import numpy as np
 import torch
 from torch import nn

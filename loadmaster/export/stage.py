@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from loadmaster import collector
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.model_folder import broken_files
 from loadmaster.config.schema import Job
@@ -47,6 +48,7 @@ def export_all(
     echo: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Write and verify run_dir/export/<format>/ for every format of the job; see `loadmaster.export.export_all`."""
+    collector.resume()
     export = Export(job, plan, run_dir, base_folder, prepared, tokenizer, echo)
     done = {name: figures for name in job.export.formats if (figures := export.published(name)) is not None}
     for name in done:

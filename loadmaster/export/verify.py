@@ -21,6 +21,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loadmaster import collector
+
+if __name__ == "__main__":  # before what takes long to import
+    collector.pause()
+
 import numpy as np
 from torch import Tensor, nn
 
