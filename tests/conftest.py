@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # until all tests are imported, and what they import
 # A shell ignores SIGINT for what it runs in the background, and processes inherit that: Ctrl-C would go untested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -44,6 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # every collection of a model's memory would else walk over all that was imported
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

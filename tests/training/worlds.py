@@ -15,6 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from loadmaster import collector
 from tests.runs import ROOT, environment
 from tests.training.processes import free_port
 
@@ -46,10 +47,12 @@ def log_of(cases: Path, rank: int) -> Path:
 
 
 def main(name: str, cases: Path, size: int, nodes: int) -> int:
+    collector.pause()
     module = importlib.import_module(name)
     zero = ["deepspeed"] * ("zero" in cases.read_text())
     for each in ("peft", "transformers.models.llama.modeling_llama", *zero):
         importlib.import_module(each)
+    collector.resume()
     port, ranks = free_port(), []
     for rank in range(size):
         place = {} if size == 1 else {
