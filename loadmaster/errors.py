@@ -50,7 +50,7 @@ class ConfigError(LoadmasterError):
     exit_code = 2
 
     def __init__(self, problems: list[Problem], begun: bool = False):
-        """begun: found by the plan or later, when something had been started."""
+        """begun: found by a stage of a run, which has a directory by then."""
         self.problems, self.begun = problems, begun
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         body = "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))

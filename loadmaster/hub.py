@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from loadmaster import catalog
+from loadmaster.config.shipped import resolve_path
 
 if TYPE_CHECKING:
     from loadmaster.config.schema import Job
@@ -32,16 +35,37 @@ def settle(*models: str) -> None:
     a proxy, which resolves names itself, nothing is looked up.
     """
     global out_of_reach
-    if (models and all(name.lower() in catalog.shapes() for name in models)) or OFFLINE in os.environ or getproxies():
+    behind_proxy = set(getproxies()) & {"http", "https", "all"}
+    if (models and all(name.lower() in catalog.shapes() for name in models)) or OFFLINE in os.environ or behind_proxy:
         return
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
     try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        out_of_reach = f"{host} cannot be resolved: there is no network"
-        os.environ[OFFLINE] = "1"
+        host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+        if _is_unknown(host):
+            out_of_reach = f"{host} cannot be resolved: there is no network"
+            os.environ[OFFLINE] = "1"
+    except ValueError:  # HF_ENDPOINT is no address; the library says so
+        return
 
 
 def settle_for(job: Job) -> None:
-    """A job that is only planned asks for a shape; one that goes further may ask for anything."""
-    settle(*([job.model.name] if job.stop_after == "plan" else []))
+    """A job that is only planned asks for a shape; one that goes further may ask for anything, but where all is here.
+
+    What runs elsewhere is not for this machine to judge.
+    """
+    paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
+    is_local = job.model.path is not None and all(Path(resolve_path(path)).expanduser().exists() for path in paths)
+    if job.launch.name == "local" and not is_local:
+        settle(*([job.model.name] if job.stop_after == "plan" else []))
+
+
+def _is_unknown(host: str | None) -> bool:
+    """Whether a name cannot be resolved, asked again where that may pass."""
+    for pause_s in (1.0, 3.0, None):
+        try:
+            socket.getaddrinfo(host, 443)
+            return False
+        except OSError as error:
+            if error.errno != socket.EAI_AGAIN or pause_s is None:
+                return True
+            time.sleep(pause_s)
+    return True

@@ -139,7 +139,7 @@ class Pipeline:
             "bundle": self.bundle,
         }
         try:
-            with self.composed.located():
+            with self.composed.located(begun=True):
                 stages[stage]()
             seconds = time.perf_counter() - start
             self.run_dir.mark_done(stage, inputs, seconds)
@@ -194,6 +194,7 @@ class Pipeline:
         from loadmaster.export import refuse_unholdable
 
         self._refuse_other_hardware()
+        self.team.refuse_too_few(self.plan)
         self._refuse_another_model()
         refuse_unholdable(self.job, self.materials.base_folder)
         self.in_world("train")

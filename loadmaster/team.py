@@ -83,10 +83,7 @@ class Team:
         self, stage: str, job: Job, plan: Plan, run_dir: Path, stop: StopSignal, display: Display, materials: Materials
     ) -> dict[str, Any]:
         """Run a stage in as many processes as the plan says; returns its figures."""
-        if self.world is None and plan.hardware.nodes > 1:
-            message = f"the plan is for {plan.hardware.nodes} machines and this is one process on one of them"
-            remedy = "start it on every machine: python launch/torchrun.py train.py ... (docs/multi-gpu.md)"
-            raise ConfigError([Problem("hardware.nodes", plan.hardware.nodes, "the plan (plan.json)", message, remedy)])
+        self.refuse_too_few(plan)
         if self.world is None and plan.world_size > 1:
             collector.resume()
             return run_stage(stage, run_dir, plan.world_size, stop)
@@ -102,6 +99,13 @@ class Team:
         figures = StageRun(job, plan, run_dir, world, stop, display, materials, settings=self.settings).run(stage)
         self._together = True
         return figures
+
+    def refuse_too_few(self, plan: Plan) -> None:
+        """Raises ConfigError for one process where the plan is for several machines."""
+        if self.world is None and plan.hardware.nodes > 1:
+            message = f"the plan is for {plan.hardware.nodes} machines and this is one process on one of them"
+            remedy = "start it on every machine: python launch/torchrun.py train.py ... (docs/multi-gpu.md)"
+            raise ConfigError([Problem("hardware.nodes", plan.hardware.nodes, "the plan (plan.json)", message, remedy)])
 
     def follow(self, stop: StopSignal) -> int:
         """Run what the lead tells of, until it tells the exit code."""

@@ -114,15 +114,16 @@ class StageRun:
             self.world.barrier()
 
     def _examine(self, stage: str) -> None:
-        """Before training: can the task be asked, is every host fit, and are all alike? Raises LoadmasterError."""
+        """Before training: is every host fit, are all alike, and can the task be asked? Raises LoadmasterError."""
         from loadmaster.evaluation import refuse_unaskable
         from loadmaster.training.doctor import examine, needs_of
 
         if stage == "train":
-            refuse_unaskable(self.job.evaluation, self.materials.prepared.validation_conversations)
             fingerprint = self.materials.prepared.train.fingerprint
             settings = self.settings or job_hash(self.job)
             examine(self.world, settings, fingerprint, self.run_dir, needs_of(self.plan), self.display.echo)
+            if self.job.stop_after != "train":
+                refuse_unaskable(self.job.evaluation, self.materials.prepared.validation_conversations)
 
     # ------------------------------------------------------------------ train
 

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from loadmaster import catalog, hub
+from loadmaster.config.compose import compose
 from loadmaster.config.schema import ModelConfig
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.resolve import resolve_base
@@ -54,6 +55,30 @@ def test_a_plan_of_a_model_of_the_catalogue_looks_nothing_up(asked):
     assert not asked
     hub.settle("some/unknown-model")
     assert asked
+
+
+def test_a_failure_that_may_pass_is_tried_again(asked, monkeypatch):
+    answers = iter([socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), None])
+
+    def look_up(*_):
+        if error := next(answers):
+            raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+    hub.settle()
+    assert hub.out_of_reach is None and hub.OFFLINE not in os.environ
+
+
+def test_jobs_that_run_elsewhere_or_have_all_they_need_here_look_nothing_up(asked, tiny, monkeypatch):
+    hub.settle_for(compose(["launch=slurm"]).job)
+    hub.settle_for(compose([f"model.path={tiny}"]).job)
+    assert not asked
+    monkeypatch.setenv("HF_ENDPOINT", "http://[::1")  # no address
+    hub.settle()
+    monkeypatch.delenv("HF_ENDPOINT")
+    hub.settle_for(compose([]).job)
+    assert asked == ["huggingface.co"]
 
 
 def test_without_a_network_a_plan_fails_in_seconds_and_in_one_sentence(tmp_path):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import STAGES
 from loadmaster.pipeline import command_line, run
 from loadmaster.preflight.plan import Plan
 from loadmaster.rundir import RunDir
+from loadmaster.training.display import Display
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 EXPORTED = {"qlora_8b", "lora_8b", "full_8b"}
@@ -108,9 +110,10 @@ def test_full_70b_scaled_down_runs_on_several_processes(count, spread, tiny, tmp
         assert (folder / "export" / "bf16" / "manifest.json").is_file() and (folder / "bundle").is_dir()
 
 
-def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp_path):
+def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Display, "PLAIN_EVERY_S", 0.0)
     first = go(tiny, tmp_path, "stop_after=evaluate")[1]
-    assert "skipped" not in first
+    assert "skipped" not in first and "  2 of 2 answers" in first
     again = go(tiny, tmp_path, "stop_after=evaluate")[1]
     assert [f"{stage}: unchanged, skipped" in again for stage in ("plan", "train", "evaluate")] == [True] * 3
     changed = go(tiny, tmp_path, "stop_after=evaluate", "evaluation.max_new_tokens=5")[1]
@@ -133,6 +136,18 @@ def test_another_model_than_was_planned_is_not_trained(tiny, smollm2, tmp_path, 
     said = capsys.readouterr().err
     assert "num_hidden_layers=30, hidden_size=576" in said and "num_hidden_layers=2, hidden_size=64" in said
     assert "nothing was started" not in said and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_what_the_plan_cannot_judge_is_refused_before_training(tiny, tmp_path, capsys):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("starcoder2", **sizes, num_key_value_heads=2, vocab_size=49152)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "base")
+    words = ["method=full", "export.formats=[fp8_block]", "export.thresholds=null"]
+    assert go(tmp_path / "base", tmp_path, *words)[0] == 2
+    said = capsys.readouterr().err
+    assert "export.formats = [fp8_block]   on the command line" in said and "is not a multiple of 128" in said
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_a_task_that_the_held_out_rows_cannot_be_asked_is_refused_before_training(tiny, tmp_path, capsys):

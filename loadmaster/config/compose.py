@@ -47,8 +47,8 @@ class Composed:
     """Something of Hydra's own is set (a callback, a folder, logging): Hydra has to run the job itself."""
 
     @contextmanager
-    def located(self) -> Iterator[None]:
-        """Say of problems that are found in the job later, by the plan, where each field was set."""
+    def located(self, begun: bool = False) -> Iterator[None]:
+        """Say of problems that are found in the job later, by the plan, where each field was set. begun: see there."""
         try:
             yield
         except ConfigError as error:
@@ -56,7 +56,7 @@ class Composed:
                 replace(p, origin=origin_of(self.origins, p.key)) if p.origin == IN_THE_JOB else p
                 for p in error.problems
             ]
-            raise ConfigError(found, begun=True) from error
+            raise ConfigError(found, begun) from error
 
 
 def compose(

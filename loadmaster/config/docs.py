@@ -94,7 +94,7 @@ EXIT_CODES = """\
 | code | means |
 |---|---|
 | 0 | done |
-| 2 | the configuration (or the data) is wrong; nothing was started |
+| 2 | the configuration (or the data) is wrong |
 | 3 | nothing fits; `plan.json` says what would |
 | 4 | training failed |
 | 5 | an export did not pass verification; nothing is published |

@@ -143,6 +143,8 @@ def nearest_key(key: str, extra: Iterable[str] = ()) -> str | None:
     everything = [*fields(), *(s for s in sections() if s), *extra]
     same_name = [k for k in everything if k.rpartition(".")[2] == name]
     if section in sections() and (section or not same_name):
+        if name.lower() in ALIASES and not any(name in sibling for sibling in sections()[section]):
+            return ALIASES[name.lower()]
         siblings = {k.rpartition(".")[2]: k for k in [*sections()[section], *(extra if not section else ())]}
         if match := nearest(name, siblings):
             return siblings[match]
@@ -156,12 +158,12 @@ def nearest_key(key: str, extra: Iterable[str] = ()) -> str | None:
         return nearest(key, everything)
     leaves = {k.rpartition(".")[2]: k for k in reversed(fields())}
     like = nearest(name, leaves, cutoff=0.75)
-    return leaves[like] if like else nearest(section.rpartition(".")[2], filter(None, sections()))
+    return leaves[like] if like else nearest(section.rpartition(".")[2], filter(None, sections()), cutoff=0.75)
 
 
 def _in_a_section_like(section: str, name: str) -> str | None:
     """`optimzer.lr`, `training.lora.rank`: the field, where the section it is in is a real one misspelt."""
-    like = nearest(section.rpartition(".")[2], filter(None, sections()))
+    like = nearest(section.rpartition(".")[2], filter(None, sections()), cutoff=0.75)  # trainer is not tracker
     leaves = {k.rpartition(".")[2]: k for k in sections()[like]} if like else {}
     match = nearest(name, leaves)
     return leaves[match] if match else None

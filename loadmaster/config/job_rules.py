@@ -42,14 +42,14 @@ def validation_is_held_out(job: Job, origins: Origins) -> Found:
 
 @rule("data.path", "data.validation")
 def own_data_is_held_out_of_itself(job: Job, origins: Origins) -> Found:
-    """Data of one's own is not judged on held-out rows that are shipped, which another data group left there. (A file
-    that sets both, such as a run's config.yaml, means it.)"""
+    """Data of one's own is not judged on held-out rows that are shipped, which another data group left there. (Who
+    types them, or sets both in one file such as a run's config.yaml, means it.)"""
     paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
     held = job.data.validation
-    if all(path.startswith(SCHEME) for path in paths) or not (isinstance(held, str) and held.startswith(SCHEME)):
+    if any(path.startswith(SCHEME) for path in paths) or not (isinstance(held, str) and held.startswith(SCHEME)):
         return
-    file = _file(origin_of(origins, "data.path"))
-    if file in (COMMAND_LINE, DEFAULT) or file != _file(origin_of(origins, "data.validation")):
+    file, meant = _file(origin_of(origins, "data.path")), _file(origin_of(origins, "data.validation"))
+    if meant != COMMAND_LINE and file != meant:
         typed = paths[0] if isinstance(job.data.path, str) else f"[{','.join(paths)}]"
         message = f"would be judged on other data's held-out rows, data.validation={held}"
         remedy = f"data=file data.path={typed} holds out a share of its rows; or data.validation=0.05"

@@ -45,7 +45,7 @@ def servers_load_no_dora(job: Job, origins: Origins) -> Found:
 @rule("export.formats", "stop_after")
 def bundles_hold_what_a_server_loads(job: Job, origins: Origins) -> Found:
     """export.formats holds more than gguf where a bundle is made: it is written for vLLM or SGLang."""
-    if set(job.export.formats) == {"gguf"} and job.stop_after in ("plan", "bundle"):
+    if set(job.export.formats) == {"gguf"} and job.stop_after == "bundle":
         message = "gguf is for llama.cpp and Ollama, and a bundle is written for servers that do not load it"
         yield "export.formats", ["gguf"], message, "export.formats=[gguf,bf16], or stop_after=export"
 

@@ -131,7 +131,8 @@ def _local_files(path: str, key: str) -> list[Path] | None:
         files = sorted(p for p in place.rglob("*") if _suffix(p) in DATA_SUFFIXES and not _hidden(p, place))
         if not files:
             raise DataError(f"{key} = {path!r} is a folder with no {', '.join(DATA_SUFFIXES)} file in it")
-        return files
+        # Beside files of rows, a sheet is most often a table about them, or the same rows again.
+        return [file for file in files if _suffix(file) != ".csv"] or files
     if not place.is_file():
         return None
     if _suffix(place) not in DATA_SUFFIXES:
@@ -204,12 +205,12 @@ def _one_object(path: Path) -> tuple[dict[str, Any], bool] | None:
         if not first.startswith(b"{"):
             return None
         try:
-            value = json.loads(first)
+            value = json.loads(first.decode())  # as UTF-8: json would take bytes for UTF-16 too
             return (value, True) if isinstance(value, dict) and not any(lines) else None
         except ValueError:
             file.seek(0)
             try:
-                value = json.loads(file.read().removeprefix(codecs.BOM_UTF8))
+                value = json.loads(file.read().removeprefix(codecs.BOM_UTF8).decode())
                 return (value, False) if isinstance(value, dict) else None
             except ValueError:
                 return None
@@ -318,6 +319,8 @@ def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
                 row = next(cells, None)
             except csv.Error as error:
                 yield RawRow(origin, error=f"broken CSV: {error}")
+                if header is None:
+                    return
                 continue
             if row is None:
                 return
@@ -331,10 +334,22 @@ def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
                     yield RawRow(origin, None, *fault)
                     return
             elif len(row) == len(header):
-                yield RawRow(origin, dict(zip(header, row, strict=True)))
+                yield RawRow(origin, {column: _cell(text) for column, text in zip(header, row, strict=True)})
             elif row:  # an empty line is no row
                 few = "few" if len(row) < len(header) else "many"
                 yield RawRow(origin, error=f"has too {few} cells: {len(row)}, for {len(header)} columns")
+
+
+def _cell(text: str) -> Any:
+    """What a cell holds: text, but for a JSON list of turns, which is that list."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    are_turns = bool(value) and all(isinstance(turn, dict) and set(turn) & {"role", "from"} for turn in value)
+    return value if are_turns else text
 
 
 def _header_fault(header: list[str]) -> tuple[str, str] | None:

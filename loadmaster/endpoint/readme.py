@@ -113,8 +113,8 @@ def served(run_dir: Path, manifest: dict[str, Any]) -> str:
     server = found["server"].rpartition(", ")[2] if name == "gguf" else found["server"].partition(", ")[0]
     if not figures["passed"]:
         return (
-            f"The export was verified with transformers, and `loadmaster serve-check` found it served otherwise by "
-            f"{server}:\n{'; '.join(figures['failures'])}."
+            f"The export was verified with transformers, and did not pass `loadmaster serve-check` with {server}:\n"
+            f"{'; '.join(figures['failures'])}."
         )
     return (
         "The export was verified with transformers, in a process of its own, and `loadmaster serve-check` loaded and "

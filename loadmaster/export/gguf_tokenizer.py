@@ -27,7 +27,7 @@ PATTERNS = {
 
 def pre_tokenizer(backend: dict[str, Any]) -> str:
     """llama.cpp's name of what tokenizer.json does before merging. Raises ExportRejected where it has none."""
-    if backend["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(backend.get("pre_tokenizer")):
+    if backend["model"].get("type", "BPE") != "BPE" or "ByteLevel" not in json.dumps(backend.get("pre_tokenizer")):
         raise ExportRejected(
             "gguf is written for byte-level BPE tokenizers (Llama 3, Qwen, SmolLM, Mistral's Tekken); this one is of "
             "SentencePiece's kind, whose scores are not in tokenizer.json. Leave gguf out of export.formats, and "

@@ -86,7 +86,8 @@ class Order:
 
 def order(run_dir: Path, volume: str | None, name: str | None = None) -> Order:
     """Check the bundle, its artifact and every hash. volume: id or name of the network volume for the artifact; None:
-    the one on which a launched job left it. name: of the endpoint, None: after recipe and format.
+    the one on which a launched job left it. name: of the endpoint, None: that of the endpoint which this run was
+    deployed to, else after recipe and format.
 
     Raises ExportRejected for an artifact that is not what passed, LoadmasterError for what is missing or damaged.
     """
@@ -130,8 +131,7 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
             "endpoint.worker=handler needs its image: docker build -f bundle/Dockerfile -t IMAGE . in the run "
             "directory, push it, then endpoint.image=IMAGE and the bundle stage again"
         )
-    if name is not None:
-        request["name"] = endpoint_called(name)
+    request["name"] = endpoint_called(name) if name is not None else deployed_name(run_dir) or request["name"]
     request["env"] = {**(request.get("env") or {}), SERVES: json.dumps(_origin(manifest), sort_keys=True)}
     path = wanted.get("volume_path")
     if left is not None and path is None:
@@ -367,8 +367,11 @@ def write_deployment(run_dir: Path, deployed: dict[str, Any]) -> Path:
 
 def deployed_name(run_dir: Path) -> str | None:
     """Of the endpoint that was last deployed from this run; None: none, or it is not known."""
-    path = run_dir / "deployment.json"
-    return read_json(path).get("name") if path.is_file() else None
+    try:
+        name = read_json(run_dir / "deployment.json").get("name")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return name.removesuffix(FLASHBOOT_SUFFIX) if isinstance(name, str) else None
 
 
 def changes(before: Endpoint, request: CreateEndpoint) -> UpdateEndpoint | None:

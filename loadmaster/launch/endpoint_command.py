@@ -25,7 +25,7 @@ def add_parsers(commands: Any) -> None:
     made = commands.add_parser("deploy", help="put a run's bundle on an endpoint, validate and measure it")
     made.add_argument("run_dir", type=Path, metavar="RUN", help="run directory whose bundle stage is done")
     made.add_argument("--volume", metavar="ID", help="network volume for the artifact, by id or name")
-    made.add_argument("--name", metavar="NAME", help="of the endpoint (default: recipe and format, which it updates)")
+    made.add_argument("--name", metavar="NAME", help="of the endpoint (default: the run's own, else recipe and format)")
     made.add_argument(
         "--no-upload", action="store_true", help="the artifact is on the volume already, and is not looked at there"
     )
@@ -196,11 +196,11 @@ def _list(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _test(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import START_S, deployed_name, find, order
+    from loadmaster.launch.deploy import START_S, find, order
     from loadmaster.launch.validate import validate
 
     _refuse(rest)
-    wanted = order(arguments.run_dir, "not needed to ask", deployed_name(arguments.run_dir))
+    wanted = order(arguments.run_dir, "not needed to ask")
     with _client() as client:
         endpoint = find(client, wanted.request.name)
     if endpoint is None:

@@ -35,7 +35,7 @@ def resolve_base(model: ModelConfig) -> Path:
         return _from_hub(model)
     except Exception as error:  # the Hub client raises its own, requests', httpx' and OS errors
         hub_error = error
-    package = model.package if model.package and CARRIES.get(model.package, model.name) == model.name else None
+    package = model.package if model.package and _carries(model.package, model.name) else None
     if package is not None and importlib.util.find_spec(package) is not None:
         from loadmaster.models.gguf import convert_package
 
@@ -47,6 +47,10 @@ def resolve_base(model: ModelConfig) -> Path:
         f"fix: {hint}set model.path to a local folder with the model; "
         "for a gated model, accept its licence and set HF_TOKEN"
     )
+
+
+def _carries(package: str, name: str) -> bool:
+    return CARRIES.get(package, name).lower() == name.lower()
 
 
 def base_revision(model: ModelConfig, folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME
 from loadmaster.preflight.coefficients import coefficients
+from loadmaster.preflight.exports import export_problems
 from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, rentable
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.search import (
@@ -114,6 +115,8 @@ def reasons(
     said += about_verification(job, chosen, verification)
     if shape.estimate:
         said.append(f"an estimate: {shape.estimate}")
+    if job.stop_after == "plan":  # else they are refused
+        said += [f"the export will not pass: {p.key}: {p.message}; {p.remedy}" for p in export_problems(job, shape)]
     if shape.name != job.model.name:
         said.append(f"model.path holds another model than {job.model.name}; it is called {shape.name}: set model.name")
     return said

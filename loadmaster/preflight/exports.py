@@ -1,6 +1,6 @@
 """What a format of export cannot hold of a model, as far as its config.json says: a word before training, not after.
 
-The export itself judges by the tensors and the tokenizer (`loadmaster.export.build.refusals`), again before training.
+The export itself judges by the tensors and the tokenizer (`loadmaster.export.build.streamed`), again before training.
 """
 
 from __future__ import annotations
@@ -27,25 +27,27 @@ WHOLE = ("adapter", "bf16", "gguf")
 
 
 def refuse_unholdable(job: Job, shape: ModelShape) -> None:
-    """Raises ConfigError where the job ends with an export in a format that cannot hold this model, or with an adapter
-    to be served over another one.
+    """Raises ConfigError where the job ends with an export that cannot be made of this model, or cannot be served."""
+    found = list(export_problems(job, shape))
+    if found and job.stop_after in ("export", "bundle"):
+        raise ConfigError(found)
 
-    Nothing is said of formats for a model that is only estimated.
-    """
+
+def export_problems(job: Job, shape: ModelShape) -> Iterator[Problem]:
+    """What the exports of a job would come to grief on; of a model that is only estimated no format is judged."""
     if job.stop_after in ("train", "evaluate"):
         return
-    if job.method != "full" and serving_rules.serves_adapter(job) and shape.name != job.model.name:
-        message = f"is another model than the one in {job.model.path}, and servers load an adapter's base by its name"
-        remedy = f"model.name=ITS-HUB-ID, or {serving_rules.MERGED}"
-        raise ConfigError([Problem("model.name", job.model.name, IN_THE_JOB, message, remedy)])
-    if shape.estimate:
-        return
     problems = {name: problem for name in job.export.formats if (problem := unholdable(name, shape))}
-    if problems:
+    if problems and not shape.estimate:
         left = [name for name in job.export.formats if name not in problems] or ["bf16"]
         message = "; ".join(f"{name} cannot hold {shape.name}: {problem}" for name, problem in problems.items())
         remedy = f"export.formats=[{','.join(left)}], or stop_after=evaluate"
-        raise ConfigError([Problem("export.formats", list(job.export.formats), IN_THE_JOB, message, remedy)])
+        yield Problem("export.formats", list(job.export.formats), IN_THE_JOB, message, remedy)
+    renamed = shape.name != job.model.name and job.method != "full" and job.stop_after != "export"
+    if renamed and serving_rules.serves_adapter(job):
+        message = f"is another model than the one in {job.model.path}, and servers load an adapter's base by its name"
+        remedy = f"model.name=ITS-HUB-ID, or {serving_rules.MERGED}"
+        yield Problem("model.name", job.model.name, IN_THE_JOB, message, remedy)
 
 
 def unholdable(name: str, shape: ModelShape) -> str | None:

@@ -387,4 +387,8 @@ def name_of(model: ModelConfig, config: dict[str, Any]) -> str:
     if model.path is None or shipped is None:
         return model.name
     held, named = full_config(config)[0], full_config(shipped)[0]
-    return model.name if all(held.get(key) == named.get(key) for key in KEPT_SIZES) else Path(model.path).resolve().name
+    if all(held.get(key) == named.get(key) for key in KEPT_SIZES):
+        return model.name
+    folder = Path(model.path).expanduser().resolve()
+    cached = next((part for part in reversed(folder.parts) if part.startswith("models--")), None)  # of the Hub's cache
+    return "/".join(cached.split("--")[1:]) if cached else folder.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -221,10 +222,21 @@ def test_a_csv_file_without_a_header_that_names_its_columns_says_so(tmp_path, co
 
 
 def test_csv_files_of_folders_are_read_and_an_empty_one_has_no_rows(tmp_path, write_jsonl):
-    write_jsonl([{"n": 1}], "b.jsonl")
     (tmp_path / "A.CSV").write_text("n\n2\n")
     (tmp_path / "c.csv").write_text("")
-    assert rows_of(tmp_path) == [("A.CSV:2", {"n": "2"}), ("b.jsonl:1", {"n": 1})]
+    assert rows_of(tmp_path) == [("A.CSV:2", {"n": "2"})]
+    write_jsonl([{"n": 1}], "b.jsonl")  # beside it they are tables about the rows, or the same rows
+    assert rows_of(tmp_path) == [("b.jsonl:1", {"n": 1})]
+
+
+def test_a_csv_cell_with_a_list_of_turns_is_that_list_and_any_other_is_text(tmp_path):
+    turns = '[{"role": "user", "content": "hi"}]'
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "completion"], [turns, '[{"name": "x"}]'], ["[1, 2]", "[not JSON]"]])
+    assert [row for _, row in rows_of(tmp_path / "a.csv")] == [
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": '[{"name": "x"}]'},
+        {"prompt": "[1, 2]", "completion": "[not JSON]"},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,10 @@ def test_a_folder_with_another_model_is_not_called_by_a_shipped_ones_name(smollm
         (tmp_path / "mine/config.json").write_text(json.dumps({**config, **change}))
         assert base_name(ModelConfig(name=named.name, path=str(tmp_path / "mine"))) == name
     assert base_name(ModelConfig(name="me/mine", path=str(tmp_path / "mine"))) == "me/mine"
+    cached = tmp_path / "models--org--name/snapshots/0123abc"
+    cached.mkdir(parents=True)
+    (cached / "config.json").write_text((tmp_path / "mine/config.json").read_text())
+    assert base_name(ModelConfig(name=named.name, path=str(cached))) == "org/name"
 
 
 def test_an_unknown_name_gives_the_nearest_known_ones() -> None:
