@@ -118,7 +118,8 @@ def test_what_another_job_deployed_is_named_before_it_is_replaced(bundled, tmp_p
     ]  # fmt: skip
     assert main(["endpoint", "test", second]) == 0  # finds it by the name it was given
     capsys.readouterr()
-    assert told in deploy(second, "--yes")
+    assert "replaces" not in deploy(second, "--yes") and len(account.endpoints) == 2  # and so does this
+    assert told in deploy(second, "--yes", "--name", "tickets-bf16")
     (there,) = (e for e in account.endpoints.values() if "tickets" in e["name"])
     del there["env"]["LOADMASTER_SERVES"]  # an earlier version made it
     assert "it does not say which job deployed it" in deploy(first, "--dry-run")
