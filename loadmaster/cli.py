@@ -29,7 +29,7 @@ from loadmaster import __version__, collector, hub
 from loadmaster.config.fields import nearest
 from loadmaster.config.schema import STAGES
 from loadmaster.config.show import show_error
-from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.launch.endpoint_command import add_parsers
 
 STAGE_HELP = {
@@ -159,12 +159,14 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.config.hydra_app import run_app
 
     _refuse_other_end(arguments.stage, overrides)
-    if arguments.compare:
-        return _compare(arguments.compare, overrides)
-    if arguments.nodes is not None:
-        return _scaling(arguments.nodes, overrides)
-    if arguments.json:
-        return _plan_json(overrides)
+    if arguments.compare or arguments.nodes is not None or arguments.json:
+        from loadmaster import plan_command
+
+        if arguments.compare:
+            return plan_command.side_by_side(arguments.compare, overrides)
+        if arguments.nodes is not None:
+            return plan_command.on_more_nodes(arguments.nodes, overrides)
+        return plan_command.as_json(overrides)
 
     def run_stages(composed: Composed) -> int:
         hub.settle_for(composed.job)
@@ -183,61 +185,12 @@ def _refuse_other_end(stage: str, overrides: list[str]) -> None:
             raise ConfigError([Problem(key, value, "command line", f"`loadmaster {stage}` ends after {stage}", remedy)])
 
 
-def _scaling(nodes: str, overrides: list[str]) -> int:
-    """Plan the same job on several numbers of nodes; nothing is written. 3 when it fits on none."""
-    from loadmaster.config.compose import compose
-    from loadmaster.pipeline import dataset_tokens
-    from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling
-
-    composed = compose([*overrides, "stop_after=plan"])
-    hub.settle(composed.job.model.name)
-    job = composed.job
-    with composed.located():
-        steps = scaling(job, parse_nodes(nodes), dataset_tokens(job))
-    print_scaling(job, steps, Console())
-    return 0 if any(step.plan.fits for step in steps) else DoesNotFit.exit_code
-
-
-def _plan_json(overrides: list[str]) -> int:
-    """plan.json on stdout, for programs; nothing is written. 3 when nothing fits."""
-    from loadmaster.config.compose import compose
-    from loadmaster.pipeline import planned
-
-    composed = compose([*overrides, "stop_after=plan"])
-    hub.settle(composed.job.model.name)
-    with composed.located():
-        plan = planned(composed.job)
-    print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
-    return 0 if plan.fits else DoesNotFit.exit_code
-
-
 def _prices(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.launch.prices import refresh_prices, show_prices
 
     if overrides:
         _parser().error(f"prices does not know {' '.join(overrides)}")
     return refresh_prices(Console()) if arguments.refresh else show_prices(Console())
-
-
-def _compare(compare: str, overrides: list[str]) -> int:
-    """Plan the same job once for each value of one key; nothing is written."""
-    from loadmaster.config.compose import compose
-    from loadmaster.pipeline import dataset_tokens
-    from loadmaster.preflight import make_plan
-    from loadmaster.preflight.table import print_comparison
-
-    key, equals, values = compare.partition("=")
-    if not equals:
-        remedy = "--compare hardware=l40s_x1,h200_x1"
-        raise ConfigError([Problem("--compare", compare, "command line", "compares values of one key", remedy)])
-    plans = []
-    jobs = [compose([*overrides, f"{key}={value}"]) for value in values.split(",")]
-    hub.settle(*(composed.job.model.name for composed in jobs))
-    for composed in jobs:
-        with composed.located():
-            plans.append(make_plan(composed.job, dataset_tokens(composed.job)))
-    print_comparison(plans, Console())
-    return 0
 
 
 def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -60,12 +60,12 @@ def settle_for(job: Job) -> None:
 
 def _is_unknown(host: str | None) -> bool:
     """Whether a name cannot be resolved, asked again where that may pass."""
-    for pause_s in (1.0, 3.0, None):
+    for pause_s in (0.0, 1.0, 3.0):
+        time.sleep(pause_s)
         try:
             socket.getaddrinfo(host, 443)
             return False
         except OSError as error:
-            if error.errno != socket.EAI_AGAIN or pause_s is None:
-                return True
-            time.sleep(pause_s)
+            if error.errno != socket.EAI_AGAIN:
+                break
     return True

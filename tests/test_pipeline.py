@@ -156,6 +156,8 @@ def test_a_task_that_the_held_out_rows_cannot_be_asked_is_refused_before_trainin
     mine = ["data=file", f"data.path={tmp_path / 'mine.json'}", "data.validation=0.3", "evaluation.task=json_fields"]
     assert go(tiny, tmp_path, "stop_after=evaluate", *mine)[0] == 2
     assert "json_fields needs references that are JSON objects" in capsys.readouterr().err
+    reasons = json.loads((tmp_path / "run/plan.json").read_text())["reasons"]
+    assert any("of mine.json" in reason for reason in reasons) and str(tmp_path) not in str(reasons)
     assert not (tmp_path / "run/adapter").exists()
 
 

@@ -14,9 +14,7 @@ Files on the volume stay: they cost nothing beside the volume, and the next try 
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -27,8 +25,10 @@ from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
 from loadmaster.files import read_json, write_json
 from loadmaster.launch.context import undisturbed
+from loadmaster.launch.endpoint_name import SERVES, deployed_name, endpoint_called, origin
 from loadmaster.launch.inference import Inference, NotAnswered
 from loadmaster.launch.left import Left, away, copied_by
+from loadmaster.launch.provider import PREFIX
 from loadmaster.launch.runpod.client import FLASHBOOT_SUFFIX, RunpodClient
 from loadmaster.launch.runpod.types import (
     CreateEndpoint,
@@ -42,13 +42,9 @@ from loadmaster.launch.runpod.types import (
 )
 from loadmaster.launch.validate import Expected, validate
 
-PREFIX = "loadmaster-"
 START_S = 1200.0
 """Cold start of a large model from a slow volume, with the image's first pull."""
 POLL_S = 5.0
-SERVES = "LOADMASTER_SERVES"
-"""Variable of the endpoint that says which job's export it serves; no server reads it."""
-NAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Connect = Callable[[Mapping[str, str]], Inference]
 Put = Callable[[NetworkVolume], Any]
@@ -132,7 +128,7 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
             "directory, push it, then endpoint.image=IMAGE and the bundle stage again"
         )
     request["name"] = endpoint_called(name) if name is not None else deployed_name(run_dir) or request["name"]
-    request["env"] = {**(request.get("env") or {}), SERVES: json.dumps(_origin(manifest), sort_keys=True)}
+    request["env"] = {**(request.get("env") or {}), SERVES: origin(manifest)}
     path = wanted.get("volume_path")
     if left is not None and path is None:
         raise LoadmasterError(
@@ -167,32 +163,6 @@ def _failed_when_served(run_dir: Path, exported: dict[str, Any]) -> str | None:
     if figures is None or figures["passed"] or found["created_utc"] < exported["created_utc"]:
         return None
     return f"{'; '.join(figures['failures'])} ({path})"
-
-
-def endpoint_called(name: str) -> str:
-    """With the beginning by which `ours` finds it. Raises LoadmasterError for what is no name."""
-    name = name.removesuffix(FLASHBOOT_SUFFIX).removeprefix(PREFIX)
-    if not NAMED.fullmatch(name):
-        raise LoadmasterError(f"--name {name!r} is no name of an endpoint: letters, digits, dots, dashes, at most 64")
-    return f"{PREFIX}{name}"
-
-
-def _origin(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Of which job, base model and data the export is."""
-    base, data = manifest.get("base_model") or {}, manifest.get("data") or {}
-    return {"job_hash": manifest.get("job_hash"), "base_model": base.get("name"), "data": data.get("sha256")}
-
-
-def replaced(before: Endpoint, request: CreateEndpoint) -> str | None:
-    """What another job deployed under this name, in a sentence; None: it was this one."""
-    try:
-        there = json.loads(before.env[SERVES])
-        words = f"job {str(there['job_hash'])[:12]} (base {there['base_model']}, data {str(there['data'])[:12]})"
-    except (KeyError, TypeError, ValueError):
-        return "it does not say which job deployed it; this replaces what is there, --name NAME makes another beside it"
-    if before.env[SERVES] == (request.env or {}).get(SERVES):
-        return None
-    return f"this replaces what {words} deployed; --name NAME makes another endpoint beside it"
 
 
 def deploy(
@@ -363,15 +333,6 @@ def write_deployment(run_dir: Path, deployed: dict[str, Any]) -> Path:
     path = run_dir / "deployment.json"
     write_json(path, {"schema": 1, **deployed})
     return path
-
-
-def deployed_name(run_dir: Path) -> str | None:
-    """Of the endpoint that was last deployed from this run; None: none, or it is not known."""
-    try:
-        name = read_json(run_dir / "deployment.json").get("name")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return name.removesuffix(FLASHBOOT_SUFFIX) if isinstance(name, str) else None
 
 
 def changes(before: Endpoint, request: CreateEndpoint) -> UpdateEndpoint | None:

@@ -63,7 +63,8 @@ def add_parsers(commands: Any) -> None:
 
 
 def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import deploy, find, order, replaced, write_deployment
+    from loadmaster.launch.deploy import deploy, find, order, write_deployment
+    from loadmaster.launch.endpoint_name import replaced
     from loadmaster.training.stop import StopSignal
 
     _refuse(rest)
@@ -107,7 +108,8 @@ def _print_request(wanted: Order) -> None:
     """What would be sent now; without an account the request as the bundle has it, and what would be looked up."""
     import json
 
-    from loadmaster.launch.deploy import changes, exact, find, replaced
+    from loadmaster.launch.deploy import changes, exact, find
+    from loadmaster.launch.endpoint_name import replaced
     from loadmaster.launch.runpod.http import KEY_VARIABLE
     from loadmaster.launch.runpod.types import body
 

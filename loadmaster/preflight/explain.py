@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from loadmaster import catalog
@@ -125,7 +126,9 @@ def reasons(
 def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
     """How much is trained on in the hours and for the dollars of the plan."""
     paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
-    named = ", ".join(paths)
+    # By file name: exports carry the plan, and are passed on.
+    named = ", ".join(Path(path).name if Path(path).expanduser().exists() else path for path in paths[:3])
+    named += f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     count = steps(job, dataset_tokens)
     if count is None:
         return [f"no hours or dollars: how much {named} holds is not known here; max_steps would say it"]

@@ -1,0 +1,52 @@
+"""`loadmaster plan --json`, `--nodes` and `--compare`: plans that are shown, and of which nothing is written."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+
+from loadmaster import hub
+from loadmaster.config.compose import compose
+from loadmaster.errors import ConfigError, DoesNotFit, Problem
+from loadmaster.pipeline import dataset_tokens, planned
+from loadmaster.preflight import make_plan
+from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling
+from loadmaster.preflight.table import print_comparison
+
+
+def on_more_nodes(nodes: str, overrides: list[str]) -> int:
+    """Plan the same job on several numbers of nodes; nothing is written. 3 when it fits on none."""
+    composed = compose([*overrides, "stop_after=plan"])
+    hub.settle(composed.job.model.name)
+    job = composed.job
+    with composed.located():
+        steps = scaling(job, parse_nodes(nodes), dataset_tokens(job))
+    print_scaling(job, steps, Console())
+    return 0 if any(step.plan.fits for step in steps) else DoesNotFit.exit_code
+
+
+def as_json(overrides: list[str]) -> int:
+    """plan.json on stdout, for programs; nothing is written. 3 when nothing fits."""
+    composed = compose([*overrides, "stop_after=plan"])
+    hub.settle(composed.job.model.name)
+    with composed.located():
+        plan = planned(composed.job)
+    print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
+    return 0 if plan.fits else DoesNotFit.exit_code
+
+
+def side_by_side(compare: str, overrides: list[str]) -> int:
+    """Plan the same job once for each value of one key; nothing is written."""
+    key, equals, values = compare.partition("=")
+    if not equals:
+        remedy = "--compare hardware=l40s_x1,h200_x1"
+        raise ConfigError([Problem("--compare", compare, "command line", "compares values of one key", remedy)])
+    plans = []
+    jobs = [compose([*overrides, f"{key}={value}"]) for value in values.split(",")]
+    hub.settle(*(composed.job.model.name for composed in jobs))
+    for composed in jobs:
+        with composed.located():
+            plans.append(make_plan(composed.job, dataset_tokens(composed.job)))
+    print_comparison(plans, Console())
+    return 0
