@@ -4,7 +4,8 @@
     python benchmarks/loss_bands.py --data alpaca.json --model meta-llama/Llama-3.2-1B --rows 8 --length 2048
 
 Every run has the same weights, rows, order, seed and settings; only what numbers are held in differs. Losses are
-means over windows of 50 steps, and of the held-out rows before and after.
+means over windows of 50 steps, and of the held-out rows before and after. On a CPU, FP8 products over a frozen base are
+imitated: the same codes and scales, multiplied in float32.
 benchmarks/results/loss_bands-<date>-<device>.json and .md are written anew after each run.
 """
 
@@ -21,12 +22,15 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from loadmaster.config.schema import BatchConfig, DataConfig, HardwareConfig, Job, ModelConfig, OptimizerConfig
 from loadmaster.data import prepare
+from loadmaster.models import frozen
 from loadmaster.models.load import load_tokenizer
 from loadmaster.models.resolve import resolve_base
 from loadmaster.preflight import make_plan
@@ -43,6 +47,7 @@ RUNS: list[dict[str, Any]] = [
     {"name": "LoRA, float32", "method": "lora", "precision": "fp32"},
     {"name": "LoRA, bf16", "method": "lora", "precision": "bf16"},
     {"name": "LoRA, frozen base in FP8", "method": "lora", "precision": "fp8"},
+    {"name": "LoRA, frozen base and products in FP8", "method": "lora", "precision": "fp8", "products": True},
     {"name": "QLoRA, nf4 base, bf16", "method": "qlora", "precision": "bf16"},
     {"name": "full, float32", "method": "full", "precision": "fp32"},
     {"name": "full, bf16, fp32 master weights", "method": "full", "precision": "bf16"},
@@ -74,8 +79,23 @@ def plan_of(run: dict[str, Any], job: Job, compiles: bool) -> Plan:
     )
 
 
+def imitated(rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor, fast: bool) -> Tensor:
+    return ((rows.float() * row_scale) @ codes.float().t() * scale).bfloat16()
+
+
 def train(run: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if run.get("products") and device.type == "cpu":
+        with (
+            patch.object(frozen, "_on_fp8_units", lambda *_: True),
+            patch.object(frozen, "_sums_in_full", lambda *_: True),
+            patch.object(frozen, "_on_units", imitated),
+        ):
+            return trained(run, given, device)
+    return trained(run, given, device)
+
+
+def trained(run: dict[str, Any], given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     job = job_of(run, given)
     folder = resolve_base(job.model)
     tokenizer = load_tokenizer(folder)

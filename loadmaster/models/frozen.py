@@ -16,13 +16,16 @@ are plain uint8 so that nothing takes them for numbers: FSDP2's mixed precision 
 gives an adapter the dtype of a floating-point base. A block of 64 that runs over the end of a row is no matter: FSDP2
 gathers the whole layer before it is used. All frozen parameters take no gradient.
 
-Neither direction keeps anything the size of a weight: the backward pass dequantizes once more.
+Neither direction keeps anything the size of a weight: the backward pass dequantizes, or lays out, once more.
 
     nf4   y = x dequantize(W)^T                        dx = dy dequantize(W)
     fp8   y = (x Q^T) s      W = diag(s) Q             dx = (dy s) Q      Q is exact in bf16 and s in fp32
 
-On CUDA from compute capability 8.9 on, fp8's first product runs on the fp8 units with a scale for each row of x, taken
-as it comes (torch._scaled_mm). That path's speed and loss are not measured yet; everywhere else Q is cast to x's dtype.
+On CUDA from compute capability 8.9 on, both of fp8's products run on the fp8 units (torch._scaled_mm): x and dy s are
+rounded to E4M3 with a scale for each row, taken as it comes. The units read both factors along what is summed over, so
+Q is copied, turned, for the second product. Sums of the first are added up the units' fast way, those of gradients in
+full where that costs nothing (`_sums_in_full`); torchao's float8 training does the same. The speed of that path is not
+measured yet; everywhere else Q is cast to x's dtype.
 """
 
 from __future__ import annotations
@@ -260,11 +263,39 @@ def _has_fp8_units(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= (8, 9)
 
 
+@torch.compiler.assume_constant_result
+def _sums_in_full(index: int) -> bool:
+    """Whether fp8 products with scales by row are as fast with every sum in fp32: where cuBLAS has them, on Hopper from
+    CUDA 12.9 on. PyTorch's own kernel, which does it elsewhere, is slow then (pytorch/ao #1325, pytorch #157905)."""
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    return torch.cuda.get_device_capability(index)[0] == 9 and cuda >= (12, 9)
+
+
 def _scaled_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """(x Q^T) s on the fp8 units, x [..., in] quantized by row, Q [out, in] float8, s [out] -> [..., out]."""
     rows, row_scale = _to_fp8(x.reshape(-1, x.shape[-1]))
-    product = torch._scaled_mm(rows, codes.t(), row_scale, scale[None, :], out_dtype=torch.bfloat16)
-    return product.view(*x.shape[:-1], -1).to(x.dtype)
+    return _on_units(rows, row_scale, codes, scale[None, :], fast=True).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _scaled_gradient(grad: Tensor, weight: Tensor, scale: Tensor, fast: bool) -> Tensor:
+    """(dy s) Q on the fp8 units, dy s [..., out] quantized by row, Q [out, in] as uint8, s [out] -> [..., in]."""
+    rows, row_scale = _to_fp8(_times(grad, scale).reshape(-1, weight.shape[0]))
+    turned = weight.t().contiguous().view(torch.float8_e4m3fn)
+    ones = scale.new_ones(1, turned.shape[0])
+    return _on_units(rows, row_scale, turned, ones, fast).view(*grad.shape[:-1], -1).to(grad.dtype)
+
+
+def _on_units(rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor, fast: bool) -> Tensor:
+    """(rows codes^T) row_scale scale in bf16, of codes [n, k] and [m, k], scales [n, 1] and [1, m] -> [n, m].
+
+    fast: sums are not kept in fp32 all along.
+    """
+    return torch._scaled_mm(rows, codes.t(), row_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
+def _times(x: Tensor, scale: Tensor) -> Tensor:
+    """x [..., n] times scale [n]: by out= the product is taken in fp32 and rounded once, with no fp32 copy of x."""
+    return torch.mul(x, scale, out=torch.empty_like(x))
 
 
 class _FP8Matmul(torch.autograd.Function):
@@ -277,14 +308,14 @@ class _FP8Matmul(torch.autograd.Function):
         if _on_fp8_units(x, weight.shape[0]):
             product = _scaled_product(x, codes, scale)
         else:
-            product = x @ codes.to(x.dtype).t()
-            product = torch.mul(product, scale, out=torch.empty_like(product))
+            product = _times(x @ codes.to(x.dtype).t(), scale)
         # Never in place: a selective checkpoint may hold the product (recompute.py).
         return product if bias is None else product + bias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         weight, scale = ctx.saved_tensors
-        codes = torch.ops.loadmaster.fp8_values(weight, grad.dtype)
-        # With out=, the product is taken in fp32 and rounded once, and no fp32 copy of the gradient is made.
-        return torch.mul(grad, scale, out=torch.empty_like(grad)) @ codes, None, None, None
+        if _on_fp8_units(grad, weight.shape[1]):
+            fast = not grad.is_meta and not _sums_in_full(grad.device.index)
+            return _scaled_gradient(grad, weight, scale, fast), None, None, None
+        return _times(grad, scale) @ torch.ops.loadmaster.fp8_values(weight, grad.dtype), None, None, None

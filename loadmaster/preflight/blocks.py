@@ -135,7 +135,7 @@ class Blocks:
 
         def work() -> None:
             if min(inputs, outputs) < NARROW:  # an adapter's: bound by memory
-                tape.moved(w * rows * inputs, w * rows * outputs, w * groups * inputs * outputs)
+                tape.moved(w * rows * inputs, w * rows * outputs, w * groups * inputs * outputs, fused=False)
                 return
             tape.work.matmul_flops += 2.0 * rows * inputs * outputs
             tape.work.kernels += 1

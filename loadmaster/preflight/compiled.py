@@ -13,8 +13,15 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     2 r    for each adapter
     a byte for each input of an adapter, and 6 h + 2 dq more, with dropout on all linears
 
-On an H100 a sketch of such an engine took 32.9 GiB (LoRA 8B, 2 x 2048), 23.2 over nf4, and 38.6 (full 3B, 4 x 2048):
-benchmarks/reference_runs.py has them beside this. Fused kernels' own temporaries are not known.
+and trained with products in FP8, where norms and the product of gate and up are made again for their casts,
+
+    2 h    for its input and the sum after attention (with four norms: three)
+    4      for each norm
+    5 dq + 4 dk + 4 heads                           (the output in FP8 as well); norms on q and k as above
+    4 f                                             (gate, up)
+
+On an H100 a sketch of such an engine took 32.9 GiB (LoRA 8B, 2 x 2048), 23.2 over nf4, and 38.6 (full 3B, 4 x 2048), or
+32.5 in FP8: benchmarks/reference_runs.py has them beside this. Fused kernels' own temporaries are not known.
 """
 
 from __future__ import annotations
@@ -28,22 +35,25 @@ from loadmaster.preflight.shape import ModelShape
 
 @cache
 def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
-    """Of one token and dense layer; None where it is not known: fused matrices, experts, fp32, full in fp8, and norms
-    that are trained beside an adapter, or DoRA."""
+    """Of one token and dense layer; None where it is not known: fused matrices, experts, fp32, and norms that are trained
+    beside an adapter, or DoRA."""
     if setup.adapters and (setup.dora or saved.layer_parameters(shape, setup.modules_to_save)):
         return None
-    if shape.fused or shape.experts or setup.precision == "fp32" or (setup.precision == "fp8" and not setup.adapters):
+    if shape.fused or shape.experts or setup.precision == "fp32":
         return None
     h, f, dq, dk = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size
     adapted = {m.name for m in shape.adapted(setup.lora_targets)} if setup.adapters else set()
     everything = {m.name for m in shape.matrices()}
     trained = adapted if setup.adapters else everything
     inputs = 2 if shape.norms == 2 else 3
-    inputs += bool(trained & {"q_proj", "k_proj", "v_proj"}) + bool(trained & {"gate_proj", "up_proj"})
+    in_fp8 = setup.precision == "fp8" and not setup.adapters
+    if not in_fp8:
+        inputs += bool(trained & {"q_proj", "k_proj", "v_proj"}) + bool(trained & {"gate_proj", "up_proj"})
     kept = 2 * h * inputs + 4 * shape.norms + 4 * dq + 4 * dk + 4 * shape.heads
     if shape.query_key_norm:
         kept += 2 * dq + 2 * dk + 4 * (shape.heads + shape.key_value_heads)
-    kept += (6 if "down_proj" in trained else 4) * f + 2 * setup.lora_rank * len(adapted)
+    kept += dq if in_fp8 else 0
+    kept += (6 if "down_proj" in trained and not in_fp8 else 4) * f + 2 * setup.lora_rank * len(adapted)
     if setup.lora_dropout and adapted:
         if adapted != everything:
             return None

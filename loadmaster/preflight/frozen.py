@@ -10,6 +10,9 @@ from loadmaster.preflight.shape import Matrix
 WIDE = 512
 """loadmaster.models.recompute.WIDE; a test holds the two equal."""
 
+SHARING = ("k_proj", "v_proj", "up_proj")
+"""Matrices of a layer whose input another one has as well."""
+
 if TYPE_CHECKING:
     from loadmaster.preflight.blocks import Blocks
 
@@ -21,7 +24,7 @@ def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
 
     def work() -> None:
         tape.work.matmul_flops += 2.0 * n * m.weight
-        tape.moved(m.weight / 2, dequantized)
+        tape.moved(m.weight / 2, dequantized, fused=False)
         tape.work.kernels += 2
 
     def backward(g: Storage, _: list) -> list:
@@ -46,42 +49,61 @@ def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
 
 
 def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
-    """models/frozen.py: x is cast to fp8 by row through fp32; the backward casts the weight to bf16."""
+    """models/frozen.py: x, and the gradient times the weight's scales, are cast to fp8 by row through fp32; the backward
+    copies the weight's codes turned. Compiled, a cast reads its input twice, and matrices of one input share it."""
     tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
 
+    def cast(width: int, shared: bool = False) -> list[Storage]:
+        if not b.setup.compiled:
+            tape.moved(w * n * width, w * n * width, 4 * 4 * n * width, n * width)
+            tape.work.kernels += 5
+        elif not shared:
+            tape.moved(w * n * width, w * n * width, n * width, fused=False)
+        scale = tape.alloc(4 * n)
+        wide = tape.alloc(4 * n * width)
+        codes = tape.alloc(n * width)
+        del wide
+        return [scale, codes]
+
     def backward(g: Storage, _: list) -> list:
-        tape.work.matmul_flops += 2.0 * n * m.weight
-        tape.moved(m.weight, w * m.weight, g.bytes, g.bytes)
-        tape.work.kernels += 2
+        tape.moved(g.bytes, g.bytes)
+        tape.moved(m.weight, m.weight, fused=False)
+        tape.work.fp8_flops += 2.0 * n * m.weight
+        tape.work.kernels += 1
         with tape.tagged("quantization"):
-            full = tape.alloc(w * m.weight)
             scaled = tape.alloc(g.bytes)
+            rows = cast(m.outputs)
+            del scaled
+            turned = [tape.alloc(m.weight), tape.alloc(4 * m.inputs)]
         gx = tape.alloc(w * n * m.inputs)
-        del full, scaled
+        del rows, turned
         return [gx]
 
-    tape.work.fp8_flops += 0.0 if not tape.runs(kept) else 2.0 * n * m.weight
-    tape.moved(x.bytes, x.bytes, 4 * 4 * n * m.inputs, n * m.inputs)
-    tape.work.kernels += 6
+    if tape.runs(kept):
+        tape.work.fp8_flops += 2.0 * n * m.weight
+        tape.work.kernels += 1
     with tape.tagged("quantization"):
-        scale = tape.alloc(4 * n)
-        wide = tape.alloc(4 * n * m.inputs)
-        codes = tape.alloc(n * m.inputs)
-        del wide
+        rows = cast(m.inputs, m.name in SHARING)
     out = tape.op(w * n * m.outputs, [x], [], backward, kept)
-    del codes, scale
+    del rows
     return out
 
 
 def fp8_training_matmul(b: Blocks, x: Tensor, weight: Tensor, m: Matrix) -> Tensor:
-    """torchao's float8 linear, a scale for each tensor: factors are cast at each use, and nothing in fp8 is kept."""
+    """torchao's float8 linear, a scale for each tensor: factors are cast at each use, and nothing in fp8 is kept.
+
+    Compiled, a cast reads its input twice and is made once for all that use it.
+    """
     tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
     needs_x = x.node is not None
 
-    def cast(elements: float) -> Storage:
+    def cast(elements: float, shared: bool = False) -> Storage:
         """Largest magnitude, product with the scale in fp32, clamped, rounded."""
-        tape.moved(w * elements, w * elements, elements)
-        tape.work.kernels += 6
+        if not b.setup.compiled:
+            tape.moved(w * elements, w * elements, 6 * 4 * elements, elements)
+            tape.work.kernels += 6
+        elif not shared:
+            tape.moved(w * elements, w * elements, elements, fused=False)
         with tape.tagged("quantization"):
             tape.alloc(w * elements)
             wide = tape.alloc(4 * elements)
@@ -94,7 +116,7 @@ def fp8_training_matmul(b: Blocks, x: Tensor, weight: Tensor, m: Matrix) -> Tens
 
     def copied(codes: Storage) -> Storage:
         """In the layout that the units take."""
-        tape.moved(codes.bytes, codes.bytes)
+        tape.moved(codes.bytes, codes.bytes, fused=False)
         with tape.tagged("quantization"):
             return tape.alloc(codes.bytes)
 
@@ -109,14 +131,14 @@ def fp8_training_matmul(b: Blocks, x: Tensor, weight: Tensor, m: Matrix) -> Tens
         product()
         gx = tape.alloc(w * n * m.inputs)
         del laid
-        second, inputs = cast(rows), cast(n * m.inputs)
+        second, inputs = cast(rows, shared=True), cast(n * m.inputs, m.name in SHARING)
         laid = [copied(second), copied(inputs)]
         product()
         gw = tape.alloc(w * m.weight)
         del laid, first, codes, second, inputs
         return [gx if needs_x else None, gw]
 
-    codes = [cast(n * m.inputs), cast(m.weight)]
+    codes = [cast(n * m.inputs, m.name in SHARING), cast(m.weight)]
     if tape.runs(kept):
         product()
     out = tape.op(w * n * m.outputs, [x, weight], [x.storage, weight.storage], backward, kept)

@@ -148,7 +148,7 @@ def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
         logits = grad = None
         for c, times in chunks(rows):
             tape.work.matmul_flops += times * 2.0 * c * v * h * (1 + needs_hidden + needs_head)
-            tape.work.bytes_moved += times * (10 * 4 * c * v if needs_hidden else 5 * 4 * c * v)
+            tape.moved(times * (10 * 4 * c * v if needs_hidden else 5 * 4 * c * v), fused=False)
             tape.work.kernels += 13 * times
             narrow = tape.alloc(w * c * v)
             logits = narrow if w == 4 else tape.alloc(4 * c * v)
@@ -156,7 +156,7 @@ def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
             capped = logits if b.shape.logit_softcap else None  # tanh of them over the cap, beside the capped ones
             if capped is not None:
                 logits = tape.alloc(4 * c * v)
-                tape.work.bytes_moved += times * 4 * c * v * (15 if needs_hidden else 6)
+                tape.moved(times * 4 * c * v * (15 if needs_hidden else 6), fused=False)
                 tape.work.kernels += times * (7 if needs_hidden else 3)
             normaliser = tape.alloc(4 * c)
             if tape.in_place:
@@ -200,7 +200,7 @@ def preference_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tenso
     def logits_of(c: int, times: int) -> tuple[Storage, Storage | None]:
         """And, where they are capped, tanh of what they were over the cap."""
         tape.work.matmul_flops += times * 2.0 * c * v * h
-        tape.work.bytes_moved += times * 5.0 * 4 * c * v
+        tape.moved(times * 5.0 * 4 * c * v, fused=False)
         tape.work.kernels += 6 * times
         narrow = tape.alloc(w * c * v)
         logits = narrow if w == 4 else tape.alloc(4 * c * v)

@@ -156,6 +156,8 @@ class Work:
     attention_flops: float = 0.0
     bytes_moved: float = 0.0
     """By kernels that are bound by memory: every input read and every output written once."""
+    bytes_unfused: float = 0.0
+    """Of those, by kernels that compiled layers leave as they are: narrow products, casts to fewer bits, the loss."""
     kernels: int = 0
 
     def plus(self, other: Work, times: float = 1.0) -> Work:
@@ -220,8 +222,11 @@ class Tape:
         finally:
             self.tag = before
 
-    def moved(self, *sizes: float) -> None:
+    def moved(self, *sizes: float, fused: bool = True) -> None:
+        """fused: in a compiled layer, with the kernels around it."""
         self.work.bytes_moved += sum(sizes)
+        if not fused:
+            self.work.bytes_unfused += sum(sizes)
         self.work.kernels += 1
 
     def needs(self, *inputs: Tensor) -> bool:

@@ -61,7 +61,8 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     seconds += work.attention_flops / (peak * value("efficiency", "attention"))
     traffic, kernels = work.bytes_moved, work.kernels
     if setup.compiled:  # elementwise kernels are fused: fewer of them, and what is between two of them is not written
-        traffic, kernels = traffic * value("compiled", "traffic"), kernels * value("compiled", "kernels")
+        traffic = work.bytes_unfused + (traffic - work.bytes_unfused) * value("compiled", "traffic")
+        kernels *= value("compiled", "kernels")
     seconds += traffic / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
     seconds = max(seconds, kernels * value("efficiency", "launch_us") * 1e-6)
     if setup.checkpointing == "offload":  # there and back, beside the layers

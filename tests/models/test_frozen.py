@@ -124,6 +124,36 @@ def test_products_on_fp8_units_are_off_by_the_rounding_of_the_inputs_alone():
     torch.testing.assert_close(y.float(), expected, rtol=8e-3, atol=1e-3)
 
 
+def test_gradients_on_fp8_units_are_off_by_the_rounding_of_the_upstream_gradient_alone():
+    layer = layer_of("fp8", 64, 128, torch.bfloat16)
+    upstream = torch.randn(2, 16, 64, dtype=torch.bfloat16)
+    found = frozen._scaled_gradient(upstream, layer.weight, layer.scale, fast=True)
+    rows, scale = frozen._to_fp8((upstream * layer.scale).to(torch.bfloat16).view(-1, 64))
+    codes = layer.weight.view(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(found.float(), (rows.float() * scale @ codes).view(2, 16, 128), rtol=8e-3, atol=1e-3)
+    exact = upstream.float() @ layer.dequantized(torch.float32)
+    assert (found - exact).norm() < 0.04 * exact.norm()  # E4M3 rounds by 2^-4 at most, by some 2.6% on average
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_fp8_units_both_products_take_codes_and_nothing_the_size_of_a_weight_stays(monkeypatch, compiled):
+    """By PyTorch's CPU kernel of the same product, in the layouts that a GPU's wants (it checks nothing; meta does)."""
+    monkeypatch.setattr(frozen, "_on_fp8_units", lambda x, out_features: True)
+    monkeypatch.setattr(frozen, "_sums_in_full", lambda index: False)
+    layer = layer_of("fp8", 128, 256, torch.bfloat16, bias=True)
+    x = torch.randn(32, 256, dtype=torch.bfloat16, requires_grad=True)
+    y, kept = saved_for_backward(torch.compile(layer, fullgraph=True) if compiled else layer, x)
+    assert all(tensor.untyped_storage().nbytes() <= layer.weight.numel() for tensor in kept)
+    assert sum(tensor.numel() * tensor.element_size() for tensor in kept) <= layer.weight.numel() + 4 * 128
+    upstream = torch.randn_like(y)
+    found = torch.autograd.grad(y, x, upstream)[0].float()
+    weight = layer.dequantized(torch.float32)
+    exact = (upstream.float() @ weight, nn.functional.linear(x.float(), weight, layer.bias.float()))
+    assert (found - exact[0]).norm() < 0.04 * exact[0].norm() and (y - exact[1]).norm() < 0.04 * exact[1].norm()
+    meta = copy.deepcopy(layer).to("meta")
+    meta(torch.randn(32, 256, dtype=torch.bfloat16, device="meta", requires_grad=True)).sum().backward()
+
+
 def test_fp8_scales_are_not_rounded_to_the_compute_dtype():
     """One rounded to bf16 would put every weight of its row off by the same, up to 0.2%, and the merge would not."""
     layer = layer_of("fp8", 128, 64, torch.bfloat16)

@@ -79,13 +79,14 @@ def test_a_compiled_layer_keeps_what_its_partitioner_chose() -> None:
 CHANGES = [
     {}, {"method": "full"}, {"method": "qlora"}, {"lora_dropout": 0.1}, {"precision": "fp8"},
     {"lora_targets": ("q_proj", "v_proj")}, {"lora_targets": ("gate_proj", "down_proj")},
+    {"method": "full", "precision": "fp8"},
 ]  # fmt: skip
 
 
 def changes(family: str) -> list[dict]:
     """All of llama's; of the others each method, and one more."""
     if family in ("llama", "gemma2"):
-        return CHANGES if family == "llama" else CHANGES[:2]
+        return CHANGES if family == "llama" else [*CHANGES[:2], CHANGES[-1]]
     return [*CHANGES[:3], CHANGES[2 + list(SIZES).index(family)]]
 
 
