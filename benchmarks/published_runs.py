@@ -56,10 +56,10 @@ def titan_h100(count: int, nodes: int) -> Hardware:
     return replace(card, memory_gib=95.0, bandwidth_gb_per_s=2400, tflops=tflops, network_gbps=3200)
 
 
-def fsdp(method: str, masters: bool, world: int, sequence_length: int, **more) -> Setup:
+def fsdp(method: str, masters: bool, world: int, sequence_length: int, precision: str = "bf16", **more) -> Setup:
     return Setup(
-        method=method, precision="bf16", optimizer="adamw", master_weights=masters, sharding="fsdp", world_size=world,
-        gpus_per_node=8, micro_batch_size=2, sequence_length=sequence_length, **more,
+        method=method, precision=precision, optimizer="adamw", master_weights=masters, sharding="fsdp",
+        world_size=world, gpus_per_node=8, micro_batch_size=2, sequence_length=sequence_length, **more,
     )  # fmt: skip
 
 
@@ -84,31 +84,31 @@ SELECTIVE = (
     "selective checkpointing: memory by arithmetic over their policy, time halfway between none and full; fp32 weights "
     "sharded and cast for each gathering"
 )
-COMPILED = "; compiled, so norms, rotary embedding and SwiGLU are fused kernels that keep and move less"
+COMPILED = "; compiled, of which the arithmetic over memory knows nothing"
 ROOT = (
     "here embedding and head are one unit that stays whole to the end of the backward pass and whose gradients are "
     "reduced in fp32 ({0} GiB of weights, {1} of gradients on their way); theirs are units of their own, in bf16"
 )
 
 
-def titan(name: str, world: int, gib: float, each: float, differs: str, why_speed: str = "") -> Run:
-    machine, setup = titan_h100(8, world // 8), fsdp("full", True, world, 8192, checkpointing="selective")
-    return Run(name, TITAN, LLAMA + "8B", machine, setup, gib, world * each, differs, why_speed=why_speed)
+def titan(name: str, world: int, gib: float, each: float, differs: str, **more) -> Run:
+    machine, setup = titan_h100(8, world // 8), fsdp("full", True, world, 8192, checkpointing="selective", **more)
+    return Run(name, TITAN, LLAMA + "8B", machine, setup, gib, world * each, differs)
 
 
 RUNS = (
     titan("8B full, 8x H100", 8, 82.4, 5762, SELECTIVE),
-    titan("8B full, 8x H100, compiled", 8, 77.0, 6667, SELECTIVE + COMPILED),
-    titan("8B full, 8x H100, compiled, float8", 8, 76.8, 8532, SELECTIVE + COMPILED + "; matmuls in fp8",
-          "this engine trains full weights in bf16, uncompiled: the model has neither gain for them"),
+    titan("8B full, 8x H100, compiled", 8, 77.0, 6667, SELECTIVE + COMPILED, compiled=True),
+    titan("8B full, 8x H100, compiled, float8", 8, 76.8, 8532, SELECTIVE + COMPILED + "; weights gathered in float8",
+          compiled=True, precision="fp8"),
     titan("8B full, 128x H100", 128, 67.0, 5605, SELECTIVE),
-    titan("8B full, 128x H100, compiled", 128, 62.0, 6514, SELECTIVE + COMPILED),
+    titan("8B full, 128x H100, compiled", 128, 62.0, 6514, SELECTIVE + COMPILED, compiled=True),
     Run("70B full, 8x A100, CPU offload", TUNE, LLAMA + "70B", from_catalog("a100_80gb", 8),
-        fsdp("full", False, 8, 2048, checkpointing="full", offload="all"), 13.9, 1568, "compiled; moments in bf16",
+        fsdp("full", False, 8, 2048, checkpointing="full", offload="all", compiled=True), 13.9, 1568, "moments in bf16",
         why_gib=ROOT.format("3.9", "11.7")),
     Run("405B QLoRA, 8x A100", TUNE, LLAMA + "405B", from_catalog("a100_80gb", 8),
-        fsdp("qlora", True, 8, 2048, checkpointing="full"), 44.8, 653,
-        "compiled; adapters on fewer linears; their table has GB for this row and GiB for all others",
+        fsdp("qlora", True, 8, 2048, checkpointing="full", compiled=True), 44.8, 653,
+        "adapters on fewer linears; their table has GB for this row and GiB for all others",
         why_gib="here embedding and head stay whole (7.8 GiB), the next layer is gathered ahead of its use (three "
         "buffers of 1.6 GiB), and a dequantized matrix is counted inside its kernel (1.7 GiB)"),
 )  # fmt: skip

@@ -65,8 +65,8 @@ TRANSFORMERS = (
     "SDPA's flash kernel, which keeps the same tensors. Nothing else differs, so this is the replay against a card"
 )
 RECAST = (
-    "torchao's products over a base in bf16, which is cast at each use, where this engine holds it in FP8: 6.5 GiB less, "
-    "and some 30 ms a step"
+    "torchao's products over a base in bf16, which is cast at each use, where this engine holds it in FP8: 6.5 GiB "
+    "less, and some 30 ms a step"
 )
 STATES = {"optimizer": "adamw_bf16", "master_weights": False}
 RUNS = (

@@ -35,8 +35,8 @@ from loadmaster.preflight.shape import ModelShape
 
 @cache
 def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
-    """Of one token and dense layer; None where it is not known: fused matrices, experts, fp32, and norms that are trained
-    beside an adapter, or DoRA."""
+    """Of one token and dense layer; None where it is not known: fused matrices, experts, fp32, DoRA, and norms that are
+    trained beside an adapter."""
     if setup.adapters and (setup.dora or saved.layer_parameters(shape, setup.modules_to_save)):
         return None
     if shape.fused or shape.experts or setup.precision == "fp32":

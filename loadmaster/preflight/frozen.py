@@ -49,8 +49,8 @@ def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
 
 
 def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
-    """models/frozen.py: x, and the gradient times the weight's scales, are cast to fp8 by row through fp32; the backward
-    copies the weight's codes turned. Compiled, a cast reads its input twice, and matrices of one input share it."""
+    """models/frozen.py: x, and the gradient times the weight's scales, are cast to fp8 by row through fp32; the
+    backward copies the weight's codes turned. Compiled, a cast reads its input twice, and is made once for an input."""
     tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
 
     def cast(width: int, shared: bool = False) -> list[Storage]:
