@@ -55,7 +55,8 @@ class Written:
 def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, QuantizeLinears]:
     """How each candidate of `formats` is written whose weights stream through.
 
-    source: the model to export, or its base, which tells as much. Raises ExportRejected where a format cannot hold it.
+    source: the model to export, or its base, which tells as much. Raises ExportRejected where a format cannot hold it,
+    or the server does not know the format.
     """
     config = read_json(source / "config.json")
     if reasons := candidates.refusals(formats, config.get("model_type", "unknown")):
@@ -72,7 +73,16 @@ def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, 
             f"nvfp4 needs inputs in multiples of {NVFP4_GROUP}; a layer has {odd[0]}. "
             "Take export.formats=[fp8] instead."
         )
-    return candidates.streamed(wanted, linear)
+    found = candidates.streamed(wanted, linear)
+    for config in [quantization_config(each.quantizer) for each in found.values()]:
+        for_server(config, server)
+    if "nvfp4" in wanted:
+        for_server(NVFP4, server)
+    return found
+
+
+NVFP4 = {"format": "nvfp4-pack-quantized", "config_groups": {"": {"weights": {"scale_dtype": "torch.float8_e4m3fn"}}}}
+"""What of llm-compressor's config for nvfp4 a server has to know."""
 
 
 @dataclass

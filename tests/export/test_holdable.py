@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from loadmaster import catalog
 from loadmaster.cli import main
-from loadmaster.config.schema import ExportConfig, Job, ModelConfig
+from loadmaster.config.schema import EndpointConfig, ExportConfig, Job, ModelConfig
 from loadmaster.errors import ConfigError, ExportRejected
 from loadmaster.export import refuse_unholdable
-from loadmaster.export.build import streamed
+from loadmaster.export.build import NVFP4, streamed
 from loadmaster.export.servers import aimed_at
 from loadmaster.preflight.exports import refuse_unholdable as refuse_by_shape
 from loadmaster.preflight.exports import unholdable
@@ -75,6 +76,28 @@ def test_a_base_whose_tokenizer_gguf_cannot_hold_is_refused_before_it_is_trained
         refuse_unholdable(job, folder)
     refuse_unholdable(job, tiny)
     refuse_unholdable(Job(export=job.export, stop_after="evaluate"), folder)
+
+
+def test_formats_that_an_old_server_does_not_know_are_refused_before_training(tiny: Path) -> None:
+    def refuse(name: str, version: str) -> None:
+        endpoint = EndpointConfig(server=f"vllm=={version}")
+        job = Job(model=ModelConfig(path=str(tiny)), export=ExportConfig(formats=["bf16", name]), endpoint=endpoint)
+        refuse_unholdable(job, tiny)
+
+    with pytest.raises(ConfigError, match=r"vllm 0\.10\.2 .*scale_dtype=torch\.float8_e4m3fn"):
+        refuse("nvfp4", "0.10.2")
+    refuse("nvfp4", "0.14.0")
+    refuse("int4", "0.8.5")
+
+
+def test_what_nvfp4_asks_of_a_server_is_what_its_scheme_writes() -> None:
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    written = preset_name_to_scheme("NVFP4", ["Linear"]).model_dump(mode="json")
+    young = catalog.servers()["fields"]["arguments"]
+    for part in ("weights", "input_activations"):
+        said = {name: value for name, value in written[part].items() if name in young and value is not None}
+        assert said == NVFP4["config_groups"][""]["weights"]
 
 
 def test_the_plan_names_the_formats_and_a_run_is_refused(tiny: Path, capsys, monkeypatch, tmp_path: Path) -> None:
