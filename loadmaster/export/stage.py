@@ -38,8 +38,6 @@ from loadmaster.preflight.shape import base_name
 
 SCRATCH = ".work.partial"
 FINGERPRINTS = ".fingerprints.json"
-FEW_TOKENS = 500
-"""Of which the 99th percentile is five."""
 HUB_BLOB = re.compile("[0-9a-f]{64}")
 
 
@@ -154,8 +152,9 @@ class Export:
                 shutil.copytree(chosen, folder, dirs_exist_ok=True, copy_function=copy)
             figures["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             self.echo("  " + table.line(name, figures))
-        tokens = min((figures["tokens"] for figures in results.values() if "tokens" in figures), default=FEW_TOKENS)
-        if tokens < FEW_TOKENS:
+        counts = [figures["tokens"] for figures in results.values() if "tokens" in figures]
+        tokens = min(counts, default=thresholds.FEW_TOKENS)
+        if tokens < thresholds.FEW_TOKENS:
             self.echo(
                 f"  these figures are of {tokens} held-out tokens, too few to tell much: a larger data.validation, or "
                 "export.verification_rows where it cuts them"

@@ -46,7 +46,8 @@ def refresh_prices(console: Console, client: RunpodClient | None = None) -> int:
         pod = 0 if kind is None else kind.price.secure if kind.secure else kind.price.community
         if pod:
             figures = {"pod": pod, "community": kind.price.community, "serverless": kind.price.serverless}
-            gpus[name] = {"date": today, **{f"{key}_usd_per_hour": value for key, value in figures.items() if value}}
+            gpus[name] = {"date": today, "hosts": "secure" if kind.secure else "community"}
+            gpus[name] |= {f"{key}_usd_per_hour": value for key, value in figures.items() if value}
     if not gpus:
         raise ProviderError(f"{source} lists no price of a GPU of the catalogue; the prices stay as they were")
     serverless = all("serverless_usd_per_hour" in prices for prices in gpus.values())

@@ -13,7 +13,7 @@ from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import export_problems
-from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, rentable
+from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, not_offered, rentable
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.search import (
     Candidate,
@@ -97,6 +97,7 @@ def reasons(
         return said + [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
     said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase that needs most"]
     said += how_much(job, dataset_tokens)
+    said += filter(None, [not_offered(chosen.hardware)])
     if found.nearest:
         better = found.nearest[-1]
         said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")

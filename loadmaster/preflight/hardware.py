@@ -105,8 +105,13 @@ def from_catalog(gpu: str, count: int, nodes: int = 1) -> Hardware:
         network_gbps=machine.get("network_gbps", 0.0),
         disk_gb=machine.get("disk_gb"),
         usd_per_hour=None if price is None else price["pod_usd_per_hour"] * count * nodes,
-        price_note="" if price is None else f"{catalog.prices()['provider']} list price of {price['date']}",
+        price_note="" if price is None else f"{catalog.prices()['provider']} list price of {dated(price)}",
     )
+
+
+def dated(price: dict) -> str:
+    """The day of a price of the catalogue, and where it is not one of the provider's own data centres."""
+    return f"{price['date']} (community hosts)" if price.get("hosts") == "community" else str(price["date"])
 
 
 def priced(hardware: Hardware, own: dict[str, float] | None) -> Hardware:
@@ -115,6 +120,20 @@ def priced(hardware: Hardware, own: dict[str, float] | None) -> Hardware:
     if usd is None:
         return hardware
     return replace(hardware, usd_per_hour=usd * hardware.world_size, price_note=OWN_PRICE)
+
+
+def not_offered(hardware: Hardware) -> str | None:
+    """A sentence where a machine has a list price for each GPU and the catalogue has no such machine to rent."""
+    machine = next((m for m in catalog.machines() if m["gpu"] == hardware.gpu), None)
+    if machine is None or hardware.usd_per_hour is None or hardware.price_note == OWN_PRICE:
+        return None
+    counts, nodes = machine["counts"], machine["max_nodes"]
+    if hardware.count in counts and (hardware.nodes == 1 or (hardware.nodes <= nodes and hardware.count == counts[-1])):
+        return None
+    comes = f"{', '.join(map(str, counts[:-1]))} or {counts[-1]} GPUs" + (" of one node" if nodes == 1 else "")
+    clusters = f", or 2 to {nodes} nodes of {counts[-1]}" if nodes > 1 else ""
+    said = f"the catalogue knows no {hardware.label} to rent: {hardware.gpu} comes as {comes}{clusters}"
+    return f"{said}; the price here is that of so many single GPUs"
 
 
 def rentable() -> list[Hardware]:

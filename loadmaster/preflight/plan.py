@@ -141,6 +141,12 @@ class Plan:
     schema: int = SCHEMA
 
     @property
+    def refusal(self) -> str | None:
+        """Why there is no plan where memory is not why."""
+        refused = [row["reason"] for row in self.rejected]
+        return refused[0] if refused and not self.fits and not any(row["plan"] for row in self.rejected) else None
+
+    @property
     def world_size(self) -> int:
         return self.hardware.count * self.hardware.nodes
 

@@ -17,6 +17,8 @@ from loadmaster.preflight.setup import sharding_words
 BAR_WIDTH = 40
 ELSEWHERE_ROWS = 6
 RUNNERS_UP = 4
+LONG_VERIFICATION = 0.2
+"""Share of a run's hours from which its verification is named beside them."""
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -27,6 +29,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
+    if plan.refusal:
+        verdict = f"[red]cannot run as asked[/]: {escape(plan.refusal)}"
     line(f"[bold]{escape(plan.model.name)}[/] ({_billions(plan.model.parameters)}) on {_place(plan)}: {verdict}")
     line(_settings(plan))
     console.print(_memory_table(plan))
@@ -176,10 +180,14 @@ def _speed(plan: Plan) -> str:
         return "speed: not predicted, the card is not in the catalogue"
     said = f"{plan.tokens_per_second:,.0f} tokens/s (modelled)"
     counted = "" if plan.hardware.gpu == "cpu" else " with start, load and export"
+    moving = (plan.verification or {}).get("moving_hours", 0.0)
+    if plan.hours and moving > LONG_VERIFICATION * plan.hours and plan.hardware.gpu != "cpu":
+        counted += f" ({moving:.1f} h of them moving layers to verify the exports)"
     said += "" if plan.hours is None else f", {plan.hours:.2f} h{counted}"
     if plan.price:
         said += "" if plan.cost_usd is None else f", ${plan.cost_usd:.2f}"
         listed = ", ".join(plan.price[key] for key in ("provider", "date") if plan.price[key])
+        listed += ", community hosts" if plan.price.get("hosts") == "community" else ""
         said += f" at ${plan.price['usd_per_hour']:.2f}/h ({listed})"
     return said
 

@@ -32,6 +32,14 @@ def test_every_figure_beyond_its_limit_is_named(change, failing):
     assert [sentence.split()[0] for sentence in found] == failing
 
 
+def test_a_share_of_few_tokens_may_be_short_of_its_limit_by_chance():
+    good = {"top1_agreement": 0.9485, "tokens": 194}
+    assert failures(good, DEFAULTS["bf16"]) == []
+    (said,) = failures({**good, "top1_agreement": 0.91}, DEFAULTS["bf16"])
+    assert said.startswith("top1_agreement is 0.91, must be at least 0.9187")
+    assert failures({**good, "tokens": 500}, DEFAULTS["bf16"]) != []
+
+
 def test_the_users_limits_replace_the_shipped_ones_of_their_format_only():
     export = ExportConfig(thresholds={"int4": LIMIT})
     given = {name: value for name, value in asdict(LIMIT).items() if value is not None}

@@ -36,6 +36,7 @@ def test_a_refresh_writes_dated_prices_that_plans_then_use(tmp_path, monkeypatch
     after = plan()
     assert before["date"] == "2026-11-09"
     assert after.price["date"] == today and after.price["usd_per_hour"] == pytest.approx(2 * secure)
+    assert before["hosts"] == after.price["hosts"] == "secure"
     assert "/catalog/gpus" in after.price["source"] and today in capsys.readouterr().out
 
 

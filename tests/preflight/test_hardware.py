@@ -43,6 +43,25 @@ def test_catalogue_machines_have_memory_price_and_capability() -> None:
     assert not hardware.from_catalog("a100_80gb", 1).has_fp8
 
 
+def test_a_machine_that_nobody_rents_is_planned_and_said_to_be_none() -> None:
+    said = hardware.not_offered(hardware.from_catalog("l40s", 8, 2))
+    assert "no 2 nodes of 8x l40s to rent: l40s comes as 1, 2, 4 or 8 GPUs of one node" in said
+    assert "3x h100_80gb" in hardware.not_offered(hardware.from_catalog("h100_80gb", 3))
+    assert hardware.not_offered(hardware.from_catalog("h100_80gb", 4, 2)) is not None
+    assert all(hardware.not_offered(machine) is None for machine in hardware.rentable())
+    own = hardware.priced(hardware.from_catalog("h100_80gb", 3), {"h100_80gb": 2.0})
+    assert hardware.not_offered(own) is None
+
+
+def test_a_price_of_other_peoples_hosts_is_marked_until_another_is_known(tmp_path, monkeypatch) -> None:
+    assert hardware.from_catalog("rtx4090", 1).price_note.endswith("2026-03-31 (community hosts)")
+    assert "community" not in hardware.from_catalog("h100_80gb", 1).price_note
+    own = tmp_path / "prices.yaml"
+    own.write_text("{date: 2026-12-01, source: mine, gpus: {rtx4090: {pod_usd_per_hour: 0.69, date: 2026-12-01}}}")
+    monkeypatch.setenv("LOADMASTER_PRICES", str(own))
+    assert hardware.from_catalog("rtx4090", 1).price_note.endswith("list price of 2026-12-01")
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="a100_80gb"):
         hardware.find_hardware(HardwareConfig(gpu="h100"))

@@ -52,6 +52,22 @@ def test_what_only_the_plan_can_refuse_is_located_too(capsys, tmp_path, monkeypa
         assert "lora.targets = [q_prj]   on the command line" in capsys.readouterr().err
 
 
+def test_what_memory_has_no_part_in_is_not_called_a_want_of_memory(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *ASKED, "hardware.count=3"]) == 3
+    seen = capsys.readouterr()
+    assert "cannot run as asked: batch.global_size=16 does not divide over 3 GPUs; use 18" in seen.out
+    assert "error: batch.global_size=16 does not divide" in seen.err and "nothing fits" not in seen.err
+
+
+def test_hours_of_verification_are_named_where_they_are_most_of_a_run(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "recipe=qlora_70b", "hardware=h100_80gb_x1", "plan.objective=cost"]) == 0
+    assert "h of them moving layers to verify the exports)" in capsys.readouterr().out
+    assert main(["plan", *ASKED]) == 0
+    assert "h of them moving layers" not in capsys.readouterr().out
+
+
 def test_what_no_processor_does_is_not_tried_as_a_remedy(capsys) -> None:
     mixture = ["recipe=lora_8b", "hardware=cpu", "precision=fp32", "export=bf16", "model.name=Qwen/Qwen3-30B-A3B"]
     assert main(["plan", *mixture, "lora.targets=all-linear", "--json"]) == 3

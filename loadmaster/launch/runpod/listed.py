@@ -11,10 +11,14 @@ from loadmaster.launch.runpod.provider import Runpod
 class Listed(Runpod):
     """Asks nobody: every machine counts as in stock, and no volume or machine as there. It can rent nothing."""
 
-    not_asked = f"the catalogue's list prices: {KEY_VARIABLE} is not set, so stock, prices and volumes were not asked"
-
     def __init__(self) -> None:
         pass
+
+    @property
+    def not_asked(self) -> str:
+        said = f"the catalogue's list prices: {KEY_VARIABLE} is not set, so stock, prices and volumes were not asked"
+        unknown = [gpu for gpu, price in catalog.prices()["gpus"].items() if price.get("hosts") == "community"]
+        return f"{said}; of {' and '.join(unknown)} only community hosts' prices are known" if unknown else said
 
     @property
     def api(self) -> str:
