@@ -22,10 +22,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 LONGEST = {
     "slow": (
         "tests/test_smoke.py", "tests/export/test_serve_check.py", "tests/training/test_hostile.py",
-        "tests/export/test_harness.py", "tests/launch/test_real_schedulers.py", "tests/training/test_parity.py",
-        "tests/launch/test_handover_served.py", "tests/training/test_workers.py", "tests/preflight/test_sharded.py",
-        "tests/training/test_two_hosts.py", "tests/test_pipeline.py", "tests/test_fp8_recipes.py",
-        "tests/launch/test_handover.py", "tests/export/test_candidates.py",
+        "tests/launch/test_real_schedulers.py", "tests/training/test_parity.py", "tests/launch/test_handover_served.py",
+        "tests/training/test_workers.py", "tests/preflight/test_sharded.py", "tests/training/test_two_hosts.py",
+        "tests/test_pipeline.py", "tests/test_fp8_recipes.py", "tests/launch/test_handover.py",
+        "tests/export/test_candidates.py",
     ),
     "not slow": (
         "tests/test_pipeline.py", "tests/preflight/test_replay.py", "tests/launch/test_launch_job.py",

@@ -174,13 +174,15 @@ class Verification:
         model = None
         try:
             scores: dict[str, dict[str, Any]] = {}
+            tokenizers: dict[str, Any] = {}
             for candidate in candidates:
                 model = None
                 free_device_memory()
                 found = self._file_checks(name, Path(candidate.folder))
                 model = self._load(candidate)
                 scores[candidate.name] = compare(model, self.references, self.tokenizer.pad_token_id)
-                scores[candidate.name] |= self._answer_figures(model, load_tokenizer(Path(candidate.folder)))
+                tokenizers[candidate.name] = load_tokenizer(Path(candidate.folder))
+                scores[candidate.name] |= self._answer_figures(model, tokenizers[candidate.name])
                 if carried := self.tuned_weights.get(candidate.folder):
                     scores[candidate.name]["tuned_weights"] = carried.figures()
             eligible = [candidate for candidate in candidates if not candidate.is_baseline]
@@ -193,7 +195,7 @@ class Verification:
             figures: dict[str, Any] = {"candidate": best.name, **scores[best.name]}
             if len(candidates) > 1:
                 figures["candidates"] = scores
-            tokenizer = load_tokenizer(Path(best.folder))
+            tokenizer = tokenizers[best.name]
             figures["checks"] = found | self._live_checks(name, Path(best.folder), model, tokenizer)
             figures["smoke"] = recorded_answers(model, tokenizer, self.conversations)
         except ExportRejected as error:

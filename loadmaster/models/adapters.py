@@ -13,6 +13,7 @@ from loadmaster.config.schema import LoraConfig
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.models.dora import run_by_norms
 from loadmaster.models.frozen import FrozenLinear
+from loadmaster.models.libraries import peft_alone
 from loadmaster.preflight.targets import WHOLE, some_of
 
 
@@ -29,6 +30,7 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
         remedy = "method=lora and precision=bf16, or lora.dora=false"
         raise ConfigError([Problem("lora.dora", True, IN_THE_JOB, message, remedy)])
     targets, saved = target_modules(model, lora.targets), saved_modules(model, lora.modules_to_save)
+    peft_alone()
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 

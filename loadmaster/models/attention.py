@@ -28,9 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from loadmaster.models.capped import attend_capped, own_attention
+from loadmaster.models.libraries import OPTIONAL, without
+
+with without(*OPTIONAL):
+    from transformers import AttentionInterface
 
 PACKED = "loadmaster_packed"
 

@@ -14,6 +14,7 @@ from loadmaster.models.attention import PACKED
 from loadmaster.models.capped import caps_scores
 from loadmaster.models.dora import run_by_norms
 from loadmaster.models.frozen import freeze_linears
+from loadmaster.models.libraries import peft_alone
 from loadmaster.models.spread import Spread, settled, stand_ins
 
 if not torch.cuda.is_available():  # accelerate imports DeepSpeed when it saves, which would warn of that
@@ -98,6 +99,7 @@ def load_trained(
     """The model exactly as it was trained: the adapter live over its base, or the full weights."""
     if not (trained_folder / "adapter_config.json").is_file():
         return load_base(trained_folder, dtype, device).eval()
+    peft_alone()
     from peft import PeftModel
 
     adapter_bytes = sum(file.stat().st_size for file in trained_folder.glob("adapter_model.safetensors"))

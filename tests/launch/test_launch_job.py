@@ -110,8 +110,17 @@ def scripted(fake: FakeRunpod, id: str) -> None:
         fake.say(id, f"::loadmaster {json.dumps(event)}")
 
 
-def test_every_fault_at_every_call_leaves_nothing_running_and_makes_nothing_twice(place):
+def test_every_fault_at_every_call_leaves_nothing_running_and_makes_nothing_twice(place, monkeypatch):
     """Each call of a whole launch fails once, in each of five ways; retries carry the launch through."""
+    chosen, choose = {}, job_module.choices
+
+    def choices(job, offers, tokens):
+        """Of one job, which is planned once on each list of offers."""
+        if repr(offers) not in chosen:
+            chosen[repr(offers)] = choose(job, offers, tokens)
+        return list(chosen[repr(offers)])
+
+    monkeypatch.setattr(job_module, "choices", choices)
     fake = place.fake
     fake.runner = scripted
     composed = place.composed()
