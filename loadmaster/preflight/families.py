@@ -117,6 +117,15 @@ def unlike_llama(config: dict[str, Any]) -> list[str]:
     return found[:3]
 
 
+def refuse_quantized(config: dict[str, Any], name: str) -> None:
+    """Raises ConfigError for a checkpoint whose weights are codes already: bitsandbytes', GPTQ's, AWQ's, FP8."""
+    kind = (config.get("quantization_config") or {}).get("quant_method")
+    if kind is not None:
+        message = f"its weights are quantized already ({kind}), and a base is read in bf16 or fp32"
+        remedy = "the model that it was made from; method=qlora then quantizes it to nf4 while it is read"
+        raise ConfigError([Problem("model", name, "its config.json", message, remedy)])
+
+
 def refuse_uncountable(config: dict[str, Any], name: str, traced: bool = False) -> None:
     """Raises ConfigError for an unknown family that is visibly not like Llama, unless its step will be traced."""
     why = unlike_llama(config)

@@ -18,7 +18,7 @@ from typing import Any
 from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
-from loadmaster.preflight.families import FAMILIES, full_config, refuse_uncountable
+from loadmaster.preflight.families import FAMILIES, full_config, refuse_quantized, refuse_uncountable
 
 LAYERS = ("model.layers", "model.language_model.layers")
 """Where decoder layers are in transformers' models, of which the second kind is multimodal."""
@@ -372,6 +372,7 @@ def _from_hub(model: ModelConfig) -> Path | None:
 def find_shape(model: ModelConfig, traced: bool = False) -> ModelShape:
     """traced: the plan is going to be held against a trace, so an unknown kind of model is let through."""
     config, _ = find_config(model)
+    refuse_quantized(config, model.path or model.name)
     refuse_uncountable(config, model.path or model.name, traced)
     return from_config(config, name_of(model, config))
 

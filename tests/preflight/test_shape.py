@@ -172,3 +172,12 @@ def test_a_folder_with_another_model_is_not_called_by_a_shipped_ones_name(smollm
 def test_an_unknown_name_gives_the_nearest_known_ones() -> None:
     with pytest.raises(LoadmasterError, match=r"Llama-3\.1-8B"):
         find_config(ModelConfig(name="meta-llama/Llama-3.1-9B"))
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "gptq", "compressed-tensors", "fp8"])
+def test_a_base_that_is_quantized_already_is_refused_with_what_to_take(tmp_path, kind) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "quantization_config": {"quant_method": kind}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=rf"quantized already \({kind}\).*") as caught:
+        find_shape(ModelConfig(path=str(tmp_path)))
+    assert "method=qlora" in str(caught.value)
