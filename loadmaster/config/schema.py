@@ -352,7 +352,7 @@ class Job:
     """Name of the recipe that this job was composed from; names the run directory."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    sequence_length: PositiveInt = 2048
+    sequence_length: Annotated[int, Strict(), Ge(2)] = 2048
     """Tokens in a packed row; the longest context trained on."""
     objective: Literal["sft", "dpo", "orpo", "kto"] = "sft"
     """sft: the likelihood of answers; dpo, orpo, kto: preference between pairs of answers (kto: or labelled ones)."""

@@ -74,6 +74,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("lora.rank=true", "lora.rank", "must be an integer above 0", "lora.rank=16 is the default"),
         ("max_steps=1e3", "max_steps", "must be an integer above 0, or null", "max_steps=1000"),
         ("seed=1.5", "seed", "must be an integer of at least 0", "seed=42 is the default"),
+        ("sequence_length=1", "sequence_length", "must be an integer of at least 2", "sequence_length=2048"),
         ("optimizer.lr=nan", "optimizer.lr", "must be a number above 0", "optimizer.lr=0.0002 is the default"),
         ("optimizer.warmup_ratio=3", "optimizer.warmup_ratio", "must be a number from 0 to 1",
          "optimizer.warmup_ratio=0.03 is the default"),
