@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from loadmaster.config.schema import Job
+from loadmaster.config.schema import MOST, Job
 
 # What other tools call our fields, for the hint under an unknown key.
 ALIASES = {
@@ -214,9 +214,15 @@ def _plural(annotation: Any) -> str:
     return {str: "texts", int: "integers", float: "numbers"}.get(annotation, "values")
 
 
+def is_counted(annotation: Any) -> bool:
+    """Whether a number of this type is at most MOST, which goes without saying where it is not exceeded."""
+    return any(Le(MOST) in getattr(branch, "__metadata__", ()) for branch in branches(annotation))
+
+
 def _number(kind: type, constraints: tuple[Any, ...]) -> str:
     if kind is bool:
         return "true or false"
+    constraints = tuple(c for c in constraints if c != Le(MOST))
     low = next((c for c in constraints if isinstance(c, Gt | Ge)), None)
     high = next((c for c in constraints if isinstance(c, Lt | Le)), None)
     words = {int: "an integer", float: "a number"}[kind]

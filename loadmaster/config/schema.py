@@ -16,8 +16,9 @@ from pydantic.dataclasses import dataclass
 Auto = Literal["auto"]
 # Strict: 16.5 is no row count, "yes" is no number and true is not 1. An integer still does for a float.
 Flag = Annotated[bool, Strict()]
-PositiveInt = Annotated[int, Strict(), Gt(0)]
-NonNegativeInt = Annotated[int, Strict(), Ge(0)]
+MOST = 10**9  # of whatever is counted
+PositiveInt = Annotated[int, Strict(), Gt(0), Le(MOST)]
+NonNegativeInt = Annotated[int, Strict(), Ge(0), Le(MOST)]
 PositiveFloat = Annotated[float, Strict(), Gt(0)]
 NonNegativeFloat = Annotated[float, Strict(), Ge(0)]
 Fraction = Annotated[float, Strict(), Ge(0), Le(1)]
@@ -26,7 +27,6 @@ FractionBelowOne = Annotated[float, Strict(), Ge(0), Lt(1)]
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 STAGES = ("plan", "train", "evaluate", "export", "bundle")
-
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 
 
@@ -208,9 +208,7 @@ class ThresholdsConfig:
     """Most of it: an adapter applied twice, or at too large a scale, is above 1."""
 
 
-ExportFormat = Literal[
-    "adapter", "bf16", "fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4", "gguf"
-]  # fmt: skip
+ExportFormat = Literal["adapter", "bf16", "fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4", "gguf"]
 ServedFormat = Literal["auto", "adapter", "bf16", "fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4"]
 
 
@@ -352,7 +350,7 @@ class Job:
     """Name of the recipe that this job was composed from; names the run directory."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    sequence_length: Annotated[int, Strict(), Ge(2)] = 2048
+    sequence_length: Annotated[int, Strict(), Ge(2), Le(MOST)] = 2048
     """Tokens in a packed row; the longest context trained on."""
     objective: Literal["sft", "dpo", "orpo", "kto"] = "sft"
     """sft: the likelihood of answers; dpo, orpo, kto: preference between pairs of answers (kto: or labelled ones)."""
@@ -370,7 +368,7 @@ class Job:
     batch: BatchConfig = BatchConfig()
     micro_batch_size: PositiveInt | Auto = "auto"
     """Packed rows on one GPU at a time."""
-    epochs: PositiveFloat = 1.0
+    epochs: Annotated[float, Strict(), Gt(0), Le(MOST)] = 1.0
     """Passes over the packed training rows."""
     max_steps: PositiveInt | None = None
     """Stop after so many optimizer steps; null is the number that epochs gives."""
@@ -386,7 +384,7 @@ class Job:
     """What lives in host memory instead of the GPU's."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Strict(), Ge(0), Lt(2**63)] = 42
     """Seeds data order, initialisation and dropout."""
     run_dir: str | Auto = "auto"
     """Run directory; auto: the newest of this very job under runs/<recipe>/, else a new one."""

@@ -22,13 +22,14 @@ from loadmaster.config.fields import (
     describe,
     fields,
     hints,
+    is_counted,
     nearest,
     nearest_key,
     sections,
     written,
 )
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
-from loadmaster.config.schema import Job
+from loadmaster.config.schema import MOST, Job
 from loadmaster.errors import Problem
 
 MISSING = "???"
@@ -140,6 +141,8 @@ def _wrong_value(key: str, value: Any, origin: str, annotation: Any) -> Problem:
     if isinstance(value, list) and choices(annotation):
         wrong = next((item for item in value if str(item) not in choices(annotation)), value)
     about = f"; {wrong!r} is none" if isinstance(value, list) else ""
+    if isinstance(wrong, int | float) and wrong > MOST and is_counted(annotation):
+        about = f"; at most {MOST:,}"
     message = f"must be {describe(annotation)}{about}"
     return Problem(key, value, origin, message, _correction(key, wrong, annotation, assign))
 
@@ -164,9 +167,9 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
         return "quote it, so that it stays text: " + (f'"{quoted}"' if "=" in quoted else quoted)
     if isinstance(wrong, str) and ("integer" in kinds or "number" in kinds):
         number = _number(wrong)
-        if number is not None:
+        if number is not None and _is_taken(number, annotation):
             return f"{assign(key, number)} (without the quotes)"
-    if isinstance(wrong, float) and wrong.is_integer() and "integer" in kinds and wrong > 0:
+    if isinstance(wrong, float) and wrong.is_integer() and _is_taken(int(wrong), annotation):
         return assign(key, int(wrong))
     known = fields().get(key)
     if known is not None and kinds == "a list of texts":
@@ -174,6 +177,14 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
     if known is None or known.default == MISSING:
         return f"give {kinds}"
     return f"{assign(key, known.default)} is the default"
+
+
+def _is_taken(value: Any, annotation: Any) -> bool:
+    try:
+        TypeAdapter(annotation).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _number(text: str) -> int | float | None:
