@@ -64,6 +64,10 @@ ALIASES = {
 
 COUNTED = {"hardware.gpu": "hardware.count", "launch.gpus": "hardware.count"}
 """Where a number was given for a name, it counts what is named."""
+NONE_IS = {"data.validation": "holds no rows out", "evaluation.every_steps": "evaluates at the end alone"}
+"""Where 0 was given, what null does, which was meant."""
+NEAR_CARD = 0.55
+"""How alike the names of two cards have to be: h100_sxm is h100_80gb, v100 is no h200."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from loadmaster import catalog
-from loadmaster.config.fields import nearest
+from loadmaster.config.fields import NEAR_CARD, nearest
 from loadmaster.config.origins import COMMAND_LINE, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import Job, LaunchConfig
@@ -113,7 +113,7 @@ def endpoint_gpu_is_known(job: Job, origins: Origins) -> Found:
     """endpoint.gpu is auto or a GPU of the catalogue."""
     known = ["auto", *catalog.serving()["gpus"]]
     if job.endpoint.gpu not in known:
-        guess = nearest(job.endpoint.gpu, known, cutoff=0.4)
+        guess = nearest(job.endpoint.gpu, known, cutoff=NEAR_CARD)
         remedy = (f"endpoint.gpu={guess}; " if guess else "") + "known are " + ", ".join(known)
         yield "endpoint.gpu", job.endpoint.gpu, "is not in the catalogue", remedy
 

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from loadmaster.config.fields import (
     COUNTED,
+    NONE_IS,
     branches,
     choices,
     describe,
@@ -160,6 +161,8 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
     kinds = describe(annotation)
     if key in COUNTED and type(wrong) is int:
         return assign(COUNTED[key], wrong)
+    if key in NONE_IS and type(wrong) in (int, float) and wrong == 0:
+        return f"{assign(key, None)} {NONE_IS[key]}"
     if isinstance(wrong, str) and "a list of texts" in kinds:
         return assign(key, [wrong])
     if "text" in kinds and "number" not in kinds and isinstance(wrong, int | float):
