@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from loadmaster.config.schema import MOST, Job
+from loadmaster.config.schema import MOST, Job, Text
 
 # What other tools call our fields, for the hint under an unknown key.
 ALIASES = {
@@ -204,7 +204,7 @@ def _join(words: list[str]) -> str:
 def _one(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        return _number(args[0], args[1:])
+        return _one(str) if args[0] is str else _number(args[0], args[1:])
     if origin is Literal:
         return str(args[0]) if len(args) == 1 else "one of " + ", ".join(map(str, args))
     if origin is list:
@@ -215,7 +215,7 @@ def _one(annotation: Any) -> str:
 
 
 def _plural(annotation: Any) -> str:
-    return {str: "texts", int: "integers", float: "numbers"}.get(annotation, "values")
+    return {str: "texts", Text: "texts", int: "integers", float: "numbers"}.get(annotation, "values")
 
 
 def is_counted(annotation: Any) -> bool:

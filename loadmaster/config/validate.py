@@ -138,6 +138,12 @@ def _wrong_value(key: str, value: Any, origin: str, annotation: Any) -> Problem:
         name = f"{key}.name"
         remedy = assign(name, value) if name in section and isinstance(value, str) else "set " + ", ".join(section)
         return Problem(key, value, origin, "is a section of several fields, not a value", remedy)
+    in_list = isinstance(value, list) and "" in value
+    if (value == "" or in_list) and _is_taken(["text"] if in_list else "text", annotation):
+        what = "has an empty entry" if in_list else "is empty"
+        remedy = f"{assign(key, fields()[key].default)} is the default" if _has_default(key) else _how_to_set(key)
+        unset = ", as of a shell variable that is not set" if origin == COMMAND_LINE else ""
+        return Problem(key, value, origin, f"{what}{unset}", remedy)
     wrong = value
     if isinstance(value, list) and choices(annotation):
         wrong = next((item for item in value if str(item) not in choices(annotation)), value)
@@ -177,9 +183,13 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
     known = fields().get(key)
     if known is not None and kinds == "a list of texts":
         return f"{assign(key, ['A', 'B'])}, or leave it out"
-    if known is None or known.default == MISSING:
+    if known is None or not _has_default(key):
         return f"give {kinds}"
     return f"{assign(key, known.default)} is the default"
+
+
+def _has_default(key: str) -> bool:
+    return key in fields() and fields()[key].default != MISSING
 
 
 def _is_taken(value: Any, annotation: Any) -> bool:

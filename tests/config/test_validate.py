@@ -91,6 +91,13 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
          "data.validation=null holds no rows out"),
         ("evaluation.every_steps=0", "evaluation.every_steps", "must be an integer above 0",
          "evaluation.every_steps=null evaluates at the end alone"),
+        # an empty text: a folder that nobody named
+        ("data.path=", "data.path", "is empty, as of a shell variable that is not set", "data.path=...; What to train"),
+        ("data.path=[a.jsonl,'']", "data.path", "has an empty entry, as of", "data.path=...; What to train"),
+        ("data.validation=", "data.validation", "is empty, as of", "data.validation=0.05 is the default"),
+        ("model.path=", "model.path", "is empty, as of", "model.path=null is the default"),
+        ("run_dir=", "run_dir", "is empty, as of", "run_dir=auto is the default"),
+        ("launch.ssh_config=", "launch.ssh_config", "is empty, as of", "launch.ssh_config=null is the default"),
         ("data.packing=yes", "data.packing", "must be true or false", "data.packing=true"),
         ("model.revision=123", "model.revision", "must be text, or null",
          "quote it, so that it stays text: \"model.revision='123'\""),
@@ -139,6 +146,13 @@ def test_one_mistake_is_one_problem_with_its_remedy(argument: str, key: str, mes
     assert remedy in problem.remedy
     if argument != "data=file":
         assert problem.origin == CLI
+
+
+def test_an_empty_path_of_a_file_is_a_problem_with_its_line_and_an_empty_system_message_is_none(here: Path):
+    recipe(here, "data:\n  path: ''\n  system: ''\nlaunch:\n  env: {A: ''}\n")
+    (problem,) = problems("recipe=mine")
+    assert (problem.key, problem.value, problem.origin) == ("data.path", "", "recipes/mine.yaml:2")
+    assert problem.message == "is empty"
 
 
 def test_each_key_of_an_unknown_section_is_a_problem_where_it_was_set(here: Path):
