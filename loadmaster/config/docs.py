@@ -57,6 +57,7 @@ every problem at once.
 | `key=value` | set a field |
 | `group=option` | pick a file of a group: `recipe=qlora_8b`, `hardware=h100_80gb_x8` |
 | `key=[a,b]` | a list; quote it for shells that expand brackets |
+| `key=~/folder` | a path from the home folder, also where the shell leaves the ~ as it is |
 | `~key`, `~group` | back to the schema's default |
 | `+key=value`, `++key=value` | Hydra's add and force; the schema is closed, so plain `key=value` always does |
 | `--multirun key=a,b` | one run for each value; every run is validated before the first starts |

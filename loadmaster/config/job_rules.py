@@ -11,7 +11,7 @@ from loadmaster.config.model_folder import broken_files
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import DATA_SUFFIXES, Job
-from loadmaster.config.shipped import SCHEME, resolve_path
+from loadmaster.config.shipped import SCHEME, local_path, resolve_path
 
 
 @rule("data.path", "data.validation", "stop_after")
@@ -27,7 +27,7 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
     for key, path in named:
         if job.launch.name != "local" and path.startswith("/workspace/"):
             continue
-        if _is_file_name(path) and not Path(resolve_path(path)).expanduser().exists():
+        if _is_file_name(path) and not Path(resolve_path(path)).exists():
             yield key, path, "there is no such file", _file_hint(key, path)
 
 
@@ -312,10 +312,11 @@ def model_folder_exists(job: Job, origins: Origins) -> Found:
     """model.path is a folder with a config.json, and what lies in it is whole."""
     if job.model.path is None:
         return
-    folder = Path(job.model.path).expanduser()
+    folder = local_path(job.model.path)
     remedy = "name a folder with config.json, *.safetensors and the tokenizer, or leave it out to use the Hub"
     if not (folder / "config.json").is_file():
         what = "has no config.json in it" if folder.is_dir() else "is not a folder here"
+        what += f" ({folder})" if str(folder) != job.model.path.rstrip("/") else ""
         yield "model.path", job.model.path, what, remedy
     for what in broken_files(folder):
         yield "model.path", job.model.path, what, remedy
@@ -331,7 +332,7 @@ def _is_file_name(path: str) -> bool:
 
 
 def _file_hint(key: str, path: str) -> str:
-    real = Path(resolve_path(path)).expanduser()
+    real = Path(resolve_path(path))
     if not real.parent.is_dir():
         return f"there is no folder {real.parent}; paths are relative to where the command is run ({Path.cwd()})"
     names = sorted(p.name for p in real.parent.iterdir() if p.suffix.lower() in DATA_SUFFIXES)

@@ -155,6 +155,27 @@ def test_an_empty_path_of_a_file_is_a_problem_with_its_line_and_an_empty_system_
     assert problem.message == "is empty"
 
 
+def test_a_path_from_the_home_folder_is_read_without_quotes_and_said_in_full(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    (here / "home/my model").mkdir(parents=True)
+    (here / "home/my model/config.json").write_text("{}")
+    for name in ("a.jsonl", "b.jsonl"):
+        (here / "home" / name).write_text("{}\n")
+    own = ["data=file", "data.path=[~/a.jsonl, ~/b.jsonl]", "data.validation=~/b.jsonl"]
+    job = compose(["model.path=~/my model", "run_dir=~/run", *own[:2]]).job
+    assert (job.model.path, job.run_dir, job.data.path) == ("~/my model", "~/run", ["~/a.jsonl", "~/b.jsonl"])
+    assert [(p.key, p.value) for p in problems(*own)] == [("data.validation", "~/b.jsonl")]  # which is trained on
+    (problem,) = problems("model.path=~/other")
+    assert problem.message == f"is not a folder here ({here / 'home/other'})"
+    (problem,) = problems("data=file", "data.path=~/c.jsonl")
+    assert (problem.message, problem.remedy[:-7]) == ("there is no such file", "data.path=~/")
+    assert [p.message for p in problems("model.path=~nobody-of-this-name/other")] == ["is not a folder here"]
+    assert not taken("model.path=~/my model") and problems("model.path=~/a,~/b")[0].message.startswith("several values")
+    assert "'model.path=\"a~b\"'" in problems("model.path=a~b")[0].remedy
+
+
 def test_each_key_of_an_unknown_section_is_a_problem_where_it_was_set(here: Path):
     recipe(here, "training:\n  max_steps: 5\n  lr: 0.1\n")
     assert [(p.key, p.value, p.origin, p.remedy) for p in problems("recipe=mine", "trainer.epochs=2")] == [
