@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         help="print rows of the data as they are rendered, with the trained part marked",
         usage="loadmaster data [recipe=NAME] [key=value ...] [--rows N]",
     )
-    data.add_argument("--rows", type=int, default=3, help="rows to print (default 3)")
+    data.add_argument("--rows", type=_number_of_rows, default=3, help="rows to print (default 3)")
     data.set_defaults(run=_data)
     verify = commands.add_parser("verify", help="check every file of a run's exports, or of one, against its manifest")
     verify.add_argument("folder", type=Path, metavar="FOLDER", help="run directory, or one of its exports")
@@ -152,6 +152,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _number_of_rows(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows: 0 or more")
+    return int(text)
 
 
 def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -13,6 +13,14 @@ from loadmaster.cli import STAGE_HELP, main
 ASKED = ["recipe=lora_8b", "hardware.gpu=h100_80gb", "hardware.count=1"]
 
 
+@pytest.mark.parametrize("rows", ["-1", "-3", "1.5", "many"])
+def test_a_number_of_rows_to_show_that_is_none_is_refused(rows: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "--rows", rows])
+    assert ended.value.code == 2
+    assert f"argument --rows: '{rows}' is no number of rows: 0 or more" in capsys.readouterr().err
+
+
 def test_json_is_the_plan_and_nothing_else_and_writes_nothing(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan", *ASKED, "--json"]) == 0
