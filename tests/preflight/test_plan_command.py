@@ -100,6 +100,23 @@ def test_each_stage_in_the_list_of_commands_says_what_it_does_by_itself() -> Non
     assert not any(text.startswith("...") or text[0].isupper() for text in STAGE_HELP.values())
 
 
+@pytest.mark.parametrize("stage", STAGE_HELP)
+def test_the_help_of_a_stage_names_the_options_that_it_takes(stage: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([stage, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for option in ("--dry-run", "--multirun, -m", "--cfg job", "--info", "--config-dir", "--config-name", "--resolve"):
+        assert option in text
+    assert ("--compare" in text) == (stage == "plan")
+
+
+@pytest.mark.parametrize("option", [["--info"], ["--cfg", "job"], ["-c", "job", "--resolve"]])
+def test_a_stage_is_looked_at_as_train_py_is(option: list[str], capfd) -> None:
+    assert main(["plan", "lora.rank=3", *option]) == 0
+    assert "rank: 3" in capfd.readouterr().out
+
+
 def test_a_comparison_is_of_the_values_of_one_key(capsys) -> None:
     assert main(["plan", "--compare", "l40s_x1"]) == 2
     assert "--compare hardware=l40s_x1,h200_x1" in capsys.readouterr().err
