@@ -40,6 +40,18 @@ STAGE_HELP = {
     "bundle": "run all five stages: what an endpoint needs is written after the export",
 }
 
+STAGE_OPTIONS = """\
+options of every stage, as of python train.py:
+  --dry-run                  launch=runpod, ssh, slurm: print the plan and the exact requests; start nothing
+  --multirun, -m             one run for each value of key=a,b
+  --cfg job, -c job          print the composed job and start nothing; with --resolve, what ${...} stands for
+  --info, -i                 print what the job is composed of, and start nothing
+  --config-dir, -cd FOLDER   one more folder of groups
+  --config-name, -cn NAME    another primary file than conf/train.yaml
+
+fields, groups and recipes: python train.py --help, and docs/configuration.md
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
@@ -81,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     for stage in STAGES:
         command = commands.add_parser(
             stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]",
-            epilog="fields, groups and recipes: python train.py --help, and docs/configuration.md",
+            epilog=STAGE_OPTIONS, formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         command.set_defaults(run=_stage, stage=stage, compare=None, nodes=None, json=False)
         if stage == "plan":
@@ -100,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         help="print rows of the data as they are rendered, with the trained part marked",
         usage="loadmaster data [recipe=NAME] [key=value ...] [--rows N]",
     )
-    data.add_argument("--rows", type=int, default=3, help="rows to print (default 3)")
+    data.add_argument("--rows", type=_number_of_rows, default=3, help="rows to print (default 3)")
     data.set_defaults(run=_data)
     verify = commands.add_parser("verify", help="check every file of a run's exports, or of one, against its manifest")
     verify.add_argument("folder", type=Path, metavar="FOLDER", help="run directory, or one of its exports")
@@ -154,6 +166,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _number_of_rows(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows: 0 or more")
+    return int(text)
+
+
 def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.config.compose import Composed
     from loadmaster.config.hydra_app import run_app
@@ -174,7 +192,7 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
         return run(composed)
 
-    return run_app(run_stages, [*overrides, f"stop_after={arguments.stage}"])
+    return run_app(run_stages, [f"stop_after={arguments.stage}", *overrides])  # in front: --info takes what follows
 
 
 def _refuse_other_end(stage: str, overrides: list[str]) -> None:

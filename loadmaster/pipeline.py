@@ -309,14 +309,14 @@ def data_identity(job: Job) -> list[str]:
     paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
     if isinstance(job.data.validation, str):
         paths.append(job.data.validation)
-    resolved = [os.path.expanduser(resolve_path(path)) for path in paths]
+    resolved = [resolve_path(path) for path in paths]
     return [file_fingerprint(Path(p)) if Path(p).exists() else f"hub:{p}" for p in resolved]
 
 
 def dataset_tokens(job: Job) -> int | None:
     """Tokens of an epoch, estimated from the size of the files; None for a Hub dataset."""
     paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
-    found = [Path(resolve_path(path)).expanduser() for path in paths]
+    found = [Path(resolve_path(path)) for path in paths]
     if not all(path.exists() for path in found):
         return None
     files = [file for path in found for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from loadmaster.config.shipped import local_path
 from loadmaster.errors import ConfigError, LoadmasterError, Problem
 from loadmaster.files import read_json, sha256_json, write_json
 
@@ -33,7 +34,7 @@ class RunDir:
         Raises ConfigError when the given directory belongs to another job.
         """
         if run_dir != "auto":
-            path = Path(run_dir).expanduser()
+            path = local_path(run_dir)
             owner = _identity(path)
             if owner is None and path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
                 raise ConfigError(

@@ -57,6 +57,7 @@ every problem at once.
 | `key=value` | set a field |
 | `group=option` | pick a file of a group: `recipe=qlora_8b`, `hardware=h100_80gb_x8` |
 | `key=[a,b]` | a list; quote it for shells that expand brackets |
+| `key=~/folder` | a path from the home folder, also where the shell leaves the ~ as it is |
 | `~key`, `~group` | back to the schema's default |
 | `+key=value`, `++key=value` | Hydra's add and force; the schema is closed, so plain `key=value` always does |
 | `--multirun key=a,b` | one run for each value; every run is validated before the first starts |
@@ -94,10 +95,13 @@ EXIT_CODES = """\
 | code | means |
 |---|---|
 | 0 | done |
-| 2 | the configuration (or the data) is wrong |
+| 2 | the configuration, the data or an option of the command is wrong |
 | 3 | nothing fits; `plan.json` says what would |
-| 4 | training failed |
-| 5 | an export did not pass verification; nothing is published |
+| 4 | training failed; or a command could not do what it was asked for: \
+the folder is no run or lacks the stage (`deploy`, `fetch`, `endpoint`), \
+a key is not set, or the provider, a host or the Hub refused |
+| 5 | an export did not pass verification and nothing is published; \
+or there is no such export to judge (`verify`, `push`, `serve-check` of a folder or format that was not exported) |
 | 75 | stopped on request with a checkpoint saved; the same command resumes |
 
 A `--multirun` ends with the highest code of its runs.

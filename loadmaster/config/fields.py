@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from loadmaster.config.schema import Job
+from loadmaster.config.schema import MOST, Job, Text
 
 # What other tools call our fields, for the hint under an unknown key.
 ALIASES = {
@@ -64,6 +64,10 @@ ALIASES = {
 
 COUNTED = {"hardware.gpu": "hardware.count", "launch.gpus": "hardware.count"}
 """Where a number was given for a name, it counts what is named."""
+NONE_IS = {"data.validation": "holds no rows out", "evaluation.every_steps": "evaluates at the end alone"}
+"""Where 0 was given, what null does, which was meant."""
+NEAR_CARD = 0.55
+"""How alike the names of two cards have to be: h100_sxm is h100_80gb, v100 is no h200."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ def _join(words: list[str]) -> str:
 def _one(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        return _number(args[0], args[1:])
+        return _one(str) if args[0] is str else _number(args[0], args[1:])
     if origin is Literal:
         return str(args[0]) if len(args) == 1 else "one of " + ", ".join(map(str, args))
     if origin is list:
@@ -211,12 +215,18 @@ def _one(annotation: Any) -> str:
 
 
 def _plural(annotation: Any) -> str:
-    return {str: "texts", int: "integers", float: "numbers"}.get(annotation, "values")
+    return {str: "texts", Text: "texts", int: "integers", float: "numbers"}.get(annotation, "values")
+
+
+def is_counted(annotation: Any) -> bool:
+    """Whether a number of this type is at most MOST, which goes without saying where it is not exceeded."""
+    return any(Le(MOST) in getattr(branch, "__metadata__", ()) for branch in branches(annotation))
 
 
 def _number(kind: type, constraints: tuple[Any, ...]) -> str:
     if kind is bool:
         return "true or false"
+    constraints = tuple(c for c in constraints if c != Le(MOST))
     low = next((c for c in constraints if isinstance(c, Gt | Ge)), None)
     high = next((c for c in constraints if isinstance(c, Lt | Le)), None)
     words = {int: "an integer", float: "a number"}[kind]

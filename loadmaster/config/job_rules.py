@@ -6,12 +6,12 @@ import difflib
 from pathlib import Path
 
 from loadmaster import catalog
-from loadmaster.config.fields import nearest
+from loadmaster.config.fields import NEAR_CARD, nearest
 from loadmaster.config.model_folder import broken_files
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import DATA_SUFFIXES, Job
-from loadmaster.config.shipped import SCHEME, resolve_path
+from loadmaster.config.shipped import SCHEME, local_path, resolve_path
 
 
 @rule("data.path", "data.validation", "stop_after")
@@ -27,7 +27,7 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
     for key, path in named:
         if job.launch.name != "local" and path.startswith("/workspace/"):
             continue
-        if _is_file_name(path) and not Path(resolve_path(path)).expanduser().exists():
+        if _is_file_name(path) and not Path(resolve_path(path)).exists():
             yield key, path, "there is no such file", _file_hint(key, path)
 
 
@@ -160,7 +160,7 @@ def gpu_is_known(job: Job, origins: Origins) -> Found:
     """hardware.gpu is local, cpu or a GPU of the catalogue."""
     known = ["local", "cpu", *catalog.gpus()]
     if job.hardware.gpu not in known:
-        guess = nearest(job.hardware.gpu, known, cutoff=0.4)
+        guess = nearest(job.hardware.gpu, known, cutoff=NEAR_CARD)
         remedy = (f"hardware.gpu={guess}; " if guess else "") + "known are " + ", ".join(known)
         yield "hardware.gpu", job.hardware.gpu, "is not in the catalogue", remedy
 
@@ -302,7 +302,7 @@ def prices_are_of_known_gpus(job: Job, origins: Origins) -> Found:
     """plan.prices_usd_per_hour names GPUs of the catalogue."""
     for name in job.plan.prices_usd_per_hour or {}:
         if name not in catalog.gpus():
-            guess = nearest(name, list(catalog.gpus()), cutoff=0.4)
+            guess = nearest(name, list(catalog.gpus()), cutoff=NEAR_CARD)
             remedy = (f"{guess}; " if guess else "") + "known are " + ", ".join(catalog.gpus())
             yield "plan.prices_usd_per_hour", job.plan.prices_usd_per_hour, f"{name} is not in the catalogue", remedy
 
@@ -312,10 +312,11 @@ def model_folder_exists(job: Job, origins: Origins) -> Found:
     """model.path is a folder with a config.json, and what lies in it is whole."""
     if job.model.path is None:
         return
-    folder = Path(job.model.path).expanduser()
+    folder = local_path(job.model.path)
     remedy = "name a folder with config.json, *.safetensors and the tokenizer, or leave it out to use the Hub"
     if not (folder / "config.json").is_file():
         what = "has no config.json in it" if folder.is_dir() else "is not a folder here"
+        what += f" ({folder})" if str(folder) != job.model.path.rstrip("/") else ""
         yield "model.path", job.model.path, what, remedy
     for what in broken_files(folder):
         yield "model.path", job.model.path, what, remedy
@@ -331,7 +332,7 @@ def _is_file_name(path: str) -> bool:
 
 
 def _file_hint(key: str, path: str) -> str:
-    real = Path(resolve_path(path)).expanduser()
+    real = Path(resolve_path(path))
     if not real.parent.is_dir():
         return f"there is no folder {real.parent}; paths are relative to where the command is run ({Path.cwd()})"
     names = sorted(p.name for p in real.parent.iterdir() if p.suffix.lower() in DATA_SUFFIXES)

@@ -25,6 +25,8 @@ from loadmaster.errors import Problem
 
 PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
 """`endpoint.server=vllm==0.27.1`: Hydra's grammar wants such a value in quotes, which nobody would guess."""
+_FROM_HOME = re.compile(r"([=,\[]\s*)(~(?:[^\"',\[\]{}]*[^\"',\[\]{}\s])?)")
+"""`model.path=~/models/mine`, or in a list: a shell leaves the ~ of a word that does not begin with it as it is."""
 _QUOTES = " '\""
 
 
@@ -71,7 +73,9 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
 
 def _quoted(argument: str) -> str:
     pinned = PINNED.fullmatch(argument)
-    return f'{pinned[1]}="{pinned[2]}"' if pinned else argument
+    if pinned:
+        return f'{pinned[1]}="{pinned[2]}"'
+    return argument if '"' in argument or "'" in argument else _FROM_HOME.sub(r'\1"\2"', argument)
 
 
 def reading_order(problems: list[Problem], arguments: list[str]) -> list[Problem]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ConfigDict, Strict
 from pydantic.dataclasses import dataclass
 
 Auto = Literal["auto"]
 # Strict: 16.5 is no row count, "yes" is no number and true is not 1. An integer still does for a float.
 Flag = Annotated[bool, Strict()]
-PositiveInt = Annotated[int, Strict(), Gt(0)]
-NonNegativeInt = Annotated[int, Strict(), Ge(0)]
+Text = Annotated[str, MinLen(1)]
+MOST = 10**9  # of whatever is counted
+PositiveInt = Annotated[int, Strict(), Gt(0), Le(MOST)]
+NonNegativeInt = Annotated[int, Strict(), Ge(0), Le(MOST)]
 PositiveFloat = Annotated[float, Strict(), Gt(0)]
 NonNegativeFloat = Annotated[float, Strict(), Ge(0)]
 Fraction = Annotated[float, Strict(), Ge(0), Le(1)]
@@ -26,33 +28,32 @@ FractionBelowOne = Annotated[float, Strict(), Ge(0), Lt(1)]
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 STAGES = ("plan", "train", "evaluate", "export", "bundle")
-
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 
 
 @dataclass(frozen=True, config=CLOSED)
 class ModelConfig:
-    name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    name: Text = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Hub id of the base model; also the name that reports and the manifest carry."""
-    path: str | None = None
+    path: Text | None = None
     """Local folder with config.json, safetensors and tokenizer; used instead of the Hub when set."""
-    revision: str | None = None
+    revision: Text | None = None
     """Hub revision (commit, tag or branch); null is the default branch."""
-    package: str | None = None
+    package: Text | None = None
     """Installed Python package that ships the model as a GGUF; used when the Hub cannot be reached."""
 
 
 @dataclass(frozen=True, config=CLOSED)
 class DataConfig:
-    path: str | list[str] = "???"
+    path: Text | list[Text] = "???"
     """What to train on: a file, folder or list of files (JSON, JSONL, CSV, Parquet), a Hub dataset, or shipped:NAME."""
-    split: str = "train"
+    split: Text = "train"
     """Split of a Hub dataset; not used for files."""
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired"
     ] = "auto"  # fmt: skip
     """Shape of the rows; auto recognises it from the fields of the first row and says so."""
-    validation: str | Annotated[float, Strict(), Gt(0), Lt(1)] | None = 0.05
+    validation: Text | Annotated[float, Strict(), Gt(0), Lt(1)] | None = 0.05
     """Held-out data: a file, or the fraction of the rows to hold out (seeded), or null for none."""
     system: str | None = None
     """System message put before conversations that have none; null leaves the template's default."""
@@ -76,7 +77,7 @@ class LoraConfig:
     """The adapter's update is scaled by alpha / rank."""
     dropout: FractionBelowOne = 0.0
     """Dropout on the adapter's input; above 0 costs memory for the masks."""
-    targets: str | list[str] = "all-linear"
+    targets: Text | list[Text] = "all-linear"
     """Linear layers that get an adapter: all-linear (every one but the head), names, or a regular expression."""
     rank_stabilised: Flag = False
     """rsLoRA: scale by alpha / sqrt(rank) instead, which keeps large ranks learning."""
@@ -84,7 +85,7 @@ class LoraConfig:
     """LoRA+: learning rate of every B over that of A (optimizer.lr); 1 is plain LoRA."""
     dora: Flag = False
     """DoRA: a trained magnitude for each output besides; over a base in bf16 or fp32 (method=lora). Served merged."""
-    modules_to_save: list[str] = ()  # type: ignore[assignment]
+    modules_to_save: list[Text] = ()  # type: ignore[assignment]
     """Modules trained whole beside the adapter, by name: embed_tokens and lm_head (new tokens need them), norms. A head
     that is tied to the embedding stays so: either name trains the one weight of both."""
 
@@ -178,7 +179,7 @@ class PlanConfig:
 
 @dataclass(frozen=True, config=CLOSED)
 class HardwareConfig:
-    gpu: str = "local"
+    gpu: Text = "local"
     """local, cpu, or a GPU of the catalogue (a100_80gb, h100_80gb, h200, b200, l40s, rtx4090)."""
     count: PositiveInt | Auto = "auto"
     """GPUs in each node; auto: what the machine has, or 1."""
@@ -208,9 +209,7 @@ class ThresholdsConfig:
     """Most of it: an adapter applied twice, or at too large a scale, is above 1."""
 
 
-ExportFormat = Literal[
-    "adapter", "bf16", "fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4", "gguf"
-]  # fmt: skip
+ExportFormat = Literal["adapter", "bf16", "fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4", "gguf"]
 ServedFormat = Literal["auto", "adapter", "bf16", "fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4"]
 
 
@@ -231,7 +230,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, config=CLOSED)
 class EndpointConfig:
-    server: str = "vllm"
+    server: Text = "vllm"
     """Server that exports and bundle are written for: vllm, sglang, or a version of one (vllm==0.27.1)."""
     serve_as: ServedFormat = "auto"
     """Which exported format the bundle serves; auto: the smallest that passed."""
@@ -239,11 +238,11 @@ class EndpointConfig:
     """Longest request, prompt and answer, tokens; auto: the training sequence_length."""
     worker: Literal["worker-vllm", "handler"] = "worker-vllm"
     """What runs on the endpoint: the provider's vLLM worker, or the bundle's own handler in an image that you build."""
-    image: str | None = None
+    image: Text | None = None
     """Container image to deploy; null is worker-vllm's. The handler's has to be built and pushed first."""
     weights: Literal["volume", "image"] = "volume"
     """Where a worker finds the weights: on a network volume, or baked into the handler's image."""
-    gpu: str = "auto"
+    gpu: Text = "auto"
     """A GPU of the catalogue; auto: the cheapest that carries the load below."""
     count: PositiveInt | Auto = "auto"
     """GPUs of one worker, joined by tensor parallelism; auto: with gpu."""
@@ -253,7 +252,7 @@ class EndpointConfig:
     """Share of each card's memory that the server may take."""
     requests_per_second: PositiveFloat = 0.05
     """Load that the endpoint is sized for, mean."""
-    arrivals: str = "poisson"
+    arrivals: Text = "poisson"
     """How requests come: poisson, bursty (ten times the rate for a minute, then silence), or a CSV of times."""
     prompt_tokens: PositiveInt | Auto = "auto"
     """Of a usual request; auto: three quarters of max_model_len."""
@@ -287,17 +286,17 @@ class LaunchConfig:
     """Machines; auto: hardware.nodes, or as many as launch.hosts. Several rented ones are an Instant Cluster."""
     force_pods: Flag = False
     """Rent plain Pods for several nodes although nothing fast joins them; launch.max_hours must be given."""
-    hosts: list[str] = ()  # type: ignore[assignment]
+    hosts: list[Text] = ()  # type: ignore[assignment]
     """ssh: the machines, user@host or user@host:port; the first one is where the others meet."""
-    ssh_config: str | None = None
+    ssh_config: Text | None = None
     """ssh: OpenSSH client configuration (ssh -F) to use instead of your own."""
-    python: str = "auto"
+    python: Text = "auto"
     """ssh, slurm: the interpreter there that has this version of loadmaster; auto: ssh python3, slurm this very one."""
-    folder: str = "loadmaster"
+    folder: Text = "loadmaster"
     """ssh: folder there for jobs and runs, from the login's home; several hosts share it."""
-    sbatch: list[str] = ()  # type: ignore[assignment]
+    sbatch: list[Text] = ()  # type: ignore[assignment]
     """slurm: further options of sbatch, each with its value (--partition=gpu)."""
-    gpus: list[str] | Auto = "auto"
+    gpus: list[Text] | Auto = "auto"
     """GPUs to choose from, of the catalogue, with a count or any (h100_80gb:2, l40s); auto: all, or hardware.gpu."""
     objective: Literal["cost", "time"] = "cost"
     """Which machine to prefer among those that fit: the cheapest for the whole job, or the fastest."""
@@ -313,16 +312,16 @@ class LaunchConfig:
     """Seconds that a step may stand still in a run of several processes; auto: 20 times the slowest, at least 300."""
     cloud: Literal["secure", "community"] = "secure"
     """The provider's own data centres, or other people's hosts, which cost less and have no network volumes."""
-    data_centers: list[str] = ()  # type: ignore[assignment]
+    data_centers: list[Text] = ()  # type: ignore[assignment]
     """Data centres to choose from; none named: all."""
-    image: str = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
+    image: Text = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
     """Container image, with a tag or digest; its entry point must run the arguments that it is given."""
-    package: str | None = "auto"
+    package: Text | None = "auto"
     """What pip installs there: pinned (name==1.2.3, a URL with a hash or commit), or a wheel here, which travels; auto:
     this very code as a wheel, or with an image of your own nothing; null: nothing, it is in the image."""
     disk_gb: PositiveInt | Auto = "auto"
     """Container disk, GB; auto: room for the image and, without a volume, for the run."""
-    volume: str | None = "loadmaster"
+    volume: Text | None = "loadmaster"
     """Network volume (name or id) for checkpoints and exports, made when there is none of that name; null: none."""
     volume_gb: PositiveInt | Auto = "auto"
     """Size of a volume that is made, GB (10 to 4096); auto: what the plan writes, and the base model twice."""
@@ -342,17 +341,17 @@ class LaunchConfig:
 class TrackerConfig:
     name: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "tensorboard"
     """Experiment tracker; metrics.jsonl is written in any case."""
-    project: str = "loadmaster"
+    project: Text = "loadmaster"
     """Project (or experiment) name in the tracker."""
 
 
 @dataclass(frozen=True, config=CLOSED)
 class Job:
-    recipe: str = "custom"
+    recipe: Text = "custom"
     """Name of the recipe that this job was composed from; names the run directory."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    sequence_length: PositiveInt = 2048
+    sequence_length: Annotated[int, Strict(), Ge(2), Le(MOST)] = 2048
     """Tokens in a packed row; the longest context trained on."""
     objective: Literal["sft", "dpo", "orpo", "kto"] = "sft"
     """sft: the likelihood of answers; dpo, orpo, kto: preference between pairs of answers (kto: or labelled ones)."""
@@ -370,7 +369,7 @@ class Job:
     batch: BatchConfig = BatchConfig()
     micro_batch_size: PositiveInt | Auto = "auto"
     """Packed rows on one GPU at a time."""
-    epochs: PositiveFloat = 1.0
+    epochs: Annotated[float, Strict(), Gt(0), Le(MOST)] = 1.0
     """Passes over the packed training rows."""
     max_steps: PositiveInt | None = None
     """Stop after so many optimizer steps; null is the number that epochs gives."""
@@ -386,9 +385,9 @@ class Job:
     """What lives in host memory instead of the GPU's."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Strict(), Ge(0), Lt(2**63)] = 42
     """Seeds data order, initialisation and dropout."""
-    run_dir: str | Auto = "auto"
+    run_dir: Text | Auto = "auto"
     """Run directory; auto: the newest of this very job under runs/<recipe>/, else a new one."""
     stop_after: Literal["plan", "train", "evaluate", "export", "bundle"] = "bundle"
     """Last stage to run."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 
 from loadmaster import catalog
-from loadmaster.config.fields import nearest
+from loadmaster.config.fields import NEAR_CARD, nearest
 from loadmaster.config.origins import COMMAND_LINE, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import Job, LaunchConfig
+from loadmaster.config.shipped import local_path
 
 SERVED_RANK = 512
 """Largest rank that --max-lora-rank accepts (vllm 0.33.0); a test holds it to export's list."""
@@ -113,7 +113,7 @@ def endpoint_gpu_is_known(job: Job, origins: Origins) -> Found:
     """endpoint.gpu is auto or a GPU of the catalogue."""
     known = ["auto", *catalog.serving()["gpus"]]
     if job.endpoint.gpu not in known:
-        guess = nearest(job.endpoint.gpu, known, cutoff=0.4)
+        guess = nearest(job.endpoint.gpu, known, cutoff=NEAR_CARD)
         remedy = (f"endpoint.gpu={guess}; " if guess else "") + "known are " + ", ".join(known)
         yield "endpoint.gpu", job.endpoint.gpu, "is not in the catalogue", remedy
 
@@ -153,7 +153,7 @@ def arrivals_are_known(job: Job, origins: Origins) -> Found:
         return
     if not arrivals.endswith(".csv"):
         yield "endpoint.arrivals", arrivals, "is no kind of arrivals", "poisson, bursty, or the name of a .csv file"
-    elif not Path(arrivals).expanduser().is_file():
+    elif not local_path(arrivals).is_file():
         yield "endpoint.arrivals", arrivals, "there is no such file", "a CSV with the time of a request a line"
 
 

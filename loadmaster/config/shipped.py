@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -23,11 +24,16 @@ def shipped_path(name: str) -> Path:
 
 
 def resolve_path(path: str) -> str:
-    """`shipped:tickets/train.jsonl` as a real path; any other path or Hub id unchanged.
+    """`shipped:tickets/train.jsonl` as a real path, and what begins with ~; any other path or Hub id unchanged.
 
     The job keeps the short form, so that config.yaml and the job's hash are the same on every machine.
     """
-    return str(shipped_path(path.removeprefix(SCHEME))) if path.startswith(SCHEME) else path
+    return str(shipped_path(path.removeprefix(SCHEME)) if path.startswith(SCHEME) else local_path(path))
+
+
+def local_path(path: str) -> Path:
+    """What a field that holds a path means here: a ~ in front is the home folder, where it is somebody's."""
+    return Path(os.path.expanduser(path))
 
 
 def display_path(path: Path) -> str:

@@ -17,18 +17,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from loadmaster.config.fields import (
     COUNTED,
+    NONE_IS,
     branches,
     choices,
     describe,
     fields,
     hints,
+    is_counted,
     nearest,
     nearest_key,
     sections,
     written,
 )
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
-from loadmaster.config.schema import Job
+from loadmaster.config.schema import MOST, Job
 from loadmaster.errors import Problem
 
 MISSING = "???"
@@ -136,10 +138,18 @@ def _wrong_value(key: str, value: Any, origin: str, annotation: Any) -> Problem:
         name = f"{key}.name"
         remedy = assign(name, value) if name in section and isinstance(value, str) else "set " + ", ".join(section)
         return Problem(key, value, origin, "is a section of several fields, not a value", remedy)
+    in_list = isinstance(value, list) and "" in value
+    if (value == "" or in_list) and _is_taken(["text"] if in_list else "text", annotation):
+        what = "has an empty entry" if in_list else "is empty"
+        remedy = f"{assign(key, fields()[key].default)} is the default" if _has_default(key) else _how_to_set(key)
+        unset = ", as of a shell variable that is not set" if origin == COMMAND_LINE else ""
+        return Problem(key, value, origin, f"{what}{unset}", remedy)
     wrong = value
     if isinstance(value, list) and choices(annotation):
         wrong = next((item for item in value if str(item) not in choices(annotation)), value)
     about = f"; {wrong!r} is none" if isinstance(value, list) else ""
+    if isinstance(wrong, int | float) and wrong > MOST and is_counted(annotation):
+        about = f"; at most {MOST:,}"
     message = f"must be {describe(annotation)}{about}"
     return Problem(key, value, origin, message, _correction(key, wrong, annotation, assign))
 
@@ -157,6 +167,8 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
     kinds = describe(annotation)
     if key in COUNTED and type(wrong) is int:
         return assign(COUNTED[key], wrong)
+    if key in NONE_IS and type(wrong) in (int, float) and wrong == 0:
+        return f"{assign(key, None)} {NONE_IS[key]}"
     if isinstance(wrong, str) and "a list of texts" in kinds:
         return assign(key, [wrong])
     if "text" in kinds and "number" not in kinds and isinstance(wrong, int | float):
@@ -164,16 +176,28 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
         return "quote it, so that it stays text: " + (f'"{quoted}"' if "=" in quoted else quoted)
     if isinstance(wrong, str) and ("integer" in kinds or "number" in kinds):
         number = _number(wrong)
-        if number is not None:
+        if number is not None and _is_taken(number, annotation):
             return f"{assign(key, number)} (without the quotes)"
-    if isinstance(wrong, float) and wrong.is_integer() and "integer" in kinds and wrong > 0:
+    if isinstance(wrong, float) and wrong.is_integer() and _is_taken(int(wrong), annotation):
         return assign(key, int(wrong))
     known = fields().get(key)
     if known is not None and kinds == "a list of texts":
         return f"{assign(key, ['A', 'B'])}, or leave it out"
-    if known is None or known.default == MISSING:
+    if known is None or not _has_default(key):
         return f"give {kinds}"
     return f"{assign(key, known.default)} is the default"
+
+
+def _has_default(key: str) -> bool:
+    return key in fields() and fields()[key].default != MISSING
+
+
+def _is_taken(value: Any, annotation: Any) -> bool:
+    try:
+        TypeAdapter(annotation).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _number(text: str) -> int | float | None:

@@ -16,6 +16,9 @@ from loadmaster.data.tokens import answers, render_trained
 EQUAL_ENOUGH = 4 / 3
 """Weighted numbers of KTO's two kinds of answers should be within this ratio (Ethayarajh et al. 2024, eq. 9)."""
 
+MUCH = 0.1
+"""Of a plain text, cut off: a chat is whole up to where it ends, but of a text every piece teaches as much."""
+
 
 def show(data: PreparedData | Sequence[Conversation], tokenizer: Any, count: int, console: Any) -> None:
     """Print `count` rendered rows on a rich Console: trained text in green on a terminal, between ⟦ and ⟧ elsewhere."""
@@ -77,15 +80,23 @@ def describe(summary: dict[str, Any]) -> str:
             lines.append(f"  {split}: {_labels(figures['desirable'], figures['undesirable'])}")
         long, policy = figures["long_rows"], summary["on_long_row"]
         if long["long"] and summary["format"] in ("preference", "unpaired"):
-            what = "pairs" if summary["format"] == "preference" else "answers"
-            lines.append(f"  {split}: {long['dropped']:,} {what} longer than sequence_length, left out whole")
+            what = _counted(long["dropped"], "pair" if summary["format"] == "preference" else "answer")
+            lines.append(f"  {split}: {what} longer than sequence_length, left out whole")
         elif long["long"]:
             lines.append(
-                f"  {split}: {long['long']:,} rows longer than sequence_length (data.on_long_row={policy}): "
-                f"{long['pieces']:,} pieces kept, {long['cut_tokens']:,} tokens cut off, "
-                f"{long['dropped']:,} pieces dropped with nothing trained in them"
+                f"  {split}: {_counted(long['long'], 'row')} longer than sequence_length (data.on_long_row={policy}): "
+                f"{_counted(long['pieces'], 'piece')} kept, {_counted(long['cut_tokens'], 'token')} cut off, "
+                f"{_counted(long['dropped'], 'piece')} dropped with nothing trained in them"
             )
+            lost = long["cut_tokens"] / (figures["tokens"] + long["cut_tokens"])
+            if split == "train" and summary["format"] == "text" and lost > MUCH:
+                advice = "of the text is cut off; data.on_long_row=split keeps it, in rows of sequence_length"
+                lines.append(f"  {split}: {lost:.0%} {advice}")
     return "\n".join(lines + [f"  note: {note}" for note in summary["notes"]])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number != 1 else ''}"
 
 
 def _labels(desirable: int, undesirable: int) -> str:

@@ -270,7 +270,7 @@ def turns_of(value: Any, field: str) -> list:
 def text_of(value: Any, where: str) -> str:
     if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
         value = "".join(text_of(part.get("text"), where) for part in value)
-    if isinstance(value, list):
+    if isinstance(value, list) and any(isinstance(part, dict) and "type" in part for part in value):
         raise RowError(f"{where}: content parts other than text cannot be trained on here")
     if not isinstance(value, str):
         raise RowError(f"{where} is {kind_of(value)}, not text")

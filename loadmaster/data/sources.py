@@ -126,7 +126,7 @@ def open_source(path: str | list[str], split: str = "train", key: str = "data.pa
 
 def _local_files(path: str, key: str) -> list[Path] | None:
     """Files that a local path stands for; None when nothing of that name is here."""
-    place = Path(resolve_path(path)).expanduser()
+    place = Path(resolve_path(path))
     if place.is_dir():
         files = sorted(p for p in place.rglob("*") if _suffix(p) in DATA_SUFFIXES and not _hidden(p, place))
         if not files:
@@ -159,7 +159,7 @@ def _missing(path: str, key: str) -> Any:
 
 def _nearest(path: str) -> str:
     """A question after the file of nearly that name, if there is one."""
-    place = Path(resolve_path(path)).expanduser()
+    place = Path(resolve_path(path))
     names = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, 1)
     return f"; did you mean {str(place.parent / near[0])!r}?" if near else ""

@@ -12,6 +12,7 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import EndpointConfig, Job
+from loadmaster.config.shipped import local_path
 from loadmaster.endpoint.arrivals import bursty, from_csv, poisson
 from loadmaster.endpoint.economics import (
     MONTH_S,
@@ -226,7 +227,7 @@ def arrivals_of(wanted: EndpointConfig) -> list[float]:
         return poisson(rate, seconds)
     if wanted.arrivals == "bursty":
         return bursty(rate, seconds)
-    return from_csv(Path(wanted.arrivals).expanduser())[:MOST_SIMULATED]
+    return from_csv(local_path(wanted.arrivals))[:MOST_SIMULATED]
 
 
 def _outcomes(wanted: EndpointConfig, service: Service, chosen: Fleet) -> list[Outcome]:

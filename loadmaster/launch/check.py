@@ -11,6 +11,7 @@ from loadmaster import __version__
 from loadmaster.config.compose import Composed
 from loadmaster.config.origins import DEFAULT, origin_of
 from loadmaster.config.schema import Job, LaunchConfig
+from loadmaster.config.shipped import local_path
 from loadmaster.errors import Problem
 from loadmaster.launch.choose import nodes_of
 from loadmaster.launch.order import VOLUME_GB
@@ -94,7 +95,7 @@ def _rented(job: Job) -> list[Problem]:
         message = "the default image has no loadmaster in it"
         wrong("launch.package", None, message, "leave it out: this very code travels; or launch.image= one that has it")
     if launch.package is not None and is_file(launch.package):
-        if not Path(launch.package).expanduser().is_file():
+        if not local_path(launch.package).is_file():
             wrong("launch.package", launch.package, "there is no such file", "python -m build --wheel, or leave it out")
         elif not Path(launch.package).name.startswith(f"loadmaster-{__version__}-"):
             message = f"is no wheel of loadmaster {__version__}, which is what runs here"
@@ -153,7 +154,7 @@ def _folders(job: Job) -> list[Problem]:
     return [
         _wrong(key, path, message, "name files, or a Hub dataset")
         for key, path in data_paths(job)
-        if Path(path).expanduser().is_dir()
+        if local_path(path).is_dir()
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loadmaster import catalog
-from loadmaster.config.fields import nearest
+from loadmaster.config.fields import NEAR_CARD, nearest
 from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
 from loadmaster.errors import ConfigError, DoesNotFit, Problem
 from loadmaster.launch.provider import Offer
@@ -56,7 +56,7 @@ def wanted(job: Job) -> list[tuple[str, int | None]]:
     for word in job.launch.gpus:
         gpu, _, count = word.partition(":")
         if gpu not in catalog.gpus():
-            guess = nearest(gpu, known, cutoff=0.4)
+            guess = nearest(gpu, known, cutoff=NEAR_CARD)
             remedy = (f"{guess}; " if guess else "") + f"one of {', '.join(known)}"
             raise _wrong("launch.gpus", word, "is not in the catalogue", remedy)
         if gpu not in known:

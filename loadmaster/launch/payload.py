@@ -14,7 +14,6 @@ import json
 import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,7 +21,7 @@ import yaml
 from loadmaster.config.compose import Composed
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import HardwareConfig, Job
-from loadmaster.config.shipped import SCHEME
+from loadmaster.config.shipped import SCHEME, local_path
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.files import sha256_file, sha256_json
 from loadmaster.launch.provider import MOUNT, Upload
@@ -43,7 +42,7 @@ THERE = ("grace_s", "hang_timeout_s")
 
 def identity(job: Job) -> str:
     """The same for the same job on the same data: a second launch goes on in the first one's run directory."""
-    local = [Path(path).expanduser() for _, path in data_paths(job)]
+    local = [local_path(path) for _, path in data_paths(job)]
     digests = [sha256_file(path) if path.is_file() else str(path) for path in local]
     return sha256_json([job_hash(job), digests])[:12]
 
@@ -59,7 +58,7 @@ def by_volume(job: Job, room: str) -> tuple[Upload, ...]:
     """The local data files, as they go to the volume. room: the folder of this tool there."""
     found = []
     for _, path in data_paths(job):
-        local = Path(path).expanduser()
+        local = local_path(path)
         if local.is_file():
             digest = sha256_file(local)
             found.append(Upload(local, f"{room}/data/{digest[:16]}-{local.name}", digest, local.stat().st_size))
@@ -79,7 +78,7 @@ def payload(
     resolved = job_there(composed, hardware)
 
     def moved(path: Any) -> Any:
-        local = Path(path).expanduser() if isinstance(path, str) and not path.startswith(SCHEME) else None
+        local = local_path(path) if isinstance(path, str) and not path.startswith(SCHEME) else None
         if local is None or not local.is_file():
             return path
         if local in on_volume:

@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from loadmaster.config.schema import HardwareConfig
-from loadmaster.config.shipped import shipped_folder
+from loadmaster.config.shipped import local_path, shipped_folder
 from loadmaster.errors import LoadmasterError
 from loadmaster.files import write_json, write_text
 from loadmaster.launch.choose import nodes_of
@@ -102,7 +102,7 @@ def make_batch(launch: Launch, hardware: HardwareConfig) -> Batch:
     job = launch.composed.job
     folder = launch.folder.absolute()
     run_dir = launch.folder.parent / f"slurm-{identity(replace(job, hardware=hardware))}"
-    run_dir = (run_dir if job.run_dir == "auto" else Path(job.run_dir).expanduser()).absolute()
+    run_dir = (run_dir if job.run_dir == "auto" else local_path(job.run_dir)).absolute()
     gpus = [] if hardware.count == "auto" or hardware.gpu == "cpu" else [f"--gpus-per-node={hardware.count}"]
     hours = job.launch.max_hours
     options = [

@@ -26,6 +26,7 @@ from typing import Any
 
 from loadmaster import __version__
 from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
+from loadmaster.config.shipped import local_path
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.files import write_json
 from loadmaster.launch.board import Board
@@ -74,7 +75,8 @@ class Host:
     @property
     def ssh(self) -> list[str]:
         name, _, port = self.name.partition(":")
-        return ["ssh", *OPTIONS, *(["-F", self.config] if self.config else []), *(["-p", port] if port else []), name]
+        config = ["-F", str(local_path(self.config))] if self.config else []
+        return ["ssh", *OPTIONS, *config, *(["-p", port] if port else []), name]
 
     def command(self, python: str) -> list[str]:
         return [*self.ssh[:-1], "--", self.ssh[-1], shlex.join([python, "-c", RECEIVE])]

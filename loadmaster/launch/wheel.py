@@ -23,7 +23,7 @@ from pathlib import Path
 
 import loadmaster
 from loadmaster.config.schema import LaunchConfig
-from loadmaster.config.shipped import shipped_folder
+from loadmaster.config.shipped import local_path, shipped_folder
 from loadmaster.errors import LoadmasterError
 
 SHIPPED = ("conf", "recipes", "data", "launch")
@@ -51,7 +51,7 @@ def travelling(launch: LaunchConfig) -> Wheel | None:
     if launch.package == "auto":
         return own() if launch.image == LaunchConfig().image else None
     if launch.package is not None and is_file(launch.package):
-        path = Path(launch.package).expanduser()
+        path = local_path(launch.package)
         return Wheel(path.name, path.read_bytes())
     return None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loadmaster import hub
 from loadmaster.config.schema import ModelConfig
+from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.*"]
@@ -30,7 +31,7 @@ def resolve_base(model: ModelConfig) -> Path:
     Raises ConfigError when model.path is not such a folder, LoadmasterError when nothing is to be had.
     """
     if model.path is not None:
-        return _check_folder(Path(model.path).expanduser(), model.path)
+        return _check_folder(local_path(model.path), model.path)
     try:
         return _from_hub(model)
     except Exception as error:  # the Hub client raises its own, requests', httpx' and OS errors

@@ -17,6 +17,7 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
+from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.families import FAMILIES, full_config, refuse_quantized, refuse_uncountable
 
@@ -317,7 +318,7 @@ def find_config(model: ModelConfig) -> tuple[dict[str, Any], str]:
     Raises ConfigError naming what was tried.
     """
     if model.path is not None:
-        path = Path(model.path).expanduser() / "config.json"
+        path = local_path(model.path) / "config.json"
         if not path.is_file():
             raise _no_config("model.path", model.path, "there is no config.json in that folder", model)
         return _read(path, "model.path", model), str(path)
@@ -390,6 +391,6 @@ def name_of(model: ModelConfig, config: dict[str, Any]) -> str:
     held, named = full_config(config)[0], full_config(shipped)[0]
     if all(held.get(key) == named.get(key) for key in KEPT_SIZES):
         return model.name
-    folder = Path(model.path).expanduser().resolve()
+    folder = local_path(model.path).resolve()
     cached = next((part for part in reversed(folder.parts) if part.startswith("models--")), None)  # of the Hub's cache
     return "/".join(cached.split("--")[1:]) if cached else folder.name

@@ -12,7 +12,9 @@ from loadmaster.config.fields import ALIASES, describe, fields, nearest, nearest
     [
         ("micro_batch_size", "an integer above 0, or auto"),
         ("max_steps", "an integer above 0, or null"),
-        ("seed", "an integer of at least 0"),
+        ("sequence_length", "an integer of at least 2"),
+        ("checkpoint.keep_best", "an integer of at least 0"),
+        ("seed", "an integer of at least 0 and below 9223372036854775808"),
         ("optimizer.warmup_ratio", "a number from 0 to 1"),
         ("lora.dropout", "a number of at least 0 and below 1"),
         ("data.validation", "text, a number above 0 and below 1, or null"),

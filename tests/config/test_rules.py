@@ -215,6 +215,15 @@ def test_a_plan_needs_no_data_here():
     assert compose(["data=file", f"data.path={there}", PLAN]).job.data.path == there
 
 
+@pytest.mark.parametrize("key", ["hardware.gpu", "endpoint.gpu", "plan.prices_usd_per_hour"])
+def test_a_card_that_is_like_none_of_the_catalogue_is_taken_for_none(key: str):
+    for name, begins in {"v100": "known are ", "t4": "known are ", "h100_sxm": "h100_80gb; known are "}.items():
+        with pytest.raises(ConfigError) as caught:
+            compose([f"{key}={{{name}: 2}}" if "prices" in key else f"{key}={name}"])
+        (problem,) = caught.value.problems
+        assert problem.remedy.removeprefix(f"{key}=").startswith(begins) and "a100_80gb" in problem.remedy
+
+
 def test_a_hub_dataset_is_not_taken_for_a_missing_file():
     assert compose(["data=file", "data.path=owner/dataset"]).job.data.path == "owner/dataset"
 

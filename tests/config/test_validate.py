@@ -73,12 +73,31 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("lora.rank='16'", "lora.rank", "must be an integer above 0", "lora.rank=16 (without the quotes)"),
         ("lora.rank=true", "lora.rank", "must be an integer above 0", "lora.rank=16 is the default"),
         ("max_steps=1e3", "max_steps", "must be an integer above 0, or null", "max_steps=1000"),
-        ("seed=1.5", "seed", "must be an integer of at least 0", "seed=42 is the default"),
+        ("lora.rank=1e30", "lora.rank", "must be an integer above 0; at most 1,000,000,000", "lora.rank=16 is the"),
+        ("lora.rank='-8'", "lora.rank", "must be an integer above 0", "lora.rank=16 is the default"),
+        ("max_steps=99999999999999999999", "max_steps", "must be an integer above 0, or null; at most 1,000,000,000",
+         "max_steps=null is the default"),
+        ("epochs=1e30", "epochs", "must be a number above 0; at most 1,000,000,000", "epochs=1.0 is the default"),
+        ("seed=1.5", "seed", "must be an integer of at least 0 and below 9223372036854775808",
+         "seed=42 is the default"),
+        ("seed=9223372036854775808", "seed", "below 9223372036854775808", "seed=42 is the default"),
+        ("sequence_length=1", "sequence_length", "must be an integer of at least 2", "sequence_length=2048"),
         ("optimizer.lr=nan", "optimizer.lr", "must be a number above 0", "optimizer.lr=0.0002 is the default"),
         ("optimizer.warmup_ratio=3", "optimizer.warmup_ratio", "must be a number from 0 to 1",
          "optimizer.warmup_ratio=0.03 is the default"),
         ("data.validation=1.5", "data.validation", "must be text, a number above 0 and below 1, or null",
          "data.validation=0.05 is the default"),
+        ("data.validation=0", "data.validation", "must be text, a number above 0 and below 1, or null",
+         "data.validation=null holds no rows out"),
+        ("evaluation.every_steps=0", "evaluation.every_steps", "must be an integer above 0",
+         "evaluation.every_steps=null evaluates at the end alone"),
+        # an empty text: a folder that nobody named
+        ("data.path=", "data.path", "is empty, as of a shell variable that is not set", "data.path=...; What to train"),
+        ("data.path=[a.jsonl,'']", "data.path", "has an empty entry, as of", "data.path=...; What to train"),
+        ("data.validation=", "data.validation", "is empty, as of", "data.validation=0.05 is the default"),
+        ("model.path=", "model.path", "is empty, as of", "model.path=null is the default"),
+        ("run_dir=", "run_dir", "is empty, as of", "run_dir=auto is the default"),
+        ("launch.ssh_config=", "launch.ssh_config", "is empty, as of", "launch.ssh_config=null is the default"),
         ("data.packing=yes", "data.packing", "must be true or false", "data.packing=true"),
         ("model.revision=123", "model.revision", "must be text, or null",
          "quote it, so that it stays text: \"model.revision='123'\""),
@@ -127,6 +146,34 @@ def test_one_mistake_is_one_problem_with_its_remedy(argument: str, key: str, mes
     assert remedy in problem.remedy
     if argument != "data=file":
         assert problem.origin == CLI
+
+
+def test_an_empty_path_of_a_file_is_a_problem_with_its_line_and_an_empty_system_message_is_none(here: Path):
+    recipe(here, "data:\n  path: ''\n  system: ''\nlaunch:\n  env: {A: ''}\n")
+    (problem,) = problems("recipe=mine")
+    assert (problem.key, problem.value, problem.origin) == ("data.path", "", "recipes/mine.yaml:2")
+    assert problem.message == "is empty"
+
+
+def test_a_path_from_the_home_folder_is_read_without_quotes_and_said_in_full(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    (here / "home/my model").mkdir(parents=True)
+    (here / "home/my model/config.json").write_text("{}")
+    for name in ("a.jsonl", "b.jsonl"):
+        (here / "home" / name).write_text("{}\n")
+    own = ["data=file", "data.path=[~/a.jsonl, ~/b.jsonl]", "data.validation=~/b.jsonl"]
+    job = compose(["model.path=~/my model", "run_dir=~/run", *own[:2]]).job
+    assert (job.model.path, job.run_dir, job.data.path) == ("~/my model", "~/run", ["~/a.jsonl", "~/b.jsonl"])
+    assert [(p.key, p.value) for p in problems(*own)] == [("data.validation", "~/b.jsonl")]  # which is trained on
+    (problem,) = problems("model.path=~/other")
+    assert problem.message == f"is not a folder here ({here / 'home/other'})"
+    (problem,) = problems("data=file", "data.path=~/c.jsonl")
+    assert (problem.message, problem.remedy[:-7]) == ("there is no such file", "data.path=~/")
+    assert [p.message for p in problems("model.path=~nobody-of-this-name/other")] == ["is not a folder here"]
+    assert not taken("model.path=~/my model") and problems("model.path=~/a,~/b")[0].message.startswith("several values")
+    assert "'model.path=\"a~b\"'" in problems("model.path=a~b")[0].remedy
 
 
 def test_each_key_of_an_unknown_section_is_a_problem_where_it_was_set(here: Path):

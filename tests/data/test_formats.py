@@ -167,6 +167,14 @@ def test_text_parts_are_joined_and_other_parts_refused():
         messages_of(row, "messages")
 
 
+@pytest.mark.parametrize("answer", [["x"], [], [{"name": "x"}]])
+def test_a_list_where_text_belongs_is_said_to_be_one(answer: list):
+    with pytest.raises(RowError, match=r"^output is a list, not text$"):
+        messages_of({"instruction": "a", "output": answer}, "alpaca")
+    with pytest.raises(RowError, match=r"is a list, not text$"):
+        messages_of({"messages": [{"role": "user", "content": answer or ["x"]}]}, "messages")
+
+
 def test_tools_as_text_leave_only_roles_that_every_template_has():
     row = {
         "messages": [

@@ -193,9 +193,23 @@ def test_long_rows_are_cut_split_or_refused_and_counted(tokenizer, tmp_path, wri
     }
     assert split.train.tokens == whole.train.tokens
     assert max(cut.train.lengths) <= 64 and max(split.train.lengths) <= 64
-    assert "1 rows longer than sequence_length (data.on_long_row=split)" in describe(split.summary)
+    assert "1 row longer than sequence_length (data.on_long_row=split)" in describe(split.summary)
+    assert ": 1 piece kept, " in describe(cut.summary) and "keeps it" not in describe(cut.summary)  # a chat
     with pytest.raises(DataError, match=r"has \d+ tokens, sequence_length is 64 \(.*rows.jsonl:2\)"):
         prepared("refuse")
+
+
+def test_text_of_which_much_is_cut_off_is_advised_to_be_split(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([{"text": "It rained on. " * 100}, {"text": "It rained."}])
+
+    def said(policy: str, length: int) -> str:
+        job = job_for(path, sequence_length=length, on_long_row=policy, validation=None)
+        return describe(prepare(job, tokenizer, tmp_path / "cache").summary)
+
+    (advice,) = [line for line in said("cut", 64).splitlines() if "keeps it" in line]
+    assert advice.startswith("  train: 8") or advice.startswith("  train: 9")  # per cent
+    assert advice.endswith("% of the text is cut off; data.on_long_row=split keeps it, in rows of sequence_length")
+    assert "keeps it" not in said("split", 64) + said("cut", 4096)
 
 
 def test_a_missing_validation_file_is_named_by_its_own_key(tokenizer, tmp_path, write_jsonl, job_for):

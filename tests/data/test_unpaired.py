@@ -126,7 +126,7 @@ def test_only_the_labelled_answer_is_trained_and_one_too_long_is_left_out_whole(
     trained = tokenizer.decode(row.labels[row.labels != -100])
     assert "Blue." in trained and "Which one?" not in trained and "Which one?" in tokenizer.decode(row.input_ids)
     assert prepared.summary["train"]["long_rows"]["dropped"] == 1
-    assert "1 answers longer than sequence_length, left out whole" in describe(prepared.summary)
+    assert "1 answer longer than sequence_length, left out whole" in describe(prepared.summary)
 
 
 def test_validation_is_a_share_or_a_file_and_each_has_its_labels(tokenizer, tmp_path, write_jsonl):

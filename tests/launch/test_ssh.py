@@ -284,3 +284,8 @@ def test_the_job_of_a_node_meets_the_others_at_the_first_host(hosts, monkeypatch
         "--master-addr=10.0.0.1", "--master-port=4000",
     ]  # fmt: skip
     assert made["command"][7:10] == ["-m", "loadmaster.cli", "bundle"]
+
+
+def test_ssh_is_given_a_configuration_in_the_home_folder_in_full(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert "/home/someone/.ssh/gpus" in ssh.Host("gpu1", "~/.ssh/gpus").ssh

@@ -13,6 +13,14 @@ from loadmaster.cli import STAGE_HELP, main
 ASKED = ["recipe=lora_8b", "hardware.gpu=h100_80gb", "hardware.count=1"]
 
 
+@pytest.mark.parametrize("rows", ["-1", "-3", "1.5", "many"])
+def test_a_number_of_rows_to_show_that_is_none_is_refused(rows: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "--rows", rows])
+    assert ended.value.code == 2
+    assert f"argument --rows: '{rows}' is no number of rows: 0 or more" in capsys.readouterr().err
+
+
 def test_json_is_the_plan_and_nothing_else_and_writes_nothing(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan", *ASKED, "--json"]) == 0
@@ -106,6 +114,23 @@ def test_without_a_command_there_is_the_list_of_them(words: list[str], listed: t
 
 def test_each_stage_in_the_list_of_commands_says_what_it_does_by_itself() -> None:
     assert not any(text.startswith("...") or text[0].isupper() for text in STAGE_HELP.values())
+
+
+@pytest.mark.parametrize("stage", STAGE_HELP)
+def test_the_help_of_a_stage_names_the_options_that_it_takes(stage: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([stage, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for option in ("--dry-run", "--multirun, -m", "--cfg job", "--info", "--config-dir", "--config-name", "--resolve"):
+        assert option in text
+    assert ("--compare" in text) == (stage == "plan")
+
+
+@pytest.mark.parametrize("option", [["--info"], ["--cfg", "job"], ["-c", "job", "--resolve"]])
+def test_a_stage_is_looked_at_as_train_py_is(option: list[str], capfd) -> None:
+    assert main(["plan", "lora.rank=3", *option]) == 0
+    assert "rank: 3" in capfd.readouterr().out
 
 
 def test_a_comparison_is_of_the_values_of_one_key(capsys) -> None:

@@ -1,0 +1,42 @@
+"""The exit codes that scripts rely on, for mistakes beside the job, and the pages that list them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loadmaster.cli import main
+from loadmaster.config.docs import EXIT_CODES
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["plan", "lora.rnk=8"], 2),
+        (["plan", "--compair"], 2),
+        (["deploy", "nowhere", "--dry-run"], 4),
+        (["fetch", "nowhere"], 4),
+        (["endpoint", "review", "nowhere"], 4),
+        (["prices", "--refresh"], 4),
+        (["verify", "nowhere"], 5),
+        (["push", "nowhere", "--repo", "org/name", "--dry-run"], 5),
+        (["serve-check", "nowhere"], 5),
+    ],
+)
+def test_a_mistake_beside_the_job_has_the_code_of_its_command(
+    words: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    assert main(words) == code
+    assert capsys.readouterr().err
+
+
+def test_every_page_with_the_exit_codes_says_the_same():
+    table = [line for line in EXIT_CODES.splitlines() if line.startswith("|")]
+    for page in ("configuration.md", "training.md"):
+        text = (DOCS / page).read_text(encoding="utf-8").partition("## Exit codes")[2].partition("\n## ")[0]
+        assert [line for line in text.splitlines() if line.startswith("|")] == table, page
