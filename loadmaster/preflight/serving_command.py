@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from loadmaster.preflight.serving import (
     plan_serving,
     refuse_other_caches,
 )
-from loadmaster.preflight.serving_speed import Traffic
+from loadmaster.preflight.serving_speed import Traffic, usual_request
 from loadmaster.preflight.serving_table import print_servers, print_serving, what_if
 from loadmaster.preflight.shape import find_config, from_config
 
@@ -60,9 +61,9 @@ class Request:
     utilisation: FractionBelowOne = UTILISATION
     """Share of each card that the server takes."""
     prompt_tokens: PositiveInt | Auto = "auto"
-    """Of a usual request; auto: three quarters of context."""
+    """Of a usual request; auto: three quarters of context, or what output_tokens leaves of it."""
     output_tokens: PositiveInt | Auto = "auto"
-    """Of a usual answer; auto: a quarter of context."""
+    """Of a usual answer; auto: a quarter of context, or what prompt_tokens leaves of it."""
     best_of_n: PositiveInt = 1
     """Answers to each prompt."""
     prefix_share: FractionBelowOne = 0.0
@@ -96,16 +97,13 @@ def plan_serving_command(arguments: list[str]) -> int:
     refuse_other_caches(config, model.name)
     refuse_uncountable(config, model.name)
     shape = from_config(config, model.name)
-    traffic = Traffic(
-        prompt_tokens=request.context * 3 // 4 if request.prompt_tokens == "auto" else request.prompt_tokens,
-        output_tokens=max(1, request.context // 4) if request.output_tokens == "auto" else request.output_tokens,
-        samples=request.best_of_n, prefix_share=request.prefix_share,
-    )  # fmt: skip
+    prompt, output = usual_request(request.context, request.prompt_tokens, request.output_tokens)
+    traffic = Traffic(prompt, output, samples=request.best_of_n, prefix_share=request.prefix_share)
     options: dict[str, Any] = {"cache": request.cache, "utilisation": request.utilisation}
 
     def on_card(traffic: Traffic) -> ServingPlan:
         hardware = from_catalog(request.gpu, 1 if request.count == "auto" else request.count)
-        context = max(request.context, traffic.prompt_tokens + traffic.output_tokens)
+        context = max(request.context, traffic.prompt_tokens + traffic.output_tokens)  # longer in a what-if alone
         return plan_serving(shape, hardware, request.format, context, traffic=traffic, **options)
 
     if request.gpu == "auto":
@@ -153,6 +151,17 @@ def parse(words: list[str]) -> Request:
             message = next(e["msg"] for e in error.errors() if str(e["loc"][0]) == key)
             problems.append(Problem(key, values.get(key), "command line", message, USAGE))
         raise ConfigError(problems) from None
+    problems += _too_long(request)
     if problems:
         raise ConfigError(problems)
     return request
+
+
+def _too_long(request: Request) -> Iterator[Problem]:
+    """As the job's rule on endpoint.prompt_tokens, output_tokens and max_model_len."""
+    prompt, output = usual_request(request.context, request.prompt_tokens, request.output_tokens)
+    if prompt + output > request.context:
+        given = ("prompt_tokens", "output_tokens", "context")
+        key = next(key for key in given if getattr(request, key) != "auto")
+        message = f"a request of {prompt} + {output} tokens is longer than context={request.context}"
+        yield Problem(key, getattr(request, key), "command line", message, f"context={prompt + output}")

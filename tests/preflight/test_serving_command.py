@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -30,6 +31,36 @@ def test_without_a_gpu_every_machine_that_fits_is_listed_cheapest_first(capsys) 
     assert all(plan["concurrent_requests"] >= 4 for plan in plans)
     assert [p["pod_usd_per_hour"] for p in plans] == sorted(p["pod_usd_per_hour"] for p in plans)
     assert plan_serving_command([LLAMA, "requests=100000"]) == 3
+
+
+def test_a_machine_has_the_same_numbers_named_as_in_the_list(capsys) -> None:
+    asked = [LLAMA, "context=8192", "prompt_tokens=500", "output_tokens=300", "format=int4", "--json"]
+    assert plan_serving_command(asked) == 0
+    listed = {(plan["gpu"], plan["gpus"]): plan for plan in json.loads(capsys.readouterr().out)}
+    for gpu, count in (("l40s", 8), ("h200", 1)):
+        assert plan_serving_command([*asked, f"gpu={gpu}", f"count={count}"]) == 0
+        assert json.loads(capsys.readouterr().out) == [listed[gpu, count]]
+
+
+@pytest.mark.parametrize("gpu", ["auto", "l40s"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prompt_tokens=9000", "output_tokens=9000"], "9000 + 9000 tokens is longer than context=8192"),
+        (["prompt_tokens=8192"], "8192 + 1 tokens is longer"),
+        (["output_tokens=8192"], "output_tokens = 8192"),
+        (["context=1"], "fix: context=2"),
+    ],
+)
+def test_a_usual_request_that_is_longer_than_the_longest_is_refused(gpu, words, said) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        plan_serving_command([LLAMA, f"gpu={gpu}", *words])
+
+
+def test_one_part_of_a_usual_request_leaves_the_rest_of_the_longest_to_the_other(capsys) -> None:
+    for words in (["prompt_tokens=8000"], ["output_tokens=8000"]):
+        assert plan_serving_command([LLAMA, "format=int4", "gpu=h200", "context=8192", "--json", *words]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["context"] == 8192
 
 
 def test_help_lists_every_word_with_its_default(capsys) -> None:
