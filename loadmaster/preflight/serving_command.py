@@ -14,8 +14,8 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from loadmaster import catalog
+from loadmaster.config.fields import choices, describe, nearest, written
 from loadmaster.config.fields import fields as fields_of
-from loadmaster.config.fields import nearest, written
 from loadmaster.config.schema import (
     CLOSED,
     Auto,
@@ -138,8 +138,8 @@ def parse(words: list[str]) -> Request:
             hint = f"{close}={text or '...'}" if close else USAGE
             problems.append(Problem(key, text or None, "command line", "is not a word of this command", hint))
             continue
-        values[key] = text if key in ("model", "gpu") else yaml.safe_load(text)
-    if values.get("model", "???") == "???":
+        values[key] = text if key in ("model", "gpu") else _value(text)
+    if values.get("model") in (None, "", "???"):
         problems.append(Problem("model", None, "command line", "is needed", USAGE))
     if values.get("gpu", "auto") not in ("auto", *catalog.gpus()):
         names = ", ".join(["auto", *catalog.gpus()])
@@ -147,14 +147,28 @@ def parse(words: list[str]) -> Request:
     try:
         request = TypeAdapter(Request).validate_python(values)
     except ValidationError as error:
-        for key in dict.fromkeys(str(entry["loc"][0]) for entry in error.errors()):
-            message = next(e["msg"] for e in error.errors() if str(e["loc"][0]) == key)
-            problems.append(Problem(key, values.get(key), "command line", message, USAGE))
-        raise ConfigError(problems) from None
+        wrong = dict.fromkeys(str(entry["loc"][0]) for entry in error.errors())
+        raise ConfigError(problems + [_wrong_value(key, values[key]) for key in wrong]) from None
     problems += _too_long(request)
     if problems:
         raise ConfigError(problems)
     return request
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _wrong_value(key: str, value: Any) -> Problem:
+    word = fields_of(Request)[key]
+    close = nearest(str(value), choices(word.annotation), cutoff=0.4)
+    default = f"{key}={written(word.default)} is the default"
+    remedy = f"{key}={close}; {default}" if close and close != word.default else default
+    given = "nothing" if value is None else value
+    return Problem(key, given, "command line", f"must be {describe(word.annotation)}", remedy)
 
 
 def _too_long(request: Request) -> Iterator[Problem]:

@@ -76,6 +76,26 @@ def test_every_wrong_word_is_named_at_once() -> None:
     assert all(word in said for word in ("modl", "model=x", "h100_80gb", "context", "format", "model="))
 
 
+@pytest.mark.parametrize(
+    ("word", "must", "fix"),
+    [
+        ("context=8k", "an integer above 0", "context=8192 is the default"),
+        ("context=8192.5", "an integer above 0", "context=8192 is the default"),
+        ("count=two", "an integer above 0, or auto", "count=auto is the default"),
+        ("utilisation=90", "a number of at least 0 and below 1", "utilisation=0.9 is the default"),
+        ("requests=-1", "a number above 0", "requests=1 is the default"),
+        ("format=int3", "one of bf16, fp8, int4", "format=int4; format=bf16 is the default"),
+        ("cache=[", "one of bf16, fp8", "cache=bf16 is the default"),
+        ("best_of_n=", "an integer above 0", "best_of_n=1 is the default"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_what_it_must_be_and_the_default(word, must, fix) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_serving_command([LLAMA, word])
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.message, problem.remedy) == (word.partition("=")[0], f"must be {must}", fix)
+
+
 def test_a_folder_with_a_config_is_a_model(tmp_path, capsys) -> None:
     config = {
         "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
