@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -20,12 +19,10 @@ from loadmaster.config.schema import (
     CLOSED,
     Auto,
     FractionBelowOne,
-    ModelConfig,
     PositiveFloat,
     PositiveInt,
 )
 from loadmaster.errors import ConfigError, Problem
-from loadmaster.preflight.families import refuse_uncountable
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.serving import (
     UTILISATION,
@@ -34,9 +31,10 @@ from loadmaster.preflight.serving import (
     plan_serving,
     refuse_other_caches,
 )
+from loadmaster.preflight.serving_model import model_and_config
 from loadmaster.preflight.serving_speed import Traffic, usual_request
 from loadmaster.preflight.serving_table import print_servers, print_serving, what_if
-from loadmaster.preflight.shape import find_config, from_config
+from loadmaster.preflight.shape import from_config
 
 USAGE = "loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [count=1] [context=8192] [key=value ...] [--json]"
 DOES_NOT_FIT = 3
@@ -47,7 +45,7 @@ class Request:
     """Words of the command."""
 
     model: str = "???"
-    """Hub id, shipped name, or a folder with config.json."""
+    """Hub id, name in conf/model (llama3_1_8b), or a folder with config.json."""
     format: Literal["bf16", "fp8", "int4"] = "bf16"
     """Of the weights."""
     gpu: str = "auto"
@@ -90,12 +88,8 @@ def plan_serving_command(arguments: list[str]) -> int:
         return 0
     words = [word for word in arguments if word != "--json"]
     request = parse(words)
-    folder = Path(request.model).expanduser()
-    is_folder = (folder / "config.json").is_file()
-    model = ModelConfig(name=folder.resolve().name, path=str(folder)) if is_folder else ModelConfig(name=request.model)
-    config, _ = find_config(model)
+    model, config = model_and_config(request.model)
     refuse_other_caches(config, model.name)
-    refuse_uncountable(config, model.name)
     shape = from_config(config, model.name)
     prompt, output = usual_request(request.context, request.prompt_tokens, request.output_tokens)
     traffic = Traffic(prompt, output, samples=request.best_of_n, prefix_share=request.prefix_share)

@@ -6,10 +6,14 @@ import json
 import re
 
 import pytest
+import yaml
 
 from loadmaster.cli import main
+from loadmaster.config.schema import ModelConfig
+from loadmaster.config.shipped import shipped_folder
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.preflight.serving_command import plan_serving_command
+from loadmaster.preflight.serving_model import named
 
 LLAMA = "model=meta-llama/Llama-3.1-70B"
 
@@ -94,6 +98,43 @@ def test_a_wrong_value_is_answered_with_what_it_must_be_and_the_default(word, mu
         plan_serving_command([LLAMA, word])
     (problem,) = caught.value.problems
     assert (problem.key, problem.message, problem.remedy) == (word.partition("=")[0], f"must be {must}", fix)
+
+
+@pytest.mark.parametrize("file", sorted(shipped_folder("conf").glob("model/*.yaml")), ids=lambda file: file.stem)
+def test_names_of_the_jobs_models_are_taken(file, capsys) -> None:
+    assert main(["plan-serving", f"model={file.stem}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["model"] == yaml.safe_load(file.read_text())["name"]
+
+
+def test_a_name_of_the_current_folders_conf_is_taken_first(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/llama3_1_8b.yaml").write_text("name: my/model\npath: /models/mine\npackage: x\n")
+    assert named("llama3_1_8b") == ModelConfig(name="my/model", path="/models/mine")
+    assert named("smollm2_135m").name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_model_that_is_not_there_is_said_in_the_commands_own_words(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("loadmaster.preflight.shape._from_hub", lambda model: None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/config.json").write_text("{")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text(json.dumps({"model_type": "new", "n_routed_experts": 8}))
+    for word, said in (
+        (f"{tmp_path}/empty", "this folder has no config.json"),
+        (f"{tmp_path}/torn", "config.json cannot be read"),
+        (f"{tmp_path}/none", "there is no such folder"),
+        ("./none", "there is no such folder"),
+        ("llama3_1_9b", "or model=llama3_1_8b or meta-llama/Llama-3"),
+        ("nobody/nothing", "no config.json found"),
+        (f"{tmp_path}/other", "one of these types: llama"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            plan_serving_command([f"model={word}", "gpu=l40s"])
+        (problem,) = caught.value.problems
+        assert problem.key == "model" and said in str(problem)
+        assert not any(alien in str(problem) for alien in ("model.name", "model.path", "the job", "plan.trace"))
 
 
 def test_a_folder_with_a_config_is_a_model(tmp_path, capsys) -> None:
