@@ -28,12 +28,13 @@ from loadmaster.preflight.serving import (
     UTILISATION,
     ServingPlan,
     cheapest_servers,
+    machines_for,
     plan_serving,
     refuse_other_caches,
 )
 from loadmaster.preflight.serving_model import model_and_config
 from loadmaster.preflight.serving_speed import Traffic, usual_request
-from loadmaster.preflight.serving_table import print_servers, print_serving, what_if
+from loadmaster.preflight.serving_table import print_held, print_servers, print_serving, what_if
 from loadmaster.preflight.shape import from_config
 
 USAGE = "loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [count=1] [context=8192] [key=value ...] [--json]"
@@ -67,7 +68,7 @@ class Request:
     prefix_share: FractionBelowOne = 0.0
     """Of a usual prompt, what is the same in all and held once."""
     requests: PositiveFloat = 1
-    """Requests of `context` tokens to hold at once, for gpu=auto."""
+    """Requests of `context` tokens to hold at once."""
 
 
 def described() -> str:
@@ -79,7 +80,7 @@ def described() -> str:
 
 
 def plan_serving_command(arguments: list[str]) -> int:
-    """Print the plan (or JSON with --json); exit code 0, or 3 when it does not fit.
+    """Print the plan (or JSON with --json); exit code 0, or 3 when it does not fit or not so many requests.
 
     Raises ConfigError for a wrong word, LoadmasterError for a model that cannot be planned.
     """
@@ -106,9 +107,12 @@ def plan_serving_command(arguments: list[str]) -> int:
     else:
         plans = [on_card(traffic)]
     if "--json" in arguments:
-        print(json.dumps([asdict(plan) for plan in plans], indent=2))
+        held = ({"requests": request.requests, "machines": machines_for(plan, request.requests)} for plan in plans)
+        print(json.dumps([asdict(plan) | more for plan, more in zip(plans, held, strict=True)], indent=2))
     elif request.gpu != "auto":
         print_serving(plans[0], {name: on_card(other) for name, other in what_if(traffic).items()})
+        if request.requests != Request().requests:
+            print_held(plans[0], request.requests)
     elif plans:
         print_serving(plans[0], {})
         print_servers(plans)
@@ -117,7 +121,7 @@ def plan_serving_command(arguments: list[str]) -> int:
             f"no machine of the catalogue holds {request.requests:g} requests of {request.context:,} tokens: "
             "try format=int4 or fp8, cache=fp8, or a smaller context"
         )
-    return 0 if plans and plans[0].fits else DOES_NOT_FIT
+    return 0 if plans and machines_for(plans[0], request.requests) == 1 else DOES_NOT_FIT
 
 
 def parse(words: list[str]) -> Request:

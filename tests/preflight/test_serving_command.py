@@ -67,6 +67,22 @@ def test_one_part_of_a_usual_request_leaves_the_rest_of_the_longest_to_the_other
         assert json.loads(capsys.readouterr().out)[0]["context"] == 8192
 
 
+def test_a_named_machine_says_whether_it_holds_the_requests_and_how_many_such_machines_do(capsys) -> None:
+    asked = ["model=meta-llama/Llama-3.1-8B", "gpu=l40s", "context=8192"]  # holds 23.4
+    assert plan_serving_command([*asked, "requests=23"]) == 0
+    assert "holds the 23 requests" in capsys.readouterr().out
+    assert plan_serving_command([*asked, "requests=100"]) == 3
+    said = capsys.readouterr().out
+    assert "fits" in said and "does not hold the 100 requests" in said and ": 5 such machines do" in said
+    assert plan_serving_command([*asked, "requests=100", "--json"]) == 3
+    plan = json.loads(capsys.readouterr().out)[0]
+    assert (plan["requests"], plan["machines"], plan["fits"]) == (100, 5, True)
+    assert plan_serving_command([LLAMA, "gpu=l40s", "requests=4"]) == 3
+    assert "no number of such machines" in capsys.readouterr().out
+    assert plan_serving_command(asked) == 0
+    assert "asked for" not in capsys.readouterr().out
+
+
 def test_help_lists_every_word_with_its_default(capsys) -> None:
     assert main(["plan-serving", "--help"]) == 0
     said = capsys.readouterr().out
