@@ -227,8 +227,11 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _plan_serving(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.preflight.serving_command import plan_serving_command
+    from loadmaster.preflight.serving_model import named
 
-    hub.settle(*(word.partition("=")[2] for word in overrides if word.startswith("model=")))
+    models = [named(word.partition("=")[2]) for word in overrides if word.startswith("model=")]
+    if ids := [model.name for model in models if model.path is None]:
+        hub.settle(*ids)
     return plan_serving_command(overrides)
 
 

@@ -37,7 +37,7 @@ from loadmaster.preflight.serving import (
     refuse_other_caches,
     weight_bytes,
 )
-from loadmaster.preflight.serving_speed import Speed, Traffic
+from loadmaster.preflight.serving_speed import Speed, Traffic, usual_request
 from loadmaster.preflight.shape import ModelShape, find_config, from_config
 
 FEWEST_SIMULATED, MOST_SIMULATED = 5_000, 30_000
@@ -121,11 +121,8 @@ def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Si
 
 
 def traffic_of(wanted: EndpointConfig, context: int) -> Traffic:
-    """What is left open: three quarters prompt and a quarter answer, or what the other one leaves."""
-    output = max(1, context // 4) if wanted.output_tokens == "auto" else wanted.output_tokens
-    prompt = max(1, min(context * 3 // 4, context - output)) if wanted.prompt_tokens == "auto" else wanted.prompt_tokens
-    if wanted.output_tokens == "auto":
-        output = max(1, min(output, context - prompt))
+    """What the job says of its load; usual_request has what it leaves open."""
+    prompt, output = usual_request(context, wanted.prompt_tokens, wanted.output_tokens)
     return Traffic(
         prompt_tokens=prompt, output_tokens=output, samples=wanted.best_of_n, prefix_share=wanted.prefix_share,
         requests_per_second=wanted.requests_per_second,

@@ -180,6 +180,14 @@ def cheapest_servers(shape: ModelShape, form: str, context: int, requests: float
     )
 
 
+def machines_for(plan: ServingPlan, requests: float) -> int | None:
+    """Machines like this one that hold so many requests at once, whole ones on each; None where it holds none."""
+    if plan.fits and plan.concurrent_requests >= requests:
+        return 1
+    whole = math.floor(plan.concurrent_requests)
+    return math.ceil(requests / whole) if whole else None
+
+
 def flex_usd_per_hour(hardware: Hardware) -> float | None:
     """Of a serverless worker with these cards while it runs, list price."""
     price = catalog.prices()["gpus"].get(hardware.gpu, {}).get("serverless_usd_per_hour")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -13,29 +13,29 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from loadmaster import catalog
+from loadmaster.config.fields import choices, describe, nearest, written
 from loadmaster.config.fields import fields as fields_of
-from loadmaster.config.fields import nearest, written
 from loadmaster.config.schema import (
     CLOSED,
     Auto,
     FractionBelowOne,
-    ModelConfig,
     PositiveFloat,
     PositiveInt,
 )
 from loadmaster.errors import ConfigError, Problem
-from loadmaster.preflight.families import refuse_uncountable
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.serving import (
     UTILISATION,
     ServingPlan,
     cheapest_servers,
+    machines_for,
     plan_serving,
     refuse_other_caches,
 )
-from loadmaster.preflight.serving_speed import Traffic
-from loadmaster.preflight.serving_table import print_servers, print_serving, what_if
-from loadmaster.preflight.shape import find_config, from_config
+from loadmaster.preflight.serving_model import model_and_config
+from loadmaster.preflight.serving_speed import Traffic, usual_request
+from loadmaster.preflight.serving_table import print_held, print_servers, print_serving, what_if
+from loadmaster.preflight.shape import from_config
 
 USAGE = "loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [count=1] [context=8192] [key=value ...] [--json]"
 DOES_NOT_FIT = 3
@@ -46,7 +46,7 @@ class Request:
     """Words of the command."""
 
     model: str = "???"
-    """Hub id, shipped name, or a folder with config.json."""
+    """Hub id, name in conf/model (llama3_1_8b), or a folder with config.json."""
     format: Literal["bf16", "fp8", "int4"] = "bf16"
     """Of the weights."""
     gpu: str = "auto"
@@ -60,15 +60,15 @@ class Request:
     utilisation: FractionBelowOne = UTILISATION
     """Share of each card that the server takes."""
     prompt_tokens: PositiveInt | Auto = "auto"
-    """Of a usual request; auto: three quarters of context."""
+    """Of a usual request; auto: three quarters of context, or what output_tokens leaves of it."""
     output_tokens: PositiveInt | Auto = "auto"
-    """Of a usual answer; auto: a quarter of context."""
+    """Of a usual answer; auto: a quarter of context, or what prompt_tokens leaves of it."""
     best_of_n: PositiveInt = 1
     """Answers to each prompt."""
     prefix_share: FractionBelowOne = 0.0
     """Of a usual prompt, what is the same in all and held once."""
     requests: PositiveFloat = 1
-    """Requests of `context` tokens to hold at once, for gpu=auto."""
+    """Requests of `context` tokens to hold at once."""
 
 
 def described() -> str:
@@ -80,7 +80,7 @@ def described() -> str:
 
 
 def plan_serving_command(arguments: list[str]) -> int:
-    """Print the plan (or JSON with --json); exit code 0, or 3 when it does not fit.
+    """Print the plan (or JSON with --json); exit code 0, or 3 when it does not fit or not so many requests.
 
     Raises ConfigError for a wrong word, LoadmasterError for a model that cannot be planned.
     """
@@ -89,23 +89,16 @@ def plan_serving_command(arguments: list[str]) -> int:
         return 0
     words = [word for word in arguments if word != "--json"]
     request = parse(words)
-    folder = Path(request.model).expanduser()
-    is_folder = (folder / "config.json").is_file()
-    model = ModelConfig(name=folder.resolve().name, path=str(folder)) if is_folder else ModelConfig(name=request.model)
-    config, _ = find_config(model)
+    model, config = model_and_config(request.model)
     refuse_other_caches(config, model.name)
-    refuse_uncountable(config, model.name)
     shape = from_config(config, model.name)
-    traffic = Traffic(
-        prompt_tokens=request.context * 3 // 4 if request.prompt_tokens == "auto" else request.prompt_tokens,
-        output_tokens=max(1, request.context // 4) if request.output_tokens == "auto" else request.output_tokens,
-        samples=request.best_of_n, prefix_share=request.prefix_share,
-    )  # fmt: skip
+    prompt, output = usual_request(request.context, request.prompt_tokens, request.output_tokens)
+    traffic = Traffic(prompt, output, samples=request.best_of_n, prefix_share=request.prefix_share)
     options: dict[str, Any] = {"cache": request.cache, "utilisation": request.utilisation}
 
     def on_card(traffic: Traffic) -> ServingPlan:
         hardware = from_catalog(request.gpu, 1 if request.count == "auto" else request.count)
-        context = max(request.context, traffic.prompt_tokens + traffic.output_tokens)
+        context = max(request.context, traffic.prompt_tokens + traffic.output_tokens)  # longer in a what-if alone
         return plan_serving(shape, hardware, request.format, context, traffic=traffic, **options)
 
     if request.gpu == "auto":
@@ -114,9 +107,12 @@ def plan_serving_command(arguments: list[str]) -> int:
     else:
         plans = [on_card(traffic)]
     if "--json" in arguments:
-        print(json.dumps([asdict(plan) for plan in plans], indent=2))
+        held = ({"requests": request.requests, "machines": machines_for(plan, request.requests)} for plan in plans)
+        print(json.dumps([asdict(plan) | more for plan, more in zip(plans, held, strict=True)], indent=2))
     elif request.gpu != "auto":
         print_serving(plans[0], {name: on_card(other) for name, other in what_if(traffic).items()})
+        if request.requests != Request().requests:
+            print_held(plans[0], request.requests)
     elif plans:
         print_serving(plans[0], {})
         print_servers(plans)
@@ -125,7 +121,7 @@ def plan_serving_command(arguments: list[str]) -> int:
             f"no machine of the catalogue holds {request.requests:g} requests of {request.context:,} tokens: "
             "try format=int4 or fp8, cache=fp8, or a smaller context"
         )
-    return 0 if plans and plans[0].fits else DOES_NOT_FIT
+    return 0 if plans and machines_for(plans[0], request.requests) == 1 else DOES_NOT_FIT
 
 
 def parse(words: list[str]) -> Request:
@@ -140,8 +136,8 @@ def parse(words: list[str]) -> Request:
             hint = f"{close}={text or '...'}" if close else USAGE
             problems.append(Problem(key, text or None, "command line", "is not a word of this command", hint))
             continue
-        values[key] = text if key in ("model", "gpu") else yaml.safe_load(text)
-    if values.get("model", "???") == "???":
+        values[key] = text if key in ("model", "gpu") else _value(text)
+    if values.get("model") in (None, "", "???"):
         problems.append(Problem("model", None, "command line", "is needed", USAGE))
     if values.get("gpu", "auto") not in ("auto", *catalog.gpus()):
         names = ", ".join(["auto", *catalog.gpus()])
@@ -149,10 +145,35 @@ def parse(words: list[str]) -> Request:
     try:
         request = TypeAdapter(Request).validate_python(values)
     except ValidationError as error:
-        for key in dict.fromkeys(str(entry["loc"][0]) for entry in error.errors()):
-            message = next(e["msg"] for e in error.errors() if str(e["loc"][0]) == key)
-            problems.append(Problem(key, values.get(key), "command line", message, USAGE))
-        raise ConfigError(problems) from None
+        wrong = dict.fromkeys(str(entry["loc"][0]) for entry in error.errors())
+        raise ConfigError(problems + [_wrong_value(key, values[key]) for key in wrong]) from None
+    problems += _too_long(request)
     if problems:
         raise ConfigError(problems)
     return request
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _wrong_value(key: str, value: Any) -> Problem:
+    word = fields_of(Request)[key]
+    close = nearest(str(value), choices(word.annotation), cutoff=0.4)
+    default = f"{key}={written(word.default)} is the default"
+    remedy = f"{key}={close}; {default}" if close and close != word.default else default
+    given = "nothing" if value is None else value
+    return Problem(key, given, "command line", f"must be {describe(word.annotation)}", remedy)
+
+
+def _too_long(request: Request) -> Iterator[Problem]:
+    """As the job's rule on endpoint.prompt_tokens, output_tokens and max_model_len."""
+    prompt, output = usual_request(request.context, request.prompt_tokens, request.output_tokens)
+    if prompt + output > request.context:
+        given = ("prompt_tokens", "output_tokens", "context")
+        key = next(key for key in given if getattr(request, key) != "auto")
+        message = f"a request of {prompt} + {output} tokens is longer than context={request.context}"
+        yield Problem(key, getattr(request, key), "command line", message, f"context={prompt + output}")

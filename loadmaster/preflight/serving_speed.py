@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from loadmaster.config.schema import Auto
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.shape import ModelShape
@@ -48,6 +49,15 @@ class Traffic:
     def mean_cached_tokens(self) -> float:
         """That one running answer holds on average: its prompt, and half of what it will say."""
         return self.prompt_tokens + self.output_tokens / 2
+
+
+def usual_request(context: int, prompt: int | Auto, output: int | Auto) -> tuple[int, int]:
+    """(prompt, answer), tokens: what is open is three quarters and a quarter of context, or what the other leaves."""
+    answer = max(1, context // 4) if output == "auto" else output
+    asked = max(1, min(context * 3 // 4, context - answer)) if prompt == "auto" else prompt
+    if output == "auto":
+        answer = max(1, min(answer, context - asked))
+    return asked, answer
 
 
 @dataclass(frozen=True)

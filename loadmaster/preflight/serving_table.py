@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loadmaster.preflight.serving import ServingPlan
+from loadmaster.preflight.serving import ServingPlan, machines_for
 from loadmaster.preflight.serving_speed import Traffic
 
 BAR_WIDTH = 40
@@ -44,6 +44,17 @@ def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan], console: 
         console.print(escape(line), highlight=False, soft_wrap=True)
     if plan.fits and variants:
         console.print(_comparison({"as asked": plan, **variants}, first="traffic"))
+
+
+def print_held(plan: ServingPlan, requests: float, console: Console | None = None) -> None:
+    """Whether one such server holds the requests that were asked for, and how many of them do."""
+    console, machines = console or Console(), machines_for(plan, requests)
+    asked = f"the {requests:,g} requests at once that were asked for"
+    said = f"{plan.gpus}x {plan.gpu} holds {asked}"
+    if machines != 1:
+        enough = "and no number of such machines does" if machines is None else f"{machines:,} such machines do"
+        said = f"{plan.gpus}x {plan.gpu} does not hold {asked}: {enough}"
+    console.print(said, style="green" if machines == 1 else "red", highlight=False, soft_wrap=True)
 
 
 def print_servers(plans: list[ServingPlan], console: Console | None = None) -> None:

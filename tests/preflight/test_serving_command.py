@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import yaml
 
 from loadmaster.cli import main
+from loadmaster.config.schema import ModelConfig
+from loadmaster.config.shipped import shipped_folder
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.preflight.serving_command import plan_serving_command
+from loadmaster.preflight.serving_model import named
 
 LLAMA = "model=meta-llama/Llama-3.1-70B"
 
@@ -32,6 +37,52 @@ def test_without_a_gpu_every_machine_that_fits_is_listed_cheapest_first(capsys) 
     assert plan_serving_command([LLAMA, "requests=100000"]) == 3
 
 
+def test_a_machine_has_the_same_numbers_named_as_in_the_list(capsys) -> None:
+    asked = [LLAMA, "context=8192", "prompt_tokens=500", "output_tokens=300", "format=int4", "--json"]
+    assert plan_serving_command(asked) == 0
+    listed = {(plan["gpu"], plan["gpus"]): plan for plan in json.loads(capsys.readouterr().out)}
+    for gpu, count in (("l40s", 8), ("h200", 1)):
+        assert plan_serving_command([*asked, f"gpu={gpu}", f"count={count}"]) == 0
+        assert json.loads(capsys.readouterr().out) == [listed[gpu, count]]
+
+
+@pytest.mark.parametrize("gpu", ["auto", "l40s"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prompt_tokens=9000", "output_tokens=9000"], "9000 + 9000 tokens is longer than context=8192"),
+        (["prompt_tokens=8192"], "8192 + 1 tokens is longer"),
+        (["output_tokens=8192"], "output_tokens = 8192"),
+        (["context=1"], "fix: context=2"),
+    ],
+)
+def test_a_usual_request_that_is_longer_than_the_longest_is_refused(gpu, words, said) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        plan_serving_command([LLAMA, f"gpu={gpu}", *words])
+
+
+def test_one_part_of_a_usual_request_leaves_the_rest_of_the_longest_to_the_other(capsys) -> None:
+    for words in (["prompt_tokens=8000"], ["output_tokens=8000"]):
+        assert plan_serving_command([LLAMA, "format=int4", "gpu=h200", "context=8192", "--json", *words]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["context"] == 8192
+
+
+def test_a_named_machine_says_whether_it_holds_the_requests_and_how_many_such_machines_do(capsys) -> None:
+    asked = ["model=meta-llama/Llama-3.1-8B", "gpu=l40s", "context=8192"]  # holds 23.4
+    assert plan_serving_command([*asked, "requests=23"]) == 0
+    assert "holds the 23 requests" in capsys.readouterr().out
+    assert plan_serving_command([*asked, "requests=100"]) == 3
+    said = capsys.readouterr().out
+    assert "fits" in said and "does not hold the 100 requests" in said and ": 5 such machines do" in said
+    assert plan_serving_command([*asked, "requests=100", "--json"]) == 3
+    plan = json.loads(capsys.readouterr().out)[0]
+    assert (plan["requests"], plan["machines"], plan["fits"]) == (100, 5, True)
+    assert plan_serving_command([LLAMA, "gpu=l40s", "requests=4"]) == 3
+    assert "no number of such machines" in capsys.readouterr().out
+    assert plan_serving_command(asked) == 0
+    assert "asked for" not in capsys.readouterr().out
+
+
 def test_help_lists_every_word_with_its_default(capsys) -> None:
     assert main(["plan-serving", "--help"]) == 0
     said = capsys.readouterr().out
@@ -43,6 +94,63 @@ def test_every_wrong_word_is_named_at_once() -> None:
         plan_serving_command(["modl=x", "gpu=h10", "context=many", "format=int3"])
     said = str(caught.value)
     assert all(word in said for word in ("modl", "model=x", "h100_80gb", "context", "format", "model="))
+
+
+@pytest.mark.parametrize(
+    ("word", "must", "fix"),
+    [
+        ("context=8k", "an integer above 0", "context=8192 is the default"),
+        ("context=8192.5", "an integer above 0", "context=8192 is the default"),
+        ("count=two", "an integer above 0, or auto", "count=auto is the default"),
+        ("utilisation=90", "a number of at least 0 and below 1", "utilisation=0.9 is the default"),
+        ("requests=-1", "a number above 0", "requests=1 is the default"),
+        ("format=int3", "one of bf16, fp8, int4", "format=int4; format=bf16 is the default"),
+        ("cache=[", "one of bf16, fp8", "cache=bf16 is the default"),
+        ("best_of_n=", "an integer above 0", "best_of_n=1 is the default"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_what_it_must_be_and_the_default(word, must, fix) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_serving_command([LLAMA, word])
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.message, problem.remedy) == (word.partition("=")[0], f"must be {must}", fix)
+
+
+@pytest.mark.parametrize("file", sorted(shipped_folder("conf").glob("model/*.yaml")), ids=lambda file: file.stem)
+def test_names_of_the_jobs_models_are_taken(file, capsys) -> None:
+    assert main(["plan-serving", f"model={file.stem}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["model"] == yaml.safe_load(file.read_text())["name"]
+
+
+def test_a_name_of_the_current_folders_conf_is_taken_first(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/llama3_1_8b.yaml").write_text("name: my/model\npath: /models/mine\npackage: x\n")
+    assert named("llama3_1_8b") == ModelConfig(name="my/model", path="/models/mine")
+    assert named("smollm2_135m").name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_model_that_is_not_there_is_said_in_the_commands_own_words(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("loadmaster.preflight.shape._from_hub", lambda model: None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/config.json").write_text("{")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text(json.dumps({"model_type": "new", "n_routed_experts": 8}))
+    for word, said in (
+        (f"{tmp_path}/empty", "this folder has no config.json"),
+        (f"{tmp_path}/torn", "config.json cannot be read"),
+        (f"{tmp_path}/none", "there is no such folder"),
+        ("./none", "there is no such folder"),
+        ("llama3_1_9b", "or model=llama3_1_8b or meta-llama/Llama-3"),
+        ("nobody/nothing", "no config.json found"),
+        (f"{tmp_path}/other", "one of these types: llama"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            plan_serving_command([f"model={word}", "gpu=l40s"])
+        (problem,) = caught.value.problems
+        assert problem.key == "model" and said in str(problem)
+        assert not any(alien in str(problem) for alien in ("model.name", "model.path", "the job", "plan.trace"))
 
 
 def test_a_folder_with_a_config_is_a_model(tmp_path, capsys) -> None:
