@@ -29,7 +29,8 @@ from loadmaster.preflight.speed import tokens_per_second
 
 FITTED = (
     ("efficiency", "matmul"), ("efficiency", "half_size"), ("efficiency", "attention"), ("efficiency", "memory"),
-    ("efficiency", "launch_us"), ("efficiency", "fp8_matmul"), ("compiled", "traffic"), ("compiled", "kernels"),
+    ("efficiency", "launch_us"), ("efficiency", "fp8_matmul"), ("efficiency", "fp8_row_matmul"),
+    ("compiled", "traffic"), ("compiled", "kernels"),
 )  # fmt: skip
 FACTORS = (0.8, 0.9, 0.97, 1.03, 1.1, 1.25)
 ROUNDS = 60

@@ -196,7 +196,7 @@ class Export:
             lambda text: self.echo(f"  {text}"),
         )
         for name, figures in results.items():
-            limit = thresholds.limits(self.job.export, name)
+            limit = thresholds.limits(self.job.export, name, figures.get("tokens"))
             figures["failures"] = thresholds.failures(figures, limit)
             figures["passed"] = not figures["failures"]
             figures["limits"] = asdict(limit)

@@ -58,26 +58,30 @@ LIMITS = (
 )
 
 
-def limits(export: ExportConfig, format_name: str) -> ThresholdsConfig:
-    """The limits of one format: the user's where given, for it or for its family, else the shipped ones."""
-    family = FAMILIES.get(format_name, format_name)
-    given = export.thresholds or {}
-    chosen = given.get(format_name, given.get(family))  # type: ignore[call-overload]
-    shipped = DEFAULTS[family]
-    if chosen is None:
-        return shipped
-    return replace(shipped, **{name: value for name, value in asdict(chosen).items() if value is not None})
-
-
 FEW_TOKENS = 500
 """Held-out tokens below which figures say little (the 99th percentile is that of five), and a run says so."""
 
 
-def allowed_top1(least: float, tokens: int | None) -> float:
-    """The limit on top-1 agreement over so few tokens that one or two decide: two standard errors of a share lower."""
-    if tokens is None or tokens >= FEW_TOKENS:
-        return least
-    return least - 2 * math.sqrt(least * (1 - least) / max(tokens, 1))
+def of_few(limit: ThresholdsConfig, tokens: int | None) -> ThresholdsConfig:
+    """The limits over so few tokens that one or two would decide: top-1 agreement two standard errors of a share lower,
+    and 0.05 at most."""
+    least = limit.min_top1_agreement
+    if tokens is None or tokens >= FEW_TOKENS or least is None:
+        return limit
+    short = min(2 * math.sqrt(least * (1 - least) / max(tokens, 1)), 0.05)
+    return replace(limit, min_top1_agreement=round(least - short, 4))
+
+
+def limits(export: ExportConfig, format_name: str, tokens: int | None = None) -> ThresholdsConfig:
+    """The limits of one format: the user's where given, for it or for its family, else the shipped ones, over so many
+    held-out tokens."""
+    family = FAMILIES.get(format_name, format_name)
+    given = export.thresholds or {}
+    chosen = given.get(format_name, given.get(family))  # type: ignore[call-overload]
+    shipped = of_few(DEFAULTS[family], tokens)
+    if chosen is None:
+        return shipped
+    return replace(shipped, **{name: value for name, value in asdict(chosen).items() if value is not None})
 
 
 def failures(figures: dict[str, Any], limit: ThresholdsConfig) -> list[str]:
@@ -92,8 +96,6 @@ def failures(figures: dict[str, Any], limit: ThresholdsConfig) -> list[str]:
         value, bound = figures.get(each.figure), getattr(limit, each.field)
         if value is None or bound is None:
             continue
-        if each.figure == "top1_agreement":
-            bound = round(allowed_top1(bound, figures.get("tokens")), 4)
         if not math.isfinite(value) or (value < bound if each.is_least else value > bound):
             word = "at least" if each.is_least else "at most"
             failed.append(f"{each.figure} is {value:.4g}, must be {word} {bound:g} ({each.meaning})")

@@ -23,9 +23,10 @@ Neither direction keeps anything the size of a weight: the backward pass dequant
 
 On CUDA from compute capability 8.9 on, both of fp8's products run on the fp8 units (torch._scaled_mm): x and dy s are
 rounded to E4M3 with a scale for each row, taken as it comes. The units read both factors along what is summed over, so
-Q is copied, turned, for the second product. Sums of the first are added up the units' fast way, those of gradients in
-full where that costs nothing (`_sums_in_full`); torchao's float8 training does the same. The speed of that path is not
-measured yet; everywhere else Q is cast to x's dtype.
+Q is copied, turned, for the second product. Sums of the first are added up the units' fast way, as servers and
+torchao's float8 training do, those of gradients in full where that is believed to be cheap (`_sums_in_full`). No GPU
+has run that path yet, so its speed is not known; its loss was imitated on a CPU (docs/training.md). Everywhere else Q
+is cast to x's dtype.
 """
 
 from __future__ import annotations
@@ -265,24 +266,25 @@ def _has_fp8_units(index: int) -> bool:
 
 @torch.compiler.assume_constant_result
 def _sums_in_full(index: int) -> bool:
-    """Whether fp8 products with scales by row are as fast with every sum in fp32: where cuBLAS has them, on Hopper from
-    CUDA 12.9 on. PyTorch's own kernel, which does it elsewhere, is slow then (pytorch/ao #1325, pytorch #157905)."""
+    """Whether fp8 products with scales by row may keep every sum in fp32: where cuBLAS has them, on Hopper from CUDA
+    12.9 on (pytorch #157905). PyTorch's own kernel, which has them elsewhere, is slow then (pytorch/ao #1325)."""
     cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
     return torch.cuda.get_device_capability(index)[0] == 9 and cuda >= (12, 9)
 
 
 def _scaled_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """(x Q^T) s on the fp8 units, x [..., in] quantized by row, Q [out, in] float8, s [out] -> [..., out]."""
-    rows, row_scale = _to_fp8(x.reshape(-1, x.shape[-1]))
-    return _on_units(rows, row_scale, codes, scale[None, :], fast=True).view(*x.shape[:-1], -1).to(x.dtype)
+    rows, row_scale = _to_fp8(x.reshape(-1, x.shape[-1]).contiguous())
+    product = _on_units(rows, row_scale, codes, scale[None, :], fast=True)
+    return product.view(*x.shape[:-1], codes.shape[0]).to(x.dtype)
 
 
 def _scaled_gradient(grad: Tensor, weight: Tensor, scale: Tensor, fast: bool) -> Tensor:
     """(dy s) Q on the fp8 units, dy s [..., out] quantized by row, Q [out, in] as uint8, s [out] -> [..., in]."""
-    rows, row_scale = _to_fp8(_times(grad, scale).reshape(-1, weight.shape[0]))
+    rows, row_scale = _to_fp8(_times(grad, scale).reshape(-1, weight.shape[0]).contiguous())
     turned = weight.t().contiguous().view(torch.float8_e4m3fn)
     ones = scale.new_ones(1, turned.shape[0])
-    return _on_units(rows, row_scale, turned, ones, fast).view(*grad.shape[:-1], -1).to(grad.dtype)
+    return _on_units(rows, row_scale, turned, ones, fast).view(*grad.shape[:-1], turned.shape[0]).to(grad.dtype)
 
 
 def _on_units(rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor, fast: bool) -> Tensor:

@@ -337,7 +337,7 @@ class Blocks:
 
         def work(share: float) -> None:
             tape.work.attention_flops += share * 4.0 * n * self.attended * shape.query_size
-            tape.moved(*sizes, size)
+            tape.moved(*sizes, size, fused=False)
 
         def backward(g: Storage, _: list) -> list:
             work(2.5)

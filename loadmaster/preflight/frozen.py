@@ -100,7 +100,7 @@ def fp8_training_matmul(b: Blocks, x: Tensor, weight: Tensor, m: Matrix) -> Tens
     def cast(elements: float, shared: bool = False) -> Storage:
         """Largest magnitude, product with the scale in fp32, clamped, rounded."""
         if not b.setup.compiled:
-            tape.moved(w * elements, w * elements, 6 * 4 * elements, elements)
+            tape.moved(4 * w * elements, 6 * 4 * elements, elements)
             tape.work.kernels += 6
         elif not shared:
             tape.moved(w * elements, w * elements, elements, fused=False)

@@ -109,10 +109,10 @@ def mlp_by_pieces(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
 def embed(b: Blocks, table: Tensor, ids: Storage) -> Tensor:
     """Rows of the embedding; its gradient is as large as the table."""
     tape, size = b.tape, b.w * b.n * b.shape.hidden_size
-    tape.moved(size, size)
+    tape.moved(size, size, fused=False)
 
     def backward(g: Storage, _: list) -> list:
-        tape.moved(size, table_bytes)
+        tape.moved(size, table_bytes, fused=False)
         return [tape.alloc(table_bytes)]
 
     table_bytes = table.bytes
@@ -124,10 +124,10 @@ def gather(b: Blocks, hidden: Tensor, rows: int) -> Tensor:
     """Hidden states of the trained positions, by index; the gradient is added to zeros out of place."""
     tape, whole, size = b.tape, hidden.bytes, b.w * rows * b.shape.hidden_size
     index = tape.alloc(8 * rows)
-    tape.moved(size, size)
+    tape.moved(size, size, fused=False)
 
     def backward(g: Storage, _: list) -> list:
-        tape.moved(whole, whole, size)
+        tape.moved(whole, whole, size, fused=False)
         zeros = tape.alloc(whole)
         full = tape.alloc(whole)
         del zeros

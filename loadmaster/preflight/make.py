@@ -123,7 +123,7 @@ def _price(hardware: Hardware) -> dict | None:
     return {
         "usd_per_hour": round(hardware.usd_per_hour, 2),
         "date": str(listed["date"]),
-        "hosts": listed.get("hosts") or "secure",
+        "hosts": listed.get("hosts", "secure"),
         "source": catalog.prices()["sources"].get(listed["date"], ""),
         "provider": catalog.prices()["provider"],
     }

@@ -157,7 +157,8 @@ class Work:
     bytes_moved: float = 0.0
     """By kernels that are bound by memory: every input read and every output written once."""
     bytes_unfused: float = 0.0
-    """Of those, by kernels that compiled layers leave as they are: narrow products, casts to fewer bits, the loss."""
+    """Of those, by kernels that a compiler fuses with no other: narrow products, attention, casts to fewer bits, and
+    what is outside of layers."""
     kernels: int = 0
 
     def plus(self, other: Work, times: float = 1.0) -> Work:

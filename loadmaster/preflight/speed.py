@@ -56,7 +56,8 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     matmul_peak = peak * value("efficiency", "matmul") * size_factor(shape, setup)
     seconds = work.matmul_flops / matmul_peak
     if work.fp8_flops:
-        fp8_peak = hardware.tflops.get("fp8", hardware.tflops["bf16"]) * 1e12 * value("efficiency", "fp8_matmul")
+        scaled = "fp8_row_matmul" if setup.adapters else "fp8_matmul"
+        fp8_peak = hardware.tflops.get("fp8", hardware.tflops["bf16"]) * 1e12 * value("efficiency", scaled)
         seconds += work.fp8_flops / (fp8_peak * size_factor(shape, setup))
     seconds += work.attention_flops / (peak * value("efficiency", "attention"))
     traffic, kernels = work.bytes_moved, work.kernels

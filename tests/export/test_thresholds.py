@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from loadmaster.config.schema import ExportConfig, ExportFormat, ThresholdsConfig
-from loadmaster.export.thresholds import DEFAULTS, failures, limits
+from loadmaster.export.thresholds import DEFAULTS, failures, limits, of_few
 
 LIMIT = ThresholdsConfig(max_perplexity_ratio=1.1, max_mean_kl=0.1, min_top1_agreement=0.9, min_task_retention=0.8)
 GOOD = {"perplexity_ratio": 1.1, "mean_kl": 0.1, "top1_agreement": 0.9, "task_retention": 0.8}
@@ -33,11 +33,13 @@ def test_every_figure_beyond_its_limit_is_named(change, failing):
 
 
 def test_a_share_of_few_tokens_may_be_short_of_its_limit_by_chance():
-    good = {"top1_agreement": 0.9485, "tokens": 194}
-    assert failures(good, DEFAULTS["bf16"]) == []
-    (said,) = failures({**good, "top1_agreement": 0.91}, DEFAULTS["bf16"])
+    few = of_few(DEFAULTS["bf16"], 194)
+    assert failures({"top1_agreement": 0.9485}, few) == []
+    (said,) = failures({"top1_agreement": 0.91}, few)
     assert said.startswith("top1_agreement is 0.91, must be at least 0.9187")
-    assert failures({**good, "tokens": 500}, DEFAULTS["bf16"]) != []
+    assert of_few(DEFAULTS["bf16"], 500) == of_few(DEFAULTS["bf16"], None) == DEFAULTS["bf16"]
+    assert of_few(DEFAULTS["bf16"], 6).min_top1_agreement == 0.9
+    assert of_few(ThresholdsConfig(), 6) == ThresholdsConfig()
 
 
 def test_the_users_limits_replace_the_shipped_ones_of_their_format_only():
