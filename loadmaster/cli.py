@@ -31,6 +31,7 @@ from loadmaster.config.schema import STAGES
 from loadmaster.config.show import show_error
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.launch.endpoint_command import add_parsers
+from loadmaster.tables import print_table
 
 STAGE_HELP = {
     "plan": "say what fits in which memory, how fast and for how much (needs no GPU)",
@@ -267,11 +268,11 @@ def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; no server is left running", file=sys.stderr)
         return 130
-    Console(file=console.file, width=max(console.width, 100)).print(table(results))  # whole, also in a log
+    print_table(table(results), console)
     if asked is not None:
         before = json.loads((arguments.run_dir / "serve-check.json").read_text())["tasks"]["before"]
         after = {name: figures["tasks"] for name, figures in results.items() if "tasks" in figures}
-        console.print(harness.table(before, after))
+        print_table(harness.table(before, after), console)
     failed = {name: figures["failures"] for name, figures in results.items() if not figures["passed"]}
     for name, reasons in failed.items():
         for reason in reasons:

@@ -42,6 +42,7 @@ from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.shape import find_config
 from loadmaster.rundir import RunDir, file_fingerprint
+from loadmaster.tables import print_table
 from loadmaster.team import Team
 from loadmaster.training.display import Display
 from loadmaster.training.stop import STARTED, StopSignal, deadline
@@ -223,10 +224,10 @@ class Pipeline:
             # "exports" stays: an earlier export is still in its place.
             self.run_dir.update_result(rejected_exports=storable(error.figures))
             if error.figures:
-                self.console.print(report_table(error.figures))
+                print_table(report_table(error.figures), self.console)
             raise
         self.run_dir.update_result(exports=exports, rejected_exports=None)
-        self.console.print(report_table(exports))
+        print_table(report_table(exports), self.console)
 
     def bundle(self) -> None:
         from loadmaster.endpoint.bundle import write_bundle

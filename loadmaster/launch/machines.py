@@ -13,6 +13,7 @@ from rich.table import Table
 from loadmaster import catalog
 from loadmaster.errors import LoadmasterError, ProviderError
 from loadmaster.launch.provider import Machine, Provider
+from loadmaster.tables import print_table
 
 GRACE_HOURS = 0.25
 """A machine this long past its deadline did not end itself."""
@@ -81,7 +82,7 @@ def list_pods(console: Console, provider: Provider | None = None) -> int:
             orphan(machine, now) or "",
         )
     if machines:
-        console.print(table)
+        print_table(table, console)
     else:
         console.print("no Pods or clusters of loadmaster")
     price = catalog.prices()["storage"]["network_volume_usd_per_gb_month"]

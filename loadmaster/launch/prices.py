@@ -12,6 +12,7 @@ from loadmaster import catalog
 from loadmaster.errors import ProviderError
 from loadmaster.files import write_text
 from loadmaster.launch.runpod import RunpodClient
+from loadmaster.tables import print_table
 
 
 def show_prices(console: Console) -> int:
@@ -19,12 +20,12 @@ def show_prices(console: Console) -> int:
     prices = catalog.prices()
     table = Table(box=None, pad_edge=False)
     for heading in ("GPU", "$/h", "community $/h", "serverless $/h", "date", "source"):
-        table.add_column(heading, justify="right" if "$" in heading else "left")
+        table.add_column(heading, justify="right" if "$" in heading else "left", no_wrap=heading != "source")
     for name, listed in prices["gpus"].items():
         figures = (listed.get(f"{kind}usd_per_hour") for kind in ("pod_", "community_", "serverless_"))
         source = prices["sources"].get(listed["date"], "")
         table.add_row(name, *("" if f is None else f"{f:.2f}" for f in figures), str(listed["date"]), source)
-    Console(file=console.file, width=max(console.width, 110)).print(table)  # whole, also in a log
+    print_table(table, console)
     own = catalog.price_file()
     where = f"from {own}" if own.is_file() else "as shipped; `loadmaster prices --refresh` asks for today's"
     console.print(f"{prices['provider']} list prices of one GPU, {where}", highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.hardware import find_hardware
 from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.plan import Plan
+from loadmaster.tables import print_table
 
 PAYS = 0.5
 """Least share of the first GPUs' speed that an added GPU has to bring."""
@@ -151,7 +152,7 @@ def print_scaling(job: Job, steps: list[Step], console: Console | None = None) -
     console = console or Console()
     table = Table(box=None, pad_edge=False)
     for heading in ("nodes", "GPUs", "rows a step", "plan", "tokens/s", "efficiency", "hours", "$/h", "$ a billion"):
-        table.add_column(heading, justify="left" if heading == "plan" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "plan" else "right", no_wrap=heading != "plan")
     for step in steps:
         plan, cost = step.plan, step.usd_per_billion_tokens
         rows = f"{step.global_size}{'' if step.global_size == job.batch.global_size else '*'}"
@@ -168,7 +169,7 @@ def print_scaling(job: Job, steps: list[Step], console: Console | None = None) -
             "" if plan.hours is None else f"{plan.hours:.2f}",
             "" if plan.price is None else f"{plan.price['usd_per_hour']:.2f}", "" if cost is None else f"{cost:,.0f}",
         )  # fmt: skip
-    Console(file=console.file, width=max(console.width, 110)).print(table)  # whole, also in a log
+    print_table(table, console)
     notes = [verdict(steps, job.max_steps)]
     if all(step.plan.hours is None for step in steps):
         notes.append("hours are not known, as the data is not here; the length of a run decides too (max_steps)")

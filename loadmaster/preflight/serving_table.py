@@ -10,8 +10,8 @@ from rich.table import Table
 
 from loadmaster.preflight.serving import ServingPlan, machines_for
 from loadmaster.preflight.serving_speed import Traffic
+from loadmaster.tables import bar_width, print_table
 
-BAR_WIDTH = 40
 REASONING_FACTOR = 8
 """Answers with long reasoning, as an example."""
 BEST_OF = 8
@@ -23,7 +23,7 @@ def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan], console: 
     place = f"{plan.gpus}x {plan.gpu}"
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
     console.print(f"[bold]{escape(plan.model)}[/] {plan.format} on {place}: {verdict}", highlight=False)
-    console.print(_memory(plan))
+    print_table(_memory(plan, bar_width(console)), console)
     lines = [
         f"cache: {plan.cache_tokens:,} tokens at {plan.cache_bytes_per_token / 1024:,.0f} KiB ({plan.cache_dtype}), "
         f"{plan.concurrent_requests:,.1f} requests of {plan.context:,} tokens at once",
@@ -43,7 +43,7 @@ def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan], console: 
     for line in lines:
         console.print(escape(line), highlight=False, soft_wrap=True)
     if plan.fits and variants:
-        console.print(_comparison({"as asked": plan, **variants}, first="traffic"))
+        print_table(_comparison({"as asked": plan, **variants}, first="traffic"), console)
 
 
 def print_held(plan: ServingPlan, requests: float, console: Console | None = None) -> None:
@@ -59,7 +59,7 @@ def print_held(plan: ServingPlan, requests: float, console: Console | None = Non
 
 def print_servers(plans: list[ServingPlan], console: Console | None = None) -> None:
     """Several machines side by side: tokens of cache, requests at once, answer tokens a second, dollars."""
-    (console or Console()).print(_comparison({f"{p.gpus}x {p.gpu}": p for p in plans}, first="machine"))
+    print_table(_comparison({f"{p.gpus}x {p.gpu}": p for p in plans}, first="machine"), console or Console())
 
 
 def what_if(traffic: Traffic) -> dict[str, Traffic]:
@@ -72,7 +72,7 @@ def what_if(traffic: Traffic) -> dict[str, Traffic]:
     }
 
 
-def _memory(plan: ServingPlan) -> Table:
+def _memory(plan: ServingPlan, bar: int) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading, justify in (("memory", "left"), ("GiB", "right"), (f"of {plan.budget_gib_per_gpu:.1f} GiB", "left")):
         table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
@@ -83,9 +83,9 @@ def _memory(plan: ServingPlan) -> Table:
     }
     over = sum(parts.values()) > plan.budget_gib_per_gpu * 1.01
     for name, gib in parts.items():
-        filled = min(BAR_WIDTH, round(gib / plan.budget_gib_per_gpu * BAR_WIDTH))
+        filled = min(bar, round(gib / plan.budget_gib_per_gpu * bar))
         style = "red" if over else "cyan"
-        table.add_row(name, f"{gib:.2f}", f"[{style}]{'█' * filled}[/]{'·' * (BAR_WIDTH - filled)}")
+        table.add_row(name, f"{gib:.2f}", f"[{style}]{'█' * filled}[/]{'·' * (bar - filled)}")
     return table
 
 

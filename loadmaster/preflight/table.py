@@ -13,8 +13,8 @@ from rich.table import Table
 from loadmaster.preflight.explain import RUNNER_UP
 from loadmaster.preflight.plan import MemoryGib, PhasesGib, Plan
 from loadmaster.preflight.setup import sharding_words
+from loadmaster.tables import bar_width, print_table
 
-BAR_WIDTH = 40
 ELSEWHERE_ROWS = 6
 RUNNERS_UP = 4
 LONG_VERIFICATION = 0.2
@@ -33,7 +33,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         verdict = f"[red]cannot run as asked[/]: {escape(plan.refusal)}"
     line(f"[bold]{escape(plan.model.name)}[/] ({_billions(plan.model.parameters)}) on {_place(plan)}: {verdict}")
     line(_settings(plan))
-    console.print(_memory_table(plan))
+    print_table(_memory_table(plan, bar_width(console)), console)
     peaks = ", ".join(f"{name.replace('_', ' ')} {gib:.1f}" for name, gib in phases(plan.phases_gib).items())
     where = "" if plan.hardware.gpu == "cpu" else " on each GPU"
     line(f"peaks in GiB{where}: {peaks}; host memory {plan.host_memory_gib:.0f} GiB, disk {plan.disk_gib:.0f} GiB")
@@ -72,7 +72,7 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     shown += [cheapest] if cheapest not in shown else []
     table = Table(box=None, pad_edge=False)
     for heading in ("on", "plan", "GiB", "tokens/s", "hours", "$/h", "$", "$ a million tokens"):
-        table.add_column(heading, justify="left" if heading in ("on", "plan") else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading in ("on", "plan") else "right")
     for row in shown:
         nodes = f"{row['nodes']} nodes of " if row["nodes"] > 1 else ""
         parts = [row["precision"], *([row["sharding"]] if row["sharding"] != "none" else [])]
@@ -94,7 +94,7 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     order = f"best first by plan.objective{last}"
     said = f"machines of the catalogue that hold it{more}, {order}, at list prices of {dates}"
     console.print(f"{said}:", highlight=False, soft_wrap=True)
-    Console(file=console.file, width=max(console.width, 110)).print(table)  # whole, also in a log
+    print_table(table, console)
 
 
 def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
@@ -123,11 +123,10 @@ def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
             _figure(price.get("usd_per_hour"), "{:.2f}"),
             _figure(plan.cost_usd, "{:.2f}"),
         )
-    console = console or Console()
-    Console(file=console.file, width=max(console.width, 120)).print(table)  # whole, also in a log
+    print_table(table, console or Console())
 
 
-def _memory_table(plan: Plan) -> Table:
+def _memory_table(plan: Plan, bar: int) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading, justify in (("memory", "left"), ("GiB", "right"), (f"of {plan.budget_gib:.1f} GiB", "left")):
         table.add_column(heading, justify=justify, no_wrap=True)
@@ -136,9 +135,9 @@ def _memory_table(plan: Plan) -> Table:
         if value == 0 and item.name in ("quantization", "communication"):
             continue
         share = value / plan.budget_gib if plan.budget_gib else 0.0
-        filled = min(BAR_WIDTH, round(share * BAR_WIDTH))
+        filled = min(bar, round(share * bar))
         style = "red" if share > 1 else "bold" if item.name == "total" else "cyan"
-        table.add_row(item.name, f"{value:.2f}", f"[{style}]{'█' * filled}[/]{'·' * (BAR_WIDTH - filled)}")
+        table.add_row(item.name, f"{value:.2f}", f"[{style}]{'█' * filled}[/]{'·' * (bar - filled)}")
     return table
 
 
