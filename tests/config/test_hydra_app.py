@@ -84,7 +84,8 @@ def test_a_wrong_configuration_is_exit_code_2_with_every_problem_and_the_task_is
     assert capsys.readouterr().err.startswith(
         "3 problems in the configuration; nothing was started.\n\n"
         "  1. lora.rnk = 8   on the command line\n     there is no such field\n     fix: lora.rank=8\n\n"
-        "  2. seed = x   on the command line\n     must be an integer of at least 0\n     fix: seed=42 is the default\n"
+        "  2. seed = x   on the command line\n     must be an integer of at least 0 and below 9223372036854775808\n"
+        "     fix: seed=42 is the default\n"
     )
 
 

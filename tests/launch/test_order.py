@@ -126,7 +126,7 @@ def test_machines_that_cannot_be_meant_are_refused(words, said):
         (["launch.image=a/b"], "launch.image"),
         (["launch.volume_gb=9"], "launch.volume_gb"),
         (["launch.volume_gb=5000"], "launch.volume_gb"),
-        (["launch.volume=''"], "launch.volume"),
+        (["launch.volume=' '"], "launch.volume"),
         (["launch.fetch=true", "launch.volume=null"], "launch.fetch"),
         (["launch.fetch=true", "stop_after=train"], "launch.fetch"),
         (["launch.cloud=community"], "launch.cloud"),
