@@ -277,7 +277,8 @@ def _rehearse(
             session.loss(session.split(worst_rows(prepared.validation, plan.micro_batch_size))[0])
         session.strategy.settle(session.loss)
 
-    return rehearse(step, evaluate, worst, session.trained, session.optimizer, checkpoints, scratch)
+    in_fp8 = plan.precision == "fp8"
+    return rehearse(step, evaluate, worst, session.trained, session.optimizer, checkpoints, scratch, in_fp8)
 
 
 def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[], Any]) -> None:

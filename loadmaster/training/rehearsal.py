@@ -25,6 +25,9 @@ from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed
 from loadmaster.training.rng import restore_rng, rng_state
 
+FP8_WORDS = ("scaled_mm", "float8", "fp8", "cublas", "cutlass")
+"""In what PyTorch says where it has no such kernel."""
+
 
 @dataclass(frozen=True)
 class Rehearsed:
@@ -48,10 +51,12 @@ def rehearse(
     optimizer: TrainingOptimizer,
     checkpoints: Checkpoints,
     scratch: Path,
+    in_fp8: bool = False,
 ) -> Rehearsed:
     """Run everything once and restore all state. Raises TrainingFailed with the part that failed.
 
     worst: the fullest micro-batch, twice where a step accumulates: gradients then meet activations.
+    in_fp8: products run on FP8 units, which a card or a build of PyTorch may refuse.
     """
     start, world, local = time.perf_counter(), checkpoints.world, checkpoints.placed.part
     weights = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
@@ -81,6 +86,11 @@ def rehearse(
         ) from error
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            if in_fp8 and any(word in str(error).lower() for word in FP8_WORDS):
+                raise TrainingFailed(
+                    f"an FP8 product was refused in the rehearsal, at {part} ({' '.join(str(error).split())[:200]}).\n"
+                    "fix: precision=bf16 trains without"
+                ) from error
             raise
         cause = getattr(error, "inner_exception", None) or error
         reason = " ".join(str(cause).split())[:200]

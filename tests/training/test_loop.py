@@ -113,6 +113,20 @@ def run(tiny, folder, job=JOB, prepared=None, stop=None, held_out=lambda session
     )
 
 
+def test_a_card_that_refuses_products_in_fp8_ends_the_rehearsal_with_a_way_out(tiny, tmp_path, monkeypatch):
+    from loadmaster.models import frozen
+
+    def refused(*_, **__):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`")
+
+    monkeypatch.setattr(frozen, "_on_fp8_units", lambda *_: True)
+    monkeypatch.setattr(frozen, "_on_units", refused)
+    fp8 = replace(PLAN, method="lora", precision="fp8")
+    monkeypatch.setitem(globals(), "PLAN", fp8)
+    with pytest.raises(TrainingFailed, match=r"CUBLAS_STATUS_NOT_SUPPORTED(.|\n)*precision=bf16"):
+        run(tiny, tmp_path / "run", job=replace(JOB, method="lora"))
+
+
 def test_the_rehearsal_leaves_no_trace(tiny, tmp_path, monkeypatch):
     from loadmaster.training import loop
 
