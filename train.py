@@ -28,6 +28,7 @@ if __name__ == "__main__":  # before what takes long to import
 
 from loadmaster.config.compose import Composed
 from loadmaster.config.hydra_app import run_app
+from loadmaster.ending import ended
 
 
 def train(composed: Composed) -> int:
@@ -38,4 +39,4 @@ def train(composed: Composed) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_app(train))
+    sys.exit(ended(run_app(train)))

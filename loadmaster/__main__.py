@@ -10,8 +10,9 @@ from loadmaster import collector
 def main() -> int:
     collector.pause()
     from loadmaster.cli import main
+    from loadmaster.ending import ended
 
-    return main()
+    return ended(main())
 
 
 if __name__ == "__main__":

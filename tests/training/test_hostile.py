@@ -110,6 +110,17 @@ def test_ctrl_c_twice_ends_it_with_75(apart_s, tiny, tmp_path):
     assert "Traceback" not in said(tmp_path)
 
 
+def test_ctrl_c_again_and_again_while_it_ends_changes_nothing(tiny, tmp_path):
+    process = start(tmp_path, *job(tiny, "max_steps=2000", "checkpoint.every_steps=500"))
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(signal.SIGINT)
+    while process.poll() is None:
+        time.sleep(0.02)
+        if "checkpoint saved" in said(tmp_path):
+            process.send_signal(signal.SIGINT)
+    assert process.returncode == 75, said(tmp_path)
+
+
 def test_max_hours_saves_and_ends_before_they_are_over(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("LOADMASTER_OVER", str(tmp_path / "over"))
     process = start(tmp_path, *job(tiny, "max_steps=100000", "checkpoint.every_steps=50000", "launch.max_hours=0.03"))
