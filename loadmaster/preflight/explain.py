@@ -10,7 +10,7 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import Job
-from loadmaster.config.shipped import SCHEME
+from loadmaster.config.shipped import SCHEME, local_path
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import export_problems
 from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, not_offered, rentable
@@ -128,7 +128,7 @@ def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
     """How much is trained on in the hours and for the dollars of the plan."""
     paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
     # By file name: exports carry the plan, and are passed on.
-    named = ", ".join(Path(path).name if Path(path).expanduser().exists() else path for path in paths[:3])
+    named = ", ".join(Path(path).name if local_path(path).exists() else path for path in paths[:3])
     named += f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     count = steps(job, dataset_tokens)
     if count is None:

@@ -11,7 +11,7 @@ import yaml
 from loadmaster import catalog
 from loadmaster.config.fields import nearest
 from loadmaster.config.schema import ModelConfig
-from loadmaster.config.shipped import shipped_folder
+from loadmaster.config.shipped import local_path, shipped_folder
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.preflight.families import FAMILIES, refuse_uncountable
 from loadmaster.preflight.shape import find_config, nearest_names
@@ -19,7 +19,7 @@ from loadmaster.preflight.shape import find_config, nearest_names
 
 def named(word: str) -> ModelConfig:
     """What `word` names; of a folder or Hub id that is not there too."""
-    folder, file = Path(word).expanduser(), short_names().get(word)
+    folder, file = local_path(word), short_names().get(word)
     if not (folder / "config.json").is_file() and file is not None:
         held = yaml.safe_load(file.read_text(encoding="utf-8"))
         return ModelConfig(**{key: held[key] for key in ("name", "path", "revision") if key in held})
@@ -38,7 +38,7 @@ def short_names() -> dict[str, Path]:
 def model_and_config(word: str) -> tuple[ModelConfig, dict[str, Any]]:
     """Raises ConfigError where there is no config.json, or one of layers that cannot be counted."""
     model = named(word)
-    folder = None if model.path is None else Path(model.path).expanduser()
+    folder = None if model.path is None else local_path(model.path)
     if folder is not None and not (folder / "config.json").is_file():
         message = "this folder has no config.json" if folder.is_dir() else "there is no such folder"
         raise ConfigError([Problem("model", word, "command line", message, _models(word))])

@@ -164,3 +164,8 @@ def test_a_folder_with_a_config_is_a_model(tmp_path, capsys) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "kv_lora_rank": 512}))
     with pytest.raises(LoadmasterError, match="latent attention"):
         plan_serving_command([f"model={tmp_path}", "gpu=rtx4090"])
+
+
+def test_a_home_folder_of_nobody_is_a_folder_that_is_not_there(capsys) -> None:
+    assert main(["plan-serving", "model=~nobody-of-that-name/model"]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
