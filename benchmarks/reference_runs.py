@@ -69,7 +69,8 @@ TRANSFORMERS = (
 )
 RECAST = (
     "torchao's products, a scale for each tensor, over a base in bf16 that is cast at each use, where this engine "
-    "holds it in FP8 and has a scale for each row: 6.5 GiB less; the casts are counted in the predicted speed"
+    "holds it in FP8 and multiplies a scale for each row in afterwards: 6.5 GiB less; the casts are counted in the "
+    "predicted speed"
 )
 STATES = {"optimizer": "adamw_bf16", "master_weights": False}
 RUNS = (

@@ -125,7 +125,8 @@ class Pipeline:
         return [stage_inputs_hash(self.job, stage), hardware]
 
     def _stage(self, stage: str, inputs: str) -> None:
-        if self.run_dir.is_done(stage, inputs) and self._is_whole(stage):
+        asked = stage == self.job.stop_after == "plan" and not self.run_dir.begun  # prices and models of cost change
+        if self.run_dir.is_done(stage, inputs) and self._is_whole(stage) and not asked:
             self.echo(f"{stage}: unchanged, skipped")
             if stage == self.job.stop_after == "plan":
                 print_plan(self.plan, self.console)

@@ -78,6 +78,11 @@ class RunDir:
         """Folder of the trained weights, adapter/ or model/, or None before training has ended."""
         return next((p for p in (self.path / "adapter", self.path / "model") if p.is_dir()), None)
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was trained by the plan that is here."""
+        return self.trained is not None or (self.path / "checkpoints").is_dir()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; raises LoadmasterError when another one works in it."""

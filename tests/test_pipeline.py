@@ -120,11 +120,21 @@ def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp
     assert "train: unchanged, skipped" in changed and "evaluate: started" in changed
 
 
-def test_a_plan_that_is_there_is_shown_again(tiny, tmp_path):
-    first, again = (go(tiny, tmp_path, "stop_after=plan")[1] for _ in range(2))
-    assert "plan: unchanged, skipped" in again
-    for said in ("(3 million parameters) on", "2 steps of 2 x 64 tokens: max_steps of shipped:tickets"):
-        assert said in first and said in again
+def test_a_plan_by_which_nothing_was_trained_is_made_anew_and_one_of_a_run_is_shown_again(tiny, tmp_path):
+    """Prices, and what the preflight knows, change; what is being trained goes on by its own plan."""
+    file = tmp_path / "run/plan.json"
+
+    def planned_again() -> tuple[str, float]:
+        plan = json.loads(file.read_text())
+        file.write_text(json.dumps({**plan, "tokens_per_second": 1e9}))
+        return go(tiny, tmp_path, "stop_after=plan")[1], json.loads(file.read_text())["tokens_per_second"]
+
+    assert "2 steps of 2 x 64 tokens: max_steps of shipped:tickets" in go(tiny, tmp_path, "stop_after=plan")[1]
+    output, speed = planned_again()
+    assert "plan: done" in output and speed < 1e6
+    assert go(tiny, tmp_path, "stop_after=train")[0] == 0
+    output, speed = planned_again()
+    assert "plan: unchanged, skipped" in output and "(3 million parameters) on" in output and speed == 1e9
 
 
 def test_another_model_than_was_planned_is_not_trained(tiny, smollm2, tmp_path, capsys):

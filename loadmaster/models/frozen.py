@@ -24,9 +24,11 @@ Neither direction keeps anything the size of a weight: the backward pass dequant
 On CUDA from compute capability 8.9 on, both of fp8's products run on the fp8 units (torch._scaled_mm): x and dy s are
 rounded to E4M3 with a scale for each row, taken as it comes. The units read both factors along what is summed over, so
 Q is copied, turned, for the second product. Sums of the first are added up the units' fast way, as servers and
-torchao's float8 training do, those of gradients in full where that is believed to be cheap (`_sums_in_full`). No GPU
-has run that path yet, so its speed is not known; its loss was imitated on a CPU (docs/training.md). Everywhere else Q
-is cast to x's dtype.
+torchao's float8 training do, those of gradients in full where that is believed to be cheap (`_sums_in_full`). Compiled,
+the product is one of codes alone, the kind that cuBLAS is fastest at, and the scales are multiplied in by the kernel
+that adds the adapter's part; eager, where that would be a pass of its own, the product's kernel does it. No GPU has run
+that path yet, so its speed is not known; its loss was imitated on a CPU (docs/training.md). Everywhere else Q is cast
+to x's dtype.
 """
 
 from __future__ import annotations
@@ -275,24 +277,31 @@ def _sums_in_full(index: int) -> bool:
 def _scaled_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """(x Q^T) s on the fp8 units, x [..., in] quantized by row, Q [out, in] float8, s [out] -> [..., out]."""
     rows, row_scale = _to_fp8(x.reshape(-1, x.shape[-1]).contiguous())
-    product = _on_units(rows, row_scale, codes, scale[None, :], fast=True)
-    return product.view(*x.shape[:-1], codes.shape[0]).to(x.dtype)
+    product = _on_units(rows, row_scale, codes, scale[None, :], True, x.dtype)
+    return product.view(*x.shape[:-1], codes.shape[0])
 
 
 def _scaled_gradient(grad: Tensor, weight: Tensor, scale: Tensor, fast: bool) -> Tensor:
     """(dy s) Q on the fp8 units, dy s [..., out] quantized by row, Q [out, in] as uint8, s [out] -> [..., in]."""
     rows, row_scale = _to_fp8(_times(grad, scale).reshape(-1, weight.shape[0]).contiguous())
     turned = weight.t().contiguous().view(torch.float8_e4m3fn)
-    ones = scale.new_ones(1, turned.shape[0])
-    return _on_units(rows, row_scale, turned, ones, fast).view(*grad.shape[:-1], turned.shape[0]).to(grad.dtype)
+    return _on_units(rows, row_scale, turned, None, fast, grad.dtype).view(*grad.shape[:-1], turned.shape[0])
 
 
-def _on_units(rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor, fast: bool) -> Tensor:
-    """(rows codes^T) row_scale scale in bf16, of codes [n, k] and [m, k], scales [n, 1] and [1, m] -> [n, m].
+def _on_units(
+    rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor | None, fast: bool, dtype: torch.dtype
+) -> Tensor:
+    """(rows codes^T) row_scale scale, of codes [n, k] and [m, k], scales [n, 1] and [1, m] -> [n, m].
 
-    fast: sums are not kept in fp32 all along.
+    fast: sums are not kept in fp32 all along. What leaves the units is in bf16.
     """
-    return torch._scaled_mm(rows, codes.t(), row_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    if torch.compiler.is_compiling():
+        one = row_scale.new_ones(())
+        product = torch._scaled_mm(rows, codes.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast) * row_scale
+        return (product if scale is None else product * scale).to(dtype)
+    scale = row_scale.new_ones(1, codes.shape[0]) if scale is None else scale
+    product = torch._scaled_mm(rows, codes.t(), row_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    return product.to(dtype)
 
 
 def _times(x: Tensor, scale: Tensor) -> Tensor:

@@ -56,9 +56,10 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     matmul_peak = peak * value("efficiency", "matmul") * size_factor(shape, setup)
     seconds = work.matmul_flops / matmul_peak
     if work.fp8_flops:
-        scaled = "fp8_row_matmul" if setup.adapters else "fp8_matmul"
-        fp8_peak = hardware.tflops.get("fp8", hardware.tflops["bf16"]) * 1e12 * value("efficiency", scaled)
-        seconds += work.fp8_flops / (fp8_peak * size_factor(shape, setup))
+        by_row = setup.adapters and not setup.compiled  # models/frozen.py
+        fp8_peak = hardware.tflops.get("fp8", hardware.tflops["bf16"]) * 1e12
+        efficiency = value("efficiency", "fp8_row_matmul" if by_row else "fp8_matmul")
+        seconds += work.fp8_flops / (fp8_peak * efficiency * size_factor(shape, setup, fp8_peak / peak))
     seconds += work.attention_flops / (peak * value("efficiency", "attention"))
     traffic, kernels = work.bytes_moved, work.kernels
     if setup.compiled:  # elementwise kernels are fused: fewer of them, and what is between two of them is not written
@@ -72,9 +73,12 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     return seconds
 
 
-def size_factor(shape: ModelShape, setup: Setup) -> float:
-    """How far matmuls of this width and this many rows come to the efficiency of large ones."""
-    half = value("efficiency", "half_size")
+def size_factor(shape: ModelShape, setup: Setup, faster: float = 1.0) -> float:
+    """How far matmuls of this width and this many rows come to the efficiency of large ones.
+
+    faster: units that take so much less time for it have as much to start and end with.
+    """
+    half = value("efficiency", "half_size") * faster
     return shape.hidden_size / (shape.hidden_size + half) * setup.tokens / (setup.tokens + half)
 
 

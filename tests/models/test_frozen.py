@@ -144,6 +144,7 @@ def test_on_fp8_units_both_products_take_codes_and_nothing_the_size_of_a_weight_
     x = torch.randn(32, 256, dtype=torch.bfloat16, requires_grad=True)
     y, kept = saved_for_backward(torch.compile(layer, fullgraph=True) if compiled else layer, x)
     own = {tensor.untyped_storage().data_ptr() for tensor in [*layer.parameters(), *layer.buffers()]}
+    kept = [tensor for tensor in kept if tensor.numel() > 1]  # compiled, the scale of codes that have none
     assert kept and all(tensor.untyped_storage().data_ptr() in own for tensor in kept)  # and no turned copy
     upstream = torch.randn(128, 32, dtype=torch.bfloat16).t()  # not row by row, as the units want it
     found = torch.autograd.grad(y, x, upstream)[0].float()
