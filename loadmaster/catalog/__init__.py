@@ -57,10 +57,9 @@ def _prices(path: Path, modified_ns: int | None) -> dict[str, Any]:
         return shipped
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     own = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    gpus = {
-        name: {**listed, "hosts": None, **own["gpus"][name]} if name in own["gpus"] else listed
-        for name, listed in shipped["gpus"].items()
-    }
+    gpus = {**shipped["gpus"], **own["gpus"]}
+    for name in shipped["gpus"].keys() & own["gpus"]:
+        gpus[name] = {**shipped["gpus"][name], "hosts": None, **own["gpus"][name]}
     dates = {"serverless_date": own["date"]} if own.get("serverless") else {}
     return {**shipped, **dates, "gpus": gpus, "sources": {**shipped["sources"], own["date"]: own["source"]}}
 

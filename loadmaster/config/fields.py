@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 import sys
 import types
 import typing
@@ -136,6 +137,17 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     begun = [name for name in by_lower if len(word) > 2 and name.startswith(word)]  # h100 is h100_80gb, not h200
     close = begun or difflib.get_close_matches(word, by_lower, n=1, cutoff=cutoff)
     return by_lower[close[0]] if close else None
+
+
+def nearest_card(word: str, cards: Iterable[str]) -> str | None:
+    """The GPU's name that was most likely meant: h100_sxm is h100_80gb, the first of the H100s, and not h100_nvl."""
+    known, word = list(cards), word.lower()
+    if spelled := nearest(word, known, cutoff=0.9):
+        return spelled
+    parts = re.split("[_-]", word)
+    if alike := [name for name in known if name.split("_")[0] == parts[0]]:
+        return max(alike, key=lambda name: len({*name.split("_")} & {*parts}))
+    return nearest(word, known, cutoff=NEAR_CARD)
 
 
 def nearest_key(key: str, extra: Iterable[str] = ()) -> str | None:

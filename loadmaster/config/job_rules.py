@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from loadmaster import catalog
-from loadmaster.config.fields import NEAR_CARD, nearest
+from loadmaster.config.fields import nearest_card
 from loadmaster.config.model_folder import broken_files
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
@@ -160,7 +160,7 @@ def gpu_is_known(job: Job, origins: Origins) -> Found:
     """hardware.gpu is local, cpu or a GPU of the catalogue."""
     known = ["local", "cpu", *catalog.gpus()]
     if job.hardware.gpu not in known:
-        guess = nearest(job.hardware.gpu, known, cutoff=NEAR_CARD)
+        guess = nearest_card(job.hardware.gpu, known)
         remedy = (f"hardware.gpu={guess}; " if guess else "") + "known are " + ", ".join(known)
         yield "hardware.gpu", job.hardware.gpu, "is not in the catalogue", remedy
 
@@ -302,7 +302,7 @@ def prices_are_of_known_gpus(job: Job, origins: Origins) -> Found:
     """plan.prices_usd_per_hour names GPUs of the catalogue."""
     for name in job.plan.prices_usd_per_hour or {}:
         if name not in catalog.gpus():
-            guess = nearest(name, list(catalog.gpus()), cutoff=NEAR_CARD)
+            guess = nearest_card(name, list(catalog.gpus()))
             remedy = (f"{guess}; " if guess else "") + "known are " + ", ".join(catalog.gpus())
             yield "plan.prices_usd_per_hour", job.plan.prices_usd_per_hour, f"{name} is not in the catalogue", remedy
 

@@ -180,7 +180,7 @@ class PlanConfig:
 @dataclass(frozen=True, config=CLOSED)
 class HardwareConfig:
     gpu: Text = "local"
-    """local, cpu, or a GPU of the catalogue (a100_80gb, h100_80gb, h200, b200, l40s, rtx4090)."""
+    """local, cpu, or a GPU of the catalogue: a100_80gb, h100_80gb and so on (docs/preflight.md has all)."""
     count: PositiveInt | Auto = "auto"
     """GPUs in each node; auto: what the machine has, or 1."""
     nodes: PositiveInt = 1

@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from loadmaster import catalog
-from loadmaster.config.fields import NEAR_CARD, nearest
+from loadmaster.config.fields import nearest_card
 from loadmaster.config.origins import COMMAND_LINE, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import Job, LaunchConfig
@@ -81,7 +81,7 @@ def server_is_known(job: Job, origins: Origins) -> Found:
     rows = catalog.servers()["servers"].get(name)
     if rows is None:
         known = catalog.servers()["servers"]
-        guess = nearest(name, list(known), cutoff=0.4) or "vllm"
+        guess = nearest_card(name, list(known), cutoff=0.4) or "vllm"
         message = "is not a server that exports are written for (known: " + ", ".join(known) + ")"
         yield "endpoint.server", job.endpoint.server, message, f"endpoint.server={guess}"
         return
@@ -113,7 +113,7 @@ def endpoint_gpu_is_known(job: Job, origins: Origins) -> Found:
     """endpoint.gpu is auto or a GPU of the catalogue."""
     known = ["auto", *catalog.serving()["gpus"]]
     if job.endpoint.gpu not in known:
-        guess = nearest(job.endpoint.gpu, known, cutoff=NEAR_CARD)
+        guess = nearest_card(job.endpoint.gpu, known)
         remedy = (f"endpoint.gpu={guess}; " if guess else "") + "known are " + ", ".join(known)
         yield "endpoint.gpu", job.endpoint.gpu, "is not in the catalogue", remedy
 

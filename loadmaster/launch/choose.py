@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loadmaster import catalog
-from loadmaster.config.fields import NEAR_CARD, nearest
+from loadmaster.config.fields import nearest_card
 from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
 from loadmaster.errors import ConfigError, DoesNotFit, Problem
 from loadmaster.launch.provider import Offer
@@ -42,13 +42,15 @@ def wanted(job: Job) -> list[tuple[str, int | None]]:
 
     Raises ConfigError where launch.gpus names what is not there, or contradicts hardware.gpu.
     """
-    known = _joinable(nodes_of(job)) if not job.launch.force_pods else list(catalog.gpus())
+    nodes = nodes_of(job)
+    joined = _joinable(1 if job.launch.force_pods else nodes)
+    known = list(catalog.gpus()) if job.launch.force_pods or nodes == 1 else joined
     fixed = None if job.hardware.gpu == "local" else (job.hardware.gpu, job.hardware.count)
     if fixed is not None and fixed[0] in catalog.gpus() and fixed[0] not in known:
         raise _wrong("hardware.gpu", fixed[0], _unjoined(job), _instead(known))
     if job.launch.gpus == "auto":
         if fixed is None:
-            return [(gpu, None) for gpu in known]
+            return [(gpu, None) for gpu in joined]
         return [(fixed[0], None if fixed[1] == "auto" else fixed[1])]
     if fixed is not None:
         raise _wrong("launch.gpus", job.launch.gpus, "hardware.gpu names the machine already", "give one of the two")
@@ -56,7 +58,7 @@ def wanted(job: Job) -> list[tuple[str, int | None]]:
     for word in job.launch.gpus:
         gpu, _, count = word.partition(":")
         if gpu not in catalog.gpus():
-            guess = nearest(gpu, known, cutoff=NEAR_CARD)
+            guess = nearest_card(gpu, known)
             remedy = (f"{guess}; " if guess else "") + f"one of {', '.join(known)}"
             raise _wrong("launch.gpus", word, "is not in the catalogue", remedy)
         if gpu not in known:

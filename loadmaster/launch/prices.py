@@ -51,10 +51,11 @@ def refresh_prices(console: Console, client: RunpodClient | None = None) -> int:
             gpus[name] |= {f"{key}_usd_per_hour": value for key, value in figures.items() if value}
     if not gpus:
         raise ProviderError(f"{source} lists no price of a GPU of the catalogue; the prices stay as they were")
-    serverless = all("serverless_usd_per_hour" in prices for prices in gpus.values())
+    rented = {machine["gpu"] for machine in catalog.machines()}
+    serverless = all("serverless_usd_per_hour" in prices for name, prices in gpus.items() if name in rented)
     path = catalog.price_file()
     write_text(path, yaml.safe_dump({"date": today, "source": source, "serverless": serverless, "gpus": gpus}))
-    missing = [name for name in catalog.gpus() if name not in gpus]
+    missing = [name for name in catalog.prices()["gpus"] if name not in gpus]  # of those that have one
     kept = f"; not listed, price as before: {', '.join(missing)}" if missing else ""
     console.print(f"{path}: {len(gpus)} prices of {today}{kept}", highlight=False, soft_wrap=True)
     return show_prices(console)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from loadmaster.preflight.coefficients import value
 GIB = 2**30
 OWN_PRICE = "plan.prices_usd_per_hour"
 DRIVER_SHARE = 0.994
-"""Share of NVML's total that a process can use, for a card that is not in the catalogue (an H100's: 0.994)."""
+"""Share of NVML's total that a process can use, at most (an H100's: 0.994)."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
     host = host_memory_gib()
     known = catalog_name(name, total_gib)
     if known is not None:
-        usable = min(catalog.gpus()[known]["memory_gib"], total_gib)
+        usable = catalog.gpus()[known]["memory_gib"]
+        usable = usable if total_gib >= usable else total_gib * DRIVER_SHARE  # ECC takes a part of some
         return replace(
             from_catalog(known, count, nodes),
             memory_gib=usable,
@@ -243,12 +245,14 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
 
 
 def catalog_name(driver_name: str, total_gib: float) -> str | None:
-    """Catalogue name of the card that the driver calls so, if its memory agrees within 3%."""
+    """Catalogue name of the card that the driver calls so, if its memory agrees within 8%: ECC takes up to 6.3."""
+    found = {}
     for key, facts in catalog.gpus().items():
-        words = [str(word) for word in facts["match"]]
-        if words[0] in driver_name and abs(total_gib / facts["memory_gib"] - 1) < 0.03:
-            return key
-    return None
+        words = facts["match"]
+        if all(re.search(rf"(?<![^ -]){word}(?![^ -])", driver_name, re.I) for word in words):
+            found[key] = len(words), abs(total_gib / facts["memory_gib"] - 1)
+    alike = [key for key, (_, off) in found.items() if off < 0.08]
+    return max(alike, key=lambda key: found[key][0], default=None)
 
 
 def local_gpus() -> list[tuple[str, float, float]]:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from loadmaster import catalog
 from loadmaster.config.compose import compose
+from loadmaster.config.fields import nearest_card
 from loadmaster.config.rules import RULES
 from loadmaster.errors import ConfigError
 
@@ -213,6 +215,12 @@ def test_a_recipe_that_says_how_it_is_launched_runs_here_too(tmp_path: Path):
 def test_a_plan_needs_no_data_here():
     there = "/data/on/the/cluster.jsonl"
     assert compose(["data=file", f"data.path={there}", PLAN]).job.data.path == there
+
+
+def test_a_card_is_meant_by_the_words_of_its_name():
+    meant = {"h100": "h100_80gb", "a100_pcie": "a100_80gb_pcie", "H100-NVL": "h100_nvl", "h100_nvl_94gb": "h100_nvl",
+             "4090": "rtx4090", "RTX_3090": "rtx3090", "a6000": "rtx_a6000", "b100": "b200"}  # fmt: skip
+    assert {word: nearest_card(word, catalog.gpus()) for word in meant} == meant
 
 
 @pytest.mark.parametrize("key", ["hardware.gpu", "endpoint.gpu", "plan.prices_usd_per_hour"])

@@ -16,12 +16,13 @@ import pytest
 import yaml
 
 from loadmaster.config.compose import compose
-from loadmaster.errors import ConfigError
+from loadmaster.errors import ConfigError, ProviderError
 from loadmaster.launch import check, choose, order, payload
 from loadmaster.launch.choose import choices, counts, wanted
 from loadmaster.launch.follow import Reader, unpack
 from loadmaster.launch.provider import LogLine, Offer
 from loadmaster.launch.runpod import rental
+from loadmaster.launch.runpod.listed import Listed
 from loadmaster.preflight import make_plan
 from tests.runs import ROOT
 
@@ -103,6 +104,16 @@ def test_without_the_size_of_the_data_machines_are_ranked_by_the_token():
 def test_only_the_counts_that_matter_are_asked_for():
     assert counts(wanted(composed("launch.gpus=[l40s:2,h100_80gb:8]").job)) == (2, 8)
     assert counts(wanted(composed("launch.gpus=[l40s]").job)) == (1, 2, 4, 8)
+
+
+def test_what_the_catalogue_has_no_machine_of_is_rented_only_when_it_is_named(monkeypatch):
+    assert "a40" not in [gpu for gpu, _ in wanted(composed().job)]
+    assert wanted(composed("launch.gpus=[a40:2]").job) == [("a40", 2)]
+    assert wanted(composed("hardware.gpu=a40", "hardware.count=2").job) == [("a40", 2)]
+    with pytest.raises(ConfigError, match="no cluster of 2 nodes has it"):
+        wanted(composed("launch.gpus=[a40]", "launch.nodes=2").job)
+    with pytest.raises(ProviderError, match="no machine with a40 to rent; with RUNPOD_API_KEY set"):
+        Listed().offers(["a40"], (1,), "secure")
 
 
 @pytest.mark.parametrize(

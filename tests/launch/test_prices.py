@@ -57,4 +57,18 @@ def test_the_jobs_own_price_comes_before_every_list(capsys) -> None:
 def test_prices_are_shown_with_date_and_source(capsys) -> None:
     assert show_prices(Console()) == 0
     said = capsys.readouterr().out
-    assert "as shipped" in said and all(name in said for name in catalog.gpus()) and "2026-11-09" in said
+    assert "as shipped" in said and "2026-11-09" in said
+    assert all(machine["gpu"] in said for machine in catalog.machines())
+
+
+def test_a_refresh_prices_cards_that_the_catalogue_has_no_machine_of(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("LOADMASTER_PRICES", str(tmp_path / "prices.yaml"))
+    assert "a40" not in catalog.prices()["gpus"]
+    monkeypatch.setitem(GPUS, "NVIDIA A40", (*GPUS["NVIDIA L40S"][:3], 0.44, *GPUS["NVIDIA L40S"][4:]))
+    with FakeRunpod() as fake:
+        refresh_prices(Console(), RunpodClient(Api(fake.key, fake.url)))
+    assert catalog.prices()["gpus"]["a40"]["pod_usd_per_hour"] == 0.44
+    assert "rtx3090" not in capsys.readouterr().out  # nothing is said to be missing that never had a price
+    assert make_plan(
+        Job(model=ModelConfig(name="meta-llama/Llama-3.1-8B"), method="lora", hardware=HardwareConfig(gpu="a40"))
+    ).price["usd_per_hour"] == pytest.approx(0.44)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from loadmaster import catalog
 from loadmaster.config.schema import HardwareConfig
 from loadmaster.errors import ConfigError
 from loadmaster.preflight import hardware
@@ -21,6 +24,39 @@ def test_local_takes_a_known_cards_facts_from_the_catalogue(monkeypatch) -> None
     assert (here.gpu, here.count, here.memory_gib, here.usd_per_hour) == ("h100_80gb", 2, 79.18, None)
     with pytest.raises(ConfigError, match="has 2 GPU"):
         hardware.find_hardware(HardwareConfig(count=4))
+
+
+@pytest.mark.parametrize(
+    ("driver_name", "gib", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 80.0, "a100_80gb"), ("NVIDIA A100 80GB PCIe", 80.0, "a100_80gb_pcie"),
+        ("NVIDIA A100-SXM4-40GB", 40.0, "a100_40gb"), ("NVIDIA A100-PCIE-40GB", 40.0, None),
+        ("NVIDIA H100 80GB HBM3", 79.65, "h100_80gb"), ("NVIDIA H100 PCIe", 79.65, "h100_pcie"),
+        ("NVIDIA H100 NVL", 93.58, "h100_nvl"), ("NVIDIA GH200 480GB", 95.6, None),
+        ("NVIDIA L4", 22.49, "l4"), ("NVIDIA L40", 44.99, None), ("NVIDIA L40S", 44.99, "l40s"),
+        ("NVIDIA A40", 44.99, "a40"), ("NVIDIA RTX A6000", 47.99, "rtx_a6000"), ("NVIDIA A10G", 22.49, "a10g"),
+        ("NVIDIA RTX 6000 Ada Generation", 44.99, "rtx_6000_ada"), ("NVIDIA GeForce RTX 3090", 24.0, "rtx3090"),
+        ("NVIDIA GeForce RTX 5090", 31.84, "rtx5090"), ("NVIDIA GeForce RTX 5090 Laptop GPU", 23.9, None),
+    ],
+)  # fmt: skip
+def test_cards_are_told_apart_by_all_words_of_their_names_and_by_their_memory(driver_name, gib, known) -> None:
+    assert hardware.catalog_name(driver_name, gib) == known
+
+
+def test_memory_that_ecc_takes_is_not_planned_with(monkeypatch) -> None:
+    monkeypatch.setattr(hardware, "local_gpus", lambda: [("NVIDIA RTX 6000 Ada Generation", 44.99, 8.9)])
+    assert hardware.detect_local().memory_gib == pytest.approx(44.72, abs=0.01)
+
+
+def test_the_docs_name_every_card_of_the_catalogue() -> None:
+    page = (Path(__file__).parents[2] / "docs/preflight.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in catalog.gpus())
+
+
+def test_cards_of_which_there_is_no_machine_have_no_price_and_are_not_offered_elsewhere() -> None:
+    a40 = hardware.from_catalog("a40", 2)
+    assert a40.usd_per_hour is None and a40.known and hardware.not_offered(a40) is None
+    assert {machine.gpu for machine in hardware.rentable()} == {machine["gpu"] for machine in catalog.machines()}
 
 
 def test_an_unknown_card_is_planned_for_memory_and_not_for_speed(monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loadmaster import catalog
+from loadmaster.errors import ProviderError
 from loadmaster.launch.provider import Machine, Offer, Volume
 from loadmaster.launch.runpod.http import KEY_VARIABLE, base_url_from_environment
 from loadmaster.launch.runpod.provider import Runpod
@@ -29,6 +30,12 @@ class Listed(Runpod):
     ) -> list[Offer]:
         price = "pod_usd_per_hour" if cloud == "secure" else "community_usd_per_hour"
         listed = {gpu: found[price] for gpu, found in catalog.prices()["gpus"].items() if price in found}
+        rented = {machine["gpu"] for machine in catalog.machines()}
+        if not rented & set(gpus):
+            raise ProviderError(
+                f"the catalogue knows no machine with {' or '.join(gpus)} to rent; with {KEY_VARIABLE} set the "
+                "provider is asked"
+            )
         return [
             Offer(gpu, catalog.gpus()[gpu]["name"], count, listed[gpu] * count * nodes, (), nodes)
             for machine in catalog.machines()
