@@ -148,16 +148,25 @@ def chosen(session: Session) -> dict[str, Any]:
 
 
 def ceilings(device: torch.device) -> dict[str, Any]:
-    """TFLOP/s of one large product, in bf16 and on fp8 units: what a whole step is held against."""
+    """TFLOP/s of one large product, in bf16 and on fp8 units: what a whole step is held against.
+
+    On fp8 units with one scale or one for each row, sums kept in fp32 or not: what models/frozen.py chooses between.
+    """
     size = CEILING_SIZE if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     found = {"bf16_tflops": _tflops(lambda: a @ b.t(), size, device)}
     if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
-        one = torch.ones((), device=device)
         x, w = (t.to(torch.float8_e4m3fn) for t in (a, b))
-        found["fp8_tflops"] = _tflops(
-            lambda: torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True), size, device
-        )
+        one, rows = torch.ones((), device=device), torch.ones(size, 1, device=device)
+        for name, scales, fast in (
+            ("fp8_tflops", (one, one), True), ("fp8_full_sums_tflops", (one, one), False),
+            ("fp8_by_row_tflops", (rows, rows.t()), True), ("fp8_by_row_full_sums_tflops", (rows, rows.t()), False),
+        ):  # fmt: skip
+
+            def product(scales: Any = scales, fast: bool = fast) -> torch.Tensor:
+                return torch._scaled_mm(x, w.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+            found[name] = _tflops(product, size, device)
     return found
 
 
