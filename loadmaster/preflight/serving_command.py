@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from loadmaster import catalog
-from loadmaster.config.fields import choices, describe, nearest, written
+from loadmaster.config.fields import choices, describe, nearest, nearest_card, written
 from loadmaster.config.fields import fields as fields_of
 from loadmaster.config.schema import (
     CLOSED,
@@ -140,8 +140,10 @@ def parse(words: list[str]) -> Request:
     if values.get("model") in (None, "", "???"):
         problems.append(Problem("model", None, "command line", "is needed", USAGE))
     if values.get("gpu", "auto") not in ("auto", *catalog.gpus()):
-        names = ", ".join(["auto", *catalog.gpus()])
-        problems.append(Problem("gpu", values.pop("gpu"), "command line", "is not in the catalogue", f"one of {names}"))
+        wrong, known = values.pop("gpu"), ["auto", *catalog.gpus()]
+        guess = nearest_card(wrong, known)
+        remedy = (f"gpu={guess}; " if guess else "") + f"one of {', '.join(known)}"
+        problems.append(Problem("gpu", wrong, "command line", "is not in the catalogue", remedy))
     try:
         request = TypeAdapter(Request).validate_python(values)
     except ValidationError as error:
