@@ -4,21 +4,14 @@ torch.compile cuts a layer's forward from its backward where least has to be kep
 kernels (min-cut partitioning). Read off the compiled functions' saved tensors (tests/preflight/test_compiled_memory.py
 does it again, on the meta device), a token of a layer in bf16 keeps
 
-    2 h    for each of: its input, the sum after attention (with four norms: the outputs of both halves instead of it),
-           and the output of the norm before attention and before the feed-forward, where a trained matrix reads it
+    2 h    for its input and the sum after attention (with four norms: three)
     4      for each norm                            (1 / root mean square)
     4 dq + 4 dk + 4 heads                           (q and the output; k and v; logsumexp)
     2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k
-    4 f, 6 f where down_proj is trained             (gate, up, their product)
+    4 f                                             (gate and up; their product and the norms' outputs are made again)
     2 r    for each adapter
-    a byte for each input of an adapter, and 6 h + 2 dq more, with dropout on all linears
-
-and trained with products in FP8, where norms and the product of gate and up are made again for their casts,
-
-    2 h    for its input and the sum after attention (with four norms: three)
-    4      for each norm
-    5 dq + 4 dk + 4 heads                           (the output in FP8 as well); norms on q and k as above
-    4 f                                             (gate, up)
+    a byte for each input of an adapter, and 6 h + 2 dq more, with dropout on all linears; norms' outputs and 2 f too
+    dq     trained with products in FP8             (the output in FP8 as well)
 
 On an H100 a sketch of such an engine took 32.9 GiB (LoRA 8B, 2 x 2048), 23.2 over nf4, and 38.6 (full 3B, 4 x 2048), or
 32.5 in FP8: benchmarks/reference_runs.py has them beside this. Fused kernels' own temporaries are not known.
@@ -44,18 +37,21 @@ def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
     h, f, dq, dk = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size
     adapted = {m.name for m in shape.adapted(setup.lora_targets)} if setup.adapters else set()
     everything = {m.name for m in shape.matrices()}
-    trained = adapted if setup.adapters else everything
-    inputs = 2 if shape.norms == 2 else 3
-    in_fp8 = setup.precision == "fp8" and not setup.adapters
-    if not in_fp8:
-        inputs += bool(trained & {"q_proj", "k_proj", "v_proj"}) + bool(trained & {"gate_proj", "up_proj"})
-    kept = 2 * h * inputs + 4 * shape.norms + 4 * dq + 4 * dk + 4 * shape.heads
+    kept = 2 * h * (2 if shape.norms == 2 else 3) + 4 * shape.norms + 4 * dq + 4 * dk + 4 * shape.heads
     if shape.query_key_norm:
         kept += 2 * dq + 2 * dk + 4 * (shape.heads + shape.key_value_heads)
-    kept += dq if in_fp8 else 0
-    kept += (6 if "down_proj" in trained and not in_fp8 else 4) * f + 2 * setup.lora_rank * len(adapted)
+    kept += dq if setup.precision == "fp8" and not setup.adapters else 0
+    kept += 4 * f + 2 * setup.lora_rank * len(adapted)
     if setup.lora_dropout and adapted:
         if adapted != everything:
             return None
-        kept += 5 * h + dq + f + 6 * h + 2 * dq
+        kept += 4 * h + 2 * f + 5 * h + dq + f + 6 * h + 2 * dq
     return kept
+
+
+def made_again_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Read and written, of one token and layer, to make norms' outputs and the product of gate and up again. With
+    products in FP8 of a full fine-tune, their casts do."""
+    if setup.checkpointing != "none" or not setup.compiled or (setup.precision == "fp8" and not setup.adapters):
+        return 0
+    return 0 if kept_bytes(shape, setup) is None else 8 * shape.hidden_size + 2 * shape.intermediate_size

@@ -137,7 +137,8 @@ def gather(b: Blocks, hidden: Tensor, rows: int) -> Tensor:
 
 
 def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
-    """models/loss.py: gradients of hidden states and head are made in the forward pass, chunk by chunk."""
+    """models/loss.py: gradients of hidden states and head are made in the forward pass, chunk by chunk; beside compiled
+    layers logits are in one buffer of a whole chunk, and their gradient takes their place."""
     tape, w, h, v = b.tape, b.w, b.shape.hidden_size, b.shape.vocabulary_size
     targets = tape.alloc(8 * rows)
     needs_hidden = tape.enabled and hidden.node is not None
@@ -145,9 +146,18 @@ def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
     with tape.tagged("logits"):
         grad_hidden = tape.alloc(w * rows * h) if needs_hidden else None
         grad_head = tape.alloc(4 * v * h) if needs_head else None
-        logits = grad = None
+        logits = grad = normaliser = None
+        fused = b.setup.compiled and (needs_hidden or needs_head)
+        if fused:
+            buffer = [tape.alloc(w * LOSS_CHUNK_TOKENS * v), tape.alloc(8 * LOSS_CHUNK_TOKENS)]
         for c, times in chunks(rows):
             tape.work.matmul_flops += times * 2.0 * c * v * h * (1 + needs_hidden + needs_head)
+            if fused:
+                tape.moved(times * 4 * w * LOSS_CHUNK_TOKENS * v, fused=False)
+                tape.work.kernels += 3 * times
+                if needs_head:
+                    tape.alloc(w * v * h)
+                continue
             tape.moved(times * (10 * 4 * c * v if needs_hidden else 5 * 4 * c * v), fused=False)
             tape.work.kernels += 13 * times
             narrow = tape.alloc(w * c * v)
@@ -171,6 +181,8 @@ def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
             if needs_hidden or needs_head:
                 logits = grad = None
         del logits, grad, normaliser, targets
+        if fused:
+            del buffer
         loss = Tensor(tape.alloc(4))
         grad_head = tape.alloc(w * v * h) if needs_head and w != 4 else grad_head
 

@@ -18,6 +18,7 @@ from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.preflight.coefficients import coefficients, value
 from loadmaster.preflight.communication import step_communication
+from loadmaster.preflight.compiled import made_again_bytes
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.memory import inputs_bytes, replay_key, state_bytes
 from loadmaster.preflight.phases import CALIBRATED, export_bytes
@@ -64,6 +65,7 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     traffic, kernels = work.bytes_moved, work.kernels
     if setup.compiled:  # elementwise kernels are fused: fewer of them, and what is between two of them is not written
         traffic = work.bytes_unfused + (traffic - work.bytes_unfused) * value("compiled", "traffic")
+        traffic += made_again_bytes(shape, setup) * setup.tokens * shape.layers
         kernels *= value("compiled", "kernels")
     seconds += traffic / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
     seconds = max(seconds, kernels * value("efficiency", "launch_us") * 1e-6)

@@ -89,6 +89,7 @@ class _Middle:
         self.count = b.shape.layers - self.replayed
         self.forward, self.started, self.finished = Work(), Work(), Work()
         self.gradients: list[Storage] = []
+        self.held: list[Storage] = []
 
     def total(self, work: Work) -> Work:
         one = self.forward.plus(self.finished).plus(self.started, -1.0)
@@ -99,7 +100,8 @@ class _Middle:
 
         less: what those that are replayed keep too much.
         """
-        tape, held = self.b.tape, []
+        held = self.held
+        tape = self.b.tape
         if not tape.enabled or self.count == 0:
             return Tensor(x.storage, x.node)
         held.append(tape.alloc(max(0, kept * self.count - less)))
@@ -112,6 +114,15 @@ class _Middle:
             return [g]
 
         return tape.link(Tensor(x.storage, x.node), [x], [], backward)
+
+    def give_back(self, x: Tensor, less: int) -> Tensor:
+        """After a layer behind the skipped ones: in its backward pass it is what was replayed, and not before."""
+
+        def backward(g: Storage, _: list) -> list:
+            self.held.append(self.b.tape.alloc(less))
+            return [g]
+
+        return self.b.tape.link(Tensor(x.storage, x.node), [x], [], backward) if less else x
 
     def mark_end(self, x: Tensor) -> Tensor:
         tape = self.b.tape
@@ -143,7 +154,7 @@ def _forward(b: Blocks, middle: _Middle):
     for index in range(middle.replayed):
         experts = index < shape.expert_layers
         if index == HEAD_LAYERS and middle.count:
-            x = middle.stand_in(x, kept - less, gradients, HEAD_LAYERS * less)
+            x = middle.stand_in(x, kept - less, gradients, middle.replayed * less)
         before, work, first = tape.live, Work().plus(tape.work), len(tape.leaves)
         activations = tape.by_tag["activations"]
         if index == 1:
@@ -157,6 +168,8 @@ def _forward(b: Blocks, middle: _Middle):
         checkpointed = kind != "none" and tape.enabled
         x = tape.checkpoint(layer, x, kind == "selective", kind == "offload") if checkpointed else layer(x)
         x = units.end(x, index, tape.leaves[first:])
+        if index >= HEAD_LAYERS and middle.count:
+            x = middle.give_back(x, less)
         kept = tape.live - before
         less = _compiled_keeps_less(b, tape.by_tag["activations"] - activations, experts)
         middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward

@@ -260,8 +260,8 @@ print("replays", training_step.cache_info().misses)
 
 def test_a_preference_objectives_further_passes_cost_time_and_no_memory() -> None:
     sft, dpo, kto = (
-        plan(LLAMA + "8B", "lora", "h100_80gb", objective=objective, precision="bf16", micro_batch_size=2)
-        for objective in ("sft", "dpo", "kto")
-    )
+        plan(LLAMA + "8B", "lora", "h100_80gb", objective=each, precision="bf16", micro_batch_size=2, compile=False)
+        for each in ("sft", "dpo", "kto")
+    )  # compiled, the loss of sft alone is
     assert sft.memory_gib == dpo.memory_gib == kto.memory_gib
     assert sft.tokens_per_second > 1.1 * dpo.tokens_per_second > 1.3 * kto.tokens_per_second
