@@ -41,7 +41,7 @@ def test_losses_and_gradients_are_those_of_plain_layers(way, form, method, check
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     found, recompiled = steps(model(form, method, checkpointing, compiling, GEMMA_2))
-    assert recompiled == 0 and graphs_compiled() == KINDS * (compiling or way == "fused")
+    assert recompiled == 0 and graphs_compiled() == KINDS * (compiling or way == "fused") + compiling
     assert not torch._dynamo.utils.counters["graph_break"]
     for (loss, gradients), (expected, others) in zip(found, plain, strict=True):
         assert loss == pytest.approx(expected, rel=1e-6)
