@@ -48,7 +48,8 @@ class Run:
     """The base is in bf16, and cast to FP8 at each use: read twice and written, in both passes, where this engine reads
     and writes its codes once."""
     default_cut: bool = False
-    """Compiled layers keep norms' outputs and the product of gate and up, which this engine's make again: added."""
+    """Compiled layers keep norms' outputs and the product of gate and up, which this engine's make again, and adapters
+    are scaled after their second product, where this engine scales what goes into it: both are added."""
 
 
 def lora(rows: int, length: int, **more) -> Setup:
@@ -153,6 +154,10 @@ def predict(run: Run) -> tuple[float, float]:
     if run.default_cut:
         gib += (4 * shape.hidden_size + 2 * shape.intermediate_size) * run.setup.tokens * shape.layers / 2**30
     seconds = run.setup.tokens / tokens_per_second(shape, H100, run.setup)
+    if run.default_cut and run.setup.adapters:
+        scaled = 2 * 4 * sum(m.outputs for m in shape.adapted("all-linear")) * run.setup.tokens * shape.layers
+        rate = H100.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory")
+        seconds += scaled * value("compiled", "traffic") / rate
     if run.recast:
         seconds += (2 * 5 - 2) * shape.linear_weights / (H100.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
     return gib, run.setup.tokens / seconds

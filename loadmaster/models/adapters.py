@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from loadmaster.config.schema import LoraConfig
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
@@ -50,7 +50,35 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
     for _, parameter in trainable(wrapped):
         parameter.data = parameter.data.to(dtype)
     run_by_norms(wrapped)
+    scale_where_narrow(wrapped)
     return wrapped
+
+
+class Narrow:
+    """Takes the place of peft's own line in a layer's forward pass: its scaling is put on the r values between A and B.
+
+    Put on the product, as peft does it, each pass over it is one more, and a compiler can join neither the product with
+    the base's nor their gradients.
+    """
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """x [..., in], result [..., out] of the base layer."""
+        a, b, dropout = (part[active_adapter] for part in (module.lora_A, module.lora_B, module.lora_dropout))
+        return result + b(a(dropout(x)) * module.scaling[active_adapter])
+
+    @staticmethod
+    def supports_lora_conversion() -> bool:
+        return True
+
+
+def scale_where_narrow(model: nn.Module) -> None:
+    """Let every plain LoRA layer that peft made run so."""
+    from peft.tuners.lora import Linear
+
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.lora_variant.setdefault("default", Narrow)
 
 
 def saved_modules(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:

@@ -177,7 +177,11 @@ class Blocks:
         rank, n = self.setup.lora_rank, self.n
         scale = None if magnitudes is None else dora.scale(self, m, magnitudes)
         dropped = self.dropout(x) if self.setup.lora_dropout and self.tape.enabled else x
-        update = self.elementwise(self.matmul(self.matmul(dropped, a, m.inputs, rank, n), b, rank, m.outputs, n))
+        narrow = self.matmul(dropped, a, m.inputs, rank, n)
+        narrow = self.elementwise(narrow) if scale is None else narrow  # models/adapters.py, models/dora.py
+        update = self.matmul(narrow, b, rank, m.outputs, n)
+        update = update if scale is None else self.elementwise(update)
+        del narrow
         result = out if scale is not None else None  # peft's own variable, as long as the layer runs
         out = self.add(out if scale is None or bias is None else self.elementwise(out), update)
         del update

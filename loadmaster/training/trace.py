@@ -17,16 +17,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from loadmaster.config.schema import Job, PreferenceConfig
+from loadmaster.config.schema import Job, LoraConfig, PreferenceConfig
 from loadmaster.data import MicroBatch
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
-from loadmaster.models.adapters import saved_modules, target_modules
+from loadmaster.models.adapters import make_trainable
 from loadmaster.models.attention import PACKED
-from loadmaster.models.dora import run_by_norms
 from loadmaster.models.float8 import train_in_fp8
 from loadmaster.models.forward import token_losses
 from loadmaster.models.frozen import freeze_linears, frozen_form
-from loadmaster.models.libraries import peft_alone
 from loadmaster.models.load import DTYPES
 from loadmaster.models.preference import loss_module
 from loadmaster.models.recompute import checkpoint_activations
@@ -130,18 +128,12 @@ def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:
     if (setup.method, setup.precision) == ("full", "fp8"):
         train_in_fp8(model, torch.device("meta"))
     if setup.method != "full":
-        peft_alone()
-        from peft import LoraConfig, get_peft_model
-
         targets = list(setup.lora_targets) if isinstance(setup.lora_targets, tuple) else setup.lora_targets
-        lora = LoraConfig(r=setup.lora_rank, lora_dropout=setup.lora_dropout,
-                          target_modules=target_modules(model, targets), task_type="CAUSAL_LM", use_dora=setup.dora,
-                          **saved_modules(model, setup.modules_to_save))  # fmt: skip
-        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(DTYPES[setup.precision])
-        run_by_norms(model)
+        lora = LoraConfig(
+            rank=setup.lora_rank, dropout=setup.lora_dropout, targets=targets, dora=setup.dora,
+            modules_to_save=list(setup.modules_to_save),
+        )  # fmt: skip
+        model = make_trainable(model, setup.method, lora)
     return model
 
 

@@ -13,7 +13,7 @@ from loadmaster.config.schema import LoraConfig, OptimizerConfig
 from loadmaster.errors import ConfigError
 from loadmaster.export.manifest import LORA_RANKS
 from loadmaster.export.merge import read_adapter
-from loadmaster.models.adapters import make_trainable, save_trained, trainable
+from loadmaster.models.adapters import Narrow, make_trainable, save_trained, trainable, without_adapter
 from loadmaster.models.forward import causal_lm, noisy, token_losses
 from loadmaster.models.load import random_model
 from loadmaster.training.optimizer import TrainingOptimizer
@@ -30,6 +30,24 @@ def adapted(**lora):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     return model.train()
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_scaling_on_the_values_between_a_and_b_is_pefts_scaling_of_their_product(stabilised):
+    made = adapted(rank_stabilised=stabilised)
+    layers = [module for module in made.modules() if isinstance(module, LoraLayer)]
+    assert layers and all(layer.lora_variant["default"] is Narrow for layer in layers)
+    narrow, _ = token_losses(made, batch(0))
+    found = torch.autograd.grad(narrow, [parameter for _, parameter in trainable(made)])
+    with without_adapter(made):
+        alone, _ = token_losses(made, batch(0))
+    for layer in layers:
+        del layer.lora_variant["default"]
+    wide, _ = token_losses(made, batch(0))
+    expected = torch.autograd.grad(wide, [parameter for _, parameter in trainable(made)])
+    assert narrow.item() == pytest.approx(wide.item(), rel=1e-6) and abs(narrow.item() - alone.item()) > 1e-4
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_rslora_scales_by_the_root_of_the_rank_and_an_export_merges_it_so(tmp_path):
