@@ -235,3 +235,17 @@ def test_a_gpus_attention_compiles_once_too_whatever_the_documents():
         loss.backward()
         assert graphs_compiled() == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_evaluation_compiles_one_more_graph_for_all_layers(method, checkpointing):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made = model(None, method, checkpointing, True)
+    for _ in range(2):
+        loss, _ = token_losses(made.train(), batch(0))
+        loss.backward()
+        with torch.no_grad():
+            token_losses(made.eval(), batch(1))
+    assert graphs_compiled() == 2
