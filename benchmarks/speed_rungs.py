@@ -90,8 +90,7 @@ def rows_of(rung: dict[str, Any], count: int) -> list:
 def run(rung: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if rung.get("memory_gib") and device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(rung["memory_gib"] * GIB / total, device)
+        torch.cuda.set_per_process_memory_fraction(rung["memory_gib"] * GIB / torch.cuda.mem_get_info()[1])
     if rung["kind"] == "ceiling":
         return ceilings(device)
     began = time.perf_counter()
