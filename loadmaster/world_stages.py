@@ -75,6 +75,7 @@ class StageRun:
     def run(self, stage: str) -> dict[str, Any]:
         """Figures of the stage. Raises LoadmasterError, or StoppedOnRequest on all ranks together."""
         import loadmaster.training.loop  # noqa: F401  with the libraries below it
+        from loadmaster.models.spread import free_device_memory
         from loadmaster.training.watchdog import Watchdog, as_they_begin
 
         collector.resume()
@@ -91,6 +92,7 @@ class StageRun:
             self._stop_if(self._stopping(), f"{stage} starts")
             self._examine(stage)
             figures = {"train": self._train, "evaluate": self._evaluate}[stage](watch)
+            free_device_memory()  # models are parts of cycles, and the next stage loads its own
             if self._stopping():  # too late for this stage, which is done: whoever goes on asks again
                 self.stop.requested = True
             return figures
