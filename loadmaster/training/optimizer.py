@@ -141,7 +141,7 @@ class TrainingOptimizer:
                 given = parameter.grad is not None
                 target.grad = local(parameter.grad).to(target.device, target.dtype) if given else None
                 parameter.grad = None
-        bucket.optimizer.step()
+        _update(bucket.optimizer)
         bucket.optimizer.zero_grad(set_to_none=True)
         if self.copies:
             torch._foreach_copy_([local(p) for p in bucket.parameters], bucket.targets)
@@ -217,6 +217,20 @@ class TrainingOptimizer:
                 scales = made.absmax
             held.copy_(codes.view_as(held))
             state[f"absmax{number}"].copy_(scales)
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    """One step. bitsandbytes' own waits for the GPU after every parameter, which only paged states need."""
+    if not hasattr(optimizer, "update_step") or optimizer.is_paged:
+        optimizer.step()
+        return
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
+            if not optimizer.state[parameter]:
+                optimizer.init_state(group, parameter, number, index)
+            optimizer.update_step(group, parameter, number, index)
 
 
 def _place(value: Tensor, target: Tensor, key: str, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -75,6 +75,21 @@ def test_clipping_scales_to_the_norm_and_reports_the_one_before():
     assert optimizer.clip(0).item() == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_bitsandbytes_steps_as_by_its_own_step_and_waits_for_nothing(name, monkeypatch):
+    def stepped() -> list[torch.Tensor]:
+        optimizer = TrainingOptimizer(parameters(), OptimizerConfig(weight_decay=0.1), name, master_weights=False)
+        for seed in range(3):
+            step(optimizer, seed)
+        return [*optimizer.parameters, *optimizer.state()[0].values()]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizer_module, "_update", lambda optimizer: optimizer.step())
+        expected = stepped()
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", lambda _: pytest.fail("the GPU was waited for"))
+    assert all(map(torch.equal, stepped(), expected))
+
+
 def test_reset_makes_the_optimizer_as_new():
     named = parameters()
     start = [p.detach().clone() for _, p in named]
