@@ -90,18 +90,34 @@ def test_bitsandbytes_steps_as_by_its_own_step_and_waits_for_nothing(name, monke
     assert all(map(torch.equal, stepped(), expected))
 
 
-def test_reset_makes_the_optimizer_as_new():
+@pytest.mark.parametrize("name", NAMES)
+def test_reset_makes_the_optimizer_as_new(name):
     named = parameters()
     start = [p.detach().clone() for _, p in named]
-    optimizer = TrainingOptimizer(named, OptimizerConfig(), "adamw", True)
+    optimizer = TrainingOptimizer(named, OptimizerConfig(), name, name == "adamw")
     step(optimizer, 0)
     for (_, p), original in zip(named, start, strict=True):
         p.data.copy_(original)
     optimizer.reset()
-    step(optimizer, 1)
-    fresh = TrainingOptimizer(parameters(), OptimizerConfig(), "adamw", True)
-    step(fresh, 1)
+    fresh = TrainingOptimizer(parameters(), OptimizerConfig(), name, name == "adamw")
+    for each in (optimizer, fresh):
+        torch.manual_seed(7)
+        step(each, 1)
     assert all(torch.equal(a, b) for a, b in zip(optimizer.parameters, fresh.parameters, strict=True))
+
+
+def test_paged_states_stay_in_the_memory_that_they_have():
+    optimizer = TrainingOptimizer(parameters(), OptimizerConfig(), "paged_adamw_8bit", False)
+    step(optimizer, 0)
+    tensors, scalars = optimizer.state()
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    saved = {name: tensor.clone() for name, tensor in tensors.items()}
+    optimizer.reset()
+    assert not any(tensor.any() for name, tensor in tensors.items() if "qmap" not in name)
+    optimizer.load_state([*saved.items(), *scalars.items()])
+    again, numbers = optimizer.state()
+    assert {name: tensor.data_ptr() for name, tensor in again.items()} == places and numbers == scalars
+    assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
 
 
 def test_several_buckets_update_like_one(monkeypatch):
