@@ -53,7 +53,8 @@ def test_a_rungs_limit_of_memory_is_put_as_torch_takes_it(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: set_to.append(given), raising=False)
     monkeypatch.setattr(speed_rungs, "ceilings", lambda device: {"device": device.type})
     assert speed_rungs.run({"kind": "ceiling", "memory_gib": 24}) == {"device": "cuda"}
-    assert set_to == [(0.3, 0)]
+    [(share, card)] = set_to
+    assert card == 0 and 23 < share * 80 < 23.5  # a card of 24 GiB, without the CUDA context
 
 
 def test_what_the_budget_leaves_no_time_for_and_peers_that_are_not_there_are_said(speed, tmp_path, capsys):
