@@ -25,6 +25,7 @@ from loadmaster.data import packed_rows
 from loadmaster.models.compiled import CompileCache, graphs_compiled
 from loadmaster.models.forward import causal_lm, trained_logits
 from loadmaster.preflight import make_plan
+from loadmaster.preflight.coefficients import value
 from loadmaster.training.batches import trained_tokens
 from loadmaster.training.metrics import GIB, peak_memory
 from loadmaster.training.session import Session, make_session
@@ -90,8 +91,8 @@ def rows_of(rung: dict[str, Any], count: int) -> list:
 def run(rung: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if rung.get("memory_gib") and device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(rung["memory_gib"] * GIB / total, device)
+        tensors = (rung["memory_gib"] - value("context", "cuda_gib")) * GIB  # the context is not the allocator's
+        torch.cuda.set_per_process_memory_fraction(tensors / torch.cuda.mem_get_info()[1])
     if rung["kind"] == "ceiling":
         return ceilings(device)
     began = time.perf_counter()

@@ -109,8 +109,6 @@ class Team:
 
     def follow(self, stop: StopSignal) -> int:
         """Run what the lead tells of, until it tells the exit code."""
-        from loadmaster.models.spread import free_device_memory
-
         try:
             while True:
                 stage, *told = self._tell(None)
@@ -123,7 +121,6 @@ class Team:
                 materials = Materials(job, display.echo)
                 self._watch.resting = True  # the stage has its own
                 StageRun(job, plan, run_dir, self.world, stop, display, materials, settings=self.settings).run(stage)
-                free_device_memory()  # the lead's next stage takes these cards too
                 self._watch.resting = False
         except (LoadmasterError, StoppedOnRequest) as error:
             show_error(error)

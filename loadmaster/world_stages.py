@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from loadmaster import collector
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import Job
-from loadmaster.errors import ConfigError, Problem, StoppedOnRequest
+from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.files import publish_folder, sha256_json, write_json
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.display import Display
@@ -75,6 +75,7 @@ class StageRun:
     def run(self, stage: str) -> dict[str, Any]:
         """Figures of the stage. Raises LoadmasterError, or StoppedOnRequest on all ranks together."""
         import loadmaster.training.loop  # noqa: F401  with the libraries below it
+        from loadmaster.models.spread import free_device_memory
         from loadmaster.training.watchdog import Watchdog, as_they_begin
 
         collector.resume()
@@ -91,6 +92,7 @@ class StageRun:
             self._stop_if(self._stopping(), f"{stage} starts")
             self._examine(stage)
             figures = {"train": self._train, "evaluate": self._evaluate}[stage](watch)
+            free_device_memory()  # models are parts of cycles, and the next stage loads its own
             if self._stopping():  # too late for this stage, which is done: whoever goes on asks again
                 self.stop.requested = True
             return figures
@@ -262,9 +264,23 @@ def finite(value: Any) -> Any:
 
 
 def device_type(plan: Plan) -> str:
+    """Where this plan runs here. Raises LoadmasterError for a GPU that PyTorch cannot use: the processors would take
+    its place without a word."""
     import torch
 
-    return "cpu" if plan.hardware.gpu == "cpu" or not torch.cuda.is_available() else "cuda"
+    from loadmaster.preflight.hardware import local_gpus
+
+    if plan.hardware.gpu == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if cards := local_gpus():
+        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for processors alone"
+        raise LoadmasterError(
+            f"this machine has a GPU ({cards[0][0]}) that PyTorch cannot use: torch {torch.__version__} is built "
+            f"{build}. Install the build that its driver runs (nvidia-smi says up to which CUDA), or set hardware=cpu"
+        )
+    return "cpu"
 
 
 REWARDS = ("reward_desirable", "reward_undesirable")

@@ -2,10 +2,12 @@
 
 import gc
 import io
+import weakref
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from loadmaster import collector, pipeline, team
@@ -36,6 +38,28 @@ def test_it_is_off_for_the_plan_and_on_for_what_follows(paused, tmp_path, monkey
     monkeypatch.setattr(StageRun, "_train", lambda self, watch: {})
     run(tmp_path / "run")
     assert seen == [False, True]
+
+
+def test_a_stage_leaves_nothing_of_its_model_to_the_next(tmp_path, monkeypatch):
+    class Layer(torch.nn.Linear):
+        """With a forward of its own, as compiled and checkpointed layers have: a cycle."""
+
+    kept = []
+
+    def train(self, watch):
+        layer = Layer(2, 2)
+        layer.forward = MethodType(Layer.forward, layer)
+        kept.append(weakref.ref(layer.weight))
+        return {}
+
+    monkeypatch.setattr(StageRun, "_make_materials", lambda self: gc.disable())
+    monkeypatch.setattr(StageRun, "_examine", lambda self, stage: None)
+    monkeypatch.setattr(StageRun, "_train", train)
+    try:
+        run(tmp_path / "run")
+    finally:
+        gc.enable()
+    assert kept[0]() is None
 
 
 def test_it_is_on_in_a_process_that_waits_for_its_workers(paused, monkeypatch):

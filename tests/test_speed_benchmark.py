@@ -33,6 +33,28 @@ def test_every_bar_and_the_whole_ladder_are_measured(speed):
     assert len(set(names)) == len(names)
     lengths = {each["sequence_length"]: each["memory_gib"] for each in rungs if each["bar"] == "bar5"}
     assert lengths == {78_475: 24, 342_733: None}
+    # A step's attention at 300 TFLOP/s, and a minute to load, come to less than the rung may take.
+    for each in (each for each in rungs if each["bar"] == "bar5"):
+        step_s = 4.5 * 32 * 2 * 4096 * each["sequence_length"] ** 2 / 300e12
+        assert (each["warm_up"] + each["steps"]) * step_s + 60 < each["limit_s"] < 600
+
+
+def test_a_rungs_limit_of_memory_is_put_as_torch_takes_it(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import speed_rungs
+    import torch
+
+    set_to = []
+    for name, stand_in in (
+        ("is_available", lambda: True), ("current_device", lambda: 0), ("mem_get_info", lambda *_: (0, 80 * 2**30))
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: set_to.append(given), raising=False)
+    monkeypatch.setattr(speed_rungs, "ceilings", lambda device: {"device": device.type})
+    assert speed_rungs.run({"kind": "ceiling", "memory_gib": 24}) == {"device": "cuda"}
+    [(share, card)] = set_to
+    assert card == 0 and 23 < share * 80 < 23.5  # a card of 24 GiB, without the CUDA context
 
 
 def test_what_the_budget_leaves_no_time_for_and_peers_that_are_not_there_are_said(speed, tmp_path, capsys):

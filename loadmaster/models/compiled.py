@@ -40,9 +40,10 @@ def compile_layers(model: nn.Module) -> None:
     # pass: a third of what a layer would keep, for about 1% of a step's time (modelled).
     torch._functorch.config.ban_recompute_materialized_backward = False
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of selective checkpoints
-    if not causal_lm(model).get_input_embeddings().weight.requires_grad:
-        # Or the first layer, whose input would then need no gradient, would be compiled by itself.
-        causal_lm(model).enable_input_require_grads()
+    lm = causal_lm(model)
+    lm.disable_input_require_grads()
+    if not lm.get_input_embeddings().weight.requires_grad:
+        lm.get_input_embeddings().register_forward_hook(_needs_gradient)
     compiled = {}
     for layer in decoder_layers(model):
         forward = layer.forward.__func__
@@ -50,6 +51,15 @@ def compile_layers(model: nn.Module) -> None:
             compiled[forward] = torch.compile(forward, dynamic=False, backend=BACKEND)
         layer.forward = MethodType(compiled[forward], layer)
     compile_loss(causal_lm(model).get_output_embeddings(), BACKEND)
+
+
+def _needs_gradient(_: nn.Module, __: tuple, embedded: torch.Tensor) -> None:
+    """The first layer's input is like the others', or that layer would be compiled by itself.
+
+    transformers' own hook asks for gradients where there are none too (an evaluation), and so parts them there.
+    """
+    if torch.is_grad_enabled():
+        embedded.requires_grad_(True)
 
 
 def graphs_compiled() -> int:

@@ -17,6 +17,7 @@ it takes: an element of a product over K inputs costs 2 K FLOPs and 2 bytes, so 
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -29,6 +30,8 @@ from loadmaster.models.forward import causal_lm, decoder_layers
 
 MLP_TOKENS = 16384
 """Tokens of an MLP at a time under offload; the preflight reads this number."""
+PIECE_BYTES = 2**26
+"""Smallest piece of pinned memory that an input is cut for under offload; the last one may be less."""
 WIDE = 512
 """Inputs of a product that is kept; an adapter's second product has its rank. The preflight reads this number."""
 
@@ -92,15 +95,15 @@ class HostMemory:
     def pack(self, tensor: Tensor) -> Any:
         if not tensor.numel():
             return tensor
+        copies = [] if tensor.is_meta else host_pieces(tensor, pinned=self.stream is not None)
         if self.stream is None:
-            copy = tensor.detach().to("cpu", copy=True) if tensor.device.type == "cpu" else None
+            _copy(copies, tensor.detach(), to_host=True)
         else:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self.stream.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(self.stream):
-                copy.copy_(tensor.detach(), non_blocking=True)
+                _copy(copies, tensor.detach(), to_host=True)
             tensor.record_stream(self.stream)
-        kept = _Held(copy, tensor)
+        kept = _Held(copies, tensor)
         self.held.append(weakref.ref(kept))
         return kept
 
@@ -123,20 +126,39 @@ class HostMemory:
     def _fetch(self, kept: _Held) -> None:
         if kept.here is not None:
             return
-        if self.stream is None:
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             kept.here = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
-            if kept.host is not None:
-                kept.here.copy_(kept.host)
-            return
-        with torch.cuda.stream(self.stream):
-            kept.here = kept.host.to(kept.device, non_blocking=True)
-            kept.arrived = self.stream.record_event()
+            _copy(kept.host, kept.here, to_host=False)
+            if self.stream is not None:
+                kept.arrived = self.stream.record_event()
+
+
+def host_pieces(tensor: Tensor, pinned: bool) -> list[Tensor]:
+    """Host memory for a tensor's elements, in pieces whose bytes are powers of two, and a rest.
+
+    PyTorch takes pinned memory by powers of two: in one piece, 2.6 GiB would take 4.
+    """
+    width, left = tensor.element_size(), tensor.nbytes
+    sizes = []
+    while left > PIECE_BYTES:
+        sizes.append(2 ** (left.bit_length() - 1))
+        left -= sizes[-1]
+    sizes += [left] * (left > 0)
+    return [torch.empty(size // width, dtype=tensor.dtype, pin_memory=pinned) for size in sizes]
+
+
+def _copy(pieces: list[Tensor], tensor: Tensor, to_host: bool) -> None:
+    if not pieces:
+        return
+    for piece, part in zip(pieces, tensor.reshape(-1).split([len(piece) for piece in pieces]), strict=True):
+        source, target = (part, piece) if to_host else (piece, part)
+        target.copy_(source, non_blocking=True)
 
 
 class _Held:
-    """One input: its copy on the host (None in a trace on the meta device), and on the device once it was fetched."""
+    """One input: its pieces on the host (none in a trace on the meta device), and on the device once it was fetched."""
 
-    def __init__(self, host: Tensor | None, tensor: Tensor):
+    def __init__(self, host: list[Tensor], tensor: Tensor):
         self.host, self.shape, self.dtype, self.device = host, tensor.shape, tensor.dtype, tensor.device
         self.here: Tensor | None = None
         self.arrived: torch.cuda.Event | None = None

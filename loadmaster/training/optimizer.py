@@ -141,7 +141,7 @@ class TrainingOptimizer:
                 given = parameter.grad is not None
                 target.grad = local(parameter.grad).to(target.device, target.dtype) if given else None
                 parameter.grad = None
-        bucket.optimizer.step()
+        _update(bucket.optimizer)
         bucket.optimizer.zero_grad(set_to_none=True)
         if self.copies:
             torch._foreach_copy_([local(p) for p in bucket.parameters], bucket.targets)
@@ -153,7 +153,9 @@ class TrainingOptimizer:
     def reset(self) -> None:
         """Forget all moments and take the masters from the parameters again: as if never stepped."""
         for bucket in self.buckets:
-            if bucket.optimizer is not None:
+            if getattr(bucket.optimizer, "is_paged", False):
+                _forget(bucket.optimizer)
+            elif bucket.optimizer is not None:
                 bucket.optimizer.state.clear()
             if self.copies:
                 torch._foreach_copy_(bucket.targets, [local(p) for p in bucket.parameters])
@@ -185,8 +187,13 @@ class TrainingOptimizer:
                 target.copy_(value)
                 continue
             state = bucket.optimizer.state[target]
-            state[key] = _place(value, target, key, bucket.optimizer) if isinstance(value, Tensor) else value
-
+            held = state.get(key)
+            if not isinstance(value, Tensor):
+                state[key] = value
+            elif isinstance(held, Tensor) and (held.shape, held.dtype) == (value.shape, value.dtype):
+                held.copy_(value)
+            else:
+                state[key] = _place(value, target, key, bucket.optimizer)
 
     @torch.no_grad()
     def adopt(self, name: str, states: dict[str, Tensor]) -> None:
@@ -204,8 +211,9 @@ class TrainingOptimizer:
         groups = bucket.optimizer.param_groups
         where = ((g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"]) if p is target)
         group, index = next(where)
-        bucket.optimizer.init_state(groups[group], target, group, index)
         state = bucket.optimizer.state[target]
+        if "state1" not in state:
+            bucket.optimizer.init_state(groups[group], target, group, index)
         for number in ("1", "2"):
             held, whole = state[f"state{number}"], states[f"state{number}"].to(target.device)
             if held.dtype != torch.uint8:
@@ -217,6 +225,29 @@ class TrainingOptimizer:
                 scales = made.absmax
             held.copy_(codes.view_as(held))
             state[f"absmax{number}"].copy_(scales)
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    """One step. bitsandbytes' own waits for the GPU after every parameter, which only paged states need."""
+    if not hasattr(optimizer, "update_step") or optimizer.is_paged:
+        optimizer.step()
+        return
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
+            if not optimizer.state[parameter]:
+                optimizer.init_state(group, parameter, number, index)
+            optimizer.update_step(group, parameter, number, index)
+
+
+def _forget(optimizer: torch.optim.Optimizer) -> None:
+    """Moments as if never stepped, in the memory that they have: bitsandbytes never gives paged memory back."""
+    for state in optimizer.state.values():
+        state["step"] = 0
+        for key, value in state.items():
+            if isinstance(value, Tensor) and not key.startswith("qmap"):
+                value.zero_()
 
 
 def _place(value: Tensor, target: Tensor, key: str, optimizer: torch.optim.Optimizer) -> Tensor:

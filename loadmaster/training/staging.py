@@ -29,7 +29,7 @@ class Staging:
 
     def begin(self, tensors: dict[str, Tensor]) -> None:
         """Before a save of these: is there room for copies of those that have none yet?"""
-        needed = sum(t.nbytes for key, t in tensors.items() if key not in self._pinned)
+        needed = sum(host_bytes(t) for key, t in tensors.items() if key not in self._pinned)
         self.copying = needed * self.beside <= (1 - SPARE) * free_host_bytes()
 
     def take(self, key: str, tensor: Tensor) -> Tensor:
@@ -47,6 +47,11 @@ class Staging:
         """Until all copies are there."""
         if self._pinned:
             torch.cuda.synchronize()
+
+
+def host_bytes(tensor: Tensor) -> int:
+    """What a copy of it takes: PyTorch takes pinned memory by powers of two."""
+    return 1 << (tensor.nbytes - 1).bit_length() if tensor.is_cuda and tensor.nbytes else tensor.nbytes
 
 
 def free_host_bytes() -> float:

@@ -43,6 +43,13 @@ def test_the_benchmark_grid_covers_what_the_bar_asks_for() -> None:
     assert {case.accumulation for case in eager} == {1, 2} and "dpo" in {case.objective for case in eager}
 
 
+def test_nothing_is_measured_in_a_process_after_paged_states() -> None:
+    grid = load("memory").grid()
+    for number, case in enumerate(grid):
+        if case.optimizer.startswith("paged"):
+            assert not [each for each in grid[number + 1 :] if (each.model, each.compile) == (case.model, case.compile)]
+
+
 STUB = """#!{python}
 import json, os, sys
 indices = [int(i) for i in sys.argv[sys.argv.index("--cases") + 1].split(",")]

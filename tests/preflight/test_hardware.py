@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from loadmaster import catalog
 from loadmaster.config.schema import HardwareConfig
-from loadmaster.errors import ConfigError
+from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.preflight import hardware
+from loadmaster.world_stages import device_type
 
 
 def test_local_without_a_gpu_is_the_cpu_with_the_hosts_memory(monkeypatch) -> None:
@@ -63,6 +65,18 @@ def test_an_unknown_card_is_planned_for_memory_and_not_for_speed(monkeypatch) ->
     monkeypatch.setattr(hardware, "local_gpus", lambda: [("NVIDIA RTX 7777", 48.0, 12.0)])
     here = hardware.detect_local()
     assert here.gpu == "NVIDIA RTX 7777" and not here.known and 47 < here.memory_gib < 48
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_no_reason_to_train_on_the_processors(monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "local_gpus", lambda: [("NVIDIA H100 80GB HBM3", 79.65, 9.0)])
+    with pytest.raises(LoadmasterError, match=r"\(NVIDIA H100 80GB HBM3\) that PyTorch cannot use: .* hardware=cpu"):
+        device_type(SimpleNamespace(hardware=SimpleNamespace(gpu="h100_80gb")))
+    assert device_type(SimpleNamespace(hardware=SimpleNamespace(gpu="cpu"))) == "cpu"
+    monkeypatch.setattr(hardware, "local_gpus", lambda: [])
+    assert device_type(SimpleNamespace(hardware=SimpleNamespace(gpu="h100_80gb"))) == "cpu"
 
 
 def test_visible_devices_are_respected(monkeypatch) -> None:

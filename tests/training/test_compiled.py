@@ -121,6 +121,7 @@ def test_a_selective_checkpoint_makes_no_wide_product_and_no_attention_again(mon
 @pytest.mark.parametrize(("form", "method"), [(None, "full"), (None, "lora"), ("nf4", "qlora"), ("fp8", "lora")])
 def test_inputs_in_host_memory_and_mlps_by_pieces_change_nothing(form, method, monkeypatch):
     monkeypatch.setattr(recompute, "MLP_TOKENS", 20)  # of 64
+    monkeypatch.setattr(recompute, "PIECE_BYTES", 2**8)
     plain, _ = steps(model(form, method, "none", False))
     made = model(form, method, "offload", False)
     host = causal_lm(made).get_decoder().layers[0]._gradient_checkpointing_func.__self__
@@ -134,6 +135,16 @@ def test_inputs_in_host_memory_and_mlps_by_pieces_change_nothing(form, method, m
         assert loss == pytest.approx(expected, rel=1e-6)
         for gradient, other in zip(gradients, others, strict=True):
             torch.testing.assert_close(gradient, other, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 78_475, 342_733, 2**18])
+def test_host_memory_for_an_input_is_cut_by_powers_of_two(tokens):
+    input_ = torch.empty(1, tokens, 4096, dtype=torch.bfloat16, device="meta")
+    with torch.device("meta"):
+        sizes = [piece.nbytes for piece in recompute.host_pieces(input_, pinned=False)]
+    assert sum(sizes) == input_.nbytes
+    taken = sum(1 << (size - 1).bit_length() for size in sizes)  # as PyTorch's allocator of pinned memory rounds
+    assert taken - input_.nbytes < recompute.PIECE_BYTES
 
 
 def test_a_passes_inputs_that_were_never_asked_for_are_let_go():
@@ -235,3 +246,17 @@ def test_a_gpus_attention_compiles_once_too_whatever_the_documents():
         loss.backward()
         assert graphs_compiled() == 2
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_evaluation_compiles_one_more_graph_for_all_layers(method, checkpointing):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made = model(None, method, checkpointing, True)
+    for _ in range(2):
+        loss, _ = token_losses(made.train(), batch(0))
+        loss.backward()
+        with torch.no_grad():
+            token_losses(made.eval(), batch(1))
+    assert graphs_compiled() == 3

@@ -75,18 +75,49 @@ def test_clipping_scales_to_the_norm_and_reports_the_one_before():
     assert optimizer.clip(0).item() == pytest.approx(1.0, rel=1e-4)
 
 
-def test_reset_makes_the_optimizer_as_new():
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_bitsandbytes_steps_as_by_its_own_step_and_waits_for_nothing(name, monkeypatch):
+    def stepped() -> list[torch.Tensor]:
+        optimizer = TrainingOptimizer(parameters(), OptimizerConfig(weight_decay=0.1), name, master_weights=False)
+        for seed in range(3):
+            step(optimizer, seed)
+        return [*optimizer.parameters, *optimizer.state()[0].values()]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizer_module, "_update", lambda optimizer: optimizer.step())
+        expected = stepped()
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", lambda _: pytest.fail("the GPU was waited for"))
+    assert all(map(torch.equal, stepped(), expected))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reset_makes_the_optimizer_as_new(name):
     named = parameters()
     start = [p.detach().clone() for _, p in named]
-    optimizer = TrainingOptimizer(named, OptimizerConfig(), "adamw", True)
+    optimizer = TrainingOptimizer(named, OptimizerConfig(), name, name == "adamw")
     step(optimizer, 0)
     for (_, p), original in zip(named, start, strict=True):
         p.data.copy_(original)
     optimizer.reset()
-    step(optimizer, 1)
-    fresh = TrainingOptimizer(parameters(), OptimizerConfig(), "adamw", True)
-    step(fresh, 1)
+    fresh = TrainingOptimizer(parameters(), OptimizerConfig(), name, name == "adamw")
+    for each in (optimizer, fresh):
+        torch.manual_seed(7)
+        step(each, 1)
     assert all(torch.equal(a, b) for a, b in zip(optimizer.parameters, fresh.parameters, strict=True))
+
+
+def test_paged_states_stay_in_the_memory_that_they_have():
+    optimizer = TrainingOptimizer(parameters(), OptimizerConfig(), "paged_adamw_8bit", False)
+    step(optimizer, 0)
+    tensors, scalars = optimizer.state()
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    saved = {name: tensor.clone() for name, tensor in tensors.items()}
+    optimizer.reset()
+    assert not any(tensor.any() for name, tensor in tensors.items() if "qmap" not in name)
+    optimizer.load_state([*saved.items(), *scalars.items()])
+    again, numbers = optimizer.state()
+    assert {name: tensor.data_ptr() for name, tensor in again.items()} == places and numbers == scalars
+    assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
 
 
 def test_several_buckets_update_like_one(monkeypatch):
