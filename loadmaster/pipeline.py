@@ -181,7 +181,8 @@ class Pipeline:
         plan.write(self.run_dir.path / "plan.json")
         print_plan(plan, self.console)
         if not plan.fits:
-            near = f"what came nearest, and what would fit, is in {self.run_dir.path / 'plan.json'}"
+            near = "what came nearest, and what would fit, is" if plan.alternatives else "what came nearest is"
+            near += f" in {self.run_dir.path / 'plan.json'}"
             raise DoesNotFit(f"{plan.refusal or 'nothing fits'}; {near}")
         free = shutil.disk_usage(self.run_dir.path).free / 2**30
         if self.job.stop_after != "plan" and free < plan.disk_gib:

@@ -17,7 +17,7 @@ from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError
 from loadmaster.preflight.hardware import GIB, Hardware, priced
 from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
-from loadmaster.preflight.refusals import divisors, impossible_on_cpu, refuse
+from loadmaster.preflight.refusals import divisors, impossible_on_cpu, refuse, without_uncounted_adapters
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
@@ -78,7 +78,7 @@ def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True
     problems = list(impossible_on_cpu(job, hardware)) if hardware.is_cpu else []
     if problems:
         raise ConfigError(problems)
-    hardware = priced(hardware, job.plan.prices_usd_per_hour)
+    hardware, job = priced(hardware, job.plan.prices_usd_per_hour), without_uncounted_adapters(job, shape)
     refusals = list(refuse(job, shape, hardware))
     if refusals:
         return Found(None, [], [], refusals)
