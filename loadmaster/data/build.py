@@ -103,6 +103,12 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
         why = f": {all_bad.faults[0].reason} ({all_bad.faults[0].origin})" if all_bad.faults else ""
         remedy = all_bad.faults[0].remedy if all_bad.alike else None
         usual = "check data.path and data.format, or raise sequence_length if every row was too long"
+        if len(encoded[0].lengths):
+            shortest = int(encoded[0].lengths.min())
+            each = "its answers" if job.objective != "sft" else "something that is trained"
+            why = f"{why or ''}; the shortest of the rest has {shortest:,} tokens, and none has {each} within "
+            why += f"sequence_length={job.sequence_length}"
+            usual = f"sequence_length={shortest}, or as much more as the rows need (loadmaster data counts them)"
         said = f"no row is left to train on: {rows_read:,} read, {len(faults):,} of them bad{why}"
         raise DataError(f"{said}\n    fix: {remedy or usual}")
     if lacking := [kind for kind in ("desirable", "undesirable") if summary["train"].get(kind) == 0]:
@@ -270,6 +276,7 @@ def _split_rows(
         "fill": tokens / (len(rows) * job.sequence_length),
         "median_length": int(np.median(encoded.lengths)),
         "longest": int(encoded.lengths.max()),
+        "nine_in_ten": int(np.quantile(encoded.lengths, 0.9, method="higher")),
         "long_rows": asdict(long),
     }
     if desirable is not None:

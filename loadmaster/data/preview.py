@@ -17,7 +17,8 @@ EQUAL_ENOUGH = 4 / 3
 """Weighted numbers of KTO's two kinds of answers should be within this ratio (Ethayarajh et al. 2024, eq. 9)."""
 
 MUCH = 0.1
-"""Of a plain text, cut off: a chat is whole up to where it ends, but of a text every piece teaches as much."""
+"""Of a plain text, cut off (a chat is whole up to where it ends, but of a text every piece teaches as much); of
+pairs and judged answers, left out."""
 
 
 def show(data: PreparedData | Sequence[Conversation], tokenizer: Any, count: int, console: Any) -> None:
@@ -81,7 +82,8 @@ def describe(summary: dict[str, Any]) -> str:
         long, policy = figures["long_rows"], summary["on_long_row"]
         if long["long"] and summary["format"] in ("preference", "unpaired"):
             what = _counted(long["dropped"], "pair" if summary["format"] == "preference" else "answer")
-            lines.append(f"  {split}: {what} longer than sequence_length, left out whole")
+            lost = _much_left_out(figures) if split == "train" else ""
+            lines.append(f"  {split}: {what} longer than sequence_length, left out whole{lost}")
         elif long["long"]:
             lines.append(
                 f"  {split}: {_counted(long['long'], 'row')} longer than sequence_length (data.on_long_row={policy}): "
@@ -93,6 +95,14 @@ def describe(summary: dict[str, Any]) -> str:
                 advice = "of the text is cut off; data.on_long_row=split keeps it, in rows of sequence_length"
                 lines.append(f"  {split}: {lost:.0%} {advice}")
     return "\n".join(lines + [f"  note: {note}" for note in summary["notes"]])
+
+
+def _much_left_out(figures: dict[str, Any]) -> str:
+    """What share of pairs or answers is lost where it is much, and the length that keeps nine in ten."""
+    share, length = figures["long_rows"]["dropped"] / figures["conversations"], figures.get("nine_in_ten")
+    if share <= MUCH or length is None:  # entries of the cache from before have none
+        return ""
+    return f": {share:.0%} of them; sequence_length={length} would hold nine in ten"
 
 
 def _counted(number: int, what: str) -> str:
