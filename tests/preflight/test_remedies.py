@@ -49,3 +49,12 @@ def test_of_a_mixture_of_experts_full_alone_is_left_to_method_auto_and_that_is_s
 def test_of_a_mixture_of_experts_no_reference_is_left_to_a_preference() -> None:
     plan = make_plan(compose([*MIXTURE, "objective=dpo", "data.format=preference"]).job, with_alternatives=False)
     assert plan.refusal and plan.refusal.endswith("use lora.targets=[q_proj,k_proj,v_proj,o_proj]")
+
+
+def test_another_machine_is_said_to_be_as_fast_as_it_is_planned_to_be_there() -> None:
+    words = [*PLAN, "recipe=lora_8b"]
+    refused = make_plan(compose([*words, "hardware=cpu"]).job)
+    (said,) = (a for a in refused.alternatives if a["change"] == "1x h100_80gb")
+    there = make_plan(compose([*words, "hardware=h100_80gb_x1"]).job, with_alternatives=False)
+    assert there.precision == "fp8" and said["plan"].startswith("lora, fp8, ")
+    assert said["tokens_per_second"] == pytest.approx(there.tokens_per_second, rel=0.02)
