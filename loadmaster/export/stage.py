@@ -6,7 +6,6 @@ passed; a crash, a full disk or a failed check at any moment leaves earlier expo
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from loadmaster.export.process import run_step, timeout_s
 from loadmaster.export.room import beside_weights, moving_s
 from loadmaster.export.servers import aimed_at, oldest_reader
 from loadmaster.export.weights import readable_by_all, shards
-from loadmaster.files import publish_folder, read_json, sha256_file, sha256_json, write_json
+from loadmaster.files import is_full_disk, publish_folder, read_json, sha256_file, sha256_json, write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.resolve import base_revision
 from loadmaster.models.spread import free_device_memory
@@ -56,8 +55,8 @@ def export_all(
         free_device_memory()
         try:
             done |= export.make(todo)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except Exception as error:
+            if not is_full_disk(error):
                 raise
             raise ExportRejected(
                 f"the disk of {run_dir} is full ({error}); nothing was published. "
