@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import LoadmasterError, UsageError
 
 if TYPE_CHECKING:
     from loadmaster.launch.deploy import Order
@@ -221,7 +221,7 @@ def _review(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     _refuse(rest)
     if not 0 <= arguments.active_discount < 1:
-        raise LoadmasterError(f"--active-discount {arguments.active_discount:g} is no share: 0.2 is 20% off")
+        raise UsageError(f"--active-discount {arguments.active_discount:g} is no share: 0.2 is 20% off")
     with _client() as client:
         endpoint = owned(client, arguments.endpoint)
         bills = client.endpoint_bills(endpoint.id, max(2, min(arguments.hours, MOST_HOURS)))
@@ -245,13 +245,13 @@ def _counts(found: Any) -> str:
 
 
 def _scale(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import owned, scale
+    from loadmaster.launch.deploy import owned, refuse_bounds, scale
 
     _refuse(rest)
-    if arguments.least is None and arguments.most is None:
-        raise LoadmasterError("nothing to change: give --min, --max or both")
+    least, most = arguments.least, arguments.most
+    refuse_bounds(least, most)
     with _client() as client:
-        found = scale(client, owned(client, arguments.endpoint), arguments.least, arguments.most)
+        found = scale(client, owned(client, arguments.endpoint), least, most)
     print(f"{found.id}: {found.workers.min} to {found.workers.max} workers")
     return 0
 
@@ -271,7 +271,7 @@ def _delete(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _refuse(rest: list[str]) -> None:
     if rest:
-        raise LoadmasterError(f"this command does not know {' '.join(rest)}; --help says what it takes")
+        raise UsageError(f"this command does not know {' '.join(rest)}; --help says what it takes")
 
 
 def _agreed(question: str) -> bool:
