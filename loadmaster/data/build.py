@@ -25,7 +25,7 @@ from loadmaster.data.cache import ConversationFile
 from loadmaster.data.checks import Fault, SourceFaults, fault_report
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
 from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
-from loadmaster.data.preference import is_preference, is_unpaired, unfit
+from loadmaster.data.preference import LABEL_FIELDS, is_preference, is_unpaired, unfit
 from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
@@ -154,6 +154,10 @@ def _other_format(row: Any, job: Job) -> str | None:
     """The remedy where a row is not of the format that was given, and of another one."""
     try:
         other, fields = recognise_format(row, job.objective)
+        if other == "unpaired" and job.objective == "sft":  # a chat with a label is one without it, if that is said
+            chat, _ = recognise_format({name: row[name] for name in row if name not in LABEL_FIELDS})
+            is_chat = chat in ("messages", "sharegpt", "alpaca") and chat != job.data.format
+            return f"data.format={chat} trains on these chats whatever their labels say" if is_chat else None
     except RowError as error:
         return error.remedy
     if other == job.data.format or unfit(other, job.objective):

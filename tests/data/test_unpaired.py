@@ -141,6 +141,14 @@ def test_validation_is_a_share_or_a_file_and_each_has_its_labels(tokenizer, tmp_
     assert prepared.summary["validation"]["undesirable"] == 2 and prepared.summary["train"]["undesirable"] == 7
 
 
+def test_labelled_chats_under_sft_are_told_the_shape_that_they_have(tokenizer, tmp_path, write_jsonl):
+    chat = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Blue."}]
+    path = write_jsonl([{"conversations": chat, "kto_tag": n > 1} for n in range(4)])
+    with pytest.raises(DataError, match=r"fix: data\.format=sharegpt trains on these chats"):
+        prepare(job(path, objective="sft", format="messages"), tokenizer, tmp_path / "cache")
+    assert prepare(job(path, objective="sft", format="sharegpt"), tokenizer, tmp_path / "cache").train.documents == 4
+
+
 def test_broken_labels_stop_the_run_with_their_lines_or_are_skipped(tokenizer, tmp_path, write_jsonl):
     rows = [answer(n) for n in range(6)]
     rows[1]["label"], rows[3]["label"], rows[4] = None, "maybe", {"prompt": "x", "completion": "y"}
