@@ -45,6 +45,15 @@ CASES = {
         ["data=ticket_pairs", "data.format=unpaired"], "data.format", "objective=kto, or data.format=preference",
         ["data=ticket_labels"],
     ),
+    "judged_answers_are_not_split": (
+        ["data=ticket_pairs", "data.on_long_row=split"], "data.on_long_row", "data.on_long_row=cut",
+        ["data=ticket_pairs", "data.on_long_row=refuse"],
+    ),
+    "servers_read_the_formats": (
+        ["export.formats=[nvfp4]", "endpoint.server=vllm==0.11.2"], "export.formats",
+        "endpoint.server=vllm==0.14.0 or newer",
+        ["export=nvfp4", "endpoint.server=vllm==0.14.0"],
+    ),
     "beta_is_for_preferences": (
         ["preference.beta=0.3"], "preference.beta", "objective=dpo, kto or orpo",
         ["data=ticket_pairs", "preference.beta=0.3"],
