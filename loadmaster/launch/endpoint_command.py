@@ -47,7 +47,7 @@ def add_parsers(commands: Any) -> None:
     test.set_defaults(run=_test)
     seen = actions.add_parser("review", help="Flex or Active workers, from what it was billed")
     seen.add_argument("endpoint", help="id or name")
-    hours, discount = "to look back, at most 2160 (default: 720)", "that you agreed on, 0.2 for 20%%"
+    hours, discount = "to look back, 2 to 2160 (default: 720)", "that you agreed on, 0.2 for 20%%"
     seen.add_argument("--hours", type=int, default=24 * 30, metavar="N", help=hours)
     seen.add_argument("--active-discount", type=float, default=0.0, metavar="SHARE", help=discount)
     seen.set_defaults(run=_review)
@@ -217,14 +217,16 @@ def _review(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     from loadmaster.launch.deploy import owned
     from loadmaster.launch.inference import NotAnswered
-    from loadmaster.launch.review import MOST_HOURS, lines, rates_of, review, worker_hours
+    from loadmaster.launch.review import FEWEST_HOURS, MOST_HOURS, lines, rates_of, review, worker_hours
 
     _refuse(rest)
     if not 0 <= arguments.active_discount < 1:
         raise UsageError(f"--active-discount {arguments.active_discount:g} is no share: 0.2 is 20% off")
+    if not FEWEST_HOURS <= arguments.hours <= MOST_HOURS:
+        raise UsageError(f"--hours {arguments.hours}: bills are by the hour, {FEWEST_HOURS} to {MOST_HOURS} of them")
     with _client() as client:
         endpoint = owned(client, arguments.endpoint)
-        bills = client.endpoint_bills(endpoint.id, max(2, min(arguments.hours, MOST_HOURS)))
+        bills = client.endpoint_bills(endpoint.id, arguments.hours)
         rates = rates_of(endpoint, client.gpus("SERVERLESS"), arguments.active_discount)
     least = endpoint.workers.min or 0
     measured = worker_hours(bills, rates, least, datetime.now(UTC))

@@ -137,6 +137,7 @@ def test_mistakes_are_sentences(run_dir, account, capsys, monkeypatch) -> None: 
         (["deploy", str(run_dir), "--volume", "vol1", "gpu=l40s"], 2, "does not know gpu=l40s"),
         (["deploy", str(run_dir)], 2, "name one with --volume"),
         (["endpoint", "review", "x", "--active-discount", "20"], 2, "0.2 is 20% off"),
+        (["endpoint", "review", "x", "--hours", "9999"], 2, "2 to 2160 of them"),
         (["endpoint", "test", str(run_dir)], 4, "is not deployed"),
         (["endpoint", "scale", "x"], 2, "nothing to change"),
         (["endpoint", "scale", "x", "--max", "-1"], 2, "0 or more"),
