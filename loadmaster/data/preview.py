@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -103,6 +104,23 @@ def _much_left_out(figures: dict[str, Any]) -> str:
     if share <= MUCH or length is None:  # entries of the cache from before have none
         return ""
     return f": {share:.0%} of them; sequence_length={length} would hold nine in ten"
+
+
+def judged_alone(summary: dict[str, Any], micro_batch_size: int) -> str | None:
+    """That a micro-batch of kto has fewer than two pairs or answers on average, and what gives it two; or None.
+
+    How far the policy moved is told by prompts under another row's answer: where there is none it counts as nothing.
+    """
+    figures, paired = summary["train"], summary["format"] == "preference"
+    each = figures["documents"] / (2 if paired else 1) / figures["rows"]
+    if each * micro_batch_size >= 2:
+        return None
+    what = "pairs" if paired else "labelled answers"
+    return (
+        f"kto: a micro-batch has {each * micro_batch_size:.1f} {what} on average, and with one alone nothing tells how "
+        f"far the model moved: micro_batch_size={math.ceil(2 / each)} or more (batch.global_size a multiple of it), or "
+        "a longer sequence_length"
+    )
 
 
 def _counted(number: int, what: str) -> str:
