@@ -63,6 +63,12 @@ class DataError(LoadmasterError):
     exit_code = 2
 
 
+class UsageError(LoadmasterError):
+    """An option or a word of a command is wrong; nothing was asked of anybody."""
+
+    exit_code = 2
+
+
 class DoesNotFit(LoadmasterError):
     """No plan fits the hardware; plan.json with the alternatives has been written."""
 

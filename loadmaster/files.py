@@ -7,6 +7,7 @@ written beside its place, fsynced and renamed; a folder is filled under a tempor
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -55,6 +56,13 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Any) -> str:
     """Hash of a JSON-able value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error is that of a disk, or of a quota, without room; native code raises it as errors of its own."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from loadmaster.errors import (
     Problem,
     StoppedOnRequest,
 )
-from loadmaster.files import sha256_json, write_text
+from loadmaster.files import is_full_disk, sha256_json, write_text
 from loadmaster.preflight import estimate_tokens, make_plan, print_plan
 from loadmaster.preflight.families import full_config
 from loadmaster.preflight.hardware import detect_local
@@ -68,7 +68,9 @@ def run(composed: Composed, console: Console | None = None) -> int:
     except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return team.end(error.exit_code) if team else error.exit_code
-    except OSError as error:  # a full or read-only disk, a folder that is a file
+    except Exception as error:  # a full or read-only disk, a folder that is a file
+        if not (isinstance(error, OSError) or is_full_disk(error)):
+            raise
         show_error(LoadmasterError(f"{error}; {DISK_REMEDY}"))
         return team.end(LoadmasterError.exit_code) if team else LoadmasterError.exit_code
     finally:
@@ -182,7 +184,8 @@ class Pipeline:
         plan.write(self.run_dir.path / "plan.json")
         print_plan(plan, self.console)
         if not plan.fits:
-            near = f"what came nearest, and what would fit, is in {self.run_dir.path / 'plan.json'}"
+            near = "what came nearest, and what would fit, is" if plan.alternatives else "what came nearest is"
+            near += f" in {self.run_dir.path / 'plan.json'}"
             raise DoesNotFit(f"{plan.refusal or 'nothing fits'}; {near}")
         free = shutil.disk_usage(self.run_dir.path).free / 2**30
         if self.job.stop_after != "plan" and free < plan.disk_gib:

@@ -37,7 +37,7 @@ def as_json(overrides: list[str]) -> int:
 
 
 def side_by_side(compare: str, overrides: list[str]) -> int:
-    """Plan the same job once for each value of one key; nothing is written."""
+    """Plan the same job once for each value of one key; nothing is written. 3 when none of them fits."""
     key, equals, values = compare.partition("=")
     if not equals:
         remedy = "--compare hardware=l40s_x1,h200_x1"
@@ -49,4 +49,4 @@ def side_by_side(compare: str, overrides: list[str]) -> int:
         with composed.located():
             plans.append(make_plan(composed.job, dataset_tokens(composed.job)))
     print_comparison(plans, Console())
-    return 0
+    return 0 if any(plan.fits for plan in plans) else DoesNotFit.exit_code

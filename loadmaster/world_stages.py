@@ -130,10 +130,14 @@ class StageRun:
     # ------------------------------------------------------------------ train
 
     def _train(self, watch: Watchdog) -> dict[str, Any]:
+        from loadmaster.data import judged_alone
         from loadmaster.preflight.prediction import held_against
         from loadmaster.training.loop import measured, train
         from loadmaster.training.save import write_trained
 
+        alone = judged_alone(self.materials.prepared.summary, self.plan.micro_batch_size)
+        if alone and self.job.objective == "kto" and self.world.lead:
+            self.display.echo(f"  {alone}")
         session, outcome = train(
             self.job, self.plan, self.materials.prepared, self.materials.tokenizer, self.materials.base_folder,
             self.run_dir, training_hash(self.job, self.plan, self.materials.prepared), self._held_out_in_training,

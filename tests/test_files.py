@@ -1,8 +1,9 @@
+import errno
 import os
 
 import pytest
 
-from loadmaster.files import publish_folder, write_json
+from loadmaster.files import is_full_disk, publish_folder, write_json
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -32,3 +33,9 @@ def test_json_with_a_number_that_json_lacks_is_refused_and_the_old_file_stays(tm
     with pytest.raises(ValueError):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert "1" in (tmp_path / "x.json").read_text()
+
+
+def test_a_full_disk_is_known_also_where_native_code_says_it():
+    assert is_full_disk(OSError(errno.ENOSPC, "No space left on device")) and is_full_disk(OSError(errno.EDQUOT, ""))
+    assert is_full_disk(Exception("No space left on device (os error 28)"))  # as tokenizers and safetensors raise it
+    assert not is_full_disk(OSError(errno.EACCES, "Permission denied")) and not is_full_disk(Exception("(os error 2)"))

@@ -10,7 +10,7 @@ from loadmaster.config.fields import nearest_card
 from loadmaster.config.model_folder import broken_files
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
-from loadmaster.config.schema import DATA_SUFFIXES, Job
+from loadmaster.config.schema import DATA_SUFFIXES, Job, PreferenceConfig
 from loadmaster.config.shipped import SCHEME, local_path, resolve_path
 
 
@@ -88,8 +88,10 @@ def pairs_go_with_a_preference_objective(job: Job, origins: Origins) -> Found:
     if (job.data.format == "preference") != (job.objective != "sft") and job.data.format not in ("auto", "unpaired"):
         what = "holds pairs, which objective=sft does not train on"
         if job.objective != "sft":
-            what = f"holds no pairs, which objective={job.objective} trains on"
-        remedy = "objective=dpo" if job.objective == "sft" else "data.format=preference, or objective=sft"
+            labelled = " and no labels" if job.objective == "kto" else ""
+            what = f"holds no pairs{labelled}, which objective={job.objective} trains on"
+        formats = "data.format=preference or unpaired" if job.objective == "kto" else "data.format=preference"
+        remedy = "objective=dpo" if job.objective == "sft" else f"{formats}, or objective=sft"
         yield "data.format", job.data.format, what, remedy
 
 
@@ -100,6 +102,22 @@ def labelled_answers_are_ktos(job: Job, origins: Origins) -> Found:
         message = f"holds single answers with a label, which objective={job.objective} does not train on"
         remedy = "objective=kto, or data.format=" + ("messages" if job.objective == "sft" else "preference")
         yield "data.format", "unpaired", message, remedy
+
+
+@rule("data.on_long_row", "objective")
+def judged_answers_are_not_split(job: Job, origins: Origins) -> Found:
+    """data.on_long_row=split goes with objective=sft: pairs and judged answers are whole or left out."""
+    if job.data.on_long_row == "split" and job.objective != "sft":
+        message = f"answers that objective={job.objective} judges are not split: what is too long is left out whole"
+        yield "data.on_long_row", "split", message, "data.on_long_row=cut (leaves them out) or refuse (lists them)"
+
+
+@rule("preference.beta", "objective")
+def beta_is_for_preferences(job: Job, origins: Origins) -> Found:
+    """preference.beta belongs to objective=dpo, kto and orpo."""
+    if job.preference.beta != PreferenceConfig().beta and job.objective == "sft":
+        remedy = "leave out preference.beta, or objective=dpo, kto or orpo"
+        yield "preference.beta", job.preference.beta, "has no effect: sft has no preference", remedy
 
 
 @rule("preference.label_smoothing", "objective")

@@ -94,6 +94,28 @@ def server_is_known(job: Job, origins: Origins) -> Found:
         yield "endpoint.server", job.endpoint.server, message, f"endpoint.server={name}=={oldest}, or newer"
 
 
+NEEDED_FIELDS = {"nvfp4": "scale_dtype", "fp8_block": "block_structure"}
+"""Of a format's quantization config, what means something and came late to compressed-tensors."""
+
+
+@rule("export.formats", "endpoint.server")
+def servers_read_the_formats(job: Job, origins: Origins) -> Found:
+    """export.formats holds what the version of endpoint.server reads: nvfp4 from vLLM 0.14, fp8_block from 0.10.2."""
+    name, given, version = job.endpoint.server.partition("==")
+    rows, fields = catalog.servers()["servers"].get(name, []), catalog.servers()["fields"]["arguments"]
+    known = [row for row in rows if _numbers(str(row["version"])) <= _numbers(version)]
+    if not given or not known:
+        return
+    for form in (form for form in NEEDED_FIELDS if form in job.export.formats):
+        since = _numbers(str(fields[NEEDED_FIELDS[form]]))
+        if _numbers(str(known[-1]["compressed_tensors"])) >= since:
+            continue
+        first = next(row["version"] for row in rows if _numbers(str(row["compressed_tensors"])) >= since)
+        message = f"{form} is not read by {name} {version} (compressed-tensors {known[-1]['compressed_tensors']})"
+        remedy = f"endpoint.server={name}=={first} or newer, or other export.formats"
+        yield "export.formats", list(job.export.formats), message, remedy
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 

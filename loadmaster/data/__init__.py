@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadmaster.data.formats import Conversation, prompt_and_reference
 from loadmaster.data.prepared import PreparedData, prepare
-from loadmaster.data.preview import describe, show
+from loadmaster.data.preview import describe, judged_alone, show
 from loadmaster.data.render import stop_token_ids, template_hash
 from loadmaster.data.rows import PackedRow, PackedRows, packed_rows
 from loadmaster.data.sampler import BatchSampler
@@ -26,6 +26,7 @@ __all__ = [
     "PreparedData",
     "collate",
     "describe",
+    "judged_alone",
     "packed_rows",
     "prepare",
     "prompt_and_reference",

@@ -25,7 +25,7 @@ from loadmaster.data.cache import ConversationFile
 from loadmaster.data.checks import Fault, SourceFaults, fault_report
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
 from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
-from loadmaster.data.preference import is_preference, is_unpaired, unfit
+from loadmaster.data.preference import LABEL_FIELDS, is_preference, is_unpaired, unfit
 from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
@@ -103,6 +103,12 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
         why = f": {all_bad.faults[0].reason} ({all_bad.faults[0].origin})" if all_bad.faults else ""
         remedy = all_bad.faults[0].remedy if all_bad.alike else None
         usual = "check data.path and data.format, or raise sequence_length if every row was too long"
+        if len(encoded[0].lengths):
+            shortest = int(encoded[0].lengths.min())
+            each = "its answers" if job.objective != "sft" else "something that is trained"
+            why = f"{why or ''}; the shortest of the rest has {shortest:,} tokens, and none has {each} within "
+            why += f"sequence_length={job.sequence_length}"
+            usual = f"sequence_length={shortest}, or as much more as the rows need (loadmaster data counts them)"
         said = f"no row is left to train on: {rows_read:,} read, {len(faults):,} of them bad{why}"
         raise DataError(f"{said}\n    fix: {remedy or usual}")
     if lacking := [kind for kind in ("desirable", "undesirable") if summary["train"].get(kind) == 0]:
@@ -148,6 +154,10 @@ def _other_format(row: Any, job: Job) -> str | None:
     """The remedy where a row is not of the format that was given, and of another one."""
     try:
         other, fields = recognise_format(row, job.objective)
+        if other == "unpaired" and job.objective == "sft":  # a chat with a label is one without it, if that is said
+            chat, _ = recognise_format({name: row[name] for name in row if name not in LABEL_FIELDS})
+            is_chat = chat in ("messages", "sharegpt", "alpaca") and chat != job.data.format
+            return f"data.format={chat} trains on these chats whatever their labels say" if is_chat else None
     except RowError as error:
         return error.remedy
     if other == job.data.format or unfit(other, job.objective):
@@ -270,6 +280,7 @@ def _split_rows(
         "fill": tokens / (len(rows) * job.sequence_length),
         "median_length": int(np.median(encoded.lengths)),
         "longest": int(encoded.lengths.max()),
+        "nine_in_ten": int(np.quantile(encoded.lengths, 0.9, method="higher")),
         "long_rows": asdict(long),
     }
     if desirable is not None:

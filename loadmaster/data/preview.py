@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -17,7 +18,8 @@ EQUAL_ENOUGH = 4 / 3
 """Weighted numbers of KTO's two kinds of answers should be within this ratio (Ethayarajh et al. 2024, eq. 9)."""
 
 MUCH = 0.1
-"""Of a plain text, cut off: a chat is whole up to where it ends, but of a text every piece teaches as much."""
+"""Of a plain text, cut off (a chat is whole up to where it ends, but of a text every piece teaches as much); of
+pairs and judged answers, left out."""
 
 
 def show(data: PreparedData | Sequence[Conversation], tokenizer: Any, count: int, console: Any) -> None:
@@ -81,7 +83,8 @@ def describe(summary: dict[str, Any]) -> str:
         long, policy = figures["long_rows"], summary["on_long_row"]
         if long["long"] and summary["format"] in ("preference", "unpaired"):
             what = _counted(long["dropped"], "pair" if summary["format"] == "preference" else "answer")
-            lines.append(f"  {split}: {what} longer than sequence_length, left out whole")
+            lost = _much_left_out(figures) if split == "train" else ""
+            lines.append(f"  {split}: {what} longer than sequence_length, left out whole{lost}")
         elif long["long"]:
             lines.append(
                 f"  {split}: {_counted(long['long'], 'row')} longer than sequence_length (data.on_long_row={policy}): "
@@ -93,6 +96,31 @@ def describe(summary: dict[str, Any]) -> str:
                 advice = "of the text is cut off; data.on_long_row=split keeps it, in rows of sequence_length"
                 lines.append(f"  {split}: {lost:.0%} {advice}")
     return "\n".join(lines + [f"  note: {note}" for note in summary["notes"]])
+
+
+def _much_left_out(figures: dict[str, Any]) -> str:
+    """What share of pairs or answers is lost where it is much, and the length that keeps nine in ten."""
+    share, length = figures["long_rows"]["dropped"] / figures["conversations"], figures.get("nine_in_ten")
+    if share <= MUCH or length is None:  # entries of the cache from before have none
+        return ""
+    return f": {share:.0%} of them; sequence_length={length} would hold nine in ten"
+
+
+def judged_alone(summary: dict[str, Any], micro_batch_size: int) -> str | None:
+    """That a micro-batch of kto has fewer than two pairs or answers on average, and what gives it two; or None.
+
+    How far the policy moved is told by prompts under another row's answer: where there is none it counts as nothing.
+    """
+    figures, paired = summary["train"], summary["format"] == "preference"
+    each = figures["documents"] / (2 if paired else 1) / figures["rows"]
+    if each * micro_batch_size >= 2:
+        return None
+    what = "pairs" if paired else "labelled answers"
+    return (
+        f"kto: a micro-batch has {each * micro_batch_size:.1f} {what} on average, and with one alone nothing tells how "
+        f"far the model moved: micro_batch_size={math.ceil(2 / each)} or more (batch.global_size a multiple of it), or "
+        "a longer sequence_length"
+    )
 
 
 def _counted(number: int, what: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 from loadmaster import collector
 from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.files import is_full_disk
 
 PROGRESS = "progress: "
 TAIL_LINES = 15
@@ -111,6 +112,10 @@ def step(main: Callable[[list[str]], None], arguments: list[str]) -> None:
         main(arguments)
     except LoadmasterError as error:
         sys.exit(str(error))
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        sys.exit(f"the disk is full ({error})")
 
 
 def _end_with(parent: int | None) -> None:

@@ -6,7 +6,6 @@ passed; a crash, a full disk or a failed check at any moment leaves earlier expo
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from loadmaster.export.process import run_step, timeout_s
 from loadmaster.export.room import beside_weights, moving_s
 from loadmaster.export.servers import aimed_at, oldest_reader
 from loadmaster.export.weights import readable_by_all, shards
-from loadmaster.files import publish_folder, read_json, sha256_file, sha256_json, write_json
+from loadmaster.files import is_full_disk, publish_folder, read_json, sha256_file, sha256_json, write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.resolve import base_revision
 from loadmaster.models.spread import free_device_memory
@@ -56,8 +55,8 @@ def export_all(
         free_device_memory()
         try:
             done |= export.make(todo)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except Exception as error:
+            if not is_full_disk(error):
                 raise
             raise ExportRejected(
                 f"the disk of {run_dir} is full ({error}); nothing was published. "
@@ -208,7 +207,7 @@ class Export:
         if not failed:
             return
         reasons = "\n".join(f"  {name}: {reason}" for name, reasons in failed.items() for reason in reasons)
-        remedy = "Leave the format out of export.formats, or, if you accept the loss, set export.thresholds."
+        remedy = self._to_accept({name: results[name] for name in failed})
         if self.plan.method == "qlora" and list(failed) == ["adapter"]:
             remedy = (
                 "The adapter was trained over 4-bit weights; over the 16-bit base that a server loads it is another "
@@ -217,6 +216,18 @@ class Export:
         elif self.plan.method == "qlora" and "bf16" in failed:
             remedy = candidates.NEITHER_IS_CLOSE
         raise ExportRejected(f"not what was trained, so nothing was published:\n{reasons}\n{remedy}", results)
+
+    def _to_accept(self, failed: dict[str, dict[str, Any]]) -> str:
+        """What lets a run end well: without these formats, or with limits that they reach, where it is limits that they
+        do not."""
+        leave_out = f"Leave {' and '.join(failed)} out of export.formats"
+        words = [
+            thresholds.accepting(name, figures, thresholds.limits(self.job.export, name, figures.get("tokens")))
+            for name, figures in failed.items()
+        ]
+        if any(each is None for each in words):
+            return f"{leave_out}: no limit of export.thresholds lets this pass."
+        return f"{leave_out}, or, if you accept the loss, {' '.join(word for each in words for word in each or [])}"
 
     def _finish(self, name: str, folder: Path, written: Written, figures: dict[str, Any]) -> None:
         for path in folder.rglob("*"):

@@ -100,3 +100,27 @@ def failures(figures: dict[str, Any], limit: ThresholdsConfig) -> list[str]:
             word = "at least" if each.is_least else "at most"
             failed.append(f"{each.figure} is {value:.4g}, must be {word} {bound:g} ({each.meaning})")
     return failed
+
+
+def accepting(format_name: str, figures: dict[str, Any], limit: ThresholdsConfig) -> list[str] | None:
+    """Words of a command line that would let these figures pass; None where no limit does, as where a check failed."""
+    if "error" in figures or any(figures.get("checks", {}).values()):
+        return None
+    words = []
+    for each in LIMITS:
+        value, bound = figures.get(each.figure), getattr(limit, each.field)
+        if value is None or bound is None:
+            continue
+        if not math.isfinite(value) or (each.field == "min_tuned_share" and value <= 0):
+            return None
+        if value < bound if each.is_least else value > bound:
+            words.append(f"export.thresholds.{format_name}.{each.field}={_outward(value, each.is_least)}")
+    return words
+
+
+def _outward(value: float, down: bool) -> str:
+    """A number of two or three digits beside `value`, on the side on which it passes."""
+    if value <= 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{(math.floor if down else math.ceil)(value / unit) * unit:.4g}"

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError
+from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError, UsageError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
 from loadmaster.files import read_json, write_json
 from loadmaster.launch.context import undisturbed
@@ -136,7 +136,7 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
         )
     volume = volume or (left and left.volume)
     if path is not None and volume is None:
-        raise LoadmasterError(
+        raise UsageError(
             f"the worker reads its weights from a network volume, at {path}: name one with --volume (id or name), and "
             f"the files of {artifact} are brought there"
         )
@@ -318,10 +318,19 @@ def owned(client: RunpodClient, name: str) -> Endpoint:
     raise LoadmasterError(f"there is no endpoint {name} made by loadmaster in this account; there are: {there}")
 
 
-def scale(client: RunpodClient, endpoint: Endpoint, least: int | None, most: int | None) -> Endpoint:
-    """Raises LoadmasterError when the bounds cross."""
+def refuse_bounds(least: int | None, most: int | None) -> None:
+    """Raises UsageError for numbers of workers that cannot be, before anybody is asked."""
+    if least is None and most is None:
+        raise UsageError("nothing to change: give --min, --max or both")
     if min(least or 0, most or 0) < 0:
-        raise LoadmasterError("a number of workers is 0 or more: --min 0 --max 3")
+        raise UsageError("a number of workers is 0 or more: --min 0 --max 3")
+    if least is not None and most is not None and least > most:
+        raise UsageError(f"at least {least} and at most {most} workers cannot both hold: --min {most} --max {least}")
+
+
+def scale(client: RunpodClient, endpoint: Endpoint, least: int | None, most: int | None) -> Endpoint:
+    """Raises LoadmasterError when the bounds cross, or cross those that are there."""
+    refuse_bounds(least, most)
     low = endpoint.workers.min if least is None else least
     high = endpoint.workers.max if most is None else most
     if (low or 0) > (high or 0):

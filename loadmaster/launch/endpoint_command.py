@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import LoadmasterError, UsageError
 
 if TYPE_CHECKING:
     from loadmaster.launch.deploy import Order
@@ -47,7 +47,7 @@ def add_parsers(commands: Any) -> None:
     test.set_defaults(run=_test)
     seen = actions.add_parser("review", help="Flex or Active workers, from what it was billed")
     seen.add_argument("endpoint", help="id or name")
-    hours, discount = "to look back, at most 2160 (default: 720)", "that you agreed on, 0.2 for 20%%"
+    hours, discount = "to look back, 2 to 2160 (default: 720)", "that you agreed on, 0.2 for 20%%"
     seen.add_argument("--hours", type=int, default=24 * 30, metavar="N", help=hours)
     seen.add_argument("--active-discount", type=float, default=0.0, metavar="SHARE", help=discount)
     seen.set_defaults(run=_review)
@@ -217,14 +217,16 @@ def _review(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     from loadmaster.launch.deploy import owned
     from loadmaster.launch.inference import NotAnswered
-    from loadmaster.launch.review import MOST_HOURS, lines, rates_of, review, worker_hours
+    from loadmaster.launch.review import FEWEST_HOURS, MOST_HOURS, lines, rates_of, review, worker_hours
 
     _refuse(rest)
     if not 0 <= arguments.active_discount < 1:
-        raise LoadmasterError(f"--active-discount {arguments.active_discount:g} is no share: 0.2 is 20% off")
+        raise UsageError(f"--active-discount {arguments.active_discount:g} is no share: 0.2 is 20% off")
+    if not FEWEST_HOURS <= arguments.hours <= MOST_HOURS:
+        raise UsageError(f"--hours {arguments.hours}: bills are by the hour, {FEWEST_HOURS} to {MOST_HOURS} of them")
     with _client() as client:
         endpoint = owned(client, arguments.endpoint)
-        bills = client.endpoint_bills(endpoint.id, max(2, min(arguments.hours, MOST_HOURS)))
+        bills = client.endpoint_bills(endpoint.id, arguments.hours)
         rates = rates_of(endpoint, client.gpus("SERVERLESS"), arguments.active_discount)
     least = endpoint.workers.min or 0
     measured = worker_hours(bills, rates, least, datetime.now(UTC))
@@ -245,13 +247,13 @@ def _counts(found: Any) -> str:
 
 
 def _scale(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import owned, scale
+    from loadmaster.launch.deploy import owned, refuse_bounds, scale
 
     _refuse(rest)
-    if arguments.least is None and arguments.most is None:
-        raise LoadmasterError("nothing to change: give --min, --max or both")
+    least, most = arguments.least, arguments.most
+    refuse_bounds(least, most)
     with _client() as client:
-        found = scale(client, owned(client, arguments.endpoint), arguments.least, arguments.most)
+        found = scale(client, owned(client, arguments.endpoint), least, most)
     print(f"{found.id}: {found.workers.min} to {found.workers.max} workers")
     return 0
 
@@ -271,7 +273,7 @@ def _delete(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _refuse(rest: list[str]) -> None:
     if rest:
-        raise LoadmasterError(f"this command does not know {' '.join(rest)}; --help says what it takes")
+        raise UsageError(f"this command does not know {' '.join(rest)}; --help says what it takes")
 
 
 def _agreed(question: str) -> bool:

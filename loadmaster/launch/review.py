@@ -24,7 +24,8 @@ from loadmaster.launch.runpod.types import Endpoint, EndpointBill, GpuType
 LEAST_HOURS = 72
 """Three days: a working day and a night say little of a month. The provider itself scales down after as many."""
 MONTH_HOURS = 720
-MOST_HOURS = 24 * 90
+FEWEST_HOURS, MOST_HOURS = 2, 24 * 90
+"""That are looked back on."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import export_problems
 from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, not_offered, rentable
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
+from loadmaster.preflight.refusals import COUNTED, TYPED, UNCOUNTED, uncounted_adapters
 from loadmaster.preflight.search import (
     Candidate,
     Found,
@@ -93,7 +94,7 @@ def reasons(
     dataset_tokens: int | None,
 ) -> list[str]:  # fmt: skip
     if found.best is None:
-        said = list(found.refusals)
+        said = list(found.refusals) + ([] if found.refusals else _left_out(job, shape))
         return said + [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
     said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase that needs most"]
     said += how_much(job, dataset_tokens)
@@ -101,6 +102,7 @@ def reasons(
     if found.nearest:
         better = found.nearest[-1]
         said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")
+    said += _left_out(job, shape)
     said += [against(chosen, other) for other in found.others]
     longest = longest_row(job, shape, chosen)
     known = shape.max_position
@@ -122,6 +124,13 @@ def reasons(
     if shape.name != job.model.name:
         said.append(f"model.path holds another model than {job.model.name}; it is called {shape.name}: set model.name")
     return said
+
+
+def _left_out(job: Job, shape: ModelShape) -> list[str]:
+    """Why method=auto did not consider adapters."""
+    if job.method != "auto" or not uncounted_adapters(job, shape):
+        return []
+    return [f"only full was considered, for {UNCOUNTED.format(name=shape.name)}; {TYPED} lets lora and qlora compete"]
 
 
 def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
@@ -216,11 +225,11 @@ def basis(hardware: Hardware, setup: Setup) -> dict[str, str]:
 
 def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens: int | None) -> list[dict[str, Any]]:
     """What would fit: settings changed on this hardware, more of the same machines, then others, cheapest first."""
-    found = []
-    for text, changed in relaxations(job, hardware):
-        best = search(changed, shape, hardware, explain=False).best
-        if best is not None:
-            found.append(_alternative(text, best, changed, shape, dataset_tokens))
+    def here(changes: Iterator[tuple[str, Job]]) -> list[dict[str, Any]]:
+        tried = ((text, changed, search(changed, shape, hardware, explain=False).best) for text, changed in changes)
+        return [_alternative(text, best, changed, shape, dataset_tokens) for text, changed, best in tried if best]
+
+    found = here(relaxations(job, shape, hardware)) or here(_all_left_open(job))
     machines = []
     for other in rentable():
         if (other.gpu, other.count, other.nodes) != (hardware.gpu, hardware.count, hardware.nodes):
@@ -256,19 +265,40 @@ def _on(job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | No
     return [_alternative(text, best, adjusted, shape, dataset_tokens)]
 
 
-def relaxations(job: Job, hardware: Hardware) -> Iterator[tuple[str, Job]]:
-    """The job with one thing changed that the user wrote."""
+OPEN = ("micro_batch_size", "activation_checkpointing", "offload", "sharding", "precision")
+"""Fields that a plan fills in where they are auto; and the optimizer's name and master weights."""
+
+
+def _all_left_open(job: Job) -> Iterator[tuple[str, Job]]:
+    """The job with all that was written and could be auto left to the plan, where that is more than one thing."""
+    written = [name for name in OPEN if getattr(job, name) != "auto"]
+    states = _written_states(job)
+    if len(written) + len(states) > 1:
+        optimizer = replace(job.optimizer, name="auto", master_weights="auto")
+        text = " ".join([f"{name}=auto" for name in written] + states)
+        yield text, replace(job, optimizer=optimizer, **dict.fromkeys(written, "auto"))
+
+
+def _written_states(job: Job) -> list[str]:
+    names = ("name", "master_weights")
+    return [f"optimizer.{name}=auto" for name in names if getattr(job.optimizer, name) != "auto"]
+
+
+def relaxations(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[tuple[str, Job]]:
+    """The job with one thing changed that the user wrote, and the words that change it."""
     gpus = hardware.world_size
+    if uncounted_adapters(job, shape) and job.method != "full":
+        yield TYPED, replace(job, lora=replace(job.lora, targets=list(COUNTED)))
     if job.batch.global_size % gpus:
         rows = math.ceil(job.batch.global_size / gpus) * gpus
         yield f"batch.global_size={rows}", replace(job, batch=replace(job.batch, global_size=rows))
     if job.micro_batch_size != "auto":
         yield "micro_batch_size=auto", replace(job, micro_batch_size="auto")
-    for name in ("activation_checkpointing", "offload", "sharding", "precision"):
+    for name in OPEN[1:]:
         if getattr(job, name) != "auto":
             yield f"{name}=auto", replace(job, **{name: "auto"})
-    if job.optimizer.name != "auto" or job.optimizer.master_weights != "auto":
-        yield "optimizer.name=auto", replace(job, optimizer=replace(job.optimizer, name="auto", master_weights="auto"))
+    if states := _written_states(job):
+        yield " ".join(states), replace(job, optimizer=replace(job.optimizer, name="auto", master_weights="auto"))
     here = job.offload in ("auto", "none") and job.sharding in ("auto", "none", "fsdp")
     if job.optimizer.in_backward == "auto" and job.method == "full" and here:
         stepped = replace(job, optimizer=replace(job.optimizer, in_backward=True, max_grad_norm=0.0))
@@ -282,11 +312,12 @@ def relaxations(job: Job, hardware: Hardware) -> Iterator[tuple[str, Job]]:
     for method in ("lora", "qlora"):
         if job.method not in ("auto", method) and (job.method, method) != ("qlora", "lora"):
             without = method == "qlora" and job.lora.dora
+            open_ = "" if job.precision == "auto" else " precision=auto"
             yield (
-                f"method={method}{plain if without else ''}",
+                f"method={method}{open_}{plain if without else ''}",
                 replace(job, method=method, precision="auto", lora=lora if without else job.lora),
             )
-    for length in (job.sequence_length // 2, job.sequence_length // 4):
+    for length in (job.sequence_length // 32 * 16, job.sequence_length // 64 * 16):  # fp8 products take sixteens
         if length >= 256:
             yield f"sequence_length={length}", replace(job, sequence_length=length)
 

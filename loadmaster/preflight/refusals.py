@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import IN_THE_JOB, Problem
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.shape import ModelShape
+
+COUNTED = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Linears of a mixture of experts whose adapters a plan can count."""
+TYPED = f"lora.targets=[{','.join(COUNTED)}]"
+UNCOUNTED = (
+    "lora.targets=all-linear: {name} is a mixture of experts, whose expert tensors get adapters that no plan counts"
+)
 
 
 def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
@@ -35,12 +43,9 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
         yield f"precision=fp8: {hardware.label} has no fp8 matrix units (compute capability 8.9 or later has); use bf16"
     if job.precision == "fp8" and job.method == "auto" and set(job.plan.methods) == {"qlora"}:
         yield "precision=fp8 is for method=lora or full, which plan.methods leaves out; use bf16"
-    if shape.experts and job.method != "full" and job.lora.targets == "all-linear":
-        # peft takes the router and the 3-D tensors of the experts for linears, at several times the adapter's size.
-        yield (
-            f"lora.targets=all-linear: {shape.name} is a mixture of experts, whose expert tensors get adapters that no "
-            "plan counts; use lora.targets=[q_proj,k_proj,v_proj,o_proj], or method=full"
-        )
+    if uncounted_adapters(job, shape) and job.method != "full":
+        no_reference = job.objective in ("dpo", "kto")
+        yield f"{UNCOUNTED.format(name=shape.name)}; use {TYPED}{'' if no_reference else ', or method=full'}"
     world, rows = hardware.world_size, job.batch.global_size
     if job.sharding not in ("auto", "none") and world == 1:
         yield f"sharding={job.sharding}: there is one GPU; use none or auto"
@@ -66,6 +71,17 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
             f"micro_batch_size={job.micro_batch_size} does not divide the {rows // world} rows that each GPU has of "
             f"batch.global_size={rows}; these do: {works}"
         )
+
+
+def uncounted_adapters(job: Job, shape: ModelShape) -> bool:
+    """Whether peft would take the router and the 3-D tensors of experts for linears, at several times the size."""
+    return bool(shape.experts) and job.lora.targets == "all-linear"
+
+
+def without_uncounted_adapters(job: Job, shape: ModelShape) -> Job:
+    """Of method=auto what can be planned: where no adapter can be counted, full, if that may be chosen."""
+    able = job.method == "auto" and "full" in job.plan.methods and job.objective not in ("dpo", "kto")
+    return replace(job, method="full") if able and uncounted_adapters(job, shape) else job
 
 
 def divisors(number: int) -> list[int]:

@@ -17,7 +17,7 @@ from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError
 from loadmaster.preflight.hardware import GIB, Hardware, priced
 from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
-from loadmaster.preflight.refusals import divisors, impossible_on_cpu, refuse
+from loadmaster.preflight.refusals import divisors, impossible_on_cpu, refuse, without_uncounted_adapters
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
@@ -35,7 +35,7 @@ MOST_CPU_ROWS = 4
 MOST_TOKENS = 32768
 """Of a micro-batch on one GPU; where only the best plan is asked for, larger ones are passed over: they gain < 1%."""
 ENOUGH_TOKENS = 4096
-"""Of a micro-batch whose activations are all kept: nothing else is more than EQUAL_SPEED faster."""
+"""Of a micro-batch whose activations are all kept: nothing else in its precision is more than EQUAL_SPEED faster."""
 EQUAL_SPEED = 0.02
 """Plans this close in speed are equal: the one with less memory is taken."""
 
@@ -78,7 +78,7 @@ def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True
     problems = list(impossible_on_cpu(job, hardware)) if hardware.is_cpu else []
     if problems:
         raise ConfigError(problems)
-    hardware = priced(hardware, job.plan.prices_usd_per_hour)
+    hardware, job = priced(hardware, job.plan.prices_usd_per_hour), without_uncounted_adapters(job, shape)
     refusals = list(refuse(job, shape, hardware))
     if refusals:
         return Found(None, [], [], refusals)
@@ -190,7 +190,10 @@ def enumerate_tier(
         nearest = explain and not (setup.keeps_weights or (sharding == "ddp" and len(shared) > 1))
         return evaluate(job, shape, hardware, setup) if nearest or conceivable(job, shape, hardware, setup) else None
 
+    roomy_in = set()
     for precision, split in product(precisions(job, hardware, tier), shared):
+        if precision in roomy_in:
+            continue
         lean = checkpointings[CHECKPOINTING.index("full") :]
         leanest = [made for way in lean if (made := candidate(precision, split, way, sizes[0])) is not None]
         if lean and not any(made.fits for made in leanest):
@@ -207,7 +210,8 @@ def enumerate_tier(
                     break
                 roomy = roomy or (checkpointing == "none" and size * job.sequence_length >= ENOUGH_TOKENS)
             if roomy and not explain:
-                return
+                roomy_in.add(precision)
+                break
 
 
 def can_offload(job: Job, hardware: Hardware) -> bool:

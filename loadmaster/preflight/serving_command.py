@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
 import yaml
@@ -23,7 +23,7 @@ from loadmaster.config.schema import (
     PositiveInt,
 )
 from loadmaster.errors import ConfigError, Problem
-from loadmaster.preflight.hardware import from_catalog
+from loadmaster.preflight.hardware import from_catalog, rentable
 from loadmaster.preflight.serving import (
     UTILISATION,
     ServingPlan,
@@ -35,10 +35,12 @@ from loadmaster.preflight.serving import (
 from loadmaster.preflight.serving_model import model_and_config
 from loadmaster.preflight.serving_speed import Traffic, usual_request
 from loadmaster.preflight.serving_table import print_held, print_servers, print_serving, what_if
-from loadmaster.preflight.shape import from_config
+from loadmaster.preflight.shape import ModelShape, from_config
 
 USAGE = "loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [count=1] [context=8192] [key=value ...] [--json]"
 DOES_NOT_FIT = 3
+LONGEST = 8192
+"""Tokens of a request where nobody says, and the model knows as many."""
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -53,8 +55,8 @@ class Request:
     """Catalogue name; auto lists every machine of the catalogue that fits."""
     count: PositiveInt | Auto = "auto"
     """Cards, joined by tensor parallelism; auto: 1."""
-    context: PositiveInt = 8192
-    """Longest request, prompt and answer, tokens."""
+    context: PositiveInt | Auto = "auto"
+    """Longest request, prompt and answer, tokens; auto: 8192, or all that the model knows where that is less."""
     cache: Literal["bf16", "fp8"] = "bf16"
     """Of keys and values."""
     utilisation: FractionBelowOne = UTILISATION
@@ -92,6 +94,7 @@ def plan_serving_command(arguments: list[str]) -> int:
     model, config = model_and_config(request.model)
     refuse_other_caches(config, model.name)
     shape = from_config(config, model.name)
+    request = for_model(request, shape)
     prompt, output = usual_request(request.context, request.prompt_tokens, request.output_tokens)
     traffic = Traffic(prompt, output, samples=request.best_of_n, prefix_share=request.prefix_share)
     options: dict[str, Any] = {"cache": request.cache, "utilisation": request.utilisation}
@@ -155,6 +158,22 @@ def parse(words: list[str]) -> Request:
     return request
 
 
+def for_model(request: Request, shape: ModelShape) -> Request:
+    """The request with what the model decides. Raises ConfigError for cards that its heads cannot be divided over."""
+    if request.context == "auto":
+        request = replace(request, context=min(LONGEST, shape.max_position or LONGEST))
+        if problems := list(_too_long(request)):
+            raise ConfigError(problems)
+    able = sorted({m.count for m in rentable() if m.nodes == 1 and shape.heads % m.count == 0})
+    undivided = request.count != "auto" and shape.heads % request.count
+    if undivided or (request.gpu == "auto" and request.count not in ("auto", *able)):
+        message = f"the {shape.heads} attention heads of {shape.name} cannot be divided over so many cards"
+        message = message if undivided else "no machine of the catalogue has so many cards"
+        remedy = f"count={' or '.join(map(str, able))}"
+        raise ConfigError([Problem("count", request.count, "command line", message, remedy)])
+    return request
+
+
 def _value(text: str) -> Any:
     try:
         return yaml.safe_load(text)
@@ -173,6 +192,8 @@ def _wrong_value(key: str, value: Any) -> Problem:
 
 def _too_long(request: Request) -> Iterator[Problem]:
     """As the job's rule on endpoint.prompt_tokens, output_tokens and max_model_len."""
+    if request.context == "auto":
+        return
     prompt, output = usual_request(request.context, request.prompt_tokens, request.output_tokens)
     if prompt + output > request.context:
         given = ("prompt_tokens", "output_tokens", "context")

@@ -25,7 +25,7 @@ def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan], console: 
     console.print(f"[bold]{escape(plan.model)}[/] {plan.format} on {place}: {verdict}", highlight=False)
     print_table(_memory(plan, bar_width(console)), console)
     lines = [
-        f"cache: {plan.cache_tokens:,} tokens at {plan.cache_bytes_per_token / 1024:,.0f} KiB ({plan.cache_dtype}), "
+        f"cache: {plan.cache_tokens:,} tokens at {_kib(plan.cache_bytes_per_token)} ({plan.cache_dtype}), "
         f"{plan.concurrent_requests:,.1f} requests of {plan.context:,} tokens at once",
         f"checkpoint: {plan.weights_gb:,.2f} GB",
     ]
@@ -44,6 +44,10 @@ def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan], console: 
         console.print(escape(line), highlight=False, soft_wrap=True)
     if plan.fits and variants:
         print_table(_comparison({"as asked": plan, **variants}, first="traffic"), console)
+
+
+def _kib(size: float) -> str:
+    return f"{size / 1024:,.0f} KiB" if size >= 10 * 1024 else f"{size / 1024:.3g} KiB"
 
 
 def print_held(plan: ServingPlan, requests: float, console: Console | None = None) -> None:

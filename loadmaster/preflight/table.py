@@ -143,7 +143,7 @@ def _memory_table(plan: Plan, bar: int) -> Table:
 
 def _brief(plan: Plan) -> str:
     """The plan in a few words; `print_plan` has all of it."""
-    parts = [plan.method, plan.optimizer]
+    parts = [plan.method, plan.precision, plan.optimizer]
     parts += [plan.sharding] if plan.sharding not in ("none", "ddp") else []
     parts += _recomputed(plan.activation_checkpointing)
     parts += [f"{plan.offload} offloaded"] if plan.offload != "none" else []

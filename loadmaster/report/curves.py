@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from loadmaster.report.charts import Curve, Key, draw
-from loadmaster.report.inputs import RunFiles, number
+from loadmaster.report.inputs import RunFiles, dig, number
 
 WIDE, NARROW, COLUMN = (960, 300), (360, 240), (300, 200)
 """CSS pixels: the loss over the whole page and on a phone, and a chart in one of three columns."""
@@ -56,7 +56,7 @@ def curves_of(files: RunFiles, skipped: tuple[int, ...]) -> list[Curve]:
     norm_x, norm_y = series(metrics, "grad_norm")
     clips = bool(clip) and bool(norm_y) and max(norm_y) > clip / 3
     return [
-        Curve("Loss", "nats per token", "training, each step", *series(metrics, "loss"), missing=skipped,
+        Curve("Loss", _loss_unit(files), "training, each step", *series(metrics, "loss"), missing=skipped,
               others=(("held-out", eval_x, eval_y),) if eval_x else ()),
         Curve("Learning rate", "at each step", "learning rate", *series(metrics, "lr"), smooth=False, from_zero=True),
         Curve("Throughput", "tokens/s", "measured", *series(metrics, "tokens_per_second"), smooth=False, from_zero=True,
@@ -64,6 +64,13 @@ def curves_of(files: RunFiles, skipped: tuple[int, ...]) -> list[Curve]:
         Curve("Gradient norm", "L2, before clipping", "each step", norm_x, norm_y, may_be_log=True,
               lines=((f"clipped above {clip:g}", clip),) if clips and clip else ()),
     ]
+
+
+def _loss_unit(files: RunFiles) -> str:
+    """Preference losses are means over pairs, or over the labelled answers that kto takes."""
+    if files.job("objective") in (None, "sft"):
+        return "nats per token"
+    return "of a labelled answer" if dig(files.result, "data.format") == "unpaired" else "of a pair"
 
 
 def series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -9,6 +9,11 @@ from typing import Any
 from loadmaster.report import units
 from loadmaster.report.inputs import RunFiles, dig
 
+
+def _if_any(figure: Any) -> str:
+    return units.count(figure) if figure else units.MISSING
+
+
 FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "conversations": ("conversations", units.count),
     "rows": ("packed rows", units.count),
@@ -17,6 +22,9 @@ FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "fill": ("filled with tokens", units.percent),
     "median_length": ("median length, tokens", units.count),
     "longest": ("longest, tokens", units.count),
+    "long_rows.long": ("longer than sequence_length", _if_any),
+    "long_rows.cut_tokens": ("tokens of them that were cut off", _if_any),
+    "long_rows.dropped": ("left out, or pieces without loss", _if_any),
 }
 
 

@@ -47,6 +47,19 @@ CASES = {
         ["data=ticket_pairs", "data.format=unpaired"], "data.format", "objective=kto, or data.format=preference",
         ["data=ticket_labels"],
     ),
+    "judged_answers_are_not_split": (
+        ["data=ticket_pairs", "data.on_long_row=split"], "data.on_long_row", "data.on_long_row=cut",
+        ["data=ticket_pairs", "data.on_long_row=refuse"],
+    ),
+    "servers_read_the_formats": (
+        ["export.formats=[nvfp4]", "endpoint.server=vllm==0.11.2"], "export.formats",
+        "endpoint.server=vllm==0.14.0 or newer",
+        ["export=nvfp4", "endpoint.server=vllm==0.14.0"],
+    ),
+    "beta_is_for_preferences": (
+        ["preference.beta=0.3"], "preference.beta", "objective=dpo, kto or orpo",
+        ["data=ticket_pairs", "preference.beta=0.3"],
+    ),
     "label_smoothing_is_dpos": (
         ["preference.label_smoothing=0.1"], "preference.label_smoothing", "objective=dpo",
         ["objective=dpo", "data.format=preference", "preference.label_smoothing=0.1"],
@@ -210,6 +223,13 @@ def test_a_recipe_that_says_how_it_is_launched_runs_here_too(tmp_path: Path):
     (tmp_path / "recipes/mine.yaml").write_text("# @package _global_\nlaunch:\n  gpus: [l40s]\n")
     assert compose(["recipe=mine"]).job.launch.gpus == ["l40s"]
     compose(["launch.max_hours=3", "launch.max_usd=5", "launch.grace_s=9", "launch.hang_timeout_s=60"])
+
+
+@pytest.mark.parametrize(("objective", "works"), [("kto", "=preference or unpaired"), ("dpo", "=preference,")])
+def test_what_an_objective_takes_is_all_named_beside_other_data(objective: str, works: str):
+    with pytest.raises(ConfigError) as raised:
+        compose([f"objective={objective}", "data.format=messages"])
+    assert works in str(raised.value)
 
 
 def test_a_plan_needs_no_data_here():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from loadmaster.config.schema import DataConfig, Job
 from loadmaster.data import prepare
 from loadmaster.data.formats import RowError, to_conversation
+from loadmaster.data.preview import describe
 from loadmaster.errors import DataError
 
 ASK = {"role": "user", "content": "Name a colour."}
@@ -110,6 +113,23 @@ def test_a_pair_too_long_for_a_row_is_left_out_whole_and_counted(tokenizer, tmp_
     prepared = prepare(job(write_jsonl([pair(1), pair(2, words=40)])), tokenizer, tmp_path / "cache")
     assert prepared.train.documents == 2
     assert prepared.summary["train"]["long_rows"]["dropped"] == 1
+
+
+def test_where_many_pairs_are_too_long_the_length_that_holds_nearly_all_is_named(tokenizer, tmp_path, write_jsonl):
+    path = write_jsonl([pair(n, words=40 if n > 5 else 5) for n in range(20)])
+    said = describe(prepare(job(path), tokenizer, tmp_path / "cache").summary)
+    found = re.search(r"14 pairs longer than .*, left out whole: 70% of them; sequence_length=(\d+) would hold", said)
+    assert found, said
+    kept = prepare(job(path, sequence_length=int(found[1])), tokenizer, tmp_path / "cache")
+    assert kept.summary["train"]["long_rows"]["dropped"] <= 2
+
+
+def test_pairs_that_are_all_too_long_are_told_the_length_that_holds_one(tokenizer, tmp_path, write_jsonl):
+    path = write_jsonl([pair(n, words=40) for n in range(3)])
+    with pytest.raises(DataError, match=r"the shortest of the rest has \d+ tokens[\s\S]*fix: seq") as caught:
+        prepare(job(path), tokenizer, tmp_path / "cache")
+    works = int(re.search(r"fix: sequence_length=(\d+)", str(caught.value))[1])
+    assert prepare(job(path, sequence_length=works), tokenizer, tmp_path / "cache").train.documents >= 2
 
 
 def test_pairs_are_held_out_whole(tokenizer, tmp_path, write_jsonl):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loadmaster.config.schema import DataConfig, Job
-from loadmaster.data import collate, describe, prepare
+from loadmaster.data import collate, describe, judged_alone, prepare
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
 from loadmaster.errors import DataError
 from tests.data.test_preview import printed
@@ -139,6 +139,22 @@ def test_validation_is_a_share_or_a_file_and_each_has_its_labels(tokenizer, tmp_
     prepared = prepare(job(path, validation=str(other)), tokenizer, tmp_path / "cache")
     assert sum(row.desirable.sum() for row in prepared.validation) == 4
     assert prepared.summary["validation"]["undesirable"] == 2 and prepared.summary["train"]["undesirable"] == 7
+
+
+def test_micro_batches_with_one_answer_alone_are_told_what_gives_them_two(tokenizer, tmp_path, write_jsonl):
+    path = write_jsonl([answer(n) for n in range(20)])
+    single = prepare(job(path, packing=False), tokenizer, tmp_path / "cache").summary
+    assert "has 1.0 labelled answers on average" in judged_alone(single, 1)
+    assert "micro_batch_size=2 or more" in judged_alone(single, 1) and judged_alone(single, 2) is None
+    assert judged_alone(prepare(job(path), tokenizer, tmp_path / "cache").summary, 1) is None  # packed: several a row
+
+
+def test_labelled_chats_under_sft_are_told_the_shape_that_they_have(tokenizer, tmp_path, write_jsonl):
+    chat = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Blue."}]
+    path = write_jsonl([{"conversations": chat, "kto_tag": n > 1} for n in range(4)])
+    with pytest.raises(DataError, match=r"fix: data\.format=sharegpt trains on these chats"):
+        prepare(job(path, objective="sft", format="messages"), tokenizer, tmp_path / "cache")
+    assert prepare(job(path, objective="sft", format="sharegpt"), tokenizer, tmp_path / "cache").train.documents == 4
 
 
 def test_broken_labels_stop_the_run_with_their_lines_or_are_skipped(tokenizer, tmp_path, write_jsonl):

@@ -7,8 +7,9 @@ from typing import get_args
 
 import pytest
 
+from loadmaster.config.compose import compose
 from loadmaster.config.schema import ExportConfig, ExportFormat, ThresholdsConfig
-from loadmaster.export.thresholds import DEFAULTS, failures, limits, of_few
+from loadmaster.export.thresholds import DEFAULTS, accepting, failures, limits, of_few
 
 LIMIT = ThresholdsConfig(max_perplexity_ratio=1.1, max_mean_kl=0.1, min_top1_agreement=0.9, min_task_retention=0.8)
 GOOD = {"perplexity_ratio": 1.1, "mean_kl": 0.1, "top1_agreement": 0.9, "task_retention": 0.8}
@@ -30,6 +31,21 @@ GOOD = {"perplexity_ratio": 1.1, "mean_kl": 0.1, "top1_agreement": 0.9, "task_re
 def test_every_figure_beyond_its_limit_is_named(change, failing):
     found = failures({**GOOD, **change}, LIMIT)
     assert [sentence.split()[0] for sentence in found] == failing
+
+
+def test_the_words_that_accept_a_loss_are_those_under_which_it_passes():
+    figures = {"mean_kl": 0.42565, "p99_kl": 1.3641, "top1_agreement": 0.2023, "tuned_share": 1.452, "tokens": 735}
+    words = accepting("int4_awq", figures, DEFAULTS["int4"])
+    assert words is not None and "export.thresholds.int4_awq.max_mean_kl=0.43" in words
+    job = compose(["export=int4_awq", *words]).job
+    assert failures(figures, limits(job.export, "int4_awq", 735)) == []
+    assert len(words) == 3  # p99_kl was within its limit
+
+
+@pytest.mark.parametrize("change", [{"checks": {"storage": ["x"]}}, {"error": "torn"}, {"mean_kl": float("nan")},
+                                    {"tuned_share": -0.1}])  # fmt: skip
+def test_what_no_limit_lets_pass_is_not_said_to_be_accepted_by_one(change):
+    assert accepting("fp8", {"mean_kl": 1.0, **change}, DEFAULTS["fp8"]) is None
 
 
 def test_a_share_of_few_tokens_may_be_short_of_its_limit_by_chance():

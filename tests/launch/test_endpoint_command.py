@@ -133,15 +133,18 @@ def test_nothing_is_made_unless_agreed(run_dir, account, monkeypatch) -> None:  
 
 
 def test_mistakes_are_sentences(run_dir, account, capsys, monkeypatch) -> None:  # noqa: F811
-    for words, said in (
-        (["deploy", str(run_dir), "--volume", "vol1", "gpu=l40s"], "does not know gpu=l40s"),
-        (["deploy", str(run_dir)], "name one with --volume"),
-        (["endpoint", "review", "x", "--active-discount", "20"], "0.2 is 20% off"),
-        (["endpoint", "test", str(run_dir)], "is not deployed"),
-        (["endpoint", "scale", "x"], "nothing to change"),
-        (["endpoint", "delete", "x"], "there is no endpoint x"),
+    for words, code, said in (
+        (["deploy", str(run_dir), "--volume", "vol1", "gpu=l40s"], 2, "does not know gpu=l40s"),
+        (["deploy", str(run_dir)], 2, "name one with --volume"),
+        (["endpoint", "review", "x", "--active-discount", "20"], 2, "0.2 is 20% off"),
+        (["endpoint", "review", "x", "--hours", "9999"], 2, "2 to 2160 of them"),
+        (["endpoint", "test", str(run_dir)], 4, "is not deployed"),
+        (["endpoint", "scale", "x"], 2, "nothing to change"),
+        (["endpoint", "scale", "x", "--max", "-1"], 2, "0 or more"),
+        (["endpoint", "scale", "x", "--min", "3", "--max", "1"], 2, "cannot both hold: --min 1 --max 3"),
+        (["endpoint", "delete", "x"], 4, "there is no endpoint x"),
     ):
-        assert main(words) == 4
+        assert main(words) == code
         assert said in "".join(capsys.readouterr()).replace("\n", " ")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert main(["deploy", str(run_dir), "--volume", "vol1", "--dry-run"]) == 0  # needs no key

@@ -135,6 +135,8 @@ def test_a_stage_is_looked_at_as_train_py_is(option: list[str]) -> None:
 
 
 def test_a_comparison_is_of_the_values_of_one_key(capsys) -> None:
+    assert main(["plan", "recipe=full_70b", "--compare", "hardware=rtx4090_x1,l40s_x1"]) == 3
+    assert "full, bf16, adafactor" in capsys.readouterr().out  # not in one precision everywhere
     assert main(["plan", "--compare", "l40s_x1"]) == 2
     assert "--compare hardware=l40s_x1,h200_x1" in capsys.readouterr().err
 

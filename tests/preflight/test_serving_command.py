@@ -100,8 +100,8 @@ def test_every_wrong_word_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("word", "must", "fix"),
     [
-        ("context=8k", "an integer above 0", "context=8192 is the default"),
-        ("context=8192.5", "an integer above 0", "context=8192 is the default"),
+        ("context=8k", "an integer above 0, or auto", "context=auto is the default"),
+        ("context=8192.5", "an integer above 0, or auto", "context=auto is the default"),
         ("count=two", "an integer above 0, or auto", "count=auto is the default"),
         ("utilisation=90", "a number of at least 0 and below 1", "utilisation=0.9 is the default"),
         ("requests=-1", "a number above 0", "requests=1 is the default"),
@@ -170,3 +170,31 @@ def test_a_folder_with_a_config_is_a_model(tmp_path, capsys) -> None:
 def test_a_home_folder_of_nobody_is_a_folder_that_is_not_there(capsys) -> None:
     assert main(["plan-serving", "model=~nobody-of-that-name/model"]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_a_request_is_no_longer_by_default_than_what_the_model_knows(tmp_path, capsys) -> None:
+    known = {"max_position_embeddings": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512, "model_type": "llama"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    asked = [f"model={tmp_path}", "gpu=l40s"]
+    assert plan_serving_command(asked) == 0
+    said = capsys.readouterr().out
+    assert "requests of 2,048 tokens" in said and "a server refuses" not in said and " 0.25 KiB " in said
+    assert plan_serving_command([*asked, "context=4096"]) == 0
+    assert "a server refuses requests of 4,096" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"2000 . 512 tokens is longer than context=2048"):
+        plan_serving_command([*asked, "prompt_tokens=2000", "output_tokens=512"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["count=3"], "64 attention heads of meta-llama/Llama-3.1-70B cannot be divided"),
+        (["count=3", "gpu=l40s"], "cannot be divided over so many cards"),
+        (["count=16"], "no machine of the catalogue has so many cards"),
+    ],
+)
+def test_a_number_of_cards_that_cannot_be_is_refused_with_those_that_can(words, said) -> None:
+    with pytest.raises(ConfigError) as raised:
+        plan_serving_command([LLAMA, *words])
+    assert said in str(raised.value) and "count=1 or 2 or 4 or 8" in str(raised.value)

@@ -313,6 +313,19 @@ def test_fields_of_the_wrong_type_do_not_stop_the_report(whole_run: Path):
     assert report(whole_run).sections() == EXPECTED_SECTIONS
 
 
+@pytest.mark.parametrize(("form", "unit"), [("preference", "of a pair"), ("unpaired", "of a labelled answer")])
+def test_a_run_on_preferences_says_what_its_loss_is_of_and_what_was_too_long(whole_run: Path, form: str, unit: str):
+    assert "Loss nats per token" in report(whole_run).text
+    result = json.loads((whole_run / "result.json").read_text())
+    result["data"] |= {"format": form, "train": {"rows": 91, "long_rows": {"long": 28, "cut_tokens": 0, "dropped": 28}}}
+    put(whole_run, "result.json", result)
+    put(whole_run, "config.yaml", "objective: kto\n")
+    text = report(whole_run).text
+    assert f"Loss {unit}" in text and "Loss nats per token" not in text
+    assert "longer than sequence_length 28" in text and "left out, or pieces without loss 28" in text
+    assert "tokens of them that were cut off" not in text
+
+
 def test_a_torn_line_of_the_metrics_costs_only_that_line(whole_run: Path):
     lines = [json.dumps(row) for row in metric_rows(10)]
     put(whole_run, "metrics.jsonl", "\n".join(lines[:9]) + "\n" + lines[9][:20])

@@ -1,0 +1,60 @@
+"""What a plan that does not fit says would do: in words that do it, typed as they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadmaster.config.compose import compose
+from loadmaster.preflight import make_plan
+
+PLAN = ["data=file", "data.path=owner/dataset", "stop_after=plan"]
+MIXTURE = [*PLAN, "recipe=lora_8b", "model.name=Qwen/Qwen3-30B-A3B", "hardware=h100_80gb_x1"]
+
+
+def test_two_settings_that_are_both_too_large_are_both_left_open() -> None:
+    job = compose([*PLAN, "recipe=lora_8b", "hardware=rtx4090_x1", "micro_batch_size=16",
+                   "activation_checkpointing=none"]).job  # fmt: skip
+    plan = make_plan(job)
+    assert not plan.fits
+    assert plan.alternatives[0]["change"] == "micro_batch_size=auto activation_checkpointing=auto"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipe=full_8b", "precision=fp8", "hardware=rtx4090_x1"],  # fp8 stays written beside method=qlora
+        ["recipe=full_8b", "optimizer.name=adamw", "optimizer.master_weights=true", "hardware=a100_80gb_x1"],
+        ["recipe=lora_8b", "hardware=rtx4090_x1", "micro_batch_size=16", "activation_checkpointing=none"],
+        MIXTURE[len(PLAN) :],
+    ],
+)
+def test_settings_that_would_fit_do_so_when_they_are_typed(words: list[str]) -> None:
+    refused = make_plan(compose([*PLAN, *words]).job)
+    here = [a for a in refused.alternatives if a["change"] and "=" in a["change"].split()[0]]
+    assert not refused.fits and here
+    for alternative in here:
+        typed = make_plan(compose([*PLAN, *words, *alternative["change"].split()]).job, with_alternatives=False)
+        assert typed.fits, alternative["change"]
+
+
+def test_of_a_mixture_of_experts_full_alone_is_left_to_method_auto_and_that_is_said() -> None:
+    plan = make_plan(compose([*MIXTURE, "method=auto", "hardware=h100_80gb_x8"]).job)
+    assert plan.fits and plan.method == "full"
+    assert any("lora.targets=[q_proj,k_proj,v_proj,o_proj] lets lora and qlora compete" in r for r in plan.reasons)
+    small = make_plan(compose([*MIXTURE, "method=auto"]).job)
+    assert not small.fits and "mixture of experts" in " ".join(small.reasons)
+    assert small.alternatives[0]["change"] == "lora.targets=[q_proj,k_proj,v_proj,o_proj]"
+
+
+def test_of_a_mixture_of_experts_no_reference_is_left_to_a_preference() -> None:
+    plan = make_plan(compose([*MIXTURE, "objective=dpo", "data.format=preference"]).job, with_alternatives=False)
+    assert plan.refusal and plan.refusal.endswith("use lora.targets=[q_proj,k_proj,v_proj,o_proj]")
+
+
+def test_another_machine_is_said_to_be_as_fast_as_it_is_planned_to_be_there() -> None:
+    words = [*PLAN, "recipe=lora_8b"]
+    refused = make_plan(compose([*words, "hardware=cpu"]).job)
+    (said,) = (a for a in refused.alternatives if a["change"] == "1x h100_80gb")
+    there = make_plan(compose([*words, "hardware=h100_80gb_x1"]).job, with_alternatives=False)
+    assert there.precision == "fp8" and said["plan"].startswith("lora, fp8, ")
+    assert said["tokens_per_second"] == pytest.approx(there.tokens_per_second, rel=0.02)
