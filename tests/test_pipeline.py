@@ -18,7 +18,8 @@ from loadmaster.training.display import Display
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 EXPORTED = {"qlora_8b", "lora_8b", "full_8b"}
-"""The first of each method: what others would export, scaled down, is one of these."""
+"""The first of each method: what others would export, scaled down, is one of these. Exports take a process each:
+of the three, lora_8b's is here, and the other two with the slow tests; their methods are trained here by others."""
 # What makes any recipe small enough for two CPU cores; everything else is the recipe's own.
 SCALED_DOWN = [
     "hardware=cpu",
@@ -56,7 +57,9 @@ def lora_8b(tiny, tmp_path_factory) -> tuple[Path, int, str]:
     return folder, *go(tiny, folder, "recipe=lora_8b")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r in EXPORTED - {"lora_8b"})) for r in RECIPES]
+)
 def test_every_shipped_recipe_runs_scaled_down(recipe, tiny, tmp_path, request):
     stages = STAGES if recipe in EXPORTED else STAGES[: STAGES.index("evaluate") + 1]
     if recipe == "lora_8b":

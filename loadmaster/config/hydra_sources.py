@@ -31,6 +31,7 @@ from loadmaster.config.shipped import shipped_folder
 PRIMARY = "train"
 VERSION_BASE = "1.3"
 GROUP = "recipe"
+DEFAULTS = "schema_defaults"
 
 
 class RecipeSource(FileConfigSource):
@@ -98,9 +99,10 @@ def register() -> None:
     plugins.register(LoadmasterSearchPath)
     # First in the defaults list, so that `--cfg job` shows every field and not only those that a file sets.
     # (But not `recipe`: that is the group's choice, which composition fills in.)
-    defaults = dataclasses.asdict(Job())
-    del defaults["recipe"]
-    ConfigStore.instance().store(name="schema_defaults", node=defaults, provider="loadmaster")
+    if f"{DEFAULTS}.yaml" not in ConfigStore.instance().repo:
+        defaults = dataclasses.asdict(Job())
+        del defaults["recipe"]
+        ConfigStore.instance().store(name=DEFAULTS, node=defaults, provider="loadmaster")
     setup_globals()
 
 

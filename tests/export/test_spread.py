@@ -196,6 +196,7 @@ print(json.dumps({name: measured(Path(sys.argv[2]) / name, float(free)) for name
 """
 
 
+@pytest.mark.slow
 def test_a_real_model_on_disk_scores_to_the_bit_in_a_fraction_of_its_memory(smollm2, tmp_path):
     """SmolLM2-135M: 257 MiB in bf16, 54 of them embeddings; each copy of 29 positions' logits in fp32 is 5 MiB.
 

@@ -189,6 +189,7 @@ def test_a_compiled_run_is_the_plain_one_and_compiles_nothing_after_the_rehearsa
             assert row[figure] == pytest.approx(other[figure], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_compilers_cache_travels_with_the_run_and_serves_the_next_one(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
