@@ -87,7 +87,7 @@ def test_what_has_values_is_computed():
 
 @pytest.mark.parametrize(
     ("method", "precision"),
-    [("full", "bf16"), ("full", "fp8"), ("lora", "bf16"), ("lora", "fp8"), ("qlora", "bf16")],
+    [("full", "bf16"), ("full", "fp8"), ("lora", "fp8"), ("qlora", "bf16")],
 )
 def test_a_traced_step_is_the_one_in_which_every_operation_is_done(method, precision, monkeypatch):
     config = {
