@@ -1,5 +1,5 @@
 # make smoke       set up and run the smoke recipe: plan, train, evaluate, export, bundle
-# make test        set up and run the tests (15 to 20 minutes on 2 cores)
+# make test        set up and run the tests (about 15 minutes on 2 cores)
 # make test-slow   real servers, a real Slurm, several hosts (about an hour on 2 cores)
 #
 # On a machine without an NVIDIA GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.

@@ -22,16 +22,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 LONGEST = {
     "slow": (
         "tests/test_smoke.py", "tests/export/test_serve_check.py", "tests/training/test_hostile.py",
-        "tests/launch/test_real_schedulers.py", "tests/training/test_parity.py", "tests/launch/test_handover_served.py",
+        "tests/launch/test_real_schedulers.py", "tests/launch/test_handover_served.py", "tests/training/test_parity.py",
         "tests/training/test_workers.py", "tests/preflight/test_sharded.py", "tests/training/test_two_hosts.py",
-        "tests/test_pipeline.py", "tests/test_fp8_recipes.py", "tests/launch/test_handover.py",
+        "tests/test_pipeline.py", "tests/test_readme.py", "tests/test_fp8_recipes.py", "tests/launch/test_handover.py",
         "tests/export/test_candidates.py",
     ),
     "not slow": (
-        "tests/test_pipeline.py", "tests/preflight/test_replay.py", "tests/launch/test_launch_job.py",
-        "tests/export/test_broken.py", "tests/test_preemption.py", "tests/export/test_spread.py",
-        "tests/test_readme.py", "tests/export/test_stage.py", "tests/training/test_compiled.py",
-        "tests/launch/test_ends.py", "tests/launch/test_deploy.py", "tests/export/test_serve_check.py",
+        "tests/preflight/test_replay.py", "tests/test_pipeline.py", "tests/test_preemption.py",
+        "tests/launch/test_launch_job.py", "tests/export/test_broken.py", "tests/training/test_compiled.py",
+        "tests/export/test_stage.py", "tests/launch/test_ends.py", "tests/export/test_spread.py",
+        "tests/config/test_compose.py", "tests/config/test_hydra_app.py", "tests/launch/test_deploy.py",
+        "tests/test_readme.py", "tests/export/test_serve_check.py",
     ),
 }  # fmt: skip
 """Files that take the longest, by what is run: begun first, so that none is left alone at the end."""

@@ -13,7 +13,7 @@ from tests.runs import finish, metrics, start
 STEPS = 9
 JOB = [
     "model=smollm2_135m",
-    "sequence_length=128",
+    "sequence_length=64",
     "batch.global_size=1",
     f"max_steps={STEPS}",
     "lora.dropout=0.1",
@@ -43,17 +43,42 @@ def wait_for_step(process, folder, step):
         time.sleep(0.02)
 
 
-def test_kill_9_at_a_random_step_then_the_same_command_continues_bit_for_bit(tmp_path, uninterrupted):
+def test_killed_at_a_random_step_then_stopped_by_a_signal_the_same_command_continues_bit_for_bit(
+    tmp_path, uninterrupted
+):
     process = start(tmp_path, *JOB)
-    wait_for_step(process, tmp_path, random.randint(3, STEPS - 2))
+    wait_for_step(process, tmp_path, random.randint(3, STEPS - 4))
     process.kill()
     assert process.wait() == -signal.SIGKILL
+    process = start(tmp_path, *JOB)
+    wait_for_step(process, tmp_path, len(metrics(tmp_path / "run")) + 1)
+    stopped_after = stop(process, tmp_path, signal.SIGTERM)
     done = finish(tmp_path, *JOB)
     assert done.returncode == 0, done.stderr
-    assert "resuming after step" in done.stdout
+    assert "resuming after step" in (tmp_path / "log.txt").read_text()
+    assert f"resuming after step {stopped_after}" in done.stdout
     joined = metrics(tmp_path / "run")
     assert [row["step"] for row in joined] == list(range(1, STEPS + 1))
     assert joined == uninterrupted
+
+
+def stop(process, folder, number) -> int:
+    """The step after which a signal stopped the run, with a checkpoint."""
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 75
+    log = (folder / "log.txt").read_text()
+    assert "checkpoint saved" in log and "Traceback" not in log
+    stopped_after = len(metrics(folder / "run"))
+    assert (folder / "run" / "checkpoints" / f"step-{stopped_after}" / "checksums.json").exists()
+    return stopped_after
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_checkpoint_and_exits_75(tmp_path):
+    """What follows does not depend on which signal it was."""
+    process = start(tmp_path, *JOB)
+    wait_for_step(process, tmp_path, 3)
+    stop(process, tmp_path, signal.SIGINT)
 
 
 def test_sigterm_while_modules_load_is_a_stop_and_not_a_failure(tmp_path):
@@ -67,19 +92,3 @@ def test_sigterm_while_modules_load_is_a_stop_and_not_a_failure(tmp_path):
     assert process.wait(timeout=30) == 75
     assert (tmp_path / "log.txt").read_text().startswith("stopped on request; the same command")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_saves_a_checkpoint_and_exits_75(tmp_path, uninterrupted, number):
-    process = start(tmp_path, *JOB)
-    wait_for_step(process, tmp_path, 3)
-    process.send_signal(number)
-    assert process.wait(timeout=120) == 75
-    log = (tmp_path / "log.txt").read_text()
-    assert "checkpoint saved" in log and "Traceback" not in log
-    stopped_after = len(metrics(tmp_path / "run"))
-    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped_after}" / "checksums.json").exists()
-    if number == signal.SIGTERM:  # once is enough: what follows a signal does not depend on which one it was
-        done = finish(tmp_path, *JOB)
-        assert done.returncode == 0 and f"resuming after step {stopped_after}" in done.stdout
-        assert metrics(tmp_path / "run") == uninterrupted

@@ -24,6 +24,7 @@ SMALL = [
     "export.verification_rows=2",
     "evaluation.task=none",
     "evaluation.max_rows=2",
+    "evaluation.max_new_tokens=4",
     "tracker=none",
 ]
 TRAINS = re.compile(r"^python train.py(?!.*(--cfg|stop_after=plan))")
@@ -36,9 +37,8 @@ def commands() -> list[str]:
 
 
 def marked() -> list:
-    """Of those that train, the first here, and the others with the slow tests."""
-    trains = [command for command in commands() if TRAINS.match(command)]
-    return [pytest.param(c, marks=[pytest.mark.slow] if c in trains[1:] else []) for c in commands()]
+    """Those that train, evaluate and export are with the slow tests."""
+    return [pytest.param(c, marks=[pytest.mark.slow] * bool(TRAINS.match(c))) for c in commands()]
 
 
 @pytest.mark.parametrize("command", marked())

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, SearchPathException
 from hydra.types import RunMode
@@ -23,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from loadmaster.config.fields import fields
 from loadmaster.config.hydra_errors import explain, explain_section
-from loadmaster.config.hydra_sources import GROUP, PRIMARY, config_loader
+from loadmaster.config.hydra_sources import GROUP, PRIMARY, Loader, config_loader
 from loadmaster.config.origins import COMMAND_LINE, lines_of, origin_of, origins_of_files
 from loadmaster.config.overrides import Overrides, groups_of, read_overrides, reading_order
 from loadmaster.config.rules import broken_rules
@@ -73,7 +72,7 @@ def compose(
     return compose_with(loader, read_overrides(loader, overrides), config_name, job_number)
 
 
-def open_loader(config_dir: str | None = None) -> ConfigLoaderImpl:
+def open_loader(config_dir: str | None = None) -> Loader:
     try:
         return config_loader(config_dir)
     except SearchPathException as error:
@@ -82,7 +81,7 @@ def open_loader(config_dir: str | None = None) -> ConfigLoaderImpl:
 
 
 def compose_with(
-    loader: ConfigLoaderImpl, given: Overrides, config_name: str = PRIMARY, job_number: int = 0
+    loader: Loader, given: Overrides, config_name: str = PRIMARY, job_number: int = 0
 ) -> Composed:
     """compose() on overrides that are read already, and on a loader that is open already."""
     config, origins, problems = load(loader, given, config_name)
@@ -134,7 +133,7 @@ def read_job(path: Path) -> Composed:
 
 
 def load(
-    loader: ConfigLoaderImpl, given: Overrides, config_name: str = PRIMARY
+    loader: Loader, given: Overrides, config_name: str = PRIMARY
 ) -> tuple[DictConfig | None, dict[str, str], list[Problem]]:
     """Hydra's composition, where each key was set in the files, and what stopped it.
 
@@ -146,7 +145,7 @@ def load(
     while True:
         try:
             config = loader.load_configuration(config_name, overrides, run_mode=RunMode.RUN)
-            defaults = loader.compute_defaults_list(config_name, overrides, RunMode.RUN).defaults
+            defaults = loader.composed_of
             break
         except (AttributeError, AssertionError, TypeError):  # Hydra's, of a hydra section that it did not expect
             found = explain_section(loader, config_name, overrides)
@@ -181,11 +180,10 @@ def resolve_all(config: DictConfig, origins: dict[str, str], job_number: int) ->
     """Plain dict with every interpolation resolved, and a problem for each one that cannot be."""
     problems: list[Problem] = []
 
-    def written(node: DictConfig, name: Any) -> Any:
-        return OmegaConf.to_container(node, resolve=False).get(name)  # type: ignore[union-attr]
-
     def walk(node: DictConfig, prefix: str) -> dict[str, Any]:
         plain: dict[str, Any] = {}
+        written = OmegaConf.to_container(node, resolve=False)
+        assert isinstance(written, dict)
         for name in node:
             key = f"{prefix}{name}"
             if key == "hydra":
@@ -200,15 +198,15 @@ def resolve_all(config: DictConfig, origins: dict[str, str], job_number: int) ->
                 elif isinstance(value, Container):
                     value = OmegaConf.to_container(value, resolve=True)
                 plain[str(name)] = value
-                if not isinstance(value, dict) and OUTPUT_FOLDER in str(written(node, name)):
+                if not isinstance(value, dict) and OUTPUT_FOLDER in str(written[name]):
                     message = "names a folder that Hydra makes only after the job was judged"
                     remedy = "write the folder itself; ${hydra:run.dir} is what hydra.run.dir says"
-                    problems.append(Problem(key, written(node, name), origin_of(origins, key), message, remedy))
+                    problems.append(Problem(key, written[name], origin_of(origins, key), message, remedy))
             except OmegaConfBaseException as error:
                 reason = str(error).splitlines()[0].partition("interpolation: ")
                 message = f"cannot be resolved: {reason[2] or reason[0]}"
                 remedy = "write the value itself, or mend the ${...}"
-                problems.append(Problem(key, written(node, name), origin_of(origins, key), message, remedy))
+                problems.append(Problem(key, written[name], origin_of(origins, key), message, remedy))
         return plain
 
     with _hydra_config(config, job_number):

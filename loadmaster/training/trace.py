@@ -33,6 +33,7 @@ from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import find_config, from_config
 from loadmaster.preflight.step import training_step
+from loadmaster.training.metas import Metas
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def traced_peaks(
     setup = Setup(method=method, precision=precision, optimizer="adamw", master_weights=True, lora_rank=rank,
                   lora_targets=targets, lora_dropout=dropout, modules_to_save=modules_to_save, dora=dora)  # fmt: skip
     model = with_trained_part(_meta_model(config, DTYPES[precision]), setup)
-    return [_traced_peak(model, case) for case in cases]
+    metas = Metas()
+    return [_traced_peak(model, case, metas) for case in cases]
 
 
 def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:
@@ -137,9 +139,9 @@ def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:
     return model
 
 
-def _traced_peak(model: nn.Module, case: Case) -> int:
+def _traced_peak(model: nn.Module, case: Case, metas: Metas | None = None) -> int:
     checkpoint_activations(model, case.checkpointing)
-    live = Live()
+    live = Live(metas)
     held = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad and case.accumulated else None
@@ -162,10 +164,11 @@ def _traced_peak(model: nn.Module, case: Case) -> int:
 class Live(TorchDispatchMode):
     """Bytes of every live storage on the meta device, and their peak."""
 
-    def __init__(self) -> None:
+    def __init__(self, metas: Metas | None = None) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
         self.live = self.peak = 0
+        self.metas = metas or Metas()
 
     def count(self, tensor: torch.Tensor) -> None:
         if is_traceable_wrapper_subclass(tensor):  # what it wraps is counted
@@ -183,7 +186,7 @@ class Live(TorchDispatchMode):
         self.live -= self.sizes.pop(key, 0)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        result = self.metas(function, args, kwargs or {})
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, torch.Tensor):
                 self.count(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -16,20 +17,26 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from loadmaster.config.compose import Composed, compose
 from loadmaster.errors import LoadmasterError, ProviderError, StoppedOnRequest
 from loadmaster.launch import job as job_module
 from loadmaster.launch import launch_job, list_pods, sweep_pods
 from tests.launch.fake_runpod import FAULTS
-from tests.launch.place import everything_written, wait_until
+from tests.launch.place import PACKAGE, everything_written, wait_until
 from tests.launch.test_launch_job import scripted
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@functools.cache
+def composed_once() -> Composed:
+    return compose(["recipe=qlora_8b", "launch=runpod", "launch.yes=true", PACKAGE])
+
+
 def rent(place, *names: str) -> None:
     """Pods with a job that runs, and nobody who follows it."""
     place.fake.runner = None
-    composed = place.composed()
+    composed = composed_once()
     choice = job_module.choices(composed.job, place.provider.offers(["l40s"], (1,), "secure"), 200_000)[0]
     for name in names:
         made = job_module.make_order(composed, choice, name, time.time(), place.fake.url, None, ())
