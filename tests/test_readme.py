@@ -20,6 +20,7 @@ SMALL = [
     "sequence_length=256",
     "max_steps=1",
     "data.max_rows=8",
+    "data.validation=0.25",
     "export=adapter",
     "export.verification_rows=2",
     "evaluation.task=none",
