@@ -34,6 +34,8 @@ def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
         return None
     if shape.fused or shape.experts or setup.precision == "fp32":
         return None
+    if shape.estimate and "multimodal" not in shape.estimate:  # layers like none of those that were looked at
+        return None
     h, f, dq, dk = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size
     adapted = {m.name for m in shape.adapted(setup.lora_targets)} if setup.adapters else set()
     everything = {m.name for m in shape.matrices()}

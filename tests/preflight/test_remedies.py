@@ -12,7 +12,7 @@ MIXTURE = [*PLAN, "recipe=lora_8b", "model.name=Qwen/Qwen3-30B-A3B", "hardware=h
 
 
 def test_two_settings_that_are_both_too_large_are_both_left_open() -> None:
-    job = compose([*PLAN, "recipe=lora_8b", "hardware=rtx4090_x1", "micro_batch_size=16",
+    job = compose([*PLAN, "recipe=lora_8b", "hardware=rtx4090_x1", "micro_batch_size=16", "sequence_length=16384",
                    "activation_checkpointing=none"]).job  # fmt: skip
     plan = make_plan(job)
     assert not plan.fits
@@ -24,7 +24,8 @@ def test_two_settings_that_are_both_too_large_are_both_left_open() -> None:
     [
         ["recipe=full_8b", "precision=fp8", "hardware=rtx4090_x1"],  # fp8 stays written beside method=qlora
         ["recipe=full_8b", "optimizer.name=adamw", "optimizer.master_weights=true", "hardware=a100_80gb_x1"],
-        ["recipe=lora_8b", "hardware=rtx4090_x1", "micro_batch_size=16", "activation_checkpointing=none"],
+        ["recipe=lora_8b", "hardware=rtx4090_x1", "micro_batch_size=16", "sequence_length=16384",
+         "activation_checkpointing=none"],
         MIXTURE[len(PLAN) :],
     ],
 )
