@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_serve_check import checked, serve_as, stand_in  # noqa: F401 (fixtures)
+from test_serve_check import checked, references, serve_as, stand_in  # noqa: F401 (fixtures)
 
 from loadmaster.cli import main
 from loadmaster.errors import ExportRejected, LoadmasterError

@@ -20,10 +20,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from loadmaster.config.schema import OptimizerConfig
+from loadmaster.config.schema import LoraConfig, OptimizerConfig
 from loadmaster.data import MicroBatch
 from loadmaster.models import shards
-from loadmaster.models.adapters import saved_modules, trainable
+from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.forward import SummedLoss
 from loadmaster.models.frozen import freeze_linears, frozen_form
 from loadmaster.models.recompute import checkpoint_activations
@@ -114,14 +114,8 @@ def sharded_model(
     if form := frozen_form(method, precision):
         freeze_linears(model, form)
     if method != "full":
-        from peft import LoraConfig, get_peft_model
-
         names = targets if isinstance(targets, str) else list(targets)
-        lora = LoraConfig(r=16, target_modules=names, task_type="CAUSAL_LM", **saved_modules(model, modules_to_save))
-        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        model = make_trainable(model, method, LoraConfig(targets=names, modules_to_save=list(modules_to_save)))
     checkpoint_activations(model, checkpointing)
     engine = object.__new__(FullyShard)  # its own settings for fully_shard; nothing is loaded
     engine.mesh, engine.plan = mesh, SimpleNamespace(
