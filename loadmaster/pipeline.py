@@ -134,6 +134,7 @@ class Pipeline:
                 print_plan(self.plan, self.console)
             return
         self.echo(f"{stage}: started")
+        self.run_dir.forget(stage)
         start = time.perf_counter()
         stages: dict[str, Callable[[], None]] = {
             "plan": self.make_plan,

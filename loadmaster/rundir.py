@@ -104,6 +104,12 @@ class RunDir:
         stages[stage] = {"inputs": inputs, "seconds": round(seconds, 3), "finished": datetime.now(UTC).isoformat()}
         write_json(self.path / "stages.json", {"identity": self.identity, "stages": stages})
 
+    def forget(self, stage: str) -> None:
+        """A stage is not done any more, whatever comes of doing it again."""
+        stages = _stages(self.path)
+        stages.pop(stage, None)
+        write_json(self.path / "stages.json", {"identity": self.identity, "stages": stages})
+
     def claim(self) -> None:
         """Write the identity, so that the next start of the same job finds this run."""
         write_json(self.path / "stages.json", {"identity": self.identity, "stages": _stages(self.path)})

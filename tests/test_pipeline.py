@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import STAGES
 from loadmaster.pipeline import command_line, run
+from loadmaster.preflight import hardware
 from loadmaster.preflight.plan import Plan
 from loadmaster.rundir import RunDir
 from loadmaster.training.display import Display
@@ -149,6 +150,14 @@ def test_a_plan_by_which_nothing_was_trained_is_made_anew_and_one_of_a_run_is_sh
     assert go(tiny, tmp_path, "stop_after=train")[0] == 0
     output, speed = planned_again()
     assert "plan: unchanged, skipped" in output and "(3 million parameters) on" in output and speed == 1e9
+
+
+def test_a_plan_that_fits_no_more_is_not_trained_by(tiny, tmp_path, monkeypatch):
+    """Made anew it says so; the one before it, by which the run would have begun, is gone."""
+    assert go(tiny, tmp_path, "stop_after=plan")[0] == 0
+    monkeypatch.setattr(hardware, "host_memory_gib", lambda: 0.5)
+    assert go(tiny, tmp_path, "stop_after=plan")[0] == 3
+    assert go(tiny, tmp_path, "stop_after=train")[0] == 3 and not (tmp_path / "run/checkpoints").exists()
 
 
 def test_another_model_than_was_planned_is_not_trained(tiny, smollm2, tmp_path, capsys):

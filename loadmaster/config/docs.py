@@ -174,8 +174,9 @@ def _hashes() -> str:
             for stage, names in STAGE_FIELDS.items()]  # fmt: skip
     intro = (
         "## What a stage depends on\n\nThe same job finds its run again and skips the stages whose inputs have not "
-        "changed. A stage depends on the fields of its row, on those of the rows above and on the contents of the "
-        "data files. The first two rows are the job's identity: change one of them and it is another run.\n\n"
+        "changed; `loadmaster plan` makes its plan anew until something was trained by it. A stage depends on the "
+        "fields of its row, on those of the rows above and on the contents of the data files. The first "
+        "two rows are the job's identity: change one of them and it is another run.\n\n"
     )
     rest = ", ".join(f"`{name}`" for name in NOT_INPUTS)
     return f"{intro}{_table(['stage', 'fields'], rows)}\nNo stage depends on {rest}.\n"

@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from loadmaster import catalog
-from loadmaster.config.fields import nearest_card
+from loadmaster.config.fields import nearest, nearest_card
 from loadmaster.config.origins import COMMAND_LINE, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import Job, LaunchConfig
@@ -81,7 +81,7 @@ def server_is_known(job: Job, origins: Origins) -> Found:
     rows = catalog.servers()["servers"].get(name)
     if rows is None:
         known = catalog.servers()["servers"]
-        guess = nearest_card(name, list(known), cutoff=0.4) or "vllm"
+        guess = nearest(name, list(known), cutoff=0.4) or "vllm"
         message = "is not a server that exports are written for (known: " + ", ".join(known) + ")"
         yield "endpoint.server", job.endpoint.server, message, f"endpoint.server={guess}"
         return

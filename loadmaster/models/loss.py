@@ -7,7 +7,7 @@ way keeps N x V logits in bf16 and fp32 together with their gradients, 12 to 14 
 vocabulary entry: 6.85 GiB at 4096 tokens and a 128k vocabulary (measured, shared with the preflight).
 
 Eager, a chunk's logits are cast to fp32 and pass through memory a dozen times. Beside compiled layers (`compile_loss`)
-they stay in the compute dtype and their gradient takes their place, in one kernel that reads them two or three times:
+they stay in the compute dtype and their gradient takes their place, by a function that reads them two or three times:
 a quarter of the memory (2 bytes of 8, a chunk and vocabulary entry in bf16). Its shape is always that of a whole chunk.
 """
 

@@ -22,7 +22,9 @@ from loadmaster.preflight.coefficients import value
 GIB = 2**30
 OWN_PRICE = "plan.prices_usd_per_hour"
 DRIVER_SHARE = 0.994
-"""Share of NVML's total that a process can use, at most (an H100's: 0.994)."""
+"""Share of NVML's total that a process can use, of a card that is not in the catalogue (an H100's: 0.994)."""
+LEAST_SHARE = 0.98
+"""The least of the catalogue's cards (L4, A10G, RTX 3090)."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
     known = catalog_name(name, total_gib)
     if known is not None:
         usable = catalog.gpus()[known]["memory_gib"]
-        usable = usable if total_gib >= usable else total_gib * DRIVER_SHARE  # ECC takes a part of some
+        usable = usable if total_gib >= usable else total_gib * LEAST_SHARE  # ECC takes a part of some
         return replace(
             from_catalog(known, count, nodes),
             memory_gib=usable,
@@ -245,13 +247,13 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
 
 
 def catalog_name(driver_name: str, total_gib: float) -> str | None:
-    """Catalogue name of the card that the driver calls so, if its memory agrees within 8%: ECC takes up to 6.3."""
+    """Catalogue name of the card that the driver calls so, if its memory agrees within 9%: ECC takes up to 6.3."""
     found = {}
     for key, facts in catalog.gpus().items():
         words = facts["match"]
         if all(re.search(rf"(?<![^ -]){word}(?![^ -])", driver_name, re.I) for word in words):
             found[key] = len(words), abs(total_gib / facts["memory_gib"] - 1)
-    alike = [key for key, (_, off) in found.items() if off < 0.08]
+    alike = [key for key, (_, off) in found.items() if off < 0.09]
     return max(alike, key=lambda key: found[key][0], default=None)
 
 

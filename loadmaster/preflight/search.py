@@ -122,7 +122,7 @@ def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
 def offloads(job: Job, method: str, hardware: Hardware) -> tuple[str, ...]:
     if job.optimizer.in_backward is True:
         return ("none",)
-    if job.offload != "auto" or hardware.is_cpu:
+    if job.offload != "auto" or hardware.is_cpu or hardware.host_memory_gib is None:  # not known: only if written
         return ("none" if job.offload == "auto" else job.offload,)
     sharded = hardware.world_size > 1 and job.sharding in ("auto", "fsdp", "zero3")
     if method != "full":
@@ -215,8 +215,9 @@ def enumerate_tier(
 
 
 def can_offload(job: Job, hardware: Hardware) -> bool:
-    """Whether layers' inputs may go to host memory: nothing does on a CPU, and such layers are not compiled."""
-    return job.compile is not True and not hardware.is_cpu
+    """Whether layers' inputs may go to host memory: nothing does on a CPU, nor where its size is not known, and such
+    layers are not compiled."""
+    return job.compile is not True and not hardware.is_cpu and hardware.host_memory_gib is not None
 
 
 def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:

@@ -14,7 +14,7 @@ from functools import cache
 
 from loadmaster.preflight import saved
 from loadmaster.preflight.blocks import Blocks, Weights
-from loadmaster.preflight.compiled import kept_bytes
+from loadmaster.preflight.compiled import in_backward_bytes, kept_bytes
 from loadmaster.preflight.layers import chunked_loss, decoder_layer, embed, gather, preference_loss
 from loadmaster.preflight.replay import Leaf, Storage, Tape, Tensor, Work
 from loadmaster.preflight.setup import Setup
@@ -116,13 +116,20 @@ class _Middle:
         return tape.link(Tensor(x.storage, x.node), [x], [], backward)
 
     def give_back(self, x: Tensor, less: int) -> Tensor:
-        """After a layer behind the skipped ones: in its backward pass it is what was replayed, and not before."""
+        """After a layer behind the skipped ones: in its backward pass, and not before, it is what was replayed; or has
+        what the compiler was seen to have there at once beyond what all layers keep, where that is more."""
+        tape, shape, setup = self.b.tape, self.b.shape, self.b.setup
+        if not less:
+            return x
+        inside = in_backward_bytes(shape, setup) * self.b.n
+        least = (kept_bytes(shape, setup) or 0) * self.b.n * shape.layers + inside if inside else 0
 
         def backward(g: Storage, _: list) -> list:
-            self.held.append(self.b.tape.alloc(less))
+            tape.alloc(max(inside, least + g.bytes - tape.live))
+            self.held.append(tape.alloc(less))
             return [g]
 
-        return self.b.tape.link(Tensor(x.storage, x.node), [x], [], backward) if less else x
+        return tape.link(Tensor(x.storage, x.node), [x], [], backward)
 
     def mark_end(self, x: Tensor) -> Tensor:
         tape = self.b.tape
@@ -198,8 +205,8 @@ def _stepped_alone(b: Blocks, leaves: list[Leaf]) -> None:
 
 
 def _compiled_keeps_less(b: Blocks, eager: int, experts: bool) -> int:
-    """Bytes that a compiled layer does not keep of what an eager one does. One layer stays eager in the replay: what a
-    compiled layer has inside its backward pass is not known, and taken to be no more than that."""
+    """Bytes that a compiled layer does not keep of what an eager one does. In its backward pass a replayed layer is an
+    eager one, or what the compiler was seen to have there at once (`in_backward_bytes`)."""
     if not b.setup.compiled or b.setup.checkpointing != "none" or experts or not b.tape.enabled:
         return 0
     each = kept_bytes(b.shape, b.setup)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -75,7 +76,8 @@ class BackwardOptimizer(TrainingOptimizer):
             return
         index, norm = waiting
         if norm.is_finite():
-            self._step(self.buckets[index], self._lr)
+            with _default_stream(norm.squares.device):
+                self._step(self.buckets[index], self._lr)
         else:
             for parameter in self.buckets[index].parameters:
                 parameter.grad = None
@@ -93,6 +95,20 @@ class BackwardOptimizer(TrainingOptimizer):
 
     def step(self, lr: float) -> None:
         """Nothing is left to do: the backward pass and `clip` have stepped everything."""
+
+
+@contextmanager
+def _default_stream(device: torch.device) -> Iterator[None]:
+    """After what the current stream was given so far, and before what it is given next: FSDP2 calls while a stream of
+    its own is the current one, and bitsandbytes' kernels run in the default one, which does not wait for it."""
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        yield
+    current.wait_stream(default)
 
 
 class _Norm:

@@ -237,6 +237,13 @@ def test_a_plan_needs_no_data_here():
     assert compose(["data=file", f"data.path={there}", PLAN]).job.data.path == there
 
 
+@pytest.mark.parametrize(("name", "meant"), [("vlm", "vllm"), ("vLLM", "vllm"), ("sg-lang", "sglang"), ("x", "vllm")])
+def test_a_server_that_is_none_is_answered_with_the_one_that_is_meant(name: str, meant: str):
+    with pytest.raises(ConfigError) as caught:
+        compose([f"endpoint.server={name}"])
+    assert caught.value.problems[0].remedy == f"endpoint.server={meant}"
+
+
 def test_a_card_is_meant_by_the_words_of_its_name():
     meant = {"h100": "h100_80gb", "a100_pcie": "a100_80gb_pcie", "H100-NVL": "h100_nvl", "h100_nvl_94gb": "h100_nvl",
              "4090": "rtx4090", "RTX_3090": "rtx3090", "a6000": "rtx_a6000", "b100": "b200"}  # fmt: skip

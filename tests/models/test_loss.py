@@ -41,12 +41,13 @@ def test_no_gradients_are_made_where_none_are_wanted():
     assert total.grad_fn is None and total.dtype == torch.float32
 
 
-def test_compiled_logits_are_in_one_buffer_whatever_the_number_of_tokens_and_nothing_is_compiled_twice():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_logits_are_in_one_buffer_whatever_the_number_of_tokens_and_nothing_is_compiled_twice(backend):
     """Rows of a chunk that no token has hold what was there before, here nan, and take no part."""
     head = nn.Linear(16, 50, bias=True, dtype=torch.bfloat16).requires_grad_(False)
     plain = nn.Linear(16, 50, bias=True, dtype=torch.bfloat16).requires_grad_(False)
     plain.load_state_dict(head.state_dict())
-    loss_module.compile_loss(head, "aot_eager")
+    loss_module.compile_loss(head, backend)
     compiled = set()
     for tokens in (3, loss_module.CHUNK_TOKENS + 5, 1):
         hidden = torch.randn(tokens, 16, dtype=torch.bfloat16, requires_grad=True)

@@ -106,7 +106,7 @@ def test_compiled_layers_are_counted_with_less_and_recomputed_ones_as_before() -
         same = [
             training_step(shape, replace(setup(), compiled=each, checkpointing=kind)).peak for each in (True, False)
         ]
-        assert 0 <= same[1] - same[0] < 1024 * 128_256 * 8
+        assert 0 < same[1] - same[0] < 1024 * 128_256 * 8
 
 
 def test_what_layers_keep_too_much_of_is_in_use_in_their_own_backward_pass_alone() -> None:
@@ -118,6 +118,8 @@ def test_what_layers_keep_too_much_of_is_in_use_in_their_own_backward_pass_alone
             kept, peak = kept_bytes(shape, job) * 32 * tokens, training_step(shape, job).peak
             eager = training_step(shape, replace(job, compiled=False)).peak
             assert kept < peak < eager and peak - kept < 300e6 + tokens * 100_000, (changed, tokens)
+            if tokens == 4096:  # the gated product's kernel, and the gradient of the layer's output
+                assert peak - kept >= tokens * ((11 if "precision" in changed else 10) * 14336 + 2 * 4096)
     full = replace(setup("full"), sequence_length=512)  # all gradients at the end are more than what any layer has
     assert training_step(shape, full).peak == training_step(shape, replace(full, compiled=False)).peak
 
