@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,7 +146,9 @@ def test_kto_of_labelled_answers_takes_what_pairs_are_planned_with(documents, mo
 
 
 def test_several_hundred_combinations_are_checked() -> None:
-    assert sum(len(cases) for pair in PAIRED for *_, cases in CHECKS[pair.values[1]]) == 454
+    count = sum(len(cases) for pair in PAIRED for *_, cases in CHECKS[pair.values[1]])
+    page = (Path(__file__).parents[2] / "docs/preflight.md").read_text(encoding="utf-8")
+    assert count >= 450 and f"{count} combinations" in page
 
 
 def test_chunks_of_the_loss_count_every_token_and_a_long_row_takes_no_longer() -> None:
