@@ -267,11 +267,11 @@ def _has_fp8_units(index: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _sums_in_full(index: int) -> bool:
-    """Whether fp8 products with scales by row may keep every sum in fp32: where cuBLAS has them, on Hopper from CUDA
-    12.9 on (pytorch #157905). PyTorch's own kernel, which has them elsewhere, is slow then (pytorch/ao #1325)."""
+def _sums_in_full(index: int, by_row: bool) -> bool:
+    """Whether fp8 products may keep every sum in fp32: on Hopper, and with scales by row where cuBLAS has those, from
+    CUDA 12.9 on (pytorch #157905). PyTorch's own kernel, which has them elsewhere, is slow then (pytorch/ao #1325)."""
     cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
-    return torch.cuda.get_device_capability(index)[0] == 9 and cuda >= (12, 9)
+    return torch.cuda.get_device_capability(index)[0] == 9 and (not by_row or cuda >= (12, 9))
 
 
 def _scaled_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -327,6 +327,7 @@ class _FP8Matmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         weight, scale = ctx.saved_tensors
         if _on_fp8_units(grad, weight.shape[1]):
-            fast = not grad.is_meta and not _sums_in_full(grad.device.index)
+            by_row = not torch.compiler.is_compiling()
+            fast = not grad.is_meta and not _sums_in_full(grad.device.index, by_row)
             return _scaled_gradient(grad, weight, scale, fast), None, None, None
         return _times(grad, scale) @ torch.ops.loadmaster.fp8_values(weight, grad.dtype), None, None, None

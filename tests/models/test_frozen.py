@@ -139,7 +139,7 @@ def test_gradients_on_fp8_units_are_off_by_the_rounding_of_the_upstream_gradient
 def test_on_fp8_units_both_products_take_codes_and_nothing_the_size_of_a_weight_stays(monkeypatch, compiled):
     """By PyTorch's CPU kernel of the same product, in the layouts that a GPU's wants (it checks nothing; meta does)."""
     monkeypatch.setattr(frozen, "_on_fp8_units", lambda x, out_features: True)
-    monkeypatch.setattr(frozen, "_sums_in_full", lambda index: False)
+    monkeypatch.setattr(frozen, "_sums_in_full", lambda index, by_row: False)
     layer = layer_of("fp8", 128, 256, torch.bfloat16, bias=True)
     x = torch.randn(32, 256, dtype=torch.bfloat16, requires_grad=True)
     y, kept = saved_for_backward(torch.compile(layer, fullgraph=True) if compiled else layer, x)
