@@ -15,6 +15,7 @@ from typing import Any
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError
+from loadmaster.preflight.compiled import kept_bytes
 from loadmaster.preflight.hardware import GIB, Hardware, priced
 from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
 from loadmaster.preflight.refusals import divisors, impossible_on_cpu, refuse, without_uncounted_adapters
@@ -199,7 +200,10 @@ def enumerate_tier(
         if lean and not any(made.fits for made in leanest):
             yield from leanest
             continue
+        useful = selective_keeps_less(job, shape, hardware, {**tier, "precision": precision})
         for checkpointing in checkpointings:
+            if checkpointing == "selective" != job.activation_checkpointing and not useful:
+                continue
             roomy = False
             for size in sizes:
                 made = candidate(precision, split, checkpointing, size)
@@ -212,6 +216,12 @@ def enumerate_tier(
             if roomy and not explain:
                 roomy_in.add(precision)
                 break
+
+
+def selective_keeps_less(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any]) -> bool:
+    """Than layers that keep what they like: not where the compiler is known to make all again that is cheap to make."""
+    setup = Setup(**tier, **fixed(job, hardware, "selective"), sharding="none", checkpointing="none")
+    return not setup.compiled or bool(setup.adapters and setup.lora_dropout) or kept_bytes(shape, setup) is None
 
 
 def can_offload(job: Job, hardware: Hardware) -> bool:
