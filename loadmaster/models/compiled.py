@@ -50,7 +50,7 @@ def compile_layers(model: nn.Module) -> None:
         if forward not in compiled:
             compiled[forward] = torch.compile(forward, dynamic=False, backend=BACKEND)
         layer.forward = MethodType(compiled[forward], layer)
-    compile_loss(causal_lm(model).get_output_embeddings(), BACKEND)
+    compile_loss(lm.get_output_embeddings(), BACKEND)
 
 
 def _needs_gradient(_: nn.Module, __: tuple, embedded: torch.Tensor) -> None:
