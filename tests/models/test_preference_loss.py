@@ -102,7 +102,8 @@ def test_loss_and_gradients_are_the_formulas(policy, plain, rows, objective):
         off = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
         assert off < 1e-4, f"{name}: {off}"
     pairs, correct, margins, *labelled = loss_module.figures.tolist()
-    assert (pairs, correct) == (3, int((margin > 0).sum())) and margins == pytest.approx(margin.sum().item(), rel=1e-4)
+    assert (pairs, correct) == (3, int((margin > 0).sum()))
+    assert margins == pytest.approx(margin.sum().item(), rel=1e-4, abs=1e-4)  # differences of sums of about 100
     assert labelled == [0, 0, 0, 0]
 
 
