@@ -50,7 +50,7 @@ def load(paths: list[Path], gpu: str) -> list[Row]:
                 method=plan.method, precision=plan.precision, optimizer=plan.optimizer,
                 master_weights=plan.master_weights, checkpointing=plan.activation_checkpointing,
                 micro_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
-                **fixed(job, hardware, plan.activation_checkpointing),
+                **fixed(job, hardware, plan.activation_checkpointing, plan.micro_batch_size * job.sequence_length),
             )  # fmt: skip
             rows.append((shape, hardware, setup, row["measured"]))
     return rows

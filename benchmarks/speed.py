@@ -88,7 +88,11 @@ def bars() -> list[dict[str, Any]]:
         rung("bar1", "lora, bf16", **LORA),
         rung("bar1", "lora, fp8, micro-batch of 4", **LORA | {"precision": "fp8", "micro_batch_size": 4}),
         rung("bar2", "qlora, full checkpointing", **qlora, activation_checkpointing="full"),
-        rung("bar2", "qlora, selective checkpointing", **qlora, activation_checkpointing="selective"),
+        rung("bar2", "qlora, full checkpointing, inputs in host memory", **qlora, activation_checkpointing="offload"),
+        rung(
+            "bar2", "qlora, the same with 8-bit states", **qlora, activation_checkpointing="offload",
+            optimizer={"name": "adamw_8bit", "master_weights": True},
+        ),
         rung("bar2", "qlora, no checkpointing", **qlora),
         peer("bar2", "TRL, qlora", "trl", **qlora),
         peer("bar2", "TRL with Liger, qlora", "trl", **qlora, liger=True),

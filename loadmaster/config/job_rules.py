@@ -13,6 +13,9 @@ from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import DATA_SUFFIXES, Job, PreferenceConfig
 from loadmaster.config.shipped import SCHEME, local_path, resolve_path
 
+MLP_TOKENS = 16384
+"""Of an MLP at a time under activation_checkpointing=offload; the engine and the preflight read this number."""
+
 
 @rule("data.path", "data.validation", "stop_after")
 def data_files_exist(job: Job, origins: Origins) -> Found:
@@ -165,11 +168,12 @@ def fp8_needs_fp8_units(job: Job, origins: Origins) -> Found:
         yield "precision", job.precision, message, f"precision=bf16, or one of {able}"
 
 
-@rule("compile", "activation_checkpointing")
+@rule("compile", "activation_checkpointing", "sequence_length", "micro_batch_size")
 def pieces_are_not_compiled(job: Job, origins: Origins) -> Found:
-    """compile=true does not go with activation_checkpointing=offload, which runs layers by pieces."""
-    if job.compile is True and job.activation_checkpointing == "offload":
-        message = "does not go with activation_checkpointing=offload, which runs layers by pieces"
+    """compile=true does not go with activation_checkpointing=offload with more than 16,384 tokens at a time."""
+    rows = 1 if job.micro_batch_size == "auto" else job.micro_batch_size
+    if job.compile is True and job.activation_checkpointing == "offload" and rows * job.sequence_length > MLP_TOKENS:
+        message = f"does not go with activation_checkpointing=offload over {MLP_TOKENS:,} tokens, which run by pieces"
         yield "compile", True, message, "compile=auto, or activation_checkpointing=full"
 
 

@@ -4,8 +4,8 @@
     selective  of each decoder layer: its input, attention, and products over at least WIDE inputs; norms, activations,
                rotary embeddings, dequantized weights and adapters' second products are made again
     full       of each decoder layer its input
-    offload    full, with those inputs in pinned host memory, copied beside the layers that run meanwhile, and MLPs run
-               (and made again once more) by pieces of MLP_TOKENS: what very long rows need
+    offload    full, with those inputs in pinned host memory, copied beside the layers that run meanwhile; where a
+               micro-batch has more than MLP_TOKENS, its MLPs run (and are made again once more) by pieces of so many
 
 (FlexAttention, compiled by itself beside eager layers, is made again under selective too: capped.py.)
 
@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.models.forward import causal_lm, decoder_layers
 
-MLP_TOKENS = 16384
-"""Tokens of an MLP at a time under offload; the preflight reads this number."""
 PIECE_BYTES = 2**26
 """Smallest piece of pinned memory that an input is cut for under offload; the last one may be less."""
 WIDE = 512

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.preflight import dora, saved
 from loadmaster.preflight.frozen import WIDE, fp8_matmul, fp8_training_matmul, nf4_matmul
 from loadmaster.preflight.replay import Storage, Tape, Tensor
@@ -18,11 +19,7 @@ from loadmaster.preflight.stepping import Stepping
 
 NARROW = 512
 """A matmul with fewer columns than this moves bytes more than it computes."""
-
-
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
-MLP_TOKENS = 16384
-"""loadmaster.models.recompute.MLP_TOKENS; a test holds the two equal."""
 BLOCK = 128
 """loadmaster.models.capped.BLOCK; a test holds the two equal."""
 

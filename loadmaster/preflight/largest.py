@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loadmaster.config.schema import Job
-from loadmaster.preflight.search import Candidate, evaluate, fixed
+from loadmaster.preflight.search import Candidate, evaluate, fixed, may_compile
 from loadmaster.preflight.shape import ModelShape
 
 ROW_STEP, MOST_ROW = 256, 2**24
@@ -29,11 +29,13 @@ def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
     checkpointing = job.activation_checkpointing
     if checkpointing == "auto":
         checkpointing = "offload" if like.setup.checkpointing == "offload" else "full"
-    compiled = fixed(job, like.hardware, checkpointing)["compiled"]
-    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing, compiled=compiled)
+    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing)
 
     def fits(length: int) -> bool:
-        return evaluate(job, shape, like.hardware, replace(setup, sequence_length=length)).fits
+        if job.compile is True and not may_compile(job, checkpointing, length):
+            return False
+        compiled = fixed(job, like.hardware, checkpointing, length)["compiled"]
+        return evaluate(job, shape, like.hardware, replace(setup, sequence_length=length, compiled=compiled)).fits
 
     if not fits(ROW_STEP):
         return 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError
 from loadmaster.preflight.compiled import kept_bytes
@@ -25,7 +26,7 @@ from loadmaster.preflight.speed import overhead_hours, tokens_per_second
 from loadmaster.preflight.zero_settings import ZERO
 
 CHECKPOINTING = ("none", "selective", "full")
-"""What auto chooses from; and offload for rows of LONG_ROW tokens or more."""
+"""What auto chooses from; and offload for rows of LONG_ROW tokens or more, or where memory is all that counts."""
 LONG_ROW = 32768
 FORWARDS = {"dpo": 1, "kto": 3}
 """Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
@@ -167,7 +168,7 @@ def enumerate_tier(
     """
     checkpointings: tuple[str, ...] = (job.activation_checkpointing,)
     if job.activation_checkpointing == "auto":
-        offload = job.sequence_length >= LONG_ROW and can_offload(job, hardware)
+        offload = (job.sequence_length >= LONG_ROW or job.plan.objective == "memory") and can_offload(hardware)
         checkpointings = (*CHECKPOINTING, "offload") if offload else CHECKPOINTING
     rows = job.batch.global_size // hardware.world_size
     sizes = divisors(rows) if job.micro_batch_size == "auto" else [job.micro_batch_size]
@@ -183,8 +184,10 @@ def enumerate_tier(
 
     def candidate(precision: str, split: tuple[str, int, bool], checkpointing: str, size: int) -> Candidate | None:
         sharding, replicas, reshard = split
+        if job.compile is True and not may_compile(job, checkpointing, size * job.sequence_length):
+            return None
         setup = Setup(
-            **{**tier, "precision": precision}, **fixed(job, hardware, checkpointing),
+            **{**tier, "precision": precision}, **fixed(job, hardware, checkpointing, size * job.sequence_length),
             sharding=sharding, replicas=replicas, reshard_after_forward=reshard, checkpointing=checkpointing,
             micro_batch_size=size, gradient_accumulation_steps=rows // size,
         )  # fmt: skip
@@ -220,14 +223,13 @@ def enumerate_tier(
 
 def selective_keeps_less(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any]) -> bool:
     """Than layers that keep what they like: not where the compiler is known to make all again that is cheap to make."""
-    setup = Setup(**tier, **fixed(job, hardware, "selective"), sharding="none", checkpointing="none")
+    setup = Setup(**tier, **fixed(job, hardware, "selective", 0), sharding="none", checkpointing="none")
     return not setup.compiled or bool(setup.adapters and setup.lora_dropout) or kept_bytes(shape, setup) is None
 
 
-def can_offload(job: Job, hardware: Hardware) -> bool:
-    """Whether layers' inputs may go to host memory: nothing does on a CPU, nor where its size is not known, and such
-    layers are not compiled."""
-    return job.compile is not True and not hardware.is_cpu and hardware.host_memory_gib is not None
+def can_offload(hardware: Hardware) -> bool:
+    """Whether layers' inputs may go to host memory: nothing does on a CPU, nor where its size is not known."""
+    return not hardware.is_cpu and hardware.host_memory_gib is not None
 
 
 def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:
@@ -264,19 +266,20 @@ def shardings(job: Job, hardware: Hardware, offload: str, whole: bool = False) -
     return found
 
 
-def may_compile(job: Job, checkpointing: str) -> bool:
-    """Not what runs by pieces, nor layers whose weights DeepSpeed gathers."""
-    return checkpointing != "offload" and job.sharding != "zero3"
+def may_compile(job: Job, checkpointing: str, tokens: int) -> bool:
+    """Not MLPs that run by pieces, nor layers whose weights DeepSpeed gathers. tokens: of a micro-batch."""
+    return (checkpointing != "offload" or tokens <= MLP_TOKENS) and job.sharding != "zero3"
 
 
-def fixed(job: Job, hardware: Hardware, checkpointing: str) -> dict[str, Any]:
+def fixed(job: Job, hardware: Hardware, checkpointing: str, tokens: int) -> dict[str, Any]:
     """What a setup takes from job and hardware as it is. What runs by pieces under offload is not compiled."""
     targets = job.lora.targets
+    able = may_compile(job, checkpointing, tokens) and not hardware.is_cpu
     return {
         "sequence_length": job.sequence_length,
         "forwards": FORWARDS.get(job.objective, 0),
         "objective": job.objective,
-        "compiled": may_compile(job, checkpointing) and not hardware.is_cpu if job.compile == "auto" else job.compile,
+        "compiled": able if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,
         "gpus_per_node": hardware.count,
         "lora_rank": job.lora.rank,
@@ -333,7 +336,8 @@ def smallest(job: Job, shape: ModelShape, hardware: Hardware) -> Candidate:
         tier["precision"] = "fp32"
     sharding = "none" if hardware.world_size == 1 else "fsdp"
     checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
-    setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, **fixed(job, hardware, checkpointing))
+    rest = fixed(job, hardware, checkpointing, job.sequence_length)
+    setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, **rest)
     return evaluate(job, shape, priced(hardware, job.plan.prices_usd_per_hour), setup)
 
 

@@ -93,8 +93,9 @@ CASES = {
         ["precision=fp8", "hardware=h100_80gb_x1"],
     ),
     "pieces_are_not_compiled": (
-        ["compile=true", "activation_checkpointing=offload"], "compile", "activation_checkpointing=full",
-        ["compile=auto", "activation_checkpointing=offload"],
+        ["compile=true", "activation_checkpointing=offload", "sequence_length=20000"],
+        "compile", "activation_checkpointing=full",
+        ["compile=true", "activation_checkpointing=offload", "sequence_length=16384"],
     ),
     "gpu_is_known": (["hardware.gpu=h100"], "hardware.gpu", "hardware.gpu=h100_80gb", ["hardware.gpu=h100_80gb"]),
     "several_gpus_are_synchronised": (

@@ -185,6 +185,31 @@ def test_a_row_that_is_too_long_is_refused_with_the_length_that_would_fit() -> N
     assert 8192 < longest < 131072 and fits(longest) and not fits(longest + 512)
 
 
+def test_inputs_in_host_memory_are_compiled_until_mlps_run_by_pieces() -> None:
+    def of(tokens: int, rows: int = 1, way: str = "offload", **fields) -> Plan:
+        return plan(
+            LLAMA + "8B", "qlora", "h100_80gb", activation_checkpointing=way, sequence_length=tokens,
+            micro_batch_size=rows, **fields,
+        )  # fmt: skip
+
+    assert of(2048, 2).compile and of(16384).compile and of(2048, 8).compile
+    assert not of(2048, 16).compile and not of(16640).compile
+    here, there = of(2048, 2, "full"), of(2048, 2)
+    kept = here.memory_gib.activations - there.memory_gib.activations
+    assert kept == pytest.approx(30 * 4096 * 2 * 4096 / 2**30, rel=0.1)  # inputs of all layers but one and the next
+    assert there.tokens_per_second == here.tokens_per_second
+    open_ = plan(
+        LLAMA + "8B", "qlora", "h100_80gb", activation_checkpointing="offload", compile=True, sequence_length=4096
+    )
+    assert open_.compile and open_.micro_batch_size in (1, 2, 4)
+    assert any("longest row" in reason and "16,384 tokens" in reason for reason in open_.reasons)
+
+
+def test_where_memory_is_all_that_counts_inputs_go_to_the_host() -> None:
+    chosen = plan(LLAMA + "8B", "lora", "a100_80gb", sequence_length=16384, plan=PlanConfig(objective="memory"))
+    assert chosen.activation_checkpointing == "offload"
+
+
 def test_weights_in_host_memory_on_one_gpu_are_refused_not_counted_as_nothing() -> None:
     refused = plan(LLAMA + "8B", "lora", "h100_80gb", offload="all")
     assert not refused.fits and "one GPU" in refused.rejected[0]["reason"]

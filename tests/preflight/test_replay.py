@@ -195,7 +195,6 @@ def test_inputs_in_host_memory_and_mlps_by_pieces_are_replayed(family: str, meth
 
 
 def test_the_engines_numbers_are_the_preflights() -> None:
-    assert blocks.MLP_TOKENS == recompute.MLP_TOKENS
     assert blocks.BLOCK == capped.BLOCK
     assert LOSS_CHUNK_TOKENS == loss.CHUNK_TOKENS
     assert WIDE == recompute.WIDE

@@ -74,7 +74,8 @@ CASES = [
     (None, "lora", "none", SHAPE), (None, "lora", "selective", SHAPE), (None, "full", "none", SHAPE),
     (None, "full", "selective", SHAPE), (None, "lora", "full", SHAPE), ("nf4", "qlora", "none", SHAPE),
     ("nf4", "qlora", "selective", SHAPE), ("fp8", "lora", "selective", SHAPE), (None, "lora", "selective", MISTRAL),
-    ("fp8", "lora", "selective", QWEN), ("nf4", "qlora", "full", QWEN),
+    ("fp8", "lora", "selective", QWEN), ("nf4", "qlora", "full", QWEN), (None, "full", "offload", SHAPE),
+    ("nf4", "qlora", "offload", SHAPE), ("fp8", "lora", "offload", QWEN),
 ]  # fmt: skip
 
 
