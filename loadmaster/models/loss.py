@@ -126,6 +126,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
             total += (log_normaliser.squeeze(-1) - logits.gather(-1, t[:, None]).squeeze(-1)).sum()
             if grad_hidden is None and grad_weight is None:
+                del logits  # before the next chunk's are made
                 capped = None
                 continue
             grad = logits.sub_(log_normaliser).exp_()  # softmax, in the logits' own memory
@@ -140,7 +141,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + CHUNK_TOKENS] = grad @ weight_VH
             if grad_weight is not None:
                 grad_weight += grad.T @ x
-            del logits, grad  # before the next chunk's are made
+            del logits, grad
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VH.dtype) if needs_weight else None)
         return total
 

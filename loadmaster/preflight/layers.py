@@ -178,8 +178,7 @@ def chunked_loss(b: Blocks, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
                 tape.alloc(w * c * h)
             if needs_head:
                 tape.alloc(w * v * h)
-            if needs_hidden or needs_head:
-                logits = grad = None
+            logits = grad = None
         del logits, grad, normaliser, targets
         if fused:
             del buffer

@@ -68,9 +68,9 @@ def _reference(b: Blocks) -> None:
 
 
 @cache
-def evaluation_batch(shape: ModelShape, setup: Setup) -> Replayed:
+def evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> Replayed:
     """The loss of one micro-batch without gradients."""
-    tape = Tape()
+    tape = Tape(in_place)
     b = Blocks(tape, shape, setup, False)
     _reference(b)
     with tape.gradients(False):

@@ -43,6 +43,8 @@ class Case:
     accumulated: bool = False
     """Gradients of an earlier micro-batch are there."""
     objective: str = "sft"
+    evaluated: bool = False
+    """Without gradients, as held-out rows are."""
 
 
 def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
@@ -152,12 +154,14 @@ def _traced_peak(model: nn.Module, case: Case, metas: Metas | None = None) -> in
     ids = torch.zeros(1, case.tokens, dtype=torch.long)
     places = torch.arange(case.tokens) % -(-case.tokens // 2)  # two documents: the answers of one pair
     batch = MicroBatch(ids, ids, (torch.arange(case.tokens) if case.objective == "sft" else places)[None], [["row"]])
-    with live:
+    model.train(not case.evaluated)
+    with live, torch.set_grad_enabled(not case.evaluated):
         if case.objective == "sft":
             loss, _ = token_losses(model, batch)
         else:
             loss = loss_module(model, case.objective, PreferenceConfig())(batch)
-        loss.backward()
+        if not case.evaluated:
+            loss.backward()
     return live.peak - before
 
 

@@ -17,7 +17,7 @@ from loadmaster.preflight.layers import LOSS_CHUNK_TOKENS, chunks
 from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import from_config
-from loadmaster.preflight.step import training_step
+from loadmaster.preflight.step import evaluation_batch, training_step
 from loadmaster.training import trace
 from loadmaster.training.trace import Case, traced_peaks
 
@@ -49,6 +49,7 @@ CASES = [
     Case(3000, "full"),
     Case(3000, "full", accumulated=True),
     Case(3000, "selective"),
+    Case(3000, evaluated=True),
 ]
 
 
@@ -72,8 +73,8 @@ def random_config(family: str, seed: int) -> dict:
     }
 
 
-DROPPED = [Case(512), Case(3000, "full")]
-PAIRS = [Case(3000), Case(3000, "full", accumulated=True)]
+DROPPED = [Case(512), Case(3000, "full"), Case(3000, evaluated=True)]
+PAIRS = [Case(3000), Case(3000, "full", accumulated=True), Case(3000, evaluated=True)]
 CHECKS: dict[str, list[tuple[str, str, float, str, int, list[Case]]]] = {
     "full": [("full", "bf16", 0.0, "sft", 0, CASES)],
     "lora": [("lora", "bf16", 0.0, "sft", 1, CASES)],
@@ -121,7 +122,8 @@ def test_replay_equals_a_trace_of_the_engine(family: str, checks: str) -> None:
                 objective=objective,
                 gradient_accumulation_steps=2 if case.accumulated else 1,
             )
-            error = training_step(shape, setup, in_place=False).peak / truth - 1
+            replay = evaluation_batch if case.evaluated else training_step
+            error = replay(shape, setup, in_place=False).peak / truth - 1
             said = f"{config} {precision} dropout {dropout} {case}"
             assert abs(error) < TOLERANCE, f"{said}: replay is {error:+.3%} from the trace of {truth} bytes"
 
@@ -142,7 +144,8 @@ def test_kto_of_labelled_answers_takes_what_pairs_are_planned_with(documents, mo
             method="lora", precision="bf16", optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
             sequence_length=case.tokens, objective="kto", gradient_accumulation_steps=2 if case.accumulated else 1,
         )  # fmt: skip
-        assert abs(training_step(from_config(config, "llama"), setup, in_place=False).peak / truth - 1) < TOLERANCE
+        replay = evaluation_batch if case.evaluated else training_step
+        assert abs(replay(from_config(config, "llama"), setup, in_place=False).peak / truth - 1) < TOLERANCE
 
 
 def test_several_hundred_combinations_are_checked() -> None:
