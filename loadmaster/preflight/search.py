@@ -18,7 +18,7 @@ from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError
 from loadmaster.preflight.compiled import kept_bytes
 from loadmaster.preflight.hardware import GIB, Hardware, priced
-from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
+from loadmaster.preflight.memory import Memory, host_bytes, inputs_bytes, least_bytes, memory
 from loadmaster.preflight.refusals import divisors, impossible_on_cpu, refuse, without_uncounted_adapters
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
@@ -26,7 +26,8 @@ from loadmaster.preflight.speed import overhead_hours, tokens_per_second
 from loadmaster.preflight.zero_settings import ZERO
 
 CHECKPOINTING = ("none", "selective", "full")
-"""What auto chooses from; and offload for rows of LONG_ROW tokens or more, or where memory is all that counts."""
+"""What auto chooses from; and offload for rows of LONG_ROW tokens or more, where memory is all that counts, and where
+layers' inputs are what is too much."""
 LONG_ROW = 32768
 FORWARDS = {"dpo": 1, "kto": 3}
 """Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
@@ -161,8 +162,9 @@ def enumerate_tier(
 ) -> Iterator[Candidate]:
     """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails.
 
-    Where all layers recomputed do not fit, nothing else of that sharding is tried. Whole layers, and a whole copy on
-    each GPU, come nearest to fitting only where sharded ones do, so they are left out where weights alone do not fit.
+    Where all layers recomputed do not fit, and would not without their inputs, nothing else of that sharding is tried.
+    Whole layers, and a whole copy on each GPU, come nearest to fitting only where sharded ones do, so they are left out
+    where weights alone do not fit.
     explain=False leaves out whatever is ruled out without a replay, micro-batches too large to gain anything, and what
     recomputes or shards where there is room enough without.
     """
@@ -198,13 +200,16 @@ def enumerate_tier(
     for precision, split in product(precisions(job, hardware, tier), shared):
         if precision in roomy_in:
             continue
-        lean = checkpointings[CHECKPOINTING.index("full") :]
+        ways, lean = checkpointings, checkpointings[CHECKPOINTING.index("full") :]
         leanest = [made for way in lean if (made := candidate(precision, split, way, sizes[0])) is not None]
         if lean and not any(made.fits for made in leanest):
             yield from leanest
-            continue
+            near = all(inputs_are_too_much(shape, each) for each in leanest)
+            if not near or "offload" in lean or not can_offload(hardware):
+                continue
+            ways = ("offload",)
         useful = selective_keeps_less(job, shape, hardware, {**tier, "precision": precision})
-        for checkpointing in checkpointings:
+        for checkpointing in ways:
             if checkpointing == "selective" != job.activation_checkpointing and not useful:
                 continue
             roomy = False
@@ -230,6 +235,11 @@ def selective_keeps_less(job: Job, shape: ModelShape, hardware: Hardware, tier: 
 def can_offload(hardware: Hardware) -> bool:
     """Whether layers' inputs may go to host memory: nothing does on a CPU, nor where its size is not known."""
     return not hardware.is_cpu and hardware.host_memory_gib is not None
+
+
+def inputs_are_too_much(shape: ModelShape, failed: Candidate) -> bool:
+    """Whether what fits not, all recomputed, might with layers' inputs in host memory."""
+    return failed.missing_gib * GIB <= inputs_bytes(shape, failed.setup)
 
 
 def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:

@@ -205,6 +205,19 @@ def test_inputs_in_host_memory_are_compiled_until_mlps_run_by_pieces() -> None:
     assert any("longest row" in reason and "16,384 tokens" in reason for reason in open_.reasons)
 
 
+def test_where_inputs_are_what_is_too_much_they_go_to_the_host() -> None:
+    """Before anything less faithful is tried: lighter optimizer states, or a plan that does not fit."""
+    assert not plan(LLAMA + "70B", "qlora", "l40s", sequence_length=4096, activation_checkpointing="full").fits
+    there = plan(LLAMA + "70B", "qlora", "l40s", sequence_length=4096)
+    assert there.fits and there.activation_checkpointing == "offload"
+    recomputed, there = (
+        plan(LLAMA + "70B", "full", "h100_80gb", 8, sequence_length=16384, activation_checkpointing=way)
+        for way in ("full", "auto")
+    )
+    assert (recomputed.optimizer, there.optimizer) == ("adafactor", "adamw_8bit")
+    assert there.activation_checkpointing == "offload" and there.tokens_per_second > recomputed.tokens_per_second
+
+
 def test_where_memory_is_all_that_counts_inputs_go_to_the_host() -> None:
     chosen = plan(LLAMA + "8B", "lora", "a100_80gb", sequence_length=16384, plan=PlanConfig(objective="memory"))
     assert chosen.activation_checkpointing == "offload"

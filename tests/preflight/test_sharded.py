@@ -16,7 +16,9 @@ from tests.preflight.sharded_trace import sharded_peaks, step_bytes
 from tests.preflight.test_replay import FAMILIES, random_config
 
 TOLERANCE = 0.001
-CASES = [Case(512), Case(3000, "full"), Case(3000, "selective"), Case(512, "full", accumulated=True)]
+CASES = [
+    Case(512), Case(3000, "full"), Case(3000, "selective"), Case(3000, "offload"), Case(512, "full", accumulated=True),
+]  # fmt: skip
 
 
 def check(family: str, method: str, precision: str, world_sizes: tuple[int, ...], small_vocabulary: bool) -> None:
