@@ -68,7 +68,7 @@ def traced_peak(step, model, optimizer) -> int:
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_replay_equals_a_trace(fused, family, name, precision) -> None:
     config = {**random_config(family, 1), "num_hidden_layers": 6}
-    for checkpointing in ("none", "full"):
+    for checkpointing in ("none", "full", "offload"):
         for tokens in (256, 2000):
             setup = Setup(
                 method="full", precision=precision, optimizer=name, master_weights=name == "adamw",
@@ -94,7 +94,7 @@ def test_replay_equals_a_trace(fused, family, name, precision) -> None:
 def test_under_fully_shard_it_equals_a_trace_too(fused, reshard) -> None:
     config = {**random_config("llama", 1), "vocab_size": 256, "num_hidden_layers": 6}
     shape = from_config(config, "llama")
-    for case in (Case(512), Case(2000, "full")):
+    for case in (Case(512), Case(2000, "full"), Case(2000, "offload")):
         setup = Setup(
             method="full", precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp", in_backward=True,
             checkpointing=case.checkpointing, sequence_length=case.tokens, world_size=8, reshard_after_forward=reshard,

@@ -61,7 +61,10 @@ TWO = [
 ]
 STEPPED = [
     case(name, "full", "fsdp", 2, max_grad_norm=0.0, micro_batch_size=4, in_backward="in_backward" in name, **others)
-    for tag, others in (("", {}), ("-whole", {"reshard_after_forward": False, "checkpointing": "full"}))
+    for tag, others in (
+        ("", {}), ("-whole", {"reshard_after_forward": False, "checkpointing": "full"}),
+        ("-inputs", {"checkpointing": "offload"}),
+    )
     for name in (f"stepped{tag}-after", f"stepped{tag}-in_backward")
 ]
 HYBRID = [
