@@ -31,6 +31,7 @@ class RunDir:
     def choose(cls, run_dir: str, recipe: str, identity: str, root: Path = Path("runs")) -> RunDir:
         """The run directory of a job: as given, else the newest of this identity, else a new one.
 
+        One in which nothing was trained is any job's: settings change until a plan is as it should be.
         Raises ConfigError when the given directory belongs to another job.
         """
         if run_dir != "auto":
@@ -48,7 +49,7 @@ class RunDir:
                         )
                     ]
                 )
-            if owner not in (None, identity):
+            if owner not in (None, identity) and (cls(path, owner).begun or (path / "metrics.jsonl").exists()):
                 raise ConfigError(
                     [
                         Problem(
@@ -112,7 +113,11 @@ class RunDir:
 
     def claim(self) -> None:
         """Write the identity, so that the next start of the same job finds this run."""
-        write_json(self.path / "stages.json", {"identity": self.identity, "stages": _stages(self.path)})
+        owner = _identity(self.path)
+        if owner not in (None, self.identity):  # nothing was trained; the plan stage writes over the rest
+            (self.path / "result.json").unlink(missing_ok=True)
+        stages = _stages(self.path) if owner == self.identity else {}
+        write_json(self.path / "stages.json", {"identity": self.identity, "stages": stages})
 
     def seconds_by_stage(self) -> dict[str, float]:
         return {stage: record["seconds"] for stage, record in _stages(self.path).items()}

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -224,9 +225,12 @@ def test_a_run_dir_that_cannot_be_written_is_a_sentence(tiny, capsys):
     assert code == 4 and "run_dir" in capsys.readouterr().err
 
 
-def test_a_run_directory_of_another_job_is_refused(tiny, tmp_path, capsys):
+def test_a_run_directory_of_another_job_is_refused_once_something_was_trained_there(tiny, tmp_path, capsys):
     assert go(tiny, tmp_path, "stop_after=plan")[0] == 0
-    assert go(tiny, tmp_path, "stop_after=plan", "optimizer.lr=0.5")[0] == 2
+    code, output = go(tiny, tmp_path, "stop_after=train", "optimizer.lr=0.001")
+    assert code == 0 and "plan: started" in output, output
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optimizer"]["lr"] == 0.001
+    assert go(tiny, tmp_path, "stop_after=plan")[0] == 2
     assert "other settings" in capsys.readouterr().err
 
 
