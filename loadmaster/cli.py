@@ -19,7 +19,6 @@ import json
 import os
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -312,7 +311,7 @@ def _push(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _pods(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from loadmaster.launch import list_pods, sweep_pods
+    from loadmaster.launch.machines import list_pods, sweep_pods
 
     if overrides:
         _parser().error(f"pods does not know {' '.join(overrides)}")
@@ -323,6 +322,7 @@ def _pods(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import shutil
+    from importlib.metadata import PackageNotFoundError, version
 
     from loadmaster.preflight.hardware import detect_local
     from loadmaster.training.ranks import is_member, torchrun_variables

@@ -11,6 +11,12 @@ def pause() -> None:
     gc.disable()
 
 
+def leave() -> None:
+    """At the end of a process that never resumed: what is left goes with it, and is not walked over once more."""
+    if not gc.isenabled():
+        gc.freeze()
+
+
 def resume() -> None:
     """Collect again, but never among what was there before. Does nothing where nobody paused."""
     if not gc.isenabled():

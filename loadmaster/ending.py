@@ -1,9 +1,10 @@
-"""The end of a process that stopped on request."""
+"""The end of a process, and of one that stopped on request."""
 
 from __future__ import annotations
 
 import signal
 
+from loadmaster import collector
 from loadmaster.errors import StoppedOnRequest
 
 
@@ -13,4 +14,5 @@ def ended(code: int) -> int:
     if code == StoppedOnRequest.exit_code:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+    collector.leave()
     return code

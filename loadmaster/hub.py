@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from loadmaster import catalog
 from loadmaster.config.shipped import resolve_path
@@ -35,8 +34,11 @@ def settle(*models: str) -> None:
     a proxy, which resolves names itself, nothing is looked up.
     """
     global out_of_reach
-    behind_proxy = set(getproxies()) & {"http", "https", "all"}
-    if (models and all(name.lower() in catalog.shapes() for name in models)) or OFFLINE in os.environ or behind_proxy:
+    if (models and all(name.lower() in catalog.shapes() for name in models)) or OFFLINE in os.environ:
+        return
+    from urllib.request import getproxies  # brings http and ssl
+
+    if set(getproxies()) & {"http", "https", "all"}:
         return
     try:
         host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname

@@ -81,7 +81,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
 
 def run_elsewhere(composed: Composed, console: Console) -> int:
     """The same on a rented machine; returns the job's exit code."""
-    from loadmaster.launch import launch_job
+    from loadmaster.launch.job import launch_job
 
     collector.resume()
     try:

@@ -90,8 +90,10 @@ def compose_with(
         config = _command_line_alone(given)
     origins |= dict.fromkeys(given.values, COMMAND_LINE)
     resolved, unresolved = resolve_all(config, origins, job_number)
-    options = {group: loader.repository.get_group_options(group) for group in groups_of(loader)}
-    checked = check(resolved, origins, options)
+    checked = check(resolved, origins, {})
+    if checked.problems:  # once more, with what the hints name: listing it takes longer than the check
+        options = {group: loader.repository.get_group_options(group) for group in groups_of(loader)}
+        checked = check(resolved, origins, options)
     found = unresolved + checked.problems
     if whole and GROUP not in given.groups:
         doubtful = given.groups + checked.keys + [problem.key for problem in unresolved]

@@ -13,7 +13,7 @@ from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import export_problems
-from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, not_offered, rentable
+from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, not_offered, priced, rentable
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.refusals import COUNTED, TYPED, UNCOUNTED, uncounted_adapters
 from loadmaster.preflight.search import (
@@ -25,6 +25,7 @@ from loadmaster.preflight.search import (
 )
 from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.speed import least_overhead_hours
 from loadmaster.preflight.targets import in_some_layers_only
 from loadmaster.preflight.verification import VerificationNeed
 
@@ -230,17 +231,32 @@ def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens
         return [_alternative(text, best, changed, shape, dataset_tokens) for text, changed, best in tried if best]
 
     found = here(relaxations(job, shape, hardware)) or here(_all_left_open(job))
-    machines = []
-    for other in rentable():
-        if (other.gpu, other.count, other.nodes) != (hardware.gpu, hardware.count, hardware.nodes):
-            machines += _on(job, shape, other, dataset_tokens)
-    machines.sort(key=lambda a: (a["cost_usd"] or math.inf, a["usd_per_hour"] or math.inf))
     cheapest: dict[str, dict[str, Any]] = {}
-    for machine in machines:
-        cheapest.setdefault(machine["gpu"], machine)
+    for other in rentable():
+        so_far = cheapest.get(other.gpu)
+        if (other.gpu, other.count, other.nodes) == (hardware.gpu, hardware.count, hardware.nodes):
+            continue
+        if so_far is None or _least_price(job, shape, other, so_far) < _price(so_far):
+            for tried in _on(job, shape, other, dataset_tokens):
+                if so_far is None or _price(tried) < _price(so_far):
+                    cheapest[other.gpu] = tried
     if hardware.gpu not in cheapest:
         found += _more_of_the_same(job, shape, hardware, dataset_tokens)
-    return found + list(cheapest.values())
+    return found + sorted(cheapest.values(), key=_price)
+
+
+def _price(option: dict[str, Any]) -> tuple[float, float]:
+    """Of the run, then of an hour."""
+    return option["cost_usd"] or math.inf, option["usd_per_hour"] or math.inf
+
+
+def _least_price(job: Job, shape: ModelShape, machine: Hardware, beside: dict[str, Any]) -> tuple[float, float]:
+    """What `_price` is on another machine at least, whatever the plan there: all but the training takes as long."""
+    rate = priced(machine, job.plan.prices_usd_per_hour).usd_per_hour
+    if rate is None:
+        return math.inf, math.inf
+    least = math.inf if beside["hours"] is None else round(rate * least_overhead_hours(job, shape, rented=True), 2)
+    return least, round(rate, 2)
 
 
 def _more_of_the_same(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens: int | None) -> list[dict]:

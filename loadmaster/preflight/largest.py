@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
+from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.config.schema import Job
 from loadmaster.preflight.search import Candidate, evaluate, fixed, may_compile
 from loadmaster.preflight.shape import ModelShape
@@ -24,25 +27,41 @@ def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
 def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
     """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed.
 
-    With layers' inputs in host memory where `like` has them there.
+    With layers' inputs in host memory where `like` has them there. What is needed grows almost in a line with the row,
+    so the next length to try is where a line through the two tried ones has nothing missing.
     """
     checkpointing = job.activation_checkpointing
     if checkpointing == "auto":
         checkpointing = "offload" if like.setup.checkpointing == "offload" else "full"
     setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing)
 
-    def fits(length: int) -> bool:
-        if job.compile is True and not may_compile(job, checkpointing, length):
-            return False
+    @cache
+    def missing(length: int) -> float:
         compiled = fixed(job, like.hardware, checkpointing, length)["compiled"]
-        return evaluate(job, shape, like.hardware, replace(setup, sequence_length=length, compiled=compiled)).fits
+        tried = replace(setup, sequence_length=length, compiled=compiled)
+        return evaluate(job, shape, like.hardware, tried).missing_gib
 
-    if not fits(ROW_STEP):
-        return 0
-    low, high = ROW_STEP, 2 * ROW_STEP
-    while high <= MOST_ROW and fits(high):
-        low, high = high, 2 * high
+    low, high = max(ROW_STEP, setup.sequence_length // ROW_STEP * ROW_STEP), 2 * MOST_ROW
+    if missing(low) > 0:
+        low, high = ROW_STEP, low
+        if missing(low) > 0:
+            return 0
+    before, tries = low, 0
     while high - low > ROW_STEP:
-        middle = (low + high) // (2 * ROW_STEP) * ROW_STEP
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+        tries += 1
+        if high == 2 * MOST_ROW:  # none was too long yet
+            guess = min(_crossing(missing, before, low), 4 * low) if before < low else 2 * low
+        else:  # the middle now and then, for the line may have a bend
+            guess = _crossing(missing, low, high) if tries % 3 else (low + high) / 2
+        guess = min(max(int(guess // ROW_STEP) * ROW_STEP, low + ROW_STEP), high - ROW_STEP)
+        if missing(guess) > 0:
+            high = guess
+        else:
+            before, low = low, guess
+    return low if job.compile is not True or may_compile(job, checkpointing, low) else MLP_TOKENS
+
+
+def _crossing(missing: Callable[[int], float], short: int, long: int) -> float:
+    """Where the line through two lengths has nothing missing; far away where it does not rise."""
+    rise = missing(long) - missing(short)
+    return short - missing(short) * (long - short) / rise if rise > 0 else 2.0 * MOST_ROW

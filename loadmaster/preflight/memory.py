@@ -18,8 +18,8 @@ from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.plan import MemoryGib, PeakGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.shards import frozen_form, whole
-from loadmaster.preflight.step import Replayed, evaluation_batch, training_step
+from loadmaster.preflight.shards import frozen_form, units, whole
+from loadmaster.preflight.step import Replayed, evaluation_batch, gradient_bytes, training_step
 from loadmaster.preflight.stepping import adafactor_bytes
 from loadmaster.preflight.weights import base_bytes
 from loadmaster.preflight.zero import zero_bytes
@@ -153,28 +153,56 @@ def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """Weights, states and what layers keep at least: quick to say, never more than is needed, and it rules most plans
     out."""
     weights, gradients, local = resident(shape, setup)
-    inputs = 0.0 if setup.checkpointing == "offload" else inputs_bytes(shape, setup)
-    if setup.checkpointing == "none":
-        inputs += setup.width * setup.tokens * kept_elements(shape)
-    if setup.keeps_weights:
-        inputs += whole(shape, setup).gathered
+    inputs = max(kept_at_least(shape, setup, 0) + gathered_bytes(shape, setup), reducing_bytes(shape, setup))
     if setup.stage:
         return inputs if hardware.is_cpu or setup.offload == "all" else weights + inputs
+    before = gradients if setup.gradient_accumulation_steps > 1 else 0.0  # else they come as inputs go
     if hardware.is_cpu:
-        return weights + state_bytes(setup) * local + inputs
+        return weights + state_bytes(setup) * local + before + inputs
     if setup.offload == "all":
         return context_bytes(hardware) + inputs
     on_host = setup.offload != "none" or setup.optimizer == "paged_adamw_8bit"
     states = 0.0 if on_host else state_bytes(setup) * local
-    backward = weights + states + inputs  # gradients come as these go
-    return max(backward, weights + states + gradients) + context_bytes(hardware)
+    return weights + states + max(before + inputs, gradients) + context_bytes(hardware)
 
 
-def kept_elements(shape: ModelShape) -> int:
-    """Of one token at least, where nothing is recomputed: attention's queries, keys, values and results, and a dense
-    layer's gate and what it gates. The first layer may have nothing to train before them."""
-    attention = 2 * (shape.query_size + shape.key_value_size)
-    return (shape.layers - 1) * attention + max(0, shape.dense_layers - 1) * 2 * shape.intermediate_size
+def gathered_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Of whole units at least, where all layers have run forward: all of them, or the root, the parameters of the last
+    layer and the buffer of the one before it (units.py)."""
+    if setup.shards == 1:
+        return 0
+    if setup.keeps_weights:
+        return whole(shape, setup).gathered
+    *layers, root = units(shape, setup)
+    return root.gathered + min(2, shape.layers) * min(layers[experts].gathered for experts in _kinds(shape))
+
+
+def reducing_bytes(shape: ModelShape, setup: Setup) -> int:
+    """At least, where the last layer but one has run backward: the same, with its own gradients, and those of the last
+    one in the buffer of their reduction."""
+    if setup.shards == 1 or setup.keeps_weights or shape.layers < 3:
+        return 0
+    *layers, _ = units(shape, setup)
+    reduced = min(layers[experts].reduced for experts in _kinds(shape))
+    own = min(gradient_bytes(shape, setup, experts) for experts in _kinds(shape))
+    return kept_at_least(shape, setup, 2) + gathered_bytes(shape, setup) + reduced + own
+
+
+def _kinds(shape: ModelShape) -> list[bool]:
+    """Whether it has experts, of each kind of layer that there is."""
+    return [False] * bool(shape.dense_layers) + [True] * bool(shape.expert_layers)
+
+
+def kept_at_least(shape: ModelShape, setup: Setup, done: int) -> int:
+    """For the backward pass of all layers but the last `done`: their inputs; where nothing is recomputed, attention's
+    queries, keys, values and results as well, and a dense layer's gate and what it gates. The first layer may have
+    nothing to train before them."""
+    each, layers = setup.width * setup.tokens, max(0, shape.layers - done)
+    inputs = 0 if setup.checkpointing == "offload" else each * shape.hidden_size * layers
+    if setup.checkpointing != "none":
+        return inputs
+    attention = 2 * (shape.query_size + shape.key_value_size) * max(0, layers - 1)
+    return inputs + each * (attention + 2 * shape.intermediate_size * max(0, shape.dense_layers - done - 1))
 
 
 def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -45,11 +46,16 @@ EQUAL_SPEED = 0.02
 
 @dataclass(frozen=True)
 class Candidate:
+    shape: ModelShape
     setup: Setup
     memory: Memory
-    tokens_per_second: float | None
     hardware: Hardware
     budget_gib: float
+
+    @cached_property
+    def tokens_per_second(self) -> float | None:
+        """Replayed when first asked for: of most plans that do not fit it never is."""
+        return tokens_per_second(self.shape, self.hardware, self.setup)
 
     @property
     def fits(self) -> bool:
@@ -301,13 +307,8 @@ def fixed(job: Job, hardware: Hardware, checkpointing: str, tokens: int) -> dict
 
 
 def evaluate(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Candidate:
-    return Candidate(
-        setup,
-        memory(shape, hardware, setup),
-        tokens_per_second(shape, hardware, setup),
-        hardware,
-        hardware.memory_gib * (1 - job.plan.reserve),
-    )
+    budget_gib = hardware.memory_gib * (1 - job.plan.reserve)
+    return Candidate(shape, setup, memory(shape, hardware, setup), hardware, budget_gib)
 
 
 def ranking(job: Job, fit: list[Candidate]) -> Callable[[Candidate], tuple]:

@@ -51,9 +51,34 @@ class Unit:
     """Buffers, which are not cut."""
 
 
-@cache
 def units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
     """A dense layer, a layer with experts, the root."""
+    return _units(shape, cutting_key(setup))
+
+
+def whole(shape: ModelShape, setup: Setup) -> Unit:
+    """All units together."""
+    return _whole(shape, cutting_key(setup))
+
+
+def cutting_key(setup: Setup) -> Setup:
+    """The setup with all that does not change its units set to one value, so that they are counted once."""
+    return Setup(
+        method=setup.method,
+        precision=setup.precision,
+        optimizer="",
+        master_weights=False,
+        sharding="fsdp",
+        world_size=setup.shards,
+        lora_rank=setup.lora_rank,
+        lora_targets=setup.lora_targets,
+        dora=setup.dora,
+        modules_to_save=setup.modules_to_save,
+    )
+
+
+@cache
+def _units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
     layers = (
         _unit(list(layer_parts(shape, setup, experts)), setup, layer_buffers(shape, setup, experts))
         for experts in (False, True)
@@ -73,9 +98,8 @@ def root_parts(shape: ModelShape, setup: Setup) -> list[Part]:
 
 
 @cache
-def whole(shape: ModelShape, setup: Setup) -> Unit:
-    """All units together."""
-    dense, sparse, root = units(shape, setup)
+def _whole(shape: ModelShape, setup: Setup) -> Unit:
+    dense, sparse, root = _units(shape, setup)
 
     def total(name: str) -> int:
         layers = shape.dense_layers * getattr(dense, name) + shape.expert_layers * getattr(sparse, name)

@@ -104,16 +104,22 @@ def overhead_hours(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup
     """
     if hardware.is_cpu:
         return 0.0
+    written = export_bytes(job, shape, setup) / 1e9
+    seconds = written / value("overhead", "export_gb_per_s")
+    if job.stop_after not in ("train", "evaluate"):
+        seconds += verifying(job, shape, hardware, setup).seconds
+    return least_overhead_hours(job, shape, rented) + seconds / 3600
+
+
+def least_overhead_hours(job: Job, shape: ModelShape, rented: bool) -> float:
+    """Of that, what is the same for every setup and machine."""
     table = coefficients()["overhead"]
     size = 2 * shape.parameters / 1e9
     seconds = size / table["load_gb_per_s"]["value"] + table["rehearsal_s"]["value"]
     formats = [name for name in job.export.formats if name != "adapter"]
-    written = export_bytes(job, shape, setup) / 1e9
-    seconds += (written + size * (1 + len(formats))) / table["export_gb_per_s"]["value"]
+    seconds += size * (1 + len(formats)) / table["export_gb_per_s"]["value"]
     calibrated = sum(name in CALIBRATED for name in formats)
     seconds += calibrated * shape.parameters / 1e9 * table["calibrate_s_per_billion"]["value"]
-    if job.stop_after not in ("train", "evaluate"):
-        seconds += verifying(job, shape, hardware, setup).seconds
     if rented:
         seconds += table["start_s"]["value"] + size / table["download_gb_per_s"]["value"]
     return seconds / 3600

@@ -107,6 +107,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("loadmaster.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+        optimized=False,  # each template is compiled and rendered once or a few times
     )
     environment.globals["units"] = units
     environment.filters["breakable"] = breakable

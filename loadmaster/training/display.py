@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Display:
@@ -30,16 +32,18 @@ class Display:
     def start(self, steps: int, done: int) -> None:
         self._started, self._done_before, self._steps = time.perf_counter(), done, steps
         if self.console is not None and self.console.is_terminal:
+            from rich import progress
+
             columns = (
                 "training",
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[status]}"),
+                progress.TimeElapsedColumn(),
                 "eta",
-                TimeRemainingColumn(),
+                progress.TimeRemainingColumn(),
             )
-            self._progress = Progress(*columns, console=self.console)
+            self._progress = progress.Progress(*columns, console=self.console)
             self._task = self._progress.add_task("training", total=steps, completed=done, status="")
             self._progress.start()
 

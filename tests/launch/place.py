@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from loadmaster.config.compose import Composed, compose
-from loadmaster.launch import launch_job
+from loadmaster.launch.job import launch_job
 from loadmaster.launch.runpod import Api, Patience, RunpodClient
 from loadmaster.launch.runpod.provider import Runpod
 from tests.launch.fake_runpod import FakeRunpod

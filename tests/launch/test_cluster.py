@@ -15,7 +15,9 @@ import pytest
 
 from loadmaster.errors import ConfigError, LoadmasterError, ProviderError, StoppedOnRequest
 from loadmaster.launch import job as job_module
-from loadmaster.launch import launch_job, list_pods, order, rented, sweep_pods
+from loadmaster.launch import order, rented
+from loadmaster.launch.job import launch_job
+from loadmaster.launch.machines import list_pods, sweep_pods
 from tests.launch import openapi
 from tests.launch.fake_runpod import FAULTS
 from tests.launch.place import SECRET, everything_written, wait_until

@@ -20,7 +20,8 @@ from rich.console import Console
 from loadmaster.config.compose import Composed, compose
 from loadmaster.errors import LoadmasterError, ProviderError, StoppedOnRequest
 from loadmaster.launch import job as job_module
-from loadmaster.launch import launch_job, list_pods, sweep_pods
+from loadmaster.launch.job import launch_job
+from loadmaster.launch.machines import list_pods, sweep_pods
 from tests.launch.fake_runpod import FAULTS
 from tests.launch.place import PACKAGE, everything_written, wait_until
 from tests.launch.test_launch_job import scripted

@@ -25,7 +25,9 @@ import yaml
 from loadmaster import catalog
 from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, ProviderError, StoppedOnRequest
 from loadmaster.launch import job as job_module
-from loadmaster.launch import launch_job, list_pods, order, sweep_pods
+from loadmaster.launch import order
+from loadmaster.launch.job import launch_job
+from loadmaster.launch.machines import list_pods, sweep_pods
 from tests.launch.fake_runpod import FAULTS, FakeRunpod
 from tests.launch.place import SECRET, everything_written, wait_until
 

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError, LoadmasterError, StoppedOnRequest
-from loadmaster.launch import launch_job, order, slurm
+from loadmaster.launch import order, slurm
+from loadmaster.launch.job import launch_job
 from tests.launch import fake_slurm
 from tests.launch.place import SECRET, everything_written, wait_until
 from tests.launch.pod_process import kill_container

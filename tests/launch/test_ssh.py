@@ -15,7 +15,8 @@ from rich.console import Console
 
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError, LoadmasterError
-from loadmaster.launch import launch_job, ssh
+from loadmaster.launch import ssh
+from loadmaster.launch.job import launch_job
 from tests.launch.place import SECRET, STAND_IN, everything_written, wait_until
 from tests.launch.sshd import Sshd
 

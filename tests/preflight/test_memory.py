@@ -147,16 +147,23 @@ def test_weights_gradients_and_states_that_are_offloaded_are_in_host_memory() ->
     assert found.train.total < 30 * GIB
 
 
+FSDP = {"sharding": "fsdp", "world_size": 8}
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("more", [{}, {"checkpointing": "full"}, {"gradient_accumulation_steps": 4}, {"compiled": True},
-                                  {"sharding": "fsdp", "world_size": 8}, {"optimizer": "adamw_8bit"}])  # fmt: skip
+                                  FSDP, {**FSDP, "gradient_accumulation_steps": 2, "offload": "all"},
+                                  {**FSDP, "checkpointing": "full", "replicas": 2}, {"optimizer": "adamw_8bit"},
+                                  {**FSDP, "checkpointing": "offload", "gradient_accumulation_steps": 4},
+                                  {**FSDP, "reshard_after_forward": False}])  # fmt: skip
 def test_what_is_ruled_out_quickly_does_not_fit(method: str, more: dict) -> None:
     """The quick bound is below what the replay says, whatever the setting."""
     gpu = from_catalog("h100_80gb", more.get("world_size", 1))
     for name in ("llama-3.2-1b", "qwen3-8b", "gemma-3-1b", "gemma-2-2b", "phi-3-mini", "mixtral-8x7b"):
         targets = ("q_proj", "o_proj") if name == "mixtral-8x7b" else "all-linear"
-        tried = setup(method, lora_targets=targets, **more)
-        assert model.least_bytes(shape_of(name), gpu, tried) <= model.train_bytes(shape_of(name), gpu, tried).total
+        tried, whole = setup(method, lora_targets=targets, **more), shape_of(name)
+        for shape in (whole, *(dataclasses.replace(whole, layers=n, windows=()) for n in (1, 2, 3))):
+            assert model.least_bytes(shape, gpu, tried) <= model.train_bytes(shape, gpu, tried).total
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loadmaster.config.compose import compose
-from loadmaster.preflight import make_plan
+from loadmaster.preflight import explain, make_plan
 
 PLAN = ["data=file", "data.path=owner/dataset", "stop_after=plan"]
 MIXTURE = [*PLAN, "recipe=lora_8b", "model.name=Qwen/Qwen3-30B-A3B", "hardware=h100_80gb_x1"]
@@ -59,3 +59,12 @@ def test_another_machine_is_said_to_be_as_fast_as_it_is_planned_to_be_there() ->
     there = make_plan(compose([*words, "hardware=h100_80gb_x1"]).job, with_alternatives=False)
     assert there.precision == "fp8" and said["plan"].startswith("lora, fp8, ")
     assert said["tokens_per_second"] == pytest.approx(there.tokens_per_second, rel=0.02)
+
+
+@pytest.mark.parametrize("more", [[], ["max_steps=2000"], ["plan.prices_usd_per_hour={h200: 0.1}"]])
+def test_machines_that_are_passed_over_untried_cost_more(more: list[str], monkeypatch) -> None:
+    """Of each GPU the cheapest is named, whether the dollars of the run are known or only those of an hour."""
+    job = compose([*PLAN, "recipe=full_70b", "hardware=a100_80gb_x4", *more]).job
+    named = make_plan(job).alternatives
+    monkeypatch.setattr(explain, "_least_price", lambda *_: (0.0, 0.0))  # all are tried
+    assert named == make_plan(job).alternatives and "h200" in {each["gpu"] for each in named}
