@@ -13,6 +13,7 @@ from rich.console import Console
 from loadmaster import collector, pipeline, team
 from loadmaster.config.compose import compose
 from loadmaster.config.hydra_app import check_command
+from loadmaster.ending import ended
 from loadmaster.world_stages import StageRun
 
 
@@ -83,3 +84,12 @@ def test_what_was_not_paused_is_not_frozen():
     before = gc.get_freeze_count()
     collector.resume()
     assert gc.isenabled() and gc.get_freeze_count() == before
+
+
+def test_a_process_that_only_planned_is_not_walked_over_at_its_end(paused):
+    before = gc.get_freeze_count()
+    assert ended(0) == 0 and gc.get_freeze_count() > before
+    gc.unfreeze()
+    collector.resume()
+    gc.unfreeze()
+    assert ended(3) == 3 and gc.get_freeze_count() == 0  # one that trained leaves as ever
