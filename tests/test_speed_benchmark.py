@@ -29,6 +29,8 @@ def test_every_bar_and_the_whole_ladder_are_measured(speed):
     rungs = speed.bars()
     assert {each["bar"] for each in rungs} == {"ceiling", "ladder", *(f"bar{n}" for n in range(1, 7))}
     assert {each.get("peer") for each in rungs} == {None, "trl", "unsloth"}
+    full = {(each["shape"], each.get("precision")) for each in rungs if each["bar"] == "bar3" and each["kind"] == "run"}
+    assert full == {(size, precision) for size in ("llama-3.1-8b", "llama-3.2-3b") for precision in ("bf16", "fp8")}
     names = [(each["bar"], each["name"]) for each in rungs]
     assert len(set(names)) == len(names)
     lengths = {each["sequence_length"]: each["memory_gib"] for each in rungs if each["bar"] == "bar5"}

@@ -305,8 +305,14 @@ def _on_units(
 
 
 def _times(x: Tensor, scale: Tensor) -> Tensor:
-    """x [..., n] times scale [n]: by out= the product is taken in fp32 and rounded once, with no fp32 copy of x."""
-    return torch.mul(x, scale, out=torch.empty_like(x))
+    """x [..., n] times scale [n], taken in fp32 and rounded once; by out= with no fp32 copy of x, compiled by fusion.
+
+    torch 2.11 compiles a forward pass whose result has two names (out=, or a cast to its own dtype) with no gradient.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.mul(x, scale, out=torch.empty_like(x))
+    product = x * scale
+    return product if product.dtype == x.dtype else product.to(x.dtype)
 
 
 class _FP8Matmul(torch.autograd.Function):

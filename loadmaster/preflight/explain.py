@@ -15,6 +15,7 @@ from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import export_problems
 from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, not_offered, priced, rentable
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
+from loadmaster.preflight.phases import answering
 from loadmaster.preflight.refusals import COUNTED, TYPED, UNCOUNTED, uncounted_adapters
 from loadmaster.preflight.search import (
     Candidate,
@@ -27,7 +28,7 @@ from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import least_overhead_hours
 from loadmaster.preflight.targets import in_some_layers_only
-from loadmaster.preflight.verification import VerificationNeed
+from loadmaster.preflight.verification import VerificationNeed, answers_at_a_time
 
 MOST_NODES = 32
 RUNNER_UP = "runner-up"
@@ -97,7 +98,7 @@ def reasons(
     if found.best is None:
         said = list(found.refusals) + ([] if found.refusals else _left_out(job, shape))
         return said + [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
-    said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase that needs most"]
+    said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase of training that needs most"]
     said += how_much(job, dataset_tokens)
     said += filter(None, [not_offered(chosen.hardware)])
     if found.nearest:
@@ -117,6 +118,7 @@ def reasons(
         said.append(f"lora.targets adapts some layers only and was counted in all {shape.layers}: less is needed")
     if setup.offload != "none":
         said.append(f"{chosen.memory.host_gib:.0f} GiB of host memory hold what the GPUs cannot")
+    said += about_answers(job, shape, chosen)
     said += about_verification(job, chosen, verification)
     if shape.estimate:
         said.append(f"an estimate: {shape.estimate}")
@@ -147,6 +149,20 @@ def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
     shown = ", which is here to try things on" if all(path.startswith(SCHEME) for path in paths) else ""
     rows = f"{count:,} step{'s' if count > 1 else ''} of {job.batch.global_size} x {job.sequence_length:,} tokens"
     return [f"the hours are those of {rows}: {whole} of {named}{shown}"]
+
+
+def about_answers(job: Job, shape: ModelShape, chosen: Candidate) -> list[str]:
+    """Where the evaluate stage's answers may need more than there is: how long their prompts are is not known here."""
+    need, budget = answering(job, shape, chosen.hardware, chosen.setup), chosen.budget_gib * GIB
+    if need.total <= budget or job.stop_after == "train":
+        return []
+    asked = answers_at_a_time(job)
+    fit = max(0, int((budget - need.total + need.activations) * asked // need.activations))
+    remedy = f"evaluation.batch_size={fit} fits" if fit else "not even evaluation.batch_size=1 fits"
+    return [
+        f"the evaluate stage needs {need.total / GIB:.1f} GiB of {chosen.budget_gib:.1f} if its prompts are a quarter "
+        f"of a row long ({asked} answers at a time): {remedy}"
+    ]
 
 
 def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> list[str]:

@@ -88,6 +88,10 @@ OTHER_LAYERS = {
 OTHER_WORDS = {"mamba": "state space layers", "ssm": "state space layers", "rwkv": "state space layers"}
 
 
+UNTRAINED = {"gpt_oss": "attention sinks"}
+"""By model type, what packed attention cannot do; loadmaster.models.load refuses it too, once the weights are there."""
+
+
 def full_config(config: dict[str, Any]) -> tuple[dict[str, Any], str, str | None]:
     """(config of the language model with what it leaves out, its family, why figures are an estimate or None)."""
     family, estimate = str(config.get("model_type", "unknown")), None
@@ -124,6 +128,14 @@ def refuse_quantized(config: dict[str, Any], name: str) -> None:
         message = f"its weights are quantized already ({kind}), and a base is read in bf16 or fp32"
         remedy = "the model that it was made from; method=qlora then quantizes it to nf4 while it is read"
         raise ConfigError([Problem("model", name, "its config.json", message, remedy)])
+
+
+def refuse_untrained(config: dict[str, Any], name: str) -> None:
+    """Raises ConfigError for a family that training would refuse when it is loaded."""
+    why = UNTRAINED.get(str(config.get("model_type")))
+    if why is not None:
+        message = f"model type {config['model_type']!r} has {why}; models of this family are not trained yet"
+        raise ConfigError([Problem("model", name, "its config.json", message, "one of " + ", ".join(FAMILIES))])
 
 
 def refuse_uncountable(config: dict[str, Any], name: str, traced: bool = False) -> None:

@@ -19,7 +19,7 @@ from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
-from loadmaster.preflight.families import FAMILIES, full_config, refuse_quantized, refuse_uncountable
+from loadmaster.preflight.families import FAMILIES, full_config, refuse_quantized, refuse_uncountable, refuse_untrained
 
 LAYERS = ("model.layers", "model.language_model.layers")
 """Where decoder layers are in transformers' models, of which the second kind is multimodal."""
@@ -374,6 +374,7 @@ def find_shape(model: ModelConfig, traced: bool = False) -> ModelShape:
     """traced: the plan is going to be held against a trace, so an unknown kind of model is let through."""
     config, _ = find_config(model)
     refuse_quantized(config, model.path or model.name)
+    refuse_untrained(config, model.path or model.name)
     refuse_uncountable(config, model.path or model.name, traced)
     return from_config(config, name_of(model, config))
 

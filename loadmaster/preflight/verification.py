@@ -148,11 +148,13 @@ def _host_room(hardware: Hardware) -> float | None:
 
 def cache_bytes(job: Job, shape: ModelShape, width: int) -> float:
     """KV cache of the answers that are generated at a time."""
-    answers = ANSWERS_AT_A_TIME if job.evaluation.batch_size == "auto" else job.evaluation.batch_size
-    if job.evaluation.max_rows is not None:
-        answers = min(answers, job.evaluation.max_rows)
     tokens = job.sequence_length / PROMPTS_A_ROW + job.evaluation.max_new_tokens
-    return 2.0 * width * shape.layers * shape.key_value_size * answers * tokens
+    return 2.0 * width * shape.layers * shape.key_value_size * answers_at_a_time(job) * tokens
+
+
+def answers_at_a_time(job: Job) -> int:
+    answers = ANSWERS_AT_A_TIME if job.evaluation.batch_size == "auto" else job.evaluation.batch_size
+    return answers if job.evaluation.max_rows is None else min(answers, job.evaluation.max_rows)
 
 
 def forward_passes(job: Job, setup: Setup) -> int:

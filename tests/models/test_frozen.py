@@ -156,6 +156,26 @@ def test_on_fp8_units_both_products_take_codes_and_nothing_the_size_of_a_weight_
     meta(x).backward(upstream.to("meta"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_results_of_fp8_layers_have_one_name(dtype):
+    """torch 2.11 gives an autograd.Function no gradient whose result is also another tensor of its forward pass."""
+    layer, graphs = layer_of("fp8", 64, 32, dtype), []
+
+    def look(graph, _):
+        graphs.extend(module for module in graph.modules() if isinstance(module, torch.fx.GraphModule))
+        return graph
+
+    x = torch.randn(1, 16, 32, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(1, 16, 64, dtype=dtype)
+    torch.compile(layer, backend=look, fullgraph=True)(x).backward(upstream)
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    assert len(graphs) > 1 and not any("out" in node.kwargs for node in nodes)
+    casts = [node for node in nodes if node.op == "call_method" and node.target == "to"]
+    assert all(node.args[0].meta["example_value"].dtype != node.args[1] for node in casts)
+    exact = upstream.float() @ layer.dequantized(torch.float32)
+    assert (x.grad - exact).norm() < 0.01 * exact.norm()
+
+
 def test_fp8_scales_are_not_rounded_to_the_compute_dtype():
     """One rounded to bf16 would put every weight of its row off by the same, up to 0.2%, and the merge would not."""
     layer = layer_of("fp8", 128, 64, torch.bfloat16)

@@ -79,6 +79,21 @@ def test_a_merge_takes_no_gpu_and_calibration_one_layer_of_it() -> None:
 SEVENTY = ModelConfig(name="meta-llama/Llama-3.1-70B")
 
 
+def test_answers_that_may_not_fit_are_said_with_the_number_that_does() -> None:
+    def asked(**fields) -> Plan:
+        evaluation = EvaluationConfig(task="exact_match", **fields)
+        return plan("lora", precision="bf16", sequence_length=131072, evaluation=evaluation)
+
+    def said(made: Plan) -> list[str]:
+        return [reason for reason in made.reasons if "evaluate stage needs" in reason]
+
+    made = asked()
+    assert made.fits and made.phases_gib.evaluate > made.budget_gib and len(said(made)) == 1
+    fit = int(said(made)[0].partition("evaluation.batch_size=")[2].split()[0])
+    assert asked(batch_size=fit).phases_gib.evaluate <= made.budget_gib < asked(batch_size=fit + 1).phases_gib.evaluate
+    assert said(asked(batch_size=fit)) == said(plan("lora", evaluation=EvaluationConfig(task="exact_match"))) == []
+
+
 def test_exports_are_verified_on_one_gpu_where_it_holds_them() -> None:
     small = plan("lora")
     assert small.phase_components_gib["verify"].weights == pytest.approx(BF16, rel=0.02)

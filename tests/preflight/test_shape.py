@@ -126,6 +126,14 @@ def test_a_family_that_is_visibly_not_like_llama_is_refused_unless_it_is_traced(
     assert "counted like Llama" in find_shape(model, traced=True).estimate
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_family_that_is_refused_at_load_is_refused_by_the_plan(traced: bool, tmp_path) -> None:
+    config = {**SHAPES["llama-3.2-1b"]["config"], "model_type": "gpt_oss", "num_local_experts": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="attention sinks; models of this family are not trained yet"):
+        find_shape(ModelConfig(name="x", path=str(tmp_path)), traced)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"model_type": ', "\x00"])
 def test_a_config_that_is_no_json_object_is_refused_in_a_sentence(text: str, tmp_path) -> None:
     (tmp_path / "config.json").write_text(text)
