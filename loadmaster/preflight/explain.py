@@ -109,6 +109,11 @@ def reasons(
     beyond = f", {'more than' if longest > known else 'of'} the {known:,} that the model knows" if known else ""
     said.append(f"the longest row that fits here, recomputed and one at a time: {longest:,} tokens{beyond}")
     setup = chosen.setup
+    if known and setup.sequence_length > known:
+        said.append(
+            f"rows of {setup.sequence_length:,} tokens are longer than the {known:,} that the model knows: "
+            f"no single document should be; sequence_length={known} cuts or splits those that are"
+        )
     kept = setup.master_weights or setup.optimizer == "adamw_bf16"  # that one rounds stochastically
     if setup.method == "full" and setup.precision != "fp32" and not kept:
         said.append("without fp32 master weights, updates smaller than a bf16 weight's spacing are lost")

@@ -97,9 +97,10 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     print_table(table, console)
 
 
-def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
-    """The same job on several machines, side by side."""
+def print_comparison(key: str, plans: dict[str, Plan], console: Console | None = None) -> None:
+    """Plans of the same job side by side, one for each value of `key`."""
     table = Table(box=None, pad_edge=False)
+    table.add_column(key, no_wrap=True)
     for heading, justify, wrap in (
         ("hardware", "left", False),
         ("fits", "left", False),
@@ -111,9 +112,10 @@ def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
         ("$", "right", False),
     ):
         table.add_column(heading, justify=justify, no_wrap=not wrap)
-    for plan in plans:
+    for value, plan in plans.items():
         price = plan.price or {}
         table.add_row(
+            escape(value),
             _place(plan),
             "yes" if plan.fits else "no",
             _brief(plan),

@@ -139,6 +139,26 @@ def test_a_comparison_is_of_the_values_of_one_key(capsys) -> None:
     assert "full, bf16, adafactor" in capsys.readouterr().out  # not in one precision everywhere
     assert main(["plan", "--compare", "l40s_x1"]) == 2
     assert "--compare hardware=l40s_x1,h200_x1" in capsys.readouterr().err
+    assert main(["plan", *ASKED, "--compare", "lora.targets=all-linear,[q_proj,v_proj]"]) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()  # each row says the value that it is of
+    assert heading.startswith("lora.targets") and [row.split()[0] for row in rows] == ["all-linear", "[q_proj,v_proj]"]
+
+
+@pytest.mark.parametrize("other", [["--nodes", "1,2"], ["--compare", "seed=1,2"]])
+def test_plans_are_shown_in_one_way_at_a_time(other: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *ASKED, "--json", *other])
+    assert ended.value.code == 2 and f"--json and {other[0]}: one of them at a time" in capsys.readouterr().err
+
+
+def test_more_tokens_than_the_model_knows_are_named(capsys) -> None:
+    asked = ["plan", "model=smollm2_135m", "hardware=l40s_x1", "--json"]
+    assert main([*asked, "sequence_length=9000"]) == 0
+    said = json.loads(capsys.readouterr().out)["reasons"]
+    assert any("rows of 9,000 tokens are longer than the 8,192 that the model knows" in reason for reason in said)
+    assert main([*asked, "endpoint.max_model_len=9000"]) == 0
+    said = json.loads(capsys.readouterr().out)["reasons"]
+    assert any("endpoint.max_model_len: requests of 9,000 tokens" in reason for reason in said)
 
 
 def test_a_wrong_word_is_said_before_torch_is_imported() -> None:
