@@ -226,8 +226,13 @@ def test_a_run_dir_that_cannot_be_written_is_a_sentence(tiny, capsys):
 
 def test_a_run_directory_of_another_job_is_refused(tiny, tmp_path, capsys):
     assert go(tiny, tmp_path, "stop_after=plan")[0] == 0
+    assert go(tiny, tmp_path, "stop_after=plan", "optimizer.lr=0.5", "lora.targets=[q_proj]")[0] == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "other settings or other data (lora.targets is all-linear there and ['q_proj'] here; optimizer.lr is" in said
+    assert "there and 0.5 here); going on" in said
+    (tmp_path / "run" / "config.yaml").write_text("seed: [")
     assert go(tiny, tmp_path, "stop_after=plan", "optimizer.lr=0.5")[0] == 2
-    assert "other settings" in capsys.readouterr().err
+    assert "other settings or other data; going on" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_limit_of_money_where_nobody_knows_the_price_is_refused(tiny, tmp_path, capsys):

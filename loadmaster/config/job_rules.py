@@ -350,6 +350,8 @@ def _is_file_name(path: str) -> bool:
 
 
 def _file_hint(key: str, path: str) -> str:
+    if "://" in path:
+        return f"download it and give the file, or a Hub dataset as {key}=OWNER/NAME"
     real = Path(resolve_path(path))
     if not real.parent.is_dir():
         return f"there is no folder {real.parent}; paths are relative to where the command is run ({Path.cwd()})"
