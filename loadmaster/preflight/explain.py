@@ -155,7 +155,7 @@ def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
 
 def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> list[str]:
     """Where the export's verification puts a model that one GPU does not hold, and what that costs."""
-    if need.is_whole or job.stop_after in ("train", "evaluate"):
+    if need.is_whole or not exports(job):
         return []
     if need.placement is None:
         return [
@@ -173,9 +173,14 @@ def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> l
     return [f"{said}; no verification on several GPUs was run yet"]
 
 
+def exports(job: Job) -> bool:
+    """Whether what a plan says of hours, dollars and what will not pass has the export in it."""
+    return job.stop_after not in ("train", "evaluate")
+
+
 def can_export(job: Job, verification: dict[str, Any] | None) -> bool:
     """Whether the last stage that the job asks for can pass, by a plan's `verification`."""
-    return verification is None or verification["fits"] or job.stop_after in ("train", "evaluate")
+    return verification is None or verification["fits"] or not exports(job)
 
 
 def against(chosen: Candidate, other: Candidate) -> str:

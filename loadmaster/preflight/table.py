@@ -181,7 +181,8 @@ def _speed(plan: Plan) -> str:
         return "speed: not predicted, the card is not in the catalogue"
     said = f"{plan.tokens_per_second:,.0f} tokens/s (modelled)"
     counted = "" if plan.hardware.gpu == "cpu" else " with start, load and export"
-    moving = (plan.verification or {}).get("moving_hours", 0.0)
+    verification = plan.verification or {}
+    moving = verification.get("moving_hours", 0.0) if verification.get("in_hours", True) else 0.0
     if plan.hours and moving > LONG_VERIFICATION * plan.hours and plan.hardware.gpu != "cpu":
         counted += f" ({moving:.1f} h of them moving layers to verify the exports)"
     said += "" if plan.hours is None else f", {plan.hours:.2f} h{counted}"

@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from loadmaster.cli import STAGE_HELP, main
+from loadmaster.config.compose import compose
+from loadmaster.preflight import make_plan, print_plan
 
 ASKED = ["recipe=lora_8b", "hardware.gpu=h100_80gb", "hardware.count=1"]
 
@@ -72,6 +75,9 @@ def test_hours_of_verification_are_named_where_they_are_most_of_a_run(capsys, tm
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "recipe=qlora_70b", "hardware=h100_80gb_x1", "plan.objective=cost"]) == 0
     assert "h of them moving layers to verify the exports)" in capsys.readouterr().out
+    job = compose(["recipe=qlora_70b", "hardware=h100_80gb_x1", "plan.objective=cost", "stop_after=train"]).job
+    print_plan(make_plan(job, 100_000), Console())  # which has none of them in its hours
+    assert "h of them moving layers" not in capsys.readouterr().out
     assert main(["plan", *ASKED]) == 0
     assert "h of them moving layers" not in capsys.readouterr().out
 
