@@ -177,6 +177,9 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.config.hydra_app import run_app
 
     _refuse_other_end(arguments.stage, overrides)
+    shown = {"--json": arguments.json, "--nodes": arguments.nodes is not None, "--compare": bool(arguments.compare)}
+    if sum(shown.values()) > 1:
+        _parser().error(f"{' and '.join(name for name, given in shown.items() if given)}: one of them at a time")
     if arguments.compare or arguments.nodes is not None or arguments.json:
         from loadmaster import plan_command
 

@@ -22,10 +22,11 @@ from rich.console import Console
 
 from loadmaster import collector
 from loadmaster.config.compose import Composed
-from loadmaster.config.jobhash import job_hash, stage_inputs_hash
+from loadmaster.config.jobhash import differing, job_hash, stage_inputs_hash
 from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.shipped import resolve_path
 from loadmaster.config.show import show_error
+from loadmaster.config.validate import check
 from loadmaster.errors import (
     DISK_REMEDY,
     IN_THE_JOB,
@@ -102,7 +103,15 @@ class Pipeline:
         self.stop, self.team = stop, team
         self.materials = Materials(self.job, self.echo)
         identity = sha256_json([job_hash(self.job), data_identity(self.job)])
-        self.run_dir = RunDir.choose(self.job.run_dir, self.job.recipe, identity)
+        self.run_dir = RunDir.choose(self.job.run_dir, self.job.recipe, identity, differing=self._differing)
+
+    def _differing(self, path: Path) -> list[str]:
+        """In what the job of another run is not this one; nothing where its config.yaml cannot be read."""
+        try:
+            resolved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+            return differing(self.job, check(resolved, {}, {}).job)
+        except (OSError, ValueError, yaml.YAMLError, LoadmasterError):
+            return []
 
     def run(self) -> None:
         with self.run_dir.locked():

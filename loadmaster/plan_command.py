@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from rich.console import Console
 
@@ -13,6 +14,9 @@ from loadmaster.pipeline import dataset_tokens, planned
 from loadmaster.preflight import make_plan
 from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling
 from loadmaster.preflight.table import print_comparison
+
+_OUTSIDE_BRACKETS = re.compile(r",(?![^\[{]*[\]}])")
+"""The commas between values, not those inside of one: lora.targets=all-linear,[q_proj,v_proj]."""
 
 
 def on_more_nodes(nodes: str, overrides: list[str]) -> int:
@@ -42,11 +46,11 @@ def side_by_side(compare: str, overrides: list[str]) -> int:
     if not equals:
         remedy = "--compare hardware=l40s_x1,h200_x1"
         raise ConfigError([Problem("--compare", compare, "command line", "compares values of one key", remedy)])
-    plans = []
-    jobs = [compose([*overrides, f"{key}={value}"]) for value in values.split(",")]
-    hub.settle(*(composed.job.model.name for composed in jobs))
-    for composed in jobs:
+    plans = {}
+    jobs = {value: compose([*overrides, f"{key}={value}"]) for value in _OUTSIDE_BRACKETS.split(values)}
+    hub.settle(*(composed.job.model.name for composed in jobs.values()))
+    for value, composed in jobs.items():
         with composed.located():
-            plans.append(make_plan(composed.job, dataset_tokens(composed.job)))
-    print_comparison(plans, Console())
-    return 0 if any(plan.fits for plan in plans) else DoesNotFit.exit_code
+            plans[value] = make_plan(composed.job, dataset_tokens(composed.job))
+    print_comparison(key, plans, Console())
+    return 0 if any(plan.fits for plan in plans.values()) else DoesNotFit.exit_code

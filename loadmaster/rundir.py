@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,11 +28,14 @@ class RunDir:
         self.identity = identity
 
     @classmethod
-    def choose(cls, run_dir: str, recipe: str, identity: str, root: Path = Path("runs")) -> RunDir:
+    def choose(
+        cls, run_dir: str, recipe: str, identity: str, root: Path = Path("runs"),
+        differing: Callable[[Path], list[str]] = lambda path: [],
+    ) -> RunDir:  # fmt: skip
         """The run directory of a job: as given, else the newest of this identity, else a new one.
 
         One in which nothing was trained is any job's: settings change until a plan is as it should be.
-        Raises ConfigError when the given directory belongs to another job.
+        Raises ConfigError when the given directory belongs to another job; differing(path) says in what.
         """
         if run_dir != "auto":
             path = local_path(run_dir)
@@ -50,13 +53,15 @@ class RunDir:
                     ]
                 )
             if owner not in (None, identity) and (cls(path, owner).begun or (path / "metrics.jsonl").exists()):
+                what = f" ({'; '.join(found)})" if (found := differing(path)) else ""
                 raise ConfigError(
                     [
                         Problem(
                             "run_dir",
                             run_dir,
                             "command line or recipe",
-                            "holds a run of a job with other settings or other data; going on there would mix the two",
+                            f"holds a run of a job with other settings or other data{what}; going on there would mix "
+                            "the two",
                             f"give another run_dir, or the settings in {path / 'config.yaml'}",
                         )
                     ]

@@ -138,6 +138,9 @@ class StageRun:
         alone = judged_alone(self.materials.prepared.summary, self.plan.micro_batch_size)
         if alone and self.job.objective == "kto" and self.world.lead:
             self.display.echo(f"  {alone}")
+        rows, asked = len(self.materials.prepared.train), self.job.batch.global_size
+        if rows < asked and self.world.lead:
+            self.display.echo(f"  batch.global_size={asked}: an epoch has {rows} packed rows, so a step has no more")
         session, outcome = train(
             self.job, self.plan, self.materials.prepared, self.materials.tokenizer, self.materials.base_folder,
             self.run_dir, training_hash(self.job, self.plan, self.materials.prepared), self._held_out_in_training,

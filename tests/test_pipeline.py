@@ -227,11 +227,16 @@ def test_a_run_dir_that_cannot_be_written_is_a_sentence(tiny, capsys):
 
 def test_a_run_directory_of_another_job_is_refused_once_something_was_trained_there(tiny, tmp_path, capsys):
     assert go(tiny, tmp_path, "stop_after=plan")[0] == 0
-    code, output = go(tiny, tmp_path, "stop_after=train", "optimizer.lr=0.001")
+    code, output = go(tiny, tmp_path, "stop_after=train", "optimizer.lr=0.001", "lora.targets=[q_proj]")
     assert code == 0 and "plan: started" in output, output
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optimizer"]["lr"] == 0.001
-    assert go(tiny, tmp_path, "stop_after=plan")[0] == 2
-    assert "other settings" in capsys.readouterr().err
+    assert go(tiny, tmp_path, "stop_after=plan", "optimizer.lr=0.5")[0] == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "other settings or other data (lora.targets is ['q_proj'] there and all-linear here; optimizer.lr is" in said
+    assert "is 0.001 there and 0.5 here); going on" in said
+    (tmp_path / "run" / "config.yaml").write_text("seed: [")
+    assert go(tiny, tmp_path, "stop_after=plan", "optimizer.lr=0.5")[0] == 2
+    assert "other settings or other data; going on" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_limit_of_money_where_nobody_knows_the_price_is_refused(tiny, tmp_path, capsys):

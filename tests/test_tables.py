@@ -58,7 +58,7 @@ def test_a_plan_keeps_every_figure_of_the_other_machines(width, terminal) -> Non
 @pytest.mark.parametrize("terminal", [False, True])
 def test_other_tables_are_whole_too(terminal) -> None:
     console = screen(70, terminal)
-    print_comparison([plan(), plan()], console)
+    print_comparison("seed", {"1": plan(), "2": plan()}, console)
     print_scaling(JOB, scaling(JOB, [2], None), console)
     show_prices(console)
     said = console.file.getvalue()

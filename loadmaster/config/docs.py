@@ -61,7 +61,7 @@ every problem at once.
 | `~key`, `~group` | back to the schema's default |
 | `+key=value`, `++key=value` | Hydra's add and force; the schema is closed, so plain `key=value` always does |
 | `--multirun key=a,b` | one run for each value; every run is validated before the first starts |
-| `--config-dir FOLDER` | one more folder of groups |
+| `--config-dir FOLDER` | one more folder of groups, as `conf/` is; recipes in its folder `recipe` |
 | `--cfg job`, `--info`, `--help` | look and start nothing |
 """
 

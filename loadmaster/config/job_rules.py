@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loadmaster import catalog
 from loadmaster.config.fields import nearest_card
-from loadmaster.config.model_folder import broken_files
+from loadmaster.config.model_folder import broken_files, run_of
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import DATA_SUFFIXES, Job, PreferenceConfig
@@ -339,6 +339,9 @@ def model_folder_exists(job: Job, origins: Origins) -> Found:
     if not (folder / "config.json").is_file():
         what = "has no config.json in it" if folder.is_dir() else "is not a folder here"
         what += f" ({folder})" if str(folder) != job.model.path.rstrip("/") else ""
+        if run := run_of(folder):
+            what = f"is {'a run' if run == folder else 'the adapter of a run'}, not a model"
+            remedy = f"model.path={run / 'export' / 'bf16'}, what that run trained as a model (export=bf16 writes it)"
         yield "model.path", job.model.path, what, remedy
     for what in broken_files(folder):
         yield "model.path", job.model.path, what, remedy
@@ -354,6 +357,8 @@ def _is_file_name(path: str) -> bool:
 
 
 def _file_hint(key: str, path: str) -> str:
+    if "://" in path:
+        return f"download it and give the file, or a Hub dataset as {key}=OWNER/NAME"
     real = Path(resolve_path(path))
     if not real.parent.is_dir():
         return f"there is no folder {real.parent}; paths are relative to where the command is run ({Path.cwd()})"

@@ -64,6 +64,19 @@ def stage_inputs_hash(job: Job, stage: str) -> str:
     return sha256_json({name: _value(values, name) for name in names})
 
 
+def differing(job: Job, other: Job) -> list[str]:
+    """Fields that shape the trained weights and that two jobs set otherwise, each with both values."""
+    mine, theirs = (_leaves({name: to_dict(each)[name] for name in STAGE_FIELDS["plan"]}) for each in (job, other))
+    return [f"{name} is {theirs[name]} there and {mine[name]} here" for name in mine if mine[name] != theirs.get(name)]
+
+
+def _leaves(values: dict[str, Any], section: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        leaves |= _leaves(value, f"{section}{name}.") if isinstance(value, dict) else {f"{section}{name}": value}
+    return leaves
+
+
 def _value(values: dict[str, Any], name: str) -> Any:
     for part in name.split("."):
         values = values[part]

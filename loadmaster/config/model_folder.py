@@ -13,6 +13,12 @@ OBJECTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation
 INDEX = "model.safetensors.index.json"
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run directory that this folder is, or whose adapter it is; None for any other folder."""
+    runs = [folder, *([folder.parent] if (folder / "adapter_config.json").is_file() else [])]
+    return next((run for run in runs if (run / "stages.json").is_file() and (run / "plan.json").is_file()), None)
+
+
 def broken_files(folder: Path) -> Iterator[str]:
     """What is torn or not what its name says, a phrase for each file; files that are absent are not looked at."""
     for name in (*OBJECTS, INDEX):

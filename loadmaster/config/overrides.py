@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from loadmaster.config.fields import describe, fields, nearest
 from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.origins import COMMAND_LINE
+from loadmaster.config.schema import DATA_SUFFIXES
 from loadmaster.errors import Problem
 
 PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
@@ -122,7 +123,11 @@ def _forced(loader: ConfigLoaderImpl, override: Override) -> str:
 
 def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) -> Problem:
     if "=" not in argument and not argument.startswith("~"):
+        if argument.startswith("-"):
+            return Problem(argument, None, COMMAND_LINE, "there is no such option here", "leave it out")
         message = "is not of the form key=value"
+        if argument.lower().endswith(DATA_SUFFIXES):
+            return Problem(argument, None, COMMAND_LINE, message, f"data=file data.path={argument}")
         recipe = nearest(argument, loader.repository.get_group_options(GROUP))
         remedy = f"{GROUP}={recipe}" if recipe else "write key=value, for example lora.rank=16"
         return Problem(argument, None, COMMAND_LINE, message, remedy)

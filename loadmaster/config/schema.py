@@ -235,7 +235,7 @@ class EndpointConfig:
     serve_as: ServedFormat = "auto"
     """Which exported format the bundle serves; auto: the smallest that passed."""
     max_model_len: PositiveInt | Auto = "auto"
-    """Longest request, prompt and answer, tokens; auto: the training sequence_length."""
+    """Longest request, prompt and answer, tokens; auto: sequence_length, or what the model knows if less."""
     worker: Literal["worker-vllm", "handler"] = "worker-vllm"
     """What runs on the endpoint: the provider's vLLM worker, or the bundle's own handler in an image that you build."""
     image: Text | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loadmaster.data.formats import Conversation, prompt_and_reference
-from loadmaster.data.prepared import PreparedData, prepare
+from loadmaster.data.prepared import PreparedData, prepare, refuse_bad_rows
 from loadmaster.data.preview import describe, judged_alone, show
 from loadmaster.data.render import stop_token_ids, template_hash
 from loadmaster.data.rows import PackedRow, PackedRows, packed_rows
@@ -30,6 +30,7 @@ __all__ = [
     "packed_rows",
     "prepare",
     "prompt_and_reference",
+    "refuse_bad_rows",
     "show",
     "stop_token_ids",
     "template_hash",

@@ -118,6 +118,15 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
     write_json(folder / "summary.json", summary)
 
 
+def stop_on_bad_rows(job: Job, sources: list[tuple[Source, int | None]]) -> None:
+    """Raise DataError with what no tokenizer is needed to see of each source, up to its first so many rows."""
+    no_token = re.compile(r"(?!)")
+    with open(os.devnull, "wb") as nowhere:
+        readings = [_read(source, job, nowhere, [0], most, no_token) for source, most in sources]
+    checked = [_Checked(source.names(), reading, []) for (source, _), reading in zip(sources, readings, strict=True)]
+    _stop_on(checked, job.data.on_bad_row)
+
+
 # --- first pass -------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ def check_conversation(
     """Why this conversation's mask or rendering is wrong, or None. `trained` is the mask over its tokens."""
     return (
         _dropped_message(conversation, rendering.text, renderer)
-        or _dropped_tools(conversation, rendering.text)
+        or _dropped_tools(conversation, rendering.text, renderer)
         or _wrong_mask(rendering, trained)
         or _trains_others(conversation, rendering)
     )
@@ -89,7 +89,9 @@ def _dropped_message(conversation: Conversation, text: str, renderer: ChatRender
     messages = conversation.messages
     for index, message in enumerate(messages):
         content = message["content"].strip()
-        if content and content not in text and not renderer.reaches_text(messages, index, conversation.tools):
+        # As often as all messages hold it: else what stands there may be another's, such as "5" inside "1995".
+        shown = content in text and text.count(content) >= sum(other["content"].count(content) for other in messages)
+        if content and not shown and not renderer.reaches_text(messages, index, conversation.tools):
             return (
                 f"the chat template drops message {index + 1} (role {message['role']}): its content is not in the "
                 "rendering; use a model whose template has this role, or take such messages out of the data"
@@ -97,18 +99,23 @@ def _dropped_message(conversation: Conversation, text: str, renderer: ChatRender
     return None
 
 
-def _dropped_tools(conversation: Conversation, text: str) -> str | None:
+def _dropped_tools(conversation: Conversation, text: str, renderer: ChatRenderer) -> str | None:
+    if not conversation.tools and not any(message.get("tool_calls") for message in conversation.messages):
+        return None
     remedy = "use a model whose template has tools, or set data.tools=text to write them as plain text"
+    dropped = renderer.dropped_tools(conversation.messages, conversation.tools)
     for index, message in enumerate(conversation.messages):
-        for call in message.get("tool_calls", ()):
+        for number, call in enumerate(message.get("tool_calls", ())):
             function = call["function"]
             values = [function["name"], *(value for value in function["arguments"].values() if isinstance(value, str))]
             lost = next((value for value in values if not _shown(value, text)), None)
+            if lost is None and (index, number) in dropped:  # the name is a word that stands elsewhere in the row
+                lost = function["name"]
             if lost is not None:
                 what = f"{lost[:60]!r} is not in the rendering"
                 return f"the chat template drops the tool call in message {index + 1}: {what}; {remedy}"
-    for tool in conversation.tools or ():
-        if tool["function"]["name"] not in text:
+    for number, tool in enumerate(conversation.tools or ()):
+        if tool["function"]["name"] not in text or (None, number) in dropped:
             return f"the chat template drops the tool definitions ({tool['function']['name']}); {remedy}"
     return None
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.config.schema import Job
-from loadmaster.data.build import CONVERSATIONS, build
+from loadmaster.config.shipped import local_path
+from loadmaster.data.build import CONVERSATIONS, build, stop_on_bad_rows
 from loadmaster.data.cache import ConversationFile, cache_folder, exclusive, is_whole, seal
 from loadmaster.data.formats import Conversation
 from loadmaster.data.preference import unfit
@@ -67,6 +68,18 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
         raise DataError(f"each row of the data {reason}\n    fix: {remedy}")
     prepared.summary.update(cache="hit" if cached else "built", seconds=time.perf_counter() - started)
     return prepared
+
+
+def refuse_bad_rows(job: Job) -> None:
+    """Read data that lie here before anything is rented for them; what lies elsewhere is left alone.
+
+    Raises DataError with file and line of every row that cannot be read as what the job trains on.
+    """
+    data = job.data
+    wanted = [([data.path] if isinstance(data.path, str) else list(data.path), "data.path", data.max_rows)]
+    wanted += [([data.validation], "data.validation", None)] if isinstance(data.validation, str) else []
+    here = [each for each in wanted if all(local_path(path).is_file() for path in each[0])]
+    stop_on_bad_rows(job, [(open_source(paths, data.split, key), most) for paths, key, most in here])
 
 
 def _open(folder: Path, fingerprint: str) -> PreparedData:

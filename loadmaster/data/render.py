@@ -104,6 +104,28 @@ class ChatRenderer:
         except TemplateRefused:
             return False
 
+    def dropped_tools(self, messages: list[dict], tools: list | None = None) -> set[tuple[int | None, int]]:
+        """(message, number) of each tool call and (None, number) of each definition whose name shows nowhere."""
+        names: dict[tuple[int | None, int], str] = {}
+
+        def marked(tool: dict, index: int | None, number: int) -> dict:
+            name = names[index, number] = f"zqTool{len(names)}qz"
+            return {**tool, "function": {**tool["function"], "name": name}}
+
+        chat = [
+            {**message, "tool_calls": [marked(call, index, n) for n, call in enumerate(message["tool_calls"])]}
+            if message.get("tool_calls") else message
+            for index, message in enumerate(messages)
+        ]  # fmt: skip
+        defined = [marked(tool, None, number) for number, tool in enumerate(tools)] if tools else tools
+        if not names:
+            return set()
+        try:
+            text = self.text(chat, defined)
+        except TemplateRefused:  # it takes known names alone, so it knows them
+            return set()
+        return {place for place, name in names.items() if name not in text}
+
     # --- finding spans ------------------------------------------------------------------------------
 
     def _find_spans(self, messages: list[dict], tools: list | None, text: str) -> tuple[Span, ...]:

@@ -22,7 +22,7 @@ from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.endpoint import readme, settings
 from loadmaster.endpoint.plot import draw
-from loadmaster.endpoint.sizing import Sizing, size
+from loadmaster.endpoint.sizing import Sizing, longest_request, size
 from loadmaster.errors import IN_THE_JOB, ConfigError, ExportRejected, LoadmasterError, Problem
 from loadmaster.export.answers import kept
 from loadmaster.export.manifest import NAME, OLDEST_SERVER, is_served, read_manifest
@@ -45,7 +45,7 @@ def write_bundle(run_dir: Path, job: Job) -> Path:
     manifest = manifests[chosen]
     source = run_dir.absolute() / "export" / chosen
     artifact = Path(os.path.relpath(source, folder.absolute())).as_posix()
-    context = job.sequence_length if job.endpoint.max_model_len == "auto" else job.endpoint.max_model_len
+    context = longest_request(job, manifest, source)
     sizing, why_not = sized(job, manifest, source, context)
     command = settings.vllm_command(settings.model_options(manifest, artifact, context), HOST, PORT)
     with publish_folder(folder) as partial:

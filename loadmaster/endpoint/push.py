@@ -202,12 +202,13 @@ def _job_facts(run_dir: Path) -> dict[str, Any]:
     """What the card says of the job besides the manifest; nothing where config.yaml is gone."""
     if not (run_dir / "config.yaml").is_file():
         return {}
-    job = read_job(run_dir / "config.yaml").job
+    job = read_job(run_dir / "config.yaml", to_run=False).job
     path = job.data.path
     shown = [_without_folders(each) for each in ([path] if isinstance(path, str) else path)]
     return {
-        "data": shown, "epochs": job.epochs, "lr": job.optimizer.lr, "sequence_length": job.sequence_length,
-        "global_batch": job.batch.global_size, "lora": job.lora, "task": job.evaluation.task, "seed": job.seed,
+        "data": shown, "epochs": job.epochs, "max_steps": job.max_steps, "lr": job.optimizer.lr,
+        "sequence_length": job.sequence_length, "global_batch": job.batch.global_size, "lora": job.lora,
+        "task": job.evaluation.task, "seed": job.seed,
     }  # fmt: skip
 
 

@@ -120,6 +120,17 @@ def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Si
     return _sizing(wanted, traffic, able, checkpoint)
 
 
+def longest_request(job: Job, manifest: dict[str, Any], artifact: Path) -> int:
+    """endpoint.max_model_len in tokens; auto: those of a packed row, or all that the model knows where that is less."""
+    if job.endpoint.max_model_len != "auto":
+        return job.endpoint.max_model_len
+    try:
+        known = _artifact(job, manifest, artifact)[0].get("max_position_embeddings")
+    except LoadmasterError:  # the size then says why there is none
+        known = None
+    return min(job.sequence_length, known or job.sequence_length)
+
+
 def traffic_of(wanted: EndpointConfig, context: int) -> Traffic:
     """What the job says of its load; usual_request has what it leaves open."""
     prompt, output = usual_request(context, wanted.prompt_tokens, wanted.output_tokens)

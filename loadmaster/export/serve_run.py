@@ -30,11 +30,9 @@ class Servers:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of a request: those of training; with tasks up to LONGEST, where the model has as many."""
-        if self.tasks is None:
-            return self.sequence_length
+        """Tokens of a request: those of training; with tasks up to LONGEST; never more than the model has."""
         own = read_json(self.base / "config.json").get("max_position_embeddings") or self.sequence_length
-        return max(self.sequence_length, min(LONGEST, own))
+        return min(own, self.sequence_length if self.tasks is None else max(self.sequence_length, LONGEST))
 
     def figures(
         self, name: str, manifest: dict[str, Any], ask: Callable[[Client], dict[str, Any]], say: Say

@@ -46,8 +46,11 @@ def launch_job(
     tokens: of one epoch of the data, for hours and dollars. provider: of rented machines, the one that launch.name
     names. Raises LoadmasterError when the job cannot be launched, or the machines ended without its result.
     """
+    from loadmaster.data import refuse_bad_rows  # not for every command that this module is imported by
+
     if found := problems(composed):
         raise ConfigError(found)
+    refuse_bad_rows(composed.job)
     name = f"{PREFIX}{composed.job.recipe.replace('/', '-')}-{datetime.now(UTC):%m%d-%H%M%S}-{os.urandom(2).hex()}"
     folder = Path("runs") / composed.job.recipe / name
     stop = StopSignal().install()

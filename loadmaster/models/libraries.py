@@ -7,6 +7,7 @@ them for itself.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,3 +36,11 @@ def peft_alone() -> None:
 
         for remembered in (is_bnb_available, is_bnb_4bit_available, is_torchao_available):
             remembered()
+
+
+def deepspeed_told() -> None:
+    """DeepSpeed, which accelerate imports when it saves, would warn where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

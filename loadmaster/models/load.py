@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from loadmaster.models.attention import PACKED
 from loadmaster.models.capped import caps_scores
 from loadmaster.models.dora import run_by_norms
 from loadmaster.models.frozen import freeze_linears
-from loadmaster.models.libraries import peft_alone
+from loadmaster.models.libraries import deepspeed_told, peft_alone
 from loadmaster.models.spread import Spread, settled, stand_ins
 
-if not torch.cuda.is_available():  # accelerate imports DeepSpeed when it saves, which would warn of that
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+deepspeed_told()
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 """Compute dtype of each precision; fp8 keeps everything but its matmuls in bf16."""

@@ -111,6 +111,11 @@ def reasons(
     beyond = f", {'more than' if longest > known else 'of'} the {known:,} that the model knows" if known else ""
     said.append(f"the longest row that fits here, recomputed and one at a time: {longest:,} tokens{beyond}")
     setup = chosen.setup
+    if known and setup.sequence_length > known:
+        said.append(
+            f"rows of {setup.sequence_length:,} tokens are longer than the {known:,} that the model knows: "
+            f"no single document should be; sequence_length={known} cuts or splits those that are"
+        )
     kept = setup.master_weights or setup.optimizer == "adamw_bf16"  # that one rounds stochastically
     if setup.method == "full" and setup.precision != "fp32" and not kept:
         said.append("without fp32 master weights, updates smaller than a bf16 weight's spacing are lost")
@@ -167,7 +172,7 @@ def about_answers(job: Job, shape: ModelShape, chosen: Candidate) -> list[str]:
 
 def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> list[str]:
     """Where the export's verification puts a model that one GPU does not hold, and what that costs."""
-    if need.is_whole or job.stop_after in ("train", "evaluate"):
+    if need.is_whole or not exports(job):
         return []
     if need.placement is None:
         return [
@@ -185,9 +190,14 @@ def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> l
     return [f"{said}; no verification on several GPUs was run yet"]
 
 
+def exports(job: Job) -> bool:
+    """Whether what a plan says of hours, dollars and what will not pass has the export in it."""
+    return job.stop_after not in ("train", "evaluate")
+
+
 def can_export(job: Job, verification: dict[str, Any] | None) -> bool:
     """Whether the last stage that the job asks for can pass, by a plan's `verification`."""
-    return verification is None or verification["fits"] or job.stop_after in ("train", "evaluate")
+    return verification is None or verification["fits"] or not exports(job)
 
 
 def against(chosen: Candidate, other: Candidate) -> str:

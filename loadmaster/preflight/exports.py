@@ -43,11 +43,26 @@ def export_problems(job: Job, shape: ModelShape) -> Iterator[Problem]:
         message = "; ".join(f"{name} cannot hold {shape.name}: {problem}" for name, problem in problems.items())
         remedy = f"export.formats=[{','.join(left)}], or stop_after=evaluate"
         yield Problem("export.formats", list(job.export.formats), IN_THE_JOB, message, remedy)
+    if job.stop_after != "export":
+        yield from _too_long_requests(job, shape)
     renamed = shape.name != job.model.name and job.method != "full" and job.stop_after != "export"
     if renamed and serving_rules.serves_adapter(job):
         message = f"is another model than the one in {job.model.path}, and servers load an adapter's base by its name"
         remedy = f"model.name=ITS-HUB-ID, or {serving_rules.MERGED}"
         yield Problem("model.name", job.model.name, IN_THE_JOB, message, remedy)
+
+
+def _too_long_requests(job: Job, shape: ModelShape) -> Iterator[Problem]:
+    """Requests that the endpoint is to take and the model does not know: no server starts with them."""
+    wanted, known = job.endpoint, shape.max_position
+    longest, shorter = wanted.max_model_len, ""
+    if longest == "auto":
+        longest = sum(tokens for tokens in (wanted.prompt_tokens, wanted.output_tokens) if tokens != "auto")
+        shorter = ", with a shorter endpoint.prompt_tokens or output_tokens"
+    if known and longest > known:
+        message = f"requests of {longest:,} tokens are more than the model's max_position_embeddings={known}"
+        remedy = f"endpoint.max_model_len={known}{shorter}"
+        yield Problem("endpoint.max_model_len", wanted.max_model_len, IN_THE_JOB, message, remedy)
 
 
 def unholdable(name: str, shape: ModelShape) -> str | None:

@@ -8,7 +8,7 @@ from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.preflight import saved, targets
 from loadmaster.preflight.elsewhere import elsewhere
-from loadmaster.preflight.explain import alternatives, basis, reasons, rejection, runner_up
+from loadmaster.preflight.explain import alternatives, basis, exports, reasons, rejection, runner_up
 from loadmaster.preflight.exports import refuse_unholdable
 from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardware
 from loadmaster.preflight.phases import components_gib, disk_bytes, phase_bytes, phases_gib
@@ -105,7 +105,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         runners_up=[runner_up(chosen, other) for other in found.others],
         price=_price(hardware),
         basis=basis(hardware, setup),
-        verification=verification.summary(),
+        verification={**verification.summary(), "in_hours": exports(job)},
     )
 
 

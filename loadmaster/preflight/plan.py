@@ -137,7 +137,8 @@ class Plan:
     """Which figures are measured and which are modelled, and what they leave out."""
     verification: dict[str, Any] | None = None
     """Where the export's verification puts the largest model (loadmaster.preflight.verification): `fits`, `layers` on
-    each GPU, in host memory and on disk, what is needed besides weights, and what is moved."""
+    each GPU, in host memory and on disk, what is needed besides weights, what is moved, and whether that
+    is `in_hours`: a job that ends before has none."""
     schema: int = SCHEMA
 
     @property

@@ -97,9 +97,10 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     print_table(table, console)
 
 
-def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
-    """The same job on several machines, side by side."""
+def print_comparison(key: str, plans: dict[str, Plan], console: Console | None = None) -> None:
+    """Plans of the same job side by side, one for each value of `key`."""
     table = Table(box=None, pad_edge=False)
+    table.add_column(key, no_wrap=True)
     for heading, justify, wrap in (
         ("hardware", "left", False),
         ("fits", "left", False),
@@ -111,9 +112,10 @@ def print_comparison(plans: list[Plan], console: Console | None = None) -> None:
         ("$", "right", False),
     ):
         table.add_column(heading, justify=justify, no_wrap=not wrap)
-    for plan in plans:
+    for value, plan in plans.items():
         price = plan.price or {}
         table.add_row(
+            escape(value),
             _place(plan),
             "yes" if plan.fits else "no",
             _brief(plan),
@@ -179,7 +181,8 @@ def _speed(plan: Plan) -> str:
         return "speed: not predicted, the card is not in the catalogue"
     said = f"{plan.tokens_per_second:,.0f} tokens/s (modelled)"
     counted = "" if plan.hardware.gpu == "cpu" else " with start, load and export"
-    moving = (plan.verification or {}).get("moving_hours", 0.0)
+    verification = plan.verification or {}
+    moving = verification.get("moving_hours", 0.0) if verification.get("in_hours", True) else 0.0
     if plan.hours and moving > LONG_VERIFICATION * plan.hours and plan.hardware.gpu != "cpu":
         counted += f" ({moving:.1f} h of them moving layers to verify the exports)"
     said += "" if plan.hours is None else f", {plan.hours:.2f} h{counted}"

@@ -67,3 +67,15 @@ def test_a_folder_with_only_a_configuration_can_be_planned(folder):
         if file.name != "config.json":
             file.unlink()
     assert compose([f"model.path={folder}"]).job.model.path == str(folder)
+
+
+@pytest.mark.parametrize(("given", "what"), [("run", "a run"), ("run/adapter", "the adapter of a run")])
+def test_a_second_stage_over_a_run_is_told_what_to_train_on(tmp_path, given, what):
+    (tmp_path / "run/adapter").mkdir(parents=True)
+    for name in ("stages.json", "plan.json", "adapter/adapter_config.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(ConfigError) as refused:
+        compose([f"model.path={tmp_path / given}"])
+    (problem,) = refused.value.problems
+    assert problem.message == f"is {what}, not a model"
+    assert problem.remedy.startswith(f"model.path={tmp_path}/run/export/bf16, what that run trained")

@@ -125,6 +125,8 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("foo@bar=baz", "foo@bar", "there is no group foo", "the groups are data, endpoint"),
         # what Hydra cannot read, or would die of
         ("smoke", "smoke", "is not of the form key=value", "recipe=smoke"),
+        ("my.jsonl", "my.jsonl", "is not of the form key=value", "data=file data.path=my.jsonl"),
+        ("--cfg", "--cfg", "there is no such option here", "leave it out"),
         ("data.path=[a", "data.path", "Hydra cannot read it", "'data.path=\"[a\"'"),
         ("launch.sbatch=[--partition=gpu]", "launch.sbatch", "Hydra cannot read it",
          "\"launch.sbatch=['--partition=gpu']\""),
@@ -171,6 +173,8 @@ def test_a_path_from_the_home_folder_is_read_without_quotes_and_said_in_full(
     assert problem.message == f"is not a folder here ({here / 'home/other'})"
     (problem,) = problems("data=file", "data.path=~/c.jsonl")
     assert (problem.message, problem.remedy[:-7]) == ("there is no such file", "data.path=~/")
+    (problem,) = problems("data=file", "data.path=https://example.org/c.jsonl")
+    assert problem.remedy == "download it and give the file, or a Hub dataset as data.path=OWNER/NAME"
     assert [p.message for p in problems("model.path=~nobody-of-this-name/other")] == ["is not a folder here"]
     assert not taken("model.path=~/my model") and problems("model.path=~/a,~/b")[0].message.startswith("several values")
     assert "'model.path=\"a~b\"'" in problems("model.path=a~b")[0].remedy

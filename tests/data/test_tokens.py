@@ -128,6 +128,22 @@ def test_a_template_that_drops_tools_or_calls_is_reported_with_the_setting_that_
     definitions = encode(tokenizer, {"messages": chat("u", "Hi", "a", "Hello."), "tools": tools}).wrong[0].reason
     assert "drops the tool definitions (weather)" in definitions
 
+    # The call's words all stand in the question, and so does the tool's name.
+    messages[0]["content"] = "The weather in Paris?"
+    messages[1]["tool_calls"][0]["function"]["arguments"] = {"city": "Paris"}
+    call = encode(tokenizer, {"messages": messages}).wrong[0].reason
+    assert "drops the tool call in message 2: 'weather' is not in the rendering" in call
+    asked = {"messages": chat("u", "The weather?", "a", "Warm."), "tools": tools}
+    assert "drops the tool definitions (weather)" in encode(tokenizer, asked).wrong[0].reason
+    shown = encode(tokenizer_with("hermes"), {"messages": messages, "tools": tools})
+    assert not shown.wrong and len(shown.kept) == 1
+
+
+def test_a_dropped_message_is_reported_though_its_text_stands_in_another(tokenizer_with, chat):
+    messages = chat("s", "Paris", "u", "Is Paris large?", "a", "Yes.")
+    assert "drops message 1 (role system)" in encode(tokenizer_with("deaf"), {"messages": messages}).wrong[0].reason
+    assert not encode(tokenizer_with("llama3"), {"messages": messages}).wrong
+
 
 def test_what_the_template_refuses_is_reported_in_its_words(tokenizer_with, chat):
     encoded = encode(tokenizer_with("mistral"), {"messages": chat("u", "a", "u", "b", "a", "c")})

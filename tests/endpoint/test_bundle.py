@@ -292,6 +292,11 @@ def test_a_request_longer_than_the_model_knows_is_refused_with_what_would_do(run
     assert not (run_dir / "bundle").exists()
 
 
+def test_rows_longer_than_the_model_knows_are_served_up_to_what_it_knows(run_dir):
+    folder = write_bundle(run_dir, replace(JOB, sequence_length=9000))
+    assert read_json(folder / "manifest.json")["serve"]["max_model_len"] == 8192
+
+
 @pytest.mark.parametrize(
     ("prompt", "output", "both"),
     [("auto", "auto", (384, 128)), (100, "auto", (100, 128)), ("auto", 400, (112, 400)), (500, "auto", (500, 12))],

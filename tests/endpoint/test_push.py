@@ -51,7 +51,7 @@ def run(tmp_path: Path) -> Path:
     data = tmp_path / "private" / "tickets.jsonl"
     data.parent.mkdir()
     data.write_text("{}\n")
-    job = Job(recipe="smoke", model=ModelConfig(name="example/tiny"), data=DataConfig(path=str(data)))
+    job = Job(recipe="smoke", model=ModelConfig(name="example/tiny"), data=DataConfig(path=str(data)), max_steps=5)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(job), sort_keys=False))
     return folder
 
@@ -99,6 +99,7 @@ def test_a_push_survives_failures_and_leaves_a_repository_that_verifies(hub, run
     for said in (
         "vllm serve org/name --served-model-name smoke", "0.9999", "95.0%", "rank 16, alpha 32", "0.0002",
         "Trained on tickets.jsonl.", "d4d4", "token 2", "max_mean_kl 0.005",
+        "| steps | 5 |\n| batch |",
     ):  # fmt: skip
         assert said in card, said
 
@@ -166,6 +167,12 @@ def test_what_is_to_be_private_is_not_pushed_to_a_repository_that_is_public(hub,
 )  # fmt: skip
 def test_a_card_names_no_folder_of_a_machine_even_when_the_data_are_gone(source, shown):
     assert push._without_folders(source) == shown
+
+
+def test_a_run_is_pushed_whose_data_are_gone(run, capsys):
+    (run.parent / "private" / "tickets.jsonl").unlink()
+    assert main(["push", str(run), "--repo", "org/name", "--dry-run"]) == 0
+    assert "Trained on tickets.jsonl." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["org/bad name", "org/name/more", "https://huggingface.co/org/name", "-x"])

@@ -120,3 +120,14 @@ def test_an_adapter_is_not_served_over_a_model_of_another_name(tiny: Path) -> No
     refuse_by_shape(replace(job, stop_after="export"), shape)
     refuse_by_shape(replace(job, export=ExportConfig(formats=["adapter", "bf16"])), shape)
     refuse_by_shape(replace(job, model=ModelConfig(name="mine", path=str(tiny))), shape)
+
+
+@pytest.mark.parametrize("requests", [{"max_model_len": 4096}, {"prompt_tokens": 2000, "output_tokens": 100}])
+def test_requests_longer_than_the_model_knows_are_refused_before_training(tiny: Path, requests: dict[str, int]) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    shape = from_config({**config, "max_position_embeddings": 2048}, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    job = Job(endpoint=EndpointConfig(**requests), sequence_length=4096)
+    with pytest.raises(ConfigError, match=r"max_position_embeddings=2048(.|\n)*endpoint\.max_model_len=2048"):
+        refuse_by_shape(job, shape)
+    refuse_by_shape(replace(job, stop_after="export"), shape)
+    refuse_by_shape(replace(job, endpoint=EndpointConfig()), shape)

@@ -14,10 +14,12 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from rich.console import Console
 
 from loadmaster.config.compose import compose
-from loadmaster.errors import ConfigError, ProviderError
-from loadmaster.launch import check, choose, order, payload
+from loadmaster.data import refuse_bad_rows
+from loadmaster.errors import ConfigError, DataError, ProviderError
+from loadmaster.launch import check, choose, job, order, payload
 from loadmaster.launch.choose import choices, counts, wanted
 from loadmaster.launch.follow import Reader, unpack
 from loadmaster.launch.provider import LogLine, Offer
@@ -298,3 +300,27 @@ def test_references_to_secrets_are_the_only_trace_of_them():
     assert request["body"]["env"]["HF_TOKEN"] == "{{ RUNPOD_SECRET_my_hf }}"
     assert json.loads(made.env["LOADMASTER_JOB"])["secrets"] == ["HF_TOKEN"]
     assert not re.search("RUNPOD_API_KEY", json.dumps(made.env | {"LOADMASTER_BOOTSTRAP": ""}))
+
+
+@pytest.mark.parametrize("where", [["launch=runpod"], ["launch=ssh", "launch.hosts=[a]"], ["launch=slurm"]])
+def test_rows_that_cannot_be_trained_on_are_told_before_anything_is_rented(tmp_path, monkeypatch, where):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion"\n')
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+
+    def launched(*words: str) -> None:
+        job.launch_job(compose(["recipe=qlora_8b", "data=file", *where, *words]), Console(quiet=True))
+
+    for words, said in (
+        (["data.path=bad.jsonl"], r"broken JSON.*bad\.jsonl:2"),
+        (["data.path=[good.jsonl,bad.jsonl]"], r"1 of 5 rows.*\n.*bad\.jsonl:2"),
+        (["data.path=good.jsonl", "data.validation=bad.jsonl"], r"bad\.jsonl:2"),
+        (["data.path=pairs.jsonl"], r"a preference row(.|\n)*objective=dpo"),
+    ):
+        with pytest.raises(DataError, match=said):
+            launched(*words)
+    assert not (tmp_path / "runs").exists()
+    refuse_bad_rows(compose(["data=file", "data.path=bad.jsonl", "data.on_bad_row=skip"]).job)
+    refuse_bad_rows(compose(["data=file", "data.path=bad.jsonl", "data.max_rows=1"]).job)
+    refuse_bad_rows(compose(["data=file", "data.path=somebody/data"]).job)  # on the Hub, which is asked there

