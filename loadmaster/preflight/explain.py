@@ -20,13 +20,14 @@ from loadmaster.preflight.refusals import COUNTED, TYPED, UNCOUNTED, uncounted_a
 from loadmaster.preflight.search import (
     Candidate,
     Found,
+    mean_rows,
     run_hours,
     search,
     steps,
 )
 from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.speed import least_overhead_hours
+from loadmaster.preflight.speed import exports, least_overhead_hours
 from loadmaster.preflight.targets import in_some_layers_only
 from loadmaster.preflight.verification import VerificationNeed, answers_at_a_time
 
@@ -152,7 +153,9 @@ def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
         return [f"no hours or dollars: how much {named} holds is not known here; max_steps would say it"]
     whole = "max_steps" if job.max_steps is not None else f"{job.epochs:g} epoch{'s' if job.epochs != 1 else ''}"
     shown = ", which is here to try things on" if all(path.startswith(SCHEME) for path in paths) else ""
-    rows = f"{count:,} step{'s' if count > 1 else ''} of {job.batch.global_size} x {job.sequence_length:,} tokens"
+    most = job.batch.global_size
+    size = f"{'up to ' if mean_rows(job, dataset_tokens) < most else ''}{most} x {job.sequence_length:,} tokens"
+    rows = f"{count:,} step{'s' if count > 1 else ''} of {size}"
     return [f"the hours are those of {rows}: {whole} of {named}{shown}"]
 
 
@@ -188,11 +191,6 @@ def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> l
             "a time (evaluation.max_rows, evaluation.max_new_tokens, evaluation.batch_size)"
         )
     return [f"{said}; no verification on several GPUs was run yet"]
-
-
-def exports(job: Job) -> bool:
-    """Whether what a plan says of hours, dollars and what will not pass has the export in it."""
-    return job.stop_after not in ("train", "evaluate")
 
 
 def can_export(job: Job, verification: dict[str, Any] | None) -> bool:

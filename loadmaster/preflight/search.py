@@ -362,12 +362,20 @@ def steps(job: Job, dataset_tokens: int | None) -> int | None:
     return max(1, math.ceil(math.ceil(rows / job.batch.global_size) * job.epochs))
 
 
+def mean_rows(job: Job, dataset_tokens: int | None) -> float:
+    """Of a step: the last one of an epoch has the rows that are left."""
+    if dataset_tokens is None:
+        return job.batch.global_size
+    rows = max(1, math.ceil(dataset_tokens / job.sequence_length))
+    return rows / math.ceil(rows / job.batch.global_size)
+
+
 def run_hours(job: Job, shape: ModelShape, candidate: Candidate, dataset_tokens: int | None) -> float | None:
     """Start, download, load, training and export."""
     count = steps(job, dataset_tokens)
     if count is None or not candidate.tokens_per_second:
         return None
-    tokens = count * job.batch.global_size * job.sequence_length
+    tokens = count * mean_rows(job, dataset_tokens) * job.sequence_length
     rented = candidate.hardware.usd_per_hour is not None
     training = tokens / candidate.tokens_per_second / 3600
     return training + overhead_hours(job, shape, candidate.hardware, candidate.setup, rented)

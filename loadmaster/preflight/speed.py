@@ -97,6 +97,11 @@ def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> fl
     return seconds
 
 
+def exports(job: Job) -> bool:
+    """Whether what a plan says of hours, dollars and what will not pass has the export in it."""
+    return job.stop_after not in ("train", "evaluate")
+
+
 def overhead_hours(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup, rented: bool) -> float:
     """Start of the machine, download, load, rehearsal, and the export: written, calibrated, read back and scored.
 
@@ -104,11 +109,11 @@ def overhead_hours(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup
     """
     if hardware.is_cpu:
         return 0.0
-    written = export_bytes(job, shape, setup) / 1e9
-    seconds = written / value("overhead", "export_gb_per_s")
-    if job.stop_after not in ("train", "evaluate"):
-        seconds += verifying(job, shape, hardware, setup).seconds
-    return least_overhead_hours(job, shape, rented) + seconds / 3600
+    least = least_overhead_hours(job, shape, rented)
+    if not exports(job):
+        return least
+    written = export_bytes(job, shape, setup) / 1e9 / value("overhead", "export_gb_per_s")
+    return least + (written + verifying(job, shape, hardware, setup).seconds) / 3600
 
 
 def least_overhead_hours(job: Job, shape: ModelShape, rented: bool) -> float:
@@ -116,10 +121,11 @@ def least_overhead_hours(job: Job, shape: ModelShape, rented: bool) -> float:
     table = coefficients()["overhead"]
     size = 2 * shape.parameters / 1e9
     seconds = size / table["load_gb_per_s"]["value"] + table["rehearsal_s"]["value"]
-    formats = [name for name in job.export.formats if name != "adapter"]
-    seconds += size * (1 + len(formats)) / table["export_gb_per_s"]["value"]
-    calibrated = sum(name in CALIBRATED for name in formats)
-    seconds += calibrated * shape.parameters / 1e9 * table["calibrate_s_per_billion"]["value"]
+    if exports(job):
+        formats = [name for name in job.export.formats if name != "adapter"]
+        seconds += size * (1 + len(formats)) / table["export_gb_per_s"]["value"]
+        calibrated = sum(name in CALIBRATED for name in formats)
+        seconds += calibrated * shape.parameters / 1e9 * table["calibrate_s_per_billion"]["value"]
     if rented:
         seconds += table["start_s"]["value"] + size / table["download_gb_per_s"]["value"]
     return seconds / 3600

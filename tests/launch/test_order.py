@@ -78,7 +78,7 @@ def test_a_machine_whose_exports_are_verified_from_host_memory_costs_that_time()
     found = small.plan.verification
     assert found["layers"]["host"] > 0 and 0 < found["moving_hours"] < small.hours
     alone = choices(composed("stop_after=evaluate").job, [SMALL], 200_000)[0]
-    assert small.hours - alone.hours == pytest.approx(found["moving_hours"], abs=0.001)
+    assert small.hours - alone.hours > found["moving_hours"]  # and what writes and reads the exports
 
 
 def test_a_machine_that_trains_and_cannot_export_comes_last(monkeypatch):

@@ -218,6 +218,17 @@ def test_where_inputs_are_what_is_too_much_they_go_to_the_host() -> None:
     assert there.activation_checkpointing == "offload" and there.tokens_per_second > recomputed.tokens_per_second
 
 
+def test_hours_are_those_of_rows_that_there_are_and_of_stages_that_run() -> None:
+    def hours(rows: int, **fields) -> float:
+        batch = BatchConfig(global_size=rows)
+        asked = job(LLAMA + "8B", "lora", "a100_80gb", micro_batch_size=1, batch=batch, **fields)
+        return make_plan(asked, dataset_tokens=20 * 2048).hours
+
+    assert hours(100_000) == pytest.approx(hours(20), rel=0.01)  # one step of 20 rows
+    assert hours(16) == pytest.approx(hours(20), rel=0.05)  # 16 and 4
+    assert hours(20, stop_after="train") < hours(20) - 0.01
+
+
 def test_where_memory_is_all_that_counts_inputs_go_to_the_host() -> None:
     chosen = plan(LLAMA + "8B", "lora", "a100_80gb", sequence_length=16384, plan=PlanConfig(objective="memory"))
     assert chosen.activation_checkpointing == "offload"
