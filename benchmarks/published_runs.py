@@ -9,6 +9,7 @@ A test holds the predictions to the stored result file, so that a change of the 
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -163,6 +164,7 @@ def page(day: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"published-{date.today()}.md"
     file.write_text(page(str(date.today())), encoding="utf-8")

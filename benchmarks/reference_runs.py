@@ -12,6 +12,7 @@ predicted is this engine's replay with the other engine's loss in the place of i
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -186,6 +187,7 @@ def page(day: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"reference-{date.today()}.md"
     file.write_text(page(str(date.today())), encoding="utf-8")

@@ -127,7 +127,8 @@ def reasons(
     said += about_answers(job, shape, chosen)
     said += about_verification(job, chosen, verification)
     if shape.estimate:
-        said.append(f"an estimate: {shape.estimate}")
+        traced = "" if job.plan.trace else "; plan.trace=true counts the model itself and traces its step"
+        said.append(f"an estimate: {shape.estimate}{traced}")
     if job.stop_after == "plan":  # else they are refused
         said += [f"the export will not pass: {p.key}: {p.message}; {p.remedy}" for p in export_problems(job, shape)]
     if shape.name != job.model.name:
