@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -22,15 +23,31 @@ PAIRS = [
     {"prompt": "Add 2 and 2, and say how.", "chosen": "Two more than two is four.", "rejected": "5"},
 ]
 
+@pytest.fixture(scope="module")
+def draw() -> np.random.Generator:
+    """The same numbers under every torch: of most models and adapters the answers below move enough to compare, but
+    not of all."""
+    return np.random.default_rng(1)
+
 
 @pytest.fixture(scope="module")
-def policy(tiny):
+def tiny(tiny, draw, tmp_path_factory):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = torch.from_numpy(draw.normal(0, 0.02, parameter.shape)).float()
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("drawn") / "tiny")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(tiny, draw):
     """A model under an adapter that does something."""
     model = make_trainable(load_base(tiny, torch.float32, "cpu"), "lora", LoraConfig(rank=4))
-    generator = torch.Generator().manual_seed(1)
     for name, parameter in trainable(model):  # B starts at zero, where policy and reference are the same
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        spread = 0.3 if "lora_B" in name else 0.07
+        parameter.data = torch.from_numpy(draw.normal(0, spread, parameter.shape)).float()
     return model
 
 
@@ -265,8 +282,8 @@ def test_the_kto_loss_of_labelled_answers_is_trls_on_the_same_batch(
 
     figures = preference.mean_figures(module.figures)
     theirs = trainer._metrics["train"]
-    assert figures["reward_desirable"] == pytest.approx(theirs["rewards/chosen"][0], rel=1e-4)
-    assert figures["reward_undesirable"] == pytest.approx(theirs["rewards/rejected"][0], rel=1e-4)
+    assert figures["reward_desirable"] == pytest.approx(theirs["rewards/chosen"][0], rel=1e-4, abs=1e-5)
+    assert figures["reward_undesirable"] == pytest.approx(theirs["rewards/rejected"][0], rel=1e-4, abs=1e-5)
     assert figures["reward_margin"] == figures["reward_desirable"] - figures["reward_undesirable"]
     assert module.figures.tolist()[:5] == [0, 0, 0, sum(labels), 5 - sum(labels)]
 
