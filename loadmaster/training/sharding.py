@@ -60,6 +60,24 @@ class Replicated(Strategy):
         return loss.no_sync()
 
 
+@contextmanager
+def codes_without_gradients() -> Iterator[None]:
+    """Within the block a new parameter of integers (a frozen base's codes) needs no gradient, which it could not have.
+
+    torch 2.11's fully_shard makes every shard a parameter that needs one, and takes that back in its next line.
+    """
+    made = nn.Parameter.__new__
+
+    def make(cls: type, data: Tensor | None = None, requires_grad: bool = True) -> Any:
+        return made(cls, data, requires_grad and (data is None or data.is_floating_point() or data.is_complex()))
+
+    nn.Parameter.__new__ = staticmethod(make)
+    try:
+        yield
+    finally:
+        nn.Parameter.__new__ = staticmethod(made)
+
+
 class FullyShard(Strategy):
     """FSDP2, over one dimension of ranks or over nodes x GPUs."""
 
@@ -101,9 +119,10 @@ class FullyShard(Strategy):
             "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if self.plan.offload == "all" else OffloadPolicy(),
         }
         layers = decoder_layers(loss)
-        for layer in layers:
-            fully_shard(layer, **settings, reshard_after_forward=self.plan.reshard_after_forward)
-        fully_shard(loss, **settings, reshard_after_forward=False)
+        with codes_without_gradients():
+            for layer in layers:
+                fully_shard(layer, **settings, reshard_after_forward=self.plan.reshard_after_forward)
+            fully_shard(loss, **settings, reshard_after_forward=False)
         for module in (loss, *layers):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

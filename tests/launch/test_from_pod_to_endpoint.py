@@ -250,7 +250,8 @@ def test_a_launch_that_is_to_fetch_asks_for_its_keys_before_anything_is_rented(p
 
 def test_large_data_is_on_the_volume_before_the_machine_starts(place, there, monkeypatch) -> None:
     data = place.folder / "mine.jsonl"
-    data.write_bytes(os.urandom(300_000))
+    rows = ({"prompt": f"Count to {n}.", "completion": os.urandom(100).hex()} for n in range(1200))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     created = place.fake.createPod
     seen: list[dict[str, bytes]] = []
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+import torch
+from torch import nn
 
 from loadmaster.preflight.communication import step_traffic
 from loadmaster.preflight.memory import worst_micro_batch
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.shards import whole
+from loadmaster.training.sharding import codes_without_gradients
 from loadmaster.training.trace import Case
 from tests.preflight.sharded_trace import sharded_peaks, step_bytes
 from tests.preflight.test_replay import FAMILIES, random_config
@@ -52,6 +55,16 @@ METHODS = [("full", "bf16"), ("lora", "bf16"), ("lora", "fp8"), ("qlora", "bf16"
 @pytest.mark.parametrize(("method", "precision"), METHODS)
 def test_a_ranks_memory_equals_a_trace_of_fully_shard(method: str, precision: str) -> None:
     check("llama", method, precision, (64,), small_vocabulary=True)
+
+
+def test_a_shard_of_codes_is_a_parameter_without_a_gradient() -> None:
+    """As torch 2.11 makes shards: of integers that was an error, when a run on several GPUs began."""
+    codes = torch.zeros(4, dtype=torch.uint8)
+    with codes_without_gradients():
+        assert not nn.Parameter(codes).requires_grad
+        assert nn.Parameter(torch.zeros(4)).requires_grad and not nn.Parameter(torch.zeros(4), False).requires_grad
+    with pytest.raises(RuntimeError, match="floating point"):
+        nn.Parameter(codes)
 
 
 def test_experts_that_do_not_divide_are_padded_as_fully_shard_pads_them() -> None:
