@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from loadmaster.files import publish_folder, read_json, sha256_json
 
 # Raised whenever the same input would give other tokens, rows or files than before.
 LAYOUT_VERSION = 1
+LARGE_BYTES = 100_000_000
+"""Of files whose reading is announced: it takes longer than a moment."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,19 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
     return prepared
 
 
-def refuse_bad_rows(job: Job) -> None:
+def refuse_bad_rows(job: Job, echo: Callable[[str], None] = print) -> None:
     """Read data that lie here before anything is rented for them; what lies elsewhere is left alone.
 
-    Raises DataError with file and line of every row that cannot be read as what the job trains on.
+    echo: told of it where it takes a while. Raises DataError with file and line of every row that cannot be read as
+    what the job trains on.
     """
     data = job.data
     wanted = [([data.path] if isinstance(data.path, str) else list(data.path), "data.path", data.max_rows)]
     wanted += [([data.validation], "data.validation", None)] if isinstance(data.validation, str) else []
     here = [each for each in wanted if all(local_path(path).is_file() for path in each[0])]
+    size = sum(local_path(path).stat().st_size for paths, *_ in here for path in paths)
+    if size >= LARGE_BYTES:
+        echo(f"reading {size / 1e9:.1f} GB of data before a machine starts for them")
     stop_on_bad_rows(job, [(open_source(paths, data.split, key), most) for paths, key, most in here])
 
 

@@ -50,7 +50,7 @@ def launch_job(
 
     if found := problems(composed):
         raise ConfigError(found)
-    refuse_bad_rows(composed.job)
+    refuse_bad_rows(composed.job, console.print)
     name = f"{PREFIX}{composed.job.recipe.replace('/', '-')}-{datetime.now(UTC):%m%d-%H%M%S}-{os.urandom(2).hex()}"
     folder = Path("runs") / composed.job.recipe / name
     stop = StopSignal().install()

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from loadmaster.config.compose import compose
-from loadmaster.data import refuse_bad_rows
+from loadmaster.data import prepared, refuse_bad_rows
 from loadmaster.errors import ConfigError, DataError, ProviderError
 from loadmaster.launch import check, choose, job, order, payload
 from loadmaster.launch.choose import choices, counts, wanted
@@ -324,3 +324,8 @@ def test_rows_that_cannot_be_trained_on_are_told_before_anything_is_rented(tmp_p
     refuse_bad_rows(compose(["data=file", "data.path=bad.jsonl", "data.on_bad_row=skip"]).job)
     refuse_bad_rows(compose(["data=file", "data.path=bad.jsonl", "data.max_rows=1"]).job)
     refuse_bad_rows(compose(["data=file", "data.path=somebody/data"]).job)  # on the Hub, which is asked there
+    monkeypatch.setattr(prepared, "LARGE_BYTES", 10)
+    said = []
+    with pytest.raises(DataError):
+        refuse_bad_rows(compose(["data=file", "data.path=bad.jsonl"]).job, said.append)
+    assert said == ["reading 0.0 GB of data before a machine starts for them"]
