@@ -14,7 +14,7 @@ from loadmaster.preflight.memory import resident
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import find_shape, from_config
 from loadmaster.preflight.speed import micro_batch_seconds
-from loadmaster.preflight.step import training_step
+from loadmaster.preflight.step import evaluation_batch, training_step
 from loadmaster.training.trace import Case, _meta_model, traced_peaks, weight_bytes, with_trained_part
 from tests.preflight.test_replay import CASES, TOLERANCE, random_config
 
@@ -36,7 +36,8 @@ def test_replay_equals_a_trace_of_the_engine(family):
     shape = from_config(config, family)
     for precision, cases in (("bf16", [Case(3000, objective="dpo"), *CASES]), ("fp32", [Case(512)])):
         for case, truth in zip(cases, traced_peaks(config, "lora", cases, precision=precision, dora=True), strict=True):
-            error = training_step(shape, setup_of(case, precision), in_place=False).peak / truth - 1
+            replay = evaluation_batch if case.evaluated else training_step
+            error = replay(shape, setup_of(case, precision), in_place=False).peak / truth - 1
             assert abs(error) < TOLERANCE, f"{config} {precision} {case}: {error:+.3%} from the trace of {truth} bytes"
     setup = setup_of(cases[0])
     model = with_trained_part(_meta_model(config), setup)
