@@ -192,7 +192,7 @@ def measured(scratch: Path, free: float) -> dict:
 
 folder = Path(sys.argv[1])
 import compressed_tensors.offload, transformers.models.llama.modeling_llama
-print(json.dumps({name: measured(Path(sys.argv[2]) / name, float(free)) for name, free in json.loads(sys.argv[3])}))
+print(json.dumps(measured(Path(sys.argv[2]), float(sys.argv[3]))))
 """
 
 
@@ -200,19 +200,18 @@ print(json.dumps({name: measured(Path(sys.argv[2]) / name, float(free)) for name
 def test_a_real_model_on_disk_scores_to_the_bit_in_a_fraction_of_its_memory(smollm2, tmp_path):
     """SmolLM2-135M: 257 MiB in bf16, 54 of them embeddings; each copy of 29 positions' logits in fp32 is 5 MiB.
 
-    All that is resident counts, pages of the files too: on a CPU the weights are no copies of them. The smaller one
-    comes first in the process that both share: what it lets go and the process keeps is not counted for the larger.
+    All that is resident counts, pages of the files too: on a CPU the weights are no copies of them. Each is in a
+    process of its own: what one lets go and its process keeps would not be counted for the other.
     """
     layers, rest = sizes(empty_model(smollm2, torch.bfloat16))
-    free = [(name, rest + kept * layers[0]) for name, kept in (("parts", 2.5), ("whole", 100))]
-    for name, _ in free:
-        (tmp_path / name).mkdir()
-    command = [sys.executable, "-c", MEASURE, str(smollm2), str(tmp_path), json.dumps(free)]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found = json.loads(ran.stdout.splitlines()[-1])
-    for name in found:
-        found[name] |= torch.load(tmp_path / name / "scores.pt")
+    found = {}
+    for name, kept in (("parts", 2.5), ("whole", 100)):
+        scratch = tmp_path / name
+        scratch.mkdir()
+        command = [sys.executable, "-c", MEASURE, str(smollm2), str(scratch), str(rest + kept * layers[0])]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        found[name] = json.loads(ran.stdout.splitlines()[-1]) | torch.load(scratch / "scores.pt")
     whole, parts = found["whole"], found["parts"]
     assert whole["words"] == "30 of 30 layers in host memory" and parts["words"].startswith("1 of 30 layers in host")
     assert torch.equal(whole["scores"], parts["scores"])
