@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from loadmaster.preflight import make_plan
 from loadmaster.preflight.coefficients import value
 from loadmaster.training.batches import trained_tokens
 from loadmaster.training.metrics import GIB, peak_memory
-from loadmaster.training.session import Session, make_session
+from loadmaster.training.session import Session, attention_kernel, make_session
 from loadmaster.training.world import World
 
 CEILING_SIZE = 8192
@@ -103,9 +104,12 @@ def run(rung: dict[str, Any]) -> dict[str, Any]:
     session = make_session(job, plan, World(device=device), 0, Path(rung["model"]))
     if rung.get("loss", "fused") != "fused":
         session.loss = PlainLoss(session.model, rung["loss"])
+    packed = rung.get("loss", "fused") in ("fused", "varlen")  # the others' attention is transformers' own
     loaded = time.perf_counter() - began
+    with attention_kernel(session, print) if packed else nullcontext("sdpa") as kernel:
+        row = measure(session, rung)
     return {
-        **measure(session, rung), "load_s": loaded, "planned_tokens_per_second": plan.tokens_per_second,
+        **row, "attention_kernel": kernel, "load_s": loaded, "planned_tokens_per_second": plan.tokens_per_second,
         "planned_allocated_gib": plan.peak_gib.allocated if plan.peak_gib else None, "plan": chosen(session),
     }  # fmt: skip
 

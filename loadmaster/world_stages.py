@@ -165,6 +165,7 @@ class StageRun:
             "steps": outcome.steps,
             "recompilations": outcome.recompilations,
             "input_share": outcome.input_share,
+            "attention_kernel": outcome.attention_kernel,
             "train_loss": outcome.train_loss,
             "eval_loss": outcome.eval_loss,
             "data": self.materials.prepared.summary,

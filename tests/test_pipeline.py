@@ -99,6 +99,7 @@ def test_every_shipped_recipe_runs_scaled_down(recipe, tiny, tmp_path, request):
         "eval_loss",
         "wall_seconds",
     } <= set(result)
+    assert result["attention_kernel"] == "by_document"
     assert result["steps"] == 2 and set(result["wall_seconds"]) == set(stages)
 
 

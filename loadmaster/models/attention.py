@@ -5,7 +5,7 @@ begins: document i is tokens cu_seq_lens[i] up to cu_seq_lens[i + 1]. On a GPU t
 kernel (`torch.nn.attention.varlen`, torch >= 2.10) takes those bounds as they are; elsewhere each document
 goes through scaled-dot-product attention by itself. Neither needs a mask, so none is built: a packed row of
 S tokens never costs S x S memory, and transformers' mask code (which reads position ids back from the
-device on every forward) is not run.
+device on every forward) is not run. FlashAttention 3 or 4 takes that kernel's place where it may: flash.py.
 
 Both are one operation to torch.compile, and neither how many documents there are nor how long they are is part of
 a compiled graph: each batch has others. The kernel is told the longest document's length, which is therefore the
@@ -36,6 +36,8 @@ with without(*OPTIONAL):
     from transformers import AttentionInterface
 
 PACKED = "loadmaster_packed"
+REROUTED = False
+"""Whether another package's kernel runs in the place of PyTorch's; flash.py sets it."""
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
@@ -123,6 +125,39 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple:
 attention_by_document.register_autograd(_differentiate, setup_context=_keep)
 
 
+def by_bounds(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    longest_document: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D], by the variable-length kernel.
+
+    PyTorch's own, or the one that runs in its place (flash.py).
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest, q = longest_document.shape[0], query[0].transpose(0, 1)
+    if not q.is_contiguous() and REROUTED:  # its output always is, and compiled code counts on one laid out like q
+        q = q.contiguous()
+    output = varlen_attn(
+        q,
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seq_lens,
+        cu_seq_lens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0) if window is None else (window - 1, 0),
+        **({"enable_gqa": True} if query.shape[1] != key.shape[1] and TOLD_OF_GROUPS else {}),
+    )
+    return output.unsqueeze(0)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -161,23 +196,7 @@ def packed_attention(
         )
         return output.transpose(1, 2), None
     if query.is_meta or (query.is_cuda and dropout == 0.0):  # a trace on the meta device stands for a GPU
-        from torch.nn.attention.varlen import varlen_attn
-
-        longest = longest_document.shape[0]
-        window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-        output = varlen_attn(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            longest,
-            longest,
-            scale=scaling,
-            window_size=window,
-            **({"enable_gqa": True} if query.shape[1] != key.shape[1] and TOLD_OF_GROUPS else {}),
-        )
-        return output.unsqueeze(0), None
+        return by_bounds(query, key, value, cu_seq_lens_q, longest_document, scaling, sliding_window), None
     if torch.compiler.is_compiling() and dropout == 0.0:
         output = torch.ops.loadmaster.attention_by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window)
     else:

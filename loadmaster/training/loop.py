@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from loadmaster.training.metrics import (
 from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.rng import seed_everything
 from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
-from loadmaster.training.session import Session, make_session, refuse_other_world, refuse_unbuilt
+from loadmaster.training.session import Session, attention_kernel, make_session, refuse_other_world, refuse_unbuilt
 from loadmaster.training.stop import MESSAGE, StopSignal
 from loadmaster.training.tracker import open_tracker, refuse_missing_tracker
 from loadmaster.training.watchdog import Watchdog
@@ -66,6 +67,8 @@ class Outcome:
     """Graphs that were compiled after the rehearsal; each makes a step slow, and there should be none."""
     input_share: float = 0.0
     """Of the steps' time, what went by until their batches were there."""
+    attention_kernel: str = ""
+    """varlen (PyTorch's own), FA3, FA4, flex_attention, or by_document (a CPU, and attention dropout)."""
 
 
 def train(
@@ -96,7 +99,7 @@ def train(
     def stopping() -> bool:
         return world.any(stop.requested or checkpoints.failed)
 
-    with stop.deferred():
+    with stop.deferred(), ExitStack() as stack:
         watch.at(0, "load")
         cache = CompileCache(run_dir / "compile_cache", world.lead)
         if plan.compile:
@@ -111,6 +114,7 @@ def train(
         checkpoints = Checkpoints(world, session.strategy.placed)
         _stop_if(stopping(), "before the first step")
         watch.at(0, "rehearse")
+        kernel = stack.enter_context(attention_kernel(session, display.echo))
         lr = learning_rate(1, steps, job.optimizer)
         rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr)
         display.echo(
@@ -232,6 +236,7 @@ def train(
         saves=saves,
         recompilations=recompilations,
         input_share=input_s / busy_s if busy_s else 0.0,
+        attention_kernel=kernel,
     )
 
 

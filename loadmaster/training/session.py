@@ -7,7 +7,7 @@ ranks, so however a batch is split its gradient is the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,14 @@ from torch import nn
 from loadmaster.config.schema import Job
 from loadmaster.data import MicroBatch
 from loadmaster.errors import ConfigError, Problem
+from loadmaster.models import flash
 from loadmaster.models.adapters import trainable
+from loadmaster.models.forward import causal_lm
 from loadmaster.models.preference import FIGURES, mean_figures, preference_figures
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import micro_batches
 from loadmaster.training.optimizer import TrainingOptimizer
+from loadmaster.training.rng import restore_rng, rng_state
 from loadmaster.training.sharding import STRATEGIES
 from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
@@ -152,6 +155,30 @@ def make_session(
     strategy = STRATEGIES[plan.sharding](job, plan, world)
     model, loss = strategy.prepare(strategy.load(base_folder) if base is None else base)
     return Session(job, plan, world, strategy, model, loss, strategy.optimizer(model), pad_token_id)
+
+
+@contextmanager
+def attention_kernel(session: Session, echo: Callable[[str], None]) -> Iterator[str]:
+    """The name of what packed attention runs within the block, on all ranks: FlashAttention 3 or 4 where it is there
+    and found right on each (models/flash.py), else PyTorch's own.
+
+    Enter it before anything is compiled or rehearsed. Generators and, at the end, PyTorch's kernel are put back.
+    """
+    generators = rng_state()
+    mine = flash.tried(session.model, session.strategy.dtype, session.device, session.job.sequence_length)
+    restore_rng(*generators)
+    active = mine[0] is not None and mine[1] is None
+    try:
+        package, said = flash.agreed(session.world.gather(mine))
+        if active and package is None:
+            active = False
+            flash.restore()
+        if said:
+            echo(said)
+        yield package.impl if package else flash.own_kernel(causal_lm(session.model).config, session.device)
+    finally:
+        if active:
+            flash.restore()
 
 
 def refuse_other_world(plan: Plan, world: World) -> None:
