@@ -136,7 +136,7 @@ def test_full_70b_fits_four_a100_with_adafactor_in_the_backward_pass_alone() -> 
     found = stepped("70B", "a100_80gb", 4, 4)
     assert found.fits and found.optimizer == "adafactor" and found.optimizer_in_backward
     assert found.micro_batch_size == 1 and found.gradient_accumulation_steps == 1
-    assert found.memory_gib.gradients < 4.0  # of embedding and head at the most; all would be 33
+    assert found.memory_gib.gradients < 8.0  # of embedding and head at the most; all would be 33
     assert not stepped("70B", "a100_80gb", 4, 4, name="adamw_8bit").fits
     assert "in the backward pass" in " ".join(c["plan"] for c in found.rejected)
 
