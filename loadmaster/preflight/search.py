@@ -95,8 +95,8 @@ def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True
         fit = [c for c in candidates if c.fits]
         if fit:
             fit.sort(key=ranking(job, fit))
-            if (mixed := keeping_more(job, fit[0])) is not None:
-                fit = sorted([mixed, *fit], key=ranking(job, [mixed, *fit]))
+            if mixed := keeping_more(job, fit[0]):
+                fit = sorted([*mixed, *fit], key=ranking(job, [*mixed, *fit]))
             return Found(fit[0], _one_of_each_kind(fit), nearest, [])
         nearest += [min(candidates, key=closeness)] if explain else []
     return Found(None, [], nearest, [])
@@ -182,28 +182,31 @@ def kept_layers(job: Job, shape: ModelShape, checkpointing: str) -> int:
     return max(0, shape.layers - job.checkpointed_layers) if written else 0
 
 
-def keeping_more(job: Job, best: Candidate) -> Candidate | None:
-    """The best plan that recomputes all layers, with as many of the last ones kept instead as there is room for.
-
-    In micro-batches of ENOUGH_TOKENS: larger ones would leave room for fewer. None where not one more fits.
-    """
-    shape, setup, hardware = best.shape, best.setup, best.hardware
+def keeping_more(job: Job, best: Candidate) -> list[Candidate]:
+    """The best plan that recomputes all layers, with as many of the last ones kept instead as there is room for: in
+    micro-batches of ENOUGH_TOKENS, for larger ones leave room for fewer, and of one row."""
+    shape, setup = best.shape, best.setup
     kinds_of_layers = bool(shape.dense_layers) + bool(shape.expert_layers)
     if (
         setup.checkpointing != "full" or setup.kept_layers or job.activation_checkpointing != "auto"
-        or job.plan.objective == "memory" or hardware.is_cpu or kinds_of_layers > 1
+        or job.plan.objective == "memory" or best.hardware.is_cpu or kinds_of_layers > 1
     ):  # fmt: skip
-        return None
-    rows = setup.micro_batch_size * setup.gradient_accumulation_steps
+        return []
+    rows, sizes = setup.micro_batch_size * setup.gradient_accumulation_steps, {setup.micro_batch_size}
     if job.micro_batch_size == "auto" and not setup.in_backward:
-        sizes = [size for size in divisors(rows) if size <= setup.micro_batch_size]
-        enough = [size for size in sizes if size * setup.sequence_length >= ENOUGH_TOKENS]
-        size = min(enough, default=setup.micro_batch_size)
-        setup = replace(setup, micro_batch_size=size, gradient_accumulation_steps=rows // size)
+        enough = [size for size in divisors(rows) if size * setup.sequence_length >= ENOUGH_TOKENS]
+        sizes = {1, min([*enough, setup.micro_batch_size])}
+    setups = [replace(setup, micro_batch_size=size, gradient_accumulation_steps=rows // size) for size in sorted(sizes)]
+    return [found for each in setups if (found := _filled(job, best, each)) is not None]
+
+
+def _filled(job: Job, best: Candidate, setup: Setup) -> Candidate | None:
+    """`setup` with as many layers kept as fit; None where not one does."""
+    shape = best.shape
 
     def keeping(layers: int) -> Candidate:
         kept = {"checkpointing": "none"} if layers == shape.layers else {"kept_layers": layers}
-        return evaluate(job, shape, hardware, replace(setup, **kept))
+        return evaluate(job, shape, best.hardware, replace(setup, **kept))
 
     layers, found = 0, best if setup == best.setup else keeping(0)
     known = kept_bytes(shape, setup) if setup.compiled else None
@@ -212,7 +215,8 @@ def keeping_more(job: Job, best: Candidate) -> Candidate | None:
     else:
         each = (known - setup.width * shape.hidden_size) * setup.tokens / GIB
     for _ in range(3):  # what is needed grows almost in a line
-        more = min(math.floor(-found.missing_gib / each), shape.layers - 1 - layers) if each > 0 else 0
+        room = found.budget_gib - found.memory.needed_gib
+        more = min(math.floor(room / each), shape.layers - 1 - layers) if each > 0 else 0
         if more < 1:
             break
         tried = keeping(layers + more)
