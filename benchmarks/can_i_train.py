@@ -82,7 +82,9 @@ def answer(plan: Plan) -> tuple[str, str]:
     if plan.fits:
         states = plan.optimizer + (" with fp32 master weights" if plan.master_weights else "")
         states += " in the backward pass" if plan.optimizer_in_backward else ""
-        parts = [states, f"activation checkpointing {plan.activation_checkpointing}"]
+        some, layers = plan.checkpointed_layers, plan.model.layers
+        of = "" if some is None else f" of {some} of {layers} layers"
+        parts = [states, f"activation checkpointing {plan.activation_checkpointing}{of}"]
         parts += [] if plan.sharding == "none" else [plan.sharding]
         parts += [] if plan.offload == "none" else [f"{plan.offload} in host memory ({plan.host_memory_gib:.0f} GiB)"]
         return "yes", f"{plan.memory_gib.total:.1f} of {plan.budget_gib:.1f} GiB; {', '.join(parts)}"

@@ -49,6 +49,7 @@ def load(paths: list[Path], gpu: str) -> list[Row]:
             setup = Setup(
                 method=plan.method, precision=plan.precision, optimizer=plan.optimizer,
                 master_weights=plan.master_weights, checkpointing=plan.activation_checkpointing,
+                kept_layers=plan.kept_layers,
                 micro_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
                 **fixed(job, hardware, plan.activation_checkpointing, plan.micro_batch_size * job.sequence_length),
             )  # fmt: skip

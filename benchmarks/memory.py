@@ -59,6 +59,7 @@ class Case:
     accumulation: int = 1
     objective: str = "sft"
     compile: bool = False
+    checkpointed_layers: int | None = None
 
     def config(self) -> dict[str, Any]:
         if self.model == "tiny":
@@ -77,7 +78,8 @@ class Case:
             recipe="benchmark", model=model, method=self.method, precision=precision,
             sequence_length=self.sequence_length, micro_batch_size=self.micro_batch_size,
             batch=BatchConfig(global_size=self.micro_batch_size * self.accumulation),
-            activation_checkpointing=self.checkpointing, offload="none", objective=self.objective,
+            activation_checkpointing=self.checkpointing, checkpointed_layers=self.checkpointed_layers or "auto",
+            offload="none", objective=self.objective,
             lora=LoraConfig(rank=self.rank, dropout=self.dropout), compile=self.compile,
             optimizer=OptimizerConfig(name=self.optimizer, master_weights=self.master_weights),
             hardware=HardwareConfig(gpu=gpu, count=1),
@@ -130,6 +132,7 @@ def grid() -> list[Case]:
         Case(EIGHT, "lora", 2048, 4),
         Case(EIGHT, "lora", 8192, 2, "full"),
         Case(EIGHT, "lora", 4096, 2, "selective", rank=64),
+        Case(EIGHT, "lora", 8192, 2, "full", checkpointed_layers=24),
         Case(EIGHT, "lora", 2048, 2, precision="fp8"),
         Case(EIGHT, "lora", 4096, 2, "full", precision="fp8"),
         Case(EIGHT, "qlora", 512, 1),
@@ -148,6 +151,7 @@ def grid() -> list[Case]:
         Case(ONE, "full", 2048, 8),
         Case(ONE, "lora", 4096, 2),
         Case(EIGHT, "qlora", 4096, 4, "full"),
+        Case(EIGHT, "qlora", 8192, 2, "full", checkpointed_layers=16),
         Case(EIGHT, "lora", 4096, 2, "selective"),
         Case(SMALL, "full", 2048, 8),
     ]
@@ -160,6 +164,7 @@ def dry(case: Case) -> Case:
     return replace(
         case, model="tiny", sequence_length=case.sequence_length // 64, micro_batch_size=min(2, case.micro_batch_size),
         precision=precision, rank=4, compile=False, master_weights=False,
+        checkpointed_layers=case.checkpointed_layers and 2,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from loadmaster import collector
+from loadmaster import collector, out_of_memory
 from loadmaster.config.compose import Composed
 from loadmaster.config.jobhash import differing, job_hash, stage_inputs_hash
 from loadmaster.config.schema import STAGES, Job
@@ -225,15 +225,16 @@ class Pipeline:
         from loadmaster.export import export_all, report_table, storable
 
         try:
-            exports = export_all(
-                self.job,
-                self.plan,
-                self.run_dir.path,
-                self.materials.base_folder,
-                self.materials.prepared,
-                self.materials.tokenizer,
-                self.echo,
-            )
+            with out_of_memory.explained("export"):
+                exports = export_all(
+                    self.job,
+                    self.plan,
+                    self.run_dir.path,
+                    self.materials.base_folder,
+                    self.materials.prepared,
+                    self.materials.tokenizer,
+                    self.echo,
+                )
         except ExportRejected as error:
             # "exports" stays: an earlier export is still in its place.
             self.run_dir.update_result(rejected_exports=storable(error.figures))

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadmaster import collector
+from loadmaster import collector, out_of_memory
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
@@ -91,7 +91,8 @@ class StageRun:
             self._make_materials()
             self._stop_if(self._stopping(), f"{stage} starts")
             self._examine(stage)
-            figures = {"train": self._train, "evaluate": self._evaluate}[stage](watch)
+            with out_of_memory.explained(stage):
+                figures = {"train": self._train, "evaluate": self._evaluate}[stage](watch)
             free_device_memory()  # models are parts of cycles, and the next stage loads its own
             if self._stopping():  # too late for this stage, which is done: whoever goes on asks again
                 self.stop.requested = True

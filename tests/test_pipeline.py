@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +18,7 @@ from loadmaster.preflight import hardware
 from loadmaster.preflight.plan import Plan
 from loadmaster.rundir import RunDir
 from loadmaster.training.display import Display
+from loadmaster.training.rehearsal import Rehearsed
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 EXPORTED = {"qlora_8b", "lora_8b", "full_8b"}
@@ -194,6 +196,34 @@ def test_a_task_that_the_held_out_rows_cannot_be_asked_is_refused_before_trainin
     reasons = json.loads((tmp_path / "run/plan.json").read_text())["reasons"]
     assert any("of mine.json" in reason for reason in reasons) and str(tmp_path) not in str(reasons)
     assert not (tmp_path / "run/adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "where", "remedy"),
+    [
+        ("train", "loadmaster.training.loop.Session.gradients", "activation_checkpointing=full"),
+        ("evaluate", "loadmaster.evaluation.generate", "evaluation.batch_size"),
+        ("export", "loadmaster.export.stage.Export.make", "evaluation.batch_size"),
+    ],
+)
+def test_memory_that_runs_out_in_a_stage_is_a_sentence_and_the_next_start_goes_on(
+    stage, where, remedy, tiny, tmp_path, monkeypatch, capsys
+):
+    def too_big(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    asked = ("evaluation.task=exact_match", "evaluation.max_rows=1", f"stop_after={stage}")
+    with monkeypatch.context() as patch:
+        patch.setattr(where, too_big)
+        if stage == "train":  # where the rehearsal has no say
+            patch.setattr("loadmaster.training.loop._rehearse", lambda *_: Rehearsed(0.0, 0.0, 0.0, 0.0))
+        code, _ = go(tiny, tmp_path, *asked)
+        said = capsys.readouterr().err
+        assert code == 4 and f"out of GPU memory in the {stage} stage" in said and remedy in said
+    if stage == "export":  # which takes a while
+        return
+    code, printed = go(tiny, tmp_path, *asked)
+    assert code == 0 and (stage == "train" or "train: unchanged" in printed), printed
 
 
 def test_what_was_lost_is_made_again_not_reported_as_done(tiny, lora_8b):

@@ -168,6 +168,14 @@ def fp8_needs_fp8_units(job: Job, origins: Origins) -> Found:
         yield "precision", job.precision, message, f"precision=bf16, or one of {able}"
 
 
+@rule("checkpointed_layers", "activation_checkpointing")
+def some_layers_are_checkpointed_in_full(job: Job, origins: Origins) -> Found:
+    """checkpointed_layers as a number goes with activation_checkpointing=full."""
+    if job.checkpointed_layers != "auto" and job.activation_checkpointing != "full":
+        message = f"is of full checkpointing, and activation_checkpointing={job.activation_checkpointing}"
+        yield "checkpointed_layers", job.checkpointed_layers, message, "activation_checkpointing=full, or auto"
+
+
 @rule("compile", "activation_checkpointing", "sequence_length", "micro_batch_size")
 def pieces_are_not_compiled(job: Job, origins: Origins) -> Found:
     """compile=true does not go with activation_checkpointing=offload with more than 16,384 tokens at a time."""

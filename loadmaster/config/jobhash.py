@@ -29,7 +29,10 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
 
 # How the work is spread and on what: inputs of the plan stage alone. Later stages depend on what the plan then chose
 # (the pipeline adds its method, precision and optimizer), so a run goes on with other GPUs, or another number of them.
-SPREAD = ("micro_batch_size", "activation_checkpointing", "compile", "sharding", "offload", "plan", "hardware")
+SPREAD = (
+    "micro_batch_size", "activation_checkpointing", "checkpointed_layers", "compile", "sharding", "offload", "plan",
+    "hardware",
+)  # fmt: skip
 
 # What may change between two starts of the same run: names and places, how often to save and look, who watches.
 NOT_INPUTS = (
@@ -38,7 +41,9 @@ NOT_INPUTS = (
 )  # fmt: skip
 
 
-SINCE: dict[str, Any] = {"lora.modules_to_save": [], "lora.dora": False, "optimizer.in_backward": "auto"}
+SINCE: dict[str, Any] = {
+    "lora.modules_to_save": [], "lora.dora": False, "optimizer.in_backward": "auto", "checkpointed_layers": "auto",
+}  # fmt: skip
 """Fields that came after runs were hashed without them, with what those runs did: left out where they say that."""
 
 
@@ -54,14 +59,15 @@ def stage_inputs_hash(job: Job, stage: str) -> str:
     """
     values = to_dict(job)
     for name, before in SINCE.items():
-        section, field = name.split(".")
-        if values[section][field] == before:
-            del values[section][field]
+        *section, field = name.split(".")
+        held = _value(values, section[0]) if section else values
+        if held[field] == before:
+            del held[field]
     if saved := values["lora"].get("modules_to_save"):  # a set: neither order nor repetition is another job
         values["lora"]["modules_to_save"] = sorted(set(saved))
     names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_FIELDS[earlier]]
     names += SPREAD if stage == "plan" else ()
-    return sha256_json({name: _value(values, name) for name in names})
+    return sha256_json({name: _value(values, name) for name in names if name in values or "." in name})
 
 
 def differing(job: Job, other: Job) -> list[str]:

@@ -377,6 +377,9 @@ class Job:
     """Recompute activations in the backward pass instead of keeping them: of each decoder layer all but large products
     and attention (selective), all (full), or all, its input in host memory and its MLP by pieces (offload, for very
     long rows)."""
+    checkpointed_layers: PositiveInt | Auto = "auto"
+    """With activation_checkpointing=full: so many of the first decoder layers; auto: all, or as few as there is room
+    for where activation_checkpointing is auto too."""
     compile: Flag | Auto = "auto"
     """Compile decoder layers (torch.compile); auto: on a GPU. The first step waits for it, a minute or less."""
     sharding: Literal["auto", "none", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"

@@ -64,6 +64,11 @@ class PackedRows(Sequence[PackedRow]):
         """Tokens of each row, int64 [rows]."""
         return np.diff(self._row_starts)
 
+    @property
+    def documents_in_rows(self) -> np.ndarray:
+        """Documents of each row, int64 [rows]."""
+        return np.diff(self._row_documents)
+
     def __getitem__(self, index: int) -> PackedRow:  # type: ignore[override]
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")

@@ -52,7 +52,10 @@ def generate_ids(
     on_progress: Progress | None = None,
     world: World | None = None,
 ) -> list[list[int]]:
-    """The token ids of what `generate` returns. An answer shorter than max_new_tokens ended by itself."""
+    """The token ids of what `generate` returns. An answer shorter than max_new_tokens ended by itself.
+
+    Where a GPU has too little memory for so many at a time, half as many are asked, down to one.
+    """
     prompts = [_prompt_ids(tokenizer, conversation) for conversation in conversations]
     # Longest first: neighbours in length waste little padding, and what does not fit in memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -60,16 +63,24 @@ def generate_ids(
     world = world or World()
     mine: dict[int, list[int]] = {}
     with evaluating(model), cached_attention(model):
-        for start in range(0, len(order), batch_size * world.size):
+        start = 0
+        while start < len(order):
             first = start + batch_size * world.rank
             # A rank without prompts of its own goes along with some: sharded weights are gathered by all ranks.
             some = order[first : first + batch_size] or order[:1]
-            new_ids = _generate_batch(
-                model, [prompts[i] for i in some], stops, _pad_id(tokenizer), max_new_tokens, world.size > 1
-            )
+            try:
+                new_ids = _generate_batch(
+                    model, [prompts[i] for i in some], stops, _pad_id(tokenizer), max_new_tokens, world.size > 1
+                )
+            except torch.OutOfMemoryError:
+                if len(some) == 1 or world.size > 1:  # the others wait for this rank's part of a layer
+                    raise
+                batch_size = len(some) // 2
+                continue
             mine |= dict(zip(some, new_ids, strict=True))
+            start = min(start + batch_size * world.size, len(order))
             if on_progress is not None:
-                on_progress(min(start + batch_size * world.size, len(order)), len(order))
+                on_progress(start, len(order))
     answers = {i: ids for part in world.gather(mine) for i, ids in part.items()}
     return [answers[i] for i in range(len(prompts))]
 

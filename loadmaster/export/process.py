@@ -22,6 +22,7 @@ from typing import Any
 from loadmaster import collector
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.files import is_full_disk
+from loadmaster.out_of_memory import explained
 
 PROGRESS = "progress: "
 TAIL_LINES = 15
@@ -109,7 +110,8 @@ def step(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     collector.resume()
     _end_with(read_spec(arguments).get("parent"))
     try:
-        main(arguments)
+        with explained("export"):
+            main(arguments)
     except LoadmasterError as error:
         sys.exit(str(error))
     except Exception as error:

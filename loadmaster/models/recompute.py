@@ -3,7 +3,8 @@
     none       everything that the backward pass reads is kept
     selective  of each decoder layer: its input, attention, and products over at least WIDE inputs; norms, activations,
                rotary embeddings, dequantized weights and adapters' second products are made again
-    full       of each decoder layer its input
+    full       of each decoder layer its input; the last `kept_layers` keep everything: the backward pass begins with
+               them, and is through with what they keep when the others make theirs again
     offload    full, with those inputs in pinned host memory, copied beside the layers that run meanwhile; where a
                micro-batch has more than MLP_TOKENS, its MLPs run (and are made again once more) by pieces of so many
 
@@ -35,14 +36,19 @@ WIDE = 512
 """Inputs of a product that is kept; an adapter's second product has its rank. The preflight reads this number."""
 
 
-def checkpoint_activations(model: nn.Module, mode: str) -> None:
-    """Set how a model's decoder layers are checkpointed; the mode before is undone. Before they are compiled."""
+def checkpoint_activations(model: nn.Module, mode: str, kept_layers: int = 0) -> None:
+    """Set how a model's decoder layers are checkpointed; the mode before is undone. Before they are compiled.
+
+    kept_layers: of the last layers, so many are not, under full.
+    """
     lm = causal_lm(model)
     if lm.is_gradient_checkpointing:
         lm.gradient_checkpointing_disable()
     if mode in ("full", "offload"):
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         lm.get_decoder().train()
+        for layer in list(decoder_layers(model))[::-1][:kept_layers]:
+            layer.gradient_checkpointing = False
     layers = getattr(lm.get_decoder(), "layers", [])
     for layer in layers:
         for module in filter(None, (layer, getattr(layer, "mlp", None))):

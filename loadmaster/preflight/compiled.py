@@ -60,8 +60,8 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
 
 
 def made_again_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Read and written, of one token and layer, to make norms' outputs and the product of gate and up again. With
-    products in FP8 of a full fine-tune, their casts do."""
-    if setup.checkpointing != "none" or not setup.compiled or (setup.precision == "fp8" and not setup.adapters):
+    """Read and written, of one token, to make norms' outputs and the product of gate and up of all layers that keep the
+    rest again. With products in FP8 of a full fine-tune, their casts do."""
+    if not setup.compiled or (setup.precision == "fp8" and not setup.adapters) or kept_bytes(shape, setup) is None:
         return 0
-    return 0 if kept_bytes(shape, setup) is None else 8 * shape.hidden_size + 2 * shape.intermediate_size
+    return setup.layers_kept(shape) * (8 * shape.hidden_size + 2 * shape.intermediate_size)

@@ -76,6 +76,7 @@ def _row(job: Job, shape: ModelShape, best: Candidate, rows: int, dataset_tokens
         "reshard_after_forward": setup.reshard_after_forward,
         "offload": setup.offload,
         "activation_checkpointing": setup.checkpointing,
+        "checkpointed_layers": shape.layers - setup.kept_layers if setup.kept_layers else None,
         "micro_batch_size": setup.micro_batch_size,
         "global_size": rows,
         "needs_gib": round(best.memory.needed_gib, 2),

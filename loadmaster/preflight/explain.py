@@ -44,7 +44,8 @@ def describe(setup: Setup) -> str:
     if setup.offload != "none":
         parts.append(f"{'optimizer' if setup.offload == 'optimizer' else 'weights and optimizer'} in host memory")
     kept = setup.checkpointing == "none"
-    parts.append("activations kept" if kept else f"activation checkpointing {setup.checkpointing}")
+    but = f" but for the last {setup.kept_layers} layers" if setup.kept_layers else ""
+    parts.append("activations kept" if kept else f"activation checkpointing {setup.checkpointing}{but}")
     rows = setup.micro_batch_size
     parts.append(f"{rows} row{'s' if rows > 1 else ''} of {setup.sequence_length} tokens at a time")
     return ", ".join(parts)

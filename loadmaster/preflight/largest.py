@@ -33,7 +33,7 @@ def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
     checkpointing = job.activation_checkpointing
     if checkpointing == "auto":
         checkpointing = "offload" if like.setup.checkpointing == "offload" else "full"
-    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing)
+    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing, kept_layers=0)
 
     @cache
     def missing(length: int) -> float:

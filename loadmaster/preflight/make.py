@@ -82,6 +82,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         reshard_after_forward=setup.reshard_after_forward,
         offload=setup.offload,
         activation_checkpointing=setup.checkpointing,
+        checkpointed_layers=shape.layers - setup.kept_layers if setup.kept_layers else None,
         optimizer=setup.optimizer,
         master_weights=setup.master_weights,
         micro_batch_size=setup.micro_batch_size,

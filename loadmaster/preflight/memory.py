@@ -10,7 +10,7 @@ equal to traces of it); what DeepSpeed holds is counted (zero.py). DDP holds gra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from loadmaster.preflight import dora, saved
 from loadmaster.preflight.coefficients import value
@@ -245,6 +245,7 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
         master_weights=setup.master_weights and setup.in_backward,
         in_backward=setup.in_backward,
         checkpointing=setup.checkpointing,
+        kept_layers=setup.kept_layers,
         micro_batch_size=setup.micro_batch_size,
         gradient_accumulation_steps=2 if keep else 1,
         sequence_length=setup.sequence_length,
@@ -278,7 +279,7 @@ def context_bytes(hardware: Hardware) -> float:
 
 def memory(shape: ModelShape, hardware: Hardware, setup: Setup) -> Memory:
     train = train_bytes(shape, hardware, setup)
-    evaluated = evaluation_batch(shape, replay_key(setup, keep=False)).peak
+    evaluated = evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False)).peak
     rests = resting(train).total
     host = train.total * setup.gpus_per_node if hardware.is_cpu else host_bytes(shape, setup)
     phases = {

@@ -50,7 +50,7 @@ def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
     backward, step = backward_and_step_bytes(shape, hardware, setup)
     train = train_bytes(shape, hardware, setup)
     rests = replace(resting(train), communication=communicator_bytes(hardware))
-    batch = evaluation_batch(shape, replay_key(setup, keep=False)).at_peak
+    batch = evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False)).at_peak
     masters = 4.0 * resident(shape, setup)[2] if setup.master_weights and train.optimizer else 0.0
     before = backward.optimizer if setup.in_backward else masters  # there, states are made in the backward pass
     first = max(replace(backward, optimizer=before), step, key=lambda b: b.total)

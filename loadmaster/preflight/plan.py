@@ -120,6 +120,8 @@ class Plan:
     over all micro-batches of a step."""
     compile: bool = False
     """Decoder layers run compiled."""
+    checkpointed_layers: int | None = None
+    """activation_checkpointing full: so many of the first decoder layers, where the others are not; None: all."""
     optimizer_in_backward: bool = False
     """Each layer is stepped, and its gradients dropped, inside the backward pass (loadmaster.training.in_backward)."""
     peak_gib: PeakGib | None = None
@@ -146,6 +148,11 @@ class Plan:
         """Why there is no plan where memory is not why."""
         refused = [row["reason"] for row in self.rejected]
         return refused[0] if refused and not self.fits and not any(row["plan"] for row in self.rejected) else None
+
+    @property
+    def kept_layers(self) -> int:
+        """Of the last decoder layers, how many keep their activations beside others that are checkpointed."""
+        return 0 if self.checkpointed_layers is None else self.model.layers - self.checkpointed_layers
 
     @property
     def world_size(self) -> int:

@@ -46,6 +46,8 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     if uncounted_adapters(job, shape) and job.method != "full":
         no_reference = job.objective in ("dpo", "kto")
         yield f"{UNCOUNTED.format(name=shape.name)}; use {TYPED}{'' if no_reference else ', or method=full'}"
+    if job.checkpointed_layers != "auto" and job.checkpointed_layers > shape.layers:
+        yield f"checkpointed_layers={job.checkpointed_layers}: {shape.name} has {shape.layers} layers; use auto for all"
     world, rows = hardware.world_size, job.batch.global_size
     if job.sharding not in ("auto", "none") and world == 1:
         yield f"sharding={job.sharding}: there is one GPU; use none or auto"

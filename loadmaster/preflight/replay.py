@@ -217,6 +217,18 @@ class Tape:
         if self.climbing:
             self.climbing, self.at_peak = False, dict(self.by_tag)
 
+    def correct(self, size: int) -> None:
+        """Count activations that are there already with so many bytes more; less where negative."""
+        if not size:
+            return
+        self.top()
+        self.live += size
+        self.by_tag["activations"] += size
+        if self.live > self.peak:
+            self.peak, self.climbing = self.live, True
+        if self.events is not None:
+            self.events.append(size)
+
     # ------------------------------------------------------------ building
 
     def alloc(self, size: float) -> Storage:

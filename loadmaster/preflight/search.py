@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -24,7 +24,7 @@ from loadmaster.preflight.refusals import divisors, impossible_on_cpu, refuse, w
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
-from loadmaster.preflight.zero_settings import ZERO
+from loadmaster.preflight.tiers import tiers
 
 CHECKPOINTING = ("none", "selective", "full")
 """What auto chooses from; and offload for rows of LONG_ROW tokens or more, where memory is all that counts, and where
@@ -32,14 +32,15 @@ layers' inputs are what is too much."""
 LONG_ROW = 32768
 FORWARDS = {"dpo": 1, "kto": 3}
 """Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
-FULL_STATES = (("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False))
-"""Optimizer and fp32 master weights for full fine-tuning, most faithful first."""
 MOST_CPU_ROWS = 4
 """Larger micro-batches gain nothing on a CPU."""
 MOST_TOKENS = 32768
 """Of a micro-batch on one GPU; where only the best plan is asked for, larger ones are passed over: they gain < 1%."""
 ENOUGH_TOKENS = 4096
 """Of a micro-batch whose activations are all kept: nothing else in its precision is more than EQUAL_SPEED faster."""
+SPARE = 0.03
+"""Of the budget, left free by layers that are kept for speed alone: beside plan.reserve, which is as much by default,
+for memory reserved was up to 6.1% over what was allocated."""
 EQUAL_SPEED = 0.02
 """Plans this close in speed are equal: the one with less memory is taken."""
 
@@ -97,6 +98,8 @@ def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True
         fit = [c for c in candidates if c.fits]
         if fit:
             fit.sort(key=ranking(job, fit))
+            if mixed := keeping_more(job, fit[0]):
+                fit = sorted([*mixed, *fit], key=ranking(job, [*mixed, *fit]))
             return Found(fit[0], _one_of_each_kind(fit), nearest, [])
         nearest += [min(candidates, key=closeness)] if explain else []
     return Found(None, [], nearest, [])
@@ -104,63 +107,6 @@ def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True
 
 def closeness(candidate: Candidate) -> tuple[float, float]:
     return max(0.0, candidate.missing_gib), candidate.memory.needed_gib
-
-
-def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
-    """Method, precision, optimizer and offload of each tier, most faithful first."""
-    methods = job.plan.methods if job.method == "auto" else [job.method]
-    if job.objective in ("dpo", "kto"):  # their reference is the base under a disabled adapter
-        methods = [method for method in methods if method != "full"]
-    if job.precision == "fp8":  # qlora's base is in nf4
-        without = {"qlora"} if job.sequence_length % 16 == 0 else {"qlora", "full"}
-        methods = [method for method in methods if method not in without] or methods
-    if job.lora.dora:
-        few_bits = {"qlora", "lora"} if job.precision == "fp8" else {"qlora"}
-        methods = [method for method in methods if method not in few_bits] or methods
-    precision = job.precision if job.precision != "auto" else "fp32" if hardware.is_cpu else "bf16"
-    for method in methods:
-        for offload in offloads(job, method, hardware):
-            ladder = states(job, method, offload, precision)
-            for (optimizer, master), in_backward in product(ladder, stepping(job, hardware, method, offload)):
-                yield {
-                    "method": method, "precision": precision, "optimizer": optimizer, "master_weights": master,
-                    "offload": offload, "in_backward": in_backward,
-                }  # fmt: skip
-
-
-def offloads(job: Job, method: str, hardware: Hardware) -> tuple[str, ...]:
-    if job.optimizer.in_backward is True:
-        return ("none",)
-    if job.offload != "auto" or hardware.is_cpu or hardware.host_memory_gib is None:  # not known: only if written
-        return ("none" if job.offload == "auto" else job.offload,)
-    sharded = hardware.world_size > 1 and job.sharding in ("auto", "fsdp", "zero3")
-    if method != "full":
-        return ("none", "all") if sharded and not job.lora.dora else ("none",)
-    return ("none", "optimizer", "all") if sharded else ("none", "optimizer")
-
-
-def stepping(job: Job, hardware: Hardware, method: str, offload: str) -> tuple[bool, ...]:
-    """Whether the optimizer steps inside the backward pass: the same update, but all that a step has is one batch."""
-    if job.optimizer.in_backward != "auto":
-        return (job.optimizer.in_backward,)
-    rows = job.batch.global_size // hardware.world_size
-    able = method == "full" and offload == "none" and job.sharding in ("auto", "none", "fsdp")
-    able = able and not job.optimizer.max_grad_norm and job.micro_batch_size in ("auto", rows)
-    return (False, True) if able else (False,)
-
-
-def states(job: Job, method: str, offload: str, precision: str) -> Iterator[tuple[str, bool]]:
-    one = method != "full" or offload != "none" or job.sharding in ZERO  # DeepSpeed keeps fp32 masters
-    ladder = (("adamw", True),) if one else FULL_STATES
-    if precision == "fp32":
-        ladder = tuple(dict.fromkeys((name, False) for name, _ in ladder))
-    if job.optimizer.name != "auto":
-        known = [master for name, master in ladder if name == job.optimizer.name]
-        masters = known or [job.optimizer.name == "adamw" and precision != "fp32"]
-        ladder = tuple((job.optimizer.name, master) for master in masters)
-    if job.optimizer.master_weights != "auto":
-        ladder = tuple(dict.fromkeys((name, job.optimizer.master_weights) for name, _ in ladder))
-    yield from ladder
 
 
 def enumerate_tier(
@@ -197,7 +143,8 @@ def enumerate_tier(
         setup = Setup(
             **{**tier, "precision": precision}, **fixed(job, hardware, checkpointing, size * job.sequence_length),
             sharding=sharding, replicas=replicas, reshard_after_forward=reshard, checkpointing=checkpointing,
-            micro_batch_size=size, gradient_accumulation_steps=rows // size,
+            kept_layers=kept_layers(job, shape, checkpointing), micro_batch_size=size,
+            gradient_accumulation_steps=rows // size,
         )  # fmt: skip
         nearest = explain and not (setup.keeps_weights or (sharding == "ddp" and len(shared) > 1))
         return evaluate(job, shape, hardware, setup) if nearest or conceivable(job, shape, hardware, setup) else None
@@ -230,6 +177,57 @@ def enumerate_tier(
             if roomy and not explain:
                 roomy_in.add(precision)
                 break
+
+
+def kept_layers(job: Job, shape: ModelShape, checkpointing: str) -> int:
+    """Of the last layers, those that the job leaves out of full checkpointing."""
+    written = checkpointing == "full" and job.checkpointed_layers != "auto"
+    return max(0, shape.layers - job.checkpointed_layers) if written else 0
+
+
+def keeping_more(job: Job, best: Candidate) -> list[Candidate]:
+    """The best plan that recomputes all layers, with as many of the last ones kept instead as there is room for: in
+    micro-batches of ENOUGH_TOKENS, for larger ones leave room for fewer, and of one row."""
+    shape, setup = best.shape, best.setup
+    kinds_of_layers = bool(shape.dense_layers) + bool(shape.expert_layers)
+    if (
+        setup.checkpointing != "full" or setup.kept_layers or job.activation_checkpointing != "auto"
+        or job.plan.objective == "memory" or best.hardware.is_cpu or kinds_of_layers > 1
+    ):  # fmt: skip
+        return []
+    rows, sizes = setup.micro_batch_size * setup.gradient_accumulation_steps, {setup.micro_batch_size}
+    if job.micro_batch_size == "auto" and not setup.in_backward:
+        enough = [size for size in divisors(rows) if size * setup.sequence_length >= ENOUGH_TOKENS]
+        sizes = {1, min([*enough, setup.micro_batch_size])}
+    setups = [replace(setup, micro_batch_size=size, gradient_accumulation_steps=rows // size) for size in sorted(sizes)]
+    return [found for each in setups if (found := _filled(job, best, each)) is not None]
+
+
+def _filled(job: Job, best: Candidate, setup: Setup) -> Candidate | None:
+    """`setup` with as many layers kept as fit; None where not one does."""
+    shape = best.shape
+
+    def keeping(layers: int) -> Candidate:
+        kept = {"checkpointing": "none"} if layers == shape.layers else {"kept_layers": layers}
+        return evaluate(job, shape, best.hardware, replace(setup, **kept))
+
+    layers, found = 0, best if setup == best.setup else keeping(0)
+    most = (1 - SPARE) * best.budget_gib
+    known = kept_bytes(shape, setup) if setup.compiled else None
+    if known is None:
+        each = (keeping(shape.layers).memory.needed_gib - found.memory.needed_gib) / shape.layers
+    else:
+        each = (known - setup.width * shape.hidden_size) * setup.tokens / GIB
+    for _ in range(3):  # what is needed grows almost in a line
+        more = min(math.floor((most - found.memory.needed_gib) / each), shape.layers - 1 - layers) if each > 0 else 0
+        if more < 1:
+            break
+        tried = keeping(layers + more)
+        if tried.fits and tried.memory.needed_gib <= most:
+            layers, found = layers + more, tried
+        else:
+            each = (tried.memory.needed_gib - found.memory.needed_gib) / more
+    return found if layers else None
 
 
 def selective_keeps_less(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any]) -> bool:
@@ -329,7 +327,7 @@ def _one_of_each_kind(fit: list[Candidate]) -> list[Candidate]:
 
     def kind_of(candidate: Candidate) -> tuple:
         setup = candidate.setup
-        return setup.precision, setup.sharding, setup.replicas, setup.checkpointing
+        return setup.precision, setup.sharding, setup.replicas, setup.checkpointing, setup.kept_layers > 0
 
     seen, kept = {kind_of(fit[0])}, []
     for candidate in fit[1:]:
@@ -348,7 +346,8 @@ def smallest(job: Job, shape: ModelShape, hardware: Hardware) -> Candidate:
     sharding = "none" if hardware.world_size == 1 else "fsdp"
     checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
     rest = fixed(job, hardware, checkpointing, job.sequence_length)
-    setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, **rest)
+    kept = kept_layers(job, shape, checkpointing)
+    setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, kept_layers=kept, **rest)
     return evaluate(job, shape, priced(hardware, job.plan.prices_usd_per_hour), setup)
 
 

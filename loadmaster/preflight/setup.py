@@ -34,6 +34,8 @@ class Setup:
     """fsdp: a layer's gathered weights are dropped after its forward pass and gathered again for the backward one."""
     offload: str = "none"
     checkpointing: str = "none"
+    kept_layers: int = 0
+    """Under full checkpointing: of the last decoder layers, so many keep their activations all the same."""
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     sequence_length: int = 2048
@@ -61,6 +63,10 @@ class Setup:
     def width(self) -> int:
         """Bytes of an activation: 2 in bf16, 4 in fp32."""
         return 4 if self.precision == "fp32" else 2
+
+    def layers_kept(self, shape: ModelShape) -> int:
+        """Decoder layers that keep all that their backward pass reads."""
+        return shape.layers if self.checkpointing == "none" else self.kept_layers
 
     @property
     def adapters(self) -> bool:

@@ -65,7 +65,7 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     traffic, kernels = work.bytes_moved, work.kernels
     if setup.compiled:  # elementwise kernels are fused: fewer of them, and what is between two of them is not written
         traffic = work.bytes_unfused + (traffic - work.bytes_unfused) * value("compiled", "traffic")
-        traffic += made_again_bytes(shape, setup) * setup.tokens * shape.layers
+        traffic += made_again_bytes(shape, setup) * setup.tokens
         kernels *= value("compiled", "kernels")
     seconds += traffic / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
     seconds = max(seconds, kernels * value("efficiency", "launch_us") * 1e-6)

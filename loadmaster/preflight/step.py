@@ -3,14 +3,15 @@
 All layers of a kind are equal, so the first, the second and the last are replayed, and what lies between them
 is held as one block: between two layers the live bytes change by the same amount each time, so the peak is in
 one of the three. Sharded, or stepped in the backward pass, the last but one is replayed as well: in its backward pass,
-and not before, the gradients of another layer are on their way, or wait.
+and not before, the gradients of another layer are on their way, or wait. Where the first layers are checkpointed and
+the last ones are not, each of the two runs is replayed so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from loadmaster.preflight import saved
 from loadmaster.preflight.blocks import Blocks, Weights
@@ -44,7 +45,7 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
     tape.widens_gradients = setup.stage == 1 and setup.width < 4
     b = Blocks(tape, shape, setup, accumulated)
     _reference(b)
-    loss, done, units = _forward(b, _Middle(b))
+    loss, done, units = _forward(b)
     box = [tape.alloc(4)]
     node = loss.node
     del loss
@@ -63,7 +64,7 @@ def _reference(b: Blocks) -> None:
     """
     if b.setup.objective in ("dpo", "kto"):
         with b.tape.gradients(False):
-            _forward(b, _Middle(b))
+            _forward(b)
         b.tape.work = Work()
 
 
@@ -74,37 +75,40 @@ def evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> 
     b = Blocks(tape, shape, setup, False)
     _reference(b)
     with tape.gradients(False):
-        loss, done, _ = _forward(b, _Middle(b))
+        loss, done, _ = _forward(b)
     del loss
     tape.top()
     return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
 
 
-class _Middle:
-    """The layers that are not replayed one by one."""
+def _runs(b: Blocks) -> list[_Middle]:
+    """Decoder layers one after another that are checkpointed in one way, which `kind` names."""
+    setup, kept = b.setup, b.setup.kept_layers
+    if not 0 < kept < b.shape.layers:
+        return [_Middle(b, "none" if kept else setup.checkpointing, b.shape.layers)]
+    return [_Middle(b, setup.checkpointing, b.shape.layers - kept), _Middle(b, "none", kept)]
 
-    def __init__(self, b: Blocks):
-        self.b = b
-        self.replayed = min(b.shape.layers, HEAD_LAYERS + (2 if b.setup.shards > 1 or b.setup.in_backward else 1))
-        self.count = b.shape.layers - self.replayed
+
+class _Middle:
+    """Of a run of equal layers those that are not replayed one by one."""
+
+    def __init__(self, b: Blocks, kind: str, layers: int):
+        self.b, self.kind = b, kind
+        self.replayed = min(layers, HEAD_LAYERS + (2 if b.setup.shards > 1 or b.setup.in_backward else 1))
+        self.count = layers - self.replayed
         self.forward, self.started, self.finished = Work(), Work(), Work()
         self.gradients: list[Storage] = []
-        self.held: list[Storage] = []
 
     def total(self, work: Work) -> Work:
         one = self.forward.plus(self.finished).plus(self.started, -1.0)
         return work.plus(one, self.count)
 
-    def stand_in(self, x: Tensor, kept: int, gradient_bytes: int, less: int = 0) -> Tensor:
-        """The skipped layers between x and the last layer: their kept bytes now, their gradients in the backward.
-
-        less: what those that are replayed keep too much.
-        """
-        held = self.held
+    def stand_in(self, x: Tensor, kept: int, gradient_bytes: int) -> Tensor:
+        """The skipped layers between x and the last layer: their kept bytes now, their gradients in the backward."""
         tape = self.b.tape
         if not tape.enabled or self.count == 0:
             return Tensor(x.storage, x.node)
-        held.append(tape.alloc(max(0, kept * self.count - less)))
+        held = [tape.alloc(kept * self.count)]
 
         def backward(g: Storage, _: list) -> list:
             held.clear()
@@ -115,18 +119,23 @@ class _Middle:
 
         return tape.link(Tensor(x.storage, x.node), [x], [], backward)
 
-    def give_back(self, x: Tensor, less: int) -> Tensor:
-        """After a layer behind the skipped ones: in its backward pass, and not before, it is what was replayed; or has
-        what the compiler was seen to have there at once beyond what all layers keep, where that is more."""
+    def keeps_less(self, x: Tensor, less: int, place: int) -> Tensor:
+        """After a layer that keeps `less` than was replayed: in its backward pass, and not before, it is what was
+        replayed; or the last ones have what the compiler was seen to have there at once beyond what all layers keep,
+        where that is more."""
         tape, shape, setup = self.b.tape, self.b.shape, self.b.setup
         if not less:
             return x
         inside = in_backward_bytes(shape, setup) * self.b.n
-        least = (kept_bytes(shape, setup) or 0) * self.b.n * shape.layers + inside if inside else 0
+        kept = setup.layers_kept(shape)
+        least = (kept_bytes(shape, setup) or 0) * self.b.n * kept
+        least += self.b.w * self.b.n * shape.hidden_size * (shape.layers - kept)
+        last = inside and (place >= HEAD_LAYERS or place == self.replayed - 1)
 
         def backward(g: Storage, _: list) -> list:
-            tape.alloc(max(inside, least + g.bytes - tape.live))
-            self.held.append(tape.alloc(less))
+            if last:
+                tape.alloc(max(inside, least + inside + g.bytes - tape.live))
+            tape.correct(less)
             return [g]
 
         return tape.link(Tensor(x.storage, x.node), [x], [], backward)
@@ -141,7 +150,8 @@ class _Middle:
         return tape.link(Tensor(x.storage, x.node), [x], [], backward)
 
 
-def _forward(b: Blocks, middle: _Middle):
+def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
+    """(loss, what the work of the replayed layers makes of all, what is sharded)."""
     tape, shape = b.tape, b.shape
     units = Units(b)
     units.start()
@@ -157,32 +167,37 @@ def _forward(b: Blocks, middle: _Middle):
     rotary = tape.alloc(b.w * 2 * b.n * shape.head_dim * shape.rotary_fraction * _rotary_sets(shape))
     units.top = list(tape.leaves)
     _stepped_alone(b, units.top)
-    kept = gradients = less = 0
-    for index in range(middle.replayed):
-        experts = index < shape.expert_layers
-        if index == HEAD_LAYERS and middle.count:
-            x = middle.stand_in(x, kept - less, gradients, middle.replayed * less)
-        before, work, first = tape.live, Work().plus(tape.work), len(tape.leaves)
-        activations = tape.by_tag["activations"]
-        if index == 1:
-            x = middle.mark_end(x)
-        weights = b.layer_weights(experts, rotary)
-        if b.stepping is not None and not units.sharded:
-            b.stepping.group(tape.leaves[first:])
-        layer = _layer(b, weights, experts, positions)
-        x = units.begin(x, index, experts, index == middle.replayed - 1)
-        kind = b.setup.checkpointing
-        checkpointed = kind != "none" and tape.enabled
-        x = tape.checkpoint(layer, x, kind == "selective", kind == "offload") if checkpointed else layer(x)
-        x = units.end(x, index, tape.leaves[first:])
-        if index >= HEAD_LAYERS and middle.count:
-            x = middle.give_back(x, less)
-        kept = tape.live - before
-        less = _compiled_keeps_less(b, tape.by_tag["activations"] - activations, experts)
-        middle.forward = tape.work.plus(work, -1.0) if index == 1 else middle.forward
-        stay = not b.accumulated and b.stepping is None
-        gradients = gradient_bytes(shape, b.setup, experts) * (1 + tape.widens_gradients) if stay else 0
-        gradients = units.shard_gradients(experts) if units.sharded else gradients
+    runs, index = _runs(b), 0
+    last = sum(run.replayed for run in runs) - 1
+    for run in runs:
+        kept = gradients = less = 0
+        for place in range(run.replayed):
+            experts = index < shape.expert_layers
+            if place == HEAD_LAYERS and run.count:
+                x = run.stand_in(x, kept, gradients)
+            before, work, first = tape.live, Work().plus(tape.work), len(tape.leaves)
+            activations = tape.by_tag["activations"]
+            if place == 1:
+                x = run.mark_end(x)
+            weights = b.layer_weights(experts, rotary)
+            if b.stepping is not None and not units.sharded:
+                b.stepping.group(tape.leaves[first:])
+            layer = _layer(b, weights, experts, positions)
+            tape.correct(-less)
+            x = units.begin(x, index, experts, index == last)
+            checkpointed = run.kind != "none" and tape.enabled
+            x = tape.checkpoint(layer, x, run.kind == "selective", run.kind == "offload") if checkpointed else layer(x)
+            x = units.end(x, index, tape.leaves[first:])
+            eager, guessed = tape.by_tag["activations"] - activations + less, less
+            less = _compiled_keeps_less(b, eager, experts, run.kind)
+            tape.correct(guessed - less)
+            x = run.keeps_less(x, less, place)
+            kept = tape.live - before
+            run.forward = tape.work.plus(work, -1.0) if place == 1 else run.forward
+            stay = not b.accumulated and b.stepping is None
+            gradients = gradient_bytes(shape, b.setup, experts) * (1 + tape.widens_gradients) if stay else 0
+            gradients = units.shard_gradients(experts) if units.sharded else gradients
+            index += 1
     norm = b.module(b.w * shape.hidden_size, "norm")
     units.top += tape.leaves[-1:] if norm.node is not None else []
     _stepped_alone(b, tape.leaves[-1:] if norm.node is not None else [])
@@ -195,7 +210,13 @@ def _forward(b: Blocks, middle: _Middle):
     x = gather(b, b.slice(x, 1.0), rows)
     units.stays = stays
     loss = chunked_loss if b.setup.objective == "sft" else preference_loss
-    return units.finish(loss(b, x, head, rows)), middle.total, units
+    return units.finish(loss(b, x, head, rows)), partial(_total, runs), units
+
+
+def _total(runs: list[_Middle], work: Work) -> Work:
+    for run in runs:
+        work = run.total(work)
+    return work
 
 
 def _stepped_alone(b: Blocks, leaves: list[Leaf]) -> None:
@@ -204,10 +225,10 @@ def _stepped_alone(b: Blocks, leaves: list[Leaf]) -> None:
             b.stepping.group([leaf])
 
 
-def _compiled_keeps_less(b: Blocks, eager: int, experts: bool) -> int:
+def _compiled_keeps_less(b: Blocks, eager: int, experts: bool, kind: str) -> int:
     """Bytes that a compiled layer does not keep of what an eager one does. In its backward pass a replayed layer is an
     eager one, or what the compiler was seen to have there at once (`in_backward_bytes`)."""
-    if not b.setup.compiled or b.setup.checkpointing != "none" or experts or not b.tape.enabled:
+    if not b.setup.compiled or kind != "none" or experts or not b.tape.enabled:
         return 0
     each = kept_bytes(b.shape, b.setup)
     return 0 if each is None else max(0, eager - each * b.n)

@@ -76,7 +76,7 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     for row in shown:
         nodes = f"{row['nodes']} nodes of " if row["nodes"] > 1 else ""
         parts = [row["precision"], *([row["sharding"]] if row["sharding"] != "none" else [])]
-        parts += _recomputed(row["activation_checkpointing"])
+        parts += _recomputed(row["activation_checkpointing"], row["checkpointed_layers"], plan.model.layers)
         parts += [f"{row['offload']} in host memory"] if row["offload"] != "none" else []
         parts += [f"{row['micro_batch_size']} row{'s' if row['micro_batch_size'] > 1 else ''}"]
         asked = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.world_size
@@ -147,12 +147,14 @@ def _brief(plan: Plan) -> str:
     """The plan in a few words; `print_plan` has all of it."""
     parts = [plan.method, plan.precision, plan.optimizer]
     parts += [plan.sharding] if plan.sharding not in ("none", "ddp") else []
-    parts += _recomputed(plan.activation_checkpointing)
+    parts += _recomputed(plan.activation_checkpointing, plan.checkpointed_layers, plan.model.layers)
     parts += [f"{plan.offload} offloaded"] if plan.offload != "none" else []
     return f"{', '.join(parts)}, {plan.micro_batch_size} x {plan.gradient_accumulation_steps}"
 
 
-def _recomputed(kind: str) -> list[str]:
+def _recomputed(kind: str, layers: int | None, of: int) -> list[str]:
+    if layers is not None:
+        return [f"checkpointing {layers} of {of} layers"]
     return {"none": [], "full": ["checkpointing"]}.get(kind, [f"{kind} checkpointing"])
 
 
@@ -170,7 +172,9 @@ def _settings(plan: Plan) -> str:
     parts = [plan.method, plan.precision, optimizer]
     parts += [] if plan.sharding == "none" else [f"sharding {sharding_words(plan)}"]
     parts += [] if plan.offload == "none" else [f"offload {plan.offload}"]
-    parts.append(f"activation checkpointing {plan.activation_checkpointing}")
+    some = plan.checkpointed_layers
+    of = "" if some is None else f" of the first {some} of {plan.model.layers} layers"
+    parts.append(f"activation checkpointing {plan.activation_checkpointing}{of}")
     parts += ["layers compiled"] if plan.compile else []
     parts.append(f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} rows of {plan.sequence_length} tokens")
     return ", ".join(parts)

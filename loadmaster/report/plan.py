@@ -122,6 +122,12 @@ def _mapping(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _checkpointing(plan: dict[str, Any]) -> str:
+    kind, layers = str(plan.get("activation_checkpointing", units.MISSING)), plan.get("checkpointed_layers")
+    of = f", the first {layers} of {_mapping(plan.get('model')).get('layers')} layers"
+    return kind if layers is None else kind + of
+
+
 def decisions(files: RunFiles) -> list[Decision]:
     plan = files.plan
 
@@ -138,7 +144,7 @@ def decisions(files: RunFiles) -> list[Decision]:
         row("optimizer", "optimizer", f"{plan.get('optimizer', units.MISSING)}{master}"),
         row("sharding", "sharding"),
         row("offload", "offload"),
-        row("activation checkpointing", "activation_checkpointing"),
+        row("activation checkpointing", "activation_checkpointing", _checkpointing(plan)),
         row("layers compiled", "compile", "yes" if plan.get("compile") else "no"),
         row("sequence length", "sequence_length", units.things(plan.get("sequence_length"), "token")),
         row("micro-batch", "micro_batch_size", units.things(plan.get("micro_batch_size"), "packed row")),

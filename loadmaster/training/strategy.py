@@ -45,7 +45,7 @@ class Strategy:
     def prepare(self, base: nn.Module) -> tuple[nn.Module, nn.Module]:
         """(model as it is trained, module whose forward is a batch's summed loss), wrapped and checked."""
         model = self.with_trained_part(base)
-        checkpoint_activations(model, self.plan.activation_checkpointing)
+        checkpoint_activations(model, self.plan.activation_checkpointing, self.plan.kept_layers)
         if self.plan.compile:
             compile_layers(model)
         causal_lm(model).neftune_alpha = self.job.neftune_alpha

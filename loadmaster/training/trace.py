@@ -45,6 +45,8 @@ class Case:
     objective: str = "sft"
     evaluated: bool = False
     """Without gradients, as held-out rows are."""
+    kept_layers: int = 0
+    """Of the last ones, beside others that are checkpointed whole."""
 
 
 def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
@@ -57,7 +59,8 @@ def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
     """
     config, _ = find_config(job.model)
     setup = traced_setup(job, plan)
-    case = Case(setup.tokens, setup.checkpointing, setup.gradient_accumulation_steps > 1, job.objective)
+    accumulated = setup.gradient_accumulation_steps > 1
+    case = Case(setup.tokens, setup.checkpointing, accumulated, job.objective, kept_layers=setup.kept_layers)
     try:
         base = _meta_model(config, DTYPES[setup.precision])
         parameters = sum(p.numel() for p in base.parameters())
@@ -84,7 +87,8 @@ def traced_setup(job: Job, plan: Plan) -> Setup:
     targets = job.lora.targets
     return Setup(
         method=plan.method, precision=plan.precision, optimizer=plan.optimizer, master_weights=plan.master_weights,
-        checkpointing=plan.activation_checkpointing, micro_batch_size=plan.micro_batch_size,
+        checkpointing=plan.activation_checkpointing, kept_layers=plan.kept_layers,
+        micro_batch_size=plan.micro_batch_size,
         sequence_length=plan.sequence_length, lora_rank=job.lora.rank, lora_dropout=job.lora.dropout,
         lora_targets=tuple(targets) if isinstance(targets, list) else targets, objective=job.objective,
         modules_to_save=tuple(job.lora.modules_to_save), dora=job.lora.dora,
@@ -142,7 +146,7 @@ def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:
 
 
 def _traced_peak(model: nn.Module, case: Case, metas: Metas | None = None) -> int:
-    checkpoint_activations(model, case.checkpointing)
+    checkpoint_activations(model, case.checkpointing, case.kept_layers)
     live = Live(metas)
     held = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():

@@ -92,6 +92,10 @@ CASES = {
         ["precision=fp8", "hardware=a100_80gb_x1"], "precision", "h100_80gb",
         ["precision=fp8", "hardware=h100_80gb_x1"],
     ),
+    "some_layers_are_checkpointed_in_full": (
+        ["checkpointed_layers=8"], "checkpointed_layers", "activation_checkpointing=full",
+        ["checkpointed_layers=8", "activation_checkpointing=full"],
+    ),
     "pieces_are_not_compiled": (
         ["compile=true", "activation_checkpointing=offload", "sequence_length=20000"],
         "compile", "activation_checkpointing=full",

@@ -44,11 +44,15 @@ def test_a_step_gets_its_spec_reports_progress_and_gives_its_result(step):
     [
         ("progress('loading x'); raise RuntimeError('boom 17')", r"exit code 1, at: loading x(.|\n)*boom 17"),
         ("raise DataError('line 3 is empty')", r"exit code 1, at: starting\nline 3 is empty$"),
+        (
+            "import torch; raise torch.OutOfMemoryError('CUDA out of memory')",
+            r"starting\nout of GPU memory in the export stage(.|\n)*evaluation.batch_size, or on a larger card$",
+        ),
         ("os.kill(os.getpid(), 11)", "signal 11"),
         ("os.kill(os.getpid(), 9)", "ran out of memory"),
         ("pass", "exit code 0"),
     ],
-    ids=["exception", "error of the user's", "crash", "killed", "no result"],
+    ids=["exception", "error of the user's", "a full card", "crash", "killed", "no result"],
 )
 def test_however_a_step_dies_is_an_export_rejected_with_what_it_said(step, source, message):
     with pytest.raises(ExportRejected, match=message):

@@ -106,7 +106,7 @@ def counting(live: Sharded) -> Iterator[None]:
 
 
 def sharded_model(
-    config: dict[str, Any], method: str, precision: str, checkpointing: str, mesh: Any, targets: Any,
+    config: dict[str, Any], method: str, precision: str, case: Case, mesh: Any, targets: Any,
     reshard_after_forward: bool = True, modules_to_save: tuple[str, ...] = (),
 ) -> tuple[FullyShard, nn.Module]:
     """The engine's strategy, and its model under its loss."""
@@ -116,7 +116,7 @@ def sharded_model(
     if method != "full":
         names = targets if isinstance(targets, str) else list(targets)
         model = make_trainable(model, method, LoraConfig(targets=names, modules_to_save=list(modules_to_save)))
-    checkpoint_activations(model, checkpointing)
+    checkpoint_activations(model, case.checkpointing, case.kept_layers)
     engine = object.__new__(FullyShard)  # its own settings for fully_shard; nothing is loaded
     engine.mesh, engine.plan = mesh, SimpleNamespace(
         offload="none", sharding="fsdp", reshard_after_forward=reshard_after_forward
@@ -144,7 +144,7 @@ def sharded_peaks(
     """
     with world_of(world_size, replicas) as mesh:
         engine, root = sharded_model(
-            config, method, precision, case.checkpointing, mesh, targets, reshard_after_forward, modules_to_save
+            config, method, precision, case, mesh, targets, reshard_after_forward, modules_to_save
         )
         live = Sharded()
         batch = micro_batch(case)
@@ -183,7 +183,7 @@ def step_bytes(
     """(gathered, reduced) bytes of whole tensors in one optimizer step, after one that is warm-up."""
     with world_of(world_size) as mesh:
         engine, root = sharded_model(
-            config, method, "bf16", case.checkpointing, mesh, "all-linear", reshard_after_forward
+            config, method, "bf16", case, mesh, "all-linear", reshard_after_forward
         )
         for _ in range(2):
             engine.gathered.clear()

@@ -68,14 +68,14 @@ def traced_peak(step, model, optimizer) -> int:
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_replay_equals_a_trace(fused, family, name, precision) -> None:
     config = {**random_config(family, 1), "num_hidden_layers": 6}
-    for checkpointing in ("none", "full", "offload"):
+    for checkpointing, kept in (("none", 0), ("full", 0), ("full", 2), ("offload", 0)):
         for tokens in (256, 2000):
             setup = Setup(
                 method="full", precision=precision, optimizer=name, master_weights=name == "adamw",
-                checkpointing=checkpointing, sequence_length=tokens, in_backward=True,
+                checkpointing=checkpointing, kept_layers=kept, sequence_length=tokens, in_backward=True,
             )  # fmt: skip
             model = with_trained_part(_meta_model(config, DTYPES[precision]), setup)
-            checkpoint_activations(model, checkpointing)
+            checkpoint_activations(model, checkpointing, kept)
             optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, name == "adamw")
             ids = torch.zeros(1, tokens, dtype=torch.long)
             batch = MicroBatch(ids, ids, torch.arange(tokens)[None], [["row"]])
@@ -87,17 +87,19 @@ def test_replay_equals_a_trace(fused, family, name, precision) -> None:
 
             truth = traced_peak(step, model, optimizer)
             error = training_step(from_config(config, family), setup, in_place=False).peak / truth - 1
-            assert abs(error) < 0.001, f"{checkpointing}, {tokens} tokens: replay is {error:+.3%} from {truth} bytes"
+            said = f"{checkpointing} but {kept}, {tokens} tokens"
+            assert abs(error) < 0.001, f"{said}: replay is {error:+.3%} from {truth} bytes"
 
 
 @pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_under_fully_shard_it_equals_a_trace_too(fused, reshard) -> None:
     config = {**random_config("llama", 1), "vocab_size": 256, "num_hidden_layers": 6}
     shape = from_config(config, "llama")
-    for case in (Case(512), Case(2000, "full"), Case(2000, "offload")):
+    for case in (Case(512), Case(2000, "full"), Case(2000, "full", kept_layers=2), Case(2000, "offload")):
         setup = Setup(
             method="full", precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp", in_backward=True,
-            checkpointing=case.checkpointing, sequence_length=case.tokens, world_size=8, reshard_after_forward=reshard,
+            checkpointing=case.checkpointing, kept_layers=case.kept_layers, sequence_length=case.tokens, world_size=8,
+            reshard_after_forward=reshard,
         )  # fmt: skip
         _, peak = sharded_peaks(config, "full", "bf16", case, 8, "all-linear", 1, reshard, in_backward=True)
         replayed = worst_micro_batch(shape, setup, in_place=False)[0].peak
@@ -134,7 +136,7 @@ def test_full_70b_fits_four_a100_with_adafactor_in_the_backward_pass_alone() -> 
     found = stepped("70B", "a100_80gb", 4, 4)
     assert found.fits and found.optimizer == "adafactor" and found.optimizer_in_backward
     assert found.micro_batch_size == 1 and found.gradient_accumulation_steps == 1
-    assert found.memory_gib.gradients < 1.0
+    assert found.memory_gib.gradients < 8.0  # of embedding and head at the most; all would be 33
     assert not stepped("70B", "a100_80gb", 4, 4, name="adamw_8bit").fits
     assert "in the backward pass" in " ".join(c["plan"] for c in found.rejected)
 

@@ -52,7 +52,8 @@ def model(form: str | None, method: str, checkpointing: str, compiling: bool, sh
     for name, parameter in trainable(made):
         if "lora_B" in name:  # which starts at zero, and would hide A's gradient
             torch.nn.init.normal_(parameter, std=0.02)
-    checkpoint_activations(made, checkpointing)
+    kind, _, kept = checkpointing.partition(" but ")
+    checkpoint_activations(made, kind, int(kept or 0))
     if compiling:
         compile_layers(made)
     return made.train()
@@ -75,7 +76,8 @@ CASES = [
     (None, "full", "selective", SHAPE), (None, "lora", "full", SHAPE), ("nf4", "qlora", "none", SHAPE),
     ("nf4", "qlora", "selective", SHAPE), ("fp8", "lora", "selective", SHAPE), (None, "lora", "selective", MISTRAL),
     ("fp8", "lora", "selective", QWEN), ("nf4", "qlora", "full", QWEN), (None, "full", "offload", SHAPE),
-    ("nf4", "qlora", "offload", SHAPE), ("fp8", "lora", "offload", QWEN),
+    ("nf4", "qlora", "offload", SHAPE), ("fp8", "lora", "offload", QWEN), (None, "full", "full but 1", SHAPE),
+    ("nf4", "qlora", "full but 2", SHAPE), ("fp8", "lora", "full but 1", QWEN),
 ]  # fmt: skip
 
 
@@ -175,6 +177,11 @@ def test_changing_the_checkpointing_undoes_what_was_there():
     assert "forward" in layer.__dict__
     checkpoint_activations(made, "full")
     assert "forward" not in layer.__dict__ and layer.gradient_checkpointing
+    checkpoint_activations(made, "full", 2)
+    layers = made.get_base_model().model.layers
+    assert [each.gradient_checkpointing for each in layers] == [True, False, False]  # the last ones are kept
+    checkpoint_activations(made, "full")
+    assert all(each.gradient_checkpointing for each in layers)
     checkpoint_activations(made, "none")
     assert not layer.gradient_checkpointing
 
@@ -260,7 +267,7 @@ def test_a_gpus_attention_compiles_once_too_whatever_the_documents():
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "full but 1"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_an_evaluation_compiles_one_more_graph_for_all_layers(method, checkpointing):
     torch._dynamo.reset()

@@ -23,7 +23,7 @@ from loadmaster.data import packed_rows
 from loadmaster.errors import ConfigError, StoppedOnRequest, TrainingFailed
 from loadmaster.models.load import load_tokenizer
 from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, PhasesGib, Plan
-from loadmaster.training.batches import micro_batches, trained_tokens
+from loadmaster.training.batches import micro_batches, trained_tokens, worst_rows
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, refuse_missing_tracker, refuse_unbuilt, train
 from loadmaster.training.metrics import read_metrics
@@ -273,3 +273,12 @@ def test_a_plan_for_two_gpus_is_not_trained_on_one_in_silence(tiny, tmp_path, mo
     monkeypatch.setitem(globals(), "PLAN", plan)
     with pytest.raises(ConfigError, match="2 processes"):
         run(tiny, tmp_path)
+
+
+def test_the_rehearsals_rows_are_the_longest_and_of_those_the_ones_with_most_documents():
+    documents = [([3] * size, [True] * size) for size in (64, 32, 32, 16, 16, 16, 16, 60)]
+    packed = packed_rows(documents, 64)
+    picked = worst_rows(packed, 2)
+    assert [len(row) for row in picked] == [64, 64]
+    assert [len(row.document_ids) for row in picked] == [4, 2]
+    assert all((row.labels == row.input_ids).all() for row in picked)

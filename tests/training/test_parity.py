@@ -51,6 +51,8 @@ TWO = [
     case("lora-fsdp-2-compiled", "lora", "fsdp", 2, compile=True, checkpointing="selective"),
     case("full-ddp-2-compiled", "full", "ddp", 2, compile=True, checkpointing="full"),
     case("full-fsdp-2-checkpointed", "full", "fsdp", 2, checkpointing="full", offload="optimizer"),
+    case("full-fsdp-2-some", "full", "fsdp", 2, checkpointing="full", checkpointed_layers=1),
+    case("lora-fsdp-2-some", "lora", "fsdp", 2, checkpointing="full", checkpointed_layers=1, compile=True),
     case("full-fsdp-2-inputs", "full", "fsdp", 2, checkpointing="offload"),
     case("lora-fsdp-2-inputs", "lora", "fsdp", 2, checkpointing="offload", compile=True, reshard_after_forward=False),
     case("full-ddp-2-inputs", "full", "ddp", 2, checkpointing="offload", compile=True),

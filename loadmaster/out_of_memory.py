@@ -1,0 +1,36 @@
+"""A GPU's memory that ran out in the middle of a stage, as an error that says where and what would do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from loadmaster.errors import LoadmasterError
+
+REMEDIES = {
+    "train": "the same command goes on from the last checkpoint: with activation_checkpointing=full, a smaller "
+    "micro_batch_size, or plan.reserve=0.1, which leaves more of the card free",
+    "evaluate": "the same command goes on with this stage: with a smaller evaluation.batch_size",
+    "export": "the same command goes on with this stage: with a smaller evaluation.batch_size, or on a larger card",
+}
+
+
+@contextmanager
+def explained(stage: str) -> Iterator[None]:
+    """Raises LoadmasterError for what torch raises where a GPU has no more memory."""
+    try:
+        yield
+    except Exception as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        seen = ""
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            peak, free, total = (size / 2**30 for size in (torch.cuda.max_memory_allocated(), free, total))
+            seen = f" ({peak:.1f} GiB allocated at the peak, {free:.1f} of {total:.1f} GiB free now)"
+        raise LoadmasterError(
+            f"out of GPU memory in the {stage} stage{seen}. Another program on the card may hold some of it "
+            f"(nvidia-smi lists them).\nfix: {REMEDIES[stage]}"
+        ) from error
