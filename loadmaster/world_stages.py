@@ -165,6 +165,7 @@ class StageRun:
             "checkpoints": outcome.saves,
             "steps": outcome.steps,
             "recompilations": outcome.recompilations,
+            "kept_layers": outcome.rehearsal.kept_layers,
             "input_share": outcome.input_share,
             "attention_kernel": outcome.attention_kernel,
             "train_loss": outcome.train_loss,

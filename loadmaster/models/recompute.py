@@ -65,6 +65,12 @@ def checkpoint_activations(model: nn.Module, mode: str, kept_layers: int = 0) ->
                 layer.mlp.forward = MethodType(_pieces, layer.mlp)
 
 
+def checkpoint_the_rest(model: nn.Module) -> None:
+    """Under full, the layers that were left out too; compiled ones stay compiled."""
+    for layer in decoder_layers(model):
+        layer.gradient_checkpointing = True
+
+
 def _selective(layer: nn.Module, *inputs: Any, **settings: Any) -> Any:
     """The layer's own forward, checkpointed by operation."""
     forward = partial(type(layer).forward, layer)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, MicroBatch, PreparedData
 from loadmaster.errors import StoppedOnRequest, TrainingFailed
 from loadmaster.models.compiled import CompileCache, graphs_compiled
+from loadmaster.models.recompute import checkpoint_the_rest
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.prediction import Measured, held_against, sentence
 from loadmaster.training.batches import losses, trained_tokens, worst_rows
@@ -34,6 +35,7 @@ from loadmaster.training.metrics import (
     peak_memory,
     read_metrics,
     recent_loss,
+    reset_peak,
     saving_sentence,
 )
 from loadmaster.training.rehearsal import Rehearsed, rehearse
@@ -116,7 +118,7 @@ def train(
         watch.at(0, "rehearse")
         kernel = stack.enter_context(attention_kernel(session, display.echo))
         lr = learning_rate(1, steps, job.optimizer)
-        rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr)
+        rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr, display.echo)
         display.echo(
             f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
             f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {predicted_allocated(plan):.2f} GiB"
@@ -263,9 +265,13 @@ def _stop_if(asked: bool, where: str, checkpoints: Checkpoints | None = None) ->
 
 
 def _rehearse(
-    session: Session, prepared: PreparedData, checkpoints: Checkpoints, scratch: Path, lr: float
-) -> Rehearsed:
-    """The rehearsal, at the learning rate of step 1: what the warm-up would have saved is not refused."""
+    session: Session, prepared: PreparedData, checkpoints: Checkpoints, scratch: Path, lr: float,
+    echo: Callable[[str], None],
+) -> Rehearsed:  # fmt: skip
+    """The rehearsal, at the learning rate of step 1: what the warm-up would have saved is not refused.
+
+    Where memory runs out with layers that keep their activations for speed alone, once more with all checkpointed.
+    """
     rows, plan = prepared.train, session.plan
     picked = worst_rows(rows, plan.micro_batch_size * session.world.size)
     worst = session.split(picked)[:1] * min(2, plan.gradient_accumulation_steps)
@@ -283,7 +289,19 @@ def _rehearse(
         session.strategy.settle(session.loss)
 
     in_fp8 = plan.precision == "fp8"
-    return rehearse(step, evaluate, worst, session.trained, session.optimizer, checkpoints, scratch, in_fp8)
+    arguments = (step, evaluate, worst, session.trained, session.optimizer, checkpoints, scratch, in_fp8)
+    try:
+        return replace(rehearse(*arguments), kept_layers=plan.kept_layers)
+    except TrainingFailed as error:
+        if not plan.kept_layers or session.world.size > 1 or not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
+    echo(
+        f"note: out of GPU memory in the rehearsal with the activations of {plan.kept_layers} layers kept; "
+        f"all {plan.model.layers} are checkpointed instead, which is slower"
+    )
+    checkpoint_the_rest(session.model)
+    reset_peak(session.device)
+    return rehearse(*arguments)
 
 
 def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[], Any]) -> None:

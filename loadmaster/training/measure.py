@@ -18,7 +18,7 @@ from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES, random_model
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import losses
-from loadmaster.training.metrics import allocated_gib, peak_memory
+from loadmaster.training.metrics import allocated_gib, peak_memory, reset_peak
 from loadmaster.training.session import make_session
 from loadmaster.training.world import World
 
@@ -46,11 +46,11 @@ def measure(job: Job, plan: Plan, config: dict[str, Any], steps: int = 5, warm_u
     second, and the last loss. Needs the memory of the job on this machine's device.
     """
     device = torch.device("cpu" if plan.hardware.gpu == "cpu" or not torch.cuda.is_available() else "cuda")
-    _reset_peak(device)
+    reset_peak(device)
     base = random_model(config, DTYPES[plan.precision], device, frozen_form(plan.method, plan.precision))
     session = make_session(job, plan, World(device=device), pad_token_id=0, base=base)
     loaded = _allocated(device)
-    _reset_peak(device)
+    reset_peak(device)
     length = plan.sequence_length
     document = length if job.objective == "sft" else length // 2  # a pair of answers in each row
     count = plan.micro_batch_size * plan.gradient_accumulation_steps
@@ -66,7 +66,7 @@ def measure(job: Job, plan: Plan, config: dict[str, Any], steps: int = 5, warm_u
         seconds.append(time.perf_counter() - start)
     step_s = float(np.median(seconds[warm_up:]))
     peaks, resting = peak_memory(device), _allocated(device)
-    _reset_peak(device)
+    reset_peak(device)
     session.model.eval()
     with torch.no_grad():
         session.loss(batches[0])
@@ -80,12 +80,6 @@ def measure(job: Job, plan: Plan, config: dict[str, Any], steps: int = 5, warm_u
         "tokens_per_second": count * length / step_s,
         "loss": loss.item(),
     }
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _allocated(device: torch.device) -> float:

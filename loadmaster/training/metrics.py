@@ -96,6 +96,13 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     }
 
 
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, on a GPU without what the allocator holds for nobody."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def most(peaks: list[dict[str, float]]) -> dict[str, float]:
     """Of each figure the largest of all ranks'."""
     return {name: max(each[name] for each in peaks) for name in peaks[0]}

@@ -41,6 +41,8 @@ class Rehearsed:
     """Allocated before the first step."""
     resting_gib: float = 0.0
     """Allocated between two steps."""
+    kept_layers: int = 0
+    """Decoder layers that keep their activations beside others that are checkpointed."""
 
 
 def rehearse(
@@ -53,7 +55,8 @@ def rehearse(
     scratch: Path,
     in_fp8: bool = False,
 ) -> Rehearsed:
-    """Run everything once and restore all state. Raises TrainingFailed with the part that failed.
+    """Run everything once and restore all state. Raises TrainingFailed with the part that failed; where memory ran out
+    all is restored as well, and torch's error is the cause.
 
     worst: the fullest micro-batch, twice where a step accumulates: gradients then meet activations.
     in_fp8: products run on FP8 units, which a card or a build of PyTorch may refuse.
@@ -62,6 +65,15 @@ def rehearse(
     weights = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
     generators = rng_state()
     part = "the fullest micro-batch"
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for name, parameter in trained:
+                local(parameter).copy_(weights[name])
+        optimizer.zero_grad()
+        optimizer.reset()
+        restore_rng(*generators)
+
     loaded = resting = allocated_gib(world.device)
     try:
         # Twice: gradients of the second backward pass meet the optimizer's states, as in every later step.
@@ -80,6 +92,7 @@ def rehearse(
         _save_and_reload(scratch, trained, optimizer, checkpoints)
     except torch.OutOfMemoryError as error:
         peak = peak_memory(world.device)["peak_allocated_gib"]
+        put_back()
         raise TrainingFailed(
             f"out of GPU memory in the rehearsal, at {part} (peak {peak:.2f} GiB allocated). The preflight's plan "
             "was too large: set a smaller micro_batch_size or sequence_length, or activation_checkpointing=full"
@@ -102,12 +115,7 @@ def rehearse(
         if world.lead:
             shutil.rmtree(scratch, ignore_errors=True)
     peaks = most(world.gather(peak_memory(world.device)))
-    with torch.no_grad():
-        for name, parameter in trained:
-            local(parameter).copy_(weights[name])
-    optimizer.zero_grad()
-    optimizer.reset()
-    restore_rng(*generators)
+    put_back()
     return Rehearsed(**peaks, seconds=time.perf_counter() - start, loaded_gib=loaded, resting_gib=resting)
 
 

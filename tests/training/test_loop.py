@@ -1,6 +1,7 @@
 """The loop's arithmetic and its ways to stop, in process on a tiny model."""
 
 import dataclasses
+import io
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -97,11 +98,14 @@ def test_any_split_of_a_batch_gives_the_same_gradients(tiny, checkpointing):
             torch.testing.assert_close(gradient, first, rtol=1e-6, atol=1e-6)
 
 
-def run(tiny, folder, job=JOB, prepared=None, stop=None, held_out=lambda session, stopping: {"loss": 1.0}):
+def run(
+    tiny, folder, job=JOB, prepared=None, stop=None, held_out=lambda session, stopping: {"loss": 1.0}, plan=None,
+    console=None,
+):  # fmt: skip
     prepared = prepared or SimpleNamespace(train=rows(), validation=rows(6, seed=1))
     return train(
         job,
-        PLAN,
+        plan or PLAN,
         prepared,
         load_tokenizer(tiny),
         tiny,
@@ -109,7 +113,7 @@ def run(tiny, folder, job=JOB, prepared=None, stop=None, held_out=lambda session
         "hash",
         held_out,
         stop or StopSignal(),
-        Display(Console(quiet=True)),
+        Display(console or Console(quiet=True)),
     )
 
 
@@ -238,6 +242,30 @@ def test_memory_running_out_in_the_rehearsal_says_what_to_change(tiny, tmp_path,
     monkeypatch.setattr(loop.Session, "backward", too_big)
     with pytest.raises(TrainingFailed, match=r"fullest micro-batch.*micro_batch_size"):
         run(tiny, tmp_path)
+
+
+def test_layers_that_were_to_be_kept_are_checkpointed_where_memory_runs_out(tiny, tmp_path, monkeypatch):
+    from loadmaster.models.forward import decoder_layers
+    from loadmaster.training import loop
+
+    backward, tried = loop.Session.backward, []
+
+    def small(self, batches, total):
+        tried.append([layer.gradient_checkpointing for layer in decoder_layers(self.model)])
+        if len(tried) > 1 and not all(tried[-1]):  # the second step of the rehearsal, after one that changed weights
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backward(self, batches, total)
+
+    full = dataclasses.replace(PLAN, activation_checkpointing="full")
+    run(tiny, tmp_path / "full", plan=full)
+    monkeypatch.setattr(loop.Session, "backward", small)
+    console = Console(file=io.StringIO(), width=200)
+    some = dataclasses.replace(full, checkpointed_layers=1)
+    outcome = run(tiny, tmp_path / "mixed", plan=some, console=console)[1]
+    assert outcome.rehearsal.kept_layers == 0 and "all 2 are checkpointed instead" in console.file.getvalue()
+    assert tried[0] == tried[1] == [True, False] and all(map(all, tried[2:]))
+    logged, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("mixed", "full"))
+    assert [row["loss"] for row in logged] == [row["loss"] for row in expected]
 
 
 def test_the_loss_falls_and_the_outcome_reports_it(tiny, tmp_path):
