@@ -44,7 +44,7 @@ def describe(setup: Setup) -> str:
     if setup.offload != "none":
         parts.append(f"{'optimizer' if setup.offload == 'optimizer' else 'weights and optimizer'} in host memory")
     kept = setup.checkpointing == "none"
-    but = f" but for the last {setup.kept_layers} layers" if setup.kept_layers else ""
+    but = f" of all but the last {setup.kept_layers}" if setup.kept_layers else ""
     parts.append("activations kept" if kept else f"activation checkpointing {setup.checkpointing}{but}")
     rows = setup.micro_batch_size
     parts.append(f"{rows} row{'s' if rows > 1 else ''} of {setup.sequence_length} tokens at a time")
@@ -307,7 +307,7 @@ def _on(job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | No
     return [_alternative(text, best, adjusted, shape, dataset_tokens)]
 
 
-OPEN = ("micro_batch_size", "activation_checkpointing", "offload", "sharding", "precision")
+OPEN = ("micro_batch_size", "activation_checkpointing", "checkpointed_layers", "offload", "sharding", "precision")
 """Fields that a plan fills in where they are auto; and the optimizer's name and master weights."""
 
 
@@ -338,7 +338,8 @@ def relaxations(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[tup
         yield "micro_batch_size=auto", replace(job, micro_batch_size="auto")
     for name in OPEN[1:]:
         if getattr(job, name) != "auto":
-            yield f"{name}=auto", replace(job, **{name: "auto"})
+            names = [name] if name != "activation_checkpointing" or job.checkpointed_layers == "auto" else OPEN[1:3]
+            yield " ".join(f"{each}=auto" for each in names), replace(job, **dict.fromkeys(names, "auto"))
     if states := _written_states(job):
         yield " ".join(states), replace(job, optimizer=replace(job.optimizer, name="auto", master_weights="auto"))
     here = job.offload in ("auto", "none") and job.sharding in ("auto", "none", "fsdp")

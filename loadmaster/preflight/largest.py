@@ -8,7 +8,7 @@ from functools import cache
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.config.schema import Job
-from loadmaster.preflight.search import Candidate, evaluate, fixed, may_compile
+from loadmaster.preflight.search import Candidate, evaluate, fixed, kept_layers, may_compile
 from loadmaster.preflight.shape import ModelShape
 
 ROW_STEP, MOST_ROW = 256, 2**24
@@ -33,7 +33,8 @@ def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
     checkpointing = job.activation_checkpointing
     if checkpointing == "auto":
         checkpointing = "offload" if like.setup.checkpointing == "offload" else "full"
-    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing, kept_layers=0)
+    kept = kept_layers(job, shape, checkpointing)
+    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing, kept_layers=kept)
 
     @cache
     def missing(length: int) -> float:

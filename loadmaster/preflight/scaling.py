@@ -163,6 +163,7 @@ def print_scaling(job: Job, steps: list[Step], console: Console | None = None) -
         inside = " in each node" if plan.replicas > 1 else ""
         inside += "" if plan.reshard_after_forward else ", whole layers"
         kept = "" if plan.activation_checkpointing == "none" else ", checkpointing"
+        kept += "" if plan.checkpointed_layers is None else f" {plan.checkpointed_layers} of {plan.model.layers} layers"
         table.add_row(
             *said, f"{plan.sharding}{inside}{kept}, {plan.micro_batch_size} x {plan.gradient_accumulation_steps}",
             f"{plan.tokens_per_second:,.0f}", f"{step.efficiency:.0%}",

@@ -187,18 +187,15 @@ def kept_layers(job: Job, shape: ModelShape, checkpointing: str) -> int:
 
 def keeping_more(job: Job, best: Candidate) -> list[Candidate]:
     """The best plan that recomputes all layers, with as many of the last ones kept instead as there is room for: in
-    micro-batches of ENOUGH_TOKENS, for larger ones leave room for fewer, and of one row."""
-    shape, setup = best.shape, best.setup
-    kinds_of_layers = bool(shape.dense_layers) + bool(shape.expert_layers)
-    if (
-        setup.checkpointing != "full" or setup.kept_layers or job.activation_checkpointing != "auto"
-        or job.plan.objective == "memory" or best.hardware.is_cpu or kinds_of_layers > 1
-    ):  # fmt: skip
+    micro-batches of its own size, and in smaller ones, of ENOUGH_TOKENS and of one row, which leave room for more."""
+    setup = best.setup
+    written = job.activation_checkpointing != "auto" or job.plan.objective == "memory"
+    if setup.checkpointing != "full" or written or best.hardware.is_cpu:
         return []
     rows, sizes = setup.micro_batch_size * setup.gradient_accumulation_steps, {setup.micro_batch_size}
     if job.micro_batch_size == "auto" and not setup.in_backward:
         enough = [size for size in divisors(rows) if size * setup.sequence_length >= ENOUGH_TOKENS]
-        sizes = {1, min([*enough, setup.micro_batch_size])}
+        sizes |= {1, min([*enough, setup.micro_batch_size])}
     setups = [replace(setup, micro_batch_size=size, gradient_accumulation_steps=rows // size) for size in sorted(sizes)]
     return [found for each in setups if (found := _filled(job, best, each)) is not None]
 
@@ -208,26 +205,24 @@ def _filled(job: Job, best: Candidate, setup: Setup) -> Candidate | None:
     shape = best.shape
 
     def keeping(layers: int) -> Candidate:
-        kept = {"checkpointing": "none"} if layers == shape.layers else {"kept_layers": layers}
-        return evaluate(job, shape, best.hardware, replace(setup, **kept))
+        return evaluate(job, shape, best.hardware, replace(setup, kept_layers=layers))
 
-    layers, found = 0, best if setup == best.setup else keeping(0)
-    most = (1 - SPARE) * best.budget_gib
+    low, high = 0, shape.layers
+    found, most = best if setup == best.setup else keeping(0), (1 - SPARE) * best.budget_gib
     known = kept_bytes(shape, setup) if setup.compiled else None
-    if known is None:
-        each = (keeping(shape.layers).memory.needed_gib - found.memory.needed_gib) / shape.layers
-    else:
-        each = (known - setup.width * shape.hidden_size) * setup.tokens / GIB
-    for _ in range(3):  # what is needed grows almost in a line
-        more = min(math.floor((most - found.memory.needed_gib) / each), shape.layers - 1 - layers) if each > 0 else 0
+    each = (known - setup.width * shape.hidden_size) * setup.tokens / GIB if known else 0.0
+    while high - low > 1 and found.memory.needed_gib <= most:
+        more = (high - low) // 2
+        if known:  # what is needed grows almost in a line
+            more = min(math.floor((most - found.memory.needed_gib) / max(each, 1e-6)), high - low - 1)
         if more < 1:
             break
-        tried = keeping(layers + more)
+        tried = keeping(low + more)
         if tried.fits and tried.memory.needed_gib <= most:
-            layers, found = layers + more, tried
+            low, found = low + more, tried
         else:
-            each = (tried.memory.needed_gib - found.memory.needed_gib) / more
-    return found if layers else None
+            high, each = low + more, (tried.memory.needed_gib - found.memory.needed_gib) / more
+    return found if low else None
 
 
 def selective_keeps_less(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any]) -> bool:

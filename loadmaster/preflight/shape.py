@@ -114,6 +114,10 @@ class ModelShape:
     def dense_layers(self) -> int:
         return len(self.dense_at) if self.experts else self.layers
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer of this index is a mixture of experts."""
+        return bool(self.experts) and layer not in self.dense_at
+
     @property
     def expert_layers(self) -> int:
         return self.layers - self.dense_layers

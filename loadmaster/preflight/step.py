@@ -4,7 +4,7 @@ All layers of a kind are equal, so the first, the second and the last are replay
 is held as one block: between two layers the live bytes change by the same amount each time, so the peak is in
 one of the three. Sharded, or stepped in the backward pass, the last but one is replayed as well: in its backward pass,
 and not before, the gradients of another layer are on their way, or wait. Where the first layers are checkpointed and
-the last ones are not, each of the two runs is replayed so.
+the last ones are not, or some have experts, each run of layers that are alike is replayed so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 
 from loadmaster.preflight import saved
 from loadmaster.preflight.blocks import Blocks, Weights
@@ -82,18 +83,18 @@ def evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> 
 
 
 def _runs(b: Blocks) -> list[_Middle]:
-    """Decoder layers one after another that are checkpointed in one way, which `kind` names."""
-    setup, kept = b.setup, b.setup.kept_layers
-    if not 0 < kept < b.shape.layers:
-        return [_Middle(b, "none" if kept else setup.checkpointing, b.shape.layers)]
-    return [_Middle(b, setup.checkpointing, b.shape.layers - kept), _Middle(b, "none", kept)]
+    """Decoder layers one after another that are alike, and checkpointed in the same way."""
+    shape, setup = b.shape, b.setup
+    first_kept = shape.layers - setup.layers_kept(shape)
+    layers = [(shape.has_experts(i), "none" if i >= first_kept else setup.checkpointing) for i in range(shape.layers)]
+    return [_Middle(b, *alike, len(list(group))) for alike, group in groupby(layers)]
 
 
 class _Middle:
     """Of a run of equal layers those that are not replayed one by one."""
 
-    def __init__(self, b: Blocks, kind: str, layers: int):
-        self.b, self.kind = b, kind
+    def __init__(self, b: Blocks, experts: bool, kind: str, layers: int):
+        self.b, self.experts, self.kind = b, experts, kind
         self.replayed = min(layers, HEAD_LAYERS + (2 if b.setup.shards > 1 or b.setup.in_backward else 1))
         self.count = layers - self.replayed
         self.forward, self.started, self.finished = Work(), Work(), Work()
@@ -172,7 +173,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
     for run in runs:
         kept = gradients = less = 0
         for place in range(run.replayed):
-            experts = index < shape.expert_layers
+            experts = run.experts
             if place == HEAD_LAYERS and run.count:
                 x = run.stand_in(x, kept, gradients)
             before, work, first = tape.live, Work().plus(tape.work), len(tape.leaves)

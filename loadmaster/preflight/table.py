@@ -76,7 +76,7 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     for row in shown:
         nodes = f"{row['nodes']} nodes of " if row["nodes"] > 1 else ""
         parts = [row["precision"], *([row["sharding"]] if row["sharding"] != "none" else [])]
-        parts += _recomputed(row["activation_checkpointing"], row["checkpointed_layers"], plan.model.layers)
+        parts += _recomputed(row["activation_checkpointing"], row.get("checkpointed_layers"), plan.model.layers)
         parts += [f"{row['offload']} in host memory"] if row["offload"] != "none" else []
         parts += [f"{row['micro_batch_size']} row{'s' if row['micro_batch_size'] > 1 else ''}"]
         asked = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.world_size
