@@ -131,7 +131,7 @@ def test_a_run_that_is_mostly_start_loading_and_export_does_not_pay_on_more_node
     said = verdict(steps)
     one, two = steps[0].plan, steps[1].plan
     assert said.startswith("for this run, 1 node is enough: 2 take")
-    assert said.endswith("by speed alone it would pay up to 4 nodes")
+    assert said.endswith("by speed alone it would pay up to 8 nodes")
     assert f"cost ${two.cost_usd:,.2f} instead of ${one.cost_usd:,.2f}" in said and two.cost_usd > 1.8 * one.cost_usd
     print_scaling(short, steps, Console(width=80))
     assert said in capsys.readouterr().out.replace("\n", " ")
