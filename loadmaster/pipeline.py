@@ -65,7 +65,8 @@ def run(composed: Composed, console: Console | None = None) -> int:
         if team.follows:
             collector.resume()
             return team.follow(stop)
-        Pipeline(composed, console, stop, team).run()
+        with composed.located():
+            Pipeline(composed, console, stop, team).run()
     except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return team.end(error.exit_code) if team else error.exit_code
@@ -162,11 +163,16 @@ class Pipeline:
         except StoppedOnRequest:
             raise
         except LoadmasterError as error:
-            self.run_dir.update_result(failure={"stage": stage, "message": str(error)})
+            planned = stage != "plan" or self._is_whole("plan")
+            if isinstance(error, ConfigError) and not planned and self.run_dir.discard():
+                error.begun = False
+            else:
+                self.run_dir.update_result(failure={"stage": stage, "message": str(error)})
             raise
         finally:
-            self.run_dir.update_result(wall_seconds=self.run_dir.seconds_by_stage())
-            self._write_report()
+            if self.run_dir.path.is_dir():
+                self.run_dir.update_result(wall_seconds=self.run_dir.seconds_by_stage())
+                self._write_report()
 
     def _is_whole(self, stage: str) -> bool:
         """Whether what the stage wrote is still there; exports are compared with their manifests."""

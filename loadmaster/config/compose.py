@@ -55,7 +55,7 @@ class Composed:
                 replace(p, origin=origin_of(self.origins, p.key)) if p.origin == IN_THE_JOB else p
                 for p in error.problems
             ]
-            raise ConfigError(found, begun) from error
+            raise ConfigError(found, begun or error.begun) from error
 
 
 def compose(
