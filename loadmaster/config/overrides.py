@@ -22,7 +22,7 @@ from loadmaster.config.fields import describe, fields, nearest
 from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.config.schema import DATA_SUFFIXES
-from loadmaster.errors import Problem
+from loadmaster.errors import ConfigError, Problem
 
 PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
 """`endpoint.server=vllm==0.27.1`: Hydra's grammar wants such a value in quotes, which nobody would guess."""
@@ -70,6 +70,29 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
         if not override.is_delete() and not _is_group_choice(loader, override) and not override.is_hydra_override():
             result.values |= _leaves(key, None if override.is_sweep_override() else override.value())
     return result
+
+
+def given_twice(arguments: list[str]) -> list[Problem]:
+    """Of what a person typed: each key that is given two values. Hydra takes the last one, without a word."""
+    typed: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and not key.startswith("~"):
+            typed.setdefault(key.lstrip("+"), []).append(value)
+    found = []
+    for key, given in typed.items():
+        values = list(dict.fromkeys(given))
+        if len(values) > 1:
+            remedy = f"leave one of them, as {key}={values[-1]}"
+            over = f"; {key}=[{','.join(values)}] lays each over those before it" if key == GROUP else ""
+            message = f"is given {len(values)} values: {', '.join(values[:-1])} and {values[-1]}"
+            found.append(Problem(key, None, COMMAND_LINE, message, remedy + over))
+    return found
+
+
+def refuse_twice(arguments: list[str]) -> None:
+    if found := given_twice(arguments):
+        raise ConfigError(found)
 
 
 def _quoted(argument: str) -> str:
