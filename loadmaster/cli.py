@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -260,17 +261,21 @@ def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.export import harness
-    from loadmaster.export.serve_check import serve_check, table
+    from loadmaster.export.serve_check import folder_of_paths, serve_check, table
 
     if overrides:
         _parser().error(f"serve-check does not know {' '.join(overrides)}")
+    for name in ("run_dir", "python", "task_path"):  # from here, whatever the run's own paths are from
+        given = getattr(arguments, name)
+        setattr(arguments, name, given and given.expanduser().absolute())
     asked = _harness(arguments)
     console = Console()
     try:
-        results = serve_check(
-            arguments.run_dir, arguments.formats, arguments.python,
-            lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True), asked,
-        )  # fmt: skip
+        with chdir(folder_of_paths(arguments.run_dir)):
+            results = serve_check(
+                arguments.run_dir, arguments.formats, arguments.python,
+                lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True), asked,
+            )  # fmt: skip
     except KeyboardInterrupt:
         print("stopped; no server is left running", file=sys.stderr)
         return 130

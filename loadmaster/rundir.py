@@ -112,21 +112,24 @@ class RunDir:
     def mark_done(self, stage: str, inputs: str, seconds: float) -> None:
         stages = _stages(self.path)
         stages[stage] = {"inputs": inputs, "seconds": round(seconds, 3), "finished": datetime.now(UTC).isoformat()}
-        write_json(self.path / "stages.json", {"identity": self.identity, "stages": stages})
+        self._write(stages)
 
     def forget(self, stage: str) -> None:
         """A stage is not done any more, whatever comes of doing it again."""
         stages = _stages(self.path)
         stages.pop(stage, None)
-        write_json(self.path / "stages.json", {"identity": self.identity, "stages": stages})
+        self._write(stages)
 
     def claim(self) -> None:
         """Write the identity, so that the next start of the same job finds this run."""
         owner = _identity(self.path)
         if owner not in (None, self.identity):  # nothing was trained; the plan stage writes over the rest
             (self.path / "result.json").unlink(missing_ok=True)
-        stages = _stages(self.path) if owner == self.identity else {}
-        write_json(self.path / "stages.json", {"identity": self.identity, "stages": stages})
+        self._write(_stages(self.path) if owner == self.identity else {})
+
+    def _write(self, stages: dict[str, Any]) -> None:
+        record = {"identity": self.identity, "started_in": str(Path.cwd()), "stages": stages}
+        write_json(self.path / "stages.json", record)
 
     def seconds_by_stage(self) -> dict[str, float]:
         return {stage: record["seconds"] for stage, record in _stages(self.path).items()}
@@ -139,6 +142,12 @@ class RunDir:
         result = {**self.result(), **figures}
         write_json(self.path / "result.json", result)
         return result
+
+
+def started_in(path: Path) -> Path:
+    """Where the command of a run was started, which the relative paths of its job count from; else this folder."""
+    folder = Path(str(_record(path).get("started_in", ".")))
+    return folder if folder.is_dir() else Path.cwd()
 
 
 def file_fingerprint(path: Path) -> str:

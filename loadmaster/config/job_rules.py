@@ -30,8 +30,10 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
     for key, path in named:
         if job.launch.name != "local" and path.startswith("/workspace/"):
             continue
-        if _is_file_name(path) and not Path(resolve_path(path)).exists():
-            yield key, path, "there is no such file", _file_hint(key, path)
+        place = Path(resolve_path(path))
+        if _is_file_name(path) and not place.exists():
+            here = "" if place.is_absolute() else f" here ({place.absolute()})"
+            yield key, path, f"there is no such file{here}", _file_hint(key, path)
 
 
 @rule("data.validation", "data.path")

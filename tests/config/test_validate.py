@@ -172,7 +172,7 @@ def test_a_path_from_the_home_folder_is_read_without_quotes_and_said_in_full(
     (problem,) = problems("model.path=~/other")
     assert problem.message == f"is not a folder here ({here / 'home/other'})"
     (problem,) = problems("data=file", "data.path=~/c.jsonl")
-    assert (problem.message, problem.remedy[:-7]) == ("there is no such file", "data.path=~/")
+    assert problem.message == "there is no such file" and problem.remedy[:-7] == "data.path=~/"
     (problem,) = problems("data=file", "data.path=https://example.org/c.jsonl")
     assert problem.remedy == "download it and give the file, or a Hub dataset as data.path=OWNER/NAME"
     assert [p.message for p in problems("model.path=~nobody-of-this-name/other")] == ["is not a folder here"]
