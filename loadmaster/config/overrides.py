@@ -197,7 +197,8 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
 def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> Problem:
     guess = nearest(wrong, options)
     remedy = (f"{group}={guess}; " if guess else "") + "the options are " + ", ".join(options)
-    remedy += "; any other model by model.name=HUB-ID or model.path=FOLDER" if group == "model" else ""
+    others = {"model": "model by model.name=HUB-ID or model.path=FOLDER", "hardware": "card by hardware.gpu=NAME"}
+    remedy += f"; any other {others[group]}" if group in others else ""
     if "/" in wrong or wrong.endswith((".yaml", ".yml")):
         remedy += f"; a file of your own goes into {'recipes' if group == GROUP else 'conf/' + group}/ here"
     return Problem(group, wrong, origin, f"there is no {group} of this name", remedy)
