@@ -43,6 +43,7 @@ from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.shape import find_config
 from loadmaster.rundir import RunDir, file_fingerprint
+from loadmaster.streams import Output
 from loadmaster.tables import print_table
 from loadmaster.team import Team
 from loadmaster.training.display import Display
@@ -54,7 +55,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
     """Run the job up to `stop_after`; returns the exit code (loadmaster.errors says what each means)."""
     # OpenMP's threads otherwise spin while they wait: on a shared machine two of them ran a step 5 to 10 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    console = console or Console()
+    console = console or Output()
     if composed.job.launch.name != "local":
         return run_elsewhere(composed, console)
     os.environ[STARTED] = str(time.time())

@@ -7,6 +7,7 @@ Nothing here imports torch; the whole takes a fraction of a second in a cold pro
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -73,11 +74,21 @@ def compose(
 
 
 def open_loader(config_dir: str | None = None) -> Loader:
+    if not _is_here():
+        message, remedy = "is gone, or you may not look into it", "cd to one that is there"
+        raise ConfigError([Problem("the current folder", None, "the shell", message, remedy)])
     try:
         return config_loader(config_dir)
     except SearchPathException as error:
         problem = Problem("--config-dir", config_dir, COMMAND_LINE, "there is no such folder", "name one that exists")
         raise ConfigError([problem]) from error
+
+
+def _is_here() -> bool:
+    try:
+        return os.access(os.getcwd(), os.X_OK)
+    except OSError:
+        return False
 
 
 def compose_with(

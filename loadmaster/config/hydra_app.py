@@ -163,6 +163,12 @@ def _code_of(ended: SystemExit) -> int:
 
 def _refused_by_hydra(error: Exception, arguments: list[str]) -> int:
     """Before a job begins Hydra works on its own settings alone, which loadmaster does not judge."""
+    if isinstance(error, OSError):
+        message = f"the record of a sweep cannot be written there: {error.filename}: {(error.strerror or '').lower()}"
+        remedy = "start it in a folder that can be written, or hydra.sweep.dir=FOLDER"
+        shown = ConfigError([Problem("hydra.sweep.dir", None, "default", message, remedy)])
+        show_error(shown)
+        return shown.exit_code
     lines = str(error).splitlines() or [type(error).__name__]
     found = re.search(r"full_key: (\S+)", str(error))
     key = found[1] if found else "hydra"

@@ -176,6 +176,14 @@ def test_every_job_of_a_sweep_is_judged_before_the_first_starts(capsys: pytest.C
     assert "several jobs of the sweep would write into this one folder" in errors
 
 
+def test_a_sweep_that_cannot_keep_its_record_is_a_sentence(here: Path, capsys: pytest.CaptureFixture[str]):
+    (here / "runs").touch()
+    task = Recorder()
+    assert run_app(task, ["-m", "seed=1,2", "stop_after=plan"]) == 2
+    errors = capsys.readouterr().err
+    assert "the record of a sweep cannot be written there: runs" in errors and "hydra.sweep.dir=FOLDER" in errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
