@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,10 +18,8 @@ from loadmaster.preflight import hardware
 from loadmaster.preflight.plan import Plan
 from loadmaster.rundir import RunDir
 from loadmaster.training.display import Display
-from tests.runs import command, environment, finish
+from tests.runs import PLAIN, command, environment, finish
 
-# Root too is then held to permissions.
-PLAIN = ["setpriv", "--bounding-set=-all"] if os.getuid() == 0 else []
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 EXPORTED = {"qlora_8b", "lora_8b", "full_8b"}
 """The first of each method: what others would export, scaled down, is one of these. Exports take a process each:

@@ -109,7 +109,8 @@ def compose_with(
     if whole and GROUP not in given.groups:
         doubtful = given.groups + checked.keys + [problem.key for problem in unresolved]
         found += broken_rules(checked.job, origins, doubtful)
-    problems += [problem for problem in found if whole or problem.origin == COMMAND_LINE]
+    unread = {problem.key for problem in given.problems}  # of these it is said already that they have no value
+    problems += [p for p in found if (whole or p.origin == COMMAND_LINE) and not (p.value is None and p.key in unread)]
     if problems:
         raise ConfigError(reading_order(problems, given.arguments))
     return replace(composed(checked.job, origins), needs_hydra=whole and _needs_hydra(config))

@@ -57,8 +57,11 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
         try:
             override = parser.parse_override(_quoted(argument))
         except HydraException as error:
-            result.problems.append(_unreadable(loader, argument, error))
-            continue
+            text = _as_text(argument)
+            if text is None:
+                result.problems.append(_unreadable(loader, argument, error))
+                continue
+            override = parser.parse_override(text)
         override.config_loader = loader
         problem = _problem(loader, override, multirun)
         key = override.key_or_group
@@ -100,6 +103,15 @@ def _quoted(argument: str) -> str:
     if pinned:
         return f'{pinned[1]}="{pinned[2]}"'
     return argument if '"' in argument or "'" in argument else _FROM_HOME.sub(r'\1"\2"', argument)
+
+
+def _as_text(argument: str) -> str | None:
+    """`data.path=Übung (1).jsonl` with the quotes that Hydra's grammar wants; None for what is no plain text."""
+    key, _, value = argument.partition("=")
+    known = fields().get(key.lstrip("+"))
+    if known is None or "text" not in describe(known.annotation) or not value or set(value) & set("\"'\\$[]{},"):
+        return None
+    return f'{key}="{value}"'
 
 
 def reading_order(problems: list[Problem], arguments: list[str]) -> list[Problem]:

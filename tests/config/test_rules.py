@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from loadmaster.config.compose import compose
 from loadmaster.config.fields import nearest_card
 from loadmaster.config.rules import RULES
 from loadmaster.errors import ConfigError
+from tests.runs import PLAIN, environment
 
 PLAN = "stop_after=plan"
 
@@ -277,6 +280,17 @@ def test_a_missing_file_in_a_missing_folder_says_where_it_looked():
     with pytest.raises(ConfigError) as caught:
         compose(["data=file", "data.path=data/train.jsonl"])
     assert f"relative to where the command is run ({Path.cwd()})" in caught.value.problems[0].remedy
+
+
+@pytest.mark.parametrize("words", [["data=file", "data.path=mine.jsonl", PLAN], ["data=file", "data.path=folder"]])
+def test_data_that_may_not_be_read_is_named_before_anything_starts(words: list[str], tmp_path: Path):
+    (tmp_path / "mine.jsonl").touch(0o200)
+    (tmp_path / "folder").mkdir(0o600)
+    asked = f"from loadmaster.config.compose import compose; compose({words})"
+    done = subprocess.run(
+        [*PLAIN, sys.executable, "-c", asked], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert f"you may not read {tmp_path / words[1].partition('=')[2]}" in done.stderr and "1 problem:" in done.stderr
 
 
 def test_own_data_beside_shipped_held_out_rows_is_refused_where_nobody_asked_for_these():
