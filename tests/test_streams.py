@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from loadmaster.config.compose import compose
-from loadmaster.errors import ConfigError
+from loadmaster.errors import ConfigError, LoadmasterError
+from loadmaster.files import cached_in
 from tests.runs import command, environment, metrics
 
 LOADMASTER = [sys.executable, "-m", "loadmaster"]
@@ -63,3 +66,33 @@ def test_a_current_folder_that_is_gone_is_a_sentence(tmp_path: Path, monkeypatch
 def test_figures_for_programs_come_whole_through_a_pipe(tmp_path: Path):
     process = start([*LOADMASTER, "plan", "--json"], tmp_path)
     assert json.loads(process.communicate(timeout=60)[0])["fits"] is True
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of its own with room for a few small files."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "none", str(folder)], check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_cache_on_a_full_disk_is_named_and_not_the_run_directory(tiny: Path, small_disk: Path, tmp_path: Path):
+    cached = start([*LOADMASTER, "data", f"model.path={tiny}"], tmp_path, LOADMASTER_CACHE=str(small_disk))
+    said = cached.communicate(timeout=60)[1]
+    assert cached.returncode == 4 and "Traceback" not in said, said
+    assert f"tokenised data cannot be kept in {small_disk / 'data'}: its disk is full" in said
+    assert "fix: set LOADMASTER_CACHE" in said and "run_dir" not in said
+
+
+def test_a_cache_that_takes_no_files_is_named_whoever_fails_to_write(small_disk: Path):
+    (small_disk / "file").touch()
+    said = rf"the model cannot be kept in {small_disk}: (its disk is full|not a directory)\n    fix: set LOADMASTER"
+    with pytest.raises(LoadmasterError, match=said), cached_in(small_disk, "the model"):
+        save_file({"x": np.zeros(99_999)}, small_disk / "x.safetensors")  # in native code, with an error of its own
+    with pytest.raises(LoadmasterError, match=said), cached_in(small_disk, "the model"):
+        (small_disk / "file" / "x").mkdir()
+    with pytest.raises(FileNotFoundError), cached_in(small_disk, "the model"):
+        Path("/nowhere/else").read_text()
