@@ -176,20 +176,20 @@ class Pipeline:
                 self._write_report()
 
     def _is_whole(self, stage: str) -> bool:
-        """Whether what the stage wrote is still there; exports are compared with their manifests."""
+        """Whether what the stage wrote is still there; exports are compared with their manifests, a plan is read."""
         folder = self.run_dir.path
-        if stage == "export":
-            from loadmaster.export.manifest import verify_manifest
+        try:
+            if stage == "plan":
+                return bool(Plan.read(folder / "plan.json"))
+            if stage == "export":
+                from loadmaster.export.manifest import verify_manifest
 
-            try:
                 return not any(verify_manifest(folder / "export" / name) for name in self.job.export.formats)
-            except LoadmasterError:
-                return False
+        except LoadmasterError:
+            return False
         if stage == "train":
             return self.run_dir.trained is not None and any(self.run_dir.trained.glob("*.safetensors"))
-        return (
-            folder / {"plan": "plan.json", "evaluate": "eval.json", "bundle": "bundle/manifest.json"}[stage]
-        ).is_file()
+        return (folder / {"evaluate": "eval.json", "bundle": "bundle/manifest.json"}[stage]).is_file()
 
     def echo(self, message: str) -> None:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import STAGES
+from loadmaster.errors import LoadmasterError
 from loadmaster.pipeline import command_line, run
 from loadmaster.preflight import hardware
 from loadmaster.preflight.plan import Plan
@@ -163,6 +164,19 @@ def test_a_plan_that_fits_no_more_is_not_trained_by(tiny, tmp_path, monkeypatch)
     assert go(tiny, tmp_path, "stop_after=train")[0] == 3 and not (tmp_path / "run/checkpoints").exists()
 
 
+def test_a_plan_that_was_damaged_is_made_anew_and_the_run_goes_on(tiny, tmp_path):
+    assert go(tiny, tmp_path, "stop_after=train")[0] == 0
+    file = tmp_path / "run/plan.json"
+    whole = json.loads(file.read_text())
+    for damaged in ("", '{"fits": [', "[1]", "{}"):
+        file.write_text(damaged)
+        with pytest.raises(LoadmasterError, match="holds no plan that can be read"):
+            Plan.read(file)
+        code, output = go(tiny, tmp_path, "stop_after=train")
+        assert code == 0 and "plan: started" in output and "train: unchanged, skipped" in output, (damaged, output)
+        assert json.loads(file.read_text()).keys() == whole.keys()
+
+
 def test_another_model_than_was_planned_is_not_trained(tiny, smollm2, tmp_path, capsys):
     base = shutil.copytree(tiny, tmp_path / "base", copy_function=shutil.copyfile)
     assert go(base, tmp_path, "stop_after=plan")[0] == 0
@@ -301,7 +315,6 @@ def test_the_newest_run_of_the_same_job_is_found_and_another_job_gets_its_own(tm
 
 
 def test_two_processes_cannot_work_in_one_run(tmp_path):
-    from loadmaster.errors import LoadmasterError
 
     mine = RunDir(tmp_path, "a")
     with mine.locked(), pytest.raises(LoadmasterError, match="another process"), RunDir(tmp_path, "a").locked():
