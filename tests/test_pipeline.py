@@ -315,7 +315,6 @@ def test_the_newest_run_of_the_same_job_is_found_and_another_job_gets_its_own(tm
 
 
 def test_two_processes_cannot_work_in_one_run(tmp_path):
-
     mine = RunDir(tmp_path, "a")
     with mine.locked(), pytest.raises(LoadmasterError, match="another process"), RunDir(tmp_path, "a").locked():
         raise AssertionError("both got in")

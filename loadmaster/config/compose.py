@@ -138,7 +138,13 @@ def read_job(path: Path, to_run: bool = True) -> Composed:
     to_run: what it names (data, a model's folder) has to be here; else it is only told of, and may be gone.
     Raises ConfigError where the file was edited into something wrong, or comes from another version.
     """
-    resolved = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        resolved = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(resolved, dict):
+            raise ValueError("it holds no fields")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        message, remedy = f"cannot be read: {' '.join(str(error).split())}", "the command that began the run writes it"
+        raise ConfigError([Problem(path.name, None, str(path), message, remedy)]) from error
     origins = {key: f"{path}:{line}" for key, line in lines_of(path)}
     checked = check(resolved, origins, {})
     problems = checked.problems + (broken_rules(checked.job, origins, checked.keys) if to_run else [])
