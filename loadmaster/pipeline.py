@@ -93,6 +93,11 @@ def run_elsewhere(composed: Composed, console: Console) -> int:
     except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return error.exit_code
+    except OSError as error:  # of a file here: the log and the record of a launch lie in runs/
+        if error.filename is None and not is_full_disk(error):
+            raise
+        show_error(LoadmasterError(f"{error}; start it in a folder that can be written, on a disk with room"))
+        return LoadmasterError.exit_code
 
 
 class Pipeline:
