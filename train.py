@@ -29,6 +29,7 @@ if __name__ == "__main__":  # before what takes long to import
 from loadmaster.config.compose import Composed
 from loadmaster.config.hydra_app import run_app
 from loadmaster.ending import ended
+from loadmaster.streams import make_legible
 
 
 def train(composed: Composed) -> int:
@@ -39,4 +40,5 @@ def train(composed: Composed) -> int:
 
 
 if __name__ == "__main__":
+    make_legible()
     sys.exit(ended(run_app(train)))

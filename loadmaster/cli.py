@@ -15,21 +15,21 @@ loadmaster doctor                                         what this machine has;
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any, NoReturn
-
-from rich.console import Console
 
 from loadmaster import __version__, collector, hub
 from loadmaster.config.fields import nearest
 from loadmaster.config.schema import STAGES
 from loadmaster.config.show import show_error
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.files import is_full_disk, read_json
 from loadmaster.launch.endpoint_command import add_parsers
+from loadmaster.streams import Output, make_legible
 from loadmaster.tables import print_table
 
 STAGE_HELP = {
@@ -56,6 +56,7 @@ fields, groups and recipes: python train.py --help, and docs/configuration.md
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     hub.quieten()
+    make_legible()
     arguments, overrides = _parser().parse_known_args(argv)
     if arguments.run is not _stage:
         collector.resume()
@@ -67,6 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # what reads the output has seen enough (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        show_error(LoadmasterError(f"{error}: make room where the output goes to, and what the command writes"))
+        return LoadmasterError.exit_code
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
@@ -182,7 +188,9 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
         _parser().error(f"{' and '.join(name for name, given in shown.items() if given)}: one of them at a time")
     if arguments.compare or arguments.nodes is not None or arguments.json:
         from loadmaster import plan_command
+        from loadmaster.config.overrides import refuse_twice
 
+        refuse_twice(overrides)
         if arguments.compare:
             return plan_command.side_by_side(arguments.compare, overrides)
         if arguments.nodes is not None:
@@ -211,12 +219,14 @@ def _prices(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if overrides:
         _parser().error(f"prices does not know {' '.join(overrides)}")
-    return refresh_prices(Console()) if arguments.refresh else show_prices(Console())
+    return refresh_prices(Output()) if arguments.refresh else show_prices(Output())
 
 
 def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.config.compose import compose
+    from loadmaster.config.overrides import refuse_twice
 
+    refuse_twice(overrides)
     job = compose(overrides).job  # before what takes seconds to import
     hub.settle()
     from loadmaster.data import prepare, show
@@ -224,7 +234,7 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.models.resolve import resolve_base
 
     tokenizer = load_tokenizer(resolve_base(job.model))
-    show(prepare(job, tokenizer), tokenizer, arguments.rows, Console())
+    show(prepare(job, tokenizer), tokenizer, arguments.rows, Output())
     return 0
 
 
@@ -256,23 +266,27 @@ def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.export import harness
-    from loadmaster.export.serve_check import serve_check, table
+    from loadmaster.export.serve_check import folder_of_paths, serve_check, table
 
     if overrides:
         _parser().error(f"serve-check does not know {' '.join(overrides)}")
+    for name in ("run_dir", "python", "task_path"):  # from here, whatever the run's own paths are from
+        given = getattr(arguments, name)
+        setattr(arguments, name, given and given.expanduser().absolute())
     asked = _harness(arguments)
-    console = Console()
+    console = Output()
     try:
-        results = serve_check(
-            arguments.run_dir, arguments.formats, arguments.python,
-            lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True), asked,
-        )  # fmt: skip
+        with chdir(folder_of_paths(arguments.run_dir)):
+            results = serve_check(
+                arguments.run_dir, arguments.formats, arguments.python,
+                lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True), asked,
+            )  # fmt: skip
     except KeyboardInterrupt:
         print("stopped; no server is left running", file=sys.stderr)
         return 130
     print_table(table(results), console)
     if asked is not None:
-        before = json.loads((arguments.run_dir / "serve-check.json").read_text())["tasks"]["before"]
+        before = read_json(arguments.run_dir / "serve-check.json")["tasks"]["before"]
         after = {name: figures["tasks"] for name, figures in results.items() if "tasks" in figures}
         print_table(harness.table(before, after), console)
     failed = {name: figures["failures"] for name, figures in results.items() if not figures["passed"]}
@@ -319,8 +333,8 @@ def _pods(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if overrides:
         _parser().error(f"pods does not know {' '.join(overrides)}")
     if arguments.action == "sweep":
-        return sweep_pods(Console(), arguments.yes, arguments.all, arguments.names)
-    return list_pods(Console())
+        return sweep_pods(Output(), arguments.yes, arguments.all, arguments.names)
+    return list_pods(Output())
 
 
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -340,15 +354,8 @@ def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     print(f"device     {here.count}x {here.gpu}, {here.memory_gib:.1f} GiB each{memory}")
     print(f"disk       {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
     for package in (
-        "torch",
-        "transformers",
-        "peft",
-        "accelerate",
-        "bitsandbytes",
-        "torchao",
-        "llmcompressor",
-        "datasets",
-    ):
+        "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "llmcompressor", "datasets",
+    ):  # fmt: skip
         try:
             print(f"{package:<10} {version(package)}")
         except PackageNotFoundError:
@@ -360,6 +367,7 @@ def _doctor_of_all(overrides: list[str]) -> int:
     """The check that training begins with, by itself: nothing is loaded or trained."""
     from loadmaster.config.compose import compose
     from loadmaster.config.jobhash import job_hash
+    from loadmaster.config.overrides import refuse_twice
     from loadmaster.pipeline import dataset_tokens
     from loadmaster.preflight import make_plan
     from loadmaster.training.doctor import describe, examine, needs_of
@@ -367,6 +375,7 @@ def _doctor_of_all(overrides: list[str]) -> int:
     from loadmaster.training.world import join, leave
     from loadmaster.world_stages import device_type
 
+    refuse_twice(overrides)
     composed = compose(overrides)
     job = composed.job
     with composed.located():

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from loadmaster.errors import LoadmasterError
+
 PARTIAL_SUFFIX = ".partial"
 
 
@@ -63,6 +65,20 @@ def is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+@contextmanager
+def cached_in(folder: Path, what: str) -> Iterator[None]:
+    """Say of a cache that it has no room, or is not to be written: Raises LoadmasterError with the variable to set."""
+    try:
+        yield
+    except Exception as error:  # native code has errors of its own for a full disk
+        there = isinstance(error, OSError) and str(error.filename or "").startswith(str(folder))
+        if not (is_full_disk(error) or there):
+            raise
+        why = "its disk is full" if is_full_disk(error) else (getattr(error, "strerror", None) or str(error)).lower()
+        fix = "set LOADMASTER_CACHE to a folder that can be written, on a disk with room"
+        raise LoadmasterError(f"{what} cannot be kept in {folder}: {why}\n    fix: {fix}") from error
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.shape import find_config
 from loadmaster.rundir import RunDir, file_fingerprint
+from loadmaster.streams import Output
 from loadmaster.tables import print_table
 from loadmaster.team import Team
 from loadmaster.training.display import Display
@@ -54,7 +55,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
     """Run the job up to `stop_after`; returns the exit code (loadmaster.errors says what each means)."""
     # OpenMP's threads otherwise spin while they wait: on a shared machine two of them ran a step 5 to 10 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    console = console or Console()
+    console = console or Output()
     if composed.job.launch.name != "local":
         return run_elsewhere(composed, console)
     os.environ[STARTED] = str(time.time())
@@ -65,7 +66,8 @@ def run(composed: Composed, console: Console | None = None) -> int:
         if team.follows:
             collector.resume()
             return team.follow(stop)
-        Pipeline(composed, console, stop, team).run()
+        with composed.located():
+            Pipeline(composed, console, stop, team).run()
     except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return team.end(error.exit_code) if team else error.exit_code
@@ -91,6 +93,11 @@ def run_elsewhere(composed: Composed, console: Console) -> int:
     except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return error.exit_code
+    except OSError as error:  # of a file here: the log and the record of a launch lie in runs/
+        if error.filename is None and not is_full_disk(error):
+            raise
+        show_error(LoadmasterError(f"{error}; start it in a folder that can be written, on a disk with room"))
+        return LoadmasterError.exit_code
 
 
 class Pipeline:
@@ -162,27 +169,32 @@ class Pipeline:
         except StoppedOnRequest:
             raise
         except LoadmasterError as error:
-            self.run_dir.update_result(failure={"stage": stage, "message": str(error)})
+            planned = stage != "plan" or self._is_whole("plan")
+            if isinstance(error, ConfigError) and not planned and self.run_dir.discard():
+                error.begun = False
+            else:
+                self.run_dir.update_result(failure={"stage": stage, "message": str(error)})
             raise
         finally:
-            self.run_dir.update_result(wall_seconds=self.run_dir.seconds_by_stage())
-            self._write_report()
+            if self.run_dir.path.is_dir():
+                self.run_dir.update_result(wall_seconds=self.run_dir.seconds_by_stage())
+                self._write_report()
 
     def _is_whole(self, stage: str) -> bool:
-        """Whether what the stage wrote is still there; exports are compared with their manifests."""
+        """Whether what the stage wrote is still there; exports are compared with their manifests, a plan is read."""
         folder = self.run_dir.path
-        if stage == "export":
-            from loadmaster.export.manifest import verify_manifest
+        try:
+            if stage == "plan":
+                return bool(Plan.read(folder / "plan.json"))
+            if stage == "export":
+                from loadmaster.export.manifest import verify_manifest
 
-            try:
                 return not any(verify_manifest(folder / "export" / name) for name in self.job.export.formats)
-            except LoadmasterError:
-                return False
+        except LoadmasterError:
+            return False
         if stage == "train":
             return self.run_dir.trained is not None and any(self.run_dir.trained.glob("*.safetensors"))
-        return (
-            folder / {"plan": "plan.json", "evaluate": "eval.json", "bundle": "bundle/manifest.json"}[stage]
-        ).is_file()
+        return (folder / {"evaluate": "eval.json", "bundle": "bundle/manifest.json"}[stage]).is_file()
 
     def echo(self, message: str) -> None:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)

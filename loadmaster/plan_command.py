@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-from rich.console import Console
-
 from loadmaster import hub
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError, DoesNotFit, Problem
@@ -14,6 +12,7 @@ from loadmaster.pipeline import dataset_tokens, planned
 from loadmaster.preflight import make_plan
 from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling
 from loadmaster.preflight.table import print_comparison
+from loadmaster.streams import Output
 
 _OUTSIDE_BRACKETS = re.compile(r",(?![^\[{]*[\]}])")
 """The commas between values, not those inside of one: lora.targets=all-linear,[q_proj,v_proj]."""
@@ -26,7 +25,7 @@ def on_more_nodes(nodes: str, overrides: list[str]) -> int:
     job = composed.job
     with composed.located():
         steps = scaling(job, parse_nodes(nodes), dataset_tokens(job))
-    print_scaling(job, steps, Console())
+    print_scaling(job, steps, Output())
     return 0 if any(step.plan.fits for step in steps) else DoesNotFit.exit_code
 
 
@@ -52,5 +51,5 @@ def side_by_side(compare: str, overrides: list[str]) -> int:
     for value, composed in jobs.items():
         with composed.located():
             plans[value] = make_plan(composed.job, dataset_tokens(composed.job))
-    print_comparison(key, plans, Console())
+    print_comparison(key, plans, Output())
     return 0 if any(plan.fits for plan in plans.values()) else DoesNotFit.exit_code

@@ -7,17 +7,19 @@ what it was made from, so a stage runs again only when something it depends on h
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from loadmaster.config.shipped import local_path
-from loadmaster.errors import ConfigError, LoadmasterError, Problem
-from loadmaster.files import read_json, sha256_json, write_json
+from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
+from loadmaster.files import is_full_disk, read_json, sha256_json, write_json
 
 
 class RunDir:
@@ -26,6 +28,8 @@ class RunDir:
     def __init__(self, path: Path, identity: str):
         self.path = path
         self.identity = identity
+        self.made: list[Path] = []
+        """Folders that were made for this run by this process, innermost first."""
 
     @classmethod
     def choose(
@@ -35,37 +39,21 @@ class RunDir:
         """The run directory of a job: as given, else the newest of this identity, else a new one.
 
         One in which nothing was trained is any job's: settings change until a plan is as it should be.
-        Raises ConfigError when the given directory belongs to another job; differing(path) says in what.
+        Raises ConfigError when the given directory is none, or belongs to another job; differing(path) says in what.
         """
         if run_dir != "auto":
             path = local_path(run_dir)
             owner = _identity(path)
-            if owner is None and path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
-                raise ConfigError(
-                    [
-                        Problem(
-                            "run_dir",
-                            run_dir,
-                            "command line or recipe",
-                            "is a folder with other things in it, which a run would overwrite",
-                            "give a new folder, or an empty one",
-                        )
-                    ]
-                )
+            with _refusing(path, run_dir):
+                filled = path.exists() and any(entry.name != ".lock" for entry in path.iterdir())
+            if owner is None and filled:
+                message = "is a folder with other things in it, which a run would overwrite"
+                raise _refused(run_dir, message, "give a new folder, or an empty one")
             if owner not in (None, identity) and (cls(path, owner).begun or (path / "metrics.jsonl").exists()):
                 what = f" ({'; '.join(found)})" if (found := differing(path)) else ""
-                raise ConfigError(
-                    [
-                        Problem(
-                            "run_dir",
-                            run_dir,
-                            "command line or recipe",
-                            f"holds a run of a job with other settings or other data{what}; going on there would mix "
-                            "the two",
-                            f"give another run_dir, or the settings in {path / 'config.yaml'}",
-                        )
-                    ]
-                )
+                message = f"holds a run of a job with other settings or other data{what}; going on there would mix "
+                remedy = f"give another run_dir, or the settings in {path / 'config.yaml'}"
+                raise _refused(run_dir, f"{message}the two", remedy)
             return cls(path, identity)
         parent = root / recipe
         known = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
@@ -91,8 +79,14 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process; raises LoadmasterError when another one works in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Hold the run for this process.
+
+        Raises LoadmasterError when another one works in it, ConfigError where no files can be written there.
+        """
+        with _refusing(self.path):
+            self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / ".lock").touch()
         with open(self.path / ".lock", "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,27 +96,40 @@ class RunDir:
                 ) from None
             yield
 
+    def discard(self) -> bool:
+        """Leave no folder of a run that came to nothing; False where this process did not make it."""
+        if self.path not in self.made:
+            return False
+        shutil.rmtree(self.path)
+        for folder in self.made[1:]:
+            with suppress(OSError):  # another run began there meanwhile
+                folder.rmdir()
+        return True
+
     def is_done(self, stage: str, inputs: str) -> bool:
         return _stages(self.path).get(stage, {}).get("inputs") == inputs
 
     def mark_done(self, stage: str, inputs: str, seconds: float) -> None:
         stages = _stages(self.path)
         stages[stage] = {"inputs": inputs, "seconds": round(seconds, 3), "finished": datetime.now(UTC).isoformat()}
-        write_json(self.path / "stages.json", {"identity": self.identity, "stages": stages})
+        self._write(stages)
 
     def forget(self, stage: str) -> None:
         """A stage is not done any more, whatever comes of doing it again."""
         stages = _stages(self.path)
         stages.pop(stage, None)
-        write_json(self.path / "stages.json", {"identity": self.identity, "stages": stages})
+        self._write(stages)
 
     def claim(self) -> None:
         """Write the identity, so that the next start of the same job finds this run."""
         owner = _identity(self.path)
         if owner not in (None, self.identity):  # nothing was trained; the plan stage writes over the rest
             (self.path / "result.json").unlink(missing_ok=True)
-        stages = _stages(self.path) if owner == self.identity else {}
-        write_json(self.path / "stages.json", {"identity": self.identity, "stages": stages})
+        self._write(_stages(self.path) if owner == self.identity else {})
+
+    def _write(self, stages: dict[str, Any]) -> None:
+        record = {"identity": self.identity, "started_in": str(Path.cwd()), "stages": stages}
+        write_json(self.path / "stages.json", record)
 
     def seconds_by_stage(self) -> dict[str, float]:
         return {stage: record["seconds"] for stage, record in _stages(self.path).items()}
@@ -137,6 +144,12 @@ class RunDir:
         return result
 
 
+def started_in(path: Path) -> Path:
+    """Where the command of a run was started, which the relative paths of its job count from; else this folder."""
+    folder = Path(str(_record(path).get("started_in", ".")))
+    return folder if folder.is_dir() else Path.cwd()
+
+
 def file_fingerprint(path: Path) -> str:
     """Hash of the contents of a file, or of all files of a folder with their names."""
     from loadmaster.files import sha256_file
@@ -145,6 +158,26 @@ def file_fingerprint(path: Path) -> str:
         return sha256_file(path)
     files = sorted(p for p in path.rglob("*") if p.is_file())
     return sha256_json([[os.fspath(p.relative_to(path)), sha256_file(p)] for p in files])
+
+
+def _refused(given: str, message: str, remedy: str) -> ConfigError:
+    return ConfigError([Problem("run_dir", given, IN_THE_JOB, message, remedy)])
+
+
+@contextmanager
+def _refusing(path: Path, given: str | None = None) -> Iterator[None]:
+    """A folder in which no run can be is refused as the setting that names it; a disk without room is none."""
+    try:
+        yield
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        file = next((p for p in (path, *path.parents) if os.path.lexists(p) and not os.path.isdir(p)), None)
+        why = (error.strerror or str(error)).lower()
+        if error.errno in (errno.EEXIST, errno.ENOTDIR) and file is not None:
+            why = f"{'it' if file == path else file} is not a folder"
+        message = f"no run can be kept in {path}: {why}"
+        raise _refused(given or str(path), message, "run_dir=FOLDER: a new one, where you may write") from error
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from loadmaster.streams import Output
+
 ANY_WIDTH = 10_000
 LONGEST_BAR = 40
 BESIDE_A_BAR = 26
@@ -21,7 +23,7 @@ def print_table(table: Table, console: Console) -> None:
     width = _own_width(table, console)
     if console.is_terminal and width > console.width:
         width = _narrow(table, console)
-    Console(file=console.file, width=width).print(table)
+    Output(file=console.file, width=width).print(table)
 
 
 def bar_width(console: Console) -> int:

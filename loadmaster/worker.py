@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 
 from loadmaster import collector
 
@@ -25,6 +24,7 @@ from loadmaster.config.validate import check
 from loadmaster.errors import DISK_REMEDY, LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.files import write_json
 from loadmaster.preflight.plan import Plan
+from loadmaster.streams import Output
 from loadmaster.training.display import Display
 from loadmaster.training.logs import log_to
 from loadmaster.training.stop import StopSignal
@@ -75,7 +75,7 @@ def leave_word(run_dir: Path, rank: int, outcome: Outcome) -> None:
 
 
 def run_stage(stage: str, job: Job, plan: Plan, run_dir: Path, world: World, stop: StopSignal) -> dict:
-    display = Display(Console() if world.lead else None)
+    display = Display(Output() if world.lead else None)
     materials = Materials(job, display.echo)
 
     def ended(message: str) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import STAGES
+from loadmaster.errors import LoadmasterError
 from loadmaster.pipeline import command_line, run
 from loadmaster.preflight import hardware
 from loadmaster.preflight.plan import Plan
 from loadmaster.rundir import RunDir
 from loadmaster.training.display import Display
 from loadmaster.training.rehearsal import Rehearsed
+from tests.runs import PLAIN, command, environment, finish
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 EXPORTED = {"qlora_8b", "lora_8b", "full_8b"}
@@ -164,6 +167,19 @@ def test_a_plan_that_fits_no_more_is_not_trained_by(tiny, tmp_path, monkeypatch)
     assert go(tiny, tmp_path, "stop_after=train")[0] == 3 and not (tmp_path / "run/checkpoints").exists()
 
 
+def test_a_plan_that_was_damaged_is_made_anew_and_the_run_goes_on(tiny, tmp_path):
+    assert go(tiny, tmp_path, "stop_after=train")[0] == 0
+    file = tmp_path / "run/plan.json"
+    whole = json.loads(file.read_text())
+    for damaged in ("", '{"fits": [', "[1]", "{}"):
+        file.write_text(damaged)
+        with pytest.raises(LoadmasterError, match="holds no plan that can be read"):
+            Plan.read(file)
+        code, output = go(tiny, tmp_path, "stop_after=train")
+        assert code == 0 and "plan: started" in output and "train: unchanged, skipped" in output, (damaged, output)
+        assert json.loads(file.read_text()).keys() == whole.keys()
+
+
 def test_another_model_than_was_planned_is_not_trained(tiny, smollm2, tmp_path, capsys):
     base = shutil.copytree(tiny, tmp_path / "base", copy_function=shutil.copyfile)
     assert go(base, tmp_path, "stop_after=plan")[0] == 0
@@ -251,9 +267,41 @@ def test_a_folder_with_other_things_is_not_run_over(tiny, tmp_path, capsys):
     assert code == 2 and (tmp_path / "run" / "adapter" / "thesis.txt").read_text() == "precious"
 
 
-def test_a_run_dir_that_cannot_be_written_is_a_sentence(tiny, capsys):
-    code = run(compose([f"model.path={tiny}", "run_dir=/dev/null/x", *SCALED_DOWN]), Console(file=io.StringIO()))
-    assert code == 4 and "run_dir" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("file", "file: it is not a folder"),
+        ("file/a/b", "file is not a folder"),
+        ("gone", "gone: it is not a folder"),  # a link to a place that is not there
+        ("x" * 300, "file name too long"),
+        ("/proc/run", "no such file or directory"),
+        ("closed", "closed: permission denied"),
+        ("auto", "permission denied"),
+    ],
+)
+def test_a_run_dir_that_no_run_can_be_in_is_refused_as_what_was_set(given, why, tiny, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    words = [f"model.path={tiny}", "stop_after=plan", "hardware=cpu", f"run_dir={given}"]
+    folder = tmp_path / "closed" if given == "auto" else tmp_path
+    done = subprocess.run(
+        [*PLAIN, *command(*words)], cwd=folder, capture_output=True, text=True, env=environment(), check=False
+    )
+    said = " ".join(done.stderr.split())
+    assert (done.returncode, said.count("1 problem in the configuration; nothing was started")) == (2, 1), done.stderr
+    assert why in said and " on the command line no run can be kept in " in said and "run_dir=FOLDER" in said
+
+
+def test_a_refused_plan_leaves_no_folder_where_nothing_was_kept_and_says_so(tiny, tmp_path):
+    wrong = [f"model.path={tiny}", "stop_after=plan", "hardware.gpu=local", "hardware.count=64"]
+    for words in ([], ["run_dir=mine/run"]):
+        done = finish(tmp_path, *wrong, *words)
+        assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+        assert "nothing was started" in done.stderr and "hardware.count = 64" in done.stderr
+    (tmp_path / "mine" / "run").mkdir(parents=True)  # somebody's own, and there it is said why
+    assert finish(tmp_path, *wrong, "run_dir=mine/run").returncode == 2
+    assert "64" in json.loads((tmp_path / "mine/run/result.json").read_text())["failure"]["message"]
 
 
 def test_a_run_directory_of_another_job_is_refused_once_something_was_trained_there(tiny, tmp_path, capsys):
@@ -298,8 +346,6 @@ def test_the_newest_run_of_the_same_job_is_found_and_another_job_gets_its_own(tm
 
 
 def test_two_processes_cannot_work_in_one_run(tmp_path):
-    from loadmaster.errors import LoadmasterError
-
     mine = RunDir(tmp_path, "a")
     with mine.locked(), pytest.raises(LoadmasterError, match="another process"), RunDir(tmp_path, "a").locked():
         raise AssertionError("both got in")

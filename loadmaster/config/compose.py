@@ -7,6 +7,7 @@ Nothing here imports torch; the whole takes a fraction of a second in a cold pro
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -55,7 +56,7 @@ class Composed:
                 replace(p, origin=origin_of(self.origins, p.key)) if p.origin == IN_THE_JOB else p
                 for p in error.problems
             ]
-            raise ConfigError(found, begun) from error
+            raise ConfigError(found, begun or error.begun) from error
 
 
 def compose(
@@ -73,11 +74,21 @@ def compose(
 
 
 def open_loader(config_dir: str | None = None) -> Loader:
+    if not _is_here():
+        message, remedy = "is gone, or you may not look into it", "cd to one that is there"
+        raise ConfigError([Problem("the current folder", None, "the shell", message, remedy)])
     try:
         return config_loader(config_dir)
     except SearchPathException as error:
         problem = Problem("--config-dir", config_dir, COMMAND_LINE, "there is no such folder", "name one that exists")
         raise ConfigError([problem]) from error
+
+
+def _is_here() -> bool:
+    try:
+        return os.access(os.getcwd(), os.X_OK)
+    except OSError:
+        return False
 
 
 def compose_with(
@@ -98,7 +109,8 @@ def compose_with(
     if whole and GROUP not in given.groups:
         doubtful = given.groups + checked.keys + [problem.key for problem in unresolved]
         found += broken_rules(checked.job, origins, doubtful)
-    problems += [problem for problem in found if whole or problem.origin == COMMAND_LINE]
+    unread = {problem.key for problem in given.problems}  # of these it is said already that they have no value
+    problems += [p for p in found if (whole or p.origin == COMMAND_LINE) and not (p.value is None and p.key in unread)]
     if problems:
         raise ConfigError(reading_order(problems, given.arguments))
     return replace(composed(checked.job, origins), needs_hydra=whole and _needs_hydra(config))
@@ -126,7 +138,13 @@ def read_job(path: Path, to_run: bool = True) -> Composed:
     to_run: what it names (data, a model's folder) has to be here; else it is only told of, and may be gone.
     Raises ConfigError where the file was edited into something wrong, or comes from another version.
     """
-    resolved = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        resolved = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(resolved, dict):
+            raise ValueError("it holds no fields")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        message, remedy = f"cannot be read: {' '.join(str(error).split())}", "the command that began the run writes it"
+        raise ConfigError([Problem(path.name, None, str(path), message, remedy)]) from error
     origins = {key: f"{path}:{line}" for key, line in lines_of(path)}
     checked = check(resolved, origins, {})
     problems = checked.problems + (broken_rules(checked.job, origins, checked.keys) if to_run else [])

@@ -67,6 +67,7 @@ COUNTED = {"hardware.gpu": "hardware.count", "launch.gpus": "hardware.count"}
 """Where a number was given for a name, it counts what is named."""
 NONE_IS = {"data.validation": "holds no rows out", "evaluation.every_steps": "evaluates at the end alone"}
 """Where 0 was given, what null does, which was meant."""
+MAKERS = ("", "nvidia", "geforce", "tesla", "quadro")
 NEAR_CARD = 0.55
 """How alike the names of two cards have to be: h100_sxm is h100_80gb, v100 is no h200."""
 
@@ -134,20 +135,27 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     word = word.lower()
     if word in by_lower:
         return by_lower[word]
-    begun = [name for name in by_lower if len(word) > 2 and name.startswith(word)]  # h100 is h100_80gb, not h200
+    begun = [  # h100 is h100_80gb and not h200, and a10 no a100
+        name for name in by_lower
+        if len(word) > 2 and name.startswith(word) and not name[len(word) - 1 : len(word) + 1].isdigit()
+    ]  # fmt: skip
     close = begun or difflib.get_close_matches(word, by_lower, n=1, cutoff=cutoff)
     return by_lower[close[0]] if close else None
 
 
 def nearest_card(word: str, cards: Iterable[str]) -> str | None:
-    """The GPU's name that was most likely meant: h100_sxm is h100_80gb, the first of the H100s, and not h100_nvl."""
-    known, word = list(cards), word.lower()
-    if spelled := nearest(word, known, cutoff=0.9):
+    """The GPU's name that was most likely meant: h100_sxm is h100_80gb, the first of the H100s, and not h100_nvl.
+
+    One of another number is another card: a30 is no a40, and rtx4080 no rtx4090.
+    """
+    known, parts = list(cards), [part for part in re.split("[ _-]+", word.lower()) if part not in MAKERS]
+    if spelled := nearest("_".join(parts), known, cutoff=0.9):
         return spelled
-    parts = re.split("[_-]", word)
-    if alike := [name for name in known if name.split("_")[0] == parts[0]]:
+    if number := re.search(r"\d+", word):
+        known = [name for name in known if number[0] in re.findall(r"\d+", name)]
+    if alike := [name for name in known if name.split("_")[:1] == parts[:1]]:
         return max(alike, key=lambda name: len({*name.split("_")} & {*parts}))
-    return nearest(word, known, cutoff=NEAR_CARD)
+    return nearest("_".join(parts), known, cutoff=NEAR_CARD)
 
 
 def nearest_key(key: str, extra: Iterable[str] = ()) -> str | None:

@@ -24,7 +24,7 @@ from loadmaster.config.compose import Composed, compose_with, load, open_loader,
 from loadmaster.config.fields import nearest
 from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, main_folder
 from loadmaster.config.origins import COMMAND_LINE
-from loadmaster.config.overrides import read_overrides, reading_order, sweep
+from loadmaster.config.overrides import given_twice, read_overrides, reading_order, sweep
 from loadmaster.config.show import show_error
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 
@@ -101,7 +101,7 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], 
     if multirun:
         collector.resume()  # what composing a job leaves would stay until the last one
     given = read_overrides(loader, flags.overrides, multirun)
-    given.problems += [_unknown_flag(argument) for argument in unknown]
+    given.problems += given_twice(flags.overrides) + [_unknown_flag(argument) for argument in unknown]
     config_name = flags.config_name or PRIMARY
     if flags.help or flags.cfg or flags.info:  # only looking: values may still be missing or wrong
         config, origins, problems = load(loader, given, config_name)
@@ -163,6 +163,12 @@ def _code_of(ended: SystemExit) -> int:
 
 def _refused_by_hydra(error: Exception, arguments: list[str]) -> int:
     """Before a job begins Hydra works on its own settings alone, which loadmaster does not judge."""
+    if isinstance(error, OSError):
+        message = f"the record of a sweep cannot be written there: {error.filename}: {(error.strerror or '').lower()}"
+        remedy = "start it in a folder that can be written, or hydra.sweep.dir=FOLDER"
+        shown = ConfigError([Problem("hydra.sweep.dir", None, "default", message, remedy)])
+        show_error(shown)
+        return shown.exit_code
     lines = str(error).splitlines() or [type(error).__name__]
     found = re.search(r"full_key: (\S+)", str(error))
     key = found[1] if found else "hydra"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from loadmaster import catalog
@@ -20,9 +21,7 @@ MLP_TOKENS = 16384
 @rule("data.path", "data.validation", "stop_after")
 def data_files_exist(job: Job, origins: Origins) -> Found:
     """data.path and data.validation name files that exist, unless the job stops after the plan (on a rented machine
-    they may be under /workspace, where its volume is)."""
-    if job.stop_after == "plan":
-        return
+    they may be under /workspace, where its volume is); what is here can be read."""
     paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
     named = [("data.path", path) for path in paths]
     if isinstance(job.data.validation, str):
@@ -30,8 +29,12 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
     for key, path in named:
         if job.launch.name != "local" and path.startswith("/workspace/"):
             continue
-        if _is_file_name(path) and not Path(resolve_path(path)).exists():
-            yield key, path, "there is no such file", _file_hint(key, path)
+        place = Path(resolve_path(path))
+        if os.path.exists(place) and not os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0)):
+            yield key, path, f"you may not read {place.absolute()}", f"chmod u+r {place}, or {key}=FILE of another"
+        elif job.stop_after != "plan" and _is_file_name(path) and not os.path.exists(place):
+            here = "" if place.is_absolute() else f" here ({place.absolute()})"
+            yield key, path, f"there is no such file{here}", _file_hint(key, path)
 
 
 @rule("data.validation", "data.path")

@@ -22,7 +22,7 @@ from loadmaster.config.fields import describe, fields, nearest
 from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.config.schema import DATA_SUFFIXES
-from loadmaster.errors import Problem
+from loadmaster.errors import ConfigError, Problem
 
 PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
 """`endpoint.server=vllm==0.27.1`: Hydra's grammar wants such a value in quotes, which nobody would guess."""
@@ -57,8 +57,11 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
         try:
             override = parser.parse_override(_quoted(argument))
         except HydraException as error:
-            result.problems.append(_unreadable(loader, argument, error))
-            continue
+            text = _as_text(argument)
+            if text is None:
+                result.problems.append(_unreadable(loader, argument, error))
+                continue
+            override = parser.parse_override(text)
         override.config_loader = loader
         problem = _problem(loader, override, multirun)
         key = override.key_or_group
@@ -72,11 +75,43 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
     return result
 
 
+def given_twice(arguments: list[str]) -> list[Problem]:
+    """Of what a person typed: each key that is given two values. Hydra takes the last one, without a word."""
+    typed: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and not key.startswith("~"):
+            typed.setdefault(key.lstrip("+"), []).append(value)
+    found = []
+    for key, given in typed.items():
+        values = list(dict.fromkeys(given))
+        if len(values) > 1:
+            remedy = f"leave one of them, as {key}={values[-1]}"
+            over = f"; {key}=[{','.join(values)}] lays each over those before it" if key == GROUP else ""
+            message = f"is given {len(values)} values: {', '.join(values[:-1])} and {values[-1]}"
+            found.append(Problem(key, None, COMMAND_LINE, message, remedy + over))
+    return found
+
+
+def refuse_twice(arguments: list[str]) -> None:
+    if found := given_twice(arguments):
+        raise ConfigError(found)
+
+
 def _quoted(argument: str) -> str:
     pinned = PINNED.fullmatch(argument)
     if pinned:
         return f'{pinned[1]}="{pinned[2]}"'
     return argument if '"' in argument or "'" in argument else _FROM_HOME.sub(r'\1"\2"', argument)
+
+
+def _as_text(argument: str) -> str | None:
+    """`data.path=Übung (1).jsonl` with the quotes that Hydra's grammar wants; None for what is no plain text."""
+    key, _, value = argument.partition("=")
+    known = fields().get(key.lstrip("+"))
+    if known is None or "text" not in describe(known.annotation) or not value or set(value) & set("\"'\\$[]{},"):
+        return None
+    return f'{key}="{value}"'
 
 
 def reading_order(problems: list[Problem], arguments: list[str]) -> list[Problem]:
@@ -174,7 +209,8 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
 def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> Problem:
     guess = nearest(wrong, options)
     remedy = (f"{group}={guess}; " if guess else "") + "the options are " + ", ".join(options)
-    remedy += "; any other model by model.name=HUB-ID or model.path=FOLDER" if group == "model" else ""
+    others = {"model": "model by model.name=HUB-ID or model.path=FOLDER", "hardware": "card by hardware.gpu=NAME"}
+    remedy += f"; any other {others[group]}" if group in others else ""
     if "/" in wrong or wrong.endswith((".yaml", ".yml")):
         remedy += f"; a file of your own goes into {'recipes' if group == GROUP else 'conf/' + group}/ here"
     return Problem(group, wrong, origin, f"there is no {group} of this name", remedy)

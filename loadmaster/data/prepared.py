@@ -18,7 +18,7 @@ from loadmaster.data.render import template_hash
 from loadmaster.data.rows import PackedRows
 from loadmaster.data.sources import Source, open_source
 from loadmaster.errors import DataError
-from loadmaster.files import publish_folder, read_json, sha256_json
+from loadmaster.files import cached_in, publish_folder, read_json, sha256_json
 
 # Raised whenever the same input would give other tokens, rows or files than before.
 LAYOUT_VERSION = 1
@@ -61,7 +61,7 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
         with exclusive(folder):
             cached = is_whole(folder)  # another process may have built it meanwhile
             if not cached:
-                with publish_folder(folder) as partial:
+                with cached_in(folder.parent, "tokenised data"), publish_folder(folder) as partial:
                     build(partial, job, tokenizer, train, validation)
                     seal(partial)
     prepared = _open(folder, fingerprint)

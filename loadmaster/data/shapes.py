@@ -61,7 +61,7 @@ def _from_sharegpt(row: dict) -> tuple[list[dict], list | None]:
             raise RowError(f"{where} lacks {' and '.join(k for k in ('from', 'value') if k not in turn)}")
         role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
-            raise RowError(f"{where}: from is {turn['from']!r}, known are {', '.join(SHAREGPT_ROLES)}")
+            raise RowError(f"{where}: from is {_named(turn['from'])}, known are {', '.join(SHAREGPT_ROLES)}")
         if role == "function_call":
             messages.append({"role": "assistant", "content": "", "tool_calls": tool_calls_of(turn["value"], where)})
         else:
@@ -146,10 +146,12 @@ READERS = {
 def message_of(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise RowError(f"{where} is {kind_of(turn)}, not an object with role and content")
-    role = turn.get("role")
+    if "role" not in turn:
+        raise RowError(f"{where} lacks role, known are {', '.join(ROLES)}")
+    role = turn["role"]
     role = SYNONYMS.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise RowError(f"{where}: role is {role!r}, known are {', '.join(ROLES)}")
+        raise RowError(f"{where}: role is {_named(role)}, known are {', '.join(ROLES)}")
     where = f"{where} ({role})"
     calls = turn.get("tool_calls")
     if calls and role != "assistant":
@@ -300,6 +302,10 @@ def json_of(text: str, what: str) -> Any:
 def kind_of(value: Any) -> str:
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _named(value: Any) -> str:
+    return shortened(value) if isinstance(value, str) else kind_of(value)
 
 
 def shortened(value: Any, length: int = 80) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Collection
+from contextlib import chdir, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -43,6 +44,7 @@ from loadmaster.models.load import load_tokenizer
 from loadmaster.models.resolve import resolve_base
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
+from loadmaster.rundir import started_in
 
 DOCUMENTS, PROMPTS, ANSWER_TOKENS = 16, 8, 64
 FIXED_CONVERSATIONS = {
@@ -131,6 +133,15 @@ def serve_check(
         record["tasks"] = {**asdict(harness), "include_path": path, "before": before}
     write_json(run_dir / "serve-check.json", storable(record))
     return results
+
+
+def folder_of_paths(run_dir: Path) -> Path:
+    """Which folder the relative paths of the run's job count from: where it was started, or here if all is here now."""
+    for folder in (started_in(run_dir), Path.cwd()):
+        with suppress(OSError, LoadmasterError), chdir(folder):
+            read_job(run_dir.absolute() / "config.yaml")
+            return folder
+    return started_in(run_dir)
 
 
 def _interpreters(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.files import publish_folder
+from loadmaster.files import cached_in, publish_folder
 from loadmaster.models.libraries import deepspeed_told
 
 # ggml's name of the pre-tokenizer -> whether digits are cut one by one before byte-level BPE
@@ -61,7 +61,7 @@ def convert_package(package: str, target: Path) -> Path:
     for name, token_id in ids.items():
         setattr(model.config, name, token_id)
     model.generation_config = GenerationConfig(**ids)
-    with publish_folder(target) as partial:
+    with cached_in(target.parent, f"the model of {package}"), publish_folder(target) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return target

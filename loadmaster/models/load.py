@@ -23,10 +23,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's own tokenizer; it gets a padding token when it has none."""
+    """The model's own tokenizer; it gets a padding token when it has none. Raises LoadmasterError."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # each kind of tokenizer fails in its own way
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        fix = "put tokenizer.json and tokenizer_config.json of the base model there (save_pretrained writes them)"
+        raise LoadmasterError(f"no tokenizer can be loaded from {folder}: {reason}\n    fix: {fix}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -51,6 +56,7 @@ def load_base(
     from loadmaster.models.frozen_load import FrozenConfig
 
     transformers_logging.disable_progress_bar()
+    refuse_unknown_type(folder)
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=dtype,
@@ -59,19 +65,35 @@ def load_base(
         use_safetensors=True,
         quantization_config=FrozenConfig(frozen) if frozen else None,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told below
     )
     problems = {
         kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "error_msgs") if info.get(kind)
     }
     if problems:
         shown = "; ".join(
-            f"{kind.replace('_', ' ')}: {', '.join(map(str, names[:3]))}" for kind, names in problems.items()
+            f"{kind.replace('_', ' ')}: {', '.join(map(_said, names[:3]))}" for kind, names in problems.items()
         )
         raise LoadmasterError(
             f"the checkpoint in {folder} does not fill the model ({shown}); it is torn or of another model"
         )
     refuse_unsupported(model)
     return settled(model)
+
+
+def _said(name: Any) -> str:
+    return name if isinstance(name, str) else f"{name[0]} is {list(name[1])} and not {list(name[2])}"
+
+
+def refuse_unknown_type(folder: Path) -> None:
+    """Raises LoadmasterError for a model type that the installed transformers has not."""
+    import transformers
+
+    try:
+        transformers.AutoConfig.from_pretrained(str(folder))
+    except ValueError as error:
+        reason = str(error).partition(". ")[0]
+        raise LoadmasterError(f"transformers {transformers.__version__} cannot load {folder}: {reason}") from error
 
 
 def placed_by(

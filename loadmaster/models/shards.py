@@ -26,7 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED
 from loadmaster.models.frozen import FrozenLinear, freeze_linears
-from loadmaster.models.load import refuse_unsupported
+from loadmaster.models.load import refuse_unknown_type, refuse_unsupported
 
 
 def empty_model(folder: Path, dtype: torch.dtype, frozen: str | None = None) -> nn.Module:
@@ -34,6 +34,7 @@ def empty_model(folder: Path, dtype: torch.dtype, frozen: str | None = None) -> 
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    refuse_unknown_type(folder)
     config = AutoConfig.from_pretrained(str(folder))
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loadmaster.errors import LoadmasterError
 from loadmaster.files import read_json, write_json
 
 SCHEMA = 1
@@ -182,4 +183,9 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        return cls.from_dict(read_json(path))
+        """Raises LoadmasterError for a file that holds no plan: a command that makes plans makes it anew."""
+        try:
+            return cls.from_dict(read_json(path))
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            fix = "the command that began this run makes it anew"
+            raise LoadmasterError(f"{path} holds no plan that can be read ({error}): {fix}") from error

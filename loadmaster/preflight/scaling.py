@@ -22,6 +22,7 @@ from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.hardware import find_hardware
 from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.plan import Plan
+from loadmaster.streams import Output
 from loadmaster.tables import print_table
 
 PAYS = 0.5
@@ -149,7 +150,7 @@ def _time(hours: float) -> str:
 
 
 def print_scaling(job: Job, steps: list[Step], console: Console | None = None) -> None:
-    console = console or Console()
+    console = console or Output()
     table = Table(box=None, pad_edge=False)
     for heading in ("nodes", "GPUs", "rows a step", "plan", "tokens/s", "efficiency", "hours", "$/h", "$ a billion"):
         table.add_column(heading, justify="left" if heading == "plan" else "right", no_wrap=heading != "plan")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from loadmaster.preflight.serving import ServingPlan, machines_for
 from loadmaster.preflight.serving_speed import Traffic
+from loadmaster.streams import Output
 from loadmaster.tables import bar_width, print_table
 
 REASONING_FACTOR = 8
@@ -19,7 +20,7 @@ BEST_OF = 8
 
 def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan], console: Console | None = None) -> None:
     """One server: memory of each card, tokens of cache, requests, price; and the same card under `variants`."""
-    console = console or Console()
+    console = console or Output()
     place = f"{plan.gpus}x {plan.gpu}"
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
     console.print(f"[bold]{escape(plan.model)}[/] {plan.format} on {place}: {verdict}", highlight=False)
@@ -52,7 +53,7 @@ def _kib(size: float) -> str:
 
 def print_held(plan: ServingPlan, requests: float, console: Console | None = None) -> None:
     """Whether one such server holds the requests that were asked for, and how many of them do."""
-    console, machines = console or Console(), machines_for(plan, requests)
+    console, machines = console or Output(), machines_for(plan, requests)
     asked = f"the {requests:,g} requests at once that were asked for"
     said = f"{plan.gpus}x {plan.gpu} holds {asked}"
     if machines != 1:
@@ -63,7 +64,7 @@ def print_held(plan: ServingPlan, requests: float, console: Console | None = Non
 
 def print_servers(plans: list[ServingPlan], console: Console | None = None) -> None:
     """Several machines side by side: tokens of cache, requests at once, answer tokens a second, dollars."""
-    print_table(_comparison({f"{p.gpus}x {p.gpu}": p for p in plans}, first="machine"), console or Console())
+    print_table(_comparison({f"{p.gpus}x {p.gpu}": p for p in plans}, first="machine"), console or Output())
 
 
 def what_if(traffic: Traffic) -> dict[str, Traffic]:

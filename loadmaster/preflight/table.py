@@ -13,6 +13,7 @@ from rich.table import Table
 from loadmaster.preflight.explain import RUNNER_UP
 from loadmaster.preflight.plan import MemoryGib, PhasesGib, Plan
 from loadmaster.preflight.setup import sharding_words
+from loadmaster.streams import Output
 from loadmaster.tables import bar_width, print_table
 
 ELSEWHERE_ROWS = 6
@@ -23,7 +24,7 @@ LONG_VERIFICATION = 0.2
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Verdict and settings, memory by component and phase, speed and price, reasons, runners-up or alternatives."""
-    console = console or Console()
+    console = console or Output()
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -125,7 +126,7 @@ def print_comparison(key: str, plans: dict[str, Plan], console: Console | None =
             _figure(price.get("usd_per_hour"), "{:.2f}"),
             _figure(plan.cost_usd, "{:.2f}"),
         )
-    print_table(table, console or Console())
+    print_table(table, console or Output())
 
 
 def _memory_table(plan: Plan, bar: int) -> Table:

@@ -179,6 +179,15 @@ def test_an_edited_config_yaml_is_refused_with_its_line(here: Path):
     assert (problem.key, problem.origin, problem.remedy) == ("lora.rnk", f"{path}:4", "lora.rank: 3")
 
 
+@pytest.mark.parametrize("text", ["[1]", "lora: [", "seed: \x00", None])
+def test_a_config_yaml_that_holds_no_job_is_named(text: str | None, here: Path):
+    path = here / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"config.yaml  \({path}\)\n    cannot be read: "):
+        read_job(path, to_run=False)
+
+
 def test_a_full_fine_tunes_own_configuration_is_read_again(here: Path):
     """It has every field of lora, none of which was set by anybody."""
     made = compose(["recipe=full_8b", "stop_after=plan"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loadmaster.cli import main
 from loadmaster.config.compose import Composed
 from loadmaster.config.hydra_app import run_app
 from loadmaster.errors import DoesNotFit, ExportRejected, StoppedOnRequest, TrainingFailed
@@ -173,6 +174,47 @@ def test_every_job_of_a_sweep_is_judged_before_the_first_starts(capsys: pytest.C
     assert "method = lorra " in errors
     assert "recipe = smok " in errors
     assert "several jobs of the sweep would write into this one folder" in errors
+
+
+def test_a_sweep_that_cannot_keep_its_record_is_a_sentence(here: Path, capsys: pytest.CaptureFixture[str]):
+    (here / "runs").touch()
+    task = Recorder()
+    assert run_app(task, ["-m", "seed=1,2", "stop_after=plan"]) == 2
+    errors = capsys.readouterr().err
+    assert "the record of a sweep cannot be written there: runs" in errors and "hydra.sweep.dir=FOLDER" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["seed=1", "seed=2"], "seed   on the command line\n     is given 2 values: 1 and 2\n     fix: leave one of"),
+        (["+seed=1", "++seed=2", "seed=1"], "is given 2 values: 1 and 2"),
+        (["recipe=smoke", "recipe=auto"], "fix: leave one of them, as recipe=auto; recipe=[smoke,auto] lays each over"),
+        (["hardware=cpu", "hardware=local", "--cfg", "job"], "is given 2 values: cpu and local"),
+        (["-m", "seed=1,2", "seed=3"], "is given 2 values: 1,2 and 3"),
+        (["hydra.job.chdir=true", "hydra.job.chdir=false"], "is given 2 values: true and false"),
+    ],
+)
+def test_a_key_that_is_given_two_values_is_refused_with_both(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
+    task = Recorder()
+    assert run_app(task, arguments) == 2
+    assert said in capsys.readouterr().err and task.jobs == []
+
+
+@pytest.mark.parametrize("words", [["plan", "--json"], ["plan", "--compare=hardware=cpu,local"], ["data"]])
+def test_every_command_that_takes_a_job_refuses_two_values_of_a_key(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert main([*words, "seed=1", "seed=2"]) == 2
+    assert "is given 2 values: 1 and 2" in capsys.readouterr().err
+
+
+def test_a_key_may_be_given_the_same_value_twice_and_beside_its_group():
+    task = Recorder()
+    assert run_app(task, ["seed=1", "seed=1", "hardware=cpu", "hardware.count=2", "stop_after=plan"]) == 0
+    assert task.jobs[0].job.hardware.count == 2
 
 
 def test_a_sweep_that_is_stopped_does_not_go_on_with_the_next_job():

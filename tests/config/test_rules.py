@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from loadmaster.config.compose import compose
 from loadmaster.config.fields import nearest_card
 from loadmaster.config.rules import RULES
 from loadmaster.errors import ConfigError
+from tests.runs import PLAIN, environment
 
 PLAN = "stop_after=plan"
 
@@ -251,8 +254,17 @@ def test_a_server_that_is_none_is_answered_with_the_one_that_is_meant(name: str,
 
 def test_a_card_is_meant_by_the_words_of_its_name():
     meant = {"h100": "h100_80gb", "a100_pcie": "a100_80gb_pcie", "H100-NVL": "h100_nvl", "h100_nvl_94gb": "h100_nvl",
-             "4090": "rtx4090", "RTX_3090": "rtx3090", "a6000": "rtx_a6000", "b100": "b200"}  # fmt: skip
+             "4090": "rtx4090", "RTX_3090": "rtx3090", "a6000": "rtx_a6000", "a10": "a10g", "l40": "l40s",
+             "RTX 4090": "rtx4090", "H100 NVL": "h100_nvl", "NVIDIA A100-SXM4-40GB": "a100_40gb", "GB200": "b200",
+             "nvidia l40s": "l40s", "RTX 6000 Ada": "rtx_6000_ada", "GeForce RTX 4090": "rtx4090"}  # fmt: skip
     assert {word: nearest_card(word, catalog.gpus()) for word in meant} == meant
+
+
+@pytest.mark.parametrize(
+    "other", ["t4", "v100", "Tesla V100-SXM2-16GB", "a30", "h800", "h20", "b100", "rtx4080", "RTX 3080", "mi300x", ""]
+)
+def test_a_card_of_another_number_is_not_meant(other: str):
+    assert nearest_card(other, catalog.gpus()) is None
 
 
 @pytest.mark.parametrize("key", ["hardware.gpu", "endpoint.gpu", "plan.prices_usd_per_hour"])
@@ -272,6 +284,17 @@ def test_a_missing_file_in_a_missing_folder_says_where_it_looked():
     with pytest.raises(ConfigError) as caught:
         compose(["data=file", "data.path=data/train.jsonl"])
     assert f"relative to where the command is run ({Path.cwd()})" in caught.value.problems[0].remedy
+
+
+@pytest.mark.parametrize("words", [["data=file", "data.path=mine.jsonl", PLAN], ["data=file", "data.path=folder"]])
+def test_data_that_may_not_be_read_is_named_before_anything_starts(words: list[str], tmp_path: Path):
+    (tmp_path / "mine.jsonl").touch(0o200)
+    (tmp_path / "folder").mkdir(0o600)
+    asked = f"from loadmaster.config.compose import compose; compose({words})"
+    done = subprocess.run(
+        [*PLAIN, sys.executable, "-c", asked], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert f"you may not read {tmp_path / words[1].partition('=')[2]}" in done.stderr and "1 problem:" in done.stderr
 
 
 def test_own_data_beside_shipped_held_out_rows_is_refused_where_nobody_asked_for_these():

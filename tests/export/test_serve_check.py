@@ -27,6 +27,7 @@ from loadmaster.export.serve_check import questions, serve_check
 from loadmaster.export.serve_compare import LIMITS
 from loadmaster.export.serve_fp8 import PROBE, refuse_slow_fp8
 from loadmaster.files import read_json, write_json
+from loadmaster.rundir import RunDir
 
 TASKS = Path(__file__).with_name("harness_tasks")
 BEHAVIOURS = {"adapter": "honest", "bf16": "base", "fp8": "dies", "int4": "error"}
@@ -124,6 +125,25 @@ def test_each_format_is_judged_by_what_its_server_says(checked, stand_in, capsys
     shown = capsys.readouterr()
     assert "adapter: passed" in shown.out and "bf16: FAILED" in shown.out
     assert "bf16: tuned_share is" in shown.err and "Traceback" not in shown.err
+
+
+def test_relative_paths_of_the_job_are_from_where_the_run_was_started(checked, stand_in, tmp_path, monkeypatch, capsys):
+    data = replace(checked.job.data, path="train.jsonl", validation="validation.jsonl")
+    checked.job = replace(checked.job, data=data)
+    write_run_files(checked)
+    monkeypatch.chdir(tmp_path)
+    RunDir(checked.folder, "x").claim()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    asked = ["serve-check", "../run", "--python", f"../{stand_in.name}", "--formats", "adapter"]
+    assert main(asked) == 0, capsys.readouterr()
+    assert (checked.folder / "serve-check.json").is_file() and Path.cwd() == tmp_path / "elsewhere"
+    (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")  # the run's folder is there, and its data is not
+    assert main(asked) == 2
+    assert f"there is no such file here ({tmp_path / 'train.jsonl'})" in capsys.readouterr().err
+    for name in ("validation", "moved"):
+        (tmp_path / f"{name}.jsonl").rename(tmp_path / "elsewhere" / f"{name.replace('moved', 'train')}.jsonl")
+    assert main(asked) == 0, capsys.readouterr()
 
 
 def test_a_server_that_computes_nan_fails_and_is_recorded(checked, stand_in):

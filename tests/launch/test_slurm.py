@@ -19,6 +19,7 @@ from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError, LoadmasterError, StoppedOnRequest
 from loadmaster.launch import order, slurm
 from loadmaster.launch.job import launch_job
+from loadmaster.pipeline import run_elsewhere
 from tests.launch import fake_slurm
 from tests.launch.place import SECRET, everything_written, wait_until
 from tests.launch.pod_process import kill_container
@@ -250,6 +251,14 @@ def test_two_nodes_train_one_model(cluster, monkeypatch, tiny):
     assert "on 2 CPU processes" in cluster.said and "of 2, loss" in cluster.said
     (run,) = (cluster.folder / "runs" / "smoke").glob("slurm-*")
     assert json.loads((run / "result.json").read_text())["steps"] == 2
+
+
+def test_a_folder_in_which_no_launch_can_be_kept_is_a_sentence(cluster, capsys):
+    (cluster.folder / "runs").touch()
+    words = ["recipe=qlora_8b", "launch=slurm", "hardware=cpu", f"launch.python={cluster.python}"]
+    assert run_elsewhere(compose(words), cluster.console) == 4
+    assert "runs/qlora_8b" in (said := capsys.readouterr().err) and "start it in a folder that can be written" in said
+    assert cluster.jobs == []
 
 
 def test_without_slurm_that_is_said(cluster, monkeypatch):

@@ -91,7 +91,7 @@ def test_help_lists_every_word_with_its_default(capsys) -> None:
 
 def test_every_wrong_word_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        plan_serving_command(["modl=x", "gpu=h10", "context=many", "format=int3"])
+        plan_serving_command(["modl=x", "gpu=h100", "context=many", "format=int3"])
     said = str(caught.value)
     assert "fix: gpu=h100_80gb; one of" in said
     assert all(word in said for word in ("modl", "model=x", "context", "format", "model="))

@@ -1,0 +1,56 @@
+"""A folder that holds no whole model of a kind that is known: a sentence, and no library's traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from loadmaster.errors import LoadmasterError
+from loadmaster.models.load import load_base, load_tokenizer
+from loadmaster.models.shards import empty_model
+
+
+@pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+def edit(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def test_weights_of_another_size_than_the_configuration_are_named(folder: Path):
+    edit(folder, hidden_size=128)
+    said = r"fill the model \(mismatched keys: model.embed_tokens.weight is \[49152, 64\] and not \[49152, 128\]"
+    with pytest.raises(LoadmasterError, match=said):
+        load_base(folder, torch.float32, "cpu")
+
+
+def test_layers_that_the_checkpoint_has_not_are_named(folder: Path):
+    edit(folder, num_hidden_layers=3)
+    with pytest.raises(LoadmasterError, match=r"missing keys: model.layers.2.input_layernorm.weight"):
+        load_base(folder, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("load", [partial(load_base, device="cpu"), empty_model])
+def test_a_model_type_that_is_not_known_is_named(load, folder: Path):
+    edit(folder, model_type="lama")
+    with pytest.raises(LoadmasterError, match=r"transformers 5.* cannot load .*model type `lama`"):
+        load(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("broken", ["gone", "cut"])
+def test_a_folder_without_a_tokenizer_is_named(broken: str, folder: Path):
+    if broken == "gone":
+        (folder / "tokenizer.json").unlink()
+    else:
+        (folder / "tokenizer.json").write_text('{"version": "1.0"')
+    said = rf"no tokenizer can be loaded from {folder}: .*\n    fix: put tokenizer.json"
+    with pytest.raises(LoadmasterError, match=said):
+        load_tokenizer(folder)

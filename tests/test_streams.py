@@ -1,0 +1,98 @@
+"""What a command does where its output meets no reader, no room or not every character. Real processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from loadmaster.config.compose import compose
+from loadmaster.errors import ConfigError, LoadmasterError
+from loadmaster.files import cached_in
+from tests.runs import command, environment, metrics
+
+LOADMASTER = [sys.executable, "-m", "loadmaster"]
+
+
+def start(words: list[str], folder: Path, stdout=subprocess.PIPE, **variables: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        words, cwd=folder, stdout=stdout, stderr=subprocess.PIPE, text=True, env={**environment(), **variables}
+    )
+
+
+def test_a_run_whose_reader_leaves_trains_to_its_end(tiny: Path, tmp_path: Path):
+    words = ["hardware=cpu", "sequence_length=64", "max_steps=2", "data.max_rows=24", "batch.global_size=2",
+             "evaluation.task=none", "tracker=none", "stop_after=train", "run_dir=run"]  # fmt: skip
+    process = start(command(f"model.path={tiny}", *words), tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "run directory: run\n"
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2] and (tmp_path / "run/adapter").is_dir()
+    assert process.stderr.read().count("Broken") == 0
+
+
+@pytest.mark.parametrize("words", [["plan", "--json"], ["prices"]])
+def test_output_to_a_full_disk_is_a_sentence(words: list[str], tmp_path: Path):
+    with open("/dev/full", "w") as full:
+        process = start([*LOADMASTER, *words], tmp_path, stdout=full)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 4 and said.startswith("error: ") and "No space left on device" in said, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("words", [["plan"], ["data", "--rows=1"]])
+def test_a_log_in_another_encoding_gets_question_marks(words: list[str], tmp_path: Path):
+    process = start([*LOADMASTER, *words], tmp_path, PYTHONIOENCODING="ascii")
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "???" in out if words == ["plan"] else '?{"customer"' in out
+
+
+def test_a_current_folder_that_is_gone_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigError, match="is gone, or you may not look into it"):
+        compose([])
+
+
+def test_figures_for_programs_come_whole_through_a_pipe(tmp_path: Path):
+    process = start([*LOADMASTER, "plan", "--json"], tmp_path)
+    assert json.loads(process.communicate(timeout=60)[0])["fits"] is True
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of its own with room for a few small files."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "none", str(folder)], check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_cache_on_a_full_disk_is_named_and_not_the_run_directory(tiny: Path, small_disk: Path, tmp_path: Path):
+    cached = start([*LOADMASTER, "data", f"model.path={tiny}"], tmp_path, LOADMASTER_CACHE=str(small_disk))
+    said = cached.communicate(timeout=60)[1]
+    assert cached.returncode == 4 and "Traceback" not in said, said
+    assert f"tokenised data cannot be kept in {small_disk / 'data'}: its disk is full" in said
+    assert "fix: set LOADMASTER_CACHE" in said and "run_dir" not in said
+
+
+def test_a_cache_that_takes_no_files_is_named_whoever_fails_to_write(small_disk: Path):
+    (small_disk / "file").touch()
+    said = rf"the model cannot be kept in {small_disk}: (its disk is full|not a directory)\n    fix: set LOADMASTER"
+    with pytest.raises(LoadmasterError, match=said), cached_in(small_disk, "the model"):
+        save_file({"x": np.zeros(99_999)}, small_disk / "x.safetensors")  # in native code, with an error of its own
+    with pytest.raises(LoadmasterError, match=said), cached_in(small_disk, "the model"):
+        (small_disk / "file" / "x").mkdir()
+    with pytest.raises(FileNotFoundError), cached_in(small_disk, "the model"):
+        Path("/nowhere/else").read_text()
