@@ -188,9 +188,9 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
         _parser().error(f"{' and '.join(name for name, given in shown.items() if given)}: one of them at a time")
     if arguments.compare or arguments.nodes is not None or arguments.json:
         from loadmaster import plan_command
-        from loadmaster.config.overrides import refuse_twice
+        from loadmaster.config.overrides import note_repeated
 
-        refuse_twice(overrides)
+        note_repeated(overrides)
         if arguments.compare:
             return plan_command.side_by_side(arguments.compare, overrides)
         if arguments.nodes is not None:
@@ -224,9 +224,9 @@ def _prices(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from loadmaster.config.compose import compose
-    from loadmaster.config.overrides import refuse_twice
+    from loadmaster.config.overrides import note_repeated
 
-    refuse_twice(overrides)
+    note_repeated(overrides)
     job = compose(overrides).job  # before what takes seconds to import
     hub.settle()
     from loadmaster.data import prepare, show
@@ -367,7 +367,7 @@ def _doctor_of_all(overrides: list[str]) -> int:
     """The check that training begins with, by itself: nothing is loaded or trained."""
     from loadmaster.config.compose import compose
     from loadmaster.config.jobhash import job_hash
-    from loadmaster.config.overrides import refuse_twice
+    from loadmaster.config.overrides import note_repeated
     from loadmaster.pipeline import dataset_tokens
     from loadmaster.preflight import make_plan
     from loadmaster.training.doctor import describe, examine, needs_of
@@ -375,7 +375,7 @@ def _doctor_of_all(overrides: list[str]) -> int:
     from loadmaster.training.world import join, leave
     from loadmaster.world_stages import device_type
 
-    refuse_twice(overrides)
+    note_repeated(overrides)
     composed = compose(overrides)
     job = composed.job
     with composed.located():

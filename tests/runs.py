@@ -16,12 +16,7 @@ PLAIN = ["setpriv", "--bounding-set=-all"] if os.getuid() == 0 else []
 
 
 def command(*overrides: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *last_of_each(*overrides)]
-
-
-def last_of_each(*overrides: str) -> list[str]:
-    """Of a key that is given twice the last: a test changes what it has in common with others."""
-    return list({word.partition("=")[0]: word for word in overrides}.values())
+    return [sys.executable, str(ROOT / "train.py"), *overrides]
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen:

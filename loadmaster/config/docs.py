@@ -54,7 +54,7 @@ every problem at once.
 
 | on the command line | means |
 |---|---|
-| `key=value` | set a field; one that is given two values is refused, which are both named |
+| `key=value` | set a field; of several values the last one counts, and a note says so |
 | `group=option` | pick a file of a group: `recipe=qlora_8b`, `hardware=h100_80gb_x8` |
 | `key=[a,b]` | a list; quote it for shells that expand brackets |
 | `key=~/folder` | a path from the home folder, also where the shell leaves the ~ as it is |

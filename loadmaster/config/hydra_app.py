@@ -24,7 +24,7 @@ from loadmaster.config.compose import Composed, compose_with, load, open_loader,
 from loadmaster.config.fields import nearest
 from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, main_folder
 from loadmaster.config.origins import COMMAND_LINE
-from loadmaster.config.overrides import given_twice, read_overrides, reading_order, sweep
+from loadmaster.config.overrides import note_repeated, read_overrides, reading_order, sweep
 from loadmaster.config.show import show_error
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 
@@ -101,7 +101,8 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], 
     if multirun:
         collector.resume()  # what composing a job leaves would stay until the last one
     given = read_overrides(loader, flags.overrides, multirun)
-    given.problems += given_twice(flags.overrides) + [_unknown_flag(argument) for argument in unknown]
+    note_repeated(flags.overrides)
+    given.problems += [_unknown_flag(argument) for argument in unknown]
     config_name = flags.config_name or PRIMARY
     if flags.help or flags.cfg or flags.info:  # only looking: values may still be missing or wrong
         config, origins, problems = load(loader, given, config_name)

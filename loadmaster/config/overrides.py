@@ -8,7 +8,9 @@ Hydra takes without a question, so that the closed schema judges it together wit
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +24,7 @@ from loadmaster.config.fields import describe, fields, nearest
 from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.config.schema import DATA_SUFFIXES
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import Problem
 
 PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
 """`endpoint.server=vllm==0.27.1`: Hydra's grammar wants such a value in quotes, which nobody would guess."""
@@ -75,27 +77,17 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
     return result
 
 
-def given_twice(arguments: list[str]) -> list[Problem]:
-    """Of what a person typed: each key that is given two values. Hydra takes the last one, without a word."""
-    typed: dict[str, list[str]] = {}
+def note_repeated(arguments: list[str]) -> None:
+    """Say of each key that a person gave several values that the last one counts, which Hydra takes without a word."""
+    given: dict[str, list[str]] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and not key.startswith("~"):
-            typed.setdefault(key.lstrip("+"), []).append(value)
-    found = []
-    for key, given in typed.items():
-        values = list(dict.fromkeys(given))
-        if len(values) > 1:
-            remedy = f"leave one of them, as {key}={values[-1]}"
-            over = f"; {key}=[{','.join(values)}] lays each over those before it" if key == GROUP else ""
-            message = f"is given {len(values)} values: {', '.join(values[:-1])} and {values[-1]}"
-            found.append(Problem(key, None, COMMAND_LINE, message, remedy + over))
-    return found
-
-
-def refuse_twice(arguments: list[str]) -> None:
-    if found := given_twice(arguments):
-        raise ConfigError(found)
+            given.setdefault(key.lstrip("+"), []).append(value)
+    for key, values in given.items():
+        if len(set(values)) > 1 and os.environ.get("RANK", "0") == "0":
+            over = f"; {key}=[{','.join(dict.fromkeys(values))}] lays each over those before it" if key == GROUP else ""
+            print(f"note: {key} is given as {' and '.join(values)}: the last one counts{over}", file=sys.stderr)
 
 
 def _quoted(argument: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import real_slurm
-from tests.runs import ROOT, environment, last_of_each, metrics
+from tests.runs import ROOT, environment, metrics
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -28,12 +28,12 @@ def slurm(tmp_path_factory):
 
 
 def words(tiny: Path, folder: Path, *more: str) -> list[str]:
-    return last_of_each(
+    return [
         f"model.path={tiny}", "hardware=cpu", "hardware.count=1", "hardware.nodes=2", "sequence_length=64",
         "batch.global_size=4", "micro_batch_size=1", f"max_steps={STEPS}", "data.max_rows=40",
         "checkpoint.every_steps=4", "evaluation.every_steps=null", "evaluation.task=none", "tracker=none",
         "stop_after=train", f"run_dir={folder / 'run'}", *more,
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def launch(tiny: Path, folder: Path, env: dict[str, str], *more: str) -> subprocess.Popen:
