@@ -183,7 +183,7 @@ def test_the_endpoint_that_is_deployed_says_what_was_trained(
             platform.queue.until(lambda: platform.queue.pieces.get(id), 60)
             assert workers[0].running() == 1
             platform.queue.stop.append(id)
-            platform.queue.until(lambda: workers[0].running() == 0, 20)
+            platform.queue.until(lambda: workers[0].running() == 0, 120)  # one that ended by itself is done
             assert id not in platform.queue.done
 
             local_api(sdk, trained / "bundle", workers[0].port)
