@@ -98,7 +98,7 @@ def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True
         fit = [c for c in candidates if c.fits]
         if fit:
             fit.sort(key=ranking(job, fit))
-            if mixed := keeping_more(job, fit[0]):
+            if mixed := keeping_more(job, fit[0], explain):
                 fit = sorted([*mixed, *fit], key=ranking(job, [*mixed, *fit]))
             return Found(fit[0], _one_of_each_kind(fit), nearest, [])
         nearest += [min(candidates, key=closeness)] if explain else []
@@ -185,9 +185,12 @@ def kept_layers(job: Job, shape: ModelShape, checkpointing: str) -> int:
     return max(0, shape.layers - job.checkpointed_layers) if written else 0
 
 
-def keeping_more(job: Job, best: Candidate) -> list[Candidate]:
+def keeping_more(job: Job, best: Candidate, explain: bool) -> list[Candidate]:
     """The best plan that recomputes all layers, with as many of the last ones kept instead as there is room for: in
-    micro-batches of its own size, and in smaller ones, of ENOUGH_TOKENS and of one row, which leave room for more."""
+    micro-batches of its own size, and in smaller ones, of ENOUGH_TOKENS and of one row, which leave room for more.
+
+    explain=False: only of ENOUGH_TOKENS, and a few layers may be left out, for a search over many machines is quick.
+    """
     setup = best.setup
     written = job.activation_checkpointing != "auto" or job.plan.objective == "memory"
     if setup.checkpointing != "full" or written or best.hardware.is_cpu:
@@ -195,13 +198,15 @@ def keeping_more(job: Job, best: Candidate) -> list[Candidate]:
     rows, sizes = setup.micro_batch_size * setup.gradient_accumulation_steps, {setup.micro_batch_size}
     if job.micro_batch_size == "auto" and not setup.in_backward:
         enough = [size for size in divisors(rows) if size * setup.sequence_length >= ENOUGH_TOKENS]
-        sizes |= {1, min([*enough, setup.micro_batch_size])}
+        least = min([*enough, setup.micro_batch_size])
+        sizes = sizes | {1, least} if explain else {least}
     setups = [replace(setup, micro_batch_size=size, gradient_accumulation_steps=rows // size) for size in sorted(sizes)]
-    return [found for each in setups if (found := _filled(job, best, each)) is not None]
+    return [found for each in setups if (found := _filled(job, best, each, explain)) is not None]
 
 
-def _filled(job: Job, best: Candidate, setup: Setup) -> Candidate | None:
-    """`setup` with as many layers kept as fit; None where not one does."""
+def _filled(job: Job, best: Candidate, setup: Setup, exactly: bool) -> Candidate | None:
+    """`setup` with as many layers kept as fit; None where not one does. Not exactly: the first guess that fits will
+    do."""
     shape = best.shape
 
     def keeping(layers: int) -> Candidate:
@@ -211,7 +216,7 @@ def _filled(job: Job, best: Candidate, setup: Setup) -> Candidate | None:
     found, most = best if setup == best.setup else keeping(0), (1 - SPARE) * best.budget_gib
     known = kept_bytes(shape, setup) if setup.compiled else None
     each = (known - setup.width * shape.hidden_size) * setup.tokens / GIB if known else 0.0
-    while high - low > 1 and found.memory.needed_gib <= most:
+    while high - low > 1 and found.memory.needed_gib <= most and (exactly or not low):
         more = (high - low) // 2
         if known:  # what is needed grows almost in a line
             more = min(math.floor((most - found.memory.needed_gib) / max(each, 1e-6)), high - low - 1)
