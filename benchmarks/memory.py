@@ -301,6 +301,7 @@ def one_line(row: dict[str, Any]) -> str:
     case = Case(**row["case"])
     options = [case.precision] * (case.precision != "auto") + [f"dropout {case.dropout}"] * (case.dropout > 0)
     options += [f"x {case.accumulation}"] * (case.accumulation > 1) + [case.objective] * (case.objective != "sft")
+    options += [f"{case.checkpointed_layers} layers"] * (case.checkpointed_layers is not None)
     options += ["compiled"] * case.compile + ["masters"] * case.master_weights + [f"r{case.rank}"] * (case.rank != 16)
     label = (
         f"{case.model:<13} {case.method:<5} {case.micro_batch_size:>2} x {case.sequence_length:<5} "

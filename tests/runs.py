@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 300
@@ -50,3 +54,13 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "save_stall_s")} for row in rows]
+
+
+@contextmanager
+def file_system(folder: Path, size: str) -> Iterator[Path]:
+    """`folder` as a file system of its own, of `size`; the test is left out where none can be mounted."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.files import cached_in
-from tests.runs import command, environment, metrics
+from tests.runs import command, environment, file_system, metrics
 
 LOADMASTER = [sys.executable, "-m", "loadmaster"]
 
@@ -71,12 +71,8 @@ def test_figures_for_programs_come_whole_through_a_pipe(tmp_path: Path):
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of its own with room for a few small files."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "none", str(folder)], check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with file_system(tmp_path / "disk", "48k") as folder:
+        yield folder
 
 
 def test_a_cache_on_a_full_disk_is_named_and_not_the_run_directory(tiny: Path, small_disk: Path, tmp_path: Path):

@@ -293,7 +293,8 @@ def _rehearse(
     try:
         return replace(rehearse(*arguments), kept_layers=plan.kept_layers)
     except TrainingFailed as error:
-        if not plan.kept_layers or session.world.size > 1 or not isinstance(error.__cause__, torch.OutOfMemoryError):
+        chosen = plan.kept_layers and session.job.checkpointed_layers == "auto"  # what was written is not replaced
+        if not chosen or session.world.size > 1 or not isinstance(error.__cause__, torch.OutOfMemoryError):
             raise
     echo(
         f"note: out of GPU memory in the rehearsal with the activations of {plan.kept_layers} layers kept; "

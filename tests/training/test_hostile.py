@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import finish, metrics, start
+from tests.runs import file_system, finish, metrics, start
 from tests.training.test_workers import job, wait_for_step, workers_of
 
 pytestmark = pytest.mark.slow
@@ -167,12 +167,8 @@ def wait_for_none_of(folder: Path) -> None:
 @pytest.fixture
 def disk(tmp_path):
     """A file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900m", "none", str(folder)], check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with file_system(tmp_path / "disk", "900m") as folder:
+        yield folder
 
 
 def test_a_file_system_that_others_fill_up_ends_the_run_and_with_room_the_same_command_goes_on(tiny, disk):

@@ -266,6 +266,9 @@ def test_layers_that_were_to_be_kept_are_checkpointed_where_memory_runs_out(tiny
     assert tried[0] == tried[1] == [True, False] and all(map(all, tried[2:]))
     logged, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("mixed", "full"))
     assert [row["loss"] for row in logged] == [row["loss"] for row in expected]
+    tried.clear()
+    with pytest.raises(TrainingFailed, match="out of GPU memory in the rehearsal"):  # what was written is not replaced
+        run(tiny, tmp_path / "written", replace(JOB, checkpointed_layers=1), plan=some)
 
 
 def test_the_loss_falls_and_the_outcome_reports_it(tiny, tmp_path):
