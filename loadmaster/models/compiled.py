@@ -22,6 +22,7 @@ from torch import nn
 
 from loadmaster.models.forward import causal_lm, decoder_layers
 from loadmaster.models.loss import compile_loss
+from loadmaster.models.merged import MergeNarrowProducts
 from loadmaster.models.resolve import cache_root
 
 VARIANTS = 64
@@ -39,6 +40,7 @@ def compile_layers(model: nn.Module) -> None:
     # Norms' outputs and the product of gate and up are made again for the products that read them in the backward
     # pass: a third of what a layer would keep, for about 1% of a step's time (modelled).
     torch._functorch.config.ban_recompute_materialized_backward = False
+    torch._inductor.config.post_grad_custom_pre_pass = MergeNarrowProducts()
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of selective checkpoints
     lm = causal_lm(model)
     lm.disable_input_require_grads()
