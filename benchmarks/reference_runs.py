@@ -13,7 +13,7 @@ predicted is this engine's replay with the other engine's loss in the place of i
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -25,8 +25,9 @@ from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import peaks, train_bytes
 from loadmaster.preflight.replay import Storage, Tensor
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import find_shape
-from loadmaster.preflight.speed import tokens_per_second
+from loadmaster.preflight.shape import ModelShape, find_shape
+from loadmaster.preflight.speed import bytes_moved, tokens_per_second
+from loadmaster.preflight.step import training_step
 
 RESULTS = Path(__file__).parent / "results"
 H100 = from_catalog("h100_80gb", 1)
@@ -45,12 +46,12 @@ class Run:
     """What the run did that this engine does not, or the other way round; empty: nothing that memory depends on."""
     whole_logits: bool = False
     """transformers' own loss."""
-    recast: bool = False
-    """The base is in bf16, and cast to FP8 at each use: read twice and written, in both passes, where this engine reads
-    and writes its codes once."""
     default_cut: bool = False
-    """Compiled layers keep norms' outputs and the product of gate and up, which this engine's make again, and adapters
-    are scaled after their second product, where this engine scales what goes into it: both are added."""
+    """Compiled layers keep norms' outputs and the product of gate and up, which this engine's make again."""
+    layer_bytes: float | None = None
+    """Moved for a token of a layer, where layers are compiled in another way than this engine's: read off the code that
+    inductor 2.13 generates for an H100 and such a layer (peft's own, float8 casts of a weight at each use), in its
+    elementwise kernels and adapters' products, with what dequantization moves."""
 
 
 def lora(rows: int, length: int, **more) -> Setup:
@@ -85,18 +86,20 @@ RUNS = (
     Run("sketch: LoRA 8B, layers compiled, 2 x 2048", EIGHT, lora(2, 2048, compiled=True), 32.9, 14587,
         "a sketch of this engine: compiled layers that keep what inductor keeps by default, which is counted (this "
         "engine's keep a third less); its loss and optimizer states are not known and counted as here",
-        default_cut=True),
+        default_cut=True, layer_bytes=1_271e3),
     Run("sketch: LoRA 8B, layers compiled, nf4 base, 2 x 2048", EIGHT, lora(2, 2048, compiled=True, method="qlora"),
-        23.2, 13778, "the same", default_cut=True),
+        23.2, 13778, "the same", default_cut=True, layer_bytes=1_554e3),
     Run("sketch: full 3B, layers compiled, 4 x 2048, bf16 moments", THREE, full(compiled=True), 38.6, 24639,
-        "the same", default_cut=True),
+        "the same", default_cut=True, layer_bytes=342e3),
     Run("sketch: LoRA 8B, layers compiled, float8 products, 2 x 2048", EIGHT,
-        lora(2, 2048, compiled=True, precision="fp8"), 32.7, 16729, RECAST, recast=True, default_cut=True),
+        lora(2, 2048, compiled=True, precision="fp8"), 32.7, 16729, RECAST, default_cut=True,
+        layer_bytes=1_953e3),
     Run("sketch: LoRA 8B, layers compiled, float8 products, 4 x 2048", EIGHT,
-        lora(4, 2048, compiled=True, precision="fp8"), 50.3, 19379, "the same", recast=True,
-        default_cut=True),
+        lora(4, 2048, compiled=True, precision="fp8"), 50.3, 19379, "the same", default_cut=True,
+        layer_bytes=1_739e3),
     Run("sketch: full 3B, layers compiled, float8 products, 4 x 2048, bf16 moments", THREE,
-        full(compiled=True, precision="fp8"), 32.5, 28761, "the same products; a sketch's memory, as above"),
+        full(compiled=True, precision="fp8"), 32.5, 28761, "the same products; a sketch's memory, as above",
+        layer_bytes=652e3),
     Run("TRL with Liger: QLoRA 8B, layers checkpointed, 2 x 2048", EIGHT,
         lora(2, 2048, method="qlora", checkpointing="full"), 7.3, 6211,
         "Liger's fused norm, rotary, SwiGLU and loss; its adapters' states in fp32"),
@@ -155,13 +158,17 @@ def predict(run: Run) -> tuple[float, float]:
     if run.default_cut:
         gib += (4 * shape.hidden_size + 2 * shape.intermediate_size) * run.setup.tokens * shape.layers / 2**30
     seconds = run.setup.tokens / tokens_per_second(shape, H100, run.setup)
-    if run.default_cut and run.setup.adapters:
-        scaled = 2 * 4 * sum(m.outputs for m in shape.adapted("all-linear")) * run.setup.tokens * shape.layers
+    if run.layer_bytes is not None:
         rate = H100.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory")
-        seconds += scaled * value("compiled", "traffic") / rate
-    if run.recast:
-        seconds += (2 * 5 - 2) * shape.linear_weights / (H100.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
+        seconds += (run.layer_bytes - layer_bytes(shape, run.setup)) * shape.layers * run.setup.tokens / rate
     return gib, run.setup.tokens / seconds
+
+
+def layer_bytes(shape: ModelShape, setup: Setup) -> float:
+    """Moved for a token of one of this engine's layers."""
+    fewer = replace(shape, layers=shape.layers // 2)
+    more, less = (bytes_moved(each, training_step(each, setup).work, setup) for each in (shape, fewer))
+    return (more - less) / (shape.layers - fewer.layers) / setup.tokens
 
 
 def page(day: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.preflight import dora, saved
-from loadmaster.preflight.frozen import WIDE, fp8_matmul, fp8_training_matmul, nf4_matmul
+from loadmaster.preflight.frozen import SHARING, WIDE, fp8_matmul, fp8_training_matmul, nf4_matmul
 from loadmaster.preflight.replay import Storage, Tape, Tensor
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
@@ -124,15 +124,21 @@ class Blocks:
 
         return tape.op(size, [x, y], saved, backward)
 
-    def matmul(self, x: Tensor, weight: Tensor, inputs: int, outputs: int, rows: int, groups: int = 1) -> Tensor:
-        """x [rows, inputs] @ weight^T -> [rows, outputs]; with groups, each row has one of so many weights."""
+    def matmul(
+        self, x: Tensor, weight: Tensor, inputs: int, outputs: int, rows: int, groups: int = 1, merged: bool = False
+    ) -> Tensor:
+        """x [rows, inputs] @ weight^T -> [rows, outputs]; with groups, each row has one of so many weights.
+
+        merged: narrow, and computed together with another product of x (models/merged.py), which has x's traffic.
+        """
         tape, w, kept = self.tape, self.w, inputs >= WIDE
         needs_x, needs_w = x.node is not None, weight.node is not None
         saved = ([x.storage] if needs_w else []) + ([weight.storage] if needs_x else [])
 
         def work() -> None:
             if min(inputs, outputs) < NARROW:  # an adapter's: bound by memory
-                tape.moved(w * rows * inputs, w * rows * outputs, w * groups * inputs * outputs, fused=False)
+                x_bytes = 0 if merged else w * rows * inputs
+                tape.moved(x_bytes, w * rows * outputs, w * groups * inputs * outputs, fused=False)
                 return
             tape.work.matmul_flops += 2.0 * rows * inputs * outputs
             tape.work.kernels += 1
@@ -174,7 +180,8 @@ class Blocks:
         rank, n = self.setup.lora_rank, self.n
         scale = None if magnitudes is None else dora.scale(self, m, magnitudes)
         dropped = self.dropout(x) if self.setup.lora_dropout and self.tape.enabled else x
-        narrow = self.matmul(dropped, a, m.inputs, rank, n)
+        merged = self.setup.compiled and dropped is x and m.name in SHARING
+        narrow = self.matmul(dropped, a, m.inputs, rank, n, merged=merged)
         narrow = self.elementwise(narrow) if scale is None else narrow  # models/adapters.py, models/dora.py
         update = self.matmul(narrow, b, rank, m.outputs, n)
         update = update if scale is None else self.elementwise(update)

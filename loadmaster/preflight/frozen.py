@@ -50,15 +50,16 @@ def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
 
 def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
     """models/frozen.py: x, and the gradient times the weight's scales, are cast to fp8 by row through fp32; the
-    backward copies the weight's codes turned. Compiled, a cast reads its input twice, and is made once for an input."""
-    tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
+    backward copies the weight's codes turned. Compiled, the kernel that makes a row casts it, once for all that use it
+    (but attention's output, and the gradient that comes from the next layer)."""
+    tape, w, n, kept, compiled = b.tape, b.w, b.n, m.inputs >= WIDE, b.setup.compiled
 
-    def cast(width: int, shared: bool = False) -> list[Storage]:
-        if not b.setup.compiled:
+    def cast(width: int, made_here: bool, shared: bool = False) -> list[Storage]:
+        if not compiled:
             tape.moved(w * n * width, w * n * width, 4 * 4 * n * width, n * width)
             tape.work.kernels += 5
         elif not shared:
-            tape.moved(w * n * width, w * n * width, n * width, fused=False)
+            tape.moved(0 if made_here else w * n * width, n * width, fused=False)
         scale = tape.alloc(4 * n)
         wide = tape.alloc(4 * n * width)
         codes = tape.alloc(n * width)
@@ -66,13 +67,14 @@ def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
         return [scale, codes]
 
     def backward(g: Storage, _: list) -> list:
-        tape.moved(g.bytes, g.bytes)
+        if not compiled:
+            tape.moved(g.bytes, g.bytes)
         tape.moved(m.weight, m.weight, fused=False)
         tape.work.fp8_flops += 2.0 * n * m.weight
         tape.work.kernels += 1
         with tape.tagged("quantization"):
             scaled = tape.alloc(g.bytes)
-            rows = cast(m.outputs)
+            rows = cast(m.outputs, m.name != "down_proj")
             del scaled
             turned = [tape.alloc(m.weight), tape.alloc(4 * m.inputs)]
         gx = tape.alloc(w * n * m.inputs)
@@ -83,7 +85,7 @@ def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
         tape.work.fp8_flops += 2.0 * n * m.weight
         tape.work.kernels += 1
     with tape.tagged("quantization"):
-        rows = cast(m.inputs, m.name in SHARING)
+        rows = cast(m.inputs, m.name != "o_proj", m.name in SHARING)
     out = tape.op(w * n * m.outputs, [x], [], backward, kept)
     del rows
     return out
@@ -92,18 +94,21 @@ def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
 def fp8_training_matmul(b: Blocks, x: Tensor, weight: Tensor, m: Matrix) -> Tensor:
     """torchao's float8 linear, a scale for each tensor: factors are cast at each use, and nothing in fp8 is kept.
 
-    Compiled, a cast reads its input twice and is made once for all that use it.
+    Compiled, casts are parts of the kernels around them. Read off the code that inductor generates for a GPU (2.13), an
+    element takes: of an input one byte in each pass, and before the forward one two more reads where attention made it,
+    one where it is the gated product; of a gradient, which is laid out in both directions, three; of a weight five for
+    its largest magnitude and its codes, and three for those of the backward pass.
     """
     tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
     needs_x = x.node is not None
 
-    def cast(elements: float, shared: bool = False) -> Storage:
-        """Largest magnitude, product with the scale in fp32, clamped, rounded."""
+    def cast(elements: float, moved: float) -> Storage:
+        """Largest magnitude, product with the scale in fp32, clamped, rounded. moved: bytes an element, compiled."""
         if not b.setup.compiled:
             tape.moved(4 * w * elements, 6 * 4 * elements, elements)
             tape.work.kernels += 6
-        elif not shared:
-            tape.moved(w * elements, w * elements, elements, fused=False)
+        elif moved:
+            tape.moved(moved * elements, fused=False)
         with tape.tagged("quantization"):
             tape.alloc(w * elements)
             wide = tape.alloc(4 * elements)
@@ -116,7 +121,8 @@ def fp8_training_matmul(b: Blocks, x: Tensor, weight: Tensor, m: Matrix) -> Tens
 
     def copied(codes: Storage) -> Storage:
         """In the layout that the units take."""
-        tape.moved(codes.bytes, codes.bytes, fused=False)
+        if not b.setup.compiled:
+            tape.moved(codes.bytes, codes.bytes)
         with tape.tagged("quantization"):
             return tape.alloc(codes.bytes)
 
@@ -126,19 +132,20 @@ def fp8_training_matmul(b: Blocks, x: Tensor, weight: Tensor, m: Matrix) -> Tens
 
     def backward(g: Storage, _: list) -> list:
         rows = n * m.outputs
-        first, codes = cast(rows), cast(m.weight)
+        first, codes = cast(rows, 3), cast(m.weight, 3)
         laid = copied(codes)
         product()
         gx = tape.alloc(w * n * m.inputs)
         del laid
-        second, inputs = cast(rows, shared=True), cast(n * m.inputs, m.name in SHARING)
+        second, inputs = cast(rows, 0), cast(n * m.inputs, 1)
         laid = [copied(second), copied(inputs)]
         product()
         gw = tape.alloc(w * m.weight)
         del laid, first, codes, second, inputs
         return [gx if needs_x else None, gw]
 
-    codes = [cast(n * m.inputs, m.name in SHARING), cast(m.weight)]
+    reads = {"o_proj": 2, "down_proj": 1}.get(m.name, 0)
+    codes = [cast(n * m.inputs, 1 + w * reads), cast(m.weight, 5)]
     if tape.runs(kept):
         product()
     out = tape.op(w * n * m.outputs, [x, weight], [x.storage, weight.storage], backward, kept)

@@ -23,6 +23,7 @@ from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.memory import inputs_bytes, replay_key, state_bytes
 from loadmaster.preflight.phases import CALIBRATED, export_bytes
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.replay import Work
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import evaluation_batch, training_step
@@ -62,17 +63,24 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
         efficiency = value("efficiency", "fp8_row_matmul" if by_row else "fp8_matmul")
         seconds += work.fp8_flops / (fp8_peak * efficiency * size_factor(shape, setup, fp8_peak / peak))
     seconds += work.attention_flops / (peak * value("efficiency", "attention"))
-    traffic, kernels = work.bytes_moved, work.kernels
-    if setup.compiled:  # elementwise kernels are fused: fewer of them, and what is between two of them is not written
-        traffic = work.bytes_unfused + (traffic - work.bytes_unfused) * value("compiled", "traffic")
-        traffic += made_again_bytes(shape, setup) * setup.tokens
-        kernels *= value("compiled", "kernels")
+    traffic = bytes_moved(shape, work, setup)
     seconds += traffic / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
+    kernels = work.kernels * (value("compiled", "kernels") if setup.compiled else 1)
     seconds = max(seconds, kernels * value("efficiency", "launch_us") * 1e-6)
     if setup.checkpointing == "offload":  # there and back, beside the layers
         link = hardware.host_gb_per_s * 1e9 * value("efficiency", "host_link")
         seconds = max(seconds, 2 * inputs_bytes(shape, setup) / link)
     return seconds
+
+
+def bytes_moved(shape: ModelShape, work: Work, setup: Setup) -> float:
+    """By kernels that are bound by memory. Compiled, elementwise ones are fused, and what is between two of them is not
+    written: so much that layers move what the code moves that inductor generates for a GPU
+    (tests/models/test_gpu_code.py)."""
+    if not setup.compiled:
+        return work.bytes_moved
+    fused = (work.bytes_moved - work.bytes_unfused) * value("compiled", "traffic")
+    return work.bytes_unfused + fused + made_again_bytes(shape, setup) * setup.tokens
 
 
 def size_factor(shape: ModelShape, setup: Setup, faster: float = 1.0) -> float:

@@ -1,0 +1,199 @@
+"""The code that a GPU would run, generated and assembled where there is none.
+
+    python tests/gpu_code.py METHOD PRECISION COMPUTE_CAPABILITY [CONFIG_JSON]     # lora fp8 90
+
+One decoder layer and the loss of a model of Llama 3.1 8B's shape, or CONFIG_JSON's, go through torch.compile on the
+meta device. In the place of inductor's last step its graphs are taken for those of such a GPU, lowered to Triton, and
+every kernel is assembled by ptxas, which comes with Triton. Nothing is run. Printed is JSON:
+
+    graphs    [[forward or backward or loss, kernels assembled]]
+    bytes     that a token of a layer moves, in kernels that memory bounds: fused ones, and narrow products
+
+The GPU is a stand-in at each place where inductor and Triton ask what it is. A CPU build of PyTorch brings no Triton;
+`make setup` puts one beside the environment, where nothing else finds it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+if importlib.util.find_spec("triton") is None:
+    sys.path.append(str(Path(sys.prefix) / "triton"))
+
+import torch
+import torch._dynamo.device_interface as interfaces
+import torch._inductor.config
+import torch._inductor.fx_passes.reinplace as reinplace
+import torch._inductor.runtime.triton_helpers as helpers
+from torch._dynamo.utils import detect_fake_mode
+from torch._inductor import compile_fx
+from torch._inductor.debug import DebugContext
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from loadmaster.data import MicroBatch
+from loadmaster.models import compiled
+from loadmaster.models.forward import token_losses
+from loadmaster.preflight.setup import Setup
+from loadmaster.training.trace import _meta_model, with_trained_part
+
+TOKENS, LAYERS = 8192, 2
+LLAMA = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+}  # fmt: skip
+NARROW = 256
+GPU = torch.device("cuda", 0)
+
+
+def stand_in(capability: int) -> None:
+    """What is asked of a GPU is answered as one of this compute capability (90: an H100) would be."""
+    properties = SimpleNamespace(
+        name="stand-in", multi_processor_count=132, major=capability // 10, minor=capability % 10,
+        regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32,
+        total_memory=80 << 30, shared_memory_per_block_optin=232448, shared_memory_per_block=49152,
+        L2_cache_size=50 << 20, gcnArchName="",
+    )  # fmt: skip
+
+    class Interface(interfaces.CudaInterface):
+        get_device_properties = staticmethod(lambda *_, **__: properties)
+        get_compute_capability = staticmethod(lambda *_, **__: capability)
+        current_device = staticmethod(lambda: 0)
+        device_count = staticmethod(lambda: 1)
+        is_available = staticmethod(lambda: True)
+        is_triton_capable = staticmethod(lambda *_: True)
+        raise_if_triton_unavailable = staticmethod(lambda *_: None)
+        get_raw_stream = staticmethod(lambda _: 0)
+
+    class Driver:
+        utils = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 232448})
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return GPU
+
+    for name in ("cuda", "cuda:0"):
+        interfaces.register_interface_for_device(name, Interface)
+    interfaces._device_initialized = True
+    driver.set_active(Driver())
+    helpers.set_driver_to_gpu = lambda: None
+    torch.cuda.get_device_properties = lambda *_, **__: properties
+    torch.cuda.get_device_capability = lambda *_, **__: divmod(capability, 10)
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.device_count = lambda: 1
+    scatter = reinplace._inplace_generalized_scatter
+
+    def unchecked(inputs: torch.Tensor, source: torch.Tensor, views: object) -> torch.Tensor:
+        """It copies to see whether shapes agree, which a CPU build does not even pretend for a GPU."""
+        try:
+            return scatter(inputs, source, views)
+        except RuntimeError:
+            return inputs
+
+    reinplace._inplace_generalized_scatter = unchecked
+
+
+class Generated:
+    """A backend of torch.compile that generates code for the stand-in, keeps it, and runs the graph as it is."""
+
+    def __init__(self) -> None:
+        self.graphs: list[tuple[str, str, int]] = []
+        """(kind, code, bytes that kernels bound by memory move)"""
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list) -> object:
+        return compile_fx.compile_fx(module, inputs, inner_compile=self._lower)
+
+    def _lower(self, module: torch.fx.GraphModule, inputs: list, **options: object) -> object:
+        available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+        try:
+            self._generate(copy.deepcopy(module), inputs, bool(options.get("is_backward")))
+        finally:
+            torch.cuda.is_available = available
+        return compile_fx.make_boxed_func(module.forward)
+
+    def _generate(self, module: torch.fx.GraphModule, inputs: list, backward: bool) -> None:
+        for node in module.graph.nodes:
+            node.kwargs = {k: GPU if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
+        mode = detect_fake_mode(inputs)
+        with mode:
+            there = [
+                torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=GPU) if torch.is_tensor(x) else x
+                for x in inputs
+            ]
+        with V.set_fake_mode(mode), torch._guards.tracing(torch._guards.TracingContext(mode)):
+            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*there)
+            compile_fx.record_original_output_strides(module)
+            compile_fx._recursive_post_grad_passes(module, is_inference=False)
+            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*there)
+            graph = GraphLowering(module, example_inputs=there, shape_env=mode.shape_env, is_backward=backward)
+            with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
+                graph.run(*there)
+                code, _ = graph.codegen()
+                moved = sum(bytes_of(node) for node in graph.scheduler.nodes)
+        self.graphs.append(("backward" if backward else "forward", getattr(code, "value", code), moved))
+
+
+def bytes_of(node: object) -> int:
+    """That a kernel reads and writes, if it is a fused one or a narrow product."""
+    kind = type(node).__name__
+    if kind == "NopKernelSchedulerNode":
+        return 0
+    if kind != "ExternKernelSchedulerNode":
+        return node.get_read_write_buffers_sizes()
+    if not (node.node.python_kernel_name or "").endswith(".mm"):
+        return 0
+    sizes = [int(size) for factor in node.node.inputs[:2] for size in factor.get_size() if str(size).isdigit()]
+    return node.get_read_write_buffers_sizes() if min(sizes) <= NARROW else 0
+
+
+def assembled(code: str, folder: Path) -> int:
+    """How many kernels this code has; each is assembled in every form that a first run chooses from."""
+    kernels = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.DOTALL)
+    for name, source in kernels:
+        path = folder / f"{name}.py"
+        path.write_text(source.replace("\\'", "'").replace("\\\\", "\\"), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        tuner = getattr(module, name)
+        for form in tuner.configs:
+            tuner._precompile_config(form)  # raises what Triton or ptxas says
+    return len(kernels)
+
+
+def main(method: str, precision: str, capability: str, config: str = "{}") -> None:
+    stand_in(int(capability))
+    torch._inductor.config.fx_graph_cache = False
+    torch._inductor.config.compile_threads = 1
+    torch._inductor.config.joint_graph_constant_folding = False  # a meta tensor's sum would be a constant to it
+    compiled.BACKEND = generated = Generated()
+    setup = Setup(method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True)
+    model = with_trained_part(_meta_model({**LLAMA, **json.loads(config), "num_hidden_layers": LAYERS}), setup)
+    compiled.compile_layers(model)
+    ids = torch.zeros(1, TOKENS, dtype=torch.long)
+    loss, _ = token_losses(model, MicroBatch(ids, ids, torch.arange(TOKENS)[None], [["row"]]))
+    loss.backward()
+    graphs = generated.graphs
+    torch.cuda.is_available = lambda: True
+    with tempfile.TemporaryDirectory() as folder:
+        found = [(kind, assembled(code, Path(folder))) for kind, code, _ in graphs]
+    print(json.dumps({"graphs": found, "bytes": round(sum(moved for *_, moved in graphs[:-1]) / TOKENS)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

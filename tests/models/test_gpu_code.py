@@ -1,0 +1,77 @@
+"""Compiled layers as a GPU would run them, on a machine without one: every kernel is assembled for it, and what the
+kernels move is what the preflight counts. Nothing here says how fast they are, or that their numbers are right; the
+same graphs' numbers are held on a CPU (tests/training/test_compiled.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loadmaster.config.schema import ModelConfig
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import find_shape
+from loadmaster.preflight.speed import bytes_moved
+from loadmaster.preflight.step import training_step
+from tests.gpu_code import TOKENS
+
+SCRIPT = Path(__file__).parents[1] / "gpu_code.py"
+A100, ADA, H100, B200 = 80, 89, 90, 100
+QWEN3 = {"model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728}
+GEMMA3 = {
+    "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024,
+}  # fmt: skip
+
+
+def generated(method: str, precision: str, capability: int, config: dict | None = None) -> dict:
+    ran = subprocess.run(
+        [sys.executable, str(SCRIPT), method, precision, str(capability), json.dumps(config or {})],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def counted(method: str, precision: str) -> float:
+    """Bytes of a token of a layer by the preflight, without what attention's own kernel reads and writes."""
+    shape = find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B"))
+    setup = Setup(
+        method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True,
+        sequence_length=TOKENS,
+    )  # fmt: skip
+    two, twelve = (replace(shape, layers=layers) for layers in (2, 12))
+    moved = [bytes_moved(each, training_step(each, setup).work, setup) for each in (two, twelve)]
+    attention = 2 * 2 * (2 * shape.query_size + 2 * shape.key_value_size)
+    return (moved[1] - moved[0]) / 10 / TOKENS - attention
+
+
+DEQUANTIZED = 2 * (0.5 + 2) * find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B")).linear_weights / 32 / TOKENS
+"""Of nf4 weights, in both passes, by bitsandbytes' own kernels."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "precision", "capability", "beside", "kernels"),
+    [("lora", "bf16", A100, 0, 25), ("qlora", "bf16", ADA, DEQUANTIZED, 25), ("lora", "fp8", H100, 0, 25),
+     ("full", "bf16", B200, 0, 10), ("full", "fp8", H100, 0, 30)],
+)  # fmt: skip
+def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
+    method: str, precision: str, capability: int, beside: float, kernels: int
+) -> None:
+    found = generated(method, precision, capability)
+    assert [kind for kind, _ in found["graphs"]] == ["forward", "backward", "forward"]  # of a layer, and the loss
+    assert sum(number for _, number in found["graphs"]) >= kernels
+    assert counted(method, precision) == pytest.approx(found["bytes"] + beside, rel=0.08)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [QWEN3, GEMMA3], ids=lambda config: config["model_type"])
+def test_other_families_assemble_too(config: dict) -> None:
+    found = generated("lora", "bf16", H100, config)
+    assert min(number for _, number in found["graphs"]) >= 1
