@@ -21,11 +21,11 @@ from loadmaster.config.schema import ModelConfig
 from loadmaster.preflight import step
 from loadmaster.preflight.blocks import Blocks
 from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import peaks, train_bytes
 from loadmaster.preflight.replay import Storage, Tensor
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import find_shape
 from loadmaster.preflight.speed import tokens_per_second
 
 RESULTS = Path(__file__).parent / "results"
