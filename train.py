@@ -14,9 +14,17 @@ import os
 import signal
 import sys
 
-if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # while modules load there is nothing to save
-    stopped = b"stopped on request; the same command starts it again\n"
-    signal.signal(signal.SIGTERM, lambda *_: os.write(2, stopped) and os._exit(75))
+if unasked := [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]:
+
+    def stopped(*_: object) -> None:
+        """While modules load there is nothing to save."""
+        try:
+            os.write(2, b"stopped on request; the same command starts it again\n")
+        finally:  # also where the terminal is gone
+            os._exit(75)
+
+    for number in unasked:
+        signal.signal(number, stopped)
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while modules load ends it without a word
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -29,7 +37,7 @@ if __name__ == "__main__":  # before what takes long to import
 from loadmaster.config.compose import Composed
 from loadmaster.config.hydra_app import run_app
 from loadmaster.ending import ended
-from loadmaster.streams import make_legible
+from loadmaster.streams import settle_streams
 
 
 def train(composed: Composed) -> int:
@@ -40,5 +48,5 @@ def train(composed: Composed) -> int:
 
 
 if __name__ == "__main__":
-    make_legible()
+    settle_streams()
     sys.exit(ended(run_app(train)))

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from loadmaster.config.schema import ModelConfig
 from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import GIB, Hardware, from_catalog
 from loadmaster.preflight.memory import memory
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import ModelShape, find_shape
+from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import tokens_per_second
 
 RESULTS = Path(__file__).parent / "results"

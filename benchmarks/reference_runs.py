@@ -21,11 +21,12 @@ from loadmaster.config.schema import ModelConfig
 from loadmaster.preflight import step
 from loadmaster.preflight.blocks import Blocks
 from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import peaks, train_bytes
 from loadmaster.preflight.replay import Storage, Tensor
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import ModelShape, find_shape
+from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import bytes_moved, tokens_per_second
 from loadmaster.preflight.step import training_step
 

@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loadmaster.errors import LoadmasterError, StoppedOnRequest
+from loadmaster.streams import settle_streams
 from loadmaster.training.agent import Meeting, Workers, run_workers
 from loadmaster.training.ranks import PORT, first_host, job_port
 
@@ -186,6 +187,7 @@ def _processes(text: str) -> int:
 
 
 def main() -> int:
+    settle_streams()
     try:
         start = plan(sys.argv[1:], os.environ)
         environment = start.environment | {"LOADMASTER_LEAD": str(os.getpid())}  # workers end with this process

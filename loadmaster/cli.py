@@ -29,7 +29,7 @@ from loadmaster.config.show import show_error
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.files import is_full_disk, read_json
 from loadmaster.launch.endpoint_command import add_parsers
-from loadmaster.streams import Output, make_legible
+from loadmaster.streams import Output, settle_streams
 from loadmaster.tables import print_table
 
 STAGE_HELP = {
@@ -56,7 +56,7 @@ fields, groups and recipes: python train.py --help, and docs/configuration.md
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     hub.quieten()
-    make_legible()
+    settle_streams()
     arguments, overrides = _parser().parse_known_args(argv)
     if arguments.run is not _stage:
         collector.resume()

@@ -93,7 +93,7 @@ class ExportRejected(LoadmasterError):
 
 
 class StoppedOnRequest(BaseException):
-    """SIGTERM or SIGINT: a checkpoint is saved, the same command resumes.
+    """SIGTERM, SIGINT or SIGHUP: a checkpoint is saved, the same command resumes.
 
     No Exception: it is raised wherever a signal finds the program, and a library must not take it for a failure of its
     own and go on.

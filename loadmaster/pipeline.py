@@ -38,10 +38,10 @@ from loadmaster.errors import (
 )
 from loadmaster.files import is_full_disk, sha256_json, write_text
 from loadmaster.preflight import estimate_tokens, make_plan, print_plan
+from loadmaster.preflight.config_json import find_config
 from loadmaster.preflight.families import full_config
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
-from loadmaster.preflight.shape import find_config
 from loadmaster.rundir import RunDir, file_fingerprint
 from loadmaster.streams import Output
 from loadmaster.tables import print_table

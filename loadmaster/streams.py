@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -14,11 +15,42 @@ class Output(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        _unheard(self.file.fileno())
 
 
-def make_legible() -> None:
-    """Of a character that a terminal's or log's encoding has not (LANG=en_US) a question mark is shown."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+class _Terminal(io.FileIO):
+    """One that may be gone, a window that is closed or a connection that is lost: the work goes on, unheard."""
+
+    def write(self, text: bytes | memoryview) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        _unheard(self.fileno())
+        return memoryview(text).nbytes
+
+
+def settle_streams() -> None:
+    """A terminal that is gone ends nothing; a character that a terminal's or log's encoding has not (LANG=en_US) is
+    shown as a question mark."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.reconfigure(errors="replace")
+        if stream.isatty():
+            setattr(sys, name, _on_terminal(stream))
+
+
+def _on_terminal(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    stream.flush()
+    terminal = _Terminal(stream.fileno(), "w", closefd=False)
+    unbuffered = stream.write_through
+    buffer = terminal if unbuffered else io.BufferedWriter(terminal)
+    return io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=True, write_through=unbuffered)
+
+
+def _unheard(descriptor: int) -> None:
+    """What is still written there, by children too, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -24,7 +24,7 @@ from loadmaster.config.validate import check
 from loadmaster.errors import DISK_REMEDY, LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.files import write_json
 from loadmaster.preflight.plan import Plan
-from loadmaster.streams import Output
+from loadmaster.streams import Output, settle_streams
 from loadmaster.training.display import Display
 from loadmaster.training.logs import log_to
 from loadmaster.training.stop import StopSignal
@@ -36,6 +36,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(stage: str, run_dir: Path) -> int:
+    settle_streams()
     die_with_the_lead()
     rank = int(os.environ["RANK"])
     stop = StopSignal()

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 gc.disable()  # until all tests are imported, and what they import
-# A shell ignores SIGINT for what it runs in the background, and processes inherit that: Ctrl-C would go untested.
+# A shell ignores SIGINT for what it runs in the background, nohup SIGHUP, and processes inherit that: both would go
+# untested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 LONGEST = {
     "slow": (

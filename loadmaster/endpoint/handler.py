@@ -11,7 +11,8 @@ A job's `input` is one of
 
 Every mistake is answered with {"error": "what is wrong and what would work"}, which the platform reports as FAILED.
 Streams are server-sent events, one or more whole events in each piece. A cancelled job closes its connection,
-and the server stops generating. On SIGTERM no new job is taken, those running are finished, then the server ends.
+and the server stops generating. On SIGTERM no new job is taken, those running are finished, then the server ends;
+a terminal that closes (SIGHUP) is as SIGTERM, except for what nohup starts.
 
     VLLM_BASE_URL=http://127.0.0.1:8000 python handler.py --rp_serve_api     use a server that is running already
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -188,6 +190,13 @@ def stop_server(server: subprocess.Popen[bytes]) -> None:
         server.wait()
 
 
+def end_the_server_too() -> None:
+    """SIGTERM, until the SDK listens, and a terminal that closes: a server alone would keep its GPU, and a bill."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
 def wait_until_healthy(server: subprocess.Popen[bytes] | None) -> None:
     """Exits with a sentence when the server dies or takes longer than START_TIMEOUT_S."""
     deadline = time.monotonic() + START_TIMEOUT_S
@@ -217,6 +226,7 @@ def end_with_the_server(server: subprocess.Popen[bytes]) -> None:
 def main() -> None:
     import runpod
 
+    end_the_server_too()
     server = None if "VLLM_BASE_URL" in os.environ else start_server()
     wait_until_healthy(server)
     if server is not None:

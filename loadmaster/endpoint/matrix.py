@@ -11,9 +11,9 @@ from pathlib import Path
 from loadmaster import catalog
 from loadmaster.endpoint.readme import table
 from loadmaster.files import write_text
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.serving import ServingPlan, plan_serving
-from loadmaster.preflight.shape import from_config
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 BEGIN, END = "<!-- matrix: written by python -m loadmaster.endpoint.matrix -->", "<!-- end of matrix -->"

@@ -29,6 +29,7 @@ from loadmaster.endpoint.simulate import Fleet, Outcome, simulate
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
 from loadmaster.export.thresholds import FAMILIES
 from loadmaster.files import read_json
+from loadmaster.preflight.config_json import find_config, from_config
 from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
 from loadmaster.preflight.serving import (
     ServingPlan,
@@ -38,7 +39,7 @@ from loadmaster.preflight.serving import (
     weight_bytes,
 )
 from loadmaster.preflight.serving_speed import Speed, Traffic, usual_request
-from loadmaster.preflight.shape import ModelShape, find_config, from_config
+from loadmaster.preflight.shape import ModelShape
 
 FEWEST_SIMULATED, MOST_SIMULATED = 5_000, 30_000
 STARTS_TO_SEE = 20

@@ -32,8 +32,8 @@ from loadmaster.files import is_full_disk, publish_folder, read_json, sha256_fil
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.resolve import base_revision
 from loadmaster.models.spread import free_device_memory
+from loadmaster.preflight.config_json import base_name
 from loadmaster.preflight.plan import Plan
-from loadmaster.preflight.shape import base_name
 
 SCRATCH = ".work.partial"
 FINGERPRINTS = ".fingerprints.json"

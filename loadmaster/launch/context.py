@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from loadmaster.config.compose import Composed
-from loadmaster.training.stop import StopSignal
+from loadmaster.training.stop import STOPS, StopSignal
 
 
 @dataclass
@@ -33,8 +33,9 @@ class Launch:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No Ctrl-C or SIGTERM within: an impatient finger must not leave a bill, or a job that nobody watches."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    """No Ctrl-C, SIGTERM or SIGHUP within: an impatient finger, or a terminal that closes, must not leave a bill, or a
+    job that nobody watches."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
     try:
         yield
     finally:

@@ -94,7 +94,7 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
             print(f"ATTENTION: {note}")
         if not arguments.yes and not _agreed("go on?"):
             return 0
-        stop = StopSignal().install()  # Ctrl-C or SIGTERM from here on: what was made is taken back
+        stop = StopSignal().install()  # from here on what was made is taken back
         try:
             deployed = deploy(wanted, client, _connect, put, keep=arguments.keep)
         finally:

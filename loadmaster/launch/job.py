@@ -53,7 +53,8 @@ def launch_job(
     refuse_bad_rows(composed.job, console.print)
     name = f"{PREFIX}{composed.job.recipe.replace('/', '-')}-{datetime.now(UTC):%m%d-%H%M%S}-{os.urandom(2).hex()}"
     folder = Path("runs") / composed.job.recipe / name
-    stop = StopSignal().install()
+    # A job in a queue outlives the login that it was sent from; what is rented, or ends with the connection, does not.
+    stop = StopSignal().install(hangup=composed.job.launch.name != "slurm")
     launch = Launch(composed, console, name, folder, stop)
     try:
         if composed.job.launch.name == "ssh":

@@ -1,8 +1,9 @@
 """Model families that are modelled exactly: what a config.json may leave out, and what a family's code does anyway.
 
-Defaults are those of transformers' configuration classes (tests/preflight/test_shape.py holds them equal): files on the
-Hub leave out what equals them. A family that is not here is counted like Llama and called an estimate, as long as
-nothing in its config.json says that its layers are of another kind; then it is refused, for the count would be a guess.
+Defaults are those of transformers' configuration classes (tests/preflight/test_config_json.py holds them equal): files
+on the Hub leave out what equals them. A family that is not here is counted like Llama and called an estimate, as long
+as nothing in its config.json says that its layers are of another kind; then it is refused, for the count would be a
+guess.
 """
 
 from __future__ import annotations

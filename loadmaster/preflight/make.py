@@ -7,6 +7,7 @@ from dataclasses import replace
 from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.preflight import saved, targets
+from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.elsewhere import elsewhere
 from loadmaster.preflight.explain import alternatives, basis, reasons, rejection, runner_up
 from loadmaster.preflight.exports import refuse_unholdable
@@ -14,7 +15,7 @@ from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardwar
 from loadmaster.preflight.phases import components_gib, disk_bytes, phase_bytes, phases_gib
 from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan
 from loadmaster.preflight.search import Candidate, Found, closeness, run_hours, search, smallest
-from loadmaster.preflight.shape import ModelShape, find_shape
+from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import exports, model_flops
 from loadmaster.preflight.verification import verifying
 

@@ -23,6 +23,7 @@ from loadmaster.config.schema import (
     PositiveInt,
 )
 from loadmaster.errors import ConfigError, Problem
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog, rentable
 from loadmaster.preflight.serving import (
     UTILISATION,
@@ -35,7 +36,7 @@ from loadmaster.preflight.serving import (
 from loadmaster.preflight.serving_model import model_and_config
 from loadmaster.preflight.serving_speed import Traffic, usual_request
 from loadmaster.preflight.serving_table import print_held, print_servers, print_serving, what_if
-from loadmaster.preflight.shape import ModelShape, from_config
+from loadmaster.preflight.shape import ModelShape
 
 USAGE = "loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [count=1] [context=8192] [key=value ...] [--json]"
 DOES_NOT_FIT = 3

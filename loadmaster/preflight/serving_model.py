@@ -13,8 +13,8 @@ from loadmaster.config.fields import nearest
 from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path, shipped_folder
 from loadmaster.errors import ConfigError, Problem
+from loadmaster.preflight.config_json import find_config, nearest_names
 from loadmaster.preflight.families import FAMILIES, refuse_uncountable
-from loadmaster.preflight.shape import find_config, nearest_names
 
 
 def named(word: str) -> ModelConfig:

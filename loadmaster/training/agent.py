@@ -22,11 +22,10 @@ from types import FrameType
 from typing import Any
 
 from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
-from loadmaster.training.stop import MESSAGE
+from loadmaster.training.stop import MESSAGE, STOPS, heeded
 
 RENDEZVOUS_S = 900
 """Longest wait for the other hosts to come."""
-STOPS = (signal.SIGTERM, signal.SIGINT)
 AGAIN_S = 0.1
 """A signal that finds no worker yet is looked at again after so long."""
 
@@ -61,9 +60,9 @@ class Workers:
 def run_workers(workers: Workers) -> int:
     """Run them to their end; returns 0, or the exit code of the first that failed.
 
-    SIGTERM and SIGINT to this process go to every worker, once; their agreed end is waited for. A second one is
-    passed on too. Raises LoadmasterError when the other hosts do not come, or a worker was killed, and
-    StoppedOnRequest when it was a SIGTERM that ended it: it had not come so far as to hear of one.
+    SIGTERM, SIGINT and SIGHUP to this process go to every worker, once; their agreed end is waited for. A second one
+    is passed on too, unless it is SIGHUP. Raises LoadmasterError when the other hosts do not come, or a worker was
+    killed, and StoppedOnRequest when it was a SIGTERM that ended it: it had not come so far as to hear of one.
     """
     kept = dict(os.environ)
     os.environ.update(_defaults(workers) | dict(workers.environment))  # before torch, which reads some at its import
@@ -152,13 +151,18 @@ def _not_met(workers: Workers, error: BaseException) -> str:
 
 
 def _pass_on_from_now() -> None:
-    """SIGTERM and SIGINT of this process go to its workers, as SIGTERM: to those that are started from here on."""
+    """What asks this process to stop goes to its workers, as SIGTERM: to those that are started from here on."""
     before = set(_leaders_under(os.getpid()))
+    told = False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if told and number == signal.SIGHUP:
+            return
         workers = [child for child in _leaders_under(os.getpid()) if child not in before]
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
+        told = told or bool(workers)
         if not workers:  # the first is about to be started: it would never hear of it
             timer = threading.Timer(AGAIN_S, again, (number,))
             timer.daemon = True
@@ -168,7 +172,7 @@ def _pass_on_from_now() -> None:
         if signal.getsignal(number) is pass_on:
             os.kill(os.getpid(), number)
 
-    for number in STOPS:
+    for number in heeded():
         signal.signal(number, pass_on)
 
 
@@ -185,7 +189,7 @@ def _signals_kept(meeting: bool) -> Iterator[None]:
     before = signal.set_wakeup_fd(ears[1].fileno(), warn_on_full_buffer=False) if meeting else -1
     try:
         if meeting:
-            for number in STOPS:
+            for number in heeded():
                 signal.signal(number, _while_hosts_are_waited_for)
             threading.Thread(target=_end_when_asked, args=(ears[0],), name="signals", daemon=True).start()
         yield

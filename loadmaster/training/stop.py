@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and limits of time and money: a run stops where nothing is lost, and says how to go on."""
+"""SIGTERM, SIGINT, SIGHUP and limits of time and money: a run stops where nothing is lost, and says how to go on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from loadmaster.config.schema import Job
 from loadmaster.errors import StoppedOnRequest
 
 MESSAGE = "stopped on request; start the same command again to resume"
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_S = 2.0
 """Signals so soon after the first are the same request: a scheduler tells every process, the launcher its workers."""
 FINALIZER_S = 0.05
@@ -31,7 +32,8 @@ what was stopped (75) would else pay for another such time, and another."""
 
 
 class StopSignal:
-    """Between safe points a request is only noted; elsewhere, and the second time, it stops at once.
+    """Between safe points a request is only noted; elsewhere, and the second time, it stops at once. SIGHUP is never a
+    second time: who presses Ctrl-C and closes the window does not insist.
 
     Python runs a signal's handler between two steps of its own, and never within a collective that waits for another
     rank. A thread hears of the signal all the same (signal.set_wakeup_fd), notes the request and sees to it that the
@@ -68,9 +70,11 @@ class StopSignal:
         if deadline is not None:
             self._later(max(0.0, deadline - time.time()), os.kill, os.getpid(), signal.SIGTERM)
 
-    def install(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
+    def install(self, hangup: bool = True) -> StopSignal:
+        """hangup: a terminal that closes (SIGHUP) is a request too; else it ends this process, and nothing besides."""
+        for number in heeded():
+            plain = number == signal.SIGHUP and not hangup
+            self._previous[number] = signal.signal(number, signal.SIG_DFL if plain else self._handle)
         self._ears = socket.socketpair()
         for end in self._ears:
             end.setblocking(end is self._ears[0])
@@ -96,7 +100,7 @@ class StopSignal:
             while numbers := ear.recv(64):
                 # Another's handler is there while workers run (training.agent): they are told, and waited for.
                 ours = signal.getsignal(signal.SIGTERM) == self._handle
-                if ours and not self._heard and {signal.SIGTERM, signal.SIGINT} & set(numbers):
+                if ours and not self._heard and set(STOPS) & set(numbers):
                     self._heard = True
                     self._end_in_time()
 
@@ -111,7 +115,7 @@ class StopSignal:
         self._timers.append(timer)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if time.monotonic() - self._first_s < SAME_REQUEST_S:
+        if time.monotonic() - self._first_s < SAME_REQUEST_S or (self._signalled and number == signal.SIGHUP):
             return
         if not self._deferring and _in_finalizer(frame):
             self._later(FINALIZER_S, os.kill, os.getpid(), number)
@@ -155,6 +159,11 @@ class StopSignal:
         with suppress(Exception):
             self.last_words(f"{MESSAGE} (nothing was saved within {waited_s:g} s)")
         os._exit(StoppedOnRequest.exit_code)
+
+
+def heeded() -> list[signal.Signals]:
+    """STOPS, less a SIGHUP that is ignored: what nohup starts goes on without its terminal."""
+    return [number for number in STOPS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _in_finalizer(frame: FrameType | None) -> bool:

@@ -28,10 +28,10 @@ from loadmaster.models.frozen import freeze_linears, frozen_form
 from loadmaster.models.load import DTYPES
 from loadmaster.models.preference import loss_module
 from loadmaster.models.recompute import checkpoint_activations
+from loadmaster.preflight.config_json import find_config, from_config
 from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import find_config, from_config
 from loadmaster.preflight.step import training_step
 from loadmaster.training.metas import Metas
 

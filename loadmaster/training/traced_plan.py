@@ -12,10 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 from loadmaster.config.schema import Job
+from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.memory import state_bytes
 from loadmaster.preflight.plan import MemoryGib, Plan
-from loadmaster.preflight.shape import ModelShape, find_shape
+from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import training_step
 from loadmaster.training.trace import trace_plan, traced_setup
 

@@ -246,6 +246,29 @@ def test_under_the_real_sdk_jobs_streams_and_mistakes_are_answered(sdk, server, 
         assert worker.wait(30) == 0
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["starting", "serving"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_no_server_is_left_when_the_worker_is_told_to_end_or_its_terminal_closes(number, begun, settings) -> None:
+    """It is in a session of its own, and would keep its GPU."""
+    folder, port = settings.parent, free_port()
+    sdk = "import signal, sys, time\nclass serverless:\n    def start(_):\n"
+    sdk += "        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n        open('begun', 'w'), time.sleep(60)\n"
+    (folder / "runpod.py").write_text(sdk)
+    fake = [sys.executable, str(Path(__file__).with_name("fake_openai.py")), str(port), "0.5"]
+    waits = [sys.executable, "-c", "import time; open('begun', 'w'); time.sleep(60)"]
+    settings.write_text(json.dumps({**SETTINGS, "command": fake if begun else waits, "port": port}))
+    environment = {**os.environ, "SERVER_JSON": str(settings), "PYTHONPATH": str(folder)}
+    with subprocess.Popen([sys.executable, HANDLER], env=environment, cwd=folder) as worker:
+        deadline = time.monotonic() + 60
+        while not (folder / "begun").exists():
+            assert worker.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        server = int(Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text())
+        worker.send_signal(number)
+        assert worker.wait(30) == (0 if begun else 128 + signal.SIGTERM)
+    assert not Path(f"/proc/{server}").exists()
+
+
 @pytest.mark.slow
 def test_as_the_platform_runs_it_mistakes_fail_stops_stop_and_a_drain_finishes_first(sdk, settings) -> None:
     port = free_port()

@@ -18,9 +18,9 @@ from loadmaster.errors import ConfigError, ExportRejected
 from loadmaster.export import refuse_unholdable
 from loadmaster.export.build import NVFP4, streamed
 from loadmaster.export.servers import aimed_at
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.exports import refuse_unholdable as refuse_by_shape
 from loadmaster.preflight.exports import unholdable
-from loadmaster.preflight.shape import from_config
 
 QUANTIZED = ("fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4")
 FORMATS = ("adapter", "bf16", *QUANTIZED, "gguf")

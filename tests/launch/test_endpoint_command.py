@@ -261,8 +261,8 @@ def test_a_run_that_cannot_be_written_is_said_before_anything_is_made(
     assert account.calls == []
 
 
-def test_ctrl_c_and_sigterm_take_back_what_was_made(run_dir, account, capsys, monkeypatch) -> None:  # noqa: F811
-    for number in (signal.SIGINT, signal.SIGTERM):
+def test_ctrl_c_sigterm_and_a_closed_terminal_take_back_what_was_made(run_dir, account, capsys, monkeypatch) -> None:  # noqa: F811
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         monkeypatch.setattr(endpoint_command, "_connect", lambda urls, number=number: os.kill(os.getpid(), number))
         assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 75
         said = "".join(capsys.readouterr()).replace("\n", " ")

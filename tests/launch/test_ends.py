@@ -25,6 +25,8 @@ from loadmaster.launch.machines import list_pods, sweep_pods
 from tests.launch.fake_runpod import FAULTS
 from tests.launch.place import PACKAGE, everything_written, wait_until
 from tests.launch.test_launch_job import scripted
+from tests.runs import command
+from tests.terminal import OnTerminal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +65,18 @@ def test_a_launcher_that_is_killed_leaves_a_pod_that_ends_itself(place):
     assert not any(call.startswith("DELETE") for call in place.fake.calls)  # those of Pods are not counted
     assert [kind for kind, _ in place.fake.deleted] == ["pod"]
     assert list_pods(place.console, place.provider) == 0 and "no Pods or clusters" in place.said
+
+
+def test_a_launcher_whose_terminal_closes_ends_the_pod(place):
+    """What it has to say on the way out finds no terminal."""
+    place.runner.environment = {"PYTHONPATH": str(ROOT)}
+    words = ["recipe=qlora_8b", "launch=runpod", "launch.image=me/image:1", "launch.yes=true", "launch.max_hours=0.2"]
+    account = {"RUNPOD_API_KEY": place.fake.key, "RUNPOD_API_BASE_URL_V2": place.fake.url}
+    launcher = OnTerminal(command(*words), place.folder, **account)
+    launcher.until(lambda: place.fake.pods and any(place.fake.logs.values()))
+    launcher.close()
+    assert launcher.code() == 75
+    assert place.fake.pods == {} and any(call.startswith("DELETE") for call in place.fake.calls)
 
 
 @pytest.fixture

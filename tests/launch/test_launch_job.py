@@ -163,11 +163,12 @@ def test_when_the_provider_fails_for_good_the_pod_ends_itself(place, kind, monke
     wait_until(lambda: place.fake.pods == {})
 
 
-def test_ctrl_c_terminates_and_the_checkpoints_stay_on_the_volume(place):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_terminate_and_the_checkpoints_stay_on_the_volume(number, place):
     def press():
         wait_until(lambda: place.fake.logs)
         time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=press, daemon=True).start()
     with pytest.raises(StoppedOnRequest, match="on the volume"):

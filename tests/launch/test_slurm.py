@@ -17,6 +17,7 @@ from rich.console import Console
 
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError, LoadmasterError, StoppedOnRequest
+from loadmaster.launch import job as job_module
 from loadmaster.launch import order, slurm
 from loadmaster.launch.job import launch_job
 from loadmaster.pipeline import run_elsewhere
@@ -135,6 +136,21 @@ def test_ctrl_c_lets_the_job_save_a_checkpoint_and_does_not_requeue_it(cluster):
     assert log(cluster).count("checkpoint saved") == 2
     assert [job["state"] for job in cluster.jobs] == ["FAILED"]
     assert "cancelled job" in cluster.said and "scontrol requeue" not in (cluster.state / "asked").read_text()
+
+
+@pytest.mark.parametrize("where, theirs", [("slurm", True), ("ssh", False)])
+def test_a_terminal_that_closes_leaves_what_waits_in_a_queue(where, theirs, monkeypatch):
+    def run_there(launch, tokens):
+        return signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+    for name in ("run_by_slurm", "run_by_ssh"):
+        monkeypatch.setattr(job_module, name, run_there)
+    monkeypatch.setattr(job_module, "problems", lambda composed: [])
+    before = signal.signal(signal.SIGHUP, lambda *_: None)  # as train.py has it
+    try:
+        assert launch_job(compose([f"launch={where}", "launch.hosts=[one]"][: 2 - theirs]), Console()) is theirs
+    finally:
+        assert callable(signal.signal(signal.SIGHUP, before))
 
 
 def log(cluster) -> str:

@@ -120,6 +120,7 @@ import os, pathlib, signal, sys, time
 how, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 rank, asked = os.environ["RANK"], []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(time.time()))
+signal.signal(signal.SIGHUP, lambda *_: asked.append(time.time()))
 (folder / f"started-{rank}").touch()
 if how == "kill" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -146,13 +147,17 @@ def test_the_exit_code_is_the_workers_own(tmp_path):
     assert (process.returncode, output) == (75, "")
 
 
-def test_sigterm_goes_to_every_worker_once_and_is_waited_for(tmp_path):
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP, signal.SIGHUP]])
+def test_a_request_goes_to_every_worker_once_and_is_waited_for(numbers, tmp_path):
+    """A shell sends SIGHUP to what it started, and the kernel once more when the shell itself is gone."""
     process = start(tmp_path, "wait")
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("started-*"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.1)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, output) == (75, "")
     assert {file.name: file.read_text() for file in tmp_path.glob("asked-*")} == {"asked-0": "1", "asked-1": "1"}
@@ -182,17 +187,17 @@ def test_a_killed_worker_is_a_sentence_and_not_a_traceback(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_sigterm_while_other_hosts_are_waited_for_is_a_stop_and_not_a_failure(rank, tmp_path):
+@pytest.mark.parametrize("rank, number", [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGHUP)])
+def test_a_request_while_other_hosts_are_waited_for_is_a_stop_and_not_a_failure(rank, number, tmp_path):
     """A batch script puts what ends with 75 back into the queue; 143 it would give up."""
     flags = ("--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
     process = start(tmp_path, "wait", *flags)
     deadline = time.monotonic() + 60
-    while not caught(process.pid, signal.SIGTERM):
+    while not caught(process.pid, number):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     time.sleep(1.0)  # into the wait itself
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=10)
     assert process.returncode == 75 and "not all hosts had come" in output and len(output.splitlines()) == 1
 

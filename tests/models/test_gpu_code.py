@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from loadmaster.config.schema import ModelConfig
+from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import find_shape
 from loadmaster.preflight.speed import bytes_moved
 from loadmaster.preflight.step import training_step
 from tests.gpu_code import TOKENS

@@ -13,10 +13,11 @@ from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConf
 from loadmaster.errors import ConfigError
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.communication import collective_seconds, step_communication, step_traffic
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling, verdict
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import ModelShape, from_config
+from loadmaster.preflight.shape import ModelShape
 from tests.preflight.test_benchmark_scripts import load
 
 LLAMA = "meta-llama/Llama-3.1-"

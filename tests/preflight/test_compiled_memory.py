@@ -12,8 +12,8 @@ from loadmaster.data import MicroBatch
 from loadmaster.models import compiled
 from loadmaster.models.forward import token_losses
 from loadmaster.preflight.compiled import kept_bytes
+from loadmaster.preflight.config_json import find_shape, from_config
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import find_shape, from_config
 from loadmaster.preflight.step import training_step
 from loadmaster.training.trace import _meta_model, with_trained_part
 

@@ -8,11 +8,11 @@ import pytest
 
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError
+from loadmaster.preflight.config_json import find_shape, from_config
 from loadmaster.preflight.hardware import find_hardware
 from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.memory import resident
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import find_shape, from_config
 from loadmaster.preflight.speed import micro_batch_seconds
 from loadmaster.preflight.step import evaluation_batch, training_step
 from loadmaster.training.trace import Case, _meta_model, traced_peaks, weight_bytes, with_trained_part

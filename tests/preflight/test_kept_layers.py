@@ -10,11 +10,11 @@ from rich.console import Console
 
 from loadmaster.config.schema import PlanConfig
 from loadmaster.preflight import make_plan
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.memory import worst_micro_batch
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.search import SPARE
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.step import training_step
 from loadmaster.preflight.table import print_elsewhere, print_plan
 from loadmaster.training.trace import Case, traced_peaks

@@ -20,9 +20,9 @@ from loadmaster.config.schema import (
     PlanConfig,
 )
 from loadmaster.preflight import make_plan
+from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import find_shape
 from loadmaster.preflight.step import training_step
 
 LLAMA = "meta-llama/Llama-3.1-"

@@ -9,9 +9,10 @@ import pytest
 
 from loadmaster import catalog
 from loadmaster.preflight import memory as model
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import ModelShape, from_config
+from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import training_step
 from loadmaster.preflight.weights import base_bytes, nf4_bytes
 from loadmaster.training import optimizer

@@ -12,11 +12,11 @@ import torch
 from loadmaster.data import MicroBatch
 from loadmaster.models import capped, loss, recompute
 from loadmaster.preflight import blocks
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.frozen import WIDE
 from loadmaster.preflight.layers import LOSS_CHUNK_TOKENS, chunks
 from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.step import evaluation_batch, training_step
 from loadmaster.training import trace
 from loadmaster.training.trace import Case, traced_peaks

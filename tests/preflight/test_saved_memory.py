@@ -6,9 +6,9 @@ import pytest
 
 from loadmaster.errors import ConfigError
 from loadmaster.preflight import saved
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.memory import resident, worst_micro_batch
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.shards import whole
 from loadmaster.preflight.step import training_step
 from loadmaster.training.trace import Case, _meta_model, traced_peaks, weight_bytes, with_trained_part

@@ -9,6 +9,7 @@ import pytest
 
 from loadmaster import catalog
 from loadmaster.errors import LoadmasterError
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.serving import (
     cache_bytes_per_token,
@@ -19,7 +20,7 @@ from loadmaster.preflight.serving import (
     weight_bytes,
 )
 from loadmaster.preflight.serving_speed import Speed, Traffic
-from loadmaster.preflight.shape import ModelShape, from_config
+from loadmaster.preflight.shape import ModelShape
 
 GIB = 2**30
 

@@ -132,7 +132,7 @@ def test_a_name_of_the_current_folders_conf_is_taken_first(tmp_path, monkeypatch
 
 
 def test_a_model_that_is_not_there_is_said_in_the_commands_own_words(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("loadmaster.preflight.shape._from_hub", lambda model: None)
+    monkeypatch.setattr("loadmaster.preflight.config_json._from_hub", lambda model: None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/config.json").write_text("{")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from loadmaster.preflight.communication import step_traffic
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.memory import worst_micro_batch
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.shards import whole
 from loadmaster.training.sharding import codes_without_gradients
 from loadmaster.training.trace import Case

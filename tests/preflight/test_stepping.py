@@ -14,9 +14,9 @@ from loadmaster.models.adapters import trainable
 from loadmaster.models.forward import token_losses
 from loadmaster.models.load import DTYPES
 from loadmaster.models.recompute import checkpoint_activations
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.memory import step_bytes, worst_micro_batch
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.step import training_step
 from loadmaster.training import optimizer as optimizers
 from loadmaster.training.in_backward import BackwardOptimizer

@@ -10,8 +10,9 @@ from loadmaster import catalog
 from loadmaster.config.schema import HardwareConfig, Job, LoraConfig, ModelConfig
 from loadmaster.errors import ConfigError
 from loadmaster.preflight import make_plan
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import from_config, full_name
+from loadmaster.preflight.shape import full_name
 from loadmaster.preflight.targets import in_some_layers_only, linears, other_modules, refuse_unknown
 from loadmaster.training.trace import with_trained_part
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from loadmaster.preflight import zero_settings
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.memory import worst_micro_batch
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.zero import zero_bytes
 from tests.preflight.zero_run import RANK, SETTINGS, TOKENS
 from tests.training.test_parity import case

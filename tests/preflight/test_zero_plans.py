@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import memory
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.shape import from_config
 from loadmaster.preflight.zero import zero_bytes
 from loadmaster.preflight.zero_settings import PREFETCH_BUCKET, REDUCE_BUCKET, deepspeed_config, max_live, reduce_bucket
 from tests.preflight.test_make import LLAMA, plan

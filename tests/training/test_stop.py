@@ -73,6 +73,35 @@ def test_what_a_request_interrupts_may_take_its_time_to_clear_up(monkeypatch):
         stop.uninstall()
 
 
+def test_a_closed_terminal_is_a_request_but_never_insists():
+    """Ctrl-C, and a moment later the window is closed: the checkpoint is saved all the same."""
+    stop = StopSignal(grace_s=100).install()
+    try:
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested
+            stop._first_s = float("-inf")  # long ago
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(StoppedOnRequest):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(20)
+    finally:
+        stop.uninstall()
+
+
+def test_a_closed_terminal_is_none_of_what_nohup_started():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopSignal().install()
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.1)
+        assert not stop.requested
+        stop.uninstall()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 class Dropped:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)

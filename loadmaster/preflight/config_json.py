@@ -1,0 +1,205 @@
+"""A model's config.json: where it is, what the model is called, and the shape that it describes.
+
+Nothing is loaded and torch is not imported. A family that is not in FAMILIES is counted like Llama and marked with
+`estimate`, which every plan and table repeats.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loadmaster import catalog
+from loadmaster.config.schema import ModelConfig
+from loadmaster.config.shipped import local_path
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
+from loadmaster.preflight.families import FAMILIES, full_config, refuse_quantized, refuse_uncountable, refuse_untrained
+from loadmaster.preflight.shape import ModelShape
+
+
+def from_config(config: dict[str, Any], name: str) -> ModelShape:
+    """The shape that a config.json describes.
+
+    Raises ConfigError for a model that is no decoder with the usual sizes, or whose sizes do not go together.
+    """
+    config, family, estimate = full_config(config)
+    known = FAMILIES.get(family, {"biases": True})
+    _refuse_sizes(config, family, name)
+    heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
+    experts = config.get("num_local_experts") or config.get("num_experts") or 0
+    bias = bool(known.get("biases") and config.get("attention_bias"))
+    rotary = config.get("rope_parameters") or {}
+    return ModelShape(
+        name=name,
+        family=family,
+        layers=layers,
+        hidden_size=hidden,
+        intermediate_size=config["intermediate_size"],
+        heads=heads,
+        key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        vocabulary_size=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+        norms=known.get("norms", 2),
+        gemma_norm=known.get("gemma_norm", False),
+        query_key_norm=known.get("query_key_norm", False),
+        scaled_embedding=known.get("scaled_embedding", False),
+        query_key_value_bias=known.get("query_key_value_bias", bias),
+        output_bias=bias,
+        mlp_bias=bool(config.get("mlp_bias", False)) and family in ("llama", "smollm3"),
+        fused=known.get("fused", False),
+        rotary_fraction=config.get("partial_rotary_factor") or rotary.get("partial_rotary_factor") or 1.0,
+        gelu="gelu" in str(config.get("hidden_activation") or config.get("hidden_act", "silu")),
+        experts=experts,
+        experts_per_token=config.get("num_experts_per_tok", 2) if experts else 0,
+        expert_size=(config.get("moe_intermediate_size") or config["intermediate_size"]) if experts else 0,
+        dense_at=_dense_layers(config, layers) if experts else (),
+        normalised_routing=family == "mixtral" or bool(config.get("norm_topk_prob")),
+        windows=_windows(config, family, layers),
+        attention_softcap=bool(config.get("attn_logit_softcapping")),
+        logit_softcap=bool(config.get("final_logit_softcapping")),
+        max_position=config.get("max_position_embeddings"),
+        estimate=estimate,
+    )
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+OTHER_SIZES = ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts", "num_experts_per_tok",
+               "moe_intermediate_size", "sliding_window")  # fmt: skip
+
+
+def _refuse_sizes(config: dict[str, Any], family: str, name: str) -> None:
+    """Raises ConfigError with everything that is missing, no whole number above 0, or does not go together."""
+
+    def whole(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    missing = [key for key in SIZES if config.get(key) is None]
+    wrong = [f"{key}={config[key]!r}" for key in SIZES if key not in missing and not whole(config[key])]
+    wrong += [f"{key}={config[key]!r}" for key in OTHER_SIZES if config.get(key) and not whole(config[key])]
+    said = [f"has no {', '.join(missing)}"] if missing else []
+    said += [f"has {', '.join(wrong)}, which must be whole numbers above 0"] if wrong else []
+    if not said:
+        heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or 1
+        if heads % groups:
+            said.append(f"has {heads} attention heads that do not divide over {groups} key-value heads")
+        if not config.get("head_dim") and config["hidden_size"] < heads:
+            said.append(f"has more heads ({heads}) than hidden_size={config['hidden_size']}")
+        types = config.get("layer_types")
+        if types and len(types) != config["num_hidden_layers"]:
+            said.append(f"has {len(types)} layer_types for {config['num_hidden_layers']} layers")
+    if said:
+        message = f"model type {family!r}: it {' and '.join(said)}, so its memory cannot be worked out"
+        remedy = "the model's own config.json, as it was published or saved"
+        if family not in FAMILIES:
+            remedy = "a model of one of these types: " + ", ".join(FAMILIES)
+        raise ConfigError([Problem("model", name, "its config.json", message, remedy)])
+
+
+def _dense_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+    step, dense = config.get("decoder_sparse_step", 1) or 1, set(config.get("mlp_only_layers") or ())
+    return tuple(i for i in range(layers) if (i + 1) % step or i in dense)
+
+
+def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return (None,) * layers
+    if types := config.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else None for kind in types)
+    if family in ("qwen2", "qwen3"):
+        first = config.get("max_window_layers", layers)
+        return tuple(window if i >= first else None for i in range(layers))
+    period = {"gemma2": 2, "gemma3_text": config.get("sliding_window_pattern") or 6}.get(family)
+    return tuple(None if period and (i + 1) % period == 0 else window for i in range(layers))
+
+
+KEPT_SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""What a fine-tune has of its base; a vocabulary may have grown."""
+
+
+def find_config(model: ModelConfig) -> tuple[dict[str, Any], str]:
+    """(config.json as a dict, where it was found), without reading any weight.
+
+    Looks at the local path, the shipped shapes, the Hub's local cache, and last the Hub itself.
+    Raises ConfigError naming what was tried.
+    """
+    if model.path is not None:
+        path = local_path(model.path) / "config.json"
+        if not path.is_file():
+            raise _no_config("model.path", model.path, "there is no config.json in that folder", model)
+        return _read(path, "model.path", model), str(path)
+    shipped = catalog.shapes().get(model.name.lower())
+    if shipped is not None:
+        return {key: value for key, value in shipped.items() if not key.startswith("_")}, "shipped shape"
+    found = _from_hub(model)
+    if found is not None:
+        return _read(found, "model.name", model), str(found)
+    raise _no_config(
+        "model.name", model.name,
+        "no config.json found: it is not one of the shipped shapes, not in the Hub's local cache, and the Hub did not "
+        "give it (no network, no such model, or a gated one without HF_TOKEN)", model,
+    )  # fmt: skip
+
+
+def _read(path: Path, key: str, model: ModelConfig) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _no_config(key, str(path), f"config.json cannot be read ({error})", model) from None
+    if not isinstance(found, dict):
+        raise _no_config(key, str(path), "config.json holds no JSON object", model)
+    return found
+
+
+def _no_config(key: str, value: str, message: str, model: ModelConfig) -> ConfigError:
+    remedy = "model.path=FOLDER with its config.json, or model.name=" + " or ".join(nearest_names(model.name))
+    return ConfigError([Problem(key, value, IN_THE_JOB, message, remedy)])
+
+
+def nearest_names(name: str, count: int = 4) -> list[str]:
+    import difflib
+
+    known = {entry["_name"].lower(): entry["_name"] for entry in catalog.shapes().values()}
+    close = difflib.get_close_matches(name.lower(), known, n=count, cutoff=0.4)
+    return [known[key] for key in close] or sorted(known.values())[:count]
+
+
+def _from_hub(model: ModelConfig) -> Path | None:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        return Path(hf_hub_download(model.name, "config.json", revision=model.revision, etag_timeout=5))
+    except Exception:  # offline, unknown, gated: the caller names all of these in one sentence
+        return None
+
+
+def find_shape(model: ModelConfig, traced: bool = False) -> ModelShape:
+    """traced: the plan is going to be held against a trace, so an unknown kind of model is let through."""
+    config, _ = find_config(model)
+    refuse_quantized(config, model.path or model.name)
+    refuse_untrained(config, model.path or model.name)
+    refuse_uncountable(config, model.path or model.name, traced)
+    return from_config(config, name_of(model, config))
+
+
+def base_name(model: ModelConfig) -> str:
+    """What plan, report, manifest and adapter call the base model."""
+    return model.name if model.path is None else name_of(model, find_config(model)[0])
+
+
+def name_of(model: ModelConfig, config: dict[str, Any]) -> str:
+    """model.name; the folder's, where config is model.path's and of other sizes than the shipped shape of that name."""
+    shipped = catalog.shapes().get(model.name.lower())
+    if model.path is None or shipped is None:
+        return model.name
+    held, named = full_config(config)[0], full_config(shipped)[0]
+    if all(held.get(key) == named.get(key) for key in KEPT_SIZES):
+        return model.name
+    folder = local_path(model.path).resolve()
+    cached = next((part for part in reversed(folder.parts) if part.startswith("models--")), None)  # of the Hub's cache
+    return "/".join(cached.split("--")[1:]) if cached else folder.name

@@ -1,0 +1,144 @@
+"""What a config.json says and leaves out, what is refused of it, and what the model is called."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from loadmaster import catalog
+from loadmaster.config.schema import ModelConfig
+from loadmaster.errors import ConfigError, LoadmasterError
+from loadmaster.preflight.config_json import base_name, find_config, find_shape, from_config
+from loadmaster.preflight.families import FAMILIES
+
+LLAMA = json.loads((catalog.FOLDER / "shapes" / "llama-3.2-1b.json").read_text())["config"]
+
+
+def test_an_unknown_family_is_an_estimate_and_says_so() -> None:
+    config = {**LLAMA, "model_type": "some_new_family"}
+    assert "some_new_family" in from_config(config, "x").estimate
+    assert from_config(LLAMA, "x").estimate is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
+    few = {"model_type": family, "num_hidden_layers": 2}
+    shape = from_config(few, family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**few))
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    truth = model.config
+    windows = [truth.sliding_window if kind == "sliding_attention" else None
+               for kind in getattr(truth, "layer_types", None) or ()]  # fmt: skip
+    assert not windows or list(shape.windows) == windows
+
+
+def test_fractions_of_rotary_embeddings_are_found_where_transformers_5_writes_them() -> None:
+    config = {"model_type": "phi3", "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}
+    assert from_config(config, "x").rotary_fraction == 0.75
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_hidden_layers": -3}, "num_hidden_layers=-3"),
+        ({"hidden_size": "4096"}, "hidden_size='4096'"),
+        ({"vocab_size": True}, "vocab_size=True"),
+        ({"num_key_value_heads": 5}, "32 attention heads that do not divide over 5"),
+        ({"layer_types": ["full_attention"]}, "1 layer_types for 16 layers"),
+        ({"hidden_size": 0, "vocab_size": 0}, "hidden_size=0, vocab_size=0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_in_a_sentence(changed: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        from_config({**LLAMA, **changed}, "x")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "said"),
+    [
+        ("deepseek_v3", {"kv_lora_rank": 512, "n_routed_experts": 256}, "latent attention"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 5632}, "shared experts"),
+        ("jamba", {"mamba_d_state": 16}, "state space"),
+        ("qwen3_next", {"layer_types": 16 * ["linear_attention"]}, "linear_attention"),
+        ("bert", {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
+    ],
+)
+def test_a_family_that_is_visibly_not_like_llama_is_refused_unless_it_is_traced(
+    model_type: str, more: dict, said: str, tmp_path
+) -> None:
+    config = {**LLAMA, "model_type": model_type, **more}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ModelConfig(name="x", path=str(tmp_path))
+    with pytest.raises(ConfigError, match=said):
+        find_shape(model)
+    assert "counted like Llama" in find_shape(model, traced=True).estimate
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_family_that_is_refused_at_load_is_refused_by_the_plan(traced: bool, tmp_path) -> None:
+    config = {**LLAMA, "model_type": "gpt_oss", "num_local_experts": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="attention sinks; models of this family are not trained yet"):
+        find_shape(ModelConfig(name="x", path=str(tmp_path)), traced)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model_type": ', "\x00"])
+def test_a_config_that_is_no_json_object_is_refused_in_a_sentence(text: str, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        find_shape(ModelConfig(name="x", path=str(tmp_path)))
+
+
+def test_a_config_without_sizes_is_refused_with_what_is_missing() -> None:
+    with pytest.raises(LoadmasterError, match="num_attention_heads"):
+        from_config(
+            {
+                "model_type": "mamba",
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                "vocab_size": 100,
+                "intermediate_size": 128,
+            },
+            "x",
+        )
+
+
+def test_a_local_folder_is_read_and_a_missing_one_is_named(smollm2, tmp_path) -> None:
+    config, where = find_config(ModelConfig(name="anything", path=str(smollm2)))
+    assert from_config(config, "x").parameters == 134_515_008 and where.endswith("config.json")
+    with pytest.raises(LoadmasterError, match=r"no config\.json"):
+        find_config(ModelConfig(name="anything", path=str(tmp_path)))
+
+
+def test_a_folder_with_another_model_is_not_called_by_a_shipped_ones_name(smollm2, tmp_path) -> None:
+    named = ModelConfig(name="HuggingFaceTB/SmolLM2-135M-Instruct", path=str(smollm2))
+    assert find_shape(named).name == base_name(named) == named.name
+    config = json.loads((smollm2 / "config.json").read_text())
+    for change, name in (({"vocab_size": 50000}, named.name), ({"hidden_size": 1152}, "mine")):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine/config.json").write_text(json.dumps({**config, **change}))
+        assert base_name(ModelConfig(name=named.name, path=str(tmp_path / "mine"))) == name
+    assert base_name(ModelConfig(name="me/mine", path=str(tmp_path / "mine"))) == "me/mine"
+    cached = tmp_path / "models--org--name/snapshots/0123abc"
+    cached.mkdir(parents=True)
+    (cached / "config.json").write_text((tmp_path / "mine/config.json").read_text())
+    assert base_name(ModelConfig(name=named.name, path=str(cached))) == "org/name"
+
+
+def test_an_unknown_name_gives_the_nearest_known_ones() -> None:
+    with pytest.raises(LoadmasterError, match=r"Llama-3\.1-8B"):
+        find_config(ModelConfig(name="meta-llama/Llama-3.1-9B"))
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "gptq", "compressed-tensors", "fp8"])
+def test_a_base_that_is_quantized_already_is_refused_with_what_to_take(tmp_path, kind) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "quantization_config": {"quant_method": kind}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=rf"quantized already \({kind}\).*") as caught:
+        find_shape(ModelConfig(path=str(tmp_path)))
+    assert "method=qlora" in str(caught.value)
