@@ -222,5 +222,9 @@ def _ask(launch: Launch) -> None:
         return
     if not sys.stdin.isatty():
         raise LoadmasterError("renting needs a yes, and nobody can be asked here; add launch.yes=true")
-    if launch.console.input("Rent it? [y/N] ").strip().lower() not in ("y", "yes"):
+    try:
+        answer = launch.console.input("Rent it? [y/N] ")
+    except EOFError:  # Ctrl-D
+        answer = "no"
+    if answer.strip().lower() not in ("y", "yes"):
         raise LoadmasterError("nothing was rented")

@@ -178,6 +178,19 @@ def test_the_same_job_twice_at_once_is_refused_and_another_one_is_not(place):
     assert place.launch() == 0
 
 
+@pytest.mark.parametrize("answer", [b"\x04", b"n\n"], ids=["Ctrl-D", "n"])
+def test_nothing_is_rented_where_the_question_is_not_answered_with_yes(place, answer):
+    words = ["recipe=qlora_8b", "launch=runpod", "launch.image=me/image:1"]
+    launcher = OnTerminal(
+        [sys.executable, str(ROOT / "train.py"), *words], place.folder,
+        RUNPOD_API_KEY=place.fake.key, RUNPOD_API_BASE_URL_V2=place.fake.url,
+    )  # fmt: skip
+    launcher.until(lambda: "Rent it?" in launcher.said)
+    os.write(launcher.master, answer)
+    assert launcher.code() == 4
+    assert "nothing was rented" in launcher.said and "Traceback" not in launcher.said and not place.fake.pods
+
+
 def test_a_terminal_gets_a_bar_and_keeps_the_lines(place):
     place.console = Console(file=place.text, width=160, force_terminal=True, color_system=None)
     assert place.launch("launch.env.STAND_IN_S='0.4'") == 0
