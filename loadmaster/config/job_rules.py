@@ -295,19 +295,16 @@ def lora_settings_have_an_adapter(job: Job, origins: Origins) -> Found:
         yield key, getattr(job.lora, name, None), "has no effect: method=full has no adapter", remedy
 
 
-@rule("lora.dora", "method", "precision", "lora.dropout", "sharding", "offload", "plan.methods")
+@rule("lora.dora", "method", "precision", "sharding", "offload", "plan.methods")
 def dora_reads_whole_weights(job: Job, origins: Origins) -> Found:
-    """lora.dora goes with a base in bf16 or fp32 (method=lora), lora.dropout=0, sharding=none or ddp and weights on the
-    GPU: it takes the norms of whole rows, of weights that are no codes."""
+    """lora.dora goes with a base in bf16 or fp32 (method=lora), sharding=none or ddp and weights on the GPU: it takes
+    the norms of whole rows, of weights that are no codes."""
     if not job.lora.dora or job.method == "full":
         return
     if job.method == "qlora" or (job.method == "auto" and set(job.plan.methods) == {"qlora"}):
         yield "lora.dora", True, "is not done over a base in nf4", "method=lora, or lora.dora=false"
     if job.precision == "fp8" and (job.method == "lora" or "full" not in job.plan.methods):
         yield "lora.dora", True, "is not done over a frozen base in fp8", "precision=bf16, or lora.dora=false"
-    if job.lora.dropout:
-        message = f"does not go with lora.dropout={job.lora.dropout}, under which the base would run twice"
-        yield "lora.dora", True, message, "lora.dropout=0, or lora.dora=false"
     if job.sharding not in ("auto", "none", "ddp"):
         message = f"takes norms of whole weights, which sharding={job.sharding} cuts or casts"
         yield "lora.dora", True, message, "sharding=ddp or auto, or lora.dora=false"

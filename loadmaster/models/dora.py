@@ -12,6 +12,9 @@ in float32 but for W A^T [out, r], which is the base layer's own product with th
 tensor of its output's size for the backward pass (the gradient of m needs it), and nothing the size of a weight is
 made. Parameters, their names and files are peft's, and the steps are (a test). m is in float32 whatever the rest is in:
 bf16 has steps of 0.4%, and a whole row of the weight would be off by half of one.
+
+Dropout is on the adapter's input alone, as of a plain one: y = (m / |V|) (W x + s B A dropout(x)) + b. (peft also drops
+from the part of W x by which m / |V| differs from 1, for which it multiplies with W twice. The mean is the same.)
 """
 
 from __future__ import annotations
@@ -28,18 +31,18 @@ LEAST_NORM = torch.finfo(torch.float32).tiny ** 0.5
 
 
 class Magnitudes:
-    """Takes the place of peft's variant in a layer's forward pass; called with no dropout on the adapter's input."""
+    """Takes the place of peft's variant in a layer's forward pass."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """x [..., in], result [..., out] of the base layer."""
-        a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        a, b, dropout = (part[active_adapter] for part in (module.lora_A, module.lora_B, module.lora_dropout))
         scaling, layer = module.scaling[active_adapter], module.get_base_layer()
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         scale = (magnitude / row_norms(layer, a.weight, b.weight, scaling)).to(result.dtype)
         if layer.bias is None:
-            return (result + b(a(x)) * scaling) * scale
-        return (result - layer.bias + b(a(x)) * scaling) * scale + layer.bias
+            return (result + b(a(dropout(x))) * scaling) * scale
+        return (result - layer.bias + b(a(dropout(x))) * scaling) * scale + layer.bias
 
     @staticmethod
     def supports_lora_conversion() -> bool:

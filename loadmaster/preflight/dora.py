@@ -32,8 +32,14 @@ def norms(b: Blocks, m: Matrix) -> Storage:
         if tape.runs(kept):
             tape.moved(w * m.weight, w * rank * (m.inputs + outputs))
             tape.work.matmul_flops += 2.0 * rank * m.weight
-        crossed = tape.alloc_kept(w * rank * outputs) if kept else tape.alloc(w * rank * outputs)
-        parts = [tape.alloc(FP32 * rank * outputs) for _ in range(3)]
+        alloc = tape.alloc_kept if kept else tape.alloc
+        crossed = alloc(w * rank * outputs)
+        crossed = tape.alloc(FP32 * rank * outputs) if w != FP32 else crossed
+        parts = [tape.alloc(FP32 * rank * outputs)]
+        among = alloc(FP32 * rank * rank)  # A A^T
+        parts.append(tape.alloc(FP32 * rank * outputs))
+        del among
+        parts.append(tape.alloc(FP32 * rank * outputs))
         tape.work.kernels += 12
         del squares, wide, crossed, parts
     return tape.alloc(FP32 * outputs)

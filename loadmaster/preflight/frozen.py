@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from loadmaster.preflight.replay import Storage, Tensor
@@ -45,7 +46,14 @@ def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
             scratch = [tape.alloc(dequantized), tape.alloc(absmax)]
         tape.alloc(w * n * m.outputs)
         del scratch
-    return tape.op(w * n * m.outputs, [x], [], backward, kept)
+    return _made(b, x, m, backward)
+
+
+def _made(b: Blocks, x: Tensor, m: Matrix, backward: Callable) -> Tensor:
+    """The result, and after it the codes for the backward pass: a recomputation that ends with them makes both."""
+    tape, size = b.tape, b.w * b.n * m.outputs
+    out = Tensor(tape.alloc_kept(size) if m.inputs >= WIDE else tape.alloc(size))
+    return tape.link(out, [x], [tape.alloc(0)], backward)
 
 
 def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
@@ -86,7 +94,7 @@ def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
         tape.work.kernels += 1
     with tape.tagged("quantization"):
         rows = cast(m.inputs, m.name != "o_proj", m.name in SHARING)
-    out = tape.op(w * n * m.outputs, [x], [], backward, kept)
+    out = _made(b, x, m, backward)
     del rows
     return out
 

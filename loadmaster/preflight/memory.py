@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from loadmaster.preflight import dora, saved
+from loadmaster.preflight import dora
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.plan import MemoryGib, PeakGib
@@ -20,12 +20,9 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.shards import frozen_form, units, whole
 from loadmaster.preflight.step import Replayed, evaluation_batch, gradient_bytes, training_step
-from loadmaster.preflight.stepping import adafactor_bytes
+from loadmaster.preflight.trained import factored_bytes, widened_bytes
 from loadmaster.preflight.weights import base_bytes
 from loadmaster.preflight.zero import zero_bytes
-
-BUCKET_ELEMENTS = 2**28
-"""loadmaster.training.optimizer.BUCKET_ELEMENTS; a test holds the two equal."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +73,6 @@ def state_bytes(setup: Setup) -> float:
     return states[setup.optimizer] + (4.0 if setup.master_weights and setup.precision != "fp32" else 0.0)
 
 
-def tensors(shape: ModelShape, setup: Setup) -> list[int]:
-    """Elements of large tensors that are trained, in the order in which they are stepped; two layers stand for all."""
-    if setup.adapters:
-        adapters = [setup.lora_rank * size for m in shape.adapted(setup.lora_targets) for size in (m.inputs, m.outputs)]
-        return [*adapters, saved.largest(shape, setup.modules_to_save)]
-    experts = shape.experts * shape.expert_size * shape.hidden_size
-    top = shape.embedding_parameters
-    layer = [m.weight for m in shape.matrices()] + ([2 * experts, experts] if experts else [])
-    return [top, *layer, *layer, *([] if shape.tied else [top])]
-
-
 def step_bytes(shape: ModelShape, setup: Setup) -> float:
     """What the optimizer step takes besides states and gradients."""
     if setup.stage:
@@ -94,11 +80,9 @@ def step_bytes(shape: ModelShape, setup: Setup) -> float:
     if setup.in_backward:
         return 0.0  # the replay has it
     if setup.optimizer == "adafactor":
-        return adafactor_bytes([size / setup.shards for size in tensors(shape, setup)], setup.width)
+        return factored_bytes(shape, setup)
     if setup.master_weights and setup.width == 2 and setup.offload == "none":
-        trainable, largest = setup.trainable(shape) / setup.shards, max(tensors(shape, setup)) / setup.shards
-        # A bucket's gradients become fp32 (4 bytes) as their bf16 ones (2) go.
-        return (4 - 2) * min(trainable, max(BUCKET_ELEMENTS, largest))
+        return widened_bytes(shape, setup)
     return 0.0
 
 
@@ -110,6 +94,7 @@ def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
 def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> tuple[Bytes, Bytes]:
     """Peaks of the two halves of a steady step: forward and backward, and the optimizer step."""
     weights, gradients, local = resident(shape, setup)
+    weights += setup.width * local if hardware.is_cpu else 0.0  # the rehearsal's copy, which is on the host
     optimizer = zero_bytes(shape, setup).states if setup.stage else state_bytes(setup) * local
     if setup.offload != "none" and not hardware.is_cpu:
         optimizer = 0.0

@@ -47,11 +47,6 @@ def parameters(shape: ModelShape, named: Sequence[str]) -> int:
     return outside + shape.layers * layer_parameters(shape, named)
 
 
-def largest(shape: ModelShape, named: Sequence[str]) -> int:
-    """Parameters of the largest tensor of them."""
-    return shape.embedding_parameters if tables(shape, named) else shape.hidden_size if named else 0
-
-
 def refuse_unknown(shape: ModelShape, named: Sequence[str]) -> None:
     """Raises ConfigError for a name that this model has no such module for."""
     if unknown := [name for name in named if name not in names(shape)]:

@@ -203,13 +203,10 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
     units.top += tape.leaves[-1:] if norm.node is not None else []
     _stepped_alone(b, tape.leaves[-1:] if norm.node is not None else [])
     x = b.norm(x, norm, b.n)
-    # The decoder's own variables last as long as it runs. An input that goes to the host and needs no gradient stays.
-    here = tape.enabled and b.setup.checkpointing == "offload" and not tape.needs(embedded)
-    stays = embedded.storage if here else None
+    # The decoder's own variables last as long as it runs.
     del weights, layer, rotary, positions, ids, embedded
     rows = b.setup.tokens - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = gather(b, b.slice(x, 1.0), rows)
-    units.stays = stays
     loss = chunked_loss if b.setup.objective == "sft" else preference_loss
     return units.finish(loss(b, x, head, rows)), partial(_total, runs), units
 

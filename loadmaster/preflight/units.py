@@ -30,7 +30,6 @@ class Units:
     def __init__(self, b: Blocks):
         self.b, self.tape, self.sharded = b, b.tape, b.setup.shards > 1
         self.top: list[Leaf] = []
-        self.stays: Storage | None = None
         if not self.sharded:
             return
         b.tape.gradient_tag = "communication"  # whole gradients are on their way to their shards

@@ -68,6 +68,8 @@ class TrainingOptimizer:
             name, config, needs_fp32_moments=not self.masters and named_parameters[0][1].dtype != torch.float32
         )
         self.buckets = [self._bucket(group, make) for group in self.split(named_parameters)]
+        self._smallest_first = sorted(self.buckets, key=lambda bucket: sum(p.numel() for p in bucket.parameters))
+        """So the gradients of most are gone when those of a large embedding are there in two forms."""
 
     @staticmethod
     def split(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
@@ -120,7 +122,7 @@ class TrainingOptimizer:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update at rate `lr` and drop the gradients."""
-        for bucket in self.buckets:
+        for bucket in self._smallest_first:
             self._step(bucket, lr)
 
     def _step(self, bucket: _Bucket, lr: float) -> None:

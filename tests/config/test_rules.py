@@ -83,7 +83,8 @@ CASES = {
         ["export.formats=[gguf]"], "export.formats", "stop_after=export", ["export.formats=[gguf]", PLAN],
     ),
     "dora_reads_whole_weights": (
-        ["lora.dora=true", "method=qlora"], "lora.dora", "method=lora", ["lora.dora=true", "method=lora"],
+        ["lora.dora=true", "method=qlora"], "lora.dora", "method=lora",
+        ["lora.dora=true", "method=lora", "lora.dropout=0.05"],
     ),
     "qlora_is_not_fp8": (["method=qlora", "precision=fp8"], "precision", "precision=bf16", ["method=qlora"]),
     "fp8_products_take_sixteens": (

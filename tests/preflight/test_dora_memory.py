@@ -48,6 +48,22 @@ def test_replay_equals_a_trace_of_the_engine(family):
     assert weights == pytest.approx(weight_bytes(model), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3", pytest.param("gemma2", marks=pytest.mark.slow), "mixtral"])
+def test_dropout_is_replayed_as_the_engine_drops(family):
+    config = random_config(family, 0)
+    shape = from_config(config, family)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if family == "mixtral" else "all-linear"
+    cases = [Case(3000), Case(3000, "selective"), Case(3000, "full", accumulated=True)]
+    cases.append(Case(3000, "full", kept_layers=2))
+    for precision in ("bf16", "fp32")[: 1 if family == "mixtral" else 2]:
+        traced = traced_peaks(config, "lora", cases, targets=targets, precision=precision, dropout=0.1, dora=True)
+        for case, truth in zip(cases, traced, strict=True):
+            setup = setup_of(case, precision, lora_dropout=0.1, kept_layers=case.kept_layers,
+                             lora_targets=targets if isinstance(targets, str) else tuple(targets))  # fmt: skip
+            error = training_step(shape, setup, in_place=False).peak / truth - 1
+            assert abs(error) < TOLERANCE, f"{config} {precision} {case}: {error:+.3%} from the trace of {truth} bytes"
+
+
 @pytest.mark.parametrize("hardware", ["h100_80gb_x1", "h100_80gb_x8", "rtx4090_x1"])
 def test_a_plan_has_neither_few_bits_nor_cut_weights(hardware):
     args = ["recipe=auto", "model=llama3_1_8b", f"hardware={hardware}", "lora.dora=true", "stop_after=plan"]

@@ -9,6 +9,7 @@ import pytest
 
 from loadmaster import catalog
 from loadmaster.preflight import memory as model
+from loadmaster.preflight import trained
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.setup import Setup
@@ -134,7 +135,7 @@ def test_components_add_up_to_the_training_peak() -> None:
 
 
 def test_the_optimizer_bucket_is_the_engines() -> None:
-    assert model.BUCKET_ELEMENTS == optimizer.BUCKET_ELEMENTS
+    assert trained.BUCKET_ELEMENTS == optimizer.BUCKET_ELEMENTS
 
 
 def test_weights_gradients_and_states_that_are_offloaded_are_in_host_memory() -> None:

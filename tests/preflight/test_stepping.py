@@ -14,8 +14,9 @@ from loadmaster.models.adapters import trainable
 from loadmaster.models.forward import token_losses
 from loadmaster.models.load import DTYPES
 from loadmaster.models.recompute import checkpoint_activations
+from loadmaster.preflight import trained
 from loadmaster.preflight.config_json import from_config
-from loadmaster.preflight.memory import step_bytes, worst_micro_batch
+from loadmaster.preflight.memory import resident, step_bytes, worst_micro_batch
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
 from loadmaster.training import optimizer as optimizers
@@ -123,6 +124,38 @@ def test_what_adafactor_takes_besides_states_equals_a_trace(precision, vocabular
     shape = from_config(config, "llama")
     gradients = setup.width * shape.parameters
     assert traced_peak(step, model, optimizer) - gradients == pytest.approx(step_bytes(shape, setup), rel=0.001)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bucket", [2**28, 2**21])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_what_a_step_takes_besides_states_equals_a_trace(fused, monkeypatch, family, bucket, name) -> None:
+    """Under fp32 masters a gradient is in bf16 and in fp32 at once: of an embedding, 4 bytes an element and not 2."""
+    monkeypatch.setattr(optimizers, "BUCKET_ELEMENTS", bucket)
+    monkeypatch.setattr(trained, "BUCKET_ELEMENTS", bucket)
+    targets = ("q_proj", "o_proj") if family == "qwen3_moe" else "all-linear"
+    for tied in (True, False):
+        config = {**random_config(family, 1), "vocab_size": 32000, "tie_word_embeddings": tied}
+        shape = from_config(config, family)
+        for method, saved in (("full", ()), ("lora", ()), ("lora", ("embed_tokens",)), ("lora", ("lm_head", "norm"))):
+            setup = Setup(
+                method=method, precision="bf16", optimizer=name, master_weights=name == "adamw",
+                modules_to_save=saved, lora_targets=targets,
+            )  # fmt: skip
+            model = with_trained_part(_meta_model(config), setup)
+            named = trainable(model)
+            counted = sum(each.elements for each in trained.tensors(shape, setup))
+            assert counted == setup.trainable(shape) == sum(p.numel() for _, p in named)
+            optimizer = TrainingOptimizer(named, OptimizerConfig(weight_decay=0.1), name, name == "adamw")
+
+            def step(optimizer=optimizer) -> None:
+                for parameter in optimizer.parameters:
+                    parameter.grad = torch.empty_like(parameter)
+                optimizer.step(1e-3)
+
+            _, gradients, _ = resident(shape, setup)
+            truth = traced_peak(step, model, optimizer)
+            assert gradients + step_bytes(shape, setup) == pytest.approx(truth, rel=0.001), (tied, method, saved)
 
 
 def stepped(model: str, gpu: str, count: int, rows: int, **settings):

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -141,7 +143,7 @@ def test_what_fails_behind_the_loop_is_known_before_the_next_save_and_raised_by_
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ShardWriter, "_write_data", full_disk)
+    monkeypatch.setattr(ShardWriter, "_write_file", full_disk)
     checkpoints = Checkpoints(World(), Placed())
     checkpoints.save(tmp_path / "step-1", *trained, {"step": 1, "job_hash": "h"})
     deadline = time.monotonic() + 30
@@ -173,3 +175,29 @@ def test_a_rank_writes_several_files_so_that_none_has_to_be_put_together_whole(t
         p.data.zero_()
     Checkpoints(World(), Placed()).load(tmp_path / "step-1", *trained)
     assert all(torch.equal(p, b) for (_, p), b in zip(trained[0], before, strict=True))
+
+
+WRITING = """
+import resource, sys, torch
+import torch.distributed.checkpoint as dcp
+from pathlib import Path
+from loadmaster.training.shard_files import ShardWriter
+
+tensors = {str(i): torch.ones(2**23) for i in range(12)}  # 384 MiB
+taken = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+dcp.save({"small": torch.ones(4)}, storage_writer=ShardWriter(Path(sys.argv[1]) / "small"), no_dist=True)
+before = taken()
+dcp.save(tensors, storage_writer=ShardWriter(Path(sys.argv[1]) / "large"), no_dist=True)
+print(taken() - before)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_written_is_not_put_together_in_memory(tmp_path):
+    said = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WRITING, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout
+    assert int(said.splitlines()[-1]) < 64
+    (file,) = (tmp_path / "large").iterdir()
+    (tmp_path / "plain").touch()
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -21,7 +21,7 @@ from loadmaster.models import compiled, recompute
 from loadmaster.models.adapters import make_trainable, trainable, without_adapter
 from loadmaster.models.compiled import compile_layers
 from loadmaster.models.dora import row_norms
-from loadmaster.models.forward import token_losses, trained_logits
+from loadmaster.models.forward import causal_lm, token_losses, trained_logits
 from loadmaster.models.load import load_base, load_tokenizer, load_trained, random_model
 from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.training.batches import trained_tokens
@@ -110,6 +110,23 @@ def test_compiled_and_checkpointed_gradients_are_pefts(shape, checkpointing, mon
         assert loss == pytest.approx(other, rel=1e-5)
         for gradient, theirs in zip(gradients, others, strict=True):
             torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=5e-5)
+
+
+def test_dropout_is_on_the_adapters_input_and_the_base_runs_once():
+    model = make_trainable(random_model(QWEN, torch.float32, "cpu"), "lora", LoraConfig(rank=4, dora=True, dropout=0.5))
+    layer = causal_lm(model.train()).get_decoder().layers[0].self_attn.q_proj
+    shaken(layer.named_parameters())
+    weight, bias = layer.get_base_layer().weight, layer.get_base_layer().bias
+    a, b, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+    scale = layer.lora_magnitude_vector["default"].weight / (weight + scaling * b @ a).norm(dim=1)
+    x = torch.randn(1, 7, weight.shape[1])
+    for mode in (True, False):
+        torch.manual_seed(5)
+        found = layer.train(mode)(x)
+        torch.manual_seed(5)
+        dropped = torch.nn.functional.dropout(x, 0.5, training=mode)
+        expected = (x @ weight.T + scaling * dropped @ a.T @ b.T) * scale + bias
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,113 @@
+"""What is trained, tensor by tensor in the engine's order, and what stepping it takes beside states and gradients.
+
+Parameters are stepped by buckets, the smallest first, and a bucket's gradients go with it: when a large embedding is
+stepped, which is a bucket by itself, those of the layers are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+from loadmaster.preflight import saved
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import Matrix, ModelShape
+from loadmaster.preflight.stepping import adafactor_bytes
+
+BUCKET_ELEMENTS = 2**28
+"""loadmaster.training.optimizer.BUCKET_ELEMENTS; a test holds the two equal."""
+
+
+class Trained(NamedTuple):
+    elements: int
+    matrix: bool = True
+    """Or a vector: a bias, a norm."""
+
+
+def widened_bytes(shape: ModelShape, setup: Setup) -> float:
+    """At the most beside all gradients, in bf16, as AdamW steps fp32 masters: a gradient becomes fp32 (4 bytes) before
+    its bf16 one (2) goes."""
+    return _widened(tensors(shape, setup), BUCKET_ELEMENTS) / setup.shards
+
+
+@cache
+def _widened(trained: tuple[Trained, ...], filled: int) -> int:
+    most = done = 0
+    for bucket in _buckets(trained, filled):
+        size = 0
+        for each in bucket:
+            most = max(most, 2 * size + 4 * each.elements - 2 * done)
+            size += each.elements
+        done += size
+    return most
+
+
+def factored_bytes(shape: ModelShape, setup: Setup) -> float:
+    """The same of Adafactor, which has a matrix at a time in fp32."""
+    return _factored(tensors(shape, setup), BUCKET_ELEMENTS, setup.width) / setup.shards
+
+
+@cache
+def _factored(trained: tuple[Trained, ...], filled: int, width: int) -> float:
+    most = done = 0.0
+    for bucket in _buckets(trained, filled):
+        stepped = adafactor_bytes((each.elements for each in bucket if each.matrix), width)
+        most = max(most, stepped - width * done)
+        done += sum(each.elements for each in bucket)
+    return most
+
+
+def _buckets(trained: tuple[Trained, ...], filled: int) -> list[list[Trained]]:
+    """As the engine makes them (TrainingOptimizer.split), in the order in which they are stepped."""
+    found: list[list[Trained]] = [[]]
+    size = 0
+    for each in trained:
+        if found[-1] and size + each.elements > filled:
+            found.append([])
+            size = 0
+        found[-1].append(each)
+        size += each.elements
+    return sorted(found, key=lambda bucket: sum(each.elements for each in bucket))
+
+
+def tensors(shape: ModelShape, setup: Setup) -> tuple[Trained, ...]:
+    """Every trained tensor that is in the dtype of the rest."""
+    if setup.adapters:
+        return _beside(shape, setup.lora_rank, setup.lora_targets, setup.modules_to_save)
+    return _whole(shape)
+
+
+@cache
+def _whole(shape: ModelShape) -> tuple[Trained, ...]:
+    def layer(experts: bool) -> Iterator[Trained]:
+        for m in shape.matrices(experts):
+            yield from (Trained(m.weight), Trained(m.bias * m.outputs, False))
+        if experts:
+            expert = shape.experts * shape.expert_size * shape.hidden_size
+            yield from map(Trained, (2 * expert, expert, shape.experts * shape.hidden_size))
+        yield Trained(shape.norm_parameters, False)
+
+    return _around(shape, [list(layer(experts)) for experts in (False, True)], (*saved.TABLES, "norm"))
+
+
+@cache
+def _beside(shape: ModelShape, rank: int, targets: Any, named: tuple[str, ...]) -> tuple[Trained, ...]:
+    def adapter(m: Matrix) -> list[Trained]:
+        return [Trained(rank * m.inputs), Trained(rank * m.outputs)]
+
+    norms = Trained(saved.layer_parameters(shape, named), False)
+    layers = [[*(part for m in shape.adapted(targets, experts) for part in adapter(m)), norms]
+              for experts in (False, True)]  # fmt: skip
+    return _around(shape, layers, named)
+
+
+def _around(shape: ModelShape, kinds: Sequence[list[Trained]], named: Sequence[str]) -> tuple[Trained, ...]:
+    """The layers, dense or with experts, between embedding and head."""
+    count, table = saved.tables(shape, named), Trained(shape.embedding_parameters)
+    first = count > 0 and (shape.tied or "embed_tokens" in named)
+    found = [table] * first
+    for index in range(shape.layers):
+        found += kinds[shape.has_experts(index)]
+    found += [Trained(shape.hidden_size, False)] * ("norm" in named) + [table] * (count - first)
+    return tuple(each for each in found if each.elements)
