@@ -22,7 +22,6 @@ from torch import nn
 
 from loadmaster.models.forward import causal_lm, decoder_layers
 from loadmaster.models.loss import compile_loss
-from loadmaster.models.merged import MergeNarrowProducts
 from loadmaster.models.resolve import cache_root
 
 VARIANTS = 64
@@ -35,6 +34,8 @@ _opened: set[str] = set()
 
 def compile_layers(model: nn.Module) -> None:
     """Let every decoder layer run compiled, and the loss: when each is first called, forward and backward."""
+    from loadmaster.models.merged import MergeNarrowProducts  # the compiler takes two seconds to import
+
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.optimize_ddp = False  # it would split a layer's graph at the bounds of DDP's buckets
     # Norms' outputs and the product of gate and up are made again for the products that read them in the backward
