@@ -8,6 +8,7 @@ every kernel is assembled by ptxas, which comes with Triton. Nothing is run. Pri
 
     graphs    [[forward or backward or loss, kernels assembled]]
     bytes     that a token of a layer moves, in kernels that memory bounds: fused ones, and narrow products
+    backward  bytes of a token in use at once that a layer's backward pass makes
 
 The GPU is a stand-in at each place where inductor and Triton ask what it is. A CPU build of PyTorch brings no Triton;
 `make setup` puts one beside the environment, where nothing else finds it.
@@ -15,9 +16,11 @@ The GPU is a stand-in at each place where inductor and Triton ask what it is. A 
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib.util
 import json
+import math
 import re
 import sys
 import tempfile
@@ -161,6 +164,23 @@ def bytes_of(node: object) -> int:
     return node.get_read_write_buffers_sizes() if min(sizes) <= NARROW else 0
 
 
+def made(code: str) -> int:
+    """Most bytes at once of what generated code makes itself; what a reused or returned buffer holds goes on."""
+    held: dict[str, int] = {}
+    most = 0
+    for line in map(str.strip, code[code.index(" call(") :].splitlines()):
+        if new := re.match(r"(\w+) = empty_strided_cuda\((\(.*?\)), \(.*?\), torch\.(\w+)\)", line):
+            dtype = getattr(torch, new[3])
+            held[new[1]] = math.prod(ast.literal_eval(new[2])) * dtype.itemsize
+        elif again := re.match(r"(\w+) = (?:reinterpret_tensor\()?(\w+)\b.*; del \2\b", line):
+            held[again[1]] = held.pop(again[2], 0)
+        elif gone := re.match(r"del (.*)", line):
+            for name in gone[1].split("#")[0].split(","):
+                held.pop(name.strip(), None)
+        most = max(most, sum(held.values()))
+    return most
+
+
 def assembled(code: str, folder: Path) -> int:
     """How many kernels this code has; each is assembled in every form that a first run chooses from."""
     kernels = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.DOTALL)
@@ -192,7 +212,9 @@ def main(method: str, precision: str, capability: str, config: str = "{}") -> No
     torch.cuda.is_available = lambda: True
     with tempfile.TemporaryDirectory() as folder:
         found = [(kind, assembled(code, Path(folder))) for kind, code, _ in graphs]
-    print(json.dumps({"graphs": found, "bytes": round(sum(moved for *_, moved in graphs[:-1]) / TOKENS)}))
+    moved = sum(moved for *_, moved in graphs[:-1])
+    backward = next(code for kind, code, _ in graphs if kind == "backward")
+    print(json.dumps({"graphs": found, "bytes": round(moved / TOKENS), "backward": round(made(backward) / TOKENS)}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compiled layers as a GPU would run them, on a machine without one: every kernel is assembled for it, and what the
-kernels move is what the preflight counts. Nothing here says how fast they are, or that their numbers are right; the
-same graphs' numbers are held on a CPU (tests/training/test_compiled.py)."""
+kernels move, and have at once, is what the preflight counts. Nothing here says how fast they are, or that their numbers
+are right; the same graphs' numbers are held on a CPU (tests/training/test_compiled.py)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from loadmaster.config.schema import ModelConfig
+from loadmaster.preflight.compiled import in_backward_bytes
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.speed import bytes_moved
@@ -38,20 +39,18 @@ def generated(method: str, precision: str, capability: int, config: dict | None 
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def counted(method: str, precision: str) -> float:
+SHAPE = find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B"))
+
+
+def counted(setup: Setup) -> float:
     """Bytes of a token of a layer by the preflight, without what attention's own kernel reads and writes."""
-    shape = find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B"))
-    setup = Setup(
-        method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True,
-        sequence_length=TOKENS,
-    )  # fmt: skip
-    two, twelve = (replace(shape, layers=layers) for layers in (2, 12))
+    two, twelve = (replace(SHAPE, layers=layers) for layers in (2, 12))
     moved = [bytes_moved(each, training_step(each, setup).work, setup) for each in (two, twelve)]
-    attention = 2 * 2 * (2 * shape.query_size + 2 * shape.key_value_size)
+    attention = 2 * 2 * (2 * SHAPE.query_size + 2 * SHAPE.key_value_size)
     return (moved[1] - moved[0]) / 10 / TOKENS - attention
 
 
-DEQUANTIZED = 2 * (0.5 + 2) * find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B")).linear_weights / 32 / TOKENS
+DEQUANTIZED = 2 * (0.5 + 2) * SHAPE.linear_weights / SHAPE.layers / TOKENS
 """Of nf4 weights, in both passes, by bitsandbytes' own kernels."""
 
 
@@ -67,7 +66,13 @@ def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
     found = generated(method, precision, capability)
     assert [kind for kind, _ in found["graphs"]] == ["forward", "backward", "forward"]  # of a layer, and the loss
     assert sum(number for _, number in found["graphs"]) >= kernels
-    assert counted(method, precision) == pytest.approx(found["bytes"] + beside, rel=0.08)
+    setup = Setup(
+        method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True,
+        sequence_length=TOKENS,
+    )  # fmt: skip
+    assert counted(setup) == pytest.approx(found["bytes"] + beside, rel=0.08)
+    if setup.adapters:
+        assert in_backward_bytes(SHAPE, setup) == pytest.approx(found["backward"], rel=0.002)
 
 
 @pytest.mark.slow

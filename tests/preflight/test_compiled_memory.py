@@ -117,9 +117,9 @@ def test_what_layers_keep_too_much_of_is_in_use_in_their_own_backward_pass_alone
             job = replace(setup(), sequence_length=tokens, **changed)
             kept, peak = kept_bytes(shape, job) * 32 * tokens, training_step(shape, job).peak
             eager = training_step(shape, replace(job, compiled=False)).peak
-            assert kept < peak < eager and peak - kept < 300e6 + tokens * 100_000, (changed, tokens)
+            assert kept < peak < eager and peak - kept < 300e6 + tokens * 110_000, (changed, tokens)
             if tokens == 4096:  # the gated product's kernel, and the gradient of the layer's output
-                assert peak - kept >= tokens * ((11 if "precision" in changed else 10) * 14336 + 2 * 4096)
+                assert peak - kept >= tokens * ((12 if "precision" in changed else 10) * 14336 + 2 * 4096)
     full = replace(setup("full"), sequence_length=512)  # all gradients at the end are more than what any layer has
     assert training_step(shape, full).peak == training_step(shape, replace(full, compiled=False)).peak
 
