@@ -16,16 +16,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 NARROW = 256
 """Most columns of a product that is worth merging; ranks are at most that. Wider ones keep a GPU busy by themselves."""
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 MM, ADD, CAT = torch.ops.aten.mm.default, torch.ops.aten.add.Tensor, torch.ops.aten.cat.default
 PERMUTE, SLICE = torch.ops.aten.permute.default, torch.ops.aten.slice.Tensor
+AS_STRIDED = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
 
 
 class MergeNarrowProducts(CustomGraphPass):
@@ -37,7 +40,7 @@ class MergeNarrowProducts(CustomGraphPass):
         _sum(graph)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        return sha256(Path(__file__).read_bytes()).digest()  # not of its path, which another machine may not share
 
 
 def _size(node: fx.Node) -> tuple[int, int]:
@@ -59,18 +62,35 @@ def _is_narrow(size: int, beside: int) -> bool:
     return size <= NARROW and 4 * size <= beside
 
 
+def _is_bound_in_memory(node: fx.Node, strides: bool) -> bool:
+    """Whether this cannot be part of another tensor: it is read by address or, if `strides` differ, is a result."""
+    for user in node.users:
+        if user.op == "output":
+            seen = user.meta.get("user_visible_output_idxs", ()) if strides else ()
+            bound = any(user.args[0][index] is node for index in seen)
+        else:
+            view = user.target in VIEWS or getattr(user.target, "is_view", False)
+            bound = user.target in AS_STRIDED or (view and _is_bound_in_memory(user, strides))
+        if bound:
+            return True
+    return False
+
+
 def _share(graph: fx.Graph, shared: int) -> None:
     """Merge products of one left factor (shared 0) that have few columns, or of one right factor that have few rows."""
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in _products(graph, lambda m, k, n: _is_narrow(n, k) if shared == 0 else _is_narrow(m, n)):
-        groups[node.args[shared]].append(node)
+        if not _is_bound_in_memory(node, strides=shared == 0):
+            groups[node.args[shared]].append(node)
     own = 1 - shared
-    for factor, products in groups.items():
+    for products in groups.values():
+        factor = products[0].args[shared]  # now: it may be a product itself, merged since
         parts = [product.args[own] for product in products]
         turned = all(part.target is PERMUTE and list(part.args[1]) == [1, 0] for part in parts)
         sources = [part.args[0] for part in parts] if turned else parts  # as they lie in memory
-        place = _first_behind(graph, max([factor, *sources]))
-        early = _used_before(place, products)
+        read = [factor, *sources]
+        place = _first_behind(graph, max(read))
+        early = _used_before(place, products, read)
         if len(products) < 2 or early is None:
             continue
         for node in early:
@@ -90,13 +110,18 @@ def _share(graph: fx.Graph, shared: int) -> None:
             _replace(graph, product, result)
 
 
-def _used_before(place: fx.Node, products: list[fx.Node]) -> list[fx.Node] | None:
-    """What needs these results ahead of `place`, in order, where that is nothing but their transposes; else None."""
+def _used_before(place: fx.Node, products: list[fx.Node], read: list[fx.Node]) -> list[fx.Node] | None:
+    """What needs these results ahead of `place`, in order, where that is nothing but their transposes; else None.
+
+    None too where one of the products is made from another's result, which is among what they `read`.
+    """
+    if any(product in read for product in products):
+        return None
     early: set[fx.Node] = set()
     ahead = [user for product in products for user in product.users if user < place]
     while ahead:
         node = ahead.pop()
-        if node.target is not PERMUTE:
+        if node.target is not PERMUTE or node in read:
             return None
         early.add(node)
         ahead += [user for user in node.users if user < place]
@@ -105,10 +130,10 @@ def _used_before(place: fx.Node, products: list[fx.Node]) -> list[fx.Node] | Non
 
 def _sum(graph: fx.Graph) -> None:
     """Merge products with few terms in each sum whose results are added up anyway."""
-    groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    groups: dict[tuple[fx.Node, tuple[int, int]], list[fx.Node]] = defaultdict(list)
     for node in _products(graph, lambda m, k, n: _is_narrow(k, n)):
         if (total := _added_up_in(node)) is not None:
-            groups[total].append(node)
+            groups[total, _size(node)].append(node)
     for products in groups.values():
         if len(products) < 2:
             continue
@@ -141,6 +166,8 @@ def _adds_two_alike(node: fx.Node) -> bool:
     if not all(isinstance(arg, fx.Node) for arg in node.args) or node.args[0] is node.args[1]:
         return False
     first, second = (arg.meta["val"] for arg in node.args)
+    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):  # a size that varies
+        return False
     return first.shape == second.shape and first.dtype == second.dtype
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch._inductor.config
@@ -10,9 +12,11 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from loadmaster.config.schema import LoraConfig
 from loadmaster.models import compiled
+from loadmaster.models import merged as merged_file
 from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.load import random_model
 from loadmaster.models.merged import MM, MergeNarrowProducts
@@ -101,9 +105,10 @@ def test_losses_and_gradients_stay_those_of_plain_layers(shape, form, method, lo
             torch.testing.assert_close(gradient, other, rtol=1e-4, atol=2e-4)
 
 
-def merged(function, *inputs: Tensor) -> tuple[int, int]:
+def merged(function, *inputs: Tensor, visible: tuple[int, ...] = ()) -> tuple[int, int]:
     """Products before and after; and the function's results stay what they were."""
     traced = make_fx(function, tracing_mode="fake")(*inputs)
+    traced.graph.output_node().meta["user_visible_output_idxs"] = visible  # as inductor's have it
     before = products(traced.graph)
     merge(traced.graph)
     traced.graph.lint()
@@ -145,6 +150,34 @@ def test_a_product_that_waits_for_another_of_the_same_input_is_not_merged_with_i
     assert merged(function, X, A) == (2, 2)
 
 
+def test_a_product_that_is_another_ones_factor_as_it_is_or_transposed_twice_is_not_merged_with_it() -> None:
+    assert merged(lambda x, a: x @ (x @ a), WIDE, A) == (2, 2)
+    assert merged(lambda x, a: x @ turned(turned(x @ turned(a))), WIDE, A.t().contiguous()) == (2, 2)
+    assert merged(lambda x, a: x @ turned((a @ x).t()).t(), WIDE, A.t().contiguous()) == (2, 2)
+
+
+def test_what_shares_a_product_that_was_itself_merged_is_merged() -> None:
+    def function(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple:
+        inner = x @ a
+        return inner @ c, inner @ d, x @ b
+
+    assert merged(function, random(40, 256), random(256, 64), random(256, 8), A, C) == (4, 2)
+
+
+def test_results_that_callers_see_keep_how_they_lie_in_memory() -> None:
+    assert merged(lambda x, a, b: (x @ a, (x @ b).view(5, 8, 4)), X, A, C, visible=(1,)) == (2, 2)
+    assert merged(lambda x, a, b: (x @ a, x @ b), X, A, C, visible=(0,)) == (2, 2)
+    rows = (random(8, 40), random(4, 40))
+    assert merged(lambda x, g, h: (g @ x, h @ x), X, *rows, visible=(0, 1)) == (2, 1)  # which lie as they did
+
+
+def test_results_that_are_read_by_address_are_left_alone() -> None:
+    def function(x: Tensor, g: Tensor, h: Tensor) -> tuple:
+        return g @ x, (h @ x).view(-1).as_strided((16,), (2,), 1)
+
+    assert merged(function, X, random(8, 40), random(4, 40)) == (2, 2)
+
+
 def test_what_is_only_transposed_before_the_other_is_there_moves_behind_it() -> None:
     def function(x: Tensor, g: Tensor, h: Tensor) -> tuple:
         first = turned(turned(g) @ x)
@@ -179,6 +212,28 @@ def test_terms_of_one_sum_are_merged_and_what_is_used_elsewhere_stays() -> None:
     assert merged(lambda x, g, a, h, b: (x + g @ a) + h @ b, double, g, a, h, b) == (2, 2)
 
 
+def test_terms_of_other_shapes_that_are_views_in_one_sum_are_not_merged() -> None:
+    g, a, h, b = random(40, 8), random(8, 64), random(20, 8), random(8, 128)
+    assert merged(lambda x, g, a, h, b: (x + g @ a).view(20, 128) + h @ b, X, g, a, h, b) == (2, 2)
+    pair = (random(20, 4), random(4, 128))
+    assert merged(lambda x, g, a, h, b, i, c: (x + g @ a).view(20, 128) + h @ b + i @ c, X, g, a, h, b, *pair) == (3, 2)
+
+
+def test_a_size_that_varies_is_no_term() -> None:
+    graph = fx.Graph()
+    with torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        size = mode.shape_env.create_unbacked_symint()
+        g, a = torch.empty(40, 8), torch.empty(8, 64)
+    inputs = {name: graph.placeholder(name) for name in "gan"}
+    for node, value in zip(inputs.values(), (g, a, size), strict=True):
+        node.meta["val"] = value
+    product = graph.call_function(MM, (inputs["g"], inputs["a"]))
+    product.meta["val"] = g @ a
+    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (product, inputs["n"])))
+    merge(graph)
+    assert products(graph) == 1
+
+
 def test_sums_of_three_terms_leave_one_product() -> None:
     g, a = random(40, 8), random(8, 64)
     terms = [t.clone() for t in (g, a, g + 1, a + 1, g + 2, a + 2)]
@@ -190,3 +245,13 @@ def test_the_compilers_cache_knows_another_version_of_the_pass() -> None:
     compiled.compile_layers(adapted(SHAPE, None, "lora", False))
     installed = torch._inductor.config.post_grad_custom_pre_pass
     assert isinstance(installed, MergeNarrowProducts) and len(installed.uuid()) >= 16
+
+
+def test_the_compilers_cache_knows_the_pass_where_loadmaster_lies_elsewhere(tmp_path, monkeypatch) -> None:
+    here = merge.uuid()
+    elsewhere = tmp_path / "merged.py"
+    elsewhere.write_bytes(Path(merged_file.__file__).read_bytes())
+    monkeypatch.setattr(merged_file, "__file__", str(elsewhere))
+    assert merge.uuid() == here
+    elsewhere.write_bytes(b"another")
+    assert merge.uuid() != here
