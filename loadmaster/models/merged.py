@@ -7,7 +7,7 @@ wide, which costs what it takes to read the input [T, h] once. In a layer with a
     gradients   dA_i = dh_i^T x               one product of all dh beside one another: the same
                 dx += sum of dh_i A_i         one product of both: 2 results [T, h] to write and read, not 5
 
-which is 7% of the memory traffic of such a layer (docs/training.md). The compiler itself joins only what is
+which is 8% of the memory traffic of such a layer (docs/training.md). The compiler itself joins only what is
 elementwise. This is a pass over its graphs and changes no module: eager layers, checkpoints and what an adapter is
 saved as stay what they are. Sums are the same numbers, rounded once instead of after each term.
 """
