@@ -31,8 +31,9 @@ from loadmaster.preflight.speed import tokens_per_second
 FITTED = (
     ("efficiency", "matmul"), ("efficiency", "half_size"), ("efficiency", "attention"), ("efficiency", "memory"),
     ("efficiency", "launch_us"), ("efficiency", "fp8_matmul"), ("efficiency", "fp8_row_matmul"),
-    ("compiled", "traffic"), ("compiled", "kernels"),
+    ("compiled", "kernels"),
 )  # fmt: skip
+"""What only a card can tell; what compiled layers move is read off their code (tests/models/test_gpu_code.py)."""
 FACTORS = (0.8, 0.9, 0.97, 1.03, 1.1, 1.25)
 ROUNDS = 60
 Row = tuple[ModelShape, Hardware, Setup, dict[str, Any]]
@@ -95,7 +96,7 @@ def fit_memory(rows: list[Row]) -> dict[str, tuple[float, float, float]]:
     share = [m["peak_reserved_gib"] / m["peak_allocated_gib"] - 1 for *_, m in rows]
     workspaces = []
     for shape, hardware, setup, measured in rows:
-        if setup.compiled:  # its memory is counted as if eager
+        if setup.compiled:  # what its kernels take inside themselves is not counted
             continue
         replayed = peaks(hardware, train_bytes(shape, hardware, setup).total).allocated
         workspaces.append(measured["peak_allocated_gib"] - replayed + value("context", "cublas_workspace_gib"))

@@ -43,6 +43,7 @@ def test_a_run_whose_terminal_closes_saves_a_checkpoint_and_the_same_command_goe
     assert "checkpoint saved" in again.said and "stopped on request" in again.said
 
 
+@pytest.mark.slow
 def test_what_nohup_starts_trains_to_its_end_without_its_terminal(tiny, tmp_path):
     """And writes to a terminal that is gone, where a shell has SIGHUP ignored and redirects nothing."""
     there = OnTerminal(command(*words(tiny, 60)), tmp_path, nohup=True)

@@ -70,7 +70,7 @@ def test_a_serving_plan_is_whole_in_a_pipe_narrower_than_its_tables(monkeypatch,
     monkeypatch.setenv("COLUMNS", "50")
     assert plan_serving_command(["model=llama3_1_8b"]) == 0
     said = capsys.readouterr().out
-    assert "…" not in said and "10,154,608 │ 1,239.6 │   26,440 │   54.32 │    69.12 │ 0.57" in said
+    assert "…" not in said and "10,154,608 │ 1,239.6 │   26,317 │   54.32 │    69.12 │ 0.57" in said
 
 
 def test_in_a_narrow_terminal_text_and_headings_wrap_and_figures_do_not() -> None:

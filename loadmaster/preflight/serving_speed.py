@@ -91,7 +91,7 @@ class Speed:
     def step_s(self, traffic: Traffic, answers: float) -> float:
         """One token for each of so many running answers."""
         read = self.weight_bytes + answers * traffic.mean_cached_tokens * self.bytes_per_token
-        reading = read / (self.hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
+        reading = read / (self.hardware.bandwidth_gb_per_s * 1e9 * value("serving", "bandwidth"))
         return STEP_S + reading + self.all_reduces_s(answers)
 
     def first_token_s(self, traffic: Traffic) -> float:

@@ -58,6 +58,7 @@ def exported(run: Run, monkeypatch) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_every_figure_and_check_is_that_of_a_model_on_one_device(exported, tmp_path, monkeypatch):
     folders = {name: exported.folder / "export" / name for name in ("bf16", "adapter", "fp8")}
     formats = {name: [Candidate(name, str(folder), name == "adapter")] for name, folder in folders.items()}

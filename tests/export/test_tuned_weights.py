@@ -104,6 +104,7 @@ def weak(tmp_path_factory, tokenizer):
         return {(one.name, name): verification.of(name, [one]) for name, found in every.items() for one in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE_BY)
 def test_a_weak_fine_tune_that_was_applied_passes(weak, name):
     figures = weak["applied", name]
@@ -114,6 +115,7 @@ def test_a_weak_fine_tune_that_was_applied_passes(weak, name):
     assert abs(found["share"] - 1) < 0.1 and 0 < found["standard_error"] < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE_BY)
 def test_one_that_was_left_out_is_caught_by_name_and_by_nothing_else(weak, name):
     figures = weak["left out", name]
@@ -123,6 +125,7 @@ def test_one_that_was_left_out_is_caught_by_name_and_by_nothing_else(weak, name)
     assert abs(figures["tuned_weights"]["share"]) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE_BY)
 def test_one_that_was_left_out_of_one_matrix_is_caught_by_its_name(weak, name):
     found = thresholds.failures(weak["left out of one matrix", name], LIMITS)

@@ -138,6 +138,7 @@ def test_a_node_that_fails_ends_the_cluster_though_the_first_one_hangs(place, mo
     assert nothing_left(place.fake) and "[1] ended with exit code 7" in place.said
 
 
+@pytest.mark.slow
 def test_a_node_that_vanishes_is_an_error_with_the_log_saved(place):
     def kill():
         wait_until(lambda: "token is" in place.said)
