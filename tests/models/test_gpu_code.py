@@ -23,7 +23,6 @@ from tests.gpu_code import TOKENS
 
 SCRIPT = Path(__file__).parents[1] / "gpu_code.py"
 A100, ADA, H100, B200 = 80, 89, 90, 100
-QWEN3 = {"model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728}
 GEMMA3 = {
     "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024,
@@ -76,7 +75,7 @@ def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [QWEN3, GEMMA3], ids=lambda config: config["model_type"])
-def test_other_families_assemble_too(config: dict) -> None:
-    found = generated("lora", "bf16", H100, config)
+def test_another_family_assembles_too() -> None:
+    """With norms of q and k, four of a layer, and windows."""
+    found = generated("lora", "bf16", H100, GEMMA3)
     assert min(number for _, number in found["graphs"]) >= 1
