@@ -147,3 +147,21 @@ def test_runs_that_were_measured_on_a_card_stand_beside_the_replay_as_it_is_now(
     assert len(compiled) == 4 and all(0 < share < 0.1 for share in compiled)
     speeds = [predicted[run.name][1] / run.tokens_per_second - 1 for run in sketch]
     assert len(recast) == 2 and all(abs(share) < 0.15 for share in speeds)
+
+
+@pytest.mark.slow
+def test_every_precision_whose_losses_are_compared_trains(tiny, tmp_path, monkeypatch, capsys) -> None:
+    script, rows = load("loss_bands"), tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"instruction": f"Count to {n}.", "output": "1, 2 and on."} for n in range(40)]))
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "WINDOW", 1)
+    monkeypatch.setattr(
+        sys, "argv", ["loss_bands.py", "--data", str(rows), "--model", str(tiny), "--steps", "2", "--length", "64"]
+    )
+    script.main()
+    (told,) = tmp_path.glob("loss_bands-*.json")
+    runs = {run["name"]: run for run in json.loads(told.read_text())["runs"]}
+    assert list(runs) == [run["name"] for run in script.RUNS]
+    assert all(math.isfinite(loss) for run in runs.values() for loss in run["losses"])
+    held = {name: run["held_out_before"] for name, run in runs.items()}
+    assert len(set(held.values())) == 6  # fp32, bf16, an FP8 base, its products too, nf4, and all products in FP8
