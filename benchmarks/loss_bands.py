@@ -99,7 +99,7 @@ def trained(run: dict[str, Any], given: argparse.Namespace, device: torch.device
     before, losses, began = held_out(session, data.validation), [], time.perf_counter()
     for step in range(1, given.steps + 1):
         picked = [data.train[order[(step * given.rows + i) % len(order)]] for i in range(given.rows)]
-        lr = learning_rate(step, given.steps, job.optimizer)
+        lr = learning_rate(step, given.steps, job.optimizer, job.optimizer.lr)
         loss, _ = session.gradients(session.split(picked), max(1, sum(map(trained_tokens, picked))), lr)
         session.optimizer.step(lr)
         losses.append(round(loss.item(), 6))

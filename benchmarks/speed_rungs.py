@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, LoraConfig, ModelConfig, OptimizerConfig
 from loadmaster.data import packed_rows
 from loadmaster.models.compiled import CompileCache, graphs_compiled
@@ -117,7 +118,7 @@ def run(rung: dict[str, Any]) -> dict[str, Any]:
 def measure(session: Session, rung: dict[str, Any]) -> dict[str, Any]:
     plan, device = session.plan, session.device
     size, warm_up, steps = plan.micro_batch_size, rung["warm_up"], rung["steps"]
-    rows = rows_of(rung, size * (warm_up + steps))
+    rows, lr = rows_of(rung, size * (warm_up + steps)), peak_rate(session.job, plan.method)
     seconds, tokens, trained, places, compiled = [], 0, 0, 0, 0
     loss = torch.zeros(())
     for index in range(warm_up + steps):
@@ -128,8 +129,8 @@ def measure(session: Session, rung: dict[str, Any]) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         batches = session.split(picked)
-        loss, _ = session.gradients(batches, max(1, sum(map(trained_tokens, picked))), session.job.optimizer.lr)
-        session.optimizer.step(session.job.optimizer.lr)
+        loss, _ = session.gradients(batches, max(1, sum(map(trained_tokens, picked))), lr)
+        session.optimizer.step(lr)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import STAGES, EndpointConfig, Job
 from loadmaster.config.validate import to_dict
 from loadmaster.files import sha256_json
@@ -57,7 +58,7 @@ def stage_inputs_hash(job: Job, stage: str) -> str:
 
     What only says how work is spread counts in the plan stage alone.
     """
-    values = to_dict(job)
+    values = _inputs(job)
     for name, before in SINCE.items():
         *section, field = name.split(".")
         held = _value(values, section[0]) if section else values
@@ -72,8 +73,16 @@ def stage_inputs_hash(job: Job, stage: str) -> str:
 
 def differing(job: Job, other: Job) -> list[str]:
     """Fields that shape the trained weights and that two jobs set otherwise, each with both values."""
-    mine, theirs = (_leaves({name: to_dict(each)[name] for name in STAGE_FIELDS["plan"]}) for each in (job, other))
+    mine, theirs = (_leaves({name: _inputs(each)[name] for name in STAGE_FIELDS["plan"]}) for each in (job, other))
     return [f"{name} is {theirs[name]} there and {mine[name]} here" for name in mine if mine[name] != theirs.get(name)]
+
+
+def _inputs(job: Job) -> dict[str, Any]:
+    """The job's fields, with a learning rate left open as the number that it is."""
+    values = to_dict(job)
+    if job.method != "auto":
+        values["optimizer"]["lr"] = peak_rate(job, job.method)
+    return values
 
 
 def _leaves(values: dict[str, Any], section: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from loadmaster.config.compose import read_job
+from loadmaster.config.rates import peak_rate
 from loadmaster.endpoint.model_card import model_card
 from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
@@ -65,9 +66,8 @@ def push(
         raise ExportRejected(f"{what.folder} has not passed verification against the trained model: export it again.")
     what = Push(what.folder, manifest, repository, private)
     hub = Hub(repository)
-    card = model_card(
-        manifest, repository, _job_facts(run_dir), None if dry_run else hub.licence(manifest["base_model"]["name"])
-    )
+    licence = None if dry_run else hub.licence(manifest["base_model"]["name"])
+    card = model_card(manifest, repository, _job_facts(run_dir, manifest), licence)
     echo(f"{hub.url} ({'private' if private else 'public'}), {manifest['format']}:")
     for path in what.paths:
         echo(f"  {what.bytes_of(path) / 1e6:10.2f} MB  {path}")
@@ -198,15 +198,15 @@ class Hub:
         return text.replace(self._token, "***") if self._token else text
 
 
-def _job_facts(run_dir: Path) -> dict[str, Any]:
+def _job_facts(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What the card says of the job besides the manifest; nothing where config.yaml is gone."""
     if not (run_dir / "config.yaml").is_file():
         return {}
     job = read_job(run_dir / "config.yaml", to_run=False).job
-    path = job.data.path
+    path, lr = job.data.path, peak_rate(job, (manifest.get("plan") or {}).get("method", job.method))
     shown = [_without_folders(each) for each in ([path] if isinstance(path, str) else path)]
     return {
-        "data": shown, "epochs": job.epochs, "max_steps": job.max_steps, "lr": job.optimizer.lr,
+        "data": shown, "epochs": job.epochs, "max_steps": job.max_steps, "lr": lr,
         "sequence_length": job.sequence_length, "global_batch": job.batch.global_size, "lora": job.lora,
         "task": job.evaluation.task, "seed": job.seed,
     }  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster import catalog
+from loadmaster.config.rates import FAR, usual_rate
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
 from loadmaster.preflight.coefficients import coefficients
@@ -121,6 +122,7 @@ def reasons(
     kept = setup.master_weights or setup.optimizer == "adamw_bf16"  # that one rounds stochastically
     if setup.method == "full" and setup.precision != "fp32" and not kept:
         said.append("without fp32 master weights, updates smaller than a bf16 weight's spacing are lost")
+    said += about_rate(job, setup.method)
     if setup.adapters and in_some_layers_only(shape, setup.lora_targets):
         said.append(f"lora.targets adapts some layers only and was counted in all {shape.layers}: less is needed")
     if setup.offload != "none":
@@ -159,6 +161,19 @@ def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
     size = f"{'up to ' if mean_rows(job, dataset_tokens) < most else ''}{most} x {job.sequence_length:,} tokens"
     rows = f"{count:,} step{'s' if count > 1 else ''} of {size}"
     return [f"the hours are those of {rows}: {whole} of {named}{shown}"]
+
+
+def about_rate(job: Job, method: str) -> list[str]:
+    """The learning rate where it was left open, or is far from what this method usually takes."""
+    usual, given = usual_rate(job, method), job.optimizer.lr
+    trained = f"{method} and objective={job.objective}"
+    if given == "auto":
+        return [f"learning rate {usual:g}, the usual one of {trained}: optimizer.lr=auto"]
+    times = given / usual
+    if job.objective != "sft" or 1 / FAR < times < FAR:
+        return []
+    than = f"{times:,.0f} times" if times > 1 else f"1/{1 / times:,.0f} of"
+    return [f"optimizer.lr={given:g} is {than} the usual learning rate of {trained}: optimizer.lr=auto takes {usual:g}"]
 
 
 def about_answers(job: Job, shape: ModelShape, chosen: Candidate) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loadmaster import catalog
+from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
 from loadmaster.preflight import saved, targets
 from loadmaster.preflight.config_json import find_shape
@@ -86,6 +87,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         checkpointed_layers=shape.layers - setup.kept_layers if setup.kept_layers else None,
         optimizer=setup.optimizer,
         master_weights=setup.master_weights,
+        learning_rate=peak_rate(job, setup.method),
         micro_batch_size=setup.micro_batch_size,
         gradient_accumulation_steps=setup.gradient_accumulation_steps,
         sequence_length=setup.sequence_length,

@@ -123,6 +123,8 @@ class Plan:
     """Decoder layers run compiled."""
     checkpointed_layers: int | None = None
     """activation_checkpointing full: so many of the first decoder layers, where the others are not; None: all."""
+    learning_rate: float | None = None
+    """At its peak: optimizer.lr, or what auto stands for (loadmaster.config.rates)."""
     optimizer_in_backward: bool = False
     """Each layer is stepped, and its gradients dropped, inside the backward pass (loadmaster.training.in_backward)."""
     peak_gib: PeakGib | None = None

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, MicroBatch, PreparedData
 from loadmaster.errors import StoppedOnRequest, TrainingFailed
@@ -117,7 +118,7 @@ def train(
         _stop_if(stopping(), "before the first step")
         watch.at(0, "rehearse")
         kernel = stack.enter_context(attention_kernel(session, display.echo))
-        lr = learning_rate(1, steps, job.optimizer)
+        lr = learning_rate(1, steps, job.optimizer, peak_rate(job, plan.method))
         rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr, display.echo)
         display.echo(
             f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
@@ -171,7 +172,7 @@ def train(
                 total_trained = sum(trained_tokens(r) for r in picked)
                 batches, count = session.split(picked), max(1, sum(losses(r, job.objective) for r in picked))
                 input_s += time.perf_counter() - began
-                lr = learning_rate(step, steps, job.optimizer)
+                lr = learning_rate(step, steps, job.optimizer, peak_rate(job, plan.method))
                 loss, norm = session.gradients(batches, count, lr)
                 row = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
                 if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
 from loadmaster.data import PackedRow
 from loadmaster.models.frozen import frozen_form
@@ -56,11 +57,11 @@ def measure(job: Job, plan: Plan, config: dict[str, Any], steps: int = 5, warm_u
     count = plan.micro_batch_size * plan.gradient_accumulation_steps
     rows = random_rows(count, length, base.config.get_text_config().vocab_size, document)
     batches, terms = session.split(rows), sum(losses(row, job.objective) for row in rows)
-    seconds = []
+    seconds, lr = [], peak_rate(job, plan.method)
     for _ in range(warm_up + steps):
         start = time.perf_counter()
-        loss, _ = session.gradients(batches, terms, job.optimizer.lr)
-        session.optimizer.step(job.optimizer.lr)
+        loss, _ = session.gradients(batches, terms, lr)
+        session.optimizer.step(lr)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)

@@ -263,18 +263,19 @@ def _place(value: Tensor, target: Tensor, key: str, optimizer: torch.optim.Optim
 
 
 def _factory(name: str, config: OptimizerConfig, needs_fp32_moments: bool) -> Callable:
+    """Makes an optimizer of its groups; each step brings its rate (`TrainingOptimizer.step`)."""
     betas, eps = (config.beta1, config.beta2), config.eps
     if name == "adamw" and not needs_fp32_moments:
-        return lambda groups: torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=eps, fused=True)
+        return lambda groups: torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
     if name == "adamw_bf16":
         from torchao.optim import _AdamW
 
-        return lambda groups: _AdamW(groups, lr=config.lr, betas=betas, eps=eps, bf16_stochastic_round=True)
+        return lambda groups: _AdamW(groups, lr=0.0, betas=betas, eps=eps, bf16_stochastic_round=True)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
         return lambda groups: Adafactor(
-            groups, lr=config.lr, scale_parameter=False, relative_step=False, warmup_init=False
+            groups, lr=0.0, scale_parameter=False, relative_step=False, warmup_init=False
         )
     import bitsandbytes as bnb
 
@@ -283,4 +284,4 @@ def _factory(name: str, config: OptimizerConfig, needs_fp32_moments: bool) -> Ca
         "adamw_8bit": bnb.optim.AdamW8bit,
         "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
     }[name]
-    return lambda groups: kind(groups, lr=config.lr, betas=betas, eps=eps)
+    return lambda groups: kind(groups, lr=0.0, betas=betas, eps=eps)

@@ -7,19 +7,19 @@ import math
 from loadmaster.config.schema import Job, OptimizerConfig
 
 
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Rate of optimizer step `step` (1-based): a linear rise over the warm-up, then the schedule.
+def learning_rate(step: int, steps: int, config: OptimizerConfig, peak: float) -> float:
+    """Rate of optimizer step `step` (1-based): a linear rise to `peak` over the warm-up, then the schedule.
 
     The schedule reaches its end where the step after the last one would be, so that the last one still trains.
     """
     warmup = math.ceil(config.warmup_ratio * steps)
     if step <= warmup:
-        return config.lr * step / warmup
+        return peak * step / warmup
     if config.schedule == "constant":
-        return config.lr
+        return peak
     progress = (step - warmup) / (steps - warmup + 1)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * max(0.0, shape))
+    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * max(0.0, shape))
 
 
 def checkpoint_interval(job: Job, steps: int) -> int:

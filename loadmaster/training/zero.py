@@ -221,7 +221,7 @@ def adamw(
         decay = config.weight_decay if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 else 0.0
         groups.setdefault((decay, b_lr_ratio if ".lora_B." in name else 1.0), []).append(parameter)
     made = [{"params": held, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), held in groups.items()]
-    return torch.optim.AdamW(made, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return torch.optim.AdamW(made, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 class ZeroOptimizer:

@@ -6,7 +6,7 @@ import pytest
 
 from loadmaster.config.compose import compose
 from loadmaster.config.fields import fields
-from loadmaster.config.jobhash import NOT_INPUTS, SPREAD, STAGE_FIELDS, job_hash, stage_inputs_hash
+from loadmaster.config.jobhash import NOT_INPUTS, SPREAD, STAGE_FIELDS, differing, job_hash, stage_inputs_hash
 from loadmaster.config.schema import STAGES, Job
 
 
@@ -72,3 +72,13 @@ def test_runs_made_before_a_field_existed_are_gone_on_with(recipe: str, begins: 
 def test_modules_to_save_are_a_set():
     hashes = {job_hash(job(f"lora.modules_to_save=[{names}]")) for names in ("norm,lm_head", "lm_head,norm,norm")}
     assert len(hashes) == 1 and job_hash(job()) not in hashes
+
+
+def test_a_learning_rate_that_is_left_open_is_the_number_that_it_is():
+    for method, rate in (("lora", "2e-4"), ("full", "1e-5")):
+        opened = ["recipe=auto", f"method={method}"]
+        left, given = job(*opened), job(*opened, f"optimizer.lr={rate}")
+        assert job_hash(left) == job_hash(given) and differing(left, given) == []
+    left, given = job("recipe=auto"), job("recipe=auto", "optimizer.lr=2e-4")  # 1e-5, if the plan is to train it whole
+    assert job_hash(left) != job_hash(given)
+    assert differing(given, left) == ["optimizer.lr is auto there and 0.0002 here"]

@@ -82,7 +82,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
          "seed=42 is the default"),
         ("seed=9223372036854775808", "seed", "below 9223372036854775808", "seed=42 is the default"),
         ("sequence_length=1", "sequence_length", "must be an integer of at least 2", "sequence_length=2048"),
-        ("optimizer.lr=nan", "optimizer.lr", "must be a number above 0", "optimizer.lr=0.0002 is the default"),
+        ("optimizer.lr=nan", "optimizer.lr", "must be a number above 0, or auto", "optimizer.lr=auto is the default"),
         ("optimizer.warmup_ratio=3", "optimizer.warmup_ratio", "must be a number from 0 to 1",
          "optimizer.warmup_ratio=0.03 is the default"),
         ("data.validation=1.5", "data.validation", "must be text, a number above 0 and below 1, or null",

@@ -263,6 +263,20 @@ def test_auto_prefers_the_most_faithful_method_that_fits() -> None:
     assert chosen.method in ("lora", "qlora") and any("more faithful" in reason for reason in chosen.reasons)
 
 
+def test_a_rate_that_is_left_open_is_that_of_the_method_which_the_plan_took() -> None:
+    for gpu, method, rate in (("a100_80gb", "full", 1e-5), ("rtx4090", "lora", 2e-4)):
+        plan = make_plan(job(LLAMA + "8B", "auto", gpu))
+        assert (plan.method, plan.learning_rate) == (method, rate)
+        assert any(f"learning rate {rate:g}" in reason for reason in plan.reasons)
+
+
+def test_a_rate_for_another_method_is_said() -> None:
+    for method, rate, said in (("full", 2e-4, "20 times"), ("lora", 1e-5, "1/20 of"), ("full", 1e-4, None)):
+        written = replace(job(LLAMA + "8B", method, "h200"), optimizer=OptimizerConfig(lr=rate))
+        notes = [reason for reason in make_plan(written).reasons if "learning rate" in reason]
+        assert [f"is {said} the usual" in note for note in notes] == ([True] if said else [])
+
+
 def test_rented_memory_is_used_for_speed() -> None:
     chosen = plan(LLAMA + "8B", "qlora", "h100_80gb")
     saving = plan(LLAMA + "8B", "qlora", "h100_80gb", plan=PlanConfig(objective="memory"))

@@ -21,16 +21,16 @@ STEPS = 99
     ],
 )
 def test_rate_rises_then_follows_its_schedule(schedule, step, expected):
-    config = OptimizerConfig(lr=1.0, schedule=schedule, warmup_ratio=0.1)
-    assert learning_rate(step, STEPS, config) == pytest.approx(expected, abs=1e-12)
+    config = OptimizerConfig(schedule=schedule, warmup_ratio=0.1)
+    assert learning_rate(step, STEPS, config, 1.0) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_last_step_still_trains(schedule):
-    config = OptimizerConfig(lr=1.0, schedule=schedule, warmup_ratio=0.1)
-    assert 0 < learning_rate(STEPS, STEPS, config) < learning_rate(STEPS - 1, STEPS, config)
+    config = OptimizerConfig(schedule=schedule, warmup_ratio=0.1)
+    assert 0 < learning_rate(STEPS, STEPS, config, 1.0) < learning_rate(STEPS - 1, STEPS, config, 1.0)
 
 
 def test_rate_falls_to_the_floor():
-    config = OptimizerConfig(lr=2.0, warmup_ratio=0, min_lr_ratio=0.1)
-    assert learning_rate(STEPS + 1, STEPS, config) == pytest.approx(0.2)
+    config = OptimizerConfig(warmup_ratio=0, min_lr_ratio=0.1)
+    assert learning_rate(STEPS + 1, STEPS, config, 2.0) == pytest.approx(0.2)
