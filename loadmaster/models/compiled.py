@@ -37,6 +37,8 @@ def compile_layers(model: nn.Module) -> None:
     from loadmaster.models.merged import MergeNarrowProducts  # the compiler takes two seconds to import
 
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    # torch 2.11's shortcut past a module's guards: on there, off since for its crashes (pytorch #181873).
+    torch._dynamo.config.use_recursive_dict_tags_for_guards = False
     torch._dynamo.config.optimize_ddp = False  # it would split a layer's graph at the bounds of DDP's buckets
     # Norms' outputs and the product of gate and up are made again for the products that read them in the backward
     # pass: a third of what a layer would keep, for about 1% of a step's time (modelled).

@@ -59,7 +59,7 @@ def checkpoint_activations(model: nn.Module, mode: str, kept_layers: int = 0) ->
         for layer in decoder_layers(model):
             layer.forward = MethodType(_selective, layer)
     if mode == "offload":
-        host = HostMemory(lm.get_input_embeddings().weight.device)
+        host = HostMemory()
         for layer in decoder_layers(model):
             layer._gradient_checkpointing_func = host.checkpoint
             if not hasattr(getattr(layer, "mlp", None), "experts") and hasattr(layer, "mlp"):
@@ -91,11 +91,13 @@ class HostMemory:
     """Keeps checkpointed layers' inputs in pinned host memory; copies run on a stream of their own.
 
     An input's memory on the device is free for others once its copy is there. In the backward pass the input of the
-    layer before is fetched while a layer runs.
+    layer before is fetched while a layer runs. (A model that is yet to be sharded is on the meta device: what is
+    copied tells the device.)
     """
 
-    def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self) -> None:
+        self.stream: torch.cuda.Stream | None = None
+        """Of the first input that came from a GPU on."""
         self.held: list[weakref.ref[_Held]] = []
         """In the order of the forward pass; the graph alone keeps them, and takes them with it."""
 
@@ -107,7 +109,9 @@ class HostMemory:
     def pack(self, tensor: Tensor) -> Any:
         if not tensor.numel():
             return tensor
-        copies = [] if tensor.is_meta else host_pieces(tensor, pinned=self.stream is not None)
+        if tensor.is_cuda and self.stream is None:
+            self.stream = torch.cuda.Stream(tensor.device)
+        copies = [] if tensor.is_meta else host_pieces(tensor, pinned=tensor.is_cuda)
         if self.stream is None:
             _copy(copies, tensor.detach(), to_host=True)
         else:

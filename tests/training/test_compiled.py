@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 import torch._inductor.config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loadmaster.config.schema import LoraConfig
 from loadmaster.data import MicroBatch
@@ -146,6 +148,24 @@ def test_inputs_in_host_memory_and_mlps_by_pieces_change_nothing(form, method, m
         assert loss == pytest.approx(expected, rel=1e-6)
         for gradient, other in zip(gradients, others, strict=True):
             torch.testing.assert_close(gradient, other, rtol=1e-4, atol=2e-4)
+
+
+def test_a_model_that_is_yet_to_be_sharded_pins_inputs_too_and_copies_them_on_a_stream_of_their_own(monkeypatch):
+    """fsdp and zero3 begin with an empty model on the meta device; its inputs come from a GPU."""
+    made = random_model(SHAPE, torch.float32, "meta", None)
+    checkpoint_activations(made, "offload")
+    host = causal_lm(made).get_decoder().layers[0]._gradient_checkpointing_func.__self__
+    pieces = MagicMock(wraps=recompute.host_pieces)
+    monkeypatch.setattr(recompute, "host_pieces", pieces)
+    for name in ("Stream", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.Tensor, "record_stream", MagicMock())
+    with FakeTensorMode():
+        for _ in range(2):
+            host.pack(torch.empty(3, 5, device="cuda"))
+    torch.cuda.Stream.assert_called_once_with(torch.device("cuda", 0))
+    assert torch.cuda.stream.call_count == 2
+    assert all(call.kwargs["pinned"] for call in pieces.call_args_list)
 
 
 @pytest.mark.parametrize("tokens", [1, 78_475, 342_733, 2**18])
