@@ -20,6 +20,8 @@ MEASURED = {
     "peak_reserved_gib": ("reserved by the allocator", "tensors and what it keeps for reuse"),
     MEASURED_PEAK: ("in use on the device", "everything, context included; this is what must fit"),
 }
+FIELDS = {"optimizer": "optimizer.name", "learning_rate": "optimizer.lr"}
+"""The job's, where the plan's name is another."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,10 @@ def _checkpointing(plan: dict[str, Any]) -> str:
 
 def decisions(files: RunFiles) -> list[Decision]:
     plan = files.plan
+    rate = number(plan.get("learning_rate"))
 
     def row(name: str, key: str, value: str | None = None) -> Decision:
-        given = files.job("optimizer.name" if key == "optimizer" else key)
+        given = files.job(FIELDS.get(key, key))
         by = "" if given is None else "preflight" if given == "auto" else "job"
         return Decision(name, str(plan.get(key, units.MISSING)) if value is None else value, by)
 
@@ -142,6 +145,7 @@ def decisions(files: RunFiles) -> list[Decision]:
         row("method", "method"),
         row("precision", "precision"),
         row("optimizer", "optimizer", f"{plan.get('optimizer', units.MISSING)}{master}"),
+        *([row("peak learning rate", "learning_rate", f"{rate:g}")] if rate is not None else []),
         row("sharding", "sharding"),
         row("offload", "offload"),
         row("activation checkpointing", "activation_checkpointing", _checkpointing(plan)),

@@ -172,6 +172,10 @@ def test_the_plan_says_which_settings_the_job_wrote_and_which_preflight_chose(tm
     text = report(tmp_path).text
     assert "method lora job" in text
     assert "precision bf16 preflight" in text
+    assert "peak learning rate" not in text  # of a version that did not keep it
+    put(tmp_path, "plan.json", make_plan(learning_rate=2e-4).to_dict())
+    put(tmp_path, "config.yaml", "optimizer: {lr: auto}\n")
+    assert "peak learning rate 0.0002 preflight" in report(tmp_path).text
     assert "one optimizer step 128 rows" in text  # 4 rows x 2 accumulated x 16 GPUs
 
 
