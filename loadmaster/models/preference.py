@@ -125,7 +125,7 @@ def answer_log_probs(model: nn.Module, batch: Any) -> AnswerLogProbs:
     log_probs = _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, *logit_transform(lm.config))
     # Padding and untrained copies of rows are documents without a trained token: they have no place in the count.
     answered, place, tokens = torch.unique_consecutive(documents, return_inverse=True, return_counts=True)
-    place, tokens = place.to(log_probs.device), tokens.to(log_probs.device)
+    place, tokens = put(place, log_probs.device), put(tokens, log_probs.device)
     sums = log_probs.new_zeros(len(tokens)).index_add(0, place, log_probs)
     return AnswerLogProbs(sums, tokens, answered)
 
@@ -260,7 +260,7 @@ class PreferenceLoss(nn.Module):
             loss, margin = dpo_loss(policy.sums, reference.sums, self.beta, self.label_smoothing)
         else:
             loss, margin = orpo_loss(policy.sums / policy.tokens, self.beta)
-        pairs = torch.stack([margin.new_tensor(len(margin)), (margin > 0).sum().to(margin), margin.sum()])
+        pairs = torch.stack([margin.new_full((), len(margin)), (margin > 0).sum().to(margin), margin.sum()])
         self.figures = F.pad(pairs, (0, FIGURES - len(pairs)))
         return loss.sum()
 
@@ -269,7 +269,7 @@ class PreferenceLoss(nn.Module):
         places = (torch.nonzero(side).squeeze(-1) for side in (desirable_A, ~desirable_A))
         sides = [ratios_A[put(place, ratios_A.device)] for place in places]
         rewards = [self.beta * side.detach().sum() for side in sides]
-        counts = [ratios_A.new_tensor(len(side)) for side in sides]
+        counts = [ratios_A.new_full((), len(side)) for side in sides]
         self.figures = F.pad(torch.stack([*counts, *rewards]), (FIGURES - 4, 0))
         return torch.cat(kto_losses(*sides, moved, self.beta, self.weights)).sum()
 

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ from loadmaster.errors import TrainingFailed
 from loadmaster.files import publish_folder, read_json, sha256_file, write_json
 from loadmaster.models.shards import local_rows
 from loadmaster.training.checkpoint_folders import prune
+from loadmaster.training.liveness import WRITER
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed, local
 from loadmaster.training.relayout import OldLayout
 from loadmaster.training.rng import restore_rng, rng_state, seed_everything
 from loadmaster.training.shard_files import ShardWriter
 from loadmaster.training.staging import Staging
-from loadmaster.training.world import World
+from loadmaster.training.world import TIMEOUT_S, World
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of a world of one, at every save
 
@@ -59,7 +61,7 @@ class Checkpoints:
     def __init__(self, world: World, placed: Placed):
         self.world, self.placed = world, placed
         # Its own group: the writing thread's collectives must not get between the loop's.
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_S)) if world.size > 1 else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._staging = Staging(world.local_size)
@@ -98,7 +100,7 @@ class Checkpoints:
         self._thread = threading.Thread(
             target=self._write,
             args=(folder, tensors, {"steps": steps, "scalars": scalars}, generators, generators_json, record, keep),
-            name="checkpoint",
+            name=WRITER,
         )
         self._thread.start()
         if not self.behind:

@@ -22,7 +22,9 @@ STEP_FACTOR = 20.0
 """A step that takes so many times the slowest one before is stuck."""
 LONG_PHASES = ("start", "load", "rehearse", "evaluate", "save")
 LONG_PHASE_S = 1800.0
-"""Limit in those, where nobody counts steps: a rank moves on as long as its stack changes from beat to beat."""
+"""Limit in those, where nobody counts steps: a rank moves on as long as its stacks change from beat to beat."""
+WRITER = "checkpoint"
+"""The thread whose stack counts beside the main one, which may wait for it: a large checkpoint takes long to write."""
 SLOW_FACTOR = 1.2
 """A straggler's own part of a step takes so many times the ranks' median."""
 
@@ -41,7 +43,7 @@ class Beat:
     where: str = ""
     """Line of this program that the rank is in: `loop.py:120 in backward`."""
     stack: int = 0
-    """Checksum of the lines of the rank's stack."""
+    """Checksum of the lines of the rank's stacks: of its main thread and its writer."""
     busy_s: float = 0.0
     """Mean seconds of a step that the rank worked and did not wait, over its last steps; 0: not known."""
     state: str = "running"

@@ -28,7 +28,10 @@ class Placed:
     def __init__(self, mesh: DeviceMesh | None = None):
         self._mesh = mesh
         if mesh is not None and mesh.device_type != "cpu":
-            self._mesh = init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)
+            # Groups of parts of the world would be split off NCCL's as well, which takes memory on every GPU.
+            names = mesh.mesh_dim_names
+            gloo = dict.fromkeys(names, "gloo") if mesh.ndim > 1 else None
+            self._mesh = init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=names, backend_override=gloo)
 
     @property
     def sharded(self) -> bool:

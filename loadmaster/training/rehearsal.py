@@ -56,7 +56,7 @@ def rehearse(
     in_fp8: bool = False,
 ) -> Rehearsed:
     """Run everything once and restore all state. Raises TrainingFailed with the part that failed; where memory ran out
-    all is restored as well, and torch's error is the cause.
+    a process of its own restores all as well, and torch's error is the cause.
 
     worst: the fullest micro-batch, twice where a step accumulates: gradients then meet activations.
     in_fp8: products run on FP8 units, which a card or a build of PyTorch may refuse.
@@ -92,7 +92,8 @@ def rehearse(
         _save_and_reload(scratch, trained, optimizer, checkpoints)
     except torch.OutOfMemoryError as error:
         peak = peak_memory(world.device)["peak_allocated_gib"]
-        put_back()
+        if world.size == 1:  # of several, the others are in another collective than a restore's (zero.py) would be
+            put_back()
         raise TrainingFailed(
             f"out of GPU memory in the rehearsal, at {part} (peak {peak:.2f} GiB allocated). The preflight's plan "
             "was too large: set a smaller micro_batch_size or sequence_length, or activation_checkpointing=full"

@@ -47,6 +47,8 @@ class Replicated(Strategy):
 
     def wrap(self, loss: nn.Module) -> nn.Module:
         devices = [self.world.device] if self.world.device.type == "cuda" else None
+        # A frozen base's scales, alike on all ranks, would be sent before each step.
+        loss._ddp_params_and_buffers_to_ignore = [name for name, _ in loss.named_buffers()]
         return nn.parallel.DistributedDataParallel(loss, device_ids=devices)
 
     def check(self, loss: nn.Module) -> None:

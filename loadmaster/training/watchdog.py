@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.training.liveness import (
+    WRITER,
     Beat,
     Sighting,
     age,
@@ -279,12 +280,13 @@ class Watchdog:
             self._beat = replace(self._beat, **values)
 
     def _publish(self) -> Beat:
-        frame = sys._current_frames().get(self._main)
+        frames = sys._current_frames()
+        frame = frames.get(self._main)
+        writers = [frames.get(thread.ident) for thread in threading.enumerate() if thread.name == WRITER]
         with self._lock:
             busy = sum(self._busy) / len(self._busy) if self._busy else 0.0
-            self._beat = replace(
-                self._beat, count=self._beat.count + 1, where=own_line(frame), stack=checksum(frame), busy_s=busy
-            )
+            where, stack = own_line(frame), checksum(frame, *writers)
+            self._beat = replace(self._beat, count=self._beat.count + 1, where=where, stack=stack, busy_s=busy)
             return self._beat
 
     def _place(self) -> str:
@@ -322,12 +324,13 @@ def own_line(frame: FrameType | None) -> str:
     return ""
 
 
-def checksum(frame: FrameType | None) -> int:
-    """Of the lines of a stack: it changes when the thread moves, and not while it waits."""
+def checksum(*stacks: FrameType | None) -> int:
+    """Of the lines of some threads' stacks: it changes when one of them moves, and not while they wait."""
     value = 0
-    while frame is not None:
-        value = zlib.crc32(f"{frame.f_code.co_filename}:{frame.f_lineno}".encode(), value)
-        frame = frame.f_back
+    for frame in stacks:
+        while frame is not None:
+            value = zlib.crc32(f"{frame.f_code.co_filename}:{frame.f_lineno}".encode(), value)
+            frame = frame.f_back
     return value
 
 

@@ -5,6 +5,7 @@ import io
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from loadmaster.training.batches import micro_batches, trained_tokens, worst_row
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, refuse_missing_tracker, refuse_unbuilt, train
 from loadmaster.training.metrics import read_metrics
-from loadmaster.training.rehearsal import Rehearsed
+from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.world import World
 
@@ -242,6 +243,20 @@ def test_memory_running_out_in_the_rehearsal_says_what_to_change(tiny, tmp_path,
     monkeypatch.setattr(loop.Session, "backward", too_big)
     with pytest.raises(TrainingFailed, match=r"fullest micro-batch.*micro_batch_size"):
         run(tiny, tmp_path)
+
+
+def test_a_rank_that_runs_out_of_memory_beside_others_ends_without_another_collective(tmp_path):
+    """ZeRO's restore is one, and the others are in that of a backward pass: it would wait for them for half an hour."""
+    from loadmaster.training.placement import Placed
+
+    def too_big(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    checkpoints = SimpleNamespace(world=World(size=2), placed=Placed())
+    optimizer = MagicMock()
+    with pytest.raises(TrainingFailed, match="out of GPU memory in the rehearsal"):
+        rehearse(too_big, lambda: None, [], [], optimizer, checkpoints, tmp_path)
+    optimizer.reset.assert_not_called()
 
 
 def test_layers_that_were_to_be_kept_are_checkpointed_where_memory_runs_out(tiny, tmp_path, monkeypatch):

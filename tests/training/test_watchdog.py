@@ -1,5 +1,7 @@
 """A rank that is stuck, stopped, killed or fails ends the job on every rank, in bounded time, and is named."""
 
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from loadmaster.errors import LoadmasterError, TrainingFailed
 from loadmaster.training.liveness import (
     LONG_PHASE_S,
     STEP_FLOOR_S,
+    WRITER,
     Beat,
     Sighting,
     age,
@@ -167,6 +170,26 @@ def test_alone_there_is_nothing_to_watch(tmp_path):
     with Watchdog(World(), tmp_path / "logs") as watch:
         watch.at(1, "forward")
     assert watch.straggler() is None and not (tmp_path / "logs").exists()
+
+
+def test_who_waits_for_a_writer_that_gets_on_is_not_stuck():
+    """The last checkpoint of a large model: the main thread waits at one line, the writer goes from file to file."""
+    written, go_on = threading.Event(), threading.Event()
+
+    def write():
+        written.wait()
+        go_on.wait()
+
+    writer = threading.Thread(target=write, name=WRITER)
+    writer.start()
+    watch = Watchdog(World(), None)
+    seen = [watch._publish().stack for _ in range(2)]
+    written.set()
+    while seen[-1] == (now := watch._publish().stack):
+        time.sleep(0.01)
+    go_on.set()
+    writer.join()
+    assert seen[0] == seen[1] != now
 
 
 def run(tmp_path, how, bad_rank, size=4, local_size=2, **more):
