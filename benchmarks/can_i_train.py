@@ -45,6 +45,7 @@ QUESTIONS: list[tuple[str, str, str, str, int, int, dict]] = [
     ("LoRA 8B", LLAMA + "8B", "lora", "a100_80gb", 1, 1, {}),
     ("LoRA 8B", LLAMA + "8B", "lora", "rtx4090", 1, 1, {}),
     ("QLoRA 13B", "meta-llama/Llama-2-13b-hf", "qlora", "a100_80gb", 1, 1, {}),
+    ("full fine-tune 70B, in GPU memory", LLAMA + "70B", "full", "a100_80gb", 4, 1, {"offload": "none"}),
     ("full fine-tune 70B", LLAMA + "70B", "full", "a100_80gb", 4, 1, {}),
     (
         "full fine-tune 70B, stepped in the backward pass, 4 rows a step",

@@ -128,7 +128,7 @@ class OptimizerConfig:
     """Steps in a row with a non-finite loss or gradient that are skipped before the run stops."""
     in_backward: Flag | Auto = "auto"
     """Step each layer inside the backward pass and drop its gradients there (2 bytes a parameter less): a step is then
-    one micro-batch, and not clipped. auto: where max_grad_norm=0 and it does not fit otherwise."""
+    one micro-batch, and not clipped. auto: where max_grad_norm=0 and it does not fit the GPUs otherwise."""
     master_weights: Flag | Auto = "auto"
     """Keep an fp32 copy of bf16 trainable weights (4 more bytes each); auto: for adapters, and for full if it fits."""
 

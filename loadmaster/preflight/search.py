@@ -19,7 +19,7 @@ from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError
 from loadmaster.preflight.compiled import kept_bytes
 from loadmaster.preflight.hardware import GIB, Hardware, priced
-from loadmaster.preflight.memory import Memory, host_bytes, inputs_bytes, least_bytes, memory
+from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
 from loadmaster.preflight.refusals import divisors, impossible_on_cpu, refuse, without_uncounted_adapters
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
@@ -92,8 +92,11 @@ def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True
     refusals = list(refuse(job, shape, hardware))
     if refusals:
         return Found(None, [], [], refusals)
-    nearest = []
+    nearest, host_is_short = [], {}
     for tier in tiers(job, hardware):
+        place = tier["method"], tier["offload"]
+        if explain and tier["offload"] != "none" and not host_is_short.get(place, True):
+            continue  # lighter states on the host leave the GPUs no more room
         candidates = list(enumerate_tier(job, shape, hardware, tier, explain))
         fit = [c for c in candidates if c.fits]
         if fit:
@@ -102,6 +105,7 @@ def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True
                 fit = sorted([*mixed, *fit], key=ranking(job, [*mixed, *fit]))
             return Found(fit[0], _one_of_each_kind(fit), nearest, [])
         nearest += [min(candidates, key=closeness)] if explain else []
+        host_is_short[place] = any(c.memory.needed_gib <= c.budget_gib for c in candidates)
     return Found(None, [], nearest, [])
 
 
@@ -157,7 +161,7 @@ def enumerate_tier(
         leanest = [made for way in lean if (made := candidate(precision, split, way, sizes[0])) is not None]
         if lean and not any(made.fits for made in leanest):
             yield from leanest
-            near = all(inputs_are_too_much(shape, each) for each in leanest)
+            near = all(map(inputs_are_too_much, leanest))
             if not near or "offload" in lean or not can_offload(hardware):
                 continue
             ways = ("offload",)
@@ -241,9 +245,9 @@ def can_offload(hardware: Hardware) -> bool:
     return not hardware.is_cpu and hardware.host_memory_gib is not None
 
 
-def inputs_are_too_much(shape: ModelShape, failed: Candidate) -> bool:
-    """Whether what fits not, all recomputed, might with layers' inputs in host memory."""
-    return failed.missing_gib * GIB <= inputs_bytes(shape, failed.setup)
+def inputs_are_too_much(failed: Candidate) -> bool:
+    """Whether what fits not, all recomputed, might with layers' inputs in host memory and MLPs by pieces."""
+    return failed.memory.needed_gib - failed.budget_gib <= failed.memory.train.activations / GIB
 
 
 def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:

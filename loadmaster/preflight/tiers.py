@@ -12,6 +12,8 @@ from loadmaster.preflight.zero_settings import ZERO
 
 FULL_STATES = (("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False))
 """Optimizer and fp32 master weights for full fine-tuning, most faithful first."""
+HOST_STATES = FULL_STATES[:1] + FULL_STATES[2:]
+"""The same in host memory, where leaving out masters alone would save a quarter and lose what they keep."""
 
 
 def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
@@ -58,8 +60,8 @@ def stepping(job: Job, hardware: Hardware, method: str, offload: str) -> tuple[b
 
 
 def states(job: Job, method: str, offload: str, precision: str) -> Iterator[tuple[str, bool]]:
-    one = method != "full" or offload != "none" or job.sharding in ZERO  # DeepSpeed keeps fp32 masters
-    ladder = (("adamw", True),) if one else FULL_STATES
+    one = method != "full" or job.sharding in ZERO  # DeepSpeed keeps fp32 masters
+    ladder = FULL_STATES[:1] if one else FULL_STATES if offload == "none" else HOST_STATES
     if precision == "fp32":
         ladder = tuple(dict.fromkeys((name, False) for name, _ in ladder))
     if job.optimizer.name != "auto":

@@ -6,6 +6,9 @@ import pytest
 
 from loadmaster.config.compose import compose
 from loadmaster.preflight import explain, make_plan
+from loadmaster.preflight.config_json import find_shape
+from loadmaster.preflight.hardware import find_hardware
+from loadmaster.preflight.search import search
 
 PLAN = ["data=file", "data.path=owner/dataset", "stop_after=plan"]
 MIXTURE = [*PLAN, "recipe=lora_8b", "model.name=Qwen/Qwen3-30B-A3B", "hardware=h100_80gb_x1"]
@@ -38,6 +41,18 @@ def test_settings_that_would_fit_do_so_when_they_are_typed(words: list[str]) -> 
         assert typed.fits, alternative["change"]
 
 
+@pytest.mark.parametrize("more", ["optimizer.max_grad_norm=0", "activation_checkpointing=offload", "sequence_length=16384"])
+@pytest.mark.parametrize("gpu, count", [("a100_80gb", 4), ("h100_80gb", 4), ("l40s", 2), ("rtx4090", 2)])
+@pytest.mark.parametrize("recipe", ["full_8b", "full_70b", "qlora_70b"])
+def test_what_a_quick_search_finds_a_full_one_finds_and_the_other_way_round(recipe, gpu, count, more) -> None:
+    job = compose([*PLAN, f"recipe={recipe}", f"hardware.gpu={gpu}", f"hardware.count={count}", more]).job
+    shape, hardware = find_shape(job.model), find_hardware(job.hardware)
+    full, quick = (search(job, shape, hardware, explain).best for explain in (True, False))
+    assert (full is None) == (quick is None)
+    if full is not None:
+        assert (full.setup.method, full.setup.optimizer) == (quick.setup.method, quick.setup.optimizer)
+
+
 def test_of_a_mixture_of_experts_full_alone_is_left_to_method_auto_and_that_is_said() -> None:
     plan = make_plan(compose([*MIXTURE, "method=auto", "hardware=h100_80gb_x8"]).job)
     assert plan.fits and plan.method == "full"
@@ -64,7 +79,7 @@ def test_another_machine_is_said_to_be_as_fast_as_it_is_planned_to_be_there() ->
 @pytest.mark.parametrize("more", [[], ["max_steps=2000"], ["plan.prices_usd_per_hour={h200: 0.1}"]])
 def test_machines_that_are_passed_over_untried_cost_more(more: list[str], monkeypatch) -> None:
     """Of each GPU the cheapest is named, whether the dollars of the run are known or only those of an hour."""
-    job = compose([*PLAN, "recipe=full_70b", "hardware=a100_80gb_x4", *more]).job
+    job = compose([*PLAN, "recipe=full_70b", "hardware=a100_80gb_x4", "offload=none", *more]).job
     named = make_plan(job).alternatives
     monkeypatch.setattr(explain, "_least_price", lambda *_: (0.0, 0.0))  # all are tried
     assert named == make_plan(job).alternatives and "h200" in {each["gpu"] for each in named}
