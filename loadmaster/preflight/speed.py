@@ -100,9 +100,20 @@ def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> fl
     efficiency = 1.0 if hardware.is_cpu else value("efficiency", "memory")
     seconds = moved / (hardware.bandwidth_gb_per_s * 1e9 * efficiency)
     if setup.offload != "none" or setup.optimizer.startswith("paged"):
-        seconds += 2 * trainable * (width + 2) / (hardware.host_gb_per_s * 1e9 * value("efficiency", "host_link"))
+        seconds += trainable * _crossing_seconds(hardware, setup)
         seconds += moved / (value("efficiency", "host_memory_gb_per_s") * 1e9)
     return seconds
+
+
+def _crossing_seconds(hardware: Hardware, setup: Setup) -> float:
+    """Of one trained parameter, gradient there and weight back: from tensor to tensor in memory that is not pinned
+    (training/optimizer.py), or by DeepSpeed's pinned buffers and the driver's pages. What fsdp keeps on the host it
+    moves itself (communication.py)."""
+    if setup.offload == "all" and not setup.stage:
+        return 0.0
+    pinned = setup.stage or setup.optimizer.startswith("paged")
+    size, link = (2 * (setup.width + 2), "host_link") if pinned else (2 * setup.width, "pageable_link")
+    return size / (hardware.host_gb_per_s * 1e9 * value("efficiency", link))
 
 
 def exports(job: Job) -> bool:

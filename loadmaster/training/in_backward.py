@@ -76,7 +76,7 @@ class BackwardOptimizer(TrainingOptimizer):
             return
         index, norm = waiting
         if norm.is_finite():
-            with _default_stream(norm.squares.device):
+            with _default_stream(norm):
                 self._step(self.buckets[index], self._lr)
         else:
             for parameter in self.buckets[index].parameters:
@@ -98,14 +98,16 @@ class BackwardOptimizer(TrainingOptimizer):
 
 
 @contextmanager
-def _default_stream(device: torch.device) -> Iterator[None]:
-    """After what the current stream was given so far, and before what it is given next: FSDP2 calls while a stream of
-    its own is the current one, and bitsandbytes' kernels run in the default one, which does not wait for it."""
-    if device.type != "cuda":
+def _default_stream(norm: _Norm) -> Iterator[None]:
+    """After these gradients, and before what the current stream is given next: FSDP2 calls while a stream of its own is
+    the current one, and bitsandbytes' kernels run in the default one, which does not wait for it. Nor is it to wait for
+    all that stream has: the next layer's gradients are on their way there, beside the backward pass."""
+    if norm.event is None:
         yield
         return
+    device = norm.squares.device
     current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
-    default.wait_stream(current)
+    default.wait_event(norm.event)
     with torch.cuda.stream(default):
         yield
     current.wait_stream(default)
@@ -118,13 +120,13 @@ class _Norm:
         self.squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
         if over_shards is not None:
             self.squares = over_shards(self.squares)
-        self._here, self._event = self.squares, None
+        self._here, self.event = self.squares, None
         if self.squares.is_cuda:
             self._here = torch.empty((), pin_memory=True)
             self._here.copy_(self.squares, non_blocking=True)
-            self._event = torch.cuda.current_stream(self.squares.device).record_event()
+            self.event = torch.cuda.current_stream(self.squares.device).record_event()
 
     def is_finite(self) -> bool:
-        if self._event is not None:
-            self._event.synchronize()
+        if self.event is not None:
+            self.event.synchronize()
         return self._here.is_meta or math.isfinite(self._here.item())  # a trace has sizes alone
