@@ -22,10 +22,11 @@ from omegaconf import DictConfig
 from loadmaster import collector
 from loadmaster.config.compose import Composed, compose_with, load, open_loader, resolve_all
 from loadmaster.config.fields import nearest
-from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, main_folder
+from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, Loader, main_folder
 from loadmaster.config.origins import COMMAND_LINE
-from loadmaster.config.overrides import note_repeated, read_overrides, reading_order, sweep
+from loadmaster.config.overrides import Overrides, note_repeated, read_overrides, reading_order, sweep
 from loadmaster.config.show import show_error
+from loadmaster.config.validate import NO_VALUE
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 
 Task = Callable[[Composed], int]
@@ -73,19 +74,23 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
         codes.append(_refused_by_hydra(error, arguments))
     finally:
         sys.argv = typed
+    if flags.wrong is not None:
+        show_error(flags.wrong)
+        codes.append(flags.wrong.exit_code)
     return max(codes, default=0)
 
 
 def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], Composed | None]:
     """Hydra's own flags, the overrides as Hydra is to get them, and the job where there is one and not a sweep.
 
+    flags.wrong: the problems of a job that is only looked at, which is shown all the same.
     Raises ConfigError with every problem.
     """
     parser = get_args_parser()
     flags, rest = parser.parse_known_intermixed_args(arguments)
     # argparse gives up on what follows an option that it does not know; an override is one wherever it stands.
     flags.overrides = [a for a in arguments if a in flags.overrides or (a in rest and not a.startswith("-"))]
-    unknown = [a for a in rest if a.startswith("-")]
+    flags.wrong, unknown = None, [a for a in rest if a.startswith("-")]
     if flags.hydra_help or flags.shell_completion:
         return flags, flags.overrides, None
     if flags.config_path is not None:
@@ -104,12 +109,13 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], 
     note_repeated(flags.overrides)
     given.problems += [_unknown_flag(argument) for argument in unknown]
     config_name = flags.config_name or PRIMARY
-    if flags.help or flags.cfg or flags.info:  # only looking: values may still be missing or wrong
+    if flags.help or flags.cfg or flags.info:  # only looking
         config, origins, problems = load(loader, given, config_name)
         if flags.resolve and config is not None:
             problems += resolve_all(config, origins | dict.fromkeys(given.values, COMMAND_LINE), job_number=0)[1]
         if problems:
             raise ConfigError(reading_order(problems, arguments))
+        flags.wrong = None if flags.help or multirun else _wrong(loader, given, config_name)
         return flags, given.for_hydra, None
     if not multirun:
         return flags, given.for_hydra, compose_with(loader, given, config_name)
@@ -127,6 +133,16 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], 
     if found:
         raise ConfigError(reading_order(found, arguments))
     return flags, given.for_hydra, None
+
+
+def _wrong(loader: Loader, given: Overrides, config_name: str) -> ConfigError | None:
+    """Why the job could not be started, but for values that are still missing."""
+    try:
+        compose_with(loader, given, config_name)
+    except ConfigError as error:
+        found = [problem for problem in error.problems if problem.message != NO_VALUE]
+        return ConfigError(found) if found else None
+    return None
 
 
 def _run_job(task: Task, flags: argparse.Namespace, checked: Composed | None) -> int:

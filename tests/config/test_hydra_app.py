@@ -233,6 +233,23 @@ def test_cfg_job_prints_every_field_as_yaml_and_starts_nothing(capsys: pytest.Ca
     assert task.jobs == []
 
 
+@pytest.mark.parametrize(
+    ("words", "key", "value", "said"),
+    [
+        (["lora.rnk=8"], "rnk", 8, "fix: lora.rank=8"),
+        (["lora.rank=-8"], "rank", -8, "must be an integer above 0"),
+        (["+lora.foo=1", "data=file"], "foo", 1, "there is no such field"),
+    ],
+)
+def test_a_job_that_could_not_start_is_shown_with_what_is_wrong_with_it(
+    words: list[str], key: str, value: int, said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run_app(Recorder(), ["recipe=lora_8b", *words, "--cfg", "job"]) == 2
+    out, err = capsys.readouterr()
+    assert f"{key}: {value}" in out
+    assert said in err and "1 problem in the configuration" in err
+
+
 def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]):
     assert run_app(Recorder(), ["--help"]) == 0
     text = capsys.readouterr().out
