@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from loadmaster import collector
+from loadmaster import __version__, collector
 from loadmaster.config.compose import Composed, compose_with, load, open_loader, resolve_all
 from loadmaster.config.fields import nearest
 from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, Loader, main_folder
@@ -32,16 +32,20 @@ from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRe
 Task = Callable[[Composed], int]
 
 
-def run_app(task: Task, arguments: list[str] | None = None) -> int:
+def run_app(task: Task, arguments: list[str] | None = None, own_flags: Sequence[str] = ()) -> int:
     """Run `task` on the job that the command line describes, or on each job of a --multirun.
 
-    arguments: as in sys.argv[1:], which is the default. Returns the exit code: 2 when the configuration is wrong
+    arguments: as in sys.argv[1:], which is the default. own_flags: what the command takes besides, spelt right; for a
+    misspelt one the nearest is named. Returns the exit code: 2 when the configuration is wrong
     (nothing was started), else the task's, and the highest one of a sweep's jobs.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "--version" in arguments:  # Hydra would name its own
+        print(f"loadmaster {__version__}")
+        return 0
     arguments = ["launch.dry_run=true" if argument == "--dry-run" else argument for argument in arguments]
     try:
-        flags, for_hydra, checked = check_command(arguments)
+        flags, for_hydra, checked = check_command(arguments, own_flags)
     except ConfigError as error:
         show_error(error)
         return error.exit_code
@@ -80,7 +84,9 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
     return max(codes, default=0)
 
 
-def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], Composed | None]:
+def check_command(
+    arguments: list[str], own_flags: Sequence[str] = ()
+) -> tuple[argparse.Namespace, list[str], Composed | None]:
     """Hydra's own flags, the overrides as Hydra is to get them, and the job where there is one and not a sweep.
 
     flags.wrong: the problems of a job that is only looked at, which is shown all the same.
@@ -107,7 +113,7 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], 
         collector.resume()  # what composing a job leaves would stay until the last one
     given = read_overrides(loader, flags.overrides, multirun)
     note_repeated(flags.overrides)
-    given.problems += [_unknown_flag(argument) for argument in unknown]
+    given.problems += [_unknown_flag(argument, own_flags) for argument in unknown]
     config_name = flags.config_name or PRIMARY
     if flags.help or flags.cfg or flags.info:  # only looking
         config, origins, problems = load(loader, given, config_name)
@@ -207,9 +213,9 @@ def _contradiction(flags: argparse.Namespace) -> Problem | None:
     return None
 
 
-def _unknown_flag(argument: str) -> Problem:
+def _unknown_flag(argument: str, own_flags: Sequence[str]) -> Problem:
     name, _, value = argument.lstrip("-").partition("=")
     known = [a for action in get_args_parser()._actions for a in action.option_strings if a.startswith("--")]
-    flag = nearest(argument, known, cutoff=0.75)
+    flag = nearest(argument, ["--dry-run", *own_flags, *known], cutoff=0.75)
     remedy = flag or f"fields are set without dashes: {name.replace('-', '_')}={value or '...'}"
     return Problem(argument, None, COMMAND_LINE, "there is no such option", remedy)
