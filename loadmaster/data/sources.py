@@ -160,7 +160,7 @@ def _missing(path: str, key: str) -> Any:
 def _nearest(path: str) -> str:
     """A question after the file of nearly that name, if there is one."""
     place = Path(resolve_path(path))
-    names = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+    names = [p.name for p in place.parent.iterdir() if p.exists()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, 1)
     return f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
 
