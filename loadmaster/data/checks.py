@@ -54,7 +54,7 @@ class SourceFaults:
         files = [SourceFaults([name], rows_of[name], faults) for name, faults in of_file.items()]
         whole: dict[str, SourceFaults] = {}
         for file in files:
-            if file.alike and file.rows_read > 1:
+            if file.alike and (file.rows_read > 1 or file.faults[0].remedy):
                 reason = file.faults[0].reason
                 whole[reason] = whole[reason].with_those_of(file) if reason in whole else file
         told = {name for group in whole.values() for name in group.names}

@@ -151,6 +151,15 @@ def test_a_file_of_another_format_among_several_is_told_of_once(tokenizer, tmp_p
     assert said[3].startswith("    fix: mend bad.jsonl, or leave it out; mend these rows, or leave them out")
 
 
+def test_a_file_that_was_cut_off_is_the_fault_and_no_row(tokenizer, tmp_path, write_jsonl, job_for):
+    rows, torn = write_jsonl([row(n) for n in range(3)]), tmp_path / "torn.parquet"
+    torn.write_bytes(b"PAR1 torn")
+    for given in (str(torn), [str(rows), str(torn)]):
+        said = said_of(job_for(given), tokenizer, tmp_path, rows, torn).splitlines()
+        assert said[1].startswith("  is not readable Parquet: ") and said[1].endswith(" (torn.parquet:1)")
+        assert said[2:] == ["    fix: the file is damaged or was cut off: write it again, or fetch it again"]
+
+
 def test_held_out_rows_that_all_have_the_same_fault_are_named_as_theirs(tokenizer, tmp_path, write_jsonl, job_for):
     train = write_jsonl([row(n) for n in range(4)] + [{"instruction": "x", "output": ""}], "train.jsonl")
     held = write_jsonl([{"prompt": "x", "chosen": "y", "rejected": "z"}] * 2, "held.jsonl")
