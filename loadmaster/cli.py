@@ -203,7 +203,8 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
         return run(composed)
 
-    return run_app(run_stages, [f"stop_after={arguments.stage}", *overrides])  # in front: --info takes what follows
+    words = [f"stop_after={arguments.stage}", *overrides]  # in front: --info takes what follows it
+    return run_app(run_stages, words, tuple(shown) if arguments.stage == "plan" else ())
 
 
 def _refuse_other_end(stage: str, overrides: list[str]) -> None:

@@ -42,7 +42,7 @@ from loadmaster.preflight.config_json import find_config
 from loadmaster.preflight.families import full_config
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
-from loadmaster.rundir import RunDir, file_fingerprint
+from loadmaster.rundir import RECORD, RunDir, file_fingerprint
 from loadmaster.streams import Output
 from loadmaster.tables import print_table
 from loadmaster.team import Team
@@ -122,6 +122,9 @@ class Pipeline:
 
     def run(self) -> None:
         with self.run_dir.locked():
+            if self.run_dir.is_damaged:
+                file = self.run_dir.path / RECORD
+                self.echo(f"{file} is damaged: all stages run again, training from its checkpoint")
             self.run_dir.claim()
             write_text(self.run_dir.path / "config.yaml", yaml.safe_dump(self.composed.resolved, sort_keys=False))
             self.echo(f"run directory: {self.run_dir.path}")

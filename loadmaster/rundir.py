@@ -21,6 +21,8 @@ from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
 from loadmaster.files import is_full_disk, read_json, sha256_json, write_json
 
+RECORD = "stages.json"
+
 
 class RunDir:
     """Paths and records of one run."""
@@ -46,6 +48,12 @@ class RunDir:
             owner = _identity(path)
             with _refusing(path, run_dir):
                 filled = path.exists() and any(entry.name != ".lock" for entry in path.iterdir())
+            run = cls(path, identity)
+            if run.is_damaged:
+                if not any((path / "checkpoints").glob("step-*")) or differing(path):
+                    message = f"holds a run whose {RECORD} is damaged, so that nobody knows which job it belongs to"
+                    raise _refused(run_dir, message, "give a new folder, or an empty one")
+                return run  # a checkpoint of another job, or of other data, is refused by what it says itself
             if owner is None and filled:
                 message = "is a folder with other things in it, which a run would overwrite"
                 raise _refused(run_dir, message, "give a new folder, or an empty one")
@@ -54,7 +62,7 @@ class RunDir:
                 message = f"holds a run of a job with other settings or other data{what}; going on there would mix "
                 remedy = f"give another run_dir, or the settings in {path / 'config.yaml'}"
                 raise _refused(run_dir, f"{message}the two", remedy)
-            return cls(path, identity)
+            return run
         parent = root / recipe
         known = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
         for path in known:
@@ -71,6 +79,11 @@ class RunDir:
     def trained(self) -> Path | None:
         """Folder of the trained weights, adapter/ or model/, or None before training has ended."""
         return next((p for p in (self.path / "adapter", self.path / "model") if p.is_dir()), None)
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether a record is there that does not say whose run it is."""
+        return (self.path / RECORD).is_file() and _identity(self.path) is None
 
     @property
     def begun(self) -> bool:
@@ -129,7 +142,7 @@ class RunDir:
 
     def _write(self, stages: dict[str, Any]) -> None:
         record = {"identity": self.identity, "started_in": str(Path.cwd()), "stages": stages}
-        write_json(self.path / "stages.json", record)
+        write_json(self.path / RECORD, record)
 
     def seconds_by_stage(self) -> dict[str, float]:
         return {stage: record["seconds"] for stage, record in _stages(self.path).items()}
@@ -183,7 +196,7 @@ def _refusing(path: Path, given: str | None = None) -> Iterator[None]:
 def _record(path: Path) -> dict[str, Any]:
     """stages.json, or an empty record where there is none that can be read."""
     try:
-        record = read_json(path / "stages.json")
+        record = read_json(path / RECORD)
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

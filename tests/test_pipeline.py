@@ -267,6 +267,19 @@ def test_a_folder_with_other_things_is_not_run_over(tiny, tmp_path, capsys):
     assert code == 2 and (tmp_path / "run" / "adapter" / "thesis.txt").read_text() == "precious"
 
 
+def test_a_run_whose_record_was_damaged_goes_on_from_its_checkpoint_and_no_other_job_does(tiny, tmp_path, capsys):
+    assert go(tiny, tmp_path, "stop_after=train", "max_steps=1")[0] == 0
+    record = tmp_path / "run/stages.json"
+    record.write_text("{")
+    code, output = go(tiny, tmp_path, "stop_after=train", "max_steps=1")
+    assert code == 0 and f"{record} is damaged: all stages run again" in output and "train: done" in output
+    assert json.loads(record.read_text())["stages"].keys() == {"plan", "train"}
+    record.write_text("{")
+    assert go(tiny, tmp_path, "stop_after=train", "max_steps=1", "optimizer.lr=0.5")[0] == 2
+    assert "holds a run whose stages.json is damaged" in " ".join(capsys.readouterr().err.split())
+    assert record.read_text() == "{"
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [

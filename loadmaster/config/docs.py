@@ -62,7 +62,7 @@ every problem at once.
 | `+key=value`, `++key=value` | Hydra's add and force; the schema is closed, so plain `key=value` always does |
 | `--multirun key=a,b` | one run for each value; every run is validated before the first starts |
 | `--config-dir FOLDER` | one more folder of groups, as `conf/` is; recipes in its folder `recipe` |
-| `--cfg job`, `--info`, `--help` | look and start nothing |
+| `--cfg job`, `--info`, `--help` | look and start nothing; what is wrong with the job is said besides, with code 2 |
 """
 
 OWN = """\

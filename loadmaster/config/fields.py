@@ -146,16 +146,27 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
 def nearest_card(word: str, cards: Iterable[str]) -> str | None:
     """The GPU's name that was most likely meant: h100_sxm is h100_80gb, the first of the H100s, and not h100_nvl.
 
-    One of another number is another card: a30 is no a40, and rtx4080 no rtx4090.
+    One of another number or letter is another card: a30 is no a40, rtx4080 no rtx4090, and h10 no a10g.
     """
     known, parts = list(cards), [part for part in re.split("[ _-]+", word.lower()) if part not in MAKERS]
     if spelled := nearest("_".join(parts), known, cutoff=0.9):
         return spelled
     if number := re.search(r"\d+", word):
         known = [name for name in known if number[0] in re.findall(r"\d+", name)]
+        known = [name for name in known if _is_of_series(_series(word, number[0]), _series(name, number[0]))]
     if alike := [name for name in known if name.split("_")[:1] == parts[:1]]:
         return max(alike, key=lambda name: len({*name.split("_")} & {*parts}))
     return nearest("_".join(parts), known, cutoff=NEAR_CARD)
+
+
+def _series(name: str, number: str) -> str:
+    """The letters right before a card's number: h of h100, none of rtx_6000_ada."""
+    found = re.search(rf"([a-z]*){number}(?!\d)", name.lower())
+    return found[1] if found else ""
+
+
+def _is_of_series(word: str, other: str) -> bool:
+    return not word or not other or word.endswith(other) or other.endswith(word)
 
 
 def nearest_key(key: str, extra: Iterable[str] = ()) -> str | None:

@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -19,28 +19,33 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from loadmaster import collector
+from loadmaster import __version__, collector
 from loadmaster.config.compose import Composed, compose_with, load, open_loader, resolve_all
 from loadmaster.config.fields import nearest
-from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, main_folder
+from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, Loader, main_folder
 from loadmaster.config.origins import COMMAND_LINE
-from loadmaster.config.overrides import note_repeated, read_overrides, reading_order, sweep
+from loadmaster.config.overrides import Overrides, note_repeated, read_overrides, reading_order, sweep
 from loadmaster.config.show import show_error
+from loadmaster.config.validate import NO_VALUE
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 
 Task = Callable[[Composed], int]
 
 
-def run_app(task: Task, arguments: list[str] | None = None) -> int:
+def run_app(task: Task, arguments: list[str] | None = None, own_flags: Sequence[str] = ()) -> int:
     """Run `task` on the job that the command line describes, or on each job of a --multirun.
 
-    arguments: as in sys.argv[1:], which is the default. Returns the exit code: 2 when the configuration is wrong
+    arguments: as in sys.argv[1:], which is the default. own_flags: what the command takes besides, spelt right; for a
+    misspelt one the nearest is named. Returns the exit code: 2 when the configuration is wrong
     (nothing was started), else the task's, and the highest one of a sweep's jobs.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "--version" in arguments:  # Hydra would name its own
+        print(f"loadmaster {__version__}")
+        return 0
     arguments = ["launch.dry_run=true" if argument == "--dry-run" else argument for argument in arguments]
     try:
-        flags, for_hydra, checked = check_command(arguments)
+        flags, for_hydra, checked = check_command(arguments, own_flags)
     except ConfigError as error:
         show_error(error)
         return error.exit_code
@@ -73,19 +78,25 @@ def run_app(task: Task, arguments: list[str] | None = None) -> int:
         codes.append(_refused_by_hydra(error, arguments))
     finally:
         sys.argv = typed
+    if flags.wrong is not None:
+        show_error(flags.wrong)
+        codes.append(flags.wrong.exit_code)
     return max(codes, default=0)
 
 
-def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], Composed | None]:
+def check_command(
+    arguments: list[str], own_flags: Sequence[str] = ()
+) -> tuple[argparse.Namespace, list[str], Composed | None]:
     """Hydra's own flags, the overrides as Hydra is to get them, and the job where there is one and not a sweep.
 
+    flags.wrong: the problems of a job that is only looked at, which is shown all the same.
     Raises ConfigError with every problem.
     """
     parser = get_args_parser()
     flags, rest = parser.parse_known_intermixed_args(arguments)
     # argparse gives up on what follows an option that it does not know; an override is one wherever it stands.
     flags.overrides = [a for a in arguments if a in flags.overrides or (a in rest and not a.startswith("-"))]
-    unknown = [a for a in rest if a.startswith("-")]
+    flags.wrong, unknown = None, [a for a in rest if a.startswith("-")]
     if flags.hydra_help or flags.shell_completion:
         return flags, flags.overrides, None
     if flags.config_path is not None:
@@ -102,14 +113,15 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], 
         collector.resume()  # what composing a job leaves would stay until the last one
     given = read_overrides(loader, flags.overrides, multirun)
     note_repeated(flags.overrides)
-    given.problems += [_unknown_flag(argument) for argument in unknown]
+    given.problems += [_unknown_flag(argument, own_flags) for argument in unknown]
     config_name = flags.config_name or PRIMARY
-    if flags.help or flags.cfg or flags.info:  # only looking: values may still be missing or wrong
+    if flags.help or flags.cfg or flags.info:  # only looking
         config, origins, problems = load(loader, given, config_name)
         if flags.resolve and config is not None:
             problems += resolve_all(config, origins | dict.fromkeys(given.values, COMMAND_LINE), job_number=0)[1]
         if problems:
             raise ConfigError(reading_order(problems, arguments))
+        flags.wrong = None if flags.help or multirun else _wrong(loader, given, config_name)
         return flags, given.for_hydra, None
     if not multirun:
         return flags, given.for_hydra, compose_with(loader, given, config_name)
@@ -127,6 +139,16 @@ def check_command(arguments: list[str]) -> tuple[argparse.Namespace, list[str], 
     if found:
         raise ConfigError(reading_order(found, arguments))
     return flags, given.for_hydra, None
+
+
+def _wrong(loader: Loader, given: Overrides, config_name: str) -> ConfigError | None:
+    """Why the job could not be started, but for values that are still missing."""
+    try:
+        compose_with(loader, given, config_name)
+    except ConfigError as error:
+        found = [problem for problem in error.problems if problem.message != NO_VALUE]
+        return ConfigError(found) if found else None
+    return None
 
 
 def _run_job(task: Task, flags: argparse.Namespace, checked: Composed | None) -> int:
@@ -191,9 +213,9 @@ def _contradiction(flags: argparse.Namespace) -> Problem | None:
     return None
 
 
-def _unknown_flag(argument: str) -> Problem:
+def _unknown_flag(argument: str, own_flags: Sequence[str]) -> Problem:
     name, _, value = argument.lstrip("-").partition("=")
     known = [a for action in get_args_parser()._actions for a in action.option_strings if a.startswith("--")]
-    flag = nearest(argument, known, cutoff=0.75)
+    flag = nearest(argument, ["--dry-run", *own_flags, *known], cutoff=0.75)
     remedy = flag or f"fields are set without dashes: {name.replace('-', '_')}={value or '...'}"
     return Problem(argument, None, COMMAND_LINE, "there is no such option", remedy)

@@ -12,7 +12,7 @@ from loadmaster.config.model_folder import broken_files, run_of
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import DATA_SUFFIXES, Job, PreferenceConfig
-from loadmaster.config.shipped import SCHEME, local_path, resolve_path
+from loadmaster.config.shipped import SCHEME, local_path, resolve_path, shipped_folder
 
 MLP_TOKENS = 16384
 """Of an MLP at a time under activation_checkpointing=offload; the engine and the preflight read this number."""
@@ -21,7 +21,7 @@ MLP_TOKENS = 16384
 @rule("data.path", "data.validation", "stop_after")
 def data_files_exist(job: Job, origins: Origins) -> Found:
     """data.path and data.validation name files that exist, unless the job stops after the plan (on a rented machine
-    they may be under /workspace, where its volume is); what is here can be read."""
+    they may be under /workspace, where its volume is); what is here can be read, and more than once."""
     paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
     named = [("data.path", path) for path in paths]
     if isinstance(job.data.validation, str):
@@ -32,6 +32,9 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
         place = Path(resolve_path(path))
         if os.path.exists(place) and not os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0)):
             yield key, path, f"you may not read {place.absolute()}", f"chmod u+r {place}, or {key}=FILE of another"
+        elif os.path.exists(place) and not (place.is_file() or place.is_dir()):
+            message = "is a pipe, and data are read more than once"
+            yield key, path, message, f"write it to a file first: COMMAND > rows.jsonl, and {key}=rows.jsonl"
         elif job.stop_after != "plan" and _is_file_name(path) and not os.path.exists(place):
             here = "" if place.is_absolute() else f" here ({place.absolute()})"
             yield key, path, f"there is no such file{here}", _file_hint(key, path)
@@ -367,11 +370,24 @@ def _is_file_name(path: str) -> bool:
 def _file_hint(key: str, path: str) -> str:
     if "://" in path:
         return f"download it and give the file, or a Hub dataset as {key}=OWNER/NAME"
-    real = Path(resolve_path(path))
+    if path.startswith(SCHEME):
+        return _shipped_hint(key, path)
+    real, beside = Path(resolve_path(path)), path.lstrip("/")
+    if path != beside and os.path.isfile(beside):
+        return f"{key}={beside}"
     if not real.parent.is_dir():
         return f"there is no folder {real.parent}; paths are relative to where the command is run ({Path.cwd()})"
-    names = sorted(p.name for p in real.parent.iterdir() if p.suffix.lower() in DATA_SUFFIXES)
+    names = sorted(p.name for p in real.parent.iterdir() if p.suffix.lower() in DATA_SUFFIXES and p.is_file())
     close = difflib.get_close_matches(real.name, names, n=1)
     if close:
         return f"{key}={path.removesuffix(real.name)}{close[0]}"
-    return f"{real.parent.resolve()} has " + (", ".join(names[:8]) or "no JSON, JSONL, CSV or Parquet file")
+    there = ", ".join(names[:8]) or "no JSON, JSONL, CSV or Parquet file"
+    return f"name a file that is there; {real.parent.resolve()} has {there}"
+
+
+def _shipped_hint(key: str, path: str) -> str:
+    folder = shipped_folder("data")
+    files = sorted(file for file in folder.rglob("*") if file.suffix in DATA_SUFFIXES)
+    names = [f"{SCHEME}{file.relative_to(folder)}" for file in files]
+    close = difflib.get_close_matches(path, names, n=1)
+    return f"{key}={close[0]}" if close else f"shipped are {', '.join(names)}"

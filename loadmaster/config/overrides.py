@@ -159,6 +159,8 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) 
         remedy = f"{GROUP}={recipe}" if recipe else "write key=value, for example lora.rank=16"
         return Problem(argument, None, COMMAND_LINE, message, remedy)
     key, _, value = argument.partition("=")
+    if not key:
+        return _nameless(argument)
     reason = str(error).splitlines()[0]
     known = fields().get(key)
     remedy = f"quote the value twice, once for the shell and once for Hydra: '{key}=\"{value}\"'"
@@ -168,11 +170,18 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) 
     return Problem(key, value, COMMAND_LINE, f"Hydra cannot read it: {reason}", remedy)
 
 
+def _nameless(argument: str) -> Problem:
+    message = "sets nothing: there is no key before the ="
+    return Problem(argument, None, COMMAND_LINE, message, "write key=value, for example lora.rank=16")
+
+
 def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Problem | None:
     key, line = override.key_or_group, override.input_line or ""
     if override.is_hydra_override():
         return None
     value = line.partition("=")[2]
+    if not key:
+        return _nameless(line)
     if override.is_sweep_override() and not multirun:
         known = fields().get(key)
         a_list = f"{key}=[{value}] for a list, or " if known and "list" in describe(known.annotation) else ""
@@ -200,12 +209,19 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
 
 def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> Problem:
     guess = nearest(wrong, options)
+    if guess and guess.startswith(wrong.lower()):
+        guess = min((option for option in options if option.startswith(wrong.lower())), key=_size)
     remedy = (f"{group}={guess}; " if guess else "") + "the options are " + ", ".join(options)
     others = {"model": "model by model.name=HUB-ID or model.path=FOLDER", "hardware": "card by hardware.gpu=NAME"}
     remedy += f"; any other {others[group]}" if group in others else ""
     if "/" in wrong or wrong.endswith((".yaml", ".yml")):
         remedy += f"; a file of your own goes into {'recipes' if group == GROUP else 'conf/' + group}/ here"
     return Problem(group, wrong, origin, f"there is no {group} of this name", remedy)
+
+
+def _size(option: str) -> list[int]:
+    """Of options that are alike but for it: llama3_1_8b comes before llama3_1_70b."""
+    return [int(number) for number in re.findall(r"\d+", option)]
 
 
 def _wanted(override: Override) -> list[str]:

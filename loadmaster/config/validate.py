@@ -34,6 +34,7 @@ from loadmaster.config.schema import MOST, Job
 from loadmaster.errors import Problem
 
 MISSING = "???"
+NO_VALUE = "has no value yet"
 NONE_LIKE_IT = "take it out; --help lists every field"
 _TRUTH = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}
 
@@ -68,7 +69,7 @@ def check(resolved: dict[str, Any], origins: dict[str, str], groups: dict[str, l
     problems: dict[str, Problem] = {}
     unknown: list[str] = []
     for key in _missing(resolved):
-        problems[key] = Problem(key, None, origin_of(origins, key), "has no value yet", _how_to_set(key))
+        problems[key] = Problem(key, None, origin_of(origins, key), NO_VALUE, _how_to_set(key))
     try:
         job = _adapter().validate_python(resolved)
     except ValidationError as error:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ import numpy as np
 from loadmaster.config.schema import DataConfig, Job
 from loadmaster.data.cache import ConversationFile
 from loadmaster.data.checks import Fault, SourceFaults, fault_report
+from loadmaster.data.faults import Checked, Reading, other_format, stop_on
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
 from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
-from loadmaster.data.preference import LABEL_FIELDS, is_preference, is_unpaired, unfit
+from loadmaster.data.preference import is_preference, is_unpaired, unfit
 from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
@@ -37,21 +38,6 @@ CHUNK = 256  # conversations tokenised at a time
 PARALLEL_ROWS = 20_000  # from here on processes pay: each takes about 5 s to start, a row 0.1 to 0.3 ms
 UNFILLED = re.compile(rb"\{\{ ?\w+ ?\}\}")
 CONVERSATIONS, SPLITS = "conversations.jsonl", ("train", "validation")
-
-
-@dataclass
-class Reading:
-    """The first pass over one source."""
-
-    format: str = ""
-    recognised_by: str = ""
-    rows_read: int = 0
-    bad: list[Fault] = field(default_factory=list)
-    first_bad: Any = None  # the value of the first of them
-    row_ids: list[str] = field(default_factory=list)
-    unfilled: int = 0  # rows with a {{field}} that nobody filled in
-    control: list[tuple[str, str]] = field(default_factory=list)
-    """(place, token) of rows whose own text holds one of the tokenizer's control tokens."""
 
 
 def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Source | None) -> None:
@@ -75,10 +61,10 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
     files = [ConversationFile(folder / CONVERSATIONS, all_starts, part) for part in index]
     encoded = [_encode(part, tokenizer) for part in files]
     rows_read = reading.rows_read + (held.rows_read if held else 0)
-    sources = [_Checked(train.names(), reading, encoded[:1] if held else encoded)]
-    sources += [_Checked(validation.names(), held, encoded[1:])] if held else []
+    sources = [Checked(train.names(), reading, encoded[:1] if held else encoded)]
+    sources += [Checked(validation.names(), held, encoded[1:])] if held else []
     faults = [fault for source in sources for fault in source.bad()]
-    _stop_on(sources, job.data.on_bad_row)
+    stop_on(sources, job)
     if job.data.on_long_row == "refuse":
         names = [name for source in sources for name in source.names]
         _refuse_long(encoded, files, job.sequence_length, rows_read, names)
@@ -123,8 +109,8 @@ def stop_on_bad_rows(job: Job, sources: list[tuple[Source, int | None]]) -> None
     no_token = re.compile(r"(?!)")
     with open(os.devnull, "wb") as nowhere:
         readings = [_read(source, job, nowhere, [0], most, no_token) for source, most in sources]
-    checked = [_Checked(source.names(), reading, []) for (source, _), reading in zip(sources, readings, strict=True)]
-    _stop_on(checked, job.data.on_bad_row)
+    checked = [Checked(source.names(), reading, []) for (source, _), reading in zip(sources, readings, strict=True)]
+    stop_on(checked, job)
 
 
 # --- first pass -------------------------------------------------------------------------------------
@@ -139,12 +125,14 @@ def _read(
         for raw in source.rows():
             if max_rows is not None and reading.rows_read >= max_rows:
                 break
+            file_name = raw.origin.rpartition(":")[0]
             reading.rows_read += 1
+            reading.rows_of[file_name] += 1
             advance(1)
             try:
                 line = _conversation_line(raw, reading, job)
             except RowError as error:
-                reading.first_bad = raw.value if not reading.bad else reading.first_bad
+                reading.first_bad.setdefault(file_name, raw.value)
                 reading.bad.append(Fault(raw.origin, str(error), remedy=error.remedy))
                 continue
             starts.append(starts[-1] + file.write(line))
@@ -154,24 +142,9 @@ def _read(
     if not reading.rows_read:
         raise DataError(f"the data has no rows: {', '.join(source.names())}")
     if job.data.format != "auto" and SourceFaults(source.names(), reading.rows_read, reading.bad).alike:
-        remedy = _other_format(reading.first_bad, job)
+        remedy = other_format(next(iter(reading.first_bad.values())), job)
         reading.bad = [replace(fault, remedy=fault.remedy or remedy) for fault in reading.bad]
     return reading
-
-
-def _other_format(row: Any, job: Job) -> str | None:
-    """The remedy where a row is not of the format that was given, and of another one."""
-    try:
-        other, fields = recognise_format(row, job.objective)
-        if other == "unpaired" and job.objective == "sft":  # a chat with a label is one without it, if that is said
-            chat, _ = recognise_format({name: row[name] for name in row if name not in LABEL_FIELDS})
-            is_chat = chat in ("messages", "sharegpt", "alpaca") and chat != job.data.format
-            return f"data.format={chat} trains on these chats whatever their labels say" if is_chat else None
-    except RowError as error:
-        return error.remedy
-    if other == job.data.format or unfit(other, job.objective):
-        return None
-    return f"data.format={other}, by the fields {fields}; or data.format=auto"
 
 
 def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
@@ -298,45 +271,6 @@ def _split_rows(
 
 
 # --- what is said about it --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """Both passes over one source."""
-
-    names: list[str]
-    reading: Reading
-    encoded: list[Encoded]
-
-    def bad(self) -> list[Fault]:
-        return self.reading.bad + [fault for part in self.encoded for fault in part.refused]
-
-    def wrong(self) -> list[Fault]:
-        return [fault for part in self.encoded for fault in part.wrong]
-
-
-def _stop_on(checked: list[_Checked], on_bad_row: str) -> None:
-    """Raise DataError with all rows that stop the run."""
-    is_skipped = on_bad_row == "skip"
-    sources = [
-        SourceFaults(each.names, each.reading.rows_read, each.wrong() + ([] if is_skipped else each.bad()))
-        for each in checked
-    ]
-    if not any(source.faults for source in sources):
-        return
-    skipped = sum(len(each.bad()) for each in checked) if is_skipped else 0
-    besides = f"\n    (bad rows skipped besides: {skipped:,})" if skipped else ""
-    raise DataError(fault_report(sources, _hint(sources, any(each.wrong() for each in checked))) + besides)
-
-
-def _hint(sources: list[SourceFaults], has_wrong: bool) -> str:
-    """What to do about the rows that stop the run; to leave them out is no help where none would remain."""
-    hints = [source.faults[0].remedy for source in sources if source.alike and source.faults[0].remedy]
-    if has_wrong:
-        hints.append("do as the lines say; data.on_bad_row=skip leaves out bad rows, never a wrong rendering")
-    elif any(source.faults and not source.alike and len(source.faults) < source.rows_read for source in sources):
-        hints.append("mend these rows, or leave them out with data.on_bad_row=skip")
-    return "; ".join(dict.fromkeys(hints)) or "mend these rows: without them none is left"
 
 
 def _refuse_long(

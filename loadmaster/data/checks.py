@@ -7,7 +7,7 @@ shows in no loss curve. So each row is checked, and what fails is shown as it wo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -43,6 +43,27 @@ class SourceFaults:
     def alike(self) -> bool:
         """Whether all rows have the same fault, which is then the file's or the job's and no row's."""
         return len(self.faults) == self.rows_read and len({fault.reason for fault in self.faults}) == 1
+
+    def apart(self, rows_of: Mapping[str, int]) -> list[SourceFaults]:
+        """The files whose rows all have one fault, by that fault, and the rest. rows_of: how many rows a file gave."""
+        if self.alike:
+            return [self]
+        of_file: dict[str, list[Fault]] = {}
+        for fault in self.faults:
+            of_file.setdefault(_place(fault)[0], []).append(fault)
+        files = [SourceFaults([name], rows_of[name], faults) for name, faults in of_file.items()]
+        whole: dict[str, SourceFaults] = {}
+        for file in files:
+            if file.alike and (file.rows_read > 1 or file.faults[0].remedy):
+                reason = file.faults[0].reason
+                whole[reason] = whole[reason].with_those_of(file) if reason in whole else file
+        told = {name for group in whole.values() for name in group.names}
+        rest = [fault for fault in self.faults if _place(fault)[0] not in told]
+        names = [name for name in self.names if name not in told]
+        return [*whole.values(), SourceFaults(names, self.rows_read - sum(rows_of[name] for name in told), rest)]
+
+    def with_those_of(self, other: SourceFaults) -> SourceFaults:
+        return SourceFaults(self.names + other.names, self.rows_read + other.rows_read, self.faults + other.faults)
 
 
 def check_conversation(
@@ -163,9 +184,13 @@ def _all_of(source: SourceFaults) -> str:
     origins = list(dict.fromkeys(fault.origin for fault in sorted(source.faults, key=_place)))[:EXAMPLES]
     if source.rows_read == 1:
         return origins[0]
-    more = f" and {len(source.names) - EXAMPLES:,} more files" if len(source.names) > EXAMPLES else ""
-    files = ", ".join(source.names[:EXAMPLES])
-    return f"all {source.rows_read:,} rows of {files}{more}, such as {', '.join(origins)}"
+    return f"all {source.rows_read:,} rows of {listed(source.names)}, such as {', '.join(origins)}"
+
+
+def listed(names: list[str]) -> str:
+    """The first few files by name."""
+    more = f" and {len(names) - EXAMPLES:,} more files" if len(names) > EXAMPLES else ""
+    return ", ".join(names[:EXAMPLES]) + more
 
 
 def _place(fault: Fault) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 ROLES = ("system", "user", "assistant", "tool")
 SYNONYMS = {"developer": "system"}
 """What newer OpenAI files call a role, and what chat templates call it."""
+KNOWN_ROLES = (*ROLES, *SYNONYMS)
 
 # What ShareGPT files call the speakers, and what chat templates call them.
 SHAREGPT_ROLES = {
@@ -147,11 +148,11 @@ def message_of(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise RowError(f"{where} is {kind_of(turn)}, not an object with role and content")
     if "role" not in turn:
-        raise RowError(f"{where} lacks role, known are {', '.join(ROLES)}")
+        raise RowError(f"{where} lacks role, known are {', '.join(KNOWN_ROLES)}")
     role = turn["role"]
     role = SYNONYMS.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise RowError(f"{where}: role is {_named(role)}, known are {', '.join(ROLES)}")
+        raise RowError(f"{where}: role is {_named(role)}, known are {', '.join(KNOWN_ROLES)}")
     where = f"{where} ({role})"
     calls = turn.get("tool_calls")
     if calls and role != "assistant":

@@ -35,6 +35,7 @@ INSTEAD = {
 """What to make of files that are not read, by suffix."""
 NO_UTF8 = "is not UTF-8 text"
 AS_UTF8 = "save the file as UTF-8 (of files from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW)"
+AGAIN = "the file is damaged or was cut off: write it again, or fetch it again"
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 """How a file in UTF-16 or UTF-32 begins."""
 LONGEST_CELL = 2**31 - 1
@@ -160,7 +161,7 @@ def _missing(path: str, key: str) -> Any:
 def _nearest(path: str) -> str:
     """A question after the file of nearly that name, if there is one."""
     place = Path(resolve_path(path))
-    names = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+    names = [p.name for p in place.parent.iterdir() if p.exists()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, 1)
     return f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
 
@@ -378,7 +379,8 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
                     number += 1
                     yield RawRow(f"{name}:{number}", without_nulls(row))
     except (pyarrow.ArrowException, OSError) as error:
-        yield RawRow(f"{name}:{number + 1}", error=f"is not readable Parquet: {str(error).splitlines()[0]}")
+        reason = f"is not readable Parquet: {str(error).splitlines()[0].rstrip('.')}"
+        yield RawRow(f"{name}:{number + 1}", error=reason, remedy=AGAIN)
 
 
 def without_nulls(value: Any) -> Any:

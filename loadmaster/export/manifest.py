@@ -164,18 +164,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def exports_in(folder: Path) -> list[Path]:
     """The export that `folder` is, or all that it holds as a run directory or as the export/ of one.
 
-    A folder that is neither comes back itself. Raises ExportRejected where there is no such folder.
+    A folder that is neither comes back itself. Raises ExportRejected where there is no such folder, or for a run that
+    has exported nothing yet.
     """
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "there is no such folder"
-        raise ExportRejected(f"{folder}: {what}; give a run directory, or one export of it (RUN/export/bf16)")
+        raise ExportRejected(f"{_no_folder(folder)}; give a run directory, or one export of it (RUN/export/bf16)")
     if os.path.lexists(folder / NAME):
         return [folder]
     holder = folder / "export" if (folder / "export").is_dir() else folder
     found = sorted(path for path in holder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if holder is folder and not any((path / NAME).exists() for path in found if path.name != "bundle"):
-        return [folder]
+        found = []
+    if not found and (folder / "config.yaml").is_file():
+        raise no_export(folder)
     return found or [folder]
+
+
+def no_export(run_dir: Path) -> ExportRejected:
+    """Why there is nothing to take from what was given as a run directory."""
+    if not run_dir.is_dir():
+        return ExportRejected(f"{_no_folder(run_dir)}; give a run directory whose export stage is done.")
+    if (run_dir / "config.yaml").is_file():
+        return ExportRejected(f"{run_dir} holds no export yet: its export stage is not done.")
+    return ExportRejected(f"{run_dir} holds no export: give a run directory whose export stage is done.")
+
+
+def _no_folder(path: Path) -> str:
+    return f"{path}: {'is a file' if path.exists() else 'there is no such folder'}"
 
 
 def verify_manifest(folder: Path) -> list[str]:

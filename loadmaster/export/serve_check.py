@@ -28,7 +28,7 @@ from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export.harness import Asked, Harness
 from loadmaster.export.harness import failures as task_failures
 from loadmaster.export.manifest import NAME as MANIFEST
-from loadmaster.export.manifest import is_served, read_manifest
+from loadmaster.export.manifest import is_served, no_export, read_manifest
 from loadmaster.export.process import run_step, timeout_s
 from loadmaster.export.room import beside_weights
 from loadmaster.export.serve_client import Client
@@ -161,7 +161,7 @@ def exported(run_dir: Path, formats: list[str] | None) -> dict[str, dict[str, An
     """Manifests of the formats to check. Raises ExportRejected for one that is not there."""
     found = sorted(name for name in LIMITS if (run_dir / "export" / name / MANIFEST).is_file())
     if not found:
-        raise ExportRejected(f"{run_dir} holds no export: give a run directory whose export stage is done.")
+        raise no_export(run_dir)
     if absent := [name for name in ("config.yaml", "plan.json") if not (run_dir / name).is_file()]:
         raise ExportRejected(f"{run_dir} has no {', '.join(absent)}: give the run directory itself.")
     if missing := [name for name in formats or [] if name not in found]:

@@ -12,7 +12,7 @@ from loadmaster.config.compose import Composed
 from loadmaster.config.origins import DEFAULT, origin_of
 from loadmaster.config.schema import Job, LaunchConfig
 from loadmaster.config.shipped import local_path
-from loadmaster.errors import Problem
+from loadmaster.errors import IN_THE_JOB, Problem
 from loadmaster.launch.choose import nodes_of
 from loadmaster.launch.order import VOLUME_GB
 from loadmaster.launch.payload import THERE, data_paths
@@ -52,7 +52,8 @@ def problems(composed: Composed) -> list[Problem]:
             found.append(_wrong(f"launch.env.{name}", None, message, _secret_remedy(job.launch.name, name)))
     for name, secret in (job.launch.secrets or {}).items():
         if not secret or SECRET_VALUE.fullmatch(secret):
-            message = "wants the name of a secret, and this looks like one itself (it is in your shell's history now)"
+            message = "wants the name of a secret, and this "
+            message += "looks like one itself (it is in your shell's history now)" if secret else "is empty"
             found.append(_wrong(f"launch.secrets.{name}", None, message, _secret_remedy(job.launch.name, name)))
     return found + {"runpod": _rented, "ssh": _by_ssh, "slurm": _by_slurm}[job.launch.name](job)
 
@@ -177,4 +178,4 @@ def _secret_remedy(where: str, name: str) -> str:
 
 
 def _wrong(key: str, value: object, message: str, remedy: str) -> Problem:
-    return Problem(key, value, "recipe or command line", message, remedy)
+    return Problem(key, value, IN_THE_JOB, message, remedy)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from loadmaster import catalog
 from loadmaster.config.fields import nearest_card
 from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
-from loadmaster.errors import ConfigError, DoesNotFit, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, DoesNotFit, Problem
 from loadmaster.launch.provider import Offer
 from loadmaster.preflight import Plan, make_plan
 from loadmaster.preflight.explain import can_export
@@ -59,7 +59,7 @@ def wanted(job: Job) -> list[tuple[str, int | None]]:
         gpu, _, count = word.partition(":")
         if gpu not in catalog.gpus():
             guess = nearest_card(gpu, known)
-            remedy = (f"{guess}; " if guess else "") + f"one of {', '.join(known)}"
+            remedy = (f"launch.gpus=[{guess}]; " if guess else "") + f"one of {', '.join(known)}"
             raise _wrong("launch.gpus", word, "is not in the catalogue", remedy)
         if gpu not in known:
             raise _wrong("launch.gpus", word, _unjoined(job), _instead(known))
@@ -139,4 +139,4 @@ def _rank(launch: LaunchConfig, choice: Choice) -> tuple[float, ...]:
 
 
 def _wrong(key: str, value: object, message: str, remedy: str) -> ConfigError:
-    return ConfigError([Problem(key, value, "recipe or command line", message, remedy)])
+    return ConfigError([Problem(key, value, IN_THE_JOB, message, remedy)])

@@ -22,7 +22,7 @@ from loadmaster.config.compose import Composed
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import HardwareConfig, Job
 from loadmaster.config.shipped import SCHEME, local_path
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.files import sha256_file, sha256_json
 from loadmaster.launch.provider import MOUNT, Upload
 
@@ -98,7 +98,7 @@ def payload(
                 Problem(
                     "data.path",
                     composed.job.data.path,
-                    "recipe or command line",
+                    IN_THE_JOB,
                     f"packs to {len(text) >> 10} KiB, and a job takes {limit_bytes >> 10} KiB along",
                     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the provider's S3 API key, and it goes to the "
                     "volume by itself; or publish it as a (private) Hub dataset",

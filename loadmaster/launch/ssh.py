@@ -27,7 +27,7 @@ from typing import Any
 from loadmaster import __version__
 from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
 from loadmaster.config.shipped import local_path
-from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.files import write_json
 from loadmaster.launch.board import Board
 from loadmaster.launch.context import Launch, undisturbed
@@ -152,8 +152,8 @@ def secret_values(job: Job) -> dict[str, str]:
     names = job.launch.secrets or {}
     if missing := [name for name in names.values() if name not in os.environ]:
         message = "is not set in the environment here"
-        where = "recipe or command line"
-        raise ConfigError([Problem("launch.secrets", name, where, message, f"export {name}=...") for name in missing])
+        found = [Problem("launch.secrets", name, IN_THE_JOB, message, f"export {name}=...") for name in missing]
+        raise ConfigError(found)
     return {variable: os.environ[name] for variable, name in names.items()}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loadmaster import __version__
 from loadmaster.cli import main
 from loadmaster.config.compose import Composed
 from loadmaster.config.hydra_app import run_app
@@ -233,6 +234,23 @@ def test_cfg_job_prints_every_field_as_yaml_and_starts_nothing(capsys: pytest.Ca
     assert task.jobs == []
 
 
+@pytest.mark.parametrize(
+    ("words", "key", "value", "said"),
+    [
+        (["lora.rnk=8"], "rnk", 8, "fix: lora.rank=8"),
+        (["lora.rank=-8"], "rank", -8, "must be an integer above 0"),
+        (["+lora.foo=1", "data=file"], "foo", 1, "there is no such field"),
+    ],
+)
+def test_a_job_that_could_not_start_is_shown_with_what_is_wrong_with_it(
+    words: list[str], key: str, value: int, said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run_app(Recorder(), ["recipe=lora_8b", *words, "--cfg", "job"]) == 2
+    out, err = capsys.readouterr()
+    assert f"{key}: {value}" in out
+    assert said in err and "1 problem in the configuration" in err
+
+
 def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]):
     assert run_app(Recorder(), ["--help"]) == 0
     text = capsys.readouterr().out
@@ -258,6 +276,22 @@ def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]
 def test_a_wrong_flag_is_a_problem_like_any_other(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     assert run_app(Recorder(), arguments) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(["plan", "--jsn"], "--json"), (["train", "--dry-rn"], "--dry-run")],
+)
+def test_a_misspelt_flag_of_a_stage_is_answered_with_its_own(
+    words: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(words) == 2
+    assert f"fix: {meant}\n" in capsys.readouterr().err
+
+
+def test_the_version_is_loadmasters_own(capsys: pytest.CaptureFixture[str]):
+    assert run_app(Recorder(), ["--version"]) == 0
+    assert capsys.readouterr().out == f"loadmaster {__version__}\n"
 
 
 @pytest.mark.parametrize(("rank", "local_rank", "prints"), [("0", "0", True), ("3", "3", False), ("8", "0", True)])

@@ -262,7 +262,8 @@ def test_a_card_is_meant_by_the_words_of_its_name():
 
 
 @pytest.mark.parametrize(
-    "other", ["t4", "v100", "Tesla V100-SXM2-16GB", "a30", "h800", "h20", "b100", "rtx4080", "RTX 3080", "mi300x", ""]
+    "other",
+    ["t4", "v100", "Tesla V100-SXM2-16GB", "a30", "h800", "h20", "h10", "b100", "rtx4080", "RTX 3080", "mi300x", ""],
 )
 def test_a_card_of_another_number_is_not_meant(other: str):
     assert nearest_card(other, catalog.gpus()) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,8 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("hardware=h100", "hardware", "there is no hardware of this name", "hardware=h100_80gb_x1; the options are"),
         ("recipe=lora8b", "recipe", "there is no recipe of this name", "recipe=lora_8b; the options are"),
         ("model=null", "model", "there is no model of this name", "the options are"),
+        ("model=llama3", "model", "there is no model of this name", "model=llama3_1_8b; the options are"),
+        ("=3", "=3", "sets nothing: there is no key before the =", "write key=value"),
         ("tracker=[wandb,mlflow]", "tracker", "takes one option", "tracker=mlflow"),
         ("++model=llama3_1_8b", "model", "a group cannot be forced with ++", "model=llama3_1_8b"),
         ("foo@bar=baz", "foo@bar", "there is no group foo", "the groups are data, endpoint"),
@@ -278,6 +281,29 @@ def test_a_file_of_any_name_is_given_as_it_is(name: str, tmp_path: Path, monkeyp
     assert compose(["data=file", f"data.path={name}", f"run_dir=to {name}"]).job.data.path == name
     (problem,) = problems("data=file", f"data.path=no {name}")
     assert problem.key == "data.path" and problem.message.startswith("there is no such file here")
+
+
+def test_a_shipped_file_that_is_none_is_answered_with_those_that_are():
+    (problem,) = problems("data=file", "data.path=shipped:tickets/trian.jsonl")
+    assert problem.remedy == "data.path=shipped:tickets/train.jsonl"
+    (problem,) = problems("data=file", "data.path=shipped:nope")
+    assert problem.remedy.startswith("shipped are shipped:tickets/labels_train.jsonl, ")
+
+
+def test_a_path_with_a_slash_too_many_is_the_file_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/mine.jsonl").write_text("{}\n")
+    (problem,) = problems("data=file", "data.path=/rows/mine.jsonl")
+    assert problem.remedy == "data.path=rows/mine.jsonl"
+
+
+@pytest.mark.parametrize("stage", ["plan", "bundle"])
+def test_a_pipe_is_no_data(stage: str, tmp_path: Path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    (problem,) = problems("data=file", f"data.path={tmp_path}/rows.jsonl", f"stop_after={stage}")
+    assert problem.message == "is a pipe, and data are read more than once"
+    assert problem.remedy.endswith("and data.path=rows.jsonl")
 
 
 def test_what_cannot_be_read_is_not_called_missing_besides():

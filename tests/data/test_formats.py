@@ -206,7 +206,7 @@ ROWS_WITH_REASONS = [
     ("messages", {"messages": "hello"}, "messages is not JSON"),
     ("messages", {"messages": [{"role": "user", "content": "x"}]}, "has no assistant message"),
     ("messages", {"messages": [{"role": "robot", "content": "x"}]}, "message 1: role is 'robot', known are"),
-    ("messages", {"messages": [{"content": "x"}]}, "message 1 lacks role, known are system, user"),
+    ("messages", {"messages": [{"content": "x"}]}, "known are system, user, assistant, tool, developer"),
     ("messages", {"messages": [{"role": None, "content": "x"}]}, "message 1: role is null, known are"),
     ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "message 1: role is a list, known are"),
     ("messages", {"messages": [{"role": "user"}]}, r"message 1 \(user\) lacks content"),

@@ -131,6 +131,35 @@ def test_rows_of_another_format_than_was_given_name_theirs(tokenizer, tmp_path, 
     assert "  lacks messages (mixed.jsonl:2)\n" in said and said.endswith("leave them out with data.on_bad_row=skip")
 
 
+def test_a_file_of_another_format_among_several_is_told_of_once(tokenizer, tmp_path, write_jsonl, job_for):
+    chats = write_jsonl([{"messages": [{"role": "assistant", "content": f"x{n}"}]} for n in range(9)], "chats.jsonl")
+    one, two = (write_jsonl([row(n) for n in range(30)], name) for name in ("one.jsonl", "two.jsonl"))
+    job = job_for([str(path) for path in (chats, one, two)])
+    assert said_of(job, tokenizer, tmp_path, chats, one, two).splitlines() == [
+        "60 of 69 rows cannot be trained on:",
+        "  lacks messages (all 60 rows of one.jsonl, two.jsonl, such as one.jsonl:1, one.jsonl:2, one.jsonl:3)",
+        "    fix: a job reads one format, which is messages here: write one.jsonl, two.jsonl so, or train on them in a "
+        "job of their own",
+    ]
+    bad = write_jsonl([{"messages": []}] * 2, "bad.jsonl")
+    some = write_jsonl([{"messages": [{"role": "assistant", "content": "x"}]}, {"messages": 7}], "some.jsonl")
+    said = said_of(job_for([str(chats), str(bad), str(some)]), tokenizer, tmp_path, chats, bad, some).splitlines()
+    assert said[1:3] == [
+        "  messages is empty (all 2 rows of bad.jsonl, such as bad.jsonl:1, bad.jsonl:2)",
+        "  messages is a number, not a list (some.jsonl:2)",
+    ]
+    assert said[3].startswith("    fix: mend bad.jsonl, or leave it out; mend these rows, or leave them out")
+
+
+def test_a_file_that_was_cut_off_is_the_fault_and_no_row(tokenizer, tmp_path, write_jsonl, job_for):
+    rows, torn = write_jsonl([row(n) for n in range(3)]), tmp_path / "torn.parquet"
+    torn.write_bytes(b"PAR1 torn")
+    for given in (str(torn), [str(rows), str(torn)]):
+        said = said_of(job_for(given), tokenizer, tmp_path, rows, torn).splitlines()
+        assert said[1].startswith("  is not readable Parquet: ") and said[1].endswith(" (torn.parquet:1)")
+        assert said[2:] == ["    fix: the file is damaged or was cut off: write it again, or fetch it again"]
+
+
 def test_held_out_rows_that_all_have_the_same_fault_are_named_as_theirs(tokenizer, tmp_path, write_jsonl, job_for):
     train = write_jsonl([row(n) for n in range(4)] + [{"instruction": "x", "output": ""}], "train.jsonl")
     held = write_jsonl([{"prompt": "x", "chosen": "y", "rejected": "z"}] * 2, "held.jsonl")

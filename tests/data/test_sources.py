@@ -174,6 +174,13 @@ def test_a_misspelt_file_name_is_answered_with_the_nearest(tmp_path, write_jsonl
         open_source(str(tmp_path / "tikets.jsonl"))
 
 
+def test_what_cannot_be_opened_is_not_answered_with_itself(tmp_path):
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path / "gone.jsonl"))
+    assert "did you mean" not in str(caught.value)
+
+
 def csv_rows(tmp_path, content: bytes) -> list[tuple[str, object]]:
     (tmp_path / "rows.csv").write_bytes(content)
     return rows_of(tmp_path / "rows.csv")

@@ -193,6 +193,10 @@ def test_loadmaster_verify_of_a_run_directory_checks_and_names_every_export(tmp_
     assert f"{run_dir}/export/bf16: model.safetensors: changed since it was exported" in told.err
     assert f"{run_dir}/export/fp8: {run_dir}/export/fp8 has no manifest.json" in told.err
     assert f"{run_dir}/export/int4: every file" in told.out
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained/config.yaml").touch()
+    assert main(["verify", str(tmp_path / "trained")]) == 5
+    assert "trained holds no export yet: its export stage is not done" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["verify", str(tmp_path / "empty")]) == 5
     assert "has no manifest.json" in capsys.readouterr().err

@@ -176,6 +176,8 @@ def test_an_export_that_does_not_load_fails_its_format_without_a_server(checked,
 def test_a_run_without_exports_or_without_the_format_is_refused(tmp_path, capsys):
     assert main(["serve-check", str(tmp_path)]) == 5
     assert "holds no export" in capsys.readouterr().err
+    assert main(["serve-check", str(tmp_path / "nowhere")]) == 5
+    assert "nowhere: there is no such folder" in capsys.readouterr().err
     serve_as(tmp_path / "export" / "bf16", "honest")
     with pytest.raises(ExportRejected, match=r"has no config.yaml, plan.json"):
         serve_check(tmp_path, None, None, print)

@@ -25,6 +25,7 @@ from loadmaster.launch.follow import Reader, unpack
 from loadmaster.launch.provider import LogLine, Offer
 from loadmaster.launch.runpod import rental
 from loadmaster.launch.runpod.listed import Listed
+from loadmaster.pipeline import run_elsewhere
 from loadmaster.preflight import make_plan
 from tests.runs import ROOT
 
@@ -121,7 +122,7 @@ def test_what_the_catalogue_has_no_machine_of_is_rented_only_when_it_is_named(mo
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["launch.gpus=[l40]"], r"is not in the catalogue\s+fix: l40s; one of"),
+        (["launch.gpus=[l40]"], r"is not in the catalogue\s+fix: launch.gpus=\[l40s\]; one of"),
         (["launch.gpus=['l40s:3']"], "has no such count"),
         (["launch.gpus=[l40s]", "hardware=h100_80gb_x1"], "names the machine already"),
     ],
@@ -155,6 +156,25 @@ def test_each_mistake_has_its_remedy(words, key):
     (problem,) = check.problems(composed(*words))
     assert problem.key == key and problem.remedy
     assert "abc" not in str(problem)
+
+
+def test_a_secret_without_a_name_is_not_called_one():
+    (problem,) = check.problems(composed("launch.secrets.HF_TOKEN=''"))
+    assert problem.message == "wants the name of a secret, and this is empty"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["launch=ssh", "stop_after=plan"], "stop_after = plan   on the command line"),
+        (["launch=ssh"], "launch.hosts = []   in default"),
+        (["launch.gpus=[h100]", "launch.dry_run=true"], "launch.gpus = h100   on the command line"),
+        (["launch=ssh", "launch.hosts=[a]", "launch.secrets.K=NO_SUCH"], "launch.secrets = NO_SUCH   on the command"),
+    ],
+)
+def test_what_cannot_be_launched_is_said_with_where_it_was_set(words, said, capsys):
+    run_elsewhere(compose(["recipe=qlora_8b", "launch=runpod", *words]), Console(quiet=True))
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["hf", "my_hf", "HF_TOKEN", "hf_token", "huggingface-read", "sk.prod", "wandb_2026"])
