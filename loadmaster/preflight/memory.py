@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from loadmaster.preflight import dora
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware
+from loadmaster.preflight.pinned import in_pieces
 from loadmaster.preflight.plan import MemoryGib, PeakGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
@@ -307,24 +308,26 @@ def host_bytes(shape: ModelShape, setup: Setup) -> float:
     """Of one node with GPUs. Weights stream to the GPU file by file.
 
     What is trained is copied once in the rehearsal; offloaded states and weights are there besides. A checkpoint is
-    copied to the host only where there is room for it (loadmaster.training.staging).
+    copied to the host only where there is room for it (loadmaster.training.staging). What is pinned takes powers of
+    two (pinned.py): under offload=all weights and gradients; states and what is offloaded with them alone is not.
     """
-    weights, _, trained = resident(shape, setup)
+    trained = resident(shape, setup)[2]
     states = state_bytes(setup) * trained
     each = value("context", "host_process_gib") * GIB + setup.width * trained
     if setup.stage:
-        return (each + zero_bytes(shape, setup).host) * setup.gpus_per_node
-    if setup.offload != "none":
+        each += zero_bytes(shape, setup).pinned_host
+    elif setup.offload == "all":
+        unit = whole(shape, setup)
+        each += states + unit.trained_pinned + unit.pinned + unit.replicated
+    elif setup.offload == "optimizer":
         each += states + setup.width * trained
     elif setup.optimizer == "paged_adamw_8bit":
         each += states
-    if setup.offload == "all":
-        each += weights
     if setup.checkpointing == "offload":
-        each += inputs_bytes(shape, setup)
+        each += shape.layers * in_pieces(inputs_bytes(shape, setup) // shape.layers)
     return each * setup.gpus_per_node
 
 
-def inputs_bytes(shape: ModelShape, setup: Setup) -> float:
+def inputs_bytes(shape: ModelShape, setup: Setup) -> int:
     """Of all decoder layers' inputs in one micro-batch: what activation_checkpointing=offload keeps on the host."""
     return setup.width * setup.tokens * shape.hidden_size * shape.layers

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from loadmaster.preflight import saved
+from loadmaster.preflight.pinned import pinned
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
 
@@ -49,6 +50,10 @@ class Unit:
     """Gradients of the whole unit in the dtype of the reduction."""
     replicated: int = 0
     """Buffers, which are not cut."""
+    pinned: int = 0
+    """What the weights take in pinned host memory, where each shard is a block of its own."""
+    trained_pinned: int = 0
+    """Those of them that are trained: gradients in the same dtype take as much."""
 
 
 def units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
@@ -112,7 +117,16 @@ def _unit(parts: list[Part], setup: Setup, buffers: int = 0) -> Unit:
     gpus = setup.shards
     trained = sum(p.local(gpus) for p in parts if p.trained)
     shard = sum(p.local(gpus) for p in parts)
-    return Unit(shard, trained, gpus * shard, gpus * trained * REDUCE_BYTES // setup.width, buffers)
+    blocks = [(pinned(p.local(gpus)), p.trained) for p in parts]
+    return Unit(
+        shard,
+        trained,
+        gpus * shard,
+        gpus * trained * REDUCE_BYTES // setup.width,
+        buffers,
+        sum(size for size, _ in blocks),
+        sum(size for size, is_trained in blocks if is_trained),
+    )
 
 
 def layer_parts(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part]:

@@ -11,6 +11,12 @@
                                                                            once more while it is copied out
     step             in place                     in place                 fp32 copies of up to SUB_GROUP gradients
 
+Offloaded, DeepSpeed pins on the host, and a pinned block takes a power of two (pinned.py):
+    zero1, zero2     fp32 weights, gradients and a buffer of the weights' dtype, a block each, and one of the largest
+                     tensor; moments are not pinned. (With weight decay norms and biases have blocks of their own.)
+    zero3            gradients, in one block and again in one for each sub-group; offload=all: each tensor's share, and
+                     of what is trained once more all shares in one block, to which they move: the pool keeps theirs
+
 A trained tensor that is larger than the bucket is reduced by itself, out of place. Offloaded, states are on the host;
 on the GPU, zero1 and zero2 keep their fp32 gradients and a buffer of the largest tensor, zero3 its bucket alone.
 Sources: deepspeed.runtime.zero.stage_1_and_2, stage3, partition_parameters (0.19.8); held against bytes that a real
@@ -20,12 +26,14 @@ DeepSpeed has (tests/preflight/test_zero_memory.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from loadmaster.preflight import zero_settings
+from loadmaster.preflight.pinned import pinned
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.shards import Part, layer_buffers, layer_parts, root_parts
+from loadmaster.preflight.shards import Part, cutting_key, layer_buffers, layer_parts, root_parts
 from loadmaster.preflight.weights import base_bytes
 
 FP32 = 4
@@ -48,7 +56,9 @@ class ZeroBytes:
     step: float
     """What a step takes besides states (zero3: and gradients); zero1's includes the reduction before it."""
     host: float
-    """In the node's memory, for this GPU."""
+    """In the node's memory, for this rank."""
+    pinned_host: float
+    """The same with a GPU: what is pinned takes more."""
 
 
 def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
@@ -67,11 +77,15 @@ def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
         # The bucket once more as one row of numbers, by rank; a large tensor as it is and cast.
         backward = max(FP32 * bucket, (w + FP32) * alone) + _gathered(shape, setup, parts)
         step = FP32 * min(share, zero_settings.SUB_GROUP + largest // gpus)
-        host = (3 * FP32 + 2 * FP32) * share + (weights if setup.offload == "all" else 0)
-        on_gpu = persistent if setup.offload == "all" else weights + persistent
+        host, rounded, on_gpu = 0, 0, weights + persistent
         if offloaded:
             gradients = step = 0.0
-        return ZeroBytes(on_gpu, gradients, 3 * FP32 * share, share, kept, backward, step, host if offloaded else 0.0)
+            host, groups = (3 * FP32 + 2 * FP32) * share, sub_groups(shape, setup)
+            rounded = 3 * FP32 * share + pinned(FP32 * share) + sum(pinned(FP32 * group) for group in groups)
+        if setup.offload == "all":
+            host, on_gpu = host + weights, persistent
+            rounded += sum(count * pinned(_cut(p, w, gpus)) for p, count in parts) + pinned(w * share)
+        return ZeroBytes(on_gpu, gradients, 3 * FP32 * share, share, kept, backward, step, host, rounded)
     share = -(-trained // (2 * gpus)) * 2
     weights = base_bytes(shape, setup.method, setup.precision) + (w * trained if setup.adapters else 0)
     gradients = FP32 * (trained if setup.stage == 1 else share)
@@ -81,8 +95,9 @@ def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
     else:  # the bucket, and as one row of numbers, in the weights' dtype, and cast
         backward = w * bucket + (w + (FP32 if w < FP32 else 0)) * max(bucket, alone) + w * alone
         step = FP32 * share
-    host = (4 * FP32 + w) * share + w * largest if offloaded else 0.0
-    return ZeroBytes(weights, gradients, 3 * FP32 * share, share, kept, backward, step, host)
+    moments, blocks = 2 * FP32 * share, (FP32 * share, FP32 * share, w * share, w * largest)
+    host, rounded = (moments + sum(sizes) if offloaded else 0 for sizes in (blocks, map(pinned, blocks)))
+    return ZeroBytes(weights, gradients, 3 * FP32 * share, share, kept, backward, step, host, rounded)
 
 
 def _parts(shape: ModelShape, setup: Setup) -> Iterator[tuple[Part, int]]:
@@ -91,6 +106,25 @@ def _parts(shape: ModelShape, setup: Setup) -> Iterator[tuple[Part, int]]:
         if layers:
             yield from ((part, layers) for part in layer_parts(shape, setup, experts))
     yield from ((part, 1) for part in root_parts(shape, setup))
+
+
+def sub_groups(shape: ModelShape, setup: Setup) -> list[int]:
+    """Elements of a rank's shares that zero3 steps together: tensors in the model's order, until there are enough."""
+    return _sub_groups(shape, replace(cutting_key(setup), world_size=setup.world_size))
+
+
+@cache
+def _sub_groups(shape: ModelShape, setup: Setup) -> list[int]:
+    embedding, *last = root_parts(shape, setup)
+    counted = ((False, shape.dense_layers), (True, shape.expert_layers))
+    layers = (part for experts, n in counted if n for part in n * list(layer_parts(shape, setup, experts)))
+    found = [0]
+    for part in (embedding, *layers, *reversed(last)):  # the norm is before the head
+        if part.trained:
+            if found[-1] >= zero_settings.SUB_GROUP:
+                found.append(0)
+            found[-1] += -(-_elements(part, setup.width) // setup.world_size)
+    return found
 
 
 def _elements(part: Part, width: int) -> int:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loadmaster.preflight.pinned import pinned
+
 SPARE = 0.1
 """Share of the free host memory that is left alone."""
 
@@ -50,8 +52,8 @@ class Staging:
 
 
 def host_bytes(tensor: Tensor) -> int:
-    """What a copy of it takes: PyTorch takes pinned memory by powers of two."""
-    return 1 << (tensor.nbytes - 1).bit_length() if tensor.is_cuda and tensor.nbytes else tensor.nbytes
+    """What a copy of it takes: what lies on a GPU is copied into pinned memory."""
+    return pinned(tensor.nbytes) if tensor.is_cuda else tensor.nbytes
 
 
 def free_host_bytes() -> float:

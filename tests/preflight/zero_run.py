@@ -12,19 +12,24 @@ import gc
 import json
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from loadmaster.data import MicroBatch
 from loadmaster.preflight import zero_settings
+from loadmaster.preflight.pinned import pinned
+from loadmaster.training import zero
 from loadmaster.training.trace import Live
 from loadmaster.training.world import World, join, leave
 from loadmaster.training.zero import Zero
 from tests.training.parity import JOB, plan
 
-SETTINGS = {"REDUCE_BUCKET": 3_000_000, "PREFETCH_BUCKET": 1_000_000, "PERSISTENCE": 600}
+SETTINGS = {"REDUCE_BUCKET": 3_000_000, "PREFETCH_BUCKET": 1_000_000, "PERSISTENCE": 600, "SUB_GROUP": 2_000_000}
 TOKENS, RANK = 64, 16
 
 
@@ -48,14 +53,38 @@ class Held(Live):
                 self.count(thing)
 
 
+@contextmanager
+def asked_to_pin() -> Iterator[list[int]]:
+    """DeepSpeed is asked to pin, as with a GPU; of each block that it pins, its bytes. (A CPU's are not pinned.)"""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator, blocks, configure = get_accelerator(), [], zero.deepspeed_config
+
+    def pin(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        blocks.append(tensor.nbytes)
+        return tensor
+
+    def pinning(sharding: str, offload: str, _: bool, *rest: int) -> dict[str, Any]:
+        return configure(sharding, offload, True, *rest)
+
+    with patch.object(accelerator, "pin_memory", pin), patch.object(zero, "deepspeed_config", pinning):
+        yield blocks
+
+
 def measure(case: dict[str, Any], world: World) -> dict[str, int]:
-    """(bytes between two steps, peak of a step of two micro-batches) of this rank."""
+    """(bytes between two steps, peak of a step of two micro-batches, pinned host memory with a GPU) of this rank."""
     job = dataclasses.replace(JOB, lora=dataclasses.replace(JOB.lora, rank=RANK))
     before = Held()
     before.count_all()
     strategy = Zero(job, plan(case), world)
-    model, loss = strategy.prepare(strategy.load(Path(case["model"])))
-    optimizer = strategy.optimizer(model)
+    with asked_to_pin() as blocks:
+        model, loss = strategy.prepare(strategy.load(Path(case["model"])))
+        optimizer = strategy.optimizer(model)
+        found = train(strategy, loss, optimizer, before)
+    return {**found, "pinned": sum(map(pinned, blocks))}
+
+
+def train(strategy: Zero, loss: Any, optimizer: Any, before: Held) -> dict[str, int]:
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
     batch = MicroBatch(ids, ids, torch.arange(TOKENS)[None], [["row"]])
 
