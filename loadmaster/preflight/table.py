@@ -94,6 +94,7 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     last = ", the cheapest last" if cheapest in shown[ELSEWHERE_ROWS:] else ""
     order = f"best first by plan.objective{last}"
     said = f"machines of the catalogue that hold it{more}, {order}, at list prices of {dates}"
+    said += "; a plan made for one may be some per cent faster than this quick search found"
     console.print(f"{said}:", highlight=False, soft_wrap=True)
     print_table(table, console)
 
