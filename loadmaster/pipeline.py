@@ -125,6 +125,8 @@ class Pipeline:
             self.run_dir.claim()
             write_text(self.run_dir.path / "config.yaml", yaml.safe_dump(self.composed.resolved, sort_keys=False))
             self.echo(f"run directory: {self.run_dir.path}")
+            if mended := self.run_dir.mend_result():
+                self.echo(f"warning: {mended}")
             inputs = self.run_dir.identity
             for stage in STAGES:
                 stage_inputs = sha256_json([inputs, self._stage_inputs(stage)])
@@ -181,7 +183,8 @@ class Pipeline:
                 self._write_report()
 
     def _is_whole(self, stage: str) -> bool:
-        """Whether what the stage wrote is still there; exports are compared with their manifests, a plan is read."""
+        """Whether what the stage wrote is still there; exports are compared with their manifests, a plan is read,
+        files of trained weights are as long as they say."""
         folder = self.run_dir.path
         try:
             if stage == "plan":
@@ -193,7 +196,7 @@ class Pipeline:
         except LoadmasterError:
             return False
         if stage == "train":
-            return self.run_dir.trained is not None and any(self.run_dir.trained.glob("*.safetensors"))
+            return self.run_dir.holds_trained()
         return (folder / {"evaluate": "eval.json", "bundle": "bundle/manifest.json"}[stage]).is_file()
 
     def echo(self, message: str) -> None:
