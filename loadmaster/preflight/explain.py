@@ -125,7 +125,7 @@ def reasons(
     said += about_rate(job, setup.method)
     if setup.adapters and in_some_layers_only(shape, setup.lora_targets):
         said.append(f"lora.targets adapts some layers only and was counted in all {shape.layers}: less is needed")
-    if setup.offload != "none":
+    if setup.offload != "none" and not chosen.hardware.is_cpu:
         said.append(f"{chosen.memory.host_gib:.0f} GiB of host memory hold what the GPUs cannot")
     said += about_answers(job, shape, chosen)
     said += about_verification(job, chosen, verification)
