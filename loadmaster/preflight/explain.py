@@ -100,7 +100,8 @@ def reasons(
 ) -> list[str]:  # fmt: skip
     if found.best is None:
         said = list(found.refusals) + ([] if found.refusals else _left_out(job, shape))
-        return said + [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
+        said += [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
+        return [*said, *filter(None, [not_offered(chosen.hardware)])]
     said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase of training that needs most"]
     said += how_much(job, dataset_tokens)
     said += filter(None, [not_offered(chosen.hardware)])

@@ -70,6 +70,7 @@ def test_what_memory_has_no_part_in_is_not_called_a_want_of_memory(capsys, tmp_p
     seen = capsys.readouterr()
     assert "cannot run as asked: batch.global_size=16 does not divide over 3 GPUs; use 18" in seen.out
     assert "error: batch.global_size=16 does not divide" in seen.err and "nothing fits" not in seen.err
+    assert "- the catalogue knows no 3x h100_80gb to rent" in seen.out  # which is priced below as what would fit
 
 
 def test_hours_of_verification_are_named_where_they_are_most_of_a_run(capsys, tmp_path, monkeypatch) -> None:
