@@ -42,7 +42,7 @@ from loadmaster.preflight.config_json import find_config
 from loadmaster.preflight.families import full_config
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
-from loadmaster.rundir import RunDir, file_fingerprint
+from loadmaster.rundir import RunDir, file_fingerprint, object_in
 from loadmaster.streams import Output
 from loadmaster.tables import print_table
 from loadmaster.team import Team
@@ -183,8 +183,8 @@ class Pipeline:
                 self._write_report()
 
     def _is_whole(self, stage: str) -> bool:
-        """Whether what the stage wrote is still there; exports are compared with their manifests, a plan is read,
-        files of trained weights are as long as they say."""
+        """Whether what the stage wrote is still there; exports are compared with their manifests, files of
+        trained weights are as long as they say, and the others are read."""
         folder = self.run_dir.path
         try:
             if stage == "plan":
@@ -197,7 +197,7 @@ class Pipeline:
             return False
         if stage == "train":
             return self.run_dir.holds_trained()
-        return (folder / {"evaluate": "eval.json", "bundle": "bundle/manifest.json"}[stage]).is_file()
+        return bool(object_in(folder / {"evaluate": "eval.json", "bundle": "bundle/manifest.json"}[stage]))
 
     def echo(self, message: str) -> None:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)

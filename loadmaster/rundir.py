@@ -79,10 +79,10 @@ class RunDir:
             return False
         config = folder / ("adapter_config.json" if folder.name == "adapter" else "config.json")
         index = folder / "model.safetensors.index.json"
-        listed = set(_object(index).get("weight_map", {}).values())
+        listed = set(object_in(index).get("weight_map", {}).values())
         files = {file.name for file in folder.glob("*.safetensors")} | listed
         whole = files and all(is_whole_safetensors(folder / name) for name in files)
-        return bool(_object(config) and whole and (listed or not index.exists()))
+        return bool(object_in(config) and whole and (listed or not index.exists()))
 
     @property
     def begun(self) -> bool:
@@ -149,13 +149,13 @@ class RunDir:
     def mend_result(self) -> str | None:
         """Begin result.json anew where it cannot be read; a sentence that says what is lost by that."""
         path = self.path / "result.json"
-        if not path.exists() or _object(path):
+        if not path.exists() or object_in(path):
             return None
         write_json(path, {"wall_seconds": self.seconds_by_stage()})
         return f"{path} could not be read and begins anew, without the figures of stages that are not done again"
 
     def result(self) -> dict[str, Any]:
-        return _object(self.path / "result.json")
+        return object_in(self.path / "result.json")
 
     def update_result(self, **figures: Any) -> dict[str, Any]:
         result = {**self.result(), **figures}
@@ -199,7 +199,7 @@ def _refusing(path: Path, given: str | None = None) -> Iterator[None]:
         raise _refused(given or str(path), message, "run_dir=FOLDER: a new one, where you may write") from error
 
 
-def _object(path: Path) -> dict[str, Any]:
+def object_in(path: Path) -> dict[str, Any]:
     """The object in a file of JSON; empty where there is none that can be read."""
     try:
         value = read_json(path)
@@ -209,7 +209,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    return _object(path / "stages.json")
+    return object_in(path / "stages.json")
 
 
 def _stages(path: Path) -> dict[str, Any]:

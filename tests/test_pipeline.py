@@ -143,6 +143,10 @@ def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp
     assert [f"{stage}: unchanged, skipped" in again for stage in ("plan", "train", "evaluate")] == [True] * 3
     changed = go(tiny, tmp_path, "stop_after=evaluate", "evaluation.max_new_tokens=5")[1]
     assert "train: unchanged, skipped" in changed and "evaluate: started" in changed
+    (tmp_path / "run/eval.json").write_text('{"before": ')
+    damaged = go(tiny, tmp_path, "stop_after=evaluate", "evaluation.max_new_tokens=5")[1]
+    assert "train: unchanged, skipped" in damaged and "evaluate: done" in damaged
+    assert set(json.loads((tmp_path / "run/eval.json").read_text())) == {"before", "after"}
 
 
 def test_a_plan_by_which_nothing_was_trained_is_made_anew_and_one_of_a_run_is_shown_again(tiny, tmp_path):
