@@ -50,6 +50,18 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether a file of tensors is as long as its header says; read without the library, which would map it."""
+    try:
+        with open(path, "rb") as file:
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            tensors = json.loads(file.read(min(length, size)))
+        tensors.pop("__metadata__", None)
+        return size == 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

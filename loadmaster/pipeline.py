@@ -42,7 +42,7 @@ from loadmaster.preflight.config_json import find_config
 from loadmaster.preflight.families import full_config
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
-from loadmaster.rundir import RECORD, RunDir, file_fingerprint
+from loadmaster.rundir import RECORD, RunDir, file_fingerprint, object_in
 from loadmaster.streams import Output
 from loadmaster.tables import print_table
 from loadmaster.team import Team
@@ -128,6 +128,8 @@ class Pipeline:
             self.run_dir.claim()
             write_text(self.run_dir.path / "config.yaml", yaml.safe_dump(self.composed.resolved, sort_keys=False))
             self.echo(f"run directory: {self.run_dir.path}")
+            if mended := self.run_dir.mend_result():
+                self.echo(f"warning: {mended}")
             inputs = self.run_dir.identity
             for stage in STAGES:
                 stage_inputs = sha256_json([inputs, self._stage_inputs(stage)])
@@ -184,7 +186,8 @@ class Pipeline:
                 self._write_report()
 
     def _is_whole(self, stage: str) -> bool:
-        """Whether what the stage wrote is still there; exports are compared with their manifests, a plan is read."""
+        """Whether what the stage wrote is still there; exports are compared with their manifests, files of
+        trained weights are as long as they say, and the others are read."""
         folder = self.run_dir.path
         try:
             if stage == "plan":
@@ -196,8 +199,8 @@ class Pipeline:
         except LoadmasterError:
             return False
         if stage == "train":
-            return self.run_dir.trained is not None and any(self.run_dir.trained.glob("*.safetensors"))
-        return (folder / {"evaluate": "eval.json", "bundle": "bundle/manifest.json"}[stage]).is_file()
+            return self.run_dir.holds_trained()
+        return bool(object_in(folder / {"evaluate": "eval.json", "bundle": "bundle/manifest.json"}[stage]))
 
     def echo(self, message: str) -> None:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
-from loadmaster.files import is_full_disk, read_json, sha256_json, write_json
+from loadmaster.files import is_full_disk, is_whole_safetensors, read_json, sha256_json, write_json
 
 RECORD = "stages.json"
 
@@ -79,6 +79,18 @@ class RunDir:
     def trained(self) -> Path | None:
         """Folder of the trained weights, adapter/ or model/, or None before training has ended."""
         return next((p for p in (self.path / "adapter", self.path / "model") if p.is_dir()), None)
+
+    def holds_trained(self) -> bool:
+        """Whether the trained weights are there, and none of their files was lost or cut short."""
+        folder = self.trained
+        if folder is None:
+            return False
+        config = folder / ("adapter_config.json" if folder.name == "adapter" else "config.json")
+        index = folder / "model.safetensors.index.json"
+        listed = set(object_in(index).get("weight_map", {}).values())
+        files = {file.name for file in folder.glob("*.safetensors")} | listed
+        whole = files and all(is_whole_safetensors(folder / name) for name in files)
+        return bool(object_in(config) and whole and (listed or not index.exists()))
 
     @property
     def is_damaged(self) -> bool:
@@ -147,9 +159,16 @@ class RunDir:
     def seconds_by_stage(self) -> dict[str, float]:
         return {stage: record["seconds"] for stage, record in _stages(self.path).items()}
 
-    def result(self) -> dict[str, Any]:
+    def mend_result(self) -> str | None:
+        """Begin result.json anew where it cannot be read; a sentence that says what is lost by that."""
         path = self.path / "result.json"
-        return read_json(path) if path.exists() else {}
+        if not path.exists() or object_in(path):
+            return None
+        write_json(path, {"wall_seconds": self.seconds_by_stage()})
+        return f"{path} could not be read and begins anew, without the figures of stages that are not done again"
+
+    def result(self) -> dict[str, Any]:
+        return object_in(self.path / "result.json")
 
     def update_result(self, **figures: Any) -> dict[str, Any]:
         result = {**self.result(), **figures}
@@ -193,13 +212,17 @@ def _refusing(path: Path, given: str | None = None) -> Iterator[None]:
         raise _refused(given or str(path), message, "run_dir=FOLDER: a new one, where you may write") from error
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """stages.json, or an empty record where there is none that can be read."""
+def object_in(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON; empty where there is none that can be read."""
     try:
-        record = read_json(path / RECORD)
-    except (OSError, ValueError):
+        value = read_json(path)
+    except (OSError, ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return object_in(path / RECORD)
 
 
 def _stages(path: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@ import errno
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from loadmaster.files import is_full_disk, publish_folder, write_json
+from loadmaster.files import is_full_disk, is_whole_safetensors, publish_folder, write_json
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -39,3 +41,16 @@ def test_a_full_disk_is_known_also_where_native_code_says_it():
     assert is_full_disk(OSError(errno.ENOSPC, "No space left on device")) and is_full_disk(OSError(errno.EDQUOT, ""))
     assert is_full_disk(Exception("No space left on device (os error 28)"))  # as tokenizers and safetensors raise it
     assert not is_full_disk(OSError(errno.EACCES, "Permission denied")) and not is_full_disk(Exception("(os error 2)"))
+
+
+def test_a_file_of_tensors_that_was_cut_anywhere_is_not_whole(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(3), "b": torch.zeros(2)}, file, metadata={"format": "pt"})
+    content = file.read_bytes()
+    assert is_whole_safetensors(file) and not is_whole_safetensors(tmp_path / "none")
+    for size in (0, 4, 9, 60, len(content) - 1):
+        file.write_bytes(content[:size])
+        assert not is_whole_safetensors(file), size
+    for damaged in (b"\xff" * 8 + content[8:], content + b"\0", content[:8] + b"[1]" + content[11:]):
+        file.write_bytes(damaged)
+        assert not is_whole_safetensors(file)

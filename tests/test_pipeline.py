@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,11 +11,13 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import STAGES
 from loadmaster.errors import LoadmasterError
+from loadmaster.files import write_json
 from loadmaster.pipeline import command_line, run
 from loadmaster.preflight import hardware
 from loadmaster.preflight.plan import Plan
@@ -140,6 +143,10 @@ def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp
     assert [f"{stage}: unchanged, skipped" in again for stage in ("plan", "train", "evaluate")] == [True] * 3
     changed = go(tiny, tmp_path, "stop_after=evaluate", "evaluation.max_new_tokens=5")[1]
     assert "train: unchanged, skipped" in changed and "evaluate: started" in changed
+    (tmp_path / "run/eval.json").write_text('{"before": ')
+    damaged = go(tiny, tmp_path, "stop_after=evaluate", "evaluation.max_new_tokens=5")[1]
+    assert "train: unchanged, skipped" in damaged and "evaluate: done" in damaged
+    assert set(json.loads((tmp_path / "run/eval.json").read_text())) == {"before", "after"}
 
 
 def test_a_plan_by_which_nothing_was_trained_is_made_anew_and_one_of_a_run_is_shown_again(tiny, tmp_path):
@@ -256,6 +263,45 @@ def test_what_was_lost_is_made_again_not_reported_as_done(tiny, lora_8b):
     assert "plan: unchanged, skipped" in output and "evaluate: unchanged, skipped" in output
     assert all(f"{stage}: started" in output for stage in ("train", "export", "bundle"))
     assert (folder / "adapter").is_dir() and (folder / "bundle").is_dir()
+
+
+def test_trained_weights_that_were_damaged_are_made_again_from_the_checkpoint(tiny, tmp_path):
+    for method, folder, config in (("lora", "adapter", "adapter_config.json"), ("full", "model", "config.json")):
+        base, last = tmp_path / method, ("stop_after=train", f"recipe={method}_8b")
+        assert go(tiny, base, *last)[0] == 0
+        (weights,) = (base / "run" / folder).glob("*.safetensors")
+        for name, size in ((weights.name, weights.stat().st_size - 1), (config, 0)):
+            file = weights.with_name(name)
+            whole = file.read_bytes()
+            os.truncate(file, size)
+            code, output = go(tiny, base, *last)
+            assert code == 0 and "train: started" in output and "resuming after step 2 of 2" in output, output
+            assert file.read_bytes() == whole, (file, size)
+        assert "train: unchanged, skipped" in go(tiny, base, *last)[1]
+
+
+def test_a_shard_that_is_lost_is_missed(tmp_path):
+    run_dir, names = RunDir(tmp_path, "x"), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    folder = tmp_path / "model"
+    write_json(folder / "config.json", {"model_type": "llama"})
+    write_json(folder / "model.safetensors.index.json", {"weight_map": dict(zip("ab", names, strict=True))})
+    for name in names:
+        assert not run_dir.holds_trained()
+        save_file({"w": torch.zeros(3)}, folder / name)
+    assert run_dir.holds_trained()
+    (folder / "model.safetensors.index.json").write_text("")
+    assert not run_dir.holds_trained()
+
+
+def test_figures_that_were_damaged_are_told_and_begun_anew(tiny, tmp_path):
+    assert go(tiny, tmp_path, "stop_after=train")[0] == 0
+    file = tmp_path / "run/result.json"
+    for damaged in ("", '{"steps": ', "[1]"):
+        file.write_text(damaged)
+        code, output = go(tiny, tmp_path, "stop_after=train")
+        assert code == 0 and f"warning: {file} could not be read and begins anew" in output, output
+        assert set(json.loads(file.read_text())["wall_seconds"]) == {"plan", "train"}
+        assert "warning" not in go(tiny, tmp_path, "stop_after=train")[1]
 
 
 def test_a_folder_with_other_things_is_not_run_over(tiny, tmp_path, capsys):

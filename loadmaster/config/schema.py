@@ -19,6 +19,8 @@ Flag = Annotated[bool, Strict()]
 Text = Annotated[str, MinLen(1)]
 MOST = 10**9  # of whatever is counted
 PositiveInt = Annotated[int, Strict(), Gt(0), Le(MOST)]
+GpusOfANode = Annotated[int, Strict(), Ge(1), Le(64)]
+Nodes = Annotated[int, Strict(), Ge(1), Le(1024)]
 NonNegativeInt = Annotated[int, Strict(), Ge(0), Le(MOST)]
 PositiveFloat = Annotated[float, Strict(), Gt(0)]
 NonNegativeFloat = Annotated[float, Strict(), Ge(0)]
@@ -181,9 +183,9 @@ class PlanConfig:
 class HardwareConfig:
     gpu: Text = "local"
     """local, cpu, or a GPU of the catalogue: a100_80gb, h100_80gb and so on (docs/preflight.md has all)."""
-    count: PositiveInt | Auto = "auto"
+    count: GpusOfANode | Auto = "auto"
     """GPUs in each node; auto: what the machine has, or 1."""
-    nodes: PositiveInt = 1
+    nodes: Nodes = 1
     """Machines."""
 
 
@@ -282,7 +284,7 @@ class EndpointConfig:
 class LaunchConfig:
     name: Literal["local", "runpod", "slurm", "ssh"] = "local"
     """Where the job runs: this machine, a rented one that is terminated at its end, a Slurm cluster, hosts by SSH."""
-    nodes: PositiveInt | Auto = "auto"
+    nodes: Nodes | Auto = "auto"
     """Machines; auto: hardware.nodes, or as many as launch.hosts. Several rented ones are an Instant Cluster."""
     force_pods: Flag = False
     """Rent plain Pods for several nodes although nothing fast joins them; launch.max_hours must be given."""

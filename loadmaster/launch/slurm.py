@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,6 +78,13 @@ class Batch:
     def cancelled(self) -> Path:
         """Its presence tells the script not to go back to the queue."""
         return self.folder / "cancelled"
+
+    def discard(self) -> None:
+        """Leave nothing of a job that never was."""
+        shutil.rmtree(self.folder)
+        for folder in self.folder.parents[:2]:  # runs/RECIPE and runs
+            with suppress(OSError):  # other runs are there
+                folder.rmdir()
 
 
 def run_by_slurm(launch: Launch, tokens: int | None) -> int:
@@ -181,7 +189,11 @@ class _Submitted:
         if not id.isdigit():
             id = self._id_by_name()
         if not id:
-            raise LoadmasterError(f"sbatch did not take the job: {refusal(done.stderr if done else 'no answer')}")
+            said = done.stderr if done else "timed out: no answer"
+            if "timed out" not in said:  # where it did, there may be a job yet, which is cancelled and finds its files
+                self.over = True
+                self.batch.discard()
+            raise LoadmasterError(f"sbatch did not take the job: {refusal(said)}")
         self.id = id
         write_json(self.batch.folder / RECORD, {"name": launch.name, "id": id, "command": self.batch.command})
         launch.echo(f"submitted job {id}; its log is {self.batch.log}, its run directory {self.batch.run_dir}")

@@ -100,7 +100,8 @@ def reasons(
 ) -> list[str]:  # fmt: skip
     if found.best is None:
         said = list(found.refusals) + ([] if found.refusals else _left_out(job, shape))
-        return said + [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
+        said += [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
+        return [*said, *filter(None, [not_offered(chosen.hardware)])]
     said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase of training that needs most"]
     said += how_much(job, dataset_tokens)
     said += filter(None, [not_offered(chosen.hardware)])
@@ -125,7 +126,7 @@ def reasons(
     said += about_rate(job, setup.method)
     if setup.adapters and in_some_layers_only(shape, setup.lora_targets):
         said.append(f"lora.targets adapts some layers only and was counted in all {shape.layers}: less is needed")
-    if setup.offload != "none":
+    if setup.offload != "none" and not chosen.hardware.is_cpu:
         said.append(f"{chosen.memory.host_gib:.0f} GiB of host memory hold what the GPUs cannot")
     said += about_answers(job, shape, chosen)
     said += about_verification(job, chosen, verification)

@@ -53,12 +53,13 @@ def make_plan(
 
 
 def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_tokens: int | None) -> Plan:
-    setup, hardware, speed = chosen.setup, chosen.hardware, chosen.tokens_per_second
+    setup, hardware, fits = chosen.setup, chosen.hardware, found.best is not None
     phases, verification = phase_bytes(job, shape, hardware, setup), verifying(job, shape, hardware, setup)
     head = setup.trains("lm_head") or (shape.tied and setup.trains("embed_tokens"))
-    hours, rate = run_hours(job, shape, chosen, dataset_tokens), hardware.usd_per_hour
+    speed = chosen.tokens_per_second if fits else None  # what does not run has no speed, and costs nothing
+    hours, rate = run_hours(job, shape, chosen, dataset_tokens) if fits else None, hardware.usd_per_hour
     return Plan(
-        fits=found.best is not None,
+        fits=fits,
         model=ModelSummary(
             name=shape.name,
             parameters=shape.parameters,

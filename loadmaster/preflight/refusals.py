@@ -27,6 +27,9 @@ def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
     if job.sharding not in ("auto", "none") and hardware.world_size == 1:
         message = "one process on the CPU has nothing to share or shard"
         yield Problem("sharding", job.sharding, IN_THE_JOB, message, "sharding=none or auto, or hardware.count=2")
+    if job.offload not in ("auto", "none") and hardware.world_size == 1:
+        message = "what one process on the CPU trains is in host memory already"
+        yield Problem("offload", job.offload, IN_THE_JOB, message, "offload=none or auto, or hardware with a GPU")
     if job.sharding == "none" and hardware.world_size > 1:
         message = f"{hardware.world_size} processes would each train a model of their own"
         yield Problem("sharding", "none", IN_THE_JOB, message, "sharding=ddp, fsdp or auto, or hardware.count=1")
@@ -55,7 +58,7 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
         yield f"sharding=none: there are {world} GPUs; use ddp, fsdp or auto"
     if job.offload == "all" and job.sharding in ("none", "ddp", "zero1", "zero2"):
         yield f"offload=all needs sharded weights; use sharding=fsdp or zero3 instead of {job.sharding}"
-    if job.offload == "all" and world == 1 and not hardware.is_cpu:
+    if job.offload == "all" and world == 1:
         yield "offload=all: weights in host memory come to GPUs by shards, and there is one GPU; use optimizer or auto"
     if job.optimizer.in_backward is True and job.lora.dora and job.method != "full" and world > 1:
         yield "optimizer.in_backward=true goes with fsdp and lora.dora=true with ddp; set one of the two to false"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loadmaster import catalog
 from loadmaster.preflight.explain import RUNNER_UP
 from loadmaster.preflight.plan import MemoryGib, PhasesGib, Plan
 from loadmaster.preflight.setup import sharding_words
@@ -42,7 +43,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         seen = plan.peak_gib
         counts = f"allocated {seen.allocated:.2f}, reserved {seen.reserved:.2f}, by the card {seen.device:.2f}"
         line(f"GiB as counted: {counts}")
-    line(_speed(plan))
+    if plan.fits:
+        line(_speed(plan))
     if plan.trace:
         found = plan.trace
         line(f"traced, {found['of']}: {found['traced_gib']:.3f} GiB, replayed {found['replayed_gib']:.3f}")
@@ -115,7 +117,7 @@ def print_comparison(key: str, plans: dict[str, Plan], console: Console | None =
     ):
         table.add_column(heading, justify=justify, no_wrap=not wrap)
     for value, plan in plans.items():
-        price = plan.price or {}
+        price = plan.price if plan.fits and plan.price else {}
         table.add_row(
             escape(value),
             _place(plan),
@@ -183,9 +185,12 @@ def _settings(plan: Plan) -> str:
 
 
 def _speed(plan: Plan) -> str:
-    if not plan.tokens_per_second:
-        return "speed: not predicted, the card is not in the catalogue"
-    said = f"{plan.tokens_per_second:,.0f} tokens/s (modelled)"
+    speed = plan.tokens_per_second
+    if speed is None:
+        known = plan.hardware.gpu in ("cpu", *catalog.gpus())
+        why = "that of the model's experts is not modelled" if known else "the card is not in the catalogue"
+        return f"speed: not predicted, {why}"
+    said = f"{speed:,.0f} tokens/s (modelled)" if speed >= 1 else "less than 1 token/s (modelled)"
     counted = "" if plan.hardware.gpu == "cpu" else " with start, load and export"
     verification = plan.verification or {}
     moving = verification.get("moving_hours", 0.0) if verification.get("in_hours", True) else 0.0

@@ -110,7 +110,7 @@ def plan_section(files: RunFiles) -> PlanSection | None:
         rejected=rows(plan.get("rejected")),
         alternatives=rows(plan.get("alternatives")),
         runners_up=rows(plan.get("runners_up")),
-        elsewhere=[{**row, "place": machine(row)} for row in rows(plan.get("elsewhere"))],
+        elsewhere=[{**row, "place": machine(row), "plan": _there(row, plan)} for row in rows(plan.get("elsewhere"))],
         basis=[(str(key).replace("_", " "), str(text)) for key, text in _mapping(plan.get("basis")).items()],
     )
 
@@ -118,6 +118,23 @@ def plan_section(files: RunFiles) -> PlanSection | None:
 def machine(row: dict[str, Any]) -> str:
     nodes = number(row.get("nodes")) or 1
     return (f"{nodes:.0f} nodes of " if nodes > 1 else "") + f"{row.get('count')}x {row.get('gpu')}"
+
+
+def _there(row: dict[str, Any], plan: dict[str, Any]) -> str:
+    """The plan on another machine; a batch that had to be another one makes it another training run."""
+    parts = [row.get("precision"), *([row.get("sharding")] if row.get("sharding") != "none" else [])]
+    parts += [f"checkpointing {row.get('activation_checkpointing')}"]
+    parts += [f"{row['offload']} in host memory"] if row.get("offload", "none") != "none" else []
+    parts += [units.things(row.get("micro_batch_size"), "row")]
+    size = number(row.get("global_size"))
+    parts += [] if size in (None, _rows_per_step(plan)) else [f"batch.global_size={size:.0f}"]
+    return ", ".join(map(str, parts))
+
+
+def _rows_per_step(plan: dict[str, Any]) -> float | None:
+    keys = ("micro_batch_size", "gradient_accumulation_steps", "hardware.count", "hardware.nodes")
+    factors = [number(dig(plan, key)) for key in keys]
+    return None if None in factors else math.prod(factor for factor in factors if factor is not None)
 
 
 def _mapping(value: Any) -> dict[Any, Any]:
@@ -159,9 +176,7 @@ def decisions(files: RunFiles) -> list[Decision]:
 
 def amounts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     hours, cost = number(plan.get("hours")), number(plan.get("cost_usd"))
-    factors = [number(plan.get(key)) for key in ("micro_batch_size", "gradient_accumulation_steps")]
-    factors += [number(dig(plan, f"hardware.{key}")) for key in ("count", "nodes")]
-    rows_per_step = None if None in factors else math.prod(factor for factor in factors if factor is not None)
+    rows_per_step = _rows_per_step(plan)
     length = number(plan.get("sequence_length"))
     device = "memory of the host" if dig(plan, "hardware.gpu") == "cpu" else "memory of one GPU"
     return [

@@ -76,8 +76,9 @@ def correct(job: Job, plan: Plan, shape: ModelShape, found: dict[str, Any]) -> P
     memory = replace(memory, total=total)
     said = f"{shape.estimate.split(':')[0]}: memory is that of a traced step, speed is an estimate"
     rests = memory.weights + memory.optimizer + memory.context
-    speed = None if shape.experts or plan.tokens_per_second is None else round(plan.tokens_per_second / larger, 1)
     fits = plan.fits and total <= plan.budget_gib
+    known = fits and not shape.experts and plan.tokens_per_second is not None
+    speed = round(plan.tokens_per_second / larger, 1) if known else None
     reasons = [f"traced: {total:.1f} of {plan.budget_gib:.1f} GiB", *plan.reasons[1:-1], f"an estimate: {said}"]
     return replace(
         plan,

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import stat
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -200,7 +201,16 @@ def test_where_no_controller_answers_a_login_node_is_named(said):
 def test_what_sbatch_refuses_is_said_in_its_words(cluster):
     with pytest.raises(LoadmasterError, match="invalid partition specified: none"):
         cluster.launch("launch.sbatch=['--partition=none']")
-    assert cluster.jobs == []
+    assert cluster.jobs == [] and not (cluster.folder / "runs").exists()
+
+
+@pytest.mark.parametrize("answer", [None, "sbatch: error: Socket timed out on send/recv operation\n"])
+def test_where_there_may_be_a_job_yet_its_files_stay(cluster, monkeypatch, answer):
+    done = answer and subprocess.CompletedProcess([], 1, "", answer)
+    monkeypatch.setattr(slurm._Submitted, "_call", lambda self, command, env=None: done)
+    with pytest.raises(LoadmasterError, match=r"did not take the job: .*timed out"):
+        cluster.launch()
+    assert [path.name for path in (cluster.folder / "runs").rglob("cancelled")] == ["cancelled"]
 
 
 @pytest.mark.slow

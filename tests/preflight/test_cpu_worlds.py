@@ -36,6 +36,8 @@ def test_two_nodes_of_processes_are_planned() -> None:
         (1, {"precision": "bf16"}, "precision=fp32"),
         (2, {"precision": "fp8"}, "precision=fp32"),
         (1, {"sharding": "fsdp"}, "hardware.count=2"),
+        (1, {"offload": "optimizer"}, "offload=none or auto"),
+        (1, {"offload": "all"}, "offload=none or auto"),
         (2, {"sharding": "none"}, "sharding=ddp"),
         (2, {"batch": BatchConfig(global_size=3)}, "batch.global_size=4"),
     ],
@@ -49,3 +51,8 @@ def test_what_no_cpu_does_is_a_configuration_error_with_a_remedy(count: int, fie
 def test_host_memory_is_that_of_all_processes() -> None:
     chosen = plan(2, sharding="ddp", offload="none")
     assert chosen.host_memory_gib == pytest.approx(2 * chosen.memory_gib.total, rel=0.01)
+
+
+def test_offload_under_fsdp_runs_as_written_and_is_not_said_to_help_gpus() -> None:
+    chosen = plan(2, sharding="fsdp", offload="all", method="full")
+    assert chosen.fits and chosen.offload == "all" and not any("GPUs" in text for text in chosen.reasons)

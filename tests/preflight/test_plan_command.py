@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -69,6 +70,7 @@ def test_what_memory_has_no_part_in_is_not_called_a_want_of_memory(capsys, tmp_p
     seen = capsys.readouterr()
     assert "cannot run as asked: batch.global_size=16 does not divide over 3 GPUs; use 18" in seen.out
     assert "error: batch.global_size=16 does not divide" in seen.err and "nothing fits" not in seen.err
+    assert "- the catalogue knows no 3x h100_80gb to rent" in seen.out  # which is priced below as what would fit
 
 
 def test_hours_of_verification_are_named_where_they_are_most_of_a_run(capsys, tmp_path, monkeypatch) -> None:
@@ -80,6 +82,28 @@ def test_hours_of_verification_are_named_where_they_are_most_of_a_run(capsys, tm
     assert "h of them moving layers" not in capsys.readouterr().out
     assert main(["plan", *ASKED]) == 0
     assert "h of them moving layers" not in capsys.readouterr().out
+
+
+def test_what_does_not_fit_has_no_speed_no_hours_and_no_price(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    on_l40s = ["plan", "recipe=lora_8b", "hardware=l40s_x1"]
+    assert main([*on_l40s, "--compare", "sequence_length=2048,2000000"]) == 0
+    fits, does_not = capsys.readouterr().out.splitlines()[1:3]
+    assert "0.79" in fits.split() and does_not.rstrip().endswith(" of 43.1")
+    for machine in ("hardware=l40s_x1", "hardware=cpu"):  # the card is known, so nothing is said of the catalogue
+        assert main(["plan", "recipe=lora_8b", machine, "precision=auto", "sequence_length=2000000"]) == 3
+        verdict = capsys.readouterr().out.partition("would fit")[0]
+        assert "not predicted" not in verdict and "tokens/s" not in verdict and "$" not in verdict
+
+
+def test_a_speed_that_is_not_predicted_is_not_laid_to_a_card_that_is_known(capsys) -> None:
+    plan = replace(make_plan(compose(ASKED).job), tokens_per_second=None, hours=None, cost_usd=None)
+    print_plan(plan, Console())
+    assert "not predicted, that of the model's experts is not modelled" in capsys.readouterr().out
+    print_plan(replace(plan, hardware=replace(plan.hardware, gpu="GTX 1080")), Console())
+    assert "not predicted, the card is not in the catalogue" in capsys.readouterr().out
+    print_plan(replace(plan, tokens_per_second=0.0), Console())
+    assert "less than 1 token/s" in capsys.readouterr().out
 
 
 def test_what_no_processor_does_is_not_tried_as_a_remedy(capsys) -> None:

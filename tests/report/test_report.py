@@ -179,6 +179,15 @@ def test_the_plan_says_which_settings_the_job_wrote_and_which_preflight_chose(tm
     assert "one optimizer step 128 rows" in text  # 4 rows x 2 accumulated x 16 GPUs
 
 
+def test_a_machine_on_which_the_run_is_another_one_is_told_apart(tmp_path: Path):
+    row = {"gpu": "rtx4090", "count": 4, "nodes": 1, "precision": "bf16", "sharding": "ddp", "micro_batch_size": 1,
+           "activation_checkpointing": "none", "offload": "none", "global_size": 128}  # fmt: skip
+    put(tmp_path, "plan.json", make_plan(elsewhere=[row, {**row, "global_size": 132, "offload": "all"}]).to_dict())
+    text = report(tmp_path).text  # 4 rows x 2 accumulated x 16 GPUs are 128
+    assert "bf16, ddp, checkpointing none, 1 row " in text and text.count("batch.global_size=") == 1
+    assert "checkpointing none, all in host memory, 1 row, batch.global_size=132" in text
+
+
 def test_a_plan_that_does_not_fit_shows_by_how_much_and_what_would(tmp_path: Path):
     put(tmp_path, "plan.json", make_plan(fits=False, budget_gib=43.0).to_dict())
     text = report(tmp_path).text
