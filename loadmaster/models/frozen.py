@@ -27,7 +27,7 @@ Q is copied, turned, for the second product. Sums of the first are added up the 
 torchao's float8 training do, those of gradients in full where that is believed to be cheap (`_sums_in_full`). Compiled,
 the product is one of codes alone, the kind that cuBLAS is fastest at, and the scales are multiplied in by the kernel
 that adds the adapter's part; eager, where that would be a pass of its own, the product's kernel does it. No GPU has run
-that path yet, so its speed is not known; its loss was imitated on a CPU (docs/training.md). Everywhere else Q is cast
+that path yet, so its speed is not known; its loss was seen on a CPU (docs/training.md). Everywhere else Q is cast
 to x's dtype.
 """
 
