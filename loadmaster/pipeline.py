@@ -112,13 +112,13 @@ class Pipeline:
         identity = sha256_json([job_hash(self.job), data_identity(self.job)])
         self.run_dir = RunDir.choose(self.job.run_dir, self.job.recipe, identity, differing=self._differing)
 
-    def _differing(self, path: Path) -> list[str]:
-        """In what the job of another run is not this one; nothing where its config.yaml cannot be read."""
+    def _differing(self, path: Path) -> list[str] | None:
+        """In what the job of another run is not this one; None where its config.yaml cannot be read."""
         try:
             resolved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
             return differing(self.job, check(resolved, {}, {}).job)
         except (OSError, ValueError, yaml.YAMLError, LoadmasterError):
-            return []
+            return None
 
     def run(self) -> None:
         with self.run_dir.locked():

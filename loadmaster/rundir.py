@@ -36,7 +36,7 @@ class RunDir:
     @classmethod
     def choose(
         cls, run_dir: str, recipe: str, identity: str, root: Path = Path("runs"),
-        differing: Callable[[Path], list[str]] = lambda path: [],
+        differing: Callable[[Path], list[str] | None] = lambda path: [],
     ) -> RunDir:  # fmt: skip
         """The run directory of a job: as given, else the newest of this identity, else a new one.
 
@@ -50,7 +50,7 @@ class RunDir:
                 filled = path.exists() and any(entry.name != ".lock" for entry in path.iterdir())
             run = cls(path, identity)
             if run.is_damaged:
-                if not any((path / "checkpoints").glob("step-*")) or differing(path):
+                if not any((path / "checkpoints").glob("step-*")) or differing(path) != []:
                     message = f"holds a run whose {RECORD} is damaged, so that nobody knows which job it belongs to"
                     raise _refused(run_dir, message, "give a new folder, or an empty one")
                 return run  # a checkpoint of another job, or of other data, is refused by what it says itself

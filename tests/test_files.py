@@ -43,6 +43,10 @@ def test_a_full_disk_is_known_also_where_native_code_says_it():
     assert not is_full_disk(OSError(errno.EACCES, "Permission denied")) and not is_full_disk(Exception("(os error 2)"))
 
 
+SHORT = (25).to_bytes(8, "little") + b'{"a":{"data_offsets":[0]}}'[:25]
+"""An entry with one end; no file that safetensors would write."""
+
+
 def test_a_file_of_tensors_that_was_cut_anywhere_is_not_whole(tmp_path):
     file = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(3), "b": torch.zeros(2)}, file, metadata={"format": "pt"})
@@ -51,6 +55,6 @@ def test_a_file_of_tensors_that_was_cut_anywhere_is_not_whole(tmp_path):
     for size in (0, 4, 9, 60, len(content) - 1):
         file.write_bytes(content[:size])
         assert not is_whole_safetensors(file), size
-    for damaged in (b"\xff" * 8 + content[8:], content + b"\0", content[:8] + b"[1]" + content[11:]):
+    for damaged in (b"\xff" * 8 + content[8:], content + b"\0", content[:8] + b"[1]" + content[11:], SHORT):
         file.write_bytes(damaged)
         assert not is_whole_safetensors(file)

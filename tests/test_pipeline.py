@@ -323,6 +323,8 @@ def test_a_run_whose_record_was_damaged_goes_on_from_its_checkpoint_and_no_other
     record.write_text("{")
     assert go(tiny, tmp_path, "stop_after=train", "max_steps=1", "optimizer.lr=0.5")[0] == 2
     assert "holds a run whose stages.json is damaged" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "run/config.yaml").write_text("method: [")  # nor where nothing says whose it is
+    assert go(tiny, tmp_path, "stop_after=train", "max_steps=1")[0] == 2
     assert record.read_text() == "{"
 
 

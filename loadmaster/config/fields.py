@@ -166,7 +166,8 @@ def _series(name: str, number: str) -> str:
 
 
 def _is_of_series(word: str, other: str) -> bool:
-    return not word or not other or word.endswith(other) or other.endswith(word)
+    """Whether the letters before two numbers may mean one series; more than two are a brand: gtx is rtx misspelt."""
+    return not word or not other or len(word) > 2 or word.endswith(other) or other.endswith(word)
 
 
 def nearest_key(key: str, extra: Iterable[str] = ()) -> str | None:

@@ -216,6 +216,6 @@ def _contradiction(flags: argparse.Namespace) -> Problem | None:
 def _unknown_flag(argument: str, own_flags: Sequence[str]) -> Problem:
     name, _, value = argument.lstrip("-").partition("=")
     known = [a for action in get_args_parser()._actions for a in action.option_strings if a.startswith("--")]
-    flag = nearest(argument, ["--dry-run", *own_flags, *known], cutoff=0.75)
+    flag = nearest(argument.partition("=")[0], ["--dry-run", *own_flags, *known], cutoff=0.75)
     remedy = flag or f"fields are set without dashes: {name.replace('-', '_')}={value or '...'}"
     return Problem(argument, None, COMMAND_LINE, "there is no such option", remedy)

@@ -33,7 +33,7 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
         if os.path.exists(place) and not os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0)):
             yield key, path, f"you may not read {place.absolute()}", f"chmod u+r {place}, or {key}=FILE of another"
         elif os.path.exists(place) and not (place.is_file() or place.is_dir()):
-            message = "is a pipe, and data are read more than once"
+            message = f"is {'a pipe' if place.is_fifo() else 'no regular file'}, and data are read more than once"
             yield key, path, message, f"write it to a file first: COMMAND > rows.jsonl, and {key}=rows.jsonl"
         elif job.stop_after != "plan" and _is_file_name(path) and not os.path.exists(place):
             here = "" if place.is_absolute() else f" here ({place.absolute()})"

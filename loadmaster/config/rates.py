@@ -29,4 +29,5 @@ def peak_rate(job: Job, method: str) -> float:
 
 
 def usual_rate(job: Job, method: str) -> float:
-    return USUAL[job.objective]["full" if method == "full" else "adapters"]
+    usual = USUAL[job.objective]  # a job that no rule has seen may train what has none
+    return usual.get("full", usual["adapters"]) if method == "full" else usual["adapters"]

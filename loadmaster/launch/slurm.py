@@ -51,6 +51,9 @@ NO_CONTROLLER = re.compile(
 PATIENCE = 12
 """Answers in a row without the job before it counts as gone."""
 
+UNSURE = ("timed out", "Zero Bytes", "connect")
+"""What sbatch says where its answer was lost: there may be a job, which is cancelled and finds its files."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -81,7 +84,7 @@ class Batch:
 
     def discard(self) -> None:
         """Leave nothing of a job that never was."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
         for folder in self.folder.parents[:2]:  # runs/RECIPE and runs
             with suppress(OSError):  # other runs are there
                 folder.rmdir()
@@ -189,8 +192,8 @@ class _Submitted:
         if not id.isdigit():
             id = self._id_by_name()
         if not id:
-            said = done.stderr if done else "timed out: no answer"
-            if "timed out" not in said:  # where it did, there may be a job yet, which is cancelled and finds its files
+            said = done.stderr if done else "no answer"
+            if done and done.returncode and not any(word in said for word in UNSURE):
                 self.over = True
                 self.batch.discard()
             raise LoadmasterError(f"sbatch did not take the job: {refusal(said)}")

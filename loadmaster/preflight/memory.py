@@ -21,7 +21,7 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.shards import frozen_form, units, whole
 from loadmaster.preflight.step import Replayed, evaluation_batch, gradient_bytes, training_step
-from loadmaster.preflight.trained import factored_bytes, widened_bytes
+from loadmaster.preflight.trained import factored_bytes, on_host_bytes, widened_bytes
 from loadmaster.preflight.weights import base_bytes
 from loadmaster.preflight.zero import zero_bytes
 
@@ -125,9 +125,10 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
         at["communication"] + communication + reducing,
         context,
     )
+    stepped_here = setup.offload == "none" or setup.stage or hardware.is_cpu
     step = Bytes(
         weights,
-        gradients + step_bytes(shape, setup),
+        gradients + (step_bytes(shape, setup) if stepped_here else 0.0),
         optimizer,
         communication=communication,
         context=context,
@@ -318,9 +319,9 @@ def host_bytes(shape: ModelShape, setup: Setup) -> float:
         each += zero_bytes(shape, setup).pinned_host
     elif setup.offload == "all":
         unit = whole(shape, setup)
-        each += states + unit.trained_pinned + unit.pinned + unit.replicated
+        each += states + unit.trained_pinned + unit.pinned + unit.replicated + on_host_bytes(shape, setup)
     elif setup.offload == "optimizer":
-        each += states + setup.width * trained
+        each += states + setup.width * trained + on_host_bytes(shape, setup)
     elif setup.optimizer == "paged_adamw_8bit":
         each += states
     if setup.checkpointing == "offload":

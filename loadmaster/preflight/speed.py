@@ -95,24 +95,36 @@ def size_factor(shape: ModelShape, setup: Setup, faster: float = 1.0) -> float:
 def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """Clipping and update read and write gradient, weight and states; offloaded states cross to the host and back."""
     trainable = setup.trainable(shape) / setup.state_shards
-    width = setup.width
-    moved = trainable * (3 * width + 2 * width + 2 * state_bytes(setup) + (8 if setup.master_weights else 0))
+    moved = trainable * _stepped_bytes(setup, state_bytes(setup), setup.master_weights)
     efficiency = 1.0 if hardware.is_cpu else value("efficiency", "memory")
     seconds = moved / (hardware.bandwidth_gb_per_s * 1e9 * efficiency)
-    if setup.offload != "none" or setup.optimizer.startswith("paged"):
-        seconds += trainable * _crossing_seconds(hardware, setup)
-        seconds += moved / (value("efficiency", "host_memory_gb_per_s") * 1e9)
+    if setup.optimizer.startswith("paged"):
+        return seconds + trainable * _crossing_seconds(hardware, setup) + moved / _host_rate()
+    if setup.offload != "none":
+        slower = {"adamw_8bit": "host_adamw_8bit", "adafactor": "host_adafactor"}.get(setup.optimizer)
+        if slower:  # by their arithmetic and not by what they move
+            moved = trainable * _stepped_bytes(setup, state_bytes(MASTERED), True) * value("efficiency", slower)
+        seconds += trainable * _crossing_seconds(hardware, setup) + moved / _host_rate()
     return seconds
 
 
+MASTERED = Setup(method="full", precision="bf16", optimizer="adamw", master_weights=True)
+
+
+def _stepped_bytes(setup: Setup, states: float, masters: bool) -> float:
+    """Read and written for one trained parameter; its states, masters included, take `states` bytes."""
+    return 3 * setup.width + 2 * setup.width + 2 * states + (8 if masters else 0)
+
+
+def _host_rate() -> float:
+    return value("efficiency", "host_memory_gb_per_s") * 1e9
+
+
 def _crossing_seconds(hardware: Hardware, setup: Setup) -> float:
-    """Of one trained parameter, gradient there and weight back: from tensor to tensor in memory that is not pinned
-    (training/optimizer.py), or by DeepSpeed's pinned buffers and the driver's pages. What fsdp keeps on the host it
-    moves itself (communication.py)."""
-    if setup.offload == "all" and not setup.stage:
-        return 0.0
-    pinned = setup.stage or setup.optimizer.startswith("paged")
-    size, link = (2 * (setup.width + 2), "host_link") if pinned else (2 * setup.width, "pageable_link")
+    """Of one trained parameter, gradient there and weight back: under offload=optimizer from tensor to tensor in memory
+    that is not pinned (training/optimizer.py), or by FSDP2's and DeepSpeed's pinned memory and the driver's pages."""
+    plain = setup.offload == "optimizer" and not setup.stage
+    size, link = (2 * setup.width, "pageable_link") if plain else (2 * (setup.width + 2), "host_link")
     return size / (hardware.host_gb_per_s * 1e9 * value("efficiency", link))
 
 

@@ -19,6 +19,11 @@ BUCKET_ELEMENTS = 2**28
 """loadmaster.training.optimizer.BUCKET_ELEMENTS; a test holds the two equal."""
 
 
+HOST_STEP = {"adamw": 16, "adamw_8bit": 24, "adafactor": 16}
+"""Bytes an element of the tensor that is stepped, on the host and without masters, takes besides state and gradient: at
+the peak of a step of TrainingOptimizer on a CPU (bitsandbytes 0.50, transformers 5.17; 2026-11-28)."""
+
+
 class Trained(NamedTuple):
     elements: int
     matrix: bool = True
@@ -56,6 +61,19 @@ def _factored(trained: tuple[Trained, ...], filled: int, width: int) -> float:
         most = max(most, stepped - width * done)
         done += sum(each.elements for each in bucket)
     return most
+
+
+def on_host_bytes(shape: ModelShape, setup: Setup) -> float:
+    """The same of an optimizer whose states are on the host: of AdamW over masters the fp32 gradients of a bucket, of
+    others what their largest tensor takes."""
+    return _on_host(tensors(shape, setup), BUCKET_ELEMENTS, setup.optimizer, setup.master_weights) / setup.shards
+
+
+@cache
+def _on_host(trained: tuple[Trained, ...], filled: int, optimizer: str, masters: bool) -> int:
+    if optimizer == "adamw" and masters:
+        return 4 * max(sum(each.elements for each in bucket) for bucket in _buckets(trained, filled))
+    return HOST_STEP.get(optimizer, 0) * max(each.elements for each in trained)
 
 
 def _buckets(trained: tuple[Trained, ...], filled: int) -> list[list[Trained]]:

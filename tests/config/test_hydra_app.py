@@ -280,7 +280,10 @@ def test_a_wrong_flag_is_a_problem_like_any_other(arguments: list[str], said: st
 
 @pytest.mark.parametrize(
     ("words", "meant"),
-    [(["plan", "--jsn"], "--json"), (["train", "--dry-rn"], "--dry-run")],
+    [
+        (["plan", "--jsn"], "--json"), (["train", "--dry-rn"], "--dry-run"),
+        (["plan", "recipe=smoke", "--nodse=1..4"], "--nodes"),
+    ],
 )
 def test_a_misspelt_flag_of_a_stage_is_answered_with_its_own(
     words: list[str], meant: str, capsys: pytest.CaptureFixture[str]

@@ -257,7 +257,8 @@ def test_a_card_is_meant_by_the_words_of_its_name():
     meant = {"h100": "h100_80gb", "a100_pcie": "a100_80gb_pcie", "H100-NVL": "h100_nvl", "h100_nvl_94gb": "h100_nvl",
              "4090": "rtx4090", "RTX_3090": "rtx3090", "a6000": "rtx_a6000", "a10": "a10g", "l40": "l40s",
              "RTX 4090": "rtx4090", "H100 NVL": "h100_nvl", "NVIDIA A100-SXM4-40GB": "a100_40gb", "GB200": "b200",
-             "nvidia l40s": "l40s", "RTX 6000 Ada": "rtx_6000_ada", "GeForce RTX 4090": "rtx4090"}  # fmt: skip
+             "nvidia l40s": "l40s", "RTX 6000 Ada": "rtx_6000_ada", "GeForce RTX 4090": "rtx4090",
+             "gtx4090": "rtx4090"}  # fmt: skip
     assert {word: nearest_card(word, catalog.gpus()) for word in meant} == meant
 
 

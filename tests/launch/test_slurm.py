@@ -204,11 +204,18 @@ def test_what_sbatch_refuses_is_said_in_its_words(cluster):
     assert cluster.jobs == [] and not (cluster.folder / "runs").exists()
 
 
-@pytest.mark.parametrize("answer", [None, "sbatch: error: Socket timed out on send/recv operation\n"])
-def test_where_there_may_be_a_job_yet_its_files_stay(cluster, monkeypatch, answer):
-    done = answer and subprocess.CompletedProcess([], 1, "", answer)
-    monkeypatch.setattr(slurm._Submitted, "_call", lambda self, command, env=None: done)
-    with pytest.raises(LoadmasterError, match=r"did not take the job: .*timed out"):
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [
+        (None, ""), (1, "sbatch: error: Socket timed out on send/recv operation\n"),
+        (1, "sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received\n"),
+        (1, "sbatch: error: Unable to contact slurm controller (connect failure)\n"), (0, ""),
+    ],
+)
+def test_where_there_may_be_a_job_yet_its_files_stay(cluster, monkeypatch, code, answer):
+    done = None if code is None else subprocess.CompletedProcess([], code, "a banner\n", answer)
+    monkeypatch.setattr(slurm._Submitted, "_call", lambda self, command, env=None: done if env else None)
+    with pytest.raises(LoadmasterError, match="did not take the job"):
         cluster.launch()
     assert [path.name for path in (cluster.folder / "runs").rglob("cancelled")] == ["cancelled"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -19,6 +21,7 @@ from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.memory import resident, step_bytes, worst_micro_batch
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
+from loadmaster.preflight.trained import HOST_STEP
 from loadmaster.training import optimizer as optimizers
 from loadmaster.training.in_backward import BackwardOptimizer
 from loadmaster.training.optimizer import TrainingOptimizer
@@ -174,12 +177,51 @@ def test_full_70b_fits_four_a100_with_adafactor_in_the_backward_pass_alone() -> 
     assert "in the backward pass" in " ".join(c["plan"] for c in found.rejected)
 
 
+ROWS = 24 * 2**10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, masters", [("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False)]
+)
+def test_a_step_on_the_host_takes_what_is_counted(name: str, masters: bool) -> None:
+    """At its peak, beside states and gradient, as this process's memory shows it; of one tensor of 48 million."""
+    script = f"""
+import torch
+from loadmaster.config.schema import OptimizerConfig
+from loadmaster.training.optimizer import TrainingOptimizer
+
+torch.set_num_threads(1)
+
+def bytes_of(field):
+    return 1024 * int(open("/proc/self/status").read().split(field + ":")[1].split()[0])
+
+def taken(rows):
+    weight = torch.nn.Parameter(torch.zeros(rows, 2048, dtype=torch.bfloat16))
+    optimizer = TrainingOptimizer([("w", weight)], OptimizerConfig(), {name!r}, {masters}, offload=True)
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        rest = bytes_of("VmRSS")
+        open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+        optimizer.step(1e-3)
+    return bytes_of("VmHWM") - rest
+
+taken(64)  # what a first step loads
+print(taken({ROWS}) / ({ROWS} * 2048))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    counted = 4 if masters else HOST_STEP[name]
+    assert counted - 2.5 < float(done.stdout.split()[-1]) < counted + 0.5  # the gradient itself may go meanwhile
+
+
 def test_what_does_not_fit_says_that_it_would_in_the_backward_pass() -> None:
-    refused = make_plan(job(LLAMA + "70B", "full", "a100_80gb", 4))
+    refused = make_plan(job(LLAMA + "70B", "full", "a100_80gb", 4, offload="none"))
     said = [a for a in refused.alternatives if a["change"].startswith("optimizer.in_backward=true")]
     assert said and said[0]["needs_gib"] < said[0]["budget_gib"]
     assert "global_size" not in said[0]["change"] and "checkpointing offload" in said[0]["plan"]  # all rows at once
-    recomputed = make_plan(job(LLAMA + "70B", "full", "a100_80gb", 4, activation_checkpointing="full"))
+    recomputed = make_plan(
+        job(LLAMA + "70B", "full", "a100_80gb", 4, activation_checkpointing="full", offload="none")
+    )
     assert any("optimizer.in_backward=true" in a["change"] and "batch.global_size=4" in a["change"]
                for a in recomputed.alternatives)  # fmt: skip
 
