@@ -28,6 +28,9 @@ from loadmaster.training.relayout import BLOCK
 
 BUCKET_ELEMENTS = 2**28
 """Parameters stepped together; bounds the fp32 gradients that exist at once to 1 GiB (preflight reads this)."""
+UNUSED = "RMS"
+"""Adafactor's, of a rank's part of a weight, written in each step and read in none (scale_parameter=False): it is no
+state, and not the same on all ranks."""
 
 
 @dataclass
@@ -172,6 +175,8 @@ class TrainingOptimizer:
                 if self.masters:
                     tensors[f"{name}/master"] = target
                 for key, value in bucket.optimizer.state.get(target, {}).items():
+                    if key == UNUSED:
+                        continue
                     (tensors if isinstance(value, Tensor) else scalars)[f"{name}/{key}"] = value
         return tensors, scalars
 

@@ -69,6 +69,11 @@ STEPPED = [
     )
     for name in (f"stepped{tag}-after", f"stepped{tag}-in_backward")
 ]
+LIGHT = [
+    case(f"{name}-{offload}", "full", "fsdp", 2, optimizer=name, offload=offload)
+    for name in ("adamw_bf16", "adamw_8bit", "adafactor")
+    for offload in ("none", "all")
+]
 HYBRID = [
     case("full-hybrid-2x2", "full", "fsdp", 2, 2),
     case("full-hybrid-2x2-whole", "full", "fsdp", 2, 2, reshard_after_forward=False),
@@ -112,6 +117,7 @@ RESUMED = [
     )
     for sharding, count in then
 ]
+LIGHT_RESUMED = [{**c, "name": f"{c['name']}-then", "source": c["name"]} for c in LIGHT]
 SAVED_AT = 5
 
 
@@ -119,11 +125,11 @@ SAVED_AT = 5
 def runs(tmp_path_factory, model) -> Path:
     """Every case, run once; the folder of each by its name."""
     folder = tmp_path_factory.mktemp("parity")
-    for size, nodes, cases in [(1, 1, ALONE), (2, 1, TWO + STEPPED), (4, 2, HYBRID), (4, 1, FOUR)]:
+    for size, nodes, cases in [(1, 1, ALONE), (2, 1, TWO + STEPPED + LIGHT), (4, 2, HYBRID), (4, 1, FOUR)]:
         placed = [{**c, "model": str(model / c["model"]), "out": str(folder / c["name"])} for c in cases]
         spawn(folder, f"world-{size}-{nodes}", placed, size, nodes)
     for size in (1, 2, 8):
-        cases = [c for c in RESUMED if c["count"] == size]
+        cases = [c for c in RESUMED + LIGHT_RESUMED if c["count"] == size]
         placed = [{**c, "model": str(model / c["model"]), "out": str(folder / c["name"])} for c in cases]
         for each in placed:
             resume_from(folder / each["source"], Path(each["out"]))
@@ -182,6 +188,17 @@ def test_shards_are_stepped_in_the_backward_pass_as_after_it(runs, name):
         assert one["loss"] == other["loss"] and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=TOLERANCE)
     for key, tensor in weights(after).items():
         assert torch.equal(tensor, weights(runs / name)[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [c["name"] for c in LIGHT])
+def test_lighter_states_in_shards_are_trained_saved_and_gone_on_with(runs, name):
+    """Each rank has states of its own rows; what a checkpoint gives back is what each had."""
+    whole, resumed = metrics(runs / name), metrics(runs / f"{name}-then")
+    assert len(whole) == STEPS and whole[-1]["loss"] < whole[0]["loss"]
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+    for key, tensor in weights(runs / name).items():
+        assert torch.equal(tensor, weights(runs / f"{name}-then")[key]), key
 
 
 @pytest.mark.slow
