@@ -177,7 +177,7 @@ def test_full_70b_fits_four_a100_with_adafactor_in_the_backward_pass_alone() -> 
     assert "in the backward pass" in " ".join(c["plan"] for c in found.rejected)
 
 
-ROWS = 24 * 2**10
+ROWS = 8 * 2**10
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ ROWS = 24 * 2**10
     "name, masters", [("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False)]
 )
 def test_a_step_on_the_host_takes_what_is_counted(name: str, masters: bool) -> None:
-    """At its peak, beside states and gradient, as this process's memory shows it; of one tensor of 48 million."""
+    """At its peak, beside states and gradient, as this process's memory shows it; of one tensor of 17 million."""
     script = f"""
 import torch
 from loadmaster.config.schema import OptimizerConfig
@@ -211,7 +211,7 @@ print(taken({ROWS}) / ({ROWS} * 2048))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     counted = 4 if masters else HOST_STEP[name]
-    assert counted - 2.5 < float(done.stdout.split()[-1]) < counted + 0.5  # the gradient itself may go meanwhile
+    assert counted - 2.5 < float(done.stdout.split()[-1]) < counted + 1  # the gradient itself may go meanwhile
 
 
 def test_what_does_not_fit_says_that_it_would_in_the_backward_pass() -> None:
