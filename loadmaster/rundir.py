@@ -87,7 +87,7 @@ class RunDir:
             return False
         config = folder / ("adapter_config.json" if folder.name == "adapter" else "config.json")
         index = folder / "model.safetensors.index.json"
-        listed = set(object_in(index).get("weight_map", {}).values())
+        listed = set(_object(object_in(index).get("weight_map")).values())
         files = {file.name for file in folder.glob("*.safetensors")} | listed
         whole = files and all(is_whole_safetensors(folder / name) for name in files)
         return bool(object_in(config) and whole and (listed or not index.exists()))
@@ -218,6 +218,10 @@ def object_in(path: Path) -> dict[str, Any]:
         value = read_json(path)
     except (OSError, ValueError, RecursionError):
         return {}
+    return _object(value)
+
+
+def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
@@ -226,7 +230,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _stages(path: Path) -> dict[str, Any]:
-    return _record(path).get("stages", {})
+    return _object(_record(path).get("stages"))
 
 
 def _identity(path: Path) -> str | None:

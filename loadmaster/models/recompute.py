@@ -29,9 +29,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.models.forward import causal_lm, decoder_layers
+from loadmaster.preflight.pinned import PIECE_BYTES
 
-PIECE_BYTES = 2**26
-"""Smallest piece of pinned memory that an input is cut for under offload; the last one may be less."""
 WIDE = 512
 """Inputs of a product that is kept; an adapter's second product has its rank. The preflight reads this number."""
 

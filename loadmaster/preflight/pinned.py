@@ -12,7 +12,7 @@ rehearsal's copy, moments. Sources: torch 2.13, deepspeed 0.19.8.
 from __future__ import annotations
 
 PIECE_BYTES = 2**26
-"""Of pieces that inputs are cut into (loadmaster.models.recompute, which says the same)."""
+"""Smallest piece that an input is cut into (loadmaster.models.recompute); the last one may be less."""
 
 
 def pinned(size: int) -> int:

@@ -60,9 +60,10 @@ def stepping(job: Job, hardware: Hardware, method: str, offload: str) -> tuple[b
 
 
 def states(job: Job, method: str, offload: str, precision: str) -> Iterator[tuple[str, bool]]:
-    one = method != "full" or job.sharding in ZERO  # DeepSpeed keeps fp32 masters
-    one = one or (offload != "none" and job.method != "full")  # method=auto takes adapters before those
-    ladder = FULL_STATES[:1] if one else FULL_STATES if offload == "none" else HOST_STATES
+    ladder = FULL_STATES if offload == "none" else HOST_STATES
+    before = offload != "none" and job.method == "auto"  # adapters come before lighter states on the host
+    if method != "full" or job.sharding in ZERO or before:  # DeepSpeed keeps fp32 masters
+        ladder = FULL_STATES[:1]
     if precision == "fp32":
         ladder = tuple(dict.fromkeys((name, False) for name, _ in ladder))
     if job.optimizer.name != "auto":

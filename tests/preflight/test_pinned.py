@@ -12,7 +12,6 @@ import torch
 
 from loadmaster import catalog
 from loadmaster.models import recompute
-from loadmaster.preflight import pinned as module
 from loadmaster.preflight import zero_settings
 from loadmaster.preflight.memory import host_bytes
 from loadmaster.preflight.pinned import in_pieces, pinned
@@ -45,7 +44,6 @@ def test_a_block_takes_the_next_power_of_two() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2048, 78_475, 2**18])
 def test_an_input_takes_what_its_pieces_take(tokens: int) -> None:
-    assert module.PIECE_BYTES == recompute.PIECE_BYTES
     with torch.device("meta"):
         pieces = recompute.host_pieces(torch.empty(1, tokens, 3584, dtype=torch.bfloat16), pinned=False)
     assert in_pieces(2 * 3584 * tokens) == sum(pinned(piece.nbytes) for piece in pieces)
