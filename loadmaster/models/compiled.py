@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import MethodType
 
@@ -44,6 +45,9 @@ def compile_layers(model: nn.Module) -> None:
     # pass: a third of what a layer would keep, for about 1% of a step's time (modelled).
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._inductor.config.post_grad_custom_pre_pass = MergeNarrowProducts()
+    # Headers that a CPU's compiler reads in advance lie in one folder for all runs, 150 MB each: half of one, of a
+    # compiler that was killed or is still at work for a run that was, fails every run that finds it.
+    torch._inductor.config.cpp_cache_precompile_headers = False
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of selective checkpoints
     lm = causal_lm(model)
     lm.disable_input_require_grads()
@@ -80,8 +84,13 @@ class CompileCache:
 
     def __init__(self, folder: Path, lead: bool = True):
         self.folder, self.lead = folder.resolve(), lead
+        self.complete = self.folder / ".complete"
         self.shared = cache_root() / "compiled"
-        self.own = os.environ.get(CACHE_VARIABLE, str(self.folder)) in {str(self.folder), *_opened}
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        # Who imports torch._dynamo finds the variable set: to the default, which is nobody's choice.
+        ours = {str(self.folder), os.path.abspath(default_cache_dir()), *_opened}
+        self.own = os.environ.get(CACHE_VARIABLE, str(self.folder)) in ours
 
     def open(self) -> None:
         """Before anything is compiled."""
@@ -89,20 +98,28 @@ class CompileCache:
             return
         os.environ[CACHE_VARIABLE] = str(self.folder)
         _opened.add(str(self.folder))
-        if self.lead and not self.folder.exists() and self.shared.is_dir():
+        if not self.lead:
+            return
+        if not self.folder.exists() and self.shared.is_dir():
             _add(self.shared, self.folder)
+        elif not self.complete.exists():  # killed as it compiled: what a linker had begun would be loaded as it is
+            for library in self.folder.rglob("*.so"):
+                library.unlink(missing_ok=True)
+        self.complete.unlink(missing_ok=True)
 
     def share(self) -> None:
         """Once everything is compiled: what other runs may find here."""
         if self.own and self.lead and self.folder.is_dir():
             _add(self.folder, self.shared)
+            with suppress(OSError):  # a full disk
+                self.complete.touch()
 
 
 def _add(source: Path, target: Path) -> None:
     """Copy what `target` does not have; each file appears whole."""
     for path in source.rglob("*"):
         copy = target / path.relative_to(source)
-        if not path.is_file() or path.suffix in (".lock", ".tmp") or copy.exists():
+        if not path.is_file() or path.name.endswith((".lock", ".tmp", ".complete")) or copy.exists():
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         partial = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")

@@ -107,7 +107,8 @@ def rehearse(
                 ) from error
             raise
         cause = getattr(error, "inner_exception", None) or error
-        reason = " ".join(str(cause).split())[:200]
+        # Of a compiler that failed, what it said; the command before that fills a screen.
+        reason = " ".join(str(getattr(cause, "output", None) or cause).split())[:400]
         raise TrainingFailed(
             f"the decoder layers could not be compiled ({type(cause).__name__}: {reason}).\n"
             "fix: compile=false trains without; a C compiler (gcc) and Python's headers are what is usually missing"

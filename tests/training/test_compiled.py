@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loadmaster.config.schema import LoraConfig
@@ -222,7 +223,7 @@ def run(tiny, folder, monkeypatch, **plan):
 
 def test_a_compiled_run_is_the_plain_one_and_compiles_nothing_after_the_rehearsal(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as importing torch._dynamo leaves it
     torch._dynamo.reset()
     plain = run(tiny, tmp_path / "plain", monkeypatch)
     before = graphs_compiled()
@@ -238,7 +239,7 @@ def test_a_compiled_run_is_the_plain_one_and_compiles_nothing_after_the_rehearsa
 @pytest.mark.slow
 def test_the_compilers_cache_travels_with_the_run_and_serves_the_next_one(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as importing torch._dynamo leaves it
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
     # Kernels of plain C++, without the half a dozen programs that try what vectors the compiler knows.
     monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
@@ -269,6 +270,41 @@ def test_a_cache_folder_of_the_users_own_is_used_as_it_is(tmp_path, monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     CompileCache(tmp_path / "run").open()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+
+
+def test_libraries_of_a_run_that_was_killed_as_it_compiled_are_made_again(tmp_path, monkeypatch):
+    """A linker that was killed leaves half of one, which would be loaded: the next run could never compile."""
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as importing torch._dynamo leaves it
+    folder = tmp_path / "run" / "compile_cache"
+    kept, library = folder / "ab" / "kernel.main.cpp", folder / "ab" / "kernel.main.so"
+    for killed in (True, False):
+        CompileCache(folder).open()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text("int main() {}")
+        library.write_text("half of it")
+        if not killed:
+            CompileCache(folder).share()
+        CompileCache(folder, lead=False).open()  # another rank's: one process tidies up
+        assert library.exists()
+        CompileCache(folder).open()
+        assert library.exists() != killed and kept.exists()
+    other = tmp_path / "other" / "compile_cache"
+    CompileCache(other).open()
+    assert (other / "ab" / "kernel.main.so").exists(), "shared, once all of it was there"
+
+
+def test_what_the_compiler_said_is_shown_rather_than_its_command(tiny, tmp_path, monkeypatch):
+    from torch._inductor.exc import CppCompileError
+
+    def broken(graph, inputs):
+        raise CppCompileError(["g++", *["-D", "A" * 100] * 20], "fatal error: Python.h: No such file or directory")
+
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiled, "BACKEND", broken)
+    torch._dynamo.reset()
+    with pytest.raises(TrainingFailed, match=r"\(CppCompileError: fatal error: Python.h: No such file or directory\)"):
+        run(tiny, tmp_path / "run", monkeypatch, compile=True)
 
 
 def test_a_gpus_attention_compiles_once_too_whatever_the_documents():
