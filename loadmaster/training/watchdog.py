@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.training.liveness import (
+    STEP_FACTOR,
     WRITER,
     Beat,
     Sighting,
@@ -83,6 +84,7 @@ class Watchdog:
         self._keys = [f"loadmaster/watch/{Watchdog._made}/{rank}" for rank in range(world.size)]
         self._beat = Beat(world.rank, world.node, os.environ.get("NODE_ADDR") or socket.gethostname())
         self._sightings: dict[int, Sighting] = {}
+        self._expected_s = 0.0
         self._steps: deque[float] = deque(maxlen=LAST_STEPS)
         self._busy: deque[float] = deque(maxlen=LAST_STEPS)
         self._step_began = time.monotonic()
@@ -102,6 +104,15 @@ class Watchdog:
                 self._step_began = now
             mark = beat.mark + 1 if step == beat.step else 0
             self._beat = replace(beat, step=step, phase=phase, mark=mark)
+
+    def expect(self, seconds: float) -> None:
+        """The first step may take so long: nobody has seen one of this run yet."""
+        self._expected_s = seconds
+
+    @property
+    def slowest_s(self) -> float:
+        """Seconds of the slowest of the last steps, by which the limit for the next one goes."""
+        return max(self._steps, default=self._expected_s / STEP_FACTOR)
 
     def worked(self, seconds: float) -> None:
         """This rank's own part of a step, without what it waited for others: what a straggler is told by."""
@@ -197,7 +208,7 @@ class Watchdog:
         while not self._stop.wait(self.interval_s):
             if self.resting:
                 continue
-            slowest = max(self._steps, default=0.0)
+            slowest = self.slowest_s
             # Should a call keep every Python thread from running, this ends the process all the same.
             backstop_s = limit_s(self._beat.phase, self.hang_s, slowest) + 2 * self.silence_s
             if math.isfinite(backstop_s):

@@ -31,6 +31,7 @@ from loadmaster.training.loop import make_session, refuse_missing_tracker, refus
 from loadmaster.training.metrics import read_metrics
 from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.stop import StopSignal
+from loadmaster.training.watchdog import Watchdog
 from loadmaster.training.world import World
 
 PLAN = Plan(
@@ -116,6 +117,13 @@ def run(
         stop or StopSignal(),
         Display(console or Console(quiet=True)),
     )
+
+
+def test_the_first_step_is_given_the_rehearsals_time_for_each_micro_batch(tiny, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Watchdog, "expect", lambda watch, seconds: told.append((seconds, watch._beat.step)))
+    _, outcome = run(tiny, tmp_path, dataclasses.replace(JOB, max_steps=1))
+    assert told == [(2 * outcome.rehearsal.seconds, 0)]
 
 
 def test_a_card_that_refuses_products_in_fp8_ends_the_rehearsal_with_a_way_out(tiny, tmp_path, monkeypatch):

@@ -89,6 +89,19 @@ def test_the_limit_follows_the_steps_unless_it_is_set():
     assert (limit_s("save", 30.0, 2.0), limit_s("save", 7200.0, 2.0)) == (LONG_PHASE_S, 7200.0)
 
 
+def test_a_long_first_step_is_not_taken_for_one_that_hangs():
+    """16 micro-batches of a 70B model over what host memory sends: minutes, and no step before to go by."""
+    watch = Watchdog(World(), None)
+    in_step = {f"rank{r}": {"idle_s": 400.0, "step": 1, "phase": "step"} for r in range(4)}
+    assert judge(sightings(**in_step), 60.0, None, watch.slowest_s)
+    watch.expect(16 * 90.0)
+    assert judge(sightings(**in_step), 60.0, None, watch.slowest_s) is None
+    assert limit_s("step", None, watch.slowest_s) == 16 * 90.0
+    watch.at(1, "step")
+    watch.at(2, "step")  # one was seen, and it took no time
+    assert limit_s("step", None, watch.slowest_s) == STEP_FLOOR_S
+
+
 def test_ages_go_by_the_reader_s_clock():
     first = see(None, Beat(0, 0, "a", count=1), 99.0)
     assert (first.quiet_s, first.idle_s) == (0.0, 0.0)
