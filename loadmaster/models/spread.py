@@ -178,10 +178,12 @@ def other_shapes(model: nn.Module, expected: dict[str, tuple[int, ...]]) -> list
 
 
 def free_device_memory() -> None:
-    """Give cached memory of this process back to its device, for others to take."""
+    """Give cached memory of this process back to its device and host, for others to take."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch.cuda.is_initialized():
+        torch._C._host_emptyCache()  # pinned: of checkpoints' copies, offloaded weights and inputs
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -220,3 +220,14 @@ def test_a_real_model_on_disk_scores_to_the_bit_in_a_fraction_of_its_memory(smol
     assert whole["wrong"] == parts["wrong"] == {str(smollm2): []}
     model = sum(layers) + rest
     assert parts["peak"] < 0.8 * model < whole["peak"]
+
+
+def test_pinned_memory_of_training_goes_back_to_the_host_as_well(monkeypatch):
+    """PyTorch keeps it for itself, whatever empty_cache gives back: tens of GiB that a verification could not have."""
+    given = []
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: given.append("host"), raising=False)
+    spread.free_device_memory()
+    assert not given, "a process that never used a GPU has none"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    spread.free_device_memory()
+    assert given == ["host"]
