@@ -100,11 +100,10 @@ class CompileCache:
         _opened.add(str(self.folder))
         if not self.lead:
             return
-        if not self.folder.exists() and self.shared.is_dir():
-            _add(self.shared, self.folder)
-        elif not self.complete.exists():  # killed as it compiled: what a linker had begun would be loaded as it is
-            for library in self.folder.rglob("*.so"):
+        if not self.complete.exists():
+            for library in self.folder.rglob("*.so"):  # killed as it compiled, half of one would be loaded as it is
                 library.unlink(missing_ok=True)
+            _add(self.shared, self.folder)
         self.complete.unlink(missing_ok=True)
 
     def share(self) -> None:
@@ -116,16 +115,21 @@ class CompileCache:
 
 
 def _add(source: Path, target: Path) -> None:
-    """Copy what `target` does not have; each file appears whole."""
-    for path in source.rglob("*"):
-        copy = target / path.relative_to(source)
-        if not path.is_file() or path.name.endswith((".lock", ".tmp", ".complete")) or copy.exists():
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
-        try:
-            shutil.copy2(path, partial)
-            partial.replace(copy)
-        except OSError:  # a cache: a full disk, or another run that tidies up, is no reason to stop
-            partial.unlink(missing_ok=True)
-            return
+    """Copy what `target` does not have; each file appears whole.
+
+    Not what Triton keeps: its files name one another by their paths, and each graph has its kernels in itself.
+    """
+    with suppress(OSError):  # a cache: a full disk, or another run that tidies up, is no reason to stop
+        for path in source.rglob("*"):
+            name = path.relative_to(source)
+            copy = target / name
+            left_out = name.parts[0] == "triton" or path.name.endswith((".lock", ".tmp", ".complete"))
+            if left_out or not path.is_file() or copy.exists():
+                continue
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            partial = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
+            try:
+                shutil.copy2(path, partial)
+                partial.replace(copy)
+            finally:
+                partial.unlink(missing_ok=True)

@@ -272,6 +272,24 @@ def test_a_cache_folder_of_the_users_own_is_used_as_it_is(tmp_path, monkeypatch)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
 
 
+def test_a_machines_cache_is_a_help_and_no_condition(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("no folder can be made here")
+    cache = CompileCache(tmp_path / "first")
+    cache.open()
+    for name in ("fxgraph/ab/graph", "triton/0/AB/kernel.cubin"):
+        (cache.folder / name).parent.mkdir(parents=True)
+        (cache.folder / name).write_text("made")
+    cache.share()
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    CompileCache(tmp_path / "first").share()
+    (tmp_path / "second").mkdir()  # of a run that was stopped before it compiled anything
+    CompileCache(tmp_path / "second").open()
+    assert (tmp_path / "second/fxgraph/ab/graph").read_text() == "made"
+    assert not (tmp_path / "second/triton").exists(), "its files name one another by the first run's paths"
+
+
 def test_libraries_of_a_run_that_was_killed_as_it_compiled_are_made_again(tmp_path, monkeypatch):
     """A linker that was killed leaves half of one, which would be loaded: the next run could never compile."""
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
