@@ -29,6 +29,8 @@ VARIANTS = 64
 """Of one layer's code: kinds of layers, with and without gradients, adapter on and off."""
 BACKEND = "inductor"
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+TRITON_VARIABLE = "TRITON_CACHE_DIR"
+"""Set by the compiler to a folder in the other one."""
 _opened: set[str] = set()
 """Folders that this process has set the variable to."""
 
@@ -86,6 +88,7 @@ class CompileCache:
         self.folder, self.lead = folder.resolve(), lead
         self.complete = self.folder / ".complete"
         self.shared = cache_root() / "compiled"
+        self.before: dict[str, str | None] = {}
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
         # Who imports torch._dynamo finds the variable set: to the default, which is nobody's choice.
@@ -96,6 +99,7 @@ class CompileCache:
         """Before anything is compiled."""
         if not self.own:
             return
+        self.before = {name: os.environ.get(name) for name in (CACHE_VARIABLE, TRITON_VARIABLE)}
         os.environ[CACHE_VARIABLE] = str(self.folder)
         _opened.add(str(self.folder))
         if not self.lead:
@@ -112,6 +116,14 @@ class CompileCache:
             _add(self.folder, self.shared)
             with suppress(OSError):  # a full disk
                 self.complete.touch()
+
+    def close(self) -> None:
+        """After training: what this process compiles later, or starts (a server, another run), is not this run's."""
+        for name, value in self.before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _add(source: Path, target: Path) -> None:

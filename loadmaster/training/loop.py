@@ -106,6 +106,7 @@ def train(
         watch.at(0, "load")
         cache = CompileCache(run_dir / "compile_cache", world.lead)
         if plan.compile:
+            stack.callback(cache.close)
             cache.open()
         session = make_session(job, plan, world, tokenizer.pad_token_id, base_folder)
         if world.rank:  # dropout differs from rank to rank; rank 0 draws what a run of one process draws

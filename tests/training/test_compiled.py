@@ -272,6 +272,26 @@ def test_a_cache_folder_of_the_users_own_is_used_as_it_is(tmp_path, monkeypatch)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
 
 
+def test_a_run_leaves_the_environment_as_it_was_for_what_this_process_starts_next(tiny, tmp_path, monkeypatch):
+    """Servers and workers of another run would take the folder for the user's choice, and fill it with their own."""
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as importing torch._dynamo leaves it
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    seen = []
+
+    def on_a_gpu(graph, inputs):
+        seen.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        os.environ["TRITON_CACHE_DIR"] = f"{seen[-1]}/triton/0"  # as inductor's CachingAutotuner does
+        raise OSError("that will do")
+
+    monkeypatch.setattr(compiled, "BACKEND", on_a_gpu)
+    torch._dynamo.reset()
+    with pytest.raises(TrainingFailed):
+        run(tiny, tmp_path / "run", monkeypatch, compile=True)
+    assert seen == [str(tmp_path / "run" / "compile_cache")]
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir() and "TRITON_CACHE_DIR" not in os.environ
+
+
 def test_a_machines_cache_is_a_help_and_no_condition(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "file"))
@@ -282,6 +302,7 @@ def test_a_machines_cache_is_a_help_and_no_condition(tmp_path, monkeypatch):
         (cache.folder / name).parent.mkdir(parents=True)
         (cache.folder / name).write_text("made")
     cache.share()
+    cache.close()
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
     CompileCache(tmp_path / "first").share()
     (tmp_path / "second").mkdir()  # of a run that was stopped before it compiled anything
