@@ -101,6 +101,7 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = torch.device("cpu")
     if device_type == "cuda":
+        refuse_hidden_gpus(max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 0))), torch.cuda.device_count())
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     world = World(rank, size, local_rank, local_size, device)
@@ -123,6 +124,19 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
         leave(world)  # its threads must not outlive Python
         raise
     return world
+
+
+def refuse_hidden_gpus(processes: int, seen: int) -> None:
+    """A process takes the GPU of its number on its machine, so each must see those of all.
+
+    Raises LoadmasterError on every rank alike, before one waits for another.
+    """
+    if processes > seen:
+        raise LoadmasterError(
+            f"{processes} processes were started on this machine and each sees {seen} GPU{'s' * (seen != 1)}: let each "
+            "see all of them (srun without --gpus-per-task and --gpu-bind, CUDA_VISIBLE_DEVICES the same for all), "
+            "or start as many processes as there are GPUs"
+        )
 
 
 def refuse_uneven(counts: Sequence[int]) -> None:

@@ -79,6 +79,19 @@ def test_the_first_host_of_a_slurm_list(nodelist, host):
     assert first_host(nodelist) == host
 
 
+def test_processes_that_see_one_gpu_each_are_told_so_at_once(monkeypatch):
+    """srun --gpus-per-task=1: "invalid device ordinal" on all but the first, which waits ten minutes for them."""
+    from loadmaster.training import world
+
+    monkeypatch.setattr(world.torch.cuda, "device_count", lambda: 1)
+    for rank in range(2):
+        for name, value in ranks(str(rank), "2", str(rank), "2", "127.0.0.1", "1").items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(LoadmasterError, match=r"2 processes .* each sees 1 GPU: .* --gpus-per-task"):
+            world.join("cuda")
+    world.refuse_hidden_gpus(8, 8)
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core only: a rank needs one of its own")
 def test_ranks_that_end_right_after_a_collective_do_not_abort():
     """A run that was whole used to end as "rank 1 was ended by SIGABRT", once in thousands; here in two of five."""
