@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,24 @@ def go(tiny, tmp_path, *overrides) -> tuple[int, str]:
     console = Console(file=io.StringIO(), width=120)
     composed = compose([f"model.path={tiny}", f"run_dir={tmp_path / 'run'}", *SCALED_DOWN, *overrides])
     return run(composed, console), console.file.getvalue()
+
+
+def test_cards_are_numbered_as_the_plan_numbers_them_before_anything_asks_for_one(tiny, tmp_path, monkeypatch):
+    """Of an RTX 4090 behind a larger, slower card CUDA makes the first; what was planned for has twice the memory."""
+    seen = []
+
+    def gather(job):
+        seen.append((os.environ["CUDA_DEVICE_ORDER"], "GOMP_SPINCOUNT" in os.environ))
+        raise LoadmasterError("that will do")
+
+    monkeypatch.setattr("loadmaster.pipeline.Team.gather", gather)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    assert go(tiny, tmp_path)[0] == LoadmasterError.exit_code
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert go(tiny, tmp_path)[0] == LoadmasterError.exit_code
+    assert seen == [("PCI_BUS_ID", True), ("FASTEST_FIRST", True)]
+    script = "import sys, loadmaster.pipeline; sys.exit('torch' in sys.modules)"  # libraries read these as they load
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 @pytest.fixture(scope="module")
