@@ -126,8 +126,11 @@ def _logs() -> Any:
 
 
 def _defaults(workers: Workers) -> dict[str, str]:
-    """Threads shared out among the workers, and C++ messages with stack traces left out, unless set."""
-    threads = str(max(1, (os.cpu_count() or 1) // workers.processes))
+    """Threads shared out among the workers, and C++ messages with stack traces left out, unless set.
+
+    Of a machine's threads a Slurm job or a container may have a few.
+    """
+    threads = str(max(1, len(os.sched_getaffinity(0)) // workers.processes))
     defaults = {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     return {name: value for name, value in defaults.items() if name not in os.environ}
 

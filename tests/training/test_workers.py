@@ -204,3 +204,14 @@ def test_two_workers_train_evaluate_and_leave_what_one_process_leaves(tiny, tmp_
     assert {"rank-0.log", "rank-1.log"} <= {path.name for path in (run / "logs").iterdir()}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == STEPS and all(len(row["step_s_by_rank"]) == 2 for row in rows)
+
+
+def test_workers_share_the_threads_that_this_process_may_use(monkeypatch):
+    from loadmaster.training.agent import Workers, _defaults
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert [_defaults(Workers(count, []))["OMP_NUM_THREADS"] for count in (8, 32)] == ["2", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert "OMP_NUM_THREADS" not in _defaults(Workers(8, []))
