@@ -11,6 +11,8 @@ from loadmaster.errors import IN_THE_JOB, Problem
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.shape import ModelShape
 
+PACKED_FROM = 8.0
+"""Compute capability, of PyTorch's variable-length attention, which takes bf16 and fp16 alone."""
 COUNTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Linears of a mixture of experts whose adapters a plan can count."""
 TYPED = f"lora.targets=[{','.join(COUNTED)}]"
@@ -42,6 +44,13 @@ def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
 
 def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     """What was written and cannot work on this hardware, whatever its memory."""
+    if not hardware.is_cpu and hardware.compute_capability < PACKED_FROM:
+        yield (
+            f"{hardware.label} has compute capability {hardware.compute_capability}; attention over packed documents "
+            f"needs {PACKED_FROM} or later"
+        )
+    if not hardware.is_cpu and job.precision == "fp32" and not shape.attention_softcap:
+        yield "precision=fp32: attention over packed documents is in 16 bits on a GPU; use bf16"
     if job.precision == "fp8" and not hardware.has_fp8:
         yield f"precision=fp8: {hardware.label} has no fp8 matrix units (compute capability 8.9 or later has); use bf16"
     if job.precision == "fp8" and job.method == "auto" and set(job.plan.methods) == {"qlora"}:

@@ -167,6 +167,18 @@ def test_fp8_is_refused_where_the_card_has_none() -> None:
     assert plan(LLAMA + "8B", "lora", "h100_80gb", precision="fp8").fits
 
 
+def test_what_a_gpus_attention_does_not_take_is_refused_and_not_tried(monkeypatch) -> None:
+    """PyTorch's variable-length kernel: "only support fp16 and bf16", "only supports Ampere GPUs or newer"."""
+    refused = plan(LLAMA + "8B", "lora", "h100_80gb", precision="fp32")
+    assert not refused.fits and "16 bits on a GPU" in refused.refusal
+    assert refused.alternatives[0]["change"] == "precision=auto"
+    assert plan("google/gemma-2-2b", "lora", "h100_80gb", precision="fp32").fits  # by a kernel of its own
+    for name, capability, fits in (("Tesla T4", 7.5, False), ("NVIDIA A30", 8.0, True)):
+        monkeypatch.setattr("loadmaster.preflight.hardware.local_gpus", lambda n=name, c=capability: [(n, 24.0, c)])
+        found = plan(LLAMA + "8B", "lora", "local")
+        assert found.fits is fits and (fits or "has compute capability 7.5" in found.refusal)
+
+
 def test_an_explicit_micro_batch_that_does_not_fit_is_refused_with_the_number_that_would() -> None:
     refused = plan(LLAMA + "8B", "lora", "h100_80gb", micro_batch_size=16, activation_checkpointing="none")
     assert not refused.fits
