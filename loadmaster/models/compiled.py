@@ -28,6 +28,8 @@ from loadmaster.models.resolve import cache_root
 VARIANTS = 64
 """Of one layer's code: kinds of layers, with and without gradients, adapter on and off."""
 BACKEND = "inductor"
+SHARED_BYTES = 4 * 2**30
+"""What runs keep on one machine for one another. Files that were made first make room."""
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 TRITON_VARIABLE = "TRITON_CACHE_DIR"
 """Set by the compiler to a folder in the other one."""
@@ -47,9 +49,6 @@ def compile_layers(model: nn.Module) -> None:
     # pass: a third of what a layer would keep, for about 1% of a step's time (modelled).
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._inductor.config.post_grad_custom_pre_pass = MergeNarrowProducts()
-    # Headers that a CPU's compiler reads in advance lie in one folder for all runs, 150 MB each: half of one, of a
-    # compiler that was killed or is still at work for a run that was, fails every run that finds it.
-    torch._inductor.config.cpp_cache_precompile_headers = False
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of selective checkpoints
     lm = causal_lm(model)
     lm.disable_input_require_grads()
@@ -97,6 +96,9 @@ class CompileCache:
 
     def open(self) -> None:
         """Before anything is compiled."""
+        # Headers that a CPU's compiler reads in advance lie in one folder for all runs, 150 MB each: half of one, of a
+        # compiler that was killed or is still at work for a run that was, fails every run that finds it.
+        torch._inductor.config.cpp_cache_precompile_headers = False
         if not self.own:
             return
         self.before = {name: os.environ.get(name) for name in (CACHE_VARIABLE, TRITON_VARIABLE)}
@@ -114,6 +116,7 @@ class CompileCache:
         """Once everything is compiled: what other runs may find here."""
         if self.own and self.lead and self.folder.is_dir():
             _add(self.folder, self.shared)
+            _shrink(self.shared, SHARED_BYTES)
             with suppress(OSError):  # a full disk
                 self.complete.touch()
 
@@ -145,3 +148,15 @@ def _add(source: Path, target: Path) -> None:
                 partial.replace(copy)
             finally:
                 partial.unlink(missing_ok=True)
+
+
+def _shrink(folder: Path, most_bytes: int) -> None:
+    """Remove the oldest files until the others have `most_bytes` or less."""
+    with suppress(OSError):  # another run tidies up
+        files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+        left = sum(stat.st_size for stat in files.values())
+        for path in sorted(files, key=lambda path: files[path].st_mtime):
+            if left <= most_bytes:
+                return
+            path.unlink(missing_ok=True)
+            left -= files[path].st_size

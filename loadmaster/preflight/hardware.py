@@ -203,7 +203,6 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
         remedy = f"hardware.gpu=cpu hardware.count={count} trains with {count} processes on this machine's processors"
         message = "this machine has no GPU, or no driver that shows it"
         raise ConfigError([Problem("hardware.count", count, IN_THE_JOB, message, remedy)])
-    name, total_gib, capability = cards[0]
     count = len(cards) if count == "auto" else int(count)
     if count > len(cards):
         raise ConfigError(
@@ -217,6 +216,7 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
                 )
             ]
         )
+    name, total_gib, capability = min(cards[:count], key=lambda card: card[1])  # of unlike ones each must hold the plan
     host = host_memory_gib()
     known = catalog_name(name, total_gib)
     if known is not None:

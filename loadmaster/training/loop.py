@@ -105,7 +105,8 @@ def train(
     with stop.deferred(), ExitStack() as stack:
         watch.at(0, "load")
         cache = CompileCache(run_dir / "compile_cache", world.lead)
-        if plan.compile:
+        compiles = plan.compile or plan.optimizer == "adamw_bf16"  # whose step compiles itself
+        if compiles:
             stack.callback(cache.close)
             cache.open()
         session = make_session(job, plan, world, tokenizer.pad_token_id, base_folder)
@@ -129,7 +130,7 @@ def train(
         if said := sentence(held_against(plan, measured(rehearsal))):
             display.echo(f"note: {said}")
         compiled = graphs_compiled()
-        if plan.compile:
+        if compiles:
             cache.share()
         _stop_if(stopping(), "after the rehearsal, before the first step")
 

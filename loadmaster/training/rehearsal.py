@@ -110,8 +110,9 @@ def rehearse(
         # Of a compiler that failed, what it said; the command before that fills a screen.
         reason = " ".join(str(getattr(cause, "output", None) or cause).split())[:400]
         raise TrainingFailed(
-            f"the decoder layers could not be compiled ({type(cause).__name__}: {reason}).\n"
-            "fix: compile=false trains without; a C compiler (gcc) and Python's headers are what is usually missing"
+            f"the decoder layers, or adamw_bf16's step, could not be compiled ({type(cause).__name__}: {reason}).\n"
+            "fix: compile=false trains without, and so does another optimizer; a C compiler (gcc) and Python's headers "
+            "are what is usually missing, or a folder that programs may be run from (TORCHINDUCTOR_CACHE_DIR)"
         ) from error
     finally:
         if world.lead:

@@ -333,6 +333,23 @@ def test_libraries_of_a_run_that_was_killed_as_it_compiled_are_made_again(tmp_pa
     assert (other / "ab" / "kernel.main.so").exists(), "shared, once all of it was there"
 
 
+def test_the_machines_cache_keeps_the_newest_files_of_a_size(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    monkeypatch.setattr(compiled, "SHARED_BYTES", 250)
+    cache = CompileCache(tmp_path / "run")
+    cache.open()
+    for age, name in enumerate(("newest", "old", "oldest")):
+        path = tmp_path / "run" / "ab" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(100))
+        os.utime(path, (10**9 - age, 10**9 - age))
+    cache.share()
+    cache.close()
+    assert {path.name for path in (tmp_path / "cache" / "compiled").rglob("*") if path.is_file()} == {"newest", "old"}
+    assert (tmp_path / "run" / "ab" / "oldest").is_file()
+
+
 def test_what_the_compiler_said_is_shown_rather_than_its_command(tiny, tmp_path, monkeypatch):
     from torch._inductor.exc import CppCompileError
 
