@@ -43,7 +43,7 @@ def phase(folder: Path, rank: int, words: str) -> bool:
 
 
 MORE = {
-    "compiling": ["compile=true"],
+    "compiling": ["compile=true", "launch.grace_s=20"],
     "evaluating": ["evaluation.every_steps=1", "data.max_rows=400"],
     "in the stage evaluate": [
         "max_steps=2", "stop_after=evaluate", "evaluation.task=json_fields", "evaluation.max_rows=60",
