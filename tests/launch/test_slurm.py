@@ -259,6 +259,13 @@ def test_secrets_come_from_the_environment_and_go_nowhere_else(cluster, monkeypa
     assert SECRET not in cluster.said + everything_written(cluster.folder) + asked
 
 
+def test_a_secret_that_is_not_set_here_is_refused_before_anything_is_written(cluster):
+    for more in ([], ["launch.dry_run=true"]):
+        with pytest.raises(ConfigError, match="is not set in the environment here"):
+            cluster.launch("launch.secrets.HF_TOKEN=NOT_SET_HERE", *more)
+    assert cluster.jobs == [] and not (cluster.folder / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
