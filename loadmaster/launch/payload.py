@@ -40,6 +40,13 @@ THERE = ("grace_s", "hang_timeout_s")
 """Fields of launch that the job itself obeys; the others are the launcher's."""
 
 
+COMPOSED_ONLY = {
+    "defaults": ["_self_", {"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}],
+    "hydra": {"run": {"dir": "."}, "output_subdir": None},
+}
+"""As in conf/train.yaml: without it Hydra makes a folder outputs/ there, and says each line of the log once more."""
+
+
 def identity(job: Job) -> str:
     """The same for the same job on the same data: a second launch goes on in the first one's run directory."""
     local = [local_path(path) for _, path in data_paths(job)]
@@ -51,7 +58,7 @@ def job_there(composed: Composed, hardware: HardwareConfig) -> dict[str, Any]:
     resolved = json.loads(json.dumps(composed.resolved))
     resolved["hardware"] = asdict(hardware)
     resolved["launch"] = {"name": "local", **{name: resolved["launch"][name] for name in THERE}}
-    return resolved
+    return {**COMPOSED_ONLY, **resolved}
 
 
 def by_volume(job: Job, room: str) -> tuple[Upload, ...]:

@@ -186,8 +186,9 @@ def test_names_of_secrets_are_taken(name):
 def test_the_job_of_every_recipe_composes_there_as_it_did_here(recipe, tmp_path):
     here = compose([f"recipe={recipe}", "hardware=h100_80gb_x8", "launch=runpod"])
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(payload.job_there(here, here.job.hardware), sort_keys=False))
-    there = compose([], config_dir=str(tmp_path), config_name="job").job
-    assert replace(there, launch=here.job.launch) == here.job
+    there = compose([], config_dir=str(tmp_path), config_name="job")
+    assert replace(there.job, launch=here.job.launch) == here.job
+    assert not there.needs_hydra  # which would log each line once more, into a folder outputs/ of its own as well
 
 
 def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):
