@@ -97,6 +97,8 @@ def payload(
     data = resolved["data"]
     data["path"] = [moved(path) for path in data["path"]] if isinstance(data["path"], list) else moved(data["path"])
     data["validation"] = moved(data["validation"])
+    if resolved["endpoint"]["arrivals"].endswith(".csv"):
+        resolved["endpoint"]["arrivals"] = moved(resolved["endpoint"]["arrivals"])
     files["job.yaml"] = yaml.safe_dump(resolved, sort_keys=False).encode()
     text = tar(files)
     if limit_bytes is not None and len(text) > limit_bytes:

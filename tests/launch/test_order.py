@@ -194,13 +194,17 @@ def test_the_job_of_every_recipe_composes_there_as_it_did_here(recipe, tmp_path)
 def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):
     data = tmp_path / "mine.jsonl"
     data.write_text('{"messages": []}\n')
-    made = ordered("data=file", f"data.path={data}")
+    times = tmp_path / "requests.csv"
+    times.write_text("0\n1\n")
+    made = ordered("data=file", f"data.path={data}", f"endpoint.arrivals={times}")
     files = unpacked(made)
     job = yaml.safe_load(files["job.yaml"])
     assert job["hardware"] == {"gpu": "l40s", "count": 1, "nodes": 1}
     assert job["launch"] == {"name": "local", "grace_s": 120, "hang_timeout_s": "auto"}
     assert job["data"]["path"] == "/workspace/loadmaster/jobs/loadmaster-x/data/0-mine.jsonl"
     assert files["data/0-mine.jsonl"] == data.read_bytes()
+    assert job["endpoint"]["arrivals"] == "/workspace/loadmaster/jobs/loadmaster-x/data/1-requests.csv"
+    assert files["data/1-requests.csv"] == times.read_bytes()
     assert str(tmp_path) not in json.dumps(job)
 
 
