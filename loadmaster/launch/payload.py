@@ -2,7 +2,8 @@
 
 Data that is too large to travel along goes to the volume before the machine starts, under a name with its hash, so that
 the same data goes there once. A job that arrives is a job for that hardware, launched locally; paths of data that
-travels along are changed to where it will lie. The same job gives the same bytes.
+travels along are changed to where it will lie: from the folder that the job is started in, which each launch has its
+own of, so that a later launch of the same job is the same job to its run directory. The same job gives the same bytes.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def by_volume(job: Job, room: str) -> tuple[Upload, ...]:
 
 
 def payload(
-    composed: Composed, hardware: HardwareConfig, folder: str, limit_bytes: int | None, more: dict[str, bytes],
+    composed: Composed, hardware: HardwareConfig, limit_bytes: int | None, more: dict[str, bytes],
     uploads: Sequence[Upload] = (),
 ) -> str:  # fmt: skip
     """tar.gz in base64: job.yaml for that hardware, the local data files under data/, and `more`, by name.
@@ -92,7 +93,7 @@ def payload(
             return on_volume[local]
         inside = f"data/{len(files) - len(more)}-{local.name}"
         files[inside] = local.read_bytes()
-        return f"{folder}/{inside}"
+        return inside
 
     data = resolved["data"]
     data["path"] = [moved(path) for path in data["path"]] if isinstance(data["path"], list) else moved(data["path"])

@@ -124,9 +124,8 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
         launch.console.out(json.dumps(shown, indent=2), highlight=False)
         return 0
     meeting = _meet(launch, hosts)
-    folder = f"{meeting.base}/jobs/{launch.name}"
     more = {TORCHRUN: launch_file(TORCHRUN)} if len(hosts) > 1 else {}
-    packed = payload(launch.composed, hardware, folder, None, more)
+    packed = payload(launch.composed, hardware, None, more)
     launch.folder.mkdir(parents=True, exist_ok=True)
     run_dir = _job(launch, meeting, 0, hardware)["run_dir"]
     write_json(launch.folder / RECORD, {"name": launch.name, "kind": "ssh", "host": hosts[0].name, "run_dir": run_dir})
