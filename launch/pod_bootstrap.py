@@ -171,7 +171,7 @@ def run(job, redact):
     for name in ("LOADMASTER_JOB", "LOADMASTER_BOOTSTRAP"):
         environment.pop(name, None)
     process = subprocess.Popen(
-        job["command"],
+        [os.path.expanduser(job["command"][0]), *job["command"][1:]],
         cwd=job["folder"],
         env=environment,
         stdin=subprocess.DEVNULL,

@@ -125,7 +125,7 @@ def make_batch(launch: Launch, hardware: HardwareConfig) -> Batch:
     ]  # fmt: skip
     processes = hardware.count if hardware.count != "auto" else 1 if hardware.gpu == "cpu" else None
     task = [
-        sys.executable if job.launch.python == "auto" else job.launch.python,
+        sys.executable if job.launch.python == "auto" else str(local_path(job.launch.python)),
         str(shipped_folder("launch").absolute() / TORCHRUN),
         *([] if processes is None else [f"--nproc-per-node={processes}"]),
         "-m", "loadmaster.cli", job.stop_after, "--config-dir", str(folder), "--config-name", "job",

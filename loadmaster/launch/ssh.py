@@ -79,7 +79,7 @@ class Host:
         return ["ssh", *OPTIONS, *config, *(["-p", port] if port else []), name]
 
     def command(self, python: str) -> list[str]:
-        return [*self.ssh[:-1], "--", self.ssh[-1], shlex.join([python, "-c", RECEIVE])]
+        return [*self.ssh[:-1], "--", self.ssh[-1], f"{for_shell(python)} {shlex.join(['-c', RECEIVE])}"]
 
     def address(self) -> str:
         """What ssh resolves the name to (ssh -G), for the others to meet at."""
@@ -97,6 +97,12 @@ class Meeting:
     base: str
     address: str
     port: str
+
+
+def for_shell(path: str) -> str:
+    """As a shell there takes it as one word, in which a ~ in front is the login's home."""
+    home, slash, rest = path.partition("/")
+    return f"{home}/{shlex.quote(rest)}" if home == "~" and slash else shlex.quote(path)
 
 
 def interpreter(settings: LaunchConfig) -> str:

@@ -63,7 +63,7 @@ def hosts(tmp_path, monkeypatch, sshd):
 
     def with_stand_in(*arguments):
         job = real(*arguments)
-        return job | {"command": [sys.executable, str(stand_in), job["run_dir"]], "progress_s": made.progress_s}
+        return job | {"command": [job["command"][0], str(stand_in), job["run_dir"]], "progress_s": made.progress_s}
 
     monkeypatch.setattr(ssh, "_job", with_stand_in)
     monkeypatch.setattr(ssh, "POLL_S", 0.05)
@@ -107,6 +107,13 @@ def test_one_host_needs_no_meeting_and_a_port_can_be_given(hosts):
 
     assert hosts.launch(f"launch.hosts=['{getuser()}@127.0.0.1:{hosts.sshd.port}']") == 0
     assert "node 0 of" not in hosts.log
+
+
+def test_an_interpreter_may_be_named_from_the_home_folder_there(hosts):
+    from getpass import getuser
+
+    there = os.path.relpath(sys.executable, os.path.expanduser(f"~{getuser()}"))
+    assert hosts.launch("launch.hosts=[node0]", f"launch.python=~/{there}") == 0
 
 
 def test_the_jobs_exit_code_is_the_launchers_and_the_same_job_goes_on_in_the_same_folder(hosts):
