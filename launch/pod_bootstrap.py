@@ -296,6 +296,7 @@ def once(job, redact):
 
 def main():
     job = json.loads(os.environ["LOADMASTER_JOB"])
+    job["run_dir"] = os.path.expanduser(job["run_dir"])
     rented = job["ends"] != "with-input"
     if rented:
         arm(job, os.getpid())

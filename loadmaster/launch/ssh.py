@@ -216,7 +216,8 @@ def _job(launch: Launch, meeting: Meeting, node: int, hardware: HardwareConfig) 
     """What the bootstrap is to do on that host."""
     job, folder = launch.composed.job, f"{meeting.base}/jobs/{launch.name}"
     run_dir = f"{meeting.base}/runs/{job.recipe.replace('/', '-')}-{identity(replace(job, hardware=hardware))}"
-    run_dir = run_dir if job.run_dir == "auto" else os.path.join(meeting.base, job.run_dir)
+    if job.run_dir != "auto":  # from the login's home, which is known there, or from the folder there
+        run_dir = job.run_dir if job.run_dir.startswith("~/") else os.path.join(meeting.base, job.run_dir)
     torchrun = []
     if hardware.nodes > 1:
         processes = hardware.count if hardware.count != "auto" else 1 if hardware.gpu == "cpu" else "gpu"

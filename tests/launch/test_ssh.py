@@ -109,11 +109,14 @@ def test_one_host_needs_no_meeting_and_a_port_can_be_given(hosts):
     assert "node 0 of" not in hosts.log
 
 
-def test_an_interpreter_may_be_named_from_the_home_folder_there(hosts):
+def test_interpreter_and_run_directory_may_be_named_from_the_home_folder_there(hosts):
     from getpass import getuser
 
-    there = os.path.relpath(sys.executable, os.path.expanduser(f"~{getuser()}"))
-    assert hosts.launch("launch.hosts=[node0]", f"launch.python=~/{there}") == 0
+    home = os.path.expanduser(f"~{getuser()}")
+    python, run = (os.path.relpath(path, home) for path in (sys.executable, hosts.folder / "own"))
+    assert hosts.launch("launch.hosts=[node0]", f"launch.python=~/{python}", f"run_dir=~/{run}") == 0
+    (home_again,) = (hosts.folder / "runs").rglob("result.json")
+    assert home_again.read_bytes() == (hosts.folder / "own" / "result.json").read_bytes()
 
 
 def test_the_jobs_exit_code_is_the_launchers_and_the_same_job_goes_on_in_the_same_folder(hosts):
