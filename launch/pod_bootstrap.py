@@ -171,7 +171,7 @@ def run(job, redact):
     for name in ("LOADMASTER_JOB", "LOADMASTER_BOOTSTRAP"):
         environment.pop(name, None)
     process = subprocess.Popen(
-        job["command"],
+        [os.path.expanduser(job["command"][0]), *job["command"][1:]],
         cwd=job["folder"],
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -296,6 +296,7 @@ def once(job, redact):
 
 def main():
     job = json.loads(os.environ["LOADMASTER_JOB"])
+    job["run_dir"] = os.path.expanduser(job["run_dir"])
     rented = job["ends"] != "with-input"
     if rented:
         arm(job, os.getpid())

@@ -22,6 +22,8 @@ from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
 from loadmaster.files import is_full_disk, is_whole_safetensors, read_json, sha256_json, write_json
 
 RECORD = "stages.json"
+LAUNCH_RECORD = "launch.json"
+"""In the folder of a launch: what came home of a run that lies elsewhere."""
 
 
 class RunDir:
@@ -40,7 +42,8 @@ class RunDir:
     ) -> RunDir:  # fmt: skip
         """The run directory of a job: as given, else the newest of this identity, else a new one.
 
-        One in which nothing was trained is any job's: settings change until a plan is as it should be.
+        One in which nothing was trained is any job's: settings change until a plan is as it should be. What a launch
+        brought home says whose it is as a run does, and is none to go on in: its weights are where it ran.
         Raises ConfigError when the given directory is none, or belongs to another job; differing(path) says in what.
         """
         if run_dir != "auto":
@@ -66,7 +69,7 @@ class RunDir:
         parent = root / recipe
         known = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
         for path in known:
-            if _identity(path) == identity:
+            if _identity(path) == identity and not (path / LAUNCH_RECORD).exists():
                 return cls(path, identity)
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         path = parent / stamp

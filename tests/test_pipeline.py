@@ -425,6 +425,15 @@ def test_the_newest_run_of_the_same_job_is_found_and_another_job_gets_its_own(tm
     assert RunDir.choose("auto", "smoke", "b", tmp_path).path != first.path
 
 
+def test_what_a_launch_brought_home_is_no_run_to_go_on_in(tmp_path):
+    """It says whose it is, as its run on the machine does, and its name comes after every date."""
+    home = tmp_path / "smoke" / "loadmaster-smoke-1128-090000-abcd"
+    home.mkdir(parents=True)
+    RunDir(home, "a").claim()
+    (home / "launch.json").write_text("{}")
+    assert RunDir.choose("auto", "smoke", "a", tmp_path).path != home
+
+
 def test_two_processes_cannot_work_in_one_run(tmp_path):
     mine = RunDir(tmp_path, "a")
     with mine.locked(), pytest.raises(LoadmasterError, match="another process"), RunDir(tmp_path, "a").locked():

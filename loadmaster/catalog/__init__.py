@@ -39,7 +39,7 @@ PRICES_VARIABLE = "LOADMASTER_PRICES"
 def price_file() -> Path:
     """Where `loadmaster prices --refresh` writes: $LOADMASTER_PRICES, or loadmaster/prices.yaml with other settings."""
     if named := os.environ.get(PRICES_VARIABLE):
-        return Path(named)
+        return Path(named).expanduser()
     folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
     return Path(folder).expanduser() / "loadmaster" / "prices.yaml"
 

@@ -233,7 +233,7 @@ class ExportConfig:
 @dataclass(frozen=True, config=CLOSED)
 class EndpointConfig:
     server: Text = "vllm"
-    """Server that exports and bundle are written for: vllm, sglang, or a version of one (vllm==0.27.1)."""
+    """Server that exports are written for: vllm, sglang, or a version of one (vllm==0.27.1); a worker runs vLLM."""
     serve_as: ServedFormat = "auto"
     """Which exported format the bundle serves; auto: the smallest that passed."""
     max_model_len: PositiveInt | Auto = "auto"

@@ -126,7 +126,7 @@ class Server:
     def tail(self) -> str:
         """The first error in the log, which is the cause, the last lines, and where all of it is."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        causes = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)][:1]
+        causes = [line for line in lines if re.search(r"^(?!.* WARNING ).*\b\w*(Error|Exception)\b: ", line)][:1]
         last = [line for line in lines[-TAIL_LINES:] if line not in causes]
         return "\n".join([*causes, *last, f"(the whole log: {self.log})"])
 

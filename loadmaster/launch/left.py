@@ -18,8 +18,9 @@ from loadmaster.files import read_json, sha256_file
 from loadmaster.launch.bucket import Bucket
 from loadmaster.launch.provider import MOUNT
 from loadmaster.launch.upload import Shown, refuse_foreign
+from loadmaster.rundir import LAUNCH_RECORD
 
-RECORD = "launch.json"
+RECORD = LAUNCH_RECORD
 LARGE_BYTES = 10**8
 """Reading back more than this is said."""
 

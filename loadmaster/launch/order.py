@@ -115,7 +115,7 @@ def make_order(
     }
     more = ({TORCHRUN: launch_file(TORCHRUN)} if nodes > 1 else {}) | ({CONSTRAINTS: pins} if pins else {})
     hardware = on(composed.job, choice.offer).hardware
-    travels, uploads = _data(composed, hardware, folder, more, can_upload and launch.volume is not None)
+    travels, uploads = _data(composed, hardware, more, can_upload and launch.volume is not None)
     env = {
         "HF_HOME": f"{ROOM}/huggingface",
         **(launch.env or {}),
@@ -142,17 +142,17 @@ def make_order(
 
 
 def _data(
-    composed: Composed, hardware: HardwareConfig, folder: str, more: dict[str, bytes], can_upload: bool
+    composed: Composed, hardware: HardwareConfig, more: dict[str, bytes], can_upload: bool
 ) -> tuple[str, tuple[Upload, ...]]:
     """(LOADMASTER_PAYLOAD, what goes to the volume instead, as it does not fit)."""
     uploads = by_volume(composed.job, ROOM.removeprefix(f"{MOUNT}/")) if can_upload else ()
     if sum(upload.bytes for upload in uploads) <= PACKED_AT_MOST * PAYLOAD_BYTES:
         try:
-            return payload(composed, hardware, folder, PAYLOAD_BYTES, more), ()
+            return payload(composed, hardware, PAYLOAD_BYTES, more), ()
         except ConfigError:
             if not uploads:
                 raise
-    return payload(composed, hardware, folder, PAYLOAD_BYTES, more, uploads), uploads
+    return payload(composed, hardware, PAYLOAD_BYTES, more, uploads), uploads
 
 
 def ended_by(nodes: int, plain: bool) -> str:

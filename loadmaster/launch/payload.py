@@ -2,7 +2,8 @@
 
 Data that is too large to travel along goes to the volume before the machine starts, under a name with its hash, so that
 the same data goes there once. A job that arrives is a job for that hardware, launched locally; paths of data that
-travels along are changed to where it will lie. The same job gives the same bytes.
+travels along are changed to where it will lie: from the folder that the job is started in, which each launch has its
+own of, so that a later launch of the same job is the same job to its run directory. The same job gives the same bytes.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ THERE = ("grace_s", "hang_timeout_s")
 """Fields of launch that the job itself obeys; the others are the launcher's."""
 
 
+COMPOSED_ONLY = {
+    "defaults": ["_self_", {"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}],
+    "hydra": {"run": {"dir": "."}, "output_subdir": None},
+}
+"""As in conf/train.yaml: without it Hydra makes a folder outputs/ there, and says each line of the log once more."""
+
+
 def identity(job: Job) -> str:
     """The same for the same job on the same data: a second launch goes on in the first one's run directory."""
     local = [local_path(path) for _, path in data_paths(job)]
@@ -51,7 +59,7 @@ def job_there(composed: Composed, hardware: HardwareConfig) -> dict[str, Any]:
     resolved = json.loads(json.dumps(composed.resolved))
     resolved["hardware"] = asdict(hardware)
     resolved["launch"] = {"name": "local", **{name: resolved["launch"][name] for name in THERE}}
-    return resolved
+    return {**COMPOSED_ONLY, **resolved}
 
 
 def by_volume(job: Job, room: str) -> tuple[Upload, ...]:
@@ -66,7 +74,7 @@ def by_volume(job: Job, room: str) -> tuple[Upload, ...]:
 
 
 def payload(
-    composed: Composed, hardware: HardwareConfig, folder: str, limit_bytes: int | None, more: dict[str, bytes],
+    composed: Composed, hardware: HardwareConfig, limit_bytes: int | None, more: dict[str, bytes],
     uploads: Sequence[Upload] = (),
 ) -> str:  # fmt: skip
     """tar.gz in base64: job.yaml for that hardware, the local data files under data/, and `more`, by name.
@@ -85,11 +93,13 @@ def payload(
             return on_volume[local]
         inside = f"data/{len(files) - len(more)}-{local.name}"
         files[inside] = local.read_bytes()
-        return f"{folder}/{inside}"
+        return inside
 
     data = resolved["data"]
     data["path"] = [moved(path) for path in data["path"]] if isinstance(data["path"], list) else moved(data["path"])
     data["validation"] = moved(data["validation"])
+    if resolved["endpoint"]["arrivals"].endswith(".csv"):
+        resolved["endpoint"]["arrivals"] = moved(resolved["endpoint"]["arrivals"])
     files["job.yaml"] = yaml.safe_dump(resolved, sort_keys=False).encode()
     text = tar(files)
     if limit_bytes is not None and len(text) > limit_bytes:

@@ -93,6 +93,7 @@ class Batch:
 def run_by_slurm(launch: Launch, tokens: int | None) -> int:
     """Submit the job and follow it; returns its exit code. Raises LoadmasterError when Slurm does not run it."""
     job = launch.composed.job
+    secrets = secret_values(job)
     hardware = replace(job.hardware, nodes=nodes_of(job))
     if hardware.gpu != "local":  # what the nodes have is theirs to say
         print_plan(make_plan(replace(job, hardware=hardware), tokens), launch.console)
@@ -105,7 +106,7 @@ def run_by_slurm(launch: Launch, tokens: int | None) -> int:
     batch.folder.mkdir(parents=True)
     write_text(batch.folder / "job.yaml", yaml.safe_dump(job_there(launch.composed, hardware), sort_keys=False))
     write_text(batch.folder / "job.sbatch", batch.script)
-    return _Submitted(launch, batch).to_the_end()
+    return _Submitted(launch, batch, secrets).to_the_end()
 
 
 def make_batch(launch: Launch, hardware: HardwareConfig) -> Batch:
@@ -124,7 +125,7 @@ def make_batch(launch: Launch, hardware: HardwareConfig) -> Batch:
     ]  # fmt: skip
     processes = hardware.count if hardware.count != "auto" else 1 if hardware.gpu == "cpu" else None
     task = [
-        sys.executable if job.launch.python == "auto" else job.launch.python,
+        sys.executable if job.launch.python == "auto" else str(local_path(job.launch.python)),
         str(shipped_folder("launch").absolute() / TORCHRUN),
         *([] if processes is None else [f"--nproc-per-node={processes}"]),
         "-m", "loadmaster.cli", job.stop_after, "--config-dir", str(folder), "--config-name", "job",
@@ -164,8 +165,8 @@ def refusal(said: str) -> str:
 class _Submitted:
     """A batch job from its submission to its end."""
 
-    def __init__(self, launch: Launch, batch: Batch):
-        self.launch, self.batch = launch, batch
+    def __init__(self, launch: Launch, batch: Batch, secrets: dict[str, str]):
+        self.launch, self.batch, self.secrets = launch, batch, secrets
         self.id: str | None = None
         self.state = ""
         self.over = False
@@ -186,7 +187,7 @@ class _Submitted:
     def _submit(self) -> None:
         """Once. Where sbatch's answer is lost, the job is looked for by its name, which is used once."""
         launch, settings = self.launch, self.launch.composed.job.launch
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", **(settings.env or {}), **secret_values(launch.composed.job)}
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", **(settings.env or {}), **self.secrets}
         done = self._call(self.batch.command, env)
         id = done.stdout.strip().partition(";")[0] if done else ""
         if not id.isdigit():

