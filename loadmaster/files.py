@@ -101,10 +101,11 @@ def cached_in(folder: Path, what: str) -> Iterator[None]:
 def publish_folder(target: Path) -> Iterator[Path]:
     """Yield an empty sibling folder that becomes `target` when the block ends without an error.
 
-    On an error the partial folder is removed and an earlier `target` stays as it was. The earlier
-    target gives way only once the new one is complete and on disk: the two change places in one step where the
-    system and the disk can do that (Linux, local disks), so there is a whole `target` at any moment; elsewhere a
-    kill between two renames leaves the earlier one beside it, and the next call puts it back.
+    Who may read its files is as the umask says, whatever wrote them. On an error the partial folder is removed and an
+    earlier `target` stays as it was. The earlier target gives way only once the new one is complete and on disk: the
+    two change places in one step where the system and the disk can do that (Linux, local disks), so there is a whole
+    `target` at any moment; elsewhere a kill between two renames leaves the earlier one beside it, and the next call
+    puts it back.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}{PARTIAL_SUFFIX}")
@@ -115,8 +116,10 @@ def publish_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        by_umask = partial.stat().st_mode & 0o066
         for path in sorted(partial.rglob("*")):
             if path.is_file():
+                path.chmod(path.stat().st_mode | by_umask)  # safetensors' own is 0600, which others cannot read
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         _fsync_folder(partial)

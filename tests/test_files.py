@@ -20,6 +20,18 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_who_may_read_files_of_a_folder_is_as_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with publish_folder(tmp_path / "out") as partial:
+            save_file({"a": torch.ones(2)}, partial / "a.safetensors")
+            (partial / "b").write_text("1")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {mode}
+
+
 def test_a_folder_set_aside_by_a_kill_between_the_renames_comes_back(tmp_path):
     target = tmp_path / "out"
     with publish_folder(target) as partial:

@@ -27,7 +27,7 @@ from loadmaster.export.manifest import adapter_reader, read_manifest, verify_man
 from loadmaster.export.process import run_step, timeout_s
 from loadmaster.export.room import beside_weights, moving_s
 from loadmaster.export.servers import aimed_at, oldest_reader
-from loadmaster.export.weights import readable_by_all, shards
+from loadmaster.export.weights import shards
 from loadmaster.files import is_full_disk, publish_folder, read_json, sha256_file, sha256_json, write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.resolve import base_revision
@@ -230,9 +230,6 @@ class Export:
         return f"{leave_out}, or, if you accept the loss, {' '.join(word for each in words for word in each or [])}"
 
     def _finish(self, name: str, folder: Path, written: Written, figures: dict[str, Any]) -> None:
-        for path in folder.rglob("*"):
-            if path.is_file():
-                readable_by_all(path)
         if name == "adapter":
             made: dict[str, Any] = {"adapter": {"rank": written.adapter_rank}}
         else:

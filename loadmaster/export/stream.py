@@ -20,15 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loadmaster.export.weights import (
-    DTYPES,
-    INDEX,
-    Shapes,
-    read_tensor,
-    readable_by_all,
-    shards,
-    tensor_shapes,
-)
+from loadmaster.export.weights import DTYPES, INDEX, Shapes, read_tensor, shards, tensor_shapes
 from loadmaster.files import write_json
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -91,7 +83,6 @@ class ShardWriter:
         self.file.close()
         if self.left:
             raise ValueError(f"{self.path.name}: {len(self.left)} tensors were not written")
-        readable_by_all(self.path)
 
 
 def rewrite(source: Path, change: Change, targets: Mapping[Path, Change]) -> None:

@@ -6,7 +6,6 @@ A model folder holds `model.safetensors`, or several shards and `model.safetenso
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,13 +68,6 @@ def read_tensor(shard: Path, name: str) -> torch.Tensor:
     """One tensor; its pages are unmapped with it, which those of a file that stays open are not."""
     with safe_open(shard, framework="pt") as file:
         return file.get_tensor(name)
-
-
-def readable_by_all(path: Path) -> None:
-    """Give a file the mode that the umask would: safetensors writes 0600, which a server's user cannot read."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
 
 
 def ties_embeddings(folder: Path) -> bool:

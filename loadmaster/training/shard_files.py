@@ -58,10 +58,7 @@ class ShardWriter(dcp.HuggingFaceStorageWriter):
         tensors = {item.index.fqn: planner.resolve_data(item).detach().cpu().contiguous() for item in items}
         offsets = {item.index.fqn: {SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets} for item in items}
         about = {CUSTOM_METADATA_KEY: json.dumps(offsets), DCP_VERSION_KEY: str(HF_DCP_VERSION)}
-        path.touch()
-        mode = path.stat().st_mode
         save_file(tensors, path, metadata={**about, FORMAT_KEY: FORMAT_VALUE})
-        path.chmod(mode & 0o777)  # safetensors' own is 0600
         with path.open("rb") as file:
             os.fsync(file.fileno())
         sizes = {item.index: tensors[item.index.fqn].nbytes for item in items}

@@ -198,6 +198,3 @@ def test_what_is_written_is_not_put_together_in_memory(tmp_path):
         [sys.executable, "-W", "ignore", "-c", WRITING, str(tmp_path)], capture_output=True, text=True, check=True
     ).stdout
     assert int(said.splitlines()[-1]) < 64
-    (file,) = (tmp_path / "large").iterdir()
-    (tmp_path / "plain").touch()
-    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
