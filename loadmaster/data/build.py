@@ -31,6 +31,7 @@ from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
 from loadmaster.data.tokens import Encoded, Encoder
+from loadmaster.ending import end_with
 from loadmaster.errors import DataError
 from loadmaster.files import write_json
 
@@ -200,6 +201,7 @@ _worker_encoder: Encoder | None = None
 
 def _start_worker(tokenizer: Any) -> None:
     global _worker_encoder
+    end_with(multiprocessing.parent_process().pid)  # who waits for the next chunk never hears that it was killed
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker_encoder = Encoder(tokenizer)
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,3 +167,29 @@ def test_a_tool_answer_inside_the_trained_part_is_reported_but_a_quoted_one_is_n
 
     assert reason("Warm.") == "message 2 (role tool) stands inside the trained part"
     assert reason("It is 20 degrees.") is None
+
+
+KILLED = """
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from types import SimpleNamespace
+import os, signal
+from loadmaster.data.build import _start_worker
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), _start_worker, (SimpleNamespace(is_fast=True),))
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_worker_processes_end_with_the_one_that_was_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    began = subprocess.Popen([sys.executable, tmp_path / "killed.py"], stdout=subprocess.PIPE, env=env)
+    worker = Path(f"/proc/{int(began.stdout.readline())}")
+    deadline = time.monotonic() + 20
+    while worker.exists():
+        assert time.monotonic() < deadline, "the worker is left"
+        time.sleep(0.05)
+    assert began.wait() == -signal.SIGKILL
