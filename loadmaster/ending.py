@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 
 from loadmaster import collector
 from loadmaster.errors import StoppedOnRequest
+
+PR_SET_PDEATHSIG = 1
 
 
 def ended(code: int) -> int:
@@ -16,3 +21,12 @@ def ended(code: int) -> int:
             signal.signal(number, signal.SIG_IGN)
     collector.leave()
     return code
+
+
+def end_with(parent: int) -> None:
+    """On Linux the kernel ends this process when the one that started it is gone, however that came about."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -6,9 +6,7 @@ RUN_DIR/logs/rank-N.json for the lead; everything that ranks other than 0 print 
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ if __name__ == "__main__":  # before what takes long to import
 
 from loadmaster.config.schema import Job
 from loadmaster.config.validate import check
+from loadmaster.ending import end_with
 from loadmaster.errors import DISK_REMEDY, LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.files import write_json
 from loadmaster.preflight.plan import Plan
@@ -31,8 +30,6 @@ from loadmaster.training.stop import StopSignal
 from loadmaster.training.workers import Outcome, outcome_file
 from loadmaster.training.world import World, join, leave
 from loadmaster.world_stages import Materials, StageRun, device_type
-
-PR_SET_PDEATHSIG = 1
 
 
 def main(stage: str, run_dir: Path) -> int:
@@ -92,10 +89,8 @@ def read_job(run_dir: Path) -> Job:
 
 
 def die_with_the_lead() -> None:
-    """The kernel ends this process when the one that started it is gone, however that came about."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ["LOADMASTER_LEAD"]):  # it was gone before
-        os.kill(os.getpid(), signal.SIGKILL)
+    """Also where it was killed, and could tell nobody."""
+    end_with(int(os.environ["LOADMASTER_LEAD"]))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ class StageRun:
         """Figures of the stage. Raises LoadmasterError, or StoppedOnRequest on all ranks together."""
         import loadmaster.training.loop  # noqa: F401  with the libraries below it
         from loadmaster.models.spread import free_device_memory
+        from loadmaster.training.liveness import PREPARE
         from loadmaster.training.watchdog import Watchdog, as_they_begin
 
         collector.resume()
@@ -88,7 +89,9 @@ class StageRun:
                 self._refuse_folder_of_its_own()
                 watch = Watchdog(self.world, self.run_dir / "logs", hang_s, on_end=self.on_end)
                 stack.enter_context(watch)
+            watch.at(0, PREPARE)
             self._make_materials()
+            watch.at(0, "start")
             self._stop_if(self._stopping(), f"{stage} starts")
             self._examine(stage)
             with out_of_memory.explained(stage):

@@ -11,8 +11,10 @@ import hashlib
 import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,8 +33,10 @@ from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
 from loadmaster.data.tokens import Encoded, Encoder
-from loadmaster.errors import DataError
+from loadmaster.ending import end_with
+from loadmaster.errors import DataError, LoadmasterError
 from loadmaster.files import write_json
+from loadmaster.training.stop import STOPS
 
 CHUNK = 256  # conversations tokenised at a time
 PARALLEL_ROWS = 20_000  # from here on processes pay: each takes about 5 s to start, a row 0.1 to 0.3 ms
@@ -200,6 +204,7 @@ _worker_encoder: Encoder | None = None
 
 def _start_worker(tokenizer: Any) -> None:
     global _worker_encoder
+    end_with(multiprocessing.parent_process().pid)  # who waits for the next chunk never hears that it was killed
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker_encoder = Encoder(tokenizer)
 
@@ -209,11 +214,35 @@ def _encode_in_worker(conversations: ConversationFile) -> Encoded:
     return _worker_encoder.encode(conversations[:])
 
 
+@contextmanager
+def encoders(count: int, tokenizer: Any) -> Iterator[ProcessPoolExecutor]:
+    """Processes that tokenise. A request to stop that reaches them too is for this process alone to heed.
+
+    Raises LoadmasterError where one was killed.
+    """
+    context = multiprocessing.get_context("spawn")  # fork is unsafe beside torch's threads
+    pool = ProcessPoolExecutor(count, context, _start_worker, (tokenizer,))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which they inherit
+    try:
+        for _ in range(count):
+            pool.submit(int)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        for process in multiprocessing.active_children():
+            process.kill()  # the pool asks them by SIGTERM
+        raise LoadmasterError(
+            "a process that tokenises was ended; the host's memory may have run out (dmesg tells). "
+            "The same command tokenises anew"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _encode(conversations: ConversationFile, tokenizer: Any) -> Encoded:
-    pieces = [
-        ConversationFile(conversations.path, conversations.starts, conversations.index[start : start + CHUNK])
-        for start in range(0, len(conversations), CHUNK)
-    ]
+    pieces = [conversations.piece(start, start + CHUNK) for start in range(0, len(conversations), CHUNK)]
     processes = min(len(os.sched_getaffinity(0)), 16)
     with _progress("tokenising", len(conversations)) as advance:
         parts = []
@@ -224,8 +253,7 @@ def _encode(conversations: ConversationFile, tokenizer: Any) -> Encoded:
                 parts.append(part)
                 advance(len(piece))
         else:
-            context = multiprocessing.get_context("spawn")  # fork is unsafe beside torch's threads
-            with ProcessPoolExecutor(processes, context, _start_worker, (tokenizer,)) as pool:
+            with encoders(processes, tokenizer) as pool:
                 for piece, part in zip(pieces, pool.map(_encode_in_worker, pieces), strict=True):
                     parts.append(part)
                     advance(len(piece))

@@ -69,6 +69,12 @@ class ConversationFile(Sequence[Conversation]):
     def __init__(self, path: Path, starts: np.ndarray, index: np.ndarray):
         self.path, self.starts, self.index = path, starts, index
 
+    def piece(self, start: int, end: int) -> ConversationFile:
+        """Those from `start` to `end`, with the offsets of their lines and not of all: it is sent to a process."""
+        index = self.index[start:end]
+        first, last = index.min(), index.max()
+        return ConversationFile(self.path, self.starts[first : last + 2], index - first)
+
     def __len__(self) -> int:
         return len(self.index)
 

@@ -12,6 +12,7 @@ last *changed* by the reader's own clock, so the hosts' clocks need not agree:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -23,6 +24,8 @@ STEP_FACTOR = 20.0
 LONG_PHASES = ("start", "load", "rehearse", "evaluate", "save")
 LONG_PHASE_S = 1800.0
 """Limit in those, where nobody counts steps: a rank moves on as long as its stacks change from beat to beat."""
+PREPARE = "prepare"
+"""One rank downloads and tokenises for the others, in threads and processes whose stacks are in no beat: no limit."""
 WRITER = "checkpoint"
 """The thread whose stack counts beside the main one, which may wait for it: a large checkpoint takes long to write."""
 SLOW_FACTOR = 1.2
@@ -88,6 +91,8 @@ def age(before: Sighting, passed_s: float) -> Sighting:
 
 def limit_s(phase: str, hang_s: float | None, slowest_step_s: float) -> float:
     """Seconds without progress after which a phase counts as stuck; `hang_s`: as set for a step, None is auto."""
+    if phase == PREPARE:
+        return math.inf
     if phase in LONG_PHASES:
         return max(LONG_PHASE_S, hang_s or 0.0)
     return max(STEP_FLOOR_S, STEP_FACTOR * slowest_step_s) if hang_s is None else hang_s

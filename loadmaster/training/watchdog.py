@@ -213,6 +213,8 @@ class Watchdog:
             backstop_s = limit_s(self._beat.phase, self.hang_s, slowest) + 2 * self.silence_s
             if math.isfinite(backstop_s):
                 faulthandler.dump_traceback_later(backstop_s, exit=True, file=self._stack_file)
+            else:
+                faulthandler.cancel_dump_traceback_later()
             seen = [self._sightings[rank] for rank in self.watched]
             message = self._store_lost(self.silence_s) or judge(seen, self.silence_s, self.hang_s, slowest)
             if message is not None and not self._leaving:

@@ -4,12 +4,14 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from loadmaster.errors import LoadmasterError, TrainingFailed
+from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.training.liveness import (
     LONG_PHASE_S,
+    PREPARE,
     STEP_FLOOR_S,
     WRITER,
     Beat,
@@ -22,8 +24,10 @@ from loadmaster.training.liveness import (
     straggler_message,
     stragglers,
 )
+from loadmaster.training.stop import StopSignal
 from loadmaster.training.watchdog import Watchdog, as_they_begin, is_communication
 from loadmaster.training.world import World
+from loadmaster.world_stages import StageRun
 from tests.training.processes import run_ranks
 
 SCRIPT = Path(__file__).with_name("watched.py")
@@ -114,12 +118,36 @@ def test_ages_go_by_the_reader_s_clock():
 
 
 def test_outside_steps_a_rank_moves_on_as_long_as_its_stack_changes():
-    """Preparing data, loading and evaluating can take hours, and nothing there counts."""
+    """Loading and evaluating can take hours, and nothing there counts."""
     before = Sighting(Beat(0, 0, "a", phase="load", stack=1), idle_s=900.0)
     assert see(before, Beat(0, 0, "a", phase="load", stack=2), 5.0).idle_s == 0.0
     assert see(before, Beat(0, 0, "a", phase="load", stack=1), 5.0).idle_s == 905.0
     step = Sighting(Beat(0, 0, "a", phase="step", stack=1), idle_s=900.0)
     assert see(step, Beat(0, 0, "a", phase="step", stack=2), 5.0).idle_s == 905.0
+
+
+def test_what_is_prepared_in_threads_and_processes_may_take_hours_and_who_is_gone_is_still_named():
+    """A download and a pool of processes leave the main thread at one line."""
+    seen = [Sighting(Beat(rank, 0, "a", phase=PREPARE), idle_s=20_000.0) for rank in range(2)]
+    assert judge(seen, 60.0, 60.0, 0.0) is None
+    assert "no sign of life" in judge([replace(seen[0], quiet_s=61.0), seen[1]], 60.0, None, 0.0)
+
+
+def test_a_stage_prepares_in_that_phase(tmp_path, monkeypatch):
+    class Materials:
+        @property
+        def prepared(self):
+            passed.append("prepared")
+
+    passed = []
+    monkeypatch.setattr(Watchdog, "at", lambda self, step, phase: passed.append(phase))
+    (tmp_path / "plan.json").touch()
+    job = SimpleNamespace(launch=SimpleNamespace(hang_timeout_s="auto"))
+    stop = StopSignal()
+    stop.requested = True
+    with pytest.raises(StoppedOnRequest):
+        StageRun(job, None, tmp_path, World(), stop, None, Materials()).run("train")
+    assert passed == [PREPARE, "prepared", "start"]
 
 
 def test_a_beat_survives_the_way_through_the_store():
