@@ -10,6 +10,8 @@ import sys
 from loadmaster import collector
 from loadmaster.errors import StoppedOnRequest
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Requests to stop."""
 PR_SET_PDEATHSIG = 1
 
 

@@ -311,6 +311,7 @@ class Pipeline:
         if self.job.launch.max_usd is not None and price is None:
             message = f"nobody knows what an hour of {self.plan.hardware.gpu} costs here"
             remedy = "plan.prices_usd_per_hour={GPU: DOLLARS} with your price, or launch.max_hours"
+            remedy = "launch.max_hours" if self.plan.hardware.gpu == "cpu" else remedy
             raise ConfigError([Problem("launch.max_usd", self.job.launch.max_usd, IN_THE_JOB, message, remedy)])
         return deadline(self.job, None if price is None else price["usd_per_hour"])
 

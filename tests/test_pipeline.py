@@ -401,7 +401,7 @@ def test_a_run_directory_of_another_job_is_refused_once_something_was_trained_th
 def test_a_limit_of_money_where_nobody_knows_the_price_is_refused(tiny, tmp_path, capsys):
     assert go(tiny, tmp_path, "launch.max_usd=3", "stop_after=train")[0] == 2
     said = capsys.readouterr().err
-    assert "launch.max_usd" in said and "plan.prices_usd_per_hour" in said
+    assert "launch.max_usd" in said and "fix: launch.max_hours" in said  # no price of a CPU would be taken
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

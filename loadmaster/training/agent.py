@@ -21,8 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from loadmaster.ending import STOPS
 from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
-from loadmaster.training.stop import MESSAGE, STOPS, heeded
+from loadmaster.training.stop import MESSAGE, heeded
 
 RENDEZVOUS_S = 900
 """Longest wait for the other hosts to come."""

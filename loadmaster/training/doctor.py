@@ -96,11 +96,11 @@ class Needs:
 def needs_of(plan: Plan) -> Needs:
     """From the plan and the catalogue; nothing is expected of a CPU's links."""
     facts = catalog.gpus().get(plan.hardware.gpu)
+    shm, count = SHM_GIB if plan.hardware.count > 1 and plan.hardware.gpu != "cpu" else 0.0, plan.hardware.count
     if facts is None:
-        return Needs(plan.disk_gib)
+        return Needs(plan.disk_gib, shm)
     machine = next((m for m in catalog.machines() if m["gpu"] == plan.hardware.gpu), {})
     network = machine.get("network_gbps", 0) / 8 or None
-    shm, count = SHM_GIB if plan.hardware.count > 1 else 0.0, plan.hardware.count
     call_us = value("latency", "collective_us")
     return Needs(
         plan.disk_gib, shm, facts["link_gb_per_s"] if count > 1 else None, network,

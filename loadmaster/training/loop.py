@@ -43,7 +43,7 @@ from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.rng import seed_everything
 from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
 from loadmaster.training.session import Session, attention_kernel, make_session, refuse_other_world, refuse_unbuilt
-from loadmaster.training.stop import MESSAGE, StopSignal
+from loadmaster.training.stop import StopSignal
 from loadmaster.training.tracker import open_tracker, refuse_missing_tracker
 from loadmaster.training.watchdog import Watchdog
 from loadmaster.training.world import World
@@ -117,7 +117,7 @@ def train(
         sampler = BatchSampler(len(rows), job.batch.global_size, job.seed, epochs, rows.fingerprint)
         steps = job.max_steps or sampler.total_steps()
         checkpoints = Checkpoints(world, session.strategy.placed)
-        _stop_if(stopping(), "before the first step")
+        _stop_if(stopping(), stop.message, "before the first step")
         watch.at(0, "rehearse")
         kernel = stack.enter_context(attention_kernel(session, display.echo))
         lr = learning_rate(1, steps, job.optimizer, peak_rate(job, plan.method))
@@ -132,7 +132,7 @@ def train(
         compiled = graphs_compiled()
         if compiles:
             cache.share()
-        _stop_if(stopping(), "after the rehearsal, before the first step")
+        _stop_if(stopping(), stop.message, "after the rehearsal, before the first step")
 
         found = newest_whole(folder, job_hash, display.echo, world)
         done, tokens, trained_total = 0, 0, 0
@@ -218,7 +218,7 @@ def train(
                     display.echo(f"step {step} compiled anew ({recompilations} graphs since the rehearsal)")
                 if world.lead and (straggler := watch.straggler()) is not None:
                     display.echo(straggler)
-                _stop_if(asked, f"checkpoint saved after step {step} of {steps}", checkpoints)
+                _stop_if(asked, stop.message, f"checkpoint saved after step {step} of {steps}", checkpoints)
                 rate.pause()
             watch.at(steps, "save")
             checkpoints.wait()
@@ -259,13 +259,13 @@ def predicted_allocated(plan: Plan) -> float:
     return plan.peak_gib.allocated if on_gpu else plan.memory_gib.total
 
 
-def _stop_if(asked: bool, where: str, checkpoints: Checkpoints | None = None) -> None:
+def _stop_if(asked: bool, message: str, where: str, checkpoints: Checkpoints | None = None) -> None:
     """Raise StoppedOnRequest, on all ranks together, once what was being saved is there."""
     if not asked:
         return
     if checkpoints is not None:
         checkpoints.wait()
-    raise StoppedOnRequest(f"{MESSAGE} ({where})", agreed=True)
+    raise StoppedOnRequest(f"{message} ({where})", agreed=True)
 
 
 def _rehearse(

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 
 from loadmaster.config.schema import Job
+from loadmaster.ending import STOPS
 from loadmaster.errors import StoppedOnRequest
 
 MESSAGE = "stopped on request; start the same command again to resume"
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_S = 2.0
 """Signals so soon after the first are the same request: a scheduler tells every process, the launcher its workers."""
 FINALIZER_S = 0.05

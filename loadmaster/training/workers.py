@@ -72,13 +72,13 @@ def _judge(
         return outcomes[0].figures
     if first == StoppedOnRequest.exit_code:  # who was asked ended alone, and the others only miss it
         alone = [o.message for o in outcomes.values() if o.code == first and o.stop]
-        raise StoppedOnRequest(next(iter(alone), str(failure or MESSAGE)))
+        raise StoppedOnRequest(next(iter(alone), str(failure or MESSAGE)).replace(MESSAGE, stop.message))
     failed = [o for o in outcomes.values() if o.code not in (0, StoppedOnRequest.exit_code)]
     if failed and not isinstance(failure, WorkerKilled):  # else the others only miss the one that was killed
         raise _error(failed[0])
     stopped = [o for o in outcomes.values() if o.code == StoppedOnRequest.exit_code]
     if stopped and len(outcomes) == count:
-        raise StoppedOnRequest(stopped[0].message)
+        raise StoppedOnRequest(stopped[0].message.replace(MESSAGE, stop.message))  # the limits are this process's
     silent = min(set(range(count)) - set(outcomes), default=0)
     broken = failure.rank if isinstance(failure, WorkerKilled) else silent
     log = run_dir / "logs" / f"rank-{broken}.log"

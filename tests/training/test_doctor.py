@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from loadmaster.training.doctor import Needs, Report, differences, slow_links
+from loadmaster.training.doctor import SHM_GIB, Needs, Report, differences, needs_of, slow_links
 from tests.runs import ROOT
 from tests.training.processes import run_ranks
+from tests.training.test_loop import PLAN
 
 SCRIPT = Path(__file__).with_name("examined.py")
 SAME = {
@@ -22,6 +23,14 @@ def reports(nodes=3, per_node=2, **odd):
     """Ranks that are alike; odd: rank -> what is different there."""
     made = [Report(rank, rank // per_node, f"gpu{rank // per_node}", **SAME) for rank in range(nodes * per_node)]
     return [dataclasses.replace(r, **odd.get(f"rank{r.rank}", {})) for r in made]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "count", "shm"), [("h100_80gb", 2, SHM_GIB), ("NVIDIA RTX 7777", 2, SHM_GIB), ("a40", 1, 0), ("cpu", 2, 0)]
+)
+def test_several_gpus_need_shared_memory_in_the_catalogue_or_not(gpu, count, shm):
+    hardware = dataclasses.replace(PLAN.hardware, gpu=gpu, count=count)
+    assert needs_of(dataclasses.replace(PLAN, hardware=hardware)).shm_gib == shm
 
 
 def on_node_1(**values):

@@ -129,6 +129,7 @@ def test_max_hours_saves_and_ends_before_they_are_over(tiny, tmp_path, monkeypat
     saved = tmp_path / "run" / "checkpoints" / f"step-{done}" / "checksums.json"
     began = (tmp_path / "run" / "config.yaml").stat().st_mtime
     assert done and saved.stat().st_mtime - began < 0.03 * 3600
+    assert "launch.max_hours or launch.max_usd is used up: stopped" in said(tmp_path)
     assert "checkpoint saved" in said(tmp_path) and "nothing was saved" not in said(tmp_path)
     assert (tmp_path / "over").exists()  # or a batch script would start it again, for another such time
 
