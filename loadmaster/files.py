@@ -119,7 +119,9 @@ def publish_folder(target: Path) -> Iterator[Path]:
         by_umask = partial.stat().st_mode & 0o066
         for path in sorted(partial.rglob("*")):
             if path.is_file():
-                path.chmod(path.stat().st_mode | by_umask)  # safetensors' own is 0600, which others cannot read
+                mode = path.stat().st_mode
+                if mode | by_umask != mode:  # safetensors' own is 0600, which others cannot read
+                    path.chmod(mode | by_umask)
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         _fsync_folder(partial)

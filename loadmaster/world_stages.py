@@ -22,7 +22,7 @@ from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRe
 from loadmaster.files import publish_folder, sha256_json, write_json
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.display import Display
-from loadmaster.training.stop import MESSAGE, StopSignal
+from loadmaster.training.stop import StopSignal
 
 if TYPE_CHECKING:
     from loadmaster.training.watchdog import Watchdog
@@ -245,7 +245,7 @@ class StageRun:
 
     def _stop_if(self, asked: bool, what: str = "the evaluation starts") -> None:
         if asked:
-            raise StoppedOnRequest(f"{MESSAGE} ({what} anew)", agreed=True)
+            raise StoppedOnRequest(f"{self.stop.message} ({what} anew)", agreed=True)
 
 
 def training_hash(job: Job, plan: Plan, prepared: Any) -> str:

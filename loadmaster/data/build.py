@@ -8,16 +8,15 @@ processes. What is wrong in either pass is collected and reported together.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
+import pickle
 import re
-import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,12 @@ from loadmaster.data.faults import Checked, Reading, other_format, stop_on
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
 from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
 from loadmaster.data.preference import is_preference, is_unpaired, unfit
+from loadmaster.data.processes import in_processes
 from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
 from loadmaster.data.sources import RawRow, Source
 from loadmaster.data.tokens import Encoded, Encoder
-from loadmaster.ending import STOPS, end_with
-from loadmaster.errors import DataError, LoadmasterError
+from loadmaster.errors import DataError
 from loadmaster.files import write_json
 
 CHUNK = 256  # conversations tokenised at a time
@@ -198,46 +197,13 @@ def _held_out(row_ids: list[str], fraction: float, seed: int) -> tuple[np.ndarra
 
 # --- second pass ------------------------------------------------------------------------------------
 
-_worker_encoder: Encoder | None = None
+@cache
+def _encoder(tokenizer: Path) -> Encoder:
+    return Encoder(pickle.loads(tokenizer.read_bytes()))
 
 
-def _start_worker(tokenizer: Any) -> None:
-    global _worker_encoder
-    end_with(multiprocessing.parent_process().pid)  # who waits for the next chunk never hears that it was killed
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_encoder = Encoder(tokenizer)
-
-
-def _encode_in_worker(conversations: ConversationFile) -> Encoded:
-    assert _worker_encoder is not None
-    return _worker_encoder.encode(conversations[:])
-
-
-@contextmanager
-def encoders(count: int, tokenizer: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes that tokenise. A request to stop that reaches them too is for this process alone to heed.
-
-    Raises LoadmasterError where one was killed.
-    """
-    context = multiprocessing.get_context("spawn")  # fork is unsafe beside torch's threads
-    pool = ProcessPoolExecutor(count, context, _start_worker, (tokenizer,))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which they inherit
-    try:
-        for _ in range(count):
-            pool.submit(int)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        for process in multiprocessing.active_children():
-            process.kill()  # the pool asks them by SIGTERM
-        raise LoadmasterError(
-            "a process that tokenises was ended; the host's memory may have run out (dmesg tells). "
-            "The same command tokenises anew"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _encode_in_worker(tokenizer: Path, conversations: ConversationFile) -> Encoded:
+    return _encoder(tokenizer).encode(conversations[:])
 
 
 def _encode(conversations: ConversationFile, tokenizer: Any) -> Encoded:
@@ -247,15 +213,17 @@ def _encode(conversations: ConversationFile, tokenizer: Any) -> Encoded:
         parts = []
         if len(conversations) < PARALLEL_ROWS or processes == 1:
             encoder = Encoder(tokenizer)
-            results: Iterator[Encoded] = (encoder.encode(piece[:]) for piece in pieces)
-            for piece, part in zip(pieces, results, strict=True):
-                parts.append(part)
+            for piece in pieces:
+                parts.append(encoder.encode(piece[:]))
                 advance(len(piece))
         else:
-            with encoders(processes, tokenizer) as pool:
-                for piece, part in zip(pieces, pool.map(_encode_in_worker, pieces), strict=True):
-                    parts.append(part)
-                    advance(len(piece))
+            with TemporaryDirectory() as folder:
+                file = Path(folder) / "tokenizer"  # not sent to each: one would begin once another has read all of it
+                file.write_bytes(pickle.dumps(tokenizer))
+                with in_processes(processes, partial(_encode_in_worker, file), pieces) as results:
+                    for piece, part in zip(pieces, results, strict=True):
+                        parts.append(part)
+                        advance(len(piece))
     return Encoded.joined(parts, [len(piece) for piece in pieces])
 
 

@@ -103,18 +103,17 @@ def payload(
     files["job.yaml"] = yaml.safe_dump(resolved, sort_keys=False).encode()
     text = tar(files)
     if limit_bytes is not None and len(text) > limit_bytes:
-        raise ConfigError(
-            [
-                Problem(
-                    "data.path",
-                    composed.job.data.path,
-                    IN_THE_JOB,
-                    f"packs to {len(text) >> 10} KiB, and a job takes {limit_bytes >> 10} KiB along",
-                    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the provider's S3 API key, and it goes to the "
-                    "volume by itself; or publish it as a (private) Hub dataset",
-                )
-            ]
+        key, given = "data.path", composed.job.data.path
+        remedy = (
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the provider's S3 API key, and it goes to the "
+            "volume by itself; or publish it as a (private) Hub dataset"
         )
+        arrivals = resolved["endpoint"]["arrivals"]
+        if len(tar({name: content for name, content in files.items() if name != arrivals})) <= limit_bytes:
+            key, given = "endpoint.arrivals", composed.job.endpoint.arrivals
+            remedy = "its first thousands of requests, without columns besides their times, say as much of the load"
+        message = f"packs to {len(text) >> 10} KiB, and a job takes {limit_bytes >> 10} KiB along"
+        raise ConfigError([Problem(key, given, IN_THE_JOB, message, remedy)])
     return text
 
 

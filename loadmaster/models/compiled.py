@@ -153,7 +153,7 @@ def _add(source: Path, target: Path) -> None:
 def _shrink(folder: Path, most_bytes: int) -> None:
     """Remove the oldest files until the others have `most_bytes` or less."""
     with suppress(OSError):  # another run tidies up
-        files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+        files = {path: path.stat() for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"}
         left = sum(stat.st_size for stat in files.values())
         for path in sorted(files, key=lambda path: files[path].st_mtime):
             if left <= most_bytes:

@@ -11,6 +11,7 @@ import ctypes
 import os
 import re
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,13 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
         remedy = f"hardware.gpu=cpu hardware.count={count} trains with {count} processes on this machine's processors"
         message = "this machine has no GPU, or no driver that shows it"
         raise ConfigError([Problem("hardware.count", count, IN_THE_JOB, message, remedy)])
-    count = len(cards) if count == "auto" else int(count)
+    name, total_gib, capability = cards[0]
+    alike = len(list(takewhile(lambda card: card[0] == name, cards)))  # ranks on unlike ones wait for the slowest
+    count = alike if count == "auto" else int(count)
+    if alike < count <= len(cards):
+        message = f"this machine's GPUs are not alike: {', '.join(card[0] for card in cards)}"
+        remedy = f"hardware.count={alike}, or CUDA_VISIBLE_DEVICES with the numbers of like ones"
+        raise ConfigError([Problem("hardware.count", count, IN_THE_JOB, message, remedy)])
     if count > len(cards):
         raise ConfigError(
             [
@@ -216,7 +223,6 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
                 )
             ]
         )
-    name, total_gib, capability = min(cards[:count], key=lambda card: card[1])  # of unlike ones each must hold the plan
     host = host_memory_gib()
     known = catalog_name(name, total_gib)
     if known is not None:

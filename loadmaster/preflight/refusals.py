@@ -44,7 +44,7 @@ def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
 
 def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     """What was written and cannot work on this hardware, whatever its memory."""
-    if not hardware.is_cpu and hardware.compute_capability < PACKED_FROM:
+    if not hardware.is_cpu and 0 < hardware.compute_capability < PACKED_FROM:  # 0: the driver does not say
         yield (
             f"{hardware.label} has compute capability {hardware.compute_capability}; attention over packed documents "
             f"needs {PACKED_FROM} or later"

@@ -129,7 +129,7 @@ def _logs() -> Any:
 def _defaults(workers: Workers) -> dict[str, str]:
     """Threads shared out among the workers, and C++ messages with stack traces left out, unless set.
 
-    Of a machine's threads a Slurm job or a container may have a few.
+    Of a machine's threads a Slurm job may have a few.
     """
     threads = str(max(1, len(os.sched_getaffinity(0)) // workers.processes))
     defaults = {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 STEP_FLOOR_S = 300.0
-"""Shortest limit for a step, where none is set. The first step's goes by what the rehearsal took."""
+"""Shortest limit for a step, where none is set. The first step's goes by the rehearsal's."""
 STEP_FACTOR = 20.0
 """A step that takes so many times the slowest one before is stuck."""
 LONG_PHASES = ("start", "load", "rehearse", "evaluate", "save")

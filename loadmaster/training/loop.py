@@ -126,7 +126,7 @@ def train(
             f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
             f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {predicted_allocated(plan):.2f} GiB"
         )
-        watch.expect(plan.gradient_accumulation_steps * rehearsal.seconds)
+        watch.expect(plan.gradient_accumulation_steps * rehearsal.step_s)
         if said := sentence(held_against(plan, measured(rehearsal))):
             display.echo(f"note: {said}")
         compiled = graphs_compiled()

@@ -37,6 +37,8 @@ class Rehearsed:
     peak_reserved_gib: float
     peak_device_gib: float
     seconds: float
+    step_s: float = 0.0
+    """Of a step when all is compiled and cached, for each micro-batch in it."""
     loaded_gib: float = 0.0
     """Allocated before the first step."""
     resting_gib: float = 0.0
@@ -78,9 +80,11 @@ def rehearse(
     try:
         # Twice: gradients of the second backward pass meet the optimizer's states, as in every later step.
         run_step(worst)
+        began = time.perf_counter()
         run_step(worst)
         resting = allocated_gib(world.device)
         finite = all(is_finite(local(parameter)) for _, parameter in trained)
+        step_s = (time.perf_counter() - began) / len(worst)
         if world.any(not finite):
             raise TrainingFailed(
                 "one optimizer step of the rehearsal made weights that are not finite\n"
@@ -119,7 +123,8 @@ def rehearse(
             shutil.rmtree(scratch, ignore_errors=True)
     peaks = most(world.gather(peak_memory(world.device)))
     put_back()
-    return Rehearsed(**peaks, seconds=time.perf_counter() - start, loaded_gib=loaded, resting_gib=resting)
+    seconds = time.perf_counter() - start
+    return Rehearsed(**peaks, seconds=seconds, step_s=step_s, loaded_gib=loaded, resting_gib=resting)
 
 
 def is_finite(part: torch.Tensor) -> bool:

@@ -157,7 +157,7 @@ class StopSignal:
             return
         self.leave_word()
         with suppress(Exception):
-            self.last_words(f"{MESSAGE} (nothing was saved within {waited_s:g} s)")
+            self.last_words(f"{self.message} (nothing was saved within {waited_s:g} s)")
         os._exit(StoppedOnRequest.exit_code)
 
 

@@ -29,7 +29,6 @@ import torch.distributed as dist
 
 from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.training.liveness import (
-    STEP_FACTOR,
     WRITER,
     Beat,
     Sighting,
@@ -106,13 +105,13 @@ class Watchdog:
             self._beat = replace(beat, step=step, phase=phase, mark=mark)
 
     def expect(self, seconds: float) -> None:
-        """The first step may take so long: nobody has seen one of this run yet."""
+        """What a step takes by the rehearsal: for the first, as nobody has seen one of this run yet."""
         self._expected_s = seconds
 
     @property
     def slowest_s(self) -> float:
         """Seconds of the slowest of the last steps, by which the limit for the next one goes."""
-        return max(self._steps, default=self._expected_s / STEP_FACTOR)
+        return max(self._steps, default=self._expected_s)
 
     def worked(self, seconds: float) -> None:
         """This rank's own part of a step, without what it waited for others: what a straggler is told by."""

@@ -129,7 +129,7 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
 def refuse_hidden_gpus(processes: int, seen: int) -> None:
     """A process takes the GPU of its number on its machine, so each must see those of all.
 
-    Raises LoadmasterError on every rank alike, before one waits for another.
+    Raises LoadmasterError on all of a machine's, where LOCAL_WORLD_SIZE says how many, before one waits for another.
     """
     if processes > seen:
         raise LoadmasterError(

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from loadmaster.data.build import encoders
 from loadmaster.data.cache import ConversationFile
 from loadmaster.data.checks import check_conversation
 from loadmaster.data.formats import to_conversation
 from loadmaster.data.render import Rendering, Span
 from loadmaster.data.tokens import Encoder, trained_mask
-from loadmaster.errors import LoadmasterError
 
 LETTERS = ["<unk>", "▁", "\n", *"abcdefghijklmnopqrstuvwxyzDIY[]<>/|"]
 METASPACE_WORDS = [*LETTERS, "▁Yes", "Yes", "▁please", "▁Do", "▁it", "Do", "user", "model", "assistant"]
@@ -172,42 +163,6 @@ def test_a_tool_answer_inside_the_trained_part_is_reported_but_a_quoted_one_is_n
 
     assert reason("Warm.") == "message 2 (role tool) stands inside the trained part"
     assert reason("It is 20 degrees.") is None
-
-
-KILLED = """
-import os, signal, time
-from types import SimpleNamespace
-from loadmaster.data.build import encoders
-
-if __name__ == "__main__":
-    with encoders(1, SimpleNamespace(is_fast=True)) as pool:
-        asked = pool.submit(time.sleep, 0.3)
-        (worker,) = pool._processes
-        os.kill(worker, signal.SIGTERM)
-        asked.result()
-        print(worker, flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_a_process_that_tokenises_heeds_no_request_to_stop_and_ends_with_the_one_that_was_killed(tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    began = subprocess.Popen([sys.executable, tmp_path / "killed.py"], stdout=subprocess.PIPE, env=env)
-    worker = Path(f"/proc/{int(began.stdout.readline())}")
-    deadline = time.monotonic() + 20
-    while worker.exists():
-        assert time.monotonic() < deadline, "the worker is left"
-        time.sleep(0.05)
-    assert began.wait() == -signal.SIGKILL
-
-
-def test_a_process_that_tokenises_and_was_killed_is_an_error_with_a_sentence():
-    with pytest.raises(LoadmasterError, match="a process that tokenises was ended"):  # noqa: SIM117
-        with encoders(2, SimpleNamespace(is_fast=True)) as pool:
-            asked = pool.submit(time.sleep, 60)
-            os.kill(next(iter(pool._processes)), signal.SIGKILL)
-            asked.result()
 
 
 def test_what_is_sent_to_such_a_process_grows_with_its_own_rows_alone(tmp_path):

@@ -208,6 +208,14 @@ def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):
     assert str(tmp_path) not in json.dumps(job)
 
 
+def test_a_trace_of_requests_that_is_too_large_to_travel_is_named_itself(tmp_path):
+    times = tmp_path / "requests.csv"
+    draw = random.Random(0)
+    times.write_text("".join(f"{second},{draw.getrandbits(128)}\n" for second in range(10_000)))
+    with pytest.raises(ConfigError, match=r"endpoint\.arrivals.*\n.*KiB(.|\n)*its first thousands of requests"):
+        ordered(f"endpoint.arrivals={times}")
+
+
 def test_data_that_is_too_large_to_travel_is_refused_with_a_way_out(tmp_path):
     data = tmp_path / "mine.jsonl"
     data.write_bytes(random.Random(0).randbytes(200_000))

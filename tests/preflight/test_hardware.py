@@ -53,11 +53,13 @@ def test_memory_that_ecc_takes_is_not_planned_with(monkeypatch) -> None:
     assert hardware.detect_local().memory_gib == pytest.approx(44.09, abs=0.01)  # 44.43 in logs
 
 
-def test_of_unlike_cards_the_one_with_the_least_memory_is_planned_for(monkeypatch) -> None:
-    cards = [("NVIDIA GeForce RTX 3090", 24.0, 8.6), ("NVIDIA A40", 44.99, 8.6), ("NVIDIA L4", 22.49, 8.9)]
+def test_of_unlike_cards_those_like_the_first_are_planned_with(monkeypatch) -> None:
+    cards = [("NVIDIA L4", 22.49, 8.9), ("NVIDIA L4", 22.49, 8.9), ("NVIDIA A40", 44.99, 8.6)]
     monkeypatch.setattr(hardware, "local_gpus", lambda: cards)
     found = [hardware.detect_local(count) for count in (1, 2, "auto")]
-    assert [(here.gpu, here.count) for here in found] == [("rtx3090", 1), ("rtx3090", 2), ("l4", 3)]
+    assert [(here.gpu, here.count) for here in found] == [("l4", 1), ("l4", 2), ("l4", 2)]
+    with pytest.raises(ConfigError, match=r"not alike: NVIDIA L4, NVIDIA L4, NVIDIA A40(.|\n)*hardware\.count=2"):
+        hardware.detect_local(3)
 
 
 def test_the_docs_name_every_card_of_the_catalogue() -> None:

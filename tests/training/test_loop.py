@@ -119,11 +119,12 @@ def run(
     )
 
 
-def test_the_first_step_is_given_the_rehearsals_time_for_each_micro_batch(tiny, tmp_path, monkeypatch):
+def test_the_first_step_is_expected_to_take_the_rehearsals_time_for_each_micro_batch(tiny, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(Watchdog, "expect", lambda watch, seconds: told.append((seconds, watch._beat.step)))
     _, outcome = run(tiny, tmp_path, dataclasses.replace(JOB, max_steps=1))
-    assert told == [(2 * outcome.rehearsal.seconds, 0)]
+    assert told == [(2 * outcome.rehearsal.step_s, 0)]
+    assert 0 < 4 * outcome.rehearsal.step_s < outcome.rehearsal.seconds  # two steps of two, without the rest
 
 
 def test_a_card_that_refuses_products_in_fp8_ends_the_rehearsal_with_a_way_out(tiny, tmp_path, monkeypatch):

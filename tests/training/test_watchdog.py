@@ -12,6 +12,7 @@ from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.training.liveness import (
     LONG_PHASE_S,
     PREPARE,
+    STEP_FACTOR,
     STEP_FLOOR_S,
     WRITER,
     Beat,
@@ -98,9 +99,9 @@ def test_a_long_first_step_is_not_taken_for_one_that_hangs():
     watch = Watchdog(World(), None)
     in_step = {f"rank{r}": {"idle_s": 400.0, "step": 1, "phase": "step"} for r in range(4)}
     assert judge(sightings(**in_step), 60.0, None, watch.slowest_s)
-    watch.expect(16 * 90.0)
+    watch.expect(16 * 12.0)
     assert judge(sightings(**in_step), 60.0, None, watch.slowest_s) is None
-    assert limit_s("step", None, watch.slowest_s) == 16 * 90.0
+    assert limit_s("step", None, watch.slowest_s) == STEP_FACTOR * 16 * 12.0
     watch.at(1, "step")
     watch.at(2, "step")  # one was seen, and it took no time
     assert limit_s("step", None, watch.slowest_s) == STEP_FLOOR_S

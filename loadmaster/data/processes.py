@@ -1,0 +1,57 @@
+"""Work on the machine's other cores that ends with this process, and only with it, however that comes about."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any
+
+from loadmaster.ending import STOPS, end_with
+from loadmaster.errors import LoadmasterError
+
+
+class _Process(SpawnProcess):
+    """Heeds no request to stop, and the pool's own way to end it is SIGTERM."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Spawn(SpawnContext):
+    """Fork is unsafe beside torch's threads."""
+
+    Process = _Process
+
+
+def _start_worker() -> None:
+    end_with(multiprocessing.parent_process().pid)  # who waits for the next chunk never hears that it was killed
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+
+
+@contextmanager
+def in_processes(count: int, work: Callable[[Any], Any], pieces: Sequence[Any]) -> Iterator[Iterator[Any]]:
+    """work(piece) of every piece in turn. A request to stop that reaches the processes is for this one alone to heed.
+
+    Raises LoadmasterError where one was killed.
+    """
+    pool = ProcessPoolExecutor(count, _Spawn(), _start_worker)
+    try:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which they inherit: all of them begin here
+        try:
+            results = pool.map(work, pieces)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield results
+    except BrokenProcessPool:
+        raise LoadmasterError(
+            "a process that tokenises was ended; the host's memory may have run out (dmesg tells). "
+            "The same command tokenises anew"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
