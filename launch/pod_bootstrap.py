@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import urllib.error
@@ -39,6 +40,7 @@ LARGEST_FILE_BYTES = 2 << 20
 LARGEST_TOTAL_BYTES = 16 << 20
 POLL_S = 5.0
 LINGER_S = 2.0
+STOPPED = 75
 
 
 def node():
@@ -72,7 +74,7 @@ def ask(method, url):
 
 def terminate(job):
     """End this very Pod, or its cluster, whose members end together. True when the provider says that it is done."""
-    pod = os.environ["RUNPOD_POD_ID"]
+    pod = os.environ.get("RUNPOD_POD_ID", "")
     try:
         path = "/pods/" + pod
         if job["ends"] == "cluster":
@@ -83,7 +85,7 @@ def terminate(job):
         said = f"the provider answered {error.code}"
         if error.code == 404:
             return True
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever a broken answer raises, the switch goes on
         said = type(error).__name__
     say("switch", said=said)
     try:  # the provider's own tool lies in every Pod
@@ -100,11 +102,12 @@ def arm(job, parent):
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    until = min(job["deadline"], time.time() + job["max_hours"] * 3600)
-    while time.time() < until:
-        time.sleep(min(1.0, max(0.0, until - time.time())))
+    # By a clock that nobody sets: the machine's may be put back.
+    until = time.monotonic() + min(job["deadline"] - time.time(), job["max_hours"] * 3600)
+    while time.monotonic() < until:
+        time.sleep(min(1.0, max(0.0, until - time.monotonic())))
         if os.getppid() != parent:
-            until = min(until, time.time() + job["hold_s"])
+            until = min(until, time.monotonic() + job["hold_s"])
             parent = os.getppid()
     wait = POLL_S
     while not terminate(job):
@@ -142,25 +145,47 @@ def wheel(job):
     return path
 
 
-def prepare(job):
+def environment():
+    """An empty one, on the container's disk: beside what an image has, another PyTorch finds libraries that were built
+    for the image's own. Without pip in it, which Debian keeps in a package of its own."""
+    folder = os.path.join(tempfile.gettempdir(), "loadmaster-environment-" + str(node()))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    os.environ["PATH"] = os.pathsep.join([os.path.join(folder, "bin"), os.environ["PATH"]])
+    return os.path.join(folder, "bin", "python3")
+
+
+def install(python, options, redact):
+    """Whether pip did. Its lines go into this log; what it downloads is kept nowhere."""
+    # Newer base images keep pip from their own Python; this container is thrown away.
+    settings = dict(os.environ, PIP_BREAK_SYSTEM_PACKAGES="1", PIP_NO_CACHE_DIR="1")
+    where = [] if python == sys.executable else ["--python", python]
+    command = [sys.executable, "-m", "pip", *where, "install", "--no-input", "--quiet", *options]
+    pip = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in pip.stdout:
+        write(redact(line.decode("utf-8", "replace").rstrip()))
+    return pip.wait() == 0
+
+
+def prepare(job, redact):
     """Unpack the job's files, install the package that is named or came along, and check the version."""
     unpack(job["folder"], base64.b64decode(os.environ.pop("LOADMASTER_PAYLOAD", "")))
-    package = wheel(job) if job.get("wheel") else job["package"]
+    package, python = wheel(job) if job.get("wheel") else job["package"], sys.executable
     if package:
+        if job.get("own_environment"):
+            try:
+                python = environment()
+            except (OSError, subprocess.CalledProcessError) as error:
+                return f"{sys.executable} -m venv did not make an environment ({error}); is the disk full?"
         pins = ["--constraint", job["constraints"]] if job.get("constraints") else []
         # First what it requires; then itself again, as pip leaves what an image has under the same version as it is.
         for options in (pins, ["--no-deps", "--force-reinstall"]):
-            command = [sys.executable, "-m", "pip", "install", "--no-input", "--quiet", *options, package]
-            # Newer base images keep pip from their own Python; this container is thrown away.
-            if subprocess.call(command, env=dict(os.environ, PIP_BREAK_SYSTEM_PACKAGES="1")) != 0:
+            if not install(python, [*options, package], redact):
                 return "pip could not install " + package
-    found = subprocess.run(
-        [sys.executable, "-c", "import loadmaster; print(loadmaster.__version__)"], stdout=subprocess.PIPE
-    )
+    found = subprocess.run([python, "-c", "import loadmaster; print(loadmaster.__version__)"], stdout=subprocess.PIPE)
     version = found.stdout.decode().strip()
     if version != job["version"]:
         has = version or "not at all"
-        return f"{sys.executable} here has loadmaster {has}, the launcher {job['version']}; {job['remedy']}"
+        return f"{python} here has loadmaster {has}, the launcher {job['version']}; {job['remedy']}"
     return None
 
 
@@ -265,9 +290,9 @@ def hand_back(job):
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for pattern in job["files"]:
             for path in sorted(glob.glob(os.path.join(job["run_dir"], pattern))):
-                name, size = os.path.relpath(path, job["run_dir"]), os.path.getsize(path)
                 if not os.path.isfile(path):
                     continue
+                name, size = os.path.relpath(path, job["run_dir"]), os.path.getsize(path)
                 if size > LARGEST_FILE_BYTES or total + size > LARGEST_TOTAL_BYTES:
                     left.append(name)
                     continue
@@ -284,13 +309,16 @@ def hand_back(job):
 def once(job, redact):
     """Exit code, and what went wrong before the job could start. A job that has ended is not run again."""
     record = os.path.join(job["folder"], f"ended-{node()}.json")
-    if os.path.exists(record):  # the container was started again
-        with open(record) as file:
-            return json.load(file)
-    said = prepare(job)
+    with contextlib.suppress(OSError, ValueError), open(record) as file:  # the container was started again
+        return json.load(file)
+    said = prepare(job, redact)
     code = 2 if said else run(job, redact)
-    with open(record, "w") as file:
-        json.dump([code, said], file)
+    over = job["deadline"] is not None and time.time() > job["deadline"] - job["stop_before_s"]
+    if code != STOPPED or over:  # stopped by the host, it goes on where the container is started again
+        with contextlib.suppress(OSError):  # a full disk
+            with open(record + ".partial", "w") as file:
+                file.write(json.dumps([code, said]))
+            os.replace(record + ".partial", record)
     return code, said
 
 
@@ -311,10 +339,12 @@ def main():
     nothing = {"parts": 0, "sha256": hashlib.sha256(b"").hexdigest(), "left": []}
     try:
         code, said = once(job, redact)
-        files = hand_back(job) if node() == 0 else nothing
     except Exception as error:  # whatever it is, the launcher must hear of an end
         code, said = 4, redact(f"the bootstrap failed: {type(error).__name__}: {error}")
-        files = nothing
+    try:
+        files = hand_back(job) if node() == 0 else nothing
+    except OSError as error:
+        files, said = nothing, f"{said or 'the job ended'}; its small files did not come: {error}"
     say("end", exit_code=code, said=said, **files)
     if not rented:
         os._exit(0)  # a thread still reads standard input, and an interpreter that ends by itself waits for its lock

@@ -19,7 +19,7 @@ from typing import Any
 
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
-from loadmaster.files import is_full_disk, is_whole_safetensors, read_json, sha256_json, write_json
+from loadmaster.files import PARTIAL_SUFFIX, is_full_disk, is_whole_safetensors, read_json, sha256_json, write_json
 
 RECORD = "stages.json"
 LAUNCH_RECORD = "launch.json"
@@ -50,7 +50,7 @@ class RunDir:
             path = local_path(run_dir)
             owner = _identity(path)
             with _refusing(path, run_dir):
-                filled = path.exists() and any(entry.name != ".lock" for entry in path.iterdir())
+                filled = path.exists() and not all(_is_nothing(entry.name) for entry in path.iterdir())
             run = cls(path, identity)
             if run.is_damaged:
                 if not any((path / "checkpoints").glob("step-*")) or differing(path) != []:
@@ -118,10 +118,12 @@ class RunDir:
         with open(self.path / ".lock", "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise LoadmasterError(
                     f"another process works in {self.path}; wait for it, or give this run its own run_dir"
                 ) from None
+            except OSError:  # a network's file system without locks
+                pass
             yield
 
     def discard(self) -> bool:
@@ -234,6 +236,11 @@ def _record(path: Path) -> dict[str, Any]:
 
 def _stages(path: Path) -> dict[str, Any]:
     return _object(_record(path).get("stages"))
+
+
+def _is_nothing(name: str) -> bool:
+    """Left of a process that was killed before it could say whose folder this is."""
+    return name == ".lock" or name.endswith(PARTIAL_SUFFIX)
 
 
 def _identity(path: Path) -> str | None:

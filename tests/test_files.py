@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,6 +49,17 @@ def test_json_with_a_number_that_json_lacks_is_refused_and_the_old_file_stays(tm
     with pytest.raises(ValueError):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert "1" in (tmp_path / "x.json").read_text()
+
+
+def test_what_a_full_disk_does_not_take_leaves_nothing_behind(tmp_path):
+    code = (
+        "import resource, sys; from pathlib import Path; from loadmaster.files import write_text\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); write_text(Path(sys.argv[1]), 'x' * 1000)"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "x.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "File too large" in done.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_known_also_where_native_code_says_it():

@@ -1,5 +1,7 @@
 """The stages in order, skipped when unchanged, refused when they would mix runs; in process, on a tiny model."""
 
+import errno
+import fcntl
 import io
 import json
 import os
@@ -17,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import STAGES
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.files import write_json
 from loadmaster.pipeline import command_line, run
 from loadmaster.preflight import hardware
@@ -403,6 +405,24 @@ def test_a_limit_of_money_where_nobody_knows_the_price_is_refused(tiny, tmp_path
     said = capsys.readouterr().err
     assert "launch.max_usd" in said and "fix: launch.max_hours" in said  # no price of a CPU would be taken
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_folder_that_a_run_was_killed_in_before_its_first_record_is_its_to_use(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".stages.json.123.partial").write_text("{")
+    RunDir.choose(str(tmp_path / "run"), "smoke", "a", tmp_path)
+    (tmp_path / "run" / "mine.txt").touch()
+    with pytest.raises(ConfigError, match="a folder with other things in it"):
+        RunDir.choose(str(tmp_path / "run"), "smoke", "a", tmp_path)
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with RunDir(tmp_path / "run", "a").locked():
+        pass
 
 
 def test_what_does_not_fit_exits_3_with_a_plan(tmp_path, capsys):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +17,17 @@ from loadmaster.launch.provider import LogLine
 
 KILLED = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 Echo = Callable[[str], None]
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[TextIO]:
+    """Opened to be added to; lines that its disk does not take are lost, and nothing else."""
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closing it may fail once more
+    try:
+        yield file
+    finally:
+        with suppress(OSError):
+            file.close()
 
 
 class Board:
@@ -32,6 +44,7 @@ class Board:
         self.readers = [Reader() for _ in range(nodes)]
         self.usd_per_hour = usd_per_hour
         self.start = self.clock()
+        self.keeps = True
         self.failed_at: float | None = None
         self.failed = 0
         """Exit code of the first node that failed."""
@@ -102,8 +115,13 @@ class Board:
             self.bar = None
 
     def _keep(self, line: str) -> None:
-        self.log.write(line + "\n")
-        self.log.flush()
+        try:
+            self.log.write(line + "\n")
+            self.log.flush()
+        except OSError as error:  # a full disk here is no reason to end a job there
+            if self.keeps:
+                self.echo(f"the log is kept no longer ({error})")
+            self.keeps = False
 
     def over(self, grace_s: float) -> bool:
         """Node 0 has ended, or another one failed so long ago that node 0 will not get through without it."""

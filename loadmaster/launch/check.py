@@ -28,6 +28,7 @@ GIVEN_AWAY = re.compile(rf"{TOKEN}|.*://[^/@\s]*:[^/@\s]+@.*")
 SECRET_VALUE = re.compile(rf"{TOKEN}|[0-9a-fA-F]{{32,}}|.{{48,}}|.*[^\w.-].*")
 """What no name of a secret looks like: the usual beginnings of tokens, long hexadecimal, long or odd text."""
 PINNED = re.compile(r"==[\w.!+]+$|@[0-9a-f]{40}\b|#sha256=[0-9a-f]{64}$")
+WITH_KEY = re.compile(r"((?:^|[\s+])https?://)[^/@\s]+@")
 OWN = ("name", "nodes", *THERE, "env", "secrets", "dry_run", "max_hours")
 """Fields of launch that mean something wherever the job goes."""
 FIELDS = {
@@ -101,6 +102,10 @@ def _rented(job: Job) -> list[Problem]:
         elif not Path(launch.package).name.startswith(f"loadmaster-{__version__}-"):
             message = f"is no wheel of loadmaster {__version__}, which is what runs here"
             wrong("launch.package", launch.package, message, "leave it out: this very code travels")
+    elif launch.package is not None and WITH_KEY.search(launch.package):
+        remedy = "a wheel here, which travels along (launch.package=FILE.whl), or an image that has it"
+        shown = WITH_KEY.sub(r"\1...@", launch.package)
+        wrong("launch.package", shown, "carries a key in its URL, which the machine's log would show", remedy)
     elif launch.package not in (None, "auto") and not PINNED.search(launch.package):
         remedy = "name==1.2.3, git+https://...@<40 hex digits>, https://...whl#sha256=<64 hex digits>, or auto"
         wrong("launch.package", launch.package, "is not pinned: it could be another one tomorrow", remedy)

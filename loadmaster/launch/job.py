@@ -81,6 +81,7 @@ def _rent(launch: Launch, provider: Provider, tokens: int | None) -> int:
     order = _order(launch, provider, choice, volume)
     if (job.launch.fetch or order.uploads) and not job.launch.dry_run:
         require_keys()  # now, and not when the job is over
+    _refuse_small(volume, volume_gb(job.launch, choice))
     _show(launch, provider, ranked, choice, order)
     if volume is not None:
         _refuse_a_second(provider.machines(), run_folder(launch.composed, choice))
@@ -88,7 +89,6 @@ def _rent(launch: Launch, provider: Provider, tokens: int | None) -> int:
         _print_requests(launch, provider, choice, order)
         return 0
     _ask(launch)
-    order = _order(launch, provider, choice, volume)  # anew: its deadline counts from now
     code = run_there(launch, provider, choice, order)
     if job.launch.fetch and code == 0:
         _fetch(launch, provider)
@@ -104,6 +104,16 @@ def _refuse_a_second(machines: list[Machine], folder: str) -> None:
                 f"this very job on this very data runs already, in the same run directory, on {machine.kind} "
                 f"{machine.name}: wait for it, end it (loadmaster pods sweep {machine.name}), or change the job"
             )
+
+
+def _refuse_small(volume: Volume | None, needed_gb: int) -> None:
+    """A disk that is full at hour three. What else lies on it is not known. Raises LoadmasterError."""
+    if volume is not None and volume.size_gb < needed_gb:
+        raise LoadmasterError(
+            f"the network volume {volume.name} ({volume.id}) has {volume.size_gb} GB, and this run needs {needed_gb} "
+            f"GB: make it larger in the provider's console, launch.volume=NAME makes another one, or "
+            f"launch.volume_gb={volume.size_gb} says that it is enough"
+        )
 
 
 def _fetch(launch: Launch, provider: Provider) -> None:

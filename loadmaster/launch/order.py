@@ -99,6 +99,7 @@ def make_order(
         "package": None if launch.package == "auto" or wheel else launch.package,
         "wheel": wheel and {"name": wheel.name, "sha256": wheel.sha256, "parts": len(packed)},
         "constraints": pins and f"{folder}/{CONSTRAINTS}",
+        "own_environment": launch.image == LaunchConfig().image,
         "remedy": "launch.image or launch.package must match",
         "folder": folder,
         "run_dir": run_dir,
@@ -174,6 +175,13 @@ def launch_file(name: str) -> bytes:
 
 def _packed(content: bytes) -> str:
     return base64.b64encode(gzip.compress(content, mtime=0)).decode()
+
+
+def dated(order: Order, now: float) -> Order:
+    """Its hours count from now: the machine is about to be asked for."""
+    job = json.loads(order.env["LOADMASTER_JOB"])
+    job["deadline"] = round(now + job["max_hours"] * 3600, 1)
+    return replace(order, env={**order.env, "LOADMASTER_JOB": json.dumps(job)})
 
 
 def with_volume(order: Order, volume: Volume) -> Order:

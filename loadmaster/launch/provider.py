@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from loadmaster.errors import ProviderError
+
 if TYPE_CHECKING:
     from loadmaster.launch.bucket import Bucket
 
@@ -116,6 +118,10 @@ class LogLine:
 
 class NoCapacity(Exception):
     """The machine is not to be had there at present, says the provider; another place or machine may do."""
+
+
+class NoAnswer(ProviderError):
+    """Nobody knows: the network, or the provider, does not answer at present."""
 
 
 class Provider(Protocol):

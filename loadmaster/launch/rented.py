@@ -17,13 +17,13 @@ from datetime import UTC, datetime
 
 from loadmaster.errors import LoadmasterError, ProviderError, StoppedOnRequest
 from loadmaster.files import write_json
-from loadmaster.launch.board import Board
+from loadmaster.launch.board import Board, log_file
 from loadmaster.launch.choose import Choice
 from loadmaster.launch.context import Launch, undisturbed
 from loadmaster.launch.left import RECORD
 from loadmaster.launch.machines import usd_so_far
-from loadmaster.launch.order import run_folder, volume_gb, with_volume
-from loadmaster.launch.provider import LogLine, Machine, NoCapacity, Order, Provider, Volume
+from loadmaster.launch.order import dated, run_folder, volume_gb, with_volume
+from loadmaster.launch.provider import LogLine, Machine, NoAnswer, NoCapacity, Order, Provider, Volume
 
 START_S = 1800.0
 """A machine whose bootstrap has not spoken after this (image pull included) is given up."""
@@ -77,6 +77,7 @@ def _rent(
     if not needs_volume:
         try:
             _upload(launch, provider, order)
+            order = dated(order, launch.clock())
             return provider.rent(order), order
         except NoCapacity as error:
             said = str(error)
@@ -85,6 +86,7 @@ def _rent(
         try:
             placed = with_volume(order, made[-1])
             _upload(launch, provider, placed)
+            placed = dated(placed, launch.clock())
             return provider.rent(placed), placed
         except NoCapacity as error:
             said = str(error)
@@ -113,13 +115,14 @@ class _Followed:
         self.launch, self.provider, self.machine, self.order = launch, provider, machine, order
         self.lines: queue.Queue[tuple[int, LogLine | str]] = queue.Queue()
         self.leaving = threading.Event()
+        self.unanswered = False
         self.threads: list[threading.Thread] = []
 
     def to_the_end(self) -> int:
         """The job's exit code; raises LoadmasterError when the machine, or the time, ends without one."""
         launch, nodes = self.launch, self.order.offer.nodes
         with (
-            open(launch.folder / "pod.log", "a", encoding="utf-8") as log,
+            log_file(launch.folder / "pod.log") as log,
             Board(launch, log, nodes, self._rate()) as self.board,
         ):
             self._hold_to_limit()
@@ -203,7 +206,14 @@ class _Followed:
                     self.board.take(node, said)
 
     def _look(self, broken: str | None) -> None:
-        present = self.provider.refresh(self.machine)
+        try:
+            present = self.provider.refresh(self.machine)
+        except NoAnswer as error:  # which says nothing of the machine: it has its own switch
+            if not self.unanswered:
+                self.launch.echo(f"{error}; the job goes on there, and is followed again once there is an answer")
+            self.unanswered = True
+            return
+        self.unanswered = False
         if present is None or not present.alive:
             state = "is gone" if present is None else f"is {present.status}"
             log = self.launch.folder / "pod.log"

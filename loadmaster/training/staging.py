@@ -9,6 +9,7 @@ Where the host has no room for a copy, nothing is copied and the loop waits unti
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor
 
 from loadmaster.preflight.pinned import pinned
 
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Versions 2 and 1: folder, and the names of the limit, of what is taken, and of the cached part of that."""
 SPARE = 0.1
 """Share of the free host memory that is left alone."""
 
@@ -59,14 +65,12 @@ def host_bytes(tensor: Tensor) -> int:
 def free_host_bytes() -> float:
     """Memory that can still be taken on this machine, or in this container."""
     found = [_meminfo("MemAvailable:")]
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (root / "memory.max").read_text().strip(), int((root / "memory.current").read_text())
-        cached = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        if limit.isdigit():
-            found.append(int(limit) - used + int(cached.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        pass
+    for folder, largest, current, inactive in CGROUPS:
+        with suppress(OSError, ValueError):
+            limit, used = (folder / largest).read_text().strip(), int((folder / current).read_text())
+            cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            if limit.isdigit():
+                found.append(int(limit) - used + int(cached.get(inactive, 0)))
     return min(found)
 
 

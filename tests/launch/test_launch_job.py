@@ -25,7 +25,8 @@ import yaml
 from loadmaster import catalog
 from loadmaster.errors import ConfigError, DoesNotFit, LoadmasterError, ProviderError, StoppedOnRequest
 from loadmaster.launch import job as job_module
-from loadmaster.launch import order
+from loadmaster.launch import order, rented
+from loadmaster.launch.board import log_file
 from loadmaster.launch.job import launch_job
 from loadmaster.launch.machines import list_pods, sweep_pods
 from tests.launch.fake_runpod import FAULTS, FakeRunpod
@@ -156,11 +157,41 @@ def test_when_the_provider_fails_for_good_the_pod_ends_itself(place, kind, monke
     first = place.fake.calls.index(next(call for call in place.fake.calls if call.endswith("/logs"))) + 1
     place.fake.calls.clear()
     place.fake.volumes.clear()
-    place.fake.faults = dict.fromkeys(range(first, first + 500), kind)
-    with pytest.raises(ProviderError):
-        place.launch()
+    place.fake.faults = dict.fromkeys(range(first, first + 50_000), kind)
+    with pytest.raises(LoadmasterError, match=r"are over|is gone"):
+        place.launch("launch.env.STAND_IN_S='30'", "launch.env.STAND_IN_DEAF='1'", "launch.max_hours=0.001")
     assert "ATTENTION" in place.said
     wait_until(lambda: place.fake.pods == {})
+
+
+@pytest.mark.parametrize("kind", ["500", "429"])
+def test_an_hour_without_an_answer_ends_no_job(place, kind):
+    """A network that is gone, a provider that is down: the job is followed again when there is an answer."""
+    place.launch()
+    first = place.fake.calls.index(next(call for call in place.fake.calls if call.endswith("/logs"))) + 1
+    place.fake.calls.clear()
+    place.fake.volumes.clear()
+    place.fake.faults = dict.fromkeys(range(first, first + 30), kind)
+    assert place.launch("launch.env.STAND_IN_S='1'") == 0, place.said
+    assert place.said.count("is followed again once there is an answer") == 1
+    assert place.fake.pods == {}
+
+
+def test_a_disk_that_is_full_here_ends_no_job_there(place, monkeypatch):
+    monkeypatch.setattr(rented, "log_file", lambda path: log_file(Path("/dev/full")))
+    assert place.launch() == 0, place.said
+    assert place.said.count("the log is kept no longer") == 1
+
+
+def test_a_volume_that_is_too_small_is_refused_before_anything_is_rented(place):
+    place.launch()
+    (volume,) = place.fake.volumes.values()
+    volume["size"] = 11
+    place.fake.calls.clear()
+    with pytest.raises(LoadmasterError, match=r"has 11 GB, and this run needs \d+ GB(.|\n)*launch\.volume_gb=11"):
+        place.launch()
+    assert not any(call.startswith("POST") for call in place.fake.calls)
+    assert place.launch("launch.volume_gb=11") == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

@@ -137,6 +137,7 @@ def test_machines_that_cannot_be_meant_are_refused(words, said):
     [
         (["launch.package=loadmaster"], "launch.package"),
         (["launch.package=null"], "launch.package"),
+        ([f"launch.package=git+https://me:k3y@github.com/me/it@{'0' * 40}"], "launch.package"),
         (["launch.image=a/b"], "launch.image"),
         (["launch.volume_gb=9"], "launch.volume_gb"),
         (["launch.volume_gb=5000"], "launch.volume_gb"),

@@ -132,6 +132,17 @@ def test_a_job_runs_on_the_code_that_came_along(place, monkeypatch):
     assert f"| from {place.folder}/installed/loadmaster/__init__.py" in place.said
 
 
+def test_the_default_images_own_packages_are_not_found_beside_those_that_came_along(place, monkeypatch):
+    """Its torchvision is for its own PyTorch: beside another, `import transformers` fails."""
+    without_its_requirements(place, monkeypatch)
+    place.runner.environment |= {"PIP_TARGET": "", "PYTHONPATH": "", "TMPDIR": str(place.folder)}
+    code = "import loadmaster, sys; print('from', loadmaster.__file__); import torch"
+    monkeypatch.setattr(order, "command", lambda *arguments: ["python3", "-c", code])
+    assert place.launch("launch.package=auto") == 1, place.said
+    made = place.folder / "loadmaster-environment-0"
+    assert f"| from {made}/lib/" in place.said and "No module named 'torch'" in place.said
+
+
 def test_an_image_that_has_other_code_under_this_version_gets_the_code_that_came_along(place, monkeypatch):
     """A real environment with a loadmaster of its own, into which the real pip of the tests' Python installs."""
     without_its_requirements(place, monkeypatch)

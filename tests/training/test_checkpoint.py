@@ -192,6 +192,15 @@ print(taken() - before)
 """
 
 
+@pytest.mark.parametrize("version", [0, 1])
+def test_what_a_container_has_left_is_what_copies_are_made_in(tmp_path, monkeypatch, version):
+    _, largest, current, inactive = staging.CGROUPS[version]
+    for name, text in ((largest, "5000\n"), (current, "3000\n"), ("memory.stat", f"rss 7\n{inactive} 400\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(staging, "CGROUPS", [(tmp_path, largest, current, inactive)])
+    assert staging.free_host_bytes() == 2400
+
+
 @pytest.mark.slow
 def test_what_is_written_is_not_put_together_in_memory(tmp_path):
     said = subprocess.run(

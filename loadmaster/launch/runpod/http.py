@@ -31,6 +31,7 @@ from pydantic import ValidationError
 
 from loadmaster.errors import ProviderError
 from loadmaster.launch.given import is_address, is_key, is_readable_on_the_way
+from loadmaster.launch.provider import NoAnswer
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class Refused(ProviderError):
         self.status = status
 
 
-class Throttled(ProviderError):
+class Throttled(NoAnswer):
     """429: nothing was done; after retry_after_s it may be asked again."""
 
     def __init__(self, message: str, retry_after_s: float | None):
@@ -63,7 +64,7 @@ class Throttled(ProviderError):
         self.retry_after_s = retry_after_s
 
 
-class NotSent(ProviderError):
+class NotSent(NoAnswer):
     """No connection: nothing was done."""
 
     def __init__(self, what: str, reason: str, remedy: str):
@@ -71,7 +72,7 @@ class NotSent(ProviderError):
         self.reason = reason
 
 
-class Unsure(ProviderError):
+class Unsure(NoAnswer):
     """No readable answer came: it may have been done or not."""
 
 
