@@ -8,7 +8,6 @@ The process ends before a server starts, so both never share the memory.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import sys
 from contextlib import nullcontext
@@ -32,6 +31,7 @@ from loadmaster.export.loading import load_export
 from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.room import spread_over
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
+from loadmaster.models.spread import NoRoom, free_device_memory
 
 BATCH_SIZE = 8
 
@@ -54,17 +54,19 @@ def main(arguments: list[str]) -> None:
         without = model.disable_adapter()
     else:
         del model
-        gc.collect()
+        free_device_memory()
         model, without = load_base(base, **how).eval(), nullcontext()
     with without:
         of_base = [_scored(model, row, tokenizer.pad_token_id) for row in rows]
     on_disk, rounded, broken = {}, {}, {}
     for name, folder in told["exports"].items():
         progress(f"scoring {name} from disk")
-        model = None
-        gc.collect()
+        model = rounding = layer = None  # each holds on to the model before
+        free_device_memory()
         try:
             model = load_export(Path(folder), device)
+        except (NoRoom, torch.OutOfMemoryError):  # say nothing of the folder
+            raise
         except Exception as error:  # the folder may hold anything; the other formats are checked all the same
             broken[name] = str(error)
             continue

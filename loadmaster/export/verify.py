@@ -27,6 +27,7 @@ if __name__ == "__main__":  # before what takes long to import
     collector.pause()
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from loadmaster.config.schema import EvaluationConfig
@@ -227,7 +228,7 @@ class Verification:
                 model = load_adapter(self.base, folder, self.spread)
             else:
                 model = load_export(folder, self.spread)
-        except NoRoom:  # says nothing of the folder
+        except (NoRoom, torch.OutOfMemoryError):  # say nothing of the folder
             raise
         except Exception as error:  # the folder may hold anything, and no error of loading it is the trainer's
             raise ExportRejected(f"strict_load: {error}") from None

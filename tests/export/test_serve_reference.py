@@ -1,0 +1,59 @@
+"""What a server is compared with, made by hand where a GPU or another process would be needed."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from loadmaster.errors import ExportRejected
+from loadmaster.export import serve_reference, verify
+from loadmaster.files import read_json, write_json
+from loadmaster.models.spread import NoRoom
+
+FULL = [torch.OutOfMemoryError("CUDA out of memory"), NoRoom("it fits nowhere")]
+
+
+def refuse_with(error: Exception):
+    def load(*_):
+        raise error
+
+    return load
+
+
+def reference_of(folder: Path, monkeypatch, load) -> dict:
+    """What the step writes of an export that loads so, and of no documents."""
+    trained = SimpleNamespace(disable_adapter=nullcontext)
+    monkeypatch.setattr(serve_reference, "load_tokenizer", lambda _: SimpleNamespace(pad_token_id=0))
+    monkeypatch.setattr(serve_reference, "load_trained", lambda *_, **__: trained)
+    monkeypatch.setattr(serve_reference, "generate_ids", lambda *_: [])
+    monkeypatch.setattr(serve_reference, "load_export", load)
+    told = {
+        "base": "base", "trained": "adapter", "device": "cpu", "scratch": str(folder), "working": 0.0, "passing": 0.0,
+        "precision": "fp32", "frozen": None, "documents": [], "prompts": [], "max_new_tokens": 4,
+        "exports": {"fp8": "fp8"}, "result": str(folder / "result.json"),
+    }  # fmt: skip
+    write_json(folder / "spec.json", told)
+    serve_reference.main([str(folder / "spec.json")])
+    return read_json(folder / "result.json")
+
+
+@pytest.mark.parametrize("error", FULL, ids=["a full card", "no room"])
+def test_a_machine_without_room_is_not_blamed_on_the_export(tmp_path, monkeypatch, error):
+    with pytest.raises(type(error)):
+        reference_of(tmp_path, monkeypatch, refuse_with(error))
+    assert reference_of(tmp_path, monkeypatch, refuse_with(OSError("torn")))["broken"] == {"fp8": "torn"}
+
+    verification = object.__new__(verify.Verification)
+    verification.base, verification.spread = tmp_path, None
+    for load, is_adapter in (("load_export", False), ("load_adapter", True)):
+        candidate = verify.Candidate("bf16", str(tmp_path), is_adapter)
+        monkeypatch.setattr(verify, load, refuse_with(error))
+        with pytest.raises(type(error)):
+            verification._load(candidate)
+        monkeypatch.setattr(verify, load, refuse_with(OSError("torn")))
+        with pytest.raises(ExportRejected, match="strict_load: torn"):
+            verification._load(candidate)
