@@ -32,7 +32,8 @@ from loadmaster.models.frozen import FrozenLinear
 from loadmaster.models.spread import where_they_lie
 
 ROUNDING = 2.0**-8
-"""Of a value: twice the largest rounding error of bf16, which has 8 bits of significand."""
+"""Of a value: the largest rounding error of bf16, which has 8 bits of significand (just above a power of two it is
+2^-8 / (1 + 2^-8)). So the sum must be float32's in full: TF32 rounds each factor of a product by up to 2^-11."""
 FLOOR = 2.0**-20
 """Of the largest weight: what the order of a float32 sum may change in an element that cancels to almost nothing."""
 QUANTIZED_OTHERWISE = 2e-3

@@ -123,6 +123,7 @@ class Verification:
     """The trained model's side of every comparison, made once; the model itself is gone when this is made."""
 
     def __init__(self, told: dict[str, Any], formats: dict[str, list[Candidate]]):
+        torch.set_float32_matmul_precision("highest")  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE asks for
         self.base, scratch = Path(told["base"]), told["scratch"]
         self.tokenizer = load_tokenizer(self.base)
         scored = sum(label != -100 for row in told["rows"] for label in row["labels"])
