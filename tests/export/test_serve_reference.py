@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export import serve_reference, verify
+from loadmaster.export import serve_check, serve_reference, verify
 from loadmaster.files import read_json, write_json
 from loadmaster.models.spread import NoRoom
 
@@ -57,3 +58,16 @@ def test_a_machine_without_room_is_not_blamed_on_the_export(tmp_path, monkeypatc
         monkeypatch.setattr(verify, load, refuse_with(OSError("torn")))
         with pytest.raises(ExportRejected, match="strict_load: torn"):
             verification._load(candidate)
+
+
+@pytest.mark.parametrize(("trained_on", "here", "device"), [
+    ("cpu", "h100", "cpu"), ("h100", "cpu", "cpu"), ("h100", "h100", "cuda"),
+])  # fmt: skip
+def test_what_a_cpu_trained_in_fp32_is_computed_on_a_cpu(run, tmp_path, monkeypatch, trained_on, here, device):
+    """Packed attention on a GPU takes 16 bits alone."""
+    replace(run.plan, hardware=replace(run.plan.hardware, gpu=trained_on)).write(run.folder / "plan.json")
+    monkeypatch.setattr(serve_check, "detect_local", lambda: SimpleNamespace(gpu=here))
+    monkeypatch.setattr(serve_check, "run_step", lambda _, spec, *__: spec)
+    wanted = {"documents": [], "prompts": [], "max_new_tokens": 4}
+    told = serve_check._reference(run.folder, run.base, run.job, wanted, ["bf16"], tmp_path, print)
+    assert told["device"] == device
