@@ -12,7 +12,9 @@ import torch
 
 from loadmaster.errors import ExportRejected
 from loadmaster.export import serve_check, serve_reference, verify
+from loadmaster.export.figures import log_probabilities
 from loadmaster.files import read_json, write_json
+from loadmaster.models.load import load_base
 from loadmaster.models.spread import NoRoom
 
 FULL = [torch.OutOfMemoryError("CUDA out of memory"), NoRoom("it fits nowhere")]
@@ -71,3 +73,17 @@ def test_what_a_cpu_trained_in_fp32_is_computed_on_a_cpu(run, tmp_path, monkeypa
     wanted = {"documents": [], "prompts": [], "max_new_tokens": 4}
     told = serve_check._reference(run.folder, run.base, run.job, wanted, ["bf16"], tmp_path, print)
     assert told["device"] == device
+
+
+def test_of_a_long_document_no_more_logits_are_alive_than_a_chunks(tiny, monkeypatch):
+    ids = list(range(300, 340))
+    row = serve_reference._row({"input_ids": ids, "labels": [-100, *ids[1:]]})
+    model = load_base(tiny, torch.float32, "cpu")
+    monkeypatch.setattr(serve_reference, "CHUNK_TOKENS", 16)
+    rows = []
+    model.lm_head.register_forward_hook(lambda _, inputs, logits: rows.append(len(logits)))
+    found = serve_reference._scored(model, row, 0)
+    assert rows == [16, 16, 7]
+    log_p, targets = log_probabilities(model, row, 0)
+    assert found["own"] == pytest.approx(log_p[torch.arange(39), targets].tolist(), abs=1e-5)
+    assert found["top"] == log_p.argmax(-1).tolist()
