@@ -32,7 +32,8 @@ from loadmaster.models.frozen import FrozenLinear
 from loadmaster.models.spread import where_they_lie
 
 ROUNDING = 2.0**-8
-"""Of a value: twice the largest rounding error of bf16, which has 8 bits of significand."""
+"""Of a value: the largest rounding error of bf16, which has 8 bits of significand (just above a power of two it is
+2^-8 / (1 + 2^-8)). So the sum must be float32's in full: TF32 rounds each factor of a product by up to 2^-11."""
 FLOOR = 2.0**-20
 """Of the largest weight: what the order of a float32 sum may change in an element that cancels to almost nothing."""
 QUANTIZED_OTHERWISE = 2e-3
@@ -112,13 +113,20 @@ def live_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None,
     inside = tuple(f"{name}." for name in (*layers, *saved))
     with where_they_lie(lm):  # named_parameters() keeps all that it has seen
         names = [name for name, _ in lm.named_parameters() if not name.startswith(inside)]
+    dtype = lm.get_input_embeddings().weight.dtype
     for name in names:
-        yield name, _read(lm.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]), None, False
+        layer, _, part = name.rpartition(".")
+        module = lm.get_submodule(layer)
+        if part == "bias" or not isinstance(module, FrozenLinear):
+            yield name, _read(module, part), None, False
+        elif part == "weight":  # no adapter is on it; its other parameters are scales of these codes
+            weight, is_quantized = _dense(module, dtype)
+            yield name, weight, None, is_quantized
     for name, module in saved.items():
         for part, parameter in module.modules_to_save[module.active_adapters[0]].named_parameters():
             yield f"{name}.{part}", parameter.detach().float(), None, False
     for name, module in layers.items():
-        weight, is_quantized = _dense(module.get_base_layer(), lm.get_input_embeddings().weight.dtype)
+        weight, is_quantized = _dense(module.get_base_layer(), dtype)
         yield f"{name}.weight", weight, _delta(module, weight), is_quantized
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
     if isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight:

@@ -285,7 +285,8 @@ def _reference(
         "scratch": str(scratch), "working": working, "passing": passing,
         "base": str(base), "trained": str(trained), "precision": plan.precision,
         "frozen": frozen_form(plan.method, plan.precision),
-        "device": "cpu" if detect_local().gpu == "cpu" else "cuda",
+        # What a CPU trained is in fp32, which packed attention on a GPU does not take.
+        "device": "cpu" if "cpu" in (plan.hardware.gpu, detect_local().gpu) else "cuda",
         **{key: wanted[key] for key in ("documents", "prompts", "max_new_tokens")},
         # bf16 and the adapter are the trained model, to a rounding; transformers does not compute a GGUF as llama.cpp.
         "exports": {

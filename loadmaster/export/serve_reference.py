@@ -8,7 +8,6 @@ The process ends before a server starts, so both never share the memory.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import sys
 from contextlib import nullcontext
@@ -25,13 +24,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from loadmaster.data import Conversation, PackedRow
+from loadmaster.data import Conversation, PackedRow, collate
 from loadmaster.evaluation.generate import generate_ids
-from loadmaster.export.figures import log_probabilities
 from loadmaster.export.loading import load_export
 from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.room import spread_over
+from loadmaster.models.forward import logits_of, trained_hidden
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
+from loadmaster.models.loss import CHUNK_TOKENS
+from loadmaster.models.spread import NoRoom, free_device_memory
 
 BATCH_SIZE = 8
 
@@ -54,17 +55,19 @@ def main(arguments: list[str]) -> None:
         without = model.disable_adapter()
     else:
         del model
-        gc.collect()
+        free_device_memory()
         model, without = load_base(base, **how).eval(), nullcontext()
     with without:
         of_base = [_scored(model, row, tokenizer.pad_token_id) for row in rows]
     on_disk, rounded, broken = {}, {}, {}
     for name, folder in told["exports"].items():
         progress(f"scoring {name} from disk")
-        model = None
-        gc.collect()
+        model = rounding = layer = None  # each holds on to the model before
+        free_device_memory()
         try:
             model = load_export(Path(folder), device)
+        except (NoRoom, torch.OutOfMemoryError):  # say nothing of the folder
+            raise
         except Exception as error:  # the folder may hold anything; the other formats are checked all the same
             broken[name] = str(error)
             continue
@@ -127,10 +130,17 @@ def _positions(row: PackedRow) -> list[int]:
     return [at for at in np.flatnonzero(row.labels != -100).tolist() if at > 0]
 
 
+@torch.no_grad()
 def _scored(model: nn.Module, row: PackedRow, pad_token_id: int) -> dict[str, list[Any]]:
-    log_p, targets = log_probabilities(model, row, pad_token_id)
-    own = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return {"own": own.tolist(), "top": torch.argmax(log_p, dim=-1).tolist()}
+    """Of each trained token: its log-probability, and the likeliest one there. Logits are alive a chunk at a time."""
+    own: list[float] = []
+    top: list[int] = []
+    hidden, targets, _ = trained_hidden(model, collate([row], pad_token_id))
+    for some, true in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+        log_p = torch.log_softmax(logits_of(model, some), dim=-1)
+        own += log_p.gather(-1, true.unsqueeze(-1)).squeeze(-1).tolist()
+        top += log_p.argmax(-1).tolist()
+    return {"own": own, "top": top}
 
 
 if __name__ == "__main__":

@@ -159,10 +159,11 @@ def tuned_weights(trained: nn.Module, folders: Sequence[Path], base: Path) -> di
         for folder, export in exports.items():
             over_own, over_stored, missing = found[folder]
             try:
-                exported = export.read(name).to(after.device)
+                exported = export.read(name)
             except Exception:  # the folder may hold anything: what is missing is said by name
                 missing.append(name)
                 continue
+            exported = exported.to(after.device)
             share = share_of(name, exported, own, after)
             other = share if plain is None else share_of(name, exported, plain, plain + delta)
             over_own += [] if share is None else [share]

@@ -27,6 +27,7 @@ if __name__ == "__main__":  # before what takes long to import
     collector.pause()
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from loadmaster.config.schema import EvaluationConfig
@@ -122,6 +123,7 @@ class Verification:
     """The trained model's side of every comparison, made once; the model itself is gone when this is made."""
 
     def __init__(self, told: dict[str, Any], formats: dict[str, list[Candidate]]):
+        torch.set_float32_matmul_precision("highest")  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE asks for
         self.base, scratch = Path(told["base"]), told["scratch"]
         self.tokenizer = load_tokenizer(self.base)
         scored = sum(label != -100 for row in told["rows"] for label in row["labels"])
@@ -227,7 +229,7 @@ class Verification:
                 model = load_adapter(self.base, folder, self.spread)
             else:
                 model = load_export(folder, self.spread)
-        except NoRoom:  # says nothing of the folder
+        except (NoRoom, torch.OutOfMemoryError):  # say nothing of the folder
             raise
         except Exception as error:  # the folder may hold anything, and no error of loading it is the trainer's
             raise ExportRejected(f"strict_load: {error}") from None

@@ -121,10 +121,15 @@ def token_losses(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
 def trained_logits(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """(logits [T, V] in fp32 at the positions that predict trained tokens, those tokens [T])."""
     hidden, targets, _ = trained_hidden(model, batch)
+    return logits_of(model, hidden), targets
+
+
+def logits_of(model: nn.Module, hidden_TH: Tensor) -> Tensor:
+    """Logits [T, V] in fp32 of last hidden states [T, h]."""
     lm = causal_lm(model)
     softcap, scale = logit_transform(lm.config)
-    logits = lm.get_output_embeddings()(hidden).float() * scale
-    return (logits if softcap is None else softcap * torch.tanh(logits / softcap)), targets
+    logits = lm.get_output_embeddings()(hidden_TH).float() * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class SummedLoss(nn.Module):

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_adapter, save_tiny_llama
 
 from loadmaster.data.render import stop_token_ids
-from loadmaster.export import candidates, thresholds, verify
+from loadmaster.export import candidates, live_checks, thresholds, verify
 from loadmaster.export.dequantize import ExportedTensors
 from loadmaster.export.fp8 import Fp8
 from loadmaster.export.gguf import export_gguf
 from loadmaster.export.int4 import Int4
 from loadmaster.export.linear import linear_weights, quantization_config
+from loadmaster.export.loading import load_export
 from loadmaster.export.merge import Adapter, merge, read_adapter, round_trip
 from loadmaster.export.quantize import calibrate
 from loadmaster.export.servers import NEWEST
@@ -210,9 +211,10 @@ def fp8_of(base: Path, folder: Path, adapter: Adapter | None, seen_as=None) -> P
     return folder
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=["all", "some"])
 @pytest.mark.parametrize("form", ["nf4", "fp8"])
-def test_both_merges_of_an_adapter_trained_over_few_bits_carry_it(tiny, tmp_path, form):
-    adapter = save_adapter(tiny, tmp_path / "adapter")
+def test_both_merges_of_an_adapter_trained_over_few_bits_carry_it(tiny, tmp_path, form, targets):
+    adapter = save_adapter(tiny, tmp_path / "adapter", target_modules=targets)
     read, seen_as = read_adapter(adapter), round_trip(form, torch.bfloat16)
     louder = replace(read, updates={name: replace(u, alpha=2 * u.alpha) for name, u in read.updates.items()})
     made = {
@@ -220,13 +222,18 @@ def test_both_merges_of_an_adapter_trained_over_few_bits_carry_it(tiny, tmp_path
         "base": (None, None), "twice": (louder, seen_as),
     }  # fmt: skip
     folders = {name: fp8_of(tiny, tmp_path / name, *how) for name, how in made.items()}
-    found = tuned_weights(load_trained(tiny, adapter, torch.bfloat16, "cpu", frozen=form), list(folders.values()), tiny)
+    trained = load_trained(tiny, adapter, torch.bfloat16, "cpu", frozen=form)
+    found = tuned_weights(trained, list(folders.values()), tiny)
     share = {name: found[str(folder)].figures()["share"] for name, folder in folders.items()}
     expected = {"as trained": 1, "stored base": 1, "no adapter": 0, "base": 0, "twice": 2}
     assert share == pytest.approx(expected, abs=0.03)
     assert {name for name, folder in folders.items() if found[str(folder)].problems("fp8") == []} == {
         "as trained", "stored base"
     }  # fmt: skip
+    sketches = live_checks.sketches(trained)
+    assert len(sketches) == 14
+    exported = load_export(folders["as trained"], "cpu")
+    assert live_checks.quantized_weights(exported, sketches, live_checks.MAX_WEIGHT_ERROR["fp8"]) == []
 
 
 def test_a_full_fine_tune_is_held_to_the_stored_base(tiny, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from loadmaster.data import Conversation, PackedRow
 from loadmaster.errors import ExportRejected
-from loadmaster.export import checks, verify
+from loadmaster.export import checks, live_checks, verify
 from loadmaster.export.verify import (
     Reference,
     compare,
@@ -103,6 +103,26 @@ def test_a_tokenizer_that_splits_the_users_conversations_otherwise_is_noticed(to
     assert checks.template(other, tokenizer, [chat]) == []
     other.chat_template = other.chat_template.replace("user", "human") + " "
     assert any("data.jsonl:3 gives other tokens" in problem for problem in checks.template(other, tokenizer, [chat]))
+
+
+@pytest.mark.parametrize("value", [1 + 2**-8, 1 + 2**-8 + 2**-23, 1.5, 1 + 2**-9])
+def test_rounding_to_bf16_is_within_what_is_allowed_for_it_and_nearly_all_of_it(value):
+    exact = torch.tensor([[value, 3.0]])
+    assert live_checks._is_rounded(exact.bfloat16(), exact)
+    assert not live_checks._is_rounded(exact * (1 + 1.01 * live_checks.ROUNDING), exact)
+
+
+def test_weights_are_compared_in_float32_where_tf32_is_asked_for(monkeypatch, tmp_path):
+    """As TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 leaves it."""
+    seen = []
+    monkeypatch.setattr(verify, "load_tokenizer", lambda _: seen.append(torch.get_float32_matmul_precision()) or 1 / 0)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(ZeroDivisionError):
+            verify.Verification({"base": str(tmp_path), "scratch": None}, {})
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
 
 
 def test_reference_memory_is_bounded_by_taking_labels_away_never_context(monkeypatch):
