@@ -142,7 +142,7 @@ def test_every_fault_at_every_call_leaves_nothing_running_and_makes_nothing_twic
     assert fake.key not in place.said + everything_written(place.folder)
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", ["timeout", "lost"])
 def test_when_the_provider_fails_for_good_the_pod_ends_itself(place, kind, monkeypatch):
     """From the first log call on nothing answers any more: the machine must not depend on the launcher."""
     place.launch()

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from loadmaster.config.schema import OptimizerConfig
 from loadmaster.errors import ConfigError, TrainingFailed
+from loadmaster.models import compiled
 from loadmaster.models.load import load_tokenizer
 from loadmaster.training.display import Display
 from loadmaster.training.in_backward import BackwardOptimizer
@@ -46,8 +47,10 @@ def trained(tiny, folder, in_backward: bool, job=UNCLIPPED, **changed):
         pytest.param({"compile": True}, marks=pytest.mark.slow),
     ],
 )
-def test_steps_are_those_that_would_follow_the_backward_pass(tiny, tmp_path, changed):
+def test_steps_are_those_that_would_follow_the_backward_pass(tiny, tmp_path, monkeypatch, changed):
     """Equal to the last bit: losses and weights of six steps. The norm is a sum in another order."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")  # all of compiling but the C++ compiler
+    torch._dynamo.reset()
     _, figures, weights = trained(tiny, tmp_path / "after", False, **changed)
     session, stepped, others = trained(tiny, tmp_path / "inside", True, **changed)
     assert isinstance(session.optimizer, BackwardOptimizer) and len(figures) == len(stepped) == 6
