@@ -74,9 +74,8 @@ def ask(method, url):
 
 def terminate(job):
     """End this very Pod, or its cluster, whose members end together. True when the provider says that it is done."""
-    pod = os.environ.get("RUNPOD_POD_ID", "")
     try:
-        path = "/pods/" + pod
+        path = "/pods/" + os.environ["RUNPOD_POD_ID"]
         if job["ends"] == "cluster":
             path = "/clusters/" + ask("GET", job["api"] + path)["cluster"]["id"]
         ask("DELETE", job["api"] + path)
@@ -89,6 +88,7 @@ def terminate(job):
         said = type(error).__name__
     say("switch", said=said)
     try:  # the provider's own tool lies in every Pod
+        pod = os.environ.get("RUNPOD_POD_ID", "")
         done = subprocess.run(["runpodctl", "remove", "pod", pod], timeout=60, capture_output=True)
         return done.returncode == 0
     except (OSError, subprocess.TimeoutExpired):
@@ -343,7 +343,7 @@ def main():
         code, said = 4, redact(f"the bootstrap failed: {type(error).__name__}: {error}")
     try:
         files = hand_back(job) if node() == 0 else nothing
-    except OSError as error:
+    except Exception as error:  # nor is this one a reason to say nothing of the end
         files, said = nothing, f"{said or 'the job ended'}; its small files did not come: {error}"
     say("end", exit_code=code, said=said, **files)
     if not rented:

@@ -76,17 +76,14 @@ def _rent(
     needs_volume = settings.volume is not None and order.volume is None
     if not needs_volume:
         try:
-            _upload(launch, provider, order)
-            order = dated(order, launch.clock())
+            order = _uploaded(launch, provider, order)
             return provider.rent(order), order
         except NoCapacity as error:
             said = str(error)
     for place in (order.places or tuple(settings.data_centers)) if needs_volume else ():
         made.append(provider.create_volume(settings.volume, volume_gb(settings, choice), place))
         try:
-            placed = with_volume(order, made[-1])
-            _upload(launch, provider, placed)
-            placed = dated(placed, launch.clock())
+            placed = _uploaded(launch, provider, with_volume(order, made[-1]))
             return provider.rent(placed), placed
         except NoCapacity as error:
             said = str(error)
@@ -97,15 +94,16 @@ def _rent(
     )
 
 
-def _upload(launch: Launch, provider: Provider, order: Order) -> None:
-    """Bring the data to the volume while no machine costs anything; what is there is left alone."""
-    if not order.uploads:
-        return
-    assert order.volume is not None
-    with provider.bucket(order.volume.id) as bucket:
-        for upload in order.uploads:
-            sent = bucket.put(upload.path, upload.name, upload.sha256)
-            launch.echo(f"{upload.name} is on the volume ({sent / 1e6:.1f} MB were sent)")
+def _uploaded(launch: Launch, provider: Provider, order: Order) -> Order:
+    """Bring the data to the volume while no machine costs anything; what is there is left alone. The hours of the order
+    count from then."""
+    if order.uploads:
+        assert order.volume is not None
+        with provider.bucket(order.volume.id) as bucket:
+            for upload in order.uploads:
+                sent = bucket.put(upload.path, upload.name, upload.sha256)
+                launch.echo(f"{upload.name} is on the volume ({sent / 1e6:.1f} MB were sent)")
+    return dated(order, launch.clock())
 
 
 class _Followed:
