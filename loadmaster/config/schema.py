@@ -362,7 +362,7 @@ class Job:
     """lora: adapters on a frozen bf16 base; qlora: on an nf4 base; full: every weight."""
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
     """Compute dtype; fp8: a frozen base held in FP8 (lora), or products on FP8 units over bf16 weights (full).
-    auto: bf16, or fp8 where that is faster; fp32 on a CPU. A GPU takes fp32 for models alone that cap scores (Gemma 2)."""
+    auto: bf16, or fp8 where that is faster; fp32 on a CPU. A GPU takes fp32 for models that cap scores (Gemma 2)."""
     lora: LoraConfig = LoraConfig()
     neftune_alpha: NonNegativeFloat = 0.0
     """NEFTune: uniform noise on the embeddings in training, up to this over the root of a document's tokens times the
