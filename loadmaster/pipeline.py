@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from loadmaster import collector, out_of_memory
+from loadmaster import collector, out_of_memory, processors
 from loadmaster.config.compose import Composed
 from loadmaster.config.jobhash import differing, job_hash, stage_inputs_hash
 from loadmaster.config.schema import STAGES, Job
@@ -55,6 +55,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
     """Run the job up to `stop_after`; returns the exit code (loadmaster.errors says what each means)."""
     # OpenMP's threads otherwise spin while they wait: on a shared machine two of them ran a step 5 to 10 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    processors.settle()
     # Of unlike cards CUDA otherwise takes the fastest for the first, and the plan is for the driver's first one.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     console = console or Output()

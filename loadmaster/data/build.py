@@ -35,6 +35,7 @@ from loadmaster.data.sources import RawRow, Source
 from loadmaster.data.tokens import Encoded, Encoder
 from loadmaster.errors import DataError
 from loadmaster.files import write_json
+from loadmaster.processors import usable
 
 CHUNK = 256  # conversations tokenised at a time
 PARALLEL_ROWS = 20_000  # from here on processes pay: each takes about 5 s to start, a row 0.1 to 0.3 ms
@@ -208,7 +209,7 @@ def _encode_in_worker(tokenizer: Path, conversations: ConversationFile) -> Encod
 
 def _encode(conversations: ConversationFile, tokenizer: Any) -> Encoded:
     pieces = [conversations.piece(start, start + CHUNK) for start in range(0, len(conversations), CHUNK)]
-    processes = min(len(os.sched_getaffinity(0)), 16)
+    processes = min(usable(), 16)
     with _progress("tokenising", len(conversations)) as advance:
         parts = []
         if len(conversations) < PARALLEL_ROWS or processes == 1:

@@ -17,6 +17,7 @@ from loadmaster.errors import ExportRejected
 from loadmaster.export.process import clean_environment, timeout_s
 from loadmaster.export.serve_client import Served
 from loadmaster.export.serve_compare import answer_figures, log_probability_figures
+from loadmaster.processors import usable
 
 TAIL_LINES = 8
 
@@ -60,7 +61,7 @@ def ask_llama_cpp(
 
 def _threads() -> int:
     """As many as torch would take: llama.cpp's threads spin while they wait, and crawl where they are too many."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    return int(os.environ.get("OMP_NUM_THREADS") or usable())
 
 
 def _reason(said: dict[str, Any]) -> str:

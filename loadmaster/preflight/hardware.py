@@ -19,6 +19,7 @@ from loadmaster import catalog
 from loadmaster.config.schema import HardwareConfig
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.coefficients import value
+from loadmaster.processors import usable
 
 GIB = 2**30
 OWN_PRICE = "plan.prices_usd_per_hour"
@@ -171,7 +172,7 @@ def cpu(count: int = 1, nodes: int = 1) -> Hardware:
 def _threads() -> int:
     """Threads that torch will compute with."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
+    return int(asked) if asked.isdigit() and int(asked) > 0 else usable()
 
 
 def host_memory_gib() -> float:

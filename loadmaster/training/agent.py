@@ -23,6 +23,7 @@ from typing import Any
 
 from loadmaster.ending import STOPS
 from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
+from loadmaster.processors import is_ours, shares, usable
 from loadmaster.training.stop import MESSAGE, heeded
 
 RENDEZVOUS_S = 900
@@ -129,11 +130,10 @@ def _logs() -> Any:
 def _defaults(workers: Workers) -> dict[str, str]:
     """Threads shared out among the workers, and C++ messages with stack traces left out, unless set.
 
-    Of a machine's threads a Slurm job may have a few.
+    Of a machine's threads a Slurm job or a container may have a few.
     """
-    threads = str(max(1, len(os.sched_getaffinity(0)) // workers.processes))
-    defaults = {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return {name: value for name, value in defaults.items() if name not in os.environ}
+    defaults = {**shares(usable() // workers.processes), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {name: value for name, value in defaults.items() if is_ours(name)}
 
 
 def _not_met(workers: Workers, error: BaseException) -> str:

@@ -393,7 +393,7 @@ def test_worker_processes_give_the_same_rows_as_one(tokenizer, tmp_path, write_j
     job = job_for(write_jsonl([row(n) for n in range(600)] + [{"instruction": "x", "output": ""}]), on_bad_row="skip")
     alone = prepare(job, tokenizer, tmp_path / "alone")
     monkeypatch.setattr(build_module, "PARALLEL_ROWS", 100)
-    monkeypatch.setattr(build_module.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(build_module, "usable", lambda: 2)
     together = prepare(job, tokenizer, tmp_path / "together")
     assert together.summary["cache"] == "built"
     assert [packed.input_ids.tolist() for packed in together.train] == [
