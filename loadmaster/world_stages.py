@@ -87,6 +87,8 @@ class StageRun:
             stack.enter_context(together)
             with as_they_begin(self.world.rank):
                 self._refuse_folder_of_its_own()
+                if stage == "train":
+                    self._refuse_missing_compiler()
                 watch = Watchdog(self.world, self.run_dir / "logs", hang_s, on_end=self.on_end)
                 stack.enter_context(watch)
             watch.at(0, PREPARE)
@@ -111,6 +113,21 @@ class StageRun:
             message = f"is not the lead's folder on rank {seen.index(False)}"
             remedy = "set run_dir to a folder on storage that all nodes share"
             raise ConfigError([Problem("run_dir", str(self.run_dir), "command line or recipe", message, remedy)])
+
+    def _refuse_missing_compiler(self) -> None:
+        """Before a model is downloaded for it. Raises LoadmasterError on all ranks."""
+        from loadmaster.models.compiled import missing_for_a_gpu
+
+        what = "decoder layers" if self.plan.compile else "the step of optimizer.name=adamw_bf16"
+        compiles = self.plan.compile or self.plan.optimizer == "adamw_bf16"
+        seen = self.world.gather(missing_for_a_gpu() if compiles and self.world.device.type == "cuda" else None)
+        if missing := next(filter(None, seen), None):
+            where = f" on rank {seen.index(missing)}" if len(seen) > 1 else ""
+            raise LoadmasterError(
+                f"{what} cannot be compiled{where}: {missing} is not there\n"
+                f"fix: install it (Debian: apt-get install gcc python3-dev), or set "
+                f"{'compile=false, which trains slower' if self.plan.compile else 'another optimizer'}"
+            )
 
     def _make_materials(self) -> None:
         """One rank of each node first: it downloads and prepares, the others find it done."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sysconfig
 from contextlib import suppress
 from pathlib import Path
 from types import MethodType
@@ -70,6 +71,17 @@ def _needs_gradient(_: nn.Module, __: tuple, embedded: torch.Tensor) -> None:
     """
     if torch.is_grad_enabled():
         embedded.requires_grad_(True)
+
+
+def missing_for_a_gpu() -> str | None:
+    """What this machine lacks to compile for a GPU: Triton builds its link to the driver in C, against Python."""
+    if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc)"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # where Debian's python3-dev puts it
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    if header.is_file() or {"CPATH", "C_INCLUDE_PATH"} & os.environ.keys():
+        return None
+    return f"Python's headers ({header})"
 
 
 def graphs_compiled() -> int:

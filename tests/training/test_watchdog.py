@@ -1,5 +1,6 @@
 """A rank that is stuck, stopped, killed or fails ends the job on every rank, in bounded time, and is named."""
 
+import re
 import threading
 import time
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.training.liveness import (
@@ -144,11 +146,44 @@ def test_a_stage_prepares_in_that_phase(tmp_path, monkeypatch):
     monkeypatch.setattr(Watchdog, "at", lambda self, step, phase: passed.append(phase))
     (tmp_path / "plan.json").touch()
     job = SimpleNamespace(launch=SimpleNamespace(hang_timeout_s="auto"))
-    stop = StopSignal()
+    plan, stop = SimpleNamespace(compile=False, optimizer="adamw"), StopSignal()
     stop.requested = True
     with pytest.raises(StoppedOnRequest):
-        StageRun(job, None, tmp_path, World(), stop, None, Materials()).run("train")
+        StageRun(job, plan, tmp_path, World(), stop, None, Materials()).run("train")
     assert passed == [PREPARE, "prepared", "start"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "headers", "said"),
+    [
+        ({"compile": True}, True, "decoder layers cannot be compiled: a C compiler .* compile=false"),
+        ({"optimizer": "adamw_bf16"}, True, "adamw_bf16 cannot be compiled: a C compiler .* another optimizer"),
+        ({"compile": True}, False, "decoder layers cannot be compiled: Python's headers"),
+        ({}, True, None),
+    ],
+)
+def test_without_a_compiler_nothing_is_downloaded_for_a_gpu(tmp_path, monkeypatch, plan, headers, said):
+    from loadmaster.models import compiled
+
+    for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if headers:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("CC", "cc")
+        monkeypatch.setattr(compiled.sysconfig, "get_paths", lambda _: {"include": str(tmp_path)})
+    (tmp_path / "plan.json").touch()
+    job = SimpleNamespace(launch=SimpleNamespace(hang_timeout_s="auto"))
+    plan = SimpleNamespace(**{"compile": False, "optimizer": "adamw", **plan})
+    stage = StageRun(job, plan, tmp_path, World(device=torch.device("cuda", 0)), StopSignal(), None, None)
+    if said is None:
+        return stage._refuse_missing_compiler()
+    with pytest.raises(LoadmasterError, match=re.compile(said, re.DOTALL)):
+        stage.run("train")
+    monkeypatch.setenv("C_INCLUDE_PATH" if not headers else "CC", "cc")
+    stage._refuse_missing_compiler()
+    monkeypatch.setattr(compiled, "missing_for_a_gpu", None)  # a CPU's compiler is asked for when it is needed
+    StageRun(job, plan, tmp_path, World(), StopSignal(), None, None)._refuse_missing_compiler()
 
 
 def test_a_beat_survives_the_way_through_the_store():
