@@ -309,16 +309,17 @@ def hand_back(job):
 def once(job, redact):
     """Exit code, and what went wrong before the job could start. A job that has ended is not run again."""
     record = os.path.join(job["folder"], f"ended-{node()}.json")
-    with contextlib.suppress(OSError, ValueError), open(record) as file:  # the container was started again
-        return json.load(file)
+    with contextlib.suppress(OSError, ValueError, TypeError), open(record) as file:  # the container was started again
+        code, said = json.load(file)
+        over = job["deadline"] is not None and time.time() > job["deadline"] - job["stop_before_s"]
+        if code != STOPPED or over:  # stopped by the host, it goes on
+            return code, said
     said = prepare(job, redact)
     code = 2 if said else run(job, redact)
-    over = job["deadline"] is not None and time.time() > job["deadline"] - job["stop_before_s"]
-    if code != STOPPED or over:  # stopped by the host, it goes on where the container is started again
-        with contextlib.suppress(OSError):  # a full disk
-            with open(record + ".partial", "w") as file:
-                file.write(json.dumps([code, said]))
-            os.replace(record + ".partial", record)
+    with contextlib.suppress(OSError):  # a full disk
+        with open(record + ".partial", "w") as file:
+            file.write(json.dumps([code, said]))
+        os.replace(record + ".partial", record)
     return code, said
 
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from loadmaster import __version__, collector
 from loadmaster.config.compose import Composed, compose_with, load, open_loader, resolve_all
-from loadmaster.config.fields import nearest
+from loadmaster.config.fields import nearest, nearest_key
 from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, Loader, main_folder
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.config.overrides import Overrides, note_repeated, read_overrides, reading_order, sweep
@@ -30,6 +30,8 @@ from loadmaster.config.validate import NO_VALUE
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 
 Task = Callable[[Composed], int]
+OF_PLAN = ("--compare", "--json", "--nodes")
+"""What `loadmaster plan` takes and the other commands do not."""
 
 
 def run_app(task: Task, arguments: list[str] | None = None, own_flags: Sequence[str] = ()) -> int:
@@ -217,5 +219,8 @@ def _unknown_flag(argument: str, own_flags: Sequence[str]) -> Problem:
     name, _, value = argument.lstrip("-").partition("=")
     known = [a for action in get_args_parser()._actions for a in action.option_strings if a.startswith("--")]
     flag = nearest(argument.partition("=")[0], ["--dry-run", *own_flags, *known], cutoff=0.75)
-    remedy = flag or f"fields are set without dashes: {name.replace('-', '_')}={value or '...'}"
+    key = name.replace("-", "_")
+    remedy = flag or f"fields are set without dashes: {nearest_key(key) or key}={value or '...'}"
+    if f"--{name}" in OF_PLAN:
+        remedy = f"loadmaster plan ... {argument}; no other command has it"
     return Problem(argument, None, COMMAND_LINE, "there is no such option", remedy)

@@ -127,6 +127,11 @@ def _missing_file(
         if file and line:
             origin = f"{display_path(file)}:{line}"
             break
+    if group and not loader.repository.group_exists(group):
+        groups = groups_of(loader)
+        guess = nearest(group, groups)
+        remedy = (f"{guess}/{option}; " if guess else "") + "the groups are " + ", ".join(groups)
+        return Problem(f"{group}/{option}", None, origin, f"there is no group {group}", remedy)
     return unknown_option(group, option, loader.repository.get_group_options(group) if group else [], origin)
 
 

@@ -77,7 +77,7 @@ def line_of_default(file: Path, option: str) -> int | None:
         if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
             for item in value.value:
                 names = [v.value for _, v in item.value] if isinstance(item, yaml.MappingNode) else [item.value]
-                if option in names:
+                if option in (name.rpartition("/")[2] for name in names):  # - /GROUP/OPTION
                     return item.start_mark.line + 1
     return None
 

@@ -28,7 +28,8 @@ GIVEN_AWAY = re.compile(rf"{TOKEN}|.*://[^/@\s]*:[^/@\s]+@.*")
 SECRET_VALUE = re.compile(rf"{TOKEN}|[0-9a-fA-F]{{32,}}|.{{48,}}|.*[^\w.-].*")
 """What no name of a secret looks like: the usual beginnings of tokens, long hexadecimal, long or odd text."""
 PINNED = re.compile(r"==[\w.!+]+$|@[0-9a-f]{40}\b|#sha256=[0-9a-f]{64}$")
-WITH_KEY = re.compile(r"((?:^|[\s+])https?://)[^/@\s]+@")
+WITH_KEY = re.compile(r"(https?://|ssh://(?=[^/@\s]*:))[^/@\s]+@", re.IGNORECASE)
+"""An address with a password in it, or over https with anything before the @; ssh://git@ is no key."""
 OWN = ("name", "nodes", *THERE, "env", "secrets", "dry_run", "max_hours")
 """Fields of launch that mean something wherever the job goes."""
 FIELDS = {

@@ -264,6 +264,9 @@ def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]
     ("arguments", "said"),
     [
         (["--recipe=smoke"], "fields are set without dashes: recipe=smoke"),
+        (["--lr=1e-4"], "fields are set without dashes: optimizer.lr=1e-4"),
+        (["--nodes=1..4"], "fix: loadmaster plan ... --nodes=1..4; no other command has it"),
+        (["--json"], "fix: loadmaster plan ... --json"),
         (["--multirum", "seed=1"], "fix: --multirun"),
         (["--config-path=x"], "--config-dir adds to it"),
         (["--experimental-rerun", "config.pickle"], "the same command goes on where its run stopped"),

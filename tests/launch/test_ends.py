@@ -79,6 +79,22 @@ def test_a_launcher_whose_terminal_closes_ends_the_pod(place):
     assert place.fake.pods == {} and any(call.startswith("DELETE") for call in place.fake.calls)
 
 
+@pytest.mark.parametrize(
+    ("code", "left_s", "times"), [(0, 3600, 1), (4, 3600, 1), (75, 3600, 2), (75, 300, 1), (75, None, 2)]
+)
+def test_in_a_container_that_is_started_again_only_a_job_that_was_stopped_before_its_time_goes_on(
+    tmp_path, code, left_s, times
+):
+    bootstrap, runs = {}, []
+    exec((ROOT / "launch" / "pod_bootstrap.py").read_text().removesuffix("main()\n"), bootstrap)
+    bootstrap |= {"prepare": lambda job, redact: None, "run": lambda job, redact: runs.append(job) or code}
+    deadline = None if left_s is None else time.time() + left_s
+    job = {"folder": str(tmp_path), "deadline": deadline, "stop_before_s": 360}
+    assert [bootstrap["once"](job, str) for _ in range(2)] == [(code, None)] * 2
+    assert len(runs) == times
+    assert json.loads((tmp_path / "ended-0.json").read_text()) == [code, None]
+
+
 @pytest.fixture
 def late_fingers():
     """A Ctrl-C that comes when the launch is over is nobody's."""

@@ -137,7 +137,15 @@ def test_machines_that_cannot_be_meant_are_refused(words, said):
     [
         (["launch.package=loadmaster"], "launch.package"),
         (["launch.package=null"], "launch.package"),
-        ([f"launch.package=git+https://me:k3y@github.com/me/it@{'0' * 40}"], "launch.package"),
+        *(
+            ([f'launch.package="{package}"'], "launch.package")
+            for package in (
+                f"git+https://me:abc@github.com/me/it@{'0' * 40}",
+                f"loadmaster@https://abc@host/it.whl#sha256={'0' * 64}",
+                "HTTPS://abc@host/it.whl",
+                f"git+ssh://me:abc@host:22/it@{'0' * 40}",
+            )
+        ),
         (["launch.image=a/b"], "launch.image"),
         (["launch.volume_gb=9"], "launch.volume_gb"),
         (["launch.volume_gb=5000"], "launch.volume_gb"),
@@ -157,6 +165,11 @@ def test_each_mistake_has_its_remedy(words, key):
     (problem,) = check.problems(composed(*words))
     assert problem.key == key and problem.remedy
     assert "abc" not in str(problem)
+
+
+@pytest.mark.parametrize("address", ["https://github.com/me/it", "ssh://git@github.com:22/me/it", "ssh://host:22/it"])
+def test_an_address_without_a_key_is_none_with_one(address):
+    assert check.problems(composed(f'launch.package="git+{address}@{"0" * 40}"')) == []
 
 
 def test_a_secret_without_a_name_is_not_called_one():
