@@ -86,7 +86,9 @@ def serve_check(
         scratch = Path(folder)
         asked = None if harness is None else Asked(harness, scratch, echo)
         reference = _reference(run_dir, base, job, wanted, list(manifests), scratch, echo)
-        servers = Servers(run_dir, job.recipe, base, job.sequence_length, pythons.get("vllm"), asked)
+        servers = Servers(
+            run_dir, job.recipe, base, job.sequence_length, pythons.get("vllm"), detect_local(), asked
+        )  # fmt: skip
         before = None if asked is None else servers.tasks_of_base(echo)
 
         def measured(name: str, say: Callable[[str], None]) -> dict[str, Any]:
