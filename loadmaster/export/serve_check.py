@@ -229,7 +229,7 @@ def ask(
         for prompt, answer in zip(wanted["prompts"], answers, strict=True):
             if answer.prompt_ids != expected[prompt["origin"]]:
                 different.append(f"the prompt of {prompt['origin']}")
-        figures |= answer_figures(reference["answers"], answers, stop_ids)
+        figures |= answer_figures(reference["answers"], answers, stop_ids, LIMITS[manifest["format"]])
     if wanted["conversations"]:
         messages = next(iter(wanted["conversations"].values()))
         forced = {token: client.answer(messages, max_tokens=4, only_token=token) for token in stop_ids}
@@ -249,7 +249,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     chats: conversations rendered as in training. differs: mean difference of log-probabilities from the trained model,
     nats; from disk: from the same files as we load them. tuned: the tuned share. top-1: tokens with the same most
     likely next token. 1st token, answers: greedy answers with our first token, and equal to ours. ends: answers that
-    end where ours do, of those that are ours up to there.
+    end where ours do, of those that are ours up to there and do or surely should.
     """
     shown = Table(title="served, against the model as trained")
     for column in COLUMNS:

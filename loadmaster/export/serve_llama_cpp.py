@@ -16,7 +16,7 @@ from typing import Any
 from loadmaster.errors import ExportRejected
 from loadmaster.export.process import answering_s, clean_environment, timeout_s
 from loadmaster.export.serve_client import Served
-from loadmaster.export.serve_compare import answer_figures, log_probability_figures
+from loadmaster.export.serve_compare import LIMITS, answer_figures, log_probability_figures
 
 TAIL_LINES = 8
 
@@ -55,7 +55,7 @@ def ask_llama_cpp(
             Served(ids, said["ids"], tokenizer.decode(said["ids"], skip_special_tokens=True), _reason(said))
             for ids, said in zip(told["prompts"], found["answers"], strict=True)
         ]
-        figures |= answer_figures(reference["answers"], answers, stop_ids)
+        figures |= answer_figures(reference["answers"], answers, stop_ids, LIMITS["gguf"])
     return {**figures, "stops_at": found["ends"]}
 
 
