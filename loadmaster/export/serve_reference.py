@@ -30,6 +30,7 @@ from loadmaster.export.loading import load_export
 from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.room import spread_over
 from loadmaster.models.forward import logits_of, trained_hidden
+from loadmaster.models.frozen import round_inputs
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
 from loadmaster.models.loss import CHUNK_TOKENS
 from loadmaster.models.spread import NoRoom, free_device_memory
@@ -48,6 +49,7 @@ def main(arguments: list[str]) -> None:
 
     progress("scoring the trained model")
     model = load_trained(base, trained, **how)
+    round_inputs(model, False)  # as `verify` holds it
     scored = [_scored(model, row, tokenizer.pad_token_id) for row in rows]
     answers = generate_ids(model, tokenizer, conversations, told["max_new_tokens"], BATCH_SIZE)
     margins = [

@@ -31,7 +31,8 @@ def refuse_with(error: Exception):
 
 def reference_of(folder: Path, monkeypatch, load) -> dict:
     """What the step writes of an export that loads so, and of no documents."""
-    trained = SimpleNamespace(disable_adapter=nullcontext)
+    trained = torch.nn.Module()
+    trained.disable_adapter = nullcontext
     monkeypatch.setattr(serve_reference, "load_tokenizer", lambda _: SimpleNamespace(pad_token_id=0))
     monkeypatch.setattr(serve_reference, "load_trained", lambda *_, **__: trained)
     monkeypatch.setattr(serve_reference, "generate_ids", lambda *_: [])
