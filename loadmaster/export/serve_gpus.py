@@ -1,7 +1,8 @@
 """Over how many GPUs a server goes for a check, and how many tokens of prompts it takes in one pass. Pure.
 
     GPUs    the fewest of 1, 2, 4, ... that hold weights, what the server keeps for itself and a request of the longest
-            kind (preflight/serving.py); where none do, the most that the model can be divided over
+            kind (preflight/serving.py) in 0.9 of each card, else in 0.95; where none do, the most that the model can be
+            divided over
     tokens  so many that their logits fit in half of what the server leaves of a card, and 1 GiB at most
 
 The log-probabilities of a prompt are taken over the whole vocabulary, for every token of a pass at once, and vLLM
@@ -20,6 +21,8 @@ from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.serving import UTILISATION, plan_serving
 from loadmaster.preflight.shape import ModelShape
 
+SHARES = (UTILISATION, 0.95)
+"""Of a card that the server may take, in the order in which they are tried."""
 FEWEST_TOKENS, MOST_TOKENS = 256, 2048
 LOGIT_BYTES = 12
 """Of a token and an entry of the vocabulary: logits in 16 bits, gathered from other cards once more, log-probabilities
@@ -32,6 +35,7 @@ class Division:
 
     gpus: int | None
     tokens: int
+    share: float = UTILISATION
 
     def arguments(self, max_model_len: int) -> list[str]:
         """For vLLM's command line. A prompt of more tokens than a pass takes is cut into several passes."""
@@ -39,7 +43,7 @@ class Division:
         if self.tokens < max_model_len:
             found.append("--enable-chunked-prefill")
         if self.gpus is not None:
-            found += ["--gpu-memory-utilization", str(UTILISATION)]
+            found += ["--gpu-memory-utilization", str(self.share)]
         if self.gpus is not None and self.gpus > 1:
             found += ["--tensor-parallel-size", str(self.gpus)]
         return found
@@ -53,15 +57,21 @@ def division(
     config: config.json of the folder that is served; form: of its weights, as export.formats names it. weights: bytes
     of all that is loaded. context: tokens of the longest request.
     """
-    tokens = tokens_at_a_time(shape.vocabulary_size, machine)
     if machine.is_cpu:
-        return Division(None, tokens)
+        return Division(None, tokens_at_a_time(shape.vocabulary_size, GIB))
     counts = list(counts_over(shape, _block(config), machine.count))
     form = FAMILIES.get(form, form)
-    for count in counts:
-        if plan_serving(shape, replace(machine, count=count), form, context, checkpoint_bytes=weights).fits:
-            return Division(count, tokens)
-    return Division(counts[-1], tokens)
+
+    def over(count: int, share: float) -> Division:
+        left = (1 - share) * machine.memory_gib * GIB
+        return Division(count, tokens_at_a_time(shape.vocabulary_size, min(GIB, left / 2)), share)
+
+    for share in SHARES:
+        for count in counts:
+            cards = replace(machine, count=count)
+            if plan_serving(shape, cards, form, context, utilisation=share, checkpoint_bytes=weights).fits:
+                return over(count, share)
+    return over(counts[-1], SHARES[-1])
 
 
 def counts_over(shape: ModelShape, block: int, most: int) -> Iterator[int]:
@@ -78,8 +88,8 @@ def counts_over(shape: ModelShape, block: int, most: int) -> Iterator[int]:
         count *= 2
 
 
-def tokens_at_a_time(vocabulary: int, machine: Hardware) -> int:
-    room = GIB if machine.is_cpu else min(GIB, (1 - UTILISATION) / 2 * machine.memory_gib * GIB)
+def tokens_at_a_time(vocabulary: int, room: float) -> int:
+    """Tokens of a pass whose logits fit into so many bytes, in steps of 64."""
     tokens = int(room / (LOGIT_BYTES * vocabulary)) // 64 * 64
     return min(max(tokens, FEWEST_TOKENS), MOST_TOKENS)
 

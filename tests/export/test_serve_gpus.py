@@ -13,7 +13,7 @@ from loadmaster.export.serve_run import Servers
 from loadmaster.files import write_json
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import GIB, cpu, from_catalog
-from loadmaster.preflight.serving import UTILISATION, weight_bytes
+from loadmaster.preflight.serving import weight_bytes
 
 INT4 = {"quantization_config": {"config_groups": {"group_0": {"weights": {"group_size": 128}}}}}
 FP8 = {"quantization_config": {"config_groups": {"group_0": {"weights": {"group_size": None}}}}}
@@ -60,12 +60,22 @@ def test_it_is_divided_only_as_vllm_divides_it():
 
 @pytest.mark.parametrize("gpu", ["h100_80gb", "a100_80gb", "l40s", "rtx4090"])
 @pytest.mark.parametrize("vocabulary", [32_000, 49_152, 128_256, 151_936, 262_144])
-def test_logits_of_a_pass_fit_in_what_the_server_leaves_of_a_card(gpu, vocabulary):
-    machine = from_catalog(gpu, 1)
-    tokens = tokens_at_a_time(vocabulary, machine)
-    assert 256 <= tokens <= 2048
-    assert tokens * vocabulary * LOGIT_BYTES <= min(GIB, (1 - UTILISATION) * machine.memory_gib * GIB / 2)
-    assert tokens_at_a_time(vocabulary, cpu()) == tokens
+@pytest.mark.parametrize("weights", [1e9, 1e12])
+def test_logits_of_a_pass_fit_in_what_the_server_leaves_of_a_card(gpu, vocabulary, weights):
+    shape, machine = replace(shape_of("meta-llama/llama-3.1-8b"), vocabulary_size=vocabulary), from_catalog(gpu, 1)
+    found = division(shape, {}, "bf16", weights, 512, machine)
+    assert found.share == (0.9 if weights == 1e9 else 0.95) and 256 <= found.tokens <= 2048
+    left = (1 - found.share) * machine.memory_gib * GIB
+    assert found.tokens * vocabulary * LOGIT_BYTES <= max(left / 2, 256 * vocabulary * LOGIT_BYTES) <= left
+    assert division(shape, {}, "bf16", weights, 512, cpu()) == Division(None, tokens_at_a_time(vocabulary, GIB))
+
+
+def test_a_card_that_nearly_holds_a_model_is_taken_further():
+    shape = shape_of("meta-llama/llama-3.1-70b")
+    weights = weight_bytes(shape, "fp8")
+    alone = division(shape, FP8, "fp8", weights, 4096, from_catalog("h100_80gb", 1))
+    assert (alone.gpus, alone.share) == (1, 0.95) and "0.95" in alone.arguments(4096)
+    assert division(shape, FP8, "fp8", weights, 4096, from_catalog("h100_80gb", 2)).gpus == 2  # with a share of 0.9
 
 
 def test_a_prompt_longer_than_a_pass_is_cut():
