@@ -56,10 +56,10 @@ def generate_ids(
 
     Where a GPU has too little memory for so many at a time, half as many are asked, down to one.
     """
-    prompts = [_prompt_ids(tokenizer, conversation) for conversation in conversations]
+    prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     # Longest first: neighbours in length waste little padding, and what does not fit in memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    stops = _stop_ids(model, tokenizer)
+    stops = stop_ids(model, tokenizer)
     world = world or World()
     mine: dict[int, list[int]] = {}
     with evaluating(model), cached_attention(model):
@@ -85,7 +85,8 @@ def generate_ids(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
+def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
+    """Tokens of a conversation up to where its answer begins."""
     rendered = tokenizer.apply_chat_template(
         conversation.messages, tools=conversation.tools, add_generation_prompt=True, tokenize=True, return_dict=True
     )
@@ -96,7 +97,8 @@ def _pad_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those of the model's own configuration."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({*stop_token_ids(tokenizer), *(i for i in configured if i is not None)})

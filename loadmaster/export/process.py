@@ -96,6 +96,14 @@ def timeout_s(weight_bytes: int) -> float:
     return 1800 + weight_bytes / 16e9 * 3600
 
 
+def answering_s(passes: float, weight_bytes: float, device: str) -> float:
+    """How much longer where a model of so many bytes also answers, a token (of several answers) a pass.
+
+    Half a second each, and its weights read at 100 GB/s on a GPU, at 1 GB/s on a CPU: slower than any should be.
+    """
+    return passes * (0.5 + weight_bytes / (1e9 if device == "cpu" else 100e9))
+
+
 def progress(text: str) -> None:
     """Called by a step: shown to the user by the process that started it."""
     print(f"{PROGRESS}{text}", flush=True)

@@ -29,7 +29,7 @@ from loadmaster.export.harness import Asked, Harness
 from loadmaster.export.harness import failures as task_failures
 from loadmaster.export.manifest import NAME as MANIFEST
 from loadmaster.export.manifest import is_served, no_export, read_manifest
-from loadmaster.export.process import run_step, timeout_s
+from loadmaster.export.process import answering_s, run_step, timeout_s
 from loadmaster.export.room import beside_weights
 from loadmaster.export.serve_client import Client
 from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, log_probability_figures
@@ -86,7 +86,9 @@ def serve_check(
         scratch = Path(folder)
         asked = None if harness is None else Asked(harness, scratch, echo)
         reference = _reference(run_dir, base, job, wanted, list(manifests), scratch, echo)
-        servers = Servers(run_dir, job.recipe, base, job.sequence_length, pythons.get("vllm"), asked)
+        servers = Servers(
+            run_dir, job.recipe, base, job.sequence_length, pythons.get("vllm"), detect_local(), asked
+        )  # fmt: skip
         before = None if asked is None else servers.tasks_of_base(echo)
 
         def measured(name: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -227,7 +229,7 @@ def ask(
         for prompt, answer in zip(wanted["prompts"], answers, strict=True):
             if answer.prompt_ids != expected[prompt["origin"]]:
                 different.append(f"the prompt of {prompt['origin']}")
-        figures |= answer_figures(reference["answers"], answers, stop_ids)
+        figures |= answer_figures(reference["answers"], answers, stop_ids, LIMITS[manifest["format"]])
     if wanted["conversations"]:
         messages = next(iter(wanted["conversations"].values()))
         forced = {token: client.answer(messages, max_tokens=4, only_token=token) for token in stop_ids}
@@ -247,7 +249,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     chats: conversations rendered as in training. differs: mean difference of log-probabilities from the trained model,
     nats; from disk: from the same files as we load them. tuned: the tuned share. top-1: tokens with the same most
     likely next token. 1st token, answers: greedy answers with our first token, and equal to ours. ends: answers that
-    end where ours do, of those that are ours up to there.
+    end where ours do, of those that are ours up to there and do or surely should.
     """
     shown = Table(title="served, against the model as trained")
     for column in COLUMNS:
@@ -281,19 +283,20 @@ def _reference(
     if not trained.is_dir():
         raise ExportRejected(f"{trained} is not there: without what was trained there is nothing to compare with.")
     working, passing = beside_weights(plan)
-    spec = {
+    # bf16 and the adapter are the trained model, to a rounding; transformers does not compute a GGUF as llama.cpp.
+    exports = {name: str(run_dir / "export" / name) for name in formats if name not in ("bf16", "adapter", "gguf")}
+    spec: dict[str, Any] = {
         "scratch": str(scratch), "working": working, "passing": passing,
         "base": str(base), "trained": str(trained), "precision": plan.precision,
         "frozen": frozen_form(plan.method, plan.precision),
         # What a CPU trained is in fp32, which packed attention on a GPU does not take.
         "device": "cpu" if "cpu" in (plan.hardware.gpu, detect_local().gpu) else "cuda",
         **{key: wanted[key] for key in ("documents", "prompts", "max_new_tokens")},
-        # bf16 and the adapter are the trained model, to a rounding; transformers does not compute a GGUF as llama.cpp.
-        "exports": {
-            name: str(run_dir / "export" / name) for name in formats if name not in ("bf16", "adapter", "gguf")
-        },
+        "exports": exports,
     }  # fmt: skip
-    return run_step("loadmaster.export.serve_reference", spec, scratch, timeout_s(3 * _weight_bytes(base)), echo)
+    each, passes = _weight_bytes(base), wanted["max_new_tokens"] + len(wanted["prompts"])
+    limit_s = timeout_s((3 + len(exports)) * each) + answering_s(passes, each, spec["device"])
+    return run_step("loadmaster.export.serve_reference", spec, scratch, limit_s, echo)
 
 
 def _say(echo: Callable[[str], None], name: str, text: str) -> None:

@@ -14,6 +14,10 @@ server may round them by scales of another precision than ours, or not at all: a
 values goes either way, and two such roundings are as far apart as each is from none. So it is held against none, where
 a server that does not round is at 0, one that does is about `rounding` away, and a fault is as far away as it is: the
 limit is the fixed one and `rounding` together (triangle inequality). All of it is measured on the same tokens.
+
+Where an answer ends is a choice between two tokens, the one that ends it and the likeliest other. One that goes on
+where ours ends counts only where the trained model was surer of its end than a good server may differ: each of the two
+log-probabilities may be `max_difference` off in the mean, and twice that for one token (SURE_ENDS of them together).
 """
 
 from __future__ import annotations
@@ -36,6 +40,9 @@ class ServeLimits:
     min_first_token: float
     min_equal_answers: float
 
+
+SURE_ENDS = 4
+"""Times max_difference that a margin must have for an end to be sure."""
 
 LIMITS = {
     "bf16": ServeLimits(0.06, 0.06, 0.95, 0.85, 1.15, 0.60, 0.25),
@@ -82,23 +89,26 @@ def log_probability_figures(
     }
 
 
-def answer_figures(references: list[dict[str, Any]], served: list[Served], stop_ids: list[int]) -> dict[str, Any]:
+def answer_figures(
+    references: list[dict[str, Any]], served: list[Served], stop_ids: list[int], limits: ServeLimits
+) -> dict[str, Any]:
     """How far the served answers are ours, and whether they end where ours do.
 
-    ended: of the answers that go as ours do up to our end, [how many end there, how many there are].
-    overrun: answers with a stop token before their last token.
+    ended: of the answers that go as ours do up to our end, [how many end there, how many do or should: all but those
+    that go on where the trained model was not sure]. overrun: answers with a stop token before their last token.
     """
     bodies = [_body(answer.ids, stop_ids) for answer in served]
     same_start = [
-        (reference, body, answer)
+        (body == reference["ids"] and answer.finish_reason == "stop", reference["end_margin"])
         for reference, body, answer in zip(references, bodies, served, strict=True)
         if reference["ended"] and body[: len(reference["ids"])] == reference["ids"]
     ]
+    ends = [ended for ended, margin in same_start if ended or margin > SURE_ENDS * limits.max_difference]
     return {
         "answers": len(served),
         "first_token": _mean([r["ids"][:1] == body[:1] for r, body in zip(references, bodies, strict=True)]),
         "equal_answers": _mean([r["text"] == answer.text for r, answer in zip(references, served, strict=True)]),
-        "ended": [sum(b == r["ids"] and a.finish_reason == "stop" for r, b, a in same_start), len(same_start)],
+        "ended": [sum(ends), len(ends)],
         "overrun": sum(bool(set(body) & set(stop_ids)) for body in bodies),
     }
 
@@ -131,7 +141,7 @@ def failures(figures: dict[str, Any], limits: ServeLimits, name: str) -> list[st
         found.append(f"stop: the server goes on after token {', '.join(deaf)}, which ends a turn in training")
     if "ended" in figures and figures["ended"][0] < figures["ended"][1]:
         ended, same = figures["ended"]
-        found.append(f"stop: {same - ended} of {same} answers go on where the trained model's end")
+        found.append(f"stop: {same - ended} of {same} answers go on where the trained model's surely end")
     if figures.get("overrun"):
         found.append(f"stop: {figures['overrun']} answers go on behind a token that ends a turn")
     return found

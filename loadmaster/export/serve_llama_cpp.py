@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.process import clean_environment, timeout_s
+from loadmaster.export.process import answering_s, clean_environment, timeout_s
 from loadmaster.export.serve_client import Served
-from loadmaster.export.serve_compare import answer_figures, log_probability_figures
+from loadmaster.export.serve_compare import LIMITS, answer_figures, log_probability_figures
 from loadmaster.processors import usable
 
 TAIL_LINES = 8
@@ -42,7 +42,8 @@ def ask_llama_cpp(
         "prompts": [expected[prompt["origin"]] for prompt in wanted["prompts"]],
         "max_new_tokens": wanted["max_new_tokens"], "threads": _threads(),
     }  # fmt: skip
-    found = _probe(python, told, scratch, timeout_s(file.stat().st_size))
+    size, passes = file.stat().st_size, len(told["prompts"]) * wanted["max_new_tokens"]  # one after the other
+    found = _probe(python, told, scratch, timeout_s(size) + answering_s(passes, size, "cpu"))
     served = [(each["own"], each["top"]) for each in found["documents"]]
     figures: dict[str, Any] = {"models": [found["name"]]}
     figures |= log_probability_figures(reference["documents"], served)
@@ -55,7 +56,7 @@ def ask_llama_cpp(
             Served(ids, said["ids"], tokenizer.decode(said["ids"], skip_special_tokens=True), _reason(said))
             for ids, said in zip(told["prompts"], found["answers"], strict=True)
         ]
-        figures |= answer_figures(reference["answers"], answers, stop_ids)
+        figures |= answer_figures(reference["answers"], answers, stop_ids, LIMITS["gguf"])
     return {**figures, "stops_at": found["ends"]}
 
 

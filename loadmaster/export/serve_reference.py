@@ -1,9 +1,9 @@
 """What the trained model says, for a server to be compared with; in a process of its own.
 
 Log-probabilities of held-out documents, each alone (a server cannot be given a packed row), under the model as
-trained, under its base and under each quantized export as it lies on disk; and greedy answers of the trained one. An
-export whose activations are rounded is scored twice: as its server does it, and with the activations left in bf16.
-The process ends before a server starts, so both never share the memory.
+trained, under its base and under each quantized export as it lies on disk; and greedy answers of the trained one, with
+how sure it is that they end where they do. An export whose activations are rounded is scored twice: as its server does
+it, and with the activations left in bf16. The process ends before a server starts, so both never share the memory.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import torch
 from torch import nn
 
 from loadmaster.data import Conversation, PackedRow, collate
-from loadmaster.evaluation.generate import generate_ids
+from loadmaster.evaluation.generate import generate_ids, prompt_ids, stop_ids
 from loadmaster.export.loading import load_export
 from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.room import spread_over
 from loadmaster.models.forward import logits_of, trained_hidden
+from loadmaster.models.frozen import round_inputs
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
 from loadmaster.models.loss import CHUNK_TOKENS
 from loadmaster.models.spread import NoRoom, free_device_memory
@@ -48,8 +49,13 @@ def main(arguments: list[str]) -> None:
 
     progress("scoring the trained model")
     model = load_trained(base, trained, **how)
+    round_inputs(model, False)  # as `verify` holds it
     scored = [_scored(model, row, tokenizer.pad_token_id) for row in rows]
     answers = generate_ids(model, tokenizer, conversations, told["max_new_tokens"], BATCH_SIZE)
+    margins = [
+        end_margin(model, tokenizer, conversation, ids) if len(ids) < told["max_new_tokens"] else None
+        for conversation, ids in zip(conversations, answers, strict=True)
+    ]
     progress("scoring its base")
     if hasattr(model, "disable_adapter"):
         without = model.disable_adapter()
@@ -94,9 +100,9 @@ def main(arguments: list[str]) -> None:
             "answers": [
                 {
                     "ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True),
-                    "ended": len(ids) < told["max_new_tokens"],
+                    "ended": margin is not None, "end_margin": margin,
                 }
-                for ids in answers
+                for ids, margin in zip(answers, margins, strict=True)
             ],
         },
     )  # fmt: skip
@@ -112,6 +118,19 @@ def split_row(row: PackedRow) -> list[PackedRow]:
         )
         for start, end in itertools.pairwise(starts)
     ]  # fmt: skip
+
+
+@torch.no_grad()
+def end_margin(model: nn.Module, tokenizer: Any, conversation: Conversation, ids: list[int]) -> float:
+    """By how much the likeliest token that ends an answer is likelier, behind `ids`, than the likeliest other; nats."""
+    stops = stop_ids(model, tokenizer)
+    whole = [*prompt_ids(tokenizer, conversation), *ids, stops[0]]
+    row = _row({"input_ids": whole, "labels": [-100] * (len(whole) - 1) + stops[:1]})
+    hidden, _, _ = trained_hidden(model, collate([row], stops[0]))
+    logits = logits_of(model, hidden)[0]
+    ending = logits[stops].max()
+    logits[stops] = -torch.inf
+    return float(ending - logits.max())
 
 
 def rounding_layers(model: nn.Module) -> list[Any]:

@@ -10,8 +10,12 @@ from typing import Any
 from loadmaster.errors import ExportRejected
 from loadmaster.export.harness import LONGEST, Asked, Figures
 from loadmaster.export.serve_client import Client
+from loadmaster.export.serve_gpus import Division, division
 from loadmaster.export.serve_process import free_port, server_command, start_timeout_s, started
 from loadmaster.files import read_json
+from loadmaster.preflight.config_json import from_config
+from loadmaster.preflight.hardware import Hardware
+from loadmaster.preflight.serving import weight_bytes
 
 Say = Callable[[str], None]
 
@@ -26,6 +30,8 @@ class Servers:
     sequence_length: int
     python: Path | None
     """Interpreter that has vLLM."""
+    machine: Hardware
+    """What the servers run on."""
     tasks: Asked | None = None
 
     @property
@@ -58,10 +64,14 @@ class Servers:
     ) -> dict[str, Any]:  # fmt: skip
         assert self.python is not None
         port = free_port()
+        divided = self._division(folder, manifest)
+        if divided.gpus is not None and divided.gpus > 1:
+            say(f"over {divided.gpus} GPUs")
         command = server_command(
-            self.python, folder.absolute(), self.base.absolute(), manifest, self.served_as, port, self.max_model_len
-        )
-        ready_within_s = start_timeout_s(_weight_bytes(folder) + _weight_bytes(self.base))
+            self.python, folder.absolute(), self.base.absolute(), manifest, self.served_as, port, self.max_model_len,
+            divided,
+        )  # fmt: skip
+        ready_within_s = start_timeout_s(_file_bytes(folder) + _file_bytes(self.base))
         with started(command, port, self.run_dir / "serve-check" / f"{name}.log") as server:
             ready = server.wait_until_ready(ready_within_s, say)
             say(f"ready after {ready:.0f} s, asking")
@@ -79,6 +89,16 @@ class Servers:
                 raise ExportRejected(f"{error}; {server.account()}") from None
         return figures
 
+    def _division(self, folder: Path, manifest: dict[str, Any]) -> Division:
+        """Where this folder is served: by the base's sizes, which training does not change, and its own weights."""
+        shape = from_config(read_json(self.base / "config.json"), self.served_as)
+        own, form = folder / "config.json", manifest["format"]
+        config = read_json(own) if own.is_file() else {}
+        weights = float(_file_bytes(folder))
+        if form == "adapter":
+            weights, form = weights + weight_bytes(shape, "bf16"), "bf16"
+        return division(shape, config, form, weights, self.max_model_len, self.machine)
 
-def _weight_bytes(folder: Path) -> int:
+
+def _file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -24,7 +24,7 @@ from loadmaster.errors import ExportRejected
 from loadmaster.export import advice, answers, candidates, table, thresholds, verify
 from loadmaster.export.build import Builder, Written
 from loadmaster.export.manifest import adapter_reader, read_manifest, verify_manifest, versions, write_manifest
-from loadmaster.export.process import run_step, timeout_s
+from loadmaster.export.process import answering_s, run_step, timeout_s
 from loadmaster.export.room import beside_weights, moving_s
 from loadmaster.export.servers import aimed_at, oldest_reader
 from loadmaster.export.weights import shards
@@ -34,6 +34,7 @@ from loadmaster.models.resolve import base_revision
 from loadmaster.models.spread import free_device_memory
 from loadmaster.preflight.config_json import base_name
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.verification import OTHER_PASSES, answer_passes
 
 SCRATCH = ".work.partial"
 FINGERPRINTS = ".fingerprints.json"
@@ -172,11 +173,11 @@ class Export:
             self.plan.model.vocabulary_size,
         )  # fmt: skip
         working, passing = beside_weights(self.plan)
+        device = "cpu" if self.plan.hardware.gpu == "cpu" else "cuda"
         spec = verify.spec(
             base=self.base, trained=self.trained, precision=self.plan.precision,
             frozen=frozen_form(self.plan.method, self.plan.precision),
-            device="cpu" if self.plan.hardware.gpu == "cpu" else "cuda", rows=rows,
-            scratch=scratch, working_bytes=working, passing_bytes=passing,
+            device=device, rows=rows, scratch=scratch, working_bytes=working, passing_bytes=passing,
             conversations=conversations, evaluation=self.job.evaluation,
             formats={
                 name: [
@@ -189,11 +190,11 @@ class Export:
                 for name, found in written.candidates.items()
             },
         )  # fmt: skip
-        weight_bytes = _weight_bytes(self.base) * (1 + sum(map(len, written.candidates.values())))
-        results = run_step(
-            "loadmaster.export.verify", spec, scratch, timeout_s(weight_bytes) + moving_s(self.plan),
-            lambda text: self.echo(f"  {text}"),
-        )
+        models, each = 1 + sum(map(len, written.candidates.values())), _weight_bytes(self.base)
+        passes = models * answer_passes(self.job.evaluation, len(conversations))
+        passes += len(written.candidates) * OTHER_PASSES
+        limit_s = timeout_s(models * each) + moving_s(self.plan) + answering_s(passes, each, device)
+        results = run_step("loadmaster.export.verify", spec, scratch, limit_s, lambda text: self.echo(f"  {text}"))
         for name, figures in results.items():
             limit = thresholds.limits(self.job.export, name, figures.get("tokens"))
             figures["failures"] = thresholds.failures(figures, limit)

@@ -8,6 +8,9 @@ The distributions are whole, not the top k, so the figures are exact. The traine
 its log-probabilities stay in host memory in float32 (`held_out_rows` bounds them to 1 GiB); then each
 export is loaded alone. So no more than one model is in memory at a time. One that the first GPU does not hold is spread
 over all, then over host memory and disk (`loadmaster.models.spread`).
+
+A frozen FP8 base is scored as it is held, its inputs not rounded to FP8 as a GPU's units round them in training: no
+export has that rounding but FP8's, whose limits allow for it. What it moves is a figure of its own.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ from loadmaster.export.room import spread_over
 from loadmaster.export.smoke import recorded_answers
 from loadmaster.export.tuned_weights import tuned_weights
 from loadmaster.models.attention import cached_attention
+from loadmaster.models.frozen import round_inputs, rounds_inputs
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
 from loadmaster.models.spread import NoRoom, free_device_memory
 from loadmaster.preflight.verification import ANSWER_TOKENS, ANSWERS, REFERENCE_BYTES
@@ -146,9 +150,11 @@ class Verification:
         progress("scoring the trained model")
         how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": self.spread, "frozen": told["frozen"]}
         model = load_trained(self.base, trained, **how)
+        round_inputs(model, False)
         self._say_where()
         pad = self.tokenizer.pad_token_id
         self.references = [Reference(row, *map(Tensor.cpu, log_probabilities(model, row, pad))) for row in rows]
+        self.rounding = _rounding_figures(model, self.references, pad)
         self.answers = self._answers(model, self.tokenizer)
         self.sketches = live_checks.sketches(model)
         self.merged_weights = {} if _any_torn(merged) else live_checks.merged_weights(model, merged, self.base)
@@ -197,6 +203,8 @@ class Verification:
             figures: dict[str, Any] = {"candidate": best.name, **scores[best.name]}
             if len(candidates) > 1:
                 figures["candidates"] = scores
+            if self.rounding:
+                figures["activation_rounding"] = self.rounding
             tokenizer = tokenizers[best.name]
             figures["checks"] = found | self._live_checks(name, Path(best.folder), model, tokenizer)
             figures["smoke"] = recorded_answers(model, tokenizer, self.conversations)
@@ -286,6 +294,16 @@ class Verification:
             if trained > 0:
                 figures["task_retention"] = figures["task"]["metric"] / trained
         return figures
+
+
+def _rounding_figures(model: nn.Module, references: list[Reference], pad_token_id: int) -> dict[str, Any]:
+    """What rounding inputs to FP8, as in training, moves of the references; empty where they are not rounded."""
+    if not rounds_inputs(model):
+        return {}
+    round_inputs(model, True)
+    figures = compare(model, references, pad_token_id)
+    round_inputs(model, False)
+    return {key: figures[key] for key in ("perplexity_ratio", "mean_kl", "p99_kl", "top1_agreement")}
 
 
 def _any_torn(folders: list[Path]) -> bool:

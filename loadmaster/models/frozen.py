@@ -136,6 +136,9 @@ class FrozenNF4Linear(FrozenLinear):
 class FrozenFP8Linear(FrozenLinear):
     """float8_e4m3fn with an fp32 scale for each output row, quantized once."""
 
+    rounds = True
+    """Whether inputs are rounded where there are fp8 units; `round_inputs` switches it."""
+
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None = None):
         super().__init__(in_features, out_features, bias)
         self.weight = _frozen(torch.empty(out_features, in_features, dtype=torch.uint8, device="meta"))
@@ -155,7 +158,7 @@ class FrozenFP8Linear(FrozenLinear):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
         _check_codes(weight)
-        return _FP8Matmul.apply(input, weight, self.scale, self.bias)
+        return _FP8Matmul.apply(input, weight, self.scale, self.bias, self.rounds)
 
 
 FORMS = {"nf4": FrozenNF4Linear, "fp8": FrozenFP8Linear}
@@ -183,6 +186,25 @@ def freeze_linears(model: nn.Module, form: str) -> None:
             if not module.weight.is_meta:
                 layer.fill(module.weight.data)
             setattr(parent, name, layer.train(module.training))
+
+
+def round_inputs(model: nn.Module, on: bool) -> None:
+    """Let fp8 layers round their inputs where there are units for it, as in training, or nowhere."""
+    for layer in _fp8_layers(model):
+        layer.rounds = on
+
+
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether the model has fp8 layers, and is where their inputs are rounded."""
+    device = model.get_input_embeddings().weight.device
+    return any(
+        _on_fp8_units(torch.empty(1, layer.in_features, device=device), layer.out_features)
+        for layer in _fp8_layers(model)
+    )
+
+
+def _fp8_layers(model: nn.Module) -> list[FrozenFP8Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, FrozenFP8Linear)]
 
 
 def _check_codes(weight: Tensor) -> None:
@@ -319,10 +341,13 @@ class _FP8Matmul(torch.autograd.Function):
     """x [..., in] -> [..., out] over Q [out, in] (float8 bits as uint8) and s [out] fp32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, rounds: bool
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight, scale)
+        ctx.rounds = rounds
         codes = weight.view(torch.float8_e4m3fn)
-        if _on_fp8_units(x, weight.shape[0]):
+        if rounds and _on_fp8_units(x, weight.shape[0]):
             product = _scaled_product(x, codes, scale)
         else:
             product = _times(x @ codes.to(x.dtype).t(), scale)
@@ -332,8 +357,8 @@ class _FP8Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         weight, scale = ctx.saved_tensors
-        if _on_fp8_units(grad, weight.shape[1]):
+        if ctx.rounds and _on_fp8_units(grad, weight.shape[1]):
             by_row = not torch.compiler.is_compiling()
             fast = not grad.is_meta and not _sums_in_full(grad.device.index, by_row)
-            return _scaled_gradient(grad, weight, scale, fast), None, None, None
-        return _times(grad, scale) @ torch.ops.loadmaster.fp8_values(weight, grad.dtype), None, None, None
+            return _scaled_gradient(grad, weight, scale, fast), None, None, None, None
+        return _times(grad, scale) @ torch.ops.loadmaster.fp8_values(weight, grad.dtype), *[None] * 4

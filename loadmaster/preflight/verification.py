@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loadmaster.config.schema import Job
+from loadmaster.config.schema import EvaluationConfig, Job
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.memory import Bytes, context_bytes, replay_key
@@ -159,14 +159,22 @@ def answers_at_a_time(job: Job) -> int:
 
 def forward_passes(job: Job, setup: Setup) -> int:
     """Of the trained model, its base and every export: one a row, one a token of a batch of answers."""
-    rows, evaluation = job.export.verification_rows, job.evaluation
-    batch = ANSWERS_AT_A_TIME if evaluation.batch_size == "auto" else evaluation.batch_size
-    if evaluation.task == "none":
-        asked, tokens = ANSWERS, min(evaluation.max_new_tokens, ANSWER_TOKENS)
-    else:
-        asked, tokens = evaluation.max_rows or ASKED_OF_A_TASK, evaluation.max_new_tokens
-    each = rows + math.ceil(asked / batch) * tokens
+    rows = job.export.verification_rows
+    each = rows + answer_passes(job.evaluation)
     formats = set(job.export.formats)
     scored = len(formats) + ("int4" in formats)
     merges = 2 * rows if setup.method == "qlora" and formats - {"adapter"} else 0  # no answers are generated
     return each + rows + merges + scored * each + len(formats) * OTHER_PASSES
+
+
+def answer_passes(evaluation: EvaluationConfig, prompts: int | None = None) -> int:
+    """Forward passes of one model that answers: one a token of a batch.
+
+    prompts: that are held out, of which some are asked; None: not known yet.
+    """
+    batch = ANSWERS_AT_A_TIME if evaluation.batch_size == "auto" else evaluation.batch_size
+    most, tokens = evaluation.max_rows, evaluation.max_new_tokens
+    if evaluation.task == "none":
+        most, tokens = ANSWERS, min(tokens, ANSWER_TOKENS)
+    there = (most or ASKED_OF_A_TASK) if prompts is None else prompts
+    return math.ceil(min(most or there, there) / batch) * tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.process import LAUNCHER_VARIABLES, run_step
+from loadmaster.export.process import LAUNCHER_VARIABLES, answering_s, run_step
 
 
 @pytest.fixture
@@ -62,6 +62,13 @@ def test_however_a_step_dies_is_an_export_rejected_with_what_it_said(step, sourc
 def test_a_step_that_hangs_is_ended_and_said_to_hang(step):
     with pytest.raises(ExportRejected, match="did not finish in 3 s, at: waiting"):
         step("progress('waiting'); time.sleep(60)", timeout_s=3)
+
+
+def test_long_answers_of_a_large_model_on_a_slow_machine_are_no_hang():
+    """70B in bf16: a CPU with 50 GB/s of memory needs 2.8 s a token; a card with 300 GB/s (L4) 0.5 s."""
+    for device, bandwidth in (("cpu", 50e9), ("cuda", 300e9)):
+        assert answering_s(2048, 140_000_000_000, device) > 2 * 2048 * 140e9 / bandwidth
+    assert answering_s(2048, 16_000_000_000, "cuda") < 1800  # a card that hangs is not paid for all day
 
 
 def test_a_step_does_not_join_the_launchers_process_group(step, monkeypatch):

@@ -73,8 +73,8 @@ def test_a_fine_tune_too_small_to_tell_has_no_tuned_share():
     assert log_probability_figures(same, served([-0.1, -0.2, -0.3]))["tuned_share"] is None
 
 
-def reference(ids, ended=True):
-    return {"ids": ids, "text": str(ids), "ended": ended}
+def reference(ids, ended=True, margin=9.0):
+    return {"ids": ids, "text": str(ids), "ended": ended, "end_margin": margin if ended else None}
 
 
 def answer(ids, reason="stop"):
@@ -85,7 +85,7 @@ def answer(ids, reason="stop"):
 def test_answers_are_compared_up_to_the_token_that_ends_them():
     figures = answer_figures(
         [reference([10, 11]), reference([10, 11]), reference([12], ended=False)],
-        [answer([10, 11, STOP]), answer([10, 13, STOP]), answer([12], "length")], [STOP],
+        [answer([10, 11, STOP]), answer([10, 13, STOP]), answer([12], "length")], [STOP], LIMITS["bf16"],
     )  # fmt: skip
     assert figures == {
         "answers": 3, "first_token": 1.0, "equal_answers": pytest.approx(2 / 3), "ended": [1, 1], "overrun": 0,
@@ -93,8 +93,26 @@ def test_answers_are_compared_up_to_the_token_that_ends_them():
 
 
 def test_an_answer_that_goes_on_where_ours_ends_is_counted():
-    figures = answer_figures([reference([10])] * 2, [answer([10, 14, 15], "length"), answer([10, STOP, 14])], [STOP])
+    served = [answer([10, 14, 15], "length"), answer([10, STOP, 14])]
+    figures = answer_figures([reference([10])] * 2, served, [STOP], LIMITS["int4"])
     assert (figures["ended"], figures["overrun"]) == ([0, 2], 1)
+
+
+@pytest.mark.parametrize(("name", "margin", "ended"), [
+    ("bf16", 0.02, [1, 1]), ("bf16", 0.3, [1, 2]), ("fp8", 0.3, [1, 1]), ("fp8", 1.1, [1, 2]), ("int4", 1.1, [1, 1]),
+])  # fmt: skip
+def test_a_near_tie_of_the_end_and_another_token_may_go_either_way(name, margin, ended):
+    served = [answer([10, 14, STOP]), answer([10, STOP])]
+    figures = answer_figures([reference([10], margin=margin)] * 2, served, [STOP], LIMITS[name])
+    assert figures["ended"] == ended
+
+
+def test_a_server_that_is_deaf_to_the_token_is_caught_at_a_near_tie_too():
+    figures = answer_figures([reference([10], margin=0.0)], [answer([10, STOP, 14], "length")], [STOP], LIMITS["bf16"])
+    assert (figures["ended"], figures["overrun"]) == ([0, 0], 1)
+    assert failures({**FIGURES, **figures, "equal_answers": 1.0}, LIMITS["bf16"], "smoke") == [
+        "stop: 1 answers go on behind a token that ends a turn"
+    ]
 
 
 def test_a_good_server_has_no_failures_in_any_format():
@@ -119,7 +137,7 @@ def test_a_good_server_has_no_failures_in_any_format():
         ({"top1_agreement": 0.3}, "top1_agreement is 0.300"),
         ({"first_token": 0.25}, "first_token is 0.25"),
         ({"stops_at": {"2": True, "7": False}}, "the server goes on after token 7"),
-        ({"ended": [7, 8]}, "1 of 8 answers go on where the trained model's end"),
+        ({"ended": [7, 8]}, "1 of 8 answers go on where the trained model's surely end"),
         ({"overrun": 2}, "2 answers go on behind a token that ends a turn"),
     ],
 )

@@ -11,8 +11,10 @@ import pytest
 
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export.serve_environment import server_python
+from loadmaster.export.serve_gpus import Division
 from loadmaster.export.serve_process import free_port, server_command, started
 
+ON_A_CPU = Division(None, 1792)
 HEALTH_500 = """
 from http.server import BaseHTTPRequestHandler, HTTPServer
 import sys
@@ -63,16 +65,17 @@ def test_an_error_that_a_server_warns_of_is_not_taken_for_what_ended_it(tmp_path
 
 
 def test_an_export_is_served_under_its_name_on_loopback_only():
-    command = server_command(Path("py"), Path("/e/fp8"), Path("/b"), {"format": "fp8"}, "smoke", 4711, 512)
+    command = server_command(Path("py"), Path("/e/fp8"), Path("/b"), {"format": "fp8"}, "smoke", 4711, 512, ON_A_CPU)
     assert command[:5] == ["py", "-m", "vllm.entrypoints.openai.api_server", "--model", "/e/fp8"]
     assert " ".join(command[5:]) == (
-        "--served-model-name smoke --host 127.0.0.1 --port 4711 --max-model-len 512 --enforce-eager"
+        "--served-model-name smoke --host 127.0.0.1 --port 4711 --max-model-len 512 --enforce-eager "
+        "--max-num-batched-tokens 1792"
     )
 
 
 def test_an_adapter_is_served_over_its_base_with_a_rank_that_vllm_takes():
     manifest = {"format": "adapter", "adapter": {"rank": 24}}
-    command = " ".join(server_command(Path("py"), Path("/e/adapter"), Path("/b"), manifest, "smoke", 1, 512))
+    command = " ".join(server_command(Path("py"), Path("/e/adapter"), Path("/b"), manifest, "smoke", 1, 512, ON_A_CPU))
     assert "--model /b --enable-lora --lora-modules smoke=/e/adapter --max-lora-rank 32" in command
 
 
@@ -122,6 +125,7 @@ def test_no_server_outlives_a_check_that_is_killed(tmp_path, number):
     code = """
 import sys
 from pathlib import Path
+from loadmaster.export.serve_gpus import Division
 from loadmaster.export.serve_process import free_port, started
 with started(sys.argv[2:], free_port(), Path(sys.argv[1])) as server:
     print(server._process.pid, flush=True)

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from loadmaster.data import Conversation
 from loadmaster.errors import ExportRejected
+from loadmaster.evaluation.generate import prompt_ids, stop_ids
 from loadmaster.export import serve_check, serve_reference, verify
 from loadmaster.export.figures import log_probabilities
 from loadmaster.files import read_json, write_json
@@ -29,7 +31,8 @@ def refuse_with(error: Exception):
 
 def reference_of(folder: Path, monkeypatch, load) -> dict:
     """What the step writes of an export that loads so, and of no documents."""
-    trained = SimpleNamespace(disable_adapter=nullcontext)
+    trained = torch.nn.Module()
+    trained.disable_adapter = nullcontext
     monkeypatch.setattr(serve_reference, "load_tokenizer", lambda _: SimpleNamespace(pad_token_id=0))
     monkeypatch.setattr(serve_reference, "load_trained", lambda *_, **__: trained)
     monkeypatch.setattr(serve_reference, "generate_ids", lambda *_: [])
@@ -87,3 +90,15 @@ def test_of_a_long_document_no_more_logits_are_alive_than_a_chunks(tiny, monkeyp
     log_p, targets = log_probabilities(model, row, 0)
     assert found["own"] == pytest.approx(log_p[torch.arange(39), targets].tolist(), abs=1e-5)
     assert found["top"] == log_p.argmax(-1).tolist()
+
+
+def test_how_sure_an_end_is_is_the_trained_models_own_margin(tiny, tokenizer):
+    model = load_base(tiny, torch.float32, "cpu")
+    prompt, ids = Conversation([{"role": "user", "content": "Hello"}]), [300, 301]
+    before = [*prompt_ids(tokenizer, prompt), *ids]
+    row = serve_reference._row({"input_ids": [*before, 5], "labels": [-100] * len(before) + [5]})
+    [log_p], _ = log_probabilities(model, row, 0)
+    stops = stop_ids(model, tokenizer)
+    others = [at for at in range(len(log_p)) if at not in stops]
+    expected = float(log_p[stops].max() - log_p[others].max())
+    assert serve_reference.end_margin(model, tokenizer, prompt, ids) == pytest.approx(expected, abs=1e-4)

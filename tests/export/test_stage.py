@@ -195,6 +195,25 @@ def test_a_format_that_cannot_be_made_stops_all_of_them_and_is_named(run, monkey
     assert any(line.startswith("  bf16: MB") and "passed no" in line for line in run.log)
 
 
+@pytest.mark.parametrize("task", ["exact_match", "none"])
+def test_the_time_of_answering_is_allowed_for(run, monkeypatch, task):
+    limits = []
+
+    def step(module, spec, scratch, timeout_s, echo):
+        limits.append(timeout_s)
+        return {"bf16": {"error": "stop here"}}
+
+    monkeypatch.setattr(stage, "run_step", step)
+    for tokens in (4, 68):
+        run.job = replace(run.job, evaluation=replace(run.job.evaluation, task=task, max_new_tokens=tokens))
+        with pytest.raises(ExportRejected, match="stop here"):
+            run.export("bf16")
+    size = (run.base / "model.safetensors").stat().st_size
+    more = 64 if task == "exact_match" else 60  # without a task, 64 tokens at most
+    # Of the trained model and of the export, four prompts at a time, a pass a token.
+    assert limits[1] - limits[0] == pytest.approx(2 * more * (0.5 + size / 1e9))
+
+
 def test_a_copied_model_is_the_same_model_and_a_changed_byte_makes_another(tiny_adapter, tmp_path):
     cache = tmp_path / "cache.json"
     before = stage.fingerprint(tiny_adapter, cache)

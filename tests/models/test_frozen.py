@@ -138,6 +138,20 @@ def test_products_on_fp8_units_are_off_by_the_rounding_of_the_inputs_alone():
     torch.testing.assert_close(y.float(), expected, rtol=8e-3, atol=1e-3)
 
 
+def test_inputs_may_be_left_as_they_are_where_there_are_fp8_units(monkeypatch):
+    layer = layer_of("fp8", 64, 128, torch.bfloat16)
+    x = torch.randn(16, 128, dtype=torch.bfloat16, requires_grad=True)
+    elsewhere = layer(x)
+    upstream = torch.randn(16, 64, dtype=torch.bfloat16)
+    gradient = torch.autograd.grad(elsewhere, x, upstream)[0]
+    monkeypatch.setattr(frozen, "_on_fp8_units", lambda *_: True)
+    for product in ("_scaled_product", "_scaled_gradient"):
+        monkeypatch.setattr(frozen, product, lambda *_: pytest.fail("on the units"))
+    frozen.round_inputs(nn.Sequential(layer), False)
+    assert torch.equal(layer(x), elsewhere)
+    assert torch.equal(torch.autograd.grad(layer(x), x, upstream)[0], gradient)
+
+
 @scaled_by_row
 def test_gradients_on_fp8_units_are_off_by_the_rounding_of_the_upstream_gradient_alone():
     layer = layer_of("fp8", 64, 128, torch.bfloat16)
