@@ -63,6 +63,7 @@ fields, groups and recipes: python train.py --help, and docs/configuration.md
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     starting.over(signal.SIGINT)
+    starting.number_cards_as_the_driver()  # for serve-check and doctor as for what they are asked about
     hub.quieten()
     settle_streams()
     arguments, overrides = _parser().parse_known_args(argv)

@@ -1,4 +1,7 @@
-"""A request to stop while a process still imports: there is nothing to save, and the same command starts it again."""
+"""What a process settles before it imports what takes long.
+
+A request to stop meanwhile finds nothing to save: it ends with 75, and the same command starts it again.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,12 @@ import signal
 from typing import Any
 
 _before: dict[int, Any] = {}
+
+
+def number_cards_as_the_driver() -> None:
+    """Of unlike cards CUDA otherwise takes the fastest for the first, and what is looked at and planned for is the
+    driver's first one. A user's own order stays."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 def listen() -> None:
