@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,6 +38,8 @@ class Left:
     run_dir: str
     """As the machine saw it."""
     host: str | None = None
+    ssh_config: str | None = None
+    """With which the host is reached."""
 
     @property
     def folder(self) -> str:
@@ -49,7 +52,7 @@ def where(run_dir: Path) -> Left | None:
     found = record_of(run_dir)
     if not found.get("run_dir") or not (found.get("volume") or found.get("host")):
         return None
-    return Left(found.get("volume"), found["run_dir"], found.get("host"))
+    return Left(found.get("volume"), found["run_dir"], found.get("host"), found.get("ssh_config"))
 
 
 def record_of(run_dir: Path) -> dict[str, Any]:
@@ -160,5 +163,6 @@ def on_a_volume(run_dir: Path) -> Left:
 def copied_by(left: Left, run_dir: Path) -> str:
     """The command that brings a run home from a host."""
     host, _, port = str(left.host).partition(":")
-    option = f" -P {port}" if port else ""
-    return f"scp -r{option} {host}:{left.run_dir}/export {run_dir}"
+    options = [*(["-F", left.ssh_config] if left.ssh_config else []), *(["-P", port] if port else [])]
+    there = left.run_dir.removeprefix("~/")  # from the login's home, where a path begins there
+    return shlex.join(["scp", "-r", *options, f"{host}:{there}/export", str(run_dir)])
