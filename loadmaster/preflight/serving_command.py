@@ -159,8 +159,8 @@ def parse(words: list[str]) -> Request:
 
 
 def for_model(request: Request, shape: ModelShape) -> Request:
-    """The request with what the model decides. Raises ConfigError for one that is longer than its context, and for cards
-    that the model's heads cannot be divided over."""
+    """The request with what the model decides. Raises ConfigError for one that is longer than its context, and for
+    cards that the model's heads cannot be divided over."""
     if request.context == "auto":
         request = replace(request, context=min(LONGEST, shape.max_position or LONGEST))
     if problems := list(_too_long(request, shape.max_position)):

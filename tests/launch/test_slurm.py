@@ -246,6 +246,12 @@ def test_a_dry_run_prints_the_command_and_the_script_and_submits_nothing(cluster
     assert cluster.jobs == [] and not (cluster.folder / "runs").exists()
 
 
+def test_a_model_that_only_the_nodes_have_is_left_to_them(cluster):
+    words = ["model.path=/only/there", "model.name=org/tiny", "launch.dry_run=true"]
+    assert cluster.launch(*words) == 0
+    assert "no plan here: /only/there is not on this machine" in cluster.said and "sbatch --parsable" in cluster.said
+
+
 def test_an_interpreter_may_be_named_from_the_home_folder(cluster):
     assert cluster.launch("launch.python=~/venv/bin/python", "launch.dry_run=true") == 0
     assert f"srun {Path.home()}/venv/bin/python " in cluster.said

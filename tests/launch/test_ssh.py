@@ -201,7 +201,7 @@ def test_a_model_that_only_the_hosts_have_is_planned_from_its_config_there(hosts
     words = ["launch.hosts=[node0,node1]", "model.path=/only/there", "model.name=org/tiny", "method=lora"]
     assert hosts.launch(*words, "launch.dry_run=true") == 0
     assert "no plan: /only/there is not here" in hosts.said
-    with pytest.raises(ConfigError, match="has no config.json in it on node0, node1"):
+    with pytest.raises(ConfigError, match=r"has no config\.json in it on node0, node1"):
         hosts.launch(*words)
     has = f'import os\nif os.environ["LOADMASTER_MODEL"]: os.environ["LOADMASTER_MODEL"] = {str(tiny)!r}\n'
     monkeypatch.setattr(ssh, "PROBE", has + ssh.PROBE)
