@@ -106,6 +106,15 @@ def _as_text(argument: str) -> str | None:
     return f'{key}="{value}"'
 
 
+def assigned(key: str, text: str) -> str:
+    """`key=text` as a word of a command line, quoted for Hydra where its grammar would read something else."""
+    if not re.search(r"""['"\[\]{},]""", text):
+        return f"{key}={text}"
+    # A backslash is itself, but for those in front of a quote.
+    inside = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return f"{key}='{inside}'"
+
+
 def reading_order(problems: list[Problem], arguments: list[str]) -> list[Problem]:
     """The command line's problems as they were typed, then the files' from top to bottom."""
 

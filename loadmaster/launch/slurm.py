@@ -26,6 +26,7 @@ from pathlib import Path
 
 import yaml
 
+from loadmaster.config.overrides import assigned
 from loadmaster.config.schema import HardwareConfig
 from loadmaster.config.shipped import local_path, shipped_folder
 from loadmaster.errors import LoadmasterError
@@ -131,7 +132,7 @@ def make_batch(launch: Launch, hardware: HardwareConfig) -> Batch:
         str(shipped_folder("launch").absolute() / TORCHRUN),
         *([] if processes is None else [f"--nproc-per-node={processes}"]),
         "-m", "loadmaster.cli", job.stop_after, "--config-dir", str(folder), "--config-name", "job",
-        f"run_dir={run_dir}",
+        assigned("run_dir", str(run_dir)),
     ]  # fmt: skip
     # Without --kill-on-bad-exit: it would kill the first node, which still writes its report, because another one was
     # the first to end with 75. What a failed node leaves behind, the job's own watchdog ends.

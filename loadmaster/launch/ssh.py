@@ -29,6 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from loadmaster import __version__
+from loadmaster.config.overrides import assigned
 from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem, StoppedOnRequest
@@ -237,7 +238,7 @@ def _job(launch: Launch, meeting: Meeting, node: int, hardware: HardwareConfig) 
         "remedy": "install that version there, or name the interpreter that has it with launch.python",
         "folder": folder,
         "run_dir": run_dir,
-        "command": [interpreter(job.launch), *torchrun, *stages, f"run_dir={run_dir}"],
+        "command": [interpreter(job.launch), *torchrun, *stages, assigned("run_dir", run_dir)],
         "ends": "with-input",
         "deadline": None,
         "stop_before_s": stop_before_s(job.launch),

@@ -14,6 +14,7 @@ import yaml
 from loadmaster.config.compose import compose, read_job
 from loadmaster.config.fields import fields
 from loadmaster.config.jobhash import job_hash
+from loadmaster.config.overrides import assigned
 from loadmaster.config.shipped import shipped_folder
 from loadmaster.errors import ConfigError
 
@@ -230,3 +231,12 @@ def test_a_cold_process_composes_and_judges_within_1_5_s_without_torch(arguments
     assert problems == expected
     assert heavy == []
     assert seconds < 1.5
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/plain/a b=(1)", "/with,comma", "/it's/here", '/a "word"', "/[x]/{y}", "/back\\slash", "/ü\\'x,", "/end,\\"],
+)
+def test_a_path_that_is_passed_on_arrives_as_it_is(path: str):
+    """As the run directory is, to the job on another machine."""
+    assert compose([assigned("run_dir", path)]).job.run_dir == path

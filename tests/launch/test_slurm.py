@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -244,6 +245,12 @@ def test_a_dry_run_prints_the_command_and_the_script_and_submits_nothing(cluster
     assert "sbatch --parsable --job-name=loadmaster-qlora_8b-" in cluster.said
     assert "srun --label" in cluster.said and "torchrun.py" in cluster.said
     assert cluster.jobs == [] and not (cluster.folder / "runs").exists()
+
+
+def test_a_run_directory_with_a_comma_arrives_as_it_is(cluster):
+    assert cluster.launch("""run_dir='/ü b/one,two'""", "launch.dry_run=true") == 0
+    (line,) = (line for line in cluster.said.splitlines() if line.startswith("srun"))
+    assert compose([shlex.split(line)[-1]]).job.run_dir == "/ü b/one,two"
 
 
 def test_a_model_that_only_the_nodes_have_is_left_to_them(cluster):

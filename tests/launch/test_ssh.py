@@ -35,7 +35,7 @@ class Hosts:
 
     def launch(self, *words: str) -> int:
         recipe = [] if "recipe=smoke" in words else ["recipe=qlora_8b"]
-        there = [f"launch.ssh_config={self.sshd.config}", f"launch.folder={self.room}"]
+        there = [f"launch.ssh_config={self.sshd.config}", f"launch.folder='{self.room}'"]
         return launch_job(compose([*recipe, *WORDS, *there, *words]), self.console)
 
     @property
@@ -191,8 +191,9 @@ def test_data_travels_whatever_its_size_and_a_folder_with_spaces_is_one_word(hos
     data = tmp_path / "my data.jsonl"
     row = {"messages": [{"role": "user", "content": "x" * 3000}, {"role": "assistant", "content": "y"}]}
     data.write_text("".join(json.dumps(row | {"n": os.urandom(300).hex()}) + "\n" for _ in range(400)))
-    hosts.room = tmp_path / "a room"
+    hosts.room = tmp_path / "a [new] room"
     assert hosts.launch("launch.hosts=[node0]", "data=file", f"data.path='{data}'") == 0
+    assert len(list((hosts.folder / "runs").rglob("result.json"))) == 1
     (arrived,) = (hosts.room / "jobs").glob("*/data/*")
     assert arrived.read_bytes() == data.read_bytes()
 
