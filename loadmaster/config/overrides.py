@@ -208,6 +208,8 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
     if override.is_delete():
         return None
     options, wanted = loader.repository.get_group_options(key), _wanted(override)
+    inside = [option for option in wanted if "/" in option and ".." not in option]  # recipes/team/mine.yaml
+    options += [option for option in inside if loader.repository.config_exists(f"{key}/{option}")]
     wrong = next((option for option in wanted if option not in options), None)
     if wrong is not None:
         return unknown_option(key, wrong, options, COMMAND_LINE)

@@ -88,6 +88,15 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_groups(he
     assert (job.tracker.name, job.tracker.project, job.seed) == ("wandb", "mine", 8)
 
 
+def test_a_recipe_may_lie_in_a_folder(here: Path):
+    write(here / "recipes/team/größe.yaml", "defaults:\n  - override /tracker: mlflow\nseed: 7\n")
+    job = compose(["recipe=team/größe"]).job
+    assert (job.recipe, job.tracker.name, job.seed) == ("team/größe", "mlflow", 7)
+    for wrong in ("team/none", "team", "../recipes/team/größe"):
+        with pytest.raises(ConfigError, match="there is no recipe of this name"):
+            compose([f"recipe={wrong}"])
+
+
 def test_two_recipes_lie_over_each_other(here: Path):
     write(here / "recipes/tweak.yaml", "lora:\n  rank: 3\n")
     job = compose(["recipe=[smoke,tweak]"]).job
