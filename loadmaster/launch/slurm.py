@@ -122,7 +122,7 @@ def make_batch(launch: Launch, hardware: HardwareConfig) -> Batch:
     hours = job.launch.max_hours
     options = [
         f"--job-name={launch.name}", f"--nodes={hardware.nodes}", "--ntasks-per-node=1", *gpus,
-        f"--output={folder / 'slurm.log'}", "--open-mode=append", "--requeue",
+        f"--output={str(folder / 'slurm.log').replace('%', '%%')}", "--open-mode=append", "--requeue",
         f"--signal=TERM@{round(stop_before_s(job.launch))}",
         *([] if hours == "auto" else [f"--time={max(1, round(hours * 60))}"]), *job.launch.sbatch,
     ]  # fmt: skip

@@ -253,6 +253,15 @@ def test_a_run_directory_with_a_comma_arrives_as_it_is(cluster):
     assert compose([shlex.split(line)[-1]]).job.run_dir == "/ü b/one,two"
 
 
+def test_a_folder_with_a_percent_sign_is_none_of_slurms_patterns(cluster, monkeypatch):
+    (cluster.folder / "100%j").mkdir()
+    monkeypatch.chdir(cluster.folder / "100%j")
+    assert cluster.launch("launch.dry_run=true") == 0
+    command = shlex.split(next(line for line in cluster.said.splitlines() if line.startswith("sbatch")))
+    (output,) = (word for word in command if word.startswith("--output="))
+    assert "/100%%j/runs/" in output and "/100%j/" in command[-1]
+
+
 def test_a_model_that_only_the_nodes_have_is_left_to_them(cluster):
     words = ["model.path=/only/there", "model.name=org/tiny", "launch.dry_run=true"]
     assert cluster.launch(*words) == 0
