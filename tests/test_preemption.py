@@ -88,6 +88,7 @@ ENTRIES = {
     "train.py": [str(ROOT / "train.py")],
     "loadmaster": ["-m", "loadmaster", "train"],
     "on another machine": ["-m", "loadmaster.cli", "train"],
+    "on several": [str(ROOT / "launch/torchrun.py"), "--nproc-per-node=1", "-m", "loadmaster.cli", "train"],
 }
 
 
