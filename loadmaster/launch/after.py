@@ -49,8 +49,8 @@ def heard(launch: Launch, provider: Provider, machine: Machine, order: Order, er
         raise ProviderError(f"{error}. How its job ended is not known: without a volume nothing of it is kept")
     left = Left(volume.id, job["run_dir"])
     where = (
-        f"How its job ended is written on the volume {volume.name} ({volume.id}), in {jobs_folder(order.name)}, and "
-        f"what it made is in {left.folder} there"
+        f"Whether and how its job ended is to be read on the volume {volume.name} ({volume.id}), in "
+        f"{jobs_folder(order.name)}, and what it made in {left.folder}"
     )
     again = f"`loadmaster fetch {launch.folder}` brings that home, and the same command goes on from what is there"
     if not has_keys():
