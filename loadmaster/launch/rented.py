@@ -190,7 +190,7 @@ class _Followed:
             if now >= until and not self.board.over(NODE_GRACE_S):
                 raise Unheard(
                     f"{self.board.hours:.2f} h are over (launch.max_hours, launch.max_usd); the job was told to "
-                    f"save a checkpoint before; {_what_stays(self.machine, self.order)}"
+                    "save a checkpoint before"
                 )
             if not self.board.armed and time.monotonic() - began > START_S:
                 raise ProviderError(
