@@ -10,27 +10,16 @@ verification, 75 stopped on request with a checkpoint saved (the same command re
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 
-if unasked := [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]:
+from loadmaster import starting
 
-    def stopped(*_: object) -> None:
-        """While modules load there is nothing to save."""
-        try:
-            os.write(2, b"stopped on request; the same command starts it again\n")
-        finally:  # also where the terminal is gone
-            os._exit(75)
-
-    for number in unasked:
-        signal.signal(number, stopped)
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while modules load ends it without a word
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # before what takes long to import
+    starting.listen()
 
 from loadmaster import collector, hub
 
-if __name__ == "__main__":  # before what takes long to import
+if __name__ == "__main__":
     collector.pause()
     hub.quieten()
 

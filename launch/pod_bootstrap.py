@@ -289,7 +289,7 @@ def hand_back(job):
     buffer, left, total = io.BytesIO(), [], 0
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for pattern in job["files"]:
-            for path in sorted(glob.glob(os.path.join(job["run_dir"], pattern))):
+            for path in sorted(glob.glob(os.path.join(glob.escape(job["run_dir"]), pattern))):
                 if not os.path.isfile(path):
                     continue
                 name, size = os.path.relpath(path, job["run_dir"]), os.path.getsize(path)

@@ -27,6 +27,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from loadmaster import starting
+
+if __name__ == "__main__":  # until the agent takes the signals
+    starting.listen()
+
 from loadmaster.errors import LoadmasterError, StoppedOnRequest
 from loadmaster.streams import settle_streams
 from loadmaster.training.agent import Meeting, Workers, run_workers

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from loadmaster import collector
+from loadmaster import collector, starting
 
 
 def main() -> int:
+    starting.listen()
     collector.pause()
     from loadmaster.cli import main
     from loadmaster.ending import ended

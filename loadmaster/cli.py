@@ -17,15 +17,22 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from contextlib import chdir
 from pathlib import Path
 from typing import Any, NoReturn
 
-from loadmaster import __version__, collector, hub
+from loadmaster import starting
+
+if __name__ == "__main__":  # as a job on another machine is started
+    starting.listen()
+
+from loadmaster import __version__, collector, hub, processors
 from loadmaster.config.fields import nearest
 from loadmaster.config.schema import STAGES
 from loadmaster.config.show import show_error
+from loadmaster.ending import ended
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.files import is_full_disk, read_json
 from loadmaster.launch.endpoint_command import add_parsers
@@ -55,10 +62,14 @@ fields, groups and recipes: python train.py --help, and docs/configuration.md
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    starting.over(signal.SIGINT)
+    starting.number_cards_as_the_driver()  # for serve-check and doctor as for what they are asked about
+    processors.settle()
     hub.quieten()
     settle_streams()
     arguments, overrides = _parser().parse_known_args(argv)
-    if arguments.run is not _stage:
+    if arguments.run is not _stage:  # a stage goes on to import
+        starting.over(signal.SIGTERM, signal.SIGHUP)
         collector.resume()
     try:
         return arguments.run(arguments, overrides)
@@ -393,4 +404,4 @@ def _doctor_of_all(overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main()))

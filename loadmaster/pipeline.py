@@ -43,6 +43,7 @@ from loadmaster.preflight.families import full_config
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
 from loadmaster.rundir import RECORD, RunDir, file_fingerprint, object_in
+from loadmaster.starting import number_cards_as_the_driver
 from loadmaster.streams import Output
 from loadmaster.tables import print_table
 from loadmaster.team import Team
@@ -56,8 +57,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
     # OpenMP's threads otherwise spin while they wait: on a shared machine two of them ran a step 5 to 10 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     processors.settle()
-    # Of unlike cards CUDA otherwise takes the fastest for the first, and the plan is for the driver's first one.
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    number_cards_as_the_driver()
     console = console or Output()
     if composed.job.launch.name != "local":
         return run_elsewhere(composed, console)

@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from loadmaster.cli import main
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import STAGES
 from loadmaster.errors import ConfigError, LoadmasterError
@@ -77,6 +78,10 @@ def test_cards_are_numbered_as_the_plan_numbers_them_before_anything_asks_for_on
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
     assert go(tiny, tmp_path)[0] == LoadmasterError.exit_code
     assert seen == [("PCI_BUS_ID", True), ("FASTEST_FIRST", True)]
+    for words in (["doctor"], ["serve-check", str(tmp_path)]):  # on their own they number them alike
+        monkeypatch.delenv("CUDA_DEVICE_ORDER")
+        main(words)
+        assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     script = "import sys, loadmaster.pipeline; sys.exit('torch' in sys.modules)"  # libraries read these as they load
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 

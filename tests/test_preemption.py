@@ -1,14 +1,17 @@
 """Real processes, real signals, the real small model: nothing is lost and nothing repeats."""
 
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.runs import finish, metrics, start
+from tests.runs import ROOT, finish, metrics, start
 
 STEPS = 9
 JOB = [
@@ -81,9 +84,22 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_75(tmp_path):
     stop(process, tmp_path, signal.SIGINT)
 
 
-def test_sigterm_while_modules_load_is_a_stop_and_not_a_failure(tmp_path):
+ENTRIES = {
+    "train.py": [str(ROOT / "train.py")],
+    "loadmaster": ["-m", "loadmaster", "train"],
+    "on another machine": ["-m", "loadmaster.cli", "train"],
+    "on several": [str(ROOT / "launch/torchrun.py"), "--nproc-per-node=1", "-m", "loadmaster.cli", "train"],
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_sigterm_while_modules_load_is_a_stop_and_not_a_failure(entry, tmp_path):
     """A scheduler puts what ends with 75 back into the queue; 143 it would give up."""
-    process = start(tmp_path, *JOB)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *ENTRIES[entry], *JOB], cwd=tmp_path, stdout=log, stderr=log, env=environment
+        )
     caught = Path(f"/proc/{process.pid}/status")
     while not int(re.search(r"SigCgt:\s*(\w+)", caught.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
         assert process.poll() is None

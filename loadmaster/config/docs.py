@@ -69,7 +69,7 @@ OWN = """\
 ## Your own recipes
 
 Folders `recipes/` and `conf/` in the current directory come before the shipped ones, also for the installed command.
-So this is `recipes/mine.yaml`, and `recipe=mine` finds it:
+So this is `recipes/mine.yaml`, and `recipe=mine` finds it (`recipe=team/mine` that of a folder `recipes/team/`):
 
 ```yaml
 # @package _global_

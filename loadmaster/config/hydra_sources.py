@@ -15,6 +15,7 @@ from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.utils import create_config_search_path
+from hydra.conf import HydraConf, RunDir, SweepDir
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import ResultDefault
@@ -32,6 +33,7 @@ PRIMARY = "train"
 VERSION_BASE = "1.3"
 GROUP = "recipe"
 DEFAULTS = "schema_defaults"
+SWEEP_DIR = "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
 
 
 class RecipeSource(FileConfigSource):
@@ -103,7 +105,17 @@ def register() -> None:
         defaults = dataclasses.asdict(Job())
         del defaults["recipe"]
         ConfigStore.instance().store(name=DEFAULTS, node=defaults, provider="loadmaster")
+        ConfigStore.instance().store(name="config", node=_of_hydra(), group="hydra", provider="loadmaster")
     setup_globals()
+
+
+def _of_hydra() -> HydraConf:
+    """Hydra's own settings as conf/train.yaml has them, for another primary file that says nothing of them: else Hydra
+    would make a folder outputs/, and say each line once more."""
+    of_hydra = HydraConf(run=RunDir("."), output_subdir=None, sweep=SweepDir(SWEEP_DIR, "."))
+    logging = ("job_logging", "hydra_logging")
+    of_hydra.defaults = [{name: "none" if name in logging else c[name] for name in c} for c in of_hydra.defaults]
+    return of_hydra
 
 
 class Loader(ConfigLoaderImpl):

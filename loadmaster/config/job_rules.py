@@ -342,10 +342,13 @@ def prices_are_of_known_gpus(job: Job, origins: Origins) -> Found:
 
 @rule("model.path")
 def model_folder_exists(job: Job, origins: Origins) -> Found:
-    """model.path is a folder with a config.json, and what lies in it is whole."""
+    """model.path is a folder with a config.json, and what lies in it is whole. With launch=ssh and slurm an absolute
+    path that is not here is left to the hosts."""
     if job.model.path is None:
         return
     folder = local_path(job.model.path)
+    if job.launch.name in ("ssh", "slurm") and job.model.path.startswith("/") and not folder.exists():
+        return
     remedy = "name a folder with config.json, *.safetensors and the tokenizer, or leave it out to use the Hub"
     if not (folder / "config.json").is_file():
         what = "has no config.json in it" if folder.is_dir() else "is not a folder here"

@@ -106,6 +106,15 @@ def _as_text(argument: str) -> str | None:
     return f'{key}="{value}"'
 
 
+def assigned(key: str, text: str) -> str:
+    """`key=text` as a word of a command line, quoted for Hydra where its grammar would read something else."""
+    if not re.search(r"""['"\[\]{},]""", text):
+        return f"{key}={text}"
+    # A backslash is itself, but for those in front of a quote.
+    inside = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return f"{key}='{inside}'"
+
+
 def reading_order(problems: list[Problem], arguments: list[str]) -> list[Problem]:
     """The command line's problems as they were typed, then the files' from top to bottom."""
 
@@ -199,6 +208,8 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
     if override.is_delete():
         return None
     options, wanted = loader.repository.get_group_options(key), _wanted(override)
+    inside = [option for option in wanted if "/" in option and ".." not in option]  # recipes/team/mine.yaml
+    options += [option for option in inside if loader.repository.config_exists(f"{key}/{option}")]
     wrong = next((option for option in wanted if option not in options), None)
     if wrong is not None:
         return unknown_option(key, wrong, options, COMMAND_LINE)

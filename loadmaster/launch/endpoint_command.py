@@ -165,15 +165,23 @@ def _put(wanted: Order) -> Callable[[NetworkVolume], None]:
 
 
 def _fetch(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from loadmaster.launch.after import bring_late, is_home
     from loadmaster.launch.bucket import require_keys
-    from loadmaster.launch.left import fetch, fetchable
+    from loadmaster.launch.left import exported, fetch, fetchable, on_a_volume
     from loadmaster.launch.runpod.provider import Runpod
 
     _refuse(rest)
-    left, formats = fetchable(arguments.run_dir, arguments.formats)
+    run_dir, formats = arguments.run_dir, arguments.formats
+    left, home = on_a_volume(run_dir), is_home(run_dir)
+    if home:
+        fetchable(run_dir, formats)
     require_keys()
     with _client() as client, Runpod(client).bucket(str(left.volume)) as bucket:
-        fetch(arguments.run_dir, formats, bucket, left)
+        if not home:
+            bring_late(run_dir, left, bucket)
+            if not formats and not exported(run_dir):
+                return 0
+        fetch(run_dir, fetchable(run_dir, formats)[1], bucket, left)
     return 0
 
 

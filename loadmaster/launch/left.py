@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
@@ -36,6 +38,8 @@ class Left:
     run_dir: str
     """As the machine saw it."""
     host: str | None = None
+    ssh_config: str | None = None
+    """With which the host is reached."""
 
     @property
     def folder(self) -> str:
@@ -45,17 +49,23 @@ class Left:
 
 def where(run_dir: Path) -> Left | None:
     """Where the run of this launch's folder lies; None where it is no launch's folder, or nothing was kept."""
-    if not (run_dir / RECORD).is_file():
+    found = record_of(run_dir)
+    if not found.get("run_dir") or not (found.get("volume") or found.get("host")):
         return None
+    return Left(found.get("volume"), found["run_dir"], found.get("host"), found.get("ssh_config"))
+
+
+def record_of(run_dir: Path) -> dict[str, Any]:
+    """What the launch wrote down; {} where it is no launch's folder. Raises LoadmasterError where it is damaged."""
+    if not (run_dir / RECORD).is_file():
+        return {}
     try:
         found = read_json(run_dir / RECORD)
     except ValueError as error:
         raise LoadmasterError(f"{run_dir / RECORD} is damaged ({error}); start the launch again") from None
     if not isinstance(found, dict):
         raise LoadmasterError(f"{run_dir / RECORD} is no launch's record; start the launch again")
-    if not found.get("run_dir") or not (found.get("volume") or found.get("host")):
-        return None
-    return Left(found.get("volume"), found["run_dir"], found.get("host"))
+    return found
 
 
 def away(run_dir: Path, artifact: Path) -> Left | None:
@@ -123,6 +133,22 @@ def fetch(run_dir: Path, formats: list[str], bucket: Bucket, left: Left, echo: E
 
 def fetchable(run_dir: Path, formats: list[str] | None) -> tuple[Left, list[str]]:
     """Where the run lies, and the formats to fetch: as asked for, else all that it has. Raises LoadmasterError."""
+    left = on_a_volume(run_dir)
+    there = exported(run_dir)
+    if not there:
+        raise LoadmasterError(f"the job of {run_dir} exported nothing; its log there says why")
+    if missing := sorted(set(formats or ()) - set(there)):
+        raise LoadmasterError(f"the job of {run_dir} did not export {', '.join(missing)}; it has {', '.join(there)}")
+    return left, list(formats or there)
+
+
+def exported(run_dir: Path) -> list[str]:
+    """Formats whose manifests are here."""
+    return sorted(path.parent.name for path in run_dir.glob(f"export/*/{NAME}"))
+
+
+def on_a_volume(run_dir: Path) -> Left:
+    """Where the run of this launch's folder lies on a volume. Raises LoadmasterError where it does not."""
     left = where(run_dir)
     if left is None:
         raise LoadmasterError(
@@ -131,16 +157,12 @@ def fetchable(run_dir: Path, formats: list[str] | None) -> tuple[Left, list[str]
         )
     if left.volume is None:
         raise LoadmasterError(f"the exports of {run_dir} are on a host of yours: {copied_by(left, run_dir)}")
-    there = sorted(path.parent.name for path in run_dir.glob(f"export/*/{NAME}"))
-    if not there:
-        raise LoadmasterError(f"the job of {run_dir} exported nothing; its log there says why")
-    if missing := sorted(set(formats or ()) - set(there)):
-        raise LoadmasterError(f"the job of {run_dir} did not export {', '.join(missing)}; it has {', '.join(there)}")
-    return left, list(formats or there)
+    return left
 
 
 def copied_by(left: Left, run_dir: Path) -> str:
     """The command that brings a run home from a host."""
     host, _, port = str(left.host).partition(":")
-    option = f" -P {port}" if port else ""
-    return f"scp -r{option} {host}:{left.run_dir}/export {run_dir}"
+    options = [*(["-F", left.ssh_config] if left.ssh_config else []), *(["-P", port] if port else [])]
+    there = left.run_dir.removeprefix("~/")  # from the login's home, where a path begins there
+    return shlex.join(["scp", "-r", *options, f"{host}:{there}/export", str(run_dir)])

@@ -2,7 +2,8 @@
 
 From the first request on every way out of run_there() ends the machine: success, failure, a limit, Ctrl-C, an
 error of the provider. What this process cannot do any more (the laptop is gone) the machine does itself; see
-launch/pod_bootstrap.py. Several nodes are one machine here, which is made, billed and ended as a whole.
+launch/pod_bootstrap.py. Where it is back only after that, the volume says how the job ended (after.py). Several nodes
+are one machine here, which is made, billed and ended as a whole.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from loadmaster.errors import LoadmasterError, ProviderError, StoppedOnRequest
+from loadmaster.errors import ProviderError, StoppedOnRequest
 from loadmaster.files import write_json
+from loadmaster.launch.after import Unheard, heard
 from loadmaster.launch.board import Board, log_file
 from loadmaster.launch.choose import Choice
 from loadmaster.launch.context import Launch, undisturbed
@@ -45,6 +47,7 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
     machine: Machine | None = None
     made: list[Volume] = []
     followed: _Followed | None = None
+    unheard: Unheard | None = None
     try:
         machine, order = _rent(launch, provider, choice, order, made)
         record |= {"id": machine.id, "kind": machine.kind, "volume": order.volume and order.volume.id}
@@ -53,6 +56,8 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
         launch.echo(f"rented {machine.kind} {machine.id}; its log goes to {launch.folder / 'pod.log'}")
         followed = _Followed(launch, provider, machine, order)
         return followed.to_the_end()
+    except Unheard as error:
+        unheard = error
     except StoppedOnRequest:
         raise StoppedOnRequest(f"stopped on request; {_what_stays(machine, order)}") from None
     finally:
@@ -60,6 +65,8 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
             end(launch, provider, machine, made)
             if followed is not None:
                 followed.leave()
+    assert followed is not None
+    return heard(launch, provider, followed.billed(), order, unheard)
 
 
 def _what_stays(machine: Machine | None, order: Order) -> str:
@@ -133,8 +140,7 @@ class _Followed:
         if self.order.volume is not None:
             volume, job = self.order.volume, json.loads(self.order.env["LOADMASTER_JOB"])
             launch.echo(f"the run directory is on the volume {volume.name} ({volume.id}): {job['run_dir']}")
-        billed = replace(self.machine, usd_per_hour=self._rate())
-        cost = usd_so_far(billed, datetime.fromtimestamp(launch.clock(), UTC))
+        cost = usd_so_far(self.billed(), datetime.fromtimestamp(launch.clock(), UTC))
         launch.echo(f"the job ended with exit code {code}; about ${cost:.2f} for the machine")
         return code
 
@@ -143,6 +149,9 @@ class _Followed:
         self.leaving.set()
         for thread in self.threads:
             thread.join(LEAVE_S)
+
+    def billed(self) -> Machine:
+        return replace(self.machine, usd_per_hour=self._rate())
 
     def _rate(self) -> float:
         """As billed; while the provider does not say, as quoted."""
@@ -166,6 +175,7 @@ class _Followed:
     def _follow(self) -> None:
         """Until node 0's end event, or what there is of one."""
         until, looked = self._until(), self.launch.clock()
+        began = time.monotonic()  # which stands still while a laptop sleeps
         while not self.board.over(NODE_GRACE_S):
             broken = None
             try:
@@ -178,11 +188,11 @@ class _Followed:
                 pass
             now = self.launch.clock()
             if now >= until and not self.board.over(NODE_GRACE_S):
-                raise LoadmasterError(
+                raise Unheard(
                     f"{self.board.hours:.2f} h are over (launch.max_hours, launch.max_usd); the job was told to "
-                    f"save a checkpoint before; {_what_stays(self.machine, self.order)}"
+                    "save a checkpoint before"
                 )
-            if not self.board.armed and now - self.board.start > START_S:
+            if not self.board.armed and time.monotonic() - began > START_S:
                 raise ProviderError(
                     f"the machine has not started the job after {START_S / 60:.0f} minutes; does the entry point of "
                     f"{self.launch.composed.job.launch.image} run its arguments, and has it python3?"
@@ -215,8 +225,8 @@ class _Followed:
         if present is None or not present.alive:
             state = "is gone" if present is None else f"is {present.status}"
             log = self.launch.folder / "pod.log"
-            raise ProviderError(
-                f"the {self.machine.kind} {state}, and its job had not ended; its log is {log}"
+            raise Unheard(
+                f"the {self.machine.kind} {state}, and the end of its job was not heard; its log until then is {log}"
                 + (f" ({broken})" if broken else "")
             )
         self.machine = present

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import yaml
 
+from loadmaster.config.overrides import assigned
 from loadmaster.config.schema import HardwareConfig
 from loadmaster.config.shipped import local_path, shipped_folder
 from loadmaster.errors import LoadmasterError
@@ -95,7 +96,9 @@ def run_by_slurm(launch: Launch, tokens: int | None) -> int:
     job = launch.composed.job
     secrets = secret_values(job)
     hardware = replace(job.hardware, nodes=nodes_of(job))
-    if hardware.gpu != "local":  # what the nodes have is theirs to say
+    if hardware.gpu != "local" and job.model.path is not None and not local_path(job.model.path).exists():
+        launch.echo(f"no plan here: {job.model.path} is not on this machine; the nodes make theirs\n")
+    elif hardware.gpu != "local":  # what the nodes have is theirs to say
         print_plan(make_plan(replace(job, hardware=hardware), tokens), launch.console)
     batch = make_batch(launch, hardware)
     if job.launch.dry_run:
@@ -119,7 +122,7 @@ def make_batch(launch: Launch, hardware: HardwareConfig) -> Batch:
     hours = job.launch.max_hours
     options = [
         f"--job-name={launch.name}", f"--nodes={hardware.nodes}", "--ntasks-per-node=1", *gpus,
-        f"--output={folder / 'slurm.log'}", "--open-mode=append", "--requeue",
+        f"--output={str(folder / 'slurm.log').replace('%', '%%')}", "--open-mode=append", "--requeue",
         f"--signal=TERM@{round(stop_before_s(job.launch))}",
         *([] if hours == "auto" else [f"--time={max(1, round(hours * 60))}"]), *job.launch.sbatch,
     ]  # fmt: skip
@@ -129,7 +132,7 @@ def make_batch(launch: Launch, hardware: HardwareConfig) -> Batch:
         str(shipped_folder("launch").absolute() / TORCHRUN),
         *([] if processes is None else [f"--nproc-per-node={processes}"]),
         "-m", "loadmaster.cli", job.stop_after, "--config-dir", str(folder), "--config-name", "job",
-        f"run_dir={run_dir}",
+        assigned("run_dir", str(run_dir)),
     ]  # fmt: skip
     # Without --kill-on-bad-exit: it would kill the first node, which still writes its report, because another one was
     # the first to end with 75. What a failed node leaves behind, the job's own watchdog ends.

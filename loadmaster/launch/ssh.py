@@ -19,30 +19,31 @@ import shlex
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from loadmaster import __version__
+from loadmaster.config.overrides import assigned
 from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem, StoppedOnRequest
-from loadmaster.files import write_json
+from loadmaster.files import write_json, write_text
 from loadmaster.launch.board import Board
 from loadmaster.launch.context import Launch, undisturbed
 from loadmaster.launch.follow import MARK
+from loadmaster.launch.host import ANSWER_S, Host
 from loadmaster.launch.left import RECORD
 from loadmaster.launch.order import BOOTSTRAP, FILES, PROGRESS_S, TORCHRUN, launch_file, stop_before_s
 from loadmaster.launch.payload import identity, payload
 from loadmaster.launch.provider import LogLine
 from loadmaster.preflight import make_plan, print_plan
 
-OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15")
-RECEIVE = (
-    "import json,os,sys;r=sys.stdin.buffer;os.environ.update(json.loads(r.readline()));exec(r.read(int(r.readline())))"
-)
-"""What the remote command line holds: take the environment and the program from standard input."""
 PROBE = f"""
 import json, os, socket
 base = os.path.realpath(os.path.expanduser(os.environ["LOADMASTER_FOLDER"]))
@@ -56,38 +57,20 @@ except ImportError:
 with socket.socket() as free:
     free.bind(("", 0))
     port = free.getsockname()[1]
-print({MARK!r} + json.dumps({{"base": base, "shared": os.path.isdir(meeting), "version": version, "port": port}}))
+config = None
+try:
+    with open(os.path.join(os.environ["LOADMASTER_MODEL"] or os.devnull, "config.json"), encoding="utf-8") as file:
+        config = file.read()
+except (OSError, ValueError):
+    pass
+said = {{"base": base, "shared": os.path.isdir(meeting), "version": version, "port": port, "config": config}}
+print({MARK!r} + json.dumps(said))
 """
-PROBE_S = 60.0
 POLL_S = 1.0
 NODE_GRACE_S = 30
 """After one host has failed, so long for the others to end; then the bootstrap there kills what is left."""
 LEAVE_S = 30
 """For it to say so."""
-
-
-@dataclass(frozen=True)
-class Host:
-    name: str
-    """As given: user@host or user@host:port."""
-    config: str | None
-
-    @property
-    def ssh(self) -> list[str]:
-        name, _, port = self.name.partition(":")
-        config = ["-F", str(local_path(self.config))] if self.config else []
-        return ["ssh", *OPTIONS, *config, *(["-p", port] if port else []), name]
-
-    def command(self, python: str) -> list[str]:
-        return [*self.ssh[:-1], "--", self.ssh[-1], f"{for_shell(python)} {shlex.join(['-c', RECEIVE])}"]
-
-    def address(self) -> str:
-        """What ssh resolves the name to (ssh -G), for the others to meet at."""
-        done = subprocess.run(["ssh", "-G", *self.ssh[1:]], capture_output=True, text=True, timeout=PROBE_S)
-        found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("hostname ")]
-        if done.returncode or not found:
-            raise LoadmasterError(f"launch.hosts: ssh does not take {self.name} ({done.stderr.strip()})")
-        return found[0]
 
 
 @dataclass(frozen=True)
@@ -97,12 +80,17 @@ class Meeting:
     base: str
     address: str
     port: str
+    config: str | None = None
+    """The model's config.json at model.path there."""
 
 
-def for_shell(path: str) -> str:
-    """As a shell there takes it as one word, in which a ~ in front is the login's home."""
-    home, slash, rest = path.partition("/")
-    return f"{home}/{shlex.quote(rest)}" if home == "~" and slash else shlex.quote(path)
+@contextmanager
+def with_config(job: Job, config: str | None) -> Iterator[Job]:
+    """The job as it can be planned here: a model's config.json from elsewhere in a folder of the same name."""
+    with TemporaryDirectory() as room:
+        folder = Path(room, PurePosixPath(str(job.model.path)).name or "model")
+        write_text(folder / "config.json", config or "")
+        yield replace(job, model=replace(job.model, path=str(folder)))
 
 
 def interpreter(settings: LaunchConfig) -> str:
@@ -118,9 +106,13 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
     hosts = [Host(name, job.launch.ssh_config) for name in job.launch.hosts]
     secrets = secret_values(job)
     hardware = HardwareConfig(job.hardware.gpu, job.hardware.count, len(hosts))
-    if job.hardware.gpu != "local":  # what the hosts have is theirs to say
-        print_plan(make_plan(replace(job, hardware=hardware), tokens), launch.console)
+    planned = replace(job, hardware=hardware) if job.hardware.gpu != "local" else None  # else it is theirs to say
+    here = job.model.path is None or local_path(job.model.path).exists()
+    if planned and here:
+        print_plan(make_plan(planned, tokens), launch.console)
     if job.launch.dry_run:
+        if planned and not here:
+            launch.echo(f"no plan: {job.model.path} is not here, and a dry run asks no host for its config.json\n")
         meeting = Meeting(job.launch.folder, "<address of the first host>", "<a free port of it>")
         python = interpreter(job.launch)
         shown = [
@@ -130,11 +122,16 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
         launch.console.out(json.dumps(shown, indent=2), highlight=False)
         return 0
     meeting = _meet(launch, hosts)
+    if planned and not here:
+        with with_config(planned, meeting.config) as known:
+            print_plan(make_plan(known, tokens), launch.console)
     more = {TORCHRUN: launch_file(TORCHRUN)} if len(hosts) > 1 else {}
     packed = payload(launch.composed, hardware, None, more)
     launch.folder.mkdir(parents=True, exist_ok=True)
     run_dir = _job(launch, meeting, 0, hardware)["run_dir"]
-    write_json(launch.folder / RECORD, {"name": launch.name, "kind": "ssh", "host": hosts[0].name, "run_dir": run_dir})
+    record = {"name": launch.name, "kind": "ssh", "host": hosts[0].name, "run_dir": run_dir}
+    config = job.launch.ssh_config and os.path.abspath(local_path(job.launch.ssh_config))
+    write_json(launch.folder / RECORD, record | {"ssh_config": config})
     nodes = []
     try:
         for node, host in enumerate(hosts):
@@ -184,23 +181,31 @@ def _meet(launch: Launch, hosts: list[Host]) -> Meeting:
                 f"{host.name} does not see the folder {first['base']} of {hosts[0].name}; several hosts save their "
                 "checkpoints in one: set launch.folder to a folder on a file system that all of them mount"
             )
+    path = launch.composed.job.model.path
+    if path is not None:
+        remedy = "a folder that all hosts have, or model.name of a Hub model, which each of them fetches"
+        without = [h.name for h, said in zip(hosts, [first, *others], strict=True) if said["config"] is None]
+        message = f"has no config.json in it on {', '.join(without)}"
+        if without:
+            raise ConfigError([Problem("model.path", path, IN_THE_JOB, message, remedy)])
     env = settings.env or {}
     address = env.get("MASTER_ADDR") or (hosts[0].address() if others else "localhost")
-    return Meeting(first["base"], address, env.get("MASTER_PORT") or str(first["port"]))
+    return Meeting(first["base"], address, env.get("MASTER_PORT") or str(first["port"]), first["config"])
 
 
 def _probe(launch: Launch, host: Host, node: int) -> dict[str, Any]:
     settings = launch.composed.job.launch
     env = {"LOADMASTER_FOLDER": settings.folder, "LOADMASTER_NAME": launch.name, "NODE_RANK": str(node)}
+    env["LOADMASTER_MODEL"] = launch.composed.job.model.path or ""
     try:
         done = subprocess.run(
             host.command(interpreter(settings)), input=_message(env, PROBE.encode()), capture_output=True,
-            timeout=PROBE_S, start_new_session=True,
+            timeout=ANSWER_S, start_new_session=True,
         )  # fmt: skip
     except FileNotFoundError:
         raise LoadmasterError("launch=ssh needs the program ssh (OpenSSH's client), which is not here") from None
     except subprocess.TimeoutExpired:
-        raise LoadmasterError(f"{host.name} did not answer within {PROBE_S:g} s") from None
+        raise LoadmasterError(f"{host.name} did not answer within {ANSWER_S:g} s") from None
     for line in done.stdout.decode("utf-8", "replace").splitlines():
         if line.startswith(MARK):
             return json.loads(line.removeprefix(MARK))
@@ -233,7 +238,7 @@ def _job(launch: Launch, meeting: Meeting, node: int, hardware: HardwareConfig) 
         "remedy": "install that version there, or name the interpreter that has it with launch.python",
         "folder": folder,
         "run_dir": run_dir,
-        "command": [interpreter(job.launch), *torchrun, *stages, f"run_dir={run_dir}"],
+        "command": [interpreter(job.launch), *torchrun, *stages, assigned("run_dir", run_dir)],
         "ends": "with-input",
         "deadline": None,
         "stop_before_s": stop_before_s(job.launch),

@@ -153,18 +153,18 @@ def parse(words: list[str]) -> Request:
     except ValidationError as error:
         wrong = dict.fromkeys(str(entry["loc"][0]) for entry in error.errors())
         raise ConfigError(problems + [_wrong_value(key, values[key]) for key in wrong]) from None
-    problems += _too_long(request)
     if problems:
         raise ConfigError(problems)
     return request
 
 
 def for_model(request: Request, shape: ModelShape) -> Request:
-    """The request with what the model decides. Raises ConfigError for cards that its heads cannot be divided over."""
+    """The request with what the model decides. Raises ConfigError for one that is longer than its context, and for
+    cards that the model's heads cannot be divided over."""
     if request.context == "auto":
         request = replace(request, context=min(LONGEST, shape.max_position or LONGEST))
-        if problems := list(_too_long(request)):
-            raise ConfigError(problems)
+    if problems := list(_too_long(request, shape.max_position)):
+        raise ConfigError(problems)
     able = sorted({m.count for m in rentable() if m.nodes == 1 and shape.heads % m.count == 0})
     undivided = request.count != "auto" and shape.heads % request.count
     if undivided or (request.gpu == "auto" and request.count not in ("auto", *able)):
@@ -191,13 +191,14 @@ def _wrong_value(key: str, value: Any) -> Problem:
     return Problem(key, given, "command line", f"must be {describe(word.annotation)}", remedy)
 
 
-def _too_long(request: Request) -> Iterator[Problem]:
-    """As the job's rule on endpoint.prompt_tokens, output_tokens and max_model_len."""
-    if request.context == "auto":
-        return
+def _too_long(request: Request, known: int | None) -> Iterator[Problem]:
+    """As the job's rule on endpoint.prompt_tokens, output_tokens and max_model_len. known: the model's positions."""
     prompt, output = usual_request(request.context, request.prompt_tokens, request.output_tokens)
     if prompt + output > request.context:
         given = ("prompt_tokens", "output_tokens", "context")
         key = next(key for key in given if getattr(request, key) != "auto")
         message = f"a request of {prompt} + {output} tokens is longer than context={request.context}"
-        yield Problem(key, getattr(request, key), "command line", message, f"context={prompt + output}")
+        remedy = f"context={prompt + output}"
+        if known and prompt + output > known:
+            remedy = f"a shorter one: the model knows {known:,} positions (max_position_embeddings)"
+        yield Problem(key, getattr(request, key), "command line", message, remedy)

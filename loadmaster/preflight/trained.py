@@ -20,8 +20,8 @@ BUCKET_ELEMENTS = 2**28
 
 
 HOST_STEP = {"adamw": 16, "adamw_8bit": 24, "adafactor": 16}
-"""Bytes an element of the tensor that is stepped, on the host and without masters, takes besides state and gradient: at
-the peak of a step of TrainingOptimizer on a CPU (bitsandbytes 0.50, transformers 5.17; 2026-11-28)."""
+"""Bytes an element of the bf16 tensor that is stepped, on the host and without masters, takes besides state and
+gradient: at the peak of a step of TrainingOptimizer on a CPU (bitsandbytes 0.50, transformers 5.17; 2026-11-28)."""
 
 
 class Trained(NamedTuple):
@@ -64,14 +64,15 @@ def _factored(trained: tuple[Trained, ...], filled: int, width: int) -> float:
 
 
 def on_host_bytes(shape: ModelShape, setup: Setup) -> float:
-    """The same of an optimizer whose states are on the host: of AdamW over masters the fp32 gradients of a bucket, of
-    others what their largest tensor takes."""
-    return _on_host(tensors(shape, setup), BUCKET_ELEMENTS, setup.optimizer, setup.master_weights) / setup.shards
+    """The same of an optimizer whose states are on the host: of AdamW over masters or fp32 weights, which is fused, the
+    fp32 gradients of a bucket, of others what their largest tensor takes."""
+    fused = setup.optimizer == "adamw" and (setup.master_weights or setup.width == 4)
+    return _on_host(tensors(shape, setup), BUCKET_ELEMENTS, setup.optimizer, fused) / setup.shards
 
 
 @cache
-def _on_host(trained: tuple[Trained, ...], filled: int, optimizer: str, masters: bool) -> int:
-    if optimizer == "adamw" and masters:
+def _on_host(trained: tuple[Trained, ...], filled: int, optimizer: str, fused: bool) -> int:
+    if fused:
         return 4 * max(sum(each.elements for each in bucket) for bucket in _buckets(trained, filled))
     return HOST_STEP.get(optimizer, 0) * max(each.elements for each in trained)
 

@@ -14,6 +14,7 @@ import yaml
 from loadmaster.config.compose import compose, read_job
 from loadmaster.config.fields import fields
 from loadmaster.config.jobhash import job_hash
+from loadmaster.config.overrides import assigned
 from loadmaster.config.shipped import shipped_folder
 from loadmaster.errors import ConfigError
 
@@ -85,6 +86,15 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_groups(he
     assert (job.recipe, job.tracker.name, job.tracker.project, job.seed) == ("mine", "mlflow", "mine", 7)
     job = compose(["recipe=mine", "tracker=wandb", "seed=8"]).job
     assert (job.tracker.name, job.tracker.project, job.seed) == ("wandb", "mine", 8)
+
+
+def test_a_recipe_may_lie_in_a_folder(here: Path):
+    write(here / "recipes/team/größe.yaml", "defaults:\n  - override /tracker: mlflow\nseed: 7\n")
+    job = compose(["recipe=team/größe"]).job
+    assert (job.recipe, job.tracker.name, job.seed) == ("team/größe", "mlflow", 7)
+    for wrong in ("team/none", "team", "../recipes/team/größe"):
+        with pytest.raises(ConfigError, match="there is no recipe of this name"):
+            compose([f"recipe={wrong}"])
 
 
 def test_two_recipes_lie_over_each_other(here: Path):
@@ -230,3 +240,12 @@ def test_a_cold_process_composes_and_judges_within_1_5_s_without_torch(arguments
     assert problems == expected
     assert heavy == []
     assert seconds < 1.5
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/plain/a b=(1)", "/with,comma", "/it's/here", '/a "word"', "/[x]/{y}", "/back\\slash", "/ü\\'x,", "/end,\\"],
+)
+def test_a_path_that_is_passed_on_arrives_as_it_is(path: str):
+    """As the run directory is, to the job on another machine."""
+    assert compose([assigned("run_dir", path)]).job.run_dir == path

@@ -222,6 +222,21 @@ def test_a_sweep_that_is_stopped_does_not_go_on_with_the_next_job():
     assert [c.job.seed for c in task.jobs] == [1]
 
 
+def test_a_users_own_primary_file_leaves_no_folder_of_hydras(here: Path, capsys: pytest.CaptureFixture[str]):
+    """Nor anything said twice, though it has nothing of Hydra's settings in it."""
+    (here / "mine").mkdir()
+    own = {"defaults": ["schema_defaults", "_self_", {"model": "smollm2_135m"}, {"data": "tickets"}], "recipe": "mine"}
+    (here / "mine/own.yaml").write_text(yaml.safe_dump(own))
+    task, before = Recorder(), files(here)
+    assert run_app(task, ["--config-dir=mine", "--config-name=own", "seed=3"]) == 0
+    (composed,) = task.jobs
+    assert composed.job.seed == 3 and not composed.needs_hydra and files(here) == before
+    assert run_app(task, ["--config-dir=mine", "--config-name=own", "--multirun", "seed=4,5"]) == 0
+    assert {path.split("/")[0] for path in files(here)} <= {"mine", "runs"}
+    assert run_app(task, ["--config-dir=mine", "--config-name=own", "hydra.run.dir=there"]) == 0
+    assert (here / "there").is_dir() and task.jobs[-1].needs_hydra  # what is asked for is done
+
+
 def test_cfg_job_prints_every_field_as_yaml_and_starts_nothing(capsys: pytest.CaptureFixture[str]):
     task = Recorder()
     assert run_app(task, ["recipe=lora_8b", "--cfg", "job", "lora.rank=3", "data=file"]) == 0

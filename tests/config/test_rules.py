@@ -241,6 +241,13 @@ def test_what_an_objective_takes_is_all_named_beside_other_data(objective: str, 
     assert works in str(raised.value)
 
 
+def test_a_model_may_be_on_the_hosts_alone():
+    for name, words in (("ssh", ["launch.hosts=[gpu1]"]), ("slurm", [])):
+        assert compose(["model.path=/only/there", f"launch={name}", *words]).job.model.path == "/only/there"
+        with pytest.raises(ConfigError, match="is not a folder here"):
+            compose(["model.path=there", f"launch={name}", *words])
+
+
 def test_a_plan_needs_no_data_here():
     there = "/data/on/the/cluster.jsonl"
     assert compose(["data=file", f"data.path={there}", PLAN]).job.data.path == there

@@ -229,7 +229,11 @@ def test_what_cannot_be_fetched_is_a_sentence(tmp_path, capsys, monkeypatch) -> 
     assert "is no folder of a launch" in said(str(tmp_path / "nowhere"))
     ssh = record_of(tmp_path / "ssh", host="ada@gpu1:2222", kind="ssh")
     assert "scp -r -P 2222 ada@gpu1:/workspace/loadmaster/runs/x/export" in said(str(ssh))
+    home = record_of(tmp_path / "a run", host="gpu1", ssh_config="/home/ada/ssh config")
+    write_json(home / "launch.json", read_json(home / "launch.json") | {"run_dir": "~/runs/x"})
+    assert f"scp -r -F '/home/ada/ssh config' gpu1:runs/x/export '{home}'" in said(str(home))
     empty = record_of(tmp_path / "empty", volume="vol1")
+    write_json(empty / "result.json", {})  # its small files came home
     assert "exported nothing" in said(str(empty))
     write_json(empty / "export/bf16/manifest.json", {"schema": 1, "files": []})
     assert "did not export fp8; it has bf16" in said(str(empty), "--formats", "fp8")

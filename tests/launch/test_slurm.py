@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -244,6 +245,27 @@ def test_a_dry_run_prints_the_command_and_the_script_and_submits_nothing(cluster
     assert "sbatch --parsable --job-name=loadmaster-qlora_8b-" in cluster.said
     assert "srun --label" in cluster.said and "torchrun.py" in cluster.said
     assert cluster.jobs == [] and not (cluster.folder / "runs").exists()
+
+
+def test_a_run_directory_with_a_comma_arrives_as_it_is(cluster):
+    assert cluster.launch("""run_dir='/ü b/one,two'""", "launch.dry_run=true") == 0
+    (line,) = (line for line in cluster.said.splitlines() if line.startswith("srun"))
+    assert compose([shlex.split(line)[-1]]).job.run_dir == "/ü b/one,two"
+
+
+def test_a_folder_with_a_percent_sign_is_none_of_slurms_patterns(cluster, monkeypatch):
+    (cluster.folder / "100%j").mkdir()
+    monkeypatch.chdir(cluster.folder / "100%j")
+    assert cluster.launch("launch.dry_run=true") == 0
+    command = shlex.split(next(line for line in cluster.said.splitlines() if line.startswith("sbatch")))
+    (output,) = (word for word in command if word.startswith("--output="))
+    assert "/100%%j/runs/" in output and "/100%j/" in command[-1]
+
+
+def test_a_model_that_only_the_nodes_have_is_left_to_them(cluster):
+    words = ["model.path=/only/there", "model.name=org/tiny", "launch.dry_run=true"]
+    assert cluster.launch(*words) == 0
+    assert "no plan here: /only/there is not on this machine" in cluster.said and "sbatch --parsable" in cluster.said
 
 
 def test_an_interpreter_may_be_named_from_the_home_folder(cluster):

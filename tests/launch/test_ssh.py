@@ -17,6 +17,7 @@ from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.launch import ssh
 from loadmaster.launch.job import launch_job
+from loadmaster.launch.left import copied_by, where
 from tests.launch.place import SECRET, STAND_IN, everything_written, wait_until
 from tests.launch.sshd import Sshd
 
@@ -34,7 +35,7 @@ class Hosts:
 
     def launch(self, *words: str) -> int:
         recipe = [] if "recipe=smoke" in words else ["recipe=qlora_8b"]
-        there = [f"launch.ssh_config={self.sshd.config}", f"launch.folder={self.room}"]
+        there = [f"launch.ssh_config={self.sshd.config}", f"launch.folder='{self.room}'"]
         return launch_job(compose([*recipe, *WORDS, *there, *words]), self.console)
 
     @property
@@ -92,6 +93,7 @@ def test_a_job_runs_on_two_hosts_and_its_files_come_back(hosts, monkeypatch):
     assert "[0] token is [HF_TOKEN]" in hosts.log and "[1] token is [HF_TOKEN]" in hosts.log
     assert hosts.said.count("step 3 of 6, loss 1.5000") == 1 and "$" not in hosts.said.split("started on")[1]
     assert "its run directory is node0:" in hosts.said
+    assert copied_by(where(run), run).startswith(f"scp -r -F {hosts.sshd.config} node0:{hosts.room}/runs/")
     assert SECRET not in hosts.said + everything_written(hosts.folder) + everything_written(hosts.room.parent)
     assert running(hosts.folder) == []
 
@@ -189,10 +191,25 @@ def test_data_travels_whatever_its_size_and_a_folder_with_spaces_is_one_word(hos
     data = tmp_path / "my data.jsonl"
     row = {"messages": [{"role": "user", "content": "x" * 3000}, {"role": "assistant", "content": "y"}]}
     data.write_text("".join(json.dumps(row | {"n": os.urandom(300).hex()}) + "\n" for _ in range(400)))
-    hosts.room = tmp_path / "a room"
+    hosts.room = tmp_path / "a [new] room"
     assert hosts.launch("launch.hosts=[node0]", "data=file", f"data.path='{data}'") == 0
+    assert len(list((hosts.folder / "runs").rglob("result.json"))) == 1
     (arrived,) = (hosts.room / "jobs").glob("*/data/*")
     assert arrived.read_bytes() == data.read_bytes()
+
+
+def test_a_model_that_only_the_hosts_have_is_planned_from_its_config_there(hosts, monkeypatch, tiny):
+    words = ["launch.hosts=[node0,node1]", "model.path=/only/there", "model.name=org/tiny", "method=lora"]
+    assert hosts.launch(*words, "launch.dry_run=true") == 0
+    assert "no plan: /only/there is not here" in hosts.said
+    with pytest.raises(ConfigError, match=r"has no config\.json in it on node0, node1"):
+        hosts.launch(*words)
+    has = f'import os\nif os.environ["LOADMASTER_MODEL"]: os.environ["LOADMASTER_MODEL"] = {str(tiny)!r}\n'
+    monkeypatch.setattr(ssh, "PROBE", has + ssh.PROBE)
+    assert hosts.launch(*words) == 0
+    assert "org/tiny" in hosts.said and "CPU processes" in hosts.said
+    (there,) = {path.read_text() for path in hosts.room.rglob("job.yaml")}
+    assert "path: /only/there" in there
 
 
 @pytest.mark.slow

@@ -182,8 +182,12 @@ def test_a_request_is_no_longer_by_default_than_what_the_model_knows(tmp_path, c
     assert "requests of 2,048 tokens" in said and "a server refuses" not in said and " 0.25 KiB " in said
     assert plan_serving_command([*asked, "context=4096"]) == 0
     assert "a server refuses requests of 4,096" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"2000 . 512 tokens is longer than context=2048"):
-        plan_serving_command([*asked, "prompt_tokens=2000", "output_tokens=512"])
+    for more in ([], ["context=2048"]):  # nor is more of it advised
+        with pytest.raises(ConfigError, match=r"2000 . 512 tokens is longer than context=2048") as refused:
+            plan_serving_command([*asked, "prompt_tokens=2000", "output_tokens=512", *more])
+        assert refused.value.problems[0].remedy.startswith("a shorter one: the model knows 2,048 positions")
+    with pytest.raises(ConfigError, match="fix: context=2000"):
+        plan_serving_command([*asked, "prompt_tokens=1500", "output_tokens=500", "context=1024"])
 
 
 @pytest.mark.parametrize(

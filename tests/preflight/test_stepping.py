@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loadmaster.config.schema import BatchConfig, OptimizerConfig
+from loadmaster.config.schema import BatchConfig, ModelConfig, OptimizerConfig
 from loadmaster.data import MicroBatch
 from loadmaster.errors import ConfigError
 from loadmaster.models.adapters import trainable
@@ -17,11 +17,11 @@ from loadmaster.models.forward import token_losses
 from loadmaster.models.load import DTYPES
 from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.preflight import trained
-from loadmaster.preflight.config_json import from_config
+from loadmaster.preflight.config_json import find_shape, from_config
 from loadmaster.preflight.memory import resident, step_bytes, worst_micro_batch
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
-from loadmaster.preflight.trained import HOST_STEP
+from loadmaster.preflight.trained import HOST_STEP, on_host_bytes
 from loadmaster.training import optimizer as optimizers
 from loadmaster.training.in_backward import BackwardOptimizer
 from loadmaster.training.optimizer import TrainingOptimizer
@@ -212,6 +212,16 @@ print(taken({ROWS}) / ({ROWS} * 2048))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     counted = 4 if masters else HOST_STEP[name]
     assert counted - 2.5 < float(done.stdout.split()[-1]) < counted + 1  # the gradient itself may go meanwhile
+
+
+@pytest.mark.parametrize("masters", [True, False])
+def test_adamw_of_fp32_weights_steps_on_the_host_in_no_more_than_their_gradients(masters: bool) -> None:
+    """It is torch's fused one, as over masters; of bf16 weights bitsandbytes' takes 16 bytes an element besides."""
+    shape = find_shape(ModelConfig(LLAMA + "8B"))
+    setup = Setup(method="full", precision="fp32", optimizer="adamw", master_weights=masters, offload="optimizer")
+    assert on_host_bytes(shape, setup) == 4 * shape.embedding_parameters  # the largest bucket
+    bf16 = replace(setup, precision="bf16", master_weights=False)
+    assert on_host_bytes(shape, bf16) == HOST_STEP["adamw"] * shape.embedding_parameters
 
 
 def test_what_does_not_fit_says_that_it_would_in_the_backward_pass() -> None:
