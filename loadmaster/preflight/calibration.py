@@ -33,7 +33,7 @@ def quantizing(job: Job, shape: ModelShape, hardware: Hardware) -> Bytes:
     gptq, cpu = bool(formats & set(HESSIANS)), hardware.is_cpu
     width = 4 if cpu and gptq and 2 * shape.parameters <= WIDENED_BYTES else 2
     row = _passing(shape, length, width) + _scores(shape, length)
-    found = [Bytes(activations=row + width * length * _in_layer(shape))]
+    found = [Bytes(activations=row + width * length * in_layer(shape))]
     if gptq:
         found += _gptq(shape, length, width, batched=not cpu)
     if "int4_awq" in formats:
@@ -56,7 +56,7 @@ def _passing(shape: ModelShape, length: int, width: int) -> int:
     return width * length * (4 * shape.hidden_size + 2 * shape.head_dim)
 
 
-def _in_layer(shape: ModelShape) -> int:
+def in_layer(shape: ModelShape) -> int:
     """Values of a token at most within a layer: gate, up and product; or queries while they are turned."""
     return max(3 * shape.intermediate_size, 5 * shape.query_size)
 

@@ -3,7 +3,7 @@
 load         weights, and a quantized matrix in bf16 and fp32 while it is read
 first step   no optimizer states before it ends (fp32 masters are there from the start)
 steady step  backward pass or optimizer step, whichever is larger
-evaluate     no gradients; or answers generated with a KV cache, by a model that was loaded for it
+evaluate     no gradients; or answers (answers.py), by a model that was loaded for it
 save         copies go to the host tensor by tensor, and sharded weights are gathered there: nothing on the GPU
 resume       states are read on the host and go to the GPU one tensor at a time
 merge        tensor by tensor on the host
@@ -35,7 +35,7 @@ from loadmaster.preflight.plan import MemoryGib, PhasesGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import evaluation_batch
-from loadmaster.preflight.verification import cache_bytes, verifying
+from loadmaster.preflight.verification import answering_bytes, verifying
 
 CALIBRATED = ("int4", "int4_gptq", "int4_awq", "nvfp4")
 EXPORT_BITS = {
@@ -79,14 +79,17 @@ def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
 
 
 def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
-    """The evaluate stage's answers, where the job has a task: weights and the KV cache."""
+    """The evaluate stage's answers, where the job has a task: weights, what is gathered or dequantized of them, and
+    what the answers take."""
     if job.evaluation.task == "none":
         return Bytes()
+    batch = evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False)).at_peak
     return Bytes(
         weights=resident(shape, setup)[0] if setup.offload != "all" else 0.0,
-        activations=cache_bytes(job, shape, setup.width),
+        activations=answering_bytes(job, shape, setup.width),
+        quantization=batch["quantization"],
         context=context_bytes(hardware),
-        communication=communicator_bytes(hardware),
+        communication=communicator_bytes(hardware) + batch["communication"],
     )
 
 
