@@ -12,11 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from loadmaster.data import Conversation
 from loadmaster.data.render import stop_token_ids
+from loadmaster.errors import ConfigError
 from loadmaster.evaluation.mode import evaluating
 from loadmaster.models.attention import cached_attention
+from loadmaster.models.forward import causal_lm, decoder_layers
+from loadmaster.preflight.answers import answer_bytes
+from loadmaster.preflight.config_json import from_config
 from loadmaster.training.world import World
 
 Progress = Callable[[int, int], None]
@@ -54,35 +59,81 @@ def generate_ids(
 ) -> list[list[int]]:
     """The token ids of what `generate` returns. An answer shorter than max_new_tokens ended by itself.
 
-    Where a GPU has too little memory for so many at a time, half as many are asked, down to one.
+    Where a GPU has too little memory for so many at a time, half as many are asked, down to one: by each rank that has
+    whole weights for itself, and by all together, before the first, where a layer is gathered from all of them.
     """
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     # Longest first: neighbours in length waste little padding, and what does not fit in memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     stops = stop_ids(model, tokenizer)
     world = world or World()
+    in_step = world.size > 1 and is_spread(model)
+    if in_step:
+        batch_size = _agreed(model, prompts, max_new_tokens, batch_size, world)
+    at_a_time = batch_size
     mine: dict[int, list[int]] = {}
     with evaluating(model), cached_attention(model):
-        start = 0
-        while start < len(order):
+        for start in range(0, len(order), batch_size * world.size):
             first = start + batch_size * world.rank
-            # A rank without prompts of its own goes along with some: sharded weights are gathered by all ranks.
-            some = order[first : first + batch_size] or order[:1]
-            try:
-                new_ids = _generate_batch(
-                    model, [prompts[i] for i in some], stops, _pad_id(tokenizer), max_new_tokens, world.size > 1
-                )
-            except torch.OutOfMemoryError:
-                if len(some) == 1 or world.size > 1:  # the others wait for this rank's part of a layer
-                    raise
-                batch_size = len(some) // 2
-                continue
-            mine |= dict(zip(some, new_ids, strict=True))
-            start = min(start + batch_size * world.size, len(order))
+            some = order[first : first + batch_size]
+            # A rank without prompts of its own goes along with some: spread weights are gathered by all ranks.
+            some = some or order[:1] * in_step
+            while some:
+                now = some[:at_a_time]
+                try:
+                    new_ids = _generate_batch(
+                        model, [prompts[i] for i in now], stops, _pad_id(tokenizer), max_new_tokens, in_step
+                    )
+                except torch.OutOfMemoryError:
+                    if len(now) == 1 or in_step:  # the others wait for this rank's part of a layer
+                        raise
+                    at_a_time = len(now) // 2
+                    continue
+                mine |= dict(zip(now, new_ids, strict=True))
+                some = some[len(now) :]
             if on_progress is not None:
-                on_progress(start, len(order))
+                on_progress(min(start + batch_size * world.size, len(order)), len(order))
     answers = {i: ids for part in world.gather(mine) for i, ids in part.items()}
     return [answers[i] for i in range(len(prompts))]
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether ranks have parts of the weights, which they gather in each forward pass (FSDP2, ZeRO's third stage)."""
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+def _agreed(
+    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, world: World
+) -> int:
+    """So many answers at a time as every rank has memory for, `batch_size` at most.
+
+    A rank that ran out between two gatherings would leave the others waiting, so what the longest prompts will take is
+    asked for before, at once.
+    """
+    longest = max(map(len, prompts), default=0)
+    while batch_size > 1 and world.any(not _has_room(world.device, _bytes(model, batch_size, longest, max_new_tokens))):
+        batch_size //= 2
+    return batch_size
+
+
+def _bytes(model: nn.Module, answers: int, prompt: int, new: int) -> int:
+    """Of the answers, and of two layers that are whole at a time."""
+    config, width = causal_lm(model).config, model.get_input_embeddings().weight.element_size()
+    layer = decoder_layers(model)[0]
+    gathered = 2 * sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in layer.parameters())
+    try:
+        shape = from_config(config.to_dict(), config.model_type)
+    except ConfigError:  # no kind of model whose answers could be counted
+        return 0
+    return gathered + int(answer_bytes(shape, width, answers, prompt, new))
+
+
+def _has_room(device: torch.device, needed: int) -> bool:
+    try:
+        torch.empty(needed if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,11 @@ def calibrate(source: Path, candidate: str, target: Path, calibration: list[list
     attention = own_attention(AutoConfig.from_pretrained(str(source)))
     model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, attn_implementation=attention)
     recipe, facts = _recipe(candidate, quantized_layers(model), sum(map(len, calibration)))
-    oneshot(
-        model=model, dataset=_dataset(calibration), num_calibration_samples=len(calibration),
-        max_seq_length=max(map(len, calibration)), recipe=recipe,
-    )  # fmt: skip
+    with _attention_as_loaded():
+        oneshot(
+            model=model, dataset=_dataset(calibration), num_calibration_samples=len(calibration),
+            max_seq_length=max(map(len, calibration)), recipe=recipe,
+        )  # fmt: skip
     if dtype == torch.float32:
         model.to(torch.bfloat16)  # codes stay: a weight is then off its multiple of the scale by less than 5% of a step
     model.save_pretrained(str(target))
@@ -104,6 +106,21 @@ def calibrate(source: Path, candidate: str, target: Path, calibration: list[list
         if path.suffix != ".safetensors" and path.name not in ("config.json", "model.safetensors.index.json"):
             path.unlink()
     return facts | {"calibration_rows": len(calibration), "calibration_tokens": sum(map(len, calibration))}
+
+
+@contextmanager
+def _attention_as_loaded() -> Iterator[None]:
+    """Within the block llm-compressor leaves a model's attention alone. It makes all calibrate with eager attention, 10
+    bytes a head for each pair of a row's tokens, for models whose traced code adds a mask to what it has: none that
+    transformers has now does, for masks are made outside what is traced, and layers are not looked into."""
+    from llmcompressor.utils import helpers
+
+    forced = helpers.use_eager_attention
+    helpers.use_eager_attention = lambda model: nullcontext()
+    try:
+        yield
+    finally:
+        helpers.use_eager_attention = forced
 
 
 def calibration_dtype(candidate: str, weight_bytes: int) -> torch.dtype:

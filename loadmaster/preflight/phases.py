@@ -3,11 +3,11 @@
 load         weights, and a quantized matrix in bf16 and fp32 while it is read
 first step   no optimizer states before it ends (fp32 masters are there from the start)
 steady step  backward pass or optimizer step, whichever is larger
-evaluate     no gradients; or answers generated with a KV cache, by a model that was loaded for it
+evaluate     no gradients; or answers (answers.py), by a model that was loaded for it
 save         copies go to the host tensor by tensor, and sharded weights are gathered there: nothing on the GPU
 resume       states are read on the host and go to the GPU one tensor at a time
 merge        tensor by tensor on the host
-quantize     formats that calibrate: one layer with its Hessians at a time (export/quantize.py); others stream
+quantize     formats that calibrate: one layer at a time (calibration.py); others stream
 verify       a process of its own, beside the context of the first: one model in bf16, whole on one GPU or spread over
              them, and the log-probabilities of a row (verification.py)
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loadmaster.config.schema import Job
+from loadmaster.preflight.calibration import quantizing
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.memory import (
     Bytes,
@@ -34,10 +35,9 @@ from loadmaster.preflight.plan import MemoryGib, PhasesGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import evaluation_batch
-from loadmaster.preflight.verification import cache_bytes, verifying
+from loadmaster.preflight.verification import answering_bytes, verifying
 
 CALIBRATED = ("int4", "int4_gptq", "int4_awq", "nvfp4")
-HESSIANS = ("int4", "int4_gptq")
 EXPORT_BITS = {
     "bf16": 16.0, "fp8": 8.0, "fp8_block": 8.0, "int4": 4.125, "int4_gptq": 4.125, "int4_awq": 4.125, "nvfp4": 4.5,
     "gguf": 8.5,
@@ -73,34 +73,24 @@ def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
         "save": rests,
         "resume": rests,
         "merge": context,
-        "quantize": quantizing(job, shape, hardware, setup) if set(job.export.formats) & set(CALIBRATED) else context,
+        "quantize": quantizing(job, shape, hardware) if set(job.export.formats) & set(CALIBRATED) else context,
         "verify": verifying(job, shape, hardware, setup).bytes,
     }
 
 
 def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
-    """The evaluate stage's answers, where the job has a task: weights and the KV cache."""
+    """The evaluate stage's answers, where the job has a task: weights, what is gathered or dequantized of them, and
+    what the answers take."""
     if job.evaluation.task == "none":
         return Bytes()
+    batch = evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False)).at_peak
     return Bytes(
         weights=resident(shape, setup)[0] if setup.offload != "all" else 0.0,
-        activations=cache_bytes(job, shape, setup.width),
+        activations=answering_bytes(job, shape, setup.width),
+        quantization=batch["quantization"],
         context=context_bytes(hardware),
-        communication=communicator_bytes(hardware),
+        communication=communicator_bytes(hardware) + batch["communication"],
     )
-
-
-def quantizing(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
-    """One layer in bf16 with the input of each of its matrices squared (GPTQ), and a calibration row on its way."""
-    if hardware.is_cpu:  # the whole model, a small one in fp32 where the CPU has no bf16 (export/quantize.py)
-        width = 4.0 if 2 * shape.parameters <= 4 * GIB and set(job.export.formats) & set(HESSIANS) else 2.0
-        return Bytes(weights=width * shape.parameters, context=context_bytes(hardware))
-    matrices = shape.matrices(experts=shape.expert_layers == shape.layers)
-    hessians = sum(4 * m.inputs**2 for m in matrices) if set(job.export.formats) & set(HESSIANS) else 0
-    working = 3 * 4 * max(m.weight for m in matrices)  # the matrix in fp32, its codes, and the inverse at work
-    row = 2.0 * job.sequence_length * (4 * shape.hidden_size + 2 * shape.intermediate_size)
-    layer = 2.0 * shape.layer_parameters(experts=bool(shape.expert_layers))
-    return Bytes(weights=layer, activations=row, quantization=hessians + working, context=2 * context_bytes(hardware))
 
 
 def phases_gib(phases: dict[str, Bytes]) -> PhasesGib:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loadmaster.config.schema import EvaluationConfig, Job
+from loadmaster.preflight.answers import answer_bytes
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.memory import Bytes, context_bytes, replay_key
@@ -114,7 +115,7 @@ def _working(job: Job, shape: ModelShape, setup: Setup) -> Bytes:
     row = replace(setup, micro_batch_size=1, sharding="none", replicas=1, offload="none", precision="bf16")
     batch = evaluation_batch(shape, replay_key(replace(row, method="full"), keep=False)).at_peak
     logits = (2 + 5 * 4) * scored * shape.vocabulary_size  # bf16; fp32 logits, both log-probabilities, exp and product
-    answers = cache_bytes(job, shape, setup.width) if job.evaluation.task != "none" else 0.0
+    answers = answering_bytes(job, shape, setup.width) if job.evaluation.task != "none" else 0.0
     scoring = Bytes(
         activations=max(batch["activations"] if logits >= answers else 0.0, answers),
         logits=logits if logits >= answers else 0.0,
@@ -146,10 +147,10 @@ def _host_room(hardware: Hardware) -> float | None:
     return max(0.0, (hardware.host_memory_gib - processes) * GIB - REFERENCE_BYTES)
 
 
-def cache_bytes(job: Job, shape: ModelShape, width: int) -> float:
-    """KV cache of the answers that are generated at a time."""
-    tokens = job.sequence_length / PROMPTS_A_ROW + job.evaluation.max_new_tokens
-    return 2.0 * width * shape.layers * shape.key_value_size * answers_at_a_time(job) * tokens
+def answering_bytes(job: Job, shape: ModelShape, width: int) -> float:
+    """Of the answers that are generated at a time."""
+    prompt = job.sequence_length / PROMPTS_A_ROW
+    return answer_bytes(shape, width, answers_at_a_time(job), prompt, job.evaluation.max_new_tokens)
 
 
 def answers_at_a_time(job: Job) -> int:

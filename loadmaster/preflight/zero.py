@@ -76,7 +76,7 @@ def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
         kept, gradients = FP32 * bucket, FP32 * share
         # The bucket once more as one row of numbers, by rank; a large tensor as it is and cast.
         backward = max(FP32 * bucket, (w + FP32) * alone) + _gathered(shape, setup, parts)
-        step = FP32 * min(share, zero_settings.SUB_GROUP + largest // gpus)
+        step = FP32 * min(share, sub_group_size(shape, setup) + largest // gpus)
         host, rounded, on_gpu = 0, 0, weights + persistent
         if offloaded:
             gradients = step = 0.0
@@ -113,15 +113,23 @@ def sub_groups(shape: ModelShape, setup: Setup) -> list[int]:
     return _sub_groups(shape, replace(cutting_key(setup), world_size=setup.world_size))
 
 
+def sub_group_size(shape: ModelShape, setup: Setup) -> int:
+    """Elements at which DeepSpeed closes such a group."""
+    counted = ((False, shape.dense_layers), (True, shape.expert_layers))
+    trained = (p for experts, n in counted if n for p in layer_parts(shape, setup, experts) if p.trained)
+    largest = max((_elements(p, setup.width) for p in trained), default=0)
+    return zero_settings.sub_group(-(-largest // setup.world_size))
+
+
 @cache
 def _sub_groups(shape: ModelShape, setup: Setup) -> list[int]:
     embedding, *last = root_parts(shape, setup)
     counted = ((False, shape.dense_layers), (True, shape.expert_layers))
     layers = (part for experts, n in counted if n for part in n * list(layer_parts(shape, setup, experts)))
-    found = [0]
+    found, enough = [0], sub_group_size(shape, setup)
     for part in (embedding, *layers, *reversed(last)):  # the norm is before the head
         if part.trained:
-            if found[-1] >= zero_settings.SUB_GROUP:
+            if found[-1] >= enough:
                 found.append(0)
             found[-1] += -(-_elements(part, setup.width) // setup.world_size)
     return found

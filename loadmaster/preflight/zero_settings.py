@@ -8,7 +8,9 @@
                                DeepSpeed looks a bucket further at every module, however small
     max_reuse_distance         stage 3: 0: what a pass has used it lets go, however soon it is needed again
     param_persistence_threshold  stage 3: a tensor no larger is kept whole on every rank: norms, biases, adapters
-    sub_group_size             stage 3: parameters stepped together: bounds the fp32 copies of a step
+    sub_group_size             stage 3: parameters stepped together: bounds the fp32 copies of a step. DeepSpeed closes
+                               a group once it has so many, so it is told less by a layer's largest tensor: pinned, the
+                               group's gradients then are a block of 1 GiB, and not of 2
 
 Gradients are reduced and accumulated in fp32, as under fully_shard. DeepSpeed clips nothing: our optimizer does.
 """
@@ -23,6 +25,7 @@ REDUCE_BUCKET = 50_000_000
 PREFETCH_BUCKET = 50_000_000
 PERSISTENCE = 100_000
 SUB_GROUP = 2**28
+"""Elements of a group at most, but where embedding or head are larger."""
 
 
 def reduce_bucket(trainable: int) -> int:
@@ -35,11 +38,16 @@ def max_live(head: int, layer: int) -> int:
     return head + 2 * layer
 
 
+def sub_group(share: int) -> int:
+    """Elements at which a group is closed; share: a rank's of the largest trained tensor of a decoder layer."""
+    return SUB_GROUP - min(share, SUB_GROUP // 2)
+
+
 def deepspeed_config(
-    sharding: str, offload: str, pin_memory: bool, trainable: int, live: int, micro_batch_size: int
+    sharding: str, offload: str, pin_memory: bool, trainable: int, live: int, micro_batch_size: int, share: int = 0
 ) -> dict[str, Any]:
     """The configuration that DeepSpeed is given; trainable: elements of all trained parameters;
-    live: `max_live` of the model.
+    live: `max_live` of the model; share: what `sub_group` asks for.
 
     No "bf16": weights come in the dtype that the plan says. Set, zero1 alone would go to another optimizer of
     DeepSpeed's, with buffers of its own.
@@ -55,7 +63,7 @@ def deepspeed_config(
             "stage3_max_live_parameters": live,
             "stage3_max_reuse_distance": 0,
             "stage3_param_persistence_threshold": PERSISTENCE,
-            "sub_group_size": SUB_GROUP,
+            "sub_group_size": sub_group(share),
         }
         if offload == "all":
             zero["offload_param"] = host

@@ -73,7 +73,12 @@ class Zero(Strategy):
     def _config(self, loss: nn.Module, trained: list[nn.Parameter]) -> dict[str, Any]:
         pin, count = self.world.device.type == "cuda", sum(map(elements, trained))
         sharding, offload, rows = self.plan.sharding, self.plan.offload, self.plan.micro_batch_size
-        return deepspeed_config(sharding, offload, pin, count, self._live(loss), rows)
+        return deepspeed_config(sharding, offload, pin, count, self._live(loss), rows, self._layer_share(loss))
+
+    def _layer_share(self, loss: nn.Module) -> int:
+        """A rank's elements of the largest trained tensor of a decoder layer."""
+        trained = (p for layer in decoder_layers(loss) for p in layer.parameters() if p.requires_grad)
+        return -(-max(map(elements, trained), default=0) // self.world.size)
 
     def _live(self, loss: nn.Module) -> int:
         head = elements(causal_lm(loss).get_output_embeddings().weight)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -15,7 +19,9 @@ from loadmaster.data import Conversation
 from loadmaster.errors import DataError
 from loadmaster.evaluation import generate, run_task
 from loadmaster.models.load import load_base
+from loadmaster.training.world import World
 
+module = sys.modules["loadmaster.evaluation.generate"]
 QUESTIONS = [
     "What colour is the sky on a clear day?",
     "Count from one to five.",
@@ -80,6 +86,77 @@ def test_a_card_too_small_for_so_many_answers_gives_them_fewer_at_a_time(model, 
         most = 0
         with pytest.raises(torch.OutOfMemoryError):
             generate(model, tokenizer, [conversation(QUESTIONS[0])], 24, 4)
+
+
+@dataclass(frozen=True)
+class Side(World):
+    """A rank in a thread of its own; what ranks tell each other they leave in `said`, in their order."""
+
+    size: int = 2
+    said: list = field(default_factory=lambda: [None, None])
+    meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=20))
+
+    def gather(self, value):
+        self.said[self.rank] = value
+        self.meeting.wait()
+        everyone = list(self.said)
+        self.meeting.wait()
+        return everyone
+
+    def any(self, flag):
+        return any(self.gather(flag))
+
+
+def both_ranks(model, tokenizer, asked: int, at_a_time: int) -> list:
+    """What two ranks answer to `asked` questions, each beside how far it was said to be."""
+    first = Side()
+    sides = [first, replace(first, rank=1)]
+
+    def one(side: Side) -> tuple[list[str], list[int]]:
+        seen: list[int] = []
+        many = [conversation(QUESTIONS[i % len(QUESTIONS)]) for i in range(asked)]
+        made = generate(model, tokenizer, many, 4, at_a_time, lambda *at: seen.append(side.gather(at)[0][0]), side)
+        return made, seen
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, sides))
+
+
+def echo(tried: list, room) -> Callable:
+    """In the place of a batch's generation: the last token of each prompt, where there is `room` for so many."""
+
+    def batch(model, prompts, stops, pad_id, max_new_tokens, in_step):
+        tried.append((len(prompts), in_step))
+        if not room(len(prompts)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [ids[-1:] for ids in prompts]
+
+    return batch
+
+
+def test_a_rank_with_whole_weights_that_alone_runs_out_asks_fewer_and_keeps_step(model, tokenizer, monkeypatch):
+    tried: list = []
+    full = iter([True] + [False] * 100)  # one rank's first batch
+    monkeypatch.setattr(module, "_generate_batch", echo(tried, lambda _: not next(full)))
+    first, second = both_ranks(model, tokenizer, asked=10, at_a_time=4)
+    assert first == second and len(first[0]) == 10 and first[1] == [8, 10]
+    assert sorted(tried) == sorted([(4, False)] * 2 + [(2, False)] * 3)  # its four, two and two, and the last two
+
+
+def test_ranks_that_gather_layers_agree_on_as_many_as_each_has_room_for(model, tokenizer, monkeypatch):
+    tried, rooms = [], iter([True, False, True, True])  # of the two ranks; the second lacks room for four
+    monkeypatch.setattr(module, "is_spread", lambda _: True)
+    monkeypatch.setattr(module, "_has_room", lambda *_: next(rooms))
+    monkeypatch.setattr(module, "_generate_batch", echo(tried, lambda _: True))
+    first, second = both_ranks(model, tokenizer, asked=5, at_a_time=4)
+    assert first == second and len(first[0]) == 5 and first[1] == [4, 5]
+    assert sorted(tried) == [(1, True), (1, True), (2, True), (2, True)]  # the second goes along with the last one
+
+
+def test_a_longer_batch_is_asked_more_room_for(model):
+    one, four = (module._bytes(model, answers, 100, 24) for answers in (1, 4))
+    layer = 2 * 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    assert four - layer == pytest.approx(4 * (one - layer), abs=4) and one > layer + 30 * 2 * 4 * 192 * 124
 
 
 def test_a_long_answer_is_cut_at_max_new_tokens(model, tokenizer, alone):

@@ -9,8 +9,8 @@ import pytest
 
 from loadmaster import evaluation
 from loadmaster.config.schema import BatchConfig, EvaluationConfig, ExportConfig, HardwareConfig, Job, ModelConfig
-from loadmaster.export import candidates, smoke
-from loadmaster.preflight import make_plan, phases, verification
+from loadmaster.export import candidates, quantize, smoke
+from loadmaster.preflight import calibration, make_plan, phases, verification
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.explain import about_verification, can_export
 from loadmaster.preflight.hardware import from_catalog
@@ -73,7 +73,22 @@ def test_a_merge_takes_no_gpu_and_calibration_one_layer_of_it() -> None:
     layer = 2 * (8_030_261_248 - 2 * 128256 * 4096) / 32 / GIB
     assert gptq["quantize"].weights == pytest.approx(layer, rel=0.001)
     hessians = 4 * (5 * 4096**2 + 4096**2 + 14336**2) / GIB  # q, k, v, gate, up; o; down
-    assert gptq["quantize"].quantization - awq["quantize"].quantization == pytest.approx(hessians, abs=0.001)
+    stacked = 2 * 4 * 14336**2 / GIB  # down's, normalised and stacked
+    assert gptq["quantize"].quantization == pytest.approx(hessians + stacked, abs=0.001)
+    kept = 2 * 64 * 2048 * (2 * 4096 + 14336 + 2 * 4096) / GIB  # inputs of 64 rows, and outputs twice
+    assert awq["quantize"].activations == pytest.approx(kept, rel=0.02)
+
+
+def test_calibration_has_scores_where_they_are_capped_and_nowhere_else() -> None:
+    def more(name: str) -> float:
+        """GiB of rows twice as long beyond twice as much."""
+        model = ModelConfig(name=name)
+        made = [plan("lora", formats=("nvfp4",), model=model, sequence_length=length) for length in (2048, 4096)]
+        one, two = (each.phase_components_gib["quantize"].activations for each in made)
+        return two - 2 * one
+
+    assert more("meta-llama/Llama-3.1-8B") == pytest.approx(0.0, abs=0.001)
+    assert more("google/gemma-2-9b") == pytest.approx(10 * 16 * 2 * 2048**2 / GIB, abs=0.001)
 
 
 SEVENTY = ModelConfig(name="meta-llama/Llama-3.1-70B")
@@ -180,4 +195,5 @@ def test_numbers_of_other_rooms_are_theirs() -> None:
     assert verification.ANSWERS_AT_A_TIME == evaluation.AUTO_BATCH_SIZE
     assert smoke.ANSWER_TOKENS * (smoke.PROMPTS + 1) < verification.OTHER_PASSES
     calibrated = {name for name, made in candidates.CANDIDATES.items() if set(made) & set(candidates.CALIBRATED)}
+    assert calibration.WIDENED_BYTES == quantize.WIDE_BYTES
     assert set(phases.CALIBRATED) == calibrated and set(phases.EXPORT_BITS) == set(candidates.CANDIDATES)

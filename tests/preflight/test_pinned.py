@@ -12,12 +12,11 @@ import torch
 
 from loadmaster import catalog
 from loadmaster.models import recompute
-from loadmaster.preflight import zero_settings
 from loadmaster.preflight.memory import host_bytes
 from loadmaster.preflight.pinned import in_pieces, pinned
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shards import whole
-from loadmaster.preflight.zero import sub_groups
+from loadmaster.preflight.zero import sub_group_size, sub_groups
 from tests.preflight.test_memory import GIB, shape_of
 
 MIB, PROCESS = 2**20, 3 * GIB
@@ -101,8 +100,18 @@ def test_70b_under_zero2_by_hand() -> None:
 def test_sub_groups_of_zero3_are_deepspeeds(name: str, gpus: int) -> None:
     stage3 = pytest.importorskip("deepspeed.runtime.zero.stage3").DeepSpeedZeroOptimizer_Stage3
     params = [SimpleNamespace(partition_numel=partial(ceil, p.numel() / gpus)) for p in parameters(name)]
-    groups = stage3._create_fp16_sub_groups(SimpleNamespace(sub_group_size=zero_settings.SUB_GROUP), params)
+    size = sub_group_size(shape_of(name), setup("zero3", "all", gpus))
+    groups = stage3._create_fp16_sub_groups(SimpleNamespace(sub_group_size=size), params)
     real = [sum(p.partition_numel() for p in group) for group in groups]
     found = sub_groups(shape_of(name), setup("zero3", "all", gpus))
     assert sum(found) == sum(real) and len(found) == len(real)
     assert sum(pinned(4 * n) for n in found) == sum(pinned(4 * n) for n in real)
+
+
+def test_sub_groups_of_a_70b_stay_within_a_power_of_two() -> None:
+    """Groups of just over 2^28 elements would be pinned in blocks of 2 GiB, half of each empty."""
+    sharded = setup("zero3", "optimizer", 8)
+    groups = sub_groups(shape_of("llama-3.1-70b"), sharded)
+    assert sub_group_size(shape_of("llama-3.1-70b"), sharded) == 2**28 - 8192 * 28672 // 8
+    *layers, last = groups  # with the head
+    assert max(layers) <= 2**28 < last and sum(pinned(4 * n) for n in groups) < 1.2 * 4 * sum(groups)
