@@ -3,7 +3,7 @@
 Quantization libraries patch torch and transformers as they are imported, and a verification proves more
 when nothing of the trainer is left in memory. The step gets a JSON spec, prints progress lines, and
 writes a JSON result; whatever happens to it (an exception, a crash of native code, a hang) becomes an
-ExportRejected with the end of its error output.
+ExportRejected with the end of its error output, but for what the machine lacked, which is no fault of the export.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from loadmaster import collector
 from loadmaster.errors import ExportRejected, LoadmasterError
@@ -39,7 +39,8 @@ def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float,
 
     spec: must be JSON-able; the step finds the path for its result in it as "result".
     scratch: folder for spec and result.
-    Raises ExportRejected when the step fails, dies, or takes longer than timeout_s.
+    Raises ExportRejected when the step fails, dies, or takes longer than timeout_s, and LoadmasterError where it says
+    that the machine is at fault (no room in memory or on the disk), which says nothing of the export.
     """
     name = module.rsplit(".", 1)[-1]
     spec_path, result_path = scratch / f"{name}.spec.json", scratch / f"{name}.result.json"
@@ -72,6 +73,8 @@ def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float,
             return json.loads(result_path.read_text(encoding="utf-8"))
         errors.seek(0)
         tail = "".join(errors.readlines()[-TAIL_LINES:]).rstrip()
+    if code == LoadmasterError.exit_code and not timed_out.is_set():
+        raise LoadmasterError(f"the {name} step of the export could not be done, at: {last}\n{tail}")
     what = f"did not finish in {timeout_s:.0f} s" if timed_out.is_set() else f"ended with {_meaning(code)}"
     raise ExportRejected(f"the {name} step of the export {what}, at: {last}\n{tail}")
 
@@ -121,11 +124,16 @@ def step(main: Callable[[list[str]], None], arguments: list[str]) -> None:
         with explained("export"):
             main(arguments)
     except LoadmasterError as error:
-        sys.exit(str(error))
+        _end(str(error), error.exit_code)
     except Exception as error:
         if not is_full_disk(error):
             raise
-        sys.exit(f"the disk is full ({error})")
+        _end(f"the disk is full ({error})", LoadmasterError.exit_code)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    print(sentence, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def _end_with(parent: int | None) -> None:

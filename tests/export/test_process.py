@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loadmaster.errors import ExportRejected
+from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export.process import LAUNCHER_VARIABLES, answering_s, run_step
 
 
@@ -43,20 +43,37 @@ def test_a_step_gets_its_spec_reports_progress_and_gives_its_result(step):
     ("source", "message"),
     [
         ("progress('loading x'); raise RuntimeError('boom 17')", r"exit code 1, at: loading x(.|\n)*boom 17"),
-        ("raise DataError('line 3 is empty')", r"exit code 1, at: starting\nline 3 is empty$"),
-        (
-            "import torch; raise torch.OutOfMemoryError('CUDA out of memory')",
-            r"starting\nout of GPU memory in the export stage(.|\n)*evaluation.batch_size, or on a larger card$",
-        ),
+        ("raise DataError('line 3 is empty')", r"exit code 2, at: starting\nline 3 is empty$"),
         ("os.kill(os.getpid(), 11)", "signal 11"),
         ("os.kill(os.getpid(), 9)", "ran out of memory"),
         ("pass", "exit code 0"),
     ],
-    ids=["exception", "error of the user's", "a full card", "crash", "killed", "no result"],
+    ids=["exception", "error of the user's", "crash", "killed", "no result"],
 )
 def test_however_a_step_dies_is_an_export_rejected_with_what_it_said(step, source, message):
     with pytest.raises(ExportRejected, match=message):
         step(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "import torch; raise torch.OutOfMemoryError('CUDA out of memory')",
+            r"starting\nout of GPU memory in the export stage(.|\n)*evaluation.batch_size, or on a larger card$",
+        ),
+        (
+            "from loadmaster.models.spread import NoRoom; raise NoRoom('one layer is larger')",
+            r"could not be done, at: starting\none layer is larger$",
+        ),
+        ("raise OSError(28, 'No space left on device')", r"could not be done, at: starting\nthe disk is full"),
+    ],
+    ids=["a full card", "no room", "a full disk"],
+)
+def test_what_the_machine_lacks_says_nothing_of_the_export(step, source, message):
+    with pytest.raises(LoadmasterError, match=message) as caught:
+        step(source)
+    assert caught.value.exit_code == LoadmasterError.exit_code
 
 
 def test_a_step_that_hangs_is_ended_and_said_to_hang(step):
