@@ -28,7 +28,7 @@ from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export.harness import Asked, Harness
 from loadmaster.export.harness import failures as task_failures
 from loadmaster.export.manifest import NAME as MANIFEST
-from loadmaster.export.manifest import is_served, no_export, read_manifest
+from loadmaster.export.manifest import is_served, no_export, read_manifest, verify_manifest
 from loadmaster.export.process import answering_s, run_step, timeout_s
 from loadmaster.export.room import beside_weights
 from loadmaster.export.serve_client import Client
@@ -160,7 +160,7 @@ def _interpreters(
 
 
 def exported(run_dir: Path, formats: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Manifests of the formats to check. Raises ExportRejected for one that is not there."""
+    """Manifests of the formats to check. Raises ExportRejected for one that is not there, or not as it was exported."""
     found = sorted(name for name in LIMITS if (run_dir / "export" / name / MANIFEST).is_file())
     if not found:
         raise no_export(run_dir)
@@ -168,6 +168,10 @@ def exported(run_dir: Path, formats: list[str] | None) -> dict[str, dict[str, An
         raise ExportRejected(f"{run_dir} has no {', '.join(absent)}: give the run directory itself.")
     if missing := [name for name in formats or [] if name not in found]:
         raise ExportRejected(f"{run_dir} has no export {', '.join(missing)}; it has {', '.join(found)}.")
+    for name in formats or found:
+        if problems := verify_manifest(folder := run_dir / "export" / name):
+            listed = "\n  ".join(problems)
+            raise ExportRejected(f"{folder} is not what was exported, so no server is asked:\n  {listed}")
     return {name: read_manifest(run_dir / "export" / name) for name in formats or found}
 
 

@@ -79,8 +79,8 @@ def test_base_and_exports_are_asked_and_one_that_lost_too_much_fails(
 ):
     export = checked.folder / "export"
     for name, score in (("bf16", 0.58), ("int4", 0.3)):
-        serve_as(export / name, "honest")
         (export / name / "scores").write_text(json.dumps(score))
+        serve_as(export / name, "honest")
     command = ["serve-check", str(checked.folder), "--python", str(stand_in), "--formats", "bf16", "int4"]
     assert main([*command, "--tasks", "capitals", "--limit", "8"]) == 5
     record = read_json(checked.folder / "serve-check.json")

@@ -23,10 +23,11 @@ from loadmaster.data import prepare
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export import harness, thresholds
 from loadmaster.export.harness import Harness
+from loadmaster.export.manifest import read_manifest, write_manifest
 from loadmaster.export.serve_check import questions, serve_check
 from loadmaster.export.serve_compare import LIMITS
 from loadmaster.export.serve_fp8 import PROBE, refuse_slow_fp8
-from loadmaster.files import read_json, write_json
+from loadmaster.files import read_json
 from loadmaster.rundir import RunDir
 
 TASKS = Path(__file__).with_name("harness_tasks")
@@ -41,11 +42,8 @@ def write_run_files(run: Run) -> None:
 def serve_as(folder: Path, behaviour: str) -> None:
     """An export to the stand-in: a manifest, and how the server of it behaves."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "manifest.json",
-        {"schema": 1, "format": folder.name, "stop_token_ids": [2], "adapter": {"rank": 4}},
-    )
     (folder / "behaviour").write_text(behaviour)
+    write_manifest(folder, {"format": folder.name, "stop_token_ids": [2], "adapter": {"rank": 4}})
 
 
 @pytest.fixture
@@ -173,6 +171,15 @@ def test_an_export_that_does_not_load_fails_its_format_without_a_server(checked,
     assert failure == "it does not load: model.safetensors is torn"
 
 
+def test_an_export_that_was_changed_is_refused_before_anything_is_started(checked, capsys):
+    serve_as(checked.folder / "export" / "bf16", "honest")
+    (checked.folder / "export" / "bf16" / "behaviour").write_text("base")
+    (checked.folder / "export" / "bf16" / "more").touch()
+    assert main(["serve-check", str(checked.folder)]) == 5
+    said = capsys.readouterr().err
+    assert "bf16 is not what was exported" in said and "behaviour: " in said and "more: not in the manifest" in said
+
+
 def test_a_run_without_exports_or_without_the_format_is_refused(tmp_path, capsys):
     assert main(["serve-check", str(tmp_path)]) == 5
     assert "holds no export" in capsys.readouterr().err
@@ -261,7 +268,9 @@ def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_
     kept = {"bf16", "adapter", "fp8"} & set(results)
     assert all(results[name]["tuned_share"] == pytest.approx(1, abs=0.1) for name in kept)
 
-    shutil.copyfile(smollm2 / "model.safetensors", run.folder / "export" / "bf16" / "model.safetensors")
+    taken = run.folder / "export" / "bf16"
+    shutil.copyfile(smollm2 / "model.safetensors", taken / "model.safetensors")
+    write_manifest(taken, {key: said for key, said in read_manifest(taken).items() if key not in ("schema", "files")})
     asked = Harness(("loadmaster_tickets", "loadmaster_capitals"), TASKS, limit=8, max_drop=0.5)
     served = serve_check(run.folder, ["bf16"], None, print, asked)["bf16"]
     assert "the base model is served, the fine-tune is not applied" in served["failures"][0]
