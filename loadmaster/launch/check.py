@@ -16,7 +16,7 @@ from loadmaster.errors import IN_THE_JOB, Problem
 from loadmaster.launch.choose import nodes_of
 from loadmaster.launch.order import VOLUME_GB
 from loadmaster.launch.payload import THERE, data_paths
-from loadmaster.launch.wheel import is_file
+from loadmaster.launch.wheel import is_file, of_the_default_kind
 
 SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|(^|_)(PAT|PASS|AUTH|DSN)($|_)",
@@ -94,7 +94,7 @@ def _rented(job: Job) -> list[Problem]:
     if job.model.path is not None:
         remedy = "model.name of a Hub model (private ones with launch.secrets.HF_TOKEN=NAME)"
         wrong("model.path", job.model.path, "a folder here does not travel with the job", remedy)
-    if launch.package is None and launch.image == LaunchConfig().image:
+    if launch.package is None and of_the_default_kind(launch.image):
         message = "the default image has no loadmaster in it"
         wrong("launch.package", None, message, "leave it out: this very code travels; or launch.image= one that has it")
     if launch.package is not None and is_file(launch.package):

@@ -22,7 +22,7 @@ from loadmaster.errors import ConfigError
 from loadmaster.launch.choose import Choice, on
 from loadmaster.launch.payload import by_volume, identity, payload
 from loadmaster.launch.provider import MOUNT, Order, Upload, Volume
-from loadmaster.launch.wheel import constraints, travelling
+from loadmaster.launch.wheel import constraints, of_the_default_kind, travelling
 
 ROOM = f"{MOUNT}/loadmaster"
 PAYLOAD_BYTES = 96 << 10
@@ -99,7 +99,7 @@ def make_order(
         "package": None if launch.package == "auto" or wheel else launch.package,
         "wheel": wheel and {"name": wheel.name, "sha256": wheel.sha256, "parts": len(packed)},
         "constraints": pins and f"{folder}/{CONSTRAINTS}",
-        "own_environment": launch.image == LaunchConfig().image,
+        "own_environment": of_the_default_kind(launch.image),
         "remedy": "launch.image or launch.package must match",
         "folder": folder,
         "run_dir": run_dir,

@@ -121,6 +121,8 @@ class _Followed:
         self.lines: queue.Queue[tuple[int, LogLine | str]] = queue.Queue()
         self.leaving = threading.Event()
         self.unanswered = False
+        self.silent_at = 0.0
+        """When the provider last did not answer, by the clock that stands still while a laptop sleeps."""
         self.threads: list[threading.Thread] = []
 
     def to_the_end(self) -> int:
@@ -169,13 +171,15 @@ class _Followed:
                         return
             except ProviderError as error:
                 broken = str(error)
+                if isinstance(error, NoAnswer):
+                    self.silent_at = time.monotonic()
             self.lines.put((node, broken))
             self.leaving.wait(POLL_S)
 
     def _follow(self) -> None:
         """Until node 0's end event, or what there is of one."""
         until, looked = self._until(), self.launch.clock()
-        began = time.monotonic()  # which stands still while a laptop sleeps
+        self.silent_at = time.monotonic()
         while not self.board.over(NODE_GRACE_S):
             broken = None
             try:
@@ -192,7 +196,7 @@ class _Followed:
                     f"{self.board.hours:.2f} h are over (launch.max_hours, launch.max_usd); the job was told to "
                     "save a checkpoint before"
                 )
-            if not self.board.armed and time.monotonic() - began > START_S:
+            if not self.board.armed and time.monotonic() - self.silent_at > START_S:
                 raise ProviderError(
                     f"the machine has not started the job after {START_S / 60:.0f} minutes; does the entry point of "
                     f"{self.launch.composed.job.launch.image} run its arguments, and has it python3?"
@@ -219,7 +223,7 @@ class _Followed:
         except NoAnswer as error:  # which says nothing of the machine: it has its own switch
             if not self.unanswered:
                 self.launch.echo(f"{error}; the job goes on there, and is followed again once there is an answer")
-            self.unanswered = True
+            self.unanswered, self.silent_at = True, time.monotonic()
             return
         self.unanswered = False
         if present is None or not present.alive:

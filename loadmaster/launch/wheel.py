@@ -49,11 +49,22 @@ class Wheel:
 def travelling(launch: LaunchConfig) -> Wheel | None:
     """What launch.package sends along: this code, a wheel that lies here, or None where pip or the image has it."""
     if launch.package == "auto":
-        return own() if launch.image == LaunchConfig().image else None
+        return own() if of_the_default_kind(launch.image) else None
     if launch.package is not None and is_file(launch.package):
         path = local_path(launch.package)
         return Wheel(path.name, path.read_bytes())
     return None
+
+
+def of_the_default_kind(image: str) -> bool:
+    """Whether an image is the default one, in this or another version: PyTorch and what goes with it, no loadmaster."""
+    return _repository(image) == _repository(LaunchConfig().image)
+
+
+def _repository(image: str) -> str:
+    """Of NAME:TAG or NAME@DIGEST, where a registry's port has a colon too."""
+    name = image.partition("@")[0]
+    return name if ":" not in name.rpartition("/")[2] else name.rpartition(":")[0]
 
 
 def constraints() -> bytes | None:

@@ -177,6 +177,20 @@ def test_an_hour_without_an_answer_ends_no_job(place, kind):
     assert place.fake.pods == {}
 
 
+def test_a_provider_that_is_silent_is_no_machine_that_does_not_start(place, monkeypatch):
+    to_the_end = rented._Followed.to_the_end
+
+    def from_now_on_silent(followed):
+        now = len(place.fake.calls)
+        place.fake.faults = dict.fromkeys(range(now, now + 200), "500")
+        return to_the_end(followed)
+
+    monkeypatch.setattr(rented, "START_S", 1.0)
+    monkeypatch.setattr(rented._Followed, "to_the_end", from_now_on_silent)
+    assert place.launch("launch.env.STAND_IN_S='1'") == 0, place.said
+    assert "has not started the job" not in place.said
+
+
 def test_a_disk_that_is_full_here_ends_no_job_there(place, monkeypatch):
     monkeypatch.setattr(rented, "log_file", lambda path: log_file(Path("/dev/full")))
     assert place.launch() == 0, place.said

@@ -143,6 +143,19 @@ def test_the_default_images_own_packages_are_not_found_beside_those_that_came_al
     assert f"| from {made}/lib/" in place.said and "No module named 'torch'" in place.said
 
 
+@pytest.mark.parametrize(
+    ("image", "is_one"),
+    [
+        (LaunchConfig().image, True), ("runpod/pytorch", True), ("runpod/pytorch:another-tag", True),
+        ("runpod/pytorch@sha256:1234", True), ("me/pytorch:1", False), ("localhost:5000/me/image", False),
+    ],
+)  # fmt: skip
+def test_another_version_of_the_default_image_is_one_too(image, is_one):
+    """Its packages are left alone as the default one's are, and it has no loadmaster."""
+    assert wheel.of_the_default_kind(image) == is_one
+    assert (wheel.travelling(LaunchConfig(image=image)) is not None) == is_one
+
+
 def test_an_image_that_has_other_code_under_this_version_gets_the_code_that_came_along(place, monkeypatch):
     """A real environment with a loadmaster of its own, into which the real pip of the tests' Python installs."""
     without_its_requirements(place, monkeypatch)
