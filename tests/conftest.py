@@ -30,7 +30,7 @@ LONGEST = {
         "tests/export/test_candidates.py", "tests/models/test_gpu_code.py",
     ),
     "not slow": (
-        "tests/preflight/test_replay.py", "tests/test_pipeline.py", "tests/test_preemption.py",
+        "tests/preflight/test_replay.py", "tests/test_pipeline.py",
         "tests/launch/test_launch_job.py", "tests/export/test_broken.py", "tests/training/test_compiled.py",
         "tests/export/test_stage.py", "tests/launch/test_ends.py", "tests/export/test_spread.py",
         "tests/config/test_compose.py", "tests/config/test_hydra_app.py", "tests/launch/test_deploy.py",

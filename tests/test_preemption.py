@@ -46,6 +46,7 @@ def wait_for_step(process, folder, step):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_step_then_stopped_by_a_signal_the_same_command_continues_bit_for_bit(
     tmp_path, uninterrupted
 ):

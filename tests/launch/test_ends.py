@@ -46,6 +46,7 @@ def rent(place, *names: str) -> None:
         place.provider.rent(made)
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_a_pod_that_ends_itself(place):
     """SIGKILL: no handler runs, no request is sent. The switch on the machine is all that is left."""
     place.runner.environment = {"PYTHONPATH": str(ROOT)}

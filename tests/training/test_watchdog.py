@@ -279,6 +279,7 @@ def stacks(tmp_path):
     return {file.name: file.read_text() for file in sorted((tmp_path / "logs").glob("*.stack"))}
 
 
+@pytest.mark.slow
 def test_a_rank_that_sleeps_is_named_and_every_stack_is_written(tmp_path):
     done = run(tmp_path, "sleep", 1, size=2, local_size=1)
     assert done.codes == [4, 4], done.output
