@@ -34,7 +34,7 @@ from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.files import write_json, write_text
-from loadmaster.launch.board import Board
+from loadmaster.launch.board import Board, log_file
 from loadmaster.launch.context import Launch, undisturbed
 from loadmaster.launch.follow import MARK
 from loadmaster.launch.host import ANSWER_S, Host
@@ -307,7 +307,7 @@ class _Hosts:
         """The job's exit code, with its small files brought back."""
         launch = self.launch
         with (
-            open(launch.folder / "node.log", "a", encoding="utf-8") as log,
+            log_file(launch.folder / "node.log") as log,
             Board(launch, log, len(self.nodes), None) as self.board,
             launch.stop.deferred(),
         ):

@@ -160,7 +160,8 @@ def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
     shown = ", which is here to try things on" if all(path.startswith(SCHEME) for path in paths) else ""
     most = job.batch.global_size
     size = f"{'up to ' if mean_rows(job, dataset_tokens) < most else ''}{most} x {job.sequence_length:,} tokens"
-    rows = f"{count:,} step{'s' if count > 1 else ''} of {size}"
+    about = "" if job.max_steps is not None else "about "
+    rows = f"{about}{count:,} step{'s' if count > 1 else ''} of {size}"
     return [f"the hours are those of {rows}: {whole} of {named}{shown}"]
 
 
