@@ -9,6 +9,7 @@ every kernel is assembled by ptxas, which comes with Triton. Nothing is run. Pri
     graphs    [[forward or backward or loss, kernels assembled]]
     bytes     that a token of a layer moves, in kernels that memory bounds: fused ones, and narrow products
     backward  bytes of a token in use at once that a layer's backward pass makes
+    mixed     graphs with a kernel that sums over tokens and over features at once
 
 The GPU is a stand-in at each place where inductor and Triton ask what it is. A CPU build of PyTorch brings no Triton;
 `make setup` puts one beside the environment, where nothing else finds it.
@@ -214,7 +215,9 @@ def main(method: str, precision: str, capability: str, config: str = "{}") -> No
         found = [(kind, assembled(code, Path(folder))) for kind, code, _ in graphs]
     moved = sum(moved for *_, moved in graphs[:-1])
     backward = next(code for kind, code, _ in graphs if kind == "backward")
-    print(json.dumps({"graphs": found, "bytes": round(moved / TOKENS), "backward": round(made(backward) / TOKENS)}))
+    mixed = sum("MixOrderReductionGrid" in code for _, code, _ in graphs)
+    said = {"graphs": found, "bytes": round(moved / TOKENS), "backward": round(made(backward) / TOKENS), "mixed": mixed}
+    print(json.dumps(said))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,9 @@ def compile_layers(model: nn.Module) -> None:
     # pass: a third of what a layer would keep, for about 1% of a step's time (modelled).
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._inductor.config.post_grad_custom_pre_pass = MergeNarrowProducts()
+    # Sums over tokens that share a kernel with others over features are left unwritten where they are to be part of a
+    # larger tensor, from 16k tokens on: wrong gradients without a word (pytorch #193061, torch 2.10 to 2.13).
+    torch._inductor.config.triton.mix_order_reduction = False
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of selective checkpoints
     lm = causal_lm(model)
     lm.disable_input_require_grads()
