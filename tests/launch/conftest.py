@@ -1,16 +1,19 @@
-"""The fixture `place`: a fake account whose machines run a stand-in for the job."""
+"""The fixtures `place`, a fake account whose machines run a stand-in for the job, and `s3`, its volume's API."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
+from loadmaster.launch import endpoint_command, order, rented
 from loadmaster.launch import job as job_module
-from loadmaster.launch import order, rented
+from loadmaster.launch.runpod import Api, RunpodClient
 from tests.launch.fake_runpod import FakeRunpod
-from tests.launch.place import STAND_IN, Place
+from tests.launch.fake_s3 import ACCESS, SECRET, FakeS3
+from tests.launch.place import QUICK, STAND_IN, Place
 
 
 @pytest.fixture
@@ -32,3 +35,18 @@ def place(tmp_path, monkeypatch):
     with FakeRunpod() as fake:
         yield Place(fake, tmp_path)
         assert fake.violations == []
+
+
+@pytest.fixture
+def s3(place, monkeypatch) -> Iterator[FakeS3]:
+    """The account's volume has an S3 API, and this laptop its key."""
+    with FakeS3(["vol0001"]) as s3:
+        for name, value in {
+            "RUNPOD_API_KEY": place.fake.key, "RUNPOD_S3_URL": s3.url, "AWS_ACCESS_KEY_ID": ACCESS,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.01)
+        client = lambda: RunpodClient(Api(place.fake.key, place.fake.url, QUICK))  # noqa: E731
+        monkeypatch.setattr(endpoint_command, "_client", client)
+        yield s3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,12 @@ import pytest
 from loadmaster.cli import main
 from loadmaster.errors import ProviderError
 from loadmaster.files import write_json
-from loadmaster.launch import after, endpoint_command
+from loadmaster.launch import after
 from loadmaster.launch.after import is_small_file
 from loadmaster.launch.bucket import Bucket
-from loadmaster.launch.runpod import Api, RunpodClient
 from tests.launch.fake_runpod import FakeRunpod
 from tests.launch.fake_s3 import ACCESS, FAULTS, SECRET, FakeS3
-from tests.launch.place import QUICK, everything_written
-
-
-@pytest.fixture
-def s3(place, monkeypatch) -> Iterator[FakeS3]:
-    with FakeS3(["vol0001"]) as s3:
-        for name, value in {
-            "RUNPOD_API_KEY": place.fake.key, "RUNPOD_S3_URL": s3.url, "AWS_ACCESS_KEY_ID": ACCESS,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-        }.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.01)
-        client = lambda: RunpodClient(Api(place.fake.key, place.fake.url, QUICK))  # noqa: E731
-        monkeypatch.setattr(endpoint_command, "_client", client)
-        yield s3
+from tests.launch.place import everything_written
 
 
 class Unwatched:

@@ -24,11 +24,10 @@ from loadmaster.files import read_json, write_json
 from loadmaster.launch import bucket, endpoint_command, order
 from loadmaster.launch.inference import Inference
 from loadmaster.launch.job import _with_a_way_home
-from loadmaster.launch.runpod import Api, RunpodClient
 from tests.launch.fake_inference import FakeInference
-from tests.launch.fake_s3 import ACCESS, FAULTS, SECRET, FakeS3
-from tests.launch.place import QUICK, everything_written
+from tests.launch.fake_s3 import FAULTS, SECRET, FakeS3
 from tests.launch.place import SECRET as HF_SECRET
+from tests.launch.place import everything_written
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = [
@@ -74,20 +73,11 @@ def leave_on_volume(workspace: Path, s3: FakeS3) -> None:
 
 
 @pytest.fixture
-def there(place, monkeypatch) -> Iterator[FakeS3]:
-    """An account whose volume has an S3 API, and a laptop that has its key."""
+def there(place, s3, monkeypatch) -> FakeS3:
+    """Machines that run this code, and calls that do not wait long."""
     place.runner.environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with FakeS3(["vol0001"]) as s3:
-        for name, value in {
-            "RUNPOD_API_KEY": place.fake.key, "RUNPOD_S3_URL": s3.url, "AWS_ACCESS_KEY_ID": ACCESS,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-        }.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(bucket, "Bucket", partial(bucket.Bucket, read_timeout_s=1))
-        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.01)
-        client = lambda: RunpodClient(Api(place.fake.key, place.fake.url, QUICK))  # noqa: E731
-        monkeypatch.setattr(endpoint_command, "_client", client)
-        yield s3
+    monkeypatch.setattr(bucket, "Bucket", partial(bucket.Bucket, read_timeout_s=1))
+    return s3
 
 
 @pytest.fixture
