@@ -140,8 +140,12 @@ def enumerate_tier(
     if tier["in_backward"]:  # under ddp gradients lie in its buckets
         shared = [way for way in shared if way[0] != "ddp"]
 
+    short: dict[tuple, Candidate] = {}  # of a full fine-tune, what did not fit in the first precision
+
     def candidate(precision: str, split: tuple[str, int, bool], checkpointing: str, size: int) -> Candidate | None:
         sharding, replicas, reshard = split
+        if (twin := (split, checkpointing, size)) in short:
+            return short[twin]  # what does not fit in bf16 does not in fp8: casts come beside the same weights
         if job.compile is True and not may_compile(job, checkpointing, size * job.sequence_length):
             return None
         setup = Setup(
@@ -151,7 +155,12 @@ def enumerate_tier(
             gradient_accumulation_steps=rows // size,
         )  # fmt: skip
         nearest = explain and not (setup.keeps_weights or (sharding == "ddp" and len(shared) > 1))
-        return evaluate(job, shape, hardware, setup) if nearest or conceivable(job, shape, hardware, setup) else None
+        if not (nearest or conceivable(job, shape, hardware, setup)):
+            return None
+        made = evaluate(job, shape, hardware, setup)
+        if tier["method"] == "full" and not made.fits:
+            short[twin] = made
+        return made
 
     roomy_in = set()
     for precision, split in product(precisions(job, hardware, tier), shared):
