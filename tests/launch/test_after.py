@@ -105,6 +105,10 @@ def test_without_its_key_what_is_not_known_is_said_and_fetch_brings_it_home_late
     assert main(["fetch", str(run)]) == 4 and "exported nothing" in "".join(capsys.readouterr())
     with pytest.raises(ProviderError, match="without a volume nothing of it is kept"):
         place.launch("launch.volume=null")
+    monkeypatch.setattr(after, "reachable", lambda place: False)  # fetch would bring nothing
+    with pytest.raises(ProviderError, match=r"have no S3 API\. The same command goes on") as unreachable:
+        place.launch("seed=2")
+    assert "loadmaster fetch" not in str(unreachable.value)
 
 
 def test_exports_are_fetched_though_the_log_lost_the_small_files(place, s3, tmp_path) -> None:
