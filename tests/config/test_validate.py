@@ -254,6 +254,8 @@ def test_rules_are_reported_beside_wrong_values_but_not_about_them():
         ("- lora\n", "recipe/mine", "recipes/mine.yaml", "Cannot merge", "mend this file"),
         ("defaults:\n  - override /model: tinny\n", "model", "recipes/mine.yaml:2", "there is no model of this name",
          "the options are llama2_13b, llama3_1_405b, llama3_1_70b, llama3_1_8b, smollm2_135m"),
+        ("defaults:\n  - /tracker: [mlflow]\n  - override /model: tinny\n", "model", "recipes/mine.yaml:3",
+         "there is no model of this name", "the options are"),
         ("defaults:\n  - /recipes/smoke\n", "recipes/smoke", "recipes/mine.yaml:2", "there is no group recipes",
          "recipe/smoke; the groups are data, endpoint"),
         ("defaults:\n  - override /modl: x\n", "modl", "recipes/mine.yaml:2", "no such group", "override /model: ..."),
