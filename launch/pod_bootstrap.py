@@ -312,8 +312,9 @@ def once(job, redact):
     with contextlib.suppress(OSError, ValueError, TypeError), open(record) as file:  # the container was started again
         code, said = json.load(file)
         over = job["deadline"] is not None and time.time() > job["deadline"] - job["stop_before_s"]
-        if code != STOPPED or over:  # stopped by the host, it goes on
+        if code != STOPPED or over:
             return code, said
+        os.remove(record)  # stopped by the host, it goes on: what ends the machine now is another end
     said = prepare(job, redact)
     code = 2 if said else run(job, redact)
     with contextlib.suppress(OSError):  # a full disk

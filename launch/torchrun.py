@@ -32,6 +32,7 @@ from loadmaster import starting
 if __name__ == "__main__":  # until the agent takes the signals
     starting.listen()
 
+from loadmaster.ending import ended
 from loadmaster.errors import LoadmasterError, StoppedOnRequest
 from loadmaster.streams import settle_streams
 from loadmaster.training.agent import Meeting, Workers, run_workers
@@ -203,4 +204,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main()))

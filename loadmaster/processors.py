@@ -29,6 +29,13 @@ def usable() -> int:
     return count if most is None else max(1, min(count, int(most)))
 
 
+def threads() -> int:
+    """Threads that libraries compute with: as OMP_NUM_THREADS says (the first number of several), else one a usable
+    processor."""
+    asked = os.environ.get(THREADS, "").partition(",")[0].strip()
+    return int(asked) if asked.isdigit() and int(asked) > 0 else usable()
+
+
 def quota() -> float | None:
     """Processors' worth of time that the container may take; None without a limit."""
     for read in (lambda: QUOTA.read_text().split(), lambda: [path.read_text() for path in QUOTA_V1]):

@@ -54,6 +54,15 @@ def test_libraries_are_told_of_a_quota_that_binds_and_of_nothing_else(machine, m
     assert processors.is_ours(processors.THREADS) and not processors.is_ours(processors.COMPILERS)
 
 
+@pytest.mark.parametrize(
+    ("asked", "count"), [(None, 16), ("", 16), ("3", 3), ("4,2", 4), (" 5 ", 5), ("0", 16), ("x", 16)]
+)
+def test_a_users_number_of_threads_is_read_as_openmp_reads_it(monkeypatch, asked, count):
+    if asked is not None:
+        monkeypatch.setenv(processors.THREADS, asked)
+    assert processors.threads() == count
+
+
 def test_workers_share_what_the_quota_leaves_though_their_parent_was_told_of_all_of_it(machine):
     from loadmaster.training.agent import Workers, _defaults
 

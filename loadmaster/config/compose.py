@@ -22,7 +22,7 @@ from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from loadmaster.config.fields import fields
-from loadmaster.config.hydra_errors import explain, explain_section
+from loadmaster.config.hydra_errors import explain, explain_circle, explain_section
 from loadmaster.config.hydra_sources import GROUP, PRIMARY, Loader, config_loader
 from loadmaster.config.origins import COMMAND_LINE, lines_of, origin_of, origins_of_files
 from loadmaster.config.overrides import Overrides, groups_of, read_overrides, reading_order
@@ -172,6 +172,8 @@ def load(
             found = explain_section(loader, config_name, overrides)
             if found is None:
                 raise
+        except RecursionError:
+            found = explain_circle(loader, config_name, overrides)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             found = explain(loader, error, config_name, overrides)
         problem, culprit = found

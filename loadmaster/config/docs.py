@@ -97,7 +97,7 @@ EXIT_CODES = """\
 | 0 | done |
 | 2 | the configuration, the data or an option of the command is wrong |
 | 3 | nothing fits; `plan.json` says what would |
-| 4 | training failed; or a command could not do what it was asked for: \
+| 4 | training failed; the machine has no room for an export; or a command could not do what it was asked for: \
 the folder is no run or lacks the stage (`deploy`, `fetch`, `endpoint`), \
 a key is not set, or the provider, a host or the Hub refused |
 | 5 | an export did not pass verification and nothing is published; \

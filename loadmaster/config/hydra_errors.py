@@ -7,6 +7,7 @@ is not recognised is passed on in Hydra's own words.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -69,6 +70,18 @@ def explain_section(
     swept = key.startswith("hydra.sweeper.params")
     remedy = "give what is swept itself: --multirun seed=1,2" if swept else "check the key and the value"
     return Problem(key, value, COMMAND_LINE, "Hydra cannot set it", remedy), culprit
+
+
+def explain_circle(loader: ConfigLoaderImpl, config_name: str, overrides: list[str]) -> tuple[Problem, None]:
+    """Where a recipe's defaults list leads back to the recipe: Hydra goes round until Python stops it. `- /recipe: x`
+    does so by itself, for the command line's choice of the group takes the place of x."""
+    paths = [o.replace("=", "/", 1) for o in overrides if o.startswith(f"{GROUP}=")]
+    file = next(filter(None, (file_of(loader, path) for path in (*paths, config_name))), None)
+    line = file and next((n for n, text in _numbered(file) if re.match(rf"\s*-\s*/?{GROUP}\b", text)), None)
+    origin = f"{display_path(file)}:{line}" if file and line else config_name
+    message = "leads back to this recipe, and so on without end"
+    remedy = f"- /{GROUP}/NAME takes in another recipe, one that does not take in this one"
+    return Problem("defaults", None, origin, message, remedy), None
 
 
 def _composes(loader: ConfigLoaderImpl, config_name: str, overrides: list[str]) -> bool:
@@ -150,7 +163,11 @@ def _bad_override(loader: ConfigLoaderImpl, culprit: str, text: str) -> Problem:
 
 
 def _line_of_group(file: Path, group: str) -> int | None:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in _numbered(file):
         if re.match(rf"\s*-\s*(override\s+)?/?{re.escape(group)}\s*:", line):
             return number
     return None
+
+
+def _numbered(file: Path) -> Iterator[tuple[int, str]]:
+    return enumerate(file.read_text(encoding="utf-8").splitlines(), 1)

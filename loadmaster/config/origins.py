@@ -76,8 +76,9 @@ def line_of_default(file: Path, option: str) -> int | None:
     for key, value in root.value if isinstance(root, yaml.MappingNode) else []:
         if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
             for item in value.value:
-                names = [v.value for _, v in item.value] if isinstance(item, yaml.MappingNode) else [item.value]
-                if option in (name.rpartition("/")[2] for name in names):  # - /GROUP/OPTION
+                asked = [v for _, v in item.value] if isinstance(item, yaml.MappingNode) else [item]
+                each = (n for node in asked for n in (node.value if isinstance(node, yaml.SequenceNode) else [node]))
+                if option in (name.value.rpartition("/")[2] for name in each):  # - /GROUP/OPTION
                     return item.start_mark.line + 1
     return None
 

@@ -108,7 +108,7 @@ def _as_text(argument: str) -> str | None:
 
 def assigned(key: str, text: str) -> str:
     """`key=text` as a word of a command line, quoted for Hydra where its grammar would read something else."""
-    if not re.search(r"""['"\[\]{},]""", text):
+    if re.fullmatch(r"[\w./:@%+-]+", text):
         return f"{key}={text}"
     # A backslash is itself, but for those in front of a quote.
     inside = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)

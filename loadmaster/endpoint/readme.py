@@ -142,11 +142,11 @@ def gguf_commands(manifests: dict[str, dict[str, Any]], name: str, context: int)
         ])  # fmt: skip
     if "bf16" not in manifests:
         return ""
-    file = f"{name}.gguf"
+    stem = name.replace("/", "-")
     return "\n".join([
-        f"python convert_hf_to_gguf.py ../export/bf16 --outtype bf16 --outfile {file}      # in llama.cpp",
-        f"llama-quantize {file} {name}-q4_k_m.gguf Q4_K_M",
-        f"llama-server --model {name}-q4_k_m.gguf --ctx-size {context} --alias {name}",
-        f"printf 'FROM ./{name}-q4_k_m.gguf\\nPARAMETER num_ctx {context}\\n' > Modelfile",
+        f"python convert_hf_to_gguf.py ../export/bf16 --outtype bf16 --outfile {stem}.gguf      # in llama.cpp",
+        f"llama-quantize {stem}.gguf {stem}-q4_k_m.gguf Q4_K_M",
+        f"llama-server --model {stem}-q4_k_m.gguf --ctx-size {context} --alias {name}",
+        f"printf 'FROM ./{stem}-q4_k_m.gguf\\nPARAMETER num_ctx {context}\\n' > Modelfile",
         f"ollama create {name} -f Modelfile",
     ])  # fmt: skip

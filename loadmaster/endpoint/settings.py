@@ -132,7 +132,7 @@ def endpoint_request(
 
 def endpoint_name(manifest: dict[str, Any]) -> str:
     """The same for every deployment of this recipe and format, so that a second one updates the first."""
-    return f"loadmaster-{manifest['recipe']}-{manifest['format']}"
+    return f"loadmaster-{manifest['recipe'].replace('/', '-')}-{manifest['format']}"
 
 
 def image_of(wanted: EndpointConfig) -> str | None:

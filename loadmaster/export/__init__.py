@@ -41,8 +41,8 @@ def export_all(
     Formats already published from the same inputs are left alone. Call it on the main process only.
     Returns {format: figures}: perplexity_ratio, mean_kl and p99_kl (nats a token), top1_agreement, task,
     task_retention, passed, limits, bytes.
-    Raises ExportRejected when a format does not reach its thresholds or cannot be made; then none of them is
-    published, and what was published before stays as it was.
+    Raises ExportRejected when a format does not reach its thresholds or cannot be made, LoadmasterError where this
+    machine has no room for it; then none of them is published, and what was published before stays as it was.
     """
     # Imported when it is called, so that reading a manifest does not import torch.
     from loadmaster.export.stage import export_all as run

@@ -36,12 +36,13 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write target/<name>-<kind>.gguf from the model in `source`, and an Ollama Modelfile beside it.
 
-    kind: q8_0, bf16 or f16. read_back: folder for the tensors as transformers reads them from the file, to be verified.
+    name: of the model; a slash in it (recipe=team/mine) is a dash in the file's. kind: q8_0, bf16 or f16.
+    read_back: folder for the tensors as transformers reads them from the file, to be verified.
     Raises ExportRejected for a rotation or tokenizer that it cannot describe rightly.
     """
     config = read_json(source / "config.json")
     refuse_unwritable(source, config)
-    file = target / f"{name}-{kind}.gguf"
+    file = target / f"{name.replace('/', '-')}-{kind}.gguf"
     write_gguf(source, file, config, name, kind, stop_token_ids)
     stops = "".join(f'PARAMETER stop "{text}"\n' for text in _texts(source, stop_token_ids))
     write_text(target / "Modelfile", f"FROM ./{file.name}\nPARAMETER num_ctx {min(_context(config), 8192)}\n{stops}")

@@ -8,7 +8,6 @@ on this machine's processor is a failure of the format and of nothing else. It c
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from loadmaster.errors import ExportRejected
 from loadmaster.export.process import answering_s, clean_environment, timeout_s
 from loadmaster.export.serve_client import Served
 from loadmaster.export.serve_compare import LIMITS, answer_figures, log_probability_figures
-from loadmaster.processors import usable
+from loadmaster.processors import threads
 
 TAIL_LINES = 8
 
@@ -37,10 +36,11 @@ def ask_llama_cpp(
         for name, messages in wanted["conversations"].items()
     }
     stop_ids = manifest["stop_token_ids"]
+    # As many threads as torch would take: llama.cpp's spin while they wait, and crawl where they are too many.
     told = {
         "model": str(file.absolute()), "documents": reference["documents"], "texts": texts, "stop_ids": stop_ids,
         "prompts": [expected[prompt["origin"]] for prompt in wanted["prompts"]],
-        "max_new_tokens": wanted["max_new_tokens"], "threads": _threads(),
+        "max_new_tokens": wanted["max_new_tokens"], "threads": threads(),
     }  # fmt: skip
     size, passes = file.stat().st_size, len(told["prompts"]) * wanted["max_new_tokens"]  # one after the other
     found = _probe(python, told, scratch, timeout_s(size) + answering_s(passes, size, "cpu"))
@@ -58,11 +58,6 @@ def ask_llama_cpp(
         ]
         figures |= answer_figures(reference["answers"], answers, stop_ids, LIMITS["gguf"])
     return {**figures, "stops_at": found["ends"]}
-
-
-def _threads() -> int:
-    """As many as torch would take: llama.cpp's threads spin while they wait, and crawl where they are too many."""
-    return int(os.environ.get("OMP_NUM_THREADS") or usable())
 
 
 def _reason(said: dict[str, Any]) -> str:

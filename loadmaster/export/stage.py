@@ -20,7 +20,7 @@ from loadmaster.config.model_folder import broken_files
 from loadmaster.config.schema import Job
 from loadmaster.data import Conversation, PreparedData
 from loadmaster.data.render import stop_token_ids, template_hash
-from loadmaster.errors import ExportRejected
+from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export import advice, answers, candidates, table, thresholds, verify
 from loadmaster.export.build import Builder, Written
 from loadmaster.export.manifest import adapter_reader, read_manifest, verify_manifest, versions, write_manifest
@@ -59,7 +59,7 @@ def export_all(
         except Exception as error:
             if not is_full_disk(error):
                 raise
-            raise ExportRejected(
+            raise LoadmasterError(
                 f"the disk of {run_dir} is full ({error}); nothing was published. "
                 "Free some space, or set run_dir to a larger disk."
             ) from None

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from loadmaster.config.schema import EvaluationConfig
 from loadmaster.data import Conversation, PackedRow, stop_token_ids
-from loadmaster.errors import ExportRejected
+from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.evaluation import batch_size, generate, prompts_and_references, task_metric
 from loadmaster.evaluation.mode import evaluating
 from loadmaster.export import checks, live_checks
@@ -187,9 +187,9 @@ class Verification:
                 model = None
                 free_device_memory()
                 found = self._file_checks(name, Path(candidate.folder))
+                tokenizers[candidate.name] = _tokenizer(Path(candidate.folder))
                 model = self._load(candidate)
                 scores[candidate.name] = compare(model, self.references, self.tokenizer.pad_token_id)
-                tokenizers[candidate.name] = load_tokenizer(Path(candidate.folder))
                 scores[candidate.name] |= self._answer_figures(model, tokenizers[candidate.name])
                 if carried := self.tuned_weights.get(candidate.folder):
                     scores[candidate.name]["tuned_weights"] = carried.figures()
@@ -294,6 +294,13 @@ class Verification:
             if trained > 0:
                 figures["task_retention"] = figures["task"]["metric"] / trained
         return figures
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return load_tokenizer(folder)
+    except LoadmasterError as error:  # no fault of the machine, which this kind of error would say
+        raise ExportRejected(f"strict_load: {error}") from None
 
 
 def _rounding_figures(model: nn.Module, references: list[Reference], pad_token_id: int) -> dict[str, Any]:

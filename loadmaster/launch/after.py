@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from loadmaster.errors import LoadmasterError, ProviderError
 from loadmaster.files import read_json
 from loadmaster.launch.board import KILLED
-from loadmaster.launch.bucket import KEY_VARIABLES, Bucket, has_keys
+from loadmaster.launch.bucket import KEY_VARIABLES, Bucket, has_keys, reachable
 from loadmaster.launch.context import Launch
 from loadmaster.launch.left import Left, record_of
 from loadmaster.launch.machines import usd_so_far
@@ -52,6 +52,11 @@ def heard(launch: Launch, provider: Provider, machine: Machine, order: Order, er
         f"Whether and how its job ended is to be read on the volume {volume.name} ({volume.id}), in "
         f"{jobs_folder(order.name)}, and what it made in {left.folder}"
     )
+    if not reachable(volume.place):
+        raise ProviderError(
+            f"{error}. {where}: on a Pod that mounts it, as volumes in {volume.place} have no S3 API. The same command "
+            "goes on from what is there"
+        )
     again = f"`loadmaster fetch {launch.folder}` brings that home, and the same command goes on from what is there"
     if not has_keys():
         raise ProviderError(f"{error}. {where}; with the S3 API key in {' and '.join(KEY_VARIABLES)} {again}")

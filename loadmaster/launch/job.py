@@ -20,11 +20,12 @@ from rich.console import Console
 from loadmaster import catalog
 from loadmaster.config.compose import Composed
 from loadmaster.errors import ConfigError, LoadmasterError, ProviderError, StoppedOnRequest
+from loadmaster.launch.after import bring_late, is_home
 from loadmaster.launch.bucket import has_keys, reachable, require_keys, url_of
 from loadmaster.launch.check import problems
 from loadmaster.launch.choose import Choice, choices, counts, nodes_of, wanted
 from loadmaster.launch.context import Launch
-from loadmaster.launch.left import fetch, fetchable
+from loadmaster.launch.left import fetch, fetchable, on_a_volume
 from loadmaster.launch.machines import listed_provider_of, orphan, provider_of, run_dir
 from loadmaster.launch.order import deadline_hours, make_order, run_folder, volume_gb, with_volume
 from loadmaster.launch.provider import PREFIX, Machine, Order, Provider, Volume
@@ -120,9 +121,11 @@ def _fetch(launch: Launch, provider: Provider) -> None:
     """The exports, once the machine costs nothing any more. Raises LoadmasterError; the files stay on the volume."""
     done, again = "the job is done and its exports are on the volume", f"`loadmaster fetch {launch.folder}` goes on"
     try:
-        left, formats = fetchable(launch.folder, None)
+        left = on_a_volume(launch.folder)
         with provider.bucket(str(left.volume)) as bucket:
-            fetch(launch.folder, formats, bucket, left, launch.echo)
+            if not is_home(launch.folder):  # the log lost them
+                bring_late(launch.folder, left, bucket, launch.echo)
+            fetch(launch.folder, fetchable(launch.folder, None)[1], bucket, left, launch.echo)
     except StoppedOnRequest:
         raise StoppedOnRequest(f"stopped on request; {done}: {again}") from None
     except LoadmasterError as error:

@@ -90,7 +90,15 @@ def with_config(job: Job, config: str | None) -> Iterator[Job]:
     with TemporaryDirectory() as room:
         folder = Path(room, PurePosixPath(str(job.model.path)).name or "model")
         write_text(folder / "config.json", config or "")
-        yield replace(job, model=replace(job.model, path=str(folder)))
+        try:
+            yield replace(job, model=replace(job.model, path=str(folder)))
+        except ConfigError as error:  # named as it is on the hosts
+            raise ConfigError([_said_of(job.model.path, folder, problem) for problem in error.problems]) from None
+
+
+def _said_of(path: str | None, here: Path, problem: Problem) -> Problem:
+    texts = {name: text.replace(str(here), str(path)) for name, text in vars(problem).items() if isinstance(text, str)}
+    return replace(problem, **texts)
 
 
 def interpreter(settings: LaunchConfig) -> str:

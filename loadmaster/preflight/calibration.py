@@ -57,8 +57,11 @@ def _passing(shape: ModelShape, length: int, width: int) -> int:
 
 
 def in_layer(shape: ModelShape) -> int:
-    """Values of a token at most within a layer: gate, up and product; or queries while they are turned."""
-    return max(3 * shape.intermediate_size, 5 * shape.query_size)
+    """Values of a token at most within a layer: gate, up and product; queries while they are turned; or, for each of a
+    token's experts, its input and those, or its output as it is, masked, weighted and sorted."""
+    dense = (4 if shape.fused else 3) * shape.intermediate_size if shape.dense_layers else 0
+    expert = max(shape.hidden_size + 4 * shape.expert_size, 4 * shape.hidden_size) if shape.expert_layers else 0
+    return max(dense, 5 * shape.query_size, shape.experts_per_token * expert)
 
 
 def _scores(shape: ModelShape, length: int) -> int:

@@ -19,7 +19,7 @@ from loadmaster import catalog
 from loadmaster.config.schema import HardwareConfig
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.coefficients import value
-from loadmaster.processors import usable
+from loadmaster.processors import threads
 
 GIB = 2**30
 OWN_PRICE = "plan.prices_usd_per_hour"
@@ -161,18 +161,12 @@ def cpu(count: int = 1, nodes: int = 1) -> Hardware:
         host_memory_gib=memory,
         compute_capability=0.0,
         bandwidth_gb_per_s=value("cpu", "bandwidth_gb_per_s") / count,
-        tflops={"fp32": value("cpu", "tflops_per_thread") * _threads() / count},
+        tflops={"fp32": value("cpu", "tflops_per_thread") * threads() / count},
         link="none" if count * nodes == 1 else "loopback",
         link_gb_per_s=value("cpu", "gloo_gb_per_s"),
         host_gb_per_s=value("cpu", "bandwidth_gb_per_s"),
         network_gbps=8 * count * value("cpu", "gloo_gb_per_s"),
     )
-
-
-def _threads() -> int:
-    """Threads that torch will compute with."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) > 0 else usable()
 
 
 def host_memory_gib() -> float:

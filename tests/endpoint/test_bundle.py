@@ -12,7 +12,8 @@ import pytest
 
 from loadmaster.config.schema import EndpointConfig, ExportConfig, Job, ModelConfig
 from loadmaster.endpoint.bundle import choose, write_bundle
-from loadmaster.endpoint.settings import model_options, volume_path
+from loadmaster.endpoint.readme import gguf_commands
+from loadmaster.endpoint.settings import endpoint_name, model_options, volume_path
 from loadmaster.endpoint.sizing import traffic_of
 from loadmaster.errors import ConfigError, ExportRejected
 from loadmaster.export.answers import keep
@@ -234,6 +235,12 @@ def test_a_gguf_that_was_exported_is_served_as_it_is_and_without_one_its_export_
     text = (write_bundle(run_dir, with_gguf) / "README.md").read_text()
     assert "llama-server --model ../export/gguf/tickets-q8_0.gguf --ctx-size 512 --alias tickets" in text
     assert "cd ../export/gguf && ollama create tickets -f Modelfile" in text and "convert_hf_to_gguf" not in text
+
+
+def test_a_recipe_of_a_folder_names_its_endpoint_and_files_without_the_slash():
+    assert endpoint_name({"recipe": "team/mine", "format": "bf16"}) == "loadmaster-team-mine-bf16"
+    commands = gguf_commands({"bf16": {}}, "team/mine", 512)
+    assert "llama-quantize team-mine.gguf team-mine-q4_k_m.gguf" in commands and "--alias team/mine" in commands
 
 
 def test_our_own_worker_has_all_it_needs_beside_it(run_dir):

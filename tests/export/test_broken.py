@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -274,6 +275,10 @@ BROKEN = {
     ),
     "tokenizer that gives other tokens": (
         "bf16", text("tokenizer.json", '"use_regex": true', '"use_regex": false'), [r"template: "],
+    ),
+    "tokenizer cut short": (
+        "bf16", lambda folder, _: os.truncate(folder / "tokenizer.json", 99),
+        [r"strict_load: no tokenizer can be loaded from "],
     ),
     "end-of-turn token missing from generation_config": (
         "bf16", config("generation_config.json", eos_token_id=[0]),

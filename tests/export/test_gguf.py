@@ -92,8 +92,9 @@ def test_tokens_template_and_ends_of_turns_are_in_the_file(few_tokens, tmp_path)
     base = save("qwen2", tmp_path / "base", tokenizer)
     target = tmp_path / "gguf"
     target.mkdir()
-    export_gguf(base, target, "tickets", "q8_0", [2, 0], str(tmp_path / "read"))
-    held = fields(target / "tickets-q8_0.gguf")
+    export_gguf(base, target, "team/tickets", "q8_0", [2, 0], str(tmp_path / "read"))
+    held = fields(target / "team-tickets-q8_0.gguf")
+    assert held["general.name"] == "team/tickets"
     tokens = held["tokenizer.ggml.tokens"]
     assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     assert tokens[-1] == f"[PAD{len(tokens) - 1}]" and len(tokens) == SMALL["vocab_size"]
@@ -102,7 +103,7 @@ def test_tokens_template_and_ends_of_turns_are_in_the_file(few_tokens, tmp_path)
     assert (held["tokenizer.ggml.eos_token_id"], held["tokenizer.ggml.eot_token_id"]) == (2, 0)
     assert held["tokenizer.ggml.add_bos_token"] is False
     modelfile = (target / "Modelfile").read_text()
-    assert 'PARAMETER stop "<|im_end|>"' in modelfile and "FROM ./tickets-q8_0.gguf" in modelfile
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile and "FROM ./team-tickets-q8_0.gguf" in modelfile
     exact, rounded = load_file(base / "model.safetensors"), load_file(tmp_path / "read" / "model.safetensors")
     errors = [((exact[n] - rounded[n]).abs().max() / exact[n].abs().max()).item() for n in exact if exact[n].dim() == 2]
     assert 0 < max(errors) < 1 / 100  # 8 bits

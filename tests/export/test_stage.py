@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from loadmaster.config.schema import ThresholdsConfig
-from loadmaster.errors import ExportRejected
+from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export import build, report_table, stage, thresholds
 from loadmaster.export.manifest import read_manifest, verify_manifest
 from loadmaster.export.merge import Delta
@@ -140,8 +140,9 @@ def test_a_failed_or_killed_export_leaves_nothing_new_and_the_earlier_one_whole(
     for error in (OSError(errno.ENOSPC, "No space left on device"), native):
         with monkeypatch.context() as patch:
             patch.setattr(build, "merge", Mock(side_effect=error))
-            with pytest.raises(ExportRejected, match=r"disk .* is full"):
+            with pytest.raises(LoadmasterError, match=r"disk .* is full") as full:
                 run.export("bf16")
+        assert full.value.exit_code == 4  # says nothing of the export
         assert left_in(run) == ["bf16"]
 
     # Killed with all files of the new export written, before they are judged.

@@ -11,6 +11,7 @@ import pytest
 
 from loadmaster.cli import main
 from loadmaster.errors import ProviderError
+from loadmaster.export.manifest import write_manifest
 from loadmaster.files import write_json
 from loadmaster.launch import after
 from loadmaster.launch.after import is_small_file
@@ -27,13 +28,16 @@ class Unwatched:
         self.s3, self.ends, self.files = s3, ends, files
 
     def __call__(self, fake: FakeRunpod, id: str) -> None:
+        self.leave(fake, id)
+        threading.Timer(0.1, fake.end_pod, (id,)).start()
+
+    def leave(self, fake: FakeRunpod, id: str) -> None:
         job = json.loads(fake.pods[id]["env"]["LOADMASTER_JOB"])
         for node, end in self.ends.items():
             self.put(f"{job['folder']}/ended-{node}.json", json.dumps(end).encode())
         for name, content in self.files.items():
             self.put(f"{job['run_dir']}/{name}", content)
         fake.say(id, '::loadmaster {"event": "armed", "deadline": 0}')
-        threading.Timer(0.1, fake.end_pod, (id,)).start()
 
     def put(self, path: str, content: bytes) -> None:
         self.s3.direct("PUT", f"/vol0001/{path.removeprefix('/workspace/')}", content)
@@ -101,6 +105,30 @@ def test_without_its_key_what_is_not_known_is_said_and_fetch_brings_it_home_late
     assert main(["fetch", str(run)]) == 4 and "exported nothing" in "".join(capsys.readouterr())
     with pytest.raises(ProviderError, match="without a volume nothing of it is kept"):
         place.launch("launch.volume=null")
+    monkeypatch.setattr(after, "reachable", lambda place: False)  # fetch would bring nothing
+    with pytest.raises(ProviderError, match=r"have no S3 API\. The same command goes on") as unreachable:
+        place.launch("seed=2")
+    assert "loadmaster fetch" not in str(unreachable.value)
+
+
+def test_exports_are_fetched_though_the_log_lost_the_small_files(place, s3, tmp_path) -> None:
+    (tmp_path / "bf16").mkdir()
+    (tmp_path / "bf16/model.safetensors").write_bytes(b"weights")
+    write_manifest(tmp_path / "bf16", {"format": "bf16"})
+    exported = {f"export/bf16/{path.name}": path.read_bytes() for path in (tmp_path / "bf16").iterdir()}
+    unwatched = Unwatched(s3, {0: [0, None]}, FILES | exported)
+
+    def ended_with_a_part_lost(fake: FakeRunpod, id: str) -> None:
+        unwatched.leave(fake, id)
+        end = {"event": "end", "exit_code": 0, "said": None, "parts": 1, "sha256": "", "left": []}
+        fake.say(id, f"::loadmaster {json.dumps(end)}")
+
+    place.fake.runner = ended_with_a_part_lost
+    assert place.launch("launch.fetch=true") == 0, place.said
+    assert "did not come through the log whole" in place.said
+    (run,) = (place.folder / "runs/qlora_8b").iterdir()
+    assert (run / "export/bf16/model.safetensors").read_bytes() == b"weights"
+    assert (run / "result.json").read_bytes() == FILES["result.json"]
 
 
 def test_a_job_that_has_not_ended_is_not_fetched(place, s3, tmp_path, capsys) -> None:

@@ -18,6 +18,7 @@ from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.launch import ssh
 from loadmaster.launch.job import launch_job
 from loadmaster.launch.left import copied_by, where
+from loadmaster.preflight import make_plan
 from tests.launch.place import SECRET, STAND_IN, everything_written, wait_until
 from tests.launch.sshd import Sshd
 
@@ -210,6 +211,13 @@ def test_a_model_that_only_the_hosts_have_is_planned_from_its_config_there(hosts
     assert "org/tiny" in hosts.said and "CPU processes" in hosts.said
     (there,) = {path.read_text() for path in hosts.room.rglob("job.yaml")}
     assert "path: /only/there" in there
+
+
+def test_a_config_that_cannot_be_planned_is_named_as_it_is_on_the_hosts():
+    words = ["recipe=qlora_8b", *WORDS, "launch.hosts=[node0]", "model.path=/only/there"]
+    said = pytest.raises(ConfigError, match=r"/only/there/config\.json'(.|\n)*cannot be read")
+    with said, ssh.with_config(compose(words).job, "{") as known:
+        make_plan(known)
 
 
 @pytest.mark.slow

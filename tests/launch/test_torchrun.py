@@ -163,6 +163,24 @@ def test_a_request_goes_to_every_worker_once_and_is_waited_for(numbers, tmp_path
     assert {file.name: file.read_text() for file in tmp_path.glob("asked-*")} == {"asked-0": "1", "asked-1": "1"}
 
 
+ENTRY = """
+import runpy, signal, sys
+del sys.argv[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    print(end.code, signal.getsignal(signal.SIGTERM) is signal.SIG_IGN)
+"""
+
+
+def test_a_request_that_comes_once_more_while_python_ends_changes_no_75(tmp_path):
+    """Slurm sends several; ended by one of them it would count as failed, and not be queued again."""
+    (tmp_path / "job.py").write_text("raise SystemExit(75)")
+    command = [sys.executable, "-c", ENTRY, str(PATH), "--nproc-per-node=1", str(tmp_path / "job.py")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.stdout == "75 True\n", done.stderr
+
+
 def test_a_sigterm_that_comes_right_before_the_workers_is_kept_for_them():
     from loadmaster.training import agent
 
