@@ -29,7 +29,8 @@ from loadmaster.endpoint.simulate import Fleet, Outcome, simulate
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
 from loadmaster.export.thresholds import FAMILIES
 from loadmaster.files import read_json
-from loadmaster.preflight.config_json import find_config, from_config
+from loadmaster.preflight.config_json import find_config, from_config, short_positions
+from loadmaster.preflight.exports import request_limit
 from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
 from loadmaster.preflight.serving import (
     ServingPlan,
@@ -105,13 +106,10 @@ def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Si
     name = manifest["base_model"]["name"]
     refuse_other_caches(config, name)
     shape = from_config(config, name)
-    if shape.max_position and context > shape.max_position:
-        problem = Problem(
-            "endpoint.max_model_len", context, IN_THE_JOB,
-            f"is more than the model's max_position_embeddings={shape.max_position}",
-            f"endpoint.max_model_len={shape.max_position}",
-        )  # fmt: skip
-        raise ConfigError([problem])
+    most, named = request_limit(job, shape)
+    if most and context > most:
+        remedy = f"endpoint.max_model_len={most}"
+        raise ConfigError([Problem("endpoint.max_model_len", context, IN_THE_JOB, f"is more than {named}", remedy)])
     if checkpoint is None:
         checkpoint = weight_bytes(shape, form) + manifest["bytes"]
     found = [_candidate(shape, machine, form, context, wanted, traffic, checkpoint) for machine in _machines(wanted)]
@@ -126,7 +124,8 @@ def longest_request(job: Job, manifest: dict[str, Any], artifact: Path) -> int:
     if job.endpoint.max_model_len != "auto":
         return job.endpoint.max_model_len
     try:
-        known = _artifact(job, manifest, artifact)[0].get("max_position_embeddings")
+        config = _artifact(job, manifest, artifact)[0]
+        known = short_positions(config) or config.get("max_position_embeddings")
     except LoadmasterError:  # the size then says why there is none
         known = None
     return min(job.sequence_length, known or job.sequence_length)

@@ -297,6 +297,16 @@ def test_rows_longer_than_the_model_knows_are_served_up_to_what_it_knows(run_dir
     assert read_json(folder / "manifest.json")["serve"]["max_model_len"] == 8192
 
 
+def test_a_model_with_factors_for_short_and_long_documents_is_served_with_those_for_short_ones(tmp_path):
+    factors = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    publish(tmp_path, "bf16", 10, config={**CONFIG, "rope_scaling": factors, "original_max_position_embeddings": 4096})
+    job = replace(JOB, export=ExportConfig(formats=["bf16"]), sequence_length=8192)
+    assert read_json(write_bundle(tmp_path, job) / "manifest.json")["serve"]["max_model_len"] == 4096
+    longer = replace(job, sequence_length=4096, endpoint=EndpointConfig(max_model_len=8192))
+    with pytest.raises(ConfigError, match=r"original_max_position_embeddings=4096(.|\n)*endpoint\.max_model_len=4096"):
+        write_bundle(tmp_path, longer)
+
+
 @pytest.mark.parametrize(
     ("prompt", "output", "both"),
     [("auto", "auto", (384, 128)), (100, "auto", (100, 128)), ("auto", 400, (112, 400)), (500, "auto", (500, 12))],
