@@ -27,13 +27,16 @@ from loadmaster.endpoint.economics import (
 from loadmaster.endpoint.load_test import LoadTest, plan_load
 from loadmaster.endpoint.simulate import Fleet, Outcome, simulate
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
+from loadmaster.export.serve_gpus import scale_block
 from loadmaster.export.thresholds import FAMILIES
 from loadmaster.files import read_json
-from loadmaster.preflight.config_json import find_config, from_config
+from loadmaster.preflight.config_json import find_config, from_config, short_positions
+from loadmaster.preflight.exports import request_limit
 from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
 from loadmaster.preflight.serving import (
     ServingPlan,
     cache_bytes_per_token,
+    divides,
     plan_serving,
     refuse_other_caches,
     weight_bytes,
@@ -105,16 +108,14 @@ def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Si
     name = manifest["base_model"]["name"]
     refuse_other_caches(config, name)
     shape = from_config(config, name)
-    if shape.max_position and context > shape.max_position:
-        problem = Problem(
-            "endpoint.max_model_len", context, IN_THE_JOB,
-            f"is more than the model's max_position_embeddings={shape.max_position}",
-            f"endpoint.max_model_len={shape.max_position}",
-        )  # fmt: skip
-        raise ConfigError([problem])
+    most, named = request_limit(job, shape)
+    if most and context > most:
+        remedy = f"endpoint.max_model_len={most}"
+        raise ConfigError([Problem("endpoint.max_model_len", context, IN_THE_JOB, f"is more than {named}", remedy)])
     if checkpoint is None:
         checkpoint = weight_bytes(shape, form) + manifest["bytes"]
-    found = [_candidate(shape, machine, form, context, wanted, traffic, checkpoint) for machine in _machines(wanted)]
+    machines = _machines(wanted, shape, scale_block(config))
+    found = [_candidate(shape, machine, form, context, wanted, traffic, checkpoint) for machine in machines]
     able = sorted((c for c in found if c is not None), key=lambda c: (c.usd_per_hour, c.plan.gpus))
     if not able:
         raise _nothing(wanted, context, traffic)
@@ -126,7 +127,8 @@ def longest_request(job: Job, manifest: dict[str, Any], artifact: Path) -> int:
     if job.endpoint.max_model_len != "auto":
         return job.endpoint.max_model_len
     try:
-        known = _artifact(job, manifest, artifact)[0].get("max_position_embeddings")
+        config = _artifact(job, manifest, artifact)[0]
+        known = short_positions(config) or config.get("max_position_embeddings")
     except LoadmasterError:  # the size then says why there is none
         known = None
     return min(job.sequence_length, known or job.sequence_length)
@@ -153,18 +155,32 @@ def _artifact(job: Job, manifest: dict[str, Any], artifact: Path) -> tuple[dict[
     return read_json(path), FAMILIES.get(manifest["format"], manifest["format"]), float(weights)
 
 
-def _machines(wanted: EndpointConfig) -> list[Hardware]:
+def _machines(wanted: EndpointConfig, shape: ModelShape, block: int) -> list[Hardware]:
+    """Those that are asked for and that vLLM divides the model over. Raises LoadmasterError where it does over none.
+
+    block: weights that share a scale; of Qwen2.5 72B in int4, two cards cut a group (its intermediate size is 231 of
+    128), and the server does not start (QwenLM/Qwen3 #907).
+    """
     if wanted.gpu == "auto":
-        return [m for m in rentable() if m.nodes == 1 and wanted.count in ("auto", m.count)]
-    counts = (1, 2, 4, 8) if wanted.count == "auto" else (wanted.count,)
-    return [from_catalog(wanted.gpu, count) for count in counts]
+        named = [m for m in rentable() if m.nodes == 1 and wanted.count in ("auto", m.count)]
+    else:
+        counts = (1, 2, 4, 8) if wanted.count == "auto" else (wanted.count,)
+        named = [from_catalog(wanted.gpu, count) for count in counts]
+    found = [machine for machine in named if divides(shape, machine.count, block)]
+    if named and not found:
+        over = " or ".join(str(count) for count in (1, 2, 4, 8) if divides(shape, count, block))
+        raise LoadmasterError(
+            f"{shape.name} cannot be divided over {wanted.count} GPUs as its weights are stored: set "
+            f"endpoint.count={over}"
+        )
+    return found
 
 
 def _candidate(
     shape: ModelShape, machine: Hardware, form: str, context: int, wanted: EndpointConfig, traffic: Traffic,
     checkpoint: float,
 ) -> Candidate | None:  # fmt: skip
-    if shape.heads % machine.count or machine.gpu not in catalog.serving()["gpus"]:
+    if machine.gpu not in catalog.serving()["gpus"]:
         return None
     plan = plan_serving(
         shape, machine, form, context, wanted.kv_cache_dtype, wanted.gpu_memory_utilization, traffic, checkpoint

@@ -18,7 +18,7 @@ from typing import Any
 
 from loadmaster.export.thresholds import FAMILIES
 from loadmaster.preflight.hardware import GIB, Hardware
-from loadmaster.preflight.serving import UTILISATION, plan_serving
+from loadmaster.preflight.serving import UTILISATION, divides, plan_serving
 from loadmaster.preflight.shape import ModelShape
 
 SHARES = (UTILISATION, 0.95)
@@ -59,7 +59,7 @@ def division(
     """
     if machine.is_cpu:
         return Division(None, tokens_at_a_time(shape.vocabulary_size, GIB))
-    counts = list(counts_over(shape, _block(config), machine.count))
+    counts = list(counts_over(shape, scale_block(config), machine.count))
     form = FAMILIES.get(form, form)
 
     def over(count: int, share: float) -> Division:
@@ -75,15 +75,10 @@ def division(
 
 
 def counts_over(shape: ModelShape, block: int, most: int) -> Iterator[int]:
-    """1, 2, 4, ... up to `most`, as far as vLLM divides the model over so many: heads go to one card each, and a block
-    of weights that share a scale is not cut. (It pads the vocabulary.)"""
-    inner = {shape.query_size, shape.expert_size if shape.experts else shape.intermediate_size}
-    if shape.experts and shape.dense_at:
-        inner.add(shape.intermediate_size)
+    """1, 2, 4, ... up to `most`, as far as vLLM divides the model over so many."""
     count = 1
     while count <= most:
-        heads = shape.heads % count == 0 and (shape.key_value_heads % count == 0 or count % shape.key_value_heads == 0)
-        if count == 1 or (heads and all(size % (count * block) == 0 for size in inner)):
+        if divides(shape, count, block):
             yield count
         count *= 2
 
@@ -94,7 +89,7 @@ def tokens_at_a_time(vocabulary: int, room: float) -> int:
     return min(max(tokens, FEWEST_TOKENS), MOST_TOKENS)
 
 
-def _block(config: dict[str, Any]) -> int:
+def scale_block(config: dict[str, Any]) -> int:
     """Weights along a matrix's inputs that share a scale; 1 where a whole row does."""
     groups = (config.get("quantization_config") or {}).get("config_groups") or {}
     schemes = [group.get("weights") or {} for group in groups.values()]

@@ -140,7 +140,9 @@ def kernel_options(head_dim: int, shared_bytes: int) -> dict[str, Any]:
 def _shared_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return ROOMY_BYTES
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    gpu = torch.cuda.get_device_properties(device)
+    # Drivers say 4 GiB of an RTX 50's blocks (llama.cpp #23385), which have no more than a multiprocessor.
+    return min(gpu.shared_memory_per_block_optin, gpu.shared_memory_per_multiprocessor)
 
 
 @cache

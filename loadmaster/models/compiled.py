@@ -33,7 +33,7 @@ SHARED_BYTES = 4 * 2**30
 """What runs keep on one machine for one another. Files that were made first make room."""
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 TRITON_VARIABLE = "TRITON_CACHE_DIR"
-"""Set by the compiler to a folder in the other one."""
+"""Set by the compiler, where it is not yet, to a folder in the other one."""
 _opened: set[str] = set()
 """Folders that this process has set the variable to."""
 
@@ -108,6 +108,8 @@ class CompileCache:
         # Who imports torch._dynamo finds the variable set: to the default, which is nobody's choice.
         ours = {str(self.folder), os.path.abspath(default_cache_dir()), *_opened}
         self.own = os.environ.get(CACHE_VARIABLE, str(self.folder)) in ours
+        # Where many write at once on a network volume, Triton fails now and then (triton #11512, pytorch #173679).
+        self.triton = os.path.join(default_cache_dir(), "triton", os.environ.get("LOCAL_RANK", "0"))
 
     def open(self) -> None:
         """Before anything is compiled."""
@@ -118,6 +120,7 @@ class CompileCache:
             return
         self.before = {name: os.environ.get(name) for name in (CACHE_VARIABLE, TRITON_VARIABLE)}
         os.environ[CACHE_VARIABLE] = str(self.folder)
+        os.environ.setdefault(TRITON_VARIABLE, self.triton)
         _opened.add(str(self.folder))
         if not self.lead:
             return

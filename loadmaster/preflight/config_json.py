@@ -60,8 +60,22 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         attention_softcap=bool(config.get("attn_logit_softcapping")),
         logit_softcap=bool(config.get("final_logit_softcapping")),
         max_position=config.get("max_position_embeddings"),
+        short_positions=short_positions(config),
         estimate=estimate,
     )
+
+
+def short_positions(config: dict[str, Any]) -> int | None:
+    """Tokens up to which LongRoPE (Phi 3.5, Phi 4 mini) turns by its short factors; None: there is one set of factors.
+
+    transformers takes the long ones for documents beyond that, vLLM for every request once it may have more (#27431).
+    """
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    said = "rope_parameters" in config or "rope_scaling" in config  # shipped shapes leave it out
+    if said and rotary.get("rope_type", rotary.get("type")) not in ("longrope", "su"):
+        return None
+    short = config.get("original_max_position_embeddings") or rotary.get("original_max_position_embeddings")
+    return short if short and short < config.get("max_position_embeddings", 0) else None
 
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

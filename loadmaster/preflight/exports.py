@@ -53,16 +53,27 @@ def export_problems(job: Job, shape: ModelShape) -> Iterator[Problem]:
 
 
 def _too_long_requests(job: Job, shape: ModelShape) -> Iterator[Problem]:
-    """Requests that the endpoint is to take and the model does not know: no server starts with them."""
-    wanted, known = job.endpoint, shape.max_position
+    """Requests that the endpoint is to take and the model does not know: no server starts with them, or is right."""
+    wanted, (known, named) = job.endpoint, request_limit(job, shape)
     longest, shorter = wanted.max_model_len, ""
     if longest == "auto":
         longest = sum(tokens for tokens in (wanted.prompt_tokens, wanted.output_tokens) if tokens != "auto")
         shorter = ", with a shorter endpoint.prompt_tokens or output_tokens"
     if known and longest > known:
-        message = f"requests of {longest:,} tokens are more than the model's max_position_embeddings={known}"
+        message = f"requests of {longest:,} tokens are more than {named}"
         remedy = f"endpoint.max_model_len={known}{shorter}"
         yield Problem("endpoint.max_model_len", wanted.max_model_len, IN_THE_JOB, message, remedy)
+
+
+def request_limit(job: Job, shape: ModelShape) -> tuple[int | None, str]:
+    """(tokens of the longest request that the model knows, what that is)."""
+    short = shape.short_positions
+    if short and (job.sequence_length <= short or job.endpoint.max_model_len == "auto"):
+        return short, (
+            f"the model's original_max_position_embeddings={short}: a server that may have more turns all it reads by "
+            "LongRoPE's long factors, which documents up to that length are not trained with"
+        )
+    return shape.max_position, f"the model's max_position_embeddings={shape.max_position}"
 
 
 def unholdable(name: str, shape: ModelShape) -> str | None:

@@ -135,11 +135,11 @@ def plan_serving(
 
     context: longest request, prompt and answer, tokens. traffic: what a usual request is; None is three quarters of
     `context` as prompt and the rest as one answer. checkpoint_bytes: of the weight files, where they exist.
-    Raises LoadmasterError when the attention heads cannot be divided over the cards.
+    Raises LoadmasterError when the model cannot be divided over the cards.
     """
     tp = hardware.count
-    if shape.heads % tp:
-        raise LoadmasterError(f"{shape.name}: {shape.heads} attention heads cannot be divided over {tp} GPUs")
+    if not divides(shape, tp):
+        raise LoadmasterError(f"a server cannot divide {shape.name} over {tp} GPUs")
     traffic = traffic or Traffic(prompt_tokens=context * 3 // 4, output_tokens=context // 4)
     weights = weight_bytes(shape, form) if checkpoint_bytes is None else checkpoint_bytes
     own = server_bytes(shape, hardware)
@@ -167,12 +167,25 @@ def plan_serving(
     )  # fmt: skip
 
 
+def divides(shape: ModelShape, count: int, block: int = 1) -> bool:
+    """Whether vLLM divides the model over so many cards.
+
+    Heads go to one card each, those of keys and values else to equally many cards each, and a block of weights that
+    share a scale (`block` along a matrix's inputs) is not cut. (It pads the vocabulary.)
+    """
+    inner = {shape.query_size, shape.expert_size if shape.experts else shape.intermediate_size}
+    if shape.experts and shape.dense_at:
+        inner.add(shape.intermediate_size)
+    heads = shape.heads % count == 0 and (shape.key_value_heads % count == 0 or count % shape.key_value_heads == 0)
+    return count == 1 or (heads and all(size % (count * block) == 0 for size in inner))
+
+
 def cheapest_servers(shape: ModelShape, form: str, context: int, requests: float = 1, **options) -> list[ServingPlan]:
     """Every machine of the catalogue (one node) that holds so many concurrent requests, cheapest hour first."""
     plans = [
         plan_serving(shape, machine, form, context, **options)
         for machine in rentable()
-        if machine.nodes == 1 and shape.heads % machine.count == 0
+        if machine.nodes == 1 and divides(shape, machine.count)
     ]
     return sorted(
         (p for p in plans if p.concurrent_requests >= requests),

@@ -29,6 +29,7 @@ from loadmaster.preflight.serving import (
     UTILISATION,
     ServingPlan,
     cheapest_servers,
+    divides,
     machines_for,
     plan_serving,
     refuse_other_caches,
@@ -160,15 +161,15 @@ def parse(words: list[str]) -> Request:
 
 def for_model(request: Request, shape: ModelShape) -> Request:
     """The request with what the model decides. Raises ConfigError for one that is longer than its context, and for
-    cards that the model's heads cannot be divided over."""
+    cards that the model cannot be divided over."""
     if request.context == "auto":
         request = replace(request, context=min(LONGEST, shape.max_position or LONGEST))
     if problems := list(_too_long(request, shape.max_position)):
         raise ConfigError(problems)
-    able = sorted({m.count for m in rentable() if m.nodes == 1 and shape.heads % m.count == 0})
-    undivided = request.count != "auto" and shape.heads % request.count
+    able = sorted({m.count for m in rentable() if m.nodes == 1 and divides(shape, m.count)})
+    undivided = request.count != "auto" and not divides(shape, request.count)
     if undivided or (request.gpu == "auto" and request.count not in ("auto", *able)):
-        message = f"the {shape.heads} attention heads of {shape.name} cannot be divided over so many cards"
+        message = f"a server cannot divide {shape.name}, of {shape.heads} attention heads, over so many cards"
         message = message if undivided else "no machine of the catalogue has so many cards"
         remedy = f"count={' or '.join(map(str, able))}"
         raise ConfigError([Problem("count", request.count, "command line", message, remedy)])

@@ -71,6 +71,8 @@ class ModelShape:
     """Scores are cap * tanh(score / cap), by a kernel of its own (models/capped.py)."""
     logit_softcap: bool = False
     max_position: int | None = None
+    short_positions: int | None = None
+    """Tokens up to which LongRoPE has factors of their own (config_json.short_positions); None: it has one rotation."""
     estimate: str | None = None
     """Why the figures for this model are an estimate; None when its family is known."""
 

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from loadmaster.errors import LoadmasterError
 
 PORT = 29500
+NCCL_DEFAULT = "^docker,lo"
+"""What NCCL does by itself: any interface but these. Where it is set, that which leads to the others is taken."""
 NAMES = {
     "mpirun (Open MPI)": (
         "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"

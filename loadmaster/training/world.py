@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loadmaster.errors import LoadmasterError
+from loadmaster.training.interface import settle_interface
 from loadmaster.training.ranks import is_member
 
 CPU = torch.device("cpu")
@@ -109,6 +110,8 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
     atexit.register(quiet)
     try:
         if store is not None:
+            if world.nodes > 1:
+                settle_interface(store, rank, size, os.environ["MASTER_ADDR"])
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
                 store=store,

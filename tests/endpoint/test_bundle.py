@@ -287,6 +287,20 @@ def test_a_gpu_that_is_too_small_is_said_to_be_and_no_endpoint_is_written(tmp_pa
     assert not (folder / "endpoint.json").exists() and (folder / "worker-vllm.env").is_file()
 
 
+def test_a_worker_has_as_many_cards_as_the_stored_groups_are_divided_over(tmp_path):
+    """231 groups of 128, as Qwen2.5 72B has them: two cards would cut one."""
+    groups = {"quantization_config": {"config_groups": {"group_0": {"weights": {"group_size": 128}}}}}
+    sizes = {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8}
+    publish(tmp_path, "int4", 10, config={**CONFIG, **sizes, "num_hidden_layers": 80, **groups})
+
+    def sized(**endpoint):
+        job = replace(JOB, export=ExportConfig(formats=["int4"]), endpoint=EndpointConfig(**endpoint))
+        return (write_bundle(tmp_path, job) / "README.md").read_text()
+
+    assert "cannot be divided over 2 GPUs as its weights are stored: set endpoint.count=1" in sized(count=2)
+    assert "Not sized" not in sized(count=1)
+
+
 def test_a_model_with_another_cache_is_bundled_without_a_guess(tmp_path):
     publish(tmp_path, "bf16", 10, config={**CONFIG, "kv_lora_rank": 512})
     folder = write_bundle(tmp_path, replace(JOB, export=ExportConfig(formats=["bf16"])))
@@ -302,6 +316,16 @@ def test_a_request_longer_than_the_model_knows_is_refused_with_what_would_do(run
 def test_rows_longer_than_the_model_knows_are_served_up_to_what_it_knows(run_dir):
     folder = write_bundle(run_dir, replace(JOB, sequence_length=9000))
     assert read_json(folder / "manifest.json")["serve"]["max_model_len"] == 8192
+
+
+def test_a_model_with_factors_for_short_and_long_documents_is_served_with_those_for_short_ones(tmp_path):
+    factors = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    publish(tmp_path, "bf16", 10, config={**CONFIG, "rope_scaling": factors, "original_max_position_embeddings": 4096})
+    job = replace(JOB, export=ExportConfig(formats=["bf16"]), sequence_length=8192)
+    assert read_json(write_bundle(tmp_path, job) / "manifest.json")["serve"]["max_model_len"] == 4096
+    longer = replace(job, sequence_length=4096, endpoint=EndpointConfig(max_model_len=8192))
+    with pytest.raises(ConfigError, match=r"original_max_position_embeddings=4096(.|\n)*endpoint\.max_model_len=4096"):
+        write_bundle(tmp_path, longer)
 
 
 @pytest.mark.parametrize(

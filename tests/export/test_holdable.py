@@ -18,7 +18,7 @@ from loadmaster.errors import ConfigError, ExportRejected
 from loadmaster.export import refuse_unholdable
 from loadmaster.export.build import NVFP4, streamed
 from loadmaster.export.servers import aimed_at
-from loadmaster.preflight.config_json import from_config
+from loadmaster.preflight.config_json import find_shape, from_config
 from loadmaster.preflight.exports import refuse_unholdable as refuse_by_shape
 from loadmaster.preflight.exports import unholdable
 
@@ -131,3 +131,18 @@ def test_requests_longer_than_the_model_knows_are_refused_before_training(tiny: 
         refuse_by_shape(job, shape)
     refuse_by_shape(replace(job, stop_after="export"), shape)
     refuse_by_shape(replace(job, endpoint=EndpointConfig()), shape)
+
+
+def test_requests_that_a_server_would_turn_by_other_factors_than_training_did_are_refused(tiny: Path) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    factors = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+    shape = from_config({**config, "max_position_embeddings": 131072, "rope_parameters": factors}, "mine")
+    job = Job(endpoint=EndpointConfig(max_model_len=8192), model=ModelConfig(name="mine"), sequence_length=4096)
+    with pytest.raises(ConfigError, match=r"max_position_embeddings=4096:(.|\n)*fix: endpoint\.max_model_len=4096"):
+        refuse_by_shape(job, shape)
+    refuse_by_shape(replace(job, endpoint=EndpointConfig(max_model_len=4096)), shape)
+    refuse_by_shape(replace(job, sequence_length=8192), shape)  # documents beyond it are trained with the long ones
+    llama = {**config, "rope_parameters": {**factors, "rope_type": "llama3"}}
+    assert from_config(llama, "mine").short_positions is None
+    assert find_shape(ModelConfig(name="microsoft/Phi-4-mini-instruct")).short_positions == 4096
+    assert find_shape(ModelConfig(name="microsoft/phi-4")).short_positions is None

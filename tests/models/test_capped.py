@@ -11,6 +11,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,6 +201,15 @@ def test_kernels_take_small_blocks_where_a_card_has_little_shared_memory():
     assert capped.kernel_options(256, a100) == capped.kernel_options(128, rtx4090) == {}
     small = capped.kernel_options(256, rtx4090)
     assert {small[f"bwd_BLOCK_{name}"] for name in ("M1", "N1", "M2", "N2")} == {32} and small["num_stages"] == 2
+
+
+@pytest.mark.parametrize(("of_a_block", "has_room"), [(232448, True), (101376, False), (0x100000001, False)])
+def test_a_driver_that_says_more_shared_memory_than_there_is_gets_small_blocks_too(monkeypatch, of_a_block, has_room):
+    whole = 233472 if has_room else 102400
+    said = SimpleNamespace(shared_memory_per_block_optin=of_a_block, shared_memory_per_multiprocessor=whole)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: said)
+    options = capped.kernel_options(256, capped._shared_bytes(torch.device("cuda", 0)))
+    assert (options == {}) == has_room
 
 
 def test_what_attention_cannot_do_is_refused_at_load():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.load import load_base, load_tokenizer
@@ -54,3 +56,15 @@ def test_a_folder_without_a_tokenizer_is_named(broken: str, folder: Path):
     said = rf"no tokenizer can be loaded from {folder}: .*\n    fix: put tokenizer.json"
     with pytest.raises(LoadmasterError, match=said):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(("named", "model_type"), [("LlamaTokenizerFast", "llama"), ("LlamaTokenizerFast", "qwen3")])
+def test_text_is_split_by_the_rules_of_the_folder_whatever_class_it_names(named: str, model_type: str, folder: Path):
+    edit(folder, model_type=model_type)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": named}))
+    assert type(AutoTokenizer.from_pretrained(str(folder))).__name__ == "LlamaTokenizer"
+    tokenizer, text = load_tokenizer(folder), "We had 2,048 of them:\n\n  two  spaces"
+    assert tokenizer.encode(text) == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_token == settings["eos_token"] and tokenizer.chat_template

@@ -14,6 +14,7 @@ from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.serving import (
     cache_bytes_per_token,
     cheapest_servers,
+    divides,
     plan_serving,
     refuse_other_caches,
     tokens_in,
@@ -172,8 +173,10 @@ def test_what_a_server_needs_for_capped_scores_is_said() -> None:
 
 
 def test_heads_that_cannot_be_divided_are_refused() -> None:
-    with pytest.raises(LoadmasterError, match="9 attention heads"):
+    with pytest.raises(LoadmasterError, match=r"cannot divide .* over 2 GPUs"):
         plan_serving(shape_of("smollm2-135m"), from_catalog("rtx4090", 2))
+    keys = replace(shape_of("llama-3.1-8b"), heads=40, key_value_heads=10, intermediate_size=17920)  # Phi 4's
+    assert [count for count in (1, 2, 4, 8) if divides(keys, count)] == [1, 2]
 
 
 def speed(gpu: str = "h100_80gb", count: int = 1) -> Speed:

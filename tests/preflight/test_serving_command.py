@@ -193,8 +193,8 @@ def test_a_request_is_no_longer_by_default_than_what_the_model_knows(tmp_path, c
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["count=3"], "64 attention heads of meta-llama/Llama-3.1-70B cannot be divided"),
-        (["count=3", "gpu=l40s"], "cannot be divided over so many cards"),
+        (["count=3"], "cannot divide meta-llama/Llama-3.1-70B, of 64 attention heads, over so many cards"),
+        (["count=3", "gpu=l40s"], "over so many cards"),
         (["count=16"], "no machine of the catalogue has so many cards"),
     ],
 )

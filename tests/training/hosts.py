@@ -42,9 +42,10 @@ class Host:
         if self.namespace is not None:
             rename = ["unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh"]
             enter = ["ip", "netns", "exec", self.namespace, *rename]
-        env = environment() | {"GLOO_SOCKET_IFNAME": self.interface, **more}
+        env = environment() | more
         if self.namespace is None:
-            env["NODE_ADDR"] = self.name  # else the host's name is its own
+            # Else the host's name is its own, and leads nowhere.
+            env |= {"NODE_ADDR": self.name, "GLOO_SOCKET_IFNAME": self.interface}
             env[MARK] = self.mark
         with open(log, "a", encoding="utf-8") as file:
             process = subprocess.Popen([*enter, *command], cwd=folder, env=env, stdout=file, stderr=file)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir, triton_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loadmaster.config.schema import LoraConfig
@@ -270,6 +270,22 @@ def test_a_cache_folder_of_the_users_own_is_used_as_it_is(tmp_path, monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     CompileCache(tmp_path / "run").open()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+
+
+def test_what_triton_keeps_is_on_the_machines_own_disk_unless_told_otherwise(tmp_path, monkeypatch):
+    """The run's folder may be on a network volume, with ranks of many hosts at work in it."""
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for told in (None, str(tmp_path / "mine")):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(told))
+        if told is None:
+            monkeypatch.delenv("TRITON_CACHE_DIR")
+        cache = CompileCache(tmp_path / "run")
+        cache.open()
+        assert triton_cache_dir(0) == (told or os.path.join(default_cache_dir(), "triton", "3"))
+        cache.close()
+        assert os.environ.get("TRITON_CACHE_DIR") == told
 
 
 def test_a_run_leaves_the_environment_as_it_was_for_what_this_process_starts_next(tiny, tmp_path, monkeypatch):

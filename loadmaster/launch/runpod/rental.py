@@ -26,13 +26,12 @@ from loadmaster.launch.runpod.types import (
     PodGpu,
     body,
 )
+from loadmaster.training.ranks import NCCL_DEFAULT
 
 MIN_CUDA = "13.0"
 """What torch's wheels from PyPI are built for since 2.11; hosts with an older driver do not run them."""
 NODE = re.compile(r"-node(\d+)$")
 PORT = "29500"
-NCCL_DEFAULT = "^docker,lo"
-"""What NCCL does by itself: any interface but these. Set, so that launch/torchrun.py does not ask for ens1."""
 
 
 def alive(pod: Pod) -> bool:
@@ -203,7 +202,7 @@ def _node(order: Order, node: int, first: str | None) -> CreatePod:
         "NUM_TRAINERS": str(order.offer.count),
         "MASTER_ADDR": "localhost" if first is None else f"{first}.runpod.internal",
         "MASTER_PORT": PORT,
-        "NCCL_SOCKET_IFNAME": NCCL_DEFAULT,
+        "NCCL_SOCKET_IFNAME": NCCL_DEFAULT,  # launch/torchrun.py would ask for ens1
     }
     named = replace(order, name=f"{order.name}-node{node}", env={**shape, **order.env})
     return replace(_pod(named), global_networking=True)
