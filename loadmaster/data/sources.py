@@ -19,33 +19,17 @@ from typing import Any
 
 from loadmaster.config.schema import DATA_SUFFIXES
 from loadmaster.config.shipped import SCHEME, display_path, resolve_path
+from loadmaster.data.file_kinds import INSTEAD, ROW_FIELDS, misnamed
 from loadmaster.errors import DataError
 from loadmaster.files import sha256_file
 
-LINE_OF_TEXT = 'one JSON object {"text": ...} a line (or a document), as .jsonl'
-UNPACK = "unpack it first (gunzip, unzip, unzstd)"
-SHEET = "save the sheet as .csv (in a spreadsheet program: CSV UTF-8, comma delimited)"
-INSTEAD = {
-    ".txt": LINE_OF_TEXT, ".md": LINE_OF_TEXT,
-    ".gz": UNPACK, ".zip": UNPACK, ".zst": UNPACK, ".bz2": UNPACK, ".xz": UNPACK,
-    ".xlsx": SHEET, ".xls": SHEET, ".ods": SHEET,
-    ".tsv": "write it with commas and a header, as .csv",
-    ".arrow": "write it as .parquet", ".feather": "write it as .parquet",
-}  # fmt: skip
-"""What to make of files that are not read, by suffix."""
 NO_UTF8 = "is not UTF-8 text"
 AS_UTF8 = "save the file as UTF-8 (of files from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW)"
 AGAIN = "the file is damaged or was cut off: write it again, or fetch it again"
-WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
-"""How a file in UTF-16 or UTF-32 begins."""
 LONGEST_CELL = 2**31 - 1
 """Characters; the csv module refuses cells of more than 131,072 otherwise."""
 ESCAPED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as surrogateescape decodes them."""
-ROW_FIELDS = {
-    "messages", "conversations", "instruction", "output", "prompt", "completion", "response", "question", "answer",
-    "text", "chosen", "rejected",
-}  # fmt: skip
 TURN_FIELDS = {"role", "from", "function"}
 """Fields of a row, and of a turn of a chat or a tool: what has them is no object that only holds rows."""
 
@@ -171,10 +155,11 @@ def _nearest(path: str) -> str:
 
 def _read_file(path: Path, name: str) -> Iterator[RawRow]:
     suffix = _suffix(path)
-    if suffix == ".parquet":
+    if found := misnamed(path, suffix):
+        reason, remedy = found
+        yield RawRow(f"{name}:1", error=reason, remedy=remedy)
+    elif suffix == ".parquet":
         yield from _read_parquet(path, name)
-    elif _is_wide(path):
-        yield RawRow(f"{name}:1", error=f"{NO_UTF8}: it begins as UTF-16 does", remedy="save the file as UTF-8")
     elif suffix == ".csv":
         yield from _read_csv(path, name)
     elif suffix == ".json" and _starts_with_bracket(path):
@@ -191,11 +176,6 @@ def _starts_with_bracket(path: Path) -> bool:
             if block.strip():
                 return block.lstrip().startswith("[")
     return False
-
-
-def _is_wide(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4).startswith(WIDE)
 
 
 def _one_object(path: Path) -> tuple[dict[str, Any], bool] | None:
