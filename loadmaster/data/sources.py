@@ -100,30 +100,44 @@ def open_source(path: str | list[str], split: str = "train", key: str = "data.pa
     if isinstance(path, list):
         if not path:
             raise DataError(f"{key} is an empty list: name at least one file")
-        return FileSource([file for one in path for file in _local_files(one, key) or _missing(one, key)])
+        return FileSource([file for one in path for file in local_files(one, key) or _missing(one, key)])
     if path == "???":
         raise DataError(f"{key} is not set: give a JSON, JSONL, CSV or Parquet file, a folder, or a Hub dataset id")
-    files = _local_files(path, key)
+    files = local_files(path, key)
     if files is not None:
         return FileSource(files)
     return _missing(path, key) if _looks_local(path) else HubSource(path, split, key)
 
 
-def _local_files(path: str, key: str) -> list[Path] | None:
+def left_out(path: str | list[str]) -> list[Path]:
+    """CSV files of folders that are not read: beside files of rows, a sheet is most often about them, or the same."""
+    folders = [Path(resolve_path(one)) for one in ([path] if isinstance(path, str) else path)]
+    found = [_files_of_rows(folder) for folder in folders if folder.is_dir()]
+    return [file for files in found for file in files if not _is_read(file, files)]
+
+
+def local_files(path: str, key: str) -> list[Path] | None:
     """Files that a local path stands for; None when nothing of that name is here."""
     place = Path(resolve_path(path))
     if place.is_dir():
-        files = sorted(p for p in place.rglob("*") if _suffix(p) in DATA_SUFFIXES and not _hidden(p, place))
+        files = _files_of_rows(place)
         if not files:
             raise DataError(f"{key} = {path!r} is a folder with no {', '.join(DATA_SUFFIXES)} file in it")
-        # Beside files of rows, a sheet is most often a table about them, or the same rows again.
-        return [file for file in files if _suffix(file) != ".csv"] or files
+        return [file for file in files if _is_read(file, files)]
     if not place.is_file():
         return None
     if _suffix(place) not in DATA_SUFFIXES:
         remedy = INSTEAD.get(_suffix(place), "write it as .jsonl, one JSON object a line")
         raise DataError(f"{key} = {path!r}: only files with {', '.join(DATA_SUFFIXES)} are read\n    fix: {remedy}")
     return [place]
+
+
+def _files_of_rows(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if _suffix(p) in DATA_SUFFIXES and not _hidden(p, folder))
+
+
+def _is_read(file: Path, beside: list[Path]) -> bool:
+    return _suffix(file) != ".csv" or all(_suffix(other) == ".csv" for other in beside)
 
 
 def _suffix(path: Path) -> str:
