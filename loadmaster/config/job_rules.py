@@ -95,12 +95,14 @@ def preferences_have_a_reference(job: Job, origins: Origins) -> Found:
 def pairs_go_with_a_preference_objective(job: Job, origins: Origins) -> Found:
     """data.format=preference goes with objective=dpo, orpo or kto, and they with it (or auto)."""
     if (job.data.format == "preference") != (job.objective != "sft") and job.data.format not in ("auto", "unpaired"):
-        what = "holds pairs, which objective=sft does not train on"
+        what, remedy = "holds pairs, which objective=sft does not train on", "objective=dpo"
         if job.objective != "sft":
-            labelled = " and no labels" if job.objective == "kto" else ""
-            what = f"holds no pairs{labelled}, which objective={job.objective} trains on"
-        formats = "data.format=preference or unpaired" if job.objective == "kto" else "data.format=preference"
-        remedy = "objective=dpo" if job.objective == "sft" else f"{formats}, or objective=sft"
+            kto = job.objective == "kto"
+            what = f"holds no pairs{' and no labels' * kto}, which objective={job.objective} trains on"
+            own = f"data.format=preference{' or unpaired' * kto} and rows with chosen and rejected answers"
+            own += " (unpaired: with an answer and its label)" * kto
+            remedy = _in_place_of("train", f"data=ticket_pairs{' or ticket_labels' * kto}", job, own)
+            remedy += ", or objective=sft"
         yield "data.format", job.data.format, what, remedy
 
 
@@ -109,8 +111,14 @@ def labelled_answers_are_ktos(job: Job, origins: Origins) -> Found:
     """data.format=unpaired (single answers with a label) goes with objective=kto."""
     if job.data.format == "unpaired" and job.objective != "kto":
         message = f"holds single answers with a label, which objective={job.objective} does not train on"
-        remedy = "objective=kto, or data.format=" + ("messages" if job.objective == "sft" else "preference")
+        shape, group = ("messages", "tickets") if job.objective == "sft" else ("preference", "ticket_pairs")
+        remedy = "objective=kto, or " + _in_place_of("labels_train", f"data={group}", job, f"data.format={shape}")
         yield "data.format", "unpaired", message, remedy
+
+
+def _in_place_of(rows: str, group: str, job: Job, otherwise: str) -> str:
+    """A group of shipped data where the job trains on such rows of another; of data of one's own, what else to do."""
+    return group if job.data.path == f"{SCHEME}tickets/{rows}.jsonl" else otherwise
 
 
 @rule("data.on_long_row", "objective")
