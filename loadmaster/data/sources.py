@@ -62,6 +62,10 @@ class FileSource:
         for path in self.files:
             yield from _read_file(path, display_path(path))
 
+    def refuse_empty(self) -> None:
+        if next(self.rows(), None) is None:
+            raise DataError(f"the data has no rows: {', '.join(self.names())}")
+
 
 class HubSource:
     """Rows of one split of a Hub dataset, through `datasets`."""
