@@ -172,7 +172,8 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) 
         return _nameless(argument)
     reason = str(error).splitlines()[0]
     known = fields().get(key)
-    remedy = f"quote the value twice, once for the shell and once for Hydra: '{key}=\"{value}\"'"
+    itself = re.sub(r"(?<!\\)\$\{", r"\\${", value)  # or it would stand for another field's value
+    remedy = f"quote the value twice, once for the shell and once for Hydra: '{key}=\"{itself}\"'"
     if known and "list" in describe(known.annotation) and value.startswith("[") and value.endswith("]"):
         items = ",".join(f"'{item.strip(_QUOTES)}'" for item in value[1:-1].split(","))
         remedy = f'quote each entry, and all of it for the shell: "{key}=[{items}]"'

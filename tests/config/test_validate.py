@@ -134,6 +134,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("my.jsonl", "my.jsonl", "is not of the form key=value", "data=file data.path=my.jsonl"),
         ("--cfg", "--cfg", "there is no such option here", "leave it out"),
         ("data.path=[a", "data.path", "Hydra cannot read it", "'data.path=\"[a\"'"),
+        ("data.path=a${b", "data.path", "Hydra cannot read it", r"""'data.path="a\${b"'"""),
         ("launch.sbatch=[--partition=gpu]", "launch.sbatch", "Hydra cannot read it",
          "\"launch.sbatch=['--partition=gpu']\""),
         ("launch.sbatch=[--qos=a, '--mem=9G']", "launch.sbatch", "Hydra cannot read it",
@@ -143,7 +144,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("+seed=3", "seed", "+ adds what is not there yet", "seed=3"),
         ("~modl", "modl", "there is nothing of this name to take away", "~model"),
         ("~seed=3", "seed", "is 42 and not 3", "~seed"),
-        ("run_dir=${nope}", "run_dir", "cannot be resolved: Interpolation key 'nope' not found", "write the value"),
+        ("run_dir=${nope}", "run_dir", "cannot be resolved: Interpolation key 'nope' not found", r"${, write \${"),
         ("data=file", "data.path", "has no value yet", "data.path=...; What to train on"),
     ],
 )  # fmt: skip
