@@ -184,6 +184,7 @@ class StageRun:
             "mfu": model_flops_utilisation(self.plan, outcome.tokens_per_second),
             "checkpoints": outcome.saves,
             "steps": outcome.steps,
+            "resumed_after_step": outcome.resumed_after,
             "recompilations": outcome.recompilations,
             "kept_layers": outcome.rehearsal.kept_layers,
             "input_share": outcome.input_share,
