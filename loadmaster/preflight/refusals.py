@@ -99,4 +99,5 @@ def without_uncounted_adapters(job: Job, shape: ModelShape) -> Job:
 
 
 def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

@@ -22,6 +22,7 @@ from loadmaster.config.schema import (
 from loadmaster.preflight import make_plan
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.refusals import divisors
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
 
@@ -352,3 +353,8 @@ def test_a_preference_objectives_further_passes_cost_time_and_no_memory() -> Non
     )  # compiled, the loss of sft alone is
     assert sft.memory_gib == dpo.memory_gib == kto.memory_gib
     assert sft.tokens_per_second > 1.1 * dpo.tokens_per_second > 1.3 * kto.tokens_per_second
+
+
+def test_the_rows_a_step_may_have_at_a_time_are_found_at_once_however_many_there_are():
+    assert [divisors(number) for number in (1, 9, 12)] == [[1], [1, 3, 9], [1, 2, 3, 4, 6, 12]]
+    assert len(divisors(10**12)) == 169
