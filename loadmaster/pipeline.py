@@ -159,6 +159,8 @@ class Pipeline:
         asked = stage == self.job.stop_after == "plan" and not self.run_dir.begun  # prices and models of cost change
         if self.run_dir.is_done(stage, inputs) and self._is_whole(stage) and not asked:
             self.echo(f"{stage}: unchanged, skipped")
+            if stage == self.job.stop_after:
+                self._write_report()
             if stage == self.job.stop_after == "plan":
                 print_plan(self.plan, self.console)
             return

@@ -165,7 +165,9 @@ def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp
     monkeypatch.setattr(Display, "PLAIN_EVERY_S", 0.0)
     first = go(tiny, tmp_path, "stop_after=evaluate")[1]
     assert "skipped" not in first and "  2 of 2 answers" in first
+    (tmp_path / "run/report.html").unlink()
     again = go(tiny, tmp_path, "stop_after=evaluate")[1]
+    assert (tmp_path / "run/report.html").is_file()
     assert [f"{stage}: unchanged, skipped" in again for stage in ("plan", "train", "evaluate")] == [True] * 3
     changed = go(tiny, tmp_path, "stop_after=evaluate", "evaluation.max_new_tokens=5")[1]
     assert "train: unchanged, skipped" in changed and "evaluate: started" in changed

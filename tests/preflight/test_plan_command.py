@@ -126,6 +126,8 @@ def test_words_that_a_command_does_not_know_are_refused(command: str, capsys) ->
         (["plna"], "there is no 'plna'; did you mean plan?"),
         (["endpoint", "lst"], "there is no 'lst'; did you mean list?"),
         (["zzz"], "choose from"),
+        (["report", "runs/x"], "the run's command, given again, writes report.html"),
+        (["resume"], "goes on from the newest checkpoint"),
     ],
 )
 def test_a_command_that_is_misspelt_is_told_the_nearest(words: list[str], said: str, capsys) -> None:
