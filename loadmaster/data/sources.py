@@ -26,6 +26,8 @@ from loadmaster.files import sha256_file
 NO_UTF8 = "is not UTF-8 text"
 AS_UTF8 = "save the file as UTF-8 (of files from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW)"
 AGAIN = "the file is damaged or was cut off: write it again, or fetch it again"
+UNREADABLE = (ValueError, RecursionError)
+"""What json raises for broken text, and for brackets by the thousand in one another."""
 LONGEST_CELL = 2**31 - 1
 """Characters; the csv module refuses cells of more than 131,072 otherwise."""
 ESCAPED = re.compile("[\udc80-\udcff]")
@@ -206,12 +208,12 @@ def _one_object(path: Path) -> tuple[dict[str, Any], bool] | None:
         try:
             value = json.loads(first.decode())  # as UTF-8: json would take bytes for UTF-16 too
             return (value, True) if isinstance(value, dict) and not any(lines) else None
-        except ValueError:
+        except UNREADABLE:
             file.seek(0)
             try:
                 value = json.loads(file.read().removeprefix(codecs.BOM_UTF8).decode())
                 return (value, False) if isinstance(value, dict) else None
-            except ValueError:
+            except UNREADABLE:
                 return None
 
 
@@ -253,7 +255,7 @@ def _read_lines(path: Path, name: str) -> Iterator[RawRow]:
                 yield RawRow(origin, json.loads(line.strip()))
             except UnicodeDecodeError:
                 yield RawRow(origin, error=NO_UTF8, remedy=AS_UTF8)
-            except ValueError as error:
+            except UNREADABLE as error:
                 yield RawRow(origin, error=_broken(error))
 
 
@@ -278,7 +280,7 @@ def _elements(text: str, position: int, name: str) -> Iterator[RawRow]:
             return
         try:
             value, position = decode(text, position)
-        except ValueError as error:
+        except UNREADABLE as error:
             yield RawRow(origin, error=f"{_broken(error)}; the rest of the file cannot be read")
             return
         yield RawRow(origin, value)
@@ -300,7 +302,9 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _broken(error: ValueError) -> str:
+def _broken(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "broken JSON: brackets stand too deep in one another"
     if not isinstance(error, json.JSONDecodeError):
         return f"broken JSON: {error}"
     found = error.doc[error.pos : error.pos + 20]
@@ -345,7 +349,7 @@ def _cell(text: str) -> Any:
         return text
     try:
         value = json.loads(text)
-    except ValueError:
+    except UNREADABLE:
         return text
     are_turns = bool(value) and all(isinstance(turn, dict) and set(turn) & {"role", "from"} for turn in value)
     return value if are_turns else text

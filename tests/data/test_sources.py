@@ -26,6 +26,16 @@ def test_jsonl_rows_have_their_line_and_broken_lines_do_not_stop_the_rest(write_
     assert broken[0] == "rows.jsonl:3" and broken[1].startswith("broken JSON")
 
 
+def test_brackets_that_stand_too_deep_in_one_another_are_a_broken_row(tmp_path):
+    deep = "[" * 50_000
+    for name, before in (("rows.jsonl", '{"n": '), ("rows.json", '[{"n": '), ("object.json", '{"n": ')):
+        (tmp_path / name).write_text(before + deep)
+        ((origin, said),) = rows_of(tmp_path / name)
+        assert origin == f"{name}:1" and said.startswith("broken JSON: brackets stand too deep")
+    (tmp_path / "rows.csv").write_text(f"text\n{deep}]\n")
+    assert rows_of(tmp_path / "rows.csv") == [("rows.csv:2", {"text": f"{deep}]"})]
+
+
 def test_json_array_rows_have_the_line_they_start_on(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('\ufeff\n[\n  {"n": 1,\n   "m": "a\\nb"},\n\n  {"n": 2}, {"n": 3}\n]\n', encoding="utf-8")
