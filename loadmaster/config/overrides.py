@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -175,7 +176,7 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) 
     itself = re.sub(r"(?<!\\)\$\{", r"\\${", value)  # or it would stand for another field's value
     remedy = f"quote the value twice, once for the shell and once for Hydra: '{key}=\"{itself}\"'"
     if known and "list" in describe(known.annotation) and value.startswith("[") and value.endswith("]"):
-        items = ",".join(f"'{item.strip(_QUOTES)}'" for item in value[1:-1].split(","))
+        items = ",".join(f"'{item.strip(_QUOTES)}'" for item in value[1:-1].split(",") if item.strip())
         remedy = f'quote each entry, and all of it for the shell: "{key}=[{items}]"'
     return Problem(key, value, COMMAND_LINE, f"Hydra cannot read it: {reason}", remedy)
 
@@ -220,13 +221,18 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
 
 
 def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> Problem:
-    guess = nearest(wrong, options)
+    is_file = wrong.endswith((".yaml", ".yml"))
+    guess = nearest(Path(wrong).stem if is_file else wrong, options)
     if guess and guess.startswith(wrong.lower()):
         guess = min((option for option in options if option.startswith(wrong.lower())), key=_size)
     remedy = (f"{group}={guess}; " if guess else "") + "the options are " + ", ".join(options)
-    others = {"model": "model by model.name=HUB-ID or model.path=FOLDER", "hardware": "card by hardware.gpu=NAME"}
+    others = {
+        "model": "model by model.name=HUB-ID or model.path=FOLDER",
+        "data": "data by data=file data.path=FILE-OR-FOLDER-OR-HUB-ID",
+        "hardware": "card by hardware.gpu=NAME",
+    }
     remedy += f"; any other {others[group]}" if group in others else ""
-    if "/" in wrong or wrong.endswith((".yaml", ".yml")):
+    if is_file or ("/" in wrong and group != "data"):
         remedy += f"; a file of your own goes into {'recipes' if group == GROUP else 'conf/' + group}/ here"
     return Problem(group, wrong, origin, f"there is no {group} of this name", remedy)
 
