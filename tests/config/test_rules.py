@@ -144,7 +144,7 @@ CASES = {
         ["optimizer.schedule=linear", "optimizer.min_lr_ratio=0.1"],
     ),
     "full_has_no_adapter": (
-        ["method=full", "export.formats=[adapter]"], "export.formats", "export=bf16",
+        ["method=auto", "plan.methods=[full]", "export.formats=[adapter]"], "export.formats", "export=bf16",
         ["method=lora", "export=adapter"],
     ),
     "something_is_exported": (["export.formats=[]"], "export.formats", "stop_after=evaluate", ["export.formats=[fp8]"]),

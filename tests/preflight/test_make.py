@@ -12,6 +12,7 @@ import pytest
 from loadmaster.config.schema import (
     BatchConfig,
     EvaluationConfig,
+    ExportConfig,
     HardwareConfig,
     Job,
     LoraConfig,
@@ -284,6 +285,8 @@ def test_a_micro_batch_that_does_not_divide_the_global_batch_is_refused_with_tho
 
 def test_auto_prefers_the_most_faithful_method_that_fits() -> None:
     assert plan("meta-llama/Llama-3.2-1B", "auto", "h100_80gb").method == "full"
+    to_export = ExportConfig(formats=["adapter", "bf16"])
+    assert plan("meta-llama/Llama-3.2-1B", "auto", "h100_80gb", export=to_export).method == "lora"
     chosen = plan(LLAMA + "8B", "auto", "rtx4090")
     assert chosen.method in ("lora", "qlora") and any("more faithful" in reason for reason in chosen.reasons)
 
