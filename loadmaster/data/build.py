@@ -258,6 +258,7 @@ def _split_rows(
         "fill": tokens / (len(rows) * job.sequence_length),
         "median_length": int(np.median(encoded.lengths)),
         "longest": int(encoded.lengths.max()),
+        "largest_id": int(arrays["input_ids"].max()),
         "nine_in_ten": int(np.quantile(encoded.lengths, 0.9, method="higher")),
         "long_rows": asdict(long),
     }
