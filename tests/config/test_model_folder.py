@@ -62,6 +62,13 @@ def test_weights_that_were_cut_off_are_refused_with_their_size(folder, smollm2):
     assert f"has 100,000,000 bytes and should have {len(whole):,}" in str(error.value)
 
 
+def test_weights_that_cannot_be_read_are_told_from_broken_ones(folder):
+    (weights,) = folder.glob("*.safetensors")
+    weights.unlink()
+    weights.symlink_to(folder / "elsewhere")
+    assert list(broken_files(folder)) == [f"{weights.name} cannot be read (no such file or directory)"]
+
+
 def test_a_folder_with_only_a_configuration_can_be_planned(folder):
     for file in folder.iterdir():
         if file.name != "config.json":
