@@ -30,8 +30,9 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
         if job.launch.name != "local" and path.startswith("/workspace/"):
             continue
         place = Path(resolve_path(path))
-        if os.path.exists(place) and not os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0)):
-            yield key, path, f"you may not read {place.absolute()}", f"chmod u+r {place}, or {key}=FILE of another"
+        inside = place.rglob("*") if place.is_dir() else ()
+        if closed := next((each for each in (place, *inside) if os.path.exists(each) and not _may_read(each)), None):
+            yield key, path, f"you may not read {closed.absolute()}", f"chmod u+r {closed}, or {key}=FILE of another"
         elif os.path.exists(place) and not (place.is_file() or place.is_dir()):
             message = f"is {'a pipe' if place.is_fifo() else 'no regular file'}, and data are read more than once"
             yield key, path, message, f"write it to a file first: COMMAND > rows.jsonl, and {key}=rows.jsonl"
@@ -371,6 +372,10 @@ def model_folder_exists(job: Job, origins: Origins) -> Found:
 
 def _file(origin: str) -> str:
     return origin if origin in (COMMAND_LINE, DEFAULT) else origin.rpartition(":")[0]
+
+
+def _may_read(place: Path) -> bool:
+    return os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0))
 
 
 def _is_file_name(path: str) -> bool:

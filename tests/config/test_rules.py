@@ -307,10 +307,18 @@ def test_a_missing_file_in_a_missing_folder_says_where_it_looked():
     assert f"relative to where the command is run ({Path.cwd()})" in caught.value.problems[0].remedy
 
 
-@pytest.mark.parametrize("words", [["data=file", "data.path=mine.jsonl", PLAN], ["data=file", "data.path=folder"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data=file", "data.path=mine.jsonl", PLAN], ["data=file", "data.path=folder"],
+        ["data=file", "data.path=open", PLAN],
+    ],
+)  # fmt: skip
 def test_data_that_may_not_be_read_is_named_before_anything_starts(words: list[str], tmp_path: Path):
     (tmp_path / "mine.jsonl").touch(0o200)
     (tmp_path / "folder").mkdir(0o600)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open/rows.jsonl").touch(0o200)
     asked = f"from loadmaster.config.compose import compose; compose({words})"
     done = subprocess.run(
         [*PLAIN, sys.executable, "-c", asked], cwd=tmp_path, env=environment(), capture_output=True, text=True
