@@ -23,8 +23,10 @@ from hydra.errors import HydraException
 
 from loadmaster.config.fields import describe, fields, nearest
 from loadmaster.config.hydra_sources import GROUP
+from loadmaster.config.model_folder import run_of
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.config.schema import DATA_SUFFIXES
+from loadmaster.config.shipped import local_path
 from loadmaster.errors import Problem
 
 PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
@@ -165,6 +167,9 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) 
         message = "is not of the form key=value"
         if argument.lower().endswith(DATA_SUFFIXES):
             return Problem(argument, None, COMMAND_LINE, message, f"data=file data.path={argument}")
+        if (folder := local_path(argument)).is_dir() and run_of(folder):
+            remedy = f"--config-dir {argument} --config-name config run_dir={argument} goes on with the run in it"
+            return Problem(argument, None, COMMAND_LINE, message, remedy)
         recipe = nearest(argument, loader.repository.get_group_options(GROUP))
         remedy = f"{GROUP}={recipe}" if recipe else "write key=value, for example lora.rank=16"
         return Problem(argument, None, COMMAND_LINE, message, remedy)

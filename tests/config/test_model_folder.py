@@ -86,3 +86,13 @@ def test_a_second_stage_over_a_run_is_told_what_to_train_on(tmp_path, given, wha
     (problem,) = refused.value.problems
     assert problem.message == f"is {what}, not a model"
     assert problem.remedy.startswith(f"model.path={tmp_path}/run/export/bf16, what that run trained")
+
+
+def test_a_run_given_as_a_word_is_told_how_to_go_on_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for name in ("stages.json", "plan.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(ConfigError) as refused:
+        compose(["run"])
+    assert refused.value.problems[0].remedy.startswith("--config-dir run --config-name config run_dir=run")
