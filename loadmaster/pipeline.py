@@ -361,13 +361,19 @@ def data_identity(job: Job) -> list[str]:
 def dataset_tokens(job: Job) -> int | None:
     """Tokens of an epoch, estimated from the size of the files; None for a Hub dataset, and where one is not here.
 
-    Raises DataError for a folder without files of rows, and for files that hold none.
+    Raises DataError for a folder without files of rows, and for files that hold none, held-out ones included.
     """
-    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
+    paths, held = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path), job.data.validation
+    if isinstance(held, str) and Path(resolve_path(held)).exists():
+        _sizes([held], "data.validation")
     if not all(Path(resolve_path(path)).exists() for path in paths):
         return None
-    source = open_source(paths)
+    return estimate_tokens(_sizes(paths, "data.path"))
+
+
+def _sizes(paths: list[str], key: str) -> dict[str, int]:
+    source = open_source(paths, key=key)
     sizes = {str(file): file.stat().st_size for file in source.files}
     if sum(sizes.values()) < SOON_READ:
         source.refuse_empty()
-    return estimate_tokens(sizes)
+    return sizes

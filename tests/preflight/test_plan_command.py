@@ -204,8 +204,9 @@ def test_a_wrong_word_is_said_before_torch_is_imported() -> None:
 def test_data_without_rows_are_refused_by_the_plan_too(name, content, capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text(content)
-    assert main(["plan", "data=file", f"data.path={name}"]) == 2
-    assert f"the data has no rows: {name}" in capsys.readouterr().err
+    for words in (["data=file", f"data.path={name}"], ["data=tickets", f"data.validation={name}"]):
+        assert main(["plan", *words]) == 2
+        assert f"the data has no rows: {name}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [name]  # no run directory
 
 
