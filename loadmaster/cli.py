@@ -47,6 +47,12 @@ STAGE_HELP = {
     "bundle": "run all five stages: what an endpoint needs is written after the export",
 }
 
+DONE_BY_STAGES = {
+    "report": "the run's command, given again, writes report.html into its run directory anew",
+    "resume": "the run's command, given again, goes on from the newest checkpoint",
+}
+"""What people look for a command of, in lower case."""
+
 STAGE_OPTIONS = """\
 options of every stage, as of python train.py:
   --dry-run                  launch=runpod, ssh, slurm: print the plan and the exact requests; start nothing
@@ -97,6 +103,8 @@ class _Parser(argparse.ArgumentParser):
             self.print_help(sys.stderr)
             self.exit(2)
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong and (said := DONE_BY_STAGES.get(wrong[1].lower())):
+            super().error(f"there is no {wrong[1]!r}: {said}")
         guess = wrong and nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
         super().error(f"there is no {wrong[1]!r}; did you mean {guess}?" if wrong and guess else message)
 

@@ -11,7 +11,8 @@ from loadmaster.errors import LoadmasterError
 REMEDIES = {
     "train": "the same command goes on from the last checkpoint: with activation_checkpointing=full, a smaller "
     "micro_batch_size, or plan.reserve=0.1, which leaves more of the card free",
-    "evaluate": "the same command goes on with this stage: with a smaller evaluation.batch_size",
+    "evaluate": "the same command goes on with this stage: with a smaller evaluation.batch_size or "
+    "evaluation.max_new_tokens",
     "export": "the same command goes on with this stage: with a smaller evaluation.batch_size, or on a larger card",
 }
 

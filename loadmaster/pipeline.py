@@ -27,10 +27,12 @@ from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.shipped import resolve_path
 from loadmaster.config.show import show_error
 from loadmaster.config.validate import check
+from loadmaster.data.sources import open_source
 from loadmaster.errors import (
     DISK_REMEDY,
     IN_THE_JOB,
     ConfigError,
+    DataError,
     DoesNotFit,
     LoadmasterError,
     Problem,
@@ -50,6 +52,9 @@ from loadmaster.team import Team
 from loadmaster.training.display import Display
 from loadmaster.training.stop import STARTED, StopSignal, deadline
 from loadmaster.world_stages import Materials, chosen
+
+SOON_READ = 1_000_000
+"""Bytes of files that a plan looks into, as they may hold no row."""
 
 
 def run(composed: Composed, console: Console | None = None) -> int:
@@ -154,6 +159,8 @@ class Pipeline:
         asked = stage == self.job.stop_after == "plan" and not self.run_dir.begun  # prices and models of cost change
         if self.run_dir.is_done(stage, inputs) and self._is_whole(stage) and not asked:
             self.echo(f"{stage}: unchanged, skipped")
+            if stage == self.job.stop_after:
+                self._write_report()
             if stage == self.job.stop_after == "plan":
                 print_plan(self.plan, self.console)
             return
@@ -178,7 +185,7 @@ class Pipeline:
             raise
         except LoadmasterError as error:
             planned = stage != "plan" or self._is_whole("plan")
-            if isinstance(error, ConfigError) and not planned and self.run_dir.discard():
+            if isinstance(error, ConfigError | DataError) and not planned and self.run_dir.discard():
                 error.begun = False
             else:
                 self.run_dir.update_result(failure={"stage": stage, "message": str(error)})
@@ -352,10 +359,21 @@ def data_identity(job: Job) -> list[str]:
 
 
 def dataset_tokens(job: Job) -> int | None:
-    """Tokens of an epoch, estimated from the size of the files; None for a Hub dataset."""
-    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
-    found = [Path(resolve_path(path)) for path in paths]
-    if not all(path.exists() for path in found):
+    """Tokens of an epoch, estimated from the size of the files; None for a Hub dataset, and where one is not here.
+
+    Raises DataError for a folder without files of rows, and for files that hold none, held-out ones included.
+    """
+    paths, held = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path), job.data.validation
+    if isinstance(held, str) and Path(resolve_path(held)).exists():
+        _sizes([held], "data.validation")
+    if not all(Path(resolve_path(path)).exists() for path in paths):
         return None
-    files = [file for path in found for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
-    return estimate_tokens({file.name: file.stat().st_size for file in files})
+    return estimate_tokens(_sizes(paths, "data.path"))
+
+
+def _sizes(paths: list[str], key: str) -> dict[str, int]:
+    source = open_source(paths, key=key)
+    sizes = {str(file): file.stat().st_size for file in source.files}
+    if sum(sizes.values()) < SOON_READ:
+        source.refuse_empty()
+    return sizes

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from loadmaster import collector, out_of_memory
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import Job
-from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.errors import ConfigError, DataError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.files import publish_folder, sha256_json, write_json
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.display import Display
@@ -135,6 +135,20 @@ class StageRun:
             if (self.world.local_rank == 0) == first:
                 _ = self.materials.prepared
             self.world.barrier()
+        self._refuse_tokens_without_embedding()
+
+    def _refuse_tokens_without_embedding(self) -> None:
+        """Of another model's tokenizer, or one that was added to. Raises DataError on all ranks."""
+        summary, known = self.materials.prepared.summary, self.plan.model.vocabulary_size
+        largest = max((summary[split] or {}).get("largest_id", 0) for split in ("train", "validation"))
+        if largest >= known:
+            token = self.materials.tokenizer.convert_ids_to_tokens(largest)
+            raise DataError(
+                f"the data hold {token!r}, token {largest:,} of the tokenizer in {self.materials.base_folder}, and the "
+                f"model has embeddings for {known:,}: the tokenizer is another model's, or was added to\n"
+                "    fix: put the model's own tokenizer.json and tokenizer_config.json there, or take the token out of "
+                "the data"
+            )
 
     def _examine(self, stage: str) -> None:
         """Before training: is every host fit, are all alike, and can the task be asked? Raises LoadmasterError."""
@@ -184,6 +198,7 @@ class StageRun:
             "mfu": model_flops_utilisation(self.plan, outcome.tokens_per_second),
             "checkpoints": outcome.saves,
             "steps": outcome.steps,
+            "resumed_after_step": outcome.resumed_after,
             "recompilations": outcome.recompilations,
             "kept_layers": outcome.rehearsal.kept_layers,
             "input_share": outcome.input_share,

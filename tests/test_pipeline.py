@@ -161,11 +161,28 @@ def test_full_70b_scaled_down_runs_on_several_processes(count, spread, tiny, tmp
         assert (folder / "export" / "bf16" / "manifest.json").is_file() and (folder / "bundle").is_dir()
 
 
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_before_it_is_loaded(tiny, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": 49152, "content": "<mine>", **added})
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{word} <mine> of it"}) + "\n" for word in ("some", "all")))
+    words = ("data=file", f"data.path={rows}", "data.validation=null", "evaluation.task=none", "stop_after=train")
+    assert go(other, tmp_path, *words)[0] == 2
+    said = capsys.readouterr().err
+    assert "the data hold '<mine>', token 49,152" in said and "has embeddings for 49,152" in said
+
+
 def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Display, "PLAIN_EVERY_S", 0.0)
     first = go(tiny, tmp_path, "stop_after=evaluate")[1]
     assert "skipped" not in first and "  2 of 2 answers" in first
+    (tmp_path / "run/report.html").unlink()
     again = go(tiny, tmp_path, "stop_after=evaluate")[1]
+    assert (tmp_path / "run/report.html").is_file()
     assert [f"{stage}: unchanged, skipped" in again for stage in ("plan", "train", "evaluate")] == [True] * 3
     changed = go(tiny, tmp_path, "stop_after=evaluate", "evaluation.max_new_tokens=5")[1]
     assert "train: unchanged, skipped" in changed and "evaluate: started" in changed

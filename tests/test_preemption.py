@@ -1,5 +1,6 @@
 """Real processes, real signals, the real small model: nothing is lost and nothing repeats."""
 
+import json
 import os
 import random
 import re
@@ -61,6 +62,7 @@ def test_killed_at_a_random_step_then_stopped_by_a_signal_the_same_command_conti
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in (tmp_path / "log.txt").read_text()
     assert f"resuming after step {stopped_after}" in done.stdout
+    assert json.loads((tmp_path / "run/result.json").read_text())["resumed_after_step"] == stopped_after
     joined = metrics(tmp_path / "run")
     assert [row["step"] for row in joined] == list(range(1, STEPS + 1))
     assert joined == uninterrupted

@@ -228,7 +228,7 @@ def resolve_all(config: DictConfig, origins: dict[str, str], job_number: int) ->
             except OmegaConfBaseException as error:
                 reason = str(error).splitlines()[0].partition("interpolation: ")
                 message = f"cannot be resolved: {reason[2] or reason[0]}"
-                remedy = "write the value itself, or mend the ${...}"
+                remedy = r"write the value itself, or mend the ${...}; for a name that holds ${, write \${"
                 problems.append(Problem(key, written[name], origin_of(origins, key), message, remedy))
         return plain
 

@@ -30,8 +30,9 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
         if job.launch.name != "local" and path.startswith("/workspace/"):
             continue
         place = Path(resolve_path(path))
-        if os.path.exists(place) and not os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0)):
-            yield key, path, f"you may not read {place.absolute()}", f"chmod u+r {place}, or {key}=FILE of another"
+        inside = place.rglob("*") if place.is_dir() else ()
+        if closed := next((each for each in (place, *inside) if os.path.exists(each) and not _may_read(each)), None):
+            yield key, path, f"you may not read {closed.absolute()}", f"chmod u+r {closed}, or {key}=FILE of another"
         elif os.path.exists(place) and not (place.is_file() or place.is_dir()):
             message = f"is {'a pipe' if place.is_fifo() else 'no regular file'}, and data are read more than once"
             yield key, path, message, f"write it to a file first: COMMAND > rows.jsonl, and {key}=rows.jsonl"
@@ -95,12 +96,14 @@ def preferences_have_a_reference(job: Job, origins: Origins) -> Found:
 def pairs_go_with_a_preference_objective(job: Job, origins: Origins) -> Found:
     """data.format=preference goes with objective=dpo, orpo or kto, and they with it (or auto)."""
     if (job.data.format == "preference") != (job.objective != "sft") and job.data.format not in ("auto", "unpaired"):
-        what = "holds pairs, which objective=sft does not train on"
+        what, remedy = "holds pairs, which objective=sft does not train on", "objective=dpo"
         if job.objective != "sft":
-            labelled = " and no labels" if job.objective == "kto" else ""
-            what = f"holds no pairs{labelled}, which objective={job.objective} trains on"
-        formats = "data.format=preference or unpaired" if job.objective == "kto" else "data.format=preference"
-        remedy = "objective=dpo" if job.objective == "sft" else f"{formats}, or objective=sft"
+            kto = job.objective == "kto"
+            what = f"holds no pairs{' and no labels' * kto}, which objective={job.objective} trains on"
+            own = f"data.format=preference{' or unpaired' * kto} and rows with chosen and rejected answers"
+            own += " (unpaired: with an answer and its label)" * kto
+            remedy = _in_place_of("train", f"data=ticket_pairs{' or ticket_labels' * kto}", job, own)
+            remedy += ", or objective=sft"
         yield "data.format", job.data.format, what, remedy
 
 
@@ -109,8 +112,14 @@ def labelled_answers_are_ktos(job: Job, origins: Origins) -> Found:
     """data.format=unpaired (single answers with a label) goes with objective=kto."""
     if job.data.format == "unpaired" and job.objective != "kto":
         message = f"holds single answers with a label, which objective={job.objective} does not train on"
-        remedy = "objective=kto, or data.format=" + ("messages" if job.objective == "sft" else "preference")
+        shape, group = ("messages", "tickets") if job.objective == "sft" else ("preference", "ticket_pairs")
+        remedy = "objective=kto, or " + _in_place_of("labels_train", f"data={group}", job, f"data.format={shape}")
         yield "data.format", "unpaired", message, remedy
+
+
+def _in_place_of(rows: str, group: str, job: Job, otherwise: str) -> str:
+    """A group of shipped data where the job trains on such rows of another; of data of one's own, what else to do."""
+    return group if job.data.path == f"{SCHEME}tickets/{rows}.jsonl" else otherwise
 
 
 @rule("data.on_long_row", "objective")
@@ -363,6 +372,10 @@ def model_folder_exists(job: Job, origins: Origins) -> Found:
 
 def _file(origin: str) -> str:
     return origin if origin in (COMMAND_LINE, DEFAULT) else origin.rpartition(":")[0]
+
+
+def _may_read(place: Path) -> bool:
+    return os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0))
 
 
 def _is_file_name(path: str) -> bool:

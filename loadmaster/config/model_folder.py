@@ -36,7 +36,9 @@ def broken_files(folder: Path) -> Iterator[str]:
 def _object(file: Path) -> tuple[dict[str, Any], str | None]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        return {}, _unreadable(error)
+    except ValueError as error:
         return {}, f"is no JSON ({error})"
     return (content, None) if isinstance(content, dict) else ({}, "holds no JSON object")
 
@@ -56,17 +58,23 @@ def _missing_shards(folder: Path, index: dict[str, Any]) -> Iterator[str]:
 
 def _torn(file: Path) -> str | None:
     """Whether a safetensors file ends before its header says (8 bytes length, JSON header, tensors)."""
-    size = file.stat().st_size
     try:
+        size = file.stat().st_size
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 return "is cut off in its header; fetch it again"
             header = json.loads(stream.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, OSError, struct.error, KeyError, TypeError, AttributeError, IndexError):
+    except OSError as error:
+        return _unreadable(error)
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError, IndexError):
         return "is no safetensors file"
     wanted = 8 + length + max(ends, default=0)
     if size != wanted:
         return f"has {size:,} bytes and should have {wanted:,}; the copy was cut off, fetch it again"
     return None
+
+
+def _unreadable(error: OSError) -> str:
+    return f"cannot be read ({(error.strerror or str(error)).lower()})"

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -22,8 +23,10 @@ from hydra.errors import HydraException
 
 from loadmaster.config.fields import describe, fields, nearest
 from loadmaster.config.hydra_sources import GROUP
+from loadmaster.config.model_folder import run_of
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.config.schema import DATA_SUFFIXES
+from loadmaster.config.shipped import local_path
 from loadmaster.errors import Problem
 
 PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
@@ -164,6 +167,9 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) 
         message = "is not of the form key=value"
         if argument.lower().endswith(DATA_SUFFIXES):
             return Problem(argument, None, COMMAND_LINE, message, f"data=file data.path={argument}")
+        if (folder := local_path(argument)).is_dir() and run_of(folder):
+            remedy = f"--config-dir {argument} --config-name config run_dir={argument} goes on with the run in it"
+            return Problem(argument, None, COMMAND_LINE, message, remedy)
         recipe = nearest(argument, loader.repository.get_group_options(GROUP))
         remedy = f"{GROUP}={recipe}" if recipe else "write key=value, for example lora.rank=16"
         return Problem(argument, None, COMMAND_LINE, message, remedy)
@@ -172,9 +178,10 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) 
         return _nameless(argument)
     reason = str(error).splitlines()[0]
     known = fields().get(key)
-    remedy = f"quote the value twice, once for the shell and once for Hydra: '{key}=\"{value}\"'"
+    itself = re.sub(r"(?<!\\)\$\{", r"\\${", value)  # or it would stand for another field's value
+    remedy = f"quote the value twice, once for the shell and once for Hydra: '{key}=\"{itself}\"'"
     if known and "list" in describe(known.annotation) and value.startswith("[") and value.endswith("]"):
-        items = ",".join(f"'{item.strip(_QUOTES)}'" for item in value[1:-1].split(","))
+        items = ",".join(f"'{item.strip(_QUOTES)}'" for item in value[1:-1].split(",") if item.strip())
         remedy = f'quote each entry, and all of it for the shell: "{key}=[{items}]"'
     return Problem(key, value, COMMAND_LINE, f"Hydra cannot read it: {reason}", remedy)
 
@@ -219,13 +226,18 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
 
 
 def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> Problem:
-    guess = nearest(wrong, options)
+    is_file = wrong.endswith((".yaml", ".yml"))
+    guess = nearest(Path(wrong).stem if is_file else wrong, options)
     if guess and guess.startswith(wrong.lower()):
         guess = min((option for option in options if option.startswith(wrong.lower())), key=_size)
     remedy = (f"{group}={guess}; " if guess else "") + "the options are " + ", ".join(options)
-    others = {"model": "model by model.name=HUB-ID or model.path=FOLDER", "hardware": "card by hardware.gpu=NAME"}
+    others = {
+        "model": "model by model.name=HUB-ID or model.path=FOLDER",
+        "data": "data by data=file data.path=FILE-OR-FOLDER-OR-HUB-ID",
+        "hardware": "card by hardware.gpu=NAME",
+    }
     remedy += f"; any other {others[group]}" if group in others else ""
-    if "/" in wrong or wrong.endswith((".yaml", ".yml")):
+    if is_file or ("/" in wrong and group != "data"):
         remedy += f"; a file of your own goes into {'recipes' if group == GROUP else 'conf/' + group}/ here"
     return Problem(group, wrong, origin, f"there is no {group} of this name", remedy)
 

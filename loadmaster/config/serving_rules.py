@@ -59,10 +59,11 @@ def serves_adapter(job: Job) -> bool:
     return job.endpoint.serve_as == "adapter" or (job.endpoint.serve_as == "auto" and only)
 
 
-@rule("export.formats", "method")
+@rule("export.formats", "method", "plan.methods")
 def full_has_no_adapter(job: Job, origins: Origins) -> Found:
-    """export.formats holds no adapter with method=full."""
-    if job.method == "full" and "adapter" in job.export.formats:
+    """export.formats holds no adapter with method=full; with it, method=auto is lora or qlora."""
+    only_full = job.method == "full" or (job.method == "auto" and set(job.plan.methods) == {"full"})
+    if only_full and "adapter" in job.export.formats:
         remedy = "export=bf16, or method=lora"
         yield "export.formats", list(job.export.formats), "method=full trains no adapter to export", remedy
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from loadmaster.config.schema import DataConfig, Job
 from loadmaster.data.cache import ConversationFile
-from loadmaster.data.checks import Fault, SourceFaults, fault_report
+from loadmaster.data.checks import Fault, SourceFaults, fault_report, listed
 from loadmaster.data.faults import Checked, Reading, other_format, stop_on
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
 from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
@@ -87,6 +87,8 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
         summary[name] = figures
         if arrays is not None:
             save_file(arrays, folder / f"{name}.safetensors")
+    if job.data.max_rows is None and (empty := [name for name in train.names() if not reading.rows_of[name]]):
+        summary["notes"].append(f"no rows in {listed(empty)}")
     if summary["train"] is None:
         all_bad = SourceFaults(train.names(), reading.rows_read, sources[0].bad())
         why = f": {all_bad.faults[0].reason} ({all_bad.faults[0].origin})" if all_bad.faults else ""
@@ -258,6 +260,7 @@ def _split_rows(
         "fill": tokens / (len(rows) * job.sequence_length),
         "median_length": int(np.median(encoded.lengths)),
         "longest": int(encoded.lengths.max()),
+        "largest_id": int(arrays["input_ids"].max()),
         "nine_in_ten": int(np.quantile(encoded.lengths, 0.9, method="higher")),
         "long_rows": asdict(long),
     }

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.config.schema import Job
-from loadmaster.config.shipped import local_path
+from loadmaster.config.shipped import display_path, local_path
 from loadmaster.data.build import CONVERSATIONS, build, stop_on_bad_rows
 from loadmaster.data.cache import ConversationFile, cache_folder, exclusive, is_whole, seal
+from loadmaster.data.checks import listed
 from loadmaster.data.formats import Conversation
 from loadmaster.data.preference import unfit
 from loadmaster.data.render import template_hash
 from loadmaster.data.rows import PackedRows
-from loadmaster.data.sources import Source, open_source
+from loadmaster.data.sources import Source, left_out, open_source
 from loadmaster.errors import DataError
 from loadmaster.files import cached_in, publish_folder, read_json, sha256_json
 
@@ -24,6 +25,7 @@ from loadmaster.files import cached_in, publish_folder, read_json, sha256_json
 LAYOUT_VERSION = 1
 LARGE_BYTES = 100_000_000
 """Of files whose reading is announced: it takes longer than a moment."""
+NOT_READ = "not read, as other files of rows are in the folder; a list, data.path=[FILE,...], names all that are read"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
     if found := unfit(prepared.summary["format"], job.objective):  # what kto left in the cache, dpo and orpo find
         reason, remedy = found
         raise DataError(f"each row of the data {reason}\n    fix: {remedy}")
+    if sheets := [display_path(sheet) for sheet in left_out(job.data.path) + (left_out(held) if validation else [])]:
+        prepared.summary["notes"].append(f"{listed(sheets)}: {NOT_READ}")
     prepared.summary.update(cache="hit" if cached else "built", seconds=time.perf_counter() - started)
     return prepared
 

@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from loadmaster.errors import DataError
 
 SENTINEL = "zqSentinelqz"
@@ -87,6 +89,11 @@ class ChatRenderer:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the model's chat template is broken in line {error.lineno}: {error}\n"
+                "    fix: mend it, or fetch it again (chat_template.jinja, or chat_template in tokenizer_config.json)"
+            ) from error
         except Exception as error:  # Jinja and the template's raise_exception share no base class
             raise TemplateRefused(str(error) or type(error).__name__) from error
 

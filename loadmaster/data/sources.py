@@ -19,33 +19,19 @@ from typing import Any
 
 from loadmaster.config.schema import DATA_SUFFIXES
 from loadmaster.config.shipped import SCHEME, display_path, resolve_path
+from loadmaster.data.file_kinds import INSTEAD, ROW_FIELDS, misnamed
 from loadmaster.errors import DataError
 from loadmaster.files import sha256_file
 
-LINE_OF_TEXT = 'one JSON object {"text": ...} a line (or a document), as .jsonl'
-UNPACK = "unpack it first (gunzip, unzip, unzstd)"
-SHEET = "save the sheet as .csv (in a spreadsheet program: CSV UTF-8, comma delimited)"
-INSTEAD = {
-    ".txt": LINE_OF_TEXT, ".md": LINE_OF_TEXT,
-    ".gz": UNPACK, ".zip": UNPACK, ".zst": UNPACK, ".bz2": UNPACK, ".xz": UNPACK,
-    ".xlsx": SHEET, ".xls": SHEET, ".ods": SHEET,
-    ".tsv": "write it with commas and a header, as .csv",
-    ".arrow": "write it as .parquet", ".feather": "write it as .parquet",
-}  # fmt: skip
-"""What to make of files that are not read, by suffix."""
 NO_UTF8 = "is not UTF-8 text"
 AS_UTF8 = "save the file as UTF-8 (of files from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW)"
 AGAIN = "the file is damaged or was cut off: write it again, or fetch it again"
-WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
-"""How a file in UTF-16 or UTF-32 begins."""
+UNREADABLE = (ValueError, RecursionError)
+"""What json raises for broken text, and for brackets by the thousand in one another."""
 LONGEST_CELL = 2**31 - 1
 """Characters; the csv module refuses cells of more than 131,072 otherwise."""
 ESCAPED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as surrogateescape decodes them."""
-ROW_FIELDS = {
-    "messages", "conversations", "instruction", "output", "prompt", "completion", "response", "question", "answer",
-    "text", "chosen", "rejected",
-}  # fmt: skip
 TURN_FIELDS = {"role", "from", "function"}
 """Fields of a row, and of a turn of a chat or a tool: what has them is no object that only holds rows."""
 
@@ -77,6 +63,10 @@ class FileSource:
     def rows(self) -> Iterator[RawRow]:
         for path in self.files:
             yield from _read_file(path, display_path(path))
+
+    def refuse_empty(self) -> None:
+        if next(self.rows(), None) is None:
+            raise DataError(f"the data has no rows: {', '.join(self.names())}")
 
 
 class HubSource:
@@ -116,30 +106,44 @@ def open_source(path: str | list[str], split: str = "train", key: str = "data.pa
     if isinstance(path, list):
         if not path:
             raise DataError(f"{key} is an empty list: name at least one file")
-        return FileSource([file for one in path for file in _local_files(one, key) or _missing(one, key)])
+        return FileSource([file for one in path for file in local_files(one, key) or _missing(one, key)])
     if path == "???":
         raise DataError(f"{key} is not set: give a JSON, JSONL, CSV or Parquet file, a folder, or a Hub dataset id")
-    files = _local_files(path, key)
+    files = local_files(path, key)
     if files is not None:
         return FileSource(files)
     return _missing(path, key) if _looks_local(path) else HubSource(path, split, key)
 
 
-def _local_files(path: str, key: str) -> list[Path] | None:
+def left_out(path: str | list[str]) -> list[Path]:
+    """CSV files of folders that are not read: beside files of rows, a sheet is most often about them, or the same."""
+    folders = [Path(resolve_path(one)) for one in ([path] if isinstance(path, str) else path)]
+    found = [_files_of_rows(folder) for folder in folders if folder.is_dir()]
+    return [file for files in found for file in files if not _is_read(file, files)]
+
+
+def local_files(path: str, key: str) -> list[Path] | None:
     """Files that a local path stands for; None when nothing of that name is here."""
     place = Path(resolve_path(path))
     if place.is_dir():
-        files = sorted(p for p in place.rglob("*") if _suffix(p) in DATA_SUFFIXES and not _hidden(p, place))
+        files = _files_of_rows(place)
         if not files:
             raise DataError(f"{key} = {path!r} is a folder with no {', '.join(DATA_SUFFIXES)} file in it")
-        # Beside files of rows, a sheet is most often a table about them, or the same rows again.
-        return [file for file in files if _suffix(file) != ".csv"] or files
+        return [file for file in files if _is_read(file, files)]
     if not place.is_file():
         return None
     if _suffix(place) not in DATA_SUFFIXES:
         remedy = INSTEAD.get(_suffix(place), "write it as .jsonl, one JSON object a line")
         raise DataError(f"{key} = {path!r}: only files with {', '.join(DATA_SUFFIXES)} are read\n    fix: {remedy}")
     return [place]
+
+
+def _files_of_rows(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if _suffix(p) in DATA_SUFFIXES and not _hidden(p, folder))
+
+
+def _is_read(file: Path, beside: list[Path]) -> bool:
+    return _suffix(file) != ".csv" or all(_suffix(other) == ".csv" for other in beside)
 
 
 def _suffix(path: Path) -> str:
@@ -171,10 +175,11 @@ def _nearest(path: str) -> str:
 
 def _read_file(path: Path, name: str) -> Iterator[RawRow]:
     suffix = _suffix(path)
-    if suffix == ".parquet":
+    if found := misnamed(path, suffix):
+        reason, remedy = found
+        yield RawRow(f"{name}:1", error=reason, remedy=remedy)
+    elif suffix == ".parquet":
         yield from _read_parquet(path, name)
-    elif _is_wide(path):
-        yield RawRow(f"{name}:1", error=f"{NO_UTF8}: it begins as UTF-16 does", remedy="save the file as UTF-8")
     elif suffix == ".csv":
         yield from _read_csv(path, name)
     elif suffix == ".json" and _starts_with_bracket(path):
@@ -193,11 +198,6 @@ def _starts_with_bracket(path: Path) -> bool:
     return False
 
 
-def _is_wide(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4).startswith(WIDE)
-
-
 def _one_object(path: Path) -> tuple[dict[str, Any], bool] | None:
     """The JSON object that is the whole file, and whether it stands on one line; None for anything else."""
     with open(path, "rb") as file:
@@ -208,12 +208,12 @@ def _one_object(path: Path) -> tuple[dict[str, Any], bool] | None:
         try:
             value = json.loads(first.decode())  # as UTF-8: json would take bytes for UTF-16 too
             return (value, True) if isinstance(value, dict) and not any(lines) else None
-        except ValueError:
+        except UNREADABLE:
             file.seek(0)
             try:
                 value = json.loads(file.read().removeprefix(codecs.BOM_UTF8).decode())
                 return (value, False) if isinstance(value, dict) else None
-            except ValueError:
+            except UNREADABLE:
                 return None
 
 
@@ -255,7 +255,7 @@ def _read_lines(path: Path, name: str) -> Iterator[RawRow]:
                 yield RawRow(origin, json.loads(line.strip()))
             except UnicodeDecodeError:
                 yield RawRow(origin, error=NO_UTF8, remedy=AS_UTF8)
-            except ValueError as error:
+            except UNREADABLE as error:
                 yield RawRow(origin, error=_broken(error))
 
 
@@ -280,7 +280,7 @@ def _elements(text: str, position: int, name: str) -> Iterator[RawRow]:
             return
         try:
             value, position = decode(text, position)
-        except ValueError as error:
+        except UNREADABLE as error:
             yield RawRow(origin, error=f"{_broken(error)}; the rest of the file cannot be read")
             return
         yield RawRow(origin, value)
@@ -302,7 +302,9 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _broken(error: ValueError) -> str:
+def _broken(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "broken JSON: brackets stand too deep in one another"
     if not isinstance(error, json.JSONDecodeError):
         return f"broken JSON: {error}"
     found = error.doc[error.pos : error.pos + 20]
@@ -347,7 +349,7 @@ def _cell(text: str) -> Any:
         return text
     try:
         value = json.loads(text)
-    except ValueError:
+    except UNREADABLE:
         return text
     are_turns = bool(value) and all(isinstance(turn, dict) and set(turn) & {"role", "from"} for turn in value)
     return value if are_turns else text

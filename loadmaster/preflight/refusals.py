@@ -56,8 +56,7 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     if job.precision == "fp8" and job.method == "auto" and set(job.plan.methods) == {"qlora"}:
         yield "precision=fp8 is for method=lora or full, which plan.methods leaves out; use bf16"
     if uncounted_adapters(job, shape) and job.method != "full":
-        no_reference = job.objective in ("dpo", "kto")
-        yield f"{UNCOUNTED.format(name=shape.name)}; use {TYPED}{'' if no_reference else ', or method=full'}"
+        yield f"{UNCOUNTED.format(name=shape.name)}; use {TYPED}{'' if needs_adapter(job) else ', or method=full'}"
     if job.checkpointed_layers != "auto" and job.checkpointed_layers > shape.layers:
         yield f"checkpointed_layers={job.checkpointed_layers}: {shape.name} has {shape.layers} layers; use auto for all"
     world, rows = hardware.world_size, job.batch.global_size
@@ -92,11 +91,17 @@ def uncounted_adapters(job: Job, shape: ModelShape) -> bool:
     return bool(shape.experts) and job.lora.targets == "all-linear"
 
 
+def needs_adapter(job: Job) -> bool:
+    """Whether method=auto may not be full: a reference is the base under a disabled adapter, and one is to export."""
+    return job.objective in ("dpo", "kto") or "adapter" in job.export.formats
+
+
 def without_uncounted_adapters(job: Job, shape: ModelShape) -> Job:
     """Of method=auto what can be planned: where no adapter can be counted, full, if that may be chosen."""
-    able = job.method == "auto" and "full" in job.plan.methods and job.objective not in ("dpo", "kto")
+    able = job.method == "auto" and "full" in job.plan.methods and not needs_adapter(job)
     return replace(job, method="full") if able and uncounted_adapters(job, shape) else job
 
 
 def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

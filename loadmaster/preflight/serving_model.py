@@ -41,7 +41,9 @@ def model_and_config(word: str) -> tuple[ModelConfig, dict[str, Any]]:
     folder = None if model.path is None else local_path(model.path)
     if folder is not None and not (folder / "config.json").is_file():
         message = "this folder has no config.json" if folder.is_dir() else "there is no such folder"
-        raise ConfigError([Problem("model", word, "command line", message, _models(word))])
+        exported = next((file.parent for file in sorted(folder.glob("export/*/config.json"))), None)
+        remedy = f"model={exported}, what this run exported" if exported else _models(word)
+        raise ConfigError([Problem("model", word, "command line", message, remedy)])
     try:
         config, _ = find_config(model)
     except ConfigError as error:

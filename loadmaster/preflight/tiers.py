@@ -8,6 +8,7 @@ from typing import Any
 
 from loadmaster.config.schema import Job
 from loadmaster.preflight.hardware import Hardware
+from loadmaster.preflight.refusals import needs_adapter
 from loadmaster.preflight.zero_settings import ZERO
 
 FULL_STATES = (("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False))
@@ -19,7 +20,7 @@ HOST_STATES = FULL_STATES[:1] + FULL_STATES[2:]
 def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
     """Method, precision, optimizer and offload of each tier, most faithful first."""
     methods = job.plan.methods if job.method == "auto" else [job.method]
-    if job.objective in ("dpo", "kto"):  # their reference is the base under a disabled adapter
+    if needs_adapter(job):
         methods = [method for method in methods if method != "full"]
     if job.precision == "fp8":  # qlora's base is in nf4
         without = {"qlora"} if job.sequence_length % 16 == 0 else {"qlora", "full"}

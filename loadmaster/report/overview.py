@@ -71,6 +71,8 @@ def stages(files: RunFiles) -> list[Stage]:
         record = files.stages.get(name)
         if isinstance(record, dict):
             took, finished = units.seconds(record.get("seconds")), str(record.get("finished") or "")
+            if name == "train" and (step := resumed_after(files)):
+                took += f", resumed after step {step}"
             if finished < newest:
                 found.append(Stage(name, "stale", f"{took}, before an earlier stage ran again"))
             else:
@@ -182,8 +184,15 @@ def _wall(files: RunFiles) -> Figure | None:
         return None
     planned = number(files.plan.get("hours"))
     note = f"{len(known)} of {len(STAGES)} stages"
+    if step := resumed_after(files):
+        note += f"; of training what came after step {step}"
     return Figure("Wall time", units.seconds(sum(known)),
                   note if planned is None else f"{note}; training planned at {units.seconds(planned * 3600)}")
+
+
+def resumed_after(files: RunFiles) -> int:
+    """The step that the last process to train went on from: the seconds of the stage are its own alone."""
+    return int(number(files.result.get("resumed_after_step")) or 0)
 
 
 def _cost(files: RunFiles) -> Figure | None:

@@ -72,6 +72,8 @@ class Outcome:
     """Of the steps' time, what went by until their batches were there."""
     attention_kernel: str = ""
     """varlen (PyTorch's own), FA3, FA4, flex_attention, or by_document (a CPU, and attention dropout)."""
+    resumed_after: int = 0
+    """The step whose checkpoint this process went on from: rates and times are of what came after it."""
 
 
 def train(
@@ -243,6 +245,7 @@ def train(
         recompilations=recompilations,
         input_share=input_s / busy_s if busy_s else 0.0,
         attention_kernel=kernel,
+        resumed_after=done,
     )
 
 

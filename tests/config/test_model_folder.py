@@ -62,6 +62,13 @@ def test_weights_that_were_cut_off_are_refused_with_their_size(folder, smollm2):
     assert f"has 100,000,000 bytes and should have {len(whole):,}" in str(error.value)
 
 
+def test_weights_that_cannot_be_read_are_told_from_broken_ones(folder):
+    (weights,) = folder.glob("*.safetensors")
+    weights.unlink()
+    weights.symlink_to(folder / "elsewhere")
+    assert list(broken_files(folder)) == [f"{weights.name} cannot be read (no such file or directory)"]
+
+
 def test_a_folder_with_only_a_configuration_can_be_planned(folder):
     for file in folder.iterdir():
         if file.name != "config.json":
@@ -79,3 +86,13 @@ def test_a_second_stage_over_a_run_is_told_what_to_train_on(tmp_path, given, wha
     (problem,) = refused.value.problems
     assert problem.message == f"is {what}, not a model"
     assert problem.remedy.startswith(f"model.path={tmp_path}/run/export/bf16, what that run trained")
+
+
+def test_a_run_given_as_a_word_is_told_how_to_go_on_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for name in ("stages.json", "plan.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(ConfigError) as refused:
+        compose(["run"])
+    assert refused.value.problems[0].remedy.startswith("--config-dir run --config-name config run_dir=run")

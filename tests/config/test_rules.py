@@ -16,6 +16,7 @@ from loadmaster.errors import ConfigError
 from tests.runs import PLAIN, environment
 
 PLAN = "stop_after=plan"
+OWN = ["data=file", "data.path=own.jsonl", "data.format=messages"]
 
 # rule -> (arguments it refuses, key it blames, part of the remedy, arguments that pass)
 CASES = {
@@ -143,7 +144,7 @@ CASES = {
         ["optimizer.schedule=linear", "optimizer.min_lr_ratio=0.1"],
     ),
     "full_has_no_adapter": (
-        ["method=full", "export.formats=[adapter]"], "export.formats", "export=bf16",
+        ["method=auto", "plan.methods=[full]", "export.formats=[adapter]"], "export.formats", "export=bf16",
         ["method=lora", "export=adapter"],
     ),
     "something_is_exported": (["export.formats=[]"], "export.formats", "stop_after=evaluate", ["export.formats=[fp8]"]),
@@ -234,11 +235,21 @@ def test_a_recipe_that_says_how_it_is_launched_runs_here_too(tmp_path: Path):
     compose(["launch.max_hours=3", "launch.max_usd=5", "launch.grace_s=9", "launch.hang_timeout_s=60"])
 
 
-@pytest.mark.parametrize(("objective", "works"), [("kto", "=preference or unpaired"), ("dpo", "=preference,")])
-def test_what_an_objective_takes_is_all_named_beside_other_data(objective: str, works: str):
-    with pytest.raises(ConfigError) as raised:
-        compose([f"objective={objective}", "data.format=messages"])
-    assert works in str(raised.value)
+@pytest.mark.parametrize(
+    ("words", "works"),
+    [
+        (["objective=dpo"], "data=ticket_pairs, or objective=sft"),
+        (["objective=kto"], "data=ticket_pairs or ticket_labels, or objective=sft"),
+        (["data=ticket_labels", "objective=dpo"], "objective=kto, or data=ticket_pairs"),
+        (["data=ticket_labels", "objective=sft"], "objective=kto, or data=tickets"),
+        (["objective=dpo", *OWN], "data.format=preference and rows with chosen and rejected answers, or objective=sft"),
+        (["objective=kto", *OWN], "data.format=preference or unpaired and rows with"),
+    ],
+)
+def test_what_an_objective_takes_is_all_named_beside_other_data(words: list[str], works: str):
+    with pytest.raises(ConfigError) as caught:
+        compose([*words, PLAN])
+    assert caught.value.problems[0].remedy.startswith(works)
 
 
 def test_a_model_may_be_on_the_hosts_alone():
@@ -296,10 +307,18 @@ def test_a_missing_file_in_a_missing_folder_says_where_it_looked():
     assert f"relative to where the command is run ({Path.cwd()})" in caught.value.problems[0].remedy
 
 
-@pytest.mark.parametrize("words", [["data=file", "data.path=mine.jsonl", PLAN], ["data=file", "data.path=folder"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data=file", "data.path=mine.jsonl", PLAN], ["data=file", "data.path=folder"],
+        ["data=file", "data.path=open", PLAN],
+    ],
+)  # fmt: skip
 def test_data_that_may_not_be_read_is_named_before_anything_starts(words: list[str], tmp_path: Path):
     (tmp_path / "mine.jsonl").touch(0o200)
     (tmp_path / "folder").mkdir(0o600)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open/rows.jsonl").touch(0o200)
     asked = f"from loadmaster.config.compose import compose; compose({words})"
     done = subprocess.run(
         [*PLAIN, sys.executable, "-c", asked], cwd=tmp_path, env=environment(), capture_output=True, text=True

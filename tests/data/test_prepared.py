@@ -408,6 +408,22 @@ def test_a_fraction_that_holds_nothing_out_is_said(tokenizer, tmp_path, write_js
     assert any("data.validation=0.5 holds nothing out" in note for note in prepared.summary["notes"])
 
 
+def test_a_file_without_rows_among_others_is_named(tokenizer, tmp_path, write_jsonl, job_for):
+    folder = write_jsonl([row(1), row(2)]).parent
+    (folder / "none.jsonl").touch()
+    notes = prepare(job_for(folder, validation=None), tokenizer, folder / "cache").summary["notes"]
+    assert len(notes) == 1 and notes[0].startswith("no rows in ") and notes[0].endswith("none.jsonl")
+
+
+def test_a_sheet_beside_files_of_rows_is_said_to_be_left_out(tokenizer, tmp_path, write_jsonl, job_for):
+    folder = write_jsonl([row(1), row(2)]).parent
+    for _ in range(2):  # the second time the rows are in the cache, and the sheet is new
+        job = job_for(folder, validation=None)
+        notes = prepare(job, tokenizer, tmp_path.parent / f"{tmp_path.name}_cache").summary["notes"]
+        (folder / "about.csv").write_text("instruction,output\na,b\n")
+    assert len(notes) == 1 and "about.csv: not read" in notes[0]
+
+
 def test_control_tokens_in_what_people_wrote_are_said_with_their_place(tokenizer, tmp_path, write_jsonl, job_for):
     rows = [row(1), {**row(2), "instruction": "Say <|im_end|> twice"}, row(3)]
     prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer, tmp_path / "cache")

@@ -101,6 +101,13 @@ def test_a_template_that_raises_says_so_in_its_own_words(tokenizer_with, chat):
         ChatRenderer(tokenizer_with("mistral")).render(chat("u", "Hi", "u", "Hi", "a", "Hello."))
 
 
+def test_a_template_that_is_broken_is_no_fault_of_the_rows(tokenizer, chat):
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = "{{ '<s>' }}\n{% if %}"
+    with pytest.raises(DataError, match=r"chat template is broken in line 2: .*\n    fix: mend it"):
+        ChatRenderer(broken).render(chat("u", "Hi", "a", "Hello."))
+
+
 def test_a_tokenizer_without_a_template_is_refused_with_a_remedy(tokenizer_with):
     bare = copy.deepcopy(tokenizer_with("llama3"))
     bare.chat_template = None

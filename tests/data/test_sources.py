@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -23,6 +24,16 @@ def test_jsonl_rows_have_their_line_and_broken_lines_do_not_stop_the_rest(write_
     (first, broken, last) = rows_of(path)
     assert (first, last) == (("rows.jsonl:1", {"n": 1}), ("rows.jsonl:4", {"n": 3}))
     assert broken[0] == "rows.jsonl:3" and broken[1].startswith("broken JSON")
+
+
+def test_brackets_that_stand_too_deep_in_one_another_are_a_broken_row(tmp_path):
+    deep = "[" * 50_000
+    for name, before in (("rows.jsonl", '{"n": '), ("rows.json", '[{"n": '), ("object.json", '{"n": ')):
+        (tmp_path / name).write_text(before + deep)
+        ((origin, said),) = rows_of(tmp_path / name)
+        assert origin == f"{name}:1" and said.startswith("broken JSON: brackets stand too deep")
+    (tmp_path / "rows.csv").write_text(f"text\n{deep}]\n")
+    assert rows_of(tmp_path / "rows.csv") == [("rows.csv:2", {"text": f"{deep}]"})]
 
 
 def test_json_array_rows_have_the_line_they_start_on(tmp_path):
@@ -119,6 +130,37 @@ def test_a_file_that_is_not_utf8_is_to_be_saved_as_such(tmp_path, name, content,
     (bad,) = (row for row in open_source(str(tmp_path / name)).rows() if row.error)
     assert bad.origin.endswith(origin) and bad.error.startswith("is not UTF-8 text")
     assert bad.remedy.startswith("save the file as UTF-8")
+
+
+LINE = b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_what", "remedy"),
+    [
+        ("rows.jsonl", gzip.compress(LINE), "is packed by gzip", "unpack it first"),
+        ("rows.csv", b"PK\x03\x04" + LINE, "is a zip archive", "unpack it first (unzip); save the sheet as .csv"),
+        ("rows.jsonl", b"PAR1\x15\x04", "is a Parquet file", "name it .parquet"),
+        ("rows.json", b"PAR1\x15\x04", "is a Parquet file", "name it .parquet"),
+        ("rows.parquet", LINE, "is JSON", "name it .jsonl"),
+        ("rows.csv", LINE, "is JSON", "name it .jsonl"),
+        ("rows.csv", b'[\n  {\n    "text": "a"}]', "is JSON", "name it .json, "),
+        ("rows.jsonl", b'[\n  {"text": "a"}\n]', "is a JSON list over several lines", "name it .json, "),
+        ("rows.jsonl", b'{\n  "text": "a"\n}\n', "holds JSON objects over several lines", "jq -c ."),
+        ("rows.jsonl", b"id,text\n1,a\n", "is CSV", "name it .csv"),
+        ("rows.parquet", b"id,text\n1,a\n", "is CSV", "name it .csv"),
+        ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS", "git lfs pull"),
+        ("rows.json", b"<!DOCTYPE html>\n<html>", "is a web page", "fetch the file itself"),
+        ("rows.jsonl", LINE.decode().encode("utf-16-le"), "is not UTF-8 text: it begins as UTF-16", "-f UTF-16LE"),
+        ("rows.jsonl", LINE.decode().encode("utf-32"), "is not UTF-8 text: it begins as UTF-32", "-f UTF-32 "),
+    ],
+)
+def test_a_file_that_is_something_else_than_its_name_says_is_called_what_it_is(
+    tmp_path, name, content, is_what, remedy
+):
+    (tmp_path / name).write_bytes(content)
+    (bad,) = open_source(str(tmp_path / name)).rows()
+    assert bad.origin.endswith(f"{name}:1") and bad.error.startswith(is_what) and remedy in bad.remedy
 
 
 def test_parquet_rows_lose_the_nulls_that_columns_add(tmp_path):

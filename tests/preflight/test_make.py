@@ -12,6 +12,7 @@ import pytest
 from loadmaster.config.schema import (
     BatchConfig,
     EvaluationConfig,
+    ExportConfig,
     HardwareConfig,
     Job,
     LoraConfig,
@@ -24,6 +25,7 @@ from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import memory
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.refusals import divisors
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
 
@@ -285,6 +287,8 @@ def test_a_micro_batch_that_does_not_divide_the_global_batch_is_refused_with_tho
 
 def test_auto_prefers_the_most_faithful_method_that_fits() -> None:
     assert plan("meta-llama/Llama-3.2-1B", "auto", "h100_80gb").method == "full"
+    to_export = ExportConfig(formats=["adapter", "bf16"])
+    assert plan("meta-llama/Llama-3.2-1B", "auto", "h100_80gb", export=to_export).method == "lora"
     chosen = plan(LLAMA + "8B", "auto", "rtx4090")
     assert chosen.method in ("lora", "qlora") and any("more faithful" in reason for reason in chosen.reasons)
 
@@ -369,3 +373,8 @@ def test_a_preference_objectives_further_passes_cost_time_and_no_memory() -> Non
     )  # compiled, the loss of sft alone is
     assert sft.memory_gib == dpo.memory_gib == kto.memory_gib
     assert sft.tokens_per_second > 1.1 * dpo.tokens_per_second > 1.3 * kto.tokens_per_second
+
+
+def test_the_rows_a_step_may_have_at_a_time_are_found_at_once_however_many_there_are():
+    assert [divisors(number) for number in (1, 9, 12)] == [[1], [1, 3, 9], [1, 2, 3, 4, 6, 12]]
+    assert len(divisors(10**12)) == 169

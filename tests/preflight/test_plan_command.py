@@ -12,6 +12,7 @@ from rich.console import Console
 
 from loadmaster.cli import STAGE_HELP, main
 from loadmaster.config.compose import compose
+from loadmaster.pipeline import dataset_tokens
 from loadmaster.preflight import make_plan, print_plan
 
 ASKED = ["recipe=lora_8b", "hardware.gpu=h100_80gb", "hardware.count=1"]
@@ -125,6 +126,8 @@ def test_words_that_a_command_does_not_know_are_refused(command: str, capsys) ->
         (["plna"], "there is no 'plna'; did you mean plan?"),
         (["endpoint", "lst"], "there is no 'lst'; did you mean list?"),
         (["zzz"], "choose from"),
+        (["report", "runs/x"], "the run's command, given again, writes report.html"),
+        (["resume"], "goes on from the newest checkpoint"),
     ],
 )
 def test_a_command_that_is_misspelt_is_told_the_nearest(words: list[str], said: str, capsys) -> None:
@@ -195,3 +198,27 @@ def test_a_wrong_word_is_said_before_torch_is_imported() -> None:
     code = "import sys; from loadmaster.cli import main; print(main(['data', 'lora.rnk=8']), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["2", "False"] and "lora.rank=8" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "content"), [("rows.jsonl", ""), ("rows.json", "[]"), ("rows.csv", "text\n")])
+def test_data_without_rows_are_refused_by_the_plan_too(name, content, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(content)
+    for words in (["data=file", f"data.path={name}"], ["data=tickets", f"data.validation={name}"]):
+        assert main(["plan", *words]) == 2
+        assert f"the data has no rows: {name}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]  # no run directory
+
+
+def test_files_that_are_read_are_what_hours_are_planned_for(tmp_path) -> None:
+    def tokens() -> int | None:
+        return dataset_tokens(compose(["data=file", f"data.path={tmp_path}"]).job)
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text('{"text": "a"}\n' * 30)
+    both = tokens()
+    (tmp_path / "sheet.csv").write_text("text\n" * 100)
+    assert tokens() == both == 2 * 30 * 14 / 4.2
+    elsewhere = compose(["data=file", "data.path=elsewhere.jsonl", "stop_after=plan"]).job
+    assert dataset_tokens(elsewhere) is None

@@ -134,12 +134,15 @@ def test_a_name_of_the_current_folders_conf_is_taken_first(tmp_path, monkeypatch
 def test_a_model_that_is_not_there_is_said_in_the_commands_own_words(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("loadmaster.preflight.config_json._from_hub", lambda model: None)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run/export/bf16").mkdir(parents=True)
+    (tmp_path / "run/export/bf16/config.json").write_text("{}")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/config.json").write_text("{")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text(json.dumps({"model_type": "new", "n_routed_experts": 8}))
     for word, said in (
         (f"{tmp_path}/empty", "this folder has no config.json"),
+        (f"{tmp_path}/run", f"fix: model={tmp_path}/run/export/bf16, what this run exported"),
         (f"{tmp_path}/torn", "config.json cannot be read"),
         (f"{tmp_path}/none", "there is no such folder"),
         ("./none", "there is no such folder"),

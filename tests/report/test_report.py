@@ -269,6 +269,13 @@ def test_a_stage_older_than_one_before_it_is_marked_out_of_date(whole_run: Path)
     assert text.count("before an earlier stage ran again") == 1
 
 
+def test_training_that_was_resumed_says_from_where_its_time_counts(whole_run: Path):
+    result = json.loads((whole_run / "result.json").read_text())
+    put(whole_run, "result.json", {**result, "resumed_after_step": 12})
+    text = report(whole_run).text
+    assert ", resumed after step 12" in text and "of training what came after step 12" in text
+
+
 def test_generated_text_is_never_markup(whole_run: Path):
     attack = "<script>alert(1)</script><img src=x onerror=alert(2)></pre></style>{{ 7 * 7 }}\x00\ud800"
     evaluation = json.loads((whole_run / "eval.json").read_text())
