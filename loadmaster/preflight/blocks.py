@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.preflight import dora, saved
-from loadmaster.preflight.frozen import SHARING, WIDE, fp8_matmul, fp8_training_matmul, nf4_matmul
+from loadmaster.preflight.frozen import (
+    SHARING,
+    WIDE,
+    fp8_as_numbers,
+    fp8_matmul,
+    fp8_training_matmul,
+    nf4_matmul,
+    on_fp8_units,
+)
 from loadmaster.preflight.replay import Storage, Tape, Tensor
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
@@ -165,8 +173,8 @@ class Blocks:
         if self.setup.method == "qlora":
             out = nf4_matmul(self, x, m)
         elif self.setup.precision == "fp8" and self.setup.adapters:
-            out = fp8_matmul(self, x, m)
-        elif self.setup.precision == "fp8" and m.inputs % 16 == 0 == m.outputs % 16:
+            out = fp8_matmul(self, x, m) if on_fp8_units(m) else fp8_as_numbers(self, x, m)
+        elif self.setup.precision == "fp8" and on_fp8_units(m):
             out = fp8_training_matmul(self, x, weight, m)
         else:
             out = self.matmul(x, weight, m.inputs, m.outputs, self.n)
