@@ -32,12 +32,17 @@ FIXED = [
     ("llama", "lora", "bf16", "all-linear", 256, True, Case(16, "full", kept_layers=3)),
 ]
 
+WIDE_HEADS = {
+    "head_dim": 40, "num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 120, "intermediate_size": 100,
+}  # fmt: skip
 ODD = [
     # Rows of nf4 that end within a block of 64 are dequantized outside of any kernel, in each pass.
     ({"intermediate_size": 4099}, ("llama", "qlora", "bf16", ("q_proj",), 16, False, Case(100, "selective"))),
     # Units for fp8 take multiples of 16 alone; other codes are cast to numbers for each product.
     ({"intermediate_size": 4099}, ("qwen3", "lora", "fp8", ("gate_proj",), 16, False, Case(100, "selective"))),
     ({"hidden_size": 1000}, ("mistral", "lora", "fp8", ("o_proj",), 16, False, Case(4096))),
+    # Gemma 3 norms queries and keys after all three products.
+    (WIDE_HEADS, ("gemma3_text", "lora", "bf16", ("k_proj",), 256, False, Case(512, "full"))),
 ]
 
 
