@@ -90,16 +90,19 @@ class Units:
         self.parameters[index] = self._alloc(unit.gathered)
         self.held, self.ahead = buffer, []
 
-    def begin(self, x: Tensor, index: int, experts: bool, last: bool) -> Tensor:
-        """Before a layer runs forward; in the backward pass, after it has run."""
+    def begin(self, x: Tensor, index: int, experts: bool, following: bool | None) -> Tensor:
+        """Before a layer runs forward; in the backward pass, after it has run.
+
+        following: whether the next layer has experts; None for the last one.
+        """
         if not self.sharded:
             return x
         unit = self.sparse if experts else self.dense
         self.order.append((index, unit))
         if not self._stays:
             self._gather(index, unit)
-        if not last and not self._stays:
-            self.ahead = [self._buffer(unit)]
+        if following is not None and not self._stays:
+            self.ahead = [self._buffer(self.sparse if following else self.dense)]
 
         def backward(g: Storage, _: list) -> list:
             self._reduce(index, unit)
