@@ -161,6 +161,12 @@ class Units:
         self.scattering.append(self._alloc(unit.reduced))
         for leaf in self.leaves.pop(index):
             leaf.gradient = None
+        last = self._alloc(unit.last_gradient)  # kept by the name that the reduction goes through gradients with
+        self._keep_shard(unit)
+        del last
+
+    def _keep_shard(self, unit: Unit) -> None:
+        """What comes out of a reduction."""
         setup = self.b.setup
         shard = self._alloc(unit.reduced // setup.shards)
         if setup.replicas > 1:
