@@ -42,6 +42,8 @@ class Weights:
     query_key_norms: list[Tensor]
     rotary: Storage
     """cos and sin, shared by all layers."""
+    experts: list[Tensor]
+    """Router, gate and up of all experts, down; empty in a dense layer."""
 
 
 class Blocks:
@@ -74,9 +76,11 @@ class Blocks:
                 magnitudes = self._parameter(dora.FP32 * m.outputs, uses) if setup.dora else None
             bias = self.base(w * m.outputs) if m.bias else None
             linears[m.name] = (m, self.base(w * m.weight, uses), bias, a, b, magnitudes)
+        each = w * shape.experts * shape.hidden_size
+        mixed = [self.base(each * size) for size in (1, 2 * shape.expert_size, shape.expert_size)] if experts else []
         norms = [self.module(w * shape.hidden_size, name) for name in saved.layer_norms(shape)]
         heads = [self.module(w * shape.head_dim, name) for name in saved.head_norms(shape)]
-        return Weights(linears, norms, heads, rotary)
+        return Weights(linears, norms, heads, rotary, mixed)
 
     def base(self, size: float, uses: int = 1) -> Tensor:
         return self.tape.parameter(size, self.full, self.accumulated, uses)

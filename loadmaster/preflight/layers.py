@@ -22,7 +22,7 @@ def decoder_layer(b: Blocks, weights: Weights, x: Tensor, experts: bool) -> Tens
     h = b.add(residual, h)
     residual = h
     h = b.norm(h, norms[-2] if len(norms) == 4 else norms[1], b.n)
-    h = mixture(b, h) if experts else mlp_by_pieces(b, weights, h)
+    h = mixture(b, weights.experts, h) if experts else mlp_by_pieces(b, weights, h)
     if len(norms) == 4:
         h = b.norm(h, norms[3], b.n)
     return b.add(residual, h)
