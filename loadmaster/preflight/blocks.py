@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.preflight import dora, saved
-from loadmaster.preflight.frozen import SHARING, WIDE, fp8_matmul, fp8_training_matmul, nf4_matmul
+from loadmaster.preflight.frozen import (
+    SHARING,
+    WIDE,
+    fp8_as_numbers,
+    fp8_matmul,
+    fp8_training_matmul,
+    nf4_matmul,
+    on_fp8_units,
+)
 from loadmaster.preflight.replay import Storage, Tape, Tensor
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
@@ -34,6 +42,8 @@ class Weights:
     query_key_norms: list[Tensor]
     rotary: Storage
     """cos and sin, shared by all layers."""
+    experts: list[Tensor]
+    """Router, gate and up of all experts, down; empty in a dense layer."""
 
 
 class Blocks:
@@ -66,9 +76,11 @@ class Blocks:
                 magnitudes = self._parameter(dora.FP32 * m.outputs, uses) if setup.dora else None
             bias = self.base(w * m.outputs) if m.bias else None
             linears[m.name] = (m, self.base(w * m.weight, uses), bias, a, b, magnitudes)
+        each = w * shape.experts * shape.hidden_size
+        mixed = [self.base(each * size) for size in (1, 2 * shape.expert_size, shape.expert_size)] if experts else []
         norms = [self.module(w * shape.hidden_size, name) for name in saved.layer_norms(shape)]
         heads = [self.module(w * shape.head_dim, name) for name in saved.head_norms(shape)]
-        return Weights(linears, norms, heads, rotary)
+        return Weights(linears, norms, heads, rotary, mixed)
 
     def base(self, size: float, uses: int = 1) -> Tensor:
         return self.tape.parameter(size, self.full, self.accumulated, uses)
@@ -165,8 +177,8 @@ class Blocks:
         if self.setup.method == "qlora":
             out = nf4_matmul(self, x, m)
         elif self.setup.precision == "fp8" and self.setup.adapters:
-            out = fp8_matmul(self, x, m)
-        elif self.setup.precision == "fp8" and m.inputs % 16 == 0 == m.outputs % 16:
+            out = fp8_matmul(self, x, m) if on_fp8_units(m) else fp8_as_numbers(self, x, m)
+        elif self.setup.precision == "fp8" and on_fp8_units(m):
             out = fp8_training_matmul(self, x, weight, m)
         else:
             out = self.matmul(x, weight, m.inputs, m.outputs, self.n)

@@ -27,7 +27,7 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
     known = FAMILIES.get(family, {"biases": True})
     _refuse_sizes(config, family, name)
     heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
-    experts = config.get("num_local_experts") or config.get("num_experts") or 0
+    experts = _experts(config, family)
     bias = bool(known.get("biases") and config.get("attention_bias"))
     rotary = config.get("rope_parameters") or {}
     return ModelShape(
@@ -53,8 +53,8 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         gelu="gelu" in str(config.get("hidden_activation") or config.get("hidden_act", "silu")),
         experts=experts,
         experts_per_token=config.get("num_experts_per_tok", 2) if experts else 0,
-        expert_size=(config.get("moe_intermediate_size") or config["intermediate_size"]) if experts else 0,
-        dense_at=_dense_layers(config, layers) if experts else (),
+        expert_size=_expert_size(config, family) if experts else 0,
+        dense_at=_dense_layers(config, layers) if experts and family != "mixtral" else (),
         normalised_routing=family == "mixtral" or bool(config.get("norm_topk_prob")),
         windows=_windows(config, family, layers),
         attention_softcap=bool(config.get("attn_logit_softcapping")),
@@ -80,7 +80,25 @@ def short_positions(config: dict[str, Any]) -> int | None:
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OTHER_SIZES = ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts", "num_experts_per_tok",
-               "moe_intermediate_size", "sliding_window")  # fmt: skip
+               "moe_intermediate_size", "sliding_window", "decoder_sparse_step", "max_window_layers")  # fmt: skip
+KINDS = {
+    "architectures": (list, "list"), "layer_types": (list, "list"), "mlp_only_layers": (list, "list"),
+    "quantization_config": (dict, "object"), "rope_parameters": (dict, "object"), "text_config": (dict, "object"),
+    "partial_rotary_factor": (float | int, "number"), "num_experts": (int, "number"),
+    "num_local_experts": (int, "number"),
+}  # fmt: skip
+"""What a key must hold, where it holds anything."""
+
+
+def _refuse_kinds(config: dict[str, Any], name: str) -> None:
+    """Raises ConfigError where a key holds another kind of value than transformers reads there."""
+    held = {**config, **full_config(config)[0]}
+    wrong = [f"{key}={held[key]!r}, which is no {word}" for key, (kind, word) in KINDS.items()
+             if held.get(key) is not None and not isinstance(held[key], kind)]  # fmt: skip
+    if wrong:
+        message = f"model type {held.get('model_type')!r}: it has {' and '.join(wrong)}"
+        remedy = "the model's own config.json, as it was published or saved"
+        raise ConfigError([Problem("model", name, "its config.json", message, remedy)])
 
 
 def _refuse_sizes(config: dict[str, Any], family: str, name: str) -> None:
@@ -91,7 +109,9 @@ def _refuse_sizes(config: dict[str, Any], family: str, name: str) -> None:
 
     missing = [key for key in SIZES if config.get(key) is None]
     wrong = [f"{key}={config[key]!r}" for key in SIZES if key not in missing and not whole(config[key])]
-    wrong += [f"{key}={config[key]!r}" for key in OTHER_SIZES if config.get(key) and not whole(config[key])]
+    others = OTHER_SIZES + ("sliding_window_pattern",) * (family == "gemma3_text")
+    wrong += [f"{key}={config[key]!r}" for key in others if config.get(key) and not whole(config[key])]
+    wrong += [f"{key}=0" for key in ("num_key_value_heads", "head_dim") if config.get(key) == 0]
     said = [f"has no {', '.join(missing)}"] if missing else []
     said += [f"has {', '.join(wrong)}, which must be whole numbers above 0"] if wrong else []
     if not said:
@@ -100,6 +120,8 @@ def _refuse_sizes(config: dict[str, Any], family: str, name: str) -> None:
             said.append(f"has {heads} attention heads that do not divide over {groups} key-value heads")
         if not config.get("head_dim") and config["hidden_size"] < heads:
             said.append(f"has more heads ({heads}) than hidden_size={config['hidden_size']}")
+        if FAMILIES.get(family, {}).get("whole_heads") and config["hidden_size"] % heads:
+            said.append(f"has hidden_size={config['hidden_size']}, which is no multiple of its {heads} heads")
         types = config.get("layer_types")
         if types and len(types) != config["num_hidden_layers"]:
             said.append(f"has {len(types)} layer_types for {config['num_hidden_layers']} layers")
@@ -111,6 +133,18 @@ def _refuse_sizes(config: dict[str, Any], family: str, name: str) -> None:
         raise ConfigError([Problem("model", name, "its config.json", message, remedy)])
 
 
+def _experts(config: dict[str, Any], family: str) -> int:
+    """In a layer; none in a family that has none, whatever its config.json says."""
+    usual = FAMILIES.get(family, {"experts": 0}).get("experts")
+    said = [config[key] for key in ("num_local_experts", "num_experts") if config.get(key) is not None]
+    return 0 if usual is None else (*said, usual)[0]
+
+
+def _expert_size(config: dict[str, Any], family: str) -> int:
+    own = None if family == "mixtral" else config.get("moe_intermediate_size")
+    return own or config["intermediate_size"]
+
+
 def _dense_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:
     step, dense = config.get("decoder_sparse_step", 1) or 1, set(config.get("mlp_only_layers") or ())
     return tuple(i for i in range(layers) if (i + 1) % step or i in dense)
@@ -118,13 +152,18 @@ def _dense_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:
 
 def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
     window = config.get("sliding_window")
-    if not window or config.get("use_sliding_window") is False:
+    read = FAMILIES.get(family, {}).get("windows", True)
+    if not (read and window) or config.get("use_sliding_window") is False:
         return (None,) * layers
     if types := config.get("layer_types"):
         return tuple(window if kind == "sliding_attention" else None for kind in types)
     if family in ("qwen2", "qwen3"):
         first = config.get("max_window_layers", layers)
         return tuple(window if i >= first else None for i in range(layers))
+    if family == "smollm3":  # layers without rotary embeddings
+        every = config.get("no_rope_layer_interval", 4)
+        turned = config.get("no_rope_layers") or [(i + 1) % every for i in range(layers)]
+        return tuple(None if turn else window for turn in turned)
     period = {"gemma2": 2, "gemma3_text": config.get("sliding_window_pattern") or 6}.get(family)
     return tuple(None if period and (i + 1) % period == 0 else window for i in range(layers))
 
@@ -195,6 +234,7 @@ def _from_hub(model: ModelConfig) -> Path | None:
 def find_shape(model: ModelConfig, traced: bool = False) -> ModelShape:
     """traced: the plan is going to be held against a trace, so an unknown kind of model is let through."""
     config, _ = find_config(model)
+    _refuse_kinds(config, model.path or model.name)
     refuse_quantized(config, model.path or model.name)
     refuse_untrained(config, model.path or model.name)
     refuse_uncountable(config, model.path or model.name, traced)

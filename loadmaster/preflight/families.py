@@ -13,20 +13,23 @@ from typing import Any
 from loadmaster.errors import ConfigError, Problem
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"biases": True},
+    "llama": {"biases": True, "whole_heads": True, "windows": False},
     "smollm3": {"biases": True},
     "mistral": {},
     "qwen2": {"query_key_value_bias": True},
     "qwen3": {"biases": True, "query_key_norm": True},
-    "qwen3_moe": {"biases": True, "query_key_norm": True},
-    "mixtral": {},
-    "gemma2": {"biases": True, "norms": 4, "gemma_norm": True, "scaled_embedding": True},
+    "qwen3_moe": {"biases": True, "query_key_norm": True, "experts": 128},
+    "mixtral": {"experts": 8},
+    "gemma2": {"biases": True, "norms": 4, "gemma_norm": True, "scaled_embedding": True, "whole_heads": True},
     "gemma3_text": {
         "biases": True, "norms": 4, "gemma_norm": True, "scaled_embedding": True, "query_key_norm": True,
+        "whole_heads": True,
     },
     "phi3": {"fused": True},
 }  # fmt: skip
-"""What the family's code does; `biases`: attention_bias in the config is read."""
+"""What the family's code does; `biases`: attention_bias in the config is read; `experts`: how many a layer has where
+neither of the names of their number is in the config, and without it there are none; `windows`: whether sliding_window
+is read; `whole_heads`: whether transformers insists on a hidden_size that is a multiple of the heads."""
 
 _7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 _GEMMA = {
@@ -38,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {**_7B, "vocab_size": 32000},
     "smollm3": {
         "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-        "num_key_value_heads": 4, "vocab_size": 128256, "tie_word_embeddings": True,
+        "num_key_value_heads": 4, "vocab_size": 128256, "tie_word_embeddings": True, "use_sliding_window": False,
     },
     "mistral": {
         **_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000, "sliding_window": 4096,
@@ -53,12 +56,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": {
         "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_key_value_heads": 4, "vocab_size": 151936, "num_experts_per_tok": 8,
         "moe_intermediate_size": 768, "sliding_window": 4096, "use_sliding_window": False,
     },
     "mixtral": {
-        **_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8,
-        "num_experts_per_tok": 2,
+        **_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000, "num_experts_per_tok": 2,
     },
     "gemma2": {
         **_GEMMA, "vocab_size": 256000, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
@@ -124,7 +126,9 @@ def unlike_llama(config: dict[str, Any]) -> list[str]:
 
 def refuse_quantized(config: dict[str, Any], name: str) -> None:
     """Raises ConfigError for a checkpoint whose weights are codes already: bitsandbytes', GPTQ's, AWQ's, FP8."""
-    kind = (config.get("quantization_config") or {}).get("quant_method")
+    said = config.get("quantization_config") or {}
+    older = said.get("load_in_4bit") or said.get("load_in_8bit")
+    kind = said.get("quant_method") or ("bitsandbytes" if older else None)
     if kind is not None:
         message = f"its weights are quantized already ({kind}), and a base is read in bf16 or fp32"
         remedy = "the model that it was made from; method=qlora then quantizes it to nf4 while it is read"

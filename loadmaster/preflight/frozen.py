@@ -22,6 +22,7 @@ def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
     """models/frozen.py: the weight is dequantized for each use, in the forward inside its kernel call."""
     tape, w, n, kept = b.tape, b.w, b.n, m.inputs >= WIDE
     dequantized, absmax = w * m.weight, 4 * -(-m.weight // 64)
+    outside = m.inputs % 64 != 0  # no kernel takes rows whose blocks run over their ends: made anew by every pass
 
     def work() -> None:
         tape.work.matmul_flops += 2.0 * n * m.weight
@@ -41,19 +42,30 @@ def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
     runs = tape.runs(kept)
     if runs:
         work()
-    if tape.in_place and runs:
+    if outside or (tape.in_place and runs):
         with tape.tagged("quantization"):
-            scratch = [tape.alloc(dequantized), tape.alloc(absmax)]
-        tape.alloc(w * n * m.outputs)
+            scratch = [tape.alloc(absmax), tape.alloc(dequantized)]
+        if outside:
+            del scratch[0]  # scales
+        tape.alloc(w * n * m.outputs if runs else 0)
         del scratch
     return _made(b, x, m, backward)
 
 
 def _made(b: Blocks, x: Tensor, m: Matrix, backward: Callable) -> Tensor:
     """The result, and after it the codes for the backward pass: a recomputation that ends with them makes both."""
-    tape, size = b.tape, b.w * b.n * m.outputs
-    out = Tensor(tape.alloc_kept(size) if m.inputs >= WIDE else tape.alloc(size))
-    return tape.link(out, [x], [tape.alloc(0)], backward)
+    out = Tensor(_product(b, m))
+    return b.tape.link(out, [x], [b.tape.alloc(0)], backward)
+
+
+def _product(b: Blocks, m: Matrix) -> Storage:
+    size = b.w * b.n * m.outputs
+    return b.tape.alloc_kept(size) if m.inputs >= WIDE else b.tape.alloc(size)
+
+
+def on_fp8_units(m: Matrix) -> bool:
+    """Whether the units take a matrix of these sizes."""
+    return m.inputs % 16 == 0 == m.outputs % 16
 
 
 def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
@@ -97,6 +109,39 @@ def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
     out = _made(b, x, m, backward)
     del rows
     return out
+
+
+def fp8_as_numbers(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
+    """models/frozen.py where the units do not take a layer, whose sizes are not multiples of 16: codes are cast to x's
+    dtype for each product, and the scales come after the first and before the second."""
+    tape, w, n = b.tape, b.w, b.n
+    result = w * n * m.outputs
+
+    def cast() -> Storage:
+        tape.moved(m.weight, w * m.weight, fused=False)
+        with tape.tagged("quantization"):
+            return tape.alloc(w * m.weight)
+
+    def backward(g: Storage, _: list) -> list:
+        scaled = tape.alloc(g.bytes)
+        wide = cast()
+        tape.moved(g.bytes, g.bytes)
+        tape.work.matmul_flops += 2.0 * n * m.weight
+        tape.work.kernels += 1
+        gx = tape.alloc(w * n * m.inputs)
+        del scaled, wide
+        return [gx]
+
+    wide = cast()
+    if tape.runs(m.inputs >= WIDE):
+        tape.work.matmul_flops += 2.0 * n * m.weight
+        tape.work.kernels += 1
+    product = _product(b, m)
+    del wide
+    tape.moved(result, result)
+    out = Tensor(tape.alloc(result))
+    del product
+    return tape.link(out, [x], [tape.alloc(0)], backward)
 
 
 def fp8_training_matmul(b: Blocks, x: Tensor, weight: Tensor, m: Matrix) -> Tensor:

@@ -22,25 +22,31 @@ def decoder_layer(b: Blocks, weights: Weights, x: Tensor, experts: bool) -> Tens
     h = b.add(residual, h)
     residual = h
     h = b.norm(h, norms[-2] if len(norms) == 4 else norms[1], b.n)
-    h = mixture(b, h) if experts else mlp_by_pieces(b, weights, h)
+    h = mixture(b, weights.experts, h) if experts else mlp_by_pieces(b, weights, h)
     if len(norms) == 4:
         h = b.norm(h, norms[3], b.n)
     return b.add(residual, h)
 
 
 def attention(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
-    shape, linears = b.shape, weights.linears
+    shape, linears, norms = b.shape, weights.linears, weights.query_key_norms
+    late = shape.gemma_norm  # Gemma 3 norms heads after all three products, Qwen 3 those of each after its own
+
+    def product(name: str, heads: int) -> Tensor:
+        return b.linear(h, linears[name], contiguous=heads == 1)  # a single head lies in token order already
+
+    def normed(x: Tensor, place: int, heads: int) -> Tensor:
+        return b.norm(x, norms[place], b.n * heads) if norms else x
+
     if shape.fused:
         q, k, v = fused_query_key_value(b, h, linears)
     else:
-        one, only = shape.heads == 1, shape.key_value_heads == 1  # a single head lies in token order already
-        q = b.linear(h, linears["q_proj"], contiguous=one)
-        if shape.query_key_norm:
-            q = b.norm(q, weights.query_key_norms[0], b.n * shape.heads)
-        k = b.linear(h, linears["k_proj"], contiguous=only)
-        if shape.query_key_norm:
-            k = b.norm(k, weights.query_key_norms[1], b.n * shape.key_value_heads)
-        v = b.linear(h, linears["v_proj"], contiguous=only)
+        q = product("q_proj", shape.heads)
+        q = q if late else normed(q, 0, shape.heads)
+        k = product("k_proj", shape.key_value_heads)
+        k = k if late else normed(k, 1, shape.key_value_heads)
+        v = product("v_proj", shape.key_value_heads)
+        q, k = (normed(q, 0, shape.heads), normed(k, 1, shape.key_value_heads)) if late else (q, k)
     q, k = rotate_both(b, q, k, weights.rotary)
     out = b.attention(q, k, v)
     if shape.fused and shape.heads > 1:  # q was joined head by head, so the result lies so and is put in token order

@@ -39,12 +39,13 @@ def halves(b: Blocks, x: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def mixture(b: Blocks, h: Tensor) -> Tensor:
+def mixture(b: Blocks, weights: list[Tensor], h: Tensor) -> Tensor:
     """Router, then the experts of each token, then their weighted sum."""
     tape, shape, w, n = b.tape, b.shape, b.w, b.n
     k, e, hidden = shape.experts_per_token, shape.expert_size, shape.hidden_size
     rows = k * n
-    logits, scores, chosen = router(b, h)
+    routing, gate_up, down = weights
+    logits, scores, chosen = router(b, routing, h)
     sorted_experts, order = tape.alloc(8 * rows), tape.alloc(8 * rows)
     token_of_row = tape.alloc(8 * rows)
     picked = index(b, h, w * rows * hidden, token_of_row)
@@ -53,12 +54,12 @@ def mixture(b: Blocks, h: Tensor) -> Tensor:
     counted = tape.alloc(4 * rows)
     mask = tape.alloc(rows)
     picked = masked(b, picked, mask, in_place=True)
-    x = b.matmul(picked, b.base(w * shape.experts * 2 * e * hidden), hidden, 2 * e, rows, shape.experts)
+    x = b.matmul(picked, gate_up, hidden, 2 * e, rows, shape.experts)
     x = masked(b, x, mask)
     gate, up = halves(b, x)
     x = b.mul(activation(b, gate), up)
     del gate, up
-    x = b.matmul(x, b.base(w * shape.experts * e * hidden), e, hidden, rows, shape.experts)
+    x = b.matmul(x, down, e, hidden, rows, shape.experts)
     x = masked(b, x, mask)
     weighted = weigh(b, x, share)
     inverse = tape.alloc(8 * rows)
@@ -88,11 +89,11 @@ def weigh(b: Blocks, x: Tensor, share: Tensor) -> Tensor:
     return tape.op(wide, [x, share], [share.storage, *([x.storage] if needs_share else [])], backward)
 
 
-def router(b: Blocks, h: Tensor) -> tuple[Tensor, Tensor, Storage]:
+def router(b: Blocks, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Storage]:
     """(logits of all experts [N, E], weights of the chosen ones [N, k], their numbers)."""
     tape, shape, w, n = b.tape, b.shape, b.w, b.n
     k, size = shape.experts_per_token, 4 * n * shape.experts
-    logits = b.matmul(h, b.base(w * shape.experts * shape.hidden_size), shape.hidden_size, shape.experts, n)
+    logits = b.matmul(h, weight, shape.hidden_size, shape.experts, n)
     wide = b.elementwise(logits, size) if w != 4 else logits
 
     def softmax_backward(g: Storage, _: list) -> list:

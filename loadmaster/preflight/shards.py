@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from loadmaster.preflight import saved
@@ -54,6 +54,8 @@ class Unit:
     """What the weights take in pinned host memory, where each shard is a block of its own."""
     trained_pinned: int = 0
     """Those of them that are trained: gradients in the same dtype take as much."""
+    last_gradient: int = 0
+    """Of the last trained parameter in the module's order, whole."""
 
 
 def units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
@@ -92,13 +94,15 @@ def _units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
 
 
 def root_parts(shape: ModelShape, setup: Setup) -> list[Part]:
-    """Embedding, head, last norm; beside an adapter also the copies of them that are trained."""
-    w, h, full = setup.width, shape.hidden_size, not setup.adapters
-    found = [Part(shape.vocabulary_size, w * h, full)] * (1 if shape.tied else 2) + [Part(h, w, full)]
+    """Embedding, last norm, head; beside an adapter also the copies of them that are trained."""
+    w, h, full, named = setup.width, shape.hidden_size, not setup.adapters, setup.modules_to_save
+    table, norm = Part(shape.vocabulary_size, w * h, full), Part(h, w, full)
+    found = [table, norm] + [table] * (not shape.tied)
     if not full:
-        tables = saved.tables(shape, setup.modules_to_save)
-        found += [Part(shape.vocabulary_size, w * h, True)] * tables
-        found += [Part(h, w, True)] * ("norm" in setup.modules_to_save)
+        tables = saved.tables(shape, named)
+        first = tables > 0 and (shape.tied or "embed_tokens" in named)
+        table, norm = replace(table, trained=True), replace(norm, trained=True)
+        found += [table] * first + [norm] * ("norm" in named) + [table] * (tables - first)
     return found
 
 
@@ -126,6 +130,7 @@ def _unit(parts: list[Part], setup: Setup, buffers: int = 0) -> Unit:
         buffers,
         sum(size for size, _ in blocks),
         sum(size for size, is_trained in blocks if is_trained),
+        next((p.rows * p.row_bytes for p in reversed(parts) if p.trained), 0),
     )
 
 
@@ -141,15 +146,16 @@ def layer_parts(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part
             yield Part(m.outputs, w * setup.lora_rank, True)
             if setup.dora:
                 yield Part(m.outputs, w, True)
-        yield from [Part(h, w, True)] * sum(map(setup.trains, saved.layer_norms(shape)))
         yield from [Part(shape.head_dim, w, True)] * sum(map(setup.trains, saved.head_norms(shape)))
-    yield from [Part(h, w, full)] * shape.norms
     if shape.query_key_norm:
         yield from [Part(shape.head_dim, w, full)] * 2
     if experts:
         yield Part(shape.experts, w * 2 * shape.expert_size * h, full)
         yield Part(shape.experts, w * shape.expert_size * h, full)
         yield Part(shape.experts, w * h, full)
+    yield from [Part(h, w, full)] * shape.norms
+    if not full:
+        yield from [Part(h, w, True)] * sum(map(setup.trains, saved.layer_norms(shape)))
 
 
 def frozen_form(setup: Setup) -> str | None:

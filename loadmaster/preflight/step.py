@@ -169,7 +169,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
     units.top = list(tape.leaves)
     _stepped_alone(b, units.top)
     runs, index = _runs(b), 0
-    last = sum(run.replayed for run in runs) - 1
+    kinds = [run.experts for run in runs for _ in range(run.replayed)] + [None]
     for run in runs:
         kept = gradients = less = 0
         for place in range(run.replayed):
@@ -185,7 +185,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
                 b.stepping.group(tape.leaves[first:])
             layer = _layer(b, weights, experts, positions)
             tape.correct(-less)
-            x = units.begin(x, index, experts, index == last)
+            x = units.begin(x, index, experts, kinds[index + 1])
             checkpointed = run.kind != "none" and tape.enabled
             x = tape.checkpoint(layer, x, run.kind == "selective", run.kind == "offload") if checkpointed else layer(x)
             x = units.end(x, index, tape.leaves[first:])

@@ -90,16 +90,19 @@ class Units:
         self.parameters[index] = self._alloc(unit.gathered)
         self.held, self.ahead = buffer, []
 
-    def begin(self, x: Tensor, index: int, experts: bool, last: bool) -> Tensor:
-        """Before a layer runs forward; in the backward pass, after it has run."""
+    def begin(self, x: Tensor, index: int, experts: bool, following: bool | None) -> Tensor:
+        """Before a layer runs forward; in the backward pass, after it has run.
+
+        following: whether the next layer has experts; None for the last one.
+        """
         if not self.sharded:
             return x
         unit = self.sparse if experts else self.dense
         self.order.append((index, unit))
         if not self._stays:
             self._gather(index, unit)
-        if not last and not self._stays:
-            self.ahead = [self._buffer(unit)]
+        if following is not None and not self._stays:
+            self.ahead = [self._buffer(self.sparse if following else self.dense)]
 
         def backward(g: Storage, _: list) -> list:
             self._reduce(index, unit)
@@ -158,6 +161,12 @@ class Units:
         self.scattering.append(self._alloc(unit.reduced))
         for leaf in self.leaves.pop(index):
             leaf.gradient = None
+        last = self._alloc(unit.last_gradient)  # kept by the name that the reduction goes through gradients with
+        self._keep_shard(unit)
+        del last
+
+    def _keep_shard(self, unit: Unit) -> None:
+        """What comes out of a reduction."""
         setup = self.b.setup
         shard = self._alloc(unit.reduced // setup.shards)
         if setup.replicas > 1:

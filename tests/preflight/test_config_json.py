@@ -51,11 +51,44 @@ def test_fractions_of_rotary_embeddings_are_found_where_transformers_5_writes_th
         ({"num_key_value_heads": 5}, "32 attention heads that do not divide over 5"),
         ({"layer_types": ["full_attention"]}, "1 layer_types for 16 layers"),
         ({"hidden_size": 0, "vocab_size": 0}, "hidden_size=0, vocab_size=0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"hidden_size": 2064, "head_dim": 64}, "hidden_size=2064, which is no multiple of its 32 heads"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_in_a_sentence(changed: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         from_config({**LLAMA, **changed}, "x")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"model_type": "llama", "num_local_experts": 4, "sliding_window": 1024},
+        {"model_type": "mixtral", "moe_intermediate_size": 64, "decoder_sparse_step": 2, "mlp_only_layers": [0]},
+        {"model_type": "mixtral", "num_experts": 3},
+        {"model_type": "qwen3_moe", "num_local_experts": 5},
+        {"model_type": "smollm3", "sliding_window": 1024},
+        {"model_type": "smollm3", "sliding_window": 1024, "use_sliding_window": True},
+    ],
+)
+def test_what_a_familys_code_does_not_read_changes_nothing_and_its_other_names_do(more: dict) -> None:
+    few = {"num_hidden_layers": 5, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
+           "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 1000, "pad_token_id": 0, **more}  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**few))
+    shape = from_config(few, "x")
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * 5
+    assert list(shape.windows) == [1024 if kind == "sliding_attention" else None for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    "odd", [{"layer_types": 7}, {"rope_parameters": "default"}, {"text_config": []}, {"quantization_config": "gptq"}]
+)
+def test_another_kind_of_value_than_a_key_has_is_refused_in_a_sentence(odd: dict, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **odd}))
+    with pytest.raises(ConfigError, match=f"{next(iter(odd))}=.*, which is no (list|object)"):
+        find_shape(ModelConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -142,3 +175,9 @@ def test_a_base_that_is_quantized_already_is_refused_with_what_to_take(tmp_path,
     with pytest.raises(ConfigError, match=rf"quantized already \({kind}\).*") as caught:
         find_shape(ModelConfig(path=str(tmp_path)))
     assert "method=qlora" in str(caught.value)
+
+
+def test_codes_of_an_older_bitsandbytes_are_refused_too(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(ConfigError, match=r"quantized already \(bitsandbytes\)"):
+        find_shape(ModelConfig(path=str(tmp_path)))

@@ -47,6 +47,21 @@ def test_bf16_weights_are_two_bytes_a_parameter_and_ties_count_once() -> None:
     assert base_bytes(shape_of("llama-3.2-1b"), "lora", "bf16") == 2 * 1_235_814_400
 
 
+def test_biases_beside_nf4_are_as_wide_as_what_is_not_quantized() -> None:
+    plain = shape_of("llama-3.2-1b")
+    biased = dataclasses.replace(plain, query_key_value_bias=True)
+    for precision, width in (("bf16", 2), ("fp32", 4)):
+        more = base_bytes(biased, "qlora", precision) - base_bytes(plain, "qlora", precision)
+        assert more == width * 16 * (2048 + 2 * 512)
+
+
+def test_experts_in_fp8_bases_have_no_scales_of_linears() -> None:
+    shape = shape_of("mixtral-8x7b")
+    linears = 32 * (2 * 4096 + 2 * 1024)
+    assert base_bytes(shape, "lora", "fp8") == 2 * shape.parameters - (4096 - 4) * linears
+
+
+
 @pytest.mark.parametrize(
     ("name", "full", "adapters"),
     [

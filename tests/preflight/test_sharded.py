@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import product
 
 import pytest
@@ -78,6 +79,43 @@ def test_every_familys_memory_equals_a_trace_of_fully_shard(family: str, method:
     # Every family with half of the methods at each size of vocabulary, every method with half of the families.
     small_vocabulary = (list(FAMILIES).index(family) + METHODS.index((method, precision))) % 2 == 0
     check(family, method, precision, (64,) if small_vocabulary else (4,), small_vocabulary)
+
+
+def held_to_a_trace(config: dict, method: str, case: Case, world_size: int) -> None:
+    targets = ("o_proj",)
+    setup = Setup(
+        method=method, precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp",
+        checkpointing=case.checkpointing, sequence_length=case.tokens, world_size=world_size, lora_targets=targets,
+    )  # fmt: skip
+    _, peak = sharded_peaks(config, method, "bf16", case, world_size, targets)
+    replayed = worst_micro_batch(from_config(config, "x"), setup, in_place=False)[0].peak
+    assert replayed == pytest.approx(peak, rel=TOLERANCE), f"{replayed / peak - 1:+.3%}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_jobs_drawn_at_random_equal_their_traces(seed: int) -> None:
+    """On few GPUs, with heads, vocabularies and feed-forward layers that divide over none of them."""
+    draw = random.Random(seed)
+    family = draw.choice(["llama", "qwen2", "gemma3_text", "phi3", "qwen3_moe"])
+    config = random_config(family, seed)
+    config |= {"vocab_size": draw.choice([257, 5003, 32001]), "intermediate_size": draw.choice([777, 1024, 4099])}
+    config |= {"mlp_only_layers": draw.choice([[], [0], [1, 2]])} if family == "qwen3_moe" else {}
+    case = Case(draw.choice([16, 512, 1040]), draw.choice(["none", "selective", "full", "offload"]))
+    held_to_a_trace(config, draw.choice(["full", "lora", "qlora"]), case, draw.randint(2, 8))
+
+
+def test_on_few_gpus_the_last_gradient_is_there_whole_until_its_unit_is_reduced() -> None:
+    """Of an untied head: over two GPUs what comes out of the reduction is as large as the gradients that went."""
+    config = {**random_config("llama", 1), "vocab_size": 32001, "tie_word_embeddings": False}
+    held_to_a_trace(config, "full", Case(16, "full"), 2)
+
+
+def test_a_layer_that_is_gathered_ahead_is_one_with_experts_or_without_as_it_comes() -> None:
+    config = random_config("qwen3_moe", 1)
+    config |= {"vocab_size": 256, "mlp_only_layers": [0, 1], "intermediate_size": 4096}
+    for method, case in (("full", Case(16, "full")), ("lora", Case(512))):
+        held_to_a_trace(config, method, case, 4)
 
 
 def test_hybrid_sharding_keeps_each_layers_sum_to_the_end() -> None:

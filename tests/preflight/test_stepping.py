@@ -95,6 +95,30 @@ def test_replay_equals_a_trace(fused, family, name, precision) -> None:
             assert abs(error) < 0.001, f"{said}: replay is {error:+.3%} from {truth} bytes"
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_experts_are_stepped_with_their_layer(fused, name) -> None:
+    config = {**random_config("qwen3_moe", 1), "vocab_size": 1000}
+    for checkpointing in ("none", "full"):
+        setup = Setup(
+            method="full", precision="bf16", optimizer=name, master_weights=name == "adamw",
+            checkpointing=checkpointing, sequence_length=256, in_backward=True,
+        )  # fmt: skip
+        model = with_trained_part(_meta_model(config), setup)
+        checkpoint_activations(model, checkpointing)
+        optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, name == "adamw")
+        ids = torch.zeros(1, 256, dtype=torch.long)
+        batch = MicroBatch(ids, ids, torch.arange(256)[None], [["row"]])
+
+        def step(model=model, batch=batch, optimizer=optimizer) -> None:
+            optimizer.begin(1e-3)
+            token_losses(model, batch)[0].backward()
+            optimizer.clip(0.0)
+
+        truth = traced_peak(step, model, optimizer)
+        error = training_step(from_config(config, "qwen3_moe"), setup, in_place=False).peak / truth - 1
+        assert abs(error) < 0.001, f"{checkpointing}: replay is {error:+.3%} from {truth} bytes"
+
+
 @pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_under_fully_shard_it_equals_a_trace_too(fused, reshard) -> None:
     config = {**random_config("llama", 1), "vocab_size": 256, "num_hidden_layers": 6}
