@@ -127,7 +127,7 @@ def _sub_groups(shape: ModelShape, setup: Setup) -> list[int]:
     counted = ((False, shape.dense_layers), (True, shape.expert_layers))
     layers = (part for experts, n in counted if n for part in n * list(layer_parts(shape, setup, experts)))
     found, enough = [0], sub_group_size(shape, setup)
-    for part in (embedding, *layers, *reversed(last)):  # the norm is before the head
+    for part in (embedding, *layers, *last):
         if part.trained:
             if found[-1] >= enough:
                 found.append(0)

@@ -1,8 +1,10 @@
 """A rank that is stuck, stopped, killed or fails ends the job on every rank, in bounded time, and is named."""
 
+import gc
 import re
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,16 +143,18 @@ def test_a_stage_prepares_in_that_phase(tmp_path, monkeypatch):
         @property
         def prepared(self):
             passed.append("prepared")
+            return SimpleNamespace(summary={"train": None, "validation": None})
 
     passed = []
     monkeypatch.setattr(Watchdog, "at", lambda self, step, phase: passed.append(phase))
     (tmp_path / "plan.json").touch()
     job = SimpleNamespace(launch=SimpleNamespace(hang_timeout_s="auto"))
-    plan, stop = SimpleNamespace(compile=False, optimizer="adamw"), StopSignal()
+    model = SimpleNamespace(vocabulary_size=1)
+    plan, stop = SimpleNamespace(compile=False, optimizer="adamw", model=model), StopSignal()
     stop.requested = True
     with pytest.raises(StoppedOnRequest):
         StageRun(job, plan, tmp_path, World(), stop, None, Materials()).run("train")
-    assert passed == [PREPARE, "prepared", "start"]
+    assert passed == [PREPARE, "prepared", "prepared", "start"]  # made, and looked through
 
 
 @pytest.mark.parametrize(
@@ -267,6 +271,29 @@ def test_who_waits_for_a_writer_that_gets_on_is_not_stuck():
     go_on.set()
     writer.join()
     assert seen[0] == seen[1] != now
+
+
+def test_looking_where_threads_are_keeps_nothing_of_theirs():
+    """Frames that were looked at are in no cycle: what a step made would stay on the GPU until cycles are collected."""
+    asked, go_on, made = threading.Event(), threading.Event(), []
+
+    def step():
+        buffer = torch.zeros(8)
+        made.append(weakref.ref(buffer))
+        asked.set()
+        go_on.wait()
+
+    thread = threading.Thread(target=step)
+    gc.disable()
+    try:
+        thread.start()
+        asked.wait()
+        Watchdog(World(), None)._publish()
+        go_on.set()
+        thread.join()
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
 
 def run(tmp_path, how, bad_rank, size=4, local_size=2, **more):
