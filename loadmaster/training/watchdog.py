@@ -292,14 +292,24 @@ class Watchdog:
             self._beat = replace(self._beat, **values)
 
     def _publish(self) -> Beat:
-        frames = sys._current_frames()
-        frame = frames.get(self._main)
-        writers = [frames.get(thread.ident) for thread in threading.enumerate() if thread.name == WRITER]
+        where, stack = self._where()
         with self._lock:
             busy = sum(self._busy) / len(self._busy) if self._busy else 0.0
-            where, stack = own_line(frame), checksum(frame, *writers)
             self._beat = replace(self._beat, count=self._beat.count + 1, where=where, stack=stack, busy_s=busy)
             return self._beat
+
+    def _where(self) -> tuple[str, int]:
+        """(the line that the main thread is at, a checksum of its stack and of those that write checkpoints).
+
+        A frame holds what its function holds, tensors too, and outlives it while somebody has it. Beside the others the
+        frame of this very function would be in a cycle, and all of them kept until cycles are collected: a step's
+        buffers beside those of the next.
+        """
+        frames = sys._current_frames()
+        frames[threading.get_ident()] = sys._getframe(1)
+        main = frames.get(self._main)
+        writers = [frames.get(thread.ident) for thread in threading.enumerate() if thread.name == WRITER]
+        return own_line(main), checksum(main, *writers)
 
     def _place(self) -> str:
         return f"node {self.world.node} ({self._beat.host})"
