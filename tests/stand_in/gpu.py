@@ -103,6 +103,9 @@ def install(count: int, library: Path) -> None:
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(cuda, name, answer)
+        if hasattr(torch.accelerator, name) and ("memory" in name or name == "empty_cache"):
+            setattr(torch.accelerator, name, answer)
+    torch.accelerator.get_memory_info = cuda.mem_get_info
     cuda.default_generators = (torch.random.default_generator,)
     cuda.nccl.version = lambda: (2, 29, 0)
     for name in ("range_push", "range_pop", "mark"):
