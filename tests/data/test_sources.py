@@ -138,7 +138,7 @@ LINE = b'{"text": "a"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "is_what", "remedy"),
     [
-        ("rows.jsonl", gzip.compress(LINE), "is packed by gzip", "unpack it first"),
+        ("rows.jsonl", gzip.compress(LINE, mtime=0), "is packed by gzip", "unpack it first"),
         ("rows.csv", b"PK\x03\x04" + LINE, "is a zip archive", "unpack it first (unzip); save the sheet as .csv"),
         ("rows.jsonl", b"PAR1\x15\x04", "is a Parquet file", "name it .parquet"),
         ("rows.json", b"PAR1\x15\x04", "is a Parquet file", "name it .parquet"),
