@@ -41,6 +41,9 @@ class Stream:
         event.record()
         return event
 
+    def is_capturing(self) -> bool:
+        return False
+
     def __enter__(self):
         return self
 
@@ -105,7 +108,7 @@ def install(count: int, library: Path) -> None:
         setattr(cuda, name, answer)
         if hasattr(torch.accelerator, name) and ("memory" in name or name == "empty_cache"):
             setattr(torch.accelerator, name, answer)
-    torch.accelerator.get_memory_info = cuda.mem_get_info
+    torch.accelerator.get_memory_info, torch.accelerator.current_stream = cuda.mem_get_info, cuda.current_stream
     cuda.default_generators = (torch.random.default_generator,)
     cuda.nccl.version = lambda: (2, 29, 0)
     for name in ("range_push", "range_pop", "mark"):
