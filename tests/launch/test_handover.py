@@ -144,10 +144,12 @@ def test_another_model_at_the_endpoint_is_taken_down_again(trained, account, cap
 MODES = {"good": 0, "failed": 4}
 
 
-def sweep(trained: Path, account: Account, capsys, caplog, tried: list[tuple[str, str]], every: int = 8) -> None:
-    """Deployments in which each plane fails at call n, and its data and volume at every eighth after it."""
+@pytest.mark.slow
+def test_every_failure_of_every_call_leaves_one_endpoint_or_none(trained, account, capsys, caplog) -> None:
+    """Each plane fails at call n, and its data and volume at every eighth after it."""
     caplog.set_level(logging.DEBUG)
-    for number, (kind, mode) in enumerate(tried):
+    every = 8
+    for number, (kind, mode) in enumerate((kind, mode) for kind in FAULTS for mode in MODES for _ in range(every)):
         at = number % every + 1
         account.endpoint.mode = mode
         for name in list(account.s3.objects("vol1")):
@@ -162,16 +164,6 @@ def sweep(trained: Path, account: Account, capsys, caplog, tried: list[tuple[str
         assert len(account.s3.objects("vol1")) == len(list((trained / "export/bf16").iterdir()))
         account.fake.endpoints.clear()
     assert no_secret("".join(capsys.readouterr()) + caplog.text, account.fake)
-
-
-def test_failures_along_the_way_leave_one_endpoint_or_none(trained, account, capsys, caplog) -> None:
-    tried = [(FAULTS[number % 5], list(MODES)[number % 2]) for number in range(8)]
-    sweep(trained, account, capsys, caplog, tried)
-
-
-@pytest.mark.slow
-def test_every_failure_of_every_call_leaves_one_endpoint_or_none(trained, account, capsys, caplog) -> None:
-    sweep(trained, account, capsys, caplog, [(kind, mode) for kind in FAULTS for mode in MODES for _ in range(8)])
 
 
 def test_a_network_that_is_gone_leaves_nothing_and_the_next_try_goes_on(trained, account, capsys) -> None:
