@@ -63,6 +63,7 @@ def base(tmp_path_factory, smollm2) -> Path:
 def train(folder: Path, base: Path, library: Path, gpus: int, *words: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(Path(gpu.__file__).parent / "site"), str(ROOT)])
     world = {"STAND_IN_GPUS": str(gpus), "STAND_IN_LIBRARY": str(library), "PYTHONPATH": path}
+    world["DS_ACCELERATOR"] = "cuda"  # a process that had none before says cpu
     hardware = ("hardware=local",) if gpus else ("hardware=cpu",)
     return subprocess.run(
         command(*JOB, *hardware, f"model.path={base}", *words),
