@@ -106,10 +106,10 @@ def open_source(path: str | list[str], split: str = "train", key: str = "data.pa
     if isinstance(path, list):
         if not path:
             raise DataError(f"{key} is an empty list: name at least one file")
-        return FileSource([file for one in path for file in local_files(one, key) or _missing(one, key)])
+        return FileSource([file for one in path for file in _local_files(one, key) or _missing(one, key)])
     if path == "???":
         raise DataError(f"{key} is not set: give a JSON, JSONL, CSV or Parquet file, a folder, or a Hub dataset id")
-    files = local_files(path, key)
+    files = _local_files(path, key)
     if files is not None:
         return FileSource(files)
     return _missing(path, key) if _looks_local(path) else HubSource(path, split, key)
@@ -122,7 +122,7 @@ def left_out(path: str | list[str]) -> list[Path]:
     return [file for files in found for file in files if not _is_read(file, files)]
 
 
-def local_files(path: str, key: str) -> list[Path] | None:
+def _local_files(path: str, key: str) -> list[Path] | None:
     """Files that a local path stands for; None when nothing of that name is here."""
     place = Path(resolve_path(path))
     if place.is_dir():
