@@ -364,9 +364,9 @@ def dataset_tokens(job: Job) -> int | None:
     Raises DataError for a folder without files of rows, and for files that hold none, held-out ones included.
     """
     paths, held = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path), job.data.validation
-    if isinstance(held, str) and Path(resolve_path(held)).exists():
+    if isinstance(held, str) and os.path.exists(resolve_path(held)):
         _sizes([held], "data.validation")
-    if not all(Path(resolve_path(path)).exists() for path in paths):
+    if not all(os.path.exists(resolve_path(path)) for path in paths):
         return None
     return estimate_tokens(_sizes(paths, "data.path"))
 

@@ -78,7 +78,7 @@ def explain_circle(loader: ConfigLoaderImpl, config_name: str, overrides: list[s
     paths = [o.replace("=", "/", 1) for o in overrides if o.startswith(f"{GROUP}=")]
     file = next(filter(None, (file_of(loader, path) for path in (*paths, config_name))), None)
     line = file and next((n for n, text in _numbered(file) if re.match(rf"\s*-\s*/?{GROUP}\b", text)), None)
-    origin = f"{display_path(file)}:{line}" if file and line else config_name
+    origin = f"{display_path(file)}{f':{line}' if line else ''}" if file else config_name
     message = "leads back to this recipe, and so on without end"
     remedy = f"- /{GROUP}/NAME takes in another recipe, one that does not take in this one"
     return Problem("defaults", None, origin, message, remedy), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from loadmaster import catalog
@@ -30,8 +31,7 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
         if job.launch.name != "local" and path.startswith("/workspace/"):
             continue
         place = Path(resolve_path(path))
-        inside = place.rglob("*") if place.is_dir() else ()
-        if closed := next((each for each in (place, *inside) if os.path.exists(each) and not _may_read(each)), None):
+        if closed := next((each for each in _looked_into(place) if os.path.exists(each) and not _may_read(each)), None):
             yield key, path, f"you may not read {closed.absolute()}", f"chmod u+r {closed}, or {key}=FILE of another"
         elif os.path.exists(place) and not (place.is_file() or place.is_dir()):
             message = f"is {'a pipe' if place.is_fifo() else 'no regular file'}, and data are read more than once"
@@ -372,6 +372,17 @@ def model_folder_exists(job: Job, origins: Origins) -> Found:
 
 def _file(origin: str) -> str:
     return origin if origin in (COMMAND_LINE, DEFAULT) else origin.rpartition(":")[0]
+
+
+def _looked_into(place: Path) -> Iterator[Path]:
+    """The files of rows that `place` is or holds, and the folders that they may be in: not a volume's lost+found."""
+    yield place
+    for each in place.rglob("*") if os.path.isdir(place) else ():
+        below = each.relative_to(place).parts
+        if not any(part.startswith(".") or part == "lost+found" for part in below) and (
+            each.suffix.lower() in DATA_SUFFIXES or each.is_dir()
+        ):
+            yield each
 
 
 def _may_read(place: Path) -> bool:

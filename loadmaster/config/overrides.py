@@ -167,7 +167,7 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) 
         message = "is not of the form key=value"
         if argument.lower().endswith(DATA_SUFFIXES):
             return Problem(argument, None, COMMAND_LINE, message, f"data=file data.path={argument}")
-        if (folder := local_path(argument)).is_dir() and run_of(folder):
+        if os.path.isdir(folder := local_path(argument)) and run_of(folder):
             remedy = f"--config-dir {argument} --config-name config run_dir={argument} goes on with the run in it"
             return Problem(argument, None, COMMAND_LINE, message, remedy)
         recipe = nearest(argument, loader.repository.get_group_options(GROUP))

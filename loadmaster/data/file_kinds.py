@@ -23,6 +23,7 @@ ROW_FIELDS = {
 HEAD = 4096
 """Bytes of a file that say what it is."""
 UTF16 = "save the file as UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
+AGAIN = "the file is damaged or was cut off: write it again, or fetch it again"
 FETCH = "fetch the file itself (on the Hub: /resolve/ in its address, not /blob/)"
 BEGINNINGS = {
     b"\x1f\x8b": ("is packed by gzip", UNPACK),
@@ -55,7 +56,7 @@ def misnamed(path: Path, suffix: str) -> tuple[str, str] | None:
         if head.startswith(PARQUET):
             return "is a Parquet file", "name it .parquet"
         if b"\0" in head[:4]:
-            return "is not UTF-8 text: it begins as UTF-16 without its mark does", UTF16.replace("16 ", "16LE ")
+            return _wide(head[:4])
     text = head.removeprefix(codecs.BOM_UTF8).decode(errors="replace").lstrip()
     first = text.partition("\n")[0].strip()
     begins = "".join(text[:40].split())  # a line may break after each bracket
@@ -69,6 +70,15 @@ def misnamed(path: Path, suffix: str) -> tuple[str, str] | None:
     if suffix != ".json" and first in ("[", "[{"):
         return "is a JSON list over several lines, not an object a line", ARRAY
     return None
+
+
+def _wide(head: bytes) -> tuple[str, str]:
+    """Of text without its mark, whose first character is one of ASCII: the zeros beside it say which kind it is."""
+    zeros = tuple(index for index, byte in enumerate(head) if not byte)
+    kinds = {(1, 3): "16LE", (0, 2): "16BE", (1, 2, 3): "32LE", (0, 1, 2): "32BE", (1,): "16LE", (0,): "16BE"}
+    if not (kind := kinds.get(zeros)):
+        return "is not text: it begins with zeros", AGAIN
+    return f"is not UTF-8 text: it begins as UTF-{kind[:2]} without its mark does", UTF16.replace("16 ", f"{kind} ")
 
 
 def _is_header(line: str) -> bool:

@@ -11,6 +11,7 @@ import codecs
 import csv
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +20,12 @@ from typing import Any
 
 from loadmaster.config.schema import DATA_SUFFIXES
 from loadmaster.config.shipped import SCHEME, display_path, resolve_path
-from loadmaster.data.file_kinds import INSTEAD, ROW_FIELDS, misnamed
+from loadmaster.data.file_kinds import AGAIN, INSTEAD, ROW_FIELDS, misnamed
 from loadmaster.errors import DataError
 from loadmaster.files import sha256_file
 
 NO_UTF8 = "is not UTF-8 text"
 AS_UTF8 = "save the file as UTF-8 (of files from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW)"
-AGAIN = "the file is damaged or was cut off: write it again, or fetch it again"
 UNREADABLE = (ValueError, RecursionError)
 """What json raises for broken text, and for brackets by the thousand in one another."""
 LONGEST_CELL = 2**31 - 1
@@ -139,7 +139,10 @@ def _local_files(path: str, key: str) -> list[Path] | None:
 
 
 def _files_of_rows(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if _suffix(p) in DATA_SUFFIXES and not _hidden(p, folder))
+    found = sorted(p for p in folder.rglob("*") if _suffix(p) in DATA_SUFFIXES and not _hidden(p, folder))
+    if gone := next((file for file in found if not file.exists()), None):
+        raise DataError(f"{display_path(gone.parent)}/{gone.name} is a link to {os.readlink(gone)}, which is not there")
+    return [file for file in found if file.is_file()]
 
 
 def _is_read(file: Path, beside: list[Path]) -> bool:

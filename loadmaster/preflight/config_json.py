@@ -70,12 +70,17 @@ def short_positions(config: dict[str, Any]) -> int | None:
 
     transformers takes the long ones for documents beyond that, vLLM for every request once it may have more (#27431).
     """
-    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rotary = _rotation(config)
     said = "rope_parameters" in config or "rope_scaling" in config  # shipped shapes leave it out
     if said and rotary.get("rope_type", rotary.get("type")) not in ("longrope", "su"):
         return None
     short = config.get("original_max_position_embeddings") or rotary.get("original_max_position_embeddings")
-    return short if short and short < config.get("max_position_embeddings", 0) else None
+    return short if short and short < (config.get("max_position_embeddings") or 0) else None
+
+
+def _rotation(config: dict[str, Any]) -> dict[str, Any]:
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return found if isinstance(found, dict) else {}
 
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -83,16 +88,18 @@ OTHER_SIZES = ("num_key_value_heads", "head_dim", "num_local_experts", "num_expe
                "moe_intermediate_size", "sliding_window", "decoder_sparse_step", "max_window_layers")  # fmt: skip
 KINDS = {
     "architectures": (list, "list"), "layer_types": (list, "list"), "mlp_only_layers": (list, "list"),
-    "quantization_config": (dict, "object"), "rope_parameters": (dict, "object"), "text_config": (dict, "object"),
-    "partial_rotary_factor": (float | int, "number"), "num_experts": (int, "number"),
-    "num_local_experts": (int, "number"),
+    "quantization_config": (dict, "object"), "rope_parameters": (dict, "object"), "rope_scaling": (dict, "object"),
+    "text_config": (dict, "object"), "partial_rotary_factor": (float | int, "number"), "num_experts": (int, "number"),
+    "num_local_experts": (int, "number"), "max_position_embeddings": (float | int, "number"),
+    "original_max_position_embeddings": (float | int, "number"),
 }  # fmt: skip
 """What a key must hold, where it holds anything."""
 
 
-def _refuse_kinds(config: dict[str, Any], name: str) -> None:
+def refuse_kinds(config: dict[str, Any], name: str) -> None:
     """Raises ConfigError where a key holds another kind of value than transformers reads there."""
     held = {**config, **full_config(config)[0]}
+    held = {**_rotation(held), **held}  # original_max_position_embeddings may stand there
     wrong = [f"{key}={held[key]!r}, which is no {word}" for key, (kind, word) in KINDS.items()
              if held.get(key) is not None and not isinstance(held[key], kind)]  # fmt: skip
     if wrong:
@@ -234,7 +241,7 @@ def _from_hub(model: ModelConfig) -> Path | None:
 def find_shape(model: ModelConfig, traced: bool = False) -> ModelShape:
     """traced: the plan is going to be held against a trace, so an unknown kind of model is let through."""
     config, _ = find_config(model)
-    _refuse_kinds(config, model.path or model.name)
+    refuse_kinds(config, model.path or model.name)
     refuse_quantized(config, model.path or model.name)
     refuse_untrained(config, model.path or model.name)
     refuse_uncountable(config, model.path or model.name, traced)

@@ -13,7 +13,7 @@ from loadmaster.config.fields import nearest
 from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path, shipped_folder
 from loadmaster.errors import ConfigError, Problem
-from loadmaster.preflight.config_json import find_config, nearest_names
+from loadmaster.preflight.config_json import find_config, nearest_names, refuse_kinds
 from loadmaster.preflight.families import FAMILIES, refuse_uncountable
 
 
@@ -49,6 +49,7 @@ def model_and_config(word: str) -> tuple[ModelConfig, dict[str, Any]]:
     except ConfigError as error:
         own = {"key": "model", "value": word, "origin": "command line", "remedy": _models(word)}
         raise ConfigError([replace(problem, **own) for problem in error.problems]) from None
+    refuse_kinds(config, model.path or model.name)
     try:
         refuse_uncountable(config, model.name)
     except ConfigError as error:

@@ -301,6 +301,12 @@ def test_a_hub_dataset_is_not_taken_for_a_missing_file():
     assert compose(["data=file", "data.path=owner/dataset"]).job.data.path == "owner/dataset"
 
 
+def test_a_name_that_no_file_can_have_is_a_missing_file():
+    with pytest.raises(ConfigError) as caught:
+        compose(["data=file", f"data.path={'long' * 99}.jsonl"])
+    assert "there is no such file" in caught.value.problems[0].message
+
+
 def test_a_missing_file_in_a_missing_folder_says_where_it_looked():
     with pytest.raises(ConfigError) as caught:
         compose(["data=file", "data.path=data/train.jsonl"])
@@ -319,11 +325,15 @@ def test_data_that_may_not_be_read_is_named_before_anything_starts(words: list[s
     (tmp_path / "folder").mkdir(0o600)
     (tmp_path / "open").mkdir()
     (tmp_path / "open/rows.jsonl").touch(0o200)
+    for other in ("open/lost+found", "open/.git"):
+        (tmp_path / other).mkdir(0o200)  # of a volume, and of a checkout
+    (tmp_path / "open/a.txt").touch(0o200)
     asked = f"from loadmaster.config.compose import compose; compose({words})"
     done = subprocess.run(
         [*PLAIN, sys.executable, "-c", asked], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
-    assert f"you may not read {tmp_path / words[1].partition('=')[2]}" in done.stderr and "1 problem:" in done.stderr
+    named = {"open": "open/rows.jsonl"}.get(place := words[1].partition("=")[2], place)
+    assert f"you may not read {tmp_path / named}\n" in done.stderr and "1 problem:" in done.stderr
 
 
 def test_own_data_beside_shipped_held_out_rows_is_refused_where_nobody_asked_for_these():

@@ -134,6 +134,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("foo@bar=baz", "foo@bar", "there is no group foo", "the groups are data, endpoint"),
         # what Hydra cannot read, or would die of
         ("smoke", "smoke", "is not of the form key=value", "recipe=smoke"),
+        ("long" * 99, "long" * 99, "is not of the form key=value", "write key=value"),
         ("my.jsonl", "my.jsonl", "is not of the form key=value", "data=file data.path=my.jsonl"),
         ("--cfg", "--cfg", "there is no such option here", "leave it out"),
         ("data.path=[a", "data.path", "Hydra cannot read it", "'data.path=\"[a\"'"),
@@ -262,6 +263,7 @@ def test_rules_are_reported_beside_wrong_values_but_not_about_them():
          "there is no model of this name", "the options are"),
         ("seed: 3\ndefaults:\n  - /recipe: smoke\n", "defaults", "recipes/mine.yaml:3",
          "leads back to this recipe", "- /recipe/NAME takes in another recipe"),
+        ("defaults:\n  - mine\n", "defaults", "recipes/mine.yaml", "leads back to this recipe", ""),
         ("defaults:\n  - /recipe/mine\n", "defaults", "recipes/mine.yaml:2", "leads back to this recipe", ""),
         ("defaults:\n  - /recipes/smoke\n", "recipes/smoke", "recipes/mine.yaml:2", "there is no group recipes",
          "recipe/smoke; the groups are data, endpoint"),

@@ -152,6 +152,9 @@ LINE = b'{"text": "a"}\n'
         ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS", "git lfs pull"),
         ("rows.json", b"<!DOCTYPE html>\n<html>", "is a web page", "fetch the file itself"),
         ("rows.jsonl", LINE.decode().encode("utf-16-le"), "is not UTF-8 text: it begins as UTF-16", "-f UTF-16LE"),
+        ("rows.jsonl", LINE.decode().encode("utf-16-be"), "is not UTF-8 text: it begins as UTF-16", "-f UTF-16BE"),
+        ("rows.jsonl", LINE.decode().encode("utf-32-le"), "is not UTF-8 text: it begins as UTF-32", "-f UTF-32LE"),
+        ("rows.jsonl", bytes(40), "is not text: it begins with zeros", "the file is damaged"),
         ("rows.jsonl", LINE.decode().encode("utf-32"), "is not UTF-8 text: it begins as UTF-32", "-f UTF-32 "),
     ],
 )
@@ -161,6 +164,15 @@ def test_a_file_that_is_something_else_than_its_name_says_is_called_what_it_is(
     (tmp_path / name).write_bytes(content)
     (bad,) = open_source(str(tmp_path / name)).rows()
     assert bad.origin.endswith(f"{name}:1") and bad.error.startswith(is_what) and remedy in bad.remedy
+
+
+def test_a_folder_named_as_a_file_of_rows_holds_them_and_a_link_to_none_is_named(tmp_path):
+    (tmp_path / "first.jsonl").mkdir()
+    (tmp_path / "first.jsonl/rows.jsonl").write_bytes(LINE)
+    assert [row.value for row in open_source(str(tmp_path)).rows()] == [{"text": "a"}]
+    (tmp_path / "second.jsonl").symlink_to("blobs/none")
+    with pytest.raises(DataError, match=r"second\.jsonl is a link to blobs/none, which is not there"):
+        open_source(str(tmp_path))
 
 
 def test_parquet_rows_lose_the_nulls_that_columns_add(tmp_path):

@@ -14,6 +14,7 @@ from loadmaster.config.schema import ModelConfig
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.preflight.config_json import base_name, find_config, find_shape, from_config
 from loadmaster.preflight.families import FAMILIES
+from loadmaster.preflight.serving_model import model_and_config
 
 LLAMA = json.loads((catalog.FOLDER / "shapes" / "llama-3.2-1b.json").read_text())["config"]
 
@@ -83,12 +84,18 @@ def test_what_a_familys_code_does_not_read_changes_nothing_and_its_other_names_d
 
 
 @pytest.mark.parametrize(
-    "odd", [{"layer_types": 7}, {"rope_parameters": "default"}, {"text_config": []}, {"quantization_config": "gptq"}]
+    "odd",
+    [
+        {"layer_types": 7}, {"rope_parameters": "default"}, {"text_config": []}, {"quantization_config": "gptq"},
+        {"rope_scaling": "linear"}, {"max_position_embeddings": "4096"}, {"original_max_position_embeddings": [4096]},
+    ],
 )
 def test_another_kind_of_value_than_a_key_has_is_refused_in_a_sentence(odd: dict, tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **odd}))
-    with pytest.raises(ConfigError, match=f"{next(iter(odd))}=.*, which is no (list|object)"):
+    with pytest.raises(ConfigError, match=f"{next(iter(odd))}=.*, which is no (list|object|number)"):
         find_shape(ModelConfig(path=str(tmp_path)))
+    with pytest.raises(ConfigError, match="which is no"):
+        model_and_config(str(tmp_path))
 
 
 @pytest.mark.parametrize(
