@@ -17,6 +17,7 @@ from typing import Any
 from loadmaster import catalog
 from loadmaster.errors import LoadmasterError
 from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.exports import INT4_GROUPS
 from loadmaster.preflight.families import FAMILIES
 from loadmaster.preflight.hardware import GIB, Hardware, rentable
 from loadmaster.preflight.serving_speed import Speed, Traffic
@@ -180,12 +181,21 @@ def divides(shape: ModelShape, count: int, block: int = 1) -> bool:
     return count == 1 or (heads and all(size % (count * block) == 0 for size in inner))
 
 
+def block_of(shape: ModelShape, form: str) -> int:
+    """Weights along a matrix's inputs that share a scale where the model is stored so; 1 where a whole row does."""
+    if form != "int4":
+        return 1
+    experts = shape.expert_size if shape.experts else shape.hidden_size
+    inputs = [experts, *(matrix.inputs for matrix in shape.matrices())]
+    return next((size for size in INT4_GROUPS if all(each % size == 0 for each in inputs)), INT4_GROUPS[-1])
+
+
 def cheapest_servers(shape: ModelShape, form: str, context: int, requests: float = 1, **options) -> list[ServingPlan]:
     """Every machine of the catalogue (one node) that holds so many concurrent requests, cheapest hour first."""
     plans = [
         plan_serving(shape, machine, form, context, **options)
         for machine in rentable()
-        if machine.nodes == 1 and divides(shape, machine.count)
+        if machine.nodes == 1 and divides(shape, machine.count, block_of(shape, form))
     ]
     return sorted(
         (p for p in plans if p.concurrent_requests >= requests),

@@ -28,6 +28,7 @@ from loadmaster.preflight.hardware import from_catalog, rentable
 from loadmaster.preflight.serving import (
     UTILISATION,
     ServingPlan,
+    block_of,
     cheapest_servers,
     divides,
     machines_for,
@@ -166,10 +167,12 @@ def for_model(request: Request, shape: ModelShape) -> Request:
         request = replace(request, context=min(LONGEST, shape.max_position or LONGEST))
     if problems := list(_too_long(request, shape.max_position)):
         raise ConfigError(problems)
-    able = sorted({m.count for m in rentable() if m.nodes == 1 and divides(shape, m.count)})
-    undivided = request.count != "auto" and not divides(shape, request.count)
+    block = block_of(shape, request.format)
+    able = sorted({m.count for m in rentable() if m.nodes == 1 and divides(shape, m.count, block)})
+    undivided = request.count != "auto" and not divides(shape, request.count, block)
     if undivided or (request.gpu == "auto" and request.count not in ("auto", *able)):
-        message = f"a server cannot divide {shape.name}, of {shape.heads} attention heads, over so many cards"
+        parts = f"{shape.heads} attention heads" + f" and {block} weights to a scale" * (block > 1)
+        message = f"a server cannot divide {shape.name}, of {parts}, over so many cards"
         message = message if undivided else "no machine of the catalogue has so many cards"
         remedy = f"count={' or '.join(map(str, able))}"
         raise ConfigError([Problem("count", request.count, "command line", message, remedy)])

@@ -12,6 +12,7 @@ from loadmaster.errors import LoadmasterError
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.serving import (
+    block_of,
     cache_bytes_per_token,
     cheapest_servers,
     divides,
@@ -177,6 +178,14 @@ def test_heads_that_cannot_be_divided_are_refused() -> None:
         plan_serving(shape_of("smollm2-135m"), from_catalog("rtx4090", 2))
     keys = replace(shape_of("llama-3.1-8b"), heads=40, key_value_heads=10, intermediate_size=17920)  # Phi 4's
     assert [count for count in (1, 2, 4, 8) if divides(keys, count)] == [1, 2]
+
+
+def test_groups_of_int4_are_not_cut() -> None:
+    shape = shape_of("qwen2.5-72b")  # 231 groups of 128 in an MLP's width
+    assert {plan.gpus for plan in cheapest_servers(shape, "int4", 8192)} == {1}
+    assert {plan.gpus for plan in cheapest_servers(shape, "fp8", 8192)} > {2, 4}
+    for name, block in (("llama-3.1-70b", 128), ("smollm2-135m", 64), ("qwen3-30b-a3b", 128)):
+        assert (block_of(shape_of(name), "int4"), block_of(shape_of(name), "fp8")) == (block, 1)
 
 
 def speed(gpu: str = "h100_80gb", count: int = 1) -> Speed:
