@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from loadmaster.config.schema import HardwareConfig, Job, LoraConfig, ModelConfig, PlanConfig
+from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, LoraConfig, ModelConfig, PlanConfig
 from loadmaster.errors import ConfigError
 from loadmaster.pipeline import planned
 from loadmaster.preflight import make_plan
@@ -34,6 +34,15 @@ def test_a_trace_of_the_chosen_plan_stands_beside_its_replay() -> None:
     in_fp32 = trace_plan(job, replace(plan, precision="fp32"))
     assert in_fp32["traced_gib"] > 1.5 * found["traced_gib"] and abs(in_fp32["difference"]) < 0.001
     assert "whole weights" in trace_plan(job, replace(plan, sharding="fsdp"))["of"]
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_the_last_token_of_each_row_predicts_nothing(objective) -> None:
+    job = Job(
+        model=ONE_B, method="lora", sequence_length=128, micro_batch_size=8, batch=BatchConfig(global_size=8),
+        hardware=HardwareConfig(gpu="rtx4090"), objective=objective,
+    )  # fmt: skip
+    assert abs(trace_plan(job, make_plan(job))["difference"]) < 0.001
 
 
 def folder(tmp_path, **changed) -> ModelConfig:
