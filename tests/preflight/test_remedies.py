@@ -53,7 +53,7 @@ def test_settings_that_would_fit_do_so_when_they_are_typed(words: list[str]) -> 
 def test_where_no_one_change_does_several_together_do(words: list[str]) -> None:
     refused = make_plan(compose([*PLAN, *words]).job)
     assert not refused.fits and refused.alternatives
-    for alternative in refused.alternatives:
+    for alternative in refused.alternatives[:2]:
         machine, _, changes = alternative["change"].rpartition(" with ")
         gpu, count = alternative["gpu"], alternative["hardware"].removesuffix(f"x {alternative['gpu']}")
         typed = [*words, f"hardware.gpu={gpu}", f"hardware.count={count}"] if machine else words
