@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 from loadmaster.config.schema import LoraConfig
+from loadmaster.models import attention
 from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.attention import PACKED, cached_attention
 from loadmaster.models.forward import count_trained, token_losses, trained_logits
@@ -102,6 +104,18 @@ def test_families_agree_with_transformers_own_attention(config):
 def test_the_first_token_of_a_document_gets_no_loss():
     batch = packed([[1, 2, 3], [4, 5]])
     assert count_trained(batch.labels, batch.position_ids) == 3
+
+
+@pytest.mark.parametrize(("dtype", "way"), [(torch.bfloat16, "by_bounds"), (torch.float32, "_by_document")])
+def test_on_a_gpu_float32_is_attended_without_the_kernel_that_takes_16_bits(dtype, way, monkeypatch):
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 6, 8, dtype=dtype, device="cuda")
+    called = []
+    for name in ("by_bounds", "_by_document"):
+        monkeypatch.setattr(attention, name, lambda *_, name=name: called.append(name) or torch.empty(1, 4, 6, 8))
+    bounds, longest = torch.tensor([0, 2, 6], dtype=torch.int32), torch.empty(4, 0)
+    attention.packed_attention(torch.nn.Module(), q, q, q, None, cu_seq_lens_q=bounds, longest_document=longest)
+    assert called == [way]
 
 
 def test_attention_without_document_bounds_is_refused(smollm2):
