@@ -50,6 +50,18 @@ def folder(tmp_path, **changed) -> ModelConfig:
     return ModelConfig(name="other", path=str(tmp_path))
 
 
+def test_a_model_whose_rotation_depends_on_how_long_documents_are_is_traced(tmp_path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 1024}
+    rope |= {"short_factor": [1.0] * 48, "long_factor": [3.0] * 48}
+    sizes = {"hidden_size": 768, "num_attention_heads": 8, "num_hidden_layers": 3, "intermediate_size": 2048}
+    config = {"model_type": "phi3", **sizes, "rope_parameters": rope, "pad_token_id": 0, "bos_token_id": 1}
+    config |= {"max_position_embeddings": 8192, "original_max_position_embeddings": 1024, "eos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ModelConfig(name="other", path=str(tmp_path))
+    job = Job(model=model, method="lora", sequence_length=2048, hardware=HardwareConfig(gpu="rtx4090"))
+    assert abs(trace_plan(job, make_plan(job))["difference"]) < 0.001
+
+
 def test_a_family_without_a_closed_form_is_planned_from_its_trace(tmp_path) -> None:
     job = Job(
         model=folder(tmp_path), method="lora", lora=LoraConfig(targets=["q_proj", "v_proj"]),
