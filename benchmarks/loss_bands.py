@@ -5,7 +5,8 @@
 
 Every run has the same weights, rows, order, seed and settings; only what numbers are held in differs. Losses are
 means over windows of 50 steps, and of the held-out rows before and after. On a CPU, FP8 products over a frozen base are
-those of PyTorch's CPU kernel of the same operation.
+those of PyTorch's CPU kernel of the same operation; on a GPU, one run over such a base leaves its products in bf16.
+Where a command may not take long: --only NAME runs some, and --beside FILE adds them to those of an earlier file.
 benchmarks/results/loss_bands-<date>-<device>.json and .md are written anew after each run.
 """
 
@@ -95,6 +96,7 @@ def trained(run: dict[str, Any], given: argparse.Namespace, device: torch.device
     tokenizer = load_tokenizer(folder)
     data = prepare(job, tokenizer)
     session = make_session(job, plan_of(run, job, device.type == "cuda"), World(device=device), 0, folder)
+    frozen.round_inputs(session.model, bool(run.get("products")))
     order = np.random.default_rng(0).permutation(len(data.train)).tolist()
     before, losses, began = held_out(session, data.validation), [], time.perf_counter()
     for step in range(1, given.steps + 1):

@@ -235,7 +235,8 @@ def _run_group(
     """Cases of one size in one process; those that are done, the one that ended the process included."""
     command = [sys.executable, __file__, "--cases", ",".join(map(str, group))]
     command += ["--dry-run", "--folder", str(folder)] if folder is not None else []
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    places = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     done: set[int] = set()
     at: int | None = None
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

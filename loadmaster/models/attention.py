@@ -195,7 +195,8 @@ def packed_attention(
             query, key, value, cu_seq_lens_q, scale, softcap, sliding_window, documents, blocks, kernel_options
         )
         return output.transpose(1, 2), None
-    if query.is_meta or (query.is_cuda and dropout == 0.0):  # a trace on the meta device stands for a GPU
+    # A trace on the meta device stands for a GPU, whose kernel takes 16 bits (float32 is there to be compared with).
+    if query.is_meta or (query.is_cuda and dropout == 0.0 and query.dtype != torch.float32):
         return by_bounds(query, key, value, cu_seq_lens_q, longest_document, scaling, sliding_window), None
     if torch.compiler.is_compiling() and dropout == 0.0:
         output = torch.ops.loadmaster.attention_by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window)

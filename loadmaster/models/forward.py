@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from loadmaster.errors import LoadmasterError
 from loadmaster.models import capped
 from loadmaster.models.loss import summed_cross_entropy
+from loadmaster.models.rotary import turn_by_document
 from loadmaster.models.transfer import put
 
 
@@ -84,6 +85,7 @@ def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
     ids = put(ids, device)
     alpha = getattr(lm, "neftune_alpha", 0.0) if lm.training else 0.0
     text = {"inputs_embeds": noisy(lm.get_input_embeddings()(ids), bounds, alpha)} if alpha else {"input_ids": ids}
+    turn_by_document(lm.get_decoder())
     hidden = lm.get_decoder()(
         **text,
         position_ids=put(positions, device),

@@ -1,38 +1,26 @@
-"""Sentences about a plan: what it is, why this one, why not another, what would fit instead."""
+"""Sentences about a plan: what it is, why this one, why not another."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loadmaster import catalog
 from loadmaster.config.rates import FAR, usual_rate
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import export_problems
-from loadmaster.preflight.hardware import GIB, Hardware, from_catalog, not_offered, priced, rentable
+from loadmaster.preflight.hardware import GIB, Hardware, not_offered
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.phases import answering
-from loadmaster.preflight.refusals import COUNTED, TYPED, UNCOUNTED, uncounted_adapters
-from loadmaster.preflight.search import (
-    Candidate,
-    Found,
-    mean_rows,
-    run_hours,
-    search,
-    steps,
-)
+from loadmaster.preflight.refusals import TYPED, UNCOUNTED, uncounted_adapters
+from loadmaster.preflight.search import Candidate, Found, mean_rows, steps
 from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.speed import exports, least_overhead_hours
+from loadmaster.preflight.speed import exports
 from loadmaster.preflight.targets import in_some_layers_only
 from loadmaster.preflight.verification import VerificationNeed, answers_at_a_time
 
-MOST_NODES = 32
 RUNNER_UP = "runner-up"
 
 
@@ -264,137 +252,4 @@ def basis(hardware: Hardware, setup: Setup) -> dict[str, str]:
         "memory": memory,
         "speed": speed,
         "left_out": "fragmentation beyond the reserve, other processes on the card, the KV cache of generated answers",
-    }
-
-
-def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens: int | None) -> list[dict[str, Any]]:
-    """What would fit: settings changed on this hardware, more of the same machines, then others, cheapest first."""
-    def here(changes: Iterator[tuple[str, Job]]) -> list[dict[str, Any]]:
-        tried = ((text, changed, search(changed, shape, hardware, explain=False).best) for text, changed in changes)
-        return [_alternative(text, best, changed, shape, dataset_tokens) for text, changed, best in tried if best]
-
-    found = here(relaxations(job, shape, hardware)) or here(_all_left_open(job))
-    cheapest: dict[str, dict[str, Any]] = {}
-    for other in rentable():
-        so_far = cheapest.get(other.gpu)
-        if (other.gpu, other.count, other.nodes) == (hardware.gpu, hardware.count, hardware.nodes):
-            continue
-        if so_far is None or _least_price(job, shape, other, so_far) < _price(so_far):
-            for tried in _on(job, shape, other, dataset_tokens):
-                if so_far is None or _price(tried) < _price(so_far):
-                    cheapest[other.gpu] = tried
-    if hardware.gpu not in cheapest:
-        found += _more_of_the_same(job, shape, hardware, dataset_tokens)
-    return found + sorted(cheapest.values(), key=_price)
-
-
-def _price(option: dict[str, Any]) -> tuple[float, float]:
-    """Of the run, then of an hour."""
-    return option["cost_usd"] or math.inf, option["usd_per_hour"] or math.inf
-
-
-def _least_price(job: Job, shape: ModelShape, machine: Hardware, beside: dict[str, Any]) -> tuple[float, float]:
-    """What `_price` is on another machine at least, whatever the plan there: all but the training takes as long."""
-    rate = priced(machine, job.plan.prices_usd_per_hour).usd_per_hour
-    if rate is None:
-        return math.inf, math.inf
-    least = math.inf if beside["hours"] is None else round(rate * least_overhead_hours(job, shape, rented=True), 2)
-    return least, round(rate, 2)
-
-
-def _more_of_the_same(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens: int | None) -> list[dict]:
-    """The fewest full nodes of this GPU on which the job fits."""
-    if hardware.gpu not in catalog.gpus():
-        return []
-    for nodes in range(1, MOST_NODES + 1):
-        fits = _on(job, shape, from_catalog(hardware.gpu, 8, nodes), dataset_tokens)
-        if fits:
-            return fits
-    return []
-
-
-def _on(job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | None) -> list[dict[str, Any]]:
-    """The job on another machine, its global batch rounded up to the number of GPUs; empty if it does not fit."""
-    rows = math.ceil(job.batch.global_size / machine.world_size) * machine.world_size
-    adjusted = replace(job, batch=replace(job.batch, global_size=rows)) if rows != job.batch.global_size else job
-    best = search(adjusted, shape, machine, explain=False).best
-    if best is None:
-        return []
-    text = machine.label + ("" if rows == job.batch.global_size else f" with batch.global_size={rows}")
-    return [_alternative(text, best, adjusted, shape, dataset_tokens)]
-
-
-OPEN = ("micro_batch_size", "activation_checkpointing", "checkpointed_layers", "offload", "sharding", "precision")
-"""Fields that a plan fills in where they are auto; and the optimizer's name and master weights."""
-
-
-def _all_left_open(job: Job) -> Iterator[tuple[str, Job]]:
-    """The job with all that was written and could be auto left to the plan, where that is more than one thing."""
-    written = [name for name in OPEN if getattr(job, name) != "auto"]
-    states = _written_states(job)
-    if len(written) + len(states) > 1:
-        optimizer = replace(job.optimizer, name="auto", master_weights="auto")
-        text = " ".join([f"{name}=auto" for name in written] + states)
-        yield text, replace(job, optimizer=optimizer, **dict.fromkeys(written, "auto"))
-
-
-def _written_states(job: Job) -> list[str]:
-    names = ("name", "master_weights")
-    return [f"optimizer.{name}=auto" for name in names if getattr(job.optimizer, name) != "auto"]
-
-
-def relaxations(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[tuple[str, Job]]:
-    """The job with one thing changed that the user wrote, and the words that change it."""
-    gpus = hardware.world_size
-    if uncounted_adapters(job, shape) and job.method != "full":
-        yield TYPED, replace(job, lora=replace(job.lora, targets=list(COUNTED)))
-    if job.batch.global_size % gpus:
-        rows = math.ceil(job.batch.global_size / gpus) * gpus
-        yield f"batch.global_size={rows}", replace(job, batch=replace(job.batch, global_size=rows))
-    if job.micro_batch_size != "auto":
-        yield "micro_batch_size=auto", replace(job, micro_batch_size="auto")
-    for name in OPEN[1:]:
-        if getattr(job, name) != "auto":
-            names = [name] if name != "activation_checkpointing" or job.checkpointed_layers == "auto" else OPEN[1:3]
-            yield " ".join(f"{each}=auto" for each in names), replace(job, **dict.fromkeys(names, "auto"))
-    if states := _written_states(job):
-        yield " ".join(states), replace(job, optimizer=replace(job.optimizer, name="auto", master_weights="auto"))
-    here = job.offload in ("auto", "none") and job.sharding in ("auto", "none", "fsdp")
-    if job.optimizer.in_backward == "auto" and job.method == "full" and here:
-        stepped = replace(job, optimizer=replace(job.optimizer, in_backward=True, max_grad_norm=0.0))
-        said = "optimizer.in_backward=true optimizer.max_grad_norm=0"
-        yield said, stepped
-        if job.batch.global_size > gpus:
-            yield f"{said} batch.global_size={gpus}", replace(stepped, batch=replace(job.batch, global_size=gpus))
-    lora, plain = replace(job.lora, dora=False), " lora.dora=false" if job.lora.dora else ""
-    if job.precision not in ("auto", "fp8") and job.method == "lora" and not hardware.is_cpu:
-        yield f"precision=fp8{plain}", replace(job, precision="fp8", lora=lora)
-    for method in ("lora", "qlora"):
-        if job.method not in ("auto", method) and (job.method, method) != ("qlora", "lora"):
-            without = method == "qlora" and job.lora.dora
-            open_ = "" if job.precision == "auto" else " precision=auto"
-            yield (
-                f"method={method}{open_}{plain if without else ''}",
-                replace(job, method=method, precision="auto", lora=lora if without else job.lora),
-            )
-    for length in (job.sequence_length // 32 * 16, job.sequence_length // 64 * 16):  # fp8 products take sixteens
-        if length >= 256:
-            yield f"sequence_length={length}", replace(job, sequence_length=length)
-
-
-def _alternative(text: str, best: Candidate, job: Job, shape: ModelShape, dataset_tokens: int | None) -> dict[str, Any]:
-    hours, rate = run_hours(job, shape, best, dataset_tokens), best.hardware.usd_per_hour
-    cost = None if hours is None or rate is None else round(hours * rate, 2)
-    return {
-        "change": text,
-        "gpu": best.hardware.gpu,
-        "hardware": best.hardware.label,
-        "plan": describe(best.setup),
-        "needs_gib": round(best.memory.needed_gib, 2),
-        "budget_gib": round(best.budget_gib, 2),
-        "tokens_per_second": None if best.tokens_per_second is None else round(best.tokens_per_second, 1),
-        "hours": None if hours is None else round(hours, 2),
-        "usd_per_hour": None if rate is None else round(rate, 2),
-        "cost_usd": cost,
-        "price": best.hardware.price_note,
     }

@@ -8,9 +8,10 @@ from loadmaster import catalog
 from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
 from loadmaster.preflight import saved, targets
+from loadmaster.preflight.alternatives import alternatives
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.elsewhere import elsewhere
-from loadmaster.preflight.explain import alternatives, basis, reasons, rejection, runner_up
+from loadmaster.preflight.explain import basis, reasons, rejection, runner_up
 from loadmaster.preflight.exports import refuse_unholdable
 from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardware
 from loadmaster.preflight.phases import components_gib, disk_bytes, phase_bytes, phases_gib

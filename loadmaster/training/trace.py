@@ -47,6 +47,8 @@ class Case:
     """Without gradients, as held-out rows are."""
     kept_layers: int = 0
     """Of the last ones, beside others that are checkpointed whole."""
+    rows: int = 1
+    """Of as many documents; a pair's answers are two in any case. The last token of each predicts nothing."""
 
 
 def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
@@ -60,7 +62,10 @@ def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
     config, _ = find_config(job.model)
     setup = traced_setup(job, plan)
     accumulated = setup.gradient_accumulation_steps > 1
-    case = Case(setup.tokens, setup.checkpointing, accumulated, job.objective, kept_layers=setup.kept_layers)
+    case = Case(
+        setup.tokens, setup.checkpointing, accumulated, job.objective, kept_layers=setup.kept_layers,
+        rows=setup.micro_batch_size,
+    )  # fmt: skip
     try:
         base = _meta_model(config, DTYPES[setup.precision])
         parameters = sum(p.numel() for p in base.parameters())
@@ -156,8 +161,9 @@ def _traced_peak(model: nn.Module, case: Case, metas: Metas | None = None) -> in
         live.count(tensor)
     before, live.peak = live.live, 0
     ids = torch.zeros(1, case.tokens, dtype=torch.long)
-    places = torch.arange(case.tokens) % -(-case.tokens // 2)  # two documents: the answers of one pair
-    batch = MicroBatch(ids, ids, (torch.arange(case.tokens) if case.objective == "sft" else places)[None], [["row"]])
+    documents = case.rows if case.objective == "sft" else max(2, case.rows)
+    places = torch.arange(case.tokens) % -(-case.tokens // documents)
+    batch = MicroBatch(ids, ids, places[None], [["row"]])
     model.train(not case.evaluated)
     with live, torch.set_grad_enabled(not case.evaluated):
         if case.objective == "sft":

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
 from loadmaster.config.schema import LoraConfig
+from loadmaster.models import attention
 from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.attention import PACKED, cached_attention
 from loadmaster.models.forward import count_trained, token_losses, trained_logits
@@ -99,9 +101,43 @@ def test_families_agree_with_transformers_own_attention(config):
     torch.testing.assert_close(logits, expected.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_long_document_does_not_turn_short_ones_beside_it_by_longropes_long_factors():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    config = Phi3Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=120, max_position_embeddings=48, original_max_position_embeddings=12, rope_parameters=rope,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
+    own = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    own.load_state_dict(model.state_dict())
+    documents = [torch.randint(1, 120, (n,)).tolist() for n in (9, 23, 12, 13)]
+    logits, _ = trained_logits(model, packed(documents))
+    with torch.no_grad():
+        expected = torch.cat([own(torch.tensor([d]), use_cache=False).logits[0, :-1] for d in documents])
+        torch.testing.assert_close(logits, expected.float(), rtol=1e-4, atol=1e-4)
+        with cached_attention(model, "eager"):  # what generates has one kind for a batch, as transformers has
+            rows = torch.tensor([documents[1][:9], documents[0]])
+            torch.testing.assert_close(model(rows).logits, own(rows).logits)
+
+
 def test_the_first_token_of_a_document_gets_no_loss():
     batch = packed([[1, 2, 3], [4, 5]])
     assert count_trained(batch.labels, batch.position_ids) == 3
+
+
+@pytest.mark.parametrize(("dtype", "way"), [(torch.bfloat16, "by_bounds"), (torch.float32, "_by_document")])
+def test_on_a_gpu_float32_is_attended_without_the_kernel_that_takes_16_bits(dtype, way, monkeypatch):
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 6, 8, dtype=dtype, device="cuda")
+    called = []
+    for name in ("by_bounds", "_by_document"):
+        monkeypatch.setattr(attention, name, lambda *_, name=name: called.append(name) or torch.empty(1, 4, 6, 8))
+    bounds, longest = torch.tensor([0, 2, 6], dtype=torch.int32), torch.empty(4, 0)
+    attention.packed_attention(torch.nn.Module(), q, q, q, None, cu_seq_lens_q=bounds, longest_document=longest)
+    assert called == [way]
 
 
 def test_attention_without_document_bounds_is_refused(smollm2):

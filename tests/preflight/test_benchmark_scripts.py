@@ -54,6 +54,7 @@ STUB = """#!{python}
 import json, os, sys
 indices = [int(i) for i in sys.argv[sys.argv.index("--cases") + 1].split(",")]
 case = json.loads(os.environ["STUB_CASE"])
+assert "/packages/of/ones/own" in os.environ["PYTHONPATH"].split(os.pathsep)
 for i in indices:
     print(f"AT {{i}}", flush=True)
     if i == 1:
@@ -67,6 +68,7 @@ def test_a_case_that_takes_its_process_with_it_is_a_row_and_the_others_still_run
     stub = tmp_path / "python"
     stub.write_text(STUB.format(python=sys.executable))
     stub.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", "/packages/of/ones/own")  # as of pip install --target
     monkeypatch.setenv("STUB_CASE", json.dumps(script.asdict(script.grid()[0])))
     monkeypatch.setattr(script.sys, "executable", str(stub))
     out = tmp_path / "rows.json"

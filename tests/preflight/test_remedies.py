@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loadmaster.config.compose import compose
-from loadmaster.preflight import explain, make_plan
+from loadmaster.preflight import alternatives, make_plan
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import find_hardware
 from loadmaster.preflight.search import search
@@ -39,6 +39,25 @@ def test_settings_that_would_fit_do_so_when_they_are_typed(words: list[str]) -> 
     for alternative in here:
         typed = make_plan(compose([*PLAN, *words, *alternative["change"].split()]).job, with_alternatives=False)
         assert typed.fits, alternative["change"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipe=qlora_8b", "hardware=rtx4090_x1", "sequence_length=262144", "micro_batch_size=8", "compile=false"],
+        ["recipe=lora_8b", "model.name=Qwen/Qwen3-30B-A3B", "hardware.gpu=rtx3090", "hardware.count=8", "sharding=ddp"],
+        ["recipe=lora_8b", "model.name=meta-llama/Llama-3.1-405B", "hardware.gpu=a10g", "hardware.count=4",
+         "micro_batch_size=16", "sharding=fsdp", "batch.global_size=64", "precision=bf16"],
+    ],
+)  # fmt: skip
+def test_where_no_one_change_does_several_together_do(words: list[str]) -> None:
+    refused = make_plan(compose([*PLAN, *words]).job)
+    assert not refused.fits and refused.alternatives
+    for alternative in refused.alternatives[:2]:
+        machine, _, changes = alternative["change"].rpartition(" with ")
+        gpu, count = alternative["gpu"], alternative["hardware"].removesuffix(f"x {alternative['gpu']}")
+        typed = [*words, f"hardware.gpu={gpu}", f"hardware.count={count}"] if machine else words
+        assert make_plan(compose([*PLAN, *typed, *changes.split()]).job, with_alternatives=False).fits, alternative
 
 
 @pytest.mark.parametrize("more", ["optimizer.max_grad_norm=0", "activation_checkpointing=offload"])
@@ -81,5 +100,5 @@ def test_machines_that_are_passed_over_untried_cost_more(more: list[str], monkey
     """Of each GPU the cheapest is named, whether the dollars of the run are known or only those of an hour."""
     job = compose([*PLAN, "recipe=full_70b", "hardware=a100_80gb_x4", "offload=none", *more]).job
     named = make_plan(job).alternatives
-    monkeypatch.setattr(explain, "_least_price", lambda *_: (0.0, 0.0))  # all are tried
+    monkeypatch.setattr(alternatives, "_least_price", lambda *_: (0.0, 0.0))  # all are tried
     assert named == make_plan(job).alternatives and "h200" in {each["gpu"] for each in named}

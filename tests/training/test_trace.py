@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from loadmaster.config.schema import HardwareConfig, Job, LoraConfig, ModelConfig, PlanConfig
+from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, LoraConfig, ModelConfig, PlanConfig
 from loadmaster.errors import ConfigError
 from loadmaster.pipeline import planned
 from loadmaster.preflight import make_plan
@@ -36,9 +36,30 @@ def test_a_trace_of_the_chosen_plan_stands_beside_its_replay() -> None:
     assert "whole weights" in trace_plan(job, replace(plan, sharding="fsdp"))["of"]
 
 
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_the_last_token_of_each_row_predicts_nothing(objective) -> None:
+    job = Job(
+        model=ONE_B, method="lora", sequence_length=128, micro_batch_size=8, batch=BatchConfig(global_size=8),
+        hardware=HardwareConfig(gpu="rtx4090"), objective=objective,
+    )  # fmt: skip
+    assert abs(trace_plan(job, make_plan(job))["difference"]) < 0.001
+
+
 def folder(tmp_path, **changed) -> ModelConfig:
     (tmp_path / "config.json").write_text(json.dumps({**SHARED_EXPERTS, **changed}))
     return ModelConfig(name="other", path=str(tmp_path))
+
+
+def test_a_model_whose_rotation_depends_on_how_long_documents_are_is_traced(tmp_path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 1024}
+    rope |= {"short_factor": [1.0] * 48, "long_factor": [3.0] * 48}
+    sizes = {"hidden_size": 768, "num_attention_heads": 8, "num_hidden_layers": 3, "intermediate_size": 2048}
+    config = {"model_type": "phi3", **sizes, "rope_parameters": rope, "pad_token_id": 0, "bos_token_id": 1}
+    config |= {"max_position_embeddings": 8192, "original_max_position_embeddings": 1024, "eos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ModelConfig(name="other", path=str(tmp_path))
+    job = Job(model=model, method="lora", sequence_length=2048, hardware=HardwareConfig(gpu="rtx4090"))
+    assert abs(trace_plan(job, make_plan(job))["difference"]) < 0.001
 
 
 def test_a_family_without_a_closed_form_is_planned_from_its_trace(tmp_path) -> None:

@@ -1,0 +1,41 @@
+"""LongRoPE (Phi 3.5, Phi 4 mini) by document: its factors are short or long by how long a sequence is.
+
+transformers takes one kind for all that a batch holds, by the longest sequence in it, so one long document would turn
+all that are packed beside it by the long factors. Here each token is turned by its own document's. Nothing waits for
+the device, and no number decides what runs, so a step can be traced.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def turn_by_document(decoder: nn.Module) -> None:
+    """Let a decoder with LongRoPE turn packed documents each by its own length; others stay as they are."""
+    rotary = getattr(decoder, "rotary_emb", None)
+    if getattr(rotary, "rope_type", None) == "longrope" and "forward" not in vars(rotary):
+        rotary.forward = MethodType(_forward, rotary)
+
+
+@torch.no_grad()
+def _forward(rotary: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+    """cos and sin [1, N, d] of positions [1, N] that begin at 0 in each document; of batches, transformers' own."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if len(position_ids) > 1:
+        return type(rotary).forward(rotary, x, position_ids)
+    most = rotary.config.rope_parameters["original_max_position_embeddings"]
+    long, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, x.device, seq_len=most + 1)
+    short = rotary.original_inv_freq.to(x.device)
+    turn, found = inspect.unwrap(type(rotary).forward), []  # without what chooses the factors
+    for rotary.inv_freq in (long, short):
+        found.append(turn(rotary, x, position_ids))
+    documents = (position_ids[0] == 0).cumsum(0)
+    last = torch.zeros(len(documents) + 1, dtype=torch.long, device=documents.device)
+    is_long = last.scatter_reduce(0, documents, position_ids[0], "amax")[documents] >= most
+    return tuple(torch.where(is_long[:, None], *both) for both in zip(*found, strict=True))
