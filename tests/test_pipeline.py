@@ -415,7 +415,7 @@ def test_a_run_directory_of_another_job_is_refused_once_something_was_trained_th
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optimizer"]["lr"] == 0.001
     assert go(tiny, tmp_path, "stop_after=plan", "optimizer.lr=0.5")[0] == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "other settings or other data (lora.targets is ['q_proj'] there and all-linear here; optimizer.lr is" in said
+    assert "other settings or other data (lora.targets is [q_proj] there and all-linear here; optimizer.lr is" in said
     assert "is 0.001 there and 0.5 here); going on" in said
     (tmp_path / "run" / "config.yaml").write_text("seed: [")
     assert go(tiny, tmp_path, "stop_after=plan", "optimizer.lr=0.5")[0] == 2

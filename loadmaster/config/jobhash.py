@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from loadmaster.config.fields import written
 from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import STAGES, EndpointConfig, Job
 from loadmaster.config.validate import to_dict
@@ -74,7 +75,8 @@ def stage_inputs_hash(job: Job, stage: str) -> str:
 def differing(job: Job, other: Job) -> list[str]:
     """Fields that shape the trained weights and that two jobs set otherwise, each with both values."""
     mine, theirs = (_leaves({name: _inputs(each)[name] for name in STAGE_FIELDS["plan"]}) for each in (job, other))
-    return [f"{name} is {theirs[name]} there and {mine[name]} here" for name in mine if mine[name] != theirs.get(name)]
+    names = [name for name in mine if mine[name] != theirs.get(name)]
+    return [f"{name} is {written(theirs[name])} there and {written(mine[name])} here" for name in names]
 
 
 def _inputs(job: Job) -> dict[str, Any]:

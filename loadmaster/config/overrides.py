@@ -176,6 +176,9 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) 
     key, _, value = argument.partition("=")
     if not key:
         return _nameless(argument)
+    if key != key.strip():
+        remedy = f"{key.strip()}={value.strip()}"
+        return Problem(argument, None, COMMAND_LINE, "has a space before the =", remedy)
     reason = str(error).splitlines()[0]
     known = fields().get(key)
     itself = re.sub(r"(?<!\\)\$\{", r"\\${", value)  # or it would stand for another field's value
@@ -231,6 +234,8 @@ def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> P
     if guess and guess.startswith(wrong.lower()):
         guess = min((option for option in options if option.startswith(wrong.lower())), key=_size)
     remedy = (f"{group}={guess}; " if guess else "") + "the options are " + ", ".join(options)
+    if (group == "model" and "/" in wrong) or (group == "data" and wrong.lower().endswith(DATA_SUFFIXES)):
+        remedy = f"{_meant(group, wrong)}; {remedy}"
     others = {
         "model": "model by model.name=HUB-ID or model.path=FOLDER",
         "data": "data by data=file data.path=FILE-OR-FOLDER-OR-HUB-ID",
@@ -240,6 +245,14 @@ def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> P
     if is_file or ("/" in wrong and group != "data"):
         remedy += f"; a file of your own goes into {'recipes' if group == GROUP else 'conf/' + group}/ here"
     return Problem(group, wrong, origin, f"there is no {group} of this name", remedy)
+
+
+def _meant(group: str, wrong: str) -> str:
+    """What was probably meant by a model or data given in the place of a group's option."""
+    if group == "data":
+        return f"data=file data.path={wrong}"
+    is_folder = wrong.startswith(("/", ".", "~")) or local_path(wrong).is_dir()
+    return f"model.path={wrong}" if is_folder else f"model.name={wrong}"
 
 
 def _size(option: str) -> list[int]:

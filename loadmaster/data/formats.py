@@ -8,13 +8,23 @@ A row that is not what it should be raises `RowError` with the reason; whoever r
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
 
 from loadmaster.data.preference import LABEL_FIELDS, is_preference, is_unpaired, labelled_answer_of, pair_of
-from loadmaster.data.shapes import READERS, RowError, kind_of, prompt_answers, prompt_fields, string_of, written_as_text
+from loadmaster.data.shapes import (
+    PROMPT_FIELDS,
+    READERS,
+    RowError,
+    kind_of,
+    prompt_answers,
+    prompt_fields,
+    string_of,
+    written_as_text,
+)
 
 FORMAT_FIELDS = {
     "messages": "messages: [{role, content}, ...]",
@@ -25,6 +35,11 @@ FORMAT_FIELDS = {
     "preference": "chosen and rejected, with a prompt; for objective=dpo, orpo or kto",
     "unpaired": "completion and label, with a prompt; for objective=kto",
 }
+FIELD_NAMES = (
+    "messages", "conversations", "instruction", "output", "text", *(name for pair in PROMPT_FIELDS for name in pair),
+    "chosen", "rejected", *LABEL_FIELDS,
+)  # fmt: skip
+_SHAPES = "; ".join(f"{name} ({what})" for name, what in FORMAT_FIELDS.items())
 
 
 @dataclass(frozen=True)
@@ -95,9 +110,25 @@ def recognise_format(row: Any, objective: str = "sft") -> tuple[str, str]:
         return "text", "text"
     if names := prompt_fields(row):
         return "prompt_completion", ", ".join(names)
-    shapes = "; ".join(f"{name} ({what})" for name, what in FORMAT_FIELDS.items())
-    reason = f"the fields {', '.join(fields) or '(none)'} are no shape that is read"
-    raise RowError(reason, f"name the fields as one of these shapes does: {shapes}")
+    what, verb = ("field", "is") if len(fields) == 1 else ("fields", "are")
+    reason = f"the {what} {', '.join(fields) or '(none)'} {verb} no shape that is read"
+    raise RowError(reason, _renamed(row, objective) or f"name the fields as one of these shapes does: {_SHAPES}")
+
+
+def _renamed(row: dict, objective: str) -> str | None:
+    """Which misspelt fields to rename, where a row is of some shape then."""
+    misspelt = {}
+    for name in row:
+        near = difflib.get_close_matches(str(name).strip().lower(), FIELD_NAMES, 1, 0.8)
+        if near and near[0] not in (*row, *misspelt.values()):
+            misspelt[name] = near[0]
+    if not misspelt:
+        return None
+    try:
+        recognise_format({misspelt.get(name, name): value for name, value in row.items()}, objective)
+    except RowError:
+        return None
+    return f"rename {', '.join(f'{name!r} to {right}' for name, right in misspelt.items())}"
 
 
 def to_conversation(

@@ -66,15 +66,15 @@ def describe(summary: dict[str, Any]) -> str:
     """The summary of PreparedData as lines for the log."""
     took = f"tokenised in {summary['seconds']:.1f} s" if summary["cache"] == "built" else "from the cache"
     known = f" (recognised by {summary['recognised_by']})" if summary["recognised_by"] else ""
-    lines = [f"data: {summary['rows_read']:,} rows read as {summary['format']}{known}, {took}"]
+    lines = [f"data: {_counted(summary['rows_read'], 'row')} read as {summary['format']}{known}, {took}"]
     for split in ("train", "validation"):
         figures = summary[split]
         if figures is None:
             continue
         share = figures["trained_tokens"] / figures["tokens"]
-        kind = "packed rows" if summary["packing"] else "rows"
+        kind = "packed row" if summary["packing"] else "row"
         lines.append(
-            f"  {split}: {figures['conversations']:,} rows -> {figures['rows']:,} {kind} of "
+            f"  {split}: {_counted(figures['conversations'], 'row')} -> {_counted(figures['rows'], kind)} of "
             f"{summary['sequence_length']:,}, {figures['fill']:.1%} full; {figures['tokens']:,} tokens, "
             f"{share:.1%} of them trained; length median {figures['median_length']:,}, longest {figures['longest']:,}"
         )

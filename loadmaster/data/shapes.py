@@ -12,6 +12,8 @@ ROLES = ("system", "user", "assistant", "tool")
 SYNONYMS = {"developer": "system"}
 """What newer OpenAI files call a role, and what chat templates call it."""
 KNOWN_ROLES = (*ROLES, *SYNONYMS)
+SPEAKERS = ["human", "gpt", "bot", "ai", "model", "chatbot"]
+"""What other files call user and assistant; a list, as a role that is none may be of any type."""
 
 # What ShareGPT files call the speakers, and what chat templates call them.
 SHAREGPT_ROLES = {
@@ -148,11 +150,14 @@ def message_of(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise RowError(f"{where} is {kind_of(turn)}, not an object with role and content")
     if "role" not in turn:
-        raise RowError(f"{where} lacks role, known are {', '.join(KNOWN_ROLES)}")
+        other = "from" in turn and "value" in turn
+        remedy = "name the list conversations: from and value are how sharegpt writes a turn" if other else None
+        raise RowError(f"{where} lacks role, known are {', '.join(KNOWN_ROLES)}", remedy)
     role = turn["role"]
     role = SYNONYMS.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise RowError(f"{where}: role is {_named(role)}, known are {', '.join(KNOWN_ROLES)}")
+        remedy = "write the roles as user and assistant" if role in SPEAKERS else None
+        raise RowError(f"{where}: role is {_named(role)}, known are {', '.join(KNOWN_ROLES)}", remedy)
     where = f"{where} ({role})"
     calls = turn.get("tool_calls")
     if calls and role != "assistant":

@@ -311,7 +311,8 @@ def _broken(error: ValueError | RecursionError) -> str:
     if not isinstance(error, json.JSONDecodeError):
         return f"broken JSON: {error}"
     found = error.doc[error.pos : error.pos + 20]
-    return f"broken JSON: {error.msg} at {f'{found!r} (column {error.colno})' if found else 'the end'}"
+    reason = error.msg.removesuffix(" at")
+    return f"broken JSON: {reason} at {f'{found!r} (column {error.colno})' if found else 'the end'}"
 
 
 def _read_csv(path: Path, name: str) -> Iterator[RawRow]:

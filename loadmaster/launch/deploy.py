@@ -101,6 +101,9 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
     if not (bundle / NAME).is_file():
         if not run_dir.is_dir():
             raise LoadmasterError(f"there is no folder {run_dir}: give a run directory, such as runs/smoke/<date-time>")
+        for run in run_dir.resolve().parents[:2]:
+            if (run / "bundle" / NAME).is_file():
+                raise LoadmasterError(f"{run_dir} is a part of a run: give the run directory, {run}")
         raise LoadmasterError(f"{run_dir} has no bundle: run the bundle stage first (loadmaster bundle ...)")
     manifest = read_manifest(bundle)
     artifact = Path(os.path.normpath(bundle / manifest["serve"]["artifact"]))

@@ -139,7 +139,7 @@ def parse(words: list[str]) -> Request:
         key, equals, text = word.partition("=")
         if not equals or key not in known:
             close = nearest(key, known, cutoff=0.4)
-            hint = f"{close}={text or '...'}" if close else USAGE
+            hint = f"{close}={text or '...'}" if close else USAGE if equals or word.startswith("-") else f"model={word}"
             problems.append(Problem(key, text or None, "command line", "is not a word of this command", hint))
             continue
         values[key] = text if key in ("model", "gpu") else _value(text)

@@ -40,6 +40,8 @@ def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan], console: 
         million = "" if per_million is None else f", ${per_million:.2f} a million tokens"
         flex = "" if plan.flex_usd_per_hour is None else f"; Flex worker ${plan.flex_usd_per_hour:.2f}/h while it runs"
         lines.append(f"price: Pod ${plan.pod_usd_per_hour:.2f}/h{million}{flex} ({plan.prices})")
+    else:
+        lines.append(f"price: none is known of {plan.gpu}")
     lines += [f"- {note}" for note in plan.notes]
     for line in lines:
         console.print(escape(line), highlight=False, soft_wrap=True)

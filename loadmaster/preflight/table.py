@@ -180,7 +180,9 @@ def _settings(plan: Plan) -> str:
     of = "" if some is None else f" of the first {some} of {plan.model.layers} layers"
     parts.append(f"activation checkpointing {plan.activation_checkpointing}{of}")
     parts += ["layers compiled"] if plan.compile else []
-    parts.append(f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} rows of {plan.sequence_length} tokens")
+    rows, times = plan.micro_batch_size, plan.gradient_accumulation_steps
+    parts.append(f"{rows} row{'s' if rows > 1 else ''} of {plan.sequence_length} tokens at a time")
+    parts += [f"{times} times a step"] if times > 1 else []
     return ", ".join(parts)
 
 

@@ -82,3 +82,9 @@ def test_a_learning_rate_that_is_left_open_is_the_number_that_it_is():
     left, given = job("recipe=auto"), job("recipe=auto", "optimizer.lr=2e-4")  # 1e-5, if the plan is to train it whole
     assert job_hash(left) != job_hash(given)
     assert differing(given, left) == ["optimizer.lr is auto there and 0.0002 here"]
+
+
+def test_what_differs_is_said_as_it_is_written():
+    mine, theirs = job("max_steps=null", "data.packing=true"), job("max_steps=6", "data.packing=false")
+    said = ["data.packing is false there and true here", "max_steps is 6 there and null here"]
+    assert differing(mine, theirs) == said

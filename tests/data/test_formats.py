@@ -49,6 +49,41 @@ def test_unknown_fields_name_the_shapes_that_are_read():
     assert all(f"{name} (" in caught.value.remedy for name in FORMAT_FIELDS)
 
 
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        ({"messsages": [], "id": 3}, "rename 'messsages' to messages"),
+        ({"Question": "x", " answer": "y"}, "rename 'Question' to question, ' answer' to answer"),
+        ({"instruction": "x", "outputs": "y", "input": ""}, "rename 'outputs' to output"),
+    ],
+)
+def test_misspelt_fields_are_answered_with_their_names(row, remedy):
+    with pytest.raises(RowError, match="no shape that is read") as caught:
+        recognise_format(row)
+    assert caught.value.remedy == remedy
+
+
+def test_a_field_near_to_one_that_alone_is_no_shape_names_the_shapes():
+    with pytest.raises(RowError, match="the field prompts is no shape that is read") as caught:
+        recognise_format({"prompts": "x"})
+    assert caught.value.remedy.startswith("name the fields as")
+
+
+@pytest.mark.parametrize(
+    ("turn", "remedy"),
+    [
+        ({"role": "human", "content": "x"}, "write the roles as user and assistant"),
+        ({"from": "human", "value": "x"}, "name the list conversations: from and value are how sharegpt writes a turn"),
+        ({"role": "robot", "content": "x"}, None),
+        ({"role": ["human"], "content": "x"}, None),
+    ],
+)
+def test_messages_written_as_other_files_do_are_answered_with_how_to_write_them(turn, remedy):
+    with pytest.raises(RowError) as caught:
+        to_conversation({"messages": [turn]}, "messages", "f:1")
+    assert caught.value.remedy == remedy
+
+
 ASKED, SAID = {"role": "user", "content": "Name a fish."}, {"role": "assistant", "content": "Cod."}
 
 

@@ -37,4 +37,6 @@ def test_a_terminal_gets_the_trained_part_in_green(tokenizer, tmp_path, write_js
 
 def test_plain_text_is_shown_trained_with_its_eos(tokenizer, tmp_path, write_jsonl, job_for):
     prepared = prepare(job_for(write_jsonl([{"text": "It rained."}]), validation=None), tokenizer, tmp_path / "cache")
-    assert "⟦It rained.<|im_end|>⟧" in printed(False, prepared, tokenizer, 1)
+    text = printed(False, prepared, tokenizer, 1)
+    assert "⟦It rained.<|im_end|>⟧" in text
+    assert "data: 1 row read as text" in text and "  train: 1 row -> 1 packed row of " in text

@@ -61,6 +61,7 @@ def test_every_line_is_right_in_an_indented_array(tmp_path):
         ('[{"n": 1},\n {"n": oops}]', 1, "rows.json:2", "broken JSON"),
         ('[{"n": 1}\n {"n": 2}]', 1, "rows.json:2", "a comma or ] must"),
         ('[{"n": 1},\n', 1, "rows.json:2", "broken JSON"),
+        ('[{"n": 1},\n {"n": "x', 1, "rows.json:2", "Unterminated string starting at '\"x'"),
         ('[{"n": 1}\n', 1, "rows.json:2", "the file ends where a comma or ] must"),
         ('{\n "rows": []\n}', 0, "rows.json:1", "one JSON object over several lines"),
     ],

@@ -238,6 +238,9 @@ def test_what_is_no_run_is_a_sentence(run_dir, account, capsys, tmp_path) -> Non
         "bundle/endpoint.json": "{", "bundle/serving.json": "[]", "bundle/smoke.json": "{}",
         "bundle/manifest.json": '{"schema": 1}', "export/bf16/manifest.json": "no",
     }  # fmt: skip
+    for path in (run_dir / "bundle", run_dir / "export" / "bf16"):
+        assert main(["deploy", str(path), "--volume", "vol1", "--yes"]) == 4
+        assert f"give the run directory, {run_dir.resolve()}" in "".join(capsys.readouterr()).replace("\n", " ")
     for path in (tmp_path / "nowhere", file, tmp_path):
         assert main(["deploy", str(path), "--volume", "vol1", "--yes"]) == 4
         said = "".join(capsys.readouterr()).replace("\n", " ")

@@ -85,6 +85,14 @@ def test_hours_of_verification_are_named_where_they_are_most_of_a_run(capsys, tm
     assert "h of them moving layers" not in capsys.readouterr().out
 
 
+def test_rows_are_said_as_those_of_the_runners_up_are(capsys) -> None:
+    plan = replace(make_plan(compose(ASKED).job), sequence_length=2048)
+    expected = {(4, 2): "4 rows of 2048 tokens at a time, 2 times a step", (1, 1): "1 row of 2048 tokens at a time"}
+    for (rows, times), said in expected.items():
+        print_plan(replace(plan, micro_batch_size=rows, gradient_accumulation_steps=times), Console(width=200))
+        assert capsys.readouterr().out.splitlines()[1].endswith(f", {said}")
+
+
 def test_what_does_not_fit_has_no_speed_no_hours_and_no_price(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     on_l40s = ["plan", "recipe=lora_8b", "hardware=l40s_x1"]

@@ -89,6 +89,18 @@ def test_help_lists_every_word_with_its_default(capsys) -> None:
     assert all(word in said for word in ("model=NAME", "utilisation=0.9", "three quarters of context", "--json"))
 
 
+def test_a_card_without_a_price_is_said_to_have_none(capsys) -> None:
+    assert plan_serving_command(["model=Qwen/Qwen2.5-7B-Instruct", "gpu=l4"]) == 0
+    assert "price: none is known of l4" in capsys.readouterr().out
+
+
+def test_a_model_given_without_its_key_is_answered_with_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_serving_command(["Qwen/Qwen2.5-7B-Instruct", "--gpu"])
+    said = str(caught.value)
+    assert "fix: model=Qwen/Qwen2.5-7B-Instruct\n" in said and "model=--" not in said
+
+
 def test_every_wrong_word_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         plan_serving_command(["modl=x", "gpu=h100", "context=many", "format=int3"])
