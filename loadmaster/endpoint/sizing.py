@@ -36,13 +36,13 @@ from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
 from loadmaster.preflight.serving import (
     ServingPlan,
     cache_bytes_per_token,
-    divides,
     plan_serving,
     refuse_other_caches,
     weight_bytes,
 )
 from loadmaster.preflight.serving_speed import Speed, Traffic, usual_request
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.tensor_parallel import divides
 
 FEWEST_SIMULATED, MOST_SIMULATED = 5_000, 30_000
 STARTS_TO_SEE = 20

@@ -18,7 +18,7 @@ from torch import Tensor
 from loadmaster.errors import ExportRejected
 from loadmaster.export.fp8 import Shape, scale_of
 from loadmaster.export.stream import row_chunks
-from loadmaster.preflight.exports import INT4_GROUPS
+from loadmaster.preflight.tensor_parallel import INT4_GROUPS
 
 STEPS = 7.5
 PER_WORD = 8

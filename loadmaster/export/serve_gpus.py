@@ -18,8 +18,9 @@ from typing import Any
 
 from loadmaster.export.thresholds import FAMILIES
 from loadmaster.preflight.hardware import GIB, Hardware
-from loadmaster.preflight.serving import UTILISATION, divides, plan_serving
+from loadmaster.preflight.serving import UTILISATION, plan_serving
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.tensor_parallel import divides
 
 SHARES = (UTILISATION, 0.95)
 """Of a card that the server may take, in the order in which they are tried."""

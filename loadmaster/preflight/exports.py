@@ -11,13 +11,12 @@ from loadmaster.config.rules import serving_rules
 from loadmaster.config.schema import Job
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.shape import Matrix, ModelShape
+from loadmaster.preflight.tensor_parallel import INT4_GROUPS, block_of, divides
 
 GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """model_type of what GGUF is written for -> llama.cpp's name."""
 FP8_BLOCK = 128
 """Weights of a side of fp8_block's squares."""
-INT4_GROUPS = (128, 64, 32)
-"""Inputs that share a scale of int4: the sizes that vLLM's kernels know, best compression first."""
 NVFP4_GROUP = 16
 """Inputs that share a scale of nvfp4."""
 MIN_QUANTIZED_SHARE = 0.9
@@ -45,6 +44,7 @@ def export_problems(job: Job, shape: ModelShape) -> Iterator[Problem]:
         yield Problem("export.formats", list(job.export.formats), IN_THE_JOB, message, remedy)
     if job.stop_after != "export":
         yield from _too_long_requests(job, shape)
+        yield from _undivided(job, shape)
     renamed = shape.name != job.model.name and job.method != "full" and job.stop_after != "export"
     if renamed and serving_rules.serves_adapter(job):
         message = f"is another model than the one in {job.model.path}, and servers load an adapter's base by its name"
@@ -63,6 +63,18 @@ def _too_long_requests(job: Job, shape: ModelShape) -> Iterator[Problem]:
         message = f"requests of {longest:,} tokens are more than {named}"
         remedy = f"endpoint.max_model_len={known}{shorter}"
         yield Problem("endpoint.max_model_len", wanted.max_model_len, IN_THE_JOB, message, remedy)
+
+
+def _undivided(job: Job, shape: ModelShape) -> Iterator[Problem]:
+    """Cards of the endpoint over which vLLM divides the model in none of the formats that may be served."""
+    count, serve_as = job.endpoint.count, job.endpoint.serve_as
+    blocks = {block_of(shape, form) for form in (job.export.formats if serve_as == "auto" else [serve_as])}
+    if count != "auto" and not any(divides(shape, count, block) for block in blocks):
+        message = f"vLLM cannot divide {shape.name}, of {shape.heads} attention heads, over so many cards"
+        if divides(shape, count):
+            message += f" where {max(blocks)} weights share a scale (int4)"
+        able = [str(n) for n in (1, 2, 4, 8) if any(divides(shape, n, block) for block in blocks)]
+        yield Problem("endpoint.count", count, IN_THE_JOB, message, f"endpoint.count={' or '.join(able)}")
 
 
 def request_limit(job: Job, shape: ModelShape) -> tuple[int | None, str]:

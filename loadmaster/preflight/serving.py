@@ -17,11 +17,11 @@ from typing import Any
 from loadmaster import catalog
 from loadmaster.errors import LoadmasterError
 from loadmaster.preflight.coefficients import value
-from loadmaster.preflight.exports import INT4_GROUPS
 from loadmaster.preflight.families import FAMILIES
 from loadmaster.preflight.hardware import GIB, Hardware, rentable
 from loadmaster.preflight.serving_speed import Speed, Traffic
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.tensor_parallel import block_of, divides
 
 BLOCK_TOKENS = 16
 UTILISATION = 0.9
@@ -166,28 +166,6 @@ def plan_serving(
         prices=_prices(hardware), ecc=catalog.serving()["gpus"].get(hardware.gpu, {}).get("ecc"),
         notes=_notes(shape, hardware, form, weights, tokens, context, traffic),
     )  # fmt: skip
-
-
-def divides(shape: ModelShape, count: int, block: int = 1) -> bool:
-    """Whether vLLM divides the model over so many cards.
-
-    Heads go to one card each, those of keys and values else to equally many cards each, and a block of weights that
-    share a scale (`block` along a matrix's inputs) is not cut. (It pads the vocabulary.)
-    """
-    inner = {shape.query_size, shape.expert_size if shape.experts else shape.intermediate_size}
-    if shape.experts and shape.dense_at:
-        inner.add(shape.intermediate_size)
-    heads = shape.heads % count == 0 and (shape.key_value_heads % count == 0 or count % shape.key_value_heads == 0)
-    return count == 1 or (heads and all(size % (count * block) == 0 for size in inner))
-
-
-def block_of(shape: ModelShape, form: str) -> int:
-    """Weights along a matrix's inputs that share a scale where the model is stored so; 1 where a whole row does."""
-    if form != "int4":
-        return 1
-    experts = shape.expert_size if shape.experts else shape.hidden_size
-    inputs = [experts, *(matrix.inputs for matrix in shape.matrices())]
-    return next((size for size in INT4_GROUPS if all(each % size == 0 for each in inputs)), INT4_GROUPS[-1])
 
 
 def cheapest_servers(shape: ModelShape, form: str, context: int, requests: float = 1, **options) -> list[ServingPlan]:

@@ -28,9 +28,7 @@ from loadmaster.preflight.hardware import from_catalog, rentable
 from loadmaster.preflight.serving import (
     UTILISATION,
     ServingPlan,
-    block_of,
     cheapest_servers,
-    divides,
     machines_for,
     plan_serving,
     refuse_other_caches,
@@ -39,6 +37,7 @@ from loadmaster.preflight.serving_model import model_and_config
 from loadmaster.preflight.serving_speed import Traffic, usual_request
 from loadmaster.preflight.serving_table import print_held, print_servers, print_serving, what_if
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.tensor_parallel import block_of, divides
 
 USAGE = "loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [count=1] [context=8192] [key=value ...] [--json]"
 DOES_NOT_FIT = 3

@@ -133,6 +133,26 @@ def test_requests_longer_than_the_model_knows_are_refused_before_training(tiny: 
     refuse_by_shape(replace(job, endpoint=EndpointConfig()), shape)
 
 
+@pytest.mark.parametrize(
+    ("name", "formats", "count", "able"),
+    [("Qwen/Qwen2.5-7B-Instruct", ["bf16"], 8, "1 or 2 or 4"), ("Qwen/Qwen2.5-72B-Instruct", ["int4"], 4, "1")],
+)
+def test_cards_that_a_server_cannot_divide_the_model_over_are_refused_before_training(
+    name: str, formats: list[str], count: int, able: str
+) -> None:
+    shape = find_shape(ModelConfig(name=name))
+    job = Job(
+        model=ModelConfig(name=name), export=ExportConfig(formats=formats), endpoint=EndpointConfig(count=count)
+    )
+    with pytest.raises(ConfigError, match=rf"cannot divide {name}(.|\n)*fix: endpoint\.count={able}\b"):
+        refuse_by_shape(job, shape)
+    refuse_by_shape(replace(job, stop_after="export"), shape)
+    refuse_by_shape(replace(job, endpoint=EndpointConfig(count=int(able[-1]))), shape)
+    both = replace(job, export=ExportConfig(formats=[*formats, "fp8"]))
+    if formats == ["int4"]:  # of the two the endpoint takes what goes over four
+        refuse_by_shape(both, shape)
+
+
 def test_requests_that_a_server_would_turn_by_other_factors_than_training_did_are_refused(tiny: Path) -> None:
     config = json.loads((tiny / "config.json").read_text())
     factors = {"rope_type": "longrope", "original_max_position_embeddings": 4096}

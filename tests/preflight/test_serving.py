@@ -12,10 +12,8 @@ from loadmaster.errors import LoadmasterError
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.serving import (
-    block_of,
     cache_bytes_per_token,
     cheapest_servers,
-    divides,
     plan_serving,
     refuse_other_caches,
     tokens_in,
@@ -23,6 +21,7 @@ from loadmaster.preflight.serving import (
 )
 from loadmaster.preflight.serving_speed import Speed, Traffic
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.tensor_parallel import block_of, divides
 
 GIB = 2**30
 

@@ -1,0 +1,30 @@
+"""Over how many cards vLLM divides a model."""
+
+from __future__ import annotations
+
+from loadmaster.preflight.shape import ModelShape
+
+INT4_GROUPS = (128, 64, 32)
+"""Inputs that share a scale of int4: the sizes that vLLM's kernels know, best compression first."""
+
+
+def divides(shape: ModelShape, count: int, block: int = 1) -> bool:
+    """Whether vLLM divides the model over so many cards.
+
+    Heads go to one card each, those of keys and values else to equally many cards each, and a block of weights that
+    share a scale (`block` along a matrix's inputs) is not cut. (It pads the vocabulary.)
+    """
+    inner = {shape.query_size, shape.expert_size if shape.experts else shape.intermediate_size}
+    if shape.experts and shape.dense_at:
+        inner.add(shape.intermediate_size)
+    heads = shape.heads % count == 0 and (shape.key_value_heads % count == 0 or count % shape.key_value_heads == 0)
+    return count == 1 or (heads and all(size % (count * block) == 0 for size in inner))
+
+
+def block_of(shape: ModelShape, form: str) -> int:
+    """Weights along a matrix's inputs that share a scale where the model is stored so; 1 where a whole row does."""
+    if form != "int4":
+        return 1
+    experts = shape.expert_size if shape.experts else shape.hidden_size
+    inputs = [experts, *(matrix.inputs for matrix in shape.matrices())]
+    return next((size for size in INT4_GROUPS if all(each % size == 0 for each in inputs)), INT4_GROUPS[-1])
