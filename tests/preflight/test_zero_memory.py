@@ -10,7 +10,7 @@ import torch
 
 from loadmaster.preflight import zero_settings
 from loadmaster.preflight.config_json import from_config
-from loadmaster.preflight.memory import worst_micro_batch
+from loadmaster.preflight.memory import worst_micro_batch, zero_peak
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.zero import zero_bytes
 from tests.preflight.zero_run import RANK, SETTINGS, TOKENS
@@ -63,8 +63,9 @@ def test_a_ranks_memory_equals_the_bytes_of_real_deepspeed(c, measured, monkeypa
     zero = zero_bytes(shape, setup)
     replayed, gradients = worst_micro_batch(shape, setup, in_place=False)
     resting = zero.weights + max(zero.states, zero.host) + zero.kept + (zero.gradients if setup.stage == 3 else 0)
+    at, besides = zero_peak(replayed, zero)
     peak = zero.weights + max(zero.states, zero.host) + zero.kept + max(
-        gradients + replayed.peak + zero.backward, zero.step + (zero.gradients if setup.stage == 3 else 0)
+        gradients + sum(at.values()) + besides, zero.step + (zero.gradients if setup.stage == 3 else 0)
     )  # fmt: skip
     ranks = measured[c["name"]]
     pageable = (12 if setup.stage == 3 else 8) * zero.share if c["offload"] != "none" else 0
