@@ -81,7 +81,7 @@ def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
         persistent = sum(count * p.rows * p.row_bytes for p, count in parts if _persists(p, w))
         kept, gradients = FP32 * bucket, FP32 * share
         phases = {
-            name: gathered + max(copied, _reducing3(shape, setup, name))
+            name: gathered + copied + _reducing3(shape, setup, name)
             for name, (gathered, copied) in _gathered(shape, setup, parts).items()
         }
         # A group's gradients in fp32; before, for their norm, those of a tensor in twice as many bits.
@@ -179,10 +179,13 @@ def _reducing3(shape: ModelShape, setup: Setup, phase: str) -> float:
     """The bucket, which is kept (ZeroBytes.kept), in the order of ranks once more; a large tensor as it is and in fp32.
     Offloaded, a tensor's share meets that of earlier micro-batches on the GPU, and is there once more for its norm."""
     w, cast, came = setup.width, FP32 if setup.width < FP32 else 0, _arriving(shape, setup, phase)
-    arrives = w * _tables(shape, setup)[1] if phase == "head" else 0
     tensor = came.largest or min(came.tensor, came.filled)
-    there = (FP32 * tensor + 2 * FP32 * tensor) // setup.world_size if setup.offload != "none" else 0
-    return max(max(FP32 * came.filled, (w + cast) * came.largest) + there, arrives)
+    there = 3 * FP32 * tensor // setup.world_size if setup.offload != "none" else 0
+    reduced = max(FP32 * came.filled, (w + cast) * came.largest) + there
+    if phase == "head":  # which is whole as it comes
+        return max(reduced, w * _tables(shape, setup)[1])
+    waits = phase in ("layers", "first") and came.filled and not came.largest  # one for which the bucket has no room
+    return reduced + (w * tensor if waits else 0)
 
 
 def _copied(shape: ModelShape, setup: Setup, tensor: int, share: int) -> int:
@@ -254,8 +257,7 @@ def _buffers(shape: ModelShape, setup: Setup) -> int:
 def _gathered(shape: ModelShape, setup: Setup, parts: list[tuple[Part, int]]) -> dict[str, tuple[int, int]]:
     """Whole weights in each phase, and what of them is there once more. The head is whole around all, for the loss uses
     it; beside it is what is gathered ahead until max_live is reached, which the last tensor goes beyond. After the
-    layers that is the embedding, where it is trained. Tensors that are gathered together are copied out of one buffer,
-    at a moment when nothing is reduced.
+    layers that is the embedding, where it is trained. Tensors that are gathered together are copied out of one buffer.
     """
     w, count = setup.width, {False: shape.dense_layers, True: shape.expert_layers}
     kinds = {experts: list(layer_parts(shape, setup, experts)) for experts, n in count.items() if n}
@@ -271,7 +273,7 @@ def _gathered(shape: ModelShape, setup: Setup, parts: list[tuple[Part, int]]) ->
     start = max(embedding, min(embedding + layers, together + tensor))
     short = again if layers <= 2 * live + tensor else 0  # the last layers are whole still as the queue passes them
     reached = head + max(ahead, min(live + again, layers + again))
-    copied = min(together, layers) if len(cut) > 1 else 0
+    copied = min(together + tensor, layers) if len(cut) > 1 else 0
     on_time = tensor if layers > live else 0  # the last layers' tensors, one by one
     return {
         "start": (head + start, start if start > embedding and cut else 0),

@@ -17,9 +17,9 @@ from tests.preflight.zero_run import RANK, SETTINGS, TOKENS
 from tests.training.test_parity import case
 from tests.training.worlds import spawn
 
-TOLERANCE = 0.05
-ABOVE = 0.06
-"""A peak may be predicted so much too high: zero2's buckets are not full where activations are most."""
+TOLERANCE = 0.015
+ABOVE = 0.08
+"""A peak may be predicted so much too high: buckets are not full where activations are most."""
 CONFIG = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "head_dim": 64,
     "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2048, "tie_word_embeddings": False,

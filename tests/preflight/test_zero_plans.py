@@ -92,7 +92,8 @@ def test_a_bucket_takes_what_it_is_filled_with_and_larger_tensors_what_they_are(
     assert two["end"] == 2 * filled + max(6 * filled, alone)
     reduced = max(4 * filled, 6 * table * (table > bucket))
     assert three["end"] == 2 * 2 * table + reduced, "head and embedding are whole"
-    assert three["layers"] - three["loss"] < reduced + 2 * 1024 * 4096 * 2, "one tensor more than while the loss runs"
+    ahead = 2 * (PREFETCH_BUCKET + 2 * 1024 * 4096)
+    assert three["layers"] - three["loss"] < reduced + ahead + 2 * filled, "a group copied out, a gradient that waits"
 
 
 @pytest.mark.parametrize("sharding", ["zero2", "zero3"])
