@@ -67,7 +67,8 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
 def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [T, h] that predict trained tokens, those tokens [T], and (on the host) their documents [T]."""
     lm = causal_lm(model)
-    device = lm.get_input_embeddings().weight.device
+    # Not `.weight`: under zero3 DeepSpeed takes a module that reads it for its user, and keeps it whole for that long.
+    device = next(lm.get_input_embeddings().parameters()).device
     bounds = document_bounds(batch.position_ids)
     targets = shifted_targets(batch.labels, batch.position_ids)
     trained = torch.nonzero(targets != -100).squeeze(-1)

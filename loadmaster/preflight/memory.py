@@ -23,7 +23,7 @@ from loadmaster.preflight.shards import frozen_form, units, whole
 from loadmaster.preflight.step import Replayed, evaluation_batch, gradient_bytes, training_step
 from loadmaster.preflight.trained import factored_bytes, on_host_bytes, widened_bytes
 from loadmaster.preflight.weights import base_bytes
-from loadmaster.preflight.zero import zero_bytes
+from loadmaster.preflight.zero import ZeroBytes, zero_bytes
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
     elif setup.stage:
         zero = zero_bytes(shape, setup)
         communication += zero.kept
-        reducing, gradients = zero.backward, 0.0 if setup.stage < 3 else zero.gradients
+        (at, reducing), gradients = zero_peak(replayed, zero), 0.0 if setup.stage < 3 else zero.gradients
         if hardware.is_cpu:
             reducing += max(0.0, zero.host - optimizer)
     backward = Bytes(
@@ -134,6 +134,14 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
         context=context,
     )
     return backward, step
+
+
+def zero_peak(replayed: Replayed, zero: ZeroBytes) -> tuple[dict[str, int], float]:
+    """(the replay, what DeepSpeed has besides) in the part of a micro-batch in which both together are most."""
+    nothing = dict.fromkeys(replayed.at_peak, 0)
+    parts = {"start": nothing, **replayed.phases}
+    found = [(parts[name], more) for name, more in zero.phases.items() if name in parts]
+    return max(found, key=lambda part: sum(part[0].values()) + part[1])
 
 
 def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:

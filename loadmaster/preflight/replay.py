@@ -201,6 +201,9 @@ class Tape:
         self.climbing = False
         """Whether all is in use that was at the peak so far, which `at_peak` does not yet hold by component."""
         self.at_peak = dict(self.by_tag)
+        self.phases: dict[str, dict[str, int]] = {}
+        """Of each part of the step that has been told to `enter`, its peak by component."""
+        self.phase = ""
         self.events: list[int] | None = [] if record else None
         self.work = Work()
         self.order = 0
@@ -216,6 +219,13 @@ class Tape:
         """Note what is in use now, if that is the peak: called before any of it goes."""
         if self.climbing:
             self.climbing, self.at_peak = False, dict(self.by_tag)
+
+    def enter(self, phase: str) -> None:
+        """What follows is another part of the step, with a peak of its own."""
+        self.top()
+        if self.phase:
+            self.phases[self.phase] = self.at_peak
+        self.phase, self.peak, self.at_peak = phase, self.live, dict(self.by_tag)
 
     def correct(self, size: int) -> None:
         """Count activations that are there already with so many bytes more; less where negative."""

@@ -27,6 +27,12 @@ HEAD_LAYERS = 2
 """Replayed before the block."""
 
 
+PHASES = ("loss", "head", "layers", "first", "embedding", "end")
+"""Of a training step: forward up to the loss's own backward function; what lies between the loss and the layers; the
+backward passes of the layers but the first two; those of these; of the embedding; and when all is done. A phase begins
+when a gradient gets there, so where nothing is trained below the one before it goes on."""
+
+
 @dataclass(frozen=True)
 class Replayed:
     peak: int
@@ -35,6 +41,8 @@ class Replayed:
     """The same by component."""
     work: Work
     """Of the micro-batch, all layers."""
+    phases: dict[str, dict[str, int]]
+    """The peak of each of PHASES by component, in a training step."""
 
 
 @cache
@@ -45,6 +53,7 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
     tape = Tape(in_place)
     tape.widens_gradients = setup.stage == 1 and setup.width < 4
     b = Blocks(tape, shape, setup, accumulated)
+    tape.enter("loss")
     _reference(b)
     loss, done, units = _forward(b)
     box = [tape.alloc(4)]
@@ -54,8 +63,10 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
     units.reduce_rest()
     if b.stepping is not None:
         b.stepping.finish()
-    tape.top()
-    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
+    tape.enter("end")
+    tape.enter("")
+    most = max(tape.phases.values(), key=lambda at: sum(at.values()))
+    return Replayed(sum(most.values()), most, done(tape.work), tape.phases)
 
 
 def _reference(b: Blocks) -> None:
@@ -79,7 +90,7 @@ def evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> 
         loss, done, _ = _forward(b)
     del loss
     tape.top()
-    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work))
+    return Replayed(tape.peak, dict(tape.at_peak), done(tape.work), {})
 
 
 def _runs(b: Blocks) -> list[_Middle]:
@@ -163,7 +174,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
         table, head = b.module(size, "embed_tokens"), b.module(size, "lm_head")
     b.blocks = b.attention_blocks()
     ids = tape.alloc(8 * b.n)
-    x = embedded = embed(b, table, ids)
+    x = embedded = _entering(b, embed(b, table, ids), "embedding")
     positions = tape.alloc(8 * b.n)
     rotary = tape.alloc(b.w * 2 * b.n * shape.head_dim * shape.rotary_fraction * _rotary_sets(shape))
     units.top = list(tape.leaves)
@@ -174,6 +185,8 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
         kept = gradients = less = 0
         for place in range(run.replayed):
             experts = run.experts
+            if index == HEAD_LAYERS:
+                x = _entering(b, x, "first")
             if place == HEAD_LAYERS and run.count:
                 x = run.stand_in(x, kept, gradients)
             before, work, first = tape.live, Work().plus(tape.work), len(tape.leaves)
@@ -199,6 +212,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
             gradients = gradient_bytes(shape, b.setup, experts) * (1 + tape.widens_gradients) if stay else 0
             gradients = units.shard_gradients(experts) if units.sharded else gradients
             index += 1
+    x = _entering(b, x, "layers")
     norm = b.module(b.w * shape.hidden_size, "norm")
     units.top += tape.leaves[-1:] if norm.node is not None else []
     _stepped_alone(b, tape.leaves[-1:] if norm.node is not None else [])
@@ -206,7 +220,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
     # The decoder's own variables last as long as it runs.
     del weights, layer, rotary, positions, ids, embedded
     rows = b.setup.tokens - b.setup.micro_batch_size  # the last token of a row predicts nothing
-    x = gather(b, b.slice(x, 1.0), rows)
+    x = _entering(b, gather(b, b.slice(x, 1.0), rows), "head")
     loss = chunked_loss if b.setup.objective == "sft" else preference_loss
     return units.finish(loss(b, x, head, rows)), partial(_total, runs), units
 
@@ -248,6 +262,16 @@ def gradient_bytes(shape: ModelShape, setup: Setup, experts: bool) -> int:
     adapters = shape.layer_lora_parameters(setup.lora_rank, setup.lora_targets, setup.dora, experts)
     beyond = (4 - setup.width) * sum(m.outputs for m in shape.adapted(setup.lora_targets, experts)) * setup.dora
     return setup.width * (adapters + saved.layer_parameters(shape, setup.modules_to_save)) + beyond
+
+
+def _entering(b: Blocks, x: Tensor, phase: str) -> Tensor:
+    """x; in the backward pass, a phase begins where its gradient is made."""
+
+    def backward(g: Storage, _: list) -> list:
+        b.tape.enter(phase)
+        return [g]
+
+    return b.tape.link(Tensor(x.storage, x.node), [x], [], backward)
 
 
 def _rotary_sets(shape: ModelShape) -> int:

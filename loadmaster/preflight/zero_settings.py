@@ -8,6 +8,8 @@
                                DeepSpeed looks a bucket further at every module, however small
     max_reuse_distance         stage 3: 0: what a pass has used it lets go, however soon it is needed again
     param_persistence_threshold  stage 3: a tensor no larger is kept whole on every rank: norms, biases, adapters
+    compute_grad_norm          stages 1 and 2 without offload: not, for our optimizer clips. DeepSpeed takes the norm of
+                               each tensor's share in a copy of 8 bytes an element: of an embedding, gigabytes
     sub_group_size             stage 3: parameters stepped together: bounds the fp32 copies of a step. DeepSpeed closes
                                a group once it has so many, so it is told less by a layer's largest tensor: pinned, the
                                group's gradients then are a block of 1 GiB, and not of 2
@@ -57,6 +59,8 @@ def deepspeed_config(
     host = {"device": "cpu", "pin_memory": pin_memory}
     if offload != "none":
         zero["offload_optimizer"] = host
+    elif stage < 3:
+        zero["compute_grad_norm"] = False
     if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": PREFETCH_BUCKET,

@@ -144,3 +144,20 @@ def test_attention_without_document_bounds_is_refused(smollm2):
     model = load_base(smollm2, torch.float32, "cpu")
     with pytest.raises(RuntimeError, match="document bounds"):
         model(torch.tensor([[1, 2, 3]]))
+
+
+def test_nothing_reads_the_embeddings_weight_but_the_embedding() -> None:
+    """Under zero3 DeepSpeed gathers a weight for the module that reads it, and keeps it whole beside the head's."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 16, "head_dim": 32}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False)
+    model, reads = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED), []
+
+    class Reads(dict):
+        def __getitem__(self, name):
+            reads.append(name)
+            return super().__getitem__(name)
+
+    embedding = model.get_input_embeddings()
+    embedding._parameters = Reads(embedding._parameters)
+    token_losses(model, packed([[1, 2, 3]]))
+    assert reads == ["weight"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from loadmaster.preflight import zero_settings
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog
-from loadmaster.preflight.memory import memory
+from loadmaster.preflight.memory import memory, worst_micro_batch, zero_peak
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.zero import zero_bytes
 from loadmaster.preflight.zero_settings import PREFETCH_BUCKET, REDUCE_BUCKET, deepspeed_config, max_live, reduce_bucket
@@ -71,5 +72,41 @@ def test_deepspeed_takes_the_settings_that_are_counted() -> None:
         assert (taken.offload_optimizer is not None) == (offload != "none")
         assert (taken.offload_param is not None) == (offload == "all")
         assert taken.overlap_comm == (sharding == "zero3")
+        assert taken.compute_grad_norm == (sharding != "zero1"), "in fp64; our optimizer clips"
         if sharding == "zero3":
             assert (taken.prefetch_bucket_size, taken.max_live_parameters) == (PREFETCH_BUCKET, 19)
+
+
+def phases(sharding: str, monkeypatch, bucket: int = REDUCE_BUCKET, **fields) -> dict[str, float]:
+    monkeypatch.setattr(zero_settings, "REDUCE_BUCKET", bucket)
+    return zero_bytes(SHAPE, setup(sharding, **fields)).phases
+
+
+@pytest.mark.parametrize("bucket", [10**6, 3 * 10**7, 10**9], ids=["small", "like a table", "of all"])
+def test_a_bucket_takes_what_it_is_filled_with_and_larger_tensors_what_they_are(bucket, monkeypatch) -> None:
+    n, table = SHAPE.parameters, SHAPE.embedding_parameters
+    filled = min(bucket, n)
+    two, three = (phases(sharding, monkeypatch, bucket) for sharding in ("zero2", "zero3"))
+    assert two["loss"] == pytest.approx(-4 * n / 8, rel=1e-4), "the first micro-batch finds no gradients yet"
+    alone = (2 + 4 + 2 * (table > n / 8)) * table if table > bucket else 0
+    assert two["end"] == 2 * filled + max(6 * filled, alone)
+    reduced = max(4 * filled, 6 * table * (table > bucket))
+    assert three["end"] == 2 * 2 * table + reduced, "head and embedding are whole"
+    ahead = 2 * (PREFETCH_BUCKET + 2 * 1024 * 4096)
+    assert three["layers"] - three["loss"] < reduced + ahead + 2 * filled, "a group copied out, a gradient that waits"
+
+
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_buckets_are_not_there_while_the_loss_is_most(sharding: str, monkeypatch) -> None:
+    monkeypatch.setattr(zero_settings, "REDUCE_BUCKET", 10**6)
+    given = setup(sharding, checkpointing="full", gradient_accumulation_steps=2)
+    replayed, _ = worst_micro_batch(SHAPE, given)
+    at, more = zero_peak(replayed, zero_bytes(SHAPE, given))
+    assert at == replayed.phases["loss"] == replayed.at_peak and at["logits"] > at["activations"]
+    head, layer = SHAPE.embedding_parameters, SHAPE.layer_parameters(False)
+    assert more == (0 if sharding == "zero2" else pytest.approx(2 * (head + 2 * layer + 1024 * 4096), rel=0.01))
+
+
+def test_accumulated_micro_batches_of_zero1_find_its_bucket(monkeypatch) -> None:
+    once, again = (phases("zero1", monkeypatch, gradient_accumulation_steps=steps) for steps in (1, 2))
+    assert (once["loss"], again["loss"]) == (0, 4 * REDUCE_BUCKET)
