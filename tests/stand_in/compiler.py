@@ -98,7 +98,7 @@ def _wide_blocks() -> None:
         begin(self, *args, **options)
         sizes = dict(re.findall(r"(\w+)numel = (\d+)", inspect.getsource(self.fn.fn)))
         blocks, room = self.configs[0].kwargs, ELEMENTS
-        for axis, hint in sorted(self.size_hints.items()):  # r0_, then x, then y
+        for axis, hint in sorted((self.size_hints or {}).items()):  # r0_, then x, then y
             # A size that the largest block divides has no mask, so that no block may reach beyond it.
             divides = int(sizes[axis]) & -int(sizes[axis])
             block = min(divides if divides >= 1024 else hint, room)
