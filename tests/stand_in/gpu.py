@@ -6,6 +6,9 @@ calls, written out in fp32, and hold their callers to what the real ones demand 
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +78,9 @@ def stream(_):
 
 def install(count: int, library: Path) -> None:
     """Before anything of loadmaster is imported."""
+    compiles = os.environ.get("TRITON_INTERPRET") == "1"
+    if compiles and importlib.util.find_spec("triton") is None:
+        sys.path.append(str(Path(sys.prefix) / "triton"))  # where `make setup` puts it
     native = _load(library)
     import bitsandbytes  # noqa: F401 - while there is no GPU yet: its kernels are those of a processor
 
@@ -84,6 +90,9 @@ def install(count: int, library: Path) -> None:
         shared_memory_per_block_optin=232448, shared_memory_per_block=49152, shared_memory_per_multiprocessor=233472,
         max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, L2_cache_size=50 << 20, gcnArchName="",
     )  # fmt: skip
+
+    def apart(answer):
+        return lambda *args: answer(*args)  # torch.compile knows functions by what they are
 
     def set_device(device) -> None:
         at[0] = (device.index if isinstance(device, torch.device) else int(device)) or 0
@@ -107,8 +116,9 @@ def install(count: int, library: Path) -> None:
     for name, answer in answers.items():
         setattr(cuda, name, answer)
         if hasattr(torch.accelerator, name) and ("memory" in name or name == "empty_cache"):
-            setattr(torch.accelerator, name, answer)
-    torch.accelerator.get_memory_info, torch.accelerator.current_stream = cuda.mem_get_info, cuda.current_stream
+            setattr(torch.accelerator, name, apart(answer))
+    torch.accelerator.get_memory_info = apart(cuda.mem_get_info)
+    torch.accelerator.current_stream = apart(cuda.current_stream)
     cuda.default_generators = (torch.random.default_generator,)
     cuda.nccl.version = lambda: (2, 29, 0)
     for name in ("range_push", "range_pop", "mark"):
@@ -119,14 +129,16 @@ def install(count: int, library: Path) -> None:
     _storages(native)
     _collectives(native)
     _kernels(native)
+    if compiles:
+        from tests.stand_in import compiler
+
+        compiler.install(native, properties, capability=90)
     import loadmaster.preflight.hardware
 
     loadmaster.preflight.hardware.local_gpus = lambda: [CARD] * count
 
 
 def _load(library: Path):
-    import importlib.util
-
     found = importlib.util.spec_from_file_location("stand_in_gpu", library)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)

@@ -1,6 +1,7 @@
 """The training that a GPU runs, on stand-ins of host memory: its branches, its tensors' devices, its memory.
 
-Not what a card's kernels compute or how fast, nor compiled layers; tests/gpu_code.py assembles those.
+Compiled layers run by Triton's interpreter, whose code tests/gpu_code.py has assembled. Not seen is what a card's own
+kernels compute, or how fast.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.stand_in import gpu
 
 pytestmark = pytest.mark.slow
 JOB = (
-    "recipe=smoke", "compile=false", "max_steps=2", "batch.global_size=2", "stop_after=train",
+    "recipe=smoke", "max_steps=2", "batch.global_size=2", "stop_after=train",
     "tracker=none", "run_dir=run",
 )  # fmt: skip
 FULL = ("method=full", "optimizer.lr=1e-3")
@@ -44,6 +45,12 @@ TOGETHER = [
     (*FULL, "sharding=zero3", "offload=all"),
     ("method=qlora", "sharding=zero3"),
 ]
+COMPILED = [
+    ("method=lora", "activation_checkpointing=full", "checkpointed_layers=2"),
+    ("method=lora", "precision=fp8"),
+    ("method=qlora", "activation_checkpointing=offload"),
+    (*FULL, "optimizer.name=adamw_bf16"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +68,35 @@ def base(tmp_path_factory, smollm2) -> Path:
     return save_tiny_llama(folder, AutoTokenizer.from_pretrained(smollm2), tie_word_embeddings=False, **sizes)
 
 
-def train(folder: Path, base: Path, library: Path, gpus: int, *words: str) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, smollm2) -> Path:
+    """Of few words: the interpreter takes a second for some ten million logits."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special, bytes_ = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=bytes_, show_progress=False)
+    tokenizer.train([str(ROOT / "data/tickets/train.jsonl")], trainer)
+    known = {"bos_token": special[1], "eos_token": special[2], "pad_token": special[2]}
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known)
+    whole.chat_template = AutoTokenizer.from_pretrained(smollm2).chat_template
+    folder, sizes = tmp_path_factory.mktemp("small"), {"hidden_size": 128, "intermediate_size": 256}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 64, "initializer_range": 0.05}
+    return save_tiny_llama(folder, whole, tie_word_embeddings=False, **sizes)
+
+
+def train(
+    folder: Path, base: Path, library: Path, gpus: int, *words: str, interpret: bool = False
+) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(Path(gpu.__file__).parent / "site"), str(ROOT)])
     world = {"STAND_IN_GPUS": str(gpus), "STAND_IN_LIBRARY": str(library), "PYTHONPATH": path}
     world["DS_ACCELERATOR"] = "cuda"  # a process that had none before says cpu
+    if interpret:
+        world |= {"TRITON_INTERPRET": "1", "LOADMASTER_CACHE": str(folder / "cache")}
+    else:
+        words = ("compile=false", *words)
     hardware = ("hardware=local",) if gpus else ("hardware=cpu",)
     return subprocess.run(
         command(*JOB, *hardware, f"model.path={base}", *words),
@@ -104,3 +136,21 @@ def test_one_gpu_trains_as_the_processor_does_in_the_memory_that_was_planned(tmp
 @pytest.mark.parametrize("words", TOGETHER, ids=" ".join)
 def test_two_gpus_train_as_the_processor_does_in_the_memory_that_was_planned(tmp_path, base, library, expected, words):
     check(tmp_path, train(tmp_path, base, library, 2, *words), expected, words[0].partition("=")[2])
+
+
+@pytest.mark.parametrize("words", COMPILED, ids=" ".join)
+def test_compiled_layers_train_as_the_plain_ones_in_the_memory_that_was_planned(tmp_path, small, library, words):
+    losses = []
+    for compiled in ("true", "false"):
+        folder = tmp_path / compiled
+        folder.mkdir()
+        job = (*words, f"compile={compiled}", "sequence_length=128")
+        done = train(folder, small, library, 1, *job, interpret=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        losses.append([row["loss"] for row in metrics(folder / "run")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # bf16 rounds in other places
+    result = json.loads((tmp_path / "true/run/result.json").read_text())
+    assert result["recompilations"] == 0
+    allocated = result["prediction"]["allocated"]
+    predicted = allocated["predicted_gib"] - value("context", "cublas_workspace_gib")
+    assert allocated["measured_gib"] == pytest.approx(predicted, rel=0.02)
