@@ -33,6 +33,7 @@ from loadmaster.errors import LoadmasterError
 from loadmaster.files import sha256_file, sha256_json
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.plan import Plan
+from loadmaster.training.metrics import reset_peak
 from loadmaster.training.world import World
 
 GIB = 2**30
@@ -264,6 +265,7 @@ def examine(
 def report(world: World, config: str, data: str, run_dir: Path) -> Report:
     """This rank's; all ranks call it together."""
     latency_us, node_rate, next_rate, *latencies = measure_links(world)
+    reset_peak(world.device)  # what was sent is not training's memory
     code, versions = code_hash(), _versions(world)
     disk, shm = _free_gib(run_dir), _free_gib(Path("/dev/shm"))
     world.barrier()  # so that the clocks are read at the same moment
