@@ -146,7 +146,8 @@ def test_compiled_layers_train_as_the_plain_ones_in_the_memory_that_was_planned(
         done = train(folder, small, library, gpus, *job, interpret=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         losses.append([row["loss"] for row in metrics(folder / "run")])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # bf16 rounds in other places
+    # bf16 rounds in other places, and what is a little off may have another code in FP8.
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3 if "precision=fp8" in words else 1e-3)
     result = json.loads((tmp_path / "true/run/result.json").read_text())
     assert result["recompilations"] == 0
     allocated = result["prediction"]["allocated"]
