@@ -25,6 +25,7 @@ def install(native, properties: SimpleNamespace, capability: int) -> None:
 
     _answers(properties, capability)
     helpers.libdevice = Libdevice()
+    _round()
     _wide_blocks()
 
     def seen(value):
@@ -83,6 +84,37 @@ class Libdevice:
             return tl.tensor(TensorHandle(function(*arrays).astype(arrays[0].dtype), kind.scalar), kind)
 
         return run
+
+
+def _round() -> None:
+    """Numbers of 16 and 8 bits are PyTorch's: the interpreter cuts them off, and multiplies matrices of their bits."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
+
+    kinds = {
+        tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
+        tl.float8e5: (torch.float8_e5m2, torch.uint8),
+    }  # fmt: skip
+
+    def numbers(handle):
+        if handle.dtype.scalar not in kinds:
+            return handle.data
+        return torch.from_numpy(np.array(handle.data)).view(kinds[handle.dtype.scalar][0]).float().numpy()
+
+    def cast(_, source, kind, rounding=None):
+        kind, found = kind.scalar, numbers(source)
+        if kind in kinds:
+            dtype, bits = kinds[kind]
+            found = torch.from_numpy(np.array(found, dtype=np.float32)).to(dtype).view(bits).numpy()
+        return TensorHandle(found.astype(_get_np_dtype(kind)), kind)
+
+    def dot(_, a, b, added, *__):
+        found = np.matmul(numbers(a), numbers(b), dtype=added.data.dtype) + added.data
+        return TensorHandle(found, added.dtype.scalar)
+
+    InterpreterBuilder.cast_impl = InterpreterBuilder.create_fp_to_fp = cast
+    InterpreterBuilder.create_dot = dot
 
 
 def _wide_blocks() -> None:
