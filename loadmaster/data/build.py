@@ -148,7 +148,7 @@ def _read(
         raise DataError(f"the data has no rows: {', '.join(source.names())}")
     if job.data.format != "auto" and SourceFaults(source.names(), reading.rows_read, reading.bad).alike:
         remedy = other_format(next(iter(reading.first_bad.values())), job)
-        reading.bad = [replace(fault, remedy=fault.remedy or remedy) for fault in reading.bad]
+        reading.bad = [replace(fault, remedy=remedy or fault.remedy) for fault in reading.bad]
     return reading
 
 

@@ -51,7 +51,7 @@ def test_the_loss_is_the_mean_over_the_trained_tokens_of_separate_documents(smol
         assert len(packed) == rows
         figures = held_out(model, packed, tokenizer.pad_token_id, batch_size, "cpu")
         assert figures["tokens"] == tokens
-        assert figures["loss"] == pytest.approx(total / tokens, abs=2e-5)
+        assert figures["loss"] == pytest.approx(total / tokens, abs=5e-5)  # sums of fp32, as the processor adds
         assert figures["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
 
