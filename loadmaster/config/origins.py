@@ -90,3 +90,8 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
             yield from _lines(value, f"{name}.")
         else:
             yield name, key.start_mark.line + 1
+
+
+def origin_file(origin: str) -> str:
+    """The file of an origin, without its line."""
+    return origin if origin in (COMMAND_LINE, DEFAULT) else origin.rpartition(":")[0]

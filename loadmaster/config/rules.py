@@ -4,7 +4,7 @@ A rule is here only if it holds for every model and machine; what depends on mem
 or on the GPUs that are there is preflight's to refuse.
 """
 
-from loadmaster.config import job_rules, serving_rules
+from loadmaster.config import data_rules, job_rules, serving_rules
 from loadmaster.config.rule_table import RULES, broken_rules
 
-__all__ = ["RULES", "broken_rules", "job_rules", "serving_rules"]
+__all__ = ["RULES", "broken_rules", "data_rules", "job_rules", "serving_rules"]
