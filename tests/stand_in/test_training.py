@@ -45,7 +45,7 @@ TOGETHER = [
     ("method=qlora", "sharding=zero3"),
 ]
 COMPILED = [
-    ("method=lora", "activation_checkpointing=full", "checkpointed_layers=2"),
+    ("method=lora", "activation_checkpointing=full", "checkpointed_layers=1"),
     ("method=lora", "precision=fp8", "sharding=ddp"),
     ("method=qlora", "activation_checkpointing=offload"),
     (*FULL, "optimizer.name=adamw_bf16"),
@@ -82,7 +82,7 @@ def small(tmp_path_factory, smollm2) -> Path:
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known)
     whole.chat_template = AutoTokenizer.from_pretrained(smollm2).chat_template
     folder, sizes = tmp_path_factory.mktemp("small"), {"hidden_size": 128, "intermediate_size": 256}
-    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 64, "initializer_range": 0.05}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 64, "initializer_range": 0.05}
     return save_tiny_llama(folder, whole, tie_word_embeddings=False, **sizes)
 
 
@@ -158,7 +158,7 @@ def test_compiled_layers_train_as_the_plain_ones_in_the_memory_that_was_planned(
     assert result["recompilations"] == 0
     allocated = result["prediction"]["allocated"]
     predicted = allocated["predicted_gib"] - value("context", "cublas_workspace_gib")
-    assert allocated["measured_gib"] == pytest.approx(predicted, rel=0.02)
+    assert allocated["measured_gib"] == pytest.approx(predicted, rel=0.02, abs=1e-4)  # to which both are rounded
 
 
 def test_the_fused_kernel_of_capped_scores_attends_as_the_exact_one_does(tmp_path, library):
