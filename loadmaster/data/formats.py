@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from loadmaster.data.preference import LABEL_FIELDS, is_preference, is_unpaired, labelled_answer_of, pair_of
@@ -119,9 +120,9 @@ def _renamed(row: dict, objective: str) -> str | None:
     """Which misspelt fields to rename, where a row is of some shape then."""
     misspelt = {}
     for name in row:
-        near = difflib.get_close_matches(str(name).strip().lower(), FIELD_NAMES, 1, 0.8)
-        if near and near[0] not in (*row, *misspelt.values()):
-            misspelt[name] = near[0]
+        near = _nearest_field(str(name))
+        if near and near not in (*row, *misspelt.values()):
+            misspelt[name] = near
     if not misspelt:
         return None
     try:
@@ -173,3 +174,8 @@ def _identified(
     except UnicodeEncodeError as error:
         raise RowError(f"holds half a character ({content[error.start]!r}, a lone surrogate)") from None
     return Conversation(messages, tools, text, origin, digest, rejected, label, context)
+
+
+@lru_cache(1024)  # a million rows may all be misspelt alike
+def _nearest_field(name: str) -> str | None:
+    return next(iter(difflib.get_close_matches(name.strip().lower(), FIELD_NAMES, 1, 0.8)), None)
