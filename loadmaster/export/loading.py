@@ -11,6 +11,7 @@ from loadmaster.errors import ExportRejected
 from loadmaster.export.weights import shards, tensor_names
 from loadmaster.files import read_json
 from loadmaster.models.attention import PACKED
+from loadmaster.models.bf16_products import quicken
 from loadmaster.models.load import load_trained, placed_by
 from loadmaster.models.spread import Spread, other_shapes, settled, where_they_lie
 
@@ -24,6 +25,7 @@ def load_export(folder: Path, device: str | Spread) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+    quicken()
     quantized = "quantization_config" in read_json(folder / "config.json")
     quantization = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
     model, info = AutoModelForCausalLM.from_pretrained(

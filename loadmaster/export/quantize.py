@@ -32,7 +32,7 @@ from loadmaster.data import Conversation
 from loadmaster.export.int4 import Int4, group_size
 from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.sidecars import token_ids
-from loadmaster.export.weights import shards
+from loadmaster.models.bf16_products import quicken
 from loadmaster.models.capped import own_attention
 
 FEW_TOKENS, STRONG, USUAL = 7, 1.0, 0.01
@@ -45,9 +45,6 @@ correlation off it still carries noise of about 1 / sqrt(N), and the inverse mak
 towards the diagonal (Ledoit and Wolf 2004; the target of Schaefer and Strimmer 2005) keeps each input's own scale,
 which dampening by one number for all does not: where one input is 49 times the mean, it drowns the small ones.
 Figures: benchmarks/results/2026-11-24_exports_good_and_broken.md."""
-
-WIDE_BYTES = 4 * 2**30
-"""Of weights in bf16, up to which a model is held in float32 instead, 8 GiB: llm-compressor has it in memory whole."""
 
 
 def calibration_tokens(
@@ -89,17 +86,15 @@ def calibrate(source: Path, candidate: str, target: Path, calibration: list[list
     if not torch.accelerator.is_available():
         # AWQ asks for page-locked memory, which speeds the copy to a GPU and cannot be had without one.
         IntermediatesCache.pin_memory = lambda *_: None
-    dtype = calibration_dtype(candidate, sum(shard.stat().st_size for shard in shards(source)))
+    quicken()
     attention = own_attention(AutoConfig.from_pretrained(str(source)))
-    model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16, attn_implementation=attention)
     recipe, facts = _recipe(candidate, quantized_layers(model), sum(map(len, calibration)))
     with _attention_as_loaded():
         oneshot(
             model=model, dataset=_dataset(calibration), num_calibration_samples=len(calibration),
             max_seq_length=max(map(len, calibration)), recipe=recipe,
         )  # fmt: skip
-    if dtype == torch.float32:
-        model.to(torch.bfloat16)  # codes stay: a weight is then off its multiple of the scale by less than 5% of a step
     model.save_pretrained(str(target))
     # The files beside the weights are the bf16 export's; only the weights and their config come from here.
     for path in target.iterdir():
@@ -121,17 +116,6 @@ def _attention_as_loaded() -> Iterator[None]:
         yield
     finally:
         helpers.use_eager_attention = forced
-
-
-def calibration_dtype(candidate: str, weight_bytes: int) -> torch.dtype:
-    """What the model runs in: bf16, or float32 where that is faster: GPTQ on a CPU without instructions for bf16.
-
-    CPU seconds of SmolLM2-135M, 32 rows, one thread, bf16 and float32 (2026-11-26): AVX2 117 and 57, AVX-512 81 and 59,
-    AVX-512 with bf16 56 and 56. weight_bytes: of the model in bf16.
-    """
-    cpu = torch.cpu.get_capabilities()
-    is_fast = torch.accelerator.is_available() or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return torch.bfloat16 if is_fast or candidate != "int4-gptq" or weight_bytes > WIDE_BYTES else torch.float32
 
 
 def trust(widest: int, tokens: int) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED
+from loadmaster.models.bf16_products import quicken
 from loadmaster.models.capped import caps_scores
 from loadmaster.models.dora import run_by_norms
 from loadmaster.models.frozen import freeze_linears
@@ -81,6 +82,7 @@ def load_base(
 
     transformers_logging.disable_progress_bar()
     refuse_unknown_type(folder)
+    quicken()
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=dtype,

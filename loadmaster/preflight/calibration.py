@@ -14,13 +14,13 @@ from __future__ import annotations
 from itertools import groupby
 
 from loadmaster.config.schema import Job
-from loadmaster.preflight.hardware import GIB, Hardware
+from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.memory import Bytes, context_bytes
 from loadmaster.preflight.shape import Matrix, ModelShape
 
 HESSIANS = ("int4", "int4_gptq")
-WIDENED_BYTES = 4 * GIB
-"""Of weights in bf16 up to which GPTQ has them in fp32, on a CPU without instructions for bf16 (export/quantize.py)."""
+WIDTH = 2
+"""Bytes of a value in bf16."""
 SCORE_BYTES = 10
 """Of one score of eager attention, which capped ones are made by: in bf16, in fp32, and its share in fp32."""
 UNSCALED_INPUTS = ("gemma3_text",)
@@ -31,29 +31,28 @@ def quantizing(job: Job, shape: ModelShape, hardware: Hardware) -> Bytes:
     """The peak of all formats of the job that calibrate."""
     formats, length = set(job.export.formats), job.sequence_length
     gptq, cpu = bool(formats & set(HESSIANS)), hardware.is_cpu
-    width = 4 if cpu and gptq and 2 * shape.parameters <= WIDENED_BYTES else 2
-    row = _passing(shape, length, width) + _scores(shape, length)
-    found = [Bytes(activations=row + width * length * in_layer(shape))]
+    row = _passing(shape, length) + _scores(shape, length)
+    found = [Bytes(activations=row + WIDTH * length * in_layer(shape))]
     if gptq:
-        found += _gptq(shape, length, width, batched=not cpu)
+        found += _gptq(shape, length, batched=not cpu)
     if "int4_awq" in formats:
-        found += _awq(shape, length, width, job.export.calibration_rows)
+        found += _awq(shape, length, job.export.calibration_rows)
     most = max(found, key=lambda b: b.total)
     if cpu:
         others = job.export.calibration_rows - 1  # their inputs, cosines and sines, token ids, places and mask
-        waiting = others * length * (width * (shape.hidden_size + 2 * shape.head_dim) + 3 * 8)
-        weights, context = width * shape.parameters, context_bytes(hardware)
+        waiting = others * length * (WIDTH * (shape.hidden_size + 2 * shape.head_dim) + 3 * 8)
+        weights, context = WIDTH * shape.parameters, context_bytes(hardware)
     else:
         waiting, context = 0, 2 * context_bytes(hardware)
-        weights = width * shape.layer_parameters(experts=bool(shape.expert_layers))
+        weights = WIDTH * shape.layer_parameters(experts=bool(shape.expert_layers))
     return Bytes(
         weights=weights, activations=most.activations + waiting, quantization=most.quantization, context=context
     )  # fmt: skip
 
 
-def _passing(shape: ModelShape, length: int, width: int) -> int:
+def _passing(shape: ModelShape, length: int) -> int:
     """A row's input, the sum after attention, that normalised, the output of the row before; cosines and sines."""
-    return width * length * (4 * shape.hidden_size + 2 * shape.head_dim)
+    return WIDTH * length * (4 * shape.hidden_size + 2 * shape.head_dim)
 
 
 def in_layer(shape: ModelShape) -> int:
@@ -71,15 +70,15 @@ def _scores(shape: ModelShape, length: int) -> int:
     return 3 * length**2 if any(window and window < length for window in shape.windows) else 0
 
 
-def _gptq(shape: ModelShape, length: int, width: int, batched: bool) -> list[Bytes]:
+def _gptq(shape: ModelShape, length: int, batched: bool) -> list[Bytes]:
     """batched: matrices that are alike are quantized together, as on a GPU with room for it."""
-    matrices, widened = _linears(shape), 8 if width == 2 else 4  # inputs in fp32, and those scaled
+    matrices = _linears(shape)
     left = sum(_products(m) for m in matrices)
-    row = _passing(shape, length, width)
+    row = _passing(shape, length)
     found = [
         Bytes(
-            activations=row + width * length * (m.inputs + m.outputs),
-            quantization=left + max(widened * length * m.inputs, 4 * length * m.inputs + _products(m)),
+            activations=row + WIDTH * length * (m.inputs + m.outputs),
+            quantization=left + max(8 * length * m.inputs, 4 * length * m.inputs + _products(m)),
         )
         for m in matrices
     ]
@@ -93,20 +92,20 @@ def _gptq(shape: ModelShape, length: int, width: int, batched: bool) -> list[Byt
     return found
 
 
-def _awq(shape: ModelShape, length: int, width: int, rows: int) -> list[Bytes]:
+def _awq(shape: ModelShape, length: int, rows: int) -> list[Bytes]:
     h, f, q = shape.hidden_size, shape.intermediate_size, shape.query_size
     outputs = q if shape.key_value_size == q and not shape.fused else 0
     inputs = 0 if shape.family in UNSCALED_INPUTS else h
-    kept, row = width * length * rows, _passing(shape, length, width)
+    kept, row = WIDTH * length * rows, _passing(shape, length)
     working = 3 * 4 * max(m.weight for m in _linears(shape))
     scored = 2 * kept * h
     return [
-        Bytes(activations=kept * (inputs + outputs + h + f) + row + width * length * h + (width + 4) * length * f),
+        Bytes(activations=kept * (inputs + outputs + h + f) + row + WIDTH * length * h + (WIDTH + 4) * length * f),
         Bytes(
-            activations=kept * (inputs + outputs + h + f) + scored + 5 * width * length * q + _scores(shape, length),
+            activations=kept * (inputs + outputs + h + f) + scored + 5 * WIDTH * length * q + _scores(shape, length),
             quantization=working,
         ),
-        Bytes(activations=kept * (h + f) + scored + 3 * width * length * f, quantization=working),
+        Bytes(activations=kept * (h + f) + scored + 3 * WIDTH * length * f, quantization=working),
     ]
 
 

@@ -23,7 +23,6 @@ def test_quantizing_takes_what_is_planned(export, tokenizer, tmp_path, monkeypat
     import llmcompressor
 
     source = save_tiny_llama(tmp_path / "model", tokenizer, num_key_value_heads=1, vocab_size=512, **SIZES)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})  # GPTQ in fp32, as it is planned
     held, own = Held(), llmcompressor.oneshot
 
     def oneshot(**given) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from loadmaster import evaluation
 from loadmaster.config.schema import BatchConfig, EvaluationConfig, ExportConfig, HardwareConfig, Job, ModelConfig
-from loadmaster.export import candidates, quantize, smoke
-from loadmaster.preflight import calibration, make_plan, phases, verification
+from loadmaster.export import candidates, smoke
+from loadmaster.preflight import make_plan, phases, verification
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.explain import about_verification, can_export
 from loadmaster.preflight.hardware import from_catalog
@@ -195,5 +195,4 @@ def test_numbers_of_other_rooms_are_theirs() -> None:
     assert verification.ANSWERS_AT_A_TIME == evaluation.AUTO_BATCH_SIZE
     assert smoke.ANSWER_TOKENS * (smoke.PROMPTS + 1) < verification.OTHER_PASSES
     calibrated = {name for name, made in candidates.CANDIDATES.items() if set(made) & set(candidates.CALIBRATED)}
-    assert calibration.WIDENED_BYTES == quantize.WIDE_BYTES
     assert set(phases.CALIBRATED) == calibrated and set(phases.EXPORT_BITS) == set(candidates.CANDIDATES)
