@@ -355,7 +355,7 @@ def data_identity(job: Job) -> list[str]:
     if isinstance(job.data.validation, str):
         paths.append(job.data.validation)
     resolved = [resolve_path(path) for path in paths]
-    return [file_fingerprint(Path(p)) if Path(p).exists() else f"hub:{p}" for p in resolved]
+    return [file_fingerprint(Path(p)) if os.path.exists(p) else f"hub:{p}" for p in resolved]
 
 
 def dataset_tokens(job: Job) -> int | None:

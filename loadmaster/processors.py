@@ -33,7 +33,7 @@ def threads() -> int:
     """Threads that libraries compute with: as OMP_NUM_THREADS says (the first number of several), else one a usable
     processor."""
     asked = os.environ.get(THREADS, "").partition(",")[0].strip()
-    return int(asked) if asked.isdigit() and int(asked) > 0 else usable()
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else usable()
 
 
 def quota() -> float | None:

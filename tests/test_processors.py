@@ -55,7 +55,7 @@ def test_libraries_are_told_of_a_quota_that_binds_and_of_nothing_else(machine, m
 
 
 @pytest.mark.parametrize(
-    ("asked", "count"), [(None, 16), ("", 16), ("3", 3), ("4,2", 4), (" 5 ", 5), ("0", 16), ("x", 16)]
+    ("asked", "count"), [(None, 16), ("", 16), ("3", 3), ("4,2", 4), (" 5 ", 5), ("0", 16), ("x", 16), ("²", 16)]
 )
 def test_a_users_number_of_threads_is_read_as_openmp_reads_it(monkeypatch, asked, count):
     if asked is not None:

@@ -61,7 +61,7 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
     for argument in arguments:
         try:
             override = parser.parse_override(_quoted(argument))
-        except HydraException as error:
+        except (HydraException, RecursionError) as error:
             text = _as_text(argument)
             if text is None:
                 result.problems.append(_unreadable(loader, argument, error))
@@ -251,7 +251,7 @@ def _meant(group: str, wrong: str) -> str:
     """What was probably meant by a model or data given in the place of a group's option."""
     if group == "data":
         return f"data=file data.path={wrong}"
-    is_folder = wrong.startswith(("/", ".", "~")) or local_path(wrong).is_dir()
+    is_folder = wrong.startswith(("/", ".", "~")) or os.path.isdir(local_path(wrong))
     return f"model.path={wrong}" if is_folder else f"model.name={wrong}"
 
 

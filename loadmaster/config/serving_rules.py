@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
 from loadmaster import catalog
@@ -176,7 +177,7 @@ def arrivals_are_known(job: Job, origins: Origins) -> Found:
         return
     if not arrivals.endswith(".csv"):
         yield "endpoint.arrivals", arrivals, "is no kind of arrivals", "poisson, bursty, or the name of a .csv file"
-    elif not local_path(arrivals).is_file():
+    elif not os.path.isfile(local_path(arrivals)):
         yield "endpoint.arrivals", arrivals, "there is no such file", "a CSV with the time of a request a line"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def refuse_bad_rows(job: Job, echo: Callable[[str], None] = print) -> None:
     data = job.data
     wanted = [([data.path] if isinstance(data.path, str) else list(data.path), "data.path", data.max_rows)]
     wanted += [([data.validation], "data.validation", None)] if isinstance(data.validation, str) else []
-    here = [each for each in wanted if all(local_path(path).is_file() for path in each[0])]
+    here = [each for each in wanted if all(os.path.isfile(local_path(path)) for path in each[0])]
     size = sum(local_path(path).stat().st_size for paths, *_ in here for path in paths)
     if size >= LARGE_BYTES:
         echo(f"reading {size / 1e9:.1f} GB of data before a machine starts for them")

@@ -125,12 +125,12 @@ def left_out(path: str | list[str]) -> list[Path]:
 def _local_files(path: str, key: str) -> list[Path] | None:
     """Files that a local path stands for; None when nothing of that name is here."""
     place = Path(resolve_path(path))
-    if place.is_dir():
+    if os.path.isdir(place):  # Path's own raises for a name that is too long to be one
         files = _files_of_rows(place)
         if not files:
             raise DataError(f"{key} = {path!r} is a folder with no {', '.join(DATA_SUFFIXES)} file in it")
         return [file for file in files if _is_read(file, files)]
-    if not place.is_file():
+    if not os.path.isfile(place):
         return None
     if _suffix(place) not in DATA_SUFFIXES:
         remedy = INSTEAD.get(_suffix(place), "write it as .jsonl, one JSON object a line")

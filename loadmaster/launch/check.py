@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from dataclasses import fields
@@ -98,7 +99,7 @@ def _rented(job: Job) -> list[Problem]:
         message = "the default image has no loadmaster in it"
         wrong("launch.package", None, message, "leave it out: this very code travels; or launch.image= one that has it")
     if launch.package is not None and is_file(launch.package):
-        if not local_path(launch.package).is_file():
+        if not os.path.isfile(local_path(launch.package)):
             wrong("launch.package", launch.package, "there is no such file", "python -m build --wheel, or leave it out")
         elif not Path(launch.package).name.startswith(f"loadmaster-{__version__}-"):
             message = f"is no wheel of loadmaster {__version__}, which is what runs here"
@@ -161,7 +162,7 @@ def _folders(job: Job) -> list[Problem]:
     return [
         _wrong(key, path, message, "name files, or a Hub dataset")
         for key, path in data_paths(job)
-        if local_path(path).is_dir()
+        if os.path.isdir(local_path(path))
     ]
 
 

@@ -63,7 +63,7 @@ def wanted(job: Job) -> list[tuple[str, int | None]]:
             raise _wrong("launch.gpus", word, "is not in the catalogue", remedy)
         if gpu not in known:
             raise _wrong("launch.gpus", word, _unjoined(job), _instead(known))
-        if count and not (count.isdigit() and int(count) in COUNTS):
+        if count and not (count.isdecimal() and int(count) in COUNTS):
             raise _wrong("launch.gpus", word, "has no such count", f"{gpu}:1, :2, :4 or :8, or {gpu} for any")
         found.append((gpu, int(count) if count else None))
     return found

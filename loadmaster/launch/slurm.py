@@ -96,7 +96,7 @@ def run_by_slurm(launch: Launch, tokens: int | None) -> int:
     job = launch.composed.job
     secrets = secret_values(job)
     hardware = replace(job.hardware, nodes=nodes_of(job))
-    if hardware.gpu != "local" and job.model.path is not None and not local_path(job.model.path).exists():
+    if hardware.gpu != "local" and job.model.path is not None and not os.path.exists(local_path(job.model.path)):
         launch.echo(f"no plan here: {job.model.path} is not on this machine; the nodes make theirs\n")
     elif hardware.gpu != "local":  # what the nodes have is theirs to say
         print_plan(make_plan(replace(job, hardware=hardware), tokens), launch.console)

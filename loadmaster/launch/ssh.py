@@ -115,7 +115,7 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
     secrets = secret_values(job)
     hardware = HardwareConfig(job.hardware.gpu, job.hardware.count, len(hosts))
     planned = replace(job, hardware=hardware) if job.hardware.gpu != "local" else None  # else it is theirs to say
-    here = job.model.path is None or local_path(job.model.path).exists()
+    here = job.model.path is None or os.path.exists(local_path(job.model.path))
     if planned and here:
         print_plan(make_plan(planned, tokens), launch.console)
     if job.launch.dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
     """How much is trained on in the hours and for the dollars of the plan."""
     paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
     # By file name: exports carry the plan, and are passed on.
-    named = ", ".join(Path(path).name if local_path(path).exists() else path for path in paths[:3])
+    named = ", ".join(Path(path).name if os.path.exists(local_path(path)) else path for path in paths[:3])
     named += f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     count = steps(job, dataset_tokens)
     if count is None:

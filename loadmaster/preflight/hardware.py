@@ -296,6 +296,6 @@ def _visible(cards: list[tuple[str, float, float]]) -> list[tuple[str, float, fl
     if chosen is None:
         return cards
     indices = [part.strip() for part in chosen.split(",") if part.strip()]
-    if all(part.isdigit() for part in indices):
+    if all(part.isdecimal() for part in indices):
         return [cards[int(part)] for part in indices if int(part) < len(cards)]
     return cards[: len([part for part in indices if not part.startswith("-")])]

@@ -328,3 +328,21 @@ def test_a_pipe_is_no_data(stage: str, tmp_path: Path):
 
 def test_what_cannot_be_read_is_not_called_missing_besides():
     assert [p.key for p in problems("data=file", "data.path={x")] == ["data.path"]
+
+
+@pytest.mark.parametrize("argument", [
+    f"model.path={'m' * 300}", f"endpoint.arrivals={'a' * 300}.csv", f"recipe=/{'x' * 300}/y",
+    f"data.path={'[' * 3000}{']' * 3000}",
+])  # fmt: skip
+def test_names_too_long_for_a_disk_and_lists_too_deep_to_read_are_problems(argument):
+    key = argument.partition("=")[0]
+    assert key in {problem.key for problem in problems(argument)}
+
+
+def test_a_name_too_long_for_a_disk_is_data_that_is_not_here(tmp_path):
+    from loadmaster.data.sources import _local_files
+    from loadmaster.pipeline import data_identity
+
+    job = compose(["data=file", f"data.path={'d' * 300}", "data.validation=0.05"]).job
+    assert _local_files(job.data.path, "data.path") is None
+    assert data_identity(job) == [f"hub:{job.data.path}"]
