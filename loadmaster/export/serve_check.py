@@ -34,8 +34,8 @@ from loadmaster.export.room import beside_weights
 from loadmaster.export.serve_client import Client
 from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, log_probability_figures
 from loadmaster.export.serve_environment import LLAMA_CPP, environment_python, server_python
-from loadmaster.export.serve_fp8 import refuse_slow_fp8
 from loadmaster.export.serve_llama_cpp import ask_llama_cpp
+from loadmaster.export.serve_processor import refuse_unserved
 from loadmaster.export.serve_run import Servers
 from loadmaster.export.table import storable
 from loadmaster.files import write_json
@@ -97,8 +97,8 @@ def serve_check(
                 raise ExportRejected(f"it does not load: {reference['broken'][name]}")
             if name == "adapter" and not is_served(manifest, name):
                 raise ExportRejected(f"no server loads it: {manifest['oldest_server']['because']}")
-            if python is None and name.startswith("fp8"):
-                refuse_slow_fp8(pythons["vllm"])
+            if python is None and name != "gguf":
+                refuse_unserved(pythons["vllm"], name)
             if name == "gguf":
                 exported_to = run_dir / "export" / name
                 return ask_llama_cpp(

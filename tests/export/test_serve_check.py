@@ -2,6 +2,7 @@
 
 import copy
 import json
+import platform
 import shutil
 import sys
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 import yaml
 from conftest import Run
 from rich.console import Console
@@ -26,7 +28,7 @@ from loadmaster.export.harness import Harness
 from loadmaster.export.manifest import read_manifest, write_manifest
 from loadmaster.export.serve_check import questions, serve_check
 from loadmaster.export.serve_compare import LIMITS
-from loadmaster.export.serve_fp8 import PROBE, refuse_slow_fp8
+from loadmaster.export.serve_processor import FP8_PROBE, INT4_PROBE, refuse_unserved
 from loadmaster.files import read_json
 from loadmaster.rundir import RunDir
 
@@ -203,13 +205,30 @@ def test_only_documents_and_prompts_that_fit_are_asked(run):
     assert lengths and max(lengths) < 70
 
 
-@pytest.mark.parametrize(("prints", "refused"), [("9.5", True), ("0.0001", False), ("no torch here", False)])
-def test_fp8_is_not_served_where_it_would_take_hours(tmp_path, prints, refused):
+@pytest.mark.parametrize(("name", "prints", "refused"), [
+    ("fp8", "9.5", r"GFLOP/s on this"), ("fp8_block", "9.5", r"GFLOP/s on this"), ("fp8", "0.0001", None),
+    ("fp8", "no torch here", None), ("fp8_block", "no kernel", "PyTorch has none of FP8"),
+    ("int4_gptq", "no kernel", "of int4 needs AVX-512"), ("int4", "", None), ("bf16", "no kernel", None),
+])  # fmt: skip
+def test_what_the_processor_cannot_multiply_or_only_in_hours_is_not_served(tmp_path, name, prints, refused):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho {prints}\n")
     python.chmod(0o755)
-    with pytest.raises(ExportRejected, match=r"not checked: .* GFLOP/s") if refused else nullcontext():
-        refuse_slow_fp8(python)
+    with pytest.raises(ExportRejected, match=f"^not checked: .*{refused}") if refused else nullcontext():
+        refuse_unserved(python, name)
+
+
+def test_what_a_processor_lacks_is_asked_of_pytorch(monkeypatch, capsys):
+    stand_in = MagicMock()
+    monkeypatch.setitem(sys.modules, "torch", stand_in)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for has in (True, False):
+        stand_in.cpu._is_avx512_supported.return_value = has
+        exec(INT4_PROBE, {})
+        assert capsys.readouterr().out.strip() == ("" if has else "no kernel")
+    stand_in._scaled_mm.side_effect = RuntimeError("could not create a primitive descriptor for the matmul primitive")
+    exec(FP8_PROBE, {})
+    assert capsys.readouterr().out.strip() == "no kernel"
 
 
 @pytest.mark.parametrize(
@@ -219,7 +238,7 @@ def test_one_preempted_product_does_not_make_a_processor_slow(seconds, found, mo
     clock = iter([time for each in seconds for time in (0.0, each)])
     monkeypatch.setitem(sys.modules, "torch", MagicMock())
     monkeypatch.setitem(sys.modules, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    exec(PROBE, {})
+    exec(FP8_PROBE, {})
     assert float(capsys.readouterr().out) == found and next(clock, None) is None
 
 
@@ -229,7 +248,7 @@ def test_another_interpreter_gets_nothing_of_this_ones_environment(tmp_path, mon
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$PYTHONPATH$PYTHONHOME$VIRTUAL_ENV" > "$0.saw"\n')
     python.chmod(0o755)
-    refuse_slow_fp8(python)
+    refuse_unserved(python, "fp8")
     assert (tmp_path / "python.saw").read_text() == "\n"
 
 
@@ -254,8 +273,10 @@ def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_
     results = serve_check(run.folder, None, None, print)
     print(json.dumps(results, indent=1))
     assert set(results) == {"bf16", "adapter", "fp8", "int4", "gguf"}
-    if any(failure.startswith("not checked") for failure in results["fp8"]["failures"]):
-        del results["fp8"]  # a processor that would take hours
+    for name in ("fp8", "int4"):  # some processors cannot, or would take hours
+        if any(failure.startswith("not checked") for failure in results[name]["failures"]):
+            assert name == "fp8" or not torch.cpu.get_capabilities().get("avx512_f")
+            del results[name]
     for name, figures in results.items():
         # llama.cpp rounds activations to 8 bits, which the limits of a model that is sure of itself do not allow for.
         loss = ("difference", "top1_agreement", "first_token", "tuned_share", *(["from_disk"] * (name == "gguf")))
