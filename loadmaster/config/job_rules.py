@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from loadmaster import catalog
 from loadmaster.config.fields import nearest_card
 from loadmaster.config.model_folder import broken_files, run_of
@@ -215,15 +217,16 @@ def model_folder_exists(job: Job, origins: Origins) -> Found:
     if job.model.path is None:
         return
     folder = local_path(job.model.path)
-    if job.launch.name in ("ssh", "slurm") and job.model.path.startswith("/") and not folder.exists():
+    if job.launch.name in ("ssh", "slurm") and job.model.path.startswith("/") and not os.path.exists(folder):
         return
+    is_here = os.path.isdir(folder)
     remedy = "name a folder with config.json, *.safetensors and the tokenizer, or leave it out to use the Hub"
-    if not (folder / "config.json").is_file():
-        what = "has no config.json in it" if folder.is_dir() else "is not a folder here"
+    if not os.path.isfile(folder / "config.json"):
+        what = "has no config.json in it" if is_here else "is not a folder here"
         what += f" ({folder})" if str(folder) != job.model.path.rstrip("/") else ""
-        if run := run_of(folder):
+        if is_here and (run := run_of(folder)):
             what = f"is {'a run' if run == folder else 'the adapter of a run'}, not a model"
             remedy = f"model.path={run / 'export' / 'bf16'}, what that run trained as a model (export=bf16 writes it)"
         yield "model.path", job.model.path, what, remedy
-    for what in broken_files(folder):
+    for what in broken_files(folder) if is_here else ():
         yield "model.path", job.model.path, what, remedy

@@ -251,7 +251,7 @@ def _meant(group: str, wrong: str) -> str:
     """What was probably meant by a model or data given in the place of a group's option."""
     if group == "data":
         return f"data=file data.path={wrong}"
-    is_folder = wrong.startswith(("/", ".", "~")) or local_path(wrong).is_dir()
+    is_folder = wrong.startswith(("/", ".", "~")) or os.path.isdir(local_path(wrong))
     return f"model.path={wrong}" if is_folder else f"model.name={wrong}"
 
 
