@@ -177,7 +177,7 @@ def _file_hint(key: str, path: str) -> str:
     real, beside = Path(resolve_path(path)), path.lstrip("/")
     if path != beside and os.path.isfile(beside):
         return f"{key}={beside}"
-    if not real.parent.is_dir():
+    if not os.path.isdir(real.parent):
         return f"there is no folder {real.parent}; paths are relative to where the command is run ({Path.cwd()})"
     names = sorted(p.name for p in real.parent.iterdir() if p.suffix.lower() in DATA_SUFFIXES and p.is_file())
     close = difflib.get_close_matches(real.name, names, n=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from loadmaster import catalog
 from loadmaster.config.fields import nearest_card
@@ -220,19 +219,14 @@ def model_folder_exists(job: Job, origins: Origins) -> Found:
     folder = local_path(job.model.path)
     if job.launch.name in ("ssh", "slurm") and job.model.path.startswith("/") and not os.path.exists(folder):
         return
+    is_here = os.path.isdir(folder)
     remedy = "name a folder with config.json, *.safetensors and the tokenizer, or leave it out to use the Hub"
-    if not os.path.isdir(folder):
-        yield "model.path", job.model.path, f"is not a folder here{_written_out(job.model.path, folder)}", remedy
-        return
-    if not (folder / "config.json").is_file():
-        what = f"has no config.json in it{_written_out(job.model.path, folder)}"
-        if run := run_of(folder):
+    if not os.path.isfile(folder / "config.json"):
+        what = "has no config.json in it" if is_here else "is not a folder here"
+        what += f" ({folder})" if str(folder) != job.model.path.rstrip("/") else ""
+        if is_here and (run := run_of(folder)):
             what = f"is {'a run' if run == folder else 'the adapter of a run'}, not a model"
             remedy = f"model.path={run / 'export' / 'bf16'}, what that run trained as a model (export=bf16 writes it)"
         yield "model.path", job.model.path, what, remedy
-    for what in broken_files(folder):
+    for what in broken_files(folder) if is_here else ():
         yield "model.path", job.model.path, what, remedy
-
-
-def _written_out(path: str, folder: Path) -> str:
-    return f" ({folder})" if str(folder) != path.rstrip("/") else ""

@@ -235,7 +235,7 @@ class EndpointConfig:
     server: Text = "vllm"
     """Server that exports are written for: vllm, sglang, or a version of one (vllm==0.27.1); a worker runs vLLM."""
     serve_as: ServedFormat = "auto"
-    """Which exported format the bundle serves; auto: the smallest that passed."""
+    """Which exported format the bundle serves; auto: the smallest that passed and goes over endpoint.count."""
     max_model_len: PositiveInt | Auto = "auto"
     """Longest request, prompt and answer, tokens; auto: sequence_length, or what the model knows if less."""
     worker: Literal["worker-vllm", "handler"] = "worker-vllm"

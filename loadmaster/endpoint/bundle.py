@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.endpoint import readme, settings
 from loadmaster.endpoint.plot import draw
-from loadmaster.endpoint.sizing import Sizing, longest_request, size
+from loadmaster.endpoint.sizing import Sizing, goes_over, longest_request, size
 from loadmaster.errors import IN_THE_JOB, ConfigError, ExportRejected, LoadmasterError, Problem
 from loadmaster.export.answers import kept
 from loadmaster.export.manifest import NAME, OLDEST_SERVER, is_served, read_manifest
@@ -41,7 +42,8 @@ def write_bundle(run_dir: Path, job: Job) -> Path:
     """
     folder = run_dir / "bundle"
     manifests = published(run_dir / "export", list(job.export.formats))
-    chosen = choose(manifests, job.endpoint.serve_as)
+    undivided = [name for name, made in manifests.items() if not goes_over(job, made, run_dir / "export" / name)]
+    chosen = choose(manifests, job.endpoint.serve_as, undivided)
     manifest = manifests[chosen]
     source = run_dir.absolute() / "export" / chosen
     artifact = Path(os.path.relpath(source, folder.absolute())).as_posix()
@@ -80,8 +82,10 @@ def published(export: Path, formats: list[str]) -> dict[str, dict[str, Any]]:
     return passed
 
 
-def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
+def choose(manifests: dict[str, dict[str, Any]], serve_as: str, undivided: Sequence[str] = ()) -> str:
     """The format to serve: the one asked for, or the smallest; an adapter only where there is nothing else.
+
+    undivided: those that vLLM does not divide over the endpoint's cards, taken where there are no others.
 
     (An adapter is small on disk, but a server needs its base besides.) A GGUF is not for the servers that bundles
     are written for, nor is an adapter that no server loads as it is.
@@ -110,7 +114,8 @@ def choose(manifests: dict[str, dict[str, Any]], serve_as: str) -> str:
                     f"export.formats=[{','.join([*manifests, 'bf16'])}], or stop_after=export")
         ])  # fmt: skip
     whole = [name for name in servable if name != "adapter"] or servable
-    return min(whole, key=lambda name: manifests[name]["bytes"])
+    able = [name for name in whole if name not in undivided] or whole
+    return min(able, key=lambda name: manifests[name]["bytes"])
 
 
 def sized(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> tuple[Sizing | None, str]:

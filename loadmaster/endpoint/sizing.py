@@ -122,6 +122,17 @@ def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Si
     return _sizing(wanted, traffic, able, checkpoint)
 
 
+def goes_over(job: Job, manifest: dict[str, Any], artifact: Path) -> bool:
+    """Whether vLLM divides an export over endpoint.count; where that cannot be worked out, the size says why."""
+    if job.endpoint.count == "auto":
+        return True
+    try:
+        config = _artifact(job, manifest, artifact)[0]
+        return divides(from_config(config, manifest["base_model"]["name"]), job.endpoint.count, scale_block(config))
+    except LoadmasterError:
+        return True
+
+
 def longest_request(job: Job, manifest: dict[str, Any], artifact: Path) -> int:
     """endpoint.max_model_len in tokens; auto: those of a packed row, or all that the model knows where that is less."""
     if job.endpoint.max_model_len != "auto":

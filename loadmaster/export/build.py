@@ -31,8 +31,8 @@ from loadmaster.files import read_json, write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES
 from loadmaster.preflight.config_json import base_name
-from loadmaster.preflight.exports import NVFP4_GROUP
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.tensor_parallel import NVFP4_GROUP
 
 Score = Callable[[dict[str, Path]], dict[str, Any]]
 """Scores merges of the model, name -> folder, against the live adapter: figures of the best, {"error": why} if none."""

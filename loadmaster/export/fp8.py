@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loadmaster.export.stream import row_chunks
-from loadmaster.preflight.exports import FP8_BLOCK as BLOCK
+from loadmaster.preflight.tensor_parallel import FP8_BLOCK as BLOCK
 
 LARGEST = 448.0
 E4M3 = torch.float8_e4m3fn

@@ -167,7 +167,7 @@ def exports_in(folder: Path) -> list[Path]:
     A folder that is neither comes back itself. Raises ExportRejected where there is no such folder, or for a run that
     has exported nothing yet.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ExportRejected(f"{_no_folder(folder)}; give a run directory, or one export of it (RUN/export/bf16)")
     if os.path.lexists(folder / NAME):
         return [folder]
@@ -182,7 +182,7 @@ def exports_in(folder: Path) -> list[Path]:
 
 def no_export(run_dir: Path) -> ExportRejected:
     """Why there is nothing to take from what was given as a run directory."""
-    if not run_dir.is_dir():
+    if not os.path.isdir(run_dir):
         return ExportRejected(f"{_no_folder(run_dir)}; give a run directory whose export stage is done.")
     if (run_dir / "config.yaml").is_file():
         return ExportRejected(f"{run_dir} holds no export yet: its export stage is not done.")
@@ -190,7 +190,7 @@ def no_export(run_dir: Path) -> ExportRejected:
 
 
 def _no_folder(path: Path) -> str:
-    return f"{path}: {'is a file' if path.exists() else 'there is no such folder'}"
+    return f"{path}: {'is a file' if os.path.exists(path) else 'there is no such folder'}"
 
 
 def verify_manifest(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ run_dir/serve-check/<format>.log what the server said.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Collection
@@ -161,7 +162,7 @@ def _interpreters(
 
 def exported(run_dir: Path, formats: list[str] | None) -> dict[str, dict[str, Any]]:
     """Manifests of the formats to check. Raises ExportRejected for one that is not there, or not as it was exported."""
-    found = sorted(name for name in LIMITS if (run_dir / "export" / name / MANIFEST).is_file())
+    found = sorted(name for name in LIMITS if os.path.isfile(run_dir / "export" / name / MANIFEST))
     if not found:
         raise no_export(run_dir)
     if absent := [name for name in ("config.yaml", "plan.json") if not (run_dir / name).is_file()]:

@@ -98,8 +98,8 @@ def order(run_dir: Path, volume: str | None, name: str | None = None) -> Order:
 
 def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
     bundle = run_dir / "bundle"
-    if not (bundle / NAME).is_file():
-        if not run_dir.is_dir():
+    if not os.path.isfile(bundle / NAME):
+        if not os.path.isdir(run_dir):
             raise LoadmasterError(f"there is no folder {run_dir}: give a run directory, such as runs/smoke/<date-time>")
         for run in run_dir.resolve().parents[:2]:
             if (run / "bundle" / NAME).is_file():

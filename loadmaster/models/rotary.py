@@ -18,7 +18,7 @@ from torch import Tensor, nn
 def turn_by_document(decoder: nn.Module) -> None:
     """Let a decoder with LongRoPE turn packed documents each by its own length; others stay as they are."""
     rotary = getattr(decoder, "rotary_emb", None)
-    if getattr(rotary, "rope_type", None) == "longrope" and "forward" not in vars(rotary):
+    if getattr(rotary, "rope_type", None) == "longrope" and getattr(rotary.forward, "__func__", None) is not _forward:
         rotary.forward = MethodType(_forward, rotary)
 
 

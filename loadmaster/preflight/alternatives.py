@@ -30,9 +30,12 @@ def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens
     found = list(here(relaxations(job, shape, hardware))) or list(here(_left_open(job, shape, least=2)))
     others = _on_others(job, shape, hardware, dataset_tokens)
     if not (found or others):  # neither one change nor another machine by itself does
-        for text, opened in _left_open(job, shape, least=1):
-            found = list(islice(here(_shorter(opened, f"{text} ")), 1))
-            others = _on_others(opened, shape, hardware, dataset_tokens, text)
+        text, opened = next(_left_open(job, shape, least=1), ("", job))
+        shorter = list(_shorter(opened, text))
+        found = list(islice(here(iter(shorter)), 1))
+        tried = ([(text, opened)] if text else []) + ([] if found else shorter)
+        on_others = (_on_others(changed, shape, hardware, dataset_tokens, text) for text, changed in tried)
+        others = next(filter(None, on_others), [])
     return found + others
 
 
@@ -94,20 +97,23 @@ def _on(
     return [_alternative(text, best, adjusted, shape, dataset_tokens)]
 
 
+PLAIN = "lora.dora=false"
 OPEN = ("micro_batch_size", "activation_checkpointing", "checkpointed_layers", "offload", "sharding", "precision")
 """Fields that a plan fills in where they are auto; and the optimizer's name and master weights."""
 
 
 def _left_open(job: Job, shape: ModelShape, least: int) -> Iterator[tuple[str, Job]]:
-    """The job with all that was written and could be auto left to the plan, and adapters that can be counted, where
-    that changes so many things at least."""
+    """The job with all that was written and could be auto left to the plan, and adapters that can be counted and
+    sharded, where that changes so many things at least."""
     written = [name for name in OPEN if getattr(job, name) != "auto"]
     states = _written_states(job)
     uncounted = uncounted_adapters(job, shape) and job.method != "full"
-    if uncounted + len(written) + len(states) >= least:
+    whole = job.lora.dora and job.method != "full"
+    if uncounted + whole + len(written) + len(states) >= least:
         optimizer = replace(job.optimizer, name="auto", master_weights="auto")
-        lora = replace(job.lora, targets=list(COUNTED)) if uncounted else job.lora
-        text = " ".join([TYPED] * uncounted + [f"{name}=auto" for name in written] + states)
+        lora = replace(job.lora, targets=list(COUNTED) if uncounted else job.lora.targets, dora=False)
+        plain = [TYPED] * uncounted + [PLAIN] * whole
+        text = " ".join(plain + [f"{name}=auto" for name in written] + states)
         yield text, replace(job, optimizer=optimizer, lora=lora, **dict.fromkeys(written, "auto"))
 
 
@@ -139,7 +145,9 @@ def relaxations(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[tup
         yield said, stepped
         if job.batch.global_size > gpus:
             yield f"{said} batch.global_size={gpus}", replace(stepped, batch=replace(job.batch, global_size=gpus))
-    lora, plain = replace(job.lora, dora=False), " lora.dora=false" if job.lora.dora else ""
+    lora, plain = replace(job.lora, dora=False), f" {PLAIN}" if job.lora.dora else ""
+    if plain and job.method != "full":
+        yield PLAIN, replace(job, lora=lora)
     if job.precision not in ("auto", "fp8") and job.method == "lora" and not hardware.is_cpu:
         yield f"precision=fp8{plain}", replace(job, precision="fp8", lora=lora)
     for method in ("lora", "qlora"):
@@ -155,9 +163,9 @@ def relaxations(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[tup
 
 def _shorter(job: Job, changes: str = "") -> Iterator[tuple[str, Job]]:
     """The job with rows half as long, and again; changes: made to it before."""
-    length = job.sequence_length
+    length, before = job.sequence_length, f"{changes} " if changes else ""
     while (length := length // 32 * 16) >= 256:  # fp8 products take sixteens
-        yield f"{changes}sequence_length={length}", replace(job, sequence_length=length)
+        yield f"{before}sequence_length={length}", replace(job, sequence_length=length)
 
 
 def _alternative(text: str, best: Candidate, job: Job, shape: ModelShape, dataset_tokens: int | None) -> dict[str, Any]:

@@ -11,14 +11,10 @@ from loadmaster.config.rules import serving_rules
 from loadmaster.config.schema import Job
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.shape import Matrix, ModelShape
-from loadmaster.preflight.tensor_parallel import INT4_GROUPS, block_of, divides
+from loadmaster.preflight.tensor_parallel import FP8_BLOCK, INT4_GROUPS, NVFP4_GROUP, block_of, divides
 
 GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """model_type of what GGUF is written for -> llama.cpp's name."""
-FP8_BLOCK = 128
-"""Weights of a side of fp8_block's squares."""
-NVFP4_GROUP = 16
-"""Inputs that share a scale of nvfp4."""
 MIN_QUANTIZED_SHARE = 0.9
 """Of the weights besides embeddings and head; below it the architecture keeps weights outside linear layers."""
 WHOLE = ("adapter", "bf16", "gguf")
@@ -68,11 +64,12 @@ def _too_long_requests(job: Job, shape: ModelShape) -> Iterator[Problem]:
 def _undivided(job: Job, shape: ModelShape) -> Iterator[Problem]:
     """Cards of the endpoint over which vLLM divides the model in none of the formats that may be served."""
     count, serve_as = job.endpoint.count, job.endpoint.serve_as
-    blocks = {block_of(shape, form) for form in (job.export.formats if serve_as == "auto" else [serve_as])}
+    forms = job.export.formats if serve_as == "auto" else [serve_as]
+    blocks = {block_of(shape, form) for form in forms}
     if count != "auto" and not any(divides(shape, count, block) for block in blocks):
         message = f"vLLM cannot divide {shape.name}, of {shape.heads} attention heads, over so many cards"
         if divides(shape, count):
-            message += f" where {max(blocks)} weights share a scale (int4)"
+            message += f" where {min(blocks)} weights share a scale ({', '.join(forms)})"
         able = [str(n) for n in (1, 2, 4, 8) if any(divides(shape, n, block) for block in blocks)]
         yield Problem("endpoint.count", count, IN_THE_JOB, message, f"endpoint.count={' or '.join(able)}")
 

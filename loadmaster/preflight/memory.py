@@ -113,6 +113,8 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
         zero = zero_bytes(shape, setup)
         communication += zero.kept
         (at, reducing), gradients = zero_peak(replayed, zero), 0.0 if setup.stage < 3 else zero.gradients
+        static += min(0.0, reducing)  # zero2's gradients are not there before the first sum
+        reducing = max(0.0, reducing)
         if hardware.is_cpu:
             reducing += max(0.0, zero.host - optimizer)
     backward = Bytes(

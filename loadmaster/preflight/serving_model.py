@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from loadmaster.preflight.families import FAMILIES, refuse_uncountable
 def named(word: str) -> ModelConfig:
     """What `word` names; of a folder or Hub id that is not there too."""
     folder, file = local_path(word), short_names().get(word)
-    if not (folder / "config.json").is_file() and file is not None:
+    if not os.path.isfile(folder / "config.json") and file is not None:
         held = yaml.safe_load(file.read_text(encoding="utf-8"))
         return ModelConfig(**{key: held[key] for key in ("name", "path", "revision") if key in held})
-    is_id = word.lower() in catalog.shapes() or not (folder.is_dir() or word.startswith((".", "/", "~")))
-    if is_id and not (folder / "config.json").is_file():
+    is_id = word.lower() in catalog.shapes() or not (os.path.isdir(folder) or word.startswith((".", "/", "~")))
+    if is_id and not os.path.isfile(folder / "config.json"):
         return ModelConfig(name=word)
     return ModelConfig(name=folder.resolve().name, path=str(folder))
 
@@ -39,9 +40,11 @@ def model_and_config(word: str) -> tuple[ModelConfig, dict[str, Any]]:
     """Raises ConfigError where there is no config.json, or one of layers that cannot be counted."""
     model = named(word)
     folder = None if model.path is None else local_path(model.path)
-    if folder is not None and not (folder / "config.json").is_file():
-        message = "this folder has no config.json" if folder.is_dir() else "there is no such folder"
-        exported = next((file.parent for file in sorted(folder.glob("export/*/config.json"))), None)
+    if folder is not None and not os.path.isfile(folder / "config.json"):
+        is_here = os.path.isdir(folder)
+        message = "this folder has no config.json" if is_here else "there is no such folder"
+        found = sorted(folder.glob("export/*/config.json")) if is_here else []
+        exported = next((file.parent for file in found), None)
         remedy = f"model={exported}, what this run exported" if exported else _models(word)
         raise ConfigError([Problem("model", word, "command line", message, remedy)])
     try:

@@ -6,6 +6,10 @@ from loadmaster.preflight.shape import ModelShape
 
 INT4_GROUPS = (128, 64, 32)
 """Inputs that share a scale of int4: the sizes that vLLM's kernels know, best compression first."""
+FP8_BLOCK = 128
+"""Weights of a side of fp8_block's squares."""
+NVFP4_GROUP = 16
+"""Inputs that share a scale of nvfp4."""
 
 
 def divides(shape: ModelShape, count: int, block: int = 1) -> bool:
@@ -23,8 +27,8 @@ def divides(shape: ModelShape, count: int, block: int = 1) -> bool:
 
 def block_of(shape: ModelShape, form: str) -> int:
     """Weights along a matrix's inputs that share a scale where the model is stored so; 1 where a whole row does."""
-    if form != "int4":
-        return 1
+    if not form.startswith("int4"):
+        return {"fp8_block": FP8_BLOCK, "nvfp4": NVFP4_GROUP}.get(form, 1)
     experts = shape.expert_size if shape.experts else shape.hidden_size
     inputs = [experts, *(matrix.inputs for matrix in shape.matrices())]
     return next((size for size in INT4_GROUPS if all(each % size == 0 for each in inputs)), INT4_GROUPS[-1])

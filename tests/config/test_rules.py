@@ -301,10 +301,19 @@ def test_a_hub_dataset_is_not_taken_for_a_missing_file():
     assert compose(["data=file", "data.path=owner/dataset"]).job.data.path == "owner/dataset"
 
 
-def test_a_name_that_no_file_can_have_is_a_missing_file():
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data=file", f"data.path={'long' * 99}.jsonl"], "there is no such file"),
+        (["data=file", f"data.path={'long' * 99}/rows.jsonl"], "there is no such file"),
+        ([f"model.path={'long' * 99}", "model.name=me/mine"], "is not a folder here"),
+        ([f"model={'long' * 99}/x"], "there is no model of this name"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_a_missing_file(words: list[str], said: str):
     with pytest.raises(ConfigError) as caught:
-        compose(["data=file", f"data.path={'long' * 99}.jsonl"])
-    assert "there is no such file" in caught.value.problems[0].message
+        compose(words)
+    assert said in caught.value.problems[0].message
 
 
 def test_a_missing_file_in_a_missing_folder_says_where_it_looked():

@@ -72,6 +72,19 @@ def test_the_smallest_whole_model_is_served_unless_told_otherwise(run_dir):
     assert "--max-model-len 256" in (chosen / "README.md").read_text()
 
 
+def test_of_the_formats_the_endpoints_cards_divide_one_is_served(tmp_path):
+    config = {**CONFIG, "hidden_size": 512, "intermediate_size": 384, "num_attention_heads": 8}
+    config["num_key_value_heads"] = 4
+    grouped = {"quantization_config": {"config_groups": {"group_0": {"weights": {"group_size": 128}}}}}
+    publish(tmp_path, "bf16", 300, config=config)
+    publish(tmp_path, "int4", 100, config=config | grouped)
+    assert read_json(bundle(tmp_path, count=1) / "manifest.json")["format"] == "int4"
+    two = bundle(tmp_path, count=2)
+    assert read_json(two / "manifest.json")["format"] == "bf16" and (two / "endpoint.json").is_file()
+    told = bundle(tmp_path, count=2, serve_as="int4")
+    assert "endpoint.count=1" in (told / "README.md").read_text() and not (told / "endpoint.json").exists()
+
+
 def test_the_readme_names_the_server_that_loaded_the_export_and_none_that_did_not(run_dir):
     def said():
         return (bundle(run_dir) / "README.md").read_text()

@@ -135,8 +135,11 @@ def test_requests_longer_than_the_model_knows_are_refused_before_training(tiny: 
 
 @pytest.mark.parametrize(
     ("name", "formats", "count", "able"),
-    [("Qwen/Qwen2.5-7B-Instruct", ["bf16"], 8, "1 or 2 or 4"), ("Qwen/Qwen2.5-72B-Instruct", ["int4"], 4, "1")],
-)
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", ["bf16"], 8, "1 or 2 or 4"), ("Qwen/Qwen2.5-72B-Instruct", ["int4"], 4, "1"),
+        ("Qwen/Qwen2.5-72B-Instruct", ["int4_awq", "fp8_block"], 2, "1"),
+    ],
+)  # fmt: skip
 def test_cards_that_a_server_cannot_divide_the_model_over_are_refused_before_training(
     name: str, formats: list[str], count: int, able: str
 ) -> None:

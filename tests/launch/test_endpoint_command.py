@@ -241,7 +241,7 @@ def test_what_is_no_run_is_a_sentence(run_dir, account, capsys, tmp_path) -> Non
     for path in (run_dir / "bundle", run_dir / "export" / "bf16"):
         assert main(["deploy", str(path), "--volume", "vol1", "--yes"]) == 4
         assert f"give the run directory, {run_dir.resolve()}" in "".join(capsys.readouterr()).replace("\n", " ")
-    for path in (tmp_path / "nowhere", file, tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path / ("long" * 99), file, tmp_path):
         assert main(["deploy", str(path), "--volume", "vol1", "--yes"]) == 4
         said = "".join(capsys.readouterr()).replace("\n", " ")
         assert ("has no bundle" if path == tmp_path else f"there is no folder {path}") in said

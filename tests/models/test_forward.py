@@ -15,6 +15,8 @@ from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.attention import PACKED, cached_attention
 from loadmaster.models.forward import count_trained, token_losses, trained_logits
 from loadmaster.models.load import load_base
+from loadmaster.models.spread import Spread, sizes
+from loadmaster.preflight.placement import Room
 
 TEXTS = [
     "The capital of France is Paris, and the Seine runs through it.",
@@ -101,7 +103,7 @@ def test_families_agree_with_transformers_own_attention(config):
     torch.testing.assert_close(logits, expected.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_long_document_does_not_turn_short_ones_beside_it_by_longropes_long_factors():
+def test_a_long_document_does_not_turn_short_ones_beside_it_by_longropes_long_factors(tmp_path):
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12}
     rope |= {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
     config = Phi3Config(
@@ -121,6 +123,11 @@ def test_a_long_document_does_not_turn_short_ones_beside_it_by_longropes_long_fa
         with cached_attention(model, "eager"):  # what generates has one kind for a batch, as transformers has
             rows = torch.tensor([documents[1][:9], documents[0]])
             torch.testing.assert_close(model(rows).logits, own(rows).logits)
+    own.save_pretrained(tmp_path / "model")
+    (layer, _), rest = sizes(model)
+    room = Spread(Room((rest + 1.5 * layer,)), "cpu", tmp_path / "offload")  # the second layer is left on disk
+    spread = load_base(tmp_path / "model", torch.float32, room)
+    torch.testing.assert_close(trained_logits(spread, packed(documents))[0], logits)
 
 
 def test_the_first_token_of_a_document_gets_no_loss():

@@ -48,6 +48,10 @@ def test_settings_that_would_fit_do_so_when_they_are_typed(words: list[str]) -> 
         ["recipe=lora_8b", "model.name=Qwen/Qwen3-30B-A3B", "hardware.gpu=rtx3090", "hardware.count=8", "sharding=ddp"],
         ["recipe=lora_8b", "model.name=meta-llama/Llama-3.1-405B", "hardware.gpu=a10g", "hardware.count=4",
          "micro_batch_size=16", "sharding=fsdp", "batch.global_size=64", "precision=bf16"],
+        ["recipe=lora_8b", "model.name=meta-llama/Llama-3.1-405B", "hardware.gpu=h100_80gb", "hardware.count=1",
+         "lora.dora=true", "sharding=none"],
+        # Nothing is written that could be left open: shorter rows on another machine.
+        ["recipe=auto", "model.name=meta-llama/Llama-3.1-405B", "hardware=rtx4090_x1", "sequence_length=131072"],
     ],
 )  # fmt: skip
 def test_where_no_one_change_does_several_together_do(words: list[str]) -> None:
@@ -58,6 +62,14 @@ def test_where_no_one_change_does_several_together_do(words: list[str]) -> None:
         gpu, count = alternative["gpu"], alternative["hardware"].removesuffix(f"x {alternative['gpu']}")
         typed = [*words, f"hardware.gpu={gpu}", f"hardware.count={count}"] if machine else words
         assert make_plan(compose([*PLAN, *typed, *changes.split()]).job, with_alternatives=False).fits, alternative
+
+
+@pytest.mark.parametrize("more", [[], ["method=auto", "plan.methods=[lora]"]])
+def test_what_dora_alone_keeps_whole_on_each_gpu_is_sharded_without_it(more: list[str]) -> None:
+    words = ["recipe=lora_8b", "model=llama3_1_70b", "hardware=h100_80gb_x8", "lora.dora=true", *more]
+    refused = make_plan(compose([*PLAN, *words]).job)
+    assert not refused.fits and refused.alternatives[0]["change"] == "lora.dora=false"
+    assert make_plan(compose([*PLAN, *words, "lora.dora=false"]).job, with_alternatives=False).fits
 
 
 @pytest.mark.parametrize("more", ["optimizer.max_grad_norm=0", "activation_checkpointing=offload"])

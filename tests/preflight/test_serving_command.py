@@ -158,6 +158,7 @@ def test_a_model_that_is_not_there_is_said_in_the_commands_own_words(tmp_path, m
         (f"{tmp_path}/torn", "config.json cannot be read"),
         (f"{tmp_path}/none", "there is no such folder"),
         ("./none", "there is no such folder"),
+        (f"./{'long' * 99}", "there is no such folder"),
         ("llama3_1_9b", "or model=llama3_1_8b or meta-llama/Llama-3"),
         ("nobody/nothing", "no config.json found"),
         (f"{tmp_path}/other", "one of these types: llama"),

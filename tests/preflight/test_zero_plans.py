@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from loadmaster.config.schema import ModelConfig
 from loadmaster.preflight import zero_settings
-from loadmaster.preflight.config_json import from_config
-from loadmaster.preflight.hardware import from_catalog
+from loadmaster.preflight.config_json import find_shape, from_config
+from loadmaster.preflight.hardware import cpu, from_catalog
 from loadmaster.preflight.memory import memory, worst_micro_batch, zero_peak
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.zero import zero_bytes
@@ -105,6 +106,13 @@ def test_buckets_are_not_there_while_the_loss_is_most(sharding: str, monkeypatch
     assert at == replayed.phases["loss"] == replayed.at_peak and at["logits"] > at["activations"]
     head, layer = SHAPE.embedding_parameters, SHAPE.layer_parameters(False)
     assert more == (0 if sharding == "zero2" else pytest.approx(2 * (head + 2 * layer + 1024 * 4096), rel=0.01))
+
+
+def test_gradients_that_zero2_has_not_yet_are_not_taken_off_what_is_sent() -> None:
+    """Where the loss is most: of a small model with a large vocabulary."""
+    once = setup("zero2", precision="fp32", checkpointing="full", world_size=2, gpus_per_node=2)
+    taken = memory(find_shape(ModelConfig(name="google/gemma-3-270m-it")), cpu(2), once).train
+    assert (taken.gradients, taken.communication) == (0, 0)
 
 
 def test_accumulated_micro_batches_of_zero1_find_its_bucket(monkeypatch) -> None:
