@@ -1,8 +1,8 @@
 """Matrix products of bf16 on x86 processors without instructions for it, which most laptops have.
 
-PyTorch's own take 4 times as long there as in float32 (AVX-512 alone) to 14 times (AVX2; one thread, 512 x 576 x 1536,
-2026-11-28). These take as long: a block of columns at a time is held in float32, and the result is rounded to bf16
-once, as by a GPU's units, which add up in float32 too. One row is left to PyTorch, which is quick at it.
+PyTorch's own take 4 to 7 times as long there as in float32 (AVX-512 alone), or 9 to 12 times (AVX2; one thread, 128 and
+512 rows, 576 and 1536 columns, 2026-11-28). These take hardly longer: a block of columns at a time is held in float32, and the result is rounded to bf16
+once, as by a GPU's units, which add up in float32 too. A few rows are left to PyTorch, which is quick at them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 
 BLOCK = 2**20
 """Values of the second factor in float32 at once, 4 MiB: within a processor's cache."""
+FEWEST_ROWS = 5
+"""Of the first factor: of 4 PyTorch's own take about as long, of 16 three times as long (AVX2, 2026-11-28)."""
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
 
@@ -40,17 +42,22 @@ def _registered() -> torch.library.Library:
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
         for name, widened in (("mm", _mm), ("addmm", _addmm), ("bmm", _bmm)):
             library.impl(name, _or_own(name, widened), "CPU", with_keyset=True)
+            library.impl(f"{name}.out", _or_own(f"{name}.out", widened), "CPU", with_keyset=True)
     return library
 
 
 def _or_own(name: str, widened: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The product by `widened` of bf16 of more than a row, and any other by PyTorch's kernel."""
+    """The product by `widened` of bf16 of more than a few rows, and any other by PyTorch's kernel."""
     own = torch.library.get_kernel(f"aten::{name}", "CPU")
 
-    def product(keys: Any, *factors: Tensor, **scales: float) -> Tensor:
-        if factors[-2].shape[-2] > 1 and all(each.dtype is torch.bfloat16 for each in factors):
-            return widened(*factors, **scales)
-        return own.call_boxed(keys, *factors, **scales)
+    def product(keys: Any, *factors: Tensor, **more: Any) -> Tensor:
+        if factors[-2].shape[-2] < FEWEST_ROWS or any(each.dtype is not torch.bfloat16 for each in factors):
+            return own.call_boxed(keys, *factors, **more)
+        out = more.pop("out", None)
+        made = widened(*factors, **more)
+        if out is None:
+            return made
+        return (out if out.shape == made.shape else out.resize_(made.shape)).copy_(made)
 
     return product
 

@@ -21,6 +21,7 @@ bf16_products.lacks_bf16 = lambda: True
 bf16_products.quicken()
 bf16_products.quicken()
 torch.manual_seed(0)
+bf16_products.FEWEST_ROWS = 2
 bf16_products.BLOCK = 64 * 7  # 50 columns are blocks of 7, and one column of the last
 
 def drawn(*shape):
@@ -50,7 +51,11 @@ with torch.inference_mode():
     right = 0.5 * bias.double() - 2 * rows.double() @ columns.double()
     near(torch.addmm(bias, rows, columns, beta=0.5, alpha=-2), right)
     assert torch.addmm(torch.full_like(bias, torch.nan), rows, columns, beta=0).isfinite().all()
+    for given in (bias.new_empty(5, 50), bias.new_empty(0), bias.new_empty(50, 5).t()):
+        assert torch.addmm(bias, rows, columns, beta=0.5, alpha=-2, out=given) is given
+        near(given, right)
     near(torch.bmm(x, x.mT), x.double() @ x.double().mT)
+    near(torch.mm(rows, columns, out=bias.new_empty(5, 50)), rows.double() @ columns.double())
     near(x.mT[1] @ x[1], x.double().mT[1] @ x.double()[1])
     assert linear(x[:, :0], weight).shape == (3, 0, 50)
     assert (rows[:, :0] @ columns[:0]).eq(0).all()
