@@ -1,8 +1,9 @@
 """Matrix products of bf16 on x86 processors without instructions for it, which most laptops have.
 
 PyTorch's own take 4 to 7 times as long there as in float32 (AVX-512 alone), or 9 to 12 times (AVX2; one thread, 128 and
-512 rows, 576 and 1536 columns, 2026-11-28). These take hardly longer: a block of columns at a time is held in float32, and the result is rounded to bf16
-once, as by a GPU's units, which add up in float32 too. A few rows are left to PyTorch, which is quick at them.
+512 rows, 576 and 1536 columns, 2026-11-28). These take hardly longer: a block of columns at a time is held in float32,
+and the result is rounded to bf16 once, as by a GPU's units, which add up in float32 too. A few rows are left to
+PyTorch, which is quick at them.
 """
 
 from __future__ import annotations
