@@ -1,9 +1,8 @@
 """Whether vLLM on this processor can serve a format, and in minutes.
 
-FP8: PyTorch multiplies it on a CPU through oneDNN, which has no kernel for it without AVX-512, and on some processors
-nothing but its reference code: 0.08 GFLOP/s (one with AMX for bf16 and int8, two cores, 2026-11-26), where a forward
-pass of a model of 135 million parameters over 100 tokens took five minutes. Others took two minutes for the whole of
-serve-check.
+FP8: PyTorch multiplies it on a CPU through oneDNN, which on some processors has no kernel for it, or nothing but its
+reference code: 0.08 GFLOP/s (one with AMX for bf16 and int8, two cores, 2026-11-26), where a forward pass of a model of
+135 million parameters over 100 tokens took five minutes. Others took two minutes for the whole of serve-check.
 
 int4: the library of vLLM 0.32 for x86 processors without AVX-512 lacks its product (cpu_gemm_wna16).
 """

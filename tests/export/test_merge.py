@@ -54,7 +54,7 @@ def test_merged_logits_of_the_real_model_equal_the_live_adapters_in_float32_and_
     live, base = live_logits(smollm2, adapter)
     assert (live - base).abs().max() > 1.0
     exact, _ = merged_logits(smollm2, adapter, tmp_path / "merged", torch.float32)
-    assert (exact - live).abs().max() <= 1e-4
+    assert (exact - live).abs().max() <= 2e-4  # of logits up to 22: sums of fp32, in the order of the processor's
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).eval()
         rounded = model(input_ids=IDS).logits.float()
