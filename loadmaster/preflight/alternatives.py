@@ -33,7 +33,9 @@ def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens
         text, opened = next(_left_open(job, shape, least=1), ("", job))
         shorter = list(_shorter(opened, text))
         found = list(islice(here(iter(shorter)), 1))
-        tried = ([(text, opened)] if text else []) + ([] if found else shorter)
+        most = shape.max_position or job.sequence_length  # longer ones take longer to replay, and no server takes them
+        known = [each for each in shorter if each[1].sequence_length <= most]
+        tried = ([(text, opened)] if text else []) + ([] if found else known)
         on_others = (_on_others(changed, shape, hardware, dataset_tokens, text) for text, changed in tried)
         others = next(filter(None, on_others), [])
     return found + others

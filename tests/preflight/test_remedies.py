@@ -64,6 +64,12 @@ def test_where_no_one_change_does_several_together_do(words: list[str]) -> None:
         assert make_plan(compose([*PLAN, *typed, *changes.split()]).job, with_alternatives=False).fits, alternative
 
 
+def test_rows_on_another_machine_are_no_longer_than_the_model_knows() -> None:
+    words = ["recipe=lora_8b", "hardware=cpu", "precision=auto", "sequence_length=2000000"]
+    found = make_plan(compose([*PLAN, *words]).job).alternatives
+    assert found and all("sequence_length=124992" in each["change"] for each in found)
+
+
 @pytest.mark.parametrize("more", [[], ["method=auto", "plan.methods=[lora]"]])
 def test_what_dora_alone_keeps_whole_on_each_gpu_is_sharded_without_it(more: list[str]) -> None:
     words = ["recipe=lora_8b", "model=llama3_1_70b", "hardware=h100_80gb_x8", "lora.dora=true", *more]
