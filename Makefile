@@ -8,8 +8,11 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH_INDEX ?=
 RUN = $(VENV)/bin/python
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
 # A file's tests share what was made for them, so they stay in one process.
-TESTS = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+TESTS = $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+# Its tests wait for Slurm nearly all the time: beside the others, not in their row.
+WAITING = tests/launch/test_real_schedulers.py
 
 .PHONY: setup smoke test test-slow lint docs clean
 
@@ -32,7 +35,7 @@ test: setup lint
 	$(TESTS) -m "not slow"
 
 test-slow: setup
-	$(TESTS) -m slow
+	@$(PYTEST) -m slow $(WAITING) & waiting=$$!; $(TESTS) -m slow --ignore $(WAITING); code=$$?; wait $$waiting && exit $$code
 
 lint: setup
 	$(VENV)/bin/ruff check .

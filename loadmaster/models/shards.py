@@ -25,6 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED
+from loadmaster.models.bf16_products import quicken
 from loadmaster.models.frozen import FrozenLinear, freeze_linears
 from loadmaster.models.load import refuse_unknown_type, refuse_unsupported
 
@@ -35,6 +36,7 @@ def empty_model(folder: Path, dtype: torch.dtype, frozen: str | None = None) -> 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     refuse_unknown_type(folder)
+    quicken()
     config = AutoConfig.from_pretrained(str(folder))
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)

@@ -45,8 +45,8 @@ JOB = Job(
     optimizer=OptimizerConfig(lr=3e-3, max_grad_norm=0.5, eps=1e-5),  # of a gradient of 0, rounding would be a step
     lora=LoraConfig(rank=4),
     tracker=TrackerConfig("none"),
-    checkpoint=CheckpointConfig(every_steps=5, keep_last=9),
-    evaluation=EvaluationConfig(every_steps=5),
+    checkpoint=CheckpointConfig(every_steps=4, keep_last=9),
+    evaluation=EvaluationConfig(every_steps=4),
 )
 
 

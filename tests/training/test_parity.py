@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.training.worlds import spawn
 
-STEPS = 10
+STEPS = 6
 TOLERANCE = 1e-5
 
 
@@ -118,7 +118,7 @@ RESUMED = [
     for sharding, count in then
 ]
 LIGHT_RESUMED = [{**c, "name": f"{c['name']}-then", "source": c["name"]} for c in LIGHT]
-SAVED_AT = 5
+SAVED_AT = 4
 
 
 @pytest.fixture(scope="module")
