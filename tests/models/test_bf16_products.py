@@ -8,7 +8,10 @@ import sys
 import pytest
 import torch
 
+from loadmaster.export.loading import load_export
 from loadmaster.models import bf16_products
+from loadmaster.models.load import load_base
+from loadmaster.models.shards import empty_model
 
 CHECK = """
 import warnings
@@ -100,3 +103,16 @@ def test_nothing_is_registered_where_pytorchs_own_are_quick(lacks, monkeypatch):
     monkeypatch.setattr(bf16_products, "lacks_bf16", lambda: lacks)
     bf16_products.quicken()
     assert len(calls) == lacks
+
+
+def test_whatever_way_a_model_is_loaded_its_products_are_quick(tiny, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bf16_products, "_registered", lambda: calls.append(1))
+    monkeypatch.setattr(bf16_products, "lacks_bf16", lambda: True)
+    ways = (
+        lambda: load_base(tiny, torch.bfloat16, "cpu"), lambda: empty_model(tiny, torch.bfloat16),
+        lambda: load_export(tiny, "cpu"),
+    )  # fmt: skip
+    for count, load in enumerate(ways, 1):
+        load()
+        assert len(calls) == count
