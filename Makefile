@@ -10,9 +10,11 @@ TORCH_INDEX ?=
 RUN = $(VENV)/bin/python
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
 # A file's tests share what was made for them, so they stay in one process.
-TESTS = $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+TESTS = $(PYTEST) --dist loadfile --no-loadscope-reorder
 # Its tests wait for Slurm nearly all the time: beside the others, not in their row.
 WAITING = tests/launch/test_real_schedulers.py
+# A quarter of the slow tests' time is waiting: a third process uses it on processors on which they take the longest.
+SLOW_PROCESSES = $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo 2 || echo 3)
 
 .PHONY: setup smoke test test-slow lint docs clean
 
@@ -32,10 +34,10 @@ smoke: setup
 	$(RUN) train.py
 
 test: setup lint
-	$(TESTS) -m "not slow"
+	$(TESTS) -n 2 -m "not slow"
 
 test-slow: setup
-	@$(PYTEST) -m slow $(WAITING) & waiting=$$!; $(TESTS) -m slow --ignore $(WAITING); code=$$?; wait $$waiting && exit $$code
+	@$(PYTEST) -m slow $(WAITING) & waiting=$$!; $(TESTS) -n $(SLOW_PROCESSES) -m slow --ignore $(WAITING); code=$$?; wait $$waiting && exit $$code
 
 lint: setup
 	$(VENV)/bin/ruff check .
