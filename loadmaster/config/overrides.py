@@ -160,7 +160,7 @@ def _forced(loader: ConfigLoaderImpl, override: Override) -> str:
     return f"++{line}" if plain and not _is_group_choice(loader, override) else line
 
 
-def _unreadable(loader: ConfigLoaderImpl, argument: str, error: HydraException) -> Problem:
+def _unreadable(loader: ConfigLoaderImpl, argument: str, error: Exception) -> Problem:
     if "=" not in argument and not argument.startswith("~"):
         if argument.startswith("-"):
             return Problem(argument, None, COMMAND_LINE, "there is no such option here", "leave it out")

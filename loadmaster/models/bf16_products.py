@@ -52,9 +52,11 @@ def _or_own(name: str, widened: Callable[..., Tensor]) -> Callable[..., Tensor]:
     own = torch.library.get_kernel(f"aten::{name}", "CPU")
 
     def product(keys: Any, *factors: Tensor, **more: Any) -> Tensor:
-        if factors[-2].shape[-2] < FEWEST_ROWS or any(each.dtype is not torch.bfloat16 for each in factors):
+        out = more.get("out")
+        tensors = factors if out is None else (*factors, out)
+        if factors[-2].shape[-2] < FEWEST_ROWS or any(each.dtype is not torch.bfloat16 for each in tensors):
             return own.call_boxed(keys, *factors, **more)
-        out = more.pop("out", None)
+        more.pop("out", None)
         made = widened(*factors, **more)
         if out is None:
             return made

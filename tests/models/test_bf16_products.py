@@ -72,6 +72,12 @@ except RuntimeError as error:
 else:
     raise AssertionError("shapes that do not fit were multiplied")
 try:
+    torch.mm(rows.detach(), columns.detach(), out=torch.empty(5, 50))
+except RuntimeError as error:
+    assert "dtype" in str(error), error
+else:
+    raise AssertionError("a result of another dtype was filled")
+try:
     rows @ columns.float()
 except RuntimeError as error:
     assert "dtype" in str(error), error
