@@ -201,6 +201,6 @@ def fp8_training_matmul(b: Blocks, x: Tensor, weight: Tensor, m: Matrix) -> Tens
     codes = [cast(n * m.inputs, 1 + w * reads), cast(m.weight, 5)]
     if tape.runs(kept):
         product()
-    out = tape.op(w * n * m.outputs, [x, weight], [x.storage, weight.storage], backward, kept)
+    out = Tensor(_product(b, m))  # before the factors are kept: a recomputation that ends with them has it, too
     del codes
-    return out
+    return tape.link(out, [x, weight], [x.storage, weight.storage], backward)

@@ -98,6 +98,7 @@ def mlp_by_pieces(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
     parts = []
     for size in sizes:
         piece = Tensor(h.storage, node, b.w * size * b.shape.hidden_size)
+        piece = tape.link(piece, [piece], [], lambda g, _: [g])  # a result's gradients are added as they come
 
         def run(x: Tensor, size: int = size) -> Tensor:
             b.n = size

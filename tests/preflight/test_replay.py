@@ -181,7 +181,7 @@ def test_gradients_that_meet_are_added_in_place_unless_a_trace_is_replayed() -> 
 def test_inputs_in_host_memory_and_mlps_by_pieces_are_replayed(family: str, method: str, monkeypatch) -> None:
     monkeypatch.setattr(recompute, "MLP_TOKENS", 512)
     monkeypatch.setattr(blocks, "MLP_TOKENS", 512)
-    config = {**random_config(family, 0), "vocab_size": 1000}
+    config = {**random_config(family, 1), "vocab_size": 1000}
     shape = from_config(config, family)
     cases = [Case(500, "offload"), Case(3000, "offload"), Case(3000, "offload", accumulated=True)]
     for case, truth in zip(cases, traced_peaks(config, method, cases), strict=True):
@@ -191,9 +191,7 @@ def test_inputs_in_host_memory_and_mlps_by_pieces_are_replayed(family: str, meth
         )  # fmt: skip
         training_step.cache_clear()
         error = training_step(shape, setup, in_place=False).peak / truth - 1
-        # Gradients of pieces that meet those of an earlier micro-batch are counted once too often.
-        allowed = 0.05 if case.accumulated else TOLERANCE
-        assert -TOLERANCE < error < allowed, f"{case}: replay is {error:+.3%} from the trace of {truth} bytes"
+        assert abs(error) < TOLERANCE, f"{case}: replay is {error:+.3%} from the trace of {truth} bytes"
     training_step.cache_clear()
 
 
@@ -207,7 +205,7 @@ def test_the_engines_numbers_are_the_preflights() -> None:
     "family", ["llama", "qwen2", "gemma3_text", pytest.param("gemma2", marks=pytest.mark.slow)]
 )
 def test_training_in_fp8_is_replayed_as_torchao_does_it(family: str) -> None:
-    config = random_config(family, 0)
+    config = random_config(family, 1)
     cases = [Case(512), Case(3008), Case(3008, accumulated=True), Case(3008, "full"), Case(3008, "selective")]
     shape = from_config(config, family)
     for case, truth in zip(cases, traced_peaks(config, "full", cases, precision="fp8"), strict=True):
@@ -216,5 +214,4 @@ def test_training_in_fp8_is_replayed_as_torchao_does_it(family: str) -> None:
             sequence_length=case.tokens, gradient_accumulation_steps=2 if case.accumulated else 1,
         )  # fmt: skip
         error = training_step(shape, setup, in_place=False).peak / truth - 1
-        allowed = 0.01 if case.checkpointing == "selective" else TOLERANCE
-        assert -TOLERANCE < error < allowed, f"{config} {case}: replay is {error:+.3%} from the trace of {truth} bytes"
+        assert abs(error) < TOLERANCE, f"{config} {case}: replay is {error:+.3%} from the trace of {truth} bytes"
