@@ -86,11 +86,12 @@ class ModelShape:
 
     @cached_property
     def attention_matrices(self) -> tuple[Matrix, ...]:
+        """In the order in which the model has them, and an optimizer steps them."""
         h, q, k = self.hidden_size, self.query_size, self.key_value_size
         bias = self.query_key_value_bias
         output = Matrix("o_proj", q, h, self.output_bias)
         if self.fused:
-            return Matrix("qkv_proj", h, q + 2 * k, bias), output
+            return output, Matrix("qkv_proj", h, q + 2 * k, bias)
         return Matrix("q_proj", h, q, bias), Matrix("k_proj", h, k, bias), Matrix("v_proj", h, k, bias), output
 
     @cached_property
