@@ -7,7 +7,8 @@
     all-reduce = reduce-scatter + all-gather
 
     fsdp          each micro-batch: gather the weights forward and the layers' again backward, reduce the trained
-                  gradients (fp32); where layers stay whole (reshard_after_forward false), gather once a step
+                  gradients (fp32); where layers stay whole (reshard_after_forward false), gather once a step.
+                  Passes without gradients (DPO's, KTO's) gather, too, and FSDP2 then prefetches the last layer in vain
     hybrid        the same inside each node; then the shards' gradients are summed over nodes (fp32)
     ddp           the last micro-batch of a step: all-reduce of the gradients in the weights' dtype
     zero3         fsdp
@@ -64,8 +65,10 @@ def step_traffic(shape: ModelShape, setup: Setup) -> Traffic:
         return Traffic()
     setup = _as_fsdp(setup)
     if setup.shards > 1:
-        unit, root = whole(shape, setup), fsdp_units(shape, setup)[2]
-        gathered = unit.gathered if setup.keeps_weights else repeats * (2 * unit.gathered - root.gathered)
+        unit, (dense, sparse, root) = whole(shape, setup), fsdp_units(shape, setup)
+        layers, last = unit.gathered - root.gathered, sparse if shape.has_experts(shape.layers - 1) else dense
+        once = root.gathered + (last.gathered if setup.forwards else 0)
+        gathered = layers + once if setup.keeps_weights else repeats * (_passes(setup) * layers + once)
         return Traffic(gathered, repeats * unit.reduced)
     if setup.stage:
         return Traffic(setup.width * trained, (1 if setup.stage == 1 else repeats) * REDUCE_BYTES * trained)
@@ -85,7 +88,7 @@ def step_communication(shape: ModelShape, hardware: Hardware, setup: Setup, micr
     inner = 1 if setup.replicas > 1 else nodes
     layers = shape.layers
     if setup.shards > 1:
-        gathers = (layers + 1) / repeats if setup.keeps_weights else 2 * layers + 1
+        gathers = (layers + 1) / repeats if setup.keeps_weights else _passes(setup) * layers + 1
         sent = collective_seconds(traffic.gathered / repeats, gathers, gpus, inner, hardware)
         sent += collective_seconds(traffic.reduced / repeats, layers + 1, gpus, inner, hardware)
         if setup.replicas > 1:
@@ -103,6 +106,11 @@ def step_communication(shape: ModelShape, hardware: Hardware, setup: Setup, micr
     buckets = max(1.0, traffic.reduced / repeats / 25e6)
     both = 2 * collective_seconds(traffic.reduced, buckets, gpus, nodes, hardware)
     return max(0.0, both - backward_s) + exposed * min(both, backward_s)
+
+
+def _passes(setup: Setup) -> int:
+    """Through the layers, in each micro-batch."""
+    return 2 + setup.forwards
 
 
 def _as_fsdp(setup: Setup) -> Setup:
@@ -125,4 +133,4 @@ def host_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
         return 0.0
     shard = base_bytes(shape, setup.method, setup.precision) / setup.shards
     gradients = setup.width * setup.trainable(shape) / setup.shards
-    return (2 * shard + gradients) / (hardware.host_gb_per_s * 1e9 * value("efficiency", "host_link"))
+    return (_passes(setup) * shard + gradients) / (hardware.host_gb_per_s * 1e9 * value("efficiency", "host_link"))

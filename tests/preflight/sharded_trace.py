@@ -20,12 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from loadmaster.config.schema import LoraConfig, OptimizerConfig
+from loadmaster.config.schema import LoraConfig, OptimizerConfig, PreferenceConfig
 from loadmaster.data import MicroBatch
 from loadmaster.models import shards
 from loadmaster.models.adapters import make_trainable, trainable
-from loadmaster.models.forward import SummedLoss
 from loadmaster.models.frozen import freeze_linears, frozen_form
+from loadmaster.models.preference import loss_module
 from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.training.in_backward import BackwardOptimizer
 from loadmaster.training.sharding import FullyShard
@@ -76,6 +76,7 @@ def world_of(size: int, replicas: int = 1) -> Iterator[Any]:
             mock.patch(f"{group}._validate_no_meta_params"),
             mock.patch.object(_fsdp_collectives.dist, "all_reduce", lambda tensor, **_: None),
             mock.patch.object(torch.cpu.Stream, "record_event", lambda stream: object(), create=True),
+            mock.patch.object(torch.accelerator, "current_stream", mock.Mock()),
             mock.patch.object(shards, "materialise"),
             mock.patch.object(shards, "fill"),
         ):
@@ -124,7 +125,7 @@ def sharded_model(
     engine.world = World(device=torch.device("meta"))
     engine.parameter_device, engine.folder, engine.dtype = torch.device("meta"), None, torch.bfloat16
     engine.gathered, engine.reduced = [], []  # bytes of each collective
-    root = engine.wrap(SummedLoss(model))
+    root = engine.wrap(loss_module(model, case.objective, PreferenceConfig()))
     for module in root.modules():
         if hasattr(module, "set_custom_all_gather"):
             module.set_custom_all_gather(_Silent(engine.gathered))
@@ -174,7 +175,10 @@ def sharded_peaks(
 
 def micro_batch(case: Case) -> MicroBatch:
     ids = torch.zeros(1, case.tokens, dtype=torch.long)
-    return MicroBatch(ids, ids, torch.arange(case.tokens)[None], [["row"]])
+    documents = 1 if case.objective == "sft" else 2
+    places = torch.arange(case.tokens) % (case.tokens // documents)
+    desirable = torch.tensor([True, False]) if case.objective == "kto" else None
+    return MicroBatch(ids, ids, places[None], [["row"]], desirable)
 
 
 def step_bytes(

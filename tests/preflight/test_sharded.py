@@ -12,6 +12,7 @@ from torch import nn
 from loadmaster.preflight.communication import step_traffic
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.memory import worst_micro_batch
+from loadmaster.preflight.search import FORWARDS
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shards import whole
 from loadmaster.training.sharding import codes_without_gradients
@@ -118,6 +119,19 @@ def test_a_layer_that_is_gathered_ahead_is_one_with_experts_or_without_as_it_com
         held_to_a_trace(config, method, case, 4)
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
+def test_preference_tunings_memory_equals_a_trace_of_fully_shard(objective: str) -> None:
+    config = {**random_config("llama", 1), "vocab_size": 256}
+    for checkpointing in ("none", "full"):
+        setup = Setup(
+            method="lora", precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp",
+            checkpointing=checkpointing, sequence_length=512, world_size=8, objective=objective,
+        )  # fmt: skip
+        _, peak = sharded_peaks(config, "lora", "bf16", Case(512, checkpointing, objective=objective), 8)
+        replayed = worst_micro_batch(from_config(config, "llama"), setup, in_place=False)[0].peak
+        assert replayed == pytest.approx(peak, rel=TOLERANCE)
+
+
 def test_hybrid_sharding_keeps_each_layers_sum_to_the_end() -> None:
     config = {**random_config("llama", 1), "vocab_size": 256}
     for method in ("full", "lora"):
@@ -131,16 +145,18 @@ def test_hybrid_sharding_keeps_each_layers_sum_to_the_end() -> None:
         assert worst_micro_batch(shape, setup, in_place=False)[0].peak == pytest.approx(peak, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("method", "objective"), [("full", "sft"), ("lora", "sft"), ("lora", "dpo"), ("lora", "kto")])
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_bytes_that_a_step_moves_equal_those_of_fully_shard(method: str, reshard: bool, micro_batches: int) -> None:
+def test_bytes_that_a_step_moves_equal_those_of_fully_shard(method, objective, reshard, micro_batches) -> None:
     config = {**random_config("llama", 1), "vocab_size": 256}
     setup = Setup(
         method=method, precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp",
         checkpointing="full", sequence_length=512, world_size=8, gpus_per_node=8,
-        gradient_accumulation_steps=micro_batches, reshard_after_forward=reshard,
+        gradient_accumulation_steps=micro_batches, reshard_after_forward=reshard, objective=objective,
+        forwards=FORWARDS.get(objective, 0),
     )  # fmt: skip
-    gathered, reduced = step_bytes(config, method, Case(512, "full"), 8, micro_batches, reshard)
+    case = Case(512, "full", objective=objective)
+    gathered, reduced = step_bytes(config, method, case, 8, micro_batches, reshard)
     traffic = step_traffic(from_config(config, "llama"), setup)
     assert (traffic.gathered, traffic.reduced) == pytest.approx((gathered, reduced), rel=0.001)
