@@ -1,4 +1,4 @@
-"""Jobs that no table of combinations has: adapters on some linears, wide ranks, layers kept; each equals its trace."""
+"""Jobs that no table of combinations has: adapters on some linears, wide ranks, layers kept, inputs on the host."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import random
 import pytest
 import torch
 
+from loadmaster.models import recompute
 from loadmaster.models.load import DTYPES
 from loadmaster.models.recompute import checkpoint_activations
+from loadmaster.preflight import blocks
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
@@ -70,20 +72,25 @@ def test_sizes_that_no_unit_or_block_divides_equal_a_trace(changes: dict, job) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
-def test_jobs_drawn_at_random_equal_their_traces(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(24))
+def test_jobs_drawn_at_random_equal_their_traces(seed: int, monkeypatch) -> None:
+    monkeypatch.setattr(recompute, "MLP_TOKENS", 400)
+    monkeypatch.setattr(blocks, "MLP_TOKENS", 400)
     draw = random.Random(seed)
     family = draw.choice(["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "smollm3"])
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     targets = tuple(draw.sample(names, draw.randint(1, len(names))))
-    method, precision = draw.choice([("lora", "bf16"), ("lora", "fp32"), ("lora", "fp8"), ("qlora", "bf16")])
+    kinds = [("lora", "bf16"), ("lora", "fp32"), ("lora", "fp8"), ("qlora", "bf16"), ("full", "bf16"), ("full", "fp8")]
+    method, precision = draw.choice(kinds)
     dora = method == "lora" and precision != "fp8" and draw.random() < 0.3
-    checkpointing = draw.choice(["none", "selective", "full"])
+    checkpointing = draw.choice(["none", "selective", "full", "offload"])
     kept = draw.randint(0, 3) if checkpointing == "full" else 0
-    objective = draw.choice(["sft", "sft", "dpo", "orpo", "kto"])
+    objective = draw.choice(["sft", "sft", "orpo"] + ["dpo", "kto"] * (method != "full"))
     case = Case(draw.choice([512, 1024, 2048]), checkpointing, draw.random() < 0.3, objective, kept_layers=kept)
     job = (family, method, precision, targets, draw.choice([4, 16, 64]), dora, case, seed)
     odd = {"intermediate_size": draw.choice([500, 777, 4099]), "attention_bias": True} if draw.random() < 0.5 else {}
+    odd = {} if (method, precision) == ("full", "fp8") else odd
+    training_step.cache_clear()  # which knows no other size of pieces
     assert abs(error(*job, **odd)) < TOLERANCE, f"{job} {odd}: {error(*job, **odd):+.3%}"
 
 
