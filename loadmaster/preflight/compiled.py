@@ -10,7 +10,8 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k
     4 f                                             (gate and up; their product and the norms' outputs are made again)
     2 r    for each adapter
-    a byte for each input of an adapter, and 6 h + 2 dq more, with dropout on all linears; norms' outputs and 2 f too
+    a byte for each input of an adapter, and 6 h + 2 dq more, with dropout on all linears; norms' outputs and 2 f too,
+           but over an nf4 base
     dq     trained with products in FP8             (the output in FP8 as well)
 
 On an H100 a sketch of such an engine took 32.9 GiB (LoRA 8B, 2 x 2048), 23.2 over nf4, and 38.6 (full 3B, 4 x 2048), or
@@ -47,7 +48,8 @@ def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
     if setup.lora_dropout and adapted:
         if adapted != everything:
             return None
-        kept += 4 * h + 2 * f + 5 * h + dq + f + 6 * h + 2 * dq
+        kept += 5 * h + dq + f + 6 * h + 2 * dq
+        kept += 4 * h + 2 * f if setup.method != "qlora" else 0
     return kept
 
 

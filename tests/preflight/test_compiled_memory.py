@@ -78,6 +78,7 @@ def test_a_compiled_layer_keeps_what_its_partitioner_chose() -> None:
 
 CHANGES = [
     {}, {"method": "full"}, {"method": "qlora"}, {"lora_dropout": 0.1}, {"precision": "fp8"},
+    {"method": "qlora", "lora_dropout": 0.1}, {"precision": "fp8", "lora_dropout": 0.1},
     {"lora_targets": ("q_proj", "v_proj")}, {"lora_targets": ("gate_proj", "down_proj")},
     {"method": "full", "precision": "fp8"},
 ]  # fmt: skip
