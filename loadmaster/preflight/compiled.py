@@ -10,8 +10,8 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k
     4 f                                             (gate and up; their product and the norms' outputs are made again)
     2 r    for each adapter
-    a byte for each input of an adapter, and 6 h + 2 dq more, with dropout on all linears; norms' outputs and 2 f too,
-           but over an nf4 base
+    3      for each input of an adapter with dropout: the mask, and what is left of the input; over an nf4 base that is
+           made again for q, gate and down, of which a byte stays
     dq     trained with products in FP8             (the output in FP8 as well)
 
 On an H100 a sketch of such an engine took 32.9 GiB (LoRA 8B, 2 x 2048), 23.2 over nf4, and 38.6 (full 3B, 4 x 2048), or
@@ -26,6 +26,9 @@ from loadmaster.preflight import saved
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 
+MADE_AGAIN = ("q_proj", "gate_proj", "down_proj")
+"""Matrices over nf4 whose adapter's input, after dropout, is not kept."""
+
 
 @cache
 def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
@@ -38,18 +41,15 @@ def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
     if shape.estimate and "multimodal" not in shape.estimate:  # layers like none of those that were looked at
         return None
     h, f, dq, dk = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size
-    adapted = {m.name for m in shape.adapted(setup.lora_targets)} if setup.adapters else set()
-    everything = {m.name for m in shape.matrices()}
+    adapted = shape.adapted(setup.lora_targets) if setup.adapters else ()
     kept = 2 * h * (2 if shape.norms == 2 else 3) + 4 * shape.norms + 4 * dq + 4 * dk + 4 * shape.heads
     if shape.query_key_norm:
         kept += 2 * dq + 2 * dk + 4 * (shape.heads + shape.key_value_heads)
     kept += dq if setup.precision == "fp8" and not setup.adapters else 0
     kept += 4 * f + 2 * setup.lora_rank * len(adapted)
-    if setup.lora_dropout and adapted:
-        if adapted != everything:
-            return None
-        kept += 5 * h + dq + f + 6 * h + 2 * dq
-        kept += 4 * h + 2 * f if setup.method != "qlora" else 0
+    if setup.lora_dropout:
+        again = MADE_AGAIN if setup.method == "qlora" else ()
+        kept += sum((1 if m.name in again else 3) * m.inputs for m in adapted)
     return kept
 
 

@@ -80,6 +80,7 @@ CHANGES = [
     {}, {"method": "full"}, {"method": "qlora"}, {"lora_dropout": 0.1}, {"precision": "fp8"},
     {"method": "qlora", "lora_dropout": 0.1}, {"precision": "fp8", "lora_dropout": 0.1},
     {"lora_targets": ("q_proj", "v_proj")}, {"lora_targets": ("gate_proj", "down_proj")},
+    *({"lora_targets": ("q_proj", "o_proj", "up_proj"), "lora_dropout": 0.1, "method": m} for m in ("lora", "qlora")),
     {"method": "full", "precision": "fp8"},
 ]  # fmt: skip
 
