@@ -21,7 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
-from loadmaster.config.fields import describe, fields, nearest
+from loadmaster import catalog
+from loadmaster.config.fields import describe, fields, nearest, nearest_card
 from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.model_folder import run_of
 from loadmaster.config.origins import COMMAND_LINE
@@ -34,6 +35,8 @@ PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
 _FROM_HOME = re.compile(r"([=,\[]\s*)(~(?:[^\"',\[\]{}]*[^\"',\[\]{}\s])?)")
 """`model.path=~/models/mine`, or in a list: a shell leaves the ~ of a word that does not begin with it as it is."""
 _QUOTES = " '\""
+_MACHINE = re.compile(r"(?P<card>.+?)[_-]?x(?P<count>[1-9]\d?)(_n(?P<nodes>[1-9]\d*))?")
+"""`l40s_x4`, `h100_80gb_x8_n2`."""
 
 
 @dataclass
@@ -230,10 +233,12 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
 
 def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> Problem:
     is_file = wrong.endswith((".yaml", ".yml"))
-    guess = nearest(Path(wrong).stem if is_file else wrong, options)
+    named = Path(wrong).stem if is_file else wrong
+    guess = nearest(named, options)
     if guess and guess.startswith(wrong.lower()):
         guess = min((option for option in options if option.startswith(wrong.lower())), key=_size)
-    remedy = (f"{group}={guess}; " if guess else "") + "the options are " + ", ".join(options)
+    meant = _machine(named, options) if group == "hardware" else f"{group}={guess}" if guess else ""
+    remedy = (f"{meant}; " if meant else "") + "the options are " + ", ".join(options)
     if (group == "model" and "/" in wrong) or (group == "data" and wrong.lower().endswith(DATA_SUFFIXES)):
         remedy = f"{_meant(group, wrong)}; {remedy}"
     others = {
@@ -245,6 +250,19 @@ def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> P
     if is_file or ("/" in wrong and group != "data"):
         remedy += f"; a file of your own goes into {'recipes' if group == GROUP else 'conf/' + group}/ here"
     return Problem(group, wrong, origin, f"there is no {group} of this name", remedy)
+
+
+def _machine(named: str, options: list[str]) -> str:
+    """What sets the hardware that was probably meant: an option, or the fields of a machine without one."""
+    read = _MACHINE.fullmatch(named.lower())
+    size = {key: read[key] for key in ("count", "nodes") if read[key]} if read else {}
+    card = nearest_card(read["card"] if read else named, catalog.gpus())
+    if card is None:
+        guess = nearest(named, options, cutoff=0.75)
+        return f"hardware={guess}" if guess else ""
+    option = f"{card}_x{size.get('count', 1)}" + (f"_n{size['nodes']}" if "nodes" in size else "")
+    fields_of_it = [f"hardware.gpu={card}", *(f"hardware.{key}={value}" for key, value in size.items())]
+    return f"hardware={option}" if option in options else " ".join(fields_of_it)
 
 
 def _meant(group: str, wrong: str) -> str:

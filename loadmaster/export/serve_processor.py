@@ -4,7 +4,8 @@ FP8: PyTorch multiplies it on a CPU through oneDNN, which on some processors has
 reference code: 0.08 GFLOP/s (one with AMX for bf16 and int8, two cores, 2026-11-26), where a forward pass of a model of
 135 million parameters over 100 tokens took five minutes. Others took two minutes for the whole of serve-check.
 
-int4: the library of vLLM 0.32 for x86 processors without AVX-512 lacks its product (cpu_gemm_wna16).
+fp8_block: vLLM 0.32 has a product of its own (fp8_scaled_mm_cpu), with AMX alone. int4: its library for x86 processors
+without AVX-512 lacks the product (cpu_gemm_wna16). nvfp4: it has one for no processor.
 """
 
 from __future__ import annotations
@@ -34,24 +35,29 @@ except RuntimeError:
     print("{LACKING}")
 """
 """vLLM's product: seconds of the fastest of five, of two where slow: the first prepares, any may be preempted."""
+BLOCK_PROBE = f"""
+import torch
+print("" if torch.cpu._is_amx_tile_supported() else "{LACKING}")
+"""
 INT4_PROBE = f"""
 import platform, torch
 print("{LACKING}" if platform.machine() == "x86_64" and not torch.cpu._is_avx512_supported() else "")
 """
+PRODUCTS = {
+    "fp8": (FP8_PROBE, "PyTorch has none of FP8"), "fp8_block": (BLOCK_PROBE, "vLLM's of FP8 in blocks needs AMX"),
+    "int4": (INT4_PROBE, "vLLM's of int4 needs AVX-512"),
+    "nvfp4": (f"print('{LACKING}')", "vLLM's of nvfp4 needs a GPU"),
+}  # fmt: skip
+"""Format (int4 of all its kinds) -> what asks for its product, and why there is none."""
 ELSEWHERE = "check it on a machine with a GPU (--python of an environment with vLLM there)"
 
 
 def refuse_unserved(python: Path, name: str) -> None:
     """Raises ExportRejected where the interpreter's vLLM has no product of the format's for this processor, or takes
     too long for it. An interpreter that cannot say goes on: its server will."""
-    if name.startswith("fp8"):
-        said = _said(python, FP8_PROBE)
-    elif name.startswith("int4"):
-        said = _said(python, INT4_PROBE)
-    else:
-        return
+    probe, why = PRODUCTS.get("int4" if name.startswith("int4") else name, ("", ""))
+    said = _said(python, probe) if probe else ""
     if said == LACKING:
-        why = "PyTorch has none of FP8" if name.startswith("fp8") else "vLLM's of int4 needs AVX-512"
         raise ExportRejected(f"not checked: this processor has no such product ({why}); {ELSEWHERE}")
     try:
         flops = 2 * ROWS * SIZE**2 / float(said)

@@ -41,20 +41,24 @@ def _registered() -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
-        for name, widened in (("mm", _mm), ("addmm", _addmm), ("bmm", _bmm)):
-            library.impl(name, _or_own(name, widened), "CPU", with_keyset=True)
-            library.impl(f"{name}.out", _or_own(f"{name}.out", widened), "CPU", with_keyset=True)
+        for name, widened, rank in (("mm", _mm, 2), ("addmm", _addmm, 2), ("bmm", _bmm, 3)):
+            for each in (name, f"{name}.out"):
+                library.impl(each, _or_own(each, widened, rank), "CPU", with_keyset=True)
     return library
 
 
-def _or_own(name: str, widened: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The product by `widened` of bf16 of more than a few rows, and any other by PyTorch's kernel."""
+def _or_own(name: str, widened: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:
+    """The product by `widened` of bf16 of more than a few rows, and any other by PyTorch's kernel.
+
+    rank: dimensions of both factors; what has others is PyTorch's to refuse.
+    """
     own = torch.library.get_kernel(f"aten::{name}", "CPU")
 
     def product(keys: Any, *factors: Tensor, **more: Any) -> Tensor:
         out = more.get("out")
         tensors = factors if out is None else (*factors, out)
-        if factors[-2].shape[-2] < FEWEST_ROWS or any(each.dtype is not torch.bfloat16 for each in tensors):
+        many = all(each.dim() == rank for each in factors[-2:]) and factors[-2].shape[-2] >= FEWEST_ROWS
+        if not many or any(each.dtype is not torch.bfloat16 for each in tensors):
             return own.call_boxed(keys, *factors, **more)
         more.pop("out", None)
         made = widened(*factors, **more)

@@ -28,7 +28,7 @@ from loadmaster.export.harness import Harness
 from loadmaster.export.manifest import read_manifest, write_manifest
 from loadmaster.export.serve_check import questions, serve_check
 from loadmaster.export.serve_compare import LIMITS
-from loadmaster.export.serve_processor import FP8_PROBE, INT4_PROBE, refuse_unserved
+from loadmaster.export.serve_processor import BLOCK_PROBE, FP8_PROBE, INT4_PROBE, refuse_unserved
 from loadmaster.files import read_json
 from loadmaster.rundir import RunDir
 
@@ -206,9 +206,10 @@ def test_only_documents_and_prompts_that_fit_are_asked(run):
 
 
 @pytest.mark.parametrize(("name", "prints", "refused"), [
-    ("fp8", "9.5", r"GFLOP/s on this"), ("fp8_block", "9.5", r"GFLOP/s on this"), ("fp8", "0.0001", None),
-    ("fp8", "no torch here", None), ("fp8_block", "no kernel", "PyTorch has none of FP8"),
-    ("int4_gptq", "no kernel", "of int4 needs AVX-512"), ("int4", "", None), ("bf16", "no kernel", None),
+    ("fp8", "9.5", r"GFLOP/s on this"), ("fp8", "0.0001", None), ("fp8", "no torch here", None),
+    ("fp8", "no kernel", "PyTorch has none of FP8"), ("fp8_block", "no kernel", "in blocks needs AMX"),
+    ("nvfp4", "no kernel", "of nvfp4 needs a GPU"), ("int4_gptq", "no kernel", "of int4 needs AVX-512"),
+    ("int4", "", None), ("bf16", "no kernel", None),
 ])  # fmt: skip
 def test_what_the_processor_cannot_multiply_or_only_in_hours_is_not_served(tmp_path, name, prints, refused):
     python = tmp_path / "python"
@@ -223,9 +224,11 @@ def test_what_a_processor_lacks_is_asked_of_pytorch(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", stand_in)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     for has in (True, False):
-        stand_in.cpu._is_avx512_supported.return_value = has
-        exec(INT4_PROBE, {})
-        assert capsys.readouterr().out.strip() == ("" if has else "no kernel")
+        stand_in.cpu._is_avx512_supported.return_value = stand_in.cpu._is_amx_tile_supported.return_value = has
+        for probe in (INT4_PROBE, BLOCK_PROBE):
+            exec(probe, {})
+            assert capsys.readouterr().out.strip() == ("" if has else "no kernel")
+    stand_in._scaled_mm.assert_not_called()  # vLLM multiplies blocks without it, however slow it is
     stand_in._scaled_mm.side_effect = RuntimeError("could not create a primitive descriptor for the matmul primitive")
     exec(FP8_PROBE, {})
     assert capsys.readouterr().out.strip() == "no kernel"

@@ -71,6 +71,16 @@ except RuntimeError as error:
     assert "shapes cannot be multiplied" in str(error), error
 else:
     raise AssertionError("shapes that do not fit were multiplied")
+for multiply, left, right in (
+    (torch.mm, rows[0], columns), (torch.mm, rows, columns[:, 0]), (torch.mm, rows, columns[None, :, :50]),
+    (torch.mm, rows, bias.new_ones(1, 64, 64)), (torch.bmm, rows[0], x),
+):
+    try:
+        multiply(left, right)
+    except RuntimeError as error:
+        assert "must be a" in str(error), error
+    else:
+        raise AssertionError("factors that are no matrices were multiplied")
 try:
     torch.mm(rows.detach(), columns.detach(), out=torch.empty(5, 50))
 except RuntimeError as error:
