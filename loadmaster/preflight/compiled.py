@@ -8,6 +8,8 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     4      for each norm                            (1 / root mean square)
     4 dq + 4 dk + 4 heads                           (q and the output; k and v; logsumexp)
     2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k
+    2 dq + 2 dk                                     fused (Phi-3): v is a part of q, k and v, which stay whole
+    2 dq                                            where a part of each head turns; not always
     4 f                                             (gate and up; their product and the norms' outputs are made again)
     2 r    for each adapter
     3      for each input of an adapter with dropout: the mask, and what is left of the input; over an nf4 base that is
@@ -26,17 +28,17 @@ from loadmaster.preflight import saved
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 
-MADE_AGAIN = ("q_proj", "gate_proj", "down_proj")
+MADE_AGAIN = ("q_proj", "qkv_proj", "gate_proj", "gate_up_proj", "down_proj")
 """Matrices over nf4 whose adapter's input, after dropout, is not kept."""
 
 
 @cache
 def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
-    """Of one token and dense layer; None where it is not known: fused matrices, experts, fp32, DoRA, and norms that are
-    trained beside an adapter."""
+    """Of one token and dense layer; None where it is not known: experts, fp32, DoRA, and norms that are trained beside
+    an adapter."""
     if setup.adapters and (setup.dora or saved.layer_parameters(shape, setup.modules_to_save)):
         return None
-    if shape.fused or shape.experts or setup.precision == "fp32":
+    if shape.experts or setup.precision == "fp32":
         return None
     if shape.estimate and "multimodal" not in shape.estimate:  # layers like none of those that were looked at
         return None
@@ -45,6 +47,8 @@ def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
     kept = 2 * h * (2 if shape.norms == 2 else 3) + 4 * shape.norms + 4 * dq + 4 * dk + 4 * shape.heads
     if shape.query_key_norm:
         kept += 2 * dq + 2 * dk + 4 * (shape.heads + shape.key_value_heads)
+    if shape.fused:
+        kept += 2 * dq + 2 * dk + (2 * dq if shape.rotary_fraction < 1 else 0)
     kept += dq if setup.precision == "fp8" and not setup.adapters else 0
     kept += 4 * f + 2 * setup.lora_rank * len(adapted)
     if setup.lora_dropout:
@@ -56,9 +60,12 @@ def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
 def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     """What one token of a layer under adapters has at once in its backward pass, beyond what is kept and its output's
     gradient: at the kernel of the gated product both products of the gradient, the product made again, and the
-    gradients of gate and up, in bf16, and in FP8 the codes of both. Read off the code that inductor generates for a GPU
-    (2.13; tests/models/test_gpu_code.py); trained whole, a layer is counted amply as an eager one."""
-    return (12 if setup.precision == "fp8" else 10) * shape.intermediate_size if setup.adapters else 0
+    gradients of gate and up, in bf16, and in FP8 the codes of both; where gate and up are one matrix, one product of
+    the gradient. Read off the code that inductor generates for a GPU (2.13; tests/models/test_gpu_code.py); trained
+    whole, a layer is counted amply as an eager one."""
+    if not setup.adapters:
+        return 0
+    return (10 - 2 * shape.fused + 2 * (setup.precision == "fp8")) * shape.intermediate_size
 
 
 def made_again_bytes(shape: ModelShape, setup: Setup) -> int:

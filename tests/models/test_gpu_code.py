@@ -15,7 +15,7 @@ import pytest
 
 from loadmaster.config.schema import ModelConfig
 from loadmaster.preflight.compiled import in_backward_bytes
-from loadmaster.preflight.config_json import find_shape
+from loadmaster.preflight.config_json import find_shape, from_config
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.speed import bytes_moved
 from loadmaster.preflight.step import training_step
@@ -26,6 +26,10 @@ A100, ADA, H100, B200 = 80, 89, 90, 100
 GEMMA3 = {
     "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024,
+}  # fmt: skip
+PHI = {
+    "model_type": "phi3", "hidden_size": 5120, "intermediate_size": 17920, "vocab_size": 100352,
+    "num_attention_heads": 40, "num_key_value_heads": 10, "head_dim": 128, "pad_token_id": 0,
 }  # fmt: skip
 
 
@@ -73,6 +77,15 @@ def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
     assert counted(setup) == pytest.approx(found["bytes"] + beside, rel=0.08)
     if setup.adapters:
         assert in_backward_bytes(SHAPE, setup) == pytest.approx(found["backward"], rel=0.002)
+
+
+@pytest.mark.slow
+def test_fused_gate_and_up_have_less_at_once_in_their_backward_pass() -> None:
+    shape, setup = from_config({**PHI, "num_hidden_layers": 2}, "phi3"), Setup(
+        method="lora", precision="fp8", optimizer="adamw", master_weights=True, compiled=True
+    )  # fmt: skip
+    found = generated("lora", "fp8", H100, PHI)
+    assert in_backward_bytes(shape, setup) == pytest.approx(found["backward"], rel=0.002)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ SIZES = {
     "qwen2": {"num_attention_heads": 16, "num_key_value_heads": 4},
     "qwen3": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128},
     "gemma2": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 512},
+    "phi3": {"num_attention_heads": 16, "num_key_value_heads": 4, "pad_token_id": 0},
     "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512},
 }
 
@@ -87,6 +88,8 @@ CHANGES = [
 
 def changes(family: str) -> list[dict]:
     """All of llama's; of the others each method, and one more."""
+    if family == "phi3":
+        return [*CHANGES[:3], CHANGES[5], CHANGES[-1]]
     if family in ("llama", "gemma2"):
         return CHANGES if family == "llama" else [*CHANGES[:2], CHANGES[-1]]
     return [*CHANGES[:3], CHANGES[2 + list(SIZES).index(family)]]
@@ -127,5 +130,6 @@ def test_what_layers_keep_too_much_of_is_in_use_in_their_own_backward_pass_alone
 
 
 def test_kinds_of_layers_that_were_not_looked_at_are_counted_as_if_eager() -> None:
-    for name in ("microsoft/Phi-3-mini-4k-instruct", "mistralai/Mixtral-8x7B-v0.1"):
-        assert kept_bytes(find_shape(ModelConfig(name=name)), setup()) is None
+    mixture, dense = (find_shape(ModelConfig(name=name)) for name in ("mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-8B"))
+    assert kept_bytes(mixture, setup()) is None
+    assert kept_bytes(dense, replace(setup(), dora=True)) is None
