@@ -115,7 +115,7 @@ def plan_serving_command(arguments: list[str]) -> int:
         held = ({"requests": request.requests, "machines": machines_for(plan, request.requests)} for plan in plans)
         print(json.dumps([asdict(plan) | more for plan, more in zip(plans, held, strict=True)], indent=2))
     elif request.gpu != "auto":
-        print_serving(plans[0], {name: on_card(other) for name, other in what_if(traffic).items()})
+        print_serving(plans[0], {name: on_card(other) for name, other in what_if(traffic, shape.max_position).items()})
         if request.requests != Request().requests:
             print_held(plans[0], request.requests)
     elif plans:
@@ -197,7 +197,10 @@ def _wrong_value(key: str, value: Any) -> Problem:
 def _too_long(request: Request, known: int | None) -> Iterator[Problem]:
     """As the job's rule on endpoint.prompt_tokens, output_tokens and max_model_len. known: the model's positions."""
     prompt, output = usual_request(request.context, request.prompt_tokens, request.output_tokens)
-    if prompt + output > request.context:
+    if known and request.context > known:
+        message = f"no server takes longer requests than the model knows positions: {known:,} (max_position_embeddings)"
+        yield Problem("context", request.context, "command line", message, f"context={known}")
+    elif prompt + output > request.context:
         given = ("prompt_tokens", "output_tokens", "context")
         key = next(key for key in given if getattr(request, key) != "auto")
         message = f"a request of {prompt} + {output} tokens is longer than context={request.context}"
