@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from loadmaster.config.schema import BatchConfig, LoraConfig, OptimizerConfig
-from loadmaster.preflight import make_plan, shape
+from loadmaster.preflight import largest, make_plan, shape
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import find_hardware
 from loadmaster.preflight.search import Candidate, search
@@ -63,3 +64,35 @@ def test_targets_by_name_are_looked_for_in_every_layer_only_once(monkeypatch) ->
     asked = job(LLAMA + "405B", "lora", "l40s", lora=LoraConfig(targets=["q_proj", "v_proj"]))
     assert not make_plan(asked).fits
     assert len(looked) <= 2 * 126 * len(find_shape(asked.model).matrices())
+
+
+def test_the_number_of_rows_that_is_said_to_fit_does_and_its_double_does_not() -> None:
+    asked = job(LLAMA + "8B", "full", "h100_80gb", optimizer="adafactor", offload="none", sequence_length=512)
+    asked = replace(asked, micro_batch_size=64, activation_checkpointing="none")
+    said = next(reason for reason in make_plan(asked).reasons if "is the largest that divides" in reason)
+    rows = int(re.findall(r"[(](\d+) is the largest", said)[0])
+    assert make_plan(replace(asked, micro_batch_size=rows)).fits
+    assert not make_plan(replace(asked, micro_batch_size=2 * rows)).fits
+
+
+@pytest.mark.parametrize(
+    ("method", "gpu", "rows"), [("lora", "l40s", 16), ("full", "h100_80gb", 4), ("qlora", "a100_80gb", 16)]
+)
+def test_the_longest_rows_that_are_said_to_fit_do_and_longer_ones_do_not(method, gpu, rows) -> None:
+    asked = job(LLAMA + ("70B" if method == "qlora" else "8B"), method, gpu, batch=BatchConfig(rows))
+    chosen = make_plan(asked)
+    said = next(reason for reason in chosen.reasons if "longest row" in reason)
+    kept, offloaded = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:tokens|with layers)", said))
+    same = replace(asked, precision=chosen.precision, optimizer=OptimizerConfig(name=chosen.optimizer), offload="none")
+    for tokens, ways in ((kept, "full"), (offloaded, "auto")):
+        written = replace(same, activation_checkpointing=ways)
+        assert make_plan(replace(written, sequence_length=tokens)).fits
+        assert not make_plan(replace(written, sequence_length=tokens + 256)).fits
+
+
+def test_rows_far_too_long_are_not_replayed_to_find_the_longest_that_fits(monkeypatch) -> None:
+    tried, evaluate = [], largest.evaluate
+    monkeypatch.setattr(largest, "evaluate", lambda *args: tried.append(args[3].sequence_length) or evaluate(*args))
+    refused = make_plan(job(LLAMA + "8B", "lora", "h100_80gb", sequence_length=4_000_000), with_alternatives=False)
+    longest = int(re.findall(r"sequence_length=(\d+) fits", " ".join(refused.reasons))[0])
+    assert not refused.fits and longest in tried and max(tried) < 2 * longest
