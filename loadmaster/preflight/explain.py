@@ -11,7 +11,7 @@ from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import export_problems
-from loadmaster.preflight.hardware import GIB, Hardware, not_offered
+from loadmaster.preflight.hardware import GIB, Hardware, not_offered, unknown_network
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.phases import answering
 from loadmaster.preflight.refusals import TYPED, UNCOUNTED, uncounted_adapters
@@ -94,6 +94,7 @@ def reasons(
     said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase of training that needs most"]
     said += how_much(job, dataset_tokens)
     said += filter(None, [not_offered(chosen.hardware)])
+    said += filter(None, [unknown_network(chosen.hardware)])
     if found.nearest:
         better = found.nearest[-1]
         said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")
