@@ -24,6 +24,7 @@ from loadmaster.config.schema import (
 )
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.preflight.config_json import from_config
+from loadmaster.preflight.families import quantized_by
 from loadmaster.preflight.hardware import from_catalog, rentable
 from loadmaster.preflight.serving import (
     UTILISATION,
@@ -111,6 +112,7 @@ def plan_serving_command(arguments: list[str]) -> int:
         plans = [plan for plan in plans if request.count in ("auto", plan.gpus)]
     else:
         plans = [on_card(traffic)]
+    plans = [replace(plan, notes=[*_as_stored(config, request.format), *plan.notes]) for plan in plans]
     if "--json" in arguments:
         held = ({"requests": request.requests, "machines": machines_for(plan, request.requests)} for plan in plans)
         print(json.dumps([asdict(plan) | more for plan, more in zip(plans, held, strict=True)], indent=2))
@@ -127,6 +129,12 @@ def plan_serving_command(arguments: list[str]) -> int:
             "try format=int4 or fp8, cache=fp8, or a smaller context"
         )
     return 0 if plans and machines_for(plans[0], request.requests) == 1 else DOES_NOT_FIT
+
+
+def _as_stored(config: dict[str, Any], form: str) -> Iterator[str]:
+    """A note where bf16 is counted of a checkpoint that has fewer bits."""
+    if form == "bf16" and (kind := quantized_by(config)):
+        yield f"config.json says that its weights are quantized ({kind}), and bf16 is counted: see format=fp8 or int4"
 
 
 def parse(words: list[str]) -> Request:

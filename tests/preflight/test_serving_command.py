@@ -186,6 +186,17 @@ def test_a_folder_with_a_config_is_a_model(tmp_path, capsys) -> None:
         plan_serving_command([f"model={tmp_path}", "gpu=rtx4090"])
 
 
+def test_a_quantized_checkpoint_counted_in_bf16_is_said_to_have_fewer_bits(tmp_path, capsys) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 512,
+        "num_attention_heads": 8, "quantization_config": {"quant_method": "compressed-tensors"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for words, said in ((["gpu=l40s"], True), ([], True), (["gpu=l40s", "format=int4"], False)):
+        assert plan_serving_command([f"model={tmp_path}", *words]) == 0
+        assert ("weights are quantized (compressed-tensors)" in capsys.readouterr().out) is said
+
+
 def test_a_home_folder_of_nobody_is_a_folder_that_is_not_there(capsys) -> None:
     assert main(["plan-serving", "model=~nobody-of-that-name/model"]) == 2
     assert "there is no such folder" in capsys.readouterr().err
