@@ -46,7 +46,8 @@ def side_by_side(compare: str, overrides: list[str]) -> int:
         remedy = "--compare hardware=l40s_x1,h200_x1"
         raise ConfigError([Problem("--compare", compare, "command line", "compares values of one key", remedy)])
     plans = {}
-    jobs = {value: compose([*overrides, f"{key}={value}"]) for value in _OUTSIDE_BRACKETS.split(values)}
+    words = [*overrides, "stop_after=plan"]
+    jobs = {value: compose([*words, f"{key}={value}"]) for value in _OUTSIDE_BRACKETS.split(values)}
     hub.settle(*(composed.job.model.name for composed in jobs.values()))
     for value, composed in jobs.items():
         with composed.located():
