@@ -7,7 +7,8 @@ import re
 
 from loadmaster import hub
 from loadmaster.config.compose import compose
-from loadmaster.errors import ConfigError, DoesNotFit, Problem
+from loadmaster.config.schema import Job
+from loadmaster.errors import IN_THE_JOB, ConfigError, DoesNotFit, Problem
 from loadmaster.pipeline import dataset_tokens, planned
 from loadmaster.preflight import make_plan
 from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling
@@ -21,12 +22,20 @@ _OUTSIDE_BRACKETS = re.compile(r",(?![^\[{]*[\]}])")
 def on_more_nodes(nodes: str, overrides: list[str]) -> int:
     """Plan the same job on several numbers of nodes; nothing is written. 3 when it fits on none."""
     composed = compose([*overrides, "stop_after=plan"])
+    refuse_trace(composed.job, "--nodes")
     hub.settle(composed.job.model.name)
     job = composed.job
     with composed.located():
         steps = scaling(job, parse_nodes(nodes), dataset_tokens(job))
     print_scaling(job, steps, Output())
     return 0 if any(step.plan.fits for step in steps) else DoesNotFit.exit_code
+
+
+def refuse_trace(job: Job, flag: str) -> None:
+    """Raises ConfigError where a step is to be traced: plans side by side are counted, also of what is not modelled."""
+    if job.plan.trace:
+        message, remedy = f"{flag} counts plans and traces none", f"plan.trace=false, or each plan without {flag}"
+        raise ConfigError([Problem("plan.trace", True, IN_THE_JOB, message, remedy)])
 
 
 def as_json(overrides: list[str]) -> int:
@@ -46,7 +55,10 @@ def side_by_side(compare: str, overrides: list[str]) -> int:
         remedy = "--compare hardware=l40s_x1,h200_x1"
         raise ConfigError([Problem("--compare", compare, "command line", "compares values of one key", remedy)])
     plans = {}
-    jobs = {value: compose([*overrides, f"{key}={value}"]) for value in _OUTSIDE_BRACKETS.split(values)}
+    words = [*overrides, "stop_after=plan"]
+    jobs = {value: compose([*words, f"{key}={value}"]) for value in _OUTSIDE_BRACKETS.split(values)}
+    for composed in jobs.values():
+        refuse_trace(composed.job, "--compare")
     hub.settle(*(composed.job.model.name for composed in jobs.values()))
     for value, composed in jobs.items():
         with composed.located():

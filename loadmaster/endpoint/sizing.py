@@ -30,7 +30,7 @@ from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
 from loadmaster.export.serve_gpus import scale_block
 from loadmaster.export.thresholds import FAMILIES
 from loadmaster.files import read_json
-from loadmaster.preflight.config_json import find_config, from_config, short_positions
+from loadmaster.preflight.config_json import find_config, from_config, known_positions, short_positions
 from loadmaster.preflight.exports import request_limit
 from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
 from loadmaster.preflight.serving import (
@@ -139,7 +139,7 @@ def longest_request(job: Job, manifest: dict[str, Any], artifact: Path) -> int:
         return job.endpoint.max_model_len
     try:
         config = _artifact(job, manifest, artifact)[0]
-        known = short_positions(config) or config.get("max_position_embeddings")
+        known = short_positions(config) or known_positions(config)
     except LoadmasterError:  # the size then says why there is none
         known = None
     return min(job.sequence_length, known or job.sequence_length)

@@ -13,7 +13,7 @@ from loadmaster.export.serve_client import Client
 from loadmaster.export.serve_gpus import Division, division
 from loadmaster.export.serve_process import free_port, server_command, start_timeout_s, started
 from loadmaster.files import read_json
-from loadmaster.preflight.config_json import from_config, short_positions
+from loadmaster.preflight.config_json import from_config, known_positions, short_positions
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.serving import weight_bytes
 
@@ -38,7 +38,7 @@ class Servers:
     def max_model_len(self) -> int:
         """Tokens of a request: those of training; with tasks up to LONGEST; never more than the model has."""
         config = read_json(self.base / "config.json")
-        own, longest = config.get("max_position_embeddings") or self.sequence_length, self.sequence_length
+        own, longest = known_positions(config) or self.sequence_length, self.sequence_length
         if self.tasks is not None:
             longest = max(longest, min(LONGEST, short_positions(config) or LONGEST))
         return min(own, longest)

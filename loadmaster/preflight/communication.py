@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loadmaster.preflight.coefficients import value
-from loadmaster.preflight.hardware import Hardware
+from loadmaster.preflight.hardware import UNKNOWN_NETWORK_GBPS, Hardware
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.shards import REDUCE_BYTES, whole
@@ -52,7 +52,7 @@ def collective_seconds(bytes_: float, count: float, gpus: int, nodes: int, hardw
         inside = bytes_ * (world - 1) / world / (hardware.link_gb_per_s * 1e9 * value("efficiency", "link"))
     between = 0.0
     if nodes > 1:
-        network = max(hardware.network_gbps, 1.0) * 1e9 / 8 * value("efficiency", "network")
+        network = (hardware.network_gbps or UNKNOWN_NETWORK_GBPS) * 1e9 / 8 * value("efficiency", "network")
         between = bytes_ * (nodes - 1) / nodes / network
     hops = nodes * (gpus - 1) * value("latency", "link_us") + (nodes - 1) * value("latency", "network_us")
     return max(inside, between) + count * (value("latency", "collective_us") + hops) * 1e-6

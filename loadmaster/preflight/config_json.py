@@ -59,10 +59,22 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         windows=_windows(config, family, layers),
         attention_softcap=bool(config.get("attn_logit_softcapping")),
         logit_softcap=bool(config.get("final_logit_softcapping")),
-        max_position=config.get("max_position_embeddings"),
+        max_position=known_positions(config),
         short_positions=short_positions(config),
         estimate=estimate,
     )
+
+
+def known_positions(config: dict[str, Any]) -> int | None:
+    """Tokens of the longest document, as vLLM derives them: max_position_embeddings, times the factor of a rotary
+    scaling, of YaRN's its original number. LongRoPE's, Llama 3's and Gemma 3's numbers have their factor in them."""
+    known, rotary = config.get("max_position_embeddings"), _rotation(config)
+    kind, factor = rotary.get("rope_type", rotary.get("type")), rotary.get("factor")
+    scaled = kind in ("yarn", "linear", "dynamic") and not str(config.get("model_type")).startswith("gemma3")
+    if known is None or not scaled or not isinstance(factor, int | float):
+        return known
+    original = rotary.get("original_max_position_embeddings") if kind == "yarn" else None
+    return int(factor * (original or known))
 
 
 def short_positions(config: dict[str, Any]) -> int | None:

@@ -11,11 +11,11 @@ from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import export_problems
-from loadmaster.preflight.hardware import GIB, Hardware, not_offered
+from loadmaster.preflight.hardware import GIB, Hardware, not_offered, unknown_network
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.phases import answering
 from loadmaster.preflight.refusals import TYPED, UNCOUNTED, uncounted_adapters
-from loadmaster.preflight.search import Candidate, Found, mean_rows, steps
+from loadmaster.preflight.search import Candidate, Found, can_offload, mean_rows, steps
 from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import exports
@@ -94,15 +94,14 @@ def reasons(
     said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase of training that needs most"]
     said += how_much(job, dataset_tokens)
     said += filter(None, [not_offered(chosen.hardware)])
+    said += filter(None, [unknown_network(chosen.hardware)])
     if found.nearest:
         better = found.nearest[-1]
         said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")
     said += _left_out(job, shape)
     said += [against(chosen, other) for other in found.others]
-    longest = longest_row(job, shape, chosen)
     known = shape.max_position
-    beyond = f", {'more than' if longest > known else 'of'} the {known:,} that the model knows" if known else ""
-    said.append(f"the longest row that fits here, recomputed and one at a time: {longest:,} tokens{beyond}")
+    said.append(f"the longest row that fits here, recomputed and one at a time: {_longest(job, shape, chosen)}")
     setup = chosen.setup
     if known and setup.sequence_length > known:
         said.append(
@@ -127,6 +126,17 @@ def reasons(
     if shape.name != job.model.name:
         said.append(f"model.path holds another model than {job.model.name}; it is called {shape.name}: set model.name")
     return said
+
+
+def _longest(job: Job, shape: ModelShape, chosen: Candidate) -> str:
+    """Tokens; where they are fewer than the model knows, also of rows whose layers' inputs go to host memory."""
+    longest, known = longest_row(job, shape, chosen), shape.max_position
+    most, said = longest, f"{longest:,} tokens"
+    if known and longest < known and job.activation_checkpointing == "auto" and can_offload(chosen.hardware):
+        most = max(longest, longest_row(job, shape, chosen, offload=True))
+        said += f", or {most:,} with layers' inputs in host memory" if most > longest else ""
+    beyond = f", {'more than' if most > known else 'of'} the {known:,} that the model knows" if known else ""
+    return said + beyond
 
 
 def _left_out(job: Job, shape: ModelShape) -> list[str]:

@@ -124,12 +124,16 @@ def unlike_llama(config: dict[str, Any]) -> list[str]:
     return found[:3]
 
 
-def refuse_quantized(config: dict[str, Any], name: str) -> None:
-    """Raises ConfigError for a checkpoint whose weights are codes already: bitsandbytes', GPTQ's, AWQ's, FP8."""
+def quantized_by(config: dict[str, Any]) -> str | None:
+    """What a checkpoint's weights are quantized with; None where they are not."""
     said = config.get("quantization_config") or {}
     older = said.get("load_in_4bit") or said.get("load_in_8bit")
-    kind = said.get("quant_method") or ("bitsandbytes" if older else None)
-    if kind is not None:
+    return said.get("quant_method") or ("bitsandbytes" if older else None)
+
+
+def refuse_quantized(config: dict[str, Any], name: str) -> None:
+    """Raises ConfigError for a checkpoint whose weights are codes already: bitsandbytes', GPTQ's, AWQ's, FP8."""
+    if (kind := quantized_by(config)) is not None:
         message = f"its weights are quantized already ({kind}), and a base is read in bf16 or fp32"
         remedy = "the model that it was made from; method=qlora then quantizes it to nf4 while it is read"
         raise ConfigError([Problem("model", name, "its config.json", message, remedy)])

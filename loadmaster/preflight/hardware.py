@@ -25,6 +25,8 @@ GIB = 2**30
 OWN_PRICE = "plan.prices_usd_per_hour"
 DRIVER_SHARE = 0.994
 """Share of NVML's total that a process can use, of a card that is not in the catalogue (an H100's: 0.994)."""
+UNKNOWN_NETWORK_GBPS = 1.0
+"""Of a node, where the catalogue has no cluster of such machines."""
 LEAST_SHARE = 0.98
 """The least of the catalogue's cards (L4, A10G, RTX 3090)."""
 
@@ -139,6 +141,16 @@ def not_offered(hardware: Hardware) -> str | None:
     clusters = f", or 2 to {nodes} nodes of {counts[-1]}" if nodes > 1 else ""
     said = f"the catalogue knows no {hardware.label} to rent: {hardware.gpu} comes as {comes}{clusters}"
     return f"{said}; the price here is that of so many single GPUs"
+
+
+def unknown_network(hardware: Hardware) -> str | None:
+    """A sentence where several nodes are planned whose network the catalogue does not know."""
+    if hardware.nodes == 1 or hardware.network_gbps or not hardware.known:
+        return None
+    return (
+        f"the network between nodes of {hardware.gpu} is not known here and taken for {UNKNOWN_NETWORK_GBPS:g} Gb/s: "
+        "a faster one makes other plans, and faster ones"
+    )
 
 
 def rentable() -> list[Hardware]:

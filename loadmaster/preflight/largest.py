@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import replace
-from functools import cache
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.config.schema import Job
@@ -16,53 +15,62 @@ ROW_STEP, MOST_ROW = 256, 2**24
 
 def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
     """Rows that fit in place of `failed`'s, all else equal; 0 when not even one does."""
+    rows = failed.setup.micro_batch_size * failed.setup.gradient_accumulation_steps
     low, high = 0, failed.setup.micro_batch_size
     while high - low > 1:
         middle = (low + high) // 2
-        tried = evaluate(job, shape, failed.hardware, replace(failed.setup, micro_batch_size=middle))
+        steps = math.ceil(rows / middle)
+        setup = replace(failed.setup, micro_batch_size=middle, gradient_accumulation_steps=steps)
+        tried = evaluate(job, shape, failed.hardware, setup)
         low, high = (middle, high) if tried.fits else (low, middle)
     return low
 
 
-def longest_row(job: Job, shape: ModelShape, like: Candidate) -> int:
+def longest_row(job: Job, shape: ModelShape, like: Candidate, offload: bool = False) -> int:
     """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed.
 
-    With layers' inputs in host memory where `like` has them there. What is needed grows almost in a line with the row,
-    so the next length to try is where a line through the two tried ones has nothing missing.
+    offload: with layers' inputs in host memory; so they are where `like` has them there. What is needed grows almost in
+    a line with the row, so the next length to try is where a line through the two tried ones has nothing missing; the
+    end that stays for a second time counts for half (Illinois), for the line may have a bend.
     """
     checkpointing = job.activation_checkpointing
     if checkpointing == "auto":
-        checkpointing = "offload" if like.setup.checkpointing == "offload" else "full"
+        checkpointing = "offload" if offload or like.setup.checkpointing == "offload" else "full"
     kept = kept_layers(job, shape, checkpointing)
-    setup = replace(like.setup, micro_batch_size=1, checkpointing=checkpointing, kept_layers=kept)
+    steps = 1 if like.setup.in_backward else like.setup.micro_batch_size * like.setup.gradient_accumulation_steps
+    alone = {"micro_batch_size": 1, "gradient_accumulation_steps": steps}
+    setup = replace(like.setup, **alone, checkpointing=checkpointing, kept_layers=kept)
 
-    @cache
     def missing(length: int) -> float:
         compiled = fixed(job, like.hardware, checkpointing, length)["compiled"]
         tried = replace(setup, sequence_length=length, compiled=compiled)
         return evaluate(job, shape, like.hardware, tried).missing_gib
 
     low, high = max(ROW_STEP, setup.sequence_length // ROW_STEP * ROW_STEP), 2 * MOST_ROW
-    if missing(low) > 0:
-        low, high = ROW_STEP, low
-        if missing(low) > 0:
+    known = setup == like.setup and not like.fits
+    lacks = {low + ROW_STEP: like.missing_gib} if known else {low: missing(low)}
+    if known or lacks[low] > 0:
+        low, high = ROW_STEP, next(iter(lacks))
+        lacks[low] = missing(low)
+        if lacks[low] > 0:
             return 0
-    before, tries = low, 0
+    before, stayed = low, 0
     while high - low > ROW_STEP:
-        tries += 1
-        if high == 2 * MOST_ROW:  # none was too long yet
-            guess = min(_crossing(missing, before, low), 4 * low) if before < low else 2 * low
-        else:  # the middle now and then, for the line may have a bend
-            guess = _crossing(missing, low, high) if tries % 3 else (low + high) / 2
-        guess = min(max(int(guess // ROW_STEP) * ROW_STEP, low + ROW_STEP), high - ROW_STEP)
-        if missing(guess) > 0:
-            high = guess
+        if high not in lacks:  # none was too long yet
+            guess = min(_crossing(before, low, lacks), 4 * low) if before < low else 2 * low
         else:
-            before, low = low, guess
+            guess = _crossing(low, high, lacks)
+        guess = min(max(int(guess // ROW_STEP) * ROW_STEP, low + ROW_STEP), high - ROW_STEP)
+        lacks[guess] = missing(guess)
+        stays = high if lacks[guess] <= 0 else low
+        before, low, high = (low, guess, high) if stays == high else (before, low, guess)
+        if stays == stayed and high in lacks:
+            lacks[stays] /= 2
+        stayed = stays
     return low if job.compile is not True or may_compile(job, checkpointing, low) else MLP_TOKENS
 
 
-def _crossing(missing: Callable[[int], float], short: int, long: int) -> float:
+def _crossing(short: int, long: int, lacks: dict[int, float]) -> float:
     """Where the line through two lengths has nothing missing; far away where it does not rise."""
-    rise = missing(long) - missing(short)
-    return short - missing(short) * (long - short) / rise if rise > 0 else 2.0 * MOST_ROW
+    rise = lacks[long] - lacks[short]
+    return short - lacks[short] * (long - short) / rise if rise > 0 else 2.0 * MOST_ROW

@@ -19,7 +19,7 @@ from rich.table import Table
 from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
-from loadmaster.preflight.hardware import find_hardware
+from loadmaster.preflight.hardware import find_hardware, from_catalog, unknown_network
 from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.plan import Plan
 from loadmaster.streams import Output
@@ -181,6 +181,8 @@ def print_scaling(job: Job, steps: list[Step], console: Console | None = None) -
     largest = next((m["max_nodes"] for m in catalog.machines() if m["gpu"] == steps[-1].plan.hardware.gpu), 1)
     if steps[-1].nodes > largest:
         notes.append(f"clusters that can be rented have up to {_nodes(largest)}; more is simulated")
+    last = steps[-1].plan.hardware
+    notes += filter(None, [unknown_network(from_catalog(last.gpu, last.count, steps[-1].nodes))])
     notes.append("modelled: bytes over the links' published bandwidths; no run on several nodes was measured")
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)

@@ -37,7 +37,8 @@ MOST_CPU_ROWS = 4
 MOST_TOKENS = 32768
 """Of a micro-batch on one GPU; where only the best plan is asked for, larger ones are passed over: they gain < 1%."""
 ENOUGH_TOKENS = 4096
-"""Of a micro-batch whose activations are all kept: nothing else in its precision is more than EQUAL_SPEED faster."""
+"""Of a micro-batch whose activations are all kept: nothing else in its precision is more than EQUAL_SPEED faster, where
+GPUs have no weights to gather and no update to share."""
 SPARE = 0.03
 """Of the budget, left free by layers that are kept for speed alone: beside plan.reserve, which is as much by default,
 for memory reserved was up to 6.1% over what was allocated."""
@@ -116,7 +117,8 @@ def closeness(candidate: Candidate) -> tuple[float, float]:
 def enumerate_tier(
     job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any], explain: bool = True
 ) -> Iterator[Candidate]:
-    """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails.
+    """Candidates of a tier: each sharding and checkpointing with every micro-batch up to the first that fails; and of a
+    full fine-tune all rows at once, which may fit where fewer do not: nothing accumulates beside their activations.
 
     Where all layers recomputed do not fit, and would not without their inputs, nothing else of that sharding is tried.
     Whole layers, and a whole copy on each GPU, come nearest to fitting only where sharded ones do, so they are left out
@@ -130,11 +132,13 @@ def enumerate_tier(
         checkpointings = (*CHECKPOINTING, "offload") if offload else CHECKPOINTING
     rows = job.batch.global_size // hardware.world_size
     sizes = divisors(rows) if job.micro_batch_size == "auto" else [job.micro_batch_size]
+    at_once = sizes[-1:] if tier["method"] == "full" and len(sizes) > 1 else []
     if tier["in_backward"]:
         sizes = [rows]
     elif job.micro_batch_size == "auto":
         most = MOST_CPU_ROWS if hardware.is_cpu else rows
-        most = most if explain else min(most, max(1, MOST_TOKENS // job.sequence_length))
+        if not explain and hardware.world_size == 1:
+            most = min(most, max(1, MOST_TOKENS // job.sequence_length))
         sizes = [size for size in sizes if size <= most]
     shared = shardings(job, hardware, tier["offload"], tier["method"] != "full" and job.lora.dora)
     if tier["in_backward"]:  # under ddp gradients lie in its buckets
@@ -168,12 +172,16 @@ def enumerate_tier(
             continue
         ways, lean = checkpointings, checkpointings[CHECKPOINTING.index("full") :]
         leanest = [made for way in lean if (made := candidate(precision, split, way, sizes[0])) is not None]
+        if at_once and leanest and all(map(gradients_are_too_much, leanest)):
+            leanest += [made for way in lean if (made := candidate(precision, split, way, at_once[0])) is not None]
         if lean and not any(made.fits for made in leanest):
             yield from leanest
             near = all(map(inputs_are_too_much, leanest))
             if not near or "offload" in lean or not can_offload(hardware):
                 continue
             ways = ("offload",)
+        sharded = split[0] not in ("none", "ddp")
+        shares = sharded or (split[0] == "ddp" and tier["method"] == "full")
         useful = selective_keeps_less(job, shape, hardware, {**tier, "precision": precision})
         for checkpointing in ways:
             if checkpointing == "selective" != job.activation_checkpointing and not useful:
@@ -187,8 +195,10 @@ def enumerate_tier(
                 if not made.fits:
                     break
                 roomy = roomy or (checkpointing == "none" and size * job.sequence_length >= ENOUGH_TOKENS)
-            if roomy and not explain:
-                roomy_in.add(precision)
+            if at_once and made is not None and gradients_are_too_much(made):
+                yield from filter(None, [candidate(precision, split, checkpointing, at_once[0])])
+            if roomy and not explain and (not sharded or (made is not None and made.fits)):
+                roomy_in |= set() if shares else {precision}
                 break
 
 
@@ -257,6 +267,11 @@ def can_offload(hardware: Hardware) -> bool:
 def inputs_are_too_much(failed: Candidate) -> bool:
     """Whether what fits not, all recomputed, might with layers' inputs in host memory and MLPs by pieces."""
     return failed.memory.needed_gib - failed.budget_gib <= failed.memory.train.activations / GIB
+
+
+def gradients_are_too_much(failed: Candidate) -> bool:
+    """Whether what fits not might if no gradients of earlier micro-batches lay beside it."""
+    return 0 < failed.memory.needed_gib - failed.budget_gib <= failed.memory.train.gradients / GIB
 
 
 def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:

@@ -43,7 +43,7 @@ class ServingPlan:
     gpu: str
     gpus: int
     fits: bool
-    """The cache holds at least one request of `context` tokens with all its answers."""
+    """The cache holds at least one request of `context` tokens with all its answers, and the model knows as many."""
     weights_gb: float
     weights_gib_per_gpu: float
     server_gib_per_gpu: float
@@ -149,7 +149,7 @@ def plan_serving(
     per_token = cache_bytes_per_token(shape, cache, tp)
     tokens = tokens_in(room, per_token)
     concurrent = tokens / (context * traffic.samples)
-    fits = concurrent >= 1
+    fits = concurrent >= 1 and context <= (shape.max_position or context)
     speed = Speed(shape, hardware, form, weights / tp, per_token) if fits and hardware.known else None
     rate = speed.answer_tokens_per_second(traffic, tokens) if speed else None
     pod, flex = hardware.usd_per_hour, flex_usd_per_hour(hardware)

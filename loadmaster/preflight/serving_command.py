@@ -24,6 +24,7 @@ from loadmaster.config.schema import (
 )
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.preflight.config_json import from_config
+from loadmaster.preflight.families import quantized_by
 from loadmaster.preflight.hardware import from_catalog, rentable
 from loadmaster.preflight.serving import (
     UTILISATION,
@@ -111,11 +112,12 @@ def plan_serving_command(arguments: list[str]) -> int:
         plans = [plan for plan in plans if request.count in ("auto", plan.gpus)]
     else:
         plans = [on_card(traffic)]
+    plans = [replace(plan, notes=[*_as_stored(config, request.format), *plan.notes]) for plan in plans]
     if "--json" in arguments:
         held = ({"requests": request.requests, "machines": machines_for(plan, request.requests)} for plan in plans)
         print(json.dumps([asdict(plan) | more for plan, more in zip(plans, held, strict=True)], indent=2))
     elif request.gpu != "auto":
-        print_serving(plans[0], {name: on_card(other) for name, other in what_if(traffic).items()})
+        print_serving(plans[0], {name: on_card(other) for name, other in what_if(traffic, shape.max_position).items()})
         if request.requests != Request().requests:
             print_held(plans[0], request.requests)
     elif plans:
@@ -127,6 +129,12 @@ def plan_serving_command(arguments: list[str]) -> int:
             "try format=int4 or fp8, cache=fp8, or a smaller context"
         )
     return 0 if plans and machines_for(plans[0], request.requests) == 1 else DOES_NOT_FIT
+
+
+def _as_stored(config: dict[str, Any], form: str) -> Iterator[str]:
+    """A note where bf16 is counted of a checkpoint that has fewer bits."""
+    if form == "bf16" and (kind := quantized_by(config)):
+        yield f"config.json says that its weights are quantized ({kind}), and bf16 is counted: see format=fp8 or int4"
 
 
 def parse(words: list[str]) -> Request:
@@ -197,7 +205,10 @@ def _wrong_value(key: str, value: Any) -> Problem:
 def _too_long(request: Request, known: int | None) -> Iterator[Problem]:
     """As the job's rule on endpoint.prompt_tokens, output_tokens and max_model_len. known: the model's positions."""
     prompt, output = usual_request(request.context, request.prompt_tokens, request.output_tokens)
-    if prompt + output > request.context:
+    if known and request.context > known:
+        message = f"no server takes longer requests than the model knows positions: {known:,} (max_position_embeddings)"
+        yield Problem("context", request.context, "command line", message, f"context={known}")
+    elif prompt + output > request.context:
         given = ("prompt_tokens", "output_tokens", "context")
         key = next(key for key in given if getattr(request, key) != "auto")
         message = f"a request of {prompt} + {output} tokens is longer than context={request.context}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from rich.console import Console
@@ -69,14 +70,13 @@ def print_servers(plans: list[ServingPlan], console: Console | None = None) -> N
     print_table(_comparison({f"{p.gpus}x {p.gpu}": p for p in plans}, first="machine"), console or Output())
 
 
-def what_if(traffic: Traffic) -> dict[str, Traffic]:
-    """The multipliers on occupancy that people forget."""
-    return {
-        f"best of {BEST_OF}": replace(traffic, samples=traffic.samples * BEST_OF),
-        f"answers {REASONING_FACTOR}x as long": replace(
-            traffic, output_tokens=traffic.output_tokens * REASONING_FACTOR
-        ),
-    }
+def what_if(traffic: Traffic, known: int | None = None) -> dict[str, Traffic]:
+    """The multipliers on occupancy that people forget; known: the model's positions, of which requests have no more."""
+    longer = replace(traffic, output_tokens=traffic.output_tokens * REASONING_FACTOR)
+    found = {f"best of {BEST_OF}": replace(traffic, samples=traffic.samples * BEST_OF)}
+    if longer.prompt_tokens + longer.output_tokens <= (known or math.inf):
+        found[f"answers {REASONING_FACTOR}x as long"] = longer
+    return found
 
 
 def _memory(plan: ServingPlan, bar: int) -> Table:

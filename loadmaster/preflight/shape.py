@@ -189,15 +189,18 @@ def adapted_layers(name: str, targets: str | Sequence[str], layers: int) -> int:
         return layers
     if isinstance(targets, str):
         return _matched_layers(name, targets, layers)
-    return layers if name in targets else sum(
-        any(full_name(name, layer, above) in targets for above in LAYERS) for layer in range(layers)
-    )
+    return layers if name in targets else _named_layers(name, tuple(targets), layers)
 
 
 def full_name(matrix: str, layer: int, above: str = LAYERS[0]) -> str:
     """Of a linear in transformers' model."""
     part = "self_attn" if matrix in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj") else "mlp"
     return f"{above}.{layer}.{part}.{matrix}"
+
+
+@lru_cache
+def _named_layers(name: str, targets: tuple[str, ...], layers: int) -> int:
+    return sum(any(full_name(name, layer, above) in targets for above in LAYERS) for layer in range(layers))
 
 
 @lru_cache

@@ -11,6 +11,7 @@ from rich.console import Console
 from loadmaster import catalog
 from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConfig
 from loadmaster.errors import ConfigError
+from loadmaster.preflight import make_plan
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.communication import collective_seconds, step_communication, step_traffic
 from loadmaster.preflight.config_json import from_config
@@ -157,3 +158,14 @@ def test_with_fixed_steps_a_larger_batch_is_no_shorter_run() -> None:
 def test_scaling_needs_a_machine_with_modelled_links() -> None:
     with pytest.raises(ConfigError, match="h100_80gb_x8"):
         scaling(job(gpu="cpu"), [1, 2], None)
+
+
+def test_a_network_that_is_not_known_is_said_to_be_taken_for_a_slow_one(capsys) -> None:
+    asked = job("lora", gpu="l40s", model="8B")
+    unknown = replace(asked, hardware=replace(asked.hardware, nodes=2))
+    said = "network between nodes of l40s is not known here and taken for 1 Gb/s"
+    assert said in " ".join(make_plan(unknown).reasons)
+    print_scaling(asked, scaling(asked, [1, 2], None))
+    assert said in capsys.readouterr().out
+    for one in (asked, replace(unknown, hardware=replace(unknown.hardware, gpu="h100_80gb"))):
+        assert "network between nodes" not in " ".join(make_plan(one).reasons)

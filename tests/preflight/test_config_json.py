@@ -188,3 +188,23 @@ def test_codes_of_an_older_bitsandbytes_are_refused_too(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": {"load_in_4bit": True}}))
     with pytest.raises(ConfigError, match=r"quantized already \(bitsandbytes\)"):
         find_shape(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "family", "known"),
+    [
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, "qwen2", 131072),
+        ({"rope_type": "yarn", "factor": 4.0}, "qwen3", 160000),
+        ({"rope_type": "linear", "factor": 2}, "llama", 80000),
+        ({"rope_type": "linear", "factor": 8.0}, "gemma3_text", 40000),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, "llama", 40000),
+        ({"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 4096}, "phi3", 40000),
+        ({"rope_type": "default"}, "llama", 40000),
+        ({"rope_type": "dynamic", "factor": None}, "llama", 40000),
+        (None, "llama", 40000),
+    ],
+)
+def test_positions_that_a_rotary_scaling_adds_are_known_as_vllm_derives_them(scaling, family, known) -> None:
+    config = {**LLAMA, "model_type": family, "max_position_embeddings": 40000, "rope_scaling": scaling}
+    config.pop("rope_parameters", None)
+    assert from_config(config, "x").max_position == known

@@ -175,6 +175,21 @@ def test_a_stage_is_looked_at_as_train_py_is(option: list[str]) -> None:
     assert done.returncode == 0 and "rank: 3" in done.stdout
 
 
+def test_a_comparison_plans_what_a_plan_by_itself_does_though_its_export_will_not_pass(capsys) -> None:
+    asked = ["plan", "recipe=lora_8b", "model=llama2_13b", "endpoint.max_model_len=8192"]
+    assert main([*asked, "hardware=h200_x1", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert any("the export will not pass" in reason for reason in plan["reasons"])
+    assert main([*asked, "--compare", "hardware=l40s_x1,h200_x1"]) == 0
+    assert f"{plan['tokens_per_second']:,.0f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", [["--compare", "hardware=l40s_x1,h200_x1"], ["--nodes", "1,2"]])
+def test_plans_side_by_side_are_not_traced_and_say_so(flag, capsys) -> None:
+    assert main(["plan", "recipe=lora_8b", "hardware=h100_80gb_x8", "plan.trace=true", *flag]) == 2
+    assert f"{flag[0]} counts plans and traces none" in capsys.readouterr().err
+
+
 def test_a_comparison_is_of_the_values_of_one_key(capsys) -> None:
     assert main(["plan", "recipe=full_70b", "--compare", "hardware=rtx4090_x1,l40s_x1"]) == 3
     assert "full, bf16, adafactor" in capsys.readouterr().out  # not in one precision everywhere

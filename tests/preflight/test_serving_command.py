@@ -12,6 +12,9 @@ from loadmaster.cli import main
 from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import shipped_folder
 from loadmaster.errors import ConfigError, LoadmasterError
+from loadmaster.preflight.config_json import from_config
+from loadmaster.preflight.hardware import from_catalog
+from loadmaster.preflight.serving import plan_serving
 from loadmaster.preflight.serving_command import plan_serving_command
 from loadmaster.preflight.serving_model import named
 
@@ -183,6 +186,17 @@ def test_a_folder_with_a_config_is_a_model(tmp_path, capsys) -> None:
         plan_serving_command([f"model={tmp_path}", "gpu=rtx4090"])
 
 
+def test_a_quantized_checkpoint_counted_in_bf16_is_said_to_have_fewer_bits(tmp_path, capsys) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 512,
+        "num_attention_heads": 8, "quantization_config": {"quant_method": "compressed-tensors"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for words, said in ((["gpu=l40s"], True), ([], True), (["gpu=l40s", "format=int4"], False)):
+        assert plan_serving_command([f"model={tmp_path}", *words]) == 0
+        assert ("weights are quantized (compressed-tensors)" in capsys.readouterr().out) is said
+
+
 def test_a_home_folder_of_nobody_is_a_folder_that_is_not_there(capsys) -> None:
     assert main(["plan-serving", "model=~nobody-of-that-name/model"]) == 2
     assert "there is no such folder" in capsys.readouterr().err
@@ -196,8 +210,12 @@ def test_a_request_is_no_longer_by_default_than_what_the_model_knows(tmp_path, c
     assert plan_serving_command(asked) == 0
     said = capsys.readouterr().out
     assert "requests of 2,048 tokens" in said and "a server refuses" not in said and " 0.25 KiB " in said
-    assert plan_serving_command([*asked, "context=4096"]) == 0
-    assert "a server refuses requests of 4,096" in capsys.readouterr().out
+    assert "answers 8x as long" not in said  # nor does a what-if go beyond it
+    for words in (asked, asked[:1], [*asked, "--json"]):
+        with pytest.raises(ConfigError, match="longer requests than the model knows positions: 2,048") as refused:
+            plan_serving_command([*words, "context=4096"])
+        assert refused.value.problems[0].remedy == "context=2048"
+    assert not plan_serving(from_config(known, "x"), from_catalog("l40s", 1), context=4096).fits
     for more in ([], ["context=2048"]):  # nor is more of it advised
         with pytest.raises(ConfigError, match=r"2000 . 512 tokens is longer than context=2048") as refused:
             plan_serving_command([*asked, "prompt_tokens=2000", "output_tokens=512", *more])

@@ -1,0 +1,98 @@
+"""What a search finds is the best of what fits: nothing that fits and is better is passed over."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from loadmaster.config.schema import BatchConfig, LoraConfig, OptimizerConfig
+from loadmaster.preflight import largest, make_plan, shape
+from loadmaster.preflight.config_json import find_shape
+from loadmaster.preflight.hardware import find_hardware
+from loadmaster.preflight.search import Candidate, search
+from tests.preflight.test_make import LLAMA, job
+
+
+def found(job, explain: bool = True) -> Candidate:
+    best = search(job, find_shape(job.model), find_hardware(job.hardware), explain).best
+    assert best is not None
+    return best
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "master_weights"),
+    [(LLAMA + "8B", "rtx5090", False), ("mistralai/Mistral-7B-v0.3", "l40s", True)],
+)
+def test_all_rows_at_once_are_tried_where_fewer_do_not_fit_beside_accumulated_gradients(
+    model, gpu, master_weights
+) -> None:
+    open_ = job(model, "full", gpu, 4, sequence_length=512, batch=BatchConfig(global_size=16))
+    written = make_plan(replace(open_, micro_batch_size=4))
+    for best in (make_plan(open_), written):
+        assert best.fits and best.micro_batch_size == 4
+        assert (best.optimizer, best.master_weights) == ("adamw", master_weights)
+        assert best.tokens_per_second == written.tokens_per_second
+    quick = found(open_, explain=False)
+    assert quick.setup.optimizer == "adamw" and quick.tokens_per_second > 0.98 * written.tokens_per_second
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "count", "nodes", "rows", "length", "fields"),
+    [
+        ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "h100_80gb", 4, 1, 64, 512, {}),  # sharing the update
+        ("Qwen/Qwen2.5-1.5B-Instruct", "h100_80gb", 8, 4, 64, 2048, {}),
+        ("Qwen/Qwen3-30B-A3B-Base", "h100_nvl", 8, 1, 64, 8192, {}),  # fewer gathers in more than MOST_TOKENS
+        ("mistralai/Mixtral-8x7B-v0.1", "b200", 8, 1, 32, 2048, {"sharding": "zero3"}),  # or by recomputing
+        (LLAMA + "70B", "h100_80gb", 4, 1, 64, 4096, {}),
+    ],
+)
+def test_a_quick_search_finds_what_is_some_per_cent_slower_at_most(
+    model, gpu, count, nodes, rows, length, fields
+) -> None:
+    asked = job(model, "full", gpu, count, nodes, batch=BatchConfig(rows), sequence_length=length, **fields)
+    asked = replace(asked, optimizer=OptimizerConfig(max_grad_norm=1.0))
+    quick, best = found(asked, explain=False), found(asked)
+    assert quick.tokens_per_second > 0.95 * best.tokens_per_second
+
+
+def test_targets_by_name_are_looked_for_in_every_layer_only_once(monkeypatch) -> None:
+    looked, full_name = [], shape.full_name
+    monkeypatch.setattr(shape, "full_name", lambda *args: looked.append(args) or full_name(*args))
+    shape._named_layers.cache_clear()
+    asked = job(LLAMA + "405B", "lora", "l40s", lora=LoraConfig(targets=["q_proj", "v_proj"]))
+    assert not make_plan(asked).fits
+    assert len(looked) <= 2 * 126 * len(find_shape(asked.model).matrices())
+
+
+def test_the_number_of_rows_that_is_said_to_fit_does_and_its_double_does_not() -> None:
+    asked = job(LLAMA + "8B", "full", "h100_80gb", optimizer="adafactor", offload="none", sequence_length=512)
+    asked = replace(asked, micro_batch_size=64, activation_checkpointing="none")
+    said = next(reason for reason in make_plan(asked).reasons if "is the largest that divides" in reason)
+    rows = int(re.findall(r"[(](\d+) is the largest", said)[0])
+    assert make_plan(replace(asked, micro_batch_size=rows)).fits
+    assert not make_plan(replace(asked, micro_batch_size=2 * rows)).fits
+
+
+@pytest.mark.parametrize(
+    ("method", "gpu", "rows"), [("lora", "l40s", 16), ("full", "h100_80gb", 4), ("qlora", "a100_80gb", 16)]
+)
+def test_the_longest_rows_that_are_said_to_fit_do_and_longer_ones_do_not(method, gpu, rows) -> None:
+    asked = job(LLAMA + ("70B" if method == "qlora" else "8B"), method, gpu, batch=BatchConfig(rows))
+    chosen = make_plan(asked)
+    said = next(reason for reason in chosen.reasons if "longest row" in reason)
+    kept, offloaded = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:tokens|with layers)", said))
+    same = replace(asked, precision=chosen.precision, optimizer=OptimizerConfig(name=chosen.optimizer), offload="none")
+    for tokens, ways in ((kept, "full"), (offloaded, "auto")):
+        written = replace(same, activation_checkpointing=ways)
+        assert make_plan(replace(written, sequence_length=tokens)).fits
+        assert not make_plan(replace(written, sequence_length=tokens + 256)).fits
+
+
+def test_rows_far_too_long_are_not_replayed_to_find_the_longest_that_fits(monkeypatch) -> None:
+    tried, evaluate = [], largest.evaluate
+    monkeypatch.setattr(largest, "evaluate", lambda *args: tried.append(args[3].sequence_length) or evaluate(*args))
+    refused = make_plan(job(LLAMA + "8B", "lora", "h100_80gb", sequence_length=4_000_000), with_alternatives=False)
+    longest = int(re.findall(r"sequence_length=(\d+) fits", " ".join(refused.reasons))[0])
+    assert not refused.fits and longest in tried and max(tried) < 2 * longest
