@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import sysconfig
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from types import MethodType
@@ -54,6 +55,8 @@ def compile_layers(model: nn.Module) -> None:
     # larger tensor, from 16k tokens on: wrong gradients without a word (pytorch #193061, torch 2.10 to 2.13).
     torch._inductor.config.triton.mix_order_reduction = False
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of selective checkpoints
+    # Advice for who compiles: what is multiplied in fp32 (norms of DoRA, whole models) is meant to be.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     lm = causal_lm(model)
     lm.disable_input_require_grads()
     if not lm.get_input_embeddings().weight.requires_grad:

@@ -244,6 +244,9 @@ def _kernels(native) -> None:
         found = host(a).float() @ host(b).float() * host(scale_a) * host(scale_b)
         return (found if bias is None else found + host(bias)).to(out_dtype).cuda()
 
+    def histogram(numbers, bins=100, min=0, max=0):
+        return torch.histc(host(numbers).float(), bins, min, max).to(numbers.dtype).cuda()  # of integers, too
+
     def on_processor(name: str):
         """bitsandbytes' kernel for a processor, on the same memory; what is new goes to the card."""
         op = getattr(torch.ops.bitsandbytes, name).default
@@ -264,4 +267,5 @@ def _kernels(native) -> None:
     library.impl("_flash_attention_forward", flash_forward, "CUDA")
     library.impl("_flash_attention_backward", flash_backward, "CUDA")
     library.impl("_scaled_mm", scaled_mm, "CUDA")
+    library.impl("histc", histogram, "CUDA")
     _kernels.libraries = library, quantizing  # their registrations last as long

@@ -86,6 +86,24 @@ def small(tmp_path_factory, smollm2) -> Path:
     return save_tiny_llama(folder, whole, tie_word_embeddings=False, **sizes)
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory, small) -> Path:
+    import torch
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("experts")
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=128, moe_intermediate_size=128, num_hidden_layers=1, num_experts=8,
+        num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=64, initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def of_gpus(gpus: int, library: Path, interpret: bool = False) -> dict[str, str]:
     """The environment of a process that has so many; interpret: and compiles for them."""
     path = os.pathsep.join([str(Path(gpu.__file__).parent / "site"), str(ROOT)])
@@ -160,6 +178,19 @@ def test_compiled_layers_train_as_the_plain_ones_in_the_memory_that_was_planned(
     predicted = allocated["predicted_gib"] - value("context", "cublas_workspace_gib")
     # Both are rounded to 1e-4.
     assert allocated["measured_gib"] == pytest.approx(predicted, rel=0, abs=0.02 * predicted + 1e-4)
+
+
+def test_compiled_experts_train_as_the_plain_ones(tmp_path, experts, library):
+    losses = []
+    for compiled in ("true", "false"):
+        folder = tmp_path / compiled
+        folder.mkdir()
+        job = (*FULL, f"compile={compiled}", "sequence_length=128")
+        done = train(folder, experts, library, 1, *job, interpret=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        losses.append([row["loss"] for row in metrics(folder / "run")])
+        assert json.loads((folder / "run/result.json").read_text())["recompilations"] == 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_the_fused_kernel_of_capped_scores_attends_as_the_exact_one_does(tmp_path, library):

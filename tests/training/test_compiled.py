@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -105,6 +106,17 @@ def test_losses_and_gradients_are_those_of_plain_layers(form, method, checkpoint
         assert loss == pytest.approx(expected, rel=1e-6)
         for gradient, other in zip(gradients, others, strict=True):
             torch.testing.assert_close(gradient, other, rtol=1e-4, atol=2e-4)
+
+
+def test_products_in_fp32_are_no_news(monkeypatch):
+    from torch._inductor import compile_fx
+
+    compile_layers(random_model(SHAPE, torch.float32, "cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with warnings.catch_warnings(record=True) as said:
+        compile_fx._warn_tf32_disabled.__wrapped__()
+    assert not said
 
 
 def test_a_selective_checkpoint_makes_no_wide_product_and_no_attention_again(monkeypatch):
