@@ -11,6 +11,8 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     2 dq + 2 dk                                     fused (Phi-3): v is a part of q, k and v, which stay whole
     2 dq                                            where a part of each head turns; not always
     4 f                                             (gate and up; their product and the norms' outputs are made again)
+    k (4 e + 2 h + 29) + 4 E                        in its place, of k of E experts of size e: gate and up, results,
+                                                    places; the router's logits. Trained whole 2 k h more: their inputs
     2 r    for each adapter
     3      for each input of an adapter with dropout: the mask, and what is left of the input; over an nf4 base that is
            made again for q, gate and down, of which a byte stays
@@ -31,26 +33,34 @@ from loadmaster.preflight.shape import ModelShape
 MADE_AGAIN = ("q_proj", "qkv_proj", "gate_proj", "gate_up_proj", "down_proj")
 """Matrices over nf4 whose adapter's input, after dropout, is not kept."""
 
+PLACES = 29
+"""Bytes of each expert that a token is sent to: three indices, whether it is one of this process, its weight."""
+
 
 @cache
-def kept_bytes(shape: ModelShape, setup: Setup) -> int | None:
-    """Of one token and dense layer; None where it is not known: experts, fp32, DoRA, and norms that are trained beside
-    an adapter."""
+def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | None:
+    """Of one token and layer, dense or with experts; None where it is not known: fp32, DoRA, and norms that are trained
+    beside an adapter."""
     if setup.adapters and (setup.dora or saved.layer_parameters(shape, setup.modules_to_save)):
         return None
-    if shape.experts or setup.precision == "fp32":
+    if setup.precision == "fp32":
         return None
     if shape.estimate and "multimodal" not in shape.estimate:  # layers like none of those that were looked at
         return None
     h, f, dq, dk = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size
-    adapted = shape.adapted(setup.lora_targets) if setup.adapters else ()
+    adapted = shape.adapted(setup.lora_targets, experts) if setup.adapters else ()
     kept = 2 * h * (2 if shape.norms == 2 else 3) + 4 * shape.norms + 4 * dq + 4 * dk + 4 * shape.heads
     if shape.query_key_norm:
         kept += 2 * dq + 2 * dk + 4 * (shape.heads + shape.key_value_heads)
     if shape.fused:
         kept += 2 * dq + 2 * dk + (2 * dq if shape.rotary_fraction < 1 else 0)
     kept += dq if setup.precision == "fp8" and not setup.adapters else 0
-    kept += 4 * f + 2 * setup.lora_rank * len(adapted)
+    kept += 2 * setup.lora_rank * len(adapted)
+    if experts:
+        kept += shape.experts_per_token * (4 * shape.expert_size + 2 * h * (1 if setup.adapters else 2) + PLACES)
+        kept += 4 * shape.experts
+    else:
+        kept += 4 * f
     if setup.lora_dropout:
         again = MADE_AGAIN if setup.method == "qlora" else ()
         kept += sum((1 if m.name in again else 3) * m.inputs for m in adapted)
@@ -62,8 +72,8 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     gradient: at the kernel of the gated product both products of the gradient, the product made again, and the
     gradients of gate and up, in bf16, and in FP8 the codes of both; where gate and up are one matrix, one product of
     the gradient. Read off the code that inductor generates for a GPU (2.13; tests/models/test_gpu_code.py); trained
-    whole, a layer is counted amply as an eager one."""
-    if not setup.adapters:
+    whole, or in a model with experts, a layer is counted amply as an eager one."""
+    if shape.experts or not setup.adapters:
         return 0
     return (10 - 2 * shape.fused + 2 * (setup.precision == "fp8")) * shape.intermediate_size
 
@@ -71,6 +81,10 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
 def made_again_bytes(shape: ModelShape, setup: Setup) -> int:
     """Read and written, of one token, to make norms' outputs and the product of gate and up of all layers that keep the
     rest again. With products in FP8 of a full fine-tune, their casts do."""
-    if not setup.compiled or (setup.precision == "fp8" and not setup.adapters) or kept_bytes(shape, setup) is None:
+    if not setup.compiled or (setup.precision == "fp8" and not setup.adapters):
         return 0
-    return setup.layers_kept(shape) * (8 * shape.hidden_size + 2 * shape.intermediate_size)
+    products = {False: shape.intermediate_size, True: shape.experts_per_token * shape.expert_size}
+    first = shape.layers - setup.layers_kept(shape)
+    kinds = [shape.has_experts(layer) for layer in range(first, shape.layers)]
+    known = [kind for kind in kinds if kept_bytes(shape, setup, kind) is not None]
+    return sum(8 * shape.hidden_size + 2 * products[kind] for kind in known)

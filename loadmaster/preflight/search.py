@@ -237,7 +237,7 @@ def _filled(job: Job, best: Candidate, setup: Setup, exactly: bool) -> Candidate
 
     low, high = 0, shape.layers
     found, most = best if setup == best.setup else keeping(0), (1 - SPARE) * best.budget_gib
-    known = kept_bytes(shape, setup) if setup.compiled else None
+    known = kept_bytes(shape, setup, shape.has_experts(shape.layers - 1)) if setup.compiled else None
     each = (known - setup.width * shape.hidden_size) * setup.tokens / GIB if known else 0.0
     while high - low > 1 and found.memory.needed_gib <= most and (exactly or not low):
         more = (high - low) // 2
@@ -256,7 +256,8 @@ def _filled(job: Job, best: Candidate, setup: Setup, exactly: bool) -> Candidate
 def selective_keeps_less(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any]) -> bool:
     """Than layers that keep what they like: not where the compiler is known to make all again that is cheap to make."""
     setup = Setup(**tier, **fixed(job, hardware, "selective", 0), sharding="none", checkpointing="none")
-    return not setup.compiled or bool(setup.adapters and setup.lora_dropout) or kept_bytes(shape, setup) is None
+    known = kept_bytes(shape, setup, shape.has_experts(shape.layers - 1))
+    return not setup.compiled or bool(setup.adapters and setup.lora_dropout) or known is None
 
 
 def can_offload(hardware: Hardware) -> bool:

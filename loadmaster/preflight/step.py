@@ -240,9 +240,9 @@ def _stepped_alone(b: Blocks, leaves: list[Leaf]) -> None:
 def _compiled_keeps_less(b: Blocks, eager: int, experts: bool, kind: str) -> int:
     """Bytes that a compiled layer does not keep of what an eager one does. In its backward pass a replayed layer is an
     eager one, or what the compiler was seen to have there at once (`in_backward_bytes`)."""
-    if not b.setup.compiled or kind != "none" or experts or not b.tape.enabled:
+    if not b.setup.compiled or kind != "none" or not b.tape.enabled:
         return 0
-    each = kept_bytes(b.shape, b.setup)
+    each = kept_bytes(b.shape, b.setup, experts)
     return 0 if each is None else max(0, eager - each * b.n)
 
 
