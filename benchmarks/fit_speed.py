@@ -18,12 +18,12 @@ from typing import Any
 
 from memory import Case
 
+from loadmaster.preflight.candidate import fixed
 from loadmaster.preflight.coefficients import coefficients, value
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import Hardware, from_catalog
 from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.memory import peaks, train_bytes
-from loadmaster.preflight.search import fixed
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import tokens_per_second

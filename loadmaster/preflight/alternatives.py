@@ -10,10 +10,11 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import Job
+from loadmaster.preflight.candidate import Candidate, run_hours
 from loadmaster.preflight.explain import describe
 from loadmaster.preflight.hardware import Hardware, from_catalog, priced, rentable
 from loadmaster.preflight.refusals import COUNTED, TYPED, uncounted_adapters
-from loadmaster.preflight.search import Candidate, run_hours, search
+from loadmaster.preflight.search import search
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import least_overhead_hours
 

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from loadmaster.config.schema import Job
+from loadmaster.preflight.candidate import Candidate, run_hours
 from loadmaster.preflight.hardware import Hardware, rentable
-from loadmaster.preflight.search import EQUAL_SPEED, Candidate, run_hours, search
+from loadmaster.preflight.search import EQUAL_SPEED, search
 from loadmaster.preflight.shape import ModelShape
 
 

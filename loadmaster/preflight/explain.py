@@ -9,13 +9,14 @@ from typing import Any
 from loadmaster.config.rates import FAR, usual_rate
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
+from loadmaster.preflight.candidate import Candidate, can_offload, mean_rows, steps
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import export_problems
 from loadmaster.preflight.hardware import GIB, Hardware, not_offered, unknown_network
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.phases import answering
 from loadmaster.preflight.refusals import TYPED, UNCOUNTED, uncounted_adapters
-from loadmaster.preflight.search import Candidate, Found, can_offload, mean_rows, steps
+from loadmaster.preflight.search import Found
 from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import exports

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.config.schema import Job
-from loadmaster.preflight.search import Candidate, evaluate, fixed, kept_layers, may_compile
+from loadmaster.preflight.candidate import Candidate, evaluate, fixed, kept_layers, may_compile
 from loadmaster.preflight.shape import ModelShape
 
 ROW_STEP, MOST_ROW = 256, 2**24

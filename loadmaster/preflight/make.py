@@ -9,6 +9,7 @@ from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
 from loadmaster.preflight import saved, targets
 from loadmaster.preflight.alternatives import alternatives
+from loadmaster.preflight.candidate import Candidate, closeness, run_hours
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.elsewhere import elsewhere
 from loadmaster.preflight.explain import basis, reasons, rejection, runner_up
@@ -16,7 +17,7 @@ from loadmaster.preflight.exports import refuse_unholdable
 from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardware
 from loadmaster.preflight.phases import components_gib, disk_bytes, phase_bytes, phases_gib
 from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan
-from loadmaster.preflight.search import Candidate, Found, closeness, run_hours, search, smallest
+from loadmaster.preflight.search import Found, search, smallest
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import exports, model_flops
 from loadmaster.preflight.verification import verifying

@@ -11,12 +11,12 @@ from loadmaster import evaluation
 from loadmaster.config.schema import BatchConfig, EvaluationConfig, ExportConfig, HardwareConfig, Job, ModelConfig
 from loadmaster.export import candidates, smoke
 from loadmaster.preflight import make_plan, phases, verification
+from loadmaster.preflight.candidate import evaluate, fixed
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.explain import about_verification, can_export
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import host_bytes
 from loadmaster.preflight.plan import Plan
-from loadmaster.preflight.search import evaluate, fixed
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.verification import verifying
 

@@ -9,9 +9,10 @@ import pytest
 
 from loadmaster.config.schema import BatchConfig, LoraConfig, OptimizerConfig
 from loadmaster.preflight import largest, make_plan, shape
+from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import find_hardware
-from loadmaster.preflight.search import Candidate, search
+from loadmaster.preflight.search import search
 from tests.preflight.test_make import LLAMA, job
 
 

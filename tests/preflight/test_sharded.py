@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from loadmaster.preflight.candidate import FORWARDS
 from loadmaster.preflight.communication import step_traffic
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.memory import worst_micro_batch
-from loadmaster.preflight.search import FORWARDS
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shards import whole
 from loadmaster.training.sharding import codes_without_gradients

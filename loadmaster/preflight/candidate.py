@@ -1,0 +1,134 @@
+"""One plan for a job on some hardware: what it needs, whether that is there, how fast it is and how long it runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from loadmaster.config.job_rules import MLP_TOKENS
+from loadmaster.config.schema import Job
+from loadmaster.preflight.hardware import GIB, Hardware
+from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.speed import overhead_hours, tokens_per_second
+
+FORWARDS = {"dpo": 1, "kto": 3}
+"""Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    shape: ModelShape
+    setup: Setup
+    memory: Memory
+    hardware: Hardware
+    budget_gib: float
+
+    @cached_property
+    def tokens_per_second(self) -> float | None:
+        """Replayed when first asked for: of most plans that do not fit it never is."""
+        return tokens_per_second(self.shape, self.hardware, self.setup)
+
+    @property
+    def fits(self) -> bool:
+        return self.missing_gib <= 0
+
+    @property
+    def missing_gib(self) -> float:
+        """What lacks on a GPU, or on the host where that is more."""
+        host = self.hardware.host_memory_gib
+        return max(self.memory.needed_gib - self.budget_gib, -math.inf if host is None else self.memory.host_gib - host)
+
+
+def closeness(candidate: Candidate) -> tuple[float, float]:
+    return max(0.0, candidate.missing_gib), candidate.memory.needed_gib
+
+
+def kept_layers(job: Job, shape: ModelShape, checkpointing: str) -> int:
+    """Of the last layers, those that the job leaves out of full checkpointing."""
+    written = checkpointing == "full" and job.checkpointed_layers != "auto"
+    return max(0, shape.layers - job.checkpointed_layers) if written else 0
+
+
+def may_compile(job: Job, checkpointing: str, tokens: int) -> bool:
+    """Not MLPs that run by pieces, nor layers whose weights DeepSpeed gathers. tokens: of a micro-batch."""
+    return (checkpointing != "offload" or tokens <= MLP_TOKENS) and job.sharding != "zero3"
+
+
+def fixed(job: Job, hardware: Hardware, checkpointing: str, tokens: int) -> dict[str, Any]:
+    """What a setup takes from job and hardware as it is. What runs by pieces under offload is not compiled."""
+    targets = job.lora.targets
+    able = may_compile(job, checkpointing, tokens) and not hardware.is_cpu
+    return {
+        "sequence_length": job.sequence_length,
+        "forwards": FORWARDS.get(job.objective, 0),
+        "objective": job.objective,
+        "compiled": able if job.compile == "auto" else job.compile,
+        "world_size": hardware.world_size,
+        "gpus_per_node": hardware.count,
+        "lora_rank": job.lora.rank,
+        "lora_targets": tuple(targets) if isinstance(targets, list) else targets,
+        "lora_dropout": job.lora.dropout,
+        "dora": job.lora.dora,
+        "modules_to_save": tuple(job.lora.modules_to_save),
+    }
+
+
+def evaluate(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Candidate:
+    budget_gib = hardware.memory_gib * (1 - job.plan.reserve)
+    return Candidate(shape, setup, memory(shape, hardware, setup), hardware, budget_gib)
+
+
+def can_offload(hardware: Hardware) -> bool:
+    """Whether layers' inputs may go to host memory: nothing does on a CPU, nor where its size is not known."""
+    return not hardware.is_cpu and hardware.host_memory_gib is not None
+
+
+def inputs_are_too_much(failed: Candidate) -> bool:
+    """Whether what fits not, all recomputed, might with layers' inputs in host memory and MLPs by pieces."""
+    return failed.memory.needed_gib - failed.budget_gib <= failed.memory.train.activations / GIB
+
+
+def gradients_are_too_much(failed: Candidate) -> bool:
+    """Whether what fits not might if no gradients of earlier micro-batches lay beside it."""
+    return 0 < failed.memory.needed_gib - failed.budget_gib <= failed.memory.train.gradients / GIB
+
+
+def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:
+    """Whether what is needed at least, and what lies in host memory, leaves room for anything."""
+    if least_bytes(shape, hardware, setup) > hardware.memory_gib * (1 - job.plan.reserve) * GIB:
+        return False
+    has = hardware.host_memory_gib
+    return hardware.is_cpu or has is None or host_bytes(shape, setup) <= has * GIB
+
+
+def steps(job: Job, dataset_tokens: int | None) -> int | None:
+    """Optimizer steps of the run; None when the dataset's size is not known."""
+    if job.max_steps is not None:
+        return job.max_steps
+    if dataset_tokens is None:
+        return None
+    rows = math.ceil(dataset_tokens / job.sequence_length)
+    return max(1, math.ceil(math.ceil(rows / job.batch.global_size) * job.epochs))
+
+
+def mean_rows(job: Job, dataset_tokens: int | None) -> float:
+    """Of a step: the last one of an epoch has the rows that are left."""
+    if dataset_tokens is None:
+        return job.batch.global_size
+    rows = max(1, math.ceil(dataset_tokens / job.sequence_length))
+    return rows / math.ceil(rows / job.batch.global_size)
+
+
+def run_hours(job: Job, shape: ModelShape, candidate: Candidate, dataset_tokens: int | None) -> float | None:
+    """Start, download, load, training and export."""
+    count = steps(job, dataset_tokens)
+    if count is None or not candidate.tokens_per_second:
+        return None
+    tokens = count * mean_rows(job, dataset_tokens) * job.sequence_length
+    rented = candidate.hardware.usd_per_hour is not None
+    training = tokens / candidate.tokens_per_second / 3600
+    return training + overhead_hours(job, shape, candidate.hardware, candidate.setup, rented)
