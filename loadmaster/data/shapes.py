@@ -156,7 +156,8 @@ def message_of(turn: Any, where: str) -> dict[str, Any]:
     role = turn["role"]
     role = SYNONYMS.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        remedy = "write the roles as user and assistant" if role in SPEAKERS else None
+        meant = (role.lower() if isinstance(role, str) else role) in (*SPEAKERS, *KNOWN_ROLES)
+        remedy = "write the roles as user and assistant" if meant else None
         raise RowError(f"{where}: role is {_named(role)}, known are {', '.join(KNOWN_ROLES)}", remedy)
     where = f"{where} ({role})"
     calls = turn.get("tool_calls")

@@ -73,6 +73,7 @@ def test_a_field_near_to_one_that_alone_is_no_shape_names_the_shapes():
     ("turn", "remedy"),
     [
         ({"role": "human", "content": "x"}, "write the roles as user and assistant"),
+        ({"role": "User", "content": "x"}, "write the roles as user and assistant"),
         ({"from": "human", "value": "x"}, "name the list conversations: from and value are how sharegpt writes a turn"),
         ({"role": "robot", "content": "x"}, None),
         ({"role": ["human"], "content": "x"}, None),
