@@ -142,9 +142,15 @@ def save_trained(model: nn.Module, folder: Any) -> None:
 
 
 def _linear_names(model: nn.Module) -> list[str]:
-    """Full names of the linear layers that can carry an adapter: all but the head."""
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    """Full names of the linear layers that can carry an adapter: all but the head, and beside experts what is in an
+    MLP, for by those names, of dense layers too, peft puts adapters on the experts' 3-D tensors."""
+    head, mlps = model.get_output_embeddings(), not _has_experts(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return [name for name in linears if mlps or ".mlp." not in name]
+
+
+def _has_experts(model: nn.Module) -> bool:
+    return any(name.endswith(".experts") for name, _ in model.named_modules())
 
 
 def target_modules(model: nn.Module, targets: str | list[str]) -> list[str] | str:
@@ -163,7 +169,7 @@ def target_modules(model: nn.Module, targets: str | list[str]) -> list[str] | st
         if not found:
             raise _wrong_targets(targets, "matches no linear layer", kinds)
         _refuse_others(model, targets)
-        return targets
+        return found if _has_experts(model) else targets  # peft would match an expression with the experts as well
     if not targets:
         raise _wrong_targets(targets, "names no linear layer", kinds)
     unknown = [target for target in targets if target not in kinds and target not in names]

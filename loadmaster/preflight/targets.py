@@ -14,8 +14,8 @@ WHOLE = "the embedding, the head and norms are trained whole by lora.modules_to_
 
 
 def linears(shape: ModelShape) -> list[str]:
-    """Names of the linears that some layer has."""
-    return [matrix.name for matrix in shape.matrices(experts=not shape.dense_layers)]
+    """Of a layer, by name, what may have an adapter: beside experts attention's linears alone (models/adapters.py)."""
+    return [matrix.name for matrix in shape.matrices(experts=bool(shape.experts))]
 
 
 def in_some_layers_only(shape: ModelShape, targets: str | Sequence[str]) -> bool:
@@ -62,15 +62,15 @@ def _wrong(shape: ModelShape, targets: str | Sequence[str], names: list[str], mo
 
 
 def full_names(matrix: str, shape: ModelShape) -> Iterator[str]:
-    everywhere = not shape.experts or matrix in {each.name for each in shape.attention_matrices}
-    return (full_name(matrix, layer) for layer in (range(shape.layers) if everywhere else shape.dense_at))
+    return (full_name(matrix, layer) for layer in range(shape.layers))
 
 
 def other_modules(shape: ModelShape) -> Iterator[str]:
-    """Full names of modules that are no linear of a layer."""
+    """Full names of modules that have no adapter."""
     yield from ("model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
     feed_forward = ["mlp.activation_fn" if shape.fused else "mlp.act_fn"] if shape.dense_layers else []
     feed_forward += ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"] if shape.expert_layers else []
+    feed_forward += [f"mlp.{m.name}" for m in shape.mlp_matrices] if shape.experts and shape.dense_layers else []
     attention = [f"self_attn.{name}" for name in head_norms(shape)]
     parts = ("self_attn", *attention, "mlp", *feed_forward, *layer_norms(shape))
     for layer in range(shape.layers):

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from loadmaster import catalog
 from loadmaster.config.schema import HardwareConfig, Job, LoraConfig, ModelConfig
 from loadmaster.errors import ConfigError
+from loadmaster.models.adapters import make_trainable, target_modules, trainable
 from loadmaster.preflight import make_plan
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.setup import Setup
@@ -76,13 +77,35 @@ def test_layers_of_experts_have_no_dense_linears_to_adapt() -> None:
         refuse_unknown(shape, ["q_proj", "gate_proj"], "mixtral")
 
 
-def test_a_dense_linear_is_in_the_layers_without_experts_only() -> None:
-    shape = from_config({**few_layers("qwen3_moe"), "mlp_only_layers": [0]}, "mixed")
+MIXED = {
+    **few_layers("qwen3_moe"), "mlp_only_layers": [0], "hidden_size": 64, "intermediate_size": 128, "vocab_size": 100,
+    "moe_intermediate_size": 32, "num_experts": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "targets", ["down_proj", ["q_proj", "gate_proj"], r".*layers\.0\.mlp\.up_proj", r".*[qnp]_proj"]
+)
+def test_names_by_which_peft_would_adapt_experts_are_refused_where_dense_layers_have_them(
+    targets: str | list[str],
+) -> None:
+    shape = from_config(MIXED, "mixed")
     assert (shape.dense_at, shape.dense_layers, shape.expert_layers) == ((0,), 1, shape.layers - 1)
-    refuse_unknown(shape, r".*layers\.0\.mlp\.gate_proj", "mixed")
-    refuse_unknown(shape, r".*layers\.1\.self_attn\.q_proj", "mixed")
-    with pytest.raises(ConfigError, match="nor an expression that matches one"):
-        refuse_unknown(shape, r".*layers\.1\.mlp\.gate_proj", "mixed")
+    with pytest.raises(ConfigError):
+        refuse_unknown(shape, targets, "mixed")
+    with pytest.raises(ConfigError):
+        target_modules(meta_model(MIXED), targets)
+
+
+@pytest.mark.parametrize("targets", [r".*_proj", r".*layers\.1\.self_attn\.q_proj", ["q_proj", "v_proj"], "o_proj"])
+def test_beside_experts_what_is_counted_has_the_adapters_and_nothing_else(targets: str | list[str]) -> None:
+    config = {**MIXED, "mlp_only_layers": []}
+    shape = from_config(config, "experts")
+    refuse_unknown(shape, targets, "experts")
+    model = make_trainable(meta_model(config), "lora", LoraConfig(rank=4, targets=targets))
+    layers = 1 if "layers" in targets else shape.layers
+    trained = sum(parameter.numel() for _, parameter in trainable(model))
+    assert trained * shape.layers == shape.lora_parameters(4, targets) * layers
 
 
 STARCODER_2 = {
