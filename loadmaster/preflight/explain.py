@@ -77,6 +77,8 @@ def _explicit_remedy(job: Job, shape: ModelShape, failed: Candidate) -> str:
     fits = largest_micro_batch(job, shape, failed)
     if fits == 0:
         return "; not even micro_batch_size=1 fits"
+    if failed.setup.in_backward:  # a step is one micro-batch
+        return f"; batch.global_size={fits * failed.hardware.world_size} micro_batch_size={fits} fits"
     rows = job.batch.global_size // failed.hardware.world_size
     divides = max(d for d in range(1, fits + 1) if rows % d == 0)
     whole = f" ({divides} is the largest that divides batch.global_size={job.batch.global_size})"
@@ -102,7 +104,8 @@ def reasons(
     said += _left_out(job, shape)
     said += [against(chosen, other) for other in found.others]
     known = shape.max_position
-    said.append(f"the longest row that fits here, recomputed and one at a time: {_longest(job, shape, chosen)}")
+    if longest := _longest(job, shape, chosen):
+        said.append(f"the longest row that fits here, recomputed and one at a time: {longest}")
     setup = chosen.setup
     if known and setup.sequence_length > known:
         said.append(
@@ -130,8 +133,11 @@ def reasons(
 
 
 def _longest(job: Job, shape: ModelShape, chosen: Candidate) -> str:
-    """Tokens; where they are fewer than the model knows, also of rows whose layers' inputs go to host memory."""
+    """Tokens; where they are fewer than the model knows, also of rows whose layers' inputs go to host memory. Empty
+    where none fits alone, beside accumulated gradients."""
     longest, known = longest_row(job, shape, chosen), shape.max_position
+    if not longest:
+        return ""
     most, said = longest, f"{longest:,} tokens"
     if known and longest < known and job.activation_checkpointing == "auto" and can_offload(chosen.hardware):
         most = max(longest, longest_row(job, shape, chosen, offload=True))

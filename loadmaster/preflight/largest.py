@@ -14,12 +14,13 @@ ROW_STEP, MOST_ROW = 256, 2**24
 
 
 def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
-    """Rows that fit in place of `failed`'s, all else equal; 0 when not even one does."""
+    """Rows that fit in place of `failed`'s, all else equal; where it steps in the backward pass, as all rows of a step.
+    0 when not even one does."""
     rows = failed.setup.micro_batch_size * failed.setup.gradient_accumulation_steps
     low, high = 0, failed.setup.micro_batch_size
     while high - low > 1:
         middle = (low + high) // 2
-        steps = math.ceil(rows / middle)
+        steps = 1 if failed.setup.in_backward else math.ceil(rows / middle)
         setup = replace(failed.setup, micro_batch_size=middle, gradient_accumulation_steps=steps)
         tried = evaluate(job, shape, failed.hardware, setup)
         low, high = (middle, high) if tried.fits else (low, middle)

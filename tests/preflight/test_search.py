@@ -35,6 +35,7 @@ def test_all_rows_at_once_are_tried_where_fewer_do_not_fit_beside_accumulated_gr
         assert best.fits and best.micro_batch_size == 4
         assert (best.optimizer, best.master_weights) == ("adamw", master_weights)
         assert best.tokens_per_second == written.tokens_per_second
+        assert not any("longest row" in reason for reason in best.reasons)  # none fits one at a time
     quick = found(open_, explain=False)
     assert quick.setup.optimizer == "adamw" and quick.tokens_per_second > 0.98 * written.tokens_per_second
 
@@ -74,6 +75,17 @@ def test_the_number_of_rows_that_is_said_to_fit_does_and_its_double_does_not() -
     rows = int(re.findall(r"[(](\d+) is the largest", said)[0])
     assert make_plan(replace(asked, micro_batch_size=rows)).fits
     assert not make_plan(replace(asked, micro_batch_size=2 * rows)).fits
+
+
+def test_rows_that_are_said_to_fit_in_a_step_in_the_backward_pass_are_all_of_it_and_do() -> None:
+    asked = job(LLAMA + "8B", "full", "a100_80gb", 2, batch=BatchConfig(128), sequence_length=4096)
+    asked = replace(asked, optimizer=OptimizerConfig(name="adafactor", in_backward=True, max_grad_norm=0))
+    asked = replace(asked, micro_batch_size=64, activation_checkpointing="full")
+    said = " ".join(make_plan(asked, with_alternatives=False).reasons)
+    rows, each = map(int, re.findall(r"; batch.global_size=(\d+) micro_batch_size=(\d+) fits", said)[-1])
+    for more, fits in ((0, True), (1, False)):
+        written = replace(asked, batch=BatchConfig(rows + 2 * more), micro_batch_size=each + more)
+        assert make_plan(written, with_alternatives=False).fits == fits
 
 
 @pytest.mark.parametrize(
