@@ -72,7 +72,7 @@ def known_positions(config: dict[str, Any]) -> int | None:
     kind, factor = rotary.get("rope_type", rotary.get("type")), rotary.get("factor")
     scaled = kind in ("yarn", "linear", "dynamic") and not str(config.get("model_type")).startswith("gemma3")
     if known is None or not scaled or not isinstance(factor, int | float):
-        return known
+        return None if known is None else int(known)  # JSON may write it with a point
     original = rotary.get("original_max_position_embeddings") if kind == "yarn" else None
     return int(factor * (original or known))
 
@@ -87,7 +87,7 @@ def short_positions(config: dict[str, Any]) -> int | None:
     if said and rotary.get("rope_type", rotary.get("type")) not in ("longrope", "su"):
         return None
     short = config.get("original_max_position_embeddings") or rotary.get("original_max_position_embeddings")
-    return short if short and short < (config.get("max_position_embeddings") or 0) else None
+    return int(short) if short and short < (config.get("max_position_embeddings") or 0) else None
 
 
 def _rotation(config: dict[str, Any]) -> dict[str, Any]:

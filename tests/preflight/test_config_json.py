@@ -208,3 +208,10 @@ def test_positions_that_a_rotary_scaling_adds_are_known_as_vllm_derives_them(sca
     config = {**LLAMA, "model_type": family, "max_position_embeddings": 40000, "rope_scaling": scaling}
     config.pop("rope_parameters", None)
     assert from_config(config, "x").max_position == known
+
+
+def test_positions_that_are_written_with_a_point_are_whole_numbers() -> None:
+    """Requests are cut to them, and a request has no part of a token."""
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 4096.0}
+    shape = from_config({**LLAMA, "max_position_embeddings": 40000.0, "rope_scaling": longrope}, "x")
+    assert [repr(each) for each in (shape.max_position, shape.short_positions)] == ["40000", "4096"]
