@@ -35,8 +35,8 @@ PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
 _FROM_HOME = re.compile(r"([=,\[]\s*)(~(?:[^\"',\[\]{}]*[^\"',\[\]{}\s])?)")
 """`model.path=~/models/mine`, or in a list: a shell leaves the ~ of a word that does not begin with it as it is."""
 _QUOTES = " '\""
-_MACHINE = re.compile(r"(?P<card>.+?)[_-]?x(?P<count>[1-9]\d?)(_n(?P<nodes>[1-9]\d*))?")
-"""`l40s_x4`, `h100_80gb_x8_n2`."""
+_MACHINE = re.compile(r"((?P<first>[1-9]\d?)x[_-]?)?(?P<card>.+?)([_-]?x(?P<count>[1-9]\d?)(_?n(?P<nodes>[1-9]\d*))?)?")
+"""`l40s_x4`, `h100_80gb_x8_n2`, and as plans name them, `8xh100_80gb`."""
 
 
 @dataclass
@@ -255,7 +255,8 @@ def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> P
 def _machine(named: str, options: list[str]) -> str:
     """What sets the hardware that was probably meant: an option, or the fields of a machine without one."""
     read = _MACHINE.fullmatch(named.lower())
-    size = {key: read[key] for key in ("count", "nodes") if read[key]} if read else {}
+    said = {"count": read["count"] or read["first"], "nodes": read["nodes"]} if read else {}
+    size = {key: value for key, value in said.items() if value}
     card = nearest_card(read["card"] if read else named, catalog.gpus())
     if card is None:
         guess = nearest(named, options, cutoff=0.75)
