@@ -1,10 +1,11 @@
 """The code that a GPU would run, generated and assembled where there is none.
 
-    python tests/gpu_code.py METHOD PRECISION COMPUTE_CAPABILITY [CONFIG_JSON]     # lora fp8 90
+    python tests/gpu_code.py METHOD PRECISION COMPUTE_CAPABILITY [CONFIG_JSON [SETUP_JSON]]     # lora fp8 90
 
-One decoder layer and the loss of a model of Llama 3.1 8B's shape, or CONFIG_JSON's, go through torch.compile on the
-meta device. In the place of inductor's last step its graphs are taken for those of such a GPU, lowered to Triton, and
-every kernel is assembled by ptxas, which comes with Triton. Nothing is run. Printed is JSON:
+One decoder layer and the loss of a model of Llama 3.1 8B's shape, or CONFIG_JSON's, trained as SETUP_JSON says besides
+(`{"dora": true}`), go through torch.compile on the meta device. In the place of inductor's last step its graphs are
+taken for those of such a GPU, lowered to Triton, and every kernel is assembled by ptxas, which comes with Triton.
+Nothing is run. Printed is JSON:
 
     graphs    [[forward or backward or loss, kernels assembled]]
     bytes     that a token of a layer moves, in kernels that memory bounds: fused ones, and narrow products
@@ -197,13 +198,16 @@ def assembled(code: str, folder: Path) -> int:
     return len(kernels)
 
 
-def main(method: str, precision: str, capability: str, config: str = "{}") -> None:
+def main(method: str, precision: str, capability: str, config: str = "{}", fields: str = "{}") -> None:
     stand_in(int(capability))
     torch._inductor.config.fx_graph_cache = False
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.joint_graph_constant_folding = False  # a meta tensor's sum would be a constant to it
+    torch._inductor.config.fallback_random = True  # inductor's own numbers come with a step that is passed over here
     compiled.BACKEND = generated = Generated()
-    setup = Setup(method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True)
+    setup = Setup(
+        method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True, **json.loads(fields)
+    )
     model = with_trained_part(_meta_model({**LLAMA, **json.loads(config), "num_hidden_layers": LAYERS}), setup)
     compiled.compile_layers(model)
     ids = torch.zeros(1, TOKENS, dtype=torch.long)

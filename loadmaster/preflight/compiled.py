@@ -34,6 +34,8 @@ from loadmaster.preflight.shape import ModelShape
 MADE_AGAIN = ("q_proj", "qkv_proj", "gate_proj", "gate_up_proj", "down_proj")
 """Matrices over nf4 whose adapter's input, after dropout, is not kept."""
 
+ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"}
+
 PLACES = 29
 """Bytes of each expert that a token is sent to: three indices, whether it is one of this process, its weight."""
 
@@ -74,12 +76,18 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
 def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     """What one token of a layer under adapters has at once in its backward pass, beyond what is kept and its output's
     gradient: at the kernel of the gated product both products of the gradient, the product made again, and the
-    gradients of gate and up, in bf16, and in FP8 the codes of both; where gate and up are one matrix, one product of
-    the gradient. Read off the code that inductor generates for a GPU (2.13; tests/models/test_gpu_code.py); trained
-    whole, or in a model with experts, a layer is counted amply as an eager one."""
+    gradients of gate and up, in bf16, and in FP8 the codes of both, with dropout one in bf16 besides; where gate and up
+    are one matrix, one product of the gradient. Under DoRA these lie beside what its magnitudes have scaled: eight in
+    all. Read off the code that inductor generates for a GPU (2.13; tests/models/test_gpu_code.py), at most, as some
+    targets and dropout need less; trained whole, or in a model with experts, a layer is counted amply as an eager
+    one."""
     if shape.experts or not setup.adapters:
         return 0
-    return (10 - 2 * shape.fused + 2 * (setup.precision == "fp8")) * shape.intermediate_size
+    scaled = {matrix.name for matrix in shape.adapted(setup.lora_targets)} - ATTENTION if setup.dora else ()
+    if len(scaled) > 1 and "down_proj" in scaled:
+        return 16 * shape.intermediate_size
+    codes = (2 + 2 * bool(setup.lora_dropout)) * (setup.precision == "fp8")
+    return (10 - 2 * shape.fused + codes) * shape.intermediate_size
 
 
 def made_again_bytes(shape: ModelShape, setup: Setup) -> int:

@@ -33,9 +33,10 @@ PHI = {
 }  # fmt: skip
 
 
-def generated(method: str, precision: str, capability: int, config: dict | None = None) -> dict:
+def generated(method: str, precision: str, capability: int, config: dict | None = None, **fields) -> dict:
+    told = [json.dumps(config or {}), json.dumps(fields)]
     ran = subprocess.run(
-        [sys.executable, str(SCRIPT), method, precision, str(capability), json.dumps(config or {})],
+        [sys.executable, str(SCRIPT), method, precision, str(capability), *told],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -86,6 +87,23 @@ def test_fused_gate_and_up_have_less_at_once_in_their_backward_pass() -> None:
     )  # fmt: skip
     found = generated("lora", "fp8", H100, PHI)
     assert in_backward_bytes(shape, setup) == pytest.approx(found["backward"], rel=0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "config", "fields"),
+    [("bf16", None, {"dora": True}), ("bf16", PHI, {"dora": True, "lora_dropout": 0.1}),
+     ("fp8", None, {"lora_dropout": 0.1})],
+)  # fmt: skip
+def test_magnitudes_and_dropout_have_more_at_once_in_their_backward_pass(
+    precision: str, config: dict | None, fields: dict
+) -> None:
+    shape = SHAPE if config is None else from_config({**config, "num_hidden_layers": 2}, "phi3")
+    setup = Setup(
+        method="lora", precision=precision, optimizer="adamw", master_weights=True, compiled=True, **fields
+    )  # fmt: skip
+    found = generated("lora", precision, H100, config, **fields)
+    assert in_backward_bytes(shape, setup) == pytest.approx(found["backward"], rel=0.01)
 
 
 @pytest.mark.slow

@@ -144,6 +144,18 @@ def test_what_layers_keep_too_much_of_is_in_use_in_their_own_backward_pass_alone
     assert training_step(shape, full).peak == training_step(shape, replace(full, compiled=False)).peak
 
 
+@pytest.mark.parametrize(
+    ("changed", "products"),
+    [({}, 5), ({"dora": True}, 8), ({"dora": True, "lora_targets": ("q_proj", "o_proj")}, 5),
+     ({"precision": "fp8"}, 6), ({"precision": "fp8", "lora_dropout": 0.1}, 7)],
+)  # fmt: skip
+def test_what_a_layers_backward_pass_has_at_once_lies_beside_what_all_layers_keep(changed: dict, products: int) -> None:
+    """As many of a feed-forward layer's products, and the gradient of the layer's output (test_gpu_code.py)."""
+    shape, job = find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B")), replace(setup(), **changed)
+    least = 32 * kept_bytes(shape, job) + 2 * products * 14336 + 2 * 4096
+    assert sum(training_step(shape, job).phases["layers"].values()) >= least * job.tokens
+
+
 def test_kinds_of_layers_that_were_not_looked_at_are_counted_as_if_eager() -> None:
     shape = find_shape(ModelConfig(name="Qwen/Qwen3-8B"))
     assert kept_bytes(shape, setup()) is not None
