@@ -34,8 +34,6 @@ from loadmaster.preflight.shape import ModelShape
 MADE_AGAIN = ("q_proj", "qkv_proj", "gate_proj", "gate_up_proj", "down_proj")
 """Matrices over nf4 whose adapter's input, after dropout, is not kept."""
 
-ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"}
-
 PLACES = 29
 """Bytes of each expert that a token is sent to: three indices, whether it is one of this process, its weight."""
 
@@ -83,7 +81,7 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     one."""
     if shape.experts or not setup.adapters:
         return 0
-    scaled = {matrix.name for matrix in shape.adapted(setup.lora_targets)} - ATTENTION if setup.dora else ()
+    scaled = {m.name for m in shape.adapted(setup.lora_targets) if m in shape.mlp_matrices} if setup.dora else ()
     if len(scaled) > 1 and "down_proj" in scaled:
         return 16 * shape.intermediate_size
     codes = (2 + 2 * bool(setup.lora_dropout)) * (setup.precision == "fp8")
