@@ -7,6 +7,7 @@ both ends in host memory; no test here has a GPU.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
+from safetensors.torch import load_file, save_file
 from tiny_models import save_adapter
 
 from loadmaster.data import PackedRow
@@ -171,7 +173,7 @@ from test_spread import ROW
 
 def resident() -> int:
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 def measured(scratch: Path, free: float) -> dict:
     room.free_bytes = lambda device: ((), free)
@@ -203,15 +205,19 @@ print(json.dumps(measured(Path(sys.argv[2]), float(sys.argv[3]))))
 def test_a_real_model_on_disk_scores_to_the_bit_in_a_fraction_of_its_memory(smollm2, tmp_path):
     """SmolLM2-135M: 257 MiB in bf16, 54 of them embeddings; each copy of 29 positions' logits in fp32 is 5 MiB.
 
-    All that is resident counts, pages of the files too: on a CPU the weights are no copies of them. Each is in a
-    process of its own: what one lets go and its process keeps would not be counted for the other.
+    It lies on disk in fp32, so that what a CPU holds of it are copies: how much of a mapped file counts as resident is
+    the kernel's choice (up to 2 MiB around a byte that was read). Each is in a process of its own: what one lets go
+    and its process keeps would not be counted for the other.
     """
+    folder = shutil.copytree(smollm2, tmp_path / "fp32")
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: w.float() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     layers, rest = sizes(empty_model(smollm2, torch.bfloat16))
     found = {}
     for name, kept in (("parts", 2.5), ("whole", 100)):
         scratch = tmp_path / name
         scratch.mkdir()
-        command = [sys.executable, "-c", MEASURE, str(smollm2), str(scratch), str(rest + kept * layers[0])]
+        command = [sys.executable, "-c", MEASURE, str(folder), str(scratch), str(rest + kept * layers[0])]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300)
         assert ran.returncode == 0, ran.stderr[-2000:]
         found[name] = json.loads(ran.stdout.splitlines()[-1]) | torch.load(scratch / "scores.pt")
@@ -219,9 +225,9 @@ def test_a_real_model_on_disk_scores_to_the_bit_in_a_fraction_of_its_memory(smol
     assert whole["words"] == "30 of 30 layers in host memory" and parts["words"].startswith("1 of 30 layers in host")
     assert torch.equal(whole["scores"], parts["scores"])
     assert all(torch.equal(whole["sketches"][name], parts["sketches"][name]) for name in whole["sketches"])
-    assert whole["wrong"] == parts["wrong"] == {str(smollm2): []}
+    assert whole["wrong"] == parts["wrong"] == {str(folder): []}
     model = sum(layers) + rest
-    assert parts["peak"] < 0.8 * model < whole["peak"]
+    assert parts["peak"] < 0.5 * model < model < whole["peak"]
 
 
 def test_pinned_memory_of_training_goes_back_to_the_host_as_well(monkeypatch):
