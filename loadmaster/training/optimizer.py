@@ -3,7 +3,7 @@
 Bytes for each trainable bf16 parameter (weight and gradient are 2 + 2 of them):
     adamw, master weights      16   fp32 master 4, moments 4 + 4; and 4 more for gradients, a bucket at a time
     adamw, no master weights   12   moments 4 + 4 (bitsandbytes' 32-bit AdamW works on bf16 weights)
-    adamw_bf16                  8   moments 2 + 2, stochastic rounding (torchao)
+    adamw_bf16                  8   moments 2 + 2, stochastic rounding (adamw_bf16.py)
     adamw_8bit                  6   block-wise moments of 1 + 1 (bitsandbytes); paged: in memory the host can take
     adafactor                  ~4   second moment as row and column sums (transformers)
 Everything is fp32 on a CPU: weight, gradient and two moments, 16 bytes.
@@ -67,9 +67,7 @@ class TrainingOptimizer:
         self.masters = master_weights and any(p.dtype != torch.float32 for _, p in named_parameters)
         self.copies = self.masters or offload
         self.sharded = any(isinstance(p, DTensor) for _, p in named_parameters)
-        make = _factory(
-            name, config, needs_fp32_moments=not self.masters and named_parameters[0][1].dtype != torch.float32
-        )
+        make = _factory(name, config, named_parameters[0][1].dtype, self.masters)
         self.buckets = [self._bucket(group, make) for group in self.split(named_parameters)]
         self._smallest_first = sorted(self.buckets, key=lambda bucket: sum(p.numel() for p in bucket.parameters))
         """So the gradients of most are gone when those of a large embedding are there in two forms."""
@@ -135,7 +133,7 @@ class TrainingOptimizer:
             return
         for group in bucket.optimizer.param_groups:
             rate = lr * group["lr_ratio"]
-            if isinstance(group["lr"], Tensor):  # torchao keeps the rate in a tensor
+            if isinstance(group["lr"], Tensor):  # compiled with the step
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
@@ -267,15 +265,18 @@ def _place(value: Tensor, target: Tensor, key: str, optimizer: torch.optim.Optim
     return value.to(target.device, copy=True)
 
 
-def _factory(name: str, config: OptimizerConfig, needs_fp32_moments: bool) -> Callable:
-    """Makes an optimizer of its groups; each step brings its rate (`TrainingOptimizer.step`)."""
+def _factory(name: str, config: OptimizerConfig, dtype: torch.dtype, masters: bool) -> Callable:
+    """Makes an optimizer of its groups; each step brings its rate (`TrainingOptimizer.step`).
+
+    dtype: of the parameters, whatever their masters' is.
+    """
     betas, eps = (config.beta1, config.beta2), config.eps
-    if name == "adamw" and not needs_fp32_moments:
+    if name == "adamw" and (masters or dtype == torch.float32):
         return lambda groups: torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
     if name == "adamw_bf16":
-        from torchao.optim import _AdamW
+        from loadmaster.training.adamw_bf16 import AdamWBf16
 
-        return lambda groups: _AdamW(groups, lr=0.0, betas=betas, eps=eps, bf16_stochastic_round=True)
+        return lambda groups: AdamWBf16(groups, betas, eps, moments=dtype)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 

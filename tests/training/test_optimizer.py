@@ -139,3 +139,44 @@ def test_weight_decay_leaves_norms_and_biases_out():
     optimizer.step(0.1)
     torch.testing.assert_close(named[0][1].data, before[0] * (1 - 0.05))
     assert torch.equal(named[1][1].data, before[1])
+
+
+def test_bf16_moments_follow_gradients_that_become_smaller():
+    """Against second moments by the definition, in float64: rounded to the nearest they would fall no more."""
+    optimizer = TrainingOptimizer(parameters(), OptimizerConfig(beta2=0.999), "adamw_bf16", master_weights=False)
+    big = optimizer.parameters[0]
+    square = torch.zeros(big.shape, dtype=torch.float64)
+    for seed in range(1200):
+        size = 1.0 if seed < 50 else 0.01
+        big.grad = (size * torch.randn(big.shape, generator=torch.Generator().manual_seed(seed))).to(torch.bfloat16)
+        square.lerp_(big.grad.double().square(), 0.001)
+        optimizer.step(1e-6)
+    tensors, _ = optimizer.state()
+    assert tensors["big/exp_avg_sq"].dtype == torch.bfloat16
+    assert tensors["big/exp_avg_sq"].double().mean().item() == pytest.approx(square.mean().item(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masters", "moments"),
+    [
+        (torch.bfloat16, False, torch.bfloat16),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.float32, False, torch.float32),
+    ],
+)
+def test_adamw_bf16_steps_as_adamw_does(dtype, masters, moments):
+    """In the mean over many weights: each by itself is rounded at random."""
+    steps, config = 40, OptimizerConfig(weight_decay=0.1)
+    named = [("w", nn.Parameter(torch.ones(512, 64, dtype=dtype)))]
+    optimizer = TrainingOptimizer(named, config, "adamw_bf16", masters)
+    exact = nn.Parameter(torch.ones(512, 64, dtype=torch.float64))
+    reference = torch.optim.AdamW([exact], lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    for seed in range(steps):
+        gradient = 1 + torch.randn(512, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        named[0][1].grad, exact.grad = gradient, gradient.double()
+        optimizer.step(1e-4)
+        reference.step()
+    states, _ = optimizer.state()
+    held = states["w/master"] if masters else named[0][1]
+    assert held.double().mean().item() == pytest.approx(exact.mean().item(), abs=5e-5)
+    assert states["w/exp_avg"].dtype == states["w/exp_avg_sq"].dtype == moments
