@@ -84,6 +84,8 @@ OTHER_LAYERS = {
     "full_attention_interval": "layers without attention",
     "attn_layer_period": "layers without attention",
     "hybrid_override_pattern": "layers without attention",
+    "block_types": "layers without attention",
+    "conv_L_cache": "layers without attention",
     "num_kv_shared_layers": "layers that share keys and values",
     "is_encoder_decoder": "an encoder and a decoder",
 }

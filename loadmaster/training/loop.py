@@ -42,7 +42,14 @@ from loadmaster.training.metrics import (
 from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.rng import seed_everything
 from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
-from loadmaster.training.session import Session, attention_kernel, make_session, refuse_other_world, refuse_unbuilt
+from loadmaster.training.session import (
+    Session,
+    attention_kernel,
+    make_session,
+    refuse_other_world,
+    refuse_unbuilt,
+    try_family,
+)
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.tracker import open_tracker, refuse_missing_tracker
 from loadmaster.training.watchdog import Watchdog
@@ -124,6 +131,7 @@ def train(
         kernel = stack.enter_context(attention_kernel(session, display.echo))
         lr = learning_rate(1, steps, job.optimizer, peak_rate(job, plan.method))
         rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr, display.echo)
+        try_family(session)
         display.echo(
             f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
             f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {predicted_allocated(plan):.2f} GiB"

@@ -21,8 +21,10 @@ from loadmaster.data import MicroBatch
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.models import flash
 from loadmaster.models.adapters import trainable
+from loadmaster.models.apart import refuse_mixing
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.preference import FIGURES, mean_figures, preference_figures
+from loadmaster.preflight.families import FAMILIES
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import micro_batches
 from loadmaster.training.optimizer import TrainingOptimizer
@@ -179,6 +181,16 @@ def attention_kernel(session: Session, echo: Callable[[str], None]) -> Iterator[
     finally:
         if active:
             flash.restore()
+
+
+def try_family(session: Session) -> None:
+    """Raise LoadmasterError for a model that does not keep packed documents apart; families that are modelled do, by
+    tests. All ranks call it, once the model has run."""
+    if session.plan.model.family in FAMILIES:
+        return
+    with session.strategy.generating(session.loss):
+        refuse_mixing(session.model)
+    session.strategy.settle(session.loss)
 
 
 def refuse_other_world(plan: Plan, world: World) -> None:

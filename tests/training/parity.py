@@ -54,7 +54,7 @@ def plan(case: dict[str, Any]) -> Plan:
     world = case["count"] * case["nodes"]
     return Plan(
         fits=True,
-        model=ModelSummary("tiny", 0, 0, 2, 64, VOCABULARY, "llama"),
+        model=ModelSummary("tiny", 0, 0, 2, 64, VOCABULARY, case.get("family", "llama")),
         hardware=HardwareSummary("cpu", case["count"], case["nodes"], 8.0, 8.0),
         method=case["method"], precision=case.get("precision", "fp32"), sharding=case["sharding"],
         compile=case.get("compile", False), offload=case["offload"], replicas=case["nodes"],

@@ -1,0 +1,70 @@
+"""Whether a model's documents are packed what they are alone, tried on the model itself.
+
+Packed attention keeps documents apart, and is told of a layer's window. What else a family lets tokens see, by a
+convolution, a recurrent state or a mask of its own, it is not told, and no error comes of it: such a model would learn
+from its neighbours in the row, or from what it is to predict. The families that are modelled exactly are held to
+transformers' own logits by tests; any other is tried before its first step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from loadmaster.data import MicroBatch
+from loadmaster.data.rows import NO_LOSS
+from loadmaster.errors import LoadmasterError
+from loadmaster.models.attention import cached_attention
+from loadmaster.models.forward import causal_lm, trained_hidden
+from loadmaster.models.transfer import put
+
+TOKENS = 9
+"""Of a document: few, so that a convolution of three reaches a good part of it."""
+SEEN = 0.03
+"""Most that another document may change of a token's last hidden state, as a share of its norm, in the mean over a
+document: the same kernels run on the same shapes, so nothing but an expert chosen otherwise does."""
+OTHERWISE = 0.2
+"""Most that it may be from what transformers' eager attention makes of the document alone; rounding to bf16 makes a
+hundredth or two of it in a few layers."""
+
+
+def refuse_mixing(model: nn.Module) -> None:
+    """Raises LoadmasterError where a packed document depends on others, or is not what transformers makes of it alone.
+
+    Leaves the model in evaluation mode.
+    """
+    model.eval()
+    seen, otherwise = _distances(model)
+    if not (seen <= SEEN and otherwise <= OTHERWISE):
+        kind = causal_lm(model).config.get_text_config().model_type
+        raise LoadmasterError(
+            f"models of type {kind!r} cannot be trained here: a document in a packed row changes by {seen:.0%} with "
+            f"the one before it, and is {otherwise:.0%} from what it is by itself, so its layers let tokens see others "
+            "than packed attention does\n    fix: a model of another family; those in docs/preflight.md are tested"
+        )
+
+
+@torch.no_grad()
+def _distances(model: nn.Module) -> tuple[float, float]:
+    """How far a document's last hidden states behind one other are from those behind another, and from those alone."""
+    lm = causal_lm(model)
+    device = next(lm.get_input_embeddings().parameters()).device
+    one, other, document = (37 * torch.arange(3 * TOKENS) % lm.config.get_text_config().vocab_size).split(TOKENS)
+    labels = torch.cat([torch.full_like(one, NO_LOSS), document])[None]
+    places = torch.arange(TOKENS).repeat(2)[None]
+
+    def behind(first: Tensor) -> Tensor:
+        batch = MicroBatch(torch.cat([first, document])[None], labels, places, [["tried"]])
+        return trained_hidden(model, batch)[0]
+
+    with torch.compiler.set_stance("force_eager"):
+        packed = behind(one)
+        seen = _apart(packed, behind(other))
+        with cached_attention(model, "eager"):
+            alone = lm.get_decoder()(input_ids=put(document[None], device), use_cache=False).last_hidden_state[0, :-1]
+    return seen, _apart(packed, alone)
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.float(), wanted.float()
+    return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).mean().item()

@@ -1,0 +1,65 @@
+"""Families that do not keep packed documents apart are found out by their own numbers; others pass."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from loadmaster.errors import ConfigError, LoadmasterError
+from loadmaster.models.apart import refuse_mixing
+from loadmaster.models.load import random_model
+from loadmaster.preflight.config_json import refuse_uncountable
+from tests.training import test_loop
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+CONVOLVES = {"model_type": "lfm2", **SIZES, "layer_types": ["conv", "full_attention"] * 2}
+RECURS = {"model_type": "recurrent_gemma", **SIZES, "lru_width": 64, "block_types": ["recurrent", "attention"]}
+LOOKS_AHEAD = {"model_type": "bloom", "hidden_size": 64, "n_layer": 4, "n_head": 4, "vocab_size": 128}
+
+
+def made(config: dict, dtype: torch.dtype = torch.float32):
+    model = random_model(config, dtype, "cpu")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+@pytest.mark.parametrize("config", [CONVOLVES, RECURS, LOOKS_AHEAD], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_layers_see_other_documents_or_what_is_to_come_is_refused(config, dtype):
+    with pytest.raises(LoadmasterError, match=f"'{config['model_type']}' cannot be trained here"):
+        refuse_mixing(made(config, dtype))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "granite", "glm4", "gpt_neox", "granitemoe", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_keeps_them_apart_passes_and_runs_packed_as_before(family, dtype):
+    model = made({"model_type": family, **SIZES, "num_local_experts": 4}, dtype)
+    refuse_mixing(model)
+    assert model.config._attn_implementation == "loadmaster_packed"
+
+
+def test_a_family_that_is_not_modelled_is_tried_before_its_first_step(tiny, tmp_path):
+    config = {**CONVOLVES, "vocab_size": 49152}
+    folder = tmp_path / "model"
+    made(config).save_pretrained(folder)
+    for file in tiny.glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    summary = dataclasses.replace(test_loop.PLAN.model, family="lfm2")
+    prepared = SimpleNamespace(train=test_loop.rows(), validation=None)
+    with pytest.raises(LoadmasterError, match="cannot be trained here"):
+        test_loop.run(
+            folder, tmp_path / "run", prepared=prepared, plan=dataclasses.replace(test_loop.PLAN, model=summary)
+        )
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("config", [{**CONVOLVES, "layer_types": None, "conv_L_cache": 3}, RECURS])
+def test_a_plan_knows_them_by_their_config(config):
+    with pytest.raises(ConfigError, match="layers without attention"):
+        refuse_uncountable(config, "x")
