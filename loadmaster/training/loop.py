@@ -153,7 +153,7 @@ def train(
             done, tokens, trained_total = state["step"], state["tokens"], state["trained_tokens"]
             display.echo(f"resuming after step {done} of {steps} from {found.folder}")
         save_every, evaluate_every = checkpoint_interval(job, steps), evaluation_interval(job, steps)
-        log, rate = MetricsLog(run_dir / "metrics.jsonl", done, world.lead), Throughput()
+        log = MetricsLog(run_dir / "metrics.jsonl", done, world.lead)
         tracker = open_tracker(job, run_dir, job_hash, world.lead)
         tokens_at_start, trained_at_start, busy_s, input_s = tokens, trained_total, 0.0, 0.0
         eval_loss: float | None = None
@@ -176,6 +176,7 @@ def train(
 
         display.start(steps, done)
         position = sampler.state_dict()
+        rate = Throughput()
         try:
             for step, indices in zip(range(done + 1, steps + 1), sampler, strict=False):
                 before, position = position, sampler.state_dict()

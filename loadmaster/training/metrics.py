@@ -62,7 +62,7 @@ def recent_loss(rows: list[dict[str, Any]]) -> float | None:
 
 
 class Throughput:
-    """Tokens per second over the last steps; the first step, which warms up caches, is left out."""
+    """Tokens per second over the last steps; time begins when it is made."""
 
     WINDOW = 20
 

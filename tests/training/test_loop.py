@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -25,6 +26,7 @@ from loadmaster.data import packed_rows
 from loadmaster.errors import ConfigError, StoppedOnRequest, TrainingFailed
 from loadmaster.models.load import load_tokenizer
 from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, PhasesGib, Plan
+from loadmaster.training import loop
 from loadmaster.training.batches import micro_batches, trained_tokens, worst_rows
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, refuse_missing_tracker, refuse_unbuilt, train
@@ -125,6 +127,18 @@ def test_the_first_step_is_expected_to_take_the_rehearsals_time_for_each_micro_b
     _, outcome = run(tiny, tmp_path, dataclasses.replace(JOB, max_steps=1))
     assert told == [(2 * outcome.rehearsal.step_s, 0)]
     assert 0 < 4 * outcome.rehearsal.step_s < outcome.rehearsal.seconds  # two steps of two, without the rest
+
+
+def test_the_rate_of_the_first_steps_counts_nothing_that_came_before_them(tiny, tmp_path, monkeypatch):
+    def slow(*given):
+        time.sleep(3)
+        return real(*given)
+
+    real = loop.open_tracker
+    monkeypatch.setattr(loop, "open_tracker", slow)
+    run(tiny, tmp_path, dataclasses.replace(JOB, max_steps=1))
+    (first,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["tokens_per_second"] > first["tokens"] / 3
 
 
 def test_a_card_that_refuses_products_in_fp8_ends_the_rehearsal_with_a_way_out(tiny, tmp_path, monkeypatch):
