@@ -123,7 +123,7 @@ class Encoder:
         )
         for row, rendering in enumerate(rendered):
             if plain:
-                yield self._with_eos(batch["input_ids"][row])
+                yield self._bounded(batch["input_ids"][row])
             else:
                 offsets = np.array(batch["offset_mapping"][row], dtype=np.int64).reshape(-1, 2)
                 yield (
@@ -131,12 +131,17 @@ class Encoder:
                     trained_mask(rendering.text, rendering.spans, offsets),
                 )
 
-    def _with_eos(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        eos = self.tokenizer.eos_token_id
+    def _bounded(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """One BOS (where the tokenizer puts one) and one EOS, also around a text that holds them itself."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if eos is None:
             raise DataError(
                 "the tokenizer has no EOS token to put behind plain text, so a model trained on it would never stop"
             )
+        if bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        if ids[-2:] == [eos, eos]:
+            ids = ids[:-1]
         if not ids or ids[-1] != eos:
             ids = [*ids, eos]
         return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=np.bool_)

@@ -46,6 +46,16 @@ def test_token_ids_are_those_of_the_template_and_trained_tokens_decode_to_the_an
     assert decoded == f"{space}Schön 🙂 你好.{end}{thinking}{space}Bye.{end}"
 
 
+@pytest.mark.parametrize("form", ["<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize("text", ["a b", "<s> a b", "a b </s>", "<s> a b </s>"])
+def test_plain_text_gets_no_second_bos_or_eos(form, text):
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    assert encode(tokenizer, {"text": text}, "text").ids.tolist() == [1, 3, 4, 2]
+
+
 def test_plain_text_is_trained_whole_with_eos_behind_it(tokenizer):
     encoded = encode(tokenizer, {"text": "Once upon a time"}, "text")
     assert encoded.ids.tolist() == [*tokenizer("Once upon a time")["input_ids"], tokenizer.eos_token_id]
