@@ -9,8 +9,8 @@ Bytes for each trainable bf16 parameter (weight and gradient are 2 + 2 of them):
 Everything is fp32 on a CPU: weight, gradient and two moments, 16 bytes.
 
 Of a sharded parameter each rank steps its own part, as a plain tensor: all but Adafactor work element by element or
-block by block, and Adafactor takes its means over the part. Offloaded states live on the host and are stepped there, on copies of the
-parameters; gradients go there and new values come back.
+block by block, and Adafactor takes its means over the part. Offloaded states live on the host and are stepped there, on
+copies of the parameters; gradients go there and new values come back.
 """
 
 from __future__ import annotations
