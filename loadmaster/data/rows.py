@@ -69,6 +69,11 @@ class PackedRows(Sequence[PackedRow]):
         """Documents of each row, int64 [rows]."""
         return np.diff(self._row_documents)
 
+    @property
+    def longest_document(self) -> int:
+        """Its tokens."""
+        return int(np.diff(self._document_starts).max())
+
     def __getitem__(self, index: int) -> PackedRow:  # type: ignore[override]
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")

@@ -14,12 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loadmaster.errors import LoadmasterError
+
 
 def turn_by_document(decoder: nn.Module) -> None:
     """Let a decoder with LongRoPE turn packed documents each by its own length; others stay as they are."""
     rotary = getattr(decoder, "rotary_emb", None)
     if getattr(rotary, "rope_type", None) == "longrope" and getattr(rotary.forward, "__func__", None) is not _forward:
         rotary.forward = MethodType(_forward, rotary)
+
+
+def refuse_dynamic(decoder: nn.Module, longest: int) -> None:
+    """Raise LoadmasterError where a document of `longest` tokens would change how those beside it are turned.
+
+    Dynamic NTK scaling takes other frequencies for each length beyond the model's own, and transformers takes those of
+    the longest document in a batch for all.
+    """
+    rotary = getattr(decoder, "rotary_emb", None)
+    most = getattr(rotary, "original_max_seq_len", longest)
+    if getattr(rotary, "rope_type", None) == "dynamic" and longest > most:
+        raise LoadmasterError(
+            f"a document has {longest:,} tokens, and this model's rotary embeddings (rope_type=dynamic) turn documents "
+            f"of more than {most:,} by their length, which packed documents cannot each have\n"
+            f"    fix: sequence_length={most}"
+        )
 
 
 @torch.no_grad()

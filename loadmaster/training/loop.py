@@ -22,7 +22,9 @@ from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, MicroBatch, PreparedData
 from loadmaster.errors import StoppedOnRequest, TrainingFailed
 from loadmaster.models.compiled import CompileCache, graphs_compiled
+from loadmaster.models.forward import causal_lm
 from loadmaster.models.recompute import checkpoint_the_rest
+from loadmaster.models.rotary import refuse_dynamic
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.prediction import Measured, held_against, sentence
 from loadmaster.training.batches import losses, trained_tokens, worst_rows
@@ -122,6 +124,10 @@ def train(
         if world.rank:  # dropout differs from rank to rank; rank 0 draws what a run of one process draws
             seed_everything(job.seed + world.rank)
         rows, folder = prepared.train, run_dir / "checkpoints"
+        refuse_dynamic(
+            causal_lm(session.model).get_decoder(),
+            max(part.longest_document for part in (rows, prepared.validation) if part is not None),
+        )
         epochs = job.epochs if job.max_steps is None else math.inf
         sampler = BatchSampler(len(rows), job.batch.global_size, job.seed, epochs, rows.fingerprint)
         steps = job.max_steps or sampler.total_steps()

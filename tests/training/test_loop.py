@@ -1,8 +1,11 @@
 """The loop's arithmetic and its ways to stop, in process on a tiny model."""
 
+import contextlib
 import dataclasses
 import io
+import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,7 +26,7 @@ from loadmaster.config.schema import (
     TrackerConfig,
 )
 from loadmaster.data import packed_rows
-from loadmaster.errors import ConfigError, StoppedOnRequest, TrainingFailed
+from loadmaster.errors import ConfigError, LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.models.load import load_tokenizer
 from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, PhasesGib, Plan
 from loadmaster.training import loop
@@ -127,6 +130,19 @@ def test_the_first_step_is_expected_to_take_the_rehearsals_time_for_each_micro_b
     _, outcome = run(tiny, tmp_path, dataclasses.replace(JOB, max_steps=1))
     assert told == [(2 * outcome.rehearsal.step_s, 0)]
     assert 0 < 4 * outcome.rehearsal.step_s < outcome.rehearsal.seconds  # two steps of two, without the rest
+
+
+@pytest.mark.parametrize(("most", "refused"), [(39, False), (38, True)])
+def test_documents_that_would_change_their_neighbours_rotation_are_refused(tiny, tmp_path, most, refused):
+    """Of dynamic NTK scaling transformers takes the longest document's frequencies for all in a batch."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"max_position_embeddings": most}
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (model / "config.json").write_text(json.dumps(config))
+    assert rows().longest_document == 39
+    with pytest.raises(LoadmasterError, match="sequence_length=38") if refused else contextlib.nullcontext():
+        run(model, tmp_path / "run", dataclasses.replace(JOB, max_steps=1))
 
 
 def test_the_rate_of_the_first_steps_counts_nothing_that_came_before_them(tiny, tmp_path, monkeypatch):
