@@ -93,7 +93,8 @@ def cached_in(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # native code has errors of its own for a full disk
-        there = isinstance(error, OSError) and str(error.filename or "").startswith(str(folder))
+        name = getattr(error, "filename", None)
+        there = isinstance(name, str) and (Path(name).is_relative_to(folder) or Path(name) in folder.parents)
         if not (is_full_disk(error) or there):
             raise
         why = "its disk is full" if is_full_disk(error) else (getattr(error, "strerror", None) or str(error)).lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,11 @@ from tests.runs import command, environment, file_system, metrics
 LOADMASTER = [sys.executable, "-m", "loadmaster"]
 
 
-def start(words: list[str], folder: Path, stdout=subprocess.PIPE, **variables: str) -> subprocess.Popen:
+def start(
+    words: list[str], folder: Path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **variables: str
+) -> subprocess.Popen:
     return subprocess.Popen(
-        words, cwd=folder, stdout=stdout, stderr=subprocess.PIPE, text=True, env={**environment(), **variables}
+        words, cwd=folder, stdout=stdout, stderr=stderr, text=True, env={**environment(), **variables}
     )
 
 
@@ -35,6 +38,14 @@ def test_a_run_whose_reader_leaves_trains_to_its_end(tiny: Path, tmp_path: Path)
     assert process.wait(timeout=120) == 0, process.stderr.read()
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2] and (tmp_path / "run/adapter").is_dir()
     assert process.stderr.read().count("Broken") == 0
+
+
+def test_an_error_that_nobody_reads_keeps_its_exit_code(tmp_path: Path):
+    reader, writer = os.pipe()
+    process = start([*LOADMASTER, "plan", "epochs=0"], tmp_path, stdout=writer, stderr=writer)
+    os.close(writer)
+    os.close(reader)
+    assert process.wait(timeout=60) == ConfigError.exit_code
 
 
 @pytest.mark.parametrize("words", [["plan", "--json"], ["prices"]])
@@ -90,5 +101,8 @@ def test_a_cache_that_takes_no_files_is_named_whoever_fails_to_write(small_disk:
         save_file({"x": np.zeros(99_999)}, small_disk / "x.safetensors")  # in native code, with an error of its own
     with pytest.raises(LoadmasterError, match=said), cached_in(small_disk, "the model"):
         (small_disk / "file" / "x").mkdir()
+    above = Path("/proc/nowhere/cache")  # whose parent cannot be made
+    with pytest.raises(LoadmasterError, match=f"cannot be kept in {above}: no such file"), cached_in(above, "it"):
+        above.mkdir(parents=True)
     with pytest.raises(FileNotFoundError), cached_in(small_disk, "the model"):
         Path("/nowhere/else").read_text()

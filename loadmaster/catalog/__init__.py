@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from loadmaster.errors import ConfigError, Problem
+
 FOLDER = Path(__file__).parent
 
 
@@ -34,6 +36,7 @@ def machines() -> list[dict[str, Any]]:
 
 
 PRICES_VARIABLE = "LOADMASTER_PRICES"
+PRICE_FILE = "{date: DAY, source: TEXT, gpus: {NAME: {pod_usd_per_hour: NUMBER, date: DAY}}}"
 
 
 def price_file() -> Path:
@@ -55,13 +58,31 @@ def _prices(path: Path, modified_ns: int | None) -> dict[str, Any]:
     shipped = _read("prices.yaml")
     if modified_ns is None:
         return shipped
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    own = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    own = _own_prices(path)
     gpus = {**shipped["gpus"], **own["gpus"]}
     for name in shipped["gpus"].keys() & own["gpus"]:
         gpus[name] = {**shipped["gpus"][name], "hosts": None, **own["gpus"][name]}
     dates = {"serverless_date": own["date"]} if own.get("serverless") else {}
     return {**shipped, **dates, "gpus": gpus, "sources": {**shipped["sources"], own["date"]: own["source"]}}
+
+
+def _own_prices(path: Path) -> dict[str, Any]:
+    """The user's price file. Raises ConfigError where plans cannot count by it."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        own = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+        listed = {(gpu, key): price[key] for gpu, price in own["gpus"].items() for key in {"date", *price} - {"hosts"}}
+        wrong = [f"{gpu}.{key} is {value!r}" for (gpu, key), value in listed.items()
+                 if key != "date" and not (isinstance(value, int | float) and value > 0)]  # fmt: skip
+        own["date"], own["source"]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+        wrong = [" ".join(str(error).split()) if isinstance(error, OSError | yaml.YAMLError) else "it lacks a field"]
+    if not wrong:
+        return own
+    origin = PRICES_VARIABLE if os.environ.get(PRICES_VARIABLE) else "your settings"
+    message = f"is no list of prices, {PRICE_FILE}: {wrong[0]}"
+    remedy = "`loadmaster prices --refresh` writes it anew; without it the shipped prices count"
+    raise ConfigError([Problem("price file", str(path), origin, message, remedy)])
 
 
 def serving() -> dict[str, Any]:

@@ -6,11 +6,11 @@ import os
 import sys
 from typing import TextIO
 
-from rich.console import Console
 from rich.text import Text
 
 from loadmaster.config.fields import written
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.streams import Output
 
 
 def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None = None) -> None:
@@ -20,7 +20,7 @@ def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None 
     """
     if error.said or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
         return
-    console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+    console = Output(file=stream or sys.stderr, highlight=False, soft_wrap=True)
     if not isinstance(error, ConfigError):
         word = ("", "") if isinstance(error, StoppedOnRequest) else ("error: ", "bold red")
         console.print(Text.assemble(word, str(error)))

@@ -172,7 +172,10 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
         return f"{assign(key, None)} {NONE_IS[key]}"
     if isinstance(wrong, str) and "a list of texts" in kinds:
         return assign(key, [wrong])
-    if "text" in kinds and "number" not in kinds and isinstance(wrong, int | float):
+    if kinds.startswith("a mapping from text"):
+        return f"{assign(f'{key}.NAME', 'VALUE')} for each, or leave it out"
+    a_number = isinstance(wrong, int | float)
+    if a_number and "text" in kinds and "number" not in kinds and _is_taken(str(wrong), annotation):
         quoted = assign(key, f"'{wrong}'")
         return "quote it, so that it stays text: " + (f'"{quoted}"' if "=" in quoted else quoted)
     if isinstance(wrong, str) and ("integer" in kinds or "number" in kinds):

@@ -102,6 +102,8 @@ class Hub:
 
         try:
             validate_repo_id(repository)
+            if "/" not in repository:  # the Hub would make it under the account, and look for it elsewhere
+                raise HFValidationError(f"whose it is has to stand before it, as in --repo ORG/{repository}")
         except HFValidationError as error:
             raise LoadmasterError(f"--repo {repository} is no name of a repository: {error}") from None
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

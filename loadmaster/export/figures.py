@@ -63,7 +63,7 @@ def compare(model: nn.Module, references: Sequence[Reference], pad_token_id: int
         own.append(exported.gather(-1, true).squeeze(-1).cpu())
         trained_own.append(trained.gather(-1, true).squeeze(-1).cpu())
         agreements.append((exported.argmax(-1) == trained.argmax(-1)).float().cpu())
-        divergences.append((trained.exp() * (trained - exported)).sum(-1).cpu())
+        divergences.append((trained.exp() * (trained - exported)).sum(-1).clamp(min=0).cpu())  # rounding
     exported_own, reference_own = torch.cat(own).double(), torch.cat(trained_own).double()
     loss, trained_loss = -exported_own.mean().item(), -reference_own.mean().item()
     divergence = torch.cat(divergences).double()

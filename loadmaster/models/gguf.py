@@ -37,6 +37,8 @@ def convert_package(package: str, target: Path) -> Path:
     if len(files) != 1:
         raise LoadmasterError(f"package {package} ships {len(files)} GGUF files, one is needed; set model.path instead")
     fields = _fields(files[0])
+    with cached_in(target.parent, f"the model of {package}"):  # before what takes a minute
+        target.parent.mkdir(parents=True, exist_ok=True)
     print(f"the model that {package} ships is unpacked into {target}, once; this takes a while", file=sys.stderr)
 
     import torch

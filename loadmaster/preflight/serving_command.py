@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from typing import Any, Literal
@@ -10,7 +11,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from rich.console import Console
 
 from loadmaster import catalog
 from loadmaster.config.fields import choices, describe, nearest, nearest_card, written
@@ -124,10 +124,10 @@ def plan_serving_command(arguments: list[str]) -> int:
         print_serving(plans[0], {})
         print_servers(plans)
     else:
-        Console(stderr=True).print(
-            f"no machine of the catalogue holds {request.requests:g} requests of {request.context:,} tokens: "
-            "try format=int4 or fp8, cache=fp8, or a smaller context"
-        )
+        print(
+            f"no machine of the catalogue holds {request.requests:,.10g} requests of {request.context:,} tokens: "
+            "try format=int4 or fp8, cache=fp8, or a smaller context", file=sys.stderr,
+        )  # fmt: skip
     return 0 if plans and machines_for(plans[0], request.requests) == 1 else DOES_NOT_FIT
 
 

@@ -20,6 +20,9 @@ from loadmaster.errors import LoadmasterError
 PORT = 29500
 NCCL_DEFAULT = "^docker,lo"
 """What NCCL does by itself: any interface but these. Where it is set, that which leads to the others is taken."""
+LEFT_OVER = (
+    "\n    fix: start it with torchrun, which sets all of its variables; or, for one process, unset RANK and WORLD_SIZE"
+)
 NAMES = {
     "mpirun (Open MPI)": (
         "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
@@ -32,15 +35,17 @@ NAMES = {
 
 def is_member(env: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun, or what speaks its variables, started this process as one of several."""
-    return int(env.get("WORLD_SIZE", "1")) > 1 and "RANK" in env
+    return "RANK" in env and int(env.get("WORLD_SIZE", "1")) > 1
 
 
 def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
     """What to add to the environment so that it says what torchrun would; empty where there is nothing to add.
 
-    Pure. Raises LoadmasterError for several hosts whose meeting place nobody names.
+    Pure. Raises LoadmasterError for several hosts whose meeting place nobody names, and for variables of torchrun that
+    no launcher leaves so.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
+        _refuse_half_a_launch(env)
         return {}
     for launcher, (rank, size, local_rank, local_size) in NAMES.items():
         if rank not in env or int(env.get(size, "1")) < 2:
@@ -54,6 +59,17 @@ def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
         }
         return found | _meeting_place(env, launcher, alone=per_node >= int(env[size]))
     return {}
+
+
+def _refuse_half_a_launch(env: Mapping[str, str]) -> None:
+    numbers = ["RANK", "WORLD_SIZE"]
+    if env["WORLD_SIZE"].isdecimal() and int(env["WORLD_SIZE"]) > 1:
+        numbers.append("MASTER_PORT")
+        if not env.get("MASTER_ADDR"):
+            raise LoadmasterError(f"MASTER_ADDR is not set beside WORLD_SIZE={env['WORLD_SIZE']}{LEFT_OVER}")
+    for name in numbers:
+        if not env.get(name, "").isdecimal():
+            raise LoadmasterError(f"{name} is {env.get(name, 'not set')!r} in the environment, no number{LEFT_OVER}")
 
 
 def first_host(nodelist: str) -> str:

