@@ -72,20 +72,27 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
 
 
 def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
-    """What one token of a layer under adapters has at once in its backward pass, beyond what is kept and its output's
-    gradient: at the kernel of the gated product both products of the gradient, the product made again, and the
-    gradients of gate and up, in bf16, and in FP8 the codes of both, with dropout one in bf16 besides; where gate and up
-    are one matrix, one product of the gradient. Under DoRA these lie beside what its magnitudes have scaled: eight in
-    all. Read off the code that inductor generates for a GPU (2.13; tests/models/test_gpu_code.py), at most, as some
-    targets and dropout need less; trained whole, or in a model with experts, a layer is counted amply as an eager
-    one."""
-    if shape.experts or not setup.adapters:
+    """What one token of a layer has at once in its backward pass, beyond what is kept and its output's gradient.
+
+    Under adapters, at the kernel of the gated product: both products of the gradient, the product made again, and the
+    gradients of gate and up, in bf16, and in FP8 the codes of both, with dropout one in bf16 besides, and a GELU's in
+    fp32; where gate and up are one matrix, one product of the gradient. Under DoRA these lie beside what its magnitudes
+    have scaled: eight in all. At most, as some targets and dropout need less. Trained whole: one product of the
+    gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
+    and fp32; with four norms the gradient before the last one. Read off the code that inductor generates for a GPU
+    (2.13; tests/models/test_gpu_code.py). With experts, or fused and trained whole, a layer is counted amply as an
+    eager one."""
+    f = shape.intermediate_size
+    if shape.experts or (shape.fused and not setup.adapters):
         return 0
+    if not setup.adapters:
+        products = 8 if setup.precision == "bf16" else 11 if shape.gemma_norm else 7
+        return products * f + 2 * shape.hidden_size * (shape.norms == 4)
     scaled = {m.name for m in shape.adapted(setup.lora_targets) if m in shape.mlp_matrices} if setup.dora else ()
     if len(scaled) > 1 and "down_proj" in scaled:
-        return 16 * shape.intermediate_size
-    codes = (2 + 2 * bool(setup.lora_dropout)) * (setup.precision == "fp8")
-    return (10 - 2 * shape.fused + codes) * shape.intermediate_size
+        return 16 * f
+    codes = (2 + 2 * bool(setup.lora_dropout) + 4 * shape.gemma_norm) * (setup.precision == "fp8")
+    return (10 - 2 * shape.fused + codes) * f
 
 
 def made_again_bytes(shape: ModelShape, setup: Setup) -> int:
