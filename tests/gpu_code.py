@@ -175,8 +175,8 @@ def given(code: str) -> dict[str, int]:
 
 
 def made(code: str, beyond: dict[str, int]) -> int:
-    """Most bytes at once of what generated code makes itself, beyond what it was given, if that counts; what a reused or
-    returned buffer holds goes on."""
+    """Most bytes at once of what generated code makes itself, beyond what it was given, if that counts; what a reused
+    or returned buffer holds goes on."""
     held = dict(beyond)
     most = 0
     for line in map(str.strip, code[code.index(" call(") :].splitlines()):

@@ -16,7 +16,8 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     2 r    for each adapter
     3      for each input of an adapter with dropout: the mask, and what is left of the input; over an nf4 base that is
            made again for q, gate and down, of which a byte stays
-    2 h    where DoRA's magnitudes scale down's result, and 2 dq + 2 dk where q's and k's that no norm has kept
+    2 h    where DoRA's magnitudes scale down's result, and 2 dq + 2 dk where q's and k's that no norm has kept; with
+           four norms down's has been, and where q and k have norms as well, 4 dq if q, k and v are all scaled
     dq     trained with products in FP8             (the output in FP8 as well)
 
 On an H100 a sketch of such an engine took 32.9 GiB (LoRA 8B, 2 x 2048), 23.2 over nf4, and 38.6 (full 3B, 4 x 2048), or
@@ -40,11 +41,11 @@ PLACES = 29
 
 @cache
 def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | None:
-    """Of one token and layer, dense or with experts; None where it is not known: fp32, norms that are trained beside an
-    adapter, and DoRA in layers of four norms."""
+    """Of one token and layer, dense or with experts; None where it is not known: fp32, and norms trained beside an
+    adapter."""
     if setup.adapters and saved.layer_parameters(shape, setup.modules_to_save):
         return None
-    if setup.precision == "fp32" or (setup.dora and shape.norms == 4):
+    if setup.precision == "fp32":
         return None
     if shape.estimate and "multimodal" not in shape.estimate:  # layers like none of those that were looked at
         return None
@@ -63,8 +64,10 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
     else:
         kept += 4 * f
     if setup.dora:
-        scaled = ("down_proj",) if shape.query_key_norm else ("q_proj", "k_proj", "down_proj")
+        scaled = ("q_proj", "k_proj") * (not shape.query_key_norm) + ("down_proj",) * (shape.norms == 2)
         kept += sum(2 * m.outputs for m in adapted if m.name in scaled)
+        together = {"q_proj", "k_proj", "v_proj"} <= {m.name for m in adapted}
+        kept += 4 * dq if together and shape.norms == 4 and shape.query_key_norm else 0
     if setup.lora_dropout:
         again = MADE_AGAIN if setup.method == "qlora" else ()
         kept += sum((1 if m.name in again else 3) * m.inputs for m in adapted)

@@ -260,18 +260,19 @@ def _in_backward(b: Blocks, experts: bool, kind: str, kept: int) -> int:
     if not inside:
         return 0
     if b.full:
-        codes = shape.hidden_size * shape.intermediate_size if setup.precision == "fp8" else 0  # of a matrix
-        inside = max(inside + codes, gradient_bytes(shape, setup, experts) + _at_attention(b))
+        codes = shape.hidden_size * max(shape.intermediate_size, shape.query_size)  # of a matrix
+        most = max(inside, _at_attention(b), gradient_bytes(shape, setup, experts))
+        inside = most + (codes if setup.precision == "fp8" else 0)
     inputs = {"none": 0, "full": -1, "offload": 1}[kind] * b.w * n * shape.hidden_size  # fetched: the next one's
     return inside + (kept + inputs) * (kind != "none")
 
 
 def _at_attention(b: Blocks) -> int:
-    """Beside parameters' gradients, all of which come out at the end, at attention's kernel: three gradients of hidden
-    size, the output's and its own three results; gate and up are gone."""
+    """At attention's kernel, trained whole: gradients of the MLP's parameters, which all come out at the end; three of
+    hidden size, that of the output and its own three results; gate and up are gone."""
     shape = b.shape
     here = 3 * shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - 2 * shape.intermediate_size
-    return max(0, b.w * b.n * here + b.attention_scratch())
+    return b.w * (b.n * here + sum(m.weight for m in shape.mlp_matrices)) + b.attention_scratch()
 
 
 def _layer(b: Blocks, weights: Weights, experts: bool, positions: Storage) -> Callable[[Tensor], Tensor]:
