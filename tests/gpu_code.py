@@ -10,6 +10,7 @@ Nothing is run. Printed is JSON:
     graphs    [[forward or backward or loss, kernels assembled]]
     bytes     that a token of a layer moves, in kernels that memory bounds: fused ones, and narrow products
     backward  bytes of a token in use at once that a layer's backward pass makes
+    beyond    the same beyond what it was given, which it lets go as it is read
     mixed     graphs with a kernel that sums over tokens and over features at once
 
 The GPU is a stand-in at each place where inductor and Triton ask what it is. A CPU build of PyTorch brings no Triton;
@@ -166,9 +167,17 @@ def bytes_of(node: object) -> int:
     return node.get_read_write_buffers_sizes() if min(sizes) <= NARROW else 0
 
 
-def made(code: str) -> int:
-    """Most bytes at once of what generated code makes itself; what a reused or returned buffer holds goes on."""
-    held: dict[str, int] = {}
+def given(code: str) -> dict[str, int]:
+    """Bytes of each argument of generated code that holds tokens."""
+    arguments = re.findall(r"(\w+) = rand_strided\((\(.*?\)), .*?, dtype=torch\.(\w+)\)", code)
+    shapes = {name: (ast.literal_eval(shape), getattr(torch, dtype)) for name, shape, dtype in arguments}
+    return {name: math.prod(s) * dtype.itemsize for name, (s, dtype) in shapes.items() if TOKENS in s}
+
+
+def made(code: str, beyond: dict[str, int]) -> int:
+    """Most bytes at once of what generated code makes itself, beyond what it was given, if that counts; what a reused
+    or returned buffer holds goes on."""
+    held = dict(beyond)
     most = 0
     for line in map(str.strip, code[code.index(" call(") :].splitlines()):
         if new := re.match(r"(\w+) = empty_strided_cuda\((\(.*?\)), \(.*?\), torch\.(\w+)\)", line):
@@ -180,7 +189,7 @@ def made(code: str) -> int:
             for name in gone[1].split("#")[0].split(","):
                 held.pop(name.strip(), None)
         most = max(most, sum(held.values()))
-    return most
+    return most - sum(beyond.values())
 
 
 def assembled(code: str, folder: Path) -> int:
@@ -220,7 +229,8 @@ def main(method: str, precision: str, capability: str, config: str = "{}", field
     moved = sum(moved for *_, moved in graphs[:-1])
     backward = next(code for kind, code, _ in graphs if kind == "backward")
     mixed = sum("MixOrderReductionGrid" in code for _, code, _ in graphs)
-    said = {"graphs": found, "bytes": round(moved / TOKENS), "backward": round(made(backward) / TOKENS), "mixed": mixed}
+    said = {"graphs": found, "bytes": round(moved / TOKENS), "mixed": mixed}
+    said |= {"backward": round(made(backward, {}) / TOKENS), "beyond": round(made(backward, given(backward)) / TOKENS)}
     print(json.dumps(said))
 
 

@@ -364,7 +364,7 @@ class Blocks:
             # Of the flash kernel's logsumexp a gradient of zeros; inside FlexAttention rowsum(dO O).
             zeros = tape.alloc(4 * n * shape.heads) if tape.in_place or not capped else None
             if tape.in_place and not capped:
-                tape.alloc(self._attention_scratch())
+                tape.alloc(self.attention_scratch())
             results = [tape.alloc(s) for s in sizes]
             del zeros
             return results
@@ -375,7 +375,7 @@ class Blocks:
         saved = [q.storage, k.storage, v.storage, output.storage, statistics]
         return tape.link(output, [q, k, v], saved, backward)
 
-    def _attention_scratch(self) -> int:
+    def attention_scratch(self) -> int:
         """Inside the backward kernel: dq in fp32, the row sums, and k, v gradients of every query head if grouped."""
         shape, n = self.shape, self.n
         grouped = 2 * self.w * shape.query_size if shape.key_value_heads != shape.heads else 0

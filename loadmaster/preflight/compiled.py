@@ -16,7 +16,8 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     2 r    for each adapter
     3      for each input of an adapter with dropout: the mask, and what is left of the input; over an nf4 base that is
            made again for q, gate and down, of which a byte stays
-    2 h    where DoRA's magnitudes scale down's result, and 2 dq + 2 dk where q's and k's that no norm has kept
+    2 h    where DoRA's magnitudes scale down's result, and 2 dq + 2 dk where q's and k's that no norm has kept; with
+           four norms down's has been, and where q and k have norms as well, 4 dq if q, k and v are all scaled
     dq     trained with products in FP8             (the output in FP8 as well)
 
 On an H100 a sketch of such an engine took 32.9 GiB (LoRA 8B, 2 x 2048), 23.2 over nf4, and 38.6 (full 3B, 4 x 2048), or
@@ -40,11 +41,11 @@ PLACES = 29
 
 @cache
 def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | None:
-    """Of one token and layer, dense or with experts; None where it is not known: fp32, norms that are trained beside an
-    adapter, and DoRA in layers of four norms."""
+    """Of one token and layer, dense or with experts; None where it is not known: fp32, and norms trained beside an
+    adapter."""
     if setup.adapters and saved.layer_parameters(shape, setup.modules_to_save):
         return None
-    if setup.precision == "fp32" or (setup.dora and shape.norms == 4):
+    if setup.precision == "fp32":
         return None
     if shape.estimate and "multimodal" not in shape.estimate:  # layers like none of those that were looked at
         return None
@@ -63,8 +64,10 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
     else:
         kept += 4 * f
     if setup.dora:
-        scaled = ("down_proj",) if shape.query_key_norm else ("q_proj", "k_proj", "down_proj")
+        scaled = ("q_proj", "k_proj") * (not shape.query_key_norm) + ("down_proj",) * (shape.norms == 2)
         kept += sum(2 * m.outputs for m in adapted if m.name in scaled)
+        together = {"q_proj", "k_proj", "v_proj"} <= {m.name for m in adapted}
+        kept += 4 * dq if together and shape.norms == 4 and shape.query_key_norm else 0
     if setup.lora_dropout:
         again = MADE_AGAIN if setup.method == "qlora" else ()
         kept += sum((1 if m.name in again else 3) * m.inputs for m in adapted)
@@ -72,20 +75,27 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
 
 
 def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
-    """What one token of a layer under adapters has at once in its backward pass, beyond what is kept and its output's
-    gradient: at the kernel of the gated product both products of the gradient, the product made again, and the
-    gradients of gate and up, in bf16, and in FP8 the codes of both, with dropout one in bf16 besides; where gate and up
-    are one matrix, one product of the gradient. Under DoRA these lie beside what its magnitudes have scaled: eight in
-    all. Read off the code that inductor generates for a GPU (2.13; tests/models/test_gpu_code.py), at most, as some
-    targets and dropout need less; trained whole, or in a model with experts, a layer is counted amply as an eager
-    one."""
-    if shape.experts or not setup.adapters:
+    """What one token of a layer has at once in its backward pass, beyond what is kept and its output's gradient.
+
+    Under adapters, at the kernel of the gated product: both products of the gradient, the product made again, and the
+    gradients of gate and up, in bf16, and in FP8 the codes of both, with dropout one in bf16 besides, and a GELU's in
+    fp32; where gate and up are one matrix, one product of the gradient. Under DoRA these lie beside what its magnitudes
+    have scaled: eight in all. At most, as some targets and dropout need less. Trained whole: one product of the
+    gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
+    and fp32; with four norms the gradient before the last one. Read off the code that inductor generates for a GPU
+    (2.13; tests/models/test_gpu_code.py). With experts, or fused and trained whole, a layer is counted amply as an
+    eager one."""
+    f = shape.intermediate_size
+    if shape.experts or (shape.fused and not setup.adapters):
         return 0
+    if not setup.adapters:
+        products = 8 if setup.precision == "bf16" else 11 if shape.gemma_norm else 7
+        return products * f + 2 * shape.hidden_size * (shape.norms == 4)
     scaled = {m.name for m in shape.adapted(setup.lora_targets) if m in shape.mlp_matrices} if setup.dora else ()
     if len(scaled) > 1 and "down_proj" in scaled:
-        return 16 * shape.intermediate_size
-    codes = (2 + 2 * bool(setup.lora_dropout)) * (setup.precision == "fp8")
-    return (10 - 2 * shape.fused + codes) * shape.intermediate_size
+        return 16 * f
+    codes = (2 + 2 * bool(setup.lora_dropout) + 4 * shape.gemma_norm) * (setup.precision == "fp8")
+    return (10 - 2 * shape.fused + codes) * f
 
 
 def made_again_bytes(shape: ModelShape, setup: Setup) -> int:

@@ -193,7 +193,7 @@ class Tagged:
 class Tape:
     def __init__(self, in_place: bool = True, record: bool = False):
         self.in_place = in_place
-        self.live = self.peak = 0
+        self.live = self.peak = self.shown = 0
         self.tag, self.gradient_tag = "activations", "gradients"
         self.widens_gradients = False
         """Whether a bf16 gradient is kept, or added up, as an fp32 copy (zero1)."""
@@ -227,16 +227,27 @@ class Tape:
             self.phases[self.phase] = self.at_peak
         self.phase, self.peak, self.at_peak = phase, self.live, dict(self.by_tag)
 
+    def hide(self) -> None:
+        """What is allocated until `show` is no peak, whatever its size: other code runs in its place."""
+        self.top()
+        self.shown, self.peak = self.peak, sys.maxsize
+
+    def show(self) -> bool:
+        """Look again, if `hide` was called; say whether it was."""
+        hidden = self.peak == sys.maxsize
+        if hidden:
+            self.peak = self.shown
+            self.correct(0)
+        return hidden
+
     def correct(self, size: int) -> None:
         """Count activations that are there already with so many bytes more; less where negative."""
-        if not size:
-            return
         self.top()
         self.live += size
         self.by_tag["activations"] += size
         if self.live > self.peak:
             self.peak, self.climbing = self.live, True
-        if self.events is not None:
+        if self.events is not None and size:
             self.events.append(size)
 
     # ------------------------------------------------------------ building

@@ -108,6 +108,12 @@ class _Middle:
         self.b, self.experts, self.kind = b, experts, kind
         self.replayed = min(layers, HEAD_LAYERS + (2 if b.setup.shards > 1 or b.setup.in_backward else 1))
         self.count = layers - self.replayed
+        each = kept_bytes(b.shape, b.setup, experts) if b.setup.compiled and kind != "selective" else None
+        self.kept = (each or 0) * b.n
+        """Of a compiled layer, in all; 0 where it is not known, or not compiled."""
+        self.inside = _in_backward(b, experts, kind, self.kept) if self.kept else 0
+        self.replaces = bool(self.inside) and b.full
+        """Whether it is all that counts in a layer's backward pass."""
         self.forward, self.started, self.finished = Work(), Work(), Work()
         self.gradients: list[Storage] = []
 
@@ -131,26 +137,34 @@ class _Middle:
 
         return tape.link(Tensor(x.storage, x.node), [x], [], backward)
 
-    def keeps_less(self, x: Tensor, less: int, place: int) -> Tensor:
-        """After a layer that keeps `less` than was replayed: in its backward pass, and not before, it is what was
-        replayed; or the last ones have what the compiler was seen to have there at once beyond what all layers keep,
-        where that is more."""
-        tape, shape, setup = self.b.tape, self.b.shape, self.b.setup
-        if not less:
+    def enter(self, x: Tensor, less: int, place: int, entered: list[Storage]) -> Tensor:
+        """After a layer. A compiled one keeps its input, and `less` than was replayed. In its backward pass it has what
+        the compiler was seen to have at once: trained whole just that, else what is replayed as well; that alone in
+        the first ones."""
+        tape = self.b.tape
+        if not (less or self.inside):
             return x
-        inside = in_backward_bytes(shape, setup) * self.b.n
-        kept = setup.layers_kept(shape)
-        least = (kept_bytes(shape, setup) or 0) * self.b.n * kept
-        least += self.b.w * self.b.n * shape.hidden_size * (shape.layers - kept)
-        last = inside and (place >= HEAD_LAYERS or place == self.replayed - 1)
+        known = self.replaces or self.kind != "none" or place >= HEAD_LAYERS or place == self.replayed - 1
 
         def backward(g: Storage, _: list) -> list:
-            if last:
-                tape.alloc(max(inside, least + inside + g.bytes - tape.live))
+            if known:
+                tape.alloc(self.inside)
+            if self.replaces:
+                tape.hide()
             tape.correct(less)
             return [g]
 
-        return tape.link(Tensor(x.storage, x.node), [x], [], backward)
+        return tape.link(Tensor(x.storage, x.node), [x], entered, backward)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Before a layer; in the backward pass, after it."""
+        tape = self.b.tape
+
+        def backward(g: Storage, _: list) -> list:
+            tape.show()
+            return [g]
+
+        return tape.link(Tensor(x.storage, x.node), [x], [], backward) if self.replaces else x
 
     def mark_end(self, x: Tensor) -> Tensor:
         tape = self.b.tape
@@ -198,14 +212,15 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
                 b.stepping.group(tape.leaves[first:])
             layer = _layer(b, weights, experts, positions)
             tape.correct(-less)
-            x = units.begin(x, index, experts, kinds[index + 1])
+            x = run.leave(units.begin(x, index, experts, kinds[index + 1]))
+            entered = [x.storage] if run.kept and run.kind == "none" and tape.enabled else []
             checkpointed = run.kind != "none" and tape.enabled
             x = tape.checkpoint(layer, x, run.kind == "selective", run.kind == "offload") if checkpointed else layer(x)
-            x = units.end(x, index, tape.leaves[first:])
             eager, guessed = tape.by_tag["activations"] - activations + less, less
-            less = _compiled_keeps_less(b, eager, experts, run.kind)
+            less = max(0, eager - run.kept) if entered else 0
             tape.correct(guessed - less)
-            x = run.keeps_less(x, less, place)
+            x = units.end(run.enter(x, less, place, entered), index, tape.leaves[first:])
+            del entered
             kept = tape.live - before
             run.forward = tape.work.plus(work, -1.0) if place == 1 else run.forward
             stay = not b.accumulated and b.stepping is None
@@ -237,13 +252,27 @@ def _stepped_alone(b: Blocks, leaves: list[Leaf]) -> None:
             b.stepping.group([leaf])
 
 
-def _compiled_keeps_less(b: Blocks, eager: int, experts: bool, kind: str) -> int:
-    """Bytes that a compiled layer does not keep of what an eager one does. In its backward pass a replayed layer is an
-    eager one, or what the compiler was seen to have there at once (`in_backward_bytes`)."""
-    if not b.setup.compiled or kind != "none" or not b.tape.enabled:
+def _in_backward(b: Blocks, experts: bool, kind: str, kept: int) -> int:
+    """Bytes that a compiled layer's backward pass has at once beyond what it kept and its output's gradient, where that
+    is known: what it has inside, and what it makes again before, if anything."""
+    shape, setup, n = b.shape, b.setup, b.n
+    inside = in_backward_bytes(shape, setup) * n
+    if not inside:
         return 0
-    each = kept_bytes(b.shape, b.setup, experts)
-    return 0 if each is None else max(0, eager - each * b.n)
+    if b.full:
+        codes = shape.hidden_size * max(shape.intermediate_size, shape.query_size)  # of a matrix
+        most = max(inside, _at_attention(b), gradient_bytes(shape, setup, experts))
+        inside = most + (codes if setup.precision == "fp8" else 0)
+    inputs = {"none": 0, "full": -1, "offload": 1}[kind] * b.w * n * shape.hidden_size  # fetched: the next one's
+    return inside + (kept + inputs) * (kind != "none")
+
+
+def _at_attention(b: Blocks) -> int:
+    """At attention's kernel, trained whole: gradients of the MLP's parameters, which all come out at the end; three of
+    hidden size, that of the output and its own three results; gate and up are gone."""
+    shape = b.shape
+    here = 3 * shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - 2 * shape.intermediate_size
+    return b.w * (b.n * here + sum(m.weight for m in shape.mlp_matrices)) + b.attention_scratch()
 
 
 def _layer(b: Blocks, weights: Weights, experts: bool, positions: Storage) -> Callable[[Tensor], Tensor]:

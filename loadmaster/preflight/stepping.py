@@ -49,8 +49,11 @@ class Stepping:
         """`gradients`, which nobody else holds, wait; those that waited are stepped and go."""
         before, self.waiting = self.waiting, list(gradients)
         gradients.clear()
+        hidden = self.tape.show()
         with self.tape.tagged("gradients"):
             self._step(before)
+        if hidden:
+            self.tape.hide()
 
     def finish(self) -> None:
         """After the backward pass."""

@@ -11,7 +11,7 @@ from loadmaster.config.schema import ModelConfig
 from loadmaster.data import MicroBatch
 from loadmaster.models import compiled
 from loadmaster.models.forward import token_losses
-from loadmaster.preflight.compiled import kept_bytes
+from loadmaster.preflight.compiled import in_backward_bytes, kept_bytes
 from loadmaster.preflight.config_json import find_shape, from_config
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
@@ -97,6 +97,9 @@ CHANGES = [
 ]  # fmt: skip
 
 
+SCALED = [{"dora": True, "lora_targets": some} for some in (("q_proj", "o_proj", "down_proj"), ("k_proj", "v_proj"))]
+
+
 def changes(family: str) -> list[dict]:
     """All of llama's; of the others each method, and one more."""
     if family in ("mixtral", "qwen3_moe"):  # adapters on the linears of attention alone
@@ -106,8 +109,11 @@ def changes(family: str) -> list[dict]:
     if family == "phi3":
         return [*CHANGES[:3], CHANGES[5], *CHANGES[-2:]]
     if family in ("llama", "gemma2"):
-        return CHANGES if family == "llama" else [*CHANGES[:2], CHANGES[-1]]
-    return [*CHANGES[:3], CHANGES[2 + list(SIZES).index(family)], *CHANGES[-2:-1] * (family == "qwen3")]
+        return CHANGES if family == "llama" else [*CHANGES[:2], *SCALED, *CHANGES[-2:]]
+    return [
+        *CHANGES[:3], CHANGES[2 + list(SIZES).index(family)], *CHANGES[-2:-1] * (family in ("qwen3", "gemma3_text")),
+        *SCALED * (family == "gemma3_text"),
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -156,9 +162,50 @@ def test_what_a_layers_backward_pass_has_at_once_lies_beside_what_all_layers_kee
     assert sum(training_step(shape, job).phases["layers"].values()) >= least * job.tokens
 
 
+@pytest.mark.parametrize(("precision", "products"), [("bf16", 8), ("fp8", 7)])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_layers_trained_whole_have_what_their_code_has(precision: str, products: int, in_backward: bool) -> None:
+    """At the last layer: what all keep, the gradients of its output and of the head, and what is inside."""
+    shape = find_shape(ModelConfig(name="meta-llama/Llama-3.2-1B"))
+    job = replace(setup("full"), precision=precision, sequence_length=32768, in_backward=in_backward)
+    at = training_step(shape, job).phases["layers"]
+    codes = 8192 * 2048 * (precision == "fp8")
+    beside = 2 * 128256 * 2048 + job.tokens * (8 + 2 * 2 * 64)  # the head's; positions, and cos and sin
+    layers = (16 * kept_bytes(shape, job) + products * 8192 + 2 * 2048) * job.tokens
+    assert sum(at.values()) == pytest.approx(layers + codes + beside, rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "offload"])
+@pytest.mark.parametrize(
+    "changed", [{}, {"precision": "fp8", "lora_dropout": 0.1}, {"dora": True}, {"method": "full"}],
+)  # fmt: skip
+def test_layers_that_are_made_again_have_what_they_keep_and_what_is_inside(checkpointing: str, changed: dict) -> None:
+    shape = find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B"))
+    job = replace(setup(), checkpointing=checkpointing, sequence_length=16384, **changed)
+    inputs = 2 * 4096 * (32 if checkpointing == "full" else 2)
+    least = inputs + kept_bytes(shape, job) + in_backward_bytes(shape, job)
+    at = training_step(replace(shape, layers=32), job).phases["layers"]
+    assert sum(at.values()) >= least * job.tokens
+
+
+def test_where_attention_is_wide_its_kernel_has_more_at_once_than_the_gated_product() -> None:
+    """62.5 MiB by the generated code, parameters' gradients so far and the kernel's own fp32 sums included."""
+    shape = find_shape(ModelConfig(name="Qwen/Qwen3-0.6B"))
+    job = replace(setup("full"), sequence_length=2064, in_backward=True)
+    at = training_step(shape, job).phases["layers"]
+    assert sum(at.values()) >= (28 * kept_bytes(shape, job) + 2 * 1024) * 2064 + 62.5 * 2**20
+
+
+def test_a_layer_that_is_trained_whole_gives_no_gradient_before_it_has_all() -> None:
+    """Of an earlier micro-batch there is the sum already."""
+    shape = find_shape(ModelConfig(name="meta-llama/Llama-2-7b-hf"))
+    job = replace(setup("full"), sequence_length=512, gradient_accumulation_steps=2)
+    at = training_step(shape, job).phases["layers"]
+    assert sum(at.values()) >= 32 * kept_bytes(shape, job) * 512 + 2 * shape.layer_parameters(False)
+
+
 def test_kinds_of_layers_that_were_not_looked_at_are_counted_as_if_eager() -> None:
     shape = find_shape(ModelConfig(name="Qwen/Qwen3-8B"))
     assert kept_bytes(shape, setup()) is not None
     for changed in ({"precision": "fp32"}, {"modules_to_save": ("input_layernorm",)}):
         assert kept_bytes(shape, replace(setup(), **changed)) is None
-    assert kept_bytes(find_shape(ModelConfig(name="google/gemma-2-9b")), replace(setup(), dora=True)) is None
