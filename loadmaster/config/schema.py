@@ -18,6 +18,7 @@ Auto = Literal["auto"]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, MinLen(1)]
 MOST = 10**9  # of whatever is counted
+LONGEST_ROW = 10**7  # tokens; twenty times what fits one card, and a plan of it takes seconds
 PositiveInt = Annotated[int, Strict(), Gt(0), Le(MOST)]
 GpusOfANode = Annotated[int, Strict(), Ge(1), Le(64)]
 Nodes = Annotated[int, Strict(), Ge(1), Le(1024)]
@@ -353,7 +354,7 @@ class Job:
     """Name of the recipe that this job was composed from; names the run directory."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    sequence_length: Annotated[int, Strict(), Ge(2), Le(MOST)] = 2048
+    sequence_length: Annotated[int, Strict(), Ge(2), Le(LONGEST_ROW)] = 2048
     """Tokens in a packed row; the longest context trained on."""
     objective: Literal["sft", "dpo", "orpo", "kto"] = "sft"
     """sft: the likelihood of answers; dpo, orpo, kto: preference between pairs of answers (kto: or labelled ones)."""

@@ -12,7 +12,7 @@ from loadmaster.config.fields import ALIASES, describe, fields, nearest, nearest
     [
         ("micro_batch_size", "an integer above 0, or auto"),
         ("max_steps", "an integer above 0, or null"),
-        ("sequence_length", "an integer of at least 2"),
+        ("sequence_length", "an integer from 2 to 10000000"),
         ("checkpoint.keep_best", "an integer of at least 0"),
         ("seed", "an integer of at least 0 and below 9223372036854775808"),
         ("optimizer.warmup_ratio", "a number from 0 to 1"),
