@@ -9,7 +9,8 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     4 dq + 4 dk + 4 heads                           (q and the output; k and v; logsumexp)
     2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k
     2 dq + 2 dk                                     fused (Phi-3): v is a part of q, k and v, which stay whole
-    2 dq                                            where a part of each head turns; not always
+    2 dq                                            where a part of each head turns, and o_proj is trained
+                                                    on the output as it is: no dropout, not whole in FP8
     4 f                                             (gate and up; their product and the norms' outputs are made again)
     k (4 e + 2 h + 29) + 4 E                        in its place, of k of E experts of size e: gate and up, results,
                                                     places; the router's logits. Trained whole 2 k h more: their inputs
@@ -55,7 +56,9 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
     if shape.query_key_norm:
         kept += 2 * dq + 2 * dk + 4 * (shape.heads + shape.key_value_heads)
     if shape.fused:
-        kept += 2 * dq + 2 * dk + (2 * dq if shape.rotary_fraction < 1 else 0)
+        whole = not setup.adapters and setup.precision == "bf16"
+        read = whole or ("o_proj" in {m.name for m in adapted} and not setup.lora_dropout)
+        kept += 2 * dq + 2 * dk + (2 * dq if read and shape.rotary_fraction < 1 else 0)
     kept += dq if setup.precision == "fp8" and not setup.adapters else 0
     kept += 2 * setup.lora_rank * len(adapted)
     if experts:

@@ -35,6 +35,10 @@ SIZES = {
         "num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True, "mlp_only_layers": [],
     },
     "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512},
+    "phi4_mini": {
+        "model_type": "phi3", "num_attention_heads": 16, "num_key_value_heads": 4, "partial_rotary_factor": 0.75,
+        "pad_token_id": 0,
+    },
 }
 
 
@@ -108,6 +112,9 @@ def changes(family: str) -> list[dict]:
         return [some, {"method": "full"}, {**some, **over_nf4}, {**some, "precision": "fp8"}]
     if family == "phi3":
         return [*CHANGES[:3], CHANGES[5], *CHANGES[-2:]]
+    if family == "phi4_mini":
+        some = [{"lora_targets": targets} for targets in (("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj"))]
+        return [*CHANGES[:4], *some, CHANGES[-1]]
     if family in ("llama", "gemma2"):
         return CHANGES if family == "llama" else [*CHANGES[:2], *SCALED, *CHANGES[-2:]]
     return [
