@@ -7,4 +7,6 @@ or on the GPUs that are there is preflight's to refuse.
 from loadmaster.config import data_rules, job_rules, serving_rules
 from loadmaster.config.rule_table import RULES, broken_rules
 
+RULES.sort(key=lambda entry: entry.check.__module__)  # whichever module was imported first
+
 __all__ = ["RULES", "broken_rules", "data_rules", "job_rules", "serving_rules"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from loadmaster.config.docs import PAGE, page
 from loadmaster.config.fields import fields
 from loadmaster.config.rules import RULES
@@ -18,3 +21,12 @@ def test_every_field_has_a_help_text_and_is_on_the_page_with_every_rule():
         assert f"| `{key}` |" in text
     for rule in RULES:
         assert rule.explanation in text
+
+
+def test_the_rules_stand_in_one_order_whichever_is_imported_first():
+    code = "import loadmaster.config.{}; from loadmaster.config.rules import RULES; print([r.name for r in RULES])"
+    orders = {
+        subprocess.run([sys.executable, "-c", code.format(first)], capture_output=True, text=True, check=True).stdout
+        for first in ("rules", "job_rules", "serving_rules")
+    }
+    assert orders == {f"{[rule.name for rule in RULES]}\n"}
