@@ -4,6 +4,9 @@ bf16 has steps of 0.4% to 0.8%. A weight's update is most often less, and so is 
 (0.1% at beta2=0.999): rounded to the nearest, either would stay what it was. A second moment that cannot fall keeps the
 largest gradients that there ever were, and the rate that it divides is too small from then on. Both are therefore
 rounded up or down at random, so that the mean is right. The first moment moves by a tenth: it takes the nearest.
+
+What is drawn depends on which parameters they are and how often they were stepped, and on no generator that differs
+from rank to rank: replicas of a weight (ddp, hybrid sharding) are rounded alike, or they would drift apart for good.
 """
 
 from __future__ import annotations
@@ -14,21 +17,31 @@ import torch
 from torch import Tensor
 from torchao.optim.quant_utils import _fp32_to_bf16_sr
 
+from loadmaster.training.rng import drawing_from
+
 
 class AdamWBf16(torch.optim.Optimizer):
     """Its rate is a tensor, and the step is compiled: neither a new rate nor a new step is another graph."""
 
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, moments: torch.dtype):
-        """moments: float32 where weights are (a CPU), and then nothing is rounded."""
+    def __init__(
+        self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, moments: torch.dtype,
+        which: tuple[int, ...],
+    ):  # fmt: skip
+        """moments: float32 where weights are (a CPU), and then nothing is rounded.
+
+        which: numbers of these parameters and of this part of them; others draw otherwise.
+        """
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.moments = moments
+        self.moments, self.which = moments, which
         for group in self.param_groups:
             group["lr"] = torch.tensor(0.0)
 
     @torch.no_grad()
     def step(self) -> None:
         update = torch.compile(_update, fullgraph=True, dynamic=False)
-        with torch._dynamo.utils.disable_cache_limit():  # as many graphs as there are shapes
+        taken = int(max((state["step"] for state in self.state.values()), default=0))
+        seed = hash((*self.which, taken))
+        with drawing_from(seed), torch._dynamo.utils.disable_cache_limit():  # as many graphs as there are shapes
             for group in self.param_groups:
                 settings = (*group["betas"], group["weight_decay"], group["eps"])
                 for weight in group["params"]:

@@ -15,6 +15,7 @@ copies of the parameters; gradients go there and new values come back.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -67,7 +68,9 @@ class TrainingOptimizer:
         self.masters = master_weights and any(p.dtype != torch.float32 for _, p in named_parameters)
         self.copies = self.masters or offload
         self.sharded = any(isinstance(p, DTensor) for _, p in named_parameters)
-        make = _factory(name, config, named_parameters[0][1].dtype, self.masters)
+        meshes = [p.device_mesh for _, p in named_parameters if isinstance(p, DTensor)]
+        shard = meshes[0].get_coordinate()[-1] if meshes else 0
+        make = _factory(name, config, named_parameters[0][1].dtype, self.masters, shard)
         self.buckets = [self._bucket(group, make) for group in self.split(named_parameters)]
         self._smallest_first = sorted(self.buckets, key=lambda bucket: sum(p.numel() for p in bucket.parameters))
         """So the gradients of most are gone when those of a large embedding are there in two forms."""
@@ -265,10 +268,10 @@ def _place(value: Tensor, target: Tensor, key: str, optimizer: torch.optim.Optim
     return value.to(target.device, copy=True)
 
 
-def _factory(name: str, config: OptimizerConfig, dtype: torch.dtype, masters: bool) -> Callable:
+def _factory(name: str, config: OptimizerConfig, dtype: torch.dtype, masters: bool, shard: int) -> Callable:
     """Makes an optimizer of its groups; each step brings its rate (`TrainingOptimizer.step`).
 
-    dtype: of the parameters, whatever their masters' is.
+    dtype: of the parameters, whatever their masters' is. shard: which part of the parameters is stepped here.
     """
     betas, eps = (config.beta1, config.beta2), config.eps
     if name == "adamw" and (masters or dtype == torch.float32):
@@ -276,7 +279,8 @@ def _factory(name: str, config: OptimizerConfig, dtype: torch.dtype, masters: bo
     if name == "adamw_bf16":
         from loadmaster.training.adamw_bf16 import AdamWBf16
 
-        return lambda groups: AdamWBf16(groups, betas, eps, moments=dtype)
+        numbers = itertools.count()
+        return lambda groups: AdamWBf16(groups, betas, eps, moments=dtype, which=(next(numbers), shard))
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
