@@ -15,6 +15,7 @@ from loadmaster.data import MicroBatch
 from loadmaster.data.rows import NO_LOSS
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import cached_attention
+from loadmaster.models.float8 import products_in_bf16
 from loadmaster.models.forward import causal_lm, trained_hidden
 from loadmaster.models.transfer import put
 
@@ -57,7 +58,7 @@ def _distances(model: nn.Module) -> tuple[float, float]:
         batch = MicroBatch(torch.cat([first, document])[None], labels, places, [["tried"]])
         return trained_hidden(model, batch)[0]
 
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), products_in_bf16(lm):
         packed = behind(one)
         seen = _apart(packed, behind(other))
         with cached_attention(model, "eager"):

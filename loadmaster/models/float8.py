@@ -8,6 +8,9 @@ by tensor, 24,639 in bf16), so it is not offered.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -30,3 +33,17 @@ def train_in_fp8(model: nn.Module, device: torch.device) -> None:
 
 def takes_fp8(inputs: int, outputs: int) -> bool:
     return inputs % MULTIPLE == 0 and outputs % MULTIPLE == 0
+
+
+@contextmanager
+def products_in_bf16(model: nn.Module) -> Iterator[None]:
+    """Within the block no product is rounded to FP8: a row of tokens has one scale there, so documents depend on each
+    other by what is rounded away."""
+    swapped = [(module, type(module)) for module in model.modules() if type(module).__name__ == "Float8Linear"]
+    for module, _ in swapped:
+        module.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for module, kind in swapped:
+            module.__class__ = kind

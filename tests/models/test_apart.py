@@ -8,6 +8,7 @@ import torch
 
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.models.apart import refuse_mixing
+from loadmaster.models.float8 import train_in_fp8
 from loadmaster.models.load import random_model
 from loadmaster.preflight.config_json import refuse_uncountable
 from tests.training import test_loop
@@ -42,6 +43,14 @@ def test_a_model_that_keeps_them_apart_passes_and_runs_packed_as_before(family, 
     model = made({"model_type": family, **SIZES, "num_local_experts": 4}, dtype)
     refuse_mixing(model)
     assert model.config._attn_implementation == "loadmaster_packed"
+
+
+def test_products_in_fp8_which_share_a_scale_with_the_neighbours_pass_too():
+    model = made({"model_type": "olmo2", **SIZES}, torch.bfloat16)
+    train_in_fp8(model, torch.device("cpu"))
+    kinds = list(map(type, model.modules()))
+    refuse_mixing(model)
+    assert list(map(type, model.modules())) == kinds
 
 
 def test_a_family_that_is_not_modelled_is_tried_before_its_first_step(tiny, tmp_path):
