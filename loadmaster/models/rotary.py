@@ -25,17 +25,18 @@ def turn_by_document(decoder: nn.Module) -> None:
 
 
 def refuse_dynamic(decoder: nn.Module, longest: int) -> None:
-    """Raise LoadmasterError where a document of `longest` tokens would change how those beside it are turned.
+    """Raise LoadmasterError where a document, or a row's padding, of `longest` tokens would change how documents beside
+    it are turned.
 
     Dynamic NTK scaling takes other frequencies for each length beyond the model's own, and transformers takes those of
-    the longest document in a batch for all.
+    the longest one in a batch for all.
     """
     rotary = getattr(decoder, "rotary_emb", None)
     most = getattr(rotary, "original_max_seq_len", longest)
     if getattr(rotary, "rope_type", None) == "dynamic" and longest > most:
         raise LoadmasterError(
-            f"a document has {longest:,} tokens, and this model's rotary embeddings (rope_type=dynamic) turn documents "
-            f"of more than {most:,} by their length, which packed documents cannot each have\n"
+            f"a document, or a row's padding, has {longest:,} tokens, and this model's rotary embeddings "
+            f"(rope_type=dynamic) turn what has more than {most:,} by its length, and all that is packed beside it\n"
             f"    fix: sequence_length={most}"
         )
 

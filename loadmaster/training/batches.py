@@ -22,6 +22,12 @@ def losses(row: PackedRow, objective: str) -> int:
     return len(row.document_ids) // 2 if row.desirable is None else len(row.document_ids)
 
 
+def longest_stretch(rows: PackedRows, to_length: int | None) -> int:
+    """Most tokens that one after another are a document, or what a row is padded with."""
+    lengths = rows.lengths
+    return max(rows.longest_document, (to_length or int(lengths.max())) - int(lengths.min()))
+
+
 def untrained(row: PackedRow) -> PackedRow:
     """The row without any trained token: what a rank runs that has no row of its own."""
     return dataclasses.replace(row, labels=np.full_like(row.labels, -100))

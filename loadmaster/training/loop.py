@@ -27,7 +27,7 @@ from loadmaster.models.recompute import checkpoint_the_rest
 from loadmaster.models.rotary import refuse_dynamic
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.prediction import Measured, held_against, sentence
-from loadmaster.training.batches import losses, trained_tokens, worst_rows
+from loadmaster.training.batches import longest_stretch, losses, trained_tokens, worst_rows
 from loadmaster.training.checkpoint import Checkpoints
 from loadmaster.training.checkpoint_folders import newest_whole
 from loadmaster.training.display import Display
@@ -124,10 +124,9 @@ def train(
         if world.rank:  # dropout differs from rank to rank; rank 0 draws what a run of one process draws
             seed_everything(job.seed + world.rank)
         rows, folder = prepared.train, run_dir / "checkpoints"
-        refuse_dynamic(
-            causal_lm(session.model).get_decoder(),
-            max(part.longest_document for part in (rows, prepared.validation) if part is not None),
-        )
+        parts = [part for part in (rows, prepared.validation) if part is not None]
+        longest = max(longest_stretch(part, session.fixed_length) for part in parts)
+        refuse_dynamic(causal_lm(session.model).get_decoder(), longest)
         epochs = job.epochs if job.max_steps is None else math.inf
         sampler = BatchSampler(len(rows), job.batch.global_size, job.seed, epochs, rows.fingerprint)
         steps = job.max_steps or sampler.total_steps()

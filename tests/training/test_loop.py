@@ -30,7 +30,7 @@ from loadmaster.errors import ConfigError, LoadmasterError, StoppedOnRequest, Tr
 from loadmaster.models.load import load_tokenizer
 from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, PhasesGib, Plan
 from loadmaster.training import loop
-from loadmaster.training.batches import micro_batches, trained_tokens, worst_rows
+from loadmaster.training.batches import longest_stretch, micro_batches, trained_tokens, worst_rows
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, refuse_missing_tracker, refuse_unbuilt, train
 from loadmaster.training.metrics import read_metrics
@@ -132,17 +132,27 @@ def test_the_first_step_is_expected_to_take_the_rehearsals_time_for_each_micro_b
     assert 0 < 4 * outcome.rehearsal.step_s < outcome.rehearsal.seconds  # two steps of two, without the rest
 
 
-@pytest.mark.parametrize(("most", "refused"), [(39, False), (38, True)])
+@pytest.mark.parametrize(("most", "refused"), [(46, False), (45, True)])
 def test_documents_that_would_change_their_neighbours_rotation_are_refused(tiny, tmp_path, most, refused):
-    """Of dynamic NTK scaling transformers takes the longest document's frequencies for all in a batch."""
+    """Of dynamic NTK scaling transformers takes the longest document's frequencies for all in a batch, or the longest
+    padding's."""
     model = shutil.copytree(tiny, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     config |= {"max_position_embeddings": most}
     config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     (model / "config.json").write_text(json.dumps(config))
-    assert rows().longest_document == 39
-    with pytest.raises(LoadmasterError, match="sequence_length=38") if refused else contextlib.nullcontext():
+    assert rows().longest_document == 39 and longest_stretch(rows(), None) == 46
+    with pytest.raises(LoadmasterError, match="sequence_length=45") if refused else contextlib.nullcontext():
         run(model, tmp_path / "run", dataclasses.replace(JOB, max_steps=1))
+
+
+def test_a_rows_padding_counts_where_rows_are_padded():
+    """It is a document of its own, and turned like one."""
+    short = packed_rows([([1] * size, [True] * size) for size in (12, 10, 9)], 24)
+    assert sorted(short.lengths) == [9, 22]
+    batch = micro_batches(list(short), 2, 0, 1, 0, 64)[0]
+    assert longest_stretch(short, 64) == batch.position_ids.max() + 1 == 55
+    assert longest_stretch(short, None) == 13
 
 
 def test_the_rate_of_the_first_steps_counts_nothing_that_came_before_them(tiny, tmp_path, monkeypatch):
