@@ -71,9 +71,10 @@ def _own_prices(path: Path) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         own = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-        listed = {(gpu, key): price[key] for gpu, price in own["gpus"].items() for key in {"date", *price} - {"hosts"}}
-        wrong = [f"{gpu}.{key} is {value!r}" for (gpu, key), value in listed.items()
-                 if key != "date" and not (isinstance(value, int | float) and value > 0)]  # fmt: skip
+        for gpu, price in own["gpus"].items():
+            {**_read("prices.yaml")["gpus"].get(gpu, {}), **price}["pod_usd_per_hour"], price["date"]
+        wrong = [f"{gpu}.{key} is {value!r}" for gpu, price in own["gpus"].items() for key, value in price.items()
+                 if key.endswith("usd_per_hour") and not (isinstance(value, int | float) and value > 0)]  # fmt: skip
         own["date"], own["source"]
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
         wrong = [" ".join(str(error).split()) if isinstance(error, OSError | yaml.YAMLError) else "it lacks a field"]

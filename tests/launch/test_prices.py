@@ -83,6 +83,8 @@ def test_a_refresh_prices_cards_that_the_catalogue_has_no_machine_of(tmp_path, m
         ("h100_80gb: 2.5", "it lacks a field"),
         ("{date: 2026-12-01, source: mine, gpus: {h200: 2.5}}", "it lacks a field"),
         ("{date: 2026-12-01, source: mine, gpus: {h200: {pod_usd_per_hour: 2.5}}}", "it lacks a field"),
+        ("{date: 2026-12-01, source: mine, gpus: {a40: {community_usd_per_hour: 0.3, date: 2026-12-01}}}",
+         "it lacks a field"),
         ("{date: 2026-12-01, source: mine, gpus: {h200: {pod_usd_per_hour: $3, date: 2026-12-01}}}",
          "h200.pod_usd_per_hour is '$3'"),
     ],
@@ -95,3 +97,13 @@ def test_a_price_file_that_is_none_is_named_with_what_works(text, said, tmp_path
         plan()
     assert said in str(raised.value) and "pod_usd_per_hour: NUMBER" in str(raised.value)
     assert "without it the shipped prices count" in str(raised.value)
+
+
+def test_a_price_file_may_price_a_part_and_say_more_than_is_read(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "prices.yaml"
+    entry = "{serverless_usd_per_hour: 4, date: 2026-12-01, note: by contract}"
+    file.write_text(f"{{date: 2026-12-01, source: mine, gpus: {{h100_80gb: {entry}}}}}")
+    shipped = catalog.prices()["gpus"]["h100_80gb"]
+    monkeypatch.setenv("LOADMASTER_PRICES", str(file))
+    own = catalog.prices()["gpus"]["h100_80gb"]
+    assert own["serverless_usd_per_hour"] == 4 and own["pod_usd_per_hour"] == shipped["pod_usd_per_hour"]
