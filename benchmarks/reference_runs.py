@@ -22,9 +22,9 @@ from loadmaster.preflight import step
 from loadmaster.preflight.blocks import Blocks
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.config_json import find_shape
+from loadmaster.preflight.graph import Storage, Tensor
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import peaks, train_bytes
-from loadmaster.preflight.replay import Storage, Tensor
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import bytes_moved, tokens_per_second

@@ -20,7 +20,8 @@ from loadmaster.preflight.frozen import (
     nf4_matmul,
     on_fp8_units,
 )
-from loadmaster.preflight.replay import Storage, Tape, Tensor
+from loadmaster.preflight.graph import Storage, Tensor
+from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
 from loadmaster.preflight.stepping import Stepping

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loadmaster.preflight.frozen import WIDE
-from loadmaster.preflight.replay import Storage, Tensor
+from loadmaster.preflight.graph import Storage, Tensor
 from loadmaster.preflight.shape import Matrix
 
 if TYPE_CHECKING:

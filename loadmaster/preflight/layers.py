@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from loadmaster.preflight import blocks
 from loadmaster.preflight.blocks import Blocks, Weights
+from loadmaster.preflight.graph import Split, Storage, Tensor
 from loadmaster.preflight.mixture import activation, halves, mixture
-from loadmaster.preflight.replay import Split, Storage, Tensor
 
 LOSS_CHUNK_TOKENS = 1024
 """loadmaster.models.loss.CHUNK_TOKENS; a test holds the two equal."""

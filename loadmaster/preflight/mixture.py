@@ -9,7 +9,7 @@ token, 1,802 GiB for two layers of Mixtral at 2048 tokens.)
 from __future__ import annotations
 
 from loadmaster.preflight.blocks import Blocks
-from loadmaster.preflight.replay import Split, Storage, Tensor
+from loadmaster.preflight.graph import Split, Storage, Tensor
 
 
 def activation(b: Blocks, x: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from itertools import groupby
 from loadmaster.preflight import saved
 from loadmaster.preflight.blocks import Blocks, Weights
 from loadmaster.preflight.compiled import in_backward_bytes, kept_bytes
+from loadmaster.preflight.graph import Leaf, Storage, Tensor
 from loadmaster.preflight.layers import chunked_loss, decoder_layer, embed, gather, preference_loss
-from loadmaster.preflight.replay import Leaf, Storage, Tape, Tensor, Work
+from loadmaster.preflight.replay import Tape, Work
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.units import Units

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-from loadmaster.preflight.replay import Leaf, Storage, Tape
+from loadmaster.preflight.graph import Leaf, Storage
+from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
 
 

@@ -20,7 +20,7 @@ Weights that live in host memory are copied to the GPU for each gathering, and g
 from __future__ import annotations
 
 from loadmaster.preflight.blocks import Blocks
-from loadmaster.preflight.replay import Leaf, Storage, Tensor
+from loadmaster.preflight.graph import Leaf, Storage, Tensor
 from loadmaster.preflight.shards import Unit, units, whole
 
 
