@@ -39,8 +39,8 @@ def newest_whole(folder: Path, job_hash: str, warn: Any, world: World | None = N
             warn(f"checkpoint step-{step} is torn ({', '.join(broken)}) and passed over")
         elif state["job_hash"] != job_hash:
             raise TrainingFailed(
-                f"{path} was written by a job with other settings; give this one its own run_dir, "
-                f"or restore the settings in {folder.parent / 'config.yaml'}"
+                f"{path} was written by a job with other settings or other data, or by a version that reads the data "
+                f"otherwise; give this one its own run_dir, or restore the settings in {folder.parent / 'config.yaml'}"
             )
         else:
             return Found(path, state)

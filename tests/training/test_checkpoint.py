@@ -83,7 +83,7 @@ def test_a_partial_folder_is_not_a_checkpoint(tmp_path, trained):
 
 def test_a_checkpoint_of_another_job_is_refused(tmp_path, trained):
     save(tmp_path, 4, trained)
-    with pytest.raises(TrainingFailed, match="other settings"):
+    with pytest.raises(TrainingFailed, match="other settings or other data, or by a version"):
         checkpoint_folders.newest_whole(tmp_path, "another", print)
 
 
