@@ -25,8 +25,8 @@ SEEN = 0.03
 """Most that another document may change of a token's last hidden state, as a share of its norm, in the mean over a
 document: the same kernels run on the same shapes, so nothing but an expert chosen otherwise does."""
 OTHERWISE = 0.2
-"""Most that it may be from what transformers' eager attention makes of the document alone; rounding to bf16 makes a
-hundredth or two of it in a few layers."""
+"""Most that it may be from what transformers' eager attention makes of the document alone; rounding to bf16 makes less
+than 0.02 of it in the 30 layers of SmolLM2 135M, over nf4 and FP8 too."""
 
 
 def refuse_mixing(model: nn.Module) -> None:
