@@ -4,10 +4,14 @@ bf16 has steps of 0.4% to 0.8%. A weight's update is most often less, and so is 
 (0.1% at beta2=0.999): rounded to the nearest, either would stay what it was. A second moment that cannot fall keeps the
 largest gradients that there ever were, and the rate that it divides is too small from then on. Both are therefore
 rounded up or down at random, so that the mean is right. The first moment moves by a tenth: it takes the nearest.
+
+Ranks that hold the same weights have to draw the same, or they drift apart; their generators differ, for dropout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +32,8 @@ class AdamWBf16(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         update = torch.compile(_update, fullgraph=True, dynamic=False)
-        with torch._dynamo.utils.disable_cache_limit():  # as many graphs as there are shapes
+        taken = next((int(state["step"]) for state in self.state.values()), 0)
+        with _drawing_alike(taken), torch._dynamo.utils.disable_cache_limit():  # as many graphs as there are shapes
             for group in self.param_groups:
                 settings = (*group["betas"], group["weight_decay"], group["eps"])
                 for weight in group["params"]:
@@ -42,6 +47,15 @@ class AdamWBf16(torch.optim.Optimizer):
                     state["step"] += 1
                     moments = state["exp_avg"], state["exp_avg_sq"]
                     update(weight.detach(), weight.grad, *moments, state["step"], group["lr"], *settings)
+
+
+@contextmanager
+def _drawing_alike(step: int) -> Iterator[None]:
+    """Draw by the step alone, on every rank, and leave the generators as they were."""
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(gpus):
+        torch.manual_seed(step)
+        yield
 
 
 def _update(

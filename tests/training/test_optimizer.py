@@ -180,3 +180,23 @@ def test_adamw_bf16_steps_as_adamw_does(dtype, masters, moments):
     held = states["w/master"] if masters else named[0][1]
     assert held.double().mean().item() == pytest.approx(exact.mean().item(), abs=5e-5)
     assert states["w/exp_avg"].dtype == states["w/exp_avg_sq"].dtype == moments
+
+
+def test_ranks_with_the_same_weights_round_them_alike_and_draw_on_as_before():
+    """Each rank's generators are its own, for dropout."""
+    held, drawn = [], []
+    for rank in range(2):
+        optimizer = TrainingOptimizer(parameters(), OptimizerConfig(), "adamw_bf16", master_weights=False)
+        torch.manual_seed(rank)
+        before = torch.get_rng_state()
+        for seed in range(3):
+            for parameter in optimizer.parameters:
+                numbers = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.grad = numbers.to(parameter.dtype)
+            optimizer.step(1e-3)
+        assert torch.equal(before, torch.get_rng_state())
+        tensors, _ = optimizer.state()
+        held.append([p.detach().clone() for p in optimizer.parameters] + list(tensors.values()))
+        drawn.append(torch.rand(4))
+    assert held[0][0].dtype == torch.bfloat16
+    assert all(map(torch.equal, *held)) and not torch.equal(*drawn)
