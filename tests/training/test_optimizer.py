@@ -180,23 +180,33 @@ def test_adamw_bf16_steps_as_adamw_does(dtype, masters, moments):
     assert states["w/exp_avg"].dtype == states["w/exp_avg_sq"].dtype == moments
 
 
-def test_adamw_bf16_rounds_replicas_alike_and_buckets_each_in_its_own_way(monkeypatch):
-    """Generators of ranks differ, for dropout; a replica's weights that were rounded by them would drift apart."""
-    monkeypatch.setattr(optimizer_module, "BUCKET_ELEMENTS", 64 * 64)
-
-    def replica(seed: int) -> list[nn.Parameter]:
-        named = [(name, nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))) for name in "ab"]
-        optimizer = TrainingOptimizer(named, OptimizerConfig(), "adamw_bf16", master_weights=False)
-        torch.manual_seed(seed)
-        for _ in range(3):
+def test_ranks_with_the_same_weights_round_them_alike_and_draw_on_as_before():
+    """Each rank's generators are its own, for dropout."""
+    held, drawn = [], []
+    for rank in range(2):
+        optimizer = TrainingOptimizer(parameters(), OptimizerConfig(), "adamw_bf16", master_weights=False)
+        torch.manual_seed(rank)
+        before = torch.get_rng_state()
+        for seed in range(3):
             for parameter in optimizer.parameters:
-                parameter.grad = torch.ones_like(parameter)
+                numbers = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.grad = numbers.to(parameter.dtype)
             optimizer.step(1e-3)
-        drawn = torch.rand(4)
-        torch.manual_seed(seed)
-        assert torch.equal(torch.rand(4), drawn)  # what else draws is not disturbed
-        return optimizer.parameters
+        assert torch.equal(before, torch.get_rng_state())
+        tensors, _ = optimizer.state()
+        held.append([p.detach().clone() for p in optimizer.parameters] + list(tensors.values()))
+        drawn.append(torch.rand(4))
+    assert held[0][0].dtype == torch.bfloat16
+    assert all(map(torch.equal, *held)) and not torch.equal(*drawn)
 
-    one, other = replica(1), replica(2)
-    assert len(one[0].unique()) > 1 and all(map(torch.equal, one, other))
-    assert not torch.equal(one[0], one[1])
+
+def test_what_is_stepped_apart_is_rounded_in_its_own_way(monkeypatch):
+    """Layers that were rounded by the same draws would be wrong in the same direction, and their errors add up."""
+    monkeypatch.setattr(optimizer_module, "BUCKET_ELEMENTS", 64 * 64)
+    named = [(name, nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))) for name in "ab"]
+    optimizer = TrainingOptimizer(named, OptimizerConfig(), "adamw_bf16", master_weights=False)
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1e-3)
+    one, other = optimizer.parameters
+    assert len(optimizer.buckets) == len(one.unique()) == 2 and not torch.equal(one, other)
