@@ -126,14 +126,14 @@ def test_scaling_stops_paying_where_added_gpus_bring_less_than_half(monkeypatch)
 
 
 def test_a_run_that_is_mostly_start_loading_and_export_does_not_pay_on_more_nodes(capsys) -> None:
-    """70B, some 40 steps: 34 minutes on one node and on 64 of them."""
+    """70B, some 40 steps: 27 minutes on one node and on two."""
     short = job(rows=64)
     steps = scaling(short, [1, 2, 4, 8], 64 * short.sequence_length * 4)
-    assert steps[1].marginal > 0.9 and steps[1].run_marginal < 0.5
+    assert steps[1].marginal > 0.8 and steps[1].run_marginal < 0.5
     said = verdict(steps)
     one, two = steps[0].plan, steps[1].plan
     assert said.startswith("for this run, 1 node is enough: 2 take")
-    assert said.endswith("by speed alone it would pay up to 8 nodes")
+    assert said.endswith("by speed alone it would pay up to 4 nodes")
     assert f"cost ${two.cost_usd:,.2f} instead of ${one.cost_usd:,.2f}" in said and two.cost_usd > 1.8 * one.cost_usd
     print_scaling(short, steps, Console(width=80))
     assert said in capsys.readouterr().out.replace("\n", " ")
