@@ -51,8 +51,13 @@ RUNS: list[dict[str, Any]] = [
     {"name": "QLoRA, nf4 base, bf16", "method": "qlora", "precision": "bf16"},
     {"name": "full, float32", "method": "full", "precision": "fp32"},
     {"name": "full, bf16, fp32 master weights", "method": "full", "precision": "bf16"},
+    {"name": "full, bf16, no master weights", "method": "full", "precision": "bf16", "master_weights": False},
+    {
+        "name": "full, adamw_bf16", "method": "full", "precision": "bf16", "optimizer": "adamw_bf16",
+        "master_weights": False,
+    },
     {"name": "full, FP8 products, fp32 master weights", "method": "full", "precision": "fp8"},
-]
+]  # fmt: skip
 
 
 def job_of(run: dict[str, Any], given: argparse.Namespace) -> Job:
@@ -75,8 +80,9 @@ def plan_of(run: dict[str, Any], job: Job, compiles: bool) -> Plan:
     """The plan of this machine, in the precision of the run: a CPU's own plans are all in float32."""
     plan = make_plan(job)
     return dataclasses.replace(
-        plan, precision=run["precision"], master_weights=run["precision"] != "fp32", compile=compiles
-    )
+        plan, precision=run["precision"], compile=compiles, optimizer=run.get("optimizer", "adamw"),
+        master_weights=run.get("master_weights", run["precision"] != "fp32"),
+    )  # fmt: skip
 
 
 def train(run: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
