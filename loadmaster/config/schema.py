@@ -108,7 +108,7 @@ class PreferenceConfig:
 @dataclass(frozen=True, config=CLOSED)
 class OptimizerConfig:
     name: Literal["auto", "adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "adafactor"] = "auto"
-    """adamw keeps its moments in fp32; the others are lighter. auto: adamw where it fits."""
+    """adamw keeps its moments in fp32; the others are lighter. auto: adamw with fp32 masters where they fit."""
     lr: PositiveFloat | Auto = "auto"
     """Peak learning rate; auto: the usual one of method and objective (2e-4 for adapters, 1e-5 for full; sft)."""
     weight_decay: NonNegativeFloat = 0.0

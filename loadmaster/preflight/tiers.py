@@ -11,10 +11,11 @@ from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.refusals import needs_adapter
 from loadmaster.preflight.zero_settings import ZERO
 
-FULL_STATES = (("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False))
-"""Optimizer and fp32 master weights for full fine-tuning, most faithful first."""
+FULL_STATES = (("adamw", True), ("adamw_bf16", False), ("adamw_8bit", False), ("adafactor", False))
+"""Optimizer and fp32 master weights for full fine-tuning, most faithful first: AdamW without masters takes more than
+adamw_bf16 and loses most updates, which that one rounds stochastically (docs/training.md)."""
 HOST_STATES = FULL_STATES[:1] + FULL_STATES[2:]
-"""The same in host memory, where leaving out masters alone would save a quarter and lose what they keep."""
+"""The same in host memory, where adamw_bf16's compiled step is not tried by itself."""
 
 
 def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
@@ -65,8 +66,10 @@ def states(job: Job, method: str, offload: str, precision: str) -> Iterator[tupl
     before = offload != "none" and job.method == "auto"  # adapters come before lighter states on the host
     if method != "full" or job.sharding in ZERO or before:  # DeepSpeed keeps fp32 masters
         ladder = FULL_STATES[:1]
-    if precision == "fp32":
-        ladder = tuple(dict.fromkeys((name, False) for name, _ in ladder))
+    if job.optimizer.name == "adamw" and ladder is FULL_STATES:  # by that name, masters or not
+        ladder = (("adamw", True), ("adamw", False))
+    if precision == "fp32":  # as adamw_bf16's moments are then
+        ladder = tuple(dict.fromkeys((name, False) for name, _ in ladder if name != "adamw_bf16"))
     if job.optimizer.name != "auto":
         known = [master for name, master in ladder if name == job.optimizer.name]
         masters = known or [job.optimizer.name == "adamw" and precision != "fp32"]

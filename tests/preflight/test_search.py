@@ -29,7 +29,7 @@ def found(job, explain: bool = True) -> Candidate:
 def test_all_rows_at_once_are_tried_where_fewer_do_not_fit_beside_accumulated_gradients(
     model, gpu, master_weights
 ) -> None:
-    open_ = job(model, "full", gpu, 4, sequence_length=512, batch=BatchConfig(global_size=16))
+    open_ = job(model, "full", gpu, 4, sequence_length=512, batch=BatchConfig(global_size=16), optimizer="adamw")
     written = make_plan(replace(open_, micro_batch_size=4))
     for best in (make_plan(open_), written):
         assert best.fits and best.micro_batch_size == 4
