@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torchao.optim.quant_utils import _fp32_to_bf16_sr
 
-from loadmaster.training.rng import drawing_from
-
 
 class AdamWBf16(torch.optim.Optimizer):
     """Its rate is a tensor, and the step is compiled: neither a new rate nor a new step is another graph."""
@@ -40,8 +38,9 @@ class AdamWBf16(torch.optim.Optimizer):
     def step(self) -> None:
         update = torch.compile(_update, fullgraph=True, dynamic=False)
         taken = int(max((state["step"] for state in self.state.values()), default=0))
-        seed = hash((*self.which, taken))
-        with drawing_from(seed), torch._dynamo.utils.disable_cache_limit():  # as many graphs as there are shapes
+        gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(gpus), torch._dynamo.utils.disable_cache_limit():  # as many graphs as shapes
+            torch.manual_seed(hash((*self.which, taken)))
             for group in self.param_groups:
                 settings = (*group["betas"], group["weight_decay"], group["eps"])
                 for weight in group["params"]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -39,14 +37,3 @@ def restore_rng(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
-
-
-@contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
-    """Within the block torch draws what `seed` gives; after it all generators go on from where they were."""
-    generators = rng_state()
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        restore_rng(*generators)
