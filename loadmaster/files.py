@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -100,6 +101,17 @@ def cached_in(folder: Path, what: str) -> Iterator[None]:
         why = "its disk is full" if is_full_disk(error) else (getattr(error, "strerror", None) or str(error)).lower()
         fix = "set LOADMASTER_CACHE to a folder that can be written, on a disk with room"
         raise LoadmasterError(f"{what} cannot be kept in {folder}: {why}\n    fix: {fix}") from error
+
+
+@contextmanager
+def exclusive(folder: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a folder of the cache: other processes wait, and then find what one has made."""
+    with cached_in(folder.parent, what):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8")  # noqa: SIM115  closed below
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

