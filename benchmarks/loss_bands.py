@@ -52,10 +52,10 @@ RUNS: list[dict[str, Any]] = [
     {"name": "full, float32", "method": "full", "precision": "fp32"},
     {"name": "full, bf16, fp32 master weights", "method": "full", "precision": "bf16"},
     {"name": "full, bf16, no master weights", "method": "full", "precision": "bf16", "master_weights": False},
-    {
-        "name": "full, adamw_bf16", "method": "full", "precision": "bf16", "optimizer": "adamw_bf16",
-        "master_weights": False,
-    },
+    *(
+        {"name": f"full, {name}", "method": "full", "precision": "bf16", "optimizer": name, "master_weights": False}
+        for name in ("adamw_bf16", "adamw_8bit", "adafactor")
+    ),
     {"name": "full, FP8 products, fp32 master weights", "method": "full", "precision": "fp8"},
 ]  # fmt: skip
 

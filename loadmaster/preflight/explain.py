@@ -112,12 +112,6 @@ def reasons(
             f"rows of {setup.sequence_length:,} tokens are longer than the {known:,} that the model knows: "
             f"no single document should be; sequence_length={known} cuts or splits those that are"
         )
-    kept = setup.master_weights or setup.optimizer == "adamw_bf16"  # that one rounds stochastically
-    if setup.method == "full" and setup.precision != "fp32" and not kept:
-        said.append(
-            "without fp32 master weights, updates smaller than half a bf16 weight's spacing are lost: most of them at "
-            "usual rates, so it learns less; optimizer.name=adamw_bf16 (8 bytes a parameter) loses none in the mean"
-        )
     said += about_rate(job, setup.method)
     if setup.adapters and in_some_layers_only(shape, setup.lora_targets):
         said.append(f"lora.targets adapts some layers only and was counted in all {shape.layers}: less is needed")

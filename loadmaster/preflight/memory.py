@@ -21,7 +21,7 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.shards import frozen_form, units, whole
 from loadmaster.preflight.step import Replayed, evaluation_batch, gradient_bytes, training_step
-from loadmaster.preflight.trained import factored_bytes, on_host_bytes, widened_bytes
+from loadmaster.preflight.trained import factored_bytes, on_host_bytes, rounded_bytes, widened_bytes
 from loadmaster.preflight.weights import base_bytes
 from loadmaster.preflight.zero import ZeroBytes, zero_bytes
 
@@ -82,6 +82,8 @@ def step_bytes(shape: ModelShape, setup: Setup) -> float:
         return 0.0  # the replay has it
     if setup.optimizer == "adafactor":
         return factored_bytes(shape, setup)
+    if setup.rounds:
+        return rounded_bytes(shape, setup)
     if setup.master_weights and setup.width == 2 and setup.offload == "none":
         return widened_bytes(shape, setup)
     return 0.0

@@ -64,6 +64,11 @@ class Setup:
         """Bytes of an activation: 2 in bf16, 4 in fp32."""
         return 4 if self.precision == "fp32" else 2
 
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are stepped in fp32 a part at a time and rounded stochastically (training/rounding.py)."""
+        return self.width == 2 and not self.master_weights and self.optimizer != "adamw_bf16" and not self.stage
+
     def layers_kept(self, shape: ModelShape) -> int:
         """Decoder layers that keep all that their backward pass reads."""
         return shape.layers if self.checkpointing == "none" else self.kept_layers

@@ -95,25 +95,29 @@ def size_factor(shape: ModelShape, setup: Setup, faster: float = 1.0) -> float:
 def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """Clipping and update read and write gradient, weight and states; offloaded states cross to the host and back."""
     trainable = setup.trainable(shape) / setup.state_shards
-    moved = trainable * _stepped_bytes(setup, state_bytes(setup), setup.master_weights)
+    moved = trainable * _stepped_bytes(setup)
+    here = trainable * (3 * setup.width + ROUNDED[setup.optimizer]) if setup.rounds else moved
     efficiency = 1.0 if hardware.is_cpu else value("efficiency", "memory")
-    seconds = moved / (hardware.bandwidth_gb_per_s * 1e9 * efficiency)
+    seconds = here / (hardware.bandwidth_gb_per_s * 1e9 * efficiency)
     if setup.optimizer.startswith("paged"):
         return seconds + trainable * _crossing_seconds(hardware, setup) + moved / _host_rate()
     if setup.offload != "none":
         slower = {"adamw_8bit": "host_adamw_8bit", "adafactor": "host_adafactor"}.get(setup.optimizer)
         if slower:  # by their arithmetic and not by what they move
-            moved = trainable * _stepped_bytes(setup, state_bytes(MASTERED), True) * value("efficiency", slower)
+            moved = trainable * _stepped_bytes(MASTERED) * value("efficiency", slower)
         seconds += trainable * _crossing_seconds(hardware, setup) + moved / _host_rate()
     return seconds
 
 
 MASTERED = Setup(method="full", precision="bf16", optimizer="adamw", master_weights=True)
+ROUNDED = {"adamw": 74, "adamw_8bit": 62, "paged_adamw_8bit": 62, "adafactor": 126}
+"""Bytes that stepping a bf16 weight in fp32 reads and writes, rounding and states included: gradient and weight made
+fp32, the step, and what is drawn added and cut off (training/rounding.py; a test counts them)."""
 
 
-def _stepped_bytes(setup: Setup, states: float, masters: bool) -> float:
-    """Read and written for one trained parameter; its states, masters included, take `states` bytes."""
-    return 3 * setup.width + 2 * setup.width + 2 * states + (8 if masters else 0)
+def _stepped_bytes(setup: Setup) -> float:
+    """Read and written for one trained parameter by a fused step, its gradient clipped."""
+    return 3 * setup.width + 2 * setup.width + 2 * state_bytes(setup) + (8 if setup.master_weights else 0)
 
 
 def _host_rate() -> float:

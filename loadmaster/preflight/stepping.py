@@ -13,21 +13,32 @@ from loadmaster.preflight.graph import Leaf, Storage
 from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
 
+PIECE = 2**24
+"""loadmaster.training.rounding.PIECE; a test holds the two equal."""
 
-def adafactor_bytes(elements: Iterable[float], width: int) -> float:
+
+def adafactor_bytes(elements: Iterable[float], rounds: bool) -> float:
     """What Adafactor takes in fp32 to step parameters of so many elements, one after another.
 
-    A gradient's square, and that with epsilon added, beside the update before; gradient and weight too, where they are
-    in bf16 (width 2). Source: transformers.optimization.Adafactor, traced.
+    A gradient's square, and that with epsilon added, beside the update before; or gradient and weight in fp32, where
+    each is stepped by itself and rounded. Source: transformers.optimization.Adafactor, traced.
     """
-    return max(((16 if width == 2 else 8) * now + 4 * before for before, now in pairwise((0, *elements))), default=0)
+    if rounds:
+        return max((16 * now for now in elements), default=0)
+    return max((8 * now + 4 * before for before, now in pairwise((0, *elements))), default=0)
+
+
+def rounding_bytes(elements: Iterable[float], piece: int) -> float:
+    """The same of optimizers that step `piece` elements of a parameter at a time in fp32: weight and gradient, or the
+    weight and what is drawn to round it."""
+    return 8 * min(piece, max(elements, default=0))
 
 
 class Stepping:
     def __init__(self, tape: Tape, setup: Setup):
         self.tape, self.width = tape, setup.width
         self.widens = setup.master_weights and setup.width == 2
-        self.adafactor = setup.optimizer == "adafactor"
+        self.adafactor, self.rounds = setup.optimizer == "adafactor", setup.rounds
         self.waiting: list[Storage] = []
 
     def group(self, leaves: list[Leaf]) -> None:
@@ -61,8 +72,11 @@ class Stepping:
         self.complete([])
 
     def _step(self, gradients: list[Storage]) -> None:
-        if self.adafactor and gradients:
-            self.tape.alloc(adafactor_bytes([g.bytes // self.width for g in gradients], self.width))
+        elements = [g.bytes // self.width for g in gradients]
+        if self.adafactor and not self.widens:
+            self.tape.alloc(adafactor_bytes(elements, self.rounds))
+        elif self.rounds:
+            self.tape.alloc(rounding_bytes(elements, PIECE))
         wide = []
         while self.widens and gradients:  # a master copy's gradient is in fp32, too
             wide.append(self.tape.alloc(2 * gradients[0].bytes))

@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 from loadmaster.preflight import saved
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
-from loadmaster.preflight.stepping import adafactor_bytes
+from loadmaster.preflight.stepping import PIECE, adafactor_bytes, rounding_bytes
 
 BUCKET_ELEMENTS = 2**28
 """loadmaster.training.optimizer.BUCKET_ELEMENTS; a test holds the two equal."""
 
 
-HOST_STEP = {"adamw": 16, "adamw_8bit": 24, "adafactor": 16}
-"""Bytes an element of the bf16 tensor that is stepped, on the host and without masters, takes besides state and
-gradient: at the peak of a step of TrainingOptimizer on a CPU (bitsandbytes 0.50, transformers 5.17; 2026-11-28)."""
+HOST_STEP = {"adamw": 20, "adamw_8bit": 28, "adafactor": 16}
+"""Bytes an element that is stepped in fp32, on the host and without masters, takes besides state and gradient: at the
+peak of a step of TrainingOptimizer on a CPU (bitsandbytes 0.50, transformers 5.17; 2026-11-29). Of Adafactor those are
+the elements of a matrix, of others PIECE at the most."""
 
 
 class Trained(NamedTuple):
@@ -50,31 +51,48 @@ def _widened(trained: tuple[Trained, ...], filled: int) -> int:
 
 def factored_bytes(shape: ModelShape, setup: Setup) -> float:
     """The same of Adafactor, which has a matrix at a time in fp32."""
-    return _factored(tensors(shape, setup), BUCKET_ELEMENTS, setup.width) / setup.shards
+    return _factored(tensors(shape, setup), BUCKET_ELEMENTS, setup.width, setup.rounds) / setup.shards
 
 
 @cache
-def _factored(trained: tuple[Trained, ...], filled: int, width: int) -> float:
+def _factored(trained: tuple[Trained, ...], filled: int, width: int, rounds: bool) -> float:
     most = done = 0.0
     for bucket in _buckets(trained, filled):
-        stepped = adafactor_bytes((each.elements for each in bucket if each.matrix), width)
-        most = max(most, stepped - width * done)
-        done += sum(each.elements for each in bucket)
+        size = sum(each.elements for each in bucket)
+        wider = 0 if rounds or width == 4 else 2 * size  # gradients of fp32 masters
+        stepped = adafactor_bytes((each.elements for each in bucket if each.matrix), rounds)
+        most = max(most, wider + stepped - width * done)
+        done += size
+    return most
+
+
+def rounded_bytes(shape: ModelShape, setup: Setup) -> float:
+    """The same of optimizers that step bf16 weights in fp32, a part of one at a time."""
+    return _rounded(tensors(shape, setup), BUCKET_ELEMENTS, PIECE, setup.shards)
+
+
+@cache
+def _rounded(trained: tuple[Trained, ...], filled: int, piece: int, shards: int) -> float:
+    most = done = 0.0
+    for bucket in _buckets(trained, filled):
+        most = max(most, rounding_bytes((each.elements / shards for each in bucket), piece) - 2 * done)
+        done += sum(each.elements for each in bucket) / shards
     return most
 
 
 def on_host_bytes(shape: ModelShape, setup: Setup) -> float:
     """The same of an optimizer whose states are on the host: of AdamW over masters or fp32 weights, which is fused, the
-    fp32 gradients of a bucket, of others what their largest tensor takes."""
+    fp32 gradients of a bucket, of others what they step at once."""
     fused = setup.optimizer == "adamw" and (setup.master_weights or setup.width == 4)
-    return _on_host(tensors(shape, setup), BUCKET_ELEMENTS, setup.optimizer, fused) / setup.shards
+    return _on_host(tensors(shape, setup), BUCKET_ELEMENTS, setup.optimizer, fused, setup.shards)
 
 
 @cache
-def _on_host(trained: tuple[Trained, ...], filled: int, optimizer: str, fused: bool) -> int:
+def _on_host(trained: tuple[Trained, ...], filled: int, optimizer: str, fused: bool, shards: int) -> float:
     if fused:
-        return 4 * max(sum(each.elements for each in bucket) for bucket in _buckets(trained, filled))
-    return HOST_STEP.get(optimizer, 0) * max(each.elements for each in trained)
+        return 4 * max(sum(each.elements for each in bucket) for bucket in _buckets(trained, filled)) / shards
+    largest = max(each.elements for each in trained) / shards
+    return HOST_STEP.get(optimizer, 0) * (largest if optimizer == "adafactor" else min(PIECE, largest))
 
 
 def _buckets(trained: tuple[Trained, ...], filled: int) -> list[list[Trained]]:

@@ -5,8 +5,7 @@ bf16 has steps of 0.4% to 0.8%. A weight's update is most often less, and so is 
 largest gradients that there ever were, and the rate that it divides is too small from then on. Both are therefore
 rounded up or down at random, so that the mean is right. The first moment moves by a tenth: it takes the nearest.
 
-What is drawn depends on which parameters they are and how often they were stepped, and on no generator that differs
-from rank to rank: replicas of a weight (ddp, hybrid sharding) are rounded alike, or they would drift apart for good.
+What is drawn is the same on every rank that holds the same (rounding.py says why).
 """
 
 from __future__ import annotations
@@ -22,28 +21,25 @@ class AdamWBf16(torch.optim.Optimizer):
     """Its rate is a tensor, and the step is compiled: neither a new rate nor a new step is another graph."""
 
     def __init__(
-        self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, moments: torch.dtype,
-        which: tuple[int, ...],
+        self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, moments: torch.dtype, shard: int
     ):  # fmt: skip
-        """moments: float32 where weights are (a CPU), and then nothing is rounded.
+        """groups: with `numbers`, of each of their parameters among all there are. shard: which part of them these are.
 
-        which: numbers of these parameters and of this part of them; others draw otherwise.
+        moments: float32 where weights are (a CPU), and then nothing is rounded.
         """
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.moments, self.which = moments, which
+        self.moments, self.shard = moments, shard
         for group in self.param_groups:
             group["lr"] = torch.tensor(0.0)
 
     @torch.no_grad()
     def step(self) -> None:
         update = torch.compile(_update, fullgraph=True, dynamic=False)
-        taken = int(max((state["step"] for state in self.state.values()), default=0))
         gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(gpus), torch._dynamo.utils.disable_cache_limit():  # as many graphs as shapes
-            torch.manual_seed(hash((*self.which, taken)))
             for group in self.param_groups:
                 settings = (*group["betas"], group["weight_decay"], group["eps"])
-                for weight in group["params"]:
+                for number, weight in zip(group["numbers"], group["params"], strict=True):
                     if weight.grad is None:
                         continue
                     state = self.state[weight]
@@ -51,6 +47,7 @@ class AdamWBf16(torch.optim.Optimizer):
                         state["step"] = torch.tensor(0.0)
                         state["exp_avg"] = torch.zeros_like(weight, dtype=self.moments)
                         state["exp_avg_sq"] = torch.zeros_like(weight, dtype=self.moments)
+                    torch.manual_seed(hash((number, self.shard, int(state["step"]))))
                     state["step"] += 1
                     moments = state["exp_avg"], state["exp_avg_sq"]
                     update(weight.detach(), weight.grad, *moments, state["step"], group["lr"], *settings)

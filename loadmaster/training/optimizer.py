@@ -2,10 +2,11 @@
 
 Bytes for each trainable bf16 parameter (weight and gradient are 2 + 2 of them):
     adamw, master weights      16   fp32 master 4, moments 4 + 4; and 4 more for gradients, a bucket at a time
-    adamw, no master weights   12   moments 4 + 4 (bitsandbytes' 32-bit AdamW works on bf16 weights)
-    adamw_bf16                  8   moments 2 + 2, stochastic rounding (adamw_bf16.py)
+    adamw, no master weights   12   moments 4 + 4 (bitsandbytes)
+    adamw_bf16                  8   moments 2 + 2, rounded stochastically as well (adamw_bf16.py)
     adamw_8bit                  6   block-wise moments of 1 + 1 (bitsandbytes); paged: in memory the host can take
     adafactor                  ~4   second moment as row and column sums (transformers)
+bf16 weights without a master are stepped in fp32, a part at a time, and rounded stochastically (rounding.py).
 Everything is fp32 on a CPU: weight, gradient and two moments, 16 bytes.
 
 Of a sharded parameter each rank steps its own part, as a plain tensor: all but Adafactor work element by element or
@@ -15,7 +16,6 @@ copies of the parameters; gradients go there and new values come back.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loadmaster.config.schema import OptimizerConfig
+from loadmaster.training import rounding
 from loadmaster.training.placement import local
 from loadmaster.training.relayout import BLOCK
 
@@ -69,9 +70,12 @@ class TrainingOptimizer:
         self.copies = self.masters or offload
         self.sharded = any(isinstance(p, DTensor) for _, p in named_parameters)
         meshes = [p.device_mesh for _, p in named_parameters if isinstance(p, DTensor)]
-        shard = meshes[0].get_coordinate()[-1] if meshes else 0
-        make = _factory(name, config, named_parameters[0][1].dtype, self.masters, shard)
-        self.buckets = [self._bucket(group, make) for group in self.split(named_parameters)]
+        self.shard = meshes[0].get_coordinate()[-1] if meshes else 0
+        dtype = named_parameters[0][1].dtype
+        self.rounds = dtype == torch.bfloat16 and not self.masters and name != "adamw_bf16"  # which does so itself
+        make = _factory(name, config, dtype, self.masters, self.shard)
+        numbers = {name: number for number, (name, _) in enumerate(named_parameters)}
+        self.buckets = [self._bucket(group, make, numbers) for group in self.split(named_parameters)]
         self._smallest_first = sorted(self.buckets, key=lambda bucket: sum(p.numel() for p in bucket.parameters))
         """So the gradients of most are gone when those of a large embedding are there in two forms."""
 
@@ -88,15 +92,21 @@ class TrainingOptimizer:
             size += parameter.numel()
         return groups
 
-    def _bucket(self, named: list[tuple[str, nn.Parameter]], make: Callable) -> _Bucket:
+    def _bucket(self, named: list[tuple[str, nn.Parameter]], make: Callable, numbers: dict[str, int]) -> _Bucket:
         names, parameters = [n for n, _ in named], [p for _, p in named]
         targets = [self._target(p) for p in parameters]
-        groups: dict[tuple[float, float], list[Tensor]] = {}
+        groups: dict[tuple[float, float], dict[str, Tensor]] = {}
         for name, target in zip(names, targets, strict=True):
             if target.numel():
                 decay = self.config.weight_decay if target.dim() > 1 else 0.0
-                groups.setdefault((decay, self.b_lr_ratio if ".lora_B." in name else 1.0), []).append(target)
-        made = [{"params": held, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), held in groups.items()]
+                groups.setdefault((decay, self.b_lr_ratio if ".lora_B." in name else 1.0), {})[name] = target
+        made = [
+            {
+                "params": [*held.values()], "numbers": [numbers[name] for name in held],
+                "weight_decay": decay, "lr_ratio": ratio,
+            }
+            for (decay, ratio), held in groups.items()
+        ]  # fmt: skip
         return _Bucket(names, parameters, targets, make(made) if made else None)
 
     def _target(self, parameter: nn.Parameter) -> Tensor:
@@ -147,7 +157,10 @@ class TrainingOptimizer:
                 given = parameter.grad is not None
                 target.grad = local(parameter.grad).to(target.device, target.dtype) if given else None
                 parameter.grad = None
-        _update(bucket.optimizer)
+        if self.rounds:
+            rounding.step(bucket.optimizer, self.shard)
+        else:
+            _update(bucket.optimizer)
         bucket.optimizer.zero_grad(set_to_none=True)
         if self.copies:
             torch._foreach_copy_([local(p) for p in bucket.parameters], bucket.targets)
@@ -279,8 +292,7 @@ def _factory(name: str, config: OptimizerConfig, dtype: torch.dtype, masters: bo
     if name == "adamw_bf16":
         from loadmaster.training.adamw_bf16 import AdamWBf16
 
-        numbers = itertools.count()
-        return lambda groups: AdamWBf16(groups, betas, eps, moments=dtype, which=(next(numbers), shard))
+        return lambda groups: AdamWBf16(groups, betas, eps, moments=dtype, shard=shard)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 

@@ -16,7 +16,7 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import training_step
 from loadmaster.preflight.weights import base_bytes, nf4_bytes
-from loadmaster.training import optimizer
+from loadmaster.training import optimizer, rounding
 
 GIB = 2**30
 
@@ -151,6 +151,7 @@ def test_components_add_up_to_the_training_peak() -> None:
 
 def test_the_optimizer_bucket_is_the_engines() -> None:
     assert trained.BUCKET_ELEMENTS == optimizer.BUCKET_ELEMENTS
+    assert trained.PIECE == rounding.PIECE
 
 
 def test_weights_gradients_and_states_that_are_offloaded_are_in_host_memory() -> None:

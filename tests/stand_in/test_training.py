@@ -33,6 +33,7 @@ BY_ITSELF = [
     (*FULL, "precision=fp8"),
     (*FULL, "offload=optimizer"),
     (*FULL, "optimizer.name=adamw_8bit"),
+    (*FULL, "optimizer.name=adafactor"),
     (*FULL, "optimizer.in_backward=true", "optimizer.max_grad_norm=0"),
 ]
 TOGETHER = [

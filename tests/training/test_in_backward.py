@@ -43,6 +43,8 @@ def trained(tiny, folder, in_backward: bool, job=UNCLIPPED, **changed):
         pytest.param({"activation_checkpointing": "offload"}, marks=pytest.mark.slow),
         pytest.param({"precision": "bf16", "master_weights": True}, marks=pytest.mark.slow),
         {"precision": "bf16", "optimizer": "adamw_8bit"},
+        pytest.param({"precision": "bf16", "optimizer": "adamw_bf16"}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16", "optimizer": "adafactor"}, marks=pytest.mark.slow),
         pytest.param({"optimizer": "adafactor"}, marks=pytest.mark.slow),
         pytest.param({"compile": True}, marks=pytest.mark.slow),
     ],

@@ -4,6 +4,7 @@ from torch import nn
 
 from loadmaster.config.schema import OptimizerConfig
 from loadmaster.training import optimizer as optimizer_module
+from loadmaster.training import rounding
 from loadmaster.training.optimizer import TrainingOptimizer
 
 NAMES = ["adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
@@ -74,10 +75,10 @@ def test_clipping_scales_to_the_norm_and_reports_the_one_before():
     assert optimizer.clip(0).item() == pytest.approx(1.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
-def test_bitsandbytes_steps_as_by_its_own_step_and_waits_for_nothing(name, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bitsandbytes_steps_as_by_its_own_step_and_waits_for_nothing(dtype, monkeypatch):
     def stepped() -> list[torch.Tensor]:
-        optimizer = TrainingOptimizer(parameters(), OptimizerConfig(weight_decay=0.1), name, master_weights=False)
+        optimizer = TrainingOptimizer(parameters(dtype), OptimizerConfig(weight_decay=0.1), "adamw_8bit", True)
         for seed in range(3):
             step(optimizer, seed)
         return [*optimizer.parameters, *optimizer.state()[0].values()]
@@ -180,11 +181,12 @@ def test_adamw_bf16_steps_as_adamw_does(dtype, masters, moments):
     assert states["w/exp_avg"].dtype == states["w/exp_avg_sq"].dtype == moments
 
 
-def test_ranks_with_the_same_weights_round_them_alike_and_draw_on_as_before():
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_with_the_same_weights_round_them_alike_and_draw_on_as_before(name):
     """Each rank's generators are its own, for dropout."""
     held, drawn = [], []
     for rank in range(2):
-        optimizer = TrainingOptimizer(parameters(), OptimizerConfig(), "adamw_bf16", master_weights=False)
+        optimizer = TrainingOptimizer(parameters(), OptimizerConfig(), name, master_weights=False)
         torch.manual_seed(rank)
         before = torch.get_rng_state()
         for seed in range(3):
@@ -200,13 +202,76 @@ def test_ranks_with_the_same_weights_round_them_alike_and_draw_on_as_before():
     assert all(map(torch.equal, *held)) and not torch.equal(*drawn)
 
 
-def test_what_is_stepped_apart_is_rounded_in_its_own_way(monkeypatch):
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bucket", [64 * 64, 2**28])
+def test_each_parameter_and_each_step_is_rounded_in_its_own_way(name, bucket, monkeypatch):
     """Layers that were rounded by the same draws would be wrong in the same direction, and their errors add up."""
-    monkeypatch.setattr(optimizer_module, "BUCKET_ELEMENTS", 64 * 64)
+    monkeypatch.setattr(optimizer_module, "BUCKET_ELEMENTS", bucket)
     named = [(name, nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))) for name in "ab"]
-    optimizer = TrainingOptimizer(named, OptimizerConfig(), "adamw_bf16", master_weights=False)
-    for parameter in optimizer.parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step(1e-3)
-    one, other = optimizer.parameters
-    assert len(optimizer.buckets) == len(one.unique()) == 2 and not torch.equal(one, other)
+    optimizer = TrainingOptimizer(named, OptimizerConfig(), name, master_weights=False)
+    steps = []
+    for _ in range(2):
+        before = [p.detach().clone() for p in optimizer.parameters]
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(1e-3)
+        moved = [(a != b) for a, b in zip(before, optimizer.parameters, strict=True)]
+        assert 0.1 < moved[0].float().mean() < 0.4 and not torch.equal(*moved)  # a quarter of a step of bf16
+        steps.append(moved[0])
+    assert len(optimizer.buckets) == (2 if bucket == 64 * 64 else 1) and not torch.equal(*steps)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_weights_go_where_float32_ones_go(name):
+    """In the mean, where each update is a fortieth of their spacing; and so by every optimizer that has no masters."""
+    ends = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = nn.Parameter(torch.ones(512, 64, dtype=dtype))
+        optimizer = TrainingOptimizer([("w", weight)], OptimizerConfig(weight_decay=0.1), name, master_weights=False)
+        for seed in range(40):
+            gradient = 1 + torch.randn(512, 64, generator=torch.Generator().manual_seed(seed))
+            weight.grad = gradient.bfloat16().to(dtype)
+            optimizer.step(1e-4)
+        ends.append(weight.detach().double().mean().item())
+    assert ends[0] < 1 - 30e-4  # to the nearest they would all be 1 still
+    assert ends[1] == pytest.approx(ends[0], abs=5e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "adamw_bf16"])
+def test_a_parameter_is_stepped_in_parts_as_in_one(name, monkeypatch):
+    def stepped() -> list[torch.Tensor]:
+        optimizer = TrainingOptimizer(parameters(), OptimizerConfig(weight_decay=0.1), name, master_weights=False)
+        for seed in range(3):
+            step(optimizer, seed)
+        tensors = [t for k, t in optimizer.state()[0].items() if "qmap" not in k]
+        return [*optimizer.parameters, *tensors]
+
+    expected = stepped()
+    monkeypatch.setattr(rounding, "PIECE", 1024)
+    assert len(expected) > 4 and all(map(torch.equal, stepped(), expected))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_in_float32_beside_bf16_is_not_rounded(name):
+    """DoRA's magnitudes."""
+    ends = []
+    for first in (torch.bfloat16, torch.float32):
+        named = parameters(first)
+        named[1] = ("norm", nn.Parameter(torch.ones(64)))
+        optimizer = TrainingOptimizer(named, OptimizerConfig(), name, master_weights=False)
+        for seed in range(3):
+            step(optimizer, seed, lr=1e-5)
+        ends.append(named[1][1].detach())
+    assert len(ends[0].unique()) > 8
+    assert torch.allclose(*ends, rtol=0, atol=1e-7 if name != "adamw_bf16" else 1e-5)
+
+
+def test_rounding_takes_either_neighbour_so_that_the_mean_is_right():
+    wide = torch.tensor([1.0, 1.0 + 2**-10, -3.001, 1e-30, 0.0, torch.inf]).repeat(2**16, 1)
+    draw = rounding.noise(wide.device, 1, 2, 3)
+    found = rounding.rounded(wide, draw(wide))
+    assert torch.equal(found, found.bfloat16().float())
+    near = wide[0].bfloat16().float()
+    assert ((found - wide).abs() <= near.abs() * 2**-7).logical_or(found == wide).all()
+    assert torch.allclose(found[:, :5].double().mean(0), wide[0, :5].double(), rtol=5e-5, atol=0)
+    assert all(len(column.unique()) == (2 if number in (1, 2, 3) else 1) for number, column in enumerate(found.T))
