@@ -401,3 +401,11 @@ def test_the_next_command_is_one_that_works_for_this_bundle(tmp_path, run_dir, m
     assert next_step(run) == f"next: the commands in {run / 'bundle/README.md'} serve it"
     (run / "bundle/endpoint.json").unlink()
     assert next_step(run) == f"next: the commands in {run / 'bundle/README.md'} serve it"
+
+
+def test_a_bundle_is_not_verified_as_the_export_that_it_serves(run_dir, capsys):
+    assert main(["verify", str(bundle(run_dir))]) == 5
+    told = capsys.readouterr().err
+    assert "is a bundle" in told and "missing" not in told
+    assert f"loadmaster verify {run_dir / 'export/int4'} checks" in told
+    assert main(["verify", str(run_dir / "export/int4")]) == main(["verify", str(run_dir)]) == 0
