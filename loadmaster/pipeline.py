@@ -150,6 +150,10 @@ class Pipeline:
                     raise StoppedOnRequest(f"{self.stop.message} (after the stage {stage})")
                 # What the plan chose counts from here on, and not on how many GPUs of which kind it did.
                 inputs = sha256_json([inputs, chosen(self.plan)]) if stage == "plan" else stage_inputs
+            if self.job.stop_after == "bundle" and "LOADMASTER_NODE" not in os.environ:  # a launch goes on at home
+                from loadmaster.endpoint.bundle import next_step
+
+                self.echo(next_step(self.run_dir.path))
 
     def _stage_inputs(self, stage: str) -> Any:
         hardware = str(detect_local()) if stage == "plan" and self.job.hardware.gpu == "local" else None

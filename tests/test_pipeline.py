@@ -119,6 +119,7 @@ def test_every_shipped_recipe_runs_scaled_down(recipe, tiny, tmp_path, request):
     assert (folder / ("model" if plan.method == "full" else "adapter")).is_dir()
     if "bundle" in stages:
         assert (folder / "export" / "bf16" / "manifest.json").is_file() and (folder / "bundle").is_dir()
+        assert output.splitlines()[-1].startswith((f"next: loadmaster deploy {folder}", "next: the commands in"))
     result = json.loads((folder / "result.json").read_text())
     assert {
         "peak_allocated_gib",

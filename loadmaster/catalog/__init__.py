@@ -48,8 +48,17 @@ def price_file() -> Path:
 
 
 def prices() -> dict[str, Any]:
-    """Prices in US dollars with the date and source of each: the shipped ones, and over them the user's price file."""
+    """Prices in US dollars with the date and source of each: the shipped ones, and over them the user's price file.
+
+    Raises ConfigError where the price file that $LOADMASTER_PRICES names is not there, or is none.
+    """
     path = price_file()
+    if os.environ.get(PRICES_VARIABLE) and (path.is_dir() or not path.exists()):
+        message = "is a folder" if path.is_dir() else "there is no such file"
+        remedy = f"{PRICES_VARIABLE} with the path of a price file, or without it, for the shipped prices"
+        if not path.exists():
+            remedy += "; `loadmaster prices --refresh` writes this one"
+        raise ConfigError([Problem("price file", str(path), PRICES_VARIABLE, message, remedy)])
     return _prices(path, path.stat().st_mtime_ns if path.is_file() else None)
 
 

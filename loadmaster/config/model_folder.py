@@ -13,6 +13,16 @@ OBJECTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation
 INDEX = "model.safetensors.index.json"
 
 
+TOKENIZERS = ("tokenizer*", "tokenization*", "vocab*", "*.model", "tekken.json")
+"""What a tokenizer of any kind has a file of."""
+
+
+def lacking(folder: Path) -> list[str]:
+    """What training needs besides config.json and this folder has no file of; a plan does without."""
+    needed = {"weights (*.safetensors)": ("*.safetensors",), "tokenizer": TOKENIZERS}
+    return [what for what, names in needed.items() if not any(next(folder.glob(name), None) for name in names)]
+
+
 def run_of(folder: Path) -> Path | None:
     """The run directory that this folder is, or whose adapter it is; None for any other folder."""
     runs = [folder, *([folder.parent] if (folder / "adapter_config.json").is_file() else [])]

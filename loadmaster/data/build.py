@@ -70,7 +70,7 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
     stop_on(sources, job)
     if job.data.on_long_row == "refuse":
         names = [name for source in sources for name in source.names]
-        _refuse_long(encoded, files, job.sequence_length, rows_read, names)
+        _refuse_long(encoded, files, job, rows_read, names)
 
     summary: dict[str, Any] = {
         "format": reading.format,
@@ -273,16 +273,17 @@ def _split_rows(
 
 
 def _refuse_long(
-    encoded: list[Encoded], files: list[ConversationFile], sequence_length: int, rows_read: int, names: list[str]
+    encoded: list[Encoded], files: list[ConversationFile], job: Job, rows_read: int, names: list[str]
 ) -> None:
     faults = []
     for part, conversations in zip(encoded, files, strict=True):
-        for place in np.flatnonzero(part.lengths > sequence_length).tolist():
+        for place in np.flatnonzero(part.lengths > job.sequence_length).tolist():
             origin = conversations[int(part.kept[place])].origin
-            reason = f"has {part.lengths[place]:,} tokens, sequence_length is {sequence_length:,}"
+            reason = f"has {part.lengths[place]:,} tokens, sequence_length is {job.sequence_length:,}"
             faults.append(Fault(origin, reason))
     if faults:
-        hint = "raise sequence_length, shorten these rows, or set data.on_long_row to cut or split"
+        other = "cut or split" if job.objective == "sft" else "cut, which leaves them out"
+        hint = f"raise sequence_length, shorten these rows, or set data.on_long_row to {other}"
         raise DataError(fault_report([SourceFaults(names, rows_read, faults)], hint))
 
 

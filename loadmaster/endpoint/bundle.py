@@ -27,7 +27,7 @@ from loadmaster.endpoint.sizing import Sizing, goes_over, longest_request, size
 from loadmaster.errors import IN_THE_JOB, ConfigError, ExportRejected, LoadmasterError, Problem
 from loadmaster.export.answers import kept
 from loadmaster.export.manifest import NAME, OLDEST_SERVER, is_served, read_manifest
-from loadmaster.files import publish_folder, write_json, write_text
+from loadmaster.files import publish_folder, read_json, write_json, write_text
 
 HOST, PORT = "127.0.0.1", 8000
 """Only this machine reaches a server that has no key; who opens it further says so."""
@@ -71,6 +71,17 @@ def write_bundle(run_dir: Path, job: Job) -> Path:
             title = f"{manifest['recipe']} on {sizing.plan.gpus}x {sizing.plan.gpu}, simulated"
             write_text(partial / "traffic.svg", draw(sizing.outcomes, sizing.prices, title))
     return folder
+
+
+def next_step(run_dir: Path) -> str:
+    """The one command that goes on from the bundle of this run; it makes nothing and costs nothing."""
+    bundle = run_dir / "bundle"
+    wanted = read_json(bundle / "endpoint.json") if (bundle / "endpoint.json").is_file() else {"request": {}}
+    if wanted["request"].get("image") is None:  # no endpoint, or one whose image has still to be built
+        return f"next: the commands in {bundle / 'README.md'} serve it"
+    volume = " --volume NAME" if "volume_path" in wanted else ""
+    command = f"loadmaster deploy {shlex.quote(str(run_dir))}{volume} --dry-run"
+    return f"next: {command} (what an endpoint would cost; {bundle / 'README.md'} serves it here)"
 
 
 def published(export: Path, formats: list[str]) -> dict[str, dict[str, Any]]:

@@ -164,12 +164,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def exports_in(folder: Path) -> list[Path]:
     """The export that `folder` is, or all that it holds as a run directory or as the export/ of one.
 
-    A folder that is neither comes back itself. Raises ExportRejected where there is no such folder, or for a run that
-    has exported nothing yet.
+    A folder that is neither comes back itself. Raises ExportRejected where there is no such folder, for a bundle, and
+    for a run that has exported nothing yet.
     """
     if not os.path.isdir(folder):
         raise ExportRejected(f"{_no_folder(folder)}; give a run directory, or one export of it (RUN/export/bf16)")
     if os.path.lexists(folder / NAME):
+        if (artifact := _bundled(folder)) is not None:
+            raise ExportRejected(
+                f"{folder} is a bundle, whose {NAME} is that of the export it serves; "
+                f"loadmaster verify {os.path.normpath(folder / artifact)} checks that one"
+            )
         return [folder]
     holder = folder / "export" if (folder / "export").is_dir() else folder
     found = sorted(path for path in holder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -178,6 +183,15 @@ def exports_in(folder: Path) -> list[Path]:
     if not found and (folder / "config.yaml").is_file():
         raise no_export(folder)
     return found or [folder]
+
+
+def _bundled(folder: Path) -> str | None:
+    """Where the export that this bundle serves lies, from it; None for what is no bundle."""
+    try:
+        artifact = read_manifest(folder).get("serve", {})["artifact"]
+    except (ExportRejected, LookupError, AttributeError, TypeError):
+        return None
+    return artifact if isinstance(artifact, str) else None
 
 
 def no_export(run_dir: Path) -> ExportRejected:

@@ -34,6 +34,7 @@ from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.sidecars import token_ids
 from loadmaster.models.bf16_products import quicken
 from loadmaster.models.capped import own_attention
+from loadmaster.models.forward import decoder_layers
 
 FEW_TOKENS, STRONG, USUAL = 7, 1.0, 0.01
 """Of calibration, for each input of the widest layer; and GPTQ's dampening below that and above it, as a share of the
@@ -45,6 +46,9 @@ correlation off it still carries noise of about 1 / sqrt(N), and the inverse mak
 towards the diagonal (Ledoit and Wolf 2004; the target of Schaefer and Strimmer 2005) keeps each input's own scale,
 which dampening by one number for all does not: where one input is 49 times the mean, it drowns the small ones.
 Figures: benchmarks/results/2026-11-24_exports_good_and_broken.md."""
+
+EVERY_S = 20.0
+"""Between two lines of progress."""
 
 
 def calibration_tokens(
@@ -90,7 +94,7 @@ def calibrate(source: Path, candidate: str, target: Path, calibration: list[list
     attention = own_attention(AutoConfig.from_pretrained(str(source)))
     model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16, attn_implementation=attention)
     recipe, facts = _recipe(candidate, quantized_layers(model), sum(map(len, calibration)))
-    with _attention_as_loaded():
+    with _attention_as_loaded(), _told_of_layers(candidate, decoder_layers(model)):
         oneshot(
             model=model, dataset=_dataset(calibration), num_calibration_samples=len(calibration),
             max_seq_length=max(map(len, calibration)), recipe=recipe,
@@ -116,6 +120,30 @@ def _attention_as_loaded() -> Iterator[None]:
         yield
     finally:
         helpers.use_eager_attention = forced
+
+
+@contextmanager
+def _told_of_layers(candidate: str, layers: list[nn.Module]) -> Iterator[None]:
+    """Within the block it is said now and then how many layers llm-compressor, which takes one by one, is through."""
+    from llmcompressor.core import LifecycleCallbacks
+
+    ended, done, said = LifecycleCallbacks.sequential_epoch_end, set(), time.monotonic()
+
+    def end(modules: list[nn.Module], **options: Any) -> Any:
+        nonlocal said
+        state = ended(modules, **options)
+        before = len(done)
+        done.update(set(layers).intersection(modules))
+        if len(done) > before and time.monotonic() - said >= EVERY_S:
+            progress(f"quantizing {candidate}: {len(done)} of {len(layers)} layers")
+            said = time.monotonic()
+        return state
+
+    LifecycleCallbacks.sequential_epoch_end = end
+    try:
+        yield
+    finally:
+        LifecycleCallbacks.sequential_epoch_end = ended
 
 
 def trust(widest: int, tokens: int) -> tuple[float, float]:

@@ -95,6 +95,9 @@ def choices(job: Job, offers: list[Offer], dataset_tokens: int | None) -> list[C
     for offer in offers:
         if not any(gpu == offer.gpu and count in (None, offer.count) for gpu, count in gpus):
             continue
+        if offer.usd_per_hour <= 0:
+            fell.append(f"{offer.label}: the provider names no price for it, so no limit of money would hold")
+            continue
         price = f"{offer.label}: ${offer.usd_per_hour:.2f}/h"
         if launch.max_usd_per_hour is not None and offer.usd_per_hour > launch.max_usd_per_hour:
             fell.append(f"{price}, over launch.max_usd_per_hour={launch.max_usd_per_hour:g}")

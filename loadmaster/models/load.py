@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +85,17 @@ def load_base(
     transformers_logging.disable_progress_bar()
     refuse_unknown_type(folder)
     quicken()
-    model, info = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=dtype,
-        **placed_by(folder, dtype, device, frozen, beside),
-        attn_implementation=PACKED,
-        use_safetensors=True,
-        quantization_config=FrozenConfig(frozen) if frozen else None,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are told below
-    )
+    with knowing_packed_attention(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            **placed_by(folder, dtype, device, frozen, beside),
+            attn_implementation=PACKED,
+            use_safetensors=True,
+            quantization_config=FrozenConfig(frozen) if frozen else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below
+        )
     problems = {
         kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "error_msgs") if info.get(kind)
     }
@@ -120,6 +123,21 @@ def refuse_unknown_type(folder: Path) -> None:
     except ValueError as error:
         reason = str(error).partition(". ")[0]
         raise LoadmasterError(f"transformers {transformers.__version__} cannot load {folder}: {reason}") from error
+
+
+@contextmanager
+def knowing_packed_attention(folder: Path) -> Iterator[None]:
+    """Raises LoadmasterError for a model whose code, as it is built, has a list of its own of kinds of attention."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args != (PACKED,):
+            raise
+        raise LoadmasterError(
+            f"the model in {folder} cannot be trained here: its family's code in transformers attends in ways of its "
+            "own only, and packed attention is none of them\n"
+            "    fix: a model of another family; those in docs/preflight.md are tested"
+        ) from error
 
 
 def placed_by(

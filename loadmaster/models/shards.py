@@ -27,7 +27,7 @@ from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED
 from loadmaster.models.bf16_products import quicken
 from loadmaster.models.frozen import FrozenLinear, freeze_linears
-from loadmaster.models.load import refuse_unknown_type, refuse_unsupported
+from loadmaster.models.load import knowing_packed_attention, refuse_unknown_type, refuse_unsupported
 
 
 def empty_model(folder: Path, dtype: torch.dtype, frozen: str | None = None) -> nn.Module:
@@ -38,7 +38,7 @@ def empty_model(folder: Path, dtype: torch.dtype, frozen: str | None = None) -> 
     refuse_unknown_type(folder)
     quicken()
     config = AutoConfig.from_pretrained(str(folder))
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), knowing_packed_attention(folder):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
     model.tie_weights()
     refuse_unsupported(model)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from loadmaster.config.model_folder import lacking
 from loadmaster.config.rates import FAR, usual_rate
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
@@ -126,6 +127,9 @@ def reasons(
         said += [f"the export will not pass: {p.key}: {p.message}; {p.remedy}" for p in export_problems(job, shape)]
     if shape.name != job.model.name:
         said.append(f"model.path holds another model than {job.model.name}; it is called {shape.name}: set model.name")
+    here = job.model.path is not None and job.launch.name == "local"  # else the folder is the hosts'
+    if here and (missing := lacking(local_path(job.model.path))):
+        said.append(f"model.path holds no {' and no '.join(missing)}: enough for a plan, not to train")
     return said
 
 

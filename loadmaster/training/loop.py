@@ -48,6 +48,7 @@ from loadmaster.training.session import (
     Session,
     attention_kernel,
     make_session,
+    own_code,
     refuse_other_world,
     refuse_unbuilt,
     try_family,
@@ -135,8 +136,9 @@ def train(
         watch.at(0, "rehearse")
         kernel = stack.enter_context(attention_kernel(session, display.echo))
         lr = learning_rate(1, steps, job.optimizer, peak_rate(job, plan.method))
-        rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr, display.echo)
-        try_family(session)
+        with own_code(session):
+            rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr, display.echo)
+            try_family(session)
         display.echo(
             f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
             f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {predicted_allocated(plan):.2f} GiB"

@@ -18,7 +18,7 @@ from torch import nn
 
 from loadmaster.config.schema import Job
 from loadmaster.data import MicroBatch
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import ConfigError, LoadmasterError, Problem
 from loadmaster.models import flash
 from loadmaster.models.adapters import trainable
 from loadmaster.models.apart import refuse_mixing
@@ -191,6 +191,28 @@ def try_family(session: Session) -> None:
     with session.strategy.generating(session.loss):
         refuse_mixing(session.model)
     session.strategy.settle(session.loss)
+
+
+@contextmanager
+def own_code(session: Session) -> Iterator[None]:
+    """Raises LoadmasterError for an error within the block of a family that is not modelled: nobody has tried its code
+    with packed documents, adapters on all its linear layers, or a frozen base."""
+    try:
+        yield
+    except (LoadmasterError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        family = session.plan.model.family
+        if family in FAMILIES:
+            raise
+        said = next(iter(str(error).strip().splitlines()), "")
+        fix = "a model of another family; those in docs/preflight.md are tested"
+        if session.plan.method != "full":
+            fix += ". Where its adapters or its quantized base are what fails, method=full"
+        raise LoadmasterError(
+            f"models of type {family!r} cannot be trained here: a step of this one failed "
+            f"({type(error).__name__}: {said})\n    fix: {fix}"
+        ) from error
 
 
 def refuse_other_world(plan: Plan, world: World) -> None:

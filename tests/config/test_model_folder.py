@@ -8,6 +8,7 @@ import pytest
 from loadmaster.config.compose import compose
 from loadmaster.config.model_folder import broken_files
 from loadmaster.errors import ConfigError
+from loadmaster.preflight import make_plan
 
 
 @pytest.fixture
@@ -74,6 +75,22 @@ def test_a_folder_with_only_a_configuration_can_be_planned(folder):
         if file.name != "config.json":
             file.unlink()
     assert compose([f"model.path={folder}"]).job.model.path == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (["*token*", "vocab*"], "model.path holds no tokenizer: enough for a plan, not to train"),
+        (["*token*", "vocab*", "*.safetensors"], "model.path holds no weights (*.safetensors) and no tokenizer: en"),
+        ([], None),
+    ],
+)
+def test_a_plan_says_what_a_folder_lacks_for_training(folder, gone, said):
+    for file in (file for name in gone for file in folder.glob(name)):
+        file.unlink()
+    told = [reason for reason in make_plan(compose([f"model.path={folder}", "hardware=h100_80gb_x1"]).job).reasons
+            if reason.startswith("model.path holds no")]  # fmt: skip
+    assert len(told) == bool(said) and (not said or told[0].startswith(said))
 
 
 @pytest.mark.parametrize(("given", "what"), [("run", "a run"), ("run/adapter", "the adapter of a run")])

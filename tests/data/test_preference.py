@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -113,6 +114,13 @@ def test_a_pair_too_long_for_a_row_is_left_out_whole_and_counted(tokenizer, tmp_
     prepared = prepare(job(write_jsonl([pair(1), pair(2, words=40)])), tokenizer, tmp_path / "cache")
     assert prepared.train.documents == 2
     assert prepared.summary["train"]["long_rows"]["dropped"] == 1
+
+
+def test_a_refused_pair_is_told_its_length_and_only_of_what_pairs_may_have(tokenizer, tmp_path, write_jsonl):
+    refusing = job(write_jsonl([pair(1), pair(2, words=40)]))
+    refusing = dataclasses.replace(refusing, data=dataclasses.replace(refusing.data, on_long_row="refuse"))
+    with pytest.raises(DataError, match=r"has \d+ tokens, .*jsonl:2\)\n .*on_long_row to cut, which leaves them out$"):
+        prepare(refusing, tokenizer, tmp_path / "cache")
 
 
 def test_where_many_pairs_are_too_long_the_length_that_holds_nearly_all_is_named(tokenizer, tmp_path, write_jsonl):

@@ -10,8 +10,9 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from loadmaster.cli import main
 from loadmaster.config.schema import EndpointConfig, ExportConfig, Job, ModelConfig
-from loadmaster.endpoint.bundle import choose, write_bundle
+from loadmaster.endpoint.bundle import choose, next_step, write_bundle
 from loadmaster.endpoint.readme import gguf_commands
 from loadmaster.endpoint.settings import endpoint_name, model_options, volume_path
 from loadmaster.endpoint.sizing import traffic_of
@@ -386,3 +387,25 @@ def test_formats_of_an_earlier_job_are_left_out(run_dir):
     folder = write_bundle(run_dir, replace(JOB, export=ExportConfig(formats=["bf16"])))
     assert read_json(folder / "manifest.json")["format"] == "bf16"
     assert "int4" not in (folder / "README.md").read_text()
+
+
+def test_the_next_command_is_one_that_works_for_this_bundle(tmp_path, run_dir, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    run = run_dir.relative_to(tmp_path)
+    for endpoint, volume in ({}, " --volume NAME"), ({"weights": "image", "image": "me/tickets:1"}, ""):
+        bundle(run, **endpoint)
+        assert next_step(run).startswith(f"next: loadmaster deploy {run}{volume} --dry-run (")
+        assert main(shlex.split(next_step(run).partition(" (")[0])[2:]) == 0, capsys.readouterr().err
+    bundle(run, worker="handler")
+    assert next_step(run) == f"next: the commands in {run / 'bundle/README.md'} serve it"
+    (run / "bundle/endpoint.json").unlink()
+    assert next_step(run) == f"next: the commands in {run / 'bundle/README.md'} serve it"
+
+
+def test_a_bundle_is_not_verified_as_the_export_that_it_serves(run_dir, capsys):
+    assert main(["verify", str(bundle(run_dir))]) == 5
+    told = capsys.readouterr().err
+    assert "is a bundle" in told and "missing" not in told
+    assert f"loadmaster verify {run_dir / 'export/int4'} checks" in told
+    assert main(["verify", str(run_dir / "export/int4")]) == main(["verify", str(run_dir)]) == 0

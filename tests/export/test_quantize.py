@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -48,3 +49,13 @@ def test_gptq_quantizes_behind_the_shrunk_hessian(tiny, tmp_path, monkeypatch):
     assert len(packed) == 14 and all(not torch.equal(shrunk[name], full[name]) for name in packed)
     scales = [name for name in shrunk if name.endswith("weight_scale")]
     assert all(torch.equal(shrunk[name], full[name]) for name in scales)
+
+
+@pytest.mark.parametrize("candidate", ["int4-gptq", "int4-awq", "nvfp4"])
+def test_it_is_said_how_many_layers_are_quantized(candidate, tiny, tmp_path, monkeypatch, capsys):
+    rows = torch.randint(3, 40_000, (4, 30)).tolist()
+    for every, layers in ((0.0, (1, 2)), (quantize.EVERY_S, ())):  # not each, where they take no time
+        monkeypatch.setattr(quantize, "EVERY_S", every)
+        calibrate(tiny, candidate, tmp_path / str(every), rows)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("progress: ")]
+        assert lines == [f"progress: quantizing {candidate}: {layer} of 2 layers" for layer in layers]

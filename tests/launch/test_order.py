@@ -18,7 +18,7 @@ from rich.console import Console
 
 from loadmaster.config.compose import compose
 from loadmaster.data import prepared, refuse_bad_rows
-from loadmaster.errors import ConfigError, DataError, ProviderError
+from loadmaster.errors import ConfigError, DataError, DoesNotFit, ProviderError
 from loadmaster.launch import check, choose, job, order, payload
 from loadmaster.launch.choose import choices, counts, wanted
 from loadmaster.launch.follow import Reader, unpack
@@ -69,6 +69,14 @@ def test_the_machine_is_picked_by_objective_within_the_limits(words, best):
 
 
 SMALL = Offer("rtx4090", "NVIDIA GeForce RTX 4090", 1, 0.69, ("EU-RO-1",))
+
+
+def test_a_machine_without_a_price_is_not_taken_for_one_that_costs_nothing():
+    free = replace(OFFERS[2], usd_per_hour=0.0)
+    job = composed("launch.max_usd=5").job
+    assert [choice.offer for choice in choices(job, [free, *OFFERS[:1]], 200_000)] == OFFERS[:1]
+    with pytest.raises(DoesNotFit, match="1x h100_80gb: the provider names no price for it"):
+        choices(job, [free], 200_000)
 
 
 def test_a_machine_whose_exports_are_verified_from_host_memory_costs_that_time():

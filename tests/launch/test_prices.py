@@ -27,8 +27,8 @@ def plan(**options):
 
 
 def test_a_refresh_writes_dated_prices_that_plans_then_use(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("LOADMASTER_PRICES", str(tmp_path / "settings" / "prices.yaml"))
     before = plan().price
+    monkeypatch.setenv("LOADMASTER_PRICES", str(tmp_path / "settings" / "prices.yaml"))
     with FakeRunpod() as fake:
         assert refresh_prices(Console(), RunpodClient(Api(fake.key, fake.url))) == 0
         assert fake.violations == []
@@ -63,8 +63,8 @@ def test_prices_are_shown_with_date_and_source(capsys) -> None:
 
 
 def test_a_refresh_prices_cards_that_the_catalogue_has_no_machine_of(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("LOADMASTER_PRICES", str(tmp_path / "prices.yaml"))
     assert "a40" not in catalog.prices()["gpus"]
+    monkeypatch.setenv("LOADMASTER_PRICES", str(tmp_path / "prices.yaml"))
     monkeypatch.setitem(GPUS, "NVIDIA A40", (*GPUS["NVIDIA L40S"][:3], 0.44, *GPUS["NVIDIA L40S"][4:]))
     with FakeRunpod() as fake:
         refresh_prices(Console(), RunpodClient(Api(fake.key, fake.url)))
@@ -97,6 +97,15 @@ def test_a_price_file_that_is_none_is_named_with_what_works(text, said, tmp_path
         plan()
     assert said in str(raised.value) and "pod_usd_per_hour: NUMBER" in str(raised.value)
     assert "without it the shipped prices count" in str(raised.value)
+
+
+def test_a_price_file_that_is_named_and_not_there_is_not_taken_for_the_shipped_prices(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LOADMASTER_PRICES", str(tmp_path / "pricse.yaml"))
+    with pytest.raises(ConfigError, match=r"pricse.yaml'  \(LOADMASTER_PRICES\)\n    there is no such file\n"):
+        plan()
+    monkeypatch.setenv("LOADMASTER_PRICES", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"\(LOADMASTER_PRICES\)\n    is a folder\n"):
+        plan()
 
 
 def test_a_price_file_may_price_a_part_and_say_more_than_is_read(tmp_path, monkeypatch) -> None:

@@ -53,18 +53,30 @@ def test_products_in_fp8_which_share_a_scale_with_the_neighbours_pass_too():
     assert list(map(type, model.modules())) == kinds
 
 
-def test_a_family_that_is_not_modelled_is_tried_before_its_first_step(tiny, tmp_path):
-    config = {**CONVOLVES, "vocab_size": 49152}
-    folder = tmp_path / "model"
-    made(config).save_pretrained(folder)
+STOPS = {"model_type": "stablelm", **SIZES}
+ROUTES = {"model_type": "phimoe", **SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "said"),
+    [
+        (CONVOLVES, "full", "a document in a packed row changes by .*fix: a model of another family"),
+        (STOPS, "full", r"step of this one failed \(RuntimeError: .*\)\n    fix: a model of .* are tested$"),
+        (ROUTES, "lora", r"step of this one failed \(\w+Error: .*\)\n    fix: a model of .*, method=full$"),
+        (ROUTES, "qlora", r"step of this one failed \(\w+Error: .*\)\n    fix: a model of .*, method=full$"),
+    ],
+    ids=["mixes", "stops", "routes under adapters", "routes in 4 bits"],
+)
+def test_a_family_that_is_not_modelled_is_tried_before_its_first_step(config, method, said, tiny, tmp_path):
+    kind, folder = config["model_type"], tmp_path / "model"
+    made({**config, "vocab_size": 49152}).save_pretrained(folder)
     for file in tiny.glob("*token*"):
         (folder / file.name).write_bytes(file.read_bytes())
-    summary = dataclasses.replace(test_loop.PLAN.model, family="lfm2")
+    summary = dataclasses.replace(test_loop.PLAN.model, family=kind)
     prepared = SimpleNamespace(train=test_loop.rows(), validation=None)
-    with pytest.raises(LoadmasterError, match="cannot be trained here"):
-        test_loop.run(
-            folder, tmp_path / "run", prepared=prepared, plan=dataclasses.replace(test_loop.PLAN, model=summary)
-        )
+    plan = dataclasses.replace(test_loop.PLAN, model=summary, method=method)
+    with pytest.raises(LoadmasterError, match=f"(?s)'{kind}' cannot be trained here: .*{said}"):
+        test_loop.run(folder, tmp_path / "run", prepared=prepared, plan=plan)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -47,6 +47,14 @@ def test_a_model_type_that_is_not_known_is_named(load, folder: Path):
         load(folder, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("load", [partial(load_base, device="cpu"), empty_model])
+def test_a_family_whose_code_takes_no_other_attention_than_its_own_is_refused(load, folder: Path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 49152}
+    (folder / "config.json").write_text(json.dumps({"model_type": "falcon", **sizes}))
+    with pytest.raises(LoadmasterError, match=r"cannot be trained here: its family's code .*\n    fix: a model of"):
+        load(folder, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("broken", ["gone", "cut"])
 def test_a_folder_without_a_tokenizer_is_named(broken: str, folder: Path):
     if broken == "gone":
