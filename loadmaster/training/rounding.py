@@ -106,9 +106,11 @@ def _whole(optimizer: torch.optim.Optimizer, place: int, index: int, draw: Noise
     wide.grad = parameter.grad.float()
     optimizer.state[wide] = optimizer.state[parameter]
     optimizer.param_groups = [{**groups[place], "params": [wide]}]
-    optimizer.step()
-    optimizer.param_groups = groups
-    del optimizer.state[wide]
+    try:
+        optimizer.step()
+    finally:  # a rehearsal that ran out of memory may be tried once more
+        optimizer.param_groups = groups
+        del optimizer.state[wide]
     wide.grad = None
     for part, stepped in zip(parameter.view(-1).split(PIECE), wide.view(-1).split(PIECE), strict=True):
         _write(part, stepped, draw)
