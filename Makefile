@@ -13,8 +13,6 @@ PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
 TESTS = $(PYTEST) --dist loadfile --no-loadscope-reorder
 # Its tests wait for Slurm nearly all the time: beside the others, not in their row.
 WAITING = tests/launch/test_real_schedulers.py
-# A quarter of the slow tests' time is waiting: a third process uses it on processors on which they take the longest.
-SLOW_PROCESSES = $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo 2 || echo 3)
 
 .PHONY: setup smoke test test-slow lint docs clean
 
@@ -37,7 +35,8 @@ test: setup lint
 	$(TESTS) -n 2 -m "not slow"
 
 test-slow: setup
-	@$(PYTEST) -m slow $(WAITING) & waiting=$$!; $(TESTS) -n $(SLOW_PROCESSES) -m slow --ignore $(WAITING); code=$$?; wait $$waiting && exit $$code
+	@# A quarter of the others' time is waiting, too: a third process uses it.
+	@$(PYTEST) -m slow $(WAITING) & waiting=$$!; $(TESTS) -n 3 -m slow --ignore $(WAITING); code=$$?; wait $$waiting && exit $$code
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -95,8 +95,11 @@ def size_factor(shape: ModelShape, setup: Setup, faster: float = 1.0) -> float:
 def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """Clipping and update read and write gradient, weight and states; offloaded states cross to the host and back."""
     trainable = setup.trainable(shape) / setup.state_shards
-    moved = trainable * _stepped_bytes(setup)
-    here = trainable * (3 * setup.width + ROUNDED[setup.optimizer]) if setup.rounds else moved
+    moved = here = trainable * _stepped_bytes(setup)
+    if setup.rounds:
+        here = trainable * (3 * setup.width + ROUNDED[setup.optimizer])
+    if not setup.compiled and setup.width == 2 and setup.optimizer != "adamw_bf16" and not setup.stage:
+        here += trainable * APART
     efficiency = 1.0 if hardware.is_cpu else value("efficiency", "memory")
     seconds = here / (hardware.bandwidth_gb_per_s * 1e9 * efficiency)
     if setup.optimizer.startswith("paged"):
@@ -110,9 +113,11 @@ def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> fl
 
 
 MASTERED = Setup(method="full", precision="bf16", optimizer="adamw", master_weights=True)
-ROUNDED = {"adamw": 74, "adamw_8bit": 62, "paged_adamw_8bit": 62, "adafactor": 126}
-"""Bytes that stepping a bf16 weight in fp32 reads and writes, rounding and states included: gradient and weight made
-fp32, the step, and what is drawn added and cut off (training/rounding.py; a test counts them)."""
+ROUNDED = {"adamw": 50, "adamw_8bit": 38, "paged_adamw_8bit": 38, "adafactor": 102}
+"""Bytes that stepping a bf16 weight in fp32 reads and writes, states included: gradient and weight made fp32, the step,
+and one kernel that rounds (training/rounding.py; a test counts them)."""
+APART = 24
+"""More, where what is drawn, its sum with the weight and what is cut off are written: not compiled."""
 
 
 def _stepped_bytes(setup: Setup) -> float:
@@ -128,7 +133,8 @@ def _crossing_seconds(hardware: Hardware, setup: Setup) -> float:
     """Of one trained parameter, gradient there and weight back: under offload=optimizer from tensor to tensor in memory
     that is not pinned (training/optimizer.py), or by FSDP2's and DeepSpeed's pinned memory and the driver's pages."""
     plain = setup.offload == "optimizer" and not setup.stage
-    size, link = (2 * setup.width, "pageable_link") if plain else (2 * (setup.width + 2), "host_link")
+    back = 4 if setup.master_weights else setup.width  # rounded there
+    size, link = (setup.width + back, "pageable_link") if plain else (2 * (setup.width + 2), "host_link")
     return size / (hardware.host_gb_per_s * 1e9 * value("efficiency", link))
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchao.optim.quant_utils import _fp32_to_bf16_sr
+
+from loadmaster.training.rounding import rounded, seed
 
 
 class AdamWBf16(torch.optim.Optimizer):
@@ -35,8 +36,7 @@ class AdamWBf16(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         update = torch.compile(_update, fullgraph=True, dynamic=False)
-        gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(gpus), torch._dynamo.utils.disable_cache_limit():  # as many graphs as shapes
+        with torch._dynamo.utils.disable_cache_limit():  # as many graphs as shapes
             for group in self.param_groups:
                 settings = (*group["betas"], group["weight_decay"], group["eps"])
                 for number, weight in zip(group["numbers"], group["params"], strict=True):
@@ -47,15 +47,15 @@ class AdamWBf16(torch.optim.Optimizer):
                         state["step"] = torch.tensor(0.0)
                         state["exp_avg"] = torch.zeros_like(weight, dtype=self.moments)
                         state["exp_avg_sq"] = torch.zeros_like(weight, dtype=self.moments)
-                    torch.manual_seed(hash((number, self.shard, int(state["step"]))))
+                    drawn_by = seed(number, self.shard, int(state["step"]))
                     state["step"] += 1
                     moments = state["exp_avg"], state["exp_avg_sq"]
-                    update(weight.detach(), weight.grad, *moments, state["step"], group["lr"], *settings)
+                    update(weight.detach(), weight.grad, *moments, state["step"], group["lr"], *drawn_by, *settings)
 
 
 def _update(
     weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: Tensor, lr: Tensor,
-    beta1: float, beta2: float, decay: float, eps: float,
+    one: Tensor, other: Tensor, beta1: float, beta2: float, decay: float, eps: float,
 ) -> None:  # fmt: skip
     """Decoupled weight decay (Loshchilov & Hutter 2019), in fp32 from what is held to what is rounded."""
     wide, gradient = weight.float() * (1 - lr * decay), gradient.float()
@@ -64,9 +64,5 @@ def _update(
     denominator = (square32 / (1 - beta2**step)).sqrt() + eps
     wide = wide - lr * (mean32 / (1 - beta1**step)) / denominator
     mean.copy_(mean32)
-    square.copy_(_rounded(square32, square.dtype))
-    weight.copy_(_rounded(wide, weight.dtype))
-
-
-def _rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    return _fp32_to_bf16_sr(wide) if dtype == torch.bfloat16 else wide
+    square.copy_(rounded(square32, (one, other)) if square.dtype == torch.bfloat16 else square32)
+    weight.copy_(rounded(wide, (other, one)) if weight.dtype == torch.bfloat16 else wide)

@@ -6,7 +6,7 @@ Bytes for each trainable bf16 parameter (weight and gradient are 2 + 2 of them):
     adamw_bf16                  8   moments 2 + 2, rounded stochastically as well (adamw_bf16.py)
     adamw_8bit                  6   block-wise moments of 1 + 1 (bitsandbytes); paged: in memory the host can take
     adafactor                  ~4   second moment as row and column sums (transformers)
-bf16 weights without a master are stepped in fp32, a part at a time, and rounded stochastically (rounding.py).
+bf16 weights are rounded stochastically (rounding.py), from their masters or, without, stepped in fp32 a part at a time.
 Everything is fp32 on a CPU: weight, gradient and two moments, 16 bytes.
 
 Of a sharded parameter each rank steps its own part, as a plain tensor: all but Adafactor work element by element or
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loadmaster.config.schema import OptimizerConfig
-from loadmaster.training import rounding
 from loadmaster.training.placement import local
 from loadmaster.training.relayout import BLOCK
+from loadmaster.training.rounding import Rounding
 
 BUCKET_ELEMENTS = 2**28
 """Parameters stepped together; bounds the fp32 gradients that exist at once to 1 GiB (preflight reads this)."""
@@ -41,8 +41,11 @@ class _Bucket:
     parameters: list[nn.Parameter]
     targets: list[Tensor]
     """What the optimizer updates: the parameters themselves, their local parts, or copies (masters, offloaded)."""
+    numbers: list[int]
+    """Of each, among all parameters."""
     optimizer: torch.optim.Optimizer | None
     """None where this rank has no element of any of them."""
+    steps: int = 0
 
 
 class TrainingOptimizer:
@@ -57,10 +60,13 @@ class TrainingOptimizer:
         offload: bool = False,
         sum_over_shards: Callable[[Tensor], Tensor] = lambda squares: squares,
         b_lr_ratio: float = 1.0,
+        compiled: bool = False,
     ):
         """sum_over_shards: of a scalar, over the ranks that together hold every parameter once.
 
         b_lr_ratio: LoRA+ (Hayou et al. 2024, arXiv 2402.12354): rate of every adapter's B over that of all else.
+
+        compiled: weights are rounded by a kernel that is compiled for it.
         """
         self.b_lr_ratio = b_lr_ratio
         self.config, self.offload, self.sum_over_shards = config, offload, sum_over_shards
@@ -70,10 +76,11 @@ class TrainingOptimizer:
         self.copies = self.masters or offload
         self.sharded = any(isinstance(p, DTensor) for _, p in named_parameters)
         meshes = [p.device_mesh for _, p in named_parameters if isinstance(p, DTensor)]
-        self.shard = meshes[0].get_coordinate()[-1] if meshes else 0
+        shard = meshes[0].get_coordinate()[-1] if meshes else 0
+        self.rounding = Rounding(shard, compiled)
         dtype = named_parameters[0][1].dtype
         self.rounds = dtype == torch.bfloat16 and not self.masters and name != "adamw_bf16"  # which does so itself
-        make = _factory(name, config, dtype, self.masters, self.shard)
+        make = _factory(name, config, dtype, self.masters, shard)
         numbers = {name: number for number, (name, _) in enumerate(named_parameters)}
         self.buckets = [self._bucket(group, make, numbers) for group in self.split(named_parameters)]
         self._smallest_first = sorted(self.buckets, key=lambda bucket: sum(p.numel() for p in bucket.parameters))
@@ -107,7 +114,7 @@ class TrainingOptimizer:
             }
             for (decay, ratio), held in groups.items()
         ]  # fmt: skip
-        return _Bucket(names, parameters, targets, make(made) if made else None)
+        return _Bucket(names, parameters, targets, [numbers[n] for n in names], make(made) if made else None)
 
     def _target(self, parameter: nn.Parameter) -> Tensor:
         if not self.copies:
@@ -158,12 +165,16 @@ class TrainingOptimizer:
                 target.grad = local(parameter.grad).to(target.device, target.dtype) if given else None
                 parameter.grad = None
         if self.rounds:
-            rounding.step(bucket.optimizer, self.shard)
+            self.rounding.step(bucket.optimizer)
         else:
             _update(bucket.optimizer)
         bucket.optimizer.zero_grad(set_to_none=True)
-        if self.copies:
+        if self.masters:
+            for parameter, target, number in zip(bucket.parameters, bucket.targets, bucket.numbers, strict=True):
+                self.rounding.write(local(parameter), target, number, bucket.steps)
+        elif self.copies:
             torch._foreach_copy_([local(p) for p in bucket.parameters], bucket.targets)
+        bucket.steps += 1
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -176,6 +187,7 @@ class TrainingOptimizer:
                 _forget(bucket.optimizer)
             elif bucket.optimizer is not None:
                 bucket.optimizer.state.clear()
+            bucket.steps = 0
             if self.copies:
                 torch._foreach_copy_(bucket.targets, [local(p) for p in bucket.parameters])
 
@@ -207,6 +219,8 @@ class TrainingOptimizer:
             if key == "master":
                 target.copy_(value)
                 continue
+            if key == "step":
+                bucket.steps = int(value)
             state = bucket.optimizer.state[target]
             held = state.get(key)
             if not isinstance(value, Tensor):

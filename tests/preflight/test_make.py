@@ -65,9 +65,6 @@ def test_full_8b_with_adamw_does_not_fit_an_a100_but_lighter_states_lora_and_qlo
     assert plan(LLAMA + "8B", "full", "a100_80gb", optimizer="adamw_8bit").fits
     chosen = plan(LLAMA + "8B", "full", "a100_80gb")
     assert chosen.fits and chosen.optimizer == "adamw_bf16" and "more faithful" in " ".join(chosen.reasons)
-    assert not any("updates smaller" in reason for reason in chosen.reasons)  # rounded stochastically
-    lost = plan(LLAMA + "8B", "full", "a100_80gb", optimizer="adamw_8bit").reasons
-    assert any("updates smaller" in reason and "optimizer.name=adamw_bf16" in reason for reason in lost)
     assert plan(LLAMA + "8B", "lora", "a100_80gb").fits and plan(LLAMA + "8B", "qlora", "a100_80gb").fits
 
 

@@ -21,7 +21,7 @@ from loadmaster.preflight import trained
 from loadmaster.preflight.config_json import find_shape, from_config
 from loadmaster.preflight.memory import resident, step_bytes, worst_micro_batch
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.speed import ROUNDED
+from loadmaster.preflight.speed import APART, ROUNDED
 from loadmaster.preflight.step import training_step
 from loadmaster.preflight.trained import HOST_STEP, PIECE, on_host_bytes
 from loadmaster.training import optimizer as optimizers
@@ -239,7 +239,10 @@ ROWS = 8 * 2**10  # and as many elements as are stepped at once
     "name, masters", [("adamw", True), ("adamw", False), ("adamw_8bit", False), ("adafactor", False)]
 )
 def test_a_step_on_the_host_takes_what_is_counted(name: str, masters: bool) -> None:
-    """At its peak, beside states and gradient, as this process's memory shows it; of a tensor of 17 million."""
+    """At its peak, beside states and gradient, as this process's memory shows it; of a tensor of 17 million.
+
+    Over masters of four times as many: where gradients in fp32 are gone, what rounds a part of it is not seen."""
+    rows = 4 * ROWS if masters else ROWS
     script = f"""
 import torch
 from loadmaster.config.schema import OptimizerConfig
@@ -261,7 +264,7 @@ def taken(rows):
     return bytes_of("VmHWM") - rest
 
 taken(64)  # what a first step loads
-print(taken({ROWS}) / ({ROWS} * 2048))
+print(taken({rows}) / ({rows} * 2048))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     counted = 4 if masters else HOST_STEP[name]
@@ -304,14 +307,14 @@ class Moved(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor"])
-def test_what_stepping_and_rounding_move_is_counted(name: str) -> None:
+def test_what_stepping_and_rounding_move_is_counted_where_nothing_is_compiled(name: str) -> None:
     weight = torch.nn.Parameter(torch.empty(2**10, 2**11, dtype=torch.bfloat16, device="meta"))
     optimizer = TrainingOptimizer([("w", weight)], OptimizerConfig(), name, master_weights=False)
     for _ in range(2):  # the first one makes the states
         weight.grad = torch.empty_like(weight)
         with Moved() as moved:
             optimizer.step(1e-3)
-    assert moved.total / weight.numel() == ROUNDED[name]
+    assert moved.total / weight.numel() == ROUNDED[name] + APART
     assert ROUNDED["paged_adamw_8bit"] == ROUNDED["adamw_8bit"]
 
 
