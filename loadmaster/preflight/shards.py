@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from loadmaster.preflight import saved
 from loadmaster.preflight.pinned import pinned
@@ -56,6 +57,8 @@ class Unit:
     """Those of them that are trained: gradients in the same dtype take as much."""
     last_gradient: int = 0
     """Of the last trained parameter in the module's order, whole."""
+    trained_parts: tuple[int, ...] = ()
+    """What is trained, parameter by parameter."""
 
 
 def units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
@@ -110,7 +113,7 @@ def root_parts(shape: ModelShape, setup: Setup) -> list[Part]:
 def _whole(shape: ModelShape, setup: Setup) -> Unit:
     dense, sparse, root = _units(shape, setup)
 
-    def total(name: str) -> int:
+    def total(name: str) -> Any:
         layers = shape.dense_layers * getattr(dense, name) + shape.expert_layers * getattr(sparse, name)
         return layers + getattr(root, name)
 
@@ -131,6 +134,7 @@ def _unit(parts: list[Part], setup: Setup, buffers: int = 0) -> Unit:
         sum(size for size, _ in blocks),
         sum(size for size, is_trained in blocks if is_trained),
         next((p.rows * p.row_bytes for p in reversed(parts) if p.trained), 0),
+        tuple(p.local(gpus) for p in parts if p.trained),
     )
 
 

@@ -34,12 +34,16 @@ def rounding_bytes(elements: Iterable[float], piece: int) -> float:
     return 8 * min(piece, max(elements, default=0))
 
 
+Gradient = tuple[Storage, int]
+"""The memory in which it lies, under fully_shard that of its whole unit, and its own bytes."""
+
+
 class Stepping:
     def __init__(self, tape: Tape, setup: Setup):
         self.tape, self.width = tape, setup.width
         self.widens = setup.master_weights and setup.width == 2
         self.adafactor, self.rounds = setup.optimizer == "adafactor", setup.rounds
-        self.waiting: list[Storage] = []
+        self.waiting: list[Gradient] = []
 
     def group(self, leaves: list[Leaf]) -> None:
         """Parameters whose gradients are stepped when the last of them is there, or rather one group later."""
@@ -49,7 +53,7 @@ class Stepping:
             def arrived() -> None:
                 missing[0] -= 1
                 if not missing[0]:
-                    gradients = [leaf.gradient for leaf in leaves]
+                    gradients = [(leaf.gradient, leaf.gradient.bytes) for leaf in leaves]
                     for leaf in leaves:
                         leaf.gradient = None
                     self.complete(gradients)
@@ -57,7 +61,7 @@ class Stepping:
             for leaf in leaves:
                 leaf.arrived = arrived
 
-    def complete(self, gradients: list[Storage]) -> None:
+    def complete(self, gradients: list[Gradient]) -> None:
         """`gradients`, which nobody else holds, wait; those that waited are stepped and go."""
         before, self.waiting = self.waiting, list(gradients)
         gradients.clear()
@@ -71,13 +75,13 @@ class Stepping:
         """After the backward pass."""
         self.complete([])
 
-    def _step(self, gradients: list[Storage]) -> None:
-        elements = [g.bytes // self.width for g in gradients]
+    def _step(self, gradients: list[Gradient]) -> None:
+        elements = [size // self.width for _, size in gradients]
         if self.adafactor and not self.widens:
             self.tape.alloc(adafactor_bytes(elements, self.rounds))
         elif self.rounds:
             self.tape.alloc(rounding_bytes(elements, PIECE))
         wide = []
         while self.widens and gradients:  # a master copy's gradient is in fp32, too
-            wide.append(self.tape.alloc(2 * gradients[0].bytes))
+            wide.append(self.tape.alloc(2 * gradients[0][1]))
             del gradients[0]

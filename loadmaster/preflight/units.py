@@ -178,6 +178,9 @@ class Units:
             if self.b.stepping is None:
                 self.shards.append(shard)
                 return
-            box = [shard]
+            views = [(shard, size) for size in unit.trained_parts]
             del shard
-            self.b.stepping.complete(box)
+            if unit is not self.root:
+                self.b.stepping.complete(views)
+            while views:  # what is in no layer is stepped by itself
+                self.b.stepping.complete([views.pop(0)])

@@ -299,9 +299,11 @@ def _rehearse(
     picked = worst_rows(rows, plan.micro_batch_size * session.world.size)
     worst = session.split(picked)[:1] * min(2, plan.gradient_accumulation_steps)
 
-    def step(batches: list[MicroBatch]) -> None:
-        session.gradients(batches, max(1, sum(losses(row, session.job.objective) for row in picked)), lr)
+    def step(batches: list[MicroBatch]) -> torch.Tensor:
+        count = max(1, sum(losses(row, session.job.objective) for row in picked))
+        _, norm = session.gradients(batches, count, lr)
         session.optimizer.step(lr)
+        return norm
 
     def evaluate() -> None:
         if prepared.validation is None:

@@ -8,6 +8,7 @@ optimizer and random generators are put back bit for bit, so the run is the same
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -48,7 +49,7 @@ class Rehearsed:
 
 
 def rehearse(
-    run_step: Callable[[list[MicroBatch]], None],
+    run_step: Callable[[list[MicroBatch]], torch.Tensor],
     evaluate_batch: Callable[[], None],
     worst: list[MicroBatch],
     trained: list[tuple[str, nn.Parameter]],
@@ -60,6 +61,7 @@ def rehearse(
     """Run everything once and restore all state. Raises TrainingFailed with the part that failed; where memory ran out
     a process of its own restores all as well, and torch's error is the cause.
 
+    run_step: takes a step and gives its gradients' norm.
     worst: the fullest micro-batch, twice where a step accumulates: gradients then meet activations.
     in_fp8: products run on FP8 units, which a card or a build of PyTorch may refuse.
     """
@@ -79,15 +81,16 @@ def rehearse(
     loaded = resting = allocated_gib(world.device)
     try:
         # Twice: gradients of the second backward pass meet the optimizer's states, as in every later step.
-        run_step(worst)
+        norms = [run_step(worst)]
         began = time.perf_counter()
-        run_step(worst)
+        norms.append(run_step(worst))
         resting = allocated_gib(world.device)
-        finite = all(is_finite(local(parameter)) for _, parameter in trained)
+        # Both: rounding.py makes -0 of a GPU's NaN, whose bits are all set, and bitsandbytes passes NaN by.
+        finite = all(map(math.isfinite, norms)) and all(is_finite(local(parameter)) for _, parameter in trained)
         step_s = (time.perf_counter() - began) / len(worst)
         if world.any(not finite):
             raise TrainingFailed(
-                "one optimizer step of the rehearsal made weights that are not finite\n"
+                "an optimizer step of the rehearsal had gradients, or made weights, that are not finite\n"
                 "fix: lower optimizer.lr, or look for a gradient that overflows (a very long row, a broken checkpoint)"
             )
         part = "an evaluation batch"

@@ -120,9 +120,11 @@ class Rounding:
         wide.grad = parameter.grad.float()
         optimizer.state[wide] = optimizer.state[parameter]
         optimizer.param_groups = [{**groups[place], "params": [wide]}]
-        optimizer.step()
-        optimizer.param_groups = groups
-        del optimizer.state[wide]
+        try:
+            optimizer.step()
+        finally:  # a rehearsal that ran out of memory may be tried once more
+            optimizer.param_groups = groups
+            del optimizer.state[wide]
         wide.grad = None
         if parameter.dtype != wide.dtype:
             self.write(parameter, wide, number, taken)

@@ -136,12 +136,12 @@ def sharded_model(
 def sharded_peaks(
     config: dict[str, Any], method: str, precision: str, case: Case, world_size: int,
     targets: Any = "all-linear", replicas: int = 1, reshard_after_forward: bool = True, in_backward: bool = False,
-    modules_to_save: tuple[str, ...] = (),
+    modules_to_save: tuple[str, ...] = (), optimizer: str = "adamw",
 ) -> tuple[int, int]:  # fmt: skip
     """(bytes of one rank's weights and buffers, peak bytes of a step's micro-batches besides those).
 
     Accumulated, the step has three micro-batches, so that one has others before and after it. in_backward: a second
-    step under AdamW with master weights, besides its states as well.
+    step under `optimizer`, AdamW with master weights or another without, besides its states as well.
     """
     with world_of(world_size, replicas) as mesh:
         engine, root = sharded_model(
@@ -153,17 +153,17 @@ def sharded_peaks(
             live.count(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
         weights = live.live
         if in_backward:
-            optimizer = BackwardOptimizer(trainable(root), OptimizerConfig(max_grad_norm=0.0), "adamw", True)
-            for bucket in optimizer.buckets:
+            config = OptimizerConfig(max_grad_norm=0.0)
+            stepping = BackwardOptimizer(trainable(root), config, optimizer, optimizer == "adamw")
+            for bucket in stepping.buckets:
                 for tensor in bucket.targets:
                     live.count(tensor)
-            before = live.live
             for _ in range(2):
-                live.peak = 0
+                before, live.peak = live.live, 0
                 with counting(live):
-                    optimizer.begin(1e-3)
+                    stepping.begin(1e-3)
                     engine.backward(root(batch))
-                    optimizer.clip(0.0)
+                    stepping.clip(0.0)
             return weights, live.peak - before
         with counting(live):
             for _ in range(2 if case.accumulated else 0):

@@ -143,6 +143,20 @@ def test_under_fully_shard_it_equals_a_trace_too(fused, reshard) -> None:
         assert replayed == pytest.approx(peak, rel=0.001), f"{replayed / peak - 1:+.3%}: {case}"
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_under_fully_shard_one_parameter_of_a_unit_is_stepped_at_a_time(fused, family, name) -> None:
+    """Embedding and head, whose steps are the peak here; their gradients are in one piece, and go together."""
+    config = {**random_config(family, 1), "vocab_size": 32000, "num_hidden_layers": 4, "tie_word_embeddings": False}
+    setup = Setup(
+        method="full", precision="bf16", optimizer=name, master_weights=name == "adamw", sharding="fsdp",
+        in_backward=True, checkpointing="full", sequence_length=256, world_size=2,
+    )  # fmt: skip
+    _, peak = sharded_peaks(config, "full", "bf16", Case(256, "full"), 2, in_backward=True, optimizer=name)
+    replayed = worst_micro_batch(from_config(config, family), setup, in_place=False)[0].peak
+    assert replayed == pytest.approx(peak, rel=0.001), f"{replayed / peak - 1:+.3%}"
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize(("vocabulary", "tied"), [(1000, True), (128256, False)])
 def test_what_adafactor_takes_besides_states_equals_a_trace(precision, vocabulary, tied) -> None:

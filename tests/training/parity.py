@@ -61,7 +61,7 @@ def plan(case: dict[str, Any]) -> Plan:
         reshard_after_forward=case.get("reshard_after_forward", True),
         activation_checkpointing=case["checkpointing"], checkpointed_layers=case.get("checkpointed_layers"),
         optimizer=case["optimizer"],
-        master_weights=case.get("precision") == "bf16",
+        master_weights=case.get("master_weights", case.get("precision") == "bf16"),
         optimizer_in_backward=case.get("in_backward", False),
         micro_batch_size=case.get("micro_batch_size", 1),
         gradient_accumulation_steps=8 // world // case.get("micro_batch_size", 1), sequence_length=64,

@@ -283,6 +283,17 @@ def test_one_bad_step_is_left_out_and_the_run_goes_on(tiny, tmp_path, monkeypatc
     assert math.isfinite(outcome.train_loss)
 
 
+def test_a_gradient_that_is_not_finite_ends_the_rehearsal_also_where_no_weight_shows_it(tiny, tmp_path, monkeypatch):
+    """On a GPU, rounding makes -0 of NaN."""
+    from loadmaster.training.optimizer import TrainingOptimizer
+
+    norms = iter([math.nan])
+    clip = TrainingOptimizer.clip
+    monkeypatch.setattr(TrainingOptimizer, "clip", lambda *given: clip(*given) * next(norms, 1.0))
+    with pytest.raises(TrainingFailed, match="not finite"):
+        run(tiny, tmp_path)
+
+
 def test_memory_running_out_in_the_rehearsal_says_what_to_change(tiny, tmp_path, monkeypatch):
     from loadmaster.training import loop
 

@@ -270,6 +270,27 @@ def test_what_is_in_float32_beside_bf16_is_not_rounded(name):
     assert torch.allclose(*ends, rtol=0, atol=1e-7 if name != "adamw_bf16" else 1e-5)
 
 
+def test_adafactor_that_ran_out_of_memory_in_a_step_steps_again(monkeypatch):
+    """As a rehearsal does, of which the second try keeps fewer activations (in the backward pass they are there)."""
+    from transformers.optimization import Adafactor
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ends = []
+    for fails in (True, False):
+        optimizer = TrainingOptimizer(parameters(), OptimizerConfig(weight_decay=0.1), "adafactor", False)
+        if fails:
+            with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+                patched.setattr(Adafactor, "_rms", full)
+                step(optimizer, 0)
+            optimizer.reset()
+        step(optimizer, 0)
+        ends.append([p.detach().clone() for p in optimizer.parameters])
+        assert len(optimizer.buckets[0].optimizer.state) == 2
+    assert all(map(torch.equal, *ends))
+
+
 def test_rounding_takes_either_neighbour_so_that_the_mean_is_right():
     wide = torch.tensor([1.0, 1.0 + 2**-10, -3.001, 1e-30, 0.0, torch.inf]).repeat(2**16, 1)
     found = rounding.rounded(wide, rounding.seed(1, 2, 3))

@@ -76,6 +76,9 @@ LIGHT = [
     case(f"{name}-{offload}", "full", "fsdp", 2, optimizer=name, offload=offload)
     for name in ("adamw_bf16", "adamw_8bit", "adafactor")
     for offload in ("none", "all")
+] + [
+    case(f"{name}-rounded", "full", "fsdp", 2, optimizer=name, precision="bf16", master_weights=False, model="odd")
+    for name in ("adamw", "adamw_8bit", "adafactor")
 ]
 HYBRID = [
     case("full-hybrid-2x2", "full", "fsdp", 2, 2),
