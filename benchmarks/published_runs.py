@@ -60,8 +60,8 @@ def titan_h100(count: int, nodes: int) -> Hardware:
 
 def fsdp(method: str, masters: bool, world: int, sequence_length: int, precision: str = "bf16", **more) -> Setup:
     return Setup(
-        method=method, precision=precision, optimizer="adamw", master_weights=masters, sharding="fsdp",
-        world_size=world, gpus_per_node=8, micro_batch_size=2, sequence_length=sequence_length, **more,
+        method=method, precision=precision, optimizer="adamw" if masters else "adamw_bf16", master_weights=masters,
+        sharding="fsdp", world_size=world, gpus_per_node=8, micro_batch_size=2, sequence_length=sequence_length, **more,
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> fl
     """Clipping and update read and write gradient, weight and states; offloaded states cross to the host and back."""
     trainable = setup.trainable(shape) / setup.state_shards
     moved = here = trainable * _stepped_bytes(setup)
-    if setup.rounds:
+    if setup.rounds and setup.offload == "none":
         here = trainable * (3 * setup.width + ROUNDED[setup.optimizer])
     if not setup.compiled and setup.width == 2 and setup.optimizer != "adamw_bf16" and not setup.stage:
         here += trainable * APART
@@ -105,9 +105,8 @@ def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> fl
     if setup.optimizer.startswith("paged"):
         return seconds + trainable * _crossing_seconds(hardware, setup) + moved / _host_rate()
     if setup.offload != "none":
-        slower = {"adamw_8bit": "host_adamw_8bit", "adafactor": "host_adafactor"}.get(setup.optimizer)
-        if slower:  # by their arithmetic and not by what they move
-            moved = trainable * _stepped_bytes(MASTERED) * value("efficiency", slower)
+        if setup.rounds:  # by its arithmetic and not by what it moves
+            moved = trainable * _stepped_bytes(MASTERED) * value("efficiency", f"host_{setup.optimizer}")
         seconds += trainable * _crossing_seconds(hardware, setup) + moved / _host_rate()
     return seconds
 

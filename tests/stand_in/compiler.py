@@ -147,8 +147,10 @@ def _wide_blocks() -> None:
         sizes = dict(re.findall(r"(\w+)numel = (\d+)", inspect.getsource(self.fn.fn)))
         blocks, room = self.configs[0].kwargs, ELEMENTS
         for axis, hint in sorted((self.size_hints or {}).items()):  # r0_, then x, then y
-            # A size that the largest block divides has no mask, so that no block may reach beyond it.
-            divides = int(sizes[axis]) & -int(sizes[axis])
+            # A size that the largest block divides has no mask, so that no block may reach beyond it; one that is
+            # not the same in every call has one.
+            known = int(sizes.get(axis, 0))
+            divides = known & -known
             block = min(divides if divides >= 1024 else hint, room)
             if f"{axis.upper()}BLOCK" in blocks:
                 blocks[f"{axis.upper()}BLOCK"] = block
