@@ -69,6 +69,11 @@ class Setup:
         """Whether weights are stepped in fp32 a part at a time and rounded stochastically (training/rounding.py)."""
         return self.width == 2 and not self.master_weights and self.optimizer != "adamw_bf16" and not self.stage
 
+    @property
+    def rounds_masters(self) -> bool:
+        """Whether what fp32 masters are is rounded so; adapters take the nearest."""
+        return self.width == 2 and self.master_weights and not self.adapters and not self.stage
+
     def layers_kept(self, shape: ModelShape) -> int:
         """Decoder layers that keep all that their backward pass reads."""
         return shape.layers if self.checkpointing == "none" else self.kept_layers

@@ -98,7 +98,7 @@ def optimizer_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> fl
     moved = here = trainable * _stepped_bytes(setup)
     if setup.rounds and setup.offload == "none":
         here = trainable * (3 * setup.width + ROUNDED[setup.optimizer])
-    if not setup.compiled and setup.width == 2 and setup.optimizer != "adamw_bf16" and not setup.stage:
+    if not setup.compiled and (setup.rounds or setup.rounds_masters):
         here += trainable * APART
     efficiency = 1.0 if hardware.is_cpu else value("efficiency", "memory")
     seconds = here / (hardware.bandwidth_gb_per_s * 1e9 * efficiency)
@@ -132,7 +132,7 @@ def _crossing_seconds(hardware: Hardware, setup: Setup) -> float:
     """Of one trained parameter, gradient there and weight back: under offload=optimizer from tensor to tensor in memory
     that is not pinned (training/optimizer.py), or by FSDP2's and DeepSpeed's pinned memory and the driver's pages."""
     plain = setup.offload == "optimizer" and not setup.stage
-    back = 4 if setup.master_weights else setup.width  # rounded there
+    back = 4 if setup.rounds_masters else setup.width  # rounded there
     size, link = (setup.width + back, "pageable_link") if plain else (2 * (setup.width + 2), "host_link")
     return size / (hardware.host_gb_per_s * 1e9 * value("efficiency", link))
 

@@ -41,8 +41,9 @@ class _Bucket:
     parameters: list[nn.Parameter]
     targets: list[Tensor]
     """What the optimizer updates: the parameters themselves, their local parts, or copies (masters, offloaded)."""
-    numbers: list[int]
-    """Of each, among all parameters."""
+    numbers: list[int | None]
+    """Of each, among all parameters; None for an adapter's, which its masters give to the nearest: its rates are high,
+    half of it begins at zero, and hundreds of small matrices are copied by one kernel."""
     optimizer: torch.optim.Optimizer | None
     """None where this rank has no element of any of them."""
     steps: int = 0
@@ -114,7 +115,8 @@ class TrainingOptimizer:
             }
             for (decay, ratio), held in groups.items()
         ]  # fmt: skip
-        return _Bucket(names, parameters, targets, [numbers[n] for n in names], make(made) if made else None)
+        own = [None if ".lora_" in name else numbers[name] for name in names]
+        return _Bucket(names, parameters, targets, own, make(made) if made else None)
 
     def _target(self, parameter: nn.Parameter) -> Tensor:
         if not self.copies:
@@ -169,12 +171,20 @@ class TrainingOptimizer:
         else:
             _update(bucket.optimizer)
         bucket.optimizer.zero_grad(set_to_none=True)
-        if self.masters:
-            for parameter, target, number in zip(bucket.parameters, bucket.targets, bucket.numbers, strict=True):
-                self.rounding.write(local(parameter), target, number, bucket.steps)
-        elif self.copies:
-            torch._foreach_copy_([local(p) for p in bucket.parameters], bucket.targets)
+        if self.copies:
+            self._write(bucket)
         bucket.steps += 1
+
+    def _write(self, bucket: _Bucket) -> None:
+        """From the copies into the parameters."""
+        nearest = []
+        for parameter, target, number in zip(bucket.parameters, bucket.targets, bucket.numbers, strict=True):
+            if self.masters and number is not None:
+                self.rounding.write(local(parameter), target, number, bucket.steps)
+            else:
+                nearest.append((local(parameter), target))
+        if nearest:
+            torch._foreach_copy_(*map(list, zip(*nearest, strict=True)))
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:

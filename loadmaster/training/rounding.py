@@ -58,7 +58,8 @@ class Rounding:
     """Of this rank's part of all parameters; compiled: by one kernel."""
 
     def __init__(self, shard: int, compiled: bool):
-        self.shard, self.compiled = shard, compiled
+        self.shard = shard
+        self.kernel = torch.compile(_write, fullgraph=True, dynamic=True) if compiled else _write
 
     @torch.no_grad()
     def write(self, weight: Tensor, wide: Tensor, number: int, taken: int) -> None:
@@ -71,8 +72,7 @@ class Rounding:
             self._write(piece, values, number, taken, index)
 
     def _write(self, piece: Tensor, values: Tensor, number: int, taken: int, index: int) -> None:
-        write = torch.compile(_write, fullgraph=True, dynamic=True) if self.compiled else _write
-        write(piece, values.to(piece.device), *seed(number, self.shard, taken, index))
+        self.kernel(piece, values.to(piece.device), *seed(number, self.shard, taken, index))
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:

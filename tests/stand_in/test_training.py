@@ -49,6 +49,7 @@ COMPILED = [
     ("method=lora", "activation_checkpointing=full", "checkpointed_layers=1"),
     ("method=lora", "precision=fp8", "sharding=ddp"),
     ("method=qlora", "activation_checkpointing=offload"),
+    (*FULL,),
     (*FULL, "optimizer.name=adamw_bf16"),
 ]
 

@@ -299,3 +299,13 @@ def test_rounding_takes_either_neighbour_so_that_the_mean_is_right():
     assert ((found - wide).abs() <= near.abs() * 2**-7).logical_or(found == wide).all()
     assert torch.allclose(found[:, :5].double().mean(0), wide[0, :5].double(), rtol=5e-5, atol=0)
     assert all(len(column.unique()) == (2 if number in (1, 2, 3) else 1) for number, column in enumerate(found.T))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adafactor"])
+def test_adapters_are_their_masters_to_the_nearest_and_other_weights_at_random(name):
+    named = [("layers.0.q_proj.lora_A.default.weight", parameters()[0][1]), ("embed_tokens.weight", parameters()[0][1])]
+    optimizer = TrainingOptimizer(named, OptimizerConfig(), name, master_weights=True)
+    step(optimizer, 0, lr=1e-3)
+    (adapter, table), (of_adapter, of_table) = optimizer.parameters, optimizer.buckets[0].targets
+    assert torch.equal(adapter, of_adapter.bfloat16()) and not torch.equal(table, of_table.bfloat16())
+    assert ((table - of_table).abs() <= of_table.abs() * 2**-7).all()
