@@ -149,7 +149,7 @@ def _wide_blocks() -> None:
         for axis, hint in sorted((self.size_hints or {}).items()):  # r0_, then x, then y
             # A size that the largest block divides has no mask, so that no block may reach beyond it; one that is
             # not the same in every call has one.
-            known = int(sizes.get(axis, 0))
+            known = int(sizes.get(axis, 1 << 16))
             divides = known & -known
             block = min(divides if divides >= 1024 else hint, room)
             if f"{axis.upper()}BLOCK" in blocks:
