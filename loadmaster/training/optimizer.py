@@ -76,6 +76,9 @@ class TrainingOptimizer:
         self.masters = master_weights and any(p.dtype != torch.float32 for _, p in named_parameters)
         self.copies = self.masters or offload
         self.sharded = any(isinstance(p, DTensor) for _, p in named_parameters)
+        for _, parameter in named_parameters:
+            if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()  # it is stepped and rounded as a row of numbers
         meshes = [p.device_mesh for _, p in named_parameters if isinstance(p, DTensor)]
         shard = meshes[0].get_coordinate()[-1] if meshes else 0
         self.rounding = Rounding(shard, compiled)

@@ -309,3 +309,15 @@ def test_adapters_are_their_masters_to_the_nearest_and_other_weights_at_random(n
     (adapter, table), (of_adapter, of_table) = optimizer.parameters, optimizer.buckets[0].targets
     assert torch.equal(adapter, of_adapter.bfloat16()) and not torch.equal(table, of_table.bfloat16())
     assert ((table - of_table).abs() <= of_table.abs() * 2**-7).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("masters", [True, False])
+def test_a_weight_whose_rows_do_not_lie_together_is_stepped_as_one_whose_do(name, masters):
+    ends = []
+    for lie in (lambda weight: weight, lambda weight: weight.T.contiguous().T):
+        named = [("w", nn.Parameter(lie(parameters()[0][1].detach())))]
+        optimizer = TrainingOptimizer(named, OptimizerConfig(), name, masters)
+        step(optimizer, 0)
+        ends.append(named[0][1].detach())
+    assert torch.equal(*ends)
