@@ -34,6 +34,11 @@ def over(*numbers: int) -> None:
             signal.signal(number, _before.pop(number))
 
 
+def heard() -> set[int]:
+    """The signals that listen() answers, or answered: none where something else imports this program."""
+    return set(_before)
+
+
 def _stopped(*_: object) -> None:
     try:
         os.write(2, b"stopped on request; the same command starts it again\n")

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from loadmaster import starting
 from loadmaster.config.schema import Job
 from loadmaster.ending import STOPS
 from loadmaster.errors import StoppedOnRequest
@@ -83,8 +84,9 @@ class StopSignal:
         return self
 
     def uninstall(self) -> None:
+        leaves = starting.heard() if self.requested else set()  # one more would only spoil the code that it ends with
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if number in leaves else handler)
         self._previous.clear()
         if self._ears is not None:
             signal.set_wakeup_fd(self._previous_fd)

@@ -164,3 +164,26 @@ def test_a_process_that_is_stuck_in_c_ends_when_its_time_is_over():
     killer.cancel()
     assert process.returncode == 75 and time.monotonic() - began < 20
     assert "nothing was saved within 1 s" in said
+
+
+def test_a_signal_that_comes_as_a_stopped_run_leaves_changes_nothing_of_its_code():
+    """Between the handler of its run and the last words of its process; who imports this program gets its own back."""
+    script = """
+import os, signal, sys
+from loadmaster import starting
+if sys.argv[1] == "enters": starting.listen()
+from loadmaster.ending import ended
+from loadmaster.training.stop import StopSignal
+stop = StopSignal().install()
+with stop.deferred():
+    os.kill(os.getpid(), signal.SIGINT)
+assert stop.requested
+stop.uninstall()
+os.kill(os.getpid(), signal.SIGINT)
+sys.exit(ended(75))
+"""
+    codes = [
+        subprocess.run([sys.executable, "-c", script, how], capture_output=True, check=False).returncode
+        for how in ("enters", "imports")
+    ]
+    assert codes == [75, -signal.SIGINT]
