@@ -24,7 +24,7 @@ def adafactor_bytes(elements: Iterable[float], rounds: bool) -> float:
     each is stepped by itself and rounded. Source: transformers.optimization.Adafactor, traced.
     """
     if rounds:
-        return max((16 * now for now in elements), default=0)
+        return 16 * max(elements, default=0)
     return max((8 * now + 4 * before for before, now in pairwise((0, *elements))), default=0)
 
 
