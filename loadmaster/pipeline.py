@@ -77,6 +77,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
         with composed.located():
             Pipeline(composed, console, stop, team).run()
     except (LoadmasterError, StoppedOnRequest) as error:
+        stop.requested = stop.requested or isinstance(error, StoppedOnRequest)
         show_error(error)
         return team.end(error.exit_code) if team else error.exit_code
     except Exception as error:  # a full or read-only disk, a folder that is a file

@@ -123,6 +123,7 @@ class Team:
                 StageRun(job, plan, run_dir, self.world, stop, display, materials, settings=self.settings).run(stage)
                 self._watch.resting = False
         except (LoadmasterError, StoppedOnRequest) as error:
+            stop.requested = stop.requested or isinstance(error, StoppedOnRequest)
             show_error(error)
             return error.exit_code
         except RuntimeError as error:  # the line to the lead is cut: the watchdog finds out, and says, who is gone

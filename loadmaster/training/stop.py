@@ -63,6 +63,9 @@ class StopSignal:
 
     @requested.setter
     def requested(self, value: bool) -> None:
+        """For who hears of a request otherwise: from a worker that was told, or from another rank."""
+        if value and not self._signalled:
+            self._first_s = time.monotonic()
         self._signalled = value
 
     def limit(self, deadline: float | None) -> None:

@@ -5,12 +5,13 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.runs import file_system, finish, metrics, start
+from tests.runs import ROOT, environment, file_system, finish, metrics, start
 from tests.training.test_workers import job, wait_for_step, workers_of
 
 pytestmark = pytest.mark.slow
@@ -119,6 +120,32 @@ def test_ctrl_c_again_and_again_while_it_ends_changes_nothing(tiny, tmp_path):
         if "checkpoint saved" in said(tmp_path):
             process.send_signal(signal.SIGINT)
     assert process.returncode == 75, said(tmp_path)
+
+
+def test_ctrl_c_in_the_moment_after_the_run_changes_nothing(tiny, tmp_path):
+    """The one that is sent lands between the run's handlers and the end of the process, every time."""
+    script = """
+import os, signal, sys
+from loadmaster import starting
+starting.listen()
+from loadmaster.training.stop import StopSignal
+uninstall = StopSignal.uninstall
+def and_once_more(stop):
+    uninstall(stop)
+    os.kill(os.getpid(), signal.SIGINT)
+StopSignal.uninstall = and_once_more
+import train
+from loadmaster.ending import ended
+sys.exit(ended(train.run_app(train.train)))
+"""
+    words = [sys.executable, "-c", script, *job(tiny, "max_steps=2000", "checkpoint.every_steps=500")]
+    here = environment() | {"PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=log, stderr=log, env=here)
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(signal.SIGINT)
+    assert ends(process, tmp_path) == 75, said(tmp_path)
+    assert said(tmp_path).count("stopped on request") == 1
 
 
 def test_max_hours_saves_and_ends_before_they_are_over(tiny, tmp_path, monkeypatch):
