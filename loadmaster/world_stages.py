@@ -167,7 +167,8 @@ class StageRun:
     def _train(self, watch: Watchdog) -> dict[str, Any]:
         from loadmaster.data import judged_alone
         from loadmaster.preflight.prediction import held_against
-        from loadmaster.training.loop import measured, train
+        from loadmaster.training.loop import train
+        from loadmaster.training.rehearsal import measured
         from loadmaster.training.save import write_trained
 
         alone = judged_alone(self.materials.prepared.summary, self.plan.micro_batch_size)

@@ -283,7 +283,7 @@ def test_memory_that_runs_out_in_a_stage_is_a_sentence_and_the_next_start_goes_o
     with monkeypatch.context() as patch:
         patch.setattr(where, too_big)
         if stage == "train":  # where the rehearsal has no say
-            patch.setattr("loadmaster.training.loop._rehearse", lambda *_: Rehearsed(0.0, 0.0, 0.0, 0.0))
+            patch.setattr("loadmaster.training.loop.rehearse_run", lambda *_: Rehearsed(0.0, 0.0, 0.0, 0.0))
         code, _ = go(tiny, tmp_path, *asked)
         said = capsys.readouterr().err
         assert code == 4 and f"out of GPU memory in the {stage} stage" in said and remedy in said

@@ -9,25 +9,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
-from loadmaster.data import BatchSampler, MicroBatch, PreparedData
+from loadmaster.data import BatchSampler, PreparedData
 from loadmaster.errors import StoppedOnRequest, TrainingFailed
 from loadmaster.models.compiled import CompileCache, graphs_compiled
 from loadmaster.models.forward import causal_lm
-from loadmaster.models.recompute import checkpoint_the_rest
 from loadmaster.models.rotary import refuse_dynamic
 from loadmaster.preflight.plan import Plan
-from loadmaster.preflight.prediction import Measured, held_against, sentence
-from loadmaster.training.batches import longest_stretch, losses, trained_tokens, worst_rows
+from loadmaster.training.batches import longest_stretch, losses, trained_tokens
 from loadmaster.training.checkpoint import Checkpoints
 from loadmaster.training.checkpoint_folders import newest_whole
 from loadmaster.training.display import Display
@@ -38,10 +34,9 @@ from loadmaster.training.metrics import (
     peak_memory,
     read_metrics,
     recent_loss,
-    reset_peak,
     saving_sentence,
 )
-from loadmaster.training.rehearsal import Rehearsed, rehearse
+from loadmaster.training.rehearsal import Rehearsed, rehearse_run, told
 from loadmaster.training.rng import seed_everything
 from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
 from loadmaster.training.session import (
@@ -110,10 +105,6 @@ def train(
     refuse_unbuilt(plan)
     refuse_other_world(plan, world)
     refuse_missing_tracker(job)
-
-    def stopping() -> bool:
-        return world.any(stop.requested or checkpoints.failed)
-
     with stop.deferred(), ExitStack() as stack:
         watch.at(0, "load")
         cache = CompileCache(run_dir / "compile_cache", world.lead)
@@ -124,210 +115,204 @@ def train(
         session = make_session(job, plan, world, tokenizer.pad_token_id, base_folder)
         if world.rank:  # dropout differs from rank to rank; rank 0 draws what a run of one process draws
             seed_everything(job.seed + world.rank)
-        rows, folder = prepared.train, run_dir / "checkpoints"
-        parts = [part for part in (rows, prepared.validation) if part is not None]
+        parts = [part for part in (prepared.train, prepared.validation) if part is not None]
         longest = max(longest_stretch(part, session.fixed_length) for part in parts)
         refuse_dynamic(causal_lm(session.model).get_decoder(), longest)
-        epochs = job.epochs if job.max_steps is None else math.inf
-        sampler = BatchSampler(len(rows), job.batch.global_size, job.seed, epochs, rows.fingerprint)
-        steps = job.max_steps or sampler.total_steps()
-        checkpoints = Checkpoints(world, session.strategy.placed)
-        _stop_if(stopping(), stop.message, "before the first step")
+        training = Training(session, prepared, run_dir, job_hash, held_out, stop, display, watch)
+        training.stop_if(training.stopping(), "before the first step")
         watch.at(0, "rehearse")
         kernel = stack.enter_context(attention_kernel(session, display.echo))
-        lr = learning_rate(1, steps, job.optimizer, peak_rate(job, plan.method))
+        scratch = training.folder / ".rehearsal"
         with own_code(session):
-            rehearsal = _rehearse(session, prepared, checkpoints, folder / ".rehearsal", lr, display.echo)
+            rehearsal = rehearse_run(
+                session, prepared, training.checkpoints, scratch, training.learning_rate(1), display.echo
+            )
             try_family(session)
-        display.echo(
-            f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
-            f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {predicted_allocated(plan):.2f} GiB"
-        )
+        for line in told(rehearsal, plan):
+            display.echo(line)
         watch.expect(plan.gradient_accumulation_steps * rehearsal.step_s)
-        if said := sentence(held_against(plan, measured(rehearsal))):
-            display.echo(f"note: {said}")
-        compiled = graphs_compiled()
         if compiles:
             cache.share()
-        _stop_if(stopping(), stop.message, "after the rehearsal, before the first step")
+        training.stop_if(training.stopping(), "after the rehearsal, before the first step")
+        training.resume()
+        training.run()
+    return session, training.outcome(rehearsal, kernel)
 
-        found = newest_whole(folder, job_hash, display.echo, world)
-        done, tokens, trained_total = 0, 0, 0
-        if found is not None:
-            watch.at(0, "load")
-            state = checkpoints.load(found.folder, session.trained, session.optimizer)
-            sampler.load_state_dict(state["sampler"])
-            done, tokens, trained_total = state["step"], state["tokens"], state["trained_tokens"]
-            display.echo(f"resuming after step {done} of {steps} from {found.folder}")
-        save_every, evaluate_every = checkpoint_interval(job, steps), evaluation_interval(job, steps)
-        log = MetricsLog(run_dir / "metrics.jsonl", done, world.lead)
-        tracker = open_tracker(job, run_dir, job_hash, world.lead)
-        tokens_at_start, trained_at_start, busy_s, input_s = tokens, trained_total, 0.0, 0.0
-        eval_loss: float | None = None
-        recompilations = 0
 
-        def save(step: int, position: dict[str, Any]) -> None:
-            state = {
-                "step": step,
-                "tokens": tokens,
-                "trained_tokens": trained_total,
-                "sampler": position,
-                "job_hash": job_hash,
-                "eval_loss": eval_loss,
-            }
-            keep = (job.checkpoint.keep_last, job.checkpoint.keep_best)
-            watch.at(step, "save")
-            checkpoints.save(folder / f"step-{step}", session.trained, session.optimizer, state, keep)
-            waited_s = checkpoints.stalls_s[-1]
-            logging.getLogger("loadmaster").info(f"step {step}: saving; the loop waited {waited_s:.3f} s")
+class Training:
+    """The steps of a run, from where its newest whole checkpoint leaves off."""
 
-        display.start(steps, done)
-        position = sampler.state_dict()
-        rate = Throughput()
+    def __init__(
+        self, session: Session, prepared: PreparedData, run_dir: Path, job_hash: str, held_out: HeldOut,
+        stop: StopSignal, display: Display, watch: Watchdog,
+    ):  # fmt: skip
+        self.session, self.prepared, self.run_dir, self.job_hash = session, prepared, run_dir, job_hash
+        self.held_out, self.stop, self.display, self.watch = held_out, stop, display, watch
+        job, rows = session.job, prepared.train
+        epochs = job.epochs if job.max_steps is None else math.inf
+        self.sampler = BatchSampler(len(rows), job.batch.global_size, job.seed, epochs, rows.fingerprint)
+        self.steps = job.max_steps or self.sampler.total_steps()
+        self.save_every = checkpoint_interval(job, self.steps)
+        self.evaluate_every = evaluation_interval(job, self.steps)
+        self.folder = run_dir / "checkpoints"
+        self.checkpoints = Checkpoints(session.world, session.strategy.placed)
+        self.resumed_after = self.tokens = self.trained_tokens = 0
+        self.resumed_tokens = self.resumed_trained_tokens = 0
+        self.busy_s = self.input_s = 0.0
+        self.eval_loss: float | None = None
+        self.recompilations = 0
+
+    def learning_rate(self, step: int) -> float:
+        job = self.session.job
+        return learning_rate(step, self.steps, job.optimizer, peak_rate(job, self.session.plan.method))
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop, or could not write its part of a checkpoint."""
+        return self.session.world.any(self.stop.requested or self.checkpoints.failed)
+
+    def stop_if(self, asked: bool, where: str) -> None:
+        """Raise StoppedOnRequest, on all ranks together, once what was being saved is there."""
+        if asked:
+            self.checkpoints.wait()
+            raise StoppedOnRequest(f"{self.stop.message} ({where})", agreed=True)
+
+    def resume(self) -> None:
+        """From the newest whole checkpoint, if there is one."""
+        found = newest_whole(self.folder, self.job_hash, self.display.echo, self.session.world)
+        if found is None:
+            return
+        self.watch.at(0, "load")
+        state = self.checkpoints.load(found.folder, self.session.trained, self.session.optimizer)
+        self.sampler.load_state_dict(state["sampler"])
+        self.resumed_after = state["step"]
+        self.tokens = self.resumed_tokens = state["tokens"]
+        self.trained_tokens = self.resumed_trained_tokens = state["trained_tokens"]
+        self.display.echo(f"resuming after step {state['step']} of {self.steps} from {found.folder}")
+
+    def run(self) -> None:
+        """All steps that are left, evaluated and saved when it is time."""
+        world, first = self.session.world, self.resumed_after + 1
+        log = MetricsLog(self.run_dir / "metrics.jsonl", self.resumed_after, world.lead)
+        tracker = open_tracker(self.session.job, self.run_dir, self.job_hash, world.lead)
+        compiled = graphs_compiled()
+        self.display.start(self.steps, self.resumed_after)
+        position, throughput = self.sampler.state_dict(), Throughput()
         try:
-            for step, indices in zip(range(done + 1, steps + 1), sampler, strict=False):
-                before, position = position, sampler.state_dict()
-                watch.at(step, "step")
-                began = time.perf_counter()
-                picked = [rows[i] for i in indices]
-                total_trained = sum(trained_tokens(r) for r in picked)
-                batches, count = session.split(picked), max(1, sum(losses(r, job.objective) for r in picked))
-                input_s += time.perf_counter() - began
-                lr = learning_rate(step, steps, job.optimizer, peak_rate(job, plan.method))
-                loss, norm = session.gradients(batches, count, lr)
-                row = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
-                if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-                    session.optimizer.step(lr)
-                    session.skipped.clear()
-                else:
-                    _skip(session, row, picked, lambda at=(step - 1, before): (save(*at), checkpoints.wait()))
-                    row["loss"] = row["grad_norm"] = None
-                tokens += sum(map(len, picked))
-                trained_total += total_trained
-                busy_s += time.perf_counter() - began
-                watch.worked(session.worked_s)
-                row |= session.preference | {
-                    "tokens": tokens,
-                    "trained_tokens": trained_total,
-                    "tokens_per_second": round(rate.update(sum(map(len, picked))), 2),
-                }
-                if world.size > 1:
-                    row["step_s_by_rank"] = [round(s, 4) for s in world.gather(session.worked_s)]
-                eval_loss = None
-                due = evaluate_every and (step % evaluate_every == 0 or step == steps)
-                if due and prepared.validation is not None:
-                    watch.at(step, "evaluate")
-                    figures = held_out(session, stopping)
-                    session.strategy.settle(session.loss)
-                    if figures is not None:
-                        eval_loss = row["eval_loss"] = figures["loss"] if math.isfinite(figures["loss"]) else None
-                asked = stopping()
-                if asked or step % save_every == 0 or step == steps:
-                    save(step, position)
-                    row["save_stall_s"] = round(checkpoints.stalls_s[-1], 4)
-                log.append({**row, "steps": steps})  # so that who follows a run from elsewhere knows its end
-                logging.getLogger("loadmaster").info(f"step {step} of {steps}: {row}")
-                figures = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-                tracker.log(figures, step)
-                if row["loss"] is not None:
-                    display.step(row, peak_memory(session.device)["peak_allocated_gib"])
-                if plan.compile and graphs_compiled() > compiled + recompilations:
-                    recompilations = graphs_compiled() - compiled
-                    display.echo(f"step {step} compiled anew ({recompilations} graphs since the rehearsal)")
-                if world.lead and (straggler := watch.straggler()) is not None:
-                    display.echo(straggler)
-                _stop_if(asked, stop.message, f"checkpoint saved after step {step} of {steps}", checkpoints)
-                rate.pause()
-            watch.at(steps, "save")
-            checkpoints.wait()
+            for step, indices in zip(range(first, self.steps + 1), self.sampler, strict=False):
+                before, position = position, self.sampler.state_dict()
+                row = self._step(step, indices, before, throughput) | self._evaluate(step)
+                asked = self.stopping()
+                if asked or step % self.save_every == 0 or step == self.steps:
+                    row["save_stall_s"] = self._save(step, position)
+                log.append({**row, "steps": self.steps})  # so that who follows a run from elsewhere knows its end
+                logging.getLogger("loadmaster").info(f"step {step} of {self.steps}: {row}")
+                tracker.log({k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}, step)
+                self._show(row, graphs_compiled() - compiled)
+                self.stop_if(asked, f"checkpoint saved after step {step} of {self.steps}")
+                throughput.pause()
+            self.watch.at(self.steps, "save")
+            self.checkpoints.wait()
         finally:
-            display.stop()
+            self.display.stop()
             log.close()
             tracker.close()
-    saves = checkpoints.figures()
-    if saves is not None:
-        display.echo(saving_sentence(saves))
-    nothing = {"loss": None, "tokens_per_second": 0.0}  # metrics.jsonl was lost after the last step
-    logged = read_metrics(run_dir / "metrics.jsonl") or [nothing]
-    return session, Outcome(
-        steps=steps,
-        train_loss=recent_loss(logged),
-        eval_loss=logged[-1].get("eval_loss"),
-        tokens_per_second=(tokens - tokens_at_start) / busy_s if busy_s else logged[-1]["tokens_per_second"],
-        trained_tokens_per_second=(trained_total - trained_at_start) / busy_s if busy_s else 0.0,
-        rehearsal=rehearsal,
-        peaks=most(world.gather(peak_memory(session.device))),
-        saves=saves,
-        recompilations=recompilations,
-        input_share=input_s / busy_s if busy_s else 0.0,
-        attention_kernel=kernel,
-        resumed_after=done,
-    )
+        if (saves := self.checkpoints.figures()) is not None:
+            self.display.echo(saving_sentence(saves))
 
+    def _step(
+        self, step: int, indices: Sequence[int], before: dict[str, Any], throughput: Throughput
+    ) -> dict[str, Any]:
+        """Take a step, or leave it out where its loss or gradients are not finite; returns its row of metrics.jsonl.
 
-def measured(rehearsal: Rehearsed) -> Measured:
-    return Measured(
-        rehearsal.peak_allocated_gib, rehearsal.peak_reserved_gib, rehearsal.peak_device_gib,
-        rehearsal.loaded_gib, rehearsal.resting_gib,
-    )  # fmt: skip
+        before: the sampler's position until this step, for a checkpoint where too many were left out.
+        """
+        session, world = self.session, self.session.world
+        self.watch.at(step, "step")
+        began = time.perf_counter()
+        picked = [self.prepared.train[i] for i in indices]
+        batches, count = session.split(picked), max(1, sum(losses(r, session.job.objective) for r in picked))
+        self.input_s += time.perf_counter() - began
+        lr = self.learning_rate(step)
+        loss, norm = session.gradients(batches, count, lr)
+        row = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+            session.optimizer.step(lr)
+            session.skipped.clear()
+        else:
+            _skip(session, row, picked, lambda: (self._save(step - 1, before), self.checkpoints.wait()))
+            row["loss"] = row["grad_norm"] = None
+        tokens = sum(map(len, picked))
+        self.tokens += tokens
+        self.trained_tokens += sum(map(trained_tokens, picked))
+        self.busy_s += time.perf_counter() - began
+        self.watch.worked(session.worked_s)
+        row |= session.preference | {
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "tokens_per_second": round(throughput.update(tokens), 2),
+        }
+        if world.size > 1:
+            row["step_s_by_rank"] = [round(s, 4) for s in world.gather(session.worked_s)]
+        return row
 
+    def _evaluate(self, step: int) -> dict[str, float | None]:
+        self.eval_loss = None
+        due = self.evaluate_every and (step % self.evaluate_every == 0 or step == self.steps)
+        if not due or self.prepared.validation is None:
+            return {}
+        self.watch.at(step, "evaluate")
+        figures = self.held_out(self.session, self.stopping)
+        self.session.strategy.settle(self.session.loss)
+        if figures is None:
+            return {}
+        self.eval_loss = figures["loss"] if math.isfinite(figures["loss"]) else None
+        return {"eval_loss": self.eval_loss}
 
-def predicted_allocated(plan: Plan) -> float:
-    """What `peak_allocated_gib` counts: on a CPU the whole process."""
-    on_gpu = plan.peak_gib is not None and plan.hardware.gpu != "cpu"
-    return plan.peak_gib.allocated if on_gpu else plan.memory_gib.total
+    def _save(self, step: int, position: dict[str, Any]) -> float:
+        """Begin to; returns for how many seconds the loop waited."""
+        state = {
+            "step": step,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "sampler": position,
+            "job_hash": self.job_hash,
+            "eval_loss": self.eval_loss,
+        }
+        session = self.session
+        keep = (session.job.checkpoint.keep_last, session.job.checkpoint.keep_best)
+        self.watch.at(step, "save")
+        self.checkpoints.save(self.folder / f"step-{step}", session.trained, session.optimizer, state, keep)
+        waited_s = self.checkpoints.stalls_s[-1]
+        logging.getLogger("loadmaster").info(f"step {step}: saving; the loop waited {waited_s:.3f} s")
+        return round(waited_s, 4)
 
+    def _show(self, row: dict[str, Any], recompilations: int) -> None:
+        if row["loss"] is not None:
+            self.display.step(row, peak_memory(self.session.device)["peak_allocated_gib"])
+        if self.session.plan.compile and recompilations > self.recompilations:
+            self.recompilations = recompilations
+            self.display.echo(f"step {row['step']} compiled anew ({recompilations} graphs since the rehearsal)")
+        if self.session.world.lead and (straggler := self.watch.straggler()) is not None:
+            self.display.echo(straggler)
 
-def _stop_if(asked: bool, message: str, where: str, checkpoints: Checkpoints | None = None) -> None:
-    """Raise StoppedOnRequest, on all ranks together, once what was being saved is there."""
-    if not asked:
-        return
-    if checkpoints is not None:
-        checkpoints.wait()
-    raise StoppedOnRequest(f"{message} ({where})", agreed=True)
-
-
-def _rehearse(
-    session: Session, prepared: PreparedData, checkpoints: Checkpoints, scratch: Path, lr: float,
-    echo: Callable[[str], None],
-) -> Rehearsed:  # fmt: skip
-    """The rehearsal, at the learning rate of step 1: what the warm-up would have saved is not refused.
-
-    Where memory runs out with layers that keep their activations for speed alone, once more with all checkpointed.
-    """
-    rows, plan = prepared.train, session.plan
-    picked = worst_rows(rows, plan.micro_batch_size * session.world.size)
-    worst = session.split(picked)[:1] * min(2, plan.gradient_accumulation_steps)
-
-    def step(batches: list[MicroBatch]) -> torch.Tensor:
-        count = max(1, sum(losses(row, session.job.objective) for row in picked))
-        _, norm = session.gradients(batches, count, lr)
-        session.optimizer.step(lr)
-        return norm
-
-    def evaluate() -> None:
-        if prepared.validation is None:
-            return
-        session.model.eval()
-        with torch.no_grad():
-            session.loss(session.split(worst_rows(prepared.validation, plan.micro_batch_size))[0])
-        session.strategy.settle(session.loss)
-
-    in_fp8 = plan.precision == "fp8"
-    arguments = (step, evaluate, worst, session.trained, session.optimizer, checkpoints, scratch, in_fp8)
-    try:
-        return replace(rehearse(*arguments), kept_layers=plan.kept_layers)
-    except TrainingFailed as error:
-        chosen = plan.kept_layers and session.job.checkpointed_layers == "auto"  # what was written is not replaced
-        if not chosen or session.world.size > 1 or not isinstance(error.__cause__, torch.OutOfMemoryError):
-            raise
-    echo(
-        f"note: out of GPU memory in the rehearsal with the activations of {plan.kept_layers} layers kept; "
-        f"all {plan.model.layers} are checkpointed instead, which is slower"
-    )
-    checkpoint_the_rest(session.model)
-    reset_peak(session.device)
-    return rehearse(*arguments)
+    def outcome(self, rehearsal: Rehearsed, attention: str) -> Outcome:
+        nothing = {"loss": None, "tokens_per_second": 0.0}  # metrics.jsonl was lost after the last step
+        logged = read_metrics(self.run_dir / "metrics.jsonl") or [nothing]
+        tokens, trained = self.tokens - self.resumed_tokens, self.trained_tokens - self.resumed_trained_tokens
+        return Outcome(
+            steps=self.steps,
+            train_loss=recent_loss(logged),
+            eval_loss=logged[-1].get("eval_loss"),
+            tokens_per_second=tokens / self.busy_s if self.busy_s else logged[-1]["tokens_per_second"],
+            trained_tokens_per_second=trained / self.busy_s if self.busy_s else 0.0,
+            rehearsal=rehearsal,
+            peaks=most(self.session.world.gather(peak_memory(self.session.device))),
+            saves=self.checkpoints.figures(),
+            recompilations=self.recompilations,
+            input_share=self.input_s / self.busy_s if self.busy_s else 0.0,
+            attention_kernel=attention,
+            resumed_after=self.resumed_after,
+        )
 
 
 def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[], Any]) -> None:

@@ -12,19 +12,24 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from loadmaster.data import MicroBatch
+from loadmaster.data import MicroBatch, PreparedData
 from loadmaster.errors import TrainingFailed
+from loadmaster.models.recompute import checkpoint_the_rest
+from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.prediction import Measured, held_against, sentence
+from loadmaster.training.batches import losses, worst_rows
 from loadmaster.training.checkpoint import Checkpoints
-from loadmaster.training.metrics import allocated_gib, most, peak_memory
+from loadmaster.training.metrics import allocated_gib, most, peak_memory, reset_peak
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed
 from loadmaster.training.rng import restore_rng, rng_state
+from loadmaster.training.session import Session
 
 FP8_WORDS = ("scaled_mm", "float8", "fp8", "cublas", "cutlass")
 """In what PyTorch says where it has no such kernel."""
@@ -46,6 +51,49 @@ class Rehearsed:
     """Allocated between two steps."""
     kept_layers: int = 0
     """Decoder layers that keep their activations beside others that are checkpointed."""
+
+
+def rehearse_run(
+    session: Session, prepared: PreparedData, checkpoints: Checkpoints, scratch: Path, lr: float,
+    echo: Callable[[str], None],
+) -> Rehearsed:  # fmt: skip
+    """The rehearsal, at the learning rate of step 1: what the warm-up would have saved is not refused.
+
+    Where memory runs out with layers that keep their activations for speed alone, once more with all checkpointed.
+    """
+    rows, plan = prepared.train, session.plan
+    picked = worst_rows(rows, plan.micro_batch_size * session.world.size)
+    worst = session.split(picked)[:1] * min(2, plan.gradient_accumulation_steps)
+
+    def step(batches: list[MicroBatch]) -> torch.Tensor:
+        count = max(1, sum(losses(row, session.job.objective) for row in picked))
+        _, norm = session.gradients(batches, count, lr)
+        session.optimizer.step(lr)
+        return norm
+
+    def evaluate() -> None:
+        if prepared.validation is None:
+            return
+        session.model.eval()
+        with torch.no_grad():
+            session.loss(session.split(worst_rows(prepared.validation, plan.micro_batch_size))[0])
+        session.strategy.settle(session.loss)
+
+    in_fp8 = plan.precision == "fp8"
+    arguments = (step, evaluate, worst, session.trained, session.optimizer, checkpoints, scratch, in_fp8)
+    try:
+        return replace(rehearse(*arguments), kept_layers=plan.kept_layers)
+    except TrainingFailed as error:
+        chosen = plan.kept_layers and session.job.checkpointed_layers == "auto"  # what was written is not replaced
+        if not chosen or session.world.size > 1 or not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
+    echo(
+        f"note: out of GPU memory in the rehearsal with the activations of {plan.kept_layers} layers kept; "
+        f"all {plan.model.layers} are checkpointed instead, which is slower"
+    )
+    checkpoint_the_rest(session.model)
+    reset_peak(session.device)
+    return rehearse(*arguments)
 
 
 def rehearse(
@@ -128,6 +176,25 @@ def rehearse(
     put_back()
     seconds = time.perf_counter() - start
     return Rehearsed(**peaks, seconds=seconds, step_s=step_s, loaded_gib=loaded, resting_gib=resting)
+
+
+def told(rehearsal: Rehearsed, plan: Plan) -> list[str]:
+    """What is said of it: its time and peak, and where the plan was far off."""
+    on_gpu = plan.peak_gib is not None and plan.hardware.gpu != "cpu"
+    predicted = plan.peak_gib.allocated if on_gpu else plan.memory_gib.total  # on a CPU the whole process is counted
+    lines = [
+        f"rehearsal passed in {rehearsal.seconds:.1f} s: worst step, evaluation, save and reload; "
+        f"peak {rehearsal.peak_allocated_gib:.2f} GiB, predicted {predicted:.2f} GiB"
+    ]
+    said = sentence(held_against(plan, measured(rehearsal)))
+    return [*lines, f"note: {said}"] if said else lines
+
+
+def measured(rehearsal: Rehearsed) -> Measured:
+    return Measured(
+        rehearsal.peak_allocated_gib, rehearsal.peak_reserved_gib, rehearsal.peak_device_gib,
+        rehearsal.loaded_gib, rehearsal.resting_gib,
+    )  # fmt: skip
 
 
 def is_finite(part: torch.Tensor) -> bool:

@@ -95,7 +95,7 @@ def test_the_end_of_a_run_says_which_layers_were_stepped(tiny, tmp_path, monkeyp
     from loadmaster.training import loop
     from loadmaster.training.rehearsal import Rehearsed
 
-    monkeypatch.setattr(loop, "_rehearse", lambda *_: Rehearsed(0.0, 0.0, 0.0, seconds=0.0))
+    monkeypatch.setattr(loop, "rehearse_run", lambda *_: Rehearsed(0.0, 0.0, 0.0, seconds=0.0))
     made = loop.make_session
 
     def spoilt(*arguments):

@@ -186,7 +186,7 @@ def test_the_rehearsal_leaves_no_trace(tiny, tmp_path, monkeypatch):
 
     run(tiny, tmp_path / "with")
     rehearsed = Rehearsed(0.0, 0.0, 0.0, seconds=0.0)
-    monkeypatch.setattr(loop, "_rehearse", lambda *_: rehearsed)
+    monkeypatch.setattr(loop, "rehearse_run", lambda *_: rehearsed)
     run(tiny, tmp_path / "without")
     both = [
         [(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / d / "metrics.jsonl")] for d in ("with", "without")
@@ -250,7 +250,7 @@ def test_after_a_run_that_gave_up_the_same_data_goes_on_to_the_last_step(tiny, t
 
     with monkeypatch.context() as patched:
         patched.setattr(loop.Session, "backward", poisoned)
-        patched.setattr(loop, "_rehearse", lambda *_: Rehearsed(0.0, 0.0, 0.0, seconds=0.0))
+        patched.setattr(loop, "rehearse_run", lambda *_: Rehearsed(0.0, 0.0, 0.0, seconds=0.0))
         with pytest.raises(TrainingFailed, match="not finite"):
             run(tiny, tmp_path / "cut", replace(job, optimizer=replace(job.optimizer, max_skipped_steps=0)))
     run(tiny, tmp_path / "cut", replace(job, optimizer=replace(job.optimizer, max_skipped_steps=0)))
