@@ -28,7 +28,8 @@ def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
 
 
 def longest_row(job: Job, shape: ModelShape, like: Candidate, offload: bool = False) -> int:
-    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed.
+    """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed, with weights cut where
+    the plan may cut them and layers dropped after their forward pass.
 
     offload: with layers' inputs in host memory; so they are where `like` has them there. What is needed grows almost in
     a line with the row, so the next length to try is where a line through the two tried ones has nothing missing; the
@@ -40,7 +41,9 @@ def longest_row(job: Job, shape: ModelShape, like: Candidate, offload: bool = Fa
     kept = kept_layers(job, shape, checkpointing)
     steps = 1 if like.setup.in_backward else like.setup.micro_batch_size * like.setup.gradient_accumulation_steps
     alone = {"micro_batch_size": 1, "gradient_accumulation_steps": steps}
-    setup = replace(like.setup, **alone, checkpointing=checkpointing, kept_layers=kept)
+    whole = job.sharding != "auto" or like.setup.sharding != "ddp" or (like.setup.dora and like.setup.adapters)
+    spread = {"sharding": like.setup.sharding if whole else "fsdp", "reshard_after_forward": True}
+    setup = replace(like.setup, **alone, **spread, checkpointing=checkpointing, kept_layers=kept)
 
     def missing(length: int) -> float:
         compiled = fixed(job, like.hardware, checkpointing, length)["compiled"]

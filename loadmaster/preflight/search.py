@@ -101,8 +101,8 @@ def enumerate_tier(
     Where all layers recomputed do not fit, and would not without their inputs, nothing else of that sharding is tried.
     Whole layers, and a whole copy on each GPU, come nearest to fitting only where sharded ones do, so they are left out
     where weights alone do not fit.
-    explain=False leaves out whatever is ruled out without a replay, micro-batches too large to gain anything, and what
-    recomputes or shards where there is room enough without.
+    explain=False leaves out whatever is ruled out without a replay, micro-batches too large to gain anything, and,
+    unless memory is all that counts, what recomputes or shards where there is room enough without.
     """
     checkpointings: tuple[str, ...] = (job.activation_checkpointing,)
     if job.activation_checkpointing == "auto":
@@ -144,7 +144,7 @@ def enumerate_tier(
             short[twin] = made
         return made
 
-    roomy_in = set()
+    roomy_in, quick = set(), not explain and job.plan.objective != "memory"
     for precision, split in product(precisions(job, hardware, tier), shared):
         if precision in roomy_in:
             continue
@@ -175,7 +175,7 @@ def enumerate_tier(
                 roomy = roomy or (checkpointing == "none" and size * job.sequence_length >= ENOUGH_TOKENS)
             if at_once and made is not None and gradients_are_too_much(made):
                 yield from filter(None, [candidate(precision, split, checkpointing, at_once[0])])
-            if roomy and not explain and (not sharded or (made is not None and made.fits)):
+            if roomy and quick and (not sharded or (made is not None and made.fits)):
                 roomy_in |= set() if shares else {precision}
                 break
 

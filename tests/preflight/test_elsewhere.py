@@ -59,6 +59,17 @@ def test_the_objective_ranks_and_equals_go_by_what_they_cost() -> None:
     assert by_memory[0]["needs_gib"] <= 1.03 * min(row["needs_gib"] for row in by_memory)
 
 
+def test_where_memory_is_all_that_counts_each_row_is_the_smallest_plan_there() -> None:
+    """A machine with room for all activations was shown with them, and ranked by that."""
+    rows = plan(plan=PlanConfig(objective="memory")).elsewhere
+    assert {row["activation_checkpointing"] for row in rows} == {"full", "offload"}
+    for row in rows[::5]:
+        machine = HardwareConfig(gpu=row["gpu"], count=row["count"], nodes=row["nodes"])
+        asked = job(hardware=machine, precision=row["precision"], plan=PlanConfig(objective="memory"))
+        there = make_plan(asked, TOKENS).phases_gib
+        assert row["needs_gib"] == pytest.approx(max(there.load, there.train, there.save), abs=0.01)
+
+
 def test_a_cluster_is_priced_where_one_node_does_not_hold_the_job_and_only_the_smallest() -> None:
     made = make_plan(
         Job(model=ModelConfig(name="meta-llama/Llama-3.1-405B"), method="lora", precision="fp8",

@@ -103,6 +103,25 @@ def test_the_longest_rows_that_are_said_to_fit_do_and_longer_ones_do_not(method,
         assert not make_plan(replace(written, sequence_length=tokens + 256)).fits
 
 
+@pytest.mark.parametrize(
+    ("model", "fields", "chosen"),
+    [
+        (LLAMA + "8B", {"method": "lora", "gpu": "h100_80gb", "count": 8}, ("ddp", True)),
+        ("google/gemma-2-2b", {"method": "full", "gpu": "rtx4090", "count": 2, "sequence_length": 64}, ("fsdp", False)),
+    ],
+)
+def test_the_longest_row_is_of_weights_that_are_cut_though_short_ones_leave_them_whole(model, fields, chosen) -> None:
+    asked = job(model, precision="bf16", **fields)
+    found = make_plan(asked)
+    assert (found.sharding, found.reshard_after_forward) == chosen
+    said = next(reason for reason in found.reasons if "longest row" in reason)
+    longest = int(re.findall(r"([\d,]+) tokens", said)[0].replace(",", ""))
+    same = replace(asked, optimizer=OptimizerConfig(name=found.optimizer, master_weights=found.master_weights))
+    same = replace(same, offload="none", activation_checkpointing="full", micro_batch_size=1)
+    assert make_plan(replace(same, sequence_length=longest)).fits
+    assert not make_plan(replace(same, sequence_length=longest + 256), with_alternatives=False).fits
+
+
 def test_rows_far_too_long_are_not_replayed_to_find_the_longest_that_fits(monkeypatch) -> None:
     tried, evaluate = [], largest.evaluate
     monkeypatch.setattr(largest, "evaluate", lambda *args: tried.append(args[3].sequence_length) or evaluate(*args))
