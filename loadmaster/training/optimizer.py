@@ -46,7 +46,8 @@ class _Bucket:
     half of it begins at zero, and hundreds of small matrices are copied by one kernel."""
     optimizer: torch.optim.Optimizer | None
     """None where this rank has no element of any of them."""
-    steps: int = 0
+    steps: list[int]
+    """How often each was stepped: not where it had no gradient."""
 
 
 class TrainingOptimizer:
@@ -119,7 +120,7 @@ class TrainingOptimizer:
             for (decay, ratio), held in groups.items()
         ]  # fmt: skip
         own = [None if ".lora_" in name else numbers[name] for name in names]
-        return _Bucket(names, parameters, targets, own, make(made) if made else None)
+        return _Bucket(names, parameters, targets, own, make(made) if made else None, [0] * len(names))
 
     def _target(self, parameter: nn.Parameter) -> Tensor:
         if not self.copies:
@@ -169,23 +170,26 @@ class TrainingOptimizer:
                 given = parameter.grad is not None
                 target.grad = local(parameter.grad).to(target.device, target.dtype) if given else None
                 parameter.grad = None
+        stepped = [index for index, target in enumerate(bucket.targets) if target.grad is not None]
         if self.rounds:
             self.rounding.step(bucket.optimizer)
         else:
             _update(bucket.optimizer)
         bucket.optimizer.zero_grad(set_to_none=True)
         if self.copies:
-            self._write(bucket)
-        bucket.steps += 1
+            self._write(bucket, stepped)
+        for index in stepped:
+            bucket.steps[index] += 1
 
-    def _write(self, bucket: _Bucket) -> None:
+    def _write(self, bucket: _Bucket, stepped: list[int]) -> None:
         """From the copies into the parameters."""
         nearest = []
-        for parameter, target, number in zip(bucket.parameters, bucket.targets, bucket.numbers, strict=True):
+        for index in stepped:
+            parameter, target, number = local(bucket.parameters[index]), bucket.targets[index], bucket.numbers[index]
             if self.masters and number is not None:
-                self.rounding.write(local(parameter), target, number, bucket.steps)
+                self.rounding.write(parameter, target, number, bucket.steps[index])
             else:
-                nearest.append((local(parameter), target))
+                nearest.append((parameter, target))
         if nearest:
             torch._foreach_copy_(*map(list, zip(*nearest, strict=True)))
 
@@ -200,7 +204,7 @@ class TrainingOptimizer:
                 _forget(bucket.optimizer)
             elif bucket.optimizer is not None:
                 bucket.optimizer.state.clear()
-            bucket.steps = 0
+            bucket.steps = [0] * len(bucket.names)
             if self.copies:
                 torch._foreach_copy_(bucket.targets, [local(p) for p in bucket.parameters])
 
@@ -223,17 +227,18 @@ class TrainingOptimizer:
     def load_state(self, values: Iterable[tuple[str, Tensor | float]]) -> None:
         """Take over what `state` gave, one value after another. Raises KeyError when it is of other parameters."""
         self.reset()
-        where = {n: (b, t) for b in self.buckets for n, t in zip(b.names, b.targets, strict=True)}
+        where = {name: (bucket, index) for bucket in self.buckets for index, name in enumerate(bucket.names)}
         for path, value in values:
             name, key = path.rsplit("/", 1)
-            bucket, target = where[name]
+            bucket, index = where[name]
+            target = bucket.targets[index]
             if not target.numel():
                 continue  # a step count of a parameter that others hold
             if key == "master":
                 target.copy_(value)
                 continue
             if key == "step":
-                bucket.steps = int(value)
+                bucket.steps[index] = int(value)
             state = bucket.optimizer.state[target]
             held = state.get(key)
             if not isinstance(value, Tensor):

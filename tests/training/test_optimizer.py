@@ -47,6 +47,35 @@ def test_state_taken_and_loaded_continues_bit_for_bit(name, masters, dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("masters", [False, True])
+def test_a_weight_that_had_no_gradient_in_some_steps_continues_bit_for_bit(name, masters):
+    """Of an expert that nothing was sent to. In such a step it stays what it is."""
+
+    def skip(optimizer: TrainingOptimizer, seed: int, absent: int) -> None:
+        here = [p for index, p in enumerate(optimizer.parameters) if index != absent]
+        for p in here:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.dtype)
+        before = optimizer.parameters[absent].detach().clone()
+        optimizer.step(1e-3)
+        assert torch.equal(before, optimizer.parameters[absent])
+
+    named, copies = ([(f"experts.{n}", nn.Parameter(parameters()[0][1].detach())) for n in range(2)] for _ in range(2))
+    first = TrainingOptimizer(named, OptimizerConfig(), name, masters)
+    for seed, absent in enumerate((0, 1, 1)):
+        skip(first, seed, absent)
+    tensors, scalars = first.state()
+    tensors = {k: v.clone() for k, v in tensors.items()}
+    for (_, copy), (_, original) in zip(copies, named, strict=True):
+        copy.data.copy_(original.data)
+    second = TrainingOptimizer(copies, OptimizerConfig(), name, masters)
+    second.load_state([*tensors.items(), *scalars.items()])
+    for optimizer in (first, second):
+        skip(optimizer, 9, 0)
+        step(optimizer, 10)
+    assert all(map(torch.equal, first.parameters, second.parameters))
+
+
 def test_master_weights_keep_updates_that_bf16_would_lose():
     named = [("w", nn.Parameter(torch.ones(256, 4, dtype=torch.bfloat16)))]
     optimizer = TrainingOptimizer(named, OptimizerConfig(), "adamw", master_weights=True)
