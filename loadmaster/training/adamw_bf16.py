@@ -57,12 +57,15 @@ def _update(
     weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: Tensor, lr: Tensor,
     one: Tensor, other: Tensor, beta1: float, beta2: float, decay: float, eps: float,
 ) -> None:  # fmt: skip
-    """Decoupled weight decay (Loshchilov & Hutter 2019), in fp32 from what is held to what is rounded."""
+    """Decoupled weight decay (Loshchilov & Hutter 2019), in fp32 from what is held to what is rounded.
+
+    The second moment's seed is its weight's the other way round, also where that is rounded from a master, elsewhere.
+    """
     wide, gradient = weight.float() * (1 - lr * decay), gradient.float()
     mean32 = mean.float().lerp(gradient, 1 - beta1)
     square32 = square.float().lerp(gradient.square(), 1 - beta2)
     denominator = (square32 / (1 - beta2**step)).sqrt() + eps
     wide = wide - lr * (mean32 / (1 - beta1**step)) / denominator
     mean.copy_(mean32)
-    square.copy_(rounded(square32, (one, other)) if square.dtype == torch.bfloat16 else square32)
-    weight.copy_(rounded(wide, (other, one)) if weight.dtype == torch.bfloat16 else wide)
+    square.copy_(rounded(square32, (other, one)) if square.dtype == torch.bfloat16 else square32)
+    weight.copy_(rounded(wide, (one, other)) if weight.dtype == torch.bfloat16 else wide)

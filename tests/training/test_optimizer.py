@@ -251,6 +251,18 @@ def test_each_parameter_and_each_step_is_rounded_in_its_own_way(name, bucket, mo
 
 
 @pytest.mark.parametrize("masters", [True, False])
+def test_second_moments_are_rounded_by_other_draws_than_their_weights(masters):
+    """All elements are alike, so that what is drawn alone says which goes up."""
+    named = [("w", nn.Parameter(torch.ones(256, 256, dtype=torch.bfloat16)))]
+    optimizer = TrainingOptimizer(named, OptimizerConfig(), "adamw_bf16", masters)
+    named[0][1].grad = torch.full_like(named[0][1], 1.03)
+    optimizer.step(1e-3)
+    rounded = torch.stack([named[0][1].detach().view(-1), optimizer.state()[0]["w/exp_avg_sq"].view(-1)]).double()
+    assert all(len(values.unique()) == 2 for values in rounded)
+    assert abs(torch.corrcoef(rounded)[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("masters", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_weights_go_where_float32_ones_go(name, masters):
     """In the mean, where each update is a fortieth of their spacing. Masters move, but to the nearest the model would
