@@ -79,10 +79,15 @@ def _needs_gradient(_: nn.Module, __: tuple, embedded: torch.Tensor) -> None:
         embedded.requires_grad_(True)
 
 
-def missing_for_a_gpu() -> str | None:
-    """What this machine lacks to compile for a GPU: Triton builds its link to the driver in C, against Python."""
+def missing_for_a_gpu(on_host: bool = False) -> str | None:
+    """What this machine lacks to compile for a GPU: Triton builds its link to the driver in C, against Python.
+
+    on_host: what runs there is compiled too, in C++.
+    """
     if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
         return "a C compiler (gcc)"
+    if on_host and not shutil.which(os.environ.get("CXX", "g++")):
+        return "a C++ compiler (g++)"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # where Debian's python3-dev puts it
     header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
     if header.is_file() or {"CPATH", "C_INCLUDE_PATH"} & os.environ.keys():

@@ -150,7 +150,7 @@ def test_a_stage_prepares_in_that_phase(tmp_path, monkeypatch):
     (tmp_path / "plan.json").touch()
     job = SimpleNamespace(launch=SimpleNamespace(hang_timeout_s="auto"))
     model = SimpleNamespace(vocabulary_size=1)
-    plan, stop = SimpleNamespace(compile=False, optimizer="adamw", model=model), StopSignal()
+    plan, stop = SimpleNamespace(compile=False, optimizer="adamw", offload="none", model=model), StopSignal()
     stop.requested = True
     with pytest.raises(StoppedOnRequest):
         StageRun(job, plan, tmp_path, World(), stop, None, Materials()).run("train")
@@ -178,7 +178,7 @@ def test_without_a_compiler_nothing_is_downloaded_for_a_gpu(tmp_path, monkeypatc
         monkeypatch.setattr(compiled.sysconfig, "get_paths", lambda _: {"include": str(tmp_path)})
     (tmp_path / "plan.json").touch()
     job = SimpleNamespace(launch=SimpleNamespace(hang_timeout_s="auto"))
-    plan = SimpleNamespace(**{"compile": False, "optimizer": "adamw", **plan})
+    plan = SimpleNamespace(**{"compile": False, "optimizer": "adamw", "offload": "none", **plan})
     stage = StageRun(job, plan, tmp_path, World(device=torch.device("cuda", 0)), StopSignal(), None, None)
     if said is None:
         return stage._refuse_missing_compiler()
@@ -188,6 +188,21 @@ def test_without_a_compiler_nothing_is_downloaded_for_a_gpu(tmp_path, monkeypatc
     stage._refuse_missing_compiler()
     monkeypatch.setattr(compiled, "missing_for_a_gpu", None)  # a CPU's compiler is asked for when it is needed
     StageRun(job, plan, tmp_path, World(), StopSignal(), None, None)._refuse_missing_compiler()
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+def test_what_is_compiled_for_the_host_asks_for_a_cpp_compiler(tmp_path, monkeypatch, offload):
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setenv("C_INCLUDE_PATH", "here")
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    plan = SimpleNamespace(compile=True, optimizer="adamw", offload=offload)
+    stage = StageRun(None, plan, tmp_path, World(device=torch.device("cuda", 0)), StopSignal(), None, None)
+    if offload == "none":
+        return stage._refuse_missing_compiler()
+    with pytest.raises(LoadmasterError, match=r"(?s)cannot be compiled: a C\+\+ compiler .* gcc g\+\+ "):
+        stage._refuse_missing_compiler()
+    monkeypatch.setenv("CXX", "c++")
+    stage._refuse_missing_compiler()
 
 
 def test_a_beat_survives_the_way_through_the_store():
