@@ -71,8 +71,9 @@ class Setup:
 
     @property
     def rounds_masters(self) -> bool:
-        """Whether what fp32 masters are is rounded so; adapters take the nearest."""
-        return self.width == 2 and self.master_weights and not self.adapters and not self.stage
+        """Whether what fp32 masters are is rounded so; adapters take the nearest, modules beside them do not."""
+        whole = not self.adapters or bool(self.modules_to_save)
+        return self.width == 2 and self.master_weights and whole and not self.stage
 
     def layers_kept(self, shape: ModelShape) -> int:
         """Decoder layers that keep all that their backward pass reads."""

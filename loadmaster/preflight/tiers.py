@@ -13,7 +13,7 @@ from loadmaster.preflight.zero_settings import ZERO
 
 FULL_STATES = (("adamw", True), ("adamw_bf16", False), ("adamw_8bit", False), ("adafactor", False))
 """Optimizer and fp32 master weights for full fine-tuning, most faithful first: AdamW without masters takes more than
-adamw_bf16 and loses most updates, which that one rounds stochastically (docs/training.md)."""
+adamw_bf16, and rounds its weights as that does (docs/training.md)."""
 HOST_STATES = FULL_STATES[:1] + FULL_STATES[2:]
 """The same in host memory, where adamw_bf16's compiled step is not tried by itself."""
 

@@ -19,9 +19,10 @@ from loadmaster.models.load import DTYPES
 from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.preflight import trained
 from loadmaster.preflight.config_json import find_shape, from_config
+from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import resident, step_bytes, worst_micro_batch
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.speed import APART, ROUNDED
+from loadmaster.preflight.speed import APART, ROUNDED, optimizer_seconds
 from loadmaster.preflight.step import training_step
 from loadmaster.preflight.trained import HOST_STEP, PIECE, on_host_bytes
 from loadmaster.training import optimizer as optimizers
@@ -316,6 +317,14 @@ def test_what_stepping_and_rounding_move_is_counted_where_nothing_is_compiled(na
             optimizer.step(1e-3)
     assert moved.total / weight.numel() == ROUNDED[name] + APART
     assert ROUNDED["paged_adamw_8bit"] == ROUNDED["adamw_8bit"]
+
+
+@pytest.mark.parametrize(("saved", "rounded"), [((), False), (("embed_tokens",), True)])
+def test_what_is_trained_whole_beside_an_adapter_is_rounded_from_its_masters(saved: tuple, rounded: bool) -> None:
+    shape, hardware = find_shape(ModelConfig(LLAMA + "8B")), from_catalog("h100_80gb", 1)
+    setup = Setup(method="lora", precision="bf16", optimizer="adamw", master_weights=True, modules_to_save=saved)
+    plain, compiled = (optimizer_seconds(shape, hardware, replace(setup, compiled=each)) for each in (False, True))
+    assert (plain > compiled) == rounded
 
 
 def test_what_does_not_fit_says_that_it_would_in_the_backward_pass() -> None:
