@@ -15,7 +15,7 @@ class Output(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        _unheard(self.file.fileno())
+        unheard(self.file.fileno())
 
 
 class _Terminal(io.FileIO):
@@ -27,7 +27,7 @@ class _Terminal(io.FileIO):
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
-        _unheard(self.fileno())
+        unheard(self.fileno())
         return memoryview(text).nbytes
 
 
@@ -51,6 +51,6 @@ def _on_terminal(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     return io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=True, write_through=unbuffered)
 
 
-def _unheard(descriptor: int) -> None:
+def unheard(descriptor: int) -> None:
     """What is still written there, by children too, goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

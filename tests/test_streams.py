@@ -40,6 +40,15 @@ def test_a_run_whose_reader_leaves_trains_to_its_end(tiny: Path, tmp_path: Path)
     assert process.stderr.read().count("Broken") == 0
 
 
+@pytest.mark.parametrize("look", [["--info"], ["--help"], ["--cfg", "job"]])
+def test_what_is_only_looked_at_ends_with_its_reader_and_no_traceback(look: list[str], tmp_path: Path):
+    reader, writer = os.pipe()
+    process = start([*command(), *look], tmp_path, stdout=writer)
+    os.close(reader)
+    os.close(writer)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+
+
 def test_an_error_that_nobody_reads_keeps_its_exit_code(tmp_path: Path):
     reader, writer = os.pipe()
     process = start([*LOADMASTER, "plan", "epochs=0"], tmp_path, stdout=writer, stderr=writer)

@@ -28,12 +28,18 @@ ALIASES = {
     "base_model": "model.name",
     "batch_size": "batch.global_size",
     "beta_1": "optimizer.beta1",
+    "bf16": "precision",
     "dataset": "data.path",
+    "deepspeed": "sharding",
     "device_batch_size": "micro_batch_size",
+    "dtype": "precision",
+    "fp16": "precision",
+    "fsdp": "sharding",
     "grad_clip": "optimizer.max_grad_norm",
     "gradient_accumulation_steps": "batch.global_size",
     "gradient_checkpointing": "activation_checkpointing",
     "learning_rate": "optimizer.lr",
+    "load_in_4bit": "method",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "lora_r": "lora.rank",
@@ -59,9 +65,14 @@ ALIASES = {
     "seq_len": "sequence_length",
     "steps": "max_steps",
     "target_modules": "lora.targets",
+    "torch_dtype": "precision",
     "train_batch_size": "batch.global_size",
+    "use_peft": "method",
     "warmup": "optimizer.warmup_ratio",
+    "warmup_steps": "optimizer.warmup_ratio",
 }
+OTHER_QUANTITIES = {"gradient_accumulation_steps", "min_lr", "warmup_steps"}
+"""Those of ALIASES whose numbers mean something else in our field: steps where it takes a share, or rows."""
 
 COUNTED = {"hardware.gpu": "hardware.count", "launch.gpus": "hardware.count"}
 """Where a number was given for a name, it counts what is named."""

@@ -8,6 +8,7 @@ is thereby composed already; Hydra would compose it twice more.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -28,6 +29,7 @@ from loadmaster.config.overrides import Overrides, note_repeated, read_overrides
 from loadmaster.config.show import show_error
 from loadmaster.config.validate import NO_VALUE
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.streams import unheard
 
 Task = Callable[[Composed], int]
 OF_PLAN = ("--compare", "--json", "--nodes")
@@ -70,12 +72,13 @@ def run_app(task: Task, arguments: list[str] | None = None, own_flags: Sequence[
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # Overrides first: --info takes what follows it as its value.
     sys.argv = [typed[0], *for_hydra, *(a for a in arguments if a not in flags.overrides)]
+    looking = flags.help or flags.cfg or flags.info
     try:
-        job()
+        _show(job) if looking else job()
     except SystemExit as ended:  # --help and the like, or a stop on request
         codes.append(_code_of(ended))
     except Exception as error:
-        if begun or flags.help or flags.cfg or flags.info:
+        if begun or looking:
             raise
         codes.append(_refused_by_hydra(error, arguments))
     finally:
@@ -84,6 +87,20 @@ def run_app(task: Task, arguments: list[str] | None = None, own_flags: Sequence[
         show_error(flags.wrong)
         codes.append(flags.wrong.exit_code)
     return max(codes, default=0)
+
+
+def _show(look: Callable[[], None]) -> None:
+    """What starts nothing ends with its reader (| head); logging would print a traceback for each line unread."""
+    logging.raiseExceptions = False
+    try:
+        try:
+            look()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        unheard(sys.stdout.fileno())
+    finally:
+        logging.raiseExceptions = True
 
 
 def check_command(

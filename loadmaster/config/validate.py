@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from loadmaster.config.fields import (
     COUNTED,
     NONE_IS,
+    OTHER_QUANTITIES,
     branches,
     choices,
     describe,
@@ -230,7 +231,10 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
         return f"{guess}={option}" if option else f"{guess}=..., one of " + ", ".join(groups[guess])
     if guess in sections():
         return f"{guess} has " + ", ".join(field.rpartition(".")[2] for field in sections()[guess])
-    return _assignment(origin)(guess, value) if guess in fields() and not isinstance(value, dict) else guess
+    if guess not in fields() or isinstance(value, dict):
+        return guess
+    kept = name.lower() not in OTHER_QUANTITIES and _is_taken(value, fields()[guess].annotation)
+    return _assignment(origin)(guess, value) if kept else _how_to_set(guess)
 
 
 def _assignment(origin: str) -> Callable[[str, Any], str]:

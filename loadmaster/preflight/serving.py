@@ -205,9 +205,10 @@ def _notes(
     shape: ModelShape, hardware: Hardware, form: str, weights: float, tokens: int, context: int, traffic: Traffic
 ) -> list[str]:
     thumb = RULES_OF_THUMB[form] * shape.parameters / 1e9
+    digits = 0 if thumb >= 10 else 1
     kept = "" if form == "bf16" else " (embedding and head stay in bf16, quantized weights have scales)"
     notes = [
-        f"rule of thumb: {thumb:.0f} GB of weights, {1.2 * thumb:.0f} GB in all; the checkpoint has "
+        f"rule of thumb: {thumb:.{digits}f} GB of weights, {1.2 * thumb:.{digits}f} GB in all; the checkpoint has "
         f"{weights / 1e9:.1f} GB{kept}, and the 20% says nothing of how many requests fit"
     ]
     if any(shape.windows):

@@ -73,7 +73,7 @@ def print_servers(plans: list[ServingPlan], console: Console | None = None) -> N
 def what_if(traffic: Traffic, known: int | None = None) -> dict[str, Traffic]:
     """The multipliers on occupancy that people forget; known: the model's positions, of which requests have no more."""
     longer = replace(traffic, output_tokens=traffic.output_tokens * REASONING_FACTOR)
-    found = {f"best of {BEST_OF}": replace(traffic, samples=traffic.samples * BEST_OF)}
+    found = {f"best of {BEST_OF}": replace(traffic, samples=BEST_OF)} if traffic.samples < BEST_OF else {}
     if longer.prompt_tokens + longer.output_tokens <= (known or math.inf):
         found[f"answers {REASONING_FACTOR}x as long"] = longer
     return found

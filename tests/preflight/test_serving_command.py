@@ -27,6 +27,29 @@ def test_a_table_says_what_fits_and_what_best_of_n_does(capsys) -> None:
     assert "fits" in said and "weights" in said and "best of 8" in said and "39.50 GB" in said
 
 
+def test_what_best_of_8_would_do_is_the_same_whatever_was_asked_for(capsys) -> None:
+    def rows(best_of_n: int) -> dict[str, str]:
+        words = [LLAMA, "format=int4", "gpu=h200", "context=2048", f"best_of_n={best_of_n}"]
+        plan_serving_command(words)
+        cells = [re.split(r"[│|]", line)[1:4] for line in capsys.readouterr().out.splitlines() if "│" in line]
+        return {traffic.strip(): held.strip() for traffic, _, held in cells}
+
+    asked = rows(8)
+    assert rows(1)["best of 8"] == rows(4)["best of 8"] == asked["as asked"] and "best of 8" not in asked
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([LLAMA, "format=int4", "gpu=l40s", "context=2048"], "35 GB of weights, 42 GB in all"),
+        (["model=smollm2_135m", "gpu=rtx4090"], "0.3 GB of weights, 0.3 GB in all; the checkpoint has 0.3 GB"),
+    ],
+)
+def test_the_rule_of_thumb_is_no_0_gb_for_a_small_model(words, said, capsys) -> None:
+    assert plan_serving_command(words) == 0
+    assert f"rule of thumb: {said}" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_exits_with_3(capsys) -> None:
     assert plan_serving_command([LLAMA, "gpu=h100_80gb"]) == 3
     assert "does not fit" in capsys.readouterr().out
