@@ -73,7 +73,8 @@ def keeping_more(job: Job, best: Candidate, explain: bool) -> list[Candidate]:
     """The best plan that recomputes all layers, with as many of the last ones kept instead as there is room for: in
     micro-batches of its own size, and in smaller ones, of ENOUGH_TOKENS and of one row, which leave room for more.
 
-    explain=False: not of one row, and a few layers may be left out, for a search over many machines is quick.
+    explain=False: only of ENOUGH_TOKENS (of its own size as well where weights come from host memory for each), and a
+    few layers may be left out, for a search over many machines is quick.
     """
     setup = best.setup
     written = job.activation_checkpointing != "auto" or job.plan.objective == "memory"
@@ -83,7 +84,8 @@ def keeping_more(job: Job, best: Candidate, explain: bool) -> list[Candidate]:
     if job.micro_batch_size == "auto" and not setup.in_backward:
         enough = [size for size in divisors(rows) if size * setup.sequence_length >= ENOUGH_TOKENS]
         least = min([*enough, setup.micro_batch_size])
-        sizes |= {1, least} if explain else {least}
+        few = {least} | (sizes if setup.offload == "all" else set())
+        sizes = sizes | {1, least} if explain else few
     setups = [replace(setup, micro_batch_size=size, gradient_accumulation_steps=rows // size) for size in sorted(sizes)]
     return [found for each in setups if (found := _filled(job, best, each, explain)) is not None]
 
