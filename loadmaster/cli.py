@@ -125,7 +125,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--compare", metavar="KEY=A,B,...", help="plans side by side, e.g. hardware=l40s_x1,h200_x1"
             )
-            command.add_argument("--nodes", metavar="A..B", help="what more nodes would bring, e.g. 1..64 (modelled)")
+            command.add_argument(
+                "--nodes", metavar="A..B",
+                help="what more nodes would bring (modelled): 1..64 are powers of two, 2,3,6 those and no others",
+            )  # fmt: skip
             command.add_argument("--json", action="store_true", help="print plan.json and nothing else; write nothing")
     prices = commands.add_parser(
         "prices", help="list what GPUs cost in plans; --refresh asks the provider (RUNPOD_API_KEY)"

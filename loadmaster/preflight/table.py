@@ -197,7 +197,8 @@ def _speed(plan: Plan) -> str:
     verification = plan.verification or {}
     moving = verification.get("moving_hours", 0.0) if verification.get("in_hours", True) else 0.0
     if plan.hours and moving > LONG_VERIFICATION * plan.hours and plan.hardware.gpu != "cpu":
-        counted += f" ({moving:.1f} h of them moving layers to verify the exports)"
+        counted += f" ({moving:.1f} h of them moving layers to verify exports: fewer with fewer export.formats,"
+        counted += " none with stop_after=train)"
     said += "" if plan.hours is None else f", {plan.hours:.2f} h{counted}"
     if plan.price:
         said += "" if plan.cost_usd is None else f", ${plan.cost_usd:.2f}"

@@ -77,7 +77,7 @@ def test_what_memory_has_no_part_in_is_not_called_a_want_of_memory(capsys, tmp_p
 def test_hours_of_verification_are_named_where_they_are_most_of_a_run(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "recipe=qlora_70b", "hardware=h100_80gb_x1", "plan.objective=cost"]) == 0
-    assert "h of them moving layers to verify the exports)" in capsys.readouterr().out
+    assert "h of them moving layers to verify exports: fewer with fewer export.formats, none" in capsys.readouterr().out
     job = compose(["recipe=qlora_70b", "hardware=h100_80gb_x1", "plan.objective=cost", "stop_after=train"]).job
     print_plan(make_plan(job, 100_000), Console())  # which has none of them in its hours
     assert "h of them moving layers" not in capsys.readouterr().out
