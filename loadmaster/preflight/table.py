@@ -106,7 +106,7 @@ def print_comparison(key: str, plans: dict[str, Plan], console: Console | None =
     table = Table(box=None, pad_edge=False)
     table.add_column(key, no_wrap=True)
     for heading, justify, wrap in (
-        ("hardware", "left", False),
+        ("on", "left", False),
         ("fits", "left", False),
         ("plan", "left", True),
         ("GiB of budget", "right", False),
@@ -153,7 +153,8 @@ def _brief(plan: Plan) -> str:
     parts += [plan.sharding] if plan.sharding not in ("none", "ddp") else []
     parts += _recomputed(plan.activation_checkpointing, plan.checkpointed_layers, plan.model.layers)
     parts += [f"{plan.offload} offloaded"] if plan.offload != "none" else []
-    return f"{', '.join(parts)}, {plan.micro_batch_size} x {plan.gradient_accumulation_steps}"
+    rows, times = plan.micro_batch_size, plan.gradient_accumulation_steps
+    return f"{', '.join(parts)}, {rows} row{'s' if rows > 1 else ''} x {times} a step"
 
 
 def _recomputed(kind: str, layers: int | None, of: int) -> list[str]:
