@@ -361,57 +361,9 @@ def _pods(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    import shutil
-    from importlib.metadata import PackageNotFoundError, version
+    from loadmaster.doctor_command import doctor
 
-    from loadmaster.preflight.hardware import detect_local
-    from loadmaster.training.ranks import is_member, torchrun_variables
-
-    os.environ.update(torchrun_variables(os.environ))
-    if is_member():
-        return _doctor_of_all(overrides)
-    if overrides:
-        _parser().error(f"doctor does not know {' '.join(overrides)}")
-    here = detect_local()
-    memory = "" if here.host_memory_gib is None else f", host memory {here.host_memory_gib:.1f} GiB"
-    print(f"device     {here.count}x {here.gpu}, {here.memory_gib:.1f} GiB each{memory}")
-    print(f"disk       {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
-    for package in (
-        "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "llmcompressor", "datasets",
-    ):  # fmt: skip
-        try:
-            print(f"{package:<10} {version(package)}")
-        except PackageNotFoundError:
-            print(f"{package:<10} not installed")
-    return 0
-
-
-def _doctor_of_all(overrides: list[str]) -> int:
-    """The check that training begins with, by itself: nothing is loaded or trained."""
-    from loadmaster.config.compose import compose
-    from loadmaster.config.jobhash import job_hash
-    from loadmaster.config.overrides import note_repeated
-    from loadmaster.pipeline import dataset_tokens
-    from loadmaster.preflight import make_plan
-    from loadmaster.training.doctor import describe, examine, needs_of
-    from loadmaster.training.watchdog import Watchdog, as_they_begin
-    from loadmaster.training.world import join, leave
-    from loadmaster.world_stages import device_type
-
-    note_repeated(overrides)
-    composed = compose(overrides)
-    job = composed.job
-    with composed.located():
-        plan = make_plan(job, dataset_tokens(job))
-    world = join(device_type(plan))
-    try:
-        with as_they_begin(world.rank), Watchdog(world, None):  # a host may be lost meanwhile
-            reports = examine(world, job_hash(job), "", Path("."), needs_of(plan), print if world.lead else str)
-        if world.lead:
-            print("\n".join(describe(reports)))
-    finally:
-        leave(world)
-    return 0
+    return doctor(overrides)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""`loadmaster doctor`: what this machine has; under launch/torchrun.py, whether all machines of a job are alike."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from loadmaster.config.origins import COMMAND_LINE
+from loadmaster.errors import ConfigError, Problem
+from loadmaster.preflight.hardware import detect_local
+from loadmaster.training.ranks import is_member, torchrun_variables
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "llmcompressor", "datasets")
+
+
+def doctor(overrides: list[str]) -> int:
+    os.environ.update(torchrun_variables(os.environ))
+    if is_member():
+        return _of_all(overrides)
+    if overrides:
+        message = "a job's words are for python launch/torchrun.py -m loadmaster.cli doctor; this looks at one machine"
+        raise ConfigError([Problem(overrides[0], None, COMMAND_LINE, message, "loadmaster doctor")])
+    here = detect_local()
+    memory = "" if here.host_memory_gib is None else f", host memory {here.host_memory_gib:.1f} GiB"
+    print(f"device     {here.count}x {here.gpu}, {here.memory_gib:.1f} GiB each{memory}")
+    print(f"disk       {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
+    for package in PACKAGES:
+        try:
+            print(f"{package:<10} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package:<10} not installed")
+    return 0
+
+
+def _of_all(overrides: list[str]) -> int:
+    """The check that training begins with, by itself: nothing is loaded or trained."""
+    from loadmaster.config.compose import compose
+    from loadmaster.config.jobhash import job_hash
+    from loadmaster.config.overrides import note_repeated
+    from loadmaster.pipeline import dataset_tokens
+    from loadmaster.preflight import make_plan
+    from loadmaster.training.doctor import describe, examine, needs_of
+    from loadmaster.training.watchdog import Watchdog, as_they_begin
+    from loadmaster.training.world import join, leave
+    from loadmaster.world_stages import device_type
+
+    note_repeated(overrides)
+    composed = compose(overrides)
+    job = composed.job
+    with composed.located():
+        plan = make_plan(job, dataset_tokens(job))
+    world = join(device_type(plan))
+    try:
+        with as_they_begin(world.rank), Watchdog(world, None):  # a host may be lost meanwhile
+            reports = examine(world, job_hash(job), "", Path("."), needs_of(plan), print if world.lead else str)
+        if world.lead:
+            print("\n".join(describe(reports)))
+    finally:
+        leave(world)
+    return 0
