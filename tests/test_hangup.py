@@ -23,9 +23,8 @@ def words(tiny: Path, steps: int, *overrides: str) -> list[str]:
     return [f"model.path={tiny}", *JOB, f"max_steps={steps}", *overrides]
 
 
-@pytest.mark.parametrize(
-    "more", [(), pytest.param(("hardware.count=2", "sharding=fsdp", "micro_batch_size=1"), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("hardware.count=2", "sharding=fsdp", "micro_batch_size=1")])
 def test_a_run_whose_terminal_closes_saves_a_checkpoint_and_the_same_command_goes_on(more, tiny, tmp_path):
     run = tmp_path / "run"
     there = OnTerminal(command(*words(tiny, 5000, *more)), tmp_path)

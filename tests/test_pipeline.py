@@ -309,6 +309,7 @@ def test_what_was_lost_is_made_again_not_reported_as_done(tiny, lora_8b):
     assert (folder / "adapter").is_dir() and (folder / "bundle").is_dir()
 
 
+@pytest.mark.slow
 def test_trained_weights_that_were_damaged_are_made_again_from_the_checkpoint(tiny, tmp_path):
     for method, folder, config in (("lora", "adapter", "adapter_config.json"), ("full", "model", "config.json")):
         base, last = tmp_path / method, ("stop_after=train", f"recipe={method}_8b")

@@ -66,7 +66,7 @@ def test_output_to_a_full_disk_is_a_sentence(words: list[str], tmp_path: Path):
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("words", [["plan"], ["data", "--rows=1"]])
+@pytest.mark.parametrize("words", [["plan"], pytest.param(["data", "--rows=1"], marks=pytest.mark.slow)])
 def test_a_log_in_another_encoding_gets_question_marks(words: list[str], tmp_path: Path):
     process = start([*LOADMASTER, *words], tmp_path, PYTHONIOENCODING="ascii")
     out, said = process.communicate(timeout=60)

@@ -103,6 +103,7 @@ def divisible(tmp_path_factory, tokenizer):
     return folder
 
 
+@pytest.mark.slow
 def test_streamed_weights_and_config_are_bit_for_bit_those_of_llm_compressor(divisible, tmp_path):
     stream_as_llm_compressor_does(divisible, tmp_path, QUANTIZERS)
 

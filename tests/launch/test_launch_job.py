@@ -113,6 +113,7 @@ def scripted(fake: FakeRunpod, id: str) -> None:
         fake.say(id, f"::loadmaster {json.dumps(event)}")
 
 
+@pytest.mark.slow
 def test_every_fault_at_every_call_leaves_nothing_running_and_makes_nothing_twice(place, monkeypatch):
     """Each call of a whole launch fails once, in each of five ways; retries carry the launch through."""
     chosen, choose = {}, job_module.choices

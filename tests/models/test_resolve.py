@@ -55,6 +55,7 @@ def test_a_cache_that_cannot_be_made_is_told_before_the_model_is_unpacked(capsys
     assert "unpacked" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_of_runs_that_begin_together_one_unpacks_the_model_and_the_others_wait(tmp_path, monkeypatch):
     made = []
 

@@ -54,7 +54,9 @@ def check(family: str, method: str, precision: str, world_sizes: tuple[int, ...]
 METHODS = [("full", "bf16"), ("lora", "bf16"), ("lora", "fp8"), ("qlora", "bf16")]
 
 
-@pytest.mark.parametrize(("method", "precision"), METHODS)
+@pytest.mark.parametrize(
+    ("method", "precision"), [*METHODS[:2], *(pytest.param(*each, marks=pytest.mark.slow) for each in METHODS[2:])]
+)
 def test_a_ranks_memory_equals_a_trace_of_fully_shard(method: str, precision: str) -> None:
     check("llama", method, precision, (64,), small_vocabulary=True)
 

@@ -233,6 +233,7 @@ def run(tiny, folder, monkeypatch, **plan):
     return test_loop.run(tiny, folder, held_out=held_out)[1]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_plain_one_and_compiles_nothing_after_the_rehearsal(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as importing torch._dynamo leaves it

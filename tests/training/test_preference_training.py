@@ -53,7 +53,9 @@ def answers(tokenizer, tmp_path_factory):
     return prepare(dataclasses.replace(job_of("kto"), data=data), tokenizer, tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize(
+    "objective", ["dpo", pytest.param("orpo", marks=pytest.mark.slow), pytest.param("kto", marks=pytest.mark.slow)]
+)
 def test_the_chosen_answers_come_to_be_preferred(tiny, pairs, tmp_path, objective):
     plan = dataclasses.replace(PLAN, method="lora", sequence_length=256)
 

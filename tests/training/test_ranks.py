@@ -111,6 +111,7 @@ def test_processes_that_see_one_gpu_each_are_told_so_at_once(monkeypatch):
     world.refuse_hidden_gpus(8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core only: a rank needs one of its own")
 def test_ranks_that_end_right_after_a_collective_do_not_abort():
     """A run that was whole used to end as "rank 1 was ended by SIGABRT", once in thousands; here in two of five."""

@@ -67,7 +67,8 @@ def padded(steps: list[list[dict]]) -> dict:
     }
 
 
-@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_loss_curve_is_the_trainers(tiny, tmp_path, method):
     job = dataclasses.replace(JOB, max_steps=STEPS, optimizer=OPTIMIZER, method=method)
     plan = dataclasses.replace(PLAN, method=method)
