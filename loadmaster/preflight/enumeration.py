@@ -57,8 +57,8 @@ class Enumeration:
         self.rows = job.batch.global_size // hardware.world_size
         self.checkpointings = checkpointings(job, hardware)
         self.sizes = self._micro_batch_sizes()
-        every = divisors(self.rows) if job.micro_batch_size == "auto" else [job.micro_batch_size]
-        self.at_once = every[-1] if self.full and len(every) > 1 else None
+        open_ = job.micro_batch_size == "auto" and self.rows > 1
+        self.at_once = self.rows if self.full and open_ else None
         self.shardings = shardings(job, hardware, tier["offload"], not self.full and job.lora.dora)
         if tier["in_backward"]:  # under ddp gradients lie in its buckets
             self.shardings = [split for split in self.shardings if split[0] != "ddp"]
@@ -80,15 +80,16 @@ class Enumeration:
                 ways = ("offload",)
             tier = {**self.tier, "precision": precision}
             for checkpointing in ways:
-                chosen = checkpointing == "selective" != self.job.activation_checkpointing
-                if chosen and not selective_keeps_less(self.job, self.shape, self.hardware, tier):
+                unasked = checkpointing == "selective" != self.job.activation_checkpointing
+                if unasked and not selective_keeps_less(self.job, self.shape, self.hardware, tier):
                     continue
                 tried = self._by_size(precision, split, checkpointing)
                 yield from filter(None, tried)
                 if self.at_once and tried[-1] is not None and gradients_are_too_much(tried[-1]):
                     yield from filter(None, [self._candidate(precision, split, checkpointing, self.at_once)])
                 if self._roomy(split, tried):
-                    roomy_in |= set() if self._shares(split) else {precision}
+                    if not self._shares(split):
+                        roomy_in.add(precision)
                     break
 
     def _leanest(self, precision: str, split: Split, lean: tuple[str, ...]) -> list[Candidate]:
