@@ -118,16 +118,19 @@ class StageRun:
         """Before a model is downloaded for it. Raises LoadmasterError on all ranks."""
         from loadmaster.models.compiled import missing_for_a_gpu
 
-        what = "decoder layers" if self.plan.compile else "the step of optimizer.name=adamw_bf16"
-        compiles = self.plan.compile or self.plan.optimizer == "adamw_bf16"
+        remedies = {
+            "decoder layers": self.plan.compile and "compile=false, which trains slower",
+            "the step of optimizer.name=adamw_bf16": self.plan.optimizer == "adamw_bf16" and "another optimizer",
+        }
+        needed = {what: remedy for what, remedy in remedies.items() if remedy}
         on_host = self.plan.offload != "none"  # where weights are rounded, too (training/rounding.py)
-        seen = self.world.gather(missing_for_a_gpu(on_host) if compiles and self.world.device.type == "cuda" else None)
+        seen = self.world.gather(missing_for_a_gpu(on_host) if needed and self.world.device.type == "cuda" else None)
         if missing := next(filter(None, seen), None):
             where = f" on rank {seen.index(missing)}" if len(seen) > 1 else ""
             raise LoadmasterError(
-                f"{what} cannot be compiled{where}: {missing} is not there\n"
+                f"{' and '.join(needed)} cannot be compiled{where}: {missing} is not there\n"
                 f"fix: install it (Debian: apt-get install gcc {'g++ ' if on_host else ''}python3-dev), or set "
-                f"{'compile=false, which trains slower' if self.plan.compile else 'another optimizer'}"
+                f"{' and '.join(needed.values())}"
             )
 
     def _make_materials(self) -> None:

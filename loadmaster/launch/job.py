@@ -25,7 +25,7 @@ from loadmaster.launch.bucket import has_keys, reachable, require_keys, url_of
 from loadmaster.launch.check import problems
 from loadmaster.launch.choose import Choice, choices, counts, nodes_of, wanted
 from loadmaster.launch.context import Launch
-from loadmaster.launch.left import fetch, fetchable, on_a_volume
+from loadmaster.launch.left import fetch, fetchable, is_deployed_from_a_volume, on_a_volume
 from loadmaster.launch.machines import listed_provider_of, orphan, provider_of, run_dir
 from loadmaster.launch.order import deadline_hours, make_order, run_folder, volume_gb, with_volume
 from loadmaster.launch.provider import PREFIX, Machine, Order, Provider, Volume
@@ -93,6 +93,8 @@ def _rent(launch: Launch, provider: Provider, tokens: int | None) -> int:
     code = run_there(launch, provider, choice, order)
     if job.launch.fetch and code == 0:
         _fetch(launch, provider)
+    if code == 0 and is_deployed_from_a_volume(launch.folder):
+        launch.echo(f"next: loadmaster deploy {launch.folder} --dry-run (what an endpoint would cost)")
     return code
 
 

@@ -78,6 +78,15 @@ def away(run_dir: Path, artifact: Path) -> Left | None:
     return where(run_dir)
 
 
+def is_deployed_from_a_volume(run_dir: Path) -> bool:
+    """Whether this run's bundle has an endpoint that finds the export on the volume that the launch left it on."""
+    left, file = where(run_dir), run_dir / "bundle" / "endpoint.json"
+    if left is None or left.volume is None or not file.is_file():
+        return False
+    wanted = read_json(file)
+    return "volume_path" in wanted and wanted["request"].get("image") is not None
+
+
 def look(artifact: Path, folder: str, bucket: Bucket, echo: Echo = print) -> None:
     """Whether `folder` on the volume is the export whose manifest is here. Raises ExportRejected where it is not."""
     at = f"{folder} on volume {bucket.volume}"

@@ -93,6 +93,7 @@ def trip(place, there, tiny, monkeypatch) -> Iterator[Trip]:
     monkeypatch.setattr(order, "command", on_a_cpu)
     assert place.launch(*JOB) == 0, place.said
     (run,) = (place.folder / "runs/qlora_8b").iterdir()
+    assert f"next: loadmaster deploy {run.relative_to(place.folder)} --dry-run" in place.said
     recorded = read_json(run / "bundle/smoke.json")
     leave_on_volume(place.folder / "workspace", there)
     with FakeInference(served=recorded["model"], answers=recorded["prompts"]) as endpoint:

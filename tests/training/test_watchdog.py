@@ -163,6 +163,7 @@ def test_a_stage_prepares_in_that_phase(tmp_path, monkeypatch):
         ({"compile": True}, True, "decoder layers cannot be compiled: a C compiler .* compile=false"),
         ({"optimizer": "adamw_bf16"}, True, "adamw_bf16 cannot be compiled: a C compiler .* another optimizer"),
         ({"compile": True}, False, "decoder layers cannot be compiled: Python's headers"),
+        ({"compile": True, "optimizer": "adamw_bf16"}, True, "cannot .* compile=false.* and another optimizer"),
         ({}, True, None),
     ],
 )
