@@ -226,12 +226,12 @@ def can_export(job: Job, verification: dict[str, Any] | None) -> bool:
 
 def against(chosen: Candidate, other: Candidate) -> str:
     """What the runner-up would win or cost."""
-    gib = other.memory.needed_gib - chosen.memory.needed_gib
-    memory = f"{abs(gib):.1f} GiB {'more' if gib > 0 else 'less'}"
+    gib = round(other.memory.needed_gib - chosen.memory.needed_gib, 1)
+    memory = f"{abs(gib):.1f} GiB {'more' if gib > 0 else 'less'}" if gib else "as much memory"
     if not chosen.tokens_per_second or not other.tokens_per_second:
         return f"{RUNNER_UP} ({describe(other.setup)}): {memory}"
-    change = other.tokens_per_second / chosen.tokens_per_second - 1
-    speed = f"{abs(change):.0%} {'faster' if change > 0 else 'slower'}"
+    change = round(other.tokens_per_second / chosen.tokens_per_second - 1, 2)
+    speed = f"{abs(change):.0%} {'faster' if change > 0 else 'slower'}" if change else "as fast"
     return f"{RUNNER_UP} ({describe(other.setup)}): {speed}, {memory}"
 
 

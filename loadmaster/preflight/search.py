@@ -63,7 +63,7 @@ def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True
             fit.sort(key=ranking(job, fit))
             if mixed := keeping_more(job, fit[0], explain):
                 fit = sorted([*mixed, *fit], key=ranking(job, [*mixed, *fit]))
-            return Found(fit[0], _one_of_each_kind(fit), nearest, [])
+            return Found(fit[0], _one_of_each_kind(job, fit), nearest, [])
         nearest += [min(candidates, key=closeness)] if explain else []
         host_is_short[place] = any(c.memory.needed_gib <= c.budget_gib for c in candidates)
     return Found(None, [], nearest, [])
@@ -129,20 +129,16 @@ def ranking(job: Job, fit: list[Candidate]) -> Callable[[Candidate], tuple]:
     )  # fmt: skip
 
 
-def _one_of_each_kind(fit: list[Candidate]) -> list[Candidate]:
-    """The best of every other combination of precision, sharding and checkpointing, then the best micro-batch."""
-
-    def kind_of(candidate: Candidate) -> tuple:
+def _one_of_each_kind(job: Job, fit: list[Candidate]) -> list[Candidate]:
+    """The best of every other combination of precision, sharding and checkpointing, as if there were no others; then
+    the second best plan, where it is the best one with another micro-batch."""
+    kinds: dict[tuple, list[Candidate]] = {}
+    for candidate in fit:
         setup = candidate.setup
-        return setup.precision, setup.sharding, setup.replicas, setup.checkpointing, setup.kept_layers > 0
-
-    seen, kept = {kind_of(fit[0])}, []
-    for candidate in fit[1:]:
-        kind = kind_of(candidate)
-        if kind not in seen:
-            seen.add(kind)
-            kept.append(candidate)
-    return kept + [c for c in fit[1:2] if c not in kept]
+        kind = setup.precision, setup.sharding, setup.replicas, setup.checkpointing, setup.kept_layers > 0
+        kinds.setdefault(kind, []).append(candidate)
+    first, *others = kinds.values()
+    return [min(each, key=ranking(job, each)) for each in others] + [c for c in fit[1:2] if c in first]
 
 
 def smallest(job: Job, shape: ModelShape, hardware: Hardware) -> Candidate:
