@@ -67,10 +67,6 @@ class Bill:
     """Of the requests that find no worker ready."""
     cheapest: str
 
-    @property
-    def flex_usd_per_1000(self) -> float:
-        return 1000 * self.flex_usd / self.requests
-
 
 def share_up(rate: float, service: Service) -> float:
     """Of the time that one Flex worker is billed."""

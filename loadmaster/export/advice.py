@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from loadmaster import catalog
 
-FP8_UNITS, FP4_UNITS, MARLIN = 8.9, 10.0, 7.5
-"""Least compute capability of FP8 and FP4 matrix units, and of the kernels that read 4- and 8-bit weights without."""
+FP8_UNITS, FP4_UNITS = 8.9, 10.0
+"""Least compute capability of FP8 and FP4 matrix units."""
 
 
 def lines(format_name: str, gpu: str) -> list[str]:

@@ -92,12 +92,12 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     if shape.experts or (shape.fused and not setup.adapters):
         return 0
     if not setup.adapters:
-        products = 8 if setup.precision == "bf16" else 11 if shape.gemma_norm else 7
+        products = 8 if setup.precision == "bf16" else 11 if shape.gelu else 7
         return products * f + 2 * shape.hidden_size * (shape.norms == 4)
     scaled = {m.name for m in shape.adapted(setup.lora_targets) if m in shape.mlp_matrices} if setup.dora else ()
     if len(scaled) > 1 and "down_proj" in scaled:
         return 16 * f
-    codes = (2 + 2 * bool(setup.lora_dropout) + 4 * shape.gemma_norm) * (setup.precision == "fp8")
+    codes = (2 + 2 * bool(setup.lora_dropout) + 4 * shape.gelu) * (setup.precision == "fp8")
     return (10 - 2 * shape.fused + codes) * f
 
 

@@ -9,9 +9,6 @@ from loadmaster.preflight import saved
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.zero_settings import ZERO
 
-SHARDED = ("fsdp", *ZERO)
-"""Shardings that cut at least the optimizer's states."""
-
 
 def sharding_words(plan: Any) -> str:
     """How a Setup's or a Plan's model is spread, as it is shown: `fsdp inside each node`."""

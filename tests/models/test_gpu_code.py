@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).parents[1] / "gpu_code.py"
 A100, ADA, H100, B200 = 80, 89, 90, 100
 GEMMA3 = {
     "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024,
+    "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024, "hidden_activation": "gelu_pytorch_tanh",
 }  # fmt: skip
 PHI = {
     "model_type": "phi3", "hidden_size": 5120, "intermediate_size": 17920, "vocab_size": 100352,
