@@ -46,6 +46,13 @@ def test_json_array_rows_have_the_line_they_start_on(tmp_path):
     ]
 
 
+def test_rows_of_an_array_on_one_line_are_counted(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"n": 1, "text": "a\nb"}, {"n": 2}]) + "\n")
+    assert [(origin, value["n"]) for origin, value in rows_of(tmp_path / "rows.json")] == [
+        ("rows.json:1", 1), ("rows.json:2", 2),
+    ]  # fmt: skip
+
+
 def test_every_line_is_right_in_an_indented_array(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"n": n, "text": "x\ny"} for n in range(50)], indent=2))
@@ -64,6 +71,12 @@ def test_every_line_is_right_in_an_indented_array(tmp_path):
         ('[{"n": 1},\n {"n": "x', 1, "rows.json:2", "Unterminated string starting at '\"x'"),
         ('[{"n": 1}\n', 1, "rows.json:2", "the file ends where a comma or ] must"),
         ('{\n "rows": []\n}', 0, "rows.json:1", "one JSON object over several lines"),
+        ('[{"n": 1}, {"n": oops}]', 1, "rows.json:2", "broken JSON"),  # of one line: the second row
+        ('[{"n": 1}, {"n": 2}\n', 2, "rows.json:3", "the file ends where a comma or ] must"),
+        ('[{"n": 1},\n {"n": 2}]\n\n[{"n": 3}]', 2, "rows.json:4", "'[{\"n\": 3}]' stands behind the list's end"),
+        ('[{"n": 1}] x', 1, "rows.json:1", "'x' stands behind the list's end"),
+        ('[{"n": 1},\n {"n": 2, "n": 3}]', 1, "rows.json:2", "'n' stands twice in one object"),
+        ('{"n": 1}\n{"n": 2, "m": {"k": 0, "k": 0}}', 1, "rows.json:2", "'k' stands twice in one object"),
     ],
 )
 def test_broken_json_files_say_where(tmp_path, text, good, origin, reason):
@@ -86,7 +99,7 @@ def test_rows_under_the_only_key_of_an_object_have_the_line_they_start_on(tmp_pa
     path.write_text(mark + '\n{ "a \\" [": [\n  {"n": 1},\n\n  {"n": 2}]\n}\n', encoding="utf-8")
     assert rows_of(path) == [("rows.json:3", {"n": 1}), ("rows.json:5", {"n": 2})]
     path.write_text(mark + '{"data":[{"n":1},{"n":2}]}', encoding="utf-8")
-    assert rows_of(path) == [("rows.json:1", {"n": 1}), ("rows.json:1", {"n": 2})]
+    assert rows_of(path) == [("rows.json:1", {"n": 1}), ("rows.json:2", {"n": 2})]
 
 
 def test_rows_under_one_of_several_keys_are_not_read_and_the_remedy_takes_them_out(tmp_path, monkeypatch):
