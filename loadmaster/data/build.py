@@ -24,7 +24,7 @@ import numpy as np
 from loadmaster.config.schema import DataConfig, Job
 from loadmaster.data.cache import ConversationFile
 from loadmaster.data.checks import Fault, SourceFaults, fault_report, listed
-from loadmaster.data.faults import Checked, Reading, other_format, stop_on
+from loadmaster.data.faults import Checked, Reading, other_format, other_shape, stop_on
 from loadmaster.data.formats import RowError, recognise_format, to_conversation
 from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
 from loadmaster.data.preference import is_preference, is_unpaired, unfit
@@ -157,8 +157,12 @@ def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
         raise RowError(raw.error, raw.remedy)
     if not reading.format:
         reading.format, reading.recognised_by = recognise_format(raw.value, job.objective)
+        reading.recognised_in = raw.origin
     _fits_objective(raw.value, reading, job.objective)
-    conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)
+    try:
+        conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)
+    except RowError as error:
+        raise RowError(f"{error}{other_shape(raw.value, reading, job.objective)}", error.remedy) from None
     reading.row_ids.append(conversation.row_id)
     return conversation.to_json().encode() + b"\n"
 

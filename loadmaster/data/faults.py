@@ -21,6 +21,7 @@ class Reading:
 
     format: str = ""
     recognised_by: str = ""
+    recognised_in: str = ""  # the origin of that row
     rows_read: int = 0
     bad: list[Fault] = field(default_factory=list)
     first_bad: dict[str, Any] = field(default_factory=dict)  # file -> the value of the first of them
@@ -84,6 +85,16 @@ def _hint(sources: list[SourceFaults], has_wrong: bool) -> str:
     elif any(source.faults and not source.alike and len(source.faults) < source.rows_read for source in sources):
         hints.append("mend these rows, or leave them out with data.on_bad_row=skip")
     return "; ".join(dict.fromkeys(hints)) or "mend these rows: without them none is left"
+
+
+def other_shape(row: Any, reading: Reading, objective: str) -> str:
+    """What to add to the fault of a row that is of another shape than the row that all are read as; else nothing."""
+    with suppress(RowError):
+        shape, fields = recognise_format(row, objective)
+        if reading.recognised_by and shape != reading.format and not unfit(shape, objective):
+            first = f"that of {reading.recognised_in} is {reading.format} ({reading.recognised_by})"
+            return f"; its shape is {shape} ({fields}), {first}, and all rows are to be of one"
+    return ""
 
 
 def other_format(row: Any, job: Job) -> str | None:
