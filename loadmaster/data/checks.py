@@ -75,6 +75,7 @@ def check_conversation(
         or _dropped_tools(conversation, rendering.text, renderer)
         or _wrong_mask(rendering, trained)
         or _trains_others(conversation, rendering)
+        or _dropped_reasoning(conversation, rendering.text)
     )
 
 
@@ -116,6 +117,24 @@ def _dropped_message(conversation: Conversation, text: str, renderer: ChatRender
             return (
                 f"the chat template drops message {index + 1} (role {message['role']}): its content is not in the "
                 "rendering; use a model whose template has this role, or take such messages out of the data"
+            )
+    return None
+
+
+def _dropped_reasoning(conversation: Conversation, text: str) -> str | None:
+    """Of the last message alone: of earlier ones many templates leave it out, as they do when the model is asked."""
+    last = conversation.messages[-1]
+    if last["role"] != "assistant":
+        return None
+    apart = last.get("reasoning_content", "")
+    before, closed, _ = last["content"].partition("</think>")
+    for reasoning in (apart, before.rpartition("<think>")[2] if closed else ""):
+        if reasoning.strip() and not _shown(reasoning, text):
+            inside = ", write it into its content as <think>...</think>" if reasoning == apart else ""
+            return (
+                f"the chat template drops the reasoning of message {len(conversation.messages)}: "
+                f"{reasoning.strip()[:60]!r} is not in the rendering; use a model whose template shows it{inside}, or "
+                "take it out of the data"
             )
     return None
 

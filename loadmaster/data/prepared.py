@@ -23,7 +23,7 @@ from loadmaster.errors import DataError
 from loadmaster.files import cached_in, exclusive, publish_folder, read_json, sha256_json
 
 # Raised whenever the same input would give other tokens, rows or files than before.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 LARGE_BYTES = 100_000_000
 """Of files whose reading is announced: it takes longer than a moment."""
 NOT_READ = "not read, as other files of rows are in the folder; a list, data.path=[FILE,...], names all that are read"

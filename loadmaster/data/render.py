@@ -193,9 +193,9 @@ class ChatRenderer:
             return None
         usual = (n for n, match in enumerate(found) if match[0] == self._usual_end)
         first = last = next(usual, len(found) - 1 if behind_calls else 0)
-        if found[last][0] != self._usual_end:
-            while last + 1 < len(found) and found[last + 1].start() == found[last].end():
-                last += 1
+        ends = (self._usual_end, self.tokenizer.eos_token)  # what follows these without a gap is the next turn's
+        while found[last][0] not in ends and last + 1 < len(found) and found[last + 1].start() == found[last].end():
+            last += 1
         return found[first].start(), found[last].end(), found[last][0]
 
     def _after_sentinel(
@@ -217,14 +217,17 @@ class ChatRenderer:
         return end[2] if end else None
 
     def _probe_openers(self) -> set[str]:
-        """Special tokens that begin a turn, which therefore cannot be what ends the turn before."""
+        """Special tokens that begin a turn, which therefore cannot be what ends the turn before; never the EOS token,
+        which ends a system prompt of the template's own before a header without any.
+        """
         user = [{"role": "user", "content": SENTINEL}]
         try:
             plain, prompted = self.text(user), self.text(user, add_generation_prompt=True)
         except TemplateRefused:
             return set()
         header = prompted[_shared_length(plain, prompted) :]
-        return {*self._special.findall(header), *self._special.findall(plain.split(SENTINEL)[0])[-1:]}
+        found = {*self._special.findall(header), *self._special.findall(plain.split(SENTINEL)[0])[-1:]}
+        return found - {self.tokenizer.eos_token}
 
     def _in_dialect(self, messages: list[dict]) -> list[dict]:
         """The same messages with tool calls written as this template wants them.

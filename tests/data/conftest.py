@@ -70,6 +70,26 @@ TEMPLATES: dict[str, tuple[str, list[str]]] = {
         "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}",
         ["<bos>", "<|User|>", "<|Assistant|>", "<|out|>", "<|/out|>", "<|call|>", "<|/call|>", "<|eos|>"],
     ),
+    # Reasoning is dropped, that of the last turn too, as by DeepSeek-R1's.
+    "silent": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        ["<|im_start|>", "<|im_end|>"],
+    ),
+    # A system prompt of its own ends as turns do, and headers hold no special token.
+    "plain": (
+        "{{ 'Be brief.<|im_end|>\n' }}{% for m in messages %}{{ m.role + ': ' + m.content }}"
+        "{{ '<|im_end|>' if m.role == 'assistant' }}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+        ["<|im_end|>"],
+    ),
+    # Two tokens end a turn, and the assistant's next header follows whether it is asked for or not, as Cohere's does.
+    "insistent": (
+        "{% for m in messages %}{{ '<|turn|><|' + m.role + '|>' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ '<|/answer|>' }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+        "{{ '<|turn|><|assistant|>' }}",
+        ["<|turn|>", "<|user|>", "<|assistant|>", "<|/answer|>", "<|im_end|>"],
+    ),
     # Nothing ends a turn but the beginning of the next.
     "endless": (
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"

@@ -77,8 +77,8 @@ def test_bad_rows_of_both_passes_are_reported_together_with_their_lines(
     assert said[2:5] == [
         "  messages is empty (rows.jsonl:3, rows.jsonl:7)",
         "  the chat template refuses this conversation: roles must alternate (rows.jsonl:4)",
-        "  lacks messages; its shape is text (text), that of rows.jsonl:1 is messages (messages), and all rows are to be "
-        "of one (rows.jsonl:6)",
+        "  lacks messages; its shape is text (text), that of rows.jsonl:1 is messages (messages), and all rows are to "
+        "be of one (rows.jsonl:6)",
     ]
     assert message.index("rows.jsonl:2") < message.index("rows.jsonl:4") < message.index("rows.jsonl:6")
     assert "data.on_bad_row=skip" in message
@@ -138,8 +138,9 @@ def test_a_file_of_another_format_among_several_is_told_of_once(tokenizer, tmp_p
     job = job_for([str(path) for path in (chats, one, two)])
     assert said_of(job, tokenizer, tmp_path, chats, one, two).splitlines() == [
         "60 of 69 rows cannot be trained on:",
-        "  lacks messages; its shape is alpaca (instruction, output), that of chats.jsonl:1 is messages (messages), and "
-        "all rows are to be of one (all 60 rows of one.jsonl, two.jsonl, such as one.jsonl:1, one.jsonl:2, one.jsonl:3)",
+        "  lacks messages; its shape is alpaca (instruction, output), that of chats.jsonl:1 is messages (messages), "
+        "and all rows are to be of one "
+        "(all 60 rows of one.jsonl, two.jsonl, such as one.jsonl:1, one.jsonl:2, one.jsonl:3)",
         "    fix: a job reads one format, which is messages here: write one.jsonl, two.jsonl so, or train on them in a "
         "job of their own",
     ]

@@ -34,6 +34,8 @@ TWO_TURNS = ("s", "Be brief.", "u", "Hi", "a", "Hello.", "u", "And?", "a", "Bye.
         ("gemma", TWO_TURNS[2:], ["Hello.</turn>", "Bye.</turn>"]),
         ("deaf", TWO_TURNS[2:], ["Hello.<|im_end|>", "Bye.<|im_end|>"]),
         ("deepseek", TWO_TURNS[2:], ["Hello.<|eos|>", "Bye.<|eos|>"]),
+        ("plain", TWO_TURNS[2:], ["Hello.<|im_end|>", "Bye.<|im_end|>"]),
+        ("insistent", TWO_TURNS[2:], ["Hello.<|/answer|><|im_end|>", "Bye.<|/answer|><|im_end|>"]),
         ("qwen3", TWO_TURNS, ["Hello.<|im_end|>", "<think>\n\n</think>\n\nBye.<|im_end|>"]),
         (
             "qwen3",
@@ -128,6 +130,7 @@ def test_marked_rendering_shows_what_is_trained(tokenizer_with, chat):
         ("gemma", {"</turn>"}),
         ("hermes", {"<|im_end|>"}),
         ("deepseek", {"<|eos|>"}),
+        ("insistent", {"<|im_end|>"}),
         ("endless", set()),
     ],
 )

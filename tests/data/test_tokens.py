@@ -127,6 +127,19 @@ def test_a_row_in_which_nothing_is_trained_is_reported(tokenizer_with, chat):
     assert encoded.wrong[0].reason == "no token of this row is trained"
 
 
+def test_a_template_that_drops_the_reasoning_of_the_last_turn_is_reported(tokenizer, tokenizer_with, chat):
+    messages = chat("u", "Hi", "a", "Hello.", "u", "And?", "a", "Bye.")
+    messages[3]["reasoning_content"] = "They are leaving."
+    fault = encode(tokenizer, {"messages": messages}).wrong[0].reason
+    assert "drops the reasoning of message 4: 'They are leaving.' is not in" in fault and "<think>...</think>" in fault
+    one, two = "<think>\nOne\n</think>\n\nHello.", "<think>\nTwo\n</think>\n\nBye."
+    inside = {"messages": chat("u", "Hi", "a", one, "u", "And?", "a", two)}
+    assert "drops the reasoning of message 4: 'Two' is not" in encode(tokenizer_with("silent"), inside).wrong[0].reason
+    for shows in (tokenizer, tokenizer_with("qwen3")):  # which leaves out that of earlier turns
+        assert not encode(shows, inside).wrong
+    assert not encode(tokenizer, {"messages": [*messages, *chat("u", "Bye.")]}).wrong
+
+
 def test_a_template_that_drops_tools_or_calls_is_reported_with_the_setting_that_helps(tokenizer, tokenizer_with, chat):
     messages = chat("u", "Weather?", "a", "x", "t", "20", "a", "Warm.")
     messages[1] = {
