@@ -235,8 +235,10 @@ def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> P
     is_file = wrong.endswith((".yaml", ".yml"))
     named = Path(wrong).stem if is_file else wrong
     guess = nearest(named, options)
-    if guess and guess.startswith(wrong.lower()):
-        guess = min((option for option in options if option.startswith(wrong.lower())), key=_size)
+    beginnings = {option[: len(named) + 1] for option in options}  # lama is llama, of whatever size
+    begun = wrong.lower() if guess else nearest(named, beginnings, cutoff=0.75)
+    if begun and (guess or begun).startswith(begun):
+        guess = min((option for option in options if option.startswith(begun)), key=_size)
     meant = _machine(named, options) if group == "hardware" else f"{group}={guess}" if guess else ""
     remedy = (f"{meant}; " if meant else "") + "the options are " + ", ".join(options)
     if (group == "model" and "/" in wrong) or (group == "data" and wrong.lower().endswith(DATA_SUFFIXES)):

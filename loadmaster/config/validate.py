@@ -36,6 +36,8 @@ from loadmaster.errors import Problem
 
 MISSING = "???"
 NO_VALUE = "has no value yet"
+DEFAULTS = "defaults"
+"""Hydra's list at the top of a file, which is no field."""
 NONE_LIKE_IT = "take it out; --help lists every field"
 _TRUTH = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}
 
@@ -220,6 +222,8 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
     if any(section == field or section.startswith(f"{field}.") for field in fields()):  # a mapping: export.thresholds
         beside = nearest(name, siblings)
         return f"{section}.{beside}" if beside else f"{section} has " + ", ".join(siblings)
+    if not section and isinstance(value, list) and origin != COMMAND_LINE and nearest(name, [DEFAULTS], cutoff=0.75):
+        return f"{DEFAULTS}, if it is the list of what the file builds on"
     guess = nearest_key(key, groups)
     if type(value) is int and guess in COUNTED:
         guess = COUNTED[guess]

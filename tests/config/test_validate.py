@@ -153,6 +153,9 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("hardware=gpu", "hardware", "there is no hardware of this name", "the options are"),
         ("recipe=lora8b", "recipe", "there is no recipe of this name", "recipe=lora_8b; the options are"),
         ("model=null", "model", "there is no model of this name", "the options are"),
+        ("model=lama", "model", "there is no model of this name", "model=llama2_13b; the options are"),
+        ("model=Lama3", "model", "there is no model of this name", "model=llama3_1_8b; the options are"),
+        ("model=falcon", "model", "there is no model of this name", "the options are"),
         ("model=llama3", "model", "there is no model of this name", "model=llama3_1_8b; the options are"),
         ("data=my.jsonl", "data", "there is no data of this name", "data=file data.path=my.jsonl; the options are"),
         ("data=mine", "data", "there is no data of this name", "any other data by data=file data.path=FILE"),
@@ -312,6 +315,14 @@ def test_a_file_that_does_not_compose_is_named_with_its_line_beside_the_command_
     assert found[1].origin == origin
     assert message in found[1].message
     assert remedy in found[1].remedy
+
+
+@pytest.mark.parametrize("word", ["defalts", "default", "Defaults"])
+def test_a_misspelt_list_of_defaults_is_not_to_be_taken_out(here: Path, word: str):
+    recipe(here, f"{word}:\n  - override /model: llama3_1_8b\n")
+    (problem,) = problems("recipe=mine")
+    assert (problem.key, problem.origin) == (word, "recipes/mine.yaml:1")
+    assert problem.remedy == "defaults, if it is the list of what the file builds on"
 
 
 def test_a_config_name_or_config_dir_that_is_not_there_is_a_problem():
