@@ -136,7 +136,6 @@ class Pipeline:
                 self.echo(f"{file} is damaged: all stages run again, training from its checkpoint")
             self.run_dir.claim()
             write_text(self.run_dir.path / "config.yaml", yaml.safe_dump(self.composed.resolved, sort_keys=False))
-            self.echo(f"run directory: {self.run_dir.path}")
             if mended := self.run_dir.mend_result():
                 self.echo(f"warning: {mended}")
             inputs = self.run_dir.identity
@@ -163,13 +162,16 @@ class Pipeline:
     def _stage(self, stage: str, inputs: str) -> None:
         asked = stage == self.job.stop_after == "plan" and not self.run_dir.begun  # prices and models of cost change
         if self.run_dir.is_done(stage, inputs) and self._is_whole(stage) and not asked:
+            if stage == "plan":
+                self._say_where()
             self.echo(f"{stage}: unchanged, skipped")
             if stage == self.job.stop_after:
                 self._write_report()
             if stage == self.job.stop_after == "plan":
                 print_plan(self.plan, self.console)
             return
-        self.echo(f"{stage}: started")
+        if stage != "plan":
+            self.echo(f"{stage}: started")
         self.run_dir.forget(stage)
         start = time.perf_counter()
         stages: dict[str, Callable[[], None]] = {
@@ -220,10 +222,15 @@ class Pipeline:
     def echo(self, message: str) -> None:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
+    def _say_where(self) -> None:
+        """Once the job can be planned: a refusal leaves no new folder behind."""
+        self.echo(f"run directory: {self.run_dir.path}")
+
     # ------------------------------------------------------------------ stages
 
     def make_plan(self) -> None:
         plan = planned(self.job)
+        self._say_where()
         plan.write(self.run_dir.path / "plan.json")
         print_plan(plan, self.console)
         if not plan.fits:

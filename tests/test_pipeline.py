@@ -227,7 +227,7 @@ def test_a_plan_that_was_damaged_is_made_anew_and_the_run_goes_on(tiny, tmp_path
         with pytest.raises(LoadmasterError, match="holds no plan that can be read"):
             Plan.read(file)
         code, output = go(tiny, tmp_path, "stop_after=train")
-        assert code == 0 and "plan: started" in output and "train: unchanged, skipped" in output, (damaged, output)
+        assert code == 0 and "plan: done" in output and "train: unchanged, skipped" in output, (damaged, output)
         assert json.loads(file.read_text()).keys() == whole.keys()
 
 
@@ -403,7 +403,7 @@ def test_a_refused_plan_leaves_no_folder_where_nothing_was_kept_and_says_so(tiny
     wrong = [f"model.path={tiny}", "stop_after=plan", "hardware.gpu=local", "hardware.count=64"]
     for words in ([], ["run_dir=mine/run"]):
         done = finish(tmp_path, *wrong, *words)
-        assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+        assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
         assert "nothing was started" in done.stderr and "hardware.count = 64" in done.stderr
     (tmp_path / "mine" / "run").mkdir(parents=True)  # somebody's own, and there it is said why
     assert finish(tmp_path, *wrong, "run_dir=mine/run").returncode == 2
@@ -413,7 +413,7 @@ def test_a_refused_plan_leaves_no_folder_where_nothing_was_kept_and_says_so(tiny
 def test_a_run_directory_of_another_job_is_refused_once_something_was_trained_there(tiny, tmp_path, capsys):
     assert go(tiny, tmp_path, "stop_after=plan")[0] == 0
     code, output = go(tiny, tmp_path, "stop_after=train", "optimizer.lr=0.001", "lora.targets=[q_proj]")
-    assert code == 0 and "plan: started" in output, output
+    assert code == 0 and "plan: done" in output, output
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optimizer"]["lr"] == 0.001
     assert go(tiny, tmp_path, "stop_after=plan", "optimizer.lr=0.5")[0] == 2
     said = " ".join(capsys.readouterr().err.split())

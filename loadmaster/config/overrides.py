@@ -234,11 +234,10 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
 def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> Problem:
     is_file = wrong.endswith((".yaml", ".yml"))
     named = Path(wrong).stem if is_file else wrong
-    guess = nearest(named, options)
-    beginnings = {option[: len(named) + 1] for option in options}  # lama is llama, of whatever size
-    begun = wrong.lower() if guess else nearest(named, beginnings, cutoff=0.75)
-    if begun and (guess or begun).startswith(begun):
-        guess = min((option for option in options if option.startswith(begun)), key=_size)
+    beginnings = dict.fromkeys(option[: len(named) + 1] for option in options)  # lama is llama, of whatever size
+    begun = nearest(named, beginnings, cutoff=0.75)
+    alike = [option for option in options if begun and option.startswith(begun)]
+    guess = min(alike, key=_size) if alike else nearest(named, options)
     meant = _machine(named, options) if group == "hardware" else f"{group}={guess}" if guess else ""
     remedy = (f"{meant}; " if meant else "") + "the options are " + ", ".join(options)
     if (group == "model" and "/" in wrong) or (group == "data" and wrong.lower().endswith(DATA_SUFFIXES)):
