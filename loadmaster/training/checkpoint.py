@@ -130,7 +130,7 @@ class Checkpoints:
         try:
             self._write_all(folder, tensors, optimizer, generators, generators_json, state)
             if keep and self.world.lead:
-                prune(folder.parent, *keep)
+                prune(folder, *keep)
             size = sum(local(tensor).nbytes for tensor in tensors.values())
             self.written.append((size, time.perf_counter() - began))
         except FAILURES as error:  # raised again by the loop, in wait

@@ -47,12 +47,22 @@ def newest_whole(folder: Path, job_hash: str, warn: Any, world: World | None = N
     return None
 
 
-def prune(folder: Path, keep_last: int, keep_best: int) -> None:
-    """Delete all but the newest `keep_last` and the `keep_best` with the lowest evaluation loss."""
-    found = sorted(_steps(folder), reverse=True)
-    losses = {step: _eval_loss(path) for step, path in found}
+def clear(folder: Path) -> None:
+    """Delete what a process that was killed left under `folder` half-written or half-deleted: it takes the disk that
+    the next checkpoint needs."""
+    for left in (*folder.glob(".step-*.partial"), *folder.glob(".step-*.deleted")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def prune(newest: Path, keep_last: int, keep_best: int) -> None:
+    """Delete all checkpoints but the `keep_last` up to `newest` and, of these steps, the `keep_best` with the lowest
+    evaluation loss. One of a later step is torn, or the run would not have come here again.
+    """
+    found = sorted(_steps(newest.parent), reverse=True)
+    written = [(step, path) for step, path in found if step <= _step(newest)]
+    losses = {step: _eval_loss(path) for step, path in written}
     best = sorted((loss, -step) for step, loss in losses.items() if loss is not None)[:keep_best]
-    keep = {step for step, _ in found[:keep_last]} | {-step for _, step in best}
+    keep = {step for step, _ in written[:keep_last]} | {-step for _, step in best}
     for step, path in found:
         if step not in keep:
             doomed = path.with_name(f".{path.name}.deleted")  # never a half-deleted folder under a valid name
@@ -70,4 +80,8 @@ def _eval_loss(path: Path) -> float | None:
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     paths = folder.iterdir() if folder.is_dir() else []
-    return [(int(match[1]), path) for path in paths if (match := re.fullmatch(r"step-(\d+)", path.name))]
+    return [(_step(path), path) for path in paths if re.fullmatch(r"step-\d+", path.name)]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

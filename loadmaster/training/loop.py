@@ -25,7 +25,7 @@ from loadmaster.models.rotary import refuse_dynamic
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import longest_stretch, losses, trained_tokens
 from loadmaster.training.checkpoint import Checkpoints
-from loadmaster.training.checkpoint_folders import newest_whole
+from loadmaster.training.checkpoint_folders import clear, newest_whole
 from loadmaster.training.display import Display
 from loadmaster.training.metrics import (
     MetricsLog,
@@ -120,6 +120,8 @@ def train(
         refuse_dynamic(causal_lm(session.model).get_decoder(), longest)
         training = Training(session, prepared, run_dir, job_hash, held_out, stop, display, watch)
         training.stop_if(training.stopping(), "before the first step")
+        if world.lead:
+            clear(training.folder)
         watch.at(0, "rehearse")
         kernel = stack.enter_context(attention_kernel(session, display.echo))
         scratch = training.folder / ".rehearsal"

@@ -90,8 +90,27 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path, trained):
 def test_newest_and_best_are_kept(tmp_path, trained):
     for step, loss in [(1, 3.0), (2, 0.5), (3, 1.0), (4, None), (5, 2.0)]:
         save(tmp_path, step, trained, eval_loss=loss)
-    checkpoint_folders.prune(tmp_path, keep_last=2, keep_best=1)
+    checkpoint_folders.prune(tmp_path / "step-5", keep_last=2, keep_best=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-2", "step-4", "step-5"]
+
+
+def test_a_torn_checkpoint_of_a_later_step_is_not_kept_in_the_place_of_a_whole_one(tmp_path, trained):
+    save(tmp_path, 2, trained)
+    save(tmp_path, 5, trained, eval_loss=0.1)
+    shard(tmp_path / "step-5").write_bytes(b"")
+    checkpoints = Checkpoints(World(), Placed())
+    checkpoints.save(tmp_path / "step-4", *trained, {"step": 4, "job_hash": "h"}, keep=(1, 1))
+    checkpoints.wait()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-4"]
+
+
+def test_what_a_killed_process_left_half_written_or_half_deleted_goes(tmp_path, trained):
+    save(tmp_path, 2, trained)
+    for left in (".step-3.partial", ".step-1.deleted"):
+        (tmp_path / left / "tensors").mkdir(parents=True)
+    checkpoint_folders.clear(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-2"]
+    checkpoint_folders.clear(tmp_path / "none")
 
 
 def test_nothing_pickled_is_written(tmp_path, trained):
