@@ -66,6 +66,11 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
             if not cached:
                 with cached_in(folder.parent, "tokenised data"), publish_folder(folder) as partial:
                     build(partial, job, tokenizer, train, validation)
+                    if sha256_json(_shaped_by(job, tokenizer, train, validation)) != fingerprint:
+                        raise DataError(
+                            f"{listed(names)} changed while the rows were read\n"
+                            "    fix: start again once nothing writes there any more"
+                        )
                     seal(partial)
     prepared = _open(folder, fingerprint)
     if found := unfit(prepared.summary["format"], job.objective):  # what kto left in the cache, dpo and orpo find

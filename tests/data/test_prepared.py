@@ -328,6 +328,22 @@ def test_the_fingerprint_does_not_depend_on_where_the_file_lies(tokenizer, tmp_p
     assert there.train[0].document_ids[0].rpartition("/")[2].startswith("b.jsonl:")
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(tokenizer, tmp_path, write_jsonl, job_for, monkeypatch):
+    path = write_jsonl([row(n) for n in range(20)])
+
+    def meanwhile(*given):
+        build_module.build(*given)
+        with open(path, "a") as file:
+            file.write(json.dumps(row(20)) + "\n")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("loadmaster.data.prepared.build", meanwhile)
+        with pytest.raises(DataError, match=r"rows.jsonl changed while the rows were read\n    fix: start again"):
+            prepare(job_for(path), tokenizer, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/entry.json"))
+    assert prepare(job_for(path), tokenizer, tmp_path / "cache").summary["rows_read"] == 21
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "unseal"])
 def test_a_damaged_entry_is_noticed_and_built_again(tokenizer, tmp_path, write_jsonl, job_for, damage):
     job = job_for(write_jsonl([row(n) for n in range(12)]))
