@@ -174,6 +174,9 @@ def _file_hint(key: str, path: str) -> str:
         return f"download it and give the file, or a Hub dataset as {key}=OWNER/NAME"
     if path.startswith(SCHEME):
         return _shipped_hint(key, path)
+    if set("*?") & set(path):
+        several = f" or files, {key}=[A,B]" if key == "data.path" else ""
+        return f"patterns are not expanded here: name a folder, {key}={path.rpartition('/')[0] or '.'}{several}"
     real, beside = Path(resolve_path(path)), path.lstrip("/")
     if path != beside and os.path.isfile(beside):
         return f"{key}={beside}"

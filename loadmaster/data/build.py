@@ -306,9 +306,10 @@ def _notes(
             notes.append(f"{shared:,} of {len(held.row_ids):,} validation rows also stand in the training data")
     repeated = len(reading.row_ids) - len(set(reading.row_ids))
     if repeated:
-        notes.append(f"{repeated:,} rows repeat another row word for word")
-    if reading.unfilled:
-        notes.append(f"{reading.unfilled:,} rows hold fields like {{{{name}}}}, trained on as they stand")
+        notes.append(f"{repeated:,} {'rows repeat' if repeated > 1 else 'row repeats'} another row word for word")
+    if count := reading.unfilled:
+        verb = "rows hold" if count > 1 else "row holds"
+        notes.append(f"{count:,} {verb} fields like {{{{name}}}}, trained on as they stand")
     if reading.control:
         (place, token), count = reading.control[0], len(reading.control)
         notes.append(

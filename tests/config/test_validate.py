@@ -161,6 +161,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("data=mine", "data", "there is no data of this name", "any other data by data=file data.path=FILE"),
         ("model=Qwen/Qwen3-8B", "model", "there is no model of this name", "model.name=Qwen/Qwen3-8B; "),
         ("model=./mine", "model", "there is no model of this name", "model.path=./mine; "),
+        ("lora.rank==8", "lora.rank", "stands behind two =", "lora.rank=8"),
         ("seed = 3", "seed = 3", "has a space before the =", "seed=3"),
         ("recipe=recipes/smoke.yaml", "recipe", "there is no recipe of this name", "recipe=smoke; the options are"),
         ("data.path=[a.jsonl,]", "data.path", "Hydra cannot read it", "\"data.path=['a.jsonl']\""),
@@ -341,6 +342,16 @@ def test_a_file_of_any_name_is_given_as_it_is(name: str, tmp_path: Path, monkeyp
     assert compose(["data=file", f"data.path={name}", f"run_dir=to {name}"]).job.data.path == name
     (problem,) = problems("data=file", f"data.path=no {name}")
     assert problem.key == "data.path" and problem.message.startswith("there is no such file here")
+
+
+def test_a_pattern_is_answered_with_the_folder_and_not_with_a_file_of_nearly_its_name(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/a.jsonl").write_text("{}\n")
+    (problem,) = problems("data=file", "data.path=rows/*.jsonl")
+    assert problem.remedy == "patterns are not expanded here: name a folder, data.path=rows or files, data.path=[A,B]"
+    (problem,) = problems("data=file", "data.path=rows/a.jsonl", "data.validation=?.jsonl")
+    assert problem.remedy == "patterns are not expanded here: name a folder, data.validation=."
 
 
 def test_a_shipped_file_that_is_none_is_answered_with_those_that_are():
