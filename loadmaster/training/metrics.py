@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,12 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged steps; a last line torn by a kill is left out."""
+    """The logged steps, without lines that a kill tore or a disk damaged."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            row = json.loads(line.decode())
+            rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
     return rows
 
 

@@ -205,6 +205,8 @@ def test_a_request_to_stop_saves_and_the_rest_continues_bit_for_bit(tiny, tmp_pa
 
     with pytest.raises(StoppedOnRequest, match="after step 4 of 6"):
         run(tiny, tmp_path / "halves", stop=stop, held_out=stop_at_four)
+    with open(tmp_path / "halves/metrics.jsonl", "ab") as log:
+        log.write(b'{"step": 5, "l\xffss": 1}\nnull\n{"loss": 2.0}\n{"step": 6')  # by a damaged disk, and a kill
     (tmp_path / "halves/checkpoints/.step-5.partial/tensors").mkdir(parents=True)  # of a process that was killed
     run(tiny, tmp_path / "halves")
     assert not any((tmp_path / "halves/checkpoints").glob(".*"))
