@@ -31,6 +31,8 @@ from jinja2 import TemplateSyntaxError
 from loadmaster.errors import DataError
 
 SENTINEL = "zqSentinelqz"
+OWN = "zqSentinelqy"
+"""What stands for the sentinel in a row that holds it itself, as a row with this file does: it is as long."""
 
 # How templates want tool calls: (null instead of empty content, arguments as JSON text).
 DIALECTS = ((False, False), (True, False), (True, True), (False, True))
@@ -102,7 +104,10 @@ class ChatRenderer:
         text = self.text(messages, tools)
         skeleton = self._skeleton(messages, tools)
         spans = skeleton.fill(messages, text) if skeleton else None
-        return Rendering(text, self._find_spans(messages, tools, text) if spans is None else spans)
+        if spans is None:
+            chat = json.dumps([messages, tools]).replace(SENTINEL, OWN)
+            spans = self._find_spans(*json.loads(chat), text.replace(SENTINEL, OWN))
+        return Rendering(text, spans)
 
     def reaches_text(self, messages: list[dict], index: int, tools: list | None = None) -> bool:
         """Whether the content of message `index` takes part in the rendering at all."""

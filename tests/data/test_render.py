@@ -48,6 +48,12 @@ def test_trained_part_is_each_assistant_turn_with_its_end_token(tokenizer_with, 
     assert trained_parts(tokenizer_with(template), chat(*parts)) == expected
 
 
+def test_a_row_that_holds_the_sentinel_itself_is_trained_where_any_other_is(tokenizer_with, chat):
+    messages = chat("u", " Hi ", "a", "zqSentinelqz one ", "u", "And?", "a", "Bye zqSentinelqz.")
+    parts = ["zqSentinelqz one<|im_end|>", "<think>\n\n</think>\n\nBye zqSentinelqz.<|im_end|>"]
+    assert trained_parts(tokenizer_with("qwen3"), messages) == parts
+
+
 def test_real_template_with_its_default_system_prompt(tokenizer, chat):
     messages = chat("u", "Hi", "a", "Hello.\n", "u", "And?", "a", "\nBye.")
     assert trained_parts(tokenizer, messages) == ["Hello.\n<|im_end|>", "\nBye.<|im_end|>"]
