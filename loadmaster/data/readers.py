@@ -250,9 +250,13 @@ def _header_fault(header: list[str]) -> tuple[str, str] | None:
         return f"the columns are apart by {other!r}", "write the file with commas"
     if nameless := [str(place) for place, cell in enumerate(header, 1) if not cell.strip()]:
         return f"column {', '.join(nameless)} has no name in the header", f"{named} (pandas: to_csv(..., index=False))"
-    if twice := sorted({cell for cell in header if header.count(cell) > 1}):
+    if twice := _twice(header):
         return f"the header names {', '.join(twice)} twice", named
     return None
+
+
+def _twice(names: list[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
@@ -262,6 +266,9 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
     try:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
+            if twice := _twice(file.schema_arrow.names):
+                yield RawRow(f"{name}:1", error=f"names the column {', '.join(twice)} twice", remedy="name each once")
+                return
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1

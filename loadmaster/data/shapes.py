@@ -196,6 +196,7 @@ def tool_calls_of(value: Any, where: str) -> list[dict[str, Any]]:
             arguments = json_of(arguments, f"{where}: the arguments of {function['name']}")
         if not isinstance(arguments, dict | None):
             raise RowError(f"{where}: the arguments of {function['name']} are {kind_of(arguments)}, not an object")
+        _as_json(arguments, f"{where}: the arguments of {function['name']}")
         entry = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
         calls.append({"id": call["id"], **entry} if isinstance(call.get("id"), str) and call["id"] else entry)
     if not calls:
@@ -235,8 +236,10 @@ def tools_of(value: Any) -> list[dict[str, Any]] | None:
         raise RowError(f"tools is {kind_of(value)}, not a list of function definitions")
     wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
     for tool in wrapped:
-        if not isinstance(tool["function"], dict) or not tool["function"].get("name"):
+        name = tool["function"].get("name") if isinstance(tool["function"], dict) else None
+        if not isinstance(name, str) or not name:
             raise RowError(f"a tool has no name: {shortened(tool)}")
+    _as_json(wrapped, "tools")
     return wrapped
 
 
@@ -304,6 +307,14 @@ def json_of(text: str, what: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise RowError(f"{what} is not JSON: {error}") from None
+
+
+def _as_json(value: Any, what: str) -> None:
+    """Raise RowError for dates, decimals and bytes, which columns have and templates cannot write."""
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise RowError(f"{what} cannot be written as JSON: {error}", "write such values as text") from None
 
 
 def kind_of(value: Any) -> str:

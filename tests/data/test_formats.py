@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import pytest
 
 from loadmaster.data.formats import (
@@ -274,6 +276,13 @@ ROWS_WITH_REASONS = [
     ("prompt_completion", {"prompt": ["x"], "completion": "y"}, "message 1 is text, not an object with role"),
     ("text", {"text": None}, "text is null, not text"),
     ("text", {"text": "half a \ud83d"}, "lone surrogate"),
+    (
+        "messages",
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"on": date(2026, 1, 1)}}]}]},
+        r"message 1 \(assistant\): the arguments of f cannot be written as JSON: Object of type date",
+    ),
+    ("messages", {"messages": [SAID], "tools": [{"name": 5}]}, "a tool has no name: {'type': 'function', "),
+    ("messages", {"messages": [SAID], "tools": [{"name": "f", "n": b"x"}]}, "tools cannot be written as JSON"),
 ]
 
 

@@ -206,6 +206,15 @@ def test_parquet_rows_lose_the_nulls_that_columns_add(tmp_path):
     assert "is not readable Parquet" in rows_of(tmp_path / "torn.parquet")[0][1]
 
 
+def test_a_parquet_file_with_two_columns_of_one_name_says_so(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert rows_of(tmp_path / "rows.parquet") == [("rows.parquet:1", "names the column text twice")]
+
+
 def test_folders_and_lists_are_read_in_order_without_hidden_files(tmp_path, write_jsonl):
     write_jsonl([{"n": 2}], "b.jsonl")
     write_jsonl([{"n": 1}], "a.jsonl")
