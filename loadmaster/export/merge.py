@@ -326,14 +326,14 @@ def round_trip(form: str | None, dtype: torch.dtype) -> Callable[[str, torch.Ten
     """For `merge`: the base weights as training multiplied with them.
 
     form: of the frozen base, nf4 or fp8 (loadmaster.models.frozen); None where it is not quantized. dtype: the one that
-    training computed in; a base that is stored in a wider one was rounded to it. Embeddings, head and norms are not
-    quantized.
+    training computed in; a base that is stored in a finer one (float32, or float16 beside bf16) was rounded to it.
+    Embeddings, head and norms are not quantized.
     """
 
     def seen(name: str, weight: torch.Tensor) -> torch.Tensor:
         if form is None or weight.dim() != 2 or name == HEAD or name.endswith(EMBEDDINGS):
-            is_wider = weight.is_floating_point() and weight.dtype.itemsize > dtype.itemsize
-            return weight.to(dtype) if is_wider else weight
+            is_finer = weight.is_floating_point() and torch.finfo(weight.dtype).eps < torch.finfo(dtype).eps
+            return weight.to(dtype) if is_finer else weight
         layer = FORMS[form](weight.shape[1], weight.shape[0])
         layer.fill(weight.to(dtype))
         return layer.multiplied_with(dtype)

@@ -106,12 +106,15 @@ def test_a_qlora_adapter_is_merged_into_the_weights_it_was_trained_over(tiny, ti
 
 
 @pytest.mark.parametrize(
-    ("form", "targets"),
-    [("nf4", "all-linear"), ("fp8", "all-linear"), (None, "all-linear"), ("nf4", SOME), ("fp8", SOME)],
-)
-def test_a_merge_of_an_adapter_trained_in_bf16_holds_what_was_trained(tiny, tiny32, tmp_path, form, targets):
+    ("form", "targets", "stored"),
+    [
+        ("nf4", "all-linear", "bfloat16"), ("fp8", "all-linear", "bfloat16"), (None, "all-linear", "float32"),
+        (None, "all-linear", "float16"), ("nf4", SOME, "bfloat16"), ("fp8", SOME, "bfloat16"),
+    ],
+)  # fmt: skip
+def test_a_merge_of_an_adapter_trained_in_bf16_holds_what_was_trained(tokenizer, tmp_path, form, targets, stored):
     """On GPUs adapters are trained in bf16, where the base is rounded to bf16 before it is multiplied with."""
-    tiny = tiny if form else tiny32
+    tiny = save_tiny_llama(tmp_path / "base", tokenizer, dtype=getattr(torch, stored))
     from loadmaster.export.live_checks import merged_weights
     from loadmaster.models.load import load_trained
 
