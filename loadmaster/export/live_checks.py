@@ -1,6 +1,7 @@
 """Checks of an export that need a model in memory, each with a name.
 
-merged_weights     every tensor of a 16-bit export is, to the rounding of bf16, what the live model multiplies with:
+merged_weights     every tensor of a 16-bit export, and every one that a quantized export leaves in 16 bits, is, to the
+                   rounding of bf16, what the live model multiplies with:
 
                        |W_export - (W + s B A)| <= 2^-8 |W + s B A|
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from loadmaster.export import checks
-from loadmaster.export.weights import EMBEDDINGS, HEAD, read_tensor, tensor_files
+from loadmaster.export.weights import HEAD, read_tensor, tensor_files
 from loadmaster.models.dora import LEAST_NORM
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.frozen import FrozenLinear
@@ -59,13 +60,19 @@ def keeps_matrices(format_name: str) -> bool:
     return checks.family(format_name) in MAX_WEIGHT_ERROR and format_name not in FACTORS_MOVE
 
 
+def keeps_plain(format_name: str) -> bool:
+    """Whether each tensor that it has in 16 bits is, but for bf16's rounding, the trained one."""
+    is_packed = checks.family(format_name) in checks.STORAGE
+    return format_name == "bf16" or (is_packed and format_name not in FACTORS_MOVE)
+
+
 def merged_weights(trained: nn.Module, folders: list[Path], base: Path) -> dict[str, list[str]]:
-    """What is wrong with each 16-bit folder (by its path), a sentence each; one pass over the live weights.
+    """What is wrong with the 16-bit tensors of each folder (by its path), a sentence each: one pass over live weights.
 
     base: folder of the stored base, for a model trained over 4-bit weights: an export may be the adapter's update on
     either the weights that it was trained over or the stored ones, but must be the same throughout.
     """
-    files = {folder: tensor_files(folder) for folder in folders}
+    files = {folder: _plain(tensor_files(folder)) for folder in folders}
     stored = tensor_files(base)
     wrong: dict[Path, tuple[list[str], list[str]]] = {folder: ([], []) for folder in folders}
     seen: set[str] = set()
@@ -100,6 +107,11 @@ def merged_weights(trained: nn.Module, folders: list[Path], base: Path) -> dict[
         else ["none of its tensors has the name of a live weight, so nothing could be compared"]
         for folder in folders
     }
+
+
+def _plain(files: dict[str, Path]) -> dict[str, Path]:
+    """Without what is stored in few bits."""
+    return {name: file for name, file in files.items() if f"{name}_scale" not in files}
 
 
 def live_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None, bool]]:
@@ -192,13 +204,13 @@ def _sentences(wrong: list[str], there: set[str], seen: set[str]) -> list[str]:
 
 
 def sketches(model: nn.Module) -> dict[str, Tensor]:
-    """Name of each matrix but embeddings and head -> its product with a few random vectors, [outputs, PROBES].
+    """Name of each matrix -> its product with a few random vectors, [outputs, PROBES].
 
     Small enough to keep, and as far from another matrix's, relative to its norm, as the matrices are from each other.
     """
     found = {}
     for name, weight, delta, _ in live_weights(model):
-        if weight.dim() == 2 and name != HEAD and not name.endswith(EMBEDDINGS):
+        if weight.dim() == 2:
             exact = weight if delta is None else weight + delta
             probes = torch.randn(exact.shape[1], PROBES, generator=torch.Generator().manual_seed(exact.shape[1]))
             found[name] = (exact @ probes.to(exact.device)).cpu()

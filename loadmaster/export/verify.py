@@ -142,10 +142,10 @@ class Verification:
         rows = [PackedRow(**{key: np.array(ids) for key, ids in row.items()}, document_ids=[]) for row in told["rows"]]
         trained = Path(told["trained"])
         self.trained_checks = {"lora_rows": checks.lora_rows(trained)}
-        merged = [Path(each.folder) for name, found in formats.items() if name == "bf16" for each in found]
-        quantized = [
-            Path(each.folder) for name, found in formats.items() if live_checks.keeps_matrices(name) for each in found
-        ]
+        plain, quantized = (
+            [Path(each.folder) for name, found in formats.items() if is_held(name) for each in found]
+            for is_held in (live_checks.keeps_plain, live_checks.keeps_matrices)
+        )
 
         progress("scoring the trained model")
         how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": self.spread, "frozen": told["frozen"]}
@@ -157,8 +157,10 @@ class Verification:
         self.rounding = _rounding_figures(model, self.references, pad)
         self.answers = self._answers(model, self.tokenizer)
         self.sketches = live_checks.sketches(model)
-        self.merged_weights = {} if _any_torn(merged) else live_checks.merged_weights(model, merged, self.base)
-        quantized = [folder for folder in dict.fromkeys(quantized) if not _any_torn([folder])]
+        plain, quantized = (
+            [folder for folder in dict.fromkeys(folders) if not _any_torn([folder])] for folders in (plain, quantized)
+        )
+        self.merged_weights = live_checks.merged_weights(model, plain, self.base)
         self.tuned_weights = tuned_weights(model, quantized, self.base)
         if hasattr(model, "disable_adapter"):
             without = model.disable_adapter()

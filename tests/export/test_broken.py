@@ -68,7 +68,7 @@ class Proof:
         self.trained = load_trained(run.base, adapter, torch.float32, "cpu")
 
     def failures(self, folder: Path, name: str) -> list[str]:
-        if name == "bf16" and not verify._any_torn([folder]):
+        if live_checks.keeps_plain(name) and not verify._any_torn([folder]):
             self.verification.merged_weights = live_checks.merged_weights(self.trained, [folder], self.run.base)
         if live_checks.keeps_matrices(name):
             self.verification.tuned_weights = tuned_weights(self.trained, [folder], self.run.base)
@@ -260,6 +260,14 @@ BROKEN = {
         [r"tuned_weights: .* and 11 more hold -?0% .*\(14 of 14 that can be told\)",
          r"tuned_weights: all matrices together"],
     ),
+    "embeddings that no held-out token reads lost beside fp8 weights": (
+        "fp8", tensors(poke("model.embed_tokens.weight", 0.0, 40000)),
+        [r"merged_weights: model\.embed_tokens\.weight is not .*\(1 of 6 tensors\)"],
+    ),
+    "norm changed beside fp8 weights": (
+        "fp8", tensors(poke("model.layers.1.input_layernorm.weight", 1.05)),
+        [r"merged_weights: model\.layers\.1\.input_layernorm\.weight is not the weight that was trained"],
+    ),
     "scale of one layer at twice its value": (
         "fp8", tensors(doubled_scale),
         [r"quantized_weights: 1 matrices are further than 20% .*up_proj\.weight by \d+%"],
@@ -342,6 +350,14 @@ ON_DISK = {
     "adapter left out of one layer": (),
     "merged into another base": (),
     "NaN in the weights": (),
+    "embeddings that no held-out token reads lost beside fp8 weights": (
+        "fp8", tensors(poke("model.embed_tokens.weight", 0.0, 40000)),
+        [r"merged_weights: model\.embed_tokens\.weight is not .*\(1 of 6 tensors\)"],
+    ),
+    "norm changed beside fp8 weights": (
+        "fp8", tensors(poke("model.layers.1.input_layernorm.weight", 1.05)),
+        [r"merged_weights: model\.layers\.1\.input_layernorm\.weight is not the weight that was trained"],
+    ),
     "scale of one layer at twice its value": (),
     "adapter of another alpha": (),
     "adapter with a tensor missing": (),
