@@ -71,8 +71,10 @@ def add_tokenizer(writer: Any, source: Path, vocabulary_size: int, stop_token_id
     writer.add_token_types([types.get(index, TokenType.UNUSED) for index in range(vocabulary_size)])
     writer.add_token_merges(merges)
     _add_special(writer, tokenizer, stop_token_ids)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    if template := tokenizer.chat_template:
+        named = isinstance(template, dict)  # default, tool_use
+        each = [{"name": name, "template": text} for name, text in template.items()] if named else template
+        writer.add_chat_template(each)
 
 
 def _add_special(writer: Any, tokenizer: Any, stop_token_ids: list[int]) -> None:

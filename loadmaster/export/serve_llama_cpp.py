@@ -48,7 +48,7 @@ def ask_llama_cpp(
     figures: dict[str, Any] = {"models": [found["name"]]}
     figures |= log_probability_figures(reference["documents"], served)
     different = [name for name, ids in found["tokens"].items() if ids != expected[name]]
-    if texts and found["template"] != tokenizer.chat_template:
+    if texts and found["template"] != tokenizer.get_chat_template():
         different.append("the chat template in the file")
     figures["rendering"] = {"cases": len(texts), "different": different}
     if wanted["prompts"]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -107,6 +108,17 @@ def test_tokens_template_and_ends_of_turns_are_in_the_file(few_tokens, tmp_path)
     exact, rounded = load_file(base / "model.safetensors"), load_file(tmp_path / "read" / "model.safetensors")
     errors = [((exact[n] - rounded[n]).abs().max() / exact[n].abs().max()).item() for n in exact if exact[n].dim() == 2]
     assert 0 < max(errors) < 1 / 100  # 8 bits
+
+
+def test_a_template_for_tools_is_in_the_file_beside_the_default_one(few_tokens, tmp_path):
+    tokenizer = copy.deepcopy(few_tokens)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "Tools! " + tokenizer.chat_template}
+    (tmp_path / "gguf").mkdir()
+    base = save("llama", tmp_path / "base", tokenizer)
+    export_gguf(base, tmp_path / "gguf", "tickets", "q8_0", [2], str(tmp_path / "read"))
+    held = fields(tmp_path / "gguf" / "tickets-q8_0.gguf")
+    assert held["tokenizer.chat_template"] == tokenizer.get_chat_template()
+    assert held["tokenizer.chat_template.tool_use"] == tokenizer.chat_template["tool_use"]
 
 
 def test_llama_3_frequencies_are_those_of_transformers(tmp_path):
