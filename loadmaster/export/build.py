@@ -26,10 +26,12 @@ from loadmaster.export.process import run_step, timeout_s
 from loadmaster.export.servers import Server, for_server, model_config
 from loadmaster.export.sidecars import write_config, write_generation_config, write_tokenizer
 from loadmaster.export.stream import Change, Unchanged, rewrite
-from loadmaster.export.weights import shards
+from loadmaster.export.weights import shards, tensor_files
 from loadmaster.files import read_json, write_json
+from loadmaster.models.adapters import linear_names
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import DTYPES
+from loadmaster.models.shards import empty_model
 from loadmaster.preflight.config_json import base_name
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.tensor_parallel import NVFP4_GROUP
@@ -63,6 +65,7 @@ def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, 
         raise ExportRejected("\n".join(reasons))
     if formats != ["adapter"]:
         model_config(config, server)
+        _refuse_renamed(source, config)
     if "gguf" in formats:
         refuse_unwritable(source, config)
     wanted = candidates.needed(formats)
@@ -79,6 +82,18 @@ def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, 
     if "nvfp4" in wanted:
         for_server(NVFP4, server)
     return found
+
+
+def _refuse_renamed(source: Path, config: dict[str, Any]) -> None:
+    """Raises ExportRejected for a model whose layers have other names as transformers builds it than in its files."""
+    model, there = empty_model(source, torch.bfloat16), tensor_files(source)
+    renamed = [name for name in linear_names(model) if f"{name}.weight" not in there]
+    if renamed:
+        raise ExportRejected(
+            f"the files of {config.get('model_type', 'this model')} have other names for its layers than transformers, "
+            f"which trains it ({len(renamed)} layers, as {renamed[-1]}): what was trained cannot be put in their "
+            "place. Multimodal models are so; take one of the family that is text only."
+        )
 
 
 NVFP4 = {"format": "nvfp4-pack-quantized", "config_groups": {"": {"weights": {"scale_dtype": "torch.float8_e4m3fn"}}}}

@@ -141,7 +141,7 @@ def save_trained(model: nn.Module, folder: Any) -> None:
     model.save_pretrained(str(folder), safe_serialization=True)
 
 
-def _linear_names(model: nn.Module) -> list[str]:
+def linear_names(model: nn.Module) -> list[str]:
     """Full names of the linear layers that can carry an adapter: all but the head, and beside experts what is in an
     MLP, for by those names, of dense layers too, peft puts adapters on the experts' 3-D tensors."""
     head, mlps = model.get_output_embeddings(), not _has_experts(model)
@@ -157,7 +157,7 @@ def target_modules(model: nn.Module, targets: str | list[str]) -> list[str] | st
     """peft's option of this name; raises ConfigError when nothing matches, or what gets no adapter."""
     if targets == "all-linear":
         return "all-linear"
-    names = _linear_names(model)
+    names = linear_names(model)
     kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
     if isinstance(targets, str):
         if targets in kinds:
@@ -181,7 +181,7 @@ def target_modules(model: nn.Module, targets: str | list[str]) -> list[str] | st
 def _refuse_others(model: nn.Module, targets: str) -> None:
     """An expression may match modules that get no adapter here: the loss takes the head's weight past its module, and
     peft has none for whole layers or activations."""
-    linear = set(_linear_names(model))
+    linear = set(linear_names(model))
     other = [name for name, _ in model.named_modules() if re.fullmatch(targets, name) and name and name not in linear]
     if other:
         message = f"also matches {some_of(other)}, where no adapter is made"

@@ -78,6 +78,18 @@ def test_a_base_whose_tokenizer_gguf_cannot_hold_is_refused_before_it_is_trained
     refuse_unholdable(Job(export=job.export, stop_after="evaluate"), folder)
 
 
+def test_a_base_whose_files_have_other_names_than_what_is_trained_is_refused_before_training(tmp_path: Path) -> None:
+    """Neither could an adapter be merged into Gemma 3's multimodal files, nor whole weights be compared with them."""
+    text = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 256}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    job = Job(model=ModelConfig(path=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"gemma3 have other names .*model\.language_model\.layers\.0"):
+        refuse_unholdable(job, tmp_path)
+    refuse_unholdable(replace(job, export=ExportConfig(formats=["adapter"])), tmp_path)
+
+
 def test_formats_that_an_old_server_does_not_know_are_refused_before_training(tiny: Path) -> None:
     def refuse(name: str, version: str) -> None:
         endpoint = EndpointConfig(server=f"vllm=={version}")
