@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from loadmaster.data import Conversation
 from loadmaster.export.sidecars import token_ids
-from loadmaster.export.weights import EMBEDDINGS, HEAD, shards, tensor_shapes
+from loadmaster.export.weights import WHOLE, shards, tensor_shapes
 from loadmaster.files import read_json
 
 MIN_QUANTIZED_SHARE = 0.9
@@ -146,7 +146,7 @@ def quantized_share(folder: Path, dtype: torch.dtype) -> tuple[float, list[str]]
     """(share of the weights stored as `dtype`, names of matrices that are not); embeddings, head and scales aside."""
     quantized, plain = 0, {}
     for name, stored, count in _layout(folder):
-        if name == HEAD or name.endswith(EMBEDDINGS):
+        if name.endswith(WHOLE):
             continue
         if stored == dtype and name.endswith((".weight", ".weight_packed")):
             quantized += count * VALUES_IN.get(dtype, 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.weights import EMBEDDINGS, HEAD, Shapes, shards, tensor_shapes
+from loadmaster.export.weights import WHOLE, Shapes, shards, tensor_shapes
 from loadmaster.files import read_json
 from loadmaster.preflight.exports import MIN_QUANTIZED_SHARE
 
@@ -53,7 +53,7 @@ def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
     Raises ExportRejected where they hold too little of the model, as in a mixture of experts.
     """
     shapes = {name: shape for shard in shards(folder) for name, (_, shape) in tensor_shapes(shard).items()}
-    outside = {name for name in shapes if name == HEAD or name.endswith(EMBEDDINGS)}
+    outside = {name for name in shapes if name.endswith(WHOLE)}
     # The experts' router is a matrix too, and stored beside experts that servers fuse: none of them is touched.
     mixture = {name for name in shapes if ".experts." in name or ".block_sparse_moe." in name or ".router." in name}
     linear = {

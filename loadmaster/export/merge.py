@@ -34,6 +34,7 @@ from loadmaster.export.stream import Change, Unchanged, rewrite, row_chunks
 from loadmaster.export.weights import (
     EMBEDDINGS,
     HEAD,
+    WHOLE,
     Shapes,
     embedding_name,
     read_tensor,
@@ -331,7 +332,7 @@ def round_trip(form: str | None, dtype: torch.dtype) -> Callable[[str, torch.Ten
     """
 
     def seen(name: str, weight: torch.Tensor) -> torch.Tensor:
-        if form is None or weight.dim() != 2 or name == HEAD or name.endswith(EMBEDDINGS):
+        if form is None or weight.dim() != 2 or name.endswith(WHOLE):
             is_finer = weight.is_floating_point() and torch.finfo(weight.dtype).eps < torch.finfo(dtype).eps
             return weight.to(dtype) if is_finer else weight
         layer = FORMS[form](weight.shape[1], weight.shape[0])

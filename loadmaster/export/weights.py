@@ -25,6 +25,8 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' names, in the order in which it lays them into a file: wide ones first, so that all are aligned."""
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+WHOLE = (HEAD, "embed_out.weight", *EMBEDDINGS)
+"""Ends of the names of what is never held in few bits: embeddings and heads."""
 
 
 def shards(folder: Path) -> list[Path]:
