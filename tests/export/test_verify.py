@@ -140,3 +140,14 @@ def test_reference_memory_is_bounded_by_taking_labels_away_never_context(monkeyp
     assert rows[1]["input_ids"] == IDS.tolist()
     assert labels[1][labels[1] != -100].tolist() == IDS[10:25].tolist()
     assert len(held_out_rows([ROW] * 5, limit=2, vocabulary_size=1)) == 2
+
+
+def test_an_embedding_in_few_bits_is_held_to_the_trained_one(model, tiny):
+    """GGUF's is, and no figure is of the rows that no held-out token reads."""
+    sketches = live_checks.sketches(model)
+    other = load_export(tiny, "cpu")
+    assert live_checks.quantized_weights(other, sketches, 0.2) == []
+    with torch.no_grad():
+        other.model.embed_tokens.weight[40000:] = 0
+    (said,) = live_checks.quantized_weights(other, sketches, 0.2)
+    assert said.startswith("2 matrices are further than 20% from the trained ones") and "embed_tokens" in said
