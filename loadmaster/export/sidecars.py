@@ -13,8 +13,9 @@ from loadmaster.data import Conversation
 from loadmaster.export.servers import NEWEST, Server, model_config, tokenizer_config
 from loadmaster.files import read_json, write_json
 
-LEFT_BEHIND = ("quantization_config", "_name_or_path", "_model_name_or_path", "torch_dtype")
-"""Of the base's config.json: how it was quantized for training, where it lay, and the older name of dtype."""
+LEFT_BEHIND = ("quantization_config", "_name_or_path", "_model_name_or_path", "torch_dtype", "auto_map")
+"""Of the base's config.json: how it was quantized for training, where it lay, the older name of dtype, and code beside
+it, which an export does not have: it was trained by transformers' own."""
 
 SERVER_CAPS = ("max_new_tokens", "max_length")
 """Of generation_config.json: vLLM takes these as a cap for every request."""
@@ -42,7 +43,7 @@ def write_tokenizer(tokenizer: Any, target: Path, server: Server = NEWEST) -> No
     tokenizer.save_pretrained(str(target))
     path = target / "tokenizer_config.json"
     config = tokenizer_config(read_json(path), server)
-    for key in ("name_or_path", "is_local", "local_files_only"):
+    for key in ("name_or_path", "is_local", "local_files_only", "auto_map"):
         config.pop(key, None)
     write_json(path, config)
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from loadmaster.data import Conversation, stop_token_ids
 from loadmaster.export.sidecars import token_ids, write_config, write_generation_config, write_tokenizer
 from loadmaster.files import read_json, write_json
+from loadmaster.models.load import load_tokenizer
 
 CHAT = Conversation(
     messages=[{"role": "user", "content": "Où est l'été ? 42"}, {"role": "assistant", "content": "ici"}],
@@ -50,3 +53,16 @@ def test_nothing_of_the_training_quantization_stays_in_the_config(tmp_path):
     (tmp_path / "out").mkdir()
     write_config(tmp_path, tmp_path / "out", tied_embeddings=True)
     assert read_json(tmp_path / "out" / "config.json") == {"model_type": "llama", "dtype": "bfloat16"}
+
+
+def test_an_export_of_a_base_with_code_beside_it_asks_for_none(tiny, tokenizer, tmp_path):
+    """Servers that trust remote code, as Phi's model card has it, look for the files that the config names."""
+    base, export = shutil.copytree(tiny, tmp_path / "base"), tmp_path / "export"
+    export.mkdir()
+    codes = {"config.json": {"AutoConfig": "own.C"}, "tokenizer_config.json": {"AutoTokenizer": ["own.T", None]}}
+    for name, code in codes.items():
+        write_json(base / name, {**read_json(base / name), "auto_map": code})
+    write_config(base, export, tied_embeddings=True)
+    write_tokenizer(load_tokenizer(base), export)
+    assert AutoConfig.from_pretrained(export, trust_remote_code=True).model_type == "llama"
+    assert len(AutoTokenizer.from_pretrained(export, trust_remote_code=True)) == len(tokenizer)
