@@ -51,13 +51,15 @@ def write_tokenizer(tokenizer: Any, target: Path, server: Server = NEWEST) -> No
 def write_generation_config(base: Path, target: Path, tokenizer: Any, stop_token_ids: list[int]) -> list[int]:
     """generation_config.json whose eos_token_id lists every id that ends a turn; returns that list.
 
-    The base's own list is kept (a model may have learnt to stop in more ways than its template shows).
+    The base's own list is kept (a model may have learnt to stop in more ways than its template shows); where its
+    generation_config.json has none, servers go by its config.json.
     """
     source = base / "generation_config.json"
     config = read_json(source) if source.is_file() else {}
     for key in SERVER_CAPS:
         config.pop(key, None)
     own = config.get("eos_token_id")
+    own = read_json(base / "config.json").get("eos_token_id") if own is None else own
     own = own if isinstance(own, list) else [own]
     config["eos_token_id"] = sorted({*stop_token_ids, *(token for token in own if token is not None)})
     for key in ("bos_token_id", "pad_token_id"):

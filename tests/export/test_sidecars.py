@@ -27,9 +27,13 @@ def test_the_tokenizer_class_is_one_that_older_servers_know_and_loads_to_the_sam
     assert (both[1].eos_token, both[1].pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
 
 
-@pytest.mark.parametrize(("own", "expected"), [(2, [2]), ([0, 7], [0, 2, 7]), (None, [2])])
-def test_generation_config_lists_every_id_that_ends_a_turn(tokenizer, tmp_path, own, expected):
+@pytest.mark.parametrize(
+    ("own", "configured", "expected"),
+    [(2, 9, [2]), ([0, 7], None, [0, 2, 7]), (None, None, [2]), (None, [2, 9], [2, 9])],
+)
+def test_generation_config_lists_every_id_that_ends_a_turn(tokenizer, tmp_path, own, configured, expected):
     write_json(tmp_path / "generation_config.json", {"eos_token_id": own, "max_new_tokens": 5, "temperature": 0.6})
+    write_json(tmp_path / "config.json", {"eos_token_id": configured})
     target = tmp_path / "out"
     target.mkdir()
     assert stop_token_ids(tokenizer) == [2]
