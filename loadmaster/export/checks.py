@@ -1,6 +1,7 @@
 """What can be told of an exported folder before it is run: checks of its files, each with a name.
 
     lora_rows      no row of the adapter is zero (as B is at initialisation), NaN or infinite
+    as_trained     an adapter's tensors and settings are those that were trained, to the bit
     finite         no tensor holds NaN or infinity
     storage        weights are stored as the format says, and config.json says the same: quantization was not skipped,
                    and no quantization_config of training is left behind
@@ -24,7 +25,7 @@ from safetensors import safe_open
 
 from loadmaster.data import Conversation
 from loadmaster.export.sidecars import token_ids
-from loadmaster.export.weights import WHOLE, shards, tensor_shapes
+from loadmaster.export.weights import WHOLE, read_tensor, shards, tensor_shapes
 from loadmaster.files import read_json
 
 MIN_QUANTIZED_SHARE = 0.9
@@ -101,6 +102,22 @@ def lora_rows(folder: Path) -> list[str]:
                 f"{name} ({unused} of {tensor.shape[1]})"
             )
     return [f"{_named(names)}: {what}" for what, names in problems.items()]
+
+
+def as_trained(folder: Path, trained: Path) -> list[str]:
+    """Tensors and settings of an adapter that are not those of the trained one; the base's name may be another."""
+    exported, own = (each / "adapter_model.safetensors" for each in (folder, trained))
+    known = set(tensor_shapes(own))
+    tensors = [
+        name
+        for name, tensor in _tensors([exported])
+        if name not in known or not torch.equal(tensor, read_tensor(own, name))
+    ]
+    settings, trained_with = (read_json(each / "adapter_config.json") for each in (folder, trained))
+    keys = [key for key in {**settings, **trained_with} if settings.get(key) != trained_with.get(key)]
+    others = [key for key in keys if key != "base_model_name_or_path"]
+    found = [f"{_named(tensors)}: not what was trained"] if tensors else []
+    return found + ([f"adapter_config.json has another {_named(others)} than in training"] if others else [])
 
 
 def finite(folder: Path) -> list[str]:

@@ -140,7 +140,7 @@ class Verification:
         self.stop_ids = stop_token_ids(self.tokenizer)
         self.prompts, self.right_answers = self._asked()
         rows = [PackedRow(**{key: np.array(ids) for key, ids in row.items()}, document_ids=[]) for row in told["rows"]]
-        trained = Path(told["trained"])
+        trained = self.trained = Path(told["trained"])
         self.trained_checks = {"lora_rows": checks.lora_rows(trained)}
         plain, quantized = (
             [Path(each.folder) for name, found in formats.items() if is_held(name) for each in found]
@@ -230,6 +230,7 @@ class Verification:
         }
         if (folder / "adapter_config.json").is_file():
             found["lora_rows"] = checks.lora_rows(folder)
+            found["as_trained"] = checks.as_trained(folder, self.trained)
         return found
 
     def _load(self, candidate: Candidate) -> nn.Module:

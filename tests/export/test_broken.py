@@ -316,7 +316,16 @@ BROKEN = {
         [rf"lora_rows: {LORA}\.lora_A\.weight: NaN or infinite"],
     ),
     "adapter of another alpha": (
-        "adapter", config("adapter_config.json", lora_alpha=12), [r"tuned_share is 1\.\d+, must be at most"],
+        "adapter", config("adapter_config.json", lora_alpha=12),
+        [r"tuned_share is 1\.\d+, must be at most", r"as_trained: adapter_config\.json has another lora_alpha"],
+    ),
+    "adapter of another alpha, by a hair and in one layer": (
+        "adapter", config("adapter_config.json", alpha_pattern={"model.layers.1.mlp.up_proj": 7.0}),
+        [r"as_trained: adapter_config\.json has another alpha_pattern than in training"],
+    ),
+    "adapter with another row of B": (
+        "adapter", adapter_tensors(poke(f"{LORA}.lora_B.weight", 0.1, 5)),
+        [rf"as_trained: {LORA}\.lora_B\.weight: not what was trained"],
     ),
     "adapter with a tensor missing": (
         "adapter", adapter_tensors(lambda found, _: found.pop(f"{LORA}.lora_A.weight")),
