@@ -28,7 +28,15 @@ from loadmaster.export.process import answering_s, run_step, timeout_s
 from loadmaster.export.room import beside_weights, moving_s
 from loadmaster.export.servers import aimed_at, oldest_reader
 from loadmaster.export.weights import shards
-from loadmaster.files import is_full_disk, publish_folder, read_json, sha256_file, sha256_json, write_json
+from loadmaster.files import (
+    PARTIAL_SUFFIX,
+    is_full_disk,
+    publish_folder,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.resolve import base_revision
 from loadmaster.models.spread import free_device_memory
@@ -48,6 +56,8 @@ def export_all(
     """Write and verify run_dir/export/<format>/ for every format of the job; see `loadmaster.export.export_all`."""
     collector.resume()
     export = Export(job, plan, run_dir, base_folder, prepared, tokenizer, echo)
+    for left in export.folder.glob(f".*{PARTIAL_SUFFIX}"):  # by a run that was killed, of formats named no more too
+        shutil.rmtree(left, ignore_errors=True)
     done = {name: figures for name in job.export.formats if (figures := export.published(name)) is not None}
     for name in done:
         echo(f"  {name}: unchanged, skipped")

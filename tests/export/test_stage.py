@@ -158,6 +158,8 @@ def test_a_failed_or_killed_export_leaves_nothing_new_and_the_earlier_one_whole(
     assert visible == ["bf16"] and ".bf16.partial" in left_in(run)
     assert verify_manifest(run.folder / "export" / "bf16") == []
     assert read_manifest(run.folder / "export" / "bf16") == manifest
+    run.export("adapter")  # what was left of other formats takes no room any longer
+    assert left_in(run) == ["adapter", "bf16"]
 
 
 def test_a_disk_that_takes_no_more_or_a_stop_request_leaves_no_trace_of_the_new_one(run, tmp_path):
