@@ -78,6 +78,8 @@ def merged_weights(trained: nn.Module, folders: list[Path], base: Path) -> dict[
     seen: set[str] = set()
     for name, weight, delta, is_quantized in live_weights(trained):
         seen.add(name)
+        if not any(name in held for held in files.values()):
+            continue
         as_trained = weight if delta is None else weight + delta
         on_stored = None
         if is_quantized and name in stored:
