@@ -92,7 +92,8 @@ def _refuse_renamed(source: Path, config: dict[str, Any]) -> None:
         raise ExportRejected(
             f"the files of {config.get('model_type', 'this model')} have other names for its layers than transformers, "
             f"which trains it ({len(renamed)} layers, as {renamed[-1]}): what was trained cannot be put in their "
-            "place. Multimodal models are so; take one of the family that is text only."
+            "place. Multimodal models are so; take one of the family that is text only, or export.formats=[adapter] "
+            "with lora.targets that its language model alone has."
         )
 
 
