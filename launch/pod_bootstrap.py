@@ -41,6 +41,8 @@ LARGEST_TOTAL_BYTES = 16 << 20
 POLL_S = 5.0
 LINGER_S = 2.0
 STOPPED = 75
+SHORTEST_SECRET = 8
+BEGAN = time.monotonic()
 
 
 def node():
@@ -73,7 +75,10 @@ def ask(method, url):
 
 
 def terminate(job):
-    """End this very Pod, or its cluster, whose members end together. True when the provider says that it is done."""
+    """End this very Pod, or its cluster, whose members end together. True when the provider says that it is done.
+
+    A 404 is a failure like others: whoever can ask is there, so the provider means that this key may not see it.
+    """
     try:
         path = "/pods/" + os.environ["RUNPOD_POD_ID"]
         if job["ends"] == "cluster":
@@ -82,8 +87,6 @@ def terminate(job):
         return True
     except urllib.error.HTTPError as error:
         said = f"the provider answered {error.code}"
-        if error.code == 404:
-            return True
     except Exception as error:  # whatever a broken answer raises, the switch goes on
         said = type(error).__name__
     say("switch", said=said)
@@ -95,25 +98,30 @@ def terminate(job):
         return False
 
 
+def left_s(job):
+    """Seconds to its end: the machine's clock may be behind, or be put back, and its hours are not more for that."""
+    return min(job["deadline"] - time.time(), job["max_hours"] * 3600 - (time.monotonic() - BEGAN))
+
+
 def arm(job, parent):
-    """Child process: waits for the deadline, or for the end of `parent` and the hold after it."""
+    """Child process: waits for the deadline, or for the end of `parent` and the hold after it, and then asks for the end
+    of the machine for as long as it is there, whatever was answered."""
     if os.fork():
         return
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # By a clock that nobody sets: the machine's may be put back.
-    until = time.monotonic() + min(job["deadline"] - time.time(), job["max_hours"] * 3600)
+    until = time.monotonic() + left_s(job)
     while time.monotonic() < until:
         time.sleep(min(1.0, max(0.0, until - time.monotonic())))
         if os.getppid() != parent:
             until = min(until, time.monotonic() + job["hold_s"])
             parent = os.getppid()
     wait = POLL_S
-    while not terminate(job):
+    while True:
+        terminate(job)
         time.sleep(wait)
         wait = min(300.0, wait * 2)
-    os._exit(0)
 
 
 # ---------------------------------------------------------------- the job
@@ -211,7 +219,7 @@ def run(job, redact):
 
     signal.signal(signal.SIGTERM, stop)
     if job["deadline"] is not None:
-        soft = threading.Timer(max(0.0, job["deadline"] - job["stop_before_s"] - time.time()), stop)
+        soft = threading.Timer(max(0.0, left_s(job) - job["stop_before_s"]), stop)
         soft.daemon = True
         soft.start()
     ended = threading.Event()
@@ -324,16 +332,26 @@ def once(job, redact):
     return code, said
 
 
+def hidden(names):
+    """(value, variable) that no line shows, longest first: one of several lines, such as a key's file, line by line."""
+    found = []
+    for name in names:
+        value = os.environ.get(name, "").strip()
+        lines = [line.strip() for line in value.splitlines()]
+        found += [(line, name) for line in lines if line == value or len(line) >= SHORTEST_SECRET]
+    return sorted(found, key=lambda pair: -len(pair[0]))
+
+
 def main():
     job = json.loads(os.environ["LOADMASTER_JOB"])
     job["run_dir"] = os.path.expanduser(job["run_dir"])
     rented = job["ends"] != "with-input"
     if rented:
         arm(job, os.getpid())
-    secrets = {os.environ[name]: name for name in [*job["secrets"], "RUNPOD_API_KEY"] if os.environ.get(name)}
+    secrets = hidden([*job["secrets"], "RUNPOD_API_KEY"])
 
     def redact(text):
-        for value, name in secrets.items():
+        for value, name in secrets:
             text = text.replace(value, "[" + name + "]")
         return text
 
@@ -351,7 +369,7 @@ def main():
     if not rented:
         os._exit(0)  # a thread still reads standard input, and an interpreter that ends by itself waits for its lock
     if job["ends"] == "cluster" and node() > 0 and code == 0:
-        time.sleep(max(0.0, job["deadline"] - time.time()))  # node 0 may still be exporting; it ends us all
+        time.sleep(max(0.0, left_s(job)))  # node 0 may still be exporting; it ends us all
     time.sleep(job["hold_s"])  # the launcher ends the Pod as soon as it has everything
     while not terminate(job):
         time.sleep(POLL_S)

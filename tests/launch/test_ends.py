@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from subprocess import CompletedProcess as Done
+from urllib.error import HTTPError
 
 import pytest
 from rich.console import Console
@@ -80,14 +82,73 @@ def test_a_launcher_whose_terminal_closes_ends_the_pod(place):
     assert place.fake.pods == {} and any(call.startswith("DELETE") for call in place.fake.calls)
 
 
+def switch() -> dict:
+    """What launch/pod_bootstrap.py defines."""
+    bootstrap: dict = {}
+    exec((ROOT / "launch" / "pod_bootstrap.py").read_text().removesuffix("main()\n"), bootstrap)
+    return bootstrap
+
+
+@pytest.mark.parametrize("ends", ["pod", "cluster"])
+def test_a_pod_that_the_provider_does_not_find_goes_on_ending_itself(monkeypatch, ends):
+    """The API has moved, or hides it from this key: the Pod is there, as it asks."""
+    monkeypatch.setenv("RUNPOD_POD_ID", "pod1")
+    bootstrap, ran = switch(), []
+
+    def ask(method, url):
+        raise HTTPError(url, 404, "Not Found", {}, None)
+
+    bootstrap["ask"] = ask
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(command) or Done(command, 1))
+    assert bootstrap["terminate"]({"ends": ends, "api": "http://nowhere"}) is False
+    assert ran == [["runpodctl", "remove", "pod", "pod1"]]
+
+
+def test_a_pod_that_is_still_there_after_its_end_was_promised_asks_again(tmp_path):
+    program = """
+import os, sys, time
+bootstrap = {}
+exec(open(sys.argv[1]).read().removesuffix("main()\\n"), bootstrap)
+bootstrap["POLL_S"] = 0.02
+bootstrap["terminate"] = lambda job: print("asked", os.getpid(), flush=True) or True
+bootstrap["arm"]({"deadline": time.time(), "max_hours": 1}, os.getpid())
+time.sleep(60)
+"""
+    words = [sys.executable, "-c", program, str(ROOT / "launch" / "pod_bootstrap.py")]
+    pod = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        asked = [pod.stdout.readline().split() for _ in range(3)]
+        assert [word for word, _ in asked] == ["asked"] * 3 and len({pid for _, pid in asked}) == 1
+    finally:
+        pod.kill()
+        os.kill(int(asked[0][1]), signal.SIGKILL)
+
+
+def test_a_job_is_told_before_its_end_by_a_clock_that_is_behind_too(tmp_path):
+    bootstrap = switch()
+    bootstrap["node"] = lambda: 1
+    job = {"name": "n", "folder": str(tmp_path), "ends": "pod", "command": ["sleep", "60"]}
+    job |= {"deadline": time.time() + 7200, "max_hours": 1 / 3600, "stop_before_s": 0.5}
+    began = time.monotonic()
+    assert bootstrap["run"](job, str) == 128 + signal.SIGTERM and time.monotonic() - began < 30
+
+
+def test_a_secret_that_ends_with_a_line_break_or_has_several_lines_is_blacked_out(monkeypatch):
+    monkeypatch.setenv("A", "hf_THE0SECRET\n")
+    monkeypatch.setenv("B", "{\n  'private': 'MIIEvQIBADANBg'\n}\n")
+    monkeypatch.setenv("C", "pin")
+    monkeypatch.setenv("D", " \n")
+    found = [("'private': 'MIIEvQIBADANBg'", "B"), ("hf_THE0SECRET", "A"), ("pin", "C")]
+    assert switch()["hidden"](["A", "B", "C", "D", "NOT_SET"]) == found
+
+
 @pytest.mark.parametrize(
     ("code", "left_s", "times"), [(0, 3600, 1), (4, 3600, 1), (75, 3600, 2), (75, 300, 1), (75, None, 2)]
 )
 def test_in_a_container_that_is_started_again_only_a_job_that_was_stopped_before_its_time_goes_on(
     tmp_path, code, left_s, times
 ):
-    bootstrap, runs = {}, []
-    exec((ROOT / "launch" / "pod_bootstrap.py").read_text().removesuffix("main()\n"), bootstrap)
+    bootstrap, runs = switch(), []
     record = tmp_path / "ended-0.json"
     run = lambda job, redact: runs.append(record.exists()) or code  # noqa: E731
     bootstrap |= {"prepare": lambda job, redact: None, "run": run}
