@@ -104,8 +104,8 @@ def left_s(job):
 
 
 def arm(job, parent):
-    """Child process: waits for the deadline, or for the end of `parent` and the hold after it, and then asks for the end
-    of the machine for as long as it is there, whatever was answered."""
+    """Child process: waits for the deadline, or for the end of `parent` and the hold after it, and then asks for the
+    end of the machine for as long as it is there, whatever was answered."""
     if os.fork():
         return
     os.setsid()

@@ -23,7 +23,7 @@ from loadmaster.launch.board import Board, log_file
 from loadmaster.launch.choose import Choice
 from loadmaster.launch.context import Launch, undisturbed
 from loadmaster.launch.left import RECORD
-from loadmaster.launch.machines import usd_so_far
+from loadmaster.launch.machines import orphan, run_dir, usd_so_far
 from loadmaster.launch.order import dated, run_folder, volume_gb, with_volume
 from loadmaster.launch.provider import LogLine, Machine, NoAnswer, NoCapacity, Order, Provider, Volume
 
@@ -121,6 +121,8 @@ class _Followed:
         self.lines: queue.Queue[tuple[int, LogLine | str]] = queue.Queue()
         self.leaving = threading.Event()
         self.unanswered = False
+        self.alone = False
+        """Whether it is known that no other machine runs this job."""
         self.silent_at = 0.0
         """When the provider last did not answer, by the clock that stands still while a laptop sleeps."""
         self.threads: list[threading.Thread] = []
@@ -202,7 +204,7 @@ class _Followed:
                     f"{self.launch.composed.job.launch.image} run its arguments, and has it python3?"
                 )
             # A log that ends or breaks may mean that the machine has; until all is known about it, look by oneself.
-            known = self.board.armed and self.machine.usd_per_hour > 0
+            known = self.alone and self.machine.usd_per_hour > 0
             if (broken is not None or not known) and now - looked >= POLL_S and self.lines.empty():
                 looked = now
                 self._look(broken)
@@ -220,6 +222,7 @@ class _Followed:
     def _look(self, broken: str | None) -> None:
         try:
             present = self.provider.refresh(self.machine)
+            others = self.provider.machines() if self.board.armed and not self.alone else None
         except NoAnswer as error:  # which says nothing of the machine: it has its own switch
             if not self.unanswered:
                 self.launch.echo(f"{error}; the job goes on there, and is followed again once there is an answer")
@@ -236,6 +239,25 @@ class _Followed:
         self.machine = present
         self.board.usd_per_hour = self._rate()
         self._hold_to_limit()
+        if others is not None:
+            self._be_alone(others)
+            self.alone = True
+
+    def _be_alone(self, machines: list[Machine]) -> None:
+        """End what a first request made that was carried out late, which would be paid for as well; give way to a launch
+        of the same job that was asked for at the same moment, as the two would write each other's files."""
+        mine, now = self.machine, datetime.fromtimestamp(self.launch.clock(), UTC)
+        folder = json.loads(self.order.env["LOADMASTER_JOB"])["run_dir"]
+        for other in machines:
+            if other.name == mine.name and (twin := besides(other, mine)) is not None:
+                self.provider.terminate(twin)
+                self.launch.echo(f"terminated {twin.kind} {twin.members or twin.id}: made twice, by one request")
+            shares = self.order.volume is not None and run_dir(other) == folder and not orphan(other, now)
+            if other.name != mine.name and shares and (other.created, other.id) < (mine.created, mine.id):
+                raise ProviderError(
+                    f"this very job on this very data runs in the same run directory on {other.kind} {other.name}, "
+                    "which was asked for at the same moment, before this one"
+                )
 
     def _hold_to_limit(self) -> None:
         limit, rate = self.launch.composed.job.launch.max_usd_per_hour, self.machine.usd_per_hour
@@ -272,6 +294,14 @@ def end(launch: Launch, provider: Provider, machine: Machine | None, made: list[
         )
         return
     launch.echo(f"terminated {launch.name}; nothing of it is left running")
+
+
+def besides(other: Machine, mine: Machine) -> Machine | None:
+    """What of a machine of the same name is not `mine`."""
+    if mine.kind != "Pods":
+        return other if other.id != mine.id else None
+    members = tuple(id for id in other.members if id not in mine.members)
+    return replace(other, members=members) if members else None
 
 
 def _say_what_stays(launch: Launch, provider: Provider) -> None:

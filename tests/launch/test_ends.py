@@ -24,7 +24,7 @@ from loadmaster.errors import LoadmasterError, ProviderError, StoppedOnRequest
 from loadmaster.launch import job as job_module
 from loadmaster.launch.job import launch_job
 from loadmaster.launch.machines import list_pods, sweep_pods
-from tests.launch.fake_runpod import FAULTS
+from tests.launch.fake_runpod import FAULTS, Problem
 from tests.launch.place import PACKAGE, everything_written, wait_until
 from tests.launch.test_launch_job import scripted
 from tests.runs import command
@@ -283,3 +283,75 @@ def test_a_dry_run_on_a_terminal_shows_what_can_be_read(place):
     assert place.launch("launch.dry_run=true", "launch.package=auto") == 0
     assert "LOADMASTER_WHEEL_0" in place.said and "characters, whole in a pipe" in place.said
     assert max(map(len, place.said.splitlines())) < 3000
+
+
+def starts_slowly(then):
+    """A Pod that speaks, goes on once then(fake, id) is true, and ends well."""
+
+    def runner(fake, id):
+        fake.say(id, '::loadmaster {"event": "armed", "deadline": 0}')
+        with contextlib.suppress(AssertionError):  # then it ends all the same
+            wait_until(lambda: then(fake, id) or id not in fake.pods)
+        scripted(fake, id)
+
+    return runner
+
+
+def test_a_pod_that_a_lost_request_made_later_is_ended_and_not_paid_until_the_end(place):
+    def runner(fake, id):
+        with fake.lock:
+            fake.pods["late"] = {**fake.pods[id], "id": "late", "_end": None}
+        starts_slowly(lambda fake, id: "late" not in fake.pods)(fake, id)
+
+    place.fake.runner = runner
+    assert place.launch() == 0, place.said
+    assert "terminated Pod late: made twice" in place.said and place.fake.pods == {}
+    assert place.fake.deleted[0] == ("pod", "late")
+
+
+def test_of_a_groups_pods_only_those_that_came_late_are_ended(place):
+    def runner(fake, id):
+        with fake.lock:
+            name = fake.pods[id]["name"]
+            if name.endswith("-node1"):
+                fake.pods = {"late": {**fake.pods[id], "id": "late", "_end": None}, **fake.pods}
+        starts_slowly(lambda fake, id: fake.deleted)(fake, id)
+
+    place.fake.runner = runner
+    words = ["launch.nodes=2", "launch.force_pods=true", "launch.max_hours=1", "launch.gpus=[l40s:1]"]
+    assert place.launch(*words) == 0, place.said
+    assert place.fake.deleted[0] == ("pod", "late") and place.fake.pods == {}
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_of_two_launches_of_one_job_at_the_same_moment_the_younger_gives_way(place, older):
+    def runner(fake, id):
+        created = "2020-01-01T00:00:00Z" if older else "2099-01-01T00:00:00Z"
+        with fake.lock:
+            other = {**fake.pods[id], "id": "theirs", "name": "loadmaster-theirs", "createdAt": created, "_end": None}
+            fake.pods["theirs"] = other
+        starts_slowly(lambda fake, id: not older)(fake, id)
+
+    place.fake.runner = runner
+    if older:
+        with pytest.raises(ProviderError, match="same run directory on Pod loadmaster-theirs"):
+            place.launch()
+    else:
+        assert place.launch() == 0, place.said
+    assert list(place.fake.pods) == ["theirs"]
+
+
+def test_a_node_that_cannot_be_ended_keeps_no_other_one(place, monkeypatch):
+    delete = place.fake.deletePod
+
+    def refuses_the_first(ids, query, body):
+        if place.fake.pods[ids["id"]]["name"].endswith("-node0"):
+            raise Problem(409, "it is locked")
+        return delete(ids, query, body)
+
+    monkeypatch.setattr(place.fake, "deletePod", refuses_the_first)
+    place.fake.runner = scripted
+    words = ["launch.nodes=2", "launch.force_pods=true", "launch.max_hours=1", "launch.gpus=[l40s:1]"]
+    assert place.launch(*words) == 0, place.said
+    assert [pod["name"][-6:] for pod in place.fake.pods.values()] == ["-node0"]
+    assert "ATTENTION: it is not certain" in place.said and "it is locked" in place.said

@@ -92,8 +92,7 @@ class Runpod:
         if machine.kind == "Instant Cluster":
             self.client.delete_cluster(machine.id)
             return
-        for id in machine.members or (machine.id,):
-            self.client.delete_pod(id)
+        rental.end(self.client, machine.members or (machine.id,))
 
     def rent_requests(self, order: Order) -> list[dict[str, Any]]:
         return rental.requests(self.api, order)

@@ -8,11 +8,14 @@ carries 100 Mbit/s (the provider's documentation) against a cluster's 1600 Gbit/
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from loadmaster.errors import ProviderError
 from loadmaster.launch.provider import MOUNT, Machine, Order
 from loadmaster.launch.runpod.client import RunpodClient
 from loadmaster.launch.runpod.types import (
@@ -49,10 +52,22 @@ def rent(client: RunpodClient, order: Order) -> Machine:
         for node in range(order.offer.nodes):
             made.append(client.create_pod(_node(order, node, made[0].id if made else None)))
     except BaseException:
-        for pod in made:
-            client.delete_pod(pod.id)
+        with contextlib.suppress(ProviderError):  # what hinders that is not what went wrong; it is looked for by name
+            end(client, [pod.id for pod in made])
         raise
     return groups(made)[0]
+
+
+def end(client: RunpodClient, pods: Sequence[str]) -> None:
+    """Delete all of them: where one is refused, the others cost money as well. Raises ProviderError for the first."""
+    refused: ProviderError | None = None
+    for id in pods:
+        try:
+            client.delete_pod(id)
+        except ProviderError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
 
 
 def refresh(client: RunpodClient, machine: Machine) -> Machine | None:
