@@ -52,6 +52,11 @@ NO_CONTROLLER = re.compile(
 PATIENCE = 12
 """Answers in a row without the job before it counts as gone."""
 
+UNANSWERED = re.compile(
+    r"unable to contact|timed out|zero bytes|connection refused|communication|no route|network is|unreachable",
+    re.IGNORECASE,
+)
+"""What squeue says where the controller does not answer; of a job that it does not know, `Invalid job id specified`."""
 UNSURE = ("timed out", "Zero Bytes", "connect")
 """What sbatch says where its answer was lost: there may be a job, which is cancelled and finds its files."""
 
@@ -173,6 +178,8 @@ class _Submitted:
         self.id: str | None = None
         self.state = ""
         self.over = False
+        self.silent = False
+        """Whether nobody answered when the job was last asked for."""
         self.read_bytes = 0
         self.last_step: object = None
 
@@ -194,7 +201,7 @@ class _Submitted:
         done = self._call(self.batch.command, env)
         id = done.stdout.strip().partition(";")[0] if done else ""
         if not id.isdigit():
-            id = self._id_by_name()
+            id = self._id_by_name() or ""
         if not id:
             said = done.stderr if done else "no answer"
             if done and done.returncode and not any(word in said for word in UNSURE):
@@ -205,10 +212,12 @@ class _Submitted:
         write_json(self.batch.folder / RECORD, {"name": launch.name, "id": id, "command": self.batch.command})
         launch.echo(f"submitted job {id}; its log is {self.batch.log}, its run directory {self.batch.run_dir}")
 
-    def _id_by_name(self) -> str:
+    def _id_by_name(self) -> str | None:
+        """Empty: there is no such job; None: nobody answers."""
         found = self._call(["squeue", "--noheader", "--me", f"--name={self.launch.name}", "--format=%i"])
-        lines = found.stdout.split() if found and found.returncode == 0 else []
-        return lines[0] if lines else ""
+        if found is None or found.returncode:
+            return None
+        return next(iter(found.stdout.split()), "")
 
     # ---------------------------------------------------------------- follow
 
@@ -220,7 +229,7 @@ class _Submitted:
             if self.batch.ended.exists() and state not in ("RUNNING", "COMPLETING"):
                 self.over = True
                 return self._result(int(self.batch.ended.read_text().strip() or 1))
-            missing = missing + 1 if state == "" else 0
+            missing = missing + 1 if state == "" and not self.silent else 0
             if state in OVER or missing >= PATIENCE:
                 self._show()
                 if self.batch.ended.exists():
@@ -233,13 +242,18 @@ class _Submitted:
             self.launch.sleep(POLL_S)
 
     def _state(self) -> str:
-        """In Slurm's word; empty where neither the queue nor the accounts have it at the moment."""
+        """In Slurm's word; empty where neither the queue nor the accounts have it at the moment, or (self.silent) where
+        nobody answers, which says nothing of the job."""
         done = self._call(["squeue", "--noheader", f"--jobs={self.id}", "--format=%T"])
         state = done.stdout.split()[0] if done and done.returncode == 0 and done.stdout.split() else ""
+        silent = done is None or bool(done.returncode and UNANSWERED.search(done.stderr))
         if not state:
             done = self._call(["sacct", "-n", "-X", "-P", f"--jobs={self.id}", "--format=State"])
             lines = done.stdout.split("\n") if done and done.returncode == 0 else []
             state = next((line.split()[0].rstrip("+") for line in reversed(lines) if line.strip()), "")
+        if silent and not state and not self.silent:
+            self.launch.echo("  Slurm does not answer; the job is followed again once it does")
+        self.silent = silent and not state
         if state and state != self.state:
             self.launch.echo(f"  job {self.id}: {state.lower()}")
             self.state = state
@@ -277,9 +291,13 @@ class _Submitted:
     def _cancel(self) -> None:
         """SIGTERM to the tasks, the time for a checkpoint, then scancel; by name where the number is not known."""
         self.batch.cancelled.touch()
-        self.id = self.id or self._id_by_name() or None
-        if self.id is None:
+        found = self.id or self._id_by_name()
+        if found is None:
+            name = self.launch.name
+            self.launch.echo(f"\nATTENTION: whether Slurm has a job {name} is not known: scancel --name={name} ends it")
+        if not found:
             return
+        self.id = found
         if self._state() == "RUNNING":
             self.launch.echo("asked the job to save a checkpoint and to end")
             self._call(["scancel", "--signal=TERM", self.id])
@@ -289,10 +307,9 @@ class _Submitted:
                 self._show()
         self._call(["scancel", self.id])
         left = self._state()
-        if left and left not in (*OVER, "COMPLETING", *GONE):
-            self.launch.echo(
-                f"\nATTENTION: Slurm still says {left.lower()} of job {self.id}; end it with scancel {self.id}"
-            )
+        if self.silent or (left and left not in (*OVER, "COMPLETING", *GONE)):
+            said = "does not answer when asked for" if self.silent else f"still says {left.lower()} of"
+            self.launch.echo(f"\nATTENTION: Slurm {said} job {self.id}; end it with scancel {self.id}")
         else:
             self.launch.echo(f"cancelled job {self.id}")
 

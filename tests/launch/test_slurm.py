@@ -227,6 +227,37 @@ def test_a_controller_that_does_not_always_answer_is_asked_again(cluster, monkey
     assert cluster.launch("launch.env.STAND_IN_S='1'") == 0
 
 
+def deaf(cluster, monkeypatch, first: int, last: int) -> None:
+    """squeue and scancel find no controller at calls first to last of theirs; there are no accounts."""
+    call, asked = slurm._Submitted._call, []
+
+    def answer(self, command, env=None):
+        if command[0] in ("squeue", "scancel"):
+            asked.append(command)
+            if first <= len(asked) <= last:
+                said = f"{command[0]}: error: Unable to contact slurm controller (connect failure)\n"
+                return subprocess.CompletedProcess(command, 1, "", said)
+        return None if command[0] == "sacct" else call(self, command, env)
+
+    monkeypatch.setattr(slurm._Submitted, "_call", answer)
+
+
+def test_a_controller_that_is_restarted_for_minutes_ends_no_job(cluster, monkeypatch):
+    monkeypatch.setattr(slurm, "PATIENCE", 3)
+    deaf(cluster, monkeypatch, 3, 30)
+    assert cluster.launch("launch.env.STAND_IN_S='6'") == 0
+    assert cluster.said.count("Slurm does not answer; the job is followed again") == 1
+
+
+def test_a_job_that_nobody_could_be_told_to_end_is_not_called_cancelled(cluster, monkeypatch):
+    deaf(cluster, monkeypatch, 1, 1000)
+    monkeypatch.setattr(slurm._Submitted, "_follow", lambda self: (_ for _ in ()).throw(StoppedOnRequest("now")))
+    with pytest.raises(StoppedOnRequest):
+        cluster.launch("launch.env.STAND_IN_S='60'")
+    assert "ATTENTION: Slurm does not answer when asked for job 1000" in cluster.said
+    assert "cancelled job" not in cluster.said
+
+
 def test_a_job_that_slurm_kills_is_an_error_that_says_so(cluster):
     def kill():
         wait_until(lambda: "node 0 of 1" in log(cluster))
