@@ -14,7 +14,7 @@ Streams are server-sent events, one or more whole events in each piece. A cancel
 and the server stops generating. On SIGTERM no new job is taken, those running are finished, then the server ends;
 a terminal that closes (SIGHUP) is as SIGTERM, except for what nohup starts.
 
-    VLLM_BASE_URL=http://127.0.0.1:8000 python handler.py --rp_serve_api     use a server that is running already
+    VLLM_BASE_URL=http://127.0.0.1:8000 python handler.py --rp_serve_api --rp_api_port 8001    uses a running server
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ from loadmaster.preflight.serving_speed import Speed, Traffic, usual_request
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.tensor_parallel import divides
 
+SHOWN = 5
+"""Machines, the chosen one first."""
 FEWEST_SIMULATED, MOST_SIMULATED = 5_000, 30_000
 STARTS_TO_SEE = 20
 """A simulation that ends before so many cold starts could have followed each other says nothing of them."""
@@ -236,7 +238,7 @@ def _sizing(wanted: EndpointConfig, traffic: Traffic, able: list[Candidate], che
         service=service, prices=prices, bills=[month(factor * rate, service, prices) for factor in (0.1, 1, 10)],
         crossings={name: (share, crossing_rate(service, prices, name)) for name, share in shares.items()},
         outcomes=_outcomes(wanted, service, chosen), reasons=_reasons(best, wanted, traffic, able),
-        runners_up=[candidate.plan for candidate in able[1:5]],
+        runners_up=[candidate.plan for candidate in able[1:SHOWN]],
         load=plan_load(best.speed, traffic, best.requests_at_once),
     )  # fmt: skip
 
@@ -282,7 +284,8 @@ def _outcomes(wanted: EndpointConfig, service: Service, chosen: Fleet) -> list[O
 
 def _reasons(best: Candidate, wanted: EndpointConfig, traffic: Traffic, able: list[Candidate]) -> list[str]:
     plan = best.plan
-    chosen = "asked for" if wanted.gpu != "auto" else f"the cheapest of {len(able)} machines that carry the load"
+    more = f" (below are the {SHOWN} cheapest)" if len(able) > SHOWN else ""
+    chosen = "asked for" if wanted.gpu != "auto" else f"the cheapest of {len(able)} machines that carry the load{more}"
     reasons = [
         f"{plan.gpus}x {plan.gpu}: {chosen}, {best.workers} worker(s) at ${plan.flex_usd_per_hour:.2f}/h each while up",
         f"{plan.cache_tokens:,} tokens of cache hold {plan.concurrent_requests:,.1f} requests of {plan.context:,} "

@@ -198,12 +198,14 @@ def deploy(
             echo(f"endpoint {endpoint.id} ({endpoint.name}) is as it should be; nothing is sent")
         with connect(endpoint.request_urls) as inference:
             found = validate(inference, wanted.expected, start_s, echo)
+        if made is not None:
+            _end_twins(client, made, echo)
     except BaseException as error:
         if keep:
             echo(f"validation failed; endpoint {request.name} is kept, as asked")
         elif before is None or change is not None:
             with undisturbed():
-                _take_back(client, request.name, before, made, echo)
+                _take_back(client, request.name, before, made, echo, sleep)
         if isinstance(error, NotAnswered):
             raise NotAnswered(f"{request.name} does not serve as it should: {error}") from None
         raise
@@ -239,15 +241,26 @@ def _alone(client: RunpodClient, made: Endpoint) -> None:
             )
 
 
+def _end_twins(client: RunpodClient, made: Endpoint, echo: Callable[[str], None]) -> None:
+    """Delete what a lost request made late: nobody would ask it, and its Active workers would be billed. Whoever
+    deploys the same bundle at the same moment, and is younger, has given way by now."""
+    for twin in client.endpoints():
+        same = twin.name.removesuffix(FLASHBOOT_SUFFIX) == made.name.removesuffix(FLASHBOOT_SUFFIX)
+        if same and twin.id != made.id and twin.created_at >= made.created_at:
+            client.delete_endpoint(twin.id)
+            echo(f"endpoint {twin.id} is deleted: made twice, by one request")
+
+
 def _take_back(
-    client: RunpodClient, name: str, before: Endpoint | None, made: Endpoint | None, echo: Callable[[str], None]
-) -> None:
+    client: RunpodClient, name: str, before: Endpoint | None, made: Endpoint | None, echo: Callable[[str], None],
+    sleep: Callable[[float], None],
+) -> None:  # fmt: skip
     """Delete what was made, or put back what was changed; says so when the provider does not let it."""
     try:
         if before is not None:
             client.update_endpoint(before.id, _restore(before))
             echo(f"failed: endpoint {before.id} is as it was before")
-        elif there := made or find(client, name):  # by its name, where the answer to its creation was lost
+        elif there := made or _found_late(client, name, sleep):
             client.delete_endpoint(there.id)
             echo(f"failed: endpoint {there.id} is deleted")
     except ProviderError as error:
@@ -255,6 +268,14 @@ def _take_back(
             f"failed, and endpoint {name} could not be taken back ({error}); it may cost money: "
             f"loadmaster endpoint delete {name}"
         )
+
+
+def _found_late(client: RunpodClient, name: str, sleep: Callable[[float], None]) -> Endpoint | None:
+    """By its name, where the answer to its creation was lost, or not waited for: it may still be on its way."""
+    if (there := find(client, name)) is None:
+        sleep(POLL_S)
+        there = find(client, name)
+    return there
 
 
 def _settled(

@@ -244,8 +244,8 @@ class _Followed:
             self.alone = True
 
     def _be_alone(self, machines: list[Machine]) -> None:
-        """End what a first request made that was carried out late, which would be paid for as well; give way to a launch
-        of the same job that was asked for at the same moment, as the two would write each other's files."""
+        """End what a first request made that was carried out late, which would be paid for as well; give way to a
+        launch of the same job that was asked for at the same moment, as the two would write each other's files."""
         mine, now = self.machine, datetime.fromtimestamp(self.launch.clock(), UTC)
         folder = json.loads(self.order.env["LOADMASTER_JOB"])["run_dir"]
         for other in machines:

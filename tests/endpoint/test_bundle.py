@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -123,6 +124,8 @@ def test_sizes_reasons_and_bills_are_in_the_readme(run_dir):
     text = (folder / "README.md").read_text()
     for said in ("| 1x rtx4090 |", "| 1x l40s |", "rule of thumb", "no ECC", "An always-on Pod is cheaper", "(chosen)"):
         assert said in text
+    able, shown = re.search(r"cheapest of (\d+) machines.*below are the (\d+) cheapest", text).groups()
+    assert int(able) > int(shown) == len(re.findall(r"^\| \dx \w+ \|", text, re.MULTILINE))
     figures = read_json(folder / "serving.json")
     assert figures["plan"]["fits"] and len(figures["bills"]) == 3 and figures["outcomes"][0]["requests"] > 1000
     assert (folder / "traffic.svg").read_text().count("<svg") == 1
@@ -235,6 +238,12 @@ def test_commands_for_other_servers_are_there(run_dir):
         "ollama create tickets",
     ):
         assert command in text
+
+
+def test_our_own_worker_is_tried_at_another_port_than_its_servers(run_dir):
+    """The SDK's own is 8000, where the commands above it have started the server."""
+    text = (bundle(run_dir) / "README.md").read_text()
+    assert "http://127.0.0.1:8000 python handler.py --rp_serve_api --rp_api_port 8001" in text
 
 
 def test_a_gguf_that_was_exported_is_served_as_it_is_and_without_one_its_export_is_named(run_dir):

@@ -13,7 +13,7 @@ import pytest
 
 from loadmaster.config.schema import EndpointConfig, ExportConfig, Job
 from loadmaster.endpoint.bundle import write_bundle
-from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.errors import ExportRejected, LoadmasterError, StoppedOnRequest
 from loadmaster.export.answers import keep
 from loadmaster.export.manifest import OWN_DIGEST, write_manifest
 from loadmaster.files import read_json, write_json
@@ -22,7 +22,7 @@ from loadmaster.launch.bucket import Bucket
 from loadmaster.launch.deploy import deploy, find, order, ours, owned, scale, write_deployment
 from loadmaster.launch.inference import Inference, NotAnswered
 from loadmaster.launch.runpod import Api, Patience, RunpodClient
-from loadmaster.launch.runpod.types import CreateNetworkVolume
+from loadmaster.launch.runpod.types import CreateNetworkVolume, body
 from loadmaster.launch.upload import upload
 from tests.launch.fake_inference import MODES, FakeInference
 from tests.launch.fake_runpod import FAULTS, FakeRunpod
@@ -98,6 +98,54 @@ def said() -> list[str]:
     return []
 
 
+@pytest.fixture
+def left_late(fake, monkeypatch):
+    """left_late(at): from the `at`-th list of endpoints on there is one more, which a lost request made."""
+    listed, created, seen, late = fake.listEndpoints, fake.createEndpoint, [], []
+
+    def create(ids, query, body):
+        if not late:
+            late.append(body)
+        return created(ids, query, body)
+
+    def after(at: int) -> None:
+        def answer(ids, query, body):
+            seen.append(bool(late))
+            if sum(seen) == at and late:
+                fake.endpoints["late"] = fake._endpoint("late", {"env": {}, **late[0]})
+            return listed(ids, query, body)
+
+        monkeypatch.setattr(fake, "createEndpoint", create)
+        monkeypatch.setattr(fake, "listEndpoints", answer)
+
+    return after
+
+
+def test_an_endpoint_that_a_lost_request_made_late_is_deleted(run_dir, client, fake, volume, said, left_late):
+    """`_create` has listed once, deploy once after it; the third list is the one after validation."""
+    left_late(3)
+    fake.named_faults = {("createEndpoint", 1): "500"}
+    found = try_deploy(run_dir, client, fake, volume, said)
+    assert list(fake.endpoints) == [found["endpoint"]] and "made twice, by one request" in " ".join(said)
+
+
+def test_an_endpoint_whose_making_was_interrupted_is_looked_for_until_it_is_there(
+    run_dir, client, fake, volume, said, monkeypatch
+):
+    """Ctrl-C while the request is on its way, and the provider carries it out a moment after."""
+    made = lambda: fake._endpoint("late", {**fake.bodies[-1], "env": {}})  # noqa: E731
+
+    def interrupted(request):
+        fake.bodies.append(body(request))
+        raise StoppedOnRequest("now")
+
+    monkeypatch.setattr(client, "create_endpoint", interrupted)
+    slept = lambda seconds: fake.endpoints.update(late=made())  # noqa: E731
+    with pytest.raises(StoppedOnRequest):
+        try_deploy(run_dir, client, fake, volume, said, sleep=slept)
+    assert fake.endpoints == {} and fake.deleted == [("endpoint", "late")]
+
+
 def try_deploy(run_dir, client, fake, volume, said, mode="good", faults=None, **options):
     with FakeInference(mode, answers=SMOKE) as data_plane:
         data_plane.faults = faults or {}
@@ -105,7 +153,7 @@ def try_deploy(run_dir, client, fake, volume, said, mode="good", faults=None, **
         try:
             return deploy(
                 order(run_dir, volume), client, connect, start_s=options.pop("start_s", 5.0), echo=said.append,
-                sleep=lambda seconds: None, **options,
+                sleep=options.pop("sleep", lambda seconds: None), **options,
             )  # fmt: skip
         finally:
             assert data_plane.keys <= {f"Bearer {fake.key}"}
