@@ -59,8 +59,7 @@ def request_of(given: Any) -> tuple[str, dict[str, Any] | None]:
     if not isinstance(given, dict) or not given:
         raise Refused('input must be an object with "messages", "prompt" or "openai_route"')
     try:
-        size = len(json.dumps(given))
-        json.dumps(given, ensure_ascii=False, allow_nan=False).encode()  # as it goes to the server
+        size = len(json.dumps(given, ensure_ascii=False, allow_nan=False).encode())  # as it goes to the server
     except (ValueError, TypeError, RecursionError):
         raise Refused("input holds what JSON cannot carry: NaN, half a character, or hundreds of levels") from None
     if size > LONGEST_INPUT_BYTES:

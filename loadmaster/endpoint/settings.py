@@ -25,7 +25,7 @@ BAKED = PurePosixPath("/model")
 QUEUE_DELAY_S = 4
 REQUEST_TIMEOUT_MS = 600_000
 LONGEST_INPUT_BYTES_A_TOKEN = 16
-"""JSON of a prompt in any script with escapes stays below; longer input is refused before it is tokenised."""
+"""JSON of a prompt in any script, as UTF-8, stays below; longer input is refused before it is tokenised."""
 CONTAINER_GB = 60
 """The vLLM image unpacked, and room to work."""
 

@@ -221,7 +221,7 @@ def verify_manifest(folder: Path) -> list[str]:
     listed = set()
     for entry in manifest.get("files") or []:
         name = entry.get("path") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not _stays_inside(name):
+        if not stays_inside(name):
             problems.append(f"{name!r}: not a path inside the folder")
             continue
         listed.add(name)
@@ -244,7 +244,10 @@ def _is_as_written(path: Path) -> bool:
     return hashlib.sha256(text.replace(digest.encode(), NO_DIGEST.encode(), 1)).hexdigest() == digest
 
 
-def _stays_inside(name: str) -> bool:
+def stays_inside(name: object) -> bool:
+    """Whether a manifest's path is one inside its folder."""
+    if not isinstance(name, str):
+        return False
     path = PurePosixPath(name)
     inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
     return inside and "\\" not in name and "\0" not in name

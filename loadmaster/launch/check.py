@@ -20,7 +20,8 @@ from loadmaster.launch.payload import THERE, data_paths
 from loadmaster.launch.wheel import is_file, of_the_default_kind
 
 SECRET_NAME = re.compile(
-    r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|(^|_)(PAT|PASS|AUTH|DSN)($|_)",
+    r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|(^|_)KEY$"
+    r"|(^|_)(PAT|PASS|AUTH|DSN)($|_)",
     re.IGNORECASE,
 )
 TOKEN = r"(hf|sk|rpa|rps|ghp|gho|github_pat|glpat|xox[abp]|AKIA)[-_]?\w*[A-Za-z0-9]{14,}"
@@ -31,6 +32,8 @@ SECRET_VALUE = re.compile(rf"{TOKEN}|[0-9a-fA-F]{{32,}}|.{{48,}}|.*[^\w.-].*")
 PINNED = re.compile(r"==[\w.!+]+$|@[0-9a-f]{40}\b|#sha256=[0-9a-f]{64}$")
 WITH_KEY = re.compile(r"(https?://|ssh://(?=[^/@\s]*:))[^/@\s]+@", re.IGNORECASE)
 """An address with a password in it, or over https with anything before the @; ssh://git@ is no key."""
+QUERIED = re.compile(r"([?&][\w.-]*(?:token|key|secret|sig|password|credential)[\w.-]*=)[^&#\s]+", re.IGNORECASE)
+"""The same in what an address asks for: ?private_token=..., a signed link."""
 OWN = ("name", "nodes", *THERE, "env", "secrets", "dry_run", "max_hours")
 """Fields of launch that mean something wherever the job goes."""
 FIELDS = {
@@ -104,9 +107,9 @@ def _rented(job: Job) -> list[Problem]:
         elif not Path(launch.package).name.startswith(f"loadmaster-{__version__}-"):
             message = f"is no wheel of loadmaster {__version__}, which is what runs here"
             wrong("launch.package", launch.package, message, "leave it out: this very code travels")
-    elif launch.package is not None and WITH_KEY.search(launch.package):
+    elif launch.package is not None and (WITH_KEY.search(launch.package) or QUERIED.search(launch.package)):
         remedy = "a wheel here, which travels along (launch.package=FILE.whl), or an image that has it"
-        shown = WITH_KEY.sub(r"\1...@", launch.package)
+        shown = QUERIED.sub(r"\1...", WITH_KEY.sub(r"\1...@", launch.package))
         wrong("launch.package", shown, "carries a key in its URL, which the machine's log would show", remedy)
     elif launch.package not in (None, "auto") and not PINNED.search(launch.package):
         remedy = "name==1.2.3, git+https://...@<40 hex digits>, https://...whl#sha256=<64 hex digits>, or auto"

@@ -45,6 +45,8 @@ from loadmaster.launch.validate import Expected, validate
 START_S = 1200.0
 """Cold start of a large model from a slow volume, with the image's first pull."""
 POLL_S = 5.0
+LATE_LOOKS = 6
+"""How often, POLL_S apart: as long as a request may take."""
 
 Connect = Callable[[Mapping[str, str]], Inference]
 Put = Callable[[NetworkVolume], Any]
@@ -272,10 +274,11 @@ def _take_back(
 
 def _found_late(client: RunpodClient, name: str, sleep: Callable[[float], None]) -> Endpoint | None:
     """By its name, where the answer to its creation was lost, or not waited for: it may still be on its way."""
-    if (there := find(client, name)) is None:
+    for _ in range(LATE_LOOKS):
+        if there := find(client, name):
+            return there
         sleep(POLL_S)
-        there = find(client, name)
-    return there
+    return find(client, name)
 
 
 def _settled(

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loadmaster.errors import ExportRejected, LoadmasterError
-from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
+from loadmaster.export.manifest import NAME, read_manifest, stays_inside, verify_manifest
 from loadmaster.files import read_json, sha256_file
 from loadmaster.launch.bucket import Bucket
 from loadmaster.launch.provider import MOUNT
@@ -128,6 +128,8 @@ def fetch(run_dir: Path, formats: list[str], bucket: Bucket, left: Left, echo: E
     for name in formats:
         artifact = run_dir / "export" / name
         manifest = read_manifest(artifact)
+        if not all(isinstance(file, dict) and stays_inside(file.get("path")) for file in manifest["files"]):
+            raise ExportRejected(f"{artifact / NAME} lists a file that is not inside its folder; nothing is fetched")
         shown = Shown(manifest["bytes"], echo, f"of {name} are here")
         fetched = sum(
             bucket.get(f"{left.folder}/export/{name}/{file['path']}", artifact / file["path"], file, shown.add)

@@ -30,6 +30,8 @@ from loadmaster.launch.provider import LogLine, Machine, NoAnswer, NoCapacity, O
 START_S = 1800.0
 """A machine whose bootstrap has not spoken after this (image pull included) is given up."""
 POLL_S = 5.0
+LATE_LOOKS = 6
+"""How often, POLL_S apart, a machine is looked for whose making was interrupted: as long as a request may take."""
 LEAVE_S = 2.0
 HEAR_OUT_S = 5.0
 NODE_GRACE_S = 120.0
@@ -48,6 +50,7 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
     made: list[Volume] = []
     followed: _Followed | None = None
     unheard: Unheard | None = None
+    looks = LATE_LOOKS
     try:
         machine, order = _rent(launch, provider, choice, order, made)
         record |= {"id": machine.id, "kind": machine.kind, "volume": order.volume and order.volume.id}
@@ -58,11 +61,14 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
         return followed.to_the_end()
     except Unheard as error:
         unheard = error
+    except ProviderError as error:
+        looks = LATE_LOOKS if isinstance(error, NoAnswer) else 0
+        raise
     except StoppedOnRequest:
         raise StoppedOnRequest(f"stopped on request; {_what_stays(machine, order)}") from None
     finally:
         with undisturbed():
-            end(launch, provider, machine, made)
+            end(launch, provider, machine, made, looks)
             if followed is not None:
                 followed.leave()
     assert followed is not None
@@ -272,18 +278,22 @@ class _Followed:
         return deadline if limit is None else min(deadline, self.board.start + limit / self._rate() * 3600)
 
 
-def end(launch: Launch, provider: Provider, machine: Machine | None, made: list[Volume]) -> None:
+def end(launch: Launch, provider: Provider, machine: Machine | None, made: list[Volume], looks: int) -> None:
     """Terminate everything of this launch's name; without a machine, take back the volumes made for it (empty).
 
-    By name too: a request that broke half way may have made what this process never heard of.
+    By name too: a request that broke half way may have made what this process never heard of. looks: how often, where
+    there is no machine, as what was asked for may still be on its way.
     """
     try:
         if machine is not None:
             provider.terminate(machine)
         _end_by_name(launch, provider)
         if machine is None:
-            launch.sleep(POLL_S)  # what was asked for may still be on its way
-            _end_by_name(launch, provider)
+            if looks:
+                launch.echo(f"looking for {launch.name} for {looks * POLL_S:g} s, which may still be on its way")
+            for _ in range(looks):
+                launch.sleep(POLL_S)
+                _end_by_name(launch, provider)
             for volume in made:
                 provider.delete_volume(volume.id)
             _say_what_stays(launch, provider)

@@ -68,6 +68,12 @@ def run(worker: ModuleType, given: Any) -> list[Any]:
     return asyncio.run(collect())
 
 
+def test_a_prompt_is_as_long_as_it_is_on_its_way_in_any_script(worker) -> None:
+    """Escaped it would be three times as long, and a prompt that fits the context would be refused."""
+    assert "are taken" not in str(run(worker, {"prompt": "س" * 900, "max_tokens": 5}))
+    assert "at most 2,000 are taken" in run(worker, {"prompt": "س" * 1000})[0]["error"]
+
+
 def test_messages_prompts_and_openai_routes_are_answered(worker, server) -> None:
     for given in (
         {**CHAT, "max_tokens": 5},

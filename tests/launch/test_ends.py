@@ -309,6 +309,29 @@ def test_a_pod_that_a_lost_request_made_later_is_ended_and_not_paid_until_the_en
     assert place.fake.deleted[0] == ("pod", "late")
 
 
+def test_a_pod_whose_making_was_interrupted_is_looked_for_until_it_is_there(place, monkeypatch):
+    """Ctrl-C while the request is on its way, and the provider carries it out half a minute later."""
+    rent(place, "loadmaster-a")
+    (pod,) = place.fake.pods.values()
+    place.fake.pods, listed, lists = {}, place.fake.listPods, []
+
+    def interrupted(request):
+        pod["name"] = request.name
+        raise StoppedOnRequest("now")
+
+    def later(ids, query, body):
+        lists.append(query)
+        if len(lists) == 5:
+            place.fake.pods[pod["id"]] = pod
+        return listed(ids, query, body)
+
+    monkeypatch.setattr(place.provider.client, "create_pod", interrupted)
+    monkeypatch.setattr(place.fake, "listPods", later)
+    with pytest.raises(StoppedOnRequest):
+        place.launch()
+    assert place.fake.pods == {} and len(lists) > 5
+
+
 def test_of_a_groups_pods_only_those_that_came_late_are_ended(place):
     def runner(fake, id):
         with fake.lock:

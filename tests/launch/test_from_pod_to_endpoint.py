@@ -18,12 +18,13 @@ from pathlib import Path
 import pytest
 
 from loadmaster.cli import main
-from loadmaster.errors import LoadmasterError, StoppedOnRequest
+from loadmaster.errors import ExportRejected, LoadmasterError, StoppedOnRequest
 from loadmaster.export.manifest import verify_manifest
 from loadmaster.files import read_json, write_json
 from loadmaster.launch import bucket, endpoint_command, order
 from loadmaster.launch.inference import Inference
 from loadmaster.launch.job import _with_a_way_home
+from loadmaster.launch.left import fetch, where
 from tests.launch.fake_inference import FakeInference
 from tests.launch.fake_s3 import FAULTS, SECRET, FakeS3
 from tests.launch.place import SECRET as HF_SECRET
@@ -230,6 +231,19 @@ def test_what_cannot_be_fetched_is_a_sentence(tmp_path, capsys, monkeypatch) -> 
     assert "did not export fp8; it has bf16" in said(str(empty), "--formats", "fp8")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set" in said(str(empty))
+
+
+@pytest.mark.parametrize("path", ["../../../stolen", "/tmp/stolen", None])
+def test_a_manifest_from_a_pod_writes_nowhere_but_in_its_folder(tmp_path, path) -> None:
+    class Anything:
+        def get(self, name, path, file, progress):
+            raise AssertionError(f"{path} would have been written")
+
+    folder = record_of(tmp_path / "run", volume="vol1")
+    files = [{"path": path, "bytes": 1, "sha256": "0" * 64}]
+    write_json(folder / "export/bf16/manifest.json", {"schema": 1, "files": files, "bytes": 1})
+    with pytest.raises(ExportRejected, match="not inside its folder"):
+        fetch(folder, ["bf16"], Anything(), where(folder))
 
 
 def test_a_launch_that_is_to_fetch_asks_for_its_keys_before_anything_is_rented(place, monkeypatch) -> None:

@@ -151,6 +151,8 @@ def test_machines_that_cannot_be_meant_are_refused(words, said):
                 f"git+https://me:abc@github.com/me/it@{'0' * 40}",
                 f"loadmaster@https://abc@host/it.whl#sha256={'0' * 64}",
                 "HTTPS://abc@host/it.whl",
+                f"https://host/loadmaster-0.1.0-py3-none-any.whl?private_token=abc&x=1#sha256={'0' * 64}",
+                f"https://host/it.whl?X-Amz-Date=1&X-Amz-Signature=abc#sha256={'0' * 64}",
                 f"git+ssh://me:abc@host:22/it@{'0' * 40}",
             )
         ),
@@ -162,6 +164,7 @@ def test_machines_that_cannot_be_meant_are_refused(words, said):
         (["launch.fetch=true", "stop_after=train"], "launch.fetch"),
         (["launch.cloud=community"], "launch.cloud"),
         (["launch.env.WANDB_API_KEY=abc"], "launch.env.WANDB_API_KEY"),
+        (["launch.env.WANDB_KEY=abc"], "launch.env.WANDB_KEY"),
         (["launch.secrets.HF_TOKEN=hf_abcDEFghiJKLmnop"], "launch.secrets.HF_TOKEN"),
         (["launch.secrets.WANDB_API_KEY=0abc456789abcdef0123456789abcdef01234567"], "launch.secrets.WANDB_API_KEY"),
         (["launch.secrets.KEY=''"], "launch.secrets.KEY"),
@@ -173,6 +176,10 @@ def test_each_mistake_has_its_remedy(words, key):
     (problem,) = check.problems(composed(*words))
     assert problem.key == key and problem.remedy
     assert "abc" not in str(problem)
+
+
+def test_a_setting_of_tokenizers_is_no_secret():
+    assert check.problems(composed("launch.env.TOKENIZERS_PARALLELISM='false'")) == []
 
 
 @pytest.mark.parametrize("address", ["https://github.com/me/it", "ssh://git@github.com:22/me/it", "ssh://host:22/it"])
