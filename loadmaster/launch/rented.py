@@ -228,7 +228,9 @@ class _Followed:
     def _look(self, broken: str | None) -> None:
         try:
             present = self.provider.refresh(self.machine)
-            others = self.provider.machines() if self.board.armed and not self.alone else None
+            if self.board.armed and not self.alone:
+                self._be_alone(self.provider.machines())
+                self.alone = True
         except NoAnswer as error:  # which says nothing of the machine: it has its own switch
             if not self.unanswered:
                 self.launch.echo(f"{error}; the job goes on there, and is followed again once there is an answer")
@@ -245,9 +247,6 @@ class _Followed:
         self.machine = present
         self.board.usd_per_hour = self._rate()
         self._hold_to_limit()
-        if others is not None:
-            self._be_alone(others)
-            self.alone = True
 
     def _be_alone(self, machines: list[Machine]) -> None:
         """End what a first request made that was carried out late, which would be paid for as well; give way to a
