@@ -293,6 +293,7 @@ def test_memory_that_runs_out_in_a_stage_is_a_sentence_and_the_next_start_goes_o
     assert code == 0 and (stage == "train" or "train: unchanged" in printed), printed
 
 
+@pytest.mark.slow
 def test_what_was_lost_is_made_again_not_reported_as_done(tiny, lora_8b):
     assert lora_8b[1] == 0
     folder = lora_8b[0] / "run"

@@ -28,6 +28,7 @@ def start(
     )
 
 
+@pytest.mark.slow
 def test_a_run_whose_reader_leaves_trains_to_its_end(tiny: Path, tmp_path: Path):
     words = ["hardware=cpu", "sequence_length=64", "max_steps=2", "data.max_rows=24", "batch.global_size=2",
              "evaluation.task=none", "tracker=none", "stop_after=train", "run_dir=run"]  # fmt: skip
@@ -95,6 +96,7 @@ def small_disk(tmp_path: Path):
         yield folder
 
 
+@pytest.mark.slow
 def test_a_cache_on_a_full_disk_is_named_and_not_the_run_directory(tiny: Path, small_disk: Path, tmp_path: Path):
     cached = start([*LOADMASTER, "data", f"model.path={tiny}"], tmp_path, LOADMASTER_CACHE=str(small_disk))
     said = cached.communicate(timeout=60)[1]

@@ -339,6 +339,7 @@ def test_the_export_as_it_is_made_has_no_failed_check(proof, name):
     assert proof.failures(proof.exports / name, name) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_each_broken_export_is_caught_by_name(proof, case, tmp_path, tokenizer):
     name, break_, expected = BROKEN[case]
@@ -384,6 +385,7 @@ def test_layers_on_disk_have_no_failed_check(spread_proof, name):
     assert spread_proof.verification.spread.placement.disk == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ON_DISK)
 def test_a_broken_export_is_caught_in_layers_on_disk(spread_proof, case, tmp_path, tokenizer):
     name, break_, expected = ON_DISK[case] or BROKEN[case]

@@ -74,6 +74,7 @@ def test_an_unknown_task_and_one_without_data_are_refused_before_any_server_star
     assert "Traceback" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_base_and_exports_are_asked_and_one_that_lost_too_much_fails(
     checked, stand_in, stand_in_harness, capsys  # noqa: F811
 ):

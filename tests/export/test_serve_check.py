@@ -101,6 +101,7 @@ def checked(run, stand_in, tmp_path, monkeypatch, references) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_each_format_is_judged_by_what_its_server_says(checked, stand_in, capsys):
     assert main(["serve-check", str(checked.folder), "--python", str(stand_in)]) == 5
     record = read_json(checked.folder / "serve-check.json")

@@ -75,6 +75,7 @@ def left_in(run) -> list[str]:
     return sorted(path.name for path in (run.folder / "export").iterdir())
 
 
+@pytest.mark.slow
 def test_every_format_is_written_verified_published_and_then_left_alone(run, monkeypatch):
     # A random model loses more to quantization than a trained one: the figures are held here, not the limits.
     monkeypatch.setattr(thresholds, "DEFAULTS", dict.fromkeys(ALL, PASS_ALL))
@@ -162,6 +163,7 @@ def test_a_failed_or_killed_export_leaves_nothing_new_and_the_earlier_one_whole(
     assert left_in(run) == ["adapter", "bf16"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_or_a_stop_request_leaves_no_trace_of_the_new_one(run, tmp_path):
     (run.folder / "export" / "bf16").mkdir(parents=True)
     (run.folder / "export" / "bf16" / "earlier").touch()

@@ -337,6 +337,7 @@ def test_what_is_missing_is_said_with_what_would_do(run_dir, tmp_path, client, f
         order(run_dir, "v")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("mode", ["good", "failed"])
 def test_a_failure_of_any_call_leaves_one_endpoint_or_none(run_dir, client, fake, volume, said, kind, mode) -> None:
@@ -351,6 +352,7 @@ def test_a_failure_of_any_call_leaves_one_endpoint_or_none(run_dir, client, fake
             client.delete_endpoint(id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_failure_of_any_call_to_the_endpoint_is_overcome(run_dir, client, fake, volume, said, kind) -> None:
     """Jobs, polls, streams: each spoilt once, all of them in a few deployments."""

@@ -162,6 +162,7 @@ def quick(fake: FakeRunpod) -> RunpodClient:
     return RunpodClient(Api(fake.key, fake.url, Patience(timeout_s=0.3, attempts=4, first_wait_s=0.01)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 def test_every_call_of_every_command_may_fail_once(run_dir, account, capsys, monkeypatch, kind) -> None:  # noqa: F811
     """list, test, review, scale, delete: the result is the same, one change is made once, and no key is shown."""

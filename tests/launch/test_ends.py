@@ -167,6 +167,7 @@ def late_fingers():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_call_leaves_nothing_running(place, late_fingers):
     """A finger on Ctrl-C while each call of a whole launch is on its way, and again while the machine is ended."""
     fake = place.fake

@@ -103,6 +103,7 @@ def no_secret(text: str, fake: FakeRunpod) -> bool:
     return SECRET not in text and fake.key not in text
 
 
+@pytest.mark.slow
 def test_from_training_to_an_endpoint_that_says_what_was_exported(trained, account, capsys, caplog) -> None:
     caplog.set_level(logging.DEBUG)
     recorded = read_json(trained / "bundle/smoke.json")["prompts"]

@@ -143,6 +143,7 @@ def test_every_fault_at_every_call_leaves_nothing_running_and_makes_nothing_twic
     assert fake.key not in place.said + everything_written(place.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["timeout", "lost"])
 def test_when_the_provider_fails_for_good_the_pod_ends_itself(place, kind, monkeypatch):
     """From the first log call on nothing answers any more: the machine must not depend on the launcher."""
@@ -395,6 +396,7 @@ def test_pods_are_listed_with_age_cost_and_end_and_orphans_swept(place):
     assert place.fake.pods == {}
 
 
+@pytest.mark.slow
 def test_the_commands_of_a_person(place):
     """train.py and loadmaster pods as processes, the key and the address from the environment."""
     env = {**os.environ, "RUNPOD_API_KEY": place.fake.key, "RUNPOD_API_BASE_URL_V2": place.fake.url, "COLUMNS": "200"}

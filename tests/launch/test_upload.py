@@ -133,6 +133,7 @@ def test_parts_of_an_earlier_file_are_not_joined_into_this_one(s3, artifact) -> 
     assert on_volume(s3) == expected(artifact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_failure_of_any_call_changes_nothing_of_the_result(s3, artifact, kind) -> None:
     sent(artifact)

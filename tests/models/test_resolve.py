@@ -36,6 +36,7 @@ def test_folders_that_the_environment_names_from_home_are_there(tmp_path, monkey
     assert catalog.price_file() == tmp_path / "p.yaml"
 
 
+@pytest.mark.slow
 def test_what_takes_long_at_the_first_start_is_said_and_no_library_warns_of_the_cpu(tmp_path, monkeypatch, capsys):
     def begun(*args, **options):
         raise StopIteration

@@ -43,7 +43,7 @@ def setup_of(method: str, case: Case, **fields) -> Setup:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3", "phi3"))])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_bytes_equal_traces(family: str, method: str) -> None:
     config = deep(family)

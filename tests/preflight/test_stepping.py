@@ -177,7 +177,9 @@ def test_what_adafactor_takes_besides_states_equals_a_trace(precision, vocabular
     assert traced_peak(step, model, optimizer) - gradients == pytest.approx(step_bytes(shape, setup), rel=0.001)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3_moe", "gemma3_text"))]
+)
 @pytest.mark.parametrize("bucket", [2**28, 2**21])
 @pytest.mark.parametrize(
     ("name", "masters"),

@@ -95,6 +95,7 @@ def edges(tmp_path_factory, model):  # noqa: F811
     return {c["name"]: json.loads((folder / f"{c['name']}.json").read_text()) for c in cases}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"{s}-{o}" for s, o in SPREADS])
 def test_a_step_that_is_left_out_leaves_no_trace(edges, name):
     assert len(edges[name]["good"]) == 3 and all(map(math.isfinite, edges[name]["good"]))
