@@ -76,6 +76,16 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_model(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a model's or an adapter's folder, by its name."""
+    return {path.name: sha256_file(path) for path in model_files(folder)}
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Files that make a model or an adapter what it is, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
+
+
 def sha256_json(value: Any) -> str:
     """Hash of a JSON-able value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -38,7 +38,7 @@ from loadmaster.errors import (
     Problem,
     StoppedOnRequest,
 )
-from loadmaster.files import is_full_disk, sha256_json, write_text
+from loadmaster.files import is_full_disk, sha256_json, sha256_of_model, write_text
 from loadmaster.preflight import estimate_tokens, make_plan, print_plan
 from loadmaster.preflight.config_json import find_config
 from loadmaster.preflight.families import full_config
@@ -252,6 +252,8 @@ class Pipeline:
         self._refuse_another_model()
         refuse_unholdable(self.job, self.materials.base_folder)
         self.in_world("train")
+        trained = self.run_dir.path / ("model" if self.plan.method == "full" else "adapter")
+        self.run_dir.update_result(trained_sha256=sha256_of_model(trained))
 
     def in_world(self, stage: str) -> None:
         """Run a stage on every process of the plan: here, in workers of our own, or in those that torchrun started."""

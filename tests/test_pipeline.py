@@ -21,7 +21,7 @@ from loadmaster.cli import main
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import STAGES
 from loadmaster.errors import ConfigError, LoadmasterError
-from loadmaster.files import write_json
+from loadmaster.files import sha256_of_model, write_json
 from loadmaster.pipeline import command_line, run
 from loadmaster.preflight import hardware
 from loadmaster.preflight.plan import Plan
@@ -116,7 +116,7 @@ def test_every_shipped_recipe_runs_scaled_down(recipe, tiny, tmp_path, request):
         "report.html",
         "result.json",
     } <= {p.name for p in folder.iterdir()}
-    assert (folder / ("model" if plan.method == "full" else "adapter")).is_dir()
+    trained = folder / ("model" if plan.method == "full" else "adapter")
     if "bundle" in stages:
         assert (folder / "export" / "bf16" / "manifest.json").is_file() and (folder / "bundle").is_dir()
         assert output.splitlines()[-1].startswith((f"next: loadmaster deploy {folder}", "next: the commands in"))
@@ -136,6 +136,7 @@ def test_every_shipped_recipe_runs_scaled_down(recipe, tiny, tmp_path, request):
     } <= set(result)
     assert result["attention_kernel"] == "by_document"
     assert result["steps"] == 2 and set(result["wall_seconds"]) == set(stages)
+    assert result["trained_sha256"] == sha256_of_model(trained) != {}
 
 
 @pytest.mark.slow
@@ -294,13 +295,15 @@ def test_memory_that_runs_out_in_a_stage_is_a_sentence_and_the_next_start_goes_o
 
 
 @pytest.mark.slow
-def test_what_was_lost_is_made_again_not_reported_as_done(tiny, lora_8b):
+def test_what_was_lost_is_made_again_not_reported_as_done(tiny, lora_8b, capsys):
     assert lora_8b[1] == 0
     folder = lora_8b[0] / "run"
-    weights = folder / "export" / "bf16" / "model.safetensors"
-    damaged = bytearray(weights.read_bytes())
-    damaged[-1] ^= 1
-    weights.write_bytes(bytes(damaged))
+    for weights in (folder / "export/bf16/model.safetensors", folder / "adapter/adapter_model.safetensors"):
+        damaged = bytearray(weights.read_bytes())
+        damaged[-1] ^= 1
+        weights.write_bytes(bytes(damaged))
+    assert go(tiny, lora_8b[0], "recipe=lora_8b")[0] == 5
+    assert "adapter_model.safetensors changed since training wrote it" in " ".join(capsys.readouterr().err.split())
     shutil.rmtree(folder / "bundle")
     shutil.rmtree(folder / "adapter")
     code, output = go(tiny, lora_8b[0], "recipe=lora_8b")

@@ -31,6 +31,7 @@ from loadmaster.export.weights import shards
 from loadmaster.files import (
     PARTIAL_SUFFIX,
     is_full_disk,
+    model_files,
     publish_folder,
     read_json,
     sha256_file,
@@ -43,6 +44,7 @@ from loadmaster.models.spread import free_device_memory
 from loadmaster.preflight.config_json import base_name
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.verification import OTHER_PASSES, answer_passes
+from loadmaster.rundir import object_in
 
 SCRATCH = ".work.partial"
 FINGERPRINTS = ".fingerprints.json"
@@ -91,6 +93,9 @@ class Export:
             raise ExportRejected(f"{self.trained} is not there: train first (stop_after=train or later).")
         self.server = aimed_at(job.endpoint.server)
         self.cache = run_dir / FINGERPRINTS
+        written = object_in(run_dir / "result.json").get("trained_sha256")
+        self.trained_sha256: dict[str, str] = written if isinstance(written, dict) else {}
+        """Of each file, as training wrote it; of a run of an earlier version nothing."""
 
     # ------------------------------------------------------------- what is there already
 
@@ -151,6 +156,13 @@ class Export:
         found += [f"{folder}: {what}" for folder in (self.base, self.trained) for what in broken_files(folder)]
         if found:
             raise ExportRejected("what is to be exported is damaged, so nothing was made:\n  " + "\n  ".join(found))
+        there = dict(fingerprint(self.trained, self.cache))
+        if changed := [name for name, digest in self.trained_sha256.items() if there.get(name) != digest]:
+            raise ExportRejected(
+                f"{self.trained} is not what was trained, so nothing was made: {', '.join(changed)} changed since "
+                "training wrote it (another SHA-256)\n"
+                f"    fix: remove {self.trained}; the same command writes it again from the last checkpoint"
+            )
 
     def _gather(self, results: dict[str, dict[str, Any]], folders: dict[str, Path], written: Written) -> None:
         """Put the candidate that was chosen into each format's folder."""
@@ -264,6 +276,7 @@ class Export:
                 "recipe": self.job.recipe,
                 "job_hash": job_hash(self.job),
                 "inputs_hash": self.inputs_hash(name),
+                "trained_sha256": dict(fingerprint(self.trained, self.cache)),
                 "plan": self.plan.to_dict(),
                 "data": {"sha256": self.prepared.train.fingerprint.partition(":")[0], "held_out": figures["scored_on"]},
                 "chat_template_sha256": template_hash(self.tokenizer) if self.tokenizer.chat_template else None,
@@ -295,7 +308,7 @@ def fingerprint(folder: Path, cache: Path) -> list[Any]:
     while, and nothing is read again on a run that changes nothing.
     """
     known = read_json(cache) if cache.is_file() else {}
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
+    files = model_files(folder)
     found = {}
     for path in files:
         facts = path.stat()

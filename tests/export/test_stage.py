@@ -18,7 +18,7 @@ from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export import build, report_table, stage, thresholds
 from loadmaster.export.manifest import read_manifest, verify_manifest
 from loadmaster.export.merge import Delta
-from loadmaster.files import read_json
+from loadmaster.files import read_json, sha256_of_model, write_json
 
 ALL = ("adapter", "bf16", "fp8", "int4")
 KILLED = """
@@ -69,6 +69,18 @@ def train_anew(run) -> None:
     """Another adapter, by a hair."""
     file = run.folder / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor * 1.001 for name, tensor in load_file(file).items()}, file)
+
+
+def test_what_changed_after_training_is_not_exported(run) -> None:
+    trained = run.folder / "adapter"
+    write_json(run.folder / "result.json", {"trained_sha256": sha256_of_model(trained)})
+    train_anew(run)
+    with pytest.raises(ExportRejected, match=r"(?s)adapter_model\.safetensors changed since .*fix: remove .*adapter;"):
+        run.export("adapter")
+    write_json(run.folder / "result.json", {"trained_sha256": sha256_of_model(trained)})
+    run.export("adapter")
+    manifest = read_manifest(run.folder / "export" / "adapter")
+    assert manifest["trained_sha256"] == sha256_of_model(trained)
 
 
 def left_in(run) -> list[str]:
