@@ -16,20 +16,26 @@ if TYPE_CHECKING:
 __all__ = ["export_all", "refuse_unholdable", "report_table", "storable"]
 
 
-def refuse_unholdable(job: Job, base_folder: Path) -> None:
-    """Raises ConfigError where the job ends with exports that its base says cannot be made: before it is trained."""
-    if job.stop_after not in ("export", "bundle"):
+def refuse_unholdable(job: Job, base_folder: Path, method: str) -> None:
+    """Raises ConfigError where the job ends with exports that its base says cannot be made, or with a whole model that
+    cannot be saved: before it is trained."""
+    exported = job.stop_after in ("export", "bundle")
+    if not exported and method != "full":
         return
     from loadmaster.errors import IN_THE_JOB, ConfigError, ExportRejected, Problem
-    from loadmaster.export.build import streamed
+    from loadmaster.export.build import refuse_renamed, streamed
     from loadmaster.export.servers import aimed_at
 
     formats = list(dict.fromkeys(job.export.formats))
+    wrong, remedy = ("model.name", job.model.name), "a model of text alone"
     try:
-        streamed(formats, base_folder, aimed_at(job.endpoint.server))
+        if method == "full":
+            refuse_renamed(base_folder)
+        wrong, remedy = ("export.formats", formats), "other export.formats, or stop_after=evaluate"
+        if exported:
+            streamed(formats, base_folder, aimed_at(job.endpoint.server))
     except ExportRejected as error:
-        remedy = "other export.formats, or stop_after=evaluate"
-        raise ConfigError([Problem("export.formats", formats, IN_THE_JOB, str(error), remedy)]) from None
+        raise ConfigError([Problem(*wrong, IN_THE_JOB, str(error), remedy)]) from None
 
 
 def export_all(

@@ -65,7 +65,7 @@ def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, 
         raise ExportRejected("\n".join(reasons))
     if formats != ["adapter"]:
         model_config(config, server)
-        _refuse_renamed(source, config)
+        refuse_renamed(source)
     if "gguf" in formats:
         refuse_unwritable(source, config)
     wanted = candidates.needed(formats)
@@ -84,13 +84,14 @@ def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, 
     return found
 
 
-def _refuse_renamed(source: Path, config: dict[str, Any]) -> None:
+def refuse_renamed(source: Path) -> None:
     """Raises ExportRejected for a model whose layers have other names as transformers builds it than in its files."""
     model, there = empty_model(source, torch.bfloat16), tensor_files(source)
+    kind = read_json(source / "config.json").get("model_type", "this model")
     renamed = [name for name in linear_names(model) if f"{name}.weight" not in there]
     if renamed:
         raise ExportRejected(
-            f"the files of {config.get('model_type', 'this model')} have other names for its layers than transformers, "
+            f"the files of {kind} have other names for its layers than transformers, "
             f"which trains it ({len(renamed)} layers, as {renamed[-1]}): what was trained cannot be put in their "
             "place. Multimodal models are so; take one of the family that is text only, or export.formats=[adapter] "
             "with lora.targets that its language model alone has."

@@ -73,9 +73,9 @@ def test_a_base_whose_tokenizer_gguf_cannot_hold_is_refused_before_it_is_trained
     (folder / "tokenizer.json").write_text(json.dumps({**backend, "pre_tokenizer": {"type": "Metaspace"}}))
     job = Job(model=ModelConfig(path=str(folder)), export=ExportConfig(formats=["bf16", "gguf"]))
     with pytest.raises(ConfigError, match="SentencePiece"):
-        refuse_unholdable(job, folder)
-    refuse_unholdable(job, tiny)
-    refuse_unholdable(Job(export=job.export, stop_after="evaluate"), folder)
+        refuse_unholdable(job, folder, "lora")
+    refuse_unholdable(job, tiny, "lora")
+    refuse_unholdable(Job(export=job.export, stop_after="evaluate"), folder, "full")
 
 
 def test_a_base_whose_files_have_other_names_than_what_is_trained_is_refused_before_training(tmp_path: Path) -> None:
@@ -86,15 +86,18 @@ def test_a_base_whose_files_have_other_names_than_what_is_trained_is_refused_bef
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     job = Job(model=ModelConfig(path=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"gemma3 have other names .*model\.language_model\.layers\.0"):
-        refuse_unholdable(job, tmp_path)
-    refuse_unholdable(replace(job, export=ExportConfig(formats=["adapter"])), tmp_path)
+        refuse_unholdable(job, tmp_path, "lora")
+    refuse_unholdable(replace(job, export=ExportConfig(formats=["adapter"])), tmp_path, "lora")
+    refuse_unholdable(replace(job, stop_after="train"), tmp_path, "lora")
+    with pytest.raises(ConfigError, match=r"(?s)model\.name.*gemma3 have other names"):  # it could not even be saved
+        refuse_unholdable(replace(job, stop_after="train"), tmp_path, "full")
 
 
 def test_formats_that_an_old_server_does_not_know_are_refused_before_training(tiny: Path) -> None:
     def refuse(name: str, version: str) -> None:
         endpoint = EndpointConfig(server=f"vllm=={version}")
         job = Job(model=ModelConfig(path=str(tiny)), export=ExportConfig(formats=["bf16", name]), endpoint=endpoint)
-        refuse_unholdable(job, tiny)
+        refuse_unholdable(job, tiny, "lora")
 
     with pytest.raises(ConfigError, match=r"vllm 0\.10\.2 .*scale_dtype=torch\.float8_e4m3fn"):
         refuse("nvfp4", "0.10.2")
