@@ -27,10 +27,10 @@ def refuse_unholdable(job: Job, base_folder: Path, method: str) -> None:
     from loadmaster.export.servers import aimed_at
 
     formats = list(dict.fromkeys(job.export.formats))
-    wrong, remedy = ("model.name", job.model.name), "a model of text alone"
+    wrong, remedy = ("model.name", job.model.name), "another model, or this one in other files"
     try:
-        if method == "full":
-            refuse_renamed(base_folder)
+        if method == "full" or formats != ["adapter"]:
+            refuse_renamed(base_folder, whole=method == "full")
         wrong, remedy = ("export.formats", formats), "other export.formats, or stop_after=evaluate"
         if exported:
             streamed(formats, base_folder, aimed_at(job.endpoint.server))

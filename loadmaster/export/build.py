@@ -65,7 +65,6 @@ def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, 
         raise ExportRejected("\n".join(reasons))
     if formats != ["adapter"]:
         model_config(config, server)
-        refuse_renamed(source)
     if "gguf" in formats:
         refuse_unwritable(source, config)
     wanted = candidates.needed(formats)
@@ -84,18 +83,29 @@ def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, 
     return found
 
 
-def refuse_renamed(source: Path) -> None:
-    """Raises ExportRejected for a model whose layers have other names as transformers builds it than in its files."""
-    model, there = empty_model(source, torch.bfloat16), tensor_files(source)
-    kind = read_json(source / "config.json").get("model_type", "this model")
+def refuse_renamed(base: Path, whole: bool) -> None:
+    """Raises ExportRejected for a model whose layers have other names as transformers builds it than in its files.
+
+    whole: it is trained whole, and may lie in its files without its head (layers. for model.layers.).
+    """
+    model, there = empty_model(base, torch.bfloat16), tensor_files(base)
+    without_head = {f"{model.base_model_prefix}.{name}" for name in there}
     renamed = [name for name in linear_names(model) if f"{name}.weight" not in there]
-    if renamed:
-        raise ExportRejected(
-            f"the files of {kind} have other names for its layers than transformers, "
-            f"which trains it ({len(renamed)} layers, as {renamed[-1]}): what was trained cannot be put in their "
-            "place. Multimodal models are so; take one of the family that is text only, or export.formats=[adapter] "
-            "with lora.targets that its language model alone has."
-        )
+    headless = all(f"{name}.weight" in without_head for name in renamed)
+    if not renamed or (whole and headless):
+        return
+    kind = read_json(base / "config.json").get("model_type", "this model")
+    remedy = (
+        "It was saved without its head: save it once with one, by AutoModelForCausalLM.from_pretrained(FOLDER)"
+        ".save_pretrained(ANOTHER), and train that."
+        if headless
+        else "Multimodal models are so; take one of the family that is text only, or export.formats=[adapter] with "
+        "lora.targets that its language model alone has."
+    )
+    raise ExportRejected(
+        f"the files of {kind} have other names for its layers than transformers, which trains it ({len(renamed)} "
+        f"layers, as {renamed[-1]}): what was trained cannot be put in their place. {remedy}"
+    )
 
 
 NVFP4 = {"format": "nvfp4-pack-quantized", "config_groups": {"": {"weights": {"scale_dtype": "torch.float8_e4m3fn"}}}}

@@ -93,6 +93,16 @@ def test_a_base_whose_files_have_other_names_than_what_is_trained_is_refused_bef
         refuse_unholdable(replace(job, stop_after="train"), tmp_path, "full")
 
 
+def test_a_base_that_was_saved_without_its_head_is_trained_whole_and_takes_no_adapter(tiny, tmp_path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    model.model.save_pretrained(tmp_path)
+    job = Job(model=ModelConfig(path=str(tmp_path)))
+    refuse_unholdable(job, tmp_path, "full")
+    with pytest.raises(ConfigError, match=r"llama have other names .*saved without its head"):
+        refuse_unholdable(job, tmp_path, "lora")
+
+
 def test_formats_that_an_old_server_does_not_know_are_refused_before_training(tiny: Path) -> None:
     def refuse(name: str, version: str) -> None:
         endpoint = EndpointConfig(server=f"vllm=={version}")
