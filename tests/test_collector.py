@@ -36,7 +36,7 @@ def test_it_is_off_for_the_plan_and_on_for_what_follows(paused, tmp_path, monkey
     monkeypatch.setattr(pipeline, "planned", lambda job: (seen.append(gc.isenabled()), planned(job))[1])
     monkeypatch.setattr(StageRun, "_make_materials", lambda self: seen.append(gc.isenabled()))
     monkeypatch.setattr(StageRun, "_examine", lambda self, stage: None)
-    monkeypatch.setattr(StageRun, "_train", lambda self, watch: {})
+    monkeypatch.setattr(StageRun, "_train", lambda self, watch: (self.run_dir / "adapter").mkdir() or {})
     run(tmp_path / "run")
     assert seen == [False, True]
 
@@ -51,6 +51,7 @@ def test_a_stage_leaves_nothing_of_its_model_to_the_next(tmp_path, monkeypatch):
         layer = Layer(2, 2)
         layer.forward = MethodType(Layer.forward, layer)
         kept.append(weakref.ref(layer.weight))
+        (self.run_dir / "adapter").mkdir()
         return {}
 
     monkeypatch.setattr(StageRun, "_make_materials", lambda self: gc.disable())
