@@ -360,14 +360,8 @@ ON_DISK = {
     "adapter left out of one layer": (),
     "merged into another base": (),
     "NaN in the weights": (),
-    "embeddings that no held-out token reads lost beside fp8 weights": (
-        "fp8", tensors(poke("model.embed_tokens.weight", 0.0, 40000)),
-        [r"merged_weights: model\.embed_tokens\.weight is not .*\(1 of 6 tensors\)"],
-    ),
-    "norm changed beside fp8 weights": (
-        "fp8", tensors(poke("model.layers.1.input_layernorm.weight", 1.05)),
-        [r"merged_weights: model\.layers\.1\.input_layernorm\.weight is not the weight that was trained"],
-    ),
+    "embeddings that no held-out token reads lost beside fp8 weights": (),
+    "norm changed beside fp8 weights": (),
     "scale of one layer at twice its value": (),
     "adapter of another alpha": (),
     "adapter with a tensor missing": (),
