@@ -3,10 +3,12 @@ the host's, and the disk that the export is written on."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from loadmaster.config.schema import EvaluationConfig
 from loadmaster.models.spread import Spread
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB
@@ -33,6 +35,12 @@ def beside_weights(plan: Plan) -> tuple[float, float]:
     """`working` and `passing` as planned; a plan made before they were in it has none."""
     planned = plan.verification or {"working_gib": 0.0, "passing_gib": 0.0}
     return planned["working_gib"] * GIB, planned["passing_gib"] * GIB
+
+
+def asking(plan: Plan, evaluation: EvaluationConfig) -> EvaluationConfig:
+    """With as many answers at a time as were planned, where that is left open."""
+    planned = (plan.verification or {}).get("answers_at_a_time", "auto")
+    return replace(evaluation, batch_size=planned) if evaluation.batch_size == "auto" else evaluation
 
 
 def moving_s(plan: Plan) -> float:

@@ -21,11 +21,12 @@ from loadmaster.config.schema import Job
 from loadmaster.data import Conversation, PreparedData
 from loadmaster.data.render import stop_token_ids, template_hash
 from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.evaluation import batch_size
 from loadmaster.export import advice, answers, candidates, table, thresholds, verify
 from loadmaster.export.build import Builder, Written
 from loadmaster.export.manifest import adapter_reader, read_manifest, verify_manifest, versions, write_manifest
 from loadmaster.export.process import answering_s, run_step, timeout_s
-from loadmaster.export.room import beside_weights, moving_s
+from loadmaster.export.room import asking, beside_weights, moving_s
 from loadmaster.export.servers import aimed_at, oldest_reader
 from loadmaster.export.weights import shards
 from loadmaster.files import (
@@ -195,12 +196,13 @@ class Export:
             self.plan.model.vocabulary_size,
         )  # fmt: skip
         working, passing = beside_weights(self.plan)
+        evaluation = asking(self.plan, self.job.evaluation)
         device = "cpu" if self.plan.hardware.gpu == "cpu" else "cuda"
         spec = verify.spec(
             base=self.base, trained=self.trained, precision=self.plan.precision,
             frozen=frozen_form(self.plan.method, self.plan.precision),
             device=device, rows=rows, scratch=scratch, working_bytes=working, passing_bytes=passing,
-            conversations=conversations, evaluation=self.job.evaluation,
+            conversations=conversations, evaluation=evaluation,
             formats={
                 name: [
                     verify.Candidate(
@@ -213,7 +215,7 @@ class Export:
             },
         )  # fmt: skip
         models, each = 1 + sum(map(len, written.candidates.values())), _weight_bytes(self.base)
-        passes = models * answer_passes(self.job.evaluation, len(conversations))
+        passes = models * answer_passes(evaluation, batch_size(evaluation), len(conversations))
         passes += len(written.candidates) * OTHER_PASSES
         limit_s = timeout_s(models * each) + moving_s(self.plan) + answering_s(passes, each, device)
         results = run_step("loadmaster.export.verify", spec, scratch, limit_s, lambda text: self.echo(f"  {text}"))

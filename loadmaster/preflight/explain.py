@@ -22,7 +22,7 @@ from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import exports
 from loadmaster.preflight.targets import in_some_layers_only
-from loadmaster.preflight.verification import VerificationNeed, answers_at_a_time
+from loadmaster.preflight.verification import VerificationNeed
 
 RUNNER_UP = "runner-up"
 
@@ -187,10 +187,9 @@ def about_rate(job: Job, method: str) -> list[str]:
 
 def about_answers(job: Job, shape: ModelShape, chosen: Candidate) -> list[str]:
     """Where the evaluate stage's answers may need more than there is: how long their prompts are is not known here."""
-    need, budget = answering(job, shape, chosen.hardware, chosen.setup), chosen.budget_gib * GIB
+    (need, asked), budget = answering(job, shape, chosen.hardware, chosen.setup), chosen.budget_gib * GIB
     if need.total <= budget or job.stop_after == "train":
         return []
-    asked = answers_at_a_time(job)
     fit = max(0, int((budget - need.total + need.activations) * asked // need.activations))
     remedy = f"evaluation.batch_size={fit} fits" if fit else "not even evaluation.batch_size=1 fits"
     return [
@@ -213,8 +212,8 @@ def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> l
         moved = (need.host_bytes + need.disk_bytes) / GIB
         said += (
             f": {moved:.0f} GiB are brought to the first GPU in each of {need.passes} forward passes, "
-            f"{need.seconds / 3600:.1f} hours (modelled), less with fewer or shorter answers, or more of them at "
-            "a time (evaluation.max_rows, evaluation.max_new_tokens, evaluation.batch_size)"
+            f"{need.seconds / 3600:.1f} hours (modelled) with {need.answers} answers at a time, less with fewer or "
+            "shorter ones (evaluation.max_rows, evaluation.max_new_tokens)"
         )
     return [f"{said}; no verification on several GPUs was run yet"]
 

@@ -35,7 +35,7 @@ from loadmaster.preflight.plan import MemoryGib, PhasesGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import evaluation_batch
-from loadmaster.preflight.verification import answering_bytes, verifying
+from loadmaster.preflight.verification import answering_bytes, answers_at_a_time, verifying
 
 CALIBRATED = ("int4", "int4_gptq", "int4_awq", "nvfp4")
 EXPORT_BITS = {
@@ -67,7 +67,7 @@ def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
                 quantization=batch["quantization"],
                 communication=rests.communication + batch["communication"],
             ),
-            answering(job, shape, hardware, setup),
+            answering(job, shape, hardware, setup)[0],
             key=lambda b: b.total,
         ),
         "save": rests,
@@ -78,19 +78,25 @@ def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
     }
 
 
-def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
-    """The evaluate stage's answers, where the job has a task: weights, what is gathered or dequantized of them, and
-    what the answers take."""
+def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> tuple[Bytes, int]:
+    """The evaluate stage's answers, where the job has a task, and how many are asked at a time: weights, what is
+    gathered or dequantized of them, and what the answers take. A GPU is asked half as many where it has no room."""
     if job.evaluation.task == "none":
-        return Bytes()
+        return Bytes(), 0
     batch = evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False)).at_peak
-    return Bytes(
+    beside = Bytes(
         weights=resident(shape, setup)[0] if setup.offload != "all" else 0.0,
-        activations=answering_bytes(job, shape, setup.width),
         quantization=batch["quantization"],
         context=context_bytes(hardware),
         communication=communicator_bytes(hardware) + batch["communication"],
     )
+    answers, budget = answers_at_a_time(job), hardware.memory_gib * (1 - job.plan.reserve) * GIB
+    halved = job.evaluation.batch_size == "auto" and not hardware.is_cpu
+    while True:
+        need = replace(beside, activations=answering_bytes(job, shape, setup.width, answers))
+        if need.total <= budget or answers == 1 or not halved:
+            return need, answers
+        answers //= 2
 
 
 def phases_gib(phases: dict[str, Bytes]) -> PhasesGib:

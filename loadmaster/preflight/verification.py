@@ -4,8 +4,9 @@
     several        layers over the GPUs of one node (the lead's), then host memory, then disk (placement.py)
     time           forward passes x (bytes in host memory / copies over PCIe + bytes on disk / its reads)
 
-The largest model decides: an export in bf16, for quantized ones are scored with the weights that they stand for. The
-time is modelled; that of computing is in the overhead of a run (speed.py). No run on several GPUs was measured.
+The largest model decides: an export in bf16, for quantized ones are scored with the weights that they stand for. Of
+answers, so many are asked at a time as take least time: more take fewer passes, and room that layers would have had.
+The time is modelled; that of computing is in the overhead of a run (speed.py). No run on several GPUs was measured.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ PROMPTS_A_ROW = 4
 """Documents in a packed row: prompts that are answered are taken to be as long. A judgement."""
 ASKED_OF_A_TASK = 128
 """Prompts of a task whose number is not set (evaluation.max_rows). A judgement."""
+NEARLY = 1.15
+"""Of the least time: for that, no more answers are asked at a time. A judgement."""
 OTHER_PASSES = 4 * 32 + 2 * 4
 """Of an export: recorded answers one by one (export/smoke.py), and that tokens end a turn (live_checks.stops)."""
 
@@ -49,13 +52,15 @@ class VerificationNeed:
     host_bytes: float = 0.0
     disk_bytes: float = 0.0
     passes: int = 0
-    """Forward passes of all models together, each of which moves what is not on a GPU."""
+    """Forward passes of all models together that move what is not on a GPU."""
     seconds: float = 0.0
     """Of moving."""
     working: float = 0.0
     """Bytes of the first GPU besides weights and adapters."""
     passing: float = 0.0
     """And of each other one."""
+    answers: int = ANSWERS_AT_A_TIME
+    """Asked at a time."""
 
     @property
     def is_whole(self) -> bool:
@@ -71,55 +76,86 @@ class VerificationNeed:
             "fits": self.placement is not None, "layers": layers,
             "working_gib": round(self.working / GIB, 3), "passing_gib": round(self.passing / GIB, 3),
             "host_gib": round(self.host_bytes / GIB, 2), "disk_gib": round(self.disk_bytes / GIB, 2),
-            "passes": self.passes, "moving_hours": round(self.seconds / 3600, 3),
+            "passes": self.passes, "moving_hours": round(self.seconds / 3600, 3), "answers_at_a_time": self.answers,
         }  # fmt: skip
 
 
 def verifying(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> VerificationNeed:
     """The trained model, then each export by itself, scored on a row and asked for answers."""
+    usual = answers_at_a_time(job)
+    scoring = _scoring(job, shape, setup)
+    need = _verifying(job, shape, hardware, setup, scoring, usual)
+    if job.evaluation.batch_size != "auto" or hardware.is_cpu or (need.placement and not need.seconds):
+        return need
+    most = prompts_asked(job.evaluation)
+    halved, doubled = (usual // 2, usual // 4, usual // 8, 1), (2 * usual, 4 * usual, 8 * usual, most)
+    found = [need] + [
+        _verifying(job, shape, hardware, setup, scoring, answers)
+        for answers in (*halved, *doubled)
+        if 0 < answers <= most and answers != usual
+    ]
+    possible = [each for each in found if each.placement is not None]
+    least = min((each.seconds for each in possible), default=0.0)
+    return next((each for each in possible if each.seconds <= NEARLY * least), need)
+
+
+def _verifying(
+    job: Job, shape: ModelShape, hardware: Hardware, setup: Setup, scoring: Bytes, answers: int
+) -> VerificationNeed:
+    """With so many answers at a time; scoring: of a row, or of a matrix while it is compared."""
     exported = float(setup.width * shape.parameters)
     adapters = setup.width * setup.trainable(shape) if setup.adapters else 0.0
     trained = base_bytes(shape, setup.method, setup.precision) + adapters
-    working = _working(job, shape, setup)
+    working = scoring
+    if job.evaluation.task != "none":
+        answering = Bytes(activations=answering_bytes(job, shape, setup.width, answers))
+        working = max(scoring, answering, key=lambda b: b.total)
     context = (1 if hardware.is_cpu else 2) * context_bytes(hardware)
     beside = working.total, max(working.activations, _compared(shape, setup, layers_alone=True))
     whole = replace(working, weights=max(exported, trained), context=context)
     if hardware.is_cpu:
-        return VerificationNeed(whole, Placement((shape.layers,)), working=beside[0], passing=beside[1])
+        return VerificationNeed(whole, Placement((shape.layers,)), 0.0, 0.0, 0, 0.0, *beside, answers)
     free = hardware.memory_gib * (1 - job.plan.reserve) * GIB - context
     room = Room(
         (free,) * hardware.count, _host_room(hardware), True, beside[0] + adapters, beside[1] + adapters
     )  # fmt: skip
     layers, rest = _sizes(shape, setup, exported)
     placement = place(layers, rest, room)
-    frozen = frozen_form(setup) is not None
-    if frozen and place(*_sizes(shape, setup, trained - adapters), replace(room, disk=False)) is None:
+    trained_layers, trained_rest = _sizes(shape, setup, trained - adapters)
+    of_trained = place(trained_layers, trained_rest, replace(room, disk=frozen_form(setup) is None))
+    if of_trained is None:
         placement = None
     if placement is None or placement.is_whole:
-        return VerificationNeed(whole, placement, working=beside[0], passing=beside[1])
+        return VerificationNeed(whole, placement, 0.0, 0.0, 0, 0.0, *beside, answers)
     each = max(layers)
     moved = each if placement.host or placement.disk else 0.0
     on_gpus = [replace(working, weights=rest + adapters + placement.gpus[0] * each + moved, context=context)]
     inside = Bytes(activations=beside[1], context=context)
     on_gpus += [replace(inside, weights=adapters + count * each) for count in placement.gpus[1:] if count]
+    passes, seconds = 0, 0.0
+    of_exports, of_others = forward_passes(job, setup, answers)
+    for there, size, times in ((placement, each, of_exports), (of_trained, max(trained_layers), of_others)):
+        if there.host or there.disk:
+            passes += times
+            seconds += times * _moving_seconds(hardware, there.host * size, there.disk * size)
     host, disk = placement.host * each, placement.disk * each
-    passes = forward_passes(job, setup)
-    host_rate = hardware.host_gb_per_s * 1e9 * value("efficiency", "pageable_link")
-    seconds = passes * (host / host_rate + disk / (value("overhead", "load_gb_per_s") * 1e9))
-    return VerificationNeed(max(on_gpus, key=lambda b: b.total), placement, host, disk, passes, seconds, *beside)
+    most = max(on_gpus, key=lambda b: b.total)
+    return VerificationNeed(most, placement, host, disk, passes, seconds, *beside, answers)
 
 
-def _working(job: Job, shape: ModelShape, setup: Setup) -> Bytes:
-    """Of a row while it is scored, of answers, or of a matrix while it is compared, whichever is most."""
+def _moving_seconds(hardware: Hardware, host: float, disk: float) -> float:
+    """Of bytes that are brought to the first GPU from host memory and from disk."""
+    link = hardware.host_gb_per_s * 1e9 * value("efficiency", "pageable_link")
+    return host / link + disk / (value("overhead", "load_gb_per_s") * 1e9)
+
+
+def _scoring(job: Job, shape: ModelShape, setup: Setup) -> Bytes:
+    """Of a row while it is scored, or of a matrix while it is compared, whichever is more."""
     scored = min(job.sequence_length, REFERENCE_BYTES // (4 * shape.vocabulary_size))
     row = replace(setup, micro_batch_size=1, sharding="none", replicas=1, offload="none", precision="bf16")
     batch = evaluation_batch(shape, replay_key(replace(row, method="full"), keep=False)).at_peak
     logits = (2 + 5 * 4) * scored * shape.vocabulary_size  # bf16; fp32 logits, both log-probabilities, exp and product
-    answers = answering_bytes(job, shape, setup.width) if job.evaluation.task != "none" else 0.0
-    scoring = Bytes(
-        activations=max(batch["activations"] if logits >= answers else 0.0, answers),
-        logits=logits if logits >= answers else 0.0,
-    )
+    scoring = Bytes(activations=batch["activations"], logits=logits)
     return max(scoring, Bytes(quantization=_compared(shape, setup)), key=lambda b: b.total)
 
 
@@ -147,10 +183,10 @@ def _host_room(hardware: Hardware) -> float | None:
     return max(0.0, (hardware.host_memory_gib - processes) * GIB - REFERENCE_BYTES)
 
 
-def answering_bytes(job: Job, shape: ModelShape, width: int) -> float:
-    """Of the answers that are generated at a time."""
+def answering_bytes(job: Job, shape: ModelShape, width: int, answers: int) -> float:
+    """Of so many answers that are generated at a time."""
     prompt = job.sequence_length / PROMPTS_A_ROW
-    return answer_bytes(shape, width, answers_at_a_time(job), prompt, job.evaluation.max_new_tokens)
+    return answer_bytes(shape, width, answers, prompt, job.evaluation.max_new_tokens)
 
 
 def answers_at_a_time(job: Job) -> int:
@@ -158,24 +194,29 @@ def answers_at_a_time(job: Job) -> int:
     return answers if job.evaluation.max_rows is None else min(answers, job.evaluation.max_rows)
 
 
-def forward_passes(job: Job, setup: Setup) -> int:
-    """Of the trained model, its base and every export: one a row, one a token of a batch of answers."""
+def forward_passes(job: Job, setup: Setup, answers: int) -> tuple[int, int]:
+    """(of every export, of the trained model and its base): one a row, one a token of a batch of answers."""
     rows = job.export.verification_rows
-    each = rows + answer_passes(job.evaluation)
+    each = rows + answer_passes(job.evaluation, answers)
     formats = set(job.export.formats)
     scored = len(formats) + ("int4" in formats)
     merges = 2 * rows if setup.method == "qlora" and formats - {"adapter"} else 0  # no answers are generated
-    return each + rows + merges + scored * each + len(formats) * OTHER_PASSES
+    return merges + scored * each + len(formats) * OTHER_PASSES, each + rows
 
 
-def answer_passes(evaluation: EvaluationConfig, prompts: int | None = None) -> int:
+def answer_passes(evaluation: EvaluationConfig, answers: int, prompts: int | None = None) -> int:
     """Forward passes of one model that answers: one a token of a batch.
 
+    answers: asked at a time.
     prompts: that are held out, of which some are asked; None: not known yet.
     """
-    batch = ANSWERS_AT_A_TIME if evaluation.batch_size == "auto" else evaluation.batch_size
-    most, tokens = evaluation.max_rows, evaluation.max_new_tokens
-    if evaluation.task == "none":
-        most, tokens = ANSWERS, min(tokens, ANSWER_TOKENS)
+    tokens = evaluation.max_new_tokens
+    tokens = min(tokens, ANSWER_TOKENS) if evaluation.task == "none" else tokens
+    return math.ceil(prompts_asked(evaluation, prompts) / answers) * tokens
+
+
+def prompts_asked(evaluation: EvaluationConfig, prompts: int | None = None) -> int:
+    """Of those that are held out; None: not known yet."""
+    most = ANSWERS if evaluation.task == "none" else evaluation.max_rows
     there = (most or ASKED_OF_A_TASK) if prompts is None else prompts
-    return math.ceil(min(most or there, there) / batch) * tokens
+    return min(most or there, there)

@@ -231,6 +231,20 @@ def test_the_time_of_answering_is_allowed_for(run, monkeypatch, task):
     assert limits[1] - limits[0] == pytest.approx(2 * more * (0.5 + size / 1e9))
 
 
+@pytest.mark.parametrize(("written", "asked"), [("auto", 128), (8, 8)])
+def test_as_many_answers_are_asked_at_a_time_as_planned(run, monkeypatch, written, asked):
+    def step(module, spec, *rest):
+        assert spec["evaluation"]["batch_size"] == asked
+        return {"bf16": {"error": "stop here"}}
+
+    monkeypatch.setattr(stage, "run_step", step)
+    planned = {"working_gib": 0.0, "passing_gib": 0.0, "moving_hours": 0.0, "answers_at_a_time": 128}
+    run.plan = replace(run.plan, verification=planned)
+    run.job = replace(run.job, evaluation=replace(run.job.evaluation, batch_size=written))
+    with pytest.raises(ExportRejected, match="stop here"):
+        run.export("bf16")
+
+
 def test_a_copied_model_is_the_same_model_and_a_changed_byte_makes_another(tiny_adapter, tmp_path):
     cache = tmp_path / "cache.json"
     before = stage.fingerprint(tiny_adapter, cache)

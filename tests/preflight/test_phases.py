@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -102,11 +103,33 @@ def test_answers_that_may_not_fit_are_said_with_the_number_that_does() -> None:
     def said(made: Plan) -> list[str]:
         return [reason for reason in made.reasons if "evaluate stage needs" in reason]
 
-    made = asked()
+    made = asked(batch_size=16)
     assert made.fits and made.phases_gib.evaluate > made.budget_gib and len(said(made)) == 1
     fit = int(said(made)[0].partition("evaluation.batch_size=")[2].split()[0])
     assert asked(batch_size=fit).phases_gib.evaluate <= made.budget_gib < asked(batch_size=fit + 1).phases_gib.evaluate
     assert said(asked(batch_size=fit)) == said(plan("lora", evaluation=EvaluationConfig(task="exact_match"))) == []
+
+
+def test_fewer_answers_are_asked_at_a_time_where_more_do_not_fit() -> None:
+    """A quarter of such a row at each of 16 prompts needs 150 GiB: the export was said not to pass, and did not."""
+    evaluation = EvaluationConfig(task="exact_match")
+    made = plan("lora", precision="bf16", sequence_length=131072, evaluation=evaluation)
+    assert max(made.phases_gib.evaluate, made.phases_gib.verify) <= made.budget_gib
+    assert made.verification["answers_at_a_time"] == 4 and made.verification["layers"]["host"] == 0
+    assert not any("will not pass" in reason or "evaluate stage needs" in reason for reason in made.reasons)
+    written = replace(evaluation, batch_size=16)
+    refused = plan("lora", precision="bf16", sequence_length=131072, evaluation=written)
+    assert not refused.verification["fits"] and refused.verification["answers_at_a_time"] == 16
+
+
+def test_more_answers_are_asked_at_a_time_where_each_pass_moves_layers() -> None:
+    def alone(batch_size: int | str) -> dict[str, Any]:
+        evaluated = EvaluationConfig(task="json_fields", max_rows=128, max_new_tokens=256, batch_size=batch_size)
+        return plan("qlora", 1, model=SEVENTY, evaluation=evaluated).verification
+
+    chosen, usual = alone("auto"), alone(16)
+    assert chosen == alone(128) and usual["answers_at_a_time"] == 16
+    assert chosen["layers"]["host"] > usual["layers"]["host"] and chosen["moving_hours"] < usual["moving_hours"] / 3
 
 
 def test_exports_are_verified_on_one_gpu_where_it_holds_them() -> None:
@@ -166,7 +189,8 @@ def test_layers_go_to_disk_where_the_host_is_too_small_and_frozen_ones_do_not() 
 
 
 def test_answers_need_a_cache_where_the_job_has_a_task() -> None:
-    with_task = plan("lora", evaluation=EvaluationConfig(task="json_fields"), activation_checkpointing="full")
+    evaluation = EvaluationConfig(task="json_fields", batch_size=64)
+    with_task = plan("lora", evaluation=evaluation, activation_checkpointing="full")
     without = plan("lora", activation_checkpointing="full")
     assert with_task.phase_components_gib["verify"].activations > without.phase_components_gib["verify"].activations
 
