@@ -215,7 +215,8 @@ def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> l
             f"{need.seconds / 3600:.1f} hours (modelled) with {need.answers} answers at a time, less with fewer or "
             "shorter ones (evaluation.max_rows, evaluation.max_new_tokens)"
         )
-    return [f"{said}; no verification on several GPUs was run yet"]
+    where = "several GPUs" if sum(map(bool, need.placement.gpus)) > 1 else "a GPU with layers in host memory"
+    return [f"{said}; not seen on {where} yet"]
 
 
 def can_export(job: Job, verification: dict[str, Any] | None) -> bool:
@@ -269,5 +270,5 @@ def basis(hardware: Hardware, setup: Setup) -> dict[str, str]:
     return {
         "memory": memory,
         "speed": speed,
-        "left_out": "fragmentation beyond the reserve, other processes on the card, the KV cache of generated answers",
+        "left_out": "fragmentation beyond the reserve, other processes on the card",
     }

@@ -30,6 +30,12 @@ def test_can_i_train_x_on_y_is_what_the_plans_say() -> None:
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run: python benchmarks/can_i_train.py"
 
 
+def test_the_picture_of_a_plan_is_of_what_is_planned_now(monkeypatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    script = load("plan_picture")
+    assert script.PICTURE.read_text(encoding="utf-8") == script.picture(), "run: python benchmarks/plan_picture.py"
+
+
 def test_the_benchmark_grid_covers_what_the_bar_asks_for() -> None:
     grid = load("memory").grid()
     eager = [case for case in grid if not case.compile]
