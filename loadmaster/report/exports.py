@@ -47,11 +47,10 @@ def exports_section(files: RunFiles) -> list[Export] | None:
     if not exports and not rejected:
         return None
     base_task, trained_task = (number(dig(side(files, name), "task.metric")) for name in ("before", "after"))
-    zero = Measured("0.0000")
     rows = [
         Export("base model", units.MISSING, NONE, NONE, NONE, NONE, NONE, Measured(units.percent(base_task))),
-        Export("as trained", units.MISSING, Measured("1.0000"), zero, zero, Measured("100.00%"), Measured("0.0%"),
-               Measured(units.percent(trained_task))),
+        Export("as trained", units.MISSING, Measured("1.0000"), Measured(_mean_kl(0.0)), Measured("0.0000"),
+               Measured("100.00%"), Measured("0.0%"), Measured(units.percent(trained_task))),
     ]  # fmt: skip
     for name, facts in exports.items():
         rows += [_export(name, facts, trained_task), *_others(name, facts)]
@@ -72,6 +71,10 @@ def exports_chart(files: RunFiles) -> Markup | None:
             limit = number(dig(figures, "limits.max_mean_kl"))
             points.append(Point(name, size / 1e6, kl, limit, figures.get("passed") is True))
     return draw_exports(points) if len(points) > 1 else None
+
+
+def _mean_kl(value: Any) -> str:
+    return units.decimals(value, 5)  # of bf16 four would be zeros
 
 
 def published(files: RunFiles) -> dict[str, dict[str, Any]]:
@@ -105,7 +108,7 @@ def _export(name: str, facts: dict[str, Any], trained_task: float | None) -> Exp
         name=name,
         size=units.file_size(facts.get("bytes")),
         perplexity_ratio=measured("perplexity_ratio", units.decimals, "max_perplexity_ratio", "at most"),
-        mean_kl=measured("mean_kl", units.decimals, "max_mean_kl", "at most"),
+        mean_kl=measured("mean_kl", _mean_kl, "max_mean_kl", "at most"),
         p99_kl=measured("p99_kl", units.decimals, "max_p99_kl", "at most"),
         top1=measured("top1_agreement", lambda v: units.percent(v, 2), "min_top1_agreement", "at least"),
         flipped=measured("flipped_answers", units.percent, "max_flipped_answers", "at most"),
@@ -126,7 +129,7 @@ def _others(name: str, facts: dict[str, Any]) -> list[Export]:
     return [
         Export(
             f"{name}: {other}", units.MISSING, Measured(units.decimals(dig(scores, "perplexity_ratio"))),
-            Measured(units.decimals(dig(scores, "mean_kl"))), Measured(units.decimals(dig(scores, "p99_kl"))),
+            Measured(_mean_kl(dig(scores, "mean_kl"))), Measured(units.decimals(dig(scores, "p99_kl"))),
             Measured(units.percent(dig(scores, "top1_agreement"), 2)),
             Measured(units.percent(dig(scores, "flipped_answers"))),
             Measured(units.percent(dig(scores, "task.metric"))),
@@ -140,5 +143,5 @@ def _chosen(figures: dict[str, Any]) -> list[str]:
     candidates = figures.get("candidates")
     if not isinstance(candidates, dict):
         return []
-    scores = (f"{name} {units.decimals(dig(score, 'mean_kl'))}" for name, score in candidates.items())
+    scores = (f"{name} {_mean_kl(dig(score, 'mean_kl'))}" for name, score in candidates.items())
     return [f"{figures.get('candidate')} was taken, by mean KL: {', '.join(scores)}"]

@@ -16,12 +16,12 @@ def gib(value: Any) -> str:
 
 
 def file_size(value: Any) -> str:
-    """A size that is given in bytes."""
+    """A size that is given in bytes; in powers of ten, as files and downloads are counted everywhere."""
 
     def show(v: float) -> str:
-        for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
             if v >= size:
-                return f"{v / size:,.2f} {unit}" if unit == "GiB" else f"{v / size:,.1f} {unit}"
+                return f"{v / size:,.2f} {unit}" if unit == "GB" else f"{v / size:,.1f} {unit}"
         return f"{v:.0f} B"
 
     return _with(value, show)

@@ -201,8 +201,8 @@ def test_a_whole_run_shows_every_figure_with_its_unit(whole_run: Path):
     assert page.sections() == EXPECTED_SECTIONS
     for shown in (
         "0.0% → 91.7%", "2.871 → 0.163", "17.66 → 1.177", "400,123 tokens/s", "43.2% of the peak FLOP/s",
-        "60.00 GiB", "predicted 61.00 GiB, 1.7% too high", "5 min 00 s", "$12.40", "256.5 MiB", "1.0031",
-        "at most 1.0300", "at least 87.1%",
+        "60.00 GiB", "predicted 61.00 GiB, 1.7% too high", "5 min 00 s", "$12.40", "269.0 MB", "1.0031",
+        "0.00190 at most 0.02000", "at most 1.0300", "at least 87.1%",
         "99.51%", "✓ passed", "480 rows read, 2 of them bad", "96.8%", "40 optimizer steps logged", COMMAND, "seed 7",
     ):  # fmt: skip
         assert shown in page.text, shown
@@ -249,7 +249,7 @@ def test_an_attempt_that_was_rejected_stands_beside_the_earlier_export_with_figu
     assert "bf16 ✓ passed" in page.text
     assert "bf16 (made again, not published) ✕ rejected" in page.text and "int4 ✕ rejected" in page.text
     assert "25.0%" in page.text and "0.4321" in page.text and "12.3%" in page.text and "45.6%" in page.text
-    assert "int4-gptq was taken, by mean KL: int4-gptq 0.0100, int4-rtn 0.0200" in page.text
+    assert "int4-gptq was taken, by mean KL: int4-gptq 0.01000, int4-rtn 0.02000" in page.text
     assert "Distance from the model as trained over size" in page.text and page.html.count("<svg") == 6
 
 
