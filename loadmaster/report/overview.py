@@ -12,6 +12,8 @@ from loadmaster.report.inputs import RunFiles, dig, number
 
 MEASURED_PEAK = "peak_device_gib"
 """What must fit into the device, and so what the plan's total (which counts the context) is compared with."""
+PLANNED_WITH = "with start, load and export"
+"""What a GPU's hours and dollars have in them; of a CPU nothing is planned but training."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,11 @@ def _wall(files: RunFiles) -> Figure | None:
     note = f"{len(known)} of {len(STAGES)} stages"
     if step := resumed_after(files):
         note += f"; of training what came after step {step}"
-    return Figure("Wall time", units.seconds(sum(known)),
-                  note if planned is None else f"{note}; training planned at {units.seconds(planned * 3600)}")
+    if planned is not None:
+        took = units.seconds(planned * 3600)
+        on_cpu = dig(files.plan, "hardware.gpu") == "cpu"
+        note += f"; training planned at {took}" if on_cpu else f"; planned at {took} {PLANNED_WITH}"
+    return Figure("Wall time", units.seconds(sum(known)), note)
 
 
 def resumed_after(files: RunFiles) -> int:
@@ -197,5 +202,4 @@ def resumed_after(files: RunFiles) -> int:
 
 def _cost(files: RunFiles) -> Figure | None:
     cost = files.plan.get("cost_usd")
-    note = "planned, for training, at the catalogue's price"
-    return None if number(cost) is None else Figure("Cost", units.usd(cost), note)
+    return None if number(cost) is None else Figure("Cost", units.usd(cost), f"planned, {PLANNED_WITH}")

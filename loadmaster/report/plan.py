@@ -8,7 +8,7 @@ from typing import Any
 
 from loadmaster.report import units
 from loadmaster.report.inputs import RunFiles, dig, number, rows
-from loadmaster.report.overview import MEASURED_PEAK, off_by, place, predicted_gib, predicted_peak
+from loadmaster.report.overview import MEASURED_PEAK, PLANNED_WITH, off_by, place, predicted_gib, predicted_peak
 
 COMPONENTS = {
     "weights": "weights", "gradients": "gradients", "optimizer": "optimizer states", "activations": "activations",
@@ -99,6 +99,7 @@ def plan_section(files: RunFiles) -> PlanSection | None:
     plan = files.plan
     if not plan:
         return None
+    runners_up = [row.get("difference") for row in rows(plan.get("runners_up"))]  # they have a table of their own
     return PlanSection(
         fits=plan.get("fits") is not False,
         place=place(plan),
@@ -106,7 +107,7 @@ def plan_section(files: RunFiles) -> PlanSection | None:
         amounts=amounts(plan),
         bar=memory_bar(plan),
         phases=_phases(plan),
-        reasons=[str(reason) for reason in plan.get("reasons") or []],
+        reasons=[str(reason) for reason in plan.get("reasons") or [] if reason not in runners_up],
         rejected=rows(plan.get("rejected")),
         alternatives=rows(plan.get("alternatives")),
         runners_up=rows(plan.get("runners_up")),
@@ -123,7 +124,9 @@ def machine(row: dict[str, Any]) -> str:
 def _there(row: dict[str, Any], plan: dict[str, Any]) -> str:
     """The plan on another machine; a batch that had to be another one makes it another training run."""
     parts = [row.get("precision"), *([row.get("sharding")] if row.get("sharding") != "none" else [])]
-    parts += [f"checkpointing {row.get('activation_checkpointing')}"]
+    some = row.get("checkpointed_layers")
+    of = f"{some} of {_mapping(plan.get('model')).get('layers')} layers"
+    parts += [f"checkpointing {row.get('activation_checkpointing') if some is None else of}"]
     parts += [f"{row['offload']} in host memory"] if row.get("offload", "none") != "none" else []
     parts += [units.things(row.get("micro_batch_size"), "row")]
     size = number(row.get("global_size"))
@@ -178,18 +181,19 @@ def amounts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     hours, cost = number(plan.get("hours")), number(plan.get("cost_usd"))
     rows_per_step = _rows_per_step(plan)
     length = number(plan.get("sequence_length"))
-    device = "memory of the host" if dig(plan, "hardware.gpu") == "cpu" else "memory of one GPU"
+    on_cpu = dig(plan, "hardware.gpu") == "cpu"
+    counted = "training time" if on_cpu else f"time {PLANNED_WITH}"
     return [
         ("parameters", units.parameters(dig(plan, "model.parameters"))),
         ("trained", units.parameters(dig(plan, "model.trainable_parameters"))),
         ("one optimizer step", units.things(rows_per_step, "row")),
         ("tokens in it, at most",
          units.count(None if rows_per_step is None or length is None else rows_per_step * length)),
-        (device, units.gib(dig(plan, "hardware.memory_gib"))),
+        ("memory of the host" if on_cpu else "memory of one GPU", units.gib(dig(plan, "hardware.memory_gib"))),
         ("host memory needed per node", units.gib(plan.get("host_memory_gib"))),
         ("disk needed", units.gib(plan.get("disk_gib"))),
         ("speed, modelled", units.rate(plan.get("tokens_per_second"))),
-        ("training time, modelled", units.hours(hours) + ("" if cost is None else f", {units.usd(cost)}")),
+        (f"{counted}, modelled", units.hours(hours) + ("" if cost is None else f", {units.usd(cost)}")),
     ]
 
 

@@ -188,6 +188,30 @@ def test_a_machine_on_which_the_run_is_another_one_is_told_apart(tmp_path: Path)
     assert "checkpointing none, all in host memory, 1 row, batch.global_size=132" in text
 
 
+def test_some_recomputed_layers_are_counted_on_other_machines_too(tmp_path: Path):
+    row = {"gpu": "rtx4090", "count": 4, "nodes": 1, "precision": "bf16", "sharding": "ddp", "micro_batch_size": 1,
+           "activation_checkpointing": "full", "checkpointed_layers": 12, "global_size": 128}  # fmt: skip
+    put(tmp_path, "plan.json", make_plan(elsewhere=[row]).to_dict())
+    assert "bf16, ddp, checkpointing 12 of 30 layers, 1 row " in report(tmp_path).text
+
+
+def test_a_runner_up_is_in_its_table_alone(tmp_path: Path):
+    said = "runner-up (lora, fp8): 3% faster, 2.0 GiB more"
+    row = {"plan": "lora, fp8", "needs_gib": 63.0, "tokens_per_second": 424_000.0, "difference": said}
+    put(tmp_path, "plan.json", make_plan(reasons=["uses 61.0 of 76.7 GiB", said], runners_up=[row]).to_dict())
+    text = report(tmp_path).text
+    assert "uses 61.0 of 76.7 GiB" in text and text.count("3% faster, 2.0 GiB more") == 1 and said not in text
+
+
+def test_hours_say_what_is_in_them(whole_run: Path):
+    text = report(whole_run).text
+    assert "planned at 18 min 36 s with start, load and export" in text
+    assert "time with start, load and export, modelled 18 min 36 s, $12.40" in text
+    put(whole_run, "plan.json", make_plan(hardware=HardwareSummary("cpu", 1, 1, 23.5, 23.5)).to_dict())
+    text = report(whole_run).text
+    assert "training planned at 18 min 36 s" in text and "training time, modelled 18 min 36 s" in text
+
+
 def test_a_plan_that_does_not_fit_shows_by_how_much_and_what_would(tmp_path: Path):
     put(tmp_path, "plan.json", make_plan(fits=False, budget_gib=43.0).to_dict())
     text = report(tmp_path).text
