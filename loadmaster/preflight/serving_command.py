@@ -120,6 +120,8 @@ def plan_serving_command(arguments: list[str]) -> int:
         print_serving(plans[0], {name: on_card(other) for name, other in what_if(traffic, shape.max_position).items()})
         if request.requests != Request().requests:
             print_held(plans[0], request.requests)
+        elif not plans[0].fits:
+            print("gpu=auto lists the machines of the catalogue that hold it", file=sys.stderr)
     elif plans:
         print_serving(plans[0], {})
         print_servers(plans)

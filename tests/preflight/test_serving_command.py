@@ -52,7 +52,8 @@ def test_the_rule_of_thumb_is_no_0_gb_for_a_small_model(words, said, capsys) -> 
 
 def test_what_does_not_fit_exits_with_3(capsys) -> None:
     assert plan_serving_command([LLAMA, "gpu=h100_80gb"]) == 3
-    assert "does not fit" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "does not fit" in said.out and said.err.startswith("gpu=auto lists the machines")
 
 
 def test_without_a_gpu_every_machine_that_fits_is_listed_cheapest_first(capsys) -> None:
