@@ -64,7 +64,7 @@ def list_pods(console: Console, provider: Provider | None = None) -> int:
     """Print every Pod and cluster that this tool has made, with age, cost so far and deadline; and all volumes."""
     provider, now = provider or provider_of(), datetime.now(UTC)
     machines = provider.machines()
-    table = Table(pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for heading in ("name", "kind", "id", "status", "GPUs", "age h", "$/h", "$ so far", "ends", "orphan"):
         table.add_column(heading, justify="right" if heading in ("age h", "$/h", "$ so far") else "left")
     for machine in machines:

@@ -152,7 +152,8 @@ def _time(hours: float) -> str:
 def print_scaling(job: Job, steps: list[Step], console: Console | None = None) -> None:
     console = console or Output()
     table = Table(box=None, pad_edge=False)
-    for heading in ("nodes", "GPUs", "rows a step", "plan", "tokens/s", "efficiency", "hours", "$/h", "$ a billion"):
+    figures = ("tokens/s", "efficiency", "hours", "$/h", "$ a billion tokens")
+    for heading in ("nodes", "GPUs", "rows a step", "plan", *figures):
         table.add_column(heading, justify="left" if heading == "plan" else "right", no_wrap=heading != "plan")
     for step in steps:
         plan, cost = step.plan, step.usd_per_billion_tokens

@@ -97,9 +97,9 @@ def _memory(plan: ServingPlan, bar: int) -> Table:
 
 
 def _comparison(plans: dict[str, ServingPlan], first: str) -> Table:
-    table = Table(pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column(first, no_wrap=True)
-    for heading in ("cache", "at once", "tokens/s", "Pod $/h", "Flex $/h", "$/M"):
+    for heading in ("cache tokens", "requests at once", "tokens/s", "Pod $/h", "Flex $/h", "$ a million tokens"):
         table.add_column(heading, justify="right")
     for name, plan in plans.items():
         table.add_row(

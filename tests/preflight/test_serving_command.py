@@ -31,8 +31,10 @@ def test_what_best_of_8_would_do_is_the_same_whatever_was_asked_for(capsys) -> N
     def rows(best_of_n: int) -> dict[str, str]:
         words = [LLAMA, "format=int4", "gpu=h200", "context=2048", f"best_of_n={best_of_n}"]
         plan_serving_command(words)
-        cells = [re.split(r"[│|]", line)[1:4] for line in capsys.readouterr().out.splitlines() if "│" in line]
-        return {traffic.strip(): held.strip() for traffic, _, held in cells}
+        table = capsys.readouterr().out.partition("\ntraffic ")[2].splitlines()
+        assert table[0].split("  ")[-1] == "$ a million tokens" and "cache tokens  requests at once" in table[0]
+        cells = [re.split(r"  +", line)[:3] for line in table[1:]]
+        return {traffic: held for traffic, _, held in cells}
 
     asked = rows(8)
     assert rows(1)["best of 8"] == rows(4)["best of 8"] == asked["as asked"] and "best of 8" not in asked
