@@ -202,21 +202,24 @@ def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> l
     """Where the export's verification puts a model that one GPU does not hold, and what that costs."""
     if need.is_whole or not exports(job):
         return []
+    on_cpu = chosen.hardware.is_cpu
     if need.placement is None:
+        holds = "this machine holds" if on_cpu else f"{chosen.hardware.label} and its host memory hold"
         return [
             f"the export will not pass here: its verification needs {need.bytes.total / GIB:.0f} GiB, of which "
-            f"{chosen.hardware.label} and its host memory hold too little; end with stop_after=evaluate"
+            f"{holds} too little; end with stop_after=evaluate"
         ]
-    said = f"exports are verified with {need.placement.words()}"
+    said = f"exports are verified with {need.placement.words(not on_cpu)}"
     if need.seconds:
-        moved = (need.host_bytes + need.disk_bytes) / GIB
+        moved = f"{(need.host_bytes + need.disk_bytes) / GIB:.0f} GiB are "
+        moved += "read from there" if on_cpu else "brought to the first GPU"
         said += (
-            f": {moved:.0f} GiB are brought to the first GPU in each of {need.passes} forward passes, "
+            f": {moved} in each of {need.passes} forward passes, "
             f"{need.seconds / 3600:.1f} hours (modelled) with {need.answers} answers at a time, less with fewer or "
             "shorter ones (evaluation.max_rows, evaluation.max_new_tokens)"
         )
     where = "several GPUs" if sum(map(bool, need.placement.gpus)) > 1 else "a GPU with layers in host memory"
-    return [f"{said}; not seen on {where} yet"]
+    return [said if on_cpu else f"{said}; not seen on {where} yet"]
 
 
 def can_export(job: Job, verification: dict[str, Any] | None) -> bool:

@@ -112,7 +112,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         runners_up=[runner_up(chosen, other) for other in found.others],
         price=_price(hardware),
         basis=basis(hardware, setup),
-        verification={**verification.summary(), "in_hours": exports(job)},
+        verification={**verification.summary(), "in_hours": exports(job) and not hardware.is_cpu},
     )
 
 

@@ -143,7 +143,7 @@ class Plan:
     verification: dict[str, Any] | None = None
     """Where the export's verification puts the largest model (loadmaster.preflight.verification): `fits`, `layers` on
     each GPU, in host memory and on disk, what is needed besides weights, what is moved, and whether that
-    is `in_hours`: a job that ends before has none."""
+    is `in_hours`: a job that ends before has none, nor has a CPU."""
     schema: int = SCHEMA
 
     @property

@@ -85,7 +85,7 @@ def verifying(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     usual = answers_at_a_time(job)
     scoring = _scoring(job, shape, setup)
     need = _verifying(job, shape, hardware, setup, scoring, usual)
-    if job.evaluation.batch_size != "auto" or hardware.is_cpu or (need.placement and not need.seconds):
+    if job.evaluation.batch_size != "auto" or (need.placement and not need.seconds):
         return need
     most = prompts_asked(job.evaluation)
     halved, doubled = (usual // 2, usual // 4, usual // 8, 1), (2 * usual, 4 * usual, 8 * usual, most)
@@ -113,12 +113,11 @@ def _verifying(
     context = (1 if hardware.is_cpu else 2) * context_bytes(hardware)
     beside = working.total, max(working.activations, _compared(shape, setup, layers_alone=True))
     whole = replace(working, weights=max(exported, trained), context=context)
-    if hardware.is_cpu:
-        return VerificationNeed(whole, Placement((shape.layers,)), 0.0, 0.0, 0, 0.0, *beside, answers)
     free = hardware.memory_gib * (1 - job.plan.reserve) * GIB - context
-    room = Room(
-        (free,) * hardware.count, _host_room(hardware), True, beside[0] + adapters, beside[1] + adapters
-    )  # fmt: skip
+    each_gpu, host_room = (free,) * hardware.count, _host_room(hardware)
+    if hardware.is_cpu:  # host memory in the place of the first GPU, then disk, as export/room.py has it
+        each_gpu, host_room = (free - REFERENCE_BYTES,), 0.0
+    room = Room(each_gpu, host_room, True, beside[0] + adapters, beside[1] + adapters)
     layers, rest = _sizes(shape, setup, exported)
     placement = place(layers, rest, room)
     trained_layers, trained_rest = _sizes(shape, setup, trained - adapters)

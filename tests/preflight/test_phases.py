@@ -169,6 +169,20 @@ def test_what_the_gpus_do_not_hold_is_in_host_memory_and_costs_time() -> None:
     assert not any("verified" in reason for reason in stops.reasons)
 
 
+def test_on_a_cpu_what_memory_does_not_hold_is_read_from_disk_and_the_plan_says_so(monkeypatch) -> None:
+    monkeypatch.setattr("loadmaster.preflight.hardware.host_memory_gib", lambda: 23.5)
+    job = Job(model=EIGHT, method="qlora", hardware=HardwareConfig(gpu="cpu"))
+    made = make_plan(job)
+    layers = made.verification["layers"]
+    assert made.fits and layers["gpus"][0] + layers["disk"] == 32 and layers["disk"] > 4 and layers["host"] == 0
+    assert made.phases_gib.verify <= made.budget_gib and made.verification["moving_hours"] > 0
+    said = [reason for reason in made.reasons if "exports are verified" in reason]
+    assert f"{layers['gpus'][0]} of 32 layers in host memory, {layers['disk']} on disk: " in said[0]
+    assert "GiB are read from there in each" in said[0] and "GPU" not in said[0]
+    monkeypatch.setattr("loadmaster.preflight.hardware.host_memory_gib", lambda: 64.0)
+    assert make_plan(job).verification["layers"] == {"gpus": [32], "host": 0, "disk": 0}
+
+
 def test_layers_go_to_disk_where_the_host_is_too_small_and_frozen_ones_do_not() -> None:
     shape, machine = find_shape(SEVENTY), replace(from_catalog("h100_80gb", 1), host_memory_gib=40.0)
     job = Job(model=SEVENTY, method="full", batch=BatchConfig(global_size=64))
