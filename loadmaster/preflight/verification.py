@@ -4,9 +4,10 @@
     several        layers over the GPUs of one node (the lead's), then host memory, then disk (placement.py)
     time           forward passes x (bytes in host memory / copies over PCIe + bytes on disk / its reads)
 
-The largest model decides: an export in bf16, for quantized ones are scored with the weights that they stand for. Of
-answers, so many are asked at a time as take least time: more take fewer passes, and room that layers would have had.
-The time is modelled; that of computing is in the overhead of a run (speed.py). No run on several GPUs was measured.
+The largest model decides: what was trained in fp32, or an export in bf16, for quantized ones are scored with the
+weights that they stand for. Of answers, so many are asked at a time as take least time: more take fewer passes, and
+room that layers would have had. The time is modelled; that of computing is in the overhead of a run (speed.py). No run
+on several GPUs was measured.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def _verifying(
     job: Job, shape: ModelShape, hardware: Hardware, setup: Setup, scoring: Bytes, answers: int
 ) -> VerificationNeed:
     """With so many answers at a time; scoring: of a row, or of a matrix while it is compared."""
-    exported = float(setup.width * shape.parameters)
+    frozen = frozen_form(setup) is not None
+    width = 2 if frozen else setup.width  # exports are loaded in bf16, what is trained in its own precision
+    exported = float(width * shape.parameters)
     adapters = setup.width * setup.trainable(shape) if setup.adapters else 0.0
     trained = base_bytes(shape, setup.method, setup.precision) + adapters
     working = scoring
@@ -118,10 +121,10 @@ def _verifying(
     if hardware.is_cpu:  # host memory in the place of the first GPU, then disk, as export/room.py has it
         each_gpu, host_room = (free - REFERENCE_BYTES,), 0.0
     room = Room(each_gpu, host_room, True, beside[0] + adapters, beside[1] + adapters)
-    layers, rest = _sizes(shape, setup, exported)
+    layers, rest = _sizes(shape, width, exported)
     placement = place(layers, rest, room)
-    trained_layers, trained_rest = _sizes(shape, setup, trained - adapters)
-    of_trained = place(trained_layers, trained_rest, replace(room, disk=frozen_form(setup) is None))
+    trained_layers, trained_rest = _sizes(shape, setup.width, trained - adapters)
+    of_trained = place(trained_layers, trained_rest, replace(room, disk=not frozen))
     if of_trained is None:
         placement = None
     if placement is None or placement.is_whole:
@@ -168,9 +171,9 @@ def _compared(shape: ModelShape, setup: Setup, layers_alone: bool = False) -> fl
     return float(max(each * matrix, (4 + 2) * max(experts, outside)))
 
 
-def _sizes(shape: ModelShape, setup: Setup, weights: float) -> tuple[list[float], float]:
+def _sizes(shape: ModelShape, width: int, weights: float) -> tuple[list[float], float]:
     """(bytes of each layer, bytes of embeddings, final norm and head) of a model of so many bytes."""
-    rest = setup.width * (shape.embedding_parameters + shape.head_parameters + shape.hidden_size)
+    rest = width * (shape.embedding_parameters + shape.head_parameters + shape.hidden_size)
     return [(weights - rest) / shape.layers] * shape.layers, float(rest)
 
 
