@@ -23,15 +23,20 @@ def doctor(overrides: list[str]) -> int:
         message = "a job's words are for python launch/torchrun.py -m loadmaster.cli doctor; this looks at one machine"
         raise ConfigError([Problem(overrides[0], None, COMMAND_LINE, message, "loadmaster doctor")])
     here = detect_local()
-    memory = "" if here.host_memory_gib is None else f", host memory {here.host_memory_gib:.1f} GiB"
-    print(f"device     {here.count}x {here.gpu}, {here.memory_gib:.1f} GiB each{memory}")
-    print(f"disk       {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
-    for package in PACKAGES:
-        try:
-            print(f"{package:<10} {version(package)}")
-        except PackageNotFoundError:
-            print(f"{package:<10} not installed")
+    host = "" if here.host_memory_gib is None else f", host memory {here.host_memory_gib:.1f} GiB"
+    device = "the CPU" if here.is_cpu else f"{here.count}x {here.gpu}, {here.memory_gib:.1f} GiB each"
+    rows = {"device": device + host, "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here"}
+    rows |= {package: _version(package) for package in PACKAGES}
+    for name, said in rows.items():
+        print(f"{name:<{max(map(len, rows))}}  {said}")
     return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _of_all(overrides: list[str]) -> int:

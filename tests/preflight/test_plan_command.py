@@ -121,6 +121,14 @@ def test_what_no_processor_does_is_not_tried_as_a_remedy(capsys) -> None:
     assert "mixture of experts" in json.loads(capsys.readouterr().out)["reasons"][0]
 
 
+def test_the_doctor_of_a_machine_without_a_gpu_speaks_of_none_in_one_column(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("loadmaster.preflight.hardware.local_gpus", lambda: [])
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["device", "the", "CPU,", "host"] and " each" not in lines[0]
+    assert {len(line) - len(line.split(maxsplit=1)[1]) for line in lines} == {15}
+
+
 def test_words_that_a_command_does_not_know_are_refused(capsys) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["prices", "recipe=smoke"])
