@@ -16,6 +16,7 @@ from loadmaster import starting
 
 if __name__ == "__main__":  # before what takes long to import
     starting.listen()
+    starting.refuse_another_python()
 
 from loadmaster import collector, hub
 

@@ -31,6 +31,7 @@ from loadmaster import starting
 
 if __name__ == "__main__":  # until the agent takes the signals
     starting.listen()
+    starting.refuse_another_python()
 
 from loadmaster.ending import ended
 from loadmaster.errors import LoadmasterError, StoppedOnRequest

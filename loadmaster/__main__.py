@@ -9,6 +9,7 @@ from loadmaster import collector, starting
 
 def main() -> int:
     starting.listen()
+    starting.refuse_another_python()
     collector.pause()
     from loadmaster.cli import main
     from loadmaster.ending import ended

@@ -27,6 +27,7 @@ from loadmaster import starting
 
 if __name__ == "__main__":  # as a job on another machine is started
     starting.listen()
+    starting.refuse_another_python()
 
 from loadmaster import __version__, collector, hub, processors
 from loadmaster.config.fields import nearest

@@ -7,9 +7,23 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 _before: dict[int, Any] = {}
+
+
+def refuse_another_python() -> None:
+    """For an entry point alone: where the environment was not activated, that is said, not which module is missing."""
+    if find_spec("hydra") is None:
+        print(
+            f"error: {sys.executable} has none of the packages that loadmaster needs\n"
+            f"fix: `. .venv/bin/activate` in {Path(__file__).parents[1]}, and the same command again "
+            "(`make setup` makes that environment)", file=sys.stderr,
+        )  # fmt: skip
+        sys.exit(2)
 
 
 def number_cards_as_the_driver() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import pytest
 from loadmaster.cli import main
 from loadmaster.config.docs import EXIT_CODES
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,16 @@ def test_a_mistake_beside_the_job_has_the_code_of_its_command(
     monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
     assert main(words) == code
     assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["train.py"], ["-m", "loadmaster", "plan"], ["-m", "loadmaster.cli"], ["launch/torchrun.py", "train.py"]]
+)
+def test_whoever_forgot_to_activate_the_environment_is_told_so(words: list[str]):
+    bare = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    ended = subprocess.run([sys.executable, "-S", *words], cwd=ROOT, env=bare, capture_output=True, text=True)
+    assert ended.returncode == 2 and f"fix: `. .venv/bin/activate` in {ROOT}" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_every_page_with_the_exit_codes_says_the_same():
