@@ -310,7 +310,7 @@ class Pipeline:
                         "hardware",
                         wanted,
                         IN_THE_JOB,
-                        f"this machine has {here.count}x {here.gpu}",
+                        f"this machine has {'no GPU' if here.is_cpu else here.label}",
                         "hardware=local to train here, or stop_after=plan to plan only",
                     )
                 ]

@@ -86,6 +86,12 @@ def test_cards_are_numbered_as_the_plan_numbers_them_before_anything_asks_for_on
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
+def test_a_plan_for_a_card_is_not_trained_where_there_is_none(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("loadmaster.pipeline.detect_local", hardware.cpu)
+    assert go(tiny, tmp_path, "hardware=h100_80gb_x1", "precision=bf16")[0] == ConfigError.exit_code
+    assert "this machine has no GPU\n" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def lora_8b(tiny, tmp_path_factory) -> tuple[Path, int, str]:
     """(folder, exit code, output) of a run to its end, which a later test goes on with."""
