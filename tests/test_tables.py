@@ -17,6 +17,7 @@ from loadmaster.preflight.scaling import print_scaling, scaling
 from loadmaster.preflight.serving_command import plan_serving_command
 from loadmaster.preflight.table import print_comparison, print_plan
 from loadmaster.tables import print_table
+from loadmaster.training.display import Display
 
 JOB = Job(
     model=ModelConfig(name="meta-llama/Llama-3.1-405B"), method="lora", precision="fp8",
@@ -72,6 +73,18 @@ def test_a_serving_plan_is_whole_in_a_pipe_narrower_than_its_tables(monkeypatch,
     assert plan_serving_command(["model=llama3_1_8b"]) == 0
     said = capsys.readouterr().out
     assert "…" not in said and "10,154,608 1,239.6 26,317 54.32 69.12 0.57" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_steps_and_times_of_a_training_are_never_cut(width) -> None:
+    console = screen(width, terminal=True)
+    display = Display(console)
+    display.start(10_000, 0)
+    display.step({"step": 9_999, "loss": 10.7624, "lr": 1.97e-3, "tokens_per_second": 123_456.0}, 70.55)
+    display.stop()
+    said = console.file.getvalue()
+    assert "9999/10000 loss 10.7624  lr 1.97e-03  123,456 tok/s  peak 70.55 GiB " in said
+    assert " eta -:--:--" in said and "…" not in said and ("training ━" in said) == (width >= 100)
 
 
 def test_in_a_narrow_terminal_text_and_headings_wrap_and_figures_do_not() -> None:

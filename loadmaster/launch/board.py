@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from loadmaster.launch.context import Launch
 from loadmaster.launch.follow import Reader, unpack
@@ -94,7 +95,8 @@ class Board:
 
     def _draw(self, step: int, steps: int, status: str) -> None:
         if self.bar is None:
-            columns = ("there", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}", markup=False))
+            steps_done = MofNCompleteColumn(table_column=Column(no_wrap=True))
+            columns = ("there", BarColumn(), steps_done, TextColumn("{task.fields[status]}", markup=False))
             self.bar = Progress(*columns, console=self.console)
             self.bar.add_task("", total=steps, status=status)
             self.bar.start()

@@ -11,6 +11,9 @@ from rich.console import Console
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+WIDTH_WITH_BAR = 100
+"""Columns of a terminal that has room for a bar beside the figures."""
+
 
 class Display:
     """Shows tokens/s, loss, ETA and peak memory while training."""
@@ -33,16 +36,15 @@ class Display:
         self._started, self._done_before, self._steps = time.perf_counter(), done, steps
         if self.console is not None and self.console.is_terminal:
             from rich import progress
+            from rich.table import Column
 
-            columns = (
-                "training",
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[status]}"),
-                progress.TimeElapsedColumn(),
-                "eta",
-                progress.TimeRemainingColumn(),
-            )
+            whole = Column(no_wrap=True)  # else steps and times are cut where the line is too long
+            figures = progress.MofNCompleteColumn(table_column=whole), progress.TextColumn("{task.fields[status]}")
+            left = "eta", progress.TimeRemainingColumn(table_column=whole)
+            columns = (*figures, *left)
+            if self.console.width >= WIDTH_WITH_BAR:
+                elapsed = progress.TimeElapsedColumn(table_column=whole)
+                columns = ("training", progress.BarColumn(), *figures, elapsed, *left)
             self._progress = progress.Progress(*columns, console=self.console)
             self._task = self._progress.add_task("training", total=steps, completed=done, status="")
             self._progress.start()
