@@ -1,15 +1,14 @@
 """The `loadmaster` command: the stages one by one, and tools around them.
 
-loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1     stages take the same words as train.py
-loadmaster data recipe=smoke                              look at rendered rows and their loss mask
-loadmaster verify runs/smoke/...                          check every file of the exports (or of one: .../export/bf16)
-loadmaster serve-check runs/smoke/...                     load each artifact in a real vLLM, and compare
-loadmaster push runs/smoke/... --repo org/name            upload one format to the Hub, with a model card
-loadmaster prices --refresh                               today's list prices into the plans (RUNPOD_API_KEY)
-loadmaster pods                                           Pods and clusters that were rented; sweep ends orphans
-loadmaster plan-serving model=NAME format=int4            which GPU serves it, how many requests, for how much
-loadmaster deploy runs/smoke/... --volume ID              put the bundle on an endpoint, validate and measure it
-loadmaster doctor                                         what this machine has; under launch/torchrun.py, what all have
+The stages take the same words as train.py. For example:
+
+  loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1
+  loadmaster data recipe=smoke
+  loadmaster verify runs/smoke/...
+  loadmaster serve-check runs/smoke/...
+  loadmaster push runs/smoke/... --repo org/name
+  loadmaster plan-serving model=NAME format=int4
+  loadmaster deploy runs/smoke/... --volume ID
 """
 
 from __future__ import annotations

@@ -154,12 +154,13 @@ def test_a_command_that_is_misspelt_is_told_the_nearest(words: list[str], said: 
 
 
 @pytest.mark.parametrize(("words", "listed"), [([], ("plan", "verify", "doctor")), (["endpoint"], ("list", "scale"))])
-def test_without_a_command_there_is_the_list_of_them(words: list[str], listed: tuple[str, ...], capsys) -> None:
+def test_without_a_command_there_is_the_list_of_them(words, listed: tuple[str, ...], capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as raised:
         main(words)
     said = capsys.readouterr().err
     assert raised.value.code == 2 and all(f"\n    {name} " in said for name in listed)
-    assert "required" not in said and "    ..." not in said
+    assert "required" not in said and "    ..." not in said and max(map(len, said.splitlines())) <= 80
 
 
 def test_each_stage_in_the_list_of_commands_says_what_it_does_by_itself() -> None:
