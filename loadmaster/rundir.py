@@ -187,6 +187,12 @@ def started_in(path: Path) -> Path:
     return folder if folder.is_dir() else Path.cwd()
 
 
+def newest_in(folder: Path) -> Path | None:
+    """The newest run where `folder` is one of runs, as runs/ and runs/smoke/ are."""
+    records = [*folder.glob(f"*/{RECORD}"), *folder.glob(f"*/*/{RECORD}")]
+    return max(records, key=lambda path: (path.stat().st_mtime, path)).parent if records else None
+
+
 def file_fingerprint(path: Path) -> str:
     """Hash of the contents of a file, or of all files of a folder with their names."""
     from loadmaster.files import sha256_file

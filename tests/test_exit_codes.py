@@ -38,6 +38,18 @@ def test_a_mistake_beside_the_job_has_the_code_of_its_command(
     assert capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["verify"], ["serve-check"], ["push", "--repo", "org/name"], ["deploy"]])
+def test_of_a_folder_of_runs_the_newest_run_is_named(words: list[str], tmp_path: Path, capsys):
+    for name in ("2026-01-01_10-00-00", "2026-01-02_10-00-00"):
+        (tmp_path / "smoke" / name).mkdir(parents=True)
+        (tmp_path / "smoke" / name / "stages.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "smoke"):
+        assert main([words[0], str(folder), *words[1:]]) in (4, 5)
+        said = capsys.readouterr().err
+        assert f"{folder} is no run directory: give one of those in it, the newest is {folder}" in said
+        assert said.rstrip().endswith("2026-01-02_10-00-00")
+
+
 @pytest.mark.parametrize(
     "words", [["train.py"], ["-m", "loadmaster", "plan"], ["-m", "loadmaster.cli"], ["launch/torchrun.py", "train.py"]]
 )

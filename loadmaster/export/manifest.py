@@ -20,6 +20,7 @@ from loadmaster import __version__
 from loadmaster.errors import ExportRejected
 from loadmaster.export.table import storable
 from loadmaster.files import sha256_file, write_text
+from loadmaster.rundir import newest_in
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -180,7 +181,7 @@ def exports_in(folder: Path) -> list[Path]:
     found = sorted(path for path in holder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if holder is folder and not any((path / NAME).exists() for path in found if path.name != "bundle"):
         found = []
-    if not found and (folder / "config.yaml").is_file():
+    if not found and ((folder / "config.yaml").is_file() or newest_in(folder)):
         raise no_export(folder)
     return found or [folder]
 
@@ -200,6 +201,8 @@ def no_export(run_dir: Path) -> ExportRejected:
         return ExportRejected(f"{_no_folder(run_dir)}; give a run directory whose export stage is done.")
     if (run_dir / "config.yaml").is_file():
         return ExportRejected(f"{run_dir} holds no export yet: its export stage is not done.")
+    if run := newest_in(run_dir):
+        return ExportRejected(f"{run_dir} is no run directory: give one of those in it, the newest is {run}")
     return ExportRejected(f"{run_dir} holds no export: give a run directory whose export stage is done.")
 
 

@@ -41,6 +41,7 @@ from loadmaster.launch.runpod.types import (
     parse,
 )
 from loadmaster.launch.validate import Expected, validate
+from loadmaster.rundir import newest_in
 
 START_S = 1200.0
 """Cold start of a large model from a slow volume, with the image's first pull."""
@@ -106,6 +107,8 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
         for run in run_dir.resolve().parents[:2]:
             if (run / "bundle" / NAME).is_file():
                 raise LoadmasterError(f"{run_dir} is a part of a run: give the run directory, {run}")
+        if run := newest_in(run_dir):
+            raise LoadmasterError(f"{run_dir} is no run directory: give one of those in it, the newest is {run}")
         raise LoadmasterError(f"{run_dir} has no bundle: run the bundle stage first (loadmaster bundle ...)")
     manifest = read_manifest(bundle)
     artifact = Path(os.path.normpath(bundle / manifest["serve"]["artifact"]))
