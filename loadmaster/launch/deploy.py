@@ -376,8 +376,7 @@ def write_deployment(run_dir: Path, deployed: dict[str, Any]) -> Path:
 
 def changes(before: Endpoint, request: CreateEndpoint) -> UpdateEndpoint | None:
     """What brings `before` to `request` (the name stays); None: it is there already."""
-    names = {f.name for f in fields(UpdateEndpoint)} - {"name", "template_id"}
-    wanted = UpdateEndpoint(**{name: getattr(request, name) for name in names})
+    wanted = UpdateEndpoint(**{field.name: getattr(request, field.name) for field in fields(UpdateEndpoint)})
     now, then = body(wanted), body(_restore(before))
     return None if all(_same(value, then.get(key)) for key, value in now.items()) else wanted
 

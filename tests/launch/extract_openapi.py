@@ -21,10 +21,8 @@ OPERATIONS = (
     "listPods", "createPod", "getPod", "deletePod", "getPodLogs",
     "listClusters", "createCluster", "getCluster", "deleteCluster", "listClusterPods",
     "listNetworkVolumes", "createNetworkVolume", "getNetworkVolume", "deleteNetworkVolume",
-    "listEndpoints", "createEndpoint", "getEndpoint", "updateEndpoint", "deleteEndpoint", "listEndpointWorkers",
-    "getWorkerLogs", "listServerlessBilling",
-    "listTemplates", "createTemplate", "getTemplate", "updateTemplate", "deleteTemplate",
-    "listGpuTypes", "listDataCenters",
+    "listEndpoints", "createEndpoint", "updateEndpoint", "deleteEndpoint", "listEndpointWorkers",
+    "listServerlessBilling", "listGpuTypes",
 )  # fmt: skip
 PROSE = {"description", "summary", "title", "example", "examples", "tags", "x-enum-varnames"}
 SCHEMAS = "#/components/schemas/"

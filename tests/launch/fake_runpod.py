@@ -65,7 +65,6 @@ class FakeRunpod:
         self.clusters: dict[str, dict[str, Any]] = {}
         self.volumes: dict[str, dict[str, Any]] = {}
         self.endpoints: dict[str, dict[str, Any]] = {}
-        self.templates: dict[str, dict[str, Any]] = {}
         self.workers: dict[str, list[dict[str, Any]]] = {}
         self.logs: dict[str, list[str]] = {}
         self.hourly_usd: dict[str, list[float]] = {}
@@ -294,9 +293,6 @@ class FakeRunpod:
     def listEndpoints(self, ids, query, body):
         return 200, {"endpoints": list(self.endpoints.values())}
 
-    def getEndpoint(self, ids, query, body):
-        return 200, self._of(self.endpoints, ids["id"])
-
     def createEndpoint(self, ids, query, body):
         if ("gpu" in body) == ("cpu" in body):
             raise Problem(400, "exactly one of gpu and cpu is needed")
@@ -306,14 +302,8 @@ class FakeRunpod:
         self._known_pools(body.get("gpu", {}))
         for volume in body.get("networkVolumes", []):
             self._of(self.volumes, volume)
-        base = {}
-        if "templateId" in body:
-            template = self._of(self.templates, body["templateId"])
-            if not template["serverless"]:
-                raise Problem(422, "this is not a serverless template")
-            base = {k: template[k] for k in ("image", "args", "disk", "env", "ports")}
         id = self.number("ep")
-        self.endpoints[id] = self._endpoint(id, {**base, **body, "env": {**base.get("env", {}), **body.get("env", {})}})
+        self.endpoints[id] = self._endpoint(id, body)
         self.created.append(("endpoint", body["name"]))
         self.workers[id] = []
         return 201, self.endpoints[id]
@@ -342,7 +332,7 @@ class FakeRunpod:
             "image": body.get("image", ""),
             "args": body.get("args", ""),
             "disk": body.get("disk", 20),
-            "env": body["env"],
+            "env": body.get("env", {}),
             "ports": body.get("ports", []),
             "registry": None,
             "gpu": gpu and {"count": 1, "allowedCudaVersions": [], "minCudaVersion": None, **gpu},
@@ -361,7 +351,7 @@ class FakeRunpod:
         for key, value in body.items():
             if key in ("gpu", "workers"):
                 endpoint[key] = {**(endpoint[key] or {}), **value}
-            elif key != "templateId":
+            else:
                 endpoint[key] = value
         return 200, endpoint
 
@@ -394,29 +384,6 @@ class FakeRunpod:
         counts = {"recordCount": len(records), "uniqueServerlessCount": 1}
         return 200, {"records": records, "metadata": {"query": asked, "totals": totals, **counts}}
 
-    def listTemplates(self, ids, query, body):
-        return 200, {"templates": list(self.templates.values())}
-
-    def getTemplate(self, ids, query, body):
-        return 200, self._of(self.templates, ids["id"])
-
-    def createTemplate(self, ids, query, body):
-        id = self.number("tpl")
-        defaults = {"args": "", "disk": 20, "mounts": {}, "ports": [], "env": {}, "registry": None, "public": False}
-        defaults |= {"serverless": False, "category": "NVIDIA", "startSsh": True, "startJupyter": True}
-        self.templates[id] = {"id": id, "allowedCudaVersions": [], **defaults, **body}
-        self.created.append(("template", body["name"]))
-        return 201, self.templates[id]
-
-    def updateTemplate(self, ids, query, body):
-        self._of(self.templates, ids["id"]).update(body)
-        return 200, self.templates[ids["id"]]
-
-    def deleteTemplate(self, ids, query, body):
-        del self.templates[self._of(self.templates, ids["id"])["id"]]
-        self.deleted.append(("template", ids["id"]))
-        return 204, None
-
     def listGpuTypes(self, ids, query, body):
         if query.get("include") and "product" not in query:
             raise Problem(400, "include=AVAILABILITY needs product")
@@ -439,10 +406,6 @@ class FakeRunpod:
             **({"availability": level} if stock else {}),
             **({"dataCenters": places} if stock and level != "NONE" else {}),
         }
-
-    def listDataCenters(self, ids, query, body):
-        rest = {"region": "EUROPE", "networkVolumeTypes": ["STANDARD"], "compliance": [], "globalNetwork": False}
-        return 200, {"dataCenters": [{"id": place, "name": place, **rest} for place in DATA_CENTERS]}
 
     @staticmethod
     def _of(things: dict[str, dict[str, Any]], id: str) -> dict[str, Any]:
@@ -501,11 +464,11 @@ class _Handler(BaseHTTPRequestHandler):
             ids = {name: unquote(value) for name, value in ids.items()}
             self.authorise(operation.name, ids)
             body = self.validated(operation, query, raw)
-            if operation.name in ("getPodLogs", "getWorkerLogs"):
+            if operation.name == "getPodLogs":
                 if fault == "malformed":
                     self.send_raw(200, b"{", "text/event-stream")
                 elif fault != "lost":
-                    self.stream(ids.get("workerId", ids["id"]), query)
+                    self.stream(ids["id"], query)
                 return
             with fake.lock:
                 status, value = getattr(fake, operation.name)(ids, query, body)

@@ -19,7 +19,7 @@ NOW = datetime(2026, 11, 24, 12, 30, tzinfo=UTC)
 
 def bill(hours_ago: int, usd: float) -> EndpointBill:
     end = NOW.replace(minute=0) - timedelta(hours=hours_ago - 1)
-    return EndpointBill("ep1", end - timedelta(hours=1), end, usd, usd)
+    return EndpointBill(end - timedelta(hours=1), end, usd)
 
 
 def test_without_a_discount_flex_is_never_beaten() -> None:

@@ -1,4 +1,4 @@
-"""Runpod's control plane, REST API v2, typed: Pods, clusters, volumes, endpoints, templates, catalogue.
+"""Runpod's control plane, REST API v2, typed: Pods, clusters, volumes, endpoints, catalogue.
 
 A creation that got no readable answer may have happened, and a second one would be paid for as well. So every
 creation here carries a name that is used once: after a doubtful answer the list is read, what bears the name is
@@ -20,16 +20,12 @@ from loadmaster.launch.runpod.types import (
     CreateEndpoint,
     CreateNetworkVolume,
     CreatePod,
-    CreateTemplate,
-    DataCenter,
     Endpoint,
     EndpointBill,
     GpuType,
     NetworkVolume,
     Pod,
-    Template,
     UpdateEndpoint,
-    UpdateTemplate,
     Worker,
     body,
     parse,
@@ -145,14 +141,12 @@ class RunpodClient:
     def endpoints(self) -> list[Endpoint]:
         return self._list("/serverless", "endpoints", Endpoint)
 
-    def endpoint(self, id: str) -> Endpoint | None:
-        return self._get("/serverless", id, Endpoint)
-
     def create_endpoint(self, request: CreateEndpoint) -> Endpoint:
         return self._create("/serverless", request, Endpoint, self.endpoints, self.delete_endpoint)
 
     def update_endpoint(self, id: str, change: UpdateEndpoint) -> Endpoint:
-        return self._update("/serverless", id, change, Endpoint)
+        path = f"/serverless/{quote(id, safe='')}"
+        return self.api.call("PATCH", path, lambda answer: parse(Endpoint, answer), body(change))
 
     def delete_endpoint(self, id: str) -> None:
         self._delete("/serverless", id)
@@ -167,28 +161,6 @@ class RunpodClient:
     def workers(self, endpoint_id: str) -> list[Worker]:
         return self._list(f"/serverless/{quote(endpoint_id, safe='')}/workers", "workers", Worker)
 
-    def worker_log(self, endpoint_id: str, worker_id: str, idle_s: float = LOG_IDLE_S) -> Iterator[LogEvent]:
-        path = f"/serverless/{quote(endpoint_id, safe='')}/workers/{quote(worker_id, safe='')}/logs"
-        with self.api.stream(path, idle_s, source="container", tail=LOG_TAIL) as lines:
-            yield from _events(lines)
-
-    # ----------------------------------------------------------- templates
-
-    def templates(self) -> list[Template]:
-        return self._list("/templates", "templates", Template)
-
-    def template(self, id: str) -> Template | None:
-        return self._get("/templates", id, Template)
-
-    def create_template(self, request: CreateTemplate) -> Template:
-        return self._create("/templates", request, Template, self.templates, self.delete_template)
-
-    def update_template(self, id: str, change: UpdateTemplate) -> Template:
-        return self._update("/templates", id, change, Template)
-
-    def delete_template(self, id: str) -> None:
-        self._delete("/templates", id)
-
     # ----------------------------------------------------------- catalogue
 
     def gpus(self, product: str = "POD", count: int = 1, cloud: str | None = None) -> list[GpuType]:
@@ -196,9 +168,6 @@ class RunpodClient:
         return self._list(
             "/catalog/gpus", "gpus", GpuType, include="AVAILABILITY", product=product, count=count, cloud=cloud
         )
-
-    def data_centers(self) -> list[DataCenter]:
-        return self._list("/catalog/datacenters", "dataCenters", DataCenter)
 
     # ------------------------------------------------------------- inside
 
@@ -219,9 +188,6 @@ class RunpodClient:
         except Refused as error:
             if error.status != 404:
                 raise
-
-    def _update(self, path: str, id: str, change: Any, kind: type[N]) -> N:
-        return self.api.call("PATCH", f"{path}/{quote(id, safe='')}", lambda answer: parse(kind, answer), body(change))
 
     def _create(
         self, path: str, request: Any, kind: type[N], listed: Callable[[], Sequence[N]], delete: Callable[[str], None]

@@ -45,16 +45,8 @@ class NetworkMount:
 
 
 @dataclass(frozen=True, config=REQUEST)
-class PersistentMount:
-    size: int
-    """GB."""
-    path: str
-
-
-@dataclass(frozen=True, config=REQUEST)
 class Mounts:
     network: list[NetworkMount] | None = None
-    persistent: PersistentMount | None = None
 
 
 @dataclass(frozen=True, config=REQUEST)
@@ -62,7 +54,6 @@ class PodGpu:
     id: str
     count: int = 1
     min_cuda_version: str | None = None
-    allowed_cuda_versions: list[str] | None = None
 
 
 @dataclass(frozen=True, config=REQUEST)
@@ -128,31 +119,18 @@ class Pod:
     cost: float
     """US dollars an hour at present; 0 when EXITED or TERMINATED, though its disk goes on costing."""
     created_at: datetime
-    started_at: datetime | None = None
-    image: str | None = None
     gpu: GpuCount | None = None
-    cloud: str | None = None
-    data_center_id: str | None = None
     env: dict[str, str] = field(default_factory=dict, repr=False)
     cluster: ClusterMembership | None = None
     """Of a Pod that belongs to an Instant Cluster: it is deleted with that, and not by itself."""
 
 
 @dataclass(frozen=True, config=RESPONSE)
-class ClusterPods:
-    total: int
-    by_status: dict[str, int]
-
-
-@dataclass(frozen=True, config=RESPONSE)
 class Cluster:
     id: str
     name: str
-    type: str
     compute: ClusterCompute
-    pods: ClusterPods
     created_at: datetime
-    data_center_id: str | None = None
 
 
 @dataclass(frozen=True, config=RESPONSE)
@@ -162,7 +140,6 @@ class NetworkVolume:
     size: int
     """GB."""
     data_center: str
-    type: str
 
 
 @dataclass(frozen=True, config=RESPONSE)
@@ -177,9 +154,7 @@ class Endpoint:
     """Milliseconds that one request may take."""
     flashboot: str
     created_at: datetime
-    type: str | None = None
     image: str | None = None
-    args: str | None = None
     disk: int | None = None
     gpu: dict[str, Any] | None = None
     request_urls: dict[str, str] = field(default_factory=dict)
@@ -191,35 +166,15 @@ class Endpoint:
 class EndpointBill:
     """US dollars for one bucket of time."""
 
-    serverless_id: str
     start_time: datetime
     end_time: datetime
     gpu_amount: float
-    total_amount: float
 
 
 @dataclass(frozen=True, config=RESPONSE)
 class Worker:
     id: str
-    status: Literal["RUNNING", "IDLE", "INITIALIZING", "THROTTLED", "UNHEALTHY"]
-    gpu_count: int
     is_stale: bool
-    gpu_type_id: str | None = None
-    image: str | None = None
-    uptime_seconds: int | None = None
-    data_center_id: str | None = None
-
-
-@dataclass(frozen=True, config=RESPONSE)
-class Template:
-    id: str
-    name: str
-    image: str
-    args: str
-    disk: int
-    ports: list[str]
-    serverless: bool
-    env: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, config=RESPONSE)
@@ -240,7 +195,6 @@ class MaxCount:
 @dataclass(frozen=True, config=RESPONSE)
 class DataCenterStock:
     id: str
-    name: str
     availability: Availability
 
 
@@ -249,23 +203,12 @@ class GpuType:
     id: str
     name: str
     pool: str | None
-    memory: int
-    """GB, as sold."""
     price: GpuPrice
     max_count: MaxCount
     secure: bool
-    community: bool
     availability: Availability | None = None
     """Only when asked for."""
     data_centers: list[DataCenterStock] = field(default_factory=list)
-
-
-@dataclass(frozen=True, config=RESPONSE)
-class DataCenter:
-    id: str
-    name: str
-    region: str
-    network_volume_types: list[str]
 
 
 # --------------------------------------------------------------- requests
@@ -281,12 +224,9 @@ class CreatePod:
     disk: int | None = None
     """GB of container disk."""
     env: dict[str, str] | None = field(default=None, repr=False)
-    ports: list[str] | None = None
-    registry: str | None = None
     cloud: Literal["SECURE", "COMMUNITY"] | None = None
     data_center_ids: list[str] | None = None
     mounts: Mounts | None = None
-    start_ssh: bool | None = None
     global_networking: bool | None = None
     """A private address that the account's other Pods reach, at 100 Mbit/s."""
 
@@ -300,10 +240,8 @@ class CreateCluster:
     args: str | None = None
     disk: int | None = None
     env: dict[str, str] | None = field(default=None, repr=False)
-    ports: list[str] | None = None
     mounts: Mounts | None = None
     data_center_ids: list[str] | None = None
-    start_ssh: bool | None = None
 
 
 @dataclass(frozen=True, config=REQUEST)
@@ -312,7 +250,6 @@ class CreateNetworkVolume:
     size: int
     """GB, 10 to 4096."""
     data_center: str
-    type: Literal["STANDARD", "HIGH_PERFORMANCE"] | None = None
 
 
 @dataclass(frozen=True, config=REQUEST)
@@ -341,11 +278,9 @@ class CreateEndpoint:
 class UpdateEndpoint:
     """Fields that are None stay as they are; env, where given, replaces the whole."""
 
-    name: str | None = None
     scaling: QueueDelay | RequestCount | None = None
     gpu: EndpointGpu | None = None
     image: str | None = None
-    template_id: str | None = None
     args: str | None = None
     disk: int | None = None
     env: dict[str, str] | None = field(default=None, repr=False)
@@ -355,27 +290,3 @@ class UpdateEndpoint:
     network_volumes: list[str] | None = None
     data_center_ids: list[str] | None = None
     timeout: int | None = None
-
-
-@dataclass(frozen=True, config=REQUEST)
-class CreateTemplate:
-    name: str
-    image: str
-    serverless: bool = False
-    args: str | None = None
-    disk: int | None = None
-    env: dict[str, str] | None = field(default=None, repr=False)
-    ports: list[str] | None = None
-    registry: str | None = None
-    start_ssh: bool | None = None
-    start_jupyter: bool | None = None
-
-
-@dataclass(frozen=True, config=REQUEST)
-class UpdateTemplate:
-    name: str | None = None
-    image: str | None = None
-    args: str | None = None
-    disk: int | None = None
-    env: dict[str, str] | None = field(default=None, repr=False)
-    ports: list[str] | None = None
