@@ -6,10 +6,8 @@ before it says it, in a folder of the volume that this launch alone uses, and th
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -20,12 +18,10 @@ from loadmaster.files import read_json
 from loadmaster.launch.board import KILLED
 from loadmaster.launch.bucket import KEY_VARIABLES, Bucket, has_keys, reachable
 from loadmaster.launch.context import Launch
-from loadmaster.launch.left import Left, record_of
+from loadmaster.launch.left import Echo, Left, record_of
 from loadmaster.launch.machines import usd_so_far
 from loadmaster.launch.order import FILES, ROOM
 from loadmaster.launch.provider import MOUNT, Machine, Order, Provider
-
-Echo = Callable[[str], None]
 
 
 class Unheard(ProviderError):
@@ -44,10 +40,10 @@ def heard(launch: Launch, provider: Provider, machine: Machine, order: Order, er
 
     Raises ProviderError where it had not ended, or where that cannot be known from here.
     """
-    volume, job = order.volume, json.loads(order.env["LOADMASTER_JOB"])
+    volume, run_dir = order.volume, order.job["run_dir"]
     if volume is None:
         raise ProviderError(f"{error}. How its job ended is not known: without a volume nothing of it is kept")
-    left = Left(volume.id, job["run_dir"])
+    left = Left(volume.id, run_dir)
     where = (
         f"Whether and how its job ended is to be read on the volume {volume.name} ({volume.id}), in "
         f"{jobs_folder(order.name)}, and what it made in {left.folder}"
@@ -72,7 +68,7 @@ def heard(launch: Launch, provider: Provider, machine: Machine, order: Order, er
             "its last checkpoint"
         )
     launch.echo(f"{error}; it had ended before, says the volume {volume.name} ({volume.id})")
-    launch.echo(f"brought back {len(names)} files to {launch.folder}; the run directory there is {job['run_dir']}")
+    launch.echo(f"brought back {len(names)} files to {launch.folder}; the run directory there is {run_dir}")
     for said in end.said:
         launch.echo(said)
     cost = usd_so_far(machine, min(end.at, datetime.fromtimestamp(launch.clock(), UTC)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +17,6 @@ from loadmaster.launch.follow import Reader, unpack
 from loadmaster.launch.provider import LogLine
 
 KILLED = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
-Echo = Callable[[str], None]
 
 
 @contextmanager

@@ -28,8 +28,8 @@ from loadmaster.launch.context import undisturbed
 from loadmaster.launch.endpoint_name import SERVES, deployed_name, endpoint_called, origin
 from loadmaster.launch.inference import Inference, NotAnswered
 from loadmaster.launch.left import Left, away, copied_by
-from loadmaster.launch.provider import PREFIX
-from loadmaster.launch.runpod.client import FLASHBOOT_SUFFIX, RunpodClient
+from loadmaster.launch.provider import LATE_LOOKS, PREFIX
+from loadmaster.launch.runpod.client import RunpodClient, asked_for
 from loadmaster.launch.runpod.types import (
     CreateEndpoint,
     Endpoint,
@@ -46,8 +46,6 @@ from loadmaster.rundir import newest_in
 START_S = 1200.0
 """Cold start of a large model from a slow volume, with the image's first pull."""
 POLL_S = 5.0
-LATE_LOOKS = 6
-"""How often, POLL_S apart: as long as a request may take."""
 
 Connect = Callable[[Mapping[str, str]], Inference]
 Put = Callable[[NetworkVolume], Any]
@@ -237,9 +235,8 @@ def _alone(client: RunpodClient, made: Endpoint) -> None:
 
     Whoever sees the other one and is not older gives way, so at most one stays.
     """
-    for twin in client.endpoints():
-        same = twin.name.removesuffix(FLASHBOOT_SUFFIX) == made.name.removesuffix(FLASHBOOT_SUFFIX)
-        if same and twin.id != made.id and twin.created_at <= made.created_at:
+    for twin in _twins(client, made):
+        if twin.created_at <= made.created_at:
             raise LoadmasterError(
                 f"somebody else deployed {made.name} at this moment (endpoint {twin.id}): start again when that is "
                 "over; it is then updated in place"
@@ -249,11 +246,14 @@ def _alone(client: RunpodClient, made: Endpoint) -> None:
 def _end_twins(client: RunpodClient, made: Endpoint, echo: Callable[[str], None]) -> None:
     """Delete what a lost request made late: nobody would ask it, and its Active workers would be billed. Whoever
     deploys the same bundle at the same moment, and is younger, has given way by now."""
-    for twin in client.endpoints():
-        same = twin.name.removesuffix(FLASHBOOT_SUFFIX) == made.name.removesuffix(FLASHBOOT_SUFFIX)
-        if same and twin.id != made.id and twin.created_at >= made.created_at:
+    for twin in _twins(client, made):
+        if twin.created_at >= made.created_at:
             client.delete_endpoint(twin.id)
             echo(f"endpoint {twin.id} is deleted: made twice, by one request")
+
+
+def _twins(client: RunpodClient, made: Endpoint) -> list[Endpoint]:
+    return [e for e in client.endpoints() if asked_for(e.name) == asked_for(made.name) and e.id != made.id]
 
 
 def _take_back(
@@ -330,8 +330,7 @@ def only_cards(request: CreateEndpoint, cards: list[str], live: list[GpuType]) -
 
 def find(client: RunpodClient, name: str) -> Endpoint | None:
     """The endpoint of that name, FlashBoot or not."""
-    name = name.removesuffix(FLASHBOOT_SUFFIX)
-    return next((e for e in client.endpoints() if e.name.removesuffix(FLASHBOOT_SUFFIX) == name), None)
+    return next((e for e in client.endpoints() if asked_for(e.name) == asked_for(name)), None)
 
 
 def ours(client: RunpodClient) -> list[Endpoint]:
@@ -342,7 +341,7 @@ def owned(client: RunpodClient, name: str) -> Endpoint:
     """By id or name, among those that this tool made. Raises LoadmasterError."""
     found = ours(client)
     for endpoint in found:
-        if name in (endpoint.id, endpoint.name, endpoint.name.removesuffix(FLASHBOOT_SUFFIX)):
+        if name in (endpoint.id, endpoint.name, asked_for(endpoint.name)):
             return endpoint
     there = ", ".join(f"{e.id} ({e.name})" for e in found) or "none"
     raise LoadmasterError(f"there is no endpoint {name} made by loadmaster in this account; there are: {there}")

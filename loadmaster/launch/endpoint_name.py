@@ -10,7 +10,7 @@ from typing import Any
 from loadmaster.errors import LoadmasterError
 from loadmaster.files import read_json
 from loadmaster.launch.provider import PREFIX
-from loadmaster.launch.runpod.client import FLASHBOOT_SUFFIX
+from loadmaster.launch.runpod.client import asked_for
 from loadmaster.launch.runpod.types import CreateEndpoint, Endpoint
 
 SERVES = "LOADMASTER_SERVES"
@@ -20,7 +20,7 @@ NAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def endpoint_called(name: str) -> str:
     """With the beginning by which `ours` finds it. Raises LoadmasterError for what is no name."""
-    name = name.removesuffix(FLASHBOOT_SUFFIX).removeprefix(PREFIX)
+    name = asked_for(name).removeprefix(PREFIX)
     if not NAMED.fullmatch(name):
         raise LoadmasterError(f"--name {name!r} is no name of an endpoint: letters, digits, dots, dashes, at most 64")
     return f"{PREFIX}{name}"
@@ -32,7 +32,7 @@ def deployed_name(run_dir: Path) -> str | None:
         name = read_json(run_dir / "deployment.json").get("name")
     except (OSError, ValueError, AttributeError):
         return None
-    return name.removesuffix(FLASHBOOT_SUFFIX) if isinstance(name, str) else None
+    return asked_for(name) if isinstance(name, str) else None
 
 
 def origin(manifest: dict[str, Any]) -> str:

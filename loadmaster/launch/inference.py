@@ -70,11 +70,8 @@ class Load:
 class Inference:
     """One QUEUE endpoint. `urls` are the provider's requestUrls; the key goes into one header and nowhere else."""
 
-    def __init__(
-        self, urls: Mapping[str, str], key: str, poll_s: float = 2.0, timeout_s: float = 60.0,
-        sleep: Callable[[float], None] = time.sleep,
-    ):  # fmt: skip
-        self.urls, self.poll_s, self.sleep = urls, poll_s, sleep
+    def __init__(self, urls: Mapping[str, str], key: str, poll_s: float = 2.0, timeout_s: float = 60.0):
+        self.urls, self.poll_s = urls, poll_s
         self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=timeout_s)
 
     def __enter__(self) -> Inference:
@@ -99,7 +96,7 @@ class Inference:
                         f"no answer within {wait_s:.0f} s (the job was {job.get('status')}): no worker came up, or "
                         "the model does not load; the worker's log in the provider's console says which"
                     )
-                self.sleep(self.poll_s)
+                time.sleep(self.poll_s)
                 job = self._json("GET", self._of("status", id))
         except BaseException:
             self._cancel(id)
@@ -164,7 +161,7 @@ class Inference:
     def _again(self, call: Callable[[], T]) -> T:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unreached), stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_exponential(multiplier=self.poll_s, max=30), sleep=self.sleep, reraise=True,
+            wait=tenacity.wait_exponential(multiplier=self.poll_s, max=30), reraise=True,
         )  # fmt: skip
         return retrying(call)
 

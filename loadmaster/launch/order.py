@@ -179,7 +179,7 @@ def _packed(content: bytes) -> str:
 
 def dated(order: Order, now: float) -> Order:
     """Its hours count from now: the machine is about to be asked for."""
-    job = json.loads(order.env["LOADMASTER_JOB"])
+    job = order.job
     job["deadline"] = round(now + job["max_hours"] * 3600, 1)
     return replace(order, env={**order.env, "LOADMASTER_JOB": json.dumps(job)})
 

@@ -5,6 +5,7 @@ Everything that is made carries a name that starts with PREFIX and is used once;
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from loadmaster.launch.bucket import Bucket
 
 PREFIX = "loadmaster-"
+LATE_LOOKS = 6
+"""How often, five seconds apart, what a lost request may have made is looked for: as long as a request may take."""
 MOUNT = "/workspace"
 """Where a machine sees its volume; without one it is a folder of the container."""
 
@@ -87,6 +90,11 @@ class Order:
     uploads: tuple[Upload, ...] = ()
     """Files that have to be on the volume before the machine starts."""
 
+    @property
+    def job(self) -> dict[str, Any]:
+        """What a machine is told to run."""
+        return json.loads(self.env["LOADMASTER_JOB"])
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -127,7 +135,6 @@ class NoAnswer(ProviderError):
 class Provider(Protocol):
     """All methods raise ProviderError, rent() also NoCapacity. None of them makes anything twice."""
 
-    name: str
     not_asked: str
     """What offers() and volumes() were taken from where the provider was not asked, and why; empty where it was."""
 

@@ -9,7 +9,6 @@ are one machine here, which is made, billed and ended as a whole.
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
 import threading
 import time
@@ -25,13 +24,11 @@ from loadmaster.launch.context import Launch, undisturbed
 from loadmaster.launch.left import RECORD
 from loadmaster.launch.machines import orphan, run_dir, usd_so_far
 from loadmaster.launch.order import dated, run_folder, volume_gb, with_volume
-from loadmaster.launch.provider import LogLine, Machine, NoAnswer, NoCapacity, Order, Provider, Volume
+from loadmaster.launch.provider import LATE_LOOKS, LogLine, Machine, NoAnswer, NoCapacity, Order, Provider, Volume
 
 START_S = 1800.0
 """A machine whose bootstrap has not spoken after this (image pull included) is given up."""
 POLL_S = 5.0
-LATE_LOOKS = 6
-"""How often, POLL_S apart, a machine is looked for whose making was interrupted: as long as a request may take."""
 LEAVE_S = 2.0
 HEAR_OUT_S = 5.0
 NODE_GRACE_S = 120.0
@@ -148,8 +145,8 @@ class _Followed:
             self._hear_out()
         code = self.board.result(launch.folder)
         if self.order.volume is not None:
-            volume, job = self.order.volume, json.loads(self.order.env["LOADMASTER_JOB"])
-            launch.echo(f"the run directory is on the volume {volume.name} ({volume.id}): {job['run_dir']}")
+            volume, there = self.order.volume, self.order.job["run_dir"]
+            launch.echo(f"the run directory is on the volume {volume.name} ({volume.id}): {there}")
         cost = usd_so_far(self.billed(), datetime.fromtimestamp(launch.clock(), UTC))
         launch.echo(f"the job ended with exit code {code}; about ${cost:.2f} for the machine")
         return code
@@ -252,7 +249,7 @@ class _Followed:
         """End what a first request made that was carried out late, which would be paid for as well; give way to a
         launch of the same job that was asked for at the same moment, as the two would write each other's files."""
         mine, now = self.machine, datetime.fromtimestamp(self.launch.clock(), UTC)
-        folder = json.loads(self.order.env["LOADMASTER_JOB"])["run_dir"]
+        folder = self.order.job["run_dir"]
         for other in machines:
             if other.name == mine.name and (twin := besides(other, mine)) is not None:
                 self.provider.terminate(twin)
@@ -272,7 +269,7 @@ class _Followed:
 
     def _until(self) -> float:
         """When to end it: the deadline that it carries, or earlier where it is billed at more than was quoted."""
-        deadline = json.loads(self.order.env["LOADMASTER_JOB"])["deadline"]
+        deadline = self.order.job["deadline"]
         limit = self.launch.composed.job.launch.max_usd
         return deadline if limit is None else min(deadline, self.board.start + limit / self._rate() * 3600)
 

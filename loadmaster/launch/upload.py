@@ -7,7 +7,6 @@ nothing else; a file there that the manifest does not list stops it, because a s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from loadmaster.errors import LoadmasterError
@@ -15,19 +14,10 @@ from loadmaster.export.manifest import NAME, read_manifest
 from loadmaster.launch.bucket import Bucket, Damaged, file_facts
 
 
-@dataclass(frozen=True)
-class Uploaded:
-    """Of one call."""
-
-    files: int
-    bytes: int
-    """Of the whole artifact."""
-    sent_bytes: int
-    """That were not there already."""
-
-
-def upload(artifact: Path, folder: str, bucket: Bucket, echo: Callable[[str], None] = print) -> Uploaded:
+def upload(artifact: Path, folder: str, bucket: Bucket, echo: Callable[[str], None] = print) -> int:
     """Bring `artifact` to `folder` (a path on the volume) and verify it there: names, sizes, checksums.
+
+    Returns the bytes that were not there already.
 
     Raises LoadmasterError for foreign files there, ProviderError for what the service refuses (the same command goes
     on where it was), Damaged when the volume does not have what was sent.
@@ -46,7 +36,7 @@ def upload(artifact: Path, folder: str, bucket: Bucket, echo: Callable[[str], No
         f"{folder} on volume {bucket.volume}: {len(files)} files, {total / 1e9:.2f} GB, checksums agree; "
         + (f"{sent / 1e9:.2f} GB were sent" if sent else "all of it was there")
     )
-    return Uploaded(len(files), total, sent)
+    return sent
 
 
 def refuse_foreign(known: set[str], folder: str, volume: str, there: Iterable[str]) -> None:

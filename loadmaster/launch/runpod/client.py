@@ -206,19 +206,19 @@ class RunpodClient:
     def _alone(self, made: N, listed: Callable[[], Sequence[N]], delete: Callable[[str], None]) -> N:
         """Delete whatever else bears the name of `made`: a first request that was carried out late."""
         for twin in listed():
-            if _asked_for(twin) == _asked_for(made) and twin.id != made.id:
+            if asked_for(twin.name) == asked_for(made.name) and twin.id != made.id:
                 delete(twin.id)
         return made
 
 
 def _oldest(things: Sequence[N], name: str) -> N | None:
-    named = [thing for thing in things if _asked_for(thing) == name]
+    named = [thing for thing in things if asked_for(thing.name) == name]
     return min(named, key=lambda thing: str(getattr(thing, "created_at", "")), default=None)
 
 
-def _asked_for(thing: Named) -> str:
-    """The name that was asked for: the service adds a suffix to endpoints with FlashBoot."""
-    return thing.name.removesuffix(FLASHBOOT_SUFFIX)
+def asked_for(name: str) -> str:
+    """The name that was asked for: the service adds a suffix to those of endpoints with FlashBoot."""
+    return name.removesuffix(FLASHBOOT_SUFFIX)
 
 
 def _events(lines: Iterator[str]) -> Iterator[LogEvent]:

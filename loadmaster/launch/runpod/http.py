@@ -221,14 +221,14 @@ class Api:
             yield response.iter_lines()
 
 
-def from_environment(base_url: str | None = None, patience: Patience = Patience()) -> Api:
-    """The API under the key in RUNPOD_API_KEY, at base_url, else RUNPOD_API_BASE_URL_V2, else the provider's own.
+def from_environment() -> Api:
+    """The API under the key in RUNPOD_API_KEY, at RUNPOD_API_BASE_URL_V2, else the provider's own.
 
     Raises ProviderError where there is no key, or what is there can be none, for an address that is none, and for one
     to which the key would travel in clear.
     """
     key = key_from_environment()
-    url = base_url or base_url_from_environment()
+    url = base_url_from_environment()
     if not is_address(url):
         raise ProviderError(f"{BASE_URL_VARIABLE} is no address: https://HOST/v2, or unset it for the provider's own")
     if is_readable_on_the_way(url):
@@ -236,7 +236,7 @@ def from_environment(base_url: str | None = None, patience: Patience = Patience(
             f"{BASE_URL_VARIABLE} begins with http://, and anyone on the way could read the key in {KEY_VARIABLE}: "
             "https://HOST/v2, or unset it for the provider's own (http is for this machine alone)"
         )
-    return Api(key, url, patience)
+    return Api(key, url)
 
 
 def base_url_from_environment() -> str:

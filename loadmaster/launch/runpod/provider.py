@@ -18,7 +18,6 @@ STOCK = ("HIGH", "MEDIUM", "LOW")
 
 
 class Runpod:
-    name = "runpod"
     not_asked = ""
 
     def __init__(self, client: RunpodClient | None = None):
