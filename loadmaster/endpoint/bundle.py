@@ -29,8 +29,6 @@ from loadmaster.export.answers import kept
 from loadmaster.export.manifest import NAME, OLDEST_SERVER, is_served, read_manifest
 from loadmaster.files import publish_folder, read_json, write_json, write_text
 
-HOST, PORT = "127.0.0.1", 8000
-"""Only this machine reaches a server that has no key; who opens it further says so."""
 HERE = Path(__file__).parent
 
 
@@ -49,15 +47,15 @@ def write_bundle(run_dir: Path, job: Job) -> Path:
     artifact = Path(os.path.relpath(source, folder.absolute())).as_posix()
     context = longest_request(job, manifest, source)
     sizing, why_not = sized(job, manifest, source, context)
-    command = settings.vllm_command(settings.model_options(manifest, artifact, context), HOST, PORT)
+    command = settings.vllm_command(settings.model_options(manifest, artifact, context))
     with publish_folder(folder) as partial:
         serve = {"server": job.endpoint.server, "artifact": artifact, "max_model_len": context, "command": command}
         write_json(partial / NAME, {**manifest, "serve": serve})
         _write_worker(partial, job, manifest, source, context, sizing)
         gpus = sizing.plan.gpus if sizing else 1
         text = readme.render(
-            "README.md.j2", name=manifest["recipe"], manifest=manifest, command=shlex.join(command), host=HOST,
-            port=PORT, request=json.dumps(chat(manifest["recipe"])), artifact=artifact,
+            "README.md.j2", name=manifest["recipe"], manifest=manifest, command=shlex.join(command),
+            host=settings.HOST, port=settings.PORT, request=json.dumps(chat(manifest["recipe"])), artifact=artifact,
             sglang=readme.sglang_command(manifest, artifact, context, gpus),
             gguf=readme.gguf_commands(manifests, manifest["recipe"], context), sizing=sizing, why_not=why_not,
             volume_path=settings.volume_path(source), worker_image=settings.WORKER_VLLM_IMAGE,
@@ -159,7 +157,7 @@ def _write_worker(
     write_text(folder / "worker-vllm.env", "".join(f"{key}={value}\n" for key, value in env.items()))
     write_text(folder / "handler.py", (HERE / "handler.py").read_text(encoding="utf-8"))
     write_text(folder / "requirements.txt", (HERE / "templates/requirements.txt").read_text(encoding="utf-8"))
-    write_json(folder / "server.json", settings.server_json(options, name, context, at_once, PORT))
+    write_json(folder / "server.json", settings.server_json(options, name, context, at_once))
     write_text(folder / "Dockerfile", readme.render("Dockerfile.j2", **facts))
     write_text(folder / "Dockerfile.dockerignore", readme.render("dockerignore.j2", **facts))
     test_input = {"input": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": min(16, context // 2)}}

@@ -10,7 +10,6 @@ from loadmaster.endpoint import readme, settings
 from loadmaster.export.manifest import is_served
 from loadmaster.export.table import COLUMNS, row
 
-HOST, PORT = "127.0.0.1", 8000
 RELATION = {"adapter": "adapter", "bf16": "finetune"}
 """The Hub's word for how a model relates to its base; every other format is a quantization."""
 
@@ -26,7 +25,7 @@ def model_card(manifest: dict[str, Any], repository: str, job: dict[str, Any], l
     if not is_served(manifest, format_name):
         command = None
     else:
-        command = shlex.join(settings.vllm_command(settings.model_options(manifest, repository, context), HOST, PORT))
+        command = shlex.join(settings.vllm_command(settings.model_options(manifest, repository, context)))
     figures = {**manifest["verification"], "bytes": manifest["bytes"]}
     return readme.render(
         "model_card.md.j2", manifest=manifest, repository=repository, name=name, job=job, licence=licence, plan=plan,

@@ -20,7 +20,7 @@ from loadmaster.config.compose import read_job
 from loadmaster.config.rates import peak_rate
 from loadmaster.endpoint.model_card import model_card
 from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError
-from loadmaster.export.manifest import NAME, no_export, read_manifest, verify_manifest
+from loadmaster.export.manifest import NAME, exported, no_export, read_manifest, verify_manifest
 from loadmaster.files import read_json
 from loadmaster.launch.left import away, copied_by
 
@@ -80,7 +80,7 @@ def push(
 
 def chosen(run_dir: Path, format_name: str | None) -> str:
     """The format to push: as asked for, the only one, or the one that the bundle serves."""
-    found = sorted(path.parent.name for path in run_dir.glob(f"export/*/{NAME}") if path.parent.name[0] != ".")
+    found = exported(run_dir)
     if not found:
         raise no_export(run_dir)
     if format_name is None and len(found) > 1 and (run_dir / "bundle" / NAME).is_file():

@@ -10,6 +10,7 @@ from typing import Any
 
 from loadmaster.endpoint.economics import MONTH_S
 from loadmaster.endpoint.plot import label
+from loadmaster.endpoint.settings import HOST, PORT
 from loadmaster.endpoint.sizing import Sizing
 from loadmaster.export.table import COLUMNS, row
 from loadmaster.files import read_json
@@ -128,7 +129,7 @@ def sglang_command(manifest: dict[str, Any], artifact: str, context: int, gpus: 
         return ""
     return shlex.join([
         "python", "-m", "sglang.launch_server", "--model-path", artifact, "--served-model-name", manifest["recipe"],
-        "--context-length", str(context), "--tp", str(gpus), "--host", "127.0.0.1", "--port", "8000",
+        "--context-length", str(context), "--tp", str(gpus), "--host", HOST, "--port", str(PORT),
     ])  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from loadmaster.config.schema import EndpointConfig
 from loadmaster.endpoint.sizing import Sizing
 from loadmaster.export.manifest import max_lora_rank
 
+HOST, PORT = "127.0.0.1", 8000
+"""Only this machine reaches a server that has no key; who opens it further says so."""
 VLLM = "0.27.1"
 VLLM_IMAGE = f"vllm/vllm-openai:v{VLLM}"
 WORKER_VLLM_IMAGE = "runpod/worker-v1-vllm:v2.25.2"
@@ -79,12 +81,12 @@ def vllm_options(
     return options
 
 
-def vllm_command(options: dict[str, str], host: str, port: int) -> list[str]:
+def vllm_command(options: dict[str, str]) -> list[str]:
     words = ["vllm", "serve", options["model"]]
     for name, value in options.items():
         if name != "model":
             words += [f"--{name}", *([value] if value else [])]
-    return [*words, "--host", host, "--port", str(port)]
+    return [*words, "--host", HOST, "--port", str(PORT)]
 
 
 def worker_env(options: dict[str, str], at_once: int) -> dict[str, str]:
@@ -97,11 +99,11 @@ def worker_env(options: dict[str, str], at_once: int) -> dict[str, str]:
     return env
 
 
-def server_json(options: dict[str, str], name: str, context: int, at_once: int, port: int) -> dict[str, Any]:
+def server_json(options: dict[str, str], name: str, context: int, at_once: int) -> dict[str, Any]:
     """Settings of handler.py."""
     return {
-        "command": vllm_command(options, "127.0.0.1", port),
-        "port": port,
+        "command": vllm_command(options),
+        "port": PORT,
         "served_model_name": name,
         "max_concurrency": at_once,
         "longest_input_bytes": 4096 + LONGEST_INPUT_BYTES_A_TOKEN * context,

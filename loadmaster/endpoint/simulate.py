@@ -54,10 +54,6 @@ class Outcome:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
     @property
-    def mean_wait_s(self) -> float:
-        return sum(self.waits_s) / len(self.waits_s) if self.waits_s else 0.0
-
-    @property
     def cold_share(self) -> float:
         return self.cold / len(self.waits_s) if self.waits_s else 0.0
 

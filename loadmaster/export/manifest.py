@@ -186,6 +186,11 @@ def exports_in(folder: Path) -> list[Path]:
     return found or [folder]
 
 
+def exported(run_dir: Path) -> list[str]:
+    """Formats whose manifests are in a run directory."""
+    return sorted(path.parent.name for path in run_dir.glob(f"export/*/{NAME}") if path.parent.name[0] != ".")
+
+
 def _bundled(folder: Path) -> str | None:
     """Where the export that this bundle serves lies, from it; None for what is no bundle."""
     try:

@@ -165,9 +165,10 @@ def _put(wanted: Order) -> Callable[[NetworkVolume], None]:
 
 
 def _fetch(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from loadmaster.export.manifest import exported
     from loadmaster.launch.after import bring_late, is_home
     from loadmaster.launch.bucket import require_keys
-    from loadmaster.launch.left import exported, fetch, fetchable, on_a_volume
+    from loadmaster.launch.left import fetch, fetchable, on_a_volume
     from loadmaster.launch.runpod.provider import Runpod
 
     _refuse(rest)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loadmaster.errors import ExportRejected, LoadmasterError
-from loadmaster.export.manifest import NAME, read_manifest, stays_inside, verify_manifest
+from loadmaster.export.manifest import NAME, exported, read_manifest, stays_inside, verify_manifest
 from loadmaster.files import read_json, sha256_file
 from loadmaster.launch.bucket import Bucket
 from loadmaster.launch.provider import MOUNT
@@ -151,11 +151,6 @@ def fetchable(run_dir: Path, formats: list[str] | None) -> tuple[Left, list[str]
     if missing := sorted(set(formats or ()) - set(there)):
         raise LoadmasterError(f"the job of {run_dir} did not export {', '.join(missing)}; it has {', '.join(there)}")
     return left, list(formats or there)
-
-
-def exported(run_dir: Path) -> list[str]:
-    """Formats whose manifests are here."""
-    return sorted(path.parent.name for path in run_dir.glob(f"export/*/{NAME}"))
 
 
 def on_a_volume(run_dir: Path) -> Left:

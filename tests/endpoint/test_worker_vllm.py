@@ -83,6 +83,6 @@ def test_the_worker_starts_the_server_that_our_own_worker_would(run_dir, form, s
 
 
 def test_every_value_is_one_line_without_a_shell() -> None:
-    command = vllm_command({"model": "m", "lora-modules": '{"name": "a b"}', "enable-lora": ""}, "127.0.0.1", 1)
+    command = vllm_command({"model": "m", "lora-modules": '{"name": "a b"}', "enable-lora": ""})
     assert command == ["vllm", "serve", "m", "--lora-modules", '{"name": "a b"}', "--enable-lora",
-                       "--host", "127.0.0.1", "--port", "1"]  # fmt: skip
+                       "--host", "127.0.0.1", "--port", "8000"]  # fmt: skip
