@@ -19,7 +19,7 @@ def ended(code: int) -> int:
     """The exit code of this process, before it leaves Python: that takes a second, in which one more Ctrl-C, or the
     end of a session that begins with its terminal's, would kill it and put its own code in the place of 75."""
     if code == StoppedOnRequest.exit_code:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
     collector.leave()
     return code

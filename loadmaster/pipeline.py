@@ -38,7 +38,7 @@ from loadmaster.errors import (
     Problem,
     StoppedOnRequest,
 )
-from loadmaster.files import is_full_disk, sha256_json, sha256_of_model, write_text
+from loadmaster.files import is_full_disk, sha256_json, sha256_of_model, storable, write_text
 from loadmaster.preflight import estimate_tokens, make_plan, print_plan
 from loadmaster.preflight.config_json import find_config
 from loadmaster.preflight.families import full_config
@@ -264,7 +264,7 @@ class Pipeline:
 
     def export(self) -> None:
         from loadmaster.errors import ExportRejected
-        from loadmaster.export import export_all, report_table, storable
+        from loadmaster.export import export_all, report_table
 
         try:
             with out_of_memory.explained("export"):

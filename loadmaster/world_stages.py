@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from loadmaster import collector, out_of_memory
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError, DataError, LoadmasterError, Problem, StoppedOnRequest
-from loadmaster.files import publish_folder, sha256_json, write_json
+from loadmaster.files import publish_folder, sha256_json, storable, write_json
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.display import Display
 from loadmaster.training.stop import StopSignal
@@ -244,10 +243,10 @@ class StageRun:
             model, loss = self._strategy().for_evaluation(self.materials.base_folder, None)
             before = self._evaluate_model(model, loss, watch)
         if self.world.lead:
-            write_json(self.run_dir / "eval.json", finite({"before": before, "after": after}))
+            write_json(self.run_dir / "eval.json", storable({"before": before, "after": after}))
             for part in after:
                 self.display.echo(f"  {part}: {_headline(before[part])} before, {_headline(after[part])} after")
-        return finite({"eval_loss": after.get("held_out", {}).get("loss", None)})
+        return storable({"eval_loss": after.get("held_out", {}).get("loss", None)})
 
     def _strategy(self) -> Any:
         from loadmaster.training.session import refuse_other_world
@@ -302,15 +301,6 @@ def model_flops_utilisation(plan: Plan, tokens_per_second: float) -> float | Non
     if plan.hardware.gpu == "cpu":
         return None
     return tokens_per_second * model_flops_per_token(plan) / (peak_flops(plan) * plan.world_size)
-
-
-def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has no word for (a diverged model's loss)."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def device_type(plan: Plan) -> str:

@@ -66,6 +66,12 @@ class Conversation:
     label: bool | None = None
     prompt_answers: int = 0
 
+    @property
+    def is_words_alone(self) -> bool:
+        """Whether it is a chat without tools, and without calls and answers of any."""
+        calls = any(message.get("tool_calls") or message["role"] == "tool" for message in self.messages)
+        return self.text is None and not self.tools and not calls
+
     def to_json(self) -> str:
         fields = {"messages": self.messages, "tools": self.tools, "text": self.text, "rejected": self.rejected}
         fields |= {} if self.label is None else {"label": self.label}

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadmaster.export.table import report_table, storable
+from loadmaster.export.table import report_table
 
 if TYPE_CHECKING:
     from loadmaster.config.schema import Job
     from loadmaster.data import PreparedData
     from loadmaster.preflight.plan import Plan
 
-__all__ = ["export_all", "refuse_unholdable", "report_table", "storable"]
+__all__ = ["export_all", "refuse_unholdable", "report_table"]
 
 
 def refuse_unholdable(job: Job, base_folder: Path, method: str) -> None:

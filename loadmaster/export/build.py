@@ -26,7 +26,7 @@ from loadmaster.export.process import run_step, timeout_s
 from loadmaster.export.servers import Server, for_server, model_config
 from loadmaster.export.sidecars import write_config, write_generation_config, write_tokenizer
 from loadmaster.export.stream import Change, Unchanged, rewrite
-from loadmaster.export.weights import shards, tensor_files
+from loadmaster.export.weights import tensor_files, weight_bytes
 from loadmaster.files import read_json, write_json
 from loadmaster.models.adapters import linear_names
 from loadmaster.models.frozen import frozen_form
@@ -61,12 +61,10 @@ def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, 
     or the server does not know the format.
     """
     config = read_json(source / "config.json")
-    if reasons := candidates.refusals(formats, config.get("model_type", "unknown")):
-        raise ExportRejected("\n".join(reasons))
-    if formats != ["adapter"]:
-        model_config(config, server)
     if "gguf" in formats:
         refuse_unwritable(source, config)
+    if formats != ["adapter"]:
+        model_config(config, server)
     wanted = candidates.needed(formats)
     linear = linear_weights(source) if candidates.quantizes(wanted) else {}
     odd = [inputs for _, inputs in linear.values() if inputs % NVFP4_GROUP]
@@ -240,7 +238,7 @@ class Builder:
                 "stop_token_ids": stop_token_ids(self.tokenizer), "read_back": str(scratch / "gguf-read"),
             },
         }  # fmt: skip
-        limit_s = timeout_s(len(names) * sum(shard.stat().st_size for shard in shards(merged)))
+        limit_s = timeout_s(len(names) * weight_bytes(merged))
         made = run_step("loadmaster.export.quantize", spec, scratch, limit_s, lambda text: self.echo(f"  {text}"))
         for name in names:
             written.made[name] = made[name]

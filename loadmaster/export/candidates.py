@@ -17,7 +17,6 @@ from typing import Any
 from loadmaster.export.fp8 import Fp8, Fp8Block
 from loadmaster.export.int4 import Int4, group_size
 from loadmaster.export.linear import QuantizeLinears, Quantizer
-from loadmaster.preflight.exports import GGUF_ARCHITECTURES
 
 CANDIDATES = {
     "bf16": ("bf16",),
@@ -37,17 +36,6 @@ CALIBRATED = ("int4-gptq", "int4-awq", "nvfp4")
 
 MERGES = AS_TRAINED, STORED_BASE = "dequant(nf4) + delta", "bf16 base + delta"
 """The two merges of a QLoRA adapter."""
-
-
-def refusals(formats: Iterable[str], model_type: str) -> list[str]:
-    """Formats that cannot be made of this model, a sentence each: said before any work."""
-    wanted, found = set(formats), []
-    if "gguf" in wanted and model_type not in GGUF_ARCHITECTURES:
-        found.append(
-            f"gguf is written for {', '.join(GGUF_ARCHITECTURES)}, not for {model_type}. Take it from export.formats, "
-            "and convert the bf16 export with llama.cpp's convert_hf_to_gguf.py."
-        )
-    return found
 
 
 def needed(formats: Iterable[str]) -> list[str]:

@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 from loadmaster.data import Conversation
 from loadmaster.export.sidecars import token_ids
-from loadmaster.export.weights import WHOLE, read_tensor, shards, tensor_shapes
+from loadmaster.export.weights import WHOLE, is_adapter, read_tensor, shards, tensor_shapes, weight_files
 from loadmaster.files import read_json
 
 MIN_QUANTIZED_SHARE = 0.9
@@ -101,7 +101,7 @@ def lora_rows(folder: Path) -> list[str]:
             problems.setdefault("ranks unchanged from initialisation: never trained", []).append(
                 f"{name} ({unused} of {tensor.shape[1]})"
             )
-    return [f"{_named(names)}: {what}" for what, names in problems.items()]
+    return [f"{named(names)}: {what}" for what, names in problems.items()]
 
 
 def as_trained(folder: Path, trained: Path) -> list[str]:
@@ -116,25 +116,24 @@ def as_trained(folder: Path, trained: Path) -> list[str]:
     settings, trained_with = (read_json(each / "adapter_config.json") for each in (folder, trained))
     keys = [key for key in {**settings, **trained_with} if settings.get(key) != trained_with.get(key)]
     others = [key for key in keys if key != "base_model_name_or_path"]
-    found = [f"{_named(tensors)}: not what was trained"] if tensors else []
-    return found + ([f"adapter_config.json has another {_named(others)} than in training"] if others else [])
+    found = [f"{named(tensors)}: not what was trained"] if tensors else []
+    return found + ([f"adapter_config.json has another {named(others)} than in training"] if others else [])
 
 
 def finite(folder: Path) -> list[str]:
-    files = [folder / "adapter_model.safetensors"] if _is_adapter(folder) else shards(folder)
     # float8 has no isfinite of its own.
     bad = [
         name
-        for name, tensor in _tensors(files)
+        for name, tensor in _tensors(weight_files(folder))
         if tensor.is_floating_point()
         and not torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all()
     ]
-    return [f"{_named(bad)}: NaN or infinity"] if bad else []
+    return [f"{named(bad)}: NaN or infinity"] if bad else []
 
 
 def storage(folder: Path, format_name: str) -> list[str]:
     """Whether the weights are stored as `format_name` says, and config.json says the same."""
-    if _is_adapter(folder):
+    if is_adapter(folder):
         return []
     declared = read_json(folder / "config.json").get("quantization_config")
     if family(format_name) not in STORAGE:
@@ -143,7 +142,7 @@ def storage(folder: Path, format_name: str) -> list[str]:
             how = declared.get("quant_method") or declared.get("format")
             problems.append(f"config.json has a quantization_config ({how}) over weights that are not quantized")
         odd = sorted(name for name, dtype, _ in _layout(folder) if not dtype.is_floating_point or dtype.itemsize == 1)
-        return problems + ([f"{_named(odd)}: quantized weights in a {format_name} export"] if odd else [])
+        return problems + ([f"{named(odd)}: quantized weights in a {format_name} export"] if odd else [])
     expected, dtype = STORAGE[family(format_name)]
     if not isinstance(declared, dict):
         return [f"config.json has no quantization_config: a server would load it as plain weights, not {format_name}"]
@@ -154,7 +153,7 @@ def storage(folder: Path, format_name: str) -> list[str]:
     if share < MIN_QUANTIZED_SHARE:
         problems.append(
             f"only {share:.0%} of the weights are stored as {str(dtype).removeprefix('torch.')} (embeddings and head "
-            f"aside; {_named(plain)} {'are' if len(plain) > 1 else 'is'} not): quantization was skipped"
+            f"aside; {named(plain)} {'are' if len(plain) > 1 else 'is'} not): quantization was skipped"
         )
     return problems
 
@@ -197,7 +196,7 @@ def stop_tokens(folder: Path, base: Path, expected: Sequence[int]) -> list[str]:
 
     folder: the export; an adapter is served with its base's generation_config.json.
     """
-    where = base if _is_adapter(folder) else folder
+    where = base if is_adapter(folder) else folder
     path = where / "generation_config.json"
     listed = read_json(path).get("eos_token_id") if path.is_file() else None
     if listed is None:  # servers then stop at what config.json says
@@ -235,9 +234,5 @@ def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
-
-
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -56,7 +56,12 @@ def export_gguf(
 
 
 def refuse_unwritable(source: Path, config: dict[str, Any]) -> None:
-    """Raises ExportRejected for a rotation or a tokenizer that a GGUF cannot describe rightly."""
+    """Raises ExportRejected for an architecture, a rotation or a tokenizer that a GGUF cannot describe rightly."""
+    if (model_type := config.get("model_type", "unknown")) not in ARCHITECTURES:
+        raise ExportRejected(
+            f"gguf is written for {', '.join(ARCHITECTURES)}, not for {model_type}. Take it from export.formats, and "
+            "convert the bf16 export with llama.cpp's convert_hf_to_gguf.py."
+        )
     kind = _rope(config)[0]
     if kind not in ("default", "llama3", "linear"):  # yarn has fields, but llama.cpp's is off by a KL of 0.003 nats
         raise ExportRejected(f"gguf cannot hold this model's rotation ({kind}) exactly: take it from export.formats.")

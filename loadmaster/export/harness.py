@@ -10,7 +10,6 @@ server that serve-check has started (its `local-completions` model, so that log-
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 from rich.table import Table
 
 from loadmaster.errors import ExportRejected, LoadmasterError
-from loadmaster.export.process import clean_environment
+from loadmaster.export.process import clean_environment, run_script
 from loadmaster.export.serve_environment import HARNESS, environment_python
 from loadmaster.export.serve_process import HOST
 
@@ -83,33 +82,29 @@ class Asked:
         return found["tasks"]
 
     def _run(self, model_args: dict[str, Any] | None) -> dict[str, Any]:
-        spec, result = self.scratch / "harness.spec.json", self.scratch / "harness.result.json"
-        result.unlink(missing_ok=True)
         path = self.harness.include_path
         told = {
             "tasks": list(self.harness.tasks), "include_path": str(path.absolute()) if path else None,
             "limit": self.harness.limit, "apply_chat_template": self.harness.apply_chat_template,
-            "model_args": model_args, "result": str(result),
+            "model_args": model_args,
         }  # fmt: skip
-        spec.write_text(json.dumps(told), encoding="utf-8")
         # Task files name data relative to themselves, or on the Hub; a proxy must not stand before this machine.
         environment = {**clean_environment(), "no_proxy": HOST, "NO_PROXY": HOST, "TOKENIZERS_PARALLELISM": "false"}
         try:
-            done = subprocess.run(
-                [str(self.python), "-I", str(Path(__file__).with_name("harness_runner.py")), str(spec)],
-                capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, env=environment,
+            done, result = run_script(
+                self.python, "harness_runner.py", told, self.scratch, timeout=TIMEOUT_S, env=environment,
                 cwd=path or self.scratch,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             hours = TIMEOUT_S / 3600
             raise LoadmasterError(f"the tasks did not end within {hours:.0f} h: ask fewer (--limit)") from None
-        if done.returncode != 0 or not result.is_file():
+        if result is None:
             said = (done.stderr.strip().splitlines() or [""])[-1]
             raise LoadmasterError(
                 f"lm-evaluation-harness could not ask {', '.join(self.harness.tasks)} (exit code {done.returncode}). "
                 f"A task's data are read from where its YAML says, most often the Hub.\n{said}"
             )
-        return json.loads(result.read_text(encoding="utf-8"))
+        return result
 
 
 def failures(before: Figures, after: Figures, max_drop: float) -> list[str]:

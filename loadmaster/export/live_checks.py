@@ -44,7 +44,6 @@ Modelled, by moving the sum over 4 million weights by two bits: 0.00005 of them.
 a scale 10% off every element whose 4-bit code is zero, one in twelve."""
 COMPARED_AT_A_TIME = 2**22
 """Elements."""
-NAMED = 3
 PROBES = 8
 MAX_WEIGHT_ERROR = {"fp8": 0.2, "gguf": 0.2, "int4": 0.8, "nvfp4": 0.8}
 """By family of formats; a matrix at twice its scale is off by 1, at half by 0.5. SmolLM2-135M after the smoke recipe:
@@ -200,9 +199,8 @@ def _sentences(wrong: list[str], there: set[str], seen: set[str]) -> list[str]:
     if not wrong:
         return []
     compared = len(there & seen)
-    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
     what = "is not the weight that was trained" if len(wrong) == 1 else "are not the weights that were trained"
-    return [f"{', '.join(wrong[:NAMED])}{more} {what}, beyond bf16's rounding ({len(wrong)} of {compared} tensors)"]
+    return [f"{checks.named(wrong)} {what}, beyond bf16's rounding ({len(wrong)} of {compared} tensors)"]
 
 
 def sketches(model: nn.Module) -> dict[str, Tensor]:
@@ -234,7 +232,7 @@ def quantized_weights(model: nn.Module, trained: dict[str, Tensor], limit: float
             wrong[name] = error
     if not wrong:
         return []
-    worst = sorted(wrong, key=lambda name: -wrong[name])[:NAMED]
+    worst = sorted(wrong, key=lambda name: -wrong[name])[: checks.NAMED]
     shown = ", ".join(f"{name} by {wrong[name]:.0%}" for name in worst)
     return [f"{len(wrong)} matrices are further than {limit:.0%} from the trained ones: {shown}"]
 

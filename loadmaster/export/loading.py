@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.weights import shards, tensor_names
+from loadmaster.export.weights import tensor_names, weight_files
 from loadmaster.files import read_json
 from loadmaster.models.attention import PACKED
 from loadmaster.models.bf16_products import quicken
@@ -58,16 +58,11 @@ def load_adapter(base: Path, folder: Path, device: str | Spread) -> nn.Module:
 
 def refuse_torn(folder: Path) -> None:
     """Raises ExportRejected for a safetensors file that is not there, or is cut off or damaged in its header."""
-    files = [folder / "adapter_model.safetensors"] if _is_adapter(folder) else shards(folder)
-    for file in files:
+    for file in weight_files(folder):
         try:
             tensor_names(file)
         except Exception as error:  # safetensors raises a class of its own, and OSError
             raise ExportRejected(f"{file.name} is torn or no safetensors file ({error})") from None
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
 
 
 def _refuse_loose_tensors(problems: dict[str, list[str]]) -> None:

@@ -18,8 +18,7 @@ from typing import Any
 
 from loadmaster import __version__
 from loadmaster.errors import ExportRejected
-from loadmaster.export.table import storable
-from loadmaster.files import sha256_file, write_text
+from loadmaster.files import sha256_file, storable, write_text
 from loadmaster.rundir import newest_in
 
 SCHEMA = 1

@@ -228,13 +228,13 @@ def merge(
     base: Path,
     target: Path | None,
     adapter: Adapter | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     seen_as: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     also: Mapping[Path, Change] | None = None,
 ) -> MergeReport:
     """Write the weights of `base` with `adapter` merged in to `target`, shard by shard.
 
-    dtype: of the floating-point tensors written; None keeps each tensor's own.
+    dtype: of the floating-point tensors written.
     seen_as: gives the base weight of a name as training saw it (`round_trip`); None: as it is stored.
     also: folders for the merged tensors changed further (quantized), in the same pass; then `target` may be None.
     An adapter on one of a tied embedding and head unties them: the other keeps the base weight, as it does
@@ -257,7 +257,7 @@ class Merge:
     """For `stream.rewrite`: each base tensor with its update, in the dtype of the export."""
 
     def __init__(
-        self, base: Path, adapter: Adapter, dtype: torch.dtype | None,
+        self, base: Path, adapter: Adapter, dtype: torch.dtype,
         seen_as: Callable[[str, torch.Tensor], torch.Tensor] | None,
     ):  # fmt: skip
         self.adapter, self.dtype, self.seen_as = adapter, dtype, seen_as
@@ -285,7 +285,7 @@ class Merge:
         return [name, HEAD] if self.untie and name == self.embedding else [name]
 
     def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Shapes:
-        stored = self.dtype if self.dtype and dtype.is_floating_point else dtype
+        stored = self.dtype if dtype.is_floating_point else dtype
         return dict.fromkeys(self._names(name), (stored, shape))
 
     def tensors(self, name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -293,7 +293,7 @@ class Merge:
             yield new, self._merged(new, weight)
 
     def _merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        stored = self.dtype if self.dtype and weight.is_floating_point() else weight.dtype
+        stored = self.dtype if weight.is_floating_point() else weight.dtype
         base = weight
         if name in self.adapter.replacements:
             weight = read_tensor(self.adapter.file, self.adapter.replacements[name])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loadmaster import collector
+from loadmaster.ending import end_with
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.files import is_full_disk
 from loadmaster.out_of_memory import explained
@@ -79,6 +79,21 @@ def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float,
     raise ExportRejected(f"the {name} step of the export {what}, at: {last}\n{tail}")
 
 
+def run_script(python: Path, script: str, spec: dict[str, Any], scratch: Path, **how: Any) -> tuple[Any, Any]:
+    """Run a script of this folder by another interpreter; (how it ended, its result or None where it wrote none).
+
+    spec: as in `run_step`. how: for subprocess.run, whose TimeoutExpired is raised.
+    """
+    name = script.removesuffix(".py")
+    spec_path, result_path = scratch / f"{name}.spec.json", scratch / f"{name}.result.json"
+    result_path.unlink(missing_ok=True)
+    spec_path.write_text(json.dumps({**spec, "result": str(result_path)}), encoding="utf-8")
+    command = [str(python), "-I", str(Path(__file__).with_name(script)), str(spec_path)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", **how)
+    found = done.returncode == 0 and result_path.is_file()
+    return done, json.loads(result_path.read_text(encoding="utf-8")) if found else None
+
+
 def clean_environment() -> dict[str, str]:
     """This process's environment without what a launcher put there."""
     return {
@@ -119,7 +134,7 @@ def read_spec(arguments: list[str]) -> dict[str, Any]:
 def step(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run a step's main: an error that is the user's to act on is printed without a traceback."""
     collector.resume()
-    _end_with(read_spec(arguments).get("parent"))
+    end_with(read_spec(arguments)["parent"])
     try:
         with explained("export"):
             main(arguments)
@@ -134,18 +149,6 @@ def step(main: Callable[[list[str]], None], arguments: list[str]) -> None:
 def _end(sentence: str, code: int) -> NoReturn:
     print(sentence, file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-def _end_with(parent: int | None) -> None:
-    """On Linux: be killed when the process that started this one is gone, kill -9 of it included."""
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    import ctypes
-
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before that call
-        sys.exit("the process that started this step is gone")
 
 
 def write_result(spec: dict[str, Any], result: Any) -> None:

@@ -26,6 +26,7 @@ from loadmaster.config.compose import read_job
 from loadmaster.config.schema import Job
 from loadmaster.data import Conversation, PreparedData, prepare, prompt_and_reference
 from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.evaluation.generate import prompt_ids
 from loadmaster.export.harness import Asked, Harness
 from loadmaster.export.harness import failures as task_failures
 from loadmaster.export.manifest import NAME as MANIFEST
@@ -37,9 +38,8 @@ from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, lo
 from loadmaster.export.serve_environment import LLAMA_CPP, environment_python, server_python
 from loadmaster.export.serve_llama_cpp import ask_llama_cpp
 from loadmaster.export.serve_processor import refuse_unserved
-from loadmaster.export.serve_run import Servers
-from loadmaster.export.table import storable
-from loadmaster.files import write_json
+from loadmaster.export.serve_run import Servers, file_bytes
+from loadmaster.files import storable, write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import load_tokenizer
 from loadmaster.models.resolve import resolve_base
@@ -208,7 +208,7 @@ def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any
     for conversation in prepared.validation_conversations if held_out else prepared.train_conversations:
         if len(asked["prompts"]) == PROMPTS:
             break
-        if conversation.text is not None or conversation.tools or _calls_tools(conversation):
+        if not conversation.is_words_alone:
             continue
         messages, _ = prompt_and_reference(conversation)
         if len(_rendered(tokenizer, messages)) + asked["max_new_tokens"] <= job.sequence_length:
@@ -299,7 +299,7 @@ def _reference(
         **{key: wanted[key] for key in ("documents", "prompts", "max_new_tokens")},
         "exports": exports,
     }  # fmt: skip
-    each, passes = _weight_bytes(base), wanted["max_new_tokens"] + len(wanted["prompts"])
+    each, passes = file_bytes(base), wanted["max_new_tokens"] + len(wanted["prompts"])
     limit_s = timeout_s((3 + len(exports)) * each) + answering_s(passes, each, spec["device"])
     return run_step("loadmaster.export.serve_reference", spec, scratch, limit_s, echo)
 
@@ -308,13 +308,8 @@ def _say(echo: Callable[[str], None], name: str, text: str) -> None:
     echo(f"{name}: {text}")
 
 
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return rendered["input_ids"]
+    return prompt_ids(tokenizer, Conversation(messages))
 
 
 def _renders(tokenizer: Any, messages: list[dict[str, Any]]) -> bool:
@@ -323,7 +318,3 @@ def _renders(tokenizer: Any, messages: list[dict[str, Any]]) -> bool:
     except Exception:  # the template's raise_exception and Jinja share no base class
         return False
     return True
-
-
-def _calls_tools(conversation: Conversation) -> bool:
-    return any(message.get("tool_calls") or message["role"] == "tool" for message in conversation.messages)

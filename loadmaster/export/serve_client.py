@@ -26,10 +26,10 @@ class Served:
 class Client:
     """One server; every method raises ExportRejected for an error, a timeout, or an answer of another form."""
 
-    def __init__(self, port: int, model: str, timeout_s: float = REQUEST_S):
+    def __init__(self, port: int, model: str):
         self.model = model
         # trust_env: a proxy of the environment must not stand between this machine and itself.
-        self._http = httpx.Client(base_url=f"http://{HOST}:{port}", timeout=timeout_s, trust_env=False)
+        self._http = httpx.Client(base_url=f"http://{HOST}:{port}", timeout=REQUEST_S, trust_env=False)
 
     def __enter__(self) -> Client:
         return self
@@ -76,7 +76,7 @@ class Client:
         try:
             response = self._http.request(method, path, json=body)
         except httpx.TimeoutException:
-            raise ExportRejected(f"{path}: no answer within {self._http.timeout.read:.0f} s") from None
+            raise ExportRejected(f"{path}: no answer within {REQUEST_S:.0f} s") from None
         except httpx.HTTPError as error:
             raise ExportRejected(f"{path}: no answer ({type(error).__name__}: {error})") from None
         if response.status_code != 200:

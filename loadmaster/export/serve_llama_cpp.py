@@ -7,13 +7,12 @@ on this machine's processor is a failure of the format and of nothing else. It c
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.process import answering_s, clean_environment, timeout_s
+from loadmaster.export.process import answering_s, clean_environment, run_script, timeout_s
 from loadmaster.export.serve_client import Served
 from loadmaster.export.serve_compare import LIMITS, answer_figures, log_probability_figures
 from loadmaster.processors import threads
@@ -65,18 +64,13 @@ def _reason(said: dict[str, Any]) -> str:
 
 
 def _probe(python: Path, told: dict[str, Any], scratch: Path, limit_s: float) -> dict[str, Any]:
-    spec, result = scratch / "llama_cpp.spec.json", scratch / "llama_cpp.result.json"
-    result.unlink(missing_ok=True)
-    spec.write_text(json.dumps({**told, "result": str(result)}), encoding="utf-8")
+    environment = clean_environment()
     try:
-        done = subprocess.run(
-            [str(python), "-I", str(Path(__file__).with_name("llama_cpp_probe.py")), str(spec)],
-            capture_output=True, text=True, errors="replace", timeout=limit_s, env=clean_environment(),
-        )  # fmt: skip
+        done, result = run_script(python, "llama_cpp_probe.py", told, scratch, timeout=limit_s, env=environment)
     except subprocess.TimeoutExpired:
         raise ExportRejected(f"llama.cpp did not answer within {limit_s:.0f} s") from None
-    if done.returncode != 0 or not result.is_file():
+    if result is None:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         tail = "\n".join(done.stderr.strip().splitlines()[-TAIL_LINES:])
         raise ExportRejected(f"llama.cpp ended with {how} on {Path(told['model']).name}\n{tail}")
-    return json.loads(result.read_text(encoding="utf-8"))
+    return result

@@ -74,7 +74,7 @@ class Servers:
             self.python, folder.absolute(), self.base.absolute(), manifest, self.served_as, port, self.max_model_len,
             divided,
         )  # fmt: skip
-        ready_within_s = start_timeout_s(_file_bytes(folder) + _file_bytes(self.base))
+        ready_within_s = start_timeout_s(file_bytes(folder) + file_bytes(self.base))
         with started(command, port, self.run_dir / "serve-check" / f"{name}.log") as server:
             ready = server.wait_until_ready(ready_within_s, say)
             say(f"ready after {ready:.0f} s, asking")
@@ -97,11 +97,11 @@ class Servers:
         shape = from_config(read_json(self.base / "config.json"), self.served_as)
         own, form = folder / "config.json", manifest["format"]
         config = read_json(own) if own.is_file() else {}
-        weights = float(_file_bytes(folder))
+        weights = float(file_bytes(folder))
         if form == "adapter":
             weights, form = weights + weight_bytes(shape, "bf16"), "bf16"
         return division(shape, config, form, weights, self.max_model_len, self.machine)
 
 
-def _file_bytes(folder: Path) -> int:
+def file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

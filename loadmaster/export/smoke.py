@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from loadmaster.data import Conversation, prompt_and_reference
-from loadmaster.evaluation.generate import generate_ids
+from loadmaster.evaluation.generate import generate_ids, prompt_ids
 
 PROMPTS, ANSWER_TOKENS, LONGEST_PROMPT_TOKENS = 3, 32, 512
 FIXED = Conversation([{"role": "user", "content": "What is in the hold?"}], origin="asked of every export")
@@ -33,7 +33,7 @@ def recorded_answers(model: nn.Module, tokenizer: Any, conversations: Sequence[C
     answers = generate_ids(model, tokenizer, asked, ANSWER_TOKENS, batch_size=1)
     return [
         {
-            "messages": conversation.messages, "prompt_tokens": len(_rendered(tokenizer, conversation)),
+            "messages": conversation.messages, "prompt_tokens": len(prompt_ids(tokenizer, conversation)),
             "text": tokenizer.decode(ids, skip_special_tokens=True), "tokens": len(ids), "max_tokens": ANSWER_TOKENS,
             "finish_reason": "stop" if len(ids) < ANSWER_TOKENS else "length",
         }
@@ -43,16 +43,7 @@ def recorded_answers(model: nn.Module, tokenizer: Any, conversations: Sequence[C
 
 def _prompt(conversation: Conversation, tokenizer: Any) -> Conversation | None:
     """The conversation up to its last answer; None where that is no short chat of words alone."""
-    if conversation.text is not None or conversation.tools:
-        return None
-    if any(message.get("tool_calls") or message["role"] == "tool" for message in conversation.messages):
+    if not conversation.is_words_alone:
         return None
     prompt = replace(conversation, messages=prompt_and_reference(conversation)[0])
-    return prompt if len(_rendered(tokenizer, prompt)) <= LONGEST_PROMPT_TOKENS else None
-
-
-def _rendered(tokenizer: Any, conversation: Conversation) -> list[int]:
-    rendered = tokenizer.apply_chat_template(
-        conversation.messages, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return rendered["input_ids"]
+    return prompt if len(prompt_ids(tokenizer, prompt)) <= LONGEST_PROMPT_TOKENS else None

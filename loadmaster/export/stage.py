@@ -28,7 +28,7 @@ from loadmaster.export.manifest import adapter_reader, read_manifest, verify_man
 from loadmaster.export.process import answering_s, run_step, timeout_s
 from loadmaster.export.room import asking, beside_weights, moving_s
 from loadmaster.export.servers import aimed_at, oldest_reader
-from loadmaster.export.weights import shards
+from loadmaster.export.weights import weight_bytes
 from loadmaster.files import (
     PARTIAL_SUFFIX,
     is_full_disk,
@@ -214,7 +214,7 @@ class Export:
                 for name, found in written.candidates.items()
             },
         )  # fmt: skip
-        models, each = 1 + sum(map(len, written.candidates.values())), _weight_bytes(self.base)
+        models, each = 1 + sum(map(len, written.candidates.values())), weight_bytes(self.base)
         passes = models * answer_passes(evaluation, batch_size(evaluation), len(conversations))
         passes += len(written.candidates) * OTHER_PASSES
         limit_s = timeout_s(models * each) + moving_s(self.plan) + answering_s(passes, each, device)
@@ -321,7 +321,3 @@ def fingerprint(folder: Path, cache: Path) -> list[Any]:
     if not found.keys() <= known.keys():
         write_json(cache, {**known, **found})
     return [[path.name, digest] for path, digest in zip(files, found.values(), strict=True)]
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(shard.stat().st_size for shard in shards(folder))

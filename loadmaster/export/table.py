@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -53,15 +52,6 @@ def line(name: str, figures: dict[str, Any]) -> str:
     """The same as one line of a log."""
     cells = zip((column for column, _ in COLUMNS[1:]), row(name, figures)[1:], strict=True)
     return f"{name}: " + ", ".join(f"{column} {cell}" for column, cell in cells if cell)
-
-
-def storable(value: Any) -> Any:
-    """Figures as JSON can hold them: NaN and infinity, which a broken export scores, become null."""
-    if isinstance(value, dict):
-        return {key: storable(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [storable(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: float | None, pattern: str) -> str:

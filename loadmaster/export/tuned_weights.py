@@ -38,8 +38,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loadmaster.export.checks import named
 from loadmaster.export.dequantize import ExportedTensors
-from loadmaster.export.live_checks import NAMED, live_weights
+from loadmaster.export.live_checks import live_weights
 from loadmaster.export.stream import row_chunks
 from loadmaster.export.weights import HEAD, read_tensor, tensor_files
 from loadmaster.models.forward import causal_lm
@@ -104,14 +105,14 @@ class Carried:
         found = []
         if self.missing:
             found.append(
-                f"{_named(self.missing)} {'is' if len(self.missing) == 1 else 'are'} not in it to be compared "
+                f"{named(self.missing)} {'is' if len(self.missing) == 1 else 'are'} not in it to be compared "
                 f"({len(self.missing)} of {len(self.missing) + len(self.shares)} tensors that training changed)"
             )
         judged = list(self._judged())
         if off := [each for each in judged if each.is_off]:
             hold = f"holds {off[0].share:.0%}" if len(off) == 1 else f"hold {pooled('', off).share:.0%}"
             found.append(
-                f"{_named([each.name for each in off])} {hold} of the fine-tune ({len(off)} of {len(judged)} that can "
+                f"{named([each.name for each in off])} {hold} of the fine-tune ({len(off)} of {len(judged)} that can "
                 f"be told), must be {1 - HALF:.0%} to {1 + HALF:.0%}: at 0% it was not applied, at 200% twice"
             )
         if self.shares:
@@ -223,7 +224,3 @@ def pooled(name: str, shares: Sequence[Share]) -> Share:
     weights = [1 / max(each.error, LEAST_ERROR) ** 2 for each in shares]
     mean = sum(weight * each.share for weight, each in zip(weights, shares, strict=True)) / sum(weights)
     return Share(name, mean, 1 / math.sqrt(sum(weights)))
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -37,6 +37,7 @@ from loadmaster.config.schema import EvaluationConfig
 from loadmaster.data import Conversation, PackedRow, stop_token_ids
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.evaluation import batch_size, generate, prompts_and_references, task_metric
+from loadmaster.evaluation.generate import prompt_ids
 from loadmaster.evaluation.mode import evaluating
 from loadmaster.export import checks, live_checks
 from loadmaster.export.figures import (
@@ -51,6 +52,7 @@ from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.room import spread_over
 from loadmaster.export.smoke import recorded_answers
 from loadmaster.export.tuned_weights import tuned_weights
+from loadmaster.export.weights import is_adapter
 from loadmaster.models.attention import cached_attention
 from loadmaster.models.frozen import round_inputs, rounds_inputs
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
@@ -158,7 +160,7 @@ class Verification:
         self.answers = self._answers(model, self.tokenizer)
         self.sketches = live_checks.sketches(model)
         plain, quantized = (
-            [folder for folder in dict.fromkeys(folders) if not _any_torn([folder])] for folders in (plain, quantized)
+            [folder for folder in dict.fromkeys(folders) if not _is_torn(folder)] for folders in (plain, quantized)
         )
         self.merged_weights = live_checks.merged_weights(model, plain, self.base)
         self.tuned_weights = tuned_weights(model, quantized, self.base)
@@ -228,7 +230,7 @@ class Verification:
             "finite": checks.finite(folder),
             "stop_tokens": checks.stop_tokens(folder, self.base, self.stop_ids),
         }
-        if (folder / "adapter_config.json").is_file():
+        if is_adapter(folder):
             found["lora_rows"] = checks.lora_rows(folder)
             found["as_trained"] = checks.as_trained(folder, self.trained)
         return found
@@ -262,9 +264,7 @@ class Verification:
         if str(folder) in self.merged_weights:
             found["merged_weights"] = self.merged_weights[str(folder)]
         if self.tokenizer.chat_template:
-            prompt = self.tokenizer.apply_chat_template(
-                checks.ONE_TURN, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
+            prompt = prompt_ids(self.tokenizer, Conversation(checks.ONE_TURN))
             with evaluating(model), cached_attention(model):
                 found["stops"] = live_checks.stops(model, prompt, self.stop_ids, self.tokenizer.pad_token_id)
         return found
@@ -316,10 +316,9 @@ def _rounding_figures(model: nn.Module, references: list[Reference], pad_token_i
     return {key: figures[key] for key in ("perplexity_ratio", "mean_kl", "p99_kl", "top1_agreement")}
 
 
-def _any_torn(folders: list[Path]) -> bool:
+def _is_torn(folder: Path) -> bool:
     try:
-        for folder in folders:
-            refuse_torn(folder)
+        refuse_torn(folder)
     except ExportRejected:
         return True
     return False

@@ -45,6 +45,20 @@ def shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of an adapter or a model."""
+    return [folder / "adapter_model.safetensors"] if is_adapter(folder) else shards(folder)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Of a model's shards."""
+    return sum(shard.stat().st_size for shard in shards(folder))
+
+
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Name of every tensor -> the shard that holds it, read from the shards themselves."""
     return {name: shard for shard in shards(folder) for name in tensor_names(shard)}

@@ -68,7 +68,7 @@ class Proof:
         self.trained = load_trained(run.base, adapter, torch.float32, "cpu")
 
     def failures(self, folder: Path, name: str) -> list[str]:
-        if live_checks.keeps_plain(name) and not verify._any_torn([folder]):
+        if live_checks.keeps_plain(name) and not verify._is_torn(folder):
             self.verification.merged_weights = live_checks.merged_weights(self.trained, [folder], self.run.base)
         if live_checks.keeps_matrices(name):
             self.verification.tuned_weights = tuned_weights(self.trained, [folder], self.run.base)

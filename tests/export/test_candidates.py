@@ -26,12 +26,6 @@ def test_a_candidate_of_two_formats_is_built_once():
     assert all(set(candidates.CANDIDATES[name]) - baselines for name in candidates.CANDIDATES)
 
 
-def test_what_cannot_be_made_is_said_before_any_work():
-    assert candidates.refusals(["bf16", "int4_gptq", "int4_awq", "gguf"], "qwen3") == []
-    [gguf] = candidates.refusals(["gguf", "int4_awq"], "gemma2")
-    assert "not for gemma2" in gguf and "convert_hf_to_gguf.py" in gguf
-
-
 def test_the_gap_between_the_merges_is_said():
     scores = {
         AS_TRAINED: {"mean_kl": 0.0005, "top1_agreement": 0.99},

@@ -20,14 +20,14 @@ SOME = ["q_proj", "v_proj"]
 """Targets that leave layers of a frozen base without an adapter."""
 
 
-def merged_logits(base, adapter, target, dtype=None):
+def merged_logits(base, adapter, target, dtype=torch.float32):
     from transformers import AutoModelForCausalLM
 
     target.mkdir()
     report = merge(base, target, read_adapter(adapter), dtype)
     write_config(base, target, report.tied_embeddings)
     with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype or torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
         return model(input_ids=IDS).logits.float(), report
 
 
@@ -250,9 +250,9 @@ def test_an_adapter_of_another_base_is_refused(tiny, tokenizer, tmp_path):
     deeper = save_tiny_llama(tmp_path / "deeper", tokenizer, num_hidden_layers=3)
     wider = save_tiny_llama(tmp_path / "wider", tokenizer, intermediate_size=256)
     with pytest.raises(ExportRejected, match=r"layers\.2"):
-        merge(tiny, tmp_path, read_adapter(save_adapter(deeper, tmp_path / "a")), None)
+        merge(tiny, tmp_path, read_adapter(save_adapter(deeper, tmp_path / "a")), torch.bfloat16)
     with pytest.raises(ExportRejected, match="shape"):
-        merge(tiny, tmp_path, read_adapter(save_adapter(wider, tmp_path / "b")), None)
+        merge(tiny, tmp_path, read_adapter(save_adapter(wider, tmp_path / "b")), torch.bfloat16)
 
 
 def test_an_adapter_that_diverged_is_refused(tiny, tiny_adapter, tmp_path):
@@ -264,7 +264,7 @@ def test_an_adapter_that_diverged_is_refused(tiny, tiny_adapter, tmp_path):
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, file)
     with pytest.raises(ExportRejected, match="NaN"):
-        merge(tiny, tmp_path, read_adapter(tmp_path / "adapter"), None)
+        merge(tiny, tmp_path, read_adapter(tmp_path / "adapter"), torch.bfloat16)
 
 
 def test_an_incomplete_download_is_named(tiny, tmp_path):
