@@ -32,11 +32,11 @@ from loadmaster import catalog
 from loadmaster.errors import LoadmasterError
 from loadmaster.files import sha256_file, sha256_json
 from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.metrics import reset_peak
 from loadmaster.training.world import World
 
-GIB = 2**30
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "torchao", "numpy", "safetensors",
     "triton",
@@ -69,7 +69,7 @@ class Report:
     clock_s: float = 0.0
     disk_free_gib: float = 0.0
     shm_free_gib: float | None = None
-    latency_us: float | None = None
+    latency_us: float = 0.0
     node_gb_per_s: float | None = None
     next_gb_per_s: float | None = None
     node_latency_us: float | None = None
@@ -185,8 +185,7 @@ def summary(reports: Sequence[Report]) -> str:
     """A line for the log: how many are alike, and what the links did."""
     nodes = _by_node(reports)
     parts = [f"{len(reports)} ranks on {len(nodes)} node{'s' * (len(nodes) > 1)} agree"]
-    if reports[0].latency_us is not None:
-        parts.append(f"all-reduce of one number {max(r.latency_us or 0 for r in reports):.0f} us")
+    parts.append(f"all-reduce of one number {max(r.latency_us for r in reports):.0f} us")
     inside = [n[0].node_gb_per_s for n in nodes if n[0].node_gb_per_s is not None]
     if inside:
         parts.append(f"{min(inside):.2f} GB/s within a node")
@@ -275,11 +274,9 @@ def report(world: World, config: str, data: str, run_dir: Path) -> Report:
     )  # fmt: skip
 
 
-def measure_links(world: World) -> tuple[float | None, float | None, float | None, float | None, float | None]:
+def measure_links(world: World) -> tuple[float, float | None, float | None, float | None, float | None]:
     """Microseconds of the smallest all-reduce, GB/s within this node, GB/s of this rank to its peer on the next;
     microseconds of the smallest message within the node and to the next."""
-    if world.size == 1:
-        return None, None, None, None, None
     one = torch.ones(1, device=world.device)
     latency_us = _timed(lambda: dist.all_reduce(one), world, 10 * REPEATS) * 1e6
     large = torch.ones(MEGABYTES[world.device.type] * 10**6 // 4, device=world.device)

@@ -155,14 +155,14 @@ def _stuck(late: Sequence[Sighting], running: Sequence[Sighting]) -> str:
     return f"{head}: {names}; rank{'s' if len(waiting) > 1 else ''} {others} wait{'s' * (len(waiting) == 1)} for it"
 
 
-def stragglers(busy_s: Sequence[float], factor: float = SLOW_FACTOR) -> list[int]:
-    """Ranks whose own seconds of a step are more than `factor` times the median of all; 0 is not known."""
+def stragglers(busy_s: Sequence[float]) -> list[int]:
+    """Ranks whose own seconds of a step are more than SLOW_FACTOR times the median of all; 0 is not known."""
     known = [seconds for seconds in busy_s if seconds > 0]
     if len(known) < 2:
         return []
     # With two ranks the median lies between them: the faster one is the measure.
     usual = min(known) if len(known) == 2 else median(known)
-    return [rank for rank, seconds in enumerate(busy_s) if seconds > factor * usual]
+    return [rank for rank, seconds in enumerate(busy_s) if seconds > SLOW_FACTOR * usual]
 
 
 def slow_beats(sightings: Sequence[Sighting]) -> list[Beat]:

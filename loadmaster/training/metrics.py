@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from loadmaster.files import write_text
+from loadmaster.preflight.hardware import GIB
 
-GIB = 2**30
 RECENT_STEPS = 20
 """Steps over which train_loss is the mean: one step's loss is mostly its rows' difficulty."""
 

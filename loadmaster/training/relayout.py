@@ -39,7 +39,6 @@ class OldLayout:
     """The states in a checkpoint's folder, by the shards that wrote them: keys are opaque/2-of-4/NAME/STATE."""
 
     def __init__(self, folder: Path):
-        self._folder = folder
         self._where: dict[str, dict[int, dict[str, Path]]] = {}
         counts = set()
         for path in sorted(folder.glob("*.safetensors")):

@@ -32,7 +32,7 @@ from loadmaster.training.rng import restore_rng, rng_state
 from loadmaster.training.sharding import STRATEGIES
 from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
-from loadmaster.training.zero import ZeroOptimizer, refuse_missing_deepspeed
+from loadmaster.training.zero import ZeroOptimizer
 
 BUILT = {
     "sharding": tuple(STRATEGIES),
@@ -153,7 +153,6 @@ def make_session(
     """
     refuse_unbuilt(plan)
     refuse_other_world(plan, world)
-    refuse_missing_deepspeed(plan)
     strategy = STRATEGIES[plan.sharding](job, plan, world)
     model, loss = strategy.prepare(strategy.load(base_folder) if base is None else base)
     return Session(job, plan, world, strategy, model, loss, strategy.optimizer(model), pad_token_id)

@@ -37,11 +37,6 @@ from loadmaster.training.world import World
 from loadmaster.training.zero import Zero
 
 
-def shard_mesh(plan: Plan) -> tuple[int, int]:
-    """(replicas, shards) of a sharded plan: over all GPUs, or over each node's (hybrid), as the plan says."""
-    return plan.replicas, plan.world_size // plan.replicas
-
-
 class Replicated(Strategy):
     """DistributedDataParallel. It averages over ranks what is to be summed; the loss is multiplied to undo that."""
 
@@ -87,7 +82,7 @@ class FullyShard(Strategy):
         super().__init__(job, plan, world)
         from torch.distributed.device_mesh import init_device_mesh
 
-        replicas, shards = shard_mesh(plan)
+        replicas, shards = plan.replicas, plan.world_size // plan.replicas
         if replicas * shards != world.size or (replicas > 1 and shards != world.local_size):
             raise TrainingFailed(f"a mesh of {replicas} x {shards} does not fit {world.size} processes")
         shape, names = ((replicas, shards), ("replica", "shard")) if replicas > 1 else ((shards,), ("shard",))
@@ -163,8 +158,17 @@ class FullyShard(Strategy):
         return total
 
     @staticmethod
-    def generating(loss: nn.Module) -> AbstractContextManager[Any]:
-        return _Unsharded(loss)
+    @contextmanager
+    def generating(loss: nn.Module) -> Iterator[None]:
+        """Embeddings, norm and head whole within the block; layers gather themselves when they are called.
+
+        After the block nothing is whole, layers that stay so after a forward pass included.
+        """
+        loss.unshard()
+        try:
+            yield
+        finally:
+            _reshard(loss)
 
     def for_evaluation(self, base_folder: Path, trained_folder: Path | None) -> tuple[nn.Module, nn.Module]:
         from loadmaster.models.shards import fill_adapter
@@ -177,22 +181,6 @@ class FullyShard(Strategy):
             fill_adapter(model, trained_folder)
         self.check(loss)
         return model.eval(), loss
-
-
-class _Unsharded:
-    """Embeddings, norm and head whole within the block; layers gather themselves when they are called.
-
-    After the block nothing is whole, layers that stay so after a forward pass included.
-    """
-
-    def __init__(self, root: nn.Module):
-        self.root = root
-
-    def __enter__(self) -> None:
-        self.root.unshard()
-
-    def __exit__(self, *_: object) -> None:
-        _reshard(self.root)
 
 
 def _reshard(loss: nn.Module) -> None:

@@ -41,12 +41,11 @@ class StopSignal:
     process ends in time.
     """
 
-    def __init__(self, deadline: float | None = None, grace_s: float | None = None) -> None:
-        """deadline: in seconds of time.time(), from when on a stop is requested.
-
-        grace_s: seconds from a first request to where the process ends all the same, with what was saved before.
-        """
-        self.deadline, self.grace_s = deadline, grace_s
+    def __init__(self, grace_s: float | None = None) -> None:
+        """grace_s: seconds from a first request to where the process ends all the same, with what was saved before."""
+        self.grace_s = grace_s
+        self.deadline: float | None = None
+        """In seconds of time.time(), from when on a stop is requested."""
         self.last_words: Callable[[str], object] = _print
         """Told why, when the process ends because grace_s is over."""
         self._signalled = self._heard = self._raised = False

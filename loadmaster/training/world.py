@@ -194,14 +194,14 @@ def leave(world: World) -> None:
         dist.destroy_process_group()
 
 
-def quiet(patience_s: float = QUIET_S) -> None:
-    """Return once no other thread of this process runs, or after `patience_s`.
+def quiet() -> None:
+    """Return once no other thread of this process runs, or after QUIET_S.
 
     Gloo's threads let go of a collective's tensors after who waited for it goes on, and need Python to do so. Once
     Python ends that aborts the process ("terminate called without an active exception"), and FSDP and DeepSpeed keep
     such threads alive past the end of their group (pytorch/pytorch#190489).
     """
-    me, deadline = threading.get_native_id(), time.monotonic() + patience_s
+    me, deadline = threading.get_native_id(), time.monotonic() + QUIET_S
     while time.monotonic() < deadline:
         time.sleep(0.005)  # whoever waits for Python gets it now
         if not any(_runs(task) for task in Path("/proc/self/task").iterdir() if task.name != str(me)):

@@ -19,7 +19,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +179,12 @@ class Zero(Strategy):
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     @contextmanager
-    def _accumulating(self) -> Iterator[None]:
+    def accumulating(self, loss: nn.Module) -> Iterator[None]:
         self.engine.set_gradient_accumulation_boundary(False)
         try:
             yield
         finally:
             self.engine.set_gradient_accumulation_boundary(True)
-
-    def accumulating(self, loss: nn.Module) -> AbstractContextManager[Any]:
-        return self._accumulating()
 
     def for_evaluation(self, base_folder: Path, trained_folder: Path | None) -> tuple[nn.Module, nn.Module]:
         if self.stage < 3:
