@@ -22,57 +22,7 @@ from typing import Annotated, Any, Literal, Union
 from annotated_types import Ge, Gt, Le, Lt
 
 from loadmaster.config.schema import MOST, Job, Text
-
-# What other tools call our fields, for the hint under an unknown key.
-ALIASES = {
-    "base_model": "model.name",
-    "batch_size": "batch.global_size",
-    "beta_1": "optimizer.beta1",
-    "bf16": "precision",
-    "dataset": "data.path",
-    "deepspeed": "sharding",
-    "device_batch_size": "micro_batch_size",
-    "dtype": "precision",
-    "fp16": "precision",
-    "fsdp": "sharding",
-    "grad_clip": "optimizer.max_grad_norm",
-    "gradient_accumulation_steps": "batch.global_size",
-    "gradient_checkpointing": "activation_checkpointing",
-    "learning_rate": "optimizer.lr",
-    "load_in_4bit": "method",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_r": "lora.rank",
-    "lr_scheduler_type": "optimizer.schedule",
-    "lora_target_modules": "lora.targets",
-    "max_epochs": "epochs",
-    "max_length": "sequence_length",
-    "max_seq_len": "sequence_length",
-    "max_seq_length": "sequence_length",
-    "max_seqlen": "sequence_length",
-    "min_lr": "optimizer.min_lr_ratio",
-    "model_name_or_path": "model.name",
-    "num_epochs": "epochs",
-    "num_gpus": "hardware.count",
-    "num_train_epochs": "epochs",
-    "output_dir": "run_dir",
-    "per_device_train_batch_size": "micro_batch_size",
-    "r": "lora.rank",
-    "report_to": "tracker.name",
-    "save_steps": "checkpoint.every_steps",
-    "eval_steps": "evaluation.every_steps",
-    "save_total_limit": "checkpoint.keep_last",
-    "seq_len": "sequence_length",
-    "steps": "max_steps",
-    "target_modules": "lora.targets",
-    "torch_dtype": "precision",
-    "train_batch_size": "batch.global_size",
-    "use_peft": "method",
-    "warmup": "optimizer.warmup_ratio",
-    "warmup_steps": "optimizer.warmup_ratio",
-}
-OTHER_QUANTITIES = {"gradient_accumulation_steps", "min_lr", "warmup_steps"}
-"""Those of ALIASES whose numbers mean something else in our field: steps where it takes a share, or rows."""
+from loadmaster.config.synonyms import ALIASES
 
 COUNTED = {"hardware.gpu": "hardware.count", "launch.gpus": "hardware.count"}
 """Where a number was given for a name, it counts what is named."""

@@ -22,12 +22,12 @@ from omegaconf import DictConfig
 
 from loadmaster import __version__, collector
 from loadmaster.config.compose import Composed, compose_with, load, open_loader, resolve_all
-from loadmaster.config.fields import nearest, nearest_key
+from loadmaster.config.fields import nearest
 from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, Loader, main_folder
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.config.overrides import Overrides, note_repeated, read_overrides, reading_order, sweep
 from loadmaster.config.show import show_error
-from loadmaster.config.validate import NO_VALUE
+from loadmaster.config.validate import NO_VALUE, instead_of_option
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.streams import unheard
 
@@ -236,8 +236,7 @@ def _unknown_flag(argument: str, own_flags: Sequence[str]) -> Problem:
     name, _, value = argument.lstrip("-").partition("=")
     known = [a for action in get_args_parser()._actions for a in action.option_strings if a.startswith("--")]
     flag = nearest(argument.partition("=")[0], ["--dry-run", *own_flags, *known], cutoff=0.75)
-    key = name.replace("-", "_")
-    remedy = flag or f"fields are set without dashes: {nearest_key(key) or key}={value or '...'}"
+    remedy = flag or instead_of_option(name.replace("-", "_"), value)
     if f"--{name}" in OF_PLAN:
         remedy = f"loadmaster plan ... {argument}; no other command has it"
     return Problem(argument, None, COMMAND_LINE, "there is no such option", remedy)

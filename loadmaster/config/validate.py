@@ -18,7 +18,6 @@ from pydantic import TypeAdapter, ValidationError
 from loadmaster.config.fields import (
     COUNTED,
     NONE_IS,
-    OTHER_QUANTITIES,
     branches,
     choices,
     describe,
@@ -32,6 +31,7 @@ from loadmaster.config.fields import (
 )
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.schema import MOST, Job
+from loadmaster.config.synonyms import MEANT, NO_FIELD, OTHER_QUANTITIES, VALUES
 from loadmaster.errors import Problem
 
 MISSING = "???"
@@ -140,7 +140,8 @@ def _wrong_value(key: str, value: Any, origin: str, annotation: Any) -> Problem:
     if dataclasses.is_dataclass(annotation):
         section = sections().get(key, [f"{key}.{name}" for name in hints(typing.cast(type, annotation))])
         name = f"{key}.name"
-        remedy = assign(name, value) if name in section and isinstance(value, str) else "set " + ", ".join(section)
+        named = name in section and isinstance(value, str)
+        remedy = assign(name, _ours(name, value) or value) if named else "set " + ", ".join(section)
         return Problem(key, value, origin, "is a section of several fields, not a value", remedy)
     in_list = isinstance(value, list) and "" in value
     if (value == "" or in_list) and _is_taken(["text"] if in_list else "text", annotation):
@@ -164,7 +165,7 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
         return assign(key, [wrong])
     if "true or false" in describe(annotation) and str(wrong).lower() in _TRUTH:
         return assign(key, _TRUTH[str(wrong).lower()])
-    match = nearest(str(wrong), choices(annotation), cutoff=0.4)
+    match = _ours(key, wrong) or nearest(str(wrong), choices(annotation), cutoff=0.4)
     if match is not None:
         listed = not any(typing.get_origin(branch) is typing.Literal for branch in branches(annotation))
         return f"{match} instead of {wrong}" if listed else assign(key, match)
@@ -224,6 +225,8 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
         return f"{section}.{beside}" if beside else f"{section} has " + ", ".join(siblings)
     if not section and isinstance(value, list) and origin != COMMAND_LINE and nearest(name, [DEFAULTS], cutoff=0.75):
         return f"{DEFAULTS}, if it is the list of what the file builds on"
+    if name.lower() in NO_FIELD:
+        return NO_FIELD[name.lower()]
     guess = nearest_key(key, groups)
     if type(value) is int and guess in COUNTED:
         guess = COUNTED[guess]
@@ -237,8 +240,36 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
         return f"{guess} has " + ", ".join(field.rpartition(".")[2] for field in sections()[guess])
     if guess not in fields() or isinstance(value, dict):
         return guess
-    kept = name.lower() not in OTHER_QUANTITIES and _is_taken(value, fields()[guess].annotation)
-    return _assignment(origin)(guess, value) if kept else _how_to_set(guess)
+    return _carried_over(guess, name.lower(), value, _assignment(origin)) or _how_to_set(guess)
+
+
+def instead_of_option(name: str, text: str) -> str:
+    """What sets the field that an option `--name=text` was most likely meant to be."""
+    if name.lower() in NO_FIELD:
+        return NO_FIELD[name.lower()]
+    guess, number = nearest_key(name) or name, _number(text)
+    value = _TRUTH.get(text.lower(), text) if number is None else number
+    known = text and guess in fields() and guess != name
+    right = _instead(name, value, COMMAND_LINE, [], {}) if known else f"{guess}={text or '...'}"
+    return f"fields are set without dashes: {right}"
+
+
+def _carried_over(key: str, name: str, value: Any, assign: Callable[[str, Any], str]) -> str | None:
+    """`key` set to what another tool's `name` was given; None where that says nothing of our field."""
+    if name in OTHER_QUANTITIES:
+        return None
+    if meant := _ours(key, value):
+        return assign(key, meant)
+    if _is_taken(value, fields()[key].annotation):
+        return assign(key, value)
+    if name in MEANT and value:
+        return assign(key, MEANT[name])
+    return f"{assign(key, None)} {NONE_IS[key]}" if key in NONE_IS and value == 0 else None
+
+
+def _ours(key: str, value: Any) -> str | None:
+    """What a field calls a value that another tool has another word for."""
+    return VALUES.get(key, {}).get(str(value).lower())
 
 
 def _assignment(origin: str) -> Callable[[str, Any], str]:
@@ -249,7 +280,10 @@ def _assignment(origin: str) -> Callable[[str, Any], str]:
 
 def _how_to_set(key: str) -> str:
     known = fields().get(key)
-    return f"{key}=...; {known.help}" if known else f"give {key} a value"
+    if known is None:
+        return f"give {key} a value"
+    words = describe(known.annotation)
+    return f"{key}=...{', ' + words if words.startswith('one of ') else ''}; {known.help}"
 
 
 def _missing(value: Any, prefix: str = "") -> list[str]:

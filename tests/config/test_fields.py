@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loadmaster.config.fields import ALIASES, describe, fields, nearest, nearest_key, written
+from loadmaster.config.fields import choices, describe, fields, nearest, nearest_key, written
+from loadmaster.config.synonyms import ALIASES, MEANT, NO_FIELD, OTHER_QUANTITIES, VALUES
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,17 @@ def test_the_nearest_key_is_found(wrong: str, right: str | None):
 def test_what_other_tools_call_a_field_leads_to_a_field_that_exists():
     assert set(ALIASES.values()) <= set(fields())
     assert not set(ALIASES) & set(fields())
+    assert MEANT.keys() | OTHER_QUANTITIES <= ALIASES.keys()
+    assert not NO_FIELD.keys() & {name for key in fields() for name in (key, key.rpartition(".")[2])}
+    assert not NO_FIELD.keys() & ALIASES.keys()
+
+
+def test_what_other_tools_call_a_value_leads_to_a_value_that_the_field_takes():
+    asked = [(ALIASES[name], value) for name, value in MEANT.items()]
+    asked += [(key, value) for key, values in VALUES.items() for value in values.values()]
+    assert [(key, value) for key, value in asked if choices(fields()[key].annotation)
+            and value not in choices(fields()[key].annotation)] == []
+    assert [key for key, values in VALUES.items() if set(values) & set(choices(fields()[key].annotation))] == []
 
 
 def test_the_beginning_of_a_name_beats_a_similar_name():

@@ -279,7 +279,11 @@ def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]
     ("arguments", "said"),
     [
         (["--recipe=smoke"], "fields are set without dashes: recipe=smoke"),
-        (["--lr=1e-4"], "fields are set without dashes: optimizer.lr=1e-4"),
+        (["--lr=1e-4"], "fields are set without dashes: optimizer.lr=0.0001"),
+        (["--gradient_accumulation_steps=4"], "fields are set without dashes: batch.global_size=...; Packed rows"),
+        (["--load-in-4bit=true"], "fields are set without dashes: method=qlora"),
+        (["--optim"], "fields are set without dashes: optimizer.name=..."),
+        (["--logging_steps=1"], "take it out: every step is logged"),
         (["--nodes=1..4"], "fix: loadmaster plan ... --nodes=1..4; no other command has it"),
         (["--json"], "fix: loadmaster plan ... --json"),
         (["--multirum", "seed=1"], "fix: --multirun"),
