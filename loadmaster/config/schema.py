@@ -50,6 +50,8 @@ class ModelConfig:
 class DataConfig:
     path: Text | list[Text] = "???"
     """What to train on: a file, folder or list of files (JSON, JSONL, CSV, Parquet), a Hub dataset, or shipped:NAME."""
+    subset: Text | None = None
+    """Subset (configuration) of a Hub dataset that has several; null: its only or default one. Not used for files."""
     split: Text = "train"
     """Split of a Hub dataset; not used for files."""
     format: Literal[

@@ -18,6 +18,8 @@ ALIASES = {
     "cosine_min_lr_ratio": "optimizer.min_lr_ratio",
     "cutoff_len": "sequence_length",
     "dataset": "data.path",
+    "dataset_config": "data.subset",
+    "dataset_config_name": "data.subset",
     "dataset_name": "data.path",
     "dataset_val": "data.validation",
     "datasets": "data.path",
@@ -42,6 +44,7 @@ ALIASES = {
     "load_in_4bit": "method",
     "load_in_8bit": "precision",
     "lora_alpha": "lora.alpha",
+    "lora_attn_modules": "lora.targets",
     "lora_dropout": "lora.dropout",
     "lora_r": "lora.rank",
     "lora_target_linear": "lora.targets",
@@ -105,6 +108,7 @@ ALIASES = {
 
 OTHER_QUANTITIES = {
     "batch_size",
+    "enable_activation_offloading",
     "evals_per_epoch",
     "gradient_accumulation_steps",
     "min_lr",
@@ -117,7 +121,6 @@ OTHER_QUANTITIES = {
 MEANT = {
     "bf16": "bf16",
     "enable_activation_checkpointing": "full",
-    "enable_activation_offloading": "offload",
     "fp16": "bf16",
     "fsdp": "fsdp",
     "fsdp_offload_params": "all",
@@ -175,7 +178,8 @@ _WITHOUT = {
     "trust_remote_code": "code that lies beside a model is never run",
     "lora_model_dir adapter_name_or_path": "training begins with a whole model: merge the adapter into its base and "
     "give that as model.path",
-    "run_name wandb_name wandb_entity": "the tracker's own environment variables, such as WANDB_NAME, are read",
+    "run_name wandb_name wandb_entity wandb_watch wandb_log_model": "the tracker's own environment variables, such as "
+    "WANDB_NAME, are read",
 }
 NO_FIELD = {name: f"take it out: {reason}" for names, reason in _WITHOUT.items() for name in names.split()}
 """What other tools have to be told and a job here has not, and why."""

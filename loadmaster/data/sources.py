@@ -45,21 +45,23 @@ class FileSource:
 
 
 class HubSource:
-    """Rows of one split of a Hub dataset, through `datasets`."""
+    """Rows of one split of a Hub dataset, or of one of its subsets, through `datasets`."""
 
-    def __init__(self, path: str, split: str, key: str):
+    def __init__(self, path: str, split: str, key: str, subset: str | None = None):
         import datasets
 
         self.path = path
         try:
-            self.dataset = datasets.load_dataset(path, split=split)
+            self.dataset = datasets.load_dataset(path, subset, split=split)
         except Exception as error:  # the Hub fails in dozens of ways; all of them are the user's to read
-            reason = str(error).strip().splitlines() or [type(error).__name__]
+            # the second line of a subset that is missing names those there are
+            reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+            wanted = f"subset {subset!r}, split {split!r}" if subset else f"split {split!r}"
             raise DataError(
                 f"{key} = {path!r} is neither a local file or folder nor a Hub dataset that could be loaded "
-                f"(split {split!r}): {reason[0]}{_nearest(path)}\n"
-                "    fix: check the name, data.split, the network and HF_TOKEN, or give a JSON, JSONL, CSV or Parquet "
-                "file"
+                f"({wanted}): {reason}{_nearest(path)}\n"
+                "    fix: check the name, data.subset, data.split, the network and HF_TOKEN, or give a JSON, JSONL, "
+                "CSV or Parquet file"
             ) from error
 
     def fingerprint(self) -> list[str]:
@@ -76,7 +78,9 @@ class HubSource:
 Source = FileSource | HubSource
 
 
-def open_source(path: str | list[str], split: str = "train", key: str = "data.path") -> Source:
+def open_source(
+    path: str | list[str], split: str = "train", key: str = "data.path", subset: str | None = None
+) -> Source:
     """The source that `path` names, as set in the job's field `key`; DataError when there is no such thing."""
     if isinstance(path, list):
         if not path:
@@ -87,7 +91,7 @@ def open_source(path: str | list[str], split: str = "train", key: str = "data.pa
     files = _local_files(path, key)
     if files is not None:
         return FileSource(files)
-    return _missing(path, key) if _looks_local(path) else HubSource(path, split, key)
+    return _missing(path, key) if _looks_local(path) else HubSource(path, split, key, subset)
 
 
 def left_out(path: str | list[str]) -> list[Path]:

@@ -10,6 +10,7 @@ import pytest
 
 from loadmaster.data import build as build_module
 from loadmaster.data import describe, prepare
+from loadmaster.data import prepared as prepared_module
 from loadmaster.errors import DataError, LoadmasterError
 
 
@@ -50,6 +51,21 @@ def test_equal_rows_are_held_out_together(tokenizer, tmp_path, write_jsonl, job_
     kept = {conversation.row_id for conversation in prepared.train_conversations}
     assert len(held) == 4 and len(kept) == 16 and not held & kept
     assert any("80 rows repeat another row" in note for note in prepared.summary["notes"])
+
+
+@pytest.mark.parametrize(("held", "subset"), [("owner/name", "main"), ("owner/other", None)])
+def test_held_out_rows_of_the_same_hub_dataset_are_of_the_same_subset(monkeypatch, tokenizer, job_for, held, subset):
+    asked = []
+
+    def opened(path, split, key="data.path", subset=None):
+        asked.append((path, split, subset))
+        if key == "data.validation":
+            raise DataError("enough")
+
+    monkeypatch.setattr(prepared_module, "open_source", opened)
+    with pytest.raises(DataError, match="enough"):
+        prepare(job_for("owner/name", validation=held, subset="main"), tokenizer)
+    assert asked == [("owner/name", "train", "main"), (held, "validation", subset)]
 
 
 def test_validation_can_be_a_file_or_nothing(tokenizer, tmp_path, write_jsonl, job_for):

@@ -348,7 +348,7 @@ def test_a_folder_without_a_file_that_is_read_is_refused(tmp_path):
 def test_a_hub_dataset_that_cannot_be_loaded_is_a_data_error_with_a_remedy(monkeypatch):
     import datasets
 
-    def unreachable(path, split):
+    def unreachable(path, name, split):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
@@ -367,8 +367,23 @@ def test_hub_rows_are_numbered_and_cleaned(monkeypatch):
     import datasets
 
     rows = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "x", "name": None}]}])
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: rows if split == "train_sft" else None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split: rows if split == "train_sft" else None)
     read = list(open_source("owner/name", "train_sft").rows())
     assert [(row.origin, row.value) for row in read] == [
         ("owner/name:1", {"messages": [{"role": "user", "content": "x"}]})
     ]
+
+
+def test_a_subset_of_a_hub_dataset_is_read_and_where_it_has_several_they_are_named(monkeypatch, tmp_path):
+    import datasets
+
+    load = datasets.load_dataset
+    for name in ("main", "socratic"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": name, "answer": "4"}))
+    card = [f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "socratic")]
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{''.join(card)}---\n")
+    local = {"path": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split: load(name=name, split=split, **local))
+    assert [row.value["question"] for row in open_source("owner/name", subset="socratic").rows()] == ["socratic"]
+    with pytest.raises(DataError, match=r"Config name is missing.*'main', 'socratic'.*\n    fix: .*data\.subset"):
+        open_source("owner/name")
