@@ -35,13 +35,19 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
             yield key, path, f"there is no such file{here}", _file_hint(key, path)
 
 
-@rule("data.validation", "data.path")
+@rule("data.validation", "data.path", "data.split", "data.validation_split")
 def validation_is_held_out(job: Job, origins: Origins) -> Found:
-    """The held-out file is not among the training files: what was trained on measures nothing."""
-    paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
-    if job.data.validation in paths:
-        remedy = "data.validation=0.05 holds out a share of the rows"
-        yield "data.validation", job.data.validation, "is the training file itself", remedy
+    """The held-out file is not among the training files, nor a split of a Hub dataset trained on: what was trained on
+    measures nothing."""
+    paths, held = [job.data.path] if isinstance(job.data.path, str) else job.data.path, job.data.validation
+    if held not in paths:
+        return
+    remedy = "data.validation=0.05 holds out a share of the rows"
+    if _is_file_name(held) or os.path.exists(resolve_path(held)):
+        yield "data.validation", held, "is the training file itself", remedy
+    elif job.data.split == job.data.validation_split:
+        remedy += ", data.validation_split=NAME is another split"
+        yield "data.validation_split", job.data.validation_split, f"is the split of {held} that is trained on", remedy
 
 
 @rule("data.path", "data.validation")

@@ -49,7 +49,7 @@ class ModelConfig:
 @dataclass(frozen=True, config=CLOSED)
 class DataConfig:
     path: Text | list[Text] = "???"
-    """What to train on: a file, folder or list of files (JSON, JSONL, CSV, Parquet), a Hub dataset, or shipped:NAME."""
+    """What to train on: a file, folder (JSON, JSONL, CSV, Parquet), Hub dataset or shipped:NAME, or a list of these."""
     subset: Text | None = None
     """Subset (configuration) of a Hub dataset that has several; null: its only or default one. Not used for files."""
     split: Text = "train"
@@ -60,6 +60,8 @@ class DataConfig:
     """Shape of the rows; auto recognises it from the fields of the first row and says so."""
     validation: Text | Annotated[float, Strict(), Gt(0), Lt(1)] | None = 0.05
     """Held-out data: a file, or the fraction of the rows to hold out (seeded), or null for none."""
+    validation_split: Text = "validation"
+    """Split of the Hub dataset that data.validation names, which may be data.path's; not used for files."""
     system: str | None = None
     """System message put before conversations that have none; null leaves the template's default."""
     on_bad_row: Literal["error", "skip"] = "error"

@@ -21,6 +21,7 @@ ALIASES = {
     "dataset_config": "data.subset",
     "dataset_config_name": "data.subset",
     "dataset_name": "data.path",
+    "dataset_test_split": "data.validation_split",
     "dataset_val": "data.validation",
     "datasets": "data.path",
     "deepspeed": "sharding",

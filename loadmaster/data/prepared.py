@@ -52,9 +52,10 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
     Raises DataError with file and line of every row that is wrong.
     """
     started = time.perf_counter()
-    train, held = open_source(job.data.path, job.data.split, subset=job.data.subset), job.data.validation
-    subset = job.data.subset if held == job.data.path else None
-    validation = open_source(held, "validation", "data.validation", subset) if isinstance(held, str) else None
+    data, held = job.data, job.data.validation
+    train = open_source(data.path, data.split, "data.path", data.subset)
+    own = data.subset if held == data.path else None
+    validation = open_source(held, data.validation_split, "data.validation", own) if isinstance(held, str) else None
     fingerprint = sha256_json(_shaped_by(job, tokenizer, train, validation))
     # Rows carry the names of their files: the same data under another name is another entry of the cache.
     names = [*train.names(), *(validation.names() if validation else ())]

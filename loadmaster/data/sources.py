@@ -56,12 +56,13 @@ class HubSource:
         except Exception as error:  # the Hub fails in dozens of ways; all of them are the user's to read
             # the second line of a subset that is missing names those there are
             reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+            splits = "data.split" if key == "data.path" else "data.validation_split"
             wanted = f"subset {subset!r}, split {split!r}" if subset else f"split {split!r}"
             raise DataError(
                 f"{key} = {path!r} is neither a local file or folder nor a Hub dataset that could be loaded "
                 f"({wanted}): {reason}{_nearest(path)}\n"
-                "    fix: check the name, data.subset, data.split, the network and HF_TOKEN, or give a JSON, JSONL, "
-                "CSV or Parquet file"
+                f"    fix: check the name, data.subset, {splits}, the network and HF_TOKEN, or give a JSON, JSONL, CSV "
+                "or Parquet file"
             ) from error
 
     def fingerprint(self) -> list[str]:
@@ -75,7 +76,24 @@ class HubSource:
             yield RawRow(f"{self.path}:{number}", without_nulls(row))
 
 
-Source = FileSource | HubSource
+class Sources:
+    """Rows of several sources, one behind the other."""
+
+    def __init__(self, parts: list[FileSource | HubSource]):
+        self.parts = parts
+
+    def fingerprint(self) -> list[str]:
+        return [each for part in self.parts for each in part.fingerprint()]
+
+    def names(self) -> list[str]:
+        return [each for part in self.parts for each in part.names()]
+
+    def rows(self) -> Iterator[RawRow]:
+        for part in self.parts:
+            yield from part.rows()
+
+
+Source = FileSource | HubSource | Sources
 
 
 def open_source(
@@ -85,7 +103,9 @@ def open_source(
     if isinstance(path, list):
         if not path:
             raise DataError(f"{key} is an empty list: name at least one file")
-        return FileSource([file for one in path for file in _local_files(one, key) or _missing(one, key)])
+        parts = [open_source(one, split, key, subset) for one in path]
+        files = [part.files for part in parts if isinstance(part, FileSource)]
+        return Sources(parts) if len(files) < len(parts) else FileSource([file for some in files for file in some])
     if path == "???":
         raise DataError(f"{key} is not set: give a JSON, JSONL, CSV or Parquet file, a folder, or a Hub dataset id")
     files = _local_files(path, key)

@@ -297,6 +297,15 @@ def test_a_card_that_is_like_none_of_the_catalogue_is_taken_for_none(key: str):
         assert problem.remedy.removeprefix(f"{key}=").startswith(begins) and "a100_80gb" in problem.remedy
 
 
+def test_another_split_of_the_hub_dataset_is_held_out_and_the_same_is_refused():
+    words = ["data=file", "data.path=owner/name", "data.validation=owner/name"]
+    compose(words)
+    with pytest.raises(ConfigError) as caught:
+        compose([*words, "data.validation_split=train"])
+    (problem,) = caught.value.problems
+    assert problem.key == "data.validation_split" and "data.validation_split=NAME" in problem.remedy
+
+
 def test_a_hub_dataset_is_not_taken_for_a_missing_file():
     assert compose(["data=file", "data.path=owner/dataset"]).job.data.path == "owner/dataset"
 

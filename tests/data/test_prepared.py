@@ -57,15 +57,15 @@ def test_equal_rows_are_held_out_together(tokenizer, tmp_path, write_jsonl, job_
 def test_held_out_rows_of_the_same_hub_dataset_are_of_the_same_subset(monkeypatch, tokenizer, job_for, held, subset):
     asked = []
 
-    def opened(path, split, key="data.path", subset=None):
+    def opened(path, split, key, subset):
         asked.append((path, split, subset))
         if key == "data.validation":
             raise DataError("enough")
 
     monkeypatch.setattr(prepared_module, "open_source", opened)
     with pytest.raises(DataError, match="enough"):
-        prepare(job_for("owner/name", validation=held, subset="main"), tokenizer)
-    assert asked == [("owner/name", "train", "main"), (held, "validation", subset)]
+        prepare(job_for("owner/name", validation=held, validation_split="test", subset="main"), tokenizer)
+    assert asked == [("owner/name", "train", "main"), (held, "test", subset)]
 
 
 def test_validation_can_be_a_file_or_nothing(tokenizer, tmp_path, write_jsonl, job_for):

@@ -387,3 +387,16 @@ def test_a_subset_of_a_hub_dataset_is_read_and_where_it_has_several_they_are_nam
     assert [row.value["question"] for row in open_source("owner/name", subset="socratic").rows()] == ["socratic"]
     with pytest.raises(DataError, match=r"Config name is missing.*'main', 'socratic'.*\n    fix: .*data\.subset"):
         open_source("owner/name")
+
+
+def test_files_and_hub_datasets_in_one_list_are_read_in_that_order(monkeypatch, write_jsonl):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": "hub"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split: rows)
+    paths = [str(write_jsonl([{"text": name}], f"{name}.jsonl")) for name in ("first", "last")]
+    source = open_source([paths[0], "owner/name", paths[1]])
+    assert [row.value["text"] for row in source.rows()] == ["first", "hub", "last"]
+    assert len(source.fingerprint()) == 3 and source.names()[1] == "owner/name"
+    with pytest.raises(DataError, match=r"'gone\.jsonl': no such file"):
+        open_source(["owner/name", "gone.jsonl"])
