@@ -136,7 +136,7 @@ MEANT = {
 
 VALUES = {
     "activation_checkpointing": {"true": "full", "false": "none"},
-    "lora.targets": {"all": "all-linear"},
+    "lora.targets": {"all": "all-linear", "output_proj": "o_proj"},
     "objective": {"pt": "sft", "sigmoid": "dpo"},
     "optimizer.name": {
         "adamw_apex_fused": "adamw",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from loadmaster.config.fields import nearest
+from loadmaster.config.synonyms import VALUES
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.saved import head_norms, layer_norms
 from loadmaster.preflight.shape import ModelShape, adapted_layers, full_name
@@ -32,7 +33,8 @@ def refuse_unknown(shape: ModelShape, targets: str | Sequence[str], model: str) 
     names = linears(shape)
     if message := _wrong(shape, targets, names, model):
         words = [targets] if isinstance(targets, str) else targets
-        guesses = (nearest(word, names) for word in words if word not in names)
+        ours = VALUES["lora.targets"]
+        guesses = (nearest(ours.get(word, word), names) for word in words if word not in names)
         guess = next((f"{guess}; " for guess in guesses if guess), "")
         every = "" if shape.experts else "all-linear, or "
         remedy = f"{guess}{every}some of {', '.join(names)}; {WHOLE}"

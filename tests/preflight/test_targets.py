@@ -52,6 +52,7 @@ def test_every_module_is_a_linear_or_another_by_its_name_in_the_model(family: st
     [
         (["foo", "q_proj"], "is named foo"),
         (["q_prj"], "q_proj; "),
+        (["output_proj"], " o_proj; "),
         (["q_proj", "lm_head"], "lora.modules_to_save"),
         (["self_attn.q_proj"], "is named self_attn.q_proj"),
         ([], "nothing would be trained"),
