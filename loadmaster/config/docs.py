@@ -83,6 +83,15 @@ data:
 lora:
   rank: 32
 ```
+
+## Coming from another tool
+
+A name of Axolotl, LLaMA-Factory, TRL, PEFT or torchtune is answered with what it is here: `load_in_4bit=true` with
+`method=qlora`, `logging_steps=1` with why nothing needs to be said. A whole configuration of theirs, copied to
+`recipes/theirs.yaml`, is answered line by line by `loadmaster plan recipe=theirs`.
+
+`batch.global_size` is their rows on a device x accumulation steps x devices. With `data.packing`, the default, a row
+holds many examples, as under Axolotl's `sample_packing`; `data.packing=false` keeps one a row.
 """
 
 THRESHOLDS = """\

@@ -228,6 +228,19 @@ def test_one_mistake_is_one_problem_with_its_remedy(argument: str, key: str, mes
         assert problem.origin == CLI
 
 
+def test_a_configuration_of_another_tool_is_answered_line_by_line(here: Path):
+    recipe(here, "model_name_or_path: a/b\noptimizer: adamw_torch\nlr_scheduler:\n  num_warmup_steps: 9\n"
+                 "dataset:\n  packed: false\nfsdp_config:\n  offload_params: true\nspecial_tokens:\n  pad_token: x\n")
+    assert [(problem.origin, problem.remedy.partition(";")[0]) for problem in problems("recipe=mine")] == [
+        ("recipes/mine.yaml:1", "model.name: a/b"),
+        ("recipes/mine.yaml:2", "optimizer.name: adamw"),
+        ("recipes/mine.yaml:4", "optimizer.warmup_ratio=..."),
+        ("recipes/mine.yaml:6", "data.packing: false"),
+        ("recipes/mine.yaml:8", "offload: all"),
+        ("recipes/mine.yaml:10", "take it out: special tokens are the tokenizer's, ends of turns its template's"),
+    ]
+
+
 def test_an_empty_path_of_a_file_is_a_problem_with_its_line_and_an_empty_system_message_is_none(here: Path):
     recipe(here, "data:\n  path: ''\n  system: ''\nlaunch:\n  env: {A: ''}\n")
     (problem,) = problems("recipe=mine")
