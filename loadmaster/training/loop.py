@@ -248,7 +248,8 @@ class Training:
         self.trained_tokens += sum(map(trained_tokens, picked))
         self.busy_s += time.perf_counter() - began
         self.watch.worked(session.worked_s)
-        row |= session.preference | {
+        row |= {name: value if math.isfinite(value) else None for name, value in session.preference.items()}
+        row |= {
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
             "tokens_per_second": round(throughput.update(tokens), 2),

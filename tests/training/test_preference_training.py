@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,28 @@ def test_desirable_answers_rise_and_undesirable_ones_fall_without_pairs(tiny, an
     assert figures["answers"] == 12 and figures["loss"] < 0.47 and figures["reward_margin"] > 0.3
     # However the answers are batched, each counts once.
     assert held_out(session.model, answers.train, 0, 5, "cpu", session.loss)["answers"] == 12
+
+
+def test_a_skipped_step_has_no_figures_and_the_run_goes_on(tiny, pairs, tmp_path, monkeypatch):
+    calls, forward = [], PreferenceLoss.forward
+
+    def first_step_diverges(self, batch):
+        calls.append(batch)
+        loss = forward(self, batch)
+        if len(calls) == 5:  # four of the calls are the rehearsal's
+            self.figures *= math.nan
+            return loss * math.nan
+        return loss
+
+    monkeypatch.setattr(PreferenceLoss, "forward", first_step_diverges)
+    plan = dataclasses.replace(PLAN, method="lora", sequence_length=256, micro_batch_size=4)
+    train(
+        dataclasses.replace(job_of("dpo"), max_steps=2), plan, pairs, load_tokenizer(tiny), tiny, tmp_path, "hash",
+        lambda session, stopping: None, StopSignal(), Display(Console(quiet=True)),
+    )  # fmt: skip
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    figures = ("loss", "reward_margin")
+    assert [[row[name] is None for name in figures] for row in rows] == [[True, True], [False, False]]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
