@@ -1,13 +1,14 @@
 """Greedy answers to conversations, many at a time.
 
-Greedy, because an answer must not depend on chance, on the batch it was generated in, or on the sampling
-settings that a model's generation_config.json ships. Prompts are padded on the left, so that every row's
-next token is at the same place; padding is masked and does not count as a position.
+Greedy, because an answer must not depend on chance, on the batch it was generated in, or on the settings that a
+model's generation_config.json ships: of these only the tokens that end an answer count. Prompts are padded on the left,
+so that every row's next token is at the same place; padding is masked and does not count as a position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def generate_ids(
         batch_size = _agreed(model, prompts, max_new_tokens, batch_size, world)
     at_a_time = batch_size
     mine: dict[int, list[int]] = {}
-    with evaluating(model), cached_attention(model):
+    with evaluating(model), cached_attention(model), _greedy(causal_lm(model)):
         for start in range(0, len(order), batch_size * world.size):
             first = start + batch_size * world.rank
             some = order[first : first + batch_size]
@@ -95,6 +96,19 @@ def generate_ids(
                 on_progress(min(start + batch_size * world.size, len(order)), len(order))
     answers = {i: ids for part in world.gather(mine) for i, ids in part.items()}
     return [answers[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def _greedy(lm: nn.Module) -> Iterator[None]:
+    """Within the block the model has none of the generation settings that it ships: a call takes from them all that it
+    does not say itself, and some change a greedy answer or end in an error."""
+    from transformers import GenerationConfig
+
+    shipped, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = shipped
 
 
 def is_spread(model: nn.Module) -> bool:
@@ -165,14 +179,10 @@ def _generate_batch(
     device = model.get_input_embeddings().weight.device
     input_ids_BS = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    # What is not said here is taken from the model's own generation_config; these would change a greedy answer,
-    # or warn that sampling settings have no effect on one.
     greedy = GenerationConfig(
-        do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0,
-        temperature=1.0, top_k=50, top_p=1.0,
-        max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id, use_cache=True,
-    )  # fmt: skip
-    output_BN = model.generate(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id, use_cache=True
+    )
+    output_BN = causal_lm(model).generate(
         input_ids=input_ids_BS, attention_mask=mask_BS, generation_config=greedy, synced_gpus=in_step
     )
     stop_set = set(stops)
