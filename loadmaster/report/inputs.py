@@ -7,6 +7,7 @@ Absent is normal and is no problem; unreadable is a problem, and the page names 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,11 @@ def dig(value: Any, key: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """`value` where it is a number (infinite ones too), else None."""
+    """`value` where it is a number (infinite ones too), else None; so is an integer beyond a float."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    return float(value) if is_number else None
+    with suppress(OverflowError):
+        return float(value) if is_number else None
+    return None
 
 
 def rows(value: Any) -> list[dict[str, Any]]:
@@ -119,7 +122,7 @@ def _metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             found[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # Python's JSON has Infinity
             torn.append(line_number)
     if torn:
         where = f"line {torn[0]}" if len(torn) == 1 else f"{len(torn)} lines, the first of them line {torn[0]},"

@@ -353,7 +353,9 @@ def test_fields_of_the_wrong_type_do_not_stop_the_report(whole_run: Path):
     put(whole_run, "plan.json", plan)
     put(whole_run, "eval.json", {"before": [], "after": {"task": {"metric": "high", "samples": [7], "per_field": []}}})
     put(whole_run, "stages.json", {"stages": {"plan": 3, "train": {"seconds": "long"}}})
-    put(whole_run, "result.json", {"exports": [1], "data": {"train": 4}, "peak_device_gib": None, "failure": "x"})
+    put(whole_run, "result.json", {"exports": [1], "data": {"train": 4}, "peak_device_gib": None, "failure": "x",
+                                  "tokens_per_second": 10**400, "trained_tokens_per_second": 10**400})  # fmt: skip
+    put(whole_run, "metrics.jsonl", '{"step": Infinity}\n{"step": 2, "loss": 1.0}\n')
     assert report(whole_run).sections() == EXPECTED_SECTIONS
 
 
