@@ -23,6 +23,7 @@ from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError
 from loadmaster.export.manifest import NAME, exported, no_export, read_manifest, verify_manifest
 from loadmaster.files import read_json
 from loadmaster.launch.left import away, copied_by
+from loadmaster.rundir import object_in
 
 CARD = "README.md"
 KEPT = (".gitattributes",)
@@ -83,8 +84,8 @@ def chosen(run_dir: Path, format_name: str | None) -> str:
     found = exported(run_dir)
     if not found:
         raise no_export(run_dir)
-    if format_name is None and len(found) > 1 and (run_dir / "bundle" / NAME).is_file():
-        format_name = read_json(run_dir / "bundle" / NAME).get("format")
+    if format_name is None and len(found) > 1:
+        format_name = object_in(run_dir / "bundle" / NAME).get("format")
     if format_name is None and len(found) > 1:
         raise ExportRejected(f"{run_dir} has the exports {', '.join(found)}: say which one with --format.")
     if format_name not in (None, *found):

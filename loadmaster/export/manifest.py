@@ -186,7 +186,9 @@ def exports_in(folder: Path) -> list[Path]:
 
 
 def exported(run_dir: Path) -> list[str]:
-    """Formats whose manifests are in a run directory."""
+    """Formats whose manifests are in a run directory; none in a folder that cannot be looked into."""
+    if not os.path.isdir(run_dir):
+        return []
     return sorted(path.parent.name for path in run_dir.glob(f"export/*/{NAME}") if path.parent.name[0] != ".")
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def where(run_dir: Path) -> Left | None:
 
 def record_of(run_dir: Path) -> dict[str, Any]:
     """What the launch wrote down; {} where it is no launch's folder. Raises LoadmasterError where it is damaged."""
-    if not (run_dir / RECORD).is_file():
+    if not os.path.isfile(run_dir / RECORD):
         return {}
     try:
         found = read_json(run_dir / RECORD)

@@ -214,6 +214,9 @@ def test_which_format_is_pushed(run, capsys):
     assert main(dry) == 5
     assert "has the exports bf16, fp8: say which one" in capsys.readouterr().err
     (run / "bundle").mkdir()
+    (run / "bundle" / "manifest.json").write_text('{"format": "f')
+    assert main(dry) == 5
+    assert "has the exports bf16, fp8: say which one" in capsys.readouterr().err
     (run / "bundle" / "manifest.json").write_text('{"format": "fp8"}')
     assert main([*dry, "--public"]) == 0
     shown = capsys.readouterr().out
@@ -223,6 +226,13 @@ def test_which_format_is_pushed(run, capsys):
     assert "has not passed verification" in capsys.readouterr().err
     assert main(["push", str(run.parent), "--repo", "org/name"]) == 5
     assert "holds no export" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_looked_into_is_no_run(capsys):
+    """As root may look into all, by a name that no folder can have."""
+    name = "x" * 300
+    assert main(["push", name, "--repo", "org/name"]) == 5 and "no such folder" in capsys.readouterr().err
+    assert main(["fetch", name]) == 4 and "is no folder of a launch" in capsys.readouterr().err
 
 
 def test_what_a_launched_job_left_elsewhere_is_fetched_first(run, capsys):
