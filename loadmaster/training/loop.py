@@ -195,7 +195,7 @@ class Training:
         """All steps that are left, evaluated and saved when it is time."""
         world, first = self.session.world, self.resumed_after + 1
         log = MetricsLog(self.run_dir / "metrics.jsonl", self.resumed_after, world.lead)
-        tracker = open_tracker(self.session.job, self.run_dir, self.job_hash, world.lead)
+        tracker = open_tracker(self.session.job, self.run_dir, self.job_hash, world.lead, self.display.echo)
         compiled = graphs_compiled()
         self.display.start(self.steps, self.resumed_after)
         position, throughput = self.sampler.state_dict(), Throughput()
