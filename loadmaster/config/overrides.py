@@ -104,10 +104,12 @@ def _quoted(argument: str) -> str:
 
 
 def _as_text(argument: str) -> str | None:
-    """`data.path=Übung (1).jsonl` with the quotes that Hydra's grammar wants; None for what is no plain text."""
+    """`data.path=Übung (1).jsonl`, `data.split=train[:20%]` with the quotes that Hydra's grammar wants; None for what
+    is no plain text."""
     key, _, value = argument.partition("=")
     known = fields().get(key.lstrip("+"))
-    if known is None or "text" not in describe(known.annotation) or not value or set(value) & set("\"'\\$[]{},"):
+    is_text = known is not None and "text" in describe(known.annotation)
+    if not is_text or not value or value[0] in "[]" or set(value) & set("\"'\\${},"):
         return None
     return f'{key}="{value}"'
 

@@ -387,6 +387,10 @@ def test_a_file_of_any_name_is_given_as_it_is(name: str, tmp_path: Path, monkeyp
     assert problem.key == "data.path" and problem.message.startswith("there is no such file here")
 
 
+def test_a_part_of_a_split_needs_no_quotes_but_the_shells():
+    assert compose(["data=file", "data.path=a/b", "data.split=train[:20%]"]).job.data.split == "train[:20%]"
+
+
 def test_a_pattern_is_answered_with_the_folder_and_not_with_a_file_of_nearly_its_name(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows").mkdir()
