@@ -1,7 +1,8 @@
 """Preference rows as people write them: a prompt with a chosen and a rejected answer, or with one labelled answer.
 
-The prompt is `prompt` (text or messages), `conversations` or `messages` (turns before the answer), or Alpaca's
-`instruction`; without any of them `chosen` and `rejected` are whole chats that differ in their last message.
+The prompt is `prompt`, `question` or `input` (text or messages), `conversations` or `messages` (turns before the
+answer), or Alpaca's `instruction`; without any of them, or beside one that they repeat, `chosen` and `rejected` are
+whole chats that differ in their last message.
 An answer is text, one message, or a list that ends in it. A labelled answer is `completion`, or the last message of the
 row's own chat; its label says whether it is desirable.
 """
@@ -14,6 +15,7 @@ from loadmaster.data.shapes import READERS, RowError, kind_of, shortened
 
 PAIR_FIELDS = ("chosen", "rejected")
 ANSWER_FIELDS = (*PAIR_FIELDS, "completion")
+PROMPTS = ("conversations", "messages", "prompt", "instruction", "question", "input")
 LABEL_FIELDS = ("label", "kto_tag")
 """TRL's name of the label, and LLaMA-Factory's."""
 LABELS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
@@ -99,7 +101,7 @@ def _label(row: dict[str, Any]) -> bool:
 def _ends_in_an_answer(chat: list[dict[str, Any]], name: str) -> None:
     if chat[-1]["role"] != "assistant":
         raise RowError(f"{name} ends in a message of role {chat[-1]['role']}, not in the assistant's answer")
-    if len(chat) < 2:
+    if all(message["role"] == "system" for message in chat[:-1]):
         raise RowError(f"{name} has no prompt before its answer")
 
 
@@ -110,9 +112,10 @@ def _chat(row: dict[str, Any], name: str) -> tuple[list[dict[str, Any]], list[di
     """
     rest = {key: value for key, value in row.items() if key not in ANSWER_FIELDS}
     answer = row.get(name)
-    prompt = next((rest[key] for key in ("conversations", "messages", "prompt") if rest.get(key) is not None), None)
-    if prompt is None and rest.get("instruction") is not None:
+    asked = next((key for key in PROMPTS if rest.get(key) is not None), None)
+    if asked == "instruction":
         return READERS["alpaca"](rest if answer is None else {**rest, "output": answer})
+    prompt = rest.get(asked)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list | None):
@@ -126,11 +129,21 @@ def _chat(row: dict[str, Any], name: str) -> tuple[list[dict[str, Any]], list[di
         turns = [answer] if isinstance(answer, dict) else answer
     if not isinstance(turns, list):
         raise RowError(f"{name} is {kind_of(answer)}, not text, a message or a list of messages")
-    if prompt is not None and turns[: len(prompt)] != prompt:
+    if prompt is not None and turns[: len(prompt)] != prompt and not _repeats(turns, prompt):
         turns = [*prompt, *turns]
     shape = "sharegpt" if sharegpt else "messages"
     chat = {"tools": rest.get("tools"), "system": rest.get("system")}
     return READERS[shape]({**chat, ("conversations" if sharegpt else "messages"): turns})
+
+
+def _repeats(turns: list[Any], prompt: list[Any]) -> bool:
+    """Whether an answer is a whole chat, in which everything stands that the row asks elsewhere."""
+    whole = any(_speaker(turn) in ("user", "human") for turn in turns)
+    return whole and all(turn in turns for turn in prompt if _speaker(turn) not in ("assistant", "gpt"))
+
+
+def _speaker(turn: Any) -> Any:
+    return turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
 
 
 def _speaks_sharegpt(turns: Any) -> bool:

@@ -16,6 +16,7 @@ from loadmaster.errors import DataError
 
 ASK = {"role": "user", "content": "Name a colour."}
 GOOD, BAD = {"role": "assistant", "content": "Blue."}, {"role": "assistant", "content": "Seven."}
+SYSTEM = {"role": "system", "content": "Be brief."}
 SHAREGPT = [{"from": "human", "value": ASK["content"]}]
 
 
@@ -34,6 +35,15 @@ SHAREGPT = [{"from": "human", "value": ASK["content"]}]
         },
         {"conversations": SHAREGPT, "chosen": "Blue.", "rejected": "Seven."},
         {"instruction": ASK["content"], "input": "", "chosen": "Blue.", "rejected": "Seven."},
+        {"system": "Be brief.", "question": ASK["content"], "chosen": "Blue.", "rejected": "Seven."},
+        {"system": "Be brief.", "input": ASK["content"], "chosen": "Blue.", "rejected": "Seven."},
+        {"prompt": ASK["content"], "messages": [ASK, GOOD], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        {"prompt": ASK["content"], "chosen": [SYSTEM, ASK, GOOD], "rejected": [SYSTEM, ASK, BAD]},
+        {
+            "conversations": [*SHAREGPT, {"from": "gpt", "value": "Blue."}],
+            "chosen": [*SHAREGPT, {"from": "gpt", "value": "Blue."}],
+            "rejected": [*SHAREGPT, {"from": "gpt", "value": "Seven."}],
+        },
     ],
 )
 def test_every_way_of_writing_a_pair_is_the_same_pair(row):
@@ -54,6 +64,7 @@ def test_every_way_of_writing_a_pair_is_the_same_pair(row):
             "ends in a message of role user",
         ),
         ({"chosen": "y", "rejected": "z"}, "chosen has no prompt before its answer"),
+        ({"system": "s", "q": "x", "chosen": "y", "rejected": "z"}, "chosen has no prompt before its answer"),
         ({"prompt": 5, "chosen": "y", "rejected": "z"}, "the prompt is a number"),
         ({"prompt": "x", "chosen": 5, "rejected": "z"}, "chosen is a number"),
         ({"prompt": "x", "chosen": " ", "rejected": "z"}, "is empty"),
