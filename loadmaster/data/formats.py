@@ -24,6 +24,7 @@ from loadmaster.data.shapes import (
     prompt_answers,
     prompt_fields,
     string_of,
+    weightless_answers,
     written_as_text,
 )
 
@@ -53,8 +54,8 @@ class Conversation:
     row_id: hash of the content alone, so identical rows share it wherever they stand.
     rejected: of a preference row, the assistant message that is worse than the last of `messages`.
     label: of an unpaired preference row, whether the last of `messages` is desirable.
-    prompt_answers: how many of the first assistant messages belong to the prompt of a prompt/completion row, and are
-    not trained.
+    prompt_answers: how many of the first assistant messages belong to the prompt of a prompt/completion row, or have
+    weight 0, and are not trained.
     """
 
     messages: list[dict[str, Any]]
@@ -160,7 +161,8 @@ def to_conversation(
         if rejected is not None:
             rejected = written_as_text([*messages[:-1], rejected], tools)[-1]
         messages, tools = written_as_text(messages, tools), None
-    context = prompt_answers(row) if shape == "prompt_completion" else 0
+    count = {"prompt_completion": prompt_answers, "messages": weightless_answers}.get(shape)
+    context = count(row) if count else 0
     return _identified(messages, tools, None, origin, rejected, label, context)
 
 

@@ -23,9 +23,7 @@ from loadmaster.errors import DataError
 from loadmaster.files import cached_in, exclusive, publish_folder, read_json, sha256_json
 
 # Raised whenever the same input would give other tokens, rows or files than before.
-LAYOUT_VERSION = 3
-PAIRS_VERSION = 2
-"""The same for what objectives of preferences read alone."""
+LAYOUT_VERSION = 4
 LARGE_BYTES = 100_000_000
 """Of files whose reading is announced: it takes longer than a moment."""
 NOT_READ = "not read, as other files of rows are in the folder; a list, data.path=[FILE,...], names all that are read"
@@ -126,7 +124,7 @@ def _shaped_by(job: Job, tokenizer: Any, train: Source, validation: Source | Non
         "train": train.fingerprint(),
         "validation": validation.fingerprint() if validation else data.validation,
         "format": data.format,
-        "pairs": job.objective != "sft" and PAIRS_VERSION,
+        "pairs": job.objective != "sft",
         "system": data.system,
         "tools": data.tools,
         "max_rows": data.max_rows,

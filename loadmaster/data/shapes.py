@@ -115,6 +115,17 @@ def prompt_answers(row: dict) -> int:
     return sum(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in said_turns(row, asked, "user"))
 
 
+def weightless_answers(row: dict) -> int:
+    """How many of a chat's first answers have weight 0, as OpenAI's files write it: they are context, not trained."""
+    turns = row["messages"] if "messages" in row else row["conversations"]
+    weights = [turn.get("weight") for turn in turns if turn["role"] == "assistant"]
+    left = next((number for number, weight in enumerate(weights) if weight != 0), 0)
+    if 0 in weights[left:]:
+        which = "an answer behind one that is trained" if left or weights[0] != 0 else "every answer"
+        raise RowError(f"has weight 0 on {which}", "end each row with an answer that is trained; those of 0 come first")
+    return left
+
+
 def said_turns(row: dict, field: str, role: str) -> list:
     """A text as one message of `role`, or the messages that the field holds."""
     value = row[field]

@@ -149,7 +149,7 @@ class Encoder:
 
 def render_trained(renderer: ChatRenderer, conversation: Conversation) -> Rendering:
     """A chat's text and what is trained of it: every assistant turn, but those of a prompt that has its completion
-    apart; of a preference row the last one alone.
+    apart, or of weight 0; of a preference row the last one alone.
     """
     rendering = renderer.render(conversation.messages, conversation.tools)
     judged = conversation.rejected is not None or conversation.label is not None

@@ -121,6 +121,23 @@ def test_assistant_turns_of_a_prompt_are_context():
     assert whole.messages == conversation.messages and whole.row_id != conversation.row_id
 
 
+@pytest.mark.parametrize(
+    ("weights", "context"), [((None, None, 1), 0), ((0, None, 1), 1), ((0, 0, None), 2), ((1, 1, 1), 0)]
+)
+def test_first_answers_of_weight_0_are_context(weights, context):
+    turns = [turn for weight in weights for turn in (ASKED, {**SAID, "weight": weight})]
+    conversation = to_conversation({"messages": turns}, "messages", "f:1")
+    assert conversation.prompt_answers == context and conversation.messages == [ASKED, SAID] * 3
+    assert to_conversation({"conversations": turns}, "messages", "f:1") == conversation
+
+
+@pytest.mark.parametrize(("weights", "said"), [((0, 0), "on every answer"), ((0, 1, 0), "behind"), ((1, 0), "behind")])
+def test_answers_of_weight_0_behind_the_trained_ones_are_refused(weights, said):
+    turns = [turn for weight in weights for turn in (ASKED, {**SAID, "weight": weight})]
+    with pytest.raises(RowError, match=f"weight 0 .*{said}"):
+        to_conversation({"messages": turns}, "messages", "f:1")
+
+
 def test_sharegpt_with_system_tools_calls_and_observations():
     row = {
         "conversations": [
