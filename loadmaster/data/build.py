@@ -25,7 +25,7 @@ from loadmaster.config.schema import DataConfig, Job
 from loadmaster.data.cache import ConversationFile
 from loadmaster.data.checks import Fault, SourceFaults, fault_report, listed
 from loadmaster.data.faults import Checked, Reading, other_format, other_shape, stop_on
-from loadmaster.data.formats import RowError, recognise_format, to_conversation
+from loadmaster.data.formats import RowError, recognise_format, to_conversation, unread_fields
 from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
 from loadmaster.data.preference import is_preference, is_unpaired, unfit
 from loadmaster.data.processes import in_processes
@@ -163,6 +163,8 @@ def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
         conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)
     except RowError as error:
         raise RowError(f"{error}{other_shape(raw.value, reading, job.objective)}", error.remedy) from None
+    if not reading.row_ids:
+        reading.unread = unread_fields(raw.value, conversation)
     reading.row_ids.append(conversation.row_id)
     return conversation.to_json().encode() + b"\n"
 
@@ -307,6 +309,8 @@ def _notes(
     repeated = len(reading.row_ids) - len(set(reading.row_ids))
     if repeated:
         notes.append(f"{repeated:,} {'rows repeat' if repeated > 1 else 'row repeats'} another row word for word")
+    if reading.unread:
+        notes.append(f"nothing is read from {', '.join(reading.unread)}")
     if count := reading.unfilled:
         verb = "rows hold" if count > 1 else "row holds"
         notes.append(f"{count:,} {verb} fields like {{{{name}}}}, trained on as they stand")

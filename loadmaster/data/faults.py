@@ -27,6 +27,7 @@ class Reading:
     first_bad: dict[str, Any] = field(default_factory=dict)  # file -> the value of the first of them
     rows_of: Counter[str] = field(default_factory=Counter)  # file -> rows read
     row_ids: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)  # fields of the first row that are not taken up
     unfilled: int = 0  # rows with a {{field}} that nobody filled in
     control: list[tuple[str, str]] = field(default_factory=list)
     """(place, token) of rows whose own text holds one of the tokenizer's control tokens."""

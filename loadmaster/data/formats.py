@@ -166,6 +166,14 @@ def to_conversation(
     return _identified(messages, tools, None, origin, rejected, label, context)
 
 
+def unread_fields(row: dict[str, Any], conversation: Conversation) -> list[str]:
+    """Fields that say something in words which stands nowhere in what was read of the row."""
+    answers = [*conversation.messages, *([conversation.rejected] if conversation.rejected else [])]
+    said = [conversation.text or "", *(str(message.get("content")) for message in answers)]
+    words = {name: text.strip() for name, text in row.items() if isinstance(text, str) and name != "tools"}
+    return [name for name, text in words.items() if " " in text and not any(text in each for each in said)]
+
+
 def _identified(
     messages: list[dict],
     tools: list | None,

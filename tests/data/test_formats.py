@@ -13,6 +13,7 @@ from loadmaster.data.formats import (
     prompt_and_reference,
     recognise_format,
     to_conversation,
+    unread_fields,
 )
 
 CALL = {"name": "weather", "arguments": {"city": "Paris"}}
@@ -119,6 +120,20 @@ def test_assistant_turns_of_a_prompt_are_context():
     assert Conversation.from_json(conversation.to_json()) == conversation
     whole = to_conversation({"messages": [*row["prompt"], SAID], "tools": [TOOL]}, "messages", "f:1", "Be brief.")
     assert whole.messages == conversation.messages and whole.row_id != conversation.row_id
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "unread"),
+    [
+        ({"question": "Who is it?", "answer": "Ann.", "context": "Ann is here.", "id": "a1"}, "prompt_completion",
+         ["context"]),
+        ({"instruction": "Say  a word", "input": " of two ", "output": "A word.", "topic": "words"}, "alpaca", []),
+        ({"prompt": "Who is it?", "chosen": "It is Ann.", "rejected": "It is Bob."}, "preference", []),
+        ({"text": "Some words.", "tools": "[1, 2]"}, "text", []),
+    ],
+)
+def test_fields_with_words_that_are_not_read_are_found(row, shape, unread):
+    assert unread_fields(row, to_conversation(row, shape, "f:1")) == unread
 
 
 @pytest.mark.parametrize(
