@@ -186,6 +186,8 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: Exception) -> Pr
         return Problem(argument, None, COMMAND_LINE, "has a space before the =", remedy)
     if value.startswith("=") and key in fields():
         return Problem(key, value, COMMAND_LINE, "stands behind two =", f"{key}={value.lstrip('=')}")
+    if value.endswith(","):
+        return Problem(key, value, COMMAND_LINE, "ends with a comma", f"{key}={value.rstrip(',')}")
     reason = str(error).splitlines()[0]
     known = fields().get(key)
     itself = re.sub(r"(?<!\\)\$\{", r"\\${", value)  # or it would stand for another field's value
