@@ -195,6 +195,9 @@ def _processes(text: str) -> int:
 
 def main() -> int:
     settle_streams()
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
     try:
         start = plan(sys.argv[1:], os.environ)
         environment = start.environment | {"LOADMASTER_LEAD": str(os.getpid())}  # workers end with this process

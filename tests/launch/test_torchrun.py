@@ -110,6 +110,12 @@ def test_what_cannot_work_is_said(arguments, env, said):
         torchrun.plan(arguments, env)
 
 
+def test_help_is_the_description_of_its_flags(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["torchrun.py", "--help"])
+    assert torchrun.main() == 0
+    assert "--rdzv-endpoint=HOST:PORT" in capsys.readouterr().out
+
+
 def test_words_after_the_script_are_the_scripts():
     words = ["-m", "loadmaster.cli", "train", "--nnodes=7"]
     assert torchrun.plan(words, {}).script == words
