@@ -48,6 +48,7 @@ def run_app(task: Task, arguments: list[str] | None = None, own_flags: Sequence[
         print(f"loadmaster {__version__}")
         return 0
     arguments = ["launch.dry_run=true" if argument == "--dry-run" else argument for argument in arguments]
+    arguments = _with_what_to_show(arguments)
     try:
         flags, for_hydra, checked = check_command(arguments, own_flags)
     except ConfigError as error:
@@ -87,6 +88,17 @@ def run_app(task: Task, arguments: list[str] | None = None, own_flags: Sequence[
         show_error(flags.wrong)
         codes.append(flags.wrong.exit_code)
     return max(codes, default=0)
+
+
+def _with_what_to_show(arguments: list[str]) -> list[str]:
+    """--cfg and --info that no word of theirs follows show the usual; argparse would take any word for theirs."""
+    usual = {"--cfg": "job", "-c": "job", "--info": "all", "-i": "all"}
+    found = []
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        alone = argument in usual and (not after or "=" in after or after[0] in "-~+")
+        option = "--cfg" if argument in ("--cfg", "-c") else "--info"
+        found.append(f"{option}={usual[argument]}" if alone else argument)
+    return found
 
 
 def _show(look: Callable[[], None]) -> None:

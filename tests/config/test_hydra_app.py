@@ -209,6 +209,13 @@ def test_every_command_that_takes_a_job_says_so(words: list[str], capsys: pytest
     assert "note: seed is given as 1 and 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--cfg", "seed=3"], ["seed=3", "-c"], ["--info", "seed=3"], ["-i", "~seed"]])
+def test_looking_needs_no_word_that_says_at_what(words: list[str], capsys: pytest.CaptureFixture[str]):
+    task = Recorder()
+    assert run_app(task, words) == 0 and task.jobs == []
+    assert "usage" not in capsys.readouterr().err
+
+
 def test_a_key_may_be_given_the_same_value_twice_and_beside_its_group(capsys: pytest.CaptureFixture[str]):
     task = Recorder()
     assert run_app(task, ["seed=1", "seed=1", "hardware=cpu", "hardware.count=2", "stop_after=plan"]) == 0
