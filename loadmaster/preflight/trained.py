@@ -6,15 +6,16 @@ stepped, which is a bucket by itself, those of the layers are gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from loadmaster.preflight import saved
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
 from loadmaster.preflight.stepping import PIECE, adafactor_bytes, rounding_bytes
 
+T = TypeVar("T")
 BUCKET_ELEMENTS = 2**28
 """loadmaster.training.optimizer.BUCKET_ELEMENTS; a test holds the two equal."""
 
@@ -97,15 +98,21 @@ def _on_host(trained: tuple[Trained, ...], filled: int, optimizer: str, fused: b
 
 def _buckets(trained: tuple[Trained, ...], filled: int) -> list[list[Trained]]:
     """As the engine makes them (TrainingOptimizer.split), in the order in which they are stepped."""
-    found: list[list[Trained]] = [[]]
-    size = 0
-    for each in trained:
-        if found[-1] and size + each.elements > filled:
-            found.append([])
-            size = 0
-        found[-1].append(each)
-        size += each.elements
+    found = in_groups(trained, lambda each: each.elements, filled)
     return sorted(found, key=lambda bucket: sum(each.elements for each in bucket))
+
+
+def in_groups(things: Iterable[T], size: Callable[[T], float], most: int) -> list[list[T]]:
+    """Neighbours together, up to `most` in size; what is larger is alone, and of nothing there is one empty group."""
+    groups: list[list[T]] = [[]]
+    held = 0.0
+    for thing in things:
+        if groups[-1] and held + size(thing) > most:
+            groups.append([])
+            held = 0.0
+        groups[-1].append(thing)
+        held += size(thing)
+    return groups
 
 
 def tensors(shape: ModelShape, setup: Setup) -> tuple[Trained, ...]:

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ READ_BYTES = 2**30
 """Tensors that are read, and put where they belong, at a time."""
 
 
+@dataclass(frozen=True)
+class _Copied:
+    """What a rank writes of a save."""
+
+    tensors: dict[str, Any]
+    optimizer: dict[str, dict[str, Any]]
+    """Of its state what is no tensor by now: steps and scalars."""
+    generators: tuple[dict[str, Tensor], dict[str, Any]]
+    state: dict[str, Any]
+
+
 class Checkpoints:
     """Writes the checkpoints of a run, one at a time, behind the loop's back."""
 
@@ -81,27 +93,18 @@ class Checkpoints:
         return self._staging.copying
 
     def save(
-        self,
-        folder: Path,
-        trained: Named,
-        optimizer: TrainingOptimizer,
-        state: dict[str, Any],
-        keep: tuple | None = None,
-    ) -> None:
+        self, folder: Path, trained: Named, optimizer: TrainingOptimizer, state: dict[str, Any],
+        keep: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
         """Copy everything and return; `folder` appears when it is whole. `state` must be JSON.
 
         keep: (newest, best) to keep of its neighbours. Raises TrainingFailed for the save before, if that failed.
         """
         began = time.perf_counter()
         self.wait()
-        tensors, steps, scalars = _collect(trained, optimizer, self.placed, self._staging)
-        generators, generators_json = rng_state()
-        record = {**state, "world_size": self.world.size}
-        self._thread = threading.Thread(
-            target=self._write,
-            args=(folder, tensors, {"steps": steps, "scalars": scalars}, generators, generators_json, record, keep),
-            name=WRITER,
-        )
+        tensors, rest = _collect(trained, optimizer, self.placed, self._staging)
+        copied = _Copied(tensors, rest, rng_state(), {**state, "world_size": self.world.size})
+        self._thread = threading.Thread(target=self._write, args=(folder, copied, keep), name=WRITER)
         self._thread.start()
         if not self.behind:
             self._thread.join()
@@ -116,48 +119,37 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    def _write(
-        self,
-        folder: Path,
-        tensors: dict,
-        optimizer: dict,
-        generators: dict,
-        generators_json: dict,
-        state: dict,
-        keep: Any,
-    ) -> None:
+    def _write(self, folder: Path, copied: _Copied, keep: tuple[int, int] | None) -> None:
         began = time.perf_counter()
         try:
-            self._write_all(folder, tensors, optimizer, generators, generators_json, state)
+            self._write_all(folder, copied)
             if keep and self.world.lead:
                 prune(folder, *keep)
-            size = sum(local(tensor).nbytes for tensor in tensors.values())
+            size = sum(local(tensor).nbytes for tensor in copied.tensors.values())
             self.written.append((size, time.perf_counter() - began))
         except FAILURES as error:  # raised again by the loop, in wait
             self._error = _failure(folder, error)
 
-    def _write_all(
-        self, folder: Path, tensors: dict, optimizer: dict, generators: dict, generators_json: dict, state: dict
-    ) -> None:
+    def _write_all(self, folder: Path, copied: _Copied) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
         with ExitStack() as published:
             if self.world.lead:
                 self._together(lambda: published.enter_context(publish_folder(folder)))
             else:
                 self._together(lambda: None)
-            parts = self._together(lambda: self._write_part(partial, tensors, generators, generators_json))
-            reports = self._gather((parts, optimizer))
+            parts = self._together(lambda: self._write_part(partial, copied))
+            reports = self._gather((parts, copied.optimizer))
             if self.world.lead:
-                self._together(lambda: (_write_head(partial, reports, state), published.close()))
+                self._together(lambda: (_write_head(partial, reports, copied.state), published.close()))
             else:
                 self._together(lambda: None)
 
-    def _write_part(self, partial: Path, tensors: dict, generators: dict, generators_json: dict) -> dict[str, str]:
+    def _write_part(self, partial: Path, copied: _Copied) -> dict[str, str]:
         """This rank's files, and their checksums by name."""
         mine = [f"rng-{self.world.rank}.safetensors", f"rng-{self.world.rank}.json"]
-        save_file(generators, partial / mine[0])
-        write_json(partial / mine[1], generators_json)
-        self._write_tensors(partial / "tensors", tensors)
+        save_file(copied.generators[0], partial / mine[0])
+        write_json(partial / mine[1], copied.generators[1])
+        self._write_tensors(partial / "tensors", copied.tensors)
         written = sorted((partial / "tensors").glob(f"shard-{self.world.rank + 1:05d}-*"))
         names = [*mine, *(f"tensors/{path.name}" for path in written)]
         return {name: sha256_file(partial / name) for name in names}
@@ -297,8 +289,8 @@ def _write_head(partial: Path, reports: list[tuple[dict, dict]], state: dict[str
 
 def _collect(
     trained: Named, optimizer: TrainingOptimizer, placed: Placed, staging: Staging
-) -> tuple[dict, dict, dict]:
-    """(tensors by key, step counts, other scalars) of weights and optimizer; copies, as long as there is room."""
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(tensors by key, step counts and other scalars) of weights and optimizer; copies, as long as there is room."""
     parameters, parts = dict(trained), {name: placed.part(p) for name, p in trained}
     states, scalars = optimizer.state()
     own_form = getattr(optimizer, "own_form", False)
@@ -318,7 +310,7 @@ def _collect(
     staging.settle()
     placed_copies = {key: placed.place(like[key], copy) for key, copy in copies.items() if key in like}
     opaque = {key: copy for key, copy in copies.items() if key not in like}
-    return placed.complete(placed_copies) | opaque, steps, scalars
+    return placed.complete(placed_copies) | opaque, {"steps": steps, "scalars": scalars}
 
 
 def _cause(error: BaseException) -> str:

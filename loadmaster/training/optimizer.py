@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loadmaster.config.schema import OptimizerConfig
+from loadmaster.preflight.trained import in_groups
 from loadmaster.training.placement import local
 from loadmaster.training.relayout import BLOCK
 from loadmaster.training.rounding import Rounding
@@ -94,15 +95,7 @@ class TrainingOptimizer:
     @staticmethod
     def split(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
         """Parameters that are stepped together."""
-        groups: list[list[tuple[str, nn.Parameter]]] = [[]]
-        size = 0
-        for name, parameter in named:
-            if groups[-1] and size + parameter.numel() > BUCKET_ELEMENTS:
-                groups.append([])
-                size = 0
-            groups[-1].append((name, parameter))
-            size += parameter.numel()
-        return groups
+        return in_groups(named, lambda each: each[1].numel(), BUCKET_ELEMENTS)
 
     def _bucket(self, named: list[tuple[str, nn.Parameter]], make: Callable, numbers: dict[str, int]) -> _Bucket:
         names, parameters = [n for n, _ in named], [p for _, p in named]

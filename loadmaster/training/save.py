@@ -18,6 +18,7 @@ from loadmaster.errors import TrainingFailed
 from loadmaster.models.adapters import save_trained, trainable
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.shards import Checkpoint, saved_name
+from loadmaster.preflight.trained import in_groups
 from loadmaster.training.placement import Placed
 from loadmaster.training.world import World
 
@@ -56,16 +57,9 @@ def write_trained(model: nn.Module, folder: Path, placed: Placed, world: World, 
 
 def _write_model(model: nn.Module, folder: Path, placed: Placed, world: World) -> None:
     lm = causal_lm(model)
-    files: list[list[str]] = [[]]
-    size = 0
     parameters = dict(lm.named_parameters())
-    for name, parameter in parameters.items():
-        taken = placed.shape(parameter).numel() * parameter.element_size()
-        if files[-1] and size + taken > FILE_BYTES:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size += taken
+    sizes = {name: placed.shape(p).numel() * p.element_size() for name, p in parameters.items()}
+    files = in_groups(parameters, sizes.__getitem__, FILE_BYTES)
     where = {}
     for number, names in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
@@ -83,8 +77,7 @@ def _write_model(model: nn.Module, folder: Path, placed: Placed, world: World) -
         if lm.can_generate():
             lm.generation_config.save_pretrained(folder)
         if len(files) > 1:
-            total = sum(placed.shape(p).numel() * p.element_size() for p in parameters.values())
-            index = {"metadata": {"total_size": total}, "weight_map": where}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 

@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from loadmaster.preflight.trained import in_groups
+
 FILE_BYTES = 2 * 2**30
 """Tensors in a file: what was not copied to the host before comes there file by file."""
 
@@ -35,16 +37,7 @@ class ShardWriter(dcp.HuggingFaceStorageWriter):
         super().__init__(str(folder), save_distributed=True)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
-        files: list[list[WriteItem]] = [[]]
-        size = 0
-        for item in plan.items:
-            data = item.tensor_data
-            taken = data.chunk.sizes.numel() * data.properties.dtype.itemsize
-            if files[-1] and size + taken > FILE_BYTES:
-                files.append([])
-                size = 0
-            files[-1].append(item)
-            size += taken
+        files = in_groups(plan.items, _bytes, FILE_BYTES)
         written: Future = Future()
         results = []
         for number, items in enumerate(files if plan.items else [], 1):
@@ -63,3 +56,8 @@ class ShardWriter(dcp.HuggingFaceStorageWriter):
             os.fsync(file.fileno())
         sizes = {item.index: tensors[item.index.fqn].nbytes for item in items}
         return [WriteResult(index, size, _StorageInfo(name, 0, size)) for index, size in sizes.items()]
+
+
+def _bytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    return data.chunk.sizes.numel() * data.properties.dtype.itemsize
