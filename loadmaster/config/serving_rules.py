@@ -13,8 +13,9 @@ from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import Job, LaunchConfig
 from loadmaster.config.shipped import local_path
 
-SERVED_RANK = 512
-"""Largest rank that --max-lora-rank accepts (vllm 0.33.0); a test holds it to export's list."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank accepts (vllm 0.33.0)."""
+SERVED_RANK = LORA_RANKS[-1]
 
 
 @rule("lora.rank", "endpoint.serve_as", "endpoint.server", "method")

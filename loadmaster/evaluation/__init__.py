@@ -13,6 +13,7 @@ from loadmaster.data import Conversation, prompt_and_reference
 from loadmaster.evaluation.generate import Progress, generate
 from loadmaster.evaluation.held_out import held_out
 from loadmaster.evaluation.tasks import task_metric
+from loadmaster.preflight.verification import ANSWERS_AT_A_TIME
 from loadmaster.training.world import World
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
 ]  # fmt: skip
 
 SAMPLES = 8
-AUTO_BATCH_SIZE = 16
 
 
 def run_task(
@@ -80,7 +80,7 @@ def prompts_and_references(
 
 def batch_size(evaluation: EvaluationConfig) -> int:
     """Answers generated at a time."""
-    return AUTO_BATCH_SIZE if evaluation.batch_size == "auto" else evaluation.batch_size
+    return ANSWERS_AT_A_TIME if evaluation.batch_size == "auto" else evaluation.batch_size
 
 
 def _shown(prompt: Conversation) -> str:

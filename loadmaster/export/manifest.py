@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loadmaster import __version__
+from loadmaster.config.serving_rules import LORA_RANKS
 from loadmaster.errors import ExportRejected
 from loadmaster.files import sha256_file, storable, write_text
 from loadmaster.rundir import newest_in
@@ -66,9 +67,6 @@ OLDEST_SERVER |= {
     "fp8_block": OLDEST_SERVER["fp8"], "int4_gptq": OLDEST_SERVER["int4"], "int4_awq": OLDEST_SERVER["int4"],
 }  # fmt: skip
 """Oldest vLLM that loads each format, why, and where that is known from (2026-11-23)."""
-
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank accepts (vllm 0.33.0)."""
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "compressed-tensors", "llmcompressor")
 

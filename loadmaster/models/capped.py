@@ -25,9 +25,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from loadmaster.models.transfer import put
+from loadmaster.preflight.blocks import BLOCK
 
-BLOCK = 128
-"""Tokens of a block; the preflight reads this number."""
 BLOCKED = {"cuda", "meta"}
 """Devices that get blocks; a trace on the meta device stands for a GPU."""
 BACKEND = "inductor"

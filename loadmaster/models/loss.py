@@ -19,8 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-CHUNK_TOKENS = 1024
-"""Rows of logits alive at a time; the preflight's memory model reads this number."""
+from loadmaster.preflight.layers import LOSS_CHUNK_TOKENS as CHUNK_TOKENS
 
 
 def compile_loss(head: nn.Module, backend: str) -> None:

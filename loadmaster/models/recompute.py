@@ -29,10 +29,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.models.forward import causal_lm, decoder_layers
+from loadmaster.preflight.frozen import WIDE
 from loadmaster.preflight.pinned import PIECE_BYTES
-
-WIDE = 512
-"""Inputs of a product that is kept; an adapter's second product has its rank. The preflight reads this number."""
 
 
 def checkpoint_activations(model: nn.Module, mode: str, kept_layers: int = 0) -> None:

@@ -30,7 +30,7 @@ NARROW = 512
 """A matmul with fewer columns than this moves bytes more than it computes."""
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 BLOCK = 128
-"""loadmaster.models.capped.BLOCK; a test holds the two equal."""
+"""Tokens of a block of attention with capped scores."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from loadmaster.preflight.graph import Storage, Tensor
 from loadmaster.preflight.shape import Matrix
 
 WIDE = 512
-"""loadmaster.models.recompute.WIDE; a test holds the two equal."""
+"""Inputs of a product that selective checkpointing keeps; an adapter's second product has its rank."""
 
 SHARING = ("k_proj", "v_proj", "up_proj")
 """Matrices of a layer whose input another one has as well."""

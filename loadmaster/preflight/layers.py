@@ -8,7 +8,7 @@ from loadmaster.preflight.graph import Split, Storage, Tensor
 from loadmaster.preflight.mixture import activation, halves, mixture
 
 LOSS_CHUNK_TOKENS = 1024
-"""loadmaster.models.loss.CHUNK_TOKENS; a test holds the two equal."""
+"""Rows of logits that the engine has alive at a time."""
 
 
 def decoder_layer(b: Blocks, weights: Weights, x: Tensor, experts: bool) -> Tensor:

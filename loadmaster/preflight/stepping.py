@@ -14,7 +14,7 @@ from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
 
 PIECE = 2**24
-"""loadmaster.training.rounding.PIECE; a test holds the two equal."""
+"""Elements that the engine rounds at once, and has in fp32 at once where there are no masters."""
 
 
 def adafactor_bytes(elements: Iterable[float], rounds: bool) -> float:

@@ -17,7 +17,7 @@ from loadmaster.preflight.stepping import PIECE, adafactor_bytes, rounding_bytes
 
 T = TypeVar("T")
 BUCKET_ELEMENTS = 2**28
-"""loadmaster.training.optimizer.BUCKET_ELEMENTS; a test holds the two equal."""
+"""Parameters that the engine steps together; bounds the fp32 gradients that exist at once to 1 GiB."""
 
 
 HOST_STEP = {"adamw": 20, "adamw_8bit": 28, "adafactor": 16}

@@ -31,7 +31,7 @@ from loadmaster.preflight.weights import base_bytes
 REFERENCE_BYTES = 2**30
 """Log-probabilities of the trained model that are kept in host memory, at most."""
 ANSWERS_AT_A_TIME = 16
-"""loadmaster.evaluation.AUTO_BATCH_SIZE; a test holds the two equal."""
+"""Where evaluation.batch_size is auto."""
 ANSWERS, ANSWER_TOKENS = 16, 64
 """Greedy answers that are compared where there is no task, and their longest length."""
 PROMPTS_A_ROW = 4

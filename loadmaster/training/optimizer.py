@@ -24,13 +24,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loadmaster.config.schema import OptimizerConfig
-from loadmaster.preflight.trained import in_groups
+from loadmaster.preflight.trained import BUCKET_ELEMENTS, in_groups
 from loadmaster.training.placement import local
 from loadmaster.training.relayout import BLOCK
 from loadmaster.training.rounding import Rounding
 
-BUCKET_ELEMENTS = 2**28
-"""Parameters stepped together; bounds the fp32 gradients that exist at once to 1 GiB (preflight reads this)."""
 UNUSED = "RMS"
 """Adafactor's, of a rank's part of a weight, written in each step and read in none (scale_parameter=False): it is no
 state, and not the same on all ranks."""

@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loadmaster.preflight.stepping import PIECE
 from loadmaster.training.relayout import BLOCK
-
-PIECE = 2**24
-"""Elements that are rounded at once, and in fp32 at once where there are no masters (preflight reads this)."""
 
 Seed = tuple[Tensor, Tensor]
 

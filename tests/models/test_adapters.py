@@ -8,10 +8,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from loadmaster.config.rules import serving_rules
 from loadmaster.config.schema import LoraConfig, OptimizerConfig
 from loadmaster.errors import ConfigError
-from loadmaster.export.manifest import LORA_RANKS
 from loadmaster.export.merge import read_adapter
 from loadmaster.models.adapters import Narrow, make_trainable, save_trained, trainable, without_adapter
 from loadmaster.models.forward import causal_lm, noisy, token_losses
@@ -102,10 +100,6 @@ def test_noise_is_in_training_alone(tiny):
     assert made[0] != made[1]
     made = [token_losses(session.model.eval(), batch(1))[0].item() for _ in range(2)]
     assert made[0] == made[1]
-
-
-def test_the_rank_that_servers_take_is_the_manifests():
-    assert max(LORA_RANKS) == serving_rules.SERVED_RANK
 
 
 @pytest.mark.parametrize("targets", [r".*(q_proj|lm_head)", r".*(q_proj|embed_tokens)", r".*q_proj|.*norm", ".*", []])

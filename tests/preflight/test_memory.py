@@ -9,14 +9,13 @@ import pytest
 
 from loadmaster import catalog
 from loadmaster.preflight import memory as model
-from loadmaster.preflight import trained
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import training_step
 from loadmaster.preflight.weights import base_bytes, nf4_bytes
-from loadmaster.training import optimizer, rounding
+from loadmaster.training import optimizer
 
 GIB = 2**30
 
@@ -147,11 +146,6 @@ def test_components_add_up_to_the_training_peak() -> None:
     assert sum(parts) == pytest.approx(gib.total, abs=1e-3)
     assert gib.total == pytest.approx(found.phases["train"], abs=1e-3)
     assert gib.communication > 0
-
-
-def test_the_optimizer_bucket_is_the_engines() -> None:
-    assert trained.BUCKET_ELEMENTS == optimizer.BUCKET_ELEMENTS
-    assert trained.PIECE == rounding.PIECE
 
 
 def test_weights_gradients_and_states_that_are_offloaded_are_in_host_memory() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from loadmaster import evaluation
 from loadmaster.config.schema import BatchConfig, EvaluationConfig, ExportConfig, HardwareConfig, Job, ModelConfig
 from loadmaster.export import candidates, smoke
 from loadmaster.preflight import make_plan, phases, verification
@@ -232,7 +231,6 @@ def test_the_host_holds_the_rehearsals_copy_of_what_is_trained() -> None:
 
 
 def test_numbers_of_other_rooms_are_theirs() -> None:
-    assert verification.ANSWERS_AT_A_TIME == evaluation.AUTO_BATCH_SIZE
     assert smoke.ANSWER_TOKENS * (smoke.PROMPTS + 1) < verification.OTHER_PASSES
     calibrated = {name for name, made in candidates.CANDIDATES.items() if set(made) & set(candidates.CALIBRATED)}
     assert set(phases.CALIBRATED) == calibrated and set(phases.EXPORT_BITS) == set(candidates.CANDIDATES)

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from loadmaster.data import MicroBatch
-from loadmaster.models import capped, loss, recompute
+from loadmaster.models import recompute
 from loadmaster.preflight import blocks
 from loadmaster.preflight.config_json import from_config
-from loadmaster.preflight.frozen import WIDE
-from loadmaster.preflight.layers import LOSS_CHUNK_TOKENS, chunks
+from loadmaster.preflight.layers import chunks
 from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import evaluation_batch, training_step
@@ -193,12 +192,6 @@ def test_inputs_in_host_memory_and_mlps_by_pieces_are_replayed(family: str, meth
         error = training_step(shape, setup, in_place=False).peak / truth - 1
         assert abs(error) < TOLERANCE, f"{case}: replay is {error:+.3%} from the trace of {truth} bytes"
     training_step.cache_clear()
-
-
-def test_the_engines_numbers_are_the_preflights() -> None:
-    assert blocks.BLOCK == capped.BLOCK
-    assert LOSS_CHUNK_TOKENS == loss.CHUNK_TOKENS
-    assert WIDE == recompute.WIDE
 
 
 @pytest.mark.parametrize(
