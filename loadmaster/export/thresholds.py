@@ -62,14 +62,28 @@ FEW_TOKENS = 500
 """Held-out tokens below which figures say little (the 99th percentile is that of five), and a run says so."""
 
 
+MOST_BY_CHANCE = 0.05
+
+
 def of_few(limit: ThresholdsConfig, tokens: int | None) -> ThresholdsConfig:
-    """The limits over so few tokens that one or two would decide: top-1 agreement two standard errors of a share lower,
-    and 0.05 at most."""
-    least = limit.min_top1_agreement
-    if tokens is None or tokens >= FEW_TOKENS or least is None:
+    """The limits over so few tokens that one or two would decide, two standard errors wider, MOST_BY_CHANCE at most.
+
+    Of top-1 agreement that error is a share's. A perplexity ratio is the exponential of a mean of differences of log p,
+    whose variance over tokens is about twice their mean KL divergence (to the second order of the difference): twice
+    the largest that is let pass.
+    """
+    if tokens is None or tokens >= FEW_TOKENS:
         return limit
-    short = min(2 * math.sqrt(least * (1 - least) / max(tokens, 1)), 0.05)
-    return replace(limit, min_top1_agreement=round(least - short, 4))
+
+    def by_chance(variance: float) -> float:
+        return min(2 * math.sqrt(variance / max(tokens, 1)), MOST_BY_CHANCE)
+
+    least, most, divergence = limit.min_top1_agreement, limit.max_perplexity_ratio, limit.max_mean_kl
+    if least is not None:
+        limit = replace(limit, min_top1_agreement=round(least - by_chance(least * (1 - least)), 4))
+    if most is not None and divergence is not None:
+        limit = replace(limit, max_perplexity_ratio=round(most * math.exp(by_chance(2 * divergence)), 4))
+    return limit
 
 
 def limits(export: ExportConfig, format_name: str, tokens: int | None = None) -> ThresholdsConfig:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import ExportConfig, ExportFormat, ThresholdsConfig
@@ -56,6 +58,25 @@ def test_a_share_of_few_tokens_may_be_short_of_its_limit_by_chance():
     assert of_few(DEFAULTS["bf16"], 500) == of_few(DEFAULTS["bf16"], None) == DEFAULTS["bf16"]
     assert of_few(DEFAULTS["bf16"], 6).min_top1_agreement == 0.9
     assert of_few(ThresholdsConfig(), 6) == ThresholdsConfig()
+
+
+def test_a_mean_over_few_tokens_may_be_beyond_its_limit_by_chance():
+    """Four example rows hold out 49 tokens: their good bf16 export was refused at 1.029, fp8 at 1.066."""
+    bf16, fp8 = (of_few(DEFAULTS[name], 49) for name in ("bf16", "fp8"))
+    assert failures({"perplexity_ratio": 1.029}, bf16) == failures({"perplexity_ratio": 1.066}, fp8) == []
+    assert bf16.max_perplexity_ratio == pytest.approx(1.02 * math.exp(2 * math.sqrt(2 * 0.005 / 49)), abs=1e-4)
+    assert fp8.max_perplexity_ratio == pytest.approx(1.06 * math.exp(0.05), abs=1e-4)
+    assert (bf16.max_mean_kl, bf16.min_tuned_share) == (0.005, 0.95)
+
+
+def test_the_spread_of_a_difference_is_twice_its_divergence():
+    """The second order of which `of_few` makes use, of logits that are a little off."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(4000, 50, dtype=torch.float64)
+    trained, exported = (torch.log_softmax(x, -1) for x in (logits, logits + 0.1 * torch.randn_like(logits)))
+    divergence = (trained.exp() * (trained - exported)).sum(-1).mean().item()
+    said = torch.multinomial(trained.exp(), 1)
+    assert (trained - exported).gather(-1, said).var().item() == pytest.approx(2 * divergence, rel=0.1)
 
 
 def test_the_users_limits_replace_the_shipped_ones_of_their_format_only():
