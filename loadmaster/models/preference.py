@@ -140,7 +140,7 @@ def dpo_loss(policy_A: Tensor, reference_A: Tensor, beta: float, label_smoothing
 
 def orpo_loss(mean_A: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """(loss [P], log odds ratio [P]) of P pairs from the mean log-probabilities of their 2 P answers."""
-    log_odds = mean_A - torch.log1p(-torch.exp(mean_A).clamp(max=1 - 1e-7))
+    log_odds = mean_A - torch.log(-torch.expm1(mean_A).clamp(max=-1e-7))  # exact where p is nearly 1, too
     margin = log_odds[0::2] - log_odds[1::2]
     return -mean_A[0::2] - beta * F.logsigmoid(margin), margin.detach()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import shutil
 
 import numpy as np
@@ -122,6 +123,17 @@ def test_loss_and_gradients_are_the_formulas(policy, plain, rows, objective):
     assert (pairs, correct) == (3, int((margin > 0).sum()))
     assert margins == pytest.approx(margin.sum().item(), rel=1e-4, abs=1e-4)  # differences of sums of about 100
     assert labelled == [0, 0, 0, 0]
+
+
+def test_orpo_of_answers_that_are_nearly_certain_is_the_formula_in_float64():
+    mean = [-1e-6, -3e-6, -2e-5, -4e-6]
+    (loss, margin), (exact, exact_margin) = (
+        orpo_loss(torch.tensor(mean, dtype=dtype), 0.3) for dtype in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(margin.double(), exact_margin, rtol=1e-5, atol=0)
+    odds = torch.tensor([math.log(math.exp(m) / -math.expm1(m)) for m in mean], dtype=torch.float64)
+    torch.testing.assert_close(exact_margin, odds[0::2] - odds[1::2], rtol=1e-9, atol=0)
 
 
 def test_at_the_start_dpo_is_log_2_and_its_margin_zero(tiny, rows):
