@@ -302,12 +302,14 @@ class Training:
         nothing = {"loss": None, "tokens_per_second": 0.0}  # metrics.jsonl was lost after the last step
         logged = read_metrics(self.run_dir / "metrics.jsonl") or [nothing]
         tokens, trained = self.tokens - self.resumed_tokens, self.trained_tokens - self.resumed_trained_tokens
+        rate = tokens / self.busy_s if self.busy_s else logged[-1]["tokens_per_second"]
+        share = trained / tokens if tokens else self.trained_tokens / self.tokens  # no step was left to this process
         return Outcome(
             steps=self.steps,
             train_loss=recent_loss(logged),
             eval_loss=logged[-1].get("eval_loss"),
-            tokens_per_second=tokens / self.busy_s if self.busy_s else logged[-1]["tokens_per_second"],
-            trained_tokens_per_second=trained / self.busy_s if self.busy_s else 0.0,
+            tokens_per_second=rate,
+            trained_tokens_per_second=rate * share,
             rehearsal=rehearsal,
             peaks=most(self.session.world.gather(peak_memory(self.session.device))),
             saves=self.checkpoints.figures(),

@@ -361,6 +361,11 @@ def test_the_loss_falls_and_the_outcome_reports_it(tiny, tmp_path):
     assert 0 < outcome.input_share < 0.2  # of a model as small as this
     assert logged[-1]["tokens"] == 30 * rows(4).tokens
     assert {"step", "loss", "lr", "tokens", "tokens_per_second"} <= set(logged[0])
+    again = run(tiny, tmp_path, job, one)[1]  # no step is left: the rates are the last ones
+    assert again.tokens_per_second == logged[-1]["tokens_per_second"]
+    for each in (outcome, again):
+        share = each.trained_tokens_per_second / each.tokens_per_second
+        assert share == pytest.approx(rows(4).trained_tokens / rows(4).tokens)
 
 
 @pytest.mark.parametrize(
