@@ -77,7 +77,7 @@ def things(value: Any, one: str, many: str | None = None) -> str:
 def parameters(value: Any) -> str:
     def show(v: float) -> str:
         for unit, size in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6)):
-            if v >= size:
+            if float(f"{v:.3g}") >= size:  # 999.9 million are 1 billion
                 return f"{v / size:.3g} {unit}"
         return f"{v:,.0f}"
 

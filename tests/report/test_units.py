@@ -32,6 +32,7 @@ from loadmaster.report.overview import off_by
         (units.usd, 12.4, "$12.40"),
         (units.parameters, 134_515_008, "135 million"),
         (units.parameters, 8.03e9, "8.03 billion"),
+        (units.parameters, 999_885_952, "1 billion"),
         (units.significant, 1.1774, "1.18"),
         (units.significant, 123.4, "123"),
         (units.decimals, math.inf, "infinite"),
