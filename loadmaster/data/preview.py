@@ -134,4 +134,4 @@ def _labels(desirable: int, undesirable: int) -> str:
     if not few or many <= few * EQUAL_ENOUGH:
         return said
     name = "desirable" if few == desirable else "undesirable"
-    return f"{said}; preference.{name}_weight={many / few:.2g} would weigh both alike"
+    return f"{said}; preference.{name}_weight={round(many / few, 1):g} would weigh both alike"

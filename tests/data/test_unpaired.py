@@ -105,6 +105,8 @@ def test_each_packed_document_carries_the_label_of_its_row(tokenizer, tmp_path, 
     assert (figures["desirable"], figures["undesirable"]) == (13, 7)
     said = "13 desirable and 7 undesirable answers; preference.undesirable_weight=1.9 would weigh both alike"
     assert said in describe(prepared.summary)
+    figures |= {"desirable": 240, "undesirable": 2}
+    assert "preference.undesirable_weight=120 would" in describe(prepared.summary)
 
 
 def test_a_micro_batch_knows_the_label_of_each_document_and_padding_has_none(tokenizer, tmp_path, write_jsonl):
