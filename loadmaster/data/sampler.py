@@ -45,8 +45,9 @@ class BatchSampler:
         """Optimizer steps from the very beginning to the end of the last epoch."""
         if math.isinf(self.epochs):
             raise ValueError("endless epochs have no number of steps")
-        per_epoch = (self._rows_in(epoch) for epoch in range(math.ceil(self.epochs)))
-        return sum(math.ceil(rows / self.global_size) for rows in per_epoch)
+        whole = int(self.epochs)
+        per_epoch, last = (math.ceil(self._rows_in(epoch) / self.global_size) for epoch in (0, whole))
+        return whole * per_epoch + last
 
     def __iter__(self) -> Iterator[list[int]]:
         while rows := self._rows_in(self.epoch):

@@ -15,6 +15,10 @@ def flat(batches) -> list[int]:
     return list(chain.from_iterable(batches))
 
 
+def test_the_steps_of_ever_so_many_epochs_are_known_at_once():
+    assert BatchSampler(100, 16, seed=0, epochs=1e9).total_steps() == 7 * 10**9
+
+
 @pytest.mark.parametrize("rows", [1, 7, 32])
 @pytest.mark.parametrize("size", [1, 4, 50])
 @pytest.mark.parametrize("epochs", [0.3, 1, 2.5])
