@@ -2,7 +2,7 @@
 
     prompts     the cache, what a layer makes of all their tokens, and a mask of pairs, for prompts are padded
     tokens      the cache as long as it gets, and a layer's keys and values repeated for the heads that share them
-    choosing    the cache, and scores of the vocabulary, in fp32 thrice
+    choosing    the cache, and scores of the vocabulary, in fp32 twice
 
 All of it is proportional to the number of answers. Held against traces (tests/evaluation/test_answer_memory.py).
 """
@@ -26,5 +26,5 @@ def answer_bytes(shape: ModelShape, width: int, answers: int, prompt: float, new
         attending = 5 * width * prompt * shape.query_size + 2 * prompt**2  # the mask once more, to be added
     prompts = beside + max(width * prompt * in_layer(shape), attending)
     tokens = (2.0 * width * shape.query_size + 6 * 8) * (prompt + new)
-    choosing = (2 * width + 3 * 4.0) * shape.vocabulary_size
+    choosing = (width + 2 * 4.0) * shape.vocabulary_size
     return answers * max(each * prompt + prompts, each * (prompt + new) + max(tokens, choosing))
