@@ -70,7 +70,7 @@ def test_the_real_job_composes_and_plans_on_the_pod(place, monkeypatch):
 def test_the_cheapest_machine_that_fits_is_taken_and_the_volume_is_used_again(place):
     place.launch()
     first = place.fake.bodies[-1]
-    assert first["gpu"]["id"] == "NVIDIA L40S"  # an RTX 4090 costs less an hour, and verifies from host memory
+    assert first["gpu"]["id"] == "NVIDIA GeForce RTX 4090"
     place.launch("launch.gpus=[h100_80gb]")
     second = place.fake.bodies[-1]
     assert second["gpu"]["id"] != first["gpu"]["id"]

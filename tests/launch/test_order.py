@@ -80,13 +80,14 @@ def test_a_machine_without_a_price_is_not_taken_for_one_that_costs_nothing():
 
 
 def test_a_machine_whose_exports_are_verified_from_host_memory_costs_that_time():
-    """8B in bf16, which the export is verified as, is more than a 4090 holds; the training is not."""
-    ranked = choices(composed().job, [SMALL, *OFFERS], 200_000)
+    """8B in bf16, which the export is verified as, and 128 answers are more than a 4090 holds; the training is not."""
+    many = ("evaluation.batch_size=128", "evaluation.max_new_tokens=128")
+    ranked = choices(composed(*many).job, [SMALL, *OFFERS], 200_000)
     assert ranked[0].offer.label == "1x l40s" and all(choice.can_export for choice in ranked)
     small = next(choice for choice in ranked if choice.offer == SMALL)
     found = small.plan.verification
     assert found["layers"]["host"] > 0 and 0 < found["moving_hours"] < small.hours
-    alone = choices(composed("stop_after=evaluate").job, [SMALL], 200_000)[0]
+    alone = choices(composed(*many, "stop_after=evaluate").job, [SMALL], 200_000)[0]
     assert small.hours - alone.hours > found["moving_hours"]  # and what writes and reads the exports
 
 
