@@ -33,9 +33,9 @@ from loadmaster.config.fields import nearest
 from loadmaster.config.schema import STAGES
 from loadmaster.config.show import show_error
 from loadmaster.ending import ended
+from loadmaster.endpoint.command import add_parsers
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.files import is_full_disk, read_json
-from loadmaster.launch.endpoint_command import add_parsers
 from loadmaster.streams import Output, settle_streams
 from loadmaster.tables import print_table
 

@@ -1,7 +1,7 @@
 """Recorded answers: what an exported folder says to a few prompts, for an endpoint to be asked later.
 
 The answers are greedy and the export's own, in bf16 arithmetic, so that whoever serves these very files has to say
-the same, but for near ties that another kernel decides otherwise (loadmaster.launch.smoke has the tolerance).
+the same, but for near ties that another kernel decides otherwise (loadmaster.endpoint.smoke has the tolerance).
 `loadmaster.export.answers` keeps them.
 """
 

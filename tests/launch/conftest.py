@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from loadmaster.launch import endpoint_command, order, rented
+from loadmaster.endpoint import command as endpoint_command
 from loadmaster.launch import job as job_module
+from loadmaster.launch import order, rented
 from loadmaster.launch.runpod import Api, RunpodClient
 from tests.launch.fake_runpod import FakeRunpod
 from tests.launch.fake_s3 import ACCESS, SECRET, FakeS3

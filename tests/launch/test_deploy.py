@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from loadmaster.config.schema import EndpointConfig, ExportConfig, Job
+from loadmaster.endpoint import validate
 from loadmaster.endpoint.bundle import write_bundle
+from loadmaster.endpoint.deploy import deploy, find, order, ours, owned, scale, write_deployment
+from loadmaster.endpoint.inference import Inference, NotAnswered
 from loadmaster.errors import ExportRejected, LoadmasterError, StoppedOnRequest
 from loadmaster.export.answers import keep
 from loadmaster.export.manifest import OWN_DIGEST, write_manifest
 from loadmaster.files import read_json, write_json
-from loadmaster.launch import validate
 from loadmaster.launch.bucket import Bucket
-from loadmaster.launch.deploy import deploy, find, order, ours, owned, scale, write_deployment
-from loadmaster.launch.inference import Inference, NotAnswered
 from loadmaster.launch.runpod import Api, Patience, RunpodClient
 from loadmaster.launch.runpod.types import CreateNetworkVolume, body
 from loadmaster.launch.upload import upload

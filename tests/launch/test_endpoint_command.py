@@ -10,10 +10,10 @@ import signal
 import pytest
 
 from loadmaster.cli import main
+from loadmaster.endpoint import command as endpoint_command
+from loadmaster.endpoint.inference import Inference
 from loadmaster.export.manifest import read_manifest, write_manifest
 from loadmaster.files import write_json
-from loadmaster.launch import endpoint_command
-from loadmaster.launch.inference import Inference
 from loadmaster.launch.runpod import Api, Patience, RunpodClient
 from tests.launch.fake_inference import FakeInference
 from tests.launch.fake_runpod import FAULTS, FakeRunpod

@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 
 from loadmaster.cli import main
+from loadmaster.endpoint import command as endpoint_command
+from loadmaster.endpoint.inference import Inference
 from loadmaster.errors import ExportRejected, LoadmasterError, StoppedOnRequest
 from loadmaster.export.manifest import verify_manifest
 from loadmaster.files import read_json, write_json
-from loadmaster.launch import bucket, endpoint_command, order
-from loadmaster.launch.inference import Inference
+from loadmaster.launch import bucket, order
 from loadmaster.launch.job import _with_a_way_home
 from loadmaster.launch.left import fetch, where
 from tests.launch.fake_inference import FakeInference

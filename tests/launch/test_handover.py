@@ -18,9 +18,10 @@ from rich.console import Console
 
 from loadmaster.cli import main
 from loadmaster.config.compose import compose
+from loadmaster.endpoint import command as endpoint_command
+from loadmaster.endpoint.inference import Inference
 from loadmaster.files import read_json, write_json
-from loadmaster.launch import bucket, endpoint_command
-from loadmaster.launch.inference import Inference
+from loadmaster.launch import bucket
 from loadmaster.launch.runpod import Api, Patience, RunpodClient
 from loadmaster.pipeline import run
 from tests.launch.fake_inference import FakeInference

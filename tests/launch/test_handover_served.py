@@ -18,11 +18,11 @@ import httpx
 import pytest
 
 from loadmaster.cli import main
+from loadmaster.endpoint import command as endpoint_command
+from loadmaster.endpoint.inference import CHAT, Inference, NotAnswered, answer_in
 from loadmaster.export.serve_environment import server_python
 from loadmaster.export.serve_process import SERVER_VARIABLES, free_port
 from loadmaster.files import read_json
-from loadmaster.launch import endpoint_command
-from loadmaster.launch.inference import CHAT, Inference, NotAnswered, answer_in
 from tests.launch.fake_platform import FakePlatform
 from tests.launch.fake_runpod import FakeRunpod
 from tests.launch.fake_s3 import ACCESS, SECRET, FakeS3

@@ -6,12 +6,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from loadmaster.endpoint.inference import Load, loads
+from loadmaster.endpoint.review import Rates, lines, rates_of, review, verdict, worker_hours
+from loadmaster.endpoint.smoke import compared, failures, figures, similarity
+from loadmaster.endpoint.validate import too_slow
 from loadmaster.errors import LoadmasterError
-from loadmaster.launch.inference import Load, loads
-from loadmaster.launch.review import Rates, lines, rates_of, review, verdict, worker_hours
 from loadmaster.launch.runpod.types import Endpoint, EndpointBill, GpuType, parse
-from loadmaster.launch.smoke import compared, failures, figures, similarity
-from loadmaster.launch.validate import too_slow
 
 H100 = Rates(flex=4.18, pod=3.99, active_discount=0.2)
 NOW = datetime(2026, 11, 24, 12, 30, tzinfo=UTC)

@@ -21,12 +21,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from loadmaster.endpoint.inference import Inference, NotAnswered
+from loadmaster.endpoint.name import SERVES, deployed_name, endpoint_called, origin
+from loadmaster.endpoint.validate import Expected, validate
 from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError, UsageError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
 from loadmaster.files import read_json, write_json
 from loadmaster.launch.context import undisturbed
-from loadmaster.launch.endpoint_name import SERVES, deployed_name, endpoint_called, origin
-from loadmaster.launch.inference import Inference, NotAnswered
 from loadmaster.launch.left import Left, away, copied_by
 from loadmaster.launch.provider import LATE_LOOKS, PREFIX
 from loadmaster.launch.runpod.client import RunpodClient, asked_for
@@ -40,7 +41,6 @@ from loadmaster.launch.runpod.types import (
     body,
     parse,
 )
-from loadmaster.launch.validate import Expected, validate
 from loadmaster.rundir import newest_in
 
 START_S = 1200.0

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from loadmaster.launch.inference import CHAT, Inference, Load, NotAnswered, answer_in, loads
-from loadmaster.launch.smoke import compared, failures, figures
+from loadmaster.endpoint.inference import CHAT, Inference, Load, NotAnswered, answer_in, loads
+from loadmaster.endpoint.smoke import compared, failures, figures
 
 WARM_S = 120.0
 """For an answer of a worker that is up."""

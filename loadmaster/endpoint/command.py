@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from loadmaster.errors import LoadmasterError, UsageError
 
 if TYPE_CHECKING:
-    from loadmaster.launch.deploy import Order
-    from loadmaster.launch.inference import Inference
+    from loadmaster.endpoint.deploy import Order
+    from loadmaster.endpoint.inference import Inference
     from loadmaster.launch.runpod.client import RunpodClient
     from loadmaster.launch.runpod.types import CreateEndpoint, NetworkVolume
 
@@ -63,8 +63,8 @@ def add_parsers(commands: Any) -> None:
 
 
 def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import deploy, find, order, write_deployment
-    from loadmaster.launch.endpoint_name import replaced
+    from loadmaster.endpoint.deploy import deploy, find, order, write_deployment
+    from loadmaster.endpoint.name import replaced
     from loadmaster.training.stop import StopSignal
 
     _refuse(rest)
@@ -108,8 +108,8 @@ def _print_request(wanted: Order) -> None:
     """What would be sent now; without an account the request as the bundle has it, and what would be looked up."""
     import json
 
-    from loadmaster.launch.deploy import changes, exact, find
-    from loadmaster.launch.endpoint_name import replaced
+    from loadmaster.endpoint.deploy import changes, exact, find
+    from loadmaster.endpoint.name import replaced
     from loadmaster.launch.runpod.http import KEY_VARIABLE
     from loadmaster.launch.runpod.types import body
 
@@ -187,7 +187,7 @@ def _fetch(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _list(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import ours
+    from loadmaster.endpoint.deploy import ours
 
     _refuse(rest)
     with _client() as client:
@@ -207,8 +207,8 @@ def _list(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _test(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import START_S, find, order
-    from loadmaster.launch.validate import validate
+    from loadmaster.endpoint.deploy import START_S, find, order
+    from loadmaster.endpoint.validate import validate
 
     _refuse(rest)
     wanted = order(arguments.run_dir, "not needed to ask")
@@ -224,9 +224,9 @@ def _test(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _review(arguments: argparse.Namespace, rest: list[str]) -> int:
     from datetime import UTC, datetime
 
-    from loadmaster.launch.deploy import owned
-    from loadmaster.launch.inference import NotAnswered
-    from loadmaster.launch.review import FEWEST_HOURS, MOST_HOURS, lines, rates_of, review, worker_hours
+    from loadmaster.endpoint.deploy import owned
+    from loadmaster.endpoint.inference import NotAnswered
+    from loadmaster.endpoint.review import FEWEST_HOURS, MOST_HOURS, lines, rates_of, review, worker_hours
 
     _refuse(rest)
     if not 0 <= arguments.active_discount < 1:
@@ -256,7 +256,7 @@ def _counts(found: Any) -> str:
 
 
 def _scale(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import owned, refuse_bounds, scale
+    from loadmaster.endpoint.deploy import owned, refuse_bounds, scale
 
     _refuse(rest)
     least, most = arguments.least, arguments.most
@@ -268,7 +268,7 @@ def _scale(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _delete(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from loadmaster.launch.deploy import owned
+    from loadmaster.endpoint.deploy import owned
 
     _refuse(rest)
     with _client() as client:
@@ -299,7 +299,7 @@ def _client() -> RunpodClient:
 
 
 def _connect(urls: Mapping[str, str]) -> Inference:
-    from loadmaster.launch.inference import Inference
+    from loadmaster.endpoint.inference import Inference
     from loadmaster.launch.runpod.http import key_from_environment
 
     return Inference(urls, key_from_environment())
