@@ -155,7 +155,7 @@ def publish_folder(target: Path) -> Iterator[Path]:
         yield partial
         by_umask = partial.stat().st_mode & 0o066
         for path in sorted(partial.rglob("*")):
-            if path.is_file():
+            if path.is_file() and not path.is_symlink():
                 mode = path.stat().st_mode
                 if mode | by_umask != mode:  # safetensors' own is 0600, which others cannot read
                     path.chmod(mode | by_umask)

@@ -230,3 +230,15 @@ def model_folder_exists(job: Job, origins: Origins) -> Found:
         yield "model.path", job.model.path, what, remedy
     for what in broken_files(folder) if is_here else ():
         yield "model.path", job.model.path, what, remedy
+
+
+@rule("model.chat_template", "stop_after")
+def chat_template_is_a_file(job: Job, origins: Origins) -> Found:
+    """model.chat_template names a file that is here and can be read, unless the job stops after the plan."""
+    path = job.model.chat_template
+    if path is None or job.stop_after == "plan" or (job.launch.name != "local" and path.startswith("/workspace/")):
+        return
+    file = local_path(path)
+    if not (os.path.isfile(file) and os.access(file, os.R_OK)):
+        what = f"is no file that can be read here ({file.absolute()})"
+        yield "model.chat_template", path, what, "name a file with the Jinja text, as chat_template.jinja of a model is"

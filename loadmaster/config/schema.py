@@ -44,6 +44,8 @@ class ModelConfig:
     """Hub revision (commit, tag or branch); null is the default branch."""
     package: Text | None = None
     """Installed Python package that ships the model as a GGUF; used when the Hub cannot be reached."""
+    chat_template: Text | None = None
+    """File with a Jinja chat template, in place of the model's own; a base model has none. Exports carry it on."""
 
 
 @dataclass(frozen=True, config=CLOSED)

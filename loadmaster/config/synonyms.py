@@ -14,6 +14,8 @@ ALIASES = {
     "batch_size": "batch.global_size",
     "beta_1": "optimizer.beta1",
     "bf16": "precision",
+    "chat_template_jinja": "model.chat_template",
+    "chat_template_path": "model.chat_template",
     "clip_grad_norm": "optimizer.max_grad_norm",
     "cosine_min_lr_ratio": "optimizer.min_lr_ratio",
     "cutoff_len": "sequence_length",
@@ -160,8 +162,8 @@ _WITHOUT = {
     "flex kernel on a GPU (docs/training.md)",
     "use_liger_kernel enable_liger_kernel liger_rope liger_rms_norm liger_glu_activation "
     "liger_fused_linear_cross_entropy": "compiled layers (compile) and the loss have fused kernels of their own",
-    "chat_template chat_template_path template": "rows are rendered by the chat template of the model's own "
-    "tokenizer; one that has none gets it as chat_template.jinja in the folder model.path",
+    "template": "rows are rendered by the chat template of the model's own tokenizer; "
+    "model.chat_template=FILE gives it another one",
     "train_on_inputs train_on_input train_on_prompt mask_prompt assistant_only_loss completion_only_loss "
     "roles_to_train": "what the assistant says is trained and nothing else; of data.format=text every token is",
     "special_tokens eos_token pad_token eot_tokens": "special tokens are the tokenizer's, ends of turns its template's",

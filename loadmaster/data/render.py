@@ -74,8 +74,8 @@ class ChatRenderer:
         if not self.tokenizer.chat_template:
             raise DataError(
                 "the model's tokenizer has no chat template, so conversations cannot be rendered\n"
-                "    fix: choose the instruct version of the model, put a template into its folder "
-                "(chat_template.jinja in model.path), or train on plain text (data.format=text)"
+                "    fix: choose the instruct version of the model, give it a template "
+                "(model.chat_template=FILE), or train on plain text (data.format=text)"
             )
         self._special, self._added = special_token_pattern(self.tokenizer), added_token_pattern(self.tokenizer)
         self._usual_end: str | None = None

@@ -1,4 +1,4 @@
-"""What travels to other machines: the resolved job as job.yaml, and the data files that lie here.
+"""What travels to other machines: the resolved job as job.yaml, and the files that it names and that lie here.
 
 Data that is too large to travel along goes to the volume before the machine starts, under a name with its hash, so that
 the same data goes there once. A job that arrives is a job for that hardware, launched locally; paths of data that
@@ -29,11 +29,13 @@ from loadmaster.launch.provider import MOUNT, Upload
 
 
 def data_paths(job: Job) -> list[tuple[str, str]]:
-    """(field, path) of all data that is not shipped with loadmaster; a path may be a Hub id."""
+    """(field, path) of data and chat template, but for what is shipped with loadmaster; a path may be a Hub id."""
     paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
     named = [("data.path", path) for path in paths]
     if isinstance(job.data.validation, str):
         named.append(("data.validation", job.data.validation))
+    if job.model.chat_template is not None:
+        named.append(("model.chat_template", job.model.chat_template))
     return [(key, path) for key, path in named if not path.startswith(SCHEME)]
 
 
@@ -98,6 +100,7 @@ def payload(
     data = resolved["data"]
     data["path"] = [moved(path) for path in data["path"]] if isinstance(data["path"], list) else moved(data["path"])
     data["validation"] = moved(data["validation"])
+    resolved["model"]["chat_template"] = moved(resolved["model"]["chat_template"])
     if resolved["endpoint"]["arrivals"].endswith(".csv"):
         resolved["endpoint"]["arrivals"] = moved(resolved["endpoint"]["arrivals"])
     files["job.yaml"] = yaml.safe_dump(resolved, sort_keys=False).encode()

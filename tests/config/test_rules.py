@@ -32,6 +32,10 @@ CASES = {
         ["data.path=train.jsonl"], "data.path", "data=file data.path=train.jsonl",
         ["data=file", "data.path=train.jsonl"],
     ),
+    "chat_template_is_a_file": (
+        ["model.chat_template=chatml"], "model.chat_template", "name a file with the Jinja text",
+        ["model.chat_template=train.jsonl"],
+    ),
     "task_has_held_out_rows": (
         ["evaluation.task=exact_match", "data.validation=null"], "evaluation.task", "data.validation=0.05",
         ["evaluation.task=none", "data.validation=null"],

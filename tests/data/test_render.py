@@ -119,7 +119,7 @@ def test_a_template_that_is_broken_is_no_fault_of_the_rows(tokenizer, chat):
 def test_a_tokenizer_without_a_template_is_refused_with_a_remedy(tokenizer_with):
     bare = copy.deepcopy(tokenizer_with("llama3"))
     bare.chat_template = None
-    with pytest.raises(DataError, match=r"chat_template\.jinja in model\.path.*data\.format=text"):
+    with pytest.raises(DataError, match=r"model\.chat_template=FILE.*data\.format=text"):
         ChatRenderer(bare)
 
 

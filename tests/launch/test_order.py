@@ -226,15 +226,20 @@ def test_the_payload_is_the_job_for_that_machine_with_its_data(tmp_path):
     data.write_text('{"messages": []}\n')
     times = tmp_path / "requests.csv"
     times.write_text("0\n1\n")
-    made = ordered("data=file", f"data.path={data}", f"endpoint.arrivals={times}")
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages }}")
+    words = ("data=file", f"data.path={data}", f"endpoint.arrivals={times}", f"model.chat_template={template}")
+    made = ordered(*words)
     files = unpacked(made)
     job = yaml.safe_load(files["job.yaml"])
     assert job["hardware"] == {"gpu": "l40s", "count": 1, "nodes": 1}
     assert job["launch"] == {"name": "local", "grace_s": 120, "hang_timeout_s": "auto"}
     assert job["data"]["path"] == "data/0-mine.jsonl"
     assert files["data/0-mine.jsonl"] == data.read_bytes()
-    assert job["endpoint"]["arrivals"] == "data/1-requests.csv"
-    assert files["data/1-requests.csv"] == times.read_bytes()
+    assert job["model"]["chat_template"] == "data/1-mine.jinja"
+    assert files["data/1-mine.jinja"] == template.read_bytes()
+    assert job["endpoint"]["arrivals"] == "data/2-requests.csv"
+    assert files["data/2-requests.csv"] == times.read_bytes()
     assert str(tmp_path) not in json.dumps(job)
 
 

