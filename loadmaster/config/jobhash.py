@@ -46,6 +46,7 @@ NOT_INPUTS = (
 SINCE: dict[str, Any] = {
     "lora.modules_to_save": [], "lora.dora": False, "optimizer.in_backward": "auto", "checkpointed_layers": "auto",
     "data.subset": None, "data.validation_split": "validation", "model.chat_template": None,
+    "data.columns": None,
 }  # fmt: skip
 """Fields that came after runs were hashed without them, with what those runs did: left out where they say that."""
 

@@ -31,6 +31,11 @@ FractionBelowOne = Annotated[float, Strict(), Ge(0), Lt(1)]
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 STAGES = ("plan", "train", "evaluate", "export", "bundle")
+RowField = Literal[
+    "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion",
+    "response", "question", "answer", "text", "chosen", "rejected", "label", "kto_tag",
+]  # fmt: skip
+"""What is read of a row."""
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 
 
@@ -60,6 +65,8 @@ class DataConfig:
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired"
     ] = "auto"  # fmt: skip
     """Shape of the rows; auto recognises it from the fields of the first row and says so."""
+    columns: dict[RowField, Text] | None = None
+    """What the rows call these fields, where it is something else: {prompt: query, completion: reply}."""
     validation: Text | Annotated[float, Strict(), Gt(0), Lt(1)] | None = 0.05
     """Held-out data: a file, or the fraction of the rows to hold out (seeded), or null for none."""
     validation_split: Text = "validation"

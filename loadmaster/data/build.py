@@ -31,6 +31,7 @@ from loadmaster.data.preference import is_preference, is_unpaired, unfit
 from loadmaster.data.processes import in_processes
 from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
+from loadmaster.data.shapes import renamed
 from loadmaster.data.sources import RawRow, Source
 from loadmaster.data.tokens import Encoded, Encoder
 from loadmaster.errors import DataError
@@ -126,6 +127,7 @@ def _read(
 ) -> Reading:
     """Append the conversations of `source` to `file`, and their byte offsets to `starts`."""
     reading = Reading(format="" if job.data.format == "auto" else job.data.format)
+    columns, fields = job.data.columns or {}, set[str]()
     with _progress("reading rows", None) as advance:
         for raw in source.rows():
             if max_rows is not None and reading.rows_read >= max_rows:
@@ -134,6 +136,9 @@ def _read(
             reading.rows_read += 1
             reading.rows_of[file_name] += 1
             advance(1)
+            if columns and isinstance(raw.value, dict):
+                fields |= raw.value.keys()
+                raw = replace(raw, value=renamed(raw.value, columns))
             try:
                 line = _conversation_line(raw, reading, job)
             except RowError as error:
@@ -146,6 +151,9 @@ def _read(
                 reading.control.append((raw.origin, found.group()))
     if not reading.rows_read:
         raise DataError(f"the data has no rows: {', '.join(source.names())}")
+    if absent := [theirs for ours, theirs in columns.items() if not {ours, theirs} & fields]:
+        said = f"data.columns names {listed(absent)}, and no row has that"
+        raise DataError(f"{said}\n    fix: name one of the rows' fields: {', '.join(sorted(fields))}")
     if job.data.format != "auto" and SourceFaults(source.names(), reading.rows_read, reading.bad).alike:
         remedy = other_format(next(iter(reading.first_bad.values())), job)
         reading.bad = [replace(fault, remedy=remedy or fault.remedy) for fault in reading.bad]

@@ -124,6 +124,7 @@ def _shaped_by(job: Job, tokenizer: Any, train: Source, validation: Source | Non
         "train": train.fingerprint(),
         "validation": validation.fingerprint() if validation else data.validation,
         "format": data.format,
+        "columns": data.columns,
         "pairs": job.objective != "sft",
         "system": data.system,
         "tools": data.tools,

@@ -6,6 +6,7 @@ A row that is not what it should be raises `RowError` with the reason; whoever r
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -92,6 +93,14 @@ def _from_alpaca(row: dict) -> tuple[list[dict], list | None]:
     messages.append({"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction})
     messages.append({"role": "assistant", "content": output})
     return messages, None
+
+
+def renamed(row: Any, columns: Mapping[str, str]) -> Any:
+    """A row whose fields are called as they are here. columns: our names -> the row's own."""
+    if not isinstance(row, dict):
+        return row
+    taken = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    return {name: value for name, value in row.items() if name not in columns.values()} | taken
 
 
 def prompt_fields(row: dict) -> tuple[str, str] | None:

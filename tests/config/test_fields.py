@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from loadmaster.config.fields import choices, describe, fields, nearest, nearest_key, written
+from loadmaster.config.schema import RowField
 from loadmaster.config.synonyms import ALIASES, MEANT, NO_FIELD, OTHER_QUANTITIES, VALUES
+from loadmaster.data.file_kinds import ROW_FIELDS
 
 
 @pytest.mark.parametrize(
@@ -78,3 +82,7 @@ def test_the_beginning_of_a_name_beats_a_similar_name():
 @pytest.mark.parametrize(("value", "text"), [(None, "null"), (True, "true"), ((1, "a"), "[1,a]"), (0.5, "0.5")])
 def test_values_are_written_as_in_yaml(value: object, text: str):
     assert written(value) == text
+
+
+def test_every_field_that_tells_what_a_row_is_can_be_named():
+    assert set(get_args(RowField)) >= ROW_FIELDS

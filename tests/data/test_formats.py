@@ -15,6 +15,7 @@ from loadmaster.data.formats import (
     to_conversation,
     unread_fields,
 )
+from loadmaster.data.shapes import renamed
 
 CALL = {"name": "weather", "arguments": {"city": "Paris"}}
 CALL_JSON = '{"name": "weather", "arguments": {"city": "Paris"}}'
@@ -342,3 +343,12 @@ def test_prompt_ends_before_the_last_answer():
     chat = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant", "user")]
     prompt, reference = prompt_and_reference(to_conversation({"messages": chat}, "messages", "f:1"))
     assert prompt == chat[:3] and reference == chat[3]
+
+
+def test_fields_that_have_other_names_are_read_by_ours():
+    row = {"query": "2 and 2?", "context": "sums", "reply": "4", "id": 7}
+    columns = {"instruction": "query", "input": "context", "output": "reply"}
+    assert renamed(row, columns) == {"instruction": "2 and 2?", "input": "sums", "output": "4", "id": 7}
+    assert renamed({"input": 1, "output": 2}, {"input": "output", "output": "input"}) == {"input": 2, "output": 1}
+    assert renamed({"query": "q"}, columns) == {"instruction": "q"}  # a null that a columnar file left out
+    assert renamed("no row", columns) == "no row"

@@ -131,7 +131,8 @@ def test_a_fault_of_all_rows_is_said_once_with_a_few_rows_and_the_remedy(tokeniz
         "  the fields ask, reply are no shape that is read (all 1,200 rows of rows.jsonl, such as rows.jsonl:1, "
         "rows.jsonl:2, rows.jsonl:3)",
     ]
-    assert said[2].startswith("    fix: name the fields as one of these shapes does: messages (") and len(said) == 3
+    assert said[2].startswith("    fix: name the fields as one of these shapes does, or say by data.columns what")
+    assert len(said) == 3
     assert "prompt_completion (prompt and completion" in said[2] and "on_bad_row" not in said[2]
     skipping = said_of(job_for(path, on_bad_row="skip"), tokenizer, tmp_path, path)
     assert "1,200 of them bad: the fields ask, reply are no shape" in skipping
@@ -263,6 +264,17 @@ def test_text_of_which_much_is_cut_off_is_advised_to_be_split(tokenizer, tmp_pat
 def test_a_missing_validation_file_is_named_by_its_own_key(tokenizer, tmp_path, write_jsonl, job_for):
     with pytest.raises(DataError, match=r"data\.validation = './none\.jsonl': no such file"):
         prepare(job_for(write_jsonl([row(1)]), validation="./none.jsonl"), tokenizer, tmp_path / "cache")
+
+
+def test_rows_are_read_by_the_names_that_their_columns_have(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([{"query": f"Say {n}", "reply": f"{n}"} for n in range(4)])
+    columns = {"prompt": "query", "completion": "reply"}
+    prepared = prepare(job_for(path, columns=columns, validation=None), tokenizer, tmp_path / "cache")
+    assert prepared.summary["format"] == "prompt_completion"
+    assert "Say 3<|im_end|>" in "".join(texts(prepared.train, tokenizer))
+    typed = {"prompt": "qeury", "completion": "reply"}
+    with pytest.raises(DataError, match=r"data\.columns names qeury, and no row has(.|\n)*fields: query, reply"):
+        prepare(job_for(path, columns=typed, validation=None), tokenizer, tmp_path / "cache")
 
 
 def test_max_rows_and_system_reach_the_rows(tokenizer, tmp_path, write_jsonl, job_for):
