@@ -203,6 +203,7 @@ class StageRun:
             "checkpoints": outcome.saves,
             "steps": outcome.steps,
             "resumed_after_step": outcome.resumed_after,
+            "taken_step": outcome.taken_step,
             "recompilations": outcome.recompilations,
             "kept_layers": outcome.rehearsal.kept_layers,
             "input_share": outcome.input_share,

@@ -242,3 +242,22 @@ def chat_template_is_a_file(job: Job, origins: Origins) -> Found:
     if not (os.path.isfile(file) and os.access(file, os.R_OK)):
         what = f"is no file that can be read here ({file.absolute()})"
         yield "model.chat_template", path, what, "name a file with the Jinja text, as chat_template.jinja of a model is"
+
+
+@rule(
+    "checkpoint.load_best", "checkpoint.keep_best", "checkpoint.every_steps", "evaluation.every_steps",
+    "data.validation",
+)  # fmt: skip
+def best_checkpoint_is_known_and_kept(job: Job, origins: Origins) -> Found:
+    """checkpoint.load_best needs held-out rows, evaluated as checkpoints are written, and the best of these kept."""
+    if not job.checkpoint.load_best:
+        return
+    written, evaluated = job.checkpoint.every_steps, job.evaluation.every_steps
+    if job.data.validation is None:
+        yield "data.validation", None, "leaves checkpoint.load_best nothing to go by", "data.validation=0.05"
+    if job.checkpoint.keep_best == 0:
+        yield "checkpoint.keep_best", 0, "keeps none for checkpoint.load_best", "checkpoint.keep_best=1"
+    apart = evaluated != "auto" and (written == "auto" or evaluated is None or written % evaluated)
+    if apart:
+        message = "leaves checkpoints without the loss that checkpoint.load_best goes by"
+        yield "evaluation.every_steps", evaluated, message, "evaluation.every_steps=auto evaluates with each checkpoint"

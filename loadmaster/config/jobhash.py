@@ -8,7 +8,7 @@ their contents.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from loadmaster.config.fields import written
@@ -23,7 +23,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
         "model", "data", "sequence_length", "objective", "preference", "method", "precision", "lora", "neftune_alpha",
         "optimizer", "batch", "epochs", "max_steps", "seed",
     ),
-    "train": (),
+    "train": ("checkpoint.load_best",),
     "evaluate": ("evaluation.task", "evaluation.max_rows", "evaluation.max_new_tokens"),
     "export": ("export", "endpoint.server"),
     "bundle": tuple(f"endpoint.{field.name}" for field in fields(EndpointConfig) if field.name != "server"),
@@ -38,22 +38,25 @@ SPREAD = (
 
 # What may change between two starts of the same run: names and places, how often to save and look, who watches.
 NOT_INPUTS = (
-    "recipe", "run_dir", "stop_after", "checkpoint", "evaluation.every_steps", "evaluation.batch_size", "launch",
-    "tracker",
+    "recipe", "run_dir", "stop_after", "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_best",
+    "evaluation.every_steps", "evaluation.batch_size", "launch", "tracker",
 )  # fmt: skip
 
 
 SINCE: dict[str, Any] = {
     "lora.modules_to_save": [], "lora.dora": False, "optimizer.in_backward": "auto", "checkpointed_layers": "auto",
     "data.subset": None, "data.validation_split": "validation", "model.chat_template": None,
-    "data.columns": None,
+    "data.columns": None, "checkpoint.load_best": False,
 }  # fmt: skip
 """Fields that came after runs were hashed without them, with what those runs did: left out where they say that."""
 
 
 def job_hash(job: Job) -> str:
-    """Hash of every field that shapes the trained weights; stable over machines, key order and versions of Python."""
-    return stage_inputs_hash(job, "train")
+    """Hash of every field that shapes the steps of training; stable over machines, key order and versions of Python.
+
+    Which of a run's checkpoints is taken in the end is not among them: a run that is done goes on to take another one.
+    """
+    return stage_inputs_hash(replace(job, checkpoint=replace(job.checkpoint, load_best=False)), "train")
 
 
 def stage_inputs_hash(job: Job, stage: str) -> str:
@@ -61,17 +64,18 @@ def stage_inputs_hash(job: Job, stage: str) -> str:
 
     What only says how work is spread counts in the plan stage alone.
     """
-    values = _inputs(job)
+    values, left_out = _inputs(job), set()
     for name, before in SINCE.items():
         *section, field = name.split(".")
         held = _value(values, section[0]) if section else values
         if held[field] == before:
             del held[field]
+            left_out.add(name)
     if saved := values["lora"].get("modules_to_save"):  # a set: neither order nor repetition is another job
         values["lora"]["modules_to_save"] = sorted(set(saved))
     names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_FIELDS[earlier]]
     names += SPREAD if stage == "plan" else ()
-    return sha256_json({name: _value(values, name) for name in names if name in values or "." in name})
+    return sha256_json({name: _value(values, name) for name in names if name not in left_out})
 
 
 def differing(job: Job, other: Job) -> list[str]:

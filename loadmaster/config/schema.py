@@ -163,6 +163,8 @@ class CheckpointConfig:
     """Newest checkpoints to keep."""
     keep_best: NonNegativeInt = 1
     """Checkpoints with the lowest evaluation loss to keep besides."""
+    load_best: Flag = False
+    """At the end take the weights of the checkpoint with the lowest evaluation loss, instead of the last ones."""
 
 
 @dataclass(frozen=True, config=CLOSED)

@@ -48,6 +48,7 @@ ALIASES = {
     "gradient_accumulation_steps": "batch.global_size",
     "gradient_checkpointing": "activation_checkpointing",
     "learning_rate": "optimizer.lr",
+    "load_best_model_at_end": "checkpoint.load_best",
     "load_in_4bit": "method",
     "load_in_8bit": "precision",
     "lora_alpha": "lora.alpha",

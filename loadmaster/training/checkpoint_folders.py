@@ -20,12 +20,20 @@ class Found:
 
 
 def newest_whole(folder: Path, job_hash: str, warn: Any, world: World | None = None) -> Found | None:
-    """The newest checkpoint under `folder` whose files have their checksums; `warn` hears of the others.
+    """The newest checkpoint under `folder` whose files have their checksums; `warn` hears of the others."""
+    return _first_whole(sorted(_steps(folder), reverse=True), job_hash, warn, world or World())
 
-    Each rank checks its share of the files; all agree.
-    """
-    world = world or World()
-    for step, path in world.broadcast(sorted(_steps(folder), reverse=True)):
+
+def best_whole(folder: Path, job_hash: str, warn: Any, world: World) -> Found | None:
+    """That with the lowest evaluation loss; of equal ones the newest. None where none has such a loss."""
+    losses = {path: _eval_loss(path) for _, path in _steps(folder)}
+    known = [(loss, -_step(path), path) for path, loss in losses.items() if loss is not None]
+    return _first_whole([(-step, path) for _, step, path in sorted(known)], job_hash, warn, world)
+
+
+def _first_whole(in_order: list[tuple[int, Path]], job_hash: str, warn: Any, world: World) -> Found | None:
+    """Each rank checks its share of the files; all agree, on the order that the lead sees."""
+    for step, path in world.broadcast(in_order):
         state = None
         try:
             sums = read_json(path / "checksums.json")
@@ -38,9 +46,10 @@ def newest_whole(folder: Path, job_hash: str, warn: Any, world: World | None = N
         if broken or state is None:
             warn(f"checkpoint step-{step} is torn ({', '.join(broken)}) and passed over")
         elif state["job_hash"] != job_hash:
+            job = path.parent.parent / "config.yaml"
             raise TrainingFailed(
                 f"{path} was written by a job with other settings or other data, or by a version that reads the data "
-                f"otherwise; give this one its own run_dir, or restore the settings in {folder.parent / 'config.yaml'}"
+                f"otherwise; give this one its own run_dir, or restore the settings in {job}"
             )
         else:
             return Found(path, state)

@@ -25,7 +25,7 @@ from loadmaster.models.rotary import refuse_dynamic
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import longest_stretch, losses, trained_tokens
 from loadmaster.training.checkpoint import Checkpoints
-from loadmaster.training.checkpoint_folders import clear, newest_whole
+from loadmaster.training.checkpoint_folders import best_whole, clear, newest_whole
 from loadmaster.training.display import Display
 from loadmaster.training.metrics import (
     MetricsLog,
@@ -79,6 +79,8 @@ class Outcome:
     """varlen (PyTorch's own), FA3, FA4, flex_attention, or by_document (a CPU, and attention dropout)."""
     resumed_after: int = 0
     """The step whose checkpoint this process went on from: rates and times are of what came after it."""
+    taken_step: int = 0
+    """The step whose weights are the trained ones."""
 
 
 def train(
@@ -138,6 +140,8 @@ def train(
         training.stop_if(training.stopping(), "after the rehearsal, before the first step")
         training.resume()
         training.run()
+        if job.checkpoint.load_best:
+            training.load_best()
     return session, training.outcome(rehearsal, kernel)
 
 
@@ -163,6 +167,7 @@ class Training:
         self.busy_s = self.input_s = 0.0
         self.eval_loss: float | None = None
         self.recompilations = 0
+        self.taken_step = self.steps
 
     def learning_rate(self, step: int) -> float:
         job = self.session.job
@@ -220,6 +225,17 @@ class Training:
             tracker.close()
         if (saves := self.checkpoints.figures()) is not None:
             self.display.echo(saving_sentence(saves))
+
+    def load_best(self) -> None:
+        """The weights of the checkpoint with the lowest held-out loss, in the place of the last ones."""
+        found = best_whole(self.folder, self.job_hash, self.display.echo, self.session.world)
+        if found is None or found.state["step"] == self.steps:
+            return
+        self.watch.at(self.steps, "load")
+        self.checkpoints.load(found.folder, self.session.trained, self.session.optimizer)
+        self.taken_step = found.state["step"]
+        said = f"step {self.taken_step} of {self.steps} has the lowest held-out loss, {found.state['eval_loss']:.4f}"
+        self.display.echo(f"{said}: its weights are taken (checkpoint.load_best)")
 
     def _step(
         self, step: int, indices: Sequence[int], before: dict[str, Any], throughput: Throughput
@@ -317,6 +333,7 @@ class Training:
             input_share=self.input_s / self.busy_s if self.busy_s else 0.0,
             attention_kernel=attention,
             resumed_after=self.resumed_after,
+            taken_step=self.taken_step,
         )
 
 

@@ -88,3 +88,10 @@ def test_what_differs_is_said_as_it_is_written():
     mine, theirs = job("max_steps=null", "data.packing=true"), job("max_steps=6", "data.packing=false")
     said = ["data.packing is false there and true here", "max_steps is 6 there and null here"]
     assert differing(mine, theirs) == said
+
+
+def test_a_run_that_is_done_goes_on_to_take_its_best_checkpoint():
+    done, best = job(), job("checkpoint.load_best=true", "evaluation.every_steps=auto")
+    assert job_hash(done) == job_hash(best)
+    stale = [stage for stage in STAGES if stage_inputs_hash(done, stage) != stage_inputs_hash(best, stage)]
+    assert stale == list(STAGES[1:])

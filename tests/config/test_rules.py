@@ -32,6 +32,11 @@ CASES = {
         ["data.path=train.jsonl"], "data.path", "data=file data.path=train.jsonl",
         ["data=file", "data.path=train.jsonl"],
     ),
+    "best_checkpoint_is_known_and_kept": (
+        ["checkpoint.load_best=true", "evaluation.every_steps=7"], "evaluation.every_steps",
+        "evaluation.every_steps=auto",
+        ["checkpoint.load_best=true", "evaluation.every_steps=5", "checkpoint.every_steps=10"],
+    ),
     "chat_template_is_a_file": (
         ["model.chat_template=chatml"], "model.chat_template", "name a file with the Jinja text",
         ["model.chat_template=train.jsonl"],

@@ -1,8 +1,10 @@
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -92,6 +94,18 @@ def test_newest_and_best_are_kept(tmp_path, trained):
         save(tmp_path, step, trained, eval_loss=loss)
     checkpoint_folders.prune(tmp_path / "step-5", keep_last=2, keep_best=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-2", "step-4", "step-5"]
+
+
+def test_the_best_whole_one_is_found(tmp_path, trained):
+    for step, loss in [(1, 1.0), (2, 0.5), (3, 1.0), (4, None)]:
+        save(tmp_path, step, trained, eval_loss=loss)
+    found = partial(checkpoint_folders.best_whole, tmp_path, "h", print, World())
+    assert found().state["step"] == 2
+    shard(tmp_path / "step-2").write_bytes(b"")
+    assert found().state["step"] == 3
+    for step in (1, 3):
+        shutil.rmtree(tmp_path / f"step-{step}")
+    assert found() is None
 
 
 def test_a_torn_checkpoint_of_a_later_step_is_not_kept_in_the_place_of_a_whole_one(tmp_path, trained):

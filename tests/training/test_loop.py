@@ -397,3 +397,27 @@ def test_the_rehearsals_rows_are_the_longest_and_of_those_the_ones_with_most_doc
     assert [len(row) for row in picked] == [64, 64]
     assert [len(row.document_ids) for row in picked] == [4, 2]
     assert all((row.labels == row.input_ids).all() for row in picked)
+
+
+def test_the_weights_with_the_lowest_held_out_loss_are_taken_also_of_a_run_that_is_done(tiny, tmp_path):
+    losses = iter([3.0, 1.0, 2.0])
+    at = {}
+
+    def held_out(session, stopping):
+        at[len(at)] = [p.detach().clone() for _, p in session.trained]
+        return {"loss": next(losses)}
+
+    session, outcome = run(tiny, tmp_path, held_out=held_out)
+    assert outcome.taken_step == 6 and outcome.eval_loss == 2.0
+    assert all(map(torch.equal, [p for _, p in session.trained], at[2]))
+    log, best = io.StringIO(), replace(JOB, checkpoint=replace(JOB.checkpoint, load_best=True))
+    session, outcome = run(tiny, tmp_path, job=best, held_out=None, console=Console(file=log, width=200))
+    assert (outcome.taken_step, outcome.steps, outcome.resumed_after) == (4, 6, 6)
+    assert all(map(torch.equal, [p for _, p in session.trained], at[1]))
+    assert "step 4 of 6 has the lowest held-out loss, 1.0000: its weights are taken" in log.getvalue()
+
+
+def test_the_last_weights_are_taken_where_they_are_the_best(tiny, tmp_path):
+    losses, best = iter([3.0, 2.0, 1.0]), replace(JOB, checkpoint=replace(JOB.checkpoint, load_best=True))
+    _, outcome = run(tiny, tmp_path, job=best, held_out=lambda session, stopping: {"loss": next(losses)})
+    assert outcome.taken_step == 6
