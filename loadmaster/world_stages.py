@@ -334,5 +334,6 @@ def _headline(figures: dict[str, Any]) -> str:
         rewards = [f"{figures[name]:+.3f} {name.removeprefix('reward_')}" for name in REWARDS if name in figures]
         return f"loss {figures['loss']:.4f}, reward {' and '.join(rewards)}"
     if "perplexity" in figures:
-        return f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}"
+        perplexity = figures["perplexity"]
+        return f"loss {figures['loss']:.4f}, perplexity {perplexity:{'.2f' if perplexity < 1e6 else '.3g'}}"
     return f"{figures['metric']:.1%} right"
