@@ -364,10 +364,9 @@ def command_line(argv: list[str]) -> str:
 
 
 def data_identity(job: Job) -> list[str]:
-    """What pins the training data: contents of local files, or the name of a Hub dataset."""
+    """What pins the training data: contents of local files, or the name of a Hub dataset, and those of a template."""
     paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
-    if isinstance(job.data.validation, str):
-        paths.append(job.data.validation)
+    paths += [path for path in (job.data.validation, job.model.chat_template) if isinstance(path, str)]
     resolved = [resolve_path(path) for path in paths]
     return [file_fingerprint(Path(p)) if os.path.exists(p) else f"hub:{p}" for p in resolved]
 

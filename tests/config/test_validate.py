@@ -445,3 +445,13 @@ def test_a_name_too_long_for_a_disk_is_data_that_is_not_here(tmp_path):
     job = compose(["data=file", f"data.path={'d' * 300}", "data.validation=0.05"]).job
     assert _local_files(job.data.path, "data.path") is None
     assert data_identity(job) == [f"hub:{job.data.path}"]
+
+
+def test_a_run_is_of_the_text_of_its_chat_template(tmp_path):
+    from loadmaster.pipeline import data_identity
+
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    job = compose(["stop_after=plan", f"model.chat_template={tmp_path / 'mine.jinja'}"]).job
+    before = data_identity(job)
+    (tmp_path / "mine.jinja").write_text("{{ messages[0] }}")
+    assert data_identity(job) != before
