@@ -119,12 +119,12 @@ def _open(folder: Path, fingerprint: str) -> PreparedData:
 def _shaped_by(job: Job, tokenizer: Any, train: Source, validation: Source | None) -> dict[str, Any]:
     """Everything that the tokens and rows depend on."""
     data = job.data
-    return {
+    renamed = {"columns": data.columns} if data.columns else {}  # without, what was prepared before stays as it is
+    return renamed | {
         "layout": LAYOUT_VERSION,
         "train": train.fingerprint(),
         "validation": validation.fingerprint() if validation else data.validation,
         "format": data.format,
-        "columns": data.columns,
         "pairs": job.objective != "sft",
         "system": data.system,
         "tools": data.tools,

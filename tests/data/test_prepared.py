@@ -11,6 +11,8 @@ import pytest
 from loadmaster.data import build as build_module
 from loadmaster.data import describe, prepare
 from loadmaster.data import prepared as prepared_module
+from loadmaster.data.prepared import _shaped_by
+from loadmaster.data.sources import open_source
 from loadmaster.errors import DataError, LoadmasterError
 
 
@@ -275,6 +277,14 @@ def test_rows_are_read_by_the_names_that_their_columns_have(tokenizer, tmp_path,
     typed = {"prompt": "qeury", "completion": "reply"}
     with pytest.raises(DataError, match=r"data\.columns names qeury, and no row has(.|\n)*fields: query, reply"):
         prepare(job_for(path, columns=typed, validation=None), tokenizer, tmp_path / "cache")
+
+
+def test_only_columns_that_are_renamed_make_another_entry(tokenizer, write_jsonl, job_for):
+    """A run that was begun before they could be named goes on with its rows."""
+    path = write_jsonl([row(0)])
+    plain, named = job_for(path, validation=None), job_for(path, validation=None, columns={"text": "body"})
+    shaped = [_shaped_by(job, tokenizer, open_source(str(path)), None) for job in (plain, named)]
+    assert [set(each) & {"columns"} for each in shaped] == [set(), {"columns"}]
 
 
 def test_max_rows_and_system_reach_the_rows(tokenizer, tmp_path, write_jsonl, job_for):
