@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from loadmaster import hub
 from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
-from loadmaster.files import exclusive, publish_folder, sha256_file, sha256_json
+from loadmaster.files import cached_in, exclusive, publish_folder, sha256_json
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.*"]
 """What is fetched from a Hub repository: safetensors only, never pickled weights or code."""
@@ -41,16 +42,18 @@ def resolve_base(model: ModelConfig) -> Path:
 
 def _with_template(folder: Path, template: Path) -> Path:
     """Ends in the same two names as `folder`, by which `base_revision` knows a snapshot of the Hub."""
-    text, there = template.read_bytes(), folder.absolute()
-    key = sha256_json([str(there), sha256_file(template)])[:16]
+    text, there = template.read_bytes(), Path(os.path.abspath(folder))
+    files = sorted(file for file in there.iterdir() if file.is_file() and file.name != TEMPLATE)
+    key = sha256_json([[str(file) for file in files], hashlib.sha256(text).hexdigest()])[:16]
     target = cache_root() / "models" / f"template-{key}" / there.parent.name / there.name
-    with exclusive(target, f"the model with {template}"):
-        if not (target / "config.json").is_file():  # not yet, or the Hub's cache was emptied
-            with publish_folder(target) as new:
-                for file in there.iterdir():
-                    if file.is_file() and file.name != TEMPLATE:
+    what = f"the model with {template}"
+    if not target.is_dir():
+        with exclusive(target, what):
+            if not target.is_dir():  # another process may have made it meanwhile
+                with cached_in(target.parent, what), publish_folder(target) as new:
+                    for file in files:
                         (new / file.name).symlink_to(file)
-                (new / TEMPLATE).write_bytes(text)
+                    (new / TEMPLATE).write_bytes(text)
     return target
 
 

@@ -48,6 +48,23 @@ def test_a_model_is_read_with_the_template_that_the_job_names_and_stays_as_it_is
     assert before == {path.name: (path.stat().st_mode, path.read_bytes()) for path in tiny.iterdir()}
 
 
+def test_a_model_under_a_template_follows_its_folder_and_is_read_from_a_cache_that_is_closed(
+    tiny, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine.jinja").write_text(CHATML)
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    model = ModelConfig(path=f"{base}/sub/..", chat_template=str(tmp_path / "mine.jinja"))
+    (base / "sub").mkdir()
+    before = resolve_base(model)
+    assert before.name == "base"
+    (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")  # saved anew
+    after = resolve_base(model)
+    assert (after / "model-00001-of-00001.safetensors").is_file() and not (after / "model.safetensors").is_symlink()
+    monkeypatch.setattr("loadmaster.models.resolve.exclusive", lambda *_: pytest.fail("a lock is written"))
+    assert resolve_base(model) == after
+
+
 def test_a_snapshot_of_the_hub_is_known_by_its_commit_under_another_template(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
     (tmp_path / "mine.jinja").write_text(CHATML)
