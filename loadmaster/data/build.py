@@ -11,7 +11,7 @@ import hashlib
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -25,7 +25,7 @@ from loadmaster.config.schema import DataConfig, Job
 from loadmaster.data.cache import ConversationFile
 from loadmaster.data.checks import Fault, SourceFaults, fault_report, listed
 from loadmaster.data.faults import Checked, Reading, other_format, other_shape, stop_on
-from loadmaster.data.formats import RowError, recognise_format, to_conversation, unread_fields
+from loadmaster.data.formats import RowError, recognise_format, refuse_unread, to_conversation, unread_fields
 from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
 from loadmaster.data.preference import is_preference, is_unpaired, unfit
 from loadmaster.data.processes import in_processes
@@ -53,6 +53,7 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
         control = special_token_pattern(tokenizer)
         reading = _read(train, job, file, starts, job.data.max_rows, control)
         held = _read(validation, job, file, starts, None, control) if validation else None
+    _refuse_absent(job.data.columns or {}, [reading, *([held] if held else [])])
     count = len(reading.row_ids)
     if held:
         index = [np.arange(count), np.arange(count, len(starts) - 1)]
@@ -115,6 +116,7 @@ def stop_on_bad_rows(job: Job, sources: list[tuple[Source, int | None]]) -> None
     no_token = re.compile(r"(?!)")
     with open(os.devnull, "wb") as nowhere:
         readings = [_read(source, job, nowhere, [0], most, no_token) for source, most in sources]
+    _refuse_absent(job.data.columns or {}, readings)
     checked = [Checked(source.names(), reading, []) for (source, _), reading in zip(sources, readings, strict=True)]
     stop_on(checked, job)
 
@@ -127,7 +129,7 @@ def _read(
 ) -> Reading:
     """Append the conversations of `source` to `file`, and their byte offsets to `starts`."""
     reading = Reading(format="" if job.data.format == "auto" else job.data.format)
-    columns, fields = job.data.columns or {}, set[str]()
+    columns = job.data.columns or {}
     with _progress("reading rows", None) as advance:
         for raw in source.rows():
             if max_rows is not None and reading.rows_read >= max_rows:
@@ -137,7 +139,7 @@ def _read(
             reading.rows_of[file_name] += 1
             advance(1)
             if columns and isinstance(raw.value, dict):
-                fields |= raw.value.keys()
+                reading.fields |= raw.value.keys()
                 raw = replace(raw, value=renamed(raw.value, columns))
             try:
                 line = _conversation_line(raw, reading, job)
@@ -151,13 +153,19 @@ def _read(
                 reading.control.append((raw.origin, found.group()))
     if not reading.rows_read:
         raise DataError(f"the data has no rows: {', '.join(source.names())}")
-    if absent := [theirs for ours, theirs in columns.items() if not {ours, theirs} & fields]:
-        said = f"data.columns names {listed(absent)}, and no row has that"
-        raise DataError(f"{said}\n    fix: name one of the rows' fields: {', '.join(sorted(fields))}")
     if job.data.format != "auto" and SourceFaults(source.names(), reading.rows_read, reading.bad).alike:
         remedy = other_format(next(iter(reading.first_bad.values())), job)
         reading.bad = [replace(fault, remedy=remedy or fault.remedy) for fault in reading.bad]
     return reading
+
+
+def _refuse_absent(columns: Mapping[str, str], readings: Sequence[Reading]) -> None:
+    """Raise DataError for a column that no row of any source has: one that may be empty may be absent from some."""
+    fields = set[str]().union(*(reading.fields for reading in readings))
+    absent = [theirs for ours, theirs in columns.items() if not {ours, theirs} & fields]
+    if fields and absent:
+        said = f"data.columns names {', '.join(absent)}, and no row has that"
+        raise DataError(f"{said}\n    fix: name one of the rows' fields: {', '.join(sorted(fields))}")
 
 
 def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
@@ -167,6 +175,8 @@ def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
         reading.format, reading.recognised_by = recognise_format(raw.value, job.objective)
         reading.recognised_in = raw.origin
     _fits_objective(raw.value, reading, job.objective)
+    if job.data.columns and not reading.row_ids and isinstance(raw.value, dict):
+        refuse_unread(raw.value, reading.format, job.data.columns, reading.recognised_by)
     try:
         conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)
     except RowError as error:

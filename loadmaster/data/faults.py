@@ -25,6 +25,7 @@ class Reading:
     rows_read: int = 0
     bad: list[Fault] = field(default_factory=list)
     first_bad: dict[str, Any] = field(default_factory=dict)  # file -> the value of the first of them
+    fields: set[str] = field(default_factory=set)  # that any row has, by its own names
     rows_of: Counter[str] = field(default_factory=Counter)  # file -> rows read
     row_ids: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)  # fields of the first row that are not taken up

@@ -11,11 +11,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from loadmaster.data.preference import LABEL_FIELDS, is_preference, is_unpaired, labelled_answer_of, pair_of
+from loadmaster.data.preference import (
+    LABEL_FIELDS,
+    PAIR_FIELDS,
+    PROMPTS,
+    is_preference,
+    is_unpaired,
+    labelled_answer_of,
+    pair_of,
+)
 from loadmaster.data.shapes import (
     PROMPT_FIELDS,
     READERS,
@@ -27,6 +36,7 @@ from loadmaster.data.shapes import (
     weightless_answers,
     written_as_text,
 )
+from loadmaster.errors import DataError
 
 FORMAT_FIELDS = {
     "messages": "messages: [{role, content}, ...]",
@@ -36,6 +46,17 @@ FORMAT_FIELDS = {
     "text": "text",
     "preference": "chosen and rejected, with a prompt; for objective=dpo, orpo or kto",
     "unpaired": "completion and label, with a prompt; for objective=kto",
+}
+_CHAT = {"system", "tools"}
+_JUDGED = {*PROMPTS, "history", *_CHAT}
+_READ = {
+    "messages": {"messages", *_CHAT},
+    "sharegpt": {"conversations", *_CHAT},
+    "alpaca": {"instruction", "input", "output", "system", "history"},
+    "prompt_completion": {*(name for pair in PROMPT_FIELDS for name in pair), *_CHAT},
+    "text": {"text"},
+    "preference": {*PAIR_FIELDS, *_JUDGED},
+    "unpaired": {"completion", "output", *LABEL_FIELDS, *_JUDGED},
 }
 FIELD_NAMES = (
     "messages", "conversations", "instruction", "output", "text", *(name for pair in PROMPT_FIELDS for name in pair),
@@ -165,6 +186,23 @@ def to_conversation(
     count = {"prompt_completion": prompt_answers, "messages": weightless_answers}.get(shape)
     context = count(row) if count else 0
     return _identified(messages, tools, None, origin, rejected, label, context)
+
+
+def refuse_unread(row: dict[str, Any], shape: str, columns: Collection[str], known: str) -> None:
+    """Raise DataError for fields that data.columns names and this row has, and that are not read of its shape: another
+    field gave that away. known: how, where data.format did not say it."""
+    read = _READ[shape]
+    if shape == "prompt_completion":
+        read = {*(prompt_fields(row) or read), *_CHAT}
+    elif shape == "messages" and "messages" not in row:
+        read = {"conversations", *_CHAT}
+    if not (unread := [name for name in columns if row.get(name) is not None and name not in read]):
+        return
+    others = [each for each in (*READERS, "text") if each != shape]
+    meant = next((each for each in others if {*columns} <= _READ[each]), None)
+    said = f"data.columns says what {', '.join(unread)} is called, and that is not read of rows that are {shape}"
+    said += f" (recognised by {known})" if known else ""
+    raise DataError(f"{said}\n    fix: " + (f"data.format={meant}" if meant else "leave it out of data.columns"))
 
 
 def unread_fields(row: dict[str, Any], conversation: Conversation) -> list[str]:

@@ -279,6 +279,35 @@ def test_rows_are_read_by_the_names_that_their_columns_have(tokenizer, tmp_path,
         prepare(job_for(path, columns=typed, validation=None), tokenizer, tmp_path / "cache")
 
 
+@pytest.mark.parametrize(("besides", "shape"), [
+    ({"text": "Q: Say 1 A: 1"}, "text"), ({"messages": [{"role": "user", "content": "Hm"}]}, "messages"),
+])  # fmt: skip
+def test_columns_that_are_named_are_not_passed_over(tokenizer, tmp_path, write_jsonl, job_for, besides, shape):
+    path = write_jsonl([{"instruction": f"Say {n}", "output": f"{n}", **besides} for n in range(4)])
+    columns = {"prompt": "instruction", "completion": "output"}
+    job = job_for(path, columns=columns, validation=None)
+    said = rf"prompt, completion is called, .*are {shape} \(recognised.*\n +fix: data.format=prompt_completion"
+    with pytest.raises(DataError, match=said):
+        prepare(job, tokenizer, tmp_path / "cache")
+    named = job_for(path, columns=columns, validation=None, format="prompt_completion")
+    assert "Say 3<|im_end|>" in "".join(texts(prepare(named, tokenizer, tmp_path / "cache").train, tokenizer))
+
+
+def test_a_column_may_be_absent_from_the_held_out_rows(tokenizer, tmp_path, write_jsonl, job_for):
+    path = write_jsonl([{"query": "Say 1", "reply": "1", "persona": "Terse."}])
+    held = write_jsonl([{"query": "Say 2", "reply": "2"}], "held.jsonl")
+    columns = {"prompt": "query", "completion": "reply", "system": "persona"}
+    prepared = prepare(job_for(path, columns=columns, validation=str(held)), tokenizer, tmp_path / "cache")
+    assert "Terse." in "".join(texts(prepared.train, tokenizer))
+
+
+def test_rows_that_are_broken_are_not_taken_for_rows_without_a_column(tokenizer, tmp_path, job_for):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{'query': 'Say 1'}\n")
+    with pytest.raises(DataError, match="broken JSON"):
+        prepare(job_for(path, columns={"prompt": "query"}, validation=None), tokenizer, tmp_path / "cache")
+
+
 def test_only_columns_that_are_renamed_make_another_entry(tokenizer, write_jsonl, job_for):
     """A run that was begun before they could be named goes on with its rows."""
     path = write_jsonl([row(0)])
