@@ -167,7 +167,8 @@ class Training:
         self.busy_s = self.input_s = 0.0
         self.eval_loss: float | None = None
         self.recompilations = 0
-        self.taken_step = self.steps
+        self.taken: dict[str, Any] | None = None
+        """What the checkpoint says whose weights load_best took."""
 
     def learning_rate(self, step: int) -> float:
         job = self.session.job
@@ -229,12 +230,13 @@ class Training:
     def load_best(self) -> None:
         """The weights of the checkpoint with the lowest held-out loss, in the place of the last ones."""
         found = best_whole(self.folder, self.job_hash, self.display.echo, self.session.world)
+        if found is None:
+            self.display.echo("no checkpoint has a held-out loss: the last weights are taken (checkpoint.load_best)")
         if found is None or found.state["step"] == self.steps:
             return
         self.watch.at(self.steps, "load")
-        self.checkpoints.load(found.folder, self.session.trained, self.session.optimizer)
-        self.taken_step = found.state["step"]
-        said = f"step {self.taken_step} of {self.steps} has the lowest held-out loss, {found.state['eval_loss']:.4f}"
+        self.taken = self.checkpoints.load(found.folder, self.session.trained, self.session.optimizer)
+        said = f"step {self.taken['step']} of {self.steps} has the lowest held-out loss, {self.taken['eval_loss']:.4f}"
         self.display.echo(f"{said}: its weights are taken (checkpoint.load_best)")
 
     def _step(
@@ -323,7 +325,7 @@ class Training:
         return Outcome(
             steps=self.steps,
             train_loss=recent_loss(logged),
-            eval_loss=logged[-1].get("eval_loss"),
+            eval_loss=self.taken["eval_loss"] if self.taken else logged[-1].get("eval_loss"),
             tokens_per_second=rate,
             trained_tokens_per_second=rate * share,
             rehearsal=rehearsal,
@@ -333,7 +335,7 @@ class Training:
             input_share=self.input_s / self.busy_s if self.busy_s else 0.0,
             attention_kernel=attention,
             resumed_after=self.resumed_after,
-            taken_step=self.taken_step,
+            taken_step=self.taken["step"] if self.taken else self.steps,
         )
 
 

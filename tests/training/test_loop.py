@@ -412,7 +412,7 @@ def test_the_weights_with_the_lowest_held_out_loss_are_taken_also_of_a_run_that_
     assert all(map(torch.equal, [p for _, p in session.trained], at[2]))
     log, best = io.StringIO(), replace(JOB, checkpoint=replace(JOB.checkpoint, load_best=True))
     session, outcome = run(tiny, tmp_path, job=best, held_out=None, console=Console(file=log, width=200))
-    assert (outcome.taken_step, outcome.steps, outcome.resumed_after) == (4, 6, 6)
+    assert (outcome.taken_step, outcome.steps, outcome.resumed_after, outcome.eval_loss) == (4, 6, 6, 1.0)
     assert all(map(torch.equal, [p for _, p in session.trained], at[1]))
     assert "step 4 of 6 has the lowest held-out loss, 1.0000: its weights are taken" in log.getvalue()
 
@@ -421,3 +421,11 @@ def test_the_last_weights_are_taken_where_they_are_the_best(tiny, tmp_path):
     losses, best = iter([3.0, 2.0, 1.0]), replace(JOB, checkpoint=replace(JOB.checkpoint, load_best=True))
     _, outcome = run(tiny, tmp_path, job=best, held_out=lambda session, stopping: {"loss": next(losses)})
     assert outcome.taken_step == 6
+
+
+def test_where_no_held_out_loss_is_a_number_it_is_said_that_the_last_weights_are_taken(tiny, tmp_path):
+    log, best = io.StringIO(), replace(JOB, checkpoint=replace(JOB.checkpoint, load_best=True), max_steps=2)
+    nan = {"held_out": lambda session, stopping: {"loss": math.nan}, "console": Console(file=log, width=200)}
+    _, outcome = run(tiny, tmp_path, job=best, **nan)
+    assert (outcome.taken_step, outcome.eval_loss) == (2, None)
+    assert "no checkpoint has a held-out loss: the last weights are taken" in log.getvalue()
