@@ -61,6 +61,8 @@ def model_options(manifest: dict[str, Any], model: str, context: int) -> dict[st
         options = {"model": base["name"]}
         if base["revision"] and "==" not in base["revision"]:
             options["revision"] = base["revision"]
+            options["tokenizer-revision"] = "main"  # else the base's, which the adapter's repository does not have
+        options["tokenizer"] = model  # else the base's, with the base's chat template
         options["enable-lora"] = ""
         options["lora-modules"] = json.dumps({"name": name, "path": model})
         options["max-lora-rank"] = str(max_lora_rank(manifest["adapter"]["rank"]))

@@ -56,7 +56,8 @@ def server_command(
     """
     if manifest["format"] == "adapter":
         rank = str(max_lora_rank(manifest["adapter"]["rank"]))
-        what = ["--model", str(base), "--enable-lora", "--lora-modules", f"{name}={folder}", "--max-lora-rank", rank]
+        what = ["--model", str(base), "--tokenizer", str(folder), "--enable-lora"]
+        what += ["--lora-modules", f"{name}={folder}", "--max-lora-rank", rank]
     else:
         what = ["--model", str(folder), "--served-model-name", name]
     return [

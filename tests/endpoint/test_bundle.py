@@ -140,6 +140,7 @@ def test_the_worker_is_told_where_the_volume_is_and_never_a_quantization(run_dir
             assert env["MODEL_NAME"] == "org/base" and env["MODEL_REVISION"] == "abc" and env["ENABLE_LORA"] == "true"
             assert json.loads(env["LORA_MODULES"]) == {"name": "tickets", "path": path}
             assert env["MAX_LORA_RANK"] == "32"
+            assert (env["TOKENIZER"], env["TOKENIZER_REVISION"]) == (path, "main")  # its chat template, not the base's
         else:
             assert env["MODEL_NAME"] == path and env["SERVED_MODEL_NAME"] == "tickets"
         assert env["MAX_MODEL_LEN"] == "512" and env["GPU_MEMORY_UTILIZATION"] == "0.9"
