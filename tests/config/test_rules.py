@@ -393,3 +393,12 @@ def test_lora_settings_of_the_same_recipe_as_method_full_are_refused_with_their_
     with pytest.raises(ConfigError) as caught:
         compose(["recipe=mine"])
     assert [(p.key, p.value, p.origin) for p in caught.value.problems] == [("lora.rank", 4, "recipes/mine.yaml:3")]
+
+
+@pytest.mark.parametrize(("content", "said"), [(b" \n", "holds nothing"), (b"\xff\xfe{", "is no text in UTF-8")])
+def test_a_chat_template_is_text(content: bytes, said: str, tmp_path: Path):
+    (tmp_path / "mine.jinja").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        compose([f"model.chat_template={tmp_path / 'mine.jinja'}"])
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.message) == ("model.chat_template", said)
