@@ -75,6 +75,9 @@ def stages(files: RunFiles) -> list[Stage]:
             took, finished = units.seconds(record.get("seconds")), str(record.get("finished") or "")
             if name == "train" and (step := resumed_after(files)):
                 took += f", resumed after step {step}"
+            taken, steps = files.result.get("taken_step"), files.result.get("steps")
+            if name == "train" and taken not in (None, steps):
+                took += f", the weights are those of step {taken} of {steps}"
             if finished < newest:
                 found.append(Stage(name, "stale", f"{took}, before an earlier stage ran again"))
             else:

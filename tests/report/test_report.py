@@ -300,6 +300,13 @@ def test_training_that_was_resumed_says_from_where_its_time_counts(whole_run: Pa
     assert ", resumed after step 12" in text and "of training what came after step 12" in text
 
 
+def test_training_that_took_an_earlier_step_says_which(whole_run: Path):
+    result = json.loads((whole_run / "result.json").read_text())
+    for taken, said in ((20, False), (12, True)):
+        put(whole_run, "result.json", {**result, "steps": 20, "taken_step": taken})
+        assert (", the weights are those of step 12 of 20" in report(whole_run).text) == said
+
+
 def test_generated_text_is_never_markup(whole_run: Path):
     attack = "<script>alert(1)</script><img src=x onerror=alert(2)></pre></style>{{ 7 * 7 }}\x00\ud800"
     evaluation = json.loads((whole_run / "eval.json").read_text())
