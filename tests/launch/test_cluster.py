@@ -123,11 +123,11 @@ def test_a_node_that_ends_well_before_node_0_ends_nothing(place, monkeypatch):
 
     def impatient(*arguments):
         ordered = made(*arguments)
-        job = json.loads(ordered.env["LOADMASTER_JOB"]) | {"hold_s": 0}
+        job = json.loads(ordered.env["LOADMASTER_JOB"]) | {"hold_s": 2}
         return replace(ordered, env={**ordered.env, "LOADMASTER_JOB": json.dumps(job)})
 
     monkeypatch.setattr(job_module, "make_order", impatient)
-    assert place.launch(*TWO, "launch.env.STAND_IN_S_0='1.5'", "launch.env.STAND_IN_S_1='0'") == 0
+    assert place.launch(*TWO, "launch.env.STAND_IN_S_0='3.5'", "launch.env.STAND_IN_S_1='0'") == 0
     assert "brought back" in place.said and "[1] ended with exit code 0" in place.said
 
 
