@@ -31,7 +31,7 @@ from loadmaster.config.fields import (
 )
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.schema import MOST, Job
-from loadmaster.config.synonyms import MEANT, NO_FIELD, OTHER_QUANTITIES, VALUES
+from loadmaster.config.synonyms import ALIASES, MEANT, NO_FIELD, OTHER_QUANTITIES, VALUES
 from loadmaster.errors import Problem
 
 MISSING = "???"
@@ -223,6 +223,8 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
     if any(section == field or section.startswith(f"{field}.") for field in fields()):  # a mapping: export.thresholds
         beside = nearest(name, siblings)
         return f"{section}.{beside}" if beside else f"{section} has " + ", ".join(siblings)
+    if owner := _mapping_called(section):
+        return _assignment(origin)(f"{owner}.{name}", value)
     if not section and isinstance(value, list) and origin != COMMAND_LINE and nearest(name, [DEFAULTS], cutoff=0.75):
         return f"{DEFAULTS}, if it is the list of what the file builds on"
     if name.lower() in NO_FIELD:
@@ -241,6 +243,12 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
     if guess not in fields() or isinstance(value, dict):
         return guess
     return _carried_over(guess, name.lower(), value, _assignment(origin)) or _how_to_set(guess)
+
+
+def _mapping_called(section: str) -> str | None:
+    """The field that `columns` or `column_map` is, where it takes names with a value each."""
+    meant = [ALIASES.get(section.lower()), *(key for key in fields() if key.rpartition(".")[2] == section)]
+    return next((key for key in meant if key in fields() and "mapping" in describe(fields()[key].annotation)), None)
 
 
 def instead_of_option(name: str, text: str) -> str:

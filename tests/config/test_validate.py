@@ -455,3 +455,9 @@ def test_a_run_is_of_the_text_of_its_chat_template(tmp_path):
     before = data_identity(job)
     (tmp_path / "mine.jinja").write_text("{{ messages[0] }}")
     assert data_identity(job) != before
+
+
+def test_names_of_a_mapping_are_led_to_it():
+    for word in ("columns", "column_map"):
+        with pytest.raises(ConfigError, match=r"fix: data\.columns\.prompt=q"):
+            compose([f"{word}={{prompt: q}}"])
