@@ -88,12 +88,14 @@ class RunDir:
         folder = self.trained
         if folder is None:
             return False
-        config = folder / ("adapter_config.json" if folder.name == "adapter" else "config.json")
+        is_adapter = folder.name == "adapter"
+        config = object_in(folder / ("adapter_config.json" if is_adapter else "config.json"))
         index = folder / "model.safetensors.index.json"
         listed = set(_object(object_in(index).get("weight_map")).values())
         files = {file.name for file in folder.glob("*.safetensors")} | listed
         whole = files and all(is_whole_safetensors(folder / name) for name in files)
-        return bool(object_in(config) and whole and (listed or not index.exists()))
+        is_known = config.get("peft_type" if is_adapter else "model_type")
+        return bool(is_known and whole and (listed or not index.exists()))
 
     @property
     def is_damaged(self) -> bool:

@@ -344,6 +344,9 @@ def test_a_shard_that_is_lost_is_missed(tmp_path):
         assert not run_dir.holds_trained()
         save_file({"w": torch.zeros(3)}, folder / name)
     assert run_dir.holds_trained()
+    write_json(folder / "config.json", {"of": "another program"})
+    assert not run_dir.holds_trained()
+    write_json(folder / "config.json", {"model_type": "llama"})
     (folder / "model.safetensors.index.json").write_text("")
     assert not run_dir.holds_trained()
 
