@@ -84,12 +84,12 @@ def task_has_answers(job: Job, origins: Origins) -> Found:
 
 @rule("objective", "method", "plan.methods")
 def preferences_have_a_reference(job: Job, origins: Origins) -> Found:
-    """objective=dpo and kto train an adapter: their reference is the base model with the adapter switched off."""
+    """objective=kto trains an adapter: its reference is the base model with the adapter switched off."""
     left = [name for name in job.plan.methods if name != "full"]
     only_full = job.method == "full" or (job.method == "auto" and job.plan.methods and not left)
-    if job.objective in ("dpo", "kto") and only_full:
-        message = "needs the model before training as its reference, which a full fine-tune overwrites"
-        yield "objective", job.objective, message, "method=lora, or objective=orpo, which needs no reference"
+    if job.objective == "kto" and only_full:
+        message = "asks the model before training in each step, which a full fine-tune overwrites"
+        yield "objective", "kto", message, "method=lora, or objective=dpo or orpo, which train all weights as well"
 
 
 @rule("data.format", "objective")

@@ -4,7 +4,8 @@ Notation, for a prompt x with chosen answer c and rejected answer r: log p(c) is
 of log p(token | x and the tokens before it).
 
     DPO   -log sigmoid(beta * ([log p(c) - log q(c)] - [log p(r) - log q(r)])), q the reference: the base under a
-          disabled adapter, so it costs a second forward pass and no memory of its own (Rafailov et al. 2023, eq. 7)
+          disabled adapter, so it costs a second forward pass and no memory of its own (Rafailov et al. 2023, eq. 7);
+          where all weights are trained, what was asked before the first step (training/reference.py)
           label_smoothing e mixes in the other direction's loss: (1 - e) * loss + e * loss with c and r exchanged
     ORPO  nll(c) - beta * log sigmoid(log odds(c) - log odds(r)), with nll and odds from the mean log-probability of an
           answer's tokens; needs no reference (Hong et al. 2024, eq. 6 and 7)
@@ -248,16 +249,22 @@ class PreferenceLoss(nn.Module):
         self.objective, self.beta, self.label_smoothing, self.weights = objective, beta, label_smoothing, weights
         self.figures = torch.zeros(FIGURES)
 
-    def forward(self, batch: Any) -> Tensor:
-        reference = self._reference(batch) if self.objective in NEED_REFERENCE else None
+    def forward(self, batch: Any, answers_only: bool = False) -> Tensor:
+        """answers_only: the answers' summed log-probabilities [A] instead, compared with nothing."""
+        if answers_only:
+            return answer_log_probs(self.module, batch).sums
+        ask = self.objective in NEED_REFERENCE and batch.reference is None
+        reference = self._reference(batch) if ask else None
         moved = self._moved(batch) if self.objective == "kto" else None
         policy = answer_log_probs(self.module, batch)
+        if batch.reference is not None:
+            reference = put(batch.reference[policy.documents], policy.sums.device)
         if batch.desirable is not None:
-            return self._unpaired(batch.desirable[policy.documents], policy.sums - reference.sums, moved)
+            return self._unpaired(batch.desirable[policy.documents], policy.sums - reference, moved)
         if moved is not None:
-            loss, margin = kto_loss(policy.sums, reference.sums, moved, self.beta, self.weights)
+            loss, margin = kto_loss(policy.sums, reference, moved, self.beta, self.weights)
         elif reference is not None:
-            loss, margin = dpo_loss(policy.sums, reference.sums, self.beta, self.label_smoothing)
+            loss, margin = dpo_loss(policy.sums, reference, self.beta, self.label_smoothing)
         else:
             loss, margin = orpo_loss(policy.sums / policy.tokens, self.beta)
         pairs = torch.stack([margin.new_full((), len(margin)), (margin > 0).sum().to(margin), margin.sum()])
@@ -278,12 +285,12 @@ class PreferenceLoss(nn.Module):
         rotation = ROTATION if batch.desirable is None else ROTATION_UNPAIRED
         other = mismatched(batch, rotation)
         with torch.no_grad():
-            ratios = answer_log_probs(self.module, other).sums - self._reference(other).sums
+            ratios = answer_log_probs(self.module, other).sums - self._reference(other)
         if len(ratios) <= rotation:
             return ratios.new_zeros(())
         return ratios.mean().clamp(min=0)
 
-    def _reference(self, batch: Any) -> AnswerLogProbs:
-        """The base's log-probabilities: the same model with its adapter switched off."""
+    def _reference(self, batch: Any) -> Tensor:
+        """The base's log-probabilities of the answers [A]: the same model with its adapter switched off."""
         with torch.no_grad(), without_adapter(self.module):
-            return answer_log_probs(self.module, batch)
+            return answer_log_probs(self.module, batch).sums

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,8 @@ from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second
 
 FORWARDS = {"dpo": 1, "kto": 3}
-"""Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
+"""Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved.
+Where all weights are trained DPO's reference is asked before the first step (reference_hours)."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,13 @@ def may_compile(job: Job, checkpointing: str, tokens: int) -> bool:
     return (checkpointing != "offload" or tokens <= MLP_TOKENS) and job.sharding != "zero3"
 
 
-def fixed(job: Job, hardware: Hardware, checkpointing: str, tokens: int) -> dict[str, Any]:
-    """What a setup takes from job and hardware as it is. What runs by pieces under offload is not compiled."""
+def fixed(job: Job, hardware: Hardware, method: str, checkpointing: str, tokens: int) -> dict[str, Any]:
+    """What a setup of `method` takes from job and hardware as it is; what runs by pieces is not compiled."""
     targets = job.lora.targets
     able = may_compile(job, checkpointing, tokens) and not hardware.is_cpu
     return {
         "sequence_length": job.sequence_length,
-        "forwards": FORWARDS.get(job.objective, 0),
+        "forwards": FORWARDS.get(job.objective, 0) if method != "full" else 0,
         "objective": job.objective,
         "compiled": able if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,
@@ -123,12 +124,27 @@ def mean_rows(job: Job, dataset_tokens: int | None) -> float:
     return rows / math.ceil(rows / job.batch.global_size)
 
 
+def run_tokens(job: Job, dataset_tokens: int | None) -> float | None:
+    """Of all steps; None when the dataset's size is not known."""
+    count = steps(job, dataset_tokens)
+    return None if count is None else count * mean_rows(job, dataset_tokens) * job.sequence_length
+
+
+def reference_hours(job: Job, candidate: Candidate, dataset_tokens: int | None) -> float:
+    """Of the pass over the pairs that DPO makes before training, where all weights are trained; 0 for others."""
+    tokens, rate = run_tokens(job, dataset_tokens), candidate.tokens_per_second
+    if job.objective != "dpo" or candidate.setup.adapters or tokens is None or not rate:
+        return 0.0
+    asking = tokens_per_second(candidate.shape, candidate.hardware, replace(candidate.setup, forwards=FORWARDS["dpo"]))
+    return min(tokens, dataset_tokens or tokens) * (1 / asking - 1 / rate) / 3600
+
+
 def run_hours(job: Job, shape: ModelShape, candidate: Candidate, dataset_tokens: int | None) -> float | None:
     """Start, download, load, training and export."""
-    count = steps(job, dataset_tokens)
-    if count is None or not candidate.tokens_per_second:
+    tokens = run_tokens(job, dataset_tokens)
+    if tokens is None or not candidate.tokens_per_second:
         return None
-    tokens = count * mean_rows(job, dataset_tokens) * job.sequence_length
     rented = candidate.hardware.usd_per_hour is not None
     training = tokens / candidate.tokens_per_second / 3600
+    training += reference_hours(job, candidate, dataset_tokens)
     return training + overhead_hours(job, shape, candidate.hardware, candidate.setup, rented)

@@ -10,7 +10,7 @@ from loadmaster.config.model_folder import lacking
 from loadmaster.config.rates import FAR, usual_rate
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
-from loadmaster.preflight.candidate import Candidate, can_offload, mean_rows, steps
+from loadmaster.preflight.candidate import Candidate, can_offload, mean_rows, reference_hours, steps
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import export_problems
 from loadmaster.preflight.hardware import GIB, Hardware, not_offered, unknown_network
@@ -97,6 +97,8 @@ def reasons(
         return [*said, *filter(None, [not_offered(chosen.hardware)])]
     said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase of training that needs most"]
     said += how_much(job, dataset_tokens)
+    if asking := reference_hours(job, chosen, dataset_tokens):
+        said.append(f"{asking:.2g} h of them ask the model before the first step: what dpo compares all weights with")
     said += filter(None, [not_offered(chosen.hardware)])
     said += filter(None, [unknown_network(chosen.hardware)])
     if found.nearest:
@@ -179,7 +181,7 @@ def about_rate(job: Job, method: str) -> list[str]:
     if given == "auto":
         return [f"learning rate {usual:g}, the usual one of {trained}: optimizer.lr=auto"]
     times = given / usual
-    if job.objective != "sft" or 1 / FAR < times < FAR:
+    if (job.objective != "sft" and method != "full") or 1 / FAR < times < FAR:
         return []
     than = f"{times:,.0f} times" if times > 1 else f"1/{1 / times:,.0f} of"
     return [f"optimizer.lr={given:g} is {than} the usual learning rate of {trained}: optimizer.lr=auto takes {usual:g}"]

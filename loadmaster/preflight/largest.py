@@ -46,7 +46,7 @@ def longest_row(job: Job, shape: ModelShape, like: Candidate, offload: bool = Fa
     setup = replace(like.setup, **alone, **spread, checkpointing=checkpointing, kept_layers=kept)
 
     def missing(length: int) -> float:
-        compiled = fixed(job, like.hardware, checkpointing, length)["compiled"]
+        compiled = fixed(job, like.hardware, setup.method, checkpointing, length)["compiled"]
         tried = replace(setup, sequence_length=length, compiled=compiled)
         return evaluate(job, shape, like.hardware, tried).missing_gib
 

@@ -12,8 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
@@ -36,6 +39,7 @@ from loadmaster.training.metrics import (
     recent_loss,
     saving_sentence,
 )
+from loadmaster.training.reference import MICRO_BATCHES, Reference, asked_once
 from loadmaster.training.rehearsal import Rehearsed, rehearse_run, told
 from loadmaster.training.rng import seed_everything
 from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
@@ -120,6 +124,7 @@ def train(
         parts = [part for part in (prepared.train, prepared.validation) if part is not None]
         longest = max(longest_stretch(part, session.fixed_length) for part in parts)
         refuse_dynamic(causal_lm(session.model).get_decoder(), longest)
+        reference = Reference(run_dir, job_hash, prepared, world) if asked_once(job, plan.method) else None
         training = Training(session, prepared, run_dir, job_hash, held_out, stop, display, watch)
         training.stop_if(training.stopping(), "before the first step")
         if world.lead:
@@ -138,6 +143,8 @@ def train(
         if compiles:
             cache.share()
         training.stop_if(training.stopping(), "after the rehearsal, before the first step")
+        if reference is not None:
+            training.ask_for(reference)
         training.resume()
         training.run()
         if job.checkpoint.load_best:
@@ -183,6 +190,19 @@ class Training:
         if asked:
             self.checkpoints.wait()
             raise StoppedOnRequest(f"{self.stop.message} ({where})", agreed=True)
+
+    def ask_for(self, reference: Reference) -> None:
+        """The answers that the steps train on, and those held out, of the model as it was loaded."""
+        session, world = self.session, self.session.world
+        self.watch.at(0, "reference")
+        at_a_time = session.plan.micro_batch_size * world.size * MICRO_BATCHES
+        trained_on = self.sampler.order(0)[: self.steps * self.sampler.global_size]
+        for split, rows in reference.splits.items():
+            picked = np.sort(trained_on) if split == "train" else range(len(rows))
+            told = partial(self.display.asked, split)
+            all_asked = reference.ask(session.loss, split, picked, session.split, at_a_time, told, self.stopping)
+            self.stop_if(not all_asked, "before the first step; what the model said so far is kept")
+        session.strategy.settle(session.loss)
 
     def resume(self) -> None:
         """From the newest whole checkpoint, if there is one."""

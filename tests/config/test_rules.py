@@ -50,8 +50,8 @@ CASES = {
         ["evaluation.task=none", "data.format=text"],
     ),
     "preferences_have_a_reference": (
-        ["objective=dpo", "data.format=auto", "method=full"], "objective", "method=lora",
-        ["objective=dpo", "data.format=auto", "method=auto"],
+        ["objective=kto", "data.format=auto", "method=full"], "objective", "method=lora",
+        ["objective=dpo", "data.format=auto", "method=full"],
     ),
     "pairs_go_with_a_preference_objective": (
         ["data.format=preference"], "data.format", "objective=dpo", ["data.format=preference", "objective=orpo"],
