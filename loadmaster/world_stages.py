@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,16 +254,16 @@ class StageRun:
     def _ask_reference(self, loss: Any) -> None:
         """What the training before it left in the run directory, or else of the model that is there now."""
         from loadmaster.training.batches import micro_batches
-        from loadmaster.training.reference import MICRO_BATCHES, Reference, asked_once
+        from loadmaster.training.reference import Reference, asked_once
 
         prepared, world, size = self.materials.prepared, self.world, self.plan.micro_batch_size
         if not asked_once(self.job, self.plan.method) or prepared.validation is None:
             return
         reference = Reference(self.run_dir, training_hash(self.job, self.plan, prepared), prepared, world)
+        pad = self.materials.tokenizer.pad_token_id
         reference.ask(
-            loss, "validation", range(len(prepared.validation)),
-            lambda rows: micro_batches(rows, size, world.rank, world.size, self.materials.tokenizer.pad_token_id, None),
-            size * world.size * MICRO_BATCHES, partial(self.display.asked, "validation"), self._stopping,
+            loss, lambda rows: micro_batches(rows, size, world.rank, world.size, pad, None), size, self.display.asked,
+            self._stopping,
         )  # fmt: skip
         self._stop_if(self._stopping())
 

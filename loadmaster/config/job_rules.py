@@ -274,3 +274,24 @@ def best_checkpoint_is_known_and_kept(job: Job, origins: Origins) -> Found:
     if apart:
         message = "leaves checkpoints without the loss that checkpoint.load_best goes by"
         yield "evaluation.every_steps", evaluated, message, "evaluation.every_steps=auto evaluates with each checkpoint"
+
+
+@rule("evaluation.patience", "evaluation.every_steps", "data.validation")
+def patience_has_evaluations(job: Job, origins: Origins) -> Found:
+    """evaluation.patience counts evaluations of held-out rows while training."""
+    if job.evaluation.patience is None:
+        return
+    if job.data.validation is None:
+        yield "data.validation", None, "leaves evaluation.patience nothing to go by", "data.validation=0.05"
+    if job.evaluation.every_steps is None:
+        message = "evaluates only at the end, where evaluation.patience has nothing left to end"
+        yield "evaluation.every_steps", None, message, "evaluation.every_steps=auto evaluates with each checkpoint"
+
+
+@rule("optimizer.warmup_steps", "max_steps")
+def warm_up_ends_within_the_run(job: Job, origins: Origins) -> Found:
+    """optimizer.warmup_steps is less than max_steps, or the rate never reaches its peak."""
+    warmup, steps = job.optimizer.warmup_steps, job.max_steps
+    if warmup and steps is not None and warmup >= steps:
+        message = f"of max_steps={steps}: the learning rate would never reach its peak"
+        yield "optimizer.warmup_steps", warmup, message, f"optimizer.warmup_steps={steps // 10}, or more steps"

@@ -23,7 +23,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
         "model", "data", "sequence_length", "objective", "preference", "method", "precision", "lora", "neftune_alpha",
         "optimizer", "batch", "epochs", "max_steps", "seed",
     ),
-    "train": ("checkpoint.load_best",),
+    "train": ("checkpoint.load_best", "evaluation.patience"),
     "evaluate": ("evaluation.task", "evaluation.max_rows", "evaluation.max_new_tokens"),
     "export": ("export", "endpoint.server"),
     "bundle": tuple(f"endpoint.{field.name}" for field in fields(EndpointConfig) if field.name != "server"),
@@ -47,6 +47,7 @@ SINCE: dict[str, Any] = {
     "lora.modules_to_save": [], "lora.dora": False, "optimizer.in_backward": "auto", "checkpointed_layers": "auto",
     "data.subset": None, "data.validation_split": "validation", "model.chat_template": None,
     "data.columns": None, "checkpoint.load_best": False,
+    "evaluation.patience": None, "optimizer.warmup_steps": None,
 }  # fmt: skip
 """Fields that came after runs were hashed without them, with what those runs did: left out where they say that."""
 
@@ -54,9 +55,11 @@ SINCE: dict[str, Any] = {
 def job_hash(job: Job) -> str:
     """Hash of every field that shapes the steps of training; stable over machines, key order and versions of Python.
 
-    Which of a run's checkpoints is taken in the end is not among them: a run that is done goes on to take another one.
+    After which of them a run ends early, and which checkpoint is taken, are not among them: a run that is done goes on
+    to make the others, or to take another one.
     """
-    return stage_inputs_hash(replace(job, checkpoint=replace(job.checkpoint, load_best=False)), "train")
+    same = replace(job, checkpoint=replace(job.checkpoint, load_best=False))
+    return stage_inputs_hash(replace(same, evaluation=replace(job.evaluation, patience=None)), "train")
 
 
 def stage_inputs_hash(job: Job, stage: str) -> str:

@@ -130,6 +130,8 @@ class OptimizerConfig:
     """Learning rate after the warm-up: to min_lr_ratio of the peak by cosine or linearly, or constant."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps over which the rate rises linearly from 0."""
+    warmup_steps: NonNegativeInt | None = None
+    """The same as a number of steps, in place of warmup_ratio; null: by the ratio."""
     min_lr_ratio: Fraction = 0.0
     """Learning rate that the schedule falls to, where the step after the last one would be; a share of the peak."""
     beta1: FractionBelowOne = 0.9
@@ -171,6 +173,8 @@ class CheckpointConfig:
 class EvaluationConfig:
     every_steps: PositiveInt | Auto | None = "auto"
     """Steps between held-out evaluations while training; auto: with each checkpoint; null: only at the end."""
+    patience: PositiveInt | None = None
+    """End training after so many evaluations in a row without a lower held-out loss; null: all steps are made."""
     task: Literal["none", "json_fields", "exact_match"] = "none"
     """Task metric on generated answers: none, json_fields (valid JSON and field-level match), or exact_match."""
     max_rows: PositiveInt | None = 200

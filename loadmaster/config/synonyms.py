@@ -31,6 +31,7 @@ ALIASES = {
     "device_batch_size": "micro_batch_size",
     "dpo_beta": "preference.beta",
     "dtype": "precision",
+    "early_stopping_patience": "evaluation.patience",
     "enable_activation_checkpointing": "activation_checkpointing",
     "enable_activation_offloading": "activation_checkpointing",
     "eval_dataset": "data.validation",
@@ -75,7 +76,7 @@ ALIASES = {
     "num_epochs": "epochs",
     "num_gpus": "hardware.count",
     "num_train_epochs": "epochs",
-    "num_warmup_steps": "optimizer.warmup_ratio",
+    "num_warmup_steps": "optimizer.warmup_steps",
     "offload_params": "offload",
     "optim": "optimizer.name",
     "optimizer_in_bwd": "optimizer.in_backward",
@@ -111,7 +112,7 @@ ALIASES = {
     "val_size": "data.validation",
     "wandb_project": "tracker.project",
     "warmup": "optimizer.warmup_ratio",
-    "warmup_steps": "optimizer.warmup_ratio",
+    "warmup_steps": "optimizer.warmup_steps",
 }
 
 OTHER_QUANTITIES = {
@@ -120,9 +121,7 @@ OTHER_QUANTITIES = {
     "evals_per_epoch",
     "gradient_accumulation_steps",
     "min_lr",
-    "num_warmup_steps",
     "saves_per_epoch",
-    "warmup_steps",
 }
 """Those of ALIASES whose numbers mean something else in our field: steps where it takes a share, or rows."""
 

@@ -11,12 +11,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
@@ -39,10 +36,10 @@ from loadmaster.training.metrics import (
     recent_loss,
     saving_sentence,
 )
-from loadmaster.training.reference import MICRO_BATCHES, Reference, asked_once
+from loadmaster.training.reference import Reference, asked_once
 from loadmaster.training.rehearsal import Rehearsed, rehearse_run, told
 from loadmaster.training.rng import seed_everything
-from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
+from loadmaster.training.schedule import HeldOutLosses, checkpoint_interval, evaluation_interval, learning_rate
 from loadmaster.training.session import (
     Session,
     attention_kernel,
@@ -144,7 +141,13 @@ def train(
             cache.share()
         training.stop_if(training.stopping(), "after the rehearsal, before the first step")
         if reference is not None:
-            training.ask_for(reference)
+            watch.at(0, "reference")
+            trained_on = training.sampler.order(0)[: training.steps * job.batch.global_size]
+            asked = reference.ask(
+                session.loss, session.split, plan.micro_batch_size, display.asked, training.stopping, trained_on
+            )
+            session.strategy.settle(session.loss)
+            training.stop_if(not asked, "before the first step; what the model said so far is kept")
         training.resume()
         training.run()
         if job.checkpoint.load_best:
@@ -173,6 +176,7 @@ class Training:
         self.resumed_tokens = self.resumed_trained_tokens = 0
         self.busy_s = self.input_s = 0.0
         self.eval_loss: float | None = None
+        self.losses = HeldOutLosses()
         self.recompilations = 0
         self.taken: dict[str, Any] | None = None
         """What the checkpoint says whose weights load_best took."""
@@ -191,19 +195,6 @@ class Training:
             self.checkpoints.wait()
             raise StoppedOnRequest(f"{self.stop.message} ({where})", agreed=True)
 
-    def ask_for(self, reference: Reference) -> None:
-        """The answers that the steps train on, and those held out, of the model as it was loaded."""
-        session, world = self.session, self.session.world
-        self.watch.at(0, "reference")
-        at_a_time = session.plan.micro_batch_size * world.size * MICRO_BATCHES
-        trained_on = self.sampler.order(0)[: self.steps * self.sampler.global_size]
-        for split, rows in reference.splits.items():
-            picked = np.sort(trained_on) if split == "train" else range(len(rows))
-            told = partial(self.display.asked, split)
-            all_asked = reference.ask(session.loss, split, picked, session.split, at_a_time, told, self.stopping)
-            self.stop_if(not all_asked, "before the first step; what the model said so far is kept")
-        session.strategy.settle(session.loss)
-
     def resume(self) -> None:
         """From the newest whole checkpoint, if there is one."""
         found = newest_whole(self.folder, self.job_hash, self.display.echo, self.session.world)
@@ -212,6 +203,7 @@ class Training:
         self.watch.at(0, "load")
         state = self.checkpoints.load(found.folder, self.session.trained, self.session.optimizer)
         self.sampler.load_state_dict(state["sampler"])
+        self.losses = HeldOutLosses(**state.get("held_out", {}))  # of checkpoints before 2026-12 there is none
         self.resumed_after = state["step"]
         self.tokens = self.resumed_tokens = state["tokens"]
         self.trained_tokens = self.resumed_trained_tokens = state["trained_tokens"]
@@ -220,6 +212,7 @@ class Training:
     def run(self) -> None:
         """All steps that are left, evaluated and saved when it is time."""
         world, first = self.session.world, self.resumed_after + 1
+        self._end_at(self.resumed_after)
         log = MetricsLog(self.run_dir / "metrics.jsonl", self.resumed_after, world.lead)
         tracker = open_tracker(self.session.job, self.run_dir, self.job_hash, world.lead, self.display.echo)
         compiled = graphs_compiled()
@@ -229,6 +222,7 @@ class Training:
             for step, indices in zip(range(first, self.steps + 1), self.sampler, strict=False):
                 before, position = position, self.sampler.state_dict()
                 row = self._step(step, indices, before, throughput) | self._evaluate(step)
+                self._end_at(step)
                 asked = self.stopping()
                 if asked or step % self.save_every == 0 or step == self.steps:
                     row["save_stall_s"] = self._save(step, position)
@@ -238,6 +232,8 @@ class Training:
                 self._show(row, graphs_compiled() - compiled)
                 self.stop_if(asked, f"checkpoint saved after step {step} of {self.steps}")
                 throughput.pause()
+                if step == self.steps:
+                    break
             self.watch.at(self.steps, "save")
             self.checkpoints.wait()
         finally:
@@ -246,6 +242,19 @@ class Training:
             tracker.close()
         if (saves := self.checkpoints.figures()) is not None:
             self.display.echo(saving_sentence(saves))
+
+    def _end_at(self, step: int) -> None:
+        """Make `step` the last one where evaluation.patience is at its end."""
+        patience, losses = self.session.job.evaluation.patience, self.losses
+        if patience is None or losses.in_vain < patience or step == self.steps:
+            return
+        lowest = "no finite one" if losses.lowest is None else f"{losses.lowest:.4f} at step {losses.step}"
+        best = "" if self.session.job.checkpoint.load_best else "; checkpoint.load_best=true takes the weights of then"
+        self.display.echo(
+            f"training ends after step {step} of {self.steps}: {losses.in_vain} evaluations in a row have found no "
+            f"lower held-out loss than {lowest} (evaluation.patience){best}"
+        )
+        self.steps = step
 
     def load_best(self) -> None:
         """The weights of the checkpoint with the lowest held-out loss, in the place of the last ones."""
@@ -307,6 +316,7 @@ class Training:
         if figures is None:
             return {}
         self.eval_loss = figures["loss"] if math.isfinite(figures["loss"]) else None
+        self.losses.add(self.eval_loss, step)
         return {"eval_loss": self.eval_loss}
 
     def _save(self, step: int, position: dict[str, Any]) -> float:
@@ -318,6 +328,7 @@ class Training:
             "sampler": position,
             "job_hash": self.job_hash,
             "eval_loss": self.eval_loss,
+            "held_out": asdict(self.losses),
         }
         session = self.session
         keep = (session.job.checkpoint.keep_last, session.job.checkpoint.keep_best)
@@ -377,5 +388,5 @@ def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[]
         f"the {what} was not finite in {len(session.skipped)} steps in a row, from step {first['step']} on; "
         f"{weights}, saved in checkpoints/step-{row['step'] - 1}. "
         f"Rows of that step: {', '.join(first['rows'][:8])}{' ...' if len(first['rows']) > 8 else ''}.\n"
-        "fix: look at these rows, lower optimizer.lr, or raise optimizer.warmup_ratio"
+        "fix: look at these rows, lower optimizer.lr, or raise optimizer.warmup_ratio (warmup_steps)"
     )

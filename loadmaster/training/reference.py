@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,23 +54,33 @@ class Reference:
     def ask(
         self,
         loss: nn.Module,
-        split: str,
-        picked: Sequence[int],
         micro_batches: Callable[[list[PackedRow]], list[MicroBatch]],
-        rows_at_a_time: int,
-        told: Callable[[int, int], None],
+        micro_batch_size: int,
+        told: Callable[[str, int, int], None],
         stopping: Callable[[], bool],
+        trained_on: Sequence[int] = (),
     ) -> bool:
-        """Ask for what is not known yet of the rows `picked` of a split.
+        """Ask for what is not known yet of the training rows `trained_on`, and of all that are held out.
 
         loss: the PreferenceLoss over the model before training, or what wraps it. micro_batches: rows to those of this
-        rank. told: how many rows are done, and of how many. False once it was asked to stop; what is done by then is
-        on disk.
+        rank. told: of a split, how many rows are done, and of how many. False once it was asked to stop; what is done
+        by then is on disk.
         """
-        rows = self.splits[split]
-        left = [row for row in picked if np.isnan(rows[row].reference).any()]
-        saved = time.monotonic()
         loss.eval()
+        for split, rows in self.splits.items():
+            picked = sorted(trained_on) if split == "train" else range(len(rows))
+            left = [row for row in picked if np.isnan(rows[row].reference).any()]
+            at_a_time = micro_batch_size * self.world.size * MICRO_BATCHES
+            if not self._ask(loss, rows, left, micro_batches, at_a_time, partial(told, split), stopping):
+                return False
+        return True
+
+    def _ask(
+        self, loss: nn.Module, rows: PackedRows, left: list[int],
+        micro_batches: Callable[[list[PackedRow]], list[MicroBatch]], rows_at_a_time: int,
+        told: Callable[[int, int], None], stopping: Callable[[], bool],
+    ) -> bool:  # fmt: skip
+        saved = time.monotonic()
         for start in range(0, len(left), rows_at_a_time):
             if stopping():
                 self._save()

@@ -92,6 +92,7 @@ def test_what_differs_is_said_as_it_is_written():
 
 def test_a_run_that_is_done_goes_on_to_take_its_best_checkpoint():
     done, best = job(), job("checkpoint.load_best=true", "evaluation.every_steps=auto")
-    assert job_hash(done) == job_hash(best)
-    stale = [stage for stage in STAGES if stage_inputs_hash(done, stage) != stage_inputs_hash(best, stage)]
-    assert stale == list(STAGES[1:])
+    for other in (best, job("evaluation.patience=2", "evaluation.every_steps=auto")):
+        assert job_hash(done) == job_hash(other)
+        stale = [stage for stage in STAGES if stage_inputs_hash(done, stage) != stage_inputs_hash(other, stage)]
+        assert stale == list(STAGES[1:])

@@ -37,6 +37,14 @@ CASES = {
         "evaluation.every_steps=auto",
         ["checkpoint.load_best=true", "evaluation.every_steps=5", "checkpoint.every_steps=10"],
     ),
+    "patience_has_evaluations": (
+        ["evaluation.patience=3", "evaluation.every_steps=null"], "evaluation.every_steps",
+        "evaluation.every_steps=auto", ["evaluation.patience=3", "evaluation.every_steps=5"],
+    ),
+    "warm_up_ends_within_the_run": (
+        ["optimizer.warmup_steps=50", "max_steps=50"], "optimizer.warmup_steps", "optimizer.warmup_steps=5",
+        ["optimizer.warmup_steps=50", "max_steps=51"],
+    ),
     "chat_template_is_a_file": (
         ["model.chat_template=chatml"], "model.chat_template", "name a file with the Jinja text",
         ["model.chat_template=train.jsonl"],

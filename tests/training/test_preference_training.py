@@ -18,7 +18,7 @@ from loadmaster.evaluation import held_out
 from loadmaster.models import compiled
 from loadmaster.models.load import load_base, load_tokenizer
 from loadmaster.models.preference import FIGURES, PreferenceLoss, answer_log_probs
-from loadmaster.training import loop
+from loadmaster.training import loop, reference
 from loadmaster.training.batches import losses, micro_batches
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, train
@@ -135,7 +135,7 @@ def _without_gradient(model, batch):
 
 def test_a_reference_that_was_asked_in_part_is_gone_on_with(tiny, pairs, tmp_path, monkeypatch):
     """Only of rows that the steps come to; what another run left, or a damaged file, is asked for anew."""
-    monkeypatch.setattr(loop, "MICRO_BATCHES", 1)
+    monkeypatch.setattr(reference, "MICRO_BATCHES", 1)
     rows, forward = [], PreferenceLoss.forward
 
     def counting(self, batch, answers_only=False):
@@ -145,11 +145,12 @@ def test_a_reference_that_was_asked_in_part_is_gone_on_with(tiny, pairs, tmp_pat
     monkeypatch.setattr(PreferenceLoss, "forward", counting)
     stop, ask = StopSignal(), Reference.ask
 
-    def until_two_are_done(self, loss, split, picked, micro_batches, at_a_time, told, stopping):
-        def stops(done, wanted):
-            assert wanted == 4
+    def until_two_are_done(self, loss, micro_batches, size, told, stopping, trained_on):
+        def stops(split, done, wanted):
+            assert (split, wanted) == ("train", 4)
             stop.requested = done >= 2
-        return ask(self, loss, split, picked, micro_batches, at_a_time, stops, stopping)
+
+        return ask(self, loss, micro_batches, size, stops, stopping, trained_on)
 
     with monkeypatch.context() as patched, pytest.raises(StoppedOnRequest, match="what the model said so far is kept"):
         patched.setattr(Reference, "ask", until_two_are_done)
