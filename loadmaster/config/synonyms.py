@@ -178,7 +178,8 @@ _WITHOUT = {
     "max_prompt_length": "sequence_length holds prompt and answer",
     "per_device_eval_batch_size batch_size_val": "the held-out loss takes micro_batch_size rows at a time",
     "init_lora_weights pissa_init": "an adapter begins as zero, by LoRA's usual B = 0",
-    "ref_model": "the reference is the base model with its adapter switched off",
+    "ref_model precompute_ref_log_probs": "the reference is the base model: with its adapter switched off, or asked "
+    "once before all weights are trained",
     "resume_from_checkpoint auto_resume_from_checkpoints overwrite_output_dir": "the same command goes on from the "
     "newest checkpoint; run_dir=NEW begins anew",
     "push_to_hub hub_model_id hub_strategy": "`loadmaster push RUN --repo OWNER/NAME` uploads an export",

@@ -98,7 +98,8 @@ def reasons(
     said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase of training that needs most"]
     said += how_much(job, dataset_tokens)
     if asking := reference_hours(job, chosen, dataset_tokens):
-        said.append(f"{asking:.2g} h of them ask the model before the first step: what dpo compares all weights with")
+        took = f"{asking:.2g} of these hours" if asking >= 0.01 else "less than a minute"
+        said.append(f"the model is asked about the pairs before the first step, {took}: dpo compares with it")
     said += filter(None, [not_offered(chosen.hardware)])
     said += filter(None, [unknown_network(chosen.hardware)])
     if found.nearest:
