@@ -295,3 +295,12 @@ def warm_up_ends_within_the_run(job: Job, origins: Origins) -> Found:
     if warmup and steps is not None and warmup >= steps:
         message = f"of max_steps={steps}: the learning rate would never reach its peak"
         yield "optimizer.warmup_steps", warmup, message, f"optimizer.warmup_steps={steps // 10}, or more steps"
+
+
+@rule("tracker.project", "tracker.name")
+def tensorboard_writes_into_the_run(job: Job, origins: Origins) -> Found:
+    """tracker.project is a folder within the run directory, where tracker.name is tensorboard."""
+    project = job.tracker.project
+    if job.tracker.name == "tensorboard" and (os.path.isabs(project) or ".." in project.split("/")):
+        message = "leads out of the run directory, where tensorboard's files are"
+        yield "tracker.project", project, message, f"tracker.project={os.path.basename(project.rstrip('/.')) or 'NAME'}"

@@ -261,7 +261,11 @@ class Training:
         found = best_whole(self.folder, self.job_hash, self.display.echo, self.session.world)
         if found is None:
             self.display.echo("no checkpoint has a held-out loss: the last weights are taken (checkpoint.load_best)")
-        if found is None or found.state["step"] == self.steps:
+            return
+        if self.losses.lowest is not None and found.state["eval_loss"] > self.losses.lowest:
+            gone = f"step {self.losses.step} had the lowest held-out loss, {self.losses.lowest:.4f}"
+            self.display.echo(f"{gone}, and its checkpoint was not kept (checkpoint.keep_best): the best of the others")
+        if found.state["step"] == self.steps:
             return
         self.watch.at(self.steps, "load")
         self.taken = self.checkpoints.load(found.folder, self.session.trained, self.session.optimizer)

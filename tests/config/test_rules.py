@@ -45,6 +45,9 @@ CASES = {
         ["optimizer.warmup_steps=50", "max_steps=50"], "optimizer.warmup_steps", "optimizer.warmup_steps=5",
         ["optimizer.warmup_steps=50", "max_steps=51"],
     ),
+    "tensorboard_writes_into_the_run": (
+        ["tracker.project=../../mine"], "tracker.project", "tracker.project=mine", ["tracker.project=team/mine"],
+    ),
     "chat_template_is_a_file": (
         ["model.chat_template=chatml"], "model.chat_template", "name a file with the Jinja text",
         ["model.chat_template=train.jsonl"],
