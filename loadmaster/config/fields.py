@@ -234,7 +234,9 @@ def _number(kind: type, constraints: tuple[Any, ...]) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as it stands in YAML and on the command line: true, null, [a,b]."""
+    """A value as it stands in YAML and on the command line: true, null, [a,b], {a: b}."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {written(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(written, value)) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -8,10 +8,10 @@ their contents.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import dataclasses
 from typing import Any
 
-from loadmaster.config.fields import written
+from loadmaster.config.fields import fields, written
 from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import STAGES, EndpointConfig, Job
 from loadmaster.config.validate import to_dict
@@ -26,7 +26,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "train": ("checkpoint.load_best", "evaluation.patience"),
     "evaluate": ("evaluation.task", "evaluation.max_rows", "evaluation.max_new_tokens"),
     "export": ("export", "endpoint.server"),
-    "bundle": tuple(f"endpoint.{field.name}" for field in fields(EndpointConfig) if field.name != "server"),
+    "bundle": tuple(f"endpoint.{field.name}" for field in dataclasses.fields(EndpointConfig) if field.name != "server"),
 }  # fmt: skip
 
 # How the work is spread and on what: inputs of the plan stage alone. Later stages depend on what the plan then chose
@@ -58,8 +58,9 @@ def job_hash(job: Job) -> str:
     After which of them a run ends early, and which checkpoint is taken, are not among them: a run that is done goes on
     to make the others, or to take another one.
     """
-    same = replace(job, checkpoint=replace(job.checkpoint, load_best=False))
-    return stage_inputs_hash(replace(same, evaluation=replace(job.evaluation, patience=None)), "train")
+    same = dataclasses.replace(job, checkpoint=dataclasses.replace(job.checkpoint, load_best=False))
+    evaluation = dataclasses.replace(job.evaluation, patience=None)
+    return stage_inputs_hash(dataclasses.replace(same, evaluation=evaluation), "train")
 
 
 def stage_inputs_hash(job: Job, stage: str) -> str:
@@ -83,9 +84,10 @@ def stage_inputs_hash(job: Job, stage: str) -> str:
 
 def differing(job: Job, other: Job) -> list[str]:
     """Fields that shape the trained weights and that two jobs set otherwise, each with both values."""
-    mine, theirs = (_leaves({name: _inputs(each)[name] for name in STAGE_FIELDS["plan"]}) for each in (job, other))
-    names = [name for name in mine if mine[name] != theirs.get(name)]
-    return [f"{name} is {written(theirs[name])} there and {written(mine[name])} here" for name in names]
+    mine, theirs = _inputs(job), _inputs(other)
+    shaping = [key for key in fields() if key.partition(".")[0] in STAGE_FIELDS["plan"]]
+    found = [(key, _value(theirs, key), _value(mine, key)) for key in shaping]
+    return [f"{key} is {written(there)} there and {written(here)} here" for key, there, here in found if there != here]
 
 
 def _inputs(job: Job) -> dict[str, Any]:
@@ -94,13 +96,6 @@ def _inputs(job: Job) -> dict[str, Any]:
     if job.method != "auto":
         values["optimizer"]["lr"] = peak_rate(job, job.method)
     return values
-
-
-def _leaves(values: dict[str, Any], section: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in values.items():
-        leaves |= _leaves(value, f"{section}{name}.") if isinstance(value, dict) else {f"{section}{name}": value}
-    return leaves
 
 
 def _value(values: dict[str, Any], name: str) -> Any:
