@@ -148,7 +148,7 @@ def lay_out(
 
 
 def packed_rows(
-    documents: Sequence[tuple[Sequence[int], Sequence[bool]]], sequence_length: int, packing: bool = True, seed: int = 0
+    documents: Sequence[tuple[Sequence[int], Sequence[bool]]], sequence_length: int, packing: bool = True
 ) -> PackedRows:
     """PackedRows in memory from (ids, trained) documents that fit; for tests and small probes."""
     from loadmaster.data.packing import rows_of
@@ -157,6 +157,6 @@ def packed_rows(
     ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in documents])
     trained = np.concatenate([np.asarray(mask, dtype=np.bool_) for _, mask in documents])
     begins = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    rows = rows_of(sizes, sequence_length, packing, seed)
+    rows = rows_of(sizes, sequence_length, packing, seed=0)
     origins = [f"document:{number}" for number in range(1, len(documents) + 1)]
     return PackedRows(lay_out(ids, trained, begins, sizes, origins, rows), "in memory")
