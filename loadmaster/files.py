@@ -74,15 +74,31 @@ LONGEST_HEADER = 100_000_000
 
 
 def is_whole_safetensors(path: Path) -> bool:
-    """Whether a file of tensors is as long as its header says; read without the library, which would map it."""
+    """Whether a file of tensors is there and as long as its header says."""
+    try:
+        return torn_safetensors(path) is None
+    except OSError:
+        return False
+
+
+def torn_safetensors(path: Path) -> str | None:
+    """What is wrong with a file (8 bytes length, JSON header, tensors) that is not as long as its header says.
+
+    Read without the library, which would map it. Raises OSError.
+    """
     try:
         with open(path, "rb") as file:
             size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            if 8 <= size < 8 + length:
+                return "is cut off in its header; fetch it again"
             tensors = json.loads(file.read(length) if length <= LONGEST_HEADER else "")
         tensors.pop("__metadata__", None)
-        return size == 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
+        wanted = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "is no safetensors file"
+    if size != wanted:
+        return f"has {size:,} bytes and should have {wanted:,}; the copy was cut off, fetch it again"
+    return None
 
 
 def sha256_file(path: Path) -> str:

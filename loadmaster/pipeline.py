@@ -365,7 +365,7 @@ def command_line(argv: list[str]) -> str:
 
 def data_identity(job: Job) -> list[str]:
     """What pins the training data: contents of local files, or the name of a Hub dataset, and those of a template."""
-    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
+    paths = job.data.paths
     paths += [path for path in (job.data.validation, job.model.chat_template) if isinstance(path, str)]
     resolved = [resolve_path(path) for path in paths]
     return [file_fingerprint(Path(p)) if os.path.exists(p) else f"hub:{p}" for p in resolved]
@@ -376,7 +376,7 @@ def dataset_tokens(job: Job) -> int | None:
 
     Raises DataError for a folder without files of rows, and for files that hold none, held-out ones included.
     """
-    paths, held = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path), job.data.validation
+    paths, held = job.data.paths, job.data.validation
     if isinstance(held, str) and os.path.exists(resolve_path(held)):
         _sizes([held], "data.validation")
     if not all(os.path.exists(resolve_path(path)) for path in paths):

@@ -7,7 +7,7 @@ its help text: `docs/configuration.md` is generated from it.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ConfigDict, Strict
@@ -30,7 +30,8 @@ FractionBelowOne = Annotated[float, Strict(), Ge(0), Lt(1)]
 
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-STAGES = ("plan", "train", "evaluate", "export", "bundle")
+Stage = Literal["plan", "train", "evaluate", "export", "bundle"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 RowField = Literal[
     "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion",
     "response", "question", "answer", "text", "chosen", "rejected", "label", "kto_tag",
@@ -83,6 +84,10 @@ class DataConfig:
     """Train on the first so many rows only; null is all."""
     tools: Literal["template", "text"] = "template"
     """Tool definitions and calls: through the model's chat template, or as text (for templates that have none)."""
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else list(self.path)
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -414,7 +419,7 @@ class Job:
     """Seeds data order, initialisation and dropout."""
     run_dir: Text | Auto = "auto"
     """Run directory; auto: the newest of this very job under runs/<recipe>/, else a new one."""
-    stop_after: Literal["plan", "train", "evaluate", "export", "bundle"] = "bundle"
+    stop_after: Stage = "bundle"
     """Last stage to run."""
     plan: PlanConfig = PlanConfig()
     hardware: HardwareConfig = HardwareConfig()

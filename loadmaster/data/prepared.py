@@ -90,7 +90,7 @@ def refuse_bad_rows(job: Job, echo: Callable[[str], None] = print) -> None:
     what the job trains on.
     """
     data = job.data
-    wanted = [([data.path] if isinstance(data.path, str) else list(data.path), "data.path", data.max_rows)]
+    wanted = [(data.paths, "data.path", data.max_rows)]
     wanted += [([data.validation], "data.validation", None)] if isinstance(data.validation, str) else []
     here = [each for each in wanted if all(os.path.isfile(local_path(path)) for path in each[0])]
     size = sum(local_path(path).stat().st_size for paths, *_ in here for path in paths)

@@ -159,7 +159,7 @@ def _left_out(job: Job, shape: ModelShape) -> list[str]:
 
 def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
     """How much is trained on in the hours and for the dollars of the plan."""
-    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
+    paths = job.data.paths
     # By file name: exports carry the plan, and are passed on.
     named = ", ".join(Path(path).name if os.path.exists(local_path(path)) else path for path in paths[:3])
     named += f" and {len(paths) - 3} more" if len(paths) > 3 else ""
