@@ -14,7 +14,7 @@ from loadmaster.data.rows import NO_LOSS, PackedRow
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """input_ids, labels, position_ids: LongTensor [batch, length]; row_ids: "file:line" of each row's documents.
+    """input_ids, labels, position_ids: LongTensor [batch, length].
 
     Labels are not shifted, -100 where there is no loss. A position of 0 begins a document; padding is a
     document of its own at the end of the row, so no token attends to it. desirable: bool [documents], the label of each
@@ -25,7 +25,6 @@ class MicroBatch:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
-    row_ids: list[list[str]]
     desirable: Tensor | None = None
     reference: Tensor | None = None
 
@@ -46,11 +45,9 @@ def collate(rows: Sequence[PackedRow], pad_token_id: int, to_length: int | None 
         position_ids[place, :size] = torch.from_numpy(row.position_ids)
         position_ids[place, size:] = torch.arange(length - size)
     padded = [len(row) < length for row in rows]
-    row_ids = [row.document_ids for row in rows]
     desirable = _of_documents([row.desirable for row in rows], padded)
-    return MicroBatch(
-        input_ids, labels, position_ids, row_ids, desirable, _of_documents([row.reference for row in rows], padded)
-    )
+    reference = _of_documents([row.reference for row in rows], padded)
+    return MicroBatch(input_ids, labels, position_ids, desirable, reference)
 
 
 def _of_documents(values: Sequence[np.ndarray | None], padded: Sequence[bool]) -> Tensor | None:

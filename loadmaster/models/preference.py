@@ -191,7 +191,6 @@ def mismatched(batch: MicroBatch, rotation: int) -> MicroBatch:
         torch.cat([tokens for tokens, _ in documents])[None],
         torch.cat([trained for _, trained in documents])[None],
         torch.cat([torch.arange(len(tokens)) for tokens, _ in documents]).to(positions.dtype)[None],
-        batch.row_ids,
     )
 
 

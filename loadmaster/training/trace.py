@@ -165,7 +165,7 @@ def _traced_peak(model: nn.Module, case: Case, metas: Metas | None = None) -> in
     places = torch.arange(case.tokens) % -(-case.tokens // documents)
     adapted = any("lora_" in name for name, _ in model.named_parameters())
     reference = None if adapted or case.objective != "dpo" else torch.zeros(documents)
-    batch = MicroBatch(ids, ids, places[None], [["row"]], reference=reference)
+    batch = MicroBatch(ids, ids, places[None], reference=reference)
     model.train(not case.evaluated)
     with live, torch.set_grad_enabled(not case.evaluated):
         if case.objective == "sft":
