@@ -79,7 +79,7 @@ def _needs_gradient(_: nn.Module, __: tuple, embedded: torch.Tensor) -> None:
         embedded.requires_grad_(True)
 
 
-def missing_for_a_gpu(on_host: bool = False) -> str | None:
+def missing_for_a_gpu(on_host: bool) -> str | None:
     """What this machine lacks to compile for a GPU: Triton builds its link to the driver in C, against Python.
 
     on_host: what runs there is compiled too, in C++.

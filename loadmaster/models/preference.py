@@ -31,9 +31,10 @@ from torch.nn import functional as F
 
 from loadmaster.config.schema import PreferenceConfig
 from loadmaster.data import MicroBatch
+from loadmaster.data.rows import NO_LOSS
 from loadmaster.models.adapters import without_adapter
 from loadmaster.models.forward import SummedLoss, causal_lm, document_bounds, logit_transform, trained_hidden
-from loadmaster.models.loss import CHUNK_TOKENS
+from loadmaster.models.loss import CHUNK_TOKENS, logits_and_tanh
 from loadmaster.models.transfer import put
 
 NEED_REFERENCE = ("dpo", "kto")
@@ -62,7 +63,7 @@ class _TokenLogProbs(torch.autograd.Function):
         chunks = [slice(i, i + CHUNK_TOKENS) for i in range(0, len(targets_T), CHUNK_TOKENS)]
         found = []
         for chunk in chunks:
-            logits = _logits(hidden_TH[chunk], weight_VH, bias_V, softcap, scale)[0]
+            logits = logits_and_tanh(hidden_TH[chunk], weight_VH, bias_V, softcap, scale)[0]
             found.append(-F.cross_entropy(logits, targets_T[chunk], reduction="none"))
             del logits
         return torch.cat(found) if found else hidden_TH.new_zeros(0, dtype=torch.float32)
@@ -76,7 +77,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(targets_T), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            logits, capped = _logits(hidden_TH[part], weight_VH, bias_V, softcap, scale)
+            logits, capped = logits_and_tanh(hidden_TH[part], weight_VH, bias_V, softcap, scale)
             # d log p(t) / d logits = onehot(t) - softmax(logits), in the logits' own memory
             grad = logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True)).exp_().neg_()
             grad.scatter_add_(-1, targets_T[part, None], grad.new_ones((len(grad), 1)))
@@ -93,19 +94,6 @@ class _TokenLogProbs(torch.autograd.Function):
                 grad_weight += grad.T @ hidden_TH[part]
             del logits, grad  # before the next chunk's are made
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype), None, None, None, None
-
-
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
-) -> tuple[Tensor, Tensor | None]:
-    """(logits in fp32, tanh of the uncapped ones over the cap where there is one)."""
-    logits = F.linear(hidden, weight, bias).float()
-    if scale != 1.0:
-        logits *= scale
-    if softcap is None:
-        return logits, None
-    capped = logits.div_(softcap).tanh_()
-    return capped * softcap, capped
 
 
 @dataclass(frozen=True)
@@ -176,7 +164,7 @@ def mismatched(batch: MicroBatch, rotation: int) -> MicroBatch:
     bounds = document_bounds(batch.position_ids)
     prompts, answers, rest = [], [], []
     for start, end in itertools.pairwise(bounds):
-        trained = torch.nonzero(labels[start:end] != -100)
+        trained = torch.nonzero(labels[start:end] != NO_LOSS)
         if len(trained):
             first = start + int(trained[0])
             prompts.append((ids[start:first], labels[start:first]))
@@ -198,8 +186,7 @@ def loss_module(model: nn.Module, objective: str, preference: PreferenceConfig) 
     """The module whose forward is the sum of a batch's losses: of its trained tokens (sft), pairs or answers."""
     if objective == "sft":
         return SummedLoss(model)
-    weights = preference.desirable_weight, preference.undesirable_weight
-    return PreferenceLoss(model, objective, preference.beta, preference.label_smoothing, weights)
+    return PreferenceLoss(model, objective, preference)
 
 
 FIGURES = 7
@@ -235,17 +222,11 @@ class PreferenceLoss(nn.Module):
     After each forward `figures` holds the batch's FIGURES.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: str,
-        beta: float,
-        label_smoothing: float,
-        weights: tuple[float, float] = (1.0, 1.0),
-    ):
+    def __init__(self, model: nn.Module, objective: str, preference: PreferenceConfig):
         super().__init__()
         self.module = model
-        self.objective, self.beta, self.label_smoothing, self.weights = objective, beta, label_smoothing, weights
+        self.objective, self.beta, self.label_smoothing = objective, preference.beta, preference.label_smoothing
+        self.weights = preference.desirable_weight, preference.undesirable_weight
         self.figures = torch.zeros(FIGURES)
 
     def forward(self, batch: Any, answers_only: bool = False) -> Tensor:
