@@ -128,6 +128,11 @@ def is_full_disk(error: BaseException) -> bool:
     return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
+def cache_root() -> Path:
+    """Folder of everything that can be made again: $LOADMASTER_CACHE, else ~/.cache/loadmaster."""
+    return Path(os.environ.get("LOADMASTER_CACHE") or "~/.cache/loadmaster").expanduser().absolute()
+
+
 @contextmanager
 def cached_in(folder: Path, what: str) -> Iterator[None]:
     """Say of a cache that it has no room, or is not to be written: Raises LoadmasterError with the variable to set."""

@@ -23,9 +23,9 @@ from types import MethodType
 import torch
 from torch import nn
 
+from loadmaster.files import cache_root
 from loadmaster.models.forward import causal_lm, decoder_layers
 from loadmaster.models.loss import compile_loss
-from loadmaster.models.resolve import cache_root
 
 VARIANTS = 64
 """Of one layer's code: kinds of layers, with and without gradients, adapter on and off."""
