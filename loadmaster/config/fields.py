@@ -131,7 +131,8 @@ def known_cards(word: str, cards: Iterable[str], key: str | None = None) -> str:
     """The remedy for a GPU that is none of `cards`: the nearest, as key=NAME where there is a key, and all of them."""
     known = list(cards)
     guess = nearest_card(word, known)
-    return (f"{key}={guess}; " if guess and key else f"{guess}; " if guess else "") + "known are " + ", ".join(known)
+    named = f"{key}={guess}" if key else guess
+    return (f"{named}; " if guess else "") + "known are " + ", ".join(known)
 
 
 def _series(name: str, number: str) -> str:
