@@ -139,7 +139,7 @@ def test_a_reference_that_was_asked_in_part_is_gone_on_with(tiny, pairs, tmp_pat
     rows, forward = [], PreferenceLoss.forward
 
     def counting(self, batch, answers_only=False):
-        rows.extend(batch.row_ids if answers_only else [])
+        rows.extend(batch.input_ids if answers_only else [])
         return forward(self, batch, answers_only)
 
     monkeypatch.setattr(PreferenceLoss, "forward", counting)
