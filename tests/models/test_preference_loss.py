@@ -343,7 +343,7 @@ def test_ktos_move_takes_two_labelled_answers(policy, rows):
     moved = module._moved(collate([labelled(rows, 2)], 0, 256))
     with torch.no_grad():
         other = mismatched(collate([labelled(rows, 2)], 0), 1)  # each prompt under the other answer
-        ratios = answer_log_probs(policy, other).sums - module._reference(other).sums
+        ratios = answer_log_probs(policy, other).sums - module._reference(other)
     assert moved.item() == pytest.approx(max(0, ratios.mean().item()), rel=1e-5) and ratios.any()
 
 
