@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadmaster import collector, out_of_memory
+from loadmaster import collector, out_of_memory, packages
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError, DataError, LoadmasterError, Problem, StoppedOnRequest
@@ -88,6 +88,8 @@ class StageRun:
                 self._refuse_folder_of_its_own()
                 if stage == "train":
                     self._refuse_missing_compiler()
+                    exported = self.job.stop_after in ("export", "bundle")
+                    packages.refuse_missing(self.plan, self.job.export.formats if exported else ())
                 watch = Watchdog(self.world, self.run_dir / "logs", hang_s, on_end=self.on_end)
                 stack.enter_context(watch)
             watch.at(0, PREPARE)
