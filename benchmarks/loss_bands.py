@@ -20,7 +20,7 @@ import platform
 import shlex
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -156,7 +156,7 @@ def table(found: list[dict[str, Any]]) -> str:
 def write(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     name = RESULTS / f"loss_bands-{datetime.date.today()}-{device.lower().replace(' ', '-')}"
-    versions = {package: version(package) for package in ("torch", "transformers", "peft", "torchao")}
+    versions = {package: _version(package) for package in ("torch", "transformers", "peft", "torchao")}
     about = {
         "device": device, "processor": platform.processor() or platform.machine(), "versions": versions,
         "command": shlex.join(["python", *sys.argv]), "steps": given.steps, "rows": given.rows, "length": given.length,
@@ -168,6 +168,13 @@ def write(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
         f"{device}, {said}; {given.steps} steps of {given.rows} x {given.length} tokens of "
         f"`{Path(given.data).name}`, by `{about['command']}`.\n\n{table(found)}\n"
     )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def earlier(given: argparse.Namespace) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
-LIMIT_S = 120
+LIMIT_S = 180
 """Of one rung that names no limit of its own."""
+CHECKPOINT_S = 400
+"""Of the checkpoint that a size's rungs load: 16 GB are written, which a slow disk takes minutes for."""
 TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
@@ -171,7 +173,7 @@ class Run:
         model = self.folder / each["shape"]
         config = TINY if each["shape"] == "tiny" else shape_config(each["shape"])
         if not (model / "tokenizer_config.json").is_file():
-            made = self.spawn({"kind": "checkpoint", "model": str(model), "config": config, "name": "checkpoint"})
+            made = self.spawn({"kind": "checkpoint", "model": str(model), "config": config, "limit_s": CHECKPOINT_S})
             if "failed" in made:
                 raise SystemExit(f"no checkpoint of {each['shape']}: {made['failed']}")
         documents = self.folder / f"{each['shape']}-{each['documents']}-{each['sequence_length']}.jsonl"
@@ -266,8 +268,15 @@ def about_the_machine() -> dict[str, Any]:
         card, driver, power, memory = "cpu", "none", "unknown", "unknown"
     return {
         "date": str(datetime.date.today()), "card": card, "driver": driver, "power_limit": power, "memory": memory,
-        "python": platform.python_version(), "versions": {package: version(package) for package in VERSIONS},
+        "python": platform.python_version(), "versions": {package: _version(package) for package in VERSIONS},
     }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the rungs that need it say so
+        return None
 
 
 def one_line(row: dict[str, Any]) -> str:

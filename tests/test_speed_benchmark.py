@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,6 +69,24 @@ def test_what_the_budget_leaves_no_time_for_and_peers_that_are_not_there_are_sai
     assert stored["versions"]["torch"] and stored["card"] and stored["command"].startswith("python ")
     page = (tmp_path / "speed.md").read_text()
     assert all(row["not_run"] in page for row in stored["rows"])
+
+
+def test_a_package_that_is_not_there_ends_no_run(speed, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "VERSIONS", ("torch", "a-package-of-nobody"))
+    monkeypatch.setattr(speed, "RESULTS", tmp_path)
+    assert run_of(speed, tmp_path).about["versions"]["a-package-of-nobody"] is None
+
+
+def test_a_checkpoint_may_take_longer_to_write_than_a_rung_to_run(speed, tmp_path, monkeypatch):
+    limits, run = {}, run_of(speed, tmp_path, budget=1000)
+
+    def ran(command, timeout, **_):
+        limits[json.loads((tmp_path / "rung.json").read_text())["kind"]] = timeout
+        return subprocess.CompletedProcess(command, 0, 'ROW {"tokens_per_second": 1.0}\n', "")
+
+    monkeypatch.setattr(speed.subprocess, "run", ran)
+    run.measure(speed.on_a_cpu(speed.bars()[1]))
+    assert limits == {"checkpoint": speed.CHECKPOINT_S, "run": speed.LIMIT_S} and speed.CHECKPOINT_S > speed.LIMIT_S
 
 
 def test_a_second_run_adds_to_the_first_and_replaces_its_own(speed, tmp_path):
