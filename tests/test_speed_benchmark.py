@@ -89,6 +89,33 @@ def test_a_checkpoint_may_take_longer_to_write_than_a_rung_to_run(speed, tmp_pat
     assert limits == {"checkpoint": speed.CHECKPOINT_S, "run": speed.LIMIT_S} and speed.CHECKPOINT_S > speed.LIMIT_S
 
 
+def test_a_start_is_timed_from_nothing_though_the_folder_has_an_earlier_one(speed, tmp_path, monkeypatch):
+    found, run = [], run_of(speed, tmp_path)
+    monkeypatch.setattr(run, "placed", lambda each: {**each, "model": "tiny"})
+
+    class Started:
+        def __init__(self, command, env, **_):
+            run_dir = next(Path(word.partition("=")[2]) for word in command if word.startswith("run_dir="))
+            cache = Path(env["LOADMASTER_CACHE"])
+            found.append((run_dir.exists(), cache.exists(), Path(env["TRITON_CACHE_DIR"]).is_relative_to(cache)))
+            for folder in (run_dir, cache):
+                folder.mkdir(exist_ok=True)
+            (run_dir / "metrics.jsonl").write_text("{}")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def poll(self): ...
+        def wait(self): ...
+
+    monkeypatch.setattr(speed.subprocess, "Popen", Started)
+    starts = [each for each in speed.bars() if each["kind"] == "start"]
+    for each in 2 * starts:
+        assert run.start(each)["first_step_s"] < 5
+    assert found == 2 * [(False, False, True), (False, True, True)]
+
+
 def test_a_second_run_adds_to_the_first_and_replaces_its_own(speed, tmp_path):
     first = run_of(speed, tmp_path, budget=0)
     for each in speed.bars()[:2]:
