@@ -3,6 +3,7 @@
     python benchmarks/speed.py                                        everything, in less than nine minutes
     python benchmarks/speed.py --only bar1,bar3 --budget 540          some of it; --out adds to the same file
     python benchmarks/speed.py --only bar5 --budget 900               very long rows: ten minutes or more by themselves
+    python benchmarks/speed.py --name 342,733 --budget 595 --folder F the longest alone, where a command may take ten
     python benchmarks/speed.py --peer trl=/opt/trl/bin/python --peer unsloth=/opt/unsloth/bin/python
     python benchmarks/speed.py --peer-folder unsloth=/opt/unsloth     installed with pip install --target
     python benchmarks/speed.py --shape tiny --peer trl=python         what the tests run, on a CPU
@@ -343,6 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     pair = {"action": "append", "default": [], "type": lambda text: tuple(text.split("=", 1))}
     parser.add_argument("--only", help="ceiling, ladder, bar1 to bar6; several with commas between")
+    parser.add_argument("--name", default="", help="rungs whose name has this in it")
     parser.add_argument("--budget", type=float, default=530, help="seconds for everything")
     parser.add_argument("--peer", help="NAME=PYTHON: the peer's own interpreter (trl, unsloth)", **pair)
     parser.add_argument("--peer-folder", help="NAME=FOLDER: where pip --target has put a peer", **pair)
@@ -351,9 +353,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     wanted = arguments.only.split(",") if arguments.only else None
-    rungs = [each for each in bars() if wanted is None or each["bar"] in wanted]
+    rungs = [each for each in bars() if (wanted is None or each["bar"] in wanted) and arguments.name in each["name"]]
     if not rungs:
-        parser.error(f"--only {arguments.only}: known are {', '.join(dict.fromkeys(each['bar'] for each in bars()))}")
+        known = "\n".join(f"{each['bar']:<8} {each['name']}" for each in bars())
+        parser.error(f"no rung of --only {arguments.only} has {arguments.name!r} in its name; known are\n{known}")
     rungs = [on_a_cpu(each) for each in rungs] if arguments.shape == "tiny" else rungs
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.folder or Path(scratch)).resolve()

@@ -60,6 +60,19 @@ def test_a_rungs_limit_of_memory_is_put_as_torch_takes_it(monkeypatch):
     assert card == 0 and 23 < share * 80 < 23.5  # a card of 24 GiB, without the CUDA context
 
 
+def test_one_rung_is_had_by_its_name(speed, tmp_path, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(speed.Run, "measure", lambda self, each: measured.append((each["bar"], each["name"])))
+    told = ["speed.py", "--folder", str(tmp_path), "--out", str(tmp_path / "speed.json"), "--name", "342,733"]
+    monkeypatch.setattr(sys, "argv", told)
+    speed.main()
+    assert measured == [("bar5", "qlora, one row of 342,733 tokens in 80 GB")]
+    monkeypatch.setattr(sys, "argv", [*told, "--only", "bar1"])
+    with pytest.raises(SystemExit):
+        speed.main()
+    assert "qlora, one row of 342,733 tokens" in capsys.readouterr().err
+
+
 def test_what_the_budget_leaves_no_time_for_and_peers_that_are_not_there_are_said(speed, tmp_path, capsys):
     run = run_of(speed, tmp_path, budget=0)
     run.measure(speed.bars()[0])
