@@ -324,14 +324,20 @@ def model_flops_utilisation(plan: Plan, tokens_per_second: float) -> float | Non
     return tokens_per_second * model_flops_per_token(plan) / (peak_flops(plan) * plan.world_size)
 
 
-def device_type(plan: Plan) -> str:
-    """Where this plan runs here. Raises LoadmasterError for a GPU that PyTorch cannot use: the processors would take
-    its place without a word."""
+def device_type(plan: Plan, asked: str) -> str:
+    """Where this plan runs here, of a job whose hardware.gpu is `asked`. Raises LoadmasterError for a GPU that PyTorch
+    cannot use, or that the plan did not see: the processors would take its place without a word."""
     import torch
 
-    from loadmaster.preflight.hardware import local_gpus
+    from loadmaster.preflight.hardware import NVML, local_gpus
 
     if plan.hardware.gpu == "cpu":
+        if asked == "local" and torch.cuda.is_available() and not local_gpus():
+            raise LoadmasterError(
+                f"PyTorch sees a GPU ({torch.cuda.get_device_name()}) and the plan is for the processors: the driver's "
+                f"library that tells of GPUs, {NVML}, was not found or does not answer. It lies beside libcuda.so.1: "
+                "put that folder into LD_LIBRARY_PATH, or set hardware=cpu"
+            )
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"

@@ -22,6 +22,7 @@ from loadmaster.preflight.coefficients import value
 from loadmaster.processors import threads
 
 GIB = 2**30
+NVML = "libnvidia-ml.so.1"
 OWN_PRICE = "plan.prices_usd_per_hour"
 DRIVER_SHARE = 0.994
 """Share of NVML's total that a process can use, of a card that is not in the catalogue (an H100's: 0.994)."""
@@ -273,7 +274,7 @@ def catalog_name(driver_name: str, total_gib: float) -> str | None:
 def local_gpus() -> list[tuple[str, float, float]]:
     """(driver's name, total memory in GiB, compute capability) of each visible GPU; empty without a driver."""
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        nvml = ctypes.CDLL(NVML)
     except OSError:
         return []
     if nvml.nvmlInit_v2() != 0:
