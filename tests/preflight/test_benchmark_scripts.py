@@ -157,6 +157,24 @@ def test_runs_that_were_measured_on_a_card_stand_beside_the_replay_as_it_is_now(
     assert len(recast) == 2 and all(abs(share) < 0.15 for share in speeds)
 
 
+def test_a_cards_kernel_that_is_wrong_or_fails_is_told_and_the_others_are_tried(monkeypatch, capsys) -> None:
+    import torch
+
+    def fail(*_):
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    script = load("gpu_kernels")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(script, "attention", lambda call, *_: {"output": math.nan if call.window else 0.002})
+    monkeypatch.setattr(script, "products", fail)
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels.py"])
+    assert script.main() == 1
+    said = capsys.readouterr().out.splitlines()[1:]
+    wrong = [line for line in said if line.startswith("BEYOND")]
+    assert len(said) == 12 and len(wrong) == 2 + 6 and sum("CUBLAS_STATUS_NOT_SUPPORTED" in line for line in wrong) == 6
+
+
 def test_losses_are_compared_of_what_the_packages_there_can_train(tmp_path, monkeypatch, capsys) -> None:
     script = load("loss_bands")
 
