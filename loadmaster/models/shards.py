@@ -26,6 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED
 from loadmaster.models.bf16_products import quicken
+from loadmaster.models.experts import stored_as, stored_experts
 from loadmaster.models.frozen import FrozenLinear, freeze_linears
 from loadmaster.models.load import knowing_packed_attention, refuse_unknown_type, refuse_unsupported
 
@@ -87,7 +88,7 @@ OPEN_FILES = 2
 
 
 class Checkpoint:
-    """A folder of safetensors, read by name and slice. Raises LoadmasterError for a name that is not there."""
+    """A folder of safetensors, read by name and slice; names are the model's, experts in one tensor."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -101,15 +102,25 @@ class Checkpoint:
                 self._where |= dict.fromkeys(self._open(path.name).keys(), path.name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return bool(stored_as(name, self._where) or stored_experts(name, self._where))
 
     def rows(self, name: str, start: int | None = None, end: int | None = None) -> Tensor:
         """Rows `start` to `end` of a tensor, on the host; all of it without them."""
-        part = self._open(self._where[name]).get_slice(name)
-        return part[:] if start is None else part[start:end]
+        if (stored := stored_as(name, self._where)) is not None:
+            part = self._slice(stored)
+            return part[:] if start is None else part[start:end]
+        experts = stored_experts(name, self._where)[slice(start, end)]
+        return torch.stack([torch.cat([self._slice(each)[:] for each in names]) for names in experts])
 
     def shape(self, name: str) -> list[int]:
-        return self._open(self._where[name]).get_slice(name).get_shape()
+        if (stored := stored_as(name, self._where)) is not None:
+            return self._slice(stored).get_shape()
+        experts = stored_experts(name, self._where)
+        (_, columns), *_ = shapes = [self._slice(each).get_shape() for each in experts[0]]
+        return [len(experts), sum(rows for rows, _ in shapes), columns]
+
+    def _slice(self, stored: str) -> Any:
+        return self._open(self._where[stored]).get_slice(stored)
 
     def _open(self, name: str) -> Any:
         if name not in self._files:

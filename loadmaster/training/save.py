@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from loadmaster.errors import TrainingFailed
 from loadmaster.models.adapters import trainable
@@ -67,10 +68,11 @@ def _write_model(model: nn.Module, folder: Path, placed: Placed, world: World) -
         for name in names:
             whole = placed.whole(parameters[name])
             if world.lead:
-                tensors[name] = whole.contiguous()
+                stored = revert_weight_conversion(lm, {name: whole})  # an expert each, as transformers writes them
+                tensors |= {key: tensor.contiguous() for key, tensor in stored.items()}
         if world.lead:
             save_file(tensors, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(names, file)
+        where |= dict.fromkeys(tensors, file)
     if world.lead:
         lm.config.architectures, lm.config.dtype = [type(lm).__name__], next(iter(parameters.values())).dtype
         lm.config.save_pretrained(folder)

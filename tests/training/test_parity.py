@@ -39,6 +39,7 @@ ALONE = [
     case("lora", "lora", "none"),
     case("full-odd", "full", "none", model="odd"),
     case("lora-odd", "lora", "none", model="odd"),
+    case("full-experts", "full", "none", model="experts"),
 ]
 TWO = [
     case("full-ddp-2", "full", "ddp", 2),
@@ -90,22 +91,27 @@ FOUR = [
     case("lora-ddp-4", "lora", "ddp", 4),
     *zeros(4, "zero1", "zero2", "zero3", methods=("full",)),
     *zeros(4, "zero2", "zero3", model="odd"),
+    *zeros(4, "fsdp", "zero3", methods=("full",), model="experts"),
 ]
-"""Four ranks cut rows of the odd model's matrices, so that one row is on two of them."""
+"""Four ranks cut rows of the odd model's matrices, so that one row is on two of them; of three experts one has none."""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
     folder = tmp_path_factory.mktemp("model")
     even = {"hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2}
     odd = {
         "hidden_size": 62, "intermediate_size": 111, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
     }  # fmt: skip
-    for name, shape in (("even", even), ("odd", {**odd, "vocab_size": 513, "tie_word_embeddings": False})):
+    experts = {**even, "num_local_experts": 3, "num_experts_per_tok": 2}
+    for name, kind, shape in (
+        ("even", LlamaConfig, even), ("odd", LlamaConfig, {**odd, "vocab_size": 513, "tie_word_embeddings": False}),
+        ("experts", MixtralConfig, experts),
+    ):  # fmt: skip
         torch.manual_seed(0)
-        config = LlamaConfig(**{
+        config = kind(**{
             "num_hidden_layers": 3, "vocab_size": 512, "tie_word_embeddings": True, "bos_token_id": 1,
             "eos_token_id": 2, "pad_token_id": 0, **shape,
         })  # fmt: skip
@@ -165,7 +171,7 @@ def consumed(folder: Path) -> list[list[str]]:
 
 def alone_of(name: str) -> str:
     method, *rest = name.split("-")
-    return f"{method}-odd" if "odd" in rest else method
+    return "-".join([method, *(tag for tag in ("odd", "experts") if tag in rest)])
 
 
 @pytest.mark.slow
