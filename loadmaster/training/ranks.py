@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from loadmaster.errors import LoadmasterError
 
@@ -62,12 +62,26 @@ def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _refuse_half_a_launch(env: Mapping[str, str]) -> None:
-    numbers = ["RANK", "WORLD_SIZE"]
-    if env["WORLD_SIZE"].isdecimal() and int(env["WORLD_SIZE"]) > 1:
-        numbers.append("MASTER_PORT")
-        if not env.get("MASTER_ADDR"):
-            raise LoadmasterError(f"MASTER_ADDR is not set beside WORLD_SIZE={env['WORLD_SIZE']}{LEFT_OVER}")
-    for name in numbers:
+    _refuse_no_number(env, ["RANK", "WORLD_SIZE"])
+    if (size := int(env["WORLD_SIZE"])) < 2:
+        return
+    if not env.get("MASTER_ADDR"):
+        raise LoadmasterError(f"MASTER_ADDR is not set beside WORLD_SIZE={size}{LEFT_OVER}")
+    local = [name for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK") if name in env]
+    _refuse_no_number(env, ["MASTER_PORT", *local])
+    per_node = min(size, int(env.get("LOCAL_WORLD_SIZE", size)))
+    possible = {
+        "RANK": range(size), "MASTER_PORT": range(1, 2**16), "LOCAL_WORLD_SIZE": range(1, size + 1),
+        "LOCAL_RANK": range(per_node),
+    }  # fmt: skip
+    for name in ["RANK", "MASTER_PORT", *local]:
+        if int(env[name]) not in possible[name]:
+            ends = f"{possible[name].start} to {possible[name].stop - 1}"
+            raise LoadmasterError(f"{name} is {env[name]} beside WORLD_SIZE={size}, and goes from {ends}{LEFT_OVER}")
+
+
+def _refuse_no_number(env: Mapping[str, str], names: Sequence[str]) -> None:
+    for name in names:
         if not env.get(name, "").isdecimal():
             raise LoadmasterError(f"{name} is {env.get(name, 'not set')!r} in the environment, no number{LEFT_OVER}")
 

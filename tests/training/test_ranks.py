@@ -72,6 +72,12 @@ def test_what_cannot_be_known_is_asked_for(env, said):
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT is 'not set' in the environment"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, no number"),
         ({"RANK": "", "WORLD_SIZE": "1"}, "RANK is '' in the environment, no number"),
+        (ranks("0", "2", "x", "2", "a", "7"), "LOCAL_RANK is 'x' in the environment, no number"),
+        (ranks("5", "2", "0", "2", "a", "7"), "RANK is 5 beside WORLD_SIZE=2, and goes from 0 to 1"),
+        (ranks("0", "2", "0", "0", "a", "7"), "LOCAL_WORLD_SIZE is 0 beside WORLD_SIZE=2, and goes from 1 to 2"),
+        (ranks("1", "2", "1", "1", "a", "7"), "LOCAL_RANK is 1 beside WORLD_SIZE=2, and goes from 0 to 0"),
+        (ranks("0", "2", "0", "2", "a", "0"), "MASTER_PORT is 0 beside WORLD_SIZE=2, and goes from 1 to 65535"),
+        (ranks("0", "2", "0", "2", "a", "65536"), "MASTER_PORT is 65536 beside WORLD_SIZE=2"),
     ],
 )
 def test_what_no_launcher_leaves_so_is_told_with_what_works(env, said):
