@@ -293,7 +293,8 @@ class ZeroOptimizer:
         squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
         norm = self.world.sum(squares.to(self.world.device)).sqrt()
         if max_norm > 0:
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            # Of NaN, 1: what fills a share up is written once, and would be NaN from a step that is left out on.
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         return norm
 

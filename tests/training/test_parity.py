@@ -103,7 +103,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     even = {"hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2}
     odd = {
-        "hidden_size": 62, "intermediate_size": 111, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "hidden_size": 63, "intermediate_size": 111, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16,
     }  # fmt: skip
     experts = {**even, "num_local_experts": 3, "num_experts_per_tok": 2}
     for name, kind, shape in (

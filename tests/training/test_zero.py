@@ -17,7 +17,7 @@ from tests.training.parity import plan
 from tests.training.test_parity import case, model  # noqa: F401  (a fixture)
 from tests.training.worlds import spawn
 
-SPREADS = [("zero1", "none"), ("zero2", "optimizer"), ("zero3", "all")]
+SPREADS = [("zero1", "none"), ("zero2", "optimizer"), ("zero3", "none"), ("zero3", "all")]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_only_matrices_decay_and_an_adapters_b_may_have_a_rate_of_its_own():
 def edges(tmp_path_factory, model):  # noqa: F811
     folder = tmp_path_factory.mktemp("zero")
     cases = [case(f"{s}-{o}", "full", s, 2, offload=o) for s, o in SPREADS]
-    placed = [{**c, "model": str(model / "even"), "out": str(folder / f"{c['name']}.json")} for c in cases]
+    placed = [{**c, "model": str(model / "odd"), "out": str(folder / f"{c['name']}.json")} for c in cases]
     spawn(folder, "edges", placed, 2, module="tests.training.zero_rank")
     return {c["name"]: json.loads((folder / f"{c['name']}.json").read_text()) for c in cases}
 
