@@ -137,24 +137,27 @@ class Checkpoints:
                 self._together(lambda: published.enter_context(publish_folder(folder)))
             else:
                 self._together(lambda: None)
-            parts = self._together(lambda: self._write_part(partial, copied))
+            self._together(lambda: self._write_generators(partial, copied))
+            self._together(lambda: self._write_tensors(partial / "tensors", copied.tensors))
+            parts = self._together(lambda: self._checksums(partial))
             reports = self._gather((parts, copied.optimizer))
             if self.world.lead:
                 self._together(lambda: (_write_head(partial, reports, copied.state), published.close()))
             else:
                 self._together(lambda: None)
 
-    def _write_part(self, partial: Path, copied: _Copied) -> dict[str, str]:
-        """This rank's files, and their checksums by name."""
-        mine = [f"rng-{self.world.rank}.safetensors", f"rng-{self.world.rank}.json"]
-        save_file(copied.generators[0], partial / mine[0])
-        write_json(partial / mine[1], copied.generators[1])
-        self._write_tensors(partial / "tensors", copied.tensors)
-        written = sorted((partial / "tensors").glob(f"shard-{self.world.rank + 1:05d}-*"))
-        names = [*mine, *(f"tensors/{path.name}" for path in written)]
-        return {name: sha256_file(partial / name) for name in names}
+    def _write_generators(self, partial: Path, copied: _Copied) -> None:
+        save_file(copied.generators[0], partial / f"rng-{self.world.rank}.safetensors")
+        write_json(partial / f"rng-{self.world.rank}.json", copied.generators[1])
+
+    def _checksums(self, partial: Path) -> dict[str, str]:
+        """Of this rank's files, by name."""
+        kinds = (f"rng-{self.world.rank}.*", f"tensors/shard-{self.world.rank + 1:05d}-*")
+        mine = [path for kind in kinds for path in sorted(partial.glob(kind))]
+        return {path.relative_to(partial).as_posix(): sha256_file(path) for path in mine}
 
     def _write_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """All ranks talk in it, so all come here or none: what may fail on one alone is no part of it."""
         dcp.save(tensors, storage_writer=ShardWriter(folder), process_group=self._group, no_dist=self.world.size == 1)
 
     def _together(self, work: Callable[[], Any]) -> Any:

@@ -146,6 +146,18 @@ def test_a_failed_write_says_how_to_go_on_and_keeps_the_earlier_one(tmp_path, tr
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
 
+def test_what_one_rank_cannot_write_alone_is_told_before_all_talk_about_the_tensors(tmp_path, trained, monkeypatch):
+    """The others would wait, in a collective, for a rank that tells them in another one."""
+    talked, checkpoints = [], Checkpoints(World(), Placed())
+    monkeypatch.setattr(Checkpoints, "_write_tensors", lambda *_: talked.append("all"))
+    of_another = iter([None, "No space left on device"])  # the folder is there, its generators are not
+    monkeypatch.setattr(checkpoints, "_gather", lambda mine: [mine, next(of_another)])
+    checkpoints.save(tmp_path / "step-1", *trained, {"step": 1, "job_hash": "h"})
+    with pytest.raises(TrainingFailed, match="No space left on device"):
+        checkpoints.wait()
+    assert not talked
+
+
 def test_the_loop_may_change_weights_while_they_are_written(tmp_path, trained, monkeypatch):
     named, optimizer = trained
     written, go_on = [], threading.Event()
