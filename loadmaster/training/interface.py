@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 
 import psutil
@@ -31,6 +32,15 @@ def settle_interface(store: Store, rank: int, size: int, meeting: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         if os.environ.get("NCCL_SOCKET_IFNAME") == NCCL_DEFAULT:
             os.environ["NCCL_SOCKET_IFNAME"] = f"={name}"
+
+
+def no_such_interface(error: BaseException) -> str | None:
+    """What to say where gloo was told an interface that this host does not have; None of another error."""
+    named = re.search(r"Unable to find address for: (\S+)", str(error))
+    if named is None:
+        return None
+    own = ", ".join(sorted(psutil.net_if_addrs()))
+    return f"GLOO_SOCKET_IFNAME names {named[1]}, which is none of this host's network interfaces ({own}); unset it"
 
 
 def towards(host: str) -> str:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.training.interface import settle_interface
+from loadmaster.training.interface import no_such_interface, settle_interface
 from loadmaster.training.ranks import is_member
 
 CPU = torch.device("cpu")
@@ -122,7 +122,8 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
             )
         refuse_uneven(world.gather(local_size))
     except RuntimeError as error:
-        raise LoadmasterError(f"rank {rank} lost the others as they joined: {str(error).splitlines()[0]}") from None
+        said = no_such_interface(error) or f"rank {rank} lost the others as they joined: {str(error).splitlines()[0]}"
+        raise LoadmasterError(said) from None
     except LoadmasterError:
         leave(world)  # its threads must not outlive Python
         raise

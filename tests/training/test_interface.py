@@ -48,3 +48,12 @@ def test_hosts_of_one_machine_are_left_alone(settled):
 
 def test_the_way_to_this_machine_itself_is_over_loopback():
     assert interface.towards("127.0.0.1") == "127.0.0.1"
+
+
+def test_an_interface_that_gloo_was_told_and_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    with pytest.raises(RuntimeError) as raised:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    said = interface.no_such_interface(raised.value)
+    assert said.startswith("GLOO_SOCKET_IFNAME names nosuch0, which is none of this host's") and "lo" in said
+    assert interface.no_such_interface(RuntimeError("Connection closed by peer")) is None
