@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import TextIO
 
 from rich.text import Text
@@ -18,7 +19,7 @@ def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None 
 
     Not by rank 0 alone: what is wrong on one host only, a file that it does not have, rank 0 never hears of.
     """
-    if error.said or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
+    if error.said or another_speaks(os.environ):
         return
     console = Output(file=stream or sys.stderr, highlight=False, soft_wrap=True)
     if not isinstance(error, ConfigError):
@@ -31,6 +32,17 @@ def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None 
     console.print(Text.assemble((f"{heading} in the configuration", "bold red"), so_far))
     for number, problem in enumerate(error.problems, 1):
         console.print(_block(number, problem))
+
+
+def another_speaks(env: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process beside others on its host, of which the first says what is wrong.
+
+    Variables that are left over, and launch nothing, silence nobody.
+    """
+    rank, size = env.get("RANK", ""), env.get("WORLD_SIZE", "")
+    local = env.get("LOCAL_RANK", rank)
+    launched = all(map(str.isdecimal, (rank, size, local))) and {"MASTER_ADDR", "MASTER_PORT"} <= env.keys()
+    return launched and int(rank) < int(size) and int(local) > 0
 
 
 def _block(number: int, problem: Problem) -> Text:

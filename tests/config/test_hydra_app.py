@@ -330,10 +330,24 @@ def test_the_version_is_loadmasters_own(capsys: pytest.CaptureFixture[str]):
 def test_one_process_of_each_host_prints_the_problems_which_may_be_of_that_host_only(
     rank: str, local_rank: str, prints: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    launched = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "16", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     assert run_app(Recorder(), ["seed=x"]) == 2
     assert ("seed" in capsys.readouterr().err) == prints
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [{"RANK": "3"}, {"RANK": ""}, {"LOCAL_RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}],
+)
+def test_a_rank_that_another_launcher_left_silences_nobody(
+    left_over: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    assert run_app(Recorder(), ["seed=x"]) == 2
+    assert "seed" in capsys.readouterr().err
 
 
 def test_the_command_is_put_back_for_reports_to_quote(monkeypatch: pytest.MonkeyPatch):
