@@ -297,11 +297,11 @@ def chosen(plan: Plan) -> list[Any]:
 
 def model_flops_utilisation(plan: Plan, tokens_per_second: float) -> float | None:
     """Share of the GPUs' dense peak that the model's own FLOPs take; None on a CPU."""
-    from loadmaster.preflight.speed import model_flops_per_token, peak_flops
+    from loadmaster.preflight.speed import peak_flops
 
     if plan.hardware.gpu == "cpu":
         return None
-    return tokens_per_second * model_flops_per_token(plan) / (peak_flops(plan) * plan.world_size)
+    return tokens_per_second * plan.model.flops_per_token / (peak_flops(plan) * plan.world_size)
 
 
 def device_type(plan: Plan) -> str:

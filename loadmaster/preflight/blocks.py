@@ -1,8 +1,8 @@
 """The engine's modules on a replay tape: transformers' eager decoder layers, peft adapters, nf4, the chunked loss.
 
 Each function is the module of the same name, line by line, with sizes in place of values. N tokens, w bytes an
-activation (2 in bf16, 4 in fp32), h hidden, f feed-forward, r rank. What one kernel needs inside itself and a
-trace therefore cannot see is `hidden`; those figures are for the CUDA kernels and are off when `tape.in_place` is.
+activation (2 in bf16, 4 in fp32), h hidden, f feed-forward, r rank. What one kernel needs inside itself, and a
+trace therefore cannot see, is allocated and let go at once where `tape.in_place` is set; it is that of CUDA kernels.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Weights:
 class Blocks:
     """Modules of one model under one setup, on one tape."""
 
-    def __init__(self, tape: Tape, shape: ModelShape, setup: Setup, accumulated: bool, tokens: int | None = None):
+    def __init__(self, tape: Tape, shape: ModelShape, setup: Setup, accumulated: bool):
         self.tape, self.shape, self.setup = tape, shape, setup
-        self.n = setup.tokens if tokens is None else tokens
+        self.n = setup.tokens
         if shape.attention_softcap:  # padded to whole blocks (models/capped.py)
             self.n = -(-self.n // BLOCK) * BLOCK
         self.w = setup.width

@@ -44,12 +44,10 @@ class Hardware:
     compute_capability: float
     bandwidth_gb_per_s: float
     tflops: dict[str, float]
-    link: str
     link_gb_per_s: float
     host_gb_per_s: float
     network_gbps: float = 0.0
     """Of a whole node."""
-    disk_gb: float | None = None
     usd_per_hour: float | None = None
     """Of everything: nodes x count x the price of a GPU."""
     price_note: str = ""
@@ -106,11 +104,9 @@ def from_catalog(gpu: str, count: int, nodes: int = 1) -> Hardware:
         compute_capability=facts["compute_capability"],
         bandwidth_gb_per_s=facts["bandwidth_gb_per_s"],
         tflops=facts["tflops"],
-        link=facts["link"],
         link_gb_per_s=facts["link_gb_per_s"],
         host_gb_per_s=facts["host_gb_per_s"],
         network_gbps=machine.get("network_gbps", 0.0),
-        disk_gb=machine.get("disk_gb"),
         usd_per_hour=None if price is None else price["pod_usd_per_hour"] * count * nodes,
         price_note="" if price is None else f"{catalog.prices()['provider']} list price of {dated(price)}",
     )
@@ -174,7 +170,6 @@ def cpu(count: int = 1, nodes: int = 1) -> Hardware:
         compute_capability=0.0,
         bandwidth_gb_per_s=value("cpu", "bandwidth_gb_per_s") / count,
         tflops={"fp32": value("cpu", "tflops_per_thread") * threads() / count},
-        link="none" if count * nodes == 1 else "loopback",
         link_gb_per_s=value("cpu", "gloo_gb_per_s"),
         host_gb_per_s=value("cpu", "bandwidth_gb_per_s"),
         network_gbps=8 * count * value("cpu", "gloo_gb_per_s"),
@@ -241,7 +236,6 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
             host_memory_gib=host,
             usd_per_hour=None,
             price_note="",
-            disk_gb=None,
         )
     return Hardware(
         gpu=name,
@@ -252,7 +246,6 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
         compute_capability=capability,
         bandwidth_gb_per_s=500.0,
         tflops={"bf16": 100.0, "fp32": 20.0},
-        link="pcie",
         link_gb_per_s=16.0,
         host_gb_per_s=16.0,
         known=False,

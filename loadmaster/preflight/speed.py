@@ -182,11 +182,6 @@ def model_flops(shape: ModelShape, sequence_length: int, adapters: bool, head: b
     return matmuls + 12 * shape.layers * shape.attended(sequence_length) * shape.query_size
 
 
-def model_flops_per_token(plan: Plan) -> float:
-    """`model_flops` of a plan."""
-    return plan.model.flops_per_token
-
-
 def peak_flops(plan: Plan) -> float:
     """Dense peak of one GPU in the plan's dtype, FLOP/s; infinite for a card that the catalogue does not know."""
     facts = catalog.gpus().get(plan.hardware.gpu)

@@ -26,8 +26,6 @@ from loadmaster.preflight.units import Units
 
 HEAD_LAYERS = 2
 """Replayed before the block."""
-
-
 PHASES = ("loss", "head", "layers", "first", "embedding", "end")
 """Of a training step: forward up to the loss's own backward function; what lies between the loss and the layers; the
 backward passes of the layers but the first two; those of these; of the embedding; and when all is done. A phase begins
@@ -308,5 +306,3 @@ def _rotary_sets(shape: ModelShape) -> int:
     """Gemma 3 turns local and global layers at different rates."""
     return len(set(shape.windows)) if shape.family == "gemma3_text" else 1
 
-
-__all__ = ["Leaf", "Replayed", "evaluation_batch", "training_step"]

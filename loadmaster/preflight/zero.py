@@ -69,7 +69,7 @@ class ZeroBytes:
 
 
 def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
-    """Raises ZeroDivisionError for a setup without ZeRO."""
+    """Of a setup with a stage of ZeRO."""
     w, gpus, trained = setup.width, setup.world_size, setup.trainable(shape)
     parts = list(_parts(shape, setup))
     largest = max(_elements(p, w) for p, _ in parts if p.trained)
