@@ -10,7 +10,7 @@ equal to traces of it); what DeepSpeed holds is counted (zero.py). DDP holds gra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from loadmaster.preflight import dora
 from loadmaster.preflight.coefficients import value
@@ -20,7 +20,7 @@ from loadmaster.preflight.plan import MemoryGib, PeakGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.shards import frozen_form, units, whole
-from loadmaster.preflight.step import Replayed, evaluation_batch, gradient_bytes, training_step
+from loadmaster.preflight.step import Replayed, evaluation_batch, gradient_bytes, replay_key, training_step
 from loadmaster.preflight.trained import factored_bytes, on_host_bytes, rounded_bytes, widened_bytes
 from loadmaster.preflight.weights import base_bytes
 from loadmaster.preflight.zero import ZeroBytes, zero_bytes
@@ -235,34 +235,6 @@ def resident(shape: ModelShape, setup: Setup) -> tuple[float, float, float]:
     return base, kept * trained, trainable
 
 
-def replay_key(setup: Setup, keep: bool) -> Setup:
-    """The setup with all that does not change a replay set to one value, so that replays are shared."""
-    return Setup(
-        method=setup.method,
-        precision=setup.precision,
-        optimizer=setup.optimizer if setup.in_backward else "",
-        master_weights=setup.master_weights and setup.in_backward,
-        in_backward=setup.in_backward,
-        checkpointing=setup.checkpointing,
-        kept_layers=setup.kept_layers,
-        micro_batch_size=setup.micro_batch_size,
-        gradient_accumulation_steps=2 if keep else 1,
-        sequence_length=setup.sequence_length,
-        lora_rank=setup.lora_rank,
-        lora_targets=setup.lora_targets,
-        lora_dropout=setup.lora_dropout,
-        dora=setup.dora,
-        modules_to_save=setup.modules_to_save,
-        objective=setup.objective,
-        compiled=setup.compiled,
-        sharding="zero1" if setup.stage == 1 else "fsdp" if setup.shards > 1 else "none",
-        world_size=setup.world_size if setup.shards > 1 else 1,
-        replicas=setup.replicas if setup.shards > 1 else 1,
-        reshard_after_forward=not setup.keeps_weights,
-        offload="all" if setup.shards > 1 and setup.offload == "all" else "none",
-    )
-
-
 def communicator_bytes(hardware: Hardware) -> float:
     """Of NCCL; gloo's are a few MiB of the process."""
     several = hardware.world_size > 1 and not hardware.is_cpu
@@ -278,7 +250,7 @@ def context_bytes(hardware: Hardware) -> float:
 
 def memory(shape: ModelShape, hardware: Hardware, setup: Setup) -> Memory:
     train = train_bytes(shape, hardware, setup)
-    evaluated = evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False)).peak
+    evaluated = evaluation_batch(shape, setup).peak
     rests = resting(train).total
     host = train.total * setup.gpus_per_node if hardware.is_cpu else host_bytes(shape, setup)
     phases = {

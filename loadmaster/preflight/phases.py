@@ -25,7 +25,6 @@ from loadmaster.preflight.memory import (
     communicator_bytes,
     context_bytes,
     load_bytes,
-    replay_key,
     resident,
     resting,
     state_bytes,
@@ -50,7 +49,7 @@ def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
     backward, step = backward_and_step_bytes(shape, hardware, setup)
     train = train_bytes(shape, hardware, setup)
     rests = replace(resting(train), communication=communicator_bytes(hardware))
-    batch = evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False)).at_peak
+    batch = evaluation_batch(shape, setup).at_peak
     masters = 4.0 * resident(shape, setup)[2] if setup.master_weights and train.optimizer else 0.0
     before = backward.optimizer if setup.in_backward else masters  # there, states are made in the backward pass
     first = max(replace(backward, optimizer=before), step, key=lambda b: b.total)
@@ -83,7 +82,7 @@ def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     gathered or dequantized of them, and what the answers take. A GPU is asked half as many where it has no room."""
     if job.evaluation.task == "none":
         return Bytes(), 0
-    batch = evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False)).at_peak
+    batch = evaluation_batch(shape, setup).at_peak
     beside = Bytes(
         weights=resident(shape, setup)[0] if setup.offload != "all" else 0.0,
         quantization=batch["quantization"],

@@ -20,13 +20,13 @@ from loadmaster.preflight.coefficients import coefficients, value
 from loadmaster.preflight.communication import step_communication
 from loadmaster.preflight.compiled import made_again_bytes
 from loadmaster.preflight.hardware import Hardware
-from loadmaster.preflight.memory import inputs_bytes, replay_key, state_bytes
+from loadmaster.preflight.memory import inputs_bytes, state_bytes
 from loadmaster.preflight.phases import CALIBRATED, export_bytes
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.replay import Work
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.step import evaluation_batch, training_step
+from loadmaster.preflight.step import evaluation_batch, replay_key, training_step
 from loadmaster.preflight.verification import verifying
 
 

@@ -10,7 +10,7 @@ the last ones are not, or some have experts, each run of layers that are alike i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import groupby
 
@@ -42,6 +42,27 @@ class Replayed:
     """Of the micro-batch, all layers."""
     phases: dict[str, dict[str, int]]
     """The peak of each of PHASES by component, in a training step."""
+
+
+def replay_key(setup: Setup, keep: bool) -> Setup:
+    """The setup with all that does not change a replay set to one value, so that replays are shared.
+
+    keep: gradients of an earlier micro-batch are there.
+    """
+    sharded = setup.shards > 1
+    return replace(
+        setup,
+        optimizer=setup.optimizer if setup.in_backward else "",
+        master_weights=setup.master_weights and setup.in_backward,
+        sharding="zero1" if setup.stage == 1 else "fsdp" if sharded else "none",
+        replicas=setup.replicas if sharded else 1,
+        reshard_after_forward=not setup.keeps_weights,
+        offload="all" if sharded and setup.offload == "all" else "none",
+        gradient_accumulation_steps=2 if keep else 1,
+        forwards=0,
+        world_size=setup.world_size if sharded else 1,
+        gpus_per_node=1,
+    )
 
 
 @cache
@@ -79,9 +100,13 @@ def _reference(b: Blocks) -> None:
         b.tape.work = Work()
 
 
-@cache
 def evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> Replayed:
     """The loss of one micro-batch without gradients."""
+    return _evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False), in_place)
+
+
+@cache
+def _evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool) -> Replayed:
     tape = Tape(in_place)
     b = Blocks(tape, shape, setup, False)
     _reference(b)

@@ -20,7 +20,7 @@ from loadmaster.config.schema import EvaluationConfig, Job
 from loadmaster.preflight.answers import answer_bytes
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB, Hardware
-from loadmaster.preflight.memory import Bytes, context_bytes, replay_key
+from loadmaster.preflight.memory import Bytes, context_bytes
 from loadmaster.preflight.placement import Placement, Room, place
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
@@ -155,7 +155,7 @@ def _scoring(job: Job, shape: ModelShape, setup: Setup) -> Bytes:
     """Of a row while it is scored, or of a matrix while it is compared, whichever is more."""
     scored = min(job.sequence_length, REFERENCE_BYTES // (4 * shape.vocabulary_size))
     row = replace(setup, micro_batch_size=1, sharding="none", replicas=1, offload="none", precision="bf16")
-    batch = evaluation_batch(shape, replay_key(replace(row, method="full"), keep=False)).at_peak
+    batch = evaluation_batch(shape, replace(row, method="full")).at_peak
     logits = (2 + 5 * 4) * scored * shape.vocabulary_size  # bf16; fp32 logits, both log-probabilities, exp and product
     scoring = Bytes(activations=batch["activations"], logits=logits)
     return max(scoring, Bytes(quantization=_compared(shape, setup)), key=lambda b: b.total)
