@@ -19,7 +19,7 @@ from loadmaster.preflight.pinned import in_pieces
 from loadmaster.preflight.plan import MemoryGib, PeakGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.shards import frozen_form, units, whole
+from loadmaster.preflight.shards import units, whole
 from loadmaster.preflight.step import Replayed, evaluation_batch, gradient_bytes, replay_key, training_step
 from loadmaster.preflight.trained import factored_bytes, on_host_bytes, rounded_bytes, widened_bytes
 from loadmaster.preflight.weights import base_bytes
@@ -278,7 +278,7 @@ def load_bytes(shape: ModelShape, setup: Setup) -> float:
     largest = max(m.weight for m in shape.matrices())
     if setup.adapters and setup.dora:
         return 3 * setup.width * largest
-    return 0 if frozen_form(setup) is None else 6 * largest
+    return 0 if setup.frozen_form is None else 6 * largest
 
 
 def peaks(hardware: Hardware, total: float) -> PeakGib:

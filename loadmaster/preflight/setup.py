@@ -7,6 +7,7 @@ from typing import Any
 
 from loadmaster.preflight import saved
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.weights import frozen_form
 from loadmaster.preflight.zero_settings import ZERO
 
 
@@ -79,6 +80,11 @@ class Setup:
     @property
     def adapters(self) -> bool:
         return self.method != "full"
+
+    @property
+    def frozen_form(self) -> str | None:
+        """The format of a quantized base; None where there is none."""
+        return frozen_form(self.method, self.precision)
 
     @property
     def shards(self) -> int:

@@ -141,7 +141,7 @@ def _unit(parts: list[Part], setup: Setup, buffers: int = 0) -> Unit:
 def layer_parts(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part]:
     w, h, full = setup.width, shape.hidden_size, not setup.adapters
     for m in shape.matrices(experts):
-        yield from _frozen(m, setup) if frozen_form(setup) else [Part(m.outputs, w * m.inputs, full)]
+        yield from _frozen(m, setup.frozen_form) if setup.frozen_form else [Part(m.outputs, w * m.inputs, full)]
         if m.bias:
             yield Part(m.outputs, w, full)
     if not full:
@@ -162,22 +162,15 @@ def layer_parts(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part
         yield from [Part(h, w, True)] * sum(map(setup.trains, saved.layer_norms(shape)))
 
 
-def frozen_form(setup: Setup) -> str | None:
-    """The format of a quantized base, or None: loadmaster.models.frozen.frozen_form."""
-    if setup.method == "qlora":
-        return "nf4"
-    return "fp8" if setup.method == "lora" and setup.precision == "fp8" else None
-
-
-def _frozen(m: Matrix, setup: Setup) -> list[Part]:
-    if frozen_form(setup) == "fp8":
+def _frozen(m: Matrix, form: str) -> list[Part]:
+    if form == "fp8":
         return [Part(m.outputs, m.inputs, False, True)]
     return [Part(-(-m.weight // 2), 1, False, True), Part(-(-m.weight // 64), 1, False, True)]
 
 
 def layer_buffers(shape: ModelShape, setup: Setup, experts: bool) -> int:
     """nf4: second scales, offset, code; fp8: a scale a row."""
-    form = frozen_form(setup)
+    form = setup.frozen_form
     if form is None:
         return 0
     if form == "fp8":

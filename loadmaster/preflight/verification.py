@@ -24,7 +24,6 @@ from loadmaster.preflight.memory import Bytes, context_bytes
 from loadmaster.preflight.placement import Placement, Room, place
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.shards import frozen_form
 from loadmaster.preflight.step import evaluation_batch
 from loadmaster.preflight.weights import base_bytes
 
@@ -104,7 +103,7 @@ def _verifying(
     job: Job, shape: ModelShape, hardware: Hardware, setup: Setup, scoring: Bytes, answers: int
 ) -> VerificationNeed:
     """With so many answers at a time; scoring: of a row, or of a matrix while it is compared."""
-    frozen = frozen_form(setup) is not None
+    frozen = setup.frozen_form is not None
     width = 2 if frozen else setup.width  # exports are loaded in bf16, what is trained in its own precision
     exported = float(width * shape.parameters)
     adapters = setup.width * setup.trainable(shape) if setup.adapters else 0.0
@@ -164,7 +163,7 @@ def _scoring(job: Job, shape: ModelShape, setup: Setup) -> Bytes:
 def _compared(shape: ModelShape, setup: Setup, layers_alone: bool = False) -> float:
     """Of the largest tensor that is held against the live model's (export/live_checks.py): the live one in fp32, the
     exported one in bf16; under adapters their product and the sum, and of a frozen one the stored base and its sum."""
-    each = 4 + 2 + (8 if setup.adapters else 0) + (8 if frozen_form(setup) else 0) + (4 if setup.dora else 0)
+    each = 4 + 2 + (8 if setup.adapters else 0) + (8 if setup.frozen_form else 0) + (4 if setup.dora else 0)
     matrix = max(m.weight for m in shape.matrices())
     experts = 2 * shape.experts * shape.expert_size * shape.hidden_size
     outside = 0 if layers_alone else shape.embedding_parameters
