@@ -173,7 +173,7 @@ def gathered_bytes(shape: ModelShape, setup: Setup) -> int:
     if setup.keeps_weights:
         return whole(shape, setup).gathered
     *layers, root = units(shape, setup)
-    return root.gathered + min(2, shape.layers) * min(layers[experts].gathered for experts in _kinds(shape))
+    return root.gathered + min(2, shape.layers) * min(layers[experts].gathered for experts, _ in shape.layer_kinds)
 
 
 def reducing_bytes(shape: ModelShape, setup: Setup) -> int:
@@ -182,14 +182,9 @@ def reducing_bytes(shape: ModelShape, setup: Setup) -> int:
     if setup.shards == 1 or setup.keeps_weights or shape.layers < 3:
         return 0
     *layers, _ = units(shape, setup)
-    reduced = min(layers[experts].reduced for experts in _kinds(shape))
-    own = min(gradient_bytes(shape, setup, experts) for experts in _kinds(shape))
+    reduced = min(layers[experts].reduced for experts, _ in shape.layer_kinds)
+    own = min(gradient_bytes(shape, setup, experts) for experts, _ in shape.layer_kinds)
     return kept_at_least(shape, setup, 2) + gathered_bytes(shape, setup) + reduced + own
-
-
-def _kinds(shape: ModelShape) -> list[bool]:
-    """Whether it has experts, of each kind of layer that there is."""
-    return [False] * bool(shape.dense_layers) + [True] * bool(shape.expert_layers)
 
 
 def kept_at_least(shape: ModelShape, setup: Setup, done: int) -> int:

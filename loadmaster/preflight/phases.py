@@ -133,8 +133,7 @@ def export_bytes(job: Job, shape: ModelShape, setup: Setup) -> float:
 def format_bytes(shape: ModelShape, setup: Setup, name: str) -> float:
     if name == "adapter":
         return float(setup.width * setup.trainable(shape))
-    experts = shape.expert_layers * 3 * shape.experts * shape.expert_size * shape.hidden_size
-    quantized = shape.linear_weights + (0 if name == "gguf" else experts)
+    quantized = shape.linear_weights + (0 if name == "gguf" else shape.expert_weights)
     rest = shape.parameters - quantized
     bits = EXPORT_BITS[name]
     return quantized * bits / 8 + rest * (bits / 8 if name == "gguf" else 2)

@@ -75,8 +75,7 @@ class ServingPlan:
 
 def weight_bytes(shape: ModelShape, form: str, group_size: int = 128) -> float:
     """Of the checkpoint: embedding, head, norms and router stay in bf16, everything else takes the format."""
-    experts = shape.expert_layers * 3 * shape.experts * shape.expert_size * shape.hidden_size
-    quantized = shape.linear_weights + experts
+    quantized = shape.linear_weights + shape.expert_weights
     bits = WEIGHT_BITS[form] + (SCALE_BITS / group_size if form == "int4" else 0)
     return quantized * bits / 8 + 2 * (shape.parameters - quantized)
 

@@ -33,6 +33,10 @@ class Part:
     coded: bool = False
     """Bytes, not numbers of the compute dtype."""
 
+    @property
+    def bytes(self) -> int:
+        return self.rows * self.row_bytes
+
     def local(self, gpus: int) -> int:
         """Bytes of the GPU with most rows; gathering takes that of each."""
         return -(-self.rows // gpus) * self.row_bytes
@@ -49,15 +53,15 @@ class Unit:
     gathered: int
     reduced: int
     """Gradients of the whole unit in the dtype of the reduction."""
-    replicated: int = 0
+    replicated: int
     """Buffers, which are not cut."""
-    pinned: int = 0
+    pinned: int
     """What the weights take in pinned host memory, where each shard is a block of its own."""
-    trained_pinned: int = 0
+    trained_pinned: int
     """Those of them that are trained: gradients in the same dtype take as much."""
-    last_gradient: int = 0
+    last_gradient: int
     """Of the last trained parameter in the module's order, whole."""
-    trained_parts: tuple[int, ...] = ()
+    trained_parts: tuple[int, ...]
     """What is trained, parameter by parameter."""
 
 
@@ -120,21 +124,21 @@ def _whole(shape: ModelShape, setup: Setup) -> Unit:
     return Unit(*map(total, Unit.__dataclass_fields__))
 
 
-def _unit(parts: list[Part], setup: Setup, buffers: int = 0) -> Unit:
+def _unit(parts: list[Part], setup: Setup, buffers: int) -> Unit:
     gpus = setup.shards
     trained = sum(p.local(gpus) for p in parts if p.trained)
     shard = sum(p.local(gpus) for p in parts)
     blocks = [(pinned(p.local(gpus)), p.trained) for p in parts]
     return Unit(
-        shard,
-        trained,
-        gpus * shard,
-        gpus * trained * REDUCE_BYTES // setup.width,
-        buffers,
-        sum(size for size, _ in blocks),
-        sum(size for size, is_trained in blocks if is_trained),
-        next((p.rows * p.row_bytes for p in reversed(parts) if p.trained), 0),
-        tuple(p.local(gpus) for p in parts if p.trained),
+        shard=shard,
+        trained_shard=trained,
+        gathered=gpus * shard,
+        reduced=gpus * trained * REDUCE_BYTES // setup.width,
+        replicated=buffers,
+        pinned=sum(size for size, _ in blocks),
+        trained_pinned=sum(size for size, is_trained in blocks if is_trained),
+        last_gradient=next((p.bytes for p in reversed(parts) if p.trained), 0),
+        trained_parts=tuple(p.local(gpus) for p in parts if p.trained),
     )
 
 
