@@ -10,7 +10,8 @@ from typing import Any
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.config.schema import Job
 from loadmaster.preflight.hardware import GIB, Hardware
-from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
+from loadmaster.preflight.least import least_bytes
+from loadmaster.preflight.memory import Memory, host_bytes, memory
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import overhead_hours, tokens_per_second

@@ -10,7 +10,7 @@ equal to traces of it); what DeepSpeed holds is counted (zero.py). DDP holds gra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from loadmaster.preflight import dora
 from loadmaster.preflight.coefficients import value
@@ -19,8 +19,8 @@ from loadmaster.preflight.pinned import in_pieces
 from loadmaster.preflight.plan import MemoryGib, PeakGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.shards import units, whole
-from loadmaster.preflight.step import Replayed, evaluation_batch, gradient_bytes, replay_key, training_step
+from loadmaster.preflight.shards import whole
+from loadmaster.preflight.step import Replayed, evaluation_batch, replay_key, training_step
 from loadmaster.preflight.trained import factored_bytes, on_host_bytes, rounded_bytes, widened_bytes
 from loadmaster.preflight.weights import base_bytes
 from loadmaster.preflight.zero import ZeroBytes, zero_bytes
@@ -52,7 +52,7 @@ class Bytes:
 class Memory:
     train: Bytes
     phases: dict[str, float]
-    """GiB of one GPU in the phases that run in training: load, train, evaluate, save."""
+    """GiB of one GPU in each of `phases_in_training`."""
     peak: PeakGib
     host_gib: float
 
@@ -148,57 +148,6 @@ def zero_peak(replayed: Replayed, zero: ZeroBytes) -> tuple[dict[str, int], floa
     return max(found, key=lambda part: sum(part[0].values()) + part[1])
 
 
-def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
-    """Weights, states and what layers keep at least: quick to say, never more than is needed, and it rules most plans
-    out."""
-    weights, gradients, local = resident(shape, setup)
-    inputs = max(kept_at_least(shape, setup, 0) + gathered_bytes(shape, setup), reducing_bytes(shape, setup))
-    if setup.stage:
-        return inputs if hardware.is_cpu or setup.offload == "all" else weights + inputs
-    before = gradients if setup.gradient_accumulation_steps > 1 else 0.0  # else they come as inputs go
-    if hardware.is_cpu:
-        return weights + state_bytes(setup) * local + before + inputs
-    if setup.offload == "all":
-        return context_bytes(hardware) + inputs
-    on_host = setup.offload != "none" or setup.optimizer == "paged_adamw_8bit"
-    states = 0.0 if on_host else state_bytes(setup) * local
-    return weights + states + max(before + inputs, gradients) + context_bytes(hardware)
-
-
-def gathered_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Of whole units at least, where all layers have run forward: all of them, or the root, the parameters of the last
-    layer and the buffer of the one before it (units.py)."""
-    if setup.shards == 1:
-        return 0
-    if setup.keeps_weights:
-        return whole(shape, setup).gathered
-    *layers, root = units(shape, setup)
-    return root.gathered + min(2, shape.layers) * min(layers[experts].gathered for experts, _ in shape.layer_kinds)
-
-
-def reducing_bytes(shape: ModelShape, setup: Setup) -> int:
-    """At least, where the last layer but one has run backward: the same, with its own gradients, and those of the last
-    one in the buffer of their reduction."""
-    if setup.shards == 1 or setup.keeps_weights or shape.layers < 3:
-        return 0
-    *layers, _ = units(shape, setup)
-    reduced = min(layers[experts].reduced for experts, _ in shape.layer_kinds)
-    own = min(gradient_bytes(shape, setup, experts) for experts, _ in shape.layer_kinds)
-    return kept_at_least(shape, setup, 2) + gathered_bytes(shape, setup) + reduced + own
-
-
-def kept_at_least(shape: ModelShape, setup: Setup, done: int) -> int:
-    """For the backward pass of all layers but the last `done`: their inputs; where nothing is recomputed, attention's
-    queries, keys, values and results as well, and a dense layer's gate and what it gates. The first layer may have
-    nothing to train before them."""
-    each, layers = setup.width * setup.tokens, max(0, shape.layers - done)
-    inputs = 0 if setup.checkpointing == "offload" else each * shape.hidden_size * layers
-    if setup.checkpointing != "none":
-        return inputs
-    attention = 2 * (shape.query_size + shape.key_value_size) * max(0, layers - 1)
-    return inputs + each * (attention + 2 * shape.intermediate_size * max(0, shape.dense_layers - done - 1))
-
-
 def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:
     """(the micro-batch of a step that needs most, bytes of gradients that were there before it).
 
@@ -244,27 +193,36 @@ def context_bytes(hardware: Hardware) -> float:
 
 
 def memory(shape: ModelShape, hardware: Hardware, setup: Setup) -> Memory:
-    train = train_bytes(shape, hardware, setup)
-    evaluated = evaluation_batch(shape, setup).peak
-    rests = resting(train).total
+    phases = phases_in_training(shape, hardware, setup)
+    train = phases["train"]
     host = train.total * setup.gpus_per_node if hardware.is_cpu else host_bytes(shape, setup)
-    phases = {
-        "load": train.weights + train.context + load_bytes(shape, setup),
-        "train": train.total,
-        "evaluate": rests + evaluated + communicator_bytes(hardware),
-        "save": rests + communicator_bytes(hardware),
-    }
     return Memory(
         train,
-        {name: round(size / GIB, 4) for name, size in phases.items()},
+        {name: round(part.total / GIB, 4) for name, part in phases.items()},
         peaks(hardware, train.total),
         round(host / GIB, 2),
     )
 
 
-def resting(train: Bytes) -> Bytes:
-    """Between two steps: weights, optimizer states and the context."""
-    return Bytes(weights=train.weights, optimizer=train.optimizer, context=train.context)
+def phases_in_training(shape: ModelShape, hardware: Hardware, setup: Setup) -> dict[str, Bytes]:
+    """Peak of one GPU by component while a model is loaded, trained, evaluated by its loss, and saved."""
+    train = train_bytes(shape, hardware, setup)
+    rests = Bytes(  # between two steps
+        weights=train.weights,
+        optimizer=train.optimizer,
+        communication=communicator_bytes(hardware),
+        context=train.context,
+    )
+    batch = evaluation_batch(shape, setup).at_peak
+    evaluated = replace(
+        rests,
+        activations=batch["activations"],
+        logits=batch["logits"],
+        quantization=batch["quantization"],
+        communication=rests.communication + batch["communication"],
+    )
+    load = Bytes(weights=train.weights, quantization=load_bytes(shape, setup), context=train.context)
+    return {"load": load, "train": train, "evaluate": evaluated, "save": rests}
 
 
 def load_bytes(shape: ModelShape, setup: Setup) -> float:

@@ -24,11 +24,9 @@ from loadmaster.preflight.memory import (
     backward_and_step_bytes,
     communicator_bytes,
     context_bytes,
-    load_bytes,
+    phases_in_training,
     resident,
-    resting,
     state_bytes,
-    train_bytes,
 )
 from loadmaster.preflight.plan import MemoryGib, PhasesGib
 from loadmaster.preflight.setup import Setup
@@ -47,28 +45,17 @@ EXPORT_BITS = {
 def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> dict[str, Bytes]:
     """Peak of one GPU by component in each phase, in the order in which they come."""
     backward, step = backward_and_step_bytes(shape, hardware, setup)
-    train = train_bytes(shape, hardware, setup)
-    rests = replace(resting(train), communication=communicator_bytes(hardware))
-    batch = evaluation_batch(shape, setup).at_peak
+    training = phases_in_training(shape, hardware, setup)
+    train, rests = training["train"], training["save"]
     masters = 4.0 * resident(shape, setup)[2] if setup.master_weights and train.optimizer else 0.0
     before = backward.optimizer if setup.in_backward else masters  # there, states are made in the backward pass
     first = max(replace(backward, optimizer=before), step, key=lambda b: b.total)
     context = Bytes(context=context_bytes(hardware))
     return {
-        "load": Bytes(weights=train.weights, quantization=load_bytes(shape, setup), context=train.context),
+        "load": training["load"],
         "first_step": first,
         "steady_step": train,
-        "evaluate": max(
-            replace(
-                rests,
-                activations=batch["activations"],
-                logits=batch["logits"],
-                quantization=batch["quantization"],
-                communication=rests.communication + batch["communication"],
-            ),
-            answering(job, shape, hardware, setup)[0],
-            key=lambda b: b.total,
-        ),
+        "evaluate": max(training["evaluate"], answering(job, shape, hardware, setup)[0], key=lambda b: b.total),
         "save": rests,
         "resume": rests,
         "merge": context,
