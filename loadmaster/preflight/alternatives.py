@@ -10,13 +10,13 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import Job
-from loadmaster.preflight.candidate import Candidate, run_hours
+from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.explain import describe
 from loadmaster.preflight.hardware import Hardware, from_catalog, priced, rentable
+from loadmaster.preflight.hours import least_overhead_hours, run_hours, run_usd
 from loadmaster.preflight.refusals import COUNTED, TYPED, uncounted_adapters
 from loadmaster.preflight.search import search
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.speed import least_overhead_hours
 
 MOST_NODES = 32
 
@@ -173,7 +173,6 @@ def _shorter(job: Job, changes: str = "") -> Iterator[tuple[str, Job]]:
 
 def _alternative(text: str, best: Candidate, job: Job, shape: ModelShape, dataset_tokens: int | None) -> dict[str, Any]:
     hours, rate = run_hours(job, shape, best, dataset_tokens), best.hardware.usd_per_hour
-    cost = None if hours is None or rate is None else round(hours * rate, 2)
     return {
         "change": text,
         "gpu": best.hardware.gpu,
@@ -184,6 +183,6 @@ def _alternative(text: str, best: Candidate, job: Job, shape: ModelShape, datase
         "tokens_per_second": None if best.tokens_per_second is None else round(best.tokens_per_second, 1),
         "hours": None if hours is None else round(hours, 2),
         "usd_per_hour": None if rate is None else round(rate, 2),
-        "cost_usd": cost,
+        "cost_usd": run_usd(hours, rate),
         "price": best.hardware.price_note,
     }

@@ -1,4 +1,4 @@
-"""One plan for a job on some hardware: what it needs, whether that is there, how fast it is and how long it runs."""
+"""One plan for a job on some hardware: what it needs, whether that is there, and how fast it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loadmaster.preflight.least import least_bytes
 from loadmaster.preflight.memory import Memory, host_bytes, memory
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.speed import overhead_hours, tokens_per_second
+from loadmaster.preflight.speed import tokens_per_second
 
 FORWARDS = {"dpo": 1, "kto": 3}
 """Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
@@ -104,32 +104,3 @@ def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
         return False
     has = hardware.host_memory_gib
     return hardware.is_cpu or has is None or host_bytes(shape, setup) <= has * GIB
-
-
-def steps(job: Job, dataset_tokens: int | None) -> int | None:
-    """Optimizer steps of the run; None when the dataset's size is not known."""
-    if job.max_steps is not None:
-        return job.max_steps
-    if dataset_tokens is None:
-        return None
-    rows = math.ceil(dataset_tokens / job.sequence_length)
-    return max(1, math.ceil(math.ceil(rows / job.batch.global_size) * job.epochs))
-
-
-def mean_rows(job: Job, dataset_tokens: int | None) -> float:
-    """Of a step: the last one of an epoch has the rows that are left."""
-    if dataset_tokens is None:
-        return job.batch.global_size
-    rows = max(1, math.ceil(dataset_tokens / job.sequence_length))
-    return rows / math.ceil(rows / job.batch.global_size)
-
-
-def run_hours(job: Job, shape: ModelShape, candidate: Candidate, dataset_tokens: int | None) -> float | None:
-    """Start, download, load, training and export."""
-    count = steps(job, dataset_tokens)
-    if count is None or not candidate.tokens_per_second:
-        return None
-    tokens = count * mean_rows(job, dataset_tokens) * job.sequence_length
-    rented = candidate.hardware.usd_per_hour is not None
-    training = tokens / candidate.tokens_per_second / 3600
-    return training + overhead_hours(job, shape, candidate.hardware, candidate.setup, rented)

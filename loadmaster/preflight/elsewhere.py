@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from loadmaster.config.schema import Job
-from loadmaster.preflight.candidate import Candidate, run_hours
+from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.hardware import Hardware, rentable
+from loadmaster.preflight.hours import run_hours, run_usd
 from loadmaster.preflight.search import EQUAL_SPEED, search
 from loadmaster.preflight.shape import ModelShape
 
@@ -85,7 +86,7 @@ def _row(job: Job, shape: ModelShape, best: Candidate, rows: int, dataset_tokens
         "tokens_per_second": None if speed is None else round(speed, 1),
         "hours": None if hours is None else round(hours, 3),
         "usd_per_hour": None if rate is None else round(rate, 2),
-        "cost_usd": None if hours is None or rate is None else round(hours * rate, 2),
+        "cost_usd": run_usd(hours, rate),
         "usd_per_million_tokens": None if rate is None or not speed else round(rate / 3600 / speed * 1e6, 4),
         "price": hardware.price_note,
     }

@@ -10,17 +10,17 @@ from loadmaster.config.model_folder import lacking
 from loadmaster.config.rates import FAR, usual_rate
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
-from loadmaster.preflight.candidate import Candidate, can_offload, mean_rows, steps
+from loadmaster.preflight.candidate import Candidate, can_offload
 from loadmaster.preflight.coefficients import coefficients
-from loadmaster.preflight.exports import export_problems
+from loadmaster.preflight.exports import counts_exports, export_problems
 from loadmaster.preflight.hardware import GIB, Hardware, not_offered, unknown_network
+from loadmaster.preflight.hours import mean_rows, steps
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.phases import answering
 from loadmaster.preflight.refusals import TYPED, UNCOUNTED, uncounted_adapters
 from loadmaster.preflight.search import Found
 from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.speed import exports
 from loadmaster.preflight.targets import in_some_layers_only
 from loadmaster.preflight.verification import VerificationNeed
 
@@ -200,7 +200,7 @@ def about_answers(job: Job, shape: ModelShape, chosen: Candidate) -> list[str]:
 
 def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> list[str]:
     """Where the export's verification puts a model that one GPU does not hold, and what that costs."""
-    if need.is_whole or not exports(job):
+    if need.is_whole or not counts_exports(job):
         return []
     on_cpu = chosen.hardware.is_cpu
     if need.placement is None:
@@ -220,11 +220,6 @@ def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> l
         )
     where = "several GPUs" if sum(map(bool, need.placement.gpus)) > 1 else "a GPU with layers in host memory"
     return [said if on_cpu else f"{said}; not seen on {where} yet"]
-
-
-def can_export(job: Job, verification: dict[str, Any] | None) -> bool:
-    """Whether the last stage that the job asks for can pass, by a plan's `verification`."""
-    return verification is None or verification["fits"] or not exports(job)
 
 
 def against(chosen: Candidate, other: Candidate) -> str:

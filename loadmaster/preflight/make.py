@@ -9,17 +9,19 @@ from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
 from loadmaster.preflight import saved, targets
 from loadmaster.preflight.alternatives import alternatives
-from loadmaster.preflight.candidate import Candidate, closeness, run_hours
+from loadmaster.preflight.candidate import Candidate, closeness
 from loadmaster.preflight.config_json import find_shape
+from loadmaster.preflight.disk import disk_bytes
 from loadmaster.preflight.elsewhere import elsewhere
 from loadmaster.preflight.explain import basis, reasons, rejection, runner_up
-from loadmaster.preflight.exports import refuse_unholdable
+from loadmaster.preflight.exports import counts_exports, refuse_unholdable
 from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardware
-from loadmaster.preflight.phases import components_gib, disk_bytes, phase_bytes, phases_gib
+from loadmaster.preflight.hours import run_hours, run_usd
+from loadmaster.preflight.phases import components_gib, phase_bytes, phases_gib
 from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan
 from loadmaster.preflight.search import Found, search, smallest
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.speed import exports, model_flops
+from loadmaster.preflight.speed import model_flops
 from loadmaster.preflight.verification import verifying
 
 
@@ -59,7 +61,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
     phases, verification = phase_bytes(job, shape, hardware, setup), verifying(job, shape, hardware, setup)
     head = setup.trains("lm_head") or (shape.tied and setup.trains("embed_tokens"))
     speed = chosen.tokens_per_second if fits else None  # what does not run has no speed, and costs nothing
-    hours, rate = run_hours(job, shape, chosen, dataset_tokens) if fits else None, hardware.usd_per_hour
+    hours = run_hours(job, shape, chosen, dataset_tokens) if fits else None
     return Plan(
         fits=fits,
         model=ModelSummary(
@@ -105,14 +107,14 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         disk_gib=round((disk_bytes(job, shape, setup) + verification.disk_bytes) / GIB, 2),
         tokens_per_second=None if speed is None else round(speed, 1),
         hours=None if hours is None else round(hours, 4),
-        cost_usd=None if hours is None or rate is None else round(hours * rate, 2),
+        cost_usd=run_usd(hours, hardware.usd_per_hour),
         reasons=reasons(job, shape, chosen, found, verification, dataset_tokens),
         rejected=[rejection(job, shape, c) for c in found.nearest]
         + [{"plan": "", "reason": refusal} for refusal in found.refusals],
         runners_up=[runner_up(chosen, other) for other in found.others],
         price=_price(hardware),
         basis=basis(hardware, setup),
-        verification={**verification.summary(), "in_hours": exports(job) and not hardware.is_cpu},
+        verification={**verification.summary(), "in_hours": counts_exports(job) and not hardware.is_cpu},
     )
 
 

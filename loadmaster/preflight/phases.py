@@ -1,4 +1,4 @@
-"""What every phase of a run takes: one GPU by component, and the disk. GiB = 2^30 bytes.
+"""What every phase of a run takes of one GPU, by component. GiB = 2^30 bytes.
 
 load         weights, and a quantized matrix in bf16 and fp32 while it is read
 first step   no optimizer states before it ends (fp32 masters are there from the start)
@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loadmaster.config.schema import Job
-from loadmaster.preflight.calibration import quantizing
+from loadmaster.preflight.calibration import CALIBRATED, quantizing
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.memory import (
     Bytes,
@@ -26,20 +26,12 @@ from loadmaster.preflight.memory import (
     context_bytes,
     phases_in_training,
     resident,
-    state_bytes,
 )
 from loadmaster.preflight.plan import MemoryGib, PhasesGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import evaluation_batch
 from loadmaster.preflight.verification import answering_bytes, answers_at_a_time, verifying
-
-CALIBRATED = ("int4", "int4_gptq", "int4_awq", "nvfp4")
-EXPORT_BITS = {
-    "bf16": 16.0, "fp8": 8.0, "fp8_block": 8.0, "int4": 4.125, "int4_gptq": 4.125, "int4_awq": 4.125, "nvfp4": 4.5,
-    "gguf": 8.5,
-}  # fmt: skip
-"""Bits of a quantized weight with its scales; embeddings and head stay in bf16 (in a GGUF they are 8.5 as well)."""
 
 
 def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> dict[str, Bytes]:
@@ -96,31 +88,3 @@ def phases_gib(phases: dict[str, Bytes]) -> PhasesGib:
 
 def components_gib(phases: dict[str, Bytes]) -> dict[str, MemoryGib]:
     return {name: part.gib() for name, part in phases.items()}
-
-
-def disk_bytes(job: Job, shape: ModelShape, setup: Setup) -> float:
-    """Base model, checkpoints (kept, and the one being written), trained weights, and the exports with scratch."""
-    trainable = setup.trainable(shape)
-    checkpoints = job.checkpoint.keep_last + job.checkpoint.keep_best + 1
-    checkpoint = (setup.width + state_bytes(setup)) * trainable
-    base = 2.0 * shape.parameters
-    return base + checkpoints * checkpoint + setup.width * trainable + export_bytes(job, shape, setup)
-
-
-def export_bytes(job: Job, shape: ModelShape, setup: Setup) -> float:
-    """Every format, and the folders that it is made from: two merges of a QLoRA adapter, a bf16 one to calibrate on."""
-    formats = set(job.export.formats)
-    sizes = {name: format_bytes(shape, setup, name) for name in formats}
-    merges = 2 if setup.method == "qlora" else 1 if formats & {*CALIBRATED, "gguf"} else 0
-    scratch = max(0, merges - ("bf16" in formats)) * 2.0 * shape.parameters if formats - {"adapter"} else 0.0
-    twice = sum(size for name, size in sizes.items() if name in CALIBRATED and name != "nvfp4")  # rounding beside it
-    return sum(sizes.values()) + scratch + twice
-
-
-def format_bytes(shape: ModelShape, setup: Setup, name: str) -> float:
-    if name == "adapter":
-        return float(setup.width * setup.trainable(shape))
-    quantized = shape.linear_weights + (0 if name == "gguf" else shape.expert_weights)
-    rest = shape.parameters - quantized
-    bits = EXPORT_BITS[name]
-    return quantized * bits / 8 + rest * (bits / 8 if name == "gguf" else 2)

@@ -1,4 +1,4 @@
-"""Seconds of a training step by a roofline over the replayed work; tokens a second, hours, dollars.
+"""Seconds of a training step by a roofline over the replayed work, and tokens a second.
 
     micro-batch = max( matmul FLOPs / (peak x e1) + attention FLOPs / (peak x e2) + bytes moved / (bandwidth x e3),
                        kernels x launch time )
@@ -15,19 +15,16 @@ import math
 from dataclasses import replace
 
 from loadmaster import catalog
-from loadmaster.config.schema import Job
-from loadmaster.preflight.coefficients import coefficients, value
+from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.communication import step_communication
 from loadmaster.preflight.compiled import made_again_bytes
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.memory import inputs_bytes, state_bytes
-from loadmaster.preflight.phases import CALIBRATED, export_bytes
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.replay import Work
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import evaluation_batch, replay_key, training_step
-from loadmaster.preflight.verification import verifying
 
 
 def tokens_per_second(shape: ModelShape, hardware: Hardware, setup: Setup) -> float | None:
@@ -135,40 +132,6 @@ def _crossing_seconds(hardware: Hardware, setup: Setup) -> float:
     back = 4 if setup.rounds_masters else setup.width  # rounded there
     size, link = (setup.width + back, "pageable_link") if plain else (2 * (setup.width + 2), "host_link")
     return size / (hardware.host_gb_per_s * 1e9 * value("efficiency", link))
-
-
-def exports(job: Job) -> bool:
-    """Whether what a plan says of hours, dollars and what will not pass has the export in it."""
-    return job.stop_after not in ("train", "evaluate")
-
-
-def overhead_hours(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup, rented: bool) -> float:
-    """Start of the machine, download, load, rehearsal, and the export: written, calibrated, read back and scored.
-
-    What the scoring moves, where no GPU holds the model, is in it.
-    """
-    if hardware.is_cpu:
-        return 0.0
-    least = least_overhead_hours(job, shape, rented)
-    if not exports(job):
-        return least
-    written = export_bytes(job, shape, setup) / 1e9 / value("overhead", "export_gb_per_s")
-    return least + (written + verifying(job, shape, hardware, setup).seconds) / 3600
-
-
-def least_overhead_hours(job: Job, shape: ModelShape, rented: bool) -> float:
-    """Of that, what is the same for every setup and machine."""
-    table = coefficients()["overhead"]
-    size = 2 * shape.parameters / 1e9
-    seconds = size / table["load_gb_per_s"]["value"] + table["rehearsal_s"]["value"]
-    if exports(job):
-        formats = [name for name in job.export.formats if name != "adapter"]
-        seconds += size * (1 + len(formats)) / table["export_gb_per_s"]["value"]
-        calibrated = sum(name in CALIBRATED for name in formats)
-        seconds += calibrated * shape.parameters / 1e9 * table["calibrate_s_per_billion"]["value"]
-    if rented:
-        seconds += table["start_s"]["value"] + size / table["download_gb_per_s"]["value"]
-    return seconds / 3600
 
 
 def model_flops(shape: ModelShape, sequence_length: int, adapters: bool, head: bool = False) -> float:

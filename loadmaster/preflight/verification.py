@@ -6,7 +6,7 @@
 
 The largest model decides: what was trained in fp32, or an export in bf16, for quantized ones are scored with the
 weights that they stand for. Of answers, so many are asked at a time as take least time: more take fewer passes, and
-room that layers would have had. The time is modelled; that of computing is in the overhead of a run (speed.py). No run
+room that layers would have had. The time is modelled; that of computing is in the overhead of a run (hours.py). No run
 on several GPUs was measured.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 from loadmaster.config.schema import EvaluationConfig, Job
 from loadmaster.preflight.answers import answer_bytes
 from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.exports import counts_exports
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.memory import Bytes, context_bytes
 from loadmaster.preflight.placement import Placement, Room, place
@@ -221,3 +222,8 @@ def prompts_asked(evaluation: EvaluationConfig, prompts: int | None = None) -> i
     most = ANSWERS if evaluation.task == "none" else evaluation.max_rows
     there = (most or ASKED_OF_A_TASK) if prompts is None else prompts
     return min(most or there, there)
+
+
+def can_export(job: Job, verification: dict[str, Any] | None) -> bool:
+    """Whether the last stage that the job asks for can pass, by a plan's `verification`."""
+    return verification is None or verification["fits"] or not counts_exports(job)

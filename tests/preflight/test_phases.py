@@ -10,15 +10,17 @@ import pytest
 
 from loadmaster.config.schema import BatchConfig, EvaluationConfig, ExportConfig, HardwareConfig, Job, ModelConfig
 from loadmaster.export import candidates, smoke
-from loadmaster.preflight import make_plan, phases, verification
+from loadmaster.preflight import make_plan, verification
+from loadmaster.preflight.calibration import CALIBRATED
 from loadmaster.preflight.candidate import evaluate, fixed
 from loadmaster.preflight.config_json import find_shape
-from loadmaster.preflight.explain import about_verification, can_export
+from loadmaster.preflight.disk import EXPORT_BITS
+from loadmaster.preflight.explain import about_verification
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import host_bytes
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.verification import verifying
+from loadmaster.preflight.verification import can_export, verifying
 
 GIB = 2**30
 EIGHT = ModelConfig(name="meta-llama/Llama-3.1-8B")
@@ -233,4 +235,4 @@ def test_the_host_holds_the_rehearsals_copy_of_what_is_trained() -> None:
 def test_numbers_of_other_rooms_are_theirs() -> None:
     assert smoke.ANSWER_TOKENS * (smoke.PROMPTS + 1) < verification.OTHER_PASSES
     calibrated = {name for name, made in candidates.CANDIDATES.items() if set(made) & set(candidates.CALIBRATED)}
-    assert set(phases.CALIBRATED) == calibrated and set(phases.EXPORT_BITS) == set(candidates.CANDIDATES)
+    assert set(CALIBRATED) == calibrated and set(EXPORT_BITS) == set(candidates.CANDIDATES)

@@ -1,0 +1,83 @@
+"""How long a run takes, from a machine's start to its last stage, and what that costs.
+
+    hours = steps x rows of a step x tokens of a row / tokens a second
+            + start, download, load, rehearsal
+            + exports: written, calibrated, read back and scored
+"""
+
+from __future__ import annotations
+
+import math
+
+from loadmaster.config.schema import Job
+from loadmaster.preflight.calibration import CALIBRATED
+from loadmaster.preflight.candidate import Candidate
+from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.disk import export_bytes
+from loadmaster.preflight.exports import counts_exports
+from loadmaster.preflight.hardware import Hardware
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.verification import verifying
+
+
+def run_hours(job: Job, shape: ModelShape, candidate: Candidate, dataset_tokens: int | None) -> float | None:
+    """Start, download, load, training and export."""
+    count = steps(job, dataset_tokens)
+    if count is None or not candidate.tokens_per_second:
+        return None
+    tokens = count * mean_rows(job, dataset_tokens) * job.sequence_length
+    rented = candidate.hardware.usd_per_hour is not None
+    training = tokens / candidate.tokens_per_second / 3600
+    return training + overhead_hours(job, shape, candidate.hardware, candidate.setup, rented)
+
+
+def run_usd(hours: float | None, usd_per_hour: float | None) -> float | None:
+    """Dollars of a run, to the cent; None where its hours or the machine's price are not known."""
+    return None if hours is None or usd_per_hour is None else round(hours * usd_per_hour, 2)
+
+
+def steps(job: Job, dataset_tokens: int | None) -> int | None:
+    """Optimizer steps of the run; None when the dataset's size is not known."""
+    if job.max_steps is not None:
+        return job.max_steps
+    if dataset_tokens is None:
+        return None
+    rows = math.ceil(dataset_tokens / job.sequence_length)
+    return max(1, math.ceil(math.ceil(rows / job.batch.global_size) * job.epochs))
+
+
+def mean_rows(job: Job, dataset_tokens: int | None) -> float:
+    """Of a step: the last one of an epoch has the rows that are left."""
+    if dataset_tokens is None:
+        return job.batch.global_size
+    rows = max(1, math.ceil(dataset_tokens / job.sequence_length))
+    return rows / math.ceil(rows / job.batch.global_size)
+
+
+def overhead_hours(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup, rented: bool) -> float:
+    """Start of the machine, download, load, rehearsal, and the export: written, calibrated, read back and scored.
+
+    What the scoring moves, where no GPU holds the model, is in it.
+    """
+    if hardware.is_cpu:
+        return 0.0
+    least = least_overhead_hours(job, shape, rented)
+    if not counts_exports(job):
+        return least
+    written = export_bytes(job, shape, setup) / 1e9 / value("overhead", "export_gb_per_s")
+    return least + (written + verifying(job, shape, hardware, setup).seconds) / 3600
+
+
+def least_overhead_hours(job: Job, shape: ModelShape, rented: bool) -> float:
+    """Of that, what is the same for every setup and machine."""
+    size_gb = 2 * shape.parameters / 1e9
+    seconds = size_gb / value("overhead", "load_gb_per_s") + value("overhead", "rehearsal_s")
+    if counts_exports(job):
+        formats = [name for name in job.export.formats if name != "adapter"]
+        seconds += size_gb * (1 + len(formats)) / value("overhead", "export_gb_per_s")
+        calibrated = sum(name in CALIBRATED for name in formats)
+        seconds += calibrated * shape.parameters / 1e9 * value("overhead", "calibrate_s_per_billion")
+    if rented:
+        seconds += value("overhead", "start_s") + size_gb / value("overhead", "download_gb_per_s")
+    return seconds / 3600
