@@ -26,7 +26,7 @@ def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens
     def here(changes: Iterator[tuple[str, Job]]) -> Iterator[dict[str, Any]]:
         for text, changed in changes:
             if best := search(changed, shape, hardware, explain=False).best:
-                yield _alternative(text, best, changed, shape, dataset_tokens)
+                yield _alternative(text, best, changed, dataset_tokens)
 
     found = list(here(relaxations(job, shape, hardware))) or list(here(_left_open(job, shape, least=2)))
     others = _on_others(job, shape, hardware, dataset_tokens)
@@ -97,7 +97,7 @@ def _on(
         return []
     changed = [changes] * bool(changes) + [f"batch.global_size={rows}"] * (rows != job.batch.global_size)
     text = machine.label + (f" with {' '.join(changed)}" if changed else "")
-    return [_alternative(text, best, adjusted, shape, dataset_tokens)]
+    return [_alternative(text, best, adjusted, dataset_tokens)]
 
 
 PLAIN = "lora.dora=false"
@@ -171,8 +171,8 @@ def _shorter(job: Job, changes: str = "") -> Iterator[tuple[str, Job]]:
         yield f"{before}sequence_length={length}", replace(job, sequence_length=length)
 
 
-def _alternative(text: str, best: Candidate, job: Job, shape: ModelShape, dataset_tokens: int | None) -> dict[str, Any]:
-    hours, rate = run_hours(job, shape, best, dataset_tokens), best.hardware.usd_per_hour
+def _alternative(text: str, best: Candidate, job: Job, dataset_tokens: int | None) -> dict[str, Any]:
+    hours, rate = run_hours(job, best, dataset_tokens), best.hardware.usd_per_hour
     return {
         "change": text,
         "gpu": best.hardware.gpu,

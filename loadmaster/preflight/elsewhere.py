@@ -16,19 +16,18 @@ from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.hardware import Hardware, rentable
 from loadmaster.preflight.hours import run_hours, run_usd
 from loadmaster.preflight.search import EQUAL_SPEED, search
-from loadmaster.preflight.shape import ModelShape
 
 
-def elsewhere(job: Job, shape: ModelShape, chosen: Candidate, dataset_tokens: int | None) -> list[dict[str, Any]]:
+def elsewhere(job: Job, chosen: Candidate, dataset_tokens: int | None) -> list[dict[str, Any]]:
     """Machines as dicts for plan.json, first what the objective prefers."""
     found, held = [], set()
     for machine in rentable():
         if machine.nodes > 1 and machine.gpu in held:
             continue
-        best, rows = on(job, shape, chosen, machine)
+        best, rows = on(job, chosen, machine)
         if best is not None:
             held.add(machine.gpu)
-            found.append(_row(job, shape, best, rows, dataset_tokens))
+            found.append(_row(job, best, rows, dataset_tokens))
     return sorted(found, key=lambda row: rank(row, job.plan.objective))
 
 
@@ -40,7 +39,7 @@ def rank(row: dict[str, Any], objective: str) -> tuple[float, ...]:
     return round(math.log(first) / math.log(1 + EQUAL_SPEED)), cost, seconds
 
 
-def on(job: Job, shape: ModelShape, chosen: Candidate, machine: Hardware) -> tuple[Candidate | None, int]:
+def on(job: Job, chosen: Candidate, machine: Hardware) -> tuple[Candidate | None, int]:
     """(the best plan there, rows of a step); the plan itself on the machine that it was made for."""
     here, rows = chosen.hardware, job.batch.global_size
     if (machine.gpu, machine.count, machine.nodes) == (here.gpu, here.count, here.nodes):
@@ -61,13 +60,13 @@ def on(job: Job, shape: ModelShape, chosen: Candidate, machine: Hardware) -> tup
     if here.is_cpu:  # in fp32, weights that are their own masters; on a GPU that is another job
         states = replace(job.optimizer, master_weights="auto" if setup.optimizer == "adamw" else setup.master_weights)
         job = replace(job, precision="bf16", optimizer=states)
-    return search(job, shape, machine, explain=False).best, rows
+    return search(job, chosen.shape, machine, explain=False).best, rows
 
 
-def _row(job: Job, shape: ModelShape, best: Candidate, rows: int, dataset_tokens: int | None) -> dict[str, Any]:
+def _row(job: Job, best: Candidate, rows: int, dataset_tokens: int | None) -> dict[str, Any]:
     hardware, setup, speed = best.hardware, best.setup, best.tokens_per_second
     adjusted = replace(job, batch=replace(job.batch, global_size=rows))
-    hours, rate = run_hours(adjusted, shape, best, dataset_tokens), hardware.usd_per_hour
+    hours, rate = run_hours(adjusted, best, dataset_tokens), hardware.usd_per_hour
     return {
         "gpu": hardware.gpu,
         "count": hardware.count,
@@ -78,7 +77,7 @@ def _row(job: Job, shape: ModelShape, best: Candidate, rows: int, dataset_tokens
         "reshard_after_forward": setup.reshard_after_forward,
         "offload": setup.offload,
         "activation_checkpointing": setup.checkpointing,
-        "checkpointed_layers": shape.layers - setup.kept_layers if setup.kept_layers else None,
+        "checkpointed_layers": setup.checkpointed_layers(best.shape),
         "micro_batch_size": setup.micro_batch_size,
         "global_size": rows,
         "needs_gib": round(best.memory.needed_gib, 2),

@@ -15,21 +15,17 @@ from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.disk import export_bytes
 from loadmaster.preflight.exports import counts_exports
-from loadmaster.preflight.hardware import Hardware
-from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.verification import verifying
 
 
-def run_hours(job: Job, shape: ModelShape, candidate: Candidate, dataset_tokens: int | None) -> float | None:
+def run_hours(job: Job, candidate: Candidate, dataset_tokens: int | None) -> float | None:
     """Start, download, load, training and export."""
     count = steps(job, dataset_tokens)
     if count is None or not candidate.tokens_per_second:
         return None
     tokens = count * mean_rows(job, dataset_tokens) * job.sequence_length
-    rented = candidate.hardware.usd_per_hour is not None
-    training = tokens / candidate.tokens_per_second / 3600
-    return training + overhead_hours(job, shape, candidate.hardware, candidate.setup, rented)
+    return tokens / candidate.tokens_per_second / 3600 + overhead_hours(job, candidate)
 
 
 def run_usd(hours: float | None, usd_per_hour: float | None) -> float | None:
@@ -55,14 +51,15 @@ def mean_rows(job: Job, dataset_tokens: int | None) -> float:
     return rows / math.ceil(rows / job.batch.global_size)
 
 
-def overhead_hours(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup, rented: bool) -> float:
+def overhead_hours(job: Job, candidate: Candidate) -> float:
     """Start of the machine, download, load, rehearsal, and the export: written, calibrated, read back and scored.
 
     What the scoring moves, where no GPU holds the model, is in it.
     """
+    shape, hardware, setup = candidate.shape, candidate.hardware, candidate.setup
     if hardware.is_cpu:
         return 0.0
-    least = least_overhead_hours(job, shape, rented)
+    least = least_overhead_hours(job, shape, rented=hardware.usd_per_hour is not None)
     if not counts_exports(job):
         return least
     written = export_bytes(job, shape, setup) / 1e9 / value("overhead", "export_gb_per_s")

@@ -77,6 +77,10 @@ class Setup:
         """Decoder layers that keep all that their backward pass reads."""
         return shape.layers if self.checkpointing == "none" else self.kept_layers
 
+    def checkpointed_layers(self, shape: ModelShape) -> int | None:
+        """Of the first decoder layers those that are checkpointed, where the others are not; None: all or none."""
+        return shape.layers - self.kept_layers if self.kept_layers else None
+
     @property
     def adapters(self) -> bool:
         return self.method != "full"
