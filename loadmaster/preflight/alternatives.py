@@ -10,10 +10,12 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import Job
+from loadmaster.preflight.batch import rounded_up, with_rows
 from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.explain import describe
 from loadmaster.preflight.hardware import Hardware, from_catalog, priced, rentable
 from loadmaster.preflight.hours import least_overhead_hours, run_hours, run_usd
+from loadmaster.preflight.plan import rounded
 from loadmaster.preflight.refusals import COUNTED, TYPED, uncounted_adapters
 from loadmaster.preflight.search import search
 from loadmaster.preflight.shape import ModelShape
@@ -90,8 +92,8 @@ def _on(
     job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | None, changes: str
 ) -> list[dict[str, Any]]:
     """The job on another machine, its global batch rounded up to the number of GPUs; empty if it does not fit."""
-    rows = math.ceil(job.batch.global_size / machine.world_size) * machine.world_size
-    adjusted = replace(job, batch=replace(job.batch, global_size=rows)) if rows != job.batch.global_size else job
+    rows = rounded_up(job.batch.global_size, machine.world_size)
+    adjusted = with_rows(job, rows)
     best = search(adjusted, shape, machine, explain=False).best
     if best is None:
         return []
@@ -131,8 +133,8 @@ def relaxations(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[tup
     if uncounted_adapters(job, shape) and job.method != "full":
         yield TYPED, replace(job, lora=replace(job.lora, targets=list(COUNTED)))
     if job.batch.global_size % gpus:
-        rows = math.ceil(job.batch.global_size / gpus) * gpus
-        yield f"batch.global_size={rows}", replace(job, batch=replace(job.batch, global_size=rows))
+        rows = rounded_up(job.batch.global_size, gpus)
+        yield f"batch.global_size={rows}", with_rows(job, rows)
     if job.micro_batch_size != "auto":
         yield "micro_batch_size=auto", replace(job, micro_batch_size="auto")
     for name in OPEN[1:]:
@@ -147,7 +149,7 @@ def relaxations(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[tup
         said = "optimizer.in_backward=true optimizer.max_grad_norm=0"
         yield said, stepped
         if job.batch.global_size > gpus:
-            yield f"{said} batch.global_size={gpus}", replace(stepped, batch=replace(job.batch, global_size=gpus))
+            yield f"{said} batch.global_size={gpus}", with_rows(stepped, gpus)
     lora, plain = replace(job.lora, dora=False), f" {PLAIN}" if job.lora.dora else ""
     if plain and job.method != "full":
         yield PLAIN, replace(job, lora=lora)
@@ -180,9 +182,9 @@ def _alternative(text: str, best: Candidate, job: Job, dataset_tokens: int | Non
         "plan": describe(best.setup),
         "needs_gib": round(best.memory.needed_gib, 2),
         "budget_gib": round(best.budget_gib, 2),
-        "tokens_per_second": None if best.tokens_per_second is None else round(best.tokens_per_second, 1),
-        "hours": None if hours is None else round(hours, 2),
-        "usd_per_hour": None if rate is None else round(rate, 2),
+        "tokens_per_second": rounded(best.tokens_per_second, 1),
+        "hours": rounded(hours, 2),
+        "usd_per_hour": rounded(rate, 2),
         "cost_usd": run_usd(hours, rate),
         "price": best.hardware.price_note,
     }

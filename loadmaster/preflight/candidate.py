@@ -9,9 +9,8 @@ from typing import Any
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.config.schema import Job
-from loadmaster.preflight.hardware import GIB, Hardware
-from loadmaster.preflight.least import least_bytes
-from loadmaster.preflight.memory import Memory, host_bytes, memory
+from loadmaster.preflight.hardware import Hardware
+from loadmaster.preflight.memory import Memory, memory
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import tokens_per_second
@@ -79,28 +78,9 @@ def fixed(job: Job, hardware: Hardware, checkpointing: str, tokens: int) -> dict
 
 
 def evaluate(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Candidate:
-    budget_gib = hardware.memory_gib * (1 - job.plan.reserve)
-    return Candidate(shape, setup, memory(shape, hardware, setup), hardware, budget_gib)
+    return Candidate(shape, setup, memory(shape, hardware, setup), hardware, hardware.budget_gib(job.plan.reserve))
 
 
 def can_offload(hardware: Hardware) -> bool:
     """Whether layers' inputs may go to host memory: nothing does on a CPU, nor where its size is not known."""
     return not hardware.is_cpu and hardware.host_memory_gib is not None
-
-
-def inputs_are_too_much(failed: Candidate) -> bool:
-    """Whether what fits not, all recomputed, might with layers' inputs in host memory and MLPs by pieces."""
-    return failed.memory.needed_gib - failed.budget_gib <= failed.memory.train.activations / GIB
-
-
-def gradients_are_too_much(failed: Candidate) -> bool:
-    """Whether what fits not might if no gradients of earlier micro-batches lay beside it."""
-    return 0 < failed.memory.needed_gib - failed.budget_gib <= failed.memory.train.gradients / GIB
-
-
-def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:
-    """Whether what is needed at least, and what lies in host memory, leaves room for anything."""
-    if least_bytes(shape, hardware, setup) > hardware.memory_gib * (1 - job.plan.reserve) * GIB:
-        return False
-    has = hardware.host_memory_gib
-    return hardware.is_cpu or has is None or host_bytes(shape, setup) <= has * GIB

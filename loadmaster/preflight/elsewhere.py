@@ -12,9 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 from loadmaster.config.schema import Job
+from loadmaster.preflight.batch import rounded_up, with_rows
 from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.hardware import Hardware, rentable
 from loadmaster.preflight.hours import run_hours, run_usd
+from loadmaster.preflight.plan import rounded
 from loadmaster.preflight.search import EQUAL_SPEED, search
 
 
@@ -44,14 +46,13 @@ def on(job: Job, chosen: Candidate, machine: Hardware) -> tuple[Candidate | None
     here, rows = chosen.hardware, job.batch.global_size
     if (machine.gpu, machine.count, machine.nodes) == (here.gpu, here.count, here.nodes):
         return chosen, rows
-    rows = math.ceil(rows / machine.world_size) * machine.world_size
+    rows = rounded_up(rows, machine.world_size)
     setup = chosen.setup
     job = replace(
-        job,
+        with_rows(job, rows),
         method=setup.method,
         offload=setup.offload,
         sharding="auto" if job.sharding == "none" or machine.world_size == 1 else job.sharding,
-        batch=replace(job.batch, global_size=rows),
         optimizer=replace(
             job.optimizer, name=setup.optimizer, master_weights=setup.master_weights, in_backward=setup.in_backward
         ),
@@ -65,8 +66,7 @@ def on(job: Job, chosen: Candidate, machine: Hardware) -> tuple[Candidate | None
 
 def _row(job: Job, best: Candidate, rows: int, dataset_tokens: int | None) -> dict[str, Any]:
     hardware, setup, speed = best.hardware, best.setup, best.tokens_per_second
-    adjusted = replace(job, batch=replace(job.batch, global_size=rows))
-    hours, rate = run_hours(adjusted, best, dataset_tokens), hardware.usd_per_hour
+    hours, rate = run_hours(with_rows(job, rows), best, dataset_tokens), hardware.usd_per_hour
     return {
         "gpu": hardware.gpu,
         "count": hardware.count,
@@ -82,9 +82,9 @@ def _row(job: Job, best: Candidate, rows: int, dataset_tokens: int | None) -> di
         "global_size": rows,
         "needs_gib": round(best.memory.needed_gib, 2),
         "budget_gib": round(best.budget_gib, 2),
-        "tokens_per_second": None if speed is None else round(speed, 1),
-        "hours": None if hours is None else round(hours, 3),
-        "usd_per_hour": None if rate is None else round(rate, 2),
+        "tokens_per_second": rounded(speed, 1),
+        "hours": rounded(hours, 3),
+        "usd_per_hour": rounded(rate, 2),
         "cost_usd": run_usd(hours, rate),
         "usd_per_million_tokens": None if rate is None or not speed else round(rate / 3600 / speed * 1e6, 4),
         "price": hardware.price_note,

@@ -10,6 +10,7 @@ from loadmaster.config.model_folder import lacking
 from loadmaster.config.rates import FAR, usual_rate
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
+from loadmaster.preflight.batch import divisors
 from loadmaster.preflight.candidate import Candidate, can_offload
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import counts_exports, export_problems
@@ -17,7 +18,8 @@ from loadmaster.preflight.hardware import GIB, Hardware, not_offered, unknown_ne
 from loadmaster.preflight.hours import mean_rows, steps
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.phases import answering
-from loadmaster.preflight.refusals import TYPED, UNCOUNTED, divisors, uncounted_adapters
+from loadmaster.preflight.plan import rounded
+from loadmaster.preflight.refusals import TYPED, UNCOUNTED, uncounted_adapters
 from loadmaster.preflight.search import Found
 from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
@@ -238,7 +240,7 @@ def runner_up(chosen: Candidate, other: Candidate) -> dict[str, Any]:
     return {
         "plan": describe(other.setup),
         "needs_gib": round(other.memory.needed_gib, 2),
-        "tokens_per_second": None if other.tokens_per_second is None else round(other.tokens_per_second, 1),
+        "tokens_per_second": rounded(other.tokens_per_second, 1),
         "difference": against(chosen, other),
     }
 

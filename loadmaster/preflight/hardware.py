@@ -66,6 +66,10 @@ class Hardware:
     def has_fp8(self) -> bool:
         return "fp8" in self.tflops and self.compute_capability >= 8.9
 
+    def budget_gib(self, reserve: float) -> float:
+        """What a plan may take of one GPU; reserve: the share that it leaves free (plan.reserve)."""
+        return self.memory_gib * (1 - reserve)
+
     @property
     def label(self) -> str:
         if self.is_cpu:

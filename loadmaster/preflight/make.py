@@ -18,7 +18,7 @@ from loadmaster.preflight.exports import counts_exports, refuse_unholdable
 from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardware
 from loadmaster.preflight.hours import run_hours, run_usd
 from loadmaster.preflight.phases import components_gib, phase_bytes, phases_gib
-from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan
+from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan, rounded
 from loadmaster.preflight.search import Found, search, smallest
 from loadmaster.preflight.speed import model_flops
 from loadmaster.preflight.verification import verifying
@@ -61,8 +61,8 @@ def _plan(job: Job, chosen: Candidate, found: Found, dataset_tokens: int | None)
     rejected = [rejection(job, each) for each in found.nearest]
     why = reasons(job, chosen, found, verification, dataset_tokens) if fits else refused(job, chosen, found, rejected)
     head = setup.trains("lm_head") or (shape.tied and setup.trains("embed_tokens"))
-    speed = chosen.tokens_per_second if fits else None  # what does not run has no speed, and costs nothing
-    hours = run_hours(job, chosen, dataset_tokens) if fits else None
+    # What does not run has no speed, and costs nothing.
+    speed, hours = (chosen.tokens_per_second, run_hours(job, chosen, dataset_tokens)) if fits else (None, None)
     return Plan(
         fits=fits,
         model=ModelSummary(
@@ -81,7 +81,7 @@ def _plan(job: Job, chosen: Candidate, found: Found, dataset_tokens: int | None)
             count=hardware.count,
             nodes=hardware.nodes,
             memory_gib=round(hardware.memory_gib, 2),
-            host_memory_gib=None if hardware.host_memory_gib is None else round(hardware.host_memory_gib, 2),
+            host_memory_gib=rounded(hardware.host_memory_gib, 2),
         ),
         method=setup.method,
         precision=setup.precision,
@@ -106,8 +106,8 @@ def _plan(job: Job, chosen: Candidate, found: Found, dataset_tokens: int | None)
         budget_gib=round(chosen.budget_gib, 2),
         host_memory_gib=chosen.memory.host_gib,
         disk_gib=round((disk_bytes(job, shape, setup) + verification.disk_bytes) / GIB, 2),
-        tokens_per_second=None if speed is None else round(speed, 1),
-        hours=None if hours is None else round(hours, 4),
+        tokens_per_second=rounded(speed, 1),
+        hours=rounded(hours, 4),
         cost_usd=run_usd(hours, hardware.usd_per_hour),
         reasons=why,
         rejected=rejected + [{"plan": "", "reason": refusal} for refusal in found.refusals],

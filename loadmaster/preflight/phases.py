@@ -68,7 +68,7 @@ def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> 
         context=context_bytes(hardware),
         communication=communicator_bytes(hardware) + batch["communication"],
     )
-    answers, budget = answers_at_a_time(job), hardware.memory_gib * (1 - job.plan.reserve) * GIB
+    answers, budget = answers_at_a_time(job), hardware.budget_gib(job.plan.reserve) * GIB
     halved = job.evaluation.batch_size == "auto" and not hardware.is_cpu
     while True:
         need = replace(beside, activations=answering_bytes(job, shape, setup.width, answers))

@@ -16,6 +16,11 @@ from loadmaster.files import read_json, write_json
 SCHEMA = 1
 
 
+def rounded(figure: float | None, digits: int) -> float | None:
+    """As a figure is written in plan.json; None where it is not known."""
+    return None if figure is None else round(figure, digits)
+
+
 @dataclass(frozen=True)
 class ModelSummary:
     name: str

@@ -116,7 +116,7 @@ def _verifying(
     context = (1 if hardware.is_cpu else 2) * context_bytes(hardware)
     beside = working.total, max(working.activations, _compared(shape, setup, layers_alone=True))
     whole = replace(working, weights=max(exported, trained), context=context)
-    free = hardware.memory_gib * (1 - job.plan.reserve) * GIB - context
+    free = hardware.budget_gib(job.plan.reserve) * GIB - context
     each_gpu, host_room = (free,) * hardware.count, _host_room(hardware)
     if hardware.is_cpu:  # host memory in the place of the first GPU, then disk, as export/room.py has it
         each_gpu, host_room = (free - REFERENCE_BYTES,), 0.0
