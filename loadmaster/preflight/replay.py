@@ -223,6 +223,15 @@ class Tape:
         output.node = Node(self.order, nodes, backward, kept)
         return output
 
+    def on_gradient(self, x: Tensor, run: Callable[[], None], saved: Sequence[Storage] = ()) -> Tensor:
+        """x as it is; `run` is called in the backward pass where x's gradient is there, before it goes on."""
+
+        def backward(g: Storage, _: list) -> list:
+            run()
+            return [g]
+
+        return self.link(Tensor(x.storage, x.node), [x], saved, backward)
+
     def op(
         self, size: float, inputs: Sequence[Tensor], saved: Sequence[Storage], backward: Callable, kept: bool = False
     ) -> Tensor:

@@ -58,6 +58,10 @@ class Setup:
         return self.micro_batch_size * self.sequence_length
 
     @property
+    def nodes(self) -> int:
+        return max(1, self.world_size // self.gpus_per_node)
+
+    @property
     def width(self) -> int:
         """Bytes of an activation: 2 in bf16, 4 in fp32."""
         return 4 if self.precision == "fp32" else 2

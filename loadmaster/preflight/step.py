@@ -10,6 +10,7 @@ the last ones are not, or some have experts, each run of layers that are alike i
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import groupby
@@ -152,14 +153,13 @@ class _Middle:
             return Tensor(x.storage, x.node)
         held = [tape.alloc(kept * self.count)]
 
-        def backward(g: Storage, _: list) -> list:
+        def run_backward() -> None:
             held.clear()
             with tape.tagged("gradients"):
                 self.gradients.append(tape.alloc(gradient_bytes * self.count))
-            self.started = Work().plus(tape.work)
-            return [g]
+            self.started = copy(tape.work)
 
-        return tape.link(Tensor(x.storage, x.node), [x], [], backward)
+        return tape.on_gradient(x, run_backward)
 
     def enter(self, x: Tensor, less: int, place: int, entered: list[Storage]) -> Tensor:
         """After a layer. A compiled one keeps its input, and `less` than was replayed. In its backward pass it has what
@@ -170,34 +170,28 @@ class _Middle:
             return x
         known = self.replaces or self.kind != "none" or place >= HEAD_LAYERS or place == self.replayed - 1
 
-        def backward(g: Storage, _: list) -> list:
+        def begin_backward() -> None:
             if known:
                 tape.alloc(self.inside)
             if self.replaces:
                 tape.hide()
             tape.correct(less)
-            return [g]
 
-        return tape.link(Tensor(x.storage, x.node), [x], entered, backward)
+        return tape.on_gradient(x, begin_backward, entered)
 
     def leave(self, x: Tensor) -> Tensor:
         """Before a layer; in the backward pass, after it."""
         tape = self.b.tape
-
-        def backward(g: Storage, _: list) -> list:
-            tape.show()
-            return [g]
-
-        return tape.link(Tensor(x.storage, x.node), [x], [], backward) if self.replaces else x
+        return tape.on_gradient(x, tape.show) if self.replaces else x
 
     def mark_end(self, x: Tensor) -> Tensor:
+        """Before the second layer; in the backward pass, after it."""
         tape = self.b.tape
 
-        def backward(g: Storage, _: list) -> list:
-            self.finished = Work().plus(tape.work)
-            return [g]
+        def end_backward() -> None:
+            self.finished = copy(tape.work)
 
-        return tape.link(Tensor(x.storage, x.node), [x], [], backward)
+        return tape.on_gradient(x, end_backward)
 
 
 def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
@@ -227,7 +221,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
                 x = _entering(b, x, "first")
             if place == HEAD_LAYERS and run.count:
                 x = run.stand_in(x, kept, gradients)
-            before, work, first = tape.live, Work().plus(tape.work), len(tape.leaves)
+            before, work, first = tape.live, copy(tape.work), len(tape.leaves)
             activations = tape.by_tag["activations"]
             if place == 1:
                 x = run.mark_end(x)
@@ -319,12 +313,7 @@ def gradient_bytes(shape: ModelShape, setup: Setup, experts: bool) -> int:
 
 def _entering(b: Blocks, x: Tensor, phase: str) -> Tensor:
     """x; in the backward pass, a phase begins where its gradient is made."""
-
-    def backward(g: Storage, _: list) -> list:
-        b.tape.enter(phase)
-        return [g]
-
-    return b.tape.link(Tensor(x.storage, x.node), [x], [], backward)
+    return b.tape.on_gradient(x, partial(b.tape.enter, phase))
 
 
 def _rotary_sets(shape: ModelShape) -> int:
