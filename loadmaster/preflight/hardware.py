@@ -1,24 +1,22 @@
 """What there is to train on: the machine's own GPUs or CPU, or machines of the catalogue. No torch.
 
-Local GPUs are asked through the driver's management library (NVML, by ctypes), which answers in
-milliseconds and needs no CUDA context. Its memory figure counts what the driver itself keeps, so the
-catalogue's usable figure is taken for a known card.
+What the driver says of a card's memory (nvml.py) counts what it keeps itself, so the catalogue's usable figure is taken
+for a known card.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import HardwareConfig
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.nvml import local_gpus
 from loadmaster.processors import threads
 
 GIB = 2**30
@@ -218,17 +216,9 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
         remedy = f"hardware.count={alike}, or CUDA_VISIBLE_DEVICES with the numbers of like ones"
         raise ConfigError([Problem("hardware.count", count, IN_THE_JOB, message, remedy)])
     if count > len(cards):
-        raise ConfigError(
-            [
-                Problem(
-                    "hardware.count",
-                    count,
-                    IN_THE_JOB,
-                    f"this machine has {len(cards)} GPU(s)",
-                    f"use hardware.count={len(cards)} or less, or name a machine of the catalogue with hardware.gpu",
-                )
-            ]
-        )
+        message = f"this machine has {len(cards)} GPU(s)"
+        remedy = f"use hardware.count={len(cards)} or less, or name a machine of the catalogue with hardware.gpu"
+        raise ConfigError([Problem("hardware.count", count, IN_THE_JOB, message, remedy)])
     host = host_memory_gib()
     known = catalog_name(name, total_gib)
     if known is not None:
@@ -241,7 +231,7 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
             usd_per_hour=None,
             price_note="",
         )
-    return Hardware(
+    return Hardware(  # its rates are placeholders: no speed is worked out from them
         gpu=name,
         count=count,
         nodes=nodes,
@@ -265,46 +255,3 @@ def catalog_name(driver_name: str, total_gib: float) -> str | None:
             found[key] = len(words), abs(total_gib / facts["memory_gib"] - 1)
     alike = [key for key, (_, off) in found.items() if off < 0.09]
     return max(alike, key=lambda key: found[key][0], default=None)
-
-
-def local_gpus() -> list[tuple[str, float, float]]:
-    """(driver's name, total memory in GiB, compute capability) of each visible GPU; empty without a driver."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return []
-    if nvml.nvmlInit_v2() != 0:
-        return []
-    try:
-        count = ctypes.c_uint()
-        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return []
-        cards = [_card(nvml, index) for index in range(count.value)]
-    finally:
-        nvml.nvmlShutdown()
-    return _visible([card for card in cards if card is not None])
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
-
-
-def _card(nvml: Any, index: int) -> tuple[str, float, float] | None:
-    device, name, memory = ctypes.c_void_p(), ctypes.create_string_buffer(96), _Memory()
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) != 0:
-        return None
-    nvml.nvmlDeviceGetName(device, name, 96)
-    nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
-    nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
-    return name.value.decode(), memory.total / GIB, major.value + minor.value / 10
-
-
-def _visible(cards: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return cards
-    indices = [part.strip() for part in chosen.split(",") if part.strip()]
-    if all(part.isdecimal() for part in indices):
-        return [cards[int(part)] for part in indices if int(part) < len(cards)]
-    return cards[: len([part for part in indices if not part.startswith("-")])]
