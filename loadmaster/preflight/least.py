@@ -25,8 +25,7 @@ def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
         return weights + state_bytes(setup) * local + before + inputs
     if setup.offload == "all":
         return context_bytes(hardware) + inputs
-    on_host = setup.offload != "none" or setup.optimizer == "paged_adamw_8bit"
-    states = 0.0 if on_host else state_bytes(setup) * local
+    states = 0.0 if setup.states_on_host else state_bytes(setup) * local
     return weights + states + max(before + inputs, gradients) + context_bytes(hardware)
 
 

@@ -62,16 +62,21 @@ class Memory:
         return max(self.phases.values())
 
 
+EIGHT_BIT_STATES = 2 * (1 + 4 / 256)
+"""Two moments of a byte, each with an fp32 scale for every 256 (bitsandbytes)."""
+STATE_BYTES = {
+    "adamw": 8.0,
+    "adamw_bf16": 4.0,
+    "adamw_8bit": EIGHT_BIT_STATES,
+    "paged_adamw_8bit": EIGHT_BIT_STATES,
+    "adafactor": 0.004,
+}
+"""Of each trainable parameter, without masters. Adafactor's are a row and a column in fp32: of a matrix 2,048 wide."""
+
+
 def state_bytes(setup: Setup) -> float:
     """Optimizer states for each trainable parameter, the fp32 master copy included."""
-    states = {
-        "adamw": 8.0,
-        "adamw_bf16": 4.0,
-        "adamw_8bit": 2 + 2 * 4 / 256,
-        "paged_adamw_8bit": 2 + 2 * 4 / 256,
-        "adafactor": 0.004,
-    }
-    return states[setup.optimizer] + (4.0 if setup.master_weights and setup.precision != "fp32" else 0.0)
+    return STATE_BYTES[setup.optimizer] + (4.0 if setup.master_weights and setup.precision != "fp32" else 0.0)
 
 
 def step_bytes(shape: ModelShape, setup: Setup) -> float:
@@ -99,10 +104,8 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
     weights, gradients, local = resident(shape, setup)
     weights += setup.width * local if hardware.is_cpu else 0.0  # the rehearsal's copy, which is on the host
     optimizer = zero_bytes(shape, setup).states if setup.stage else state_bytes(setup) * local
-    if setup.offload != "none" and not hardware.is_cpu:
+    if setup.states_on_host and not hardware.is_cpu:
         optimizer = 0.0
-    elif setup.optimizer == "paged_adamw_8bit" and not hardware.is_cpu:
-        optimizer = 0.0  # managed memory: the host's, but for the pages in use
     replayed, static = worst_micro_batch(shape, setup)
     if setup.offload == "all" and not setup.stage and not hardware.is_cpu:
         weights = gradients = static = 0.0
@@ -120,20 +123,20 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
         if hardware.is_cpu:
             reducing += max(0.0, zero.host - optimizer)
     backward = Bytes(
-        weights,
-        static + at["gradients"],
-        optimizer,
-        at["activations"],
-        at["logits"],
-        at["quantization"],
-        at["communication"] + communication + reducing,
-        context,
+        weights=weights,
+        gradients=static + at["gradients"],
+        optimizer=optimizer,
+        activations=at["activations"],
+        logits=at["logits"],
+        quantization=at["quantization"],
+        communication=at["communication"] + communication + reducing,
+        context=context,
     )
     stepped_here = setup.offload == "none" or setup.stage or hardware.is_cpu
     step = Bytes(
-        weights,
-        gradients + (step_bytes(shape, setup) if stepped_here else 0.0),
-        optimizer,
+        weights=weights,
+        gradients=gradients + (step_bytes(shape, setup) if stepped_here else 0.0),
+        optimizer=optimizer,
         communication=communication,
         context=context,
     )

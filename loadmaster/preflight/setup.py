@@ -86,6 +86,11 @@ class Setup:
         return shape.layers - self.kept_layers if self.kept_layers else None
 
     @property
+    def states_on_host(self) -> bool:
+        """Whether optimizer states are in host memory: offloaded, or in managed memory, but for the pages in use."""
+        return self.offload != "none" or self.optimizer == "paged_adamw_8bit"
+
+    @property
     def adapters(self) -> bool:
         return self.method != "full"
 

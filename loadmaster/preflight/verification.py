@@ -114,25 +114,26 @@ def _verifying(
         answering = Bytes(activations=answering_bytes(job, shape, setup.width, answers))
         working = max(scoring, answering, key=lambda b: b.total)
     context = (1 if hardware.is_cpu else 2) * context_bytes(hardware)
-    beside = working.total, max(working.activations, _compared(shape, setup, layers_alone=True))
+    passing = max(working.activations, _compared(shape, setup, layers_alone=True))
     whole = replace(working, weights=max(exported, trained), context=context)
     free = hardware.budget_gib(job.plan.reserve) * GIB - context
     each_gpu, host_room = (free,) * hardware.count, _host_room(hardware)
     if hardware.is_cpu:  # host memory in the place of the first GPU, then disk, as export/room.py has it
         each_gpu, host_room = (free - REFERENCE_BYTES,), 0.0
-    room = Room(each_gpu, host_room, True, beside[0] + adapters, beside[1] + adapters)
+    room = Room(each_gpu, host_room, working=working.total + adapters, passing=passing + adapters)
     layers, rest = _sizes(shape, width, exported)
     placement = place(layers, rest, room)
     trained_layers, trained_rest = _sizes(shape, setup.width, trained - adapters)
     of_trained = place(trained_layers, trained_rest, replace(room, disk=not frozen))
     if of_trained is None:
         placement = None
+    need = VerificationNeed(whole, placement, working=working.total, passing=passing, answers=answers)
     if placement is None or placement.is_whole:
-        return VerificationNeed(whole, placement, 0.0, 0.0, 0, 0.0, *beside, answers)
+        return need
     each = max(layers)
     moved = each if placement.host or placement.disk else 0.0
     on_gpus = [replace(working, weights=rest + adapters + placement.gpus[0] * each + moved, context=context)]
-    inside = Bytes(activations=beside[1], context=context)
+    inside = Bytes(activations=passing, context=context)
     on_gpus += [replace(inside, weights=adapters + count * each) for count in placement.gpus[1:] if count]
     passes, seconds = 0, 0.0
     of_exports, of_others = forward_passes(job, setup, answers)
@@ -140,9 +141,14 @@ def _verifying(
         if there.host or there.disk:
             passes += times
             seconds += times * _moving_seconds(hardware, there.host * size, there.disk * size)
-    host, disk = placement.host * each, placement.disk * each
-    most = max(on_gpus, key=lambda b: b.total)
-    return VerificationNeed(most, placement, host, disk, passes, seconds, *beside, answers)
+    return replace(
+        need,
+        bytes=max(on_gpus, key=lambda b: b.total),
+        host_bytes=placement.host * each,
+        disk_bytes=placement.disk * each,
+        passes=passes,
+        seconds=seconds,
+    )
 
 
 def _moving_seconds(hardware: Hardware, host: float, disk: float) -> float:
