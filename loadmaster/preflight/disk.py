@@ -10,10 +10,11 @@ from loadmaster.preflight.shape import ModelShape
 
 EXPORT_BITS = {
     "bf16": 16.0, "fp8": 8.0, "fp8_block": 8.0, "int4": 4.125, "int4_gptq": 4.125, "int4_awq": 4.125, "nvfp4": 4.5,
-    "gguf": 8.5,
 }  # fmt: skip
-"""Bits of a quantized weight with its scales: of int4 16 for each 128 weights, of nvfp4 8 for 16, of a GGUF in q8_0 16
-for 32. Embeddings and head stay in bf16 (in a GGUF they are as the rest)."""
+"""Bits of a quantized weight with its scales: of int4 16 for each 128 weights, of nvfp4 8 for 16. Embeddings and head
+stay in bf16."""
+GGUF_BITS = {"q8_0": 8.5, "bf16": 16.0, "f16": 16.0}
+"""By export.gguf_type; of q8_0 with 16 for each 32 weights. Embeddings and head are as the rest."""
 
 
 def disk_bytes(job: Job, shape: ModelShape, setup: Setup) -> float:
@@ -28,17 +29,17 @@ def disk_bytes(job: Job, shape: ModelShape, setup: Setup) -> float:
 def export_bytes(job: Job, shape: ModelShape, setup: Setup) -> float:
     """Every format, and the folders that it is made from: two merges of a QLoRA adapter, a bf16 one to calibrate on."""
     formats = set(job.export.formats)
-    sizes = {name: format_bytes(shape, setup, name) for name in formats}
+    sizes = {name: format_bytes(job, shape, setup, name) for name in formats}
     merges = 2 if setup.method == "qlora" else 1 if formats & {*CALIBRATED, "gguf"} else 0
     scratch = max(0, merges - ("bf16" in formats)) * 2.0 * shape.parameters if formats - {"adapter"} else 0.0
     twice = sum(size for name, size in sizes.items() if name in CALIBRATED and name != "nvfp4")  # rounding beside it
     return sum(sizes.values()) + scratch + twice
 
 
-def format_bytes(shape: ModelShape, setup: Setup, name: str) -> float:
+def format_bytes(job: Job, shape: ModelShape, setup: Setup, name: str) -> float:
     if name == "adapter":
         return float(setup.width * setup.trainable(shape))
-    quantized = shape.linear_weights + (0 if name == "gguf" else shape.expert_weights)
-    rest = shape.parameters - quantized
-    bits = EXPORT_BITS[name]
-    return quantized * bits / 8 + rest * (bits / 8 if name == "gguf" else 2)
+    if name == "gguf":
+        return shape.parameters * GGUF_BITS[job.export.gguf_type] / 8
+    quantized = shape.linear_weights + shape.expert_weights
+    return quantized * EXPORT_BITS[name] / 8 + 2 * (shape.parameters - quantized)

@@ -14,7 +14,7 @@ from loadmaster.preflight import make_plan, verification
 from loadmaster.preflight.calibration import CALIBRATED
 from loadmaster.preflight.candidate import evaluate, fixed
 from loadmaster.preflight.config_json import find_shape
-from loadmaster.preflight.disk import EXPORT_BITS
+from loadmaster.preflight.disk import EXPORT_BITS, export_bytes
 from loadmaster.preflight.explain import about_verification
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import host_bytes
@@ -232,7 +232,15 @@ def test_the_host_holds_the_rehearsals_copy_of_what_is_trained() -> None:
     assert host_bytes(shape, light) - 3 * GIB == pytest.approx(2 * shape.parameters, rel=0.001)
 
 
+def test_a_gguf_takes_as_much_disk_as_its_type_has_bits() -> None:
+    """The volume that a rented machine writes to is as large as the plan says."""
+    shape, setup = find_shape(EIGHT), Setup("full", "bf16", "adamw", True)
+    exports = {kind: ExportConfig(formats=["gguf"], gguf_type=kind) for kind in ("q8_0", "bf16", "f16")}
+    sizes = {kind: export_bytes(Job(model=EIGHT, export=export), shape, setup) for kind, export in exports.items()}
+    assert sizes["bf16"] == sizes["f16"] and sizes["bf16"] - sizes["q8_0"] == 7.5 / 8 * shape.parameters
+
+
 def test_numbers_of_other_rooms_are_theirs() -> None:
     assert smoke.ANSWER_TOKENS * (smoke.PROMPTS + 1) < verification.OTHER_PASSES
     calibrated = {name for name, made in candidates.CANDIDATES.items() if set(made) & set(candidates.CALIBRATED)}
-    assert set(CALIBRATED) == calibrated and set(EXPORT_BITS) == set(candidates.CANDIDATES)
+    assert set(CALIBRATED) == calibrated and {*EXPORT_BITS, "gguf"} == set(candidates.CANDIDATES)
