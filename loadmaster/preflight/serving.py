@@ -74,10 +74,10 @@ class ServingPlan:
     notes: list[str] = field(default_factory=list)
 
 
-def weight_bytes(shape: ModelShape, form: str, group_size: int = 128) -> float:
+def weight_bytes(shape: ModelShape, form: str) -> float:
     """Of the checkpoint: embedding, head, norms and router stay in bf16, everything else takes the format."""
     quantized = shape.linear_weights + shape.expert_weights
-    bits = WEIGHT_BITS[form] + (SCALE_BITS / group_size if form == "int4" else 0)
+    bits = WEIGHT_BITS[form] + (SCALE_BITS / block_of(shape, form) if form == "int4" else 0)
     return quantized * bits / 8 + 2 * (shape.parameters - quantized)
 
 
