@@ -259,6 +259,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
 
 
 def _total(runs: list[_Middle], work: Work) -> Work:
+    """Of all layers, where `work` is of the replayed ones."""
     for run in runs:
         work = run.total(work)
     return work
