@@ -21,6 +21,8 @@ from loadmaster.preflight.search import search
 from loadmaster.preflight.shape import ModelShape
 
 MOST_NODES = 32
+GPUS_OF_A_NODE = 8
+"""Of a full one, whatever the GPU."""
 
 
 def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens: int | None) -> list[dict[str, Any]]:
@@ -82,7 +84,7 @@ def _more_of_the_same(
     if hardware.gpu not in catalog.gpus():
         return []
     for nodes in range(1, MOST_NODES + 1):
-        fits = _on(job, shape, from_catalog(hardware.gpu, 8, nodes), dataset_tokens, changes)
+        fits = _on(job, shape, from_catalog(hardware.gpu, GPUS_OF_A_NODE, nodes), dataset_tokens, changes)
         if fits:
             return fits
     return []

@@ -26,14 +26,14 @@ def elsewhere(job: Job, chosen: Candidate, dataset_tokens: int | None) -> list[d
     for machine in rentable():
         if machine.nodes > 1 and machine.gpu in held:
             continue
-        best, rows = on(job, chosen, machine)
+        best, rows = _best_on(machine, job, chosen)
         if best is not None:
             held.add(machine.gpu)
             found.append(_row(job, best, rows, dataset_tokens))
-    return sorted(found, key=lambda row: rank(row, job.plan.objective))
+    return sorted(found, key=lambda row: _rank(row, job.plan.objective))
 
 
-def rank(row: dict[str, Any], objective: str) -> tuple[float, ...]:
+def _rank(row: dict[str, Any], objective: str) -> tuple[float, ...]:
     """By the objective; what is as fast (or as large) as another within 2% is ranked by what it costs."""
     cost = row["cost_usd"] or row["usd_per_million_tokens"] or math.inf
     seconds = row["hours"] or 1 / (row["tokens_per_second"] or 1e-9)
@@ -41,7 +41,7 @@ def rank(row: dict[str, Any], objective: str) -> tuple[float, ...]:
     return round(math.log(first) / math.log(1 + EQUAL_SPEED)), cost, seconds
 
 
-def on(job: Job, chosen: Candidate, machine: Hardware) -> tuple[Candidate | None, int]:
+def _best_on(machine: Hardware, job: Job, chosen: Candidate) -> tuple[Candidate | None, int]:
     """(the best plan there, rows of a step); the plan itself on the machine that it was made for."""
     here, rows = chosen.hardware, job.batch.global_size
     if (machine.gpu, machine.count, machine.nodes) == (here.gpu, here.count, here.nodes):

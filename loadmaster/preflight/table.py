@@ -37,7 +37,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     line(f"[bold]{escape(plan.model.name)}[/] ({_billions(plan.model.parameters)}) on {_place(plan)}: {verdict}")
     line(_settings(plan))
     print_table(memory_table(_memory(plan), plan.budget_gib, console), console)
-    peaks = ", ".join(f"{name.replace('_', ' ')} {gib:.1f}" for name, gib in phases(plan.phases_gib).items())
+    peaks = ", ".join(f"{name.replace('_', ' ')} {gib:.1f}" for name, gib in _phases(plan.phases_gib).items())
     where = "" if plan.hardware.gpu == "cpu" else " on each GPU"
     line(f"peaks in GiB{where}: {peaks}; host memory {plan.host_memory_gib:.0f} GiB, disk {plan.disk_gib:.0f} GiB")
     if plan.peak_gib and plan.hardware.gpu != "cpu":
@@ -63,7 +63,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         line(f"[dim]{subject.replace('_', ' ')}: {escape(text)}[/]")
 
 
-def phases(gib: PhasesGib) -> dict[str, float]:
+def _phases(gib: PhasesGib) -> dict[str, float]:
     """Each phase in the order of a run; train and export, which sum some of them up, are left out."""
     order = ("load", "first_step", "steady_step", "evaluate", "save", "resume", "merge", "quantize", "verify")
     return {name: getattr(gib, name) for name in order}
