@@ -15,6 +15,8 @@ def rounded_up(rows: int, gpus: int) -> int:
 
 def with_rows(job: Job, rows: int) -> Job:
     """The job with so many rows in a step (batch.global_size)."""
+    if rows == job.batch.global_size:
+        return job
     return replace(job, batch=replace(job.batch, global_size=rows))
 
 
