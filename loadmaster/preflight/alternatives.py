@@ -56,9 +56,9 @@ def _on_others(
         if (other.gpu, other.count, other.nodes) == (hardware.gpu, hardware.count, hardware.nodes):
             continue
         if so_far is None or _least_price(job, shape, other, so_far) < _price(so_far):
-            for tried in _on(job, shape, other, dataset_tokens, changes):
-                if so_far is None or _price(tried) < _price(so_far):
-                    cheapest[other.gpu] = tried
+            tried = _on(job, shape, other, dataset_tokens, changes)
+            if tried and (so_far is None or _price(tried) < _price(so_far)):
+                cheapest[other.gpu] = tried
     same = [] if hardware.gpu in cheapest else _more_of_the_same(job, shape, hardware, dataset_tokens, changes)
     return same + sorted(cheapest.values(), key=_price)
 
@@ -84,24 +84,23 @@ def _more_of_the_same(
     if hardware.gpu not in catalog.gpus():
         return []
     for nodes in range(1, MOST_NODES + 1):
-        fits = _on(job, shape, from_catalog(hardware.gpu, GPUS_OF_A_NODE, nodes), dataset_tokens, changes)
-        if fits:
-            return fits
+        if found := _on(job, shape, from_catalog(hardware.gpu, GPUS_OF_A_NODE, nodes), dataset_tokens, changes):
+            return [found]
     return []
 
 
 def _on(
     job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | None, changes: str
-) -> list[dict[str, Any]]:
-    """The job on another machine, its global batch rounded up to the number of GPUs; empty if it does not fit."""
+) -> dict[str, Any] | None:
+    """The job on another machine, its global batch rounded up to the number of GPUs; None if it does not fit."""
     rows = rounded_up(job.batch.global_size, machine.world_size)
     adjusted = with_rows(job, rows)
     best = search(adjusted, shape, machine, explain=False).best
     if best is None:
-        return []
+        return None
     changed = [changes] * bool(changes) + [f"batch.global_size={rows}"] * (rows != job.batch.global_size)
     text = machine.label + (f" with {' '.join(changed)}" if changed else "")
-    return [_alternative(text, best, adjusted, dataset_tokens)]
+    return _alternative(text, best, adjusted, dataset_tokens)
 
 
 PLAIN = "lora.dora=false"

@@ -109,7 +109,7 @@ def _fsdp_seconds(
     if setup.replicas > 1:
         shard = 2 * sent.reduced / repeats / setup.shards
         seconds += collective_seconds(shard * gpus, 2 * units, 1, nodes, hardware)
-    seconds += host_seconds(shape, hardware, setup)
+    seconds += _host_seconds(shape, hardware, setup)
     open_s = _unhidden(shape, hardware, setup, gpus, inner)
     return repeats * (_waited(max(0.0, seconds - open_s), micro_batch_s) + open_s)
 
@@ -138,7 +138,7 @@ def _unhidden(shape: ModelShape, hardware: Hardware, setup: Setup, gpus: int, no
     return seconds + collective_seconds(root.reduced, 1, gpus, nodes, hardware)
 
 
-def host_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+def _host_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """Shards in host memory come up for each gathering, and gradients go down, in one micro-batch."""
     if setup.offload != "all" or hardware.is_cpu:
         return 0.0

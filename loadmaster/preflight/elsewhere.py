@@ -26,10 +26,10 @@ def elsewhere(job: Job, chosen: Candidate, dataset_tokens: int | None) -> list[d
     for machine in rentable():
         if machine.nodes > 1 and machine.gpu in held:
             continue
-        best, rows = _best_on(machine, job, chosen)
+        best = _best_on(machine, job, chosen)
         if best is not None:
             held.add(machine.gpu)
-            found.append(_row(job, best, rows, dataset_tokens))
+            found.append(_row(job, best, dataset_tokens))
     return sorted(found, key=lambda row: _rank(row, job.plan.objective))
 
 
@@ -41,15 +41,14 @@ def _rank(row: dict[str, Any], objective: str) -> tuple[float, ...]:
     return round(math.log(first) / math.log(1 + EQUAL_SPEED)), cost, seconds
 
 
-def _best_on(machine: Hardware, job: Job, chosen: Candidate) -> tuple[Candidate | None, int]:
-    """(the best plan there, rows of a step); the plan itself on the machine that it was made for."""
-    here, rows = chosen.hardware, job.batch.global_size
+def _best_on(machine: Hardware, job: Job, chosen: Candidate) -> Candidate | None:
+    """The best plan there; the plan itself on the machine that it was made for."""
+    here = chosen.hardware
     if (machine.gpu, machine.count, machine.nodes) == (here.gpu, here.count, here.nodes):
-        return chosen, rows
-    rows = rounded_up(rows, machine.world_size)
+        return chosen
     setup = chosen.setup
     job = replace(
-        with_rows(job, rows),
+        with_rows(job, rounded_up(job.batch.global_size, machine.world_size)),
         method=setup.method,
         offload=setup.offload,
         sharding="auto" if job.sharding == "none" or machine.world_size == 1 else job.sharding,
@@ -61,12 +60,12 @@ def _best_on(machine: Hardware, job: Job, chosen: Candidate) -> tuple[Candidate 
     if here.is_cpu:  # in fp32, weights that are their own masters; on a GPU that is another job
         states = replace(job.optimizer, master_weights="auto" if setup.optimizer == "adamw" else setup.master_weights)
         job = replace(job, precision="bf16", optimizer=states)
-    return search(job, chosen.shape, machine, explain=False).best, rows
+    return search(job, chosen.shape, machine, explain=False).best
 
 
-def _row(job: Job, best: Candidate, rows: int, dataset_tokens: int | None) -> dict[str, Any]:
+def _row(job: Job, best: Candidate, dataset_tokens: int | None) -> dict[str, Any]:
     hardware, setup, speed = best.hardware, best.setup, best.tokens_per_second
-    hours, rate = run_hours(with_rows(job, rows), best, dataset_tokens), hardware.usd_per_hour
+    hours, rate = run_hours(with_rows(job, setup.global_size), best, dataset_tokens), hardware.usd_per_hour
     return {
         "gpu": hardware.gpu,
         "count": hardware.count,
@@ -79,7 +78,7 @@ def _row(job: Job, best: Candidate, rows: int, dataset_tokens: int | None) -> di
         "activation_checkpointing": setup.checkpointing,
         "checkpointed_layers": setup.checkpointed_layers(best.shape),
         "micro_batch_size": setup.micro_batch_size,
-        "global_size": rows,
+        "global_size": setup.global_size,
         "needs_gib": round(best.memory.needed_gib, 2),
         "budget_gib": round(best.budget_gib, 2),
         "tokens_per_second": rounded(speed, 1),

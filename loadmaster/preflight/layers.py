@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loadmaster.preflight import blocks
-from loadmaster.preflight.blocks import Blocks, Weights
+from loadmaster.preflight.blocks import Blocks, Linear, Weights
 from loadmaster.preflight.graph import Split, Storage, Tensor
 from loadmaster.preflight.mixture import activation, halves, mixture
 
@@ -54,7 +54,7 @@ def attention(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
     return b.linear(out, linears["o_proj"])
 
 
-def fused_query_key_value(b: Blocks, h: Tensor, linears: dict) -> tuple[Tensor, Tensor, Tensor]:
+def fused_query_key_value(b: Blocks, h: Tensor, linears: dict[str, Linear]) -> tuple[Tensor, Tensor, Tensor]:
     shape = b.shape
     whole = b.linear(h, linears["qkv_proj"])
     width = shape.query_size + 2 * shape.key_value_size

@@ -28,7 +28,7 @@ from loadmaster.preflight.zero import ZeroBytes, zero_bytes
 
 @dataclass(frozen=True)
 class Bytes:
-    """Peak of one GPU in the training step, by component."""
+    """Peak of one GPU in some phase, by component."""
 
     weights: float = 0
     gradients: float = 0

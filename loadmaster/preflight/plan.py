@@ -49,7 +49,7 @@ class HardwareSummary:
 
 @dataclass(frozen=True)
 class MemoryGib:
-    """Peak of one GPU in the phase that needs most, by component. GiB = 2**30 bytes."""
+    """Peak of one GPU in some phase, by component; a plan's `memory_gib` is that of training. GiB = 2**30 bytes."""
 
     weights: float
     gradients: float

@@ -58,6 +58,11 @@ class Setup:
         return self.micro_batch_size * self.sequence_length
 
     @property
+    def global_size(self) -> int:
+        """Rows of a step, over all GPUs."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
     def nodes(self) -> int:
         return max(1, self.world_size // self.gpus_per_node)
 

@@ -43,14 +43,14 @@ def step_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
 
 
 def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+    """Compute of one micro-batch on one GPU, forward and backward; weights are taken to be there."""
     key = replay_key(replace(setup, sharding="none"), keep=False)
     work = training_step(shape, key).work
     if setup.forwards:
         work = work.plus(evaluation_batch(shape, key).work, setup.forwards)
     if hardware.is_cpu:
-        return (work.matmul_flops + work.attention_flops) / (hardware.tflops["fp32"] * 1e12) + work.bytes_moved / (
-            hardware.bandwidth_gb_per_s * 1e9
-        )
+        flops = work.matmul_flops + work.attention_flops
+        return flops / (hardware.tflops["fp32"] * 1e12) + work.bytes_moved / (hardware.bandwidth_gb_per_s * 1e9)
     peak = hardware.tflops["fp32" if setup.precision == "fp32" else "bf16"] * 1e12
     matmul_peak = peak * value("efficiency", "matmul") * size_factor(shape, setup)
     seconds = work.matmul_flops / matmul_peak
