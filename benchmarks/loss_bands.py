@@ -20,7 +20,7 @@ import platform
 import shlex
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -156,7 +156,7 @@ def table(found: list[dict[str, Any]]) -> str:
 def write(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     name = RESULTS / f"loss_bands-{datetime.date.today()}-{device.lower().replace(' ', '-')}"
-    versions = {package: version(package) for package in ("torch", "transformers", "peft", "torchao")}
+    versions = {package: _version(package) for package in ("torch", "transformers", "peft", "torchao")}
     about = {
         "device": device, "processor": platform.processor() or platform.machine(), "versions": versions,
         "command": shlex.join(["python", *sys.argv]), "steps": given.steps, "rows": given.rows, "length": given.length,
@@ -168,6 +168,13 @@ def write(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
         f"{device}, {said}; {given.steps} steps of {given.rows} x {given.length} tokens of "
         f"`{Path(given.data).name}`, by `{about['command']}`.\n\n{table(found)}\n"
     )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def earlier(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -190,9 +197,15 @@ def main() -> None:
     given = parser.parse_args()
     found = earlier(given) if given.beside else []
     for run in RUNS:
-        if not given.only or given.only in run["name"]:
-            found = sorted([*found, train(run, given)], key=lambda each: [r["name"] for r in RUNS].index(each["name"]))
-            write(found, given)
+        if given.only and given.only not in run["name"]:
+            continue
+        try:
+            made = train(run, given)
+        except ModuleNotFoundError as error:  # bitsandbytes or torchao: the other runs need neither
+            print(f"{run['name']}: not run, {error}", flush=True)
+            continue
+        found = sorted([*found, made], key=lambda each: [r["name"] for r in RUNS].index(each["name"]))
+        write(found, given)
     print(table(found))
 
 

@@ -3,6 +3,7 @@
     python benchmarks/speed.py                                        everything, in less than nine minutes
     python benchmarks/speed.py --only bar1,bar3 --budget 540          some of it; --out adds to the same file
     python benchmarks/speed.py --only bar5 --budget 900               very long rows: ten minutes or more by themselves
+    python benchmarks/speed.py --name 342,733 --budget 595 --folder F the longest alone, where a command may take ten
     python benchmarks/speed.py --peer trl=/opt/trl/bin/python --peer unsloth=/opt/unsloth/bin/python
     python benchmarks/speed.py --peer-folder unsloth=/opt/unsloth     installed with pip install --target
     python benchmarks/speed.py --shape tiny --peer trl=python         what the tests run, on a CPU
@@ -21,11 +22,12 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
-LIMIT_S = 120
+LIMIT_S = 180
 """Of one rung that names no limit of its own."""
+CHECKPOINT_S = 400
+"""Of the checkpoint that a size's rungs load: 16 GB are written, which a slow disk takes minutes for."""
 TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
@@ -114,7 +118,7 @@ def bars() -> list[dict[str, Any]]:
             # Attention alone is 4.5 x 32 layers x 2 x 4,096 x tokens^2 FLOPs: minutes for a step of the longer row.
             for tokens, gib, warm_up, limit_s in ((78_475, 24, 1, 240), (342_733, None, 0, 590))
         ),
-        rung("bar6", "command to first step, nothing cached", kind="start"),
+        rung("bar6", "command to first step, nothing cached", kind="start", fresh=True),
         rung("bar6", "command to first step, compiled before", kind="start"),
         # Last, for what the budget leaves: 72 GiB by the plan, which an H100 just holds and an H200 easily.
         rung("bar3", "full 8B, bf16", method="full", precision="bf16", micro_batch_size=4, optimizer=LIGHT),
@@ -171,7 +175,7 @@ class Run:
         model = self.folder / each["shape"]
         config = TINY if each["shape"] == "tiny" else shape_config(each["shape"])
         if not (model / "tokenizer_config.json").is_file():
-            made = self.spawn({"kind": "checkpoint", "model": str(model), "config": config, "name": "checkpoint"})
+            made = self.spawn({"kind": "checkpoint", "model": str(model), "config": config, "limit_s": CHECKPOINT_S})
             if "failed" in made:
                 raise SystemExit(f"no checkpoint of {each['shape']}: {made['failed']}")
         documents = self.folder / f"{each['shape']}-{each['documents']}-{each['sequence_length']}.jsonl"
@@ -213,13 +217,17 @@ class Run:
                 "messages": [{"role": "user", "content": "question " * 40}, {"role": "assistant", "content": "answer"}]
             }
             chats.write_text((json.dumps(talk) + "\n") * 400)
-        run_dir = self.folder / each["name"].replace(" ", "-").replace(",", "")
-        small = ["sequence_length=256"] if each["shape"] == "tiny" else []
+        run_dir, cache = self.folder / each["name"].replace(" ", "-").replace(",", ""), self.folder / "cache"
+        for left in (run_dir, *[cache] * each.get("fresh", False)):  # of an earlier call: its first step is no news
+            shutil.rmtree(left, ignore_errors=True)
+        small = ["sequence_length=512"] if each["shape"] == "tiny" else []
         command = [
             sys.executable, str(ROOT / "train.py"), "recipe=lora_8b", f"model.path={placed['model']}", "data=file",
             f"data.path={chats}", f"run_dir={run_dir}", "max_steps=1", "stop_after=train", "tracker=none", *small,
         ]  # fmt: skip
-        environment = {**os.environ, "LOADMASTER_CACHE": str(self.folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        # Triton's own folder is one for all runs of a machine: other rungs' kernels lie in it.
+        caches = {"LOADMASTER_CACHE": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+        environment = {**os.environ, **caches, "HF_HUB_OFFLINE": "1"}
         began, limit = time.monotonic(), max(5.0, min(LIMIT_S, self.left_s))
         log = self.folder / "start.log"
         with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
@@ -230,9 +238,11 @@ class Run:
                     process.wait()
                     return {"first_step_s": seconds}
                 time.sleep(0.1)
+            ended = process.poll()
             process.kill()
         last = log.read_text().strip().splitlines()[-1:] or [""]
-        return {"failed": f"no step within {limit:.0f} s: {last[0][:300]}"}
+        why = f"no step within {limit:.0f} s" if ended is None else f"it ended with {ended} before a step"
+        return {"failed": f"{why}: {last[0][:300]}"}
 
     def write(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -266,8 +276,15 @@ def about_the_machine() -> dict[str, Any]:
         card, driver, power, memory = "cpu", "none", "unknown", "unknown"
     return {
         "date": str(datetime.date.today()), "card": card, "driver": driver, "power_limit": power, "memory": memory,
-        "python": platform.python_version(), "versions": {package: version(package) for package in VERSIONS},
+        "python": platform.python_version(), "versions": {package: _version(package) for package in VERSIONS},
     }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the rungs that need it say so
+        return None
 
 
 def one_line(row: dict[str, Any]) -> str:
@@ -327,6 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     pair = {"action": "append", "default": [], "type": lambda text: tuple(text.split("=", 1))}
     parser.add_argument("--only", help="ceiling, ladder, bar1 to bar6; several with commas between")
+    parser.add_argument("--name", default="", help="rungs whose name has this in it")
     parser.add_argument("--budget", type=float, default=530, help="seconds for everything")
     parser.add_argument("--peer", help="NAME=PYTHON: the peer's own interpreter (trl, unsloth)", **pair)
     parser.add_argument("--peer-folder", help="NAME=FOLDER: where pip --target has put a peer", **pair)
@@ -335,9 +353,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     wanted = arguments.only.split(",") if arguments.only else None
-    rungs = [each for each in bars() if wanted is None or each["bar"] in wanted]
+    rungs = [each for each in bars() if (wanted is None or each["bar"] in wanted) and arguments.name in each["name"]]
     if not rungs:
-        parser.error(f"--only {arguments.only}: known are {', '.join(dict.fromkeys(each['bar'] for each in bars()))}")
+        known = "\n".join(f"{each['bar']:<8} {each['name']}" for each in bars())
+        parser.error(f"no rung of --only {arguments.only} has {arguments.name!r} in its name; known are\n{known}")
     rungs = [on_a_cpu(each) for each in rungs] if arguments.shape == "tiny" else rungs
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.folder or Path(scratch)).resolve()

@@ -288,8 +288,8 @@ def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from loadmaster.export import harness
-    from loadmaster.export.serve_check import folder_of_paths, serve_check, table
+    from loadmaster.export.served import harness
+    from loadmaster.export.served.check import folder_of_paths, serve_check, table
 
     if overrides:
         _parser().error(f"serve-check does not know {' '.join(overrides)}")
@@ -321,7 +321,7 @@ def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _harness(arguments: argparse.Namespace) -> Any:
     """The tasks that were asked for, None without; options of tasks without tasks are refused."""
-    from loadmaster.export.harness import MAX_DROP, Harness
+    from loadmaster.export.served.harness import MAX_DROP, Harness
 
     given = {
         "--task-path": arguments.task_path, "--limit": arguments.limit, "--max-drop": arguments.max_drop,

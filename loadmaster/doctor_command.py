@@ -56,7 +56,7 @@ def _of_all(overrides: list[str]) -> int:
     job = composed.job
     with composed.located():
         plan = make_plan(job, dataset_tokens(job))
-    world = join(device_type(plan))
+    world = join(device_type(plan, job.hardware.gpu))
     try:
         with as_they_begin(world.rank), Watchdog(world, None):  # a host may be lost meanwhile
             reports = examine(world, job_hash(job), "", Path("."), needs_of(plan), print if world.lead else str)

@@ -33,12 +33,16 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` with `text`, atomically and durably."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` with `data`, atomically and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -70,15 +74,31 @@ LONGEST_HEADER = 100_000_000
 
 
 def is_whole_safetensors(path: Path) -> bool:
-    """Whether a file of tensors is as long as its header says; read without the library, which would map it."""
+    """Whether a file of tensors is there and as long as its header says."""
+    try:
+        return torn_safetensors(path) is None
+    except OSError:
+        return False
+
+
+def torn_safetensors(path: Path) -> str | None:
+    """What is wrong with a file (8 bytes length, JSON header, tensors) that is not as long as its header says.
+
+    Read without the library, which would map it. Raises OSError.
+    """
     try:
         with open(path, "rb") as file:
             size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            if 8 <= size < 8 + length:
+                return "is cut off in its header; fetch it again"
             tensors = json.loads(file.read(length) if length <= LONGEST_HEADER else "")
         tensors.pop("__metadata__", None)
-        return size == 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
+        wanted = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "is no safetensors file"
+    if size != wanted:
+        return f"has {size:,} bytes and should have {wanted:,}; the copy was cut off, fetch it again"
+    return None
 
 
 def sha256_file(path: Path) -> str:
@@ -106,6 +126,11 @@ def is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def cache_root() -> Path:
+    """Folder of everything that can be made again: $LOADMASTER_CACHE, else ~/.cache/loadmaster."""
+    return Path(os.environ.get("LOADMASTER_CACHE") or "~/.cache/loadmaster").expanduser().absolute()
 
 
 @contextmanager

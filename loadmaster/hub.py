@@ -53,8 +53,7 @@ def settle_for(job: Job) -> None:
 
     What runs elsewhere is not for this machine to judge.
     """
-    paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
-    is_local = job.model.path is not None and all(os.path.exists(resolve_path(path)) for path in paths)
+    is_local = job.model.path is not None and all(os.path.exists(resolve_path(path)) for path in job.data.paths)
     if job.launch.name == "local" and not is_local:
         settle(*([job.model.name] if job.stop_after == "plan" else []))
 

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from loadmaster import collector, out_of_memory, processors
+from loadmaster import collector, out_of_memory, packages, processors
 from loadmaster.config.compose import Composed
 from loadmaster.config.jobhash import differing, job_hash, stage_inputs_hash
 from loadmaster.config.schema import STAGES, Job
@@ -80,11 +80,14 @@ def run(composed: Composed, console: Console | None = None) -> int:
         stop.requested = stop.requested or isinstance(error, StoppedOnRequest)
         show_error(error)
         return team.end(error.exit_code) if team else error.exit_code
-    except Exception as error:  # a full or read-only disk, a folder that is a file
-        if not (isinstance(error, OSError) or is_full_disk(error)):
+    except Exception as error:
+        said = packages.explained(error) if isinstance(error, ModuleNotFoundError) else None
+        if isinstance(error, OSError) or is_full_disk(error):  # a full or read-only disk, a folder that is a file
+            said = LoadmasterError(f"{error}; {DISK_REMEDY}")
+        if said is None:
             raise
-        show_error(LoadmasterError(f"{error}; {DISK_REMEDY}"))
-        return team.end(LoadmasterError.exit_code) if team else LoadmasterError.exit_code
+        show_error(said)
+        return team.end(said.exit_code) if team else said.exit_code
     finally:
         stop.leave_word()
         stop.uninstall()
@@ -365,7 +368,7 @@ def command_line(argv: list[str]) -> str:
 
 def data_identity(job: Job) -> list[str]:
     """What pins the training data: contents of local files, or the name of a Hub dataset, and those of a template."""
-    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
+    paths = job.data.paths
     paths += [path for path in (job.data.validation, job.model.chat_template) if isinstance(path, str)]
     resolved = [resolve_path(path) for path in paths]
     return [file_fingerprint(Path(p)) if os.path.exists(p) else f"hub:{p}" for p in resolved]
@@ -376,7 +379,7 @@ def dataset_tokens(job: Job) -> int | None:
 
     Raises DataError for a folder without files of rows, and for files that hold none, held-out ones included.
     """
-    paths, held = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path), job.data.validation
+    paths, held = job.data.paths, job.data.validation
     if isinstance(held, str) and os.path.exists(resolve_path(held)):
         _sizes([held], "data.validation")
     if not all(os.path.exists(resolve_path(path)) for path in paths):

@@ -91,7 +91,7 @@ class Team:
 
         from loadmaster.training.world import World
 
-        world = self.world or World(device=torch.device(device_type(plan)))
+        world = self.world or World(device=torch.device(device_type(plan, job.hardware.gpu)))
         if self.world is not None:
             self._tell((stage, job, plan, run_dir.resolve()))
             log_to(run_dir, world.rank)

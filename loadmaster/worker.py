@@ -58,7 +58,7 @@ def main(stage: str, run_dir: Path) -> int:
 
 
 def _run(stage: str, job: Job, plan: Plan, run_dir: Path, stop: StopSignal) -> Outcome:
-    world = join(device_type(plan))
+    world = join(device_type(plan, job.hardware.gpu))
     figures = run_stage(stage, job, plan, run_dir, world, stop)
     leave(world)
     return Outcome(0, "", figures, stop=stop.requested)

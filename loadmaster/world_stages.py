@@ -6,15 +6,15 @@ gives back goes from rank 0 into result.json.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadmaster import collector, out_of_memory
+from loadmaster import collector, out_of_memory, packages
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError, DataError, LoadmasterError, Problem, StoppedOnRequest
@@ -81,13 +81,15 @@ class StageRun:
         collector.resume()
         hang_s = None if self.job.launch.hang_timeout_s == "auto" else self.job.launch.hang_timeout_s
         # Alone, a request ends what is not training at once; of several, all agree where.
-        together = self.stop.deferred() if self.world.size > 1 else contextlib.nullcontext()
-        with contextlib.ExitStack() as stack:
+        together = self.stop.deferred() if self.world.size > 1 else nullcontext()
+        with ExitStack() as stack:
             stack.enter_context(together)
             with as_they_begin(self.world.rank):
                 self._refuse_folder_of_its_own()
                 if stage == "train":
                     self._refuse_missing_compiler()
+                    exported = self.job.stop_after in ("export", "bundle")
+                    packages.refuse_missing(self.plan, self.job.export.formats if exported else ())
                 watch = Watchdog(self.world, self.run_dir / "logs", hang_s, on_end=self.on_end)
                 stack.enter_context(watch)
             watch.at(0, PREPARE)
@@ -187,7 +189,7 @@ class StageRun:
         )  # fmt: skip
         watch.at(outcome.steps, "save")
         folder = self.run_dir / ("model" if self.plan.method == "full" else "adapter")
-        with publish_folder(folder) if self.world.lead else contextlib.nullcontext():
+        with publish_folder(folder) if self.world.lead else nullcontext():
             self.world.barrier()
             partial = folder.with_name(f".{folder.name}.partial")
             write_trained(session.model, partial, session.strategy.placed, self.world, self.materials.tokenizer)
@@ -232,22 +234,40 @@ class StageRun:
         """Writes eval.json: held-out loss and task metric before and after training."""
         trained_folder = next(p for p in (self.run_dir / "adapter", self.run_dir / "model") if p.is_dir())
         watch.at(0, "load")
-        model, loss = self._strategy().for_evaluation(self.materials.base_folder, trained_folder)
+        whole = trained_folder.name == "model"
+        model, loss = self._strategy().for_evaluation(self.materials.base_folder, None if whole else trained_folder)
         watch.at(0, "evaluate")
-        after = self._evaluate_model(model, loss, watch)
-        if hasattr(model, "disable_adapter"):
-            with model.disable_adapter():
-                before = self._evaluate_model(model, loss, watch)
-        else:
+        with nullcontext() if whole else model.disable_adapter():
+            self._ask_reference(loss)
+            before = self._evaluate_model(model, loss, watch)
+        if whole:
             del model, loss
             gc.collect()
-            model, loss = self._strategy().for_evaluation(self.materials.base_folder, None)
-            before = self._evaluate_model(model, loss, watch)
+            watch.at(0, "load")
+            model, loss = self._strategy().for_evaluation(self.materials.base_folder, trained_folder)
+            watch.at(0, "evaluate")
+        after = self._evaluate_model(model, loss, watch)
         if self.world.lead:
             write_json(self.run_dir / "eval.json", storable({"before": before, "after": after}))
             for part in after:
                 self.display.echo(f"  {part}: {_headline(before[part])} before, {_headline(after[part])} after")
         return storable({"eval_loss": after.get("held_out", {}).get("loss", None)})
+
+    def _ask_reference(self, loss: Any) -> None:
+        """What the training before it left in the run directory, or else of the model that is there now."""
+        from loadmaster.training.batches import micro_batches
+        from loadmaster.training.reference import Reference, asked_once
+
+        prepared, world, size = self.materials.prepared, self.world, self.plan.micro_batch_size
+        if not asked_once(self.job, self.plan.method) or prepared.validation is None:
+            return
+        reference = Reference(self.run_dir, training_hash(self.job, self.plan, prepared), prepared, world)
+        pad = self.materials.tokenizer.pad_token_id
+        reference.ask(
+            loss, lambda rows: micro_batches(rows, size, world.rank, world.size, pad, None), size, self.display.asked,
+            self._stopping,
+        )  # fmt: skip
+        self._stop_if(self._stopping())
 
     def _strategy(self) -> Any:
         from loadmaster.training.session import refuse_other_world
@@ -304,14 +324,21 @@ def model_flops_utilisation(plan: Plan, tokens_per_second: float) -> float | Non
     return tokens_per_second * plan.model.flops_per_token / (peak_flops(plan) * plan.world_size)
 
 
-def device_type(plan: Plan) -> str:
-    """Where this plan runs here. Raises LoadmasterError for a GPU that PyTorch cannot use: the processors would take
-    its place without a word."""
+def device_type(plan: Plan, asked: str) -> str:
+    """Where this plan runs here, of a job whose hardware.gpu is `asked`. Raises LoadmasterError for a GPU that PyTorch
+    cannot use, or that the plan did not see: the processors would take its place without a word."""
     import torch
 
     from loadmaster.preflight.hardware import local_gpus
+    from loadmaster.preflight.nvml import NVML
 
     if plan.hardware.gpu == "cpu":
+        if asked == "local" and torch.cuda.is_available() and not local_gpus():
+            raise LoadmasterError(
+                f"PyTorch sees a GPU ({torch.cuda.get_device_name()}) and the plan is for the processors: the driver's "
+                f"library that tells of GPUs, {NVML}, was not found or does not answer. It lies beside libcuda.so.1: "
+                "put that folder into LD_LIBRARY_PATH, or set hardware=cpu"
+            )
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"

@@ -220,7 +220,7 @@ def main(method: str, precision: str, capability: str, config: str = "{}", field
     model = with_trained_part(_meta_model({**LLAMA, **json.loads(config), "num_hidden_layers": LAYERS}), setup)
     compiled.compile_layers(model)
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
-    loss, _ = token_losses(model, MicroBatch(ids, ids, torch.arange(TOKENS)[None], [["row"]]))
+    loss, _ = token_losses(model, MicroBatch(ids, ids, torch.arange(TOKENS)[None]))
     loss.backward()
     graphs = generated.graphs
     torch.cuda.is_available = lambda: True

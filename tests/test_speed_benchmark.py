@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +60,19 @@ def test_a_rungs_limit_of_memory_is_put_as_torch_takes_it(monkeypatch):
     assert card == 0 and 23 < share * 80 < 23.5  # a card of 24 GiB, without the CUDA context
 
 
+def test_one_rung_is_had_by_its_name(speed, tmp_path, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(speed.Run, "measure", lambda self, each: measured.append((each["bar"], each["name"])))
+    told = ["speed.py", "--folder", str(tmp_path), "--out", str(tmp_path / "speed.json"), "--name", "342,733"]
+    monkeypatch.setattr(sys, "argv", told)
+    speed.main()
+    assert measured == [("bar5", "qlora, one row of 342,733 tokens in 80 GB")]
+    monkeypatch.setattr(sys, "argv", [*told, "--only", "bar1"])
+    with pytest.raises(SystemExit):
+        speed.main()
+    assert "qlora, one row of 342,733 tokens" in capsys.readouterr().err
+
+
 def test_what_the_budget_leaves_no_time_for_and_peers_that_are_not_there_are_said(speed, tmp_path, capsys):
     run = run_of(speed, tmp_path, budget=0)
     run.measure(speed.bars()[0])
@@ -68,6 +82,51 @@ def test_what_the_budget_leaves_no_time_for_and_peers_that_are_not_there_are_sai
     assert stored["versions"]["torch"] and stored["card"] and stored["command"].startswith("python ")
     page = (tmp_path / "speed.md").read_text()
     assert all(row["not_run"] in page for row in stored["rows"])
+
+
+def test_a_package_that_is_not_there_ends_no_run(speed, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "VERSIONS", ("torch", "a-package-of-nobody"))
+    monkeypatch.setattr(speed, "RESULTS", tmp_path)
+    assert run_of(speed, tmp_path).about["versions"]["a-package-of-nobody"] is None
+
+
+def test_a_checkpoint_may_take_longer_to_write_than_a_rung_to_run(speed, tmp_path, monkeypatch):
+    limits, run = {}, run_of(speed, tmp_path, budget=1000)
+
+    def ran(command, timeout, **_):
+        limits[json.loads((tmp_path / "rung.json").read_text())["kind"]] = timeout
+        return subprocess.CompletedProcess(command, 0, 'ROW {"tokens_per_second": 1.0}\n', "")
+
+    monkeypatch.setattr(speed.subprocess, "run", ran)
+    run.measure(speed.on_a_cpu(speed.bars()[1]))
+    assert limits == {"checkpoint": speed.CHECKPOINT_S, "run": speed.LIMIT_S} and speed.CHECKPOINT_S > speed.LIMIT_S
+
+
+def test_a_start_is_timed_from_nothing_though_the_folder_has_an_earlier_one(speed, tmp_path, monkeypatch):
+    found, run = [], run_of(speed, tmp_path)
+    monkeypatch.setattr(run, "placed", lambda each: {**each, "model": "tiny"})
+
+    class Started:
+        def __init__(self, command, env, **_):
+            run_dir = next(Path(word.partition("=")[2]) for word in command if word.startswith("run_dir="))
+            cache = Path(env["LOADMASTER_CACHE"])
+            found.append((run_dir.exists(), cache.exists(), Path(env["TRITON_CACHE_DIR"]).is_relative_to(cache)))
+            for folder in (run_dir, cache):
+                folder.mkdir(exist_ok=True)
+            (run_dir / "metrics.jsonl").write_text("{}")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def poll(self): ...
+        def wait(self): ...
+
+    monkeypatch.setattr(speed.subprocess, "Popen", Started)
+    starts = [each for each in speed.bars() if each["kind"] == "start"]
+    for each in 2 * starts:
+        assert run.start(each)["first_step_s"] < 5
+    assert found == 2 * [(False, False, True), (False, True, True)]
 
 
 def test_a_second_run_adds_to_the_first_and_replaces_its_own(speed, tmp_path):

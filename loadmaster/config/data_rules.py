@@ -17,8 +17,7 @@ from loadmaster.config.shipped import SCHEME, resolve_path, shipped_folder
 def data_files_exist(job: Job, origins: Origins) -> Found:
     """data.path and data.validation name files that exist, unless the job stops after the plan (on a rented machine
     they may be under /workspace, where its volume is); what is here can be read, and more than once."""
-    paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
-    named = [("data.path", path) for path in paths]
+    named = [("data.path", path) for path in job.data.paths]
     if isinstance(job.data.validation, str):
         named.append(("data.validation", job.data.validation))
     for key, path in named:
@@ -39,8 +38,8 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
 def validation_is_held_out(job: Job, origins: Origins) -> Found:
     """The held-out file is not among the training files, nor a split of a Hub dataset trained on: what was trained on
     measures nothing."""
-    paths, held = [job.data.path] if isinstance(job.data.path, str) else job.data.path, job.data.validation
-    if held not in paths:
+    held = job.data.validation
+    if held not in job.data.paths:
         return
     remedy = "data.validation=0.05 holds out a share of the rows"
     if _is_file_name(held) or os.path.exists(resolve_path(held)):
@@ -54,8 +53,7 @@ def validation_is_held_out(job: Job, origins: Origins) -> Found:
 def own_data_is_held_out_of_itself(job: Job, origins: Origins) -> Found:
     """Data of one's own is not judged on held-out rows that are shipped, which another data group left there. (Who
     types them, or sets both in one file such as a run's config.yaml, means it.)"""
-    paths = [job.data.path] if isinstance(job.data.path, str) else job.data.path
-    held = job.data.validation
+    paths, held = job.data.paths, job.data.validation
     if any(path.startswith(SCHEME) for path in paths) or not (isinstance(held, str) and held.startswith(SCHEME)):
         return
     file, meant = origin_file(origin_of(origins, "data.path")), origin_file(origin_of(origins, "data.validation"))
@@ -84,12 +82,12 @@ def task_has_answers(job: Job, origins: Origins) -> Found:
 
 @rule("objective", "method", "plan.methods")
 def preferences_have_a_reference(job: Job, origins: Origins) -> Found:
-    """objective=dpo and kto train an adapter: their reference is the base model with the adapter switched off."""
+    """objective=kto trains an adapter: its reference is the base model with the adapter switched off."""
     left = [name for name in job.plan.methods if name != "full"]
     only_full = job.method == "full" or (job.method == "auto" and job.plan.methods and not left)
-    if job.objective in ("dpo", "kto") and only_full:
-        message = "needs the model before training as its reference, which a full fine-tune overwrites"
-        yield "objective", job.objective, message, "method=lora, or objective=orpo, which needs no reference"
+    if job.objective == "kto" and only_full:
+        message = "asks the model before training in each step, which a full fine-tune overwrites"
+        yield "objective", "kto", message, "method=lora, or objective=dpo or orpo, which train all weights as well"
 
 
 @rule("data.format", "objective")

@@ -90,6 +90,13 @@ def sections() -> dict[str, list[str]]:
     return found
 
 
+def leaves(key: str, value: Any) -> dict[str, Any]:
+    """What `key` is set to, by dotted key: `lora={rank: 8}` sets lora.rank, and nothing else of lora."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {name: leaf for part, item in value.items() for name, leaf in leaves(f"{key}.{part}", item).items()}
+
+
 def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The candidate most like `word`, or None when none is close."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
@@ -118,6 +125,14 @@ def nearest_card(word: str, cards: Iterable[str]) -> str | None:
     if alike := [name for name in known if name.split("_")[:1] == parts[:1]]:
         return max(alike, key=lambda name: len({*name.split("_")} & {*parts}))
     return nearest("_".join(parts), known, cutoff=NEAR_CARD)
+
+
+def known_cards(word: str, cards: Iterable[str], key: str | None = None) -> str:
+    """The remedy for a GPU that is none of `cards`: the nearest, as key=NAME where there is a key, and all of them."""
+    known = list(cards)
+    guess = nearest_card(word, known)
+    named = f"{key}={guess}" if key else guess
+    return (f"{named}; " if guess else "") + "known are " + ", ".join(known)
 
 
 def _series(name: str, number: str) -> str:
@@ -234,7 +249,9 @@ def _number(kind: type, constraints: tuple[Any, ...]) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as it stands in YAML and on the command line: true, null, [a,b]."""
+    """A value as it stands in YAML and on the command line: true, null, [a,b], {a: b}."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {written(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(written, value)) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -130,13 +130,7 @@ def check_command(
     flags.wrong, unknown = None, [a for a in rest if a.startswith("-")]
     if flags.hydra_help or flags.shell_completion:
         return flags, flags.overrides, None
-    if flags.config_path is not None:
-        message, remedy = "would take the place of all that loadmaster ships", "--config-dir adds to it"
-        raise ConfigError([Problem("--config-path", flags.config_path, COMMAND_LINE, message, remedy)])
-    if flags.experimental_rerun is not None:
-        message, remedy = "would start an earlier job over", "the same command goes on where its run stopped"
-        raise ConfigError([Problem("--experimental-rerun", flags.experimental_rerun, COMMAND_LINE, message, remedy)])
-    if problem := _contradiction(flags):
+    if problem := _refused(flags):
         raise ConfigError([problem])
     loader = open_loader(flags.config_dir)
     multirun = flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
@@ -156,20 +150,24 @@ def check_command(
         return flags, given.for_hydra, None
     if not multirun:
         return flags, given.for_hydra, compose_with(loader, given, config_name)
+    if problems := given.problems + _wrong_in_sweep(loader, given, config_name):
+        raise ConfigError(reading_order(problems, arguments))
+    return flags, given.for_hydra, None
 
-    found = list(given.problems)
+
+def _wrong_in_sweep(loader: Loader, given: Overrides, config_name: str) -> list[Problem]:
+    """What is wrong with the jobs of a --multirun, each problem once."""
+    found: list[Problem] = []
     run_dirs: list[str] = []
     for number, overrides in enumerate(sweep(loader, given.for_hydra)):
         try:
             run_dirs.append(compose_with(loader, read_overrides(loader, overrides), config_name, number).job.run_dir)
         except ConfigError as error:
-            found += [problem for problem in error.problems if problem not in found]
+            found += [problem for problem in error.problems if problem not in (*given.problems, *found)]
     if clash := next((d for d in run_dirs if d != "auto" and run_dirs.count(d) > 1), None):
         message = "several jobs of the sweep would write into this one folder"
         found.append(Problem("run_dir", clash, COMMAND_LINE, message, "leave it out: each job then gets its own"))
-    if found:
-        raise ConfigError(reading_order(found, arguments))
-    return flags, given.for_hydra, None
+    return found
 
 
 def _wrong(loader: Loader, given: Overrides, config_name: str) -> ConfigError | None:
@@ -234,8 +232,14 @@ def _refused_by_hydra(error: Exception, arguments: list[str]) -> int:
     return shown.exit_code
 
 
-def _contradiction(flags: argparse.Namespace) -> Problem | None:
-    """Flags that Hydra would refuse with a traceback."""
+def _refused(flags: argparse.Namespace) -> Problem | None:
+    """Flags of Hydra's that are not taken here, or that it would itself refuse with a traceback."""
+    if flags.config_path is not None:
+        message, remedy = "would take the place of all that loadmaster ships", "--config-dir adds to it"
+        return Problem("--config-path", flags.config_path, COMMAND_LINE, message, remedy)
+    if flags.experimental_rerun is not None:
+        message, remedy = "would start an earlier job over", "the same command goes on where its run stopped"
+        return Problem("--experimental-rerun", flags.experimental_rerun, COMMAND_LINE, message, remedy)
     modes = [name for name in ("run", "multirun", "cfg", "info") if getattr(flags, name)]
     if len(modes) > 1:
         return Problem(f"--{modes[1]}", None, COMMAND_LINE, f"does not go with --{modes[0]}", "give one of the two")

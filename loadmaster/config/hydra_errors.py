@@ -75,8 +75,8 @@ def explain_section(
 def explain_circle(loader: ConfigLoaderImpl, config_name: str, overrides: list[str]) -> tuple[Problem, None]:
     """Where a recipe's defaults list leads back to the recipe: Hydra goes round until Python stops it. `- /recipe: x`
     does so by itself, for the command line's choice of the group takes the place of x."""
-    paths = [o.replace("=", "/", 1) for o in overrides if o.startswith(f"{GROUP}=")]
-    file = next(filter(None, (file_of(loader, path) for path in (*paths, config_name))), None)
+    paths = [*_recipes_among(overrides), config_name]
+    file = next(filter(None, (file_of(loader, path) for path in paths)), None)
     line = file and next((n for n, text in _numbered(file) if re.match(rf"\s*-\s*/?{GROUP}\b", text)), None)
     origin = f"{display_path(file)}{f':{line}' if line else ''}" if file else config_name
     message = "leads back to this recipe, and so on without end"
@@ -132,9 +132,8 @@ def _missing_file(
         known = [name for name in loader.repository.get_group_options("") if file_of(loader, name)]
         return Problem("--config-name", option, COMMAND_LINE, "there is no such file", "one of " + ", ".join(known))
     # Hydra blames the primary file for what a recipe's `override /group: option` asked for.
-    recipes = [o.replace("=", "/", 1) for o in overrides if o.startswith(f"{GROUP}=")]
     origin = where[1] if where else config_name
-    for path in [*recipes, origin]:
+    for path in [*_recipes_among(overrides), origin]:
         file = file_of(loader, path)
         line = line_of_default(file, option) if file else None
         if file and line:
@@ -146,6 +145,11 @@ def _missing_file(
         remedy = (f"{guess}/{option}; " if guess else "") + "the groups are " + ", ".join(groups)
         return Problem(f"{group}/{option}", None, origin, f"there is no group {group}", remedy)
     return unknown_option(group, option, loader.repository.get_group_options(group) if group else [], origin)
+
+
+def _recipes_among(overrides: list[str]) -> list[str]:
+    """Config paths of the recipes that the command line picks."""
+    return [o.replace("=", "/", 1) for o in overrides if o.startswith(f"{GROUP}=")]
 
 
 def _bad_override(loader: ConfigLoaderImpl, culprit: str, text: str) -> Problem:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from loadmaster import catalog
-from loadmaster.config.fields import nearest_card
+from loadmaster.config.fields import known_cards
 from loadmaster.config.model_folder import broken_files, run_of
 from loadmaster.config.origins import COMMAND_LINE, origin_file, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
@@ -70,15 +70,14 @@ def gpu_is_known(job: Job, origins: Origins) -> Found:
     """hardware.gpu is local, cpu or a GPU of the catalogue."""
     known = ["local", "cpu", *catalog.gpus()]
     if job.hardware.gpu not in known:
-        guess = nearest_card(job.hardware.gpu, known)
-        remedy = (f"hardware.gpu={guess}; " if guess else "") + "known are " + ", ".join(known)
+        remedy = known_cards(job.hardware.gpu, known, "hardware.gpu")
         yield "hardware.gpu", job.hardware.gpu, "is not in the catalogue", remedy
 
 
 @rule("sharding", "hardware.count", "hardware.nodes")
 def several_gpus_are_synchronised(job: Job, origins: Origins) -> Found:
     """sharding none is for one GPU: on several, each would train a model of its own."""
-    gpus = (1 if job.hardware.count == "auto" else job.hardware.count) * job.hardware.nodes
+    gpus = _gpus(job)
     if job.sharding == "none" and gpus > 1:
         message = f"{gpus} GPUs would each train a model of their own"
         yield "sharding", "none", message, "sharding=ddp (whole model on each GPU), sharding=fsdp (split), or auto"
@@ -132,10 +131,8 @@ def zero3_gathers_module_by_module(job: Job, origins: Origins) -> Found:
 @rule("micro_batch_size", "batch.global_size", "hardware.count", "hardware.nodes")
 def micro_batch_within_global_batch(job: Job, origins: Origins) -> Found:
     """One micro-batch on every GPU is no more than batch.global_size."""
-    gpus = (1 if job.hardware.count == "auto" else job.hardware.count) * job.hardware.nodes
-    if job.micro_batch_size == "auto":
-        return
-    if job.micro_batch_size * gpus > job.batch.global_size:
+    gpus = _gpus(job)
+    if job.micro_batch_size != "auto" and job.micro_batch_size * gpus > job.batch.global_size:
         largest = job.batch.global_size // gpus
         message = f"times {gpus} GPU(s) is more than batch.global_size={job.batch.global_size}"
         remedy = f"batch.global_size={job.micro_batch_size * gpus}"
@@ -149,6 +146,11 @@ def noise_is_for_answers(job: Job, origins: Origins) -> Found:
     if job.neftune_alpha and job.objective != "sft":
         message = f"objective={job.objective} compares likelihoods, which noise changes"
         yield "neftune_alpha", job.neftune_alpha, message, "neftune_alpha=0, or objective=sft"
+
+
+def _gpus(job: Job) -> int:
+    """GPUs of all nodes, where auto is at least one each."""
+    return (1 if job.hardware.count == "auto" else job.hardware.count) * job.hardware.nodes
 
 
 RESOLVED = {f"lora.{name}" for name in ("rank", "alpha", "dropout", "targets", "rank_stabilised", "b_lr_ratio")}
@@ -209,9 +211,8 @@ def prices_are_of_known_gpus(job: Job, origins: Origins) -> Found:
     """plan.prices_usd_per_hour names GPUs of the catalogue."""
     for name in job.plan.prices_usd_per_hour or {}:
         if name not in catalog.gpus():
-            guess = nearest_card(name, list(catalog.gpus()))
-            remedy = (f"{guess}; " if guess else "") + "known are " + ", ".join(catalog.gpus())
-            yield "plan.prices_usd_per_hour", job.plan.prices_usd_per_hour, f"{name} is not in the catalogue", remedy
+            message, remedy = f"{name} is not in the catalogue", known_cards(name, catalog.gpus())
+            yield "plan.prices_usd_per_hour", job.plan.prices_usd_per_hour, message, remedy
 
 
 @rule("model.path")
@@ -274,3 +275,33 @@ def best_checkpoint_is_known_and_kept(job: Job, origins: Origins) -> Found:
     if apart:
         message = "leaves checkpoints without the loss that checkpoint.load_best goes by"
         yield "evaluation.every_steps", evaluated, message, "evaluation.every_steps=auto evaluates with each checkpoint"
+
+
+@rule("evaluation.patience", "evaluation.every_steps", "data.validation")
+def patience_has_evaluations(job: Job, origins: Origins) -> Found:
+    """evaluation.patience counts evaluations of held-out rows while training."""
+    if job.evaluation.patience is None:
+        return
+    if job.data.validation is None:
+        yield "data.validation", None, "leaves evaluation.patience nothing to go by", "data.validation=0.05"
+    if job.evaluation.every_steps is None:
+        message = "evaluates only at the end, where evaluation.patience has nothing left to end"
+        yield "evaluation.every_steps", None, message, "evaluation.every_steps=auto evaluates with each checkpoint"
+
+
+@rule("optimizer.warmup_steps", "max_steps")
+def warm_up_ends_within_the_run(job: Job, origins: Origins) -> Found:
+    """optimizer.warmup_steps is less than max_steps, or the rate never reaches its peak."""
+    warmup, steps = job.optimizer.warmup_steps, job.max_steps
+    if warmup and steps is not None and warmup >= steps:
+        message = f"of max_steps={steps}: the learning rate would never reach its peak"
+        yield "optimizer.warmup_steps", warmup, message, f"optimizer.warmup_steps={steps // 10}, or more steps"
+
+
+@rule("tracker.project", "tracker.name")
+def tensorboard_writes_into_the_run(job: Job, origins: Origins) -> Found:
+    """tracker.project is a folder within the run directory, where tracker.name is tensorboard."""
+    project = job.tracker.project
+    if job.tracker.name == "tensorboard" and (os.path.isabs(project) or ".." in project.split("/")):
+        message = "leads out of the run directory, where tensorboard's files are"
+        yield "tracker.project", project, message, f"tracker.project={os.path.basename(project.rstrip('/.')) or 'NAME'}"

@@ -8,10 +8,10 @@ their contents.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import dataclasses
 from typing import Any
 
-from loadmaster.config.fields import written
+from loadmaster.config.fields import fields, written
 from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import STAGES, EndpointConfig, Job
 from loadmaster.config.validate import to_dict
@@ -23,10 +23,10 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
         "model", "data", "sequence_length", "objective", "preference", "method", "precision", "lora", "neftune_alpha",
         "optimizer", "batch", "epochs", "max_steps", "seed",
     ),
-    "train": ("checkpoint.load_best",),
+    "train": ("checkpoint.load_best", "evaluation.patience"),
     "evaluate": ("evaluation.task", "evaluation.max_rows", "evaluation.max_new_tokens"),
     "export": ("export", "endpoint.server"),
-    "bundle": tuple(f"endpoint.{field.name}" for field in fields(EndpointConfig) if field.name != "server"),
+    "bundle": tuple(f"endpoint.{field.name}" for field in dataclasses.fields(EndpointConfig) if field.name != "server"),
 }  # fmt: skip
 
 # How the work is spread and on what: inputs of the plan stage alone. Later stages depend on what the plan then chose
@@ -47,6 +47,7 @@ SINCE: dict[str, Any] = {
     "lora.modules_to_save": [], "lora.dora": False, "optimizer.in_backward": "auto", "checkpointed_layers": "auto",
     "data.subset": None, "data.validation_split": "validation", "model.chat_template": None,
     "data.columns": None, "checkpoint.load_best": False,
+    "evaluation.patience": None, "optimizer.warmup_steps": None,
 }  # fmt: skip
 """Fields that came after runs were hashed without them, with what those runs did: left out where they say that."""
 
@@ -54,9 +55,12 @@ SINCE: dict[str, Any] = {
 def job_hash(job: Job) -> str:
     """Hash of every field that shapes the steps of training; stable over machines, key order and versions of Python.
 
-    Which of a run's checkpoints is taken in the end is not among them: a run that is done goes on to take another one.
+    After which of them a run ends early, and which checkpoint is taken, are not among them: a run that is done goes on
+    to make the others, or to take another one.
     """
-    return stage_inputs_hash(replace(job, checkpoint=replace(job.checkpoint, load_best=False)), "train")
+    same = dataclasses.replace(job, checkpoint=dataclasses.replace(job.checkpoint, load_best=False))
+    evaluation = dataclasses.replace(job.evaluation, patience=None)
+    return stage_inputs_hash(dataclasses.replace(same, evaluation=evaluation), "train")
 
 
 def stage_inputs_hash(job: Job, stage: str) -> str:
@@ -80,9 +84,10 @@ def stage_inputs_hash(job: Job, stage: str) -> str:
 
 def differing(job: Job, other: Job) -> list[str]:
     """Fields that shape the trained weights and that two jobs set otherwise, each with both values."""
-    mine, theirs = (_leaves({name: _inputs(each)[name] for name in STAGE_FIELDS["plan"]}) for each in (job, other))
-    names = [name for name in mine if mine[name] != theirs.get(name)]
-    return [f"{name} is {written(theirs[name])} there and {written(mine[name])} here" for name in names]
+    mine, theirs = _inputs(job), _inputs(other)
+    shaping = [key for key in fields() if key.partition(".")[0] in STAGE_FIELDS["plan"]]
+    found = [(key, _value(theirs, key), _value(mine, key)) for key in shaping]
+    return [f"{key} is {written(there)} there and {written(here)} here" for key, there, here in found if there != here]
 
 
 def _inputs(job: Job) -> dict[str, Any]:
@@ -91,13 +96,6 @@ def _inputs(job: Job) -> dict[str, Any]:
     if job.method != "auto":
         values["optimizer"]["lr"] = peak_rate(job, job.method)
     return values
-
-
-def _leaves(values: dict[str, Any], section: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in values.items():
-        leaves |= _leaves(value, f"{section}{name}.") if isinstance(value, dict) else {f"{section}{name}": value}
-    return leaves
 
 
 def _value(values: dict[str, Any], name: str) -> Any:

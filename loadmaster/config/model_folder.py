@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loadmaster.files import torn_safetensors
+
 OBJECTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json", "adapter_config.json")
 """Files that hold one JSON object."""
 INDEX = "model.safetensors.index.json"
-
-
 TOKENIZERS = ("tokenizer*", "tokenization*", "vocab*", "*.model", "tekken.json")
 """What a tokenizer of any kind has a file of."""
 
@@ -39,7 +38,11 @@ def broken_files(folder: Path) -> Iterator[str]:
             elif name == INDEX:
                 yield from _missing_shards(folder, content)
     for file in sorted(folder.glob("*.safetensors")):
-        if problem := _torn(file):
+        try:
+            problem = torn_safetensors(file)
+        except OSError as error:
+            problem = _unreadable(error)
+        if problem:
             yield f"{file.name} {problem}"
 
 
@@ -64,26 +67,6 @@ def _missing_shards(folder: Path, index: dict[str, Any]) -> Iterator[str]:
     missing = sorted({name for name in weights.values() if not (folder / str(name)).is_file()})
     if missing:
         yield f"{len(missing)} of the shards that {INDEX} names are not there ({', '.join(missing[:3])})"
-
-
-def _torn(file: Path) -> str | None:
-    """Whether a safetensors file ends before its header says (8 bytes length, JSON header, tensors)."""
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                return "is cut off in its header; fetch it again"
-            header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except OSError as error:
-        return _unreadable(error)
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError, IndexError):
-        return "is no safetensors file"
-    wanted = 8 + length + max(ends, default=0)
-    if size != wanted:
-        return f"has {size:,} bytes and should have {wanted:,}; the copy was cut off, fetch it again"
-    return None
 
 
 def _unreadable(error: OSError) -> str:

@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
 from loadmaster import catalog
-from loadmaster.config.fields import describe, fields, nearest, nearest_card
+from loadmaster.config.fields import describe, fields, leaves, nearest, nearest_card
 from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.model_folder import run_of
 from loadmaster.config.origins import COMMAND_LINE
@@ -79,7 +79,7 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
             continue
         result.for_hydra.append(_forced(loader, override))
         if not override.is_delete() and not _is_group_choice(loader, override) and not override.is_hydra_override():
-            result.values |= _leaves(key, None if override.is_sweep_override() else override.value())
+            result.values |= leaves(key, None if override.is_sweep_override() else override.value())
     return result
 
 
@@ -145,13 +145,6 @@ def sweep(loader: ConfigLoaderImpl, for_hydra: list[str]) -> list[list[str]]:
         elif not override.is_sweep_override():
             axes.append([override.input_line or ""])
     return [list(job) for job in itertools.product(*axes)]
-
-
-def _leaves(key: str, value: Any) -> dict[str, Any]:
-    """`lora={rank:8}` sets lora.rank, and nothing else of lora."""
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    return {k: v for name, item in value.items() for k, v in _leaves(f"{key}.{name}", item).items()}
 
 
 def _is_group_choice(loader: ConfigLoaderImpl, override: Override) -> bool:

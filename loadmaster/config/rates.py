@@ -2,7 +2,8 @@
 
     objective   adapters   full
     sft         2e-4       1e-5   QLoRA, 7B and 13B (arXiv 2305.14314, table 9); Llama 3 (arXiv 2407.21783, 4.1.3)
-    dpo, kto    5e-6       -      what TRL's dpo.py begins with for LoRA
+    dpo         5e-6       5e-7   what TRL's dpo.py begins with
+    kto         5e-6       -      the same
     orpo        8e-5       8e-6   what TRL's orpo.py does
 
 Adapters take ten times the rate of all weights or more (Schulman et al. 2025, "LoRA Without Regret"). So a rate that is
@@ -15,7 +16,7 @@ from loadmaster.config.schema import Job
 
 USUAL = {
     "sft": {"adapters": 2e-4, "full": 1e-5},
-    "dpo": {"adapters": 5e-6},
+    "dpo": {"adapters": 5e-6, "full": 5e-7},
     "kto": {"adapters": 5e-6},
     "orpo": {"adapters": 8e-5, "full": 8e-6},
 }

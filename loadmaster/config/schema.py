@@ -7,7 +7,7 @@ its help text: `docs/configuration.md` is generated from it.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ConfigDict, Strict
@@ -30,7 +30,8 @@ FractionBelowOne = Annotated[float, Strict(), Ge(0), Lt(1)]
 
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-STAGES = ("plan", "train", "evaluate", "export", "bundle")
+Stage = Literal["plan", "train", "evaluate", "export", "bundle"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 RowField = Literal[
     "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion",
     "response", "question", "answer", "text", "chosen", "rejected", "label", "kto_tag",
@@ -84,6 +85,10 @@ class DataConfig:
     tools: Literal["template", "text"] = "template"
     """Tool definitions and calls: through the model's chat template, or as text (for templates that have none)."""
 
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
 
 @dataclass(frozen=True, config=CLOSED)
 class LoraConfig:
@@ -130,6 +135,8 @@ class OptimizerConfig:
     """Learning rate after the warm-up: to min_lr_ratio of the peak by cosine or linearly, or constant."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps over which the rate rises linearly from 0."""
+    warmup_steps: NonNegativeInt | None = None
+    """The same as a number of steps, in place of warmup_ratio; null: by the ratio."""
     min_lr_ratio: Fraction = 0.0
     """Learning rate that the schedule falls to, where the step after the last one would be; a share of the peak."""
     beta1: FractionBelowOne = 0.9
@@ -171,6 +178,8 @@ class CheckpointConfig:
 class EvaluationConfig:
     every_steps: PositiveInt | Auto | None = "auto"
     """Steps between held-out evaluations while training; auto: with each checkpoint; null: only at the end."""
+    patience: PositiveInt | None = None
+    """End training after so many evaluations in a row without a lower held-out loss; null: all steps are made."""
     task: Literal["none", "json_fields", "exact_match"] = "none"
     """Task metric on generated answers: none, json_fields (valid JSON and field-level match), or exact_match."""
     max_rows: PositiveInt | None = 200
@@ -410,7 +419,7 @@ class Job:
     """Seeds data order, initialisation and dropout."""
     run_dir: Text | Auto = "auto"
     """Run directory; auto: the newest of this very job under runs/<recipe>/, else a new one."""
-    stop_after: Literal["plan", "train", "evaluate", "export", "bundle"] = "bundle"
+    stop_after: Stage = "bundle"
     """Last stage to run."""
     plan: PlanConfig = PlanConfig()
     hardware: HardwareConfig = HardwareConfig()

@@ -7,7 +7,7 @@ import os
 import re
 
 from loadmaster import catalog
-from loadmaster.config.fields import nearest, nearest_card
+from loadmaster.config.fields import known_cards, nearest
 from loadmaster.config.origins import COMMAND_LINE, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import Job, LaunchConfig
@@ -138,8 +138,7 @@ def endpoint_gpu_is_known(job: Job, origins: Origins) -> Found:
     """endpoint.gpu is auto or a GPU of the catalogue."""
     known = ["auto", *catalog.serving()["gpus"]]
     if job.endpoint.gpu not in known:
-        guess = nearest_card(job.endpoint.gpu, known)
-        remedy = (f"endpoint.gpu={guess}; " if guess else "") + "known are " + ", ".join(known)
+        remedy = known_cards(job.endpoint.gpu, known, "endpoint.gpu")
         yield "endpoint.gpu", job.endpoint.gpu, "is not in the catalogue", remedy
 
 

@@ -31,6 +31,7 @@ ALIASES = {
     "device_batch_size": "micro_batch_size",
     "dpo_beta": "preference.beta",
     "dtype": "precision",
+    "early_stopping_patience": "evaluation.patience",
     "enable_activation_checkpointing": "activation_checkpointing",
     "enable_activation_offloading": "activation_checkpointing",
     "eval_dataset": "data.validation",
@@ -75,7 +76,7 @@ ALIASES = {
     "num_epochs": "epochs",
     "num_gpus": "hardware.count",
     "num_train_epochs": "epochs",
-    "num_warmup_steps": "optimizer.warmup_ratio",
+    "num_warmup_steps": "optimizer.warmup_steps",
     "offload_params": "offload",
     "optim": "optimizer.name",
     "optimizer_in_bwd": "optimizer.in_backward",
@@ -111,7 +112,7 @@ ALIASES = {
     "val_size": "data.validation",
     "wandb_project": "tracker.project",
     "warmup": "optimizer.warmup_ratio",
-    "warmup_steps": "optimizer.warmup_ratio",
+    "warmup_steps": "optimizer.warmup_steps",
 }
 
 OTHER_QUANTITIES = {
@@ -120,9 +121,7 @@ OTHER_QUANTITIES = {
     "evals_per_epoch",
     "gradient_accumulation_steps",
     "min_lr",
-    "num_warmup_steps",
     "saves_per_epoch",
-    "warmup_steps",
 }
 """Those of ALIASES whose numbers mean something else in our field: steps where it takes a share, or rows."""
 
@@ -179,7 +178,8 @@ _WITHOUT = {
     "max_prompt_length": "sequence_length holds prompt and answer",
     "per_device_eval_batch_size batch_size_val": "the held-out loss takes micro_batch_size rows at a time",
     "init_lora_weights pissa_init": "an adapter begins as zero, by LoRA's usual B = 0",
-    "ref_model": "the reference is the base model with its adapter switched off",
+    "ref_model precompute_ref_log_probs": "the reference is the base model: with its adapter switched off, or asked "
+    "once before all weights are trained",
     "resume_from_checkpoint auto_resume_from_checkpoints overwrite_output_dir": "the same command goes on from the "
     "newest checkpoint; run_dir=NEW begins anew",
     "push_to_hub hub_model_id hub_strategy": "`loadmaster push RUN --repo OWNER/NAME` uploads an export",

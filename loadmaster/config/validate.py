@@ -24,6 +24,7 @@ from loadmaster.config.fields import (
     fields,
     hints,
     is_counted,
+    leaves,
     nearest,
     nearest_key,
     sections,
@@ -83,7 +84,7 @@ def check(resolved: dict[str, Any], origins: dict[str, str], groups: dict[str, l
                 value, origin = _at(resolved, path), origin_of(origins, key)
                 if annotation is None:
                     unknown.append(key)
-                    for name, item in _typed(key, value):
+                    for name, item in _typed(key, value).items():
                         origin = origin_of(origins, name)
                         hint = _instead(name, item, origin, siblings, groups)
                         problems[name] = Problem(name, item, origin, "there is no such field", hint)
@@ -93,17 +94,9 @@ def check(resolved: dict[str, Any], origins: dict[str, str], groups: dict[str, l
     return Checked(job, list(problems.values()), list(problems))
 
 
-def _typed(key: str, value: Any) -> list[tuple[str, Any]]:
+def _typed(key: str, value: Any) -> dict[str, Any]:
     """An unknown section as the keys that were typed (`training.max_steps`), anything else as it is."""
-    if not isinstance(value, dict) or not value or key.rpartition(".")[0] not in sections():
-        return [(key, value)]
-    return [(f"{key}{name}", item) for name, item in _leaves(value)]
-
-
-def _leaves(value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict) or not value:
-        return [("", value)]
-    return [(f".{name}{rest}", leaf) for name, item in value.items() for rest, leaf in _leaves(item)]
+    return leaves(key, value) if key.rpartition(".")[0] in sections() else {key: value}
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], Any, list[str]]:

@@ -6,7 +6,6 @@ again when one of them does not match. Processes that want the same entry wait f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -14,17 +13,14 @@ from typing import Any, overload
 import numpy as np
 
 from loadmaster.data.formats import Conversation
-from loadmaster.files import read_json, sha256_file, write_json
+from loadmaster.files import cache_root, read_json, sha256_file, write_json
 
 SEAL = "entry.json"
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where tokenised data is kept: `cache_dir`, or data/ below LOADMASTER_CACHE or ~/.cache/loadmaster."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    root = os.environ.get("LOADMASTER_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "loadmaster") / "data"
+    """Where tokenised data is kept: `cache_dir`, or data/ in the cache of everything."""
+    return cache_root() / "data" if cache_dir is None else Path(cache_dir)
 
 
 def seal(folder: Path) -> None:

@@ -1,114 +1,99 @@
-"""What is wrong with the rows of each source, and what would help, once one or both passes have read them."""
+"""Rows that must not be trained on, and how they are told of: together, and what all rows of a file have once."""
 
 from __future__ import annotations
 
-from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
-from loadmaster.config.schema import Job
-from loadmaster.data.checks import Fault, SourceFaults, fault_report, listed
-from loadmaster.data.formats import RowError, recognise_format
-from loadmaster.data.preference import LABEL_FIELDS, unfit
-from loadmaster.data.tokens import Encoded
-from loadmaster.errors import DataError
+from loadmaster.data.checks import TRAINED_CLOSE, TRAINED_OPEN
 
-
-@dataclass
-class Reading:
-    """The first pass over one source."""
-
-    format: str = ""
-    recognised_by: str = ""
-    recognised_in: str = ""  # the origin of that row
-    rows_read: int = 0
-    bad: list[Fault] = field(default_factory=list)
-    first_bad: dict[str, Any] = field(default_factory=dict)  # file -> the value of the first of them
-    fields: set[str] = field(default_factory=set)  # that any row has, by its own names
-    rows_of: Counter[str] = field(default_factory=Counter)  # file -> rows read
-    row_ids: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)  # fields of the first row that are not taken up
-    unfilled: int = 0  # rows with a {{field}} that nobody filled in
-    control: list[tuple[str, str]] = field(default_factory=list)
-    """(place, token) of rows whose own text holds one of the tokenizer's control tokens."""
+LISTED = 20  # faults by name, and rows by name of one fault
+EXAMPLES = 3  # rows by name of a fault that all rows have
 
 
 @dataclass(frozen=True)
-class Checked:
-    """Both passes over one source."""
+class Fault:
+    """A row that must not be trained on: where it stands, why, for a wrong mask its rendering, and what would help."""
+
+    origin: str
+    reason: str
+    rendering: str | None = None
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceFaults:
+    """The faults of one source, the files that it reads, and how many rows these gave."""
 
     names: list[str]
-    reading: Reading
-    encoded: list[Encoded]
+    rows_read: int
+    faults: list[Fault]
 
-    def bad(self) -> list[Fault]:
-        return self.reading.bad + [fault for part in self.encoded for fault in part.refused]
+    @property
+    def alike(self) -> bool:
+        """Whether all rows have the same fault, which is then the file's or the job's and no row's."""
+        return len(self.faults) == self.rows_read and len({fault.reason for fault in self.faults}) == 1
 
-    def wrong(self) -> list[Fault]:
-        return [fault for part in self.encoded for fault in part.wrong]
+    def apart(self, rows_of: Mapping[str, int]) -> list[SourceFaults]:
+        """The files whose rows all have one fault, by that fault, and the rest. rows_of: how many rows a file gave."""
+        if self.alike:
+            return [self]
+        of_file: dict[str, list[Fault]] = {}
+        for fault in self.faults:
+            of_file.setdefault(_place(fault)[0], []).append(fault)
+        files = [SourceFaults([name], rows_of[name], faults) for name, faults in of_file.items()]
+        whole: dict[str, SourceFaults] = {}
+        for file in files:
+            if file.alike and (file.rows_read > 1 or file.faults[0].remedy):
+                reason = file.faults[0].reason
+                whole[reason] = whole[reason].with_those_of(file) if reason in whole else file
+        told = {name for group in whole.values() for name in group.names}
+        rest = [fault for fault in self.faults if _place(fault)[0] not in told]
+        names = [name for name in self.names if name not in told]
+        return [*whole.values(), SourceFaults(names, self.rows_read - sum(rows_of[name] for name in told), rest)]
 
-    def faults(self, job: Job) -> list[SourceFaults]:
-        """What stops the run, with what all rows of a file have in common apart from the rest."""
-        faults = self.wrong() + ([] if job.data.on_bad_row == "skip" else self.bad())
-        sources = SourceFaults(self.names, self.reading.rows_read, faults).apart(self.reading.rows_of)
-        return [self._mended(each, job) if each.alike and each.names != self.names else each for each in sources]
-
-    def _mended(self, files: SourceFaults, job: Job) -> SourceFaults:
-        """With what would help with files of which no row can be used, where other files can be."""
-        first, names = files.faults[0], listed(files.names)
-        if first.remedy or first.rendering:
-            return files
-        it, its = ("it", "its") if len(files.names) == 1 else ("them", "their")
-        remedy = f"mend {names}, or leave {it} out"
-        with suppress(RowError):
-            if recognise_format(self.reading.first_bad.get(files.names[0]), job.objective)[0] != self.reading.format:
-                remedy = f"a job reads one format, which is {self.reading.format} here: write {names} so, "
-                remedy += f"or train on {it} in a job of {its} own"
-        return replace(files, faults=[replace(fault, remedy=remedy) for fault in files.faults])
-
-
-def stop_on(checked: list[Checked], job: Job) -> None:
-    """Raise DataError with all rows that stop the run."""
-    is_skipped = job.data.on_bad_row == "skip"
-    sources = [source for each in checked for source in each.faults(job)]
-    if not any(source.faults for source in sources):
-        return
-    skipped = sum(len(each.bad()) for each in checked) if is_skipped else 0
-    besides = f"\n    (bad rows skipped besides: {skipped:,})" if skipped else ""
-    raise DataError(fault_report(sources, _hint(sources, any(each.wrong() for each in checked))) + besides)
+    def with_those_of(self, other: SourceFaults) -> SourceFaults:
+        return SourceFaults(self.names + other.names, self.rows_read + other.rows_read, self.faults + other.faults)
 
 
-def _hint(sources: list[SourceFaults], has_wrong: bool) -> str:
-    """What to do about the rows that stop the run; to leave them out is no help where none would remain."""
-    hints = [source.faults[0].remedy for source in sources if source.alike and source.faults[0].remedy]
-    if has_wrong:
-        hints.append("do as the lines say; data.on_bad_row=skip leaves out bad rows, never a wrong rendering")
-    elif any(source.faults and not source.alike and len(source.faults) < source.rows_read for source in sources):
-        hints.append("mend these rows, or leave them out with data.on_bad_row=skip")
-    return "; ".join(dict.fromkeys(hints)) or "mend these rows: without them none is left"
+def fault_report(sources: Sequence[SourceFaults], hint: str) -> str:
+    """All faults together, rows with the same fault in one line; the first rendering is shown in full."""
+    faults = [fault for source in sources for fault in source.faults]
+    lines = [f"{len(faults):,} of {sum(source.rows_read for source in sources):,} rows cannot be trained on:"]
+    lines += [f"  {source.faults[0].reason} ({_all_of(source)})" for source in sources if source.alike]
+    places: dict[str, list[str]] = {}
+    for fault in sorted((f for source in sources if not source.alike for f in source.faults), key=_place):
+        said = f"{fault.reason}; {fault.remedy}" if fault.remedy else fault.reason
+        places.setdefault(said, []).append(fault.origin)
+    for said, origins in islice(places.items(), LISTED):
+        more = f" and {len(origins) - LISTED:,} more" if len(origins) > LISTED else ""
+        lines.append(f"  {said} ({', '.join(origins[:LISTED])}{more})")
+    if len(places) > LISTED:
+        rest = sum(len(origins) for origins in islice(places.values(), LISTED, None))
+        lines.append(f"  ... and {rest:,} rows more")
+    shown = next((fault for fault in faults if fault.rendering is not None), None)
+    if shown:
+        rendering = shown.rendering if len(shown.rendering) <= 4000 else shown.rendering[:4000] + " ... (cut here)"
+        indented = "\n".join(f"  | {line}" for line in rendering.splitlines())
+        lines += [f"rendering of {shown.origin}, trained part between {TRAINED_OPEN} and {TRAINED_CLOSE}:", indented]
+    return "\n".join([*lines, f"    fix: {hint}"])
 
 
-def other_shape(row: Any, reading: Reading, objective: str) -> str:
-    """What to add to the fault of a row that is of another shape than the row that all are read as; else nothing."""
-    with suppress(RowError):
-        shape, fields = recognise_format(row, objective)
-        if reading.recognised_by and shape != reading.format and not unfit(shape, objective):
-            first = f"that of {reading.recognised_in} is {reading.format} ({reading.recognised_by})"
-            return f"; its shape is {shape} ({fields}), {first}, and all rows are to be of one"
-    return ""
+def _all_of(source: SourceFaults) -> str:
+    """Where a fault of all rows of a source stands: the files, and a few rows."""
+    origins = list(dict.fromkeys(fault.origin for fault in sorted(source.faults, key=_place)))[:EXAMPLES]
+    if source.rows_read == 1:
+        return origins[0]
+    return f"all {source.rows_read:,} rows of {listed(source.names)}, such as {', '.join(origins)}"
 
 
-def other_format(row: Any, job: Job) -> str | None:
-    """The remedy where a row is not of the format that was given, and of another one."""
-    try:
-        other, fields = recognise_format(row, job.objective)
-        if other == "unpaired" and job.objective == "sft":  # a chat with a label is one without it, if that is said
-            chat, _ = recognise_format({name: row[name] for name in row if name not in LABEL_FIELDS})
-            is_chat = chat in ("messages", "sharegpt", "alpaca") and chat != job.data.format
-            return f"data.format={chat} trains on these chats whatever their labels say" if is_chat else None
-    except RowError as error:
-        return error.remedy
-    if other == job.data.format or unfit(other, job.objective):
-        return None
-    return f"data.format={other}, by the fields {fields}; or data.format=auto"
+def listed(names: list[str]) -> str:
+    """The first few files by name."""
+    more = f" and {len(names) - EXAMPLES:,} more files" if len(names) > EXAMPLES else ""
+    return ", ".join(names[:EXAMPLES]) + more
+
+
+def _place(fault: Fault) -> tuple[str, int]:
+    name, _, line = fault.origin.rpartition(":")
+    return name, int(line)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -161,13 +161,19 @@ def _renamed(row: dict, objective: str) -> str | None:
     return f"rename {', '.join(f'{name!r} to {right}' for name, right in misspelt.items())}"
 
 
+def renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row whose fields are called as they are here. columns: our names -> the row's own."""
+    taken = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    return {name: value for name, value in row.items() if name not in columns.values()} | taken
+
+
 def to_conversation(
     row: Any, shape: str, origin: str, system: str | None = None, tools_as: str = "template"
 ) -> Conversation:
     """One row as a Conversation; `system` is put before chats that have none. Raises RowError."""
     with_fields(row)
     if shape == "text":
-        return _identified([], None, string_of(row, "text"), origin)
+        return _identified(Conversation([], text=string_of(row, "text"), origin=origin))
     rejected = label = None
     if shape == "preference":
         messages, tools, rejected = pair_of(row)
@@ -184,8 +190,10 @@ def to_conversation(
             rejected = written_as_text([*messages[:-1], rejected], tools)[-1]
         messages, tools = written_as_text(messages, tools), None
     count = {"prompt_completion": prompt_answers, "messages": weightless_answers}.get(shape)
-    context = count(row) if count else 0
-    return _identified(messages, tools, None, origin, rejected, label, context)
+    untrained = count(row) if count else 0
+    return _identified(
+        Conversation(messages, tools, origin=origin, rejected=rejected, label=label, prompt_answers=untrained)
+    )
 
 
 def refuse_unread(row: dict[str, Any], shape: str, columns: Collection[str], known: str) -> None:
@@ -213,22 +221,16 @@ def unread_fields(row: dict[str, Any], conversation: Conversation) -> list[str]:
     return [name for name, text in words.items() if " " in text and not any(text in each for each in said)]
 
 
-def _identified(
-    messages: list[dict],
-    tools: list | None,
-    text: str | None,
-    origin: str,
-    rejected: dict | None = None,
-    label: bool | None = None,
-    context: int = 0,
-) -> Conversation:
-    parts = [messages, tools, text, *(part for part in (rejected, label, context or None) if part is not None)]
+def _identified(chat: Conversation) -> Conversation:
+    """With the hash of what it holds; raises RowError for half a character."""
+    parts = [chat.messages, chat.tools, chat.text]
+    parts += [part for part in (chat.rejected, chat.label, chat.prompt_answers or None) if part is not None]
     content = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     try:
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     except UnicodeEncodeError as error:
         raise RowError(f"holds half a character ({content[error.start]!r}, a lone surrogate)") from None
-    return Conversation(messages, tools, text, origin, digest, rejected, label, context)
+    return replace(chat, row_id=digest)
 
 
 @lru_cache(1024)  # a million rows may all be misspelt alike

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,18 +14,19 @@ from loadmaster.data.rows import NO_LOSS, PackedRow
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """input_ids, labels, position_ids: LongTensor [batch, length]; row_ids: "file:line" of each row's documents.
+    """input_ids, labels, position_ids: LongTensor [batch, length].
 
     Labels are not shifted, -100 where there is no loss. A position of 0 begins a document; padding is a
     document of its own at the end of the row, so no token attends to it. desirable: bool [documents], the label of each
     document in the flattened batch, padding (false) among them; on the host. None where documents have no labels.
+    reference: the same of PackedRow.reference, float32, 0 for padding.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
-    row_ids: list[list[str]]
     desirable: Tensor | None = None
+    reference: Tensor | None = None
 
 
 def collate(rows: Sequence[PackedRow], pad_token_id: int, to_length: int | None = None) -> MicroBatch:
@@ -42,8 +44,14 @@ def collate(rows: Sequence[PackedRow], pad_token_id: int, to_length: int | None 
         labels[place, :size] = torch.from_numpy(row.labels)
         position_ids[place, :size] = torch.from_numpy(row.position_ids)
         position_ids[place, size:] = torch.arange(length - size)
-    desirable = None
-    if rows[0].desirable is not None:
-        padding = [[False] * (len(row) < length) for row in rows]
-        desirable = torch.tensor([d for row, pad in zip(rows, padding, strict=True) for d in (*row.desirable, *pad)])
-    return MicroBatch(input_ids, labels, position_ids, [row.document_ids for row in rows], desirable)
+    padded = [len(row) < length for row in rows]
+    desirable = _of_documents([row.desirable for row in rows], padded)
+    reference = _of_documents([row.reference for row in rows], padded)
+    return MicroBatch(input_ids, labels, position_ids, desirable, reference)
+
+
+def _of_documents(values: Sequence[np.ndarray | None], padded: Sequence[bool]) -> Tensor | None:
+    """One value for each document of the batch, 0 for padding; None where rows have none."""
+    if values[0] is None:
+        return None
+    return torch.from_numpy(np.concatenate([np.pad(each, (0, pad)) for each, pad in zip(values, padded, strict=True)]))

@@ -11,9 +11,9 @@ from typing import Any
 
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import display_path, local_path
-from loadmaster.data.build import CONVERSATIONS, build, stop_on_bad_rows
+from loadmaster.data.build import CONVERSATIONS, INDEX, SPLITS, build, stop_on_bad_rows
 from loadmaster.data.cache import ConversationFile, cache_folder, is_whole, seal
-from loadmaster.data.checks import listed
+from loadmaster.data.faults import listed
 from loadmaster.data.formats import Conversation
 from loadmaster.data.preference import unfit
 from loadmaster.data.render import template_hash
@@ -90,7 +90,7 @@ def refuse_bad_rows(job: Job, echo: Callable[[str], None] = print) -> None:
     what the job trains on.
     """
     data = job.data
-    wanted = [([data.path] if isinstance(data.path, str) else list(data.path), "data.path", data.max_rows)]
+    wanted = [(data.paths, "data.path", data.max_rows)]
     wanted += [([data.validation], "data.validation", None)] if isinstance(data.validation, str) else []
     here = [each for each in wanted if all(os.path.isfile(local_path(path)) for path in each[0])]
     size = sum(local_path(path).stat().st_size for paths, *_ in here for path in paths)
@@ -102,16 +102,13 @@ def refuse_bad_rows(job: Job, echo: Callable[[str], None] = print) -> None:
 def _open(folder: Path, fingerprint: str) -> PreparedData:
     from safetensors.numpy import load_file
 
-    index = load_file(folder / "conversations.safetensors")
+    index = load_file(folder / INDEX)
     rows = {
         split: PackedRows.open(folder / f"{split}.safetensors", f"{fingerprint}:{split}")
-        for split in ("train", "validation")
+        for split in SPLITS
         if (folder / f"{split}.safetensors").exists()
     }
-    chats = {
-        split: ConversationFile(folder / CONVERSATIONS, index["starts"], index[split])
-        for split in ("train", "validation")
-    }
+    chats = {split: ConversationFile(folder / CONVERSATIONS, index["starts"], index[split]) for split in SPLITS}
     summary = read_json(folder / "summary.json")
     return PreparedData(rows["train"], rows.get("validation"), chats["validation"], chats["train"], summary)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -22,12 +22,12 @@ MUCH = 0.1
 pairs and judged answers, left out."""
 
 
-def show(data: PreparedData | Sequence[Conversation], tokenizer: Any, count: int, console: Any) -> None:
-    """Print `count` rendered rows on a rich Console: trained text in green on a terminal, between ⟦ and ⟧ elsewhere."""
+def show(data: PreparedData, tokenizer: Any, count: int, console: Any) -> None:
+    """Print `count` rendered rows and the figures on a rich Console: trained text in green on a terminal, between ⟦ and
+    ⟧ elsewhere."""
     from rich.text import Text
 
-    conversations = data.train_conversations if isinstance(data, PreparedData) else data
-    for conversation, name in _named(islice(conversations, count)):
+    for conversation, name in _named(islice(data.train_conversations, count)):
         rendering = rendered(conversation, tokenizer)
         if console.is_terminal:
             console.rule(name)
@@ -38,8 +38,7 @@ def show(data: PreparedData | Sequence[Conversation], tokenizer: Any, count: int
         else:
             plain = f"--- {name}\n{marked(rendering.text, rendering.spans)}"
             console.print(plain, markup=False, highlight=False, soft_wrap=True)
-    if isinstance(data, PreparedData):
-        console.print(describe(data.summary), markup=False, highlight=False, soft_wrap=True)
+    console.print(describe(data.summary), markup=False, highlight=False, soft_wrap=True)
 
 
 def _named(conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, str]]:

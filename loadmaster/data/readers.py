@@ -124,7 +124,7 @@ def _read_lines(path: Path, name: str) -> Iterator[RawRow]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             origin = f"{name}:{number}"

@@ -164,7 +164,7 @@ class ChatRenderer:
         # No message before it, or none that shows: the turn begins where its own content does.
         own = _with_content(messages, index)
         try:
-            before, found, _after = self.text(own, tools).partition(SENTINEL)
+            before, found, _ = self.text(own, tools).partition(SENTINEL)
         except TemplateRefused:
             return len(text)
         return _shared_length(before, text) if found else len(text)
@@ -209,7 +209,7 @@ class ChatRenderer:
     ) -> str | None:
         """What follows the sentinel in the rendering of `marked`; None when it is not in there."""
         try:
-            _before, found, after = self.text(marked, tools, add_generation_prompt).rpartition(SENTINEL)
+            _, found, after = self.text(marked, tools, add_generation_prompt).rpartition(SENTINEL)
         except TemplateRefused:
             return None
         return after if found else None

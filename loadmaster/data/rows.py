@@ -24,6 +24,8 @@ class PackedRow:
     where there is no loss. position_ids restart at 0 with each document.
     document_ids: "file:line" of each document, in order.
     desirable: bool [documents], the label of each, where the data is unpaired preference.
+    reference: float32 [documents], the log-probability of each under the model before training, where a full fine-tune
+    compares with it.
     """
 
     input_ids: np.ndarray
@@ -31,6 +33,7 @@ class PackedRow:
     position_ids: np.ndarray
     document_ids: list[str]
     desirable: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -40,7 +43,8 @@ class PackedRows(Sequence[PackedRow]):
     """All rows of a split, read lazily.
 
     fingerprint: hash of everything that shaped them. tokens: in all rows. trained_tokens: those with
-    loss, which the first token of a document never has (nothing before it predicts it).
+    loss, which the first token of a document never has (nothing before it predicts it). reference: float32
+    [documents], once the model before training was asked (training/reference.py).
     """
 
     def __init__(self, arrays: Mapping[str, Any], fingerprint: str):
@@ -55,6 +59,7 @@ class PackedRows(Sequence[PackedRow]):
         self.trained_tokens = int(arrays["trained_tokens"][:][0])
         self.documents = len(self._document_starts) - 1
         self.fingerprint = fingerprint
+        self.reference: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self._row_starts) - 1
@@ -86,7 +91,8 @@ class PackedRows(Sequence[PackedRow]):
         positions = np.concatenate([np.arange(length) for length in lengths.tolist()])
         origins = [self._origin(document) for document in range(first, last)]
         desirable = None if self._desirable is None else self._desirable[first:last]
-        return PackedRow(ids, labels, positions, origins, desirable)
+        reference = None if self.reference is None else self.reference[first:last]
+        return PackedRow(ids, labels, positions, origins, desirable, reference)
 
     def __iter__(self) -> Iterator[PackedRow]:
         return (self[index] for index in range(len(self)))
@@ -142,7 +148,7 @@ def lay_out(
 
 
 def packed_rows(
-    documents: Sequence[tuple[Sequence[int], Sequence[bool]]], sequence_length: int, packing: bool = True, seed: int = 0
+    documents: Sequence[tuple[Sequence[int], Sequence[bool]]], sequence_length: int, packing: bool = True
 ) -> PackedRows:
     """PackedRows in memory from (ids, trained) documents that fit; for tests and small probes."""
     from loadmaster.data.packing import rows_of
@@ -151,6 +157,6 @@ def packed_rows(
     ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in documents])
     trained = np.concatenate([np.asarray(mask, dtype=np.bool_) for _, mask in documents])
     begins = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    rows = rows_of(sizes, sequence_length, packing, seed)
+    rows = rows_of(sizes, sequence_length, packing, seed=0)
     origins = [f"document:{number}" for number in range(1, len(documents) + 1)]
     return PackedRows(lay_out(ids, trained, begins, sizes, origins, rows), "in memory")

@@ -6,7 +6,6 @@ A row that is not what it should be raises `RowError` with the reason; whoever r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -28,7 +27,6 @@ SHAREGPT_ROLES = {
     "tool": "tool",
 }
 
-
 # A question and its answer, by the names that people give them.
 PROMPT_FIELDS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 
@@ -49,10 +47,7 @@ class RowError(ValueError):
 def _from_messages(row: dict) -> tuple[list[dict], list | None]:
     turns = row["messages"] if "messages" in row else row.get("conversations")
     messages = [message_of(turn, f"message {n}") for n, turn in enumerate(turns_of(turns, "messages"), 1)]
-    system = row.get("system")
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": text_of(system, "system")})
-    return linked(messages), tools_of(row.get("tools"))
+    return _chat_of(messages, row)
 
 
 def _from_sharegpt(row: dict) -> tuple[list[dict], list | None]:
@@ -70,6 +65,11 @@ def _from_sharegpt(row: dict) -> tuple[list[dict], list | None]:
             messages.append({"role": "assistant", "content": "", "tool_calls": tool_calls_of(turn["value"], where)})
         else:
             messages.append({"role": role, "content": filled(turn["value"], f"{where} ({turn['from']})")})
+    return _chat_of(messages, row)
+
+
+def _chat_of(messages: list[dict], row: dict) -> tuple[list[dict], list | None]:
+    """The messages with the system message and the tools that stand beside them in the row."""
     system = row.get("system")
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": text_of(system, "system")})
@@ -95,21 +95,13 @@ def _from_alpaca(row: dict) -> tuple[list[dict], list | None]:
     return messages, None
 
 
-def renamed(row: Any, columns: Mapping[str, str]) -> Any:
-    """A row whose fields are called as they are here. columns: our names -> the row's own."""
-    if not isinstance(row, dict):
-        return row
-    taken = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-    return {name: value for name, value in row.items() if name not in columns.values()} | taken
-
-
 def prompt_fields(row: dict) -> tuple[str, str] | None:
     """Which two fields of a row hold a prompt and what completes it; None where it has no such two."""
     return next((names for names in PROMPT_FIELDS if all(row.get(name) is not None for name in names)), None)
 
 
 def _from_prompt_completion(row: dict) -> tuple[list[dict], list | None]:
-    asked, answer = prompt_fields(row) or _no_prompt(row)
+    asked, answer = _prompt_fields_of(row)
     prompt, completion = said_turns(row, asked, "user"), said_turns(row, answer, "assistant")
     if completion[: len(prompt)] == prompt:  # a completion may repeat its prompt
         completion = completion[len(prompt) :]
@@ -120,7 +112,7 @@ def _from_prompt_completion(row: dict) -> tuple[list[dict], list | None]:
 
 def prompt_answers(row: dict) -> int:
     """How many assistant turns of a prompt/completion row belong to its prompt, which is not trained."""
-    asked, _ = prompt_fields(row) or _no_prompt(row)
+    asked, _ = _prompt_fields_of(row)
     return sum(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in said_turns(row, asked, "user"))
 
 
@@ -148,11 +140,12 @@ def said_turns(row: dict, field: str, role: str) -> list:
     return value
 
 
-def _no_prompt(row: dict) -> Any:
-    """Raise RowError for what a prompt/completion row lacks."""
-    asked, answer = next((names for names in PROMPT_FIELDS if any(name in row for name in names)), PROMPT_FIELDS[0])
-    missing = [name for name in (asked, answer) if row.get(name) is None]
-    raise RowError(f"lacks {' and '.join(missing)}")
+def _prompt_fields_of(row: dict) -> tuple[str, str]:
+    """`prompt_fields`; raises RowError for what a row lacks of them."""
+    if found := prompt_fields(row):
+        return found
+    names = next((names for names in PROMPT_FIELDS if any(name in row for name in names)), PROMPT_FIELDS[0])
+    raise RowError(f"lacks {' and '.join(name for name in names if row.get(name) is None)}")
 
 
 READERS = {
@@ -346,6 +339,6 @@ def _named(value: Any) -> str:
     return shortened(value) if isinstance(value, str) else kind_of(value)
 
 
-def shortened(value: Any, length: int = 80) -> str:
+def shortened(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return text if len(text) <= 80 else text[:77] + "..."

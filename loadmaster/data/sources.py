@@ -11,7 +11,6 @@ import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from loadmaster.config.schema import DATA_SUFFIXES
 from loadmaster.config.shipped import SCHEME, display_path, resolve_path
@@ -47,7 +46,7 @@ class FileSource:
 class HubSource:
     """Rows of one split of a Hub dataset, or of one of its subsets, through `datasets`."""
 
-    def __init__(self, path: str, split: str, key: str, subset: str | None = None):
+    def __init__(self, path: str, split: str, key: str, subset: str | None):
         import datasets
 
         self.path = path
@@ -111,7 +110,9 @@ def open_source(
     files = _local_files(path, key)
     if files is not None:
         return FileSource(files)
-    return _missing(path, key) if _looks_local(path) else HubSource(path, split, key, subset)
+    if _looks_local(path):
+        raise DataError(f"{key} = {path!r}: no such file or folder (from {str(Path.cwd())!r}){_nearest(path)}")
+    return HubSource(path, split, key, subset)
 
 
 def left_out(path: str | list[str]) -> list[Path]:
@@ -158,10 +159,6 @@ def _hidden(path: Path, below: Path) -> bool:
 
 def _looks_local(path: str) -> bool:
     return path.lower().endswith(DATA_SUFFIXES) or path.startswith((".", "/", "~", SCHEME)) or path.count("/") > 1
-
-
-def _missing(path: str, key: str) -> Any:
-    raise DataError(f"{key} = {path!r}: no such file or folder (from {str(Path.cwd())!r}){_nearest(path)}")
 
 
 def _nearest(path: str) -> str:

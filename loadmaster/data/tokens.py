@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from loadmaster.data.checks import Fault, check_conversation, marked
+from loadmaster.data.checks import check_conversation, marked
+from loadmaster.data.faults import Fault
 from loadmaster.data.formats import Conversation
 from loadmaster.data.render import ChatRenderer, Rendering, Span, TemplateRefused
 from loadmaster.errors import DataError

@@ -27,7 +27,7 @@ from loadmaster.endpoint.economics import (
 from loadmaster.endpoint.load_test import LoadTest, plan_load
 from loadmaster.endpoint.simulate import Fleet, Outcome, simulate
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
-from loadmaster.export.serve_gpus import scale_block
+from loadmaster.export.served.gpus import scale_block
 from loadmaster.export.thresholds import FAMILIES
 from loadmaster.files import read_json
 from loadmaster.preflight.config_json import find_config, from_config, known_positions, short_positions

@@ -79,16 +79,16 @@ def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float,
     raise ExportRejected(f"the {name} step of the export {what}, at: {last}\n{tail}")
 
 
-def run_script(python: Path, script: str, spec: dict[str, Any], scratch: Path, **how: Any) -> tuple[Any, Any]:
-    """Run a script of this folder by another interpreter; (how it ended, its result or None where it wrote none).
+def run_script(python: Path, script: Path, spec: dict[str, Any], scratch: Path, **how: Any) -> tuple[Any, Any]:
+    """Run a script by another interpreter; (how it ended, its result or None where it wrote none).
 
     spec: as in `run_step`. how: for subprocess.run, whose TimeoutExpired is raised.
     """
-    name = script.removesuffix(".py")
+    name = script.stem
     spec_path, result_path = scratch / f"{name}.spec.json", scratch / f"{name}.result.json"
     result_path.unlink(missing_ok=True)
     spec_path.write_text(json.dumps({**spec, "result": str(result_path)}), encoding="utf-8")
-    command = [str(python), "-I", str(Path(__file__).with_name(script)), str(spec_path)]
+    command = [str(python), "-I", str(script), str(spec_path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", **how)
     found = done.returncode == 0 and result_path.is_file()
     return done, json.loads(result_path.read_text(encoding="utf-8")) if found else None

@@ -136,11 +136,6 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
-def save_trained(model: nn.Module, folder: Any) -> None:
-    """Write the adapter in peft's layout, or the whole model in transformers' layout, as safetensors."""
-    model.save_pretrained(str(folder), safe_serialization=True)
-
-
 def linear_names(model: nn.Module) -> list[str]:
     """Full names of the linear layers that can carry an adapter: all but the head, and beside experts what is in an
     MLP, for by those names, of dense layers too, peft puts adapters on the experts' 3-D tensors."""

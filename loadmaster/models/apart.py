@@ -55,7 +55,7 @@ def _distances(model: nn.Module) -> tuple[float, float]:
     places = torch.arange(TOKENS).repeat(2)[None]
 
     def behind(first: Tensor) -> Tensor:
-        batch = MicroBatch(torch.cat([first, document])[None], labels, places, [["tried"]])
+        batch = MicroBatch(torch.cat([first, document])[None], labels, places)
         return trained_hidden(model, batch)[0]
 
     with torch.compiler.set_stance("force_eager"), products_in_bf16(lm):

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from loadmaster.models.capped import attend_capped, own_attention
+from loadmaster.models.forward import causal_lm
 from loadmaster.models.libraries import OPTIONAL, without
 
 with without(*OPTIONAL):
@@ -220,7 +221,7 @@ AttentionInterface.register(PACKED, packed_attention)
 @contextmanager
 def cached_attention(model: nn.Module, implementation: str | None = None) -> Iterator[None]:
     """Within the block the model attends by padding mask and KV cache, as generation needs."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_lm(model)
     implementation = implementation or own_attention(causal.config)
     before = causal.config._attn_implementation
     causal.set_attn_implementation(implementation)

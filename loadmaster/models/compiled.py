@@ -23,9 +23,9 @@ from types import MethodType
 import torch
 from torch import nn
 
+from loadmaster.files import cache_root
 from loadmaster.models.forward import causal_lm, decoder_layers
 from loadmaster.models.loss import compile_loss
-from loadmaster.models.resolve import cache_root
 
 VARIANTS = 64
 """Of one layer's code: kinds of layers, with and without gradients, adapter on and off."""
@@ -79,7 +79,7 @@ def _needs_gradient(_: nn.Module, __: tuple, embedded: torch.Tensor) -> None:
         embedded.requires_grad_(True)
 
 
-def missing_for_a_gpu(on_host: bool = False) -> str | None:
+def missing_for_a_gpu(on_host: bool) -> str | None:
     """What this machine lacks to compile for a GPU: Triton builds its link to the driver in C, against Python.
 
     on_host: what runs there is compiled too, in C++.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from loadmaster.data.rows import NO_LOSS
 from loadmaster.errors import LoadmasterError
 from loadmaster.models import capped
 from loadmaster.models.loss import summed_cross_entropy
@@ -48,13 +49,13 @@ def document_bounds(position_ids_BS: Tensor) -> list[int]:
 def shifted_targets(labels_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
     """Target of each flattened position [B * S]: the next token's label inside the same document, else -100."""
     labels, positions = labels_BS.reshape(-1), position_ids_BS.reshape(-1)
-    targets = torch.full_like(labels, -100)
-    targets[:-1] = torch.where(positions[1:] == 0, -100, labels[1:])
+    targets = torch.full_like(labels, NO_LOSS)
+    targets[:-1] = torch.where(positions[1:] == 0, NO_LOSS, labels[1:])
     return targets
 
 
 def count_trained(labels_BS: Tensor, position_ids_BS: Tensor) -> int:
-    return int((shifted_targets(labels_BS, position_ids_BS) != -100).sum())
+    return int((shifted_targets(labels_BS, position_ids_BS) != NO_LOSS).sum())
 
 
 def logit_transform(config: Any) -> tuple[float | None, float]:
@@ -71,7 +72,7 @@ def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
     device = next(lm.get_input_embeddings().parameters()).device
     bounds = document_bounds(batch.position_ids)
     targets = shifted_targets(batch.labels, batch.position_ids)
-    trained = torch.nonzero(targets != -100).squeeze(-1)
+    trained = torch.nonzero(targets != NO_LOSS).squeeze(-1)
     documents = torch.bucketize(trained, torch.tensor(bounds[1:-1]), right=True)
 
     ids, positions = batch.input_ids.reshape(1, -1), batch.position_ids.reshape(1, -1)

@@ -24,7 +24,6 @@ deepspeed_told()
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 """Compute dtype of each precision; fp8 keeps everything but its matmuls in bf16."""
 
-
 PROBE = "We'd 2,048 of them (1999-12-31).\n\n\tdef  f(x):\r\n    return x**2  # na\u00efve \u6771\u4eac \U0001f6a2\n"
 """Words, numbers, runs of spaces, code and other scripts."""
 
@@ -178,16 +177,16 @@ def load_trained(
 
 
 def random_model(
-    config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, frozen: str | None = None, seed: int = 0
+    config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, frozen: str | None = None
 ) -> nn.Module:
-    """A model of this shape (a config.json's dict) with small random weights.
+    """A model of this shape (a config.json's dict) with small random weights, the same ones each time.
 
     It measures memory and speed as well as a real one, and needs no download.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = AutoConfig.for_model(**config)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=PACKED)
     refuse_unsupported(model)

@@ -94,6 +94,19 @@ def _times(gradients: tuple[Tensor | None, ...], factor: Tensor) -> list[Tensor 
     return [None if each is None else each * factor.to(each.dtype) for each in gradients]
 
 
+def logits_and_tanh(
+    hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Of a chunk: (logits [C, V] in fp32, tanh of the uncapped ones over the cap where there is one)."""
+    logits = torch.nn.functional.linear(hidden_CH, weight_VH, bias_V).float()
+    if scale != 1.0:
+        logits *= scale
+    if softcap is None:
+        return logits, None
+    capped = logits.div_(softcap).tanh_()
+    return capped * softcap, capped
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies; gradients of hidden states and head are made in the forward pass."""
 
@@ -112,21 +125,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_TH) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
         total = hidden_TH.new_zeros((), dtype=torch.float32)
-        capped = None
         for start in range(0, hidden_TH.shape[0], CHUNK_TOKENS):
             x = hidden_TH[start : start + CHUNK_TOKENS]
             t = targets_T[start : start + CHUNK_TOKENS]
-            logits = torch.nn.functional.linear(x, weight_VH, bias_V).float()
-            if scale != 1.0:
-                logits *= scale
-            if softcap is not None:
-                capped = logits.div_(softcap).tanh_()
-                logits = capped * softcap
+            logits, capped = logits_and_tanh(x, weight_VH, bias_V, softcap, scale)
             log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
             total += (log_normaliser.squeeze(-1) - logits.gather(-1, t[:, None]).squeeze(-1)).sum()
             if grad_hidden is None and grad_weight is None:
-                del logits  # before the next chunk's are made
-                capped = None
+                del logits, capped  # before the next chunk's are made
                 continue
             grad = logits.sub_(log_normaliser).exp_()  # softmax, in the logits' own memory
             grad.scatter_add_(-1, t[:, None], grad.new_full((len(t), 1), -1.0))

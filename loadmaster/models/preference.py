@@ -4,7 +4,8 @@ Notation, for a prompt x with chosen answer c and rejected answer r: log p(c) is
 of log p(token | x and the tokens before it).
 
     DPO   -log sigmoid(beta * ([log p(c) - log q(c)] - [log p(r) - log q(r)])), q the reference: the base under a
-          disabled adapter, so it costs a second forward pass and no memory of its own (Rafailov et al. 2023, eq. 7)
+          disabled adapter, so it costs a second forward pass and no memory of its own (Rafailov et al. 2023, eq. 7);
+          where all weights are trained, what was asked before the first step (training/reference.py)
           label_smoothing e mixes in the other direction's loss: (1 - e) * loss + e * loss with c and r exchanged
     ORPO  nll(c) - beta * log sigmoid(log odds(c) - log odds(r)), with nll and odds from the mean log-probability of an
           answer's tokens; needs no reference (Hong et al. 2024, eq. 6 and 7)
@@ -30,9 +31,10 @@ from torch.nn import functional as F
 
 from loadmaster.config.schema import PreferenceConfig
 from loadmaster.data import MicroBatch
+from loadmaster.data.rows import NO_LOSS
 from loadmaster.models.adapters import without_adapter
 from loadmaster.models.forward import SummedLoss, causal_lm, document_bounds, logit_transform, trained_hidden
-from loadmaster.models.loss import CHUNK_TOKENS
+from loadmaster.models.loss import CHUNK_TOKENS, logits_and_tanh
 from loadmaster.models.transfer import put
 
 NEED_REFERENCE = ("dpo", "kto")
@@ -61,7 +63,7 @@ class _TokenLogProbs(torch.autograd.Function):
         chunks = [slice(i, i + CHUNK_TOKENS) for i in range(0, len(targets_T), CHUNK_TOKENS)]
         found = []
         for chunk in chunks:
-            logits = _logits(hidden_TH[chunk], weight_VH, bias_V, softcap, scale)[0]
+            logits = logits_and_tanh(hidden_TH[chunk], weight_VH, bias_V, softcap, scale)[0]
             found.append(-F.cross_entropy(logits, targets_T[chunk], reduction="none"))
             del logits
         return torch.cat(found) if found else hidden_TH.new_zeros(0, dtype=torch.float32)
@@ -75,7 +77,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(targets_T), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            logits, capped = _logits(hidden_TH[part], weight_VH, bias_V, softcap, scale)
+            logits, capped = logits_and_tanh(hidden_TH[part], weight_VH, bias_V, softcap, scale)
             # d log p(t) / d logits = onehot(t) - softmax(logits), in the logits' own memory
             grad = logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True)).exp_().neg_()
             grad.scatter_add_(-1, targets_T[part, None], grad.new_ones((len(grad), 1)))
@@ -92,19 +94,6 @@ class _TokenLogProbs(torch.autograd.Function):
                 grad_weight += grad.T @ hidden_TH[part]
             del logits, grad  # before the next chunk's are made
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype), None, None, None, None
-
-
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
-) -> tuple[Tensor, Tensor | None]:
-    """(logits in fp32, tanh of the uncapped ones over the cap where there is one)."""
-    logits = F.linear(hidden, weight, bias).float()
-    if scale != 1.0:
-        logits *= scale
-    if softcap is None:
-        return logits, None
-    capped = logits.div_(softcap).tanh_()
-    return capped * softcap, capped
 
 
 @dataclass(frozen=True)
@@ -175,7 +164,7 @@ def mismatched(batch: MicroBatch, rotation: int) -> MicroBatch:
     bounds = document_bounds(batch.position_ids)
     prompts, answers, rest = [], [], []
     for start, end in itertools.pairwise(bounds):
-        trained = torch.nonzero(labels[start:end] != -100)
+        trained = torch.nonzero(labels[start:end] != NO_LOSS)
         if len(trained):
             first = start + int(trained[0])
             prompts.append((ids[start:first], labels[start:first]))
@@ -190,7 +179,6 @@ def mismatched(batch: MicroBatch, rotation: int) -> MicroBatch:
         torch.cat([tokens for tokens, _ in documents])[None],
         torch.cat([trained for _, trained in documents])[None],
         torch.cat([torch.arange(len(tokens)) for tokens, _ in documents]).to(positions.dtype)[None],
-        batch.row_ids,
     )
 
 
@@ -198,8 +186,7 @@ def loss_module(model: nn.Module, objective: str, preference: PreferenceConfig) 
     """The module whose forward is the sum of a batch's losses: of its trained tokens (sft), pairs or answers."""
     if objective == "sft":
         return SummedLoss(model)
-    weights = preference.desirable_weight, preference.undesirable_weight
-    return PreferenceLoss(model, objective, preference.beta, preference.label_smoothing, weights)
+    return PreferenceLoss(model, objective, preference)
 
 
 FIGURES = 7
@@ -235,29 +222,29 @@ class PreferenceLoss(nn.Module):
     After each forward `figures` holds the batch's FIGURES.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: str,
-        beta: float,
-        label_smoothing: float,
-        weights: tuple[float, float] = (1.0, 1.0),
-    ):
+    def __init__(self, model: nn.Module, objective: str, preference: PreferenceConfig):
         super().__init__()
         self.module = model
-        self.objective, self.beta, self.label_smoothing, self.weights = objective, beta, label_smoothing, weights
+        self.objective, self.beta, self.label_smoothing = objective, preference.beta, preference.label_smoothing
+        self.weights = preference.desirable_weight, preference.undesirable_weight
         self.figures = torch.zeros(FIGURES)
 
-    def forward(self, batch: Any) -> Tensor:
-        reference = self._reference(batch) if self.objective in NEED_REFERENCE else None
+    def forward(self, batch: Any, answers_only: bool = False) -> Tensor:
+        """answers_only: the answers' summed log-probabilities [A] instead, compared with nothing."""
+        if answers_only:
+            return answer_log_probs(self.module, batch).sums
+        ask = self.objective in NEED_REFERENCE and batch.reference is None
+        reference = self._reference(batch) if ask else None
         moved = self._moved(batch) if self.objective == "kto" else None
         policy = answer_log_probs(self.module, batch)
+        if batch.reference is not None:
+            reference = put(batch.reference[policy.documents], policy.sums.device)
         if batch.desirable is not None:
-            return self._unpaired(batch.desirable[policy.documents], policy.sums - reference.sums, moved)
+            return self._unpaired(batch.desirable[policy.documents], policy.sums - reference, moved)
         if moved is not None:
-            loss, margin = kto_loss(policy.sums, reference.sums, moved, self.beta, self.weights)
+            loss, margin = kto_loss(policy.sums, reference, moved, self.beta, self.weights)
         elif reference is not None:
-            loss, margin = dpo_loss(policy.sums, reference.sums, self.beta, self.label_smoothing)
+            loss, margin = dpo_loss(policy.sums, reference, self.beta, self.label_smoothing)
         else:
             loss, margin = orpo_loss(policy.sums / policy.tokens, self.beta)
         pairs = torch.stack([margin.new_full((), len(margin)), (margin > 0).sum().to(margin), margin.sum()])
@@ -278,12 +265,12 @@ class PreferenceLoss(nn.Module):
         rotation = ROTATION if batch.desirable is None else ROTATION_UNPAIRED
         other = mismatched(batch, rotation)
         with torch.no_grad():
-            ratios = answer_log_probs(self.module, other).sums - self._reference(other).sums
+            ratios = answer_log_probs(self.module, other).sums - self._reference(other)
         if len(ratios) <= rotation:
             return ratios.new_zeros(())
         return ratios.mean().clamp(min=0)
 
-    def _reference(self, batch: Any) -> AnswerLogProbs:
-        """The base's log-probabilities: the same model with its adapter switched off."""
+    def _reference(self, batch: Any) -> Tensor:
+        """The base's log-probabilities of the answers [A]: the same model with its adapter switched off."""
         with torch.no_grad(), without_adapter(self.module):
-            return answer_log_probs(self.module, batch)
+            return answer_log_probs(self.module, batch).sums

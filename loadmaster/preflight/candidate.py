@@ -16,7 +16,8 @@ from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import tokens_per_second
 
 FORWARDS = {"dpo": 1, "kto": 3}
-"""Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved."""
+"""Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved.
+Where all weights are trained DPO's reference is asked before the first step (hours.reference_hours)."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,13 @@ def may_compile(job: Job, checkpointing: str, tokens: int) -> bool:
     return (checkpointing != "offload" or tokens <= MLP_TOKENS) and job.sharding != "zero3"
 
 
-def fixed(job: Job, hardware: Hardware, checkpointing: str, tokens: int) -> dict[str, Any]:
-    """What a setup takes from job and hardware as it is. What runs by pieces under offload is not compiled."""
+def fixed(job: Job, hardware: Hardware, method: str, checkpointing: str, tokens: int) -> dict[str, Any]:
+    """What a setup of `method` takes from job and hardware as it is; what runs by pieces is not compiled."""
     targets = job.lora.targets
     able = may_compile(job, checkpointing, tokens) and not hardware.is_cpu
     return {
         "sequence_length": job.sequence_length,
-        "forwards": FORWARDS.get(job.objective, 0),
+        "forwards": FORWARDS.get(job.objective, 0) if method != "full" else 0,
         "objective": job.objective,
         "compiled": able if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,

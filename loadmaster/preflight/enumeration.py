@@ -137,7 +137,7 @@ class Enumeration:
         sharding, replicas, reshard = split
         setup = Setup(
             **{**self.tier, "precision": precision},
-            **fixed(job, hardware, checkpointing, size * job.sequence_length),
+            **fixed(job, hardware, self.tier["method"], checkpointing, size * job.sequence_length),
             sharding=sharding, replicas=replicas, reshard_after_forward=reshard, checkpointing=checkpointing,
             kept_layers=kept_layers(job, shape, checkpointing), micro_batch_size=size,
             gradient_accumulation_steps=self.rows // size,
@@ -162,7 +162,7 @@ def checkpointings(job: Job, hardware: Hardware) -> tuple[str, ...]:
 def selective_keeps_less(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any]) -> bool:
     """Enough less than layers that keep what they like: not where the compiler is known to make all again that is cheap
     to make. (With DoRA and experts it is about a tenth, which some layers recomputed whole save faster.)"""
-    setup = Setup(**tier, **fixed(job, hardware, "selective", 0), sharding="none", checkpointing="none")
+    setup = Setup(**tier, **fixed(job, hardware, tier["method"], "selective", 0), sharding="none", checkpointing="none")
     known = kept_bytes(shape, setup, shape.has_experts(shape.layers - 1))
     return not setup.compiled or bool(setup.adapters and setup.lora_dropout) or known is None
 

@@ -15,7 +15,7 @@ from loadmaster.preflight.candidate import Candidate, can_offload
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import counts_exports, export_problems
 from loadmaster.preflight.hardware import GIB, Hardware, not_offered, unknown_network
-from loadmaster.preflight.hours import mean_rows, steps
+from loadmaster.preflight.hours import mean_rows, reference_hours, steps
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.phases import answering
 from loadmaster.preflight.plan import rounded
@@ -101,6 +101,9 @@ def reasons(
     shape, setup = chosen.shape, chosen.setup
     said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase of training that needs most"]
     said += how_much(job, dataset_tokens)
+    if asking := reference_hours(job, chosen, dataset_tokens):
+        took = f"{asking:.2g} of these hours" if asking >= 0.01 else "less than a minute"
+        said.append(f"the model is asked about the pairs before the first step, {took}: dpo compares with it")
     said += filter(None, [not_offered(chosen.hardware), unknown_network(chosen.hardware)])
     if found.nearest:
         better = found.nearest[-1]
@@ -158,7 +161,7 @@ def _left_out(job: Job, shape: ModelShape) -> list[str]:
 
 def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
     """How much is trained on in the hours and for the dollars of the plan."""
-    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
+    paths = job.data.paths
     # By file name: exports carry the plan, and are passed on.
     named = ", ".join(Path(path).name if os.path.exists(local_path(path)) else path for path in paths[:3])
     named += f" and {len(paths) - 3} more" if len(paths) > 3 else ""
@@ -181,7 +184,7 @@ def about_rate(job: Job, method: str) -> list[str]:
     if given == "auto":
         return [f"learning rate {usual:g}, the usual one of {trained}: optimizer.lr=auto"]
     times = given / usual
-    if job.objective != "sft" or 1 / FAR < times < FAR:
+    if (job.objective != "sft" and method != "full") or 1 / FAR < times < FAR:
         return []
     than = f"{times:,.0f} times" if times > 1 else f"1/{1 / times:,.0f} of"
     return [f"optimizer.lr={given:g} is {than} the usual learning rate of {trained}: optimizer.lr=auto takes {usual:g}"]

@@ -8,24 +8,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from loadmaster.config.schema import Job
 from loadmaster.preflight.calibration import CALIBRATED
-from loadmaster.preflight.candidate import Candidate
+from loadmaster.preflight.candidate import FORWARDS, Candidate
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.disk import export_bytes
 from loadmaster.preflight.exports import counts_exports
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.speed import tokens_per_second
 from loadmaster.preflight.verification import verifying
 
 
 def run_hours(job: Job, candidate: Candidate, dataset_tokens: int | None) -> float | None:
     """Start, download, load, training and export."""
-    count = steps(job, dataset_tokens)
-    if count is None or not candidate.tokens_per_second:
+    tokens = run_tokens(job, dataset_tokens)
+    if tokens is None or not candidate.tokens_per_second:
         return None
-    tokens = count * mean_rows(job, dataset_tokens) * job.sequence_length
-    return tokens / candidate.tokens_per_second / 3600 + overhead_hours(job, candidate)
+    training = tokens / candidate.tokens_per_second / 3600 + reference_hours(job, candidate, dataset_tokens)
+    return training + overhead_hours(job, candidate)
 
 
 def run_usd(hours: float | None, usd_per_hour: float | None) -> float | None:
@@ -49,6 +51,21 @@ def mean_rows(job: Job, dataset_tokens: int | None) -> float:
         return job.batch.global_size
     rows = max(1, math.ceil(dataset_tokens / job.sequence_length))
     return rows / math.ceil(rows / job.batch.global_size)
+
+
+def run_tokens(job: Job, dataset_tokens: int | None) -> float | None:
+    """Of all steps; None when the dataset's size is not known."""
+    count = steps(job, dataset_tokens)
+    return None if count is None else count * mean_rows(job, dataset_tokens) * job.sequence_length
+
+
+def reference_hours(job: Job, candidate: Candidate, dataset_tokens: int | None) -> float:
+    """Of the pass over the pairs that DPO makes before training, where all weights are trained; 0 for others."""
+    tokens, rate = run_tokens(job, dataset_tokens), candidate.tokens_per_second
+    if job.objective != "dpo" or candidate.setup.adapters or tokens is None or not rate:
+        return 0.0
+    asking = tokens_per_second(candidate.shape, candidate.hardware, replace(candidate.setup, forwards=FORWARDS["dpo"]))
+    return min(tokens, dataset_tokens or tokens) * (1 / asking - 1 / rate) / 3600
 
 
 def overhead_hours(job: Job, candidate: Candidate) -> float:

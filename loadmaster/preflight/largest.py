@@ -45,7 +45,7 @@ def longest_row(job: Job, like: Candidate, offload: bool = False) -> int:
     setup = replace(like.setup, **alone, **spread, checkpointing=checkpointing, kept_layers=kept)
 
     def missing(length: int) -> float:
-        compiled = fixed(job, like.hardware, checkpointing, length)["compiled"]
+        compiled = fixed(job, like.hardware, setup.method, checkpointing, length)["compiled"]
         tried = replace(setup, sequence_length=length, compiled=compiled)
         return evaluate(job, like.shape, like.hardware, tried).missing_gib
 

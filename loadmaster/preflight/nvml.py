@@ -9,11 +9,13 @@ import ctypes
 import os
 from typing import Any
 
+NVML = "libnvidia-ml.so.1"
+
 
 def local_gpus() -> list[tuple[str, float, float]]:
     """(driver's name, total memory in GiB, compute capability) of each visible GPU; empty without a driver."""
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        nvml = ctypes.CDLL(NVML)
     except OSError:
         return []
     if nvml.nvmlInit_v2() != 0:

@@ -92,8 +92,8 @@ def uncounted_adapters(job: Job, shape: ModelShape) -> bool:
 
 
 def needs_adapter(job: Job) -> bool:
-    """Whether method=auto may not be full: a reference is the base under a disabled adapter, and one is to export."""
-    return job.objective in ("dpo", "kto") or "adapter" in job.export.formats
+    """Whether method=auto may not be full: kto's reference is the base under an adapter, and one is to export."""
+    return job.objective == "kto" or "adapter" in job.export.formats
 
 
 def without_uncounted_adapters(job: Job, shape: ModelShape) -> Job:

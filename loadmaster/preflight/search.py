@@ -149,7 +149,7 @@ def smallest(job: Job, shape: ModelShape, hardware: Hardware) -> Candidate:
         tier["precision"] = "fp32"
     sharding = "none" if hardware.world_size == 1 else "fsdp"
     checkpointing = "full" if job.activation_checkpointing == "auto" else job.activation_checkpointing
-    rest = fixed(job, hardware, checkpointing, job.sequence_length)
+    rest = fixed(job, hardware, tier["method"], checkpointing, job.sequence_length)
     kept = kept_layers(job, shape, checkpointing)
     setup = Setup(**tier, sharding=sharding, checkpointing=checkpointing, kept_layers=kept, **rest)
     return evaluate(job, shape, priced(hardware, job.plan.prices_usd_per_hour), setup)

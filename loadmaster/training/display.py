@@ -71,6 +71,12 @@ class Display:
             self._last_plain = time.perf_counter()
             self.echo(f"  {done} of {wanted} answers")
 
+    def asked(self, split: str, done: int, wanted: int) -> None:
+        """While the model before training is asked for its answers; at the end, and every PLAIN_EVERY_S."""
+        if done == wanted or time.perf_counter() - self._last_plain >= self.PLAIN_EVERY_S:
+            self._last_plain = time.perf_counter()
+            self.echo(f"  reference of the {split} pairs: {done:,} of {wanted:,} packed rows")
+
     def stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()

@@ -21,7 +21,7 @@ STEP_FLOOR_S = 300.0
 """Shortest limit for a step, where none is set. The first step's goes by the rehearsal's."""
 STEP_FACTOR = 20.0
 """A step that takes so many times the slowest one before is stuck."""
-LONG_PHASES = ("start", "load", "rehearse", "evaluate", "save")
+LONG_PHASES = ("start", "load", "rehearse", "reference", "evaluate", "save")
 LONG_PHASE_S = 1800.0
 """Limit in those, where nobody counts steps: a rank moves on as long as its stacks change from beat to beat."""
 PREPARE = "prepare"

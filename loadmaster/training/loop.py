@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ from loadmaster.training.metrics import (
     recent_loss,
     saving_sentence,
 )
+from loadmaster.training.reference import Reference, asked_once
 from loadmaster.training.rehearsal import Rehearsed, rehearse_run, told
 from loadmaster.training.rng import seed_everything
-from loadmaster.training.schedule import checkpoint_interval, evaluation_interval, learning_rate
+from loadmaster.training.schedule import HeldOutLosses, checkpoint_interval, evaluation_interval, learning_rate
 from loadmaster.training.session import (
     Session,
     attention_kernel,
@@ -120,6 +121,7 @@ def train(
         parts = [part for part in (prepared.train, prepared.validation) if part is not None]
         longest = max(longest_stretch(part, session.fixed_length) for part in parts)
         refuse_dynamic(causal_lm(session.model).get_decoder(), longest)
+        reference = Reference(run_dir, job_hash, prepared, world) if asked_once(job, plan.method) else None
         training = Training(session, prepared, run_dir, job_hash, held_out, stop, display, watch)
         training.stop_if(training.stopping(), "before the first step")
         if world.lead:
@@ -138,6 +140,14 @@ def train(
         if compiles:
             cache.share()
         training.stop_if(training.stopping(), "after the rehearsal, before the first step")
+        if reference is not None:
+            watch.at(0, "reference")
+            trained_on = training.sampler.order(0)[: training.steps * job.batch.global_size]
+            asked = reference.ask(
+                session.loss, session.split, plan.micro_batch_size, display.asked, training.stopping, trained_on
+            )
+            session.strategy.settle(session.loss)
+            training.stop_if(not asked, "before the first step; what the model said so far is kept")
         training.resume()
         training.run()
         if job.checkpoint.load_best:
@@ -166,6 +176,7 @@ class Training:
         self.resumed_tokens = self.resumed_trained_tokens = 0
         self.busy_s = self.input_s = 0.0
         self.eval_loss: float | None = None
+        self.losses = HeldOutLosses()
         self.recompilations = 0
         self.taken: dict[str, Any] | None = None
         """What the checkpoint says whose weights load_best took."""
@@ -192,6 +203,7 @@ class Training:
         self.watch.at(0, "load")
         state = self.checkpoints.load(found.folder, self.session.trained, self.session.optimizer)
         self.sampler.load_state_dict(state["sampler"])
+        self.losses = HeldOutLosses(**state.get("held_out", {}))  # of checkpoints before 2026-12 there is none
         self.resumed_after = state["step"]
         self.tokens = self.resumed_tokens = state["tokens"]
         self.trained_tokens = self.resumed_trained_tokens = state["trained_tokens"]
@@ -200,6 +212,7 @@ class Training:
     def run(self) -> None:
         """All steps that are left, evaluated and saved when it is time."""
         world, first = self.session.world, self.resumed_after + 1
+        self._end_at(self.resumed_after)
         log = MetricsLog(self.run_dir / "metrics.jsonl", self.resumed_after, world.lead)
         tracker = open_tracker(self.session.job, self.run_dir, self.job_hash, world.lead, self.display.echo)
         compiled = graphs_compiled()
@@ -209,6 +222,7 @@ class Training:
             for step, indices in zip(range(first, self.steps + 1), self.sampler, strict=False):
                 before, position = position, self.sampler.state_dict()
                 row = self._step(step, indices, before, throughput) | self._evaluate(step)
+                self._end_at(step)
                 asked = self.stopping()
                 if asked or step % self.save_every == 0 or step == self.steps:
                     row["save_stall_s"] = self._save(step, position)
@@ -218,6 +232,8 @@ class Training:
                 self._show(row, graphs_compiled() - compiled)
                 self.stop_if(asked, f"checkpoint saved after step {step} of {self.steps}")
                 throughput.pause()
+                if step == self.steps:
+                    break
             self.watch.at(self.steps, "save")
             self.checkpoints.wait()
         finally:
@@ -227,12 +243,29 @@ class Training:
         if (saves := self.checkpoints.figures()) is not None:
             self.display.echo(saving_sentence(saves))
 
+    def _end_at(self, step: int) -> None:
+        """Make `step` the last one where evaluation.patience is at its end."""
+        patience, losses = self.session.job.evaluation.patience, self.losses
+        if patience is None or losses.in_vain < patience or step == self.steps:
+            return
+        lowest = "no finite one" if losses.lowest is None else f"{losses.lowest:.4f} at step {losses.step}"
+        best = "" if self.session.job.checkpoint.load_best else "; checkpoint.load_best=true takes the weights of then"
+        self.display.echo(
+            f"training ends after step {step} of {self.steps}: {losses.in_vain} evaluations in a row have found no "
+            f"lower held-out loss than {lowest} (evaluation.patience){best}"
+        )
+        self.steps = step
+
     def load_best(self) -> None:
         """The weights of the checkpoint with the lowest held-out loss, in the place of the last ones."""
         found = best_whole(self.folder, self.job_hash, self.display.echo, self.session.world)
         if found is None:
             self.display.echo("no checkpoint has a held-out loss: the last weights are taken (checkpoint.load_best)")
-        if found is None or found.state["step"] == self.steps:
+            return
+        if self.losses.lowest is not None and found.state["eval_loss"] > self.losses.lowest:
+            gone = f"step {self.losses.step} had the lowest held-out loss, {self.losses.lowest:.4f}"
+            self.display.echo(f"{gone}, and its checkpoint was not kept (checkpoint.keep_best): the best of the others")
+        if found.state["step"] == self.steps:
             return
         self.watch.at(self.steps, "load")
         self.taken = self.checkpoints.load(found.folder, self.session.trained, self.session.optimizer)
@@ -287,6 +320,7 @@ class Training:
         if figures is None:
             return {}
         self.eval_loss = figures["loss"] if math.isfinite(figures["loss"]) else None
+        self.losses.add(self.eval_loss, step)
         return {"eval_loss": self.eval_loss}
 
     def _save(self, step: int, position: dict[str, Any]) -> float:
@@ -298,6 +332,7 @@ class Training:
             "sampler": position,
             "job_hash": self.job_hash,
             "eval_loss": self.eval_loss,
+            "held_out": asdict(self.losses),
         }
         session = self.session
         keep = (session.job.checkpoint.keep_last, session.job.checkpoint.keep_best)
@@ -357,5 +392,5 @@ def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[]
         f"the {what} was not finite in {len(session.skipped)} steps in a row, from step {first['step']} on; "
         f"{weights}, saved in checkpoints/step-{row['step'] - 1}. "
         f"Rows of that step: {', '.join(first['rows'][:8])}{' ...' if len(first['rows']) > 8 else ''}.\n"
-        "fix: look at these rows, lower optimizer.lr, or raise optimizer.warmup_ratio"
+        "fix: look at these rows, lower optimizer.lr, or raise optimizer.warmup_ratio (warmup_steps)"
     )

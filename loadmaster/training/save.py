@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loadmaster.errors import TrainingFailed
-from loadmaster.models.adapters import save_trained, trainable
+from loadmaster.models.adapters import trainable
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.shards import Checkpoint, saved_name
 from loadmaster.preflight.trained import in_groups
@@ -33,7 +33,7 @@ def write_trained(model: nn.Module, folder: Path, placed: Placed, world: World, 
     adapter = hasattr(model, "peft_config")
     sharded = placed.sharded
     if not sharded and world.lead:
-        save_trained(model, folder)
+        model.save_pretrained(str(folder))  # an adapter in peft's layout, a whole model in transformers'
     elif sharded and adapter:
         gathered = {name: placed.whole(parameter) for name, parameter in trainable(model)}
         first = {parameter: name for name, parameter in trainable(model)}

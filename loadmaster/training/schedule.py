@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from loadmaster.config.schema import Job, OptimizerConfig
 
@@ -12,7 +13,7 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig, peak: float) -
 
     The schedule reaches its end where the step after the last one would be, so that the last one still trains.
     """
-    warmup = math.ceil(config.warmup_ratio * steps)
+    warmup = math.ceil(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps
     if step <= warmup:
         return peak * step / warmup
     if config.schedule == "constant":
@@ -20,6 +21,21 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig, peak: float) -
     progress = (step - warmup) / (steps - warmup + 1)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * max(0.0, shape))
+
+
+@dataclass
+class HeldOutLosses:
+    """The lowest held-out loss of a run so far, its step, and how many evaluations since then found none below it."""
+
+    lowest: float | None = None
+    step: int = 0
+    in_vain: int = 0
+
+    def add(self, loss: float | None, step: int) -> None:
+        """loss: None where it was not finite."""
+        self.in_vain += 1
+        if loss is not None and (self.lowest is None or loss < self.lowest):
+            self.lowest, self.step, self.in_vain = loss, step, 0
 
 
 def checkpoint_interval(job: Job, steps: int) -> int:

@@ -163,7 +163,9 @@ def _traced_peak(model: nn.Module, case: Case, metas: Metas | None = None) -> in
     ids = torch.zeros(1, case.tokens, dtype=torch.long)
     documents = case.rows if case.objective == "sft" else max(2, case.rows)
     places = torch.arange(case.tokens) % -(-case.tokens // documents)
-    batch = MicroBatch(ids, ids, places[None], [["row"]])
+    adapted = any("lora_" in name for name, _ in model.named_parameters())
+    reference = None if adapted or case.objective != "dpo" else torch.zeros(documents)
+    batch = MicroBatch(ids, ids, places[None], reference=reference)
     model.train(not case.evaluated)
     with live, torch.set_grad_enabled(not case.evaluated):
         if case.objective == "sft":

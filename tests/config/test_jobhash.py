@@ -90,8 +90,15 @@ def test_what_differs_is_said_as_it_is_written():
     assert differing(mine, theirs) == said
 
 
+def test_columns_that_one_job_alone_names_differ():
+    without, named = job(), job("data.columns={prompt: query}")
+    assert differing(named, without) == ["data.columns is null there and {prompt: query} here"]
+    assert differing(without, named) == ["data.columns is {prompt: query} there and null here"]
+
+
 def test_a_run_that_is_done_goes_on_to_take_its_best_checkpoint():
     done, best = job(), job("checkpoint.load_best=true", "evaluation.every_steps=auto")
-    assert job_hash(done) == job_hash(best)
-    stale = [stage for stage in STAGES if stage_inputs_hash(done, stage) != stage_inputs_hash(best, stage)]
-    assert stale == list(STAGES[1:])
+    for other in (best, job("evaluation.patience=2", "evaluation.every_steps=auto")):
+        assert job_hash(done) == job_hash(other)
+        stale = [stage for stage in STAGES if stage_inputs_hash(done, stage) != stage_inputs_hash(other, stage)]
+        assert stale == list(STAGES[1:])

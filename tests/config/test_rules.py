@@ -37,6 +37,17 @@ CASES = {
         "evaluation.every_steps=auto",
         ["checkpoint.load_best=true", "evaluation.every_steps=5", "checkpoint.every_steps=10"],
     ),
+    "patience_has_evaluations": (
+        ["evaluation.patience=3", "evaluation.every_steps=null"], "evaluation.every_steps",
+        "evaluation.every_steps=auto", ["evaluation.patience=3", "evaluation.every_steps=5"],
+    ),
+    "warm_up_ends_within_the_run": (
+        ["optimizer.warmup_steps=50", "max_steps=50"], "optimizer.warmup_steps", "optimizer.warmup_steps=5",
+        ["optimizer.warmup_steps=50", "max_steps=51"],
+    ),
+    "tensorboard_writes_into_the_run": (
+        ["tracker.project=../../mine"], "tracker.project", "tracker.project=mine", ["tracker.project=team/mine"],
+    ),
     "chat_template_is_a_file": (
         ["model.chat_template=chatml"], "model.chat_template", "name a file with the Jinja text",
         ["model.chat_template=train.jsonl"],
@@ -50,8 +61,8 @@ CASES = {
         ["evaluation.task=none", "data.format=text"],
     ),
     "preferences_have_a_reference": (
-        ["objective=dpo", "data.format=auto", "method=full"], "objective", "method=lora",
-        ["objective=dpo", "data.format=auto", "method=auto"],
+        ["objective=kto", "data.format=auto", "method=full"], "objective", "method=lora",
+        ["objective=dpo", "data.format=auto", "method=full"],
     ),
     "pairs_go_with_a_preference_objective": (
         ["data.format=preference"], "data.format", "objective=dpo", ["data.format=preference", "objective=orpo"],

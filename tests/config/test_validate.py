@@ -56,7 +56,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", "there is no such field", "optimizer.lr=0.0001"),
         ("max_seq_length=9", "max_seq_length", "there is no such field", "sequence_length=9"),
         # other tools' words whose values are no values of ours: what the field takes, and never another quantity
-        ("warmup_steps=100", "warmup_steps", "there is no such field", "optimizer.warmup_ratio=...; Share of the"),
+        ("warmup_steps=100", "warmup_steps", "there is no such field", "optimizer.warmup_steps=100"),
         ("min_lr=1e-5", "min_lr", "there is no such field", "optimizer.min_lr_ratio=...; Learning rate that"),
         ("gradient_accumulation_steps=4", "gradient_accumulation_steps", "there is no such field",
          "batch.global_size=...; Packed rows in one optimizer step"),
@@ -235,7 +235,7 @@ def test_a_configuration_of_another_tool_is_answered_line_by_line(here: Path):
     assert [(problem.origin, problem.remedy.partition(";")[0]) for problem in problems("recipe=mine")] == [
         ("recipes/mine.yaml:1", "model.name: a/b"),
         ("recipes/mine.yaml:2", "optimizer.name: adamw"),
-        ("recipes/mine.yaml:4", "optimizer.warmup_ratio=..."),
+        ("recipes/mine.yaml:4", "optimizer.warmup_steps: 9"),
         ("recipes/mine.yaml:6", "data.packing: false"),
         ("recipes/mine.yaml:8", "offload: all"),
         ("recipes/mine.yaml:10", "take it out: special tokens are the tokenizer's, ends of turns its template's"),

@@ -12,10 +12,10 @@ from loadmaster.data.formats import (
     RowError,
     prompt_and_reference,
     recognise_format,
+    renamed,
     to_conversation,
     unread_fields,
 )
-from loadmaster.data.shapes import renamed
 
 CALL = {"name": "weather", "arguments": {"city": "Paris"}}
 CALL_JSON = '{"name": "weather", "arguments": {"city": "Paris"}}'
@@ -351,4 +351,3 @@ def test_fields_that_have_other_names_are_read_by_ours():
     assert renamed(row, columns) == {"instruction": "2 and 2?", "input": "sums", "output": "4", "id": 7}
     assert renamed({"input": 1, "output": 2}, {"input": "output", "output": "input"}) == {"input": 2, "output": 1}
     assert renamed({"query": "q"}, columns) == {"instruction": "q"}  # a null that a columnar file left out
-    assert renamed("no row", columns) == "no row"

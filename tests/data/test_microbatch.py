@@ -16,7 +16,6 @@ def test_padding_is_a_document_of_its_own_without_loss():
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [4, 0, 0, 0, 0]]
     assert batch.labels.tolist() == [[-100, 6, 7, -100, 9], [4, -100, -100, -100, -100]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
-    assert batch.row_ids == [["document:1", "document:2"], ["document:3"]]
 
 
 def test_rows_are_padded_to_the_length_asked_for_and_never_cut():

@@ -30,7 +30,7 @@ def test_plain_output_marks_the_trained_part_and_ends_with_the_figures(tokenizer
 def test_a_terminal_gets_the_trained_part_in_green(tokenizer, tmp_path, write_jsonl, job_for):
     rows = [{"instruction": "hi", "output": "answer"}]
     prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer, tmp_path / "cache")
-    text = printed(True, prepared.train_conversations, tokenizer, 1)
+    text = printed(True, prepared, tokenizer, 1)
     start, green = text.index("answer"), text.rindex("\x1b[", 0, text.index("answer"))
     assert "32m" in text[green:start] and "⟦" not in text
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from loadmaster.config.schema import EvaluationConfig
-from loadmaster.export import serve_reference, thresholds, verify
+from loadmaster.export import thresholds, verify
+from loadmaster.export.served import reference
 from loadmaster.files import read_json, write_json
 from loadmaster.models import frozen
 from loadmaster.models.frozen import FrozenFP8Linear, round_inputs, rounds_inputs
@@ -70,10 +71,10 @@ def test_what_a_server_is_compared_with_is_not_rounded_either(tiny, tiny_adapter
         "documents": [{"input_ids": ids, "labels": ROWS[0]["labels"]}], "result": str(tmp_path / "result.json"),
     }  # fmt: skip
     write_json(tmp_path / "spec.json", told)
-    serve_reference.main([str(tmp_path / "spec.json")])
+    reference.main([str(tmp_path / "spec.json")])
     [document] = read_json(tmp_path / "result.json")["documents"]
     live = load_trained(tiny, tiny_adapter, torch.bfloat16, "cpu", "fp8")
-    row = serve_reference._row(told["documents"][0])
-    rounded = serve_reference._scored(live, row, 0)["own"]
+    row = reference._row(told["documents"][0])
+    rounded = reference._scored(live, row, 0)["own"]
     round_inputs(live, False)
-    assert document["trained"] == serve_reference._scored(live, row, 0)["own"] != rounded
+    assert document["trained"] == reference._scored(live, row, 0)["own"] != rounded

@@ -11,9 +11,9 @@ from test_serve_check import checked, references, serve_as, stand_in  # noqa: F4
 
 from loadmaster.cli import main
 from loadmaster.errors import ExportRejected, LoadmasterError
-from loadmaster.export import harness
-from loadmaster.export.harness import Asked, Harness, failures
-from loadmaster.export.serve_check import serve_check
+from loadmaster.export.served import harness
+from loadmaster.export.served.check import serve_check
+from loadmaster.export.served.harness import Asked, Harness, failures
 from loadmaster.files import read_json
 
 STAND_IN = """
@@ -124,7 +124,7 @@ def test_a_base_that_cannot_be_asked_ends_the_check(checked, stand_in, stand_in_
     def refuse(*_):
         raise ExportRejected("the server answers 500")
 
-    import loadmaster.export.serve_check as module
+    import loadmaster.export.served.check as module
 
     stand_in.with_name("answers.json").write_text("{}")
     monkeypatch.setattr(module, "_reference", lambda *_: {"broken": {}})

@@ -23,12 +23,13 @@ from loadmaster.config.schema import DataConfig, EvaluationConfig, ThresholdsCon
 from loadmaster.config.validate import to_dict
 from loadmaster.data import prepare
 from loadmaster.errors import ExportRejected, LoadmasterError
-from loadmaster.export import harness, thresholds
-from loadmaster.export.harness import Harness
+from loadmaster.export import thresholds
 from loadmaster.export.manifest import read_manifest, write_manifest
-from loadmaster.export.serve_check import folder_of_paths, questions, serve_check
-from loadmaster.export.serve_compare import LIMITS
-from loadmaster.export.serve_processor import BLOCK_PROBE, FP8_PROBE, INT4_PROBE, refuse_unserved
+from loadmaster.export.served import harness
+from loadmaster.export.served.check import folder_of_paths, questions, serve_check
+from loadmaster.export.served.compare import LIMITS
+from loadmaster.export.served.harness import Harness
+from loadmaster.export.served.processor import BLOCK_PROBE, FP8_PROBE, INT4_PROBE, refuse_unserved
 from loadmaster.files import read_json
 from loadmaster.rundir import RunDir
 
@@ -59,7 +60,7 @@ def stand_in(tmp_path) -> Path:
 
 
 def write_answers(run: Run, stand_in: Path, reference: dict) -> None:
-    from loadmaster.export.serve_check import _rendered
+    from loadmaster.export.served.check import _rendered
 
     asked = questions(run.job, run.prepared, run.tokenizer)
     conversations = asked["conversations"].values()
@@ -81,7 +82,7 @@ def references() -> list[dict]:
 @pytest.fixture
 def checked(run, stand_in, tmp_path, monkeypatch, references) -> Run:
     """A run whose four formats are there for the stand-in, which knows what the trained model says."""
-    import loadmaster.export.serve_check as module
+    import loadmaster.export.served.check as module
 
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
     write_run_files(run)
@@ -167,7 +168,7 @@ def test_a_server_that_renders_otherwise_or_does_not_stop_is_caught(checked, sta
 
 
 def test_an_export_that_does_not_load_fails_its_format_without_a_server(checked, stand_in, monkeypatch):
-    import loadmaster.export.serve_check as module
+    import loadmaster.export.served.check as module
 
     monkeypatch.setattr(module, "_reference", lambda *_: {"broken": {"int4": "model.safetensors is torn"}})
     [failure] = serve_check(checked.folder, ["int4"], stand_in, lambda text: None)["int4"]["failures"]

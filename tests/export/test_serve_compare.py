@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from loadmaster.export.serve_client import Served
-from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, log_probability_figures
+from loadmaster.export.served.client import Served
+from loadmaster.export.served.compare import LIMITS, answer_figures, failures, log_probability_figures
 
 STOP = 2
 DOCUMENTS = [

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from loadmaster import catalog
-from loadmaster.export.serve_gpus import LOGIT_BYTES, Division, counts_over, division, tokens_at_a_time
-from loadmaster.export.serve_run import Servers
+from loadmaster.export.served.gpus import LOGIT_BYTES, Division, counts_over, division, tokens_at_a_time
+from loadmaster.export.served.run import Servers
 from loadmaster.files import write_json
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import GIB, cpu, from_catalog

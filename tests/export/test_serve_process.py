@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from loadmaster.errors import ExportRejected, LoadmasterError
-from loadmaster.export.serve_environment import server_python
-from loadmaster.export.serve_gpus import Division
-from loadmaster.export.serve_process import free_port, server_command, started
+from loadmaster.export.served.environment import server_python
+from loadmaster.export.served.gpus import Division
+from loadmaster.export.served.process import free_port, server_command, started
 
 ON_A_CPU = Division(None, 1792)
 HEALTH_500 = """
@@ -126,8 +126,8 @@ def test_no_server_outlives_a_check_that_is_killed(tmp_path, number):
     code = """
 import sys
 from pathlib import Path
-from loadmaster.export.serve_gpus import Division
-from loadmaster.export.serve_process import free_port, started
+from loadmaster.export.served.gpus import Division
+from loadmaster.export.served.process import free_port, started
 with started(sys.argv[2:], free_port(), Path(sys.argv[1])) as server:
     print(server._process.pid, flush=True)
     server.wait_until_ready(600, print)

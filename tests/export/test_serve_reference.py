@@ -13,8 +13,9 @@ import torch
 from loadmaster.data import Conversation
 from loadmaster.errors import ExportRejected
 from loadmaster.evaluation.generate import prompt_ids, stop_ids
-from loadmaster.export import serve_check, serve_reference, verify
+from loadmaster.export import verify
 from loadmaster.export.figures import log_probabilities
+from loadmaster.export.served import check, reference
 from loadmaster.files import read_json, write_json
 from loadmaster.models.load import load_base
 from loadmaster.models.spread import NoRoom
@@ -33,17 +34,17 @@ def reference_of(folder: Path, monkeypatch, load) -> dict:
     """What the step writes of an export that loads so, and of no documents."""
     trained = torch.nn.Module()
     trained.disable_adapter = nullcontext
-    monkeypatch.setattr(serve_reference, "load_tokenizer", lambda _: SimpleNamespace(pad_token_id=0))
-    monkeypatch.setattr(serve_reference, "load_trained", lambda *_, **__: trained)
-    monkeypatch.setattr(serve_reference, "generate_ids", lambda *_: [])
-    monkeypatch.setattr(serve_reference, "load_export", load)
+    monkeypatch.setattr(reference, "load_tokenizer", lambda _: SimpleNamespace(pad_token_id=0))
+    monkeypatch.setattr(reference, "load_trained", lambda *_, **__: trained)
+    monkeypatch.setattr(reference, "generate_ids", lambda *_: [])
+    monkeypatch.setattr(reference, "load_export", load)
     told = {
         "base": "base", "trained": "adapter", "device": "cpu", "scratch": str(folder), "working": 0.0, "passing": 0.0,
         "precision": "fp32", "frozen": None, "documents": [], "prompts": [], "max_new_tokens": 4,
         "exports": {"fp8": "fp8"}, "result": str(folder / "result.json"),
     }  # fmt: skip
     write_json(folder / "spec.json", told)
-    serve_reference.main([str(folder / "spec.json")])
+    reference.main([str(folder / "spec.json")])
     return read_json(folder / "result.json")
 
 
@@ -71,21 +72,21 @@ def test_a_machine_without_room_is_not_blamed_on_the_export(tmp_path, monkeypatc
 def test_what_a_cpu_trained_in_fp32_is_computed_on_a_cpu(run, tmp_path, monkeypatch, trained_on, here, device):
     """Packed attention on a GPU takes 16 bits alone."""
     replace(run.plan, hardware=replace(run.plan.hardware, gpu=trained_on)).write(run.folder / "plan.json")
-    monkeypatch.setattr(serve_check, "detect_local", lambda: SimpleNamespace(gpu=here))
-    monkeypatch.setattr(serve_check, "run_step", lambda _, spec, *__: spec)
+    monkeypatch.setattr(check, "detect_local", lambda: SimpleNamespace(gpu=here))
+    monkeypatch.setattr(check, "run_step", lambda _, spec, *__: spec)
     wanted = {"documents": [], "prompts": [], "max_new_tokens": 4}
-    told = serve_check._reference(run.folder, run.base, run.job, wanted, ["bf16"], tmp_path, print)
+    told = check._reference(run.folder, run.base, run.job, wanted, ["bf16"], tmp_path, print)
     assert told["device"] == device
 
 
 def test_of_a_long_document_no_more_logits_are_alive_than_a_chunks(tiny, monkeypatch):
     ids = list(range(300, 340))
-    row = serve_reference._row({"input_ids": ids, "labels": [-100, *ids[1:]]})
+    row = reference._row({"input_ids": ids, "labels": [-100, *ids[1:]]})
     model = load_base(tiny, torch.float32, "cpu")
-    monkeypatch.setattr(serve_reference, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(reference, "CHUNK_TOKENS", 16)
     rows = []
     model.lm_head.register_forward_hook(lambda _, inputs, logits: rows.append(len(logits)))
-    found = serve_reference._scored(model, row, 0)
+    found = reference._scored(model, row, 0)
     assert rows == [16, 16, 7]
     log_p, targets = log_probabilities(model, row, 0)
     assert found["own"] == pytest.approx(log_p[torch.arange(39), targets].tolist(), abs=1e-5)
@@ -96,9 +97,9 @@ def test_how_sure_an_end_is_is_the_trained_models_own_margin(tiny, tokenizer):
     model = load_base(tiny, torch.float32, "cpu")
     prompt, ids = Conversation([{"role": "user", "content": "Hello"}]), [300, 301]
     before = [*prompt_ids(tokenizer, prompt), *ids]
-    row = serve_reference._row({"input_ids": [*before, 5], "labels": [-100] * len(before) + [5]})
+    row = reference._row({"input_ids": [*before, 5], "labels": [-100] * len(before) + [5]})
     [log_p], _ = log_probabilities(model, row, 0)
     stops = stop_ids(model, tokenizer)
     others = [at for at in range(len(log_p)) if at not in stops]
     expected = float(log_p[stops].max() - log_p[others].max())
-    assert serve_reference.end_margin(model, tokenizer, prompt, ids) == pytest.approx(expected, abs=1e-4)
+    assert reference.end_margin(model, tokenizer, prompt, ids) == pytest.approx(expected, abs=1e-4)

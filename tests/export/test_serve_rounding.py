@@ -15,9 +15,9 @@ from torch import nn
 from loadmaster.config.schema import ThresholdsConfig
 from loadmaster.export import thresholds
 from loadmaster.export.loading import load_export
-from loadmaster.export.serve_check import _reference, questions
-from loadmaster.export.serve_compare import LIMITS, failures, log_probability_figures
-from loadmaster.export.serve_reference import _row, _scored, rounding_layers
+from loadmaster.export.served.check import _reference, questions
+from loadmaster.export.served.compare import LIMITS, failures, log_probability_figures
+from loadmaster.export.served.reference import _row, _scored, rounding_layers
 
 GOOD = {"models": ["tiny"], "rendering": {"cases": 1, "different": []}}
 

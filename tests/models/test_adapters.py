@@ -11,7 +11,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from loadmaster.config.schema import LoraConfig, OptimizerConfig
 from loadmaster.errors import ConfigError
 from loadmaster.export.merge import read_adapter
-from loadmaster.models.adapters import Narrow, make_trainable, save_trained, trainable, without_adapter
+from loadmaster.models.adapters import Narrow, make_trainable, trainable, without_adapter
 from loadmaster.models.forward import causal_lm, noisy, token_losses
 from loadmaster.models.load import random_model
 from loadmaster.training.optimizer import TrainingOptimizer
@@ -52,7 +52,7 @@ def test_rslora_scales_by_the_root_of_the_rank_and_an_export_merges_it_so(tmp_pa
     model = adapted(rank_stabilised=True)
     scales = {m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)}
     assert scales == {4.0}  # 8 / sqrt(4), where plain LoRA has 8 / 4
-    save_trained(model, tmp_path)
+    model.save_pretrained(str(tmp_path))
     adapter = read_adapter(tmp_path)
     assert {adapter.delta(name).scale for name in adapter.updates} == {4.0}
     assert token_losses(model, batch(1))[0] != token_losses(adapted(), batch(1))[0]

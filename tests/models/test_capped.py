@@ -64,7 +64,7 @@ def documents() -> list[list[int]]:
 
 def packed(documents: list[list[int]]) -> MicroBatch:
     ids = torch.tensor([[token for document in documents for token in document]])
-    return MicroBatch(ids, ids, torch.cat([torch.arange(len(d)) for d in documents])[None], [["row"]])
+    return MicroBatch(ids, ids, torch.cat([torch.arange(len(d)) for d in documents])[None])
 
 
 def gemma(implementation: str = PACKED):

@@ -319,5 +319,5 @@ def loss(model: nn.Module, length: int = 32) -> Tensor:
     from loadmaster.models.forward import token_losses
 
     ids = torch.randint(0, 300, (1, length), generator=torch.Generator().manual_seed(0))
-    total, trained = token_losses(model.train(), MicroBatch(ids, ids, torch.arange(length)[None], [["row"]]))
+    total, trained = token_losses(model.train(), MicroBatch(ids, ids, torch.arange(length)[None]))
     return total / trained

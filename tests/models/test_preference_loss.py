@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from loadmaster.config.schema import DataConfig, Job, LoraConfig
+from loadmaster.config.schema import DataConfig, Job, LoraConfig, PreferenceConfig
 from loadmaster.data import PackedRow, collate, prepare
 from loadmaster.models import preference
 from loadmaster.models.adapters import make_trainable, trainable
@@ -95,7 +95,7 @@ def test_log_probs_of_packed_answers_are_those_of_the_answers_one_by_one(policy,
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
 def test_loss_and_gradients_are_the_formulas(policy, plain, rows, objective):
-    loss_module = PreferenceLoss(policy, objective, beta=0.3, label_smoothing=0.1 if objective == "dpo" else 0.0)
+    loss_module = PreferenceLoss(policy, objective, PreferenceConfig(0.3, 0.1 if objective == "dpo" else 0.0))
     policy.zero_grad()
     loss = loss_module(collate([rows[i] for i in range(len(rows))], 0, 256))
     loss.backward()
@@ -138,7 +138,7 @@ def test_orpo_of_answers_that_are_nearly_certain_is_the_formula_in_float64():
 
 def test_at_the_start_dpo_is_log_2_and_its_margin_zero(tiny, rows):
     fresh = make_trainable(load_base(tiny, torch.float32, "cpu"), "lora", LoraConfig(rank=4))
-    module = PreferenceLoss(fresh, "dpo", beta=0.1, label_smoothing=0.0)
+    module = PreferenceLoss(fresh, "dpo", PreferenceConfig(beta=0.1))
     with torch.no_grad():
         loss = module(collate([rows[0]], 0))
     assert loss.item() / module.figures[0].item() == pytest.approx(0.6931472, abs=1e-6)
@@ -148,7 +148,7 @@ def test_at_the_start_dpo_is_log_2_and_its_margin_zero(tiny, rows):
 def test_before_training_there_is_no_margin_and_what_is_trained_stays_so(policy, rows):
     """eval.json's "before": the adapter is off around the loss, whose reference pass must not switch it on."""
     trained = [name for name, _ in trainable(policy)]
-    loss = PreferenceLoss(policy, "dpo", 0.1, 0.0)
+    loss = PreferenceLoss(policy, "dpo", PreferenceConfig(0.1))
     with torch.no_grad():
         loss(collate(rows, 0))
         assert loss.figures[2] != 0 and [name for name, _ in trainable(policy)] == trained
@@ -202,7 +202,7 @@ def test_the_dpo_loss_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, 
         trained = torch.cat([trained for _, trained in documents]).numpy()
         positions = np.concatenate([np.arange(len(ids)) for ids, _ in documents])
         rows.append(PackedRow(ids, np.where(trained == 1, ids, -100), positions, ["pair"] * 2))
-    module = PreferenceLoss(policy, "dpo", beta=0.3, label_smoothing=0.0)
+    module = PreferenceLoss(policy, "dpo", PreferenceConfig(beta=0.3))
     with torch.no_grad():
         ours = module(collate(rows, 0)) / 3
     assert ours.item() == pytest.approx(expected.item(), abs=1e-5)
@@ -261,7 +261,7 @@ def test_the_kto_loss_of_pairs_is_trls_on_the_same_batch(policy, plain, tiny, to
     batch, expected, _ = trls_kto(plain, tiny, tokenizer, tmp_path, answers, (1.5, 0.7))
     rows = [packed_from(batch, (first, first + 1)) for first in (0, 2, 4)]
     monkeypatch.setattr(preference, "ROTATION", 1)  # TRL's, where a pair's prompt may get its own other answer
-    module = PreferenceLoss(policy, "kto", 0.3, 0.0, (1.5, 0.7))
+    module = PreferenceLoss(policy, "kto", PreferenceConfig(0.3, 0.0, 1.5, 0.7))
     with torch.no_grad():
         ours = module(collate(rows, 0)) / 3
     assert ours.item() == pytest.approx(expected, abs=1e-5)
@@ -286,7 +286,7 @@ def test_the_kto_loss_of_labelled_answers_is_trls_on_the_same_batch(
     answers = [(*answer, label) for answer, label in zip(ANSWERS, labels, strict=True)]
     batch, expected, trainer = trls_kto(plain, tiny, tokenizer, tmp_path, answers, weights)
     rows = [packed_from(batch, places, np.array(labels)[list(places)]) for places in ((0, 1), (2,), (3, 4))]
-    module = PreferenceLoss(policy, "kto", 0.3, 0.0, weights)
+    module = PreferenceLoss(policy, "kto", PreferenceConfig(0.3, 0.0, *weights))
     with torch.no_grad():
         ours = module(collate(rows, 0, 128)) / 5  # padded: documents that have no label
     assert ours.item() == pytest.approx(expected, abs=1e-5)
@@ -326,7 +326,7 @@ def test_ktos_move_takes_two_pairs(tiny, policy, rows):
     alone = PackedRow(*(getattr(rows[0], name) for name in ("input_ids", "labels", "position_ids", "document_ids")))
     ends = [*(alone.position_ids == 0).nonzero()[0].tolist(), len(alone)]
     one = PackedRow(alone.input_ids[: ends[2]], alone.labels[: ends[2]], alone.position_ids[: ends[2]], ["pair"] * 2)
-    assert PreferenceLoss(policy, "kto", 0.3, 0.0)._moved(collate([one], 0)).item() == 0
+    assert PreferenceLoss(policy, "kto", PreferenceConfig(0.3))._moved(collate([one], 0)).item() == 0
 
 
 def labelled(rows, count: int) -> PackedRow:
@@ -338,12 +338,12 @@ def labelled(rows, count: int) -> PackedRow:
 
 
 def test_ktos_move_takes_two_labelled_answers(policy, rows):
-    module = PreferenceLoss(policy, "kto", 0.3, 0.0)
+    module = PreferenceLoss(policy, "kto", PreferenceConfig(0.3))
     assert module._moved(collate([labelled(rows, 1)], 0, 256)).item() == 0
     moved = module._moved(collate([labelled(rows, 2)], 0, 256))
     with torch.no_grad():
         other = mismatched(collate([labelled(rows, 2)], 0), 1)  # each prompt under the other answer
-        ratios = answer_log_probs(policy, other).sums - module._reference(other).sums
+        ratios = answer_log_probs(policy, other).sums - module._reference(other)
     assert moved.item() == pytest.approx(max(0, ratios.mean().item()), rel=1e-5) and ratios.any()
 
 
@@ -351,7 +351,7 @@ def test_gradients_of_labelled_answers_are_the_formulas(policy, plain, rows, mon
     monkeypatch.setattr(PreferenceLoss, "_moved", lambda self, batch: torch.tensor(0.4))
     row = labelled(rows, 3)  # desirable, undesirable, desirable
     policy.zero_grad()
-    loss = PreferenceLoss(policy, "kto", 0.3, 0.0, (1.5, 0.7))(collate([row], 0, 256))
+    loss = PreferenceLoss(policy, "kto", PreferenceConfig(0.3, 0.0, 1.5, 0.7))(collate([row], 0, 256))
     loss.backward()
     ours = {name: p.grad.clone() for name, p in trainable(policy)}
 
@@ -371,7 +371,7 @@ def test_gradients_of_labelled_answers_are_the_formulas(policy, plain, rows, mon
 @pytest.mark.parametrize("label", [True, False])
 def test_a_micro_batch_of_one_label_has_its_loss_and_no_margin(policy, rows, label):
     row = dataclasses.replace(labelled(rows, 2), desirable=np.array([label, label]))
-    module = PreferenceLoss(policy, "kto", 0.3, 0.0)
+    module = PreferenceLoss(policy, "kto", PreferenceConfig(0.3))
     with torch.no_grad():
         assert 0 < module(collate([row], 0, 256)).item() < 2
     assert list(preference.mean_figures(module.figures)) == ["reward_desirable" if label else "reward_undesirable"]
@@ -414,7 +414,7 @@ def test_a_batch_without_answers_has_loss_zero_and_gradients_of_zero(policy, row
     row = labelled(rows, 2) if objective == "kto" else rows[0]
     idle = dataclasses.replace(row, labels=np.full_like(row.labels, -100))
     policy.zero_grad()
-    module = PreferenceLoss(policy, objective, beta=0.1, label_smoothing=0.0)
+    module = PreferenceLoss(policy, objective, PreferenceConfig(beta=0.1))
     loss = module(collate([idle], 0))
     loss.backward()
     assert loss.item() == 0 and not module.figures.any()

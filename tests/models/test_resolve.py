@@ -15,11 +15,11 @@ from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
 from loadmaster.data.cache import cache_folder
 from loadmaster.errors import LoadmasterError
-from loadmaster.files import publish_folder
+from loadmaster.files import cache_root, publish_folder
 from loadmaster.models import gguf
 from loadmaster.models.gguf import convert_package
 from loadmaster.models.load import load_tokenizer
-from loadmaster.models.resolve import CARRIES, base_revision, cache_root, resolve_base
+from loadmaster.models.resolve import CARRIES, base_revision, resolve_base
 
 
 def test_a_package_is_not_taken_for_a_model_that_it_does_not_carry(smollm2) -> None:

@@ -178,7 +178,7 @@ def micro_batch(case: Case) -> MicroBatch:
     documents = 1 if case.objective == "sft" else 2
     places = torch.arange(case.tokens) % (case.tokens // documents)
     desirable = torch.tensor([True, False]) if case.objective == "kto" else None
-    return MicroBatch(ids, ids, places[None], [["row"]], desirable)
+    return MicroBatch(ids, ids, places[None], desirable)
 
 
 def step_bytes(

@@ -157,6 +157,43 @@ def test_runs_that_were_measured_on_a_card_stand_beside_the_replay_as_it_is_now(
     assert len(recast) == 2 and all(abs(share) < 0.15 for share in speeds)
 
 
+def test_a_cards_kernel_that_is_wrong_or_fails_is_told_and_the_others_are_tried(monkeypatch, capsys) -> None:
+    import torch
+
+    def fail(*_):
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    script = load("gpu_kernels")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(script, "attention", lambda call, *_: {"output": math.nan if call.window else 0.002})
+    monkeypatch.setattr(script, "products", fail)
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels.py"])
+    assert script.main() == 1
+    said = capsys.readouterr().out.splitlines()[1:]
+    wrong = [line for line in said if line.startswith("BEYOND")]
+    assert len(said) == 12 and len(wrong) == 2 + 6 and sum("CUBLAS_STATUS_NOT_SUPPORTED" in line for line in wrong) == 6
+
+
+def test_losses_are_compared_of_what_the_packages_there_can_train(tmp_path, monkeypatch, capsys) -> None:
+    script = load("loss_bands")
+
+    def train(run, given):
+        if run["method"] == "qlora":
+            raise ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes")
+        return {**run, "losses": [1.0], "held_out_before": 1.0, "held_out_after": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(script, "train", train)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "WINDOW", 1)
+    monkeypatch.setattr(sys, "argv", ["loss_bands.py", "--data", "rows.json"])
+    script.main()
+    (told,) = tmp_path.glob("loss_bands-*.json")
+    done = [run["name"] for run in json.loads(told.read_text())["runs"]]
+    assert done == [run["name"] for run in script.RUNS if run["method"] != "qlora"]
+    assert "not run, No module named 'bitsandbytes'" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_every_precision_whose_losses_are_compared_trains(tiny, tmp_path, monkeypatch, capsys) -> None:
     script, rows = load("loss_bands"), tmp_path / "rows.json"

@@ -64,7 +64,7 @@ def saved_bytes(family: str, layers: int, setup: Setup) -> int:
 
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        token_losses(model, MicroBatch(ids, ids, torch.arange(TOKENS)[None], [["row"]]))
+        token_losses(model, MicroBatch(ids, ids, torch.arange(TOKENS)[None]))
     return sum(size for size, _ in held.values())
 
 

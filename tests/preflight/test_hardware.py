@@ -95,10 +95,22 @@ def test_a_gpu_that_pytorch_cannot_use_is_no_reason_to_train_on_the_processors(m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "local_gpus", lambda: [("NVIDIA H100 80GB HBM3", 79.65, 9.0)])
     with pytest.raises(LoadmasterError, match=r"\(NVIDIA H100 80GB HBM3\) that PyTorch cannot use: .* hardware=cpu"):
-        device_type(SimpleNamespace(hardware=SimpleNamespace(gpu="h100_80gb")))
-    assert device_type(SimpleNamespace(hardware=SimpleNamespace(gpu="cpu"))) == "cpu"
+        device_type(SimpleNamespace(hardware=SimpleNamespace(gpu="h100_80gb")), "local")
+    assert device_type(SimpleNamespace(hardware=SimpleNamespace(gpu="cpu")), "local") == "cpu"
     monkeypatch.setattr(hardware, "local_gpus", lambda: [])
-    assert device_type(SimpleNamespace(hardware=SimpleNamespace(gpu="h100_80gb"))) == "cpu"
+    assert device_type(SimpleNamespace(hardware=SimpleNamespace(gpu="h100_80gb")), "local") == "cpu"
+
+
+def test_a_gpu_that_the_plan_did_not_see_is_no_reason_either(monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(hardware, "local_gpus", lambda: [])
+    plan = SimpleNamespace(hardware=SimpleNamespace(gpu="cpu"))
+    with pytest.raises(LoadmasterError, match=r"H100 80GB HBM3.* libnvidia-ml\.so\.1, was not .*hardware=cpu"):
+        device_type(plan, "local")
+    assert device_type(plan, "cpu") == "cpu"
 
 
 def test_visible_devices_are_respected(monkeypatch) -> None:

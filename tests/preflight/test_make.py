@@ -376,6 +376,22 @@ def test_a_preference_objectives_further_passes_cost_time_and_no_memory() -> Non
     assert sft.tokens_per_second > 1.1 * dpo.tokens_per_second > 1.3 * kto.tokens_per_second
 
 
+def test_where_all_weights_are_trained_the_reference_costs_one_pass_before_the_steps() -> None:
+    orpo, dpo, longer = (
+        plan(
+            LLAMA + "8B", "full", "h200", objective=objective, precision="bf16", micro_batch_size=1, max_steps=steps,
+            optimizer="adamw_8bit",
+        )
+        for objective, steps in (("orpo", 1000), ("dpo", 1000), ("dpo", 2000))
+    )  # fmt: skip
+    assert (orpo.memory_gib, orpo.tokens_per_second) == (dpo.memory_gib, dpo.tokens_per_second)
+    training_h = longer.hours - dpo.hours
+    steps_h = 1000 * 64 * 2048 / dpo.tokens_per_second / 3600
+    assert dpo.hours - orpo.hours == pytest.approx(training_h - steps_h, abs=1e-3)
+    assert 0.3 < (dpo.hours - orpo.hours) / steps_h < 0.35
+    assert any("asked about the pairs before the first step, 1 of these hours" in reason for reason in dpo.reasons)
+
+
 def test_the_rows_a_step_may_have_at_a_time_are_found_at_once_however_many_there_are():
     assert [divisors(number) for number in (1, 9, 12)] == [[1], [1, 3, 9], [1, 2, 3, 4, 6, 12]]
     assert len(divisors(10**12)) == 169

@@ -190,7 +190,7 @@ def test_layers_go_to_disk_where_the_host_is_too_small_and_frozen_ones_do_not() 
     shape, machine = find_shape(SEVENTY), replace(from_catalog("h100_80gb", 1), host_memory_gib=40.0)
     job = Job(model=SEVENTY, method="full", batch=BatchConfig(global_size=64))
     setup = Setup(method="full", precision="bf16", optimizer="adafactor", master_weights=False,
-                  **fixed(job, machine, "full", 0))  # fmt: skip
+                  **fixed(job, machine, "full", "full", 0))  # fmt: skip
     need = verifying(job, shape, machine, setup)
     assert need.placement.disk > 0 and need.disk_bytes >= need.host_bytes > 0 and need.summary()["fits"]
     on_host = verifying(job, shape, replace(machine, host_memory_gib=400.0), setup)
@@ -227,7 +227,8 @@ def test_the_host_holds_the_rehearsals_copy_of_what_is_trained() -> None:
     shape, machine = find_shape(EIGHT), from_catalog("h100_80gb", 1)
     job = Job(model=EIGHT, method="full")
     light = Setup(
-        method="full", precision="bf16", optimizer="adamw_8bit", master_weights=False, **fixed(job, machine, "none", 0)
+        method="full", precision="bf16", optimizer="adamw_8bit", master_weights=False,
+        **fixed(job, machine, "full", "none", 0),
     )
     assert host_bytes(shape, light) - 3 * GIB == pytest.approx(2 * shape.parameters, rel=0.001)
 

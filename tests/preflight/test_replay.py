@@ -82,7 +82,8 @@ CHECKS: dict[str, list[tuple[str, str, float, str, int, list[Case]]]] = {
     "dropout": [(method, precision, 0.1, "sft", 1, DROPPED) for method, precision in
                 (("lora", "bf16"), ("qlora", "bf16"), ("lora", "fp8"))],
     "preference": [(method, "bf16", dropout, objective, 0, PAIRS) for method, objective, dropout in
-                   (("lora", "dpo", 0.0), ("qlora", "dpo", 0.1), ("lora", "orpo", 0.0), ("full", "orpo", 0.0))],
+                   (("lora", "dpo", 0.0), ("qlora", "dpo", 0.1), ("lora", "orpo", 0.0), ("full", "orpo", 0.0),
+                    ("full", "dpo", 0.0))],
     "fp32": [(method, "fp32", 0.0, "sft", 0, DROPPED) for method in ("full", "lora")],
 }  # fmt: skip
 """(method, precision, dropout, objective, seed, cases) of each group of checks."""
@@ -131,9 +132,9 @@ def test_replay_equals_a_trace_of_the_engine(family: str, checks: str) -> None:
 def test_kto_of_labelled_answers_takes_what_pairs_are_planned_with(documents, monkeypatch) -> None:
     """However many answers share the row, and whatever their labels: what is planned are tokens."""
 
-    def labelled(ids, labels, _, rows) -> MicroBatch:
+    def labelled(ids, labels, _) -> MicroBatch:
         positions = torch.arange(ids.shape[1]) % -(-ids.shape[1] // documents)
-        return MicroBatch(ids, labels, positions[None], rows, torch.arange(documents) % 2 == 0)
+        return MicroBatch(ids, labels, positions[None], torch.arange(documents) % 2 == 0)
 
     monkeypatch.setattr(trace, "MicroBatch", labelled)
     config = random_config("llama", 0)

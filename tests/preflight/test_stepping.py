@@ -89,7 +89,7 @@ def test_replay_equals_a_trace(fused, family, name, precision) -> None:
             checkpoint_activations(model, checkpointing, kept)
             optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, name == "adamw")
             ids = torch.zeros(1, tokens, dtype=torch.long)
-            batch = MicroBatch(ids, ids, torch.arange(tokens)[None], [["row"]])
+            batch = MicroBatch(ids, ids, torch.arange(tokens)[None])
 
             def step(model=model, batch=batch, optimizer=optimizer) -> None:
                 optimizer.begin(1e-3)
@@ -117,7 +117,7 @@ def test_experts_and_fused_matrices_are_stepped_with_their_layer(fused, family, 
         checkpoint_activations(model, checkpointing)
         optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, name == "adamw")
         ids = torch.zeros(1, 256, dtype=torch.long)
-        batch = MicroBatch(ids, ids, torch.arange(256)[None], [["row"]])
+        batch = MicroBatch(ids, ids, torch.arange(256)[None])
 
         def step(model=model, batch=batch, optimizer=optimizer) -> None:
             optimizer.begin(1e-3)

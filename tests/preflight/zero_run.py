@@ -86,7 +86,7 @@ def measure(case: dict[str, Any], world: World) -> dict[str, int]:
 
 def train(strategy: Zero, loss: Any, optimizer: Any, before: Held) -> dict[str, int]:
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
-    batch = MicroBatch(ids, ids, torch.arange(TOKENS)[None], [["row"]])
+    batch = MicroBatch(ids, ids, torch.arange(TOKENS)[None])
 
     def step() -> None:
         with strategy.accumulating(loss):

@@ -204,3 +204,11 @@ def test_the_fused_kernel_of_capped_scores_attends_as_the_exact_one_does(tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
     for apart in json.loads(done.stdout.splitlines()[-1]).values():
         assert max(apart) < 0.005  # bf16 has 8 bits
+
+
+def test_the_script_that_holds_a_cards_kernels_against_float32_runs_through(tmp_path, library):
+    script = [sys.executable, str(ROOT / "benchmarks/gpu_kernels.py"), "--size", "256"]
+    env = {**of_gpus(1, library, interpret=True), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "BEYOND" not in done.stdout and len(done.stdout.splitlines()) == 13  # the card, 6 of attention, 6 products

@@ -79,6 +79,11 @@ def rows(documents: int, seed: int = 0):
     return packed_rows(made, 64)
 
 
+def begin(ids) -> tuple[int, ...]:
+    """By which a row is known: no two documents begin alike."""
+    return tuple(ids[:8].tolist())
+
+
 def run(case: dict[str, Any], world: World) -> None:
     """Train one case; losses and norms go to out/metrics.jsonl, the rows of each step to out/rows-RANK.json."""
     from loadmaster.evaluation import held_out
@@ -88,22 +93,24 @@ def run(case: dict[str, Any], world: World) -> None:
     kinds = {"modules_to_save": case.get("modules_to_save", []), "dora": case.get("dora", False)}
     lora = dataclasses.replace(JOB.lora, **kinds)
     job = dataclasses.replace(JOB, max_steps=case["steps"], optimizer=optimizer, lora=lora)
-    seen: list[list[str]] = []
+    train, seen = rows(60), list[list[str]]()
+    named = {begin(row.input_ids): row.document_ids for row in train}
     split = loop.Session.split
 
     def record(self: loop.Session, picked: list):
         batches = split(self, picked)
         step = []
         for batch in batches:
-            trained = (batch.labels != -100).any(dim=1).tolist()  # copies that only fill up a rank are not
-            step += [name for names, one in zip(batch.row_ids, trained, strict=True) if one for name in names]
+            trained = (batch.labels != -100).any(dim=1)  # copies that only fill up a rank are not
+            for ids in batch.input_ids[trained]:
+                step += named.get(begin(ids), [])  # the rehearsal has rows of its own
         seen.append(step)
         return batches
 
     loop.Session.split = record
     try:
         session, outcome = loop.train(
-            job, plan(case), SimpleNamespace(train=rows(60), validation=validation),
+            job, plan(case), SimpleNamespace(train=train, validation=validation),
             SimpleNamespace(pad_token_id=0), Path(case["model"]), out, "hash",
             lambda session, stopping: held_out(
                 session.model, validation, 0, 1, world.device, session.loss, world, stopping, session.fixed_length

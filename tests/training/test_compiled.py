@@ -47,7 +47,7 @@ def batch(seed: int, length: int = 64) -> MicroBatch:
         sizes.append(int(generator.integers(1, 8 + 12 * seed)))
     positions = np.concatenate([np.arange(size) for size in sizes])[:length]
     ids = torch.from_numpy(generator.integers(0, 300, (1, length)))
-    return MicroBatch(ids, ids, torch.from_numpy(positions)[None], [["row"]])
+    return MicroBatch(ids, ids, torch.from_numpy(positions)[None])
 
 
 def model(form: str | None, method: str, checkpointing: str, compiling: bool, shape: dict = SHAPE):

@@ -429,3 +429,42 @@ def test_where_no_held_out_loss_is_a_number_it_is_said_that_the_last_weights_are
     _, outcome = run(tiny, tmp_path, job=best, **nan)
     assert (outcome.taken_step, outcome.eval_loss) == (2, None)
     assert "no checkpoint has a held-out loss: the last weights are taken" in log.getvalue()
+
+
+def test_training_ends_where_the_held_out_loss_has_not_fallen_for_so_many_evaluations(tiny, tmp_path):
+    """Also of a run that was stopped between two of them; one that has ended goes on where none is waited for."""
+    log = io.StringIO()
+    patient = replace(JOB, evaluation=replace(JOB.evaluation, every_steps=1, patience=2), max_steps=9)
+    losses = {1: 3.0, 2: 1.0, 3: math.nan, 4: 1.5}
+    stop = StopSignal()
+
+    def held_out(session, stopping):
+        step = len(asked) + 1
+        asked.append(step)
+        stop.requested = step == 3
+        return {"loss": losses[step]}
+
+    asked = []
+    with pytest.raises(StoppedOnRequest):
+        run(tiny, tmp_path, job=patient, held_out=held_out, stop=stop)
+    stop.requested = False
+    given = {"held_out": held_out, "console": Console(file=log, width=200)}
+    _, outcome = run(tiny, tmp_path, job=patient, **given)
+    assert asked == [1, 2, 3, 4] and (outcome.steps, outcome.taken_step) == (4, 4)
+    assert "ends after step 4 of 9: 2 evaluations in a row have found no lower held-out loss than 1.0000 at step 2" in (
+        log.getvalue()
+    )
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["steps"] == 4
+    _, outcome = run(tiny, tmp_path, job=patient, held_out=None)
+    assert (outcome.steps, outcome.resumed_after) == (4, 4)
+    best = replace(patient, checkpoint=replace(JOB.checkpoint, load_best=True))
+    _, outcome = run(tiny, tmp_path, job=best, held_out=None)
+    assert (outcome.steps, outcome.taken_step) == (4, 2)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-2")
+    given["console"] = Console(file=log, width=200)
+    _, outcome = run(tiny, tmp_path, job=best, **given)
+    assert "step 2 had the lowest held-out loss, 1.0000, and its checkpoint was not kept" in log.getvalue()
+    assert outcome.taken_step == 4
+    to_the_end = replace(patient, evaluation=replace(patient.evaluation, patience=None))
+    _, outcome = run(tiny, tmp_path, job=to_the_end, held_out=lambda session, stopping: {"loss": 5.0})
+    assert (outcome.steps, outcome.resumed_after) == (9, 4)

@@ -5,20 +5,25 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.numpy import load_file
 
 from loadmaster.config.schema import BatchConfig, DataConfig, OptimizerConfig, PreferenceConfig
-from loadmaster.data import prepare
+from loadmaster.data import collate, prepare
+from loadmaster.errors import StoppedOnRequest
 from loadmaster.evaluation import held_out
 from loadmaster.models import compiled
-from loadmaster.models.load import load_tokenizer
-from loadmaster.models.preference import FIGURES, PreferenceLoss
+from loadmaster.models.load import load_base, load_tokenizer
+from loadmaster.models.preference import FIGURES, PreferenceLoss, answer_log_probs
+from loadmaster.training import loop, reference
 from loadmaster.training.batches import losses, micro_batches
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, train
 from loadmaster.training.metrics import read_metrics
+from loadmaster.training.reference import FILE, Reference
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.world import World
 from tests.runs import finish
@@ -45,6 +50,11 @@ def job_of(objective: str, **changes):
 @pytest.fixture(scope="module")
 def pairs(tokenizer, tmp_path_factory):
     return prepare(job_of("dpo"), tokenizer, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def not_asked(pairs):
+    pairs.train.reference = None
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +95,78 @@ def test_the_chosen_answers_come_to_be_preferred(tiny, pairs, tmp_path, objectiv
         assert figures["loss"] < rows[0]["loss"] - 0.3
 
 
+def trained_whole(tiny, pairs, folder, held_out=lambda session, stopping: None, stop=None, max_steps=12):
+    plan = dataclasses.replace(PLAN, method="full", sequence_length=256)
+    job = dataclasses.replace(
+        job_of("dpo"), method="full", optimizer=OptimizerConfig(lr=1e-3, warmup_ratio=0.0), max_steps=max_steps
+    )
+    return train(
+        job, plan, pairs, load_tokenizer(tiny), tiny, folder, "hash", held_out, stop or StopSignal(),
+        Display(Console(quiet=True)),
+    )  # fmt: skip
+
+
+def test_where_all_weights_are_trained_the_reference_is_asked_once(tiny, pairs, tmp_path, monkeypatch):
+    """And equals that of a second model, which is kept beside the first one and asked in each step."""
+    session, _ = trained_whole(tiny, pairs, tmp_path / "asked")
+    asked = read_metrics(tmp_path / "asked" / "metrics.jsonl")
+    assert asked[0]["loss"] == pytest.approx(0.6931472, abs=1e-5) and abs(asked[0]["reward_margin"]) < 1e-4
+    figures = held_out(session.model, pairs.train, 0, 4, "cpu", session.loss)
+    assert figures["reward_margin"] > 0.5 and figures["reward_accuracy"] > 0.8
+    known = load_file(tmp_path / "asked" / FILE)["train"]
+    assert known.shape == (16,) and np.isfinite(known).all()
+
+    kept = load_base(tiny, torch.float32, "cpu")
+    with torch.no_grad():
+        assert answer_log_probs(kept, collate(list(pairs.train), 0)).sums.numpy() == pytest.approx(known, abs=1e-4)
+    monkeypatch.setattr(loop, "asked_once", lambda job, method: False)
+    monkeypatch.setattr(PreferenceLoss, "_reference", lambda self, batch: _without_gradient(kept, batch))
+    pairs.train.reference = None
+    trained_whole(tiny, pairs, tmp_path / "beside")
+    beside = read_metrics(tmp_path / "beside" / "metrics.jsonl")
+    for name in ("loss", "grad_norm", "reward_margin"):
+        assert [row[name] for row in asked] == pytest.approx([row[name] for row in beside], rel=1e-4, abs=1e-5)
+
+
+def _without_gradient(model, batch):
+    with torch.no_grad():
+        return answer_log_probs(model, batch).sums
+
+
+def test_a_reference_that_was_asked_in_part_is_gone_on_with(tiny, pairs, tmp_path, monkeypatch):
+    """Only of rows that the steps come to; what another run left, or a damaged file, is asked for anew."""
+    monkeypatch.setattr(reference, "MICRO_BATCHES", 1)
+    rows, forward = [], PreferenceLoss.forward
+
+    def counting(self, batch, answers_only=False):
+        rows.extend(batch.input_ids if answers_only else [])
+        return forward(self, batch, answers_only)
+
+    monkeypatch.setattr(PreferenceLoss, "forward", counting)
+    stop, ask = StopSignal(), Reference.ask
+
+    def until_two_are_done(self, loss, micro_batches, size, told, stopping, trained_on):
+        def stops(split, done, wanted):
+            assert (split, wanted) == ("train", 4)
+            stop.requested = done >= 2
+
+        return ask(self, loss, micro_batches, size, stops, stopping, trained_on)
+
+    with monkeypatch.context() as patched, pytest.raises(StoppedOnRequest, match="what the model said so far is kept"):
+        patched.setattr(Reference, "ask", until_two_are_done)
+        trained_whole(tiny, pairs, tmp_path, stop=stop, max_steps=1)
+    assert len(rows) == 2 and np.isfinite(load_file(tmp_path / FILE)["train"]).sum() == 4
+    trained_whole(tiny, pairs, tmp_path, max_steps=1)
+    assert len(rows) == 4 and np.isfinite(load_file(tmp_path / FILE)["train"]).sum() == 8
+    trained_whole(tiny, pairs, tmp_path, max_steps=1)
+    assert len(rows) == 4
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-3])
+    trained_whole(tiny, pairs, tmp_path, max_steps=1)
+    assert len(rows) == 8
+    Reference(tmp_path, "another run's", pairs, World())
+    assert np.isnan(pairs.train.reference).all()
+
+
 def test_desirable_answers_rise_and_undesirable_ones_fall_without_pairs(tiny, answers, tmp_path):
     plan = dataclasses.replace(PLAN, method="lora", sequence_length=256)
     session, _ = train(
@@ -104,7 +186,7 @@ def test_desirable_answers_rise_and_undesirable_ones_fall_without_pairs(tiny, an
 def test_a_skipped_step_has_no_figures_and_the_run_goes_on(tiny, pairs, tmp_path, monkeypatch):
     calls, forward = [], PreferenceLoss.forward
 
-    def first_step_diverges(self, batch):
+    def first_step_diverges(self, batch, answers_only=False):
         calls.append(batch)
         loss = forward(self, batch)
         if len(calls) == 5:  # four of the calls are the rehearsal's

@@ -148,9 +148,11 @@ def test_a_stage_prepares_in_that_phase(tmp_path, monkeypatch):
     passed = []
     monkeypatch.setattr(Watchdog, "at", lambda self, step, phase: passed.append(phase))
     (tmp_path / "plan.json").touch()
-    job = SimpleNamespace(launch=SimpleNamespace(hang_timeout_s="auto"))
-    model = SimpleNamespace(vocabulary_size=1)
-    plan, stop = SimpleNamespace(compile=False, optimizer="adamw", offload="none", model=model), StopSignal()
+    job = SimpleNamespace(launch=SimpleNamespace(hang_timeout_s="auto"), stop_after="train")
+    plan, stop = SimpleNamespace(
+        compile=False, optimizer="adamw", offload="none", method="lora", precision="bf16", master_weights=True,
+        sharding="none", model=SimpleNamespace(vocabulary_size=1),
+    ), StopSignal()  # fmt: skip
     stop.requested = True
     with pytest.raises(StoppedOnRequest):
         StageRun(job, plan, tmp_path, World(), stop, None, Materials()).run("train")

@@ -138,14 +138,17 @@ def test_8_bit_states_of_two_processes_go_on_in_one(tiny, tmp_path):
     assert [row["loss"] for row in metrics(run)] == pytest.approx(together, rel=1e-3)
 
 
-def test_preference_pairs_on_two_processes_are_compared_with_the_base_and_saved_as_on_one(tiny, tmp_path):
-    """The reference pass switches the adapter off while layers are whole: their shards are still what is trained."""
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_preference_pairs_on_two_processes_are_compared_with_the_base_and_saved_as_on_one(tiny, tmp_path, method):
+    """The reference pass switches the adapter off while layers are whole: their shards are still what is trained. Of
+    all weights the base is asked before the first step, each process for its part."""
     words = [
         "data=ticket_pairs", "sequence_length=256", "batch.global_size=8", "max_steps=4", "checkpoint.every_steps=2",
-        "evaluation.every_steps=2",
+        "evaluation.every_steps=2", f"method={method}",
     ]  # fmt: skip
     done = finish(tmp_path, *job(tiny, *words))
     assert done.returncode == 0, done.stderr
+    assert ("reference of the validation pairs" in done.stdout) == (method == "full")
     assert not json.loads((tmp_path / "run" / "plan.json").read_text())["reshard_after_forward"]
     alone = finish(tmp_path, *job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
     assert alone.returncode == 0, alone.stderr

@@ -24,7 +24,7 @@ TOKENS = 32
 
 def batch(seed: int) -> MicroBatch:
     ids = torch.randint(3, 500, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
-    return MicroBatch(ids, ids, torch.arange(TOKENS)[None], [["row"]])
+    return MicroBatch(ids, ids, torch.arange(TOKENS)[None])
 
 
 def train(case: dict[str, Any], world: World, bad: bool) -> tuple[Zero, list[float]]:

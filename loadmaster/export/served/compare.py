@@ -26,7 +26,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from loadmaster.export.serve_client import Served
+from loadmaster.export.served.client import Served
 from loadmaster.export.tuned import tuned_share
 
 
@@ -63,7 +63,7 @@ def log_probability_figures(
 ) -> dict[str, Any]:
     """Figures over all tokens of all documents.
 
-    documents: of `serve_reference`: log-probabilities "trained" and "base" of each token, the likeliest tokens "top",
+    documents: of reference.py: log-probabilities "trained" and "base" of each token, the likeliest tokens "top",
     "exports": format -> log-probabilities of the folder as it is on disk, where it is not the trained model, and
     "rounded": the same with activations rounded, where the format does.
     served: the server's log-probabilities and likeliest tokens, in the same order. format_name: what is served.

@@ -1,6 +1,6 @@
 """A server as a process: its command, waiting until it is ready, and its end.
 
-It listens on 127.0.0.1 and a free port, in a session of its own, behind `serve_guard`, so that whatever happens
+It listens on 127.0.0.1 and a free port, in a session of its own, behind guard.py, so that whatever happens
 to this process (an error, Ctrl-C, kill -9) no server is left behind.
 """
 
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export import serve_guard
 from loadmaster.export.manifest import max_lora_rank
 from loadmaster.export.process import foreign_environment
-from loadmaster.export.serve_gpus import Division
+from loadmaster.export.served import guard
+from loadmaster.export.served.gpus import Division
 
 HOST = "127.0.0.1"
 TAIL_LINES = 12
@@ -152,7 +152,7 @@ def started(command: list[str], port: int, log: Path) -> Iterator[Server]:
     environment = {**foreign_environment(), **SERVER_VARIABLES}
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-I", serve_guard.__file__, *command],
+            [sys.executable, "-I", guard.__file__, *command],
             stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
         )  # fmt: skip
     server = Server(process, port, log)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.serve_process import HOST, REQUEST_S
+from loadmaster.export.served.process import HOST, REQUEST_S
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from typing import Any
 
 from loadmaster.errors import ExportRejected
 from loadmaster.export.process import answering_s, clean_environment, run_script, timeout_s
-from loadmaster.export.serve_client import Served
-from loadmaster.export.serve_compare import LIMITS, answer_figures, log_probability_figures
+from loadmaster.export.served.client import Served
+from loadmaster.export.served.compare import LIMITS, answer_figures, log_probability_figures
 from loadmaster.processors import threads
 
+PROBE = Path(__file__).with_name("llama_cpp_probe.py")
 TAIL_LINES = 8
 
 
@@ -66,7 +67,7 @@ def _reason(said: dict[str, Any]) -> str:
 def _probe(python: Path, told: dict[str, Any], scratch: Path, limit_s: float) -> dict[str, Any]:
     environment = clean_environment()
     try:
-        done, result = run_script(python, "llama_cpp_probe.py", told, scratch, timeout=limit_s, env=environment)
+        done, result = run_script(python, PROBE, told, scratch, timeout=limit_s, env=environment)
     except subprocess.TimeoutExpired:
         raise ExportRejected(f"llama.cpp did not answer within {limit_s:.0f} s") from None
     if result is None:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.files import exclusive
-from loadmaster.models.resolve import cache_root
+from loadmaster.files import cache_root, exclusive
 from loadmaster.preflight.hardware import detect_local
 
 

@@ -1,9 +1,9 @@
 """`loadmaster serve-check RUN`: is what a real server serves what was trained?
 
 Each exported format is loaded into a vLLM server of its own on 127.0.0.1, an adapter over its base (a GGUF file into
-llama.cpp: `serve_llama_cpp`), and asked, over the OpenAI API, for its name, the tokens of rendered conversations,
+llama.cpp: llama_cpp.py), and asked, over the OpenAI API, for its name, the tokens of rendered conversations,
 log-probabilities of held-out documents, greedy answers, and whether each token that ends a turn stops it. All of it is
-compared with the model as trained (`serve_compare`). run_dir/serve-check.json has the figures,
+compared with the model as trained (compare.py). run_dir/serve-check.json has the figures,
 run_dir/serve-check/<format>.log what the server said.
 """
 
@@ -27,18 +27,18 @@ from loadmaster.config.schema import Job
 from loadmaster.data import Conversation, PreparedData, prepare, prompt_and_reference
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.evaluation.generate import prompt_ids
-from loadmaster.export.harness import Asked, Harness
-from loadmaster.export.harness import failures as task_failures
 from loadmaster.export.manifest import NAME as MANIFEST
 from loadmaster.export.manifest import is_served, no_export, read_manifest, verify_manifest
 from loadmaster.export.process import answering_s, run_step, timeout_s
 from loadmaster.export.room import beside_weights
-from loadmaster.export.serve_client import Client
-from loadmaster.export.serve_compare import LIMITS, answer_figures, failures, log_probability_figures
-from loadmaster.export.serve_environment import LLAMA_CPP, environment_python, server_python
-from loadmaster.export.serve_llama_cpp import ask_llama_cpp
-from loadmaster.export.serve_processor import refuse_unserved
-from loadmaster.export.serve_run import Servers, file_bytes
+from loadmaster.export.served.client import Client
+from loadmaster.export.served.compare import LIMITS, answer_figures, failures, log_probability_figures
+from loadmaster.export.served.environment import LLAMA_CPP, environment_python, server_python
+from loadmaster.export.served.harness import Asked, Harness
+from loadmaster.export.served.harness import failures as task_failures
+from loadmaster.export.served.llama_cpp import ask_llama_cpp
+from loadmaster.export.served.processor import refuse_unserved
+from loadmaster.export.served.run import Servers, file_bytes
 from loadmaster.files import storable, write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import load_tokenizer
@@ -181,7 +181,7 @@ def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any
 
     Conversations with tools are left out: servers rewrite them for tool parsers of their own.
     """
-    from loadmaster.export.serve_reference import split_row
+    from loadmaster.export.served.reference import split_row
 
     rows = prepared.train if prepared.validation is None else prepared.validation
     documents: list[Any] = []
@@ -301,7 +301,7 @@ def _reference(
     }  # fmt: skip
     each, passes = file_bytes(base), wanted["max_new_tokens"] + len(wanted["prompts"])
     limit_s = timeout_s((3 + len(exports)) * each) + answering_s(passes, each, spec["device"])
-    return run_step("loadmaster.export.serve_reference", spec, scratch, limit_s, echo)
+    return run_step("loadmaster.export.served.reference", spec, scratch, limit_s, echo)
 
 
 def _say(echo: Callable[[str], None], name: str, text: str) -> None:

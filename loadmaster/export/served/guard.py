@@ -1,6 +1,6 @@
 """Run a command, and kill it with all its children as soon as whoever started this process is gone.
 
-    python serve_guard.py COMMAND ...          started in a session of its own, stdin an open pipe
+    python guard.py COMMAND ...          started in a session of its own, stdin an open pipe
 
 The pipe closes when the starter closes it or dies, whatever it dies of (kill -9 included), so a server never
 outlives its check. Only the standard library is imported: this runs beside a model that wants the memory.

@@ -20,9 +20,10 @@ from rich.table import Table
 
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export.process import clean_environment, run_script
-from loadmaster.export.serve_environment import HARNESS, environment_python
-from loadmaster.export.serve_process import HOST
+from loadmaster.export.served.environment import HARNESS, environment_python
+from loadmaster.export.served.process import HOST
 
+RUNNER = Path(__file__).with_name("harness_runner.py")
 MAX_DROP = 0.05
 CONCURRENT = 4
 LONGEST = 4096
@@ -92,7 +93,7 @@ class Asked:
         environment = {**clean_environment(), "no_proxy": HOST, "NO_PROXY": HOST, "TOKENIZERS_PARALLELISM": "false"}
         try:
             done, result = run_script(
-                self.python, "harness_runner.py", told, self.scratch, timeout=TIMEOUT_S, env=environment,
+                self.python, RUNNER, told, self.scratch, timeout=TIMEOUT_S, env=environment,
                 cwd=path or self.scratch,
             )  # fmt: skip
         except subprocess.TimeoutExpired:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.errors import ExportRejected
-from loadmaster.export.harness import LONGEST, Asked, Figures
-from loadmaster.export.serve_client import Client
-from loadmaster.export.serve_gpus import Division, division
-from loadmaster.export.serve_process import free_port, server_command, start_timeout_s, started
+from loadmaster.export.served.client import Client
+from loadmaster.export.served.gpus import Division, division
+from loadmaster.export.served.harness import LONGEST, Asked, Figures
+from loadmaster.export.served.process import free_port, server_command, start_timeout_s, started
 from loadmaster.files import read_json
 from loadmaster.preflight.config_json import from_config, known_positions, short_positions
 from loadmaster.preflight.hardware import Hardware

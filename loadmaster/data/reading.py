@@ -1,0 +1,139 @@
+"""The first pass: the rows of one source, read as conversations, and what is wrong with those that are none."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO
+
+from loadmaster.config.schema import Job
+from loadmaster.data.faults import Fault, SourceFaults
+from loadmaster.data.formats import RowError, recognise_format, refuse_unread, renamed, to_conversation, unread_fields
+from loadmaster.data.preference import LABEL_FIELDS, is_preference, is_unpaired, unfit
+from loadmaster.data.progress import progress
+from loadmaster.data.sources import RawRow, Source
+from loadmaster.errors import DataError
+
+UNFILLED = re.compile(rb"\{\{ ?\w+ ?\}\}")
+
+
+@dataclass
+class Reading:
+    """The first pass over one source."""
+
+    format: str = ""
+    recognised_by: str = ""
+    recognised_in: str = ""  # the origin of that row
+    rows_read: int = 0
+    bad: list[Fault] = field(default_factory=list)
+    first_bad: dict[str, Any] = field(default_factory=dict)  # file -> the value of the first of them
+    fields: set[str] = field(default_factory=set)  # that any row has, by its own names
+    rows_of: Counter[str] = field(default_factory=Counter)  # file -> rows read
+    row_ids: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)  # fields of the first row that are not taken up
+    unfilled: int = 0  # rows with a {{field}} that nobody filled in
+    control: list[tuple[str, str]] = field(default_factory=list)
+    """(place, token) of rows whose own text holds one of the tokenizer's control tokens."""
+
+
+def read_source(
+    source: Source, job: Job, file: BinaryIO, starts: list[int], max_rows: int | None, control: re.Pattern[str]
+) -> Reading:
+    """Append the conversations of `source` to `file`, and their byte offsets to `starts`."""
+    reading = Reading(format="" if job.data.format == "auto" else job.data.format)
+    columns = job.data.columns or {}
+    with progress("reading rows", None) as advance:
+        for raw in source.rows():
+            if max_rows is not None and reading.rows_read >= max_rows:
+                break
+            file_name = raw.origin.rpartition(":")[0]
+            reading.rows_read += 1
+            reading.rows_of[file_name] += 1
+            advance(1)
+            if columns and isinstance(raw.value, dict):
+                reading.fields |= raw.value.keys()
+                raw = replace(raw, value=renamed(raw.value, columns))
+            try:
+                line = _conversation_line(raw, reading, job)
+            except RowError as error:
+                reading.first_bad.setdefault(file_name, raw.value)
+                reading.bad.append(Fault(raw.origin, str(error), remedy=error.remedy))
+                continue
+            starts.append(starts[-1] + file.write(line))
+            reading.unfilled += UNFILLED.search(line) is not None
+            if found := control.search(line.decode()):
+                reading.control.append((raw.origin, found.group()))
+    if not reading.rows_read:
+        raise DataError(f"the data has no rows: {', '.join(source.names())}")
+    if job.data.format != "auto" and SourceFaults(source.names(), reading.rows_read, reading.bad).alike:
+        remedy = _other_format(next(iter(reading.first_bad.values())), job)
+        reading.bad = [replace(fault, remedy=remedy or fault.remedy) for fault in reading.bad]
+    return reading
+
+
+def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
+    if raw.error is not None:
+        raise RowError(raw.error, raw.remedy)
+    if not reading.format:
+        reading.format, reading.recognised_by = recognise_format(raw.value, job.objective)
+        reading.recognised_in = raw.origin
+    _fits_objective(raw.value, reading, job.objective)
+    if job.data.columns and not reading.row_ids and isinstance(raw.value, dict):
+        refuse_unread(raw.value, reading.format, job.data.columns, reading.recognised_by)
+    try:
+        conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)
+    except RowError as error:
+        raise RowError(f"{error}{_other_shape(raw.value, reading, job.objective)}", error.remedy) from None
+    if not reading.row_ids:
+        reading.unread = unread_fields(raw.value, conversation)
+    reading.row_ids.append(conversation.row_id)
+    return conversation.to_json().encode() + b"\n"
+
+
+def _fits_objective(row: Any, reading: Reading, objective: str) -> None:
+    """Raise RowError for a row that `objective` does not train on."""
+    shape = reading.format
+    if objective == "sft" and isinstance(row, dict):
+        if is_preference(row):
+            shape = "preference"
+        elif shape == "prompt_completion" and reading.recognised_by and is_unpaired(row):
+            shape = "unpaired"  # told apart by its label alone, which the first row had not
+    if found := unfit(shape, objective):
+        raise RowError(*found)
+
+
+def _other_shape(row: Any, reading: Reading, objective: str) -> str:
+    """What to add to the fault of a row that is of another shape than the row that all are read as; else nothing."""
+    with suppress(RowError):
+        shape, fields = recognise_format(row, objective)
+        if reading.recognised_by and shape != reading.format and not unfit(shape, objective):
+            first = f"that of {reading.recognised_in} is {reading.format} ({reading.recognised_by})"
+            return f"; its shape is {shape} ({fields}), {first}, and all rows are to be of one"
+    return ""
+
+
+def _other_format(row: Any, job: Job) -> str | None:
+    """The remedy where a row is not of the format that was given, and of another one."""
+    try:
+        other, fields = recognise_format(row, job.objective)
+        if other == "unpaired" and job.objective == "sft":  # a chat with a label is one without it, if that is said
+            chat, _ = recognise_format({name: row[name] for name in row if name not in LABEL_FIELDS})
+            is_chat = chat in ("messages", "sharegpt", "alpaca") and chat != job.data.format
+            return f"data.format={chat} trains on these chats whatever their labels say" if is_chat else None
+    except RowError as error:
+        return error.remedy
+    if other == job.data.format or unfit(other, job.objective):
+        return None
+    return f"data.format={other}, by the fields {fields}; or data.format=auto"
+
+
+def refuse_absent(columns: Mapping[str, str], readings: Sequence[Reading]) -> None:
+    """Raise DataError for a column that no row of any source has: one that may be empty may be absent from some."""
+    fields = set[str]().union(*(reading.fields for reading in readings))
+    absent = [theirs for ours, theirs in columns.items() if not {ours, theirs} & fields]
+    if fields and absent:
+        said = f"data.columns names {', '.join(absent)}, and no row has that"
+        raise DataError(f"{said}\n    fix: name one of the rows' fields: {', '.join(sorted(fields))}")
