@@ -53,7 +53,8 @@ def load(paths: list[Path], gpu: str) -> list[Row]:
                 master_weights=plan.master_weights, checkpointing=plan.activation_checkpointing,
                 kept_layers=plan.kept_layers,
                 micro_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
-                **fixed(job, hardware, plan.activation_checkpointing, plan.micro_batch_size * job.sequence_length),
+                **fixed(job, hardware, plan.method, plan.activation_checkpointing,
+                        plan.micro_batch_size * job.sequence_length),
             )  # fmt: skip
             rows.append((shape, hardware, setup, row["measured"]))
     return rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -26,9 +28,20 @@ def print_table(table: Table, console: Console) -> None:
     Output(file=console.file, width=width).print(table)
 
 
-def bar_width(console: Console) -> int:
-    """Of the bars in a plan's table of memory."""
-    return max(10, min(LONGEST_BAR, console.width - BESIDE_A_BAR))
+def memory_table(rows: Iterable[tuple[str, float, str]], budget_gib: float, console: Console) -> Table:
+    """A bar against the budget for each (component, GiB, style of its bar)."""
+    table, width = Table(box=None, pad_edge=False), max(10, min(LONGEST_BAR, console.width - BESIDE_A_BAR))
+    for heading, justify in (("memory", "left"), ("GiB", "right"), (f"of {budget_gib:.1f} GiB", "left")):
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for name, gib, style in rows:
+        filled = min(width, round(gib / budget_gib * width)) if budget_gib else 0
+        table.add_row(name, f"{gib:.2f}", f"[{style}]{'█' * filled}[/]{'·' * (width - filled)}")
+    return table
+
+
+def figure(value: float | None, form: str) -> str:
+    """As `form` has it; nothing where it is not known."""
+    return "" if value is None else form.format(value)
 
 
 def _own_width(table: Table, console: Console) -> int:

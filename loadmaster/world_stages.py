@@ -317,11 +317,11 @@ def chosen(plan: Plan) -> list[Any]:
 
 def model_flops_utilisation(plan: Plan, tokens_per_second: float) -> float | None:
     """Share of the GPUs' dense peak that the model's own FLOPs take; None on a CPU."""
-    from loadmaster.preflight.speed import model_flops_per_token, peak_flops
+    from loadmaster.preflight.speed import peak_flops
 
     if plan.hardware.gpu == "cpu":
         return None
-    return tokens_per_second * model_flops_per_token(plan) / (peak_flops(plan) * plan.world_size)
+    return tokens_per_second * plan.model.flops_per_token / (peak_flops(plan) * plan.world_size)
 
 
 def device_type(plan: Plan, asked: str) -> str:
@@ -329,7 +329,8 @@ def device_type(plan: Plan, asked: str) -> str:
     cannot use, or that the plan did not see: the processors would take its place without a word."""
     import torch
 
-    from loadmaster.preflight.hardware import NVML, local_gpus
+    from loadmaster.preflight.hardware import local_gpus
+    from loadmaster.preflight.nvml import NVML
 
     if plan.hardware.gpu == "cpu":
         if asked == "local" and torch.cuda.is_available() and not local_gpus():

@@ -10,7 +10,7 @@ from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
 from loadmaster.errors import IN_THE_JOB, ConfigError, DoesNotFit, Problem
 from loadmaster.launch.provider import Offer
 from loadmaster.preflight import Plan, make_plan
-from loadmaster.preflight.explain import can_export
+from loadmaster.preflight.verification import can_export
 
 COUNTS = (1, 2, 4, 8)
 

@@ -39,6 +39,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loadmaster.preflight.weights import frozen_form as frozen_form
+
 BLOCK = 64
 """Weights that share an absmax; with double quantization 256 of those share a scale."""
 FP8_MAX = 448.0
@@ -163,13 +165,6 @@ class FrozenFP8Linear(FrozenLinear):
 
 FORMS = {"nf4": FrozenNF4Linear, "fp8": FrozenFP8Linear}
 """Formats that a frozen base may be held in."""
-
-
-def frozen_form(method: str, precision: str) -> str | None:
-    """The format of the frozen base under a plan's method and precision; None where it is not quantized."""
-    if method == "qlora":
-        return "nf4"
-    return "fp8" if method == "lora" and precision == "fp8" else None
 
 
 def freeze_linears(model: nn.Module, form: str) -> None:

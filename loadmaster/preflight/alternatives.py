@@ -10,15 +10,19 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import Job
-from loadmaster.preflight.candidate import Candidate, run_hours
+from loadmaster.preflight.batch import rounded_up, with_rows
+from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.explain import describe
 from loadmaster.preflight.hardware import Hardware, from_catalog, priced, rentable
+from loadmaster.preflight.hours import least_overhead_hours, run_hours, run_usd
+from loadmaster.preflight.plan import rounded
 from loadmaster.preflight.refusals import COUNTED, TYPED, uncounted_adapters
 from loadmaster.preflight.search import search
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.speed import least_overhead_hours
 
 MOST_NODES = 32
+GPUS_OF_A_NODE = 8
+"""Of a full one, whatever the GPU."""
 
 
 def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens: int | None) -> list[dict[str, Any]]:
@@ -26,7 +30,7 @@ def alternatives(job: Job, shape: ModelShape, hardware: Hardware, dataset_tokens
     def here(changes: Iterator[tuple[str, Job]]) -> Iterator[dict[str, Any]]:
         for text, changed in changes:
             if best := search(changed, shape, hardware, explain=False).best:
-                yield _alternative(text, best, changed, shape, dataset_tokens)
+                yield _alternative(text, best, changed, dataset_tokens)
 
     found = list(here(relaxations(job, shape, hardware))) or list(here(_left_open(job, shape, least=2)))
     others = _on_others(job, shape, hardware, dataset_tokens)
@@ -52,9 +56,9 @@ def _on_others(
         if (other.gpu, other.count, other.nodes) == (hardware.gpu, hardware.count, hardware.nodes):
             continue
         if so_far is None or _least_price(job, shape, other, so_far) < _price(so_far):
-            for tried in _on(job, shape, other, dataset_tokens, changes):
-                if so_far is None or _price(tried) < _price(so_far):
-                    cheapest[other.gpu] = tried
+            tried = _on(job, shape, other, dataset_tokens, changes)
+            if tried and (so_far is None or _price(tried) < _price(so_far)):
+                cheapest[other.gpu] = tried
     same = [] if hardware.gpu in cheapest else _more_of_the_same(job, shape, hardware, dataset_tokens, changes)
     return same + sorted(cheapest.values(), key=_price)
 
@@ -80,24 +84,23 @@ def _more_of_the_same(
     if hardware.gpu not in catalog.gpus():
         return []
     for nodes in range(1, MOST_NODES + 1):
-        fits = _on(job, shape, from_catalog(hardware.gpu, 8, nodes), dataset_tokens, changes)
-        if fits:
-            return fits
+        if found := _on(job, shape, from_catalog(hardware.gpu, GPUS_OF_A_NODE, nodes), dataset_tokens, changes):
+            return [found]
     return []
 
 
 def _on(
     job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | None, changes: str
-) -> list[dict[str, Any]]:
-    """The job on another machine, its global batch rounded up to the number of GPUs; empty if it does not fit."""
-    rows = math.ceil(job.batch.global_size / machine.world_size) * machine.world_size
-    adjusted = replace(job, batch=replace(job.batch, global_size=rows)) if rows != job.batch.global_size else job
+) -> dict[str, Any] | None:
+    """The job on another machine, its global batch rounded up to the number of GPUs; None if it does not fit."""
+    rows = rounded_up(job.batch.global_size, machine.world_size)
+    adjusted = with_rows(job, rows)
     best = search(adjusted, shape, machine, explain=False).best
     if best is None:
-        return []
+        return None
     changed = [changes] * bool(changes) + [f"batch.global_size={rows}"] * (rows != job.batch.global_size)
     text = machine.label + (f" with {' '.join(changed)}" if changed else "")
-    return [_alternative(text, best, adjusted, shape, dataset_tokens)]
+    return _alternative(text, best, adjusted, dataset_tokens)
 
 
 PLAIN = "lora.dora=false"
@@ -131,8 +134,8 @@ def relaxations(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[tup
     if uncounted_adapters(job, shape) and job.method != "full":
         yield TYPED, replace(job, lora=replace(job.lora, targets=list(COUNTED)))
     if job.batch.global_size % gpus:
-        rows = math.ceil(job.batch.global_size / gpus) * gpus
-        yield f"batch.global_size={rows}", replace(job, batch=replace(job.batch, global_size=rows))
+        rows = rounded_up(job.batch.global_size, gpus)
+        yield f"batch.global_size={rows}", with_rows(job, rows)
     if job.micro_batch_size != "auto":
         yield "micro_batch_size=auto", replace(job, micro_batch_size="auto")
     for name in OPEN[1:]:
@@ -147,7 +150,7 @@ def relaxations(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[tup
         said = "optimizer.in_backward=true optimizer.max_grad_norm=0"
         yield said, stepped
         if job.batch.global_size > gpus:
-            yield f"{said} batch.global_size={gpus}", replace(stepped, batch=replace(job.batch, global_size=gpus))
+            yield f"{said} batch.global_size={gpus}", with_rows(stepped, gpus)
     lora, plain = replace(job.lora, dora=False), f" {PLAIN}" if job.lora.dora else ""
     if plain and job.method != "full":
         yield PLAIN, replace(job, lora=lora)
@@ -171,9 +174,8 @@ def _shorter(job: Job, changes: str = "") -> Iterator[tuple[str, Job]]:
         yield f"{before}sequence_length={length}", replace(job, sequence_length=length)
 
 
-def _alternative(text: str, best: Candidate, job: Job, shape: ModelShape, dataset_tokens: int | None) -> dict[str, Any]:
-    hours, rate = run_hours(job, shape, best, dataset_tokens), best.hardware.usd_per_hour
-    cost = None if hours is None or rate is None else round(hours * rate, 2)
+def _alternative(text: str, best: Candidate, job: Job, dataset_tokens: int | None) -> dict[str, Any]:
+    hours, rate = run_hours(job, best, dataset_tokens), best.hardware.usd_per_hour
     return {
         "change": text,
         "gpu": best.hardware.gpu,
@@ -181,9 +183,9 @@ def _alternative(text: str, best: Candidate, job: Job, shape: ModelShape, datase
         "plan": describe(best.setup),
         "needs_gib": round(best.memory.needed_gib, 2),
         "budget_gib": round(best.budget_gib, 2),
-        "tokens_per_second": None if best.tokens_per_second is None else round(best.tokens_per_second, 1),
-        "hours": None if hours is None else round(hours, 2),
-        "usd_per_hour": None if rate is None else round(rate, 2),
-        "cost_usd": cost,
+        "tokens_per_second": rounded(best.tokens_per_second, 1),
+        "hours": rounded(hours, 2),
+        "usd_per_hour": rounded(rate, 2),
+        "cost_usd": run_usd(hours, rate),
         "price": best.hardware.price_note,
     }

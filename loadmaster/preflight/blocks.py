@@ -1,13 +1,14 @@
 """The engine's modules on a replay tape: transformers' eager decoder layers, peft adapters, nf4, the chunked loss.
 
 Each function is the module of the same name, line by line, with sizes in place of values. N tokens, w bytes an
-activation (2 in bf16, 4 in fp32), h hidden, f feed-forward, r rank. What one kernel needs inside itself and a
-trace therefore cannot see is `hidden`; those figures are for the CUDA kernels and are off when `tape.in_place` is.
+activation (2 in bf16, 4 in fp32), h hidden, f feed-forward, r rank. What one kernel needs inside itself, and a
+trace therefore cannot see, is allocated and let go at once where `tape.in_place` is set; it is that of CUDA kernels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.preflight import dora, saved
@@ -33,12 +34,24 @@ BLOCK = 128
 """Tokens of a block of attention with capped scores."""
 
 
+class Linear(NamedTuple):
+    """The base of an adapter is frozen."""
+
+    matrix: Matrix
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    magnitudes: Tensor | None
+    """DoRA's."""
+
+
 @dataclass
 class Weights:
-    """Parameters of one layer (or the top) as tensors; the base of an adapter is frozen."""
+    """Parameters of one layer as tensors."""
 
-    linears: dict[str, tuple[Matrix, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
-    """name -> (matrix, weight, bias, lora A, lora B, DoRA's magnitudes)."""
+    linears: dict[str, Linear]
+    """By name."""
     norms: list[Tensor]
     query_key_norms: list[Tensor]
     rotary: Storage
@@ -50,9 +63,9 @@ class Weights:
 class Blocks:
     """Modules of one model under one setup, on one tape."""
 
-    def __init__(self, tape: Tape, shape: ModelShape, setup: Setup, accumulated: bool, tokens: int | None = None):
+    def __init__(self, tape: Tape, shape: ModelShape, setup: Setup, accumulated: bool):
         self.tape, self.shape, self.setup = tape, shape, setup
-        self.n = setup.tokens if tokens is None else tokens
+        self.n = setup.tokens
         if shape.attention_softcap:  # padded to whole blocks (models/capped.py)
             self.n = -(-self.n // BLOCK) * BLOCK
         self.w = setup.width
@@ -76,7 +89,7 @@ class Blocks:
                 a, b = (self._parameter(w * setup.lora_rank * size, uses) for size in (m.inputs, m.outputs))
                 magnitudes = self._parameter(dora.FP32 * m.outputs, uses) if setup.dora else None
             bias = self.base(w * m.outputs) if m.bias else None
-            linears[m.name] = (m, self.base(w * m.weight, uses), bias, a, b, magnitudes)
+            linears[m.name] = Linear(m, self.base(w * m.weight, uses), bias, a, b, magnitudes)
         each = w * shape.experts * shape.hidden_size
         mixed = [self.base(each * size) for size in (1, 2 * shape.expert_size, shape.expert_size)] if experts else []
         norms = [self.module(w * shape.hidden_size, name) for name in saved.layer_norms(shape)]
@@ -172,9 +185,9 @@ class Blocks:
 
     # ------------------------------------------------------------ linears
 
-    def linear(self, x: Tensor, entry: tuple, contiguous: bool = True) -> Tensor:
+    def linear(self, x: Tensor, linear: Linear, contiguous: bool = True) -> Tensor:
         """A linear with its adapter, if it has one. contiguous=False: its gradient comes transposed and is copied."""
-        m, weight, bias, a, b, magnitudes = entry
+        m, weight, bias, a, b, magnitudes = linear
         if self.setup.method == "qlora":
             out = nf4_matmul(self, x, m)
         elif self.setup.precision == "fp8" and self.setup.adapters:

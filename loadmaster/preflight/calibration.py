@@ -18,6 +18,8 @@ from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.memory import Bytes, context_bytes
 from loadmaster.preflight.shape import Matrix, ModelShape
 
+CALIBRATED = ("int4", "int4_gptq", "int4_awq", "nvfp4")
+"""Formats of export that are quantized with calibration data."""
 HESSIANS = ("int4", "int4_gptq")
 WIDTH = 2
 """Bytes of a value in bf16."""

@@ -1,23 +1,23 @@
-"""One plan for a job on some hardware: what it needs, whether that is there, how fast it is and how long it runs."""
+"""One plan for a job on some hardware: what it needs, whether that is there, and how fast it is."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.config.schema import Job
-from loadmaster.preflight.hardware import GIB, Hardware
-from loadmaster.preflight.memory import Memory, host_bytes, least_bytes, memory
+from loadmaster.preflight.hardware import Hardware
+from loadmaster.preflight.memory import Memory, memory
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.speed import overhead_hours, tokens_per_second
+from loadmaster.preflight.speed import tokens_per_second
 
 FORWARDS = {"dpo": 1, "kto": 3}
 """Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved.
-Where all weights are trained DPO's reference is asked before the first step (reference_hours)."""
+Where all weights are trained DPO's reference is asked before the first step (hours.reference_hours)."""
 
 
 @dataclass(frozen=True)
@@ -79,72 +79,9 @@ def fixed(job: Job, hardware: Hardware, method: str, checkpointing: str, tokens:
 
 
 def evaluate(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> Candidate:
-    budget_gib = hardware.memory_gib * (1 - job.plan.reserve)
-    return Candidate(shape, setup, memory(shape, hardware, setup), hardware, budget_gib)
+    return Candidate(shape, setup, memory(shape, hardware, setup), hardware, hardware.budget_gib(job.plan.reserve))
 
 
 def can_offload(hardware: Hardware) -> bool:
     """Whether layers' inputs may go to host memory: nothing does on a CPU, nor where its size is not known."""
     return not hardware.is_cpu and hardware.host_memory_gib is not None
-
-
-def inputs_are_too_much(failed: Candidate) -> bool:
-    """Whether what fits not, all recomputed, might with layers' inputs in host memory and MLPs by pieces."""
-    return failed.memory.needed_gib - failed.budget_gib <= failed.memory.train.activations / GIB
-
-
-def gradients_are_too_much(failed: Candidate) -> bool:
-    """Whether what fits not might if no gradients of earlier micro-batches lay beside it."""
-    return 0 < failed.memory.needed_gib - failed.budget_gib <= failed.memory.train.gradients / GIB
-
-
-def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:
-    """Whether what is needed at least, and what lies in host memory, leaves room for anything."""
-    if least_bytes(shape, hardware, setup) > hardware.memory_gib * (1 - job.plan.reserve) * GIB:
-        return False
-    has = hardware.host_memory_gib
-    return hardware.is_cpu or has is None or host_bytes(shape, setup) <= has * GIB
-
-
-def steps(job: Job, dataset_tokens: int | None) -> int | None:
-    """Optimizer steps of the run; None when the dataset's size is not known."""
-    if job.max_steps is not None:
-        return job.max_steps
-    if dataset_tokens is None:
-        return None
-    rows = math.ceil(dataset_tokens / job.sequence_length)
-    return max(1, math.ceil(math.ceil(rows / job.batch.global_size) * job.epochs))
-
-
-def mean_rows(job: Job, dataset_tokens: int | None) -> float:
-    """Of a step: the last one of an epoch has the rows that are left."""
-    if dataset_tokens is None:
-        return job.batch.global_size
-    rows = max(1, math.ceil(dataset_tokens / job.sequence_length))
-    return rows / math.ceil(rows / job.batch.global_size)
-
-
-def run_tokens(job: Job, dataset_tokens: int | None) -> float | None:
-    """Of all steps; None when the dataset's size is not known."""
-    count = steps(job, dataset_tokens)
-    return None if count is None else count * mean_rows(job, dataset_tokens) * job.sequence_length
-
-
-def reference_hours(job: Job, candidate: Candidate, dataset_tokens: int | None) -> float:
-    """Of the pass over the pairs that DPO makes before training, where all weights are trained; 0 for others."""
-    tokens, rate = run_tokens(job, dataset_tokens), candidate.tokens_per_second
-    if job.objective != "dpo" or candidate.setup.adapters or tokens is None or not rate:
-        return 0.0
-    asking = tokens_per_second(candidate.shape, candidate.hardware, replace(candidate.setup, forwards=FORWARDS["dpo"]))
-    return min(tokens, dataset_tokens or tokens) * (1 / asking - 1 / rate) / 3600
-
-
-def run_hours(job: Job, shape: ModelShape, candidate: Candidate, dataset_tokens: int | None) -> float | None:
-    """Start, download, load, training and export."""
-    tokens = run_tokens(job, dataset_tokens)
-    if tokens is None or not candidate.tokens_per_second:
-        return None
-    rented = candidate.hardware.usd_per_hour is not None
-    training = tokens / candidate.tokens_per_second / 3600
-    training += reference_hours(job, candidate, dataset_tokens)
-    return training + overhead_hours(job, shape, candidate.hardware, candidate.setup, rented)

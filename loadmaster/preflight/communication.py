@@ -33,10 +33,15 @@ from loadmaster.preflight.shards import units as fsdp_units
 from loadmaster.preflight.weights import base_bytes
 from loadmaster.preflight.zero_settings import reduce_bucket
 
+DDP_BUCKET_BYTES = 25e6
+"""Gradients that are reduced together: DistributedDataParallel's default (bucket_cap_mb)."""
+BACKWARD_SHARE = 2 / 3
+"""Of a micro-batch's compute: two of its three products are the backward pass's."""
+
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes of whole tensors that are gathered or reduced in one optimizer step, for the tables."""
+class Collectives:
+    """Bytes of whole tensors that are gathered and reduced in one optimizer step."""
 
     gathered: float = 0.0
     reduced: float = 0.0
@@ -58,22 +63,22 @@ def collective_seconds(bytes_: float, count: float, gpus: int, nodes: int, hardw
     return max(inside, between) + count * (value("latency", "collective_us") + hops) * 1e-6
 
 
-def step_traffic(shape: ModelShape, setup: Setup) -> Traffic:
+def step_traffic(shape: ModelShape, setup: Setup) -> Collectives:
     """What a step moves, all micro-batches."""
     trained, repeats = setup.trainable(shape), setup.gradient_accumulation_steps
     if setup.world_size == 1:
-        return Traffic()
+        return Collectives()
     setup = _as_fsdp(setup)
     if setup.shards > 1:
         unit, (dense, sparse, root) = whole(shape, setup), fsdp_units(shape, setup)
         layers, last = unit.gathered - root.gathered, sparse if shape.has_experts(shape.layers - 1) else dense
         once = root.gathered + (last.gathered if setup.forwards else 0)
         gathered = layers + once if setup.keeps_weights else repeats * (_passes(setup) * layers + once)
-        return Traffic(gathered, repeats * unit.reduced)
+        return Collectives(gathered, repeats * unit.reduced)
     if setup.stage:
-        return Traffic(setup.width * trained, (1 if setup.stage == 1 else repeats) * REDUCE_BYTES * trained)
+        return Collectives(setup.width * trained, (1 if setup.stage == 1 else repeats) * REDUCE_BYTES * trained)
     gradients = setup.width * trained
-    return Traffic(gradients, gradients)
+    return Collectives(gradients, gradients)
 
 
 def step_communication(shape: ModelShape, hardware: Hardware, setup: Setup, micro_batch_s: float) -> float:
@@ -81,31 +86,37 @@ def step_communication(shape: ModelShape, hardware: Hardware, setup: Setup, micr
     if setup.world_size == 1:
         return 0.0
     setup = _as_fsdp(setup)
-    exposed, repeats = value("efficiency", "exposed_collectives"), setup.gradient_accumulation_steps
-    gpus = setup.gpus_per_node
-    nodes = max(1, setup.world_size // gpus)
-    traffic = step_traffic(shape, setup)
-    inner = 1 if setup.replicas > 1 else nodes
-    layers = shape.layers
+    sent = step_traffic(shape, setup)
+    gpus, nodes = setup.gpus_per_node, setup.nodes
     if setup.shards > 1:
-        gathers = (layers + 1) / repeats if setup.keeps_weights else _passes(setup) * layers + 1
-        sent = collective_seconds(traffic.gathered / repeats, gathers, gpus, inner, hardware)
-        sent += collective_seconds(traffic.reduced / repeats, layers + 1, gpus, inner, hardware)
-        if setup.replicas > 1:
-            shard = 2 * traffic.reduced / repeats / setup.shards
-            sent += collective_seconds(shard * gpus, 2 * (layers + 1), 1, nodes, hardware)
-        sent += host_seconds(shape, hardware, setup)
-        open_s = _unhidden(shape, hardware, setup, gpus, inner)
-        hidden = max(0.0, sent - open_s)
-        return repeats * (max(0.0, hidden - micro_batch_s) + exposed * min(hidden, micro_batch_s) + open_s)
+        return _fsdp_seconds(shape, hardware, setup, sent, micro_batch_s)
     if setup.stage:
-        buckets = max(1.0, traffic.reduced / (REDUCE_BYTES * reduce_bucket(setup.trainable(shape))))
-        sent = 2 * collective_seconds(traffic.reduced, buckets, gpus, nodes, hardware)
-        return sent + collective_seconds(traffic.gathered, 1, gpus, nodes, hardware)
-    backward_s = 2 / 3 * micro_batch_s
-    buckets = max(1.0, traffic.reduced / repeats / 25e6)
-    both = 2 * collective_seconds(traffic.reduced, buckets, gpus, nodes, hardware)
-    return max(0.0, both - backward_s) + exposed * min(both, backward_s)
+        buckets = max(1.0, sent.reduced / (REDUCE_BYTES * reduce_bucket(setup.trainable(shape))))
+        seconds = 2 * collective_seconds(sent.reduced, buckets, gpus, nodes, hardware)
+        return seconds + collective_seconds(sent.gathered, 1, gpus, nodes, hardware)
+    buckets = max(1.0, sent.reduced / setup.gradient_accumulation_steps / DDP_BUCKET_BYTES)
+    return _waited(2 * collective_seconds(sent.reduced, buckets, gpus, nodes, hardware), BACKWARD_SHARE * micro_batch_s)
+
+
+def _fsdp_seconds(
+    shape: ModelShape, hardware: Hardware, setup: Setup, sent: Collectives, micro_batch_s: float
+) -> float:
+    gpus, nodes, inner = setup.gpus_per_node, setup.nodes, 1 if setup.replicas > 1 else setup.nodes
+    repeats, units = setup.gradient_accumulation_steps, shape.layers + 1
+    gathers = units / repeats if setup.keeps_weights else _passes(setup) * shape.layers + 1
+    seconds = collective_seconds(sent.gathered / repeats, gathers, gpus, inner, hardware)
+    seconds += collective_seconds(sent.reduced / repeats, units, gpus, inner, hardware)
+    if setup.replicas > 1:
+        shard = 2 * sent.reduced / repeats / setup.shards
+        seconds += collective_seconds(shard * gpus, 2 * units, 1, nodes, hardware)
+    seconds += _host_seconds(shape, hardware, setup)
+    open_s = _unhidden(shape, hardware, setup, gpus, inner)
+    return repeats * (_waited(max(0.0, seconds - open_s), micro_batch_s) + open_s)
+
+
+def _waited(sent_s: float, compute_s: float) -> float:
+    """Seconds that collectives add to the compute that they run beside."""
+    return max(0.0, sent_s - compute_s) + value("efficiency", "exposed_collectives") * min(sent_s, compute_s)
 
 
 def _passes(setup: Setup) -> int:
@@ -127,7 +138,7 @@ def _unhidden(shape: ModelShape, hardware: Hardware, setup: Setup, gpus: int, no
     return seconds + collective_seconds(root.reduced, 1, gpus, nodes, hardware)
 
 
-def host_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+def _host_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
     """Shards in host memory come up for each gathering, and gradients go down, in one micro-batch."""
     if setup.offload != "all" or hardware.is_cpu:
         return 0.0

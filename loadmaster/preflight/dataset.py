@@ -9,17 +9,13 @@ data gives the true number.
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 BYTES_PER_TOKEN = 4.2
 EXPANSION = {".parquet": 2.5, ".gz": 3.5, ".zst": 4.0}
 
 
-def estimate_tokens(file_bytes: dict[str, int], max_rows: int | None = None, rows: int | None = None) -> int:
-    """Tokens of one epoch. file_bytes: size of each file by its name; only max_rows of `rows` are used, if known."""
-    text = sum(size * EXPANSION.get(_suffix(name), 1.0) for name, size in file_bytes.items())
-    if max_rows is not None and rows:
-        text *= min(1.0, max_rows / rows)
+def estimate_tokens(file_bytes: dict[str, int]) -> int:
+    """Tokens of one epoch. file_bytes: size of each file by its name."""
+    text = sum(size * EXPANSION.get(PurePath(name).suffix.lower(), 1.0) for name, size in file_bytes.items())
     return max(1, round(text / BYTES_PER_TOKEN))
-
-
-def _suffix(name: str) -> str:
-    return "." + name.rsplit(".", 1)[-1].lower() if "." in name else ""

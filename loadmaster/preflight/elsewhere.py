@@ -12,26 +12,28 @@ from dataclasses import replace
 from typing import Any
 
 from loadmaster.config.schema import Job
-from loadmaster.preflight.candidate import Candidate, run_hours
+from loadmaster.preflight.batch import rounded_up, with_rows
+from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.hardware import Hardware, rentable
+from loadmaster.preflight.hours import run_hours, run_usd
+from loadmaster.preflight.plan import rounded
 from loadmaster.preflight.search import EQUAL_SPEED, search
-from loadmaster.preflight.shape import ModelShape
 
 
-def elsewhere(job: Job, shape: ModelShape, chosen: Candidate, dataset_tokens: int | None) -> list[dict[str, Any]]:
+def elsewhere(job: Job, chosen: Candidate, dataset_tokens: int | None) -> list[dict[str, Any]]:
     """Machines as dicts for plan.json, first what the objective prefers."""
     found, held = [], set()
     for machine in rentable():
         if machine.nodes > 1 and machine.gpu in held:
             continue
-        best, rows = on(job, shape, chosen, machine)
+        best = _best_on(machine, job, chosen)
         if best is not None:
             held.add(machine.gpu)
-            found.append(_row(job, shape, best, rows, dataset_tokens))
-    return sorted(found, key=lambda row: rank(row, job.plan.objective))
+            found.append(_row(job, best, dataset_tokens))
+    return sorted(found, key=lambda row: _rank(row, job.plan.objective))
 
 
-def rank(row: dict[str, Any], objective: str) -> tuple[float, ...]:
+def _rank(row: dict[str, Any], objective: str) -> tuple[float, ...]:
     """By the objective; what is as fast (or as large) as another within 2% is ranked by what it costs."""
     cost = row["cost_usd"] or row["usd_per_million_tokens"] or math.inf
     seconds = row["hours"] or 1 / (row["tokens_per_second"] or 1e-9)
@@ -39,19 +41,17 @@ def rank(row: dict[str, Any], objective: str) -> tuple[float, ...]:
     return round(math.log(first) / math.log(1 + EQUAL_SPEED)), cost, seconds
 
 
-def on(job: Job, shape: ModelShape, chosen: Candidate, machine: Hardware) -> tuple[Candidate | None, int]:
-    """(the best plan there, rows of a step); the plan itself on the machine that it was made for."""
-    here, rows = chosen.hardware, job.batch.global_size
+def _best_on(machine: Hardware, job: Job, chosen: Candidate) -> Candidate | None:
+    """The best plan there; the plan itself on the machine that it was made for."""
+    here = chosen.hardware
     if (machine.gpu, machine.count, machine.nodes) == (here.gpu, here.count, here.nodes):
-        return chosen, rows
-    rows = math.ceil(rows / machine.world_size) * machine.world_size
+        return chosen
     setup = chosen.setup
     job = replace(
-        job,
+        with_rows(job, rounded_up(job.batch.global_size, machine.world_size)),
         method=setup.method,
         offload=setup.offload,
         sharding="auto" if job.sharding == "none" or machine.world_size == 1 else job.sharding,
-        batch=replace(job.batch, global_size=rows),
         optimizer=replace(
             job.optimizer, name=setup.optimizer, master_weights=setup.master_weights, in_backward=setup.in_backward
         ),
@@ -60,13 +60,12 @@ def on(job: Job, shape: ModelShape, chosen: Candidate, machine: Hardware) -> tup
     if here.is_cpu:  # in fp32, weights that are their own masters; on a GPU that is another job
         states = replace(job.optimizer, master_weights="auto" if setup.optimizer == "adamw" else setup.master_weights)
         job = replace(job, precision="bf16", optimizer=states)
-    return search(job, shape, machine, explain=False).best, rows
+    return search(job, chosen.shape, machine, explain=False).best
 
 
-def _row(job: Job, shape: ModelShape, best: Candidate, rows: int, dataset_tokens: int | None) -> dict[str, Any]:
+def _row(job: Job, best: Candidate, dataset_tokens: int | None) -> dict[str, Any]:
     hardware, setup, speed = best.hardware, best.setup, best.tokens_per_second
-    adjusted = replace(job, batch=replace(job.batch, global_size=rows))
-    hours, rate = run_hours(adjusted, shape, best, dataset_tokens), hardware.usd_per_hour
+    hours, rate = run_hours(with_rows(job, setup.global_size), best, dataset_tokens), hardware.usd_per_hour
     return {
         "gpu": hardware.gpu,
         "count": hardware.count,
@@ -77,15 +76,15 @@ def _row(job: Job, shape: ModelShape, best: Candidate, rows: int, dataset_tokens
         "reshard_after_forward": setup.reshard_after_forward,
         "offload": setup.offload,
         "activation_checkpointing": setup.checkpointing,
-        "checkpointed_layers": shape.layers - setup.kept_layers if setup.kept_layers else None,
+        "checkpointed_layers": setup.checkpointed_layers(best.shape),
         "micro_batch_size": setup.micro_batch_size,
-        "global_size": rows,
+        "global_size": setup.global_size,
         "needs_gib": round(best.memory.needed_gib, 2),
         "budget_gib": round(best.budget_gib, 2),
-        "tokens_per_second": None if speed is None else round(speed, 1),
-        "hours": None if hours is None else round(hours, 3),
-        "usd_per_hour": None if rate is None else round(rate, 2),
-        "cost_usd": None if hours is None or rate is None else round(hours * rate, 2),
+        "tokens_per_second": rounded(speed, 1),
+        "hours": rounded(hours, 3),
+        "usd_per_hour": rounded(rate, 2),
+        "cost_usd": run_usd(hours, rate),
         "usd_per_million_tokens": None if rate is None or not speed else round(rate / 3600 / speed * 1e6, 4),
         "price": hardware.price_note,
     }

@@ -7,20 +7,12 @@ from itertools import product
 from typing import Any
 
 from loadmaster.config.schema import Job
-from loadmaster.preflight.candidate import (
-    Candidate,
-    can_offload,
-    conceivable,
-    evaluate,
-    fixed,
-    gradients_are_too_much,
-    inputs_are_too_much,
-    kept_layers,
-    may_compile,
-)
+from loadmaster.preflight.batch import divisors
+from loadmaster.preflight.candidate import Candidate, can_offload, evaluate, fixed, kept_layers, may_compile
 from loadmaster.preflight.compiled import kept_bytes
-from loadmaster.preflight.hardware import Hardware
-from loadmaster.preflight.refusals import divisors
+from loadmaster.preflight.hardware import GIB, Hardware
+from loadmaster.preflight.least import least_bytes
+from loadmaster.preflight.memory import host_bytes
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 
@@ -183,8 +175,8 @@ def precisions(job: Job, hardware: Hardware, tier: dict[str, Any]) -> tuple[str,
     return (tier["precision"], "fp8") if open_ else (tier["precision"],)
 
 
-def shardings(job: Job, hardware: Hardware, offload: str, whole: bool = False) -> list[tuple[str, int, bool]]:
-    """(sharding, replicas, reshard after forward): fully sharded over all GPUs, or over each node's. whole: not cut.
+def shardings(job: Job, hardware: Hardware, offload: str, whole: bool) -> list[Split]:
+    """Fully sharded over all GPUs, or over each node's, or not. whole: weights are not cut, for DoRA.
 
     Layers that stay whole come before those that are gathered twice: they are never slower.
     """
@@ -199,3 +191,21 @@ def shardings(job: Job, hardware: Hardware, offload: str, whole: bool = False) -
         keeps = (True,) if offload == "all" else (False, True)
         found += [("fsdp", replicas, reshard) for replicas in (1, hardware.nodes)[: 1 + hybrid] for reshard in keeps]
     return found
+
+
+def inputs_are_too_much(failed: Candidate) -> bool:
+    """Whether what fits not, all recomputed, might with layers' inputs in host memory and MLPs by pieces."""
+    return failed.memory.needed_gib - failed.budget_gib <= failed.memory.train.activations / GIB
+
+
+def gradients_are_too_much(failed: Candidate) -> bool:
+    """Whether what fits not might if no gradients of earlier micro-batches lay beside it."""
+    return 0 < failed.memory.needed_gib - failed.budget_gib <= failed.memory.train.gradients / GIB
+
+
+def conceivable(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> bool:
+    """Whether what is needed at least, and what lies in host memory, leaves room for anything."""
+    if least_bytes(shape, hardware, setup) > hardware.budget_gib(job.plan.reserve) * GIB:
+        return False
+    has = hardware.host_memory_gib
+    return hardware.is_cpu or has is None or host_bytes(shape, setup) <= has * GIB

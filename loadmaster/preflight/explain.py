@@ -10,17 +10,19 @@ from loadmaster.config.model_folder import lacking
 from loadmaster.config.rates import FAR, usual_rate
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
-from loadmaster.preflight.candidate import Candidate, can_offload, mean_rows, reference_hours, steps
+from loadmaster.preflight.batch import divisors
+from loadmaster.preflight.candidate import Candidate, can_offload
 from loadmaster.preflight.coefficients import coefficients
-from loadmaster.preflight.exports import export_problems
+from loadmaster.preflight.exports import counts_exports, export_problems
 from loadmaster.preflight.hardware import GIB, Hardware, not_offered, unknown_network
+from loadmaster.preflight.hours import mean_rows, reference_hours, steps
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.phases import answering
+from loadmaster.preflight.plan import rounded
 from loadmaster.preflight.refusals import TYPED, UNCOUNTED, uncounted_adapters
 from loadmaster.preflight.search import Found
 from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.speed import exports
 from loadmaster.preflight.targets import in_some_layers_only
 from loadmaster.preflight.verification import VerificationNeed
 
@@ -56,61 +58,61 @@ def shortfall(candidate: Candidate) -> str:
     return " and ".join(said) or f"fits: {need:.1f} GiB of {budget:.1f}"
 
 
-def rejection(job: Job, shape: ModelShape, candidate: Candidate) -> dict[str, Any]:
+def rejection(job: Job, candidate: Candidate) -> dict[str, Any]:
     return {
         "plan": describe(candidate.setup),
         "needs_gib": round(candidate.memory.needed_gib, 2),
         "budget_gib": round(candidate.budget_gib, 2),
         "host_memory_gib": candidate.memory.host_gib,
-        "reason": shortfall(candidate) + _explicit_remedy(job, shape, candidate),
+        "reason": shortfall(candidate) + _explicit_remedy(job, candidate),
     }
 
 
-def _explicit_remedy(job: Job, shape: ModelShape, failed: Candidate) -> str:
+def _explicit_remedy(job: Job, failed: Candidate) -> str:
     """The number that would fit, of what was written and is too large."""
     too_large = failed.memory.needed_gib > failed.budget_gib
-    if too_large and failed.setup.micro_batch_size == 1 and failed.setup.sequence_length > ROW_STEP:
-        longest = longest_row(job, shape, failed)
-        if longest:
-            return f"; sequence_length={longest} fits"
-    if job.micro_batch_size == "auto" or failed.memory.needed_gib <= failed.budget_gib:
+    alone = failed.setup.micro_batch_size == 1 and failed.setup.sequence_length > ROW_STEP
+    if too_large and alone and (longest := longest_row(job, failed)):
+        return f"; sequence_length={longest} fits"
+    if job.micro_batch_size == "auto" or not too_large:
         return ""
-    fits = largest_micro_batch(job, shape, failed)
+    fits = largest_micro_batch(job, failed)
     if fits == 0:
         return "; not even micro_batch_size=1 fits"
     if failed.setup.in_backward:  # a step is one micro-batch
         return f"; batch.global_size={fits * failed.hardware.world_size} micro_batch_size={fits} fits"
     rows = job.batch.global_size // failed.hardware.world_size
-    divides = max(d for d in range(1, fits + 1) if rows % d == 0)
-    whole = f" ({divides} is the largest that divides batch.global_size={job.batch.global_size})"
-    usable = "" if divides == fits else whole
-    return f"; micro_batch_size={fits} fits{usable}"
+    divides = max(size for size in divisors(rows) if size <= fits)
+    usable = f" ({divides} is the largest that divides batch.global_size={job.batch.global_size})"
+    return f"; micro_batch_size={fits} fits{'' if divides == fits else usable}"
+
+
+def refused(job: Job, chosen: Candidate, found: Found, rejected: list[dict[str, Any]]) -> list[str]:
+    """Why there is no plan; rejected: `rejection` of each plan that came nearest."""
+    said = found.refusals or _left_out(job, chosen.shape)
+    said = said + [f"{row['plan']}: {row['reason']}" for row in rejected]
+    return said + list(filter(None, [not_offered(chosen.hardware)]))
 
 
 def reasons(
-    job: Job, shape: ModelShape, chosen: Candidate, found: Found, verification: VerificationNeed,
-    dataset_tokens: int | None,
-) -> list[str]:  # fmt: skip
-    if found.best is None:
-        said = list(found.refusals) + ([] if found.refusals else _left_out(job, shape))
-        said += [f"{describe(c.setup)}: {shortfall(c)}{_explicit_remedy(job, shape, c)}" for c in found.nearest]
-        return [*said, *filter(None, [not_offered(chosen.hardware)])]
+    job: Job, chosen: Candidate, found: Found, verification: VerificationNeed, dataset_tokens: int | None
+) -> list[str]:
+    """Why this plan, and what one should know of it."""
+    shape, setup = chosen.shape, chosen.setup
     said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase of training that needs most"]
     said += how_much(job, dataset_tokens)
     if asking := reference_hours(job, chosen, dataset_tokens):
         took = f"{asking:.2g} of these hours" if asking >= 0.01 else "less than a minute"
         said.append(f"the model is asked about the pairs before the first step, {took}: dpo compares with it")
-    said += filter(None, [not_offered(chosen.hardware)])
-    said += filter(None, [unknown_network(chosen.hardware)])
+    said += filter(None, [not_offered(chosen.hardware), unknown_network(chosen.hardware)])
     if found.nearest:
         better = found.nearest[-1]
         said.append(f"more faithful, but does not fit: {describe(better.setup)} {shortfall(better)}")
     said += _left_out(job, shape)
     said += [against(chosen, other) for other in found.others]
-    known = shape.max_position
-    if longest := _longest(job, shape, chosen):
+    if longest := _longest(job, chosen):
         said.append(f"the longest row that fits here, recomputed and one at a time: {longest}")
-    setup = chosen.setup
+    known = shape.max_position
     if known and setup.sequence_length > known:
         said.append(
             f"rows of {setup.sequence_length:,} tokens are longer than the {known:,} that the model knows: "
@@ -121,7 +123,7 @@ def reasons(
         said.append(f"lora.targets adapts some layers only and was counted in all {shape.layers}: less is needed")
     if setup.offload != "none" and not chosen.hardware.is_cpu:
         said.append(f"{chosen.memory.host_gib:.0f} GiB of host memory hold what the GPUs cannot")
-    said += about_answers(job, shape, chosen)
+    said += about_answers(job, chosen)
     said += about_verification(job, chosen, verification)
     if shape.estimate:
         traced = "" if job.plan.trace else "; plan.trace=true counts the model itself and traces its step"
@@ -136,15 +138,15 @@ def reasons(
     return said
 
 
-def _longest(job: Job, shape: ModelShape, chosen: Candidate) -> str:
+def _longest(job: Job, chosen: Candidate) -> str:
     """Tokens; where they are fewer than the model knows, also of rows whose layers' inputs go to host memory. Empty
     where none fits alone, beside accumulated gradients."""
-    longest, known = longest_row(job, shape, chosen), shape.max_position
+    longest, known = longest_row(job, chosen), chosen.shape.max_position
     if not longest:
         return ""
     most, said = longest, f"{longest:,} tokens"
     if known and longest < known and job.activation_checkpointing == "auto" and can_offload(chosen.hardware):
-        most = max(longest, longest_row(job, shape, chosen, offload=True))
+        most = max(longest, longest_row(job, chosen, offload=True))
         said += f", or {most:,} with layers' inputs in host memory" if most > longest else ""
     beyond = f", {'more than' if most > known else 'of'} the {known:,} that the model knows" if known else ""
     return said + beyond
@@ -188,9 +190,10 @@ def about_rate(job: Job, method: str) -> list[str]:
     return [f"optimizer.lr={given:g} is {than} the usual learning rate of {trained}: optimizer.lr=auto takes {usual:g}"]
 
 
-def about_answers(job: Job, shape: ModelShape, chosen: Candidate) -> list[str]:
+def about_answers(job: Job, chosen: Candidate) -> list[str]:
     """Where the evaluate stage's answers may need more than there is: how long their prompts are is not known here."""
-    (need, asked), budget = answering(job, shape, chosen.hardware, chosen.setup), chosen.budget_gib * GIB
+    need, asked = answering(job, chosen.shape, chosen.hardware, chosen.setup)
+    budget = chosen.budget_gib * GIB
     if need.total <= budget or job.stop_after == "train":
         return []
     fit = max(0, int((budget - need.total + need.activations) * asked // need.activations))
@@ -203,7 +206,7 @@ def about_answers(job: Job, shape: ModelShape, chosen: Candidate) -> list[str]:
 
 def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> list[str]:
     """Where the export's verification puts a model that one GPU does not hold, and what that costs."""
-    if need.is_whole or not exports(job):
+    if need.is_whole or not counts_exports(job):
         return []
     on_cpu = chosen.hardware.is_cpu
     if need.placement is None:
@@ -225,11 +228,6 @@ def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> l
     return [said if on_cpu else f"{said}; not seen on {where} yet"]
 
 
-def can_export(job: Job, verification: dict[str, Any] | None) -> bool:
-    """Whether the last stage that the job asks for can pass, by a plan's `verification`."""
-    return verification is None or verification["fits"] or not exports(job)
-
-
 def against(chosen: Candidate, other: Candidate) -> str:
     """What the runner-up would win or cost."""
     gib = round(other.memory.needed_gib - chosen.memory.needed_gib, 1)
@@ -245,7 +243,7 @@ def runner_up(chosen: Candidate, other: Candidate) -> dict[str, Any]:
     return {
         "plan": describe(other.setup),
         "needs_gib": round(other.memory.needed_gib, 2),
-        "tokens_per_second": None if other.tokens_per_second is None else round(other.tokens_per_second, 1),
+        "tokens_per_second": rounded(other.tokens_per_second, 1),
         "difference": against(chosen, other),
     }
 

@@ -21,6 +21,11 @@ WHOLE = ("adapter", "bf16", "gguf")
 """Formats that leave linear layers as they are, or treat all matrices alike."""
 
 
+def counts_exports(job: Job) -> bool:
+    """Whether what a plan says of hours, dollars and what will not pass has the export in it."""
+    return job.stop_after not in ("train", "evaluate")
+
+
 def refuse_unholdable(job: Job, shape: ModelShape) -> None:
     """Raises ConfigError where the job ends with an export that cannot be made of this model, or cannot be served."""
     found = list(export_problems(job, shape))
@@ -30,7 +35,7 @@ def refuse_unholdable(job: Job, shape: ModelShape) -> None:
 
 def export_problems(job: Job, shape: ModelShape) -> Iterator[Problem]:
     """What the exports of a job would come to grief on; of a model that is only estimated no format is judged."""
-    if job.stop_after in ("train", "evaluate"):
+    if not counts_exports(job):
         return
     problems = {name: problem for name in job.export.formats if (problem := unholdable(name, shape))}
     if problems and not shape.estimate:

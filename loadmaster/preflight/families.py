@@ -91,8 +91,6 @@ OTHER_LAYERS = {
 }
 """Keys of a config.json that say of a family which is not modelled that its layers are not Llama's."""
 OTHER_WORDS = {"mamba": "state space layers", "ssm": "state space layers", "rwkv": "state space layers"}
-
-
 UNTRAINED = {"gpt_oss": "attention sinks"}
 """By model type, what packed attention cannot do; loadmaster.models.load refuses it too, once the weights are there."""
 

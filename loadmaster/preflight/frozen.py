@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 from loadmaster.preflight.graph import Storage, Tensor
 from loadmaster.preflight.shape import Matrix
 
-WIDE = 512
-"""Inputs of a product that selective checkpointing keeps; an adapter's second product has its rank."""
-
-SHARING = ("k_proj", "v_proj", "up_proj")
-"""Matrices of a layer whose input another one has as well."""
-
 if TYPE_CHECKING:
     from loadmaster.preflight.blocks import Blocks
+
+WIDE = 512
+"""Inputs of a product that selective checkpointing keeps; an adapter's second product has its rank."""
+SHARING = ("k_proj", "v_proj", "up_proj")
+"""Matrices of a layer whose input another one has as well."""
 
 
 def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:

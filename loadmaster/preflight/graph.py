@@ -20,8 +20,6 @@ class Storage:
         tape.live += size
         if tape.live > tape.peak:
             tape.peak, tape.climbing = tape.live, True
-        if tape.events is not None and size:
-            tape.events.append(size)
 
     def __del__(self):
         tape = self.tape
@@ -29,8 +27,6 @@ class Storage:
             tape.top()
         tape.live -= self.bytes
         tape.by_tag[self.tag] -= self.bytes
-        if tape.events is not None and self.bytes:
-            tape.events.append(-self.bytes)
 
     def retag(self, tag: str) -> None:
         self.tape.top()

@@ -1,28 +1,25 @@
 """What there is to train on: the machine's own GPUs or CPU, or machines of the catalogue. No torch.
 
-Local GPUs are asked through the driver's management library (NVML, by ctypes), which answers in
-milliseconds and needs no CUDA context. Its memory figure counts what the driver itself keeps, so the
-catalogue's usable figure is taken for a known card.
+What the driver says of a card's memory (nvml.py) counts what it keeps itself, so the catalogue's usable figure is taken
+for a known card.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import HardwareConfig
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.nvml import local_gpus
 from loadmaster.processors import threads
 
 GIB = 2**30
-NVML = "libnvidia-ml.so.1"
 OWN_PRICE = "plan.prices_usd_per_hour"
 DRIVER_SHARE = 0.994
 """Share of NVML's total that a process can use, of a card that is not in the catalogue (an H100's: 0.994)."""
@@ -45,12 +42,10 @@ class Hardware:
     compute_capability: float
     bandwidth_gb_per_s: float
     tflops: dict[str, float]
-    link: str
     link_gb_per_s: float
     host_gb_per_s: float
     network_gbps: float = 0.0
     """Of a whole node."""
-    disk_gb: float | None = None
     usd_per_hour: float | None = None
     """Of everything: nodes x count x the price of a GPU."""
     price_note: str = ""
@@ -68,6 +63,10 @@ class Hardware:
     @property
     def has_fp8(self) -> bool:
         return "fp8" in self.tflops and self.compute_capability >= 8.9
+
+    def budget_gib(self, reserve: float) -> float:
+        """What a plan may take of one GPU; reserve: the share that it leaves free (plan.reserve)."""
+        return self.memory_gib * (1 - reserve)
 
     @property
     def label(self) -> str:
@@ -107,11 +106,9 @@ def from_catalog(gpu: str, count: int, nodes: int = 1) -> Hardware:
         compute_capability=facts["compute_capability"],
         bandwidth_gb_per_s=facts["bandwidth_gb_per_s"],
         tflops=facts["tflops"],
-        link=facts["link"],
         link_gb_per_s=facts["link_gb_per_s"],
         host_gb_per_s=facts["host_gb_per_s"],
         network_gbps=machine.get("network_gbps", 0.0),
-        disk_gb=machine.get("disk_gb"),
         usd_per_hour=None if price is None else price["pod_usd_per_hour"] * count * nodes,
         price_note="" if price is None else f"{catalog.prices()['provider']} list price of {dated(price)}",
     )
@@ -175,7 +172,6 @@ def cpu(count: int = 1, nodes: int = 1) -> Hardware:
         compute_capability=0.0,
         bandwidth_gb_per_s=value("cpu", "bandwidth_gb_per_s") / count,
         tflops={"fp32": value("cpu", "tflops_per_thread") * threads() / count},
-        link="none" if count * nodes == 1 else "loopback",
         link_gb_per_s=value("cpu", "gloo_gb_per_s"),
         host_gb_per_s=value("cpu", "bandwidth_gb_per_s"),
         network_gbps=8 * count * value("cpu", "gloo_gb_per_s"),
@@ -220,17 +216,9 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
         remedy = f"hardware.count={alike}, or CUDA_VISIBLE_DEVICES with the numbers of like ones"
         raise ConfigError([Problem("hardware.count", count, IN_THE_JOB, message, remedy)])
     if count > len(cards):
-        raise ConfigError(
-            [
-                Problem(
-                    "hardware.count",
-                    count,
-                    IN_THE_JOB,
-                    f"this machine has {len(cards)} GPU(s)",
-                    f"use hardware.count={len(cards)} or less, or name a machine of the catalogue with hardware.gpu",
-                )
-            ]
-        )
+        message = f"this machine has {len(cards)} GPU(s)"
+        remedy = f"use hardware.count={len(cards)} or less, or name a machine of the catalogue with hardware.gpu"
+        raise ConfigError([Problem("hardware.count", count, IN_THE_JOB, message, remedy)])
     host = host_memory_gib()
     known = catalog_name(name, total_gib)
     if known is not None:
@@ -242,9 +230,8 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
             host_memory_gib=host,
             usd_per_hour=None,
             price_note="",
-            disk_gb=None,
         )
-    return Hardware(
+    return Hardware(  # its rates are placeholders: no speed is worked out from them
         gpu=name,
         count=count,
         nodes=nodes,
@@ -253,7 +240,6 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
         compute_capability=capability,
         bandwidth_gb_per_s=500.0,
         tflops={"bf16": 100.0, "fp32": 20.0},
-        link="pcie",
         link_gb_per_s=16.0,
         host_gb_per_s=16.0,
         known=False,
@@ -269,46 +255,3 @@ def catalog_name(driver_name: str, total_gib: float) -> str | None:
             found[key] = len(words), abs(total_gib / facts["memory_gib"] - 1)
     alike = [key for key, (_, off) in found.items() if off < 0.09]
     return max(alike, key=lambda key: found[key][0], default=None)
-
-
-def local_gpus() -> list[tuple[str, float, float]]:
-    """(driver's name, total memory in GiB, compute capability) of each visible GPU; empty without a driver."""
-    try:
-        nvml = ctypes.CDLL(NVML)
-    except OSError:
-        return []
-    if nvml.nvmlInit_v2() != 0:
-        return []
-    try:
-        count = ctypes.c_uint()
-        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return []
-        cards = [_card(nvml, index) for index in range(count.value)]
-    finally:
-        nvml.nvmlShutdown()
-    return _visible([card for card in cards if card is not None])
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
-
-
-def _card(nvml: Any, index: int) -> tuple[str, float, float] | None:
-    device, name, memory = ctypes.c_void_p(), ctypes.create_string_buffer(96), _Memory()
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) != 0:
-        return None
-    nvml.nvmlDeviceGetName(device, name, 96)
-    nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
-    nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
-    return name.value.decode(), memory.total / GIB, major.value + minor.value / 10
-
-
-def _visible(cards: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return cards
-    indices = [part.strip() for part in chosen.split(",") if part.strip()]
-    if all(part.isdecimal() for part in indices):
-        return [cards[int(part)] for part in indices if int(part) < len(cards)]
-    return cards[: len([part for part in indices if not part.startswith("-")])]

@@ -8,12 +8,11 @@ from dataclasses import replace
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.config.schema import Job
 from loadmaster.preflight.candidate import Candidate, evaluate, fixed, kept_layers, may_compile
-from loadmaster.preflight.shape import ModelShape
 
 ROW_STEP, MOST_ROW = 256, 2**24
 
 
-def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
+def largest_micro_batch(job: Job, failed: Candidate) -> int:
     """Rows that fit in place of `failed`'s, all else equal; where it steps in the backward pass, as all rows of a step.
     0 when not even one does."""
     rows = failed.setup.micro_batch_size * failed.setup.gradient_accumulation_steps
@@ -22,12 +21,12 @@ def largest_micro_batch(job: Job, shape: ModelShape, failed: Candidate) -> int:
         middle = (low + high) // 2
         steps = 1 if failed.setup.in_backward else math.ceil(rows / middle)
         setup = replace(failed.setup, micro_batch_size=middle, gradient_accumulation_steps=steps)
-        tried = evaluate(job, shape, failed.hardware, setup)
+        tried = evaluate(job, failed.shape, failed.hardware, setup)
         low, high = (middle, high) if tried.fits else (low, middle)
     return low
 
 
-def longest_row(job: Job, shape: ModelShape, like: Candidate, offload: bool = False) -> int:
+def longest_row(job: Job, like: Candidate, offload: bool = False) -> int:
     """Tokens of the longest row, a multiple of ROW_STEP, that fits one at a time, recomputed, with weights cut where
     the plan may cut them and layers dropped after their forward pass.
 
@@ -38,7 +37,7 @@ def longest_row(job: Job, shape: ModelShape, like: Candidate, offload: bool = Fa
     checkpointing = job.activation_checkpointing
     if checkpointing == "auto":
         checkpointing = "offload" if offload or like.setup.checkpointing == "offload" else "full"
-    kept = kept_layers(job, shape, checkpointing)
+    kept = kept_layers(job, like.shape, checkpointing)
     steps = 1 if like.setup.in_backward else like.setup.micro_batch_size * like.setup.gradient_accumulation_steps
     alone = {"micro_batch_size": 1, "gradient_accumulation_steps": steps}
     whole = job.sharding != "auto" or like.setup.sharding != "ddp" or (like.setup.dora and like.setup.adapters)
@@ -48,7 +47,7 @@ def longest_row(job: Job, shape: ModelShape, like: Candidate, offload: bool = Fa
     def missing(length: int) -> float:
         compiled = fixed(job, like.hardware, setup.method, checkpointing, length)["compiled"]
         tried = replace(setup, sequence_length=length, compiled=compiled)
-        return evaluate(job, shape, like.hardware, tried).missing_gib
+        return evaluate(job, like.shape, like.hardware, tried).missing_gib
 
     low, high = max(ROW_STEP, setup.sequence_length // ROW_STEP * ROW_STEP), 2 * MOST_ROW
     known = setup == like.setup and not like.fits

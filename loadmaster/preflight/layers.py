@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loadmaster.preflight import blocks
-from loadmaster.preflight.blocks import Blocks, Weights
+from loadmaster.preflight.blocks import Blocks, Linear, Weights
 from loadmaster.preflight.graph import Split, Storage, Tensor
 from loadmaster.preflight.mixture import activation, halves, mixture
 
@@ -47,14 +47,14 @@ def attention(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
         k = k if late else normed(k, 1, shape.key_value_heads)
         v = product("v_proj", shape.key_value_heads)
         q, k = (normed(q, 0, shape.heads), normed(k, 1, shape.key_value_heads)) if late else (q, k)
-    q, k = rotate_both(b, q, k, weights.rotary)
+    q, k = b.rotate(q, weights.rotary), b.rotate(k, weights.rotary)
     out = b.attention(q, k, v)
     if shape.fused and shape.heads > 1:  # q was joined head by head, so the result lies so and is put in token order
         out = b.copy(out)
     return b.linear(out, linears["o_proj"])
 
 
-def fused_query_key_value(b: Blocks, h: Tensor, linears: dict) -> tuple[Tensor, Tensor, Tensor]:
+def fused_query_key_value(b: Blocks, h: Tensor, linears: dict[str, Linear]) -> tuple[Tensor, Tensor, Tensor]:
     shape = b.shape
     whole = b.linear(h, linears["qkv_proj"])
     width = shape.query_size + 2 * shape.key_value_size
@@ -62,10 +62,6 @@ def fused_query_key_value(b: Blocks, h: Tensor, linears: dict) -> tuple[Tensor, 
     k = b.slice(whole, shape.key_value_size / width)
     v = b.slice(whole, shape.key_value_size / width)
     return q, k, v
-
-
-def rotate_both(b: Blocks, q: Tensor, k: Tensor, rotary: Storage) -> tuple[Tensor, Tensor]:
-    return b.rotate(q, rotary), b.rotate(k, rotary)
 
 
 def mlp(b: Blocks, weights: Weights, h: Tensor) -> Tensor:

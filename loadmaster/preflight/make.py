@@ -9,17 +9,18 @@ from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
 from loadmaster.preflight import saved, targets
 from loadmaster.preflight.alternatives import alternatives
-from loadmaster.preflight.candidate import Candidate, closeness, run_hours
+from loadmaster.preflight.candidate import Candidate, closeness
 from loadmaster.preflight.config_json import find_shape
+from loadmaster.preflight.disk import disk_bytes
 from loadmaster.preflight.elsewhere import elsewhere
-from loadmaster.preflight.explain import basis, reasons, rejection, runner_up
-from loadmaster.preflight.exports import refuse_unholdable
+from loadmaster.preflight.explain import basis, reasons, refused, rejection, runner_up
+from loadmaster.preflight.exports import counts_exports, refuse_unholdable
 from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardware
-from loadmaster.preflight.phases import components_gib, disk_bytes, phase_bytes, phases_gib
-from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan
+from loadmaster.preflight.hours import run_hours, run_usd
+from loadmaster.preflight.phases import components_gib, phase_bytes, phases_gib
+from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan, rounded
 from loadmaster.preflight.search import Found, search, smallest
-from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.speed import exports, model_flops
+from loadmaster.preflight.speed import model_flops
 from loadmaster.preflight.verification import verifying
 
 
@@ -46,20 +47,22 @@ def make_plan(
     hardware = replace(hardware, memory_gib=card_share * hardware.memory_gib)
     found = search(job, shape, hardware)
     chosen = found.best or min(found.nearest, key=closeness, default=None) or smallest(job, shape, hardware)
-    plan = _plan(job, shape, chosen, found, dataset_tokens)
+    plan = _plan(job, chosen, found, dataset_tokens)
     if found.best is not None:
-        return replace(plan, elsewhere=elsewhere(job, shape, chosen, dataset_tokens)) if with_elsewhere else plan
+        return replace(plan, elsewhere=elsewhere(job, chosen, dataset_tokens)) if with_elsewhere else plan
     if not with_alternatives:
         return plan
     return replace(plan, alternatives=alternatives(job, shape, hardware, dataset_tokens))
 
 
-def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_tokens: int | None) -> Plan:
-    setup, hardware, fits = chosen.setup, chosen.hardware, found.best is not None
+def _plan(job: Job, chosen: Candidate, found: Found, dataset_tokens: int | None) -> Plan:
+    shape, setup, hardware, fits = chosen.shape, chosen.setup, chosen.hardware, found.best is not None
     phases, verification = phase_bytes(job, shape, hardware, setup), verifying(job, shape, hardware, setup)
+    rejected = [rejection(job, each) for each in found.nearest]
+    why = reasons(job, chosen, found, verification, dataset_tokens) if fits else refused(job, chosen, found, rejected)
     head = setup.trains("lm_head") or (shape.tied and setup.trains("embed_tokens"))
-    speed = chosen.tokens_per_second if fits else None  # what does not run has no speed, and costs nothing
-    hours, rate = run_hours(job, shape, chosen, dataset_tokens) if fits else None, hardware.usd_per_hour
+    # What does not run has no speed, and costs nothing.
+    speed, hours = (chosen.tokens_per_second, run_hours(job, chosen, dataset_tokens)) if fits else (None, None)
     return Plan(
         fits=fits,
         model=ModelSummary(
@@ -78,7 +81,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
             count=hardware.count,
             nodes=hardware.nodes,
             memory_gib=round(hardware.memory_gib, 2),
-            host_memory_gib=None if hardware.host_memory_gib is None else round(hardware.host_memory_gib, 2),
+            host_memory_gib=rounded(hardware.host_memory_gib, 2),
         ),
         method=setup.method,
         precision=setup.precision,
@@ -87,7 +90,7 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         reshard_after_forward=setup.reshard_after_forward,
         offload=setup.offload,
         activation_checkpointing=setup.checkpointing,
-        checkpointed_layers=shape.layers - setup.kept_layers if setup.kept_layers else None,
+        checkpointed_layers=setup.checkpointed_layers(shape),
         optimizer=setup.optimizer,
         master_weights=setup.master_weights,
         learning_rate=peak_rate(job, setup.method),
@@ -103,16 +106,15 @@ def _plan(job: Job, shape: ModelShape, chosen: Candidate, found: Found, dataset_
         budget_gib=round(chosen.budget_gib, 2),
         host_memory_gib=chosen.memory.host_gib,
         disk_gib=round((disk_bytes(job, shape, setup) + verification.disk_bytes) / GIB, 2),
-        tokens_per_second=None if speed is None else round(speed, 1),
-        hours=None if hours is None else round(hours, 4),
-        cost_usd=None if hours is None or rate is None else round(hours * rate, 2),
-        reasons=reasons(job, shape, chosen, found, verification, dataset_tokens),
-        rejected=[rejection(job, shape, c) for c in found.nearest]
-        + [{"plan": "", "reason": refusal} for refusal in found.refusals],
+        tokens_per_second=rounded(speed, 1),
+        hours=rounded(hours, 4),
+        cost_usd=run_usd(hours, hardware.usd_per_hour),
+        reasons=why,
+        rejected=rejected + [{"plan": "", "reason": refusal} for refusal in found.refusals],
         runners_up=[runner_up(chosen, other) for other in found.others],
         price=_price(hardware),
         basis=basis(hardware, setup),
-        verification={**verification.summary(), "in_hours": exports(job) and not hardware.is_cpu},
+        verification={**verification.summary(), "in_hours": counts_exports(job) and not hardware.is_cpu},
     )
 
 

@@ -19,8 +19,8 @@ from loadmaster.preflight.pinned import in_pieces
 from loadmaster.preflight.plan import MemoryGib, PeakGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.shards import frozen_form, units, whole
-from loadmaster.preflight.step import Replayed, evaluation_batch, gradient_bytes, training_step
+from loadmaster.preflight.shards import whole
+from loadmaster.preflight.step import Replayed, evaluation_batch, replay_key, training_step
 from loadmaster.preflight.trained import factored_bytes, on_host_bytes, rounded_bytes, widened_bytes
 from loadmaster.preflight.weights import base_bytes
 from loadmaster.preflight.zero import ZeroBytes, zero_bytes
@@ -28,7 +28,7 @@ from loadmaster.preflight.zero import ZeroBytes, zero_bytes
 
 @dataclass(frozen=True)
 class Bytes:
-    """Peak of one GPU in the training step, by component."""
+    """Peak of one GPU in some phase, by component."""
 
     weights: float = 0
     gradients: float = 0
@@ -52,7 +52,7 @@ class Bytes:
 class Memory:
     train: Bytes
     phases: dict[str, float]
-    """GiB of one GPU in the phases that run in training: load, train, evaluate, save."""
+    """GiB of one GPU in each of `phases_in_training`."""
     peak: PeakGib
     host_gib: float
 
@@ -62,16 +62,21 @@ class Memory:
         return max(self.phases.values())
 
 
+EIGHT_BIT_STATES = 2 * (1 + 4 / 256)
+"""Two moments of a byte, each with an fp32 scale for every 256 (bitsandbytes)."""
+STATE_BYTES = {
+    "adamw": 8.0,
+    "adamw_bf16": 4.0,
+    "adamw_8bit": EIGHT_BIT_STATES,
+    "paged_adamw_8bit": EIGHT_BIT_STATES,
+    "adafactor": 0.004,
+}
+"""Of each trainable parameter, without masters. Adafactor's are a row and a column in fp32: of a matrix 2,048 wide."""
+
+
 def state_bytes(setup: Setup) -> float:
     """Optimizer states for each trainable parameter, the fp32 master copy included."""
-    states = {
-        "adamw": 8.0,
-        "adamw_bf16": 4.0,
-        "adamw_8bit": 2 + 2 * 4 / 256,
-        "paged_adamw_8bit": 2 + 2 * 4 / 256,
-        "adafactor": 0.004,
-    }
-    return states[setup.optimizer] + (4.0 if setup.master_weights and setup.precision != "fp32" else 0.0)
+    return STATE_BYTES[setup.optimizer] + (4.0 if setup.master_weights and setup.precision != "fp32" else 0.0)
 
 
 def step_bytes(shape: ModelShape, setup: Setup) -> float:
@@ -99,10 +104,8 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
     weights, gradients, local = resident(shape, setup)
     weights += setup.width * local if hardware.is_cpu else 0.0  # the rehearsal's copy, which is on the host
     optimizer = zero_bytes(shape, setup).states if setup.stage else state_bytes(setup) * local
-    if setup.offload != "none" and not hardware.is_cpu:
+    if setup.states_on_host and not hardware.is_cpu:
         optimizer = 0.0
-    elif setup.optimizer == "paged_adamw_8bit" and not hardware.is_cpu:
-        optimizer = 0.0  # managed memory: the host's, but for the pages in use
     replayed, static = worst_micro_batch(shape, setup)
     if setup.offload == "all" and not setup.stage and not hardware.is_cpu:
         weights = gradients = static = 0.0
@@ -120,20 +123,20 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
         if hardware.is_cpu:
             reducing += max(0.0, zero.host - optimizer)
     backward = Bytes(
-        weights,
-        static + at["gradients"],
-        optimizer,
-        at["activations"],
-        at["logits"],
-        at["quantization"],
-        at["communication"] + communication + reducing,
-        context,
+        weights=weights,
+        gradients=static + at["gradients"],
+        optimizer=optimizer,
+        activations=at["activations"],
+        logits=at["logits"],
+        quantization=at["quantization"],
+        communication=at["communication"] + communication + reducing,
+        context=context,
     )
     stepped_here = setup.offload == "none" or setup.stage or hardware.is_cpu
     step = Bytes(
-        weights,
-        gradients + (step_bytes(shape, setup) if stepped_here else 0.0),
-        optimizer,
+        weights=weights,
+        gradients=gradients + (step_bytes(shape, setup) if stepped_here else 0.0),
+        optimizer=optimizer,
         communication=communication,
         context=context,
     )
@@ -146,62 +149,6 @@ def zero_peak(replayed: Replayed, zero: ZeroBytes) -> tuple[dict[str, int], floa
     parts = {"start": nothing, **replayed.phases}
     found = [(parts[name], more) for name, more in zero.phases.items() if name in parts]
     return max(found, key=lambda part: sum(part[0].values()) + part[1])
-
-
-def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
-    """Weights, states and what layers keep at least: quick to say, never more than is needed, and it rules most plans
-    out."""
-    weights, gradients, local = resident(shape, setup)
-    inputs = max(kept_at_least(shape, setup, 0) + gathered_bytes(shape, setup), reducing_bytes(shape, setup))
-    if setup.stage:
-        return inputs if hardware.is_cpu or setup.offload == "all" else weights + inputs
-    before = gradients if setup.gradient_accumulation_steps > 1 else 0.0  # else they come as inputs go
-    if hardware.is_cpu:
-        return weights + state_bytes(setup) * local + before + inputs
-    if setup.offload == "all":
-        return context_bytes(hardware) + inputs
-    on_host = setup.offload != "none" or setup.optimizer == "paged_adamw_8bit"
-    states = 0.0 if on_host else state_bytes(setup) * local
-    return weights + states + max(before + inputs, gradients) + context_bytes(hardware)
-
-
-def gathered_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Of whole units at least, where all layers have run forward: all of them, or the root, the parameters of the last
-    layer and the buffer of the one before it (units.py)."""
-    if setup.shards == 1:
-        return 0
-    if setup.keeps_weights:
-        return whole(shape, setup).gathered
-    *layers, root = units(shape, setup)
-    return root.gathered + min(2, shape.layers) * min(layers[experts].gathered for experts in _kinds(shape))
-
-
-def reducing_bytes(shape: ModelShape, setup: Setup) -> int:
-    """At least, where the last layer but one has run backward: the same, with its own gradients, and those of the last
-    one in the buffer of their reduction."""
-    if setup.shards == 1 or setup.keeps_weights or shape.layers < 3:
-        return 0
-    *layers, _ = units(shape, setup)
-    reduced = min(layers[experts].reduced for experts in _kinds(shape))
-    own = min(gradient_bytes(shape, setup, experts) for experts in _kinds(shape))
-    return kept_at_least(shape, setup, 2) + gathered_bytes(shape, setup) + reduced + own
-
-
-def _kinds(shape: ModelShape) -> list[bool]:
-    """Whether it has experts, of each kind of layer that there is."""
-    return [False] * bool(shape.dense_layers) + [True] * bool(shape.expert_layers)
-
-
-def kept_at_least(shape: ModelShape, setup: Setup, done: int) -> int:
-    """For the backward pass of all layers but the last `done`: their inputs; where nothing is recomputed, attention's
-    queries, keys, values and results as well, and a dense layer's gate and what it gates. The first layer may have
-    nothing to train before them."""
-    each, layers = setup.width * setup.tokens, max(0, shape.layers - done)
-    inputs = 0 if setup.checkpointing == "offload" else each * shape.hidden_size * layers
-    if setup.checkpointing != "none":
-        return inputs
-    attention = 2 * (shape.query_size + shape.key_value_size) * max(0, layers - 1)
-    return inputs + each * (attention + 2 * shape.intermediate_size * max(0, shape.dense_layers - done - 1))
 
 
 def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:
@@ -235,34 +182,6 @@ def resident(shape: ModelShape, setup: Setup) -> tuple[float, float, float]:
     return base, kept * trained, trainable
 
 
-def replay_key(setup: Setup, keep: bool) -> Setup:
-    """The setup with all that does not change a replay set to one value, so that replays are shared."""
-    return Setup(
-        method=setup.method,
-        precision=setup.precision,
-        optimizer=setup.optimizer if setup.in_backward else "",
-        master_weights=setup.master_weights and setup.in_backward,
-        in_backward=setup.in_backward,
-        checkpointing=setup.checkpointing,
-        kept_layers=setup.kept_layers,
-        micro_batch_size=setup.micro_batch_size,
-        gradient_accumulation_steps=2 if keep else 1,
-        sequence_length=setup.sequence_length,
-        lora_rank=setup.lora_rank,
-        lora_targets=setup.lora_targets,
-        lora_dropout=setup.lora_dropout,
-        dora=setup.dora,
-        modules_to_save=setup.modules_to_save,
-        objective=setup.objective,
-        compiled=setup.compiled,
-        sharding="zero1" if setup.stage == 1 else "fsdp" if setup.shards > 1 else "none",
-        world_size=setup.world_size if setup.shards > 1 else 1,
-        replicas=setup.replicas if setup.shards > 1 else 1,
-        reshard_after_forward=not setup.keeps_weights,
-        offload="all" if setup.shards > 1 and setup.offload == "all" else "none",
-    )
-
-
 def communicator_bytes(hardware: Hardware) -> float:
     """Of NCCL; gloo's are a few MiB of the process."""
     several = hardware.world_size > 1 and not hardware.is_cpu
@@ -277,27 +196,36 @@ def context_bytes(hardware: Hardware) -> float:
 
 
 def memory(shape: ModelShape, hardware: Hardware, setup: Setup) -> Memory:
-    train = train_bytes(shape, hardware, setup)
-    evaluated = evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False)).peak
-    rests = resting(train).total
+    phases = phases_in_training(shape, hardware, setup)
+    train = phases["train"]
     host = train.total * setup.gpus_per_node if hardware.is_cpu else host_bytes(shape, setup)
-    phases = {
-        "load": train.weights + train.context + load_bytes(shape, setup),
-        "train": train.total,
-        "evaluate": rests + evaluated + communicator_bytes(hardware),
-        "save": rests + communicator_bytes(hardware),
-    }
     return Memory(
         train,
-        {name: round(size / GIB, 4) for name, size in phases.items()},
+        {name: round(part.total / GIB, 4) for name, part in phases.items()},
         peaks(hardware, train.total),
         round(host / GIB, 2),
     )
 
 
-def resting(train: Bytes) -> Bytes:
-    """Between two steps: weights, optimizer states and the context."""
-    return Bytes(weights=train.weights, optimizer=train.optimizer, context=train.context)
+def phases_in_training(shape: ModelShape, hardware: Hardware, setup: Setup) -> dict[str, Bytes]:
+    """Peak of one GPU by component while a model is loaded, trained, evaluated by its loss, and saved."""
+    train = train_bytes(shape, hardware, setup)
+    rests = Bytes(  # between two steps
+        weights=train.weights,
+        optimizer=train.optimizer,
+        communication=communicator_bytes(hardware),
+        context=train.context,
+    )
+    batch = evaluation_batch(shape, setup).at_peak
+    evaluated = replace(
+        rests,
+        activations=batch["activations"],
+        logits=batch["logits"],
+        quantization=batch["quantization"],
+        communication=rests.communication + batch["communication"],
+    )
+    load = Bytes(weights=train.weights, quantization=load_bytes(shape, setup), context=train.context)
+    return {"load": load, "train": train, "evaluate": evaluated, "save": rests}
 
 
 def load_bytes(shape: ModelShape, setup: Setup) -> float:
@@ -306,7 +234,7 @@ def load_bytes(shape: ModelShape, setup: Setup) -> float:
     largest = max(m.weight for m in shape.matrices())
     if setup.adapters and setup.dora:
         return 3 * setup.width * largest
-    return 0 if frozen_form(setup) is None else 6 * largest
+    return 0 if setup.frozen_form is None else 6 * largest
 
 
 def peaks(hardware: Hardware, total: float) -> PeakGib:

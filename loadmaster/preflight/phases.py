@@ -1,4 +1,4 @@
-"""What every phase of a run takes: one GPU by component, and the disk. GiB = 2^30 bytes.
+"""What every phase of a run takes of one GPU, by component. GiB = 2^30 bytes.
 
 load         weights, and a quantized matrix in bf16 and fp32 while it is read
 first step   no optimizer states before it ends (fp32 masters are there from the start)
@@ -17,19 +17,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loadmaster.config.schema import Job
-from loadmaster.preflight.calibration import quantizing
+from loadmaster.preflight.calibration import CALIBRATED, quantizing
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.memory import (
     Bytes,
     backward_and_step_bytes,
     communicator_bytes,
     context_bytes,
-    load_bytes,
-    replay_key,
+    phases_in_training,
     resident,
-    resting,
-    state_bytes,
-    train_bytes,
 )
 from loadmaster.preflight.plan import MemoryGib, PhasesGib
 from loadmaster.preflight.setup import Setup
@@ -37,39 +33,21 @@ from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import evaluation_batch
 from loadmaster.preflight.verification import answering_bytes, answers_at_a_time, verifying
 
-CALIBRATED = ("int4", "int4_gptq", "int4_awq", "nvfp4")
-EXPORT_BITS = {
-    "bf16": 16.0, "fp8": 8.0, "fp8_block": 8.0, "int4": 4.125, "int4_gptq": 4.125, "int4_awq": 4.125, "nvfp4": 4.5,
-    "gguf": 8.5,
-}  # fmt: skip
-"""Bits of a quantized weight with its scales; embeddings and head stay in bf16 (in a GGUF they are 8.5 as well)."""
-
 
 def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> dict[str, Bytes]:
     """Peak of one GPU by component in each phase, in the order in which they come."""
     backward, step = backward_and_step_bytes(shape, hardware, setup)
-    train = train_bytes(shape, hardware, setup)
-    rests = replace(resting(train), communication=communicator_bytes(hardware))
-    batch = evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False)).at_peak
+    training = phases_in_training(shape, hardware, setup)
+    train, rests = training["train"], training["save"]
     masters = 4.0 * resident(shape, setup)[2] if setup.master_weights and train.optimizer else 0.0
     before = backward.optimizer if setup.in_backward else masters  # there, states are made in the backward pass
     first = max(replace(backward, optimizer=before), step, key=lambda b: b.total)
     context = Bytes(context=context_bytes(hardware))
     return {
-        "load": Bytes(weights=train.weights, quantization=load_bytes(shape, setup), context=train.context),
+        "load": training["load"],
         "first_step": first,
         "steady_step": train,
-        "evaluate": max(
-            replace(
-                rests,
-                activations=batch["activations"],
-                logits=batch["logits"],
-                quantization=batch["quantization"],
-                communication=rests.communication + batch["communication"],
-            ),
-            answering(job, shape, hardware, setup)[0],
-            key=lambda b: b.total,
-        ),
+        "evaluate": max(training["evaluate"], answering(job, shape, hardware, setup)[0], key=lambda b: b.total),
         "save": rests,
         "resume": rests,
         "merge": context,
@@ -83,14 +61,14 @@ def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     gathered or dequantized of them, and what the answers take. A GPU is asked half as many where it has no room."""
     if job.evaluation.task == "none":
         return Bytes(), 0
-    batch = evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False)).at_peak
+    batch = evaluation_batch(shape, setup).at_peak
     beside = Bytes(
         weights=resident(shape, setup)[0] if setup.offload != "all" else 0.0,
         quantization=batch["quantization"],
         context=context_bytes(hardware),
         communication=communicator_bytes(hardware) + batch["communication"],
     )
-    answers, budget = answers_at_a_time(job), hardware.memory_gib * (1 - job.plan.reserve) * GIB
+    answers, budget = answers_at_a_time(job), hardware.budget_gib(job.plan.reserve) * GIB
     halved = job.evaluation.batch_size == "auto" and not hardware.is_cpu
     while True:
         need = replace(beside, activations=answering_bytes(job, shape, setup.width, answers))
@@ -110,32 +88,3 @@ def phases_gib(phases: dict[str, Bytes]) -> PhasesGib:
 
 def components_gib(phases: dict[str, Bytes]) -> dict[str, MemoryGib]:
     return {name: part.gib() for name, part in phases.items()}
-
-
-def disk_bytes(job: Job, shape: ModelShape, setup: Setup) -> float:
-    """Base model, checkpoints (kept, and the one being written), trained weights, and the exports with scratch."""
-    trainable = setup.trainable(shape)
-    checkpoints = job.checkpoint.keep_last + job.checkpoint.keep_best + 1
-    checkpoint = (setup.width + state_bytes(setup)) * trainable
-    base = 2.0 * shape.parameters
-    return base + checkpoints * checkpoint + setup.width * trainable + export_bytes(job, shape, setup)
-
-
-def export_bytes(job: Job, shape: ModelShape, setup: Setup) -> float:
-    """Every format, and the folders that it is made from: two merges of a QLoRA adapter, a bf16 one to calibrate on."""
-    formats = set(job.export.formats)
-    sizes = {name: format_bytes(shape, setup, name) for name in formats}
-    merges = 2 if setup.method == "qlora" else 1 if formats & {*CALIBRATED, "gguf"} else 0
-    scratch = max(0, merges - ("bf16" in formats)) * 2.0 * shape.parameters if formats - {"adapter"} else 0.0
-    twice = sum(size for name, size in sizes.items() if name in CALIBRATED and name != "nvfp4")  # rounding beside it
-    return sum(sizes.values()) + scratch + twice
-
-
-def format_bytes(shape: ModelShape, setup: Setup, name: str) -> float:
-    if name == "adapter":
-        return float(setup.width * setup.trainable(shape))
-    experts = shape.expert_layers * 3 * shape.experts * shape.expert_size * shape.hidden_size
-    quantized = shape.linear_weights + (0 if name == "gguf" else experts)
-    rest = shape.parameters - quantized
-    bits = EXPORT_BITS[name]
-    return quantized * bits / 8 + rest * (bits / 8 if name == "gguf" else 2)

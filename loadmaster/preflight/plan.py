@@ -16,6 +16,11 @@ from loadmaster.files import read_json, write_json
 SCHEMA = 1
 
 
+def rounded(figure: float | None, digits: int) -> float | None:
+    """As a figure is written in plan.json; None where it is not known."""
+    return None if figure is None else round(figure, digits)
+
+
 @dataclass(frozen=True)
 class ModelSummary:
     name: str
@@ -44,7 +49,7 @@ class HardwareSummary:
 
 @dataclass(frozen=True)
 class MemoryGib:
-    """Peak of one GPU in the phase that needs most, by component. GiB = 2**30 bytes."""
+    """Peak of one GPU in some phase, by component; a plan's `memory_gib` is that of training. GiB = 2**30 bytes."""
 
     weights: float
     gradients: float

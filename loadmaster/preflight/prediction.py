@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.plan import Plan
 
 FAR = 0.05
@@ -51,7 +52,7 @@ def _parts(plan: Plan, measured: Measured) -> dict[str, tuple[float, float]]:
     masters = 0.0
     if plan.master_weights and memory.optimizer:
         shards = plan.world_size // plan.replicas if plan.sharding not in ("none", "ddp") else 1
-        masters = MASTER_BYTES * plan.model.trainable_parameters / shards / 2**30
+        masters = MASTER_BYTES * plan.model.trainable_parameters / shards / GIB
     step = memory.gradients + memory.activations + memory.logits + memory.quantization
     outside = plan.peak_gib.device - plan.peak_gib.reserved
     gathered = max(0.0, memory.communication + memory.context - outside)  # of that, what torch allocates

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import IN_THE_JOB, Problem
+from loadmaster.preflight.batch import divisors, rounded_up
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.shape import ModelShape
 
@@ -38,7 +38,7 @@ def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
     rows = job.batch.global_size
     if rows % hardware.world_size:
         message = f"does not divide over {hardware.world_size} processes"
-        works = f"batch.global_size={math.ceil(rows / hardware.world_size) * hardware.world_size}"
+        works = f"batch.global_size={rounded_up(rows, hardware.world_size)}"
         yield Problem("batch.global_size", rows, IN_THE_JOB, message, works)
 
 
@@ -71,7 +71,7 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     if job.optimizer.in_backward is True and job.lora.dora and job.method != "full" and world > 1:
         yield "optimizer.in_backward=true goes with fsdp and lora.dora=true with ddp; set one of the two to false"
     if rows % world:
-        yield f"batch.global_size={rows} does not divide over {world} GPUs; use {math.ceil(rows / world) * world}"
+        yield f"batch.global_size={rows} does not divide over {world} GPUs; use {rounded_up(rows, world)}"
     elif job.optimizer.in_backward is True and job.micro_batch_size not in ("auto", rows // world):
         yield (
             f"optimizer.in_backward=true takes a step after each micro-batch, and batch.global_size={rows} is "
@@ -100,8 +100,3 @@ def without_uncounted_adapters(job: Job, shape: ModelShape) -> Job:
     """Of method=auto what can be planned: where no adapter can be counted, full, if that may be chosen."""
     able = job.method == "auto" and "full" in job.plan.methods and not needs_adapter(job)
     return replace(job, method="full") if able and uncounted_adapters(job, shape) else job
-
-
-def divisors(number: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})

@@ -126,7 +126,7 @@ class Tagged:
 
 
 class Tape:
-    def __init__(self, in_place: bool = True, record: bool = False):
+    def __init__(self, in_place: bool = True):
         self.in_place = in_place
         self.live = self.peak = self.shown = 0
         self.tag, self.gradient_tag = "activations", "gradients"
@@ -139,7 +139,6 @@ class Tape:
         self.phases: dict[str, dict[str, int]] = {}
         """Of each part of the step that has been told to `enter`, its peak by component."""
         self.phase = ""
-        self.events: list[int] | None = [] if record else None
         self.work = Work()
         self.order = 0
         self.enabled = True
@@ -182,8 +181,6 @@ class Tape:
         self.by_tag["activations"] += size
         if self.live > self.peak:
             self.peak, self.climbing = self.live, True
-        if self.events is not None and size:
-            self.events.append(size)
 
     # ------------------------------------------------------------ building
 
@@ -225,6 +222,15 @@ class Tape:
         self.order += 1
         output.node = Node(self.order, nodes, backward, kept)
         return output
+
+    def on_gradient(self, x: Tensor, run: Callable[[], None], saved: Sequence[Storage] = ()) -> Tensor:
+        """x as it is; `run` is called in the backward pass where x's gradient is there, before it goes on."""
+
+        def backward(g: Storage, _: list) -> list:
+            run()
+            return [g]
+
+        return self.link(Tensor(x.storage, x.node), [x], saved, backward)
 
     def op(
         self, size: float, inputs: Sequence[Tensor], saved: Sequence[Storage], backward: Callable, kept: bool = False

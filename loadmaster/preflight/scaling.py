@@ -10,7 +10,6 @@ the table says so: another batch is another training run. All of it is modelled;
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.table import Table
 from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
+from loadmaster.preflight.batch import rounded_up, with_rows
 from loadmaster.preflight.hardware import find_hardware, from_catalog, unknown_network
 from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.plan import Plan
@@ -77,9 +77,9 @@ def scaling(job: Job, nodes: list[int], dataset_tokens: int | None) -> list[Step
     steps: list[Step] = []
     for count in nodes:
         world = machine.count * count
-        rows = math.ceil(job.batch.global_size / world) * world
+        rows = rounded_up(job.batch.global_size, world)
         hardware = replace(job.hardware, gpu=machine.gpu, count=machine.count, nodes=count)
-        here = replace(job, hardware=hardware, batch=replace(job.batch, global_size=rows))
+        here = replace(with_rows(job, rows), hardware=hardware)
         plan = make_plan(here, dataset_tokens, with_alternatives=False)
         steps.append(_step(count, rows, plan, [s for s in steps if s.efficiency is not None]))
     return steps

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import ConfigError
+from loadmaster.preflight.batch import divisors
 from loadmaster.preflight.candidate import Candidate, closeness, evaluate, fixed, kept_layers
 from loadmaster.preflight.compiled import kept_bytes
 from loadmaster.preflight.enumeration import ENOUGH_TOKENS, Enumeration
 from loadmaster.preflight.hardware import GIB, Hardware, priced
-from loadmaster.preflight.refusals import divisors, impossible_on_cpu, refuse, without_uncounted_adapters
+from loadmaster.preflight.refusals import impossible_on_cpu, refuse, without_uncounted_adapters
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.tiers import tiers

@@ -19,6 +19,7 @@ from loadmaster.errors import LoadmasterError
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.families import FAMILIES
 from loadmaster.preflight.hardware import GIB, Hardware, rentable
+from loadmaster.preflight.plan import rounded
 from loadmaster.preflight.serving_speed import Speed, Traffic
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.tensor_parallel import block_of, divides
@@ -73,11 +74,10 @@ class ServingPlan:
     notes: list[str] = field(default_factory=list)
 
 
-def weight_bytes(shape: ModelShape, form: str, group_size: int = 128) -> float:
+def weight_bytes(shape: ModelShape, form: str) -> float:
     """Of the checkpoint: embedding, head, norms and router stay in bf16, everything else takes the format."""
-    experts = shape.expert_layers * 3 * shape.experts * shape.expert_size * shape.hidden_size
-    quantized = shape.linear_weights + experts
-    bits = WEIGHT_BITS[form] + (SCALE_BITS / group_size if form == "int4" else 0)
+    quantized = shape.linear_weights + shape.expert_weights
+    bits = WEIGHT_BITS[form] + (SCALE_BITS / block_of(shape, form) if form == "int4" else 0)
     return quantized * bits / 8 + 2 * (shape.parameters - quantized)
 
 
@@ -159,7 +159,7 @@ def plan_serving(
         server_gib_per_gpu=round(own / GIB, 2), cache_gib_per_gpu=round(max(room, 0) / GIB, 2),
         budget_gib_per_gpu=round(budget / GIB, 2), utilisation=utilisation, cache_dtype=cache,
         cache_bytes_per_token=per_token * tp, cache_tokens=tokens, concurrent_requests=round(concurrent, 2),
-        context=context, samples=traffic.samples, tokens_per_second=None if rate is None else round(rate, 1),
+        context=context, samples=traffic.samples, tokens_per_second=rounded(rate, 1),
         first_token_s=None if speed is None else round(speed.first_token_s(traffic), 4),
         pod_usd_per_hour=pod, flex_usd_per_hour=flex,
         usd_per_million_tokens=None if not rate or pod is None else round(pod / 3600 / rate * 1e6, 3),

@@ -15,14 +15,8 @@ from pydantic.dataclasses import dataclass
 from loadmaster import catalog
 from loadmaster.config.fields import choices, describe, nearest, nearest_card, written
 from loadmaster.config.fields import fields as fields_of
-from loadmaster.config.schema import (
-    CLOSED,
-    Auto,
-    FractionBelowOne,
-    PositiveFloat,
-    PositiveInt,
-)
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.config.schema import CLOSED, Auto, FractionBelowOne, PositiveFloat, PositiveInt
+from loadmaster.errors import ConfigError, DoesNotFit, Problem
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.families import quantized_by
 from loadmaster.preflight.hardware import from_catalog, rentable
@@ -41,7 +35,6 @@ from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.tensor_parallel import block_of, divides
 
 USAGE = "loadmaster plan-serving model=NAME [format=int4] [gpu=l40s] [count=1] [context=8192] [key=value ...] [--json]"
-DOES_NOT_FIT = 3
 LONGEST = 8192
 """Tokens of a request where nobody says, and the model knows as many."""
 
@@ -130,7 +123,7 @@ def plan_serving_command(arguments: list[str]) -> int:
             f"no machine of the catalogue holds {request.requests:,.10g} requests of {request.context:,} tokens: "
             "try format=int4 or fp8, cache=fp8, or a smaller context", file=sys.stderr,
         )  # fmt: skip
-    return 0 if plans and machines_for(plans[0], request.requests) == 1 else DOES_NOT_FIT
+    return 0 if plans and machines_for(plans[0], request.requests) == 1 else DoesNotFit.exit_code
 
 
 def _as_stored(config: dict[str, Any], form: str) -> Iterator[str]:

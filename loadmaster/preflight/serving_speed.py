@@ -26,6 +26,7 @@ STEP_S = 1e-3
 """Of each step for the scheduler and launches, whatever the model's size; a judgement."""
 MOST_LOADED = 0.8
 """Share of a server's highest rate that is planned for; queues grow without end towards 1."""
+MOST_WORKERS = 64
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,10 @@ class Speed:
         tail = 0.0 if load <= 0.01 else wait / load * math.log(load / 0.01)
         return self.first_token_s(traffic) + tail
 
-    def workers(self, traffic: Traffic, cache_tokens: int, most: int = 64) -> int | None:
-        """Servers that carry the traffic at MOST_LOADED of their rate and within its p99; None: more than `most`."""
+    def workers(self, traffic: Traffic, cache_tokens: int) -> int | None:
+        """Servers that carry the traffic at MOST_LOADED of their rate and within its p99; None: not MOST_WORKERS do."""
         highest = MOST_LOADED * self.requests_per_second(traffic, self.most_requests(traffic, cache_tokens))
-        for workers in range(max(1, math.ceil(traffic.requests_per_second / highest)), most + 1):
+        for workers in range(max(1, math.ceil(traffic.requests_per_second / highest)), MOST_WORKERS + 1):
             late = self.p99_first_token_s(traffic, traffic.requests_per_second / workers)
             if traffic.p99_first_token_s is None or late <= traffic.p99_first_token_s:
                 return workers

@@ -12,20 +12,22 @@ from rich.table import Table
 from loadmaster.preflight.serving import ServingPlan, machines_for
 from loadmaster.preflight.serving_speed import Traffic
 from loadmaster.streams import Output
-from loadmaster.tables import bar_width, print_table
+from loadmaster.tables import figure, memory_table, print_table
 
 REASONING_FACTOR = 8
 """Answers with long reasoning, as an example."""
 BEST_OF = 8
+ROUNDING = 1.01
+"""Over the budget, by which parts that fill it may be more: each is rounded."""
 
 
-def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan], console: Console | None = None) -> None:
+def print_serving(plan: ServingPlan, variants: dict[str, ServingPlan]) -> None:
     """One server: memory of each card, tokens of cache, requests, price; and the same card under `variants`."""
-    console = console or Output()
+    console = Output()
     place = f"{plan.gpus}x {plan.gpu}"
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
     console.print(f"[bold]{escape(plan.model)}[/] {plan.format} on {place}: {verdict}", highlight=False)
-    print_table(_memory(plan, bar_width(console)), console)
+    print_table(_memory(plan, console), console)
     lines = [
         f"cache: {plan.cache_tokens:,} tokens at {_kib(plan.cache_bytes_per_token)} ({plan.cache_dtype}), "
         f"{plan.concurrent_requests:,.1f} requests of {plan.context:,} tokens at once",
@@ -54,20 +56,20 @@ def _kib(size: float) -> str:
     return f"{size / 1024:,.0f} KiB" if size >= 10 * 1024 else f"{size / 1024:.3g} KiB"
 
 
-def print_held(plan: ServingPlan, requests: float, console: Console | None = None) -> None:
+def print_held(plan: ServingPlan, requests: float) -> None:
     """Whether one such server holds the requests that were asked for, and how many of them do."""
-    console, machines = console or Output(), machines_for(plan, requests)
+    machines = machines_for(plan, requests)
     asked = f"the {requests:,g} requests at once that were asked for"
     said = f"{plan.gpus}x {plan.gpu} holds {asked}"
     if machines != 1:
         enough = "and no number of such machines does" if machines is None else f"{machines:,} such machines do"
         said = f"{plan.gpus}x {plan.gpu} does not hold {asked}: {enough}"
-    console.print(said, style="green" if machines == 1 else "red", highlight=False, soft_wrap=True)
+    Output().print(said, style="green" if machines == 1 else "red", highlight=False, soft_wrap=True)
 
 
-def print_servers(plans: list[ServingPlan], console: Console | None = None) -> None:
+def print_servers(plans: list[ServingPlan]) -> None:
     """Several machines side by side: tokens of cache, requests at once, answer tokens a second, dollars."""
-    print_table(_comparison({f"{p.gpus}x {p.gpu}": p for p in plans}, first="machine"), console or Output())
+    print_table(_comparison({f"{p.gpus}x {p.gpu}": p for p in plans}, first="machine"), Output())
 
 
 def what_if(traffic: Traffic, known: int | None = None) -> dict[str, Traffic]:
@@ -79,21 +81,14 @@ def what_if(traffic: Traffic, known: int | None = None) -> dict[str, Traffic]:
     return found
 
 
-def _memory(plan: ServingPlan, bar: int) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading, justify in (("memory", "left"), ("GiB", "right"), (f"of {plan.budget_gib_per_gpu:.1f} GiB", "left")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+def _memory(plan: ServingPlan, console: Console) -> Table:
     parts = {
         "weights": plan.weights_gib_per_gpu,
         "server": plan.server_gib_per_gpu,
         "cache": plan.cache_gib_per_gpu,
     }
-    over = sum(parts.values()) > plan.budget_gib_per_gpu * 1.01
-    for name, gib in parts.items():
-        filled = min(bar, round(gib / plan.budget_gib_per_gpu * bar))
-        style = "red" if over else "cyan"
-        table.add_row(name, f"{gib:.2f}", f"[{style}]{'█' * filled}[/]{'·' * (bar - filled)}")
-    return table
+    style = "red" if sum(parts.values()) > plan.budget_gib_per_gpu * ROUNDING else "cyan"
+    return memory_table(((name, gib, style) for name, gib in parts.items()), plan.budget_gib_per_gpu, console)
 
 
 def _comparison(plans: dict[str, ServingPlan], first: str) -> Table:
@@ -104,11 +99,7 @@ def _comparison(plans: dict[str, ServingPlan], first: str) -> Table:
     for name, plan in plans.items():
         table.add_row(
             name, f"{plan.cache_tokens:,}", f"{plan.concurrent_requests:,.1f}",
-            _figure(plan.tokens_per_second, "{:,.0f}"), _figure(plan.pod_usd_per_hour, "{:.2f}"),
-            _figure(plan.flex_usd_per_hour, "{:.2f}"), _figure(plan.usd_per_million_tokens, "{:.2f}"),
+            figure(plan.tokens_per_second, "{:,.0f}"), figure(plan.pod_usd_per_hour, "{:.2f}"),
+            figure(plan.flex_usd_per_hour, "{:.2f}"), figure(plan.usd_per_million_tokens, "{:.2f}"),
         )  # fmt: skip
     return table
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)

@@ -7,6 +7,7 @@ from typing import Any
 
 from loadmaster.preflight import saved
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.weights import frozen_form
 from loadmaster.preflight.zero_settings import ZERO
 
 
@@ -57,6 +58,15 @@ class Setup:
         return self.micro_batch_size * self.sequence_length
 
     @property
+    def global_size(self) -> int:
+        """Rows of a step, over all GPUs."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def nodes(self) -> int:
+        return max(1, self.world_size // self.gpus_per_node)
+
+    @property
     def width(self) -> int:
         """Bytes of an activation: 2 in bf16, 4 in fp32."""
         return 4 if self.precision == "fp32" else 2
@@ -76,9 +86,23 @@ class Setup:
         """Decoder layers that keep all that their backward pass reads."""
         return shape.layers if self.checkpointing == "none" else self.kept_layers
 
+    def checkpointed_layers(self, shape: ModelShape) -> int | None:
+        """Of the first decoder layers those that are checkpointed, where the others are not; None: all or none."""
+        return shape.layers - self.kept_layers if self.kept_layers else None
+
+    @property
+    def states_on_host(self) -> bool:
+        """Whether optimizer states are in host memory: offloaded, or in managed memory, but for the pages in use."""
+        return self.offload != "none" or self.optimizer == "paged_adamw_8bit"
+
     @property
     def adapters(self) -> bool:
         return self.method != "full"
+
+    @property
+    def frozen_form(self) -> str | None:
+        """The format of a quantized base; None where there is none."""
+        return frozen_form(self.method, self.precision)
 
     @property
     def shards(self) -> int:

@@ -115,6 +115,17 @@ class ModelShape:
     def expert_layers(self) -> int:
         return self.layers - self.dense_layers
 
+    @cached_property
+    def layer_kinds(self) -> tuple[tuple[bool, int], ...]:
+        """(with experts, how many layers) of each kind of layer that there is."""
+        counted = ((False, self.dense_layers), (True, self.expert_layers))
+        return tuple((experts, layers) for experts, layers in counted if layers)
+
+    @property
+    def expert_weights(self) -> int:
+        """Of all layers, without their routers."""
+        return self.expert_layers * 3 * self.experts * self.expert_size * self.hidden_size
+
     @property
     def expert_parameters(self) -> int:
         """Of one layer with experts: gate_up [E, 2e, h], down [E, h, e] and the router [E, h]."""
@@ -145,19 +156,12 @@ class ModelShape:
     @cached_property
     def linear_weights(self) -> int:
         """Weights of every nn.Linear but the head: what nf4 quantizes."""
-        dense = sum(m.weight for m in self.matrices())
-        sparse = sum(m.weight for m in self.matrices(experts=True))
-        return self.dense_layers * dense + self.expert_layers * sparse
+        return sum(layers * sum(m.weight for m in self.matrices(experts)) for experts, layers in self.layer_kinds)
 
     @cached_property
     def parameters(self) -> int:
-        return (
-            self.embedding_parameters
-            + self.head_parameters
-            + self.hidden_size
-            + self.dense_layers * self.layer_parameters()
-            + self.expert_layers * self.layer_parameters(experts=True)
-        )
+        inside = sum(layers * self.layer_parameters(experts) for experts, layers in self.layer_kinds)
+        return self.embedding_parameters + self.head_parameters + self.hidden_size + inside
 
     @cached_property
     def active_matrix_parameters(self) -> int:
@@ -171,8 +175,7 @@ class ModelShape:
         return sum(w - w * w / (2 * length) for w in windows) / len(windows)
 
     def lora_parameters(self, rank: int, targets: str | Sequence[str], dora: bool = False) -> int:
-        dense, sparse = (self.layer_lora_parameters(rank, targets, dora, experts) for experts in (False, True))
-        return self.dense_layers * dense + self.expert_layers * sparse
+        return sum(n * self.layer_lora_parameters(rank, targets, dora, experts) for experts, n in self.layer_kinds)
 
     def layer_lora_parameters(self, rank: int, targets: str | Sequence[str], dora: bool, experts: bool) -> int:
         """Of one layer; dora: with a magnitude for each output."""

@@ -33,6 +33,10 @@ class Part:
     coded: bool = False
     """Bytes, not numbers of the compute dtype."""
 
+    @property
+    def bytes(self) -> int:
+        return self.rows * self.row_bytes
+
     def local(self, gpus: int) -> int:
         """Bytes of the GPU with most rows; gathering takes that of each."""
         return -(-self.rows // gpus) * self.row_bytes
@@ -49,15 +53,15 @@ class Unit:
     gathered: int
     reduced: int
     """Gradients of the whole unit in the dtype of the reduction."""
-    replicated: int = 0
+    replicated: int
     """Buffers, which are not cut."""
-    pinned: int = 0
+    pinned: int
     """What the weights take in pinned host memory, where each shard is a block of its own."""
-    trained_pinned: int = 0
+    trained_pinned: int
     """Those of them that are trained: gradients in the same dtype take as much."""
-    last_gradient: int = 0
+    last_gradient: int
     """Of the last trained parameter in the module's order, whole."""
-    trained_parts: tuple[int, ...] = ()
+    trained_parts: tuple[int, ...]
     """What is trained, parameter by parameter."""
 
 
@@ -120,28 +124,28 @@ def _whole(shape: ModelShape, setup: Setup) -> Unit:
     return Unit(*map(total, Unit.__dataclass_fields__))
 
 
-def _unit(parts: list[Part], setup: Setup, buffers: int = 0) -> Unit:
+def _unit(parts: list[Part], setup: Setup, buffers: int) -> Unit:
     gpus = setup.shards
     trained = sum(p.local(gpus) for p in parts if p.trained)
     shard = sum(p.local(gpus) for p in parts)
     blocks = [(pinned(p.local(gpus)), p.trained) for p in parts]
     return Unit(
-        shard,
-        trained,
-        gpus * shard,
-        gpus * trained * REDUCE_BYTES // setup.width,
-        buffers,
-        sum(size for size, _ in blocks),
-        sum(size for size, is_trained in blocks if is_trained),
-        next((p.rows * p.row_bytes for p in reversed(parts) if p.trained), 0),
-        tuple(p.local(gpus) for p in parts if p.trained),
+        shard=shard,
+        trained_shard=trained,
+        gathered=gpus * shard,
+        reduced=gpus * trained * REDUCE_BYTES // setup.width,
+        replicated=buffers,
+        pinned=sum(size for size, _ in blocks),
+        trained_pinned=sum(size for size, is_trained in blocks if is_trained),
+        last_gradient=next((p.bytes for p in reversed(parts) if p.trained), 0),
+        trained_parts=tuple(p.local(gpus) for p in parts if p.trained),
     )
 
 
 def layer_parts(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part]:
     w, h, full = setup.width, shape.hidden_size, not setup.adapters
     for m in shape.matrices(experts):
-        yield from _frozen(m, setup) if frozen_form(setup) else [Part(m.outputs, w * m.inputs, full)]
+        yield from _frozen(m, setup.frozen_form) if setup.frozen_form else [Part(m.outputs, w * m.inputs, full)]
         if m.bias:
             yield Part(m.outputs, w, full)
     if not full:
@@ -162,22 +166,15 @@ def layer_parts(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part
         yield from [Part(h, w, True)] * sum(map(setup.trains, saved.layer_norms(shape)))
 
 
-def frozen_form(setup: Setup) -> str | None:
-    """The format of a quantized base, or None: loadmaster.models.frozen.frozen_form."""
-    if setup.method == "qlora":
-        return "nf4"
-    return "fp8" if setup.method == "lora" and setup.precision == "fp8" else None
-
-
-def _frozen(m: Matrix, setup: Setup) -> list[Part]:
-    if frozen_form(setup) == "fp8":
+def _frozen(m: Matrix, form: str) -> list[Part]:
+    if form == "fp8":
         return [Part(m.outputs, m.inputs, False, True)]
     return [Part(-(-m.weight // 2), 1, False, True), Part(-(-m.weight // 64), 1, False, True)]
 
 
 def layer_buffers(shape: ModelShape, setup: Setup, experts: bool) -> int:
     """nf4: second scales, offset, code; fp8: a scale a row."""
-    form = frozen_form(setup)
+    form = setup.frozen_form
     if form is None:
         return 0
     if form == "fp8":

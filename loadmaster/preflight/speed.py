@@ -1,4 +1,4 @@
-"""Seconds of a training step by a roofline over the replayed work; tokens a second, hours, dollars.
+"""Seconds of a training step by a roofline over the replayed work, and tokens a second.
 
     micro-batch = max( matmul FLOPs / (peak x e1) + attention FLOPs / (peak x e2) + bytes moved / (bandwidth x e3),
                        kernels x launch time )
@@ -15,19 +15,16 @@ import math
 from dataclasses import replace
 
 from loadmaster import catalog
-from loadmaster.config.schema import Job
-from loadmaster.preflight.coefficients import coefficients, value
+from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.communication import step_communication
 from loadmaster.preflight.compiled import made_again_bytes
 from loadmaster.preflight.hardware import Hardware
-from loadmaster.preflight.memory import inputs_bytes, replay_key, state_bytes
-from loadmaster.preflight.phases import CALIBRATED, export_bytes
+from loadmaster.preflight.memory import inputs_bytes, state_bytes
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.replay import Work
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.step import evaluation_batch, training_step
-from loadmaster.preflight.verification import verifying
+from loadmaster.preflight.step import evaluation_batch, replay_key, training_step
 
 
 def tokens_per_second(shape: ModelShape, hardware: Hardware, setup: Setup) -> float | None:
@@ -46,14 +43,14 @@ def step_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
 
 
 def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+    """Compute of one micro-batch on one GPU, forward and backward; weights are taken to be there."""
     key = replay_key(replace(setup, sharding="none"), keep=False)
     work = training_step(shape, key).work
     if setup.forwards:
         work = work.plus(evaluation_batch(shape, key).work, setup.forwards)
     if hardware.is_cpu:
-        return (work.matmul_flops + work.attention_flops) / (hardware.tflops["fp32"] * 1e12) + work.bytes_moved / (
-            hardware.bandwidth_gb_per_s * 1e9
-        )
+        flops = work.matmul_flops + work.attention_flops
+        return flops / (hardware.tflops["fp32"] * 1e12) + work.bytes_moved / (hardware.bandwidth_gb_per_s * 1e9)
     peak = hardware.tflops["fp32" if setup.precision == "fp32" else "bf16"] * 1e12
     matmul_peak = peak * value("efficiency", "matmul") * size_factor(shape, setup)
     seconds = work.matmul_flops / matmul_peak
@@ -137,40 +134,6 @@ def _crossing_seconds(hardware: Hardware, setup: Setup) -> float:
     return size / (hardware.host_gb_per_s * 1e9 * value("efficiency", link))
 
 
-def exports(job: Job) -> bool:
-    """Whether what a plan says of hours, dollars and what will not pass has the export in it."""
-    return job.stop_after not in ("train", "evaluate")
-
-
-def overhead_hours(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup, rented: bool) -> float:
-    """Start of the machine, download, load, rehearsal, and the export: written, calibrated, read back and scored.
-
-    What the scoring moves, where no GPU holds the model, is in it.
-    """
-    if hardware.is_cpu:
-        return 0.0
-    least = least_overhead_hours(job, shape, rented)
-    if not exports(job):
-        return least
-    written = export_bytes(job, shape, setup) / 1e9 / value("overhead", "export_gb_per_s")
-    return least + (written + verifying(job, shape, hardware, setup).seconds) / 3600
-
-
-def least_overhead_hours(job: Job, shape: ModelShape, rented: bool) -> float:
-    """Of that, what is the same for every setup and machine."""
-    table = coefficients()["overhead"]
-    size = 2 * shape.parameters / 1e9
-    seconds = size / table["load_gb_per_s"]["value"] + table["rehearsal_s"]["value"]
-    if exports(job):
-        formats = [name for name in job.export.formats if name != "adapter"]
-        seconds += size * (1 + len(formats)) / table["export_gb_per_s"]["value"]
-        calibrated = sum(name in CALIBRATED for name in formats)
-        seconds += calibrated * shape.parameters / 1e9 * table["calibrate_s_per_billion"]["value"]
-    if rented:
-        seconds += table["start_s"]["value"] + size / table["download_gb_per_s"]["value"]
-    return seconds / 3600
-
-
 def model_flops(shape: ModelShape, sequence_length: int, adapters: bool, head: bool = False) -> float:
     """FLOPs that the mathematics of a training step needs for a token; recomputation is not counted.
 
@@ -180,11 +143,6 @@ def model_flops(shape: ModelShape, sequence_length: int, adapters: bool, head: b
     matmuls = (4 if adapters else 6) * shape.active_matrix_parameters
     matmuls += 2 * shape.embedding_parameters if adapters and head else 0
     return matmuls + 12 * shape.layers * shape.attended(sequence_length) * shape.query_size
-
-
-def model_flops_per_token(plan: Plan) -> float:
-    """`model_flops` of a plan."""
-    return plan.model.flops_per_token
 
 
 def peak_flops(plan: Plan) -> float:

@@ -10,7 +10,8 @@ the last ones are not, or some have experts, each run of layers that are alike i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import groupby
 
@@ -26,8 +27,6 @@ from loadmaster.preflight.units import Units
 
 HEAD_LAYERS = 2
 """Replayed before the block."""
-
-
 PHASES = ("loss", "head", "layers", "first", "embedding", "end")
 """Of a training step: forward up to the loss's own backward function; what lies between the loss and the layers; the
 backward passes of the layers but the first two; those of these; of the embedding; and when all is done. A phase begins
@@ -44,6 +43,27 @@ class Replayed:
     """Of the micro-batch, all layers."""
     phases: dict[str, dict[str, int]]
     """The peak of each of PHASES by component, in a training step."""
+
+
+def replay_key(setup: Setup, keep: bool) -> Setup:
+    """The setup with all that does not change a replay set to one value, so that replays are shared.
+
+    keep: gradients of an earlier micro-batch are there.
+    """
+    sharded = setup.shards > 1
+    return replace(
+        setup,
+        optimizer=setup.optimizer if setup.in_backward else "",
+        master_weights=setup.master_weights and setup.in_backward,
+        sharding="zero1" if setup.stage == 1 else "fsdp" if sharded else "none",
+        replicas=setup.replicas if sharded else 1,
+        reshard_after_forward=not setup.keeps_weights,
+        offload="all" if sharded and setup.offload == "all" else "none",
+        gradient_accumulation_steps=2 if keep else 1,
+        forwards=0,
+        world_size=setup.world_size if sharded else 1,
+        gpus_per_node=1,
+    )
 
 
 @cache
@@ -81,9 +101,13 @@ def _reference(b: Blocks) -> None:
         b.tape.work = Work()
 
 
-@cache
 def evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> Replayed:
     """The loss of one micro-batch without gradients."""
+    return _evaluation_batch(shape, replay_key(replace(setup, kept_layers=0), keep=False), in_place)
+
+
+@cache
+def _evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool) -> Replayed:
     tape = Tape(in_place)
     b = Blocks(tape, shape, setup, False)
     _reference(b)
@@ -129,14 +153,13 @@ class _Middle:
             return Tensor(x.storage, x.node)
         held = [tape.alloc(kept * self.count)]
 
-        def backward(g: Storage, _: list) -> list:
+        def run_backward() -> None:
             held.clear()
             with tape.tagged("gradients"):
                 self.gradients.append(tape.alloc(gradient_bytes * self.count))
-            self.started = Work().plus(tape.work)
-            return [g]
+            self.started = copy(tape.work)
 
-        return tape.link(Tensor(x.storage, x.node), [x], [], backward)
+        return tape.on_gradient(x, run_backward)
 
     def enter(self, x: Tensor, less: int, place: int, entered: list[Storage]) -> Tensor:
         """After a layer. A compiled one keeps its input, and `less` than was replayed. In its backward pass it has what
@@ -147,34 +170,28 @@ class _Middle:
             return x
         known = self.replaces or self.kind != "none" or place >= HEAD_LAYERS or place == self.replayed - 1
 
-        def backward(g: Storage, _: list) -> list:
+        def begin_backward() -> None:
             if known:
                 tape.alloc(self.inside)
             if self.replaces:
                 tape.hide()
             tape.correct(less)
-            return [g]
 
-        return tape.link(Tensor(x.storage, x.node), [x], entered, backward)
+        return tape.on_gradient(x, begin_backward, entered)
 
     def leave(self, x: Tensor) -> Tensor:
         """Before a layer; in the backward pass, after it."""
         tape = self.b.tape
-
-        def backward(g: Storage, _: list) -> list:
-            tape.show()
-            return [g]
-
-        return tape.link(Tensor(x.storage, x.node), [x], [], backward) if self.replaces else x
+        return tape.on_gradient(x, tape.show) if self.replaces else x
 
     def mark_end(self, x: Tensor) -> Tensor:
+        """Before the second layer; in the backward pass, after it."""
         tape = self.b.tape
 
-        def backward(g: Storage, _: list) -> list:
-            self.finished = Work().plus(tape.work)
-            return [g]
+        def end_backward() -> None:
+            self.finished = copy(tape.work)
 
-        return tape.link(Tensor(x.storage, x.node), [x], [], backward)
+        return tape.on_gradient(x, end_backward)
 
 
 def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
@@ -204,7 +221,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
                 x = _entering(b, x, "first")
             if place == HEAD_LAYERS and run.count:
                 x = run.stand_in(x, kept, gradients)
-            before, work, first = tape.live, Work().plus(tape.work), len(tape.leaves)
+            before, work, first = tape.live, copy(tape.work), len(tape.leaves)
             activations = tape.by_tag["activations"]
             if place == 1:
                 x = run.mark_end(x)
@@ -242,6 +259,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
 
 
 def _total(runs: list[_Middle], work: Work) -> Work:
+    """Of all layers, where `work` is of the replayed ones."""
     for run in runs:
         work = run.total(work)
     return work
@@ -296,17 +314,10 @@ def gradient_bytes(shape: ModelShape, setup: Setup, experts: bool) -> int:
 
 def _entering(b: Blocks, x: Tensor, phase: str) -> Tensor:
     """x; in the backward pass, a phase begins where its gradient is made."""
-
-    def backward(g: Storage, _: list) -> list:
-        b.tape.enter(phase)
-        return [g]
-
-    return b.tape.link(Tensor(x.storage, x.node), [x], [], backward)
+    return b.tape.on_gradient(x, partial(b.tape.enter, phase))
 
 
 def _rotary_sets(shape: ModelShape) -> int:
     """Gemma 3 turns local and global layers at different rates."""
     return len(set(shape.windows)) if shape.family == "gemma3_text" else 1
 
-
-__all__ = ["Leaf", "Replayed", "evaluation_batch", "training_step"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -15,7 +16,7 @@ from loadmaster.preflight.explain import RUNNER_UP
 from loadmaster.preflight.plan import MemoryGib, PhasesGib, Plan
 from loadmaster.preflight.setup import sharding_words
 from loadmaster.streams import Output
-from loadmaster.tables import bar_width, print_table
+from loadmaster.tables import figure, memory_table, print_table
 
 ELSEWHERE_ROWS = 6
 RUNNERS_UP = 4
@@ -35,8 +36,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         verdict = f"[red]cannot run as asked[/]: {escape(plan.refusal)}"
     line(f"[bold]{escape(plan.model.name)}[/] ({_billions(plan.model.parameters)}) on {_place(plan)}: {verdict}")
     line(_settings(plan))
-    print_table(_memory_table(plan, bar_width(console)), console)
-    peaks = ", ".join(f"{name.replace('_', ' ')} {gib:.1f}" for name, gib in phases(plan.phases_gib).items())
+    print_table(memory_table(_memory(plan), plan.budget_gib, console), console)
+    peaks = ", ".join(f"{name.replace('_', ' ')} {gib:.1f}" for name, gib in _phases(plan.phases_gib).items())
     where = "" if plan.hardware.gpu == "cpu" else " on each GPU"
     line(f"peaks in GiB{where}: {peaks}; host memory {plan.host_memory_gib:.0f} GiB, disk {plan.disk_gib:.0f} GiB")
     if plan.peak_gib and plan.hardware.gpu != "cpu":
@@ -62,7 +63,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         line(f"[dim]{subject.replace('_', ' ')}: {escape(text)}[/]")
 
 
-def phases(gib: PhasesGib) -> dict[str, float]:
+def _phases(gib: PhasesGib) -> dict[str, float]:
     """Each phase in the order of a run; train and export, which sum some of them up, are left out."""
     order = ("load", "first_step", "steady_step", "evaluate", "save", "resume", "merge", "quantize", "verify")
     return {name: getattr(gib, name) for name in order}
@@ -86,9 +87,9 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
         parts += [f"batch.global_size={row['global_size']}"] if row["global_size"] != asked else []
         table.add_row(
             f"{nodes}{row['count']}x {row['gpu']}", ", ".join(parts), f"{row['needs_gib']:.1f}",
-            _figure(row["tokens_per_second"], "{:,.0f}"), _figure(row["hours"], "{:.2f}"),
-            _figure(row["usd_per_hour"], "{:.2f}"), _figure(row["cost_usd"], "{:.2f}"),
-            _figure(row["usd_per_million_tokens"], "{:.3f}"),
+            figure(row["tokens_per_second"], "{:,.0f}"), figure(row["hours"], "{:.2f}"),
+            figure(row["usd_per_hour"], "{:.2f}"), figure(row["cost_usd"], "{:.2f}"),
+            figure(row["usd_per_million_tokens"], "{:.3f}"),
         )  # fmt: skip
     left = len(plan.elsewhere) - len(shown)
     more = f" (and {left} more in plan.json)" if left else ""
@@ -105,17 +106,10 @@ def print_comparison(key: str, plans: dict[str, Plan], console: Console | None =
     """Plans of the same job side by side, one for each value of `key`."""
     table = Table(box=None, pad_edge=False)
     table.add_column(key, no_wrap=True)
-    for heading, justify, wrap in (
-        ("on", "left", False),
-        ("fits", "left", False),
-        ("plan", "left", True),
-        ("GiB of budget", "right", False),
-        ("tokens/s", "right", False),
-        ("hours", "right", False),
-        ("$/h", "right", False),
-        ("$", "right", False),
-    ):
-        table.add_column(heading, justify=justify, no_wrap=not wrap)
+    for heading in ("on", "fits", "plan"):
+        table.add_column(heading, no_wrap=heading != "plan")
+    for heading in ("GiB of budget", "tokens/s", "hours", "$/h", "$"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for value, plan in plans.items():
         price = plan.price if plan.fits and plan.price else {}
         table.add_row(
@@ -124,27 +118,19 @@ def print_comparison(key: str, plans: dict[str, Plan], console: Console | None =
             "yes" if plan.fits else "no",
             _brief(plan),
             f"{plan.memory_gib.total:.1f} of {plan.budget_gib:.1f}",
-            _figure(plan.tokens_per_second, "{:,.0f}"),
-            _figure(plan.hours, "{:.2f}"),
-            _figure(price.get("usd_per_hour"), "{:.2f}"),
-            _figure(plan.cost_usd, "{:.2f}"),
+            figure(plan.tokens_per_second, "{:,.0f}"),
+            figure(plan.hours, "{:.2f}"),
+            figure(price.get("usd_per_hour"), "{:.2f}"),
+            figure(plan.cost_usd, "{:.2f}"),
         )
     print_table(table, console or Output())
 
 
-def _memory_table(plan: Plan, bar: int) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading, justify in (("memory", "left"), ("GiB", "right"), (f"of {plan.budget_gib:.1f} GiB", "left")):
-        table.add_column(heading, justify=justify, no_wrap=True)
+def _memory(plan: Plan) -> Iterator[tuple[str, float, str]]:
     for item in fields(MemoryGib):
-        value = getattr(plan.memory_gib, item.name)
-        if value == 0 and item.name in ("quantization", "communication"):
-            continue
-        share = value / plan.budget_gib if plan.budget_gib else 0.0
-        filled = min(bar, round(share * bar))
-        style = "red" if share > 1 else "bold" if item.name == "total" else "cyan"
-        table.add_row(item.name, f"{value:.2f}", f"[{style}]{'█' * filled}[/]{'·' * (bar - filled)}")
-    return table
+        gib = getattr(plan.memory_gib, item.name)
+        if gib or item.name not in ("quantization", "communication"):
+            yield item.name, gib, "red" if gib > plan.budget_gib else "bold" if item.name == "total" else "cyan"
 
 
 def _brief(plan: Plan) -> str:
@@ -223,7 +209,3 @@ def _alternative(option: dict[str, Any]) -> str:
 def _billions(parameters: int) -> str:
     many = f"{parameters / 1e9:.2f} billion" if parameters >= 1e9 else f"{parameters / 1e6:.0f} million"
     return f"{many} parameters"
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)

@@ -80,6 +80,7 @@ def other_modules(shape: ModelShape) -> Iterator[str]:
         yield from (f"model.layers.{layer}.{part}" for part in parts)
 
 
-def some_of(names: list[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+def some_of(names: list[str]) -> str:
+    """The first three, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,7 +1,8 @@
 """What is trained, tensor by tensor in the engine's order, and what stepping it takes beside states and gradients.
 
 Parameters are stepped by buckets, the smallest first, and a bucket's gradients go with it: when a large embedding is
-stepped, which is a bucket by itself, those of the layers are gone.
+stepped, which is a bucket by itself, those of the layers are gone. What is cached takes the sizes of buckets and pieces
+as arguments: it holds for these alone, and tests have smaller ones.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from loadmaster.preflight.stepping import PIECE, adafactor_bytes, rounding_bytes
 T = TypeVar("T")
 BUCKET_ELEMENTS = 2**28
 """Parameters that the engine steps together; bounds the fp32 gradients that exist at once to 1 GiB."""
-
-
 HOST_STEP = {"adamw": 20, "adamw_8bit": 28, "adafactor": 16}
 """Bytes an element that is stepped in fp32, on the host and without masters, takes besides state and gradient: at the
 peak of a step of TrainingOptimizer on a CPU (bitsandbytes 0.50, transformers 5.17; 2026-11-29). Of Adafactor those are

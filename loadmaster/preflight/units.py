@@ -104,12 +104,11 @@ class Units:
         if following is not None and not self._stays:
             self.ahead = [self._buffer(self.sparse if following else self.dense)]
 
-        def backward(g: Storage, _: list) -> list:
+        def end_backward() -> None:
             self._reduce(index, unit)
             self.order.pop()
-            return [g]
 
-        return self.tape.link(Tensor(x.storage, x.node), [x], [], backward)
+        return self.tape.on_gradient(x, end_backward)
 
     def end(self, x: Tensor, index: int, leaves: list[Leaf]) -> Tensor:
         """After a layer has run forward; in the backward pass, before it runs."""
@@ -120,15 +119,14 @@ class Units:
             del self.parameters[index]
         self.leaves[index] = leaves
 
-        def backward(g: Storage, _: list) -> list:
+        def begin_backward() -> None:
             if not self._keeps:
                 self.parameters[index] = self._alloc(unit.gathered)
                 self.prefetched.clear()
                 if len(self.order) > 1:
                     self.prefetched.append(self._buffer(self.order[-2][1]))
-            return [g]
 
-        return self.tape.link(Tensor(x.storage, x.node), [x], [], backward)
+        return self.tape.on_gradient(x, begin_backward)
 
     def finish(self, loss: Tensor) -> Tensor:
         """After the loss; in the backward pass, before it."""
@@ -136,12 +134,11 @@ class Units:
             return loss
         self.held.clear()
 
-        def backward(g: Storage, _: list) -> list:
+        def prefetch() -> None:
             if not self._keeps:
                 self.prefetched.append(self._buffer(self.order[-1][1]))
-            return [g]
 
-        return self.tape.link(Tensor(loss.storage, loss.node), [loss], [], backward)
+        return self.tape.on_gradient(loss, prefetch)
 
     def reduce_rest(self) -> None:
         """The last of the backward pass."""

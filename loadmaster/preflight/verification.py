@@ -6,7 +6,7 @@
 
 The largest model decides: what was trained in fp32, or an export in bf16, for quantized ones are scored with the
 weights that they stand for. Of answers, so many are asked at a time as take least time: more take fewer passes, and
-room that layers would have had. The time is modelled; that of computing is in the overhead of a run (speed.py). No run
+room that layers would have had. The time is modelled; that of computing is in the overhead of a run (hours.py). No run
 on several GPUs was measured.
 """
 
@@ -19,12 +19,12 @@ from typing import Any
 from loadmaster.config.schema import EvaluationConfig, Job
 from loadmaster.preflight.answers import answer_bytes
 from loadmaster.preflight.coefficients import value
+from loadmaster.preflight.exports import counts_exports
 from loadmaster.preflight.hardware import GIB, Hardware
-from loadmaster.preflight.memory import Bytes, context_bytes, replay_key
+from loadmaster.preflight.memory import Bytes, context_bytes
 from loadmaster.preflight.placement import Placement, Room, place
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.shards import frozen_form
 from loadmaster.preflight.step import evaluation_batch
 from loadmaster.preflight.weights import base_bytes
 
@@ -104,7 +104,7 @@ def _verifying(
     job: Job, shape: ModelShape, hardware: Hardware, setup: Setup, scoring: Bytes, answers: int
 ) -> VerificationNeed:
     """With so many answers at a time; scoring: of a row, or of a matrix while it is compared."""
-    frozen = frozen_form(setup) is not None
+    frozen = setup.frozen_form is not None
     width = 2 if frozen else setup.width  # exports are loaded in bf16, what is trained in its own precision
     exported = float(width * shape.parameters)
     adapters = setup.width * setup.trainable(shape) if setup.adapters else 0.0
@@ -114,25 +114,26 @@ def _verifying(
         answering = Bytes(activations=answering_bytes(job, shape, setup.width, answers))
         working = max(scoring, answering, key=lambda b: b.total)
     context = (1 if hardware.is_cpu else 2) * context_bytes(hardware)
-    beside = working.total, max(working.activations, _compared(shape, setup, layers_alone=True))
+    passing = max(working.activations, _compared(shape, setup, layers_alone=True))
     whole = replace(working, weights=max(exported, trained), context=context)
-    free = hardware.memory_gib * (1 - job.plan.reserve) * GIB - context
+    free = hardware.budget_gib(job.plan.reserve) * GIB - context
     each_gpu, host_room = (free,) * hardware.count, _host_room(hardware)
     if hardware.is_cpu:  # host memory in the place of the first GPU, then disk, as export/room.py has it
         each_gpu, host_room = (free - REFERENCE_BYTES,), 0.0
-    room = Room(each_gpu, host_room, True, beside[0] + adapters, beside[1] + adapters)
+    room = Room(each_gpu, host_room, working=working.total + adapters, passing=passing + adapters)
     layers, rest = _sizes(shape, width, exported)
     placement = place(layers, rest, room)
     trained_layers, trained_rest = _sizes(shape, setup.width, trained - adapters)
     of_trained = place(trained_layers, trained_rest, replace(room, disk=not frozen))
     if of_trained is None:
         placement = None
+    need = VerificationNeed(whole, placement, working=working.total, passing=passing, answers=answers)
     if placement is None or placement.is_whole:
-        return VerificationNeed(whole, placement, 0.0, 0.0, 0, 0.0, *beside, answers)
+        return need
     each = max(layers)
     moved = each if placement.host or placement.disk else 0.0
     on_gpus = [replace(working, weights=rest + adapters + placement.gpus[0] * each + moved, context=context)]
-    inside = Bytes(activations=beside[1], context=context)
+    inside = Bytes(activations=passing, context=context)
     on_gpus += [replace(inside, weights=adapters + count * each) for count in placement.gpus[1:] if count]
     passes, seconds = 0, 0.0
     of_exports, of_others = forward_passes(job, setup, answers)
@@ -140,9 +141,14 @@ def _verifying(
         if there.host or there.disk:
             passes += times
             seconds += times * _moving_seconds(hardware, there.host * size, there.disk * size)
-    host, disk = placement.host * each, placement.disk * each
-    most = max(on_gpus, key=lambda b: b.total)
-    return VerificationNeed(most, placement, host, disk, passes, seconds, *beside, answers)
+    return replace(
+        need,
+        bytes=max(on_gpus, key=lambda b: b.total),
+        host_bytes=placement.host * each,
+        disk_bytes=placement.disk * each,
+        passes=passes,
+        seconds=seconds,
+    )
 
 
 def _moving_seconds(hardware: Hardware, host: float, disk: float) -> float:
@@ -155,7 +161,7 @@ def _scoring(job: Job, shape: ModelShape, setup: Setup) -> Bytes:
     """Of a row while it is scored, or of a matrix while it is compared, whichever is more."""
     scored = min(job.sequence_length, REFERENCE_BYTES // (4 * shape.vocabulary_size))
     row = replace(setup, micro_batch_size=1, sharding="none", replicas=1, offload="none", precision="bf16")
-    batch = evaluation_batch(shape, replay_key(replace(row, method="full"), keep=False)).at_peak
+    batch = evaluation_batch(shape, replace(row, method="full")).at_peak
     logits = (2 + 5 * 4) * scored * shape.vocabulary_size  # bf16; fp32 logits, both log-probabilities, exp and product
     scoring = Bytes(activations=batch["activations"], logits=logits)
     return max(scoring, Bytes(quantization=_compared(shape, setup)), key=lambda b: b.total)
@@ -164,7 +170,7 @@ def _scoring(job: Job, shape: ModelShape, setup: Setup) -> Bytes:
 def _compared(shape: ModelShape, setup: Setup, layers_alone: bool = False) -> float:
     """Of the largest tensor that is held against the live model's (export/live_checks.py): the live one in fp32, the
     exported one in bf16; under adapters their product and the sum, and of a frozen one the stored base and its sum."""
-    each = 4 + 2 + (8 if setup.adapters else 0) + (8 if frozen_form(setup) else 0) + (4 if setup.dora else 0)
+    each = 4 + 2 + (8 if setup.adapters else 0) + (8 if setup.frozen_form else 0) + (4 if setup.dora else 0)
     matrix = max(m.weight for m in shape.matrices())
     experts = 2 * shape.experts * shape.expert_size * shape.hidden_size
     outside = 0 if layers_alone else shape.embedding_parameters
@@ -222,3 +228,8 @@ def prompts_asked(evaluation: EvaluationConfig, prompts: int | None = None) -> i
     most = ANSWERS if evaluation.task == "none" else evaluation.max_rows
     there = (most or ASKED_OF_A_TASK) if prompts is None else prompts
     return min(most or there, there)
+
+
+def can_export(job: Job, verification: dict[str, Any] | None) -> bool:
+    """Whether the last stage that the job asks for can pass, by a plan's `verification`."""
+    return verification is None or verification["fits"] or not counts_exports(job)

@@ -20,14 +20,22 @@ def nf4_bytes(matrix: Matrix, width: int = 2) -> int:
     return sum(-(-size // 512) * 512 for size in sizes)
 
 
+def frozen_form(method: str, precision: str) -> str | None:
+    """The format of the frozen base under a plan's method and precision; None where it is not quantized."""
+    if method == "qlora":
+        return "nf4"
+    return "fp8" if method == "lora" and precision == "fp8" else None
+
+
 @cache
 def base_bytes(shape: ModelShape, method: str, precision: str) -> float:
     """The base model's weights, unsharded. Expert tensors are no nn.Linear: they stay in bf16 under nf4."""
     width = 4 if precision == "fp32" else 2
-    linears = [*shape.matrices()] * shape.dense_layers + [*shape.matrices(experts=True)] * shape.expert_layers
+    linears = [m for experts, layers in shape.layer_kinds for m in layers * shape.matrices(experts)]
     rest = width * (shape.parameters - sum(m.parameters for m in linears))
-    if method == "qlora":
+    form = frozen_form(method, precision)
+    if form == "nf4":
         return sum(nf4_bytes(m, width) for m in linears) + rest
-    if precision == "fp8" and method == "lora":  # per output row one fp32 scale
+    if form == "fp8":  # per output row one fp32 scale
         return sum(m.weight + (4 + width * m.bias) * m.outputs for m in linears) + rest
     return width * shape.parameters

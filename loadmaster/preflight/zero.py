@@ -69,42 +69,68 @@ class ZeroBytes:
 
 
 def zero_bytes(shape: ModelShape, setup: Setup) -> ZeroBytes:
-    """Raises ZeroDivisionError for a setup without ZeRO."""
-    w, gpus, trained = setup.width, setup.world_size, setup.trainable(shape)
-    parts = list(_parts(shape, setup))
-    largest = max(_elements(p, w) for p, _ in parts if p.trained)
-    bucket = zero_settings.reduce_bucket(trained)
+    """Of a setup with a stage of ZeRO."""
+    return _partitioned(shape, setup) if setup.stage == 3 else _replicated(shape, setup)
+
+
+def _replicated(shape: ModelShape, setup: Setup) -> ZeroBytes:
+    """zero1 and zero2: weights are whole."""
+    w, gpus, trained, first = setup.width, setup.world_size, setup.trainable(shape), setup.stage == 1
+    largest = max(_elements(p, w) for p, _ in _parts(shape, setup) if p.trained)
+    share = -(-trained // (2 * gpus)) * 2  # padded to two elements a rank (nccl_start_alignment_factor)
+    reducing = _reducing1 if first else _reducing2
     offloaded = setup.offload != "none"
-    if setup.stage == 3:
-        share = sum(count * -(-_elements(p, w) // gpus) for p, count in parts if p.trained)
-        weights = sum(count * _cut(p, w, gpus) for p, count in parts) + _buffers(shape, setup)
-        persistent = sum(count * p.rows * p.row_bytes for p, count in parts if _persists(p, w))
-        kept, gradients = FP32 * bucket, FP32 * share
-        phases = {
-            name: gathered + copied + _reducing3(shape, setup, name)
-            for name, (gathered, copied) in _gathered(shape, setup, parts).items()
-        }
-        # A group's gradients in fp32; before, for their norm, those of a tensor in twice as many bits.
-        step = max(FP32 * min(share, sub_group_size(shape, setup) + largest // gpus), 2 * FP32 * largest // gpus)
-        host, rounded, on_gpu = 0, 0, weights + persistent
-        if offloaded:
-            gradients = step = 0.0
-            host, groups = (3 * FP32 + 2 * FP32) * share, sub_groups(shape, setup)
-            rounded = 3 * FP32 * share + pinned(FP32 * share) + sum(pinned(FP32 * group) for group in groups)
-        if setup.offload == "all":
-            host, on_gpu = host + weights, persistent
-            rounded += sum(count * pinned(_cut(p, w, gpus)) for p, count in parts) + pinned(w * share)
-        return ZeroBytes(on_gpu, gradients, 3 * FP32 * share, share, kept, phases, step, host, rounded)
-    share = -(-trained // (2 * gpus)) * 2
-    weights = base_bytes(shape, setup.method, setup.precision) + (w * trained if setup.adapters else 0)
-    gradients = FP32 * (trained if setup.stage == 1 else share)
-    kept = w * largest if offloaded else 0
-    whole = _reducing1 if setup.stage == 1 else _reducing2
-    phases = {name: whole(shape, setup, name, share) for name in PHASES}
-    step = FP32 * (share + (bucket if setup.stage == 1 else 0))
     moments, blocks = 2 * FP32 * share, (FP32 * share, FP32 * share, w * share, w * largest)
     host, rounded = (moments + sum(sizes) if offloaded else 0 for sizes in (blocks, map(pinned, blocks)))
-    return ZeroBytes(weights, gradients, 3 * FP32 * share, share, kept, phases, step, host, rounded)
+    return ZeroBytes(
+        weights=base_bytes(shape, setup.method, setup.precision) + (w * trained if setup.adapters else 0),
+        gradients=FP32 * (trained if first else share),
+        states=3 * FP32 * share,
+        share=share,
+        kept=w * largest if offloaded else 0,
+        phases={name: reducing(shape, setup, name, share) for name in PHASES},
+        step=FP32 * (share + (_bucket(shape, setup) if first else 0)),
+        host=host,
+        pinned_host=rounded,
+    )
+
+
+def _partitioned(shape: ModelShape, setup: Setup) -> ZeroBytes:
+    """zero3: every tensor is cut, but small ones are whole, too."""
+    w, gpus, offloaded = setup.width, setup.world_size, setup.offload != "none"
+    parts = list(_parts(shape, setup))
+    largest = max(_elements(p, w) for p, _ in parts if p.trained)
+    share = sum(count * -(-_elements(p, w) // gpus) for p, count in parts if p.trained)
+    weights = sum(count * _cut(p, w, gpus) for p, count in parts) + _buffers(shape, setup)
+    persistent = sum(count * p.bytes for p, count in parts if _persists(p, w))
+    # A group's gradients in fp32; before, for their norm, those of a tensor in twice as many bits.
+    step = max(FP32 * min(share, sub_group_size(shape, setup) + largest // gpus), 2 * FP32 * largest // gpus)
+    host = rounded = 0
+    if offloaded:
+        host, groups = (3 * FP32 + 2 * FP32) * share, sub_groups(shape, setup)
+        rounded = 3 * FP32 * share + pinned(FP32 * share) + sum(pinned(FP32 * group) for group in groups)
+    if setup.offload == "all":
+        host += weights
+        rounded += sum(count * pinned(_cut(p, w, gpus)) for p, count in parts) + pinned(w * share)
+    return ZeroBytes(
+        weights=persistent + (0 if setup.offload == "all" else weights),
+        gradients=0.0 if offloaded else FP32 * share,
+        states=3 * FP32 * share,
+        share=share,
+        kept=FP32 * _bucket(shape, setup),
+        phases={
+            name: gathered + copied + _reducing3(shape, setup, name)
+            for name, (gathered, copied) in _gathered(shape, setup, parts).items()
+        },
+        step=0.0 if offloaded else step,
+        host=host,
+        pinned_host=rounded,
+    )
+
+
+def _bucket(shape: ModelShape, setup: Setup) -> int:
+    """Elements of the buffer in which gradients are reduced."""
+    return zero_settings.reduce_bucket(setup.trainable(shape))
 
 
 @dataclass(frozen=True)
@@ -122,11 +148,9 @@ class _Arriving:
 def _arriving(shape: ModelShape, setup: Setup, phase: str) -> _Arriving:
     """Of a tensor that is larger than the bucket the reduction is seen when the next one comes: the head's before the
     layers, the embedding's at the end. A bucket is reduced when the next tensor has no room in it."""
-    w, bucket, trained = setup.width, zero_settings.reduce_bucket(setup.trainable(shape)), setup.trainable(shape)
+    bucket, trained = _bucket(shape, setup), setup.trainable(shape)
     embedding, head = _tables(shape, setup)
-    counted = ((False, shape.dense_layers), (True, shape.expert_layers))
-    layers = [p for experts, n in counted if n for p in layer_parts(shape, setup, experts) if p.trained]
-    layer = max((_elements(p, w) for p in layers), default=0)
+    layer = _largest_in_layers(shape, setup)
     tensor, before = {
         "head": (head, head),
         "layers": (max(head, layer), trained - embedding),
@@ -150,7 +174,7 @@ def _tables(shape: ModelShape, setup: Setup) -> tuple[int, int]:
 def _reducing1(shape: ModelShape, setup: Setup, phase: str, share: int) -> float:
     """Gradients of the step's micro-batches add up whole. The bucket stays from the first one to the step; in the
     last one's end they go into it, and its sum into this rank's share."""
-    bucket, several = zero_settings.reduce_bucket(setup.trainable(shape)), setup.gradient_accumulation_steps > 1
+    bucket, several = _bucket(shape, setup), setup.gradient_accumulation_steps > 1
     if phase == "loss":
         return FP32 * bucket * several
     if phase != "end":
@@ -163,8 +187,7 @@ def _reducing1(shape: ModelShape, setup: Setup, phase: str, share: int) -> float
 def _reducing2(shape: ModelShape, setup: Setup, phase: str, share: int) -> float:
     """A bucket in the weights' dtype, anew in each backward pass; full, it is copied, cast and summed into this rank's
     share, which is not there before the first sum of a step."""
-    w, trained = setup.width, setup.trainable(shape)
-    cast = FP32 if setup.width < FP32 else 0
+    w, cast = setup.width, FP32 if setup.width < FP32 else 0
     if phase == "loss":
         return 0 if setup.gradient_accumulation_steps > 1 else -FP32 * share
     came = _arriving(shape, setup, phase)
@@ -172,7 +195,7 @@ def _reducing2(shape: ModelShape, setup: Setup, phase: str, share: int) -> float
     alone = w * came.largest + max(cast * (copied or piece) + w * copied, _norm(setup, piece))
     full = max((w + cast) * came.filled, _norm(setup, min(came.tensor, came.filled, share)))
     arrives = w * _tables(shape, setup)[1] if phase == "head" else 0  # the replay let go of it as it came
-    return w * zero_settings.reduce_bucket(trained) + max(alone, full, arrives)
+    return w * _bucket(shape, setup) + max(alone, full, arrives)
 
 
 def _reducing3(shape: ModelShape, setup: Setup, phase: str) -> float:
@@ -191,10 +214,8 @@ def _reducing3(shape: ModelShape, setup: Setup, phase: str) -> float:
 def _copied(shape: ModelShape, setup: Setup, tensor: int, share: int) -> int:
     """Elements of a large tensor that are copied together, as it lies in several ranks' shares and its first piece may
     be small. A table is the first or the last tensor of all: in several where it is larger than a share."""
-    bucket, table = zero_settings.reduce_bucket(setup.trainable(shape)), tensor == shape.embedding_parameters
-    if table and (tensor <= share or (shape.tied and share > bucket)):
-        return 0
-    return tensor
+    table = tensor == shape.embedding_parameters
+    return 0 if table and (tensor <= share or (shape.tied and share > _bucket(shape, setup))) else tensor
 
 
 def _norm(setup: Setup, elements: int) -> int:
@@ -204,9 +225,8 @@ def _norm(setup: Setup, elements: int) -> int:
 
 def _parts(shape: ModelShape, setup: Setup) -> Iterator[tuple[Part, int]]:
     """(tensor, how many there are of it)."""
-    for experts, layers in ((False, shape.dense_layers), (True, shape.expert_layers)):
-        if layers:
-            yield from ((part, layers) for part in layer_parts(shape, setup, experts))
+    for experts, layers in shape.layer_kinds:
+        yield from ((part, layers) for part in layer_parts(shape, setup, experts))
     yield from ((part, 1) for part in root_parts(shape, setup))
 
 
@@ -217,17 +237,19 @@ def sub_groups(shape: ModelShape, setup: Setup) -> list[int]:
 
 def sub_group_size(shape: ModelShape, setup: Setup) -> int:
     """Elements at which DeepSpeed closes such a group."""
-    counted = ((False, shape.dense_layers), (True, shape.expert_layers))
-    trained = (p for experts, n in counted if n for p in layer_parts(shape, setup, experts) if p.trained)
-    largest = max((_elements(p, setup.width) for p in trained), default=0)
-    return zero_settings.sub_group(-(-largest // setup.world_size))
+    return zero_settings.sub_group(-(-_largest_in_layers(shape, setup) // setup.world_size))
+
+
+def _largest_in_layers(shape: ModelShape, setup: Setup) -> int:
+    """Elements of the largest trained tensor of a decoder layer; 0 where none is trained."""
+    trained = (p for experts, _ in shape.layer_kinds for p in layer_parts(shape, setup, experts) if p.trained)
+    return max((_elements(p, setup.width) for p in trained), default=0)
 
 
 @cache
 def _sub_groups(shape: ModelShape, setup: Setup) -> list[int]:
     embedding, *last = root_parts(shape, setup)
-    counted = ((False, shape.dense_layers), (True, shape.expert_layers))
-    layers = (part for experts, n in counted if n for part in n * list(layer_parts(shape, setup, experts)))
+    layers = (part for experts, n in shape.layer_kinds for part in n * list(layer_parts(shape, setup, experts)))
     found, enough = [0], sub_group_size(shape, setup)
     for part in (embedding, *layers, *last):
         if part.trained:
@@ -238,7 +260,7 @@ def _sub_groups(shape: ModelShape, setup: Setup) -> list[int]:
 
 
 def _elements(part: Part, width: int) -> int:
-    return part.rows * part.row_bytes // (1 if part.coded else width)
+    return part.bytes // (1 if part.coded else width)
 
 
 def _cut(part: Part, width: int, gpus: int) -> int:
@@ -250,8 +272,7 @@ def _persists(part: Part, width: int) -> bool:
 
 
 def _buffers(shape: ModelShape, setup: Setup) -> int:
-    counted = ((False, shape.dense_layers), (True, shape.expert_layers))
-    return sum(layers * layer_buffers(shape, setup, experts) for experts, layers in counted if layers)
+    return sum(layers * layer_buffers(shape, setup, experts) for experts, layers in shape.layer_kinds)
 
 
 def _gathered(shape: ModelShape, setup: Setup, parts: list[tuple[Part, int]]) -> dict[str, tuple[int, int]]:
@@ -259,15 +280,14 @@ def _gathered(shape: ModelShape, setup: Setup, parts: list[tuple[Part, int]]) ->
     it; beside it is what is gathered ahead until max_live is reached, which the last tensor goes beyond. After the
     layers that is the embedding, where it is trained. Tensors that are gathered together are copied out of one buffer.
     """
-    w, count = setup.width, {False: shape.dense_layers, True: shape.expert_layers}
-    kinds = {experts: list(layer_parts(shape, setup, experts)) for experts, n in count.items() if n}
-    cut = [p for layer in kinds.values() for p in layer if not _persists(p, w)]
+    w, kinds = setup.width, [list(layer_parts(shape, setup, experts)) for experts, _ in shape.layer_kinds]
+    cut = [p for layer in kinds for p in layer if not _persists(p, w)]
     table = w * shape.embedding_parameters
     head, embedding = table, table * (not shape.tied)
     again = embedding if setup.trains("embed_tokens") else 0
-    live = 2 * max(sum(p.rows * p.row_bytes for p in layer) for layer in kinds.values())
-    layers = sum(n * p.rows * p.row_bytes for p, n in parts if not _persists(p, w)) - head - embedding
-    tensor = max((p.rows * p.row_bytes for p in cut), default=0)
+    live = 2 * max(sum(p.bytes for p in layer) for layer in kinds)
+    layers = sum(n * p.bytes for p, n in parts if not _persists(p, w)) - head - embedding
+    tensor = max((p.bytes for p in cut), default=0)
     ahead = min(live + tensor, layers)
     together = min(w * zero_settings.PREFETCH_BUCKET, live)
     start = max(embedding, min(embedding + layers, together + tensor))

@@ -11,7 +11,7 @@ from loadmaster import catalog
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import HardwareConfig
 from loadmaster.errors import ConfigError, LoadmasterError
-from loadmaster.preflight import hardware, make_plan
+from loadmaster.preflight import hardware, make_plan, nvml
 from loadmaster.world_stages import device_type
 
 PLAN = ["data=file", "data.path=owner/dataset", "stop_after=plan"]
@@ -116,9 +116,9 @@ def test_a_gpu_that_the_plan_did_not_see_is_no_reason_either(monkeypatch) -> Non
 def test_visible_devices_are_respected(monkeypatch) -> None:
     cards = [("a", 1.0, 8.0), ("b", 1.0, 8.0)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert hardware._visible(cards) == [("b", 1.0, 8.0)]
+    assert nvml._visible(cards) == [("b", 1.0, 8.0)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert hardware._visible(cards) == []
+    assert nvml._visible(cards) == []
 
 
 def test_catalogue_machines_have_memory_price_and_capability() -> None:

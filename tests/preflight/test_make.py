@@ -21,11 +21,11 @@ from loadmaster.config.schema import (
     PlanConfig,
 )
 from loadmaster.preflight import make_plan
+from loadmaster.preflight.batch import divisors
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import memory
 from loadmaster.preflight.plan import Plan
-from loadmaster.preflight.refusals import divisors
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
 

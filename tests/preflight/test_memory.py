@@ -11,6 +11,7 @@ from loadmaster import catalog
 from loadmaster.preflight import memory as model
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.hardware import from_catalog
+from loadmaster.preflight.least import least_bytes
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import training_step
@@ -175,7 +176,7 @@ def test_what_is_ruled_out_quickly_does_not_fit(method: str, more: dict) -> None
         targets = ("q_proj", "o_proj") if name == "mixtral-8x7b" else "all-linear"
         tried, whole = setup(method, lora_targets=targets, **more), shape_of(name)
         for shape in (whole, *(dataclasses.replace(whole, layers=n, windows=()) for n in (1, 2, 3))):
-            assert model.least_bytes(shape, gpu, tried) <= model.train_bytes(shape, gpu, tried).total
+            assert least_bytes(shape, gpu, tried) <= model.train_bytes(shape, gpu, tried).total
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,17 @@ import pytest
 
 from loadmaster.config.schema import BatchConfig, EvaluationConfig, ExportConfig, HardwareConfig, Job, ModelConfig
 from loadmaster.export import candidates, smoke
-from loadmaster.preflight import make_plan, phases, verification
+from loadmaster.preflight import make_plan, verification
+from loadmaster.preflight.calibration import CALIBRATED
 from loadmaster.preflight.candidate import evaluate, fixed
 from loadmaster.preflight.config_json import find_shape
-from loadmaster.preflight.explain import about_verification, can_export
+from loadmaster.preflight.disk import EXPORT_BITS, export_bytes
+from loadmaster.preflight.explain import about_verification
 from loadmaster.preflight.hardware import from_catalog
 from loadmaster.preflight.memory import host_bytes
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
-from loadmaster.preflight.verification import verifying
+from loadmaster.preflight.verification import can_export, verifying
 
 GIB = 2**30
 EIGHT = ModelConfig(name="meta-llama/Llama-3.1-8B")
@@ -188,7 +190,7 @@ def test_layers_go_to_disk_where_the_host_is_too_small_and_frozen_ones_do_not() 
     shape, machine = find_shape(SEVENTY), replace(from_catalog("h100_80gb", 1), host_memory_gib=40.0)
     job = Job(model=SEVENTY, method="full", batch=BatchConfig(global_size=64))
     setup = Setup(method="full", precision="bf16", optimizer="adafactor", master_weights=False,
-                  **fixed(job, machine, "full", 0))  # fmt: skip
+                  **fixed(job, machine, "full", "full", 0))  # fmt: skip
     need = verifying(job, shape, machine, setup)
     assert need.placement.disk > 0 and need.disk_bytes >= need.host_bytes > 0 and need.summary()["fits"]
     on_host = verifying(job, shape, replace(machine, host_memory_gib=400.0), setup)
@@ -225,12 +227,21 @@ def test_the_host_holds_the_rehearsals_copy_of_what_is_trained() -> None:
     shape, machine = find_shape(EIGHT), from_catalog("h100_80gb", 1)
     job = Job(model=EIGHT, method="full")
     light = Setup(
-        method="full", precision="bf16", optimizer="adamw_8bit", master_weights=False, **fixed(job, machine, "none", 0)
+        method="full", precision="bf16", optimizer="adamw_8bit", master_weights=False,
+        **fixed(job, machine, "full", "none", 0),
     )
     assert host_bytes(shape, light) - 3 * GIB == pytest.approx(2 * shape.parameters, rel=0.001)
+
+
+def test_a_gguf_takes_as_much_disk_as_its_type_has_bits() -> None:
+    """The volume that a rented machine writes to is as large as the plan says."""
+    shape, setup = find_shape(EIGHT), Setup("full", "bf16", "adamw", True)
+    exports = {kind: ExportConfig(formats=["gguf"], gguf_type=kind) for kind in ("q8_0", "bf16", "f16")}
+    sizes = {kind: export_bytes(Job(model=EIGHT, export=export), shape, setup) for kind, export in exports.items()}
+    assert sizes["bf16"] == sizes["f16"] and sizes["bf16"] - sizes["q8_0"] == 7.5 / 8 * shape.parameters
 
 
 def test_numbers_of_other_rooms_are_theirs() -> None:
     assert smoke.ANSWER_TOKENS * (smoke.PROMPTS + 1) < verification.OTHER_PASSES
     calibrated = {name for name, made in candidates.CANDIDATES.items() if set(made) & set(candidates.CALIBRATED)}
-    assert set(phases.CALIBRATED) == calibrated and set(phases.EXPORT_BITS) == set(candidates.CANDIDATES)
+    assert set(CALIBRATED) == calibrated and {*EXPORT_BITS, "gguf"} == set(candidates.CANDIDATES)

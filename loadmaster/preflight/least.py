@@ -1,0 +1,63 @@
+"""The least that a setup needs on one GPU: quick to say, without a replay, and it rules most plans out.
+
+Never more than is needed (tests/preflight/test_memory.py): what is always there, and the part of a micro-batch's
+activations, gathered weights and gradients that no order of operations can do without.
+"""
+
+from __future__ import annotations
+
+from loadmaster.preflight.hardware import Hardware
+from loadmaster.preflight.memory import context_bytes, resident, state_bytes
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.shards import units, whole
+from loadmaster.preflight.step import gradient_bytes
+
+
+def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
+    """Weights, states and what layers keep at least."""
+    weights, gradients, local = resident(shape, setup)
+    inputs = max(_kept_bytes(shape, setup, 0) + _gathered_bytes(shape, setup), _reducing_bytes(shape, setup))
+    if setup.stage:
+        return inputs if hardware.is_cpu or setup.offload == "all" else weights + inputs
+    before = gradients if setup.gradient_accumulation_steps > 1 else 0.0  # else they come as inputs go
+    if hardware.is_cpu:
+        return weights + state_bytes(setup) * local + before + inputs
+    if setup.offload == "all":
+        return context_bytes(hardware) + inputs
+    states = 0.0 if setup.states_on_host else state_bytes(setup) * local
+    return weights + states + max(before + inputs, gradients) + context_bytes(hardware)
+
+
+def _gathered_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Of whole units at least, where all layers have run forward: all of them, or the root, the parameters of the last
+    layer and the buffer of the one before it (units.py)."""
+    if setup.shards == 1:
+        return 0
+    if setup.keeps_weights:
+        return whole(shape, setup).gathered
+    *layers, root = units(shape, setup)
+    return root.gathered + min(2, shape.layers) * min(layers[experts].gathered for experts, _ in shape.layer_kinds)
+
+
+def _reducing_bytes(shape: ModelShape, setup: Setup) -> int:
+    """At least, where the last layer but one has run backward: the same, with its own gradients, and those of the last
+    one in the buffer of their reduction."""
+    if setup.shards == 1 or setup.keeps_weights or shape.layers < 3:
+        return 0
+    *layers, _ = units(shape, setup)
+    reduced = min(layers[experts].reduced for experts, _ in shape.layer_kinds)
+    own = min(gradient_bytes(shape, setup, experts) for experts, _ in shape.layer_kinds)
+    return _kept_bytes(shape, setup, 2) + _gathered_bytes(shape, setup) + reduced + own
+
+
+def _kept_bytes(shape: ModelShape, setup: Setup, done: int) -> int:
+    """For the backward pass of all layers but the last `done`: their inputs; where nothing is recomputed, attention's
+    queries, keys, values and results as well, and a dense layer's gate and what it gates. The first layer may have
+    nothing to train before them."""
+    each, layers = setup.width * setup.tokens, max(0, shape.layers - done)
+    inputs = 0 if setup.checkpointing == "offload" else each * shape.hidden_size * layers
+    if setup.checkpointing != "none":
+        return inputs
+    attention = 2 * (shape.query_size + shape.key_value_size) * max(0, layers - 1)
+    return inputs + each * (attention + 2 * shape.intermediate_size * max(0, shape.dense_layers - done - 1))
