@@ -6,6 +6,7 @@ re-run when what it was made from has not changed. report.html is written anew a
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ from loadmaster.world_stages import Materials, chosen
 
 SOON_READ = 1_000_000
 """Bytes of files that a plan looks into, as they may hold no row."""
+ROWS_READ = 1000
+"""By which a plan tells how much the first data.max_rows are."""
 
 
 def run(composed: Composed, console: Console | None = None) -> int:
@@ -375,7 +379,8 @@ def data_identity(job: Job) -> list[str]:
 
 
 def dataset_tokens(job: Job) -> int | None:
-    """Tokens of an epoch, estimated from the size of the files; None for a Hub dataset, and where one is not here.
+    """Tokens of an epoch, estimated from the size of the files, and of their first rows where data.max_rows leaves
+    others out; None for a Hub dataset, and where one is not here.
 
     Raises DataError for a folder without files of rows, and for files that hold none, held-out ones included.
     """
@@ -384,7 +389,15 @@ def dataset_tokens(job: Job) -> int | None:
         _sizes([held], "data.validation")
     if not all(os.path.exists(resolve_path(path)) for path in paths):
         return None
-    return estimate_tokens(_sizes(paths, "data.path"))
+    tokens, most = estimate_tokens(_sizes(paths, "data.path")), job.data.max_rows
+    return tokens if most is None else min(tokens, estimate_tokens({"rows.jsonl": _bytes_of_rows(paths, most)}))
+
+
+def _bytes_of_rows(paths: list[str], most: int) -> int:
+    """Of the first `most` rows as JSON, by as many of them as are soon read."""
+    first = list(islice(open_source(paths).rows(), min(most, ROWS_READ)))
+    size = sum(len(json.dumps(row.value, ensure_ascii=False).encode()) for row in first)
+    return size if len(first) < ROWS_READ else size * most // ROWS_READ
 
 
 def _sizes(paths: list[str], key: str) -> dict[str, int]:

@@ -165,6 +165,8 @@ def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
     # By file name: exports carry the plan, and are passed on.
     named = ", ".join(Path(path).name if os.path.exists(local_path(path)) else path for path in paths[:3])
     named += f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    if job.data.max_rows is not None:
+        named = f"the first {job.data.max_rows:,} rows of {named}"
     count = steps(job, dataset_tokens)
     if count is None:
         return [f"no hours or dollars: how much {named} holds is not known here; max_steps would say it"]

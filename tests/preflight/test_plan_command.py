@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from datasets import Dataset
 from rich.console import Console
 
 from loadmaster.cli import STAGE_HELP, main
@@ -255,3 +256,24 @@ def test_files_that_are_read_are_what_hours_are_planned_for(tmp_path) -> None:
     assert tokens() == both == 2 * 30 * 14 / 4.2
     elsewhere = compose(["data=file", "data.path=elsewhere.jsonl", "stop_after=plan"]).job
     assert dataset_tokens(elsewhere) is None
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
+def test_rows_that_are_left_out_are_not_planned_for(name, tmp_path) -> None:
+    rows, file = [{"text": "a word or two " * (1 + i % 3)} for i in range(3000)], tmp_path / name
+    if file.suffix == ".json":
+        file.write_text(json.dumps(rows, indent=1))
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        write = "to_csv" if file.suffix == ".csv" else "to_parquet"
+        getattr(Dataset.from_list(rows), write)(str(file))
+
+    def tokens(most: int | str) -> int | None:
+        return dataset_tokens(compose(["data=file", f"data.path={file}", f"data.max_rows={most}"]).job)
+
+    each = len(json.dumps(rows[0])) + 14
+    assert tokens(30) == pytest.approx(30 * each / 4.2, rel=0.02)
+    whole = tokens("null")
+    if file.suffix != ".parquet":
+        assert tokens(2000) == pytest.approx(2000 * each / 4.2, rel=0.02) and tokens(9000) == whole

@@ -100,7 +100,7 @@ def test_of_a_mixture_of_experts_full_alone_is_left_to_method_auto_and_that_is_s
 
 
 def test_of_a_mixture_of_experts_no_reference_is_left_to_a_preference() -> None:
-    plan = make_plan(compose([*MIXTURE, "objective=dpo", "data.format=preference"]).job, with_alternatives=False)
+    plan = make_plan(compose([*MIXTURE, "objective=kto", "data.format=preference"]).job, with_alternatives=False)
     assert plan.refusal and plan.refusal.endswith("use lora.targets=[q_proj,k_proj,v_proj,o_proj]")
 
 
