@@ -119,6 +119,7 @@ def reasons(
             f"no single document should be; sequence_length={known} cuts or splits those that are"
         )
     said += about_rate(job, setup.method)
+    said += about_warm_up(job, dataset_tokens)
     if setup.adapters and in_some_layers_only(shape, setup.lora_targets):
         said.append(f"lora.targets adapts some layers only and was counted in all {shape.layers}: less is needed")
     if setup.offload != "none" and not chosen.hardware.is_cpu:
@@ -190,6 +191,15 @@ def about_rate(job: Job, method: str) -> list[str]:
         return []
     than = f"{times:,.0f} times" if times > 1 else f"1/{1 / times:,.0f} of"
     return [f"optimizer.lr={given:g} is {than} the usual learning rate of {trained}: optimizer.lr=auto takes {usual:g}"]
+
+
+def about_warm_up(job: Job, dataset_tokens: int | None) -> list[str]:
+    """Where it takes more steps than there are; of max_steps it is refused (warm_up_ends_within_the_run)."""
+    warmup, count = job.optimizer.warmup_steps, steps(job, dataset_tokens)
+    if not warmup or count is None or warmup < count:
+        return []
+    share = f"rises to {count / warmup:.0%} of its peak" if count < warmup else "comes to its peak in the last one"
+    return [f"the learning rate {share}: optimizer.warmup_steps={warmup:,} in a run of about {count:,} steps"]
 
 
 def about_answers(job: Job, chosen: Candidate) -> list[str]:

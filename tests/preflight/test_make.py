@@ -308,6 +308,14 @@ def test_a_rate_for_another_method_is_said() -> None:
         assert [f"is {said} the usual" in note for note in notes] == ([True] if said else [])
 
 
+def test_a_warm_up_that_the_run_is_too_short_for_is_said() -> None:
+    for steps, said in ((40, "rises to 25% of its peak"), (10, "comes to its peak in the last one"), (9, None)):
+        written = replace(job(LLAMA + "8B", "lora", "h200"), optimizer=OptimizerConfig(warmup_steps=steps))
+        tokens = 10 * written.batch.global_size * written.sequence_length  # ten steps
+        notes = [reason for reason in make_plan(written, tokens).reasons if "warmup_steps" in reason]
+        assert [said is not None and said in note for note in notes] == ([True] if said else [])
+
+
 def test_rented_memory_is_used_for_speed() -> None:
     chosen = plan(LLAMA + "8B", "qlora", "h100_80gb")
     saving = plan(LLAMA + "8B", "qlora", "h100_80gb", plan=PlanConfig(objective="memory"))
