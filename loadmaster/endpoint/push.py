@@ -212,6 +212,7 @@ def _job_facts(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         "data": shown, "epochs": job.epochs, "max_steps": job.max_steps, "lr": lr,
         "sequence_length": job.sequence_length, "global_batch": job.batch.global_size, "lora": job.lora,
         "task": job.evaluation.task, "seed": job.seed,
+        "taken_step": object_in(run_dir / "result.json").get("taken_step"),
     }  # fmt: skip
 
 

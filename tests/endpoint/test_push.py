@@ -53,6 +53,7 @@ def run(tmp_path: Path) -> Path:
     data.write_text("{}\n")
     job = Job(recipe="smoke", model=ModelConfig(name="example/tiny"), data=DataConfig(path=str(data)), max_steps=5)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(job), sort_keys=False))
+    write_json(folder / "result.json", {"steps": 4, "taken_step": 2})
     return folder
 
 
@@ -99,7 +100,7 @@ def test_a_push_survives_failures_and_leaves_a_repository_that_verifies(hub, run
     for said in (
         "vllm serve org/name --served-model-name smoke", "0.9999", "95.0%", "rank 16, alpha 32", "0.0002",
         "Trained on tickets.jsonl.", "d4d4", "token 2", "max_mean_kl 0.005",
-        "| steps | 5 |\n| batch |",
+        "| steps | 5 |\n| weights | those after step 2 |\n| batch |",
     ):  # fmt: skip
         assert said in card, said
 
