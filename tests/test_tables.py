@@ -80,7 +80,7 @@ def test_steps_and_times_of_a_training_are_never_cut(width) -> None:
     console = screen(width, terminal=True)
     display = Display(console)
     display.start(10_000, 0)
-    display.step({"step": 9_999, "loss": 10.7624, "lr": 1.97e-3, "tokens_per_second": 123_456.0}, 70.55)
+    display.step({"step": 9_999, "loss": 10.7624, "lr": 1.97e-3, "tokens_per_second": 123_456.0}, 10_000, 70.55)
     display.stop()
     said = console.file.getvalue()
     assert "9999/10000 loss 10.7624  lr 1.97e-03  123,456 tok/s  peak 70.55 GiB " in said

@@ -33,7 +33,7 @@ class Display:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, steps: int, done: int) -> None:
-        self._started, self._done_before, self._steps = time.perf_counter(), done, steps
+        self._started, self._done_before = time.perf_counter(), done
         if self.console is not None and self.console.is_terminal:
             from rich import progress
             from rich.table import Column
@@ -49,21 +49,22 @@ class Display:
             self._task = self._progress.add_task("training", total=steps, completed=done, status="")
             self._progress.start()
 
-    def step(self, row: dict[str, Any], peak_gib: float) -> None:
+    def step(self, row: dict[str, Any], steps: int, peak_gib: float) -> None:
+        """steps: of the whole run; fewer than at its start where it ends early."""
         status = (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
             f"peak {peak_gib:.2f} GiB"
         )
         if self._progress is not None:
-            self._log.info(f"step {row['step']}/{self._steps}  {status}")
-            self._progress.update(self._task, completed=row["step"], status=status)
+            self._log.info(f"step {row['step']}/{steps}  {status}")
+            self._progress.update(self._task, total=steps, completed=row["step"], status=status)
             return
         now = time.perf_counter()
-        if now - self._last_plain < self.PLAIN_EVERY_S and row["step"] < self._steps:
+        if now - self._last_plain < self.PLAIN_EVERY_S and row["step"] < steps:
             return
         self._last_plain = now
-        remaining = (now - self._started) / max(1, row["step"] - self._done_before) * (self._steps - row["step"])
-        self.echo(f"step {row['step']}/{self._steps}  {status}  eta {remaining:.0f} s")
+        remaining = (now - self._started) / max(1, row["step"] - self._done_before) * (steps - row["step"])
+        self.echo(f"step {row['step']}/{steps}  {status}  eta {remaining:.0f} s")
 
     def answers(self, done: int, wanted: int) -> None:
         """While answers are generated; a line every PLAIN_EVERY_S."""

@@ -248,11 +248,14 @@ class Training:
         patience, losses = self.session.job.evaluation.patience, self.losses
         if patience is None or losses.in_vain < patience or step == self.steps:
             return
-        lowest = "no finite one" if losses.lowest is None else f"{losses.lowest:.4f} at step {losses.step}"
-        best = "" if self.session.job.checkpoint.load_best else "; checkpoint.load_best=true takes the weights of then"
+        last = "the last evaluation" if losses.in_vain == 1 else f"the last {losses.in_vain} evaluations"
+        found, best = "finite held-out loss", ""
+        if losses.lowest is not None:
+            found = f"lower held-out loss than {losses.lowest:.4f} at step {losses.step}"
+            if not self.session.job.checkpoint.load_best:
+                best = "; checkpoint.load_best=true takes the best checkpoint's weights"
         self.display.echo(
-            f"training ends after step {step} of {self.steps}: {losses.in_vain} evaluations in a row have found no "
-            f"lower held-out loss than {lowest} (evaluation.patience){best}"
+            f"training ends after step {step} of {self.steps}: {last} found no {found} (evaluation.patience){best}"
         )
         self.steps = step
 
@@ -344,7 +347,7 @@ class Training:
 
     def _show(self, row: dict[str, Any], recompilations: int) -> None:
         if row["loss"] is not None:
-            self.display.step(row, peak_memory(self.session.device)["peak_allocated_gib"])
+            self.display.step(row, self.steps, peak_memory(self.session.device)["peak_allocated_gib"])
         if self.session.plan.compile and recompilations > self.recompilations:
             self.recompilations = recompilations
             self.display.echo(f"step {row['step']} compiled anew ({recompilations} graphs since the rehearsal)")

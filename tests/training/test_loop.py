@@ -429,6 +429,10 @@ def test_where_no_held_out_loss_is_a_number_it_is_said_that_the_last_weights_are
     _, outcome = run(tiny, tmp_path, job=best, **nan)
     assert (outcome.taken_step, outcome.eval_loss) == (2, None)
     assert "no checkpoint has a held-out loss: the last weights are taken" in log.getvalue()
+    patient = replace(JOB, evaluation=replace(JOB.evaluation, every_steps=1, patience=1))
+    run(tiny, tmp_path / "patient", job=patient, **nan)
+    said = "after step 1 of 6: the last evaluation found no finite held-out loss (evaluation.patience)\n"
+    assert said in log.getvalue()
 
 
 def test_training_ends_where_the_held_out_loss_has_not_fallen_for_so_many_evaluations(tiny, tmp_path):
@@ -451,9 +455,10 @@ def test_training_ends_where_the_held_out_loss_has_not_fallen_for_so_many_evalua
     given = {"held_out": held_out, "console": Console(file=log, width=200)}
     _, outcome = run(tiny, tmp_path, job=patient, **given)
     assert asked == [1, 2, 3, 4] and (outcome.steps, outcome.taken_step) == (4, 4)
-    assert "ends after step 4 of 9: 2 evaluations in a row have found no lower held-out loss than 1.0000 at step 2" in (
+    assert "ends after step 4 of 9: the last 2 evaluations found no lower held-out loss than 1.0000 at step 2" in (
         log.getvalue()
     )
+    assert "step 4/4 " in log.getvalue()
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["steps"] == 4
     _, outcome = run(tiny, tmp_path, job=patient, held_out=None)
     assert (outcome.steps, outcome.resumed_after) == (4, 4)
