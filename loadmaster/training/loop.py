@@ -266,8 +266,8 @@ class Training:
             self.display.echo("no checkpoint has a held-out loss: the last weights are taken (checkpoint.load_best)")
             return
         if self.losses.lowest is not None and found.state["eval_loss"] > self.losses.lowest:
-            gone = f"step {self.losses.step} had the lowest held-out loss, {self.losses.lowest:.4f}"
-            self.display.echo(f"{gone}, and its checkpoint was not kept (checkpoint.keep_best): the best of the others")
+            gone = f"step {self.losses.step} had the lowest held-out loss, {self.losses.lowest:.4f}, and no checkpoint"
+            self.display.echo(f"{gone} of it is there (checkpoint.every_steps, keep_best): the best of the others")
         if found.state["step"] == self.steps:
             return
         self.watch.at(self.steps, "load")
