@@ -132,7 +132,7 @@ def test_replay_equals_a_trace_of_the_engine(family: str, checks: str) -> None:
 def test_kto_of_labelled_answers_takes_what_pairs_are_planned_with(documents, monkeypatch) -> None:
     """However many answers share the row, and whatever their labels: what is planned are tokens."""
 
-    def labelled(ids, labels, _) -> MicroBatch:
+    def labelled(ids, labels, *_, **__) -> MicroBatch:
         positions = torch.arange(ids.shape[1]) % -(-ids.shape[1] // documents)
         return MicroBatch(ids, labels, positions[None], torch.arange(documents) % 2 == 0)
 
