@@ -69,7 +69,9 @@ class Reference:
         loss.eval()
         for split, rows in self.splits.items():
             picked = sorted(trained_on) if split == "train" else range(len(rows))
-            left = [row for row in picked if np.isnan(rows[row].reference).any()]
+            ends = np.cumsum(rows.documents_in_rows)
+            unknown = np.logical_or.reduceat(np.isnan(rows.reference), ends - rows.documents_in_rows)
+            left = [row for row in picked if unknown[row]]
             at_a_time = micro_batch_size * self.world.size * MICRO_BATCHES
             if not self._ask(loss, rows, left, micro_batches, at_a_time, partial(told, split), stopping):
                 return False
