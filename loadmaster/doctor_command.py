@@ -44,7 +44,7 @@ def _of_all(overrides: list[str]) -> int:
     from loadmaster.config.compose import compose
     from loadmaster.config.jobhash import job_hash
     from loadmaster.config.overrides import note_repeated
-    from loadmaster.pipeline import dataset_tokens
+    from loadmaster.dataset_size import dataset_tokens
     from loadmaster.preflight import make_plan
     from loadmaster.training.doctor import describe, examine, needs_of
     from loadmaster.training.watchdog import Watchdog, as_they_begin

@@ -6,7 +6,6 @@ re-run when what it was made from has not changed. report.html is written anew a
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.shipped import resolve_path
 from loadmaster.config.show import show_error
 from loadmaster.config.validate import check
-from loadmaster.data.sources import open_source
+from loadmaster.dataset_size import dataset_tokens
 from loadmaster.errors import (
     DISK_REMEDY,
     IN_THE_JOB,
@@ -41,7 +39,7 @@ from loadmaster.errors import (
     StoppedOnRequest,
 )
 from loadmaster.files import is_full_disk, sha256_json, sha256_of_model, storable, write_text
-from loadmaster.preflight import estimate_tokens, make_plan, print_plan
+from loadmaster.preflight import make_plan, print_plan
 from loadmaster.preflight.config_json import find_config
 from loadmaster.preflight.families import full_config
 from loadmaster.preflight.hardware import detect_local
@@ -54,11 +52,6 @@ from loadmaster.team import Team
 from loadmaster.training.display import Display
 from loadmaster.training.stop import STARTED, StopSignal, deadline
 from loadmaster.world_stages import Materials, chosen
-
-SOON_READ = 1_000_000
-"""Bytes of files that a plan looks into, as they may hold no row."""
-ROWS_READ = 1000
-"""By which a plan tells how much the first data.max_rows are."""
 
 
 def run(composed: Composed, console: Console | None = None) -> int:
@@ -376,33 +369,3 @@ def data_identity(job: Job) -> list[str]:
     paths += [path for path in (job.data.validation, job.model.chat_template) if isinstance(path, str)]
     resolved = [resolve_path(path) for path in paths]
     return [file_fingerprint(Path(p)) if os.path.exists(p) else f"hub:{p}" for p in resolved]
-
-
-def dataset_tokens(job: Job) -> int | None:
-    """Tokens of an epoch, estimated from the size of the files, and of their first rows where data.max_rows leaves
-    others out; None for a Hub dataset, and where one is not here.
-
-    Raises DataError for a folder without files of rows, and for files that hold none, held-out ones included.
-    """
-    paths, held = job.data.paths, job.data.validation
-    if isinstance(held, str) and os.path.exists(resolve_path(held)):
-        _sizes([held], "data.validation")
-    if not all(os.path.exists(resolve_path(path)) for path in paths):
-        return None
-    tokens, most = estimate_tokens(_sizes(paths, "data.path")), job.data.max_rows
-    return tokens if most is None else min(tokens, estimate_tokens({"rows.jsonl": _bytes_of_rows(paths, most)}))
-
-
-def _bytes_of_rows(paths: list[str], most: int) -> int:
-    """Of the first `most` rows as JSON, by as many of them as are soon read."""
-    first = list(islice(open_source(paths).rows(), min(most, ROWS_READ)))
-    size = sum(len(json.dumps(row.value, ensure_ascii=False).encode()) for row in first)
-    return size if len(first) < ROWS_READ else size * most // ROWS_READ
-
-
-def _sizes(paths: list[str], key: str) -> dict[str, int]:
-    source = open_source(paths, key=key)
-    sizes = {str(file): file.stat().st_size for file in source.files}
-    if sum(sizes.values()) < SOON_READ:
-        source.refuse_empty()
-    return sizes

@@ -8,8 +8,9 @@ import re
 from loadmaster import hub
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import Job
+from loadmaster.dataset_size import dataset_tokens
 from loadmaster.errors import IN_THE_JOB, ConfigError, DoesNotFit, Problem
-from loadmaster.pipeline import dataset_tokens, planned
+from loadmaster.pipeline import planned
 from loadmaster.preflight import make_plan
 from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling
 from loadmaster.preflight.table import print_comparison

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from loadmaster.cli import STAGE_HELP, main
 from loadmaster.config.compose import compose
-from loadmaster.pipeline import dataset_tokens
+from loadmaster.dataset_size import dataset_tokens
 from loadmaster.preflight import make_plan, print_plan
 
 ASKED = ["recipe=lora_8b", "hardware.gpu=h100_80gb", "hardware.count=1"]
@@ -261,18 +262,20 @@ def test_files_that_are_read_are_what_hours_are_planned_for(tmp_path) -> None:
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
 def test_rows_that_are_left_out_are_not_planned_for(name, tmp_path) -> None:
     rows, file = [{"text": "a word or two " * (1 + i % 3)} for i in range(3000)], tmp_path / name
+    day = datetime.date(2026, 11, 30)  # which JSON does not hold
     if file.suffix == ".json":
         file.write_text(json.dumps(rows, indent=1))
     elif file.suffix == ".jsonl":
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         write = "to_csv" if file.suffix == ".csv" else "to_parquet"
-        getattr(Dataset.from_list(rows), write)(str(file))
+        dated = [{**row, "day": day} for row in rows] if file.suffix == ".parquet" else rows
+        getattr(Dataset.from_list(dated), write)(str(file))
 
     def tokens(most: int | str) -> int | None:
         return dataset_tokens(compose(["data=file", f"data.path={file}", f"data.max_rows={most}"]).job)
 
-    each = len(json.dumps(rows[0])) + 14
+    each = len(json.dumps(rows[0])) + 14 + (len(', "day": "2026-11-30"') if file.suffix == ".parquet" else 0)
     assert tokens(30) == pytest.approx(30 * each / 4.2, rel=0.02)
     whole = tokens("null")
     if file.suffix != ".parquet":

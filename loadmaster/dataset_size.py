@@ -1,0 +1,47 @@
+"""How much a job's data are, before anything is prepared: what hours and dollars are planned by."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import islice
+
+from loadmaster.config.schema import Job
+from loadmaster.config.shipped import resolve_path
+from loadmaster.data.sources import open_source
+from loadmaster.preflight import estimate_tokens
+
+SOON_READ = 1_000_000
+"""Bytes of files that a plan looks into, as they may hold no row."""
+ROWS_READ = 1000
+"""By which a plan tells how much the first data.max_rows are."""
+
+
+def dataset_tokens(job: Job) -> int | None:
+    """Tokens of an epoch, estimated from the size of the files, and of their first rows where data.max_rows leaves
+    others out; None for a Hub dataset, and where one is not here.
+
+    Raises DataError for a folder without files of rows, and for files that hold none, held-out ones included.
+    """
+    paths, held = job.data.paths, job.data.validation
+    if isinstance(held, str) and os.path.exists(resolve_path(held)):
+        _sizes([held], "data.validation")
+    if not all(os.path.exists(resolve_path(path)) for path in paths):
+        return None
+    tokens, most = estimate_tokens(_sizes(paths, "data.path")), job.data.max_rows
+    return tokens if most is None else min(tokens, estimate_tokens({"rows.jsonl": _bytes_of_rows(paths, most)}))
+
+
+def _bytes_of_rows(paths: list[str], most: int) -> int:
+    """Of the first `most` rows as JSON, by as many of them as are soon read."""
+    first = list(islice(open_source(paths).rows(), min(most, ROWS_READ)))
+    size = sum(len(json.dumps(row.value, ensure_ascii=False, default=str).encode()) for row in first)
+    return size if len(first) < ROWS_READ else size * most // ROWS_READ
+
+
+def _sizes(paths: list[str], key: str) -> dict[str, int]:
+    source = open_source(paths, key=key)
+    sizes = {str(file): file.stat().st_size for file in source.files}
+    if sum(sizes.values()) < SOON_READ:
+        source.refuse_empty()
+    return sizes
