@@ -231,7 +231,7 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
             usd_per_hour=None,
             price_note="",
         )
-    return Hardware(  # its rates are placeholders: no speed is worked out from them
+    return Hardware(  # known=False: no speed is worked out from these rates
         gpu=name,
         count=count,
         nodes=nodes,

@@ -55,9 +55,10 @@ def worst_rows(rows: PackedRows, count: int) -> list[PackedRow]:
 
     Of equally long ones those of most documents: attention's backward kernel has 128 positions more for each.
     """
-    longest = [rows[i] for i in np.lexsort((-rows.documents_in_rows, -rows.lengths))[:count].tolist()]
-    known = [None if row.reference is None else np.zeros_like(row.reference) for row in longest]  # not asked for yet
-    return [
-        dataclasses.replace(row, labels=row.input_ids, reference=zeros)
-        for row, zeros in zip(longest, known, strict=True)
-    ]
+    longest = np.lexsort((-rows.documents_in_rows, -rows.lengths))[:count].tolist()
+    return [_all_trained(rows[i]) for i in longest]
+
+
+def _all_trained(row: PackedRow) -> PackedRow:
+    reference = None if row.reference is None else np.zeros_like(row.reference)  # not asked for yet
+    return dataclasses.replace(row, labels=row.input_ids, reference=reference)
