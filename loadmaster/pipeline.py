@@ -170,6 +170,9 @@ class Pipeline:
             if stage == self.job.stop_after == "plan":
                 print_plan(self.plan, self.console)
             return
+        if stage == "train":
+            self._refuse_other_hardware()
+            self.team.refuse_too_few(self.plan)
         if stage != "plan":
             self.echo(f"{stage}: started")
         self.run_dir.forget(stage)
@@ -247,8 +250,6 @@ class Pipeline:
     def train(self) -> None:
         from loadmaster.export import refuse_unholdable
 
-        self._refuse_other_hardware()
-        self.team.refuse_too_few(self.plan)
         self._refuse_another_model()
         refuse_unholdable(self.job, self.materials.base_folder, self.plan.method)
         self.in_world("train")
@@ -311,7 +312,8 @@ class Pipeline:
                         wanted,
                         IN_THE_JOB,
                         f"this machine has {'no GPU' if here.is_cpu else here.label}",
-                        "hardware=local to train here, or stop_after=plan to plan only",
+                        "hardware=local to train here, launch=runpod, ssh or slurm to train where there is one, or "
+                        "stop_after=plan to plan only",
                     )
                 ]
             )

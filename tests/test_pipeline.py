@@ -471,8 +471,10 @@ def test_what_does_not_fit_exits_3_with_a_plan(tmp_path, capsys):
 
 
 def test_training_for_other_hardware_than_this_is_refused(tiny, tmp_path, capsys):
-    code, _ = go(tiny, tmp_path, "hardware=h100_80gb_x1", "precision=bf16", "recipe=smoke")
-    assert code == 2 and "stop_after=plan" in capsys.readouterr().err
+    code, output = go(tiny, tmp_path, "hardware=h100_80gb_x1", "precision=bf16", "recipe=smoke")
+    said = capsys.readouterr().err
+    assert code == 2 and "stop_after=plan" in said and "launch=" in said
+    assert "plan: done" in output and "train: started" not in output
 
 
 def test_the_newest_run_of_the_same_job_is_found_and_another_job_gets_its_own(tmp_path):
