@@ -73,7 +73,7 @@ def run_app(task: Task, arguments: list[str] | None = None, own_flags: Sequence[
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # Overrides first: --info takes what follows it as its value.
     sys.argv = [typed[0], *for_hydra, *(a for a in arguments if a not in flags.overrides)]
-    looking = flags.help or flags.cfg or flags.info
+    looking = flags.help or flags.cfg or flags.info or flags.hydra_help or flags.shell_completion
     try:
         _show(job) if looking else job()
     except SystemExit as ended:  # --help and the like, or a stop on request

@@ -279,7 +279,8 @@ def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]
     assert "recipe: auto, fp8_405b, fp8_70b, fp8_8b, full_70b, full_8b, lora_8b" in text
     assert "hardware: a100_80gb_x1" in text
     assert "micro_batch_size: auto" in text
-    assert "launch=runpod --dry-run" in text and "--multirun,-m" in text and "--config-dir,-cd" in text
+    assert "launch=runpod --dry-run" in text and "--multirun, -m" in text and "--config-dir, -cd" in text
+    assert "print loadmaster's version" in text and 'eval "$(python train.py -sc' in text and "main()" not in text
 
 
 @pytest.mark.parametrize(
