@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loadmaster.words import counted
+
 IN_THE_JOB = "the job"
 """Origin of what is wrong with a field, where only the job is known and not what it was composed from."""
 DISK_REMEDY = "set run_dir to a folder that can be written, on a disk with room"
@@ -52,9 +54,8 @@ class ConfigError(LoadmasterError):
     def __init__(self, problems: list[Problem], begun: bool = False):
         """begun: found by a stage of a run, which has a directory by then."""
         self.problems, self.begun = problems, begun
-        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         body = "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))
-        super().__init__(f"the configuration has {count}:\n{body}")
+        super().__init__(f"the configuration has {counted(len(problems), 'problem')}:\n{body}")
 
 
 class DataError(LoadmasterError):

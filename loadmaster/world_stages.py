@@ -22,6 +22,7 @@ from loadmaster.files import publish_folder, sha256_json, storable, write_json
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.display import Display
 from loadmaster.training.stop import StopSignal
+from loadmaster.words import counted
 
 if TYPE_CHECKING:
     from loadmaster.training.watchdog import Watchdog
@@ -181,7 +182,8 @@ class StageRun:
             self.display.echo(f"  {alone}")
         rows, asked = len(self.materials.prepared.train), self.job.batch.global_size
         if rows < asked and self.world.lead:
-            self.display.echo(f"  batch.global_size={asked}: an epoch has {rows} packed rows, so a step has no more")
+            has = f"an epoch has {counted(rows, 'packed row')}"
+            self.display.echo(f"  batch.global_size={asked}: {has}, so a step has no more")
         session, outcome = train(
             self.job, self.plan, self.materials.prepared, self.materials.tokenizer, self.materials.base_folder,
             self.run_dir, training_hash(self.job, self.plan, self.materials.prepared), self._held_out_in_training,

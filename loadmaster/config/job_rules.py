@@ -12,6 +12,7 @@ from loadmaster.config.origins import COMMAND_LINE, origin_file, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import local_path
+from loadmaster.words import counted
 
 MLP_TOKENS = 16384
 """Of an MLP at a time under activation_checkpointing=offload; the engine and the preflight read this number."""
@@ -134,7 +135,7 @@ def micro_batch_within_global_batch(job: Job, origins: Origins) -> Found:
     gpus = _gpus(job)
     if job.micro_batch_size != "auto" and job.micro_batch_size * gpus > job.batch.global_size:
         largest = job.batch.global_size // gpus
-        message = f"times {gpus} GPU(s) is more than batch.global_size={job.batch.global_size}"
+        message = f"times {counted(gpus, 'GPU')} is more than batch.global_size={job.batch.global_size}"
         remedy = f"batch.global_size={job.micro_batch_size * gpus}"
         remedy = f"micro_batch_size={largest}, or {remedy}" if largest else remedy
         yield "micro_batch_size", job.micro_batch_size, message, remedy

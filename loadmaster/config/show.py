@@ -12,6 +12,7 @@ from rich.text import Text
 from loadmaster.config.fields import written
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.streams import Output
+from loadmaster.words import counted
 
 
 def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None = None) -> None:
@@ -26,9 +27,8 @@ def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None 
         word = ("", "") if isinstance(error, StoppedOnRequest) else ("error: ", "bold red")
         console.print(Text.assemble(word, str(error)))
         return
-    count = len(error.problems)
-    heading = "1 problem" if count == 1 else f"{count} problems"
     so_far = ".\n" if error.begun else "; nothing was started.\n"
+    heading = counted(len(error.problems), "problem")
     console.print(Text.assemble((f"{heading} in the configuration", "bold red"), so_far))
     for number, problem in enumerate(error.problems, 1):
         console.print(_block(number, problem))

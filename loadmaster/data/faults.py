@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from loadmaster.data.checks import TRAINED_CLOSE, TRAINED_OPEN
+from loadmaster.words import counted
 
 LISTED = 20  # faults by name, and rows by name of one fault
 EXAMPLES = 3  # rows by name of a fault that all rows have
@@ -60,7 +61,7 @@ class SourceFaults:
 def fault_report(sources: Sequence[SourceFaults], hint: str) -> str:
     """All faults together, rows with the same fault in one line; the first rendering is shown in full."""
     faults = [fault for source in sources for fault in source.faults]
-    lines = [f"{len(faults):,} of {sum(source.rows_read for source in sources):,} rows cannot be trained on:"]
+    lines = [f"{len(faults):,} of {counted(sum(source.rows_read for source in sources), 'row')} cannot be trained on:"]
     lines += [f"  {source.faults[0].reason} ({_all_of(source)})" for source in sources if source.alike]
     places: dict[str, list[str]] = {}
     for fault in sorted((f for source in sources if not source.alike for f in source.faults), key=_place):
@@ -71,7 +72,7 @@ def fault_report(sources: Sequence[SourceFaults], hint: str) -> str:
         lines.append(f"  {said} ({', '.join(origins[:LISTED])}{more})")
     if len(places) > LISTED:
         rest = sum(len(origins) for origins in islice(places.values(), LISTED, None))
-        lines.append(f"  ... and {rest:,} rows more")
+        lines.append(f"  ... and {counted(rest, 'row')} more")
     shown = next((fault for fault in faults if fault.rendering is not None), None)
     if shown:
         rendering = shown.rendering if len(shown.rendering) <= 4000 else shown.rendering[:4000] + " ... (cut here)"
@@ -90,7 +91,7 @@ def _all_of(source: SourceFaults) -> str:
 
 def listed(names: list[str]) -> str:
     """The first few files by name."""
-    more = f" and {len(names) - EXAMPLES:,} more files" if len(names) > EXAMPLES else ""
+    more = f" and {counted(len(names) - EXAMPLES, 'more file')}" if len(names) > EXAMPLES else ""
     return ", ".join(names[:EXAMPLES]) + more
 
 

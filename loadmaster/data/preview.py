@@ -13,6 +13,7 @@ from loadmaster.data.preference import PAIR_FIELDS
 from loadmaster.data.prepared import PreparedData
 from loadmaster.data.render import ChatRenderer, Rendering, Span
 from loadmaster.data.tokens import answers, render_trained
+from loadmaster.words import counted
 
 EQUAL_ENOUGH = 4 / 3
 """Weighted numbers of KTO's two kinds of answers should be within this ratio (Ethayarajh et al. 2024, eq. 9)."""
@@ -65,7 +66,7 @@ def describe(summary: dict[str, Any]) -> str:
     """The summary of PreparedData as lines for the log."""
     took = f"tokenised in {summary['seconds']:.1f} s" if summary["cache"] == "built" else "from the cache"
     known = f" (recognised by {summary['recognised_by']})" if summary["recognised_by"] else ""
-    lines = [f"data: {_counted(summary['rows_read'], 'row')} read as {summary['format']}{known}, {took}"]
+    lines = [f"data: {counted(summary['rows_read'], 'row')} read as {summary['format']}{known}, {took}"]
     for split in ("train", "validation"):
         figures = summary[split]
         if figures is None:
@@ -73,7 +74,7 @@ def describe(summary: dict[str, Any]) -> str:
         share = figures["trained_tokens"] / figures["tokens"]
         kind = "packed row" if summary["packing"] else "row"
         lines.append(
-            f"  {split}: {_counted(figures['conversations'], 'row')} -> {_counted(figures['rows'], kind)} of "
+            f"  {split}: {counted(figures['conversations'], 'row')} -> {counted(figures['rows'], kind)} of "
             f"{summary['sequence_length']:,}, {figures['fill']:.1%} full; {figures['tokens']:,} tokens, "
             f"{share:.1%} of them trained; length median {figures['median_length']:,}, longest {figures['longest']:,}"
         )
@@ -81,14 +82,14 @@ def describe(summary: dict[str, Any]) -> str:
             lines.append(f"  {split}: {_labels(figures['desirable'], figures['undesirable'])}")
         long, policy = figures["long_rows"], summary["on_long_row"]
         if long["long"] and summary["format"] in ("preference", "unpaired"):
-            what = _counted(long["dropped"], "pair" if summary["format"] == "preference" else "answer")
+            what = counted(long["dropped"], "pair" if summary["format"] == "preference" else "answer")
             lost = _much_left_out(figures) if split == "train" else ""
             lines.append(f"  {split}: {what} longer than sequence_length, left out whole{lost}")
         elif long["long"]:
             lines.append(
-                f"  {split}: {_counted(long['long'], 'row')} longer than sequence_length (data.on_long_row={policy}): "
-                f"{_counted(long['pieces'], 'piece')} kept, {_counted(long['cut_tokens'], 'token')} cut off, "
-                f"{_counted(long['dropped'], 'piece')} dropped with nothing trained in them"
+                f"  {split}: {counted(long['long'], 'row')} longer than sequence_length (data.on_long_row={policy}): "
+                f"{counted(long['pieces'], 'piece')} kept, {counted(long['cut_tokens'], 'token')} cut off, "
+                f"{counted(long['dropped'], 'piece')} dropped with nothing trained in them"
             )
             lost = long["cut_tokens"] / (figures["tokens"] + long["cut_tokens"])
             if split == "train" and summary["format"] == "text" and lost > MUCH:
@@ -120,10 +121,6 @@ def judged_alone(summary: dict[str, Any], micro_batch_size: int) -> str | None:
         f"far the model moved: micro_batch_size={math.ceil(2 / each)} or more (batch.global_size a multiple of it), or "
         "a longer sequence_length"
     )
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' if number != 1 else ''}"
 
 
 def _labels(desirable: int, undesirable: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.data.file_kinds import AGAIN, ROW_FIELDS, misnamed
+from loadmaster.words import counted
 
 NO_UTF8 = "is not UTF-8 text"
 AS_UTF8 = "save the file as UTF-8 (of files from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW)"
@@ -226,7 +227,7 @@ def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
                 yield RawRow(origin, {column: _cell(text) for column, text in zip(header, row, strict=True)})
             elif row:  # an empty line is no row
                 few = "few" if len(row) < len(header) else "many"
-                yield RawRow(origin, error=f"has too {few} cells: {len(row)}, for {len(header)} columns")
+                yield RawRow(origin, error=f"has too {few} cells: {len(row)}, for {counted(len(header), 'column')}")
 
 
 def _cell(text: str) -> Any:

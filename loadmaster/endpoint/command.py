@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadmaster.errors import LoadmasterError, UsageError
+from loadmaster.words import counted
 
 if TYPE_CHECKING:
     from loadmaster.endpoint.deploy import Order
@@ -139,8 +140,8 @@ def _described(request: CreateEndpoint) -> str:
     without = f" without {', '.join(gpu.excluded_types)}" if gpu.excluded_types else ""
     flashboot = "" if request.flashboot in (None, "OFF") else ", FlashBoot"
     return (
-        f"{gpu.count} GPU(s) a worker of pool {', '.join(gpu.pools)}{without}; {workers.min} to {workers.max} workers, "
-        f"idle for {workers.idle_timeout} s{flashboot}"
+        f"{counted(gpu.count, 'GPU')} a worker of pool {', '.join(gpu.pools)}{without}; "
+        f"{workers.min} to {workers.max} workers, idle for {workers.idle_timeout} s{flashboot}"
     )
 
 

@@ -42,6 +42,7 @@ from loadmaster.launch.runpod.types import (
     parse,
 )
 from loadmaster.rundir import newest_in
+from loadmaster.words import counted
 
 START_S = 1200.0
 """Cold start of a large model from a slow volume, with the image's first pull."""
@@ -291,9 +292,9 @@ def _settled(
     deadline, said = time.monotonic() + wait_s, False
     while old := [worker for worker in client.workers(id) if worker.is_stale]:
         if time.monotonic() > deadline:
-            raise NotAnswered(f"{len(old)} workers of before the update are still there after {wait_s:.0f} s")
+            raise NotAnswered(f"{counted(len(old), 'worker')} of before the update still there after {wait_s:.0f} s")
         if not said:
-            echo(f"waiting for {len(old)} workers of before the update to end")
+            echo(f"waiting for {counted(len(old), 'worker')} of before the update to end")
             said = True
         sleep(POLL_S)
 

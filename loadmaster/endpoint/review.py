@@ -20,6 +20,7 @@ from typing import Any
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.launch.runpod.types import Endpoint, EndpointBill, GpuType
+from loadmaster.words import counted
 
 LEAST_HOURS = 72
 """Three days: a working day and a night say little of a month. The provider itself scales down after as many."""
@@ -86,7 +87,7 @@ def verdict(found: Review, least_workers: int) -> str:
     if not found.hours:
         return "nothing was billed, so there is nothing to decide on: Flex stays."
     if not found.enough:
-        return f"{found.hours} hours are measured and {LEAST_HOURS} are needed: Flex stays until then."
+        return f"{counted(found.hours, 'hour')} measured, {LEAST_HOURS} are needed: Flex stays until then."
     saved = found.flex_usd_month - found.best_usd_month
     if found.best_active == 0:
         less = (

@@ -43,6 +43,7 @@ from loadmaster.preflight.serving import (
 from loadmaster.preflight.serving_speed import Speed, Traffic, usual_request
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.tensor_parallel import divides
+from loadmaster.words import counted
 
 SHOWN = 5
 """Machines, the chosen one first."""
@@ -287,7 +288,8 @@ def _reasons(best: Candidate, wanted: EndpointConfig, traffic: Traffic, able: li
     more = f" (below are the {SHOWN} cheapest)" if len(able) > SHOWN else ""
     chosen = "asked for" if wanted.gpu != "auto" else f"the cheapest of {len(able)} machines that carry the load{more}"
     reasons = [
-        f"{plan.gpus}x {plan.gpu}: {chosen}, {best.workers} worker(s) at ${plan.flex_usd_per_hour:.2f}/h each while up",
+        f"{plan.gpus}x {plan.gpu}: {chosen}, {counted(best.workers, 'worker')} at ${plan.flex_usd_per_hour:.2f}/h each "
+        "while up",
         f"{plan.cache_tokens:,} tokens of cache hold {plan.concurrent_requests:,.1f} requests of {plan.context:,} "
         f"tokens, or {best.requests_at_once} of this traffic's mean length",
     ]

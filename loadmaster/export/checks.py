@@ -27,6 +27,7 @@ from loadmaster.data import Conversation
 from loadmaster.export.sidecars import token_ids
 from loadmaster.export.weights import WHOLE, is_adapter, read_tensor, shards, tensor_shapes, weight_files
 from loadmaster.files import read_json
+from loadmaster.words import counted
 
 MIN_QUANTIZED_SHARE = 0.9
 """Of the stored weights besides embeddings and head."""
@@ -96,7 +97,7 @@ def lora_rows(folder: Path) -> list[str]:
         elif not tensor.any():
             problems.setdefault("all zero, as at initialisation: nothing was learnt there", []).append(name)
         elif is_linear and (zero := int((tensor == 0).all(dim=1).sum())):
-            problems.setdefault("rows of zeros: not all of it was saved", []).append(f"{name} ({zero} rows)")
+            problems.setdefault("rows of zeros: not all of it was saved", []).append(f"{name} ({counted(zero, 'row')})")
         elif ".lora_B." in name and (unused := int((tensor == 0).all(dim=0).sum())):
             problems.setdefault("ranks unchanged from initialisation: never trained", []).append(
                 f"{name} ({unused} of {tensor.shape[1]})"

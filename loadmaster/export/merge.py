@@ -44,6 +44,7 @@ from loadmaster.export.weights import (
 from loadmaster.files import read_json
 from loadmaster.models.dora import LEAST_NORM
 from loadmaster.models.frozen import FORMS
+from loadmaster.words import counted
 
 PREFIX = "base_model.model."
 LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
@@ -272,8 +273,9 @@ class Merge:
         known = (names.keys() - {HEAD} if self.tied_embeddings else names.keys()) | ({HEAD} if self.untie else set())
         if unknown := sorted(touched - known):
             raise ExportRejected(
-                f"the adapter changes {len(unknown)} tensors that {base} does not have ({', '.join(unknown[:3])}"
-                f"{', ...' if len(unknown) > 3 else ''}): trained on another base, or on modules that cannot be merged."
+                f"the adapter changes {counted(len(unknown), 'tensor')} that {base} does not have "
+                f"({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}): trained on another base, "
+                "or on modules that cannot be merged."
             )
         self.update = self.weight = 0.0
         self.relative_error: dict[str, float] = {}

@@ -46,6 +46,7 @@ from loadmaster.preflight.config_json import base_name
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.verification import OTHER_PASSES, answer_passes
 from loadmaster.rundir import object_in
+from loadmaster.words import counted
 
 SCRATCH = ".work.partial"
 FINGERPRINTS = ".fingerprints.json"
@@ -179,8 +180,8 @@ class Export:
         tokens = min(counts, default=thresholds.FEW_TOKENS)
         if tokens < thresholds.FEW_TOKENS:
             self.echo(
-                f"  these figures are of {tokens} held-out tokens, too few to tell much: a larger data.validation, or "
-                "export.verification_rows where it cuts them"
+                f"  these figures are of {counted(tokens, 'held-out token')}, too few to tell much: a larger "
+                "data.validation, or export.verification_rows where it cuts them"
             )
 
     def _score_merges(self, merges: dict[str, Path], scratch: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from loadmaster.launch.left import Echo, Left, record_of
 from loadmaster.launch.machines import usd_so_far
 from loadmaster.launch.order import FILES, ROOM
 from loadmaster.launch.provider import MOUNT, Machine, Order, Provider
+from loadmaster.words import counted
 
 
 class Unheard(ProviderError):
@@ -68,7 +69,7 @@ def heard(launch: Launch, provider: Provider, machine: Machine, order: Order, er
             "its last checkpoint"
         )
     launch.echo(f"{error}; it had ended before, says the volume {volume.name} ({volume.id})")
-    launch.echo(f"brought back {len(names)} files to {launch.folder}; the run directory there is {run_dir}")
+    launch.echo(f"brought back {counted(len(names), 'file')} to {launch.folder}; the run directory there is {run_dir}")
     for said in end.said:
         launch.echo(said)
     cost = usd_so_far(machine, min(end.at, datetime.fromtimestamp(launch.clock(), UTC)))
@@ -144,7 +145,7 @@ def bring_late(run_dir: Path, left: Left, bucket: Bucket, echo: Echo = print) ->
             "still runs; if not, its launch's command goes on from its last checkpoint"
         )
     names = bring_home(bucket, left, run_dir)
-    echo(f"brought back {len(names)} files to {run_dir}")
+    echo(f"brought back {counted(len(names), 'file')} to {run_dir}")
     for said in end.said:
         echo(said)
     echo(f"the job ended with exit code {end.code}, {end.at:%Y-%m-%d %H:%M} UTC")

@@ -15,6 +15,7 @@ from rich.table import Column
 from loadmaster.launch.context import Launch
 from loadmaster.launch.follow import Reader, unpack
 from loadmaster.launch.provider import LogLine
+from loadmaster.words import counted
 
 KILLED = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
@@ -138,7 +139,7 @@ class Board:
             self.echo("the small files did not come through the log whole; they are in the run directory there")
         elif packed:
             names = unpack(packed, folder)
-            self.echo(f"brought back {len(names)} files to {folder}")
+            self.echo(f"brought back {counted(len(names), 'file')} to {folder}")
         for name in ended.get("left", []):
             self.echo(f"  too large to come back through the log: {name}")
         for node, reader in enumerate(self.readers):

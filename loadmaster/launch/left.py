@@ -22,6 +22,7 @@ from loadmaster.launch.bucket import Bucket
 from loadmaster.launch.provider import MOUNT
 from loadmaster.launch.upload import Shown, refuse_foreign
 from loadmaster.rundir import LAUNCH_RECORD
+from loadmaster.words import counted
 
 RECORD = LAUNCH_RECORD
 LARGE_BYTES = 10**8
@@ -114,8 +115,8 @@ def look(artifact: Path, folder: str, bucket: Bucket, echo: Echo = print) -> Non
         raise ExportRejected(f"{at} is not what was exported, so it is not deployed:\n  " + "\n  ".join(wrong))
     total = sum(file["bytes"] for file in files)
     echo(
-        f"{at}: {len(files)} files, {total / 1e9:.2f} GB, as exported ({back} read back, {len(files) - back} unchanged "
-        "since their manifest)"
+        f"{at}: {counted(len(files), 'file')}, {total / 1e9:.2f} GB, as exported ({back} read back, "
+        f"{len(files) - back} unchanged since their manifest)"
     )
 
 

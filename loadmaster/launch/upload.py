@@ -12,6 +12,7 @@ from pathlib import Path
 from loadmaster.errors import LoadmasterError
 from loadmaster.export.manifest import NAME, read_manifest
 from loadmaster.launch.bucket import Bucket, Damaged, file_facts
+from loadmaster.words import counted
 
 
 def upload(artifact: Path, folder: str, bucket: Bucket, echo: Callable[[str], None] = print) -> int:
@@ -33,7 +34,7 @@ def upload(artifact: Path, folder: str, bucket: Bucket, echo: Callable[[str], No
     if missing := [file["path"] for file in files if f"{folder}/{file['path']}" not in there]:
         raise Damaged(f"{folder} on volume {bucket.volume} lacks {', '.join(missing)} after it was sent; start again")
     echo(
-        f"{folder} on volume {bucket.volume}: {len(files)} files, {total / 1e9:.2f} GB, checksums agree; "
+        f"{folder} on volume {bucket.volume}: {counted(len(files), 'file')}, {total / 1e9:.2f} GB, checksums agree; "
         + (f"{sent / 1e9:.2f} GB were sent" if sent else "all of it was there")
     )
     return sent

@@ -30,6 +30,7 @@ from torch import nn
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.preflight.placement import Placement, Room, place
+from loadmaster.words import counted
 
 GIB = 2**30
 
@@ -209,7 +210,7 @@ def _no_room(checkpoint: Path, layers: float, rest: float, room: Room, frozen: s
         if rest + room.working > room.gpus[0]
         else f"{(rest + room.working + layers) / GIB:.1f} GiB"
     )
-    has = f"{room.gpus[0] / GIB:.1f} GiB free on the first of {len(room.gpus)} device(s)"
+    has = f"{room.gpus[0] / GIB:.1f} GiB free on the first of {counted(len(room.gpus), 'device')}"
     host = "" if room.host is None else f", {room.host / GIB:.1f} GiB in host memory"
     bits = f"; weights held as {frozen} do not go to disk" if frozen else ""
     return (

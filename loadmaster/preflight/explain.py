@@ -25,6 +25,7 @@ from loadmaster.preflight.setup import Setup, sharding_words
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.targets import in_some_layers_only
 from loadmaster.preflight.verification import VerificationNeed
+from loadmaster.words import counted
 
 RUNNER_UP = "runner-up"
 
@@ -41,7 +42,7 @@ def describe(setup: Setup) -> str:
     but = f" of all but the last {setup.kept_layers}" if setup.kept_layers else ""
     parts.append("activations kept" if kept else f"activation checkpointing {setup.checkpointing}{but}")
     rows = setup.micro_batch_size
-    parts.append(f"{rows} row{'s' if rows > 1 else ''} of {setup.sequence_length} tokens at a time")
+    parts.append(f"{counted(rows, 'row')} of {setup.sequence_length} tokens at a time")
     return ", ".join(parts)
 
 
@@ -167,7 +168,7 @@ def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
     named = ", ".join(Path(path).name if os.path.exists(local_path(path)) else path for path in paths[:3])
     named += f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     if job.data.max_rows is not None:
-        named = f"the first {job.data.max_rows:,} rows of {named}"
+        named = f"the first {counted(job.data.max_rows, 'row')} of {named}"
     count = steps(job, dataset_tokens)
     if count is None:
         return [f"no hours or dollars: how much {named} holds is not known here; max_steps would say it"]
@@ -176,7 +177,7 @@ def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
     most = job.batch.global_size
     size = f"{'up to ' if mean_rows(job, dataset_tokens) < most else ''}{most} x {job.sequence_length:,} tokens"
     about = "" if job.max_steps is not None else "about "
-    rows = f"{about}{count:,} step{'s' if count > 1 else ''} of {size}"
+    rows = f"{about}{counted(count, 'step')} of {size}"
     return [f"the hours are those of {rows}: {whole} of {named}{shown}"]
 
 
@@ -199,7 +200,7 @@ def about_warm_up(job: Job, dataset_tokens: int | None) -> list[str]:
     if not warmup or count is None or warmup < count:
         return []
     share = f"rises to {count / warmup:.0%} of its peak" if count < warmup else "comes to its peak in the last one"
-    return [f"the learning rate {share}: optimizer.warmup_steps={warmup:,} in a run of about {count:,} steps"]
+    return [f"the learning rate {share}: optimizer.warmup_steps={warmup:,} in a run of about {counted(count, 'step')}"]
 
 
 def about_answers(job: Job, chosen: Candidate) -> list[str]:
@@ -212,7 +213,7 @@ def about_answers(job: Job, chosen: Candidate) -> list[str]:
     remedy = f"evaluation.batch_size={fit} fits" if fit else "not even evaluation.batch_size=1 fits"
     return [
         f"the evaluate stage needs {need.total / GIB:.1f} GiB of {chosen.budget_gib:.1f} if its prompts are a quarter "
-        f"of a row long ({asked} answers at a time): {remedy}"
+        f"of a row long ({counted(asked, 'answer')} at a time): {remedy}"
     ]
 
 
@@ -233,8 +234,8 @@ def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> l
         moved += "read from there" if on_cpu else "brought to the first GPU"
         said += (
             f": {moved} in each of {need.passes} forward passes, "
-            f"{need.seconds / 3600:.1f} hours (modelled) with {need.answers} answers at a time, less with fewer or "
-            "shorter ones (evaluation.max_rows, evaluation.max_new_tokens)"
+            f"{need.seconds / 3600:.1f} hours (modelled) with {counted(need.answers, 'answer')} at a time, less with "
+            "fewer or shorter ones (evaluation.max_rows, evaluation.max_new_tokens)"
         )
     where = "several GPUs" if sum(map(bool, need.placement.gpus)) > 1 else "a GPU with layers in host memory"
     return [said if on_cpu else f"{said}; not seen on {where} yet"]

@@ -18,6 +18,7 @@ from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.nvml import local_gpus
 from loadmaster.processors import threads
+from loadmaster.words import counted
 
 GIB = 2**30
 OWN_PRICE = "plan.prices_usd_per_hour"
@@ -216,7 +217,7 @@ def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:
         remedy = f"hardware.count={alike}, or CUDA_VISIBLE_DEVICES with the numbers of like ones"
         raise ConfigError([Problem("hardware.count", count, IN_THE_JOB, message, remedy)])
     if count > len(cards):
-        message = f"this machine has {len(cards)} GPU(s)"
+        message = f"this machine has {counted(len(cards), 'GPU')}"
         remedy = f"use hardware.count={len(cards)} or less, or name a machine of the catalogue with hardware.gpu"
         raise ConfigError([Problem("hardware.count", count, IN_THE_JOB, message, remedy)])
     host = host_memory_gib()

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loadmaster.words import counted
+
 
 @dataclass(frozen=True)
 class Room:
@@ -53,7 +55,7 @@ class Placement:
         """40 of 80 layers on 2 GPUs, 30 in host memory, 10 on disk."""
         layers, on_gpus = len(self.places()), sum(self.gpus)
         used = max(1, sum(1 for count in self.gpus if count))
-        where = f"on {used} GPU{'s' if used != 1 else ''}" if has_gpus else "in host memory"
+        where = f"on {counted(used, 'GPU')}" if has_gpus else "in host memory"
         said = [f"{on_gpus} of {layers} layers {where}"]
         said += [f"{self.host} in host memory"] * bool(self.host) + [f"{self.disk} on disk"] * bool(self.disk)
         return ", ".join(said)

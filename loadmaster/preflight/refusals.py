@@ -10,6 +10,7 @@ from loadmaster.errors import IN_THE_JOB, Problem
 from loadmaster.preflight.batch import divisors, rounded_up
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.words import counted
 
 PACKED_FROM = 8.0
 """Compute capability, of PyTorch's variable-length attention, which takes bf16 and fp16 alone."""
@@ -58,7 +59,8 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     if uncounted_adapters(job, shape) and job.method != "full":
         yield f"{UNCOUNTED.format(name=shape.name)}; use {TYPED}{'' if needs_adapter(job) else ', or method=full'}"
     if job.checkpointed_layers != "auto" and job.checkpointed_layers > shape.layers:
-        yield f"checkpointed_layers={job.checkpointed_layers}: {shape.name} has {shape.layers} layers; use auto for all"
+        has = f"{shape.name} has {counted(shape.layers, 'layer')}"
+        yield f"checkpointed_layers={job.checkpointed_layers}: {has}; use auto for all"
     world, rows = hardware.world_size, job.batch.global_size
     if job.sharding not in ("auto", "none") and world == 1:
         yield f"sharding={job.sharding}: there is one GPU; use none or auto"
@@ -75,7 +77,7 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     elif job.optimizer.in_backward is True and job.micro_batch_size not in ("auto", rows // world):
         yield (
             f"optimizer.in_backward=true takes a step after each micro-batch, and batch.global_size={rows} is "
-            f"{rows // world} rows on each GPU; use micro_batch_size={rows // world}, "
+            f"{counted(rows // world, 'row')} on each GPU; use micro_batch_size={rows // world}, "
             f"or batch.global_size={job.micro_batch_size * world}"
         )
     elif job.micro_batch_size != "auto" and (rows // world) % job.micro_batch_size:

@@ -24,6 +24,7 @@ from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.plan import Plan
 from loadmaster.streams import Output
 from loadmaster.tables import print_table
+from loadmaster.words import counted
 
 PAYS = 0.5
 """Least share of the first GPUs' speed that an added GPU has to bring."""
@@ -190,4 +191,4 @@ def print_scaling(job: Job, steps: list[Step], console: Console | None = None) -
 
 
 def _nodes(count: int) -> str:
-    return f"{count} node{'' if count == 1 else 's'}"
+    return counted(count, "node")

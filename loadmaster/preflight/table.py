@@ -17,6 +17,7 @@ from loadmaster.preflight.plan import MemoryGib, PhasesGib, Plan
 from loadmaster.preflight.setup import sharding_words
 from loadmaster.streams import Output
 from loadmaster.tables import figure, memory_table, print_table
+from loadmaster.words import counted
 
 ELSEWHERE_ROWS = 6
 RUNNERS_UP = 4
@@ -82,7 +83,7 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
         parts = [row["precision"], *([row["sharding"]] if row["sharding"] != "none" else [])]
         parts += _recomputed(row["activation_checkpointing"], row.get("checkpointed_layers"), plan.model.layers)
         parts += [f"{row['offload']} in host memory"] if row["offload"] != "none" else []
-        parts += [f"{row['micro_batch_size']} row{'s' if row['micro_batch_size'] > 1 else ''}"]
+        parts += [counted(row["micro_batch_size"], "row")]
         asked = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.world_size
         parts += [f"batch.global_size={row['global_size']}"] if row["global_size"] != asked else []
         table.add_row(
@@ -140,7 +141,7 @@ def _brief(plan: Plan) -> str:
     parts += _recomputed(plan.activation_checkpointing, plan.checkpointed_layers, plan.model.layers)
     parts += [f"{plan.offload} offloaded"] if plan.offload != "none" else []
     rows, times = plan.micro_batch_size, plan.gradient_accumulation_steps
-    return f"{', '.join(parts)}, {rows} row{'s' if rows > 1 else ''} x {times} a step"
+    return f"{', '.join(parts)}, {counted(rows, 'row')} x {times} a step"
 
 
 def _recomputed(kind: str, layers: int | None, of: int) -> list[str]:
@@ -168,7 +169,7 @@ def _settings(plan: Plan) -> str:
     parts.append(f"activation checkpointing {plan.activation_checkpointing}{of}")
     parts += ["layers compiled"] if plan.compile else []
     rows, times = plan.micro_batch_size, plan.gradient_accumulation_steps
-    parts.append(f"{rows} row{'s' if rows > 1 else ''} of {plan.sequence_length} tokens at a time")
+    parts.append(f"{counted(rows, 'row')} of {plan.sequence_length} tokens at a time")
     parts += [f"{times} times a step"] if times > 1 else []
     return ", ".join(parts)
 
@@ -179,14 +180,14 @@ def _speed(plan: Plan) -> str:
         known = plan.hardware.gpu in ("cpu", *catalog.gpus())
         why = "that of the model's experts is not modelled" if known else "the card is not in the catalogue"
         return f"speed: not predicted, {why}"
-    said = f"{speed:,.0f} tokens/s (modelled)" if speed >= 1 else "less than 1 token/s (modelled)"
-    counted = "" if plan.hardware.gpu == "cpu" else " with start, load and export"
+    said = f"{_rate(speed)} (modelled)"
+    within = "" if plan.hardware.gpu == "cpu" else " with start, load and export"
     verification = plan.verification or {}
     moving = verification.get("moving_hours", 0.0) if verification.get("in_hours", True) else 0.0
     if plan.hours and moving > LONG_VERIFICATION * plan.hours and plan.hardware.gpu != "cpu":
-        counted += f" ({moving:.1f} h of them moving layers to verify exports: fewer with fewer export.formats,"
-        counted += " none with stop_after=train)"
-    said += "" if plan.hours is None else f", {plan.hours:.2f} h{counted}"
+        within += f" ({moving:.1f} h of them moving layers to verify exports: fewer with fewer export.formats,"
+        within += " none with stop_after=train)"
+    said += "" if plan.hours is None else f", {plan.hours:.2f} h{within}"
     if plan.price:
         said += "" if plan.cost_usd is None else f", ${plan.cost_usd:.2f}"
         listed = ", ".join(plan.price[key] for key in ("provider", "date") if plan.price[key])
@@ -195,10 +196,15 @@ def _speed(plan: Plan) -> str:
     return said
 
 
+def _rate(tokens_per_second: float) -> str:
+    rounded = round(tokens_per_second)
+    return f"{counted(rounded, 'token')}/s" if rounded else "less than 1 token/s"
+
+
 def _alternative(option: dict[str, Any]) -> str:
     rate = "" if option["usd_per_hour"] is None else f", ${option['usd_per_hour']:.2f}/h"
     total = "" if option["cost_usd"] is None else f", ${option['cost_usd']:.2f} in {option['hours']:.1f} h"
-    speed = "" if option["tokens_per_second"] is None else f", {option['tokens_per_second']:,.0f} tokens/s"
+    speed = "" if option["tokens_per_second"] is None else f", {_rate(option['tokens_per_second'])}"
     place = "" if option["hardware"] in option["change"] else f" on {option['hardware']}"
     return (
         f"{escape(option['change'])}{place} ({escape(option['plan'])}; {option['needs_gib']:.1f} of "

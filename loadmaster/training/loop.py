@@ -53,6 +53,7 @@ from loadmaster.training.stop import StopSignal
 from loadmaster.training.tracker import open_tracker, refuse_missing_tracker
 from loadmaster.training.watchdog import Watchdog
 from loadmaster.training.world import World
+from loadmaster.words import counted
 
 HeldOut = Callable[[Session, Callable[[], bool]], dict[str, Any] | None]
 """Evaluates on the held-out rows: {"loss": ..., ...}; None when it was asked to stop on the way."""
@@ -350,7 +351,8 @@ class Training:
             self.display.step(row, self.steps, peak_memory(self.session.device)["peak_allocated_gib"])
         if self.session.plan.compile and recompilations > self.recompilations:
             self.recompilations = recompilations
-            self.display.echo(f"step {row['step']} compiled anew ({recompilations} graphs since the rehearsal)")
+            since = f"{counted(recompilations, 'graph')} since the rehearsal"
+            self.display.echo(f"step {row['step']} compiled anew ({since})")
         if self.session.world.lead and (straggler := self.watch.straggler()) is not None:
             self.display.echo(straggler)
 
@@ -392,7 +394,7 @@ def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[]
     if session.plan.optimizer_in_backward:
         weights = "layers whose own gradients were finite were stepped (optimizer.in_backward); the weights are"
     raise TrainingFailed(
-        f"the {what} was not finite in {len(session.skipped)} steps in a row, from step {first['step']} on; "
+        f"the {what} was not finite in {counted(len(session.skipped), 'step')} in a row, from step {first['step']} on; "
         f"{weights}, saved in checkpoints/step-{row['step'] - 1}. "
         f"Rows of that step: {', '.join(first['rows'][:8])}{' ...' if len(first['rows']) > 8 else ''}.\n"
         "fix: look at these rows, lower optimizer.lr, or raise optimizer.warmup_ratio (warmup_steps)"

@@ -217,8 +217,8 @@ def own_code(session: Session) -> Iterator[None]:
 def refuse_other_world(plan: Plan, world: World) -> None:
     """A plan for several GPUs is not trained on one of them in silence, nor the other way round."""
     if world.size != plan.world_size:
-        message = f"the plan is for {plan.world_size} processes and this is a run of {world.size}"
-        remedy = f"start {plan.world_size} processes, or hardware.count and hardware.nodes for what was started"
+        message = f"the plan's number of processes is {plan.world_size} and this run's is {world.size}"
+        remedy = "start as many as the plan has, or hardware.count and hardware.nodes for what was started"
         raise ConfigError([Problem("hardware.count", plan.hardware.count, "the plan (plan.json)", message, remedy)])
 
 

@@ -43,7 +43,7 @@ def account(monkeypatch):
 def test_a_run_is_deployed_tested_scaled_and_deleted(run_dir, account, capsys) -> None:  # noqa: F811
     assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 0
     said = capsys.readouterr().out
-    assert "1 GPU(s) a worker of pool ADA_48_PRO without NVIDIA L40" in said and "it is not there and is made" in said
+    assert "1 GPU a worker of pool ADA_48_PRO without NVIDIA L40" in said and "it is not there and is made" in said
     assert "at least $0.00/h, at most $3.82/h" in said and "first token after" in said and "/openai/v1" in said
     assert "3 files" in said and "checksums agree" in said and SECRET not in said
     assert f"{run_dir}/export/bf16 (0.00 GB) goes to" in said

@@ -49,7 +49,7 @@ def test_workers_are_promoted_one_by_one() -> None:
 
 
 def test_promotion_needs_three_measured_days() -> None:
-    assert "71 hours are measured and 72 are needed: Flex stays" in verdict(review([1.0] * 71, H100), 0)
+    assert "71 hours measured, 72 are needed: Flex stays" in verdict(review([1.0] * 71, H100), 0)
     assert verdict(review([1.0] * 72, H100), 0).startswith("1 Active")
     assert "nothing was billed" in verdict(review([], H100), 0)
     said = "\n".join(lines(review([0.5] * 100, H100), H100, 0))

@@ -1,0 +1,13 @@
+from loadmaster.preflight.table import _alternative
+from loadmaster.words import counted
+
+
+def test_one_of_a_thing_is_no_plural():
+    assert [counted(number, "row") for number in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+
+
+def test_the_rate_of_a_plan_that_would_fit_is_no_plural_at_one():
+    option = {"change": "method=qlora", "hardware": "CPU", "plan": "qlora", "needs_gib": 1.0, "budget_gib": 2.0}
+    option |= {"usd_per_hour": None, "cost_usd": None, "hours": None}
+    assert ", 1 token/s)" in _alternative(option | {"tokens_per_second": 1.2})
+    assert ", less than 1 token/s)" in _alternative(option | {"tokens_per_second": 0.2})
