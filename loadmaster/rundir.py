@@ -61,9 +61,13 @@ class RunDir:
                 message = "is a folder with other things in it, which a run would overwrite"
                 raise _refused(run_dir, message, "give a new folder, or an empty one")
             if owner not in (None, identity) and (cls(path, owner).begun or (path / "metrics.jsonl").exists()):
-                what = f" ({'; '.join(found)})" if (found := differing(path)) else ""
-                message = f"holds a run of a job with other settings or other data{what}; going on there would mix "
+                found = differing(path)
+                what = "other settings or other data" + (f" ({'; '.join(found)})" if found else "")
                 remedy = f"give another run_dir, or the settings in {path / 'config.yaml'}"
+                if found == []:
+                    what = "these settings, whose files have changed since: the data, or model.chat_template"
+                    remedy = "give another run_dir, or the files as they were"
+                message = f"holds a run of a job with {what}; going on there would mix "
                 raise _refused(run_dir, f"{message}the two", remedy)
             return run
         parent = root / recipe

@@ -438,6 +438,16 @@ def test_a_run_directory_of_another_job_is_refused_once_something_was_trained_th
     assert "other settings or other data; going on" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_run_directory_of_this_job_with_another_chat_template_names_what_may_have_changed(tiny, tmp_path, capsys):
+    (template := tmp_path / "mine.jinja").write_text("{{ messages }}")
+    job = compose([f"model.path={tiny}", f"model.chat_template={template}", f"run_dir={tmp_path / 'run'}"])
+    RunDir(tmp_path / "run", "another").claim()
+    write_json(tmp_path / "run" / "metrics.jsonl", {})
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(job.resolved))
+    assert run(job) == ConfigError.exit_code
+    assert "whose files have changed since: the data, or model.chat_template" in capsys.readouterr().err
+
+
 def test_a_limit_of_money_where_nobody_knows_the_price_is_refused(tiny, tmp_path, capsys):
     assert go(tiny, tmp_path, "launch.max_usd=3", "stop_after=train")[0] == 2
     said = capsys.readouterr().err

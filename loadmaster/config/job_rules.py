@@ -240,23 +240,27 @@ def model_folder_exists(job: Job, origins: Origins) -> Found:
 
 @rule("model.chat_template", "stop_after")
 def chat_template_is_a_file(job: Job, origins: Origins) -> Found:
-    """model.chat_template names a file of text that is here and can be read, unless the job stops after the plan."""
+    """model.chat_template names a file that is here and holds a Jinja template, unless the job stops after the plan."""
     path = job.model.chat_template
     if path is None or job.stop_after == "plan" or (job.launch.name != "local" and path.startswith("/workspace/")):
         return
-    if what := _no_text(local_path(path)):
+    if what := _no_template(local_path(path)):
         yield "model.chat_template", path, what, "name a file with the Jinja text, as chat_template.jinja of a model is"
 
 
-def _no_text(file: Path) -> str | None:
-    """What a file is that holds no text; None for one that does."""
+def _no_template(file: Path) -> str | None:
+    """What a file is that holds no template; None for one that does."""
     if not (os.path.isfile(file) and os.access(file, os.R_OK)):
         return f"is no file that can be read here ({file.absolute()})"
     try:
         text = file.read_text(encoding="utf-8") if file.stat().st_size < LONGEST_TEMPLATE else "\0"
     except UnicodeDecodeError:
         text = "\0"
-    return "is no text in UTF-8" if "\0" in text else None if text.strip() else "holds nothing"
+    if "\0" in text or not text.strip():
+        return "is no text in UTF-8" if "\0" in text else "holds nothing"
+    from loadmaster.config.chat_template import broken
+
+    return broken(text)
 
 
 @rule(

@@ -14,7 +14,7 @@ from loadmaster.data.cache import ConversationFile
 from loadmaster.data.faults import Fault, SourceFaults, fault_report, listed
 from loadmaster.data.formats import RowError, recognise_format
 from loadmaster.data.reading import Reading
-from loadmaster.data.tokens import Encoded
+from loadmaster.data.tokens import REFUSED, Encoded
 from loadmaster.errors import DataError
 
 
@@ -61,7 +61,11 @@ def stop_on(checked: list[Checked], job: Job) -> None:
         return
     skipped = sum(len(each.bad()) for each in checked) if is_skipped else 0
     besides = f"\n    (bad rows skipped besides: {skipped:,})" if skipped else ""
-    raise DataError(fault_report(sources, _hint(sources, any(each.wrong() for each in checked))) + besides)
+    reasons = [fault.reason for source in sources for fault in source.faults]
+    hint = _hint(sources, any(each.wrong() for each in checked))
+    if job.model.chat_template and any(reason.startswith(REFUSED) for reason in reasons):
+        hint += f"; or mend model.chat_template={job.model.chat_template}"
+    raise DataError(fault_report(sources, hint) + besides)
 
 
 def _hint(sources: list[SourceFaults], has_wrong: bool) -> str:

@@ -24,9 +24,10 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from traceback import walk_tb
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from loadmaster.errors import DataError
 
@@ -39,7 +40,7 @@ DIALECTS = ((False, False), (True, False), (True, True), (False, True))
 
 
 class TemplateRefused(ValueError):
-    """The chat template raised on this conversation; the message is the template's own."""
+    """The chat template raised on this conversation; the message is the template's own, or the error with its line."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class ChatRenderer:
                 "    fix: mend it, or fetch it again (chat_template.jinja, or chat_template in tokenizer_config.json)"
             ) from error
         except Exception as error:  # Jinja and the template's raise_exception share no base class
-            raise TemplateRefused(str(error) or type(error).__name__) from error
+            raise TemplateRefused(f"{str(error) or type(error).__name__}{_line_of(error)}") from error
 
     def render(self, messages: list[dict], tools: list | None = None) -> Rendering:
         """Text and assistant spans of a conversation. Raises TemplateRefused."""
@@ -303,6 +304,13 @@ class _Skeleton:
     def _moved(self, position: int, contents: list[str]) -> int:
         pairs = zip(self.starts, contents, strict=True)
         return position + sum(len(content) - length for (at, length), content in pairs if at < position)
+
+
+def _line_of(error: Exception) -> str:
+    if type(error) is TemplateError:  # raise_exception: in the template's own words
+        return ""
+    lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
+    return f" (line {lines[-1]} of the template)" if lines else ""
 
 
 def _with_content(messages: list[dict], index: int) -> list[dict]:

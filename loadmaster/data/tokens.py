@@ -56,6 +56,9 @@ class Encoded:
         )
 
 
+REFUSED = "the chat template refuses this conversation"
+
+
 class Encoder:
     """Encodes conversations with one tokenizer; pickles, so that worker processes can have one each."""
 
@@ -76,8 +79,7 @@ class Encoder:
             try:
                 rendered += [(index, answer, self._render(answer)) for answer in answers(conversation)]
             except TemplateRefused as error:
-                reason = f"the chat template refuses this conversation: {error}"
-                refused.append(Fault(conversation.origin, reason))
+                refused.append(Fault(conversation.origin, f"{REFUSED}: {error}"))
 
         faulty: dict[int, Fault] = {}
         parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}

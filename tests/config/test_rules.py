@@ -406,10 +406,23 @@ def test_lora_settings_of_the_same_recipe_as_method_full_are_refused_with_their_
     assert [(p.key, p.value, p.origin) for p in caught.value.problems] == [("lora.rank", 4, "recipes/mine.yaml:3")]
 
 
-@pytest.mark.parametrize(("content", "said"), [(b" \n", "holds nothing"), (b"\xff\xfe{", "is no text in UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b" \n", "holds nothing"),
+        (b"\xff\xfe{", "is no text in UTF-8"),
+        (b"{{ messages }}\n{{ x | tojsn }}", "is broken in line 2: No filter named 'tojsn'."),
+    ],
+)
 def test_a_chat_template_is_text(content: bytes, said: str, tmp_path: Path):
     (tmp_path / "mine.jinja").write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         compose([f"model.chat_template={tmp_path / 'mine.jinja'}"])
     (problem,) = caught.value.problems
     assert (problem.key, problem.message) == ("model.chat_template", said)
+
+
+def test_a_chat_template_may_have_what_transformers_adds_to_jinja(tmp_path: Path):
+    text = "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% endfor %}"
+    (tmp_path / "mine.jinja").write_text(text)
+    compose([f"model.chat_template={tmp_path / 'mine.jinja'}"])

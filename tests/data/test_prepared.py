@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from loadmaster.config.schema import ModelConfig
 from loadmaster.data import build as build_module
 from loadmaster.data import describe, prepare
 from loadmaster.data import prepared as prepared_module
@@ -99,7 +101,10 @@ def test_bad_rows_of_both_passes_are_reported_together_with_their_lines(
         "be of one (rows.jsonl:6)",
     ]
     assert message.index("rows.jsonl:2") < message.index("rows.jsonl:4") < message.index("rows.jsonl:6")
-    assert "data.on_bad_row=skip" in message
+    assert "data.on_bad_row=skip" in message and "mend model.chat_template" not in message
+    job = replace(job_for(path), model=ModelConfig(chat_template="mine.jinja"))
+    with pytest.raises(DataError, match=r"; or mend model\.chat_template=mine\.jinja"):
+        prepare(job, tokenizer_with("mistral"), tmp_path / "cache")
     skipped = prepare(job_for(path, on_bad_row="skip", validation=None), tokenizer_with("mistral"), tmp_path / "cache")
     assert skipped.summary["bad_rows"] == 5 and skipped.summary["train"]["conversations"] == 2
     assert "bad rows skipped: 5, the first" in describe(skipped.summary)

@@ -116,6 +116,13 @@ def test_a_template_that_is_broken_is_no_fault_of_the_rows(tokenizer, chat):
         ChatRenderer(broken).render(chat("u", "Hi", "a", "Hello."))
 
 
+def test_an_error_of_the_template_is_told_with_its_line(tokenizer, chat):
+    wrong = copy.deepcopy(tokenizer)
+    wrong.chat_template = "{% for m in messages %}\n{{ m.content.a.b }}\n{% endfor %}"
+    with pytest.raises(TemplateRefused, match=r"no attribute 'a' \(line 2 of the template\)"):
+        ChatRenderer(wrong).render(chat("u", "Hi", "a", "Hello."))
+
+
 def test_a_tokenizer_without_a_template_is_refused_with_a_remedy(tokenizer_with):
     bare = copy.deepcopy(tokenizer_with("llama3"))
     bare.chat_template = None
