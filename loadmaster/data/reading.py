@@ -60,7 +60,7 @@ def read_source(
                 line = _conversation_line(raw, reading, job)
             except RowError as error:
                 reading.first_bad.setdefault(file_name, raw.value)
-                reading.bad.append(Fault(raw.origin, str(error), remedy=error.remedy))
+                reading.bad.append(Fault(raw.origin, f"{error}{_own_names(str(error), columns)}", remedy=error.remedy))
                 continue
             starts.append(starts[-1] + file.write(line))
             reading.unfilled += UNFILLED.search(line) is not None
@@ -91,6 +91,13 @@ def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
         reading.unread = unread_fields(raw.value, conversation)
     reading.row_ids.append(conversation.row_id)
     return conversation.to_json().encode() + b"\n"
+
+
+def _own_names(reason: str, columns: Mapping[str, str]) -> str:
+    """What the fields in a fault are called in the rows themselves, where data.columns renames them; else nothing."""
+    words = re.findall(r"\w+", reason)
+    named = [f"{ours} is {theirs}" for ours, theirs in columns.items() if ours in words and ours != theirs]
+    return f"; by data.columns {', '.join(named)}" if named else ""
 
 
 def _fits_objective(row: Any, reading: Reading, objective: str) -> None:

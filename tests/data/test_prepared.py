@@ -280,6 +280,11 @@ def test_rows_are_read_by_the_names_that_their_columns_have(tokenizer, tmp_path,
     assert prepared.summary["format"] == "prompt_completion"
     assert "Say 3<|im_end|>" in "".join(texts(prepared.train, tokenizer))
     typed = {"prompt": "qeury", "completion": "reply"}
+    lacking = write_jsonl([{"query": "2 and 2?"}, {"query": "3 and 3?", "reply": " "}], "lacking.jsonl")
+    with pytest.raises(DataError) as caught:
+        prepare(job_for(lacking, columns=columns, format="prompt_completion"), tokenizer, tmp_path / "cache")
+    assert "lacks completion; by data.columns completion is reply (" in str(caught.value)
+    assert "completion is empty; by data.columns completion is reply (" in str(caught.value)
     with pytest.raises(DataError, match=r"data\.columns names qeury, and no row has(.|\n)*fields: query, reply"):
         prepare(job_for(path, columns=typed, validation=None), tokenizer, tmp_path / "cache")
 
