@@ -141,12 +141,14 @@ def micro_batch_within_global_batch(job: Job, origins: Origins) -> Found:
         yield "micro_batch_size", job.micro_batch_size, message, remedy
 
 
-@rule("neftune_alpha", "objective")
+@rule("neftune_alpha", "lora.dropout", "objective", "method")
 def noise_is_for_answers(job: Job, origins: Origins) -> Found:
-    """neftune_alpha goes with objective=sft: noise would be taken for a preference."""
-    if job.neftune_alpha and job.objective != "sft":
-        message = f"objective={job.objective} compares likelihoods, which noise changes"
-        yield "neftune_alpha", job.neftune_alpha, message, "neftune_alpha=0, or objective=sft"
+    """neftune_alpha and lora.dropout go with objective=sft: noise would be taken for a preference."""
+    dropout = 0.0 if job.method == "full" else job.lora.dropout
+    for key, value in {"neftune_alpha": job.neftune_alpha, "lora.dropout": dropout}.items():
+        if value and job.objective != "sft":
+            message = f"objective={job.objective} compares likelihoods, which noise changes"
+            yield key, value, message, f"{key}=0, or objective=sft"
 
 
 def _gpus(job: Job) -> int:

@@ -239,6 +239,14 @@ def test_the_rule_lets_the_right_thing_pass(name: str):
     compose(CASES[name][3])
 
 
+def test_dropout_of_adapters_is_noise_between_two_answers():
+    with pytest.raises(ConfigError) as caught:
+        compose(["data=ticket_pairs", "lora.dropout=0.05"])
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.remedy) == ("lora.dropout", "lora.dropout=0, or objective=sft")
+    compose(["data=ticket_pairs"])
+
+
 @pytest.mark.parametrize("typed", ["launch.gpus=[l40s]", "launch.env.A=b", "launch.volume=null", "launch.yes=true"])
 def test_a_launch_that_is_typed_and_would_not_be_made_is_refused(typed: str):
     with pytest.raises(ConfigError) as caught:
