@@ -59,15 +59,24 @@ def search(job: Job, shape: ModelShape, hardware: Hardware, explain: bool = True
         if explain and tier["offload"] != "none" and not host_is_short.get(place, True):
             continue  # lighter states on the host leave the GPUs no more room
         candidates = list(Enumeration(job, shape, hardware, tier, explain).candidates())
-        fit = [c for c in candidates if c.fits]
+        fit = with_others(job, [c for c in candidates if c.fits])
         if fit:
             fit.sort(key=ranking(job, fit))
             if mixed := keeping_more(job, fit[0], explain):
-                fit = sorted([*mixed, *fit], key=ranking(job, [*mixed, *fit]))
+                fit = with_others(job, [*mixed, *fit])
+                fit.sort(key=ranking(job, fit))
             return Found(fit[0], _one_of_each_kind(job, fit), nearest, [])
         nearest += [min(candidates, key=closeness)] if explain else []
         host_is_short[place] = any(c.memory.needed_gib <= c.budget_gib for c in candidates)
     return Found(None, [], nearest, [])
+
+
+def with_others(job: Job, fit: list[Candidate]) -> list[Candidate]:
+    """Under kto, what an answer is compared with is in its micro-batch: of rows that are not packed none is to be alone
+    where more fit."""
+    if job.objective != "kto" or job.data.packing:
+        return fit
+    return [c for c in fit if c.setup.micro_batch_size > 1] or fit
 
 
 def keeping_more(job: Job, best: Candidate, explain: bool) -> list[Candidate]:

@@ -67,6 +67,15 @@ def test_a_quick_search_keeps_layers_beside_as_many_rows_as_weights_are_gathered
     assert quick.tokens_per_second > 0.95 * best.tokens_per_second
 
 
+def test_unpacked_rows_of_kto_are_not_alone_in_a_micro_batch_where_more_fit() -> None:
+    asked = job(LLAMA + "8B", "lora", "rtx4090", sequence_length=8192, objective="kto", batch=BatchConfig(4))
+    assert found(asked).setup.micro_batch_size == 1
+    asked = replace(asked, data=replace(asked.data, packing=False))
+    for explain in (True, False):
+        assert found(asked, explain).setup.micro_batch_size == 2
+    assert found(replace(asked, micro_batch_size=1)).setup.micro_batch_size == 1
+
+
 def test_a_runner_up_takes_no_more_memory_than_its_own_speed_needs() -> None:
     """Recomputed, 16 rows at a time are as fast as two and take 19 GiB more than keeping all takes for one."""
     plan = make_plan(job(LLAMA + "8B", "lora", "a100_80gb", sequence_length=4096, batch=BatchConfig(16)))
