@@ -50,6 +50,12 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
             f"{hardware.label} has compute capability {hardware.compute_capability}; attention over packed documents "
             f"needs {PACKED_FROM} or later"
         )
+    values = 4 if hardware.is_cpu else 8  # of 16 bytes, which are the steps that the rows of grouped products come in
+    if shape.experts and (shape.hidden_size % values or shape.expert_size % values):
+        yield (
+            f"{shape.name} has experts of {shape.hidden_size} x {shape.expert_size}, and products of experts take "
+            f"sizes that {values} divides; use another model"
+        )
     if not hardware.is_cpu and job.precision == "fp32" and not shape.attention_softcap:
         yield "precision=fp32: attention over packed documents is in 16 bits on a GPU; use bf16"
     if job.precision == "fp8" and not hardware.has_fp8:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from loadmaster.config.compose import compose
 from loadmaster.preflight import alternatives, make_plan
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import find_hardware
+from loadmaster.preflight.refusals import refuse
 from loadmaster.preflight.search import search
 
 PLAN = ["data=file", "data.path=owner/dataset", "stop_after=plan"]
@@ -102,6 +105,15 @@ def test_of_a_mixture_of_experts_full_alone_is_left_to_method_auto_and_that_is_s
 def test_of_a_mixture_of_experts_no_reference_is_left_to_a_preference() -> None:
     plan = make_plan(compose([*MIXTURE, "objective=kto", "data.format=preference"]).job, with_alternatives=False)
     assert plan.refusal and plan.refusal.endswith("use lora.targets=[q_proj,k_proj,v_proj,o_proj]")
+
+
+@pytest.mark.parametrize(("hardware", "refused"), [("h100_80gb_x1", True), ("cpu", False)])
+def test_experts_whose_rows_no_product_takes_are_refused(hardware, refused) -> None:
+    """In bf16 12 values are 24 bytes; in fp32, on a CPU, they are three times 16."""
+    job = compose([*MIXTURE, "precision=auto", f"hardware={hardware}", "lora.targets=[q_proj]"]).job
+    shape = replace(find_shape(job.model), expert_size=12)
+    said = " ".join(refuse(job, shape, find_hardware(job.hardware)))
+    assert ("has experts of 2048 x 12" in said) == refused
 
 
 def test_another_machine_is_said_to_be_as_fast_as_it_is_planned_to_be_there() -> None:
