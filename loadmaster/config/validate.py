@@ -7,6 +7,7 @@ wants one a field: "must be an integer above 0, or auto".
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from loadmaster.config.fields import (
 )
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
 from loadmaster.config.schema import MOST, Job
-from loadmaster.config.synonyms import ALIASES, MEANT, NO_FIELD, OTHER_QUANTITIES, VALUES
+from loadmaster.config.synonyms import ALIASES, MEANT, NO_FIELD, OTHER_QUANTITIES, UNITS, VALUES
 from loadmaster.errors import Problem
 
 MISSING = "???"
@@ -179,6 +180,9 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
         number = _number(wrong)
         if number is not None and _is_taken(number, annotation):
             return f"{assign(key, number)} (without the quotes)"
+        number = _spelt_out(key, wrong)
+        if number is not None and _is_taken(number, annotation):
+            return f"{assign(key, number)}, if that is what {wrong} means"
     if isinstance(wrong, float) and wrong.is_integer() and _is_taken(int(wrong), annotation):
         return assign(key, int(wrong))
     known = fields().get(key)
@@ -208,6 +212,16 @@ def _number(text: str) -> int | float | None:
         except ValueError:
             continue
     return None
+
+
+def _spelt_out(key: str, text: str) -> int | float | None:
+    """The number that 4k, 10M, 5% or 2h stands for in this field."""
+    found = re.fullmatch(r"(\d+\.?\d*) ?(%|[a-z]+)", text.strip().lower())
+    units = next(units for end, units in UNITS.items() if key.endswith(end))
+    if found is None or found[2] not in units:
+        return None
+    number = round(float(found[1]) * units[found[2]], 9)
+    return int(number) if number.is_integer() else number
 
 
 def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dict[str, list[str]]) -> str:
