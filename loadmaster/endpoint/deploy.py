@@ -339,12 +339,14 @@ def ours(client: RunpodClient) -> list[Endpoint]:
 
 
 def owned(client: RunpodClient, name: str) -> Endpoint:
-    """By id or name, among those that this tool made. Raises LoadmasterError."""
-    found = ours(client)
-    for endpoint in found:
-        if name in (endpoint.id, endpoint.name, asked_for(endpoint.name)):
-            return endpoint
-    there = ", ".join(f"{e.id} ({e.name})" for e in found) or "none"
+    """By id or name, among those that this tool made. Raises LoadmasterError where there is none, or several."""
+    endpoints = ours(client)
+    found = [e for e in endpoints if name in (e.id, e.name, asked_for(e.name))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise LoadmasterError(f"several endpoints are called {name}: give the id, {' or '.join(e.id for e in found)}")
+    there = ", ".join(f"{e.id} ({e.name})" for e in endpoints) or "none"
     raise LoadmasterError(f"there is no endpoint {name} made by loadmaster in this account; there are: {there}")
 
 

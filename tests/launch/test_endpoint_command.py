@@ -65,6 +65,16 @@ def test_a_run_is_deployed_tested_scaled_and_deleted(run_dir, account, capsys) -
     assert "no endpoint" in capsys.readouterr().out
 
 
+def test_of_two_endpoints_of_one_name_neither_is_guessed(run_dir, account, capsys) -> None:  # noqa: F811
+    assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 0
+    ((id, made),) = account.endpoints.items()
+    account.endpoints["twin"] = {**made, "id": "twin"}
+    assert main(["endpoint", "delete", "loadmaster-tickets-bf16", "--yes"]) == 4
+    assert f"several endpoints are called loadmaster-tickets-bf16: give the id, {id} or twin" in capsys.readouterr().err
+    assert main(["endpoint", "delete", "twin", "--yes"]) == 0
+    assert set(account.endpoints) == {id}
+
+
 def test_a_dry_run_shows_what_is_sent_then(run_dir, account, capsys, monkeypatch) -> None:  # noqa: F811
     """The volume was given by its name; the API takes its id."""
     words = ["deploy", str(run_dir), "--volume", "loadmaster-v"]
