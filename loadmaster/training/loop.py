@@ -45,8 +45,6 @@ from loadmaster.training.session import (
     attention_kernel,
     make_session,
     own_code,
-    refuse_other_world,
-    refuse_unbuilt,
     try_family,
 )
 from loadmaster.training.stop import StopSignal
@@ -106,8 +104,6 @@ def train(
     """
     world = world or World()
     watch = watch or Watchdog(world, run_dir / "logs")
-    refuse_unbuilt(plan)
-    refuse_other_world(plan, world)
     refuse_missing_tracker(job)
     with stop.deferred(), ExitStack() as stack:
         watch.at(0, "load")

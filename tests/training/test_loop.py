@@ -32,7 +32,7 @@ from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, 
 from loadmaster.training import loop
 from loadmaster.training.batches import longest_stretch, micro_batches, trained_tokens, worst_rows
 from loadmaster.training.display import Display
-from loadmaster.training.loop import make_session, refuse_missing_tracker, refuse_unbuilt, train
+from loadmaster.training.loop import make_session, refuse_missing_tracker, train
 from loadmaster.training.metrics import read_metrics
 from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.stop import StopSignal
@@ -374,7 +374,13 @@ def test_the_loss_falls_and_the_outcome_reports_it(tiny, tmp_path):
 )
 def test_what_the_loop_does_not_do_is_refused_not_replaced(key, value):
     with pytest.raises(ConfigError, match=f"{key}={value}"):
-        refuse_unbuilt(dataclasses.replace(PLAN, **{key: value}))
+        make_session(JOB, dataclasses.replace(PLAN, **{key: value}), World(), 0)
+
+
+def test_a_plan_for_another_number_of_processes_is_refused():
+    two = dataclasses.replace(PLAN, hardware=dataclasses.replace(PLAN.hardware, count=2))
+    with pytest.raises(ConfigError, match="number of processes is 2 and this run's is 1"):
+        make_session(JOB, two, World(), 0)
 
 
 def test_a_tracker_that_is_not_installed_is_refused_not_left_out():
