@@ -18,9 +18,9 @@ from loadmaster.files import cache_root, read_json, sha256_file, write_json
 SEAL = "entry.json"
 
 
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where tokenised data is kept: `cache_dir`, or data/ in the cache of everything."""
-    return cache_root() / "data" if cache_dir is None else Path(cache_dir)
+def cache_folder() -> Path:
+    """Where tokenised data is kept."""
+    return cache_root() / "data"
 
 
 def seal(folder: Path) -> None:

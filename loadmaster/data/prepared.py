@@ -45,7 +45,7 @@ class PreparedData:
     summary: dict[str, Any]
 
 
-def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> PreparedData:
+def prepare(job: Job, tokenizer: Any) -> PreparedData:
     """Read, check, tokenise and pack the job's data, or open what an earlier run left in the cache.
 
     Processes of one machine may call it together: one builds, the others wait and open.
@@ -59,7 +59,7 @@ def prepare(job: Job, tokenizer: Any, cache_dir: str | Path | None = None) -> Pr
     fingerprint = sha256_json(_shaped_by(job, tokenizer, train, validation))
     # Rows carry the names of their files: the same data under another name is another entry of the cache.
     names = [*train.names(), *(validation.names() if validation else ())]
-    folder = cache_folder(cache_dir) / sha256_json([fingerprint, names])[:32]
+    folder = cache_folder() / sha256_json([fingerprint, names])[:32]
     cached = is_whole(folder)
     if not cached:
         with exclusive(folder, "tokenised data"):

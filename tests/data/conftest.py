@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loadmaster.config.schema import DataConfig, Job
+from loadmaster.data.cache import cache_folder
 
 # name -> (template, its special tokens)
 TEMPLATES: dict[str, tuple[str, list[str]]] = {
@@ -129,6 +130,13 @@ def tokenizer_with(tokenizer):
         return made[name]
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    """Where tokenised data is kept; not in tmp_path, which some tests train on."""
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path_factory.mktemp("cache")))
+    return cache_folder()
 
 
 @pytest.fixture

@@ -91,9 +91,9 @@ def job(path, objective="dpo", sequence_length=256, **data) -> Job:
     )
 
 
-def test_both_answers_lie_side_by_side_in_one_row_and_only_they_are_trained(tokenizer, tmp_path, write_jsonl):
+def test_both_answers_lie_side_by_side_in_one_row_and_only_they_are_trained(tokenizer, write_jsonl):
     rows = [pair(n) for n in range(12)]
-    prepared = prepare(job(write_jsonl(rows)), tokenizer, tmp_path / "cache")
+    prepared = prepare(job(write_jsonl(rows)), tokenizer)
     assert prepared.summary["format"] == "preference"
     seen = []
     for row in prepared.train:
@@ -113,52 +113,52 @@ def test_both_answers_lie_side_by_side_in_one_row_and_only_they_are_trained(toke
     assert prepared.train.documents == 24
 
 
-def test_only_the_answer_of_a_pair_is_trained_not_earlier_turns(tokenizer, tmp_path, write_jsonl):
+def test_only_the_answer_of_a_pair_is_trained_not_earlier_turns(tokenizer, write_jsonl):
     turns = [ASK, {"role": "assistant", "content": "Which one?"}, {"role": "user", "content": "Any."}]
     path = write_jsonl([{"prompt": turns, "chosen": GOOD, "rejected": BAD}])
-    (row,) = prepare(job(path), tokenizer, tmp_path / "cache").train
+    (row,) = prepare(job(path), tokenizer).train
     assert "Which one?" not in tokenizer.decode(row.labels[row.labels != -100])
     assert "Which one?" in tokenizer.decode(row.input_ids)
 
 
-def test_a_pair_too_long_for_a_row_is_left_out_whole_and_counted(tokenizer, tmp_path, write_jsonl):
-    prepared = prepare(job(write_jsonl([pair(1), pair(2, words=40)])), tokenizer, tmp_path / "cache")
+def test_a_pair_too_long_for_a_row_is_left_out_whole_and_counted(tokenizer, write_jsonl):
+    prepared = prepare(job(write_jsonl([pair(1), pair(2, words=40)])), tokenizer)
     assert prepared.train.documents == 2
     assert prepared.summary["train"]["long_rows"]["dropped"] == 1
 
 
-def test_a_refused_pair_is_told_its_length_and_only_of_what_pairs_may_have(tokenizer, tmp_path, write_jsonl):
+def test_a_refused_pair_is_told_its_length_and_only_of_what_pairs_may_have(tokenizer, write_jsonl):
     refusing = job(write_jsonl([pair(1), pair(2, words=40)]))
     refusing = dataclasses.replace(refusing, data=dataclasses.replace(refusing.data, on_long_row="refuse"))
     with pytest.raises(DataError, match=r"has \d+ tokens, .*jsonl:2\)\n .*on_long_row to cut, which leaves them out$"):
-        prepare(refusing, tokenizer, tmp_path / "cache")
+        prepare(refusing, tokenizer)
 
 
-def test_where_many_pairs_are_too_long_the_length_that_holds_nearly_all_is_named(tokenizer, tmp_path, write_jsonl):
+def test_where_many_pairs_are_too_long_the_length_that_holds_nearly_all_is_named(tokenizer, write_jsonl):
     path = write_jsonl([pair(n, words=40 if n > 5 else 5) for n in range(20)])
-    said = describe(prepare(job(path), tokenizer, tmp_path / "cache").summary)
+    said = describe(prepare(job(path), tokenizer).summary)
     found = re.search(r"14 pairs longer than .*, left out whole: 70% of them; sequence_length=(\d+) would hold", said)
     assert found, said
-    kept = prepare(job(path, sequence_length=int(found[1])), tokenizer, tmp_path / "cache")
+    kept = prepare(job(path, sequence_length=int(found[1])), tokenizer)
     assert kept.summary["train"]["long_rows"]["dropped"] <= 2
 
 
-def test_pairs_that_are_all_too_long_are_told_the_length_that_holds_one(tokenizer, tmp_path, write_jsonl):
+def test_pairs_that_are_all_too_long_are_told_the_length_that_holds_one(tokenizer, write_jsonl):
     path = write_jsonl([pair(n, words=40) for n in range(3)])
     with pytest.raises(DataError, match=r"the shortest of the rest has \d+ tokens[\s\S]*fix: seq") as caught:
-        prepare(job(path), tokenizer, tmp_path / "cache")
+        prepare(job(path), tokenizer)
     works = int(re.search(r"fix: sequence_length=(\d+)", str(caught.value))[1])
-    assert prepare(job(path, sequence_length=works), tokenizer, tmp_path / "cache").train.documents >= 2
+    assert prepare(job(path, sequence_length=works), tokenizer).train.documents >= 2
 
 
-def test_pairs_are_held_out_whole(tokenizer, tmp_path, write_jsonl):
-    prepared = prepare(job(write_jsonl([pair(n) for n in range(20)]), validation=0.2), tokenizer, tmp_path / "cache")
+def test_pairs_are_held_out_whole(tokenizer, write_jsonl):
+    prepared = prepare(job(write_jsonl([pair(n) for n in range(20)]), validation=0.2), tokenizer)
     assert prepared.train.documents == 32 and prepared.validation.documents == 8
 
 
-def test_data_and_objective_must_go_together(tokenizer, tmp_path, write_jsonl):
+def test_data_and_objective_must_go_together(tokenizer, write_jsonl):
     with pytest.raises(DataError, match=r"preference row[\s\S]*fix: .*objective=dpo.*leave rejected out"):
-        prepare(job(write_jsonl([pair(1)]), objective="sft"), tokenizer, tmp_path / "cache")
+        prepare(job(write_jsonl([pair(1)]), objective="sft"), tokenizer)
     plain = write_jsonl([{"instruction": "x", "output": "y"}], "plain.jsonl")
     with pytest.raises(DataError, match=r"objective=dpo needs chosen and rejected[\s\S]*fix: objective=sft"):
-        prepare(job(plain), tokenizer, tmp_path / "cache")
+        prepare(job(plain), tokenizer)

@@ -18,25 +18,25 @@ def printed(terminal: bool, *arguments) -> str:
     return buffer.getvalue()
 
 
-def test_plain_output_marks_the_trained_part_and_ends_with_the_figures(tokenizer, tmp_path, write_jsonl, job_for):
+def test_plain_output_marks_the_trained_part_and_ends_with_the_figures(tokenizer, write_jsonl, job_for):
     rows = [{"instruction": f"[bold]{n}[/bold]", "output": f"answer {n}"} for n in range(4)]
-    prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer, tmp_path / "cache")
+    prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer)
     text = printed(False, prepared, tokenizer, 2)
     assert "rows.jsonl:1\n" in text and "rows.jsonl:2\n" in text and "rows.jsonl:3\n" not in text
     assert "[bold]0[/bold]<|im_end|>\n<|im_start|>assistant\n⟦answer 0<|im_end|>⟧" in text
     assert "data: 4 rows read as alpaca" in text
 
 
-def test_a_terminal_gets_the_trained_part_in_green(tokenizer, tmp_path, write_jsonl, job_for):
+def test_a_terminal_gets_the_trained_part_in_green(tokenizer, write_jsonl, job_for):
     rows = [{"instruction": "hi", "output": "answer"}]
-    prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer, tmp_path / "cache")
+    prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer)
     text = printed(True, prepared, tokenizer, 1)
     start, green = text.index("answer"), text.rindex("\x1b[", 0, text.index("answer"))
     assert "32m" in text[green:start] and "⟦" not in text
 
 
-def test_plain_text_is_shown_trained_with_its_eos(tokenizer, tmp_path, write_jsonl, job_for):
-    prepared = prepare(job_for(write_jsonl([{"text": "It rained."}]), validation=None), tokenizer, tmp_path / "cache")
+def test_plain_text_is_shown_trained_with_its_eos(tokenizer, write_jsonl, job_for):
+    prepared = prepare(job_for(write_jsonl([{"text": "It rained."}]), validation=None), tokenizer)
     text = printed(False, prepared, tokenizer, 1)
     assert "⟦It rained.<|im_end|>⟧" in text
     assert "data: 1 row read as text" in text and "  train: 1 row -> 1 packed row of " in text

@@ -85,9 +85,9 @@ def job(path, objective="kto", sequence_length=256, **data) -> Job:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_each_packed_document_carries_the_label_of_its_row(tokenizer, tmp_path, write_jsonl, packing):
+def test_each_packed_document_carries_the_label_of_its_row(tokenizer, write_jsonl, packing):
     rows = [answer(n) for n in range(20)]
-    prepared = prepare(job(write_jsonl(rows), packing=packing), tokenizer, tmp_path / "cache")
+    prepared = prepare(job(write_jsonl(rows), packing=packing), tokenizer)
     assert prepared.summary["format"] == "unpaired" and prepared.train.documents == 20
     assert len(prepared.train) == 20 if not packing else len(prepared.train) < 10
     seen = []
@@ -109,8 +109,8 @@ def test_each_packed_document_carries_the_label_of_its_row(tokenizer, tmp_path, 
     assert "preference.undesirable_weight=120 would" in describe(prepared.summary)
 
 
-def test_a_micro_batch_knows_the_label_of_each_document_and_padding_has_none(tokenizer, tmp_path, write_jsonl):
-    train = prepare(job(write_jsonl([answer(n) for n in range(20)])), tokenizer, tmp_path / "cache").train
+def test_a_micro_batch_knows_the_label_of_each_document_and_padding_has_none(tokenizer, write_jsonl):
+    train = prepare(job(write_jsonl([answer(n) for n in range(20)])), tokenizer).train
     rows = [train[0], train[1]]
     batch = collate(rows, 0, 300)
     begins = (batch.position_ids.reshape(-1) == 0).nonzero().squeeze(-1).tolist()
@@ -120,10 +120,10 @@ def test_a_micro_batch_knows_the_label_of_each_document_and_padding_has_none(tok
     assert whole.desirable.tolist() == rows[0].desirable.tolist()
 
 
-def test_only_the_labelled_answer_is_trained_and_one_too_long_is_left_out_whole(tokenizer, tmp_path, write_jsonl):
+def test_only_the_labelled_answer_is_trained_and_one_too_long_is_left_out_whole(tokenizer, write_jsonl):
     turns = [ASK, {"role": "assistant", "content": "Which one?"}, {"role": "user", "content": "Any."}]
     rows = [{"prompt": turns, "completion": [GOOD], "label": True}, answer(3), answer(1, words=90)]
-    prepared = prepare(job(write_jsonl(rows)), tokenizer, tmp_path / "cache")
+    prepared = prepare(job(write_jsonl(rows)), tokenizer)
     (row,) = prepared.train
     trained = tokenizer.decode(row.labels[row.labels != -100])
     assert "Blue." in trained and "Which one?" not in trained and "Which one?" in tokenizer.decode(row.input_ids)
@@ -131,40 +131,40 @@ def test_only_the_labelled_answer_is_trained_and_one_too_long_is_left_out_whole(
     assert "1 answer longer than sequence_length, left out whole" in describe(prepared.summary)
 
 
-def test_validation_is_a_share_or_a_file_and_each_has_its_labels(tokenizer, tmp_path, write_jsonl):
+def test_validation_is_a_share_or_a_file_and_each_has_its_labels(tokenizer, write_jsonl):
     path = write_jsonl([answer(n) for n in range(20)])
-    prepared = prepare(job(path, validation=0.2), tokenizer, tmp_path / "cache")
+    prepared = prepare(job(path, validation=0.2), tokenizer)
     assert prepared.train.documents == 16 and prepared.validation.documents == 4
     held = {conversation.row_id: conversation.label for conversation in prepared.validation_conversations}
     assert sorted(held.values()) == sorted(label for row in prepared.validation for label in row.desirable.tolist())
     other = write_jsonl([answer(n) for n in range(30, 36)], "other.jsonl")
-    prepared = prepare(job(path, validation=str(other)), tokenizer, tmp_path / "cache")
+    prepared = prepare(job(path, validation=str(other)), tokenizer)
     assert sum(row.desirable.sum() for row in prepared.validation) == 4
     assert prepared.summary["validation"]["undesirable"] == 2 and prepared.summary["train"]["undesirable"] == 7
 
 
-def test_micro_batches_with_one_answer_alone_are_told_what_gives_them_two(tokenizer, tmp_path, write_jsonl):
+def test_micro_batches_with_one_answer_alone_are_told_what_gives_them_two(tokenizer, write_jsonl):
     path = write_jsonl([answer(n) for n in range(20)])
-    single = prepare(job(path, packing=False), tokenizer, tmp_path / "cache").summary
+    single = prepare(job(path, packing=False), tokenizer).summary
     assert "has 1.0 labelled answers on average" in judged_alone(single, 1)
     assert "micro_batch_size=2 or more" in judged_alone(single, 1) and judged_alone(single, 2) is None
-    assert judged_alone(prepare(job(path), tokenizer, tmp_path / "cache").summary, 1) is None  # packed: several a row
+    assert judged_alone(prepare(job(path), tokenizer).summary, 1) is None  # packed: several a row
 
 
-def test_labelled_chats_under_sft_are_told_the_shape_that_they_have(tokenizer, tmp_path, write_jsonl):
+def test_labelled_chats_under_sft_are_told_the_shape_that_they_have(tokenizer, write_jsonl):
     chat = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Blue."}]
     path = write_jsonl([{"conversations": chat, "kto_tag": n > 1} for n in range(4)])
     with pytest.raises(DataError, match=r"fix: data\.format=sharegpt trains on these chats"):
-        prepare(job(path, objective="sft", format="messages"), tokenizer, tmp_path / "cache")
-    assert prepare(job(path, objective="sft", format="sharegpt"), tokenizer, tmp_path / "cache").train.documents == 4
+        prepare(job(path, objective="sft", format="messages"), tokenizer)
+    assert prepare(job(path, objective="sft", format="sharegpt"), tokenizer).train.documents == 4
 
 
-def test_broken_labels_stop_the_run_with_their_lines_or_are_skipped(tokenizer, tmp_path, write_jsonl):
+def test_broken_labels_stop_the_run_with_their_lines_or_are_skipped(tokenizer, write_jsonl):
     rows = [answer(n) for n in range(6)]
     rows[1]["label"], rows[3]["label"], rows[4] = None, "maybe", {"prompt": "x", "completion": "y"}
     path = write_jsonl(rows)
     with pytest.raises(DataError) as caught:
-        prepare(job(path), tokenizer, tmp_path / "cache")
+        prepare(job(path), tokenizer)
     said = str(caught.value)
     places = {line.rpartition(" (")[0].strip(): line.rpartition("/")[2] for line in said.splitlines()[1:-1]}
     meanings = "true (a desirable answer) or false (an undesirable one)"
@@ -174,42 +174,42 @@ def test_broken_labels_stop_the_run_with_their_lines_or_are_skipped(tokenizer, t
         f"lacks label: {meanings}": "rows.jsonl:5)",
     }
     assert "data.on_bad_row=skip" in said
-    prepared = prepare(job(path, on_bad_row="skip"), tokenizer, tmp_path / "cache")
+    prepared = prepare(job(path, on_bad_row="skip"), tokenizer)
     assert prepared.train.documents == 3 and prepared.summary["bad_rows"] == 3
 
 
-def test_answers_of_one_label_are_warned_of(tokenizer, tmp_path, write_jsonl):
+def test_answers_of_one_label_are_warned_of(tokenizer, write_jsonl):
     rows = [{**answer(n), "label": True} for n in range(4)]
-    summary = prepare(job(write_jsonl(rows)), tokenizer, tmp_path / "cache").summary
+    summary = prepare(job(write_jsonl(rows)), tokenizer).summary
     assert "no answer to train on is undesirable: kto tells the two kinds apart" in describe(summary)
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_only_kto_takes_labelled_answers(tokenizer, tmp_path, write_jsonl, cached):
+def test_only_kto_takes_labelled_answers(tokenizer, write_jsonl, cached):
     path = write_jsonl([answer(1), answer(3)])
     if cached:  # dpo would find kto's entry
-        prepare(job(path), tokenizer, tmp_path / "cache")
+        prepare(job(path), tokenizer)
     for objective in ("dpo", "orpo"):
         said = rf"objective={objective} compares two[\s\S]*fix: use objective=kto, or write pairs"
         with pytest.raises(DataError, match=said):
-            prepare(job(path, objective), tokenizer, tmp_path / "cache")
+            prepare(job(path, objective), tokenizer)
     with pytest.raises(DataError, match="with objective=kto, or write the desirable ones as messages"):
-        prepare(job(path, "sft"), tokenizer, tmp_path / "cache")
+        prepare(job(path, "sft"), tokenizer)
     with pytest.raises(DataError, match=r"objective=kto needs chosen and rejected \(or completion and label\)"):
-        prepare(job(write_jsonl([{"text": "It rained."}], "plain.jsonl")), tokenizer, tmp_path / "cache")
+        prepare(job(write_jsonl([{"text": "It rained."}], "plain.jsonl")), tokenizer)
 
 
-def test_changed_labels_are_other_data_and_the_same_ones_come_from_the_cache(tokenizer, tmp_path, write_jsonl):
-    first = prepare(job(write_jsonl([answer(1), answer(3)])), tokenizer, tmp_path / "cache")
-    again = prepare(job(write_jsonl([answer(1), answer(3)])), tokenizer, tmp_path / "cache")
+def test_changed_labels_are_other_data_and_the_same_ones_come_from_the_cache(tokenizer, write_jsonl):
+    first = prepare(job(write_jsonl([answer(1), answer(3)])), tokenizer)
+    again = prepare(job(write_jsonl([answer(1), answer(3)])), tokenizer)
     assert again.summary["cache"] == "hit" and again.train.fingerprint == first.train.fingerprint
     assert again.train[0].desirable.tolist() == first.train[0].desirable.tolist()
-    other = prepare(job(write_jsonl([answer(1), {**answer(3), "label": True}])), tokenizer, tmp_path / "cache")
+    other = prepare(job(write_jsonl([answer(1), {**answer(3), "label": True}])), tokenizer)
     assert other.train.fingerprint != first.train.fingerprint and other.train[0].desirable.all()
 
 
-def test_the_preview_says_which_label_an_answer_has(tokenizer, tmp_path, write_jsonl):
-    prepared = prepare(job(write_jsonl([answer(1), answer(3)])), tokenizer, tmp_path / "cache")
+def test_the_preview_says_which_label_an_answer_has(tokenizer, write_jsonl):
+    prepared = prepare(job(write_jsonl([answer(1), answer(3)])), tokenizer)
     text = printed(False, prepared, tokenizer, 2)
     assert "rows.jsonl:1 (desirable)\n" in text and "rows.jsonl:2 (undesirable)\n" in text
     assert "read as unpaired (recognised by completion, label)" in text

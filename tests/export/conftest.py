@@ -41,8 +41,6 @@ class Run:
     """A run directory after training, ready to be exported."""
 
     def __init__(self, folder: Path, base: Path, adapter: Path, tokenizer):
-        from loadmaster.data import prepare
-
         rows = [
             {"messages": [
                 {"role": "user", "content": f"Hello, {name} here, order {index}."},
@@ -62,8 +60,15 @@ class Run:
         self.folder = folder / "run"
         shutil.copytree(adapter, self.folder / "adapter")
         self.cache = folder / "cache"
-        self.prepared = prepare(self.job, tokenizer, cache_dir=self.cache)
         self.log: list[str] = []
+        self.prepare()
+
+    def prepare(self) -> None:
+        from loadmaster.data import prepare
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOADMASTER_CACHE", str(self.cache))
+            self.prepared = prepare(self.job, self.tokenizer)
 
     def export(self, *formats: str):
         from loadmaster.export import export_all

@@ -21,7 +21,6 @@ from tiny_models import save_adapter
 from loadmaster.cli import main
 from loadmaster.config.schema import DataConfig, EvaluationConfig, ThresholdsConfig
 from loadmaster.config.validate import to_dict
-from loadmaster.data import prepare
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export import thresholds
 from loadmaster.export.manifest import read_manifest, write_manifest
@@ -272,7 +271,7 @@ def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_
     evaluation = EvaluationConfig(task="none", max_new_tokens=24)
     export = replace(run.job.export, verification_rows=2)  # what the server says is held against files further down
     run.job = replace(run.job, data=data, evaluation=evaluation, sequence_length=512, export=export)
-    run.prepared = prepare(run.job, tokenizer, cache_dir=run.cache)
+    run.prepare()
     run.export("bf16", "adapter", "fp8", "int4", "gguf")
     write_run_files(run)
     results = serve_check(run.folder, None, None, print)

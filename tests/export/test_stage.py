@@ -22,18 +22,19 @@ from loadmaster.files import read_json, sha256_of_model, write_json
 
 ALL = ("adapter", "bf16", "fp8", "int4")
 KILLED = """
-import pickle, sys, time
+import os, pickle, sys, time
 from loadmaster.data import prepare
 from loadmaster.export import stage
 from loadmaster.models.load import load_tokenizer
 
 job, plan, folder, base, cache = pickle.load(open(sys.argv[1], "rb"))
+os.environ["LOADMASTER_CACHE"] = str(cache)
 tokenizer = load_tokenizer(base)
 stage.run_step = lambda *_: (print("written", flush=True), time.sleep(600))
-stage.export_all(job, plan, folder, base, prepare(job, tokenizer, cache_dir=cache), tokenizer, lambda line: None)
+stage.export_all(job, plan, folder, base, prepare(job, tokenizer), tokenizer, lambda line: None)
 """
 STOPPED = """
-import pickle, resource, sys, time
+import os, pickle, resource, sys, time
 from loadmaster.data import prepare
 from loadmaster.errors import StoppedOnRequest
 from loadmaster.export import stage
@@ -41,8 +42,9 @@ from loadmaster.models.load import load_tokenizer
 from loadmaster.training.stop import StopSignal
 
 job, plan, folder, base, cache = pickle.load(open(sys.argv[1], "rb"))
+os.environ["LOADMASTER_CACHE"] = str(cache)
 tokenizer = load_tokenizer(base)
-prepared = prepare(job, tokenizer, cache_dir=cache)
+prepared = prepare(job, tokenizer)
 StopSignal().install()
 
 def export():

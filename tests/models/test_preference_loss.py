@@ -60,6 +60,13 @@ def plain(policy, tiny):
     return model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOADMASTER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def rows(tokenizer, tmp_path_factory):
     import json
@@ -67,7 +74,7 @@ def rows(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     job = Job(data=DataConfig(path=str(folder / "pairs.jsonl"), validation=None), objective="dpo", sequence_length=256)
-    return prepare(job, tokenizer, folder / "cache").train
+    return prepare(job, tokenizer).train
 
 
 def answers_apart(model, rows) -> list[tuple[float, int]]:

@@ -47,9 +47,16 @@ def job_of(objective: str, **changes):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOADMASTER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
-def pairs(tokenizer, tmp_path_factory):
-    return prepare(job_of("dpo"), tokenizer, tmp_path_factory.mktemp("cache"))
+def pairs(tokenizer):
+    return prepare(job_of("dpo"), tokenizer)
 
 
 @pytest.fixture(autouse=True)
@@ -58,10 +65,10 @@ def not_asked(pairs):
 
 
 @pytest.fixture(scope="module")
-def answers(tokenizer, tmp_path_factory):
+def answers(tokenizer):
     """Twelve labelled answers in rows of two, nine of them desirable."""
     data = DataConfig(path=str(TICKETS / "labels_train.jsonl"), validation=None, max_rows=12)
-    return prepare(dataclasses.replace(job_of("kto"), data=data), tokenizer, tmp_path_factory.mktemp("cache"))
+    return prepare(dataclasses.replace(job_of("kto"), data=data), tokenizer)
 
 
 @pytest.mark.parametrize(
