@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from loadmaster.config.compose import Composed
 from loadmaster.config.hydra_app import run_app
+from loadmaster.config.schema import Job
 from loadmaster.ending import ended
 from loadmaster.streams import settle_streams
 
@@ -37,6 +38,12 @@ def train(composed: Composed) -> int:
     return run(composed)
 
 
+def compare(jobs: list[Job], start: float) -> None:
+    from loadmaster.report.side_by_side import show_sweep
+
+    show_sweep(jobs, start)
+
+
 if __name__ == "__main__":
     settle_streams()
-    sys.exit(ended(run_app(train)))
+    sys.exit(ended(run_app(train, after_sweep=compare)))

@@ -4,6 +4,7 @@ The stages take the same words as train.py. For example:
 
   loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1
   loadmaster data recipe=smoke
+  loadmaster runs
   loadmaster verify runs/smoke/...
   loadmaster serve-check runs/smoke/...
   loadmaster push runs/smoke/... --repo org/name
@@ -30,7 +31,7 @@ if __name__ == "__main__":  # as a job on another machine is started
 
 from loadmaster import __version__, collector, hub, processors
 from loadmaster.config.fields import nearest
-from loadmaster.config.schema import STAGES
+from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.show import show_error
 from loadmaster.ending import ended
 from loadmaster.endpoint.command import add_parsers
@@ -142,6 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--rows", type=_number_of_rows, default=3, help="rows to print (default 3)")
     data.set_defaults(run=_data)
+    runs = commands.add_parser("runs", help="show runs side by side: what sets them apart and what came of each")
+    runs.add_argument("folders", type=Path, nargs="*", default=[Path("runs")], metavar="FOLDER",
+                      help="run directories, or folders of some (default: runs)")  # fmt: skip
+    runs.set_defaults(run=_runs)
     verify = commands.add_parser("verify", help="check every file of a run's exports, or of one, against its manifest")
     verify.add_argument("folder", type=Path, metavar="FOLDER", help="run directory, or one of its exports")
     verify.set_defaults(run=_verify)
@@ -225,8 +230,13 @@ def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
         return run(composed)
 
+    def compare(jobs: list[Job], start: float) -> None:
+        from loadmaster.report.side_by_side import show_sweep
+
+        show_sweep(jobs, start)
+
     words = [f"stop_after={arguments.stage}", *overrides]  # in front: --info takes what follows it
-    return run_app(run_stages, words, tuple(shown) if arguments.stage == "plan" else ())
+    return run_app(run_stages, words, tuple(shown) if arguments.stage == "plan" else (), compare)
 
 
 def _refuse_other_end(stage: str, overrides: list[str]) -> None:
@@ -269,6 +279,15 @@ def _plan_serving(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if ids := [model.name for model in models if model.path is None]:
         hub.settle(*ids)
     return plan_serving_command(overrides)
+
+
+def _runs(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from loadmaster.report.side_by_side import show_runs
+
+    if overrides:
+        _parser().error(f"runs does not know {' '.join(overrides)}")
+    show_runs(arguments.folders, Output())
+    return 0
 
 
 def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -187,6 +187,18 @@ class RunDir:
         return result
 
 
+def is_at_work(path: Path) -> bool:
+    """Whether a process holds this run now."""
+    try:
+        with open(path / ".lock", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # never locked, or a network's file system without locks
+        pass
+    return False
+
+
 def started_in(path: Path) -> Path:
     """Where the command of a run was started, which the relative paths of its job count from; else this folder."""
     folder = Path(str(_record(path).get("started_in", ".")))

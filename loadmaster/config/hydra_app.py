@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import hydra
@@ -26,6 +27,7 @@ from loadmaster.config.fields import nearest
 from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, Loader, main_folder
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.config.overrides import Overrides, note_repeated, read_overrides, reading_order, sweep
+from loadmaster.config.schema import Job
 from loadmaster.config.show import show_error
 from loadmaster.config.validate import NO_VALUE, instead_of_option
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
@@ -36,11 +38,15 @@ OF_PLAN = ("--compare", "--json", "--nodes")
 """What `loadmaster plan` takes and the other commands do not."""
 
 
-def run_app(task: Task, arguments: list[str] | None = None, own_flags: Sequence[str] = ()) -> int:
+def run_app(
+    task: Task, arguments: list[str] | None = None, own_flags: Sequence[str] = (),
+    after_sweep: Callable[[list[Job], float], None] | None = None,
+) -> int:  # fmt: skip
     """Run `task` on the job that the command line describes, or on each job of a --multirun.
 
     arguments: as in sys.argv[1:], which is the default. own_flags: what the command takes besides, spelt right; for a
-    misspelt one the nearest is named. Returns the exit code: 2 when the configuration is wrong
+    misspelt one the nearest is named. after_sweep: called with the jobs of a --multirun that were started, and when
+    the first of them was (seconds, as time.time()). Returns the exit code: 2 when the configuration is wrong
     (nothing was started), else the task's, and the highest one of a sweep's jobs.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -58,14 +64,19 @@ def run_app(task: Task, arguments: list[str] | None = None, own_flags: Sequence[
     if checked is not None and not checked.needs_hydra:
         return _end_of(task, checked)
     codes: list[int] = []
-    typed, begun = sys.argv, False
+    swept: list[Job] = []
+    typed, begun, start = sys.argv, False, time.time()
+
+    def noted(composed: Composed) -> int:
+        swept.append(composed.job)
+        return task(composed)
 
     @hydra.main(version_base=VERSION_BASE, config_path=main_folder(), config_name=PRIMARY)
     def job(config: DictConfig) -> None:
         nonlocal begun
         begun = True
         sys.argv = typed  # reports quote the command as the user wrote it
-        codes.append(_run_job(task, flags, checked))
+        codes.append(_run_job(noted, flags, checked))
         if codes[-1] == StoppedOnRequest.exit_code:  # the rest of a sweep is not started
             raise SystemExit(StoppedOnRequest.exit_code)
 
@@ -84,6 +95,8 @@ def run_app(task: Task, arguments: list[str] | None = None, own_flags: Sequence[
         codes.append(_refused_by_hydra(error, arguments))
     finally:
         sys.argv = typed
+    if after_sweep is not None and len(swept) > 1:
+        after_sweep(swept, start)
     if flags.wrong is not None:
         show_error(flags.wrong)
         codes.append(flags.wrong.exit_code)

@@ -1,0 +1,152 @@
+"""Runs side by side: what sets them apart, how far each came, and what came of it. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from loadmaster.config.fields import leaves, written
+from loadmaster.config.schema import STAGES, Job
+from loadmaster.config.shipped import local_path
+from loadmaster.errors import ConfigError, Problem
+from loadmaster.report import units
+from loadmaster.report.exports import published
+from loadmaster.report.inputs import RunFiles, dig, number, read_run
+from loadmaster.rundir import RECORD, is_at_work
+from loadmaster.streams import Output
+from loadmaster.tables import figure, print_table
+
+NO_SETTINGS = ("run_dir", "stop_after")
+"""What two runs of one job may differ in."""
+
+
+def show_runs(folders: Sequence[Path], console: Console) -> None:
+    """Print the runs in these folders, oldest first. Raises ConfigError for a folder without any."""
+    found: dict[Path, None] = {}
+    for folder in folders:
+        runs = runs_in(folder)
+        if not runs:
+            message = "holds no run" if folder.is_dir() else "is no folder"
+            remedy = "name a run directory, or a folder of some; without one it is runs/, where train.py puts them"
+            raise ConfigError([Problem("FOLDER", str(folder), "command line", message, remedy)])
+        found |= dict.fromkeys(runs)
+    show(list(found), console)
+
+
+def show_sweep(jobs: Sequence[Job], start: float) -> None:
+    """Print the runs of a --multirun that began at `start` (seconds, as time.time()), where any was trained."""
+    if os.environ.get("RANK", "0") != "0":  # another process of the same jobs prints it
+        return
+    folders = [Path("runs") / job.recipe if job.run_dir == "auto" else local_path(job.run_dir) for job in jobs]
+    found = dict.fromkeys(run for folder in folders for run in runs_in(folder))
+    found = [run for run in found if (run / RECORD).stat().st_mtime >= start]
+    if any((run / "metrics.jsonl").exists() for run in found):
+        print()
+        show(found, Output())
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Run directories at and below `folder`, by name; what lies in one is not looked into."""
+    found = []
+    for path, folders, files in os.walk(folder):
+        folders.sort()
+        if RECORD in files:
+            found.append(Path(path))
+            folders.clear()
+    return found
+
+
+def show(runs: Sequence[Path], console: Console) -> None:
+    root = Path(os.path.commonpath([run.parent for run in runs]))
+    files = {run: read_run(run) for run in sorted(runs, key=lambda run: (run.name, run))}
+    apart = set_apart([each.config for each in files.values()])
+    table = Table(box=None, pad_edge=False)
+    columns = [
+        ("run", [str(run.relative_to(root)) for run in files]),
+        ("set otherwise", apart),
+        ("state", [state(each, is_at_work(run)) for run, each in files.items()]),
+        *((heading, [form(each) for each in files.values()]) for heading, form in FIGURES.items()),
+    ]
+    columns = [(heading, cells) for heading, cells in columns if any(cells)]
+    for heading, _ in columns:
+        table.add_column(heading, justify="right" if heading in FIGURES else "left", no_wrap=heading == "run")
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*row)
+    print_table(table, console)
+    if said := lowest({str(run.relative_to(root)): each for run, each in files.items()}):
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def set_apart(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each run the fields in which they differ, as they would be written on a command line."""
+    jobs = [
+        {key: value for name, part in config.items() for key, value in leaves(name, part).items()} for config in configs
+    ]
+    keys = dict.fromkeys(key for job in jobs for key in job if key not in NO_SETTINGS)
+    apart = [key for key in keys if any(job.get(key) != jobs[0].get(key) for job in jobs)]
+    return [" ".join(f"{key}={written(job[key])}" for key in apart if key in job) for job in jobs]
+
+
+def state(files: RunFiles, works: bool) -> str:
+    """How far a run is: at work, failed where, its last stage, or the step that it stopped after."""
+    step, of = (files.metrics[-1].get(key) for key in ("step", "steps")) if files.metrics else (None, None)
+    reached = f"step {step}{f' of {of}' if of else ''}" if step else ""
+    if works:
+        return f"running, {reached}" if reached and "train" not in files.stages else "running"
+    if failed := dig(files.result, "failure.stage"):
+        return f"{failed} failed"
+    last = next((stage for stage in reversed(STAGES) if stage in files.stages), "")
+    if last in ("", "plan") and reached:
+        return f"stopped, {reached}"
+    return f"{last} done" if last else "begun"
+
+
+def lowest(files: dict[str, RunFiles]) -> str:
+    """Which run has the lowest held-out loss; nothing where they were not asked about the same tokens and objective."""
+    losses = {name: number(dig(each.evaluation, "after.held_out.loss")) for name, each in files.items()}
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    asked = {
+        (dig(files[name].evaluation, "before.held_out.loss"), files[name].job("objective")) for name in known
+    }  # fmt: skip
+    if len(known) < 2 or len(asked) > 1:
+        return ""
+    best = min(known, key=known.__getitem__)
+    return f"lowest held-out loss: {known[best]:.4f}, {best}"
+
+
+def _held_out(files: RunFiles) -> float | None:
+    after = number(dig(files.evaluation, "after.held_out.loss"))
+    return number(files.result.get("eval_loss")) if after is None else after
+
+
+def _share(files: RunFiles, key: str) -> str:
+    return figure(number(dig(files.evaluation, key)), "{:.1%}")
+
+
+def _time(files: RunFiles) -> str:
+    spent = [number(seconds) for seconds in (dig(files.result, "wall_seconds") or {}).values()]
+    return units.seconds(sum(each for each in spent if each)) if spent else ""
+
+
+def _exports(files: RunFiles) -> str:
+    rejected = dig(files.result, "rejected_exports") or {}
+    failed = [f"{name} failed" for name in rejected if dig(rejected, f"{name}.passed") is False]
+    return ", ".join([*published(files), *failed])
+
+
+FIGURES: dict[str, Callable[[RunFiles], str]] = {
+    "train loss": lambda files: figure(number(files.result.get("train_loss")), "{:.4f}"),
+    "held-out loss": lambda files: figure(_held_out(files), "{:.4f}"),
+    "preferred": lambda files: _share(files, "after.held_out.reward_accuracy"),
+    "task": lambda files: _share(files, "after.task.metric"),
+    "tokens/s": lambda files: figure(number(files.result.get("tokens_per_second")), "{:,.0f}"),
+    "GiB": lambda files: figure(number(files.result.get("peak_allocated_gib")), "{:.1f}"),
+    "time": _time,
+    "exports": _exports,
+}
+"""Columns after the run's name, settings and state, by heading; one that no run has anything for is left out."""

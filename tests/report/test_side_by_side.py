@@ -1,0 +1,105 @@
+"""Runs side by side: what sets them apart, how far they came, and which did best."""
+
+import fcntl
+import json
+import os
+import time
+
+import pytest
+import yaml
+from rich.console import Console
+
+from loadmaster.config.compose import compose
+from loadmaster.errors import ConfigError
+from loadmaster.report.side_by_side import set_apart, show_runs, show_sweep
+
+
+def a_run(folder, stages=("plan", "train", "evaluate"), loss=1.0, before=2.0, steps=(3, 3), **config):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"recipe": "mine", "seed": 1, **config}))
+    (folder / "stages.json").write_text(json.dumps({"identity": "x", "stages": {stage: {} for stage in stages}}))
+    row = {"step": steps[0], "loss": loss, "lr": 1e-4, "tokens": 10, "steps": steps[1]}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    result = {"train_loss": loss + 0.1, "eval_loss": loss, "tokens_per_second": 1234.5, "wall_seconds": {"train": 65.0}}
+    (folder / "result.json").write_text(json.dumps(result))
+    if "evaluate" in stages:
+        sides = {"before": {"held_out": {"loss": before}}, "after": {"held_out": {"loss": loss}}}
+        (folder / "eval.json").write_text(json.dumps(sides))
+    return folder
+
+
+def test_what_sets_runs_apart_and_what_came_of_each(tmp_path, capsys):
+    a_run(tmp_path / "mine/2026-01-01", loss=1.5, optimizer={"lr": 0.001, "name": "adamw"}, run_dir="a")
+    a_run(tmp_path / "mine/2026-01-02", loss=1.25, optimizer={"lr": 0.0001, "name": "adamw"}, run_dir="b")
+    show_runs([tmp_path], Console())
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "run set otherwise state train loss held-out loss tokens/s time"
+    assert lines[1] == "2026-01-01 optimizer.lr=0.001 evaluate done 1.6000 1.5000 1,234 1 min 05 s"
+    assert lines[2] == "2026-01-02 optimizer.lr=0.0001 evaluate done 1.3500 1.2500 1,234 1 min 05 s"
+    assert lines[3] == "lowest held-out loss: 1.2500, 2026-01-02"
+
+
+def test_losses_of_other_held_out_data_are_not_compared(tmp_path, capsys):
+    a_run(tmp_path / "a", loss=1.5, before=2.0)
+    a_run(tmp_path / "b", loss=1.25, before=2.5)
+    show_runs([tmp_path], Console())
+    assert "lowest" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "stages, result, words",
+    [
+        ((), {}, "stopped, step 1 of 3"),
+        (("plan",), {"failure": {"stage": "train", "message": "nan"}}, "train failed"),
+        (("plan", "train", "evaluate", "export"), {}, "export done"),
+    ],
+)
+def test_how_far_a_run_is(tmp_path, capsys, stages, result, words):
+    (a_run(tmp_path / "a", stages, steps=(1, 3)) / "result.json").write_text(json.dumps(result))
+    show_runs([tmp_path / "a"], Console())
+    assert words in capsys.readouterr().out
+
+
+def test_a_run_that_a_process_holds_is_running(tmp_path, capsys):
+    run = a_run(tmp_path / "a", ("plan",), steps=(1, 3))
+    with open(run / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        show_runs([run], Console())
+    assert "running, step 1 of 3" in capsys.readouterr().out
+
+
+def test_files_that_are_torn_or_missing_cost_their_own_figures_alone(tmp_path, capsys):
+    whole, torn = a_run(tmp_path / "a"), a_run(tmp_path / "b")
+    for name in ("result.json", "eval.json", "metrics.jsonl", "config.yaml"):
+        (torn / name).write_text('{"train_loss": [')
+    a_run(tmp_path / "c", ("plan",))
+    for name in ("result.json", "metrics.jsonl", "config.yaml"):
+        (tmp_path / "c" / name).unlink()
+    show_runs([tmp_path], Console())
+    out = capsys.readouterr().out
+    assert all(name in out for name in "abc") and "1.0000" in out and whole.name in out
+
+
+def test_settings_are_written_as_on_a_command_line():
+    jobs = ({"targets": ["q", "v"], "dora": True}, {"targets": "all-linear", "dora": False})
+    apart = set_apart([{"lora": lora} for lora in jobs])
+    assert apart == ["lora.targets=[q,v] lora.dora=true", "lora.targets=all-linear lora.dora=false"]
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    for folder, words in ((tmp_path, "holds no run"), (tmp_path / "x", "is no folder")):
+        with pytest.raises(ConfigError, match=words):
+            show_runs([folder], Console())
+
+
+def test_a_sweep_shows_its_own_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    old, new = a_run(tmp_path / "runs/smoke/old"), a_run(tmp_path / "runs/smoke/new")
+    os.utime(old / "stages.json", (1, 1))
+    jobs = [compose(["recipe=smoke", f"seed={seed}"]).job for seed in (1, 2)]
+    show_sweep(jobs, time.time() - 60)
+    out = capsys.readouterr().out
+    assert "new" in out and "old" not in out
+    (new / "metrics.jsonl").unlink()  # planned alone
+    show_sweep(jobs, time.time() - 60)
+    assert not capsys.readouterr().out
