@@ -5,6 +5,7 @@ The stages take the same words as train.py. For example:
   loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1
   loadmaster data recipe=smoke
   loadmaster runs
+  loadmaster chat runs/smoke/...
   loadmaster verify runs/smoke/...
   loadmaster serve-check runs/smoke/...
   loadmaster push runs/smoke/... --repo org/name
@@ -29,7 +30,7 @@ if __name__ == "__main__":  # as a job on another machine is started
     starting.listen()
     starting.refuse_another_python()
 
-from loadmaster import __version__, collector, hub, processors
+from loadmaster import __version__, chat_command, collector, hub, processors
 from loadmaster.config.fields import nearest
 from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.show import show_error
@@ -147,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("folders", type=Path, nargs="*", default=[Path("runs")], metavar="FOLDER",
                       help="run directories, or folders of some (default: runs)")  # fmt: skip
     runs.set_defaults(run=_runs)
+    chat_command.add_parser(commands)
     verify = commands.add_parser("verify", help="check every file of a run's exports, or of one, against its manifest")
     verify.add_argument("folder", type=Path, metavar="FOLDER", help="run directory, or one of its exports")
     verify.set_defaults(run=_verify)

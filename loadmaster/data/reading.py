@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, BinaryIO
 
 from loadmaster.config.schema import Job
+from loadmaster.config.shipped import resolve_path
 from loadmaster.data.faults import Fault, SourceFaults
-from loadmaster.data.formats import RowError, recognise_format, refuse_unread, renamed, to_conversation, unread_fields
+from loadmaster.data.formats import (
+    Conversation,
+    RowError,
+    recognise_format,
+    refuse_unread,
+    renamed,
+    to_conversation,
+    unread_fields,
+)
 from loadmaster.data.preference import LABEL_FIELDS, is_preference, is_unpaired, unfit
 from loadmaster.data.progress import progress
-from loadmaster.data.sources import RawRow, Source
+from loadmaster.data.sources import RawRow, Source, open_source
 from loadmaster.errors import DataError
 
+FIRST_ROWS = 100
+"""Among which one is looked for that can be read."""
 UNFILLED = re.compile(rb"\{\{ ?\w+ ?\}\}")
 
 
@@ -57,7 +70,7 @@ def read_source(
                 reading.fields |= raw.value.keys()
                 raw = replace(raw, value=renamed(raw.value, columns))
             try:
-                line = _conversation_line(raw, reading, job)
+                line = _conversation(raw, reading, job).to_json().encode() + b"\n"
             except RowError as error:
                 reading.first_bad.setdefault(file_name, raw.value)
                 reading.bad.append(Fault(raw.origin, f"{error}{_own_names(str(error), columns)}", remedy=error.remedy))
@@ -74,7 +87,21 @@ def read_source(
     return reading
 
 
-def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
+def first_conversation(job: Job) -> Conversation | None:
+    """The first training row that can be read, from files that are here; None where there is none."""
+    if not all(os.path.exists(resolve_path(path)) for path in job.data.paths):
+        return None
+    reading = Reading(format="" if job.data.format == "auto" else job.data.format)
+    with suppress(DataError):
+        for raw in islice(open_source(job.data.paths).rows(), FIRST_ROWS):
+            if job.data.columns and isinstance(raw.value, dict):
+                raw = replace(raw, value=renamed(raw.value, job.data.columns))
+            with suppress(RowError):
+                return _conversation(raw, reading, job)
+    return None
+
+
+def _conversation(raw: RawRow, reading: Reading, job: Job) -> Conversation:
     if raw.error is not None:
         raise RowError(raw.error, raw.remedy)
     if not reading.format:
@@ -90,7 +117,7 @@ def _conversation_line(raw: RawRow, reading: Reading, job: Job) -> bytes:
     if not reading.row_ids:
         reading.unread = unread_fields(raw.value, conversation)
     reading.row_ids.append(conversation.row_id)
-    return conversation.to_json().encode() + b"\n"
+    return conversation
 
 
 def _own_names(reason: str, columns: Mapping[str, str]) -> str:

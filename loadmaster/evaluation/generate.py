@@ -73,7 +73,7 @@ def generate_ids(
         batch_size = _agreed(model, prompts, max_new_tokens, batch_size, world)
     at_a_time = batch_size
     mine: dict[int, list[int]] = {}
-    with evaluating(model), cached_attention(model), _greedy(causal_lm(model)):
+    with evaluating(model), cached_attention(model), _as_asked(causal_lm(model)):
         for start in range(0, len(order), batch_size * world.size):
             first = start + batch_size * world.rank
             some = order[first : first + batch_size]
@@ -98,8 +98,27 @@ def generate_ids(
     return [answers[i] for i in range(len(prompts))]
 
 
+def answer(
+    model: nn.Module, tokenizer: Any, prompt: Sequence[int], max_new_tokens: int, temperature: float, streamer: Any
+) -> list[int]:
+    """Token ids of one answer, without the token that ends it; streamer: transformers', told of each token.
+
+    temperature: 0 takes the likeliest token each time, as `generate` does; above, tokens are drawn.
+    """
+    stops = stop_ids(model, tokenizer)
+    settings = _settings(stops, _pad_id(tokenizer), max_new_tokens, temperature)
+    input_ids_1S = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
+    with evaluating(model), cached_attention(model), _as_asked(causal_lm(model)):
+        output_1N = causal_lm(model).generate(
+            input_ids=input_ids_1S, attention_mask=torch.ones_like(input_ids_1S), generation_config=settings,
+            streamer=streamer,
+        )  # fmt: skip
+    ids = output_1N[0, len(prompt) :].tolist()
+    return ids[:-1] if ids and ids[-1] in stops else ids
+
+
 @contextmanager
-def _greedy(lm: nn.Module) -> Iterator[None]:
+def _as_asked(lm: nn.Module) -> Iterator[None]:
     """Within the block the model has none of the generation settings that it ships: a call takes from them all that it
     does not say itself, and some change a greedy answer or end in an error."""
     from transformers import GenerationConfig
@@ -173,15 +192,11 @@ def _generate_batch(
     model: nn.Module, prompts: list[list[int]], stops: list[int], pad_id: int, max_new_tokens: int, in_step: bool
 ) -> list[list[int]]:
     """New token ids of each prompt, up to and without its first stop token; in_step: with every other rank."""
-    from transformers import GenerationConfig
-
     longest = max(map(len, prompts))
     device = model.get_input_embeddings().weight.device
     input_ids_BS = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id, use_cache=True
-    )
+    greedy = _settings(stops, pad_id, max_new_tokens)
     output_BN = causal_lm(model).generate(
         input_ids=input_ids_BS, attention_mask=mask_BS, generation_config=greedy, synced_gpus=in_step
     )
@@ -191,3 +206,12 @@ def _generate_batch(
         end = next((at for at, token in enumerate(ids) if token in stop_set), len(ids))
         answers.append(ids[:end])
     return answers
+
+
+def _settings(stops: list[int], pad_id: int, max_new_tokens: int, temperature: float = 0.0) -> Any:
+    from transformers import GenerationConfig
+
+    chosen = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    return GenerationConfig(
+        **chosen, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id, use_cache=True
+    )

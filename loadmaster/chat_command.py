@@ -1,0 +1,225 @@
+"""`loadmaster chat RUN`: talk to what a run trained, or to one of its exports, before anything serves it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+from loadmaster import hub
+from loadmaster.config.schema import Job
+from loadmaster.errors import LoadmasterError
+from loadmaster.rundir import RunDir, newest_in
+
+HELP = "/clear begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+def add_parser(commands: Any) -> None:
+    command = commands.add_parser(
+        "chat",
+        help="talk to what a run trained, or to one of its exports",
+        usage="loadmaster chat RUN [--format FORMAT | --base] [--message TEXT] [--system TEXT] ...",
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN", help="run directory whose train stage is done")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--format", metavar="FORMAT", help="an exported format (default: the weights as trained)")
+    which.add_argument("--base", action="store_true", help="the model before training")
+    command.add_argument("--message", metavar="TEXT", help="answer this and end (default: what is typed or piped in)")
+    command.add_argument("--system", metavar="TEXT", help="system message (default: as in training; '' for none)")
+    command.add_argument(
+        "--max-new-tokens", type=_tokens, default=512, metavar="N", help="longest answer, tokens (default 512)"
+    )
+    command.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T",
+        help="draw tokens (default 0: the likeliest one, so the same answer each time)",
+    )  # fmt: skip
+    command.set_defaults(run=chat)
+
+
+def chat(asked: argparse.Namespace, unknown: list[str]) -> int:
+    """Answer on standard output, as the tokens come; what is not the model's goes to standard error.
+
+    Raises LoadmasterError for a run without trained weights, ExportRejected for a format that is not there or not as it
+    was exported, and for a message that leaves the model no room to answer in.
+    """
+    if unknown:
+        raise LoadmasterError(f"chat does not know {' '.join(unknown)}; --message TEXT takes the message")
+    if not (asked.run_dir / "config.yaml").is_file():
+        newest = newest_in(asked.run_dir) if asked.run_dir.is_dir() else None
+        give = f"give one of those in it; the newest is {newest}" if newest else "give one whose train stage is done"
+        raise LoadmasterError(f"{asked.run_dir} is no run directory: {give}")
+    hub.settle()
+    asked.run_dir = asked.run_dir.absolute()
+    model, tokenizer, system = _loaded(asked)
+    talk = Talk(model, tokenizer, system, asked)
+    if asked.message is not None or not sys.stdin.isatty():
+        text = sys.stdin.read() if asked.message is None else asked.message
+        if not text.strip():
+            raise LoadmasterError("there is no message to answer: --message TEXT, or text on standard input")
+        talk.say(text.strip() if asked.message is None else text)
+        return 0
+    _tell(HELP)
+    for text in _typed():
+        if text == "/clear":
+            talk.clear()
+        elif text:
+            try:
+                talk.say(text)
+            except KeyboardInterrupt:
+                _tell("\n(stopped; this message and its answer are forgotten)")
+            except LoadmasterError as error:
+                _tell(str(error))
+    return 0
+
+
+class Talk:
+    """One conversation with a model; each answer is part of what the next one continues."""
+
+    def __init__(self, model: Any, tokenizer: Any, system: str | None, asked: argparse.Namespace):
+        self.model, self.tokenizer, self.asked = model, tokenizer, asked
+        if system and not tokenizer.chat_template:
+            raise LoadmasterError("this model has no chat template, so no system message: it goes on with a text")
+        self.before = [{"role": "system", "content": system}] if system else []
+        self.clear()
+
+    def clear(self) -> None:
+        self.messages = list(self.before)
+
+    def say(self, text: str) -> str:
+        """The answer, printed as it comes. What is stopped or refused leaves the conversation as it was."""
+        from loadmaster.evaluation.generate import answer, stop_ids
+
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._prompt(messages, text)
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        room = self.asked.max_new_tokens if longest is None else longest - len(prompt)
+        if room < 1:
+            raise LoadmasterError(
+                f"{len(prompt):,} tokens leave no room for an answer in the {longest:,} that the model knows"
+            )
+        ids = answer(
+            self.model, self.tokenizer, prompt, min(room, self.asked.max_new_tokens), self.asked.temperature,
+            _printer(self.tokenizer, set(stop_ids(self.model, self.tokenizer))),
+        )  # fmt: skip
+        said = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if self.tokenizer.chat_template:
+            self.messages = [*messages, {"role": "assistant", "content": said}]
+        return said
+
+    def _prompt(self, messages: list[dict[str, Any]], text: str) -> list[int]:
+        from jinja2 import TemplateError
+
+        from loadmaster.data import Conversation
+        from loadmaster.evaluation.generate import prompt_ids
+
+        if not self.tokenizer.chat_template:
+            return self.tokenizer(text)["input_ids"]
+        try:
+            return prompt_ids(self.tokenizer, Conversation(messages))
+        except TemplateError as error:
+            raise LoadmasterError(f"the chat template refuses this conversation: {error}") from None
+
+
+def _printer(tokenizer: Any, stops: set[int]) -> Any:
+    from transformers import TextStreamer
+
+    class Printer(TextStreamer):
+        def put(self, value: Any) -> None:
+            if self.next_tokens_are_prompt or int(value) not in stops:
+                super().put(value)
+
+    return Printer(tokenizer, skip_prompt=True, clean_up_tokenization_spaces=False)
+
+
+def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, str | None]:
+    """(model, tokenizer, system message)."""
+    from transformers.utils import logging
+
+    from loadmaster.config.compose import read_job
+    from loadmaster.export.loading import load_adapter, load_export
+    from loadmaster.export.manifest import exported
+    from loadmaster.export.room import beside_weights, spread_over
+    from loadmaster.export.served.check import exported as as_exported
+    from loadmaster.export.served.check import folder_of_paths
+    from loadmaster.models.frozen import frozen_form, round_inputs
+    from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
+    from loadmaster.models.resolve import resolve_base
+    from loadmaster.preflight.plan import Plan
+    from loadmaster.world_stages import device_type
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    job, plan = read_job(asked.run_dir / "config.yaml", to_run=False).job, Plan.read(asked.run_dir / "plan.json")
+    spread = spread_over(device_type(plan, job.hardware.gpu), None, *beside_weights(plan), 0.0)
+    with chdir(folder_of_paths(asked.run_dir)):
+        base, system = resolve_base(job.model).absolute(), _system(job) if asked.system is None else asked.system
+    if asked.format is not None:
+        if asked.format == "gguf":
+            raise LoadmasterError(f"llama.cpp runs it: llama-cli -m {asked.run_dir / 'export' / 'gguf'}/*.gguf")
+        as_exported(asked.run_dir, [asked.format])
+        folder = asked.run_dir / "export" / asked.format
+        if asked.format == "adapter":
+            return load_adapter(base, folder, spread), load_tokenizer(folder), system
+        return load_export(folder, spread), load_tokenizer(folder), system
+    frozen = frozen_form(plan.method, plan.precision)
+    how: dict[str, Any] = {"dtype": DTYPES[plan.precision], "device": spread, "frozen": frozen}
+    if asked.base:
+        model = load_base(base, **how).eval()
+    else:
+        run = RunDir(asked.run_dir, "")
+        if not run.holds_trained():
+            made = f"; it has exports: {', '.join(names)}" if (names := exported(asked.run_dir)) else ""
+            raise LoadmasterError(f"{asked.run_dir} has no trained weights yet: its train stage is not done{made}")
+        model = load_trained(base, run.trained, **how)
+    round_inputs(model, False)
+    return model, load_tokenizer(base), system
+
+
+def _system(job: Job) -> str | None:
+    """What conversations began with in training: data.system, or else the first row's own system message."""
+    from loadmaster.data.reading import first_conversation
+
+    first = None if job.data.system else first_conversation(job)
+    if not first or not first.messages or first.messages[0]["role"] != "system":
+        return job.data.system
+    _tell(f"system message of the first training row (--system TEXT for another): {first.messages[0]['content']}")
+    return first.messages[0]["content"]
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: 1 or more")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no temperature: 0 or more")
+    return value
+
+
+def _typed() -> Iterator[str]:
+    """Lines that somebody types, until the end of input or /exit."""
+    import readline  # noqa: F401  lines can be edited, and earlier ones fetched
+
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if text in ("/exit", "/quit"):
+            return
+        yield text
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

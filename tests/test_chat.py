@@ -1,0 +1,133 @@
+"""Talking to what a run trained: the same words as evaluation's, over several turns, and what is refused."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loadmaster.cli import main
+from loadmaster.config.shipped import resolve_path
+from loadmaster.data import Conversation
+from loadmaster.evaluation import generate
+from loadmaster.export.loading import load_export
+from loadmaster.models.load import load_base, load_tokenizer, load_trained
+from tests.test_pipeline import go
+
+SYSTEM = {"role": "system", "content": "Answer in JSON."}
+ROW = json.loads(Path(resolve_path("shipped:tickets/train.jsonl")).read_text().splitlines()[0])
+HELLO = {"role": "user", "content": "Hello"}
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    code, output = go(
+        tiny, folder, "recipe=lora_8b", "stop_after=export", "optimizer.lr=1e-2", f"data.system={SYSTEM['content']}"
+    )
+    assert code == 0, output
+    return folder / "run"
+
+
+def said(model, tokenizer, *messages) -> str:
+    return generate(model, tokenizer, [Conversation(list(messages))], 6, 1)[0]
+
+
+def typed(monkeypatch, *lines):
+    words = iter(lines)
+
+    def line(prompt):
+        found = next(words, EOFError)
+        if isinstance(found, type):
+            raise found
+        return found
+
+    monkeypatch.setattr("builtins.input", line)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+
+
+def test_each_kind_of_weights_answers_as_it_does_in_evaluation(run, tiny, capsys):
+    tokenizer, answers = load_tokenizer(tiny), {}
+    for words, model in (
+        ((), load_trained(tiny, run / "adapter", torch.float32, "cpu")),
+        (("--base",), load_base(tiny, torch.float32, "cpu").eval()),
+        (("--format", "bf16"), load_export(run / "export" / "bf16", "cpu")),
+    ):
+        assert main(["chat", str(run), "--message", "Hello", "--max-new-tokens", "6", *words]) == 0
+        answers[words] = capsys.readouterr().out
+        assert answers[words] == said(model, tokenizer, SYSTEM, HELLO) + "\n"
+    assert answers[()] != answers["--base",]
+
+
+def test_a_conversation_goes_on_until_it_is_cleared(run, tiny, monkeypatch, capsys):
+    typed(monkeypatch, "Hello", "And now?", "", "/clear", "And now?", "/exit", "never read")
+    assert main(["chat", str(run), "--max-new-tokens", "6", "--system", ""]) == 0
+    model, tokenizer = load_trained(tiny, run / "adapter", torch.float32, "cpu"), load_tokenizer(tiny)
+    first, now = said(model, tokenizer, HELLO), {"role": "user", "content": "And now?"}
+    second = said(model, tokenizer, HELLO, {"role": "assistant", "content": first}, now)
+    assert capsys.readouterr().out == "\n".join([first, second, said(model, tokenizer, now), ""])
+
+
+def test_an_answer_that_is_stopped_is_forgotten(run, tiny, monkeypatch, capsys):
+    module = sys.modules["loadmaster.evaluation.generate"]
+    stopped, answer = [], module.answer
+
+    def once(*arguments):
+        if not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        return answer(*arguments)
+
+    monkeypatch.setattr(module, "answer", once)
+    typed(monkeypatch, "What?", "Hello")
+    assert main(["chat", str(run), "--max-new-tokens", "6", "--system", ""]) == 0
+    model = load_trained(tiny, run / "adapter", torch.float32, "cpu")
+    assert capsys.readouterr().out.rstrip("\n") == said(model, load_tokenizer(tiny), HELLO)
+
+
+def test_without_words_of_ones_own_the_system_message_is_the_first_rows(run, tiny, tmp_path, capsys):
+    for name in ("adapter", "plan.json", "stages.json"):
+        (tmp_path / name).symlink_to(run / name)
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text().replace(f"system: {SYSTEM['content']}", ""))
+    assert main(["chat", str(tmp_path), "--message", "Hello", "--max-new-tokens", "6"]) == 0
+    model, of_rows = load_trained(tiny, run / "adapter", torch.float32, "cpu"), ROW["messages"][0]
+    out, err = capsys.readouterr()
+    assert out == said(model, load_tokenizer(tiny), of_rows, HELLO) + "\n"
+    assert f"(--system TEXT for another): {of_rows['content']}" in err
+
+
+def test_what_is_piped_in_is_one_message(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    assert main(["chat", str(run), "--max-new-tokens", "6"]) == 0
+    piped = capsys.readouterr().out
+    main(["chat", str(run), "--max-new-tokens", "6", "--message", "Hello"])
+    assert capsys.readouterr().out == piped
+    assert main(["chat", str(run), "--message", "Hello", "--temperature", "5", "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().out != piped
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--message", "a " * 3000], "leave no room for an answer in the 2,048 that the model knows"),
+        (["--message", " "], "no message to answer"),
+        (["--format", "fp8", "--message", "Hello"], "has no export fp8; it has bf16"),
+        (["--format", "gguf", "--message", "Hello"], "llama-cli -m"),
+        (["Hello"], "--message TEXT takes the message"),
+    ],
+)
+def test_what_is_refused(run, capsys, words, reason):
+    assert main(["chat", str(run), *words]) != 0
+    assert reason in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_and_a_run_without_weights_are_refused(run, tmp_path, capsys):
+    assert main(["chat", str(run.parent), "--message", "Hello"]) != 0
+    assert f"the newest is {run}" in capsys.readouterr().err
+    for name in ("config.yaml", "plan.json", "stages.json"):
+        shutil.copy(run / name, tmp_path)
+    assert main(["chat", str(tmp_path), "--message", "Hello"]) != 0
+    assert "its train stage is not done" in capsys.readouterr().err
