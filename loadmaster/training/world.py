@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -110,6 +111,7 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
     atexit.register(quiet)
     try:
         if store is not None:
+            refuse_mixed(store, rank, size, device_type)
             if world.nodes > 1:
                 settle_interface(store, rank, size, os.environ["MASTER_ADDR"])
             dist.init_process_group(
@@ -141,6 +143,27 @@ def refuse_hidden_gpus(processes: int, seen: int) -> None:
             "see all of them (srun without --gpus-per-task and --gpu-bind, CUDA_VISIBLE_DEVICES the same for all), "
             "or start as many processes as there are GPUs"
         )
+
+
+def refuse_mixed(store: dist.Store, rank: int, size: int, device_type: str) -> None:
+    """Some with a GPU and some without one would not meet: NCCL waits for those that never call it.
+
+    Raises the same LoadmasterError on all of them.
+    """
+    told, read = ([f"loadmaster/{what}/{other}" for other in range(size)] for what in ("device", "device-read"))
+    store.set(told[rank], f"{device_type} {os.environ.get('NODE_ADDR') or socket.gethostname()}")
+    found = [each.decode().split(" ", 1) for each in store.multi_get(told)]
+    without = [other for other, (kind, _) in enumerate(found) if kind == "cpu"]
+    if not without or len(without) == size:
+        return
+    store.set(read[rank], "")
+    if rank == 0:
+        store.wait(read)  # it may keep the store, which the others still read
+    raise LoadmasterError(
+        f"rank {without[0]} ({found[without[0]][1]}) has no GPU that PyTorch can use, as {len(without)} of {size} "
+        "processes, and the others have one: look at nvidia-smi there, at CUDA_VISIBLE_DEVICES, at whether the "
+        "container was given its GPUs (--gpus all), and at torch.version.cuda; hardware=cpu trains without"
+    )
 
 
 def refuse_uneven(counts: Sequence[int]) -> None:

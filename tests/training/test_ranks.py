@@ -4,8 +4,10 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.training.ranks import first_host, is_member, torchrun_variables
@@ -115,6 +117,28 @@ def test_processes_that_see_one_gpu_each_are_told_so_at_once(monkeypatch):
         with pytest.raises(LoadmasterError, match=r"2 processes .* each sees 1 GPU: .* --gpus-per-task"):
             world.join("cuda")
     world.refuse_hidden_gpus(8, 8)
+
+
+@pytest.mark.parametrize(("devices", "lost"), [("cuda cuda", None), ("cpu cpu", None), ("cuda cpu cuda", 1)])
+def test_a_host_without_its_gpus_is_named_before_nccl_waits_for_it(monkeypatch, devices, lost):
+    from loadmaster.training.world import refuse_mixed
+
+    monkeypatch.setenv("NODE_ADDR", "gpu07")
+    store, kinds = dist.HashStore(), devices.split()
+
+    def meet(rank):
+        try:
+            return refuse_mixed(store, rank, len(kinds), kinds[rank])
+        except LoadmasterError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(kinds)) as ranks:
+        said = set(ranks.map(meet, range(len(kinds))))
+    if lost is None:
+        assert said == {None}
+    else:
+        assert len(said) == 1
+        assert said.pop().startswith(f"rank {lost} (gpu07) has no GPU that PyTorch can use, as 1 of 3 processes,")
 
 
 @pytest.mark.slow
