@@ -87,6 +87,7 @@ class StageRun:
             stack.enter_context(together)
             with as_they_begin(self.world.rank):
                 self._refuse_folder_of_its_own()
+                self._refuse_another_device()
                 if stage == "train":
                     self._refuse_missing_compiler()
                     exported = self.job.stop_after in ("export", "bundle")
@@ -115,6 +116,19 @@ class StageRun:
             message = f"is not the lead's folder on rank {seen.index(False)}"
             remedy = "set run_dir to a folder on storage that all nodes share"
             raise ConfigError([Problem("run_dir", str(self.run_dir), "command line or recipe", message, remedy)])
+
+    def _refuse_another_device(self) -> None:
+        """Processes that torchrun started met before there was a plan. Raises LoadmasterError on all ranks."""
+        if self.world.size == 1:
+            return
+        said = ""
+        try:
+            device_type(self.plan, self.job.hardware.gpu)
+        except LoadmasterError as error:
+            said = str(error)
+        seen = self.world.gather(said)
+        if said := next(filter(None, seen), ""):
+            raise LoadmasterError(f"rank {seen.index(said)}: {said}")
 
     def _refuse_missing_compiler(self) -> None:
         """Before a model is downloaded for it. Raises LoadmasterError on all ranks."""

@@ -12,7 +12,9 @@ from loadmaster.config.compose import compose
 from loadmaster.config.schema import HardwareConfig
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.preflight import hardware, make_plan, nvml
-from loadmaster.world_stages import device_type
+from loadmaster.training.stop import StopSignal
+from loadmaster.training.world import World
+from loadmaster.world_stages import StageRun, device_type
 
 PLAN = ["data=file", "data.path=owner/dataset", "stop_after=plan"]
 
@@ -99,6 +101,20 @@ def test_a_gpu_that_pytorch_cannot_use_is_no_reason_to_train_on_the_processors(m
     assert device_type(SimpleNamespace(hardware=SimpleNamespace(gpu="cpu")), "local") == "cpu"
     monkeypatch.setattr(hardware, "local_gpus", lambda: [])
     assert device_type(SimpleNamespace(hardware=SimpleNamespace(gpu="h100_80gb")), "local") == "cpu"
+
+
+def test_of_processes_that_met_before_there_was_a_plan_all_refuse_it(tmp_path, monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "local_gpus", lambda: [("NVIDIA H100 80GB HBM3", 79.65, 9.0)])
+    monkeypatch.setattr(World, "gather", lambda self, mine: ["", mine] if isinstance(mine, str) else [mine])
+    (tmp_path / "plan.json").touch()
+    hardware_of = SimpleNamespace(hardware=SimpleNamespace(gpu="h100_80gb"))
+    job = SimpleNamespace(hardware=SimpleNamespace(gpu="local"), launch=SimpleNamespace(hang_timeout_s="auto"))
+    stage = StageRun(job, hardware_of, tmp_path, World(0, 2), StopSignal(), None, None)
+    with pytest.raises(LoadmasterError, match=r"rank 1: this machine has a GPU .* that PyTorch cannot use"):
+        stage.run("train")
 
 
 def test_a_gpu_that_the_plan_did_not_see_is_no_reason_either(monkeypatch) -> None:
