@@ -106,6 +106,8 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
         refuse_hidden_gpus(max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 0))), torch.cuda.device_count())
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        # A minute after NCCL has lost a peer it would abort the process, when the watchdog is about to say who is gone.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     world = World(rank, size, local_rank, local_size, device)
     store = None if dist.is_initialized() else dist.PrefixStore("loadmaster/group", meet(rank, size))
     atexit.register(quiet)

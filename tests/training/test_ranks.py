@@ -141,6 +141,23 @@ def test_a_host_without_its_gpus_is_named_before_nccl_waits_for_it(monkeypatch, 
         assert said.pop().startswith(f"rank {lost} (gpu07) has no GPU that PyTorch can use, as 1 of 3 processes,")
 
 
+def test_who_is_gone_says_the_watchdog_and_not_an_abort_of_nccl(monkeypatch):
+    from loadmaster.training import world
+
+    seen, name = {}, "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    for variable, value in {**ranks("1", "2", "1", "2", "127.0.0.1", "1"), name: ""}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(world.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(world.torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(world, "meet", lambda rank, size: dist.HashStore())
+    monkeypatch.setattr(world, "refuse_mixed", lambda *_: None)
+    monkeypatch.setattr(world.World, "gather", lambda self, mine: [mine] * 2)
+    monkeypatch.setattr(dist, "init_process_group", lambda *words, **_: seen.update(os.environ, backend=words[0]))
+    assert str(world.join("cuda").device) == "cuda:1"
+    assert (seen["backend"], seen[name]) == ("cpu:gloo,cuda:nccl", "0")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core only: a rank needs one of its own")
 def test_ranks_that_end_right_after_a_collective_do_not_abort():
