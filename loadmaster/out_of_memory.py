@@ -17,16 +17,30 @@ REMEDIES = {
 }
 
 
+WORDS = ("out of memory", "cublas_status_alloc_failed")
+"""In what is said where memory was asked for past PyTorch's allocator: by cuBLAS, by NCCL, to load a kernel, to pin."""
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether an error says that a GPU's memory ran out, or the host's that is pinned for it. Not a compiler's."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    return not compiler and any(word in str(error).lower() for word in WORDS)
+
+
 @contextmanager
 def explained(stage: str) -> Iterator[None]:
     """Raises LoadmasterError for what torch raises where a GPU has no more memory."""
     try:
         yield
     except Exception as error:
-        torch = sys.modules.get("torch")
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        if not ran_out(error):
             raise
-        seen = ""
+        torch, seen = sys.modules["torch"], ""
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             peak, free, total = (size / 2**30 for size in (torch.cuda.max_memory_allocated(), free, total))

@@ -57,6 +57,7 @@ from loadmaster.models.attention import cached_attention
 from loadmaster.models.frozen import round_inputs, rounds_inputs
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
 from loadmaster.models.spread import NoRoom, free_device_memory
+from loadmaster.out_of_memory import ran_out
 from loadmaster.preflight.verification import ANSWER_TOKENS, ANSWERS, REFERENCE_BYTES
 
 # ----------------------------------------------------------- what is sent to the process
@@ -242,9 +243,9 @@ class Verification:
                 model = load_adapter(self.base, folder, self.spread)
             else:
                 model = load_export(folder, self.spread)
-        except (NoRoom, torch.OutOfMemoryError):  # say nothing of the folder
-            raise
         except Exception as error:  # the folder may hold anything, and no error of loading it is the trainer's
+            if isinstance(error, NoRoom) or ran_out(error):  # say nothing of the folder
+                raise
             raise ExportRejected(f"strict_load: {error}") from None
         self._say_where()
         return model

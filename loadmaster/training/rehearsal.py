@@ -21,6 +21,7 @@ from torch import nn
 from loadmaster.data import MicroBatch, PreparedData
 from loadmaster.errors import TrainingFailed
 from loadmaster.models.recompute import checkpoint_the_rest
+from loadmaster.out_of_memory import ran_out
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.prediction import Measured, held_against, sentence
 from loadmaster.training.batches import losses, worst_rows
@@ -85,7 +86,7 @@ def rehearse_run(
         return replace(rehearse(*arguments), kept_layers=plan.kept_layers)
     except TrainingFailed as error:
         chosen = plan.kept_layers and session.job.checkpointed_layers == "auto"  # what was written is not replaced
-        if not chosen or session.world.size > 1 or not isinstance(error.__cause__, torch.OutOfMemoryError):
+        if not chosen or session.world.size > 1 or not ran_out(error.__cause__):
             raise
     echo(
         f"note: out of GPU memory in the rehearsal with the activations of {plan.kept_layers} layers kept; "
@@ -145,15 +146,15 @@ def rehearse(
         evaluate_batch()
         part = "saving and reloading a checkpoint"
         _save_and_reload(scratch, trained, optimizer, checkpoints)
-    except torch.OutOfMemoryError as error:
-        peak = peak_memory(world.device)["peak_allocated_gib"]
-        if world.size == 1:  # of several, the others are in another collective than a restore's (zero.py) would be
-            put_back()
-        raise TrainingFailed(
-            f"out of GPU memory in the rehearsal, at {part} (peak {peak:.2f} GiB allocated). The preflight's plan "
-            "was too large: set a smaller micro_batch_size or sequence_length, or activation_checkpointing=full"
-        ) from error
     except RuntimeError as error:
+        if ran_out(error):
+            peak = peak_memory(world.device)["peak_allocated_gib"]
+            if world.size == 1:  # of several, the others are in another collective than a restore's (zero.py) would be
+                put_back()
+            raise TrainingFailed(
+                f"out of GPU memory in the rehearsal, at {part} (peak {peak:.2f} GiB allocated). The preflight's plan "
+                "was too large: set a smaller micro_batch_size or sequence_length, or activation_checkpointing=full"
+            ) from error
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             if in_fp8 and any(word in str(error).lower() for word in FP8_WORDS):
                 raise TrainingFailed(

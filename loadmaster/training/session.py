@@ -24,6 +24,7 @@ from loadmaster.models.adapters import trainable
 from loadmaster.models.apart import refuse_mixing
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.preference import FIGURES, mean_figures, preference_figures
+from loadmaster.out_of_memory import ran_out
 from loadmaster.preflight.families import FAMILIES
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import micro_batches
@@ -198,11 +199,11 @@ def own_code(session: Session) -> Iterator[None]:
     with packed documents, adapters on all its linear layers, or a frozen base."""
     try:
         yield
-    except (LoadmasterError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (LoadmasterError, OSError, MemoryError):
         raise
     except Exception as error:
         family = session.plan.model.family
-        if family in FAMILIES:
+        if family in FAMILIES or ran_out(error):
             raise
         said = next(iter(str(error).strip().splitlines()), "")
         fix = "a model of another family; those in docs/preflight.md are tested"

@@ -20,7 +20,9 @@ from loadmaster.files import read_json, write_json
 from loadmaster.models.load import load_base
 from loadmaster.models.spread import NoRoom
 
-FULL = [torch.OutOfMemoryError("CUDA out of memory"), NoRoom("it fits nowhere")]
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory"), NoRoom("it fits nowhere")
+]  # fmt: skip
 
 
 def refuse_with(error: Exception):
@@ -48,7 +50,7 @@ def reference_of(folder: Path, monkeypatch, load) -> dict:
     return read_json(folder / "result.json")
 
 
-@pytest.mark.parametrize("error", FULL, ids=["a full card", "no room"])
+@pytest.mark.parametrize("error", FULL, ids=["a full card", "full past PyTorch", "no room"])
 def test_a_machine_without_room_is_not_blamed_on_the_export(tmp_path, monkeypatch, error):
     with pytest.raises(type(error)):
         reference_of(tmp_path, monkeypatch, refuse_with(error))

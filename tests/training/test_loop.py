@@ -298,11 +298,19 @@ def test_a_gradient_that_is_not_finite_ends_the_rehearsal_also_where_no_weight_s
         run(tiny, tmp_path)
 
 
-def test_memory_running_out_in_the_rehearsal_says_what_to_change(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),  # asked for past PyTorch's allocator
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_running_out_in_the_rehearsal_says_what_to_change(tiny, tmp_path, monkeypatch, error):
     from loadmaster.training import loop
 
     def too_big(self, batches, total):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(loop.Session, "backward", too_big)
     with pytest.raises(TrainingFailed, match=r"fullest micro-batch.*micro_batch_size"):

@@ -34,6 +34,7 @@ from loadmaster.models.frozen import round_inputs
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
 from loadmaster.models.loss import CHUNK_TOKENS
 from loadmaster.models.spread import NoRoom, free_device_memory
+from loadmaster.out_of_memory import ran_out
 
 BATCH_SIZE = 8
 
@@ -72,9 +73,9 @@ def main(arguments: list[str]) -> None:
         free_device_memory()
         try:
             model = load_export(Path(folder), device)
-        except (NoRoom, torch.OutOfMemoryError):  # say nothing of the folder
-            raise
         except Exception as error:  # the folder may hold anything; the other formats are checked all the same
+            if isinstance(error, NoRoom) or ran_out(error):  # say nothing of the folder
+                raise
             broken[name] = str(error)
             continue
         rounding = rounding_layers(model)
