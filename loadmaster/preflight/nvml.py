@@ -39,9 +39,13 @@ def _card(nvml: Any, index: int) -> tuple[str, float, float] | None:
     major, minor = ctypes.c_int(), ctypes.c_int()
     if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) != 0:
         return None
-    nvml.nvmlDeviceGetName(device, name, 96)
-    nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
-    nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+    failed = (
+        nvml.nvmlDeviceGetName(device, name, 96),
+        nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)),
+        nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)),
+    )
+    if any(failed):  # of a chip that shares the host's memory the driver tells none
+        return None
     return name.value.decode(), memory.total / 2**30, major.value + minor.value / 10
 
 

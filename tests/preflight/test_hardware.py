@@ -129,6 +129,32 @@ def test_a_gpu_that_the_plan_did_not_see_is_no_reason_either(monkeypatch) -> Non
     assert device_type(plan, "cpu") == "cpu"
 
 
+def test_the_driver_is_asked_and_a_card_whose_memory_it_does_not_tell_is_none(monkeypatch) -> None:
+    def tell(*values):
+        def told(*given):
+            for target, value in zip(given[-len(values) :], values, strict=True):
+                target._obj.value = value
+            return 0
+        return told
+
+    def memory(device, found):
+        found._obj.total = 80 * 2**30
+        return 3 if device.value == 0xB else 0  # NVML_ERROR_NOT_SUPPORTED
+
+    def name(device, buffer, length):
+        buffer.value = f"card {device.value:x}".encode()
+        return 0
+
+    driver = SimpleNamespace(
+        nvmlInit_v2=lambda: 0, nvmlShutdown=lambda: 0, nvmlDeviceGetCount_v2=tell(2), nvmlDeviceGetName=name,
+        nvmlDeviceGetHandleByIndex_v2=lambda index, device: tell(0xA + index)(device),
+        nvmlDeviceGetMemoryInfo=memory, nvmlDeviceGetCudaComputeCapability=tell(9, 0),
+    )  # fmt: skip
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda library: driver)
+    assert nvml.local_gpus() == [("card a", 80.0, 9.0)]
+
+
 def test_visible_devices_are_respected(monkeypatch) -> None:
     cards = [("a", 1.0, 8.0), ("b", 1.0, 8.0)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
