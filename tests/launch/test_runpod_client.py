@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from loadmaster.errors import ProviderError
 from loadmaster.launch.runpod import Api, NotSent, Patience, Refused, RunpodClient, from_environment
+from loadmaster.launch.runpod.rental import alive
 from loadmaster.launch.runpod.types import (
     ClusterCompute,
     CreateCluster,
@@ -18,11 +19,13 @@ from loadmaster.launch.runpod.types import (
     EndpointGpu,
     Mounts,
     NetworkMount,
+    Pod,
     PodGpu,
     QueueDelay,
     RequestCount,
     UpdateEndpoint,
     Workers,
+    parse,
 )
 from tests.launch.fake_runpod import FAULTS, FakeRunpod
 
@@ -163,6 +166,13 @@ def test_a_refusal_says_what_the_provider_said_and_is_not_repeated(fake, client,
     with pytest.raises(Refused, match=said):
         request_(client)
     assert len(fake.calls) == 1
+
+
+def test_a_status_that_is_new_at_the_provider_hides_no_pod():
+    """One Pod of it, anybody's in the account, made the whole list unreadable, and no Pod was to be found and ended."""
+    said = {"id": "p", "name": "theirs", "cost": 1.0, "createdAt": "2026-11-30T05:00:00Z"}
+    pods = parse(list[Pod], [{**said, "status": status} for status in ("RUNNING", "MIGRATING", "EXITED")])
+    assert [alive(pod) for pod in pods] == [True, True, False]
 
 
 def test_an_unknown_key_is_refused_before_it_is_sent():

@@ -38,7 +38,7 @@ PORT = "29500"
 
 
 def alive(pod: Pod) -> bool:
-    return pod.status in ("PROVISIONING", "STARTING", "RUNNING")
+    return pod.status not in ("EXITED", "ERROR", "TERMINATED")  # one that nobody knows yet costs money as well
 
 
 def rent(client: RunpodClient, order: Order) -> Machine:

@@ -21,8 +21,6 @@ RESPONSE = ConfigDict(
 REQUEST = ConfigDict(alias_generator=to_camel, validate_by_name=True, extra="forbid", hide_input_in_errors=True)
 
 T = TypeVar("T")
-PodStatus = Literal["PROVISIONING", "STARTING", "RUNNING", "EXITED", "ERROR", "TERMINATED"]
-Availability = Literal["NONE", "LOW", "MEDIUM", "HIGH"]
 
 
 def parse(kind: type[T], value: Any) -> T:
@@ -115,7 +113,8 @@ class ClusterMembership:
 class Pod:
     id: str
     name: str
-    status: PodStatus
+    status: str
+    """PROVISIONING, STARTING, RUNNING; EXITED, ERROR, TERMINATED; or one that is new there."""
     cost: float
     """US dollars an hour at present; 0 when EXITED or TERMINATED, though its disk goes on costing."""
     created_at: datetime
@@ -195,7 +194,8 @@ class MaxCount:
 @dataclass(frozen=True, config=RESPONSE)
 class DataCenterStock:
     id: str
-    availability: Availability
+    availability: str
+    """NONE, LOW, MEDIUM, HIGH."""
 
 
 @dataclass(frozen=True, config=RESPONSE)
@@ -206,7 +206,7 @@ class GpuType:
     price: GpuPrice
     max_count: MaxCount
     secure: bool
-    availability: Availability | None = None
+    availability: str | None = None
     """Only when asked for."""
     data_centers: list[DataCenterStock] = field(default_factory=list)
 
