@@ -155,7 +155,12 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8")  # noqa: SIM115  closed below
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # what several make at once, none has whole
+            why = f"files there cannot be locked ({os.strerror(error.errno).lower()})"
+            fix = "set LOADMASTER_CACHE to a folder on a disk of this machine, or have its network's mounted with locks"
+            raise LoadmasterError(f"{what} cannot be kept in {folder.parent}: {why}\n    fix: {fix}") from error
         yield
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loadmaster.files import is_full_disk, is_whole_safetensors, publish_folder, write_json
+from loadmaster.errors import LoadmasterError
+from loadmaster.files import exclusive, is_full_disk, is_whole_safetensors, publish_folder, write_json
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -60,6 +61,18 @@ def test_what_a_full_disk_does_not_take_leaves_nothing_behind(tmp_path):
     command = [sys.executable, "-c", code, tmp_path / "x.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "File too large" in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_network_s_folder_without_locks_is_told_with_the_variable_to_set(tmp_path, monkeypatch):
+    """Lustre mounted without flock, and a home folder on it."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("loadmaster.files.fcntl.flock", flock)
+    said = r"prepared data cannot be kept in .*: files there cannot be locked \(function not.*\n.*LOADMASTER_CACHE"
+    with pytest.raises(LoadmasterError, match=said), exclusive(tmp_path / "cache" / "one", "prepared data"):
+        pytest.fail("nobody else was kept out")
 
 
 def test_a_full_disk_is_known_also_where_native_code_says_it():
