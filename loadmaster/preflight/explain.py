@@ -15,7 +15,7 @@ from loadmaster.preflight.candidate import Candidate, can_offload
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import counts_exports, export_problems
 from loadmaster.preflight.hardware import GIB, Hardware, not_offered, unknown_network
-from loadmaster.preflight.hours import mean_rows, reference_hours, steps
+from loadmaster.preflight.hours import mean_rows, reference_hours, run_hours, steps
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.phases import answering
 from loadmaster.preflight.plan import rounded
@@ -121,6 +121,7 @@ def reasons(
         )
     said += about_rate(job, setup.method)
     said += about_warm_up(job, dataset_tokens)
+    said += about_limits(job, run_hours(job, chosen, dataset_tokens), chosen.hardware.usd_per_hour)
     if setup.adapters and in_some_layers_only(shape, setup.lora_targets):
         said.append(f"lora.targets adapts some layers only and was counted in all {shape.layers}: less is needed")
     if setup.offload != "none" and not chosen.hardware.is_cpu:
@@ -201,6 +202,22 @@ def about_warm_up(job: Job, dataset_tokens: int | None) -> list[str]:
         return []
     share = f"rises to {count / warmup:.0%} of its peak" if count < warmup else "comes to its peak in the last one"
     return [f"the learning rate {share}: optimizer.warmup_steps={warmup:,} in a run of about {counted(count, 'step')}"]
+
+
+def about_limits(job: Job, hours: float | None, usd_per_hour: float | None) -> list[str]:
+    """Where a limit of time or money ends the run before it is done; what is rented is chosen by these limits."""
+    launch, pays_for = job.launch, {}
+    if launch.name != "local" or hours is None:
+        return []
+    if launch.max_hours != "auto":
+        pays_for[f"launch.max_hours={launch.max_hours:g}"] = launch.max_hours
+    if launch.max_usd is not None and usd_per_hour:
+        pays_for[f"launch.max_usd={launch.max_usd:g}"] = launch.max_usd / usd_per_hour
+    limit = min(pays_for, key=pays_for.__getitem__, default="")
+    if not limit or pays_for[limit] >= hours:
+        return []
+    ends = f"{limit} stops the run after {pays_for[limit]:.2f} of these {hours:.2f} hours, with a checkpoint"
+    return [f"{ends}: the same command goes on"]
 
 
 def about_answers(job: Job, chosen: Candidate) -> list[str]:

@@ -15,6 +15,7 @@ from loadmaster.config.schema import (
     ExportConfig,
     HardwareConfig,
     Job,
+    LaunchConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
@@ -314,6 +315,19 @@ def test_a_warm_up_that_the_run_is_too_short_for_is_said() -> None:
         tokens = 10 * written.batch.global_size * written.sequence_length  # ten steps
         notes = [reason for reason in make_plan(written, tokens).reasons if "warmup_steps" in reason]
         assert [said is not None and said in note for note in notes] == ([True] if said else [])
+
+
+def test_a_limit_of_time_or_money_that_the_run_does_not_keep_is_said() -> None:
+    asked = job(LLAMA + "8B", "lora", "h200")
+    whole = make_plan(asked, 10**8)
+    for limits, said in (
+        ({"max_usd": whole.cost_usd / 2}, "launch.max_usd"),
+        ({"max_usd": whole.cost_usd + 1}, None),
+        ({"max_hours": whole.hours / 3, "max_usd": whole.cost_usd / 2}, "launch.max_hours"),
+        ({"max_usd": 1.0, "name": "runpod"}, None),
+    ):
+        reasons = make_plan(replace(asked, launch=LaunchConfig(**limits)), 10**8).reasons
+        assert [reason.partition("=")[0] for reason in reasons if "stops the run" in reason] == ([said] if said else [])
 
 
 def test_rented_memory_is_used_for_speed() -> None:
