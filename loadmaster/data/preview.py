@@ -79,7 +79,7 @@ def describe(summary: dict[str, Any]) -> str:
             f"{share:.1%} of them trained; length median {figures['median_length']:,}, longest {figures['longest']:,}"
         )
         if "desirable" in figures:
-            lines.append(f"  {split}: {_labels(figures['desirable'], figures['undesirable'])}")
+            lines.append(f"  {split}: {_labels(figures['desirable'], figures['undesirable'], split == 'train')}")
         long, policy = figures["long_rows"], summary["on_long_row"]
         if long["long"] and summary["format"] in ("preference", "unpaired"):
             what = counted(long["dropped"], "pair" if summary["format"] == "preference" else "answer")
@@ -123,11 +123,12 @@ def judged_alone(summary: dict[str, Any], micro_batch_size: int) -> str | None:
     )
 
 
-def _labels(desirable: int, undesirable: int) -> str:
-    """How many answers have which label, and where they are far from equal, the weight that would make up for it."""
+def _labels(desirable: int, undesirable: int, trained: bool) -> str:
+    """How many answers have which label, and where those trained on are far from equal, the weight that would make up
+    for it."""
     said = f"{desirable:,} desirable and {undesirable:,} undesirable answers"
     few, many = sorted((desirable, undesirable))
-    if not few or many <= few * EQUAL_ENOUGH:
+    if not trained or not few or many <= few * EQUAL_ENOUGH:
         return said
     name = "desirable" if few == desirable else "undesirable"
     return f"{said}; preference.{name}_weight={round(many / few, 1):g} would weigh both alike"

@@ -107,6 +107,8 @@ def test_each_packed_document_carries_the_label_of_its_row(tokenizer, write_json
     assert said in describe(prepared.summary)
     figures |= {"desirable": 240, "undesirable": 2}
     assert "preference.undesirable_weight=120 would" in describe(prepared.summary)
+    held_out = describe(prepared.summary | {"validation": figures})  # what is not trained on asks for no weight
+    assert held_out.count("240 desirable and 2") == 2 and held_out.count("undesirable_weight") == 1
 
 
 def test_a_micro_batch_knows_the_label_of_each_document_and_padding_has_none(tokenizer, write_jsonl):
