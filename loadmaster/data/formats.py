@@ -141,7 +141,8 @@ def recognise_format(row: Any, objective: str = "sft") -> tuple[str, str]:
         return "prompt_completion", ", ".join(names)
     what, verb = ("field", "is") if len(fields) == 1 else ("fields", "are")
     reason = f"the {what} {', '.join(fields) or '(none)'} {verb} no shape that is read"
-    shapes = f"name the fields as one of these shapes does, or say by data.columns what they are called: {_SHAPES}"
+    called = "say by data.columns what they are called, such as 'data.columns={prompt: YOURS, completion: YOURS}'"
+    shapes = f"name the fields as one of these shapes does, or {called}: {_SHAPES}"
     raise RowError(reason, _renamed(row, objective) or shapes)
 
 

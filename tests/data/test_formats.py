@@ -51,6 +51,7 @@ def test_unknown_fields_name_the_shapes_that_are_read():
     with pytest.raises(RowError, match="the fields ask, reply are no shape that is read") as caught:
         recognise_format({"ask": "x", "reply": "y"})
     assert all(f"{name} (" in caught.value.remedy for name in FORMAT_FIELDS)
+    assert "'data.columns={prompt: YOURS, completion: YOURS}'" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
