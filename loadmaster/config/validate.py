@@ -228,6 +228,8 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
     """What a key that does not exist was most likely meant to be."""
     section, _, name = key.rpartition(".")
     if any(section == field or section.startswith(f"{field}.") for field in fields()):  # a mapping: export.thresholds
+        if value in siblings:  # the other way round, as datasets' rename_columns takes them
+            return f"our name first: '{section}={{{value}: {name}}}'"
         beside = nearest(name, siblings)
         return f"{section}.{beside}" if beside else f"{section} has " + ", ".join(siblings)
     if owner := _mapping_called(section):

@@ -248,7 +248,7 @@ def _header_fault(header: list[str]) -> tuple[str, str] | None:
     if not any(cell.strip() for cell in header):
         return "the header is empty", named
     if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
-        return f"the columns are apart by {other!r}", "write the file with commas"
+        return f"the columns are separated by {other!r}", "write the file with commas"
     if nameless := [str(place) for place, cell in enumerate(header, 1) if not cell.strip()]:
         return f"column {', '.join(nameless)} has no name in the header", f"{named} (pandas: to_csv(..., index=False))"
     if twice := _twice(header):

@@ -466,3 +466,8 @@ def test_names_of_a_mapping_are_led_to_it():
     for word in ("columns", "column_map"):
         with pytest.raises(ConfigError, match=r"fix: data\.columns\.prompt=q"):
             compose([f"{word}={{prompt: q}}"])
+
+
+def test_columns_the_other_way_round_are_turned():
+    with pytest.raises(ConfigError, match=r"fix: our name first: 'data\.columns=\{prompt: Customer Question\}'"):
+        compose(["data=file", "data.path=my.csv", "data.columns={Customer Question: prompt}"])

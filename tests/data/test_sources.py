@@ -296,7 +296,7 @@ def test_csv_rows_that_do_not_fit_the_header_do_not_stop_the_rest(tmp_path):
         (b",\na,b\n", "the header is empty"),
         (b",prompt,completion\n0,a,b\n", "column 1 has no name in the header"),
         (b"a,b,a\n1,2,3\n", "the header names a twice"),
-        (b"prompt;completion\na;b\n", "the columns are apart by ';'"),
+        (b"prompt;completion\na;b\n", "the columns are separated by ';'"),
         (b"pr\xf6mpt,completion\na,b\n", "is not UTF-8 text"),
     ],
 )
