@@ -102,7 +102,7 @@ def test_failed_checks_and_folders_that_do_not_load_are_failures_by_name():
 
 
 # (perplexity ratio, mean KL, top-1 agreement) on SmolLM2-135M, fine-tuned on tickets but where it says otherwise;
-# 2026-11-24, see docs/export.md.
+# benchmarks/results/2026-11-24_exports_good_and_broken.md.
 GOOD_MEASURED = {
     ("bf16", "tickets"): (1.0002, 0.00007, 0.9982),
     ("bf16", "not fine-tuned, tickets"): (1.0032, 0.00136, 0.9811),
