@@ -23,6 +23,10 @@ MUCH = 0.1
 pairs and judged answers, left out."""
 
 
+SHOWN = 4_000
+"""Characters of a row's beginning, and of its end, that are printed of a very long one."""
+
+
 def show(data: PreparedData, tokenizer: Any, count: int, console: Any) -> None:
     """Print `count` rendered rows and the figures on a rich Console: trained text in green on a terminal, between ⟦ and
     ⟧ elsewhere."""
@@ -35,11 +39,19 @@ def show(data: PreparedData, tokenizer: Any, count: int, console: Any) -> None:
             text = Text(rendering.text, style="dim")
             for span in rendering.spans:
                 text.stylize("not dim bold green", span.start, span.end)
-            console.print(text, soft_wrap=True)
+            console.print(_shortened(text), soft_wrap=True)
         else:
-            plain = f"--- {name}\n{marked(rendering.text, rendering.spans)}"
+            plain = f"--- {name}\n{_shortened(marked(rendering.text, rendering.spans))}"
             console.print(plain, markup=False, highlight=False, soft_wrap=True)
     console.print(describe(data.summary), markup=False, highlight=False, soft_wrap=True)
+
+
+def _shortened(text: Any) -> Any:
+    """A string or rich Text without what is between the beginning and the end of a very long one."""
+    left_out = len(text) - 2 * SHOWN
+    if left_out <= SHOWN:
+        return text
+    return text[:SHOWN] + f"\n... {left_out:,} characters ...\n" + text[-SHOWN:]
 
 
 def _named(conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, str]]:

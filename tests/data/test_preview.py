@@ -40,3 +40,11 @@ def test_plain_text_is_shown_trained_with_its_eos(tokenizer, write_jsonl, job_fo
     text = printed(False, prepared, tokenizer, 1)
     assert "⟦It rained.<|im_end|>⟧" in text
     assert "data: 1 row read as text" in text and "  train: 1 row -> 1 packed row of " in text
+
+
+def test_of_a_very_long_row_the_beginning_and_the_end_are_printed(tokenizer, write_jsonl, job_for):
+    rows = [{"instruction": "First.", "output": "word " * 4000 + "Last."}]
+    prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer)
+    for terminal in (False, True):
+        text = printed(terminal, prepared, tokenizer, 1)
+        assert "First." in text and "Last." in text and " characters ..." in text and len(text) < 10_000
