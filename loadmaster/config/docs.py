@@ -60,7 +60,7 @@ every problem at once.
 | `key=~/folder` | a path from the home folder, also where the shell leaves the ~ as it is |
 | `~key`, `~group` | back to the schema's default |
 | `+key=value`, `++key=value` | Hydra's add and force; the schema is closed, so plain `key=value` always does |
-| `--multirun key=a,b` | one run for each value; every run is validated before the first starts |
+| `--multirun key=a,b` | [one run for each value](training.md#comparing-settings); all checked before the first starts |
 | `--config-dir FOLDER` | one more folder of groups, as `conf/` is; recipes in its folder `recipe` |
 | `--cfg job`, `--info`, `--help` | look and start nothing; what is wrong with the job is said besides, with code 2 |
 """
