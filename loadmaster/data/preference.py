@@ -35,7 +35,7 @@ def unfit(shape: str, objective: str) -> tuple[str, str] | None:
         )
     if shape == "unpaired" and objective == "sft":
         return (
-            "is one answer with a label: a preference row",
+            "is one answer with a label, which objective=kto trains on",
             "train on labelled answers with objective=kto, or write the desirable ones as messages and leave out the "
             "others",
         )
