@@ -44,6 +44,8 @@ def write_trained(model: nn.Module, folder: Path, placed: Placed, world: World, 
             model.save_pretrained(str(folder), state_dict=gathered)
     elif sharded:
         _write_model(model, folder, placed, world)
+    if world.lead and adapter:
+        (folder / "README.md").unlink(missing_ok=True)  # peft's model card, which says nothing
     if world.lead and tokenizer is not None and not adapter:
         tokenizer.save_pretrained(folder)
     world.barrier()
