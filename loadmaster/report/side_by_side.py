@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from loadmaster.config.fields import leaves, written
@@ -76,7 +77,7 @@ def show(runs: Sequence[Path], console: Console) -> None:
     for heading, _ in columns:
         table.add_column(heading, justify="right" if heading in FIGURES else "left", no_wrap=heading == "run")
     for row in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # a list among the settings is no markup
     print_table(table, console)
     if said := lowest({str(run.relative_to(root)): each for run, each in files.items()}):
         console.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -39,6 +39,14 @@ def test_what_sets_runs_apart_and_what_came_of_each(tmp_path, capsys):
     assert lines[3] == "lowest held-out loss: 1.2500, 2026-01-02"
 
 
+def test_a_list_among_the_settings_is_shown_and_not_taken_for_markup(tmp_path, capsys):
+    a_run(tmp_path / "a", data={"path": ["/here/a.jsonl", "/here/b.jsonl"]}, export={"formats": ["bf16", "fp8"]})
+    a_run(tmp_path / "b", data={"path": "c.jsonl"}, export={"formats": ["bf16"]})
+    show_runs([tmp_path], Console(width=200))
+    said = capsys.readouterr().out
+    assert "export.formats=[bf16,fp8]" in said and "data.path=[/here/a.jsonl,/here/b.jsonl]" in said
+
+
 def test_losses_of_other_held_out_data_are_not_compared(tmp_path, capsys):
     a_run(tmp_path / "a", loss=1.5, before=2.0)
     a_run(tmp_path / "b", loss=1.25, before=2.5)
