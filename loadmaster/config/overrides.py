@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,7 +185,8 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: Exception) -> Pr
     reason = str(error).splitlines()[0]
     known = fields().get(key)
     itself = re.sub(r"(?<!\\)\$\{", r"\\${", value)  # or it would stand for another field's value
-    remedy = f"quote the value twice, once for the shell and once for Hydra: '{key}=\"{itself}\"'"
+    word = shlex.quote(f'{key}="{itself}"')
+    remedy = f"quote the value twice, once for the shell and once for Hydra: {word}"
     if known and "list" in describe(known.annotation) and value.startswith("[") and value.endswith("]"):
         items = ",".join(f"'{item.strip(_QUOTES)}'" for item in value[1:-1].split(",") if item.strip())
         remedy = f'quote each entry, and all of it for the shell: "{key}=[{items}]"'

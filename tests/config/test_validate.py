@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -471,3 +472,10 @@ def test_names_of_a_mapping_are_led_to_it():
 def test_columns_the_other_way_round_are_turned():
     with pytest.raises(ConfigError, match=r"fix: our name first: 'data\.columns=\{prompt: Customer Question\}'"):
         compose(["data=file", "data.path=my.csv", "data.columns={Customer Question: prompt}"])
+
+
+def test_a_value_with_an_apostrophe_is_quoted_as_a_shell_takes_it():
+    with pytest.raises(ConfigError) as caught:
+        compose(["data=file", "data.path=sp ace/it's.jsonl"])
+    (problem,) = caught.value.problems
+    assert shlex.split(problem.remedy.rpartition("Hydra: ")[2]) == ['data.path="sp ace/it\'s.jsonl"']
