@@ -189,7 +189,7 @@ def about_rate(job: Job, method: str) -> list[str]:
     if given == "auto":
         return [f"learning rate {usual:g}, the usual one of {trained}: optimizer.lr=auto"]
     times = given / usual
-    if (job.objective != "sft" and method != "full") or 1 / FAR < times < FAR:
+    if 1 / FAR < times < FAR:
         return []
     than = f"{times:,.0f} times" if times > 1 else f"1/{1 / times:,.0f} of"
     return [f"optimizer.lr={given:g} is {than} the usual learning rate of {trained}: optimizer.lr=auto takes {usual:g}"]

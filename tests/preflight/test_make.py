@@ -303,8 +303,11 @@ def test_a_rate_that_is_left_open_is_that_of_the_method_which_the_plan_took() ->
 
 
 def test_a_rate_for_another_method_is_said() -> None:
-    for method, rate, said in (("full", 2e-4, "20 times"), ("lora", 1e-5, "1/20 of"), ("full", 1e-4, None)):
-        written = replace(job(LLAMA + "8B", method, "h200"), optimizer=OptimizerConfig(lr=rate))
+    for objective, method, rate, said in (
+        ("sft", "full", 2e-4, "20 times"), ("sft", "lora", 1e-5, "1/20 of"), ("sft", "full", 1e-4, None),
+        ("dpo", "lora", 2e-4, "40 times"), ("kto", "lora", 5e-5, None),
+    ):  # fmt: skip
+        written = replace(job(LLAMA + "8B", method, "h200"), objective=objective, optimizer=OptimizerConfig(lr=rate))
         notes = [reason for reason in make_plan(written).reasons if "learning rate" in reason]
         assert [f"is {said} the usual" in note for note in notes] == ([True] if said else [])
 
