@@ -129,38 +129,75 @@ def test_a_gpu_that_the_plan_did_not_see_is_no_reason_either(monkeypatch) -> Non
     assert device_type(plan, "cpu") == "cpu"
 
 
-def test_the_driver_is_asked_and_a_card_whose_memory_it_does_not_tell_is_none(monkeypatch) -> None:
-    def tell(*values):
-        def told(*given):
-            for target, value in zip(given[-len(values) :], values, strict=True):
-                target._obj.value = value
-            return 0
-        return told
+@pytest.mark.parametrize(
+    ("chosen", "seen"),
+    [
+        (None, [0, 1, 2]), ("1", [1]), ("2,0", [2, 0]), ("", []), ("-1", []),
+        ("0,-1,2", [0]), ("0,7,1", [0]), ("0,0", []), ("GPU-bb", [1]), (" GPU-ca2 , GPU-aa", [2, 0]), ("GPU-", []),
+        ("GPU-dd,GPU-aa", []), ("NoDevFiles", []),
+    ],
+)  # fmt: skip
+def test_visible_devices_are_those_that_cuda_shows(chosen, seen) -> None:
+    assert nvml.visible(chosen, ["GPU-aa1", "GPU-bb1", "GPU-ca2"]) == seen
 
-    def memory(device, found):
-        found._obj.total = 80 * 2**30
-        return 3 if device.value == 0xB else 0  # NVML_ERROR_NOT_SUPPORTED
 
-    def name(device, buffer, length):
-        buffer.value = f"card {device.value:x}".encode()
+class Driver:
+    """Of two unlike cards, and of a part of the second one."""
+
+    CARDS = (("NVIDIA L4", "GPU-aa", 24, 8, 9), ("NVIDIA A100-SXM4-80GB", "GPU-bb", 80, 8, 0))
+    PART = ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "MIG-cc", 10, 0, 0)
+
+    def __getattr__(self, name):
+        return lambda *_: 0
+
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = 2
         return 0
 
-    driver = SimpleNamespace(
-        nvmlInit_v2=lambda: 0, nvmlShutdown=lambda: 0, nvmlDeviceGetCount_v2=tell(2), nvmlDeviceGetName=name,
-        nvmlDeviceGetHandleByIndex_v2=lambda index, device: tell(0xA + index)(device),
-        nvmlDeviceGetMemoryInfo=memory, nvmlDeviceGetCudaComputeCapability=tell(9, 0),
-    )  # fmt: skip
+    def nvmlDeviceGetHandleByIndex_v2(self, index, device):
+        device._obj.value = index + 1
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid, device):
+        device._obj.value = 3
+        return 0 if uuid == b"MIG-cc" else 2
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, device, whole):
+        whole._obj.value = 2
+        return 0 if device.value == 3 else 2
+
+    def _of(self, device):
+        return [*self.CARDS, self.PART][device.value - 1]
+
+    def nvmlDeviceGetName(self, device, name, _):
+        name.value = self._of(device)[0].encode()
+
+    def nvmlDeviceGetUUID(self, device, uuid, _):
+        uuid.value = self._of(device)[1].encode()
+
+    def nvmlDeviceGetMemoryInfo(self, device, memory):
+        memory._obj.total = self._of(device)[2] << 30
+        return 0 if memory._obj.total else 3  # NVML_ERROR_NOT_SUPPORTED
+
+    def nvmlDeviceGetCudaComputeCapability(self, device, major, minor):
+        major._obj.value, minor._obj.value = self._of(device)[3:]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "name", "gib", "capability"),
+    [("GPU-b", "NVIDIA A100-SXM4-80GB", 80, 8.0), ("MIG-cc", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", 10, 8.0)],
+)
+def test_a_card_or_a_part_of_one_that_is_chosen_by_uuid_is_planned_for(monkeypatch, chosen, name, gib, capability):
+    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda _: Driver())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert nvml.local_gpus() == [(name, gib, capability)]
+
+
+def test_a_card_whose_memory_the_driver_does_not_tell_is_none(monkeypatch):
+    monkeypatch.setattr(Driver, "CARDS", (("NVIDIA GB10", "GPU-aa", 0, 12, 1), Driver.CARDS[1]))
+    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda _: Driver())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda library: driver)
-    assert nvml.local_gpus() == [("card a", 80.0, 9.0)]
-
-
-def test_visible_devices_are_respected(monkeypatch) -> None:
-    cards = [("a", 1.0, 8.0), ("b", 1.0, 8.0)]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert nvml._visible(cards) == [("b", 1.0, 8.0)]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert nvml._visible(cards) == []
+    assert nvml.local_gpus() == [("NVIDIA A100-SXM4-80GB", 80, 8.0)]
 
 
 def test_catalogue_machines_have_memory_price_and_capability() -> None:
