@@ -51,11 +51,24 @@ def load_deepspeed(device: torch.device) -> Any:
     import deepspeed
     from deepspeed.utils import logger
 
+    add_biases_once()
     logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*_tensor` is deprecated", category=FutureWarning)  # its collectives
     deepspeed.ops.__compatible_ops__ = {}  # or a process on a CPU compiles a collective of inference for a minute
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def add_biases_once() -> None:
+    """Let zero3's linear layers multiply as PyTorch's do. DeepSpeed's add a bias in place to the product, which a
+    selective checkpoint has kept: in what it makes again the bias was twice."""
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    LinearFunctionForZeroStage3.forward = staticmethod(_linear)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch._C._nn.linear(x, weight, bias)  # torch.nn.functional.linear is DeepSpeed's by then
 
 
 class Zero(Strategy):

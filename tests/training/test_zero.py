@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from loadmaster.errors import ConfigError
+from loadmaster.models import recompute
 from loadmaster.training import flat, zero
 from loadmaster.training.flat import Cut, FlatPlaced
 from tests.training.parity import plan
@@ -72,6 +75,25 @@ def test_without_deepspeed_zero_is_refused_with_the_remedy_before_anything_is_lo
     with pytest.raises(ConfigError, match=r"pip install 'deepspeed") as raised:
         zero.refuse_missing_deepspeed(plan(case("any", "full", "zero3", 2)))
     assert "sharding=fsdp" in str(raised.value)
+
+
+def test_a_bias_is_in_what_a_selective_checkpoint_makes_again_once(monkeypatch):
+    """Qwen 2 under zero3: losses were right, and gradients of all that comes before a biased layer were not."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    zero.add_biases_once()
+    monkeypatch.setattr(recompute, "WIDE", 4)
+    weight, bias = torch.randn(4, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    x = torch.randn(1, 3, 4, requires_grad=True)
+
+    def gradients(linear, run):
+        out = run(lambda x: torch.tanh(linear(x, weight, bias)), x)
+        return torch.autograd.grad(out.square().sum(), (x, weight, bias))
+
+    kept = gradients(zero3_linear_wrap, partial(checkpoint, use_reentrant=False, context_fn=recompute._contexts))
+    plain = gradients(nn.functional.linear, lambda layer, x: layer(x))
+    for found, right in zip(kept, plain, strict=True):
+        torch.testing.assert_close(found, right)
 
 
 def test_only_matrices_decay_and_an_adapters_b_may_have_a_rate_of_its_own():
