@@ -18,7 +18,7 @@ from typing import Any
 from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, PreparedData
-from loadmaster.errors import StoppedOnRequest, TrainingFailed
+from loadmaster.errors import StoppedOnRequest
 from loadmaster.models.compiled import CompileCache, graphs_compiled
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.rotary import refuse_dynamic
@@ -45,6 +45,7 @@ from loadmaster.training.session import (
     attention_kernel,
     make_session,
     own_code,
+    skip,
     try_family,
 )
 from loadmaster.training.stop import StopSignal
@@ -174,6 +175,8 @@ class Training:
         self.busy_s = self.input_s = 0.0
         self.eval_loss: float | None = None
         self.losses = HeldOutLosses()
+        self.left_out = False
+        """A request to stop came before the last evaluation that was due: it is made up for when the run goes on."""
         self.recompilations = 0
         self.taken: dict[str, Any] | None = None
         """What the checkpoint says whose weights load_best took."""
@@ -201,6 +204,7 @@ class Training:
         state = self.checkpoints.load(found.folder, self.session.trained, self.session.optimizer)
         self.sampler.load_state_dict(state["sampler"])
         self.losses = HeldOutLosses(**state.get("held_out", {}))  # of checkpoints before 2026-12 there is none
+        self.left_out = state.get("evaluation_left_out", False)
         self.resumed_after = state["step"]
         self.tokens = self.resumed_tokens = state["tokens"]
         self.trained_tokens = self.resumed_trained_tokens = state["trained_tokens"]
@@ -209,13 +213,16 @@ class Training:
     def run(self) -> None:
         """All steps that are left, evaluated and saved when it is time."""
         world, first = self.session.world, self.resumed_after + 1
-        self._end_at(self.resumed_after)
         log = MetricsLog(self.run_dir / "metrics.jsonl", self.resumed_after, world.lead)
         tracker = open_tracker(self.session.job, self.run_dir, self.job_hash, world.lead, self.display.echo)
-        compiled = graphs_compiled()
-        self.display.start(self.steps, self.resumed_after)
-        position, throughput = self.sampler.state_dict(), Throughput()
+        compiled, position = graphs_compiled(), self.sampler.state_dict()
         try:
+            if self.left_out:
+                self._make_up(log, tracker, position)
+            self._end_at(self.resumed_after)
+            log.amend(self.resumed_after, {"steps": self.steps})
+            self.display.start(self.steps, self.resumed_after)
+            throughput = Throughput()
             for step, indices in zip(range(first, self.steps + 1), self.sampler, strict=False):
                 before, position = position, self.sampler.state_dict()
                 row = self._step(step, indices, before, throughput) | self._evaluate(step)
@@ -239,6 +246,16 @@ class Training:
             tracker.close()
         if (saves := self.checkpoints.figures()) is not None:
             self.display.echo(saving_sentence(saves))
+
+    def _make_up(self, log: MetricsLog, tracker: Any, position: dict[str, Any]) -> None:
+        """The evaluation that a request to stop left out; checkpoint and log are then as if nobody had stopped."""
+        step = self.resumed_after
+        found = self._evaluate(step)
+        self.stop_if(self.left_out, f"step {step} of {self.steps} is yet to be evaluated")
+        if found:
+            log.amend(step, found)
+            tracker.log({} if self.eval_loss is None else found, step)
+            self._save(step, position)
 
     def _end_at(self, step: int) -> None:
         """Make `step` the last one where evaluation.patience is at its end."""
@@ -292,7 +309,7 @@ class Training:
             session.optimizer.step(lr)
             session.skipped.clear()
         else:
-            _skip(session, row, picked, lambda: (self._save(step - 1, before), self.checkpoints.wait()))
+            skip(session, row, picked, lambda: (self._save(step - 1, before), self.checkpoints.wait()))
             row["loss"] = row["grad_norm"] = None
         tokens = sum(map(len, picked))
         self.tokens += tokens
@@ -310,7 +327,7 @@ class Training:
         return row
 
     def _evaluate(self, step: int) -> dict[str, float | None]:
-        self.eval_loss = None
+        self.eval_loss, self.left_out = None, False
         due = self.evaluate_every and (step % self.evaluate_every == 0 or step == self.steps)
         if not due or self.prepared.validation is None:
             return {}
@@ -318,6 +335,7 @@ class Training:
         figures = self.held_out(self.session, self.stopping)
         self.session.strategy.settle(self.session.loss)
         if figures is None:
+            self.left_out = True
             return {}
         self.eval_loss = figures["loss"] if math.isfinite(figures["loss"]) else None
         self.losses.add(self.eval_loss, step)
@@ -333,6 +351,7 @@ class Training:
             "job_hash": self.job_hash,
             "eval_loss": self.eval_loss,
             "held_out": asdict(self.losses),
+            "evaluation_left_out": self.left_out,
         }
         session = self.session
         keep = (session.job.checkpoint.keep_last, session.job.checkpoint.keep_best)
@@ -373,25 +392,3 @@ class Training:
             resumed_after=self.resumed_after,
             taken_step=self.taken["step"] if self.taken else self.steps,
         )
-
-
-def _skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[], Any]) -> None:
-    """Leave a step with a non-finite loss or gradient out; give up after too many in a row."""
-    session.optimizer.zero_grad()
-    names = [name for r in picked for name in r.document_ids]
-    session.skipped.append({"step": row["step"], "rows": names})
-    limit = session.job.optimizer.max_skipped_steps
-    if len(session.skipped) <= limit:
-        return
-    save()
-    first = session.skipped[0]
-    what = "loss" if not math.isfinite(row["loss"]) else "gradient norm"
-    weights = "weights are those before it"
-    if session.plan.optimizer_in_backward:
-        weights = "layers whose own gradients were finite were stepped (optimizer.in_backward); the weights are"
-    raise TrainingFailed(
-        f"the {what} was not finite in {counted(len(session.skipped), 'step')} in a row, from step {first['step']} on; "
-        f"{weights}, saved in checkpoints/step-{row['step'] - 1}. "
-        f"Rows of that step: {', '.join(first['rows'][:8])}{' ...' if len(first['rows']) > 8 else ''}.\n"
-        "fix: look at these rows, lower optimizer.lr, or raise optimizer.warmup_ratio (warmup_steps)"
-    )

@@ -26,12 +26,20 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, resume_step: int, lead: bool = True):
-        self._file = None
-        if not lead:
-            return
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        self._path, self._file = path, None
+        if lead:
+            self._begin([row for row in read_metrics(path) if row["step"] <= resume_step])
+
+    def _begin(self, rows: list[dict[str, Any]]) -> None:
+        self.close()
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+
+    def amend(self, step: int, values: dict[str, Any]) -> None:
+        """Say this, too, of `step`, if it is the last one that is logged."""
+        rows = read_metrics(self._path) if self._file is not None else []
+        if rows and rows[-1]["step"] == step and rows[-1] | values != rows[-1]:
+            self._begin([*rows[:-1], rows[-1] | values])
 
     def append(self, row: dict[str, Any]) -> None:
         if self._file is None:

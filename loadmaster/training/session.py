@@ -6,6 +6,7 @@ ranks, so however a batch is split its gradient is the same.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,7 @@ from torch import nn
 
 from loadmaster.config.schema import Job
 from loadmaster.data import MicroBatch
-from loadmaster.errors import ConfigError, LoadmasterError, Problem
+from loadmaster.errors import ConfigError, LoadmasterError, Problem, TrainingFailed
 from loadmaster.models import flash
 from loadmaster.models.adapters import trainable
 from loadmaster.models.apart import refuse_mixing
@@ -34,6 +35,7 @@ from loadmaster.training.sharding import STRATEGIES
 from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
 from loadmaster.training.zero import ZeroOptimizer
+from loadmaster.words import counted
 
 BUILT = {
     "sharding": tuple(STRATEGIES),
@@ -213,6 +215,28 @@ def own_code(session: Session) -> Iterator[None]:
             f"models of type {family!r} cannot be trained here: a step of this one failed "
             f"({type(error).__name__}: {said})\n    fix: {fix}"
         ) from error
+
+
+def skip(session: Session, row: dict[str, Any], picked: list, save: Callable[[], Any]) -> None:
+    """Leave a step with a non-finite loss or gradient out; give up after too many in a row."""
+    session.optimizer.zero_grad()
+    names = [name for r in picked for name in r.document_ids]
+    session.skipped.append({"step": row["step"], "rows": names})
+    limit = session.job.optimizer.max_skipped_steps
+    if len(session.skipped) <= limit:
+        return
+    save()
+    first = session.skipped[0]
+    what = "loss" if not math.isfinite(row["loss"]) else "gradient norm"
+    weights = "weights are those before it"
+    if session.plan.optimizer_in_backward:
+        weights = "layers whose own gradients were finite were stepped (optimizer.in_backward); the weights are"
+    raise TrainingFailed(
+        f"the {what} was not finite in {counted(len(session.skipped), 'step')} in a row, from step {first['step']} "
+        f"on; {weights}, saved in checkpoints/step-{row['step'] - 1}. "
+        f"Rows of that step: {', '.join(first['rows'][:8])}{' ...' if len(first['rows']) > 8 else ''}.\n"
+        "fix: look at these rows, lower optimizer.lr, or raise optimizer.warmup_ratio (warmup_steps)"
+    )
 
 
 def refuse_other_world(plan: Plan, world: World) -> None:

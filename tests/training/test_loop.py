@@ -449,6 +449,29 @@ def test_where_no_held_out_loss_is_a_number_it_is_said_that_the_last_weights_are
     assert said in log.getvalue()
 
 
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for_when_the_run_goes_on(tiny, tmp_path):
+    """Its loss is in the log and in the checkpoint, as of a run that was not stopped; also where it is the last one."""
+    losses, stop, asked = {2: 3.0, 4: 1.0, 6: 2.0}, StopSignal(), []
+
+    def held_out(session, stopping):
+        asked.append(steps[len(asked)])
+        stop.requested = asked == [2] or asked == [2, 2, 4, 6]
+        return None if stopping() else {"loss": losses[asked[-1]]}
+
+    steps = [2, 2, 4, 6, 6]
+    for _ in range(2):
+        with pytest.raises(StoppedOnRequest):
+            run(tiny, tmp_path, held_out=held_out, stop=stop)
+        stop.requested = False
+    _, outcome = run(tiny, tmp_path, held_out=held_out)
+    assert asked == steps and (outcome.resumed_after, outcome.eval_loss) == (6, 2.0)
+    logged = {row["step"]: row["eval_loss"] for row in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in row}
+    assert logged == losses
+    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("checkpoints/*/state.json")}
+    assert {name: state["eval_loss"] for name, state in found.items()} == {"step-4": 1.0, "step-6": 2.0}
+    assert found["step-6"]["held_out"] == {"lowest": 1.0, "step": 4, "in_vain": 1}
+
+
 def test_training_ends_where_the_held_out_loss_has_not_fallen_for_so_many_evaluations(tiny, tmp_path):
     """Also of a run that was stopped between two of them; one that has ended goes on where none is waited for."""
     log = io.StringIO()
@@ -476,6 +499,11 @@ def test_training_ends_where_the_held_out_loss_has_not_fallen_for_so_many_evalua
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["steps"] == 4
     _, outcome = run(tiny, tmp_path, job=patient, held_out=None)
     assert (outcome.steps, outcome.resumed_after) == (4, 4)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-4")
+    less = replace(patient, evaluation=replace(patient.evaluation, patience=1))
+    _, outcome = run(tiny, tmp_path, job=less, held_out=None)  # ends where it goes on
+    assert outcome.steps == outcome.resumed_after == read_metrics(tmp_path / "metrics.jsonl")[-1]["steps"] == 3
+    _, outcome = run(tiny, tmp_path, job=patient, held_out=lambda session, stopping: {"loss": 1.5})
     best = replace(patient, checkpoint=replace(JOB.checkpoint, load_best=True))
     _, outcome = run(tiny, tmp_path, job=best, held_out=None)
     assert (outcome.steps, outcome.taken_step) == (4, 2)
