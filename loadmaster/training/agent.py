@@ -24,6 +24,7 @@ from typing import Any
 from loadmaster.ending import STOPS
 from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.processors import is_ours, shares, usable
+from loadmaster.training.ranks import await_address
 from loadmaster.training.stop import MESSAGE, heeded
 
 RENDEZVOUS_S = 900
@@ -66,6 +67,8 @@ def run_workers(workers: Workers) -> int:
     is passed on too, unless it is SIGHUP. Raises LoadmasterError when the other hosts do not come, or a worker was
     killed, and StoppedOnRequest when it was a SIGTERM that ended it: it had not come so far as to hear of one.
     """
+    if workers.meeting is not None:
+        await_address(workers.meeting.address)
     kept = dict(os.environ)
     os.environ.update(_defaults(workers) | dict(workers.environment))  # before torch, which reads some at its import
     from torch.distributed import DistError

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import sys
+import time
 from collections.abc import Mapping, Sequence
 
 from loadmaster.errors import LoadmasterError
@@ -20,9 +23,10 @@ from loadmaster.errors import LoadmasterError
 PORT = 29500
 NCCL_DEFAULT = "^docker,lo"
 """What NCCL does by itself: any interface but these. Where it is set, that which leads to the others is taken."""
-LEFT_OVER = (
-    "\n    fix: start it with torchrun, which sets all of its variables; or, for one process, unset RANK and WORLD_SIZE"
-)
+TORCHRUN = "start it with torchrun, which sets all of its variables; or, for one process, unset RANK and WORLD_SIZE"
+NAME_S = 60.0
+"""Longest wait for a name to have an address: a cluster's may come after its hosts do (Kubernetes)."""
+LOCAL = ("LOCAL_WORLD_SIZE", "LOCAL_RANK")
 NAMES = {
     "mpirun (Open MPI)": (
         "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
@@ -48,42 +52,79 @@ def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
         _refuse_half_a_launch(env)
         return {}
     for launcher, (rank, size, local_rank, local_size) in NAMES.items():
-        if rank not in env or int(env.get(size, "1")) < 2:
+        if rank not in env or size not in env:
             continue
-        per_node = _per_node(env.get(local_size, env[size]))
+        unset = f"unset {rank} and {size}, which an earlier {launcher} may have left"
+        numbers = [size, rank, *[name for name in (local_rank, local_size) if env.get(name)]]
+        _refuse_no_number(env, [name for name in numbers if not name.endswith("TASKS_PER_NODE")], unset)
+        if int(env[size]) < 2:
+            continue
+        per_node = _per_node(env.get(local_size) or env[size], unset)
         found = {
             "RANK": env[rank],
             "WORLD_SIZE": env[size],
-            "LOCAL_RANK": env.get(local_rank) or str(int(env[rank]) % per_node),
+            "LOCAL_RANK": env.get(local_rank) or str(int(env[rank]) % max(1, per_node)),
             "LOCAL_WORLD_SIZE": str(per_node),
         }
-        return found | _meeting_place(env, launcher, alone=per_node >= int(env[size]))
+        found |= _meeting_place(env, launcher, alone=per_node >= int(env[size]))
+        _refuse_no_number(found, ["MASTER_PORT"], "a number for MASTER_PORT, or unset it")
+        said = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size}
+        _refuse_impossible(found, unset, said)
+        return found
     return {}
 
 
 def _refuse_half_a_launch(env: Mapping[str, str]) -> None:
-    _refuse_no_number(env, ["RANK", "WORLD_SIZE"])
+    _refuse_no_number(env, ["RANK", "WORLD_SIZE"], TORCHRUN)
     if (size := int(env["WORLD_SIZE"])) < 2:
         return
     if not env.get("MASTER_ADDR"):
-        raise LoadmasterError(f"MASTER_ADDR is not set beside WORLD_SIZE={size}{LEFT_OVER}")
-    local = [name for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK") if name in env]
-    _refuse_no_number(env, ["MASTER_PORT", *local])
+        raise LoadmasterError(f"MASTER_ADDR is not set beside WORLD_SIZE={size}\n    fix: {TORCHRUN}")
+    _refuse_no_number(env, ["MASTER_PORT", *[name for name in LOCAL if name in env]], TORCHRUN)
+    _refuse_impossible(env, TORCHRUN, {})
+
+
+def _refuse_impossible(env: Mapping[str, str], fix: str, names: Mapping[str, str]) -> None:
+    """env: torchrun's variables, numbers all. names: what the launcher calls them, where not so."""
+    size = int(env["WORLD_SIZE"])
     per_node = min(size, int(env.get("LOCAL_WORLD_SIZE", size)))
     possible = {
         "RANK": range(size), "MASTER_PORT": range(1, 2**16), "LOCAL_WORLD_SIZE": range(1, size + 1),
         "LOCAL_RANK": range(per_node),
     }  # fmt: skip
-    for name in ["RANK", "MASTER_PORT", *local]:
+    for name in ["RANK", "MASTER_PORT", *[name for name in LOCAL if name in env]]:
         if int(env[name]) not in possible[name]:
             ends = f"{possible[name].start} to {possible[name].stop - 1}"
-            raise LoadmasterError(f"{name} is {env[name]} beside WORLD_SIZE={size}, and goes from {ends}{LEFT_OVER}")
+            what = f"{names.get(name, name)} is {env[name]} beside {names.get('WORLD_SIZE', 'WORLD_SIZE')}={size}"
+            raise LoadmasterError(f"{what}, and goes from {ends}\n    fix: {fix}")
 
 
-def _refuse_no_number(env: Mapping[str, str], names: Sequence[str]) -> None:
+def _refuse_no_number(env: Mapping[str, str], names: Sequence[str], fix: str) -> None:
     for name in names:
         if not env.get(name, "").isdecimal():
-            raise LoadmasterError(f"{name} is {env.get(name, 'not set')!r} in the environment, no number{LEFT_OVER}")
+            said = repr(env.get(name, "not set"))
+            raise LoadmasterError(f"{name} is {said} in the environment, no number\n    fix: {fix}")
+
+
+def await_address(host: str, patience_s: float = NAME_S) -> None:
+    """Return once the meeting place's name has an address here. Raises LoadmasterError that names it."""
+    began = time.monotonic()
+    told = False
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            said = getattr(error, "strerror", None) or str(error)
+        if time.monotonic() - began >= patience_s:
+            raise LoadmasterError(
+                f"MASTER_ADDR={host} has no address on this host ({said}); give the first host's name or address as "
+                "all hosts know it: MASTER_ADDR, or --master-addr"
+            )
+        if not told:
+            print(f"MASTER_ADDR={host} has no address here yet ({said}); waiting {patience_s:.0f} s", file=sys.stderr)
+            told = True
+        time.sleep(1)
 
 
 def first_host(nodelist: str) -> str:
@@ -97,9 +138,11 @@ def job_port(job_id: str) -> int:
     return 20000 + int(job_id) % 20000 if job_id.isdigit() else PORT
 
 
-def _per_node(text: str) -> int:
+def _per_node(text: str, fix: str) -> int:
     """Processes on a node; Slurm writes `8(x2)` for two nodes of 8, and `8,4` for unequal ones."""
     counts = {int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", text)}
+    if not counts:
+        raise LoadmasterError(f"{text!r} says of no node how many processes it has\n    fix: {fix}")
     if len(counts) != 1:
         raise LoadmasterError(
             f"the nodes have different numbers of tasks ({text}); start as many on each: srun --ntasks-per-node=N"

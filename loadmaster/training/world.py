@@ -23,7 +23,7 @@ from torch import Tensor
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.training.interface import no_such_interface, settle_interface
-from loadmaster.training.ranks import is_member
+from loadmaster.training.ranks import await_address, is_member
 
 CPU = torch.device("cpu")
 TIMEOUT_S = 12 * 3600.0
@@ -188,6 +188,7 @@ def meet(rank: int, size: int, patience_s: float = JOIN_S) -> dist.Store:
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    await_address(host)
     patience = timedelta(seconds=patience_s)
     keys = [f"loadmaster/here/{other}" for other in range(size)]
     try:

@@ -10,7 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.training.ranks import first_host, is_member, torchrun_variables
+from loadmaster.training import ranks as ranks_module
+from loadmaster.training.ranks import await_address, first_host, is_member, torchrun_variables
 from tests.runs import ROOT, environment
 
 OPEN_MPI = {
@@ -85,6 +86,43 @@ def test_what_cannot_be_known_is_asked_for(env, said):
 def test_what_no_launcher_leaves_so_is_told_with_what_works(env, said):
     with pytest.raises(LoadmasterError, match=f"{re.escape(said)}.*\n    fix: .*unset RANK and WORLD_SIZE"):
         torchrun_variables(env)
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE is 'x' in the environment, no number"),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "-1"}, "OMPI_COMM_WORLD_RANK is '-1' in the environment, no number"),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "x"}, "OMPI_COMM_WORLD_LOCAL_SIZE is 'x' in the environment"),
+        ({"PMI_RANK": "", "PMI_SIZE": "2"}, "PMI_RANK is '' in the environment, no number"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MASTER_PORT": "x"}, "MASTER_PORT is 'x' in the environment, no number"),
+        ({"PMI_RANK": "2", "PMI_SIZE": "2"}, "PMI_RANK is 2 beside PMI_SIZE=2, and goes from 0 to 1"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "0", "MASTER_ADDR": "a"}, "MPI_LOCALNRANKS is 0 beside"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "x"}, "'x' says of no node how many processes it has"),
+    ],
+)
+def test_variables_that_another_launcher_left_are_named_with_what_works(env, said):
+    with pytest.raises(LoadmasterError, match=f"{re.escape(said)}(.|\n)*fix: "):
+        torchrun_variables(env)
+
+
+def test_a_meeting_place_without_an_address_is_named(monkeypatch, capsys):
+    """It was waited for until all hosts had to be there, 15 minutes, and not named as what it is."""
+    await_address("localhost")
+    with pytest.raises(LoadmasterError, match=r"MASTER_ADDR=no\.such\.host\.invalid has no address on this host"):
+        await_address("no.such.host.invalid", 0.0)
+    with pytest.raises(LoadmasterError, match="has no address"):
+        await_address("a" * 70, 0.0)
+    known = iter([OSError(-2, "Name or service not known"), None])
+
+    def getaddrinfo(*_):
+        if (error := next(known)) is not None:
+            raise error
+
+    monkeypatch.setattr(ranks_module.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(ranks_module.time, "sleep", lambda _: None)
+    await_address("late", 9.0)
+    assert "MASTER_ADDR=late has no address here yet" in capsys.readouterr().err
 
 
 def test_a_size_alone_makes_no_member():
