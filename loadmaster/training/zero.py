@@ -35,6 +35,7 @@ from loadmaster.preflight.zero_settings import ZERO, deepspeed_config, max_live
 from loadmaster.training.flat import Cut, FlatPlaced
 from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
+from loadmaster.training.zero_patches import add_biases_once, gather_apart
 
 
 def refuse_missing_deepspeed(plan: Plan) -> None:
@@ -52,23 +53,12 @@ def load_deepspeed(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     add_biases_once()
+    gather_apart()
     logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*_tensor` is deprecated", category=FutureWarning)  # its collectives
     deepspeed.ops.__compatible_ops__ = {}  # or a process on a CPU compiles a collective of inference for a minute
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
-
-
-def add_biases_once() -> None:
-    """Let zero3's linear layers multiply as PyTorch's do. DeepSpeed's add a bias in place to the product, which a
-    selective checkpoint has kept: in what it makes again the bias was twice."""
-    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
-
-    LinearFunctionForZeroStage3.forward = staticmethod(_linear)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch._C._nn.linear(x, weight, bias)  # torch.nn.functional.linear is DeepSpeed's by then
 
 
 class Zero(Strategy):
@@ -190,6 +180,14 @@ class Zero(Strategy):
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed takes the mean over ranks of what is to be summed.
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def settle(self, loss: nn.Module) -> None:
+        """Wait for weights that a forward pass has gathered ahead, and drop them: those on their way can be neither
+        read nor cut."""
+        if self.stage == 3:
+            loss.optimizer.parameter_offload.partition_all_parameters()
+            if kept := loss.optimizer.persistent_parameters:
+                kept[0].all_gather(kept)
 
     @contextmanager
     def accumulating(self, loss: nn.Module) -> Iterator[None]:

@@ -30,6 +30,7 @@ from loadmaster.config.schema import (
 )
 from loadmaster.data import packed_rows
 from loadmaster.models import compiled, recompute
+from loadmaster.preflight import zero_settings
 from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, PhasesGib, Plan
 from loadmaster.training import loop
 from loadmaster.training.display import Display
@@ -142,6 +143,8 @@ def run(case: dict[str, Any], world: World) -> None:
 def main(path: str) -> None:
     compiled.BACKEND = "aot_eager"  # all of compiling but the C++ compiler, which takes its time
     recompute.WIDE = VOCABULARY // 8  # or nothing of so small a layer would be kept
+    # Or zero3 would cut nothing of so small a model, and gather all of it ahead.
+    zero_settings.PERSISTENCE, zero_settings.PREFETCH_BUCKET = 600, 4000
     world = join("cpu", 300)
     for case in json.loads(Path(path).read_text()):
         run(case, world)

@@ -64,6 +64,8 @@ TWO = [
     *zeros(2, "zero1", "zero2", "zero3", "zero3-all"),
     *zeros(2, "zero1-optimizer", "zero2-optimizer", "zero3-optimizer", methods=("full",)),
     case("full-zero3-2-checkpointed", "full", "zero3", 2, checkpointing="full"),
+    case("full-zero3-2-selective", "full", "zero3", 2, checkpointing="selective"),
+    case("lora-zero3-2-selective", "lora", "zero3", 2, checkpointing="selective"),
 ]
 STEPPED = [
     case(name, "full", "fsdp", 2, max_grad_norm=0.0, micro_batch_size=4, in_backward="in_backward" in name, **others)
