@@ -164,19 +164,24 @@ FSDP = {"sharding": "fsdp", "world_size": 8}
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("more", [{}, {"checkpointing": "full"}, {"gradient_accumulation_steps": 4}, {"compiled": True},
-                                  FSDP, {**FSDP, "gradient_accumulation_steps": 2, "offload": "all"},
-                                  {**FSDP, "checkpointing": "full", "replicas": 2}, {"optimizer": "adamw_8bit"},
-                                  {**FSDP, "checkpointing": "offload", "gradient_accumulation_steps": 4},
-                                  {**FSDP, "reshard_after_forward": False}])  # fmt: skip
-def test_what_is_ruled_out_quickly_does_not_fit(method: str, more: dict) -> None:
-    """The quick bound is below what the replay says, whatever the setting."""
+@pytest.mark.parametrize(("more", "near"), [
+    ({}, 0.57), ({"checkpointing": "full"}, 0.85), ({"gradient_accumulation_steps": 4}, 0.57),
+    ({"compiled": True}, 0.86), (FSDP, 0.48), ({**FSDP, "gradient_accumulation_steps": 2, "offload": "all"}, 0.41),
+    ({**FSDP, "checkpointing": "full", "replicas": 2}, 0.65), ({"optimizer": "adamw_8bit"}, 0.57),
+    ({**FSDP, "checkpointing": "offload", "gradient_accumulation_steps": 4}, 0.55),
+    ({**FSDP, "reshard_after_forward": False}, 0.55), ({**FSDP, "sharding": "zero1"}, 0.31),
+    ({**FSDP, "sharding": "zero3", "offload": "all"}, 0.21),
+])  # fmt: skip
+def test_what_is_ruled_out_quickly_does_not_fit(method: str, more: dict, near: float) -> None:
+    """The quick bound is below what the replay says, whatever the setting, and near enough to rule plans out."""
     gpu = from_catalog("h100_80gb", more.get("world_size", 1))
     for name in ("llama-3.2-1b", "qwen3-8b", "gemma-3-1b", "gemma-2-2b", "phi-3-mini", "mixtral-8x7b"):
         targets = ("q_proj", "o_proj") if name == "mixtral-8x7b" else "all-linear"
         tried, whole = setup(method, lora_targets=targets, **more), shape_of(name)
         for shape in (whole, *(dataclasses.replace(whole, layers=n, windows=()) for n in (1, 2, 3))):
-            assert least_bytes(shape, gpu, tried) <= model.train_bytes(shape, gpu, tried).total
+            share = least_bytes(shape, gpu, tried) / model.train_bytes(shape, gpu, tried).total
+            assert share <= 1
+            assert share >= near or shape is not whole or name != "qwen3-8b"
 
 
 @pytest.mark.parametrize(
