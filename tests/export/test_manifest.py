@@ -118,6 +118,11 @@ def test_a_file_that_cannot_be_read_is_a_problem_by_name(artifact, monkeypatch):
     assert "model.safetensors: cannot be read (Permission denied)" in verify_manifest(artifact)
 
 
+def test_a_manifest_of_nothing_is_a_problem(tmp_path):
+    write_manifest(tmp_path, {"format": "bf16"})
+    assert verify_manifest(tmp_path) == ["the manifest lists no files"]
+
+
 def test_no_manifest_is_no_artifact(artifact):
     write_json(artifact / "manifest.json", {"schema": 99})
     assert "schema" in verify_manifest(artifact)[0]
@@ -169,7 +174,7 @@ def test_loadmaster_verify_names_the_file_with_a_flipped_bit_and_what_is_no_expo
     manifest.rename(tmp_path / "manifest.json")
     manifest.symlink_to(tmp_path / "manifest.json")
     assert main(["verify", str(artifact)]) == 5
-    assert "symbolic link" in capsys.readouterr().err
+    assert "holds files of its own only" in capsys.readouterr().err
 
 
 def test_loadmaster_verify_of_a_run_directory_checks_and_names_every_export(tmp_path, capsys):
@@ -193,7 +198,7 @@ def test_loadmaster_verify_of_a_run_directory_checks_and_names_every_export(tmp_
     assert f"{run_dir}/export/bf16: model.safetensors: changed since it was exported" in told.err
     assert f"{run_dir}/export/fp8: {run_dir}/export/fp8 has no manifest.json" in told.err
     assert f"{run_dir}/export/int4: every file" in told.out
-    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained/checkpoints").mkdir(parents=True)
     (tmp_path / "trained/config.yaml").touch()
     assert main(["verify", str(tmp_path / "trained")]) == 5
     assert "trained holds no export yet: its export stage is not done" in capsys.readouterr().err
