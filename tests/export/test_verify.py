@@ -3,15 +3,18 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loadmaster.config.schema import EvaluationConfig
 from loadmaster.data import Conversation, PackedRow
 from loadmaster.errors import ExportRejected
 from loadmaster.export import checks, live_checks, verify
+from loadmaster.export.figures import _exp
 from loadmaster.export.verify import (
     Reference,
     compare,
@@ -140,6 +143,34 @@ def test_reference_memory_is_bounded_by_taking_labels_away_never_context(monkeyp
     assert rows[1]["input_ids"] == IDS.tolist()
     assert labels[1][labels[1] != -100].tolist() == IDS[10:25].tolist()
     assert len(held_out_rows([ROW] * 5, limit=2, vocabulary_size=1)) == 2
+
+
+@pytest.mark.parametrize("names", [["broken", "near", "far", "baseline"], ["baseline", "far", "broken", "near"]])
+def test_the_nearest_candidate_is_taken_and_told_with_the_others(monkeypatch, names):
+    """Whatever its place: it is loaded again where another was loaded after it, and checked by its own folder."""
+    kl = {"broken": math.nan, "near": 0.01, "far": 0.02, "baseline": 0.0}
+    verification = object.__new__(verify.Verification)
+    verification.tokenizer, verification.references = SimpleNamespace(pad_token_id=0), []
+    verification.conversations, verification.tuned_weights, verification.rounding = [], {}, {}
+    verification.prompts, verification.right_answers, verification.answers = ["p", "q"], ["a", "b"], ["a", "b"]
+    verification.evaluation = EvaluationConfig(task="exact_match")
+    monkeypatch.setattr(verify, "compare", lambda model, *_: {"mean_kl": kl[model]})
+    monkeypatch.setattr(verify, "_tokenizer", lambda folder: folder.name)
+    monkeypatch.setattr(verify, "recorded_answers", lambda model, tokenizer, _: [model, tokenizer])
+    monkeypatch.setattr(verification, "_load", lambda candidate: candidate.name)
+    monkeypatch.setattr(verification, "_answers", lambda model, _: ["a", "b" if model == "far" else "c"])
+    monkeypatch.setattr(verification, "_file_checks", lambda _, folder: {"storage": [folder.name]})
+    monkeypatch.setattr(verification, "_live_checks", lambda _, folder, model, tokenizer: {"stops": [model, tokenizer]})
+    figures = verification.of("int4", [verify.Candidate(name, name, is_baseline=name == "baseline") for name in names])
+    assert (figures["candidate"], figures["mean_kl"], set(figures["candidates"])) == ("near", 0.01, set(names))
+    assert figures["checks"] == {"storage": ["near"], "stops": ["near", "near"]}
+    assert figures["smoke"] == ["near", "near"]
+    assert (figures["answers"], figures["flipped_answers"], figures["task_retention"]) == (2, 0.5, 0.5)
+    assert figures["candidates"]["far"]["flipped_answers"] == 0
+
+
+def test_a_loss_beyond_all_numbers_is_an_infinite_perplexity():
+    assert (_exp(1.0), _exp(1e6)) == (math.e, math.inf)
 
 
 def test_an_embedding_in_few_bits_is_held_to_the_trained_one(model, tiny):
