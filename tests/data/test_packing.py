@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loadmaster.data.packing import best_fit_decreasing, fit_documents
+from loadmaster.data.packing import LongRows, best_fit_decreasing, fit_documents
 from loadmaster.data.rows import packed_rows
 
 
@@ -71,18 +71,18 @@ def test_without_packing_each_document_is_a_row():
 
 
 @pytest.mark.parametrize(
-    ("policy", "pieces", "cut_tokens", "dropped"),
+    ("policy", "pieces", "counted"),
     [
-        ("cut", [(0, 0, 4), (1, 10, 3)], 10, 1),
-        ("split", [(0, 0, 4), (0, 8, 2), (1, 10, 3), (2, 17, 4)], 0, 2),
+        ("cut", [(0, 0, 4), (1, 10, 3)], LongRows(2, 1, 10, 1)),
+        ("split", [(0, 0, 4), (0, 8, 2), (1, 10, 3), (2, 17, 4)], LongRows(2, 3, 0, 2)),
     ],
 )
 def test_long_documents_are_cut_or_split_and_pieces_without_loss_are_dropped_and_counted(
-    policy, pieces, cut_tokens, dropped
+    policy, pieces, counted
 ):
     lengths = np.array([10, 3, 8])
     trained = np.zeros(21, dtype=bool)
     trained[[2, 4, 9, 11, 19]] = True  # 4 begins a piece of its own: nothing before it predicts it
     source, begins, sizes, counts = fit_documents(lengths, trained, 4, policy)
     assert list(zip(source.tolist(), begins.tolist(), sizes.tolist(), strict=True)) == pieces
-    assert (counts.long, counts.cut_tokens, counts.dropped) == (2, cut_tokens, dropped)
+    assert counts == counted
