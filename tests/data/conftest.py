@@ -71,6 +71,14 @@ TEMPLATES: dict[str, tuple[str, list[str]]] = {
         "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}",
         ["<bos>", "<|User|>", "<|Assistant|>", "<|out|>", "<|/out|>", "<|call|>", "<|/call|>", "<|eos|>"],
     ),
+    # A turn of calls, which a special token closes, ends by another token than one of text, as Llama 3.1's may.
+    "eom": (
+        "{% for m in messages %}{{ '<|head|>' + m.role + '\n' }}{% for c in m.tool_calls or [] %}"
+        "{{ '<|call|>' + c.function.name + '\n' + c.function.arguments | tojson + '<|/call|>\n' }}{% endfor %}"
+        "{{ '<|eom|>' if m.tool_calls else m.content + '<|eot|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|head|>assistant\n' }}{% endif %}",
+        ["<|head|>", "<|call|>", "<|/call|>", "<|eom|>", "<|eot|>"],
+    ),
     # Reasoning is dropped, that of the last turn too, as by DeepSeek-R1's.
     "silent": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}"

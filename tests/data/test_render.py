@@ -85,6 +85,7 @@ def test_contents_that_look_like_structure_do_not_move_the_spans(tokenizer, chat
         ),
         ("llama3", '{"name": "weather", "parameters": {"city": "Paris"}}<|eot|>', "Warm.<|eot|>"),
         ("deepseek", '<|call|>weather\n{"city": "Paris"}<|/call|><|eos|>', "Warm.<|eos|>"),
+        ("eom", '<|call|>weather\n{"city": "Paris"}<|/call|>\n<|eom|>', "Warm.<|eot|>"),
     ],
 )
 def test_tool_calls_are_the_assistants_and_tool_answers_are_not(tokenizer_with, chat, template, call, answer):
@@ -143,6 +144,7 @@ def test_marked_rendering_shows_what_is_trained(tokenizer_with, chat):
         ("gemma", {"</turn>"}),
         ("hermes", {"<|im_end|>"}),
         ("deepseek", {"<|eos|>"}),
+        ("eom", {"<|eot|>", "<|eom|>"}),
         ("insistent", {"<|im_end|>"}),
         ("endless", set()),
     ],

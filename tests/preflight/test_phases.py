@@ -220,6 +220,8 @@ def test_disk_holds_base_checkpoints_and_every_export_with_what_it_is_made_from(
     one = plan("lora", checkpoint=dataclasses.replace(Job().checkpoint, keep_last=1))
     each = (2 + 12) * bf16.model.trainable_parameters / GIB
     assert bf16.disk_gib - one.disk_gib == pytest.approx(each, abs=0.02)
+    kept = Job().checkpoint.keep_best + 1 + 1  # and the one that is being written; then the adapter, base and export
+    assert one.disk_gib == pytest.approx((kept + 2 / 14) * each + 2 * BF16, rel=0.001)
     assert plan("qlora").disk_gib > bf16.disk_gib + 0.9 * BF16  # both merges
 
 
