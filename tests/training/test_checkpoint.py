@@ -42,7 +42,9 @@ def shard(folder):
     return path
 
 
-def test_weights_optimizer_and_generators_come_back_bit_for_bit(tmp_path, trained):
+@pytest.mark.parametrize("at_a_time", [checkpoint.READ_BYTES, 100, 1])
+def test_weights_optimizer_and_generators_come_back_bit_for_bit(tmp_path, trained, monkeypatch, at_a_time):
+    monkeypatch.setattr(checkpoint, "READ_BYTES", at_a_time)
     named, optimizer = trained
     save(tmp_path, 3, trained, tokens=17)
     wanted = torch.rand(5), [p.detach().clone() for _, p in named]
@@ -54,7 +56,8 @@ def test_weights_optimizer_and_generators_come_back_bit_for_bit(tmp_path, traine
     assert state["tokens"] == 17
     assert torch.equal(torch.rand(5), wanted[0])
     assert all(torch.equal(p, w) for (_, p), w in zip(named, wanted[1], strict=True))
-    assert all(torch.equal(v, states[k]) for k, v in optimizer.state()[0].items())
+    found = optimizer.state()[0]
+    assert found.keys() == states.keys() and all(torch.equal(v, states[k]) for k, v in found.items())
 
 
 @pytest.mark.parametrize(
