@@ -11,6 +11,8 @@ import re
 import shlex
 import tarfile
 from dataclasses import replace
+from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -25,6 +27,7 @@ from loadmaster.launch.follow import Reader, unpack
 from loadmaster.launch.provider import LogLine, Offer
 from loadmaster.launch.runpod import rental
 from loadmaster.launch.runpod.listed import Listed
+from loadmaster.launch.runpod.types import Pod
 from loadmaster.pipeline import Pipeline, run_elsewhere
 from loadmaster.preflight import make_plan
 from tests.runs import ROOT
@@ -411,3 +414,17 @@ def test_rows_that_cannot_be_trained_on_are_told_before_anything_is_rented(tmp_p
     with pytest.raises(DataError):
         refuse_bad_rows(compose(["data=file", "data.path=bad.jsonl"]).job, said.append)
     assert said == ["reading 0.0 GB of data before a machine starts for them"]
+
+
+def test_plain_pods_are_one_machine_that_is_not_alive_once_one_of_them_is_gone() -> None:
+    made = datetime(2026, 11, 24, tzinfo=UTC)
+    pods = {id: Pod(id, f"loadmaster-x-node{node}", "RUNNING", 1.5, made) for node, id in enumerate("ab")}
+    client = SimpleNamespace(pod=pods.get)
+    (machine,) = rental.groups([*pods.values()])
+    found = rental.refresh(client, machine)
+    assert (found.alive, found.members, found.usd_per_hour) == (True, ("a", "b"), 3.0)
+    del pods["b"]
+    found = rental.refresh(client, machine)
+    assert (found.alive, found.status, found.usd_per_hour) == (False, "1 of 2 there", 1.5)
+    pods.clear()
+    assert rental.refresh(client, machine) is None
