@@ -8,9 +8,11 @@ from statistics import mean
 
 import pytest
 
+from loadmaster.config.schema import EndpointConfig
 from loadmaster.endpoint.arrivals import bursty, from_csv, poisson
-from loadmaster.endpoint.economics import Service, cold_share, share_up
+from loadmaster.endpoint.economics import MONTH_S, Service, cold_share, share_up
 from loadmaster.endpoint.simulate import Fleet, simulate
+from loadmaster.endpoint.sizing import arrivals_of
 from loadmaster.errors import DataError
 
 
@@ -106,3 +108,11 @@ def test_real_timestamps_are_read_from_a_csv(tmp_path) -> None:
 def test_a_fleet_that_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="min_workers"):
         Fleet(min_workers=2, max_workers=1)
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds"), [(0.0001, MONTH_S), (0.5, 10_000), (2, 3600), (100, 300)], ids=["month", "few", "hour", "many"]
+)
+def test_as_long_is_simulated_as_has_a_few_thousand_requests(rate: float, seconds: float) -> None:
+    for arrivals, made in (("poisson", poisson), ("bursty", bursty)):
+        assert arrivals_of(EndpointConfig(requests_per_second=rate, arrivals=arrivals)) == made(rate, seconds)
