@@ -231,6 +231,17 @@ def test_the_readme_says_how_long_a_cold_start_takes_from_where(run_dir):
     assert len({idle for _, _, idle in fleets}) >= 4
 
 
+def test_the_most_workers_are_those_asked_for_else_twice_what_the_load_needs(run_dir):
+    def workers(**asked):
+        folder = bundle(run_dir, requests_per_second=3000.0, **asked)
+        most = read_json(folder / "endpoint.json")["request"]["workers"]["max"]
+        return read_json(folder / "serving.json")["workers"], most
+
+    needed, most = workers()
+    assert most == 2 * needed > 2
+    assert workers(max_workers=5) == (needed, 5)
+
+
 def test_commands_for_other_servers_are_there(run_dir):
     text = (bundle(run_dir, serve_as="bf16") / "README.md").read_text()
     for command in (
