@@ -7,12 +7,12 @@ from pathlib import Path
 
 LINE_OF_TEXT = 'one JSON object {"text": ...} a line (or a document), as .jsonl'
 UNPACK = "unpack it first (gunzip, unzip, unzstd)"
-SHEET = "save the sheet as .csv (in a spreadsheet program: CSV UTF-8, comma delimited)"
+SHEET = "save the sheet as .csv (in a spreadsheet program: CSV UTF-8)"
 INSTEAD = {
     ".txt": LINE_OF_TEXT, ".md": LINE_OF_TEXT,
     ".gz": UNPACK, ".zip": UNPACK, ".zst": UNPACK, ".bz2": UNPACK, ".xz": UNPACK,
     ".xlsx": SHEET, ".xls": SHEET, ".ods": SHEET,
-    ".tsv": "write it with commas and a header, as .csv",
+    ".tsv": "name it .csv, where tabs are read too",
     ".arrow": "write it as .parquet", ".feather": "write it as .parquet",
 }  # fmt: skip
 """What to make of files that are not read, by suffix."""

@@ -199,10 +199,17 @@ def _broken(error: ValueError | RecursionError) -> str:
 
 
 def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
-    """Rows of a CSV file by the names in its header, each with the line that it starts on; all cells are text."""
+    """Rows of a CSV file by the names in its header, each with the line that it starts on; all cells are text.
+
+    Columns are apart by commas, or by what stands in a header without one: semicolons (spreadsheets where the comma is
+    the decimal mark write these) or tabs.
+    """
     csv.field_size_limit(LONGEST_CELL)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        cells, header = csv.reader(file, strict=True), None
+        first = file.readline()
+        mark = next((mark for mark in ",;\t" if mark in first), ",")
+        file.seek(0)
+        cells, header = csv.reader(file, strict=True, delimiter=mark), None
         while True:
             origin = f"{name}:{cells.line_num + 1}"
             try:
@@ -247,8 +254,8 @@ def _header_fault(header: list[str]) -> tuple[str, str] | None:
     named = "name every column once in the first line, such as prompt,completion"
     if not any(cell.strip() for cell in header):
         return "the header is empty", named
-    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
-        return f"the columns are separated by {other!r}", "write the file with commas"
+    if len(header) == 1 and "|" in header[0]:
+        return "the columns are separated by '|'", "write the file with commas, semicolons or tabs"
     if nameless := [str(place) for place, cell in enumerate(header, 1) if not cell.strip()]:
         return f"column {', '.join(nameless)} has no name in the header", f"{named} (pandas: to_csv(..., index=False))"
     if twice := _twice(header):

@@ -296,13 +296,19 @@ def test_csv_rows_that_do_not_fit_the_header_do_not_stop_the_rest(tmp_path):
         (b",\na,b\n", "the header is empty"),
         (b",prompt,completion\n0,a,b\n", "column 1 has no name in the header"),
         (b"a,b,a\n1,2,3\n", "the header names a twice"),
-        (b"prompt;completion\na;b\n", "the columns are separated by ';'"),
+        (b"prompt|completion\na|b\n", "the columns are separated by '|'"),
         (b"pr\xf6mpt,completion\na,b\n", "is not UTF-8 text"),
     ],
 )
 def test_a_csv_file_without_a_header_that_names_its_columns_says_so(tmp_path, content, reason):
     ((origin, said),) = csv_rows(tmp_path, content)
     assert origin == "rows.csv:1" and reason in said
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_columns_may_be_apart_by_semicolons_or_tabs(tmp_path, mark):
+    content = f'\ufeffprompt{mark}"the answer"\r\n"a{mark} b"{mark}c, d\r\n'.encode()
+    assert csv_rows(tmp_path, content) == [("rows.csv:2", {"prompt": f"a{mark} b", "the answer": "c, d"})]
 
 
 def test_csv_files_of_folders_are_read_and_an_empty_one_has_no_rows(tmp_path, write_jsonl):
@@ -329,7 +335,7 @@ def test_a_csv_cell_with_a_list_of_turns_is_that_list_and_any_other_is_text(tmp_
         ("rows.txt", r'one JSON object \{"text": ...\} a line'),
         ("rows.jsonl.gz", "unpack it first"),
         ("rows.xlsx", r"save the sheet as \.csv"),
-        ("rows.tsv", r"with commas and a header, as \.csv"),
+        ("rows.tsv", r"name it \.csv, where tabs are read too"),
         ("rows.pickle", r"write it as \.jsonl"),
     ],
 )
