@@ -227,7 +227,7 @@ def _review(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     from loadmaster.endpoint.deploy import owned
     from loadmaster.endpoint.inference import NotAnswered
-    from loadmaster.endpoint.review import FEWEST_HOURS, MOST_HOURS, lines, rates_of, review, worker_hours
+    from loadmaster.endpoint.review import FEWEST_HOURS, MOST_HOURS, lines, prices_of, review, worker_hours
 
     _refuse(rest)
     if not 0 <= arguments.active_discount < 1:
@@ -237,11 +237,11 @@ def _review(arguments: argparse.Namespace, rest: list[str]) -> int:
     with _client() as client:
         endpoint = owned(client, arguments.endpoint)
         bills = client.endpoint_bills(endpoint.id, arguments.hours)
-        rates = rates_of(endpoint, client.gpus("SERVERLESS"), arguments.active_discount)
+        prices = prices_of(endpoint, client.gpus("SERVERLESS"), arguments.active_discount)
     least = endpoint.workers.min or 0
-    measured = worker_hours(bills, rates, least, datetime.now(UTC))
+    measured = worker_hours(bills, prices, least, datetime.now(UTC))
     print(f"{endpoint.id} ({endpoint.name})")
-    for line in lines(review(measured, rates), rates, least):
+    for line in lines(review(measured, prices), prices, least):
         print(line)
     try:
         with _connect(endpoint.request_urls) as inference:

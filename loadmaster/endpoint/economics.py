@@ -42,6 +42,7 @@ class Prices:
 
     flex: float
     pod: float
+    """0: not known."""
     active_discount: float = 0.0
     """Share off the Flex price, by agreement with the provider."""
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from loadmaster.endpoint.economics import Prices
 from loadmaster.errors import LoadmasterError
 from loadmaster.launch.runpod.types import Endpoint, EndpointBill, GpuType
 from loadmaster.words import counted
@@ -27,19 +28,6 @@ LEAST_HOURS = 72
 MONTH_HOURS = 720
 FEWEST_HOURS, MOST_HOURS = 2, 24 * 90
 """That are looked back on."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """US dollars an hour of one worker with all its cards."""
-
-    flex: float
-    pod: float | None
-    active_discount: float = 0.0
-
-    @property
-    def active(self) -> float:
-        return self.flex * (1 - self.active_discount)
 
 
 @dataclass(frozen=True)
@@ -64,21 +52,21 @@ class Review:
     """Whether so much was measured that a promotion may rest on it."""
 
 
-def review(worker_hours: Sequence[float], rates: Rates) -> Review:
+def review(worker_hours: Sequence[float], prices: Prices) -> Review:
     """worker_hours: billed in each hour since the endpoint was first used, hours of nothing included."""
     hours = len(worker_hours)
     scale = MONTH_HOURS / hours if hours else 0.0
 
     def bill(active: int) -> float:
-        return scale * sum(active * rates.active + max(0.0, w - active) * rates.flex for w in worker_hours)
+        return scale * sum(active * prices.active + max(0.0, w - active) * prices.flex for w in worker_hours)
 
     most = int(max(worker_hours, default=0.0)) + 1
     best = min(range(most + 1), key=lambda active: (round(bill(active), 6), active))
     return Review(
         hours=hours, worker_hours=sum(worker_hours), busiest=max(worker_hours, default=0.0),
         share_up=sum(min(1.0, w) for w in worker_hours) / hours if hours else 0.0, flex_usd_month=bill(0),
-        best_active=best, best_usd_month=bill(best), active_from=1 - rates.active_discount,
-        pod_from=None if rates.pod is None else rates.pod / rates.flex, enough=hours >= LEAST_HOURS,
+        best_active=best, best_usd_month=bill(best), active_from=1 - prices.active_discount,
+        pod_from=prices.pod / prices.flex if prices.pod else None, enough=hours >= LEAST_HOURS,
     )  # fmt: skip
 
 
@@ -105,24 +93,25 @@ def verdict(found: Review, least_workers: int) -> str:
     )
 
 
-def lines(found: Review, rates: Rates, least_workers: int) -> list[str]:
+def lines(found: Review, prices: Prices, least_workers: int) -> list[str]:
     """The figures and the verdict, for a terminal."""
     said = [
         f"{found.hours} hours measured: {found.worker_hours:,.1f} worker-hours billed, {found.busiest:.1f} workers in "
         "the busiest hour",
-        f"a month like this: ${found.flex_usd_month:,.2f} at ${rates.flex:.2f} a worker-hour (list price now)",
+        f"a month like this: ${found.flex_usd_month:,.2f} at ${prices.flex:.2f} a worker-hour (list price now)",
     ]
-    if rates.active_discount:
-        said.append(f"with {found.best_active} Active at {rates.active_discount:.0%} off: ${found.best_usd_month:,.2f}")
+    if prices.active_discount:
+        off = f"{prices.active_discount:.0%} off"
+        said.append(f"with {found.best_active} Active at {off}: ${found.best_usd_month:,.2f}")
     if found.pod_from is not None:
         never = " (never)" if found.pod_from >= 1 else ""
-        said.append(f"an always-on Pod at ${rates.pod:.2f}/h is cheaper from {found.pod_from:.0%} of the time{never}")
+        said.append(f"an always-on Pod at ${prices.pod:.2f}/h is cheaper from {found.pod_from:.0%} of the time{never}")
     if least_workers:
         said.append(f"{least_workers} workers are always up and in these figures; without them it was not measured")
     return [*said, verdict(found, least_workers)]
 
 
-def worker_hours(bills: Sequence[EndpointBill], rates: Rates, least_workers: int, now: datetime) -> list[float]:
+def worker_hours(bills: Sequence[EndpointBill], prices: Prices, least_workers: int, now: datetime) -> list[float]:
     """Of each whole hour from the first that was billed to now; the hour that has not ended is left out.
 
     least_workers: always up, and billed at the Active rate; taken to have been the same all the time.
@@ -135,12 +124,12 @@ def worker_hours(bills: Sequence[EndpointBill], rates: Rates, least_workers: int
     for bill in ended:
         at = int((bill.start_time - first).total_seconds() // 3600)
         if at < len(hours):
-            always = min(bill.gpu_amount, least_workers * rates.active)
-            hours[at] += always / rates.active + (bill.gpu_amount - always) / rates.flex
+            always = min(bill.gpu_amount, least_workers * prices.active)
+            hours[at] += always / prices.active + (bill.gpu_amount - always) / prices.flex
     return hours
 
 
-def rates_of(endpoint: Endpoint, live: Sequence[GpuType], active_discount: float) -> Rates:
+def prices_of(endpoint: Endpoint, live: Sequence[GpuType], active_discount: float) -> Prices:
     """Prices of one worker of this endpoint today; of several cards that it may get, the dearest.
 
     Raises LoadmasterError where the catalogue has no price for them.
@@ -152,4 +141,4 @@ def rates_of(endpoint: Endpoint, live: Sequence[GpuType], active_discount: float
     if not priced:
         raise LoadmasterError(f"the provider's catalogue has no price for the workers of {endpoint.name}")
     card = max(priced, key=lambda kind: kind.price.serverless or 0)
-    return Rates(count * (card.price.serverless or 0), count * card.price.secure or None, active_discount)
+    return Prices(count * (card.price.serverless or 0), count * (card.price.secure or 0), active_discount)

@@ -6,14 +6,15 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from loadmaster.endpoint.economics import Prices
 from loadmaster.endpoint.inference import Load, loads
-from loadmaster.endpoint.review import Rates, lines, rates_of, review, verdict, worker_hours
+from loadmaster.endpoint.review import lines, prices_of, review, verdict, worker_hours
 from loadmaster.endpoint.smoke import compared, failures, figures, similarity
 from loadmaster.endpoint.validate import too_slow
 from loadmaster.errors import LoadmasterError
 from loadmaster.launch.runpod.types import Endpoint, EndpointBill, GpuType, parse
 
-H100 = Rates(flex=4.18, pod=3.99, active_discount=0.2)
+H100 = Prices(flex=4.18, pod=3.99, active_discount=0.2)
 NOW = datetime(2026, 11, 24, 12, 30, tzinfo=UTC)
 
 
@@ -23,7 +24,7 @@ def bill(hours_ago: int, usd: float) -> EndpointBill:
 
 
 def test_without_a_discount_flex_is_never_beaten() -> None:
-    found = review([1.0] * 100, Rates(4.18, 3.99))
+    found = review([1.0] * 100, Prices(4.18, 3.99))
     assert found.best_active == 0 and found.share_up == 1
     assert verdict(found, 0).startswith(
         "Flex: a worker was up 100% of the time, and an Active one is cheaper from 100%"
@@ -77,10 +78,10 @@ def test_prices_are_those_of_the_cards_that_it_may_get() -> None:
         network_volumes=[], data_center_ids=[], timeout=1, flashboot="OFF", created_at=NOW,
         gpu={"pools": ["P"], "count": 2, "excludedTypes": ["L40"]},
     )  # fmt: skip
-    rates = rates_of(endpoint, [card("L40S", 1.91), card("L40", 9.0)], 0.0)
-    assert (rates.flex, rates.pod) == pytest.approx((3.82, 1.8))
+    prices = prices_of(endpoint, [card("L40S", 1.91), card("L40", 9.0)], 0.0)
+    assert (prices.flex, prices.pod) == pytest.approx((3.82, 1.8))
     with pytest.raises(LoadmasterError, match="no price"):
-        rates_of(endpoint, [card("L40S", None)], 0.0)
+        prices_of(endpoint, [card("L40S", None)], 0.0)
 
 
 @pytest.mark.parametrize(
