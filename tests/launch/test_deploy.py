@@ -213,7 +213,7 @@ def test_an_update_waits_until_the_old_workers_are_gone(run_dir, client, fake, v
 
     fake.listEndpointWorkers = listing
     try_deploy(run_dir, client, fake, volume, said)
-    assert len(seen) == 3 and any("waiting for 1 workers" in line for line in said)
+    assert len(seen) == 3 and any("waiting for 1 worker of" in line for line in said)
 
 
 def test_a_volume_goes_by_its_name_too(run_dir, client, fake, volume, said) -> None:

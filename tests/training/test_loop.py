@@ -400,7 +400,7 @@ def test_a_tracker_that_is_not_installed_is_refused_not_left_out():
 def test_a_plan_for_two_gpus_is_not_trained_on_one_in_silence(tiny, tmp_path, monkeypatch):
     plan = dataclasses.replace(PLAN, hardware=HardwareSummary("cpu", 2, 1, 8.0, 8.0))
     monkeypatch.setitem(globals(), "PLAN", plan)
-    with pytest.raises(ConfigError, match="2 processes"):
+    with pytest.raises(ConfigError, match="the plan's number of processes is 2"):
         run(tiny, tmp_path)
 
 
