@@ -52,9 +52,9 @@ def show_sweep(jobs: Sequence[Job], start: float) -> None:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """Run directories at and below `folder`, by name; what lies in one is not looked into."""
+    """Absolute paths of run directories at and below `folder`, by name; what lies in one is not looked into."""
     found = []
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(os.path.abspath(folder)):
         folders.sort()
         if RECORD in files:
             found.append(Path(path))

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -98,6 +99,14 @@ def test_a_folder_without_runs_is_refused(tmp_path):
     for folder, words in ((tmp_path, "holds no run"), (tmp_path / "x", "is no folder")):
         with pytest.raises(ConfigError, match=words):
             show_runs([folder], Console())
+
+
+def test_runs_are_one_whichever_way_their_folders_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "other"):
+        a_run(tmp_path / "mine" / name)
+    show_runs([Path("mine"), tmp_path / "mine/other", Path("mine/../mine")], Console())
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "one", "other", "lowest"]
 
 
 def test_a_sweep_shows_its_own_runs(tmp_path, monkeypatch, capsys):
