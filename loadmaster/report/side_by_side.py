@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loadmaster.config.fields import leaves, written
+from loadmaster.config.jobhash import SINCE
 from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import ConfigError, Problem
@@ -84,12 +85,15 @@ def show(runs: Sequence[Path], console: Console) -> None:
 
 
 def set_apart(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Of each run the fields in which they differ, as they would be written on a command line."""
-    jobs = [
+    """Of each run the fields in which they differ, as they would be written on a command line; of one whose config.yaml
+    cannot be read none. A run of before a field did what SINCE says."""
+    read = [
         {key: value for name, part in config.items() for key, value in leaves(name, part).items()} for config in configs
     ]
+    jobs = [{**job, **SINCE, **job} if job else {} for job in read]
+    first = next(filter(None, jobs), {})
     keys = dict.fromkeys(key for job in jobs for key in job if key not in NO_SETTINGS)
-    apart = [key for key in keys if any(job.get(key) != jobs[0].get(key) for job in jobs)]
+    apart = [key for key in keys if any(job.get(key) != first.get(key) for job in jobs if job)]
     return [" ".join(f"{key}={written(job[key])}" for key in apart if key in job) for job in jobs]
 
 

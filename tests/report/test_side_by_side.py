@@ -95,6 +95,13 @@ def test_settings_are_written_as_on_a_command_line():
     assert apart == ["lora.targets=[q,v] lora.dora=true", "lora.targets=all-linear lora.dora=false"]
 
 
+def test_a_field_that_a_run_does_not_have_is_as_it_was_before_it_came():
+    said = ({}, {"load_best": False}, {"load_best": True})
+    old, new, taken = ({"checkpoint": {"keep_last": 2, **more}} for more in said)
+    assert set_apart([old, new, {}]) == ["", "", ""]
+    assert set_apart([{}, old, taken]) == ["", "checkpoint.load_best=false", "checkpoint.load_best=true"]
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     for folder, words in ((tmp_path, "holds no run"), (tmp_path / "x", "is no folder")):
         with pytest.raises(ConfigError, match=words):
