@@ -112,16 +112,21 @@ def state(files: RunFiles, works: bool) -> str:
 
 
 def lowest(files: dict[str, RunFiles]) -> str:
-    """Which run has the lowest held-out loss; nothing where they were not asked about the same tokens and objective."""
+    """Which run has the lowest held-out loss; nothing where the losses are of other rows or by another measure."""
     losses = {name: number(dig(each.evaluation, "after.held_out.loss")) for name, each in files.items()}
     known = {name: loss for name, loss in losses.items() if loss is not None}
-    asked = {
-        (dig(files[name].evaluation, "before.held_out.loss"), files[name].job("objective")) for name in known
-    }  # fmt: skip
-    if len(known) < 2 or len(asked) > 1:
+    if len(known) < 2 or len({_measured_by(files[name]) for name in known}) > 1:
         return ""
     best = min(known, key=known.__getitem__)
     return f"lowest held-out loss: {known[best]:.4f}, {best}"
+
+
+def _measured_by(files: RunFiles) -> str:
+    """Equal for losses that can be compared. The loss before training tells rows apart, but not of preferences: there
+    it is one number (dpo, kto) or depends on beta."""
+    objective = files.job("objective")
+    besides = [] if objective == "sft" else [files.job("preference"), files.job("data")]
+    return repr([dig(files.evaluation, "before.held_out.loss"), objective, *besides])
 
 
 def _held_out(files: RunFiles) -> float | None:

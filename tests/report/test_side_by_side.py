@@ -55,6 +55,15 @@ def test_losses_of_other_held_out_data_are_not_compared(tmp_path, capsys):
     assert "lowest" not in capsys.readouterr().out
 
 
+def test_losses_of_preferences_are_compared_where_the_rows_and_beta_are_the_same(tmp_path, capsys):
+    same = {"objective": "dpo", "preference": {"beta": 0.1}, "data": {"path": "a.jsonl"}}  # log 2 before, of any rows
+    for name, other in (("a", {}), ("b", {"seed": 2}), ("c", {"data": {"path": "b.jsonl"}}), ("d", {"preference": {}})):
+        a_run(tmp_path / name, before=0.6931, **same | other)
+    for folders, told in ((["a", "b"], True), (["a", "c"], False), (["a", "d"], False)):
+        show_runs([tmp_path / name for name in folders], Console())
+        assert ("lowest" in capsys.readouterr().out) is told
+
+
 @pytest.mark.parametrize(
     "stages, result, words",
     [
