@@ -19,9 +19,11 @@ class _Generation(Extension):
 
 
 def broken(template: str) -> str | None:
-    """What is wrong with the text, and in which line; None where nothing is."""
+    """What is wrong with the text, and in which line where Jinja says so; None where nothing is."""
     try:
         Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]).from_string(template)
     except TemplateSyntaxError as error:
         return f"is broken in line {error.lineno}: {error.message}"
+    except (SyntaxError, ValueError, RecursionError) as error:  # of the Python that it becomes: a break outside a loop
+        return f"is broken: {getattr(error, 'msg', error)}"
     return None

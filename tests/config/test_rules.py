@@ -420,6 +420,8 @@ def test_lora_settings_of_the_same_recipe_as_method_full_are_refused_with_their_
         (b" \n", "holds nothing"),
         (b"\xff\xfe{", "is no text in UTF-8"),
         (b"{{ messages }}\n{{ x | tojsn }}", "is broken in line 2: No filter named 'tojsn'."),
+        (b"{% if messages %}{% break %}{% endif %}", "is broken: 'break' outside loop"),
+        (b"{{ " + b"(" * 2000 + b")" * 2000 + b" }}", "is broken: maximum recursion depth exceeded"),
     ],
 )
 def test_a_chat_template_is_text(content: bytes, said: str, tmp_path: Path):
