@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,11 @@ from typing import Any
 from loadmaster import hub
 from loadmaster.config.schema import Job
 from loadmaster.errors import LoadmasterError
+from loadmaster.out_of_memory import ran_out
 from loadmaster.rundir import RunDir, newest_in
 
+LEAST_TEMPERATURE = 0.01
+"""Below, what scores are divided by takes them beyond a float."""
 HELP = "/clear begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
@@ -44,7 +48,7 @@ def chat(asked: argparse.Namespace, unknown: list[str]) -> int:
     """Answer on standard output, as the tokens come; what is not the model's goes to standard error.
 
     Raises LoadmasterError for a run without trained weights, ExportRejected for a format that is not there or not as it
-    was exported, and for a message that leaves the model no room to answer in.
+    was exported, and for a message that is no text or leaves the model no room to answer in.
     """
     if unknown:
         raise LoadmasterError(f"chat does not know {' '.join(unknown)}; --message TEXT takes the message")
@@ -52,15 +56,13 @@ def chat(asked: argparse.Namespace, unknown: list[str]) -> int:
         newest = newest_in(asked.run_dir) if asked.run_dir.is_dir() else None
         give = f"give one of those in it; the newest is {newest}" if newest else "give one whose train stage is done"
         raise LoadmasterError(f"{asked.run_dir} is no run directory: {give}")
+    text = _message(asked)
     hub.settle()
     asked.run_dir = asked.run_dir.absolute()
     model, tokenizer, system = _loaded(asked)
     talk = Talk(model, tokenizer, system, asked)
-    if asked.message is not None or not sys.stdin.isatty():
-        text = sys.stdin.read() if asked.message is None else asked.message
-        if not text.strip():
-            raise LoadmasterError("there is no message to answer: --message TEXT, or text on standard input")
-        talk.say(text.strip() if asked.message is None else text)
+    if text is not None:
+        talk.say(text)
         return 0
     _tell(HELP)
     for text in _typed():
@@ -68,12 +70,35 @@ def chat(asked: argparse.Namespace, unknown: list[str]) -> int:
             talk.clear()
         elif text:
             try:
-                talk.say(text)
+                talk.say(_as_text(text))
             except KeyboardInterrupt:
                 _tell("\n(stopped; this message and its answer are forgotten)")
             except LoadmasterError as error:
                 _tell(str(error))
     return 0
+
+
+def _message(asked: argparse.Namespace) -> str | None:
+    """What is to be answered; None where somebody is there to type it."""
+    _as_text(asked.system or "")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as the words of a command line
+    if asked.message is None and sys.stdin is not None and sys.stdin.isatty():
+        return None
+    text = asked.message
+    if text is None:
+        text = sys.stdin.read().strip() if sys.stdin is not None else ""
+    if not text.strip():
+        raise LoadmasterError("there is no message to answer: --message TEXT, or text on standard input")
+    return _as_text(text)
+
+
+def _as_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise LoadmasterError("what is said has bytes that are no UTF-8 text") from None
+    return text
 
 
 class Talk:
@@ -101,10 +126,16 @@ class Talk:
             raise LoadmasterError(
                 f"{len(prompt):,} tokens leave no room for an answer in the {longest:,} that the model knows"
             )
-        ids = answer(
-            self.model, self.tokenizer, prompt, min(room, self.asked.max_new_tokens), self.asked.temperature,
-            _printer(self.tokenizer, set(stop_ids(self.model, self.tokenizer))),
-        )  # fmt: skip
+        try:
+            ids = answer(
+                self.model, self.tokenizer, prompt, min(room, self.asked.max_new_tokens), self.asked.temperature,
+                _printer(self.tokenizer, set(stop_ids(self.model, self.tokenizer))),
+            )  # fmt: skip
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            fix = "/clear, a shorter message, or a smaller --max-new-tokens"
+            raise LoadmasterError(f"the GPU has too little memory for so long a conversation: {fix}") from error
         said = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if self.tokenizer.chat_template:
             self.messages = [*messages, {"role": "assistant", "content": said}]
@@ -183,9 +214,14 @@ def _system(job: Job) -> str | None:
     """What conversations began with in training: data.system, or else the first row's own system message."""
     from loadmaster.data.reading import first_conversation
 
-    first = None if job.data.system else first_conversation(job)
-    if not first or not first.messages or first.messages[0]["role"] != "system":
+    if job.data.system:
         return job.data.system
+    first = first_conversation(job)
+    if first is None:
+        _tell("the training rows cannot be read here, so there is no system message (--system TEXT for one)")
+        return None
+    if not first.messages or first.messages[0]["role"] != "system":
+        return None
     _tell(f"system message of the first training row (--system TEXT for another): {first.messages[0]['content']}")
     return first.messages[0]["content"]
 
@@ -201,8 +237,8 @@ def _temperature(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no temperature: 0 or more")
+    if value and not LEAST_TEMPERATURE <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no temperature: 0, or {LEAST_TEMPERATURE} or more")
     return value
 
 

@@ -114,6 +114,8 @@ def test_what_is_piped_in_is_one_message(run, monkeypatch, capsys):
     [
         (["--message", "a " * 3000], "leave no room for an answer in the 2,048 that the model knows"),
         (["--message", " "], "no message to answer"),
+        (["--message", "caf\udce9"], "no UTF-8 text"),
+        (["--message", "Hello", "--system", "caf\udce9"], "no UTF-8 text"),
         (["--format", "fp8", "--message", "Hello"], "has no export fp8; it has bf16"),
         (["--format", "gguf", "--message", "Hello"], "llama-cli -m"),
         (["Hello"], "--message TEXT takes the message"),
@@ -122,6 +124,39 @@ def test_what_is_piped_in_is_one_message(run, monkeypatch, capsys):
 def test_what_is_refused(run, capsys, words, reason):
     assert main(["chat", str(run), *words]) != 0
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "piped, reason",
+    [(None, "no message to answer"), (io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"), "no UTF-8 text")],
+)
+def test_what_is_piped_in_is_refused_before_a_model_is_loaded(piped, reason, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr("sys.stdin", piped)
+    assert main(["chat", str(tmp_path)]) != 0
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", ["-1", "1e-40", "nan", "inf", "warm"])
+def test_a_temperature_is_one_that_scores_can_be_divided_by(temperature, capsys):
+    with pytest.raises(SystemExit):
+        main(["chat", "runs", "--temperature", temperature])
+    assert "is no temperature: 0, or 0.01 or more" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_in_an_answer_is_told_and_rows_that_are_gone_too(run, tmp_path, monkeypatch, capsys):
+    for name in ("adapter", "plan.json", "stages.json"):
+        (tmp_path / name).symlink_to(run / name)
+    config = (run / "config.yaml").read_text().replace(f"system: {SYSTEM['content']}", "")
+    (tmp_path / "config.yaml").write_text(config.replace("shipped:tickets/train.jsonl", "gone.jsonl"))
+
+    def full(*arguments):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(sys.modules["loadmaster.evaluation.generate"], "answer", full)
+    assert main(["chat", str(tmp_path), "--message", "Hello"]) != 0
+    said = capsys.readouterr().err
+    assert "training rows cannot be read here" in said and "too little memory for so long a conversation" in said
 
 
 def test_a_folder_that_is_no_run_and_a_run_without_weights_are_refused(run, tmp_path, capsys):

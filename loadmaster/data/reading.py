@@ -92,7 +92,7 @@ def first_conversation(job: Job) -> Conversation | None:
     if not all(os.path.exists(resolve_path(path)) for path in job.data.paths):
         return None
     reading = Reading(format="" if job.data.format == "auto" else job.data.format)
-    with suppress(DataError):
+    with suppress(DataError, OSError):
         for raw in islice(open_source(job.data.paths).rows(), FIRST_ROWS):
             if job.data.columns and isinstance(raw.value, dict):
                 raw = replace(raw, value=renamed(raw.value, job.data.columns))
