@@ -21,6 +21,7 @@ from loadmaster.errors import ConfigError
 from loadmaster.evaluation.mode import evaluating
 from loadmaster.models.attention import cached_attention
 from loadmaster.models.forward import causal_lm, decoder_layers
+from loadmaster.out_of_memory import ran_out
 from loadmaster.preflight.answers import answer_bytes
 from loadmaster.preflight.config_json import from_config
 from loadmaster.training.world import World
@@ -85,8 +86,8 @@ def generate_ids(
                     new_ids = _generate_batch(
                         model, [prompts[i] for i in now], stops, _pad_id(tokenizer), max_new_tokens, in_step
                     )
-                except torch.OutOfMemoryError:
-                    if len(now) == 1 or in_step:  # the others wait for this rank's part of a layer
+                except RuntimeError as error:
+                    if not ran_out(error) or len(now) == 1 or in_step:  # others wait for this rank's part of a layer
                         raise
                     at_a_time = len(now) // 2
                     continue
