@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 NVML = "libnvidia-ml.so.1"
+MOST_PARTS = 7
+"""Of one GPU, by MIG."""
 
 
 def local_gpus() -> list[tuple[str, float, float]]:
     """(driver's name, total memory in GiB, compute capability) of each visible GPU, in CUDA's order; empty without a
-    driver. Of a part of a GPU (MIG) its own memory."""
+    driver. Of a part of a GPU (MIG) its own memory: CUDA shows a process one, and where no other is named the first."""
     try:
         nvml = ctypes.CDLL(NVML)
     except OSError:
@@ -24,8 +26,8 @@ def local_gpus() -> list[tuple[str, float, float]]:
         return []
     try:
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        parts = (chosen or "").startswith("MIG-")
-        handles = _parts(nvml, chosen.split(",")) if parts else _whole(nvml, chosen)
+        by_part = (chosen or "").startswith("MIG-")
+        handles = _part(nvml, chosen.split(",")[0]) if by_part else _whole(nvml, chosen)
         cards = [_card(nvml, handle) for handle in handles]
         return [card for card in cards if card is not None]
     finally:
@@ -47,17 +49,28 @@ def _whole(nvml: Any, chosen: str | None) -> list[ctypes.c_void_p]:
             nvml.nvmlDeviceGetUUID(device, uuid, 96)
             handles.append(device)
             uuids.append(uuid.value.decode())
-    return [handles[number] for number in visible(chosen, uuids)]
+    shown = [handles[number] for number in visible(chosen, uuids)]
+    whole = [device for device in shown if not _is_divided(nvml, device)]
+    return whole or [part for device in shown for part in _first_part(nvml, device)][:1]
 
 
-def _parts(nvml: Any, uuids: list[str]) -> list[ctypes.c_void_p]:
-    handles = []
-    for uuid in uuids:
-        device = ctypes.c_void_p()
-        if nvml.nvmlDeviceGetHandleByUUID(uuid.strip().encode(), ctypes.byref(device)) != 0:
-            break
-        handles.append(device)
-    return handles
+def _is_divided(nvml: Any, device: ctypes.c_void_p) -> bool:
+    now, later = ctypes.c_uint(), ctypes.c_uint()
+    return nvml.nvmlDeviceGetMigMode(device, ctypes.byref(now), ctypes.byref(later)) == 0 and now.value == 1
+
+
+def _first_part(nvml: Any, device: ctypes.c_void_p) -> list[ctypes.c_void_p]:
+    """None where a GPU is to be divided and is not yet."""
+    for index in range(MOST_PARTS):
+        part = ctypes.c_void_p()
+        if nvml.nvmlDeviceGetMigDeviceHandleByIndex(device, index, ctypes.byref(part)) == 0:
+            return [part]
+    return []
+
+
+def _part(nvml: Any, uuid: str) -> list[ctypes.c_void_p]:
+    device = ctypes.c_void_p()
+    return [device] if nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(device)) == 0 else []
 
 
 def _card(nvml: Any, device: ctypes.c_void_p) -> tuple[str, float, float] | None:

@@ -160,7 +160,7 @@ class Driver:
 
     def nvmlDeviceGetHandleByUUID(self, uuid, device):
         device._obj.value = 3
-        return 0 if uuid == b"MIG-cc" else 2
+        return 0 if uuid.startswith(b"MIG-cc") else 2
 
     def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, device, whole):
         whole._obj.value = 2
@@ -185,12 +185,33 @@ class Driver:
 
 @pytest.mark.parametrize(
     ("chosen", "name", "gib", "capability"),
-    [("GPU-b", "NVIDIA A100-SXM4-80GB", 80, 8.0), ("MIG-cc", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", 10, 8.0)],
-)
+    [
+        ("GPU-b", "NVIDIA A100-SXM4-80GB", 80, 8.0), ("MIG-cc", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", 10, 8.0),
+        ("MIG-cc,MIG-cc2", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", 10, 8.0),
+    ],
+)  # fmt: skip
 def test_a_card_or_a_part_of_one_that_is_chosen_by_uuid_is_planned_for(monkeypatch, chosen, name, gib, capability):
     monkeypatch.setattr(nvml.ctypes, "CDLL", lambda _: Driver())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert nvml.local_gpus() == [(name, gib, capability)]
+
+
+@pytest.mark.parametrize(("chosen", "gib"), [("1", [10]), (None, [24])])
+def test_of_a_gpu_that_is_divided_the_first_part_is_planned_for_where_no_whole_one_is_shown(monkeypatch, chosen, gib):
+    class Divided(Driver):
+        def nvmlDeviceGetMigMode(self, device, now, later):
+            now._obj.value = device.value == 2
+            return 0
+
+        def nvmlDeviceGetMigDeviceHandleByIndex(self, device, index, part):
+            part._obj.value = 3
+            return 0 if index == 2 else 6  # NVML_ERROR_NOT_FOUND
+
+    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda _: Divided())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert [memory for _, memory, _ in nvml.local_gpus()] == gib
 
 
 def test_a_card_whose_memory_the_driver_does_not_tell_is_none(monkeypatch):
