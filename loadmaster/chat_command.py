@@ -172,9 +172,7 @@ def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, str | None]:
 
     from loadmaster.config.compose import read_job
     from loadmaster.export.loading import load_adapter, load_export
-    from loadmaster.export.manifest import exported
     from loadmaster.export.room import beside_weights, spread_over
-    from loadmaster.export.served.check import exported as as_exported
     from loadmaster.export.served.check import folder_of_paths
     from loadmaster.models.frozen import frozen_form, round_inputs
     from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
@@ -185,29 +183,40 @@ def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, str | None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     job, plan = read_job(asked.run_dir / "config.yaml", to_run=False).job, Plan.read(asked.run_dir / "plan.json")
-    spread = spread_over(device_type(plan, job.hardware.gpu), None, *beside_weights(plan), 0.0)
+    folder = _weights(asked)
+    by_itself = folder is not None and not (folder / "adapter_config.json").is_file()
     with chdir(folder_of_paths(asked.run_dir)):
-        base, system = resolve_base(job.model).absolute(), _system(job) if asked.system is None else asked.system
+        system = _system(job) if asked.system is None else asked.system
+        base = folder if by_itself else resolve_base(job.model).absolute()
+    spread = spread_over(device_type(plan, job.hardware.gpu), None, *beside_weights(plan), 0.0)
     if asked.format is not None:
-        if asked.format == "gguf":
-            raise LoadmasterError(f"llama.cpp runs it: llama-cli -m {asked.run_dir / 'export' / 'gguf'}/*.gguf")
-        as_exported(asked.run_dir, [asked.format])
-        folder = asked.run_dir / "export" / asked.format
-        if asked.format == "adapter":
-            return load_adapter(base, folder, spread), load_tokenizer(folder), system
-        return load_export(folder, spread), load_tokenizer(folder), system
-    frozen = frozen_form(plan.method, plan.precision)
-    how: dict[str, Any] = {"dtype": DTYPES[plan.precision], "device": spread, "frozen": frozen}
-    if asked.base:
-        model = load_base(base, **how).eval()
-    else:
-        run = RunDir(asked.run_dir, "")
-        if not run.holds_trained():
-            made = f"; it has exports: {', '.join(names)}" if (names := exported(asked.run_dir)) else ""
-            raise LoadmasterError(f"{asked.run_dir} has no trained weights yet: its train stage is not done{made}")
-        model = load_trained(base, run.trained, **how)
+        model = load_export(folder, spread) if by_itself else load_adapter(base, folder, spread)
+        return model, load_tokenizer(folder), system
+    how: dict[str, Any] = {
+        "dtype": DTYPES[plan.precision], "device": spread, "frozen": frozen_form(plan.method, plan.precision)
+    }  # fmt: skip
+    model = load_base(base, **how).eval() if folder is None else load_trained(base, folder, **how)
     round_inputs(model, False)
     return model, load_tokenizer(base), system
+
+
+def _weights(asked: argparse.Namespace) -> Path | None:
+    """The folder of the weights that are asked for; None for those of the base."""
+    from loadmaster.export.manifest import exported
+    from loadmaster.export.served.check import exported as as_exported
+
+    if asked.base:
+        return None
+    if asked.format == "gguf":
+        raise LoadmasterError(f"llama.cpp runs it: llama-cli -m {asked.run_dir / 'export' / 'gguf'}/*.gguf")
+    if asked.format is not None:
+        as_exported(asked.run_dir, [asked.format])
+        return asked.run_dir / "export" / asked.format
+    if not (run := RunDir(asked.run_dir, "")).holds_trained():
+        made = f"; it has exports: {', '.join(names)} (--format)" if (names := exported(asked.run_dir)) else ""
+        why = f"its train stage is not done, or ran elsewhere{made}"
+        raise LoadmasterError(f"{asked.run_dir} has no trained weights: {why}")
+    return run.trained
 
 
 def _system(job: Job) -> str | None:

@@ -144,6 +144,20 @@ def test_a_temperature_is_one_that_scores_can_be_divided_by(temperature, capsys)
     assert "is no temperature: 0, or 0.01 or more" in capsys.readouterr().err
 
 
+def test_an_export_that_was_brought_home_is_asked_without_its_base(run, tiny, tmp_path, capsys):
+    for name in ("export", "plan.json", "stages.json"):
+        (tmp_path / name).symlink_to(run / name)
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(tiny), "/nowhere/base"))
+    words = ["--message", "Hello", "--max-new-tokens", "6"]
+    assert main(["chat", str(tmp_path), "--format", "bf16", *words]) == 0
+    model = load_export(run / "export" / "bf16", "cpu")
+    assert capsys.readouterr().out == said(model, load_tokenizer(tiny), SYSTEM, HELLO) + "\n"
+    assert main(["chat", str(tmp_path), *words]) != 0
+    assert "or ran elsewhere; it has exports: bf16 (--format)" in capsys.readouterr().err
+    assert main(["chat", str(tmp_path), "--base", *words]) != 0
+    assert "/nowhere/base is not a folder" in capsys.readouterr().err
+
+
 def test_memory_that_runs_out_in_an_answer_is_told_and_rows_that_are_gone_too(run, tmp_path, monkeypatch, capsys):
     for name in ("adapter", "plan.json", "stages.json"):
         (tmp_path / name).symlink_to(run / name)
