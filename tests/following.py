@@ -20,7 +20,7 @@ def main(how: str) -> int:
         if os.environ["RANK"] == "2":
             return 0
         try:
-            meet(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), patience_s=8.0)
+            meet(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "here", patience_s=8.0)
         except LoadmasterError as error:
             print(error)
             return error.exit_code

@@ -7,6 +7,7 @@ MASTER_PORT); without them it is this one process, which needs no process group 
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import socket
 import threading
@@ -32,6 +33,8 @@ JOIN_S = 600.0
 """Longest wait for all processes to come."""
 QUIET_S = 2.0
 """Longest wait at the end for the communication's threads to be done."""
+_meetings = itertools.count(1)
+"""Of this process; each job of a sweep has one, and a place of its own: torchrun keeps what was said at the last."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,10 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
         # A minute after NCCL has lost a peer it would abort the process, when the watchdog is about to say who is gone.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     world = World(rank, size, local_rank, local_size, device)
-    store = None if dist.is_initialized() else dist.PrefixStore("loadmaster/group", meet(rank, size))
+    store = None
+    if not dist.is_initialized():
+        place = f"loadmaster/group/{next(_meetings)}"
+        store = dist.PrefixStore(place, meet(rank, size, place))
     atexit.register(quiet)
     try:
         if store is not None:
@@ -181,8 +187,10 @@ def refuse_uneven(counts: Sequence[int]) -> None:
         )
 
 
-def meet(rank: int, size: int, patience_s: float = JOIN_S) -> dist.Store:
+def meet(rank: int, size: int, place: str, patience_s: float = JOIN_S) -> dist.Store:
     """The store at MASTER_ADDR:MASTER_PORT once all have come there: torchrun's agent keeps it, else rank 0 does.
+
+    place: what the names begin with by which they know each other.
 
     Raises LoadmasterError that names the ranks that did not come.
     """
@@ -190,7 +198,7 @@ def meet(rank: int, size: int, patience_s: float = JOIN_S) -> dist.Store:
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     await_address(host)
     patience = timedelta(seconds=patience_s)
-    keys = [f"loadmaster/here/{other}" for other in range(size)]
+    keys = [f"{place}/here/{other}" for other in range(size)]
     try:
         store = dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=patience, multi_tenant=True)
         store.set(keys[rank], "")

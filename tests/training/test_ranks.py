@@ -188,12 +188,29 @@ def test_who_is_gone_says_the_watchdog_and_not_an_abort_of_nccl(monkeypatch):
     monkeypatch.delenv(name)
     monkeypatch.setattr(world.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(world.torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(world, "meet", lambda rank, size: dist.HashStore())
+    monkeypatch.setattr(world, "meet", lambda rank, size, place: dist.HashStore())
     monkeypatch.setattr(world, "refuse_mixed", lambda *_: None)
     monkeypatch.setattr(world.World, "gather", lambda self, mine: [mine] * 2)
     monkeypatch.setattr(dist, "init_process_group", lambda *words, **_: seen.update(os.environ, backend=words[0]))
     assert str(world.join("cuda").device) == "cuda:1"
     assert (seen["backend"], seen[name]) == ("cpu:gloo,cuda:nccl", "0")
+
+
+def test_jobs_of_a_sweep_meet_apart_where_torchrun_keeps_what_was_said(monkeypatch):
+    """Its second job found the addresses of the first one's ranks, and waited for them."""
+    from loadmaster.training import world
+
+    kept, met = dist.HashStore(), []
+    for variable, value in ranks("0", "2", "0", "2", "127.0.0.1", "1").items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(world, "meet", lambda rank, size, place: kept)
+    monkeypatch.setattr(world, "refuse_mixed", lambda *_: None)
+    monkeypatch.setattr(world.World, "gather", lambda self, mine: [mine] * 2)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, store, **__: met.append(store))
+    for _ in range(2):
+        world.join("cpu")
+    met[0].set("address", "of a rank that is gone")
+    assert met[0].check(["address"]) and not met[1].check(["address"])
 
 
 @pytest.mark.slow
