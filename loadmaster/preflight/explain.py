@@ -216,7 +216,7 @@ def about_limits(job: Job, hours: float | None, usd_per_hour: float | None) -> l
     limit = min(pays_for, key=pays_for.__getitem__, default="")
     if not limit or pays_for[limit] >= hours:
         return []
-    ends = f"{limit} stops the run after {pays_for[limit]:.2f} of these {hours:.2f} hours, with a checkpoint"
+    ends = f"{limit} stops the run after {pays_for[limit] / hours:.0%} of these {hours:.2f} hours, with a checkpoint"
     return [f"{ends}: the same command goes on"]
 
 

@@ -324,13 +324,14 @@ def test_a_limit_of_time_or_money_that_the_run_does_not_keep_is_said() -> None:
     asked = job(LLAMA + "8B", "lora", "h200")
     whole = make_plan(asked, 10**8)
     for limits, said in (
-        ({"max_usd": whole.cost_usd / 2}, "launch.max_usd"),
+        ({"max_usd": whole.cost_usd / 200}, "launch.max_usd"),
         ({"max_usd": whole.cost_usd + 1}, None),
-        ({"max_hours": whole.hours / 3, "max_usd": whole.cost_usd / 2}, "launch.max_hours"),
+        ({"max_hours": whole.hours / 200, "max_usd": whole.cost_usd / 2}, "launch.max_hours"),
         ({"max_usd": 1.0, "name": "runpod"}, None),
     ):
         reasons = make_plan(replace(asked, launch=LaunchConfig(**limits)), 10**8).reasons
-        assert [reason.partition("=")[0] for reason in reasons if "stops the run" in reason] == ([said] if said else [])
+        told = [reason.partition("=")[0] for reason in reasons if "stops the run after 0% of these" in reason]
+        assert told == ([said] if said else []) and len(told) == sum("stops the run" in reason for reason in reasons)
 
 
 def test_rented_memory_is_used_for_speed() -> None:
