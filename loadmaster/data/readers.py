@@ -156,10 +156,10 @@ def _elements(text: str, position: int, name: str) -> Generator[RawRow, None, in
     """
     decode = json.JSONDecoder(object_pairs_hook=_named_once).raw_decode
     is_one_line = "\n" not in text.strip()
-    line, counted, number = 1, 0, 0
+    line, searched, number = 1, 0, 0
     while True:
         position = _skip_space(text, position)
-        line, counted, number = line + text.count("\n", counted, position), position, number + 1
+        line, searched, number = line + text.count("\n", searched, position), position, number + 1
         origin = f"{name}:{number if is_one_line else line}"
         if text[position : position + 1] == "]":
             return position + 1
@@ -174,7 +174,7 @@ def _elements(text: str, position: int, name: str) -> Generator[RawRow, None, in
         if follows == ",":
             position += 1
         elif follows != "]":
-            line += text.count("\n", counted, position)
+            line += text.count("\n", searched, position)
             place = number + 1 if is_one_line else line
             found = "the file ends" if not follows else f"{follows!r} stands"
             reason = f"broken JSON: {found} where a comma or ] must; the rest of the file cannot be read"
