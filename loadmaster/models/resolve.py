@@ -29,7 +29,8 @@ def resolve_base(model: ModelConfig) -> Path:
     links to them and that template.
 
     Looked for at model.path, on the Hub (or in its cache), and in model.package, in this order.
-    Raises ConfigError when model.path is not such a folder, LoadmasterError when nothing is to be had.
+    Raises ConfigError when model.path is not such a folder or model.chat_template cannot be read, LoadmasterError when
+    nothing is to be had.
     """
     folder = _as_it_is(model)
     return folder if model.chat_template is None else _with_template(folder, local_path(model.chat_template))
@@ -37,7 +38,12 @@ def resolve_base(model: ModelConfig) -> Path:
 
 def _with_template(folder: Path, template: Path) -> Path:
     """Ends in the same two names as `folder`, by which `base_revision` knows a snapshot of the Hub."""
-    text, there = template.read_bytes(), Path(os.path.abspath(folder))
+    try:
+        text, there = template.read_bytes(), Path(os.path.abspath(folder))
+    except OSError as error:  # of a run that is asked later, or elsewhere
+        message = f"cannot be read here ({error.strerror})"
+        remedy = "put the file back that the run was trained with"
+        raise ConfigError([Problem("model.chat_template", str(template), IN_THE_JOB, message, remedy)]) from None
     files = sorted(file for file in there.iterdir() if file.is_file() and file.name != TEMPLATE)
     key = sha256_json([[str(file) for file in files], hashlib.sha256(text).hexdigest()])[:16]
     target = cache_root() / "models" / f"template-{key}" / there.parent.name / there.name

@@ -14,7 +14,7 @@ import pytest
 from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
 from loadmaster.data.cache import cache_folder
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.files import cache_root, publish_folder
 from loadmaster.models import gguf
 from loadmaster.models.gguf import convert_package
@@ -34,6 +34,12 @@ def test_a_model_that_the_hub_may_not_be_asked_for_says_so(monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(LoadmasterError, match=r"nor to be fetched \(HF_HUB_OFFLINE is set\)"):
         resolve_base(ModelConfig(name="somebody/nothing"))
+
+
+def test_a_chat_template_that_is_gone_since_the_run_is_named(smollm2, tmp_path) -> None:
+    gone = ModelConfig(path=str(smollm2), chat_template=str(tmp_path / "gone.jinja"))
+    with pytest.raises(ConfigError, match=r"(?s)gone\.jinja.*cannot be read here"):
+        resolve_base(gone)
 
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
