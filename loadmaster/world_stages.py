@@ -251,16 +251,18 @@ class StageRun:
         trained_folder = next(p for p in (self.run_dir / "adapter", self.run_dir / "model") if p.is_dir())
         watch.at(0, "load")
         whole = trained_folder.name == "model"
-        model, loss = self._strategy().for_evaluation(self.materials.base_folder, None if whole else trained_folder)
+        strategy = self._strategy()
+        model, loss = strategy.for_evaluation(self.materials.base_folder, None if whole else trained_folder)
         watch.at(0, "evaluate")
         with nullcontext() if whole else model.disable_adapter():
             self._ask_reference(loss)
             before = self._evaluate_model(model, loss, watch)
         if whole:
+            strategy.let_go(loss)
             del model, loss
             gc.collect()
             watch.at(0, "load")
-            model, loss = self._strategy().for_evaluation(self.materials.base_folder, trained_folder)
+            model, loss = strategy.for_evaluation(self.materials.base_folder, trained_folder)
             watch.at(0, "evaluate")
         after = self._evaluate_model(model, loss, watch)
         if self.world.lead:

@@ -106,3 +106,6 @@ class Strategy:
         else:
             model = load_trained(base_folder, trained_folder, *how)
         return model, self.loss(model)
+
+    def let_go(self, loss: nn.Module) -> None:
+        """Before what `for_evaluation` gave is dropped: free what would stay."""

@@ -35,7 +35,7 @@ from loadmaster.preflight.zero_settings import ZERO, deepspeed_config, max_live
 from loadmaster.training.flat import Cut, FlatPlaced
 from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
-from loadmaster.training.zero_patches import add_biases_once, gather_apart
+from loadmaster.training.zero_patches import add_biases_once, forget_modules, gather_apart
 
 
 def refuse_missing_deepspeed(plan: Plan) -> None:
@@ -180,6 +180,7 @@ class Zero(Strategy):
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed takes the mean over ranks of what is to be summed.
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        forget_modules()
 
     def settle(self, loss: nn.Module) -> None:
         """Wait for weights that a forward pass has gathered ahead, and drop them: those on their way can be neither
@@ -215,6 +216,13 @@ class Zero(Strategy):
         for name, parameter in engine.named_parameters():
             self._check_cut(name, parameter)
         return model.eval(), engine
+
+    def let_go(self, loss: nn.Module) -> None:
+        """DeepSpeed keeps every module that it has run under zero3, so this one's weights are taken from it."""
+        if self.stage == 3:
+            loss.optimizer.partition_all_parameters()
+            for parameter in loss.parameters():
+                parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
 
 
 def elements(parameter: nn.Parameter) -> int:

@@ -1,4 +1,4 @@
-"""What DeepSpeed's zero3 and torch's selective checkpoints, each right by itself, need to go together."""
+"""What DeepSpeed's zero3 and torch's checkpoints, each right by itself, need to go together."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ def gather_apart() -> None:
         its_own = getattr(DeepSpeedZeRoOffload, name)
         if its_own.__module__ != __name__:
             setattr(DeepSpeedZeRoOffload, name, _apart(its_own))
+
+
+def forget_modules() -> None:
+    """Let DeepSpeed forget which modules it takes to be running. What a checkpoint makes again ends as soon as all is
+    there, so the last modules of a layer never end for DeepSpeed: its list grew with each backward pass."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK.clear()
 
 
 def _apart(function: Callable[..., Any]) -> Callable[..., Any]:

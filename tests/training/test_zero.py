@@ -111,7 +111,7 @@ def test_only_matrices_decay_and_an_adapters_b_may_have_a_rate_of_its_own():
 @pytest.fixture(scope="module")
 def edges(tmp_path_factory, model):  # noqa: F811
     folder = tmp_path_factory.mktemp("zero")
-    cases = [case(f"{s}-{o}", "full", s, 2, offload=o) for s, o in SPREADS]
+    cases = [case(f"{s}-{o}", "full", s, 2, offload=o, checkpointing="full") for s, o in SPREADS]
     placed = [{**c, "model": str(model / "odd"), "out": str(folder / f"{c['name']}.json")} for c in cases]
     spawn(folder, "edges", placed, 2, module="tests.training.zero_rank")
     return {c["name"]: json.loads((folder / f"{c['name']}.json").read_text()) for c in cases}
@@ -130,3 +130,10 @@ def test_a_plan_that_deepspeed_does_not_follow_stops_the_run(edges, name):
     assert len(said) == (3 if name.startswith("zero3") else 2), said
     assert all(f"the plan says sharding={name.split('-')[0]} offload=" in each for each in said[:-1])
     assert "DeepSpeed does stage" in said[-1]
+
+
+@pytest.mark.parametrize("name", [f"{s}-{o}" for s, o in SPREADS if s == "zero3"])
+def test_deepspeed_keeps_nothing_of_a_backward_pass_or_of_a_model_that_is_gone(edges, name):
+    """Of checkpointed layers its list of running modules grew with each micro-batch, and the weights before training
+    stayed while those after it were evaluated."""
+    assert edges[name]["kept"] == [0, 0]

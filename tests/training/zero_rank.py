@@ -1,4 +1,5 @@
-"""One rank of the tests of ZeRO's edges: a step that is left out, and a plan that DeepSpeed does not follow.
+"""One rank of the tests of ZeRO's edges: a step that is left out, a plan that DeepSpeed does not follow, and what it
+keeps of models that are gone.
 
 python -m tests.training.zero_rank CASES.json
 """
@@ -6,15 +7,19 @@ python -m tests.training.zero_rank CASES.json
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero import parameter_offload
 
 from loadmaster.data import MicroBatch
 from loadmaster.errors import TrainingFailed
+from loadmaster.preflight import zero_settings
 from loadmaster.training.world import World, join, leave
 from loadmaster.training.zero import Zero
 from tests.training.parity import JOB, plan
@@ -68,12 +73,30 @@ def refusal(strategy: Zero) -> str:
     return "nothing"
 
 
+def kept(case: dict[str, Any], world: World) -> list[int]:
+    """(Modules that DeepSpeed takes to be running, tensors of a model that was evaluated and is gone.)"""
+    strategy = Zero(JOB, plan(case), world)
+    model, loss = strategy.for_evaluation(Path(case["model"]), None)
+    with torch.no_grad():
+        for _ in range(3):  # from the second on weights are gathered ahead
+            loss(batch(world.rank))
+    held = [weakref.ref(getattr(p, "ds_tensor", p).untyped_storage()) for p in model.parameters()]
+    strategy.let_go(loss)
+    running = len(parameter_offload.FWD_MODULE_STACK) - 1  # the root itself
+    del model, loss
+    gc.collect()
+    return [running, sum(each() is not None for each in held)]
+
+
 def main(path: str) -> None:
+    # Or zero3 would cut nothing of so small a model, and gather all of it ahead.
+    zero_settings.PERSISTENCE, zero_settings.PREFETCH_BUCKET = 600, 4000
     world = join("cpu", 300)
     for case in json.loads(Path(path).read_text()):
         _, good = train(case, world, bad=False)
         strategy, left_out = train(case, world, bad=True)
         found = {"good": good, "left_out": left_out, "said": disagreements(strategy)}
+        found["kept"] = kept(case, world)
         if world.lead:
             Path(case["out"]).write_text(json.dumps(found))
         world.barrier()
