@@ -35,7 +35,7 @@ from loadmaster.preflight.zero_settings import ZERO, deepspeed_config, max_live
 from loadmaster.training.flat import Cut, FlatPlaced
 from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
-from loadmaster.training.zero_patches import add_biases_once, forget_modules, gather_apart
+from loadmaster.training.zero_patches import add_biases_once, cut_again, forget_modules, gather_apart
 
 
 def refuse_missing_deepspeed(plan: Plan) -> None:
@@ -137,6 +137,8 @@ class Zero(Strategy):
             named = trainable(loss)
         basic = adamw(named, self.job.optimizer, self.job.lora.b_lr_ratio)
         self.engine, *_ = self.deepspeed.initialize(model=loss, optimizer=basic, config=config)
+        if self.stage == 3:
+            loss.register_forward_hook(cut_again)
         return self.engine
 
     def check(self, loss: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What DeepSpeed's zero3 and torch's checkpoints, each right by itself, need to go together."""
+"""What DeepSpeed's zero3 needs to go with torch's checkpoints, and with evaluations between two steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
@@ -42,6 +42,16 @@ def forget_modules() -> None:
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     FWD_MODULE_STACK.clear()
+
+
+def cut_again(loss: nn.Module, *_: Any) -> None:
+    """Of a forward pass without a backward one, for which DeepSpeed has the last layers stay whole: they would be so
+    beside the first ones of the next evaluation batch."""
+    if torch.is_grad_enabled():
+        return
+    whole = [p for p in loss.parameters() if p.ds_status.name == "AVAILABLE" and not p.ds_persist]
+    if whole:
+        whole[0].partition(whole)
 
 
 def _apart(function: Callable[..., Any]) -> Callable[..., Any]:

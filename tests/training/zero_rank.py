@@ -73,6 +73,14 @@ def refusal(strategy: Zero) -> str:
     return "nothing"
 
 
+def whole(strategy: Zero, world: World) -> int:
+    """Tensors that are whole after an evaluation batch, of those that are cut; others may be on their way."""
+    with torch.no_grad():
+        strategy.engine(batch(world.rank))
+    cut = [p for p in strategy.engine.parameters() if not getattr(p, "ds_persist", True)]
+    return sum(p.ds_status.name == "AVAILABLE" for p in cut)
+
+
 def kept(case: dict[str, Any], world: World) -> list[int]:
     """(Modules that DeepSpeed takes to be running, tensors of a model that was evaluated and is gone.)"""
     strategy = Zero(JOB, plan(case), world)
@@ -95,7 +103,7 @@ def main(path: str) -> None:
     for case in json.loads(Path(path).read_text()):
         _, good = train(case, world, bad=False)
         strategy, left_out = train(case, world, bad=True)
-        found = {"good": good, "left_out": left_out, "said": disagreements(strategy)}
+        found = {"good": good, "left_out": left_out, "whole": whole(strategy, world), "said": disagreements(strategy)}
         found["kept"] = kept(case, world)
         if world.lead:
             Path(case["out"]).write_text(json.dumps(found))
