@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--rows", type=_number_of_rows, default=3, help="rows to print (default 3)")
     data.set_defaults(run=_data)
     runs = commands.add_parser("runs", help="show runs side by side: what sets them apart and what came of each")
-    runs.add_argument("folders", type=Path, nargs="*", default=[Path("runs")], metavar="FOLDER",
+    runs.add_argument("folders", type=Path, nargs="*", metavar="FOLDER",
                       help="run directories, or folders of some (default: runs)")  # fmt: skip
     runs.set_defaults(run=_runs)
     chat_command.add_parser(commands)
@@ -284,11 +284,14 @@ def _plan_serving(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _runs(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from loadmaster.report.side_by_side import show_runs
+    from loadmaster.report.side_by_side import runs_in, show_runs
 
     if overrides:
         _parser().error(f"runs does not know {' '.join(overrides)}")
-    show_runs(arguments.folders, Output())
+    if not arguments.folders and not runs_in(Path("runs")):
+        print("no runs yet: train.py puts them in runs/, from where it is started")
+        return 0
+    show_runs(arguments.folders or [Path("runs")], Output())
     return 0
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from loadmaster.cli import main
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError
 from loadmaster.report.side_by_side import set_apart, show_runs, show_sweep
@@ -123,6 +124,13 @@ def test_runs_are_one_whichever_way_their_folders_are_named(tmp_path, monkeypatc
         a_run(tmp_path / "mine" / name)
     show_runs([Path("mine"), tmp_path / "mine/other", Path("mine/../mine")], Console())
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "one", "other", "lowest"]
+
+
+def test_where_nothing_was_trained_yet_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs"]) == 0 and capsys.readouterr().out.startswith("no runs yet")
+    a_run(tmp_path / "runs/smoke/a")
+    assert main(["runs"]) == 0 and "evaluate done" in capsys.readouterr().out
 
 
 def test_a_sweep_shows_its_own_runs(tmp_path, monkeypatch, capsys):
