@@ -60,7 +60,7 @@ def _is_divided(nvml: Any, device: ctypes.c_void_p) -> bool:
 
 
 def _first_part(nvml: Any, device: ctypes.c_void_p) -> list[ctypes.c_void_p]:
-    """None where a GPU is to be divided and is not yet."""
+    """Empty where a GPU is to be divided and is not yet."""
     for index in range(MOST_PARTS):
         part = ctypes.c_void_p()
         if nvml.nvmlDeviceGetMigDeviceHandleByIndex(device, index, ctypes.byref(part)) == 0:
