@@ -19,7 +19,7 @@ MODES = (
 SAID = "Hello."
 
 
-HANG_S = 0.6
+HANG_S = 10.0
 
 
 def _key(messages: list[dict[str, Any]]) -> str:

@@ -24,7 +24,7 @@ from moto.server import create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 FAULTS = ("timeout", "429", "500", "malformed", "lost")
-HANG_S = 1.5
+HANG_S = 10.0
 LARGEST_PIECE = 500 * 10**6
 ACCESS, SECRET = "user_FAKE0ACCESS", "rps_FAKE0SECRET0THAT0NO0LOG0MAY0SHOW"
 

@@ -15,7 +15,7 @@ from loadmaster.launch.runpod.provider import Runpod
 from tests.launch.fake_runpod import FakeRunpod
 from tests.launch.pod_process import ProcessRunner
 
-QUICK = Patience(timeout_s=1.0, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
+QUICK = Patience(timeout_s=2.0, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
 SECRET = "hf_THE0SECRET0VALUE"
 STAND_IN = """
 import json, os, pathlib, signal, sys, time

@@ -38,7 +38,7 @@ SMOKE = [
         "tokens": 32, "max_tokens": 32, "finish_reason": "length",
     },
 ]  # fmt: skip
-QUICK = Patience(timeout_s=0.25, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
+QUICK = Patience(timeout_s=1.0, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
 CONFIG = {
     "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
@@ -149,7 +149,7 @@ def test_an_endpoint_whose_making_was_interrupted_is_looked_for_until_it_is_ther
 def try_deploy(run_dir, client, fake, volume, said, mode="good", faults=None, **options):
     with FakeInference(mode, answers=SMOKE) as data_plane:
         data_plane.faults = faults or {}
-        connect = lambda _: Inference(data_plane.urls, fake.key, poll_s=0.01, timeout_s=0.3)  # noqa: E731
+        connect = lambda _: Inference(data_plane.urls, fake.key, poll_s=0.01, timeout_s=1.0)  # noqa: E731
         try:
             return deploy(
                 order(run_dir, volume), client, connect, start_s=options.pop("start_s", 5.0), echo=said.append,

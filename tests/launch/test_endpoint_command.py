@@ -169,7 +169,7 @@ def test_mistakes_are_sentences(run_dir, account, capsys, monkeypatch) -> None: 
 
 
 def quick(fake: FakeRunpod) -> RunpodClient:
-    return RunpodClient(Api(fake.key, fake.url, Patience(timeout_s=0.3, attempts=4, first_wait_s=0.01)))
+    return RunpodClient(Api(fake.key, fake.url, Patience(timeout_s=1.0, attempts=4, first_wait_s=0.01)))
 
 
 @pytest.mark.slow

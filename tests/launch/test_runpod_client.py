@@ -29,7 +29,7 @@ from loadmaster.launch.runpod.types import (
 )
 from tests.launch.fake_runpod import FAULTS, FakeRunpod
 
-QUICK = Patience(timeout_s=0.25, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
+QUICK = Patience(timeout_s=1.0, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
 A100 = "NVIDIA A100-SXM4-80GB"
 
 

@@ -45,7 +45,7 @@ def manifested(folder: Path) -> Path:
     return folder
 
 
-def connect(attempts: int = 4, read_timeout_s: float = 0.5) -> Bucket:
+def connect(attempts: int = 4, read_timeout_s: float = 1.0) -> Bucket:
     return Bucket("vol1", "EU-RO-1", PART, attempts, read_timeout_s)
 
 
@@ -56,7 +56,7 @@ def sent(artifact: Path, said: list[str] | None = None, **options) -> int:
 
 @pytest.fixture(autouse=True)
 def without_waits(monkeypatch) -> None:
-    monkeypatch.setattr(bucket_module, "COMPLETE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(bucket_module, "COMPLETE_TIMEOUT_S", 1.0)
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.01)
 
 
@@ -138,7 +138,7 @@ def test_parts_of_an_earlier_file_are_not_joined_into_this_one(s3, artifact) -> 
 def test_a_failure_of_any_call_changes_nothing_of_the_result(s3, artifact, kind) -> None:
     sent(artifact)
     total = len(s3.calls)
-    with connect(read_timeout_s=0.25) as bucket:
+    with connect(read_timeout_s=1.0) as bucket:
         for number in range(1, total + 1):
             for name in list(s3.objects("vol1")):
                 s3.remove("vol1", name)
