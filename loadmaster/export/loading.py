@@ -30,7 +30,7 @@ def load_export(folder: Path, device: str | Spread) -> nn.Module:
     quantization = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.bfloat16, attn_implementation=PACKED, use_safetensors=True, output_loading_info=True,
-        ignore_mismatched_sizes=True, **quantization,  # named below instead
+        ignore_mismatched_sizes=True, trust_remote_code=False, **quantization,  # named below instead
         **placed_by(folder, torch.bfloat16, device),
     )  # fmt: skip
     _refuse_loose_tensors({kind: sorted(map(str, info[kind])) for kind in LOOSE if info.get(kind)})

@@ -29,11 +29,14 @@ PROBE = "We'd 2,048 of them (1999-12-31).\n\n\tdef  f(x):\r\n    return x**2  # 
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's own tokenizer; it gets a padding token when it has none. Raises LoadmasterError."""
+    """The model's own tokenizer; it gets a padding token when it has none. Raises LoadmasterError.
+
+    trust_remote_code=False, here and below: without it transformers asks on standard input, and a y runs the code.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         if not _splits_as_its_file(tokenizer, folder / "tokenizer.json"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # each kind of tokenizer fails in its own way
@@ -91,6 +94,7 @@ def load_base(
             **placed_by(folder, dtype, device, frozen, beside),
             attn_implementation=PACKED,
             use_safetensors=True,
+            trust_remote_code=False,
             quantization_config=FrozenConfig(frozen) if frozen else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told below
@@ -118,7 +122,7 @@ def refuse_unknown_type(folder: Path) -> None:
     import transformers
 
     try:
-        transformers.AutoConfig.from_pretrained(str(folder))
+        transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except ValueError as error:
         reason = str(error).partition(". ")[0]
         raise LoadmasterError(f"transformers {transformers.__version__} cannot load {folder}: {reason}") from error

@@ -38,7 +38,7 @@ def empty_model(folder: Path, dtype: torch.dtype, frozen: str | None = None) -> 
 
     refuse_unknown_type(folder)
     quicken()
-    config = AutoConfig.from_pretrained(str(folder))
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     with init_empty_weights(include_buffers=False), knowing_packed_attention(folder):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
     model.tie_weights()

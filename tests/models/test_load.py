@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from loadmaster.errors import LoadmasterError
+from loadmaster.export.loading import load_export
 from loadmaster.models.load import load_base, load_tokenizer
 from loadmaster.models.shards import empty_model
 
@@ -53,6 +54,30 @@ def test_a_family_whose_code_takes_no_other_attention_than_its_own_is_refused(lo
     (folder / "config.json").write_text(json.dumps({"model_type": "falcon", **sizes}))
     with pytest.raises(LoadmasterError, match=r"cannot be trained here: its family's code .*\n    fix: a model of"):
         load(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("named_in", "kind", "load"),
+    [
+        ("tokenizer_config.json", "AutoTokenizer", load_tokenizer),
+        ("config.json", "AutoConfig", partial(load_base, dtype=torch.float32, device="cpu")),
+        ("config.json", "AutoConfig", partial(empty_model, dtype=torch.float32)),
+        ("config.json", "AutoConfig", partial(load_export, device="cpu")),
+    ],
+)
+def test_code_beside_a_model_is_not_run_whatever_is_answered(named_in, kind, load, folder: Path, monkeypatch):
+    """Without trust_remote_code=False transformers asks on standard input, and takes what comes there for a yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    ran = folder / "ran"
+    (folder / "other.py").write_text(f"open({str(ran)!r}, 'w')\nclass Other: pass\n")
+    settings = json.loads((folder / named_in).read_text())
+    named = {"tokenizer_class": "Other", "auto_map": {kind: ["other.Other"] * 2}}
+    if kind == "AutoConfig":
+        named = {"model_type": "other", "auto_map": {kind: "other.Other"}}
+    (folder / named_in).write_text(json.dumps(settings | named))
+    with pytest.raises((LoadmasterError, ValueError), match="custom code"):
+        load(folder)
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("broken", ["gone", "cut"])
