@@ -12,7 +12,7 @@ from loadmaster.export.weights import tensor_names, weight_files
 from loadmaster.files import read_json
 from loadmaster.models.attention import PACKED
 from loadmaster.models.bf16_products import quicken
-from loadmaster.models.load import load_trained, placed_by
+from loadmaster.models.load import config_of, load_trained, placed_by
 from loadmaster.models.spread import Spread, other_shapes, settled, where_they_lie
 
 LOOSE = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -29,9 +29,9 @@ def load_export(folder: Path, device: str | Spread) -> nn.Module:
     quantized = "quantization_config" in read_json(folder / "config.json")
     quantization = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
     model, info = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.bfloat16, attn_implementation=PACKED, use_safetensors=True, output_loading_info=True,
-        ignore_mismatched_sizes=True, trust_remote_code=False, **quantization,  # named below instead
-        **placed_by(folder, torch.bfloat16, device),
+        str(folder), config=config_of(folder), dtype=torch.bfloat16, attn_implementation=PACKED, use_safetensors=True,
+        output_loading_info=True, ignore_mismatched_sizes=True,  # named below instead
+        trust_remote_code=False, **quantization, **placed_by(folder, torch.bfloat16, device),
     )  # fmt: skip
     _refuse_loose_tensors({kind: sorted(map(str, info[kind])) for kind in LOOSE if info.get(kind)})
     model = settled(model)

@@ -85,11 +85,12 @@ def load_base(
     from loadmaster.models.frozen_load import FrozenConfig
 
     transformers_logging.disable_progress_bar()
-    refuse_unknown_type(folder)
+    config = config_of(folder)
     quicken()
     with knowing_packed_attention(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
+            config=config,
             dtype=dtype,
             **placed_by(folder, dtype, device, frozen, beside),
             attn_implementation=PACKED,
@@ -117,12 +118,16 @@ def _said(name: Any) -> str:
     return name if isinstance(name, str) else f"{name[0]} is {list(name[1])} and not {list(name[2])}"
 
 
-def refuse_unknown_type(folder: Path) -> None:
-    """Raises LoadmasterError for a model type that the installed transformers has not."""
+def config_of(folder: Path) -> Any:
+    """A model's configuration, to be given to from_pretrained: what it read itself could name another attention than is
+    asked for, kernels of the Hub's among them (_attn_implementation).
+
+    Raises LoadmasterError for a model type that the installed transformers has not.
+    """
     import transformers
 
     try:
-        transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except ValueError as error:
         reason = str(error).partition(". ")[0]
         raise LoadmasterError(f"transformers {transformers.__version__} cannot load {folder}: {reason}") from error

@@ -28,19 +28,20 @@ from loadmaster.models.attention import PACKED
 from loadmaster.models.bf16_products import quicken
 from loadmaster.models.experts import stored_as, stored_experts
 from loadmaster.models.frozen import FrozenLinear, freeze_linears
-from loadmaster.models.load import knowing_packed_attention, refuse_unknown_type, refuse_unsupported
+from loadmaster.models.load import config_of, knowing_packed_attention, refuse_unsupported
 
 
 def empty_model(folder: Path, dtype: torch.dtype, frozen: str | None = None) -> nn.Module:
     """The model of a checkpoint with its parameters on the meta device; `frozen` as for load_base."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    refuse_unknown_type(folder)
+    config = config_of(folder)
     quicken()
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     with init_empty_weights(include_buffers=False), knowing_packed_attention(folder):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=PACKED, trust_remote_code=False
+        )
     model.tie_weights()
     refuse_unsupported(model)
     if frozen:

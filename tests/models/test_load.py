@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.export.loading import load_export
+from loadmaster.models.attention import PACKED
 from loadmaster.models.load import load_base, load_tokenizer
 from loadmaster.models.shards import empty_model
 
@@ -75,9 +76,17 @@ def test_code_beside_a_model_is_not_run_whatever_is_answered(named_in, kind, loa
     if kind == "AutoConfig":
         named = {"model_type": "other", "auto_map": {kind: "other.Other"}}
     (folder / named_in).write_text(json.dumps(settings | named))
-    with pytest.raises((LoadmasterError, ValueError), match="custom code"):
+    with pytest.raises(LoadmasterError, match="custom code"):
         load(folder)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "load", [partial(load_base, dtype=torch.float32, device="cpu"), partial(load_export, device="cpu")]
+)
+def test_attention_is_the_one_that_is_asked_for_whatever_the_folder_names(load, folder: Path):
+    edit(folder, _attn_implementation="somebody/kernel", attn_implementation="sdpa")
+    assert load(folder).config._attn_implementation == PACKED
 
 
 @pytest.mark.parametrize("broken", ["gone", "cut"])
