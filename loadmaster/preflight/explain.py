@@ -15,7 +15,7 @@ from loadmaster.preflight.candidate import Candidate, can_offload
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import counts_exports, export_problems
 from loadmaster.preflight.hardware import GIB, Hardware, not_offered, unknown_network
-from loadmaster.preflight.hours import mean_rows, reference_hours, run_hours, steps
+from loadmaster.preflight.hours import first_step_hours, mean_rows, reference_hours, run_hours, steps
 from loadmaster.preflight.largest import ROW_STEP, largest_micro_batch, longest_row
 from loadmaster.preflight.phases import answering
 from loadmaster.preflight.plan import rounded
@@ -121,7 +121,7 @@ def reasons(
         )
     said += about_rate(job, setup.method)
     said += about_warm_up(job, dataset_tokens)
-    said += about_limits(job, run_hours(job, chosen, dataset_tokens), chosen.hardware.usd_per_hour)
+    said += about_limits(job, chosen, dataset_tokens)
     if setup.adapters and in_some_layers_only(shape, setup.lora_targets):
         said.append(f"lora.targets adapts some layers only and was counted in all {shape.layers}: less is needed")
     if setup.offload != "none" and not chosen.hardware.is_cpu:
@@ -204,20 +204,26 @@ def about_warm_up(job: Job, dataset_tokens: int | None) -> list[str]:
     return [f"the learning rate {share}: optimizer.warmup_steps={warmup:,} in a run of about {counted(count, 'step')}"]
 
 
-def about_limits(job: Job, hours: float | None, usd_per_hour: float | None) -> list[str]:
+def about_limits(job: Job, chosen: Candidate, dataset_tokens: int | None) -> list[str]:
     """Where a limit of time or money ends the run before it is done; what is rented is chosen by these limits."""
-    launch, pays_for = job.launch, {}
+    launch, hours = job.launch, run_hours(job, chosen, dataset_tokens)
     if launch.name != "local" or hours is None:
         return []
+    pays_for: dict[str, float] = {}
     if launch.max_hours != "auto":
-        pays_for[f"launch.max_hours={launch.max_hours:g}"] = launch.max_hours
-    if launch.max_usd is not None and usd_per_hour:
-        pays_for[f"launch.max_usd={launch.max_usd:g}"] = launch.max_usd / usd_per_hour
-    limit = min(pays_for, key=pays_for.__getitem__, default="")
-    if not limit or pays_for[limit] >= hours:
+        pays_for["launch.max_hours"] = launch.max_hours
+    if launch.max_usd is not None and chosen.hardware.usd_per_hour:
+        pays_for["launch.max_usd"] = launch.max_usd / chosen.hardware.usd_per_hour
+    limit = min(pays_for, key=pays_for.__getitem__, default=None)
+    if limit is None or pays_for[limit] >= hours:
         return []
-    ends = f"{limit} stops the run after {pays_for[limit] / hours:.0%} of these {hours:.2f} hours, with a checkpoint"
-    return [f"{ends}: the same command goes on"]
+    given, share = getattr(launch, limit.partition(".")[2]), pays_for[limit] / hours
+    ends = f"{limit}={given:g} stops the run after {share:.0%} of these {hours:.2f} hours"
+    needed = 1.2 * first_step_hours(job, chosen, dataset_tokens)  # a stop is requested up to a tenth before the limit
+    if pays_for[limit] >= needed:
+        return [f"{ends}, with a checkpoint: the same command goes on"]
+    least = f"{limit}={1.1 * given * needed / pays_for[limit]:.2g}"
+    return [f"{ends}, before the first step: nothing is saved and the same command comes no further; {least} does"]
 
 
 def about_answers(job: Job, chosen: Candidate) -> list[str]:

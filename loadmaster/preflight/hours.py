@@ -83,10 +83,23 @@ def overhead_hours(job: Job, candidate: Candidate) -> float:
     return least + (written + verifying(job, shape, hardware, setup).seconds) / 3600
 
 
+def before_training_hours(shape: ModelShape) -> float:
+    """The model loaded from this machine's disk, and the rehearsal."""
+    load_s = 2 * shape.parameters / 1e9 / value("overhead", "load_gb_per_s")
+    return (load_s + value("overhead", "rehearsal_s")) / 3600
+
+
+def first_step_hours(job: Job, candidate: Candidate, dataset_tokens: int | None) -> float:
+    """From the program's start to the end of its first step: a stop before that has nothing to save."""
+    step_s = mean_rows(job, dataset_tokens) * job.sequence_length / candidate.tokens_per_second
+    before = 0.0 if candidate.hardware.is_cpu else before_training_hours(candidate.shape)
+    return before + reference_hours(job, candidate, dataset_tokens) + step_s / 3600
+
+
 def least_overhead_hours(job: Job, shape: ModelShape, rented: bool) -> float:
     """Of that, what is the same for every setup and machine."""
     size_gb = 2 * shape.parameters / 1e9
-    seconds = size_gb / value("overhead", "load_gb_per_s") + value("overhead", "rehearsal_s")
+    seconds = 3600 * before_training_hours(shape)
     if counts_exports(job):
         formats = [name for name in job.export.formats if name != "adapter"]
         seconds += size_gb * (1 + len(formats)) / value("overhead", "export_gb_per_s")

@@ -334,6 +334,17 @@ def test_a_limit_of_time_or_money_that_the_run_does_not_keep_is_said() -> None:
         assert told == ([said] if said else []) and len(told) == sum("stops the run" in reason for reason in reasons)
 
 
+def test_a_limit_that_ends_before_the_first_step_is_said_with_what_would_do() -> None:
+    asked = job(LLAMA + "8B", "lora", "h200")
+    for limits in ({"max_usd": 0.01}, {"max_hours": 0.01}):
+        reasons = make_plan(replace(asked, launch=LaunchConfig(**limits)), 10**8).reasons
+        told = next(reason for reason in reasons if "stops the run" in reason)
+        assert "before the first step: nothing is saved" in told
+        key, _, value = told.split()[-2].partition("=")
+        enough = replace(asked, launch=LaunchConfig(**{key.removeprefix("launch."): float(value)}))
+        assert any("with a checkpoint: the same command" in reason for reason in make_plan(enough, 10**8).reasons)
+
+
 def test_rented_memory_is_used_for_speed() -> None:
     chosen = plan(LLAMA + "8B", "qlora", "h100_80gb")
     saving = plan(LLAMA + "8B", "qlora", "h100_80gb", plan=PlanConfig(objective="memory"))
