@@ -193,10 +193,10 @@ _WITHOUT = {
 NO_FIELD = {name: f"take it out: {reason}" for names, reason in _WITHOUT.items() for name in names.split()}
 """What other tools have to be told and a job here has not, and why."""
 
-TOKENS = {"k": 1024, "m": 1024**2}
+TOKENS, SHARE = {"k": 1024, "m": 1024**2}, {"%": 0.01}
 UNITS: dict[str, dict[str, float]] = {
     "_s": {"s": 1, "m": 60, "min": 60, "h": 3600}, "_ms": {"ms": 1, "s": 1000}, "_hours": {"h": 1, "d": 24},
     "_gb": {"g": 1, "gb": 1, "t": 1000, "tb": 1000}, "_length": TOKENS, "_len": TOKENS, "_tokens": TOKENS,
-    "": {"k": 1000, "m": 10**6, "%": 0.01},
+    ".lr": SHARE, ".eps": SHARE, ".weight_decay": SHARE, "": {"k": 1000, "m": 10**6, **SHARE},
 }  # fmt: skip
 """How a field's name ends -> what people write behind its number, and how much that is."""
