@@ -22,6 +22,8 @@ LONGEST_CELL = 2**31 - 1
 """Characters; the csv module refuses cells of more than 131,072 otherwise."""
 ESCAPED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as surrogateescape decodes them."""
+MARK_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+"""What Excel writes before the header, and reads: by which mark columns are apart."""
 TURN_FIELDS = {"role", "from", "function"}
 """Fields of a row, and of a turn of a chat or a tool: what has them is no object that only holds rows."""
 
@@ -202,16 +204,18 @@ def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
     """Rows of a CSV file by the names in its header, each with the line that it starts on; all cells are text.
 
     Columns are apart by commas, or by what stands in a header without one: semicolons (spreadsheets where the comma is
-    the decimal mark write these) or tabs.
+    the decimal mark write these) or tabs. A line before the header may say it: sep=;
     """
     csv.field_size_limit(LONGEST_CELL)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline()
-        mark = next((mark for mark in ",;\t" if mark in first), ",")
-        file.seek(0)
+        said = MARK_LINE.fullmatch(first)
+        mark = said[1] if said else next((mark for mark in ",;\t" if mark in first), ",")
+        if not said:
+            file.seek(0)
         cells, header = csv.reader(file, strict=True, delimiter=mark), None
         while True:
-            origin = f"{name}:{cells.line_num + 1}"
+            origin = f"{name}:{cells.line_num + (2 if said else 1)}"
             try:
                 row = next(cells, None)
             except csv.Error as error:

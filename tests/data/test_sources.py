@@ -311,6 +311,13 @@ def test_columns_may_be_apart_by_semicolons_or_tabs(tmp_path, mark):
     assert csv_rows(tmp_path, content) == [("rows.csv:2", {"prompt": f"a{mark} b", "the answer": "c, d"})]
 
 
+@pytest.mark.parametrize("line", ["sep=;", '"sep=;"', "\ufeffSEP=;"])
+def test_a_line_before_the_header_may_say_by_what_columns_are_apart(tmp_path, line):
+    content = f"{line}\r\nprompt, in words;completion\r\na, b;c\r\nd\r\n".encode()
+    row = {"prompt, in words": "a, b", "completion": "c"}
+    assert csv_rows(tmp_path, content) == [("rows.csv:3", row), ("rows.csv:4", "has too few cells: 1, for 2 columns")]
+
+
 def test_csv_files_of_folders_are_read_and_an_empty_one_has_no_rows(tmp_path, write_jsonl):
     (tmp_path / "A.CSV").write_text("n\n2\n")
     (tmp_path / "c.csv").write_text("")
