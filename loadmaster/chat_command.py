@@ -147,10 +147,9 @@ class Talk:
         from loadmaster.data import Conversation
         from loadmaster.evaluation.generate import prompt_ids
 
-        if not self.tokenizer.chat_template:
-            return self.tokenizer(text)["input_ids"]
         try:
-            return prompt_ids(self.tokenizer, Conversation(messages))
+            asked = Conversation(messages) if self.tokenizer.chat_template else Conversation([], text=text)
+            return prompt_ids(self.tokenizer, asked)
         except TemplateError as error:
             raise LoadmasterError(f"the chat template refuses this conversation: {error}") from None
 

@@ -171,7 +171,10 @@ def _has_room(device: torch.device, needed: int) -> bool:
 
 
 def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
-    """Tokens of a conversation up to where its answer begins."""
+    """Tokens of a conversation up to where its answer begins; of plain text all, less the EOS that some add."""
+    if conversation.text is not None:
+        ids = tokenizer(conversation.text)["input_ids"]
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
     rendered = tokenizer.apply_chat_template(
         conversation.messages, tools=conversation.tools, add_generation_prompt=True, tokenize=True, return_dict=True
     )

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
 from loadmaster.config.schema import EvaluationConfig
 from loadmaster.data import Conversation
 from loadmaster.errors import DataError
 from loadmaster.evaluation import generate, run_task
-from loadmaster.models.load import load_base
+from loadmaster.models.load import load_base, load_tokenizer
 from loadmaster.training.world import World
 
 module = sys.modules["loadmaster.evaluation.generate"]
@@ -247,3 +248,13 @@ def test_a_longer_conversation_is_shown_turn_by_turn(model, tokenizer):
     evaluation = EvaluationConfig(task="exact_match", max_new_tokens=2)
     sample = run_task(model, tokenizer, [row], evaluation)["samples"][0]
     assert sample["prompt"] == "user: Hi\nassistant: Hello\nuser: Name a colour."
+
+
+def test_a_text_is_gone_on_with_where_the_tokenizer_puts_an_end_behind_it(smollm2):
+    tokenizer, text = load_tokenizer(smollm2), Conversation([], text="Once upon")
+    plain = module.prompt_ids(tokenizer, text)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer(text.text)["input_ids"] == [*plain, tokenizer.eos_token_id]
+    assert module.prompt_ids(tokenizer, text) == plain
