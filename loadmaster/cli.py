@@ -284,14 +284,11 @@ def _plan_serving(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _runs(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from loadmaster.report.side_by_side import runs_in, show_runs
+    from loadmaster.report.side_by_side import show_runs
 
     if overrides:
         _parser().error(f"runs does not know {' '.join(overrides)}")
-    if not arguments.folders and not runs_in(Path("runs")):
-        print("no runs yet: train.py puts them in runs/, from where it is started")
-        return 0
-    show_runs(arguments.folders or [Path("runs")], Output())
+    show_runs(arguments.folders, Output())
     return 0
 
 

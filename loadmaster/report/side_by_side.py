@@ -28,16 +28,22 @@ NO_SETTINGS = ("run_dir", "stop_after")
 
 
 def show_runs(folders: Sequence[Path], console: Console) -> None:
-    """Print the runs in these folders, oldest first. Raises ConfigError for a folder without any."""
+    """Print the runs in these folders, oldest first; of runs/, which may have none yet, where no folder is named.
+
+    Raises ConfigError for a named folder without any.
+    """
     found: dict[Path, None] = {}
-    for folder in folders:
+    for folder in folders or [Path("runs")]:
         runs = runs_in(folder)
-        if not runs:
+        if not runs and folders:
             message = "holds no run" if folder.is_dir() else "is no folder"
             remedy = "name a run directory, or a folder of some; without one it is runs/, where train.py puts them"
             raise ConfigError([Problem("FOLDER", str(folder), "command line", message, remedy)])
         found |= dict.fromkeys(runs)
-    show(list(found), console)
+    if found:
+        show(list(found), console)
+    else:
+        console.print("no runs yet: train.py puts them in runs/, from where it is started", soft_wrap=True)
 
 
 def show_sweep(jobs: Sequence[Job], start: float) -> None:
