@@ -182,8 +182,7 @@ def predicted(plan: Plan) -> dict[str, Any]:
 
 def measure_case(case: Case, dry_run: bool, folder: Path | None) -> dict[str, Any]:
     import torch
-
-    from loadmaster.training.measure import measure
+    from measure import measure
 
     row: dict[str, Any] = {"case": asdict(case)}
     start = time.perf_counter()

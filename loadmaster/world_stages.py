@@ -256,7 +256,7 @@ class StageRun:
         watch.at(0, "evaluate")
         with nullcontext() if whole else model.disable_adapter():
             self._ask_reference(loss)
-            before = self._evaluate_model(model, loss, watch)
+            before = self._evaluate_model(model, loss)
         if whole:
             strategy.let_go(loss)
             del model, loss
@@ -264,7 +264,7 @@ class StageRun:
             watch.at(0, "load")
             model, loss = strategy.for_evaluation(self.materials.base_folder, trained_folder)
             watch.at(0, "evaluate")
-        after = self._evaluate_model(model, loss, watch)
+        after = self._evaluate_model(model, loss)
         if self.world.lead:
             write_json(self.run_dir / "eval.json", storable({"before": before, "after": after}))
             for part in after:
@@ -294,7 +294,7 @@ class StageRun:
         refuse_other_world(self.plan, self.world)
         return STRATEGIES[self.plan.sharding](self.job, self.plan, self.world)
 
-    def _evaluate_model(self, model: Any, loss: Any, watch: Watchdog) -> dict[str, Any]:
+    def _evaluate_model(self, model: Any, loss: Any) -> dict[str, Any]:
         from loadmaster.evaluation import run_task
 
         figures: dict[str, Any] = {}

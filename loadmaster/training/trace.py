@@ -4,7 +4,7 @@ Real modules (transformers, peft, frozen layers), the engine's own forward and l
 torch.utils.checkpoint, with tensors that have sizes and no values: no GPU, no weights, seconds. Every storage is
 counted from the operation that makes it to its last reference. On the meta device the engine takes the paths of a GPU.
 
-The tests hold the preflight's replay against the same function.
+The tests hold the preflight's replay against the same trace.
 """
 
 from __future__ import annotations
@@ -109,29 +109,6 @@ def weight_bytes(model: nn.Module) -> int:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def traced_peaks(
-    config: dict[str, Any],
-    method: str,
-    cases: list[Case],
-    rank: int = 16,
-    targets: Any = "all-linear",
-    precision: str = "bf16",
-    dropout: float = 0.0,
-    modules_to_save: tuple[str, ...] = (),
-    dora: bool = False,
-) -> list[int]:
-    """For each case the peak bytes of one micro-batch, besides weights and the gradients that were there before.
-
-    config: the model's config.json as a dict.
-    """
-    targets = tuple(targets) if isinstance(targets, list) else targets
-    setup = Setup(method=method, precision=precision, optimizer="adamw", master_weights=True, lora_rank=rank,
-                  lora_targets=targets, lora_dropout=dropout, modules_to_save=modules_to_save, dora=dora)  # fmt: skip
-    model = with_trained_part(_meta_model(config, DTYPES[precision]), setup)
-    metas = Metas()
-    return [_traced_peak(model, case, metas) for case in cases]
 
 
 def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:

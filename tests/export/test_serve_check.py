@@ -89,10 +89,10 @@ def checked(run, stand_in, tmp_path, monkeypatch, references) -> Run:
         serve_as(run.folder / "export" / name, behaviour)
     measured = module._reference
 
-    def measure_and_tell(run_dir, base, job, wanted, formats, *others):
+    def measure_and_tell(run_dir, base, wanted, formats, *others):
         # The stand-in's folders hold no weights to be loaded from disk.
         if not references:
-            references.append(measured(run_dir, base, job, wanted, [], *others))
+            references.append(measured(run_dir, base, wanted, [], *others))
         reference = copy.deepcopy(references[0])
         write_answers(run, stand_in, reference)
         return reference

@@ -77,7 +77,7 @@ def test_what_a_cpu_trained_in_fp32_is_computed_on_a_cpu(run, tmp_path, monkeypa
     monkeypatch.setattr(check, "detect_local", lambda: SimpleNamespace(gpu=here))
     monkeypatch.setattr(check, "run_step", lambda _, spec, *__: spec)
     wanted = {"documents": [], "prompts": [], "max_new_tokens": 4}
-    told = check._reference(run.folder, run.base, run.job, wanted, ["bf16"], tmp_path, print)
+    told = check._reference(run.folder, run.base, wanted, ["bf16"], tmp_path, print)
     assert told["device"] == device
 
 

@@ -34,7 +34,7 @@ def test_the_rounding_of_activations_is_allowed_for_and_a_doubled_scale_is_not(r
     run.export("fp8", "bf16")
     run.plan.write(run.folder / "plan.json")
     wanted = questions(run.job, run.prepared, run.tokenizer)
-    reference = _reference(run.folder, run.base, run.job, wanted, ["fp8"], tmp_path, run.log.append)
+    reference = _reference(run.folder, run.base, wanted, ["fp8"], tmp_path, run.log.append)
     documents = reference["documents"]
     assert all(list(document["rounded"]) == ["fp8"] for document in documents)
 

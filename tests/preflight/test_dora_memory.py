@@ -15,8 +15,9 @@ from loadmaster.preflight.memory import resident
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.speed import micro_batch_seconds
 from loadmaster.preflight.step import evaluation_batch, training_step
-from loadmaster.training.trace import Case, _meta_model, traced_peaks, weight_bytes, with_trained_part
+from loadmaster.training.trace import Case, _meta_model, weight_bytes, with_trained_part
 from tests.preflight.test_replay import CASES, TOLERANCE, random_config
+from tests.preflight.traced import traced_peaks
 
 FAMILIES = ["llama", "qwen2", "gemma3_text", "phi3"]
 

@@ -17,10 +17,11 @@ from loadmaster.preflight.search import SPARE
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
 from loadmaster.preflight.table import print_elsewhere, print_plan
-from loadmaster.training.trace import Case, traced_peaks
+from loadmaster.training.trace import Case
 from tests.preflight.sharded_trace import sharded_peaks
 from tests.preflight.test_make import job, plan
 from tests.preflight.test_replay import random_config
+from tests.preflight.traced import traced_peaks
 
 TOLERANCE = 0.001
 LAYERS = 12

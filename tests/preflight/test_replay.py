@@ -18,7 +18,8 @@ from loadmaster.preflight.replay import Tape
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import evaluation_batch, training_step
 from loadmaster.training import trace
-from loadmaster.training.trace import Case, traced_peaks
+from loadmaster.training.trace import Case
+from tests.preflight.traced import traced_peaks
 
 TOLERANCE = 0.001
 FAMILIES = {

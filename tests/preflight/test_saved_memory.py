@@ -11,9 +11,10 @@ from loadmaster.preflight.memory import resident, worst_micro_batch
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shards import whole
 from loadmaster.preflight.step import training_step
-from loadmaster.training.trace import Case, _meta_model, traced_peaks, weight_bytes, with_trained_part
+from loadmaster.training.trace import Case, _meta_model, weight_bytes, with_trained_part
 from tests.preflight.sharded_trace import sharded_peaks
 from tests.preflight.test_replay import TOLERANCE, random_config
+from tests.preflight.traced import traced_peaks
 
 EVERYTHING = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
 HEAD, EMBEDDING = ("lm_head",), ("embed_tokens",)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from loadmaster.training.metas import Metas
-from loadmaster.training.trace import Case, traced_peaks
+from loadmaster.training.trace import Case
+from tests.preflight.traced import traced_peaks
 
 ATEN = torch.ops.aten
 

@@ -86,7 +86,7 @@ def serve_check(
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         asked = None if harness is None else Asked(harness, scratch, echo)
-        reference = _reference(run_dir, base, job, wanted, list(manifests), scratch, echo)
+        reference = _reference(run_dir, base, wanted, list(manifests), scratch, echo)
         servers = Servers(
             run_dir, job.recipe, base, job.sequence_length, pythons.get("vllm"), detect_local(), asked
         )  # fmt: skip
@@ -280,9 +280,8 @@ def _cells(figures: dict[str, Any]) -> list[str]:
 
 
 def _reference(
-    run_dir: Path, base: Path, job: Job, wanted: dict[str, Any], formats: list[str], scratch: Path,
-    echo: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
+    run_dir: Path, base: Path, wanted: dict[str, Any], formats: list[str], scratch: Path, echo: Callable[[str], None]
+) -> dict[str, Any]:
     plan = Plan.read(run_dir / "plan.json")
     trained = run_dir / ("model" if plan.method == "full" else "adapter")
     if not trained.is_dir():

@@ -1,4 +1,4 @@
-"""Peak memory and speed of the real engine on a model with random weights: what benchmarks are made of.
+"""Peak memory and speed of the real engine on a model with random weights, for memory.py.
 
 The steps are those of the loop (same session, same backward, clip and step); only the weights and the
 tokens are random. All tokens are trained, as in the rehearsal's worst case.
