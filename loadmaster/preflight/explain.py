@@ -11,6 +11,7 @@ from loadmaster.config.rates import FAR, usual_rate
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import SCHEME, local_path
 from loadmaster.preflight.batch import divisors
+from loadmaster.preflight.calibration import CALIBRATED, quantizing
 from loadmaster.preflight.candidate import Candidate, can_offload
 from loadmaster.preflight.coefficients import coefficients
 from loadmaster.preflight.exports import counts_exports, export_problems
@@ -127,6 +128,7 @@ def reasons(
     if setup.offload != "none" and not chosen.hardware.is_cpu:
         said.append(f"{chosen.memory.host_gib:.0f} GiB of host memory hold what the GPUs cannot")
     said += about_answers(job, chosen)
+    said += about_quantizing(job, chosen)
     said += about_verification(job, chosen, verification)
     if shape.estimate:
         traced = "" if job.plan.trace else "; plan.trace=true counts the model itself and traces its step"
@@ -238,6 +240,17 @@ def about_answers(job: Job, chosen: Candidate) -> list[str]:
         f"the evaluate stage needs {need.total / GIB:.1f} GiB of {chosen.budget_gib:.1f} if its prompts are a quarter "
         f"of a row long ({counted(asked, 'answer')} at a time): {remedy}"
     ]
+
+
+def about_quantizing(job: Job, chosen: Candidate) -> list[str]:
+    """Where formats that are calibrated need more than there is: a CPU holds the whole model meanwhile."""
+    formats = [name for name in job.export.formats if name in CALIBRATED]
+    need = quantizing(job, chosen.shape, chosen.hardware).total if formats and counts_exports(job) else 0.0
+    if need <= chosen.budget_gib * GIB:
+        return []
+    named = " and ".join(formats)
+    needs = f"that takes {need / GIB:.1f} GiB of {chosen.budget_gib:.1f}"
+    return [f"{named} cannot be quantized here: {needs}; leave it out of export.formats, or stop_after=evaluate"]
 
 
 def about_verification(job: Job, chosen: Candidate, need: VerificationNeed) -> list[str]:

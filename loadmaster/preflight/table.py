@@ -39,9 +39,10 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     line(_settings(plan))
     print_table(memory_table(_memory(plan), plan.budget_gib, console), console)
     peaks = ", ".join(f"{name.replace('_', ' ')} {gib:.1f}" for name, gib in _phases(plan.phases_gib).items())
-    where = "" if plan.hardware.gpu == "cpu" else " on each GPU"
-    line(f"peaks in GiB{where}: {peaks}; host memory {plan.host_memory_gib:.0f} GiB, disk {plan.disk_gib:.0f} GiB")
-    if plan.peak_gib and plan.hardware.gpu != "cpu":
+    on_cpu = plan.hardware.gpu == "cpu"
+    where, host = ("of host memory", "") if on_cpu else ("on each GPU", f"host memory {plan.host_memory_gib:.0f} GiB, ")
+    line(f"peaks in GiB {where}: {peaks}; {host}disk {plan.disk_gib:.0f} GiB")
+    if plan.peak_gib and not on_cpu:
         seen = plan.peak_gib
         counts = f"allocated {seen.allocated:.2f}, reserved {seen.reserved:.2f}, by the card {seen.device:.2f}"
         line(f"GiB as counted: {counts}")

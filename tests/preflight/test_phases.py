@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from loadmaster.config.schema import BatchConfig, EvaluationConfig, ExportConfig, HardwareConfig, Job, ModelConfig
 from loadmaster.export import candidates, smoke
-from loadmaster.preflight import make_plan, verification
+from loadmaster.preflight import make_plan, print_plan, verification
 from loadmaster.preflight.calibration import CALIBRATED
 from loadmaster.preflight.candidate import evaluate, fixed
 from loadmaster.preflight.config_json import find_shape
@@ -184,6 +185,20 @@ def test_on_a_cpu_what_memory_does_not_hold_is_read_from_disk_and_the_plan_says_
     assert "GiB are read from there in each" in said[0] and "GPU" not in said[0]
     monkeypatch.setattr("loadmaster.preflight.hardware.host_memory_gib", lambda: 64.0)
     assert make_plan(job).verification["layers"] == {"gpus": [32], "host": 0, "disk": 0}
+
+
+def test_a_cpu_holds_the_whole_model_while_it_quantizes_and_its_peaks_are_of_host_memory(monkeypatch, capsys) -> None:
+    job = Job(model=EIGHT, method="qlora", hardware=HardwareConfig(gpu="cpu"), export=ExportConfig(formats=["int4"]))
+    for has, said in ((20.0, True), (64.0, False)):
+        monkeypatch.setattr("loadmaster.preflight.hardware.host_memory_gib", lambda has=has: has)
+        made = make_plan(job)
+        assert made.fits and (made.phases_gib.quantize > made.budget_gib) == said
+        assert any(reason.startswith("int4 cannot be quantized here") for reason in made.reasons) == said
+    print_plan(made, Console(width=300))
+    printed = capsys.readouterr().out
+    assert "peaks in GiB of host memory: load" in printed and "; disk" in printed and "; host memory" not in printed
+    monkeypatch.setattr("loadmaster.preflight.hardware.host_memory_gib", lambda: 20.0)
+    assert not any("cannot be quantized" in reason for reason in make_plan(replace(job, stop_after="train")).reasons)
 
 
 def test_layers_go_to_disk_where_the_host_is_too_small_and_frozen_ones_do_not() -> None:
