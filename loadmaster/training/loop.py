@@ -171,6 +171,8 @@ class Training:
         self.folder = run_dir / "checkpoints"
         self.checkpoints = Checkpoints(session.world, session.strategy.placed)
         self.resumed_after = self.tokens = self.trained_tokens = 0
+        self.resumed_row: dict[str, Any] | None = None
+        """Of that step: it is logged after its checkpoint is begun, and may be lost between the two."""
         self.resumed_tokens = self.resumed_trained_tokens = 0
         self.busy_s = self.input_s = 0.0
         self.eval_loss: float | None = None
@@ -205,7 +207,7 @@ class Training:
         self.sampler.load_state_dict(state["sampler"])
         self.losses = HeldOutLosses(**state.get("held_out", {}))  # of checkpoints before 2026-12 there is none
         self.left_out = state.get("evaluation_left_out", False)
-        self.resumed_after = state["step"]
+        self.resumed_after, self.resumed_row = state["step"], state.get("row")
         self.tokens = self.resumed_tokens = state["tokens"]
         self.trained_tokens = self.resumed_trained_tokens = state["trained_tokens"]
         self.display.echo(f"resuming after step {state['step']} of {self.steps} from {found.folder}")
@@ -213,7 +215,7 @@ class Training:
     def run(self) -> None:
         """All steps that are left, evaluated and saved when it is time."""
         world, first = self.session.world, self.resumed_after + 1
-        log = MetricsLog(self.run_dir / "metrics.jsonl", self.resumed_after, world.lead)
+        log = MetricsLog(self.run_dir / "metrics.jsonl", self.resumed_after, world.lead, self.resumed_row)
         tracker = open_tracker(self.session.job, self.run_dir, self.job_hash, world.lead, self.display.echo)
         compiled, position = graphs_compiled(), self.sampler.state_dict()
         try:
@@ -229,7 +231,7 @@ class Training:
                 self._end_at(step)
                 asked = self.stopping()
                 if asked or step % self.save_every == 0 or step == self.steps:
-                    row["save_stall_s"] = self._save(step, position)
+                    row["save_stall_s"] = self._save(step, position, row)
                 log.append({**row, "steps": self.steps})  # so that who follows a run from elsewhere knows its end
                 logging.getLogger("loadmaster").info(f"step {step} of {self.steps}: {row}")
                 tracker.log({k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}, step)
@@ -341,8 +343,8 @@ class Training:
         self.losses.add(self.eval_loss, step)
         return {"eval_loss": self.eval_loss}
 
-    def _save(self, step: int, position: dict[str, Any]) -> float:
-        """Begin to; returns for how many seconds the loop waited."""
+    def _save(self, step: int, position: dict[str, Any], row: dict[str, Any] | None = None) -> float:
+        """Begin to; returns for how many seconds the loop waited. row: the step's, where it is not logged yet."""
         state = {
             "step": step,
             "tokens": self.tokens,
@@ -352,6 +354,7 @@ class Training:
             "eval_loss": self.eval_loss,
             "held_out": asdict(self.losses),
             "evaluation_left_out": self.left_out,
+            "row": row and dict(row),
         }
         session = self.session
         keep = (session.job.checkpoint.keep_last, session.job.checkpoint.keep_best)

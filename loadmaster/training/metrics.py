@@ -22,13 +22,16 @@ RECENT_STEPS = 20
 class MetricsLog:
     """One JSON object a step, appended; on a resume the lines after the checkpoint's step are dropped.
 
-    Only the lead writes; on another rank all this does nothing.
+    last: the row of that step, for a log that ends before it. Only the lead writes; on another rank all this does
+    nothing.
     """
 
-    def __init__(self, path: Path, resume_step: int, lead: bool = True):
+    def __init__(self, path: Path, resume_step: int, lead: bool = True, last: dict[str, Any] | None = None):
         self._path, self._file = path, None
         if lead:
-            self._begin([row for row in read_metrics(path) if row["step"] <= resume_step])
+            rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
+            lacks = last is not None and all(row["step"] < resume_step for row in rows)
+            self._begin([*rows, last] if lacks else rows)
 
     def _begin(self, rows: list[dict[str, Any]]) -> None:
         self.close()

@@ -33,7 +33,7 @@ from loadmaster.training import loop
 from loadmaster.training.batches import longest_stretch, micro_batches, trained_tokens, worst_rows
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, refuse_missing_tracker, train
-from loadmaster.training.metrics import read_metrics
+from loadmaster.training.metrics import MetricsLog, read_metrics
 from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.watchdog import Watchdog
@@ -218,6 +218,28 @@ def test_a_request_to_stop_saves_and_the_rest_continues_bit_for_bit(tiny, tmp_pa
         for d in ("whole", "halves")
     )
     assert whole == halves and len(whole) == 6
+
+
+def test_a_step_whose_checkpoint_is_there_is_logged_also_where_its_row_was_lost(tiny, tmp_path, monkeypatch):
+    """By a kill between the two, or a disk that the checkpoint has filled."""
+    append = MetricsLog.append
+
+    def full(log, row):
+        if row["step"] == 4:
+            raise OSError(28, "No space left on device")
+        append(log, row)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(MetricsLog, "append", full)
+        run(tiny, tmp_path)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "checkpoints/step-4").is_dir():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run(tiny, tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[3].keys() | {"save_stall_s"} == rows[1].keys()
 
 
 def test_non_finite_losses_are_skipped_then_stop_the_run_with_rows_and_checkpoint(tiny, tmp_path, monkeypatch):
