@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loadmaster import collector
-from loadmaster.ending import end_with
+from loadmaster.ending import STOPS, end_with
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.files import is_full_disk
 from loadmaster.out_of_memory import explained
@@ -51,10 +52,14 @@ def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float,
     environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
     environment["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, str(spec_path)],
-            stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment,
-        )  # fmt: skip
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # inherited: a request to stop is for this one to heed
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, str(spec_path)],
+                stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment,
+            )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         timed_out = threading.Event()
         timer = threading.Timer(timeout_s, lambda: (timed_out.set(), process.kill()))
         timer.start()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -79,6 +80,12 @@ def test_what_the_machine_lacks_says_nothing_of_the_export(step, source, message
 def test_a_step_that_hangs_is_ended_and_said_to_hang(step):
     with pytest.raises(ExportRejected, match="did not finish in 3 s, at: waiting"):
         step("progress('waiting'); time.sleep(60)", timeout_s=3)
+
+
+def test_a_request_to_stop_that_reaches_a_step_is_for_who_started_it_to_heed(step):
+    """A scheduler tells every process; the step's end would else be an export that failed."""
+    assert step("os.kill(os.getpid(), 15); os.kill(os.getpid(), 2); write_result(spec, 'goes on')") == "goes on"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_long_answers_of_a_large_model_on_a_slow_machine_are_no_hang():
