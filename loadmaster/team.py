@@ -30,7 +30,7 @@ from loadmaster.world_stages import Materials, StageRun, device_type
 if TYPE_CHECKING:
     from loadmaster.training.world import World
 
-PATIENCE = timedelta(days=30)
+PATIENCE_S = 30 * 24 * 3600.0
 """How long followers wait for the lead, which exports meanwhile; a lead that is gone is noticed, see SILENCE_S."""
 SILENCE_S = 60.0
 """A lead that shows no sign of life for so long, between stages, is gone."""
@@ -46,8 +46,10 @@ class Team:
             import torch.distributed as dist
 
             from loadmaster.training.watchdog import Watchdog
+            from loadmaster.training.world import JOIN_S, wait_at_most
 
-            self._line = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._line = dist.new_group(backend="gloo", timeout=timedelta(seconds=JOIN_S))
+            wait_at_most(PATIENCE_S, self._line)
             # Followers end with a lead that falls silent; the lead needs nobody for what it does alone.
             self._watch = self._watching.enter_context(Watchdog(world, None, math.inf, SILENCE_S, of=[0]))
             self._watch.resting = world.lead

@@ -41,7 +41,7 @@ from loadmaster.training.liveness import (
     slow_beats,
     straggler_message,
 )
-from loadmaster.training.world import World
+from loadmaster.training.world import JOIN_S, TIMEOUT_S, World, wait_at_most
 
 PACKAGE = Path(__file__).resolve().parents[1]
 EXIT_CODE = TrainingFailed.exit_code
@@ -327,9 +327,11 @@ def is_communication(error: BaseException) -> bool:
 
 @contextmanager
 def as_they_begin(rank: int) -> Iterator[None]:
-    """Around what ranks say to one another before a Watchdog is there to name who is gone."""
+    """Around what ranks say to one another before a Watchdog is there to name who is gone, or stopped."""
+    wait_at_most(JOIN_S)
     try:
         yield
+        wait_at_most(TIMEOUT_S)
     except (RuntimeError, ConnectionError) as error:
         if not is_communication(error):
             raise

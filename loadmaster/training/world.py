@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 TIMEOUT_S = 12 * 3600.0
 """Longest wait of one collective: for data that one rank prepares. What is stuck, the watchdog ends much sooner."""
 JOIN_S = 600.0
-"""Longest wait for all processes to come."""
+"""Longest wait for all processes to come, and of one collective where no watchdog watches."""
 QUIET_S = 2.0
 """Longest wait at the end for the communication's threads to be done."""
 _meetings = itertools.count(1)
@@ -94,10 +94,11 @@ class World:
         self.any(False)
 
 
-def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
+def join(device_type: str, timeout_s: float = JOIN_S) -> World:
     """Enter the world that the environment describes; `device_type` is cpu or cuda.
 
-    Collectives of CPU tensors go over gloo, those of CUDA tensors over NCCL.
+    Collectives of CPU tensors go over gloo, those of CUDA tensors over NCCL. timeout_s: longest wait of one, until
+    `wait_at_most` says otherwise.
     """
     if not is_member():
         return World(device=torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu"))
@@ -138,6 +139,12 @@ def join(device_type: str, timeout_s: float = TIMEOUT_S) -> World:
         leave(world)  # its threads must not outlive Python
         raise
     return world
+
+
+def wait_at_most(seconds: float, group: dist.ProcessGroup | None = None) -> None:
+    """Longest wait of one collective from here on."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def refuse_hidden_gpus(processes: int, seen: int) -> None:

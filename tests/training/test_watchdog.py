@@ -355,6 +355,13 @@ def test_a_stopped_rank_is_named_by_all_the_others(tmp_path, bad_rank):
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_stopped_before_there_is_a_watchdog_ends_the_others_too(tmp_path):
+    done = run(tmp_path, "early", 1, size=2, unfinished=(1,))
+    assert done.codes == [4, None] and "rank 0 lost the others as they began" in done.output[0], done.output
+    assert "Traceback" not in done.output[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("bad_rank", [0, 3])
 def test_a_killed_rank_is_named_by_all_the_others(tmp_path, bad_rank):
     done = run(tmp_path, "kill", bad_rank)

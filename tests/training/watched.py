@@ -1,6 +1,7 @@
 """A rank under the watchdog that trains nothing: it reduces a number each step, and one rank misbehaves at step 3.
 
-python watched.py HOW RANK LOGS, with torchrun's variables. HOW: sleep, stop (SIGSTOP), kill (SIGKILL), raise, none.
+python watched.py HOW RANK LOGS, with torchrun's variables. HOW: sleep, stop (SIGSTOP), kill (SIGKILL), raise, none, or
+early: stop, before there is a watchdog.
 """
 
 import os
@@ -13,6 +14,7 @@ import torch
 
 from loadmaster.config.show import show_error
 from loadmaster.errors import LoadmasterError, TrainingFailed
+from loadmaster.training import watchdog
 from loadmaster.training.watchdog import Watchdog
 from loadmaster.training.world import join, leave
 
@@ -30,9 +32,19 @@ def misbehave(how: str) -> None:
         raise TrainingFailed("the disk is full")
 
 
+def begin(world, bad_rank: int) -> None:
+    watchdog.JOIN_S = 2.0
+    with watchdog.as_they_begin(world.rank):
+        if world.rank == bad_rank:
+            misbehave("stop")
+        world.barrier()
+
+
 def main(how: str, bad_rank: int, logs: Path) -> int:
     world = join("cpu")
     try:
+        if how == "early":
+            begin(world, bad_rank)
         with Watchdog(world, logs, HANG_S, SILENCE_S) as watch:
             for step in range(1, 6):
                 watch.at(step, "forward")
