@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +58,8 @@ class Workers:
     meeting: Meeting | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     rendezvous_s: int = RENDEZVOUS_S
+    on_request: Callable[[], object] = lambda: None
+    """Called when a request to stop comes, which may be too late for the workers to hear of."""
 
 
 def run_workers(workers: Workers) -> int:
@@ -77,7 +79,7 @@ def run_workers(workers: Workers) -> int:
 
     # What the agent has to say is said here, in a sentence.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(**_launch_config(workers), logs_specs=_logs())
+    config = LaunchConfig(**_launch_config(workers), logs_specs=_logs(workers))
     try:
         with _signals_kept(meeting=workers.meeting is not None):
             launch_agent(config, sys.executable, list(workers.command))
@@ -118,13 +120,14 @@ def _launch_config(workers: Workers) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _logs() -> Any:
+def _logs(workers: Workers) -> Any:
     """Workers write where this process writes. The agent asks for this right before it starts them."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
 
     class Starting(DefaultLogsSpecs):
         def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-            _pass_on_from_now()
+            before = set(_leaders_under(os.getpid()))
+            _pass_on_from_now(before, workers.on_request)
             return super().reify(envs)
 
     return Starting(log_dir=os.devnull)
@@ -157,13 +160,13 @@ def _not_met(workers: Workers, error: BaseException) -> str:
     )
 
 
-def _pass_on_from_now() -> None:
+def _pass_on_from_now(before: set[int], on_request: Callable[[], object]) -> None:
     """What asks this process to stop goes to its workers, as SIGTERM: to those that are started from here on."""
-    before = set(_leaders_under(os.getpid()))
     told = False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal told
+        on_request()
         if told and number == signal.SIGHUP:
             return
         workers = [child for child in _leaders_under(os.getpid()) if child not in before]

@@ -7,6 +7,7 @@ a file, so that the user reads the error itself and gets its exit code.
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,15 @@ def run_stage(stage: str, run_dir: Path, count: int, stop: StopSignal) -> dict[s
         outcome_file(run_dir, rank).unlink(missing_ok=True)
     environment = {"LOADMASTER_LEAD": str(os.getpid()), STARTED: os.environ[STARTED]}
     failure: LoadmasterError | StoppedOnRequest | None = None
+    asked = threading.Event()
+    command = ["-m", "loadmaster.worker", stage, str(run_dir)]
     try:
-        first = run_workers(Workers(count, ["-m", "loadmaster.worker", stage, str(run_dir)], environment=environment))
+        first = run_workers(Workers(count, command, environment=environment, on_request=asked.set))
     except (LoadmasterError, StoppedOnRequest) as error:
         failure, first = error, error.exit_code
-    return _judge(run_dir, count, first, failure, stop)
+    figures = _judge(run_dir, count, first, failure, stop)
+    stop.requested = stop.requested or asked.is_set()  # the workers were done, and heard of it no more
+    return figures
 
 
 def _judge(

@@ -8,13 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import MagicMock
 
 import pytest
 
+from loadmaster import worker
 from loadmaster.config.schema import DataConfig, Job, LaunchConfig
+from loadmaster.ending import STOPS
 from loadmaster.errors import StoppedOnRequest
+from loadmaster.files import write_json
+from loadmaster.training import workers
 from loadmaster.training.stop import STARTED, StopSignal, deadline
-from loadmaster.training.workers import run_stage
+from loadmaster.training.workers import Outcome, outcome_file, run_stage
 from tests.runs import ROOT, environment
 
 JOB = Job(data=DataConfig(path="x"))
@@ -124,6 +129,35 @@ def test_a_request_that_came_before_the_workers_did_starts_none(tmp_path):
     stop.requested = True
     with pytest.raises(StoppedOnRequest):
         run_stage("train", tmp_path, 2, stop)
+
+
+def test_a_request_that_finds_a_worker_done_spoils_nothing_of_what_it_leaves(tmp_path, monkeypatch):
+    for name in ("settle_streams", "die_with_the_lead", "read_job", "log_to"):
+        monkeypatch.setattr(worker, name, MagicMock())
+    monkeypatch.setattr(worker, "Plan", MagicMock())
+    monkeypatch.setattr(worker, "_run", lambda *_: Outcome(0, ""))
+    monkeypatch.setenv("RANK", "0")
+    left = []
+    monkeypatch.setattr(worker, "leave_word", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), left.append(True)))
+    before = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        assert worker.main("train", tmp_path) == 0 and left
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_request_that_finds_the_workers_done_is_kept_by_who_started_them(tmp_path, monkeypatch):
+    def run_workers(told):
+        write_json(outcome_file(tmp_path, 0), vars(Outcome(0, "", {"steps": 3})))
+        told.on_request()
+        return 0
+
+    monkeypatch.setenv(STARTED, "1000")
+    monkeypatch.setattr(workers, "run_workers", run_workers)
+    stop = StopSignal()
+    assert run_stage("train", tmp_path, 1, stop) == {"steps": 3} and stop.requested
 
 
 def test_deferral_within_deferral_ends_with_the_outer_one():
