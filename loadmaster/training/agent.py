@@ -13,9 +13,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,6 +32,8 @@ RENDEZVOUS_S = 900
 """Longest wait for the other hosts to come."""
 AGAIN_S = 0.1
 """A signal that finds no worker yet is looked at again after so long."""
+LAST_S = 300.0
+"""Workers end together: one that is left so long after another's end is stopped, or stuck in its own."""
 
 
 class WorkerKilled(TrainingFailed):
@@ -68,6 +71,7 @@ def run_workers(workers: Workers) -> int:
     SIGTERM, SIGINT and SIGHUP to this process go to every worker, once; their agreed end is waited for. A second one
     is passed on too, unless it is SIGHUP. Raises LoadmasterError when the other hosts do not come, or a worker was
     killed, and StoppedOnRequest when it was a SIGTERM that ended it: it had not come so far as to hear of one.
+    One that is still there LAST_S after another has ended is killed.
     """
     if workers.meeting is not None:
         await_address(workers.meeting.address)
@@ -79,7 +83,8 @@ def run_workers(workers: Workers) -> int:
 
     # What the agent has to say is said here, in a sentence.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(**_launch_config(workers), logs_specs=_logs(workers))
+    over, late = threading.Event(), set()
+    config = LaunchConfig(**_launch_config(workers), logs_specs=_logs(workers, over, late))
     try:
         with _signals_kept(meeting=workers.meeting is not None):
             launch_agent(config, sys.executable, list(workers.command))
@@ -90,12 +95,15 @@ def run_workers(workers: Workers) -> int:
             return failure.exitcode
         if -failure.exitcode in STOPS:
             raise StoppedOnRequest(f"{MESSAGE} (the processes were still starting)") from None
+        if failure.pid in late:
+            raise WorkerKilled(rank, f"rank {rank} on this host had not ended {LAST_S:g} s after another") from None
         name = signal.Signals(-failure.exitcode).name if failure.exitcode else "an unknown cause"
         out_of_memory = "; the host's memory may have run out (dmesg tells)" if name == "SIGKILL" else ""
         raise WorkerKilled(rank, f"rank {rank} on this host was ended by {name}{out_of_memory}") from None
     except (DistError, TimeoutError, ConnectionError) as error:
         raise LoadmasterError(_not_met(workers, error)) from None
     finally:  # what is for the workers is not for this process
+        over.set()
         os.environ.clear()
         os.environ.update(kept)
 
@@ -120,7 +128,7 @@ def _launch_config(workers: Workers) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _logs(workers: Workers) -> Any:
+def _logs(workers: Workers, over: threading.Event, late: set[int]) -> Any:
     """Workers write where this process writes. The agent asks for this right before it starts them."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
 
@@ -128,6 +136,7 @@ def _logs(workers: Workers) -> Any:
         def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
             before = set(_leaders_under(os.getpid()))
             _pass_on_from_now(before, workers.on_request)
+            threading.Thread(target=_end_the_last, args=(workers.processes, before, over, late), daemon=True).start()
             return super().reify(envs)
 
     return Starting(log_dir=os.devnull)
@@ -158,6 +167,21 @@ def _not_met(workers: Workers, error: BaseException) -> str:
         f"node 0 did not answer at {where} within {workers.rendezvous_s} s; is it started, is that its address on "
         "the network that the hosts share, and is the port open?"
     )
+
+
+def _end_the_last(count: int, before: set[int], over: threading.Event, late: set[int]) -> None:
+    """Kill what is left of `count` workers LAST_S after the first of them has ended, and name it in `late`."""
+    begun, ended_s = False, 0.0
+    while not over.wait(1.0):
+        left = set(_leaders_under(os.getpid())) - before
+        begun = begun or len(left) == count
+        if not begun or len(left) == count:
+            continue
+        ended_s = ended_s or time.monotonic()
+        for pid in left if time.monotonic() - ended_s > LAST_S else ():
+            late.add(pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _pass_on_from_now(before: set[int], on_request: Callable[[], object]) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -202,6 +203,25 @@ def test_a_sigterm_that_comes_right_before_the_workers_is_kept_for_them():
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
+
+
+def test_a_worker_that_does_not_end_with_the_others_is_ended(monkeypatch):
+    """Stopped for good, or stuck in the driver as it leaves Python: no watchdog is there any more."""
+    from loadmaster.training import agent
+
+    monkeypatch.setattr(agent, "LAST_S", 0.0)
+    before, over, late = set(agent._leaders_under(os.getpid())), threading.Event(), set()
+    first, last = (subprocess.Popen(["sleep", "30"], start_new_session=True) for _ in range(2))
+    last.send_signal(signal.SIGSTOP)
+    thread = threading.Thread(target=agent._end_the_last, args=(2, before, over, late))
+    thread.start()
+    time.sleep(1.5)
+    assert last.poll() is None and not late  # both are there
+    first.kill()
+    first.wait()
+    assert last.wait(timeout=10) == -signal.SIGKILL and late == {last.pid}
+    over.set()
+    thread.join()
 
 
 @pytest.mark.slow
