@@ -1,8 +1,9 @@
 """The same job priced on every machine of the catalogue that holds it.
 
-Method, precision, optimizer and what lives in host memory are those of the plan; sharding, activation checkpointing and
-micro-batch are chosen anew, for each machine has others that are best. Of a GPU's clusters only the smallest that is
-needed is priced. The global batch is kept where it divides over the GPUs, and else rounded up, which is said.
+Method, precision and optimizer are those of the plan; sharding, activation checkpointing and micro-batch are chosen
+anew, for each machine has others that are best; so is what lives in host memory, where the plan needs that at all. Of a
+GPU's clusters only the smallest that is needed is priced. The global batch is kept where it divides over the GPUs, and
+else rounded up, which is said.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _best_on(machine: Hardware, job: Job, chosen: Candidate) -> Candidate | None
     job = replace(
         with_rows(job, rounded_up(job.batch.global_size, machine.world_size)),
         method=setup.method,
-        offload=setup.offload,
+        offload="none" if setup.offload == "none" else job.offload,
         sharding="auto" if job.sharding == "none" or machine.world_size == 1 else job.sharding,
         optimizer=replace(
             job.optimizer, name=setup.optimizer, master_weights=setup.master_weights, in_backward=setup.in_backward

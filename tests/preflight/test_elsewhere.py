@@ -49,6 +49,16 @@ def test_each_row_is_what_planning_on_that_machine_gives() -> None:
         assert row["tokens_per_second"] == pytest.approx(there.tokens_per_second, rel=0.021)
 
 
+def test_what_is_in_host_memory_is_each_machines_own_but_where_it_is_written() -> None:
+    """What two small cards need was asked of eight large ones too, at a third of their speed."""
+    fields = {"method": "full", "hardware": HardwareConfig(gpu="rtx4090", count=2)}
+    made, written = plan(**fields), plan(**fields, offload="all")
+    assert made.offload == written.offload == "all"
+    offloads = {(row["gpu"], row["count"]): row["offload"] for row in made.elsewhere}
+    assert offloads["h100_80gb", 8] == offloads["h100_80gb", 1] == "none" and offloads["rtx4090", 2] == "all"
+    assert {row["offload"] for row in written.elsewhere} == {"all"}
+
+
 def test_the_objective_ranks_and_equals_go_by_what_they_cost() -> None:
     by_cost = plan(plan=PlanConfig(objective="cost")).elsewhere
     costs = [row["cost_usd"] for row in by_cost]
