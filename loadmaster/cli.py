@@ -56,16 +56,17 @@ DONE_BY_STAGES = {
 """What people look for a command of, in lower case."""
 
 STAGE_OPTIONS = """\
-options of every stage, as of python train.py:
-  --dry-run                  launch=runpod, ssh, slurm: print the plan and the exact requests; start nothing
+options, as of python train.py:
   --multirun, -m             one run for each value of key=a,b
   --cfg job, -c job          print the composed job and start nothing; with --resolve, what ${...} stands for
   --info, -i                 print what the job is composed of, and start nothing
   --config-dir, -cd FOLDER   one more folder of groups
   --config-name, -cn NAME    another primary file than conf/train.yaml
-
-fields, groups and recipes: python train.py --help, and docs/configuration.md
 """
+DRY_RUN = """\
+  --dry-run                  launch=runpod, ssh, slurm: print the plan and the exact requests; start nothing
+"""
+MORE_HELP = "\nfields, groups and recipes: python train.py --help, and docs/configuration.md\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,9 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"loadmaster {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for stage in STAGES:
+        options = STAGE_OPTIONS if stage == "plan" else STAGE_OPTIONS + DRY_RUN  # a plan needs no machine
         command = commands.add_parser(
             stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]",
-            epilog=STAGE_OPTIONS, formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=options + MORE_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         command.set_defaults(run=_stage, stage=stage, compare=None, nodes=None, json=False)
         if stage == "plan":
