@@ -29,6 +29,13 @@ from loadmaster.preflight.verification import VerificationNeed
 from loadmaster.words import counted
 
 RUNNER_UP = "runner-up"
+FULLEST = {
+    "train": "in a step",
+    "load": "while it loads the model",
+    "evaluate": "where it takes the held-out loss",
+    "save": "while it saves a checkpoint",
+}
+"""Words for the phase of training that needs most (memory.phases_in_training)."""
 
 
 def describe(setup: Setup) -> str:
@@ -101,7 +108,8 @@ def reasons(
 ) -> list[str]:
     """Why this plan, and what one should know of it."""
     shape, setup = chosen.shape, chosen.setup
-    said = [f"{chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB in the phase of training that needs most"]
+    fullest = FULLEST[max(chosen.memory.phases, key=lambda phase: chosen.memory.phases[phase])]
+    said = [f"training needs {chosen.memory.needed_gib:.1f} of {chosen.budget_gib:.1f} GiB, {fullest}"]
     said += how_much(job, dataset_tokens)
     if asking := reference_hours(job, chosen, dataset_tokens):
         took = f"{asking:.2g} of these hours" if asking >= 0.01 else "less than a minute"

@@ -262,3 +262,10 @@ def test_numbers_of_other_rooms_are_theirs() -> None:
     assert smoke.ANSWER_TOKENS * (smoke.PROMPTS + 1) < verification.OTHER_PASSES
     calibrated = {name for name, made in candidates.CANDIDATES.items() if set(made) & set(candidates.CALIBRATED)}
     assert set(CALIBRATED) == calibrated and {*EXPORT_BITS, "gguf"} == set(candidates.CANDIDATES)
+
+
+def test_the_plan_says_in_which_phase_training_needs_most() -> None:
+    assert plan("lora").reasons[0].endswith("GiB, in a step")
+    least = plan("qlora", micro_batch_size=1, activation_checkpointing="offload")
+    assert f"{least.memory_gib.total:.1f}" not in least.reasons[0]
+    assert least.reasons[0].endswith("GiB, where it takes the held-out loss")
