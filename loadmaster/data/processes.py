@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -14,6 +14,9 @@ from typing import Any
 
 from loadmaster.ending import STOPS, end_with
 from loadmaster.errors import LoadmasterError
+
+SILENT_S = 1800.0
+"""A piece that takes longer is not worked on: pieces are small."""
 
 
 class _Process(SpawnProcess):
@@ -38,20 +41,37 @@ def _start_worker() -> None:
 def in_processes(count: int, work: Callable[[Any], Any], pieces: Sequence[Any]) -> Iterator[Iterator[Any]]:
     """work(piece) of every piece in turn. A request to stop that reaches the processes is for this one alone to heed.
 
-    Raises LoadmasterError where one was killed.
+    Raises LoadmasterError where one was killed, or gives nothing for SILENT_S.
     """
     pool = ProcessPoolExecutor(count, _Spawn(), _start_worker)
     try:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which they inherit: all of them begin here
         try:
-            results = pool.map(work, pieces)
+            results = [pool.submit(work, piece) for piece in pieces]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield results
-    except BrokenProcessPool:
+        yield _in_turn(results)
+    except BaseException as error:
+        for process in multiprocessing.active_children():
+            if isinstance(process, _Process):  # which may be stopped, and would be waited for
+                process.kill()
+        if not isinstance(error, BrokenProcessPool):
+            raise
         raise LoadmasterError(
             "a process that tokenises was ended; the host's memory may have run out (dmesg tells). "
             "The same command tokenises anew"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _in_turn(results: list[Future]) -> Iterator[Any]:
+    results.reverse()
+    while results:
+        try:
+            yield results.pop().result(SILENT_S)  # and is not held any longer
+        except TimeoutError:
+            raise LoadmasterError(
+                f"a process that tokenises has given nothing for {SILENT_S:g} s: it was stopped, or its disk does not "
+                "answer. The same command tokenises anew"
+            ) from None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from loadmaster.data import processes
 from loadmaster.data.processes import in_processes
 from loadmaster.errors import LoadmasterError
 
@@ -54,3 +55,12 @@ def test_a_process_that_tokenises_and_was_killed_is_an_error_with_a_sentence(beg
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
             list(results)
     assert not multiprocessing.active_children() and time.monotonic() - began < 50
+
+
+def test_a_process_that_tokenises_and_was_stopped_is_not_waited_for_for_good(monkeypatch):
+    monkeypatch.setattr(processes, "SILENT_S", 0.5)
+    with pytest.raises(LoadmasterError, match="has given nothing for"):  # noqa: SIM117
+        with in_processes(1, time.sleep, [60]) as results:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
+            list(results)
+    assert not multiprocessing.active_children()
