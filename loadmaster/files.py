@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,13 +151,17 @@ def cached_in(folder: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def exclusive(folder: Path, what: str) -> Iterator[None]:
-    """Hold the lock of a folder of the cache: other processes wait, and then find what one has made."""
+    """Hold the lock of a folder of the cache: other processes wait, say so, and then find what one has made."""
     with cached_in(folder.parent, what):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8")  # noqa: SIM115  closed below
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that makes {what} in {folder}", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:  # what several make at once, none has whole
             why = f"files there cannot be locked ({os.strerror(error.errno).lower()})"
             fix = "set LOADMASTER_CACHE to a folder on a disk of this machine, or have its network's mounted with locks"

@@ -2,6 +2,8 @@ import errno
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -96,3 +98,21 @@ def test_a_file_of_tensors_that_was_cut_anywhere_is_not_whole(tmp_path):
     for damaged in (b"\xff" * 8 + content[8:], content + b"\0", content[:8] + b"[1]" + content[11:], SHORT):
         file.write_bytes(damaged)
         assert not is_whole_safetensors(file)
+
+
+def test_who_waits_for_another_process_s_lock_says_so(tmp_path, capfd):
+    """The other one may be stopped for good: nothing else would tell why this one does nothing."""
+
+    def make() -> None:
+        with exclusive(tmp_path / "one", "tokenised data"):
+            pass
+
+    waits = threading.Thread(target=make)
+    with exclusive(tmp_path / "one", "tokenised data"):
+        waits.start()
+        said, deadline = "", time.monotonic() + 10
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said = capfd.readouterr().err
+    waits.join(10)
+    assert said == f"waiting for another process that makes tokenised data in {tmp_path / 'one'}\n"
