@@ -8,6 +8,7 @@ first failed worker's code is the host's, and a request to stop is passed on onc
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -32,6 +33,8 @@ RENDEZVOUS_S = 900
 """Longest wait for the other hosts to come."""
 AGAIN_S = 0.1
 """A signal that finds no worker yet is looked at again after so long."""
+STOPPED_S = 120.0
+"""A worker that is stopped for so long is killed: the other hosts have missed it, and its own would wait for good."""
 LAST_S = 300.0
 """Workers end together: one that is left so long after another's end is stopped, or stuck in its own."""
 
@@ -71,7 +74,7 @@ def run_workers(workers: Workers) -> int:
     SIGTERM, SIGINT and SIGHUP to this process go to every worker, once; their agreed end is waited for. A second one
     is passed on too, unless it is SIGHUP. Raises LoadmasterError when the other hosts do not come, or a worker was
     killed, and StoppedOnRequest when it was a SIGTERM that ended it: it had not come so far as to hear of one.
-    One that is still there LAST_S after another has ended is killed.
+    One that is stopped for STOPPED_S, or still there LAST_S after another has ended, is killed.
     """
     if workers.meeting is not None:
         await_address(workers.meeting.address)
@@ -83,8 +86,8 @@ def run_workers(workers: Workers) -> int:
 
     # What the agent has to say is said here, in a sentence.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    over, late = threading.Event(), set()
-    config = LaunchConfig(**_launch_config(workers), logs_specs=_logs(workers, over, late))
+    over, lost = threading.Event(), {}
+    config = LaunchConfig(**_launch_config(workers), logs_specs=_logs(workers, over, lost))
     try:
         with _signals_kept(meeting=workers.meeting is not None):
             launch_agent(config, sys.executable, list(workers.command))
@@ -95,8 +98,8 @@ def run_workers(workers: Workers) -> int:
             return failure.exitcode
         if -failure.exitcode in STOPS:
             raise StoppedOnRequest(f"{MESSAGE} (the processes were still starting)") from None
-        if failure.pid in late:
-            raise WorkerKilled(rank, f"rank {rank} on this host had not ended {LAST_S:g} s after another") from None
+        if failure.pid in lost:
+            raise WorkerKilled(rank, f"rank {rank} on this host {lost[failure.pid]}") from None
         name = signal.Signals(-failure.exitcode).name if failure.exitcode else "an unknown cause"
         out_of_memory = "; the host's memory may have run out (dmesg tells)" if name == "SIGKILL" else ""
         raise WorkerKilled(rank, f"rank {rank} on this host was ended by {name}{out_of_memory}") from None
@@ -128,7 +131,7 @@ def _launch_config(workers: Workers) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _logs(workers: Workers, over: threading.Event, late: set[int]) -> Any:
+def _logs(workers: Workers, over: threading.Event, lost: dict[int, str]) -> Any:
     """Workers write where this process writes. The agent asks for this right before it starts them."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
 
@@ -136,7 +139,7 @@ def _logs(workers: Workers, over: threading.Event, late: set[int]) -> Any:
         def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
             before = set(_leaders_under(os.getpid()))
             _pass_on_from_now(before, workers.on_request)
-            threading.Thread(target=_end_the_last, args=(workers.processes, before, over, late), daemon=True).start()
+            threading.Thread(target=_end_the_lost, args=(workers.processes, before, over, lost), daemon=True).start()
             return super().reify(envs)
 
     return Starting(log_dir=os.devnull)
@@ -169,19 +172,32 @@ def _not_met(workers: Workers, error: BaseException) -> str:
     )
 
 
-def _end_the_last(count: int, before: set[int], over: threading.Event, late: set[int]) -> None:
-    """Kill what is left of `count` workers LAST_S after the first of them has ended, and name it in `late`."""
-    begun, ended_s = False, 0.0
+def _end_the_lost(count: int, before: set[int], over: threading.Event, lost: dict[int, str]) -> None:
+    """Kill what of `count` workers is stopped for STOPPED_S, or left LAST_S after the first has ended; `lost` says so
+    by process."""
+    begun, ended_s = False, math.inf
+    stopped_s: dict[int, float] = {}
     while not over.wait(1.0):
-        left = set(_leaders_under(os.getpid())) - before
+        now, left = time.monotonic(), set(_leaders_under(os.getpid())) - before
         begun = begun or len(left) == count
-        if not begun or len(left) == count:
-            continue
-        ended_s = ended_s or time.monotonic()
-        for pid in left if time.monotonic() - ended_s > LAST_S else ():
-            late.add(pid)
+        if begun and len(left) < count:
+            ended_s = min(ended_s, now)
+        stopped_s = {pid: stopped_s.get(pid, now) for pid in left if _is_stopped(pid)}
+        for pid in left:
+            if now - stopped_s.get(pid, now) > STOPPED_S:
+                lost[pid] = f"was stopped (SIGSTOP), and not let go on for {STOPPED_S:g} s"
+            elif now - ended_s > LAST_S:
+                lost[pid] = f"had not ended {LAST_S:g} s after another"
+            else:
+                continue
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def _is_stopped(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def _pass_on_from_now(before: set[int], on_request: Callable[[], object]) -> None:

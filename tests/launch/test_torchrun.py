@@ -205,23 +205,29 @@ def test_a_sigterm_that_comes_right_before_the_workers_is_kept_for_them():
     bystander.wait()
 
 
-def test_a_worker_that_does_not_end_with_the_others_is_ended(monkeypatch):
-    """Stopped for good, or stuck in the driver as it leaves Python: no watchdog is there any more."""
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_worker_that_is_stopped_or_does_not_end_with_the_others_is_ended(stopped, monkeypatch):
+    """Alone on its host nobody else would end it; stuck in the driver as it leaves Python it has no watchdog."""
     from loadmaster.training import agent
 
-    monkeypatch.setattr(agent, "LAST_S", 0.0)
-    before, over, late = set(agent._leaders_under(os.getpid())), threading.Event(), set()
+    monkeypatch.setattr(agent, "STOPPED_S" if stopped else "LAST_S", 0.0)
+    before, over, lost = set(agent._leaders_under(os.getpid())), threading.Event(), {}
     first, last = (subprocess.Popen(["sleep", "30"], start_new_session=True) for _ in range(2))
-    last.send_signal(signal.SIGSTOP)
-    thread = threading.Thread(target=agent._end_the_last, args=(2, before, over, late))
+    thread = threading.Thread(target=agent._end_the_lost, args=(2, before, over, lost))
     thread.start()
     time.sleep(1.5)
-    assert last.poll() is None and not late  # both are there
-    first.kill()
-    first.wait()
-    assert last.wait(timeout=10) == -signal.SIGKILL and late == {last.pid}
+    assert last.poll() is None and not lost  # both are there
+    if stopped:
+        last.send_signal(signal.SIGSTOP)
+    else:
+        first.kill()
+        first.wait()
+    assert last.wait(timeout=10) == -signal.SIGKILL and lost.keys() == {last.pid}
+    assert ("was stopped" if stopped else "had not ended") in lost[last.pid]
     over.set()
     thread.join()
+    first.kill()
+    first.wait()
 
 
 @pytest.mark.slow
