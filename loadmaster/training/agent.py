@@ -8,13 +8,11 @@ first failed worker's code is the host's, and a request to stop is passed on onc
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import socket
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +35,8 @@ STOPPED_S = 120.0
 """A worker that is stopped for so long is killed: the other hosts have missed it, and its own would wait for good."""
 LAST_S = 300.0
 """Workers end together: one that is left so long after another's end is stopped, or stuck in its own."""
+LOOK_S = 5.0
+"""Between looks at them. Looks are what is counted: time may pass while the whole machine is suspended."""
 
 
 class WorkerKilled(TrainingFailed):
@@ -175,18 +175,17 @@ def _not_met(workers: Workers, error: BaseException) -> str:
 def _end_the_lost(count: int, before: set[int], over: threading.Event, lost: dict[int, str]) -> None:
     """Kill what of `count` workers is stopped for STOPPED_S, or left LAST_S after the first has ended; `lost` says so
     by process."""
-    begun, ended_s = False, math.inf
+    begun, since_first_s = False, 0.0
     stopped_s: dict[int, float] = {}
-    while not over.wait(1.0):
-        now, left = time.monotonic(), set(_leaders_under(os.getpid())) - before
+    while not over.wait(LOOK_S):
+        left = set(_leaders_under(os.getpid())) - before
         begun = begun or len(left) == count
-        if begun and len(left) < count:
-            ended_s = min(ended_s, now)
-        stopped_s = {pid: stopped_s.get(pid, now) for pid in left if _is_stopped(pid)}
+        since_first_s += LOOK_S if begun and len(left) < count else 0.0
+        stopped_s = {pid: stopped_s.get(pid, 0.0) + LOOK_S for pid in left if _is_stopped(pid)}
         for pid in left:
-            if now - stopped_s.get(pid, now) > STOPPED_S:
+            if stopped_s.get(pid, 0.0) > STOPPED_S:
                 lost[pid] = f"was stopped (SIGSTOP), and not let go on for {STOPPED_S:g} s"
-            elif now - ended_s > LAST_S:
+            elif since_first_s > LAST_S:
                 lost[pid] = f"had not ended {LAST_S:g} s after another"
             else:
                 continue
@@ -268,8 +267,10 @@ def _end_when_asked(ear: socket.socket) -> None:
 
 def _leaders_under(pid: int) -> list[int]:
     """Children that lead a session of their own, as the agent starts its workers."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    children = [int(word) for task in tasks for word in task.read_text().split()]
+    children: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended meanwhile
+            children += map(int, task.read_text().split())
     return [child for child in children if _session(child) == child]
 
 

@@ -210,12 +210,13 @@ def test_a_worker_that_is_stopped_or_does_not_end_with_the_others_is_ended(stopp
     """Alone on its host nobody else would end it; stuck in the driver as it leaves Python it has no watchdog."""
     from loadmaster.training import agent
 
-    monkeypatch.setattr(agent, "STOPPED_S" if stopped else "LAST_S", 0.0)
+    monkeypatch.setattr(agent, "STOPPED_S" if stopped else "LAST_S", 0.2)
+    monkeypatch.setattr(agent, "LOOK_S", 0.1)
     before, over, lost = set(agent._leaders_under(os.getpid())), threading.Event(), {}
     first, last = (subprocess.Popen(["sleep", "30"], start_new_session=True) for _ in range(2))
     thread = threading.Thread(target=agent._end_the_lost, args=(2, before, over, lost))
     thread.start()
-    time.sleep(1.5)
+    time.sleep(1)
     assert last.poll() is None and not lost  # both are there
     if stopped:
         last.send_signal(signal.SIGSTOP)
