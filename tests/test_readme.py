@@ -58,9 +58,28 @@ def test_the_command_runs(command, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_recipe_is_in_the_table_and_every_page_linked_exists():
+def test_every_recipe_is_in_the_table():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert f"`{recipe.stem}`" in readme
-    for link in re.findall(r"\]\(([^)#]+)\)", readme):
-        assert Path(ROOT / link).exists(), link
+
+
+def headings(page: Path) -> set[str]:
+    """As the part of a link after #: in lower case, spaces as dashes, no punctuation."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
