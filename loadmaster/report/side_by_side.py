@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loadmaster.config.compose import compose
 from loadmaster.config.fields import leaves, written
 from loadmaster.config.jobhash import SINCE
 from loadmaster.config.schema import STAGES, Job
@@ -92,15 +94,30 @@ def show(runs: Sequence[Path], console: Console) -> None:
 
 def set_apart(configs: Sequence[dict[str, Any]]) -> list[str]:
     """Of each run the fields in which they differ, as they would be written on a command line; of one whose config.yaml
-    cannot be read none. A run of before a field did what SINCE says."""
-    read = [
-        {key: value for name, part in config.items() for key, value in leaves(name, part).items()} for config in configs
-    ]
+    cannot be read none. A run of before a field did what SINCE says. Of runs of several recipes, what all have as their
+    recipes say is said by `recipe`."""
+    read = [_flat(config) for config in configs]
     jobs = [{**job, **SINCE, **job} if job else {} for job in read]
     first = next(filter(None, jobs), {})
     keys = dict.fromkeys(key for job in jobs for key in job if key not in NO_SETTINGS)
     apart = [key for key in keys if any(job.get(key) != first.get(key) for job in jobs if job)]
+    if "recipe" in apart:
+        pairs = [(job, _said_by(str(job.get("recipe")))) for job in jobs if job]
+        apart = [key for key in apart if key == "recipe" or any(job.get(key) != by.get(key) for job, by in pairs)]
     return [" ".join(f"{key}={written(job[key])}" for key in apart if key in job) for job in jobs]
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for name, part in config.items() for key, value in leaves(name, part).items()}
+
+
+@cache
+def _said_by(recipe: str) -> dict[str, Any]:
+    """Every field as a recipe alone has it; none for one that is not here."""
+    try:
+        return _flat(compose([f"recipe={recipe}"]).resolved)
+    except ConfigError:
+        return {}
 
 
 def state(files: RunFiles, works: bool) -> str:

@@ -112,6 +112,16 @@ def test_a_field_that_a_run_does_not_have_is_as_it_was_before_it_came():
     assert set_apart([{}, old, taken]) == ["", "checkpoint.load_best=false", "checkpoint.load_best=true"]
 
 
+def test_of_several_recipes_what_they_say_themselves_is_left_out():
+    runs = (["recipe=smoke"], ["recipe=qlora_8b", "optimizer.lr=1e-5"], ["recipe=fp8_8b", "optimizer.lr=2e-5"])
+    configs = [compose(words).resolved for words in runs]
+    assert set_apart(configs[:2])[1] == "recipe=qlora_8b optimizer.lr=1e-05"
+    assert [" ".join(words).replace("e-5", "e-05") for words in runs[1:]] == set_apart(configs)[1:]
+    for unknown in ("../mine", ["a"], "a b", "smoke,auto", "", None):
+        said = set_apart([configs[0], {**configs[1], "recipe": unknown}])[1]
+        assert said.startswith("recipe=") and "sequence_length=" in said
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     for folder, words in ((tmp_path, "holds no run"), (tmp_path / "x", "is no folder")):
         with pytest.raises(ConfigError, match=words):
