@@ -25,7 +25,7 @@ def add_parsers(commands: Any) -> None:
     """Add these commands to the subparsers of the command line; each sets run(arguments, rest) -> exit code."""
     made = commands.add_parser("deploy", help="put a run's bundle on an endpoint, validate and measure it")
     made.add_argument("run_dir", type=Path, metavar="RUN", help="run directory whose bundle stage is done")
-    made.add_argument("--volume", metavar="ID", help="network volume for the artifact, by id or name")
+    made.add_argument("--volume", metavar="NAME", help="network volume for the artifact, by name or id")
     made.add_argument("--name", metavar="NAME", help="of the endpoint (default: the run's own, else recipe and format)")
     made.add_argument(
         "--no-upload", action="store_true", help="the artifact is on the volume already, and is not looked at there"
