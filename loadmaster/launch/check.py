@@ -25,6 +25,7 @@ SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 TOKEN = r"(hf|sk|rpa|rps|ghp|gho|github_pat|glpat|xox[abp]|AKIA)[-_]?\w*[A-Za-z0-9]{14,}"
+TOKEN += r"|(sk-(ant|proj|svcacct)|xox[abp])-[\w-]{20,}"
 GIVEN_AWAY = re.compile(rf"{TOKEN}|.*://[^/@\s]*:[^/@\s]+@.*")
 """A variable's value that is one: a token by its beginning, or an address with a password."""
 SECRET_VALUE = re.compile(rf"{TOKEN}|[0-9a-fA-F]{{32,}}|.{{48,}}|.*[^\w.-].*")
@@ -46,6 +47,11 @@ FIELDS = {
 }  # fmt: skip
 
 
+def is_given_away(value: str) -> bool:
+    """Whether the value of a variable is a secret, whatever the variable is called."""
+    return bool(GIVEN_AWAY.fullmatch(value) or WITH_KEY.search(value) or QUERIED.search(value))
+
+
 def problems(composed: Composed) -> list[Problem]:
     job = composed.job
     found = _unused(composed, (*OWN, *FIELDS[job.launch.name])) + _nodes_problems(job)
@@ -53,7 +59,7 @@ def problems(composed: Composed) -> list[Problem]:
         remedy = "launch=local; or another stage, with launch.dry_run=true"
         found.append(_wrong("stop_after", "plan", "a plan needs no machine", remedy))
     for name, value in (job.launch.env or {}).items():
-        if SECRET_NAME.search(name) or GIVEN_AWAY.fullmatch(str(value)):
+        if SECRET_NAME.search(name) or is_given_away(value):
             message = "looks like a secret, and this would end up in files and logs"
             found.append(_wrong(f"launch.env.{name}", None, message, _secret_remedy(job.launch.name, name)))
     for name, secret in (job.launch.secrets or {}).items():

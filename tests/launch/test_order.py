@@ -169,6 +169,13 @@ def test_machines_that_cannot_be_meant_are_refused(words, said):
         (["launch.cloud=community"], "launch.cloud"),
         (["launch.env.WANDB_API_KEY=abc"], "launch.env.WANDB_API_KEY"),
         (["launch.env.WANDB_KEY=abc"], "launch.env.WANDB_KEY"),
+        *(
+            ([f"launch.env.IT='{value}'"], "launch.env.IT")
+            for value in (
+                "https://abc@host/simple", "https://me:abc@host", "redis://:abc@host:6379", "https://host/?sig=abc",
+                "sk-proj-abc45678-01234567890", "xoxb-1234567890-abc4567890",
+            )
+        ),
         (["launch.secrets.HF_TOKEN=hf_abcDEFghiJKLmnop"], "launch.secrets.HF_TOKEN"),
         (["launch.secrets.WANDB_API_KEY=0abc456789abcdef0123456789abcdef01234567"], "launch.secrets.WANDB_API_KEY"),
         (["launch.secrets.KEY=''"], "launch.secrets.KEY"),
