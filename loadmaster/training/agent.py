@@ -112,6 +112,9 @@ def run_workers(workers: Workers) -> int:
 
 
 def _launch_config(workers: Workers) -> dict[str, Any]:
+    from loadmaster.training import loopback  # brings torch
+
+    loopback.register()
     meeting = workers.meeting
     common = {
         "nproc_per_node": workers.processes,
@@ -122,7 +125,7 @@ def _launch_config(workers: Workers) -> dict[str, Any]:
     if meeting is None:
         return common | {
             "min_nodes": 1, "max_nodes": 1, "run_id": uuid.uuid4().hex,
-            "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0",
+            "rdzv_backend": loopback.BACKEND, "rdzv_endpoint": loopback.ADDRESS,
         }  # fmt: skip
     return common | {
         "min_nodes": meeting.nodes, "max_nodes": meeting.nodes, "run_id": "loadmaster", "rdzv_backend": "static",

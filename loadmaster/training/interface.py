@@ -34,6 +34,12 @@ def settle_interface(store: Store, rank: int, size: int, meeting: str) -> None:
             os.environ["NCCL_SOCKET_IFNAME"] = f"={name}"
 
 
+def stay_on_this_host() -> None:
+    """Tell gloo the interface that no other host reaches, unless it was told: it listens to whoever connects."""
+    if name := _name_of("127.0.0.1"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def no_such_interface(error: BaseException) -> str | None:
     """What to say where gloo was told an interface that this host does not have; None of another error."""
     named = re.search(r"Unable to find address for: (\S+)", str(error))

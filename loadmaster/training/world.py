@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.training.interface import no_such_interface, settle_interface
+from loadmaster.training.interface import no_such_interface, settle_interface, stay_on_this_host
+from loadmaster.training.loopback import ear, is_loopback
 from loadmaster.training.ranks import await_address, is_member
 
 CPU = torch.device("cpu")
@@ -123,6 +124,8 @@ def join(device_type: str, timeout_s: float = JOIN_S) -> World:
             refuse_mixed(store, rank, size, device_type)
             if world.nodes > 1:
                 settle_interface(store, rank, size, os.environ["MASTER_ADDR"])
+            elif is_loopback(os.environ["MASTER_ADDR"]):
+                stay_on_this_host()
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
                 store=store,
@@ -207,7 +210,10 @@ def meet(rank: int, size: int, place: str, patience_s: float = JOIN_S) -> dist.S
     patience = timedelta(seconds=patience_s)
     keys = [f"{place}/here/{other}" for other in range(size)]
     try:
-        store = dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=patience, multi_tenant=True)
+        store = dist.TCPStore(
+            host, port, is_master=keeps, wait_for_workers=False, timeout=patience, multi_tenant=True,
+            master_listen_fd=ear(host, port) if keeps else None,
+        )  # fmt: skip
         store.set(keys[rank], "")
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):

@@ -1,0 +1,58 @@
+"""A meeting place that only this host reaches.
+
+TCPStore listens at every interface and asks nobody who he is; the peers that gloo connects to are named in it, ranks
+unpickle what those send, and the elastic agent's own rendezvous (c10d) unpickles what lies in the store. So where all
+processes are on this host, it listens at 127.0.0.1 alone.
+"""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+ADDRESS = "127.0.0.1"
+BACKEND = "loadmaster-loopback"
+JOIN_S = 60
+
+
+def is_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.")
+
+
+def ear(host: str, port: int) -> int | None:
+    """A listening socket's descriptor, for the store to take over; None for other hosts' meeting places, and where the
+    port is taken: by the store itself, which this process keeps from one job of a sweep to the next, or by another,
+    which the store says."""
+    if not is_loopback(host):
+        return None
+    try:
+        return socket.create_server((ADDRESS, port)).detach()
+    except OSError:
+        return None
+
+
+class _Rendezvous(StaticTCPRendezvous):
+    def __init__(self, run_id: str):
+        listening = socket.create_server((ADDRESS, 0))
+        super().__init__(ADDRESS, listening.getsockname()[1], 0, 1, run_id, JOIN_S)
+        self._store = TCPStore(
+            ADDRESS, self.master_port, 1, True, timedelta(seconds=JOIN_S), multi_tenant=True,
+            master_listen_fd=listening.detach(),
+        )  # fmt: skip
+
+    def get_backend(self) -> str:
+        return BACKEND
+
+
+def _create(parameters: RendezvousParameters) -> Any:
+    return _Rendezvous(parameters.run_id)
+
+
+def register() -> None:
+    """Tell the elastic agent of it, as a kind of rendezvous."""
+    rendezvous_handler_registry.register(BACKEND, _create)

@@ -1,0 +1,50 @@
+"""Where all processes are on one host, no other host reaches where they meet. In process."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+import pytest
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
+
+from loadmaster.training import loopback
+from loadmaster.training.agent import Workers, _launch_config
+from loadmaster.training.interface import stay_on_this_host
+from loadmaster.training.world import meet
+from tests.launch.fake_runpod import free_port
+
+
+def listened_at(port: int) -> set[str]:
+    found = psutil.Process().net_connections("tcp")
+    return {each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN and each.laddr.port == port}
+
+
+def test_the_workers_of_one_host_meet_where_no_other_host_reaches():
+    backend = _launch_config(Workers(2, ["train.py"]))["rdzv_backend"]
+    handler = rendezvous_handler_registry.create_handler(RendezvousParameters(backend, loopback.ADDRESS, "a", 1, 1))
+    there = handler.next_rendezvous().bootstrap_store_info
+    assert listened_at(there.master_port) == {"127.0.0.1"}
+    worker = TCPStore(there.master_addr, there.master_port, is_master=False, wait_for_workers=False)
+    worker.set("a", "b")
+    assert worker.get("a") == b"b"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_so_do_ranks_that_another_launcher_started_there(host, monkeypatch):
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", host)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    kept = [meet(0, 1, f"loadmaster/group/{job}") for job in range(2)]  # of a sweep
+    assert listened_at(port) == {"127.0.0.1"}
+    assert kept[1].check(["loadmaster/group/0/here/0"])
+
+
+def test_gloo_listens_at_this_hosts_own_interface_unless_it_is_told_another(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    stay_on_this_host()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    stay_on_this_host()
+    assert "127.0.0.1" in {each.address for each in psutil.net_if_addrs()[os.environ["GLOO_SOCKET_IFNAME"]]}
