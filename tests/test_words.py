@@ -1,9 +1,15 @@
 from loadmaster.preflight.table import _alternative
-from loadmaster.words import counted
+from loadmaster.words import counted, without_password
 
 
 def test_one_of_a_thing_is_no_plural():
     assert [counted(number, "row") for number in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+
+
+def test_an_address_is_shown_without_its_password():
+    asked = "https://me:ab@c@host:1/a and http://token@host/b@1, not ssh://host/a@b or me@host"
+    shown = "https://...@host:1/a and http://...@host/b@1, not ssh://host/a@b or me@host"
+    assert without_password(asked) == shown
 
 
 def test_the_rate_of_a_plan_that_would_fit_is_no_plural_at_one():

@@ -24,6 +24,7 @@ from loadmaster.export.manifest import NAME, exported, no_export, read_manifest,
 from loadmaster.files import read_json
 from loadmaster.launch.left import away, copied_by
 from loadmaster.rundir import object_in
+from loadmaster.words import without_password
 
 CARD = "README.md"
 KEPT = (".gitattributes",)
@@ -107,10 +108,11 @@ class Hub:
                 raise HFValidationError(f"whose it is has to stand before it, as in --repo ORG/{repository}")
         except HFValidationError as error:
             raise LoadmasterError(f"--repo {repository} is no name of a repository: {error}") from None
-        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        self.endpoint = without_password(endpoint)
         self.repository, self.url = repository, f"{self.endpoint}/{repository}"
         self._token = get_token()
-        self._api = HfApi(endpoint=self.endpoint, token=self._token or False, library_name="loadmaster")
+        self._api = HfApi(endpoint=endpoint, token=self._token or False, library_name="loadmaster")
 
     def licence(self, model: str) -> str | None:
         """The licence that a model's card names; None where it cannot be found out."""
@@ -152,8 +154,9 @@ class Hub:
             )
 
         done = self._ask("upload", commit, echo)
-        echo(f"pushed: {done.commit_url}")
-        return str(done.commit_url)
+        url = without_password(str(done.commit_url))
+        echo(f"pushed: {url}")
+        return url
 
     def _refuse_other_model(self, format_name: str, there: list[str]) -> None:
         """A repository that holds something else is left alone."""
@@ -198,7 +201,7 @@ class Hub:
             ) from None
 
     def _without_token(self, text: str) -> str:
-        return text.replace(self._token, "***") if self._token else text
+        return without_password(text.replace(self._token, "***") if self._token else text)
 
 
 def _job_facts(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:

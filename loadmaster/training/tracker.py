@@ -9,6 +9,7 @@ from typing import Any
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
+from loadmaster.words import without_password
 
 
 class Tracker:
@@ -60,7 +61,8 @@ def open_tracker(job: Job, run_dir: Path, job_hash: str, lead: bool, echo: Calla
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:200]}"
+    """Its first line; MLflow's names the address that it asked, with the password in it."""
+    return f"{type(error).__name__}: {without_password(next(iter(str(error).strip().splitlines()), ''))[:200]}"
 
 
 def refuse_missing_tracker(job: Job) -> None:

@@ -192,9 +192,10 @@ def test_nothing_is_pushed_without_a_token_or_after_a_bit_has_flipped(run, capsy
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:secret@127.0.0.1:9")
     assert main(["push", str(run), "--repo", "org/name"]) == 4
-    assert "needs a token" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "needs a token" in said.err and "secret" not in said.out + said.err
 
     assert main(["push", str(run), "--repo", "org/name", "--dry-run"]) == 0
     shown = capsys.readouterr().out

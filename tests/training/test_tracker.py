@@ -23,7 +23,7 @@ class Library:
 
     def start(self):
         if self.fails_at == "start":
-            raise RuntimeError("api_key not configured\nand more")
+            raise RuntimeError("not known at https://me:secret@host/api\nand more")
 
     def store_init_configuration(self, values):
         pass
@@ -40,7 +40,7 @@ class Library:
 
 def test_a_tracker_that_cannot_begin_is_told_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Library)
-    with pytest.raises(ConfigError, match=r"tracker.name = 'wandb'(.|\n)*\(RuntimeError: api_key not configured\)"):
+    with pytest.raises(ConfigError, match=r"tracker.name = 'wandb'(.|\n)*\(RuntimeError: not known at https://...@host/api\)"):
         open_tracker(JOB, tmp_path, "hash", True, print)
 
 
