@@ -16,6 +16,7 @@ from loadmaster.config.schema import Job
 from loadmaster.errors import LoadmasterError
 from loadmaster.out_of_memory import ran_out
 from loadmaster.rundir import RunDir, newest_in
+from loadmaster.words import visible
 
 LEAST_TEMPERATURE = 0.01
 """Below, what scores are divided by takes them beyond a float."""
@@ -162,6 +163,9 @@ def _printer(tokenizer: Any, stops: set[int]) -> Any:
             if self.next_tokens_are_prompt or int(value) not in stops:
                 super().put(value)
 
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(visible(text), stream_end)
+
     return Printer(tokenizer, skip_prompt=True, clean_up_tokenization_spaces=False)
 
 
@@ -230,8 +234,9 @@ def _system(job: Job) -> str | None:
         return None
     if not first.messages or first.messages[0]["role"] != "system":
         return None
-    _tell(f"system message of the first training row (--system TEXT for another): {first.messages[0]['content']}")
-    return first.messages[0]["content"]
+    system = first.messages[0]["content"]
+    _tell(f"system message of the first training row (--system TEXT for another): {visible(system)}")
+    return system
 
 
 def _tokens(text: str) -> int:

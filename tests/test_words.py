@@ -1,5 +1,11 @@
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from loadmaster.launch.context import Launch
 from loadmaster.preflight.table import _alternative
-from loadmaster.words import counted, without_password
+from loadmaster.words import counted, visible, without_password
 
 
 def test_one_of_a_thing_is_no_plural():
@@ -10,6 +16,16 @@ def test_an_address_is_shown_without_its_password():
     asked = "https://me:ab@c@host:1/a and http://token@host/b@1, not ssh://host/a@b or me@host"
     shown = "https://...@host:1/a and http://...@host/b@1, not ssh://host/a@b or me@host"
     assert without_password(asked) == shown
+
+
+def test_control_characters_are_shown_as_pictures_and_lines_stay_lines():
+    assert visible("a\x1b]52;c;eA==\x07\tb\r\n\x7f\x9b2J") == "a\u241b]52;c;eA==\u2407\tb\r\n\u2421\ufffd2J"
+
+
+def test_what_a_machine_says_does_not_steer_the_terminal_here():
+    console = Console(file=io.StringIO(), force_terminal=True)
+    Launch(None, console, "", Path(), None).echo("  | \x1b[2Jstep 1")
+    assert console.file.getvalue() == "  | \u241b[2Jstep 1\n"
 
 
 def test_the_rate_of_a_plan_that_would_fit_is_no_plural_at_one():

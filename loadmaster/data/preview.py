@@ -13,7 +13,7 @@ from loadmaster.data.preference import PAIR_FIELDS
 from loadmaster.data.prepared import PreparedData
 from loadmaster.data.render import ChatRenderer, Rendering, Span
 from loadmaster.data.tokens import answers, render_trained
-from loadmaster.words import counted
+from loadmaster.words import counted, visible
 
 EQUAL_ENOUGH = 4 / 3
 """Weighted numbers of KTO's two kinds of answers should be within this ratio (Ethayarajh et al. 2024, eq. 9)."""
@@ -34,14 +34,15 @@ def show(data: PreparedData, tokenizer: Any, count: int, console: Any) -> None:
 
     for conversation, name in _named(islice(data.train_conversations, count)):
         rendering = rendered(conversation, tokenizer)
+        shown = visible(rendering.text)  # as long as the text, whose spans it is marked by
         if console.is_terminal:
             console.rule(name)
-            text = Text(rendering.text, style="dim")
+            text = Text(shown, style="dim")
             for span in rendering.spans:
                 text.stylize("not dim bold green", span.start, span.end)
             console.print(_shortened(text), soft_wrap=True)
         else:
-            plain = f"--- {name}\n{_shortened(marked(rendering.text, rendering.spans))}"
+            plain = f"--- {name}\n{_shortened(marked(shown, rendering.spans))}"
             console.print(plain, markup=False, highlight=False, soft_wrap=True)
     console.print(describe(data.summary), markup=False, highlight=False, soft_wrap=True)
 

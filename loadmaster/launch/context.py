@@ -14,6 +14,7 @@ from rich.console import Console
 from loadmaster.config.compose import Composed
 from loadmaster.ending import STOPS
 from loadmaster.training.stop import StopSignal
+from loadmaster.words import visible
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Launch:
     sleep: Callable[[float], None] = time.sleep
 
     def echo(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from loadmaster import __version__
 from loadmaster.files import write_text
 from loadmaster.report import curves, data, evaluation, exports, overview, plan, units
 from loadmaster.report.inputs import RunFiles, read_run
+from loadmaster.words import visible
 
 NAME = "report.html"
 LIBRARIES = (
@@ -92,11 +92,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def visible(value: Any) -> str:
-    """Text with the control characters that HTML forbids shown as their pictures (U+2400 and on)."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", lambda match: chr(0x2400 + ord(match[0])), str(value))
-
-
 def breakable(text: str) -> Markup:
     """Text that may be broken into lines after commas, as JSON without spaces needs; a copy of it is the text alone."""
     return Markup(escape(visible(text)).replace(",", Markup(",<wbr>")))
@@ -106,7 +101,7 @@ def breakable(text: str) -> Markup:
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("loadmaster.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+        lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
         optimized=False,  # each template is compiled and rendered once or a few times
     )
     environment.globals["units"] = units

@@ -48,3 +48,14 @@ def test_of_a_very_long_row_the_beginning_and_the_end_are_printed(tokenizer, wri
     for terminal in (False, True):
         text = printed(terminal, prepared, tokenizer, 1)
         assert "First." in text and "Last." in text and " characters ..." in text and len(text) < 10_000
+
+
+def test_a_row_does_not_steer_the_terminal_that_it_is_looked_at_in(tokenizer, write_jsonl, job_for):
+    """It could hide what is in it, or write to the clipboard (OSC 52)."""
+    rows = [{"instruction": "hi\x1b]52;c;eA==\x07", "output": "answer\x1b[2J"}]
+    prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer)
+    for terminal in (False, True):
+        text = printed(terminal, prepared, tokenizer, 1)
+        assert "hi\u241b]52;c;eA==\u2407" in text and "\u241b[2J" in text
+        assert "\x1b]" not in text and "\x1b[2J" not in text and "\x07" not in text
+    assert "\u27e6answer\u241b[2J<|im_end|>\u27e7" in printed(False, prepared, tokenizer, 1)
