@@ -248,6 +248,8 @@ class StageRun:
 
     def _evaluate(self, watch: Watchdog) -> dict[str, Any]:
         """Writes eval.json: held-out loss and task metric before and after training."""
+        from loadmaster.evaluation.held_out import before_training
+
         trained_folder = next(p for p in (self.run_dir / "adapter", self.run_dir / "model") if p.is_dir())
         watch.at(0, "load")
         whole = trained_folder.name == "model"
@@ -257,6 +259,8 @@ class StageRun:
         with nullcontext() if whole else model.disable_adapter():
             self._ask_reference(loss)
             before = self._evaluate_model(model, loss)
+        if "held_out" in before:
+            before["held_out"] = before_training(before["held_out"], self.job.objective)
         if whole:
             strategy.let_go(loss)
             del model, loss

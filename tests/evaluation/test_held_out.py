@@ -10,7 +10,7 @@ import torch
 from loadmaster.data import packed_rows
 from loadmaster.errors import DataError
 from loadmaster.evaluation import held_out
-from loadmaster.evaluation.held_out import perplexity
+from loadmaster.evaluation.held_out import before_training, perplexity
 from loadmaster.models.load import load_base
 
 TEXTS = ["The capital of France is Paris.", "Water boils at 100 degrees.", "Two and two are four, three and three six."]
@@ -76,3 +76,11 @@ def test_data_without_a_trained_token_is_refused(model, documents):
 def test_a_perplexity_beyond_a_float_is_infinite():
     assert perplexity(1000.0) == math.inf
     assert perplexity(0.0) == 1.0
+
+
+def test_what_rounding_makes_of_rewards_before_training_is_no_preference():
+    pairs = {"loss": 0.69314719, "reward_accuracy": 0.45, "reward_margin": -1.2e-8, "pairs": 60}
+    assert before_training(pairs, "dpo") == {**pairs, "reward_accuracy": 0.0, "reward_margin": 0.0}
+    answers = {"loss": 0.5, "reward_desirable": 3e-8, "reward_margin": 3e-8, "answers": 9}
+    assert before_training(answers, "kto") == {**answers, "reward_desirable": 0.0, "reward_margin": 0.0}
+    assert before_training(pairs, "orpo") == pairs  # which has no reference
