@@ -211,6 +211,9 @@ class _Submitted:
         self.id = id
         write_json(self.batch.folder / RECORD, {"name": launch.name, "id": id, "command": self.batch.command})
         launch.echo(f"submitted job {id}; its log is {self.batch.log}, its run directory {self.batch.run_dir}")
+        if settings.max_hours != "auto":
+            each = f"each of its runs has {settings.max_hours:g} h (launch.max_hours); stopped by that, it is requeued"
+            launch.echo(f"  {each} and goes on until it is done")
 
     def _id_by_name(self) -> str | None:
         """Empty: there is no such job; None: nobody answers."""

@@ -99,6 +99,7 @@ def test_a_job_is_submitted_followed_on_all_nodes_and_its_exit_code_comes_back(c
     assert job["signal"] == "TERM@180" and job["requeue"] is True
     assert "| 0: node 0 of 2" in cluster.said and "| 1: node 1 of 2" in cluster.said
     assert "step 3, loss 1.5000" in cluster.said and "running" in cluster.said
+    assert "each of its runs has 2 h (launch.max_hours); stopped by that, it is requeued" in cluster.said
     composed = yaml.safe_load(next((cluster.folder / "runs").rglob("job.yaml")).read_text())
     assert composed["hardware"]["nodes"] == 2
     assert composed["launch"] == {"name": "local", "grace_s": 120, "hang_timeout_s": 900}
