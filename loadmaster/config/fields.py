@@ -166,11 +166,13 @@ def nearest_key(key: str, extra: Iterable[str] = ()) -> str | None:
         return ALIASES[name.lower()]
     if same_name:
         return min(same_name, key=lambda k: k.count("."))
-    if section in sections():
+    if not section:
         return nearest(key, everything)
     leaves = {k.rpartition(".")[2]: k for k in reversed(fields())}
     like = nearest(name, leaves, cutoff=0.75)
-    return leaves[like] if like else nearest(section.rpartition(".")[2], filter(None, sections()), cutoff=0.75)
+    if like or section in sections():
+        return leaves[like] if like else None
+    return nearest(section.rpartition(".")[2], filter(None, sections()), cutoff=0.75)
 
 
 def _in_a_section_like(section: str, name: str) -> str | None:

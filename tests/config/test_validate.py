@@ -118,6 +118,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("sequence_length=4k", "sequence_length", "must be an integer from 2",
          "sequence_length=4096, if that is what 4k means"),
         ("max_steps=2k", "max_steps", "must be an integer above 0, or null", "max_steps=2000, if that is what 2k"),
+        ("hardware.memory_gib=40", "hardware.memory_gib", "there is no such field", "hardware has gpu, count, nodes"),
         ("optimizer.lr=1m", "optimizer.lr", "must be a number above 0, or auto", "optimizer.lr=auto is the default"),
         ("launch.grace_s=2min", "launch.grace_s", "must be a number", "launch.grace_s=120, if that is what 2min"),
         ("data.max_rows=4h", "data.max_rows", "must be an integer above 0", "data.max_rows=null is the default"),
