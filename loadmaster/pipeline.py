@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -189,21 +190,25 @@ class Pipeline:
                 stages[stage]()
             seconds = time.perf_counter() - start
             self.run_dir.mark_done(stage, inputs, seconds)
-            self.run_dir.update_result(failure=None)
             self.echo(f"{stage}: done in {seconds:.1f} s")
-        except StoppedOnRequest:
+        except BaseException as error:
+            figures: dict[str, Any] = {}
+            if isinstance(error, LoadmasterError):
+                planned = stage != "plan" or self._is_whole("plan")
+                if isinstance(error, ConfigError | DataError) and not planned and self.run_dir.discard():
+                    error.begun = False
+                else:
+                    figures = {"failure": {"stage": stage, "message": str(error)}}
+            with suppress(OSError):  # on a disk that is full; the error itself says what could not be kept
+                self._sum_up(**figures)
             raise
-        except LoadmasterError as error:
-            planned = stage != "plan" or self._is_whole("plan")
-            if isinstance(error, ConfigError | DataError) and not planned and self.run_dir.discard():
-                error.begun = False
-            else:
-                self.run_dir.update_result(failure={"stage": stage, "message": str(error)})
-            raise
-        finally:
-            if self.run_dir.path.is_dir():
-                self.run_dir.update_result(wall_seconds=self.run_dir.seconds_by_stage())
-                self._write_report()
+        self._sum_up(failure=None)
+
+    def _sum_up(self, **figures: Any) -> None:
+        """result.json and report.html as the stages that are done leave them."""
+        if self.run_dir.path.is_dir():
+            self.run_dir.update_result(**figures, wall_seconds=self.run_dir.seconds_by_stage())
+            self._write_report()
 
     def _is_whole(self, stage: str) -> bool:
         """Whether what the stage wrote is still there; exports are compared with their manifests, files of

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from loadmaster.cli import main
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import STAGES
-from loadmaster.errors import ConfigError, LoadmasterError
+from loadmaster.errors import ConfigError, LoadmasterError, StoppedOnRequest
 from loadmaster.files import sha256_of_model, write_json
-from loadmaster.pipeline import command_line, run
+from loadmaster.pipeline import Pipeline, command_line, run
 from loadmaster.preflight import hardware
 from loadmaster.preflight.plan import Plan
 from loadmaster.rundir import RunDir
@@ -522,3 +523,17 @@ def test_two_processes_cannot_work_in_one_run(tmp_path):
 )
 def test_the_command_is_shown_as_one_would_type_it(argv, expected):
     assert command_line(argv) == expected
+
+
+@pytest.mark.parametrize("error", [LoadmasterError("step-4 could not be written"), StoppedOnRequest("stopped")])
+def test_a_disk_that_is_full_hides_neither_what_was_lost_nor_that_it_was_a_stop(error):
+    """What is written last, result.json, fails too."""
+    pipeline = MagicMock()
+    pipeline.job.stop_after = "train"
+    pipeline.run_dir.is_done.return_value = False
+    pipeline.composed.located.return_value.__exit__.return_value = False
+    pipeline.train.side_effect = error
+    pipeline._sum_up = lambda **figures: Pipeline._sum_up(pipeline, **figures)
+    pipeline.run_dir.update_result.side_effect = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(type(error), match=str(error)):
+        Pipeline._stage(pipeline, "train", "inputs")
