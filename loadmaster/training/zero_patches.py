@@ -1,4 +1,4 @@
-"""What DeepSpeed's zero3 needs to go with torch's checkpoints, and with evaluations between two steps."""
+"""What DeepSpeed's zero3 needs to go with torch's checkpoints, transformers' experts, and evaluations between steps."""
 
 from __future__ import annotations
 
@@ -23,6 +23,51 @@ def add_biases_once() -> None:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch._C._nn.linear(x, weight, bias)  # torch.nn.functional.linear is DeepSpeed's by then
+
+
+def keep_experts_cut() -> None:
+    """Let zero3's experts be multiplied with as its linear layers are: the graph keeps the parameter, which is cut
+    again. transformers multiplies with the transposed parameter, a view that the graph kept whole to the backward pass:
+    without checkpoints, all experts of all layers on every GPU."""
+    from transformers.integrations import moe
+
+    its_own = moe._grouped_linear
+    if its_own.__module__ == __name__:
+        return
+
+    @wraps(its_own)
+    def grouped_linear(x: Tensor, weight: Tensor, offs: Tensor, bias: Any = None, is_transposed: Any = False) -> Tensor:
+        if bias is not None or is_transposed or not hasattr(weight, "ds_id"):
+            return its_own(x, weight, offs, bias, is_transposed)
+        return _GroupedLinear.apply(x, weight, offs)
+
+    grouped_linear.__module__ = __name__
+    moe._grouped_linear = grouped_linear
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Rows x of each expert times its own weights [E, outputs, inputs]; offs: where each expert's rows end."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        return torch.nn.functional.grouped_mm(x.to(weight.dtype), weight.transpose(-2, -1), offs=offs)
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, offs = inputs
+        # x is kept for the weights' gradient alone
+        context.save_for_backward(x if weight.requires_grad else None, weight, offs)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, offs = context.saved_tensors
+        gradient, to_input, to_weight = gradient.contiguous(), *context.needs_input_grad[:2]
+        multiply = torch.nn.functional.grouped_mm
+        return (
+            multiply(gradient, weight, offs=offs) if to_input else None,
+            multiply(gradient.t(), x, offs=offs) if to_weight else None,
+            None,
+        )
 
 
 def gather_apart() -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import weakref
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations import moe
 
 from loadmaster.errors import ConfigError
 from loadmaster.models import recompute
-from loadmaster.training import flat, zero
+from loadmaster.training import flat, zero, zero_patches
 from loadmaster.training.flat import Cut, FlatPlaced
 from tests.training.parity import plan
 from tests.training.test_parity import case, model  # noqa: F401  (a fixture)
@@ -94,6 +96,29 @@ def test_a_bias_is_in_what_a_selective_checkpoint_makes_again_once(monkeypatch):
     plain = gradients(nn.functional.linear, lambda layer, x: layer(x))
     for found, right in zip(kept, plain, strict=True):
         torch.testing.assert_close(found, right)
+
+
+def test_experts_that_are_cut_again_are_not_whole_to_the_backward_pass(monkeypatch):
+    """Of Mixtral under zero3, without checkpoints, the experts of all layers were whole on every GPU."""
+    monkeypatch.setattr(moe, "_grouped_linear", moe._grouped_linear)
+    x, ends = torch.randn(20, 16), torch.tensor([7, 7, 20], dtype=torch.int32)
+    weight, gone = nn.Parameter(torch.randn(3, 32, 16)), []
+
+    def gradients(cut: bool) -> tuple[torch.Tensor, ...]:
+        into = x.clone().requires_grad_()
+        out = moe._grouped_linear(into, weight, ends)
+        if cut:
+            whole = weight.detach().clone()
+            weakref.finalize(weight.untyped_storage(), gone.append, True)
+            weight.data = torch.empty(0)  # as DeepSpeed does after a module has run, and before it runs backward
+            assert gone == [True]
+            weight.data = whole
+        return out, *torch.autograd.grad(out, (into, weight), torch.ones_like(out))
+
+    expected = gradients(cut=False)
+    weight.ds_id = 0
+    zero_patches.keep_experts_cut()
+    assert all(map(torch.equal, gradients(cut=True), expected))
 
 
 def test_only_matrices_decay_and_an_adapters_b_may_have_a_rate_of_its_own():
