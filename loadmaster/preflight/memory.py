@@ -210,22 +210,44 @@ def memory(shape: ModelShape, hardware: Hardware, setup: Setup) -> Memory:
 def phases_in_training(shape: ModelShape, hardware: Hardware, setup: Setup) -> dict[str, Bytes]:
     """Peak of one GPU by component while a model is loaded, trained, evaluated by its loss, and saved."""
     train = train_bytes(shape, hardware, setup)
+    gradients, buffers = kept_bytes(shape, hardware, setup)
     rests = Bytes(  # between two steps
         weights=train.weights,
+        gradients=gradients,
         optimizer=train.optimizer,
-        communication=communicator_bytes(hardware),
+        communication=communicator_bytes(hardware) + buffers,
         context=train.context,
     )
     batch = evaluation_batch(shape, setup).at_peak
+    gathered = gathered_forward(shape, setup, sum(batch.values()))
     evaluated = replace(
         rests,
         activations=batch["activations"],
         logits=batch["logits"],
         quantization=batch["quantization"],
-        communication=rests.communication + batch["communication"],
+        communication=rests.communication + batch["communication"] + gathered,
     )
     load = Bytes(weights=train.weights, quantization=load_bytes(shape, setup), context=train.context)
     return {"load": load, "train": train, "evaluate": evaluated, "save": rests}
+
+
+def kept_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> tuple[float, float]:
+    """(gradients, buffers) that DeepSpeed keeps between two steps: zero3 both; what is offloaded a buffer, and on a CPU
+    all that is on the host."""
+    if not setup.stage:
+        return 0.0, 0.0
+    zero = zero_bytes(shape, setup)
+    on_host = max(0.0, zero.host - zero.states) if hardware.is_cpu else 0.0
+    return zero.gradients if setup.stage == 3 else 0.0, zero.kept + on_host
+
+
+def gathered_forward(shape: ModelShape, setup: Setup, batch: float) -> float:
+    """Whole weights under zero3 while a batch of so many bytes runs without gradients, or before it, where they are
+    more than both; fully_shard's are in the replay."""
+    if setup.stage != 3:
+        return 0.0
+    phases = zero_bytes(shape, setup).phases
+    return max(phases["loss"], phases["start"] - batch)
 
 
 def load_bytes(shape: ModelShape, setup: Setup) -> float:

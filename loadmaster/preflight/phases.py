@@ -3,8 +3,8 @@
 load         weights, and a quantized matrix in bf16 and fp32 while it is read
 first step   no optimizer states before it ends (fp32 masters are there from the start)
 steady step  backward pass or optimizer step, whichever is larger
-evaluate     no gradients; or answers (answers.py), by a model that was loaded for it
-save         copies go to the host tensor by tensor, and sharded weights are gathered there: nothing on the GPU
+evaluate     no gradients but zero3's; or answers (answers.py), by a model that was loaded for it
+save         copies go to the host tensor by tensor, and sharded weights are gathered there: nothing more on the GPU
 resume       states are read on the host and go to the GPU one tensor at a time
 merge        tensor by tensor on the host
 quantize     formats that calibrate: one layer at a time (calibration.py); others stream
@@ -24,6 +24,7 @@ from loadmaster.preflight.memory import (
     backward_and_step_bytes,
     communicator_bytes,
     context_bytes,
+    gathered_forward,
     phases_in_training,
     resident,
 )
@@ -62,11 +63,12 @@ def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> 
     if job.evaluation.task == "none":
         return Bytes(), 0
     batch = evaluation_batch(shape, setup).at_peak
+    gathered = gathered_forward(shape, setup, sum(batch.values()))
     beside = Bytes(
         weights=resident(shape, setup)[0] if setup.offload != "all" else 0.0,
         quantization=batch["quantization"],
         context=context_bytes(hardware),
-        communication=communicator_bytes(hardware) + batch["communication"],
+        communication=communicator_bytes(hardware) + batch["communication"] + gathered,
     )
     answers, budget = answers_at_a_time(job), hardware.budget_gib(job.plan.reserve) * GIB
     halved = job.evaluation.batch_size == "auto" and not hardware.is_cpu

@@ -8,7 +8,7 @@ from loadmaster.config.schema import ModelConfig
 from loadmaster.preflight import zero_settings
 from loadmaster.preflight.config_json import find_shape, from_config
 from loadmaster.preflight.hardware import cpu, from_catalog
-from loadmaster.preflight.memory import memory, worst_micro_batch, zero_peak
+from loadmaster.preflight.memory import communicator_bytes, memory, phases_in_training, worst_micro_batch, zero_peak
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.zero import zero_bytes
 from loadmaster.preflight.zero_settings import PREFETCH_BUCKET, REDUCE_BUCKET, deepspeed_config, max_live, reduce_bucket
@@ -54,6 +54,21 @@ def test_each_stage_cuts_what_it_says() -> None:
     offloaded = zero_bytes(SHAPE, setup("zero3", offload="all"))
     assert offloaded.weights == pytest.approx(2 * 17 * 1024, rel=0.01), "norms are whole on each GPU"
     assert offloaded.host == pytest.approx((12 + 8 + 2) * n / 8, rel=0.01), "states, gradients twice, weights"
+
+
+def test_between_steps_and_in_evaluation_is_what_deepspeed_keeps_and_gathers() -> None:
+    head, layer, n = SHAPE.embedding_parameters, SHAPE.layer_parameters(False), SHAPE.parameters
+    hardware = from_catalog("h100_80gb", 8)
+    for offload, gradients in (("none", 4 * n / 8), ("optimizer", 0)):
+        given = setup("zero3", offload=offload)
+        phases, zero = phases_in_training(SHAPE, hardware, given), zero_bytes(SHAPE, given)
+        saved, evaluated, trained = (phases[name] for name in ("save", "evaluate", "train"))
+        assert saved.gradients == evaluated.gradients == pytest.approx(gradients, rel=0.01)
+        assert saved.communication == communicator_bytes(hardware) + zero.kept
+        gathered = evaluated.communication - saved.communication
+        assert 2 * (head + 2 * layer) < gathered < 2 * (head + 2 * layer) * 1.3
+        assert evaluated.total < trained.total
+    assert phases_in_training(SHAPE, hardware, setup("zero1"))["evaluate"].gradients == 0
 
 
 def test_offload_moves_states_from_the_gpu_to_the_host() -> None:
