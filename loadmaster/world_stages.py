@@ -191,7 +191,8 @@ class StageRun:
         from loadmaster.training.rehearsal import measured
         from loadmaster.training.save import write_trained
 
-        alone = judged_alone(self.materials.prepared.summary, self.plan.micro_batch_size)
+        by_row = self.plan.method == "full"
+        alone = judged_alone(self.materials.prepared.summary, self.plan.micro_batch_size, by_row)
         if alone and self.job.objective == "kto" and self.world.lead:
             self.display.echo(f"  {alone}")
         rows, asked = len(self.materials.prepared.train), self.job.batch.global_size
@@ -283,7 +284,8 @@ class StageRun:
         prepared, world, size = self.materials.prepared, self.world, self.plan.micro_batch_size
         if not asked_once(self.job, self.plan.method) or prepared.validation is None:
             return
-        reference = Reference(self.run_dir, training_hash(self.job, self.plan, prepared), prepared, world)
+        identity = training_hash(self.job, self.plan, prepared)
+        reference = Reference(self.run_dir, identity, prepared, world, self.job.objective)
         pad = self.materials.tokenizer.pad_token_id
         reference.ask(
             loss, lambda rows: micro_batches(rows, size, world.rank, world.size, pad, None), size, self.display.asked,

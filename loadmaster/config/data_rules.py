@@ -80,14 +80,14 @@ def task_has_answers(job: Job, origins: Origins) -> Found:
         yield "evaluation.task", job.evaluation.task, message, "evaluation.task=none"
 
 
-@rule("objective", "method", "plan.methods")
-def preferences_have_a_reference(job: Job, origins: Origins) -> Found:
-    """objective=kto trains an adapter: its reference is the base model with the adapter switched off."""
+@rule("data.packing", "objective", "method", "plan.methods")
+def kto_of_all_weights_is_packed(job: Job, origins: Origins) -> Found:
+    """objective=kto method=full takes packed rows, within which a prompt is compared under another's answer."""
     left = [name for name in job.plan.methods if name != "full"]
     only_full = job.method == "full" or (job.method == "auto" and job.plan.methods and not left)
-    if job.objective == "kto" and only_full:
-        message = "asks the model before training in each step, which a full fine-tune overwrites"
-        yield "objective", "kto", message, "method=lora, or objective=dpo or orpo, which train all weights as well"
+    if job.objective == "kto" and only_full and not job.data.packing:
+        message = "leaves no other answer in a row, from which kto of all weights tells how far the model moved"
+        yield "data.packing", False, message, "data.packing=true, or method=lora"
 
 
 @rule("data.format", "objective")

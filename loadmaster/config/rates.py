@@ -3,7 +3,7 @@
     objective   adapters   full
     sft         2e-4       1e-5   QLoRA, 7B and 13B (arXiv 2305.14314, table 9); Llama 3 (arXiv 2407.21783, 4.1.3)
     dpo         5e-6       5e-7   what TRL's dpo.py begins with
-    kto         5e-6       -      the same
+    kto         5e-6       5e-7   the same; of all weights its kto.py's
     orpo        8e-5       8e-6   what TRL's orpo.py does
 
 Adapters take ten times the rate of all weights or more (Schulman et al. 2025, "LoRA Without Regret"). So a rate that is
@@ -17,7 +17,7 @@ from loadmaster.config.schema import Job
 USUAL = {
     "sft": {"adapters": 2e-4, "full": 1e-5},
     "dpo": {"adapters": 5e-6, "full": 5e-7},
-    "kto": {"adapters": 5e-6},
+    "kto": {"adapters": 5e-6, "full": 5e-7},
     "orpo": {"adapters": 8e-5, "full": 8e-6},
 }
 FAR = 20
@@ -30,5 +30,4 @@ def peak_rate(job: Job, method: str) -> float:
 
 
 def usual_rate(job: Job, method: str) -> float:
-    usual = USUAL[job.objective]  # a job that no rule has seen may train what has none
-    return usual.get("full", usual["adapters"]) if method == "full" else usual["adapters"]
+    return USUAL[job.objective]["full" if method == "full" else "adapters"]

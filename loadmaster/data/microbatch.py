@@ -54,4 +54,5 @@ def _of_documents(values: Sequence[np.ndarray | None], padded: Sequence[bool]) -
     """One value for each document of the batch, 0 for padding; None where rows have none."""
     if values[0] is None:
         return None
-    return torch.from_numpy(np.concatenate([np.pad(each, (0, pad)) for each, pad in zip(values, padded, strict=True)]))
+    ends = ([(0, pad), (0, 0)][: each.ndim] for each, pad in zip(values, padded, strict=True))
+    return torch.from_numpy(np.concatenate([np.pad(each, end) for each, end in zip(values, ends, strict=True)]))

@@ -119,20 +119,22 @@ def _much_left_out(figures: dict[str, Any]) -> str:
     return f": {share:.0%} of them; sequence_length={length} would hold nine in ten"
 
 
-def judged_alone(summary: dict[str, Any], micro_batch_size: int) -> str | None:
+def judged_alone(summary: dict[str, Any], micro_batch_size: int, by_row: bool = False) -> str | None:
     """That a micro-batch of kto has fewer than two pairs or answers on average, and what gives it two; or None.
 
-    How far the policy moved is told by prompts under another row's answer: where there is none it counts as nothing.
+    How far the policy moved is told by prompts under another's answer: where there is none it counts as nothing.
+    by_row: the other answer is of the same row.
     """
     figures, paired = summary["train"], summary["format"] == "preference"
     each = figures["documents"] / (2 if paired else 1) / figures["rows"]
-    if each * micro_batch_size >= 2:
+    together = each if by_row else each * micro_batch_size
+    if together >= 2:
         return None
     what = "pairs" if paired else "labelled answers"
+    more = f"micro_batch_size={math.ceil(2 / each)} or more (batch.global_size a multiple of it), or "
     return (
-        f"kto: a micro-batch has {each * micro_batch_size:.1f} {what} on average, and with one alone nothing tells how "
-        f"far the model moved: micro_batch_size={math.ceil(2 / each)} or more (batch.global_size a multiple of it), or "
-        "a longer sequence_length"
+        f"kto: a {'packed row' if by_row else 'micro-batch'} has {together:.1f} {what} on average, and with one alone "
+        f"nothing tells how far the model moved: {'' if by_row else more}a longer sequence_length"
     )
 
 

@@ -25,7 +25,7 @@ class PackedRow:
     document_ids: "file:line" of each document, in order.
     desirable: bool [documents], the label of each, where the data is unpaired preference.
     reference: float32 [documents], the log-probability of each under the model before training, where a full fine-tune
-    compares with it.
+    compares with it; under kto [documents, 2], the second that of its prompt with another's answer of the row.
     """
 
     input_ids: np.ndarray
@@ -43,8 +43,8 @@ class PackedRows(Sequence[PackedRow]):
     """All rows of a split, read lazily.
 
     fingerprint: hash of everything that shaped them. tokens: in all rows. trained_tokens: those with
-    loss, which the first token of a document never has (nothing before it predicts it). reference: float32
-    [documents], once the model before training was asked (training/reference.py).
+    loss, which the first token of a document never has (nothing before it predicts it). reference: as of
+    PackedRow, once the model before training was asked (training/reference.py).
     """
 
     def __init__(self, arrays: Mapping[str, Any], fingerprint: str):

@@ -5,18 +5,19 @@ of log p(token | x and the tokens before it).
 
     DPO   -log sigmoid(beta * ([log p(c) - log q(c)] - [log p(r) - log q(r)])), q the reference: the base under a
           disabled adapter, so it costs a second forward pass and no memory of its own (Rafailov et al. 2023, eq. 7);
-          where all weights are trained, what was asked before the first step (training/reference.py)
+          where all weights are trained, what was asked before the first step (training/reference.py), of KTO too
           label_smoothing e mixes in the other direction's loss: (1 - e) * loss + e * loss with c and r exchanged
     ORPO  nll(c) - beta * log sigmoid(log odds(c) - log odds(r)), with nll and odds from the mean log-probability of an
           answer's tokens; needs no reference (Hong et al. 2024, eq. 6 and 7)
     KTO   an answer by itself: w (1 - sigmoid(beta * (r - z))) of a chosen one, w' (1 - sigmoid(beta * (z - r))) of a
           rejected one, r = log p(answer) - log q(answer), w and w' its weights; z is what the policy has moved from the
-          reference altogether: the mean of r, at least 0, over prompts with another row's answer, without gradient
+          reference altogether: the mean of r, at least 0, over prompts with another's answer, without gradient
           (Ethayarajh et al. 2024, eq. 7). A pair's loss is the mean of its two. Of unpaired data each answer stands
-          alone, chosen where its label says desirable. Two more passes, of no memory either
+          alone, chosen where its label says desirable. Two more passes, of no memory either; one where all weights are
+          trained, whose reference was asked before of each packed row: there the other answer is of the same row
 
 The loss of a step is the mean over its pairs (or labelled answers), whatever micro-batches and ranks they are split
-into; KTO's z alone is taken from one micro-batch, and is 0 where that holds a single pair or labelled answer.
+into; KTO's z alone is taken from one micro-batch, and is 0 where nothing in that has another's answer.
 """
 
 from __future__ import annotations
@@ -158,28 +159,41 @@ ROTATION = 2
 ROTATION_UNPAIRED = 1
 
 
-def mismatched(batch: MicroBatch, rotation: int) -> MicroBatch:
-    """The batch's prompts under each other's answers, as one row of the same number of tokens."""
+def _rotation(batch: MicroBatch) -> int:
+    return ROTATION if batch.desirable is None else ROTATION_UNPAIRED
+
+
+def mismatched(batch: MicroBatch, rotation: int, by_row: bool = False) -> tuple[MicroBatch, Tensor]:
+    """The batch's prompts under each other's answers, as one row of the same number of tokens, and the places of those
+    prompts whose answer is not their own. by_row: answers come from a prompt's own row, whatever lies beside it."""
     ids, labels, positions = (t.reshape(-1) for t in (batch.input_ids, batch.labels, batch.position_ids))
     bounds = document_bounds(batch.position_ids)
-    prompts, answers, rest = [], [], []
-    for start, end in itertools.pairwise(bounds):
+    prompts, answers, rest, rows, answered = [], [], [], [], []
+    for document, (start, end) in enumerate(itertools.pairwise(bounds)):
         trained = torch.nonzero(labels[start:end] != NO_LOSS)
         if len(trained):
             first = start + int(trained[0])
             prompts.append((ids[start:first], labels[start:first]))
             answers.append((ids[first:end], labels[first:end]))
+            rows.append(start // batch.input_ids.shape[1] if by_row else 0)
+            answered.append(document)
         else:
             rest.append((ids[start:end], labels[start:end]))
+    of: list[int] = []  # whose answer each prompt gets
+    for _, places in itertools.groupby(range(len(rows)), rows.__getitem__):
+        group = list(places)
+        of += group[-rotation:] + group[:-rotation] if len(group) > rotation else group
     documents = [
-        tuple(torch.cat(parts) for parts in zip(prompt, answers[place - rotation], strict=True))
-        for place, prompt in enumerate(prompts)
+        tuple(torch.cat(parts) for parts in zip(prompt, answers[other], strict=True))
+        for prompt, other in zip(prompts, of, strict=True)
     ] + rest
-    return MicroBatch(
+    found = MicroBatch(
         torch.cat([tokens for tokens, _ in documents])[None],
         torch.cat([trained for _, trained in documents])[None],
         torch.cat([torch.arange(len(tokens)) for tokens, _ in documents]).to(positions.dtype)[None],
+        reference=None if batch.reference is None else batch.reference[answered, 1],
     )
+    return found, torch.tensor([place for place, other in enumerate(of) if place != other], dtype=torch.long)
 
 
 def loss_module(model: nn.Module, objective: str, preference: PreferenceConfig) -> nn.Module:
@@ -230,15 +244,21 @@ class PreferenceLoss(nn.Module):
         self.figures = torch.zeros(FIGURES)
 
     def forward(self, batch: Any, answers_only: bool = False) -> Tensor:
-        """answers_only: the answers' summed log-probabilities [A] instead, compared with nothing."""
+        """answers_only: the answers' summed log-probabilities [A] instead, compared with nothing; of KTO [A, 2], those
+        of the same prompts under others' answers beside them."""
         if answers_only:
-            return answer_log_probs(self.module, batch).sums
+            sums = answer_log_probs(self.module, batch).sums
+            if self.objective != "kto":
+                return sums
+            other, _ = mismatched(batch, _rotation(batch), by_row=True)
+            return torch.stack([sums, answer_log_probs(self.module, other).sums], dim=1)
         ask = self.objective in NEED_REFERENCE and batch.reference is None
         reference = self._reference(batch) if ask else None
         moved = self._moved(batch) if self.objective == "kto" else None
         policy = answer_log_probs(self.module, batch)
         if batch.reference is not None:
-            reference = put(batch.reference[policy.documents], policy.sums.device)
+            known = batch.reference if moved is None else batch.reference[:, 0]
+            reference = put(known[policy.documents], policy.sums.device)
         if batch.desirable is not None:
             return self._unpaired(batch.desirable[policy.documents], policy.sums - reference, moved)
         if moved is not None:
@@ -262,13 +282,14 @@ class PreferenceLoss(nn.Module):
 
     def _moved(self, batch: Any) -> Tensor:
         """KTO's z. The passes are made in any case: ranks that share weights gather them together."""
-        rotation = ROTATION if batch.desirable is None else ROTATION_UNPAIRED
-        other = mismatched(batch, rotation)
+        known = batch.reference is not None
+        other, apart = mismatched(batch, _rotation(batch), by_row=known)
         with torch.no_grad():
-            ratios = answer_log_probs(self.module, other).sums - self._reference(other)
-        if len(ratios) <= rotation:
+            policy = answer_log_probs(self.module, other).sums
+            ratios = policy - (put(other.reference, policy.device) if known else self._reference(other))
+        if not len(apart):
             return ratios.new_zeros(())
-        return ratios.mean().clamp(min=0)
+        return ratios[put(apart, ratios.device)].mean().clamp(min=0)
 
     def _reference(self, batch: Any) -> Tensor:
         """The base's log-probabilities of the answers [A]: the same model with its adapter switched off."""

@@ -17,7 +17,9 @@ from loadmaster.preflight.speed import tokens_per_second
 
 FORWARDS = {"dpo": 1, "kto": 3}
 """Of a preference objective (loadmaster.models.preference): of the reference; kto's twice more for how far it moved.
-Where all weights are trained DPO's reference is asked before the first step (hours.reference_hours)."""
+Where all weights are trained the reference is asked before the first step (hours.reference_hours)."""
+FORWARDS_WHOLE = {"kto": 1}
+"""Of these, what is left to each step where all weights are trained: of the model itself."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def fixed(job: Job, hardware: Hardware, method: str, checkpointing: str, tokens:
     able = may_compile(job, checkpointing, tokens) and not hardware.is_cpu
     return {
         "sequence_length": job.sequence_length,
-        "forwards": FORWARDS.get(job.objective, 0) if method != "full" else 0,
+        "forwards": (FORWARDS_WHOLE if method == "full" else FORWARDS).get(job.objective, 0),
         "objective": job.objective,
         "compiled": able if job.compile == "auto" else job.compile,
         "world_size": hardware.world_size,

@@ -113,7 +113,8 @@ def reasons(
     said += how_much(job, dataset_tokens)
     if asking := reference_hours(job, chosen, dataset_tokens):
         took = f"{asking:.2g} of these hours" if asking >= 0.01 else "less than a minute"
-        said.append(f"the model is asked about the pairs before the first step, {took}: dpo compares with it")
+        asked = "the model is asked about the answers before the first step"
+        said.append(f"{asked}, {took}: {job.objective} compares with it")
     said += filter(None, [not_offered(chosen.hardware), unknown_network(chosen.hardware)])
     if found.nearest:
         better = found.nearest[-1]

@@ -60,11 +60,13 @@ def run_tokens(job: Job, dataset_tokens: int | None) -> float | None:
 
 
 def reference_hours(job: Job, candidate: Candidate, dataset_tokens: int | None) -> float:
-    """Of the pass over the pairs that DPO makes before training, where all weights are trained; 0 for others."""
+    """Of the passes over the data that DPO (one) and KTO (two) make before training, where all weights are trained; 0
+    for others."""
     tokens, rate = run_tokens(job, dataset_tokens), candidate.tokens_per_second
-    if job.objective != "dpo" or candidate.setup.adapters or tokens is None or not rate:
+    if job.objective not in FORWARDS or candidate.setup.adapters or tokens is None or not rate:
         return 0.0
-    asking = tokens_per_second(candidate.shape, candidate.hardware, replace(candidate.setup, forwards=FORWARDS["dpo"]))
+    beside = replace(candidate.setup, forwards=FORWARDS[job.objective])  # a step with the passes that are made before
+    asking = tokens_per_second(candidate.shape, candidate.hardware, beside)
     return min(tokens, dataset_tokens or tokens) * (1 / asking - 1 / rate) / 3600
 
 

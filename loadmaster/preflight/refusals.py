@@ -100,8 +100,9 @@ def uncounted_adapters(job: Job, shape: ModelShape) -> bool:
 
 
 def needs_adapter(job: Job) -> bool:
-    """Whether method=auto may not be full: kto's reference is the base under an adapter, and one is to export."""
-    return job.objective == "kto" or "adapter" in job.export.formats
+    """Whether method=auto may not be full: an adapter is to be exported, or kto's rows are not packed, of which a
+    reference is asked of the base under an adapter alone."""
+    return "adapter" in job.export.formats or (job.objective == "kto" and not job.data.packing)
 
 
 def without_uncounted_adapters(job: Job, shape: ModelShape) -> Job:

@@ -100,6 +100,11 @@ class Setup:
         return self.method != "full"
 
     @property
+    def passes_first(self) -> bool:
+        """Whether a micro-batch has a pass without gradients before its own (models/preference.py)."""
+        return self.objective == "kto" or (self.objective == "dpo" and self.adapters)
+
+    @property
     def frozen_form(self) -> str | None:
         """The format of a quantized base; None where there is none."""
         return frozen_form(self.method, self.precision)

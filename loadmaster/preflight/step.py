@@ -93,9 +93,10 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Rep
 def _reference(b: Blocks) -> None:
     """DPO's and KTO's first pass: the base without its adapter, of which only the answers' log-probabilities stay.
 
-    Its work is counted by Setup.forwards (speed.py). Where all weights are trained it comes before training.
+    Its work is counted by Setup.forwards (speed.py). Where all weights are trained it comes before training, and KTO's
+    first pass is of the model itself.
     """
-    if b.setup.objective in ("dpo", "kto") and b.setup.adapters:
+    if b.setup.passes_first:
         with b.tape.gradients(False):
             _forward(b)
         b.tape.work = Work()

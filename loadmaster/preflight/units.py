@@ -7,7 +7,8 @@ fully_shard, in the order in which it takes and frees memory (torch.distributed.
                layer runs, the next one's buffer is filled.
     backward   a unit's buffer was filled while the one after it ran; it is copied out and let go, and the buffer of
                the unit before it is taken. Afterwards the unit's gradients are copied into a buffer in fp32, which
-               stays until the next unit's; the shard that comes out is kept in the weights' dtype.
+               stays until the next unit's; the shard that comes out is kept in the weights' dtype. Where a pass without
+               gradients came first, the first layer's is followed by the buffer of the last one of that, in vain.
     end        the root's gradients, and those of a first layer whose input needs none.
 
 A plan that keeps layers whole (reshard_after_forward false) has nothing to gather in the backward pass; with several
@@ -99,6 +100,7 @@ class Units:
             return x
         unit = self.sparse if experts else self.dense
         self.order.append((index, unit))
+        self.last = unit
         if not self._stays:
             self._gather(index, unit)
         if following is not None and not self._stays:
@@ -123,8 +125,8 @@ class Units:
             if not self._keeps:
                 self.parameters[index] = self._alloc(unit.gathered)
                 self.prefetched.clear()
-                if len(self.order) > 1:
-                    self.prefetched.append(self._buffer(self.order[-2][1]))
+                if len(self.order) > 1 or self.b.setup.passes_first:
+                    self.prefetched.append(self._buffer(self.order[-2][1] if len(self.order) > 1 else self.last))
 
         return self.tape.on_gradient(x, begin_backward)
 

@@ -76,7 +76,7 @@ class Display:
         """While the model before training is asked for its answers; at the end, and every PLAIN_EVERY_S."""
         if done == wanted or time.perf_counter() - self._last_plain >= self.PLAIN_EVERY_S:
             self._last_plain = time.perf_counter()
-            self.echo(f"  reference of the {split} pairs: {done:,} of {wanted:,} packed rows")
+            self.echo(f"  reference of the {split} answers: {done:,} of {wanted:,} packed rows")
 
     def stop(self) -> None:
         if self._progress is not None:

@@ -119,7 +119,8 @@ def train(
         parts = [part for part in (prepared.train, prepared.validation) if part is not None]
         longest = max(longest_stretch(part, session.fixed_length) for part in parts)
         refuse_dynamic(causal_lm(session.model).get_decoder(), longest)
-        reference = Reference(run_dir, job_hash, prepared, world) if asked_once(job, plan.method) else None
+        asked = asked_once(job, plan.method)
+        reference = Reference(run_dir, job_hash, prepared, world, job.objective) if asked else None
         training = Training(session, prepared, run_dir, job_hash, held_out, stop, display, watch)
         training.stop_if(training.stopping(), "before the first step")
         if world.lead:
@@ -141,11 +142,11 @@ def train(
         if reference is not None:
             watch.at(0, "reference")
             trained_on = training.sampler.order(0)[: training.steps * job.batch.global_size]
-            asked = reference.ask(
+            done = reference.ask(
                 session.loss, session.split, plan.micro_batch_size, display.asked, training.stopping, trained_on
             )
             session.strategy.settle(session.loss)
-            training.stop_if(not asked, "before the first step; what the model said so far is kept")
+            training.stop_if(not done, "before the first step; what the model said so far is kept")
         training.resume()
         training.run()
         if job.checkpoint.load_best:

@@ -1,8 +1,9 @@
-"""DPO's reference where every weight is trained: what the model said of the answers before the first step.
+"""DPO's and KTO's reference where every weight is trained: what the model said of the answers before the first step.
 
 Under an adapter the base is still there, and each step asks it anew (models/preference.py). A full fine-tune overwrites
 its base. So the answers that a run trains on and is evaluated on are asked for once, before the first step: a forward
-pass over the data, no memory, and 4 bytes an answer in the run directory's reference.safetensors.
+pass over the data, no memory, and 4 bytes an answer in the run directory's reference.safetensors. KTO asks of each
+packed row a second time, with prompts under each other's answers, and keeps twice as much.
 """
 
 from __future__ import annotations
@@ -35,21 +36,23 @@ def asked_once(job: Job, method: str) -> bool:
 
 
 class Reference:
-    """Summed log-probabilities of answers, float32 [documents] of each split; NaN where they are not known yet.
+    """Summed log-probabilities of answers, float32 [documents] of each split, of kto [documents, 2] (each prompt with
+    its own and with another's answer); NaN where they are not known yet.
 
     They lie in the rows, too, as PackedRows.reference. All ranks make one and call it together.
     """
 
-    def __init__(self, run_dir: Path, identity: str, prepared: PreparedData, world: World):
+    def __init__(self, run_dir: Path, identity: str, prepared: PreparedData, world: World, objective: str):
         """identity: hash of base, data and precision; what the file holds of another is not taken."""
         self.path, self.identity, self.world = run_dir / FILE, identity, world
         splits = {"train": prepared.train, "validation": prepared.validation}
         self.splits: dict[str, PackedRows] = {name: rows for name, rows in splits.items() if rows is not None}
         known = world.broadcast(_read(self.path, identity) if world.lead else None)
         for name, rows in self.splits.items():
-            found = known.get(name, ())
-            unknown = np.full(rows.documents, np.nan, dtype=np.float32)
-            rows.reference = found if len(found) == rows.documents else unknown
+            shape = (rows.documents, 2) if objective == "kto" else (rows.documents,)
+            found = known.get(name)
+            unknown = np.full(shape, np.nan, dtype=np.float32)
+            rows.reference = found if found is not None and found.shape == shape else unknown
 
     def ask(
         self,
@@ -70,7 +73,8 @@ class Reference:
         for split, rows in self.splits.items():
             picked = sorted(trained_on) if split == "train" else range(len(rows))
             ends = np.cumsum(rows.documents_in_rows)
-            unknown = np.logical_or.reduceat(np.isnan(rows.reference), ends - rows.documents_in_rows)
+            lacking = np.isnan(rows.reference.reshape(rows.documents, -1)).any(axis=1)
+            unknown = np.logical_or.reduceat(lacking, ends - rows.documents_in_rows)
             left = [row for row in picked if unknown[row]]
             at_a_time = micro_batch_size * self.world.size * MICRO_BATCHES
             if not self._ask(loss, rows, left, micro_batches, at_a_time, partial(told, split), stopping):

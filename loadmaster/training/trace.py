@@ -141,7 +141,8 @@ def _traced_peak(model: nn.Module, case: Case, metas: Metas | None = None) -> in
     documents = case.rows if case.objective == "sft" else max(2, case.rows)
     places = torch.arange(case.tokens) % -(-case.tokens // documents)
     adapted = any("lora_" in name for name, _ in model.named_parameters())
-    reference = None if adapted or case.objective != "dpo" else torch.zeros(documents)
+    known = {"dpo": (documents,), "kto": (documents, 2)}
+    reference = None if adapted or case.objective not in known else torch.zeros(known[case.objective])
     batch = MicroBatch(ids, ids, places[None], reference=reference)
     model.train(not case.evaluated)
     with live, torch.set_grad_enabled(not case.evaluated):

@@ -60,9 +60,9 @@ CASES = {
         ["evaluation.task=exact_match", "data.format=text"], "evaluation.task", "evaluation.task=none",
         ["evaluation.task=none", "data.format=text"],
     ),
-    "preferences_have_a_reference": (
-        ["objective=kto", "data.format=auto", "method=full"], "objective", "method=lora",
-        ["objective=dpo", "data.format=auto", "method=full"],
+    "kto_of_all_weights_is_packed": (
+        ["data=ticket_labels", "method=full", "data.packing=false"], "data.packing", "data.packing=true, or method=",
+        ["data=ticket_labels", "method=full"],
     ),
     "pairs_go_with_a_preference_objective": (
         ["data.format=preference"], "data.format", "objective=dpo", ["data.format=preference", "objective=orpo"],

@@ -1,5 +1,6 @@
 """DPO, ORPO and KTO: losses and gradients against the formulas on unpacked answers, and TRL's on the same answers."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -263,15 +264,23 @@ def packed_from(batch, places, desirable=None) -> PackedRow:
     return PackedRow(ids, np.where(trained == 1, ids, -100), positions, ["answer"] * len(documents), desirable)
 
 
+def asked_before(tiny, row) -> PackedRow:
+    """The row as a full fine-tune gets it: with what the model before training says of its answers."""
+    asked = PreferenceLoss(load_base(tiny, torch.float32, "cpu"), "kto", PreferenceConfig())
+    with torch.no_grad():
+        return dataclasses.replace(row, reference=asked(collate([row], 0), answers_only=True).numpy())
+
+
 def test_the_kto_loss_of_pairs_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, tmp_path, monkeypatch):
     answers = [(pair["prompt"], pair[side], side == "chosen") for pair in PAIRS for side in ("chosen", "rejected")]
     batch, expected, _ = trls_kto(plain, tiny, tokenizer, tmp_path, answers, (1.5, 0.7))
     rows = [packed_from(batch, (first, first + 1)) for first in (0, 2, 4)]
     monkeypatch.setattr(preference, "ROTATION", 1)  # TRL's, where a pair's prompt may get its own other answer
     module = PreferenceLoss(policy, "kto", PreferenceConfig(0.3, 0.0, 1.5, 0.7))
-    with torch.no_grad():
-        ours = module(collate(rows, 0)) / 3
-    assert ours.item() == pytest.approx(expected, abs=1e-5)
+    for each in (rows, [asked_before(tiny, packed_from(batch, range(6)))]):
+        with torch.no_grad():
+            ours = module(collate(each, 0)) / 3
+        assert ours.item() == pytest.approx(expected, abs=1e-5)
 
 
 ANSWERS = [
@@ -296,6 +305,8 @@ def test_the_kto_loss_of_labelled_answers_is_trls_on_the_same_batch(
     module = PreferenceLoss(policy, "kto", PreferenceConfig(0.3, 0.0, *weights))
     with torch.no_grad():
         ours = module(collate(rows, 0, 128)) / 5  # padded: documents that have no label
+        whole = asked_before(tiny, packed_from(batch, range(5), np.array(labels)))
+        assert (module(collate([whole], 0, 512)) / 5).item() == pytest.approx(expected, abs=1e-5)
     assert ours.item() == pytest.approx(expected, abs=1e-5)
     assert abs(ours.item() - 0.5) > 1e-3, "rewards of zero would compare nothing"
 
@@ -310,7 +321,8 @@ def test_the_kto_loss_of_labelled_answers_is_trls_on_the_same_batch(
 
 def test_prompts_get_other_pairs_answers_and_no_token_is_lost(rows):
     batch = collate([rows[i] for i in range(len(rows))], 0, 256)
-    other = mismatched(batch, 2)
+    other, apart = mismatched(batch, 2)
+    assert apart.tolist() == list(range(6))
     assert other.input_ids.numel() == batch.input_ids.numel()
     assert sorted(other.input_ids[0].tolist()) == sorted(batch.input_ids.reshape(-1).tolist())
     assert (other.labels != -100).sum() == (batch.labels != -100).sum()
@@ -349,9 +361,50 @@ def test_ktos_move_takes_two_labelled_answers(policy, rows):
     assert module._moved(collate([labelled(rows, 1)], 0, 256)).item() == 0
     moved = module._moved(collate([labelled(rows, 2)], 0, 256))
     with torch.no_grad():
-        other = mismatched(collate([labelled(rows, 2)], 0), 1)  # each prompt under the other answer
+        other, _ = mismatched(collate([labelled(rows, 2)], 0), 1)  # each prompt under the other answer
         ratios = answer_log_probs(policy, other).sums - module._reference(other)
     assert moved.item() == pytest.approx(max(0, ratios.mean().item()), rel=1e-5) and ratios.any()
+
+
+def test_kto_of_all_weights_is_the_formula_in_float64(tiny, policy, plain, tokenizer):
+    """Prompts under answers of their own rows, of which the middle one has a single answer, which tells no move."""
+    prompts, answers = ([tokenizer(text)["input_ids"] for text in texts] for texts in zip(*ANSWERS, strict=True))
+    exact, labels = copy.deepcopy(plain).double(), np.array([True, False, True, False, True])
+    rows = []
+    for places in ((3, 4), (0,), (2, 3, 1)):
+        documents = [(prompts[place], answers[place]) for place in places]
+        ids = np.concatenate([prompt + answer for prompt, answer in documents])
+        trained = np.concatenate([[-100] * len(prompt) + answer for prompt, answer in documents])
+        positions = np.concatenate([np.arange(len(prompt) + len(answer)) for prompt, answer in documents])
+        row = PackedRow(ids, trained, positions, ["answer"] * len(places), labels[list(places)])
+        rows.append(asked_before(tiny, row))
+    policy.zero_grad()
+    loss = PreferenceLoss(policy, "kto", PreferenceConfig(0.3, 0.0, 1.5, 0.7))(collate(rows, 0, 128))
+    loss.backward()
+
+    def log_prob(prompt, answer):
+        logits = exact(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        return F.log_softmax(logits, -1).gather(-1, torch.tensor(answer)[:, None]).sum()
+
+    def ratio(prompt, answer):
+        with torch.no_grad(), exact.disable_adapter():
+            before = log_prob(prompts[prompt], answers[answer])
+        return log_prob(prompts[prompt], answers[answer]) - before
+
+    with torch.no_grad():
+        others = [(3, 4), (4, 3), (2, 1), (3, 2), (1, 3)]
+        moved = torch.stack([ratio(prompt, answer) for prompt, answer in others]).mean().clamp(min=0)
+    assert moved > 0.1, "a move of zero would compare nothing"
+    expected = sum(
+        1.5 * (1 - torch.sigmoid(0.3 * (ratio(place, place) - moved))) if labels[place]
+        else 0.7 * (1 - torch.sigmoid(0.3 * (moved - ratio(place, place))))
+        for place in (3, 4, 0, 2, 3, 1)
+    )  # fmt: skip
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    for (name, parameter), (_, theirs) in zip(trainable(policy), trainable(exact), strict=True):
+        off = (parameter.grad - theirs.grad).norm() / theirs.grad.norm()
+        assert off < 1e-4, f"{name}: {off}"
 
 
 def test_gradients_of_labelled_answers_are_the_formulas(policy, plain, rows, monkeypatch):
@@ -416,9 +469,10 @@ def test_gradients_of_chunked_log_probs_are_autograds(monkeypatch, softcap, scal
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_a_batch_without_answers_has_loss_zero_and_gradients_of_zero(policy, rows, objective):
+@pytest.mark.parametrize(("objective", "known"), [("dpo", None), ("kto", None), ("kto", (2, 2))])
+def test_a_batch_without_answers_has_loss_zero_and_gradients_of_zero(policy, rows, objective, known):
     row = labelled(rows, 2) if objective == "kto" else rows[0]
+    row = dataclasses.replace(row, reference=known and np.ones(known, dtype=np.float32))
     idle = dataclasses.replace(row, labels=np.full_like(row.labels, -100))
     policy.zero_grad()
     module = PreferenceLoss(policy, objective, PreferenceConfig(beta=0.1))

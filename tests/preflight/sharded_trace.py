@@ -148,7 +148,7 @@ def sharded_peaks(
             config, method, precision, case, mesh, targets, reshard_after_forward, modules_to_save
         )
         live = Sharded()
-        batch = micro_batch(case)
+        batch = micro_batch(case, method == "full")
         for tensor in [*root.parameters(), *root.buffers()]:
             live.count(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
         weights = live.live
@@ -173,12 +173,14 @@ def sharded_peaks(
         return weights, live.peak - weights
 
 
-def micro_batch(case: Case) -> MicroBatch:
+def micro_batch(case: Case, whole: bool) -> MicroBatch:
     ids = torch.zeros(1, case.tokens, dtype=torch.long)
     documents = 1 if case.objective == "sft" else 2
     places = torch.arange(case.tokens) % (case.tokens // documents)
     desirable = torch.tensor([True, False]) if case.objective == "kto" else None
-    return MicroBatch(ids, ids, places[None], desirable)
+    known = {"dpo": (2,), "kto": (2, 2)}
+    reference = torch.zeros(known[case.objective]) if whole and case.objective in known else None
+    return MicroBatch(ids, ids, places[None], desirable, reference)
 
 
 def step_bytes(
@@ -194,5 +196,5 @@ def step_bytes(
             engine.reduced.clear()
             for index in range(micro_batches):
                 with engine.accumulating(root) if index < micro_batches - 1 else contextlib.nullcontext():
-                    engine.backward(root(micro_batch(case)))
+                    engine.backward(root(micro_batch(case, method == "full")))
         return sum(engine.gathered), sum(engine.reduced)

@@ -85,7 +85,7 @@ def test_jobs_drawn_at_random_equal_their_traces(seed: int, monkeypatch) -> None
     dora = method == "lora" and precision != "fp8" and draw.random() < 0.3
     checkpointing = draw.choice(["none", "selective", "full", "offload"])
     kept = draw.randint(0, 3) if checkpointing == "full" else 0
-    objective = draw.choice(["sft", "sft", "orpo", "dpo"] + ["kto"] * (method != "full"))
+    objective = draw.choice(["sft", "sft", "orpo", "dpo", "kto"])
     case = Case(draw.choice([512, 1024, 2048]), checkpointing, draw.random() < 0.3, objective, kept_layers=kept)
     job = (family, method, precision, targets, draw.choice([4, 16, 64]), dora, case, seed)
     odd = {"intermediate_size": draw.choice([500, 777, 4099]), "attention_bias": True} if draw.random() < 0.5 else {}

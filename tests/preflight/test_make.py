@@ -305,7 +305,7 @@ def test_a_rate_that_is_left_open_is_that_of_the_method_which_the_plan_took() ->
 def test_a_rate_for_another_method_is_said() -> None:
     for objective, method, rate, said in (
         ("sft", "full", 2e-4, "20 times"), ("sft", "lora", 1e-5, "1/20 of"), ("sft", "full", 1e-4, None),
-        ("dpo", "lora", 2e-4, "40 times"), ("kto", "lora", 5e-5, None),
+        ("dpo", "lora", 2e-4, "40 times"), ("kto", "lora", 5e-5, None), ("kto", "full", 1e-5, "20 times"),
     ):  # fmt: skip
         written = replace(job(LLAMA + "8B", method, "h200"), objective=objective, optimizer=OptimizerConfig(lr=rate))
         notes = [reason for reason in make_plan(written).reasons if "learning rate" in reason]
@@ -426,7 +426,21 @@ def test_where_all_weights_are_trained_the_reference_costs_one_pass_before_the_s
     steps_h = 1000 * 64 * 2048 / dpo.tokens_per_second / 3600
     assert dpo.hours - orpo.hours == pytest.approx(training_h - steps_h, abs=1e-3)
     assert 0.3 < (dpo.hours - orpo.hours) / steps_h < 0.35
-    assert any("asked about the pairs before the first step, 1 of these hours" in reason for reason in dpo.reasons)
+    assert any("asked about the answers before the first step, 1 of these hours" in reason for reason in dpo.reasons)
+
+
+def test_kto_of_all_weights_asks_twice_before_the_steps_and_passes_once_more_in_each() -> None:
+    orpo, dpo, kto = (
+        plan(
+            LLAMA + "8B", "full", "h200", objective=objective, precision="bf16", micro_batch_size=1, max_steps=1000,
+            optimizer="adamw_8bit",
+        )
+        for objective in ("orpo", "dpo", "kto")
+    )  # fmt: skip
+    assert kto.memory_gib == dpo.memory_gib
+    assert 1.3 < dpo.tokens_per_second / kto.tokens_per_second < 1.35
+    none, once, twice = (each.hours - 1000 * 64 * 2048 / each.tokens_per_second / 3600 for each in (orpo, dpo, kto))
+    assert twice - none == pytest.approx(2 * (once - none), rel=0.01)
 
 
 def test_the_rows_a_step_may_have_at_a_time_are_found_at_once_however_many_there_are():

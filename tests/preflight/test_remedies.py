@@ -102,9 +102,11 @@ def test_of_a_mixture_of_experts_full_alone_is_left_to_method_auto_and_that_is_s
     assert small.alternatives[0]["change"] == "lora.targets=[q_proj,k_proj,v_proj,o_proj]"
 
 
-def test_of_a_mixture_of_experts_no_reference_is_left_to_a_preference() -> None:
-    plan = make_plan(compose([*MIXTURE, "objective=kto", "data.format=preference"]).job, with_alternatives=False)
-    assert plan.refusal and plan.refusal.endswith("use lora.targets=[q_proj,k_proj,v_proj,o_proj]")
+@pytest.mark.parametrize(("packing", "works"), [("true", ", or method=full"), ("false", "")])
+def test_of_a_mixture_of_experts_no_reference_is_left_to_a_preference_over_rows_that_are_not_packed(packing, works):
+    words = [*MIXTURE, "objective=kto", "data.format=preference", f"data.packing={packing}"]
+    plan = make_plan(compose(words).job, with_alternatives=False)
+    assert plan.refusal and plan.refusal.endswith(f"use lora.targets=[q_proj,k_proj,v_proj,o_proj]{works}")
 
 
 @pytest.mark.parametrize(("hardware", "refused"), [("h100_80gb_x1", True), ("cpu", False)])

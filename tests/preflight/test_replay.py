@@ -129,20 +129,21 @@ def test_replay_equals_a_trace_of_the_engine(family: str, checks: str) -> None:
             assert abs(error) < TOLERANCE, f"{said}: replay is {error:+.3%} from the trace of {truth} bytes"
 
 
-@pytest.mark.parametrize("documents", [1, 8])
-def test_kto_of_labelled_answers_takes_what_pairs_are_planned_with(documents, monkeypatch) -> None:
+@pytest.mark.parametrize(("method", "documents"), [("lora", 1), ("lora", 8), ("full", 8)])
+def test_kto_of_labelled_answers_takes_what_pairs_are_planned_with(method, documents, monkeypatch) -> None:
     """However many answers share the row, and whatever their labels: what is planned are tokens."""
 
-    def labelled(ids, labels, *_, **__) -> MicroBatch:
+    def labelled(ids, labels, *_, reference) -> MicroBatch:
         positions = torch.arange(ids.shape[1]) % -(-ids.shape[1] // documents)
-        return MicroBatch(ids, labels, positions[None], torch.arange(documents) % 2 == 0)
+        known = None if reference is None else torch.zeros(documents, 2)
+        return MicroBatch(ids, labels, positions[None], torch.arange(documents) % 2 == 0, known)
 
     monkeypatch.setattr(trace, "MicroBatch", labelled)
     config = random_config("llama", 0)
     cases = [replace(case, objective="kto") for case in PAIRS]
-    for case, truth in zip(cases, traced_peaks(config, "lora", cases), strict=True):
+    for case, truth in zip(cases, traced_peaks(config, method, cases), strict=True):
         setup = Setup(
-            method="lora", precision="bf16", optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
+            method=method, precision="bf16", optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
             sequence_length=case.tokens, objective="kto", gradient_accumulation_steps=2 if case.accumulated else 1,
         )  # fmt: skip
         replay = evaluation_batch if case.evaluated else training_step

@@ -76,6 +76,12 @@ def test_unpacked_rows_of_kto_are_not_alone_in_a_micro_batch_where_more_fit() ->
     assert found(replace(asked, micro_batch_size=1)).setup.micro_batch_size == 1
 
 
+@pytest.mark.parametrize(("packing", "method"), [(True, "full"), (False, "lora")])
+def test_kto_of_packed_rows_may_train_all_weights(packing, method) -> None:
+    asked = job(LLAMA + "8B", "auto", "h200", objective="kto")
+    assert found(replace(asked, data=replace(asked.data, packing=packing))).setup.method == method
+
+
 def test_a_runner_up_takes_no_more_memory_than_its_own_speed_needs() -> None:
     """Recomputed, 16 rows at a time are as fast as two and take 19 GiB more than keeping all takes for one."""
     plan = make_plan(job(LLAMA + "8B", "lora", "a100_80gb", sequence_length=4096, batch=BatchConfig(16)))

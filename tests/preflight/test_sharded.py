@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from loadmaster.preflight.candidate import FORWARDS
+from loadmaster.preflight.candidate import FORWARDS, FORWARDS_WHOLE
 from loadmaster.preflight.communication import step_traffic
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.memory import worst_micro_batch
@@ -121,15 +121,15 @@ def test_a_layer_that_is_gathered_ahead_is_one_with_experts_or_without_as_it_com
         held_to_a_trace(config, method, case, 4)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
-def test_preference_tunings_memory_equals_a_trace_of_fully_shard(objective: str) -> None:
+@pytest.mark.parametrize(("method", "objective"), [("lora", "dpo"), ("lora", "kto"), ("lora", "orpo"), ("full", "kto")])
+def test_preference_tunings_memory_equals_a_trace_of_fully_shard(method: str, objective: str) -> None:
     config = {**random_config("llama", 1), "vocab_size": 256}
     for checkpointing in ("none", "full"):
         setup = Setup(
-            method="lora", precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp",
+            method=method, precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp",
             checkpointing=checkpointing, sequence_length=512, world_size=8, objective=objective,
         )  # fmt: skip
-        _, peak = sharded_peaks(config, "lora", "bf16", Case(512, checkpointing, objective=objective), 8)
+        _, peak = sharded_peaks(config, method, "bf16", Case(512, checkpointing, objective=objective), 8)
         replayed = worst_micro_batch(from_config(config, "llama"), setup, in_place=False)[0].peak
         assert replayed == pytest.approx(peak, rel=TOLERANCE)
 
@@ -147,7 +147,9 @@ def test_hybrid_sharding_keeps_each_layers_sum_to_the_end() -> None:
         assert worst_micro_batch(shape, setup, in_place=False)[0].peak == pytest.approx(peak, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize(("method", "objective"), [("full", "sft"), ("lora", "sft"), ("lora", "dpo"), ("lora", "kto")])
+@pytest.mark.parametrize(
+    ("method", "objective"), [("full", "sft"), ("lora", "sft"), ("lora", "dpo"), ("lora", "kto"), ("full", "kto")]
+)
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_bytes_that_a_step_moves_equal_those_of_fully_shard(method, objective, reshard, micro_batches) -> None:
@@ -156,7 +158,7 @@ def test_bytes_that_a_step_moves_equal_those_of_fully_shard(method, objective, r
         method=method, precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp",
         checkpointing="full", sequence_length=512, world_size=8, gpus_per_node=8,
         gradient_accumulation_steps=micro_batches, reshard_after_forward=reshard, objective=objective,
-        forwards=FORWARDS.get(objective, 0),
+        forwards=(FORWARDS_WHOLE if method == "full" else FORWARDS).get(objective, 0),
     )  # fmt: skip
     case = Case(512, "full", objective=objective)
     gathered, reduced = step_bytes(config, method, case, 8, micro_batches, reshard)

@@ -60,8 +60,8 @@ def pairs(tokenizer):
 
 
 @pytest.fixture(autouse=True)
-def not_asked(pairs):
-    pairs.train.reference = None
+def not_asked(pairs, answers):
+    pairs.train.reference = answers.train.reference = None
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,31 @@ def test_where_all_weights_are_trained_the_reference_is_asked_once(tiny, pairs, 
         assert [row[name] for row in asked] == pytest.approx([row[name] for row in beside], rel=1e-4, abs=1e-5)
 
 
+def test_kto_of_all_weights_compares_with_what_was_asked_once(tiny, answers, tmp_path, monkeypatch):
+    """As with a second model beside the first; of micro-batches of one row, where that takes others' answers from the
+    row alone as well."""
+    plan = dataclasses.replace(PLAN, method="full", sequence_length=256, micro_batch_size=1)
+    session = make_session(dataclasses.replace(job_of("kto"), method="full"), plan, World(), 0, tiny)
+    asked = Reference(tmp_path, "hash", answers, World(), "kto")
+    assert asked.ask(session.loss, session.split, 1, lambda *_: None, lambda: False, range(len(answers.train)))
+    assert load_file(tmp_path / FILE)["train"].shape == (12, 2) and np.isfinite(answers.train.reference).all()
+    generator = torch.Generator().manual_seed(1)
+    for _, parameter in session.trained:
+        parameter.data += 0.003 * torch.randn(parameter.shape, generator=generator)
+
+    def figures():
+        micro_batches = session.split(list(answers.train)[:4])
+        return session.backward(micro_batches, 8).item(), dict(session.preference)
+
+    loss, rewards = figures()
+    kept = load_base(tiny, torch.float32, "cpu")
+    monkeypatch.setattr(PreferenceLoss, "_reference", lambda self, batch: _without_gradient(kept, batch))
+    answers.train.reference = None
+    beside, theirs = figures()
+    assert loss == pytest.approx(beside, rel=1e-5) and rewards == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+    assert abs(rewards["reward_desirable"]) > 0.01
+
+
 def _without_gradient(model, batch):
     with torch.no_grad():
         return answer_log_probs(model, batch).sums
@@ -170,7 +195,7 @@ def test_a_reference_that_was_asked_in_part_is_gone_on_with(tiny, pairs, tmp_pat
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-3])
     trained_whole(tiny, pairs, tmp_path, max_steps=1)
     assert len(rows) == 8
-    Reference(tmp_path, "another run's", pairs, World())
+    Reference(tmp_path, "another run's", pairs, World(), "dpo")
     assert np.isnan(pairs.train.reference).all()
 
 
