@@ -16,7 +16,7 @@ from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from loadmaster.config.fields import nearest, nearest_key
+from loadmaster.config.fields import nearest, nearest_key, sections
 from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.origins import COMMAND_LINE, file_of, line_of_default, lines_of
 from loadmaster.config.overrides import groups_of, unknown_option
@@ -163,6 +163,9 @@ def _bad_override(loader: ConfigLoaderImpl, culprit: str, text: str) -> Problem:
         guess = nearest_key(key, groups_of(loader))
         remedy = f"~{guess}" if guess and guess != key else f"leave out ~{key}"
         return Problem(key, None, COMMAND_LINE, "there is nothing of this name to take away", remedy)
+    if key in sections():
+        remedy = "set " + ", ".join(sections()[key])
+        return Problem(key, value, COMMAND_LINE, "is a section of several fields, not a list", remedy)
     return Problem(key, value, COMMAND_LINE, f"Hydra cannot set it: {text}", "check the key and the value")
 
 

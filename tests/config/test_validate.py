@@ -173,6 +173,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
          "give a number above 0"),
         # a value where a section is
         ("optimizer=adamw", "optimizer", "is a section of several fields, not a value", "optimizer.name=adamw"),
+        ("lora=[8]", "lora", "is a section of several fields, not a list", "set lora.rank, lora.alpha"),
         ("lora=8", "lora", "is a section of several fields, not a value",
          "set lora.rank, lora.alpha, lora.dropout, lora.targets"),
         # groups
