@@ -61,7 +61,7 @@ def open_tracker(job: Job, run_dir: Path, job_hash: str, lead: bool, echo: Calla
 
 
 def _said(error: Exception) -> str:
-    """Its first line; MLflow's names the address that it asked, with the password in it."""
+    """Its first line; it may name the address that was asked, with a password in it."""
     return f"{type(error).__name__}: {without_password(next(iter(str(error).strip().splitlines()), ''))[:200]}"
 
 
