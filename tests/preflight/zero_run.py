@@ -36,10 +36,12 @@ TOKENS, RANK = 64, 16
 class Held(Live):
     """Bytes of every storage in the process's memory."""
 
+    counting = True
+
     def count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if tensor.device.type != "cpu" or key in self.sizes or not storage.nbytes():
+        if not self.counting or tensor.device.type != "cpu" or key in self.sizes or not storage.nbytes():
             return
         self.sizes[key] = storage.nbytes()
         self.live += storage.nbytes()
@@ -71,6 +73,22 @@ def asked_to_pin() -> Iterator[list[int]]:
         yield blocks
 
 
+@contextmanager
+def without_gloos_copy(live: Held) -> Iterator[None]:
+    """To reduce and scatter, gloo copies all that it is given, which NCCL does not."""
+    from deepspeed.runtime.comm import coalesced_collectives
+
+    reduce = coalesced_collectives._torch_reduce_scatter_fn
+
+    def reduce_uncounted(*arguments: Any, **named: Any) -> None:
+        live.counting = False
+        reduce(*arguments, **named)
+        live.counting = True
+
+    with patch.object(coalesced_collectives, "_torch_reduce_scatter_fn", reduce_uncounted):
+        yield
+
+
 def measure(case: dict[str, Any], world: World) -> dict[str, int]:
     """(bytes between two steps, peak of a step of two micro-batches, pinned host memory with a GPU) of this rank."""
     job = dataclasses.replace(JOB, lora=dataclasses.replace(JOB.lora, rank=RANK))
@@ -100,7 +118,7 @@ def train(strategy: Zero, loss: Any, optimizer: Any, before: Held) -> dict[str, 
     live.count_all()
     resting = live.live - before.live
     live.peak = live.live
-    with live:
+    with live, without_gloos_copy(live):
         step()
     return {"resting": resting, "peak": live.peak - before.live}
 
