@@ -35,7 +35,14 @@ from loadmaster.preflight.zero_settings import ZERO, deepspeed_config, max_live
 from loadmaster.training.flat import Cut, FlatPlaced
 from loadmaster.training.strategy import Strategy
 from loadmaster.training.world import World
-from loadmaster.training.zero_patches import add_biases_once, cut_again, forget_modules, gather_apart, keep_experts_cut
+from loadmaster.training.zero_patches import (
+    add_biases_once,
+    cut_again,
+    forget_modules,
+    gather_apart,
+    keep_experts_cut,
+    keep_no_input_of_what_is_frozen,
+)
 
 
 def refuse_missing_deepspeed(plan: Plan) -> None:
@@ -55,6 +62,7 @@ def load_deepspeed(device: torch.device) -> Any:
     add_biases_once()
     gather_apart()
     keep_experts_cut()
+    keep_no_input_of_what_is_frozen()
     logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*_tensor` is deprecated", category=FutureWarning)  # its collectives
     deepspeed.ops.__compatible_ops__ = {}  # or a process on a CPU compiles a collective of inference for a minute

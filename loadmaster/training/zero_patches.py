@@ -25,6 +25,22 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch._C._nn.linear(x, weight, bias)  # torch.nn.functional.linear is DeepSpeed's by then
 
 
+def keep_no_input_of_what_is_frozen() -> None:
+    """Let zero3's linear layers keep their input for the weight's gradient alone, as PyTorch's do: DeepSpeed's kept
+    that of frozen ones, too."""
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    its_own = LinearFunctionForZeroStage3.setup_context
+    if its_own.__module__ == __name__:
+        return
+
+    def setup_context(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, *bias = inputs
+        its_own(context, (x if weight.requires_grad else None, weight, *bias), output)
+
+    LinearFunctionForZeroStage3.setup_context = staticmethod(setup_context)
+
+
 def keep_experts_cut() -> None:
     """Let zero3's experts be multiplied with as its linear layers are: the graph keeps the parameter, which is cut
     again. transformers multiplies with the transposed parameter, a view that the graph kept whole to the backward pass:

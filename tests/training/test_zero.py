@@ -98,6 +98,18 @@ def test_a_bias_is_in_what_a_selective_checkpoint_makes_again_once(monkeypatch):
         torch.testing.assert_close(found, right)
 
 
+def test_a_frozen_linear_keeps_no_input_for_its_backward_pass():
+    """LoRA on some linears under zero3, without checkpoints: inputs of the others took memory that was not planned."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    zero_patches.keep_no_input_of_what_is_frozen()
+    weight, x = torch.randn(4, 4), torch.randn(1, 3, 4, requires_grad=True)
+    out = zero3_linear_wrap(x, weight)
+    assert out.grad_fn.saved_tensors[0] is None
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad((x @ weight.t()).sum(), x)[0])
+    assert zero3_linear_wrap(x, weight.requires_grad_()).grad_fn.saved_tensors[0] is not None
+
+
 def test_experts_that_are_cut_again_are_not_whole_to_the_backward_pass(monkeypatch):
     """Of Mixtral under zero3, without checkpoints, the experts of all layers were whole on every GPU."""
     monkeypatch.setattr(moe, "_grouped_linear", moe._grouped_linear)
