@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadmaster.errors import LoadmasterError, UsageError
+from loadmaster.errors import LoadmasterError, ProviderError, UsageError
 from loadmaster.words import counted
 
 if TYPE_CHECKING:
@@ -301,6 +301,9 @@ def _client() -> RunpodClient:
 
 def _connect(urls: Mapping[str, str]) -> Inference:
     from loadmaster.endpoint.inference import Inference
+    from loadmaster.launch.given import is_readable_on_the_way
     from loadmaster.launch.runpod.http import key_from_environment
 
+    if clear := [url for url in urls.values() if url.lower().startswith("http:") and is_readable_on_the_way(url)]:
+        raise ProviderError(f"the provider names {clear[0]} as the endpoint's, and without https the key is not sent")
     return Inference(urls, key_from_environment())

@@ -28,7 +28,7 @@ from typing import Any
 from loadmaster import catalog
 from loadmaster.errors import LoadmasterError, ProviderError
 from loadmaster.files import PARTIAL_SUFFIX, sha256_file
-from loadmaster.launch.given import is_address, is_key
+from loadmaster.launch.given import is_address, is_key, is_readable_on_the_way
 
 KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 """As the provider's documentation has it: they hold its S3 API key, not one of Amazon's."""
@@ -65,6 +65,11 @@ def url_of(data_center: str) -> str:
     if url := os.environ.get(URL_VARIABLE, "").strip():
         if not is_address(url):
             raise LoadmasterError(f"{URL_VARIABLE} is no address: https://HOST/, or unset it for the provider's own")
+        if is_readable_on_the_way(url):
+            raise LoadmasterError(
+                f"{URL_VARIABLE} begins with http://, and anyone on the way could read and change what is sent: "
+                "https://HOST/, or unset it for the provider's own (http is for this machine alone)"
+            )
         return url
     if data_center not in facts["data_centers"]:
         raise LoadmasterError(

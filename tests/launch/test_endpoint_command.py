@@ -12,6 +12,7 @@ import pytest
 from loadmaster.cli import main
 from loadmaster.endpoint import command as endpoint_command
 from loadmaster.endpoint.inference import Inference
+from loadmaster.errors import ProviderError
 from loadmaster.export.manifest import read_manifest, write_manifest
 from loadmaster.files import write_json
 from loadmaster.launch.runpod import Api, Patience, RunpodClient
@@ -230,6 +231,7 @@ def test_two_deployments_at_once_leave_one_endpoint(run_dir, account, capsys) ->
         ("RUNPOD_API_BASE_URL_V2", "http://[bad", "RUNPOD_API_BASE_URL_V2 is no address"),
         ("RUNPOD_API_BASE_URL_V2", "nonsense", "RUNPOD_API_BASE_URL_V2 is no address"),
         ("RUNPOD_S3_URL", "nonsense", "RUNPOD_S3_URL is no address"),
+        ("RUNPOD_S3_URL", "http://host", "RUNPOD_S3_URL begins with http://"),
         ("AWS_ACCESS_KEY_ID", "schlüssel", "AWS_ACCESS_KEY_ID holds characters that no key has"),
     ],
 )
@@ -239,6 +241,13 @@ def test_keys_and_addresses_that_can_be_none(run_dir, account, capsys, monkeypat
     shown = "".join(capsys.readouterr()).replace("\n", " ")
     assert said in shown and account.endpoints == {}
     assert value not in ("wrong", "schlüssel") or value not in shown.replace("wrong or", "")
+
+
+def test_the_key_is_sent_to_no_endpoint_without_https(monkeypatch) -> None:
+    monkeypatch.setenv("RUNPOD_API_KEY", "key")
+    with pytest.raises(ProviderError, match="http://host/run as the endpoint's"):
+        endpoint_command._connect({"health": "https://host/health", "run": "http://host/run"})
+    endpoint_command._connect({"run": "https://host/run", "health": "http://127.0.0.1:1/health"}).__exit__()
 
 
 def test_what_is_no_run_is_a_sentence(run_dir, account, capsys, tmp_path) -> None:  # noqa: F811
