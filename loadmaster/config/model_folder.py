@@ -51,7 +51,7 @@ def _object(file: Path) -> tuple[dict[str, Any], str | None]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         return {}, _unreadable(error)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, f"is no JSON ({error})"
     return (content, None) if isinstance(content, dict) else ({}, "holds no JSON object")
 

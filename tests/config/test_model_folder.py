@@ -31,6 +31,7 @@ def test_a_whole_folder_has_nothing_broken(folder):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
+        ("config.json", b"[" * 100_000, "config.json is no JSON"),
         ("config.json", b"{broken", "config.json is no JSON"),
         ("config.json", b"[]", "config.json holds no JSON object"),
         ("tokenizer.json", b"garbage", "tokenizer.json is no JSON"),
