@@ -37,6 +37,7 @@ import httpx
 
 SETTINGS = json.loads(Path(os.environ.get("SERVER_JSON", Path(__file__).with_name("server.json"))).read_text("utf-8"))
 BASE_URL = os.environ.get("VLLM_BASE_URL", f"http://127.0.0.1:{SETTINGS['port']}").rstrip("/")
+SECURE = BASE_URL.lower().startswith("https:")
 MODEL = SETTINGS["served_model_name"]
 LONGEST_INPUT_BYTES = SETTINGS["longest_input_bytes"]
 REQUEST_TIMEOUT_S = float(os.environ.get("REQUEST_TIMEOUT_S", "3600"))
@@ -124,8 +125,8 @@ async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
     method = "GET" if body is None else "POST"
     try:
         async with (
-            # A server on this machine over plain HTTP: no proxy of the environment, no certificates.
-            httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, trust_env=False, verify=False) as client,
+            # A server on this machine over plain HTTP: no proxy of the environment, and certificates for another alone.
+            httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, trust_env=False, verify=SECURE) as client,
             client.stream(method, BASE_URL + route, json=body) as response,
         ):
             if response.status_code != 200:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import pytest
 from fake_openai import MODEL, WORDS, FakeOpenAI
 from fake_queue import FakeQueue
@@ -146,6 +147,15 @@ def test_a_server_that_is_gone_is_said_to_be(worker, server) -> None:
     server.__exit__()
     (answer,) = run(worker, CHAT)
     assert "did not answer" in answer["error"]
+
+
+def test_a_server_elsewhere_shows_its_certificate(worker, server, monkeypatch) -> None:
+    def refused(**asked: Any) -> None:
+        raise httpx.ConnectError(f"verify={asked['verify']}")
+
+    monkeypatch.setattr(httpx, "AsyncClient", refused)
+    monkeypatch.setattr(worker, "SECURE", True)
+    assert "verify=True" in run(worker, {"prompt": "Hello"})[0]["error"]
 
 
 def test_a_cancelled_job_hangs_up_so_that_the_server_stops(worker, server) -> None:
