@@ -166,7 +166,9 @@ class Watchdog:
         self._stop.set()
         faulthandler.cancel_dump_traceback_later()
         for thread in self._threads:
-            thread.join()  # bounded by answer_s; a thread inside the store when Python ends would abort it
+            thread.join(self.silence_s + self.answer_s)  # one inside the store when Python ends would abort it
+        if any(thread.is_alive() for thread in self._threads):  # who keeps the store is stopped, and never answers
+            self._end(self._store_lost(0.0))
         self._stack_file.close()
         if self.logs is not None and not self._stack_path.stat().st_size:
             self._stack_path.unlink()

@@ -1,6 +1,7 @@
 """A rank that is stuck, stopped, killed or fails ends the job on every rank, in bounded time, and is named."""
 
 import gc
+import io
 import re
 import threading
 import time
@@ -312,6 +313,20 @@ def test_looking_where_threads_are_keeps_nothing_of_theirs():
         assert made[0]() is None
     finally:
         gc.enable()
+
+
+def test_who_keeps_the_store_and_is_stopped_is_not_waited_for_as_a_stage_ends(monkeypatch):
+    watch, answer, ended = Watchdog(World(1, 2), None, silence_s=0.1), threading.Event(), []
+    watch._heard, watch._stack_file = time.monotonic(), io.StringIO()
+    watch._sightings = {0: Sighting(Beat(0, 0, "first")), 1: Sighting(watch._beat)}
+    watch._threads = [threading.Thread(target=answer.wait)]
+    watch._threads[0].start()
+    monkeypatch.setattr(watch, "_end", lambda said: (ended.append(said), answer.set()))
+    guard = threading.Timer(20, answer.set)
+    guard.start()
+    watch.__exit__(None, None, None)
+    guard.cancel()
+    assert len(ended) == 1 and "rank 0" in ended[0]
 
 
 def run(tmp_path, how, bad_rank, size=4, local_size=2, **more):
