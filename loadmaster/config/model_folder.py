@@ -64,7 +64,11 @@ def _missing_shards(folder: Path, index: dict[str, Any]) -> Iterator[str]:
         return
     if not any(folder.glob("*.safetensors")):
         return
-    missing = sorted({name for name in weights.values() if not (folder / str(name)).is_file()})
+    names = {str(name) for name in weights.values()}
+    if outside := sorted(name for name in names if Path(name).is_absolute() or ".." in Path(name).parts):
+        yield f"{INDEX} names files of other folders ({', '.join(outside[:3])})"
+        return
+    missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         yield f"{len(missing)} of the shards that {INDEX} names are not there ({', '.join(missing[:3])})"
 

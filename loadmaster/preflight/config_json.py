@@ -98,6 +98,8 @@ def _rotation(config: dict[str, Any]) -> dict[str, Any]:
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OTHER_SIZES = ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts", "num_experts_per_tok",
                "moe_intermediate_size", "sliding_window", "decoder_sparse_step", "max_window_layers")  # fmt: skip
+MOST, MOST_COUNTED = 2**31 - 1, 10_000
+"""Of a width, and of layers, heads and experts, which are counted one by one: beyond what any model has."""
 KINDS = {
     "architectures": (list, "list"), "layer_types": (list, "list"), "mlp_only_layers": (list, "list"),
     "quantization_config": (dict, "object"), "rope_parameters": (dict, "object"), "rope_scaling": (dict, "object"),
@@ -131,7 +133,10 @@ def _refuse_sizes(config: dict[str, Any], family: str, name: str) -> None:
     others = OTHER_SIZES + ("sliding_window_pattern",) * (family == "gemma3_text")
     wrong += [f"{key}={config[key]!r}" for key in others if config.get(key) and not whole(config[key])]
     wrong += [f"{key}=0" for key in ("num_key_value_heads", "head_dim") if config.get(key) == 0]
+    most = {key: MOST_COUNTED if "num_" in key else MOST for key in (*SIZES, *others)}
+    huge = [f"{key}={config[key]}" for key in most if whole(config.get(key)) and config[key] > most[key]]
     said = [f"has no {', '.join(missing)}"] if missing else []
+    said += [f"has {', '.join(huge)}, which no model has"] if huge else []
     said += [f"has {', '.join(wrong)}, which must be whole numbers above 0"] if wrong else []
     if not said:
         heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or 1

@@ -42,6 +42,11 @@ def test_a_whole_folder_has_nothing_broken(folder):
         ("model.safetensors.index.json", b"{}", "has no weight_map"),
         (
             "model.safetensors.index.json",
+            json.dumps({"weight_map": {"a": "../a.safetensors", "b": "/etc/passwd"}}).encode(),
+            "names files of other folders (../a.safetensors, /etc/passwd)",
+        ),
+        (
+            "model.safetensors.index.json",
             json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}).encode(),
             "1 of the shards that model.safetensors.index.json names are not there (model-00002-of-00002.safetensors)",
         ),

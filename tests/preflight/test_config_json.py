@@ -53,6 +53,8 @@ def test_fractions_of_rotary_embeddings_are_found_where_transformers_5_writes_th
         ({"layer_types": ["full_attention"]}, "1 layer_types for 16 layers"),
         ({"hidden_size": 0, "vocab_size": 0}, "hidden_size=0, vocab_size=0"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, which no model has"),
+        ({"hidden_size": 10**30}, f"hidden_size={10**30}, which no model has"),
         ({"hidden_size": 2064, "head_dim": 64}, "hidden_size=2064, which is no multiple of its 32 heads"),
     ],
 )
