@@ -84,6 +84,8 @@ lora:
   rank: 32
 ```
 
+A recipe can name Hydra callbacks (`hydra.callbacks`), which are code: read one of somebody else's before you use it.
+
 ## Coming from another tool
 
 A name of Axolotl, LLaMA-Factory, TRL, PEFT or torchtune is answered with what it is here: `load_in_4bit=true` with
