@@ -25,13 +25,13 @@ def is_loopback(host: str) -> bool:
 
 
 def ear(host: str, port: int) -> int | None:
-    """A listening socket's descriptor, for the store to take over; None for other hosts' meeting places, and where the
-    port is taken: by the store itself, which this process keeps from one job of a sweep to the next, or by another,
-    which the store says."""
+    """A listening socket's descriptor at one of loopback's addresses, for the store to take over; None for other
+    hosts' meeting places, and where the port is taken: by the store itself, which this process keeps from one job of a
+    sweep to the next, or by another, which the store says."""
     if not is_loopback(host):
         return None
     try:
-        return socket.create_server((ADDRESS, port)).detach()
+        return socket.create_server((host, port)).detach()
     except OSError:
         return None
 

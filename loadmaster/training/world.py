@@ -206,13 +206,14 @@ def meet(rank: int, size: int, place: str, patience_s: float = JOIN_S) -> dist.S
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", size)) >= size  # else others know this host by another name
     await_address(host)
     patience = timedelta(seconds=patience_s)
     keys = [f"{place}/here/{other}" for other in range(size)]
     try:
         store = dist.TCPStore(
             host, port, is_master=keeps, wait_for_workers=False, timeout=patience, multi_tenant=True,
-            master_listen_fd=ear(host, port) if keeps else None,
+            master_listen_fd=ear(host, port) if keeps and alone else None,
         )  # fmt: skip
         store.set(keys[rank], "")
     except dist.DistError as error:

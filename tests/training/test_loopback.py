@@ -9,6 +9,7 @@ import pytest
 from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 
+from loadmaster.errors import LoadmasterError
 from loadmaster.training import loopback
 from loadmaster.training.agent import Workers, _launch_config
 from loadmaster.training.interface import stay_on_this_host
@@ -31,14 +32,24 @@ def test_the_workers_of_one_host_meet_where_no_other_host_reaches():
     assert worker.get("a") == b"b"
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.1.1"])  # the last: hostname -i on Debian
 def test_so_do_ranks_that_another_launcher_started_there(host, monkeypatch):
     port = free_port()
     monkeypatch.setenv("MASTER_ADDR", host)
     monkeypatch.setenv("MASTER_PORT", str(port))
     kept = [meet(0, 1, f"loadmaster/group/{job}") for job in range(2)]  # of a sweep
-    assert listened_at(port) == {"127.0.0.1"}
+    assert listened_at(port) == {"127.0.1.1" if host == "127.0.1.1" else "127.0.0.1"}
     assert kept[1].check(["loadmaster/group/0/here/0"])
+
+
+def test_others_reach_the_first_of_several_hosts_which_may_call_itself_localhost(monkeypatch):
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(LoadmasterError, match="missing: rank 1") as raised:
+        meet(0, 2, "loadmaster/group/0", patience_s=0.5)
+    assert listened_at(port) not in (set(), {"127.0.0.1"}), raised  # which holds the store
 
 
 def test_gloo_listens_at_this_hosts_own_interface_unless_it_is_told_another(monkeypatch):
