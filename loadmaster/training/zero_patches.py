@@ -55,7 +55,7 @@ def keep_experts_cut() -> None:
     def grouped_linear(x: Tensor, weight: Tensor, offs: Tensor, bias: Any = None, is_transposed: Any = False) -> Tensor:
         if bias is not None or is_transposed or not hasattr(weight, "ds_id"):
             return its_own(x, weight, offs, bias, is_transposed)
-        return _GroupedLinear.apply(x, weight, offs)
+        return _GroupedLinear.apply(x.to(weight.dtype), weight, offs)
 
     grouped_linear.__module__ = __name__
     moe._grouped_linear = grouped_linear
@@ -66,7 +66,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-        return torch.nn.functional.grouped_mm(x.to(weight.dtype), weight.transpose(-2, -1), offs=offs)
+        return torch.nn.functional.grouped_mm(x, weight.transpose(-2, -1), offs=offs)
 
     @staticmethod
     def setup_context(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

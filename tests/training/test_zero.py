@@ -131,6 +131,9 @@ def test_experts_that_are_cut_again_are_not_whole_to_the_backward_pass(monkeypat
     weight.ds_id = 0
     zero_patches.keep_experts_cut()
     assert all(map(torch.equal, gradients(cut=True), expected))
+    weight.data = weight.data.bfloat16()
+    out = moe._grouped_linear(x, weight, ends)  # of a float32 input, as transformers takes it
+    assert torch.autograd.grad(out, weight, torch.ones_like(out))[0].dtype == torch.bfloat16
 
 
 def test_only_matrices_decay_and_an_adapters_b_may_have_a_rate_of_its_own():
