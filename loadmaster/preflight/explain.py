@@ -232,8 +232,9 @@ def about_limits(job: Job, chosen: Candidate, dataset_tokens: int | None) -> lis
     ends = f"{limit}={given:g} stops the run after {share:.0%} of these {hours:.2f} hours"
     needed = 1.2 * first_step_hours(job, chosen, dataset_tokens)  # a stop is requested up to a tenth before the limit
     if pays_for[limit] >= needed:
-        return [f"{ends}, with a checkpoint: the same command goes on"]
-    least = f"{limit}={1.1 * given * needed / pays_for[limit]:.2g}"
+        asking = pays_for[limit] < needed + 1.2 * reference_hours(job, chosen, dataset_tokens)
+        return [f"{ends}, with {'what the model said so far' if asking else 'a checkpoint'}: the same command goes on"]
+    least = f"{limit}={float(f'{1.1 * given * needed / pays_for[limit]:.2g}'):g}"
     return [f"{ends}, before the first step: nothing is saved and the same command comes no further; {least} does"]
 
 

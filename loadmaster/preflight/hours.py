@@ -92,10 +92,11 @@ def before_training_hours(shape: ModelShape) -> float:
 
 
 def first_step_hours(job: Job, candidate: Candidate, dataset_tokens: int | None) -> float:
-    """From the program's start to the end of its first step: a stop before that has nothing to save."""
+    """From the program's start to the end of its first step: a stop before that has nothing to save. Without
+    reference_hours, of which nothing is lost."""
     step_s = mean_rows(job, dataset_tokens) * job.sequence_length / candidate.tokens_per_second
     before = 0.0 if candidate.hardware.is_cpu else before_training_hours(candidate.shape)
-    return before + reference_hours(job, candidate, dataset_tokens) + step_s / 3600
+    return before + step_s / 3600
 
 
 def least_overhead_hours(job: Job, shape: ModelShape, rented: bool) -> float:

@@ -345,6 +345,12 @@ def test_a_limit_that_ends_before_the_first_step_is_said_with_what_would_do() ->
         assert any("with a checkpoint: the same command" in reason for reason in make_plan(enough, 10**8).reasons)
 
 
+def test_a_limit_that_ends_where_the_reference_is_asked_loses_nothing() -> None:
+    asked = job(LLAMA + "8B", "full", "h100_80gb", count=8, objective="dpo", launch=LaunchConfig(max_hours=1.0))
+    told = next(reason for reason in make_plan(asked, 10**10).reasons if "stops the run" in reason)
+    assert told.endswith("with what the model said so far: the same command goes on")
+
+
 def test_rented_memory_is_used_for_speed() -> None:
     chosen = plan(LLAMA + "8B", "qlora", "h100_80gb")
     saving = plan(LLAMA + "8B", "qlora", "h100_80gb", plan=PlanConfig(objective="memory"))
