@@ -3,6 +3,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from loadmaster.config.show import show_error
+from loadmaster.errors import DataError
 from loadmaster.launch.context import Launch
 from loadmaster.preflight.table import _alternative
 from loadmaster.words import counted, visible, without_password
@@ -26,6 +28,12 @@ def test_what_a_machine_says_does_not_steer_the_terminal_here():
     console = Console(file=io.StringIO(), force_terminal=True)
     Launch(None, console, "", Path(), None).echo("  | \x1b[2Jstep 1")
     assert console.file.getvalue() == "  | \u241b[2Jstep 1\n"
+
+
+def test_the_error_of_a_row_shows_its_control_characters():
+    stream = io.StringIO()
+    show_error(DataError("no token is trained (my.jsonl:1)\n  <|user|>\x1b]52;c;eA==\x1b\\"), stream)
+    assert stream.getvalue() == "error: no token is trained (my.jsonl:1)\n  <|user|>\u241b]52;c;eA==\u241b\\\n"
 
 
 def test_the_rate_of_a_plan_that_would_fit_is_no_plural_at_one():

@@ -12,7 +12,7 @@ from rich.text import Text
 from loadmaster.config.fields import written
 from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
 from loadmaster.streams import Output
-from loadmaster.words import counted
+from loadmaster.words import counted, visible
 
 
 def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None = None) -> None:
@@ -25,7 +25,7 @@ def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None 
     console = Output(file=stream or sys.stderr, highlight=False, soft_wrap=True)
     if not isinstance(error, ConfigError):
         word = ("", "") if isinstance(error, StoppedOnRequest) else ("error: ", "bold red")
-        console.print(Text.assemble(word, str(error)))
+        console.print(Text.assemble(word, visible(str(error))))  # which may show a row, or a log's last lines
         return
     so_far = ".\n" if error.begun else "; nothing was started.\n"
     heading = counted(len(error.problems), "problem")
