@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
@@ -17,6 +18,8 @@ from loadmaster.errors import LoadmasterError
 
 SILENT_S = 1800.0
 """A piece that takes longer is not worked on: pieces are small."""
+LOOK_S = 5.0
+"""Between looks at it. Looks are what is counted: time may pass while all of this is suspended (Ctrl-Z)."""
 
 
 class _Process(SpawnProcess):
@@ -68,10 +71,14 @@ def in_processes(count: int, work: Callable[[Any], Any], pieces: Sequence[Any]) 
 def _in_turn(results: list[Future]) -> Iterator[Any]:
     results.reverse()
     while results:
-        try:
-            yield results.pop().result(SILENT_S)  # and is not held any longer
-        except TimeoutError:
-            raise LoadmasterError(
-                f"a process that tokenises has given nothing for {SILENT_S:g} s: it was stopped, or its disk does not "
-                "answer. The same command tokenises anew"
-            ) from None
+        yield _awaited(results.pop())  # and is not held any longer
+
+
+def _awaited(result: Future) -> Any:
+    for _ in range(math.ceil(SILENT_S / LOOK_S)):
+        with suppress(TimeoutError):
+            return result.result(LOOK_S)
+    raise LoadmasterError(
+        f"a process that tokenises has given nothing for {SILENT_S:g} s: it was stopped, or its disk does not answer. "
+        "The same command tokenises anew"
+    )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,20 @@ def test_a_process_that_tokenises_and_was_killed_is_an_error_with_a_sentence(beg
 
 def test_a_process_that_tokenises_and_was_stopped_is_not_waited_for_for_good(monkeypatch):
     monkeypatch.setattr(processes, "SILENT_S", 0.5)
+    monkeypatch.setattr(processes, "LOOK_S", 0.25)
     with pytest.raises(LoadmasterError, match="has given nothing for"):  # noqa: SIM117
         with in_processes(1, time.sleep, [60]) as results:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
             list(results)
     assert not multiprocessing.active_children()
+
+
+def test_a_run_that_was_suspended_as_a_whole_goes_on():
+    class Suspended(Future):
+        def result(self, timeout=None):
+            self.result = super().result
+            raise TimeoutError  # however long that was
+
+    piece = Suspended()
+    piece.set_result("tokens")
+    assert list(processes._in_turn([piece])) == ["tokens"]
