@@ -228,7 +228,8 @@ class Watchdog:
             return None
         keepers = [age(s, quiet) for s in self._store_keepers()]
         if not keepers:
-            return f"torchrun on this host, {self._place()}, has not answered for {quiet:.0f} s: it was ended"
+            said = f"torchrun on this host, {self._place()}, has not answered for {quiet:.0f} s"
+            return f"{said}: it was ended, or stopped, or all of this was suspended"
         return lost(keepers, list(self._sightings.values()))
 
     def _store_keepers(self) -> list[Sighting]:
