@@ -15,12 +15,17 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 
 
+def heed_no_more_requests() -> None:
+    """From here on a request to stop is too late for this process, and must not kill it."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def ended(code: int) -> int:
     """The exit code of this process, before it leaves Python: that takes a second, in which one more Ctrl-C, or the
     end of a session that begins with its terminal's, would kill it and put its own code in the place of 75."""
     if code == StoppedOnRequest.exit_code:
-        for number in STOPS:
-            signal.signal(number, signal.SIG_IGN)
+        heed_no_more_requests()
     collector.leave()
     return code
 

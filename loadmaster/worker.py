@@ -7,7 +7,6 @@ RUN_DIR/logs/rank-N.json for the lead; everything that ranks other than 0 print 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ if __name__ == "__main__":  # before what takes long to import
 
 from loadmaster.config.schema import Job
 from loadmaster.config.validate import check
-from loadmaster.ending import STOPS, end_with
+from loadmaster.ending import end_with, heed_no_more_requests
 from loadmaster.errors import DISK_REMEDY, LoadmasterError, StoppedOnRequest, TrainingFailed
 from loadmaster.files import write_json
 from loadmaster.preflight.plan import Plan
@@ -53,8 +52,7 @@ def main(stage: str, run_dir: Path) -> int:
         outcome = Outcome(error.exit_code, str(error))
     except OSError as error:  # a full or read-only disk
         outcome = Outcome(LoadmasterError.exit_code, f"rank {rank}: {error}; {DISK_REMEDY}")
-    for number in STOPS:  # too late for this process: the lead keeps it in mind
-        signal.signal(number, signal.SIG_IGN)
+    heed_no_more_requests()  # the lead keeps them in mind
     leave_word(run_dir, rank, outcome)
     # What all agreed on is no failure of this process; else the first to go would take the others with it.
     return 0 if outcome.code == 0 or agreed else outcome.code

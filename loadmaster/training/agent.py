@@ -112,9 +112,6 @@ def run_workers(workers: Workers) -> int:
 
 
 def _launch_config(workers: Workers) -> dict[str, Any]:
-    from loadmaster.training import loopback  # brings torch
-
-    loopback.register()
     meeting = workers.meeting
     common = {
         "nproc_per_node": workers.processes,
@@ -123,6 +120,9 @@ def _launch_config(workers: Workers) -> dict[str, Any]:
         "signals_to_handle": "SIGQUIT",
     }
     if meeting is None:
+        from loadmaster.training import loopback  # brings torch
+
+        loopback.register()
         return common | {
             "min_nodes": 1, "max_nodes": 1, "run_id": uuid.uuid4().hex,
             "rdzv_backend": loopback.BACKEND, "rdzv_endpoint": loopback.ADDRESS,

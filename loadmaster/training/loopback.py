@@ -17,7 +17,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 
 ADDRESS = "127.0.0.1"
 BACKEND = "loadmaster-loopback"
-JOIN_S = 60
+CONNECT_S = 60
 
 
 def is_loopback(host: str) -> bool:
@@ -39,9 +39,9 @@ def ear(host: str, port: int) -> int | None:
 class _Rendezvous(StaticTCPRendezvous):
     def __init__(self, run_id: str):
         listening = socket.create_server((ADDRESS, 0))
-        super().__init__(ADDRESS, listening.getsockname()[1], 0, 1, run_id, JOIN_S)
+        super().__init__(ADDRESS, listening.getsockname()[1], 0, 1, run_id, CONNECT_S)
         self._store = TCPStore(
-            ADDRESS, self.master_port, 1, True, timedelta(seconds=JOIN_S), multi_tenant=True,
+            ADDRESS, self.master_port, 1, True, timedelta(seconds=CONNECT_S), multi_tenant=True,
             master_listen_fd=listening.detach(),
         )  # fmt: skip
 
