@@ -25,7 +25,7 @@ SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 TOKEN = r"(hf|sk|rpa|rps|ghp|gho|github_pat|glpat|xox[abp]|AKIA)[-_]?\w*[A-Za-z0-9]{14,}"
-TOKEN += r"|(sk-(ant|proj|svcacct)|xox[abp])-[\w-]{20,}"
+TOKEN += r"|(sk-(ant|or|proj|svcacct)|xox[abp])-[\w-]{20,}"
 GIVEN_AWAY = re.compile(rf"{TOKEN}|.*://[^/@\s]*:[^/@\s]+@.*")
 """A variable's value that is one: a token by its beginning, or an address with a password."""
 SECRET_VALUE = re.compile(rf"{TOKEN}|[0-9a-fA-F]{{32,}}|.{{48,}}|.*[^\w.-].*")

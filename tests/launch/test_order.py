@@ -173,7 +173,8 @@ def test_machines_that_cannot_be_meant_are_refused(words, said):
             ([f"launch.env.IT='{value}'"], "launch.env.IT")
             for value in (
                 "https://abc@host/simple", "https://me:abc@host", "redis://:abc@host:6379", "https://host/?sig=abc",
-                "sk-proj-abc45678-01234567890", "xoxb-1234567890-abc4567890",
+                "sk-proj-abc45678-01234567890", "sk-or-v1-abc45678-01234567890",
+                "xoxb-1234567890-abc4567890",
             )
         ),
         (["launch.secrets.HF_TOKEN=hf_abcDEFghiJKLmnop"], "launch.secrets.HF_TOKEN"),
