@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -107,7 +108,7 @@ def _with_what_to_show(arguments: list[str]) -> list[str]:
     """--cfg and --info that no word of theirs follows show the usual; argparse would take any word for theirs."""
     usual = {"--cfg": "job", "-c": "job", "--info": "all", "-i": "all"}
     found = []
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, after in pairwise([*arguments, ""]):
         alone = argument in usual and (not after or "=" in after or after[0] in "-~+")
         option = "--cfg" if argument in ("--cfg", "-c") else "--info"
         found.append(f"{option}={usual[argument]}" if alone else argument)

@@ -58,6 +58,13 @@ def test_the_task_gets_the_composed_job_and_hydra_writes_nothing(here: Path):
     assert Path.cwd() == here
 
 
+def test_without_a_word_it_is_the_smoke_recipe():
+    """What `make smoke` and the first line of three pages start."""
+    task = Recorder()
+    assert run_app(task, []) == 0
+    assert [composed.job.recipe for composed in task.jobs] == ["smoke"]
+
+
 @pytest.mark.parametrize(
     ("end", "code"),
     [
