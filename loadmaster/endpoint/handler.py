@@ -173,8 +173,13 @@ def _said(status: int, text: str) -> str:
 def start_server() -> subprocess.Popen[bytes]:
     """In a session of its own: a signal to the worker ends it only after the running jobs."""
     print("starting:", " ".join(SETTINGS["command"]), flush=True)
+    told: list[int] = []
+    usual = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))  # until it would be stopped as well
     server = subprocess.Popen(SETTINGS["command"], start_new_session=True)
     atexit.register(stop_server, server)
+    signal.signal(signal.SIGTERM, usual)
+    if told:
+        sys.exit(128 + signal.SIGTERM)
     return server
 
 

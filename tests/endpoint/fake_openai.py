@@ -22,6 +22,8 @@ class FakeOpenAI:
         self.bodies: list[dict[str, Any]] = []
         self.gone = 0
         self.seconds_a_word = 0.0
+        self.together: threading.Barrier | None = None
+        """Where there is one, answers wait until so many requests are there."""
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -38,6 +40,8 @@ class FakeOpenAI:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 fake.bodies.append(body)
+                if fake.together is not None:
+                    fake.together.wait(60)
                 text = json.dumps(body.get("messages", body.get("prompt")))
                 if len(text) > LONGEST_PROMPT:
                     error = {"message": f"maximum context length is {LONGEST_PROMPT} tokens", "code": 400}

@@ -33,6 +33,8 @@ if node == "0":
     with open(run / "metrics.jsonl", "a") as file:
         print(json.dumps({"step": 3, "loss": 1.5, "steps": 6, "tokens_per_second": 1200.0}), file=file)
 time.sleep(float(given("S", "0.15")))
+while given("UNTIL", "") and not pathlib.Path(given("UNTIL", "")).exists():
+    time.sleep(0.05)
 if node == "0":
     (run / "result.json").write_text(json.dumps({"steps": 3, "noise": os.urandom(3000).hex()}))
 sys.exit(int(given("CODE", "0")))

@@ -182,14 +182,20 @@ def test_an_hour_without_an_answer_ends_no_job(place, kind):
 def test_a_provider_that_is_silent_is_no_machine_that_does_not_start(place, monkeypatch):
     to_the_end = rented._Followed.to_the_end
 
-    def from_now_on_silent(followed):
+    def silent_for_a_while(followed):
         now = len(place.fake.calls)
-        place.fake.faults = dict.fromkeys(range(now, now + 200), "500")
+        place.fake.faults = dict.fromkeys(range(now, now + 100_000), "500")
+
+        def speak():
+            place.fake.faults = {}
+            (place.folder / "spoken").touch()
+
+        threading.Timer(1.5, speak).start()
         return to_the_end(followed)
 
     monkeypatch.setattr(rented, "START_S", 1.0)
-    monkeypatch.setattr(rented._Followed, "to_the_end", from_now_on_silent)
-    assert place.launch("launch.env.STAND_IN_S='1'") == 0, place.said
+    monkeypatch.setattr(rented._Followed, "to_the_end", silent_for_a_while)
+    assert place.launch(f"launch.env.STAND_IN_UNTIL={place.folder / 'spoken'}") == 0, place.said
     assert "has not started the job" not in place.said
 
 

@@ -193,7 +193,7 @@ def test_the_log_is_followed_to_the_end_of_the_pod(fake, client):
 def test_a_silent_log_raises_and_can_be_taken_up_again(fake, client):
     pod = client.create_pod(pod_request())
     fake.say(pod.id, "one")
-    events = client.pod_log(pod.id, idle_s=0.2)
+    events = client.pod_log(pod.id, idle_s=2)
     first = next(events)
     with pytest.raises(ProviderError, match="no answer within"):
         next(events)

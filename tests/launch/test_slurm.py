@@ -171,10 +171,11 @@ def test_a_job_that_does_not_listen_is_cancelled_after_the_time_for_a_checkpoint
 
 
 def test_a_job_that_has_not_started_yet_is_cancelled(cluster, monkeypatch):
+    monkeypatch.setenv("FAKE_SLURM_FULL", "1")
     monkeypatch.setattr(slurm._Submitted, "_follow", lambda self: (_ for _ in ()).throw(StoppedOnRequest("now")))
     with pytest.raises(StoppedOnRequest):
         cluster.launch("launch.env.STAND_IN_S='60'")
-    wait_until(lambda: [job["state"] for job in cluster.jobs] == ["CANCELLED"])
+    assert [job["state"] for job in cluster.jobs] == ["CANCELLED"]
 
 
 def test_an_answer_of_sbatch_that_is_lost_makes_no_second_job(cluster, monkeypatch):
