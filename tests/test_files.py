@@ -110,9 +110,9 @@ def test_who_waits_for_another_process_s_lock_says_so(tmp_path, capfd):
     waits = threading.Thread(target=make)
     with exclusive(tmp_path / "one", "tokenised data"):
         waits.start()
-        said, deadline = "", time.monotonic() + 10
+        said, deadline = "", time.monotonic() + 60
         while not said and time.monotonic() < deadline:
             time.sleep(0.01)
             said = capfd.readouterr().err
-    waits.join(10)
+    waits.join(60)
     assert said == f"waiting for another process that makes tokenised data in {tmp_path / 'one'}\n"

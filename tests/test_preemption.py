@@ -108,6 +108,6 @@ def test_sigterm_while_modules_load_is_a_stop_and_not_a_failure(entry, tmp_path)
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 75
+    assert process.wait(timeout=120) == 75
     assert (tmp_path / "log.txt").read_text().startswith("stopped on request; the same command")
     assert not (tmp_path / "run").exists()

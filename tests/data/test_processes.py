@@ -38,7 +38,7 @@ def test_a_process_that_tokenises_heeds_no_request_to_stop_and_ends_with_the_one
     began = subprocess.Popen([sys.executable, tmp_path / "killed.py"], stdout=subprocess.PIPE, env=env)
     workers = [Path(f"/proc/{int(pid)}") for pid in began.stdout.readline().split()]
     assert len(workers) == 2
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(worker.exists() for worker in workers):
         assert time.monotonic() < deadline, "a worker is left"
         time.sleep(0.05)
@@ -50,12 +50,12 @@ def test_a_process_that_tokenises_and_was_killed_is_an_error_with_a_sentence(beg
     """The others end too, whatever they are at: nothing waits for them."""
     began = time.monotonic()
     with pytest.raises(LoadmasterError, match="a process that tokenises was ended"):  # noqa: SIM117
-        with in_processes(2, time.sleep, [0, 60, 60]) as results:
+        with in_processes(2, time.sleep, [0, 600, 600]) as results:
             if begun:
                 next(results)
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
             list(results)
-    assert not multiprocessing.active_children() and time.monotonic() - began < 50
+    assert not multiprocessing.active_children() and time.monotonic() - began < 300
 
 
 def test_a_process_that_tokenises_and_was_stopped_is_not_waited_for_for_good(monkeypatch):

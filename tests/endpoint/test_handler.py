@@ -178,7 +178,7 @@ def test_a_cancelled_job_hangs_up_so_that_the_server_stops(worker, server) -> No
         return pieces
 
     pieces = asyncio.run(cancel())
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while not server.gone and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.gone == 1 and "[DONE]" not in "".join(pieces)
@@ -259,7 +259,7 @@ def test_under_the_real_sdk_jobs_streams_and_mistakes_are_answered(sdk, server, 
         assert post(url + "/runsync", {"input": "Hi"})[0] == 422
     finally:
         worker.send_signal(signal.SIGINT)
-        assert worker.wait(30) == 0
+        assert worker.wait(120) == 0
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["starting", "serving"])
@@ -281,7 +281,7 @@ def test_no_server_is_left_when_the_worker_is_told_to_end_or_its_terminal_closes
             time.sleep(0.05)
         server = int(Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text())
         worker.send_signal(number)
-        assert worker.wait(30) == (0 if begun else 128 + signal.SIGTERM)
+        assert worker.wait(120) == (0 if begun else 128 + signal.SIGTERM)
     assert not Path(f"/proc/{server}").exists()
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,8 @@ def test_what_the_machine_lacks_says_nothing_of_the_export(step, source, message
 
 
 def test_a_step_that_hangs_is_ended_and_said_to_hang(step):
-    with pytest.raises(ExportRejected, match="did not finish in 3 s, at: waiting"):
-        step("progress('waiting'); time.sleep(60)", timeout_s=3)
+    with pytest.raises(ExportRejected, match="did not finish in 12 s, at: waiting"):
+        step("progress('waiting'); time.sleep(600)", timeout_s=12)
 
 
 def test_a_request_to_stop_that_reaches_a_step_is_for_who_started_it_to_heed(step):
@@ -105,6 +106,7 @@ def test_a_step_does_not_join_the_launchers_process_group(step, monkeypatch):
 
 STARTER = """
 import sys
+from contextlib import suppress
 from pathlib import Path
 from loadmaster.export.process import run_step
 run_step("a_step", {}, Path(sys.argv[1]), 600, lambda line: print(line, flush=True))
@@ -124,8 +126,9 @@ def test_a_step_ends_when_the_process_that_started_it_is_killed(tmp_path):
     assert of_step.exists()
     starter.kill()
     starter.wait()
-    deadline = time.monotonic() + 20
-    # Whoever takes orphans over may be slow to reap one: a zombie has ended.
-    while of_step.exists() and of_step.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    deadline = time.monotonic() + 120
+    with suppress(OSError):  # it is gone
+        # Whoever takes orphans over may be slow to reap one: a zombie has ended.
+        while of_step.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

@@ -70,7 +70,7 @@ def everything_written(folder: Path) -> str:
     return "\n".join(path.read_text(errors="replace") for path in files)
 
 
-def wait_until(true, timeout_s: float = 15.0) -> None:
+def wait_until(true, timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < end, "did not come true in time"

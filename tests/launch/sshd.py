@@ -69,7 +69,7 @@ class Sshd:
         return self
 
     def _wait(self) -> None:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while True:
             assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
             with socket.socket() as probe:
@@ -79,4 +79,4 @@ class Sshd:
 
     def __exit__(self, *error: object) -> None:
         self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(60)

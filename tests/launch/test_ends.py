@@ -61,7 +61,7 @@ def test_a_launcher_that_is_killed_leaves_a_pod_that_ends_itself(place):
     try:
         wait_until(lambda: place.fake.pods and any(place.fake.logs.values()), 60)
         launcher.kill()
-        assert launcher.wait(10) == -signal.SIGKILL
+        assert launcher.wait(60) == -signal.SIGKILL
         wait_until(lambda: place.fake.pods == {}, 60)
     finally:
         launcher.kill()
@@ -127,10 +127,10 @@ time.sleep(60)
 def test_a_job_is_told_before_its_end_by_a_clock_that_is_behind_too(tmp_path):
     bootstrap = switch()
     bootstrap["node"] = lambda: 1
-    job = {"name": "n", "folder": str(tmp_path), "ends": "pod", "command": ["sleep", "60"]}
+    job = {"name": "n", "folder": str(tmp_path), "ends": "pod", "command": ["sleep", "600"]}
     job |= {"deadline": time.time() + 7200, "max_hours": 1 / 3600, "stop_before_s": 0.5}
     began = time.monotonic()
-    assert bootstrap["run"](job, str) == 128 + signal.SIGTERM and time.monotonic() - began < 30
+    assert bootstrap["run"](job, str) == 128 + signal.SIGTERM and time.monotonic() - began < 300
 
 
 def test_a_secret_that_ends_with_a_line_break_or_has_several_lines_is_blacked_out(monkeypatch):

@@ -121,7 +121,7 @@ def local_api(sdk: Path, bundle: Path, server_port: int) -> None:
             assert api.post("/runsync", json={"input": "Hi"}).status_code == 422
     finally:
         worker.send_signal(signal.SIGINT)
-        assert worker.wait(30) == 0
+        assert worker.wait(120) == 0
 
 
 @pytest.fixture

@@ -191,14 +191,14 @@ def test_a_request_that_comes_once_more_while_python_ends_changes_no_75(tmp_path
 def test_a_sigterm_that_comes_right_before_the_workers_is_kept_for_them():
     from loadmaster.training import agent
 
-    bystander = subprocess.Popen(["sleep", "30"], start_new_session=True)  # was there before, and is no worker
+    bystander = subprocess.Popen(["sleep", "300"], start_new_session=True)  # was there before, and is no worker
     asked = []
     with agent._signals_kept(meeting=False):
         agent._pass_on_from_now(set(agent._leaders_under(os.getpid())), lambda: asked.append(True))
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.02)
-        worker = subprocess.Popen(["sleep", "30"], start_new_session=True)
-        assert worker.wait(timeout=10) == -signal.SIGTERM
+        worker = subprocess.Popen(["sleep", "300"], start_new_session=True)
+        assert worker.wait(timeout=60) == -signal.SIGTERM
     assert asked  # for who started them: they may have been done
     assert bystander.poll() is None
     bystander.kill()
@@ -213,7 +213,7 @@ def test_a_worker_that_is_stopped_or_does_not_end_with_the_others_is_ended(stopp
     monkeypatch.setattr(agent, "STOPPED_S" if stopped else "LAST_S", 0.2)
     monkeypatch.setattr(agent, "LOOK_S", 0.1)
     before, over, lost = set(agent._leaders_under(os.getpid())), threading.Event(), {}
-    first, last = (subprocess.Popen(["sleep", "30"], start_new_session=True) for _ in range(2))
+    first, last = (subprocess.Popen(["sleep", "300"], start_new_session=True) for _ in range(2))
     thread = threading.Thread(target=agent._end_the_lost, args=(2, before, over, lost))
     thread.start()
     time.sleep(1)
@@ -223,7 +223,7 @@ def test_a_worker_that_is_stopped_or_does_not_end_with_the_others_is_ended(stopp
     else:
         first.kill()
         first.wait()
-    assert last.wait(timeout=10) == -signal.SIGKILL and lost.keys() == {last.pid}
+    assert last.wait(timeout=60) == -signal.SIGKILL and lost.keys() == {last.pid}
     assert ("was stopped" if stopped else "had not ended") in lost[last.pid]
     over.set()
     thread.join()
@@ -253,7 +253,7 @@ def test_a_request_while_other_hosts_are_waited_for_is_a_stop_and_not_a_failure(
         time.sleep(0.1)
     time.sleep(1.0)  # into the wait itself
     process.send_signal(number)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "not all hosts had come" in output and len(output.splitlines()) == 1
 
 
@@ -305,7 +305,7 @@ def test_the_slurm_script_starts_one_task_a_node_and_goes_back_to_the_queue_when
         ["bash", str(PATH.with_name("slurm.sbatch")), "recipe=full_70b", "seed=1"],
         cwd=tmp_path,
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": "python3"},
-        timeout=20,
+        timeout=60,
     )
     assert done.returncode == 75
     assert (tmp_path / "asked").read_text().splitlines() == [
