@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -68,6 +71,20 @@ class Place:
 def everything_written(folder: Path) -> str:
     files = [path for path in (folder / "runs").rglob("*") if path.is_file()]
     return "\n".join(path.read_text(errors="replace") for path in files)
+
+
+def when(true, act) -> None:
+    """Beside the test: wait, then act."""
+
+    def wait() -> None:
+        wait_until(true)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def press(number: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
 
 
 def wait_until(true, timeout_s: float = 60.0) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +17,7 @@ from loadmaster.launch.job import launch_job
 from loadmaster.launch.machines import list_pods, sweep_pods
 from tests.launch import openapi
 from tests.launch.fake_runpod import FAULTS
-from tests.launch.place import SECRET, everything_written, wait_until
+from tests.launch.place import SECRET, everything_written, press, wait_until, when
 from tests.launch.test_launch_job import scripted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,24 +138,18 @@ def test_a_node_that_fails_ends_the_cluster_though_the_first_one_hangs(place, mo
 @pytest.mark.slow
 def test_a_node_that_vanishes_is_an_error_with_the_log_saved(place):
     def kill():
-        wait_until(lambda: "token is" in place.said)
         with place.fake.lock:
             place.fake.pods[list(place.fake.pods)[1]]["status"] = "EXITED"
         place.fake.drop_log_after = 1
 
-    threading.Thread(target=kill, daemon=True).start()
+    when(lambda: "token is" in place.said, kill)
     with pytest.raises(ProviderError, match=r"Instant Cluster is 1 EXITED, 1 RUNNING"):
         place.launch(*TWO, "launch.env.STAND_IN_S='30'")
     assert nothing_left(place.fake) and "token is" in log_of(place)
 
 
 def test_ctrl_c_ends_the_cluster_and_the_checkpoints_stay(place):
-    def press():
-        wait_until(lambda: len(place.fake.logs) == 2)
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press, daemon=True).start()
+    when(lambda: len(place.fake.logs) == 2, press)
     with pytest.raises(StoppedOnRequest, match="on the volume"):
         place.launch(*TWO, "launch.env.STAND_IN_S='30'")
     assert nothing_left(place.fake) and len(place.fake.volumes) == 1

@@ -30,7 +30,7 @@ from loadmaster.launch.board import log_file
 from loadmaster.launch.job import launch_job
 from loadmaster.launch.machines import list_pods, sweep_pods
 from tests.launch.fake_runpod import FAULTS, FakeRunpod
-from tests.launch.place import SECRET, everything_written, wait_until
+from tests.launch.place import SECRET, everything_written, press, wait_until, when
 
 ROOT = Path(__file__).resolve().parents[2]
 real = order.command
@@ -174,7 +174,9 @@ def test_an_hour_without_an_answer_ends_no_job(place, kind):
     place.fake.calls.clear()
     place.fake.volumes.clear()
     place.fake.faults = dict.fromkeys(range(first, first + 30), kind)
-    assert place.launch("launch.env.STAND_IN_S='1'") == 0, place.said
+    spoken = place.folder / "spoken"
+    when(lambda: len(place.fake.calls) > first + 30, spoken.touch)
+    assert place.launch(f"launch.env.STAND_IN_UNTIL={spoken}") == 0, place.said
     assert place.said.count("is followed again once there is an answer") == 1
     assert place.fake.pods == {}
 
@@ -218,12 +220,7 @@ def test_a_volume_that_is_too_small_is_refused_before_anything_is_rented(place):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_and_a_closed_terminal_terminate_and_the_checkpoints_stay_on_the_volume(number, place):
-    def press():
-        wait_until(lambda: place.fake.logs)
-        time.sleep(0.2)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=press, daemon=True).start()
+    when(lambda: place.fake.logs, lambda: press(number))
     with pytest.raises(StoppedOnRequest, match="on the volume"):
         place.launch("launch.env.STAND_IN_S='30'")
     assert place.fake.pods == {} and len(place.fake.volumes) == 1
@@ -258,11 +255,7 @@ def test_a_pod_that_nobody_watches_ends_itself_at_its_deadline(place):
 
 
 def test_a_pod_that_dies_is_an_error_with_its_log_saved(place):
-    def kill():
-        wait_until(lambda: "token is" in place.said)
-        place.fake.end_pod(next(iter(place.fake.pods)))
-
-    threading.Thread(target=kill, daemon=True).start()
+    when(lambda: "token is" in place.said, lambda: place.fake.end_pod(next(iter(place.fake.pods))))
     with pytest.raises(ProviderError, match="is gone"):
         place.launch("launch.env.STAND_IN_S='30'")
     (log,) = (place.folder / "runs").rglob("pod.log")

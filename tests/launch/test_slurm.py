@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from loadmaster.launch import order, slurm
 from loadmaster.launch.job import launch_job
 from loadmaster.pipeline import run_elsewhere
 from tests.launch import fake_slurm
-from tests.launch.place import SECRET, everything_written, wait_until
+from tests.launch.place import SECRET, everything_written, press, when
 from tests.launch.pod_process import kill_container
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,16 +123,8 @@ def test_the_same_job_goes_on_in_the_same_run_directory(cluster):
     assert (cluster.run_dir / "starts-0").read_text() == "2"
 
 
-def press_when(true) -> None:
-    def press():
-        wait_until(true)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press, daemon=True).start()
-
-
 def test_ctrl_c_lets_the_job_save_a_checkpoint_and_does_not_requeue_it(cluster):
-    press_when(lambda: all(f"node {node} of 2" in log(cluster) for node in (0, 1)))
+    when(lambda: all(f"node {node} of 2" in log(cluster) for node in (0, 1)), press)
     with pytest.raises(StoppedOnRequest):
         cluster.launch("launch.nodes=2", "launch.env.STAND_IN_S='60'")
     assert log(cluster).count("checkpoint saved") == 2
@@ -163,7 +154,7 @@ def log(cluster) -> str:
 @pytest.mark.slow
 def test_a_job_that_does_not_listen_is_cancelled_after_the_time_for_a_checkpoint(cluster, monkeypatch):
     monkeypatch.setattr(order, "MARGIN_S", 0)
-    press_when(lambda: "node 0 of 1" in log(cluster))
+    when(lambda: "node 0 of 1" in log(cluster), press)
     with pytest.raises(StoppedOnRequest):
         cluster.launch("launch.env.STAND_IN_S='60'", "launch.env.STAND_IN_DEAF='1'", "launch.grace_s=1")
     assert [job["state"] for job in cluster.jobs] == ["CANCELLED"]
@@ -262,13 +253,12 @@ def test_a_job_that_nobody_could_be_told_to_end_is_not_called_cancelled(cluster,
 
 def test_a_job_that_slurm_kills_is_an_error_that_says_so(cluster):
     def kill():
-        wait_until(lambda: "node 0 of 1" in log(cluster))
         os.environ["FAKE_SLURM"] = str(cluster.state)
         record = fake_slurm.change(cluster.jobs[0]["id"], state="TIMEOUT")
         for pid in (record["batch"], *record["steps"]):
             os.kill(pid, signal.SIGKILL)
 
-    threading.Thread(target=kill, daemon=True).start()
+    when(lambda: "node 0 of 1" in log(cluster), kill)
     with pytest.raises(LoadmasterError, match=r"ended job 1000 \(TIMEOUT\)"):
         cluster.launch("launch.env.STAND_IN_S='60'")
 

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from loadmaster.launch import ssh
 from loadmaster.launch.job import launch_job
 from loadmaster.launch.left import copied_by, where
 from loadmaster.preflight import make_plan
-from tests.launch.place import SECRET, STAND_IN, everything_written, wait_until
+from tests.launch.place import SECRET, STAND_IN, everything_written, press, wait_until, when
 from tests.launch.sshd import Sshd
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,11 +143,7 @@ def test_a_host_that_is_deaf_is_killed_after_its_grace(hosts, monkeypatch):
 
 
 def test_ctrl_c_asks_the_job_to_end_and_waits_for_it(hosts):
-    def press():
-        wait_until(lambda: "token is" in hosts.said)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press, daemon=True).start()
+    when(lambda: "token is" in hosts.said, press)
     assert hosts.launch("launch.hosts=[node0,node1]", "launch.env.STAND_IN_S='60'") == 143
     assert "asked the job to save a checkpoint" in hosts.said and running(hosts.folder) == []
 
@@ -160,7 +155,6 @@ def test_max_hours_asks_the_job_to_end(hosts):
 
 def test_when_the_connection_breaks_the_job_there_ends_by_itself(hosts):
     def cut():
-        wait_until(lambda: "token is" in hosts.said)
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 command = (process / "cmdline").read_bytes()
@@ -169,7 +163,7 @@ def test_when_the_connection_breaks_the_job_there_ends_by_itself(hosts):
             if command.startswith(b"ssh\0") and str(hosts.sshd.config).encode() in command:
                 os.kill(int(process.name), signal.SIGKILL)
 
-    threading.Thread(target=cut, daemon=True).start()
+    when(lambda: "token is" in hosts.said, cut)
     with pytest.raises(LoadmasterError, match="was lost before the job had ended"):
         hosts.launch("launch.hosts=[node0]", "launch.env.STAND_IN_S='60'")
     wait_until(lambda: running(hosts.folder) == [])

@@ -135,6 +135,8 @@ while how == "wait" and not asked:
     time.sleep(0.02)
 time.sleep(0.3)  # for a second signal, which would be one too many
 (folder / f"asked-{rank}").write_text(str(len(asked)))
+while how == "wait" and len(list(folder.glob("asked-*"))) < 2:  # the agent ends whoever is left behind
+    time.sleep(0.02)
 sys.exit(int(how) if how.isdigit() else 75)
 """
 
