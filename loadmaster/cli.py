@@ -36,7 +36,7 @@ from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.show import show_error
 from loadmaster.ending import ended
 from loadmaster.endpoint.command import add_parsers
-from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, NotChecked, Problem, StoppedOnRequest
 from loadmaster.files import is_full_disk, read_json
 from loadmaster.streams import Output, settle_streams
 from loadmaster.tables import print_table
@@ -335,11 +335,12 @@ def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
         before = read_json(arguments.run_dir / "serve-check.json")["tasks"]["before"]
         after = {name: figures["tasks"] for name, figures in results.items() if "tasks" in figures}
         print_table(harness.table(before, after), console)
-    failed = {name: figures["failures"] for name, figures in results.items() if not figures["passed"]}
-    for name, reasons in failed.items():
-        for reason in reasons:
+    for name, figures in results.items():
+        for reason in figures["failures"]:
             print(f"{name}: {reason}", file=sys.stderr)
-    return 5 if failed else 0
+    if any(figures["checked"] and not figures["passed"] for figures in results.values()):
+        return ExportRejected.exit_code
+    return 0 if all(figures["passed"] for figures in results.values()) else NotChecked.exit_code
 
 
 def _harness(arguments: argparse.Namespace) -> Any:

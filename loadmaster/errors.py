@@ -93,6 +93,15 @@ class ExportRejected(LoadmasterError):
         self.figures = figures or {}
 
 
+class NotChecked(ExportRejected):
+    """No server could be asked about an export here, which says nothing of the export."""
+
+    exit_code = 4
+
+    def __init__(self, why: str):
+        super().__init__(f"not checked: {why}")
+
+
 class StoppedOnRequest(BaseException):
     """SIGTERM, SIGINT or SIGHUP: a checkpoint is saved, the same command resumes.
 

@@ -161,13 +161,15 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
 
 
 def _failed_when_served(run_dir: Path, exported: dict[str, Any]) -> str | None:
-    """What `loadmaster serve-check` found wrong with this very export; None: nothing, or it was not asked."""
+    """What `loadmaster serve-check` found wrong with this very export; None: nothing, or it was not checked."""
     path = run_dir / "serve-check.json"
     if not path.is_file():
         return None
     found = read_json(path)
     figures = found["formats"].get(exported["format"])
-    if figures is None or figures["passed"] or found["created_utc"] < exported["created_utc"]:
+    if figures is None or figures["passed"] or not figures.get("checked", True):
+        return None
+    if found["created_utc"] < exported["created_utc"]:
         return None
     return f"{'; '.join(figures['failures'])} ({path})"
 

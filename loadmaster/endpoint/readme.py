@@ -105,7 +105,7 @@ def served(run_dir: Path, manifest: dict[str, Any]) -> str:
     name, path = manifest["format"], run_dir / "serve-check.json"
     found = read_json(path) if path.is_file() else {"formats": {}}
     figures = found["formats"].get(name)
-    if figures is None or found["created_utc"] < manifest["created_utc"]:
+    if figures is None or not figures.get("checked", True) or found["created_utc"] < manifest["created_utc"]:
         return (
             "The export was verified with transformers, in a process of its own. When this was written no server had "
             "loaded it:\n`loadmaster serve-check RUN` loads it in a real one and compares; its result is "

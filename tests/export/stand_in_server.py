@@ -1,13 +1,14 @@
 """Stands in for the interpreter of an environment with vLLM, and for the server that it runs.
 
 It answers from ANSWERS, a JSON file beside this one, and behaves as `behaviour` in the served folder says:
-honest, base (the base's log-probabilities), dies (at the first completion), error (500 to it), endless (answers do
-not end), template (renders otherwise).
+honest, base (the base's log-probabilities), dies (at the first completion), error (500 to it), slow (a minute to it),
+endless (answers do not end), template (renders otherwise).
 """
 
 import json
 import os
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -63,6 +64,8 @@ class Handler(BaseHTTPRequestHandler):
         elif behaviour == "dies":
             print("RuntimeError: no kernel for this", flush=True)
             os._exit(3)
+        elif behaviour == "slow":
+            time.sleep(60)
         elif behaviour == "error":
             self.reply({"error": "out of blocks"}, 500)
         else:

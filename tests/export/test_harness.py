@@ -10,7 +10,7 @@ import pytest
 from test_serve_check import checked, references, serve_as, stand_in  # noqa: F401 (fixtures)
 
 from loadmaster.cli import main
-from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked
 from loadmaster.export.served import harness
 from loadmaster.export.served.check import serve_check
 from loadmaster.export.served.harness import Asked, Harness, failures
@@ -110,6 +110,13 @@ def test_options_of_tasks_without_tasks_are_refused(tmp_path, capsys):
             main(["serve-check", str(tmp_path), *options])
     said = capsys.readouterr().err
     assert "--limit without --tasks NAME says nothing" in said and "nowhere is not a folder" in said
+
+
+def test_tasks_that_do_not_end_have_checked_nothing(stand_in_harness, tmp_path, monkeypatch):
+    asked = Asked(Harness(("capitals",)), tmp_path, print)
+    monkeypatch.setattr(harness, "TIMEOUT_S", 0.0)
+    with pytest.raises(NotChecked, match=r"not checked: the tasks did not end within 0 h: ask fewer \(--limit\)"):
+        asked.of(1, "tiny", tmp_path, 128)
 
 
 def test_tasks_of_gguf_alone_are_refused(tmp_path):

@@ -21,7 +21,7 @@ from tiny_models import save_adapter
 from loadmaster.cli import main
 from loadmaster.config.schema import DataConfig, EvaluationConfig, ThresholdsConfig
 from loadmaster.config.validate import to_dict
-from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked
 from loadmaster.export import thresholds
 from loadmaster.export.manifest import read_manifest, write_manifest
 from loadmaster.export.served import harness
@@ -155,6 +155,19 @@ def test_a_server_that_computes_nan_fails_and_is_recorded(checked, stand_in):
     assert record["formats"]["bf16"]["difference"] is None and record["passed"] is False
 
 
+def test_a_server_that_is_too_slow_has_not_checked_its_format_which_neither_passed_nor_failed(
+    checked, stand_in, monkeypatch, capsys
+):
+    monkeypatch.setattr("loadmaster.export.served.client.REQUEST_S", 0.5)
+    serve_as(checked.folder / "export" / "bf16", "slow")
+    assert main(["serve-check", str(checked.folder), "--python", str(stand_in), "--formats", "bf16"]) == 4
+    shown = capsys.readouterr()
+    assert "bf16: not checked after" in shown.out and "FAILED" not in shown.out
+    assert "bf16: not checked: /v1/completions: no answer within 0 s; check it on a faster machine" in shown.err
+    record = read_json(checked.folder / "serve-check.json")
+    assert not record["passed"] and record["formats"]["bf16"].items() >= {"checked": False, "passed": False}.items()
+
+
 def test_a_server_that_renders_otherwise_or_does_not_stop_is_caught(checked, stand_in):
     serve_as(checked.folder / "export" / "bf16", "template")
     serve_as(checked.folder / "export" / "fp8", "endless")
@@ -216,7 +229,7 @@ def test_what_the_processor_cannot_multiply_or_only_in_hours_is_not_served(tmp_p
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho {prints}\n")
     python.chmod(0o755)
-    with pytest.raises(ExportRejected, match=f"^not checked: .*{refused}") if refused else nullcontext():
+    with pytest.raises(NotChecked, match=f"^not checked: .*{refused}") if refused else nullcontext():
         refuse_unserved(python, name)
 
 
@@ -278,7 +291,7 @@ def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_
     print(json.dumps(results, indent=1))
     assert set(results) == {"bf16", "adapter", "fp8", "int4", "gguf"}
     for name in ("fp8", "int4"):  # some processors cannot, or would take hours
-        if any(failure.startswith("not checked") for failure in results[name]["failures"]):
+        if not results[name]["checked"]:
             assert name == "fp8" or not torch.cpu.get_capabilities().get("avx512_f")
             del results[name]
     for name, figures in results.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked
 from loadmaster.export.served.environment import server_python
 from loadmaster.export.served.gpus import Division
 from loadmaster.export.served.process import free_port, server_command, started
@@ -60,7 +60,7 @@ def test_an_error_that_a_server_warns_of_is_not_taken_for_what_ended_it(tmp_path
     code = "import sys; print(*sys.argv[1:], *range(99), sep=chr(10)); sys.exit(3)"
     with started(python(code, warns, cause), 4711, tmp_path / "log") as server:
         assert server.has_ended(20)
-        said = server.account()
+        said = str(server.death())
     assert f"exit code 3\n{cause}\n" in said and warns not in said
 
 
@@ -95,7 +95,7 @@ def test_a_killed_server_hints_at_memory(tmp_path):
     code = "import os; os.kill(os.getpid(), 9)"
     with (
         started(python(code), free_port(), tmp_path / "log") as server,
-        pytest.raises(ExportRejected, match="ran out of memory"),
+        pytest.raises(NotChecked, match="ran out of memory"),
     ):
         server.wait_until_ready(30, quiet)
 
@@ -103,11 +103,11 @@ def test_a_killed_server_hints_at_memory(tmp_path):
 def test_a_taken_port_is_named(tmp_path):
     port = free_port()
     with started(python(HEALTH_500, port), port, tmp_path / "first") as first:
-        with pytest.raises(ExportRejected, match="/health answers 500"):
+        with pytest.raises(NotChecked, match="/health answers 500"):
             first.wait_until_ready(3, quiet)
         with (
             started(python(HEALTH_500, port), port, tmp_path / "second") as second,
-            pytest.raises(ExportRejected, match=f"port {port} was taken"),
+            pytest.raises(NotChecked, match=f"port {port} was taken"),
         ):
             second.wait_until_ready(30, quiet)
 
@@ -116,7 +116,7 @@ def test_a_server_that_hangs_is_given_up_and_stopped_with_its_children(tmp_path)
     with started(python(WITH_A_CHILD), free_port(), tmp_path / "log") as server:
         group = server._process.pid
         assert until(lambda: group_members(group) == 3)  # the guard, the server, its child
-        with pytest.raises(ExportRejected, match=r"not ready within 1 s \(no answer yet\)"):
+        with pytest.raises(NotChecked, match=r"not ready within 1 s \(no answer yet\)"):
             server.wait_until_ready(1, quiet)
     assert until(lambda: group_members(group) == 0)
 

@@ -315,6 +315,9 @@ def test_a_changed_or_foreign_artifact_is_refused_before_anything_is_made(run_di
         write_json(run_dir / "serve-check.json", {"created_utc": when, "formats": {"bf16": served}})
         with pytest.raises(ExportRejected, match=r"tuned_share is 0\.02") if refused else contextlib.nullcontext():
             order(run_dir, volume)
+    served |= {"checked": False}
+    write_json(run_dir / "serve-check.json", {"created_utc": "2999-01-01T00:00:00+00:00", "formats": {"bf16": served}})
+    order(run_dir, volume)
     facts = {key: value for key, value in read_json(manifest).items() if key not in ("files", OWN_DIGEST)}
     write_manifest(manifest.parent, {**facts, "verification": {"passed": False}})
     with pytest.raises(ExportRejected, match="did not pass verification"):

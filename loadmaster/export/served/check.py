@@ -25,7 +25,7 @@ from rich.table import Table
 from loadmaster.config.compose import read_job
 from loadmaster.config.schema import Job
 from loadmaster.data import Conversation, PreparedData, prepare, prompt_and_reference
-from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked
 from loadmaster.evaluation.generate import prompt_ids
 from loadmaster.export.manifest import NAME as MANIFEST
 from loadmaster.export.manifest import is_served, no_export, read_manifest, verify_manifest
@@ -69,8 +69,9 @@ def serve_check(
 
     python: interpreter that has vLLM; None: see `server_python`. harness: tasks that the base and every format that
     vLLM serves are asked besides.
-    Returns {format: figures, "limits", "failures" (a sentence each), "passed"}; a server that dies or never gets
-    ready is a failure of its format. Raises LoadmasterError for a run that holds no export, or without a server.
+    Returns {format: figures, "limits", "failures" (a sentence each), "passed", "checked"}; a server that dies is a
+    failure of its format, and one that was not waited for any longer has not checked it. Raises LoadmasterError for a
+    run that holds no export, or without a server.
     """
     manifests = exported(run_dir, formats)
     if harness is not None and set(manifests) == {"gguf"}:
@@ -117,12 +118,13 @@ def serve_check(
                 if harness is not None and before is not None and "tasks" in results[name]:
                     found += task_failures(before, results[name]["tasks"], harness.max_drop)
             except ExportRejected as error:
-                found, results[name] = [str(error)], {}
+                found, results[name] = [str(error)], {"checked": not isinstance(error, NotChecked)}
             seconds = time.monotonic() - start
-            results[name] |= {
+            results[name] = {
+                "checked": True, **results[name],
                 "seconds": seconds, "limits": asdict(LIMITS[name]), "failures": found, "passed": not found,
             }  # fmt: skip
-            say(f"{'passed' if not found else 'FAILED'} in {seconds:.0f} s")
+            say(f"{outcome(results[name])} after {seconds:.0f} s")
     record: dict[str, Any] = {
         "schema": 1,
         "server": ", ".join(versions.values()),
@@ -136,6 +138,11 @@ def serve_check(
         record["tasks"] = {**asdict(harness), "include_path": path, "before": before}
     write_json(run_dir / "serve-check.json", storable(record))
     return results
+
+
+def outcome(figures: dict[str, Any]) -> str:
+    """Of a format, in words; one that was not checked has neither passed nor failed."""
+    return "passed" if figures["passed"] else "FAILED" if figures["checked"] else "not checked"
 
 
 def folder_of_paths(run_dir: Path) -> Path:
@@ -260,7 +267,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     for column in COLUMNS:
         shown.add_column(column, justify="left" if column in ("format", "passed") else "right")
     for name, figures in results.items():
-        shown.add_row(name, *_cells(figures), "yes" if figures["passed"] else "no")
+        shown.add_row(name, *_cells(figures), {"passed": "yes", "FAILED": "no"}.get(said := outcome(figures), said))
     return shown
 
 

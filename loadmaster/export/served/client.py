@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 
-from loadmaster.errors import ExportRejected
-from loadmaster.export.served.process import HOST, REQUEST_S
+from loadmaster.errors import ExportRejected, NotChecked
+from loadmaster.export.served.process import FASTER, HOST, REQUEST_S
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Served:
 
 
 class Client:
-    """One server; every method raises ExportRejected for an error, a timeout, or an answer of another form."""
+    """One server; every method raises ExportRejected for an error or an answer of another form, and NotChecked for none
+    in time."""
 
     def __init__(self, port: int, model: str):
         self.model = model
@@ -76,7 +77,7 @@ class Client:
         try:
             response = self._http.request(method, path, json=body)
         except httpx.TimeoutException:
-            raise ExportRejected(f"{path}: no answer within {REQUEST_S:.0f} s") from None
+            raise NotChecked(f"{path}: no answer within {REQUEST_S:.0f} s; {FASTER}") from None
         except httpx.HTTPError as error:
             raise ExportRejected(f"{path}: no answer ({type(error).__name__}: {error})") from None
         if response.status_code != 200:

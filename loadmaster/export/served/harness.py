@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
-from loadmaster.errors import ExportRejected, LoadmasterError
+from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked
 from loadmaster.export.process import clean_environment, run_script
 from loadmaster.export.served.environment import HARNESS, environment_python
 from loadmaster.export.served.process import HOST
@@ -65,7 +65,7 @@ class Asked:
             )
 
     def of(self, port: int, served_as: str, tokenizer: Path, max_model_len: int) -> Figures:
-        """Figures of one served model. Raises ExportRejected when it cannot be asked.
+        """Figures of one served model. Raises ExportRejected when it cannot be asked, NotChecked when it is slow.
 
         tokenizer: folder of the served model's own; the harness counts and renders with it.
         """
@@ -76,6 +76,8 @@ class Asked:
                     "tokenizer_backend": "huggingface", "num_concurrent": CONCURRENT, "max_length": max_model_len,
                 }
             )  # fmt: skip
+        except NotChecked:
+            raise
         except LoadmasterError as error:
             raise ExportRejected(str(error)) from None
         if not found["tasks"]:
@@ -98,7 +100,7 @@ class Asked:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             hours = TIMEOUT_S / 3600
-            raise LoadmasterError(f"the tasks did not end within {hours:.0f} h: ask fewer (--limit)") from None
+            raise NotChecked(f"the tasks did not end within {hours:.0f} h: ask fewer (--limit)") from None
         if result is None:
             said = (done.stderr.strip().splitlines() or [""])[-1]
             raise LoadmasterError(

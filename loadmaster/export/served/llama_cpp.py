@@ -11,10 +11,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from loadmaster.errors import ExportRejected
+from loadmaster.errors import ExportRejected, NotChecked
 from loadmaster.export.process import answering_s, clean_environment, run_script, timeout_s
 from loadmaster.export.served.client import Served
 from loadmaster.export.served.compare import LIMITS, answer_figures, log_probability_figures
+from loadmaster.export.served.process import FASTER
 from loadmaster.processors import threads
 
 PROBE = Path(__file__).with_name("llama_cpp_probe.py")
@@ -28,7 +29,7 @@ def ask_llama_cpp(
     """Figures of the GGUF file in `folder`, as `serve_check.ask` gives them of a served model.
 
     python: interpreter of an environment with cyllama. expected: conversation -> its token ids in training.
-    Raises ExportRejected when llama.cpp does not load it, or dies.
+    Raises ExportRejected when llama.cpp does not load it, or dies; NotChecked when it is not done in time.
     """
     [file] = sorted(folder.glob("*.gguf"))
     texts = {
@@ -69,7 +70,7 @@ def _probe(python: Path, told: dict[str, Any], scratch: Path, limit_s: float) ->
     try:
         done, result = run_script(python, PROBE, told, scratch, timeout=limit_s, env=environment)
     except subprocess.TimeoutExpired:
-        raise ExportRejected(f"llama.cpp did not answer within {limit_s:.0f} s") from None
+        raise NotChecked(f"llama.cpp did not answer within {limit_s:.0f} s; {FASTER}") from None
     if result is None:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         tail = "\n".join(done.stderr.strip().splitlines()[-TAIL_LINES:])

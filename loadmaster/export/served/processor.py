@@ -13,7 +13,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from loadmaster.errors import ExportRejected
+from loadmaster.errors import NotChecked
 from loadmaster.export.process import foreign_environment
 
 LEAST_FLOPS = 5e8
@@ -53,19 +53,19 @@ ELSEWHERE = "check it on a machine with a GPU (--python of an environment with v
 
 
 def refuse_unserved(python: Path, name: str) -> None:
-    """Raises ExportRejected where the interpreter's vLLM has no product of the format's for this processor, or takes
+    """Raises NotChecked where the interpreter's vLLM has no product of the format's for this processor, or takes
     too long for it. An interpreter that cannot say goes on: its server will."""
     probe, why = PRODUCTS.get("int4" if name.startswith("int4") else name, ("", ""))
     said = _said(python, probe) if probe else ""
     if said == LACKING:
-        raise ExportRejected(f"not checked: this processor has no such product ({why}); {ELSEWHERE}")
+        raise NotChecked(f"this processor has no such product ({why}); {ELSEWHERE}")
     try:
         flops = 2 * ROWS * SIZE**2 / float(said)
     except ValueError:
         return
     if flops < LEAST_FLOPS:
-        raise ExportRejected(
-            f"not checked: PyTorch multiplies FP8 at {flops / 1e9:.2f} GFLOP/s on this processor, so a server would "
+        raise NotChecked(
+            f"PyTorch multiplies FP8 at {flops / 1e9:.2f} GFLOP/s on this processor, so a server would "
             f"take hours; {ELSEWHERE}"
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadmaster.errors import ExportRejected
+from loadmaster.errors import ExportRejected, NotChecked
 from loadmaster.export.served.client import Client
 from loadmaster.export.served.gpus import Division, division
 from loadmaster.export.served.harness import LONGEST, Asked, Figures
@@ -48,15 +48,17 @@ class Servers:
     ) -> dict[str, Any]:
         """What `ask` finds in the exported format, how long its server took, and its tasks where there are any.
 
-        Raises ExportRejected when the server dies, is never ready, or cannot be asked.
+        Raises ExportRejected when the server dies or cannot be asked, NotChecked when it is not waited for any longer.
         """
         folder = self.run_dir / "export" / name
         return self._served(name, folder, manifest, ask, say)
 
     def tasks_of_base(self, echo: Say) -> Figures:
-        """The tasks before training. Raises ExportRejected."""
+        """The tasks before training. Raises ExportRejected, or NotChecked where the base's server is not waited for."""
         try:
             found = self._served("base", self.base, {"format": "bf16"}, None, lambda text: echo(f"base: {text}"))
+        except NotChecked:
+            raise
         except ExportRejected as error:
             raise ExportRejected(f"the tasks cannot be asked of the base: {error}") from None
         return found["tasks"]
@@ -87,9 +89,9 @@ class Servers:
                     say(f"asking {', '.join(self.tasks.harness.tasks)}")
                     figures["tasks"] = self.tasks.of(port, self.served_as, folder.absolute(), self.max_model_len)
             except ExportRejected as error:
-                if not server.has_ended(within_s=5):
+                if isinstance(error, NotChecked) or not server.has_ended(within_s=5):
                     raise
-                raise ExportRejected(f"{error}; {server.account()}") from None
+                raise server.death(f"{error}; ") from None
         return figures
 
     def _division(self, folder: Path, manifest: dict[str, Any]) -> Division:
