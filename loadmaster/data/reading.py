@@ -113,7 +113,10 @@ def _conversation(raw: RawRow, reading: Reading, job: Job) -> Conversation:
     try:
         conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)
     except RowError as error:
-        raise RowError(f"{error}{_other_shape(raw.value, reading, job.objective)}", error.remedy) from None
+        own = _other_shape(raw.value, reading, job.objective)
+        first = f"that of {reading.recognised_in} is {reading.format} ({reading.recognised_by})"
+        said = f"; its shape is {own}, {first}, and all rows are to be of one" if own and reading.recognised_by else ""
+        raise RowError(f"{error}{said}", None if own else error.remedy) from None
     if not reading.row_ids:
         reading.unread = unread_fields(raw.value, conversation)
     reading.row_ids.append(conversation.row_id)
@@ -140,12 +143,11 @@ def _fits_objective(row: Any, reading: Reading, objective: str) -> None:
 
 
 def _other_shape(row: Any, reading: Reading, objective: str) -> str:
-    """What to add to the fault of a row that is of another shape than the row that all are read as; else nothing."""
+    """The shape of a row that is of another one than it is read as, with what gave it away; else nothing."""
     with suppress(RowError):
         shape, fields = recognise_format(row, objective)
-        if reading.recognised_by and shape != reading.format and not unfit(shape, objective):
-            first = f"that of {reading.recognised_in} is {reading.format} ({reading.recognised_by})"
-            return f"; its shape is {shape} ({fields}), {first}, and all rows are to be of one"
+        if shape != reading.format and not unfit(shape, objective):
+            return f"{shape} ({fields})"
     return ""
 
 

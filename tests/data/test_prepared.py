@@ -176,6 +176,18 @@ def test_a_file_of_another_format_among_several_is_told_of_once(tokenizer, write
     assert said[3].startswith("    fix: mend bad.jsonl, or leave it out; mend these rows, or leave them out")
 
 
+@pytest.mark.parametrize("given", ["auto", "messages"])
+def test_a_file_of_another_format_is_not_told_to_name_its_list_as_it_does(tokenizer, write_jsonl, job_for, given):
+    chats = write_jsonl([{"messages": [{"role": "assistant", "content": f"x{n}"}]} for n in range(3)], "chats.jsonl")
+    turns = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
+    other = write_jsonl([{"conversations": turns}] * 2, "sharegpt.jsonl")
+    said = said_of(job_for([str(chats), str(other)], format=given), tokenizer, chats, other)
+    assert said.endswith(
+        "fix: a job reads one format, which is messages here: write sharegpt.jsonl so, or train on it in a job of its "
+        "own"
+    )
+
+
 def test_a_file_that_was_cut_off_is_the_fault_and_no_row(tokenizer, tmp_path, write_jsonl, job_for):
     rows, torn = write_jsonl([row(n) for n in range(3)]), tmp_path / "torn.parquet"
     torn.write_bytes(b"PAR1 torn")
