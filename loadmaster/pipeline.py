@@ -45,7 +45,7 @@ from loadmaster.preflight.config_json import find_config
 from loadmaster.preflight.families import full_config
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
-from loadmaster.rundir import RECORD, RunDir, file_fingerprint, object_in
+from loadmaster.rundir import RECORD, RunDir, file_fingerprint, is_at_work, object_in
 from loadmaster.starting import number_cards_as_the_driver
 from loadmaster.streams import Output
 from loadmaster.tables import print_table
@@ -131,6 +131,9 @@ class Pipeline:
             return None
 
     def run(self) -> None:
+        if self.job.stop_after == "plan" and is_at_work(self.run_dir.path):
+            self._show_plan(planned(self.job), f"this plan is not kept: another process works in {self.run_dir.path}")
+            return
         with self.run_dir.locked():
             if self.run_dir.is_damaged:
                 file = self.run_dir.path / RECORD
@@ -240,17 +243,24 @@ class Pipeline:
         plan = planned(self.job)
         self._say_where()
         plan.write(self.run_dir.path / "plan.json")
-        print_plan(plan, self.console)
-        if not plan.fits:
-            near = "what came nearest, and what would fit, is" if plan.alternatives else "what came nearest is"
-            near += f" in {self.run_dir.path / 'plan.json'}"
-            raise DoesNotFit(f"{plan.refusal or 'nothing fits'}; {near}")
+        near = "what came nearest, and what would fit, is" if plan.alternatives else "what came nearest is"
+        self._show_plan(plan, "" if plan.fits else f"{near} in {self.run_dir.path / 'plan.json'}")
         free = shutil.disk_usage(self.run_dir.path).free / 2**30
         if self.job.stop_after != "plan" and free < plan.disk_gib:
             self.echo(
                 f"warning: {free:.1f} GiB are free in {self.run_dir.path}, and base model, checkpoints and exports of "
                 f"this run take up to {plan.disk_gib:.1f}; set run_dir to a larger disk, or checkpoint.keep_last=1"
             )
+
+    def _show_plan(self, plan: Plan, kept: str) -> None:
+        """kept: where it is, if that is to be said. Raises DoesNotFit, which says it then."""
+        print_plan(plan, self.console)
+        if not plan.fits:
+            without = self.job.hardware.gpu == "local" and plan.hardware.gpu == "cpu"
+            here = " on this machine, which has no GPU, or no driver that shows it" if without else ""
+            raise DoesNotFit(f"{plan.refusal or f'nothing fits{here}'}; {kept}")
+        if kept:
+            self.echo(kept)
 
     def train(self) -> None:
         from loadmaster.export import refuse_unholdable
@@ -316,7 +326,7 @@ class Pipeline:
                         "hardware",
                         wanted,
                         IN_THE_JOB,
-                        f"this machine has {'no GPU' if here.is_cpu else here.label}",
+                        f"the plan is for it, and this machine has {'no GPU' if here.is_cpu else here.label}",
                         "hardware=local to train here, launch=runpod, ssh or slurm to train where there is one, or "
                         "stop_after=plan to plan only",
                     )

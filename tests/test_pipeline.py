@@ -90,7 +90,15 @@ def test_cards_are_numbered_as_the_plan_numbers_them_before_anything_asks_for_on
 def test_a_plan_for_a_card_is_not_trained_where_there_is_none(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("loadmaster.pipeline.detect_local", hardware.cpu)
     assert go(tiny, tmp_path, "hardware=h100_80gb_x1", "precision=bf16")[0] == ConfigError.exit_code
-    assert "this machine has no GPU\n" in capsys.readouterr().err
+    assert "the plan is for it, and this machine has no GPU\n" in capsys.readouterr().err
+
+
+def test_a_plan_is_shown_while_another_process_works_in_its_folder_and_not_kept(tiny, tmp_path):
+    with RunDir(tmp_path / "run", "").locked():
+        code, output = go(tiny, tmp_path, "stop_after=plan")
+    assert code == 0 and "(3 million parameters) on" in output, output
+    assert output.endswith(f"this plan is not kept: another process works in {tmp_path / 'run'}\n")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +227,15 @@ def test_a_plan_by_which_nothing_was_trained_is_made_anew_and_one_of_a_run_is_sh
     assert "plan: unchanged, skipped" in output and "(3 million parameters) on" in output and speed == 1e9
 
 
-def test_a_plan_that_fits_no_more_is_not_trained_by(tiny, tmp_path, monkeypatch):
+def test_a_plan_that_fits_no_more_is_not_trained_by(tiny, tmp_path, monkeypatch, capsys):
     """Made anew it says so; the one before it, by which the run would have begun, is gone."""
     assert go(tiny, tmp_path, "stop_after=plan")[0] == 0
     monkeypatch.setattr(hardware, "host_memory_gib", lambda: 0.5)
     assert go(tiny, tmp_path, "stop_after=plan")[0] == 3
+    assert "error: nothing fits; what came nearest" in capsys.readouterr().err
+    monkeypatch.setattr(hardware, "local_gpus", list)
+    assert go(tiny, tmp_path, "stop_after=plan", "hardware=local")[0] == 3
+    assert "error: nothing fits on this machine, which has no GPU, or no driver that" in capsys.readouterr().err
     assert go(tiny, tmp_path, "stop_after=train")[0] == 3 and not (tmp_path / "run/checkpoints").exists()
 
 
