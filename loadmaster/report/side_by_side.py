@@ -25,6 +25,10 @@ from loadmaster.rundir import RECORD, is_at_work
 from loadmaster.streams import Output
 from loadmaster.tables import figure, print_table
 
+OWN_DATA = ("data=file", "data.path=shipped:tickets")
+"""Words of a job on data of its own, which lies elsewhere."""
+RECENT_STEPS = 20
+"""As in training/metrics.py, which torch comes with."""
 NO_SETTINGS = ("run_dir", "stop_after")
 """What two runs of one job may differ in."""
 
@@ -94,28 +98,36 @@ def show(runs: Sequence[Path], console: Console) -> None:
 
 def set_apart(configs: Sequence[dict[str, Any]]) -> list[str]:
     """Of each run the fields in which they differ, as they would be written on a command line; of one whose config.yaml
-    cannot be read none. A run of before a field did what SINCE says. Of runs of several recipes, what all have as their
-    recipes say is said by `recipe`."""
+    cannot be read none. A run of before a field did what SINCE says. Of runs of several recipes, what one has as its
+    recipe says, or as that and data=file do, is said by `recipe`."""
     read = [_flat(config) for config in configs]
     jobs = [{**job, **SINCE, **job} if job else {} for job in read]
     first = next(filter(None, jobs), {})
     keys = dict.fromkeys(key for job in jobs for key in job if key not in NO_SETTINGS)
     apart = [key for key in keys if any(job.get(key) != first.get(key) for job in jobs if job)]
-    if "recipe" in apart:
-        pairs = [(job, _said_by(str(job.get("recipe")))) for job in jobs if job]
-        apart = [key for key in apart if key == "recipe" or any(job.get(key) != by.get(key) for job, by in pairs)]
-    return [" ".join(f"{key}={written(job[key])}" for key in apart if key in job) for job in jobs]
+    shown = [_not_said(job, apart) if "recipe" in apart else apart for job in jobs]
+    pairs = zip(jobs, shown, strict=True)
+    return [" ".join(f"{key}={written(job[key])}" for key in keys if key in job) for job, keys in pairs]
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for name, part in config.items() for key, value in leaves(name, part).items()}
 
 
+def _not_said(job: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    """The recipe, and those of the keys that the job has otherwise than its recipe, on its data or any other."""
+    recipe = str(job.get("recipe"))
+    by = _said_by(recipe)
+    if job.get("data.path") != by.get("data.path"):
+        by = _said_by(recipe, *OWN_DATA)
+    return [key for key in keys if key == "recipe" or job.get(key) != by.get(key)]
+
+
 @cache
-def _said_by(recipe: str) -> dict[str, Any]:
-    """Every field as a recipe alone has it; none for one that is not here."""
+def _said_by(recipe: str, *words: str) -> dict[str, Any]:
+    """Every field as a recipe alone, or with these words, has it; none for one that is not here."""
     try:
-        return _flat(compose([f"recipe={recipe}"]).resolved)
+        return _flat(compose([f"recipe={recipe}", *words]).resolved)
     except ConfigError:
         return {}
 
@@ -152,9 +164,23 @@ def _measured_by(files: RunFiles) -> str:
     return repr([dig(files.evaluation, "before.held_out.loss"), objective, *besides])
 
 
+def _train_loss(files: RunFiles) -> float | None:
+    """Of a run that trains, so far: as in the end, over the last steps."""
+    known = number(files.result.get("train_loss"))
+    losses = [loss for row in files.metrics[-RECENT_STEPS:] if (loss := number(row.get("loss"))) is not None]
+    return sum(losses) / len(losses) if known is None and losses else known
+
+
 def _held_out(files: RunFiles) -> float | None:
-    after = number(dig(files.evaluation, "after.held_out.loss"))
-    return number(files.result.get("eval_loss")) if after is None else after
+    """Of the evaluate stage, of the end of training, or the last one so far."""
+    said = [number(dig(files.evaluation, "after.held_out.loss")), number(files.result.get("eval_loss"))]
+    said += [number(row.get("eval_loss")) for row in reversed(files.metrics)]
+    return next((loss for loss in said if loss is not None), None)
+
+
+def _rate(files: RunFiles) -> float | None:
+    last = files.metrics[-1] if files.metrics else {}
+    return number(files.result.get("tokens_per_second", last.get("tokens_per_second")))
 
 
 def _share(files: RunFiles, key: str) -> str:
@@ -173,11 +199,11 @@ def _exports(files: RunFiles) -> str:
 
 
 FIGURES: dict[str, Callable[[RunFiles], str]] = {
-    "train loss": lambda files: figure(number(files.result.get("train_loss")), "{:.4f}"),
+    "train loss": lambda files: figure(_train_loss(files), "{:.4f}"),
     "held-out loss": lambda files: figure(_held_out(files), "{:.4f}"),
     "preferred": lambda files: _share(files, "after.held_out.reward_accuracy"),
     "task": lambda files: _share(files, "after.task.metric"),
-    "tokens/s": lambda files: figure(number(files.result.get("tokens_per_second")), "{:,.0f}"),
+    "tokens/s": lambda files: figure(_rate(files), "{:,.0f}"),
     "GiB": lambda files: figure(number(files.result.get("peak_allocated_gib")), "{:.1f}"),
     "time": _time,
     "exports": _exports,

@@ -13,7 +13,8 @@ from rich.console import Console
 from loadmaster.cli import main
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError
-from loadmaster.report.side_by_side import set_apart, show_runs, show_sweep
+from loadmaster.report.side_by_side import RECENT_STEPS, set_apart, show_runs, show_sweep
+from loadmaster.training import metrics
 
 
 def a_run(folder, stages=("plan", "train", "evaluate"), loss=1.0, before=2.0, steps=(3, 3), **config):
@@ -83,8 +84,13 @@ def test_a_run_that_a_process_holds_is_running(tmp_path, capsys):
     run = a_run(tmp_path / "a", ("plan",), steps=(1, 3))
     with open(run / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        (run / "result.json").write_text('{"wall_seconds": {"plan": 1.0}}')
+        row = {"steps": 90, "eval_loss": 9.5, "tokens_per_second": 77.0}
+        rows = [{"step": n, "loss": float(n), **row} for n in range(50)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         show_runs([run], Console())
-    assert "running, step 1 of 3" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "running, step 49 of 90 39.5000 9.5000 77 " in said and RECENT_STEPS == metrics.RECENT_STEPS
 
 
 def test_files_that_are_torn_or_missing_cost_their_own_figures_alone(tmp_path, capsys):
@@ -120,6 +126,18 @@ def test_of_several_recipes_what_they_say_themselves_is_left_out():
     for unknown in ("../mine", ["a"], "a b", "smoke,auto", "", None):
         said = set_apart([configs[0], {**configs[1], "recipe": unknown}])[1]
         assert said.startswith("recipe=") and "sequence_length=" in said
+
+
+def test_of_several_recipes_a_run_on_data_of_its_own_says_its_path_and_what_was_set(tmp_path):
+    path = tmp_path / "my.jsonl"
+    path.write_text('{"text": "x"}\n')
+    own = ["data=file", f"data.path={path}"]
+    runs = (["recipe=smoke"], ["recipe=lora_8b", *own], ["recipe=smoke", *own, "optimizer.lr=0.001"],
+            ["recipe=auto", "data.validation=0.05"])  # fmt: skip
+    said = [" ".join(words).replace("data=file ", "") for words in runs]
+    assert [set(each.split()) for each in set_apart([compose(list(words)).resolved for words in runs])] == [
+        set(each.split()) for each in said
+    ]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
