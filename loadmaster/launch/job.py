@@ -187,11 +187,12 @@ def _show(launch: Launch, provider: Provider, ranked: list[Choice], choice: Choi
         total = "" if other.usd is None else f", {other.hours:.2f} h, ${other.usd:.2f} in all"
         mark = ">" if other is choice else " "
         halfway = "" if other.can_export else "; trains there, but its exports will not pass"
-        launch.echo(f" {mark} {other.offer.label:<14} ${other.offer.usd_per_hour:.2f}/h{total}{halfway}")
+        launch.echo(f" {mark} {other.offer.label:<14} {other.offer.rate}{total}{halfway}")
     launch.echo("\nwhat will be made:")
     rate = choice.offer.usd_per_hour
     kind = "Pod" if choice.offer.nodes == 1 else "Pods" if order.plain else "Instant Cluster"
-    launch.echo(f"  {kind} {launch.name}: {choice.offer.label}, {order.disk_gb} GB disk, {order.image}, ${rate:.2f}/h")
+    made = f"{choice.offer.label}, {order.disk_gb} GB disk, {order.image}, {choice.offer.rate}"
+    launch.echo(f"  {kind} {launch.name}: {made}")
     if kind == "Pods":
         launch.echo("  plain Pods: 100 Mbit/s between them; the plan's speed and cost are for a cluster's network")
     if kind == "Instant Cluster":
@@ -206,8 +207,9 @@ def _show(launch: Launch, provider: Provider, ranked: list[Choice], choice: Choi
         launch.echo("  no volume: the trained weights end with the Pod; only the run's small files come back")
     for upload in order.uploads:
         launch.echo(f"  {upload.path.name} ({upload.bytes / 1e6:.1f} MB) goes to the volume first, as {upload.name}")
-    expected = "not known (size of the data)" if choice.usd is None else f"about ${choice.usd:.2f}"
-    launch.echo(f"  cost {expected}; terminated after {hours:.2f} h at the latest, ${hours * rate:.2f}\n")
+    about, more = ("at least", " or more") if choice.offer.is_of_community else ("about", "")
+    expected = "not known (size of the data)" if choice.usd is None else f"{about} ${choice.usd:.2f}"
+    launch.echo(f"  cost {expected}; terminated after {hours:.2f} h at the latest, ${hours * rate:.2f}{more}\n")
 
 
 def _print_requests(launch: Launch, provider: Provider, choice: Choice, order: Order) -> None:

@@ -39,6 +39,13 @@ class Offer:
     places: tuple[str, ...]
     """Data centres that have it in stock, fullest first; empty: unknown, the provider chooses."""
     nodes: int = 1
+    is_of_community: bool = False
+    """Whether it is the price of other people's hosts, for want of that of the secure ones, which would be rented."""
+
+    @property
+    def rate(self) -> str:
+        hosts = " on community hosts, secure costs more" if self.is_of_community else ""
+        return f"${self.usd_per_hour:.2f}/h{hosts}"
 
     @property
     def label(self) -> str:

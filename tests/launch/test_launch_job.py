@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -316,7 +317,9 @@ def test_without_a_key_a_dry_run_takes_the_catalogue_and_says_so(place, monkeypa
     assert dry("launch.gpus=[l40s:1]") == 0
     assert "RUNPOD_API_KEY is not set, so stock, prices and volumes were not asked" in place.said
     listed = catalog.prices()["gpus"]["l40s"]["pod_usd_per_hour"]
-    assert f"> 1x l40s        ${listed:.2f}/h" in place.said
+    of_others = f"${listed:.2f}/h on community hosts, secure costs more"  # of secure ones no price is known
+    assert f"> 1x l40s        {of_others}, " in place.said and f", {of_others}\n" in place.said
+    assert re.search(r"  cost at least \$\S+; terminated after \S+ h at the latest, \$\S+ or more\n", place.said)
     volume, pod = json.loads(place.said[place.said.index("\n[\n") :])
     assert volume["url"] == "http://127.0.0.1:9/v2/network-volumes" and "in stock>" in volume["body"]["dataCenter"]
     assert pod["body"]["gpu"]["id"] == catalog.gpus()["l40s"]["name"]

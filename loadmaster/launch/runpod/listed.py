@@ -29,7 +29,7 @@ class Listed(Runpod):
         self, gpus: list[str], counts: tuple[int, ...], cloud: str, nodes: int = 1, plain: bool = False
     ) -> list[Offer]:
         price = "pod_usd_per_hour" if cloud == "secure" else "community_usd_per_hour"
-        listed = {gpu: found[price] for gpu, found in catalog.prices()["gpus"].items() if price in found}
+        priced = {gpu: found for gpu, found in catalog.prices()["gpus"].items() if price in found}
         rented = {machine["gpu"] for machine in catalog.machines()}
         if not rented & set(gpus):
             raise ProviderError(
@@ -37,9 +37,12 @@ class Listed(Runpod):
                 "provider is asked"
             )
         return [
-            Offer(gpu, catalog.gpus()[gpu]["name"], count, listed[gpu] * count * nodes, (), nodes)
+            Offer(
+                gpu, catalog.gpus()[gpu]["name"], count, priced[gpu][price] * count * nodes, (), nodes,
+                cloud == "secure" and priced[gpu].get("hosts") == "community",
+            )
             for machine in catalog.machines()
-            if (gpu := machine["gpu"]) in gpus and gpu in listed and (plain or nodes <= machine["max_nodes"])
+            if (gpu := machine["gpu"]) in gpus and gpu in priced and (plain or nodes <= machine["max_nodes"])
             for count in machine["counts"]
             if count in counts
         ]
