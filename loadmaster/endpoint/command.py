@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.dry_run:
         _print_request(wanted)
         return 0
+    print(f"environment: {shlex.join(f'{key}={value}' for key, value in (request.env or {}).items())}")
     put = _put(wanted) if puts else None
     _writable(arguments.run_dir)
     with _client() as client:

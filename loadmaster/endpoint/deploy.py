@@ -144,8 +144,8 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
     volume = volume or (left and left.volume)
     if path is not None and volume is None:
         raise UsageError(
-            f"the worker reads its weights from a network volume, at {path}: name one with --volume (id or name), and "
-            f"the files of {artifact} are brought there"
+            f"the worker reads its weights from a network volume, at {path}, where the files of {artifact} go first: "
+            f"`loadmaster deploy {run_dir} --volume NAME`, by name or id (the provider's console makes one)"
         )
     if path is not None:
         request["networkVolumes"] = [volume]

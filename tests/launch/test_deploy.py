@@ -325,7 +325,7 @@ def test_a_changed_or_foreign_artifact_is_refused_before_anything_is_made(run_di
 
 
 def test_what_is_missing_is_said_with_what_would_do(run_dir, tmp_path, client, fake, said) -> None:
-    with pytest.raises(LoadmasterError, match=r"with --volume"):
+    with pytest.raises(LoadmasterError, match=r"`loadmaster deploy \S+ --volume NAME`, by name or id"):
         order(run_dir, None)
     with pytest.raises(LoadmasterError, match="no network volume vol_none"):
         try_deploy(run_dir, client, fake, "vol_none", said)

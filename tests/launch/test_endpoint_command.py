@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 
@@ -48,6 +49,9 @@ def test_a_run_is_deployed_tested_scaled_and_deleted(run_dir, account, capsys) -
     assert "at least $0.00/h, at most $3.82/h" in said and "first token after" in said and "/openai/v1" in said
     assert "3 files" in said and "checksums agree" in said and SECRET not in said
     assert f"{run_dir}/export/bf16 (0.00 GB) goes to" in said
+    (made,) = account.endpoints.values()
+    (shown,) = (line for line in said.splitlines() if line.startswith("environment: "))  # before it is agreed to
+    assert dict(word.split("=", 1) for word in shlex.split(shown)[1:]) == made["env"]
     assert json.loads((run_dir / "deployment.json").read_text())["smoke"]["equal"] == 2
     (id,) = account.endpoints
     assert main(["endpoint", "list"]) == 0
@@ -146,7 +150,7 @@ def test_nothing_is_made_unless_agreed(run_dir, account, monkeypatch) -> None:  
 def test_mistakes_are_sentences(run_dir, account, capsys, monkeypatch) -> None:  # noqa: F811
     for words, code, said in (
         (["deploy", str(run_dir), "--volume", "vol1", "gpu=l40s"], 2, "does not know gpu=l40s"),
-        (["deploy", str(run_dir)], 2, "name one with --volume"),
+        (["deploy", str(run_dir)], 2, f"`loadmaster deploy {run_dir} --volume NAME`"),
         (["endpoint", "review", "x", "--active-discount", "20"], 2, "0.2 is 20% off"),
         (["endpoint", "review", "x", "--hours", "9999"], 2, "2 to 2160 of them"),
         (["endpoint", "test", str(run_dir)], 4, "is not deployed"),
