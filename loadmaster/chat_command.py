@@ -7,8 +7,9 @@ import io
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import chdir
+from contextlib import chdir, contextmanager, redirect_stderr
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from loadmaster import hub
@@ -20,6 +21,8 @@ from loadmaster.words import visible
 
 LEAST_TEMPERATURE = 0.01
 """Below, what scores are divided by takes them beyond a float."""
+SAID_CHARACTERS = 300
+"""Of a library's error: one of tensors that do not fit names every one of them."""
 HELP = "/clear begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
@@ -95,6 +98,8 @@ def _message(asked: argparse.Namespace) -> str | None:
 
 
 def _as_text(text: str) -> str:
+    """With its lines ended as those of a file that is piped in."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -184,7 +189,6 @@ def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, str | None]:
     from loadmaster.world_stages import device_type
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     job, plan = read_job(asked.run_dir / "config.yaml", to_run=False).job, Plan.read(asked.run_dir / "plan.json")
     folder = _weights(asked)
     by_itself = folder is not None and not (folder / "adapter_config.json").is_file()
@@ -192,15 +196,29 @@ def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, str | None]:
         system = _system(job) if asked.system is None else asked.system
         base = folder if by_itself else resolve_base(job.model).absolute()
     spread = spread_over(device_type(plan, job.hardware.gpu), None, *beside_weights(plan), 0.0)
-    if asked.format is not None:
-        model = load_export(folder, spread) if by_itself else load_adapter(base, folder, spread)
-        return model, load_tokenizer(folder), system
-    how: dict[str, Any] = {
-        "dtype": DTYPES[plan.precision], "device": spread, "frozen": frozen_form(plan.method, plan.precision)
-    }  # fmt: skip
-    model = load_base(base, **how).eval() if folder is None else load_trained(base, folder, **how)
-    round_inputs(model, False)
-    return model, load_tokenizer(base), system
+    with _said_in_a_sentence(folder or base), redirect_stderr(io.StringIO()):  # libraries' warnings and bars
+        if asked.format is not None:
+            model = load_export(folder, spread) if by_itself else load_adapter(base, folder, spread)
+            return model, load_tokenizer(folder), system
+        how: dict[str, Any] = {
+            "dtype": DTYPES[plan.precision], "device": spread, "frozen": frozen_form(plan.method, plan.precision)
+        }  # fmt: skip
+        model = load_base(base, **how).eval() if folder is None else load_trained(base, folder, **how)
+        round_inputs(model, False)
+        return model, load_tokenizer(base), system
+
+
+@contextmanager
+def _said_in_a_sentence(folder: Path) -> Iterator[None]:
+    """A folder that does not load, which may hold anything: libraries raise whatever they come upon."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LoadmasterError) or ran_out(error):
+            raise
+        why = shorten(str(error) or type(error).__name__, SAID_CHARACTERS)
+        fix = "put its files back as they were written; --format FORMAT and --base load others"
+        raise LoadmasterError(f"{folder} does not load: {why}\n    fix: {fix}") from error
 
 
 def _weights(asked: argparse.Namespace) -> Path | None:

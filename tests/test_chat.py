@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loadmaster import chat_command
 from loadmaster.cli import main
 from loadmaster.config.shipped import resolve_path
 from loadmaster.data import Conversation
@@ -171,6 +172,35 @@ def test_memory_that_runs_out_in_an_answer_is_told_and_rows_that_are_gone_too(ru
     assert main(["chat", str(tmp_path), "--message", "Hello"]) != 0
     said = capsys.readouterr().err
     assert "training rows cannot be read here" in said and "too little memory for so long a conversation" in said
+
+
+def test_an_adapter_that_fits_nothing_in_its_base_is_told_in_a_sentence(run, tmp_path, capsys):
+    for name in ("config.yaml", "plan.json", "stages.json"):
+        (tmp_path / name).symlink_to(run / name)
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": r".*\.gone\d"}))
+    assert main(["chat", str(tmp_path), "--message", "Hello"]) == 4
+    said = capsys.readouterr().err
+    assert "adapter does not load: Target modules .*\\.gone\\d not found in the base model" in said
+    assert "fix: put its files back" in said
+
+
+def test_lines_that_end_in_any_way_are_lines():
+    assert chat_command._as_text("one\rtwo\r\nthree\n") == "one\ntwo\nthree\n"
+
+
+def test_what_libraries_say_as_they_load_is_left_out(run, monkeypatch, capsys):
+    module = sys.modules["loadmaster.export.loading"]
+    load = module.load_export
+
+    def aloud(*arguments):
+        print("Decompressing model: 100%", file=sys.stderr)
+        return load(*arguments)
+
+    monkeypatch.setattr(module, "load_export", aloud)
+    assert main(["chat", str(run), "--format", "bf16", "--message", "Hello", "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_that_is_no_run_and_a_run_without_weights_are_refused(run, tmp_path, capsys):
