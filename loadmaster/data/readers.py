@@ -6,20 +6,27 @@ import codecs
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 from loadmaster.data.file_kinds import AGAIN, ROW_FIELDS, misnamed
+from loadmaster.errors import DataError
+from loadmaster.preflight.hardware import host_memory_gib
 from loadmaster.words import counted
 
 NO_UTF8 = "is not UTF-8 text"
 AS_UTF8 = "save the file as UTF-8 (of files from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW)"
 UNREADABLE = (ValueError, RecursionError)
 """What json raises for broken text, and for brackets by the thousand in one another."""
-LONGEST_CELL = 2**31 - 1
-"""Characters; the csv module refuses cells of more than 131,072 otherwise."""
+LONGEST_ROW = 2**28
+"""Bytes of a line or a row, and characters of a cell: what is longer (a quote or a list that nobody closes, a file with
+a hole in it) is said before it fills the memory."""
+TOO_LONG, SPLIT = f"has more than {LONGEST_ROW >> 20} MiB", "end each row with a line break, and split the longest"
+PARQUET_ROWS = 16
+"""That are made at a time: what all rows repeat takes no room in the file, and here as often as there are rows."""
 ESCAPED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as surrogateescape decodes them."""
 MARK_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
@@ -67,7 +74,7 @@ def _starts_with_bracket(path: Path) -> bool:
 def _one_object(path: Path) -> tuple[dict[str, Any], bool] | None:
     """The JSON object that is the whole file, and whether it stands on one line; None for anything else."""
     with open(path, "rb") as file:
-        lines = (line.strip().removeprefix(codecs.BOM_UTF8) for line in file)
+        lines = ((line or b"?").strip().removeprefix(codecs.BOM_UTF8) for line in _lines(file))
         first = next((line for line in lines if line), b"")
         if not first.startswith(b"{"):
             return None
@@ -75,6 +82,7 @@ def _one_object(path: Path) -> tuple[dict[str, Any], bool] | None:
             value = _decoded(first)
             return (value, True) if isinstance(value, dict) and not any(lines) else None
         except UNREADABLE:
+            _refuse_unheld(path)
             file.seek(0)
             try:
                 value = _decoded(file.read().removeprefix(codecs.BOM_UTF8))
@@ -92,8 +100,8 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of its fields, of which json would drop all but the last of one name."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} stands twice in one object")
     return fields
 
 
@@ -125,12 +133,15 @@ def _holds_rows(value: Any) -> bool:
 
 def _read_lines(path: Path, name: str) -> Iterator[RawRow]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file), 1):
+            origin = f"{name}:{number}"
+            if line is None:
+                yield RawRow(origin, error=TOO_LONG, remedy=SPLIT)
+                continue
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
-            origin = f"{name}:{number}"
             try:
                 yield RawRow(origin, _decoded(line.strip()))
             except UnicodeDecodeError:
@@ -139,7 +150,29 @@ def _read_lines(path: Path, name: str) -> Iterator[RawRow]:
                 yield RawRow(origin, error=_broken(error))
 
 
+def _lines(file: IO[AnyStr]) -> Iterator[AnyStr | None]:
+    """The lines of a file; None for one that is longer than LONGEST_ROW, of which no more than that is held."""
+    while line := file.readline(LONGEST_ROW + 1):
+        if len(line) <= LONGEST_ROW:
+            yield line
+            continue
+        yield None
+        while line and line[-1:] not in ("\n", b"\n"):
+            line = file.readline(2**20)
+
+
+def _refuse_unheld(path: Path) -> None:
+    """Raise DataError for one JSON value, read whole and as text beside its bytes, that this machine cannot hold."""
+    gib, room = path.stat().st_size / 2**30, host_memory_gib()
+    if 2 * gib > room:
+        raise DataError(
+            f"{path} is one JSON value of {gib:.1f} GiB, which is read whole, and this machine has {room:.1f} GiB of "
+            "memory\n    fix: write one object a line, as .jsonl, which is read line by line"
+        )
+
+
 def _read_array(path: Path, name: str) -> Iterator[RawRow]:
+    _refuse_unheld(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -206,14 +239,14 @@ def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
     Columns are apart by commas, or by what stands in a header without one: semicolons (spreadsheets where the comma is
     the decimal mark write these) or tabs. A line before the header may say it: sep=;
     """
-    csv.field_size_limit(LONGEST_CELL)
+    csv.field_size_limit(LONGEST_ROW)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        first = file.readline()
+        first = file.readline(LONGEST_ROW)
         said = MARK_LINE.fullmatch(first)
         mark = said[1] if said else next((mark for mark in ",;\t" if mark in first), ",")
         if not said:
             file.seek(0)
-        cells, header = csv.reader(file, strict=True, delimiter=mark), None
+        cells, header = csv.reader(_lines_of_csv(file), strict=True, delimiter=mark), None
         while True:
             origin = f"{name}:{cells.line_num + (2 if said else 1)}"
             try:
@@ -239,6 +272,13 @@ def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
             elif row:  # an empty line is no row
                 few = "few" if len(row) < len(header) else "many"
                 yield RawRow(origin, error=f"has too {few} cells: {len(row)}, for {counted(len(header), 'column')}")
+
+
+def _lines_of_csv(file: IO[str]) -> Iterator[str]:
+    for line in _lines(file):
+        if line is None:
+            raise csv.Error(f"a line {TOO_LONG}")
+        yield line
 
 
 def _cell(text: str) -> Any:
@@ -268,7 +308,7 @@ def _header_fault(header: list[str]) -> tuple[str, str] | None:
 
 
 def _twice(names: list[str]) -> list[str]:
-    return sorted({name for name in names if names.count(name) > 1})
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
@@ -281,13 +321,22 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
             if twice := _twice(file.schema_arrow.names):
                 yield RawRow(f"{name}:1", error=f"names the column {', '.join(twice)} twice", remedy="name each once")
                 return
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                for row in batch.to_pylist() if batch.nbytes <= LONGEST_ROW else _short_rows(batch):
                     number += 1
-                    yield RawRow(f"{name}:{number}", without_nulls(row))
+                    if row is None:
+                        yield RawRow(f"{name}:{number}", error=TOO_LONG, remedy="split it into several rows")
+                    else:
+                        yield RawRow(f"{name}:{number}", without_nulls(row))
     except (pyarrow.ArrowException, OSError) as error:
         reason = f"is not readable Parquet: {str(error).splitlines()[0].rstrip('.')}"
         yield RawRow(f"{name}:{number + 1}", error=reason, remedy=AGAIN)
+
+
+def _short_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a large batch one by one; None for one that is longer than LONGEST_ROW."""
+    for row in (batch.slice(start, 1) for start in range(batch.num_rows)):
+        yield row.to_pylist()[0] if row.nbytes <= LONGEST_ROW else None
 
 
 def without_nulls(value: Any) -> Any:
