@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any
 
 from torch.distributed import TCPStore
@@ -21,17 +22,28 @@ CONNECT_S = 60
 
 
 def is_loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.")
+    """Whether a name, or an address in whatever notation, stands for this host's loopback alone."""
+    return _loopback(host) is not None
+
+
+def _loopback(host: str) -> tuple[socket.AddressFamily, str] | None:
+    try:
+        found = [(family, place[0]) for family, *_, place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):
+        return None
+    return found[0] if all(ip_address(address).is_loopback for _, address in found) else None
 
 
 def ear(host: str, port: int) -> int | None:
     """A listening socket's descriptor at one of loopback's addresses, for the store to take over; None for other
     hosts' meeting places, and where the port is taken: by the store itself, which this process keeps from one job of a
     sweep to the next, or by another, which the store says."""
-    if not is_loopback(host):
+    found = _loopback(host)
+    if found is None:
         return None
+    family, address = found
     try:
-        return socket.create_server((host, port)).detach()
+        return socket.create_server((address, port), family=family).detach()
     except OSError:
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import psutil
 import pytest
@@ -32,14 +33,33 @@ def test_the_workers_of_one_host_meet_where_no_other_host_reaches():
     assert worker.get("a") == b"b"
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.1.1"])  # the last: hostname -i on Debian
+HOSTS = {
+    "127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "LOCALHOST": "127.0.0.1", "2130706433": "127.0.0.1",
+    "127.0.1.1": "127.0.1.1", "::1": "::1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("host", HOSTS)
 def test_so_do_ranks_that_another_launcher_started_there(host, monkeypatch):
+    if host == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
     port = free_port()
     monkeypatch.setenv("MASTER_ADDR", host)
     monkeypatch.setenv("MASTER_PORT", str(port))
     kept = [meet(0, 1, f"loadmaster/group/{job}") for job in range(2)]  # of a sweep
-    assert listened_at(port) == {"127.0.1.1" if host == "127.0.1.1" else "127.0.0.1"}
+    assert listened_at(port) == {HOSTS[host]}
     assert kept[1].check(["loadmaster/group/0/here/0"])
+
+
+@pytest.mark.parametrize(("addresses", "local"), [(["127.0.1.1"], True), (["127.0.1.1", "10.0.0.7"], False)])
+def test_a_hosts_own_name_is_local_where_it_stands_for_loopback_alone(addresses, local, monkeypatch):
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    descriptor = loopback.ear("the-host", 0)
+    assert (descriptor is not None, loopback.is_loopback("the-host")) == (local, local)
+    if descriptor is not None:
+        with socket.socket(fileno=descriptor) as ear:
+            assert ear.getsockname()[0] == "127.0.1.1"
 
 
 def test_others_reach_the_first_of_several_hosts_which_may_call_itself_localhost(monkeypatch):
