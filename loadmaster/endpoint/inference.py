@@ -175,7 +175,7 @@ class Inference:
             found = response.json()
         except httpx.HTTPError as error:
             raise Unreached(f"{method} {url}: no answer ({type(error).__name__})") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Unreached(f"{method} {url}: HTTP {response.status_code} and no JSON") from None
         if not isinstance(found, dict):
             raise NotAnswered(f"{method} {url}: the answer is no object")
@@ -232,7 +232,7 @@ def _event(line: str) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(line.removeprefix("data: "))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
+import httpx
 import pytest
 from pydantic import ValidationError
 
+from loadmaster.endpoint.inference import Inference, NotAnswered
 from loadmaster.errors import ProviderError
 from loadmaster.launch.runpod import Api, NotSent, Patience, Refused, RunpodClient, from_environment
 from loadmaster.launch.runpod.rental import alive
@@ -243,6 +246,30 @@ def test_no_secret_in_exceptions_logs_or_reprs(fake, caplog):
     assert "is not accepted" in str(refused.value)
     text = "\n".join(said) + caplog.text + str(refused.value)
     assert fake.key not in text and secret not in text and "wrong-key-1234567" not in text
+
+
+def answered(status: int, content: str) -> Api:
+    api = Api("rpa_0123456789abcdef", "http://127.0.0.1:9", QUICK)
+    api._client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(status, text=content)))
+    return api
+
+
+def test_no_part_of_a_key_is_in_a_long_answer_that_repeats_it():
+    api = answered(400, json.dumps({"detail": "x" * 490 + "rpa_0123456789abcdef"}))
+    with RunpodClient(api) as client, pytest.raises(Refused) as raised:
+        client.pods()
+    assert "x" * 490 + "[key]" in str(raised.value) and "rpa_" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000, "{}", "[1]", "\ufffe"])
+@pytest.mark.parametrize("status", [200, 400])
+def test_an_answer_that_is_none_is_said_as_such(status, content):
+    with RunpodClient(answered(status, content)) as client, pytest.raises(ProviderError):
+        client.pods()
+    urls = {name: "http://127.0.0.1:9" for name in ("run", "health", "status", "cancel")}
+    with Inference(urls, "key", poll_s=0.001) as endpoint, pytest.raises(NotAnswered):
+        endpoint._client = answered(status, content)._client
+        endpoint.ask({}, wait_s=1)
 
 
 def test_the_key_comes_from_the_environment_only(monkeypatch):

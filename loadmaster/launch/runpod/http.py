@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from json import JSONDecodeError
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -38,6 +37,9 @@ T = TypeVar("T")
 BASE_URL = "https://api.runpod.io/v2"
 KEY_VARIABLE = "RUNPOD_API_KEY"
 BASE_URL_VARIABLE = "RUNPOD_API_BASE_URL_V2"
+UNREADABLE = (ValueError, RecursionError, KeyError, TypeError, AttributeError)
+"""What reading an answer raises that is no JSON (or brackets, or digits, by the thousand), or another than described."""
+LONGEST_DETAIL = 500
 REMEDIES = {
     401: f"the key in {KEY_VARIABLE} is not accepted; make another one in the provider's console",
     402: "the account's balance does not suffice; add funds",
@@ -171,7 +173,7 @@ class Api:
         self.check(response, what)
         try:
             return read(None if response.status_code == 204 else response.json())
-        except (JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             # Neither JSON nor the validator's words go into the message: an answer can carry env.
             where = [".".join(map(str, e["loc"])) for e in error.errors()] if isinstance(error, ValidationError) else []
             fields = f" (wrong or missing: {', '.join(where[:5])})" if where else ""
@@ -197,7 +199,7 @@ class Api:
         status = response.status_code
         if response.is_success:
             return
-        said = self.redact(_detail(response))
+        said = self.redact(_detail(response))[:LONGEST_DETAIL]  # a key that is cut would not be known again
         if status == 429:
             raise Throttled(f"{what}: asked too often{said}", _seconds(response.headers.get("Retry-After")))
         if status >= 500:
@@ -264,13 +266,13 @@ def key_from_environment() -> str:
 
 
 def _detail(response: httpx.Response) -> str:
-    """What an RFC 9457 problem says, shortened; nothing for any other body."""
+    """What an RFC 9457 problem says; nothing for any other body."""
     try:
         problem = response.json()
         said = [str(problem["detail"]), *map(str, problem.get("errors", []))]
-    except (JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except UNREADABLE:
         return ""
-    return ": " + "; ".join(said)[:500]
+    return ": " + "; ".join(said)
 
 
 def _seconds(header: str | None) -> float | None:
