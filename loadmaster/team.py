@@ -10,7 +10,6 @@ import atexit
 import math
 import os
 from contextlib import ExitStack, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +45,9 @@ class Team:
             import torch.distributed as dist
 
             from loadmaster.training.watchdog import Watchdog
-            from loadmaster.training.world import JOIN_S, wait_at_most
+            from loadmaster.training.world import JOIN_S, first_limit, wait_at_most
 
-            self._line = dist.new_group(backend="gloo", timeout=timedelta(seconds=JOIN_S))
+            self._line = dist.new_group(backend="gloo", timeout=first_limit(JOIN_S, PATIENCE_S))
             wait_at_most(PATIENCE_S, self._line)
             # Followers end with a lead that falls silent; the lead needs nobody for what it does alone.
             self._watch = self._watching.enter_context(Watchdog(world, None, math.inf, SILENCE_S, of=[0]))

@@ -129,7 +129,7 @@ def join(device_type: str, timeout_s: float = JOIN_S) -> World:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
                 store=store,
-                timeout=timedelta(seconds=timeout_s),
+                timeout=first_limit(timeout_s, TIMEOUT_S),
                 rank=rank,
                 world_size=size,
                 device_id=device if device_type == "cuda" else None,
@@ -146,8 +146,18 @@ def join(device_type: str, timeout_s: float = JOIN_S) -> World:
 
 def wait_at_most(seconds: float, group: dist.ProcessGroup | None = None) -> None:
     """Longest wait of one collective from here on."""
-    if dist.is_initialized():
+    if dist.is_initialized() and not _limits_stay():
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def first_limit(seconds: float, later: float) -> timedelta:
+    """Of a new group: `seconds`, where wait_at_most can say `later` afterwards."""
+    return timedelta(seconds=later if _limits_stay() else seconds)
+
+
+def _limits_stay() -> bool:
+    """Whether groups keep the limit that they are made with: TORCH_DISTRIBUTED_DEBUG=DETAIL wraps them."""
+    return dist.get_debug_level() == dist.DebugLevel.DETAIL
 
 
 def refuse_hidden_gpus(processes: int, seen: int) -> None:
