@@ -10,8 +10,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from loadmaster.errors import LoadmasterError, ProviderError
 from loadmaster.files import read_json
@@ -20,7 +19,7 @@ from loadmaster.launch.bucket import KEY_VARIABLES, Bucket, has_keys, reachable
 from loadmaster.launch.context import Launch
 from loadmaster.launch.left import Echo, Left, record_of
 from loadmaster.launch.machines import usd_so_far
-from loadmaster.launch.order import FILES, ROOM
+from loadmaster.launch.order import FILES, ROOM, is_small_file
 from loadmaster.launch.provider import MOUNT, Machine, Order, Provider
 from loadmaster.words import counted
 
@@ -125,14 +124,6 @@ def bring_home(bucket: Bucket, left: Left, folder: Path) -> list[str]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(Path(room) / name, folder / name)
     return names
-
-
-def is_small_file(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    patterns = [PurePosixPath(pattern).parts for pattern in FILES]
-    return ".." not in parts and any(
-        len(pattern) == len(parts) and all(map(fnmatchcase, parts, pattern)) for pattern in patterns
-    )
 
 
 def bring_late(run_dir: Path, left: Left, bucket: Bucket, echo: Echo = print) -> None:

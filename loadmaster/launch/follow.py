@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loadmaster.launch.order import is_small_file
 from loadmaster.launch.provider import LogLine
 
 MARK = "::loadmaster "
+MOST_BYTES = 16 << 20
+"""LARGEST_TOTAL_BYTES of launch/pod_bootstrap.py."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Reader:
         try:
             event = json.loads(line.text.removeprefix(MARK))
             kind = event["event"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return line.text
         if kind == "file":
             self.parts[event["part"]] = event["data"]
@@ -66,7 +69,17 @@ class Reader:
 
 
 def unpack(data: bytes, folder: Path) -> list[str]:
-    """Unpack into `folder`; names of the files. Links and paths that lead out of it are refused by tarfile."""
+    """Unpack into `folder` what was asked for, as much as a machine may hand back; names of these files.
+
+    What else a machine sends (links, the launch's own records, files that lead out of the folder) is left out.
+    """
+    names, left = [], MOST_BYTES
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        archive.extractall(folder, filter="data")
-        return [entry.name for entry in archive.getmembers()]
+        for entry in archive:
+            left -= entry.size
+            if left < 0:
+                break
+            if entry.isfile() and is_small_file(entry.name):
+                archive.extract(entry, folder, filter="data")
+                names.append(entry.name)
+    return names

@@ -13,6 +13,8 @@ import gzip
 import json
 import math
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 
 from loadmaster import __version__
 from loadmaster.config.compose import Composed
@@ -45,6 +47,14 @@ FILES = (
     "config.yaml", "plan.json", "metrics.jsonl", "eval.json", "result.json", "stages.json", "report.html",
     "export/*/manifest.json", "smoke/*.json", "bundle/*", "bundle/*/*", "bundle/.*", "bundle/.*/*",
 )  # fmt: skip
+
+
+def is_small_file(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    patterns = [PurePosixPath(pattern).parts for pattern in FILES]
+    return ".." not in parts and any(
+        len(pattern) == len(parts) and all(map(fnmatchcase, parts, pattern)) for pattern in patterns
+    )
 
 
 def run_folder(composed: Composed, choice: Choice) -> str:

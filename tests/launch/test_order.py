@@ -12,6 +12,7 @@ import shlex
 import tarfile
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -379,11 +380,22 @@ def test_files_are_whole_or_not_there(lost, tmp_path):
     assert (tmp_path / "export" / "fp8" / "manifest.json").read_text() == "[]"
 
 
-def test_a_file_that_would_land_elsewhere_is_refused(tmp_path):
-    packed = base64.b64decode(payload.tar({"../outside": b"x"}))
-    with pytest.raises(tarfile.TarError):
-        unpack(packed, tmp_path / "inside")
-    assert not (tmp_path / "outside").exists()
+def test_of_what_a_machine_hands_back_only_a_runs_small_files_are_taken(tmp_path):
+    """It could else rewrite launch.json, which says which host the export is copied from, or fill the disk."""
+    folder, buffer = tmp_path / "inside", io.BytesIO()
+    folder.mkdir()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name in ("../outside", "/result.json", "launch.json", "checkpoints/step-1/a", "plan.json"):
+            archive.addfile(tarfile.TarInfo(name))
+        for name, kind in (("result.json", tarfile.SYMTYPE), ("eval.json", tarfile.LNKTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "plan.json"
+            archive.addfile(link)
+        bomb = tarfile.TarInfo("report.html")
+        bomb.size = 17 << 20
+        archive.addfile(bomb, io.BytesIO(bytes(bomb.size)))
+    assert unpack(buffer.getvalue(), folder) == ["plan.json"]
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [Path("inside/plan.json")]
 
 
 def test_references_to_secrets_are_the_only_trace_of_them():

@@ -233,6 +233,6 @@ def _events(lines: Iterator[str]) -> Iterator[LogEvent]:
             try:
                 value = json.loads("\n".join(data))
                 yield LogEvent(id, str(value["ts"]), str(value["source"]), str(value["line"]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 pass
             data = []
