@@ -14,9 +14,11 @@ import json
 import math
 import os
 import shutil
+import stat
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,20 @@ def is_full_disk(error: BaseException) -> bool:
 def cache_root() -> Path:
     """Folder of everything that can be made again: $LOADMASTER_CACHE, else ~/.cache/loadmaster."""
     return Path(os.environ.get("LOADMASTER_CACHE") or "~/.cache/loadmaster").expanduser().absolute()
+
+
+def own_folder(folder: Path) -> bool:
+    """Make a folder of files that are run as code, where there is none; whether nobody else can have put any there.
+
+    Not behind a link; of root or of this user, by what a file of his has for an owner on that disk.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o750)
+    found = folder.lstat()
+    with tempfile.TemporaryFile(dir=folder.parent) as file:
+        owners = (0, os.fstat(file.fileno()).st_uid)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid in owners and not found.st_mode & stat.S_IWOTH
 
 
 @contextmanager

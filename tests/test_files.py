@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.files import exclusive, is_full_disk, is_whole_safetensors, publish_folder, write_json
+from loadmaster.files import exclusive, is_full_disk, is_whole_safetensors, own_folder, publish_folder, write_json
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -35,6 +35,26 @@ def test_who_may_read_files_of_a_folder_is_as_the_umask_says(tmp_path, umask, mo
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {mode}
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_a_folder_of_code_is_this_users_own(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        assert own_folder(tmp_path / "made" / "here") and own_folder(tmp_path / "made" / "here")
+    finally:
+        os.umask(before)
+    assert not (tmp_path / "made" / "here").stat().st_mode & 0o007
+    for name, target in (("link", tmp_path / "made"), ("dangling", tmp_path / "gone")):
+        (tmp_path / name).symlink_to(target)
+        assert not own_folder(tmp_path / name) and not (tmp_path / "gone").exists()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    assert not own_folder(tmp_path / "open")
+    if os.geteuid() == 0:
+        (tmp_path / "others").mkdir()
+        os.chown(tmp_path / "others", 65534, 65534)
+        assert not own_folder(tmp_path / "others")
 
 
 def test_a_folder_set_aside_by_a_kill_between_the_renames_comes_back(tmp_path):

@@ -14,16 +14,18 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import sysconfig
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MethodType
 
 import torch
 from torch import nn
 
-from loadmaster.files import cache_root
+from loadmaster.files import cache_root, own_folder
 from loadmaster.models.forward import causal_lm, decoder_layers
 from loadmaster.models.loss import compile_loss
 
@@ -107,9 +109,9 @@ class CompileCache:
     """
 
     def __init__(self, folder: Path, lead: bool = True):
-        self.folder, self.lead = folder.resolve(), lead
-        self.complete = self.folder / ".complete"
+        self.given, self.folder, self.lead = folder, folder.resolve(), lead
         self.shared = cache_root() / "compiled"
+        self.rooms = ExitStack()
         self.before: dict[str, str | None] = {}
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -119,6 +121,10 @@ class CompileCache:
         # Where many write at once on a network volume, Triton fails now and then (triton #11512, pytorch #173679).
         self.triton = os.path.join(default_cache_dir(), "triton", os.environ.get("LOCAL_RANK", "0"))
 
+    @property
+    def complete(self) -> Path:
+        return self.folder / ".complete"
+
     def open(self) -> None:
         """Before anything is compiled."""
         # Headers that a CPU's compiler reads in advance lie in one folder for all runs, 150 MB each: half of one, of a
@@ -126,6 +132,15 @@ class CompileCache:
         torch._inductor.config.cpp_cache_precompile_headers = False
         if not self.own:
             return
+        if not _is_own(self.given, unknown=True):  # its files would be run: as this user, whoever wrote them
+            if self.lead:
+                print(
+                    f"{self.given} is a link, another user's, or anyone's to write to, so nothing in it is run: "
+                    "compiling anew", file=sys.stderr, flush=True,
+                )  # fmt: skip
+            self.folder = self._room()
+        if not _is_own(Path(self.triton).parents[1], unknown=True):  # below /tmp, where anyone may have made it
+            self.triton = str(self._room())
         self.before = {name: os.environ.get(name) for name in (CACHE_VARIABLE, TRITON_VARIABLE)}
         os.environ[CACHE_VARIABLE] = str(self.folder)
         os.environ.setdefault(TRITON_VARIABLE, self.triton)
@@ -135,12 +150,13 @@ class CompileCache:
         if not self.complete.exists():
             for library in self.folder.rglob("*.so"):  # killed as it compiled, half of one would be loaded as it is
                 library.unlink(missing_ok=True)
-            _add(self.shared, self.folder)
+            if _is_own(self.shared, unknown=False):
+                _add(self.shared, self.folder)
         self.complete.unlink(missing_ok=True)
 
     def share(self) -> None:
         """Once everything is compiled: what other runs may find here."""
-        if self.own and self.lead and self.folder.is_dir():
+        if self.own and self.lead and self.folder.is_dir() and _is_own(self.shared, unknown=False):
             _add(self.folder, self.shared)
             _shrink(self.shared, SHARED_BYTES)
             with suppress(OSError):  # a full disk
@@ -153,6 +169,19 @@ class CompileCache:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        self.rooms.close()
+
+    def _room(self) -> Path:
+        """A folder of this process alone, until the end."""
+        return Path(self.rooms.enter_context(TemporaryDirectory(prefix="loadmaster-", ignore_cleanup_errors=True)))
+
+
+def _is_own(folder: Path, unknown: bool) -> bool:
+    """unknown: what to say where a disk is full, or not to be written: of that the compiler tells, if it matters."""
+    try:
+        return own_folder(folder)
+    except OSError:
+        return unknown
 
 
 def _add(source: Path, target: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import warnings
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -283,6 +284,31 @@ def test_a_cache_folder_of_the_users_own_is_used_as_it_is(tmp_path, monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     CompileCache(tmp_path / "run").open()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+
+
+def test_what_others_can_have_planted_is_neither_run_nor_removed(tmp_path, monkeypatch, capsys):
+    """The compiler loads what its folders hold: whoever writes there runs code as this user."""
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    triton = Path(default_cache_dir())
+    for folder in (tmp_path / "elsewhere", tmp_path / "cache" / "compiled", triton):
+        folder.mkdir(parents=True)
+        (folder / "planted.so").write_text("code")
+        folder.chmod(0o777)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "compile_cache").symlink_to(tmp_path / "elsewhere")
+    cache = CompileCache(tmp_path / "run" / "compile_cache")
+    cache.open()
+    used = [Path(os.environ[name]) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")]
+    assert [list(folder.iterdir()) for folder in used] == [[], []]
+    assert not {tmp_path / "elsewhere", triton} & {each for folder in used for each in (folder, *folder.parents)}
+    assert (tmp_path / "elsewhere" / "planted.so").exists() and "nothing in it is run" in capsys.readouterr().err
+    cache.share()
+    cache.close()
+    assert not any(folder.exists() for folder in used)
+    assert [path.name for path in (tmp_path / "cache" / "compiled").iterdir()] == ["planted.so"]
 
 
 def test_what_triton_keeps_is_on_the_machines_own_disk_unless_told_otherwise(tmp_path, monkeypatch):

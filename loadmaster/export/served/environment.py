@@ -6,7 +6,6 @@ does not need, and a llama.cpp build is native code that may crash: none shares 
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import venv
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.files import cache_root, exclusive
+from loadmaster.files import cache_root, exclusive, own_folder
 from loadmaster.preflight.hardware import detect_local
 
 
@@ -87,10 +86,14 @@ def environment_python(wanted: Environment, echo: Callable[[str], None]) -> Path
     folder = cache_root() / "servers" / wanted.folder
     python = folder / "bin" / "python"
     with exclusive(folder, "a server's environment"):
+        if not own_folder(folder):
+            raise LoadmasterError(
+                f"{folder} is a link, another user's, or anyone's to write to, and programs in it would be run\n"
+                "fix: remove it, or set LOADMASTER_CACHE to a folder of your own"
+            )
         if not (folder / COMPLETE).is_file():
             echo(f"installing {' and '.join(wanted.packages)} into an environment of its own (once, a few minutes)")
-            shutil.rmtree(folder, ignore_errors=True)
-            venv.create(folder, with_pip=True)
+            venv.create(folder, clear=True, with_pip=True)
             _pip(python, "install", *wanted.packages)
             if wanted.unwanted:
                 _pip(python, "uninstall", "--yes", *wanted.unwanted)

@@ -38,7 +38,7 @@ BASE_URL = "https://api.runpod.io/v2"
 KEY_VARIABLE = "RUNPOD_API_KEY"
 BASE_URL_VARIABLE = "RUNPOD_API_BASE_URL_V2"
 UNREADABLE = (ValueError, RecursionError, KeyError, TypeError, AttributeError)
-"""What reading an answer raises that is no JSON (or brackets, or digits, by the thousand), or another than described."""
+"""What reading an answer raises that is no JSON, has brackets or digits by the thousand, or is not as described."""
 LONGEST_DETAIL = 500
 REMEDIES = {
     401: f"the key in {KEY_VARIABLE} is not accepted; make another one in the provider's console",
