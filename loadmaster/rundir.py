@@ -120,8 +120,9 @@ class RunDir:
         with _refusing(self.path):
             self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_links()
             (self.path / ".lock").touch()
-        with open(self.path / ".lock", "w", encoding="utf-8") as file:
+        with open(self.path / ".lock", "a", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -131,6 +132,13 @@ class RunDir:
             except OSError:  # a network's file system without locks
                 pass
             yield
+
+    def _refuse_links(self) -> None:
+        """A log, a lock or figures that are written through a link would be another file's end. Folders may be links."""
+        for path in sorted((*self.path.iterdir(), *self.path.glob("logs/*"))):
+            if path.is_symlink() and not path.is_dir():
+                message = f"{path} is a symbolic link: a run would write into {os.readlink(path)}"
+                raise _refused(str(self.path), message, f"rm {path}, if it is not yours; or run_dir=FOLDER: a new one")
 
     def discard(self) -> bool:
         """Leave no folder of a run that came to nothing; False where this process did not make it."""

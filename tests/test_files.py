@@ -57,6 +57,15 @@ def test_a_folder_of_code_is_this_users_own(tmp_path, umask):
         assert not own_folder(tmp_path / "others")
 
 
+def test_a_file_is_not_written_through_a_link_that_lies_in_its_place(tmp_path):
+    """Whoever may write to a shared folder could else choose what is overwritten: a process's number is soon guessed."""
+    (tmp_path / "precious").write_text("as it was")
+    for name in ("plan.json", f".plan.json.{os.getpid()}.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    write_json(tmp_path / "plan.json", {})
+    assert (tmp_path / "precious").read_text() == "as it was" and not (tmp_path / "plan.json").is_symlink()
+
+
 def test_a_folder_set_aside_by_a_kill_between_the_renames_comes_back(tmp_path):
     target = tmp_path / "out"
     with publish_folder(target) as partial:

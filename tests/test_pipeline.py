@@ -486,6 +486,24 @@ def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "logs/rank-0.log"])
+def test_a_run_writes_through_no_link_that_another_may_have_laid(tmp_path, name):
+    """A lock that was opened anew emptied the file behind it."""
+    (tmp_path / "precious").write_text("as it was")
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path)  # on a larger disk, say
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    with (
+        pytest.raises(ConfigError, match="is a symbolic link: a run would write into"),
+        RunDir(tmp_path / "run", "a").locked(),
+    ):
+        pass
+    assert (tmp_path / "precious").read_text() == "as it was"
+    (tmp_path / "run" / name).unlink()
+    with RunDir(tmp_path / "run", "a").locked():
+        pass
+
+
 def test_what_does_not_fit_exits_3_with_a_plan(tmp_path, capsys):
     overrides = ["recipe=full_8b", "hardware=rtx4090_x1", f"run_dir={tmp_path / 'run'}"]
     assert run(compose(overrides), Console(file=io.StringIO())) == 3

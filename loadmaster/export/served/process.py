@@ -153,7 +153,8 @@ def started(command: list[str], port: int, log: Path) -> Iterator[Server]:
     """Run `command` with its output in `log`; it is stopped when the block ends, however it ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**foreign_environment(), **SERVER_VARIABLES}
-    with open(log, "wb") as output:
+    log.unlink(missing_ok=True)  # which may be a link
+    with open(log, "xb") as output:
         process = subprocess.Popen(
             [sys.executable, "-I", guard.__file__, *command],
             stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
