@@ -134,7 +134,7 @@ class RunDir:
             yield
 
     def _refuse_links(self) -> None:
-        """A log, a lock or figures that are written through a link would be another file's end. Folders may be links."""
+        """A log, a lock or figures written through a link would be another file's end. Folders may be links."""
         for path in sorted((*self.path.iterdir(), *self.path.glob("logs/*"))):
             if path.is_symlink() and not path.is_dir():
                 message = f"{path} is a symbolic link: a run would write into {os.readlink(path)}"

@@ -58,7 +58,7 @@ def test_a_folder_of_code_is_this_users_own(tmp_path, umask):
 
 
 def test_a_file_is_not_written_through_a_link_that_lies_in_its_place(tmp_path):
-    """Whoever may write to a shared folder could else choose what is overwritten: a process's number is soon guessed."""
+    """Whoever may write to a shared folder could else choose what is overwritten: a number is soon guessed."""
     (tmp_path / "precious").write_text("as it was")
     for name in ("plan.json", f".plan.json.{os.getpid()}.partial"):
         (tmp_path / name).symlink_to(tmp_path / "precious")

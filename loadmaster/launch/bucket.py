@@ -310,6 +310,11 @@ class Bucket:
             raise ProviderError(
                 f"volume {self.volume}, {what}: {text[:400]}; start again, and it goes on where it was"
             ) from None
+        except (ValueError, KeyError, TypeError, RecursionError):  # redirects in circles are botocore's recursion
+            raise ProviderError(
+                f"volume {self.volume}, {what}: the answer is none of an S3 API; does {URL_VARIABLE} name another "
+                "server, or does one in between answer?"
+            ) from None
 
 
 def etags(path: Path, step: int) -> set[str]:

@@ -187,6 +187,19 @@ def test_a_volume_that_is_full_or_a_key_that_is_wrong_is_a_sentence(s3, artifact
         connect()
 
 
+@pytest.mark.parametrize("error", [None, ValueError("Invalid timestamp"), RecursionError()])
+def test_an_answer_that_is_none_of_an_s3_api_is_a_sentence(s3, artifact, monkeypatch, error) -> None:
+    def answer(**_):
+        if error:
+            raise error
+        return {}
+
+    with connect() as there:
+        monkeypatch.setattr(there._s3, "head_object", answer)
+        with pytest.raises(ProviderError, match="look at x: the answer is none of an S3 API"):
+            there.holds(artifact / "config.json", "x", "0")
+
+
 def test_settings_for_amazon_are_not_taken(s3, artifact, monkeypatch, tmp_path) -> None:
     config = tmp_path / "config"
     config.write_text("[default]\nregion = moon\ns3 =\n  addressing_style = virtual\n")
