@@ -98,7 +98,7 @@ def torn_safetensors(path: Path) -> str | None:
             tensors = json.loads(file.read(length) if length <= LONGEST_HEADER else "")
         tensors.pop("__metadata__", None)
         wanted = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "is no safetensors file"
     if size != wanted:
         return f"has {size:,} bytes and should have {wanted:,}; the copy was cut off, fetch it again"

@@ -124,7 +124,8 @@ def test_a_file_of_tensors_that_was_cut_anywhere_is_not_whole(tmp_path):
     for size in (0, 4, 9, 60, len(content) - 1):
         file.write_bytes(content[:size])
         assert not is_whole_safetensors(file), size
-    for damaged in (b"\xff" * 8 + content[8:], content + b"\0", content[:8] + b"[1]" + content[11:], SHORT):
+    deep = (100_000).to_bytes(8, "little") + b"[" * 100_000
+    for damaged in (b"\xff" * 8 + content[8:], content + b"\0", content[:8] + b"[1]" + content[11:], SHORT, deep):
         file.write_bytes(damaged)
         assert not is_whole_safetensors(file)
 
