@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked
+from loadmaster.export.served import environment
 from loadmaster.export.served.environment import server_python
 from loadmaster.export.served.gpus import Division
 from loadmaster.export.served.process import free_port, server_command, started
@@ -148,3 +149,20 @@ def test_an_interpreter_without_vllm_is_refused_before_anything_is_loaded(tmp_pa
         server_python(Path(sys.executable), quiet)
     with pytest.raises(LoadmasterError, match="does not run"):
         server_python(tmp_path / "python", quiet)
+
+
+def test_a_servers_environment_that_another_may_have_made_is_not_run(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(environment, "_pip", lambda python, *_: made.append(python.is_file()))
+    create = environment.venv.create  # pip takes seconds
+    monkeypatch.setattr(environment.venv, "create", lambda folder, clear, with_pip: create(folder, clear=clear))
+    folder = tmp_path / "servers" / environment.LLAMA_CPP.folder
+    folder.mkdir(parents=True)
+    (folder / environment.COMPLETE).touch()
+    folder.chmod(0o777)
+    with pytest.raises(LoadmasterError, match="programs in it would be run"):
+        environment.environment_python(environment.LLAMA_CPP, print)
+    folder.chmod(0o700)
+    (folder / environment.COMPLETE).unlink()
+    assert environment.environment_python(environment.LLAMA_CPP, print).is_file() and made and all(made)
