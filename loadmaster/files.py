@@ -140,15 +140,17 @@ def cache_root() -> Path:
 def own_folder(folder: Path) -> bool:
     """Make a folder of files that are run as code, where there is none; whether nobody else can have put any there.
 
-    Not behind a link; of root or of this user, by what a file of his has for an owner on that disk.
+    Not behind a link; of root or of this user. What a private file of his has on that disk for an owner and a mode is
+    the measure: a network volume may show one of each for all.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         folder.mkdir(mode=0o750)
     found = folder.lstat()
     with tempfile.TemporaryFile(dir=folder.parent) as file:
-        owners = (0, os.fstat(file.fileno()).st_uid)
-    return stat.S_ISDIR(found.st_mode) and found.st_uid in owners and not found.st_mode & stat.S_IWOTH
+        private = os.fstat(file.fileno())
+    opened = found.st_mode & ~private.st_mode & stat.S_IWOTH
+    return stat.S_ISDIR(found.st_mode) and found.st_uid in (0, private.st_uid) and not opened
 
 
 @contextmanager

@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -38,7 +39,7 @@ def test_who_may_read_files_of_a_folder_is_as_the_umask_says(tmp_path, umask, mo
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022])
-def test_a_folder_of_code_is_this_users_own(tmp_path, umask):
+def test_a_folder_of_code_is_this_users_own(tmp_path, umask, monkeypatch):
     before = os.umask(umask)
     try:
         assert own_folder(tmp_path / "made" / "here") and own_folder(tmp_path / "made" / "here")
@@ -51,6 +52,15 @@ def test_a_folder_of_code_is_this_users_own(tmp_path, umask):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     assert not own_folder(tmp_path / "open")
+
+    def on_a_volume_that_shows_one_mode_for_all(dir):
+        file = os.open(dir / "private", os.O_RDWR | os.O_CREAT)
+        os.fchmod(file, 0o777)
+        return os.fdopen(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile, "TemporaryFile", on_a_volume_that_shows_one_mode_for_all)
+        assert own_folder(tmp_path / "open")
     if os.geteuid() == 0:
         (tmp_path / "others").mkdir()
         os.chown(tmp_path / "others", 65534, 65534)
