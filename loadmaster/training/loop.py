@@ -108,6 +108,7 @@ def train(
     refuse_missing_tracker(job)
     with stop.deferred(), ExitStack() as stack:
         watch.at(0, "load")
+        display.echo("loading the model")
         cache = CompileCache(run_dir / "compile_cache", world.lead)
         compiles = plan.compile or plan.optimizer == "adamw_bf16"  # whose step compiles itself
         if compiles:
@@ -126,6 +127,7 @@ def train(
         if world.lead:
             clear(training.folder)
         watch.at(0, "rehearse")
+        display.echo("rehearsing; layers are compiled meanwhile" if plan.compile else "rehearsing")
         kernel = stack.enter_context(attention_kernel(session, display.echo))
         scratch = training.folder / ".rehearsal"
         with own_code(session):

@@ -124,6 +124,19 @@ def run(
     )
 
 
+@pytest.mark.parametrize(
+    ("compiles", "said"), [(False, "rehearsing"), (True, "rehearsing; layers are compiled meanwhile")]
+)
+def test_what_takes_long_before_the_first_step_is_said_as_it_begins(tiny, tmp_path, monkeypatch, compiles, said):
+    def ended(*_):
+        raise LoadmasterError(lines.getvalue())
+
+    lines = io.StringIO()
+    monkeypatch.setattr(loop, "rehearse_run", ended)
+    with pytest.raises(LoadmasterError, match=f"^loading the model\n{said}\n$"):
+        run(tiny, tmp_path, plan=replace(PLAN, compile=compiles), console=Console(file=lines))
+
+
 def test_the_first_step_is_expected_to_take_the_rehearsals_time_for_each_micro_batch(tiny, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(Watchdog, "expect", lambda watch, seconds: told.append((seconds, watch._beat.step)))
