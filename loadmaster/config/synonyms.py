@@ -180,8 +180,8 @@ _WITHOUT = {
     "init_lora_weights pissa_init": "an adapter begins as zero, by LoRA's usual B = 0",
     "ref_model precompute_ref_log_probs": "the reference is the base model: with its adapter switched off, or asked "
     "once before all weights are trained",
-    "resume_from_checkpoint auto_resume_from_checkpoints overwrite_output_dir": "the same command goes on from the "
-    "newest checkpoint; run_dir=NEW begins anew",
+    "resume resume_from_checkpoint auto_resume_from_checkpoints overwrite_output_dir": "the same command goes on from "
+    "the newest checkpoint; run_dir=NEW begins anew",
     "push_to_hub hub_model_id hub_strategy": "`loadmaster push RUN --repo OWNER/NAME` uploads an export",
     "model_type tokenizer_type": "config.json and tokenizer_config.json of the model say it",
     "trust_remote_code": "code that lies beside a model is never run",
