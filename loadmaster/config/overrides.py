@@ -241,7 +241,8 @@ def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> P
     guess = min(alike, key=_size) if alike else nearest(named, options)
     meant = _machine(named, options) if group == "hardware" else f"{group}={guess}" if guess else ""
     remedy = (f"{meant}; " if meant else "") + "the options are " + ", ".join(options)
-    if (group == "model" and "/" in wrong) or (group == "data" and wrong.lower().endswith(DATA_SUFFIXES)):
+    is_model = "/" in wrong or os.path.isfile(local_path(wrong) / "config.json")
+    if (group == "model" and is_model) or (group == "data" and wrong.lower().endswith(DATA_SUFFIXES)):
         remedy = f"{_meant(group, wrong)}; {remedy}"
     others = {
         "model": "model by model.name=HUB-ID or model.path=FOLDER",

@@ -7,6 +7,7 @@ Nothing is loaded and torch is not imported. A family that is not in FAMILIES is
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,10 @@ def find_config(model: ModelConfig) -> tuple[dict[str, Any], str]:
     found = _from_hub(model)
     if found is not None:
         return _read(found, "model.name", model), str(found)
+    if os.path.isfile(local_path(model.name) / "config.json"):
+        message = "is a folder here, and no model of the Hub"
+        remedy = f"model.path={model.name}; model.name=ORG/NAME beside it says what to call the model"
+        raise ConfigError([Problem("model.name", model.name, IN_THE_JOB, message, remedy)])
     raise _no_config(
         "model.name", model.name,
         "no config.json found: it is not one of the shipped shapes, not in the Hub's local cache, and the Hub did not "

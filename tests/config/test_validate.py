@@ -94,6 +94,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         # what needs no field here, and why
         ("logging_steps=1", "logging_steps", "there is no such field", "take it out: every step is logged"),
         ("data.template=llama3", "data.template", "there is no such field", "take it out: rows are rendered by"),
+        ("resume=true", "resume", "there is no such field", "take it out: the same command goes on from"),
         ("flash_attention=true", "flash_attention", "there is no such field", "take it out: attention is always a"),
         ("preprocessing_num_workers=16", "preprocessing_num_workers", "there is no such field", "take it out: rows"),
         ("torch_dtype=bf16", "torch_dtype", "there is no such field", "precision=bf16"),
@@ -279,6 +280,12 @@ def test_a_path_from_the_home_folder_is_read_without_quotes_and_said_in_full(
     assert [p.message for p in problems("model.path=~nobody-of-this-name/other")] == ["is not a folder here"]
     assert not taken("model.path=~/my model") and problems("model.path=~/a,~/b")[0].message.startswith("several values")
     assert [(p.value, p.message) for p in problems("model.path=a~b")] == [("a~b", "is not a folder here")]
+
+
+def test_a_folder_given_as_the_groups_option_is_the_models_path(here: Path):
+    (here / "mine").mkdir()
+    (here / "mine/config.json").write_text("{}")
+    assert [p.remedy.partition(";")[0] for p in problems("model=mine")] == ["model.path=mine"]
 
 
 def test_each_key_of_an_unknown_section_is_a_problem_where_it_was_set(here: Path):

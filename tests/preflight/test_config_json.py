@@ -217,3 +217,12 @@ def test_positions_that_are_written_with_a_point_are_whole_numbers() -> None:
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": 4096.0}
     shape = from_config({**LLAMA, "max_position_embeddings": 40000.0, "rope_scaling": longrope}, "x")
     assert [repr(each) for each in (shape.max_position, shape.short_positions)] == ["40000", "4096"]
+
+
+def test_a_folder_given_as_the_models_name_is_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text("{}")
+    for name in ("mine", "./mine", str(tmp_path / "mine")):
+        with pytest.raises(ConfigError, match=f"model.path={name}; model.name=ORG/NAME"):
+            find_config(ModelConfig(name=name))
