@@ -204,7 +204,8 @@ def no_export(run_dir: Path) -> ExportRejected:
     if not os.path.isdir(run_dir):
         return ExportRejected(f"{_no_folder(run_dir)}; give a run directory whose export stage is done.")
     if (run_dir / "config.yaml").is_file():
-        return ExportRejected(f"{run_dir} holds no export yet: its export stage is not done.")
+        again = f"loadmaster export --config-dir {run_dir} --config-name config run_dir={run_dir}"
+        return ExportRejected(f"{run_dir} holds no export yet: its export stage is not done; {again} goes on with it.")
     if run := newest_in(run_dir):
         return ExportRejected(f"{run_dir} is no run directory: give one of those in it, the newest is {run}")
     return ExportRejected(f"{run_dir} holds no export: give a run directory whose export stage is done.")
