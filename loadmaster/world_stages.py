@@ -77,6 +77,7 @@ class StageRun:
         import loadmaster.training.loop  # noqa: F401  with the libraries below it
         from loadmaster.models.spread import free_device_memory
         from loadmaster.training.liveness import PREPARE
+        from loadmaster.training.tracker import refuse_missing_tracker
         from loadmaster.training.watchdog import Watchdog, as_they_begin
 
         collector.resume()
@@ -92,6 +93,7 @@ class StageRun:
                     self._refuse_missing_compiler()
                     exported = self.job.stop_after in ("export", "bundle")
                     packages.refuse_missing(self.plan, self.job.export.formats if exported else ())
+                    refuse_missing_tracker(self.job)
                 watch = Watchdog(self.world, self.run_dir / "logs", hang_s, on_end=self.on_end)
                 stack.enter_context(watch)
             watch.at(0, PREPARE)

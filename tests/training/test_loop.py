@@ -32,7 +32,7 @@ from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, 
 from loadmaster.training import loop
 from loadmaster.training.batches import longest_stretch, micro_batches, trained_tokens, worst_rows
 from loadmaster.training.display import Display
-from loadmaster.training.loop import make_session, refuse_missing_tracker, train
+from loadmaster.training.loop import make_session, train
 from loadmaster.training.metrics import MetricsLog, read_metrics
 from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.stop import StopSignal
@@ -424,12 +424,6 @@ def test_a_plan_for_another_number_of_processes_is_refused():
     two = dataclasses.replace(PLAN, hardware=dataclasses.replace(PLAN.hardware, count=2))
     with pytest.raises(ConfigError, match="number of processes is 2 and this run's is 1"):
         make_session(JOB, two, World(), 0)
-
-
-def test_a_tracker_that_is_not_installed_is_refused_not_left_out():
-    job = dataclasses.replace(JOB, tracker=TrackerConfig("mlflow"))
-    with pytest.raises(ConfigError, match="pip install mlflow"):
-        refuse_missing_tracker(job)
 
 
 def test_a_plan_for_two_gpus_is_not_trained_on_one_in_silence(tiny, tmp_path, monkeypatch):

@@ -7,8 +7,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from loadmaster.config.schema import TrackerConfig
 from loadmaster.errors import ConfigError
+from loadmaster.training.stop import StopSignal
 from loadmaster.training.tracker import open_tracker
-from tests.training.test_loop import JOB
+from loadmaster.training.world import World
+from loadmaster.world_stages import StageRun
+from tests.training.test_loop import JOB, PLAN
 
 JOB = dataclasses.replace(JOB, tracker=TrackerConfig("wandb", "mine"))
 
@@ -56,3 +59,10 @@ def test_a_tracker_that_fails_later_is_left_alone(tmp_path, monkeypatch, at, log
     tracker.close()
     assert library.logged == logged
     assert len(said) == 1 and "Library failed" in said[0] and "metrics.jsonl" in said[0]
+
+
+def test_one_that_is_not_installed_is_refused_before_a_model_is_downloaded(tmp_path):
+    (tmp_path / "plan.json").touch()
+    job, materials = dataclasses.replace(JOB, tracker=TrackerConfig("mlflow")), None
+    with pytest.raises(ConfigError, match="pip install mlflow"):
+        StageRun(job, PLAN, tmp_path, World(), StopSignal(), None, materials).run("train")

@@ -149,7 +149,8 @@ def test_a_stage_prepares_in_that_phase(tmp_path, monkeypatch):
     passed = []
     monkeypatch.setattr(Watchdog, "at", lambda self, step, phase: passed.append(phase))
     (tmp_path / "plan.json").touch()
-    job = SimpleNamespace(launch=SimpleNamespace(hang_timeout_s="auto"), stop_after="train")
+    none, launch = SimpleNamespace(name="none"), SimpleNamespace(hang_timeout_s="auto")
+    job = SimpleNamespace(launch=launch, stop_after="train", tracker=none)
     plan, stop = SimpleNamespace(
         compile=False, optimizer="adamw", offload="none", method="lora", precision="bf16", master_weights=True,
         sharding="none", model=SimpleNamespace(vocabulary_size=1),
