@@ -176,6 +176,8 @@ def _printer(tokenizer: Any, stops: set[int]) -> Any:
 
 def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, str | None]:
     """(model, tokenizer, system message)."""
+    folder = _weights(asked)  # before libraries that take seconds to load
+
     from transformers.utils import logging
 
     from loadmaster.config.compose import read_job
@@ -190,7 +192,6 @@ def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, str | None]:
 
     logging.set_verbosity_error()
     job, plan = read_job(asked.run_dir / "config.yaml", to_run=False).job, Plan.read(asked.run_dir / "plan.json")
-    folder = _weights(asked)
     by_itself = folder is not None and not (folder / "adapter_config.json").is_file()
     with chdir(folder_of_paths(asked.run_dir)):
         system = _system(job) if asked.system is None else asked.system
@@ -224,13 +225,14 @@ def _said_in_a_sentence(folder: Path) -> Iterator[None]:
 def _weights(asked: argparse.Namespace) -> Path | None:
     """The folder of the weights that are asked for; None for those of the base."""
     from loadmaster.export.manifest import exported
-    from loadmaster.export.served.check import exported as as_exported
 
     if asked.base:
         return None
     if asked.format == "gguf":
         raise LoadmasterError(f"llama.cpp runs it: llama-cli -m {asked.run_dir / 'export' / 'gguf'}/*.gguf")
     if asked.format is not None:
+        from loadmaster.export.served.check import exported as as_exported
+
         as_exported(asked.run_dir, [asked.format])
         return asked.run_dir / "export" / asked.format
     if not (run := RunDir(asked.run_dir, "")).holds_trained():

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -210,3 +211,11 @@ def test_a_folder_that_is_no_run_and_a_run_without_weights_are_refused(run, tmp_
         shutil.copy(run / name, tmp_path)
     assert main(["chat", str(tmp_path), "--message", "Hello"]) != 0
     assert "its train stage is not done" in capsys.readouterr().err
+
+
+def test_a_run_that_has_nothing_to_talk_to_is_refused_before_torch_is_loaded(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    code = "import sys; from loadmaster.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "chat", str(tmp_path), "--message", "hi"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "has no trained weights: its train stage is not done" in done.stderr
