@@ -177,6 +177,7 @@ def _printer(tokenizer: Any, stops: set[int]) -> Any:
 def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, str | None]:
     """(model, tokenizer, system message)."""
     folder = _weights(asked)  # before libraries that take seconds to load
+    _tell("loading the model")
 
     from transformers.utils import logging
 

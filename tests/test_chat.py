@@ -219,3 +219,13 @@ def test_a_run_that_has_nothing_to_talk_to_is_refused_before_torch_is_loaded(tmp
     command = [sys.executable, "-c", code, "chat", str(tmp_path), "--message", "hi"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "has no trained weights: its train stage is not done" in done.stderr
+
+
+def test_loading_is_said_and_what_libraries_say_of_it_is_not(run, monkeypatch, capsys):
+    def noisy(*arguments):
+        print("Decompressing model: 100%", file=sys.stderr)
+        return load_export(*arguments)
+
+    monkeypatch.setattr("loadmaster.export.loading.load_export", noisy)
+    assert main(["chat", str(run), "--format", "bf16", "--message", "Hello", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().err == "loading the model\n"

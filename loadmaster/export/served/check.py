@@ -179,7 +179,7 @@ def exported(run_dir: Path, formats: list[str] | None) -> dict[str, dict[str, An
     for name in formats or found:
         if problems := verify_manifest(folder := run_dir / "export" / name):
             listed = "\n  ".join(problems)
-            raise ExportRejected(f"{folder} is not what was exported, so no server is asked:\n  {listed}")
+            raise ExportRejected(f"{folder} is not what was exported, so it is not asked:\n  {listed}")
     return {name: read_manifest(run_dir / "export" / name) for name in formats or found}
 
 
