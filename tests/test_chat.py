@@ -191,19 +191,6 @@ def test_lines_that_end_in_any_way_are_lines():
     assert chat_command._as_text("one\rtwo\r\nthree\n") == "one\ntwo\nthree\n"
 
 
-def test_what_libraries_say_as_they_load_is_left_out(run, monkeypatch, capsys):
-    module = sys.modules["loadmaster.export.loading"]
-    load = module.load_export
-
-    def aloud(*arguments):
-        print("Decompressing model: 100%", file=sys.stderr)
-        return load(*arguments)
-
-    monkeypatch.setattr(module, "load_export", aloud)
-    assert main(["chat", str(run), "--format", "bf16", "--message", "Hello", "--max-new-tokens", "6"]) == 0
-    assert capsys.readouterr().err == ""
-
-
 def test_a_folder_that_is_no_run_and_a_run_without_weights_are_refused(run, tmp_path, capsys):
     assert main(["chat", str(run.parent), "--message", "Hello"]) != 0
     assert f"the newest is {run}" in capsys.readouterr().err
