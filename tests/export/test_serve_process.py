@@ -92,6 +92,16 @@ def test_a_server_that_dies_is_told_by_its_error(tmp_path):
     assert "later 29" in str(error.value) and "later 3\n" not in str(error.value)
 
 
+def test_a_servers_sockets_lie_in_a_folder_that_goes_with_it(tmp_path):
+    code = "import os; from pathlib import Path; folder = os.environ['VLLM_RPC_BASE_PATH']; print(folder)"
+    code += "; (Path(folder) / 'socket').touch()"
+    with started(python(code), 4711, tmp_path / "log") as server:
+        assert server.has_ended(60)
+        folder = Path((tmp_path / "log").read_text().strip())
+        assert (folder / "socket").exists() and folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()
+
+
 def test_a_killed_server_hints_at_memory(tmp_path):
     code = "import os; os.kill(os.getpid(), 9)"
     with (

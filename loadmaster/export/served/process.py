@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from loadmaster.errors import ExportRejected, NotChecked
@@ -152,17 +153,18 @@ class Server:
 def started(command: list[str], port: int, log: Path) -> Iterator[Server]:
     """Run `command` with its output in `log`; it is stopped when the block ends, however it ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**foreign_environment(), **SERVER_VARIABLES}
     log.unlink(missing_ok=True)  # which may be a link
-    with open(log, "xb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-I", guard.__file__, *command],
-            stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-        )  # fmt: skip
-    server = Server(process, port, log)
-    try:
-        yield server
-    finally:
-        server.stop()
-        if process.stdin:
-            process.stdin.close()
+    with TemporaryDirectory(prefix="loadmaster-", ignore_cleanup_errors=True) as sockets:  # which vLLM leaves
+        environment = {**foreign_environment(), **SERVER_VARIABLES, "VLLM_RPC_BASE_PATH": sockets}
+        with open(log, "xb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-I", guard.__file__, *command],
+                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+            )  # fmt: skip
+        server = Server(process, port, log)
+        try:
+            yield server
+        finally:
+            server.stop()
+            if process.stdin:
+                process.stdin.close()
