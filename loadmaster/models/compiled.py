@@ -11,8 +11,10 @@ that folder, and once more on this machine for other runs. Its keys hold code, s
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import platform
 import shutil
 import sys
 import sysconfig
@@ -130,6 +132,8 @@ class CompileCache:
         # Headers that a CPU's compiler reads in advance lie in one folder for all runs, 150 MB each: half of one, of a
         # compiler that was killed or is still at work for a run that was, fails every run that finds it.
         torch._inductor.config.cpp_cache_precompile_headers = False
+        if not torch.cuda.is_available():  # graphs name a CPU's vector instructions, and PyTorch's key of them does not
+            torch.compiler.config.cache_key_tag = _instructions()
         if not self.own:
             return
         if not _is_own(self.given, unknown=True):  # its files would be run: as this user, whoever wrote them
@@ -174,6 +178,13 @@ class CompileCache:
     def _room(self) -> Path:
         """A folder of this process alone, until the end."""
         return Path(self.rooms.enter_context(TemporaryDirectory(prefix="loadmaster-", ignore_cleanup_errors=True)))
+
+
+def _instructions() -> str:
+    """Stands for what this machine's CPU can do."""
+    text = Path("/proc/cpuinfo").read_text()
+    known = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
+    return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def _is_own(folder: Path, unknown: bool) -> bool:

@@ -164,7 +164,7 @@ def test_all_nodes_are_told_to_save_a_checkpoint_before_the_limit(place):
 @pytest.mark.parametrize("limit", ["launch.max_hours=0.0005", "launch.max_usd=0.004"])
 def test_the_limits_end_a_cluster_that_does_not_listen(place, limit):
     words = [*TWO, "launch.env.STAND_IN_S='30'", "launch.env.STAND_IN_DEAF='1'", limit]
-    with pytest.raises(LoadmasterError, match="are over"):
+    with pytest.raises(LoadmasterError, match=r"are over|is gone"):  # by the launcher's clock, or the machines' own
         launch_job(place.composed(*words), place.console, place.provider, tokens=None)
     assert nothing_left(place.fake)
 

@@ -236,7 +236,7 @@ def test_the_job_is_told_to_save_a_checkpoint_before_the_limit(place):
 @pytest.mark.parametrize("limit", ["launch.max_hours=0.0005", "launch.max_usd=0.00035"])
 def test_the_limits_terminate_a_job_that_does_not_listen(place, limit):
     words = ["launch.env.STAND_IN_S='30'", "launch.env.STAND_IN_DEAF='1'", "launch.gpus=[rtx4090:1]"]
-    with pytest.raises(LoadmasterError, match="are over"):
+    with pytest.raises(LoadmasterError, match=r"are over|is gone"):  # by the launcher's clock, or the machine's own
         launch_job(place.composed(*words, limit), place.console, place.provider, tokens=None)
     assert place.fake.pods == {}
 

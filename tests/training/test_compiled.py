@@ -255,18 +255,21 @@ def test_the_compilers_cache_travels_with_the_run_and_serves_the_next_one(tiny, 
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as importing torch._dynamo leaves it
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
-    # Kernels of plain C++, without the half a dozen programs that try what vectors the compiler knows.
-    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
+    # Kernels of plain C++, without the half a dozen programs that try what vectors the compiler knows. By config it
+    # would be so for good: the process keeps the list, and code of other runs with vectors does not compile then.
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list)
     found = []
-    for name in ("first", "second"):
+    for name, cpu in (("first", "one"), ("second", "one"), ("third", "another")):
+        monkeypatch.setattr(compiled, "_instructions", lambda cpu=cpu: cpu)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         outcome = run(tiny, tmp_path / name, monkeypatch, compile=True)
         assert any((tmp_path / name / "compile_cache").rglob("*.so"))
         counted = torch._dynamo.utils.counters["inductor"]
         found.append((counted["fxgraph_cache_hit"], counted["fxgraph_cache_miss"], outcome.train_loss))
-    (_, compiled_first, loss), (hits, misses, again) = found
+    (_, compiled_first, loss), (hits, misses, again), (none, anew, _) = found
     assert compiled_first > 0 and hits > 0 and misses == 0 and again == loss
+    assert none == 0 and anew > 0
 
 
 def test_layers_that_cannot_be_compiled_end_the_rehearsal_with_a_way_out(tiny, tmp_path, monkeypatch):
