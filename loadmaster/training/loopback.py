@@ -7,6 +7,7 @@ processes are on this host, it listens at 127.0.0.1 alone.
 
 from __future__ import annotations
 
+import os
 import socket
 from datetime import timedelta
 from ipaddress import ip_address
@@ -27,11 +28,16 @@ def is_loopback(host: str) -> bool:
 
 
 def _loopback(host: str) -> tuple[socket.AddressFamily, str] | None:
+    """Its address there, IPv4's where there are both."""
+    # Debian's hosts know themselves at 127.0.1.1, and others of the same world may know them elsewhere.
+    may_be_name = host.lower() == "localhost" or "LOCAL_WORLD_SIZE" in os.environ
+    flags = 0 if may_be_name else socket.AI_NUMERICHOST
     try:
-        found = [(family, place[0]) for family, *_, place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+        places = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)
     except (OSError, UnicodeError):
         return None
-    return found[0] if all(ip_address(address).is_loopback for _, address in found) else None
+    found = [(family, place[0]) for family, *_, place in places]
+    return min(found) if all(ip_address(address).is_loopback for _, address in found) else None
 
 
 def ear(host: str, port: int) -> int | None:

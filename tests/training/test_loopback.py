@@ -51,15 +51,34 @@ def test_so_do_ranks_that_another_launcher_started_there(host, monkeypatch):
     assert kept[1].check(["loadmaster/group/0/here/0"])
 
 
+def stand_for(addresses: list[str], monkeypatch) -> None:
+    """Let every name stand for these."""
+
+    def found(host, *_, flags=0, **__):
+        if flags & socket.AI_NUMERICHOST and not host[0].isdigit():
+            raise socket.gaierror("Name or service not known")
+        families = [socket.AF_INET6 if ":" in address else socket.AF_INET for address in addresses]
+        return [(family, 1, 6, "", (address, 0)) for family, address in zip(families, addresses, strict=True)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+
+
 @pytest.mark.parametrize(("addresses", "local"), [(["127.0.1.1"], True), (["127.0.1.1", "10.0.0.7"], False)])
 def test_a_hosts_own_name_is_local_where_it_stands_for_loopback_alone(addresses, local, monkeypatch):
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    stand_for(addresses, monkeypatch)
+    assert loopback.ear("the-host", 0) is None  # nobody says that the others are on this host, who may know another
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     descriptor = loopback.ear("the-host", 0)
     assert (descriptor is not None, loopback.is_loopback("the-host")) == (local, local)
     if descriptor is not None:
         with socket.socket(fileno=descriptor) as ear:
             assert ear.getsockname()[0] == "127.0.1.1"
+
+
+def test_localhost_is_ipv4s_where_it_is_both(monkeypatch):
+    stand_for(["::1", "127.0.0.1"], monkeypatch)
+    with socket.socket(fileno=loopback.ear("localhost", 0)) as ear:
+        assert ear.getsockname()[0] == "127.0.0.1"
 
 
 def test_others_reach_the_first_of_several_hosts_which_may_call_itself_localhost(monkeypatch):
