@@ -134,9 +134,9 @@ class RunDir:
             yield
 
     def _refuse_links(self) -> None:
-        """A log, a lock or figures written through a link would be another file's end. Folders may be links."""
-        for path in sorted((*self.path.iterdir(), *self.path.glob("logs/*"))):
-            if path.is_symlink() and not path.is_dir():
+        """A log, a lock or figures written through a link would be another file's end; other files take its place."""
+        for path in (self.path / ".lock", self.path / "metrics.jsonl", *sorted(self.path.glob("logs/*"))):
+            if path.is_symlink():
                 message = f"{path} is a symbolic link: a run would write into {os.readlink(path)}"
                 raise _refused(str(self.path), message, f"rm {path}, if it is not yours; or run_dir=FOLDER: a new one")
 

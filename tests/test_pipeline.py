@@ -492,6 +492,7 @@ def test_a_run_writes_through_no_link_that_another_may_have_laid(tmp_path, name)
     (tmp_path / "precious").write_text("as it was")
     (tmp_path / "run" / "logs").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path)  # on a larger disk, say
+    (tmp_path / "run" / "mine.jsonl").symlink_to(tmp_path / "precious")  # the user's own, which no run writes
     (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
     with (
         pytest.raises(ConfigError, match="is a symbolic link: a run would write into"),
