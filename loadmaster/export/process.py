@@ -80,7 +80,7 @@ def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float,
         tail = "".join(errors.readlines()[-TAIL_LINES:]).rstrip()
     if code == LoadmasterError.exit_code and not timed_out.is_set():
         raise LoadmasterError(f"the {name} step of the export could not be done, at: {last}\n{tail}")
-    what = f"did not finish in {timeout_s:.0f} s" if timed_out.is_set() else f"ended with {_meaning(code)}"
+    what = f"did not finish in {timeout_s:.0f} s" if timed_out.is_set() else f"ended with {meaning(code)}"
     raise ExportRejected(f"the {name} step of the export {what}, at: {last}\n{tail}")
 
 
@@ -161,7 +161,7 @@ def write_result(spec: dict[str, Any], result: Any) -> None:
     Path(spec["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
-def _meaning(code: int) -> str:
+def meaning(code: int) -> str:
     if code == -9:
         return "signal 9 (killed: most often the machine ran out of memory)"
     return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked
-from loadmaster.export.served import environment
+from loadmaster.export.served import environment, llama_cpp
 from loadmaster.export.served.environment import server_python
 from loadmaster.export.served.gpus import Division
 from loadmaster.export.served.process import free_port, server_command, started
@@ -176,3 +176,13 @@ def test_a_servers_environment_that_another_may_have_made_is_not_run(tmp_path, m
     folder.chmod(0o700)
     (folder / environment.COMPLETE).unlink()
     assert environment.environment_python(environment.LLAMA_CPP, print).is_file() and made and all(made)
+
+
+@pytest.mark.parametrize(("number", "raised"), [("KILL", NotChecked), ("SEGV", ExportRejected)])
+def test_llama_cpp_that_was_killed_has_checked_nothing(tmp_path, number, raised):
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/sh\nkill -{number} $$\n")
+    interpreter.chmod(0o755)
+    with pytest.raises(ExportRejected, match=r"llama\.cpp ended with signal \d+.* on model\.gguf") as found:
+        llama_cpp._probe(interpreter, {"model": "model.gguf"}, tmp_path, 60)
+    assert type(found.value) is raised

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.errors import ExportRejected, NotChecked
-from loadmaster.export.process import answering_s, clean_environment, run_script, timeout_s
+from loadmaster.export.process import answering_s, clean_environment, meaning, run_script, timeout_s
 from loadmaster.export.served.client import Served
 from loadmaster.export.served.compare import LIMITS, answer_figures, log_probability_figures
 from loadmaster.export.served.process import FASTER
@@ -29,7 +29,7 @@ def ask_llama_cpp(
     """Figures of the GGUF file in `folder`, as `serve_check.ask` gives them of a served model.
 
     python: interpreter of an environment with cyllama. expected: conversation -> its token ids in training.
-    Raises ExportRejected when llama.cpp does not load it, or dies; NotChecked when it is not done in time.
+    Raises ExportRejected when llama.cpp does not load it, or dies; NotChecked when it is killed or not done in time.
     """
     [file] = sorted(folder.glob("*.gguf"))
     texts = {
@@ -72,7 +72,7 @@ def _probe(python: Path, told: dict[str, Any], scratch: Path, limit_s: float) ->
     except subprocess.TimeoutExpired:
         raise NotChecked(f"llama.cpp did not answer within {limit_s:.0f} s; {FASTER}") from None
     if result is None:
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         tail = "\n".join(done.stderr.strip().splitlines()[-TAIL_LINES:])
-        raise ExportRejected(f"llama.cpp ended with {how} on {Path(told['model']).name}\n{tail}")
+        why = f"llama.cpp ended with {meaning(done.returncode)} on {Path(told['model']).name}\n{tail}"
+        raise NotChecked(why) if done.returncode == -9 else ExportRejected(why)
     return result
