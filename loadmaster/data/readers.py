@@ -27,6 +27,8 @@ a hole in it) is said before it fills the memory."""
 TOO_LONG, SPLIT = f"has more than {LONGEST_ROW >> 20} MiB", "end each row with a line break, and split the longest"
 PARQUET_ROWS = 16
 """That are made at a time: what all rows repeat takes no room in the file, and here as often as there are rows."""
+CATEGORY_ROWS = 1024
+"""That are read at a time where a column is of categories, which are all made again for each time."""
 ESCAPED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as surrogateescape decodes them."""
 MARK_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
@@ -321,8 +323,9 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
             if twice := _twice(file.schema_arrow.names):
                 yield RawRow(f"{name}:1", error=f"names the column {', '.join(twice)} twice", remedy="name each once")
                 return
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                for row in batch.to_pylist() if batch.nbytes <= LONGEST_ROW else _short_rows(batch):
+            of_categories = any(isinstance(kind, pyarrow.DictionaryType) for kind in file.schema_arrow.types)
+            for batch in file.iter_batches(batch_size=CATEGORY_ROWS if of_categories else PARQUET_ROWS):
+                for row in _rows_of(batch):
                     number += 1
                     if row is None:
                         yield RawRow(f"{name}:{number}", error=TOO_LONG, remedy="split it into several rows")
@@ -333,10 +336,22 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
         yield RawRow(f"{name}:{number + 1}", error=reason, remedy=AGAIN)
 
 
-def _short_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
-    """The rows of a large batch one by one; None for one that is longer than LONGEST_ROW."""
-    for row in (batch.slice(start, 1) for start in range(batch.num_rows)):
-        yield row.to_pylist()[0] if row.nbytes <= LONGEST_ROW else None
+def _rows_of(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch; None for one that is longer than LONGEST_ROW."""
+    for part in (_plain(batch.slice(start, PARQUET_ROWS)) for start in range(0, batch.num_rows, PARQUET_ROWS)):
+        if part.nbytes <= LONGEST_ROW:
+            yield from part.to_pylist()
+            continue
+        for row in (part.slice(start, 1) for start in range(part.num_rows)):
+            yield row.to_pylist()[0] if row.nbytes <= LONGEST_ROW else None
+
+
+def _plain(batch: Any) -> Any:
+    """With what its categories stand for, of which each row would else be as long as all."""
+    import pyarrow
+
+    columns = [c.dictionary_decode() if isinstance(c, pyarrow.DictionaryArray) else c for c in batch.columns]
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def without_nulls(value: Any) -> Any:
