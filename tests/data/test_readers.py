@@ -64,12 +64,12 @@ def test_a_row_of_a_parquet_file_that_is_too_long_does_not_stop_the_rest(tmp_pat
 
 def test_categories_are_no_part_of_each_row_and_not_made_for_each_few(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "LONGEST_ROW", 5000)
-    texts = [f"{number:0100}" for number in range(50_000)]
+    texts = [f"{number:0100}" for number in range(120_000)]
     column = pyarrow.array([*texts, None, "x" * 6000]).dictionary_encode()
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "rows.parquet")
     began = time.process_time()
     assert read(tmp_path / "rows.parquet") == [*({"text": text} for text in texts), {}, TOO_LONG]
-    assert time.process_time() - began < 1  # the categories made for every 16 rows take longer
+    assert time.process_time() - began < 2  # the categories made for every 16 rows take longer
 
 
 @pytest.mark.parametrize("twice", [[], ["c7"]])
