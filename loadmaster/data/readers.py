@@ -76,7 +76,7 @@ def _starts_with_bracket(path: Path) -> bool:
 def _one_object(path: Path) -> tuple[dict[str, Any], bool] | None:
     """The JSON object that is the whole file, and whether it stands on one line; None for anything else."""
     with open(path, "rb") as file:
-        lines = ((line or b"?").strip().removeprefix(codecs.BOM_UTF8) for line in _lines(file))
+        lines = ((line or b"{").strip().removeprefix(codecs.BOM_UTF8) for line in _lines(file))  # a long one may be all
         first = next((line for line in lines if line), b"")
         if not first.startswith(b"{"):
             return None

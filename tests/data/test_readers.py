@@ -25,6 +25,8 @@ def read(path) -> list[object]:
     [
         ("rows.jsonl", '{"n": 1}\n' + "x" * 5000 + '\n{"n": 2}\n', [{"n": 1}, TOO_LONG, {"n": 2}]),
         ("rows.json", '{"n": 1}\n' + "x" * 5000, [{"n": 1}, TOO_LONG]),
+        ("rows.json", '{"data": [' + '{"n": 1}, ' * 500 + '{"n": 2}]}', [{"n": 1}] * 500 + [{"n": 2}]),
+        ("rows.json", "x" * 5000 + '\n{"n": 1}\n', [TOO_LONG, {"n": 1}]),
         ("rows.csv", "n\n1\n" + "x" * 5000 + "\n2\n", [{"n": "1"}, f"broken CSV: a line {TOO_LONG}"]),
         ("rows.csv", 'n\n1\n"' + "x\n" * 2500, [{"n": "1"}, "broken CSV: field larger than field limit (1000)"]),
     ],
