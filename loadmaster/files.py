@@ -147,10 +147,15 @@ def own_folder(folder: Path) -> bool:
     with suppress(FileExistsError):
         folder.mkdir(mode=0o750)
     found = folder.lstat()
-    with tempfile.TemporaryFile(dir=folder.parent) as file:
-        private = os.fstat(file.fileno())
+    if not stat.S_ISDIR(found.st_mode):
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            private = os.fstat(file.fileno())
+    except PermissionError:
+        return False
     opened = found.st_mode & ~private.st_mode & stat.S_IWOTH
-    return stat.S_ISDIR(found.st_mode) and found.st_uid in (0, private.st_uid) and not opened
+    return found.st_uid in (0, private.st_uid) and not opened
 
 
 @contextmanager
