@@ -5,13 +5,25 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.files import exclusive, is_full_disk, is_whole_safetensors, own_folder, publish_folder, write_json
+from loadmaster.files import (
+    cache_root,
+    exclusive,
+    is_full_disk,
+    is_whole_safetensors,
+    own_folder,
+    publish_folder,
+    sha256_json,
+    storable,
+    torn_safetensors,
+    write_json,
+)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -29,13 +41,18 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_who_may_read_files_of_a_folder_is_as_the_umask_says(tmp_path, umask, mode):
     before = os.umask(umask)
+    (tmp_path / "mine").touch(0o600)
     try:
         with publish_folder(tmp_path / "out") as partial:
             save_file({"a": torch.ones(2)}, partial / "a.safetensors")
-            (partial / "b").write_text("1")
+            (partial / "sub").mkdir()
+            (partial / "sub" / "b").write_text("1")
+            (partial / "link").symlink_to(tmp_path / "mine")
     finally:
         os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {mode}
+    files = (tmp_path / "out" / "a.safetensors", tmp_path / "out" / "sub" / "b")
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600  # it lies elsewhere
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022])
@@ -60,7 +77,7 @@ def test_a_folder_of_code_is_this_users_own(tmp_path, umask, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(tempfile, "TemporaryFile", on_a_volume_that_shows_one_mode_for_all)
-        assert own_folder(tmp_path / "open")
+        assert own_folder(tmp_path / "open") and not own_folder(tmp_path / "link")
     if os.geteuid() == 0:
         (tmp_path / "others").mkdir()
         os.chown(tmp_path / "others", 65534, 65534)
@@ -84,6 +101,12 @@ def test_a_folder_set_aside_by_a_kill_between_the_renames_comes_back(tmp_path):
     with pytest.raises(RuntimeError), publish_folder(target):
         raise RuntimeError
     assert (target / "a").read_text() == "1"
+    os.rename(target, tmp_path / ".out.previous")
+    target.mkdir()  # killed after both, before the earlier one was removed
+    (target / "new").touch()
+    with publish_folder(target) as partial:
+        (partial / "b").touch()
+    assert sorted(tmp_path.rglob("*")) == [target, target / "b"]
 
 
 def test_json_with_a_number_that_json_lacks_is_refused_and_the_old_file_stays(tmp_path):
@@ -91,6 +114,11 @@ def test_json_with_a_number_that_json_lacks_is_refused_and_the_old_file_stays(tm
     with pytest.raises(ValueError):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert "1" in (tmp_path / "x.json").read_text()
+    assert storable({"a": [float("nan"), (1.5, float("-inf"))], "b": "c"}) == {"a": [None, [1.5, None]], "b": "c"}
+
+
+def test_a_hash_is_that_of_the_content_in_whatever_order():
+    assert sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1}) != sha256_json({"a": 2, "b": 1})
 
 
 def test_what_a_full_disk_does_not_take_leaves_nothing_behind(tmp_path):
@@ -116,6 +144,14 @@ def test_a_network_s_folder_without_locks_is_told_with_the_variable_to_set(tmp_p
         pytest.fail("nobody else was kept out")
 
 
+def test_caches_lie_where_the_variable_says_else_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("LOADMASTER_CACHE", raising=False)
+    assert cache_root() == tmp_path / ".cache" / "loadmaster"
+    monkeypatch.setenv("LOADMASTER_CACHE", "elsewhere")
+    assert cache_root() == Path.cwd() / "elsewhere"
+
+
 def test_a_full_disk_is_known_also_where_native_code_says_it():
     assert is_full_disk(OSError(errno.ENOSPC, "No space left on device")) and is_full_disk(OSError(errno.EDQUOT, ""))
     assert is_full_disk(Exception("No space left on device (os error 28)"))  # as tokenizers and safetensors raise it
@@ -131,9 +167,9 @@ def test_a_file_of_tensors_that_was_cut_anywhere_is_not_whole(tmp_path):
     save_file({"a": torch.zeros(3), "b": torch.zeros(2)}, file, metadata={"format": "pt"})
     content = file.read_bytes()
     assert is_whole_safetensors(file) and not is_whole_safetensors(tmp_path / "none")
-    for size in (0, 4, 9, 60, len(content) - 1):
+    for size, why in ((0, "no safe"), (4, "no safe"), (8, "header"), (9, "header"), (60, "header"), (-1, "fetch it")):
         file.write_bytes(content[:size])
-        assert not is_whole_safetensors(file), size
+        assert why in torn_safetensors(file) and not is_whole_safetensors(file), size
     deep = (100_000).to_bytes(8, "little") + b"[" * 100_000
     for damaged in (b"\xff" * 8 + content[8:], content + b"\0", content[:8] + b"[1]" + content[11:], SHORT, deep):
         file.write_bytes(damaged)
@@ -145,8 +181,9 @@ def test_who_waits_for_another_process_s_lock_says_so(tmp_path, capfd):
 
     def make() -> None:
         with exclusive(tmp_path / "one", "tokenised data"):
-            pass
+            had.append("the other")
 
+    had: list[str] = []
     waits = threading.Thread(target=make)
     with exclusive(tmp_path / "one", "tokenised data"):
         waits.start()
@@ -154,5 +191,8 @@ def test_who_waits_for_another_process_s_lock_says_so(tmp_path, capfd):
         while not said and time.monotonic() < deadline:
             time.sleep(0.01)
             said = capfd.readouterr().err
+        time.sleep(0.02)
+        had.append("this one")
     waits.join(60)
+    assert had == ["this one", "the other"]
     assert said == f"waiting for another process that makes tokenised data in {tmp_path / 'one'}\n"
