@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from loadmaster.export.manifest import write_manifest
 from loadmaster.files import write_json
 from loadmaster.launch import after
 from loadmaster.launch.after import is_small_file
-from loadmaster.launch.bucket import Bucket
+from loadmaster.launch.bucket import Bucket, Entry
 from tests.launch.fake_runpod import FakeRunpod
 from tests.launch.fake_s3 import ACCESS, FAULTS, SECRET, FakeS3
 from tests.launch.place import everything_written
@@ -160,6 +161,36 @@ def test_of_several_nodes_the_one_that_failed_first_says_the_code(s3) -> None:
         put(1, [0, None])
         put(0, [0, None])
         assert after.ended(bucket, "loadmaster-x", 2).code == 0
+
+
+class Nodes:
+    """A volume on which each node has written its end: (code, what it said), minutes after the hour."""
+
+    volume = "vol0001"
+
+    def __init__(self, *ends: tuple[int, str | None, int]):
+        self.ends = {f"{JOBS}/ended-{node}.json": end for node, end in enumerate(ends)}
+
+    def entries(self, folder: str) -> dict[str, Entry]:
+        hour = datetime(2026, 11, 30, 12, tzinfo=UTC)
+        return {name: Entry(20, hour.replace(minute=end[2])) for name, end in self.ends.items()}
+
+    def bring(self, name: str, path: Path, size: int) -> None:
+        write_json(path, self.ends[name][:2])
+
+
+def test_who_was_ended_for_another_node_s_failure_is_not_its_cause() -> None:
+    def ended(*ends: tuple) -> after.End:
+        return after.ended(Nodes(*ends), "loadmaster-x", len(ends))
+
+    end = ended((143, None, 3), (9, "then this", 2), (1, "first this", 1))
+    assert (end.code, end.said, end.at.minute) == (1, ("node 1: then this", "node 2: first this"), 3)
+    assert ended((5, None, 2), (7, None, 1)).code == 5
+    end = ended((137, "out of memory", 1), (0, None, 2))
+    assert (end.code, end.said) == (137, ("node 0: out of memory",))
+    assert ended((5, "rejected", 1)).said == ("rejected",)
+    with pytest.raises(ProviderError, match=r"ended-1\.json on volume vol0001 is damaged"):
+        ended((0, None, 1), (None, None, 1))
 
 
 @pytest.mark.parametrize(
