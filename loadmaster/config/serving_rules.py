@@ -104,10 +104,10 @@ NEEDED_FIELDS = {"nvfp4": "scale_dtype", "fp8_block": "block_structure"}
 @rule("export.formats", "endpoint.server")
 def servers_read_the_formats(job: Job, origins: Origins) -> Found:
     """export.formats holds what the version of endpoint.server reads: nvfp4 from vLLM 0.14, fp8_block from 0.10.2."""
-    name, given, version = job.endpoint.server.partition("==")
+    name, _, version = job.endpoint.server.partition("==")
     rows, fields = catalog.servers()["servers"].get(name, []), catalog.servers()["fields"]["arguments"]
     known = [row for row in rows if _numbers(str(row["version"])) <= _numbers(version)]
-    if not given or not known:
+    if not known:  # without a version, none is
         return
     for form in (form for form in NEEDED_FIELDS if form in job.export.formats):
         since = _numbers(str(fields[NEEDED_FIELDS[form]]))

@@ -239,6 +239,20 @@ def test_the_rule_lets_the_right_thing_pass(name: str):
     compose(CASES[name][3])
 
 
+@pytest.mark.parametrize("words", [["lora.dora=true"], ["lora.modules_to_save=[lm_head]"]])
+def test_an_adapter_that_no_server_loads_is_refused_where_it_would_be_served(words: list[str]):
+    with pytest.raises(ConfigError, match="where it is merged"):
+        compose([*words, "method=lora", "export.formats=[adapter,bf16]", "endpoint.serve_as=adapter"])
+    compose([*words, "method=lora", "export=adapter", "stop_after=export"])
+
+
+def test_an_answer_that_is_longer_than_the_longest_request_is_named_itself():
+    with pytest.raises(ConfigError) as caught:
+        compose(["endpoint.output_tokens=600", "endpoint.max_model_len=512"])
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value) == ("endpoint.output_tokens", 600)
+
+
 def test_dropout_of_adapters_is_noise_between_two_answers():
     with pytest.raises(ConfigError) as caught:
         compose(["data=ticket_pairs", "lora.dropout=0.05"])
