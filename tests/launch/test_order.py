@@ -334,6 +334,43 @@ def test_the_deadline_is_what_hours_and_dollars_allow():
     assert hours() == pytest.approx(2 * planned + 1, abs=1e-3)
     assert hours("launch.max_hours=3") == 3
     assert hours("launch.max_hours=3", "launch.max_usd=1.98") == 2
+    choice = choices(composed().job, OFFERS, 200_000)[0]
+    unknown = replace(choice, plan=replace(choice.plan, hours=None))
+    assert order.deadline_hours(composed().job.launch, unknown) == 24
+
+
+def test_hours_count_from_when_the_machine_is_asked_for():
+    made = ordered("launch.max_hours=3")
+    later = order.dated(made, 1_007_200.0)
+    assert later.job == made.job | {"deadline": 1_007_200 + 3 * 3600}
+    assert replace(later, env=made.env) == made
+
+
+@pytest.mark.parametrize(("hours", "told_s"), [("3", 120 + 60), ("0.1", 36)])
+def test_a_job_hears_of_its_end_in_time_for_a_checkpoint_and_in_the_last_tenth_of_its_hours(hours, told_s):
+    assert ordered(f"launch.max_hours={hours}").job["stop_before_s"] == pytest.approx(told_s)
+
+
+def test_a_cluster_is_ended_as_one_and_what_is_rented_apart_pod_by_pod():
+    cases = [(1, False), (1, True), (2, False), (2, True)]
+    assert [order.ended_by(nodes, plain) for nodes, plain in cases] == ["pod", "pod", "cluster", "pod"]
+
+
+def test_disks_hold_the_image_the_run_and_two_copies_of_the_weights():
+    job = composed().job
+    choice = choices(job, OFFERS, 200_000)[0]
+    needed = choice.plan.disk_gib * 2**30 + 2 * 2 * choice.plan.model.parameters
+    size = order.volume_gb(job.launch, choice)
+    assert needed <= size * 1e9 < needed + 1.1e9
+    for disk_gib, limit in ((0, 10), (1e6, 4096)):
+        model = replace(choice.plan.model, parameters=1)
+        other = replace(choice, plan=replace(choice.plan, disk_gib=disk_gib, model=model))
+        assert order.volume_gb(job.launch, other) == limit
+    assert order.disk_gb(job.launch, choice) == 50
+    assert order.disk_gb(replace(job.launch, volume=None), choice) == 50 + size
+    given = replace(job.launch, volume=None, volume_gb=70)
+    assert (order.volume_gb(given, choice), order.disk_gb(given, choice)) == (70, 120)
+    assert order.disk_gb(replace(given, disk_gb=60), choice) == 60
 
 
 def test_on_one_machine_the_job_starts_its_own_processes_and_on_several_torchrun_does():
@@ -359,6 +396,9 @@ def test_lines_that_come_again_are_taken_once_and_marks_of_others_are_text():
     assert reader.take(line(3, "::loadmaster not json")) == "::loadmaster not json"
     assert reader.take(line(4, '::loadmaster {"event": "armed"}')) == {"event": "armed"}
     assert reader.armed and reader.newest == "2026-11-24T10:00:00Z"
+    of_the_job = '{"event": "end", "exit_code": 0}'
+    assert reader.take(line(5, of_the_job, "2026-11-24T09:59:59Z")) == of_the_job and reader.ended is None
+    assert reader.newest == "2026-11-24T10:00:00Z" and reader.files() is None
 
 
 @pytest.mark.parametrize("lost", [None, 0, 1, "damaged"])
