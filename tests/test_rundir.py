@@ -1,0 +1,62 @@
+"""What a run directory keeps, forgets and removes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from loadmaster.rundir import RunDir, file_fingerprint, is_at_work, newest_in
+
+
+def test_only_what_this_process_made_is_discarded(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "old").mkdir(parents=True)
+    (tmp_path / "runs" / "old" / "mine").touch()
+    for name, made in (("old", False), ("new/recipe/run", True)):
+        run = RunDir(tmp_path / "runs" / name, "a")
+        with run.locked():
+            assert run.discard() is made
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["old"]
+    assert (tmp_path / "runs" / "old" / "mine").exists()
+
+
+def test_a_run_is_at_work_while_its_process_holds_it(tmp_path: Path) -> None:
+    assert not is_at_work(tmp_path)
+    with RunDir(tmp_path, "a").locked():
+        assert is_at_work(tmp_path)
+    assert not is_at_work(tmp_path)
+
+
+def test_stages_are_done_for_what_they_were_made_from_and_for_their_job(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "a")
+    run.claim()
+    run.mark_done("plan", "x", 1.5)
+    run.mark_done("train", "y", 2.5)
+    run.update_result(steps=3)
+    run.claim()
+    assert run.is_done("plan", "x") and not run.is_done("plan", "y") and run.result() == {"steps": 3}
+    assert run.seconds_by_stage() == {"plan": 1.5, "train": 2.5}
+    run.forget("train")
+    assert run.seconds_by_stage() == {"plan": 1.5}
+    RunDir(tmp_path, "b").claim()
+    assert not run.is_done("plan", "x") and run.result() == {}
+
+
+def test_runs_of_one_second_have_folders_of_their_own_and_the_newest_is_found(tmp_path: Path) -> None:
+    runs = []
+    for identity in "abc":
+        run = RunDir.choose("auto", "smoke", identity, tmp_path)
+        run.path.mkdir(parents=True)
+        run.claim()
+        os.utime(run.path / "stages.json", (5, 9 - len(runs)))
+        runs.append(run.path)
+    assert len(set(runs)) == 3
+    assert newest_in(tmp_path) == newest_in(tmp_path / "smoke") == runs[0] and newest_in(runs[0] / "none") is None
+
+
+def test_a_folder_s_fingerprint_is_that_of_its_files_and_their_names(tmp_path: Path) -> None:
+    found = set()
+    for name, text in (("a", "1"), ("a", "2"), ("sub/b", "2")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        found |= {file_fingerprint(tmp_path), file_fingerprint(tmp_path / name)}
+    assert len(found) == 5  # the last file is like the one before
