@@ -19,10 +19,14 @@ CONTAINER = "FAKE_CONTAINER"
 
 def kill_container(mark: str) -> None:
     """Kill every process that was started with `mark` in its environment, whatever session it has moved to."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark.encode() in (folder / "environ").read_bytes():
-                os.kill(int(folder.name), signal.SIGKILL)
+    found = True
+    while found:  # one may have started another meanwhile
+        found = False
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark.encode() in (folder / "environ").read_bytes():
+                    os.kill(int(folder.name), signal.SIGKILL)
+                    found = True
 
 
 class ProcessRunner:
@@ -50,6 +54,7 @@ class ProcessRunner:
             )
 
             def end() -> None:
+                process.kill()  # right after its start its environment is not yet to be seen
                 kill_container(container)
 
             pod["_end"] = end
