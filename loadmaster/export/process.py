@@ -27,6 +27,8 @@ from loadmaster.out_of_memory import explained
 
 PROGRESS = "progress: "
 TAIL_LINES = 15
+KILLED = (-9, 137)
+"""Exit codes, the second as a parent that is a shell hands it on."""
 
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
@@ -162,6 +164,5 @@ def write_result(spec: dict[str, Any], result: Any) -> None:
 
 
 def meaning(code: int) -> str:
-    if code == -9:
-        return "signal 9 (killed: most often the machine ran out of memory)"
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return how + " (killed: most often the machine ran out of memory)" * (code in KILLED)

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from loadmaster.config.compose import Composed, compose
 from loadmaster.errors import LoadmasterError, ProviderError, StoppedOnRequest
+from loadmaster.launch import follow
 from loadmaster.launch import job as job_module
 from loadmaster.launch.job import launch_job
 from loadmaster.launch.machines import list_pods, sweep_pods
@@ -122,6 +123,10 @@ time.sleep(60)
     finally:
         pod.kill()
         os.kill(int(asked[0][1]), signal.SIGKILL)
+
+
+def test_a_machine_hands_back_as_much_as_is_taken_here():
+    assert switch()["LARGEST_TOTAL_BYTES"] == follow.MOST_BYTES
 
 
 def test_a_job_is_told_before_its_end_by_a_clock_that_is_behind_too(tmp_path):

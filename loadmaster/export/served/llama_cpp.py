@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.errors import ExportRejected, NotChecked
-from loadmaster.export.process import answering_s, clean_environment, meaning, run_script, timeout_s
+from loadmaster.export.process import KILLED, answering_s, clean_environment, meaning, run_script, timeout_s
 from loadmaster.export.served.client import Served
 from loadmaster.export.served.compare import LIMITS, answer_figures, log_probability_figures
 from loadmaster.export.served.process import FASTER
@@ -74,5 +74,5 @@ def _probe(python: Path, told: dict[str, Any], scratch: Path, limit_s: float) ->
     if result is None:
         tail = "\n".join(done.stderr.strip().splitlines()[-TAIL_LINES:])
         why = f"llama.cpp ended with {meaning(done.returncode)} on {Path(told['model']).name}\n{tail}"
-        raise NotChecked(why) if done.returncode == -9 else ExportRejected(why)
+        raise NotChecked(why) if done.returncode in KILLED else ExportRejected(why)
     return result

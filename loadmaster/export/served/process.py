@@ -21,7 +21,7 @@ from typing import Any
 
 from loadmaster.errors import ExportRejected, NotChecked
 from loadmaster.export.manifest import max_lora_rank
-from loadmaster.export.process import foreign_environment
+from loadmaster.export.process import KILLED, foreign_environment, meaning
 from loadmaster.export.served import guard
 from loadmaster.export.served.gpus import Division
 
@@ -126,10 +126,8 @@ class Server:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         if re.search(r"address already in use|Errno 98", text, re.IGNORECASE):
             return NotChecked(f"port {self.port} was taken by another process before the server: run serve-check again")
-        killed = self.exit_code in (-9, 137)
-        meaning = " (killed: most often the machine ran out of memory)" if killed else ""
-        why = f"{after}the server ended with exit code {self.exit_code}{meaning}\n{self.tail()}"
-        return NotChecked(why) if killed else ExportRejected(why)
+        why = f"{after}the server ended with {meaning(self.exit_code)}\n{self.tail()}"
+        return NotChecked(why) if self.exit_code in KILLED else ExportRejected(why)
 
     def tail(self) -> str:
         """The first error in the log, which is the cause, the last lines, and where all of it is."""
