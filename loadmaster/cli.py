@@ -36,7 +36,7 @@ from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.show import show_error
 from loadmaster.ending import ended
 from loadmaster.endpoint.command import add_parsers
-from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, NotChecked, Problem, StoppedOnRequest
+from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, NotChecked, StoppedOnRequest
 from loadmaster.files import is_full_disk, read_json
 from loadmaster.streams import Output, settle_streams
 from loadmaster.tables import print_table
@@ -248,7 +248,7 @@ def _refuse_other_end(stage: str, overrides: list[str]) -> None:
         key, _, value = override.partition("=")
         if key == "stop_after" and value != stage:
             remedy = f"loadmaster {value}" if value in STAGES else f"leave it out; the stages are {', '.join(STAGES)}"
-            raise ConfigError([Problem(key, value, "command line", f"`loadmaster {stage}` ends after {stage}", remedy)])
+            raise ConfigError.of(key, value, f"`loadmaster {stage}` ends after {stage}", remedy, "command line")
 
 
 def _prices(arguments: argparse.Namespace, overrides: list[str]) -> int:

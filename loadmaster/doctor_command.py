@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from loadmaster.config.origins import COMMAND_LINE
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import ConfigError
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.training.ranks import is_member, torchrun_variables
 
@@ -21,7 +21,7 @@ def doctor(overrides: list[str]) -> int:
         return _of_all(overrides)
     if overrides:
         message = "a job's words are for python launch/torchrun.py -m loadmaster.cli doctor; this looks at one machine"
-        raise ConfigError([Problem(overrides[0], None, COMMAND_LINE, message, "loadmaster doctor")])
+        raise ConfigError.of(overrides[0], None, message, "loadmaster doctor", COMMAND_LINE)
     here = detect_local()
     host = "" if here.host_memory_gib is None else f", host memory {here.host_memory_gib:.1f} GiB"
     device = "the CPU" if here.is_cpu else f"{here.count}x {here.gpu}, {here.memory_gib:.1f} GiB each"

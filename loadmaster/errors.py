@@ -57,6 +57,11 @@ class ConfigError(LoadmasterError):
         body = "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))
         super().__init__(f"the configuration has {counted(len(problems), 'problem')}:\n{body}")
 
+    @classmethod
+    def of(cls, key: str, value: object, message: str, remedy: str, origin: str = IN_THE_JOB) -> ConfigError:
+        """For one problem; see Problem."""
+        return cls([Problem(key, value, origin, message, remedy)])
+
 
 class DataError(LoadmasterError):
     """The data cannot be trained on as given; names file and line of every bad row."""

@@ -29,16 +29,7 @@ from loadmaster.config.shipped import resolve_path
 from loadmaster.config.show import show_error
 from loadmaster.config.validate import check
 from loadmaster.dataset_size import dataset_tokens
-from loadmaster.errors import (
-    DISK_REMEDY,
-    IN_THE_JOB,
-    ConfigError,
-    DataError,
-    DoesNotFit,
-    LoadmasterError,
-    Problem,
-    StoppedOnRequest,
-)
+from loadmaster.errors import DISK_REMEDY, ConfigError, DataError, DoesNotFit, LoadmasterError, StoppedOnRequest
 from loadmaster.files import is_full_disk, sha256_json, sha256_of_model, storable, write_text
 from loadmaster.preflight import make_plan, print_plan
 from loadmaster.preflight.config_json import find_config
@@ -320,18 +311,9 @@ class Pipeline:
         here = detect_local()
         if here.gpu != self.plan.hardware.gpu or here.count < self.plan.hardware.count:
             wanted = f"{self.plan.hardware.count}x {self.plan.hardware.gpu}"
-            raise ConfigError(
-                [
-                    Problem(
-                        "hardware",
-                        wanted,
-                        IN_THE_JOB,
-                        f"the plan is for it, and this machine has {'no GPU' if here.is_cpu else here.label}",
-                        "hardware=local to train here, launch=runpod, ssh or slurm to train where there is one, or "
-                        "stop_after=plan to plan only",
-                    )
-                ]
-            )
+            message = f"the plan is for it, and this machine has {'no GPU' if here.is_cpu else here.label}"
+            remedy = "hardware=local to train here, launch=runpod, ssh or slurm to train where there is one, or "
+            raise ConfigError.of("hardware", wanted, message, f"{remedy}stop_after=plan to plan only")
 
     def _refuse_another_model(self) -> None:
         """What is trained is what was planned: a repository may have changed, a package may carry something else."""
@@ -342,7 +324,7 @@ class Pipeline:
         if held != sizes:
             message = f"the model in {folder} has {_said(held)}, and the plan was made for {_said(sizes)}"
             remedy = "model.name of the model that is meant, and model.path=null model.package=null unless they hold it"
-            raise ConfigError([Problem("model.name", self.job.model.name, IN_THE_JOB, message, remedy)])
+            raise ConfigError.of("model.name", self.job.model.name, message, remedy)
 
     def _deadline(self) -> float | None:
         """When the limits of time and money are reached. Raises ConfigError for one that cannot be watched."""
@@ -351,7 +333,7 @@ class Pipeline:
             message = f"nobody knows what an hour of {self.plan.hardware.gpu} costs here"
             remedy = "plan.prices_usd_per_hour={GPU: DOLLARS} with your price, or launch.max_hours"
             remedy = "launch.max_hours" if self.plan.hardware.gpu == "cpu" else remedy
-            raise ConfigError([Problem("launch.max_usd", self.job.launch.max_usd, IN_THE_JOB, message, remedy)])
+            raise ConfigError.of("launch.max_usd", self.job.launch.max_usd, message, remedy)
         return deadline(self.job, None if price is None else price["usd_per_hour"])
 
     def _write_report(self) -> None:

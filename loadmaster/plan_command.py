@@ -9,7 +9,7 @@ from loadmaster import hub
 from loadmaster.config.compose import compose
 from loadmaster.config.schema import Job
 from loadmaster.dataset_size import dataset_tokens
-from loadmaster.errors import IN_THE_JOB, ConfigError, DoesNotFit, Problem
+from loadmaster.errors import ConfigError, DoesNotFit
 from loadmaster.pipeline import planned
 from loadmaster.preflight import make_plan
 from loadmaster.preflight.scaling import parse_nodes, print_scaling, scaling
@@ -36,7 +36,7 @@ def refuse_trace(job: Job, flag: str) -> None:
     """Raises ConfigError where a step is to be traced: plans side by side are counted, also of what is not modelled."""
     if job.plan.trace:
         message, remedy = f"{flag} counts plans and traces none", f"plan.trace=false, or each plan without {flag}"
-        raise ConfigError([Problem("plan.trace", True, IN_THE_JOB, message, remedy)])
+        raise ConfigError.of("plan.trace", True, message, remedy)
 
 
 def as_json(overrides: list[str]) -> int:
@@ -54,7 +54,7 @@ def side_by_side(compare: str, overrides: list[str]) -> int:
     key, equals, values = compare.partition("=")
     if not equals:
         remedy = "--compare hardware=l40s_x1,h200_x1"
-        raise ConfigError([Problem("--compare", compare, "command line", "compares values of one key", remedy)])
+        raise ConfigError.of("--compare", compare, "compares values of one key", remedy, "command line")
     plans = {}
     words = [*overrides, "stop_after=plan"]
     jobs = {value: compose([*words, f"{key}={value}"]) for value in _OUTSIDE_BRACKETS.split(values)}

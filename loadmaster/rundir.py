@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.config.shipped import local_path
-from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
+from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.files import PARTIAL_SUFFIX, is_full_disk, is_whole_safetensors, read_json, sha256_json, write_json
 
 RECORD = "stages.json"
@@ -230,7 +230,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def _refused(given: str, message: str, remedy: str) -> ConfigError:
-    return ConfigError([Problem("run_dir", given, IN_THE_JOB, message, remedy)])
+    return ConfigError.of("run_dir", given, message, remedy)
 
 
 @contextmanager

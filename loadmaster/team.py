@@ -17,7 +17,7 @@ from loadmaster import collector
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import Job
 from loadmaster.config.show import show_error
-from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.errors import ConfigError, LoadmasterError, StoppedOnRequest
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.display import Display
 from loadmaster.training.logs import log_to
@@ -106,7 +106,7 @@ class Team:
         if self.world is None and plan.hardware.nodes > 1:
             message = f"the plan is for {plan.hardware.nodes} machines and this is one process on one of them"
             remedy = "start it on every machine: python launch/torchrun.py train.py ... (docs/multi-gpu.md)"
-            raise ConfigError([Problem("hardware.nodes", plan.hardware.nodes, "the plan (plan.json)", message, remedy)])
+            raise ConfigError.of("hardware.nodes", plan.hardware.nodes, message, remedy, "the plan (plan.json)")
 
     def follow(self, stop: StopSignal) -> int:
         """Run what the lead tells of, until it tells the exit code."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loadmaster import collector, out_of_memory, packages
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import Job
-from loadmaster.errors import ConfigError, DataError, LoadmasterError, Problem, StoppedOnRequest
+from loadmaster.errors import ConfigError, DataError, LoadmasterError, StoppedOnRequest
 from loadmaster.files import publish_folder, sha256_json, storable, write_json
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.display import Display
@@ -117,7 +117,7 @@ class StageRun:
         if not all(seen):
             message = f"is not the lead's folder on rank {seen.index(False)}"
             remedy = "set run_dir to a folder on storage that all nodes share"
-            raise ConfigError([Problem("run_dir", str(self.run_dir), "command line or recipe", message, remedy)])
+            raise ConfigError.of("run_dir", str(self.run_dir), message, remedy, "command line or recipe")
 
     def _refuse_another_device(self) -> None:
         """Processes that torchrun started met before there was a plan. Raises LoadmasterError on all ranks."""

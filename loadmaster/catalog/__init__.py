@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import ConfigError
 
 FOLDER = Path(__file__).parent
 
@@ -58,7 +58,7 @@ def prices() -> dict[str, Any]:
         remedy = f"{PRICES_VARIABLE} with the path of a price file, or without it, for the shipped prices"
         if not path.exists():
             remedy += "; `loadmaster prices --refresh` writes this one"
-        raise ConfigError([Problem("price file", str(path), PRICES_VARIABLE, message, remedy)])
+        raise ConfigError.of("price file", str(path), message, remedy, PRICES_VARIABLE)
     return _prices(path, path.stat().st_mtime_ns if path.is_file() else None)
 
 
@@ -92,7 +92,7 @@ def _own_prices(path: Path) -> dict[str, Any]:
     origin = PRICES_VARIABLE if os.environ.get(PRICES_VARIABLE) else "your settings"
     message = f"is no list of prices, {PRICE_FILE}: {wrong[0]}"
     remedy = "`loadmaster prices --refresh` writes it anew; without it the shipped prices count"
-    raise ConfigError([Problem("price file", str(path), origin, message, remedy)])
+    raise ConfigError.of("price file", str(path), message, remedy, origin)
 
 
 def serving() -> dict[str, Any]:

@@ -76,12 +76,12 @@ def compose(
 def open_loader(config_dir: str | None = None) -> Loader:
     if not _is_here():
         message, remedy = "is gone, or you may not look into it", "cd to one that is there"
-        raise ConfigError([Problem("the current folder", None, "the shell", message, remedy)])
+        raise ConfigError.of("the current folder", None, message, remedy, "the shell")
     try:
         return config_loader(config_dir)
     except SearchPathException as error:
-        problem = Problem("--config-dir", config_dir, COMMAND_LINE, "there is no such folder", "name one that exists")
-        raise ConfigError([problem]) from error
+        message, remedy = "there is no such folder", "name one that exists"
+        raise ConfigError.of("--config-dir", config_dir, message, remedy, COMMAND_LINE) from error
 
 
 def _is_here() -> bool:
@@ -144,7 +144,7 @@ def read_job(path: Path, to_run: bool = True) -> Composed:
             raise ValueError("it holds no fields")
     except (OSError, ValueError, yaml.YAMLError) as error:
         message, remedy = f"cannot be read: {' '.join(str(error).split())}", "the command that began the run writes it"
-        raise ConfigError([Problem(path.name, None, str(path), message, remedy)]) from error
+        raise ConfigError.of(path.name, None, message, remedy, str(path)) from error
     origins = {key: f"{path}:{line}" for key, line in lines_of(path)}
     checked = check(resolved, origins, {})
     problems = checked.problems + (broken_rules(checked.job, origins, checked.keys) if to_run else [])

@@ -232,7 +232,7 @@ def _refused_by_hydra(error: Exception, arguments: list[str]) -> int:
     if isinstance(error, OSError):
         message = f"the record of a sweep cannot be written there: {error.filename}: {(error.strerror or '').lower()}"
         remedy = "start it in a folder that can be written, or hydra.sweep.dir=FOLDER"
-        shown = ConfigError([Problem("hydra.sweep.dir", None, "default", message, remedy)])
+        shown = ConfigError.of("hydra.sweep.dir", None, message, remedy, "default")
         show_error(shown)
         return shown.exit_code
     lines = str(error).splitlines() or [type(error).__name__]
@@ -241,7 +241,7 @@ def _refused_by_hydra(error: Exception, arguments: list[str]) -> int:
     typed = found and any(a.lstrip("+").startswith(key) for a in arguments)
     origin = COMMAND_LINE if typed else "the recipe or command line"
     message = f"Hydra stops at it: {lines[0].partition(', set env var')[0]}"
-    shown = ConfigError([Problem(key, None, origin, message, "mend this setting of Hydra's own, or leave it out")])
+    shown = ConfigError.of(key, None, message, "mend this setting of Hydra's own, or leave it out", origin)
     show_error(shown)
     return shown.exit_code
 

@@ -24,7 +24,7 @@ from loadmaster.config.schema import Job
 from loadmaster.endpoint import readme, settings
 from loadmaster.endpoint.plot import draw
 from loadmaster.endpoint.sizing import Sizing, goes_over, longest_request, size
-from loadmaster.errors import IN_THE_JOB, ConfigError, ExportRejected, LoadmasterError, Problem
+from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError
 from loadmaster.export.answers import kept
 from loadmaster.export.manifest import NAME, OLDEST_SERVER, is_served, read_manifest
 from loadmaster.files import publish_folder, read_json, write_json, write_text
@@ -102,26 +102,20 @@ def choose(manifests: dict[str, dict[str, Any]], serve_as: str, undivided: Seque
     unserved = {name for name in ("gguf", "adapter") if name in manifests and not is_served(manifests[name], name)}
     if serve_as in unserved:
         why = manifests[serve_as].get("oldest_server", OLDEST_SERVER[serve_as])["because"]
-        raise ConfigError([
-            Problem("endpoint.serve_as", serve_as, IN_THE_JOB,
-                    f"no server loads it: {why}", "endpoint.serve_as=bf16, with it in export.formats")
-        ])  # fmt: skip
+        remedy = "endpoint.serve_as=bf16, with it in export.formats"
+        raise ConfigError.of("endpoint.serve_as", serve_as, f"no server loads it: {why}", remedy)
     if serve_as != "auto":
         if serve_as not in manifests:
-            raise ConfigError([
-                Problem("endpoint.serve_as", serve_as, IN_THE_JOB,
-                        f"was not exported (there are: {', '.join(manifests)})",
-                        f"add it to export.formats, or set endpoint.serve_as to auto or {next(iter(manifests))}")
-            ])  # fmt: skip
+            message = f"was not exported (there are: {', '.join(manifests)})"
+            remedy = f"add it to export.formats, or set endpoint.serve_as to auto or {next(iter(manifests))}"
+            raise ConfigError.of("endpoint.serve_as", serve_as, message, remedy)
         return serve_as
     servable = [name for name in manifests if name not in unserved]
     if not servable:
-        raise ConfigError([
-            Problem("export.formats", list(manifests), IN_THE_JOB,
-                    "holds nothing that the bundle's server loads (gguf is for llama.cpp and Ollama"
-                    + (", an adapter with whole modules or DoRA for none)" if "adapter" in unserved else ")"),
-                    f"export.formats=[{','.join([*manifests, 'bf16'])}], or stop_after=export")
-        ])  # fmt: skip
+        message = "holds nothing that the bundle's server loads (gguf is for llama.cpp and Ollama"
+        message += ", an adapter with whole modules or DoRA for none)" if "adapter" in unserved else ")"
+        remedy = f"export.formats=[{','.join([*manifests, 'bf16'])}], or stop_after=export"
+        raise ConfigError.of("export.formats", list(manifests), message, remedy)
     whole = [name for name in servable if name != "adapter"] or servable
     able = [name for name in whole if name not in undivided] or whole
     return min(able, key=lambda name: manifests[name]["bytes"])

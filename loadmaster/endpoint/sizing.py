@@ -26,7 +26,7 @@ from loadmaster.endpoint.economics import (
 )
 from loadmaster.endpoint.load_test import LoadTest, plan_load
 from loadmaster.endpoint.simulate import Fleet, Outcome, simulate
-from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
+from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.export.served.gpus import scale_block
 from loadmaster.export.thresholds import FAMILIES
 from loadmaster.files import read_json
@@ -114,7 +114,7 @@ def size(job: Job, manifest: dict[str, Any], artifact: Path, context: int) -> Si
     most, named = request_limit(job, shape)
     if most and context > most:
         remedy = f"endpoint.max_model_len={most}"
-        raise ConfigError([Problem("endpoint.max_model_len", context, IN_THE_JOB, f"is more than {named}", remedy)])
+        raise ConfigError.of("endpoint.max_model_len", context, f"is more than {named}", remedy)
     if checkpoint is None:
         checkpoint = weight_bytes(shape, form) + manifest["bytes"]
     machines = _machines(wanted, shape, scale_block(config))

@@ -22,7 +22,7 @@ def refuse_unholdable(job: Job, base_folder: Path, method: str) -> None:
     exported = job.stop_after in ("export", "bundle")
     if not exported and method != "full":
         return
-    from loadmaster.errors import IN_THE_JOB, ConfigError, ExportRejected, Problem
+    from loadmaster.errors import ConfigError, ExportRejected
     from loadmaster.export.build import refuse_renamed, streamed
     from loadmaster.export.servers import aimed_at
 
@@ -35,7 +35,7 @@ def refuse_unholdable(job: Job, base_folder: Path, method: str) -> None:
         if exported:
             streamed(formats, base_folder, aimed_at(job.endpoint.server))
     except ExportRejected as error:
-        raise ConfigError([Problem(*wrong, IN_THE_JOB, str(error), remedy)]) from None
+        raise ConfigError.of(*wrong, str(error), remedy) from None
 
 
 def export_all(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from loadmaster import catalog
 from loadmaster.config.fields import nearest_card
 from loadmaster.config.schema import HardwareConfig, Job, LaunchConfig
-from loadmaster.errors import IN_THE_JOB, ConfigError, DoesNotFit, Problem
+from loadmaster.errors import ConfigError, DoesNotFit
 from loadmaster.launch.provider import Offer
 from loadmaster.preflight import Plan, make_plan
 from loadmaster.preflight.verification import can_export
@@ -47,24 +47,25 @@ def wanted(job: Job) -> list[tuple[str, int | None]]:
     known = list(catalog.gpus()) if job.launch.force_pods or nodes == 1 else joined
     fixed = None if job.hardware.gpu == "local" else (job.hardware.gpu, job.hardware.count)
     if fixed is not None and fixed[0] in catalog.gpus() and fixed[0] not in known:
-        raise _wrong("hardware.gpu", fixed[0], _unjoined(job), _instead(known))
+        raise ConfigError.of("hardware.gpu", fixed[0], _unjoined(job), _instead(known))
     if job.launch.gpus == "auto":
         if fixed is None:
             return [(gpu, None) for gpu in joined]
         return [(fixed[0], None if fixed[1] == "auto" else fixed[1])]
     if fixed is not None:
-        raise _wrong("launch.gpus", job.launch.gpus, "hardware.gpu names the machine already", "give one of the two")
+        message = "hardware.gpu names the machine already"
+        raise ConfigError.of("launch.gpus", job.launch.gpus, message, "give one of the two")
     found = []
     for word in job.launch.gpus:
         gpu, _, count = word.partition(":")
         if gpu not in catalog.gpus():
             guess = nearest_card(gpu, known)
             remedy = (f"launch.gpus=[{guess}]; " if guess else "") + f"one of {', '.join(known)}"
-            raise _wrong("launch.gpus", word, "is not in the catalogue", remedy)
+            raise ConfigError.of("launch.gpus", word, "is not in the catalogue", remedy)
         if gpu not in known:
-            raise _wrong("launch.gpus", word, _unjoined(job), _instead(known))
+            raise ConfigError.of("launch.gpus", word, _unjoined(job), _instead(known))
         if count and not (count.isdecimal() and int(count) in COUNTS):
-            raise _wrong("launch.gpus", word, "has no such count", f"{gpu}:1, :2, :4 or :8, or {gpu} for any")
+            raise ConfigError.of("launch.gpus", word, "has no such count", f"{gpu}:1, :2, :4 or :8, or {gpu} for any")
         found.append((gpu, int(count) if count else None))
     return found
 
@@ -139,7 +140,3 @@ def _rank(launch: LaunchConfig, choice: Choice) -> tuple[float, ...]:
     hours = choice.hours if choice.hours is not None else 1 / speed
     usd = choice.usd if choice.usd is not None else choice.offer.usd_per_hour / speed
     return not choice.can_export, *((usd, hours) if launch.objective == "cost" else (hours, usd))
-
-
-def _wrong(key: str, value: object, message: str, remedy: str) -> ConfigError:
-    return ConfigError([Problem(key, value, IN_THE_JOB, message, remedy)])

@@ -23,7 +23,7 @@ from loadmaster.config.compose import Composed
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.schema import HardwareConfig, Job
 from loadmaster.config.shipped import SCHEME, local_path
-from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
+from loadmaster.errors import ConfigError
 from loadmaster.files import sha256_file, sha256_json
 from loadmaster.launch.provider import MOUNT, Upload
 
@@ -116,7 +116,7 @@ def payload(
             key, given = "endpoint.arrivals", composed.job.endpoint.arrivals
             remedy = "its first thousands of requests, without columns besides their times, say as much of the load"
         message = f"packs to {len(text) >> 10} KiB, and a job takes {limit_bytes >> 10} KiB along"
-        raise ConfigError([Problem(key, given, IN_THE_JOB, message, remedy)])
+        raise ConfigError.of(key, given, message, remedy)
     return text
 
 

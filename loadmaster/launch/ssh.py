@@ -195,7 +195,7 @@ def _meet(launch: Launch, hosts: list[Host]) -> Meeting:
         without = [h.name for h, said in zip(hosts, [first, *others], strict=True) if said["config"] is None]
         message = f"has no config.json in it on {', '.join(without)}"
         if without:
-            raise ConfigError([Problem("model.path", path, IN_THE_JOB, message, remedy)])
+            raise ConfigError.of("model.path", path, message, remedy)
     env = settings.env or {}
     address = env.get("MASTER_ADDR") or (hosts[0].address() if others else "localhost")
     return Meeting(first["base"], address, env.get("MASTER_PORT") or str(first["port"]), first["config"])

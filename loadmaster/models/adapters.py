@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from loadmaster.config.schema import LoraConfig
-from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
+from loadmaster.errors import ConfigError
 from loadmaster.models.dora import run_by_norms
 from loadmaster.models.frozen import FrozenLinear
 from loadmaster.models.libraries import peft_alone
@@ -28,7 +28,7 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
     if lora.dora and any(isinstance(module, FrozenLinear) for module in model.modules()):
         message = "takes norms of a base's weights, which are held in few bits here"
         remedy = "method=lora and precision=bf16, or lora.dora=false"
-        raise ConfigError([Problem("lora.dora", True, IN_THE_JOB, message, remedy)])
+        raise ConfigError.of("lora.dora", True, message, remedy)
     targets, saved = target_modules(model, lora.targets), saved_modules(model, lora.modules_to_save)
     peft_alone()
     from peft import LoraConfig as PeftLoraConfig
@@ -101,7 +101,7 @@ def saved_modules(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     if unknown := [name for name in names if name not in kinds]:
         what = f"names no embedding, head or norm of this model: {', '.join(unknown)}"
         remedy = f"some of: {', '.join(sorted(kinds))}"
-        raise ConfigError([Problem("lora.modules_to_save", list(names), IN_THE_JOB, what, remedy)])
+        raise ConfigError.of("lora.modules_to_save", list(names), what, remedy)
     found = {name: module for name, module in full.items() if name.rpartition(".")[2] in names}
     tied = head.weight is embedding.weight and not {head, embedding}.isdisjoint(found.values())
     if tied:
@@ -185,4 +185,4 @@ def _refuse_others(model: nn.Module, targets: str) -> None:
 
 def _wrong_targets(value: object, message: str, kinds: list[str]) -> ConfigError:
     remedy = f"all-linear, or some of: {', '.join(kinds)}; {WHOLE}"
-    return ConfigError([Problem("lora.targets", value, IN_THE_JOB, message, remedy)])
+    return ConfigError.of("lora.targets", value, message, remedy)

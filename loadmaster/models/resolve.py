@@ -11,7 +11,7 @@ from pathlib import Path
 from loadmaster import hub
 from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path
-from loadmaster.errors import IN_THE_JOB, ConfigError, LoadmasterError, Problem
+from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.files import cache_root, cached_in, exclusive, publish_folder, sha256_json
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.*"]
@@ -43,7 +43,7 @@ def _with_template(folder: Path, template: Path) -> Path:
     except OSError as error:  # of a run that is asked later, or elsewhere
         message = f"cannot be read here ({error.strerror})"
         remedy = "put the file back that the run was trained with"
-        raise ConfigError([Problem("model.chat_template", str(template), IN_THE_JOB, message, remedy)]) from None
+        raise ConfigError.of("model.chat_template", str(template), message, remedy) from None
     files = sorted(file for file in there.iterdir() if file.is_file() and file.name != TEMPLATE)
     key = sha256_json([[str(file) for file in files], hashlib.sha256(text).hexdigest()])[:16]
     target = cache_root() / "models" / f"template-{key}" / there.parent.name / there.name
@@ -104,17 +104,8 @@ def _check_folder(folder: Path, given: str) -> Path:
         missing.append("*.safetensors")
     if missing:
         problem = "is not a folder" if not folder.is_dir() else f"has no {', '.join(missing)}"
-        raise ConfigError(
-            [
-                Problem(
-                    "model.path",
-                    given,
-                    IN_THE_JOB,
-                    f"{folder} {problem}",
-                    "give a folder written by save_pretrained: config.json, safetensors weights and the tokenizer",
-                )
-            ]
-        )
+        remedy = "give a folder written by save_pretrained: config.json, safetensors weights and the tokenizer"
+        raise ConfigError.of("model.path", given, f"{folder} {problem}", remedy)
     return folder
 
 

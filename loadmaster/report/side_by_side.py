@@ -17,7 +17,7 @@ from loadmaster.config.fields import leaves, written
 from loadmaster.config.jobhash import SINCE
 from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.shipped import local_path
-from loadmaster.errors import ConfigError, Problem
+from loadmaster.errors import ConfigError
 from loadmaster.report import units
 from loadmaster.report.exports import published
 from loadmaster.report.inputs import RunFiles, dig, number, read_run
@@ -44,7 +44,7 @@ def show_runs(folders: Sequence[Path], console: Console) -> None:
         if not runs and folders:
             message = "holds no run" if folder.is_dir() else "is no folder"
             remedy = "name a run directory, or a folder of some; without one it is runs/, where train.py puts them"
-            raise ConfigError([Problem("FOLDER", str(folder), "command line", message, remedy)])
+            raise ConfigError.of("FOLDER", str(folder), message, remedy, "command line")
         found |= dict.fromkeys(runs)
     if found:
         show(list(found), console)
