@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
         "--temperature", type=_temperature, default=0.0, metavar="T",
         help="draw tokens (default 0: the likeliest one, so the same answer each time)",
     )  # fmt: skip
-    command.set_defaults(run=chat)
+    command.set_defaults(run=chat, takes_words=True)
 
 
 def chat(asked: argparse.Namespace, unknown: list[str]) -> int:

@@ -36,7 +36,7 @@ from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.show import show_error
 from loadmaster.ending import ended
 from loadmaster.endpoint.command import add_parsers
-from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, NotChecked, StoppedOnRequest
+from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, NotChecked, StoppedOnRequest, UsageError
 from loadmaster.files import is_full_disk, read_json
 from loadmaster.streams import Output, settle_streams
 from loadmaster.tables import print_table
@@ -76,12 +76,16 @@ def main(argv: list[str] | None = None) -> int:
     processors.settle()
     hub.quieten()
     settle_streams()
-    arguments, overrides = _parser().parse_known_args(argv)
+    arguments, words = _parser().parse_known_args(argv)
     if arguments.run is not _stage:  # a stage goes on to import
         starting.over(signal.SIGTERM, signal.SIGHUP)
         collector.resume()
     try:
-        return arguments.run(arguments, overrides)
+        if arguments.takes_words:
+            return arguments.run(arguments, words)
+        if words:
+            raise UsageError(f"{arguments.command} does not know {' '.join(words)}; --help says what it takes")
+        return arguments.run(arguments)
     except (LoadmasterError, StoppedOnRequest) as error:
         show_error(error)
         return error.exit_code
@@ -117,14 +121,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="loadmaster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"loadmaster {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(takes_words=False)
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for stage in STAGES:
         options = STAGE_OPTIONS if stage == "plan" else STAGE_OPTIONS + DRY_RUN  # a plan needs no machine
         command = commands.add_parser(
             stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]",
             epilog=options + MORE_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        command.set_defaults(run=_stage, stage=stage, compare=None, nodes=None, json=False)
+        command.set_defaults(run=_stage, takes_words=True, stage=stage, compare=None, nodes=None, json=False)
         if stage == "plan":
             command.add_argument(
                 "--compare", metavar="KEY=A,B,...", help="plans side by side, e.g. hardware=l40s_x1,h200_x1"
@@ -145,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="loadmaster data [recipe=NAME] [key=value ...] [--rows N]",
     )
     data.add_argument("--rows", type=_number_of_rows, default=3, help="rows to print (default 3)")
-    data.set_defaults(run=_data)
+    data.set_defaults(run=_data, takes_words=True)
     runs = commands.add_parser("runs", help="show runs side by side: what sets them apart and what came of each")
     runs.add_argument("folders", type=Path, nargs="*", metavar="FOLDER",
                       help="run directories, or folders of some (default: runs)")  # fmt: skip
@@ -159,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         help="say which GPU would serve a model, how many requests at once, for how much",
         add_help=False,  # its words are listed by what reads them
     )
-    serving.set_defaults(run=_plan_serving)
+    serving.set_defaults(run=_plan_serving, takes_words=True)
     add_parsers(commands)
     serve_check = commands.add_parser(
         "serve-check",
@@ -199,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor", help="say what this machine has (under torchrun: whether all machines are alike, and their links)"
     )
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_doctor, takes_words=True)
     return parser
 
 
@@ -251,11 +256,9 @@ def _refuse_other_end(stage: str, overrides: list[str]) -> None:
             raise ConfigError.of(key, value, f"`loadmaster {stage}` ends after {stage}", remedy, "command line")
 
 
-def _prices(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _prices(arguments: argparse.Namespace) -> int:
     from loadmaster.launch.prices import refresh_prices, show_prices
 
-    if overrides:
-        _parser().error(f"prices does not know {' '.join(overrides)}")
     return refresh_prices(Output()) if arguments.refresh else show_prices(Output())
 
 
@@ -285,20 +288,16 @@ def _plan_serving(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return plan_serving_command(overrides)
 
 
-def _runs(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _runs(arguments: argparse.Namespace) -> int:
     from loadmaster.report.side_by_side import show_runs
 
-    if overrides:
-        _parser().error(f"runs does not know {' '.join(overrides)}")
     show_runs(arguments.folders, Output())
     return 0
 
 
-def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _verify(arguments: argparse.Namespace) -> int:
     from loadmaster.export.manifest import exports_in, verify_manifest
 
-    if overrides:
-        _parser().error(f"verify does not know {' '.join(overrides)}")
     wrong = False
     for folder in exports_in(arguments.folder):
         problems = verify_manifest(folder)
@@ -310,12 +309,10 @@ def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 5 if wrong else 0
 
 
-def _serve_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _serve_check(arguments: argparse.Namespace) -> int:
     from loadmaster.export.served import harness
     from loadmaster.export.served.check import folder_of_paths, serve_check, table
 
-    if overrides:
-        _parser().error(f"serve-check does not know {' '.join(overrides)}")
     for name in ("run_dir", "python", "task_path"):  # from here, whatever the run's own paths are from
         given = getattr(arguments, name)
         setattr(arguments, name, given and given.expanduser().absolute())
@@ -365,20 +362,16 @@ def _harness(arguments: argparse.Namespace) -> Any:
     )
 
 
-def _push(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _push(arguments: argparse.Namespace) -> int:
     from loadmaster.endpoint.push import push
 
-    if overrides:
-        _parser().error(f"push does not know {' '.join(overrides)}")
     push(arguments.run_dir, arguments.format, arguments.repo, not arguments.public, arguments.dry_run, print)
     return 0
 
 
-def _pods(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _pods(arguments: argparse.Namespace) -> int:
     from loadmaster.launch.machines import list_pods, sweep_pods
 
-    if overrides:
-        _parser().error(f"pods does not know {' '.join(overrides)}")
     if arguments.action == "sweep":
         return sweep_pods(Output(), arguments.yes, arguments.all, arguments.names)
     return list_pods(Output())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def add_parsers(commands: Any) -> None:
-    """Add these commands to the subparsers of the command line; each sets run(arguments, rest) -> exit code."""
+    """Add these commands to the subparsers of the command line; each sets run(arguments) -> exit code."""
     made = commands.add_parser("deploy", help="put a run's bundle on an endpoint, validate and measure it")
     made.add_argument("run_dir", type=Path, metavar="RUN", help="run directory whose bundle stage is done")
     made.add_argument("--volume", metavar="NAME", help="network volume for the artifact, by name or id")
@@ -64,12 +64,11 @@ def add_parsers(commands: Any) -> None:
     gone.set_defaults(run=_delete)
 
 
-def _deploy(arguments: argparse.Namespace, rest: list[str]) -> int:
+def _deploy(arguments: argparse.Namespace) -> int:
     from loadmaster.endpoint.deploy import deploy, find, order, write_deployment
     from loadmaster.endpoint.name import replaced
     from loadmaster.training.stop import StopSignal
 
-    _refuse(rest)
     wanted = order(arguments.run_dir, arguments.volume, arguments.name)
     request = wanted.request
     puts = wanted.volume is not None and not arguments.no_upload
@@ -167,14 +166,13 @@ def _put(wanted: Order) -> Callable[[NetworkVolume], None]:
     return put
 
 
-def _fetch(arguments: argparse.Namespace, rest: list[str]) -> int:
+def _fetch(arguments: argparse.Namespace) -> int:
     from loadmaster.export.manifest import exported
     from loadmaster.launch.after import bring_late, is_home
     from loadmaster.launch.bucket import require_keys
     from loadmaster.launch.left import fetch, fetchable, on_a_volume
     from loadmaster.launch.runpod.provider import Runpod
 
-    _refuse(rest)
     run_dir, formats = arguments.run_dir, arguments.formats
     left, home = on_a_volume(run_dir), is_home(run_dir)
     if home:
@@ -189,10 +187,9 @@ def _fetch(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _list(arguments: argparse.Namespace, rest: list[str]) -> int:
+def _list(arguments: argparse.Namespace) -> int:
     from loadmaster.endpoint.deploy import ours
 
-    _refuse(rest)
     with _client() as client:
         found = ours(client)
         prices = {gpu.id: gpu for gpu in client.gpus("SERVERLESS")}
@@ -209,11 +206,10 @@ def _list(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _test(arguments: argparse.Namespace, rest: list[str]) -> int:
+def _test(arguments: argparse.Namespace) -> int:
     from loadmaster.endpoint.deploy import START_S, find, order
     from loadmaster.endpoint.validate import validate
 
-    _refuse(rest)
     wanted = order(arguments.run_dir, "not needed to ask")
     with _client() as client:
         endpoint = find(client, wanted.request.name)
@@ -224,14 +220,13 @@ def _test(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _review(arguments: argparse.Namespace, rest: list[str]) -> int:
+def _review(arguments: argparse.Namespace) -> int:
     from datetime import UTC, datetime
 
     from loadmaster.endpoint.deploy import owned
     from loadmaster.endpoint.inference import NotAnswered
     from loadmaster.endpoint.review import FEWEST_HOURS, MOST_HOURS, lines, prices_of, review, worker_hours
 
-    _refuse(rest)
     if not 0 <= arguments.active_discount < 1:
         raise UsageError(f"--active-discount {arguments.active_discount:g} is no share: 0.2 is 20% off")
     if not FEWEST_HOURS <= arguments.hours <= MOST_HOURS:
@@ -258,10 +253,9 @@ def _counts(found: Any) -> str:
     return ", ".join(f"{name} {value}" for name, value in found.items()) if isinstance(found, dict) else "not said"
 
 
-def _scale(arguments: argparse.Namespace, rest: list[str]) -> int:
+def _scale(arguments: argparse.Namespace) -> int:
     from loadmaster.endpoint.deploy import owned, refuse_bounds, scale
 
-    _refuse(rest)
     least, most = arguments.least, arguments.most
     refuse_bounds(least, most)
     with _client() as client:
@@ -270,10 +264,9 @@ def _scale(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _delete(arguments: argparse.Namespace, rest: list[str]) -> int:
+def _delete(arguments: argparse.Namespace) -> int:
     from loadmaster.endpoint.deploy import owned
 
-    _refuse(rest)
     with _client() as client:
         found = owned(client, arguments.endpoint)
         if not arguments.yes and not _agreed(f"delete {found.id} ({found.name})?"):
@@ -281,11 +274,6 @@ def _delete(arguments: argparse.Namespace, rest: list[str]) -> int:
         client.delete_endpoint(found.id)
     print(f"deleted {found.id}")
     return 0
-
-
-def _refuse(rest: list[str]) -> None:
-    if rest:
-        raise UsageError(f"this command does not know {' '.join(rest)}; --help says what it takes")
 
 
 def _agreed(question: str) -> bool:
