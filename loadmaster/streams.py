@@ -1,4 +1,4 @@
-"""What a command prints, where nobody reads on, or what reads it has not every character."""
+"""What a command prints, where nobody reads on, or what reads it has not every character; and what it asks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import sys
 
 from rich.console import Console
+
+from loadmaster.errors import LoadmasterError
 
 
 class Output(Console):
@@ -49,6 +51,14 @@ def _on_terminal(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     unbuffered = stream.write_through
     buffer = terminal if unbuffered else io.BufferedWriter(terminal)
     return io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=True, write_through=unbuffered)
+
+
+def agreed(question: str) -> bool:
+    """Whether somebody says yes. Raises LoadmasterError where nobody is there."""
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        raise LoadmasterError("nobody is there to ask: --yes goes on without") from None
 
 
 def unheard(descriptor: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadmaster.errors import LoadmasterError, ProviderError, UsageError
+from loadmaster.streams import agreed
 from loadmaster.words import counted
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
         print(f"it is there ({there.id}) and is updated in place" if there else "it is not there and is made")
         if there and (note := replaced(there, request)):
             print(f"ATTENTION: {note}")
-        if not arguments.yes and not _agreed("go on?"):
+        if not arguments.yes and not agreed("go on?"):
             return 0
         stop = StopSignal().install()  # from here on what was made is taken back
         try:
@@ -269,18 +270,11 @@ def _delete(arguments: argparse.Namespace) -> int:
 
     with _client() as client:
         found = owned(client, arguments.endpoint)
-        if not arguments.yes and not _agreed(f"delete {found.id} ({found.name})?"):
+        if not arguments.yes and not agreed(f"delete {found.id} ({found.name})?"):
             return 0
         client.delete_endpoint(found.id)
     print(f"deleted {found.id}")
     return 0
-
-
-def _agreed(question: str) -> bool:
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        raise LoadmasterError("nobody is there to ask: --yes goes on without") from None
 
 
 def _client() -> RunpodClient:

@@ -240,7 +240,7 @@ def _ask(launch: Launch) -> None:
     if not sys.stdin.isatty():
         raise LoadmasterError("renting needs a yes, and nobody can be asked here; add launch.yes=true")
     try:
-        answer = launch.console.input("Rent it? [y/N] ")
+        answer = input("Rent it? [y/N] ")
     except EOFError:  # Ctrl-D
         answer = "no"
     if answer.strip().lower() not in ("y", "yes"):

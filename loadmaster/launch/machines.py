@@ -13,6 +13,7 @@ from rich.table import Table
 from loadmaster import catalog
 from loadmaster.errors import LoadmasterError, ProviderError
 from loadmaster.launch.provider import Machine, Provider
+from loadmaster.streams import agreed
 from loadmaster.tables import print_table
 
 GRACE_HOURS = 0.25
@@ -114,12 +115,9 @@ def sweep_pods(
         console.print("nothing to sweep")
         return 0
     for machine, why in doomed:
-        console.print(
-            f"{machine.kind} {machine.name} ({machine.id}): {why or 'its job may still run'}",
-            highlight=False,
-            markup=False,
-        )
-    if not yes and not _agreed(console, f"Terminate {len(doomed)}? [y/N] "):
+        said = f"{machine.kind} {machine.name} ({machine.id}): {why or 'its job may still run'}"
+        console.print(said, highlight=False, markup=False)
+    if not yes and not agreed(f"Terminate {len(doomed)}?"):
         raise LoadmasterError("nothing was terminated")
     left: list[str] = []
     for machine, _ in doomed:
@@ -132,13 +130,6 @@ def sweep_pods(
     if left:
         raise ProviderError(f"not certain to have ended, and may cost money: {'; '.join(left)}. Sweep again")
     return 0
-
-
-def _agreed(console: Console, question: str) -> bool:
-    try:
-        return console.input(question).strip().lower() in ("y", "yes")
-    except EOFError:
-        raise LoadmasterError("nobody is there to ask: --yes goes on without") from None
 
 
 def provider_of(name: str = "runpod") -> Provider:

@@ -271,7 +271,7 @@ def test_nothing_is_rented_where_the_question_is_not_answered_with_yes(place, an
         [sys.executable, str(ROOT / "train.py"), *words], place.folder,
         RUNPOD_API_KEY=place.fake.key, RUNPOD_API_BASE_URL_V2=place.fake.url,
     )  # fmt: skip
-    launcher.until(lambda: "Rent it?" in launcher.said)
+    launcher.until(lambda: "Rent it? [y/N]" in launcher.said)
     os.write(launcher.master, answer)
     assert launcher.code() == 4
     assert "nothing was rented" in launcher.said and "Traceback" not in launcher.said and not place.fake.pods
