@@ -88,7 +88,7 @@ class TrainingFailed(LoadmasterError):
 class ExportRejected(LoadmasterError):
     """An export did not pass verification; nothing was published.
 
-    figures: of each format that was scored, as `loadmaster.export.export_all` returns them; {} where none was.
+    figures: of each format that was scored, as `loadmaster.export.stage.export_all` returns them; {} where none was.
     """
 
     exit_code = 5

@@ -271,18 +271,13 @@ class Pipeline:
 
     def export(self) -> None:
         from loadmaster.errors import ExportRejected
-        from loadmaster.export import export_all, report_table
+        from loadmaster.export import report_table, stage
 
+        made = self.materials
         try:
             with out_of_memory.explained("export"):
-                exports = export_all(
-                    self.job,
-                    self.plan,
-                    self.run_dir.path,
-                    self.materials.base_folder,
-                    self.materials.prepared,
-                    self.materials.tokenizer,
-                    self.echo,
+                exports = stage.export_all(
+                    self.job, self.plan, self.run_dir.path, made.base_folder, made.prepared, made.tokenizer, self.echo
                 )
         except ExportRejected as error:
             # "exports" stays: an earlier export is still in its place.

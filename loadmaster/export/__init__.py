@@ -1,19 +1,16 @@
-"""Export: merge, quantize, verify, publish. `report_table` shows what `export_all` found."""
+"""Export: merge, quantize, verify, publish (stage.export_all). `report_table` shows what that found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loadmaster.export.table import report_table
 
 if TYPE_CHECKING:
     from loadmaster.config.schema import Job
-    from loadmaster.data import PreparedData
-    from loadmaster.preflight.plan import Plan
 
-__all__ = ["export_all", "refuse_unholdable", "report_table"]
+__all__ = ["refuse_unholdable", "report_table"]
 
 
 def refuse_unholdable(job: Job, base_folder: Path, method: str) -> None:
@@ -36,21 +33,3 @@ def refuse_unholdable(job: Job, base_folder: Path, method: str) -> None:
             streamed(formats, base_folder, aimed_at(job.endpoint.server))
     except ExportRejected as error:
         raise ConfigError.of(*wrong, str(error), remedy) from None
-
-
-def export_all(
-    job: Job, plan: Plan, run_dir: Path, base_folder: Path, prepared: PreparedData, tokenizer: Any,
-    echo: Callable[[str], None],
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Write run_dir/export/<format>/ for every format of the job, each verified against the model as trained.
-
-    Formats already published from the same inputs are left alone. Call it on the main process only.
-    Returns {format: figures}: perplexity_ratio, mean_kl and p99_kl (nats a token), top1_agreement, task,
-    task_retention, passed, limits, bytes.
-    Raises ExportRejected when a format does not reach its thresholds or cannot be made, LoadmasterError where this
-    machine has no room for it; then none of them is published, and what was published before stays as it was.
-    """
-    # Imported when it is called, so that reading a manifest does not import torch.
-    from loadmaster.export.stage import export_all as run
-
-    return run(job, plan, run_dir, base_folder, prepared, tokenizer, echo)

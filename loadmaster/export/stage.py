@@ -57,7 +57,14 @@ def export_all(
     job: Job, plan: Plan, run_dir: Path, base_folder: Path, prepared: PreparedData, tokenizer: Any,
     echo: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Write and verify run_dir/export/<format>/ for every format of the job; see `loadmaster.export.export_all`."""
+    """Write run_dir/export/<format>/ for every format of the job, each verified against the model as trained.
+
+    Formats already published from the same inputs are left alone. Call it on the main process only.
+    Returns {format: figures}: perplexity_ratio, mean_kl and p99_kl (nats a token), top1_agreement, task,
+    task_retention, passed, limits, bytes.
+    Raises ExportRejected when a format does not reach its thresholds or cannot be made, LoadmasterError where this
+    machine has no room for it; then none of them is published, and what was published before stays as it was.
+    """
     collector.resume()
     export = Export(job, plan, run_dir, base_folder, prepared, tokenizer, echo)
     for left in export.folder.glob(f".*{PARTIAL_SUFFIX}"):  # by a run that was killed, of formats named no more too

@@ -71,7 +71,7 @@ class Run:
             self.prepared = prepare(self.job, self.tokenizer)
 
     def export(self, *formats: str):
-        from loadmaster.export import export_all
+        from loadmaster.export.stage import export_all
 
         job = replace(self.job, export=replace(self.job.export, formats=list(formats)))
         return export_all(job, self.plan, self.folder, self.base, self.prepared, self.tokenizer, self.log.append)

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 from rich.console import Console
 
-import loadmaster.export
+import loadmaster.export.stage
 from loadmaster.errors import ExportRejected
 from loadmaster.export import report_table
 from loadmaster.pipeline import Pipeline
@@ -46,7 +46,7 @@ def test_a_rejected_export_is_recorded_beside_the_one_that_is_in_place(tmp_path,
     def rejects(*_):
         raise ExportRejected("not what was trained", {"int4": FIGURES})
 
-    monkeypatch.setattr(loadmaster.export, "export_all", rejects)
+    monkeypatch.setattr(loadmaster.export.stage, "export_all", rejects)
     with pytest.raises(ExportRejected):
         run.export()
     result = run_dir.result()
@@ -57,7 +57,7 @@ def test_a_rejected_export_is_recorded_beside_the_one_that_is_in_place(tmp_path,
     assert " int4 " in console.file.getvalue()
 
     good = {"int4": {**FIGURES, "mean_kl": 0.1, "p99_kl": 1.0, "passed": True}}
-    monkeypatch.setattr(loadmaster.export, "export_all", lambda *_: good)
+    monkeypatch.setattr(loadmaster.export.stage, "export_all", lambda *_: good)
     run.export()
     result = run_dir.result()
     assert result["rejected_exports"] is None and result["exports"]["int4"]["passed"]
