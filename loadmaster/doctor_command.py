@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.errors import ConfigError
+from loadmaster.packages import versions
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.training.ranks import is_member, torchrun_variables
 
@@ -26,17 +26,10 @@ def doctor(overrides: list[str]) -> int:
     host = "" if here.host_memory_gib is None else f", host memory {here.host_memory_gib:.1f} GiB"
     device = "the CPU" if here.is_cpu else f"{here.count}x {here.gpu}, {here.memory_gib:.1f} GiB each"
     rows = {"device": device + host, "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here"}
-    rows |= {package: _version(package) for package in PACKAGES}
+    rows |= dict.fromkeys(PACKAGES, "not installed") | versions(PACKAGES)
     for name, said in rows.items():
         print(f"{name:<{max(map(len, rows))}}  {said}")
     return 0
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _of_all(overrides: list[str]) -> int:

@@ -1,18 +1,23 @@
-"""Packages that a machine may lack: what a job needs of them is said before a model is loaded for it."""
+"""Packages that a machine may lack: what a job needs of them is said before a model is loaded for it; and versions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from loadmaster.errors import ConfigError, LoadmasterError, Problem
-from loadmaster.preflight.plan import Plan
-from loadmaster.preflight.zero_settings import ZERO
+
+if TYPE_CHECKING:
+    from loadmaster.preflight.plan import Plan
 
 
 def needed(plan: Plan, formats: Iterable[str] = ()) -> list[tuple[str, str, object, str]]:
     """(package, field that asks for it, its value, what does without) of a plan's training and exports."""
     from loadmaster.export.candidates import CALIBRATED, CANDIDATES
+    from loadmaster.preflight.zero_settings import ZERO
 
     found: list[tuple[str, str, object, str]] = []
     if plan.method == "qlora":
@@ -29,6 +34,15 @@ def needed(plan: Plan, formats: Iterable[str] = ()) -> list[tuple[str, str, obje
             found.append(("gguf", "export.formats", name, "another format"))
         elif any(each in CALIBRATED for each in CANDIDATES.get(name, ())):
             found.append(("llmcompressor", "export.formats", name, "fp8, or another format that is not calibrated"))
+    return found
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are here."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
     return found
 
 

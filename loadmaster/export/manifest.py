@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +21,7 @@ from loadmaster.config.overrides import assigned
 from loadmaster.config.serving_rules import LORA_RANKS
 from loadmaster.errors import ExportRejected
 from loadmaster.files import sha256_file, storable, write_text
+from loadmaster.packages import versions
 from loadmaster.rundir import newest_in
 
 SCHEMA = 1
@@ -96,15 +96,9 @@ def max_lora_rank(rank: int) -> int:
     return next((allowed for allowed in LORA_RANKS if allowed >= rank), rank)
 
 
-def versions() -> dict[str, str]:
+def shaped_by() -> dict[str, str]:
     """Versions of loadmaster and of the libraries that shaped the export."""
-    found = {"loadmaster": __version__}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"loadmaster": __version__, **versions(LIBRARIES)}
 
 
 def file_list(folder: Path) -> list[dict[str, Any]]:
@@ -127,7 +121,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "schema": SCHEMA,
         "oldest_server": OLDEST_SERVER[facts["format"]],
         **storable(facts),
-        "versions": versions(),
+        "versions": shaped_by(),
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "bytes": sum(file["bytes"] for file in files),
         "files": files,

@@ -24,7 +24,7 @@ from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.evaluation import batch_size
 from loadmaster.export import advice, answers, candidates, table, thresholds, verify
 from loadmaster.export.build import Builder, Written
-from loadmaster.export.manifest import adapter_reader, read_manifest, verify_manifest, versions, write_manifest
+from loadmaster.export.manifest import adapter_reader, read_manifest, shaped_by, verify_manifest, write_manifest
 from loadmaster.export.process import answering_s, run_step, timeout_s
 from loadmaster.export.room import asking, beside_weights, moving_s
 from loadmaster.export.servers import aimed_at, oldest_reader
@@ -123,7 +123,7 @@ class Export:
                 "task": [self.job.evaluation.task, self.job.evaluation.max_rows, self.job.evaluation.max_new_tokens],
                 "server": [self.server.compressed_tensors, self.server.reads_transformers_5],
                 "gguf": self.job.export.gguf_type if name == "gguf" else None,
-                "versions": versions(),
+                "versions": shaped_by(),
             }
         )
 

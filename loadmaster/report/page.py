@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from markupsafe import Markup, escape
 
 from loadmaster import __version__
 from loadmaster.files import write_text
+from loadmaster.packages import versions
 from loadmaster.report import curves, data, evaluation, exports, overview, plan, units
 from loadmaster.report.inputs import RunFiles, read_run
 from loadmaster.words import visible
@@ -61,7 +61,8 @@ def render(run_dir: Path, command: str) -> str:
     problems = list(files.problems)
     content = {name: _built(name, build, files, problems) for name, build in SECTIONS.items()}
     html = _environment().get_template("report.html.j2").render(
-        **content, order=order(files), problems=problems, command=command, versions=versions(), files=files,
+        **content, order=order(files), problems=problems, command=command, files=files,
+        versions={"loadmaster": __version__, "Python": platform.python_version(), **versions(LIBRARIES)},
         written=datetime.now(UTC),
     )
     return html.encode("utf-8", errors="replace").decode("utf-8")  # generated text may hold half a surrogate pair
@@ -79,17 +80,6 @@ def _built(name: str, build: Callable[[RunFiles], Any], files: RunFiles, problem
     except Exception as error:  # files may hold anything; the rest of the page still stands
         problems.append(f"The part on {name} could not be shown ({type(error).__name__}: {error}).")
         return None
-
-
-def versions() -> dict[str, str]:
-    """Versions in the environment that writes the page; libraries that are not installed are left out."""
-    found = {"loadmaster": __version__, "Python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def breakable(text: str) -> Markup:
