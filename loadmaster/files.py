@@ -73,6 +73,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def as_object(value: Any) -> dict[str, Any]:
+    """What JSON held, where that is an object; else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 LONGEST_HEADER = 100_000_000
 """Bytes; safetensors reads no longer one."""
 

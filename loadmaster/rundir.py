@@ -19,7 +19,16 @@ from typing import Any
 
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import ConfigError, LoadmasterError
-from loadmaster.files import PARTIAL_SUFFIX, is_full_disk, is_whole_safetensors, read_json, sha256_json, write_json
+from loadmaster.files import (
+    PARTIAL_SUFFIX,
+    as_object,
+    is_full_disk,
+    is_whole_safetensors,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 
 RECORD = "stages.json"
 LAUNCH_RECORD = "launch.json"
@@ -95,7 +104,7 @@ class RunDir:
         is_adapter = folder.name == "adapter"
         config = object_in(folder / ("adapter_config.json" if is_adapter else "config.json"))
         index = folder / "model.safetensors.index.json"
-        listed = set(_object(object_in(index).get("weight_map")).values())
+        listed = set(as_object(object_in(index).get("weight_map")).values())
         files = {file.name for file in folder.glob("*.safetensors")} | listed
         whole = files and all(is_whole_safetensors(folder / name) for name in files)
         is_known = config.get("peft_type" if is_adapter else "model_type")
@@ -221,8 +230,6 @@ def newest_in(folder: Path) -> Path | None:
 
 def file_fingerprint(path: Path) -> str:
     """Hash of the contents of a file, or of all files of a folder with their names."""
-    from loadmaster.files import sha256_file
-
     if path.is_file():
         return sha256_file(path)
     files = sorted(p for p in path.rglob("*") if p.is_file())
@@ -255,11 +262,7 @@ def object_in(path: Path) -> dict[str, Any]:
         value = read_json(path)
     except (OSError, ValueError, RecursionError):
         return {}
-    return _object(value)
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    return as_object(value)
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -267,7 +270,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _stages(path: Path) -> dict[str, Any]:
-    return _object(_record(path).get("stages"))
+    return as_object(_record(path).get("stages"))
 
 
 def _is_nothing(name: str) -> bool:

@@ -31,6 +31,7 @@ from loadmaster.export.servers import aimed_at, oldest_reader
 from loadmaster.export.weights import weight_bytes
 from loadmaster.files import (
     PARTIAL_SUFFIX,
+    as_object,
     is_full_disk,
     model_files,
     publish_folder,
@@ -102,8 +103,7 @@ class Export:
             raise ExportRejected(f"{self.trained} is not there: train first (stop_after=train or later).")
         self.server = aimed_at(job.endpoint.server)
         self.cache = run_dir / FINGERPRINTS
-        written = object_in(run_dir / "result.json").get("trained_sha256")
-        self.trained_sha256: dict[str, str] = written if isinstance(written, dict) else {}
+        self.trained_sha256: dict[str, str] = as_object(object_in(run_dir / "result.json").get("trained_sha256"))
         """Of each file, as training wrote it; of a run of an earlier version nothing."""
 
     # ------------------------------------------------------------- what is there already

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from loadmaster.files import as_object
 from loadmaster.report import units
 from loadmaster.report.inputs import RunFiles, dig, number, rows
 
@@ -54,7 +55,7 @@ def evaluation_section(files: RunFiles) -> list[Change] | None:
         _change("answers that are valid JSON", "", *pair("task.valid_json"), units.percent, points=True),
         _change("fields right", "", *pair("task.field_match"), units.percent, points=True),
     ]
-    first, second = (found if isinstance(found, dict) else {} for found in pair("task.per_field"))
+    first, second = map(as_object, pair("task.per_field"))
     for name in second or first:
         found.append(_change(name, "", first.get(name), second.get(name), units.percent, points=True, is_part=True))
     return [change for change in found if {change.before, change.after} != {units.MISSING}]
@@ -89,8 +90,7 @@ def samples_section(files: RunFiles) -> list[Sample] | None:
 
 
 def side(files: RunFiles, name: str) -> dict[str, Any]:
-    found = files.evaluation.get(name)
-    return found if isinstance(found, dict) else {}
+    return as_object(files.evaluation.get(name))
 
 
 def _cut(text: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from loadmaster.files import as_object
 from loadmaster.report import units
 from loadmaster.report.evaluation import side
 from loadmaster.report.export_chart import Point, draw_exports
@@ -86,8 +87,7 @@ def published(files: RunFiles) -> dict[str, dict[str, Any]]:
 
 
 def _figures(files: RunFiles, key: str) -> dict[str, dict[str, Any]]:
-    said = files.result.get(key)
-    return {str(k): v for k, v in said.items() if isinstance(v, dict)} if isinstance(said, dict) else {}
+    return {str(k): v for k, v in as_object(files.result.get(key)).items() if isinstance(v, dict)}
 
 
 def _verification(facts: dict[str, Any]) -> dict[str, Any]:

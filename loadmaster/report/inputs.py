@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from loadmaster.files import as_object
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -47,7 +49,7 @@ def read_run(run_dir: Path) -> RunFiles:
         config=_parsed("config.yaml", config_text, yaml.safe_load, problems),
         plan=_json(run_dir, "plan.json", problems),
         result=_json(run_dir, "result.json", problems),
-        stages=_dict(_json(run_dir, "stages.json", problems).get("stages")),
+        stages=as_object(_json(run_dir, "stages.json", problems).get("stages")),
         evaluation=_json(run_dir, "eval.json", problems),
         metrics=_metrics(run_dir / "metrics.jsonl", problems),
         manifests={
@@ -77,10 +79,6 @@ def number(value: Any) -> float | None:
 def rows(value: Any) -> list[dict[str, Any]]:
     """The dicts of a list, or nothing."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _text(path: Path, problems: list[str]) -> str:

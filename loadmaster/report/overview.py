@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadmaster.config.schema import STAGES
+from loadmaster.files import as_object
 from loadmaster.report import units
 from loadmaster.report.inputs import RunFiles, dig, number
 
@@ -127,7 +128,7 @@ def _held_out(files: RunFiles) -> Figure | None:
     sides = [dig(files.evaluation, f"{side}.held_out") for side in ("before", "after")]
     if not any(isinstance(side, dict) for side in sides):
         return None
-    before, after = (side if isinstance(side, dict) else {} for side in sides)
+    before, after = map(as_object, sides)
     if "reward_accuracy" in after:
         preferred = [units.percent(side.get("reward_accuracy")) for side in (before, after)]
         note = f"per pair; chosen answers preferred {' → '.join(preferred)}"

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from loadmaster.files import as_object
 from loadmaster.report import units
 from loadmaster.report.inputs import RunFiles, dig, number, rows
 from loadmaster.report.overview import MEASURED_PEAK, PLANNED_WITH, off_by, place, predicted_gib, predicted_peak
@@ -112,7 +113,7 @@ def plan_section(files: RunFiles) -> PlanSection | None:
         alternatives=rows(plan.get("alternatives")),
         runners_up=rows(plan.get("runners_up")),
         elsewhere=[{**row, "place": machine(row), "plan": _there(row, plan)} for row in rows(plan.get("elsewhere"))],
-        basis=[(str(key).replace("_", " "), str(text)) for key, text in _mapping(plan.get("basis")).items()],
+        basis=[(str(key).replace("_", " "), str(text)) for key, text in as_object(plan.get("basis")).items()],
     )
 
 
@@ -125,7 +126,7 @@ def _there(row: dict[str, Any], plan: dict[str, Any]) -> str:
     """The plan on another machine; a batch that had to be another one makes it another training run."""
     parts = [row.get("precision"), *([row.get("sharding")] if row.get("sharding") != "none" else [])]
     some = row.get("checkpointed_layers")
-    of = f"{some} of {_mapping(plan.get('model')).get('layers')} layers"
+    of = f"{some} of {as_object(plan.get('model')).get('layers')} layers"
     parts += [f"checkpointing {row.get('activation_checkpointing') if some is None else of}"]
     parts += [f"{row['offload']} in host memory"] if row.get("offload", "none") != "none" else []
     parts += [units.things(row.get("micro_batch_size"), "row")]
@@ -140,13 +141,9 @@ def _rows_per_step(plan: dict[str, Any]) -> float | None:
     return None if None in factors else math.prod(factor for factor in factors if factor is not None)
 
 
-def _mapping(value: Any) -> dict[Any, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _checkpointing(plan: dict[str, Any]) -> str:
     kind, layers = str(plan.get("activation_checkpointing", units.MISSING)), plan.get("checkpointed_layers")
-    of = f", the first {layers} of {_mapping(plan.get('model')).get('layers')} layers"
+    of = f", the first {layers} of {as_object(plan.get('model')).get('layers')} layers"
     return kind if layers is None else kind + of
 
 
@@ -210,11 +207,11 @@ def memory_bar(plan: dict[str, Any]) -> Bar:
 def _phases(plan: dict[str, Any]) -> list[Phase]:
     """Each phase of the run with its components, on bars of one length; of an old plan only the totals."""
     found: dict[str, dict[str, float]] = {
-        str(name): {key: number(_mapping(parts).get(key)) or 0.0 for key in COMPONENTS}
-        for name, parts in _mapping(plan.get("phase_components_gib")).items()
+        str(name): {key: number(as_object(parts).get(key)) or 0.0 for key in COMPONENTS}
+        for name, parts in as_object(plan.get("phase_components_gib")).items()
     }
     if not found:
-        totals = _mapping(dig(plan, "phases_gib"))
+        totals = as_object(dig(plan, "phases_gib"))
         found = {str(name): {"phase": number(gib) or 0.0} for name, gib in totals.items() if number(gib)}
     budget = number(plan.get("budget_gib")) or 0.0
     full = max([*(sum(parts.values()) for parts in found.values()), budget], default=0.0) or 1.0
@@ -250,5 +247,5 @@ def memory_section(files: RunFiles) -> MemorySection | None:
 
 def _parts(files: RunFiles) -> list[dict[str, Any]]:
     """What the rehearsal's worst step took of each part, where a GPU could tell."""
-    found = _mapping(dig(files.result, "prediction.parts"))
-    return [{"name": str(name), **_mapping(row)} for name, row in found.items()]
+    found = as_object(dig(files.result, "prediction.parts"))
+    return [{"name": str(name), **as_object(row)} for name, row in found.items()]
