@@ -60,7 +60,6 @@ class EndpointGpu:
     count: int = 1
     excluded_types: list[str] | None = None
     min_cuda_version: str | None = None
-    allowed_cuda_versions: list[str] | None = None
 
 
 @dataclass(frozen=True, config=REQUEST)
@@ -259,12 +258,8 @@ class CreateEndpoint:
     type: Literal["QUEUE", "LOAD_BALANCER"] = "QUEUE"
     gpu: EndpointGpu | None = None
     image: str | None = None
-    template_id: str | None = None
-    args: str | None = None
     disk: int | None = None
     env: dict[str, str] | None = field(default=None, repr=False)
-    ports: list[str] | None = None
-    registry: str | None = None
     workers: Workers | None = None
     flashboot: Literal["OFF", "FLASHBOOT", "PRIORITY_FLASHBOOT"] | None = None
     """The service's default here is OFF, not the console's FLASHBOOT."""
@@ -281,10 +276,8 @@ class UpdateEndpoint:
     scaling: QueueDelay | RequestCount | None = None
     gpu: EndpointGpu | None = None
     image: str | None = None
-    args: str | None = None
     disk: int | None = None
     env: dict[str, str] | None = field(default=None, repr=False)
-    ports: list[str] | None = None
     workers: Workers | None = None
     flashboot: Literal["OFF", "FLASHBOOT", "PRIORITY_FLASHBOOT"] | None = None
     network_volumes: list[str] | None = None
