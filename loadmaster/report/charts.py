@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import fmean
+from typing import Any
 
 MOST_POINTS = 800
 """More are averaged in bins: a screen shows no more, and the page stays small."""
@@ -77,16 +79,10 @@ def draw(curve: Curve, width: int, height: int) -> str:
 
     Drawn once: the page is written after every stage, and most curves are as they were.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(style(f"{curve.title} {width}x{height}"))
-        figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
-        axes = figure.add_subplot()
+    def plot(axes: Any) -> None:
+        axes.figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
         _plot(axes, curve)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=max(3, width // 90), integer=True, min_n_ticks=1))
@@ -94,12 +90,27 @@ def draw(curve: Curve, width: int, height: int) -> str:
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         axes.yaxis.set_minor_formatter(NullFormatter())
+
+    return drawn(plot, f"{curve.title} {width}x{height}", (width, height),
+                 f"{curve.title}, {curve.unit}, over optimizer steps")  # fmt: skip
+
+
+def drawn(plot: Callable[[Any], None], salt: str, size: tuple[int, int], description: str) -> str:
+    """What `plot` draws on axes of so many CSS pixels, as an <svg> element of the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_style(salt))
+        figure = Figure(figsize=(size[0] / POINTS_PER_INCH, size[1] / POINTS_PER_INCH), layout="constrained")
+        plot(figure.add_subplot())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return inline(buffer.getvalue(), f"{curve.title}, {curve.unit}, over optimizer steps")
+    return _inline(buffer.getvalue(), description)
 
 
-def _plot(axes, curve: Curve) -> None:
+def _plot(axes: Any, curve: Curve) -> None:
     x, y = binned(curve.x, curve.y)
     if curve.is_smoothed:
         axes.plot(x, y, color=FIRST, linewidth=1, alpha=0.4)
@@ -130,7 +141,7 @@ def binned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> t
     if size <= 1:
         return list(x), list(y)
     parts = range(0, len(x), size)
-    return [_mean(x[i : i + size]) for i in parts], [_mean(y[i : i + size]) for i in parts]
+    return [fmean(x[i : i + size]) for i in parts], [fmean(y[i : i + size]) for i in parts]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -139,15 +150,11 @@ def smoothed(values: Sequence[float]) -> list[float]:
     out = []
     for i in range(len(values)):
         near = min(reach, i, len(values) - 1 - i)
-        out.append(_mean(values[i - near : i + near + 1]))
+        out.append(fmean(values[i - near : i + near + 1]))
     return out
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def style(salt: str) -> dict[str, object]:
+def _style(salt: str) -> dict[str, object]:
     return {
         "svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "axes.labelsize": 11,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": RULE, "xtick.color": RULE, "ytick.color": RULE,
@@ -158,7 +165,7 @@ def style(salt: str) -> dict[str, object]:
     }
 
 
-def inline(svg: str, description: str) -> str:
+def _inline(svg: str, description: str) -> str:
     """The drawing as an element of the page: no prolog, no fixed size, page colours, page font, no ids to clash."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.S)

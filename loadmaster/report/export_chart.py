@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
-from loadmaster.report.charts import FIRST, POINTS_PER_INCH, SECOND, THIRD, inline, style
+from loadmaster.report.charts import FIRST, SECOND, THIRD, drawn
 
-WIDTH, HEIGHT = 560, 300
+SIZE = 560, 300
 """CSS pixels."""
 LEAST_KL = 1e-7
 """Nats; what is nearer than that to the trained model is drawn here, on a logarithmic axis."""
@@ -28,15 +28,9 @@ class Point:
 
 def draw_exports(points: list[Point]) -> Markup:
     """An <svg> that scales with its container: size on disk against mean KL, with a tick at each format's limit."""
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(style(f"exports {len(points)}"))
-        figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), layout="constrained")
-        axes = figure.add_subplot()
+    def plot(axes: Any) -> None:
         for point in points:
             kl = max(point.mean_kl, LEAST_KL)
             colour = FIRST if point.passed else SECOND
@@ -52,6 +46,6 @@ def draw_exports(points: list[Point]) -> Markup:
         axes.margins(y=0.2)
         axes.set_xlabel("MB on disk")
         axes.set_ylabel("mean KL, nats a token")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return Markup(inline(buffer.getvalue(), "Mean KL divergence of each export over its size on disk"))
+
+    said = "Mean KL divergence of each export over its size on disk"
+    return Markup(drawn(plot, f"exports {len(points)}", SIZE, said))
