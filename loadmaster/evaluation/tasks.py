@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 from loadmaster.errors import DataError
@@ -32,7 +33,7 @@ def task_metric(name: str, answers: Sequence[str], references: Sequence[str]) ->
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """{"metric": share of answers equal to their reference but for white space at the ends, "rows"}."""
     right = [answer.strip() == reference.strip() for answer, reference in zip(answers, references, strict=True)]
-    return {"metric": _mean(right), "rows": len(right)}
+    return {"metric": fmean(right), "rows": len(right)}
 
 
 def json_fields(answers: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
@@ -63,12 +64,12 @@ def json_fields(answers: Sequence[str], references: Sequence[str]) -> dict[str, 
         right = answer is not None and all(fields_right.values()) and len(found) == len(reference)
         exact.append(right)
         valid.append(answer is not None)
-        field_match.append(_mean(list(fields_right.values())) if reference else float(right))
+        field_match.append(fmean(fields_right.values()) if reference else float(right))
     return {
-        "metric": _mean(exact),
-        "valid_json": _mean(valid),
-        "field_match": _mean(field_match),
-        "per_field": {name: _mean(rights) for name, rights in per_field.items()},
+        "metric": fmean(exact),
+        "valid_json": fmean(valid),
+        "field_match": fmean(field_match),
+        "per_field": {name: fmean(rights) for name, rights in per_field.items()},
         "rows": len(exact),
     }
 
@@ -104,7 +105,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_same, a, b))
     return isinstance(a, bool) == isinstance(b, bool) and a == b
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from loadmaster.export.served.client import Served
@@ -80,10 +81,10 @@ def log_probability_figures(
     fine_tune, share = tuned_share(own, trained, base)
     return {
         "tokens": len(own),
-        "difference": _mean([abs(s - t) for s, t in zip(own, trained, strict=True)]),
-        "from_disk": _mean([abs(s - d) for s, d in zip(own, on_disk, strict=True)]),
-        "rounding": _mean([abs(r - d) for r, d in zip(rounded, on_disk, strict=True)]),
-        "top1_agreement": _mean(agree),
+        "difference": fmean(abs(s - t) for s, t in zip(own, trained, strict=True)),
+        "from_disk": fmean(abs(s - d) for s, d in zip(own, on_disk, strict=True)),
+        "rounding": fmean(abs(r - d) for r, d in zip(rounded, on_disk, strict=True)),
+        "top1_agreement": fmean(agree),
         "fine_tune": fine_tune,
         "tuned_share": share,
     }
@@ -106,8 +107,8 @@ def answer_figures(
     ends = [ended for ended, margin in same_start if ended or margin > SURE_ENDS * limits.max_difference]
     return {
         "answers": len(served),
-        "first_token": _mean([r["ids"][:1] == body[:1] for r, body in zip(references, bodies, strict=True)]),
-        "equal_answers": _mean([r["text"] == answer.text for r, answer in zip(references, served, strict=True)]),
+        "first_token": fmean(r["ids"][:1] == body[:1] for r, body in zip(references, bodies, strict=True)),
+        "equal_answers": fmean(r["text"] == answer.text for r, answer in zip(references, served, strict=True)),
         "ended": [sum(ends), len(ends)],
         "overrun": sum(bool(set(body) & set(stop_ids)) for body in bodies),
     }
@@ -171,7 +172,3 @@ def _log_probability_failures(figures: dict[str, Any], limits: ServeLimits) -> l
             "(share of tokens with the same most likely next token)"
         )
     return found
-
-
-def _mean(values: list[Any]) -> float:
-    return sum(values) / len(values)
