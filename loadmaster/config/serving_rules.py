@@ -92,7 +92,7 @@ def server_is_known(job: Job, origins: Origins) -> Found:
     if given and not re.fullmatch(r"\d+(\.\d+)+(\.?post\d+)?", version):
         remedy = f"endpoint.server={name}=={newest}"
         yield "endpoint.server", job.endpoint.server, "is not a version, three numbers with dots", remedy
-    elif given and _numbers(version) < _numbers(oldest):
+    elif given and as_version(version) < as_version(oldest):
         message = f"is older than {oldest}, the oldest whose files are known here"
         yield "endpoint.server", job.endpoint.server, message, f"endpoint.server={name}=={oldest}, or newer"
 
@@ -106,21 +106,22 @@ def servers_read_the_formats(job: Job, origins: Origins) -> Found:
     """export.formats holds what the version of endpoint.server reads: nvfp4 from vLLM 0.14, fp8_block from 0.10.2."""
     name, _, version = job.endpoint.server.partition("==")
     rows, fields = catalog.servers()["servers"].get(name, []), catalog.servers()["fields"]["arguments"]
-    known = [row for row in rows if _numbers(str(row["version"])) <= _numbers(version)]
+    known = [row for row in rows if as_version(str(row["version"])) <= as_version(version)]
     if not known:  # without a version, none is
         return
     for form in (form for form in NEEDED_FIELDS if form in job.export.formats):
-        since = _numbers(str(fields[NEEDED_FIELDS[form]]))
-        if _numbers(str(known[-1]["compressed_tensors"])) >= since:
+        since = as_version(str(fields[NEEDED_FIELDS[form]]))
+        if as_version(str(known[-1]["compressed_tensors"])) >= since:
             continue
-        first = next(row["version"] for row in rows if _numbers(str(row["compressed_tensors"])) >= since)
+        first = next(row["version"] for row in rows if as_version(str(row["compressed_tensors"])) >= since)
         message = f"{form} is not read by {name} {version} (compressed-tensors {known[-1]['compressed_tensors']})"
         remedy = f"endpoint.server={name}=={first} or newer, or other export.formats"
         yield "export.formats", list(job.export.formats), message, remedy
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+def as_version(text: str) -> tuple[int, ...]:
+    """Of the leading numbers: 0.10.1.post1 is (0, 10, 1)."""
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
 @rule("endpoint.serve_as", "export.formats")

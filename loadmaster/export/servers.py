@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadmaster import catalog
+from loadmaster.config.serving_rules import as_version
 from loadmaster.errors import ExportRejected
-
-Version = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,6 @@ class Server:
     @property
     def reads_transformers_5(self) -> bool:
         return as_version(self.transformers)[0] >= 5
-
-
-def as_version(text: str) -> Version:
-    """Of the leading numbers: 0.10.1.post1 is (0, 10, 1)."""
-    return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
 def aimed_at(wanted: str) -> Server:
