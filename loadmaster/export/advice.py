@@ -17,45 +17,26 @@ def lines(format_name: str, gpu: str) -> list[str]:
 
     gpu: "auto" or a name that is not in the catalogue: advice that holds for any.
     """
-    facts = catalog.gpus().get(gpu)
-    capability = None if facts is None else float(facts["compute_capability"])
-    if format_name in ("fp8", "fp8_block"):
-        return _fp8(format_name, gpu, capability)
-    if format_name == "nvfp4":
-        return _nvfp4(gpu, capability)
-    if format_name.startswith("int4"):
-        return _int4(gpu, capability)
     if format_name == "gguf":
         return ["for llama.cpp and Ollama; vLLM reads it only with its plugin vllm-gguf-plugin"]
-    return []
-
-
-def _fp8(format_name: str, gpu: str, capability: float | None) -> list[str]:
-    if capability is None:
+    if (facts := catalog.gpus().get(gpu)) is None:
         return []
-    if capability < FP8_UNITS:
+    capability = float(facts["compute_capability"])
+    if format_name in ("fp8", "fp8_block") and capability < FP8_UNITS:
         return [
             f"{gpu} has no FP8 matrix units: vLLM reads these weights in FP8 and computes in bf16 (Marlin). That saves "
             "memory, not arithmetic; int4 saves twice the memory in the same way."
         ]
     if format_name == "fp8_block" and capability < 9.0:
         return [f"blocks of 128 x 128 are made for Hopper and Blackwell; on {gpu} take fp8"]
+    if format_name == "nvfp4" and capability < FP4_UNITS:
+        return [
+            f"{gpu} has no FP4 matrix units (Blackwell has): vLLM reads these weights in FP4 and computes in bf16 "
+            "(Marlin). int4 is as small, and better supported there."
+        ]
+    if format_name.startswith("int4") and capability >= FP8_UNITS:
+        return [
+            f"{gpu} computes int4 weights in bf16: the smallest in memory and quickest for a few requests at once. "
+            "Where many run at once fp8 is faster, and loses less."
+        ]
     return []
-
-
-def _nvfp4(gpu: str, capability: float | None) -> list[str]:
-    if capability is None or capability >= FP4_UNITS:
-        return []
-    return [
-        f"{gpu} has no FP4 matrix units (Blackwell has): vLLM reads these weights in FP4 and computes in bf16 "
-        "(Marlin). int4 is as small, and better supported there."
-    ]
-
-
-def _int4(gpu: str, capability: float | None) -> list[str]:
-    if capability is None or capability < FP8_UNITS:
-        return []
-    return [
-        f"{gpu} computes int4 weights in bf16: the smallest in memory and quickest for a few requests at once. Where "
-        "many run at once fp8 is faster, and loses less."
-    ]
