@@ -7,6 +7,7 @@ export and the best of those broken on purpose. Figures: benchmarks/results/2026
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -106,14 +107,20 @@ def failures(figures: dict[str, Any], limit: ThresholdsConfig) -> list[str]:
     """
     failed = [figures["error"]] if "error" in figures else []
     failed += [f"{name}: {sentence}" for name, found in figures.get("checks", {}).items() for sentence in found]
+    for each, value, bound in _beyond(figures, limit):
+        word = "at least" if each.is_least else "at most"
+        failed.append(f"{each.figure} is {value:.4g}, must be {word} {bound:g} ({each.meaning})")
+    return failed
+
+
+def _beyond(figures: dict[str, Any], limit: ThresholdsConfig) -> Iterator[tuple[Limit, float, float]]:
+    """(limit, figure, bound) of each figure that is beyond its limit, or no number."""
     for each in LIMITS:
         value, bound = figures.get(each.figure), getattr(limit, each.field)
         if value is None or bound is None:
             continue
         if not math.isfinite(value) or (value < bound if each.is_least else value > bound):
-            word = "at least" if each.is_least else "at most"
-            failed.append(f"{each.figure} is {value:.4g}, must be {word} {bound:g} ({each.meaning})")
-    return failed
+            yield each, value, bound
 
 
 def accepting(format_name: str, figures: dict[str, Any], limit: ThresholdsConfig) -> list[str] | None:
@@ -121,14 +128,10 @@ def accepting(format_name: str, figures: dict[str, Any], limit: ThresholdsConfig
     if "error" in figures or any(figures.get("checks", {}).values()):
         return None
     words = []
-    for each in LIMITS:
-        value, bound = figures.get(each.figure), getattr(limit, each.field)
-        if value is None or bound is None:
-            continue
+    for each, value, _ in _beyond(figures, limit):
         if not math.isfinite(value) or (each.field == "min_tuned_share" and value <= 0):
             return None
-        if value < bound if each.is_least else value > bound:
-            words.append(f"export.thresholds.{format_name}.{each.field}={_outward(value, each.is_least)}")
+        words.append(f"export.thresholds.{format_name}.{each.field}={_outward(value, each.is_least)}")
     return words
 
 
