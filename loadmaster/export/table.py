@@ -7,6 +7,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from loadmaster.tables import figure
+
 COLUMNS = (
     ("format", "left"), ("MB", "right"), ("ppl", "right"), ("KL", "right"), ("p99 KL", "right"), ("top-1", "right"),
     ("flips", "right"), ("task", "right"), ("kept", "right"), ("passed", "left"),
@@ -36,14 +38,14 @@ def row(name: str, figures: dict[str, Any]) -> list[str]:
     """The cells of one format; figures that were not measured are left empty."""
     return [
         name,
-        _cell(figures["bytes"] / 1e6 if "bytes" in figures else None, "{:.1f}"),
-        _cell(figures.get("perplexity_ratio"), "{:.4f}"),
-        _cell(figures.get("mean_kl"), "{:.5f}"),
-        _cell(figures.get("p99_kl"), "{:.4f}"),
-        _cell(figures.get("top1_agreement"), "{:.1%}"),
-        _cell(figures.get("flipped_answers"), "{:.1%}"),
-        _cell((figures.get("task") or {}).get("metric"), "{:.1%}"),
-        _cell(figures.get("task_retention"), "{:.1%}"),
+        figure(figures["bytes"] / 1e6 if "bytes" in figures else None, "{:.1f}"),
+        figure(figures.get("perplexity_ratio"), "{:.4f}"),
+        figure(figures.get("mean_kl"), "{:.5f}"),
+        figure(figures.get("p99_kl"), "{:.4f}"),
+        figure(figures.get("top1_agreement"), "{:.1%}"),
+        figure(figures.get("flipped_answers"), "{:.1%}"),
+        figure((figures.get("task") or {}).get("metric"), "{:.1%}"),
+        figure(figures.get("task_retention"), "{:.1%}"),
         "yes" if figures.get("passed") else "no",
     ]
 
@@ -52,7 +54,3 @@ def line(name: str, figures: dict[str, Any]) -> str:
     """The same as one line of a log."""
     cells = zip((column for column, _ in COLUMNS[1:]), row(name, figures)[1:], strict=True)
     return f"{name}: " + ", ".join(f"{column} {cell}" for column, cell in cells if cell)
-
-
-def _cell(value: float | None, pattern: str) -> str:
-    return "" if value is None else pattern.format(value)
