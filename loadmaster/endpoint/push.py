@@ -187,12 +187,10 @@ class Hub:
             echo(f"  {what}: {said[0]}; trying again")
 
         try:
-            for attempt in Retrying(
+            return Retrying(
                 retry=retry_if_exception(is_temporary), stop=stop_after_attempt(ATTEMPTS), reraise=True,
                 wait=wait_exponential(FIRST_WAIT_S, LONGEST_WAIT_S), before_sleep=say,
-            ):  # fmt: skip
-                with attempt:
-                    return ask()
+            )(ask)  # fmt: skip
         except (HfHubHTTPError, HTTPError, OSError, ValueError, KeyError) as error:
             raise ProviderError(
                 f"{self.url}: could not {what}: {self._without_token(str(error))}\n"

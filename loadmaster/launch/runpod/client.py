@@ -194,14 +194,16 @@ class RunpodClient:
     ) -> N:
         """POST once; after a doubtful answer look for the name before asking again."""
         doubtful = False
-        for attempt in self.api.attempts((Unsure,)):
-            with attempt:
-                if doubtful and (made := _oldest(listed(), request.name)):
-                    return self._alone(made, listed, delete)
-                asked_before, doubtful = doubtful, True
-                made = self.api.call("POST", path, lambda answer: parse(kind, answer), body(request))
-                return self._alone(made, listed, delete) if asked_before else made
-        raise AssertionError("unreachable")
+
+        def ask() -> N:
+            nonlocal doubtful
+            if doubtful and (made := _oldest(listed(), request.name)):
+                return self._alone(made, listed, delete)
+            asked_before, doubtful = doubtful, True
+            made = self.api.call("POST", path, lambda answer: parse(kind, answer), body(request))
+            return self._alone(made, listed, delete) if asked_before else made
+
+        return self.api.attempts((Unsure,))(ask)
 
     def _alone(self, made: N, listed: Callable[[], Sequence[N]], delete: Callable[[str], None]) -> N:
         """Delete whatever else bears the name of `made`: a first request that was carried out late."""

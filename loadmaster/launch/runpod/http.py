@@ -129,10 +129,7 @@ class Api:
         Raises Refused, and after the last repetition Throttled, NotSent or Unsure.
         """
         again = (Throttled, NotSent) if method == "POST" else (Throttled, NotSent, Unsure)
-        for attempt in self.attempts(again):
-            with attempt:
-                return self._once(method, path, read, body, query)
-        raise AssertionError("unreachable")
+        return self.attempts(again)(self._once, method, path, read, body, query)
 
     def attempts(self, on: tuple[type[ProviderError], ...]) -> tenacity.Retrying:
         first, longest = self.patience.first_wait_s, self.patience.longest_wait_s
