@@ -46,10 +46,7 @@ def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float,
     that the machine is at fault (no room in memory or on the disk), which says nothing of the export.
     """
     name = module.rsplit(".", 1)[-1]
-    spec_path, result_path = scratch / f"{name}.spec.json", scratch / f"{name}.result.json"
-    result_path.unlink(missing_ok=True)
-    told = {**spec, "result": str(result_path), "parent": os.getpid()}
-    spec_path.write_text(json.dumps(told), encoding="utf-8")
+    spec_path, result_path = _told(name, {**spec, "parent": os.getpid()}, scratch)
     environment = clean_environment()
     environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
     environment["TOKENIZERS_PARALLELISM"] = "false"
@@ -91,14 +88,19 @@ def run_script(python: Path, script: Path, spec: dict[str, Any], scratch: Path, 
 
     spec: as in `run_step`. how: for subprocess.run, whose TimeoutExpired is raised.
     """
-    name = script.stem
-    spec_path, result_path = scratch / f"{name}.spec.json", scratch / f"{name}.result.json"
-    result_path.unlink(missing_ok=True)
-    spec_path.write_text(json.dumps({**spec, "result": str(result_path)}), encoding="utf-8")
+    spec_path, result_path = _told(script.stem, spec, scratch)
     command = [str(python), "-I", str(script), str(spec_path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", **how)
     found = done.returncode == 0 and result_path.is_file()
     return done, json.loads(result_path.read_text(encoding="utf-8")) if found else None
+
+
+def _told(name: str, spec: dict[str, Any], scratch: Path) -> tuple[Path, Path]:
+    """(file of the spec, where the step finds in it that its result belongs)."""
+    spec_path, result_path = scratch / f"{name}.spec.json", scratch / f"{name}.result.json"
+    result_path.unlink(missing_ok=True)
+    spec_path.write_text(json.dumps({**spec, "result": str(result_path)}), encoding="utf-8")
+    return spec_path, result_path
 
 
 def clean_environment() -> dict[str, str]:
