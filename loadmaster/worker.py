@@ -28,7 +28,7 @@ from loadmaster.training.display import Display
 from loadmaster.training.logs import log_to
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.workers import Outcome, outcome_file
-from loadmaster.training.world import World, join, leave
+from loadmaster.training.world import join, leave
 from loadmaster.world_stages import Materials, StageRun, device_type
 
 
@@ -60,7 +60,13 @@ def main(stage: str, run_dir: Path) -> int:
 
 def _run(stage: str, job: Job, plan: Plan, run_dir: Path, stop: StopSignal) -> Outcome:
     world = join(device_type(plan, job.hardware.gpu))
-    figures = run_stage(stage, job, plan, run_dir, world, stop)
+    display = Display(Output() if world.lead else None)
+    materials = Materials(job, display.echo)
+
+    def ended(message: str) -> None:
+        write_json(outcome_file(run_dir, world.rank), vars(Outcome(TrainingFailed.exit_code, message)))
+
+    figures = StageRun(job, plan, run_dir, world, stop, display, materials, ended).run(stage)
     leave(world)
     return Outcome(0, "", figures, stop=stop.requested)
 
@@ -71,16 +77,6 @@ def leave_word(run_dir: Path, rank: int, outcome: Outcome) -> None:
         write_json(outcome_file(run_dir, rank), vars(outcome))
     except OSError as error:
         print(f"{outcome.message} ({error})", file=sys.stderr, flush=True)
-
-
-def run_stage(stage: str, job: Job, plan: Plan, run_dir: Path, world: World, stop: StopSignal) -> dict:
-    display = Display(Output() if world.lead else None)
-    materials = Materials(job, display.echo)
-
-    def ended(message: str) -> None:
-        write_json(outcome_file(run_dir, world.rank), vars(Outcome(TrainingFailed.exit_code, message)))
-
-    return StageRun(job, plan, run_dir, world, stop, display, materials, ended).run(stage)
 
 
 def read_job(run_dir: Path) -> Job:

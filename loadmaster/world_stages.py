@@ -203,7 +203,8 @@ class StageRun:
             self.display.echo(f"  batch.global_size={asked}: {has}, so a step has no more")
         session, outcome = train(
             self.job, self.plan, self.materials.prepared, self.materials.tokenizer, self.materials.base_folder,
-            self.run_dir, training_hash(self.job, self.plan, self.materials.prepared), self._held_out_in_training,
+            self.run_dir, training_hash(self.job, self.plan, self.materials.prepared),
+            lambda session, stopping: self._held_out(session.model, session.loss, stopping, session.fixed_length),
             self.stop, self.display, self.world, watch,
         )  # fmt: skip
         watch.at(outcome.steps, "save")
@@ -233,9 +234,6 @@ class StageRun:
             "eval_loss": outcome.eval_loss,
             "data": self.materials.prepared.summary,
         }
-
-    def _held_out_in_training(self, session: Any, stopping: Callable[[], bool]) -> dict[str, Any] | None:
-        return self._held_out(session.model, session.loss, stopping, session.fixed_length)
 
     def _held_out(
         self, model: Any, loss: Any, stopping: Callable[[], bool], to_length: int | None = None
@@ -276,7 +274,7 @@ class StageRun:
             write_json(self.run_dir / "eval.json", storable({"before": before, "after": after}))
             for part in after:
                 self.display.echo(f"  {part}: {_headline(before[part])} before, {_headline(after[part])} after")
-        return storable({"eval_loss": after.get("held_out", {}).get("loss", None)})
+        return storable({"eval_loss": after.get("held_out", {}).get("loss")})
 
     def _ask_reference(self, loss: Any) -> None:
         """What the training before it left in the run directory, or else of the model that is there now."""
@@ -304,12 +302,13 @@ class StageRun:
 
     def _evaluate_model(self, model: Any, loss: Any) -> dict[str, Any]:
         from loadmaster.evaluation import run_task
+        from loadmaster.training.sharding import STRATEGIES
 
         figures: dict[str, Any] = {}
         if self.materials.prepared.validation is not None:
             figures["held_out"] = self._held_out(model, loss, self._stopping)
         if self.job.evaluation.task != "none":
-            with self._strategy_context(loss):
+            with STRATEGIES[self.plan.sharding].generating(loss):
                 figures["task"] = run_task(
                     model, self.materials.tokenizer, self.materials.prepared.validation_conversations,
                     self.job.evaluation, self._answered, self.world,
@@ -320,11 +319,6 @@ class StageRun:
     def _answered(self, done: int, wanted: int) -> None:
         self._stop_if(self._stopping())
         self.display.answers(done, wanted)
-
-    def _strategy_context(self, loss: Any) -> Any:
-        from loadmaster.training.sharding import STRATEGIES
-
-        return STRATEGIES[self.plan.sharding].generating(loss)
 
     def _stop_if(self, asked: bool, what: str = "the evaluation starts") -> None:
         if asked:
