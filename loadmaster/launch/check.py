@@ -11,6 +11,7 @@ from pathlib import Path
 from loadmaster import __version__
 from loadmaster.config.compose import Composed
 from loadmaster.config.origins import DEFAULT, origin_of
+from loadmaster.config.rule_table import Found
 from loadmaster.config.schema import Job, LaunchConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, Problem
@@ -54,125 +55,113 @@ def is_given_away(value: str) -> bool:
 
 def problems(composed: Composed) -> list[Problem]:
     job = composed.job
-    found = _unused(composed, (*OWN, *FIELDS[job.launch.name])) + _nodes_problems(job)
+    where = {"runpod": _rented, "ssh": _by_ssh, "slurm": _by_slurm}[job.launch.name]
+    found = [Problem(key, value, IN_THE_JOB, *said) for key, value, *said in (*_anywhere(job), *where(job))]
+    return _unused(composed, (*OWN, *FIELDS[job.launch.name])) + found
+
+
+def _anywhere(job: Job) -> Found:
+    given, planned = job.launch.nodes, job.hardware.nodes
+    if given not in ("auto", planned) and planned != 1:
+        yield "launch.nodes", given, f"hardware.nodes={planned} says otherwise", "give one of the two"
     if job.stop_after == "plan":
         remedy = "launch=local; or another stage, with launch.dry_run=true"
-        found.append(_wrong("stop_after", "plan", "a plan needs no machine", remedy))
+        yield "stop_after", "plan", "a plan needs no machine", remedy
     for name, value in (job.launch.env or {}).items():
         if SECRET_NAME.search(name) or is_given_away(value):
             message = "looks like a secret, and this would end up in files and logs"
-            found.append(_wrong(f"launch.env.{name}", None, message, _secret_remedy(job.launch.name, name)))
+            yield f"launch.env.{name}", None, message, _secret_remedy(job.launch.name, name)
     for name, secret in (job.launch.secrets or {}).items():
         if not secret or SECRET_VALUE.fullmatch(secret):
             message = "wants the name of a secret, and this "
             message += "looks like one itself (it is in your shell's history now)" if secret else "is empty"
-            found.append(_wrong(f"launch.secrets.{name}", None, message, _secret_remedy(job.launch.name, name)))
-    return found + {"runpod": _rented, "ssh": _by_ssh, "slurm": _by_slurm}[job.launch.name](job)
+            yield f"launch.secrets.{name}", None, message, _secret_remedy(job.launch.name, name)
 
 
-def _rented(job: Job) -> list[Problem]:
-    launch, found = job.launch, []
-
-    def wrong(key: str, value: object, message: str, remedy: str) -> None:
-        found.append(_wrong(key, value, message, remedy))
-
+def _rented(job: Job) -> Found:
+    launch = job.launch
     if job.hardware.gpu == "cpu":
-        wrong("hardware.gpu", "cpu", "a Pod is rented for its GPUs", "leave it out, or name a GPU of the catalogue")
+        yield "hardware.gpu", "cpu", "a Pod is rented for its GPUs", "leave it out, or name a GPU of the catalogue"
     if nodes_of(job) > 1:
         if launch.volume is None:
-            wrong(
-                "launch.volume", None, "several nodes save their checkpoints in one folder", "leave launch.volume out"
-            )
+            message = "several nodes save their checkpoints in one folder"
+            yield "launch.volume", None, message, "leave launch.volume out"
         if launch.cloud == "community":
-            wrong("launch.cloud", "community", "other people's hosts are joined by no fast network", "leave it out")
+            yield "launch.cloud", "community", "other people's hosts are joined by no fast network", "leave it out"
     if launch.volume is not None and not launch.volume.strip():
-        wrong("launch.volume", launch.volume, "is no name", "a name; or launch.volume=null for none")
+        yield "launch.volume", launch.volume, "is no name", "a name; or launch.volume=null for none"
     if launch.volume_gb != "auto" and not VOLUME_GB[0] <= launch.volume_gb <= VOLUME_GB[1]:
         message = f"a network volume has {VOLUME_GB[0]} to {VOLUME_GB[1]} GB"
-        wrong("launch.volume_gb", launch.volume_gb, message, "leave it out, or a number in between")
+        yield "launch.volume_gb", launch.volume_gb, message, "leave it out, or a number in between"
     if launch.fetch and launch.volume is None:
-        wrong("launch.fetch", True, "the exports come from the volume, and there is none", "leave launch.volume out")
+        yield "launch.fetch", True, "the exports come from the volume, and there is none", "leave launch.volume out"
     if launch.fetch and job.stop_after not in ("export", "bundle"):
-        wrong("launch.fetch", True, f"the job ends after {job.stop_after} and exports nothing", "stop_after=bundle")
+        yield "launch.fetch", True, f"the job ends after {job.stop_after} and exports nothing", "stop_after=bundle"
     if launch.force_pods and nodes_of(job) == 1:
-        wrong("launch.force_pods", True, "has no effect on one machine", "leave it out, or launch.nodes=2")
+        yield "launch.force_pods", True, "has no effect on one machine", "leave it out, or launch.nodes=2"
     if launch.force_pods and launch.max_hours == "auto":
         message = "nobody can plan how slow several plain Pods are, whose network carries 100 Mbit/s"
-        wrong("launch.max_hours", "auto", message, "launch.max_hours=HOURS, after which they are ended")
+        yield "launch.max_hours", "auto", message, "launch.max_hours=HOURS, after which they are ended"
     if job.run_dir != "auto":
-        wrong("run_dir", job.run_dir, "the run directory there is launch's to choose", "leave run_dir out")
+        yield "run_dir", job.run_dir, "the run directory there is launch's to choose", "leave run_dir out"
     if job.model.path is not None:
         remedy = "model.name of a Hub model (private ones with launch.secrets.HF_TOKEN=NAME)"
-        wrong("model.path", job.model.path, "a folder here does not travel with the job", remedy)
+        yield "model.path", job.model.path, "a folder here does not travel with the job", remedy
     if launch.package is None and of_the_default_kind(launch.image):
         message = "the default image has no loadmaster in it"
-        wrong("launch.package", None, message, "leave it out: this very code travels; or launch.image= one that has it")
+        yield "launch.package", None, message, "leave it out: this very code travels; or launch.image= one that has it"
     if launch.package is not None and is_file(launch.package):
         if not os.path.isfile(local_path(launch.package)):
-            wrong("launch.package", launch.package, "there is no such file", "python -m build --wheel, or leave it out")
+            yield "launch.package", launch.package, "there is no such file", "python -m build --wheel, or leave it out"
         elif not Path(launch.package).name.startswith(f"loadmaster-{__version__}-"):
             message = f"is no wheel of loadmaster {__version__}, which is what runs here"
-            wrong("launch.package", launch.package, message, "leave it out: this very code travels")
+            yield "launch.package", launch.package, message, "leave it out: this very code travels"
     elif launch.package is not None and (WITH_KEY.search(launch.package) or QUERIED.search(launch.package)):
         remedy = "a wheel here, which travels along (launch.package=FILE.whl), or an image that has it"
         shown = QUERIED.sub(r"\1...", WITH_KEY.sub(r"\1...@", launch.package))
-        wrong("launch.package", shown, "carries a key in its URL, which the machine's log would show", remedy)
+        yield "launch.package", shown, "carries a key in its URL, which the machine's log would show", remedy
     elif launch.package not in (None, "auto") and not PINNED.search(launch.package):
         remedy = "name==1.2.3, git+https://...@<40 hex digits>, https://...whl#sha256=<64 hex digits>, or auto"
-        wrong("launch.package", launch.package, "is not pinned: it could be another one tomorrow", remedy)
+        yield "launch.package", launch.package, "is not pinned: it could be another one tomorrow", remedy
     tag = launch.image.rpartition("/")[2].partition(":")[2]
     if "@sha256:" not in launch.image and tag in ("", "latest"):
-        wrong("launch.image", launch.image, "is not pinned", "give a tag (not latest) or a digest (@sha256:...)")
+        yield "launch.image", launch.image, "is not pinned", "give a tag (not latest) or a digest (@sha256:...)"
     if launch.cloud == "community" and launch.volume is not None and nodes_of(job) == 1:
-        wrong("launch.cloud", "community", "other people's hosts have no network volumes", "launch.volume=null as well")
-    return found + _folders(job)
+        yield "launch.cloud", "community", "other people's hosts have no network volumes", "launch.volume=null as well"
+    yield from _folders(job)
 
 
-def _by_ssh(job: Job) -> list[Problem]:
-    found = _folders(job)
+def _by_ssh(job: Job) -> Found:
+    yield from _folders(job)
     if not job.launch.hosts:
-        found.append(_wrong("launch.hosts", [], "names no host", "launch.hosts=[user@host,user@host:2222]"))
+        yield "launch.hosts", [], "names no host", "launch.hosts=[user@host,user@host:2222]"
     for host in job.launch.hosts:
         name, _, port = host.partition(":")
         if host.startswith("-") or not re.fullmatch(r"[^\s:]+(:\d+)?", host):
             remedy = "user@host, user@host:port, or a name of ssh_config"
-            found.append(_wrong("launch.hosts", host, "is no host", remedy))
+            yield "launch.hosts", host, "is no host", remedy
         elif port and not 0 < int(port) < 65536:
-            found.append(_wrong("launch.hosts", host, "ports go from 1 to 65535", f"{name}:22, or {name}"))
+            yield "launch.hosts", host, "ports go from 1 to 65535", f"{name}:22, or {name}"
     if len(set(job.launch.hosts)) < len(job.launch.hosts):
-        found.append(_wrong("launch.hosts", job.launch.hosts, "names a host twice", "each host once"))
+        yield "launch.hosts", job.launch.hosts, "names a host twice", "each host once"
     if job.launch.hosts and job.launch.nodes not in ("auto", len(job.launch.hosts)):
         message = f"launch.hosts names {len(job.launch.hosts)}"
-        found.append(_wrong("launch.nodes", job.launch.nodes, message, "leave launch.nodes out"))
+        yield "launch.nodes", job.launch.nodes, message, "leave launch.nodes out"
     if job.model.path is not None and not job.model.path.startswith("/"):
         message = "is looked for on the hosts, and is relative to a folder of this machine"
-        found.append(_wrong("model.path", job.model.path, message, "an absolute path that exists on the hosts"))
-    return found
+        yield "model.path", job.model.path, message, "an absolute path that exists on the hosts"
 
 
-def _by_slurm(job: Job) -> list[Problem]:
-    return [
-        _wrong("launch.sbatch", option, "is no option with its value", "--partition=gpu, one entry each")
-        for option in job.launch.sbatch
-        if not re.match(r"--?[A-Za-z]", option)
-    ]
+def _by_slurm(job: Job) -> Found:
+    for option in job.launch.sbatch:
+        if not re.match(r"--?[A-Za-z]", option):
+            yield "launch.sbatch", option, "is no option with its value", "--partition=gpu, one entry each"
 
 
-def _nodes_problems(job: Job) -> list[Problem]:
-    given, planned = job.launch.nodes, job.hardware.nodes
-    if given in ("auto", planned) or planned == 1:
-        return []
-    message = f"hardware.nodes={planned} says otherwise"
-    return [_wrong("launch.nodes", given, message, "give one of the two")]
-
-
-def _folders(job: Job) -> list[Problem]:
-    message = "a folder does not travel with the job"
-    return [
-        _wrong(key, path, message, "name files, or a Hub dataset")
-        for key, path in data_paths(job)
-        if os.path.isdir(local_path(path))
-    ]
+def _folders(job: Job) -> Found:
+    for key, path in data_paths(job):
+        if os.path.isdir(local_path(path)):
+            yield key, path, "a folder does not travel with the job", "name files, or a Hub dataset"
 
 
 def _unused(composed: Composed, used: Collection[str]) -> list[Problem]:
@@ -191,7 +180,3 @@ def _secret_remedy(where: str, name: str) -> str:
     if where == "runpod":
         return f"launch.secrets.{name}=NAME, after making a secret of that NAME in the provider's console"
     return f"launch.secrets.{name}={name}, with {name} set in the environment here"
-
-
-def _wrong(key: str, value: object, message: str, remedy: str) -> Problem:
-    return Problem(key, value, IN_THE_JOB, message, remedy)
