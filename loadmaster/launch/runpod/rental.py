@@ -13,7 +13,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal
 
 from loadmaster.errors import ProviderError
 from loadmaster.launch.provider import MOUNT, Machine, Order
@@ -107,19 +108,8 @@ def pod_machine(pod: Pod) -> Machine:
 def cluster_machine(cluster: Cluster, members: list[Pod]) -> Machine:
     compute = cluster.compute
     ordered = sorted(members, key=lambda pod: (pod.cluster is None or pod.cluster.rank is None, _rank(pod)))
-    return Machine(
-        id=cluster.id,
-        name=cluster.name,
-        status=_statuses(ordered) or "PROVISIONING",
-        alive=all(map(alive, ordered)),
-        label=f"{compute.pod_count} nodes of {compute.gpu_count_per_pod}x {compute.gpu_type_id}",
-        usd_per_hour=sum(pod.cost for pod in ordered),
-        created=cluster.created_at,
-        env=ordered[0].env if ordered else {},
-        kind="Instant Cluster",
-        nodes=compute.pod_count,
-        members=tuple(pod.id for pod in ordered),
-    )
+    label = f"{compute.pod_count} nodes of {compute.gpu_count_per_pod}x {compute.gpu_type_id}"
+    return _several("Instant Cluster", cluster.id, cluster.name, label, cluster.created_at, ordered, compute.pod_count)
 
 
 def groups(pods: list[Pod]) -> list[Machine]:
@@ -133,19 +123,19 @@ def groups(pods: list[Pod]) -> list[Machine]:
 
 def _group(name: str, pods: list[Pod]) -> Machine:
     gpu = pods[0].gpu
+    label = f"{len(pods)} Pods of {gpu.count}x {gpu.id}" if gpu else f"{len(pods)} Pods"
+    return _several("Pods", pods[0].id, name, label, min(pod.created_at for pod in pods), pods, len(pods))
+
+
+def _several(
+    kind: Literal["Instant Cluster", "Pods"], id: str, name: str, label: str, created: datetime, pods: list[Pod],
+    nodes: int,
+) -> Machine:  # fmt: skip
     return Machine(
-        id=pods[0].id,
-        name=name,
-        status=_statuses(pods),
-        alive=all(map(alive, pods)),
-        label=f"{len(pods)} Pods of {gpu.count}x {gpu.id}" if gpu else f"{len(pods)} Pods",
-        usd_per_hour=sum(pod.cost for pod in pods),
-        created=min(pod.created_at for pod in pods),
-        env=pods[0].env,
-        kind="Pods",
-        nodes=len(pods),
-        members=tuple(pod.id for pod in pods),
-    )
+        id=id, name=name, status=_statuses(pods), alive=all(map(alive, pods)), label=label,
+        usd_per_hour=sum(pod.cost for pod in pods), created=created, env=pods[0].env if pods else {}, kind=kind,
+        nodes=nodes, members=tuple(pod.id for pod in pods),
+    )  # fmt: skip
 
 
 def _rank(pod: Pod) -> int:
@@ -156,7 +146,9 @@ def _rank(pod: Pod) -> int:
 
 
 def _statuses(pods: list[Pod]) -> str:
-    return ", ".join(f"{count} {status}" for status, count in sorted(Counter(pod.status for pod in pods).items()))
+    """PROVISIONING where there is none yet."""
+    counts = sorted(Counter(pod.status for pod in pods).items())
+    return ", ".join(f"{count} {status}" for status, count in counts) or "PROVISIONING"
 
 
 def requests(api: str, order: Order) -> list[dict[str, Any]]:
