@@ -71,17 +71,10 @@ def list_pods(console: Console, provider: Provider | None = None) -> int:
     for machine in machines:
         end = deadline(machine)
         table.add_row(
-            escape(machine.name),
-            machine.kind,
-            machine.id,
-            machine.status,
-            machine.label,
-            f"{age_hours(machine, now):.2f}",
-            f"{machine.usd_per_hour:.2f}",
-            f"{usd_so_far(machine, now):.2f}",
-            "" if end is None else f"{end:%Y-%m-%d %H:%M} UTC",
-            orphan(machine, now) or "",
-        )
+            escape(machine.name), machine.kind, machine.id, machine.status, machine.label,
+            f"{age_hours(machine, now):.2f}", f"{machine.usd_per_hour:.2f}", f"{usd_so_far(machine, now):.2f}",
+            "" if end is None else f"{end:%Y-%m-%d %H:%M} UTC", orphan(machine, now) or "",
+        )  # fmt: skip
     if machines:
         print_table(table, console)
     else:

@@ -137,19 +137,9 @@ def make_order(
         **packed,
     }
     return Order(
-        name,
-        choice.offer,
-        launch.image,
-        BOOTSTRAP_ARGUMENTS,
-        env,
-        disk_gb(launch, choice),
-        launch.cloud,
-        volume,
-        places,
-        plain=launch.force_pods,
-        secrets=secrets,
-        uploads=uploads,
-    )
+        name, choice.offer, launch.image, BOOTSTRAP_ARGUMENTS, env, disk_gb(launch, choice), launch.cloud, volume,
+        places, plain=launch.force_pods, secrets=secrets, uploads=uploads,
+    )  # fmt: skip
 
 
 def _data(
