@@ -66,7 +66,7 @@ def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, 
     if formats != ["adapter"]:
         model_config(config, server)
     wanted = candidates.needed(formats)
-    linear = linear_weights(source) if candidates.quantizes(wanted) else {}
+    linear = linear_weights(source) if {*wanted} & {*candidates.STREAMED, *candidates.CALIBRATED} else {}
     odd = [inputs for _, inputs in linear.values() if inputs % NVFP4_GROUP]
     if "nvfp4" in wanted and odd:
         raise ExportRejected(

@@ -43,11 +43,6 @@ def needed(formats: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(each for name in formats for each in CANDIDATES.get(name, ())))
 
 
-def quantizes(candidates: Iterable[str]) -> bool:
-    """Whether any of them treats linear layers differently from the rest."""
-    return any(name in STREAMED or name in CALIBRATED for name in candidates)
-
-
 def streamed(candidates: Iterable[str], linear: dict[str, tuple[int, int]]) -> dict[str, QuantizeLinears]:
     """How each streamed candidate is written. Raises ExportRejected for a model that one of them cannot hold.
 

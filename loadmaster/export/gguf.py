@@ -40,11 +40,14 @@ def export_gguf(
     read_back: folder for the tensors as transformers reads them from the file, to be verified.
     Raises ExportRejected for a rotation or tokenizer that it cannot describe rightly.
     """
+    from loadmaster.models.load import load_tokenizer
+
     config = read_json(source / "config.json")
     refuse_unwritable(source, config)
     file = target / f"{name.replace('/', '-')}-{kind}.gguf"
     write_gguf(source, file, config, name, kind, stop_token_ids)
-    stops = "".join(f'PARAMETER stop "{text}"\n' for text in _texts(source, stop_token_ids))
+    texts = load_tokenizer(source).convert_ids_to_tokens(stop_token_ids)
+    stops = "".join(f'PARAMETER stop "{text}"\n' for text in texts)
     write_text(target / "Modelfile", f"FROM ./{file.name}\nPARAMETER num_ctx {min(_context(config), 8192)}\n{stops}")
     _read_back(file, source, Path(read_back))
     return {
@@ -118,6 +121,8 @@ def write_gguf(
 
 def _add_shape(writer: Any, config: dict[str, Any]) -> np.ndarray | None:
     """Fields of config.json in llama.cpp's terms; returns the divisors of its rotation's frequencies, where it has."""
+    import gguf
+
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or hidden // heads
     writer.add_block_count(config["num_hidden_layers"])
@@ -134,7 +139,12 @@ def _add_shape(writer: Any, config: dict[str, Any]) -> np.ndarray | None:
     kind, rope = _rope(config)
     base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     writer.add_rope_freq_base(base)
-    return _add_rope_scaling(writer, kind, rope, base, head_dim)
+    if kind == "llama3":
+        return llama3_divisors(rope, base, head_dim)
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    return None
 
 
 def _context(config: dict[str, Any]) -> int:
@@ -142,20 +152,6 @@ def _context(config: dict[str, Any]) -> int:
     windowed = config["model_type"] == "mistral" or config.get("use_sliding_window")
     window = (config.get("sliding_window") if windowed else None) or config["max_position_embeddings"]
     return min(window, config["max_position_embeddings"])
-
-
-def _add_rope_scaling(
-    writer: Any, kind: str, rope: dict[str, Any], base: float, head_dim: int
-) -> np.ndarray | None:
-    import gguf
-
-    if kind == "default":
-        return None
-    if kind == "llama3":
-        return llama3_divisors(rope, base, head_dim)
-    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-    writer.add_rope_scaling_factor(rope["factor"])
-    return None
 
 
 def llama3_divisors(rope: dict[str, Any], base: float, head_dim: int) -> np.ndarray:
@@ -227,9 +223,3 @@ def _read_back(file: Path, source: Path, target: Path) -> None:
         writer.write(name, tensor)
     writer.close()
     write_json(target / "config.json", config)
-
-
-def _texts(source: Path, token_ids: list[int]) -> list[str]:
-    from loadmaster.models.load import load_tokenizer
-
-    return load_tokenizer(source).convert_ids_to_tokens(token_ids)

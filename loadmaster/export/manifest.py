@@ -259,22 +259,18 @@ def stays_inside(name: object) -> bool:
 
 
 def _file_problems(folder: Path, name: str, entry: dict[str, Any]) -> list[str]:
+    path = folder
     try:
-        return _differences(folder, name, entry)
+        for part in PurePosixPath(name).parts:
+            path = path / part
+            if path.is_symlink():
+                return [f"{name}: is or lies behind a symbolic link"]
+        if not path.is_file():
+            return [f"{name}: missing"]
+        if path.stat().st_size != entry.get("bytes"):
+            return [f"{name}: {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}"]
+        if sha256_file(path) != entry.get("sha256"):
+            return [f"{name}: changed since it was exported (sha256 differs)"]
     except OSError as error:  # no permission, a name that is too long for the disk, a disk that fails
         return [f"{name[:255]}: cannot be read ({error.strerror})"]
-
-
-def _differences(folder: Path, name: str, entry: dict[str, Any]) -> list[str]:
-    path = folder
-    for part in PurePosixPath(name).parts:
-        path = path / part
-        if path.is_symlink():
-            return [f"{name}: is or lies behind a symbolic link"]
-    if not path.is_file():
-        return [f"{name}: missing"]
-    if path.stat().st_size != entry.get("bytes"):
-        return [f"{name}: {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}"]
-    if sha256_file(path) != entry.get("sha256"):
-        return [f"{name}: changed since it was exported (sha256 differs)"]
     return []

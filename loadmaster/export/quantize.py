@@ -83,6 +83,7 @@ def calibrate(source: Path, candidate: str, target: Path, calibration: list[list
 
     Raises ExportRejected where this machine or this model cannot.
     """
+    from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -94,9 +95,10 @@ def calibrate(source: Path, candidate: str, target: Path, calibration: list[list
     attention = own_attention(AutoConfig.from_pretrained(str(source)))
     model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16, attn_implementation=attention)
     recipe, facts = _recipe(candidate, quantized_layers(model), sum(map(len, calibration)))
+    rows = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration])
     with _attention_as_loaded(), _told_of_layers(candidate, decoder_layers(model)):
         oneshot(
-            model=model, dataset=_dataset(calibration), num_calibration_samples=len(calibration),
+            model=model, dataset=rows, num_calibration_samples=len(calibration),
             max_seq_length=max(map(len, calibration)), recipe=recipe,
         )  # fmt: skip
     model.save_pretrained(str(target))
@@ -187,12 +189,6 @@ def quantized_layers(model: nn.Module) -> list[nn.Linear]:
     """The linear layers but the head."""
     head = model.get_output_embeddings()
     return [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-
-
-def _dataset(calibration: list[list[int]]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration])
 
 
 def _quiet() -> None:

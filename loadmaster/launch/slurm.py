@@ -231,7 +231,11 @@ class _Submitted:
             self._show()
             if self.batch.ended.exists() and state not in ("RUNNING", "COMPLETING"):
                 self.over = True
-                return self._result(int(self.batch.ended.read_text().strip() or 1))
+                self._show()
+                code = int(self.batch.ended.read_text().strip() or 1)
+                where = f"its run directory is {self.batch.run_dir}"
+                self.launch.echo(f"job {self.id} ended with exit code {code}; {where}")
+                return code
             missing = missing + 1 if state == "" and not self.silent else 0
             if state in OVER or missing >= PATIENCE:
                 self._show()
@@ -283,11 +287,6 @@ class _Submitted:
             of = f" of {newest['steps']}" if newest.get("steps") else ""
             loss = "" if newest.get("loss") is None else f", loss {newest['loss']:.4f}"
             self.launch.echo(f"  step {self.last_step}{of}{loss}")
-
-    def _result(self, code: int) -> int:
-        self._show()
-        self.launch.echo(f"job {self.id} ended with exit code {code}; its run directory is {self.batch.run_dir}")
-        return code
 
     # ---------------------------------------------------------------- cancel
 

@@ -53,16 +53,13 @@ def server_python(given: Path | None, echo: Callable[[str], None]) -> tuple[Path
     given: an interpreter that has vLLM; None: the environment with vllm-cpu, on a machine without a GPU.
     Raises LoadmasterError when there is none to be had.
     """
-    if given is not None:
-        # Not resolved: the link in an environment's bin/ is what makes it that environment.
-        python = given.expanduser().absolute()
-        return python, vllm_version(python)
-    if detect_local().gpu != "cpu":
+    if given is None and detect_local().gpu != "cpu":
         raise LoadmasterError(
             "this machine has a GPU: serve-check needs the interpreter of an environment with vLLM for it.\n"
             "fix: python -m venv vllm && vllm/bin/pip install vllm, then --python vllm/bin/python"
         )
-    python = environment_python(VLLM_CPU, echo)
+    # Not resolved: the link in an environment's bin/ is what makes it that environment.
+    python = environment_python(VLLM_CPU, echo) if given is None else given.expanduser().absolute()
     return python, vllm_version(python)
 
 
