@@ -18,23 +18,10 @@ if TYPE_CHECKING:
     from loadmaster.data.microbatch import MicroBatch, collate
 
 __all__ = [
-    "BatchSampler",
-    "Conversation",
-    "MicroBatch",
-    "PackedRow",
-    "PackedRows",
-    "PreparedData",
-    "collate",
-    "describe",
-    "judged_alone",
-    "packed_rows",
-    "prepare",
-    "prompt_and_reference",
-    "refuse_bad_rows",
-    "show",
-    "stop_token_ids",
+    "BatchSampler", "Conversation", "MicroBatch", "PackedRow", "PackedRows", "PreparedData", "collate", "describe",
+    "judged_alone", "packed_rows", "prepare", "prompt_and_reference", "refuse_bad_rows", "show", "stop_token_ids",
     "template_hash",
-]
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -67,15 +67,12 @@ class Load:
     """Of the longest prompt, as the server counts them."""
 
 
-class Inference:
+class Inference(contextlib.AbstractContextManager):
     """One QUEUE endpoint. `urls` are the provider's requestUrls; the key goes into one header and nowhere else."""
 
     def __init__(self, urls: Mapping[str, str], key: str, poll_s: float = 2.0, timeout_s: float = 60.0):
         self.urls, self.poll_s = urls, poll_s
         self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=timeout_s)
-
-    def __enter__(self) -> Inference:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._client.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,7 +31,7 @@ def log_file(path: Path) -> Iterator[TextIO]:
             file.close()
 
 
-class Board:
+class Board(AbstractContextManager):
     """A Reader for each node; lines of several nodes carry their number.
 
     usd_per_hour: of all nodes together, None where nothing is billed. On a terminal the last line is a bar: steps,
@@ -103,9 +103,6 @@ class Board:
         self.bar.update(self.bar.task_ids[0], completed=step, total=steps, status=status)
         if step >= steps:  # what comes after training has no steps
             self.close()
-
-    def __enter__(self) -> Board:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

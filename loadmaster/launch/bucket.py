@@ -17,7 +17,7 @@ import os
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -85,7 +85,7 @@ def reachable(data_center: str) -> bool:
     return bool(os.environ.get(URL_VARIABLE, "").strip()) or data_center in catalog.serving()["s3"]["data_centers"]
 
 
-class Bucket:
+class Bucket(AbstractContextManager):
     """One volume. Raises ProviderError (no message has a key) for everything that the service refuses."""
 
     def __init__(
@@ -98,9 +98,6 @@ class Bucket:
         with self._said("the connection"):
             self._client = _clients(url_of(data_center), data_center, self._secrets, attempts)
             self._s3 = self._client(read_timeout_s)
-
-    def __enter__(self) -> Bucket:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._s3.close()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -23,7 +23,10 @@ class Served:
     finish_reason: str
 
 
-class Client:
+T = TypeVar("T")
+
+
+class Client(AbstractContextManager):
     """One server; every method raises ExportRejected for an error or an answer of another form, and NotChecked for none
     in time."""
 
@@ -32,30 +35,28 @@ class Client:
         # trust_env: a proxy of the environment must not stand between this machine and itself.
         self._http = httpx.Client(base_url=f"http://{HOST}:{port}", timeout=REQUEST_S, trust_env=False)
 
-    def __enter__(self) -> Client:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
     def models(self) -> list[str]:
-        with _form_of("/v1/models"):
-            return [entry["id"] for entry in self._ask("GET", "/v1/models")["data"]]
+        return self._ask("GET", "/v1/models", None, lambda found: [entry["id"] for entry in found["data"]])
 
     def rendered(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation up to where the answer begins."""
-        with _form_of("/tokenize"):
-            body = {"model": self.model, "messages": messages, "add_generation_prompt": True}
-            return self._ask("POST", "/tokenize", body)["tokens"]
+        body = {"model": self.model, "messages": messages, "add_generation_prompt": True}
+        return self._ask("POST", "/tokenize", body, lambda found: found["tokens"])
 
     def log_probabilities(self, ids: list[int], positions: list[int]) -> tuple[list[float], list[int]]:
         """(log-probability of the token at each position given those before it, the most likely token there)."""
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
-        with _form_of("/v1/completions"):
-            entries = self._ask("POST", "/v1/completions", body)["choices"][0]["prompt_logprobs"]
+
+        def read(found: Any) -> tuple[list[float], list[int]]:
+            entries = found["choices"][0]["prompt_logprobs"]
             own = [float(entries[at][str(ids[at])]["logprob"]) for at in positions]
             top = [int(next(token for token, entry in entries[at].items() if entry["rank"] == 1)) for at in positions]
             return own, top
+
+        return self._ask("POST", "/v1/completions", body, read)
 
     def answer(self, messages: list[dict[str, Any]], max_tokens: int, only_token: int | None = None) -> Served:
         """The greedy answer. only_token: the one token that the model may say."""
@@ -65,15 +66,17 @@ class Client:
         }  # fmt: skip
         if only_token is not None:
             body["allowed_token_ids"] = [only_token]
-        with _form_of("/v1/chat/completions"):
-            answer = self._ask("POST", "/v1/chat/completions", body)
-            choice = answer["choices"][0]
+
+        def read(found: Any) -> Served:
+            choice = found["choices"][0]
             return Served(
-                list(answer["prompt_token_ids"]), list(choice["token_ids"]), choice["message"]["content"] or "",
+                list(found["prompt_token_ids"]), list(choice["token_ids"]), choice["message"]["content"] or "",
                 choice["finish_reason"],
             )  # fmt: skip
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        return self._ask("POST", "/v1/chat/completions", body, read)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
         try:
             response = self._http.request(method, path, json=body)
         except httpx.TimeoutException:
@@ -82,14 +85,9 @@ class Client:
             raise ExportRejected(f"{path}: no answer ({type(error).__name__}: {error})") from None
         if response.status_code != 200:
             raise ExportRejected(f"{path}: the server answers {response.status_code}: {response.text[:300]}")
-        return response.json()
-
-
-@contextmanager
-def _form_of(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, StopIteration) as error:
-        raise ExportRejected(
-            f"{path}: the answer is not in the form that vLLM gives it ({type(error).__name__}: {error})"
-        ) from None
+        try:
+            return read(response.json())
+        except (KeyError, IndexError, TypeError, ValueError, StopIteration) as error:
+            raise ExportRejected(
+                f"{path}: the answer is not in the form that vLLM gives it ({type(error).__name__}: {error})"
+            ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
@@ -58,7 +59,7 @@ class LogEvent:
     line: str
 
 
-class RunpodClient:
+class RunpodClient(AbstractContextManager):
     """Methods are named after the resource; ids are the provider's; None stands for what does not exist (404).
 
     All raise ProviderError (its message says what to do): Refused with .status, Throttled, NotSent, Unsure.
@@ -66,9 +67,6 @@ class RunpodClient:
 
     def __init__(self, api: Api | None = None):
         self.api = api or from_environment()
-
-    def __enter__(self) -> RunpodClient:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
