@@ -28,7 +28,7 @@ from typing import Any
 from loadmaster import catalog
 from loadmaster.errors import LoadmasterError, ProviderError
 from loadmaster.files import PARTIAL_SUFFIX, sha256_file
-from loadmaster.launch.given import is_address, is_key, is_readable_on_the_way
+from loadmaster.launch.given import wrong_address, wrong_key
 
 KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 """As the provider's documentation has it: they hold its S3 API key, not one of Amazon's."""
@@ -63,13 +63,8 @@ def url_of(data_center: str) -> str:
     """Address of the S3 API for volumes of this data center. Raises LoadmasterError where there is none."""
     facts = catalog.serving()["s3"]
     if url := os.environ.get(URL_VARIABLE, "").strip():
-        if not is_address(url):
-            raise LoadmasterError(f"{URL_VARIABLE} is no address: https://HOST/, or unset it for the provider's own")
-        if is_readable_on_the_way(url):
-            raise LoadmasterError(
-                f"{URL_VARIABLE} begins with http://, and anyone on the way could read and change what is sent: "
-                "https://HOST/, or unset it for the provider's own (http is for this machine alone)"
-            )
+        if wrong := wrong_address(URL_VARIABLE, url, "https://HOST/", "read and change what is sent"):
+            raise LoadmasterError(wrong)
         return url
     if data_center not in facts["data_centers"]:
         raise LoadmasterError(
@@ -348,11 +343,8 @@ def require_keys() -> tuple[str, str]:
     """The S3 API key of the environment, and something that can use it. Raises LoadmasterError where there is none."""
     found = tuple(os.environ.get(name, "").strip() for name in KEY_VARIABLES)
     for name, value in zip(KEY_VARIABLES, found, strict=True):
-        if value and not is_key(value):
-            raise LoadmasterError(
-                f"{name} holds characters that no key has (spaces, line breaks, letters with accents): copy it anew "
-                "from the console (Settings, S3 API Keys)"
-            )
+        if value and (wrong := wrong_key(name, value, "S3 API Keys")):
+            raise LoadmasterError(wrong)
     if not all(found):
         raise LoadmasterError(
             f"{' and '.join(KEY_VARIABLES)} are not set: they hold the provider's S3 API key (console: Settings, S3 "

@@ -6,17 +6,30 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 
-def is_key(text: str) -> bool:
-    """Whether it can be sent as one: it goes into a header."""
-    return text.isascii() and text.isprintable() and " " not in text
+def wrong_key(variable: str, text: str, page: str) -> str | None:
+    """Why what a variable holds cannot be sent as a key, which goes into a header. page: where the console has it."""
+    if text.isascii() and text.isprintable() and " " not in text:
+        return None
+    return (
+        f"{variable} holds characters that no key has (spaces, line breaks, letters with accents): copy it anew from "
+        f"the console (Settings, {page})"
+    )
 
 
-def is_address(url: str) -> bool:
+def wrong_address(variable: str, url: str, like: str, harm: str) -> str | None:
+    """Why nothing is sent to the address that a variable holds. harm: what anyone on the way to it could do."""
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        return False
+        is_one = False
+    remedy = f"{like}, or unset it for the provider's own"
+    if not is_one:
+        return f"{variable} is no address: {remedy}"
+    if is_readable_on_the_way(url):
+        why = f"begins with http://, and anyone on the way could {harm}"
+        return f"{variable} {why}: {remedy} (http is for this machine alone)"
+    return None
 
 
 def is_readable_on_the_way(url: str) -> bool:

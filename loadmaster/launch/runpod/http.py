@@ -29,7 +29,7 @@ import tenacity
 from pydantic import ValidationError
 
 from loadmaster.errors import ProviderError
-from loadmaster.launch.given import is_address, is_key, is_readable_on_the_way
+from loadmaster.launch.given import wrong_address, wrong_key
 from loadmaster.launch.provider import NoAnswer
 
 T = TypeVar("T")
@@ -226,15 +226,9 @@ def from_environment() -> Api:
     Raises ProviderError where there is no key, or what is there can be none, for an address that is none, and for one
     to which the key would travel in clear.
     """
-    key = key_from_environment()
-    url = base_url_from_environment()
-    if not is_address(url):
-        raise ProviderError(f"{BASE_URL_VARIABLE} is no address: https://HOST/v2, or unset it for the provider's own")
-    if is_readable_on_the_way(url):
-        raise ProviderError(
-            f"{BASE_URL_VARIABLE} begins with http://, and anyone on the way could read the key in {KEY_VARIABLE}: "
-            "https://HOST/v2, or unset it for the provider's own (http is for this machine alone)"
-        )
+    key, url = key_from_environment(), base_url_from_environment()
+    if wrong := wrong_address(BASE_URL_VARIABLE, url, "https://HOST/v2", f"read the key in {KEY_VARIABLE}"):
+        raise ProviderError(wrong)
     return Api(key, url)
 
 
@@ -254,11 +248,8 @@ def key_from_environment() -> str:
             f"{KEY_VARIABLE} is not set; put a key of your account (console: Settings, API Keys) into that environment "
             "variable. Keys are read from nowhere else, so that none ends up in a file or a command line"
         )
-    if not is_key(key):
-        raise ProviderError(
-            f"{KEY_VARIABLE} holds characters that no key has (spaces, line breaks, letters with accents): copy it "
-            "anew from the console (Settings, API Keys)"
-        )
+    if wrong := wrong_key(KEY_VARIABLE, key, "API Keys"):
+        raise ProviderError(wrong)
     return key
 
 
