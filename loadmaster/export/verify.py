@@ -40,6 +40,7 @@ from loadmaster.evaluation import batch_size, generate, prompts_and_references, 
 from loadmaster.evaluation.generate import prompt_ids
 from loadmaster.evaluation.mode import evaluating
 from loadmaster.export import checks, live_checks
+from loadmaster.export.answers import recorded_answers
 from loadmaster.export.figures import (
     Reference,
     compare,
@@ -50,7 +51,6 @@ from loadmaster.export.figures import (
 from loadmaster.export.loading import load_adapter, load_export, refuse_torn
 from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.room import spread_over
-from loadmaster.export.smoke import recorded_answers
 from loadmaster.export.tuned_weights import tuned_weights
 from loadmaster.export.weights import is_adapter
 from loadmaster.models.attention import cached_attention

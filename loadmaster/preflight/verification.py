@@ -41,7 +41,7 @@ ASKED_OF_A_TASK = 128
 NEARLY = 1.15
 """Of the least time: for that, no more answers are asked at a time. A judgement."""
 OTHER_PASSES = 4 * 32 + 2 * 4
-"""Of an export: recorded answers one by one (export/smoke.py), and that tokens end a turn (live_checks.stops)."""
+"""Of an export: recorded answers one by one (export/answers.py), and that tokens end a turn (live_checks.stops)."""
 
 
 @dataclass(frozen=True)

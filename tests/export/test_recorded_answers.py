@@ -8,8 +8,8 @@ import pytest
 
 from loadmaster.data import Conversation
 from loadmaster.evaluation import generate
+from loadmaster.export.answers import ANSWER_TOKENS, FIXED, PROMPTS, recorded_answers
 from loadmaster.export.loading import load_export
-from loadmaster.export.smoke import ANSWER_TOKENS, FIXED, PROMPTS, recorded_answers
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from loadmaster.config.schema import BatchConfig, EvaluationConfig, ExportConfig, HardwareConfig, Job, ModelConfig
-from loadmaster.export import candidates, smoke
+from loadmaster.export import answers, candidates
 from loadmaster.preflight import make_plan, print_plan, verification
 from loadmaster.preflight.calibration import CALIBRATED
 from loadmaster.preflight.candidate import evaluate, fixed
@@ -259,7 +259,7 @@ def test_a_gguf_takes_as_much_disk_as_its_type_has_bits() -> None:
 
 
 def test_numbers_of_other_rooms_are_theirs() -> None:
-    assert smoke.ANSWER_TOKENS * (smoke.PROMPTS + 1) < verification.OTHER_PASSES
+    assert answers.ANSWER_TOKENS * (answers.PROMPTS + 1) < verification.OTHER_PASSES
     calibrated = {name for name, made in candidates.CANDIDATES.items() if set(made) & set(candidates.CALIBRATED)}
     assert set(CALIBRATED) == calibrated and {*EXPORT_BITS, "gguf"} == set(candidates.CANDIDATES)
 
