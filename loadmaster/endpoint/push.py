@@ -207,11 +207,10 @@ def _job_facts(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     if not (run_dir / "config.yaml").is_file():
         return {}
     job = read_job(run_dir / "config.yaml", to_run=False).job
-    path, lr = job.data.path, peak_rate(job, (manifest.get("plan") or {}).get("method", job.method))
-    shown = [_without_folders(each) for each in ([path] if isinstance(path, str) else path)]
+    lr = peak_rate(job, (manifest.get("plan") or {}).get("method", job.method))
     return {
-        "data": shown, "epochs": job.epochs, "max_steps": job.max_steps, "lr": lr,
-        "sequence_length": job.sequence_length, "global_batch": job.batch.global_size, "lora": job.lora,
+        "data": [_without_folders(each) for each in job.data.paths], "epochs": job.epochs, "max_steps": job.max_steps,
+        "lr": lr, "sequence_length": job.sequence_length, "global_batch": job.batch.global_size, "lora": job.lora,
         "task": job.evaluation.task, "seed": job.seed,
         "taken_step": object_in(run_dir / "result.json").get("taken_step"),
     }  # fmt: skip

@@ -30,8 +30,7 @@ from loadmaster.launch.provider import MOUNT, Upload
 
 def data_paths(job: Job) -> list[tuple[str, str]]:
     """(field, path) of data and chat template, but for what is shipped with loadmaster; a path may be a Hub id."""
-    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
-    named = [("data.path", path) for path in paths]
+    named = [("data.path", path) for path in job.data.paths]
     if isinstance(job.data.validation, str):
         named.append(("data.validation", job.data.validation))
     if job.model.chat_template is not None:
