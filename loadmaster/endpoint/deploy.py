@@ -26,6 +26,7 @@ from loadmaster.endpoint.name import SERVES, deployed_name, endpoint_called, ori
 from loadmaster.endpoint.validate import Expected, validate
 from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError, UsageError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
+from loadmaster.export.served import recorded
 from loadmaster.files import read_json, write_json
 from loadmaster.launch.context import undisturbed
 from loadmaster.launch.left import Left, away, copied_by
@@ -119,7 +120,8 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
     exported = read_manifest(artifact)
     if not exported["verification"]["passed"]:
         raise ExportRejected(f"{artifact} did not pass verification, so it is not deployed")
-    if wrong := _failed_when_served(run_dir, exported):
+    if (served := recorded(run_dir, exported)) and not served[0]["passed"]:
+        wrong = f"{'; '.join(served[0]['failures'])} ({run_dir / 'serve-check.json'})"
         raise ExportRejected(f"{artifact} was served by a real server and is not what was trained: {wrong}")
     if exported["files"] != manifest["files"]:
         raise ExportRejected(f"{artifact} is another export than the one that was bundled: run the bundle stage again")
@@ -158,20 +160,6 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
             wanted["max_slowdown"],
         ),
     )  # fmt: skip
-
-
-def _failed_when_served(run_dir: Path, exported: dict[str, Any]) -> str | None:
-    """What `loadmaster serve-check` found wrong with this very export; None: nothing, or it was not checked."""
-    path = run_dir / "serve-check.json"
-    if not path.is_file():
-        return None
-    found = read_json(path)
-    figures = found["formats"].get(exported["format"])
-    if figures is None or figures["passed"] or not figures.get("checked", True):
-        return None
-    if found["created_utc"] < exported["created_utc"]:
-        return None
-    return f"{'; '.join(figures['failures'])} ({path})"
 
 
 def deploy(

@@ -12,8 +12,8 @@ from loadmaster.endpoint.economics import MONTH_S
 from loadmaster.endpoint.plot import label
 from loadmaster.endpoint.settings import HOST, PORT
 from loadmaster.endpoint.sizing import Sizing
+from loadmaster.export.served import recorded
 from loadmaster.export.table import COLUMNS, row
-from loadmaster.files import read_json
 from loadmaster.preflight.serving import ServingPlan
 
 
@@ -102,16 +102,13 @@ def verification(manifests: dict[str, dict[str, Any]]) -> str:
 
 def served(run_dir: Path, manifest: dict[str, Any]) -> str:
     """Which server has loaded this very export and what came of it, as `loadmaster serve-check` recorded it."""
-    name, path = manifest["format"], run_dir / "serve-check.json"
-    found = read_json(path) if path.is_file() else {"formats": {}}
-    figures = found["formats"].get(name)
-    if figures is None or not figures.get("checked", True) or found["created_utc"] < manifest["created_utc"]:
+    if (found := recorded(run_dir, manifest)) is None:
         return (
             "The export was verified with transformers, in a process of its own. When this was written no server had "
             "loaded it:\n`loadmaster serve-check RUN` loads it in a real one and compares; its result is "
             "`../serve-check.json`."
         )
-    server = found["server"].rpartition(", ")[2] if name == "gguf" else found["server"].partition(", ")[0]
+    figures, server = found
     if not figures["passed"]:
         return (
             f"The export was verified with transformers, and did not pass `loadmaster serve-check` with {server}:\n"
