@@ -18,8 +18,8 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,10 @@ class BackwardOptimizer(TrainingOptimizer):
         self._missing: list[int] = []
         self._norms: list[_Norm] = []
         self._waiting: tuple[int, _Norm] | None = None
+        arrived = WeakMethod(self._arrived)  # the collector does not see hooks: one of ours would keep all for good
         for index, bucket in enumerate(self.buckets):
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))
+                parameter.register_post_accumulate_grad_hook(lambda _, index=index: arrived()(index))
 
     @staticmethod
     def split(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
@@ -55,7 +56,7 @@ class BackwardOptimizer(TrainingOptimizer):
         self._lr, self._norms, self._waiting = lr, [], None
         self._missing = [len(bucket.parameters) for bucket in self.buckets]
 
-    def _arrived(self, index: int, _: Tensor) -> None:
+    def _arrived(self, index: int) -> None:
         if self._lr is None:
             raise RuntimeError("gradients came before begin() said at which rate they are stepped")
         if not self._missing[index]:

@@ -1,6 +1,8 @@
 """The optimizer inside the backward pass takes the steps it would have taken after it, with few gradients at a time."""
 
 import dataclasses
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +80,16 @@ def test_no_more_gradients_are_there_than_those_of_two_layers(tiny):
     groups = sorted(sum(p.numel() for p in bucket.parameters) for bucket in session.optimizer.buckets)
     assert 0 < largest <= sum(groups[-2:]) < sum(groups)
     assert gradients() == 0
+
+
+def test_weights_and_states_go_with_the_session(tiny):
+    session = make_session(UNCLIPPED, dataclasses.replace(WHOLE, optimizer_in_backward=True), World(), 0, tiny)
+    session.gradients(session.split([rows()[0]]), 100, 1e-3)
+    left = [weakref.ref(parameter) for _, parameter in session.trained]
+    left += [weakref.ref(state) for state in session.optimizer.state()[0].values()]
+    del session
+    gc.collect()
+    assert not any(each() is not None for each in left)
 
 
 def test_a_layer_whose_gradients_are_not_finite_keeps_its_weights(tiny):
