@@ -22,6 +22,7 @@ from loadmaster.training.batches import losses
 from loadmaster.training.metrics import allocated_gib, peak_memory, reset_peak
 from loadmaster.training.session import make_session
 from loadmaster.training.world import World
+from loadmaster.world_stages import device_type
 
 
 def random_rows(count: int, length: int, vocabulary: int, document_tokens: int) -> list[PackedRow]:
@@ -44,9 +45,10 @@ def measure(job: Job, plan: Plan, config: dict[str, Any], steps: int = 5, warm_u
 
     config: the model's config.json as a dict. Returns peaks (GiB: allocated, reserved, device; of the evaluation
     batch), what was allocated when the model was loaded and between two steps, seconds a step (median), tokens a
-    second, and the last loss. Needs the memory of the job on this machine's device.
+    second, and the last loss. Needs the memory of the job on this machine's device. Raises LoadmasterError for a GPU
+    that PyTorch cannot use.
     """
-    device = torch.device("cpu" if plan.hardware.gpu == "cpu" or not torch.cuda.is_available() else "cuda")
+    device = torch.device(device_type(plan, job.hardware.gpu))
     reset_peak(device)
     base = random_model(config, DTYPES[plan.precision], device, frozen_form(plan.method, plan.precision))
     session = make_session(job, plan, World(device=device), pad_token_id=0, base=base)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, LoraConfig, ModelConfig, OptimizerConfig
 from loadmaster.data import packed_rows
+from loadmaster.errors import LoadmasterError
 from loadmaster.models.compiled import CompileCache, graphs_compiled
 from loadmaster.models.forward import causal_lm, trained_logits
 from loadmaster.preflight import make_plan
@@ -32,6 +33,7 @@ from loadmaster.training.batches import trained_tokens
 from loadmaster.training.metrics import GIB, peak_memory
 from loadmaster.training.session import Session, attention_kernel, make_session
 from loadmaster.training.world import World
+from loadmaster.world_stages import device_type
 
 CEILING_SIZE = 8192
 
@@ -100,6 +102,7 @@ def run(rung: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     job = job_of(rung)
     plan = make_plan(job)
+    device = torch.device(device_type(plan, job.hardware.gpu))
     if plan.compile:
         CompileCache(Path(rung["documents"]).parent / "compile_cache").open()
     session = make_session(job, plan, World(device=device), 0, Path(rung["model"]))
@@ -218,6 +221,8 @@ def main(path: str) -> None:
         row = make_checkpoint(rung) if rung["kind"] == "checkpoint" else run(rung)
     except torch.OutOfMemoryError as error:
         row = {"failed": f"out of memory: {str(error).splitlines()[0]}"}
+    except LoadmasterError as error:
+        row = {"failed": str(error)}
     print("ROW " + json.dumps(row), flush=True)
 
 

@@ -60,6 +60,25 @@ def test_a_rungs_limit_of_memory_is_put_as_torch_takes_it(monkeypatch):
     assert card == 0 and 23 < share * 80 < 23.5  # a card of 24 GiB, without the CUDA context
 
 
+def test_a_rung_for_a_card_that_pytorch_cannot_use_is_told_and_not_run_on_the_processors(
+    speed, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import speed_rungs
+    import torch
+
+    from loadmaster.preflight import hardware
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "local_gpus", lambda: [("NVIDIA H100 80GB HBM3", 79.65, 9.0)])
+    (tmp_path / "config.json").write_text(json.dumps(speed.TINY))
+    each = next(each for each in speed.bars() if each["name"] == "lora, bf16")
+    (tmp_path / "rung.json").write_text(json.dumps({**each, "model": str(tmp_path), "documents": "none"}))
+    speed_rungs.main(str(tmp_path / "rung.json"))
+    said = capsys.readouterr().out
+    assert said.startswith("ROW ") and "that PyTorch cannot use" in json.loads(said[4:])["failed"]
+
+
 def test_one_rung_is_had_by_its_name(speed, tmp_path, monkeypatch, capsys):
     measured = []
     monkeypatch.setattr(speed.Run, "measure", lambda self, each: measured.append((each["bar"], each["name"])))

@@ -99,6 +99,19 @@ def test_a_dry_run_goes_the_whole_way_and_resumes(tmp_path) -> None:
     assert len(json.loads(out.read_text())["rows"]) == len(stored["rows"]) + 1
 
 
+def test_a_card_that_pytorch_cannot_use_is_told_and_its_processors_are_not_measured_for_it(monkeypatch) -> None:
+    import torch
+
+    from loadmaster.preflight import hardware
+
+    load("measure")
+    memory = load("memory")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "local_gpus", lambda: [("NVIDIA H100 80GB HBM3", 79.65, 9.0)])
+    row = memory.measure_case(memory.grid()[0], False, None)
+    assert "that PyTorch cannot use" in row["failed"] and row["predicted"]["fits"]
+
+
 def test_efficiencies_are_fitted_to_stored_measurements(tmp_path, monkeypatch) -> None:
     script = load("memory")
     rows = [{"case": script.asdict(case)} for case in script.grid()[9:36:4]]
