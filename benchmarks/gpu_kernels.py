@@ -50,10 +50,6 @@ def attention(call: Call, lengths: tuple[int, ...], device: torch.device) -> dic
     return {name: apart(own[name], exact[name].detach())[1] for name in own}
 
 
-def _alone(layer: nn.Module, x: Tensor) -> Tensor:
-    return 1.0 * layer(x)
-
-
 def products(form: str, rows: int, size: int, device: torch.device) -> dict[str, float]:
     """Of a frozen layer's output and its input's gradient, eager and compiled, from what its codes say in float32."""
     weight = torch.randn(size // 4, size, device=device, dtype=torch.bfloat16)
@@ -64,7 +60,8 @@ def products(form: str, rows: int, size: int, device: torch.device) -> dict[str,
     held = layer.multiplied_with(torch.bfloat16).float()
     exact = {"output": x.detach().float() @ held.t(), "dx": d_output.float() @ held}
     found = {}
-    for how, run in (("", nn.Module.__call__), ("compiled ", torch.compile(lambda layer, x: 1.0 * layer(x)))):
+    compiled = torch.compile(lambda layer, x: 1.0 * layer(x), dynamic=False)  # of fixed shapes, as decoder layers are
+    for how, run in (("", nn.Module.__call__), ("compiled ", compiled)):
         output = run(layer, x)
         (d_x,) = torch.autograd.grad(output, x, d_output)
         for name, made in (("output", output), ("dx", d_x)):
