@@ -40,12 +40,17 @@ def explained(stage: str) -> Iterator[None]:
     except Exception as error:
         if not ran_out(error):
             raise
-        torch, seen = sys.modules["torch"], ""
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            peak, free, total = (size / 2**30 for size in (torch.cuda.max_memory_allocated(), free, total))
-            seen = f" ({peak:.1f} GiB allocated at the peak, {free:.1f} of {total:.1f} GiB free now)"
         raise LoadmasterError(
-            f"out of GPU memory in the {stage} stage{seen}. Another program on the card may hold some of it "
+            f"out of GPU memory in the {stage} stage{seen()}. Another program on the card may hold some of it "
             f"(nvidia-smi lists them).\nfix: {REMEDIES[stage]}"
         ) from error
+
+
+def seen() -> str:
+    """What this process had of its GPU, and what is free: the rest of it is another program's."""
+    torch = sys.modules["torch"]
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    peak, free, total = (size / 2**30 for size in (torch.cuda.max_memory_allocated(), free, total))
+    return f" ({peak:.1f} GiB allocated at the peak, {free:.1f} of {total:.1f} GiB free now)"

@@ -21,7 +21,7 @@ from torch import nn
 from loadmaster.data import MicroBatch, PreparedData
 from loadmaster.errors import TrainingFailed
 from loadmaster.models.recompute import checkpoint_the_rest
-from loadmaster.out_of_memory import ran_out
+from loadmaster.out_of_memory import ran_out, seen
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.prediction import Measured, held_against, sentence
 from loadmaster.training.batches import losses, worst_rows
@@ -148,12 +148,13 @@ def rehearse(
         _save_and_reload(scratch, trained, optimizer, checkpoints)
     except RuntimeError as error:
         if ran_out(error):
-            peak = peak_memory(world.device)["peak_allocated_gib"]
+            had = seen()
             if world.size == 1:  # of several, the others are in another collective than a restore's (zero.py) would be
                 put_back()
             raise TrainingFailed(
-                f"out of GPU memory in the rehearsal, at {part} (peak {peak:.2f} GiB allocated). The preflight's plan "
-                "was too large: set a smaller micro_batch_size or sequence_length, or activation_checkpointing=full"
+                f"out of GPU memory in the rehearsal, at {part}{had}. Another program on the card holds some of it "
+                "(nvidia-smi lists them), or the preflight's plan was too large: then set a smaller micro_batch_size "
+                "or sequence_length, or activation_checkpointing=full"
             ) from error
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             if in_fp8 and any(word in str(error).lower() for word in FP8_WORDS):
