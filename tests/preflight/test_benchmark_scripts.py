@@ -207,6 +207,15 @@ def test_losses_are_compared_of_what_the_packages_there_can_train(tmp_path, monk
     assert "not run, No module named 'bitsandbytes'" in capsys.readouterr().out
 
 
+def test_losses_of_fewer_steps_than_a_mean_has_are_refused_before_any_is_taken(monkeypatch, capsys) -> None:
+    script = load("loss_bands")
+    monkeypatch.setattr(script, "train", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(sys, "argv", ["loss_bands.py", "--data", "none.json", "--steps", "20"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "--steps 20: losses are compared as means of 50 steps" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_every_precision_whose_losses_are_compared_trains(tiny, tmp_path, monkeypatch, capsys) -> None:
     script, rows = load("loss_bands"), tmp_path / "rows.json"
