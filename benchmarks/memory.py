@@ -34,6 +34,7 @@ from loadmaster.catalog import FOLDER
 from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, LoraConfig, ModelConfig, OptimizerConfig
 from loadmaster.files import write_json
 from loadmaster.preflight import Plan, make_plan
+from loadmaster.preflight.nvml import local_gpus
 
 RESULTS = Path(__file__).with_name("results")
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
@@ -268,7 +269,7 @@ def about_the_card() -> dict[str, Any]:
     try:
         said = subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL).splitlines()[0].split(", ")
     except (OSError, subprocess.CalledProcessError, IndexError):
-        said = ["cpu", "", "", ""]
+        said = [next((name for name, *_ in local_gpus()), "cpu"), "", "", ""]  # some containers lack the program alone
     return {
         "date": str(datetime.date.today()),
         **dict(zip(("card", "driver", "power_limit", "memory"), said, strict=False)),

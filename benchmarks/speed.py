@@ -272,8 +272,11 @@ def about_the_machine() -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,memory.total", "--format=csv,noheader"]
     try:
         card, driver, power, memory = subprocess.check_output(query, text=True).splitlines()[0].split(", ")
-    except (OSError, subprocess.CalledProcessError):
-        card, driver, power, memory = "cpu", "none", "unknown", "unknown"
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        from loadmaster.preflight.nvml import local_gpus
+
+        # Some containers lack the program alone.
+        card, driver, power, memory = next((name for name, *_ in local_gpus()), "cpu"), "none", "unknown", "unknown"
     return {
         "date": str(datetime.date.today()), "card": card, "driver": driver, "power_limit": power, "memory": memory,
         "python": platform.python_version(), "versions": {package: _version(package) for package in VERSIONS},

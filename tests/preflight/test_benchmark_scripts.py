@@ -112,6 +112,15 @@ def test_a_card_that_pytorch_cannot_use_is_told_and_its_processors_are_not_measu
     assert "that PyTorch cannot use" in row["failed"] and row["predicted"]["fits"]
 
 
+def test_a_card_is_named_where_nvidia_smi_is_not_there(tmp_path, monkeypatch) -> None:
+    from loadmaster.preflight import nvml
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(nvml, "local_gpus", lambda: [("NVIDIA H100 80GB HBM3", 79.65, 9.0)])
+    assert load("memory").about_the_card()["card"] == "NVIDIA H100 80GB HBM3"
+    assert load("speed").about_the_machine()["card"] == "NVIDIA H100 80GB HBM3"
+
+
 def test_efficiencies_are_fitted_to_stored_measurements(tmp_path, monkeypatch) -> None:
     script = load("memory")
     rows = [{"case": script.asdict(case)} for case in script.grid()[9:36:4]]
