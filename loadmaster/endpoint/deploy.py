@@ -26,7 +26,8 @@ from loadmaster.endpoint.name import SERVES, deployed_name, endpoint_called, ori
 from loadmaster.endpoint.validate import Expected, validate
 from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError, UsageError
 from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
-from loadmaster.export.served import recorded
+from loadmaster.export.served.record import NAME as SERVED
+from loadmaster.export.served.record import checked_figures
 from loadmaster.files import read_json, write_json
 from loadmaster.launch.context import undisturbed
 from loadmaster.launch.left import Left, away, copied_by
@@ -120,8 +121,8 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
     exported = read_manifest(artifact)
     if not exported["verification"]["passed"]:
         raise ExportRejected(f"{artifact} did not pass verification, so it is not deployed")
-    if (served := recorded(run_dir, exported)) and not served[0]["passed"]:
-        wrong = f"{'; '.join(served[0]['failures'])} ({run_dir / 'serve-check.json'})"
+    if (served := checked_figures(run_dir, exported)) and not served["passed"]:
+        wrong = f"{'; '.join(served['failures'])} ({run_dir / SERVED})"
         raise ExportRejected(f"{artifact} was served by a real server and is not what was trained: {wrong}")
     if exported["files"] != manifest["files"]:
         raise ExportRejected(f"{artifact} is another export than the one that was bundled: run the bundle stage again")

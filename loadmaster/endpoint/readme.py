@@ -12,7 +12,7 @@ from loadmaster.endpoint.economics import MONTH_S
 from loadmaster.endpoint.plot import label
 from loadmaster.endpoint.settings import HOST, PORT
 from loadmaster.endpoint.sizing import Sizing
-from loadmaster.export.served import recorded
+from loadmaster.export.served.record import checked_figures
 from loadmaster.export.table import COLUMNS, row
 from loadmaster.preflight.serving import ServingPlan
 
@@ -102,21 +102,22 @@ def verification(manifests: dict[str, dict[str, Any]]) -> str:
 
 def served(run_dir: Path, manifest: dict[str, Any]) -> str:
     """Which server has loaded this very export and what came of it, as `loadmaster serve-check` recorded it."""
-    if (found := recorded(run_dir, manifest)) is None:
+    figures = checked_figures(run_dir, manifest)
+    if figures is None:
         return (
             "The export was verified with transformers, in a process of its own. When this was written no server had "
             "loaded it:\n`loadmaster serve-check RUN` loads it in a real one and compares; its result is "
             "`../serve-check.json`."
         )
-    figures, server = found
     if not figures["passed"]:
         return (
-            f"The export was verified with transformers, and did not pass `loadmaster serve-check` with {server}:\n"
+            "The export was verified with transformers, and did not pass `loadmaster serve-check` with "
+            f"{figures['server']}:\n"
             f"{'; '.join(figures['failures'])}."
         )
     return (
         "The export was verified with transformers, in a process of its own, and `loadmaster serve-check` loaded and "
-        f"compared it in\n{server}; no other server was run against it."
+        f"compared it in\n{figures['server']}; no other server was run against it."
     )
 
 

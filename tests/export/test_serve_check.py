@@ -29,7 +29,7 @@ from loadmaster.export.served.check import folder_of_paths, questions, serve_che
 from loadmaster.export.served.compare import LIMITS
 from loadmaster.export.served.harness import Harness
 from loadmaster.export.served.processor import BLOCK_PROBE, FP8_PROBE, INT4_PROBE, refuse_unserved
-from loadmaster.files import read_json
+from loadmaster.files import read_json, write_json
 from loadmaster.rundir import RunDir
 
 TASKS = Path(__file__).with_name("harness_tasks")
@@ -166,6 +166,39 @@ def test_a_server_that_is_too_slow_has_not_checked_its_format_which_neither_pass
     assert "bf16: not checked: /v1/completions: no answer within 0 s; check it on a faster machine" in shown.err
     record = read_json(checked.folder / "serve-check.json")
     assert not record["passed"] and record["formats"]["bf16"].items() >= {"checked": False, "passed": False}.items()
+
+
+def test_what_was_found_of_an_export_stays_until_it_is_checked_again(checked, stand_in, monkeypatch):
+    import loadmaster.export.served.check as module
+
+    monkeypatch.setattr(module, "_reference", lambda *_: {"broken": {}})
+    monkeypatch.setattr(module, "failures", lambda figures, *_: figures["found"])
+    said: list[str] = []
+
+    def found(name: str, result: list[str] | Exception) -> dict[str, list[str]]:
+        measured = {"side_effect": result} if isinstance(result, Exception) else {"return_value": {"found": result}}
+        monkeypatch.setattr(module.Servers, "figures", MagicMock(**measured))
+        serve_check(checked.folder, [name], stand_in, said.append)
+        record = read_json(checked.folder / "serve-check.json")
+        assert record["passed"] == (not any(figures["failures"] for figures in record["formats"].values()))
+        return {name: figures["failures"] for name, figures in record["formats"].items()}
+
+    slow = NotChecked("no answer")
+    assert found("bf16", ["the base is served"]) == {"bf16": ["the base is served"]}
+    assert found("bf16", slow) == {"bf16": ["the base is served"]}
+    assert said[-1].startswith("bf16: what was found on 20") and said[-1].endswith(" stays: it FAILED")
+    assert found("adapter", []) == {"adapter": [], "bf16": ["the base is served"]}
+    assert found("adapter", slow) == {"adapter": [], "bf16": ["the base is served"]}
+    assert found("bf16", []) == {"adapter": [], "bf16": []}
+
+    manifest = checked.folder / "export" / "bf16" / "manifest.json"
+    write_json(manifest, read_json(manifest) | {"created_utc": "2999-01-01T00:00:00+00:00"})
+    serve_as(checked.folder / "export" / "fp8", "honest")
+    assert found("fp8", slow) == {"adapter": [], "fp8": [str(slow)]}  # another bf16, of which nothing is known
+
+    (checked.folder / "serve-check.json").write_text("{}")
+    with pytest.raises(LoadmasterError, match=r"serve-check\.json is damaged: remove it"):
+        found("adapter", [])
 
 
 def test_a_server_that_renders_otherwise_or_does_not_stop_is_caught(checked, stand_in):

@@ -3,7 +3,7 @@
 Each exported format is loaded into a vLLM server of its own on 127.0.0.1, an adapter over its base (a GGUF file into
 llama.cpp: llama_cpp.py), and asked, over the OpenAI API, for its name, the tokens of rendered conversations,
 log-probabilities of held-out documents, greedy answers, and whether each token that ends a turn stops it. All of it is
-compared with the model as trained (compare.py). run_dir/serve-check.json has the figures,
+compared with the model as trained (compare.py). run_dir/serve-check.json has the figures (record.py),
 run_dir/serve-check/<format>.log what the server said.
 """
 
@@ -38,6 +38,7 @@ from loadmaster.export.served.harness import Asked, Harness
 from loadmaster.export.served.harness import failures as task_failures
 from loadmaster.export.served.llama_cpp import ask_llama_cpp
 from loadmaster.export.served.processor import refuse_unserved
+from loadmaster.export.served.record import NAME, earlier
 from loadmaster.export.served.run import Servers, file_bytes
 from loadmaster.files import storable, write_json
 from loadmaster.models.frozen import frozen_form
@@ -70,10 +71,11 @@ def serve_check(
     python: interpreter that has vLLM; None: see `server_python`. harness: tasks that the base and every format that
     vLLM serves are asked besides.
     Returns {format: figures, "limits", "failures" (a sentence each), "passed", "checked"}; a server that dies is a
-    failure of its format, and one that was not waited for any longer has not checked it. Raises LoadmasterError for a
-    run that holds no export, or without a server.
+    failure of its format, and one that was not waited for any longer has not checked it. What was found before of an
+    export that is not asked, or could not be checked, stays in the file. Raises LoadmasterError for a run that holds no
+    export, or without a server.
     """
-    manifests = exported(run_dir, formats)
+    manifests, before_now = exported(run_dir, formats), earlier(run_dir)
     if harness is not None and set(manifests) == {"gguf"}:
         raise LoadmasterError("tasks are asked of what vLLM serves, and gguf is llama.cpp's: name another format too")
     job = read_job(run_dir / "config.yaml").job
@@ -125,24 +127,34 @@ def serve_check(
                 "seconds": seconds, "limits": asdict(LIMITS[name]), "failures": found, "passed": not found,
             }  # fmt: skip
             say(f"{outcome(results[name])} after {seconds:.0f} s")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    stamped = {
+        name: {"server": versions["llama.cpp" if name == "gguf" else "vllm"], "created_utc": now, **figures}
+        for name, figures in results.items()
+    }
+    known = {name for name, figures in results.items() if figures["checked"]}
+    kept = {name: figures for name, figures in before_now.items() if name not in known}
+    for name in kept.keys() & results.keys():
+        echo(f"{name}: what was found on {kept[name]['created_utc']} stays: it {outcome(kept[name])}")
+    recorded = {**stamped, **kept}
     record: dict[str, Any] = {
         "schema": 1,
         "server": ", ".join(versions.values()),
         "served_as": job.recipe,
-        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "passed": all(figures["passed"] for figures in results.values()),
-        "formats": results,
+        "created_utc": now,
+        "passed": all(figures["passed"] for figures in recorded.values()),
+        "formats": recorded,
     }
     if harness is not None:
         path = str(harness.include_path) if harness.include_path else None
         record["tasks"] = {**asdict(harness), "include_path": path, "before": before}
-    write_json(run_dir / "serve-check.json", storable(record))
+    write_json(run_dir / NAME, storable(record))
     return results
 
 
 def outcome(figures: dict[str, Any]) -> str:
     """Of a format, in words; one that was not checked has neither passed nor failed."""
-    return "passed" if figures["passed"] else "FAILED" if figures["checked"] else "not checked"
+    return "passed" if figures["passed"] else "FAILED" if figures.get("checked", True) else "not checked"
 
 
 def folder_of_paths(run_dir: Path) -> Path:
