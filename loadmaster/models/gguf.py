@@ -36,12 +36,11 @@ def convert_package(package: str, target: Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         raise LoadmasterError(f"package {package} ships {len(files)} GGUF files, one is needed; set model.path instead")
-    fields = _fields(files[0])
     with exclusive(target, f"the model of {package}"):
         if not (target / "config.json").is_file():  # another process may have made it meanwhile
             said = f"the model that {package} ships is unpacked into {target}, once; this takes a while"
-            print(said, file=sys.stderr)
-            _convert(package, files[0], fields, target)
+            print(said, file=sys.stderr, flush=True)  # to read the file's own fields takes seconds already
+            _convert(package, files[0], _fields(files[0]), target)
     return target
 
 

