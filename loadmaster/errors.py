@@ -7,6 +7,7 @@ A traceback therefore always means a defect in loadmaster itself.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 from loadmaster.words import counted
@@ -67,6 +68,16 @@ class DataError(LoadmasterError):
     """The data cannot be trained on as given; names file and line of every bad row."""
 
     exit_code = 2
+
+
+class NotAFile(LoadmasterError, OSError):
+    """A pipe, a device or a folder stands where a file is read."""
+
+    def __init__(self, path: object):
+        super().__init__(errno.EINVAL, "is no regular file", str(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename} {self.strerror}"
 
 
 class UsageError(LoadmasterError):

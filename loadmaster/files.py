@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import LoadmasterError, NotAFile
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -69,8 +69,19 @@ def storable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def regular(path: Path) -> Path:
+    """`path`. Raises NotAFile where something else lies there: who opens a pipe waits for what may never be written."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise NotAFile(path)
+    return path
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    return regular(path).read_text(encoding="utf-8", errors=errors)
+
+
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(read_text(path))
 
 
 def as_object(value: Any) -> dict[str, Any]:
@@ -96,7 +107,7 @@ def torn_safetensors(path: Path) -> str | None:
     Read without the library, which would map it. Raises OSError.
     """
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
             if 8 <= size < 8 + length:
                 return "is cut off in its header; fetch it again"
@@ -111,7 +122,7 @@ def torn_safetensors(path: Path) -> str | None:
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

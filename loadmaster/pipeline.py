@@ -30,7 +30,7 @@ from loadmaster.config.show import show_error
 from loadmaster.config.validate import check
 from loadmaster.dataset_size import dataset_tokens
 from loadmaster.errors import DISK_REMEDY, ConfigError, DataError, DoesNotFit, LoadmasterError, StoppedOnRequest
-from loadmaster.files import is_full_disk, sha256_json, sha256_of_model, storable, write_text
+from loadmaster.files import is_full_disk, read_text, sha256_json, sha256_of_model, storable, write_text
 from loadmaster.preflight import make_plan, print_plan
 from loadmaster.preflight.config_json import find_config
 from loadmaster.preflight.families import full_config
@@ -116,7 +116,7 @@ class Pipeline:
     def _differing(self, path: Path) -> list[str] | None:
         """In what the job of another run is not this one; None where its config.yaml cannot be read."""
         try:
-            resolved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+            resolved = yaml.safe_load(read_text(path / "config.yaml"))
             return differing(self.job, check(resolved, {}, {}).job)
         except (OSError, ValueError, yaml.YAMLError, LoadmasterError):
             return None

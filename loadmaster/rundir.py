@@ -25,6 +25,7 @@ from loadmaster.files import (
     is_full_disk,
     is_whole_safetensors,
     read_json,
+    regular,
     sha256_file,
     sha256_json,
     write_json,
@@ -145,8 +146,10 @@ class RunDir:
     def _refuse_links(self) -> None:
         """A log, a lock or figures written through a link would be another file's end; other files take its place."""
         for path in (self.path / ".lock", self.path / "metrics.jsonl", *sorted(self.path.glob("logs/*"))):
-            if path.is_symlink():
-                message = f"{path} is a symbolic link: a run would write into {os.readlink(path)}"
+            is_link = path.is_symlink()
+            if is_link or (path.exists() and not path.is_file() and not path.is_dir()):
+                what = f"a symbolic link: a run would write into {os.readlink(path)}" if is_link else "no regular file"
+                message = f"{path} is {what}"
                 raise _refused(str(self.path), message, f"rm {path}, if it is not yours; or run_dir=FOLDER: a new one")
 
     def discard(self) -> bool:
@@ -207,7 +210,7 @@ class RunDir:
 def is_at_work(path: Path) -> bool:
     """Whether a process holds this run now."""
     try:
-        with open(path / ".lock", encoding="utf-8") as file:
+        with open(regular(path / ".lock"), encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

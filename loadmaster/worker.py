@@ -21,7 +21,7 @@ from loadmaster.config.schema import Job
 from loadmaster.config.validate import check
 from loadmaster.ending import end_with, heed_no_more_requests
 from loadmaster.errors import DISK_REMEDY, LoadmasterError, StoppedOnRequest, TrainingFailed
-from loadmaster.files import write_json
+from loadmaster.files import read_text, write_json
 from loadmaster.preflight.plan import Plan
 from loadmaster.streams import Output, settle_streams
 from loadmaster.training.display import Display
@@ -81,7 +81,7 @@ def leave_word(run_dir: Path, rank: int, outcome: Outcome) -> None:
 
 def read_job(run_dir: Path) -> Job:
     """The job that config.yaml of a run directory holds, which was checked when it was written."""
-    resolved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    resolved = yaml.safe_load(read_text(run_dir / "config.yaml"))
     return check(resolved, {}, {}).job
 
 

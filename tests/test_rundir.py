@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
+from loadmaster.errors import LoadmasterError
 from loadmaster.rundir import RunDir, file_fingerprint, is_at_work, newest_in
 
 
@@ -24,6 +27,15 @@ def test_a_run_is_at_work_while_its_process_holds_it(tmp_path: Path) -> None:
     with RunDir(tmp_path, "a").locked():
         assert is_at_work(tmp_path)
     assert not is_at_work(tmp_path)
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "logs/rank-1.log"])
+def test_a_run_does_not_wait_for_a_pipe_in_the_place_of_a_file_that_it_writes(tmp_path: Path, name: str) -> None:
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / name)
+    assert not is_at_work(tmp_path)
+    with pytest.raises(LoadmasterError, match=f"{name} is no regular file"), RunDir(tmp_path, "a").locked():
+        pass
 
 
 def test_stages_are_done_for_what_they_were_made_from_and_for_their_job(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from loadmaster.config.rules import broken_rules
 from loadmaster.config.schema import Job
 from loadmaster.config.validate import MISSING, check, to_dict
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
+from loadmaster.files import read_text
 
 NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
 """Hydra's own `none`."""
@@ -139,7 +140,7 @@ def read_job(path: Path, to_run: bool = True) -> Composed:
     Raises ConfigError where the file was edited into something wrong, or comes from another version.
     """
     try:
-        resolved = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        resolved = yaml.safe_load(read_text(path)) or {}
         if not isinstance(resolved, dict):
             raise ValueError("it holds no fields")
     except (OSError, ValueError, yaml.YAMLError) as error:

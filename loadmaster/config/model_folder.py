@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loadmaster.files import torn_safetensors
+from loadmaster.files import read_json, torn_safetensors
 
 OBJECTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json", "adapter_config.json")
 """Files that hold one JSON object."""
@@ -31,7 +30,7 @@ def run_of(folder: Path) -> Path | None:
 def broken_files(folder: Path) -> Iterator[str]:
     """What is torn or not what its name says, a phrase for each file; files that are absent are not looked at."""
     for name in (*OBJECTS, INDEX):
-        if (folder / name).is_file():
+        if (folder / name).exists():
             content, problem = _object(folder / name)
             if problem:
                 yield f"{name} {problem}"
@@ -48,7 +47,7 @@ def broken_files(folder: Path) -> Iterator[str]:
 
 def _object(file: Path) -> tuple[dict[str, Any], str | None]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except OSError as error:
         return {}, _unreadable(error)
     except (ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ from loadmaster import __version__
 from loadmaster.config.overrides import assigned
 from loadmaster.config.serving_rules import LORA_RANKS
 from loadmaster.errors import ExportRejected
-from loadmaster.files import sha256_file, storable, write_text
+from loadmaster.files import read_json, sha256_file, storable, write_text
 from loadmaster.packages import versions
 from loadmaster.rundir import newest_in
 
@@ -140,7 +140,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if (folder / NAME).is_symlink():
         raise ExportRejected(f"{folder / NAME} is a symbolic link: an export holds files of its own only.")
     try:
-        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        manifest = read_json(folder / NAME)
     except (FileNotFoundError, NotADirectoryError):
         raise ExportRejected(f"{folder} has no {NAME}: it is not an export that passed verification.") from None
     except OSError as error:
@@ -266,7 +266,7 @@ def _file_problems(folder: Path, name: str, entry: dict[str, Any]) -> list[str]:
             if path.is_symlink():
                 return [f"{name}: is or lies behind a symbolic link"]
         if not path.is_file():
-            return [f"{name}: missing"]
+            return [f"{name}: {'is no regular file' if path.exists() else 'missing'}"]
         if path.stat().st_size != entry.get("bytes"):
             return [f"{name}: {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}"]
         if sha256_file(path) != entry.get("sha256"):

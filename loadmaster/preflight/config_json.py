@@ -6,7 +6,6 @@ Nothing is loaded and torch is not imported. A family that is not in FAMILIES is
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
+from loadmaster.files import read_json
 from loadmaster.preflight.families import FAMILIES, full_config, refuse_quantized, refuse_uncountable, refuse_untrained
 from loadmaster.preflight.shape import ModelShape
 
@@ -227,7 +227,7 @@ def find_config(model: ModelConfig) -> tuple[dict[str, Any], str]:
 
 def _read(path: Path, key: str, model: ModelConfig) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise _no_config(key, str(path), f"config.json cannot be read ({error})", model) from None
     if not isinstance(found, dict):

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from loadmaster.files import as_object
+from loadmaster.files import as_object, read_text
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def rows(value: Any) -> list[dict[str, Any]]:
 
 def _text(path: Path, problems: list[str]) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_text(path, errors="replace")
     except FileNotFoundError:
         return ""
     except OSError as error:

@@ -59,7 +59,7 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The logged steps, without lines that a kill tore or a disk damaged."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         with suppress(ValueError):
             row = json.loads(line.decode())
             rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []

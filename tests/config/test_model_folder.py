@@ -1,6 +1,7 @@
 """A broken model folder is named before anything is loaded."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -58,6 +59,13 @@ def test_each_broken_file_is_named(folder, name, content, said):
     found = list(broken_files(folder))
     assert len(found) == 1
     assert said in found[0]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_said_and_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert list(broken_files(folder)) == [f"{name} cannot be read (is no regular file)"]
 
 
 def test_weights_that_were_cut_off_are_refused_with_their_size(folder, smollm2):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -157,6 +158,18 @@ def test_no_manifest_is_no_artifact(artifact):
 )
 def test_loadmaster_verify_says_what_is_wrong_with_a_manifest(artifact, content, said, capsys):
     (artifact / "manifest.json").write_bytes(content)
+    assert main(["verify", str(artifact)]) == 5
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize(("name", "said"), [
+    ("manifest.json", "manifest.json cannot be read (is no regular file)"),
+    ("model.safetensors", "model.safetensors: is no regular file"),
+])  # fmt: skip
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_said_and_not_waited_for(artifact, name, said, make, capsys):
+    (artifact / name).unlink()
+    make(artifact / name)
     assert main(["verify", str(artifact)]) == 5
     assert said in capsys.readouterr().err
 
