@@ -36,8 +36,14 @@ def _loopback(host: str) -> tuple[socket.AddressFamily, str] | None:
         places = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)
     except (OSError, UnicodeError):
         return None
-    found = [(family, place[0]) for family, *_, place in places]
+    found = [_as_bound(family, place[0]) for family, *_, place in places]
     return min(found) if all(ip_address(address).is_loopback for _, address in found) else None
+
+
+def _as_bound(family: socket.AddressFamily, address: str) -> tuple[socket.AddressFamily, str]:
+    """An IPv4 address that is written as IPv6's (::ffff:127.0.0.1) is itself."""
+    mapped = getattr(ip_address(address), "ipv4_mapped", None)
+    return (socket.AF_INET, str(mapped)) if mapped else (family, address)
 
 
 def ear(host: str, port: int) -> int | None:

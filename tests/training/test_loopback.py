@@ -35,13 +35,13 @@ def test_the_workers_of_one_host_meet_where_no_other_host_reaches():
 
 HOSTS = {
     "127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "LOCALHOST": "127.0.0.1", "2130706433": "127.0.0.1",
-    "127.0.1.1": "127.0.1.1", "::1": "::1",
+    "127.0.1.1": "127.0.1.1", "::1": "::1", "::ffff:127.0.0.1": "127.0.0.1",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_so_do_ranks_that_another_launcher_started_there(host, monkeypatch):
-    if host == "::1" and not socket.has_dualstack_ipv6():
+    if ":" in host and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
     port = free_port()
     monkeypatch.setenv("MASTER_ADDR", host)
