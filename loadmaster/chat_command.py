@@ -219,6 +219,10 @@ def _said_in_a_sentence(folder: Path) -> Iterator[None]:
         if isinstance(error, LoadmasterError) or ran_out(error):
             raise
         why = shorten(str(error) or type(error).__name__, SAID_CHARACTERS)
+        if isinstance(error, ImportError):  # which says nothing of the folder
+            from loadmaster.packages import again
+
+            raise LoadmasterError(f"a library cannot be imported here: {why}\n    fix: {again(error)}") from error
         fix = "put its files back as they were written; --format FORMAT and --base load others"
         raise LoadmasterError(f"{folder} does not load: {why}\n    fix: {fix}") from error
 

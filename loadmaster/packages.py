@@ -68,5 +68,11 @@ def explained(error: ModuleNotFoundError) -> LoadmasterError | None:
     return LoadmasterError(f"the package {package} is needed for this and not installed here\nfix: {_install(package)}")
 
 
+def again(error: ImportError) -> str:
+    """What to install anew where a library is not whole, or does not go with the others here."""
+    package = (error.name or "").partition(".")[0]
+    return _install(f"--force-reinstall {package}") if package else "install what it names"
+
+
 def _install(package: str) -> str:
     return f"pip install {package}, in the version that loadmaster's pyproject.toml names"

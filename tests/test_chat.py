@@ -14,6 +14,7 @@ from loadmaster import chat_command
 from loadmaster.cli import main
 from loadmaster.config.shipped import resolve_path
 from loadmaster.data import Conversation
+from loadmaster.errors import LoadmasterError
 from loadmaster.evaluation import generate
 from loadmaster.export.loading import load_export
 from loadmaster.models.load import load_base, load_tokenizer, load_trained
@@ -185,6 +186,17 @@ def test_an_adapter_that_fits_nothing_in_its_base_is_told_in_a_sentence(run, tmp
     said = capsys.readouterr().err
     assert "adapter does not load: Target modules .*\\.gone\\d not found in the base model" in said
     assert "fix: put its files back" in said
+
+
+@pytest.mark.parametrize(("name", "fix"), [
+    ("torchao.float8", "pip install --force-reinstall torchao, in the version that"), (None, "install what it names"),
+])  # fmt: skip
+def test_a_library_that_is_broken_is_no_fault_of_the_folder(name, fix):
+    error = ImportError("cannot import name 'x' from 'torchao.float8'", name=name)
+    with pytest.raises(LoadmasterError) as raised, chat_command._said_in_a_sentence(Path("adapter")):
+        raise error
+    assert str(raised.value).startswith("a library cannot be imported here: cannot import name 'x'")
+    assert f"fix: {fix}" in str(raised.value)
 
 
 def test_lines_that_end_in_any_way_are_lines():
