@@ -27,7 +27,7 @@ from loadmaster.config.compose import Composed, compose_with, load, open_loader,
 from loadmaster.config.fields import nearest
 from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, Loader, main_folder
 from loadmaster.config.origins import COMMAND_LINE
-from loadmaster.config.overrides import Overrides, note_repeated, read_overrides, reading_order, sweep
+from loadmaster.config.overrides import Overrides, as_recipe, note_repeated, read_overrides, reading_order, sweep
 from loadmaster.config.schema import Job
 from loadmaster.config.show import show_error
 from loadmaster.config.validate import NO_VALUE, instead_of_option
@@ -138,10 +138,13 @@ def check_command(
     Raises ConfigError with every problem.
     """
     parser = get_args_parser()
+    parser.allow_abbrev = False  # --config, which other tools have, would be said to stand for any of three
     flags, rest = parser.parse_known_intermixed_args(arguments)
+    unknown = _unknown(arguments, rest)
+    words = [a for place, a in enumerate(arguments) if not unknown.get(place - 1)]
     # argparse gives up on what follows an option that it does not know; an override is one wherever it stands.
-    flags.overrides = [a for a in arguments if a in flags.overrides or (a in rest and not a.startswith("-"))]
-    flags.wrong, unknown = None, [a for a in rest if a.startswith("-")]
+    flags.overrides = [a for a in words if a in flags.overrides or (a in rest and not a.startswith("-"))]
+    flags.wrong = None
     if flags.hydra_help or flags.shell_completion:
         return flags, flags.overrides, None
     if problem := _refused(flags):
@@ -152,7 +155,7 @@ def check_command(
         collector.resume()  # what composing a job leaves would stay until the last one
     given = read_overrides(loader, flags.overrides, multirun)
     note_repeated(flags.overrides)
-    given.problems += [_unknown_flag(argument, own_flags) for argument in unknown]
+    given.problems += [_unknown_flag(arguments[place], word, own_flags) for place, word in unknown.items()]
     config_name = flags.config_name or PRIMARY
     if flags.help or flags.cfg or flags.info:  # only looking
         config, origins, problems = load(loader, given, config_name)
@@ -262,11 +265,25 @@ def _refused(flags: argparse.Namespace) -> Problem | None:
     return None
 
 
-def _unknown_flag(argument: str, own_flags: Sequence[str]) -> Problem:
+def _unknown(arguments: list[str], rest: list[str]) -> dict[int, str]:
+    """Places of the options that are not known, and the word behind each that is its value; empty where none is."""
+    found = {}
+    for place, (argument, after) in enumerate(pairwise([*arguments, ""])):
+        if argument.startswith("-") and argument in rest:
+            alone = "=" in argument or "=" in after or after[:1] in ("", *"-~+")
+            found[place] = "" if alone else after
+    return found
+
+
+def _unknown_flag(argument: str, word: str, own_flags: Sequence[str]) -> Problem:
+    """What to give in the place of an option `--name=value`, or `--name word`."""
     name, _, value = argument.lstrip("-").partition("=")
+    value = value or word
     known = [a for action in get_args_parser()._actions for a in action.option_strings if a.startswith("--")]
     flag = nearest(argument.partition("=")[0], ["--dry-run", *own_flags, *known], cutoff=0.75)
     remedy = flag or instead_of_option(name.replace("-", "_"), value)
+    if re.fullmatch("configs?([-_]file)?", name):
+        remedy = as_recipe(value) if value else "recipe=NAME"
     if f"--{name}" in OF_PLAN:
         remedy = f"loadmaster plan ... {argument}; no other command has it"
-    return Problem(argument, None, COMMAND_LINE, "there is no such option", remedy)
+    return Problem(f"{argument} {word}".rstrip(), None, COMMAND_LINE, "there is no such option", remedy)

@@ -28,13 +28,14 @@ from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.model_folder import run_of
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.config.schema import DATA_SUFFIXES
-from loadmaster.config.shipped import local_path
+from loadmaster.config.shipped import local_path, shipped_folder
 from loadmaster.errors import Problem
 
 PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
 """`endpoint.server=vllm==0.27.1`: Hydra's grammar wants such a value in quotes, which nobody would guess."""
 _FROM_HOME = re.compile(r"([=,\[]\s*)(~(?:[^\"',\[\]{}]*[^\"',\[\]{}\s])?)")
 """`model.path=~/models/mine`, or in a list: a shell leaves the ~ of a word that does not begin with it as it is."""
+FIELDS_SUFFIXES = (".yaml", ".yml")
 _QUOTES = " '\""
 _MACHINE = re.compile(r"((?P<first>[1-9]\d?)x[_-]?)?(?P<card>.+?)([_-]?x(?P<count>[1-9]\d?)(_?n(?P<nodes>[1-9]\d*))?)?")
 """`l40s_x4`, `h100_80gb_x8_n2`, and as plans name them, `8xh100_80gb`."""
@@ -129,7 +130,7 @@ def reading_order(problems: list[Problem], arguments: list[str]) -> list[Problem
 
     def place(problem: Problem) -> tuple[int, str, int]:
         if problem.origin == COMMAND_LINE:
-            typed = (number for number, argument in enumerate(arguments) if problem.key in argument)
+            typed = (number for number, argument in enumerate(arguments) if problem.key.partition(" ")[0] in argument)
             return 0, "", next(typed, len(arguments))
         file, _, line = problem.origin.rpartition(":")
         return 1, file, int(line) if line.isdigit() else 0
@@ -166,9 +167,10 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: Exception) -> Pr
         message = "is not of the form key=value"
         if argument.lower().endswith(DATA_SUFFIXES):
             return Problem(argument, None, COMMAND_LINE, message, f"data=file data.path={argument}")
+        if argument.lower().endswith(FIELDS_SUFFIXES):
+            return Problem(argument, None, COMMAND_LINE, message, as_recipe(argument))
         if os.path.isdir(folder := local_path(argument)) and run_of(folder):
-            remedy = f"--config-dir {argument} --config-name config run_dir={argument} goes on with the run in it"
-            return Problem(argument, None, COMMAND_LINE, message, remedy)
+            return Problem(argument, None, COMMAND_LINE, message, _goes_on(argument))
         recipe = nearest(argument, loader.repository.get_group_options(GROUP))
         remedy = f"{GROUP}={recipe}" if recipe else "write key=value, for example lora.rank=16"
         return Problem(argument, None, COMMAND_LINE, message, remedy)
@@ -191,6 +193,20 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: Exception) -> Pr
         items = ",".join(f"'{item.strip(_QUOTES)}'" for item in value[1:-1].split(",") if item.strip())
         remedy = f'quote each entry, and all of it for the shell: "{key}=[{items}]"'
     return Problem(key, value, COMMAND_LINE, f"Hydra cannot read it: {reason}", remedy)
+
+
+def as_recipe(given: str) -> str:
+    """How a file of fields is given to a job."""
+    file = local_path(given)
+    if file.name == "config.yaml" and run_of(file.parent):
+        return _goes_on(str(file.parent))
+    name, folders = file.stem, (Path("recipes"), shipped_folder("recipes"))
+    there = any((folder / f"{name}.yaml").is_file() for folder in folders)
+    return f"{GROUP}={name}" if there else f"put it into recipes/ here as {name}.yaml, then {GROUP}={name}"
+
+
+def _goes_on(run_dir: str) -> str:
+    return f"--config-dir {run_dir} --config-name config run_dir={run_dir} goes on with the run in it"
 
 
 def _nameless(argument: str) -> Problem:
@@ -233,7 +249,7 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
 
 
 def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> Problem:
-    is_file = wrong.endswith((".yaml", ".yml"))
+    is_file = wrong.endswith(FIELDS_SUFFIXES)
     named = Path(wrong).stem if is_file else wrong
     beginnings = dict.fromkeys(option[: len(named) + 1] for option in options)  # lama is llama, of whatever size
     begun = nearest(named, beginnings, cutoff=0.75)

@@ -298,6 +298,14 @@ def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]
         (["--gradient_accumulation_steps=4"], "fields are set without dashes: batch.global_size=...; Packed rows"),
         (["--load-in-4bit=true"], "fields are set without dashes: method=qlora"),
         (["--optim"], "fields are set without dashes: optimizer.name=..."),
+        (["--learning_rate", "1e-4", "seed=1"], "1 problem in the configuration; nothing was started.\n\n"
+         "  1. --learning_rate 1e-4   on the command line\n     there is no such option\n     fix: fields are set "
+         "without dashes: optimizer.lr=0.0001"),
+        (["--lr", "--bf16", "seed=a"], "3 problems in the configuration"),
+        (["--config", "my/own.yml"], "1 problem in the configuration; nothing was started.\n\n  1. --config my/own"),
+        (["--config=my/own.yml"], "put it into recipes/ here as own.yaml, then recipe=own"),
+        (["--config_file", "smoke.yaml"], "fix: recipe=smoke"),
+        (["--config"], "fix: recipe=NAME"),
         (["--logging_steps=1"], "take it out: every step is logged"),
         (["--nodes=1..4"], "fix: loadmaster plan ... --nodes=1..4; no other command has it"),
         (["--json"], "fix: loadmaster plan ... --json"),

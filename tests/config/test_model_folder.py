@@ -124,6 +124,7 @@ def test_a_run_given_as_a_word_is_told_how_to_go_on_with_it(tmp_path, monkeypatc
     (tmp_path / "run").mkdir()
     for name in ("stages.json", "plan.json"):
         (tmp_path / "run" / name).write_text("{}")
-    with pytest.raises(ConfigError) as refused:
-        compose(["run"])
-    assert refused.value.problems[0].remedy.startswith("--config-dir run --config-name config run_dir=run")
+    for word in ("run", "run/config.yaml"):
+        with pytest.raises(ConfigError) as refused:
+            compose([word])
+        assert refused.value.problems[0].remedy.startswith("--config-dir run --config-name config run_dir=run")
