@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ ON_A_CPU = Division(None, 1792)
 HEALTH_500 = """
 from http.server import BaseHTTPRequestHandler, HTTPServer
 import sys
+import tempfile
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_error(500)
@@ -92,14 +94,14 @@ def test_a_server_that_dies_is_told_by_its_error(tmp_path):
     assert "later 29" in str(error.value) and "later 3\n" not in str(error.value)
 
 
-def test_a_servers_sockets_lie_in_a_folder_that_goes_with_it(tmp_path):
-    code = "import os; from pathlib import Path; folder = os.environ['VLLM_RPC_BASE_PATH']; print(folder)"
-    code += "; (Path(folder) / 'socket').touch()"
+def test_what_a_server_leaves_lies_in_a_folder_that_goes_with_it_and_what_it_compiles_does_not(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    code = "import os, tempfile; print(tempfile.mkstemp()[1]); print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
     with started(python(code), 4711, tmp_path / "log") as server:
         assert server.has_ended(60)
-        folder = Path((tmp_path / "log").read_text().strip())
-        assert (folder / "socket").exists() and folder.stat().st_mode & 0o777 == 0o700
-    assert not folder.exists()
+        left, compiled = map(Path, (tmp_path / "log").read_text().split())
+        assert left.exists() and left.parent.stat().st_mode & 0o777 == 0o700
+    assert not left.parent.exists() and compiled.parent == Path(tempfile.gettempdir())
 
 
 def test_a_killed_server_hints_at_memory(tmp_path):
@@ -136,6 +138,7 @@ def test_a_server_that_hangs_is_given_up_and_stopped_with_its_children(tmp_path)
 def test_no_server_outlives_a_check_that_is_killed(tmp_path, number):
     code = """
 import sys
+import tempfile
 from pathlib import Path
 from loadmaster.export.served.gpus import Division
 from loadmaster.export.served.process import free_port, started

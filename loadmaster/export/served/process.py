@@ -150,10 +150,14 @@ class Server:
 @contextmanager
 def started(command: list[str], port: int, log: Path) -> Iterator[Server]:
     """Run `command` with its output in `log`; it is stopped when the block ends, however it ends."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds
+
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)  # which may be a link
-    with TemporaryDirectory(prefix="loadmaster-", ignore_cleanup_errors=True) as sockets:  # which vLLM leaves
-        environment = {**foreign_environment(), **SERVER_VARIABLES, "VLLM_RPC_BASE_PATH": sockets}
+    # What vLLM leaves goes with it, but for the kernels that it compiles: another server finds them where they were.
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": default_cache_dir()}
+    with TemporaryDirectory(prefix="loadmaster-", ignore_cleanup_errors=True) as left:
+        environment = {**compiled, **foreign_environment(), **SERVER_VARIABLES, "TMPDIR": left}
         with open(log, "xb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-I", guard.__file__, *command],
