@@ -45,7 +45,8 @@ def test_one_json_value_that_the_memory_cannot_hold_is_not_read(tmp_path, monkey
         read(tmp_path / "rows.json")
 
 
-def test_a_text_that_all_rows_of_a_parquet_file_repeat_is_not_held_as_often(tmp_path):
+def test_a_text_that_all_rows_of_a_parquet_file_repeat_is_not_held_as_often(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_ROW", 3 * MIB)
     same = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 500, pyarrow.int32()), pyarrow.array(["x" * MIB]))
     pyarrow.parquet.write_table(pyarrow.table({"text": same}), tmp_path / "rows.parquet")
     assert (tmp_path / "rows.parquet").stat().st_size < MIB
@@ -55,6 +56,16 @@ def test_a_text_that_all_rows_of_a_parquet_file_repeat_is_not_held_as_often(tmp_
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 50 * MIB
+
+
+def test_as_many_rows_of_a_parquet_file_are_made_at_once_as_its_sizes_allow(tmp_path, monkeypatch):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 1000] * 500}), tmp_path / "rows.parquet")
+    metadata = pyarrow.parquet.read_metadata(tmp_path / "rows.parquet")
+    size = metadata.row_group(0).total_byte_size
+    assert 1000 < size < 5000  # of which all rows have their text
+    for longest, rows in ((4 * size, readers.MORE_ROWS), (4 * size - 1, readers.PARQUET_ROWS)):
+        monkeypatch.setattr(readers, "LONGEST_ROW", longest)
+        assert readers._rows_at_once(metadata) == rows
 
 
 def test_a_row_of_a_parquet_file_that_is_too_long_does_not_stop_the_rest(tmp_path, monkeypatch):
