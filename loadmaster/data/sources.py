@@ -14,10 +14,13 @@ from pathlib import Path
 
 from loadmaster.config.schema import DATA_SUFFIXES
 from loadmaster.config.shipped import SCHEME, display_path, resolve_path
-from loadmaster.data.file_kinds import INSTEAD
+from loadmaster.data.file_kinds import INSTEAD, misnamed
 from loadmaster.data.readers import RawRow, read_file, without_nulls
 from loadmaster.errors import DataError
 from loadmaster.files import sha256_file
+
+LOOKED_INTO = 100
+"""Files of a folder that a plan looks into."""
 
 
 class FileSource:
@@ -37,6 +40,13 @@ class FileSource:
     def rows(self) -> Iterator[RawRow]:
         for path in self.files:
             yield from read_file(path, display_path(path))
+
+    def refuse_misnamed(self) -> None:
+        """By the beginnings of the first files, which are soon looked at however long they are."""
+        for path in self.files[:LOOKED_INTO]:
+            if found := misnamed(path, _suffix(path)):
+                reason, remedy = found
+                raise DataError(f"{display_path(path)} {reason}\n    fix: {remedy}")
 
     def refuse_empty(self) -> None:
         if next(self.rows(), None) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import json
 import subprocess
 import sys
@@ -243,6 +244,19 @@ def test_data_without_rows_are_refused_by_the_plan_too(name, content, capsys, tm
         assert main(["plan", *words]) == 2
         assert f"the data has no rows: {name}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [name]  # no run directory
+
+
+@pytest.mark.parametrize("words", [
+    ["data.path=packed.jsonl"], ["data.path=[a/dataset,packed.jsonl]"],
+    ["data.path=rows.jsonl", "data.validation=packed.jsonl"],
+])  # fmt: skip
+def test_files_that_no_reader_reads_are_refused_by_the_plan_too(words, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 30)
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    assert main(["plan", "data=file", *words]) == 2
+    assert "packed.jsonl is packed by gzip\n    fix: unpack it first" in capsys.readouterr().err
+    dataset_tokens(compose(["data=file", *words, "data.on_bad_row=skip"]).job)  # which leaves the file out
 
 
 def test_files_that_are_read_are_what_hours_are_planned_for(tmp_path) -> None:
