@@ -8,13 +8,14 @@ from __future__ import annotations
 _THEIRS = {
     "model.name": "base_model model_name_or_path",
     "model.revision": "model_revision",
-    "model.chat_template": "chat_template_jinja chat_template_path",
+    "model.chat_template": "chat_template chat_template_jinja chat_template_path",
     "data.path": "dataset dataset_name datasets",
     "data.subset": "dataset_config dataset_config_name",
     "data.columns": "column_map field_instruction field_messages field_output",
     "data.validation": "dataset_val eval_dataset test_split_size val_set_size val_size",
     "data.validation_split": "dataset_test_split",
     "data.packing": "packed sample_packing",
+    "data.on_long_row": "excess_length_strategy truncation_mode",
     "data.max_rows": "max_samples",
     "sequence_length": "cutoff_len max_length max_seq_len max_seq_length max_seqlen model_max_length seq_len "
     "sequence_len",
@@ -55,16 +56,17 @@ _THEIRS = {
     "seed": "random_state",
     "run_dir": "output_dir",
     "hardware.count": "num_gpus",
-    "tracker.name": "report_to",
+    "launch.hang_timeout_s": "ddp_timeout",
+    "tracker.name": "report_to use_mlflow use_tensorboard use_wandb",
     "tracker.project": "wandb_project",
 }
 ALIASES = {name: field for field, names in _THEIRS.items() for name in names.split()}
 
 OTHER_QUANTITIES = {
-    "batch_size", "enable_activation_offloading", "evals_per_epoch", "gradient_accumulation_steps", "min_lr",
-    "saves_per_epoch",
+    "batch_size", "chat_template", "ddp_timeout", "enable_activation_offloading", "evals_per_epoch",
+    "gradient_accumulation_steps", "min_lr", "saves_per_epoch",
 }  # fmt: skip
-"""Those of ALIASES whose numbers mean something else in our field: steps where it takes a share, or rows."""
+"""Those of ALIASES whose values mean something else in our field: steps where it takes a share, a name for a file."""
 
 MEANT = {
     "bf16": "bf16",
@@ -77,12 +79,16 @@ MEANT = {
     "load_in_8bit": "fp8",
     "lora_target_linear": "all-linear",
     "offload_params": "all",
+    "use_mlflow": "mlflow",
     "use_peft": "lora",
+    "use_tensorboard": "tensorboard",
+    "use_wandb": "wandb",
 }
 """The value of our field that these of ALIASES ask for, where theirs is none of its own, such as true."""
 
 VALUES = {
     "activation_checkpointing": {"true": "full", "false": "none"},
+    "data.on_long_row": {"keep_start": "cut", "truncate": "cut"},
     "lora.targets": {"all": "all-linear", "output_proj": "o_proj"},
     "objective": {"pt": "sft", "sigmoid": "dpo"},
     "optimizer.name": {
@@ -95,7 +101,11 @@ VALUES = {
         "paged_adamw": "adamw",
         "paged_adamw_32bit": "adamw",
     },
-    "optimizer.schedule": {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"},
+    "optimizer.schedule": {
+        "constant_with_warmup": "constant",
+        "cosine_with_min_lr": "cosine",
+        "cosine_with_restarts": "cosine",
+    },
     "precision": {"bfloat16": "bf16", "float16": "bf16", "fp16": "bf16", "float32": "fp32"},
     "sharding": {"full_shard": "fsdp"},
 }
@@ -112,18 +122,28 @@ _WITHOUT = {
     "train_on_inputs train_on_input train_on_prompt mask_prompt assistant_only_loss completion_only_loss "
     "roles_to_train": "what the assistant says is trained and nothing else; of data.format=text every token is",
     "special_tokens eos_token pad_token eot_tokens": "special tokens are the tokenizer's, ends of turns its template's",
-    "pad_to_sequence_len eval_sample_packing": "data.packing says it",
+    "mask_history": "what the assistant says is trained; an earlier answer with weight: 0 is not (docs/data.md)",
+    "pad_to_sequence_len eval_sample_packing eval_packing packing_strategy group_by_length": "data.packing says it",
+    "mix_strategy interleave_strategy interleave_probs dataset_weights": "a file that stands in the list data.path "
+    "twice is trained on twice in each epoch",
     "dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers": "rows are tokenised on all "
     "cores",
     "dataset_prepared_path overwrite_cache tokenized_path": "tokenised rows are cached below LOADMASTER_CACHE",
     "max_prompt_length": "sequence_length holds prompt and answer",
     "per_device_eval_batch_size batch_size_val": "the held-out loss takes micro_batch_size rows at a time",
     "init_lora_weights pissa_init": "an adapter begins as zero, by LoRA's usual B = 0",
-    "ref_model precompute_ref_log_probs": "the reference is the base model: with its adapter switched off, or asked "
-    "once before all weights are trained",
+    "ref_model precompute_ref_log_probs sync_ref_model": "the reference is the base model: with its adapter switched "
+    "off, or asked once before all weights are trained",
     "resume resume_from_checkpoint auto_resume_from_checkpoints overwrite_output_dir": "the same command goes on from "
     "the newest checkpoint; run_dir=NEW begins anew",
-    "push_to_hub hub_model_id hub_strategy": "`loadmaster push RUN --repo OWNER/NAME` uploads an export",
+    "rpo_alpha pref_ftx": "dpo has no term of likelihood besides; orpo has",
+    "metric_for_best_model greater_is_better": "the best checkpoint is the one with the lowest held-out loss",
+    "eval_on_start": "the evaluate stage measures before and after training",
+    "do_train do_eval do_predict": "stop_after says which stages run",
+    "plot_loss": "report.html has the curves",
+    "use_reentrant": "activation_checkpointing says it",
+    "push_to_hub hub_model_id hub_strategy export_hub_model_id": "`loadmaster push RUN --repo OWNER/NAME` uploads an "
+    "export",
     "model_type tokenizer_type": "config.json and tokenizer_config.json of the model say it",
     "trust_remote_code": "code that lies beside a model is never run",
     "lora_model_dir adapter_name_or_path": "training begins with a whole model: merge the adapter into its base and "
