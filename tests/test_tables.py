@@ -87,6 +87,18 @@ def test_steps_and_times_of_a_training_are_never_cut(width) -> None:
     assert " eta -:--:--" in said and "…" not in said and ("training ━" in said) == (width >= 100)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_each_held_out_loss_of_a_training_is_shown(terminal) -> None:
+    console = screen(100, terminal)
+    display = Display(console)
+    display.start(9, 0)
+    for step, held_out in enumerate([{}, {"eval_loss": 1.23456}, {"eval_loss": None}, {"eval_loss": 0.5}], 1):
+        display.step({"step": step, "loss": 2.0, "lr": 1e-3, "tokens_per_second": 9.0, **held_out}, 9, 1.0)
+    display.stop()
+    said = [line[line.index("step") :] for line in lines(console) if "held-out" in line]
+    assert said == ["step 2/9  held-out loss 1.2346", "step 4/9  held-out loss 0.5000"]
+
+
 def test_in_a_narrow_terminal_text_and_headings_wrap_and_figures_do_not() -> None:
     for width in (20, 48, 60, 70):
         table = Table(box=None, pad_edge=False)

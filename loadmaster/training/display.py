@@ -51,6 +51,11 @@ class Display:
 
     def step(self, row: dict[str, Any], steps: int, peak_gib: float) -> None:
         """steps: of the whole run; fewer than at its start where it ends early."""
+        self._step(row, steps, peak_gib)
+        if row.get("eval_loss") is not None:
+            self.echo(f"step {row['step']}/{steps}  held-out loss {row['eval_loss']:.4f}")
+
+    def _step(self, row: dict[str, Any], steps: int, peak_gib: float) -> None:
         status = (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
             f"peak {peak_gib:.2f} GiB"
