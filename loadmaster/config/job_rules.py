@@ -247,7 +247,8 @@ def chat_template_is_a_file(job: Job, origins: Origins) -> Found:
     if path is None or job.stop_after == "plan" or (job.launch.name != "local" and path.startswith("/workspace/")):
         return
     if what := _no_template(local_path(path)):
-        yield "model.chat_template", path, what, "name a file with the Jinja text, as chat_template.jinja of a model is"
+        remedy = "name a file with the Jinja text, as chat_template.jinja of a model is; null: the model's own is taken"
+        yield "model.chat_template", path, what, remedy
 
 
 def _no_template(file: Path) -> str | None:

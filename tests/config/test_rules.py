@@ -49,7 +49,7 @@ CASES = {
         ["tracker.project=../../mine"], "tracker.project", "tracker.project=mine", ["tracker.project=team/mine"],
     ),
     "chat_template_is_a_file": (
-        ["model.chat_template=chatml"], "model.chat_template", "name a file with the Jinja text",
+        ["model.chat_template=chatml"], "model.chat_template", "null: the model's own",
         ["model.chat_template=train.jsonl"],
     ),
     "task_has_held_out_rows": (
