@@ -1,4 +1,4 @@
-"""Which curves a run has: loss, learning rate, throughput and gradient norm, from metrics.jsonl."""
+"""Which curves a run has: loss, rewards of preferences, learning rate, throughput and gradient norm."""
 
 from __future__ import annotations
 
@@ -58,6 +58,8 @@ def curves_of(files: RunFiles, skipped: tuple[int, ...]) -> list[Curve]:
     return [
         Curve("Loss", _loss_unit(files), "training, each step", *series(metrics, "loss"), missing=skipped,
               others=(("held-out", eval_x, eval_y),) if eval_x else ()),
+        Curve("Chosen preferred", "share of pairs", "each step", *series(metrics, "reward_accuracy"), from_zero=True),
+        Curve("Reward margin", _margin_unit(files), "each step", *series(metrics, "reward_margin")),
         Curve("Learning rate", "at each step", "learning rate", *series(metrics, "lr"), smooth=False, from_zero=True),
         Curve("Throughput", "tokens/s", "measured", *series(metrics, "tokens_per_second"), smooth=False, from_zero=True,
               lines=(("planned", planned),) if planned else ()),
@@ -71,6 +73,12 @@ def _loss_unit(files: RunFiles) -> str:
     if files.job("objective") in (None, "sft"):
         return "nats per token"
     return "of a labelled answer" if dig(files.result, "data.format") == "unpaired" else "of a pair"
+
+
+def _margin_unit(files: RunFiles) -> str:
+    if dig(files.result, "data.format") == "unpaired":
+        return "desirable less undesirable"
+    return "log odds ratio" if files.job("objective") == "orpo" else "chosen less rejected"
 
 
 def series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from loadmaster.report.charts import FIRST, SECOND, THIRD, drawn
 
-SIZE = 560, 300
-"""CSS pixels."""
+WIDE, NARROW = (560, 300), (360, 260)
+"""CSS pixels, also on a phone."""
 LEAST_KL = 1e-7
 """Nats; what is nearer than that to the trained model is drawn here, on a logarithmic axis."""
 
@@ -26,7 +26,7 @@ class Point:
     passed: bool
 
 
-def draw_exports(points: list[Point]) -> Markup:
+def draw_exports(points: list[Point], size: tuple[int, int]) -> Markup:
     """An <svg> that scales with its container: size on disk against mean KL, with a tick at each format's limit."""
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
@@ -42,10 +42,10 @@ def draw_exports(points: list[Point]) -> Markup:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(0, 1.25 * max(point.megabytes for point in points))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=size[0] // 90))
         axes.margins(y=0.2)
         axes.set_xlabel("MB on disk")
         axes.set_ylabel("mean KL, nats a token")
 
     said = "Mean KL divergence of each export over its size on disk"
-    return Markup(drawn(plot, f"exports {len(points)}", SIZE, said))
+    return Markup(drawn(plot, f"exports {len(points)} {size}", size, said))

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from loadmaster.files import as_object
 from loadmaster.report import units
 from loadmaster.report.evaluation import side
-from loadmaster.report.export_chart import Point, draw_exports
+from loadmaster.report.export_chart import NARROW, WIDE, Point, draw_exports
 from loadmaster.report.inputs import RunFiles, dig, number
 
 
@@ -62,8 +62,8 @@ def exports_section(files: RunFiles) -> list[Export] | None:
     return rows
 
 
-def exports_chart(files: RunFiles) -> Markup | None:
-    """None where fewer than two formats have a size and a KL: there would be nothing to compare."""
+def exports_chart(files: RunFiles) -> tuple[Markup, Markup] | None:
+    """For a wide screen and for a phone; None where fewer than two formats have a size and a KL to compare."""
     points = []
     for name, facts in (published(files) | _figures(files, "rejected_exports")).items():
         figures = _verification(facts)
@@ -71,7 +71,7 @@ def exports_chart(files: RunFiles) -> Markup | None:
         if size is not None and kl is not None:
             limit = number(dig(figures, "limits.max_mean_kl"))
             points.append(Point(name, size / 1e6, kl, limit, figures.get("passed") is True))
-    return draw_exports(points) if len(points) > 1 else None
+    return (draw_exports(points, WIDE), draw_exports(points, NARROW)) if len(points) > 1 else None
 
 
 def _mean_kl(value: Any) -> str:

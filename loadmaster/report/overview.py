@@ -85,7 +85,9 @@ def stages(files: RunFiles) -> list[Stage]:
                 found.append(Stage(name, "done", took))
             newest = max(newest, finished)
         elif dig(files.result, "failure.stage") == name:
-            found.append(Stage(name, "failed", "failed"))
+            trained = name == "train" and files.metrics
+            after = f" after {units.things(files.metrics[-1].get('step'), 'step')}" if trained else ""
+            found.append(Stage(name, "failed", f"failed{after}"))
         elif begun := _begun(files, name):
             found.append(Stage(name, *begun))
         else:

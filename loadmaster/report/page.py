@@ -69,9 +69,11 @@ def render(run_dir: Path, command: str) -> str:
 
 
 def order(files: RunFiles) -> tuple[str, ...]:
-    """The sections, what matters most first: the proof once there is one, else the plan."""
+    """The sections, what matters most first: the proof once there is one, else the curves, else the plan."""
     proof, making = ("evaluation", "exports"), ("training", "plan")
-    return (*proof, *making, "samples") if files.evaluation else (*reversed(making), *proof, "samples")
+    if files.evaluation:
+        return (*proof, *making, "samples")
+    return (*(making if files.metrics else reversed(making)), *proof, "samples")
 
 
 def _built(name: str, build: Callable[[RunFiles], Any], files: RunFiles, problems: list[str]) -> Any:

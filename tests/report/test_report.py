@@ -241,6 +241,13 @@ def test_half_way_through_training_the_curves_are_there_and_the_steps_are_counte
     page = report(tmp_path)
     assert "train 3 steps so far" in page.text
     assert page.html.count("<svg") == 5
+    assert page.html.index('id="training"') < page.html.index('id="plan"') < page.html.index('id="evaluation"')
+
+
+def test_training_that_failed_says_after_how_many_steps(whole_run: Path):
+    put(whole_run, "stages.json", {"identity": "x", "stages": {"plan": stage(1, 0)}})
+    put(whole_run, "result.json", {"failure": {"stage": "train", "message": "no room left"}})
+    assert "train failed after 40 steps" in report(whole_run).text
 
 
 def test_skipped_steps_are_counted_and_named(whole_run: Path):
@@ -274,7 +281,7 @@ def test_an_attempt_that_was_rejected_stands_beside_the_earlier_export_with_figu
     assert "bf16 (made again, not published) ✕ rejected" in page.text and "int4 ✕ rejected" in page.text
     assert "25.0%" in page.text and "0.4321" in page.text and "12.3%" in page.text and "45.6%" in page.text
     assert "int4-gptq was taken, by mean KL: int4-gptq 0.01000, int4-rtn 0.02000" in page.text
-    assert "Distance from the model as trained over size" in page.text and page.html.count("<svg") == 6
+    assert "Distance from the model as trained over size" in page.text and page.html.count("<svg") == 7
 
 
 def test_a_failed_stage_is_shown_with_its_message(whole_run: Path):
@@ -377,6 +384,21 @@ def test_a_run_on_preferences_says_what_its_loss_is_of_and_what_was_too_long(who
     assert f"Loss {unit}" in text and "Loss nats per token" not in text
     assert "longer than sequence_length 28" in text and "left out, or pieces without loss 28" in text
     assert "tokens of them that were cut off" not in text
+
+
+@pytest.mark.parametrize(
+    ("objective", "form", "unit"),
+    [("dpo", "preference", "chosen less rejected"), ("orpo", "preference", "log odds ratio"),
+     ("kto", "unpaired", "desirable less undesirable")],
+)  # fmt: skip
+def test_a_run_on_preferences_shows_how_the_rewards_go(whole_run: Path, objective: str, form: str, unit: str):
+    rewards = {"reward_margin": 0.1} | ({"reward_accuracy": 0.5} if form == "preference" else {})
+    put(whole_run, "metrics.jsonl", "".join(json.dumps({**row, **rewards}) + "\n" for row in metric_rows(3)))
+    put(whole_run, "config.yaml", f"objective: {objective}\n")
+    put(whole_run, "result.json", {"data": {"format": form}})
+    page = report(whole_run)
+    assert f"Reward margin {unit}" in page.text and page.html.count("<svg") == 5 + len(rewards)
+    assert ("Chosen preferred share of pairs" in page.text) == (form == "preference")
 
 
 def test_a_torn_line_of_the_metrics_costs_only_that_line(whole_run: Path):
