@@ -233,7 +233,8 @@ def model_folder_exists(job: Job, origins: Origins) -> Found:
         what = "has no config.json in it" if is_here else "is not a folder here"
         what += f" ({folder})" if str(folder) != job.model.path.rstrip("/") else ""
         if is_here and (run := run_of(folder)):
-            what = f"is {'a run' if run == folder else 'the adapter of a run'}, not a model"
+            whose = "an export" if folder.parent.name == "export" else "the adapter"
+            what = f"is {'a run' if run == folder else f'{whose} of a run'}, not a model"
             remedy = f"model.path={run / 'export' / 'bf16'}, what that run trained as a model (export=bf16 writes it)"
         yield "model.path", job.model.path, what, remedy
     for what in broken_files(folder) if is_here else ():

@@ -22,8 +22,10 @@ def lacking(folder: Path) -> list[str]:
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run directory that this folder is, or whose adapter it is; None for any other folder."""
+    """The run directory that this folder is, or whose adapter or export it is; None for any other folder."""
     runs = [folder, *([folder.parent] if (folder / "adapter_config.json").is_file() else [])]
+    if folder.parent.name == "export" and folder.name in ("adapter", "gguf"):  # the formats without a config.json
+        runs.append(folder.parent.parent)
     return next((run for run in runs if (run / "stages.json").is_file() and (run / "plan.json").is_file()), None)
 
 

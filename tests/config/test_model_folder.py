@@ -107,10 +107,15 @@ def test_a_plan_says_what_a_folder_lacks_for_training(folder, gone, said):
     assert len(told) == bool(said) and (not said or told[0].startswith(said))
 
 
-@pytest.mark.parametrize(("given", "what"), [("run", "a run"), ("run/adapter", "the adapter of a run")])
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [("run", "a run"), ("run/adapter", "the adapter of a run"), ("run/export/adapter", "an export of a run"),
+     ("run/export/gguf", "an export of a run")],
+)  # fmt: skip
 def test_a_second_stage_over_a_run_is_told_what_to_train_on(tmp_path, given, what):
-    (tmp_path / "run/adapter").mkdir(parents=True)
-    for name in ("stages.json", "plan.json", "adapter/adapter_config.json"):
+    for name in ("adapter", "export/adapter", "export/gguf"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for name in ("stages.json", "plan.json", "adapter/adapter_config.json", "export/adapter/adapter_config.json"):
         (tmp_path / "run" / name).write_text("{}")
     with pytest.raises(ConfigError) as refused:
         compose([f"model.path={tmp_path / given}"])

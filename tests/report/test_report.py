@@ -401,6 +401,13 @@ def test_a_run_on_preferences_shows_how_the_rewards_go(whole_run: Path, objectiv
     assert ("Chosen preferred share of pairs" in page.text) == (form == "preference")
 
 
+def test_without_a_task_metric_no_answers_are_promised(whole_run: Path):
+    put(whole_run, "config.yaml", "evaluation: {task: none}\n")
+    put(whole_run, "eval.json", {"before": {"held_out": {"loss": 2.0}}, "after": {"held_out": {"loss": 1.0}}})
+    text = report(whole_run).text
+    assert "evaluation.task is none. loadmaster chat asks" in text and "generated yet" not in text
+
+
 def test_a_torn_line_of_the_metrics_costs_only_that_line(whole_run: Path):
     lines = [json.dumps(row) for row in metric_rows(10)]
     put(whole_run, "metrics.jsonl", "\n".join(lines[:9]) + "\n" + lines[9][:20])
