@@ -146,11 +146,14 @@ def _held_out(files: RunFiles) -> Figure | None:
 def _speed(files: RunFiles) -> Figure | None:
     measured, planned = files.result.get("tokens_per_second"), files.plan.get("tokens_per_second")
     utilisation = number(files.result.get("mfu"))
+    notes = []
+    if number(measured) is None and files.metrics:  # training has not ended, or failed
+        measured, notes = files.metrics[-1].get("tokens_per_second"), ["over the last steps"]
     if number(measured) is None:
         return None if number(planned) is None else Figure(
             "Speed", units.count(planned), "planned, not measured yet", unit="tokens/s"
         )
-    notes = [] if number(planned) is None else [f"planned {units.rate(planned)}"]
+    notes += [] if number(planned) is None else [f"planned {units.rate(planned)}"]
     notes += [] if utilisation is None else [f"{units.percent(utilisation)} of the peak FLOP/s"]
     return Figure("Speed", units.count(measured), "; ".join(notes), unit="tokens/s")
 

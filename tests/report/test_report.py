@@ -240,6 +240,7 @@ def test_half_way_through_training_the_curves_are_there_and_the_steps_are_counte
     put(tmp_path, "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metric_rows(3)))
     page = report(tmp_path)
     assert "train 3 steps so far" in page.text
+    assert "Speed 403 tokens/s over the last steps; planned 412,345 tokens/s" in page.text
     assert page.html.count("<svg") == 5
     assert page.html.index('id="training"') < page.html.index('id="plan"') < page.html.index('id="evaluation"')
 
