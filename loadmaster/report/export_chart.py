@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from loadmaster.report.charts import FIRST, SECOND, THIRD, drawn
 
-WIDE, NARROW = (560, 300), (360, 260)
+WIDE, NARROW = (960, 300), (360, 260)
 """CSS pixels, also on a phone."""
 LEAST_KL = 1e-7
 """Nats; what is nearer than that to the trained model is drawn here, on a logarithmic axis."""
@@ -35,7 +35,7 @@ def draw_exports(points: list[Point], size: tuple[int, int]) -> Markup:
             kl = max(point.mean_kl, LEAST_KL)
             colour = FIRST if point.passed else SECOND
             axes.plot([point.megabytes], [kl], marker="o" if point.passed else "X", markersize=8, color=colour)
-            axes.annotate(point.name, (point.megabytes, kl), xytext=(8, 5), textcoords="offset points")
+            axes.annotate(point.name, (point.megabytes, kl), xytext=(14, -4), textcoords="offset points")
             if point.limit is not None:
                 axes.plot([point.megabytes], [point.limit], marker="_", markersize=22, markeredgewidth=2, color=THIRD)
                 axes.plot([point.megabytes] * 2, sorted((kl, point.limit)), color=THIRD, linewidth=0.8, dashes=(2, 2))
