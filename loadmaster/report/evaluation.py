@@ -48,7 +48,7 @@ def evaluation_section(files: RunFiles) -> list[Change] | None:
     found = [
         _change("loss", unit, *pair("held_out.loss"), units.decimals),
         _change("perplexity", "", *pair("held_out.perplexity"), lambda v: units.significant(v, 4)),
-        _change("chosen answers preferred", "", *pair("held_out.reward_accuracy"), units.percent, points=True),
+        _change("chosen answers preferred", "", preferred(before), preferred(after), units.percent, points=True),
         _change("reward of desirable answers", "", *pair("held_out.reward_desirable"), units.decimals),
         _change("reward of undesirable answers", "", *pair("held_out.reward_undesirable"), units.decimals),
         _change("answers right", "the task metric", *pair("task.metric"), units.percent, points=True),
@@ -59,6 +59,12 @@ def evaluation_section(files: RunFiles) -> list[Change] | None:
     for name in second or first:
         found.append(_change(name, "", first.get(name), second.get(name), units.percent, points=True, is_part=True))
     return [change for change in found if {change.before, change.after} != {units.MISSING}]
+
+
+def preferred(figures: dict[str, Any]) -> Any:
+    """The share of pairs whose chosen answer is preferred; None where all are ties: the model is its own reference."""
+    share, margin = (dig(figures, f"held_out.reward_{name}") for name in ("accuracy", "margin"))
+    return None if share == margin == 0 else share
 
 
 def _change(name: str, unit: str, before: Any, after: Any, show: Any, points: bool = False,

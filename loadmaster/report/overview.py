@@ -9,6 +9,7 @@ from typing import Any
 from loadmaster.config.schema import STAGES
 from loadmaster.files import as_object
 from loadmaster.report import units
+from loadmaster.report.evaluation import preferred, side
 from loadmaster.report.inputs import RunFiles, dig, number
 
 MEASURED_PEAK = "peak_device_gib"
@@ -127,18 +128,19 @@ def _task(files: RunFiles) -> Figure | None:
 
 
 def _held_out(files: RunFiles) -> Figure | None:
-    sides = [dig(files.evaluation, f"{side}.held_out") for side in ("before", "after")]
-    if not any(isinstance(side, dict) for side in sides):
+    sides = [dig(files.evaluation, f"{name}.held_out") for name in ("before", "after")]
+    if not any(isinstance(found, dict) for found in sides):
         return None
     before, after = map(as_object, sides)
     if "reward_accuracy" in after:
-        preferred = [units.percent(side.get("reward_accuracy")) for side in (before, after)]
-        note = f"per pair; chosen answers preferred {' → '.join(preferred)}"
+        shares = [preferred(side(files, name)) for name in ("before", "after")]
+        known = [units.percent(share) for share in shares if share is not None]
+        note = f"per pair; chosen answers preferred {' → '.join(known)}"
     elif "answers" in after:
-        margins = [units.decimals(side.get("reward_margin"), 3) for side in (before, after)]
+        margins = [units.decimals(found.get("reward_margin"), 3) for found in (before, after)]
         note = f"per labelled answer; reward of desirable over undesirable {' → '.join(margins)}"
     else:
-        perplexities = [units.significant(side.get("perplexity"), 4) for side in (before, after)]
+        perplexities = [units.significant(found.get("perplexity"), 4) for found in (before, after)]
         note = f"nats per token; perplexity {' → '.join(perplexities)}"
     return Figure("Held-out loss", units.decimals(after.get("loss"), 3), note, units.decimals(before.get("loss"), 3))
 

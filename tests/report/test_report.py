@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, PhasesGib, Plan
-from loadmaster.report import write_report
+from loadmaster.report import units, write_report
 from loadmaster.report.page import SECTIONS
+from loadmaster.world_stages import _headline
 
 COMMAND = "python train.py recipe=smoke seed=7"
 EXPECTED_SECTIONS = {"evaluation", "exports", "training", "plan", "samples", "again"}
@@ -407,6 +408,16 @@ def test_without_a_task_metric_no_answers_are_promised(whole_run: Path):
     put(whole_run, "eval.json", {"before": {"held_out": {"loss": 2.0}}, "after": {"held_out": {"loss": 1.0}}})
     text = report(whole_run).text
     assert "evaluation.task is none. loadmaster chat asks" in text and "generated yet" not in text
+
+
+def test_a_model_that_is_its_own_reference_prefers_no_answer(whole_run: Path):
+    sides = [{"loss": 0.6931, "reward_accuracy": 0.0, "reward_margin": 0.0, "pairs": 9},
+             {"loss": 0.5, "reward_accuracy": 0.75, "reward_margin": 0.1, "pairs": 9}]  # fmt: skip
+    put(whole_run, "eval.json", {"before": {"held_out": sides[0]}, "after": {"held_out": sides[1]}})
+    text, none = report(whole_run).text, units.MISSING
+    assert "per pair; chosen answers preferred 75.0%" in text and f"preferred {none} 75.0% {none}" in text
+    assert _headline(sides[0]) == "loss 0.6931, neither answer preferred"
+    assert _headline(sides[1]) == "loss 0.5000, 75.0% of the chosen answers preferred"
 
 
 def test_a_torn_line_of_the_metrics_costs_only_that_line(whole_run: Path):
