@@ -125,7 +125,7 @@ def judged_answers_are_not_split(job: Job, origins: Origins) -> Found:
     """data.on_long_row=split goes with objective=sft: pairs and judged answers are whole or left out."""
     if job.data.on_long_row == "split" and job.objective != "sft":
         message = f"answers that objective={job.objective} judges are not split: what is too long is left out whole"
-        yield "data.on_long_row", "split", message, "data.on_long_row=cut (leaves them out) or refuse (lists them)"
+        yield "data.on_long_row", "split", message, "data.on_long_row=drop (leaves them out) or refuse (lists them)"
 
 
 @rule("preference.beta", "objective")

@@ -76,8 +76,8 @@ class DataConfig:
     """System message put before conversations that have none; null leaves the template's default."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Bad rows (broken JSON, missing or empty fields): stop with all of them listed, or skip and count."""
-    on_long_row: Literal["cut", "split", "refuse"] = "cut"
-    """Rows longer than sequence_length: cut at the end, split into several rows, or refuse to train."""
+    on_long_row: Literal["cut", "split", "drop", "refuse"] = "cut"
+    """Rows longer than sequence_length: cut at the end, split into several, drop (leave out), or refuse to train."""
     packing: Flag = True
     """Pack several rows into one of sequence_length; attention never crosses from one to another."""
     max_rows: PositiveInt | None = None

@@ -88,7 +88,7 @@ MEANT = {
 
 VALUES = {
     "activation_checkpointing": {"true": "full", "false": "none"},
-    "data.on_long_row": {"keep_start": "cut", "truncate": "cut"},
+    "data.on_long_row": {"keep_start": "cut", "raise": "refuse", "truncate": "cut"},
     "lora.targets": {"all": "all-linear", "output_proj": "o_proj"},
     "objective": {"pt": "sft", "sigmoid": "dpo"},
     "optimizer.name": {

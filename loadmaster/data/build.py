@@ -22,7 +22,7 @@ import numpy as np
 from loadmaster.config.schema import DataConfig, Job
 from loadmaster.data.cache import ConversationFile
 from loadmaster.data.faults import listed
-from loadmaster.data.packing import both_answers, fit_documents, fit_judged, rows_of
+from loadmaster.data.packing import both_answers, fit_documents, fit_whole, rows_of
 from loadmaster.data.processes import in_processes
 from loadmaster.data.progress import progress
 from loadmaster.data.reading import read_source, refuse_absent
@@ -154,12 +154,12 @@ def _split_rows(
     encoded: Encoded, conversations: ConversationFile, job: Job
 ) -> tuple[dict[str, np.ndarray] | None, dict[str, Any] | None]:
     """(arrays of the packed rows, their figures); (None, None) when nothing is left."""
-    if job.objective == "sft":
+    if job.objective == "sft" and job.data.on_long_row in ("cut", "split"):
         source, begins, sizes, long = fit_documents(
             encoded.lengths, encoded.trained, job.sequence_length, job.data.on_long_row
         )
     else:
-        source, begins, sizes, long = fit_judged(encoded.lengths, job.sequence_length)
+        source, begins, sizes, long = fit_whole(encoded.lengths, job.sequence_length)
     if not len(sizes):
         return None, None
     rows = rows_of(sizes, job.sequence_length, job.data.packing, job.seed)

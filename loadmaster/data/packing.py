@@ -63,8 +63,7 @@ def fit_documents(
     """Documents of at most `sequence_length` tokens, as (source index, start, length) arrays, and counts.
 
     lengths [conversations] of the conversations that lie end to end in `trained` [tokens]. `cut` keeps the
-    beginning, `split` all pieces; a piece in which nothing is trained is dropped and counted. (`refuse`
-    has raised before this.)
+    beginning, `split` all pieces; a piece in which nothing is trained is dropped and counted.
     """
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     sources, begins, sizes = [], [], []
@@ -93,8 +92,8 @@ def fit_documents(
     return source[order], begin[order], size[order], counts
 
 
-def fit_judged(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, LongRows]:
-    """`fit_documents` for preference rows: what does not fit is left out whole, of a pair both answers.
+def fit_whole(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, LongRows]:
+    """`fit_documents` for `drop` and for preference rows: what does not fit is left out whole, of a pair both answers.
 
     An answer that was cut would be judged by what is left of it.
     """

@@ -94,8 +94,9 @@ def describe(summary: dict[str, Any]) -> str:
         if "desirable" in figures:
             lines.append(f"  {split}: {_labels(figures['desirable'], figures['undesirable'], split == 'train')}")
         long, policy = figures["long_rows"], summary["on_long_row"]
-        if long["long"] and summary["format"] in ("preference", "unpaired"):
-            what = counted(long["dropped"], "pair" if summary["format"] == "preference" else "answer")
+        judged = {"preference": "pair", "unpaired": "answer"}.get(summary["format"])
+        if long["long"] and (judged or policy == "drop"):
+            what = counted(long["dropped"], judged or "row")
             lost = _much_left_out(figures) if split == "train" else ""
             lines.append(f"  {split}: {what} longer than sequence_length, left out whole{lost}")
         elif long["long"]:
@@ -112,7 +113,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def _much_left_out(figures: dict[str, Any]) -> str:
-    """What share of pairs or answers is lost where it is much, and the length that keeps nine in ten."""
+    """What share of pairs, answers or rows is lost where it is much, and the length that keeps nine in ten."""
     share, length = figures["long_rows"]["dropped"] / figures["conversations"], figures.get("nine_in_ten")
     if share <= MUCH or length is None:  # entries of the cache from before have none
         return ""

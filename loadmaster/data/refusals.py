@@ -88,7 +88,7 @@ def refuse_long(sources: list[Checked], job: Job) -> None:
                 reason = f"has {part.lengths[place]:,} tokens, sequence_length is {job.sequence_length:,}"
                 faults.append(Fault(origin, reason))
     if faults:
-        other = "cut or split" if job.objective == "sft" else "cut, which leaves them out"
+        other = "cut, split or drop" if job.objective == "sft" else "drop"
         hint = f"raise sequence_length, shorten these rows, or set data.on_long_row to {other}"
         names, rows_read = [name for source in sources for name in source.names], _rows_read(sources)
         raise DataError(fault_report([SourceFaults(names, rows_read, faults)], hint))
@@ -103,6 +103,7 @@ def refuse_nothing_left(sources: list[Checked], job: Job) -> NoReturn:
     usual = "check data.path and data.format, or raise sequence_length if every row was too long"
     if len(lengths := train.encoded[0].lengths):
         each = "its answers" if job.objective != "sft" else "something that is trained"
+        each = "all of it" if job.data.on_long_row == "drop" else each
         why += f"; the shortest of the rest has {lengths.min():,} tokens, and none has {each} within "
         why += f"sequence_length={job.sequence_length}"
         usual = f"sequence_length={lengths.min()}, or as much more as the rows need (loadmaster data counts them)"

@@ -72,7 +72,7 @@ CASES = {
         ["data=ticket_labels"],
     ),
     "judged_answers_are_not_split": (
-        ["data=ticket_pairs", "data.on_long_row=split"], "data.on_long_row", "data.on_long_row=cut",
+        ["data=ticket_pairs", "data.on_long_row=split"], "data.on_long_row", "data.on_long_row=drop",
         ["data=ticket_pairs", "data.on_long_row=refuse"],
     ),
     "servers_read_the_formats": (

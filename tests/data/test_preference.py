@@ -122,15 +122,18 @@ def test_only_the_answer_of_a_pair_is_trained_not_earlier_turns(tokenizer, write
 
 
 def test_a_pair_too_long_for_a_row_is_left_out_whole_and_counted(tokenizer, write_jsonl):
-    prepared = prepare(job(write_jsonl([pair(1), pair(2, words=40)])), tokenizer)
-    assert prepared.train.documents == 2
-    assert prepared.summary["train"]["long_rows"]["dropped"] == 1
+    asked = job(write_jsonl([pair(1), pair(2, words=40)]))
+    for policy in ("cut", "drop"):  # the same, for pairs
+        asked = dataclasses.replace(asked, data=dataclasses.replace(asked.data, on_long_row=policy))
+        prepared = prepare(asked, tokenizer)
+        assert prepared.train.documents == 2
+        assert prepared.summary["train"]["long_rows"]["dropped"] == 1
 
 
 def test_a_refused_pair_is_told_its_length_and_only_of_what_pairs_may_have(tokenizer, write_jsonl):
     refusing = job(write_jsonl([pair(1), pair(2, words=40)]))
     refusing = dataclasses.replace(refusing, data=dataclasses.replace(refusing.data, on_long_row="refuse"))
-    with pytest.raises(DataError, match=r"has \d+ tokens, .*jsonl:2\)\n .*on_long_row to cut, which leaves them out$"):
+    with pytest.raises(DataError, match=r"has \d+ tokens, .*jsonl:2\)\n .*on_long_row to drop$"):
         prepare(refusing, tokenizer)
 
 

@@ -242,7 +242,7 @@ def test_nothing_left_and_nothing_there_are_errors(tokenizer, write_jsonl, job_f
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
-def test_long_rows_are_cut_split_or_refused_and_counted(tokenizer, write_jsonl, job_for):
+def test_long_rows_are_cut_split_dropped_or_refused_and_counted(tokenizer, write_jsonl, job_for):
     path = write_jsonl([row(1), row(2, words=100)])
 
     def prepared(policy: str):
@@ -261,8 +261,14 @@ def test_long_rows_are_cut_split_or_refused_and_counted(tokenizer, write_jsonl, 
     assert max(cut.train.lengths) <= 64 and max(split.train.lengths) <= 64
     assert "1 row longer than sequence_length (data.on_long_row=split)" in describe(split.summary)
     assert ": 1 piece kept, " in describe(cut.summary) and "keeps it" not in describe(cut.summary)  # a chat
+    dropped = prepared("drop")
+    assert dropped.train.documents == 1 and dropped.summary["train"]["long_rows"]["dropped"] == 1
+    assert "1 row longer than sequence_length, left out whole: 50% of them; sequence_length=" in describe(dropped.summary)
     with pytest.raises(DataError, match=r"has \d+ tokens, sequence_length is 64 \(.*rows.jsonl:2\)"):
         prepared("refuse")
+    path = write_jsonl([row(2, words=100)], "long.jsonl")
+    with pytest.raises(DataError, match=r"none has all of it within sequence_length=64"):
+        prepared("drop")
 
 
 def test_text_of_which_much_is_cut_off_is_advised_to_be_split(tokenizer, write_jsonl, job_for):
