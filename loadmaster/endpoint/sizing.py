@@ -30,6 +30,7 @@ from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.export.served.gpus import scale_block
 from loadmaster.export.thresholds import FAMILIES
 from loadmaster.files import read_json
+from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.config_json import find_config, from_config, known_positions, short_positions
 from loadmaster.preflight.exports import request_limit
 from loadmaster.preflight.hardware import Hardware, from_catalog, rentable
@@ -290,13 +291,20 @@ def _reasons(best: Candidate, wanted: EndpointConfig, traffic: Traffic, able: li
     reasons = [
         f"{plan.gpus}x {plan.gpu}: {chosen}, {counted(best.workers, 'worker')} at ${plan.flex_usd_per_hour:.2f}/h each "
         "while up",
-        f"{plan.cache_tokens:,} tokens of cache hold {plan.concurrent_requests:,.1f} requests of {plan.context:,} "
-        f"tokens, or {best.requests_at_once} of this traffic's mean length",
+        f"{plan.cache_tokens:,} tokens of cache in {plan.cache_dtype} hold {plan.concurrent_requests:,.1f} requests of "
+        f"{plan.context:,} tokens"
+        + ("" if plan.cache_dtype == "fp8" else "; endpoint.kv_cache_dtype=fp8 holds twice as many, uncalibrated"),
+        f"{best.requests_at_once} requests at once: as many of this traffic's mean length as it holds, and at most "
+        f"{value('serving', 'most_sequences'):g} sequences",
     ]
+    if wanted.max_model_len == "auto":
+        reasons.append(f"max_model_len=auto: {plan.context:,} tokens, a trained row or all that the model knows")
     if plan.gpus > 1:
         reasons.append(f"tensor parallel over {plan.gpus} cards divides weights and KV heads; fewer do not carry it")
     if traffic.samples > 1:
         reasons.append(f"best of {traffic.samples}: a request holds {traffic.samples} times the cache")
     if wanted.min_workers == 0:
         reasons.append("min_workers=0: nothing is billed while nobody asks, and the first request waits for a start")
+    if wanted.max_workers == "auto":
+        reasons.append("max_workers=auto: twice what the load needs, at least 2")
     return reasons

@@ -126,6 +126,15 @@ def test_sizes_reasons_and_bills_are_in_the_readme(run_dir):
     text = (folder / "README.md").read_text()
     for said in ("| 1x rtx4090 |", "| 1x l40s |", "rule of thumb", "no ECC", "An always-on Pod is cheaper", "(chosen)"):
         assert said in text
+    asked = json.dumps(read_json(folder / "endpoint.json")["request"])
+    for said, sent in (
+        ("max_model_len=auto: 512 tokens", '"MAX_MODEL_LEN": "512"'), ("of cache in bf16 hold", "MODEL_NAME"),
+        ("256 requests at once", '"MAX_NUM_SEQS": "256"'), ("max_workers=auto", '"max": 2'),
+    ):  # fmt: skip
+        assert said in text and sent in asked
+    own = bundle(run_dir, kv_cache_dtype="fp8", max_model_len=256, max_workers=3)
+    text = (own / "README.md").read_text()
+    assert "of cache in fp8 hold" in text and "=auto" not in text and "holds twice" not in text
     able, shown = re.search(r"cheapest of (\d+) machines.*below are the (\d+) cheapest", text).groups()
     assert int(able) > int(shown) == len(re.findall(r"^\| \dx \w+ \|", text, re.MULTILINE))
     figures = read_json(folder / "serving.json")
