@@ -211,7 +211,8 @@ class Verification:
             if self.rounding:
                 figures["activation_rounding"] = self.rounding
             tokenizer = tokenizers[best.name]
-            figures["checks"] = found | self._live_checks(name, Path(best.folder), model, tokenizer)
+            live = self._live_checks(name, Path(best.folder), model, tokenizer)
+            figures["checks"] = {"strict_load": [], **found, **live}
             figures["smoke"] = recorded_answers(model, tokenizer, self.conversations)
         except ExportRejected as error:
             return {"error": str(error), "checks": found}

@@ -163,7 +163,7 @@ def test_the_nearest_candidate_is_taken_and_told_with_the_others(monkeypatch, na
     monkeypatch.setattr(verification, "_live_checks", lambda _, folder, model, tokenizer: {"stops": [model, tokenizer]})
     figures = verification.of("int4", [verify.Candidate(name, name, is_baseline=name == "baseline") for name in names])
     assert (figures["candidate"], figures["mean_kl"], set(figures["candidates"])) == ("near", 0.01, set(names))
-    assert figures["checks"] == {"storage": ["near"], "stops": ["near", "near"]}
+    assert figures["checks"] == {"strict_load": [], "storage": ["near"], "stops": ["near", "near"]}
     assert figures["smoke"] == ["near", "near"]
     assert (figures["answers"], figures["flipped_answers"], figures["task_retention"]) == (2, 0.5, 0.5)
     assert figures["candidates"]["far"]["flipped_answers"] == 0
