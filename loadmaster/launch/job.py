@@ -209,7 +209,11 @@ def _show(launch: Launch, provider: Provider, ranked: list[Choice], choice: Choi
         launch.echo(f"  {upload.path.name} ({upload.bytes / 1e6:.1f} MB) goes to the volume first, as {upload.name}")
     about, more = ("at least", " or more") if choice.offer.is_of_community else ("about", "")
     expected = "not known (size of the data)" if choice.usd is None else f"{about} ${choice.usd:.2f}"
-    launch.echo(f"  cost {expected}; terminated after {hours:.2f} h at the latest, ${hours * rate:.2f}{more}\n")
+    launch.echo(f"  cost {expected}; terminated after {hours:.2f} h at the latest, ${hours * rate:.2f}{more}")
+    if choice.hours is not None and choice.hours > hours:
+        left = "a checkpoint is kept, and the same command goes on" if settings.volume else "no weights are left of it"
+        launch.echo(f"  by the plan it takes {choice.hours:.2f} h: it is ended before it is done; {left}")
+    launch.echo("")
 
 
 def _print_requests(launch: Launch, provider: Provider, choice: Choice, order: Order) -> None:

@@ -323,6 +323,10 @@ def test_without_a_key_a_dry_run_takes_the_catalogue_and_says_so(place, monkeypa
     volume, pod = json.loads(place.said[place.said.index("\n[\n") :])
     assert volume["url"] == "http://127.0.0.1:9/v2/network-volumes" and "in stock>" in volume["body"]["dataCenter"]
     assert pod["body"]["gpu"]["id"] == catalog.gpus()["l40s"]["name"]
+    assert "ended before it is done" not in place.said
+    assert dry("launch.gpus=[l40s:1]", "launch.max_hours=0.05") == 0
+    late = r" after 0\.05 h at the latest, \S+ or more\n  by the plan it takes 0\.\d+ h: it is ended before it is done"
+    assert re.search(late, place.said)
     with pytest.raises(DoesNotFit, match=r"over launch\.max_usd_per_hour=0\.01"):
         dry("launch.max_usd_per_hour=0.01")
     with pytest.raises(ProviderError, match="RUNPOD_API_KEY is not set"):
