@@ -175,7 +175,7 @@ def decisions(files: RunFiles) -> list[Decision]:
 
 
 def amounts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    hours, cost = number(plan.get("hours")), number(plan.get("cost_usd"))
+    hours, cost, traced = number(plan.get("hours")), number(plan.get("cost_usd")), number(dig(plan, "trace.traced_gib"))
     rows_per_step = _rows_per_step(plan)
     length = number(plan.get("sequence_length"))
     on_cpu = dig(plan, "hardware.gpu") == "cpu"
@@ -191,6 +191,7 @@ def amounts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("disk needed", units.gib(plan.get("disk_gib"))),
         ("speed, modelled", units.rate(plan.get("tokens_per_second"))),
         (f"{counted}, modelled", units.hours(hours) + ("" if cost is None else f", {units.usd(cost)}")),
+        *([(f"traced, {dig(plan, 'trace.of')}", units.gib(traced))] if traced is not None else []),
     ]
 
 

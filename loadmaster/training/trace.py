@@ -81,7 +81,8 @@ def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
         "traced_gib": round(peak / GIB, 4), "replayed_gib": round(replayed / GIB, 4),
         "difference": round(replayed / peak - 1, 6),
         "of": "a micro-batch" + (" that keeps its gradients" if plan.optimizer_in_backward else "")
-        + (" with whole weights on one GPU" if whole else ""),
+        + (" with whole weights on one GPU" if whole else "")
+        + " (besides weights and states" + ("; layers not compiled, which keep more)" if plan.compile else ")"),
         "parameters": parameters,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weights_gib": round(weight_bytes(model) / GIB, 4),

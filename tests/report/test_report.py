@@ -177,7 +177,9 @@ def test_the_plan_says_which_settings_the_job_wrote_and_which_preflight_chose(tm
     put(tmp_path, "plan.json", make_plan(learning_rate=2e-4).to_dict())
     put(tmp_path, "config.yaml", "optimizer: {lr: auto}\n")
     assert "peak learning rate 0.0002 preflight" in report(tmp_path).text
-    assert "one optimizer step 128 rows" in text  # 4 rows x 2 accumulated x 16 GPUs
+    assert "one optimizer step 128 rows" in text and "traced" not in text  # 4 rows x 2 accumulated x 16 GPUs
+    put(tmp_path, "plan.json", make_plan(trace={"traced_gib": 45.96, "of": "a micro-batch"}).to_dict())
+    assert "traced, a micro-batch 45.96 GiB" in report(tmp_path).text
 
 
 def test_a_machine_on_which_the_run_is_another_one_is_told_apart(tmp_path: Path):
