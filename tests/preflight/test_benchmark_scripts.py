@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConfig, OptimizerConfig
 from loadmaster.preflight import coefficients as coefficients_module
+from loadmaster.preflight import make_plan
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -54,6 +56,39 @@ def test_nothing_is_measured_in_a_process_after_paged_states() -> None:
     for number, case in enumerate(grid):
         if case.optimizer.startswith("paged"):
             assert not [each for each in grid[number + 1 :] if (each.model, each.compile) == (case.model, case.compile)]
+
+
+def test_the_memory_that_the_page_on_training_names_is_what_is_planned_now() -> None:
+    def planned(method: str, gpu: str, model: str = "8B", count: int = 1, rows: int = 16, **fields):
+        name = ModelConfig(name=f"meta-llama/Llama-3.1-{model}")
+        batch, hardware = BatchConfig(global_size=rows), HardwareConfig(gpu=gpu, count=count)
+        return make_plan(Job(model=name, method=method, batch=batch, hardware=hardware, **fields))
+
+    def qlora(way: str, **fields) -> str:
+        made = planned("qlora", "h100_80gb", micro_batch_size=2, activation_checkpointing=way, **fields)
+        return f"{made.peak_gib.allocated:.1f}"
+
+    page = " ".join((BENCHMARKS.parent / "docs" / "training.md").read_text(encoding="utf-8").split())
+    eager = [qlora(way, compile=False) for way in ("none", "selective", "full")]
+    assert f"| 2 x 2048 tokens, layers not compiled, GiB | {' | '.join(eager)} |" in page
+    light = OptimizerConfig(name="adamw_8bit", master_weights=True)
+    assert f"compiled | | | {qlora('full')} | {qlora('offload')} ({qlora('offload', optimizer=light)} with" in page
+    one = {"micro_batch_size": 1, "precision": "bf16"}
+    made = [
+        planned("full", "h200", rows=rows, optimizer=optimizer, activation_checkpointing=way, **one)
+        for rows, way in ((1, "auto"), (16, "full"))
+        for optimizer in (OptimizerConfig(name="adamw", master_weights=True), OptimizerConfig(name="adafactor"))
+    ]
+    steps = [f"{each.memory_gib.total:.1f}" for each in made]
+    said = f"peaks at {steps[0]} GiB with AdamW over fp32 masters, and at {steps[1]} in Adafactor's step without them"
+    assert f"{said}; by steps of several, all layers recomputed, at {steps[2]} and {steps[3]} (modelled)" in page
+    unclipped = OptimizerConfig(max_grad_norm=0.0)
+    kept, whole = (
+        planned("full", "a100_80gb", "70B", 4, rows=4, optimizer=unclipped, **how)
+        for how in ({}, {"activation_checkpointing": "full", "checkpointed_layers": 80})
+    )
+    assert kept.optimizer_in_backward and f"{whole.memory_gib.total:.0f} of {whole.budget_gib:.0f} GiB with all" in page
+    assert f"{kept.memory_gib.total:.0f} with the {kept.kept_layers} of 80 layers kept that `auto` keeps" in page
 
 
 STUB = """#!{python}
