@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,6 +215,35 @@ def test_the_dpo_loss_is_trls_on_the_same_batch(policy, plain, tiny, tokenizer, 
         ours = module(collate(rows, 0)) / 3
     assert ours.item() == pytest.approx(expected.item(), abs=1e-5)
     assert abs(ours.item() - 0.6931472) > 1e-3, "a margin of zero would compare nothing"
+
+
+def test_the_orpo_loss_is_trls_on_the_same_batch_but_for_its_prompts(policy, plain, rows):
+    """TRL takes the likelihood of prompts as well, over all tokens of a batch; here it is the answer's, by pair."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    documents = []
+    for row in (rows[i] for i in range(len(rows))):
+        starts = [*(row.position_ids == 0).nonzero()[0].tolist(), len(row)]
+        documents += [(row.input_ids[a:b], row.labels[a:b]) for a, b in itertools.pairwise(starts)]
+    length = max(len(ids) for ids, _ in documents)
+    batch = {}
+    for side, which in (("chosen", documents[0::2]), ("rejected", documents[1::2])):
+        for name, column, filler in (("input_ids", 0, 0), ("labels", 1, -100)):
+            padded = [np.pad(each[column], (0, length - len(each[column])), constant_values=filler) for each in which]
+            batch[f"{side}_{name}"] = torch.from_numpy(np.stack(padded).astype(np.int64))
+        lengths = torch.tensor([len(ids) for ids, _ in which])
+        batch[f"{side}_attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+    trainer = object.__new__(ORPOTrainer)
+    trainer.beta, trainer.padding_value, trainer.is_encoder_decoder, trainer.aux_loss_enabled = 0.3, 0, False, False
+    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"))
+    module = PreferenceLoss(policy, "orpo", PreferenceConfig(beta=0.3))
+    with torch.no_grad():
+        chosen, rejected, *_, with_prompts = trainer.concatenated_forward(plain, batch)
+        odds, *_, margin = trainer.odds_ratio_loss(chosen, rejected)
+        ours = module(collate([rows[i] for i in range(len(rows))], 0)) / len(PAIRS)
+    assert ours.item() == pytest.approx((-chosen - odds).mean().item(), abs=1e-5)
+    assert module.figures[2].item() / len(PAIRS) == pytest.approx(margin.item(), abs=1e-5)
+    assert abs(with_prompts + chosen.mean()) > 1e-3 and abs(margin) > 1e-3, "nothing would be compared"
 
 
 def trls_kto(plain, tiny, tokenizer, folder, answers, weights):
