@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,7 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
 
 LLAMA = "meta-llama/Llama-3.1-"
+RECIPES = Path(__file__).parents[2] / "recipes"
 LORA = Setup(method="lora", precision="bf16", optimizer="adamw", master_weights=True, checkpointing="full")
 
 
@@ -67,6 +69,14 @@ def test_full_8b_with_adamw_does_not_fit_an_a100_but_lighter_states_lora_and_qlo
     chosen = plan(LLAMA + "8B", "full", "a100_80gb")
     assert chosen.fits and chosen.optimizer == "adamw_bf16" and "more faithful" in " ".join(chosen.reasons)
     assert plan(LLAMA + "8B", "lora", "a100_80gb").fits and plan(LLAMA + "8B", "qlora", "a100_80gb").fits
+
+
+def test_the_smallest_cards_are_those_that_the_recipes_name() -> None:
+    full, lora = (plan(LLAMA + "8B", "auto", gpu) for gpu in ("a100_40gb", "rtx4090"))
+    assert (full.method, full.optimizer, lora.method) == ("full", "adafactor", "lora") and full.fits and lora.fits
+    assert "full fine-tuning from 40 GB, by LoRA from 24 GB" in (RECIPES / "auto.yaml").read_text(encoding="utf-8")
+    base = plan(LLAMA + "70B", "qlora", "a100_80gb").memory_gib.weights
+    assert f"(nf4) takes {base:.0f} GiB" in (RECIPES / "qlora_70b.yaml").read_text(encoding="utf-8")
 
 
 def test_lora_8b_and_qlora_13b_fit_an_a100() -> None:
