@@ -96,6 +96,7 @@ def whole_run(tmp_path: Path) -> Path:
     put(run_dir, "result.json", {
         "peak_allocated_gib": 55.0, "peak_reserved_gib": 58.0, "peak_device_gib": 60.0, "predicted_gib": 61.0,
         "tokens_per_second": 400_123.0, "trained_tokens_per_second": 91_456.0, "mfu": 0.432, "steps": 40,
+        "input_share": 0.013,
         "data": {"format": "messages", "rows_read": 480, "bad_rows": 2, "notes": ["3 rows repeat another row"],
                  "train": {"rows": 91, "fill": 0.968}, "validation": {"rows": 13, "fill": 0.9}},
     })  # fmt: skip
@@ -227,6 +228,7 @@ def test_a_whole_run_shows_every_figure_with_its_unit(whole_run: Path):
     page = report(whole_run)
     assert page.sections() == EXPECTED_SECTIONS
     for shown in (
+        "1.3% of the time passed until batches were there",
         "0.0% → 91.7%", "2.871 → 0.163", "17.66 → 1.177", "400,123 tokens/s", "43.2% of the peak FLOP/s",
         "60.00 GiB", "predicted 61.00 GiB, 1.7% too high", "5 min 00 s", "$12.40", "269.0 MB", "1.0031",
         "0.00190 at most 0.02000", "at most 1.0300", "at least 87.1%",
