@@ -263,7 +263,8 @@ def test_long_rows_are_cut_split_dropped_or_refused_and_counted(tokenizer, write
     assert ": 1 piece kept, " in describe(cut.summary) and "keeps it" not in describe(cut.summary)  # a chat
     dropped = prepared("drop")
     assert dropped.train.documents == 1 and dropped.summary["train"]["long_rows"]["dropped"] == 1
-    assert "1 row longer than sequence_length, left out whole: 50% of them; sequence_length=" in describe(dropped.summary)
+    said = "1 row longer than sequence_length, left out whole: 50% of them; sequence_length="
+    assert said in describe(dropped.summary)
     with pytest.raises(DataError, match=r"has \d+ tokens, sequence_length is 64 \(.*rows.jsonl:2\)"):
         prepared("refuse")
     path = write_jsonl([row(2, words=100)], "long.jsonl")
