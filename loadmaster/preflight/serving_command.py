@@ -17,6 +17,7 @@ from loadmaster.config.fields import choices, describe, nearest, nearest_card, w
 from loadmaster.config.fields import fields as fields_of
 from loadmaster.config.schema import CLOSED, Auto, FractionBelowOne, PositiveFloat, PositiveInt
 from loadmaster.errors import ConfigError, DoesNotFit, Problem
+from loadmaster.files import as_object
 from loadmaster.preflight.config_json import from_config
 from loadmaster.preflight.families import quantized_by
 from loadmaster.preflight.hardware import from_catalog, rentable
@@ -45,8 +46,8 @@ class Request:
 
     model: str = "???"
     """Hub id, name in conf/model (llama3_1_8b), or a folder with config.json."""
-    format: Literal["bf16", "fp8", "int4"] = "bf16"
-    """Of the weights."""
+    format: Literal["auto", "bf16", "fp8", "int4"] = "auto"
+    """Of the weights; auto: as config.json says that they are stored, else bf16."""
     gpu: str = "auto"
     """Catalogue name; auto lists every machine of the catalogue that fits."""
     count: PositiveInt | Auto = "auto"
@@ -90,6 +91,8 @@ def plan_serving_command(arguments: list[str]) -> int:
     model, config = model_and_config(request.model)
     refuse_other_caches(config, model.name)
     shape = from_config(config, model.name)
+    if request.format == "auto":
+        request = replace(request, format=stored_format(config))
     request = for_model(request, shape)
     prompt, output = usual_request(request.context, request.prompt_tokens, request.output_tokens)
     traffic = Traffic(prompt, output, samples=request.best_of_n, prefix_share=request.prefix_share)
@@ -124,6 +127,18 @@ def plan_serving_command(arguments: list[str]) -> int:
             "try format=int4 or fp8, cache=fp8, or a smaller context", file=sys.stderr,
         )  # fmt: skip
     return 0 if plans and machines_for(plans[0], request.requests) == 1 else DoesNotFit.exit_code
+
+
+def stored_format(config: dict[str, Any]) -> Literal["bf16", "fp8", "int4"]:
+    """What the weights of a checkpoint are counted in: bf16 too where they are stored in what is not modelled."""
+    said = as_object(config.get("quantization_config"))
+    groups = map(as_object, as_object(said.get("config_groups")).values())
+    stored = [as_object(group.get("weights")) for group in groups]  # as compressed-tensors has it
+    bits = {(weights.get("type"), weights.get("num_bits")) for weights in stored}
+    if said.get("quant_method") == "fp8" or bits == {("float", 8)}:
+        return "fp8"
+    is_older = said.get("quant_method") in ("gptq", "awq") and said.get("bits") == 4
+    return "int4" if is_older or bits == {("int", 4)} else "bf16"
 
 
 def _as_stored(config: dict[str, Any], form: str) -> Iterator[str]:

@@ -146,7 +146,7 @@ def test_every_wrong_word_is_named_at_once() -> None:
         ("count=two", "an integer above 0, or auto", "count=auto is the default"),
         ("utilisation=90", "a number of at least 0 and below 1", "utilisation=0.9 is the default"),
         ("requests=-1", "a number above 0", "requests=1 is the default"),
-        ("format=int3", "one of bf16, fp8, int4", "format=int4; format=bf16 is the default"),
+        ("format=int3", "one of auto, bf16, fp8, int4", "format=int4; format=auto is the default"),
         ("cache=[", "one of bf16, fp8", "cache=bf16 is the default"),
         ("best_of_n=", "an integer above 0", "best_of_n=1 is the default"),
     ],
@@ -221,6 +221,29 @@ def test_a_quantized_checkpoint_counted_in_bf16_is_said_to_have_fewer_bits(tmp_p
     for words, said in ((["gpu=l40s"], True), ([], True), (["gpu=l40s", "format=int4"], False)):
         assert plan_serving_command([f"model={tmp_path}", *words]) == 0
         assert ("weights are quantized (compressed-tensors)" in capsys.readouterr().out) is said
+
+
+@pytest.mark.parametrize(
+    ("stored", "counted"),
+    [
+        ({"config_groups": {"0": {"weights": {"type": "int", "num_bits": 4}}}}, "int4"),
+        ({"config_groups": {"0": {"weights": {"type": "float", "num_bits": 8}}}}, "fp8"),
+        ({"config_groups": {"0": {"weights": {"type": "float", "num_bits": 4}}}}, "bf16"),
+        ({"config_groups": {"0": None, "1": {"weights": [8]}}}, "bf16"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "gptq", "bits": 4}, "int4"),
+        ({"quant_method": "awq", "bits": 8}, "bf16"),
+        (None, "bf16"),
+    ],
+)
+def test_weights_are_counted_as_they_are_stored(stored, counted, tmp_path, capsys) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 512,
+        "num_attention_heads": 8, "quantization_config": stored,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan_serving_command([f"model={tmp_path}", "gpu=l40s", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["format"] == counted
 
 
 def test_a_home_folder_of_nobody_is_a_folder_that_is_not_there(capsys) -> None:
