@@ -1,4 +1,5 @@
-"""The whole way with nothing played at its end: the worker of the bundle, the provider's SDK, a real vLLM server.
+"""The whole way, train to endpoint, with nothing played at its end: the worker of the bundle, the provider's SDK, a
+real vLLM server.
 
 Only the control plane and the platform's queue are stand-ins. The server reads the files that were uploaded.
 """
@@ -37,11 +38,16 @@ STEPS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The smoke recipe on the real small model, cut short."""
+    """The smoke recipe on the real small model, cut short; its export is checked by a server before it is bundled."""
     folder = tmp_path_factory.mktemp("served")
-    done = finish(folder, "run_dir=runs/smoke/one", *STEPS, timeout_s=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "runs/smoke/one"
+    run_dir = folder / "runs/smoke/one"
+    for stop_after in ("export", "bundle"):
+        done = finish(folder, f"run_dir={run_dir}", *STEPS, f"stop_after={stop_after}", timeout_s=1200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        if stop_after == "export":
+            assert main(["serve-check", str(run_dir)]) == 0
+    assert "`loadmaster serve-check` loaded and" in (run_dir / "bundle/README.md").read_text()
+    return run_dir
 
 
 @pytest.fixture(scope="module")
