@@ -93,7 +93,7 @@ def look(artifact: Path, folder: str, bucket: Bucket, echo: Echo = print) -> Non
     """Whether `folder` on the volume is the export whose manifest is here. Raises ExportRejected where it is not."""
     at = f"{folder} on volume {bucket.volume}"
     there, manifest = bucket.entries(folder), f"{folder}/{NAME}"
-    files = read_manifest(artifact)["files"]
+    files = _listed(artifact)
     refuse_foreign({f"{folder}/{file['path']}" for file in files} | {manifest}, folder, bucket.volume, there)
     if manifest not in there or bucket.sha256(manifest) != sha256_file(artifact / NAME):
         raise ExportRejected(f"{at} does not hold the export that {artifact / NAME} describes: launch the job again")
@@ -129,19 +129,32 @@ def fetch(run_dir: Path, formats: list[str], bucket: Bucket, left: Left, echo: E
     done = []
     for name in formats:
         artifact = run_dir / "export" / name
-        manifest = read_manifest(artifact)
-        if not all(isinstance(file, dict) and stays_inside(file.get("path")) for file in manifest["files"]):
-            raise ExportRejected(f"{artifact / NAME} lists a file that is not inside its folder; nothing is fetched")
-        shown = Shown(manifest["bytes"], echo, f"of {name} are here")
+        files = _listed(artifact)
+        total = sum(file["bytes"] for file in files)
+        shown = Shown(total, echo, f"of {name} are here")
         fetched = sum(
             bucket.get(f"{left.folder}/export/{name}/{file['path']}", artifact / file["path"], file, shown.add)
-            for file in manifest["files"]
+            for file in files
         )
         if problems := verify_manifest(artifact):
             raise ExportRejected(f"{artifact} is not what was exported:\n  " + "\n  ".join(problems))
-        echo(f"{artifact}: {manifest['bytes'] / 1e9:.2f} GB, checksums agree; {fetched / 1e9:.2f} GB were fetched")
+        echo(f"{artifact}: {total / 1e9:.2f} GB, checksums agree; {fetched / 1e9:.2f} GB were fetched")
         done.append(artifact)
     return done
+
+
+def _listed(artifact: Path) -> list[dict[str, Any]]:
+    """The files of a manifest that a machine sent. Raises ExportRejected for what can be no entry of one."""
+    files = read_manifest(artifact).get("files") or []
+    kinds = {"bytes": int, "sha256": str}
+    for file in files:
+        whole = isinstance(file, dict) and all(isinstance(file.get(name), kind) for name, kind in kinds.items())
+        if not whole or not stays_inside(file.get("path")):
+            raise ExportRejected(
+                f"{artifact / NAME} lists a file that is not inside its folder, or without its size and sha256: "
+                "nothing of it is fetched or deployed; launch the job again"
+            )
+    return files
 
 
 def fetchable(run_dir: Path, formats: list[str] | None) -> tuple[Left, list[str]]:
