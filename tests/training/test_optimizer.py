@@ -101,7 +101,10 @@ def test_clipping_scales_to_the_norm_and_reports_the_one_before():
     expected = 2.0 * sum(p.numel() for _, p in named) ** 0.5
     assert optimizer.clip(1.0).item() == pytest.approx(expected, rel=1e-6)
     assert torch.stack([p.grad.norm() for _, p in named]).norm().item() == pytest.approx(1.0, rel=1e-4)
-    assert optimizer.clip(0).item() == pytest.approx(1.0, rel=1e-4)
+    scaled = [p.grad.clone() for _, p in named]
+    for limit in (0, 100.0):  # no limit, and one that they are within
+        assert optimizer.clip(limit).item() == pytest.approx(1.0, rel=1e-4)
+        assert all(torch.equal(p.grad, gradient) for (_, p), gradient in zip(named, scaled, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -130,7 +133,8 @@ def test_reset_makes_the_optimizer_as_new(name):
     optimizer.reset()
     fresh = TrainingOptimizer(parameters(), OptimizerConfig(), name, name == "adamw")
     for each in (optimizer, fresh):
-        step(each, 1)
+        for seed in (1, 2):  # the second is the first that reads its moments
+            step(each, seed)
     assert all(torch.equal(a, b) for a, b in zip(optimizer.parameters, fresh.parameters, strict=True))
 
 
@@ -156,6 +160,33 @@ def test_several_buckets_update_like_one(monkeypatch):
     step(one, 3)
     step(several, 3)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters, several.parameters, strict=True))
+
+
+def test_offloaded_states_step_copies_that_the_parameters_are_written_from():
+    here, there = (
+        TrainingOptimizer(parameters(torch.float32), OptimizerConfig(), "adamw", False, offload=offload)
+        for offload in (False, True)
+    )
+    for optimizer in (here, there):
+        step(optimizer, 0)
+        step(optimizer, 1)
+    assert all(map(torch.equal, here.parameters, there.parameters))
+    for mine, target in zip(there.parameters, there.buckets[0].targets, strict=True):
+        assert torch.equal(mine, target) and mine.data_ptr() != target.data_ptr()
+
+
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_betas_and_eps_are_the_jobs(name):
+    """Of a weight as small as this bitsandbytes keeps its moments in fp32."""
+    mine, theirs = (nn.Parameter(torch.linspace(-1, 1, 64).reshape(8, 8)) for _ in range(2))
+    config = OptimizerConfig(beta1=0.5, beta2=0.7, eps=0.1, weight_decay=0.0)
+    optimizer = TrainingOptimizer([("w", mine)], config, name, master_weights=False)
+    adamw = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.5, 0.7), eps=0.1, weight_decay=0.0)
+    for seed in range(3):
+        step(optimizer, seed, lr=1e-2)
+        theirs.grad = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(seed))
+        adamw.step()
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
 
 
 def test_weight_decay_leaves_norms_and_biases_out():
