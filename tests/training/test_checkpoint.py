@@ -255,3 +255,47 @@ def test_what_is_written_is_not_put_together_in_memory(tmp_path):
         [sys.executable, "-W", "ignore", "-c", WRITING, str(tmp_path)], capture_output=True, text=True, check=True
     ).stdout
     assert int(said.splitlines()[-1]) < 64
+
+
+def test_the_figures_are_of_the_saves_so_far_without_the_rehearsals(tmp_path, trained):
+    checkpoints = Checkpoints(World(), Placed())
+    assert checkpoints.figures() is None
+    for step in (1, 2):
+        checkpoints.save(tmp_path / f"step-{step}", *trained, {"step": step})
+        checkpoints.wait()
+    checkpoints.written, checkpoints.stalls_s = [(2**30, 1.0), (2**31, 3.0)], [0.1, 0.3]
+    figures = checkpoints.figures()
+    assert (figures["count"], figures["gib"], figures["write_s_mean"]) == (2, 2.0, 2.0)
+    assert (figures["stall_s_mean"], figures["stall_s_max"]) == (pytest.approx(0.2), 0.3)
+    checkpoints.forget_figures()
+    assert (checkpoints.figures(), checkpoints.written) == (None, [])
+
+
+def test_as_many_of_the_newest_and_of_the_best_are_kept_as_was_asked_for(tmp_path, trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint, "prune", lambda *given: asked.append(given))
+    checkpoints = Checkpoints(World(), Placed())
+    checkpoints.save(tmp_path / "step-1", *trained, {"step": 1}, (3, 7))
+    checkpoints.wait()
+    assert asked == [(tmp_path / "step-1", 3, 7)]
+
+
+def test_a_checkpoint_of_more_or_fewer_weights_is_refused(tmp_path, trained):
+    save(tmp_path, 1, trained)
+    named, optimizer = trained
+    for other in (named[:1], [*named, ("c", nn.Parameter(torch.ones(2)))]):
+        with pytest.raises(TrainingFailed, match="holds other weights than this job trains"):
+            Checkpoints(World(), Placed()).load(tmp_path / "step-1", other, optimizer)
+
+
+def test_a_fault_of_the_program_is_not_said_to_be_the_disks_and_is_raised_once(tmp_path, trained, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(checkpoint, "save_file", broken)
+    checkpoints = Checkpoints(World(), Placed())
+    checkpoints.save(tmp_path / "step-1", *trained, {"step": 1})
+    with pytest.raises(ZeroDivisionError):
+        checkpoints.wait()
+    checkpoints.wait()
+    assert not checkpoints.failed
