@@ -282,3 +282,28 @@ def test_an_adapter_whose_config_says_another_rank_than_its_tensors_is_refused(t
     write_json(folder / "adapter_config.json", {key: value for key, value in config.items() if key != "r"})
     with pytest.raises(ExportRejected, match=r"and None in adapter_config\.json"):
         read_adapter(folder)
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_an_adapter_that_lacks_one_side_of_a_module_is_refused_by_name(tiny_adapter, tmp_path, side):
+    folder = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    lost = next(name for name in tensors if f".lora_{side}." in name)
+    del tensors[lost]
+    save_file(tensors, folder / "adapter_model.safetensors")
+    module = lost.removeprefix("base_model.model.").partition(".lora_")[0]
+    with pytest.raises(ExportRejected, match=rf"is incomplete: {module} has no lora_{side}\."):
+        read_adapter(folder)
+
+
+def test_a_module_that_was_trained_whole_is_there_in_its_shape_and_finite(tiny, tiny_adapter, tmp_path):
+    folder = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    config, tensors = read_json(folder / "adapter_config.json"), load_file(folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", config | {"modules_to_save": ["norm"]})
+    save_file(tensors | {"base_model.model.model.anorm.weight": torch.ones(2)}, folder / "adapter_model.safetensors")
+    with pytest.raises(ExportRejected, match="it was trained with norm whole"):
+        read_adapter(folder)
+    for norm, said in ((torch.ones(3), "shape"), (torch.full((64,), torch.nan), "norm.weight holds NaN")):
+        save_file(tensors | {"base_model.model.model.norm.weight": norm}, folder / "adapter_model.safetensors")
+        with pytest.raises(ExportRejected, match=said):
+            merge(tiny, tmp_path, read_adapter(folder), torch.bfloat16)
