@@ -134,11 +134,11 @@ def stored_format(config: dict[str, Any]) -> Literal["bf16", "fp8", "int4"]:
     said = as_object(config.get("quantization_config"))
     groups = map(as_object, as_object(said.get("config_groups")).values())
     stored = [as_object(group.get("weights")) for group in groups]  # as compressed-tensors has it
-    bits = {(weights.get("type"), weights.get("num_bits")) for weights in stored}
-    if said.get("quant_method") == "fp8" or bits == {("float", 8)}:
+    kinds = {f"{weights.get('type')}{weights.get('num_bits')}" for weights in stored}
+    if said.get("quant_method") == "fp8" or kinds == {"float8"}:
         return "fp8"
     is_older = said.get("quant_method") in ("gptq", "awq") and said.get("bits") == 4
-    return "int4" if is_older or bits == {("int", 4)} else "bf16"
+    return "int4" if is_older or kinds == {"int4"} else "bf16"
 
 
 def _as_stored(config: dict[str, Any], form: str) -> Iterator[str]:

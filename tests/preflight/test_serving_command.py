@@ -230,6 +230,7 @@ def test_a_quantized_checkpoint_counted_in_bf16_is_said_to_have_fewer_bits(tmp_p
         ({"config_groups": {"0": {"weights": {"type": "float", "num_bits": 8}}}}, "fp8"),
         ({"config_groups": {"0": {"weights": {"type": "float", "num_bits": 4}}}}, "bf16"),
         ({"config_groups": {"0": None, "1": {"weights": [8]}}}, "bf16"),
+        ({"config_groups": {"0": {"weights": {"type": ["int"], "num_bits": 4}}}}, "bf16"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
         ({"quant_method": "gptq", "bits": 4}, "int4"),
         ({"quant_method": "awq", "bits": 8}, "bf16"),
