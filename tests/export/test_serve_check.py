@@ -29,6 +29,7 @@ from loadmaster.export.served.check import folder_of_paths, questions, serve_che
 from loadmaster.export.served.compare import LIMITS
 from loadmaster.export.served.harness import Harness
 from loadmaster.export.served.processor import BLOCK_PROBE, FP8_PROBE, INT4_PROBE, refuse_unserved
+from loadmaster.export.served.record import checked_figures, earlier
 from loadmaster.files import read_json, write_json
 from loadmaster.rundir import RunDir
 
@@ -199,6 +200,35 @@ def test_what_was_found_of_an_export_stays_until_it_is_checked_again(checked, st
     (checked.folder / "serve-check.json").write_text("{}")
     with pytest.raises(LoadmasterError, match=r"serve-check\.json is damaged: remove it"):
         found("adapter", [])
+
+
+def test_what_another_check_found_meanwhile_stays(checked, stand_in, monkeypatch):
+    import loadmaster.export.served.check as module
+
+    def measured(name: str, *_: object) -> dict[str, list[str]]:
+        if name == "bf16":
+            serve_check(checked.folder, ["adapter"], stand_in, lambda text: None)
+        return {"found": ["the base is served"] if name == "adapter" else []}
+
+    monkeypatch.setattr(module, "_reference", lambda *_: {"broken": {}})
+    monkeypatch.setattr(module, "failures", lambda figures, *_: figures["found"])
+    monkeypatch.setattr(module.Servers, "figures", lambda self, name, *_: measured(name))
+    serve_check(checked.folder, ["bf16"], stand_in, lambda text: None)
+    record = read_json(checked.folder / "serve-check.json")
+    assert {name: figures["passed"] for name, figures in record["formats"].items()} == {"bf16": True, "adapter": False}
+
+
+def test_a_record_without_a_verdict_is_damaged_and_of_a_manifest_without_its_facts_nothing_is_known(tmp_path):
+    serve_as(tmp_path / "export" / "bf16", "honest")
+    record = {"created_utc": "2999-01-01T00:00:00+00:00", "formats": {"bf16": {"failures": []}}}
+    write_json(tmp_path / "serve-check.json", record)
+    with pytest.raises(LoadmasterError, match=r"serve-check\.json is damaged: remove it"):
+        checked_figures(tmp_path, read_manifest(tmp_path / "export" / "bf16"))
+    record["formats"]["bf16"]["passed"] = True
+    write_json(tmp_path / "serve-check.json", record)
+    (tmp_path / "export" / "fp8").mkdir()
+    write_json(tmp_path / "export" / "fp8" / "manifest.json", {"schema": 1})
+    assert list(earlier(tmp_path)) == ["bf16"]
 
 
 def test_a_server_that_renders_otherwise_or_does_not_stop_is_caught(checked, stand_in):

@@ -75,7 +75,8 @@ def serve_check(
     export that is not asked, or could not be checked, stays in the file. Raises LoadmasterError for a run that holds no
     export, or without a server.
     """
-    manifests, before_now = exported(run_dir, formats), earlier(run_dir)
+    manifests = exported(run_dir, formats)
+    earlier(run_dir)  # a file that is damaged is refused before hours of work
     if harness is not None and set(manifests) == {"gguf"}:
         raise LoadmasterError("tasks are asked of what vLLM serves, and gguf is llama.cpp's: name another format too")
     job = read_job(run_dir / "config.yaml").job
@@ -133,7 +134,7 @@ def serve_check(
         for name, figures in results.items()
     }
     known = {name for name, figures in results.items() if figures["checked"]}
-    kept = {name: figures for name, figures in before_now.items() if name not in known}
+    kept = {name: figures for name, figures in earlier(run_dir).items() if name not in known}
     for name in kept.keys() & results.keys():
         echo(f"{name}: what was found on {kept[name]['created_utc']} stays: it {outcome(kept[name])}")
     recorded = {**stamped, **kept}

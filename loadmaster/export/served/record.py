@@ -18,7 +18,7 @@ def checked_figures(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any] |
 
     Raises LoadmasterError where the file is damaged.
     """
-    path, name = run_dir / NAME, manifest["format"]
+    path, name, exported_utc = run_dir / NAME, manifest["format"], manifest["created_utc"]
     if not path.is_file():
         return None
     try:
@@ -27,8 +27,11 @@ def checked_figures(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any] |
         if figures is None or not figures.get("checked", True):
             return None
         servers = record.get("server", "").split(", ")  # vLLM first; figures that were kept name their own
-        figures = {"server": servers[-1 if name == "gguf" else 0], "created_utc": record["created_utc"], **figures}
-        return None if figures["created_utc"] < manifest["created_utc"] else figures
+        figures = {
+            "server": servers[-1 if name == "gguf" else 0], "created_utc": record["created_utc"], **figures,
+            "passed": figures["passed"], "failures": figures["failures"],
+        }  # fmt: skip
+        return None if figures["created_utc"] < exported_utc else figures
     except (ValueError, LookupError, TypeError, AttributeError):
         raise LoadmasterError(f"{path} is damaged: remove it and start `loadmaster serve-check {run_dir}`") from None
 
@@ -37,7 +40,7 @@ def earlier(run_dir: Path) -> dict[str, dict[str, Any]]:
     """format -> figures of a check of it before, of all exports that are still the same."""
     found = {}
     for name in exported(run_dir):
-        with suppress(ExportRejected):  # no manifest that is understood, so nothing is known of it
+        with suppress(ExportRejected, KeyError):  # no manifest that is understood, so nothing is known of it
             if figures := checked_figures(run_dir, read_manifest(run_dir / "export" / name)):
                 found[name] = figures
     return found
