@@ -278,12 +278,12 @@ def _unknown(arguments: list[str], rest: list[str]) -> dict[int, str]:
 def _unknown_flag(argument: str, word: str, own_flags: Sequence[str]) -> Problem:
     """What to give in the place of an option `--name=value`, or `--name word`."""
     name, _, value = argument.lstrip("-").partition("=")
-    value = value or word
+    value, typed = value or word, f"{argument} {word}".rstrip()
     known = [a for action in get_args_parser()._actions for a in action.option_strings if a.startswith("--")]
     flag = nearest(argument.partition("=")[0], ["--dry-run", *own_flags, *known], cutoff=0.75)
     remedy = flag or instead_of_option(name.replace("-", "_"), value)
     if re.fullmatch("configs?([-_]file)?", name):
         remedy = as_recipe(value) if value else "recipe=NAME"
     if f"--{name}" in OF_PLAN:
-        remedy = f"loadmaster plan ... {argument}; no other command has it"
-    return Problem(f"{argument} {word}".rstrip(), None, COMMAND_LINE, "there is no such option", remedy)
+        remedy = f"loadmaster plan ... {typed}; no other command has it"
+    return Problem(typed, None, COMMAND_LINE, "there is no such option", remedy)

@@ -169,8 +169,8 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: Exception) -> Pr
             return Problem(argument, None, COMMAND_LINE, message, f"data=file data.path={argument}")
         if argument.lower().endswith(FIELDS_SUFFIXES):
             return Problem(argument, None, COMMAND_LINE, message, as_recipe(argument))
-        if os.path.isdir(folder := local_path(argument)) and run_of(folder):
-            return Problem(argument, None, COMMAND_LINE, message, _goes_on(argument))
+        if os.path.isdir(folder := local_path(argument)) and (run := run_of(folder)):
+            return Problem(argument, None, COMMAND_LINE, message, _goes_on(run))
         recipe = nearest(argument, loader.repository.get_group_options(GROUP))
         remedy = f"{GROUP}={recipe}" if recipe else "write key=value, for example lora.rank=16"
         return Problem(argument, None, COMMAND_LINE, message, remedy)
@@ -198,14 +198,20 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: Exception) -> Pr
 def as_recipe(given: str) -> str:
     """How a file of fields is given to a job."""
     file = local_path(given)
-    if file.name == "config.yaml" and run_of(file.parent):
-        return _goes_on(str(file.parent))
+    folder = file.parent if file.name == "config.yaml" else file
+    if os.path.isdir(folder) and (run := run_of(folder)):
+        return _goes_on(run)
+    if os.path.isdir(file):
+        return f"{GROUP}=NAME"
     name, folders = file.stem, (Path("recipes"), shipped_folder("recipes"))
-    there = any((folder / f"{name}.yaml").is_file() for folder in folders)
-    return f"{GROUP}={name}" if there else f"put it into recipes/ here as {name}.yaml, then {GROUP}={name}"
+    known = next((path for each in folders if os.path.isfile(path := each / f"{name}.yaml")), None)
+    if known and (not os.path.isfile(file) or file.samefile(known)):
+        return f"{GROUP}={name}"
+    name = f"my_{name}" if known else name  # recipe=NAME would be the other one
+    return f"put it into recipes/ here as {name}.yaml, then {GROUP}={name}"
 
 
-def _goes_on(run_dir: str) -> str:
+def _goes_on(run_dir: Path) -> str:
     return f"--config-dir {run_dir} --config-name config run_dir={run_dir} goes on with the run in it"
 
 

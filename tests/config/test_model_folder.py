@@ -8,6 +8,7 @@ import pytest
 
 from loadmaster.config.compose import compose
 from loadmaster.config.model_folder import broken_files
+from loadmaster.config.overrides import as_recipe
 from loadmaster.errors import ConfigError
 from loadmaster.preflight import make_plan
 
@@ -129,7 +130,18 @@ def test_a_run_given_as_a_word_is_told_how_to_go_on_with_it(tmp_path, monkeypatc
     (tmp_path / "run").mkdir()
     for name in ("stages.json", "plan.json"):
         (tmp_path / "run" / name).write_text("{}")
-    for word in ("run", "run/config.yaml"):
+    (tmp_path / "run/export/gguf").mkdir(parents=True)
+    for word in ("run", "run/config.yaml", "run/export/gguf"):
         with pytest.raises(ConfigError) as refused:
             compose([word])
-        assert refused.value.problems[0].remedy.startswith("--config-dir run --config-name config run_dir=run")
+        assert refused.value.problems[0].remedy.startswith("--config-dir run --config-name config run_dir=run goes")
+
+
+def test_a_file_of_fields_is_not_taken_for_the_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine/smoke.yaml", "recipes/own.yaml", "recipes/qlora_8b.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("seed: 1\n")
+    assert as_recipe("mine/smoke.yaml") == "put it into recipes/ here as my_smoke.yaml, then recipe=my_smoke"
+    assert as_recipe("recipes/own.yaml") == "recipe=own" and as_recipe("recipes/qlora_8b.yaml") == "recipe=qlora_8b"
+    assert as_recipe("nowhere/smoke.yaml") == "recipe=smoke"
