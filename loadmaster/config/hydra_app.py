@@ -282,7 +282,7 @@ def _unknown_flag(argument: str, word: str, own_flags: Sequence[str]) -> Problem
     known = [a for action in get_args_parser()._actions for a in action.option_strings if a.startswith("--")]
     flag = nearest(argument.partition("=")[0], ["--dry-run", *own_flags, *known], cutoff=0.75)
     remedy = flag or instead_of_option(name.replace("-", "_"), value)
-    if re.fullmatch("configs?([-_]file)?", name):
+    if re.fullmatch("conf(ig)?s?([-_]file)?", name):
         remedy = as_recipe(value) if value else "recipe=NAME"
     if f"--{name}" in OF_PLAN:
         remedy = f"loadmaster plan ... {typed}; no other command has it"

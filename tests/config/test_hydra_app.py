@@ -307,7 +307,7 @@ def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]
         (["--config_file", "smoke.yaml"], "fix: recipe=smoke"),
         (["--config"], "fix: recipe=NAME"),
         (["--logging_steps=1"], "take it out: every step is logged"),
-        (["--config", "."], "fix: recipe=NAME"),
+        (["--conf", "."], "fix: recipe=NAME"),
         (["--config", "x" * 300], "put it into recipes/ here as xxx"),
         (["--nodes=1..4"], "fix: loadmaster plan ... --nodes=1..4; no other command has it"),
         (["--nodes", "1..4"], "fix: loadmaster plan ... --nodes 1..4; no other command has it"),
