@@ -23,12 +23,13 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
 from loadmaster import catalog
-from loadmaster.config.fields import describe, fields, leaves, nearest, nearest_card
+from loadmaster.config.fields import describe, fields, leaves, nearest, nearest_card, nearest_key
 from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.model_folder import run_of
 from loadmaster.config.origins import COMMAND_LINE
 from loadmaster.config.schema import DATA_SUFFIXES
 from loadmaster.config.shipped import local_path, shipped_folder
+from loadmaster.config.validate import instead_of_option
 from loadmaster.errors import Problem
 
 PINNED = re.compile(r"([\w.@+]+)=([\w.-]+==[\w.+]+)", re.ASCII)
@@ -161,9 +162,12 @@ def _forced(loader: ConfigLoaderImpl, override: Override) -> str:
 
 
 def _unreadable(loader: ConfigLoaderImpl, argument: str, error: Exception) -> Problem:
+    if argument.startswith("-"):
+        option, _, text = argument.lstrip("-").partition("=")
+        name = option.replace("-", "_")
+        remedy = instead_of_option(name, text) if text and nearest_key(name) else "leave it out"
+        return Problem(argument, None, COMMAND_LINE, "there is no such option here", remedy)
     if "=" not in argument and not argument.startswith("~"):
-        if argument.startswith("-"):
-            return Problem(argument, None, COMMAND_LINE, "there is no such option here", "leave it out")
         message = "is not of the form key=value"
         if argument.lower().endswith(DATA_SUFFIXES):
             return Problem(argument, None, COMMAND_LINE, message, f"data=file data.path={argument}")

@@ -228,6 +228,8 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
          "put it into recipes/ here as config.yaml, then recipe=config"),
         ("recipes/smoke.yaml", "recipes/smoke.yaml", "is not of the form key=value", "recipe=smoke"),
         ("--cfg", "--cfg", "there is no such option here", "leave it out"),
+        ("--config-dir=a", "--config-dir=a", "there is no such option here", "leave it out"),
+        ("--lora-rank=8", "--lora-rank=8", "there is no such option here", "set without dashes: lora.rank=8"),
         ("data.path=[a", "data.path", "Hydra cannot read it", "'data.path=\"[a\"'"),
         ("data.path=a${b", "data.path", "Hydra cannot read it", r"""'data.path="a\${b"'"""),
         ("launch.sbatch=[--partition=gpu]", "launch.sbatch", "Hydra cannot read it",
