@@ -207,11 +207,14 @@ def as_recipe(given: str) -> str:
         return _goes_on(run)
     if os.path.isdir(file):
         return f"{GROUP}=NAME"
-    name, folders = file.stem, (Path("recipes"), shipped_folder("recipes"))
-    known = next((path for each in folders if os.path.isfile(path := each / f"{name}.yaml")), None)
-    if known and (not os.path.isfile(file) or file.samefile(known)):
+    name, there, folders = file.stem, file.absolute(), (Path("recipes").absolute(), shipped_folder("recipes"))
+    for each in folders:
+        if there.is_relative_to(each) and os.path.isfile(file):
+            return f"{GROUP}={there.relative_to(each).with_suffix('').as_posix()}"
+    is_taken = any(os.path.isfile(each / f"{name}.yaml") for each in folders)
+    if is_taken and not os.path.isfile(file):
         return f"{GROUP}={name}"
-    name = f"my_{name}" if known else name  # recipe=NAME would be the other one
+    name = f"my_{name}" if is_taken else name  # recipe=NAME would be the other one
     return f"put it into recipes/ here as {name}.yaml, then {GROUP}={name}"
 
 

@@ -139,9 +139,10 @@ def test_a_run_given_as_a_word_is_told_how_to_go_on_with_it(tmp_path, monkeypatc
 
 def test_a_file_of_fields_is_not_taken_for_the_recipe_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("mine/smoke.yaml", "recipes/own.yaml", "recipes/qlora_8b.yaml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("mine/smoke.yaml", "recipes/team/own.yaml", "recipes/qlora_8b.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("seed: 1\n")
     assert as_recipe("mine/smoke.yaml") == "put it into recipes/ here as my_smoke.yaml, then recipe=my_smoke"
-    assert as_recipe("recipes/own.yaml") == "recipe=own" and as_recipe("recipes/qlora_8b.yaml") == "recipe=qlora_8b"
+    assert as_recipe("recipes/team/own.yaml") == "recipe=team/own"
+    assert as_recipe("recipes/qlora_8b.yaml") == "recipe=qlora_8b"
     assert as_recipe("nowhere/smoke.yaml") == "recipe=smoke"
