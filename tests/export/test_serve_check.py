@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -205,8 +206,12 @@ def test_what_was_found_of_an_export_stays_until_it_is_checked_again(checked, st
 def test_what_another_check_found_meanwhile_stays(checked, stand_in, monkeypatch):
     import loadmaster.export.served.check as module
 
+    manifest = checked.folder / "export" / "bf16" / "manifest.json"
+
     def measured(name: str, *_: object) -> dict[str, list[str]]:
         if name == "bf16":
+            made = datetime.now(UTC) + timedelta(seconds=1)  # exported anew
+            write_json(manifest, read_json(manifest) | {"created_utc": made.isoformat(timespec="seconds")})
             serve_check(checked.folder, ["adapter"], stand_in, lambda text: None)
         return {"found": ["the base is served"] if name == "adapter" else []}
 
@@ -216,6 +221,7 @@ def test_what_another_check_found_meanwhile_stays(checked, stand_in, monkeypatch
     serve_check(checked.folder, ["bf16"], stand_in, lambda text: None)
     record = read_json(checked.folder / "serve-check.json")
     assert {name: figures["passed"] for name, figures in record["formats"].items()} == {"bf16": True, "adapter": False}
+    assert checked_figures(checked.folder, read_json(manifest)) is None
 
 
 def test_a_record_without_a_verdict_is_damaged_and_of_a_manifest_without_its_facts_nothing_is_known(tmp_path):

@@ -75,6 +75,7 @@ def serve_check(
     export that is not asked, or could not be checked, stays in the file. Raises LoadmasterError for a run that holds no
     export, or without a server.
     """
+    now = datetime.now(UTC).isoformat(timespec="seconds")  # an export that is made meanwhile is not the one asked
     manifests = exported(run_dir, formats)
     earlier(run_dir)  # a file that is damaged is refused before hours of work
     if harness is not None and set(manifests) == {"gguf"}:
@@ -128,7 +129,6 @@ def serve_check(
                 "seconds": seconds, "limits": asdict(LIMITS[name]), "failures": found, "passed": not found,
             }  # fmt: skip
             say(f"{outcome(results[name])} after {seconds:.0f} s")
-    now = datetime.now(UTC).isoformat(timespec="seconds")
     stamped = {
         name: {"server": versions["llama.cpp" if name == "gguf" else "vllm"], "created_utc": now, **figures}
         for name, figures in results.items()
