@@ -83,7 +83,8 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
         "sequence_length": job.sequence_length,
         "packing": job.data.packing,
         "on_long_row": job.data.on_long_row,
-        "notes": _notes(sources, figures["train"], job.data),
+        "notes": _notes(sources, figures["train"], job.data)
+        + _none_held_out(encoded[1].lengths, figures["validation"], job.sequence_length),
     }
     write_json(folder / "summary.json", summary | figures)
 
@@ -187,6 +188,17 @@ def _split_rows(
     if desirable is not None:
         figures |= {"desirable": int(desirable.sum()), "undesirable": int((~desirable).sum())}
     return arrays, figures
+
+
+def _none_held_out(lengths: np.ndarray, figures: dict[str, Any] | None, sequence_length: int) -> list[str]:
+    """What is to be known where there were held-out rows, and none of them is left; figures: of that split."""
+    if figures is not None or not len(lengths):
+        return []
+    which = "the only held-out row is" if len(lengths) == 1 else f"all {len(lengths):,} held-out rows are"
+    return [
+        f"{which} left out, so no held-out loss is taken: the shortest has {lengths.min():,} tokens, "
+        f"sequence_length is {sequence_length:,}"
+    ]
 
 
 def _notes(sources: list[Checked], figures: dict[str, Any], data: DataConfig) -> list[str]:

@@ -272,6 +272,16 @@ def test_long_rows_are_cut_split_dropped_or_refused_and_counted(tokenizer, write
         prepared("drop")
 
 
+def test_held_out_rows_that_are_all_left_out_are_told(tokenizer, write_jsonl, job_for):
+    path = write_jsonl([row(1), row(2)])
+    held = write_jsonl([row(n, words=100) for n in (3, 4)], "held.jsonl")
+
+    for policy, told in (("drop", 1), ("cut", 0)):
+        job = job_for(path, sequence_length=64, on_long_row=policy, validation=str(held))
+        notes = prepare(job, tokenizer).summary["notes"]
+        assert sum("all 2 held-out rows are left out, so no held-out loss is taken" in note for note in notes) == told
+
+
 def test_text_of_which_much_is_cut_off_is_advised_to_be_split(tokenizer, write_jsonl, job_for):
     path = write_jsonl([{"text": "It rained on. " * 100}, {"text": "It rained."}])
 
