@@ -135,7 +135,7 @@ def _held_out(files: RunFiles) -> Figure | None:
     if "reward_accuracy" in after:
         shares = [preferred(side(files, name)) for name in ("before", "after")]
         known = [units.percent(share) for share in shares if share is not None]
-        note = f"per pair; chosen answers preferred {' → '.join(known)}"
+        note = f"per pair; chosen answers preferred {' → '.join(known)}" if known else "per pair; neither preferred"
     elif "answers" in after:
         margins = [units.decimals(found.get("reward_margin"), 3) for found in (before, after)]
         note = f"per labelled answer; reward of desirable over undesirable {' → '.join(margins)}"

@@ -420,6 +420,8 @@ def test_a_model_that_is_its_own_reference_prefers_no_answer(whole_run: Path):
     put(whole_run, "eval.json", {"before": {"held_out": sides[0]}, "after": {"held_out": sides[1]}})
     text, none = report(whole_run).text, units.MISSING
     assert "per pair; chosen answers preferred 75.0%" in text and f"preferred {none} 75.0% {none}" in text
+    put(whole_run, "eval.json", {"before": {"held_out": sides[0]}, "after": {"held_out": sides[0]}})
+    assert "per pair; neither preferred" in report(whole_run).text
     assert _headline(sides[0]) == "loss 0.6931, neither answer preferred"
     assert _headline(sides[1]) == "loss 0.5000, 75.0% of the chosen answers preferred"
 
