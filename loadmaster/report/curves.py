@@ -54,11 +54,12 @@ def curves_of(files: RunFiles, skipped: tuple[int, ...]) -> list[Curve]:
     planned, clip = number(files.plan.get("tokens_per_second")), number(files.job("optimizer.max_grad_norm"))
     eval_x, eval_y = series(metrics, "eval_loss")
     norm_x, norm_y = series(metrics, "grad_norm")
+    judged = [row for row in metrics if not row.get("reward_accuracy") == row.get("reward_margin") == 0]  # no ties
     clips = bool(clip) and bool(norm_y) and max(norm_y) > clip / 3
     return [
         Curve("Loss", _loss_unit(files), "training, each step", *series(metrics, "loss"), missing=skipped,
               others=(("held-out", eval_x, eval_y),) if eval_x else ()),
-        Curve("Chosen preferred", "share of pairs", "each step", *series(metrics, "reward_accuracy"), from_zero=True),
+        Curve("Chosen preferred", "share of pairs", "each step", *series(judged, "reward_accuracy"), from_zero=True),
         Curve("Reward margin", _margin_unit(files), "each step", *series(metrics, "reward_margin")),
         Curve("Learning rate", "at each step", "learning rate", *series(metrics, "lr"), smooth=False, from_zero=True),
         Curve("Throughput", "tokens/s", "measured", *series(metrics, "tokens_per_second"), smooth=False, from_zero=True,

@@ -418,7 +418,9 @@ def test_a_model_that_is_its_own_reference_prefers_no_answer(whole_run: Path):
     sides = [{"loss": 0.6931, "reward_accuracy": 0.0, "reward_margin": 0.0, "pairs": 9},
              {"loss": 0.5, "reward_accuracy": 0.75, "reward_margin": 0.1, "pairs": 9}]  # fmt: skip
     put(whole_run, "eval.json", {"before": {"held_out": sides[0]}, "after": {"held_out": sides[1]}})
+    put(whole_run, "metrics.jsonl", json.dumps({"step": 1, "loss": 0.6931} | sides[0]) + "\n")
     text, none = report(whole_run).text, units.MISSING
+    assert "Reward margin" in text and "Chosen preferred" not in text  # it is no 0%
     assert "per pair; chosen answers preferred 75.0%" in text and f"preferred {none} 75.0% {none}" in text
     put(whole_run, "eval.json", {"before": {"held_out": sides[0]}, "after": {"held_out": sides[0]}})
     assert "per pair; neither preferred" in report(whole_run).text
