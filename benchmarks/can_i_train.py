@@ -75,7 +75,7 @@ def ask(model: str, method: str, gpu: str, count: int, nodes: int, options: dict
     return make_plan(
         Job(model=ModelConfig(name=model), method=method, optimizer=optimizer, batch=batch,
             hardware=HardwareConfig(gpu=gpu, count=count, nodes=nodes), **rest)
-    )  # fmt: skip
+    )
 
 
 def answer(plan: Plan) -> tuple[str, str]:

@@ -123,7 +123,7 @@ def export(model: Path, target: Path, name: str, with_adapter: bool) -> None:
         "cpu_s": after.user + after.system - before.user - before.system,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "output_gb": sum(path.stat().st_size for path in target.iterdir()) / 1e9,
-    }))  # fmt: skip
+    }))
 
 
 def main() -> None:
@@ -150,7 +150,7 @@ def main() -> None:
                     size, f"{parameters / 1e9:.2f}", label, f"{figures['wall_s']:.1f}", f"{figures['cpu_s']:.1f}",
                     f"{figures['cpu_s'] / parameters * 1e9:.1f}", f"{figures['peak_gib']:.2f}",
                     f"{figures['output_gb']:.2f}",
-                ])  # fmt: skip
+                ])
                 print(*rows[-1], flush=True)
         finally:
             shutil.rmtree(model, ignore_errors=True)
@@ -164,7 +164,7 @@ def _run(arguments: argparse.Namespace, model: Path, name: str, with_adapter: bo
         output = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)},
-        ).stdout  # fmt: skip
+        ).stdout
     finally:
         shutil.rmtree(target, ignore_errors=True)
     return json.loads(output)
@@ -181,7 +181,7 @@ def _write_result(arguments: argparse.Namespace, rows: list[list[str]]) -> None:
         "weights of Llama's shapes, bf16 shards of 5 GB on disk, fsync included, each in a process of its own.\n"
         + (f"{arguments.conditions}\n" if arguments.conditions else "")
         + "\n" + "\n".join(lines) + "\n"
-    )  # fmt: skip
+    )
     write_text(RESULTS / f"{today}_export_speed.md", text)
 
 

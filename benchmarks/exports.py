@@ -38,7 +38,7 @@ from loadmaster.preflight.plan import Plan
 Weights = dict[str, torch.Tensor]
 COLUMNS = (
     "perplexity_ratio", "mean_kl", "p99_kl", "top1_agreement", "flipped_answers", "tuned_share", "task_retention",
-)  # fmt: skip
+)
 
 
 class Materials:
@@ -115,7 +115,7 @@ def main() -> None:
             evaluation=replace(job.evaluation, max_rows=None),
             formats={},
         ), {},
-    )  # fmt: skip
+    )
     materials = Materials(arguments.run, base)
     live = load_trained(
         base, arguments.run / "adapter", DTYPES[plan.precision], "cpu", frozen=frozen_form(plan.method, plan.precision)

@@ -32,7 +32,7 @@ FITTED = (
     ("efficiency", "matmul"), ("efficiency", "half_size"), ("efficiency", "attention"), ("efficiency", "memory"),
     ("efficiency", "launch_us"), ("efficiency", "fp8_matmul"), ("efficiency", "fp8_row_matmul"),
     ("compiled", "kernels"),
-)  # fmt: skip
+)
 """What only a card can tell; what compiled layers move is read off their code (tests/models/test_gpu_code.py)."""
 FACTORS = (0.8, 0.9, 0.97, 1.03, 1.1, 1.25)
 ROUNDS = 60
@@ -55,7 +55,7 @@ def load(paths: list[Path], gpu: str) -> list[Row]:
                 micro_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
                 **fixed(job, hardware, plan.method, plan.activation_checkpointing,
                         plan.micro_batch_size * job.sequence_length),
-            )  # fmt: skip
+            )
             rows.append((shape, hardware, setup, row["measured"]))
     return rows
 

@@ -79,9 +79,9 @@ def main() -> int:
     device, beyond = torch.device("cuda"), 0
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     cases = [(f"attention {call}, {lengths}", WHOLE_LIMIT, attention, (call, lengths, device))
-             for call in CALLS for lengths in LENGTHS]  # fmt: skip
+             for call in CALLS for lengths in LENGTHS]
     cases += [(f"{form}, {rows} rows", limit, products, (form, rows, told.size, device))
-              for form, limit in LIMITS.items() for rows in [min(each, told.size) for each in ROWS]]  # fmt: skip
+              for form, limit in LIMITS.items() for rows in [min(each, told.size) for each in ROWS]]
     for name, limit, run, inputs in cases:
         try:
             found = run(*inputs)

@@ -57,7 +57,7 @@ RUNS: list[dict[str, Any]] = [
         for name in ("adamw_bf16", "adamw_8bit", "adafactor")
     ),
     {"name": "full, FP8 products, fp32 master weights", "method": "full", "precision": "fp8"},
-]  # fmt: skip
+]
 
 
 def job_of(run: dict[str, Any], given: argparse.Namespace) -> Job:
@@ -82,7 +82,7 @@ def plan_of(run: dict[str, Any], job: Job, compiles: bool) -> Plan:
     return dataclasses.replace(
         plan, precision=run["precision"], compile=compiles, optimizer=run.get("optimizer", "adamw"),
         master_weights=run.get("master_weights", run["precision"] != "fp32"),
-    )  # fmt: skip
+    )
 
 
 def train(run: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def trained(run: dict[str, Any], given: argparse.Namespace, device: torch.device
     return {
         **run, "losses": losses, "held_out_before": before, "held_out_after": held_out(session, data.validation),
         "seconds": round(time.perf_counter() - began, 1),
-    }  # fmt: skip
+    }
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def write(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
     about = {
         "device": device, "processor": platform.processor() or platform.machine(), "versions": versions,
         "command": shlex.join(["python", *sys.argv]), "steps": given.steps, "rows": given.rows, "length": given.length,
-    }  # fmt: skip
+    }
     name.with_suffix(".json").write_text(json.dumps({"about": about, "runs": found}) + "\n")
     said = ", ".join(f"{key} {value}" for key, value in versions.items())
     name.with_suffix(".md").write_text(

@@ -42,7 +42,7 @@ SMALL, ONE, THREE, EIGHT = "smollm2-135m", "llama-3.2-1b", "llama-3.2-3b", "llam
 TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 512,
     "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Case:
             lora=LoraConfig(rank=self.rank, dropout=self.dropout), compile=self.compile,
             optimizer=OptimizerConfig(name=self.optimizer, master_weights=self.master_weights),
             hardware=HardwareConfig(gpu=gpu, count=1),
-        )  # fmt: skip
+        )
 
 
 def grid() -> list[Case]:
@@ -166,7 +166,7 @@ def dry(case: Case) -> Case:
         case, model="tiny", sequence_length=case.sequence_length // 64, micro_batch_size=min(2, case.micro_batch_size),
         precision=precision, rank=4, compile=False, master_weights=False,
         checkpointed_layers=case.checkpointed_layers and 2,
-    )  # fmt: skip
+    )
 
 
 def predicted(plan: Plan) -> dict[str, Any]:
@@ -363,7 +363,7 @@ def main() -> None:
     wanted = [
         index for index, case in enumerate(grid())
         if asdict(case) not in have and told.model in (None, case.model)
-    ]  # fmt: skip
+    ]
     rows = run_all(wanted, out, about, told.minutes, told.dry_run)
     print(out)
     print(summarise(rows))

@@ -62,7 +62,7 @@ def fsdp(method: str, masters: bool, world: int, sequence_length: int, precision
     return Setup(
         method=method, precision=precision, optimizer="adamw" if masters else "adamw_bf16", master_weights=masters,
         sharding="fsdp", world_size=world, gpus_per_node=8, micro_batch_size=2, sequence_length=sequence_length, **more,
-    )  # fmt: skip
+    )
 
 
 def selective_gib(shape: ModelShape, setup: Setup) -> float:
@@ -113,7 +113,7 @@ RUNS = (
         "adapters on fewer linears; their table has GB for this row and GiB for all others",
         why_gib="here embedding and head stay whole (7.8 GiB), the next layer is gathered ahead of its use (three "
         "buffers of 1.6 GiB), and a dequantized matrix is counted inside its kernel (1.7 GiB)"),
-)  # fmt: skip
+)
 
 
 def predict(run: Run) -> tuple[float, float]:

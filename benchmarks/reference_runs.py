@@ -59,14 +59,14 @@ def lora(rows: int, length: int, **more) -> Setup:
     return Setup(
         **{"method": "lora", "precision": "bf16", "optimizer": "adamw", "master_weights": True, **more},
         micro_batch_size=rows, sequence_length=length,
-    )  # fmt: skip
+    )
 
 
 def full(**more) -> Setup:
     return Setup(
         **{"method": "full", "precision": "bf16", "optimizer": "adamw_bf16", "master_weights": False, **more},
         micro_batch_size=4, sequence_length=2048,
-    )  # fmt: skip
+    )
 
 
 TRANSFORMERS = (
@@ -114,7 +114,7 @@ RUNS = (
         "the same"),
     Run("Unsloth: full 3B, its checkpointing, 4 x 2048", THREE, full(checkpointing="full"), 25.0, 19144,
         "its kernels; activations to host memory"),
-)  # fmt: skip
+)
 """Peak allocated GiB and tokens/s as measured on one H100 80GB HBM3, torch 2.11 with CUDA 13.0, on 2026-11-23."""
 
 

@@ -44,7 +44,7 @@ CHECKPOINT_S = 400
 TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
-}  # fmt: skip
+}
 LIGHT = {"name": "adamw_bf16", "master_weights": False}
 LORA = {"method": "lora", "precision": "bf16"}
 
@@ -53,7 +53,7 @@ def rung(bar: str, name: str, shape: str = "llama-3.1-8b", **settings: Any) -> d
     common = {
         "kind": "run", "documents": "full", "sequence_length": 2048, "micro_batch_size": 2, "steps": 8, "warm_up": 3,
         "activation_checkpointing": "none", "compile": True,
-    }  # fmt: skip
+    }
     return {"bar": bar, "name": name, "shape": shape, **common, **settings}
 
 
@@ -125,7 +125,7 @@ def bars() -> list[dict[str, Any]]:
         rung("bar3", "full 8B, fp8", method="full", precision="fp8", micro_batch_size=4, optimizer=LIGHT),
         peer("bar3", "TRL with Liger, full 8B", "trl", method="full", micro_batch_size=4, liger=True),
         peer("bar3", "Unsloth, full 8B", "unsloth", method="full", micro_batch_size=4),
-    ]  # fmt: skip
+    ]
 
 
 def on_a_cpu(each: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class Run:
             done = subprocess.run(
                 [python, str(script), str(path)], capture_output=True, text=True, timeout=limit, env=environment,
                 cwd=self.folder, check=False,
-            )  # fmt: skip
+            )
         except subprocess.TimeoutExpired:
             return {"failed": f"took longer than {limit:.0f} s"}
         except OSError as error:
@@ -224,7 +224,7 @@ class Run:
         command = [
             sys.executable, str(ROOT / "train.py"), "recipe=lora_8b", f"model.path={placed['model']}", "data=file",
             f"data.path={chats}", f"run_dir={run_dir}", "max_steps=1", "stop_after=train", "tracker=none", *small,
-        ]  # fmt: skip
+        ]
         # Triton's own folder is one for all runs of a machine: other rungs' kernels lie in it.
         caches = {"LOADMASTER_CACHE": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
         environment = {**os.environ, **caches, "HF_HUB_OFFLINE": "1"}
@@ -280,7 +280,7 @@ def about_the_machine() -> dict[str, Any]:
     return {
         "date": str(datetime.date.today()), "card": card, "driver": driver, "power_limit": power, "memory": memory,
         "python": platform.python_version(), "versions": {package: _version(package) for package in VERSIONS},
-    }  # fmt: skip
+    }
 
 
 def _version(package: str) -> str | None:
@@ -310,13 +310,13 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "Tokens leave padding out. GiB are the peak that PyTorch allocated. Random weights, so losses say nothing.", "",
         "| | rung | tokens/s | trained tokens/s | GiB | padding | first step, s | compiled anew | |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",
-    ]  # fmt: skip
+    ]
     for row in rows:
         figures = [
             _said(row, "tokens_per_second", ",.0f"), _said(row, "trained_tokens_per_second", ",.0f"),
             _said(row, "peak_allocated_gib", ".2f"), _said(row, "padding", ".1%"), _said(row, "first_step_s", ".1f"),
             _said(row, "recompilations", "d"),
-        ]  # fmt: skip
+        ]
         note = row.get("not_run") or row.get("failed") or _products(row) or verdict(row, rows)
         lines.append("| " + " | ".join([row["bar"], row["name"], *figures, note]) + " |")
     return "\n".join(lines) + "\n"

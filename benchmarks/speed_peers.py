@@ -44,7 +44,7 @@ def main(path: str) -> None:
     trainer = SFTTrainer(
         model=model, args=settings(rung, torch), train_dataset=dataset(rung), processing_class=tokenizer,
         peft_config=lora, callbacks=[clock],
-    )  # fmt: skip
+    )
     log = trainer.train()
     timed = clock.marks[rung["warm_up"] - 1 :]
     seconds = (timed[-1] - timed[0]) / (len(timed) - 1)
@@ -60,7 +60,7 @@ def main(path: str) -> None:
             }
         ),
         flush=True,
-    )  # fmt: skip
+    )
 
 
 def trl_model(rung: dict[str, Any], torch: Any) -> tuple[Any, Any, Any]:
@@ -71,12 +71,12 @@ def trl_model(rung: dict[str, Any], torch: Any) -> tuple[Any, Any, Any]:
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     cuda = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(
         rung["model"], dtype=torch.bfloat16 if cuda else torch.float32, device_map={"": "cuda:0" if cuda else "cpu"},
         quantization_config=nf4 if quantized else None,
-    )  # fmt: skip
+    )
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
     return model, AutoTokenizer.from_pretrained(rung["model"]), None if rung["method"] == "full" else lora
 
@@ -88,12 +88,12 @@ def unsloth_model(rung: dict[str, Any], torch: Any) -> tuple[Any, Any, Any]:
     model, tokenizer = FastLanguageModel.from_pretrained(
         rung["model"], max_seq_length=rung["sequence_length"], load_in_4bit=rung["method"] == "qlora",
         full_finetuning=full, dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     if not full:
         model = FastLanguageModel.get_peft_model(
             model, r=16, lora_alpha=32, lora_dropout=0, target_modules=TARGETS,
             use_gradient_checkpointing="unsloth" if rung["checkpointing"] else False,
-        )  # fmt: skip
+        )
     return model, tokenizer, None
 
 
@@ -109,7 +109,7 @@ def settings(rung: dict[str, Any], torch: Any) -> Any:
         max_steps=rung["warm_up"] + rung["steps"], max_length=rung["sequence_length"], learning_rate=2e-4,
         bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), logging_steps=1, report_to=[],
         save_strategy="no", dataset_kwargs={"skip_prepare_dataset": True}, **own,
-    )  # fmt: skip
+    )
 
 
 def documents(rung: dict[str, Any]) -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ def run(rung: dict[str, Any]) -> dict[str, Any]:
     return {
         **row, "attention_kernel": kernel, "load_s": loaded, "planned_tokens_per_second": plan.tokens_per_second,
         "planned_allocated_gib": plan.peak_gib.allocated if plan.peak_gib else None, "plan": chosen(session),
-    }  # fmt: skip
+    }
 
 
 def measure(session: Session, rung: dict[str, Any]) -> dict[str, Any]:
@@ -146,13 +146,13 @@ def measure(session: Session, rung: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": tokens / spent, "trained_tokens_per_second": trained / spent, "step_s": spent / steps,
         "padding": 1 - tokens / places, "first_step_s": seconds[0], "loss": loss.item(),
         "recompilations": graphs_compiled() - compiled, **peak_memory(device),
-    }  # fmt: skip
+    }
 
 
 def chosen(session: Session) -> dict[str, Any]:
     names = (
         "method", "precision", "activation_checkpointing", "compile", "optimizer", "micro_batch_size", "sequence_length"
-    )  # fmt: skip
+    )
     return {name: getattr(session.plan, name) for name in names}
 
 
@@ -170,7 +170,7 @@ def ceilings(device: torch.device) -> dict[str, Any]:
         for name, scales, fast in (
             ("fp8_tflops", (one, one), True), ("fp8_full_sums_tflops", (one, one), False),
             ("fp8_by_row_tflops", (rows, rows.t()), True), ("fp8_by_row_full_sums_tflops", (rows, rows.t()), False),
-        ):  # fmt: skip
+        ):
 
             def product(scales: Any = scales, fast: bool = fast) -> torch.Tensor:
                 return torch._scaled_mm(x, w.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)

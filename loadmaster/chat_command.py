@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "--temperature", type=_temperature, default=0.0, metavar="T",
         help="draw tokens (default 0: the likeliest one, so the same answer each time)",
-    )  # fmt: skip
+    )
     command.set_defaults(run=chat, takes_words=True)
 
 
@@ -136,7 +136,7 @@ class Talk:
             ids = answer(
                 self.model, self.tokenizer, prompt, min(room, self.asked.max_new_tokens), self.asked.temperature,
                 _printer(self.tokenizer, set(stop_ids(self.model, self.tokenizer))),
-            )  # fmt: skip
+            )
         except RuntimeError as error:
             if not ran_out(error):
                 raise
@@ -204,7 +204,7 @@ def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, str | None]:
             return model, load_tokenizer(folder), system
         how: dict[str, Any] = {
             "dtype": DTYPES[plan.precision], "device": spread, "frozen": frozen_form(plan.method, plan.precision)
-        }  # fmt: skip
+        }
         model = load_base(base, **how).eval() if folder is None else load_trained(base, folder, **how)
         round_inputs(model, False)
         return model, load_tokenizer(base), system

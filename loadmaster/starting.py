@@ -22,7 +22,7 @@ def refuse_another_python() -> None:
             f"error: {sys.executable} has none of the packages that loadmaster needs\n"
             f"fix: `. .venv/bin/activate` in {Path(__file__).parents[1]}, and the same command again "
             "(`make setup` makes that environment)", file=sys.stderr,
-        )  # fmt: skip
+        )
         sys.exit(2)
 
 

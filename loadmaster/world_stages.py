@@ -206,7 +206,7 @@ class StageRun:
             self.run_dir, training_hash(self.job, self.plan, self.materials.prepared),
             lambda session, stopping: self._held_out(session.model, session.loss, stopping, session.fixed_length),
             self.stop, self.display, self.world, watch,
-        )  # fmt: skip
+        )
         watch.at(outcome.steps, "save")
         folder = self.run_dir / ("model" if self.plan.method == "full" else "adapter")
         with publish_folder(folder) if self.world.lead else nullcontext():
@@ -243,7 +243,7 @@ class StageRun:
         return held_out(
             model, self.materials.prepared.validation, self.materials.tokenizer.pad_token_id,
             self.plan.micro_batch_size, self.world.device, loss, self.world, stopping, to_length,
-        )  # fmt: skip
+        )
 
     # --------------------------------------------------------------- evaluate
 
@@ -290,7 +290,7 @@ class StageRun:
         reference.ask(
             loss, lambda rows: micro_batches(rows, size, world.rank, world.size, pad, None), size, self.display.asked,
             self._stopping,
-        )  # fmt: skip
+        )
         self._stop_if(self._stopping())
 
     def _strategy(self) -> Any:
@@ -312,7 +312,7 @@ class StageRun:
                 figures["task"] = run_task(
                     model, self.materials.tokenizer, self.materials.prepared.validation_conversations,
                     self.job.evaluation, self._answered, self.world,
-                )  # fmt: skip
+                )
         self._stop_if(self._stopping())
         return figures
 

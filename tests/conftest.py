@@ -36,7 +36,7 @@ LONGEST = {
         "tests/config/test_compose.py", "tests/config/test_hydra_app.py", "tests/launch/test_deploy.py",
         "tests/test_readme.py", "tests/export/test_serve_check.py",
     ),
-}  # fmt: skip
+}
 """Files that take the longest, by what is run: begun first, so that none is left alone at the end."""
 
 

@@ -57,7 +57,7 @@ TOKENS, LAYERS = 8192, 2
 LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
-}  # fmt: skip
+}
 NARROW = 256
 GPU = torch.device("cuda", 0)
 
@@ -69,7 +69,7 @@ def stand_in(capability: int) -> None:
         regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32,
         total_memory=80 << 30, shared_memory_per_block_optin=232448, shared_memory_per_block=49152,
         L2_cache_size=50 << 20, gcnArchName="",
-    )  # fmt: skip
+    )
 
     class Interface(interfaces.CudaInterface):
         get_device_properties = staticmethod(lambda *_, **__: properties)

@@ -31,7 +31,7 @@ class OnTerminal:
         self.process = subprocess.Popen(
             words, cwd=folder, env=env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             preexec_fn=take_terminal,
-        )  # fmt: skip
+        )
         os.close(slave)
         os.set_blocking(self.master, False)
         self.said, self.open = "", True

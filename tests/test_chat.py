@@ -190,7 +190,7 @@ def test_an_adapter_that_fits_nothing_in_its_base_is_told_in_a_sentence(run, tmp
 
 @pytest.mark.parametrize(("name", "fix"), [
     ("torchao.float8", "pip install --force-reinstall torchao, in the version that"), (None, "install what it names"),
-])  # fmt: skip
+])
 def test_a_library_that_is_broken_is_no_fault_of_the_folder(name, fix):
     error = ImportError("cannot import name 'x' from 'torchao.float8'", name=name)
     with pytest.raises(LoadmasterError) as raised, chat_command._said_in_a_sentence(Path("adapter")):

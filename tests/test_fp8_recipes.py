@@ -29,7 +29,7 @@ SCALED_DOWN = [
     "compile=false",
     "export.thresholds={bf16: {min_task_retention: 0, max_perplexity_ratio: 1.1, max_mean_kl: 0.1, "
     "min_top1_agreement: 0.8}}",
-]  # fmt: skip
+]
 
 
 def go(tiny: Path, folder: Path, monkeypatch, processes: int, *overrides: str) -> tuple[int, str]:

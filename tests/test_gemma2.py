@@ -24,7 +24,7 @@ def gemma(tmp_path_factory, tokenizer) -> Path:
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, sliding_window=16, query_pre_attn_scalar=20, attn_logit_softcapping=2.0,
         final_logit_softcapping=30.0, initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+    )
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -45,7 +45,7 @@ def test_every_stage_runs_and_the_export_is_the_model_as_trained(gemma, tmp_path
     result = go(
         gemma, tmp_path, "method=lora", "activation_checkpointing=selective", "export.formats=[bf16,int4_gptq]",
         f"export.thresholds={{bf16: {LOOSE}, int4_gptq: {LOOSE}}}",
-    )  # fmt: skip
+    )
     assert result["steps"] == 2
     folder = tmp_path / "run" / "export"
     manifests = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/manifest.json")}

@@ -16,7 +16,7 @@ from tests.terminal import OnTerminal
 JOB = [
     "hardware=cpu", "sequence_length=64", "data.max_rows=24", "batch.global_size=2", "checkpoint.every_steps=5000",
     "evaluation.every_steps=null", "evaluation.task=none", "tracker=none", "stop_after=train", "run_dir=run",
-]  # fmt: skip
+]
 
 
 def words(tiny: Path, steps: int, *overrides: str) -> list[str]:

@@ -25,7 +25,7 @@ def plan(**fields):
      ({"method": "full", "master_weights": False, "sharding": "zero2"}, [], set()),
      ({"method": "full", "precision": "fp8"}, [], {"torchao"}),
      ({"precision": "fp8"}, ["int4", "gguf"], {"llmcompressor", "gguf"})],
-)  # fmt: skip
+)
 def test_a_job_is_refused_for_the_packages_that_it_needs_and_no_others(monkeypatch, fields, formats, wanted):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     assert {package for package, *_ in packages.needed(plan(**fields), formats)} == wanted

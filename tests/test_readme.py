@@ -54,7 +54,7 @@ def test_the_command_runs(command, tmp_path):
     done = subprocess.run(
         words, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S,
         env={**environment(), "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

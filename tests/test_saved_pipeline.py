@@ -14,7 +14,7 @@ def test_what_was_trained_whole_is_in_every_export(tiny, tmp_path):
     code, output = go(
         tiny, tmp_path, "recipe=smoke", "method=lora", "lora.modules_to_save=[lm_head,norm]", "lora.dora=true", FORMATS,
         "optimizer.lr=1e-2", "max_steps=6",
-    )  # fmt: skip
+    )
     assert code == 0, output
     export = tmp_path / "run" / "export"
     plan = read_json(tmp_path / "run" / "plan.json")

@@ -50,7 +50,7 @@ def test_a_rungs_limit_of_memory_is_put_as_torch_takes_it(monkeypatch):
     set_to = []
     for name, stand_in in (
         ("is_available", lambda: True), ("current_device", lambda: 0), ("mem_get_info", lambda *_: (0, 80 * 2**30))
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: set_to.append(given), raising=False)

@@ -31,7 +31,7 @@ def start(
 @pytest.mark.slow
 def test_a_run_whose_reader_leaves_trains_to_its_end(tiny: Path, tmp_path: Path):
     words = ["hardware=cpu", "sequence_length=64", "max_steps=2", "data.max_rows=24", "batch.global_size=2",
-             "evaluation.task=none", "tracker=none", "stop_after=train", "run_dir=run"]  # fmt: skip
+             "evaluation.task=none", "tracker=none", "stop_after=train", "run_dir=run"]
     process = start(command(f"model.path={tiny}", *words), tmp_path)
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "run directory: run\n"

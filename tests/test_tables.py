@@ -22,7 +22,7 @@ from loadmaster.training.display import Display
 JOB = Job(
     model=ModelConfig(name="meta-llama/Llama-3.1-405B"), method="lora", precision="fp8",
     hardware=HardwareConfig(gpu="h100_80gb", count=8, nodes=2),
-)  # fmt: skip
+)
 
 
 @cache

@@ -83,7 +83,7 @@ def _own_prices(path: Path) -> dict[str, Any]:
         for gpu, price in own["gpus"].items():
             {**_read("prices.yaml")["gpus"].get(gpu, {}), **price}["pod_usd_per_hour"], price["date"]
         wrong = [f"{gpu}.{key} is {value!r}" for gpu, price in own["gpus"].items() for key, value in price.items()
-                 if key.endswith("usd_per_hour") and not (isinstance(value, int | float) and value > 0)]  # fmt: skip
+                 if key.endswith("usd_per_hour") and not (isinstance(value, int | float) and value > 0)]
         own["date"], own["source"]
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
         wrong = [" ".join(str(error).split()) if isinstance(error, OSError | yaml.YAMLError) else "it lacks a field"]

@@ -123,7 +123,7 @@ def _needs_hydra(config: DictConfig) -> bool:
     as_shipped = (
         hydra["run"] == {"dir": "."} and hydra["mode"] in (None, RunMode.RUN, "RUN")
         and hydra["job_logging"] == hydra["hydra_logging"] == NO_LOGGING
-    )  # fmt: skip
+    )
     job = hydra["job"]
     more = (hydra["callbacks"], job["env_set"], job["chdir"], hydra["output_subdir"], hydra["verbose"])
     return not as_shipped or any(more)

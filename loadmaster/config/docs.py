@@ -144,7 +144,7 @@ def _recipes() -> str:
 def _groups() -> str:
     conf = shipped_folder("conf")
     chosen = {k: v for item in yaml.safe_load((conf / "train.yaml").read_text())["defaults"] if isinstance(item, dict)
-              for k, v in item.items()}  # fmt: skip
+              for k, v in item.items()}
     rows = []
     for folder in sorted(path for path in conf.iterdir() if path.is_dir()):
         for file in sorted(folder.glob("*.yaml")):
@@ -182,7 +182,7 @@ def _rules() -> str:
 
 def _hashes() -> str:
     rows = [[stage, ", ".join(f"`{name}`" for name in names) or "no more than the stages before it"]
-            for stage, names in STAGE_FIELDS.items()]  # fmt: skip
+            for stage, names in STAGE_FIELDS.items()]
     intro = (
         "## What a stage depends on\n\nThe same job finds its run again and skips the stages whose inputs have not "
         "changed; `loadmaster plan` makes its plan anew until something was trained by it. A stage depends on the "

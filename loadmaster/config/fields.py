@@ -106,7 +106,7 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     begun = [  # h100 is h100_80gb and not h200, and a10 no a100
         name for name in by_lower
         if len(word) > 2 and name.startswith(word) and not name[len(word) - 1 : len(word) + 1].isdigit()
-    ]  # fmt: skip
+    ]
     close = begun or difflib.get_close_matches(word, by_lower, n=1, cutoff=cutoff)
     return by_lower[close[0]] if close else None
 

@@ -42,7 +42,7 @@ OF_PLAN = ("--compare", "--json", "--nodes")
 def run_app(
     task: Task, arguments: list[str] | None = None, own_flags: Sequence[str] = (),
     after_sweep: Callable[[list[Job], float], None] | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Run `task` on the job that the command line describes, or on each job of a --multirun.
 
     arguments: as in sys.argv[1:], which is the default. own_flags: what the command takes besides, spelt right; for a

@@ -270,7 +270,7 @@ def _no_template(file: Path) -> str | None:
 @rule(
     "checkpoint.load_best", "checkpoint.keep_best", "checkpoint.every_steps", "evaluation.every_steps",
     "data.validation",
-)  # fmt: skip
+)
 def best_checkpoint_is_known_and_kept(job: Job, origins: Origins) -> Found:
     """checkpoint.load_best needs held-out rows, evaluated as checkpoints are written, and the best of these kept."""
     if not job.checkpoint.load_best:

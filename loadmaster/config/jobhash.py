@@ -27,20 +27,20 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluation.task", "evaluation.max_rows", "evaluation.max_new_tokens"),
     "export": ("export", "endpoint.server"),
     "bundle": tuple(f"endpoint.{field.name}" for field in dataclasses.fields(EndpointConfig) if field.name != "server"),
-}  # fmt: skip
+}
 
 # How the work is spread and on what: inputs of the plan stage alone. Later stages depend on what the plan then chose
 # (the pipeline adds its method, precision and optimizer), so a run goes on with other GPUs, or another number of them.
 SPREAD = (
     "micro_batch_size", "activation_checkpointing", "checkpointed_layers", "compile", "sharding", "offload", "plan",
     "hardware",
-)  # fmt: skip
+)
 
 # What may change between two starts of the same run: names and places, how often to save and look, who watches.
 NOT_INPUTS = (
     "recipe", "run_dir", "stop_after", "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_best",
     "evaluation.every_steps", "evaluation.batch_size", "launch", "tracker",
-)  # fmt: skip
+)
 
 
 SINCE: dict[str, Any] = {
@@ -48,7 +48,7 @@ SINCE: dict[str, Any] = {
     "data.subset": None, "data.validation_split": "validation", "model.chat_template": None,
     "data.columns": None, "checkpoint.load_best": False,
     "evaluation.patience": None, "optimizer.warmup_steps": None,
-}  # fmt: skip
+}
 """Fields that came after runs were hashed without them, with what those runs did: left out where they say that."""
 
 

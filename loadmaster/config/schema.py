@@ -35,7 +35,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 RowField = Literal[
     "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion",
     "response", "question", "answer", "text", "chosen", "rejected", "label", "kto_tag",
-]  # fmt: skip
+]
 """What is read of a row."""
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 
@@ -64,7 +64,7 @@ class DataConfig:
     """Split of a Hub dataset; not used for files."""
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired"
-    ] = "auto"  # fmt: skip
+    ] = "auto"
     """Shape of the rows; auto recognises it from the fields of the first row and says so."""
     columns: dict[RowField, Text] | None = None
     """What the rows call these fields, where it is something else: {prompt: query, completion: reply}."""

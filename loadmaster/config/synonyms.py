@@ -65,7 +65,7 @@ ALIASES = {name: field for field, names in _THEIRS.items() for name in names.spl
 OTHER_QUANTITIES = {
     "batch_size", "chat_template", "ddp_timeout", "enable_activation_offloading", "evals_per_epoch",
     "gradient_accumulation_steps", "min_lr", "saves_per_epoch",
-}  # fmt: skip
+}
 """Those of ALIASES whose values mean something else in our field: steps where it takes a share, a name for a file."""
 
 MEANT = {
@@ -159,5 +159,5 @@ UNITS: dict[str, dict[str, float]] = {
     "_s": {"s": 1, "m": 60, "min": 60, "h": 3600}, "_ms": {"ms": 1, "s": 1000}, "_hours": {"h": 1, "d": 24},
     "_gb": {"g": 1, "gb": 1, "t": 1000, "tb": 1000}, "_length": TOKENS, "_len": TOKENS, "_tokens": TOKENS,
     ".lr": SHARE, ".eps": SHARE, ".weight_decay": SHARE, "": {"k": 1000, "m": 10**6, **SHARE},
-}  # fmt: skip
+}
 """How a field's name ends -> what people write behind its number, and how much that is."""

@@ -21,7 +21,7 @@ __all__ = [
     "BatchSampler", "Conversation", "MicroBatch", "PackedRow", "PackedRows", "PreparedData", "collate", "describe",
     "judged_alone", "packed_rows", "prepare", "prompt_and_reference", "refuse_bad_rows", "show", "stop_token_ids",
     "template_hash",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:

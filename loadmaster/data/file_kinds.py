@@ -14,12 +14,12 @@ INSTEAD = {
     ".xlsx": SHEET, ".xls": SHEET, ".ods": SHEET,
     ".tsv": "name it .csv, where tabs are read too",
     ".arrow": "write it as .parquet", ".feather": "write it as .parquet",
-}  # fmt: skip
+}
 """What to make of files that are not read, by suffix."""
 ROW_FIELDS = {
     "messages", "conversations", "instruction", "output", "prompt", "completion", "response", "question", "answer",
     "text", "chosen", "rejected",
-}  # fmt: skip
+}
 HEAD = 4096
 """Bytes of a file that say what it is."""
 UTF16 = "save the file as UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"

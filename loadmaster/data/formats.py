@@ -61,7 +61,7 @@ _READ = {
 FIELD_NAMES = (
     "messages", "conversations", "instruction", "output", "text", *(name for pair in PROMPT_FIELDS for name in pair),
     "chosen", "rejected", *LABEL_FIELDS,
-)  # fmt: skip
+)
 _SHAPES = "; ".join(f"{name} ({what})" for name, what in FORMAT_FIELDS.items())
 
 

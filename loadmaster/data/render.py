@@ -130,7 +130,7 @@ class ChatRenderer:
             {**message, "tool_calls": [marked(call, index, n) for n, call in enumerate(message["tool_calls"])]}
             if message.get("tool_calls") else message
             for index, message in enumerate(messages)
-        ]  # fmt: skip
+        ]
         defined = [marked(tool, None, number) for number, tool in enumerate(tools)] if tools else tools
         if not names:
             return set()

@@ -63,7 +63,7 @@ def write_bundle(run_dir: Path, job: Job) -> Path:
             max_slowdown=job.endpoint.max_slowdown,
             verification=readme.verification(manifests), served=readme.served(run_dir, manifest),
             **({} if sizing is None else _tables(sizing)),
-        )  # fmt: skip
+        )
         write_text(partial / "README.md", text)
         if sizing is not None and sizing.outcomes:
             title = f"{manifest['recipe']} on {sizing.plan.gpus}x {sizing.plan.gpu}, simulated"
@@ -147,7 +147,7 @@ def _write_worker(
         "name": name, "vllm": settings.VLLM, "vllm_image": settings.VLLM_IMAGE, "model": model,
         "baked": wanted.weights == "image", "artifact": f"export/{manifest['format']}",
         "adapter": manifest["format"] == "adapter",
-    }  # fmt: skip
+    }
     write_text(folder / "worker-vllm.env", "".join(f"{key}={value}\n" for key, value in env.items()))
     write_text(folder / "handler.py", (HERE / "handler.py").read_text(encoding="utf-8"))
     write_text(folder / "requirements.txt", (HERE / "templates/requirements.txt").read_text(encoding="utf-8"))
@@ -183,7 +183,7 @@ def _figures(sizing: Sizing) -> dict[str, Any]:
             "seconds": outcome.seconds,
         }
         for outcome in sizing.outcomes
-    ]  # fmt: skip
+    ]
     return {
         "plan": asdict(sizing.plan), "traffic": asdict(sizing.traffic), "workers": sizing.workers,
         "service": asdict(sizing.service), "prices": asdict(sizing.prices), "start_s": list(sizing.start_s),
@@ -191,7 +191,7 @@ def _figures(sizing: Sizing) -> dict[str, Any]:
         "bills": [asdict(bill) for bill in sizing.bills], "reasons": sizing.reasons,
         "runners_up": [asdict(plan) for plan in sizing.runners_up], "outcomes": outcomes,
         "load": asdict(sizing.load),
-    }  # fmt: skip
+    }
 
 
 def _tables(sizing: Sizing) -> dict[str, str]:

@@ -160,13 +160,13 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
             manifest["recipe"], manifest["serve"]["max_model_len"], smoke["prompts"], plan["load"],
             wanted["max_slowdown"],
         ),
-    )  # fmt: skip
+    )
 
 
 def deploy(
     wanted: Order, client: RunpodClient, connect: Connect, put: Put | None = None, keep: bool = False,
     start_s: float = START_S, echo: Callable[[str], None] = print, sleep: Callable[[float], None] = time.sleep,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Upload, make or update the endpoint, validate and measure it. Returns what deployment.json holds.
 
     put: brings the artifact to the volume it is given, or looks at it there; None: it is there already. Raises
@@ -251,7 +251,7 @@ def _twins(client: RunpodClient, made: Endpoint) -> list[Endpoint]:
 def _take_back(
     client: RunpodClient, name: str, before: Endpoint | None, made: Endpoint | None, echo: Callable[[str], None],
     sleep: Callable[[float], None],
-) -> None:  # fmt: skip
+) -> None:
     """Delete what was made, or put back what was changed; says so when the provider does not let it."""
     try:
         if before is not None:
@@ -390,4 +390,4 @@ def _restore(before: Endpoint) -> UpdateEndpoint:
         "image": before.image, "env": before.env, "workers": before.workers, "scaling": before.scaling, "gpu": gpu,
         "disk": before.disk, "networkVolumes": before.network_volumes, "timeout": before.timeout,
         "dataCenterIds": before.data_center_ids, "flashboot": before.flashboot,
-    })  # fmt: skip
+    })

@@ -98,7 +98,7 @@ def month(rate: float, service: Service, prices: Prices) -> Bill:
         requests_per_second=rate, requests=rate * MONTH_S, workers=workers, flex_usd=usd["flex"],
         active_usd=usd["active"], pod_usd=usd["pod"], flex_share_up=up, cold_start_share=cold_share(rate, service),
         cheapest=min(usd, key=usd.__getitem__),
-    )  # fmt: skip
+    )
 
 
 def crossing_utilisation(prices: Prices) -> dict[str, float | None]:

@@ -28,7 +28,7 @@ CHAT = "/v1/chat/completions"
 ATTEMPTS = 4
 CARGO = (
     "the", "crate", "of", "green", "tea", "stands", "beside", "two", "small", "boxes", "and", "a", "long", "red",
-)  # fmt: skip
+)
 
 
 class NotAnswered(ProviderError):
@@ -144,7 +144,7 @@ class Inference(contextlib.AbstractContextManager):
         return Load(
             len(bodies), at_once, median(firsts), max(firsts), sum(t.tokens for t in timings) / seconds,
             median(each) if each else 0.0, max((t.prompt_tokens or 0 for t in timings), default=0) or None,
-        )  # fmt: skip
+        )
 
     def _of(self, name: str, id: str) -> str:
         url = self.urls[name]
@@ -159,7 +159,7 @@ class Inference(contextlib.AbstractContextManager):
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unreached), stop=tenacity.stop_after_attempt(ATTEMPTS),
             wait=tenacity.wait_exponential(multiplier=self.poll_s, max=30), reraise=True,
-        )  # fmt: skip
+        )
         return retrying(call)
 
     def _json(self, method: str, url: str, body: Any = None) -> dict[str, Any]:

@@ -45,4 +45,4 @@ def plan_load(speed: Speed, traffic: Traffic, slots: int) -> LoadTest:
         requests=REQUESTS, at_once=at_once, prompt_tokens=prompt, output_tokens=output,
         first_token_s=round(prefill * (at_once + 1) / 2 + step, 4),
         tokens_per_second_each=round(output / answering, 1),
-    )  # fmt: skip
+    )

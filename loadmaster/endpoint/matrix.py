@@ -77,7 +77,7 @@ def matrix() -> str:
             f"{plan.cache_tokens:,}", verdict(plan, min(REQUEST, known)), "yes" if plan.ecc else "no", facts["pool"],
             ", ".join(other.removeprefix("NVIDIA ") for other in facts["others"]) or "nothing",
             f"{plan.flex_usd_per_hour:.2f}",
-        ])  # fmt: skip
+        ])
     return table(header, rows)
 
 

@@ -32,4 +32,4 @@ def model_card(manifest: dict[str, Any], repository: str, job: dict[str, Any], l
         relation=RELATION.get(format_name, "quantized"), command=command, context=context,
         figures=readme.table((column for column, _ in COLUMNS), [row(format_name, figures)]), yaml=json.dumps,
         limits={key: value for key, value in figures.get("limits", {}).items() if value is not None},
-    )  # fmt: skip
+    )

@@ -132,7 +132,7 @@ class Hub:
             )
         self._ask("create the repository", lambda: self._api.create_repo(
             self.repository, private=what.private, exist_ok=True
-        ))  # fmt: skip
+        ))
         is_private = self._ask("look at the repository", lambda: self._api.repo_info(self.repository).private)
         if what.private and is_private is False:
             raise ProviderError(
@@ -166,7 +166,7 @@ class Hub:
             raise ProviderError(f"{self.url} holds a model that was not pushed from here: give another repository.")
         held = self._ask("read the repository's manifest", lambda: read_json(Path(
             self._api.hf_hub_download(self.repository, NAME)
-        )))  # fmt: skip
+        )))
         holds = held.get("format") if isinstance(held, dict) else "no manifest that can be read"
         if holds != format_name:
             raise ProviderError(
@@ -190,7 +190,7 @@ class Hub:
             return Retrying(
                 retry=retry_if_exception(is_temporary), stop=stop_after_attempt(ATTEMPTS), reraise=True,
                 wait=wait_exponential(FIRST_WAIT_S, LONGEST_WAIT_S), before_sleep=say,
-            )(ask)  # fmt: skip
+            )(ask)
         except (HfHubHTTPError, HTTPError, OSError, ValueError, KeyError) as error:
             raise ProviderError(
                 f"{self.url}: could not {what}: {self._without_token(str(error))}\n"
@@ -213,7 +213,7 @@ def _job_facts(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         "lr": lr, "sequence_length": job.sequence_length, "global_batch": job.batch.global_size, "lora": job.lora,
         "task": job.evaluation.task, "seed": job.seed,
         "taken_step": object_in(run_dir / "result.json").get("taken_step"),
-    }  # fmt: skip
+    }
 
 
 def _without_folders(source: str) -> str:

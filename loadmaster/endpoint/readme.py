@@ -38,7 +38,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def sizes(sizing: Sizing) -> str:
     header = ["machine", "weights GiB/GPU", "cache tokens", "longest requests at once", "tokens/s", "Pod $/h",
-              "Flex $/h", "ECC"]  # fmt: skip
+              "Flex $/h", "ECC"]
     return table(header, (_size(plan) for plan in [sizing.plan, *sizing.runners_up]))
 
 
@@ -47,7 +47,7 @@ def _size(plan: ServingPlan) -> list[str]:
         f"{plan.gpus}x {plan.gpu}", f"{plan.weights_gib_per_gpu:.2f}", f"{plan.cache_tokens:,}",
         f"{plan.concurrent_requests:,.1f}", "" if plan.tokens_per_second is None else f"{plan.tokens_per_second:,.0f}",
         f"{plan.pod_usd_per_hour:.2f}", f"{plan.flex_usd_per_hour:.2f}", "yes" if plan.ecc else "no",
-    ]  # fmt: skip
+    ]
 
 
 def costs(sizing: Sizing) -> str:
@@ -58,7 +58,7 @@ def costs(sizing: Sizing) -> str:
             f"{bill.active_usd:,.2f}", f"{bill.pod_usd:,.2f}", bill.cheapest, f"{bill.cold_start_share:.0%}",
         ]
         for bill in sizing.bills
-    ))  # fmt: skip
+    ))
 
 
 def crossings(sizing: Sizing) -> str:
@@ -92,7 +92,7 @@ def fleets(sizing: Sizing) -> str:
             f"{outcome.cold_share:.1%}", f"{outcome.usd(prices.flex, prices.active_discount, MONTH_S):,.2f}",
         ]
         for index, outcome in enumerate(sizing.outcomes)
-    ))  # fmt: skip
+    ))
 
 
 def verification(manifests: dict[str, dict[str, Any]]) -> str:
@@ -128,7 +128,7 @@ def sglang_command(manifest: dict[str, Any], artifact: str, context: int, gpus: 
     return shlex.join([
         "python", "-m", "sglang.launch_server", "--model-path", artifact, "--served-model-name", manifest["recipe"],
         "--context-length", str(context), "--tp", str(gpus), "--host", HOST, "--port", str(PORT),
-    ])  # fmt: skip
+    ])
 
 
 def gguf_commands(manifests: dict[str, dict[str, Any]], name: str, context: int) -> str:
@@ -138,7 +138,7 @@ def gguf_commands(manifests: dict[str, dict[str, Any]], name: str, context: int)
         return "\n".join([
             f"llama-server --model ../export/gguf/{exported} --ctx-size {context} --alias {name}",
             f"(cd ../export/gguf && ollama create {name} -f Modelfile)",
-        ])  # fmt: skip
+        ])
     if "bf16" not in manifests:
         return ""
     stem = name.replace("/", "-")
@@ -148,4 +148,4 @@ def gguf_commands(manifests: dict[str, dict[str, Any]], name: str, context: int)
         f"llama-server --model {stem}-q4_k_m.gguf --ctx-size {context} --alias {name}",
         f"printf 'FROM ./{stem}-q4_k_m.gguf\\nPARAMETER num_ctx {context}\\n' > Modelfile",
         f"ollama create {name} -f Modelfile",
-    ])  # fmt: skip
+    ])

@@ -67,7 +67,7 @@ def review(worker_hours: Sequence[float], prices: Prices) -> Review:
         share_up=sum(min(1.0, w) for w in worker_hours) / hours if hours else 0.0, flex_usd_month=bill(0),
         best_active=best, best_usd_month=bill(best), active_from=1 - prices.active_discount,
         pod_from=prices.pod / prices.flex if prices.pod else None, enough=hours >= LEAST_HOURS,
-    )  # fmt: skip
+    )
 
 
 def verdict(found: Review, least_workers: int) -> str:

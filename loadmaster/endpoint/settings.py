@@ -157,7 +157,7 @@ def hub_json(name: str, base: str, request: dict[str, Any]) -> dict[str, Any]:
             "runsOn": "GPU", "containerDiskInGb": request["disk"], "gpuIds": ",".join(ids), "gpuCount": gpu["count"],
             "allowedCudaVersions": [MIN_CUDA], "env": [], "presets": [],
         },
-    }  # fmt: skip
+    }
 
 
 def tests_json(request: dict[str, Any], gpu_name: str, test_input: dict[str, Any]) -> dict[str, Any]:
@@ -167,4 +167,4 @@ def tests_json(request: dict[str, Any], gpu_name: str, test_input: dict[str, Any
         "config": {
             "gpuTypeId": gpu_name, "gpuCount": request["gpu"]["count"], "env": [], "allowedCudaVersions": [MIN_CUDA],
         },
-    }  # fmt: skip
+    }

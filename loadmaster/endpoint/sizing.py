@@ -156,7 +156,7 @@ def traffic_of(wanted: EndpointConfig, context: int) -> Traffic:
         prompt_tokens=prompt, output_tokens=output, samples=wanted.best_of_n, prefix_share=wanted.prefix_share,
         requests_per_second=wanted.requests_per_second,
         p99_first_token_s=None if wanted.p99_first_token_ms is None else wanted.p99_first_token_ms / 1000,
-    )  # fmt: skip
+    )
 
 
 def _artifact(job: Job, manifest: dict[str, Any], artifact: Path) -> tuple[dict[str, Any], str, float | None]:
@@ -194,7 +194,7 @@ def _machines(wanted: EndpointConfig, shape: ModelShape, block: int) -> list[Har
 def _candidate(
     shape: ModelShape, machine: Hardware, form: str, context: int, wanted: EndpointConfig, traffic: Traffic,
     checkpoint: float,
-) -> Candidate | None:  # fmt: skip
+) -> Candidate | None:
     if machine.gpu not in catalog.serving()["gpus"]:
         return None
     plan = plan_serving(
@@ -242,7 +242,7 @@ def _sizing(wanted: EndpointConfig, traffic: Traffic, able: list[Candidate], che
         outcomes=_outcomes(wanted, service, chosen), reasons=_reasons(best, wanted, traffic, able),
         runners_up=[candidate.plan for candidate in able[1:SHOWN]],
         load=plan_load(best.speed, traffic, best.requests_at_once),
-    )  # fmt: skip
+    )
 
 
 def starts_of(checkpoint: float) -> dict[str, float]:

@@ -51,7 +51,7 @@ def compared(recorded: dict[str, Any], answer: dict[str, str]) -> Compared:
     return Compared(
         str(recorded["messages"][-1].get("content"))[:200], expected, text, round(similarity(expected, text), 3),
         answer["finish_reason"], alike,
-    )  # fmt: skip
+    )
 
 
 def failures(found: list[Compared], least: float = MIN_SIMILARITY) -> list[str]:

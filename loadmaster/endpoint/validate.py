@@ -52,7 +52,7 @@ def validate(
     planned = expected.load
     sent = loads(
         {"model": expected.model}, planned["requests"], planned["prompt_tokens"], planned["output_tokens"]
-    )  # fmt: skip
+    )
     load = inference.load(sent, planned["at_once"])
     echo(
         f"first token after {1000 * load.first_token_s:,.0f} ms (planned {1000 * planned['first_token_s']:,.0f}), "
@@ -85,7 +85,7 @@ def _asked(inference: Inference, expected: Expected, start_s: float, echo: Calla
         return {"prompts": [{"text": answer["text"], "finish_reason": answer["finish_reason"]}]}
     result = figures(compare)
     echo(f"{result['equal']} of {len(compare)} answers are word for word the artifact's, {result['similarity']:.0%} of "
-         "their words agree")  # fmt: skip
+         "their words agree")
     if said := failures(compare):
         raise NotAnswered("; ".join(said))
     return result
@@ -115,4 +115,4 @@ def _job(expected: Expected, messages: list[dict[str, Any]], most: int) -> dict[
     return {
         "model": expected.model, "messages": messages, "max_tokens": most, "temperature": 0,
         "repetition_penalty": 1.0,
-    }  # fmt: skip
+    }

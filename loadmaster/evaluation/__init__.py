@@ -18,7 +18,7 @@ from loadmaster.training.world import World
 
 __all__ = [
     "batch_size", "generate", "held_out", "prompts_and_references", "refuse_unaskable", "run_task", "task_metric",
-]  # fmt: skip
+]
 
 SAMPLES = 8
 

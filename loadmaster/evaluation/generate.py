@@ -113,7 +113,7 @@ def answer(
         output_1N = causal_lm(model).generate(
             input_ids=input_ids_1S, attention_mask=torch.ones_like(input_ids_1S), generation_config=settings,
             streamer=streamer,
-        )  # fmt: skip
+        )
     ids = output_1N[0, len(prompt) :].tolist()
     return ids[:-1] if ids and ids[-1] in stops else ids
 

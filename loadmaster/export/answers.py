@@ -40,7 +40,7 @@ def recorded_answers(model: Any, tokenizer: Any, conversations: Sequence[Convers
             "finish_reason": "stop" if len(ids) < ANSWER_TOKENS else "length",
         }
         for conversation, ids in zip(asked, answers, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _prompt(conversation: Conversation, tokenizer: Any) -> Conversation | None:

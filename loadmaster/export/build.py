@@ -229,7 +229,7 @@ class Builder:
             calibration = quantize.calibration_tokens(
                 self.prepared.train_conversations, self.tokenizer, self.job.export.calibration_rows,
                 self.job.sequence_length,
-            )  # fmt: skip
+            )
         spec = {
             "model": str(merged), "targets": {name: str(_made(scratch / name)) for name in names},
             "calibration": calibration,
@@ -237,7 +237,7 @@ class Builder:
                 "name": self.job.recipe, "kind": self.job.export.gguf_type,
                 "stop_token_ids": stop_token_ids(self.tokenizer), "read_back": str(scratch / "gguf-read"),
             },
-        }  # fmt: skip
+        }
         limit_s = timeout_s(len(names) * weight_bytes(merged))
         made = run_step("loadmaster.export.quantize", spec, scratch, limit_s, lambda text: self.echo(f"  {text}"))
         for name in names:

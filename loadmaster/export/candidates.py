@@ -50,7 +50,7 @@ def streamed(candidates: Iterable[str], linear: dict[str, tuple[int, int]]) -> d
     """
     make: dict[str, Callable[[], Quantizer]] = {
         "fp8": Fp8, "fp8_block": Fp8Block, "int4-rtn": lambda: Int4(group_size(shape[1] for shape in linear.values())),
-    }  # fmt: skip
+    }
     return {name: QuantizeLinears(make[name](), linear, name) for name in candidates if name in STREAMED}
 
 

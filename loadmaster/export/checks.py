@@ -182,7 +182,7 @@ def template(exported: Any, trained: Any, conversations: Sequence[Conversation] 
         different = [
             name for name, (messages, tools) in RENDERED.items()
             if _rendered(exported, messages, tools) != _rendered(trained, messages, tools)
-        ]  # fmt: skip
+        ]
         if different:
             problems.append(f"rendered otherwise than in training: {', '.join(different)}")
     for conversation in conversations[:TOKENIZER_CHECKS]:

@@ -210,7 +210,7 @@ def _read_back(file: Path, source: Path, target: Path) -> None:
         str(file.parent), gguf_file=str(file.absolute()),  # a bare name is looked for in the working directory first
         config=AutoConfig.for_model(ARCHITECTURES[config["model_type"]], **fields), dtype=torch.bfloat16,
         output_loading_info=True, quantization_config=GgufConfig(dequantize=True),
-    )  # fmt: skip
+    )
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     if loose := set(map(str, {*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]})) - tied:
         raise ExportRejected(f"{file.name} does not fill the model: {', '.join(sorted(loose)[:3])}")

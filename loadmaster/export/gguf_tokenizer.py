@@ -82,7 +82,7 @@ def _add_special(writer: Any, tokenizer: Any, stop_token_ids: list[int]) -> None
     for name, add in (
         ("bos_token_id", writer.add_bos_token_id), ("eos_token_id", writer.add_eos_token_id),
         ("pad_token_id", writer.add_pad_token_id), ("unk_token_id", writer.add_unk_token_id),
-    ):  # fmt: skip
+    ):
         if (value := getattr(tokenizer, name)) is not None:
             add(value)
     others = [token for token in stop_token_ids if token != tokenizer.eos_token_id]

@@ -73,7 +73,7 @@ class Int4:
             scales.append(scale)
         return {
             "weight_packed": packed, "weight_scale": torch.cat(scales), "weight_shape": torch.tensor([outputs, inputs]),
-        }  # fmt: skip
+        }
 
     def arguments(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
         return {"num_bits": 4, "type": "int", "strategy": "group", "group_size": self.group_size}, None

@@ -24,7 +24,7 @@ from loadmaster.preflight.exports import MIN_QUANTIZED_SHARE
 ARGUMENTS = {
     "actorder": None, "block_structure": None, "dynamic": False, "group_size": None, "observer_kwargs": {},
     "scale_dtype": None, "symmetric": True, "zp_dtype": None,
-}  # fmt: skip
+}
 """Of compressed-tensors 0.19's QuantizationArgs, as llm-compressor 0.14 writes what is not given."""
 
 
@@ -126,4 +126,4 @@ def quantization_config(quantizer: Quantizer) -> dict[str, Any]:
         "ignore": ["lm_head"], "kv_cache_scheme": None, "quant_method": "compressed-tensors",
         "quantization_status": "compressed", "sparsity_config": {}, "transform_config": {},
         "version": version("compressed-tensors"),
-    }))  # fmt: skip
+    }))

@@ -259,7 +259,7 @@ def stops(model: nn.Module, prompt: list[int], expected: list[int], pad_token_id
         output = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
             pad_token_id=pad_token_id, logits_processor=[Wanted(token)],
-        )[0, len(prompt) :].tolist()  # fmt: skip
+        )[0, len(prompt) :].tolist()
         if output[1:] != [token]:
             deaf.append(token)
     if not deaf:

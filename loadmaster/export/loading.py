@@ -32,7 +32,7 @@ def load_export(folder: Path, device: str | Spread) -> nn.Module:
         str(folder), config=config_of(folder), dtype=torch.bfloat16, attn_implementation=PACKED, use_safetensors=True,
         output_loading_info=True, ignore_mismatched_sizes=True,  # named below instead
         trust_remote_code=False, **quantization, **placed_by(folder, torch.bfloat16, device),
-    )  # fmt: skip
+    )
     _refuse_loose_tensors({kind: sorted(map(str, info[kind])) for kind in LOOSE if info.get(kind)})
     model = settled(model)
     if isinstance(device, Spread) and not device.placement.is_whole and (wrong := other_shapes(model, device.shapes)):
@@ -52,7 +52,7 @@ def load_adapter(base: Path, folder: Path, device: str | Spread) -> nn.Module:
         kind: sorted(names)
         for kind, names in {"missing_keys": expected - found, "unexpected_keys": found - expected}.items()
         if names
-    })  # fmt: skip
+    })
     return model
 
 

@@ -67,7 +67,7 @@ OLDEST_SERVER = {
 }
 OLDEST_SERVER |= {
     "fp8_block": OLDEST_SERVER["fp8"], "int4_gptq": OLDEST_SERVER["int4"], "int4_awq": OLDEST_SERVER["int4"],
-}  # fmt: skip
+}
 """Oldest vLLM that loads each format, why, and where that is known from (2026-11-23)."""
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "compressed-tensors", "llmcompressor")

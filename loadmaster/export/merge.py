@@ -260,7 +260,7 @@ class Merge:
     def __init__(
         self, base: Path, adapter: Adapter, dtype: torch.dtype,
         seen_as: Callable[[str, torch.Tensor], torch.Tensor] | None,
-    ):  # fmt: skip
+    ):
         self.adapter, self.dtype, self.seen_as = adapter, dtype, seen_as
         names = tensor_files(base)
         self.tied_embeddings = ties_embeddings(base)

@@ -33,7 +33,7 @@ KILLED = (-9, 137)
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
+)
 """torchrun's; a step that inherits them would wait for ranks that never come."""
 
 
@@ -56,7 +56,7 @@ def run_step(module: str, spec: dict[str, Any], scratch: Path, timeout_s: float,
             process = subprocess.Popen(
                 [sys.executable, "-m", module, str(spec_path)],
                 stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment,
-            )  # fmt: skip
+            )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         timed_out = threading.Event()

@@ -100,7 +100,7 @@ def calibrate(source: Path, candidate: str, target: Path, calibration: list[list
         oneshot(
             model=model, dataset=rows, num_calibration_samples=len(calibration),
             max_seq_length=max(map(len, calibration)), recipe=recipe,
-        )  # fmt: skip
+        )
     model.save_pretrained(str(target))
     # The files beside the weights are the bf16 export's; only the weights and their config come from here.
     for path in target.iterdir():

@@ -24,7 +24,7 @@ SERVER_CAPS = ("max_new_tokens", "max_length")
 def write_config(
     base: Path, target: Path, tied_embeddings: bool, server: Server = NEWEST,
     quantization: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """config.json of the export: the base's, without what belongs to its own quantization or its place.
 
     quantization: the export's own quantization_config.

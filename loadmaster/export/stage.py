@@ -57,7 +57,7 @@ HUB_BLOB = re.compile("[0-9a-f]{64}")
 def export_all(
     job: Job, plan: Plan, run_dir: Path, base_folder: Path, prepared: PreparedData, tokenizer: Any,
     echo: Callable[[str], None],
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+) -> dict[str, dict[str, Any]]:
     """Write run_dir/export/<format>/ for every format of the job, each verified against the model as trained.
 
     Formats already published from the same inputs are left alone. Call it on the main process only.
@@ -94,7 +94,7 @@ class Export:
     def __init__(
         self, job: Job, plan: Plan, run_dir: Path, base_folder: Path, prepared: PreparedData, tokenizer: Any,
         echo: Callable[[str], None],
-    ):  # fmt: skip
+    ):
         self.job, self.plan, self.base, self.prepared = job, plan, base_folder, prepared
         self.tokenizer, self.echo = tokenizer, echo
         self.folder = run_dir / "export"
@@ -202,7 +202,7 @@ class Export:
         rows = verify.held_out_rows(
             self.prepared.train if validation is None else validation, self.job.export.verification_rows,
             self.plan.model.vocabulary_size,
-        )  # fmt: skip
+        )
         working, passing = beside_weights(self.plan)
         evaluation = asking(self.plan, self.job.evaluation)
         device = "cpu" if self.plan.hardware.gpu == "cpu" else "cuda"
@@ -221,7 +221,7 @@ class Export:
                 ]
                 for name, found in written.candidates.items()
             },
-        )  # fmt: skip
+        )
         models, each = 1 + sum(map(len, written.candidates.values())), weight_bytes(self.base)
         passes = models * answer_passes(evaluation, batch_size(evaluation), len(conversations))
         passes += len(written.candidates) * OTHER_PASSES

@@ -12,7 +12,7 @@ from loadmaster.tables import figure
 COLUMNS = (
     ("format", "left"), ("MB", "right"), ("ppl", "right"), ("KL", "right"), ("p99 KL", "right"), ("top-1", "right"),
     ("flips", "right"), ("task", "right"), ("kept", "right"), ("passed", "left"),
-)  # fmt: skip
+)
 
 
 def report_table(results: dict[str, dict[str, Any]]) -> Table:

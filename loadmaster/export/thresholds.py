@@ -26,11 +26,11 @@ DEFAULTS = {
         max_perplexity_ratio=1.15, max_mean_kl=0.12, max_p99_kl=2.5, min_top1_agreement=0.85, min_task_retention=0.75,
         min_tuned_share=0.70, max_tuned_share=1.30,
     ),
-}  # fmt: skip
+}
 """Flipped answers have no shipped limit: an answer of hundreds of tokens flips at one near tie, in good exports too."""
 FAMILIES = {
     "adapter": "bf16", "fp8_block": "fp8", "gguf": "fp8", "int4_gptq": "int4", "int4_awq": "int4", "nvfp4": "int4",
-}  # fmt: skip
+}
 """Formats that are held to another one's limits, unless the job sets theirs."""
 
 

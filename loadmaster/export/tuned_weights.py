@@ -94,7 +94,7 @@ class Carried:
         whole, told = pooled("model", self.shares), [each for each in self.shares if each.is_told]
         figures: dict[str, Any] = {
             "share": whole.share, "standard_error": whole.error, "matrices": len(self.shares), "told_alone": len(told),
-        }  # fmt: skip
+        }
         if told:
             least = min(told, key=lambda each: each.share)
             figures["least"] = {"name": least.name, "share": least.share, "standard_error": least.error}

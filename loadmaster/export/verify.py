@@ -100,7 +100,7 @@ def spec(
     rows: list[dict[str, list[int]]],
     conversations: Sequence[Conversation], evaluation: EvaluationConfig, formats: dict[str, list[Candidate]],
     scratch: Path | None = None, working_bytes: float = 0.0, passing_bytes: float = 0.0,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What `python -m loadmaster.export.verify` is told, JSON-able; the last three as in `room.spread_over`."""
     return {
         "scratch": None if scratch is None else str(scratch), "working": working_bytes, "passing": passing_bytes,
@@ -108,7 +108,7 @@ def spec(
         "rows": rows, "conversations": [asdict(conversation) for conversation in conversations],
         "evaluation": asdict(evaluation),
         "formats": {name: [asdict(candidate) for candidate in found] for name, found in formats.items()},
-    }  # fmt: skip
+    }
 
 
 # ----------------------------------------------------------- the process
@@ -137,7 +137,7 @@ class Verification:
         self.spread = spread_over(
             told["device"], scratch and Path(scratch), told["working"], told["passing"],
             4.0 * len(self.tokenizer) * scored,
-        )  # fmt: skip
+        )
         self.conversations = [Conversation(**conversation) for conversation in told["conversations"]]
         self.evaluation = EvaluationConfig(**told["evaluation"])
         self.stop_ids = stop_token_ids(self.tokenizer)

@@ -86,7 +86,7 @@ class Bucket(AbstractContextManager):
     def __init__(
         self, volume: str, data_center: str, part_bytes: int = PART_BYTES, attempts: int = ATTEMPTS,
         read_timeout_s: float = READ_TIMEOUT_S,
-    ):  # fmt: skip
+    ):
         self.volume, self.part_bytes, self.attempts = volume, part_bytes, attempts
         self._etags: dict[Path, set[str]] = {}
         self._secrets = require_keys()
@@ -224,7 +224,7 @@ class Bucket(AbstractContextManager):
                     answer = self._s3.upload_part(
                         Bucket=self.volume, Key=name, UploadId=upload, PartNumber=number, Body=data,
                         ContentMD5=_md5_header(data),
-                    )  # fmt: skip
+                    )
                 if answer["ETag"].strip('"') != etag:
                     raise Damaged(f"part {number} of {name} arrived damaged at volume {self.volume}; start again")
                 sent += len(data)
@@ -373,10 +373,10 @@ def _clients(url: str, region: str, keys: tuple[str, str], attempts: int) -> Cal
             signature_version="s3v4", connect_timeout=30, read_timeout=read_timeout_s,
             retries={"mode": "standard", "total_max_attempts": attempts}, s3={"addressing_style": "path"},
             request_checksum_calculation="when_required", response_checksum_validation="when_required",
-        )  # fmt: skip
+        )
         return session.create_client(
             "s3", region_name=region, endpoint_url=url, aws_access_key_id=keys[0], aws_secret_access_key=keys[1],
             config=config,
-        )  # fmt: skip
+        )
 
     return make

@@ -45,7 +45,7 @@ FIELDS = {
     ),
     "ssh": ("hosts", "ssh_config", "python", "folder"),
     "slurm": ("python", "sbatch"),
-}  # fmt: skip
+}
 
 
 def is_given_away(value: str) -> bool:

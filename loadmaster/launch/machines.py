@@ -74,7 +74,7 @@ def list_pods(console: Console, provider: Provider | None = None) -> int:
             escape(machine.name), machine.kind, machine.id, machine.status, machine.label,
             f"{age_hours(machine, now):.2f}", f"{machine.usd_per_hour:.2f}", f"{usd_so_far(machine, now):.2f}",
             "" if end is None else f"{end:%Y-%m-%d %H:%M} UTC", orphan(machine, now) or "",
-        )  # fmt: skip
+        )
     if machines:
         print_table(table, console)
     else:
@@ -85,14 +85,14 @@ def list_pods(console: Console, provider: Provider | None = None) -> int:
         console.print(
             f"volume {volume.name} ({volume.id}): {volume.size_gb} GB in {volume.place}, ${month:.2f} a month",
             highlight=False, markup=False,
-        )  # fmt: skip
+        )
     return 0
 
 
 def sweep_pods(
     console: Console, yes: bool = False, everything: bool = False, names: Sequence[str] = (),
     provider: Provider | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """End orphans, or everything that this tool has made, or what is named; asks first. Volumes are never touched.
 
     Raises LoadmasterError for a name that is none, ProviderError when one could not be ended.

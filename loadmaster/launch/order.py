@@ -46,7 +46,7 @@ PROGRESS_S = 10
 FILES = (
     "config.yaml", "plan.json", "metrics.jsonl", "eval.json", "result.json", "stages.json", "report.html",
     "export/*/manifest.json", "smoke/*.json", "bundle/*", "bundle/*/*", "bundle/.*", "bundle/.*/*",
-)  # fmt: skip
+)
 
 
 def is_small_file(name: str) -> bool:
@@ -91,7 +91,7 @@ def disk_gb(launch: LaunchConfig, choice: Choice) -> int:
 def make_order(
     composed: Composed, choice: Choice, name: str, now: float, api: str, volume: Volume | None,
     places: tuple[str, ...], can_upload: bool = False,
-) -> Order:  # fmt: skip
+) -> Order:
     """now: seconds since 1970. api: base URL under which the machine ends itself. can_upload: data that does not fit
     into the environment may go to the volume.
 
@@ -139,7 +139,7 @@ def make_order(
     return Order(
         name, choice.offer, launch.image, BOOTSTRAP_ARGUMENTS, env, disk_gb(launch, choice), launch.cloud, volume,
         places, plain=launch.force_pods, secrets=secrets, uploads=uploads,
-    )  # fmt: skip
+    )
 
 
 def _data(

@@ -77,7 +77,7 @@ def by_volume(job: Job, room: str) -> tuple[Upload, ...]:
 def payload(
     composed: Composed, hardware: HardwareConfig, limit_bytes: int | None, more: dict[str, bytes],
     uploads: Sequence[Upload] = (),
-) -> str:  # fmt: skip
+) -> str:
     """tar.gz in base64: job.yaml for that hardware, the local data files under data/, and `more`, by name.
 
     uploads: data files that are on the volume instead. Raises ConfigError where it is more than limit_bytes of text.

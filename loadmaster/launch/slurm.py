@@ -130,7 +130,7 @@ def make_batch(launch: Launch, hardware: HardwareConfig) -> Batch:
         f"--output={str(folder / 'slurm.log').replace('%', '%%')}", "--open-mode=append", "--requeue",
         f"--signal=TERM@{round(stop_before_s(job.launch))}",
         *([] if hours == "auto" else [f"--time={max(1, round(hours * 60))}"]), *job.launch.sbatch,
-    ]  # fmt: skip
+    ]
     processes = hardware.count if hardware.count != "auto" else 1 if hardware.gpu == "cpu" else None
     task = [
         sys.executable if job.launch.python == "auto" else str(local_path(job.launch.python)),
@@ -138,7 +138,7 @@ def make_batch(launch: Launch, hardware: HardwareConfig) -> Batch:
         *([] if processes is None else [f"--nproc-per-node={processes}"]),
         "-m", "loadmaster.cli", job.stop_after, "--config-dir", str(folder), "--config-name", "job",
         assigned("run_dir", str(run_dir)),
-    ]  # fmt: skip
+    ]
     # Without --kill-on-bad-exit: it would kill the first node, which still writes its report, because another one was
     # the first to end with 75. What a failed node leaves behind, the job's own watchdog ends.
     label = ["--label"] if hardware.nodes > 1 else []

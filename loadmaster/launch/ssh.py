@@ -209,7 +209,7 @@ def _probe(launch: Launch, host: Host, node: int) -> dict[str, Any]:
         done = subprocess.run(
             host.command(interpreter(settings)), input=_message(env, PROBE.encode()), capture_output=True,
             timeout=ANSWER_S, start_new_session=True,
-        )  # fmt: skip
+        )
     except FileNotFoundError:
         raise LoadmasterError("launch=ssh needs the program ssh (OpenSSH's client), which is not here") from None
     except subprocess.TimeoutExpired:
@@ -237,7 +237,7 @@ def _job(launch: Launch, meeting: Meeting, node: int, hardware: HardwareConfig) 
         torchrun = [
             f"{folder}/{TORCHRUN}", f"--nnodes={hardware.nodes}", f"--node-rank={node}",
             f"--nproc-per-node={processes}", f"--master-addr={meeting.address}", f"--master-port={meeting.port}",
-        ]  # fmt: skip
+        ]
     stages = ["-m", "loadmaster.cli", job.stop_after, "--config-dir", folder, "--config-name", "job"]
     return {
         "name": launch.name,

@@ -118,14 +118,14 @@ def _table(seen: Tensor) -> tuple[Tensor, Tensor]:
 def flexible(
     q: Tensor, k: Tensor, v: Tensor, documents: Tensor, blocks: tuple[Tensor, ...],
     scale: float, softcap: float, window: int | None, options: dict[str, Any] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """FlexAttention of q [1, H, N, D] over k and v [1, H_kv, N, D] -> [1, H, N, D]."""
     size = (q.shape[2], q.shape[2])
     mask = BlockMask(size, *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees(documents, window))
     return flex_attention(
         q, k, v, score_mod=capping(softcap), block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=options,
-    )  # fmt: skip
+    )
 
 
 def kernel_options(head_dim: int, shared_bytes: int) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _outputs(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, output: Tensor, logsumexp: Tensor,
     scale: float, softcap: float, window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """With T = tanh(scale Q K^T / cap) and P = exp(cap T - logsumexp), one piece of a document at a time:
 
     dV = P^T dO    dS = P (dO V^T - rowsum(dO O)) (1 - T^2)    dQ = scale dS K    dK = scale dS^T Q
@@ -247,7 +247,7 @@ def attend_capped(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float, softcap: float, window: int | None,
     documents: Tensor | None = None, blocks: dict[int | None, tuple[Tensor, ...]] | None = None,
     kernel_options: dict[str, Any] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """q [1, H, N, D], k and v [1, H_kv, N, D] -> [1, H, N, D], by the fused kernel where there are blocks for it."""
     if blocks is None or q.is_meta:
         return torch.ops.loadmaster.capped_attention(q, k, v, cu_seq_lens, scale, softcap, window)[0]

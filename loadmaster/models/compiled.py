@@ -141,7 +141,7 @@ class CompileCache:
                 print(
                     f"{self.given} is a link, another user's, or anyone's to write to, so nothing in it is run: "
                     "compiling anew", file=sys.stderr, flush=True,
-                )  # fmt: skip
+                )
             self.folder = self._room()
         if not _is_own(Path(self.triton).parents[1], unknown=True):  # below /tmp, where anyone may have made it
             self.triton = str(self._room())

@@ -104,7 +104,7 @@ def attention_calls(model: nn.Module) -> list[Call]:
                 heads, getattr(config, "num_key_value_heads", None) or heads, head_dim,
                 getattr(module, "scaling", None), getattr(windows, "sliding_window", None) or None,
             )
-        )  # fmt: skip
+        )
     return list(dict.fromkeys(found))
 
 
@@ -169,7 +169,7 @@ def found_for(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Pac
     package = candidate(
         device.type, major, dtype, {call.head_dim for call in attention_calls(model)}, bool(caps_scores(config)),
         _dropout(config), activatable(),
-    )  # fmt: skip
+    )
     return package if package is not None and installed(package.module) else None
 
 

@@ -121,7 +121,7 @@ class FrozenNF4Linear(FrozenLinear):
         return _nf4_weight(
             self.weight, self.absmax, self.absmax_scale, self.absmax_offset, self.absmax_code,
             [self.out_features, self.in_features], dtype,
-        )  # fmt: skip
+        )
 
     def multiplied_with(self, dtype: torch.dtype) -> Tensor:
         return self.dequantized(dtype)
@@ -132,7 +132,7 @@ class FrozenNF4Linear(FrozenLinear):
         return _NF4Matmul.apply(
             input, weight, self.absmax, self.absmax_scale, self.absmax_offset, self.absmax_code, self.bias,
             [self.out_features, self.in_features],
-        )  # fmt: skip
+        )
 
 
 class FrozenFP8Linear(FrozenLinear):
@@ -234,7 +234,7 @@ class _NF4Matmul(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, scale: Tensor, offset: Tensor, code: Tensor,
         bias: Tensor | None, shape: list[int],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.save_for_backward(codes, absmax, scale, offset, code)
         ctx.shape = shape
         if shape[1] % BLOCK:  # blocks run over the ends of rows, which the one operation is not made for
@@ -338,7 +338,7 @@ class _FP8Matmul(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, rounds: bool
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.rounds = rounds
         codes = weight.view(torch.float8_e4m3fn)

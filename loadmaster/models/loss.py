@@ -61,7 +61,7 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, softcap: float | None,
         scale: float, backend: str,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_TH) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None

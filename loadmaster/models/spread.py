@@ -68,7 +68,7 @@ class Spread:
         room = replace(
             self.room, working=self.room.working + beside, passing=self.room.passing + beside,
             disk=self.room.disk and frozen is None,
-        )  # fmt: skip
+        )
         placement = place(layers, rest, room)
         if placement is None:
             raise NoRoom(_no_room(checkpoint, sum(layers), rest, room, frozen))

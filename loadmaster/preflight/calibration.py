@@ -49,7 +49,7 @@ def quantizing(job: Job, shape: ModelShape, hardware: Hardware) -> Bytes:
         weights = WIDTH * shape.layer_parameters(experts=bool(shape.expert_layers))
     return Bytes(
         weights=weights, activations=most.activations + waiting, quantization=most.quantization, context=context
-    )  # fmt: skip
+    )
 
 
 def _passing(shape: ModelShape, length: int) -> int:

@@ -98,7 +98,7 @@ def _rotation(config: dict[str, Any]) -> dict[str, Any]:
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OTHER_SIZES = ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts", "num_experts_per_tok",
-               "moe_intermediate_size", "sliding_window", "decoder_sparse_step", "max_window_layers")  # fmt: skip
+               "moe_intermediate_size", "sliding_window", "decoder_sparse_step", "max_window_layers")
 MOST, MOST_COUNTED = 2**31 - 1, 10_000
 """Of a width, and of layers, heads and experts, which are counted one by one: beyond what any model has."""
 KINDS = {
@@ -107,7 +107,7 @@ KINDS = {
     "text_config": (dict, "object"), "partial_rotary_factor": (float | int, "number"), "num_experts": (int, "number"),
     "num_local_experts": (int, "number"), "max_position_embeddings": (float | int, "number"),
     "original_max_position_embeddings": (float | int, "number"),
-}  # fmt: skip
+}
 """What a key must hold, where it holds anything."""
 
 
@@ -116,7 +116,7 @@ def refuse_kinds(config: dict[str, Any], name: str) -> None:
     held = {**config, **full_config(config)[0]}
     held = {**_rotation(held), **held}  # original_max_position_embeddings may stand there
     wrong = [f"{key}={held[key]!r}, which is no {word}" for key, (kind, word) in KINDS.items()
-             if held.get(key) is not None and not isinstance(held[key], kind)]  # fmt: skip
+             if held.get(key) is not None and not isinstance(held[key], kind)]
     if wrong:
         message = f"model type {held.get('model_type')!r}: it has {' and '.join(wrong)}"
         remedy = "the model's own config.json, as it was published or saved"
@@ -222,7 +222,7 @@ def find_config(model: ModelConfig) -> tuple[dict[str, Any], str]:
         "model.name", model.name,
         "no config.json found: it is not one of the shipped shapes, not in the Hub's local cache, and the Hub did not "
         "give it (no network, no such model, or a gated one without HF_TOKEN)", model,
-    )  # fmt: skip
+    )
 
 
 def _read(path: Path, key: str, model: ModelConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from loadmaster.preflight.shape import ModelShape
 
 EXPORT_BITS = {
     "bf16": 16.0, "fp8": 8.0, "fp8_block": 8.0, "int4": 4.125, "int4_gptq": 4.125, "int4_awq": 4.125, "nvfp4": 4.5,
-}  # fmt: skip
+}
 """Bits of a quantized weight with its scales: of int4 16 for each 128 weights, of nvfp4 8 for 16. Embeddings and head
 stay in bf16."""
 GGUF_BITS = {"q8_0": 8.5, "bf16": 16.0, "f16": 16.0}

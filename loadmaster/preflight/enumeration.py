@@ -141,7 +141,7 @@ class Enumeration:
             sharding=sharding, replicas=replicas, reshard_after_forward=reshard, checkpointing=checkpointing,
             kept_layers=kept_layers(job, shape, checkpointing), micro_batch_size=size,
             gradient_accumulation_steps=self.rows // size,
-        )  # fmt: skip
+        )
         a_copy_each = sharding == "ddp" and len(self.shardings) > 1
         nearest = self.explain and not (setup.keeps_weights or a_copy_each)
         if not (nearest or conceivable(job, shape, hardware, setup)):

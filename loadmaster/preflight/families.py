@@ -26,7 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "whole_heads": True,
     },
     "phi3": {"fused": True},
-}  # fmt: skip
+}
 """What the family's code does; `biases`: attention_bias in the config is read; `experts`: how many a layer has where
 neither of the names of their number is in the config, and without it there are none; `windows`: whether sliding_window
 is read; `whole_heads`: whether transformers insists on a hidden_size that is a multiple of the heads."""
@@ -36,7 +36,7 @@ _GEMMA = {
     "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096,
     "hidden_activation": "gelu_pytorch_tanh",
-}  # fmt: skip
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {**_7B, "vocab_size": 32000},
     "smollm3": {
@@ -70,7 +70,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
         "vocab_size": 32064,
     },
-}  # fmt: skip
+}
 WRAPPED = {"gemma3": "gemma3_text"}
 """Multimodal configs whose language model is counted; the vision tower is not."""
 

@@ -42,7 +42,7 @@ def held_against(plan: Plan, measured: Measured) -> dict[str, Any] | None:
         name: {"predicted_gib": round(predicted, 4), "measured_gib": round(seen, 4),
                "off_gib": round(predicted - seen, 4)}
         for name, (predicted, seen) in _parts(plan, measured).items()
-    }  # fmt: skip
+    }
     return {**counters, "parts": parts}
 
 
@@ -69,7 +69,7 @@ def _row(predicted: float, measured: float) -> dict[str, float]:
     return {
         "predicted_gib": round(predicted, 4), "measured_gib": round(measured, 4),
         "difference": round(predicted / measured - 1, 4) if measured else 0.0,
-    }  # fmt: skip
+    }
 
 
 def sentence(found: dict[str, Any] | None) -> str | None:

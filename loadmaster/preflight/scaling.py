@@ -97,7 +97,7 @@ def _step(nodes: int, rows: int, plan: Plan, before: list[Step]) -> Step:
     return Step(
         nodes, rows, plan, rates[2] / plan.world_size / (rates[0] / plans[0].world_size), _marginal(plans, rates),
         runs and _marginal(plans, runs),
-    )  # fmt: skip
+    )
 
 
 def _marginal(plans: list[Plan], rates: list[float]) -> float:
@@ -172,7 +172,7 @@ def print_scaling(job: Job, steps: list[Step], console: Console | None = None) -
             f"{plan.tokens_per_second:,.0f}", f"{step.efficiency:.0%}",
             "" if plan.hours is None else f"{plan.hours:.2f}",
             "" if plan.price is None else f"{plan.price['usd_per_hour']:.2f}", "" if cost is None else f"{cost:,.0f}",
-        )  # fmt: skip
+        )
     print_table(table, console)
     notes = [verdict(steps, job.max_steps)]
     if all(step.plan.hours is None for step in steps):

@@ -136,7 +136,7 @@ def ranking(job: Job, fit: list[Candidate]) -> Callable[[Candidate], tuple]:
     # fp8 rounds the base, so it has to win by more than that.
     return lambda c: (
         -min(c.tokens_per_second or 0, near), c.setup.precision == "fp8", c.setup.state_shards > 1, c.memory.needed_gib
-    )  # fmt: skip
+    )
 
 
 def _one_of_each_kind(job: Job, fit: list[Candidate]) -> list[Candidate]:

@@ -165,7 +165,7 @@ def plan_serving(
         usd_per_million_tokens=None if not rate or pod is None else round(pod / 3600 / rate * 1e6, 3),
         prices=_prices(hardware), ecc=catalog.serving()["gpus"].get(hardware.gpu, {}).get("ecc"),
         notes=_notes(shape, hardware, form, weights, tokens, context, traffic),
-    )  # fmt: skip
+    )
 
 
 def cheapest_servers(shape: ModelShape, form: str, context: int, requests: float = 1, **options) -> list[ServingPlan]:

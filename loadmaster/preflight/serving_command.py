@@ -125,7 +125,7 @@ def plan_serving_command(arguments: list[str]) -> int:
         print(
             f"no machine of the catalogue holds {request.requests:,.10g} requests of {request.context:,} tokens: "
             "try format=int4 or fp8, cache=fp8, or a smaller context", file=sys.stderr,
-        )  # fmt: skip
+        )
     return 0 if plans and machines_for(plans[0], request.requests) == 1 else DoesNotFit.exit_code
 
 

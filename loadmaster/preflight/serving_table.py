@@ -101,5 +101,5 @@ def _comparison(plans: dict[str, ServingPlan], first: str) -> Table:
             name, f"{plan.cache_tokens:,}", f"{plan.concurrent_requests:,.1f}",
             figure(plan.tokens_per_second, "{:,.0f}"), figure(plan.pod_usd_per_hour, "{:.2f}"),
             figure(plan.flex_usd_per_hour, "{:.2f}"), figure(plan.usd_per_million_tokens, "{:.2f}"),
-        )  # fmt: skip
+        )
     return table

@@ -92,7 +92,7 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
             figure(row["tokens_per_second"], "{:,.0f}"), figure(row["hours"], "{:.2f}"),
             figure(row["usd_per_hour"], "{:.2f}"), figure(row["cost_usd"], "{:.2f}"),
             figure(row["usd_per_million_tokens"], "{:.3f}"),
-        )  # fmt: skip
+        )
     left = len(plan.elsewhere) - len(shown)
     more = f" (and {left} more in plan.json)" if left else ""
     dates = " and ".join(sorted({row["price"].rpartition(" of ")[2] for row in shown if row["price"]}))

@@ -37,7 +37,7 @@ def tiers(job: Job, hardware: Hardware) -> Iterator[dict[str, Any]]:
                 yield {
                     "method": method, "precision": precision, "optimizer": optimizer, "master_weights": master,
                     "offload": offload, "in_backward": in_backward,
-                }  # fmt: skip
+                }
 
 
 def offloads(job: Job, method: str, hardware: Hardware) -> tuple[str, ...]:

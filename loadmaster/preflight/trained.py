@@ -141,7 +141,7 @@ def _beside(shape: ModelShape, rank: int, targets: Any, named: tuple[str, ...]) 
 
     norms = Trained(saved.layer_parameters(shape, named), False)
     layers = [[*(part for m in shape.adapted(targets, experts) for part in adapter(m)), norms]
-              for experts in (False, True)]  # fmt: skip
+              for experts in (False, True)]
     return _around(shape, layers, named)
 
 

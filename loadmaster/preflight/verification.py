@@ -72,13 +72,13 @@ class VerificationNeed:
         """For plan.json."""
         layers = None if self.placement is None else {
             "gpus": list(self.placement.gpus), "host": self.placement.host, "disk": self.placement.disk,
-        }  # fmt: skip
+        }
         return {
             "fits": self.placement is not None, "layers": layers,
             "working_gib": round(self.working / GIB, 3), "passing_gib": round(self.passing / GIB, 3),
             "host_gib": round(self.host_bytes / GIB, 2), "disk_gib": round(self.disk_bytes / GIB, 2),
             "passes": self.passes, "moving_hours": round(self.seconds / 3600, 3), "answers_at_a_time": self.answers,
-        }  # fmt: skip
+        }
 
 
 def verifying(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> VerificationNeed:

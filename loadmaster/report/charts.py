@@ -92,7 +92,7 @@ def draw(curve: Curve, width: int, height: int) -> str:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
     return drawn(plot, f"{curve.title} {width}x{height}", (width, height),
-                 f"{curve.title}, {curve.unit}, over optimizer steps")  # fmt: skip
+                 f"{curve.title}, {curve.unit}, over optimizer steps")
 
 
 def drawn(plot: Callable[[Any], None], salt: str, size: tuple[int, int], description: str) -> str:

@@ -52,7 +52,7 @@ def exports_section(files: RunFiles) -> list[Export] | None:
         Export("base model", units.MISSING, NONE, NONE, NONE, NONE, NONE, Measured(units.percent(base_task))),
         Export("as trained", units.MISSING, Measured("1.0000"), Measured(_mean_kl(0.0)), Measured("0.0000"),
                Measured("100.00%"), Measured("0.0%"), Measured(units.percent(trained_task))),
-    ]  # fmt: skip
+    ]
     for name, facts in exports.items():
         rows += [_export(name, facts, trained_task), *_others(name, facts)]
     again = " (made again, not published)"
@@ -135,7 +135,7 @@ def _others(name: str, facts: dict[str, Any]) -> list[Export]:
             Measured(units.percent(dig(scores, "task.metric"))),
         )
         for other, scores in candidates.items() if other != figures.get("candidate")
-    ]  # fmt: skip
+    ]
 
 
 def _chosen(figures: dict[str, Any]) -> list[str]:

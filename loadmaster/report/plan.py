@@ -222,7 +222,7 @@ def _phases(plan: dict[str, Any]) -> list[Phase]:
             [Part(key, COMPONENTS.get(key, "in all"), gib, gib / full) for key, gib in parts.items() if gib > 0],
         )
         for name, parts in found.items()
-    ]  # fmt: skip
+    ]
 
 
 def memory_section(files: RunFiles) -> MemorySection | None:

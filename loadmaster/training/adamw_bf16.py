@@ -23,7 +23,7 @@ class AdamWBf16(torch.optim.Optimizer):
 
     def __init__(
         self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, moments: torch.dtype, shard: int
-    ):  # fmt: skip
+    ):
         """groups: with `numbers`, of each of their parameters among all there are. shard: which part of them these are.
 
         moments: float32 where weights are (a CPU), and then nothing is rounded.
@@ -56,7 +56,7 @@ class AdamWBf16(torch.optim.Optimizer):
 def _update(
     weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: Tensor, lr: Tensor,
     one: Tensor, other: Tensor, beta1: float, beta2: float, decay: float, eps: float,
-) -> None:  # fmt: skip
+) -> None:
     """Decoupled weight decay (Loshchilov & Hutter 2019), in fp32 from what is held to what is rounded.
 
     The second moment's seed is its weight's the other way round, also where that is rounded from a master, elsewhere.

@@ -126,12 +126,12 @@ def _launch_config(workers: Workers) -> dict[str, Any]:
         return common | {
             "min_nodes": 1, "max_nodes": 1, "run_id": uuid.uuid4().hex,
             "rdzv_backend": loopback.BACKEND, "rdzv_endpoint": loopback.ADDRESS,
-        }  # fmt: skip
+        }
     return common | {
         "min_nodes": meeting.nodes, "max_nodes": meeting.nodes, "run_id": "loadmaster", "rdzv_backend": "static",
         "rdzv_endpoint": f"{meeting.address}:{meeting.port}",
         "rdzv_configs": {"rank": meeting.rank, "timeout": workers.rendezvous_s},
-    }  # fmt: skip
+    }
 
 
 def _logs(workers: Workers, over: threading.Event, lost: dict[int, str]) -> Any:

@@ -95,7 +95,7 @@ class Checkpoints:
     def save(
         self, folder: Path, trained: Named, optimizer: TrainingOptimizer, state: dict[str, Any],
         keep: tuple[int, int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Copy everything and return; `folder` appears when it is whole. `state` must be JSON.
 
         keep: (newest, best) to keep of its neighbours. Raises TrainingFailed for the save before, if that failed.
@@ -223,7 +223,7 @@ class Checkpoints:
             for key, entry in stored.items()
             if key.startswith("optimizer/") and (name := key.split("/", 1)[1].rsplit("/", 1)[0]) in parameters
             and tuple(entry.size) == tuple(self.placed.shape(parameters[name]))
-        }  # fmt: skip
+        }
         states = ((key.removeprefix("optimizer/"), value) for key, value in self._read(folder, stored, where))
         blocks = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -40,7 +40,7 @@ from loadmaster.training.world import World
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "torchao", "numpy", "safetensors",
     "triton",
-)  # fmt: skip
+)
 CLOCK_S = 5.0
 """Clocks further apart than this make logs and checkpoints' times misleading, and can break TLS and NFS."""
 SHM_GIB = 1.0
@@ -106,7 +106,7 @@ def needs_of(plan: Plan) -> Needs:
     return Needs(
         plan.disk_gib, shm, facts["link_gb_per_s"] if count > 1 else None, network,
         call_us + (count - 1) * value("latency", "link_us"), call_us + value("latency", "network_us"),
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------- decisions
@@ -200,7 +200,7 @@ def describe(reports: Sequence[Report]) -> list[str]:
     for r in reports:
         shm = "" if r.shm_free_gib is None else f", {r.shm_free_gib:.1f} GiB in /dev/shm"
         rates = [f"{rate:.2f} GB/s {where}" for rate, where in
-                 ((r.node_gb_per_s, "in the node"), (r.next_gb_per_s, "to the next")) if rate is not None]  # fmt: skip
+                 ((r.node_gb_per_s, "in the node"), (r.next_gb_per_s, "to the next")) if rate is not None]
         latencies = ((r.node_latency_us, "in the node"), (r.next_latency_us, "to the next"))
         rates += [f"{taken:.0f} us {where}" for taken, where in latencies if taken is not None]
         links = "".join(f", {rate}" for rate in rates)
@@ -271,7 +271,7 @@ def report(world: World, config: str, data: str, run_dir: Path) -> Report:
     return Report(
         world.rank, world.node, os.environ.get("NODE_ADDR") or socket.gethostname(), code, config, data, versions,
         time.time(), disk or 0.0, shm, latency_us, node_rate, next_rate, *latencies,
-    )  # fmt: skip
+    )
 
 
 def measure_links(world: World) -> tuple[float, float | None, float | None, float | None, float | None]:

@@ -161,7 +161,7 @@ class Training:
     def __init__(
         self, session: Session, prepared: PreparedData, run_dir: Path, job_hash: str, held_out: HeldOut,
         stop: StopSignal, display: Display, watch: Watchdog,
-    ):  # fmt: skip
+    ):
         self.session, self.prepared, self.run_dir, self.job_hash = session, prepared, run_dir, job_hash
         self.held_out, self.stop, self.display, self.watch = held_out, stop, display, watch
         job, rows = session.job, prepared.train

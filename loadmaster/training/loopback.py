@@ -67,7 +67,7 @@ class _Rendezvous(StaticTCPRendezvous):
         self._store = TCPStore(
             ADDRESS, self.master_port, 1, True, timedelta(seconds=CONNECT_S), multi_tenant=True,
             master_listen_fd=listening.detach(),
-        )  # fmt: skip
+        )
 
     def get_backend(self) -> str:
         return BACKEND

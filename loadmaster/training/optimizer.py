@@ -109,7 +109,7 @@ class TrainingOptimizer:
                 "weight_decay": decay, "lr_ratio": ratio,
             }
             for (decay, ratio), held in groups.items()
-        ]  # fmt: skip
+        ]
         own = [None if ".lora_" in name else numbers[name] for name in names]
         return _Bucket(names, parameters, targets, own, make(made) if made else None, [0] * len(names))
 

@@ -87,4 +87,4 @@ class Placed:
         return DTensor.from_local(
             part, mesh, parameter.placements, run_check=False,
             shape=parameter.shape, stride=parameter.stride(),
-        )  # fmt: skip
+        )

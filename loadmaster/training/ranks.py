@@ -34,7 +34,7 @@ NAMES = {
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     # Only srun sets SLURM_STEP_NUM_TASKS; in a batch script without srun, SLURM_PROCID is 0 and nobody else comes.
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-}  # fmt: skip
+}
 
 
 def is_member(env: Mapping[str, str] = os.environ) -> bool:
@@ -91,7 +91,7 @@ def _refuse_impossible(env: Mapping[str, str], fix: str, names: Mapping[str, str
     possible = {
         "RANK": range(size), "MASTER_PORT": range(1, 2**16), "LOCAL_WORLD_SIZE": range(1, size + 1),
         "LOCAL_RANK": range(per_node),
-    }  # fmt: skip
+    }
     for name in ["RANK", "MASTER_PORT", *[name for name in LOCAL if name in env]]:
         if int(env[name]) not in possible[name]:
             ends = f"{possible[name].start} to {possible[name].stop - 1}"

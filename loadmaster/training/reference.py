@@ -85,7 +85,7 @@ class Reference:
         self, loss: nn.Module, rows: PackedRows, left: list[int],
         micro_batches: Callable[[list[PackedRow]], list[MicroBatch]], rows_at_a_time: int,
         told: Callable[[int, int], None], stopping: Callable[[], bool],
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         saved = time.monotonic()
         for start in range(0, len(left), rows_at_a_time):
             if stopping():

@@ -57,7 +57,7 @@ class Rehearsed:
 def rehearse_run(
     session: Session, prepared: PreparedData, checkpoints: Checkpoints, scratch: Path, lr: float,
     echo: Callable[[str], None],
-) -> Rehearsed:  # fmt: skip
+) -> Rehearsed:
     """The rehearsal, at the learning rate of step 1: what the warm-up would have saved is not refused.
 
     Where memory runs out with layers that keep their activations for speed alone, once more with all checkpointed.
@@ -196,7 +196,7 @@ def measured(rehearsal: Rehearsed) -> Measured:
     return Measured(
         rehearsal.peak_allocated_gib, rehearsal.peak_reserved_gib, rehearsal.peak_device_gib,
         rehearsal.loaded_gib, rehearsal.resting_gib,
-    )  # fmt: skip
+    )
 
 
 def is_finite(part: torch.Tensor) -> bool:

@@ -77,7 +77,7 @@ class Strategy:
             trainable(model), self.job.optimizer, self.plan.optimizer, self.plan.master_weights,
             offload=self.plan.offload == "optimizer", sum_over_shards=self.sum_over_shards,
             b_lr_ratio=self.job.lora.b_lr_ratio, compiled=self.plan.compile,
-        )  # fmt: skip
+        )
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -65,7 +65,7 @@ def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
     case = Case(
         setup.tokens, setup.checkpointing, accumulated, job.objective, kept_layers=setup.kept_layers,
         rows=setup.micro_batch_size,
-    )  # fmt: skip
+    )
     try:
         base = _meta_model(config, DTYPES[setup.precision])
         parameters = sum(p.numel() for p in base.parameters())
@@ -86,7 +86,7 @@ def trace_plan(job: Job, plan: Plan) -> dict[str, Any]:
         "parameters": parameters,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weights_gib": round(weight_bytes(model) / GIB, 4),
-    }  # fmt: skip
+    }
 
 
 def traced_setup(job: Job, plan: Plan) -> Setup:
@@ -99,7 +99,7 @@ def traced_setup(job: Job, plan: Plan) -> Setup:
         lora_targets=tuple(targets) if isinstance(targets, list) else targets, objective=job.objective,
         modules_to_save=tuple(job.lora.modules_to_save), dora=job.lora.dora,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
-    )  # fmt: skip
+    )
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -123,7 +123,7 @@ def with_trained_part(model: nn.Module, setup: Setup) -> nn.Module:
         lora = LoraConfig(
             rank=setup.lora_rank, dropout=setup.lora_dropout, targets=targets, dora=setup.dora,
             modules_to_save=list(setup.modules_to_save),
-        )  # fmt: skip
+        )
         model = make_trainable(model, setup.method, lora)
     return model
 

@@ -103,4 +103,4 @@ def correct(job: Job, plan: Plan, shape: ModelShape, found: dict[str, Any]) -> P
         basis={**plan.basis, "memory": "weights, trained parameters, activations and loss: a traced step of the "
                "model's own code; context: as of other models; sharding's buffers: scaled from a model like Llama"},
         trace=found,
-    )  # fmt: skip
+    )

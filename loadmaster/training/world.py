@@ -224,7 +224,7 @@ def meet(rank: int, size: int, place: str, patience_s: float = JOIN_S) -> dist.S
         store = dist.TCPStore(
             host, port, is_master=keeps, wait_for_workers=False, timeout=patience, multi_tenant=True,
             master_listen_fd=ear(host, port) if keeps and alone else None,
-        )  # fmt: skip
+        )
         store.set(keys[rank], "")
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):

@@ -248,7 +248,7 @@ def test_a_cold_process_composes_and_judges_within_1_5_s_without_torch(arguments
         "/plain/a b=(1)", "/with,comma", "/it's/here", '/a "word"', "/[x]/{y}", "/back\\slash", "/ü\\'x,", "/end,\\",
         "/a$ #1", "/back\\slash (1)", "/ends with one ",
     ],
-)  # fmt: skip
+)
 def test_a_path_that_is_passed_on_arrives_as_it_is(path: str):
     """As the run directory is, to the job on another machine."""
     assert compose([assigned("run_dir", path)]).job.run_dir == path

@@ -161,7 +161,7 @@ def test_a_sweep_runs_every_combination_and_ends_with_the_worst_code(here: Path)
     assert run_app(task, ["--multirun", "seed=1,2,3", "method=lora,qlora", "stop_after=plan"]) == 4
     assert [(c.job.seed, c.job.method) for c in task.jobs] == [
         (1, "lora"), (1, "qlora"), (2, "lora"), (2, "qlora"), (3, "lora"), (3, "qlora"),
-    ]  # fmt: skip
+    ]
     assert {c.job.run_dir for c in task.jobs} == {"auto"}
     (record,) = files(here)
     assert record.startswith("runs/sweeps/")

@@ -104,7 +104,7 @@ def test_a_plan_says_what_a_folder_lacks_for_training(folder, gone, said):
     for file in (file for name in gone for file in folder.glob(name)):
         file.unlink()
     told = [reason for reason in make_plan(compose([f"model.path={folder}", "hardware=h100_80gb_x1"]).job).reasons
-            if reason.startswith("model.path holds no")]  # fmt: skip
+            if reason.startswith("model.path holds no")]
     assert len(told) == bool(said) and (not said or told[0].startswith(said))
 
 
@@ -112,7 +112,7 @@ def test_a_plan_says_what_a_folder_lacks_for_training(folder, gone, said):
     ("given", "what"),
     [("run", "a run"), ("run/adapter", "the adapter of a run"), ("run/export/adapter", "an export of a run"),
      ("run/export/gguf", "an export of a run")],
-)  # fmt: skip
+)
 def test_a_second_stage_over_a_run_is_told_what_to_train_on(tmp_path, given, what):
     for name in ("adapter", "export/adapter", "export/gguf"):
         (tmp_path / "run" / name).mkdir(parents=True)

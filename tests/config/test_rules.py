@@ -205,7 +205,7 @@ CASES = {
         ["plan.prices_usd_per_hour={h100_80gb: 2.5}"],
     ),
     "model_folder_exists": (["model.path=empty"], "model.path", "config.json", ["model.path=model"]),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -318,7 +318,7 @@ def test_a_card_is_meant_by_the_words_of_its_name():
              "4090": "rtx4090", "RTX_3090": "rtx3090", "a6000": "rtx_a6000", "a10": "a10g", "l40": "l40s",
              "RTX 4090": "rtx4090", "H100 NVL": "h100_nvl", "NVIDIA A100-SXM4-40GB": "a100_40gb", "GB200": "b200",
              "nvidia l40s": "l40s", "RTX 6000 Ada": "rtx_6000_ada", "GeForce RTX 4090": "rtx4090",
-             "gtx4090": "rtx4090"}  # fmt: skip
+             "gtx4090": "rtx4090"}
     assert {word: nearest_card(word, catalog.gpus()) for word in meant} == meant
 
 
@@ -379,7 +379,7 @@ def test_a_missing_file_in_a_missing_folder_says_where_it_looked():
         ["data=file", "data.path=mine.jsonl", PLAN], ["data=file", "data.path=folder"],
         ["data=file", "data.path=open", PLAN],
     ],
-)  # fmt: skip
+)
 def test_data_that_may_not_be_read_is_named_before_anything_starts(words: list[str], tmp_path: Path):
     (tmp_path / "mine.jsonl").touch(0o200)
     (tmp_path / "folder").mkdir(0o600)

@@ -244,7 +244,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("run_dir=${nope}", "run_dir", "cannot be resolved: Interpolation key 'nope' not found", r"${, write \${"),
         ("data=file", "data.path", "has no value yet", "data.path=...; What to train on"),
     ],
-)  # fmt: skip
+)
 def test_one_mistake_is_one_problem_with_its_remedy(argument: str, key: str, message: str, remedy: str):
     (problem,) = problems(argument)
     assert problem.key == key
@@ -337,7 +337,7 @@ def test_every_mistake_of_the_command_line_and_of_the_files_is_reported_in_readi
     found = problems(
         "recipe=mine", "hardware=a100", "optimizer.lr=fast", "smoke", "~nothing", "epochs=0", "export.formats=[int8]",
         "endpoint.serve_as=fp9",
-    )  # fmt: skip
+    )
     assert [(p.key, p.value, p.origin) for p in found] == [
         ("hardware", "a100", CLI),
         ("optimizer.lr", "fast", CLI),
@@ -354,7 +354,7 @@ def test_every_mistake_of_the_command_line_and_of_the_files_is_reported_in_readi
     ]
     assert [p.remedy for p in found[-5:]] == [
         "model.name: my/tiny", "method: lora", "lora.rank: 8 (without the quotes)", "lora.alpha: 3", "seed: 4",
-    ]  # fmt: skip
+    ]
 
 
 def test_rules_are_reported_beside_wrong_values_but_not_about_them():
@@ -381,7 +381,7 @@ def test_rules_are_reported_beside_wrong_values_but_not_about_them():
          "recipe/smoke; the groups are data, endpoint"),
         ("defaults:\n  - override /modl: x\n", "modl", "recipes/mine.yaml:2", "no such group", "override /model: ..."),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_does_not_compose_is_named_with_its_line_beside_the_command_lines_mistakes(
     here: Path, text: str, key: str, origin: str, message: str, remedy: str
 ):
@@ -463,7 +463,7 @@ def test_what_cannot_be_read_is_not_called_missing_besides():
 @pytest.mark.parametrize("argument", [
     f"model.path={'m' * 300}", f"endpoint.arrivals={'a' * 300}.csv", f"recipe=/{'x' * 300}/y",
     f"data.path={'[' * 3000}{']' * 3000}",
-])  # fmt: skip
+])
 def test_names_too_long_for_a_disk_and_lists_too_deep_to_read_are_problems(argument):
     key = argument.partition("=")[0]
     assert key in {problem.key for problem in problems(argument)}

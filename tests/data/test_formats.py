@@ -117,7 +117,7 @@ def test_assistant_turns_of_a_prompt_are_context():
     conversation = to_conversation(row, "prompt_completion", "f:1", system="Be brief.")
     assert [message["role"] for message in conversation.messages] == [
         "system", "user", "assistant", "user", "assistant",
-    ]  # fmt: skip
+    ]
     assert conversation.prompt_answers == 1 and conversation.tools
     assert Conversation.from_json(conversation.to_json()) == conversation
     whole = to_conversation({"messages": [*row["prompt"], SAID], "tools": [TOOL]}, "messages", "f:1", "Be brief.")

@@ -318,7 +318,7 @@ def test_rows_are_read_by_the_names_that_their_columns_have(tokenizer, write_jso
 
 @pytest.mark.parametrize(("besides", "shape"), [
     ({"text": "Q: Say 1 A: 1"}, "text"), ({"messages": [{"role": "user", "content": "Hm"}]}, "messages"),
-])  # fmt: skip
+])
 def test_columns_that_are_named_are_not_passed_over(tokenizer, write_jsonl, job_for, besides, shape):
     path = write_jsonl([{"instruction": f"Say {n}", "output": f"{n}", **besides} for n in range(4)])
     columns = {"prompt": "instruction", "completion": "output"}

@@ -50,7 +50,7 @@ def test_rows_of_an_array_on_one_line_are_counted(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([{"n": 1, "text": "a\nb"}, {"n": 2}]) + "\n")
     assert [(origin, value["n"]) for origin, value in rows_of(tmp_path / "rows.json")] == [
         ("rows.json:1", 1), ("rows.json:2", 2),
-    ]  # fmt: skip
+    ]
 
 
 def test_every_line_is_right_in_an_indented_array(tmp_path):

@@ -26,11 +26,11 @@ CONFIG = {
     "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
-}  # fmt: skip
+}
 JOB = Job(
     recipe="tickets", model=ModelConfig(name="HuggingFaceTB/SmolLM2-135M-Instruct"), sequence_length=512,
     export=ExportConfig(formats=["adapter", "bf16", "int4"]),
-)  # fmt: skip
+)
 
 
 def publish(run_dir, name, size, passed=True, config=CONFIG):
@@ -42,7 +42,7 @@ def publish(run_dir, name, size, passed=True, config=CONFIG):
     facts = {
         "format": name, "recipe": "tickets", "base_model": {"name": "org/base", "revision": "abc"},
         "stop_token_ids": [2, 7], "verification": {"perplexity_ratio": 1.01, "mean_kl": 0.002, "passed": passed},
-    }  # fmt: skip
+    }
     write_manifest(folder, {**facts, **({"adapter": {"rank": 24}} if name == "adapter" else {})})
 
 
@@ -130,7 +130,7 @@ def test_sizes_reasons_and_bills_are_in_the_readme(run_dir):
     for said, sent in (
         ("max_model_len=auto: 512 tokens", '"MAX_MODEL_LEN": "512"'), ("of cache in bf16 hold", "MODEL_NAME"),
         ("256 requests at once", '"MAX_NUM_SEQS": "256"'), ("max_workers=auto", '"max": 2'),
-    ):  # fmt: skip
+    ):
         assert said in text and sent in asked
     own = bundle(run_dir, kv_cache_dtype="fp8", max_model_len=256, max_workers=3)
     text = (own / "README.md").read_text()
@@ -179,7 +179,7 @@ def test_the_endpoint_asks_for_one_card_of_a_mixed_pool(run_dir):
     assert request["gpu"] == {
         "pools": ["ADA_48_PRO"], "excludedTypes": ["NVIDIA L40", "NVIDIA RTX 6000 Ada Generation"], "count": 1,
         "minCudaVersion": "13.0",
-    }  # fmt: skip
+    }
     assert request["workers"] == {"min": 1, "max": 2, "idleTimeout": 60} and request["flashboot"] == "FLASHBOOT"
     assert request["image"].startswith("runpod/worker-v1-vllm:v") and request["type"] == "QUEUE"
     assert request["env"] == environment(run_dir / "bundle")
@@ -237,7 +237,7 @@ def test_the_readme_says_how_long_a_cold_start_takes_from_where(run_dir):
     starts = list(read_json(folder / "serving.json")["starts"].values())
     assert starts[0] < starts[1] < starts[2] and min(starts) == starts[3]
     fleets = {(f["fleet"]["min_workers"], f["fleet"]["max_workers"], f["fleet"]["idle_timeout_s"])
-              for f in read_json(folder / "serving.json")["outcomes"]}  # fmt: skip
+              for f in read_json(folder / "serving.json")["outcomes"]}
     assert {minimum for minimum, _, _ in fleets} == {0, 1} and {1, 2, 4} <= {most for _, most, _ in fleets}
     assert len({idle for _, _, idle in fleets}) >= 4
 
@@ -324,7 +324,7 @@ def test_a_gpu_that_is_too_small_is_said_to_be_and_no_endpoint_is_written(tmp_pa
     big = {
         **CONFIG, "max_position_embeddings": 500_000, "hidden_size": 16384, "num_hidden_layers": 126,
         "intermediate_size": 53248, "num_attention_heads": 128, "num_key_value_heads": 128,
-    }  # fmt: skip
+    }
     publish(tmp_path, "bf16", 10, config=big)
     job = replace(JOB, export=ExportConfig(formats=["bf16"]), endpoint=EndpointConfig(max_model_len=500_000))
     folder = write_bundle(tmp_path, job)
@@ -387,7 +387,7 @@ def test_a_rank_that_is_not_allowed_gets_the_next_one_up():
     manifest = {
         "format": "adapter", "recipe": "tickets", "base_model": {"name": "org/base", "revision": None},
         "adapter": {"rank": 65},
-    }  # fmt: skip
+    }
     assert model_options(manifest, "x", 512)["max-lora-rank"] == "128"
     assert choose({"adapter": {"bytes": 1}}, "auto") == "adapter"
     with pytest.raises(ConfigError, match=r"no server loads it: for llama\.cpp(.|\n)*serve_as=bf16"):

@@ -66,6 +66,6 @@ def test_a_cold_start_reads_the_weights_from_where_they_are() -> None:
     """39.5 GB from a network volume of 0.2 to 0.4 GB/s: 99 to 198 s, besides container and server."""
     slow, fast, image = (
         cold_start_s(39.5e9, "volume"), cold_start_s(39.5e9, "volume", "high"), cold_start_s(39.5e9, "image"),
-    )  # fmt: skip
+    )
     assert slow - fast == pytest.approx(98.75)
     assert image > slow > cold_start_s(0, "volume") > 0

@@ -28,7 +28,7 @@ HANDLER = Path(__file__).parents[2] / "loadmaster/endpoint/handler.py"
 SETTINGS = {
     "command": [sys.executable, "-c", "raise SystemExit(3)"], "port": 1, "served_model_name": MODEL,
     "max_concurrency": 4, "longest_input_bytes": 2000,
-}  # fmt: skip
+}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 

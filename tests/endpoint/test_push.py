@@ -24,11 +24,11 @@ FIGURES = {
     "candidate": "bf16", "tokens": 1703, "perplexity_ratio": 0.9999, "mean_kl": 0.00003, "p99_kl": 0.0003,
     "top1_agreement": 1.0, "flipped_answers": 0.0, "task": {"metric": 0.95, "rows": 60}, "task_retention": 1.0,
     "passed": True, "failures": [], "limits": {"max_mean_kl": 0.005}, "scored_on": "held-out rows",
-}  # fmt: skip
+}
 PLAN = {
     "method": "lora", "precision": "fp32", "optimizer": "adamw", "hardware": {"gpu": "cpu", "count": 1},
     "sequence_length": 512,
-}  # fmt: skip
+}
 
 
 def add_export(run: Path, name: str, **changes) -> Path:
@@ -39,7 +39,7 @@ def add_export(run: Path, name: str, **changes) -> Path:
     facts = {
         "format": name, "recipe": "smoke", "base_model": {"name": "example/tiny", "revision": None},
         "stop_token_ids": [2], "plan": PLAN, "data": {"sha256": "d4" * 32}, "verification": FIGURES, **changes,
-    }  # fmt: skip
+    }
     write_manifest(folder, facts)
     return folder
 
@@ -70,11 +70,11 @@ def pushed(hub: FakeHub, run: Path, *options: str, token: str | None = TOKEN) ->
         **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
         "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(run.parent / "hf"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1", **({"HF_TOKEN": token} if token else {}),
-    }  # fmt: skip
+    }
     return subprocess.run(
         [sys.executable, "-m", "loadmaster.cli", "push", str(run), "--repo", "org/name", *options],
         env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    )
 
 
 def test_a_push_survives_failures_and_leaves_a_repository_that_verifies(hub, run, tmp_path):
@@ -96,12 +96,12 @@ def test_a_push_survives_failures_and_leaves_a_repository_that_verifies(hub, run
     assert header == {
         "license": "apache-2.0", "base_model": "example/tiny", "base_model_relation": "finetune",
         "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["loadmaster", "bf16"],
-    }  # fmt: skip
+    }
     for said in (
         "vllm serve org/name --served-model-name smoke", "0.9999", "95.0%", "rank 16, alpha 32", "0.0002",
         "Trained on tickets.jsonl.", "d4d4", "token 2", "max_mean_kl 0.005",
         "| steps | 5 |\n| weights | those after step 2 |\n| batch |",
-    ):  # fmt: skip
+    ):
         assert said in card, said
 
     # Once more: the same repository, a file that the new export has not is taken away, no object is sent twice.
@@ -165,7 +165,7 @@ def test_what_is_to_be_private_is_not_pushed_to_a_repository_that_is_public(hub,
         ("../secret/tickets.jsonl", "tickets.jsonl"), ("org/dataset", "org/dataset"),
         ("shipped:tickets/train.jsonl", "shipped:tickets/train.jsonl"),
     ],
-)  # fmt: skip
+)
 def test_a_card_names_no_folder_of_a_machine_even_when_the_data_are_gone(source, shown):
     assert push._without_folders(source) == shown
 

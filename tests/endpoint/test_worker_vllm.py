@@ -69,7 +69,7 @@ def test_the_worker_starts_the_server_that_our_own_worker_would(run_dir, form, s
     job = replace(
         JOB, export=ExportConfig(formats=["adapter", "bf16", "fp8", "int4"]),
         endpoint=EndpointConfig(serve_as=form, **settings),
-    )  # fmt: skip
+    )
     folder = write_bundle(run_dir, job)
     env = environment(folder)
     assert served(env) == command_line(read_json(folder / "server.json")["command"])
@@ -85,4 +85,4 @@ def test_the_worker_starts_the_server_that_our_own_worker_would(run_dir, form, s
 def test_every_value_is_one_line_without_a_shell() -> None:
     command = vllm_command({"model": "m", "lora-modules": '{"name": "a b"}', "enable-lora": ""})
     assert command == ["vllm", "serve", "m", "--lora-modules", '{"name": "a b"}', "--enable-lora",
-                       "--host", "127.0.0.1", "--port", "8000"]  # fmt: skip
+                       "--host", "127.0.0.1", "--port", "8000"]

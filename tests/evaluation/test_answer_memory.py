@@ -16,7 +16,7 @@ from tests.preflight.zero_run import Held
 SIZES = {
     "vocab_size": 500, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

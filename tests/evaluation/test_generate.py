@@ -171,7 +171,7 @@ def test_the_models_own_generation_settings_do_not_change_an_answer(model, token
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.5, top_p=0.8, repetition_penalty=2.0, no_repeat_ngram_size=1, eos_token_id=2,
         suppress_tokens=list(range(30, 9000)), return_dict_in_generate=True,
-    )  # fmt: skip
+    )
     try:
         assert generate(model, tokenizer, [conversation(QUESTIONS[1])], 24, 1) == [alone[1]]
     finally:

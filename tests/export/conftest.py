@@ -34,7 +34,7 @@ def make_plan(method: str = "lora") -> Plan:
         gradient_accumulation_steps=1, sequence_length=128, memory_gib=MemoryGib(*[0.0] * 9),
         phases_gib=PhasesGib(*[0.0] * 5), budget_gib=8.0, host_memory_gib=1.0, disk_gib=1.0, tokens_per_second=None,
         hours=None, cost_usd=None,
-    )  # fmt: skip
+    )
 
 
 class Run:
@@ -47,7 +47,7 @@ class Run:
                 {"role": "assistant", "content": f'{{"customer":"{name}","order":"{index}"}}'},
             ]}
             for index, name in enumerate(NAMES)
-        ]  # fmt: skip
+        ]
         for name, part in (("train", rows[:8]), ("validation", rows[8:])):
             (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
         self.job = Job(
@@ -55,7 +55,7 @@ class Run:
             data=DataConfig(path=str(folder / "train.jsonl"), validation=str(folder / "validation.jsonl")),
             evaluation=EvaluationConfig(task="exact_match", max_new_tokens=4),
             export=ExportConfig(formats=["bf16"], calibration_rows=4),
-        )  # fmt: skip
+        )
         self.plan, self.base, self.tokenizer = make_plan(), base, tokenizer
         self.folder = folder / "run"
         shutil.copytree(adapter, self.folder / "adapter")

@@ -36,7 +36,7 @@ FP8_CONFIG = {
         "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True},
     }},
     "ignore": ["lm_head"],
-}  # fmt: skip
+}
 
 
 # A random model has near ties everywhere, and loses more to fp8 than a trained one: of fp8 the checks are looked at.
@@ -62,7 +62,7 @@ class Proof:
             base=run.base, trained=adapter, precision="fp32", frozen=None, device="cpu",
             rows=verify.held_out_rows(run.prepared.validation, 4, 49152),
             conversations=list(run.prepared.validation_conversations), evaluation=run.job.evaluation, formats={},
-        )  # fmt: skip
+        )
         self.verification = Verification(told, {})
         self.told = told
         self.trained = load_trained(run.base, adapter, torch.float32, "cpu")
@@ -331,7 +331,7 @@ BROKEN = {
         "adapter", adapter_tensors(lambda found, _: found.pop(f"{LORA}.lora_A.weight")),
         [r"strict_load: .*missing keys"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ["bf16", "adapter", "fp8"])
@@ -369,7 +369,7 @@ ON_DISK = {
         "bf16", tensors(lambda found, _: found.update({UP: found[UP].T.contiguous()})),
         [rf"strict_load: .*mismatched keys \({UP} \[64, 192\] instead of \[192, 64\]"],
     ),
-}  # fmt: skip
+}
 """Those of BROKEN that are in a layer's weights, by name, and what only reading from disk has to look for."""
 
 

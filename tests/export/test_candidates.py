@@ -43,7 +43,7 @@ def test_where_neither_merge_is_close_a_run_that_exports_no_bf16_says_so_too(run
     scores = {
         "candidate": STORED_BASE, "failures": ["mean_kl is 0.2, must be at most 0.005"],
         "candidates": {name: {"mean_kl": 0.2, "top1_agreement": 0.8} for name in (AS_TRAINED, STORED_BASE)},
-    }  # fmt: skip
+    }
     builder = Builder(
         run.job, run.plan, run.base, run.folder / "adapter", run.prepared, run.tokenizer, NEWEST, run.log.append
     )

@@ -36,7 +36,7 @@ def publishing(target: Path, first: int, most_bytes: int = 0) -> subprocess.Pope
     return subprocess.Popen(
         [sys.executable, "-c", PUBLISH, str(target), str(first), str(most_bytes)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
 
 
 def publish(target: Path, version: str) -> None:

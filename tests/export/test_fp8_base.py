@@ -48,7 +48,7 @@ def test_an_export_that_is_right_is_not_refused_for_what_training_rounded(tiny, 
     told = verify.spec(
         base=tiny, trained=tiny_adapter, precision="fp8", frozen="fp8", device="cpu", rows=ROWS, conversations=[],
         evaluation=EvaluationConfig(task="none"), formats={},
-    )  # fmt: skip
+    )
     verification = verify.Verification(told, {})
     model = merged(load_trained(tiny, tiny_adapter, torch.float32, "cpu", "fp8"), tiny)
     monkeypatch.setattr(verification, "_load", lambda _: model)
@@ -69,7 +69,7 @@ def test_what_a_server_is_compared_with_is_not_rounded_either(tiny, tiny_adapter
         "base": str(tiny), "trained": str(tiny_adapter), "device": "cpu", "scratch": str(tmp_path), "working": 0.0,
         "passing": 0.0, "precision": "fp8", "frozen": "fp8", "prompts": [], "max_new_tokens": 4, "exports": {},
         "documents": [{"input_ids": ids, "labels": ROWS[0]["labels"]}], "result": str(tmp_path / "result.json"),
-    }  # fmt: skip
+    }
     write_json(tmp_path / "spec.json", told)
     reference.main([str(tmp_path / "spec.json")])
     [document] = read_json(tmp_path / "result.json")["documents"]

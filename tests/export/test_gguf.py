@@ -18,11 +18,11 @@ from loadmaster.files import read_json, write_json
 SMALL = {
     "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 408, "max_position_embeddings": 2048,
-}  # fmt: skip
+}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}  # fmt: skip
+}
 
 
 def save(family: str, folder, tokenizer, **options):

@@ -44,7 +44,7 @@ def figure(value, higher=True):
         (0.6, 0.55, True, False), (0.6, 0.54, True, True), (0.1, 0.9, True, False), (0.6, float("nan"), True, True),
         (20.0, 20.9, False, False), (20.0, 21.1, False, True), (20.0, 3.0, False, False),
     ],
-)  # fmt: skip
+)
 def test_a_figure_that_is_worse_than_the_bases_by_more_than_the_limit_fails(before, after, higher, fails):
     found = failures(figure(before, higher), figure(after, higher), 0.05 + 1e-9)
     assert bool(found) is fails

@@ -41,14 +41,14 @@ REFUSED = {
     "llama of 16": set(QUANTIZED) - {"fp8", "nvfp4"}, "qwen3": {"fp8_block"},
     "phi3": {"fp8_block", "gguf"}, "gemma2": {"fp8_block", "gguf"},
     "mixtral": {*QUANTIZED, "gguf"}, "qwen3_moe": {*QUANTIZED, "gguf"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory, smollm2: Path) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256,
-             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+             "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model(request.param.split()[0], **{**sizes, **MODELS[request.param]})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     shutil.copyfile(smollm2 / "tokenizer.json", folder / "tokenizer.json")
@@ -164,7 +164,7 @@ def test_requests_longer_than_the_model_knows_are_refused_before_training(tiny: 
         ("Qwen/Qwen2.5-7B-Instruct", ["bf16"], 8, "1 or 2 or 4"), ("Qwen/Qwen2.5-72B-Instruct", ["int4"], 4, "1"),
         ("Qwen/Qwen2.5-72B-Instruct", ["int4_awq", "fp8_block"], 2, "1"),
     ],
-)  # fmt: skip
+)
 def test_cards_that_a_server_cannot_divide_the_model_over_are_refused_before_training(
     name: str, formats: list[str], count: int, able: str
 ) -> None:

@@ -83,7 +83,7 @@ def test_a_path_that_leaves_the_folder_is_a_problem_and_is_not_read(artifact, na
     write_json(artifact / "manifest.json", manifest)
     assert verify_manifest(artifact) == [
         "manifest.json: changed since it was written (sha256 differs)", f"{name!r}: not a path inside the folder"
-    ]  # fmt: skip
+    ]
 
 
 def test_a_symbolic_link_is_a_problem_even_to_the_right_content(artifact):
@@ -166,7 +166,7 @@ def test_loadmaster_verify_says_what_is_wrong_with_a_manifest(artifact, content,
 @pytest.mark.parametrize(("name", "said"), [
     ("manifest.json", "manifest.json cannot be read (is no regular file)"),
     ("model.safetensors", "model.safetensors: is no regular file"),
-])  # fmt: skip
+])
 def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_said_and_not_waited_for(artifact, name, said, make, capsys):
     (artifact / name).unlink()
     make(artifact / name)

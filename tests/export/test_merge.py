@@ -111,7 +111,7 @@ def test_a_qlora_adapter_is_merged_into_the_weights_it_was_trained_over(tiny, ti
         ("nf4", "all-linear", "bfloat16"), ("fp8", "all-linear", "bfloat16"), (None, "all-linear", "float32"),
         (None, "all-linear", "float16"), ("nf4", SOME, "bfloat16"), ("fp8", SOME, "bfloat16"),
     ],
-)  # fmt: skip
+)
 def test_a_merge_of_an_adapter_trained_in_bf16_holds_what_was_trained(tokenizer, tmp_path, form, targets, stored):
     """On GPUs adapters are trained in bf16, where the base is rounded to bf16 before it is multiplied with."""
     tiny = save_tiny_llama(tmp_path / "base", tokenizer, dtype=getattr(torch, stored))
@@ -126,7 +126,7 @@ def test_a_merge_of_an_adapter_trained_in_bf16_holds_what_was_trained(tokenizer,
     merges = {
         "as trained": (adapter, seen_as), "stored base": (adapter, None), "no adapter": (None, seen_as),
         "scale 10% off": (louder, seen_as),
-    }  # fmt: skip
+    }
     for name, (update, base) in merges.items():
         (tmp_path / name).mkdir()
         merge(tiny, tmp_path / name, update, torch.bfloat16, base)
@@ -156,7 +156,7 @@ def test_an_expert_of_a_mixture_that_is_not_the_bases_is_named(tmp_path):
     config = Qwen3MoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
+    )
     base, target = tmp_path / "base", tmp_path / "merged"
     Qwen3MoeForCausalLM(config).save_pretrained(base)
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])

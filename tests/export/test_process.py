@@ -121,7 +121,7 @@ def test_a_step_ends_when_the_process_that_started_it_is_killed(tmp_path):
     starter = subprocess.Popen(
         [sys.executable, "-c", STARTER, str(tmp_path)], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
+    )
     of_step = Path(f"/proc/{int(starter.stdout.readline())}/stat")
     assert of_step.exists()
     starter.kill()

@@ -32,13 +32,13 @@ def test_the_first_short_chats_are_asked_and_a_fixed_one(model, tokenizer) -> No
     found = recorded_answers(model, tokenizer, [unfit[0], fit[0], *unfit[1:], *fit[1:]])
     assert [each["messages"][-1]["content"] for each in found] == [
         *(f"Where is crate {number}?" for number in range(PROMPTS)), FIXED.messages[0]["content"],
-    ]  # fmt: skip
+    ]
     for each in found:
         prompt = Conversation(each["messages"])
         assert each["text"].strip() == generate(model, tokenizer, [prompt], ANSWER_TOKENS, 1)[0].strip()
         ids = tokenizer.apply_chat_template(
             each["messages"], add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]  # fmt: skip
+        )["input_ids"]
         assert each["prompt_tokens"] == len(ids)
         assert each["finish_reason"] == ("stop" if each["tokens"] < ANSWER_TOKENS else "length")
 

@@ -19,7 +19,7 @@ FIGURES = {
     "top1_agreement": 0.9977, "flipped_answers": 0.0833, "task": {"metric": 0.883}, "task_retention": 0.93,
     "candidate": "int4-gptq", "candidates": {"int4-gptq": {"mean_kl": 0.00405}, "int4-rtn": {"mean_kl": 0.0071}},
     "passed": False, "failures": ["mean_kl is nan"],
-}  # fmt: skip
+}
 
 
 def shown(results) -> str:

@@ -70,7 +70,7 @@ def write_answers(run: Run, stand_in: Path, reference: dict) -> None:
         "documents": reference["documents"], "stop": [2],
         "answers": dict(zip(prompts, reference["answers"], strict=True)),
         "rendered": {json.dumps(messages): _rendered(run.tokenizer, messages) for messages in conversations},
-    }  # fmt: skip
+    }
     stand_in.with_name("answers.json").write_text(json.dumps(answers))
 
 
@@ -111,7 +111,7 @@ def test_each_format_is_judged_by_what_its_server_says(checked, stand_in, capsys
     assert (record["passed"], record["server"], record["served_as"]) == (False, "vllm 0.0", "tiny")
     assert {name: figures["passed"] for name, figures in formats.items()} == {
         "adapter": True, "bf16": False, "fp8": False, "int4": False,
-    }  # fmt: skip
+    }
 
     honest = formats["adapter"]
     assert (honest["difference"], honest["tuned_share"]) == (0.0, pytest.approx(1.0))
@@ -293,7 +293,7 @@ def test_only_documents_and_prompts_that_fit_are_asked(run):
     ("fp8", "no kernel", "PyTorch has none of FP8"), ("fp8_block", "no kernel", "in blocks needs AMX"),
     ("nvfp4", "no kernel", "of nvfp4 needs a GPU"), ("int4_gptq", "no kernel", "of int4 needs AVX-512"),
     ("int4", "", None), ("bf16", "no kernel", None),
-])  # fmt: skip
+])
 def test_what_the_processor_cannot_multiply_or_only_in_hours_is_not_served(tmp_path, name, prints, refused):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho {prints}\n")

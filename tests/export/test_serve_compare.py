@@ -16,7 +16,7 @@ FIGURES = {
     "models": ["smoke"], "rendering": {"cases": 4, "different": []}, "difference": 0.002, "from_disk": 0.002,
     "rounding": 0.0, "top1_agreement": 0.99, "fine_tune": 1.7, "tuned_share": 1.0, "answers": 8, "first_token": 1.0,
     "equal_answers": 1.0, "ended": [8, 8], "overrun": 0, "stops_at": {"2": True},
-}  # fmt: skip
+}
 
 
 def served(log_p):
@@ -61,7 +61,7 @@ def test_rounding_is_how_far_the_export_is_from_itself_with_its_activations_roun
         (3.5637, 0.1531, False),  # the scale of all of them doubled
         (0.05, float("nan"), False),
     ],
-)  # fmt: skip
+)
 def test_a_server_may_round_activations_its_own_way_and_not_do_worse(from_disk, rounding, accepted):
     """Figures of an imitated server, SmolLM2-135M and an adapter that has learnt nothing, 477 tokens, 2026-11-26."""
     found = failures({**FIGURES, "from_disk": from_disk, "rounding": rounding}, LIMITS["fp8"], "smoke")
@@ -86,10 +86,10 @@ def test_answers_are_compared_up_to_the_token_that_ends_them():
     figures = answer_figures(
         [reference([10, 11]), reference([10, 11]), reference([12], ended=False)],
         [answer([10, 11, STOP]), answer([10, 13, STOP]), answer([12], "length")], [STOP], LIMITS["bf16"],
-    )  # fmt: skip
+    )
     assert figures == {
         "answers": 3, "first_token": 1.0, "equal_answers": pytest.approx(2 / 3), "ended": [1, 1], "overrun": 0,
-    }  # fmt: skip
+    }
 
 
 def test_an_answer_that_goes_on_where_ours_ends_is_counted():
@@ -100,7 +100,7 @@ def test_an_answer_that_goes_on_where_ours_ends_is_counted():
 
 @pytest.mark.parametrize(("name", "margin", "ended"), [
     ("bf16", 0.02, [1, 1]), ("bf16", 0.3, [1, 2]), ("fp8", 0.3, [1, 1]), ("fp8", 1.1, [1, 2]), ("int4", 1.1, [1, 1]),
-])  # fmt: skip
+])
 def test_a_near_tie_of_the_end_and_another_token_may_go_either_way(name, margin, ended):
     served = [answer([10, 14, STOP]), answer([10, STOP])]
     figures = answer_figures([reference([10], margin=margin)] * 2, served, [STOP], LIMITS[name])

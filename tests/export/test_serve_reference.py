@@ -22,7 +22,7 @@ from loadmaster.models.spread import NoRoom
 
 FULL = [
     torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory"), NoRoom("it fits nowhere")
-]  # fmt: skip
+]
 
 
 def refuse_with(error: Exception):
@@ -44,7 +44,7 @@ def reference_of(folder: Path, monkeypatch, load) -> dict:
         "base": "base", "trained": "adapter", "device": "cpu", "scratch": str(folder), "working": 0.0, "passing": 0.0,
         "precision": "fp32", "frozen": None, "documents": [], "prompts": [], "max_new_tokens": 4,
         "exports": {"fp8": "fp8"}, "result": str(folder / "result.json"),
-    }  # fmt: skip
+    }
     write_json(folder / "spec.json", told)
     reference.main([str(folder / "spec.json")])
     return read_json(folder / "result.json")
@@ -70,7 +70,7 @@ def test_a_machine_without_room_is_not_blamed_on_the_export(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("trained_on", "here", "device"), [
     ("cpu", "h100", "cpu"), ("h100", "cpu", "cpu"), ("h100", "h100", "cuda"),
-])  # fmt: skip
+])
 def test_what_a_cpu_trained_in_fp32_is_computed_on_a_cpu(run, tmp_path, monkeypatch, trained_on, here, device):
     """Packed attention on a GPU takes 16 bits alone."""
     replace(run.plan, hardware=replace(run.plan.hardware, gpu=trained_on)).write(run.folder / "plan.json")

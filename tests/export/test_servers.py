@@ -27,7 +27,7 @@ def test_a_server_is_what_its_release_pins(wanted, version, compressed_tensors, 
     server = aimed_at(wanted)
     assert (server.version, server.compressed_tensors, server.reads_transformers_5) == (
         version, compressed_tensors, reads_5,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("quantizer", [Fp8(), Int4(128)], ids=["fp8", "int4"])
@@ -82,7 +82,7 @@ def test_rope_is_also_written_as_transformers_4_reads_it():
     assert older == {
         **config, "torch_dtype": "bfloat16", "rope_theta": 500000.0,
         "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
-    }  # fmt: skip
+    }
     plain = model_config({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, aimed_at("vllm==0.14.0"))
     assert (plain["rope_theta"], plain["rope_scaling"]) == (1e4, None)
     several = {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 1e6}}}
@@ -95,7 +95,7 @@ def test_the_tokenizer_is_written_in_the_terms_of_the_oldest_transformers():
     assert tokenizer_config(config, aimed_at("vllm")) == {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
     assert tokenizer_config(config, aimed_at("vllm==0.14.0")) == {
         "tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

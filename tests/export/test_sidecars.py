@@ -13,7 +13,7 @@ from loadmaster.models.load import load_tokenizer
 CHAT = Conversation(
     messages=[{"role": "user", "content": "Où est l'été ? 42"}, {"role": "assistant", "content": "ici"}],
     tools=None, text=None, origin="a:1", row_id="1",
-)  # fmt: skip
+)
 
 
 def test_the_tokenizer_class_is_one_that_older_servers_know_and_loads_to_the_same_tokens(tokenizer, tmp_path):

@@ -48,7 +48,7 @@ def told(run: Run, scratch: Path | None, **changes) -> dict:
             "conversations": list(run.prepared.validation_conversations), "evaluation": run.job.evaluation,
             "formats": {}, "scratch": scratch, **changes,
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_several_gpus_get_layers_and_the_first_all_that_is_outside_them(tiny):
     assert found == {
         "model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0,
         "model.layers.0": 1, "model.layers.1": "cpu",
-    }  # fmt: skip
+    }
     layers, rest = sizes(model)
     width = 64 * (64 + 2 * 32 + 64) + 3 * 64 * 192 + 2 * 64
     assert layers == [2.0 * width] * 2 and rest == 2 * (49152 * 64 + 64) + 4 * 32  # rotary frequencies, twice

@@ -191,7 +191,7 @@ def test_a_disk_that_takes_no_more_or_a_stop_request_leaves_no_trace_of_the_new_
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED, str(arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
     try:
         assert process.stdout.readline().startswith("OSError [Errno 27] File too large")
         assert whole()

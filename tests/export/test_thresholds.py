@@ -45,7 +45,7 @@ def test_the_words_that_accept_a_loss_are_those_under_which_it_passes():
 
 
 @pytest.mark.parametrize("change", [{"checks": {"storage": ["x"]}}, {"error": "torn"}, {"mean_kl": float("nan")},
-                                    {"tuned_share": -0.1}])  # fmt: skip
+                                    {"tuned_share": -0.1}])
 def test_what_no_limit_lets_pass_is_not_said_to_be_accepted_by_one(change):
     assert accepting("fp8", {"mean_kl": 1.0, **change}, DEFAULTS["fp8"]) is None
 

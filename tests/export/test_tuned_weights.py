@@ -35,7 +35,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 MADE_BY = {
     "fp8": "fp8", "fp8_block": "fp8_block", "int4": "int4-rtn", "int4_gptq": "int4-gptq", "nvfp4": "nvfp4",
     "gguf": "gguf",
-}  # fmt: skip
+}
 """Format -> the candidate that is looked at."""
 LIMITS = replace(thresholds.DEFAULTS["int4"], min_top1_agreement=0.2)
 """A random model has near ties everywhere, the more so one whose predictions a fine-tune hardly changes."""
@@ -97,7 +97,7 @@ def weak(tmp_path_factory, tokenizer):
         base=base, trained=adapter, precision="fp32", frozen=None, device="cpu",
         rows=verify.held_out_rows(run.prepared.validation, 4, 49152), conversations=[], evaluation=run.job.evaluation,
         formats={},
-    )  # fmt: skip
+    )
     every = {name: [Candidate(variant, str(folders[variant][name])) for variant in folders] for name in MADE_BY}
     verification = Verification(told, every)
     with pytest.MonkeyPatch.context() as patch:
@@ -220,7 +220,7 @@ def test_both_merges_of_an_adapter_trained_over_few_bits_carry_it(tiny, tmp_path
     made = {
         "as trained": (read, seen_as), "stored base": (read, None), "no adapter": (None, seen_as),
         "base": (None, None), "twice": (louder, seen_as),
-    }  # fmt: skip
+    }
     folders = {name: fp8_of(tiny, tmp_path / name, *how) for name, how in made.items()}
     trained = load_trained(tiny, adapter, torch.bfloat16, "cpu", frozen=form)
     found = tuned_weights(trained, list(folders.values()), tiny)
@@ -229,7 +229,7 @@ def test_both_merges_of_an_adapter_trained_over_few_bits_carry_it(tiny, tmp_path
     assert share == pytest.approx(expected, abs=0.03)
     assert {name for name, folder in folders.items() if found[str(folder)].problems("fp8") == []} == {
         "as trained", "stored base"
-    }  # fmt: skip
+    }
     sketches = live_checks.sketches(trained)
     assert len(sketches) == 16  # embedding and head among them
     exported = load_export(folders["as trained"], "cpu")
@@ -247,7 +247,7 @@ def test_a_full_fine_tune_is_held_to_the_stored_base(tiny, tmp_path):
     moved = {
         name: (each + 0.01 * each.std() * torch.randn(each.shape, generator=generator)).bfloat16()
         for name, each in tensors.items() if each.dim() == 2
-    }  # fmt: skip
+    }
     save_file({**tensors, **moved}, trained / "model.safetensors", metadata={"format": "pt"})
     folders = [fp8_of(trained, tmp_path / "good", None), fp8_of(base, tmp_path / "of the base", None)]
     good, bad = tuned_weights(load_trained(base, trained, torch.float32, "cpu"), folders, base).values()

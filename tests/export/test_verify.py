@@ -22,7 +22,7 @@ from loadmaster.export.verify import (
     load_adapter,
     load_export,
     log_probabilities,
-)  # fmt: skip
+)
 
 IDS = np.arange(300, 340)
 ROW = PackedRow(IDS, np.where(IDS < 310, -100, IDS), np.concatenate([np.arange(25), np.arange(15)]), [])

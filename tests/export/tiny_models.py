@@ -19,7 +19,7 @@ def save_tiny_llama(folder: Path, tokenizer, **changes) -> Path:
             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True,
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.15, **changes,
         }
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)

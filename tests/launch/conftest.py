@@ -45,7 +45,7 @@ def s3(place, monkeypatch) -> Iterator[FakeS3]:
         for name, value in {
             "RUNPOD_API_KEY": place.fake.key, "RUNPOD_S3_URL": s3.url, "AWS_ACCESS_KEY_ID": ACCESS,
             "AWS_SECRET_ACCESS_KEY": SECRET,
-        }.items():  # fmt: skip
+        }.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.01)
         client = lambda: RunpodClient(Api(place.fake.key, place.fake.url, QUICK))  # noqa: E731

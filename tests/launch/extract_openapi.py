@@ -23,7 +23,7 @@ OPERATIONS = (
     "listNetworkVolumes", "createNetworkVolume", "getNetworkVolume", "deleteNetworkVolume",
     "listEndpoints", "createEndpoint", "updateEndpoint", "deleteEndpoint", "listEndpointWorkers",
     "listServerlessBilling", "listGpuTypes",
-)  # fmt: skip
+)
 PROSE = {"description", "summary", "title", "example", "examples", "tags", "x-enum-varnames"}
 SCHEMAS = "#/components/schemas/"
 

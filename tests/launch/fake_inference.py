@@ -15,7 +15,7 @@ from typing import Any
 MODES = (
     "good", "error_inside", "failed", "silent", "empty", "no_text", "any_model", "other_model", "stream_error",
     "no_token", "http_500", "not_json", "other_texts", "goes_on", "slow", "late",
-)  # fmt: skip
+)
 SAID = "Hello."
 
 

@@ -98,7 +98,7 @@ class FakeS3:
             "CONTENT_LENGTH": str(len(body)), "wsgi.url_scheme": "http", "SERVER_PROTOCOL": "HTTP/1.1",
             "wsgi.errors": io.StringIO(), "wsgi.version": (1, 0), "wsgi.multithread": True,
             "wsgi.multiprocess": False, "wsgi.run_once": False,
-        }  # fmt: skip
+        }
         return b"".join(self._app(environ, lambda status, headers, exc_info=None: None))
 
     def answer(self, environ: dict[str, Any], start: Callable) -> Iterable[bytes]:

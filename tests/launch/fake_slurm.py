@@ -86,7 +86,7 @@ def sbatch(words: list[str]) -> int:
     subprocess.Popen(
         [sys.executable, __file__, "run", id], start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     if os.environ.get("FAKE_SLURM_LOSE"):
         print("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", file=sys.stderr)
         return 1

@@ -39,7 +39,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(settings)}
     with ExitStack() as stack:
         files = ("key-file", key), ("socket", socket_path), ("log-file", folder / "munged.log"), ("seed-file",
-                 folder / "munge.seed"), ("pid-file", folder / "munged.pid")  # fmt: skip
+                 folder / "munge.seed"), ("pid-file", folder / "munged.pid")
         _start(stack, ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in files)], env)
         _wait_until(socket_path.exists)
         _start(stack, ["slurmctld", "-D"], env)

@@ -48,7 +48,7 @@ JOBS = "loadmaster/jobs/loadmaster-x"
 FILES = {
     "result.json": b'{"steps": 3}', "bundle/.runpod/hub.json": b"{}", "export/bf16/manifest.json": b'{"files": []}',
     "export/bf16/model.safetensors": b"weights", "checkpoints/step-3/state.pt": b"state",
-}  # fmt: skip
+}
 
 
 def test_a_job_that_ended_while_nobody_listened_has_its_own_code_and_hands_back_its_files(place, s3) -> None:
@@ -58,7 +58,7 @@ def test_a_job_that_ended_while_nobody_listened_has_its_own_code_and_hands_back_
     assert (run / "result.json").read_bytes() == FILES["result.json"]
     assert sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()) == [
         "bundle/.runpod/hub.json", "export/bf16/manifest.json", "launch.json", "pod.log", "result.json",
-    ]  # fmt: skip
+    ]
     assert "the Pod is gone" in place.said and "it had ended before, says the volume loadmaster" in place.said
     assert "the job ended with exit code 0; about $" in place.said and place.fake.pods == {}
     assert SECRET not in place.said + everything_written(place.folder)
@@ -136,7 +136,7 @@ def test_a_job_that_has_not_ended_is_not_fetched(place, s3, tmp_path, capsys) ->
     run: Path = tmp_path / "one"
     place.fake.volumes["vol0001"] = {
         "id": "vol0001", "name": "loadmaster", "size": 50, "dataCenter": "EU-RO-1", "type": "STANDARD",
-    }  # fmt: skip
+    }
     record = {"name": "loadmaster-x", "run_dir": "/workspace/loadmaster/runs/x", "volume": "vol0001"}
     write_json(run / "launch.json", record)
     assert main(["fetch", str(run)]) == 4
@@ -199,6 +199,6 @@ def test_who_was_ended_for_another_node_s_failure_is_not_its_cause() -> None:
         ("metrics.jsonl", True), ("export/bf16/manifest.json", True), ("bundle/.runpod/hub.json", True),
         ("export/bf16/model.safetensors", False), ("checkpoints/result.json", False), ("bundle/../x", False),
     ],
-)  # fmt: skip
+)
 def test_what_counts_as_a_small_file(name: str, small: bool) -> None:
     assert is_small_file(name) is small

@@ -60,7 +60,7 @@ def test_the_hardware_of_a_recipe_names_the_cluster(place):
     assert place.launch("hardware=h100_80gb_x8_n2") == 0
     assert place.fake.bodies[-1]["compute"] == {
         "gpuTypeId": "NVIDIA H100 80GB HBM3", "gpuCountPerPod": 8, "podCount": 2,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.slow

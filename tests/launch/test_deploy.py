@@ -37,16 +37,16 @@ SMOKE = [
         "messages": [{"role": "user", "content": "Count."}], "prompt_tokens": 5, "text": "one two three four five six",
         "tokens": 32, "max_tokens": 32, "finish_reason": "length",
     },
-]  # fmt: skip
+]
 QUICK = Patience(timeout_s=1.0, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
 CONFIG = {
     "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
-}  # fmt: skip
+}
 JOB = Job(
     recipe="tickets", sequence_length=512, export=ExportConfig(formats=["bf16"]),
     endpoint=EndpointConfig(gpu="l40s", output_tokens=16, max_slowdown=1e6),  # a busy machine is no slow endpoint
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def bundled(tmp_path_factory) -> Path:
     manifest = write_manifest(export, {
         "format": "bf16", "recipe": "tickets", "base_model": {"name": "org/base", "revision": None},
         "stop_token_ids": [2], "verification": {"passed": True},
-    })  # fmt: skip
+    })
     keep(folder, manifest, SMOKE)
     write_bundle(folder, JOB)
     return folder
@@ -154,7 +154,7 @@ def try_deploy(run_dir, client, fake, volume, said, mode="good", faults=None, **
             return deploy(
                 order(run_dir, volume), client, connect, start_s=options.pop("start_s", 5.0), echo=said.append,
                 sleep=options.pop("sleep", lambda seconds: None), **options,
-            )  # fmt: skip
+            )
         finally:
             assert data_plane.keys <= {f"Bearer {fake.key}"}
             assert fake.key not in "".join(said)

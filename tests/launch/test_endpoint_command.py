@@ -37,7 +37,7 @@ def account(monkeypatch):
         fake._endpoint = lambda id, body: {**made(id, body), "requestUrls": data_plane.all_urls}
         fake.volumes["vol1"] = {
             "id": "vol1", "name": "loadmaster-v", "size": 50, "dataCenter": "EU-RO-1", "type": "STANDARD",
-        }  # fmt: skip
+        }
         yield fake
         assert fake.violations == []
 
@@ -130,7 +130,7 @@ def test_what_another_job_deployed_is_named_before_it_is_replaced(bundled, tmp_p
     assert "replaces" not in deploy(second, "--yes", "--name", "second")
     assert sorted(endpoint["name"] for endpoint in account.endpoints.values()) == [
         "loadmaster-second -fb", "loadmaster-tickets-bf16 -fb"
-    ]  # fmt: skip
+    ]
     assert main(["endpoint", "test", second]) == 0  # finds it by the name it was given
     capsys.readouterr()
     assert "replaces" not in deploy(second, "--yes") and len(account.endpoints) == 2  # and so does this
@@ -261,7 +261,7 @@ def test_what_is_no_run_is_a_sentence(run_dir, account, capsys, tmp_path) -> Non
     damaged = {
         "bundle/endpoint.json": "{", "bundle/serving.json": "[]", "bundle/smoke.json": "{}",
         "bundle/manifest.json": '{"schema": 1}', "export/bf16/manifest.json": "no",
-    }  # fmt: skip
+    }
     for path in (run_dir / "bundle", run_dir / "export" / "bf16"):
         assert main(["deploy", str(path), "--volume", "vol1", "--yes"]) == 4
         assert f"give the run directory, {run_dir.resolve()}" in "".join(capsys.readouterr()).replace("\n", " ")

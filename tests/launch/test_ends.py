@@ -57,7 +57,7 @@ def test_a_launcher_that_is_killed_leaves_a_pod_that_ends_itself(place):
     command = [
         sys.executable, str(ROOT / "train.py"), "recipe=qlora_8b", "launch=runpod", "launch.image=me/image:1",
         "launch.yes=true", "launch.max_hours=0.005",
-    ]  # fmt: skip
+    ]
     launcher = subprocess.Popen(command, cwd=place.folder, env=env, stdout=subprocess.DEVNULL)
     try:
         wait_until(lambda: place.fake.pods and any(place.fake.logs.values()), 60)
@@ -270,7 +270,7 @@ def test_nothing_is_rented_where_the_question_is_not_answered_with_yes(place, an
     launcher = OnTerminal(
         [sys.executable, str(ROOT / "train.py"), *words], place.folder,
         RUNPOD_API_KEY=place.fake.key, RUNPOD_API_BASE_URL_V2=place.fake.url,
-    )  # fmt: skip
+    )
     launcher.until(lambda: "Rent it? [y/N]" in launcher.said)
     os.write(launcher.master, answer)
     assert launcher.code() == 4

@@ -36,7 +36,7 @@ JOB = [
     "sequence_length=256", "max_steps=1", "data=tickets", "data.max_rows=12", "evaluation.max_rows=2",
     "evaluation.max_new_tokens=4", "evaluation.task=none", "tracker=none", "export=bf16", "batch.global_size=2",
     "endpoint.gpu=l40s", "endpoint.output_tokens=8", "endpoint.max_slowdown=1e6", "launch.secrets.HF_TOKEN=hf",
-]  # fmt: skip
+]
 EXPORTER = """
 import json, pathlib, sys
 from loadmaster.export.manifest import write_manifest

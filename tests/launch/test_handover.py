@@ -36,7 +36,7 @@ JOB = [
     "evaluation.max_rows=2", "evaluation.max_new_tokens=4", "evaluation.task=none", "tracker=none", "export=bf16",
     "batch.global_size=2", "micro_batch_size=1", "endpoint.gpu=l40s", "endpoint.output_tokens=8",
     "endpoint.max_slowdown=1e6",  # a busy machine is no slow endpoint
-]  # fmt: skip
+]
 PATIENT_S, QUICK_S = 20.0, 1.0
 """Until a call counts as not answered: on a machine that is busy, and where calls are not answered on purpose."""
 
@@ -79,14 +79,14 @@ def account(request, trained, monkeypatch) -> Iterator[Account]:
         values = {
             "RUNPOD_API_KEY": fake.key, "RUNPOD_S3_URL": s3.url, "AWS_ACCESS_KEY_ID": ACCESS,
             "AWS_SECRET_ACCESS_KEY": SECRET,
-        }  # fmt: skip
+        }
         for name, value in values.items():
             monkeypatch.setenv(name, value)
         made = fake._endpoint
         fake._endpoint = lambda id, body: {**made(id, body), "requestUrls": endpoint.all_urls}
         fake.volumes["vol1"] = {
             "id": "vol1", "name": "loadmaster-v", "size": 50, "dataCenter": "EU-RO-1", "type": "STANDARD",
-        }  # fmt: skip
+        }
         monkeypatch.setattr(endpoint_command, "_client", lambda: RunpodClient(Api(fake.key, fake.url, patience)))
         connect = lambda urls: Inference(urls, fake.key, poll_s=0.01, timeout_s=wait_s)  # noqa: E731
         monkeypatch.setattr(endpoint_command, "_connect", connect)

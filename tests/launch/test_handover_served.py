@@ -33,7 +33,7 @@ STEPS = [
     "max_steps=12", "export=bf16", "export.verification_rows=4", "evaluation.task=none",
     "export.thresholds={bf16: {min_task_retention: 0}}", "endpoint.worker=handler", "endpoint.image=me/tickets:1",
     "endpoint.output_tokens=16", "endpoint.prompt_tokens=64", "endpoint.max_slowdown=100000.0",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sdk, bundle / "handler.py"], env={**kept, **SERVER_VARIABLES, **platform.queue.environment,
                                                "SERVER_JSON": str(path)}, cwd=volume,
-        )  # fmt: skip
+        )
 
     def running(self) -> float:
         """Requests that the server works on, as it says."""
@@ -146,13 +146,13 @@ def test_the_endpoint_that_is_deployed_says_what_was_trained(
         for name, value in {
             "RUNPOD_API_KEY": fake.key, "RUNPOD_API_BASE_URL_V2": fake.url, "RUNPOD_S3_URL": s3.url,
             "AWS_ACCESS_KEY_ID": ACCESS, "AWS_SECRET_ACCESS_KEY": SECRET,
-        }.items():  # fmt: skip
+        }.items():
             monkeypatch.setenv(name, value)
         made = fake._endpoint
         fake._endpoint = lambda id, body: {**made(id, body), "requestUrls": platform.urls}
         fake.volumes["vol1"] = {
             "id": "vol1", "name": "loadmaster", "size": 50, "dataCenter": "EU-RO-1", "type": "STANDARD",
-        }  # fmt: skip
+        }
 
         def connect(urls) -> Inference:
             if not workers:

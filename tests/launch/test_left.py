@@ -73,7 +73,7 @@ def test_files_that_are_older_than_their_manifest_are_not_read_back(artifact, vo
     look(artifact, FOLDER, volume, said.append)
     assert volume.read == [NAME]
     assert said == [f"{FOLDER} on volume vol1: 3 files, 0.00 GB, as exported (0 read back, 3 unchanged since their "
-                    "manifest)"]  # fmt: skip
+                    "manifest)"]
 
 
 @pytest.mark.parametrize("later", [0 * SECOND, SECOND])

@@ -16,7 +16,7 @@ JOB = {"deadline": (NOW - timedelta(hours=0.2)).timestamp(), "run_dir": "/worksp
 POD = Machine(
     "id1", "loadmaster-x", "EXITED", True, "1x l40s", 2.0, NOW - timedelta(hours=0.9),
     {"LOADMASTER_JOB": json.dumps(JOB)},
-)  # fmt: skip
+)
 CLUSTER = replace(POD, kind="Instant Cluster", nodes=2, members=("a", "b"))
 
 

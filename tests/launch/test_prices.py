@@ -23,7 +23,7 @@ def plan(**options):
             model=ModelConfig(name="meta-llama/Llama-3.1-8B"), method="lora", batch=BatchConfig(16),
             hardware=HardwareConfig(gpu="h100_80gb", count=2), plan=PlanConfig(**options), max_steps=10,
         )
-    )  # fmt: skip
+    )
 
 
 def test_a_refresh_writes_dated_prices_that_plans_then_use(tmp_path, monkeypatch, capsys) -> None:
@@ -88,7 +88,7 @@ def test_a_refresh_prices_cards_that_the_catalogue_has_no_machine_of(tmp_path, m
         ("{date: 2026-12-01, source: mine, gpus: {h200: {pod_usd_per_hour: $3, date: 2026-12-01}}}",
          "h200.pod_usd_per_hour is '$3'"),
     ],
-)  # fmt: skip
+)
 def test_a_price_file_that_is_none_is_named_with_what_works(text, said, tmp_path, monkeypatch) -> None:
     file = tmp_path / "prices.yaml"
     file.write_text(text)

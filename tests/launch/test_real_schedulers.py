@@ -33,7 +33,7 @@ def words(tiny: Path, folder: Path, *more: str) -> list[str]:
         "batch.global_size=4", "micro_batch_size=1", f"max_steps={STEPS}", "data.max_rows=40",
         "checkpoint.every_steps=4", "evaluation.every_steps=null", "evaluation.task=none", "tracker=none",
         "stop_after=train", f"run_dir={folder / 'run'}", *more,
-    ]  # fmt: skip
+    ]
 
 
 def launch(tiny: Path, folder: Path, env: dict[str, str], *more: str) -> subprocess.Popen:
@@ -91,7 +91,7 @@ def test_the_batch_script_by_hand(tiny, tmp_path, slurm):
     command = [
         "sbatch", "--wait", "--nodes=2", "--cpus-per-task=1", f"--output={tmp_path}/log.txt",
         str(ROOT / "launch" / "slurm.sbatch"), *words(tiny, tmp_path),
-    ]  # fmt: skip
+    ]
     env = {**slurm, "PYTHON": sys.executable, "NPROC_PER_NODE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, timeout=400, check=False)
     assert done.returncode == 0, said(tmp_path)
@@ -111,7 +111,7 @@ def test_open_mpis_mpirun_joins_as_well(tiny, tmp_path):
     command = [
         "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "train.py",
         *words(tiny, tmp_path, "hardware.count=2", "hardware.nodes=1"),
-    ]  # fmt: skip
+    ]
     with open(tmp_path / "log.txt", "w") as log:
         done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, timeout=400, check=False)
     assert done.returncode == 0, said(tmp_path)

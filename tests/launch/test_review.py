@@ -71,13 +71,13 @@ def test_prices_are_those_of_the_cards_that_it_may_get() -> None:
             "id": id, "name": id, "pool": "P", "memory": 48, "secure": True, "community": True,
             "price": {"secure": 0.9, "community": 0.7, "serverless": serverless},
             "maxCount": {"secure": 8, "community": 8},
-        })  # fmt: skip
+        })
 
     endpoint = Endpoint(
         id="e", name="loadmaster-x", workers={"min": 0}, scaling={"type": "QUEUE_DELAY", "queueDelay": 4},
         network_volumes=[], data_center_ids=[], timeout=1, flashboot="OFF", created_at=NOW,
         gpu={"pools": ["P"], "count": 2, "excludedTypes": ["L40"]},
-    )  # fmt: skip
+    )
     prices = prices_of(endpoint, [card("L40S", 1.91), card("L40", 9.0)], 0.0)
     assert (prices.flex, prices.pod) == pytest.approx((3.82, 1.8))
     with pytest.raises(LoadmasterError, match="no price"):

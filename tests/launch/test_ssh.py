@@ -312,7 +312,7 @@ def test_the_job_of_a_node_meets_the_others_at_the_first_host(hosts, monkeypatch
     assert made["command"][:7] == [
         sys.executable, "/base/jobs/loadmaster-x/torchrun.py", "--nnodes=2", "--node-rank=1", "--nproc-per-node=8",
         "--master-addr=10.0.0.1", "--master-port=4000",
-    ]  # fmt: skip
+    ]
     assert made["command"][7:10] == ["-m", "loadmaster.cli", "bundle"]
 
 

@@ -81,7 +81,7 @@ CASES = [
         {}, "gpu", Meeting(2, 0, "host", 29500), {}),
     ("flags win over the environment", ["--node-rank=0", "--master-port=4000"], CLUSTER,
         "8", Meeting(2, 0, "10.65.0.2", 4000), ENS1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def without_its_requirements(place: Place, monkeypatch, change: dict[str, str] |
     target = place.folder / "installed"
     place.runner.environment = {
         "PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_UPGRADE": "1", "PYTHONPATH": str(target),
-    }  # fmt: skip
+    }
     made = order.make_order  # as it is, and not the fixture's, which takes the package away
 
     def with_requirements(*arguments):
@@ -149,7 +149,7 @@ def test_the_default_images_own_packages_are_not_found_beside_those_that_came_al
         (LaunchConfig().image, True), ("runpod/pytorch", True), ("runpod/pytorch:another-tag", True),
         ("runpod/pytorch@sha256:1234", True), ("me/pytorch:1", False), ("localhost:5000/me/image", False),
     ],
-)  # fmt: skip
+)
 def test_another_version_of_the_default_image_is_one_too(image, is_one):
     """Its packages are left alone as the default one's are, and it has no loadmaster."""
     assert wheel.of_the_default_kind(image) == is_one
@@ -176,7 +176,7 @@ def test_an_image_that_has_other_code_under_this_version_gets_the_code_that_came
     (tools / "pip").symlink_to(distribution("pip").locate_file("pip"))
     place.runner.environment |= {
         "PIP_TARGET": "", "PYTHONPATH": str(tools), "PATH": os.pathsep.join([str(image / "bin"), os.environ["PATH"]]),
-    }  # fmt: skip
+    }
     where = ["python3", "-c", "import loadmaster; print('from', loadmaster.__file__)"]
     monkeypatch.setattr(order, "command", lambda *arguments: where)
     assert place.launch("launch.image=me/image:1", f"launch.package={saved(place.folder)}") == 0, place.said

@@ -30,7 +30,7 @@ class Kernel:
     def forward(
         self, q, k, v, bounds, bounds_k, longest, longest_k, dropout, causal, debug, *, scale=None,
         window_size_left=-1, window_size_right=-1, **_,
-    ):  # fmt: skip
+    ):
         output, logsumexp = self.output(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
         for tokens, q_, k_, v_, seen, s in self.pieces(q, k, v, bounds, scale, window_size_left, window_size_right):
             scores = (q_ @ k_.mT * s).masked_fill(~seen, -torch.inf)
@@ -56,7 +56,7 @@ class Kernel:
     def backward(
         self, grad, q, k, v, output, logsumexp, bounds, bounds_k, longest, longest_k, dropout, causal, state, unused,
         *, scale=None, window_size_left=-1, window_size_right=-1,
-    ):  # fmt: skip
+    ):
         gradients = [torch.empty_like(t) for t in (q, k, v)]
         for tokens, q_, k_, v_, seen, s in self.pieces(q, k, v, bounds, scale, window_size_left, window_size_right):
             grad_, output_ = (t[tokens].transpose(0, 1).float() for t in (grad, output))

@@ -16,7 +16,7 @@ from tests.training import test_loop
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+}
 CONVOLVES = {"model_type": "lfm2", **SIZES, "layer_types": ["conv", "full_attention"] * 2}
 RECURS = {"model_type": "recurrent_gemma", **SIZES, "lru_width": 64, "block_types": ["recurrent", "attention"]}
 LOOKS_AHEAD = {"model_type": "bloom", "hidden_size": 64, "n_layer": 4, "n_head": 4, "vocab_size": 128}

@@ -106,7 +106,7 @@ def test_products_and_their_gradients_are_those_of_float64_to_a_rounding():
     ({"architecture": "x86_64", "avx2": True}, True), ({"architecture": "x86_64", "avx512_f": True}, True),
     ({"architecture": "x86_64", "avx512_bf16": True}, False), ({"architecture": "x86_64", "amx_bf16": True}, False),
     ({"architecture": "aarch64", "neon": True}, False),
-])  # fmt: skip
+])
 def test_only_x86_without_instructions_for_bf16_lacks_them(cpu, lacks, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     assert bf16_products.lacks_bf16() == lacks
@@ -128,7 +128,7 @@ def test_whatever_way_a_model_is_loaded_its_products_are_quick(tiny, monkeypatch
     ways = (
         lambda: load_base(tiny, torch.bfloat16, "cpu"), lambda: empty_model(tiny, torch.bfloat16),
         lambda: load_export(tiny, "cpu"),
-    )  # fmt: skip
+    )
     for count, load in enumerate(ways, 1):
         load()
         assert len(calls) == count

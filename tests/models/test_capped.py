@@ -32,7 +32,7 @@ WINDOW = 6
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 120, "initializer_range": 0.2, "pad_token_id": 0,
-}  # fmt: skip
+}
 # Caps that bend: scores reach several times theirs, and the scale is not that of head_dim.
 GEMMA_2 = Gemma2Config(
     **SIZES, sliding_window=WINDOW, query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
@@ -250,6 +250,6 @@ def test_a_long_document_takes_no_square_of_its_length():
     done = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=root,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 400

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 SHAPE = {
     "num_hidden_layers": 2, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "num_experts_per_tok": 2,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=["mixtral", "qwen3_moe"])

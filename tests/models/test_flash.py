@@ -146,7 +146,7 @@ def test_what_is_compared():
     assert same(first, again) and torch.equal(torch.get_rng_state(), state)
     assert {name: tuple(t.shape) for name, t in first.items()} == {
         "output": (1, 203, 2, 64), "dq": (1, 203, 2, 64), "dk": (1, 203, 1, 64), "dv": (1, 203, 1, 64),
-    }  # fmt: skip
+    }
     assert all(t.dtype == torch.bfloat16 for t in first.values())
 
 

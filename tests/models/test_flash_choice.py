@@ -31,7 +31,7 @@ def choice(**other):
     usual = {
         "device": "cuda", "major": 9, "dtype": torch.bfloat16, "head_dims": {128}, "capped": False, "dropout": 0.0,
         "known": ["FA3", "FA4"],
-    }  # fmt: skip
+    }
     found = flash.candidate(**{**usual, **other})
     return found and found.impl
 
@@ -98,11 +98,11 @@ def test_the_calls_are_those_that_the_layers_make(config, calls):
         MistralConfig: {"sliding_window": 6}, Phi3Config: {"sliding_window": 6, "pad_token_id": 0},
         Qwen3Config: {"head_dim": 64}, GraniteConfig: {"attention_multiplier": 0.5},
         Qwen2Config: {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1},
-    }  # fmt: skip
+    }
     made = config(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=120, **own.get(config, {}),
-    )  # fmt: skip
+    )
     model = make_trainable(AutoModelForCausalLM.from_config(made, dtype=torch.float32), "lora", LoraConfig(rank=2))
     seen = set()
 
@@ -132,7 +132,7 @@ def test_a_model_on_a_cpu_has_no_candidate():
     model = random_model(
         {"model_type": "llama", "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64,
          "num_attention_heads": 4}, torch.bfloat16, "cpu",
-    )  # fmt: skip
+    )
     assert flash.tried(model, torch.bfloat16, CPU, 4096) == (None, None)
     assert "FA3" in flash.activatable() and "FA4" in flash.activatable()
 

@@ -110,7 +110,7 @@ def test_a_long_document_does_not_turn_short_ones_beside_it_by_longropes_long_fa
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=120, max_position_embeddings=48, original_max_position_embeddings=12, rope_parameters=rope,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
     own = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -311,7 +311,7 @@ SHAPE = {
     "model_type": "llama", "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 2, "vocab_size": 300,
     "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24, "tie_word_embeddings": True,
     "initializer_range": 0.1,
-}  # fmt: skip
+}
 
 
 def loss(model: nn.Module, length: int = 32) -> Tensor:

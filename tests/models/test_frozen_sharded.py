@@ -24,7 +24,7 @@ SHAPE = {
     "model_type": "llama", "hidden_size": 72, "intermediate_size": 101, "num_hidden_layers": 2, "vocab_size": 300,
     "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24, "tie_word_embeddings": True,
     "initializer_range": 0.1,
-}  # fmt: skip
+}
 
 
 def model_over(form: str) -> nn.Module:
@@ -67,7 +67,7 @@ def one_of_two(rank: int, folder: str) -> None:
         found[form] = {
             "losses": losses(model, rank, RANKS), "bytes": sum(p.to_local().numel() for p in held),
             "all_bytes": sum(p.numel() for p in held),
-        }  # fmt: skip
+        }
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

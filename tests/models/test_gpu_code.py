@@ -26,11 +26,11 @@ A100, ADA, H100, B200 = 80, 89, 90, 100
 GEMMA3 = {
     "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024, "hidden_activation": "gelu_pytorch_tanh",
-}  # fmt: skip
+}
 PHI = {
     "model_type": "phi3", "hidden_size": 5120, "intermediate_size": 17920, "vocab_size": 100352,
     "num_attention_heads": 40, "num_key_value_heads": 10, "head_dim": 128, "pad_token_id": 0,
-}  # fmt: skip
+}
 
 
 def generated(method: str, precision: str, capability: int, config: dict | None = None, **fields) -> dict:
@@ -38,7 +38,7 @@ def generated(method: str, precision: str, capability: int, config: dict | None 
     ran = subprocess.run(
         [sys.executable, str(SCRIPT), method, precision, str(capability), *told],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
-    )  # fmt: skip
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout.splitlines()[-1])
 
@@ -63,7 +63,7 @@ DEQUANTIZED = 2 * (0.5 + 2) * SHAPE.linear_weights / SHAPE.layers / TOKENS
     ("method", "precision", "capability", "beside", "kernels"),
     [("lora", "bf16", A100, 0, 25), ("qlora", "bf16", ADA, DEQUANTIZED, 25), ("lora", "fp8", H100, 0, 25),
      ("full", "bf16", B200, 0, 10), ("full", "fp8", H100, 0, 30)],
-)  # fmt: skip
+)
 def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
     method: str, precision: str, capability: int, beside: float, kernels: int
 ) -> None:
@@ -74,7 +74,7 @@ def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
     setup = Setup(
         method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True,
         sequence_length=TOKENS,
-    )  # fmt: skip
+    )
     assert counted(setup) == pytest.approx(found["bytes"] + beside, rel=0.08)
     inside = found["backward" if setup.adapters else "beyond"]
     assert in_backward_bytes(SHAPE, setup) == pytest.approx(inside, rel=0.002)
@@ -84,7 +84,7 @@ def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
 def test_fused_gate_and_up_have_less_at_once_in_their_backward_pass() -> None:
     shape, setup = from_config({**PHI, "num_hidden_layers": 2}, "phi3"), Setup(
         method="lora", precision="fp8", optimizer="adamw", master_weights=True, compiled=True
-    )  # fmt: skip
+    )
     found = generated("lora", "fp8", H100, PHI)
     assert in_backward_bytes(shape, setup) == pytest.approx(found["backward"], rel=0.002)
 
@@ -94,14 +94,14 @@ def test_fused_gate_and_up_have_less_at_once_in_their_backward_pass() -> None:
     ("precision", "config", "fields"),
     [("bf16", None, {"dora": True}), ("bf16", PHI, {"dora": True, "lora_dropout": 0.1}),
      ("fp8", None, {"lora_dropout": 0.1})],
-)  # fmt: skip
+)
 def test_magnitudes_and_dropout_have_more_at_once_in_their_backward_pass(
     precision: str, config: dict | None, fields: dict
 ) -> None:
     shape = SHAPE if config is None else from_config({**config, "num_hidden_layers": 2}, "phi3")
     setup = Setup(
         method="lora", precision=precision, optimizer="adamw", master_weights=True, compiled=True, **fields
-    )  # fmt: skip
+    )
     found = generated("lora", precision, H100, config, **fields)
     assert in_backward_bytes(shape, setup) == pytest.approx(found["backward"], rel=0.01)
 
@@ -115,5 +115,5 @@ def test_another_family_assembles_too(method: str, precision: str) -> None:
     assert min(number for _, number in found["graphs"]) >= 1
     shape, setup = from_config({**GEMMA3, "vocab_size": 128256, "num_hidden_layers": 2}, "gemma3_text"), Setup(
         method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True
-    )  # fmt: skip
+    )
     assert found["beyond"] <= in_backward_bytes(shape, setup) <= 1.06 * found["beyond"]

@@ -45,7 +45,7 @@ def backend(module: fx.GraphModule, inputs: list) -> object:
     compiler = aot_autograd(
         fw_compiler=run_merged, bw_compiler=run_merged, decompositions=select_decomp_table(),
         partition_fn=min_cut_rematerialization_partition,
-    )  # fmt: skip
+    )
     return compiler(module, inputs)
 
 
@@ -89,7 +89,7 @@ MORE = [
     (SHAPE, "nf4", "qlora", {}), (MISTRAL, None, "lora", {"targets": ["q_proj", "up_proj"]}),
     (SHAPE, None, "full", {}), ({**SHAPE, "hidden_size": 96}, None, "full", {}), (SHAPE, None, "lora", {"dora": True}),
     ({**SHAPE, "model_type": "gemma2", "head_dim": 16}, None, "lora", {"targets": ["k_proj", "v_proj"]}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(

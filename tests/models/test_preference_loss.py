@@ -265,7 +265,7 @@ def trls_kto(plain, tiny, tokenizer, folder, answers, weights):
     arguments = KTOConfig(
         output_dir=str(folder), beta=0.3, desirable_weight=weights[0], undesirable_weight=weights[1], use_cpu=True,
         report_to=[], per_device_train_batch_size=len(answers), bf16=False, gradient_checkpointing=False,
-    )  # fmt: skip
+    )
     trainer = KTOTrainer(
         model=plain,
         ref_model=AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32),
@@ -286,7 +286,7 @@ def packed_from(batch, places, desirable=None) -> PackedRow:
         (batch["input_ids"][place][batch["attention_mask"][place] == 1],
          batch["completion_mask"][place][batch["attention_mask"][place] == 1])
         for place in places
-    ]  # fmt: skip
+    ]
     ids = torch.cat([ids for ids, _ in documents]).numpy()
     trained = torch.cat([trained for _, trained in documents]).numpy()
     positions = np.concatenate([np.arange(len(ids)) for ids, _ in documents])
@@ -430,7 +430,7 @@ def test_kto_of_all_weights_is_the_formula_in_float64(tiny, policy, tokenizer):
         1.5 * (1 - torch.sigmoid(0.3 * (ratio(place, place) - moved))) if labels[place]
         else 0.7 * (1 - torch.sigmoid(0.3 * (moved - ratio(place, place))))
         for place in (3, 4, 0, 2, 3, 1)
-    )  # fmt: skip
+    )
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     for (name, parameter), (_, theirs) in zip(trainable(policy), trainable(exact), strict=True):

@@ -137,7 +137,7 @@ def sharded_peaks(
     config: dict[str, Any], method: str, precision: str, case: Case, world_size: int,
     targets: Any = "all-linear", replicas: int = 1, reshard_after_forward: bool = True, in_backward: bool = False,
     modules_to_save: tuple[str, ...] = (), optimizer: str = "adamw",
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[int, int]:
     """(bytes of one rank's weights and buffers, peak bytes of a step's micro-batches besides those).
 
     Accumulated, the step has three micro-batches, so that one has others before and after it. in_backward: a second

@@ -47,7 +47,7 @@ def test_the_benchmark_grid_covers_what_the_bar_asks_for() -> None:
     assert {case.checkpointing for case in eager} == {"none", "selective", "full"}
     assert {case.optimizer for case in eager} == {
         "adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "adafactor"
-    }  # fmt: skip
+    }
     assert {case.accumulation for case in eager} == {1, 2} and "dpo" in {case.objective for case in eager}
 
 
@@ -165,7 +165,7 @@ def test_efficiencies_are_fitted_to_stored_measurements(tmp_path, monkeypatch) -
         row["measured"] = {
             "peak_allocated_gib": allocated, "peak_reserved_gib": 1.04 * allocated,
             "peak_device_gib": 1.04 * allocated + 0.8, "tokens_per_second": row["predicted"]["tokens_per_second"] / 1.1,
-        }  # fmt: skip
+        }
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
     fit = load("fit_speed")
     kept = copy.deepcopy(fit.coefficients())
@@ -188,7 +188,7 @@ def test_stored_measurements_are_predicted_again_and_summarised() -> None:
         row["measured"] = {
             "peak_allocated_gib": predicted["allocated_gib"], "peak_reserved_gib": predicted["reserved_gib"],
             "peak_device_gib": predicted["device_gib"] * 2, "tokens_per_second": predicted["tokens_per_second"],
-        }  # fmt: skip
+        }
     said = script.summarise(
         [*rows, {"case": rows[0]["case"], "predicted": rows[0]["predicted"], "failed": "out of memory: x"}]
     )

@@ -34,7 +34,7 @@ def setup(sharding: str, world: int = 16, **fields) -> Setup:
             "method": "full", "precision": "bf16", "optimizer": "adamw", "master_weights": True, "sharding": sharding,
             "world_size": world, "gpus_per_node": 8, **fields,
         }
-    )  # fmt: skip
+    )
 
 
 def test_a_ring_takes_as_long_as_its_slower_part() -> None:

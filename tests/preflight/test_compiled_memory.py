@@ -46,7 +46,7 @@ def config(family: str, layers: int) -> dict:
     return {
         "model_type": family, "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 1000,
         "tie_word_embeddings": False, "num_hidden_layers": layers, **SIZES[family],
-    }  # fmt: skip
+    }
 
 
 def saved_bytes(family: str, layers: int, setup: Setup) -> int:
@@ -98,7 +98,7 @@ CHANGES = [
     {"lora_targets": ("q_proj", "v_proj")}, {"lora_targets": ("gate_proj", "down_proj")},
     *({"lora_targets": ("q_proj", "o_proj", "up_proj"), "lora_dropout": 0.1, "method": m} for m in ("lora", "qlora")),
     {"dora": True}, {"method": "full", "precision": "fp8"},
-]  # fmt: skip
+]
 
 
 SCALED = [{"dora": True, "lora_targets": some} for some in (("q_proj", "o_proj", "down_proj"), ("k_proj", "v_proj"))]
@@ -120,7 +120,7 @@ def changes(family: str) -> list[dict]:
     return [
         *CHANGES[:3], CHANGES[2 + list(SIZES).index(family)], *CHANGES[-2:-1] * (family in ("qwen3", "gemma3_text")),
         *SCALED * (family == "gemma3_text"),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_what_layers_keep_too_much_of_is_in_use_in_their_own_backward_pass_alone
     ("changed", "products"),
     [({}, 5), ({"dora": True}, 8), ({"dora": True, "lora_targets": ("q_proj", "o_proj")}, 5),
      ({"precision": "fp8"}, 6), ({"precision": "fp8", "lora_dropout": 0.1}, 7)],
-)  # fmt: skip
+)
 def test_what_a_layers_backward_pass_has_at_once_lies_beside_what_all_layers_keep(changed: dict, products: int) -> None:
     """As many of a feed-forward layer's products, and the gradient of the layer's output (test_gpu_code.py)."""
     shape, job = find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B")), replace(setup(), **changed)
@@ -185,7 +185,7 @@ def test_layers_trained_whole_have_what_their_code_has(precision: str, products:
 @pytest.mark.parametrize("checkpointing", ["full", "offload"])
 @pytest.mark.parametrize(
     "changed", [{}, {"precision": "fp8", "lora_dropout": 0.1}, {"dora": True}, {"method": "full"}],
-)  # fmt: skip
+)
 def test_layers_that_are_made_again_have_what_they_keep_and_what_is_inside(checkpointing: str, changed: dict) -> None:
     shape = find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B"))
     job = replace(setup(), checkpointing=checkpointing, sequence_length=16384, **changed)

@@ -34,7 +34,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> Non
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     truth = model.config
     windows = [truth.sliding_window if kind == "sliding_attention" else None
-               for kind in getattr(truth, "layer_types", None) or ()]  # fmt: skip
+               for kind in getattr(truth, "layer_types", None) or ()]
     assert not windows or list(shape.windows) == windows
 
 
@@ -76,7 +76,7 @@ def test_sizes_that_cannot_be_are_refused_in_a_sentence(changed: dict, said: str
 )
 def test_what_a_familys_code_does_not_read_changes_nothing_and_its_other_names_do(more: dict) -> None:
     few = {"num_hidden_layers": 5, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
-           "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 1000, "pad_token_id": 0, **more}  # fmt: skip
+           "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 1000, "pad_token_id": 0, **more}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**few))
     shape = from_config(few, "x")

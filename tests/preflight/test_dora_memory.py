@@ -27,7 +27,7 @@ def setup_of(case: Case, precision: str = "bf16", **others) -> Setup:
         method="lora", precision=precision, optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
         sequence_length=case.tokens, objective=case.objective, dora=True,
         gradient_accumulation_steps=2 if case.accumulated else 1, **others,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow
@@ -60,7 +60,7 @@ def test_dropout_is_replayed_as_the_engine_drops(family):
         traced = traced_peaks(config, "lora", cases, targets=targets, precision=precision, dropout=0.1, dora=True)
         for case, truth in zip(cases, traced, strict=True):
             setup = setup_of(case, precision, lora_dropout=0.1, kept_layers=case.kept_layers,
-                             lora_targets=targets if isinstance(targets, str) else tuple(targets))  # fmt: skip
+                             lora_targets=targets if isinstance(targets, str) else tuple(targets))
             error = training_step(shape, setup, in_place=False).peak / truth - 1
             assert abs(error) < TOLERANCE, f"{config} {precision} {case}: {error:+.3%} from the trace of {truth} bytes"
 

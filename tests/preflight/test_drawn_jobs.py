@@ -36,7 +36,7 @@ FIXED = [
 
 WIDE_HEADS = {
     "head_dim": 40, "num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 120, "intermediate_size": 100,
-}  # fmt: skip
+}
 ODD = [
     # Rows of nf4 that end within a block of 64 are dequantized outside of any kernel, in each pass.
     ({"intermediate_size": 4099}, ("llama", "qlora", "bf16", ("q_proj",), 16, False, Case(100, "selective"))),
@@ -56,7 +56,7 @@ def error(
         method=method, precision=precision, optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
         kept_layers=case.kept_layers, sequence_length=case.tokens, lora_rank=rank, lora_targets=targets, dora=dora,
         objective=case.objective, gradient_accumulation_steps=2 if case.accumulated else 1,
-    )  # fmt: skip
+    )
     traced = _traced_peak(with_trained_part(_meta_model(config, DTYPES[precision]), setup), case)
     return training_step(from_config(config, family), setup, in_place=False).peak / traced - 1
 

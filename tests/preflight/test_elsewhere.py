@@ -19,7 +19,7 @@ TOKENS = 20_000_000
 
 def job(**fields) -> Job:
     return Job(**{"model": EIGHT, "method": "lora", "hardware": HardwareConfig(gpu="h100_80gb", count=1),
-                  "batch": BatchConfig(global_size=64), **fields})  # fmt: skip
+                  "batch": BatchConfig(global_size=64), **fields})
 
 
 def plan(**fields) -> Plan:
@@ -85,7 +85,7 @@ def test_a_cluster_is_priced_where_one_node_does_not_hold_the_job_and_only_the_s
         Job(model=ModelConfig(name="meta-llama/Llama-3.1-405B"), method="lora", precision="fp8",
             hardware=HardwareConfig(gpu="h100_80gb", count=8), batch=BatchConfig(global_size=64)),
         with_elsewhere=True,
-    )  # fmt: skip
+    )
     assert made.fits
     machines = {(row["gpu"], row["count"], row["nodes"], row["precision"]) for row in made.elsewhere}
     assert ("h200", 8, 1, "fp8") in machines and {row[0] for row in machines} <= {

@@ -45,7 +45,7 @@ def test_local_takes_a_known_cards_facts_from_the_catalogue(monkeypatch) -> None
         ("NVIDIA RTX 6000 Ada Generation", 44.99, "rtx_6000_ada"), ("NVIDIA GeForce RTX 3090", 24.0, "rtx3090"),
         ("NVIDIA GeForce RTX 5090", 31.84, "rtx5090"), ("NVIDIA GeForce RTX 5090 Laptop GPU", 23.9, None),
     ],
-)  # fmt: skip
+)
 def test_cards_are_told_apart_by_all_words_of_their_names_and_by_their_memory(driver_name, gib, known) -> None:
     assert hardware.catalog_name(driver_name, gib) == known
 
@@ -136,7 +136,7 @@ def test_a_gpu_that_the_plan_did_not_see_is_no_reason_either(monkeypatch) -> Non
         ("0,-1,2", [0]), ("0,7,1", [0]), ("0,0", []), ("GPU-bb", [1]), (" GPU-ca2 , GPU-aa", [2, 0]), ("GPU-", []),
         ("GPU-dd,GPU-aa", []), ("NoDevFiles", []),
     ],
-)  # fmt: skip
+)
 def test_visible_devices_are_those_that_cuda_shows(chosen, seen) -> None:
     assert nvml.visible(chosen, ["GPU-aa1", "GPU-bb1", "GPU-ca2"]) == seen
 
@@ -189,7 +189,7 @@ class Driver:
         ("GPU-b", "NVIDIA A100-SXM4-80GB", 80, 8.0), ("MIG-cc", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", 10, 8.0),
         ("MIG-cc,MIG-cc2", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", 10, 8.0),
     ],
-)  # fmt: skip
+)
 def test_a_card_or_a_part_of_one_that_is_chosen_by_uuid_is_planned_for(monkeypatch, chosen, name, gib, capability):
     monkeypatch.setattr(nvml.ctypes, "CDLL", lambda _: Driver())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)

@@ -41,7 +41,7 @@ def setup_of(method: str, case: Case, **fields) -> Setup:
         method=method, precision="bf16", optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
         kept_layers=case.kept_layers, sequence_length=case.tokens,
         gradient_accumulation_steps=2 if case.accumulated else 1, **fields,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3", "phi3"))])

@@ -229,7 +229,7 @@ def test_inputs_in_host_memory_are_compiled_until_mlps_run_by_pieces() -> None:
         return plan(
             LLAMA + "8B", "qlora", "h100_80gb", activation_checkpointing=way, sequence_length=tokens,
             micro_batch_size=rows, **fields,
-        )  # fmt: skip
+        )
 
     assert of(2048, 2).compile and of(16384).compile and of(2048, 8).compile
     assert not of(2048, 16).compile and not of(16640).compile
@@ -316,7 +316,7 @@ def test_a_rate_for_another_method_is_said() -> None:
     for objective, method, rate, said in (
         ("sft", "full", 2e-4, "20 times"), ("sft", "lora", 1e-5, "1/20 of"), ("sft", "full", 1e-4, None),
         ("dpo", "lora", 2e-4, "40 times"), ("kto", "lora", 5e-5, None), ("kto", "full", 1e-5, "20 times"),
-    ):  # fmt: skip
+    ):
         written = replace(job(LLAMA + "8B", method, "h200"), objective=objective, optimizer=OptimizerConfig(lr=rate))
         notes = [reason for reason in make_plan(written).reasons if "learning rate" in reason]
         assert [f"is {said} the usual" in note for note in notes] == ([True] if said else [])
@@ -391,7 +391,7 @@ def test_the_plan_of_a_405b_over_all_machines_takes_no_torch_and_few_replays(met
     words = [
         "plan", "recipe=auto", "model.name=meta-llama/Llama-3.1-405B", f"method={method}", "hardware=h100_80gb_x8",
         "sequence_length=4096", "batch.global_size=64", "run_dir=run",
-    ]  # fmt: skip
+    ]
     code = f"""
 import sys
 from loadmaster.cli import main
@@ -415,7 +415,7 @@ def test_products_in_fp8_need_no_less_than_in_bf16(model, gpus, checkpointing) -
             method="full", precision="bf16", optimizer=optimizer, master_weights=False, checkpointing=checkpointing,
             sharding="fsdp" if gpus > 1 else "none", world_size=gpus, gpus_per_node=gpus, compiled=compiled,
             micro_batch_size=rows, kept_layers=5 if checkpointing == "full" else 0,
-        )  # fmt: skip
+        )
         plain, fp8 = (memory(shape, hardware, replace(setup, precision=p)) for p in ("bf16", "fp8"))
         assert fp8.needed_gib >= plain.needed_gib and fp8.host_gib >= plain.host_gib
 
@@ -436,7 +436,7 @@ def test_where_all_weights_are_trained_the_reference_costs_one_pass_before_the_s
             optimizer="adamw_8bit",
         )
         for objective, steps in (("orpo", 1000), ("dpo", 1000), ("dpo", 2000))
-    )  # fmt: skip
+    )
     assert (orpo.memory_gib, orpo.tokens_per_second) == (dpo.memory_gib, dpo.tokens_per_second)
     training_h = longer.hours - dpo.hours
     steps_h = 1000 * 64 * 2048 / dpo.tokens_per_second / 3600
@@ -452,7 +452,7 @@ def test_kto_of_all_weights_asks_twice_before_the_steps_and_passes_once_more_in_
             optimizer="adamw_8bit",
         )
         for objective in ("orpo", "dpo", "kto")
-    )  # fmt: skip
+    )
     assert kto.memory_gib == dpo.memory_gib
     assert 1.3 < dpo.tokens_per_second / kto.tokens_per_second < 1.35
     none, once, twice = (each.hours - 1000 * 64 * 2048 / each.tokens_per_second / 3600 for each in (orpo, dpo, kto))

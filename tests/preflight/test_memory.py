@@ -153,7 +153,7 @@ def test_weights_gradients_and_states_that_are_offloaded_are_in_host_memory() ->
     shape, machine = shape_of("llama-3.1-70b"), from_catalog("a100_80gb", 8)
     for steps in (1, 4):
         sharded = setup("full", sharding="fsdp", world_size=8, gpus_per_node=8, gradient_accumulation_steps=steps,
-                        checkpointing="full", offload="all")  # fmt: skip
+                        checkpointing="full", offload="all")
         found = model.memory(shape, machine, sharded)
         assert found.train.weights == found.train.gradients == found.train.optimizer == 0
         assert found.host_gib > 16 * shape.parameters / GIB
@@ -171,7 +171,7 @@ FSDP = {"sharding": "fsdp", "world_size": 8}
     ({**FSDP, "checkpointing": "offload", "gradient_accumulation_steps": 4}, 0.55),
     ({**FSDP, "reshard_after_forward": False}, 0.55), ({**FSDP, "sharding": "zero1"}, 0.31),
     ({**FSDP, "sharding": "zero3", "offload": "all"}, 0.21),
-])  # fmt: skip
+])
 def test_what_is_ruled_out_quickly_does_not_fit(method: str, more: dict, near: float) -> None:
     """The quick bound is below what the replay says, whatever the setting, and near enough to rule plans out."""
     gpu = from_catalog("h100_80gb", more.get("world_size", 1))

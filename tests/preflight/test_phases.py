@@ -32,14 +32,14 @@ def plan(method: str, count: int = 1, formats: tuple[str, ...] = ("bf16",), **fi
     return make_plan(
         Job(model=fields.pop("model", EIGHT), method=method, hardware=HardwareConfig(gpu="h100_80gb", count=count),
             batch=BatchConfig(global_size=64), export=ExportConfig(formats=list(formats)), **fields)
-    )  # fmt: skip
+    )
 
 
 def test_phases_come_in_the_order_of_a_run_and_their_components_add_up() -> None:
     made = plan("lora")
     assert list(made.phase_components_gib) == [
         "load", "first_step", "steady_step", "evaluate", "save", "resume", "merge", "quantize", "verify"
-    ]  # fmt: skip
+    ]
     for name, parts in made.phase_components_gib.items():
         total = getattr(made.phases_gib, name)
         each = [getattr(parts, f.name) for f in dataclasses.fields(parts) if f.name != "total"]
@@ -205,7 +205,7 @@ def test_layers_go_to_disk_where_the_host_is_too_small_and_frozen_ones_do_not() 
     shape, machine = find_shape(SEVENTY), replace(from_catalog("h100_80gb", 1), host_memory_gib=40.0)
     job = Job(model=SEVENTY, method="full", batch=BatchConfig(global_size=64))
     setup = Setup(method="full", precision="bf16", optimizer="adafactor", master_weights=False,
-                  **fixed(job, machine, "full", "full", 0))  # fmt: skip
+                  **fixed(job, machine, "full", "full", 0))
     need = verifying(job, shape, machine, setup)
     assert need.placement.disk > 0 and need.disk_bytes >= need.host_bytes > 0 and need.summary()["fits"]
     on_host = verifying(job, shape, replace(machine, host_memory_gib=400.0), setup)

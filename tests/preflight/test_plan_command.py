@@ -248,7 +248,7 @@ def test_data_without_rows_are_refused_by_the_plan_too(name, content, capsys, tm
 @pytest.mark.parametrize("words", [
     ["data.path=packed.jsonl"], ["data.path=[a/dataset,packed.jsonl]"],
     ["data.path=rows.jsonl", "data.validation=packed.jsonl"],
-])  # fmt: skip
+])
 def test_files_that_no_reader_reads_are_refused_by_the_plan_too(words, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 30)

@@ -11,7 +11,7 @@ from loadmaster.preflight.prediction import Measured, held_against, sentence
 JOB = Job(
     model=ModelConfig(name="meta-llama/Llama-3.1-8B"), method="lora", micro_batch_size=2,
     batch=BatchConfig(global_size=4), hardware=HardwareConfig(gpu="h100_80gb"),
-)  # fmt: skip
+)
 PLAN = make_plan(JOB)
 MEMORY, PEAK = PLAN.memory_gib, PLAN.peak_gib
 MASTERS = 4 * PLAN.model.trainable_parameters / 2**30
@@ -24,7 +24,7 @@ def measured(extra_step: float = 0.0, extra_context: float = 0.0, extra_weights:
     more = extra_step + extra_weights
     return Measured(
         PEAK.allocated + more, PEAK.reserved + more, PEAK.device + more + extra_context, loaded, resting
-    )  # fmt: skip
+    )
 
 
 def test_a_prediction_that_is_right_is_recorded_part_by_part_and_not_mentioned() -> None:

@@ -19,7 +19,7 @@ MIXTURE = [*PLAN, "recipe=lora_8b", "model.name=Qwen/Qwen3-30B-A3B", "hardware=h
 
 def test_two_settings_that_are_both_too_large_are_both_left_open() -> None:
     job = compose([*PLAN, "recipe=lora_8b", "hardware=rtx4090_x1", "micro_batch_size=16", "sequence_length=16384",
-                   "activation_checkpointing=none"]).job  # fmt: skip
+                   "activation_checkpointing=none"]).job
     plan = make_plan(job)
     assert not plan.fits
     assert plan.alternatives[0]["change"] == "micro_batch_size=auto activation_checkpointing=auto"
@@ -56,7 +56,7 @@ def test_settings_that_would_fit_do_so_when_they_are_typed(words: list[str]) -> 
         # Nothing is written that could be left open: shorter rows on another machine.
         ["recipe=auto", "model.name=meta-llama/Llama-3.1-405B", "hardware=rtx4090_x1", "sequence_length=131072"],
     ],
-)  # fmt: skip
+)
 def test_where_no_one_change_does_several_together_do(words: list[str]) -> None:
     refused = make_plan(compose([*PLAN, *words]).job)
     assert not refused.fits and refused.alternatives

@@ -86,7 +86,7 @@ CHECKS: dict[str, list[tuple[str, str, float, str, int, list[Case]]]] = {
                    (("lora", "dpo", 0.0), ("qlora", "dpo", 0.1), ("lora", "orpo", 0.0), ("full", "orpo", 0.0),
                     ("full", "dpo", 0.0))],
     "fp32": [(method, "fp32", 0.0, "sft", 0, DROPPED) for method in ("full", "lora")],
-}  # fmt: skip
+}
 """(method, precision, dropout, objective, seed, cases) of each group of checks."""
 
 
@@ -145,7 +145,7 @@ def test_kto_of_labelled_answers_takes_what_pairs_are_planned_with(method, docum
         setup = Setup(
             method=method, precision="bf16", optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
             sequence_length=case.tokens, objective="kto", gradient_accumulation_steps=2 if case.accumulated else 1,
-        )  # fmt: skip
+        )
         replay = evaluation_batch if case.evaluated else training_step
         assert abs(replay(from_config(config, "llama"), setup, in_place=False).peak / truth - 1) < TOLERANCE
 
@@ -179,7 +179,7 @@ def test_gradients_that_meet_are_added_in_place_unless_a_trace_is_replayed() -> 
     ("family", "method"),
     [("llama", "full"), ("llama", "lora"), ("llama", "qlora"),
      *(pytest.param("gemma2", method, marks=pytest.mark.slow) for method in ("full", "qlora"))],
-)  # fmt: skip
+)
 def test_inputs_in_host_memory_and_mlps_by_pieces_are_replayed(family: str, method: str, monkeypatch) -> None:
     monkeypatch.setattr(recompute, "MLP_TOKENS", 512)
     monkeypatch.setattr(blocks, "MLP_TOKENS", 512)
@@ -190,7 +190,7 @@ def test_inputs_in_host_memory_and_mlps_by_pieces_are_replayed(family: str, meth
         setup = Setup(
             method=method, precision="bf16", optimizer="adamw", master_weights=True, checkpointing="offload",
             sequence_length=case.tokens, gradient_accumulation_steps=2 if case.accumulated else 1,
-        )  # fmt: skip
+        )
         training_step.cache_clear()
         error = training_step(shape, setup, in_place=False).peak / truth - 1
         assert abs(error) < TOLERANCE, f"{case}: replay is {error:+.3%} from the trace of {truth} bytes"
@@ -208,6 +208,6 @@ def test_training_in_fp8_is_replayed_as_torchao_does_it(family: str) -> None:
         setup = Setup(
             method="full", precision="fp8", optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
             sequence_length=case.tokens, gradient_accumulation_steps=2 if case.accumulated else 1,
-        )  # fmt: skip
+        )
         error = training_step(shape, setup, in_place=False).peak / truth - 1
         assert abs(error) < TOLERANCE, f"{config} {case}: replay is {error:+.3%} from the trace of {truth} bytes"

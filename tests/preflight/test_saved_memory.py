@@ -23,7 +23,7 @@ CHECKED += [
     pytest.param(*each, marks=pytest.mark.slow)
     for each in (("llama", False, HEAD), ("llama", False, EMBEDDING), ("qwen3", False, EVERYTHING),
                  ("gemma3_text", True, HEAD), ("gemma3_text", True, EVERYTHING))
-]  # fmt: skip
+]
 
 
 def setup_of(case: Case, method: str, names: tuple[str, ...], **others) -> Setup:
@@ -31,7 +31,7 @@ def setup_of(case: Case, method: str, names: tuple[str, ...], **others) -> Setup
         method=method, precision="bf16", optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
         sequence_length=case.tokens, objective=case.objective, modules_to_save=names,
         gradient_accumulation_steps=2 if case.accumulated else 1, **others,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("family", "tied", "names"), CHECKED)

@@ -35,7 +35,7 @@ def small(layers: int, heads: int, head_dim: int) -> ModelShape:
     return from_config({
         "model_type": "llama", "hidden_size": size, "intermediate_size": size, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 1000,
-    }, "small")  # fmt: skip
+    }, "small")
 
 
 def test_tokens_of_cache_equal_a_measured_server() -> None:

@@ -203,7 +203,7 @@ def test_a_folder_with_a_config_is_a_model(tmp_path, capsys) -> None:
     config = {
         "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
         "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
-    }  # fmt: skip
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert plan_serving_command([f"model={tmp_path}", "gpu=rtx4090", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["weights_gb"] == 0.27
@@ -216,7 +216,7 @@ def test_a_quantized_checkpoint_counted_in_bf16_is_said_to_have_fewer_bits(tmp_p
     config = {
         "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 512,
         "num_attention_heads": 8, "quantization_config": {"quant_method": "compressed-tensors"},
-    }  # fmt: skip
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     for words, said in ((["gpu=l40s"], True), ([], True), (["gpu=l40s", "format=int4"], False)):
         assert plan_serving_command([f"model={tmp_path}", *words]) == 0
@@ -241,7 +241,7 @@ def test_weights_are_counted_as_they_are_stored(stored, counted, tmp_path, capsy
     config = {
         "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 512,
         "num_attention_heads": 8, "quantization_config": stored,
-    }  # fmt: skip
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert plan_serving_command([f"model={tmp_path}", "gpu=l40s", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["format"] == counted
@@ -254,7 +254,7 @@ def test_a_home_folder_of_nobody_is_a_folder_that_is_not_there(capsys) -> None:
 
 def test_a_request_is_no_longer_by_default_than_what_the_model_knows(tmp_path, capsys) -> None:
     known = {"max_position_embeddings": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512, "model_type": "llama"}  # fmt: skip
+             "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512, "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(known))
     asked = [f"model={tmp_path}", "gpu=l40s"]
     assert plan_serving_command(asked) == 0

@@ -23,7 +23,7 @@ from tests.preflight.test_replay import FAMILIES, random_config
 TOLERANCE = 0.001
 CASES = [
     Case(512), Case(3000, "full"), Case(3000, "selective"), Case(3000, "offload"), Case(512, "full", accumulated=True),
-]  # fmt: skip
+]
 
 
 def check(family: str, method: str, precision: str, world_sizes: tuple[int, ...], small_vocabulary: bool) -> None:
@@ -41,7 +41,7 @@ def check(family: str, method: str, precision: str, world_sizes: tuple[int, ...]
             checkpointing=case.checkpointing, sequence_length=case.tokens, world_size=world_size,
             gradient_accumulation_steps=2 if case.accumulated else 1, lora_targets=targets,
             reshard_after_forward=reshard,
-        )  # fmt: skip
+        )
         weights, peak = sharded_peaks(config, method, precision, case, world_size, targets, 1, reshard)
         unit = whole(shape, setup)
         said = f"{config} {case} on {world_size}, resharded {reshard}"
@@ -89,7 +89,7 @@ def held_to_a_trace(config: dict, method: str, case: Case, world_size: int) -> N
     setup = Setup(
         method=method, precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp",
         checkpointing=case.checkpointing, sequence_length=case.tokens, world_size=world_size, lora_targets=targets,
-    )  # fmt: skip
+    )
     _, peak = sharded_peaks(config, method, "bf16", case, world_size, targets)
     replayed = worst_micro_batch(from_config(config, "x"), setup, in_place=False)[0].peak
     assert replayed == pytest.approx(peak, rel=TOLERANCE), f"{replayed / peak - 1:+.3%}"
@@ -128,7 +128,7 @@ def test_preference_tunings_memory_equals_a_trace_of_fully_shard(method: str, ob
         setup = Setup(
             method=method, precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp",
             checkpointing=checkpointing, sequence_length=512, world_size=8, objective=objective,
-        )  # fmt: skip
+        )
         _, peak = sharded_peaks(config, method, "bf16", Case(512, checkpointing, objective=objective), 8)
         replayed = worst_micro_batch(from_config(config, "llama"), setup, in_place=False)[0].peak
         assert replayed == pytest.approx(peak, rel=TOLERANCE)
@@ -140,7 +140,7 @@ def test_hybrid_sharding_keeps_each_layers_sum_to_the_end() -> None:
         setup = Setup(
             method=method, precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp",
             checkpointing="full", sequence_length=512, world_size=64, replicas=8,
-        )  # fmt: skip
+        )
         weights, peak = sharded_peaks(config, method, "bf16", Case(512, "full"), 64, replicas=8)
         shape = from_config(config, "llama")
         assert whole(shape, setup).shard == pytest.approx(weights, rel=0.002)
@@ -159,7 +159,7 @@ def test_bytes_that_a_step_moves_equal_those_of_fully_shard(method, objective, r
         checkpointing="full", sequence_length=512, world_size=8, gpus_per_node=8,
         gradient_accumulation_steps=micro_batches, reshard_after_forward=reshard, objective=objective,
         forwards=(FORWARDS_WHOLE if method == "full" else FORWARDS).get(objective, 0),
-    )  # fmt: skip
+    )
     case = Case(512, "full", objective=objective)
     gathered, reduced = step_bytes(config, method, case, 8, micro_batches, reshard)
     traffic = step_traffic(from_config(config, "llama"), setup)

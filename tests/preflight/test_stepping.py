@@ -84,7 +84,7 @@ def test_replay_equals_a_trace(fused, family, name, precision) -> None:
             setup = Setup(
                 method="full", precision=precision, optimizer=name, master_weights=name == "adamw",
                 checkpointing=checkpointing, kept_layers=kept, sequence_length=tokens, in_backward=True,
-            )  # fmt: skip
+            )
             model = with_trained_part(_meta_model(config, DTYPES[precision]), setup)
             checkpoint_activations(model, checkpointing, kept)
             optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, name == "adamw")
@@ -112,7 +112,7 @@ def test_experts_and_fused_matrices_are_stepped_with_their_layer(fused, family, 
         setup = Setup(
             method="full", precision="bf16", optimizer=name, master_weights=name == "adamw",
             checkpointing=checkpointing, sequence_length=256, in_backward=True,
-        )  # fmt: skip
+        )
         model = with_trained_part(_meta_model(config), setup)
         checkpoint_activations(model, checkpointing)
         optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, name == "adamw")
@@ -138,7 +138,7 @@ def test_under_fully_shard_it_equals_a_trace_too(fused, reshard) -> None:
             method="full", precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp", in_backward=True,
             checkpointing=case.checkpointing, kept_layers=case.kept_layers, sequence_length=case.tokens, world_size=8,
             reshard_after_forward=reshard,
-        )  # fmt: skip
+        )
         _, peak = sharded_peaks(config, "full", "bf16", case, 8, "all-linear", 1, reshard, in_backward=True)
         replayed = worst_micro_batch(shape, setup, in_place=False)[0].peak
         assert replayed == pytest.approx(peak, rel=0.001), f"{replayed / peak - 1:+.3%}: {case}"
@@ -152,7 +152,7 @@ def test_under_fully_shard_one_parameter_of_a_unit_is_stepped_at_a_time(fused, f
     setup = Setup(
         method="full", precision="bf16", optimizer=name, master_weights=name == "adamw", sharding="fsdp",
         in_backward=True, checkpointing="full", sequence_length=256, world_size=2,
-    )  # fmt: skip
+    )
     _, peak = sharded_peaks(config, "full", "bf16", Case(256, "full"), 2, in_backward=True, optimizer=name)
     replayed = worst_micro_batch(from_config(config, family), setup, in_place=False)[0].peak
     assert replayed == pytest.approx(peak, rel=0.001), f"{replayed / peak - 1:+.3%}"
@@ -199,7 +199,7 @@ def test_what_a_step_takes_besides_states_equals_a_trace(fused, monkeypatch, fam
             setup = Setup(
                 method=method, precision="bf16", optimizer=name, master_weights=masters, modules_to_save=saved,
                 lora_targets=targets,
-            )  # fmt: skip
+            )
             model = with_trained_part(_meta_model(config), setup)
             named = trainable(model)
             counted = sum(each.elements for each in trained.tensors(shape, setup))
@@ -338,7 +338,7 @@ def test_what_does_not_fit_says_that_it_would_in_the_backward_pass() -> None:
         job(LLAMA + "70B", "full", "a100_80gb", 4, activation_checkpointing="full", offload="none")
     )
     assert any("optimizer.in_backward=true" in a["change"] and "batch.global_size=4" in a["change"]
-               for a in recomputed.alternatives)  # fmt: skip
+               for a in recomputed.alternatives)
 
 
 def test_it_is_not_taken_unasked_where_gradients_are_clipped_or_accumulated() -> None:

@@ -35,7 +35,7 @@ def plan(method: str = "lora", **lora):
     return make_plan(
         Job(model=ModelConfig(name=LLAMA), method=method, lora=LoraConfig(**lora), sequence_length=1024,
             hardware=HardwareConfig(gpu="h100_80gb", count=1))
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("family", sorted(BY_FAMILY))
@@ -81,7 +81,7 @@ def test_layers_of_experts_have_no_dense_linears_to_adapt() -> None:
 MIXED = {
     **few_layers("qwen3_moe"), "mlp_only_layers": [0], "hidden_size": 64, "intermediate_size": 128, "vocab_size": 100,
     "moe_intermediate_size": 32, "num_experts": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_beside_experts_what_is_counted_has_the_adapters_and_nothing_else(target
 STARCODER_2 = {
     "model_type": "starcoder2", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512,
     "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "c_fc"], r".*\.(q_proj|c_proj)", "all-linear"])

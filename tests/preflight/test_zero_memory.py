@@ -23,12 +23,12 @@ ABOVE = 0.08
 CONFIG = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "head_dim": 64,
     "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2048, "tie_word_embeddings": False,
-}  # fmt: skip
+}
 FULL = [("full", "zero1", "none"), ("full", "zero2", "none"), ("full", "zero3", "none")]
 MORE = [
     ("full", "zero2", "optimizer"), ("full", "zero3", "all"), ("lora", "zero3", "none"), ("qlora", "zero3", "none"),
     ("lora", "zero3", "all"), ("full", "zero1", "optimizer"), ("qlora", "zero3", "all"),
-]  # fmt: skip
+]
 CASES = [
     case(f"{method}-{sharding}-{offload}-{count}", method, sharding, count, offload=offload, precision="bf16")
     for count, spreads in ((2, FULL + MORE), (4, FULL))
@@ -63,7 +63,7 @@ def test_a_ranks_memory_equals_the_bytes_of_real_deepspeed(c, bytes_of, request,
         method=c["method"], precision="bf16", optimizer="adamw", master_weights=True, sharding=c["sharding"],
         offload=c["offload"], sequence_length=TOKENS, gradient_accumulation_steps=2, world_size=c["count"],
         gpus_per_node=c["count"], lora_rank=RANK,
-    )  # fmt: skip
+    )
     shape = from_config(CONFIG, "llama")
     zero = zero_bytes(shape, setup)
     replayed, gradients = worst_micro_batch(shape, setup, in_place=False)
@@ -71,7 +71,7 @@ def test_a_ranks_memory_equals_the_bytes_of_real_deepspeed(c, bytes_of, request,
     at, besides = zero_peak(replayed, zero)
     peak = zero.weights + max(zero.states, zero.host) + zero.kept + max(
         gradients + sum(at.values()) + besides, zero.step + (zero.gradients if setup.stage == 3 else 0)
-    )  # fmt: skip
+    )
     pageable = (12 if setup.stage == 3 else 8) * zero.share if c["offload"] != "none" else 0
     assert all(found["pinned"] == zero.pinned_host - pageable for found in ranks), (ranks, zero)
     most = max(found["peak"] for found in ranks)  # ranks differ: of zero1, in which gradients they reduce first

@@ -41,7 +41,7 @@ SHAPE = from_config(
         "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False,
     },
     "small",
-)  # fmt: skip
+)
 
 
 def test_each_stage_cuts_what_it_says() -> None:

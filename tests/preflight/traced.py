@@ -27,7 +27,7 @@ def traced_peaks(
     """
     targets = tuple(targets) if isinstance(targets, list) else targets
     setup = Setup(method=method, precision=precision, optimizer="adamw", master_weights=True, lora_rank=rank,
-                  lora_targets=targets, lora_dropout=dropout, modules_to_save=modules_to_save, dora=dora)  # fmt: skip
+                  lora_targets=targets, lora_dropout=dropout, modules_to_save=modules_to_save, dora=dora)
     model = with_trained_part(_meta_model(config, DTYPES[precision]), setup)
     metas = Metas()
     return [_traced_peak(model, case, metas) for case in cases]

@@ -35,7 +35,7 @@ def make_plan(**changes: Any) -> Plan:
         "rejected": [{"plan": "full, bf16, adamw", "reason": "needs 132.1 GiB on each GPU of 76.7"}],
         "alternatives": [{"change": "method=qlora", "plan": "qlora, bf16", "needs_gib": 31.2, "budget_gib": 43.0,
                           "tokens_per_second": None, "hours": 1.2, "usd_per_hour": 46.4, "cost_usd": 55.68}],
-    }  # fmt: skip
+    }
     return Plan(**{**fields, **changes})
 
 
@@ -44,7 +44,7 @@ def metric_rows(steps: int) -> list[dict[str, Any]]:
         {"step": s, "loss": 3 / s, "grad_norm": 9 / s, "lr": 1e-3, "tokens": 100 * s, "trained_tokens": 20 * s,
          "tokens_per_second": 400.0 + s}
         for s in range(1, steps + 1)
-    ]  # fmt: skip
+    ]
     rows[-1]["eval_loss"] = 0.5
     return rows
 
@@ -53,7 +53,7 @@ def task(metric: float, answer: str) -> dict[str, Any]:
     reference = '{"product":"router"}'
     sample = {"prompt": "The router is broken.", "reference": reference, "answer": answer, "right": metric > 0.5}
     return {"metric": metric, "valid_json": 1.0, "field_match": 0.9, "per_field": {"product": metric}, "rows": 60,
-            "samples": [sample]}  # fmt: skip
+            "samples": [sample]}
 
 
 def verification(passed: bool) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def verification(passed: bool) -> dict[str, Any]:
         "passed": passed, "failures": [] if passed else ["mean_kl is 0.0019, must be at most 0.001"],
         "limits": {"max_perplexity_ratio": 1.03, "max_mean_kl": 0.02, "min_top1_agreement": 0.96,
                    "min_task_retention": 0.95},
-    }  # fmt: skip
+    }
 
 
 def put(run_dir: Path, name: str, value: Any) -> None:
@@ -90,7 +90,7 @@ def whole_run(tmp_path: Path) -> Path:
         "before": {"held_out": {"loss": 2.8712, "perplexity": 17.66, "tokens": 2411}, "task": task(0.0, "Sure!")},
         "after": {"held_out": {"loss": 0.1633, "perplexity": 1.1774, "tokens": 2411},
                   "task": task(0.9167, '{"product":"router"}')},
-    })  # fmt: skip
+    })
     put(run_dir, "export/bf16/manifest.json",
         {"schema": 1, "format": "bf16", "bytes": 269 * 10**6, "files": [], "verification": verification(True)})
     put(run_dir, "result.json", {
@@ -99,7 +99,7 @@ def whole_run(tmp_path: Path) -> Path:
         "input_share": 0.013,
         "data": {"format": "messages", "rows_read": 480, "bad_rows": 2, "notes": ["3 rows repeat another row"],
                  "train": {"rows": 91, "fill": 0.968}, "validation": {"rows": 13, "fill": 0.9}},
-    })  # fmt: skip
+    })
     names = ("plan", "train", "evaluate", "export", "bundle")
     put(run_dir, "stages.json", {"identity": "x", "stages": {n: stage(60.0, i) for i, n in enumerate(names)}})
     return run_dir
@@ -151,7 +151,7 @@ def test_a_run_that_has_done_nothing_yet_says_so_everywhere(tmp_path: Path):
     for sentence in (
         "There is no plan yet.", "No training step has been logged yet.", "The evaluation has not run yet.",
         "Nothing has been exported yet.", "No answers have been generated yet.",
-    ):  # fmt: skip
+    ):
         assert sentence in page.text
     assert page.text.count("not run yet") == 5 + 1  # five stages, and the evaluation's sentence
     assert "could be read" not in page.text
@@ -185,7 +185,7 @@ def test_the_plan_says_which_settings_the_job_wrote_and_which_preflight_chose(tm
 
 def test_a_machine_on_which_the_run_is_another_one_is_told_apart(tmp_path: Path):
     row = {"gpu": "rtx4090", "count": 4, "nodes": 1, "precision": "bf16", "sharding": "ddp", "micro_batch_size": 1,
-           "activation_checkpointing": "none", "offload": "none", "global_size": 128}  # fmt: skip
+           "activation_checkpointing": "none", "offload": "none", "global_size": 128}
     put(tmp_path, "plan.json", make_plan(elsewhere=[row, {**row, "global_size": 132, "offload": "all"}]).to_dict())
     text = report(tmp_path).text  # 4 rows x 2 accumulated x 16 GPUs are 128
     assert "bf16, ddp, checkpointing none, 1 row " in text and text.count("batch.global_size=") == 1
@@ -194,7 +194,7 @@ def test_a_machine_on_which_the_run_is_another_one_is_told_apart(tmp_path: Path)
 
 def test_some_recomputed_layers_are_counted_on_other_machines_too(tmp_path: Path):
     row = {"gpu": "rtx4090", "count": 4, "nodes": 1, "precision": "bf16", "sharding": "ddp", "micro_batch_size": 1,
-           "activation_checkpointing": "full", "checkpointed_layers": 12, "global_size": 128}  # fmt: skip
+           "activation_checkpointing": "full", "checkpointed_layers": 12, "global_size": 128}
     put(tmp_path, "plan.json", make_plan(elsewhere=[row]).to_dict())
     assert "bf16, ddp, checkpointing 12 of 30 layers, 1 row " in report(tmp_path).text
 
@@ -233,7 +233,7 @@ def test_a_whole_run_shows_every_figure_with_its_unit(whole_run: Path):
         "60.00 GiB", "predicted 61.00 GiB, 1.7% too high", "5 min 00 s", "$12.40", "269.0 MB", "1.0031",
         "0.00190 at most 0.02000", "at most 1.0300", "at least 87.1%",
         "99.51%", "✓ passed", "480 rows read, 2 of them bad", "96.8%", "40 optimizer steps logged", COMMAND, "seed 7",
-    ):  # fmt: skip
+    ):
         assert shown in page.text, shown
     assert page.html.count("<svg") == 5  # four curves, the loss in a wide and a narrow drawing
     assert "stop_after: bundle" in page.text
@@ -280,7 +280,7 @@ def test_an_attempt_that_was_rejected_stands_beside_the_earlier_export_with_figu
             "int4-gptq": {"mean_kl": 0.01},
             "int4-rtn": {"mean_kl": 0.02, "flipped_answers": 0.123, "task": {"metric": 0.456}},
         },
-    }  # fmt: skip
+    }
     put(whole_run, "result.json", {**result, "rejected_exports": rejected})
     page = report(whole_run)
     assert "bf16 ✓ passed" in page.text
@@ -358,7 +358,7 @@ def test_drawings_share_no_ids_and_take_their_colours_from_the_page(whole_run: P
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "plan.json", "result.json", "stages.json", "eval.json",
-                                  "export/bf16/manifest.json"])  # fmt: skip
+                                  "export/bf16/manifest.json"])
 @pytest.mark.parametrize("content", ['{"a": [1, ', "[1, 2]", "\x00\x01: : {"])
 def test_a_torn_or_strange_file_is_named_and_the_rest_is_shown(whole_run: Path, name: str, content: str):
     put(whole_run, name, content)
@@ -374,7 +374,7 @@ def test_fields_of_the_wrong_type_do_not_stop_the_report(whole_run: Path):
     put(whole_run, "eval.json", {"before": [], "after": {"task": {"metric": "high", "samples": [7], "per_field": []}}})
     put(whole_run, "stages.json", {"stages": {"plan": 3, "train": {"seconds": "long"}}})
     put(whole_run, "result.json", {"exports": [1], "data": {"train": 4}, "peak_device_gib": None, "failure": "x",
-                                  "tokens_per_second": 10**400, "trained_tokens_per_second": 10**400})  # fmt: skip
+                                  "tokens_per_second": 10**400, "trained_tokens_per_second": 10**400})
     put(whole_run, "metrics.jsonl", '{"step": Infinity}\n{"step": 2, "loss": 1.0}\n')
     assert report(whole_run).sections() == EXPECTED_SECTIONS
 
@@ -396,7 +396,7 @@ def test_a_run_on_preferences_says_what_its_loss_is_of_and_what_was_too_long(who
     ("objective", "form", "unit"),
     [("dpo", "preference", "chosen less rejected"), ("orpo", "preference", "log odds ratio"),
      ("kto", "unpaired", "desirable less undesirable")],
-)  # fmt: skip
+)
 def test_a_run_on_preferences_shows_how_the_rewards_go(whole_run: Path, objective: str, form: str, unit: str):
     rewards = {"reward_margin": 0.1} | ({"reward_accuracy": 0.5} if form == "preference" else {})
     put(whole_run, "metrics.jsonl", "".join(json.dumps({**row, **rewards}) + "\n" for row in metric_rows(3)))
@@ -416,7 +416,7 @@ def test_without_a_task_metric_no_answers_are_promised(whole_run: Path):
 
 def test_a_model_that_is_its_own_reference_prefers_no_answer(whole_run: Path):
     sides = [{"loss": 0.6931, "reward_accuracy": 0.0, "reward_margin": 0.0, "pairs": 9},
-             {"loss": 0.5, "reward_accuracy": 0.75, "reward_margin": 0.1, "pairs": 9}]  # fmt: skip
+             {"loss": 0.5, "reward_accuracy": 0.75, "reward_margin": 0.1, "pairs": 9}]
     put(whole_run, "eval.json", {"before": {"held_out": sides[0]}, "after": {"held_out": sides[1]}})
     put(whole_run, "metrics.jsonl", json.dumps({"step": 1, "loss": 0.6931} | sides[0]) + "\n")
     text, none = report(whole_run).text, units.MISSING

@@ -133,7 +133,7 @@ def test_of_several_recipes_a_run_on_data_of_its_own_says_its_path_and_what_was_
     path.write_text('{"text": "x"}\n')
     own = ["data=file", f"data.path={path}"]
     runs = (["recipe=smoke"], ["recipe=lora_8b", *own], ["recipe=smoke", *own, "optimizer.lr=0.001"],
-            ["recipe=auto", "data.validation=0.05"])  # fmt: skip
+            ["recipe=auto", "data.validation=0.05"])
     said = [" ".join(words).replace("data=file ", "") for words in runs]
     assert [set(each.split()) for each in set_apart([compose(list(words)).resolved for words in runs])] == [
         set(each.split()) for each in said

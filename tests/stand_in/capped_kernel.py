@@ -23,7 +23,7 @@ def main() -> None:
         inputs = [torch.randn(1, heads, BOUNDS[-1], 64).bfloat16() for heads in (4, 2, 2)]
         gradient = torch.randn(1, 4, BOUNDS[-1], 64).bfloat16()
         exact, fused = ([x.to(device, dtype).requires_grad_() for x in inputs] for device, dtype in
-                        (("cpu", torch.float32), ("cuda", torch.bfloat16)))  # fmt: skip
+                        (("cpu", torch.float32), ("cuda", torch.bfloat16)))
         bounds = torch.tensor(BOUNDS, dtype=torch.int32)
         expected, _ = capped.capped_attention(*exact, bounds, SCALE, SOFTCAP, window)
         blocks = capped.visible_blocks(BOUNDS, [window], torch.device("cuda"))

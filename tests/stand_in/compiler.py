@@ -98,7 +98,7 @@ def _round() -> None:
     kinds = {
         tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
         tl.float8e5: (torch.float8_e5m2, torch.uint8),
-    }  # fmt: skip
+    }
 
     def numbers(handle):
         if handle.dtype.scalar not in kinds:

@@ -89,7 +89,7 @@ def install(count: int, library: Path) -> None:
         name=CARD[0], multi_processor_count=132, major=9, minor=0, total_memory=MEMORY, warp_size=32,
         shared_memory_per_block_optin=232448, shared_memory_per_block=49152, shared_memory_per_multiprocessor=233472,
         max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, L2_cache_size=50 << 20, gcnArchName="",
-    )  # fmt: skip
+    )
 
     def apart(answer):
         return lambda *args: answer(*args)  # torch.compile knows functions by what they are
@@ -112,7 +112,7 @@ def install(count: int, library: Path) -> None:
         "get_rng_state": lambda _=None: torch.get_rng_state(), "set_rng_state": lambda state, _=None: None,
         "manual_seed": lambda _: None, "manual_seed_all": lambda _: None,
         "is_bf16_supported": lambda *_, **__: True, "is_current_stream_capturing": lambda: False,
-    }  # fmt: skip
+    }
     for name, answer in answers.items():
         setattr(cuda, name, answer)
         if hasattr(torch.accelerator, name) and ("memory" in name or name == "empty_cache"):
@@ -196,7 +196,7 @@ def _kernels(native) -> None:
     def flash_forward(
         q, k, v, bounds_q, bounds_k, most_q, most_k, dropout, causal, debug, *, scale=None, window_size_left=None,
         window_size_right=None, **_,
-    ):  # fmt: skip
+    ):
         assert all(each.is_cuda and each.stride(-1) == 1 for each in (q, k, v)) and q.dtype == torch.bfloat16
         assert bounds_q.is_cuda and bounds_q.dtype == torch.int32 and isinstance(most_q, int)
         assert int(host(bounds_q).diff().max()) <= most_q and int(host(bounds_q)[-1]) == q.shape[0] and dropout == 0
@@ -213,7 +213,7 @@ def _kernels(native) -> None:
     def flash_backward(
         gradient, q, k, v, out, normaliser, bounds_q, bounds_k, most_q, most_k, dropout, causal, seed, unused, *,
         scale=None, window_size_left=None, window_size_right=None, **_,
-    ):  # fmt: skip
+    ):
         assert gradient.is_cuda and gradient.stride(-1) == 1
         scale, groups = scale or q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
         of_q, of_k, of_v = (torch.zeros(t.shape) for t in (q, k, v))

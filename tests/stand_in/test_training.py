@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 JOB = (
     "recipe=smoke", "max_steps=2", "batch.global_size=2", "stop_after=train",
     "tracker=none", "run_dir=run",
-)  # fmt: skip
+)
 FULL = ("method=full", "optimizer.lr=1e-3")
 BY_ITSELF = [
     ("method=lora",),
@@ -100,7 +100,7 @@ def experts(tmp_path_factory, small) -> Path:
         vocab_size=len(tokenizer), hidden_size=128, moe_intermediate_size=128, num_hidden_layers=1, num_experts=8,
         num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=64, initializer_range=0.05,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -126,7 +126,7 @@ def train(
     return subprocess.run(
         command(*JOB, *hardware, f"model.path={base}", *words),
         cwd=folder, capture_output=True, text=True, check=False, timeout=600, env=world,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_the_fused_kernel_of_capped_scores_attends_as_the_exact_one_does(tmp_pat
         [sys.executable, str(ROOT / "tests/stand_in/capped_kernel.py")],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
         env={**of_gpus(1, library, interpret=True), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for apart in json.loads(done.stdout.splitlines()[-1]).values():
         assert max(apart) < 0.005  # bf16 has 8 bits

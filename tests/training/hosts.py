@@ -90,7 +90,7 @@ def torchrun(host: Host, rank: int, first: Host, *words: str, nodes: int = 2, pr
         sys.executable, str(ROOT / "launch" / "torchrun.py"), f"--nnodes={nodes}", f"--node-rank={rank}",
         f"--nproc-per-node={processes}", f"--master-addr={first.address}", f"--master-port={PORT}",
         str(ROOT / "train.py"), *words,
-    ]  # fmt: skip
+    ]
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def plan(case: dict[str, Any]) -> Plan:
         gradient_accumulation_steps=8 // world // case.get("micro_batch_size", 1), sequence_length=64,
         memory_gib=MemoryGib(*[0.0] * 9), phases_gib=PhasesGib(*[0.0] * 5), budget_gib=8.0, host_memory_gib=0.0,
         disk_gib=0.0, tokens_per_second=None, hours=None, cost_usd=None,
-    )  # fmt: skip
+    )
 
 
 def rows(documents: int, seed: int = 0):
@@ -117,7 +117,7 @@ def run(case: dict[str, Any], world: World) -> None:
                 session.model, validation, 0, 1, world.device, session.loss, world, stopping, session.fixed_length
             ),
             StopSignal(), Display(Console(quiet=True) if world.lead else None), world,
-        )  # fmt: skip
+        )
     finally:
         loop.Session.split = split
     folder = out / "saved"
@@ -128,7 +128,7 @@ def run(case: dict[str, Any], world: World) -> None:
     (out / f"rows-{world.rank}.json").write_text(json.dumps(seen[2:]))  # the first two are the rehearsal's
     figures = {
         "train_loss": outcome.train_loss, "eval_loss": outcome.eval_loss, "recompilations": outcome.recompilations,
-    }  # fmt: skip
+    }
     if case.get("evaluated"):  # read back from what was saved
         world.barrier()
         strategy, fixed_length = session.strategy, session.fixed_length

@@ -32,7 +32,7 @@ class Ended:
 def run_ranks(
     script: Path, *words: str, size: int, folder: Path, local_size: int | None = None, timeout_s: float = 60.0,
     each: dict[int, dict[str, str]] | None = None, unfinished: tuple[int, ...] = (),
-) -> Ended:  # fmt: skip
+) -> Ended:
     """Run `script` as `size` ranks; wait for all but the `unfinished`, which are killed then.
 
     each: more environment by rank.
@@ -46,7 +46,7 @@ def run_ranks(
                 "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % local),
                 "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                 "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT), **(each or {}).get(rank, {}),
-            }  # fmt: skip
+            }
             with open(files[rank], "w", encoding="utf-8") as log:
                 running.append(
                     subprocess.Popen([sys.executable, str(script), *words], env=env, cwd=folder, stdout=log, stderr=log)

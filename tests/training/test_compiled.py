@@ -28,7 +28,7 @@ from tests.training import test_loop
 SHAPE = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 300,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.1,
-}  # fmt: skip
+}
 MISTRAL = {**SHAPE, "model_type": "mistral", "sliding_window": 6}
 QWEN = {**SHAPE, "model_type": "qwen2"}  # its q, k and v have biases
 
@@ -83,7 +83,7 @@ CASES = [
     ("fp8", "lora", "selective", QWEN), ("nf4", "qlora", "full", QWEN), (None, "full", "offload", SHAPE),
     ("nf4", "qlora", "offload", SHAPE), ("fp8", "lora", "offload", QWEN), (None, "full", "full but 1", SHAPE),
     ("nf4", "qlora", "full but 2", SHAPE), ("fp8", "lora", "full but 1", QWEN),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(

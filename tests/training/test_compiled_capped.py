@@ -12,7 +12,7 @@ from tests.training.test_compiled import SHAPE, model, small_layers, steps  # no
 GEMMA_2 = {
     **SHAPE, "model_type": "gemma2", "sliding_window": 6, "head_dim": 16, "query_pre_attn_scalar": 20,
     "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
-}  # fmt: skip
+}
 KINDS = 2
 """Of layers: with a window and without."""
 
@@ -32,7 +32,7 @@ def case(way: str, form: str | None, method: str, checkpointing: str, compiling:
     case("fused", None, "lora", "selective", False, slow=True),
     case("fused", "nf4", "qlora", "full", True, slow=True),
     case("fused", "fp8", "lora", "offload", False, slow=True),
-])  # fmt: skip
+])
 def test_losses_and_gradients_are_those_of_plain_layers(way, form, method, checkpointing, compiling, monkeypatch):
     torch._dynamo.reset()
     plain, _ = steps(model(form, method, "none", False, GEMMA_2))

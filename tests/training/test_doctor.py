@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("examined.py")
 SAME = {
     "code": "aaaaaaaaaa", "config": "cc", "data": "dd", "versions": {"torch": "2.13.0"}, "clock_s": 1000.0,
     "disk_free_gib": 50.0, "shm_free_gib": 8.0, "node_gb_per_s": 250.0, "next_gb_per_s": 40.0,
-}  # fmt: skip
+}
 
 
 def reports(nodes=3, per_node=2, **odd):
@@ -91,7 +91,7 @@ def test_of_two_that_disagree_the_lead_is_right():
         (on_node_1(next_latency_us=900.0), Needs(next_latency_us=25.0),
          ["node 1 (gpu1): a message takes 900 us to the next node, of 25 expected"]),
     ],
-)  # fmt: skip
+)
 def test_a_slow_link_is_named(odd, needs, said):
     assert slow_links(reports(**odd), needs) == said
 

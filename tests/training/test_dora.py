@@ -182,7 +182,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_same_bit_for_bit(tiny, tmp_
         return train(
             DORA, LORA, SimpleNamespace(train=rows(40), validation=None), load_tokenizer(tiny), tiny, folder,
             "hash", lambda *_: None, StopSignal(), Display(Console(quiet=True)),
-        )[0]  # fmt: skip
+        )[0]
 
     whole = run(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-4", tmp_path / "joined" / "checkpoints" / "step-4")

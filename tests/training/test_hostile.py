@@ -50,7 +50,7 @@ MORE = {
         "max_steps=2", "stop_after=evaluate", "evaluation.task=json_fields", "evaluation.max_rows=60",
         "evaluation.max_new_tokens=400",
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("when", ["starting", "loading", "rehearsing", *MORE])
@@ -65,7 +65,7 @@ def test_sigterm_to_one_rank_ends_all_of_them_with_75_in_every_phase(when, tiny,
         "compiling": lambda: any((tmp_path / "compiled").rglob("*.cpp")),  # the rehearsal's first forward pass
         "evaluating": lambda: len(metrics(tmp_path / "run")) >= 1,
         "in the stage evaluate": lambda: "evaluate: started" in said(tmp_path) and (logs / "rank-1.stack").is_file(),
-    }[when])  # fmt: skip
+    }[when])
     wait_for(process, lambda: len(workers_of(process.pid)) == 2)
     os.kill(workers_of(process.pid)[-1], signal.SIGTERM)
     assert ends(process, tmp_path) == 75, said(tmp_path)

@@ -31,7 +31,7 @@ def trained(tiny, folder, in_backward: bool, job=UNCLIPPED, **changed):
     session, _ = train(
         job, plan, SimpleNamespace(train=rows(), validation=None), load_tokenizer(tiny), tiny, folder, "hash",
         lambda session, stopping: None, StopSignal(), Display(Console(quiet=True)),
-    )  # fmt: skip
+    )
     figures = [(row["loss"], row["grad_norm"]) for row in read_metrics(folder / "metrics.jsonl")]
     return session, figures, [parameter.detach().clone() for _, parameter in session.trained]
 

@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
     config = LlamaConfig(
         hidden_size=512, intermediate_size=1408, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=8,
         vocab_size=8192, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(
         folder, max_shard_size=f"{FILE_MIB}MB"
     )

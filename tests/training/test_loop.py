@@ -108,7 +108,7 @@ def test_any_split_of_a_batch_gives_the_same_gradients(tiny, checkpointing):
 def run(
     tiny, folder, job=JOB, prepared=None, stop=None, held_out=lambda session, stopping: {"loss": 1.0}, plan=None,
     console=None,
-):  # fmt: skip
+):
     prepared = prepared or SimpleNamespace(train=rows(), validation=rows(6, seed=1))
     return train(
         job,

@@ -68,7 +68,7 @@ def made(tmp_path, monkeypatch):
         job=SHORT, plan=PLAN, world=World(), strategy=MagicMock(), model=None, trained=[], optimizer=MagicMock(),
         loss=None, skipped=[], preference={}, worked_s=0.25, device=torch.device("cpu"), split=list, fixed_length=None,
         gradients=MagicMock(return_value=(torch.tensor(2.0), torch.tensor(1.0))),
-    )  # fmt: skip
+    )
     given.prepared = SimpleNamespace(train=rows(), validation=rows(6, seed=1))
     given.said, given.display = log.getvalue, Display(Console(file=log, width=200))
     given.held_out = lambda session, stopping: {"loss": 1.0}
@@ -227,7 +227,7 @@ def test_an_end_before_the_last_step_is_said_with_what_would_take_the_best_weigh
     made.session.job = replace(
         SHORT, max_steps=steps, evaluation=replace(JOB.evaluation, every_steps=1, patience=1),
         checkpoint=replace(SHORT.checkpoint, load_best=load_best),
-    )  # fmt: skip
+    )
     made.training().run()
     assert ("training ends after step 2 of 3" in made.said()) == (steps == 3)
     assert ("checkpoint.load_best=true takes" in made.said()) == (steps == 3 and not load_best)
@@ -270,7 +270,7 @@ def trained(made, monkeypatch):
     return lambda world=None: train(
         made.session.job, made.session.plan, made.prepared, SimpleNamespace(pad_token_id=0), made.path, made.path,
         "hash", made.held_out, made.stop, made.display, world, made.watch,
-    )  # fmt: skip
+    )
 
 
 def test_a_request_before_the_rehearsal_is_not_answered_behind_it(made, trained):

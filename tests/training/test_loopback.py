@@ -36,7 +36,7 @@ def test_the_workers_of_one_host_meet_where_no_other_host_reaches():
 HOSTS = {
     "127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "LOCALHOST": "127.0.0.1", "2130706433": "127.0.0.1",
     "127.0.1.1": "127.0.1.1", "::1": "::1", "::ffff:127.0.0.1": "127.0.0.1",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("host", HOSTS)

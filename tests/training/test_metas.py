@@ -45,7 +45,7 @@ def test_what_makes_new_storages_is_done_once(operation, args, kwargs):
     for one, other in pairs:
         assert (one.size(), one.stride(), one.dtype, one.device) == (
             other.size(), other.stride(), other.dtype, other.device,
-        )  # fmt: skip
+        )
         assert one.untyped_storage()._cdata != other.untyped_storage()._cdata
 
 
@@ -54,7 +54,7 @@ def test_a_number_of_another_type_is_another_operation():
     whole = meta(3, dtype=torch.int64)
     assert [metas(ATEN.mul.Tensor, (whole, number), {}).dtype for number in (1, 1.0, 1)] == [
         torch.int64, torch.float32, torch.int64,
-    ]  # fmt: skip
+    ]
 
 
 def test_what_is_changed_in_place_is_given_back():
@@ -69,7 +69,7 @@ def test_what_is_changed_in_place_is_given_back():
     ("operation", "args"),
     [(ATEN.view.default, ([12],)), (ATEN._unsafe_view.default, ([12],)), (ATEN.t.default, ()), (ATEN.t_.default, ()),
      (ATEN.split.Tensor, (2,))],
-)  # fmt: skip
+)
 def test_views_are_made_each_time(operation, args):
     metas, counted = Metas(), Counted(operation)
     for _ in range(3):
@@ -94,7 +94,7 @@ def test_a_traced_step_is_the_one_in_which_every_operation_is_done(method, preci
     config = {
         "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1000,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-    }  # fmt: skip
+    }
     cases = [Case(512), Case(512, "selective", accumulated=True)]
     if (method, precision) != ("full", "fp8"):
         cases.append(Case(512, "full", objective="orpo"))

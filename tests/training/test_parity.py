@@ -19,7 +19,7 @@ def case(name: str, method: str, sharding: str, count: int = 1, nodes: int = 1, 
     return {
         "name": name, "method": method, "sharding": sharding, "count": count, "nodes": nodes, "offload": "none",
         "checkpointing": "none", "optimizer": "adamw", "steps": STEPS, "model": "even", **others,
-    }  # fmt: skip
+    }
 
 
 def zeros(count: int, *spreads: str, methods: tuple[str, ...] = ("full", "lora"), model: str = "even") -> list[dict]:
@@ -106,17 +106,17 @@ def model(tmp_path_factory) -> Path:
     even = {"hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2}
     odd = {
         "hidden_size": 63, "intermediate_size": 111, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16,
-    }  # fmt: skip
+    }
     experts = {**even, "num_local_experts": 3, "num_experts_per_tok": 2}
     for name, kind, shape in (
         ("even", LlamaConfig, even), ("odd", LlamaConfig, {**odd, "vocab_size": 513, "tie_word_embeddings": False}),
         ("experts", MixtralConfig, experts),
-    ):  # fmt: skip
+    ):
         torch.manual_seed(0)
         config = kind(**{
             "num_hidden_layers": 3, "vocab_size": 512, "tie_word_embeddings": True, "bos_token_id": 1,
             "eos_token_id": 2, "pad_token_id": 0, **shape,
-        })  # fmt: skip
+        })
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
     return folder
 

@@ -110,7 +110,7 @@ def trained_whole(tiny, pairs, folder, held_out=lambda session, stopping: None, 
     return train(
         job, plan, pairs, load_tokenizer(tiny), tiny, folder, "hash", held_out, stop or StopSignal(),
         Display(Console(quiet=True)),
-    )  # fmt: skip
+    )
 
 
 def test_where_all_weights_are_trained_the_reference_is_asked_once(tiny, pairs, tmp_path, monkeypatch):
@@ -204,7 +204,7 @@ def test_desirable_answers_rise_and_undesirable_ones_fall_without_pairs(tiny, an
     session, _ = train(
         job_of("kto"), plan, answers, load_tokenizer(tiny), tiny, tmp_path, "hash", lambda session, stopping: None,
         StopSignal(), Display(Console(quiet=True)),
-    )  # fmt: skip
+    )
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-5) and "reward_accuracy" not in rows[0]
     assert rows[0]["reward_desirable"] == rows[0]["reward_undesirable"] == rows[0]["reward_margin"] == 0
@@ -231,7 +231,7 @@ def test_a_skipped_step_has_no_figures_and_the_run_goes_on(tiny, pairs, tmp_path
     train(
         dataclasses.replace(job_of("dpo"), max_steps=2), plan, pairs, load_tokenizer(tiny), tiny, tmp_path, "hash",
         lambda session, stopping: None, StopSignal(), Display(Console(quiet=True)),
-    )  # fmt: skip
+    )
     rows = read_metrics(tmp_path / "metrics.jsonl")
     figures = ("loss", "reward_margin")
     assert [[row[name] is None for name in figures] for row in rows] == [[True, True], [False, False]]
@@ -281,7 +281,7 @@ def test_compiled_layers_are_not_compiled_anew_when_the_adapter_goes_on_and_off(
         _, outcome = train(
             job, plan, pairs, load_tokenizer(tiny), tiny, folder, "hash", lambda session, stopping: None, StopSignal(),
             Display(Console(quiet=True)),
-        )  # fmt: skip
+        )
         assert outcome.recompilations == 0
         losses.append([row["loss"] for row in read_metrics(folder / "metrics.jsonl")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -293,7 +293,7 @@ def test_train_py_learns_from_labels_and_says_what_it_held_out(tiny, tmp_path):
         tmp_path, f"model.path={tiny}", "data=ticket_labels", "data.max_rows=12", "hardware=cpu", "method=lora",
         "sequence_length=256", "batch.global_size=4", "micro_batch_size=2", "max_steps=3", "stop_after=evaluate",
         "evaluation.max_rows=2", "evaluation.max_new_tokens=4", "tracker=none", "run_dir=run",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "rows read as unpaired" in done.stdout and "desirable and" in done.stdout
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -34,7 +34,7 @@ def ranks(rank, size, local_rank, local_size, address, port):
     return {
         "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size,
         "MASTER_ADDR": address, "MASTER_PORT": port,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def run(tiny, folder, names=("embed_tokens", "norm")):
     session, _ = train(
         job(*names), LORA, SimpleNamespace(train=rows(40), validation=None), load_tokenizer(tiny), tiny, folder,
         "hash", lambda *_: None, StopSignal(), Display(Console(quiet=True)),
-    )  # fmt: skip
+    )
     return session
 
 
@@ -151,7 +151,7 @@ def test_a_name_means_modules_of_that_name_alone():
     layers = [f"model.layers.{i}.input_layernorm" for i in range(3)]
     assert saved_modules(model, ["lm_head", "input_layernorm"]) == {
         "modules_to_save": ["lm_head", *layers], "ensure_weight_tying": False,
-    }  # fmt: skip
+    }
     with pytest.raises(ConfigError, match=r"q_proj(.|\n)*embed_tokens, input_layernorm, lm_head, norm"):
         saved_modules(model, ["q_proj"])
 

@@ -188,7 +188,7 @@ def test_a_process_that_is_stuck_in_c_ends_when_its_time_is_over():
     process = subprocess.Popen(
         [sys.executable, "-c", words], env=environment() | {"PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    )
     killer = threading.Timer(250, process.kill)
     killer.start()
     assert process.stdout.readline() == "waits\n"

@@ -19,7 +19,7 @@ SHARED_EXPERTS = {
     "model_type": "qwen2_moe", "hidden_size": 2048, "intermediate_size": 5632, "moe_intermediate_size": 1408,
     "num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632, "num_hidden_layers": 2,
     "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 151936,
-}  # fmt: skip
+}
 TOP = 2 * 151936 * 2048 + 2048
 PARAMETERS = TOP + 2 * (14_315_784_192 - TOP) // 24
 """The whole model of 24 layers has 14,315,784,192."""
@@ -43,7 +43,7 @@ def test_the_last_token_of_each_row_predicts_nothing(objective) -> None:
     job = Job(
         model=ONE_B, method="lora", sequence_length=128, micro_batch_size=8, batch=BatchConfig(global_size=8),
         hardware=HardwareConfig(gpu="rtx4090"), objective=objective,
-    )  # fmt: skip
+    )
     assert abs(trace_plan(job, make_plan(job))["difference"]) < 0.001
 
 
@@ -68,7 +68,7 @@ def test_a_family_without_a_closed_form_is_planned_from_its_trace(tmp_path) -> N
     job = Job(
         model=folder(tmp_path), method="lora", lora=LoraConfig(targets=["q_proj", "v_proj"]),
         hardware=HardwareConfig(gpu="rtx4090"), plan=PlanConfig(trace=True),
-    )  # fmt: skip
+    )
     with pytest.raises(ConfigError, match=r"shared experts.*\n?.*plan\.trace=true"):
         make_plan(replace(job, plan=PlanConfig()))
     plan = planned(job)
@@ -77,7 +77,7 @@ def test_a_family_without_a_closed_form_is_planned_from_its_trace(tmp_path) -> N
     assert plan.memory_gib.total == pytest.approx(
         plan.memory_gib.weights + plan.memory_gib.gradients + plan.memory_gib.optimizer
         + plan.memory_gib.activations + plan.memory_gib.context, abs=0.001,
-    )  # fmt: skip
+    )
     assert plan.tokens_per_second is None  # how many of its weights a token meets is not known here
 
 
@@ -85,7 +85,7 @@ def test_a_traced_plan_gets_smaller_until_it_fits(tmp_path) -> None:
     job = Job(
         model=folder(tmp_path, num_hidden_layers=10), method="lora", lora=LoraConfig(targets=["q_proj", "v_proj"]),
         hardware=HardwareConfig(gpu="rtx4090"), plan=PlanConfig(trace=True), micro_batch_size=1, compile=False,
-    )  # fmt: skip
+    )
     needs = make_plan(job).memory_gib.total
     tight = replace(job, plan=PlanConfig(trace=True, reserve=1 - 1.02 * needs / 23.52))
     counted, plan = make_plan(tight), planned(tight)
@@ -96,6 +96,6 @@ def test_a_traced_plan_gets_smaller_until_it_fits(tmp_path) -> None:
 
 def test_a_model_that_transformers_does_not_know_is_refused_with_a_remedy(tmp_path) -> None:
     job = Job(model=folder(tmp_path, model_type="no_such_family"), method="lora", plan=PlanConfig(trace=True),
-              hardware=HardwareConfig(gpu="rtx4090"), lora=LoraConfig(targets=["q_proj"]))  # fmt: skip
+              hardware=HardwareConfig(gpu="rtx4090"), lora=LoraConfig(targets=["q_proj"]))
     with pytest.raises(ConfigError, match=r"no_such_family.*cannot be traced"):
         planned(job)

@@ -30,7 +30,7 @@ def job(tiny, **fields):
         "max_steps": STEPS, "checkpoint.every_steps": 5, "evaluation.every_steps": "null", "data.validation": "null",
         "evaluation.task": "none", "tracker": "none", "stop_after": "train", "hardware": "cpu", "hardware.count": 1,
         "hardware.nodes": 2, "run_dir": "run", "launch.hang_timeout_s": HANG_S,
-    }  # fmt: skip
+    }
     return [f"{name}={value}" for name, value in (words | fields).items()]
 
 

@@ -81,7 +81,7 @@ IDLE = {"idle_s": 400.0}
         ({"rank3": {"state": "ended", "reason": "rank 3 on node 1 (gpu1) failed: the disk is full"}},
          "rank 3 on node 1 (gpu1) failed: the disk is full"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_with_names(odd, said):
     assert judge(sightings(**odd), silence_s=60.0, hang_s=None, slowest_step_s=2.0) == said
 
@@ -154,7 +154,7 @@ def test_a_stage_prepares_in_that_phase(tmp_path, monkeypatch):
     plan, stop = SimpleNamespace(
         compile=False, optimizer="adamw", offload="none", method="lora", precision="bf16", master_weights=True,
         sharding="none", model=SimpleNamespace(vocabulary_size=1),
-    ), StopSignal()  # fmt: skip
+    ), StopSignal()
     stop.requested = True
     with pytest.raises(StoppedOnRequest):
         StageRun(job, plan, tmp_path, World(), stop, None, Materials()).run("train")

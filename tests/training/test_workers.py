@@ -28,7 +28,7 @@ def job(tiny, *overrides: str) -> list[str]:
         f"max_steps={STEPS}", "data.max_rows=40", "checkpoint.every_steps=3", "evaluation.every_steps=null",
         "evaluation.task=none", "tracker=none", "stop_after=train", "run_dir=run", "micro_batch_size=1",
         "sharding=fsdp", *overrides,
-    ]  # fmt: skip
+    ]
 
 
 def wait_for_step(process, folder, step):
@@ -145,7 +145,7 @@ def test_preference_pairs_on_two_processes_are_compared_with_the_base_and_saved_
     words = [
         "data=ticket_pairs", "sequence_length=256", "batch.global_size=8", "max_steps=4", "checkpoint.every_steps=2",
         "evaluation.every_steps=2", f"method={method}",
-    ]  # fmt: skip
+    ]
     done = finish(tmp_path, *job(tiny, *words))
     assert done.returncode == 0, done.stderr
     assert ("reference of the validation answers" in done.stdout) == (method == "full")
@@ -173,7 +173,7 @@ def test_labelled_answers_on_two_processes_count_as_on_one_and_a_resumed_run_goe
     words = [
         "data=ticket_labels", "batch.global_size=8", "max_steps=4", "checkpoint.every_steps=2",
         "evaluation.every_steps=2", *own,
-    ]  # fmt: skip
+    ]
     done = finish(tmp_path, *job(tiny, *words))
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -209,7 +209,7 @@ def test_two_workers_train_evaluate_and_leave_what_one_process_leaves(tiny, tmp_
     done = finish(
         tmp_path, *job(tiny, "stop_after=evaluate", "evaluation.task=json_fields", "evaluation.max_rows=3",
                        "evaluation.max_new_tokens=4", "method=full"),
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert (run / "model" / "model.safetensors").is_file()

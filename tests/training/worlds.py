@@ -58,7 +58,7 @@ def main(name: str, cases: Path, size: int, nodes: int) -> int:
         place = {} if size == 1 else {
             "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % (size // nodes)),
             "LOCAL_WORLD_SIZE": str(size // nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+        }
         pid = os.fork()
         if pid == 0:
             be_rank(module, cases, place, log_of(cases, rank))

@@ -65,7 +65,7 @@ FIXED_CONVERSATIONS = {
 def serve_check(
     run_dir: Path, formats: list[str] | None, python: Path | None, echo: Callable[[str], None],
     harness: Harness | None = None,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+) -> dict[str, dict[str, Any]]:
     """Check each of `formats` (None: all that are exported) in a server, and write run_dir/serve-check.json.
 
     python: interpreter that has vLLM; None: see `server_python`. harness: tasks that the base and every format that
@@ -94,7 +94,7 @@ def serve_check(
         reference = _reference(run_dir, base, wanted, list(manifests), scratch, echo)
         servers = Servers(
             run_dir, job.recipe, base, job.sequence_length, pythons.get("vllm"), detect_local(), asked
-        )  # fmt: skip
+        )
         before = None if asked is None else servers.tasks_of_base(echo)
 
         def measured(name: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def serve_check(
             results[name] = {
                 "checked": True, **results[name],
                 "seconds": seconds, "limits": asdict(LIMITS[name]), "failures": found, "passed": not found,
-            }  # fmt: skip
+            }
             say(f"{outcome(results[name])} after {seconds:.0f} s")
     stamped = {
         name: {"server": versions["llama.cpp" if name == "gguf" else "vllm"], "created_utc": now, **figures}
@@ -218,7 +218,7 @@ def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any
     asked: dict[str, Any] = {
         "documents": [{"input_ids": d.input_ids.tolist(), "labels": d.labels.tolist()} for d in documents[:DOCUMENTS]],
         "max_new_tokens": min(job.evaluation.max_new_tokens, ANSWER_TOKENS), "prompts": [], "conversations": {},
-    }  # fmt: skip
+    }
     if not tokenizer.chat_template:
         return asked
     asked["conversations"] = {
@@ -240,12 +240,12 @@ def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any
 def ask(
     reference: dict[str, Any], wanted: dict[str, Any], expected: dict[str, list[int]], manifest: dict[str, Any],
     client: Client,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Figures of one served model."""
     stop_ids = manifest["stop_token_ids"]
     figures: dict[str, Any] = {"models": client.models()}
     different = [name for name, messages in wanted["conversations"].items()
-                 if client.rendered(messages) != expected[name]]  # fmt: skip
+                 if client.rendered(messages) != expected[name]]
     served = [client.log_probabilities(document["ids"], document["positions"]) for document in reference["documents"]]
     figures |= log_probability_figures(reference["documents"], served, manifest["format"])
     if wanted["prompts"]:
@@ -292,7 +292,7 @@ def _cells(figures: dict[str, Any]) -> list[str]:
         f"{rendering['cases'] - len(rendering['different'])}/{rendering['cases']}" if rendering["cases"] else "none",
         f"{figures['difference']:.4f}", f"{figures['from_disk']:.4f}", "?" if share is None else f"{share:.3f}",
         f"{figures['top1_agreement']:.1%}",
-    ]  # fmt: skip
+    ]
     if "answers" not in figures:
         return [*cells, "", "", ""]
     ended, same = figures["ended"]
@@ -317,7 +317,7 @@ def _reference(
         "device": "cpu" if "cpu" in (plan.hardware.gpu, detect_local().gpu) else "cuda",
         **{key: wanted[key] for key in ("documents", "prompts", "max_new_tokens")},
         "exports": exports,
-    }  # fmt: skip
+    }
     each, passes = file_bytes(base), wanted["max_new_tokens"] + len(wanted["prompts"])
     limit_s = timeout_s((3 + len(exports)) * each) + answering_s(passes, each, spec["device"])
     return run_step("loadmaster.export.served.reference", spec, scratch, limit_s, echo)

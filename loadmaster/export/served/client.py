@@ -63,7 +63,7 @@ class Client(AbstractContextManager):
         body: dict[str, Any] = {
             "model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0,
             "repetition_penalty": 1.0, "return_token_ids": True,
-        }  # fmt: skip
+        }
         if only_token is not None:
             body["allowed_token_ids"] = [only_token]
 
@@ -72,7 +72,7 @@ class Client(AbstractContextManager):
             return Served(
                 list(found["prompt_token_ids"]), list(choice["token_ids"]), choice["message"]["content"] or "",
                 choice["finish_reason"],
-            )  # fmt: skip
+            )
 
         return self._ask("POST", "/v1/chat/completions", body, read)
 

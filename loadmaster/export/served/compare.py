@@ -54,7 +54,7 @@ LIMITS = {
 LIMITS |= {
     "gguf": ServeLimits(0.15, 0.15, 0.87, 0.80, 1.20, 0.50, 0.0),
     "fp8_block": LIMITS["fp8"], "int4_gptq": LIMITS["int4"], "int4_awq": LIMITS["int4"], "nvfp4": LIMITS["int4"],
-}  # fmt: skip
+}
 """Between what good exports and broken ones gave on SmolLM2-135M (benchmarks/results/2026-11-28_served.md); those
 of fp8 and int4 leave the room for a model of higher entropy that loadmaster.export.thresholds leaves them."""
 

@@ -75,7 +75,7 @@ class Asked:
                     "model": served_as, "base_url": f"http://{HOST}:{port}/v1/completions", "tokenizer": str(tokenizer),
                     "tokenizer_backend": "huggingface", "num_concurrent": CONCURRENT, "max_length": max_model_len,
                 }
-            )  # fmt: skip
+            )
         except NotChecked:
             raise
         except LoadmasterError as error:
@@ -90,14 +90,14 @@ class Asked:
             "tasks": list(self.harness.tasks), "include_path": str(path.absolute()) if path else None,
             "limit": self.harness.limit, "apply_chat_template": self.harness.apply_chat_template,
             "model_args": model_args,
-        }  # fmt: skip
+        }
         # Task files name data relative to themselves, or on the Hub; a proxy must not stand before this machine.
         environment = {**clean_environment(), "no_proxy": HOST, "NO_PROXY": HOST, "TOKENIZERS_PARALLELISM": "false"}
         try:
             done, result = run_script(
                 self.python, RUNNER, told, self.scratch, timeout=TIMEOUT_S, env=environment,
                 cwd=path or self.scratch,
-            )  # fmt: skip
+            )
         except subprocess.TimeoutExpired:
             hours = TIMEOUT_S / 3600
             raise NotChecked(f"the tasks did not end within {hours:.0f} h: ask fewer (--limit)") from None

@@ -47,7 +47,7 @@ def main(path: str) -> None:
             model="local-completions", model_args=told["model_args"], tasks=manager.match_tasks(told["tasks"]),
             task_manager=manager, limit=told["limit"], apply_chat_template=told["apply_chat_template"],
             bootstrap_iters=1000, log_samples=False,
-        )  # fmt: skip
+        )
         answer = {"tasks": figures(found)}
     Path(told["result"]).write_text(json.dumps(answer), encoding="utf-8")
 

@@ -25,7 +25,7 @@ TAIL_LINES = 8
 def ask_llama_cpp(
     python: Path, folder: Path, manifest: dict[str, Any], reference: dict[str, Any], wanted: dict[str, Any],
     tokenizer: Any, expected: dict[str, list[int]], scratch: Path,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Figures of the GGUF file in `folder`, as `serve_check.ask` gives them of a served model.
 
     python: interpreter of an environment with cyllama. expected: conversation -> its token ids in training.
@@ -42,7 +42,7 @@ def ask_llama_cpp(
         "model": str(file.absolute()), "documents": reference["documents"], "texts": texts, "stop_ids": stop_ids,
         "prompts": [expected[prompt["origin"]] for prompt in wanted["prompts"]],
         "max_new_tokens": wanted["max_new_tokens"], "threads": threads(),
-    }  # fmt: skip
+    }
     size, passes = file.stat().st_size, len(told["prompts"]) * wanted["max_new_tokens"]  # one after the other
     found = _probe(python, told, scratch, timeout_s(size) + answering_s(passes, size, "cpu"))
     served = [(each["own"], each["top"]) for each in found["documents"]]

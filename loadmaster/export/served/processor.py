@@ -47,7 +47,7 @@ PRODUCTS = {
     "fp8": (FP8_PROBE, "PyTorch has none of FP8"), "fp8_block": (BLOCK_PROBE, "vLLM's of FP8 in blocks needs AMX"),
     "int4": (INT4_PROBE, "vLLM's of int4 needs AVX-512"),
     "nvfp4": (f"print('{LACKING}')", "vLLM's of nvfp4 needs a GPU"),
-}  # fmt: skip
+}
 """Format (int4 of all its kinds) -> what asks for its product, and why there is none."""
 ELSEWHERE = "check it on a machine with a GPU (--python of an environment with vLLM there)"
 

@@ -30,7 +30,7 @@ def checked_figures(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any] |
         figures = {
             "server": servers[-1 if name == "gguf" else 0], "created_utc": record["created_utc"], **figures,
             "passed": figures["passed"], "failures": figures["failures"],
-        }  # fmt: skip
+        }
         return None if figures["created_utc"] < exported_utc else figures
     except (ValueError, LookupError, TypeError, AttributeError):
         raise LoadmasterError(f"{path} is damaged: remove it and start `loadmaster serve-check {run_dir}`") from None

@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> None:
                 for ids, margin in zip(answers, margins, strict=True)
             ],
         },
-    )  # fmt: skip
+    )
 
 
 def split_row(row: PackedRow) -> list[PackedRow]:
@@ -118,7 +118,7 @@ def split_row(row: PackedRow) -> list[PackedRow]:
             position_ids=row.position_ids[start:end], document_ids=[],
         )
         for start, end in itertools.pairwise(starts)
-    ]  # fmt: skip
+    ]
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ class Servers:
     def _served(
         self, name: str, folder: Path, manifest: dict[str, Any], ask: Callable[[Client], dict[str, Any]] | None,
         say: Say,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         assert self.python is not None
         port = free_port()
         divided = self._division(folder, manifest)
@@ -75,7 +75,7 @@ class Servers:
         command = server_command(
             self.python, folder.absolute(), self.base.absolute(), manifest, self.served_as, port, self.max_model_len,
             divided,
-        )  # fmt: skip
+        )
         ready_within_s = start_timeout_s(file_bytes(folder) + file_bytes(self.base))
         with started(command, port, self.run_dir / "serve-check" / f"{name}.log") as server:
             ready = server.wait_until_ready(ready_within_s, say)

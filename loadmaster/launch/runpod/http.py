@@ -97,7 +97,7 @@ class Api:
     def __init__(
         self, key: str, base_url: str = BASE_URL, patience: Patience = Patience(), sleep: Callable = time.sleep,
         echo: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
-    ):  # fmt: skip
+    ):
         self._key = key
         self.base_url = base_url.rstrip("/")
         self.patience = patience

@@ -130,12 +130,12 @@ def _group(name: str, pods: list[Pod]) -> Machine:
 def _several(
     kind: Literal["Instant Cluster", "Pods"], id: str, name: str, label: str, created: datetime, pods: list[Pod],
     nodes: int,
-) -> Machine:  # fmt: skip
+) -> Machine:
     return Machine(
         id=id, name=name, status=_statuses(pods), alive=all(map(alive, pods)), label=label,
         usd_per_hour=sum(pod.cost for pod in pods), created=created, env=pods[0].env if pods else {}, kind=kind,
         nodes=nodes, members=tuple(pod.id for pod in pods),
-    )  # fmt: skip
+    )
 
 
 def _rank(pod: Pod) -> int:
