@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
-LIMIT_S = 180
+LIMIT_S = 240
 """Of one rung that names no limit of its own."""
 CHECKPOINT_S = 400
 """Of the checkpoint that a size's rungs load: 16 GB are written, which a slow disk takes minutes for."""
@@ -317,7 +317,8 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             _said(row, "peak_allocated_gib", ".2f"), _said(row, "padding", ".1%"), _said(row, "first_step_s", ".1f"),
             _said(row, "recompilations", "d"),
         ]
-        note = row.get("not_run") or row.get("failed") or _products(row) or verdict(row, rows)
+        notes = [verdict(row, rows), beside_peers(row, rows), of_the_ceiling(row, rows)]
+        note = row.get("not_run") or row.get("failed") or _products(row) or "; ".join(filter(None, notes))
         lines.append("| " + " | ".join([row["bar"], row["name"], *figures, note]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -341,6 +342,37 @@ def verdict(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         return f"{gain:+.0%}"
     saved = before["peak_allocated_gib"] - row["peak_allocated_gib"]
     return f"{gain:+.0%}, {saved:.1f} GiB less" if saved > 0 else f"{gain:+.0%}: does not pay"
+
+
+def beside_peers(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Trained tokens a second over those of the best peer at its job, of one that recomputes alike if there is."""
+    if not is_ours(row):
+        return ""
+    job = [row["settings"].get(key) for key in ("shape", "method", "documents")]
+    peers = [
+        peer for peer in rows
+        if peer["settings"]["kind"] == "peer" and "trained_tokens_per_second" in peer
+        and job == [peer["settings"].get(key) for key in ("shape", "method", "documents")]
+    ]
+    recomputes = row["settings"]["activation_checkpointing"] != "none"
+    alike = [peer for peer in peers if peer["settings"]["checkpointing"] == recomputes] or peers
+    if not alike:
+        return ""
+    best = max(alike, key=lambda peer: peer["trained_tokens_per_second"])
+    return f"{row['trained_tokens_per_second'] / best['trained_tokens_per_second']:.2f}x {best['name']}"
+
+
+def of_the_ceiling(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The share of the measured product of bf16 that the model's own FLOPs take, without what is recomputed."""
+    ceiling = next((each["bf16_tflops"] for each in rows if "bf16_tflops" in each), None)
+    each = row.get("plan", {}).get("flops_per_token")
+    if ceiling is None or each is None or not is_ours(row):
+        return ""
+    return f"{row['tokens_per_second'] * each / 1e12 / ceiling:.0%} of bf16's ceiling"
+
+
+def is_ours(row: dict[str, Any]) -> bool:
+    return row["settings"]["kind"] == "run" and "tokens_per_second" in row
 
 
 def main() -> None:

@@ -153,7 +153,8 @@ def chosen(session: Session) -> dict[str, Any]:
     names = (
         "method", "precision", "activation_checkpointing", "compile", "optimizer", "micro_batch_size", "sequence_length"
     )
-    return {name: getattr(session.plan, name) for name in names}
+    plan = {name: getattr(session.plan, name) for name in names}
+    return {**plan, "flops_per_token": session.plan.model.flops_per_token}
 
 
 def ceilings(device: torch.device) -> dict[str, Any]:

@@ -167,6 +167,25 @@ def test_a_rung_that_brings_nothing_does_not_pay(speed):
     assert said == ["", "+50%", "-7%: does not pay", "-7%, 4.0 GiB less"]
 
 
+def test_a_rung_stands_beside_the_best_peer_at_its_job_and_under_the_ceiling(speed):
+    rates = {
+        "qlora, full checkpointing": 110, "qlora, no checkpointing": 150, "TRL, qlora": 60, "TRL with Liger, qlora": 65,
+        "Unsloth, qlora": 100, "Unsloth, qlora, no checkpointing": 120, "TRL, full": 40, "full, bf16": 90,
+    }
+    rows = [{"bar": "ceiling", "name": "a product", "settings": {"kind": "ceiling"}, "bf16_tflops": 0.01}]
+    for each in speed.bars():
+        if each["name"] in rates:
+            figures = dict.fromkeys(("tokens_per_second", "trained_tokens_per_second"), rates[each["name"]])
+            rows.append({"bar": each["bar"], "name": each["name"], "settings": each, **figures})
+            rows[-1]["plan"] = {"flops_per_token": 5e7} if each["name"] == "full, bf16" else {}
+    assert len(rows) == 1 + len(rates)
+    said = {row["name"]: [speed.beside_peers(row, rows), speed.of_the_ceiling(row, rows)] for row in rows}
+    assert said["qlora, full checkpointing"] == ["1.10x Unsloth, qlora", ""]
+    assert said["qlora, no checkpointing"] == ["1.25x Unsloth, qlora, no checkpointing", ""]
+    assert said["full, bf16"] == ["2.25x TRL, full", "45% of bf16's ceiling"]
+    assert said["Unsloth, qlora"] == said["a product"] == ["", ""]
+
+
 def test_short_documents_are_as_long_as_instruction_data_has_them(speed, tmp_path):
     import numpy as np
 
