@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py                          the whole grid in one call; stops itself after 9 minutes
     python benchmarks/memory.py --minutes 25             more time: compiled layers at every size
-    python benchmarks/memory.py --resume FILE            what FILE does not have yet
+    python benchmarks/memory.py --resume FILE            what FILE does not have yet, and what failed but for memory
     python benchmarks/memory.py --model llama-3.2-1b     one size
     python benchmarks/memory.py --dry-run                the same way through on a CPU, each case on a tiny model
     python benchmarks/memory.py --again FILE             predict stored measurements again, with the model as it is now
@@ -229,6 +229,11 @@ def run_all(indices: list[int], out: Path, about: dict[str, Any], minutes: float
     return rows
 
 
+def is_settled(row: dict[str, Any]) -> bool:
+    """Whether a case need not run again: it was measured, or there was no room for it."""
+    return "out of memory" in row.get("failed", "out of memory")
+
+
 def _run_group(
     group: list[int], rows: list[dict], out: Path, about: dict[str, Any], deadline: float, folder: Path | None
 ) -> set[int]:
@@ -357,6 +362,7 @@ def main() -> None:
     about = {**about_the_card(), "rows": []}
     if told.resume:
         about = json.loads(told.resume.read_text(encoding="utf-8"))
+        about["rows"] = [row for row in about["rows"] if is_settled(row)]
     card = about["card"].lower().replace("nvidia ", "").replace(" ", "_")
     out = told.resume or told.out or RESULTS / f"memory-{about['date']}-{card}.json"
     have = [row["case"] for row in about["rows"]]

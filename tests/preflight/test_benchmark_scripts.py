@@ -118,6 +118,7 @@ def test_a_case_that_takes_its_process_with_it_is_a_row_and_the_others_still_run
     assert said == ["out of memory: here", "its process ended with 9"] + 2 * ["out of memory: here"]
     assert json.loads(out.read_text())["rows"] == rows and "ran out of memory: 3" in script.summarise(rows)
     assert script.run_all([5], out, {"card": "x", "rows": []}, minutes=0, dry_run=False) == []
+    assert [script.is_settled(row) for row in [*rows, {"measured": {}}]] == [True, False, True, True, True]
 
 
 @pytest.mark.slow
@@ -128,10 +129,11 @@ def test_a_dry_run_goes_the_whole_way_and_resumes(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     stored = json.loads(out.read_text())
     assert all("measured" in row for row in stored["rows"]) and len(stored["rows"]) >= 15
-    stored["rows"] = stored["rows"][:-1]
+    stored["rows"][-2:] = [{"case": stored["rows"][-2]["case"], "failed": "RuntimeError: no compiler"}]
     out.write_text(json.dumps(stored))
     subprocess.run([*command, "--resume", out, "--model", "llama-3.2-1b"], check=True, capture_output=True)
-    assert len(json.loads(out.read_text())["rows"]) == len(stored["rows"]) + 1
+    resumed = json.loads(out.read_text())["rows"]
+    assert len(resumed) == len(stored["rows"]) + 1 and all("measured" in row for row in resumed)
 
 
 def test_a_card_that_pytorch_cannot_use_is_told_and_its_processors_are_not_measured_for_it(monkeypatch) -> None:
