@@ -375,10 +375,11 @@ REWARDS = ("reward_desirable", "reward_undesirable")
 
 
 def _headline(figures: dict[str, Any]) -> str:
+    from loadmaster.report.evaluation import are_ties
+
     if "reward_accuracy" in figures:
         share = f"{figures['reward_accuracy']:.1%} of the chosen answers preferred"
-        ties = figures["reward_accuracy"] == figures["reward_margin"] == 0  # the model is its own reference
-        return f"loss {figures['loss']:.4f}, {'neither answer preferred' if ties else share}"
+        return f"loss {figures['loss']:.4f}, {'neither answer preferred' if are_ties(figures) else share}"
     if "answers" in figures:
         rewards = [f"{figures[name]:+.3f} {name.removeprefix('reward_')}" for name in REWARDS if name in figures]
         return f"loss {figures['loss']:.4f}, reward {' and '.join(rewards)}"

@@ -102,8 +102,8 @@ def refuse_nothing_left(sources: list[Checked], job: Job) -> NoReturn:
     remedy = bad.faults[0].remedy if bad.alike else None
     usual = "check data.path and data.format, or raise sequence_length if every row was too long"
     if len(lengths := train.encoded[0].lengths):
-        each = "its answers" if job.objective != "sft" else "something that is trained"
-        each = "all of it" if job.data.on_long_row == "drop" else each
+        judged = "its answers" if job.objective != "sft" else "something that is trained"
+        each = "all of it" if job.data.on_long_row == "drop" else judged
         why += f"; the shortest of the rest has {lengths.min():,} tokens, and none has {each} within "
         why += f"sequence_length={job.sequence_length}"
         usual = f"sequence_length={lengths.min()}, or as much more as the rows need (loadmaster data counts them)"

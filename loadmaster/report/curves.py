@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from loadmaster.report.charts import Curve, Key, draw
+from loadmaster.report.evaluation import are_ties
 from loadmaster.report.inputs import RunFiles, dig, number
 
 WIDE, NARROW, COLUMN = (960, 300), (360, 240), (300, 200)
@@ -54,7 +55,7 @@ def curves_of(files: RunFiles, skipped: tuple[int, ...]) -> list[Curve]:
     planned, clip = number(files.plan.get("tokens_per_second")), number(files.job("optimizer.max_grad_norm"))
     eval_x, eval_y = series(metrics, "eval_loss")
     norm_x, norm_y = series(metrics, "grad_norm")
-    judged = [row for row in metrics if not row.get("reward_accuracy") == row.get("reward_margin") == 0]  # no ties
+    judged = [row for row in metrics if not are_ties(row)]
     clips = bool(clip) and bool(norm_y) and max(norm_y) > clip / 3
     return [
         Curve("Loss", _loss_unit(files), "training, each step", *series(metrics, "loss"), missing=skipped,

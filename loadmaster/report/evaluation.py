@@ -62,9 +62,14 @@ def evaluation_section(files: RunFiles) -> list[Change] | None:
 
 
 def preferred(figures: dict[str, Any]) -> Any:
-    """The share of pairs whose chosen answer is preferred; None where all are ties: the model is its own reference."""
-    share, margin = (dig(figures, f"held_out.reward_{name}") for name in ("accuracy", "margin"))
-    return None if share == margin == 0 else share
+    """The share of pairs whose chosen answer is preferred; None where all are ties."""
+    held_out = as_object(dig(figures, "held_out"))
+    return None if are_ties(held_out) else held_out.get("reward_accuracy")
+
+
+def are_ties(figures: dict[str, Any]) -> bool:
+    """Whether no answer of a pair is preferred to the other: the model is its own reference still."""
+    return figures.get("reward_accuracy") == figures.get("reward_margin") == 0
 
 
 def _change(name: str, unit: str, before: Any, after: Any, show: Any, points: bool = False,
