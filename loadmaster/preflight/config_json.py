@@ -14,7 +14,7 @@ from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
-from loadmaster.files import read_json
+from loadmaster.files import as_object, read_json
 from loadmaster.preflight.families import FAMILIES, full_config, refuse_quantized, refuse_uncountable, refuse_untrained
 from loadmaster.preflight.shape import ModelShape
 
@@ -92,8 +92,7 @@ def short_positions(config: dict[str, Any]) -> int | None:
 
 
 def _rotation(config: dict[str, Any]) -> dict[str, Any]:
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return found if isinstance(found, dict) else {}
+    return as_object(config.get("rope_parameters") or config.get("rope_scaling"))
 
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
