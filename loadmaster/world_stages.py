@@ -272,8 +272,12 @@ class StageRun:
         after = self._evaluate_model(model, loss)
         if self.world.lead:
             write_json(self.run_dir / "eval.json", storable({"before": before, "after": after}))
+            samples = after.pop("samples", None)
             for part in after:
                 self.display.echo(f"  {part}: {_headline(before[part])} before, {_headline(after[part])} after")
+            if samples:
+                answered = counted(len(samples), "held-out prompt")
+                self.display.echo(f"  answers to {answered} before and after, to be read: in report.html and eval.json")
         return storable({"eval_loss": after.get("held_out", {}).get("loss")})
 
     def _ask_reference(self, loss: Any) -> None:
@@ -301,18 +305,21 @@ class StageRun:
         return STRATEGIES[self.plan.sharding](self.job, self.plan, self.world)
 
     def _evaluate_model(self, model: Any, loss: Any) -> dict[str, Any]:
-        from loadmaster.evaluation import run_task
+        from loadmaster.evaluation import run_task, some_answers
         from loadmaster.training.sharding import STRATEGIES
 
         figures: dict[str, Any] = {}
         if self.materials.prepared.validation is not None:
             figures["held_out"] = self._held_out(model, loss, self._stopping)
+        asked = (
+            model, self.materials.tokenizer, self.materials.prepared.validation_conversations, self.job.evaluation,
+            self._answered, self.world,
+        )
         if self.job.evaluation.task != "none":
             with STRATEGIES[self.plan.sharding].generating(loss):
-                figures["task"] = run_task(
-                    model, self.materials.tokenizer, self.materials.prepared.validation_conversations,
-                    self.job.evaluation, self._answered, self.world,
-                )
+                figures["task"] = run_task(*asked)
+        elif samples := some_answers(*asked):
+            figures["samples"] = samples
         self._stop_if(self._stopping())
         return figures
 

@@ -207,6 +207,11 @@ def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp
     damaged = go(tiny, tmp_path, "stop_after=evaluate", "evaluation.max_new_tokens=5")[1]
     assert "train: unchanged, skipped" in damaged and "evaluate: done" in damaged
     assert set(json.loads((tmp_path / "run/eval.json").read_text())) == {"before", "after"}
+    unscored = go(tiny, tmp_path, "stop_after=evaluate", "evaluation.task=none")[1]
+    assert "answers to 6 held-out prompts before and after, to be read: in report.html and eval.json" in unscored
+    found = json.loads((tmp_path / "run/eval.json").read_text())
+    assert all(set(found[side]) == {"held_out", "samples"} for side in ("before", "after"))
+    assert len(found["after"]["samples"]) == 6 and "Nothing scored them" in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_plan_by_which_nothing_was_trained_is_made_anew_and_one_of_a_run_is_shown_again(tiny, tmp_path):

@@ -181,7 +181,8 @@ class EvaluationConfig:
     patience: PositiveInt | None = None
     """End training after so many evaluations in a row without a lower held-out loss; null: all steps are made."""
     task: Literal["none", "json_fields", "exact_match"] = "none"
-    """Task metric on generated answers: none, json_fields (valid JSON and field-level match), or exact_match."""
+    """Task metric on generated answers: json_fields (valid JSON and field-level match) or exact_match; none: a few
+    answers before and after training are shown, and nothing scores them."""
     max_rows: PositiveInt | None = 200
     """Held-out rows that the task metric generates answers for; null is all."""
     max_new_tokens: PositiveInt = 256

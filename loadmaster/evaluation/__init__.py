@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from torch import nn
 
 from loadmaster.config.schema import EvaluationConfig
 from loadmaster.data import Conversation, prompt_and_reference
-from loadmaster.evaluation.generate import Progress, generate
+from loadmaster.evaluation.generate import Progress, generate, is_spread, prompt_ids
 from loadmaster.evaluation.held_out import held_out
 from loadmaster.evaluation.tasks import task_metric
+from loadmaster.preflight.answers import LONGEST_SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLES
 from loadmaster.preflight.verification import ANSWERS_AT_A_TIME
 from loadmaster.training.world import World
 
 __all__ = [
-    "batch_size", "generate", "held_out", "prompts_and_references", "refuse_unaskable", "run_task", "task_metric",
+    "batch_size", "generate", "held_out", "prompts_and_references", "refuse_unaskable", "run_task", "some_answers",
+    "task_metric",
 ]
 
-SAMPLES = 8
+LOOKED_AT = 16 * SAMPLES
+"""Held-out prompts among which those are looked for that are short enough to be read."""
 
 
 def run_task(
@@ -36,23 +40,42 @@ def run_task(
     The last assistant message of a conversation is the reference, what precedes it the prompt; plain text,
     tool calls and answers labelled undesirable are left out, and of the rest the first `evaluation.max_rows` are
     answered. Returns the metric's figures ("metric" first) and "samples", a few of {"prompt", "reference", "answer",
-    "right"}; {} for task none.
+    "right"}.
     Raises DataError when no conversation can be scored.
     """
-    if evaluation.task == "none":
-        return {}
     prompts, references = prompts_and_references(conversations, evaluation.max_rows)
     answers = generate(model, tokenizer, prompts, evaluation.max_new_tokens, batch_size(evaluation), on_progress, world)
     samples = [
-        {
-            "prompt": _shown(prompt),
-            "reference": reference,
-            "answer": answer,
-            "right": task_metric(evaluation.task, [answer], [reference])["metric"] == 1.0,
-        }
-        for prompt, reference, answer in list(zip(prompts, references, answers, strict=True))[:SAMPLES]
+        _sample(*asked) | {"right": task_metric(evaluation.task, [asked[2]], [asked[1]])["metric"] == 1.0}
+        for asked in islice(zip(prompts, references, answers, strict=True), SAMPLES)
     ]
     return {**task_metric(evaluation.task, answers, references), "samples": samples}
+
+
+def some_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    evaluation: EvaluationConfig,
+    on_progress: Progress | None = None,
+    world: World | None = None,
+) -> list[dict[str, str]]:
+    """A few of {"prompt", "reference", "answer"} to be read, where no task scores answers.
+
+    Of held-out conversations, the first whose prompts are short. Empty where a model has no chat template, and where
+    its weights are spread over GPUs or lie in host memory: all of them would be moved for each token.
+    """
+    if not tokenizer.chat_template or is_spread(model):
+        return []
+    short = (
+        (prompt, reference)
+        for prompt, reference in zip(*prompts_and_references(conversations, LOOKED_AT), strict=True)
+        if prompt.messages and len(prompt_ids(tokenizer, prompt)) <= LONGEST_SAMPLE_PROMPT
+    )
+    asked = list(islice(short, SAMPLES))
+    prompts, longest = [prompt for prompt, _ in asked], min(evaluation.max_new_tokens, SAMPLE_TOKENS)
+    answers = generate(model, tokenizer, prompts, longest, batch_size(evaluation), on_progress, world)
+    return [_sample(*each, answer) for each, answer in zip(asked, answers, strict=True)]
 
 
 def refuse_unaskable(evaluation: EvaluationConfig, conversations: Sequence[Conversation]) -> None:
@@ -81,6 +104,10 @@ def prompts_and_references(
 def batch_size(evaluation: EvaluationConfig) -> int:
     """Answers generated at a time."""
     return ANSWERS_AT_A_TIME if evaluation.batch_size == "auto" else evaluation.batch_size
+
+
+def _sample(prompt: Conversation, reference: str, answer: str) -> dict[str, Any]:
+    return {"prompt": _shown(prompt), "reference": reference, "answer": answer}
 
 
 def _shown(prompt: Conversation) -> str:

@@ -12,6 +12,9 @@ from __future__ import annotations
 from loadmaster.preflight.calibration import SCORE_BYTES, in_layer
 from loadmaster.preflight.shape import ModelShape
 
+SAMPLES, SAMPLE_TOKENS, LONGEST_SAMPLE_PROMPT = 8, 128, 1024
+"""Held-out prompts that are answered to be read, before and after training: of each at most so many tokens."""
+
 
 def answer_bytes(shape: ModelShape, width: int, answers: int, prompt: float, new: int) -> float:
     """Of so many answers at a time, `prompt` and `new` tokens long; width: bytes of a weight."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loadmaster.config.schema import Job
+from loadmaster.preflight.answers import SAMPLES
 from loadmaster.preflight.calibration import CALIBRATED, quantizing
 from loadmaster.preflight.hardware import GIB, Hardware
 from loadmaster.preflight.memory import (
@@ -58,9 +59,10 @@ def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -
 
 
 def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> tuple[Bytes, int]:
-    """The evaluate stage's answers, where the job has a task, and how many are asked at a time: weights, what is
+    """The evaluate stage's answers, where it asks for some, and how many are asked at a time: weights, what is
     gathered or dequantized of them, and what the answers take. A GPU is asked half as many where it has no room."""
-    if job.evaluation.task == "none":
+    has_task = job.evaluation.task != "none"
+    if not has_task and (setup.spreads_weights or job.data.validation is None or job.data.format == "text"):
         return Bytes(), 0
     batch = evaluation_batch(shape, setup).at_peak
     gathered = gathered_forward(shape, setup, sum(batch.values()))
@@ -71,6 +73,7 @@ def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> 
         communication=communicator_bytes(hardware) + batch["communication"] + gathered,
     )
     answers, budget = answers_at_a_time(job), hardware.budget_gib(job.plan.reserve) * GIB
+    answers = answers if has_task else min(answers, SAMPLES)
     halved = job.evaluation.batch_size == "auto" and not hardware.is_cpu
     while True:
         need = replace(beside, activations=answering_bytes(job, shape, setup.width, answers))

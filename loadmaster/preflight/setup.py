@@ -115,6 +115,11 @@ class Setup:
         return self.world_size // self.replicas if self.sharding == "fsdp" else 1
 
     @property
+    def spreads_weights(self) -> bool:
+        """Whether no GPU holds all weights: each forward pass gathers them."""
+        return self.shards > 1 or self.stage == 3 or self.offload == "all"
+
+    @property
     def keeps_weights(self) -> bool:
         """Whether fully_shard leaves layers whole between their forward and their backward pass."""
         return self.shards > 1 and not self.reshard_after_forward

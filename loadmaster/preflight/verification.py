@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loadmaster.config.schema import EvaluationConfig, Job
-from loadmaster.preflight.answers import answer_bytes
+from loadmaster.preflight.answers import LONGEST_SAMPLE_PROMPT, SAMPLE_TOKENS, answer_bytes
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.exports import counts_exports
 from loadmaster.preflight.hardware import GIB, Hardware
@@ -192,9 +192,11 @@ def _host_room(hardware: Hardware) -> float | None:
 
 
 def answering_bytes(job: Job, shape: ModelShape, width: int, answers: int) -> float:
-    """Of so many answers that are generated at a time."""
-    prompt = job.sequence_length / PROMPTS_A_ROW
-    return answer_bytes(shape, width, answers, prompt, job.evaluation.max_new_tokens)
+    """Of so many answers that are generated at a time: for the task, or to be read where there is none."""
+    prompt, new = job.sequence_length / PROMPTS_A_ROW, job.evaluation.max_new_tokens
+    if job.evaluation.task == "none":
+        prompt, new = min(prompt, LONGEST_SAMPLE_PROMPT), min(new, SAMPLE_TOKENS)
+    return answer_bytes(shape, width, answers, prompt, new)
 
 
 def answers_at_a_time(job: Job) -> int:

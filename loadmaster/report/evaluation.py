@@ -86,7 +86,7 @@ def _change(name: str, unit: str, before: Any, after: Any, show: Any, points: bo
 
 def samples_section(files: RunFiles) -> list[Sample] | None:
     """Answers before and after to the same prompts, in the order in which they were generated."""
-    before, after = (rows(dig(side(files, name), "task.samples")) for name in ("before", "after"))
+    before, after = (_samples(side(files, name)) for name in ("before", "after"))
     if not before and not after:
         return None
     pairs = itertools.zip_longest(before, after, fillvalue={})
@@ -98,6 +98,11 @@ def samples_section(files: RunFiles) -> list[Sample] | None:
         )
         for first, second in pairs
     ]
+
+
+def _samples(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of the task's answers, or those that were asked for to be read alone."""
+    return rows(dig(figures, "task.samples")) or rows(figures.get("samples"))
 
 
 def side(files: RunFiles, name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from loadmaster.config.schema import EvaluationConfig
 from loadmaster.data import Conversation
 from loadmaster.errors import DataError
-from loadmaster.evaluation import generate, run_task
+from loadmaster.evaluation import generate, run_task, some_answers
 from loadmaster.models.load import load_base, load_tokenizer
 from loadmaster.training.world import World
 
@@ -230,10 +230,33 @@ def test_run_task_scores_the_last_answer_and_shows_samples(model, tokenizer, alo
     ]
 
 
-def test_run_task_without_a_task_or_without_rows(model, tokenizer):
-    assert run_task(model, tokenizer, [], EvaluationConfig(task="none")) == {}
+def test_a_task_without_rows_is_refused(model, tokenizer):
     with pytest.raises(DataError, match="no held-out conversation"):
         run_task(model, tokenizer, [Conversation([], text="prose")], EvaluationConfig(task="exact_match"))
+
+
+def test_a_few_answers_are_there_to_be_read_where_there_is_no_task(model, tokenizer, alone, monkeypatch):
+    said = {"role": "assistant", "content": "no"}
+    rows = [
+        Conversation([], text="plain text"),
+        Conversation([said]),  # nothing to answer
+        replace(conversation(QUESTIONS[3], said), label=False),
+        conversation("word " * 1030, said),  # nobody reads it, and it would take the memory of all others
+        conversation(QUESTIONS[0], said),
+        conversation(QUESTIONS[3], {**said, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}),
+        conversation(QUESTIONS[1], said),
+    ]
+    evaluation = EvaluationConfig(max_new_tokens=24)
+    expected = [{"prompt": QUESTIONS[i], "reference": "no", "answer": alone[i]} for i in range(2)]
+    assert some_answers(model, tokenizer, rows, evaluation) == expected
+    assert some_answers(model, tokenizer, rows[:4], evaluation) == []
+    briefly = replace(evaluation, max_new_tokens=1)
+    assert len(some_answers(model, tokenizer, rows[4:5] * 20, briefly)) == 8
+    with monkeypatch.context() as spread:  # over GPUs: they would be gathered for each token
+        spread.setattr("loadmaster.evaluation.is_spread", lambda model: True)
+        assert some_answers(model, tokenizer, rows, briefly) == []
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert some_answers(model, tokenizer, rows, briefly) == []
 
 
 def test_a_longer_conversation_is_shown_turn_by_turn(model, tokenizer):

@@ -9,16 +9,26 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from loadmaster.config.schema import BatchConfig, EvaluationConfig, ExportConfig, HardwareConfig, Job, ModelConfig
+from loadmaster.config.schema import (
+    BatchConfig,
+    DataConfig,
+    EvaluationConfig,
+    ExportConfig,
+    HardwareConfig,
+    Job,
+    ModelConfig,
+)
 from loadmaster.export import answers, candidates
 from loadmaster.preflight import make_plan, print_plan, verification
+from loadmaster.preflight.answers import answer_bytes
 from loadmaster.preflight.calibration import CALIBRATED
 from loadmaster.preflight.candidate import evaluate, fixed
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.disk import EXPORT_BITS, export_bytes
 from loadmaster.preflight.explain import about_verification
 from loadmaster.preflight.hardware import from_catalog
-from loadmaster.preflight.memory import host_bytes
+from loadmaster.preflight.memory import Bytes, host_bytes
+from loadmaster.preflight.phases import answering
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.verification import can_export, verifying
@@ -110,6 +120,21 @@ def test_answers_that_may_not_fit_are_said_with_the_number_that_does() -> None:
     fit = int(said(made)[0].partition("evaluation.batch_size=")[2].split()[0])
     assert asked(batch_size=fit).phases_gib.evaluate <= made.budget_gib < asked(batch_size=fit + 1).phases_gib.evaluate
     assert said(asked(batch_size=fit)) == said(plan("lora", evaluation=EvaluationConfig(task="exact_match"))) == []
+
+
+def test_answers_to_be_read_are_counted_where_a_gpu_holds_all_weights() -> None:
+    shape, hardware = find_shape(EIGHT), from_catalog("h100_80gb", 8)
+    alone = Setup("lora", "bf16", "adamw", True, sharding="ddp", sequence_length=8192, world_size=8)
+    job = Job(model=EIGHT, sequence_length=8192, hardware=HardwareConfig(gpu="h100_80gb", count=8))
+    need, asked = answering(job, shape, hardware, alone)
+    assert asked == 8 and need.activations == answer_bytes(shape, 2, 8, 1024, 128)
+    assert need.weights / GIB == pytest.approx(BF16, rel=0.01)
+    for spread in ({"sharding": "fsdp"}, {"sharding": "zero3"}, {"sharding": "fsdp", "offload": "all"}):
+        assert answering(job, shape, hardware, replace(alone, **spread)) == (Bytes(), 0)
+    for data in (DataConfig(validation=None), DataConfig(format="text")):
+        assert answering(replace(job, data=data), shape, hardware, alone) == (Bytes(), 0)
+    scored = replace(job, evaluation=EvaluationConfig(task="exact_match"))
+    assert answering(scored, shape, hardware, replace(alone, sharding="fsdp"))[1] == 16
 
 
 def test_fewer_answers_are_asked_at_a_time_where_more_do_not_fit() -> None:

@@ -407,11 +407,25 @@ def test_a_run_on_preferences_shows_how_the_rewards_go(whole_run: Path, objectiv
     assert ("Chosen preferred share of pairs" in page.text) == (form == "preference")
 
 
+def test_answers_that_nothing_scored_are_shown_as_such(whole_run: Path):
+    put(whole_run, "config.yaml", "evaluation: {task: none}\n")
+    sample = {"prompt": "Where is it?", "reference": "In hold 3."}
+    sides = [{"held_out": {"loss": loss}, "samples": [{**sample, "answer": said}]}
+             for loss, said in ((2.0, "Nowhere."), (1.0, "In hold 4."))]
+    put(whole_run, "eval.json", {"before": sides[0], "after": sides[1]})
+    page = report(whole_run)
+    for words in ("Where is it?", "In hold 3.", "Nowhere.", "In hold 4.", "Nothing scored them"):
+        assert words in page.text
+    shown = page.html.partition('<section id="samples">')[2].partition("</section>")[0]
+    assert "right<" not in shown and "wrong<" not in shown
+
+
 def test_without_a_task_metric_no_answers_are_promised(whole_run: Path):
     put(whole_run, "config.yaml", "evaluation: {task: none}\n")
     put(whole_run, "eval.json", {"before": {"held_out": {"loss": 2.0}}, "after": {"held_out": {"loss": 1.0}}})
     text = report(whole_run).text
-    assert "evaluation.task is none. loadmaster chat asks" in text and "generated yet" not in text
+    assert "No held-out conversation was answered." in text and "loadmaster chat asks this model" in text
+    assert "generated yet" not in text
 
 
 def test_a_model_that_is_its_own_reference_prefers_no_answer(whole_run: Path):
