@@ -70,10 +70,10 @@ def render(run_dir: Path, command: str) -> str:
 
 def order(files: RunFiles) -> tuple[str, ...]:
     """The sections, what matters most first: the proof once there is one, else the curves, else the plan."""
-    proof, making = ("evaluation", "exports"), ("training", "plan")
+    proof, making = ("evaluation", "exports", "samples"), ("training", "plan")
     if files.evaluation:
-        return (*proof, *making, "samples")
-    return (*(making if files.metrics else reversed(making)), *proof, "samples")
+        return (*proof, *making)
+    return (*(making if files.metrics else reversed(making)), *proof)
 
 
 def _built(name: str, build: Callable[[RunFiles], Any], files: RunFiles, problems: list[str]) -> Any:
