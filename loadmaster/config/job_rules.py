@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from loadmaster.config.fields import known_cards
 from loadmaster.config.model_folder import broken_files, run_of
 from loadmaster.config.origins import COMMAND_LINE, origin_file, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
-from loadmaster.config.schema import Job
+from loadmaster.config.schema import Job, OptimizerConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.words import counted
 
@@ -200,6 +201,30 @@ def constant_rate_has_no_minimum(job: Job, origins: Origins) -> Found:
     if job.optimizer.schedule == "constant" and job.optimizer.min_lr_ratio > 0:
         remedy = "leave it out, or optimizer.schedule=cosine"
         yield "optimizer.min_lr_ratio", job.optimizer.min_lr_ratio, "has no effect with schedule=constant", remedy
+
+
+@rule("optimizer.decay_ratio", "optimizer.schedule")
+def only_wsd_has_a_decay_of_its_own(job: Job, origins: Origins) -> Found:
+    """optimizer.decay_ratio goes with schedule=wsd: the others fall from the warm-up on, or not at all."""
+    ratio, schedule = job.optimizer.decay_ratio, job.optimizer.schedule
+    is_set = ratio != OptimizerConfig.decay_ratio or origin_of(origins, "optimizer.decay_ratio") == COMMAND_LINE
+    if schedule != "wsd" and is_set:
+        remedy = "leave it out, or optimizer.schedule=wsd"
+        yield "optimizer.decay_ratio", ratio, f"has no effect with schedule={schedule}", remedy
+
+
+@rule("optimizer.decay_ratio", "optimizer.warmup_ratio", "optimizer.warmup_steps", "max_steps")
+def the_rate_rises_before_it_falls(job: Job, origins: Origins) -> Found:
+    """With schedule=wsd warm-up and optimizer.decay_ratio are no more than all of the steps."""
+    optimizer = job.optimizer
+    warmup = optimizer.warmup_ratio
+    if optimizer.warmup_steps is not None:
+        warmup = optimizer.warmup_steps / job.max_steps if job.max_steps else 0.0
+    if optimizer.schedule == "wsd" and warmup + optimizer.decay_ratio > 1:
+        message = f"of the steps, with a warm-up over {warmup:.3g} of them, is more than all"
+        left = math.floor(100 * (1 - warmup)) / 100
+        remedy = f"optimizer.decay_ratio={left:g}, or a shorter warm-up" if left > 0 else "a shorter warm-up"
+        yield "optimizer.decay_ratio", optimizer.decay_ratio, message, remedy
 
 
 @rule("plan.methods", "method")

@@ -47,7 +47,7 @@ SINCE: dict[str, Any] = {
     "lora.modules_to_save": [], "lora.dora": False, "optimizer.in_backward": "auto", "checkpointed_layers": "auto",
     "data.subset": None, "data.validation_split": "validation", "model.chat_template": None,
     "data.columns": None, "checkpoint.load_best": False,
-    "evaluation.patience": None, "optimizer.warmup_steps": None,
+    "evaluation.patience": None, "optimizer.warmup_steps": None, "optimizer.decay_ratio": 0.1,
 }
 """Fields that came after runs were hashed without them, with what those runs did: left out where they say that."""
 

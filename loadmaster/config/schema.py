@@ -131,12 +131,15 @@ class OptimizerConfig:
     """Peak learning rate; auto: the usual one of method and objective (2e-4 for adapters, 1e-5 for full; sft)."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay; norms and biases are left out."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate after the warm-up: to min_lr_ratio of the peak by cosine or linearly, or constant."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Learning rate after the warm-up: to min_lr_ratio of the peak by cosine or linearly, or constant; wsd
+    (warmup-stable-decay): constant, and linearly down over the last decay_ratio of the steps."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps over which the rate rises linearly from 0."""
     warmup_steps: NonNegativeInt | None = None
     """The same as a number of steps, in place of warmup_ratio; null: by the ratio."""
+    decay_ratio: Annotated[float, Strict(), Gt(0), Le(1)] = 0.1
+    """wsd: share of the steps, the last of the run, over which the rate falls."""
     min_lr_ratio: Fraction = 0.0
     """Learning rate that the schedule falls to, where the step after the last one would be; a share of the peak."""
     beta1: FractionBelowOne = 0.9

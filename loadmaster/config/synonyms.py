@@ -35,7 +35,8 @@ _THEIRS = {
     "optimizer.schedule": "lr_scheduler lr_scheduler_type",
     "optimizer.warmup_ratio": "warmup",
     "optimizer.warmup_steps": "num_warmup_steps warmup_steps",
-    "optimizer.min_lr_ratio": "cosine_min_lr_ratio min_lr min_lr_rate",
+    "optimizer.decay_ratio": "lr_wsd_decay_iters num_decay_steps",
+    "optimizer.min_lr_ratio": "cosine_min_lr_ratio min_lr min_lr_factor min_lr_rate",
     "optimizer.beta1": "adam_beta1 beta_1",
     "optimizer.beta2": "adam_beta2",
     "optimizer.eps": "adam_epsilon",
@@ -64,7 +65,7 @@ ALIASES = {name: field for field, names in _THEIRS.items() for name in names.spl
 
 OTHER_QUANTITIES = {
     "batch_size", "chat_template", "ddp_timeout", "enable_activation_offloading", "evals_per_epoch",
-    "gradient_accumulation_steps", "min_lr", "saves_per_epoch",
+    "gradient_accumulation_steps", "lr_wsd_decay_iters", "min_lr", "num_decay_steps", "saves_per_epoch",
 }
 """Those of ALIASES whose values mean something else in our field: steps where it takes a share, a name for a file."""
 
@@ -105,6 +106,7 @@ VALUES = {
         "constant_with_warmup": "constant",
         "cosine_with_min_lr": "cosine",
         "cosine_with_restarts": "cosine",
+        "warmup_stable_decay": "wsd",
     },
     "precision": {"bfloat16": "bf16", "float16": "bf16", "fp16": "bf16", "float32": "fp32"},
     "sharding": {"full_shard": "fsdp"},

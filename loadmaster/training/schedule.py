@@ -16,9 +16,10 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig, peak: float) -
     warmup = math.ceil(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps
     if step <= warmup:
         return peak * step / warmup
-    if config.schedule == "constant":
+    begin = max(warmup, steps - math.ceil(config.decay_ratio * steps)) if config.schedule == "wsd" else warmup
+    if config.schedule == "constant" or step <= begin:
         return peak
-    progress = (step - warmup) / (steps - warmup + 1)
+    progress = (step - begin) / (steps - begin + 1)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * max(0.0, shape))
 

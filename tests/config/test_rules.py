@@ -163,6 +163,15 @@ CASES = {
         ["optimizer.schedule=constant", "optimizer.min_lr_ratio=0.1"], "optimizer.min_lr_ratio", "cosine",
         ["optimizer.schedule=linear", "optimizer.min_lr_ratio=0.1"],
     ),
+    "only_wsd_has_a_decay_of_its_own": (
+        ["optimizer.schedule=linear", "optimizer.decay_ratio=0.1"], "optimizer.decay_ratio", "optimizer.schedule=wsd",
+        ["optimizer.schedule=wsd", "optimizer.decay_ratio=0.2", "optimizer.min_lr_ratio=0.1"],
+    ),
+    "the_rate_rises_before_it_falls": (
+        ["optimizer.schedule=wsd", "optimizer.warmup_steps=30", "max_steps=100", "optimizer.decay_ratio=0.8"],
+        "optimizer.decay_ratio", "optimizer.decay_ratio=0.7,",
+        ["optimizer.schedule=wsd", "optimizer.warmup_steps=30", "max_steps=100", "optimizer.decay_ratio=0.7"],
+    ),
     "full_has_no_adapter": (
         ["method=auto", "plan.methods=[full]", "export.formats=[adapter]"], "export.formats", "export=bf16",
         ["method=lora", "export=adapter"],

@@ -66,7 +66,8 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("deepspeed=ds.json", "deepspeed", "there is no such field",
          "sharding=..., one of auto, none, ddp, fsdp, zero1, zero2, zero3; How weights"),
         ("lr_scheduler_type=inverse_sqrt", "lr_scheduler_type", "there is no such field",
-         "optimizer.schedule=..., one of cosine, linear, constant"),
+         "optimizer.schedule=..., one of cosine, linear, constant, wsd"),
+        ("num_decay_steps=20", "num_decay_steps", "there is no such field", "optimizer.decay_ratio=...; wsd: share of"),
         ("load_in_4bit=false", "load_in_4bit", "there is no such field", "method=..., one of auto, lora, qlora, full;"),
         # and where they say which value of ours, that one
         ("gradient_checkpointing=true", "gradient_checkpointing", "there is no such field",
@@ -97,6 +98,10 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("truncation_mode=keep_start", "truncation_mode", "there is no such field", "data.on_long_row=cut"),
         ("lr_scheduler_type=cosine_with_restarts", "lr_scheduler_type", "there is no such field",
          "optimizer.schedule=cosine"),
+        ("lr_scheduler_type=warmup_stable_decay", "lr_scheduler_type", "there is no such field",
+         "optimizer.schedule=wsd"),
+        ("lr_scheduler.decay_ratio=0.2", "lr_scheduler.decay_ratio", "there is no such field",
+         "optimizer.decay_ratio=0.2"),
         # what needs no field here, and why
         ("logging_steps=1", "logging_steps", "there is no such field", "take it out: every step is logged"),
         ("data.template=llama3", "data.template", "there is no such field", "take it out: rows are rendered by"),

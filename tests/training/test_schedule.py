@@ -1,4 +1,8 @@
+import math
+
 import pytest
+import torch
+from transformers import get_wsd_schedule
 
 from loadmaster.config.schema import CheckpointConfig, EvaluationConfig, Job, OptimizerConfig
 from loadmaster.training.schedule import HeldOutLosses, checkpoint_interval, evaluation_interval, learning_rate
@@ -27,13 +31,34 @@ def test_rate_rises_then_follows_its_schedule(schedule, step, expected):
     assert learning_rate(step, STEPS, config, 1.0) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("min_lr_ratio", [0.0, 0.1])
+@pytest.mark.parametrize("decay_ratio", [0.01, 0.1, 0.35, 0.9])
+def test_wsd_is_transformers_warmup_stable_decay_at_every_step(decay_ratio, min_lr_ratio):
+    config = OptimizerConfig(schedule="wsd", warmup_steps=9, decay_ratio=decay_ratio, min_lr_ratio=min_lr_ratio)
+    warmup, decay = 9, math.ceil(decay_ratio * STEPS)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+    # One step more, which nothing trains: the rate comes to its end there. Theirs begins its warm-up at the minimum.
+    theirs = get_wsd_schedule(
+        optimizer, warmup, decay + 1, STEPS + 1, decay_type="linear", min_lr_ratio=min_lr_ratio
+    ).lr_lambdas[0]
+    expected = [2.0 * (step / warmup if step <= warmup else theirs(step)) for step in range(1, STEPS + 2)]
+    assert [learning_rate(step, STEPS, config, 2.0) for step in range(1, STEPS + 2)] == pytest.approx(expected)
+    if not min_lr_ratio:
+        assert expected[:warmup] == pytest.approx([2.0 * theirs(step) for step in range(1, warmup + 1)])
+
+
+def test_a_warm_up_into_the_decay_is_finished_first():
+    config = OptimizerConfig(schedule="wsd", warmup_steps=3, decay_ratio=0.9)
+    assert [learning_rate(step, 5, config, 1.0) for step in range(1, 6)] == pytest.approx([1/3, 2/3, 1, 2/3, 1/3])
+
+
 def test_a_warm_up_may_be_so_many_steps_and_none():
     config = OptimizerConfig(schedule="constant", warmup_ratio=0.5, warmup_steps=4)
     assert [learning_rate(step, STEPS, config, 1.0) for step in range(1, 6)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert learning_rate(1, STEPS, OptimizerConfig(schedule="constant", warmup_steps=0), 1.0) == 1.0
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_the_last_step_still_trains(schedule):
     config = OptimizerConfig(schedule=schedule, warmup_ratio=0.1)
     assert 0 < learning_rate(STEPS, STEPS, config, 1.0) < learning_rate(STEPS - 1, STEPS, config, 1.0)
