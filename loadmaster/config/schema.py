@@ -65,7 +65,7 @@ class DataConfig:
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired"
     ] = "auto"
-    """Shape of the rows; auto recognises it from the fields of the first row and says so."""
+    """Shape of the rows; auto recognises that of each file from the fields of its first row and says so."""
     columns: dict[RowField, Text] | None = None
     """What the rows call these fields, where it is something else: {prompt: query, completion: reply}."""
     validation: Text | Annotated[float, Strict(), Gt(0), Lt(1)] | None = 0.05

@@ -25,7 +25,7 @@ from loadmaster.data.faults import listed
 from loadmaster.data.packing import both_answers, fit_documents, fit_whole, rows_of
 from loadmaster.data.processes import in_processes
 from loadmaster.data.progress import progress
-from loadmaster.data.reading import read_source, refuse_absent
+from loadmaster.data.reading import Reading, read_source, refuse_absent
 from loadmaster.data.refusals import Checked, refuse_long, refuse_nothing_left, stop_on
 from loadmaster.data.render import special_token_pattern
 from loadmaster.data.rows import lay_out
@@ -76,8 +76,9 @@ def build(folder: Path, job: Job, tokenizer: Any, train: Source, validation: Sou
     if figures["train"] is None:
         refuse_nothing_left(sources, job)
     summary = {
-        "format": reading.format,
-        "recognised_by": reading.recognised_by,
+        "format": ", ".join(dict.fromkeys(shape.name for shape in reading.read_as.values())),
+        "recognised_by": "; ".join(dict.fromkeys(shape.recognised_by for shape in reading.read_as.values())),
+        "formats": _formats([source.reading for source in sources]),
         "rows_read": sum(source.reading.rows_read for source in sources),
         "bad_rows": sum(len(source.bad()) for source in sources),
         "sequence_length": job.sequence_length,
@@ -190,6 +191,19 @@ def _split_rows(
     return arrays, figures
 
 
+def _formats(readings: list[Reading]) -> list[dict[str, Any]]:
+    """What files are read as: each shape with the fields that gave it away, its files, and the rows of these."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for reading in readings:
+        for file, shape in reading.read_as.items():
+            files = found.setdefault((shape.name, shape.recognised_by), {})
+            files[file] = files.get(file, 0) + reading.rows_of[file]
+    return [
+        {"format": name, "recognised_by": fields, "files": list(files), "rows_read": sum(files.values())}
+        for (name, fields), files in found.items()
+    ]
+
+
 def _none_held_out(lengths: np.ndarray, figures: dict[str, Any] | None, sequence_length: int) -> list[str]:
     """What is to be known where there were held-out rows, and none of them is left; figures: of that split."""
     if figures is not None or not len(lengths):
@@ -217,8 +231,8 @@ def _notes(sources: list[Checked], figures: dict[str, Any], data: DataConfig) ->
     repeated = len(reading.row_ids) - len(set(reading.row_ids))
     if repeated:
         notes.append(f"{repeated:,} {'rows repeat' if repeated > 1 else 'row repeats'} another row word for word")
-    if reading.unread:
-        notes.append(f"nothing is read from {', '.join(reading.unread)}")
+    if unread := dict.fromkeys(name for names in reading.unread.values() for name in names):
+        notes.append(f"nothing is read from {', '.join(unread)}")
     if count := reading.unfilled:
         verb = "rows hold" if count > 1 else "row holds"
         notes.append(f"{count:,} {verb} fields like {{{{name}}}}, trained on as they stand")

@@ -116,8 +116,11 @@ def _open(folder: Path, fingerprint: str) -> PreparedData:
 def _shaped_by(job: Job, tokenizer: Any, train: Source, validation: Source | None) -> dict[str, Any]:
     """Everything that the tokens and rows depend on."""
     data = job.data
-    renamed = {"columns": data.columns} if data.columns else {}  # without, what was prepared before stays as it is
-    return renamed | {
+    # Without columns and several files, what was prepared before stays as it is.
+    renamed = {"columns": data.columns} if data.columns else {}
+    several = any(len(set(source.names())) > 1 for source in (train, validation) if source)
+    by_file = {"format_of": "each file"} if several and data.format == "auto" else {}
+    return renamed | by_file | {
         "layout": LAYOUT_VERSION,
         "train": train.fingerprint(),
         "validation": validation.fingerprint() if validation else data.validation,

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from loadmaster.data.checks import marked
+from loadmaster.data.faults import listed
 from loadmaster.data.formats import Conversation
 from loadmaster.data.preference import PAIR_FIELDS
 from loadmaster.data.prepared import PreparedData
@@ -78,8 +79,11 @@ def rendered(conversation: Conversation, tokenizer: Any) -> Rendering:
 def describe(summary: dict[str, Any]) -> str:
     """The summary of PreparedData as lines for the log."""
     took = f"tokenised in {summary['seconds']:.1f} s" if summary["cache"] == "built" else "from the cache"
-    known = f" (recognised by {summary['recognised_by']})" if summary["recognised_by"] else ""
-    lines = [f"data: {counted(summary['rows_read'], 'row')} read as {summary['format']}{known}, {took}"]
+    formats = summary.get("formats", [])  # entries of the cache from before have none
+    several = formats if len(formats) > 1 else []
+    read_as = f"in {len(several)} formats" if several else f"as {_known(summary)}"
+    lines = [f"data: {counted(summary['rows_read'], 'row')} read {read_as}, {took}"]
+    lines += [f"  {counted(each['rows_read'], 'row')} of {listed(each['files'])} as {_known(each)}" for each in several]
     for split in ("train", "validation"):
         figures = summary[split]
         if figures is None:
@@ -106,10 +110,16 @@ def describe(summary: dict[str, Any]) -> str:
                 f"{counted(long['dropped'], 'piece')} dropped with nothing trained in them"
             )
             lost = long["cut_tokens"] / (figures["tokens"] + long["cut_tokens"])
-            if split == "train" and summary["format"] == "text" and lost > MUCH:
+            if split == "train" and "text" in summary["format"] and lost > MUCH:
                 advice = "of the text is cut off; data.on_long_row=split keeps it, in rows of sequence_length"
                 lines.append(f"  {split}: {lost:.0%} {advice}")
     return "\n".join(lines + [f"  note: {note}" for note in summary["notes"]])
+
+
+def _known(read_as: dict[str, Any]) -> str:
+    """A format, and what gave it away."""
+    fields = read_as["recognised_by"]
+    return read_as["format"] + (f" (recognised by {fields})" if fields else "")
 
 
 def _much_left_out(figures: dict[str, Any]) -> str:

@@ -33,36 +33,48 @@ FIRST_ROWS = 100
 UNFILLED = re.compile(rb"\{\{ ?\w+ ?\}\}")
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What the rows of a file are read as; by which fields of which of them, where data.format does not say it."""
+
+    name: str
+    recognised_by: str = ""
+    recognised_in: str = ""
+
+
 @dataclass
 class Reading:
     """The first pass over one source."""
 
-    format: str = ""
-    recognised_by: str = ""
-    recognised_in: str = ""  # the origin of that row
+    shapes: dict[str, Shape] = field(default_factory=dict)  # file -> of its rows
     rows_read: int = 0
     bad: list[Fault] = field(default_factory=list)
     first_bad: dict[str, Any] = field(default_factory=dict)  # file -> the value of the first of them
     fields: set[str] = field(default_factory=set)  # that any row has, by its own names
     rows_of: Counter[str] = field(default_factory=Counter)  # file -> rows read
     row_ids: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)  # fields of the first row that are not taken up
+    unread: dict[str, list[str]] = field(default_factory=dict)  # file -> fields of its first row that are not taken up
     unfilled: int = 0  # rows with a {{field}} that nobody filled in
     control: list[tuple[str, str]] = field(default_factory=list)
     """(place, token) of rows whose own text holds one of the tokenizer's control tokens."""
+
+    @property
+    def read_as(self) -> dict[str, Shape]:
+        """The shape of each file of which a row could be read."""
+        return {file: self.shapes[file] for file in self.unread}
 
 
 def read_source(
     source: Source, job: Job, file: BinaryIO, starts: list[int], max_rows: int | None, control: re.Pattern[str]
 ) -> Reading:
     """Append the conversations of `source` to `file`, and their byte offsets to `starts`."""
-    reading = Reading(format="" if job.data.format == "auto" else job.data.format)
+    reading = Reading()
     columns = job.data.columns or {}
     with progress("reading rows", None) as advance:
         for raw in source.rows():
             if max_rows is not None and reading.rows_read >= max_rows:
                 break
-            file_name = raw.origin.rpartition(":")[0]
+            file_name = _file_of(raw)
             reading.rows_read += 1
             reading.rows_of[file_name] += 1
             advance(1)
@@ -70,7 +82,7 @@ def read_source(
                 reading.fields |= raw.value.keys()
                 raw = replace(raw, value=renamed(raw.value, columns))
             try:
-                line = _conversation(raw, reading, job).to_json().encode() + b"\n"
+                line = _conversation(raw, file_name, reading, job).to_json().encode() + b"\n"
             except RowError as error:
                 reading.first_bad.setdefault(file_name, raw.value)
                 reading.bad.append(Fault(raw.origin, f"{error}{_own_names(str(error), columns)}", remedy=error.remedy))
@@ -91,36 +103,49 @@ def first_conversation(job: Job) -> Conversation | None:
     """The first training row that can be read, from files that are here; None where there is none."""
     if not all(os.path.exists(resolve_path(path)) for path in job.data.paths):
         return None
-    reading = Reading(format="" if job.data.format == "auto" else job.data.format)
+    reading = Reading()
     with suppress(DataError, OSError):
         for raw in islice(open_source(job.data.paths).rows(), FIRST_ROWS):
             if job.data.columns and isinstance(raw.value, dict):
                 raw = replace(raw, value=renamed(raw.value, job.data.columns))
             with suppress(RowError):
-                return _conversation(raw, reading, job)
+                return _conversation(raw, _file_of(raw), reading, job)
     return None
 
 
-def _conversation(raw: RawRow, reading: Reading, job: Job) -> Conversation:
+def _file_of(raw: RawRow) -> str:
+    return raw.origin.rpartition(":")[0]
+
+
+def _conversation(raw: RawRow, file: str, reading: Reading, job: Job) -> Conversation:
     if raw.error is not None:
         raise RowError(raw.error, raw.remedy)
-    if not reading.format:
-        reading.format, reading.recognised_by = recognise_format(raw.value, job.objective)
-        reading.recognised_in = raw.origin
-    _fits_objective(raw.value, reading, job.objective)
-    if job.data.columns and not reading.row_ids and isinstance(raw.value, dict):
-        refuse_unread(raw.value, reading.format, job.data.columns, reading.recognised_by)
+    if file not in reading.shapes:
+        reading.shapes[file] = _shape_of(raw, job)
+    shape = reading.shapes[file]
+    _fits_objective(raw.value, shape, job.objective)
+    _goes_with_others(shape, reading)
+    if job.data.columns and file not in reading.unread and isinstance(raw.value, dict):
+        refuse_unread(raw.value, shape.name, job.data.columns, shape.recognised_by)
     try:
-        conversation = to_conversation(raw.value, reading.format, raw.origin, job.data.system, job.data.tools)
+        conversation = to_conversation(raw.value, shape.name, raw.origin, job.data.system, job.data.tools)
     except RowError as error:
-        own = _other_shape(raw.value, reading, job.objective)
-        first = f"that of {reading.recognised_in} is {reading.format} ({reading.recognised_by})"
-        said = f"; its shape is {own}, {first}, and all rows are to be of one" if own and reading.recognised_by else ""
+        own = _other_shape(raw.value, shape, job.objective)
+        first = f"that of {shape.recognised_in} is {shape.name} ({shape.recognised_by})"
+        told = own and shape.recognised_by
+        said = f"; its shape is {own}, {first}, and all rows of a file are to be of one" if told else ""
         raise RowError(f"{error}{said}", None if own else error.remedy) from None
-    if not reading.row_ids:
-        reading.unread = unread_fields(raw.value, conversation)
+    if file not in reading.unread:
+        reading.unread[file] = unread_fields(raw.value, conversation)
     reading.row_ids.append(conversation.row_id)
     return conversation
+
+
+def _shape_of(raw: RawRow, job: Job) -> Shape:
+    """What a file is read as, by the first of its rows that can be; raises RowError for one that is of no shape."""
+    if job.data.format != "auto":
+        return Shape(job.data.format)
+    return Shape(*recognise_format(raw.value, job.objective), raw.origin)
 
 
 def _own_names(reason: str, columns: Mapping[str, str]) -> str:
@@ -130,23 +155,31 @@ def _own_names(reason: str, columns: Mapping[str, str]) -> str:
     return f"; by data.columns {', '.join(named)}" if named else ""
 
 
-def _fits_objective(row: Any, reading: Reading, objective: str) -> None:
+def _fits_objective(row: Any, shape: Shape, objective: str) -> None:
     """Raise RowError for a row that `objective` does not train on."""
-    shape = reading.format
+    name = shape.name
     if objective == "sft" and isinstance(row, dict):
         if is_preference(row):
-            shape = "preference"
-        elif shape == "prompt_completion" and reading.recognised_by and is_unpaired(row):
-            shape = "unpaired"  # told apart by its label alone, which the first row had not
-    if found := unfit(shape, objective):
+            name = "preference"
+        elif name == "prompt_completion" and shape.recognised_by and is_unpaired(row):
+            name = "unpaired"  # told apart by its label alone, which the first row had not
+    if found := unfit(name, objective):
         raise RowError(*found)
 
 
-def _other_shape(row: Any, reading: Reading, objective: str) -> str:
+def _goes_with_others(shape: Shape, reading: Reading) -> None:
+    """Raise RowError for pairs beside single answers, of which kto compares one kind or the other."""
+    first = next(iter(reading.read_as.values()), shape)
+    if shape.name != first.name and "unpaired" in (shape.name, first.name):
+        reason = f"is {shape.name}, and {first.recognised_in} is {first.name}: a job trains on one of the two"
+        raise RowError(reason, "write a pair as two rows with a label each, or train on the two in jobs of their own")
+
+
+def _other_shape(row: Any, read_as: Shape, objective: str) -> str:
     """The shape of a row that is of another one than it is read as, with what gave it away; else nothing."""
     with suppress(RowError):
         shape, fields = recognise_format(row, objective)
-        if shape != reading.format and not unfit(shape, objective):
+        if shape != read_as.name and not unfit(shape, objective):
             return f"{shape} ({fields})"
     return ""
 

@@ -13,6 +13,7 @@ from loadmaster.config.schema import Job
 from loadmaster.data.cache import ConversationFile
 from loadmaster.data.faults import Fault, SourceFaults, fault_report, listed
 from loadmaster.data.formats import RowError, recognise_format
+from loadmaster.data.preference import unfit
 from loadmaster.data.reading import Reading
 from loadmaster.data.tokens import REFUSED, Encoded
 from loadmaster.errors import DataError
@@ -42,14 +43,16 @@ class Checked:
     def _mended(self, files: SourceFaults, job: Job) -> SourceFaults:
         """With what would help with files of which no row can be used, where other files can be."""
         first, names = files.faults[0], listed(files.names)
-        if first.remedy or first.rendering:
+        if first.rendering:
             return files
-        it, its = ("it", "its") if len(files.names) == 1 else ("them", "their")
-        remedy = f"mend {names}, or leave {it} out"
+        remedy = first.remedy or f"mend {names}, or leave {'it' if len(files.names) == 1 else 'them'} out"
         with suppress(RowError):
-            if recognise_format(self.reading.first_bad.get(files.names[0]), job.objective)[0] != self.reading.format:
-                remedy = f"a job reads one format, which is {self.reading.format} here: write {names} so, "
-                remedy += f"or train on {it} in a job of {its} own"
+            own, _ = recognise_format(self.reading.first_bad.get(files.names[0]), job.objective)
+            found = unfit(own, job.objective)
+            if found and first.remedy == found[1]:
+                remedy = f"leave {names} out of this job, of objective={job.objective}; {first.remedy}"
+            elif not found and not first.remedy and job.data.format not in ("auto", own):
+                remedy = f"data.format=auto, which reads each file by its own fields: {names} as {own}"
         return replace(files, faults=[replace(fault, remedy=remedy) for fault in files.faults])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ class Encoder:
 
         faulty: dict[int, Fault] = {}
         parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-        tokens = self._tokens(conversations, [rendering for _, _, rendering in rendered])
+        tokens = self._tokens(rendered)
         for (index, answer, rendering), (ids, trained) in zip(rendered, tokens, strict=True):
             reason = None
             if answer.text is None:
@@ -110,11 +111,12 @@ class Encoder:
         self.renderer = self.renderer or ChatRenderer(self.tokenizer)
         return render_trained(self.renderer, conversation)
 
-    def _tokens(self, conversations: Sequence[Conversation], rendered: list[Rendering]):
-        """(ids, trained) of each rendering, in order."""
-        if not rendered:
-            return
-        plain = conversations[0].text is not None  # one format a data set
+    def _tokens(self, rendered: list[tuple[int, Conversation, Rendering]]):
+        """(ids, trained) of each rendering, in order; plain text and chats, of a file each, lie behind one another."""
+        for plain, group in groupby(rendered, lambda each: each[1].text is not None):
+            yield from self._tokens_of([rendering for _, _, rendering in group], plain)
+
+    def _tokens_of(self, rendered: list[Rendering], plain: bool):
         # Templates write their own BOS; plain text gets the one that the tokenizer adds, if any.
         batch = self.tokenizer(
             [rendering.text for rendering in rendered],

@@ -95,8 +95,8 @@ def test_bad_rows_of_both_passes_are_reported_together_with_their_lines(
     assert said[2:5] == [
         "  messages is empty (rows.jsonl:3, rows.jsonl:7)",
         "  the chat template refuses this conversation: roles must alternate (rows.jsonl:4)",
-        "  lacks messages; its shape is text (text), that of rows.jsonl:1 is messages (messages), and all rows are to "
-        "be of one (rows.jsonl:6)",
+        "  lacks messages; its shape is text (text), that of rows.jsonl:1 is messages (messages), and all rows of a "
+        "file are to be of one (rows.jsonl:6)",
     ]
     assert message.index("rows.jsonl:2") < message.index("rows.jsonl:4") < message.index("rows.jsonl:6")
     assert "data.on_bad_row=skip" in message and "mend model.chat_template" not in message
@@ -154,17 +154,14 @@ def test_rows_of_another_format_than_was_given_name_theirs(tokenizer, write_json
     assert "  lacks messages (mixed.jsonl:2)\n" in said and said.endswith("leave them out with data.on_bad_row=skip")
 
 
-def test_a_file_of_another_format_among_several_is_told_of_once(tokenizer, write_jsonl, job_for):
+def test_files_whose_rows_are_all_bad_are_told_of_once(tokenizer, write_jsonl, job_for):
     chats = write_jsonl([{"messages": [{"role": "assistant", "content": f"x{n}"}]} for n in range(9)], "chats.jsonl")
     one, two = (write_jsonl([row(n) for n in range(30)], name) for name in ("one.jsonl", "two.jsonl"))
-    job = job_for([str(path) for path in (chats, one, two)])
+    job = job_for([str(path) for path in (chats, one, two)], format="messages")
     assert said_of(job, tokenizer, chats, one, two).splitlines() == [
         "60 of 69 rows cannot be trained on:",
-        "  lacks messages; its shape is alpaca (instruction, output), that of chats.jsonl:1 is messages (messages), "
-        "and all rows are to be of one "
-        "(all 60 rows of one.jsonl, two.jsonl, such as one.jsonl:1, one.jsonl:2, one.jsonl:3)",
-        "    fix: a job reads one format, which is messages here: write one.jsonl, two.jsonl so, or train on them in a "
-        "job of their own",
+        "  lacks messages (all 60 rows of one.jsonl, two.jsonl, such as one.jsonl:1, one.jsonl:2, one.jsonl:3)",
+        "    fix: data.format=auto, which reads each file by its own fields: one.jsonl, two.jsonl as alpaca",
     ]
     bad = write_jsonl([{"messages": []}] * 2, "bad.jsonl")
     some = write_jsonl([{"messages": [{"role": "assistant", "content": "x"}]}, {"messages": 7}], "some.jsonl")
@@ -176,16 +173,77 @@ def test_a_file_of_another_format_among_several_is_told_of_once(tokenizer, write
     assert said[3].startswith("    fix: mend bad.jsonl, or leave it out; mend these rows, or leave them out")
 
 
-@pytest.mark.parametrize("given", ["auto", "messages"])
-def test_a_file_of_another_format_is_not_told_to_name_its_list_as_it_does(tokenizer, write_jsonl, job_for, given):
+def test_a_file_of_another_format_is_not_told_to_name_its_list_as_it_does(tokenizer, write_jsonl, job_for):
     chats = write_jsonl([{"messages": [{"role": "assistant", "content": f"x{n}"}]} for n in range(3)], "chats.jsonl")
     turns = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
     other = write_jsonl([{"conversations": turns}] * 2, "sharegpt.jsonl")
-    said = said_of(job_for([str(chats), str(other)], format=given), tokenizer, chats, other)
-    assert said.endswith(
-        "fix: a job reads one format, which is messages here: write sharegpt.jsonl so, or train on it in a job of its "
-        "own"
-    )
+    said = said_of(job_for([str(chats), str(other)], format="messages"), tokenizer, chats, other)
+    assert said.endswith("fix: data.format=auto, which reads each file by its own fields: sharegpt.jsonl as sharegpt")
+
+
+def test_every_file_is_read_by_its_own_fields(tokenizer, write_jsonl, job_for, chat):
+    """And trained on as in a job of its own, as often as it stands in the list."""
+    turns = [[{"from": "human", "value": f"Q {n}"}, {"from": "gpt", "value": f"A {n}"}] for n in range(3)]
+    files = {
+        "messages": [{"messages": chat("u", f"Ask {n}", "a", f"Told {n}")} for n in range(3)],
+        "sharegpt": [{"conversations": each, "title": "A fine title"} for each in turns],
+        "text": [{"text": f"Chapter {n}. It rained."} for n in range(3)],
+        "alpaca": [row(n) for n in range(3)],
+        "prompt_completion": [{"question": f"What is {n}?", "answer": f"It is {n}"} for n in range(3)],
+    }
+    paths = {name: str(write_jsonl(rows, f"{name}.jsonl")) for name, rows in files.items()}
+    alone = {name: prepare(job_for(path, validation=None), tokenizer) for name, path in paths.items()}
+    together = prepare(job_for([*paths.values(), paths["text"]], validation=None), tokenizer)
+    assert together.summary["format"] == "messages, sharegpt, text, alpaca, prompt_completion"
+    assert texts(together.train, tokenizer) == set().union(*(texts(each.train, tokenizer) for each in alone.values()))
+    each = [*alone.values(), alone["text"]]
+    for figure in ("tokens", "trained_tokens", "documents"):
+        assert getattr(together.train, figure) == sum(getattr(one.train, figure) for one in each)
+    described = describe(together.summary)
+    assert "data: 18 rows read in 5 formats, " in described and "note: nothing is read from title" in described
+    assert f"\n  6 rows of {paths['text']} as text (recognised by text)\n" in described
+    assert f"\n  3 rows of {paths['alpaca']} as alpaca (recognised by instruction, output)\n" in described
+    held = prepare(job_for([paths["messages"], paths["text"]], validation=paths["sharegpt"]), tokenizer)
+    assert held.summary["format"] == "messages, text"
+    assert [found["format"] for found in held.summary["formats"]] == ["messages", "text", "sharegpt"]
+
+
+def test_a_bad_row_of_one_format_among_several_is_named_by_its_place(tokenizer, write_jsonl, job_for):
+    first = write_jsonl([{"text": "It rained."}], "first.jsonl")
+    second = write_jsonl([row(1), {"instruction": "x"}, {"text": "It snowed."}], "second.jsonl")
+    said = said_of(job_for([str(first), str(second)]), tokenizer, first, second).splitlines()
+    assert said[:3] == [
+        "2 of 4 rows cannot be trained on:",
+        "  lacks output (second.jsonl:2)",
+        "  lacks instruction; its shape is text (text), that of second.jsonl:1 is alpaca (instruction, output), and "
+        "all rows of a file are to be of one (second.jsonl:3)",
+    ]
+
+
+PAIRS, LABELS = {"prompt": "x", "chosen": "y", "rejected": "z"}, {"prompt": "x", "completion": "y", "label": True}
+
+
+@pytest.mark.parametrize(("objective", "first", "second", "reason", "remedy"), [
+    ("sft", row(1), PAIRS, "has chosen and rejected: a preference row",
+     "leave second.jsonl out of this job, of objective=sft; train on pairs with objective=dpo"),
+    ("sft", row(1), LABELS, "is one answer with a label",
+     "leave second.jsonl out of this job, of objective=sft; train on labelled answers with objective=kto"),
+    ("dpo", PAIRS, row(1), "is no preference row",
+     "leave second.jsonl out of this job, of objective=dpo; objective=sft trains on such rows"),
+    ("kto", PAIRS, LABELS, "is unpaired, and first.jsonl:1 is preference: a job trains on one of the two",
+     "write a pair as two rows with a label each"),
+    ("kto", LABELS, PAIRS, "is preference, and first.jsonl:1 is unpaired: a job trains on one of the two",
+     "write a pair as two rows with a label each"),
+])
+def test_files_of_two_objectives_are_not_mixed(
+    tokenizer, write_jsonl, job_for, objective, first, second, reason, remedy
+):
+    one, two = write_jsonl([first] * 2, "first.jsonl"), write_jsonl([second] * 2, "second.jsonl")
+    job = replace(job_for([str(one), str(two)]), objective=objective)
+    said = said_of(job, tokenizer, one, two).splitlines()
+    assert said[1].startswith(f"  {reason}") and said[1].endswith("(all 2 rows of second.jsonl, such as "
+                                                                  "second.jsonl:1, second.jsonl:2)")
+    assert said[2].startswith(f"    fix: {remedy}")
 
 
 def test_a_file_that_was_cut_off_is_the_fault_and_no_row(tokenizer, tmp_path, write_jsonl, job_for):
@@ -351,6 +409,22 @@ def test_only_columns_that_are_renamed_make_another_entry(tokenizer, write_jsonl
     plain, named = job_for(path, validation=None), job_for(path, validation=None, columns={"text": "body"})
     shaped = [_shaped_by(job, tokenizer, open_source(str(path)), None) for job in (plain, named)]
     assert [set(each) & {"columns"} for each in shaped] == [set(), {"columns"}]
+
+
+def test_a_file_that_is_skipped_whole_is_no_format_of_the_data(tokenizer, write_jsonl, job_for):
+    pairs = write_jsonl([{**PAIRS, "prompt": f"x{n}"} for n in range(3)], "pairs.jsonl")
+    paths = [str(pairs), str(write_jsonl([row(1)], "other.jsonl"))]
+    job = replace(job_for(paths, validation=None, on_bad_row="skip"), objective="dpo")
+    summary = prepare(job, tokenizer).summary
+    assert (summary["format"], summary["bad_rows"], len(summary["formats"])) == ("preference", 1, 1)
+
+
+def test_only_several_files_of_formats_of_their_own_make_another_entry(tokenizer, write_jsonl, job_for):
+    """A run that was begun before each file had its own goes on with its rows, where they are the same."""
+    one, two = str(write_jsonl([row(0)])), str(write_jsonl([row(1)], "two.jsonl"))
+    given = [(one, "auto"), ([one, one], "auto"), ([one, two], "alpaca"), ([one, two], "auto")]
+    shaped = [_shaped_by(job_for(path, format=said), tokenizer, open_source(path), None) for path, said in given]
+    assert ["format_of" in each for each in shaped] == [False, False, False, True]
 
 
 def test_max_rows_and_system_reach_the_rows(tokenizer, write_jsonl, job_for):
