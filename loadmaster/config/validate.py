@@ -160,6 +160,8 @@ def _correction(key: str, wrong: Any, annotation: Any, assign: Callable[[str, An
     if "true or false" in describe(annotation) and str(wrong).lower() in _TRUTH:
         return assign(key, _TRUTH[str(wrong).lower()])
     match = _ours(key, wrong) or nearest(str(wrong), choices(annotation), cutoff=0.4)
+    if isinstance(match, list):
+        return assign(key, match)
     if match is not None:
         listed = not any(typing.get_origin(branch) is typing.Literal for branch in branches(annotation))
         return f"{match} instead of {wrong}" if listed else assign(key, match)
@@ -284,8 +286,11 @@ def _carried_over(key: str, name: str, value: Any, assign: Callable[[str, Any], 
     return f"{assign(key, None)} {NONE_IS[key]}" if key in NONE_IS and value == 0 else None
 
 
-def _ours(key: str, value: Any) -> str | None:
-    """What a field calls a value that another tool has another word for."""
+def _ours(key: str, value: Any) -> Any:
+    """What a field calls a value that another tool has another word for; None where it has none."""
+    if key == "data.path" and isinstance(value, list):  # Axolotl's datasets: a path and a type each
+        paths = [each.get("path") for each in value if isinstance(each, dict)]
+        return paths if len(paths) == len(value) and all(isinstance(path, str) for path in paths) else None
     return VALUES.get(key, {}).get(str(value).lower())
 
 
