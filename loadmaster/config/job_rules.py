@@ -221,7 +221,7 @@ def the_rate_rises_before_it_falls(job: Job, origins: Origins) -> Found:
     if optimizer.warmup_steps is not None:
         warmup = optimizer.warmup_steps / job.max_steps if job.max_steps else 0.0
     if optimizer.schedule == "wsd" and warmup + optimizer.decay_ratio > 1:
-        message = f"of the steps, with a warm-up over {warmup:.3g} of them, is more than all"
+        message = f"of the steps and a warm-up over {100 * warmup:.3g}% of them are more than all"
         left = math.floor(100 * (1 - warmup)) / 100
         remedy = f"optimizer.decay_ratio={left:g}, or a shorter warm-up" if left > 0 else "a shorter warm-up"
         yield "optimizer.decay_ratio", optimizer.decay_ratio, message, remedy

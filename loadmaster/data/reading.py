@@ -126,7 +126,8 @@ def _conversation(raw: RawRow, file: str, reading: Reading, job: Job) -> Convers
     _fits_objective(raw.value, shape, job.objective)
     _goes_with_others(shape, reading)
     if job.data.columns and file not in reading.unread and isinstance(raw.value, dict):
-        refuse_unread(raw.value, shape.name, job.data.columns, shape.recognised_by)
+        known = f"{shape.recognised_by} in {raw.origin}" if shape.recognised_by else ""
+        refuse_unread(raw.value, shape.name, job.data.columns, known)
     try:
         conversation = to_conversation(raw.value, shape.name, raw.origin, job.data.system, job.data.tools)
     except RowError as error:
