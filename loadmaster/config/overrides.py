@@ -64,7 +64,7 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
     """Sort `arguments` into what Hydra can compose and what is wrong with the rest."""
     result = Overrides(arguments=arguments)
     parser = OverridesParser.create(config_loader=loader)
-    for argument in arguments:
+    for argument in _with_their_values(arguments):
         try:
             override = parser.parse_override(_quoted(argument))
         except (HydraException, RecursionError) as error:
@@ -84,6 +84,22 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
         if not override.is_delete() and not _is_group_choice(loader, override) and not override.is_hydra_override():
             result.values |= leaves(key, None if override.is_sweep_override() else override.value())
     return result
+
+
+def _with_their_values(arguments: list[str]) -> list[str]:
+    """The command line with each option and the word behind it that is its value as one."""
+    words: list[str] = []
+    for argument in arguments:
+        if words and words[-1].startswith("-") and value_behind(words[-1], argument):
+            words[-1] += f" {argument}"
+        else:
+            words.append(argument)
+    return words
+
+
+def value_behind(option: str, after: str) -> str:
+    """The word behind an option, where it is the option's value; else nothing."""
+    return "" if set("= ") & set(option) or "=" in after or after[:1] in ("", *"-~+") else after
 
 
 def note_repeated(arguments: list[str]) -> None:
@@ -163,7 +179,7 @@ def _forced(loader: ConfigLoaderImpl, override: Override) -> str:
 
 def _unreadable(loader: ConfigLoaderImpl, argument: str, error: Exception) -> Problem:
     if argument.startswith("-"):
-        option, _, text = argument.lstrip("-").partition("=")
+        option, text = re.fullmatch(r"-*([^= ]*)[= ]?(.*)", argument, re.DOTALL).groups()
         name = option.replace("-", "_")
         remedy = instead_of_option(name, text) if text and nearest_key(name) else "leave it out"
         return Problem(argument, None, COMMAND_LINE, "there is no such option here", remedy)

@@ -263,6 +263,12 @@ def test_one_mistake_is_one_problem_with_its_remedy(argument: str, key: str, mes
         assert problem.origin == CLI
 
 
+def test_an_option_and_the_value_behind_it_are_one_problem():
+    first, *others = problems("--lora-rank", "8", "--fast", "seed=x", "-n")
+    assert (first.key, first.remedy) == ("--lora-rank 8", "fields are set without dashes: lora.rank=8")
+    assert [problem.key for problem in others] == ["--fast", "seed", "-n"]
+
+
 def test_a_configuration_of_another_tool_is_answered_line_by_line(here: Path):
     recipe(here, "model_name_or_path: a/b\noptimizer: adamw_torch\nlr_scheduler:\n  num_warmup_steps: 9\n"
                  "dataset:\n  packed: false\nfsdp_config:\n  offload_params: true\nspecial_tokens:\n  pad_token: x\n")
