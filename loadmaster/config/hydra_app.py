@@ -27,7 +27,15 @@ from loadmaster.config.compose import Composed, compose_with, load, open_loader,
 from loadmaster.config.fields import nearest
 from loadmaster.config.hydra_sources import PRIMARY, VERSION_BASE, Loader, main_folder
 from loadmaster.config.origins import COMMAND_LINE
-from loadmaster.config.overrides import Overrides, as_recipe, note_repeated, read_overrides, reading_order, sweep
+from loadmaster.config.overrides import (
+    Overrides,
+    as_recipe,
+    note_repeated,
+    read_overrides,
+    reading_order,
+    sweep,
+    value_behind,
+)
 from loadmaster.config.schema import Job
 from loadmaster.config.show import show_error
 from loadmaster.config.validate import NO_VALUE, instead_of_option
@@ -35,6 +43,7 @@ from loadmaster.errors import ConfigError, LoadmasterError, Problem, StoppedOnRe
 from loadmaster.streams import unheard
 
 Task = Callable[[Composed], int]
+SHELLS = ("bash", "fish", "zsh")
 OF_PLAN = ("--compare", "--json", "--nodes")
 """What `loadmaster plan` takes and the other commands do not."""
 
@@ -145,10 +154,11 @@ def check_command(
     # argparse gives up on what follows an option that it does not know; an override is one wherever it stands.
     flags.overrides = [a for a in words if a in flags.overrides or (a in rest and not a.startswith("-"))]
     flags.wrong = None
+    problem = _of_no_shell(flags.overrides) if flags.shell_completion else None if flags.hydra_help else _refused(flags)
+    if problem is not None:
+        raise ConfigError([problem])
     if flags.hydra_help or flags.shell_completion:
         return flags, flags.overrides, None
-    if problem := _refused(flags):
-        raise ConfigError([problem])
     loader = open_loader(flags.config_dir)
     multirun = flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
     if multirun:
@@ -265,13 +275,25 @@ def _refused(flags: argparse.Namespace) -> Problem | None:
     return None
 
 
+def _of_no_shell(words: list[str]) -> Problem | None:
+    """What Hydra would end in a traceback for: of install, uninstall and query it wants one, with a shell that it knows.
+
+    query is the shell's own question.
+    """
+    asked = [word.split("=") for word in words if word.partition("=")[0] in ("install", "uninstall", "query")]
+    if len(asked) == 1 and asked[0][-1] in SHELLS and (asked[0][0] != "query" or "COMP_LINE" in os.environ):
+        return None
+    remedy = 'eval "$(python train.py --shell-completion install=bash)"; the shells are ' + ", ".join(SHELLS)
+    message = "wants install=SHELL, or uninstall=SHELL"
+    return Problem("--shell-completion", None, COMMAND_LINE, message, remedy)
+
+
 def _unknown(arguments: list[str], rest: list[str]) -> dict[int, str]:
     """Places of the options that are not known, and the word behind each that is its value; empty where none is."""
     found = {}
     for place, (argument, after) in enumerate(pairwise([*arguments, ""])):
         if argument.startswith("-") and argument in rest:
-            alone = "=" in argument or "=" in after or after[:1] in ("", *"-~+")
-            found[place] = "" if alone else after
+            found[place] = value_behind(argument, after)
     return found
 
 

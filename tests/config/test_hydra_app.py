@@ -319,6 +319,10 @@ def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]
         (["--cfg", "job", "recipe=smok"], "recipe=smoke"),
         (["--cfg", "job", "--multirun", "seed=1,2"], "--cfg   on the command line\n     does not go with --multirun"),
         (["--resolve"], "--cfg job --resolve"),
+        (["--shell-completion"], "--shell-completion install=bash"),
+        (["-sc", "install=tcsh"], "the shells are bash, fish, zsh"),
+        (["-sc", "install=bash", "uninstall=bash"], "wants install=SHELL, or uninstall=SHELL"),
+        (["-sc", "query=bash"], "wants install=SHELL, or uninstall=SHELL"),
     ],
 )
 def test_a_wrong_flag_is_a_problem_like_any_other(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
