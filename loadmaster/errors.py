@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
+from typing import Any
 
 from loadmaster.words import counted
 
@@ -23,6 +24,16 @@ class LoadmasterError(Exception):
     exit_code = 4
     said = False
     """It is in this host's log already."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is: what __init__ was given is not what the sentence is, and it would be called with that."""
+        return _as_it_was, (type(self), self.args, self.__dict__)
+
+
+def _as_it_was(kind: type[LoadmasterError], args: tuple[Any, ...], state: dict[str, Any]) -> LoadmasterError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,9 @@ class NotAFile(LoadmasterError, OSError):
 
     def __init__(self, path: object):
         super().__init__(errno.EINVAL, "is no regular file", str(path))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NotAFile, (self.filename,)
 
     def __str__(self) -> str:
         return f"{self.filename} {self.strerror}"
