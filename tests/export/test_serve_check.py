@@ -189,7 +189,10 @@ def test_what_was_found_of_an_export_stays_until_it_is_checked_again(checked, st
     assert found("bf16", ["the base is served"]) == {"bf16": ["the base is served"]}
     assert found("bf16", slow) == {"bf16": ["the base is served"]}
     assert said[-1].startswith("bf16: what was found on 20") and said[-1].endswith(" stays: it FAILED")
+    path = checked.folder / "serve-check.json"
+    write_json(path, read_json(path) | {"tasks": {"before": {"capitals": {}}}})
     assert found("adapter", []) == {"adapter": [], "bf16": ["the base is served"]}
+    assert read_json(path)["tasks"] == {"before": {"capitals": {}}}  # by which bf16 may have been judged
     assert found("adapter", slow) == {"adapter": [], "bf16": ["the base is served"]}
     assert found("bf16", []) == {"adapter": [], "bf16": []}
 

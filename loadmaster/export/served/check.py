@@ -25,7 +25,7 @@ from rich.table import Table
 from loadmaster.config.compose import read_job
 from loadmaster.config.schema import Job
 from loadmaster.data import Conversation, PreparedData, prepare, prompt_and_reference
-from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked
+from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked, UsageError
 from loadmaster.evaluation.generate import prompt_ids
 from loadmaster.export.manifest import NAME as MANIFEST
 from loadmaster.export.manifest import is_served, no_export, read_manifest, verify_manifest
@@ -40,7 +40,7 @@ from loadmaster.export.served.llama_cpp import ask_llama_cpp
 from loadmaster.export.served.processor import refuse_unserved
 from loadmaster.export.served.record import NAME, earlier
 from loadmaster.export.served.run import Servers, file_bytes
-from loadmaster.files import storable, write_json
+from loadmaster.files import read_json, storable, write_json
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import load_tokenizer
 from loadmaster.models.resolve import resolve_base
@@ -79,7 +79,7 @@ def serve_check(
     manifests = exported(run_dir, formats)
     earlier(run_dir)  # a file that is damaged is refused before hours of work
     if harness is not None and set(manifests) == {"gguf"}:
-        raise LoadmasterError("tasks are asked of what vLLM serves, and gguf is llama.cpp's: name another format too")
+        raise UsageError("tasks are asked of what vLLM serves, and gguf is llama.cpp's: name another format too")
     job = read_job(run_dir / "config.yaml").job
     pythons, versions = _interpreters(manifests, python, echo)
     base = resolve_base(job.model)
@@ -149,6 +149,8 @@ def serve_check(
     if harness is not None:
         path = str(harness.include_path) if harness.include_path else None
         record["tasks"] = {**asdict(harness), "include_path": path, "before": before}
+    elif kept and (told := read_json(run_dir / NAME).get("tasks")):  # figures that stay were judged by the base's
+        record["tasks"] = told
     write_json(run_dir / NAME, storable(record))
     return results
 
