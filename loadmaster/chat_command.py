@@ -14,7 +14,7 @@ from typing import Any
 
 from loadmaster import hub
 from loadmaster.config.schema import Job
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import LoadmasterError, UsageError
 from loadmaster.out_of_memory import ran_out
 from loadmaster.rundir import RunDir, newest_in
 from loadmaster.words import visible
@@ -51,11 +51,12 @@ def add_parser(commands: Any) -> None:
 def chat(asked: argparse.Namespace, unknown: list[str]) -> int:
     """Answer on standard output, as the tokens come; what is not the model's goes to standard error.
 
-    Raises LoadmasterError for a run without trained weights, ExportRejected for a format that is not there or not as it
-    was exported, and for a message that is no text or leaves the model no room to answer in.
+    Raises UsageError for words that are none of chat's and a message that is no text, LoadmasterError for a run without
+    trained weights and a message that leaves the model no room to answer in, ExportRejected for a format that is not
+    there or not as it was exported.
     """
     if unknown:
-        raise LoadmasterError(f"chat does not know {' '.join(unknown)}; --message TEXT takes the message")
+        raise UsageError(f"chat does not know {' '.join(unknown)}; --message TEXT takes the message")
     if not (asked.run_dir / "config.yaml").is_file():
         newest = newest_in(asked.run_dir) if asked.run_dir.is_dir() else None
         give = f"give one of those in it; the newest is {newest}" if newest else "give one whose train stage is done"
@@ -93,7 +94,7 @@ def _message(asked: argparse.Namespace) -> str | None:
     if text is None:
         text = sys.stdin.read().strip() if sys.stdin is not None else ""
     if not text.strip():
-        raise LoadmasterError("there is no message to answer: --message TEXT, or text on standard input")
+        raise UsageError("there is no message to answer: --message TEXT, or text on standard input")
     return _as_text(text)
 
 
@@ -103,7 +104,7 @@ def _as_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise LoadmasterError("what is said has bytes that are no UTF-8 text") from None
+        raise UsageError("what is said has bytes that are no UTF-8 text") from None
     return text
 
 

@@ -113,19 +113,19 @@ def test_what_is_piped_in_is_one_message(run, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "words, reason",
+    "words, code, reason",
     [
-        (["--message", "a " * 3000], "leave no room for an answer in the 2,048 that the model knows"),
-        (["--message", " "], "no message to answer"),
-        (["--message", "caf\udce9"], "no UTF-8 text"),
-        (["--message", "Hello", "--system", "caf\udce9"], "no UTF-8 text"),
-        (["--format", "fp8", "--message", "Hello"], "has no export fp8; it has bf16"),
-        (["--format", "gguf", "--message", "Hello"], "llama-cli -m"),
-        (["Hello"], "--message TEXT takes the message"),
+        (["--message", "a " * 3000], 4, "leave no room for an answer in the 2,048 that the model knows"),
+        (["--message", " "], 2, "no message to answer"),
+        (["--message", "caf\udce9"], 2, "no UTF-8 text"),
+        (["--message", "Hello", "--system", "caf\udce9"], 2, "no UTF-8 text"),
+        (["--format", "fp8", "--message", "Hello"], 5, "has no export fp8; it has bf16"),
+        (["--format", "gguf", "--message", "Hello"], 4, "llama-cli -m"),
+        (["Hello"], 2, "--message TEXT takes the message"),
     ],
 )
-def test_what_is_refused(run, capsys, words, reason):
-    assert main(["chat", str(run), *words]) != 0
+def test_what_is_refused(run, capsys, words, code, reason):
+    assert main(["chat", str(run), *words]) == code
     assert reason in capsys.readouterr().err
 
 

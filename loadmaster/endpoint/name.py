@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import UsageError
 from loadmaster.files import read_json
 from loadmaster.launch.provider import PREFIX
 from loadmaster.launch.runpod.client import asked_for
@@ -19,10 +19,10 @@ NAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def endpoint_called(name: str) -> str:
-    """With the beginning by which `ours` finds it. Raises LoadmasterError for what is no name."""
+    """With the beginning by which `ours` finds it. Raises UsageError for what is no name."""
     name = asked_for(name).removeprefix(PREFIX)
     if not NAMED.fullmatch(name):
-        raise LoadmasterError(f"--name {name!r} is no name of an endpoint: letters, digits, dots, dashes, at most 64")
+        raise UsageError(f"--name {name!r} is no name of an endpoint: letters, digits, dots, dashes, at most 64")
     return f"{PREFIX}{name}"
 
 

@@ -19,7 +19,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from loadmaster.config.compose import read_job
 from loadmaster.config.rates import peak_rate
 from loadmaster.endpoint.model_card import model_card
-from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError
+from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError, UsageError
 from loadmaster.export.manifest import NAME, exported, no_export, read_manifest, verify_manifest
 from loadmaster.files import read_json
 from loadmaster.launch.left import away, copied_by
@@ -107,7 +107,7 @@ class Hub:
             if "/" not in repository:  # the Hub would make it under the account, and look for it elsewhere
                 raise HFValidationError(f"whose it is has to stand before it, as in --repo ORG/{repository}")
         except HFValidationError as error:
-            raise LoadmasterError(f"--repo {repository} is no name of a repository: {error}") from None
+            raise UsageError(f"--repo {repository} is no name of a repository: {error}") from None
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self.endpoint = without_password(endpoint)
         self.repository, self.url = repository, f"{self.endpoint}/{repository}"

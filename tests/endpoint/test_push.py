@@ -178,7 +178,7 @@ def test_a_run_is_pushed_whose_data_are_gone(run, capsys):
 
 @pytest.mark.parametrize("name", ["org/bad name", "org/name/more", "https://huggingface.co/org/name", "-x", "name"])
 def test_a_name_that_no_repository_can_have_is_said_so_by_a_dry_run_too(run, capsys, name):
-    assert main(["push", str(run), f"--repo={name}", "--dry-run"]) != 0
+    assert main(["push", str(run), f"--repo={name}", "--dry-run"]) == 2
     assert f"--repo {name} is no name of a repository" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ import pytest
 from test_serve_check import checked, references, serve_as, stand_in  # noqa: F401 (fixtures)
 
 from loadmaster.cli import main
-from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked
+from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked, UsageError
 from loadmaster.export.served import harness
 from loadmaster.export.served.check import serve_check
 from loadmaster.export.served.harness import Asked, Harness, failures
@@ -123,7 +123,7 @@ def test_tasks_of_gguf_alone_are_refused(tmp_path):
     serve_as(tmp_path / "export" / "gguf", "honest")
     (tmp_path / "config.yaml").touch()
     (tmp_path / "plan.json").touch()
-    with pytest.raises(LoadmasterError, match="name another format too"):
+    with pytest.raises(UsageError, match="name another format too"):
         serve_check(tmp_path, None, None, print, Harness(("x",)))
 
 
