@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import fmean
 from typing import Any
 
 MOST_POINTS = 800
@@ -132,7 +131,7 @@ def _plot(axes: Any, curve: Curve) -> None:
 
 
 def _tick(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+    return (f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}").replace("-", "\N{MINUS SIGN}")
 
 
 def binned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
@@ -141,7 +140,7 @@ def binned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> t
     if size <= 1:
         return list(x), list(y)
     parts = range(0, len(x), size)
-    return [fmean(x[i : i + size]) for i in parts], [fmean(y[i : i + size]) for i in parts]
+    return [_mean(x[i : i + size]) for i in parts], [_mean(y[i : i + size]) for i in parts]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -150,8 +149,13 @@ def smoothed(values: Sequence[float]) -> list[float]:
     out = []
     for i in range(len(values)):
         near = min(reach, i, len(values) - 1 - i)
-        out.append(fmean(values[i - near : i + near + 1]))
+        out.append(_mean(values[i - near : i + near + 1]))
     return out
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of values whose sum may be beyond a float."""
+    return sum(value / len(values) for value in values)
 
 
 def _style(salt: str) -> dict[str, object]:

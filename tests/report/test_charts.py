@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from loadmaster.report.charts import Curve, binned, draw, smoothed
@@ -25,11 +27,17 @@ def test_smoothing_neither_lags_nor_moves_the_ends():
     assert max(abs(a - b) for a, b in zip(smoothed(noisy)[3:-3], line[3:-3], strict=True)) < 0.5
 
 
-@pytest.mark.parametrize("values", [[1.0], [1.0, 1.0], [0.0] * 20, [1e-9, 1e6] * 20, [float(v) for v in range(20_000)]])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.0], [1.0, 1.0], [0.0] * 20, [1e-9, 1e6] * 20, [1e308] * 20, [1.7e308, -1.7e308] * 20,
+        [float(v) for v in range(20_000)],
+    ],
+)
 def test_every_shape_of_series_can_be_drawn_small(values: list[float]):
     steps = tuple(range(1, len(values) + 1))
     curve = Curve("Gradient norm", "L2", "norm", steps, tuple(values), may_be_log=True, from_zero=True)
     svg = draw(curve, 300, 200)
     assert svg.startswith('<svg viewBox="0 0 300 200"') and svg.rstrip().endswith("</svg>")
     assert len(svg) < 150_000
-    assert "optimizer step" in svg
+    assert "optimizer step" in svg and max(map(len, re.findall(">([^<>]+)</text>", svg))) < 20
