@@ -6,7 +6,7 @@ import ast
 import builtins
 import pickle
 from importlib import import_module
-from inspect import Parameter, isfunction, signature
+from inspect import Parameter, isclass, isfunction, signature
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ def exceptions() -> list[str]:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 classes[f"{module}:{node.name}"] = {base.id for base in node.bases if isinstance(base, ast.Name)}
-    known = {name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, BaseException)}
+    known = {name for name, kind in vars(builtins).items() if isclass(kind) and issubclass(kind, BaseException)}
     found: set[str] = set()
     while more := {name for name, bases in classes.items() if bases & known} - found:
         found |= more

@@ -276,10 +276,7 @@ def _refused(flags: argparse.Namespace) -> Problem | None:
 
 
 def _of_no_shell(words: list[str]) -> Problem | None:
-    """What Hydra would end in a traceback for: of install, uninstall and query it wants one, with a shell that it knows.
-
-    query is the shell's own question.
-    """
+    """Hydra wants one of install, uninstall and query (the shell's own question), with a shell that it knows."""
     asked = [word.split("=") for word in words if word.partition("=")[0] in ("install", "uninstall", "query")]
     if len(asked) == 1 and asked[0][-1] in SHELLS and (asked[0][0] != "query" or "COMP_LINE" in os.environ):
         return None
