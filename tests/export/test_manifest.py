@@ -221,6 +221,7 @@ def test_loadmaster_verify_of_a_run_directory_checks_and_names_every_export(tmp_
     assert "has no manifest.json" in capsys.readouterr().err
 
 
-def test_manifests_and_bundles_are_read_without_torch():
-    code = "import sys, loadmaster.export.manifest, loadmaster.endpoint.bundle; sys.exit('torch' in sys.modules)"
+def test_manifests_and_bundles_are_read_and_plans_made_without_torch_and_numpy():
+    modules = "loadmaster.export.manifest, loadmaster.endpoint.bundle, loadmaster.pipeline, loadmaster.plan_command"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'numpy'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
