@@ -31,11 +31,13 @@ def draw_exports(points: list[Point], size: tuple[int, int]) -> Markup:
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
     def plot(axes: Any) -> None:
-        for point in points:
+        labels = []
+        for point in sorted(points, key=lambda point: point.mean_kl):
             kl = max(point.mean_kl, LEAST_KL)
             colour = FIRST if point.passed else SECOND
             axes.plot([point.megabytes], [kl], marker="o" if point.passed else "X", markersize=8, color=colour)
-            axes.annotate(point.name, (point.megabytes, kl), xytext=(14, -4), textcoords="offset points")
+            beside: dict[str, Any] = {"xytext": (14, -4), "textcoords": "offset points"}
+            labels.append(axes.annotate(point.name, (point.megabytes, kl), **beside))
             if point.limit is not None:
                 axes.plot([point.megabytes], [point.limit], marker="_", markersize=22, markeredgewidth=2, color=THIRD)
                 axes.plot([point.megabytes] * 2, sorted((kl, point.limit)), color=THIRD, linewidth=0.8, dashes=(2, 2))
@@ -46,6 +48,17 @@ def draw_exports(points: list[Point], size: tuple[int, int]) -> Markup:
         axes.margins(y=0.2)
         axes.set_xlabel("MB on disk")
         axes.set_ylabel("mean KL, nats a token")
+        axes.figure.draw_without_rendering()  # lays the axes out
+        _set_apart(labels)
 
     said = "Mean KL divergence of each export over its size on disk"
     return Markup(drawn(plot, f"exports {len(points)} {size}", size, said))
+
+
+def _set_apart(labels: list[Any]) -> None:
+    """Move each label, from the lowest on, up to where it lies over none below it."""
+    placed: list[Any] = []
+    for label in labels:
+        while any(label.get_window_extent().overlaps(other) for other in placed):
+            label.xyann = (label.xyann[0], label.xyann[1] + 1)
+        placed.append(label.get_window_extent())

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from loadmaster.report.charts import Curve, binned, draw, smoothed
+from loadmaster.report.export_chart import NARROW, WIDE, Point, draw_exports
 
 
 def test_long_series_are_averaged_into_bins_that_keep_the_mean():
@@ -41,3 +42,11 @@ def test_every_shape_of_series_can_be_drawn_small(values: list[float]):
     assert svg.startswith('<svg viewBox="0 0 300 200"') and svg.rstrip().endswith("</svg>")
     assert len(svg) < 150_000
     assert "optimizer step" in svg and max(map(len, re.findall(">([^<>]+)</text>", svg))) < 20
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW])
+def test_labels_of_exports_that_are_alike_lie_apart(size: tuple[int, int]):
+    names = ["fp8", "fp8_block", "int8"]
+    svg = draw_exports([Point(name, 135.0, 1e-9 * number, 0.02, True) for number, name in enumerate(names)], size)
+    at = [float(re.search(rf'y="([0-9.]+)"[^>]*>{name}</text>', svg)[1]) for name in names]
+    assert at[0] - at[1] > 9 and at[1] - at[2] > 9
