@@ -369,7 +369,8 @@ def test_a_torn_or_strange_file_is_named_and_the_rest_is_shown(whole_run: Path, 
 
 
 def test_fields_of_the_wrong_type_do_not_stop_the_report(whole_run: Path):
-    plan = {"model": 3, "memory_gib": "much", "phases_gib": [1], "reasons": 5, "rejected": {"a": 1}}
+    plan = {"model": 3, "memory_gib": "much", "phases_gib": [1], "reasons": 5, "rejected": {"a": 1},
+            "runners_up": [{"difference": 5}]}
     put(whole_run, "plan.json", plan)
     put(whole_run, "eval.json", {"before": [], "after": {"task": {"metric": "high", "samples": [7], "per_field": []}}})
     put(whole_run, "stages.json", {"stages": {"plan": 3, "train": {"seconds": "long"}}})
