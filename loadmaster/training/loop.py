@@ -19,8 +19,10 @@ from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, PreparedData
 from loadmaster.errors import StoppedOnRequest
+from loadmaster.models.capped import runs_fused
 from loadmaster.models.compiled import CompileCache, graphs_compiled
 from loadmaster.models.forward import causal_lm
+from loadmaster.models.load import config_of
 from loadmaster.models.rotary import refuse_dynamic
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import longest_stretch, losses, trained_tokens
@@ -109,7 +111,8 @@ def train(
         watch.at(0, "load")
         display.echo("loading the model")
         cache = CompileCache(run_dir / "compile_cache", world.lead)
-        compiles = plan.compile or plan.optimizer == "adamw_bf16"  # whose step compiles itself
+        # A step of adamw_bf16 and capped attention's kernel compile themselves.
+        compiles = plan.compile or plan.optimizer == "adamw_bf16" or runs_fused(config_of(base_folder), world.device)
         if compiles:
             stack.callback(cache.close)
             cache.open()

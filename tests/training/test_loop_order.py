@@ -261,7 +261,7 @@ def trained(made, monkeypatch):
     made.asked = asked = MagicMock()
     asked.rehearse_run.return_value = Rehearsed(0.0, 0.0, 0.0, seconds=0.0)
     monkeypatch.setattr(loop, "make_session", lambda *_: made.session)
-    for name in ("refuse_dynamic", "rehearse_run", "try_family", "causal_lm"):
+    for name in ("refuse_dynamic", "rehearse_run", "try_family", "causal_lm", "config_of"):
         monkeypatch.setattr(loop, name, getattr(asked, name))
     monkeypatch.setattr(loop, "attention_kernel", lambda *_: contextlib.nullcontext("by_document"))
     monkeypatch.setattr(loop, "own_code", lambda *_: contextlib.nullcontext())
@@ -271,6 +271,13 @@ def trained(made, monkeypatch):
         made.session.job, made.session.plan, made.prepared, SimpleNamespace(pad_token_id=0), made.path, made.path,
         "hash", made.held_out, made.stop, made.display, world, made.watch,
     )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_attention_kernel_that_compiles_itself_is_kept_with_the_run(fused, made, trained, monkeypatch):
+    monkeypatch.setattr(loop, "runs_fused", lambda *_: fused)
+    trained()
+    assert (made.cache.open.called, made.cache.close.called, made.cache.share.called) == (fused, fused, fused)
 
 
 def test_a_request_before_the_rehearsal_is_not_answered_behind_it(made, trained):
