@@ -46,9 +46,8 @@ def describe(setup: Setup) -> str:
         parts.append(sharding_words(setup))
     if setup.offload != "none":
         parts.append(f"{'optimizer' if setup.offload == 'optimizer' else 'weights and optimizer'} in host memory")
-    kept = setup.checkpointing == "none"
     but = f" of all but the last {setup.kept_layers}" if setup.kept_layers else ""
-    parts.append("activations kept" if kept else f"activation checkpointing {setup.checkpointing}{but}")
+    parts.append(f"activation checkpointing {setup.checkpointing}{but}")
     rows = setup.micro_batch_size
     parts.append(f"{counted(rows, 'row')} of {setup.sequence_length} tokens at a time")
     return ", ".join(parts)

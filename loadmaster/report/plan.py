@@ -127,7 +127,7 @@ def _there(row: dict[str, Any], plan: dict[str, Any]) -> str:
     parts = [row.get("precision"), *([row.get("sharding")] if row.get("sharding") != "none" else [])]
     some = row.get("checkpointed_layers")
     of = f"{some} of {as_object(plan.get('model')).get('layers')} layers"
-    parts += [f"checkpointing {row.get('activation_checkpointing') if some is None else of}"]
+    parts += [f"activation checkpointing {row.get('activation_checkpointing') if some is None else of}"]
     parts += [f"{row['offload']} in host memory"] if row.get("offload", "none") != "none" else []
     parts += [units.things(row.get("micro_batch_size"), "row")]
     size = number(row.get("global_size"))

@@ -188,15 +188,15 @@ def test_a_machine_on_which_the_run_is_another_one_is_told_apart(tmp_path: Path)
            "activation_checkpointing": "none", "offload": "none", "global_size": 128}
     put(tmp_path, "plan.json", make_plan(elsewhere=[row, {**row, "global_size": 132, "offload": "all"}]).to_dict())
     text = report(tmp_path).text  # 4 rows x 2 accumulated x 16 GPUs are 128
-    assert "bf16, ddp, checkpointing none, 1 row " in text and text.count("batch.global_size=") == 1
-    assert "checkpointing none, all in host memory, 1 row, batch.global_size=132" in text
+    assert "bf16, ddp, activation checkpointing none, 1 row " in text and text.count("batch.global_size=") == 1
+    assert "activation checkpointing none, all in host memory, 1 row, batch.global_size=132" in text
 
 
 def test_some_recomputed_layers_are_counted_on_other_machines_too(tmp_path: Path):
     row = {"gpu": "rtx4090", "count": 4, "nodes": 1, "precision": "bf16", "sharding": "ddp", "micro_batch_size": 1,
            "activation_checkpointing": "full", "checkpointed_layers": 12, "global_size": 128}
     put(tmp_path, "plan.json", make_plan(elsewhere=[row]).to_dict())
-    assert "bf16, ddp, checkpointing 12 of 30 layers, 1 row " in report(tmp_path).text
+    assert "bf16, ddp, activation checkpointing 12 of 30 layers, 1 row " in report(tmp_path).text
 
 
 def test_a_runner_up_is_in_its_table_alone(tmp_path: Path):
