@@ -154,9 +154,9 @@ def _writable(run_dir: Path) -> None:
 
 
 def _put(wanted: Order) -> Callable[[NetworkVolume], None]:
-    from loadmaster.launch.bucket import Bucket, require_keys
-    from loadmaster.launch.left import look
-    from loadmaster.launch.upload import upload
+    from loadmaster.launch.volume.bucket import Bucket, require_keys
+    from loadmaster.launch.volume.fetch import look
+    from loadmaster.launch.volume.upload import upload
 
     require_keys()  # now, and not after people have said yes
 
@@ -169,10 +169,11 @@ def _put(wanted: Order) -> Callable[[NetworkVolume], None]:
 
 def _fetch(arguments: argparse.Namespace) -> int:
     from loadmaster.export.manifest import exported
-    from loadmaster.launch.after import bring_late, is_home
-    from loadmaster.launch.bucket import require_keys
-    from loadmaster.launch.left import fetch, fetchable, on_a_volume
+    from loadmaster.launch.record import on_a_volume
     from loadmaster.launch.runpod.provider import Runpod
+    from loadmaster.launch.volume.bucket import require_keys
+    from loadmaster.launch.volume.ended import bring_late, is_home
+    from loadmaster.launch.volume.fetch import fetch, fetchable
 
     run_dir, formats = arguments.run_dir, arguments.formats
     left, home = on_a_volume(run_dir), is_home(run_dir)

@@ -1,8 +1,8 @@
 """`loadmaster deploy RUN`: the bundle's endpoint, made or brought up to date, asked, measured, or taken back.
 
     check      an artifact that did not pass verification, or of which a file has changed, is not deployed
-    upload     its files go to the network volume, what is there already is compared (upload.py); those that a launched
-               job left on its volume are looked at there (left.py)
+    upload     its files go to the network volume, what is there already is compared; those that a launched job left on
+               its volume are looked at there (launch/volume/)
     make       the endpoint has one name for a recipe and format, or the one that is given: a second deployment updates
                the first (where that was another job's, this is said before), and one that changes nothing sends nothing
     validate   through the API that its users have (validate.py)
@@ -30,8 +30,8 @@ from loadmaster.export.served.record import NAME as SERVED
 from loadmaster.export.served.record import checked_figures
 from loadmaster.files import read_json, write_json
 from loadmaster.launch.context import undisturbed
-from loadmaster.launch.left import Left, away, copied_by
 from loadmaster.launch.provider import LATE_LOOKS, PREFIX
+from loadmaster.launch.record import Left, away, copied_by
 from loadmaster.launch.runpod.client import RunpodClient, asked_for
 from loadmaster.launch.runpod.types import (
     CreateEndpoint,

@@ -22,7 +22,7 @@ from loadmaster.endpoint.model_card import model_card
 from loadmaster.errors import ExportRejected, LoadmasterError, ProviderError, UsageError
 from loadmaster.export.manifest import NAME, exported, no_export, read_manifest, verify_manifest
 from loadmaster.files import read_json
-from loadmaster.launch.left import away, copied_by
+from loadmaster.launch.record import away, copied_by
 from loadmaster.rundir import object_in
 from loadmaster.words import without_password
 

@@ -20,18 +20,19 @@ from rich.console import Console
 from loadmaster import catalog
 from loadmaster.config.compose import Composed
 from loadmaster.errors import ConfigError, LoadmasterError, ProviderError, StoppedOnRequest
-from loadmaster.launch.after import bring_late, is_home
-from loadmaster.launch.bucket import has_keys, reachable, require_keys, url_of
 from loadmaster.launch.check import problems
 from loadmaster.launch.choose import Choice, choices, counts, nodes_of, wanted
 from loadmaster.launch.context import Launch
-from loadmaster.launch.left import fetch, fetchable, is_deployed_from_a_volume, on_a_volume
 from loadmaster.launch.machines import listed_provider_of, orphan, provider_of, run_dir
 from loadmaster.launch.order import deadline_hours, make_order, run_folder, volume_gb, with_volume
 from loadmaster.launch.provider import PREFIX, Machine, Order, Provider, Volume
+from loadmaster.launch.record import is_deployed_from_a_volume, on_a_volume
 from loadmaster.launch.rented import run_there
 from loadmaster.launch.slurm import run_by_slurm
 from loadmaster.launch.ssh import run_by_ssh
+from loadmaster.launch.volume.bucket import has_keys, reachable, require_keys, url_of
+from loadmaster.launch.volume.ended import bring_late, is_home
+from loadmaster.launch.volume.fetch import fetch, fetchable
 from loadmaster.preflight import print_plan
 from loadmaster.training.stop import StopSignal
 

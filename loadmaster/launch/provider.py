@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from loadmaster.errors import ProviderError
 
 if TYPE_CHECKING:
-    from loadmaster.launch.bucket import Bucket
+    from loadmaster.launch.volume.bucket import Bucket
 
 PREFIX = "loadmaster-"
 LATE_LOOKS = 6

@@ -2,8 +2,8 @@
 
 From the first request on every way out of run_there() ends the machine: success, failure, a limit, Ctrl-C, an
 error of the provider. What this process cannot do any more (the laptop is gone) the machine does itself; see
-launch/pod_bootstrap.py. Where it is back only after that, the volume says how the job ended (after.py). Several nodes
-are one machine here, which is made, billed and ended as a whole.
+launch/pod_bootstrap.py. Where it is back only after that, the volume says how the job ended (volume/ended.py).
+Several nodes are one machine here, which is made, billed and ended as a whole.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from datetime import UTC, datetime
 
 from loadmaster.errors import ProviderError, StoppedOnRequest
 from loadmaster.files import write_json
-from loadmaster.launch.after import Unheard, heard
 from loadmaster.launch.board import Board, log_file
 from loadmaster.launch.choose import Choice
 from loadmaster.launch.context import Launch, undisturbed
-from loadmaster.launch.left import RECORD
 from loadmaster.launch.machines import orphan, run_dir, usd_so_far
 from loadmaster.launch.order import dated, run_folder, volume_gb, with_volume
 from loadmaster.launch.provider import LATE_LOOKS, LogLine, Machine, NoAnswer, NoCapacity, Order, Provider, Volume
+from loadmaster.launch.volume.ended import Unheard, heard
+from loadmaster.rundir import LAUNCH_RECORD
 
 START_S = 1800.0
 """A machine whose bootstrap has not spoken after this (image pull included) is given up."""
@@ -42,7 +42,7 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
     record = {"name": launch.name, "gpu": offer.gpu_id, "count": offer.count, "nodes": offer.nodes}
     record |= {"image": order.image, "usd_per_hour": offer.usd_per_hour}
     record |= {"run_dir": run_folder(launch.composed, choice)}
-    write_json(launch.folder / RECORD, record)
+    write_json(launch.folder / LAUNCH_RECORD, record)
     machine: Machine | None = None
     made: list[Volume] = []
     followed: _Followed | None = None
@@ -52,7 +52,7 @@ def run_there(launch: Launch, provider: Provider, choice: Choice, order: Order) 
         machine, order = _rent(launch, provider, choice, order, made)
         record |= {"id": machine.id, "kind": machine.kind, "volume": order.volume and order.volume.id}
         record |= {"billed_usd_per_hour": machine.usd_per_hour}
-        write_json(launch.folder / RECORD, record)
+        write_json(launch.folder / LAUNCH_RECORD, record)
         launch.echo(f"rented {machine.kind} {machine.id}; its log goes to {launch.folder / 'pod.log'}")
         followed = _Followed(launch, provider, machine, order)
         return followed.to_the_end()

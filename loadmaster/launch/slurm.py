@@ -33,11 +33,11 @@ from loadmaster.errors import LoadmasterError
 from loadmaster.files import write_json, write_text
 from loadmaster.launch.choose import nodes_of
 from loadmaster.launch.context import Launch, undisturbed
-from loadmaster.launch.left import RECORD
 from loadmaster.launch.order import TORCHRUN, stop_before_s
 from loadmaster.launch.payload import identity, job_there
 from loadmaster.launch.ssh import secret_values
 from loadmaster.preflight import make_plan, print_plan
+from loadmaster.rundir import LAUNCH_RECORD
 
 POLL_S = 5.0
 CALL_S = 60.0
@@ -209,7 +209,7 @@ class _Submitted:
                 self.batch.discard()
             raise LoadmasterError(f"sbatch did not take the job: {refusal(said)}")
         self.id = id
-        write_json(self.batch.folder / RECORD, {"name": launch.name, "id": id, "command": self.batch.command})
+        write_json(self.batch.folder / LAUNCH_RECORD, {"name": launch.name, "id": id, "command": self.batch.command})
         launch.echo(f"submitted job {id}; its log is {self.batch.log}, its run directory {self.batch.run_dir}")
         if settings.max_hours != "auto":
             each = f"each of its runs has {settings.max_hours:g} h (launch.max_hours); stopped by that, it is requeued"

@@ -38,11 +38,11 @@ from loadmaster.launch.board import Board, log_file
 from loadmaster.launch.context import Launch, undisturbed
 from loadmaster.launch.follow import MARK
 from loadmaster.launch.host import ANSWER_S, Host
-from loadmaster.launch.left import RECORD
 from loadmaster.launch.order import BOOTSTRAP, FILES, PROGRESS_S, TORCHRUN, launch_file, stop_before_s
 from loadmaster.launch.payload import identity, payload
 from loadmaster.launch.provider import LogLine
 from loadmaster.preflight import make_plan, print_plan
+from loadmaster.rundir import LAUNCH_RECORD
 
 PROBE = f"""
 import json, os, socket
@@ -139,7 +139,7 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
     run_dir = _job(launch, meeting, 0, hardware)["run_dir"]
     record = {"name": launch.name, "kind": "ssh", "host": hosts[0].name, "run_dir": run_dir}
     config = job.launch.ssh_config and os.path.abspath(local_path(job.launch.ssh_config))
-    write_json(launch.folder / RECORD, record | {"ssh_config": config})
+    write_json(launch.folder / LAUNCH_RECORD, record | {"ssh_config": config})
     nodes = []
     try:
         for node, host in enumerate(hosts):

@@ -20,10 +20,10 @@ from loadmaster.errors import ExportRejected, LoadmasterError, StoppedOnRequest
 from loadmaster.export.answers import keep
 from loadmaster.export.manifest import OWN_DIGEST, write_manifest
 from loadmaster.files import read_json, write_json
-from loadmaster.launch.bucket import Bucket
 from loadmaster.launch.runpod import Api, Patience, RunpodClient
 from loadmaster.launch.runpod.types import CreateNetworkVolume, body
-from loadmaster.launch.upload import upload
+from loadmaster.launch.volume.bucket import Bucket
+from loadmaster.launch.volume.upload import upload
 from tests.launch.fake_inference import MODES, FakeInference
 from tests.launch.fake_runpod import FAULTS, FakeRunpod
 from tests.launch.fake_s3 import ACCESS, SECRET, FakeS3

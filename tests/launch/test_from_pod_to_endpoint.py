@@ -23,9 +23,11 @@ from loadmaster.endpoint.inference import Inference
 from loadmaster.errors import ExportRejected, LoadmasterError, StoppedOnRequest
 from loadmaster.export.manifest import verify_manifest
 from loadmaster.files import read_json, write_json
-from loadmaster.launch import bucket, order
+from loadmaster.launch import order
 from loadmaster.launch.job import _with_a_way_home
-from loadmaster.launch.left import fetch, where
+from loadmaster.launch.record import where
+from loadmaster.launch.volume import bucket
+from loadmaster.launch.volume.fetch import fetch
 from tests.launch.fake_inference import FakeInference
 from tests.launch.fake_s3 import FAULTS, SECRET, FakeS3
 from tests.launch.place import SECRET as HF_SECRET

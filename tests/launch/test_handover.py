@@ -22,8 +22,8 @@ from loadmaster.config.compose import compose
 from loadmaster.endpoint import command as endpoint_command
 from loadmaster.endpoint.inference import Inference
 from loadmaster.files import read_json, write_json
-from loadmaster.launch import bucket
 from loadmaster.launch.runpod import Api, Patience, RunpodClient
+from loadmaster.launch.volume import bucket
 from loadmaster.pipeline import run
 from tests.launch.fake_inference import FakeInference
 from tests.launch.fake_runpod import FAULTS, FakeRunpod

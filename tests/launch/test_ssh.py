@@ -16,7 +16,7 @@ from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.launch import ssh
 from loadmaster.launch.job import launch_job
-from loadmaster.launch.left import copied_by, where
+from loadmaster.launch.record import copied_by, where
 from loadmaster.preflight import make_plan
 from tests.launch.place import SECRET, STAND_IN, everything_written, press, wait_until, when
 from tests.launch.sshd import Sshd

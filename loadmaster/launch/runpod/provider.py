@@ -7,12 +7,12 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.errors import ProviderError
-from loadmaster.launch.bucket import Bucket
 from loadmaster.launch.provider import PREFIX, LogLine, Machine, NoCapacity, Offer, Order, Volume
 from loadmaster.launch.runpod import rental
 from loadmaster.launch.runpod.client import RunpodClient
 from loadmaster.launch.runpod.http import Refused
 from loadmaster.launch.runpod.types import CreateNetworkVolume, NetworkVolume, body
+from loadmaster.launch.volume.bucket import Bucket
 
 STOCK = ("HIGH", "MEDIUM", "LOW")
 

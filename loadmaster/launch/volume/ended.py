@@ -15,12 +15,13 @@ from pathlib import Path
 from loadmaster.errors import LoadmasterError, ProviderError
 from loadmaster.files import read_json
 from loadmaster.launch.board import KILLED
-from loadmaster.launch.bucket import KEY_VARIABLES, Bucket, has_keys, reachable
 from loadmaster.launch.context import Launch
-from loadmaster.launch.left import Echo, Left, record_of
 from loadmaster.launch.machines import usd_so_far
 from loadmaster.launch.order import FILES, ROOM, is_small_file
 from loadmaster.launch.provider import MOUNT, Machine, Order, Provider
+from loadmaster.launch.record import Left, record_of
+from loadmaster.launch.volume.bucket import KEY_VARIABLES, Bucket, has_keys, reachable
+from loadmaster.launch.volume.fetch import Echo
 from loadmaster.words import counted
 
 

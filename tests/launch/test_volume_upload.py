@@ -11,9 +11,9 @@ import pytest
 
 from loadmaster.errors import LoadmasterError, ProviderError
 from loadmaster.export.manifest import write_manifest
-from loadmaster.launch import bucket as bucket_module
-from loadmaster.launch.bucket import Bucket, Damaged, url_of
-from loadmaster.launch.upload import upload
+from loadmaster.launch.volume import bucket as bucket_module
+from loadmaster.launch.volume.bucket import Bucket, Damaged, url_of
+from loadmaster.launch.volume.upload import upload
 from tests.launch.fake_s3 import ACCESS, FAULTS, SECRET, FakeS3
 
 FOLDER = "runs/tickets/one/export/bf16"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.export.manifest import NAME, read_manifest
-from loadmaster.launch.bucket import Bucket, Damaged, file_facts
+from loadmaster.launch.volume.bucket import Bucket, Damaged, file_facts
 from loadmaster.words import counted
 
 

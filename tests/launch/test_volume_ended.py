@@ -14,9 +14,9 @@ from loadmaster.cli import main
 from loadmaster.errors import ProviderError
 from loadmaster.export.manifest import write_manifest
 from loadmaster.files import write_json
-from loadmaster.launch import after
-from loadmaster.launch.after import is_small_file
-from loadmaster.launch.bucket import Bucket, Entry
+from loadmaster.launch.order import is_small_file
+from loadmaster.launch.volume import ended as ended_module
+from loadmaster.launch.volume.bucket import Bucket, Entry
 from tests.launch.fake_runpod import FakeRunpod
 from tests.launch.fake_s3 import ACCESS, FAULTS, SECRET, FakeS3
 from tests.launch.place import everything_written
@@ -87,7 +87,7 @@ def test_a_volume_that_answers_badly_is_read_all_the_same(s3, kind, tmp_path) ->
     with Bucket("vol0001", "EU-RO-1") as bucket:
         for call in (1, 2):
             s3.faults = {len(s3.calls) + call: kind}
-            assert after.ended(bucket, "loadmaster-x", 1).code == 5
+            assert ended_module.ended(bucket, "loadmaster-x", 1).code == 5
 
 
 def test_without_its_key_what_is_not_known_is_said_and_fetch_brings_it_home_later(
@@ -106,7 +106,7 @@ def test_without_its_key_what_is_not_known_is_said_and_fetch_brings_it_home_late
     assert main(["fetch", str(run)]) == 4 and "exported nothing" in "".join(capsys.readouterr())
     with pytest.raises(ProviderError, match="without a volume nothing of it is kept"):
         place.launch("launch.volume=null")
-    monkeypatch.setattr(after, "reachable", lambda place: False)  # fetch would bring nothing
+    monkeypatch.setattr(ended_module, "reachable", lambda place: False)  # fetch would bring nothing
     with pytest.raises(ProviderError, match=r"have no S3 API\. The same command goes on") as unreachable:
         place.launch("seed=2")
     assert "loadmaster fetch" not in str(unreachable.value)
@@ -150,17 +150,17 @@ def test_of_several_nodes_the_one_that_failed_first_says_the_code(s3) -> None:
         Unwatched(s3, {}, {}).put(f"{JOBS}/ended-{node}.json", json.dumps(end).encode())
 
     with Bucket("vol0001", "EU-RO-1") as bucket:
-        assert after.ended(bucket, "loadmaster-x", 2) is None
+        assert ended_module.ended(bucket, "loadmaster-x", 2) is None
         put(1, [0, None])
-        assert after.ended(bucket, "loadmaster-x", 2) is None  # node 0 may still export
+        assert ended_module.ended(bucket, "loadmaster-x", 2) is None  # node 0 may still export
         put(1, [7, "lost its GPU"])
-        assert after.ended(bucket, "loadmaster-x", 2).code == 7
+        assert ended_module.ended(bucket, "loadmaster-x", 2).code == 7
         put(0, [143, None])
-        end = after.ended(bucket, "loadmaster-x", 2)
+        end = ended_module.ended(bucket, "loadmaster-x", 2)
         assert end.said == ("node 1: lost its GPU",)
         put(1, [0, None])
         put(0, [0, None])
-        assert after.ended(bucket, "loadmaster-x", 2).code == 0
+        assert ended_module.ended(bucket, "loadmaster-x", 2).code == 0
 
 
 class Nodes:
@@ -180,8 +180,8 @@ class Nodes:
 
 
 def test_who_was_ended_for_another_node_s_failure_is_not_its_cause() -> None:
-    def ended(*ends: tuple) -> after.End:
-        return after.ended(Nodes(*ends), "loadmaster-x", len(ends))
+    def ended(*ends: tuple) -> ended_module.End:
+        return ended_module.ended(Nodes(*ends), "loadmaster-x", len(ends))
 
     end = ended((143, None, 3), (9, "then this", 2), (1, "first this", 1))
     assert (end.code, end.said, end.at.minute) == (1, ("node 1: then this", "node 2: first this"), 3)

@@ -11,9 +11,10 @@ import pytest
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export.manifest import NAME, write_manifest
 from loadmaster.files import read_json, write_json
-from loadmaster.launch import left
-from loadmaster.launch.bucket import Entry
-from loadmaster.launch.left import Left, away, fetch, fetchable, is_deployed_from_a_volume, look, where
+from loadmaster.launch.record import Left, away, where
+from loadmaster.launch.volume import fetch as fetch_module
+from loadmaster.launch.volume.bucket import Entry
+from loadmaster.launch.volume.fetch import fetch, fetchable, look
 
 FOLDER = "runs/x/export/bf16"
 FILES = {"config.json": b"{}", "tokenizer/vocab.txt": b"a b c", "weights": b"w" * 100}
@@ -79,7 +80,7 @@ def test_files_that_are_older_than_their_manifest_are_not_read_back(artifact, vo
 @pytest.mark.parametrize("later", [0 * SECOND, SECOND])
 def test_a_file_as_old_as_its_manifest_or_younger_is_read_back(artifact, volume, later, monkeypatch):
     """S3 says when it was written to the second only."""
-    monkeypatch.setattr(left, "LARGE_BYTES", 99)
+    monkeypatch.setattr(fetch_module, "LARGE_BYTES", 99)
     for name in ("weights", "config.json"):
         volume.put(name, FILES[name], WRITTEN + later)
     said: list[str] = []
@@ -167,41 +168,3 @@ def test_an_export_is_away_only_where_none_of_its_files_is_here(artifact):
         write_json(artifact / NAME, manifest | {"files": [*manifest["files"], damaged]})
         assert away(run, artifact) is None  # verify_manifest says what is wrong
         write_json(artifact / NAME, manifest)
-
-
-@pytest.mark.parametrize(
-    ("record", "found"),
-    [
-        ({}, None),
-        ({"volume": "vol1"}, None),
-        ({"run_dir": "/workspace/x"}, None),
-        ({"run_dir": "~/x", "host": "gpu1", "ssh_config": "c"}, Left(None, "~/x", "gpu1", "c")),
-    ],
-)
-def test_a_record_says_where_a_run_lies_if_anything_was_kept(tmp_path, record, found):
-    assert where(tmp_path) is None
-    write_json(tmp_path / "launch.json", record)
-    assert where(tmp_path) == found
-
-
-@pytest.mark.parametrize(("text", "said"), [("{", "is damaged"), ("[]", "is no launch's record")])
-def test_a_damaged_record_is_a_sentence(tmp_path, text, said):
-    (tmp_path / "launch.json").write_text(text)
-    with pytest.raises(LoadmasterError, match=f"launch.json {said}.*; start the launch again"):
-        where(tmp_path)
-
-
-def test_a_run_is_deployed_from_where_it_lies_only_by_an_endpoint_that_looks_for_it_there(tmp_path):
-    record, endpoint = tmp_path / "launch.json", {"volume_path": "runs/x", "request": {"image": "worker"}}
-    (tmp_path / "bundle").mkdir()
-    write_json(tmp_path / "bundle/endpoint.json", endpoint)
-    assert not is_deployed_from_a_volume(tmp_path)
-    write_json(record, {"run_dir": "/workspace/x", "host": "gpu1"})
-    assert not is_deployed_from_a_volume(tmp_path)
-    write_json(record, {"run_dir": "/workspace/x", "volume": "vol1"})
-    assert is_deployed_from_a_volume(tmp_path)
-    for other in ({"request": {"image": "worker"}}, endpoint | {"request": {"image": None}}):
-        write_json(tmp_path / "bundle/endpoint.json", other)
-        assert not is_deployed_from_a_volume(tmp_path)
-    (tmp_path / "bundle/endpoint.json").unlink()
-    assert not is_deployed_from_a_volume(tmp_path)
