@@ -87,16 +87,15 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"{arguments.command} does not know {' '.join(words)}; --help says what it takes")
         return arguments.run(arguments)
     except (LoadmasterError, StoppedOnRequest) as error:
-        show_error(error)
-        return error.exit_code
+        return show_error(error)
     except BrokenPipeError:  # what reads the output has seen enough (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if not is_full_disk(error):
             raise
-        show_error(LoadmasterError(f"{error}: make room where the output goes to, and what the command writes"))
-        return LoadmasterError.exit_code
+        said = LoadmasterError(f"{error}: make room where the output goes to, and what the command writes")
+        return show_error(said)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -57,7 +57,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
         return run_elsewhere(composed, console)
     os.environ[STARTED] = str(time.time())
     stop = StopSignal(grace_s=composed.job.launch.grace_s).install()
-    team: Team | None = None
+    team = Team()  # of this process alone, until it has joined others
     try:
         team = Team.gather(composed.job)
         if team.follows:
@@ -67,16 +67,14 @@ def run(composed: Composed, console: Console | None = None) -> int:
             Pipeline(composed, console, stop, team).run()
     except (LoadmasterError, StoppedOnRequest) as error:
         stop.requested = stop.requested or isinstance(error, StoppedOnRequest)
-        show_error(error)
-        return team.end(error.exit_code) if team else error.exit_code
+        return team.end(show_error(error))
     except Exception as error:
         said = packages.explained(error) if isinstance(error, ModuleNotFoundError) else None
         if isinstance(error, OSError) or is_full_disk(error):  # a full or read-only disk, a folder that is a file
             said = LoadmasterError(f"{error}; {DISK_REMEDY}")
         if said is None:
             raise
-        show_error(said)
-        return team.end(said.exit_code) if team else said.exit_code
+        return team.end(show_error(said))
     finally:
         stop.leave_word()
         stop.uninstall()
@@ -92,13 +90,11 @@ def run_elsewhere(composed: Composed, console: Console) -> int:
         with composed.located():
             return launch_job(composed, console, tokens=dataset_tokens(composed.job))
     except (LoadmasterError, StoppedOnRequest) as error:
-        show_error(error)
-        return error.exit_code
+        return show_error(error)
     except OSError as error:  # of a file here: the log and the record of a launch lie in runs/
         if error.filename is None and not is_full_disk(error):
             raise
-        show_error(LoadmasterError(f"{error}; start it in a folder that can be written, on a disk with room"))
-        return LoadmasterError.exit_code
+        return show_error(LoadmasterError(f"{error}; start it in a folder that can be written, on a disk with room"))
 
 
 class Pipeline:

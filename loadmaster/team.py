@@ -125,8 +125,7 @@ class Team:
                 self._watch.resting = False
         except (LoadmasterError, StoppedOnRequest) as error:
             stop.requested = stop.requested or isinstance(error, StoppedOnRequest)
-            show_error(error)
-            return error.exit_code
+            return show_error(error)
         except RuntimeError as error:  # the line to the lead is cut: the watchdog finds out, and says, who is gone
             try:
                 with self._watching:

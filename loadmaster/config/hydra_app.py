@@ -68,8 +68,7 @@ def run_app(
     try:
         flags, for_hydra, checked = check_command(arguments, own_flags)
     except ConfigError as error:
-        show_error(error)
-        return error.exit_code
+        return show_error(error)
 
     if checked is not None and not checked.needs_hydra:
         return _end_of(task, checked)
@@ -108,8 +107,7 @@ def run_app(
     if after_sweep is not None and len(swept) > 1:
         after_sweep(swept, start)
     if flags.wrong is not None:
-        show_error(flags.wrong)
-        codes.append(flags.wrong.exit_code)
+        codes.append(show_error(flags.wrong))
     return max(codes, default=0)
 
 
@@ -219,8 +217,7 @@ def _run_job(task: Task, flags: argparse.Namespace, checked: Composed | None) ->
             loader = open_loader(flags.config_dir)
             checked = compose_with(loader, read_overrides(loader, overrides), flags.config_name or PRIMARY, number)
     except LoadmasterError as error:
-        show_error(error)
-        return error.exit_code
+        return show_error(error)
     return _end_of(task, checked)
 
 
@@ -228,8 +225,7 @@ def _end_of(task: Task, composed: Composed) -> int:
     try:
         return task(composed)
     except (LoadmasterError, StoppedOnRequest) as error:
-        show_error(error)
-        return error.exit_code
+        return show_error(error)
 
 
 def _code_of(ended: SystemExit) -> int:
@@ -245,18 +241,14 @@ def _refused_by_hydra(error: Exception, arguments: list[str]) -> int:
     if isinstance(error, OSError):
         message = f"the record of a sweep cannot be written there: {error.filename}: {(error.strerror or '').lower()}"
         remedy = "start it in a folder that can be written, or hydra.sweep.dir=FOLDER"
-        shown = ConfigError.of("hydra.sweep.dir", None, message, remedy, "default")
-        show_error(shown)
-        return shown.exit_code
+        return show_error(ConfigError.of("hydra.sweep.dir", None, message, remedy, "default"))
     lines = str(error).splitlines() or [type(error).__name__]
     found = re.search(r"full_key: (\S+)", str(error))
     key = found[1] if found else "hydra"
     typed = found and any(a.lstrip("+").startswith(key) for a in arguments)
     origin = COMMAND_LINE if typed else "the recipe or command line"
     message = f"Hydra stops at it: {lines[0].partition(', set env var')[0]}"
-    shown = ConfigError.of(key, None, message, "mend this setting of Hydra's own, or leave it out", origin)
-    show_error(shown)
-    return shown.exit_code
+    return show_error(ConfigError.of(key, None, message, "mend this setting of Hydra's own, or leave it out", origin))
 
 
 def _refused(flags: argparse.Namespace) -> Problem | None:

@@ -15,14 +15,20 @@ from loadmaster.streams import Output
 from loadmaster.words import counted, visible
 
 
-def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None = None) -> None:
+def show_error(error: LoadmasterError | StoppedOnRequest, stream: TextIO | None = None) -> int:
     """Print `error` without a traceback, on stderr unless told otherwise; under torchrun once on each host.
+
+    Returns its exit code.
 
     Not by rank 0 alone: what is wrong on one host only, a file that it does not have, rank 0 never hears of.
     """
-    if error.said or another_speaks(os.environ):
-        return
-    console = Output(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+    if not (error.said or another_speaks(os.environ)):
+        _print(error, stream or sys.stderr)
+    return error.exit_code
+
+
+def _print(error: LoadmasterError | StoppedOnRequest, stream: TextIO) -> None:
+    console = Output(file=stream, highlight=False, soft_wrap=True)
     if not isinstance(error, ConfigError):
         word = ("", "") if isinstance(error, StoppedOnRequest) else ("error: ", "bold red")
         console.print(Text.assemble(word, visible(str(error))))  # which may show a row, or a log's last lines
