@@ -165,47 +165,17 @@ def read_adapter(folder: Path) -> Adapter:
         raise ExportRejected(f"{folder} has no adapter: adapter_config.json and adapter_model.safetensors are needed.")
     config = read_json(folder / "adapter_config.json")
     if reasons := refusals(config):
-        raise ExportRejected(
-            f"the adapter in {folder} cannot be merged into its base:\n  - " + "\n  - ".join(reasons) + "\n"
-            "Export it as it is with export.formats=[adapter], or train a plain LoRA adapter."
-        )
-    pairs: dict[tuple[str, bool], dict[str, str]] = {}
-    replacements: dict[str, str] = {}
-    ranks: dict[str, int] = {}
-    magnitudes: dict[str, str] = {}
-    with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118
-            name = key.removeprefix(PREFIX)
-            if match := LORA.match(name):
-                pairs.setdefault((match["module"], bool(match["kind"])), {})[match["side"]] = key
-                if match["side"] == "A":
-                    ranks[match["module"]] = tensors.get_slice(key).get_shape()[0]
-            elif name.endswith(MAGNITUDES):
-                magnitudes[name.removesuffix(MAGNITUDES)] = key
-            else:
-                # A whole module that was trained, or the base weight of an embedding, which peft saves beside its LoRA.
-                replacements[name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = key
-    for module, rank in ranks.items():
-        if rank != (said := _by_pattern(config.get("rank_pattern") or {}, module, config.get("r"))):
-            raise ExportRejected(
-                f"the adapter in {folder} contradicts itself: {module} has rank {rank} in adapter_model.safetensors "
-                f"and {said} in adapter_config.json, so its scale cannot be known. Take both from the same training."
-            )
-    saved = {name.rpartition(".")[0] for name in replacements}
-    whole = config.get("modules_to_save") or []
-    if lost := [name for name in whole if not any(f".{module}".endswith(f".{name}") for module in saved)]:
-        raise ExportRejected(
-            f"the adapter in {folder} is incomplete: it was trained with {', '.join(lost)} whole, and has no such "
-            "tensors in adapter_model.safetensors."
-        )
+        raise _unmergeable(folder, reasons, "train a plain LoRA adapter.")
+    held = _held(file)
+    _refuse_contradictions(folder, config, held)
     updates = {}
-    for (module, embedding), sides in pairs.items():
+    for (module, embedding), sides in held.pairs.items():
         if set(sides) != {"A", "B"}:
             raise ExportRejected(f"the adapter in {folder} is incomplete: {module} has no lora_{'AB'['A' in sides]}.")
-        if config.get("use_dora") and (module not in magnitudes or embedding or config.get("fan_in_fan_out")):
+        if config.get("use_dora") and (module not in held.magnitudes or embedding or config.get("fan_in_fan_out")):
             raise ExportRejected(
                 f"the DoRA adapter in {folder} cannot be merged into its base: {module} "
-                + ("has no magnitudes." if module not in magnitudes else "is no linear layer.")
+                + ("has no magnitudes." if module not in held.magnitudes else "is no linear layer.")
             )
         updates[f"{module}.weight"] = Update(
             a=sides["A"],
@@ -213,16 +183,66 @@ def read_adapter(folder: Path) -> Adapter:
             alpha=_by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"]),
             rank_stabilised=bool(config.get("use_rslora")),
             transposed=embedding or bool(config.get("fan_in_fan_out")),
-            magnitudes=magnitudes.get(module),
+            magnitudes=held.magnitudes.get(module),
         )
     tied = bool(config.get("ensure_weight_tying"))
     if tied and (both := sorted(name for name in updates if name == HEAD or name.endswith(EMBEDDINGS))):
+        reason = f"ensure_weight_tying: the updates of embedding and head are tied ({', '.join(both)})"
+        raise _unmergeable(folder, [reason], "train the embedding whole: lora.modules_to_save=[embed_tokens].")
+    return Adapter(file, updates, held.replacements, tied)
+
+
+def _unmergeable(folder: Path, reasons: list[str], instead: str) -> ExportRejected:
+    return ExportRejected(
+        f"the adapter in {folder} cannot be merged into its base:\n  - " + "\n  - ".join(reasons) + "\n"
+        f"Export it as it is with export.formats=[adapter], or {instead}"
+    )
+
+
+@dataclass(frozen=True)
+class Held:
+    """The tensors of an adapter file by what they are, each with its name there."""
+
+    pairs: dict[tuple[str, bool], dict[str, str]]
+    """(module, whether it is an embedding) -> its A and B."""
+    ranks: dict[str, int]
+    magnitudes: dict[str, str]
+    replacements: dict[str, str]
+    """See Adapter."""
+
+
+def _held(file: Path) -> Held:
+    held = Held({}, {}, {}, {})
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+            name = key.removeprefix(PREFIX)
+            if match := LORA.match(name):
+                held.pairs.setdefault((match["module"], bool(match["kind"])), {})[match["side"]] = key
+                if match["side"] == "A":
+                    held.ranks[match["module"]] = tensors.get_slice(key).get_shape()[0]
+            elif name.endswith(MAGNITUDES):
+                held.magnitudes[name.removesuffix(MAGNITUDES)] = key
+            else:
+                # A whole module that was trained, or the base weight of an embedding, which peft saves beside its LoRA.
+                held.replacements[name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = key
+    return held
+
+
+def _refuse_contradictions(folder: Path, config: dict[str, Any], held: Held) -> None:
+    """Raises ExportRejected where the file is not what the config says of it."""
+    for module, rank in held.ranks.items():
+        if rank != (said := _by_pattern(config.get("rank_pattern") or {}, module, config.get("r"))):
+            raise ExportRejected(
+                f"the adapter in {folder} contradicts itself: {module} has rank {rank} in adapter_model.safetensors "
+                f"and {said} in adapter_config.json, so its scale cannot be known. Take both from the same training."
+            )
+    saved = {name.rpartition(".")[0] for name in held.replacements}
+    whole = config.get("modules_to_save") or []
+    if lost := [name for name in whole if not any(f".{module}".endswith(f".{name}") for module in saved)]:
         raise ExportRejected(
-            f"the adapter in {folder} cannot be merged into its base:\n  - ensure_weight_tying: the updates of "
-            f"embedding and head are tied ({', '.join(both)})\nExport it as it is with export.formats=[adapter], or "
-            "train the embedding whole: lora.modules_to_save=[embed_tokens]."
+            f"the adapter in {folder} is incomplete: it was trained with {', '.join(lost)} whole, and has no such "
+            "tensors in adapter_model.safetensors."
         )
-    return Adapter(file, updates, replacements, tied)
 
 
 def merge(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -143,28 +143,15 @@ class Verification:
         self.stop_ids = stop_token_ids(self.tokenizer)
         self.prompts, self.right_answers = self._asked()
         rows = [PackedRow(**{key: np.array(ids) for key, ids in row.items()}, document_ids=[]) for row in told["rows"]]
-        trained = self.trained = Path(told["trained"])
-        self.trained_checks = {"lora_rows": checks.lora_rows(trained)}
-        plain, quantized = (
-            [Path(each.folder) for name, found in formats.items() if is_held(name) for each in found]
-            for is_held in (live_checks.keeps_plain, live_checks.keeps_matrices)
-        )
+        self.trained = Path(told["trained"])
+        self.trained_checks = {"lora_rows": checks.lora_rows(self.trained)}
 
         progress("scoring the trained model")
         how: dict[str, Any] = {"dtype": DTYPES[told["precision"]], "device": self.spread, "frozen": told["frozen"]}
-        model = load_trained(self.base, trained, **how)
+        model = load_trained(self.base, self.trained, **how)
         round_inputs(model, False)
         self._say_where()
-        pad = self.tokenizer.pad_token_id
-        self.references = [Reference(row, *map(Tensor.cpu, log_probabilities(model, row, pad))) for row in rows]
-        self.rounding = _rounding_figures(model, self.references, pad)
-        self.answers = self._answers(model, self.tokenizer)
-        self.sketches = live_checks.sketches(model)
-        plain, quantized = (
-            [folder for folder in dict.fromkeys(folders) if not _is_torn(folder)] for folders in (plain, quantized)
-        )
-        self.merged_weights = live_checks.merged_weights(model, plain, self.base)
-        self.tuned_weights = tuned_weights(model, quantized, self.base)
+        self._take_down(model, rows, formats)
         if hasattr(model, "disable_adapter"):
             without = model.disable_adapter()
         else:
@@ -172,10 +159,20 @@ class Verification:
             free_device_memory()
             model, without = load_base(self.base, **how).eval(), nullcontext()
         with without:
-            of_base = [true_token_log_probabilities(model, row, pad) for row in rows]
+            of_base = [true_token_log_probabilities(model, row, self.tokenizer.pad_token_id) for row in rows]
         self.references = [replace(known, base=own) for known, own in zip(self.references, of_base, strict=True)]
         del model
         free_device_memory()
+
+    def _take_down(self, model: nn.Module, rows: list[PackedRow], formats: dict[str, list[Candidate]]) -> None:
+        """What the trained model says, and of its weights what those of `formats` are held against."""
+        pad = self.tokenizer.pad_token_id
+        self.references = [Reference(row, *map(Tensor.cpu, log_probabilities(model, row, pad))) for row in rows]
+        self.rounding = _rounding_figures(model, self.references, pad)
+        self.answers = self._answers(model, self.tokenizer)
+        self.sketches = live_checks.sketches(model)
+        self.merged_weights = live_checks.merged_weights(model, _whole(formats, live_checks.keeps_plain), self.base)
+        self.tuned_weights = tuned_weights(model, _whole(formats, live_checks.keeps_matrices), self.base)
 
     def of(self, name: str, candidates: list[Candidate]) -> dict[str, Any]:
         """Figures of the best candidate of a format; "error" says why a folder cannot be used at all.
@@ -316,6 +313,12 @@ def _rounding_figures(model: nn.Module, references: list[Reference], pad_token_i
     figures = compare(model, references, pad_token_id)
     round_inputs(model, False)
     return {key: figures[key] for key in ("perplexity_ratio", "mean_kl", "p99_kl", "top1_agreement")}
+
+
+def _whole(formats: dict[str, list[Candidate]], is_held: Callable[[str], bool]) -> list[Path]:
+    """Folders of the formats that are held, each once, but for torn ones."""
+    folders = [Path(each.folder) for name, found in formats.items() if is_held(name) for each in found]
+    return [folder for folder in dict.fromkeys(folders) if not _is_torn(folder)]
 
 
 def _is_torn(folder: Path) -> bool:
