@@ -23,7 +23,7 @@ from loadmaster.export.gguf import refuse_unwritable
 from loadmaster.export.linear import QuantizeLinears, linear_weights, quantization_config
 from loadmaster.export.merge import MergeReport, merge, read_adapter, round_trip
 from loadmaster.export.process import run_step, timeout_s
-from loadmaster.export.servers import Server, for_server, model_config
+from loadmaster.export.servers import Server, aimed_at, for_server, model_config
 from loadmaster.export.sidecars import write_config, write_generation_config, write_tokenizer
 from loadmaster.export.stream import Change, Unchanged, rewrite
 from loadmaster.export.weights import tensor_files, weight_bytes
@@ -112,14 +112,21 @@ NVFP4 = {"format": "nvfp4-pack-quantized", "config_groups": {"": {"weights": {"s
 
 @dataclass
 class Builder:
+    """One call of the stage: what the formats share, and how their files are made."""
+
     job: Job
     plan: Plan
+    run_dir: Path
     base: Path
-    trained: Path
     prepared: PreparedData
     tokenizer: Any
-    server: Server
     echo: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.trained = self.run_dir / ("model" if self.plan.method == "full" else "adapter")
+        if not self.trained.is_dir():
+            raise ExportRejected(f"{self.trained} is not there: train first (stop_after=train or later).")
+        self.server = aimed_at(self.job.endpoint.server)
 
     @property
     def source(self) -> Path:

@@ -27,7 +27,7 @@ from loadmaster.export.build import Builder, Written
 from loadmaster.export.manifest import adapter_reader, read_manifest, shaped_by, verify_manifest, write_manifest
 from loadmaster.export.process import answering_s, run_step, timeout_s
 from loadmaster.export.room import asking, beside_weights, moving_s
-from loadmaster.export.servers import aimed_at, oldest_reader
+from loadmaster.export.servers import oldest_reader
 from loadmaster.export.weights import weight_bytes
 from loadmaster.files import (
     PARTIAL_SUFFIX,
@@ -88,23 +88,15 @@ def export_all(
     return {name: done[name] for name in dict.fromkeys(job.export.formats)}
 
 
-class Export:
-    """One call of the stage: what the formats share."""
+class Export(Builder):
+    """What is made is proven, and published."""
 
-    def __init__(
-        self, job: Job, plan: Plan, run_dir: Path, base_folder: Path, prepared: PreparedData, tokenizer: Any,
-        echo: Callable[[str], None],
-    ):
-        self.job, self.plan, self.base, self.prepared = job, plan, base_folder, prepared
-        self.tokenizer, self.echo = tokenizer, echo
-        self.folder = run_dir / "export"
-        self.trained = run_dir / ("model" if plan.method == "full" else "adapter")
-        if not self.trained.is_dir():
-            raise ExportRejected(f"{self.trained} is not there: train first (stop_after=train or later).")
-        self.server = aimed_at(job.endpoint.server)
-        self.cache = run_dir / FINGERPRINTS
-        self.trained_sha256: dict[str, str] = as_object(object_in(run_dir / "result.json").get("trained_sha256"))
-        """Of each file, as training wrote it; of a run of an earlier version nothing."""
+    @property
+    def folder(self) -> Path:
+        return self.run_dir / "export"
+
+    def _fingerprint(self, model: Path) -> list[Any]:
+        return fingerprint(model, self.run_dir / FINGERPRINTS)
 
     # ------------------------------------------------------------- what is there already
 
@@ -114,8 +106,8 @@ class Export:
         return sha256_json(
             {
                 "format": name,
-                "base": fingerprint(self.base, self.cache),
-                "trained": fingerprint(self.trained, self.cache),
+                "base": self._fingerprint(self.base),
+                "trained": self._fingerprint(self.trained),
                 "method": [self.plan.method, self.plan.precision],
                 "data": [self.prepared.train.fingerprint, validation.fingerprint if validation is not None else None],
                 "export": [self.job.export.calibration_rows, self.job.export.verification_rows],
@@ -148,10 +140,7 @@ class Export:
         with ExitStack() as publishing:
             scratch = publishing.enter_context(_scratch(self.folder / SCRATCH))
             folders = {name: publishing.enter_context(publish_folder(self.folder / name)) for name in formats}
-            builder = Builder(
-                self.job, self.plan, self.base, self.trained, self.prepared, self.tokenizer, self.server, self.echo
-            )
-            written = builder.build(folders, scratch, lambda merges: self._score_merges(merges, scratch))
+            written = self.build(folders, scratch, lambda merges: self._score_merges(merges, scratch))
             results = self._verify(written, scratch, self.prepared.validation_conversations)
             self._gather(results, folders, written)
             self._refuse_failures(results)
@@ -165,8 +154,10 @@ class Export:
         found += [f"{folder}: {what}" for folder in (self.base, self.trained) for what in broken_files(folder)]
         if found:
             raise ExportRejected("what is to be exported is damaged, so nothing was made:\n  " + "\n  ".join(found))
-        there = dict(fingerprint(self.trained, self.cache))
-        if changed := [name for name, digest in self.trained_sha256.items() if there.get(name) != digest]:
+        there = dict(self._fingerprint(self.trained))
+        # Of each file, as training wrote it; of a run of an earlier version nothing.
+        known = as_object(object_in(self.run_dir / "result.json").get("trained_sha256"))
+        if changed := [name for name, digest in known.items() if there.get(name) != digest]:
             raise ExportRejected(
                 f"{self.trained} is not what was trained, so nothing was made: {', '.join(changed)} changed since "
                 "training wrote it (another SHA-256)\n"
@@ -286,7 +277,7 @@ class Export:
                 "recipe": self.job.recipe,
                 "job_hash": job_hash(self.job),
                 "inputs_hash": self.inputs_hash(name),
-                "trained_sha256": dict(fingerprint(self.trained, self.cache)),
+                "trained_sha256": dict(self._fingerprint(self.trained)),
                 "plan": self.plan.to_dict(),
                 "data": {"sha256": self.prepared.train.fingerprint.partition(":")[0], "held_out": figures["scored_on"]},
                 "chat_template_sha256": template_hash(self.tokenizer) if self.tokenizer.chat_template else None,
@@ -297,7 +288,7 @@ class Export:
                 "verification": {key: value for key, value in figures.items() if key != "bytes"},
             },
         )
-        answers.keep(self.folder.parent, manifest, smoke)
+        answers.keep(self.run_dir, manifest, smoke)
 
 
 @contextmanager

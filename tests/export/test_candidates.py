@@ -13,7 +13,6 @@ from loadmaster.export import candidates, thresholds
 from loadmaster.export.build import Builder, Written
 from loadmaster.export.candidates import AS_TRAINED, STORED_BASE, needed, said_of_merges
 from loadmaster.export.manifest import read_manifest
-from loadmaster.export.servers import NEWEST
 from loadmaster.files import read_json
 
 PASS_ALL = ThresholdsConfig(max_perplexity_ratio=1e9, max_mean_kl=1e9, min_top1_agreement=0, min_task_retention=0)
@@ -44,9 +43,7 @@ def test_where_neither_merge_is_close_a_run_that_exports_no_bf16_says_so_too(run
         "candidate": STORED_BASE, "failures": ["mean_kl is 0.2, must be at most 0.005"],
         "candidates": {name: {"mean_kl": 0.2, "top1_agreement": 0.8} for name in (AS_TRAINED, STORED_BASE)},
     }
-    builder = Builder(
-        run.job, run.plan, run.base, run.folder / "adapter", run.prepared, run.tokenizer, NEWEST, run.log.append
-    )
+    builder = Builder(run.job, run.plan, run.folder, run.base, run.prepared, run.tokenizer, run.log.append)
     folder, _ = builder._nearer_merge(formats, tmp_path, lambda merges: scores, Written())
     assert folder.name == "merged-1"
     said = [line for line in run.log if "Neither merge" in line or "mean_kl is 0.2" in line]
