@@ -70,10 +70,10 @@ def serve_check(
 
     python: interpreter that has vLLM; None: see `server_python`. harness: tasks that the base and every format that
     vLLM serves are asked besides.
-    Returns {format: figures, "limits", "failures" (a sentence each), "passed", "checked"}; a server that dies is a
-    failure of its format, and one that was not waited for any longer has not checked it. What was found before of an
-    export that is not asked, or could not be checked, stays in the file. Raises LoadmasterError for a run that holds no
-    export, or without a server.
+    Returns {format: "server", "created_utc", figures, "limits", "failures" (a sentence each), "passed", "checked"}; a
+    server that dies is a failure of its format, and one that was not waited for any longer has not checked it. What was
+    found before of an export that is not asked, or could not be checked, stays in the file. Raises LoadmasterError for
+    a run that holds no export, or without a server.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")  # an export that is made meanwhile is not the one asked
     manifests = exported(run_dir, formats)
@@ -84,17 +84,13 @@ def serve_check(
     pythons, versions = _interpreters(manifests, python, echo)
     base = resolve_base(job.model)
     tokenizer = load_tokenizer(base)
-    prepared = prepare(job, tokenizer)
-    wanted = questions(job, prepared, tokenizer)
-    expected = {name: _rendered(tokenizer, messages) for name, messages in wanted["conversations"].items()}
+    wanted = questions(job, prepare(job, tokenizer), tokenizer)
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
+    with tempfile.TemporaryDirectory() as made:
+        scratch = Path(made)
         asked = None if harness is None else Asked(harness, scratch, echo)
         reference = _reference(run_dir, base, wanted, list(manifests), scratch, echo)
-        servers = Servers(
-            run_dir, job.recipe, base, job.sequence_length, pythons.get("vllm"), detect_local(), asked
-        )
+        servers = Servers(run_dir, job.recipe, base, job.sequence_length, pythons.get("vllm"), detect_local(), asked)
         before = None if asked is None else servers.tasks_of_base(echo)
 
         def measured(name: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -106,38 +102,29 @@ def serve_check(
             if python is None and name != "gguf":
                 refuse_unserved(pythons["vllm"], name)
             if name == "gguf":
-                exported_to = run_dir / "export" / name
-                return ask_llama_cpp(
-                    pythons["llama.cpp"], exported_to, manifest, reference, wanted, tokenizer, expected, scratch
-                )
-            return servers.figures(name, manifest, partial(ask, reference, wanted, expected, manifest), say)
+                folder = run_dir / "export" / name
+                return ask_llama_cpp(pythons["llama.cpp"], folder, manifest, reference, wanted, tokenizer, scratch)
+            return servers.figures(name, manifest, partial(ask, reference, wanted, manifest), say)
 
         for name in manifests:
             start = time.monotonic()
             say = partial(_say, echo, name)
-            say(f"starting {versions['llama.cpp' if name == 'gguf' else 'vllm']}")
+            server = versions["llama.cpp" if name == "gguf" else "vllm"]
+            say(f"starting {server}")
             try:
-                results[name] = measured(name, say)
-                found = failures(results[name], LIMITS[name], job.recipe)
-                if harness is not None and before is not None and "tasks" in results[name]:
-                    found += task_failures(before, results[name]["tasks"], harness.max_drop)
+                figures = measured(name, say)
+                found = failures(figures, LIMITS[name], job.recipe)
+                if harness is not None and before is not None and "tasks" in figures:
+                    found += task_failures(before, figures["tasks"], harness.max_drop)
             except ExportRejected as error:
-                found, results[name] = [str(error)], {"checked": not isinstance(error, NotChecked)}
+                found, figures = [str(error)], {"checked": not isinstance(error, NotChecked)}
             seconds = time.monotonic() - start
             results[name] = {
-                "checked": True, **results[name],
+                "server": server, "created_utc": now, "checked": True, **figures,
                 "seconds": seconds, "limits": asdict(LIMITS[name]), "failures": found, "passed": not found,
             }
             say(f"{outcome(results[name])} after {seconds:.0f} s")
-    stamped = {
-        name: {"server": versions["llama.cpp" if name == "gguf" else "vllm"], "created_utc": now, **figures}
-        for name, figures in results.items()
-    }
-    known = {name for name, figures in results.items() if figures["checked"]}
-    kept = {name: figures for name, figures in earlier(run_dir).items() if name not in known}
-    for name in kept.keys() & results.keys():
-        echo(f"{name}: what was found on {kept[name]['created_utc']} stays: it {outcome(kept[name])}")
-    recorded = {**stamped, **kept}
+    recorded = {**results, **_kept(run_dir, results, echo)}
     record: dict[str, Any] = {
         "schema": 1,
         "server": ", ".join(versions.values()),
@@ -153,6 +140,17 @@ def serve_check(
         record["tasks"] = told
     write_json(run_dir / NAME, storable(record))
     return results
+
+
+def _kept(
+    run_dir: Path, results: dict[str, dict[str, Any]], echo: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """What was found before of exports that are not among `results`, or could not be checked."""
+    known = {name for name, figures in results.items() if figures["checked"]}
+    kept = {name: figures for name, figures in earlier(run_dir).items() if name not in known}
+    for name in kept.keys() & results.keys():
+        echo(f"{name}: what was found on {kept[name]['created_utc']} stays: it {outcome(kept[name])}")
+    return kept
 
 
 def outcome(figures: dict[str, Any]) -> str:
@@ -199,7 +197,8 @@ def exported(run_dir: Path, formats: list[str] | None) -> dict[str, dict[str, An
 
 
 def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any]:
-    """What is asked: held-out documents that fit, prompts with room for an answer, conversations to be rendered.
+    """What is asked: held-out documents that fit, prompts with room for an answer, conversations and their token ids in
+    training.
 
     Conversations with tools are left out: servers rewrite them for tool parsers of their own.
     """
@@ -220,6 +219,7 @@ def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any
     asked: dict[str, Any] = {
         "documents": [{"input_ids": d.input_ids.tolist(), "labels": d.labels.tolist()} for d in documents[:DOCUMENTS]],
         "max_new_tokens": min(job.evaluation.max_new_tokens, ANSWER_TOKENS), "prompts": [], "conversations": {},
+        "rendered": {},
     }
     if not tokenizer.chat_template:
         return asked
@@ -236,25 +236,25 @@ def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any
         if len(_rendered(tokenizer, messages)) + asked["max_new_tokens"] <= job.sequence_length:
             asked["prompts"].append(asdict(replace(conversation, messages=messages)))
             asked["conversations"][conversation.origin] = messages
+    asked["rendered"] = {name: _rendered(tokenizer, messages) for name, messages in asked["conversations"].items()}
     return asked
 
 
 def ask(
-    reference: dict[str, Any], wanted: dict[str, Any], expected: dict[str, list[int]], manifest: dict[str, Any],
-    client: Client,
+    reference: dict[str, Any], wanted: dict[str, Any], manifest: dict[str, Any], client: Client
 ) -> dict[str, Any]:
     """Figures of one served model."""
     stop_ids = manifest["stop_token_ids"]
     figures: dict[str, Any] = {"models": client.models()}
     different = [name for name, messages in wanted["conversations"].items()
-                 if client.rendered(messages) != expected[name]]
+                 if client.rendered(messages) != wanted["rendered"][name]]
     served = [client.log_probabilities(document["ids"], document["positions"]) for document in reference["documents"]]
     figures |= log_probability_figures(reference["documents"], served, manifest["format"])
     if wanted["prompts"]:
         answers = [client.answer(prompt["messages"], wanted["max_new_tokens"]) for prompt in wanted["prompts"]]
         # What the server answered to, besides what it says it would.
         for prompt, answer in zip(wanted["prompts"], answers, strict=True):
-            if answer.prompt_ids != expected[prompt["origin"]]:
+            if answer.prompt_ids != wanted["rendered"][prompt["origin"]]:
                 different.append(f"the prompt of {prompt['origin']}")
         figures |= answer_figures(reference["answers"], answers, stop_ids, LIMITS[manifest["format"]])
     if wanted["conversations"]:

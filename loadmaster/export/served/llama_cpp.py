@@ -24,11 +24,11 @@ TAIL_LINES = 8
 
 def ask_llama_cpp(
     python: Path, folder: Path, manifest: dict[str, Any], reference: dict[str, Any], wanted: dict[str, Any],
-    tokenizer: Any, expected: dict[str, list[int]], scratch: Path,
+    tokenizer: Any, scratch: Path,
 ) -> dict[str, Any]:
     """Figures of the GGUF file in `folder`, as `serve_check.ask` gives them of a served model.
 
-    python: interpreter of an environment with cyllama. expected: conversation -> its token ids in training.
+    python: interpreter of an environment with cyllama.
     Raises ExportRejected when llama.cpp does not load it, or dies; NotChecked when it is killed or not done in time.
     """
     [file] = sorted(folder.glob("*.gguf"))
@@ -40,7 +40,7 @@ def ask_llama_cpp(
     # As many threads as torch would take: llama.cpp's spin while they wait, and crawl where they are too many.
     told = {
         "model": str(file.absolute()), "documents": reference["documents"], "texts": texts, "stop_ids": stop_ids,
-        "prompts": [expected[prompt["origin"]] for prompt in wanted["prompts"]],
+        "prompts": [wanted["rendered"][prompt["origin"]] for prompt in wanted["prompts"]],
         "max_new_tokens": wanted["max_new_tokens"], "threads": threads(),
     }
     size, passes = file.stat().st_size, len(told["prompts"]) * wanted["max_new_tokens"]  # one after the other
@@ -48,7 +48,7 @@ def ask_llama_cpp(
     served = [(each["own"], each["top"]) for each in found["documents"]]
     figures: dict[str, Any] = {"models": [found["name"]]}
     figures |= log_probability_figures(reference["documents"], served)
-    different = [name for name, ids in found["tokens"].items() if ids != expected[name]]
+    different = [name for name, ids in found["tokens"].items() if ids != wanted["rendered"][name]]
     if texts and found["template"] != tokenizer.get_chat_template():
         different.append("the chat template in the file")
     figures["rendering"] = {"cases": len(texts), "different": different}
