@@ -22,7 +22,7 @@ from loadmaster.cli import main
 from loadmaster.endpoint import command as endpoint_command
 from loadmaster.endpoint.inference import CHAT, Inference, NotAnswered, answer_in
 from loadmaster.export.served.environment import server_python
-from loadmaster.export.served.process import SERVER_VARIABLES, free_port
+from loadmaster.export.served.server import SERVER_VARIABLES, free_port
 from loadmaster.files import read_json
 from tests.launch.fake_platform import FakePlatform
 from tests.launch.fake_runpod import FakeRunpod

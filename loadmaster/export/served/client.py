@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import httpx
 
 from loadmaster.errors import ExportRejected, NotChecked
-from loadmaster.export.served.process import FASTER, HOST, REQUEST_S
+from loadmaster.export.served.server import FASTER, HOST, REQUEST_S
 
 
 @dataclass(frozen=True)

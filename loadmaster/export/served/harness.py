@@ -21,7 +21,7 @@ from rich.table import Table
 from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked
 from loadmaster.export.process import clean_environment, run_script
 from loadmaster.export.served.environment import HARNESS, environment_python
-from loadmaster.export.served.process import HOST
+from loadmaster.export.served.server import HOST
 
 RUNNER = Path(__file__).with_name("harness_runner.py")
 MAX_DROP = 0.05

@@ -15,7 +15,7 @@ from loadmaster.errors import ExportRejected, NotChecked
 from loadmaster.export.process import KILLED, answering_s, clean_environment, meaning, run_script, timeout_s
 from loadmaster.export.served.client import Served
 from loadmaster.export.served.compare import LIMITS, answer_figures, log_probability_figures
-from loadmaster.export.served.process import FASTER
+from loadmaster.export.served.server import FASTER
 from loadmaster.processors import threads
 
 PROBE = Path(__file__).with_name("llama_cpp_probe.py")

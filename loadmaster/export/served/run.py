@@ -11,7 +11,7 @@ from loadmaster.errors import ExportRejected, NotChecked
 from loadmaster.export.served.client import Client
 from loadmaster.export.served.gpus import Division, division
 from loadmaster.export.served.harness import LONGEST, Asked, Figures
-from loadmaster.export.served.process import free_port, server_command, start_timeout_s, started
+from loadmaster.export.served.server import free_port, server_command, start_timeout_s, started
 from loadmaster.files import read_json
 from loadmaster.preflight.config_json import from_config, known_positions, short_positions
 from loadmaster.preflight.hardware import Hardware

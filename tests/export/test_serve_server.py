@@ -14,7 +14,7 @@ from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked
 from loadmaster.export.served import environment, llama_cpp
 from loadmaster.export.served.environment import server_python
 from loadmaster.export.served.gpus import Division
-from loadmaster.export.served.process import free_port, server_command, started
+from loadmaster.export.served.server import free_port, server_command, started
 
 ON_A_CPU = Division(None, 1792)
 HEALTH_500 = """
@@ -141,7 +141,7 @@ import sys
 import tempfile
 from pathlib import Path
 from loadmaster.export.served.gpus import Division
-from loadmaster.export.served.process import free_port, started
+from loadmaster.export.served.server import free_port, started
 with started(sys.argv[2:], free_port(), Path(sys.argv[1])) as server:
     print(server._process.pid, flush=True)
     server.wait_until_ready(600, print)
