@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loadmaster.config.schema import EvaluationConfig
+from loadmaster.models.frozen import frozen_form
 from loadmaster.models.spread import Spread
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB
@@ -35,6 +37,16 @@ def beside_weights(plan: Plan) -> tuple[float, float]:
     """`working` and `passing` as planned; a plan made before they were in it has none."""
     planned = plan.verification or {"working_gib": 0.0, "passing_gib": 0.0}
     return planned["working_gib"] * GIB, planned["passing_gib"] * GIB
+
+
+def trained_model(plan: Plan, base: Path, trained: Path, device: str, scratch: Path) -> dict[str, Any]:
+    """How another process loads the model as trained, JSON-able; device and scratch as in `spread_over`."""
+    working, passing = beside_weights(plan)
+    return {
+        "base": str(base), "trained": str(trained), "precision": plan.precision,
+        "frozen": frozen_form(plan.method, plan.precision), "device": device, "scratch": str(scratch),
+        "working": working, "passing": passing,
+    }
 
 
 def asking(plan: Plan, evaluation: EvaluationConfig) -> EvaluationConfig:

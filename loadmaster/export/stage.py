@@ -26,7 +26,7 @@ from loadmaster.export import advice, answers, candidates, table, thresholds, ve
 from loadmaster.export.build import Builder, Written
 from loadmaster.export.manifest import adapter_reader, read_manifest, shaped_by, verify_manifest, write_manifest
 from loadmaster.export.process import answering_s, run_step, timeout_s
-from loadmaster.export.room import asking, beside_weights, moving_s
+from loadmaster.export.room import asking, moving_s, trained_model
 from loadmaster.export.servers import oldest_reader
 from loadmaster.export.weights import weight_bytes
 from loadmaster.files import (
@@ -40,7 +40,6 @@ from loadmaster.files import (
     sha256_json,
     write_json,
 )
-from loadmaster.models.frozen import frozen_form
 from loadmaster.models.resolve import base_revision
 from loadmaster.models.spread import free_device_memory
 from loadmaster.preflight.config_json import base_name
@@ -194,14 +193,11 @@ class Export(Builder):
             self.prepared.train if validation is None else validation, self.job.export.verification_rows,
             self.plan.model.vocabulary_size,
         )
-        working, passing = beside_weights(self.plan)
         evaluation = asking(self.plan, self.job.evaluation)
         device = "cpu" if self.plan.hardware.gpu == "cpu" else "cuda"
         spec = verify.spec(
-            base=self.base, trained=self.trained, precision=self.plan.precision,
-            frozen=frozen_form(self.plan.method, self.plan.precision),
-            device=device, rows=rows, scratch=scratch, working_bytes=working, passing_bytes=passing,
-            conversations=conversations, evaluation=evaluation,
+            **trained_model(self.plan, self.base, self.trained, device, scratch),
+            rows=rows, conversations=conversations, evaluation=evaluation,
             formats={
                 name: [
                     verify.Candidate(

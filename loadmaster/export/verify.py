@@ -96,14 +96,14 @@ class Candidate:
 
 
 def spec(
-    *, base: Path, trained: Path, precision: str, frozen: str | None, device: str,
+    *, base: Path | str, trained: Path | str, precision: str, frozen: str | None, device: str,
     rows: list[dict[str, list[int]]],
     conversations: Sequence[Conversation], evaluation: EvaluationConfig, formats: dict[str, list[Candidate]],
-    scratch: Path | None = None, working_bytes: float = 0.0, passing_bytes: float = 0.0,
+    scratch: Path | str | None = None, working: float = 0.0, passing: float = 0.0,
 ) -> dict[str, Any]:
     """What `python -m loadmaster.export.verify` is told, JSON-able; the last three as in `room.spread_over`."""
     return {
-        "scratch": None if scratch is None else str(scratch), "working": working_bytes, "passing": passing_bytes,
+        "scratch": None if scratch is None else str(scratch), "working": working, "passing": passing,
         "base": str(base), "trained": str(trained), "precision": precision, "frozen": frozen, "device": device,
         "rows": rows, "conversations": [asdict(conversation) for conversation in conversations],
         "evaluation": asdict(evaluation),

@@ -30,7 +30,7 @@ from loadmaster.evaluation.generate import prompt_ids
 from loadmaster.export.manifest import NAME as MANIFEST
 from loadmaster.export.manifest import is_served, no_export, read_manifest, verify_manifest
 from loadmaster.export.process import answering_s, run_step, timeout_s
-from loadmaster.export.room import beside_weights
+from loadmaster.export.room import trained_model
 from loadmaster.export.served.client import Client
 from loadmaster.export.served.compare import LIMITS, answer_figures, failures, log_probability_figures
 from loadmaster.export.served.environment import LLAMA_CPP, environment_python, server_python
@@ -41,7 +41,6 @@ from loadmaster.export.served.processor import refuse_unserved
 from loadmaster.export.served.record import NAME, earlier
 from loadmaster.export.served.run import Servers, file_bytes
 from loadmaster.files import read_json, storable, write_json
-from loadmaster.models.frozen import frozen_form
 from loadmaster.models.load import load_tokenizer
 from loadmaster.models.resolve import resolve_base
 from loadmaster.preflight.hardware import detect_local
@@ -308,20 +307,17 @@ def _reference(
     trained = run_dir / ("model" if plan.method == "full" else "adapter")
     if not trained.is_dir():
         raise ExportRejected(f"{trained} is not there: without what was trained there is nothing to compare with.")
-    working, passing = beside_weights(plan)
     # bf16 and the adapter are the trained model, to a rounding; transformers does not compute a GGUF as llama.cpp.
     exports = {name: str(run_dir / "export" / name) for name in formats if name not in ("bf16", "adapter", "gguf")}
-    spec: dict[str, Any] = {
-        "scratch": str(scratch), "working": working, "passing": passing,
-        "base": str(base), "trained": str(trained), "precision": plan.precision,
-        "frozen": frozen_form(plan.method, plan.precision),
-        # What a CPU trained is in fp32, which packed attention on a GPU does not take.
-        "device": "cpu" if "cpu" in (plan.hardware.gpu, detect_local().gpu) else "cuda",
+    # What a CPU trained is in fp32, which packed attention on a GPU does not take.
+    device = "cpu" if "cpu" in (plan.hardware.gpu, detect_local().gpu) else "cuda"
+    spec = {
+        **trained_model(plan, base, trained, device, scratch),
         **{key: wanted[key] for key in ("documents", "prompts", "max_new_tokens")},
         "exports": exports,
     }
     each, passes = file_bytes(base), wanted["max_new_tokens"] + len(wanted["prompts"])
-    limit_s = timeout_s((3 + len(exports)) * each) + answering_s(passes, each, spec["device"])
+    limit_s = timeout_s((3 + len(exports)) * each) + answering_s(passes, each, device)
     return run_step("loadmaster.export.served.reference", spec, scratch, limit_s, echo)
 
 
