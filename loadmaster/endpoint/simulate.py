@@ -146,8 +146,6 @@ def simulate(arrivals: Sequence[float], service_s: float | Sequence[float], flee
                 worker.up = False
                 state.workers.remove(worker)
                 state.flex_worker_s += now - worker.started
-                if state.queue and not state.workers:
-                    state.start(now)
         else:
             worker: _Worker = what  # type: ignore[no-redef]
             if kind == "ready":

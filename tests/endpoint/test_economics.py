@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from loadmaster import catalog
 from loadmaster.endpoint.economics import (
     MONTH_S,
     Prices,
@@ -40,6 +41,8 @@ def test_the_bill_of_a_month() -> None:
     assert steady.pod_usd == pytest.approx(3.99 * 720) and steady.flex_usd == pytest.approx(4.18 * 720)
     assert heavy.workers == 3 and heavy.pod_usd == pytest.approx(3 * steady.pod_usd)
     assert heavy.flex_usd == pytest.approx(4.18 * 720 * 9 / 4)
+    assert heavy.active_usd == pytest.approx(3 * 4.18 * 720)
+    assert month(9, SERVICE, replace(H100, active_discount=0.2)).active_usd == pytest.approx(3 * 0.8 * 4.18 * 720)
     assert rare.requests == pytest.approx(0.0005 * MONTH_S)
     with pytest.raises(ValueError, match="above 0"):
         month(0, SERVICE, H100)
@@ -48,7 +51,8 @@ def test_the_bill_of_a_month() -> None:
 def test_without_a_discount_active_is_never_cheaper_and_with_one_from_its_rest() -> None:
     assert crossing_utilisation(H100)["active"] is None
     assert crossing_utilisation(replace(H100, active_discount=0.2))["active"] == pytest.approx(0.8)
-    assert crossing_utilisation(H100)["pod"] == pytest.approx(3.99 / 4.18)
+    for discount in (0.0, 0.2):  # a Pod's price has no part in what Active workers are reduced by
+        assert crossing_utilisation(replace(H100, active_discount=discount))["pod"] == pytest.approx(3.99 / 4.18)
     assert crossing_rate(SERVICE, H100, "active") is None
 
 
@@ -62,10 +66,17 @@ def test_bills_are_equal_at_the_crossing_rate(discount: float) -> None:
     assert month(rate / 2, SERVICE, prices).cheapest == "flex"
 
 
+def test_a_worker_that_never_pauses_crosses_where_its_work_alone_is_the_share() -> None:
+    """One request of 2 s at a time, no start and no timeout: up 80% of the time at 0.4 requests a second."""
+    one_by_one = Service(request_s=2, start_s=0, idle_timeout_s=0, requests_per_second=0.5)
+    assert crossing_rate(one_by_one, replace(H100, active_discount=0.2), "active") == pytest.approx(0.4)
+
+
 def test_a_cold_start_reads_the_weights_from_where_they_are() -> None:
     """39.5 GB from a network volume of 0.2 to 0.4 GB/s: 99 to 198 s, besides container and server."""
     slow, fast, image = (
         cold_start_s(39.5e9, "volume"), cold_start_s(39.5e9, "volume", "high"), cold_start_s(39.5e9, "image"),
     )
     assert slow - fast == pytest.approx(98.75)
-    assert image > slow > cold_start_s(0, "volume") > 0
+    facts = catalog.serving()["cold_start"]
+    assert image > slow > cold_start_s(0, "volume") == facts["container_s"]["value"] + facts["server_s"]["value"] > 0

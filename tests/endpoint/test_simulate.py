@@ -74,6 +74,26 @@ def test_a_queue_brings_more_workers_up_to_the_limit_and_they_end() -> None:
     assert outcome.flex_worker_s == 3 * (10 + 200 + 5)
 
 
+def test_another_worker_starts_where_a_request_has_waited_and_no_slot_is_coming() -> None:
+    busy = Fleet(min_workers=1, max_workers=2, slots=2, start_s=10, queue_delay_s=4)
+    assert simulate([0.0, 0.0, 0.0], 100.0, busy).waits_s == [0, 0, 14]
+    # The second waits 2 s and the third 3.5, so the fourth second of neither is reached.
+    outcome = simulate([0.0, 1.0, 2.5], 3.0, Fleet(min_workers=1, max_workers=2, start_s=10, queue_delay_s=4))
+    assert outcome.waits_s == [0, 2, 3.5] and outcome.most_workers == 1
+
+
+def test_a_worker_that_finds_nothing_to_do_ends_and_is_billed() -> None:
+    """The second starts at 4 s, is ready at 14, when the first has done all, and ends at 19."""
+    outcome = simulate([0.0, 0.0], 1.0, Fleet(max_workers=2, start_s=10, idle_timeout_s=5, queue_delay_s=4))
+    assert outcome.waits_s == [10, 11] and outcome.flex_worker_s == (12 + 5) + (19 - 4)
+
+
+def test_a_worker_that_is_always_up_is_warm_for_the_very_first_request() -> None:
+    outcome = simulate([0.0, 1.0, 2.0, 3.0, 4.0], 4.0, always_on(1))
+    assert outcome.cold == 0
+    assert outcome.waits_s == [0, 3, 6, 9, 12] and outcome.wait_s(0.5) == 6
+
+
 def test_min_workers_trade_money_for_waits() -> None:
     arrivals = poisson(0.01, 200_000, seed=6)
     cold, warm = (simulate(arrivals, 3.0, Fleet(min_workers=n, start_s=90, slots=8)) for n in (0, 1))
@@ -86,6 +106,7 @@ def test_bursts_have_the_same_mean_and_longer_waits() -> None:
     even, bursts = poisson(0.1, 500_000, seed=7), bursty(0.1, 500_000, seed=7)
     assert len(bursts) == pytest.approx(len(even), rel=0.1)
     assert bursts == sorted(bursts)
+    assert len(bursty(1.0, 20_000, factor=2, burst_s=10, seed=7)) == pytest.approx(20_000, rel=0.1)
     assert simulate(bursts, 2.0, always_on(1)).wait_s(0.99) > 3 * simulate(even, 2.0, always_on(1)).wait_s(0.99)
 
 
@@ -98,6 +119,10 @@ def test_real_timestamps_are_read_from_a_csv(tmp_path) -> None:
     path.write_text("time\n1\nsoon\n")
     with pytest.raises(DataError, match=r"requests\.csv:3: 'soon'"):
         from_csv(path)
+    for text in ("time\nsoon\n1\n2\n", "0\ninf\n1\n"):  # one heading at most, and no time without end
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"requests\.csv:2"):
+            from_csv(path)
     path.write_text("time\n1\n")
     with pytest.raises(DataError, match="at least 2"):
         from_csv(path)
