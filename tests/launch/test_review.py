@@ -34,7 +34,7 @@ def test_without_a_discount_flex_is_never_beaten() -> None:
 @pytest.mark.parametrize(("share", "active"), [(0.79, 0), (0.81, 1)])
 def test_active_begins_where_a_worker_is_up_for_more_than_the_rest_of_its_price(share: float, active: int) -> None:
     found = review([share] * 100, H100)
-    assert found.best_active == active
+    assert (found.best_active, found.share_up) == (active, pytest.approx(share))
     assert found.flex_usd_month == pytest.approx(share * 4.18 * 720)
     assert found.best_usd_month == pytest.approx(min(share, 0.8) * 4.18 * 720)
 
@@ -46,12 +46,14 @@ def test_workers_are_promoted_one_by_one() -> None:
     assert found.best_usd_month == pytest.approx(720 * (0.8 * 4.18 + 0.5 * 2 * 4.18))
     assert "1 Active (endpoint scale ID --min 1)" in verdict(found, 0)
     assert verdict(found, 1).startswith("as it is")
+    assert verdict(found, 2).startswith("1 Active")
     assert "endpoint scale ID --min 0" in verdict(review([0.1] * 100, H100), 1)
 
 
 def test_promotion_needs_three_measured_days() -> None:
     assert "71 hours measured, 72 are needed: Flex stays" in verdict(review([1.0] * 71, H100), 0)
-    assert verdict(review([1.0] * 72, H100), 0).startswith("1 Active")
+    promoted = verdict(review([1.0] * 72, H100), 0)
+    assert promoted.startswith("1 Active") and "$602 a month less than Flex alone" in promoted  # 0.2 x 4.18 x 720
     assert "nothing was billed" in verdict(review([], H100), 0)
     said = "\n".join(lines(review([0.5] * 100, H100), H100, 0))
     assert "50.0 worker-hours billed" in said and "cheaper from 95% of the time" in said
@@ -61,6 +63,7 @@ def test_hours_come_from_the_bill_with_the_silent_ones_between() -> None:
     bills = [bill(5, 4.18), bill(3, 2.09), bill(0, 4.18)]  # the last one is the hour that runs
     assert worker_hours(bills, H100, 0, NOW) == pytest.approx([1, 0, 0.5, 0, 0])
     assert worker_hours([], H100, 0, NOW) == []
+    assert worker_hours([bill(1, 4.18), bill(1, 2.09)], H100, 0, NOW) == pytest.approx([1.5])
     always = worker_hours([bill(2, 0.8 * 4.18 + 2.09), bill(1, 0.8 * 4.18)], H100, 1, NOW)
     assert always == pytest.approx([1.5, 1.0])
 
@@ -78,7 +81,7 @@ def test_prices_are_those_of_the_cards_that_it_may_get() -> None:
         network_volumes=[], data_center_ids=[], timeout=1, flashboot="OFF", created_at=NOW,
         gpu={"pools": ["P"], "count": 2, "excludedTypes": ["L40"]},
     )
-    prices = prices_of(endpoint, [card("L40S", 1.91), card("L40", 9.0)], 0.0)
+    prices = prices_of(endpoint, [card("A40", 1.22), card("L40S", 1.91), card("L40", 9.0)], 0.0)
     assert (prices.flex, prices.pod) == pytest.approx((3.82, 1.8))
     with pytest.raises(LoadmasterError, match="no price"):
         prices_of(endpoint, [card("L40S", None)], 0.0)
