@@ -6,6 +6,7 @@ import pytest
 
 from loadmaster.export.served.client import Served
 from loadmaster.export.served.compare import LIMITS, answer_figures, failures, log_probability_figures
+from loadmaster.export.tuned import tuned_share
 
 STOP = 2
 DOCUMENTS = [
@@ -71,6 +72,14 @@ def test_a_server_may_round_activations_its_own_way_and_not_do_worse(from_disk, 
 def test_a_fine_tune_too_small_to_tell_has_no_tuned_share():
     same = [{**document, "base": [value + 0.01 for value in document["trained"]]} for document in DOCUMENTS]
     assert log_probability_figures(same, served([-0.1, -0.2, -0.3]))["tuned_share"] is None
+
+
+def test_a_fine_tune_raises_some_tokens_and_lowers_others_and_what_goes_against_it_is_below_zero():
+    trained, base = [-1.0, -2.0], [-2.0, -1.0]
+    assert tuned_share(trained, trained, base) == (1.0, 1.0)
+    assert tuned_share([-3.0, 0.0], trained, base) == (1.0, -1.0)
+    assert tuned_share([-1.0, 0.0], trained, base) == (1.0, 0.0)  # as much with it as against it
+    assert tuned_share([-0.0, -0.0], [-0.04, 0.0], [0.0, -0.04]) == (pytest.approx(0.04), None)
 
 
 def reference(ids, ended=True, margin=9.0):

@@ -35,6 +35,16 @@ def test_every_figure_beyond_its_limit_is_named(change, failing):
     assert [sentence.split()[0] for sentence in found] == failing
 
 
+def test_a_limit_of_nothing_is_one():
+    (said,) = failures({"flipped_answers": 0.01}, ThresholdsConfig(max_flipped_answers=0.0))
+    assert said.startswith("flipped_answers is 0.01, must be at most 0")
+    assert failures({"flipped_answers": 0.0}, ThresholdsConfig(max_flipped_answers=0.0)) == []
+
+
+def test_a_share_that_is_no_number_passes_no_limit():
+    assert failures({"top1_agreement": math.inf}, ThresholdsConfig(min_top1_agreement=0.9)) != []
+
+
 def test_the_words_that_accept_a_loss_are_those_under_which_it_passes():
     figures = {"mean_kl": 0.42565, "p99_kl": 1.3641, "top1_agreement": 0.2023, "tuned_share": 1.452, "tokens": 735}
     words = accepting("int4_awq", figures, DEFAULTS["int4"])
@@ -45,7 +55,7 @@ def test_the_words_that_accept_a_loss_are_those_under_which_it_passes():
 
 
 @pytest.mark.parametrize("change", [{"checks": {"storage": ["x"]}}, {"error": "torn"}, {"mean_kl": float("nan")},
-                                    {"tuned_share": -0.1}])
+                                    {"tuned_share": -0.1}, {"tuned_share": 0.0}])
 def test_what_no_limit_lets_pass_is_not_said_to_be_accepted_by_one(change):
     assert accepting("fp8", {"mean_kl": 1.0, **change}, DEFAULTS["fp8"]) is None
 
@@ -58,6 +68,7 @@ def test_a_share_of_few_tokens_may_be_short_of_its_limit_by_chance():
     assert of_few(DEFAULTS["bf16"], 500) == of_few(DEFAULTS["bf16"], None) == DEFAULTS["bf16"]
     assert of_few(DEFAULTS["bf16"], 6).min_top1_agreement == 0.9
     assert of_few(ThresholdsConfig(), 6) == ThresholdsConfig()
+    assert limits(ExportConfig(), "adapter", 194) == few != limits(ExportConfig(), "adapter")
 
 
 def test_a_mean_over_few_tokens_may_be_beyond_its_limit_by_chance():
