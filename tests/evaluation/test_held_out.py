@@ -12,6 +12,7 @@ from loadmaster.errors import DataError
 from loadmaster.evaluation import held_out
 from loadmaster.evaluation.held_out import before_training, perplexity
 from loadmaster.models.load import load_base
+from loadmaster.training.world import World
 
 TEXTS = ["The capital of France is Paris.", "Water boils at 100 degrees.", "Two and two are four, three and three six."]
 
@@ -23,9 +24,9 @@ def model(smollm2):
 
 @pytest.fixture(scope="module")
 def documents(tokenizer):
-    """(input_ids, trained): the first three tokens of each document carry no loss."""
+    """(input_ids, trained): the first three tokens of each document but the last carry no loss."""
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
-    return [(each, [False] * 3 + [True] * (len(each) - 3)) for each in ids]
+    return [(each, [False] * 3 + [True] * (len(each) - 3)) for each in ids[:-1]] + [(ids[-1], [True] * len(ids[-1]))]
 
 
 @torch.no_grad()
@@ -53,6 +54,26 @@ def test_the_loss_is_the_mean_over_the_trained_tokens_of_separate_documents(smol
         assert figures["tokens"] == tokens
         assert figures["loss"] == pytest.approx(total / tokens, abs=5e-5)  # sums of fp32, as the processor adds
         assert figures["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+
+
+def test_ranks_divide_the_rows_and_count_each_once(model, tokenizer, documents):
+    """Of three rows one rank has two; the other goes along, as it does with a batch that is filled up."""
+    rows, pad = packed_rows(documents, sequence_length=64, packing=False), tokenizer.pad_token_id
+    known = held_out(model, rows, pad, 1, "cpu")
+    there = torch.zeros(())
+
+    class Rank(World):
+        def sum(self, tensor):
+            nonlocal there
+            there = there + tensor
+            return there
+
+    for to_length, batch_size in ((None, 1), (64, 2)):
+        there = torch.zeros(())
+        for rank in (0, 1):
+            found = held_out(model, rows, pad, batch_size, "cpu", world=Rank(rank, 2), to_length=to_length)
+        assert found["tokens"] == known["tokens"]
+        assert found["loss"] == pytest.approx(known["loss"], abs=5e-5)
 
 
 def test_every_module_gets_its_own_mode_back(model, documents):

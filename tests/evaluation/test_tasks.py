@@ -78,8 +78,15 @@ def test_nested_values_are_compared_as_json():
         ('{"where":{"x":[]},"items":[{"ok":1,"n":1}]}', 0.0),
         ('{"where":{"x":[]},"items":[]}', 0.0),
         ('{"where":{"x":{}},"items":[{"ok":true,"n":1}]}', 0.0),
+        ('{"where":{"x":[],"y":1},"items":[{"ok":true,"n":1}]}', 0.0),
+        ('{"where":{},"items":[{"ok":true,"n":1}]}', 0.0),
     ]:
         assert task_metric("json_fields", [answer], [reference])["metric"] == right, answer
+
+
+def test_a_field_that_is_left_out_is_not_one_that_is_null():
+    figures = task_metric("json_fields", ['{"a":1}'], ['{"a":1,"b":null}'])
+    assert (figures["metric"], figures["field_match"], figures["per_field"]) == (0.0, 0.5, {"a": 1.0, "b": 0.0})
 
 
 def test_an_empty_object_is_matched_only_by_itself():
@@ -94,8 +101,9 @@ def test_a_reference_that_is_no_json_object_names_the_row_and_another_task():
 
 
 def test_exact_match_ignores_white_space_at_the_ends_only():
-    answers = ["Paris\n", "paris", "New  York", ""]
-    assert task_metric("exact_match", answers, ["Paris", "Paris", "New York", " "]) == {"metric": 0.5, "rows": 4}
+    answers = ["Paris\n", "paris", "New  York", "Paris, France", "", " "]
+    references = ["Paris", "Paris", "New York", "Paris", " ", ""]
+    assert task_metric("exact_match", answers, references) == {"metric": 0.5, "rows": 6}
 
 
 @pytest.mark.parametrize("name", METRICS)
