@@ -1,0 +1,150 @@
+"""Checks of an exported folder and its weights, each by itself, on a few numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from loadmaster.export import checks, live_checks
+from loadmaster.files import write_json
+
+FP8 = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+
+
+def layers(quantized: int, plain: int) -> dict[str, torch.Tensor]:
+    """Matrices of 64 weights each, beside an embedding in 16 bits that is larger than all of them."""
+    found = {f"layers.{at}.weight": torch.ones(8, 8).to(torch.float8_e4m3fn) for at in range(quantized)}
+    found |= {f"layers.{quantized + at}.weight": torch.ones(8, 8).bfloat16() for at in range(plain)}
+    found |= {f"layers.{at}.weight_scale": torch.ones(8, 1).bfloat16() for at in range(quantized)}
+    return {**found, "model.embed_tokens.weight": torch.ones(1024, 8).bfloat16()}
+
+
+def fp8_export(folder, tensors, config=FP8):
+    save_file(tensors, folder / "model.safetensors")
+    write_json(folder / "config.json", {"quantization_config": config})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quantized", "plain", "share"), [(20, 0, None), (19, 1, None), (17, 3, "85%"), (10, 10, "50%")]
+)
+def test_a_tenth_of_the_weights_may_be_left_in_16_bits_and_no_more(tmp_path, quantized, plain, share):
+    found = checks.storage(fp8_export(tmp_path, layers(quantized, plain)), "fp8")
+    assert len(found) == (share is not None)
+    if share:
+        assert f"only {share} of the weights are stored as float8_e4m3fn" in found[0]
+
+
+def test_a_packed_tensor_counts_as_many_weights_as_it_holds(tmp_path):
+    """96 rows of 64 weights: 8 in each element in int4, 2 in nvfp4; and a plain matrix of as many, which is half."""
+    for name, dtype, held in (("int4", torch.int32, 8), ("nvfp4", torch.uint8, 2)):
+        packed = torch.zeros(96, 64 // held, dtype=dtype)
+        save_file(
+            {"a.weight_packed": packed, "b.weight": torch.zeros(96, 64).bfloat16(), "b.bias": torch.zeros(9)},
+            tmp_path / "model.safetensors",
+        )
+        assert checks.quantized_share(tmp_path, checks.STORAGE[name][1]) == (0.5, ["b.weight"])
+
+
+@pytest.mark.parametrize("config", [{**FP8, "format": "pack-quantized"}, {"quant_method": "bitsandbytes"}])
+def test_a_config_that_says_another_quantization_or_none_is_not_the_formats(tmp_path, config):
+    (said,) = checks.storage(fp8_export(tmp_path, layers(4, 0), config), "fp8")
+    assert said.endswith("fp8 is 'float-quantized'")
+
+
+def test_nan_among_fp8_weights_is_found(tmp_path):
+    tensors = layers(3, 0)
+    assert checks.finite(fp8_export(tmp_path, tensors)) == []
+    tensors["layers.1.weight"].view(torch.uint8)[3, 3] = 0x7F
+    assert checks.finite(fp8_export(tmp_path, tensors)) == ["layers.1.weight: NaN or infinity"]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "missing"),
+    [
+        ({"eos_token_id": [2, 0]}, {"eos_token_id": 9}, None),
+        ({"eos_token_id": [2]}, {"eos_token_id": [0, 2]}, "0"),
+        ({"eos_token_id": 2}, {}, "0"),
+        ({"eos_token_id": 0}, {"eos_token_id": [0, 2]}, "2"),
+        ({}, {"eos_token_id": [0, 2, 7]}, None),
+        ({}, {"eos_token_id": 2}, "0"),
+        (None, {"eos_token_id": [0, 2]}, None),
+        (None, {}, "0, 2"),
+    ],
+)
+def test_every_token_that_ends_a_turn_is_listed_where_a_server_looks(tmp_path, generation, config, missing):
+    write_json(tmp_path / "config.json", config)
+    if generation is not None:
+        write_json(tmp_path / "generation_config.json", generation)
+    found = checks.stop_tokens(tmp_path, tmp_path / "base", [2, 0])
+    assert [f" does not list {missing}, which" in said for said in found] == [True] * (missing is not None)
+
+
+@pytest.mark.parametrize(
+    ("exported", "wrong"),
+    [
+        ({"r": 4, "use_rslora": True, "base_model_name_or_path": "of/the-hub"}, None),
+        ({"r": 4}, "use_rslora"),
+        ({"r": 4, "use_rslora": True, "use_dora": True}, "use_dora"),
+        ({"r": 4, "use_rslora": False}, "use_rslora"),
+    ],
+)
+def test_a_setting_of_an_adapter_that_is_gone_new_or_other_is_named(tmp_path, exported, wrong):
+    trained, folder = tmp_path / "trained", tmp_path / "adapter"
+    settings = {trained: {"r": 4, "use_rslora": True, "base_model_name_or_path": "/models/base"}, folder: exported}
+    for each, config in settings.items():
+        each.mkdir()
+        save_file({"q.lora_A.weight": torch.ones(4, 8)}, each / "adapter_model.safetensors")
+        write_json(each / "adapter_config.json", config)
+    found = checks.as_trained(folder, trained)
+    assert found == ([f"adapter_config.json has another {wrong} than in training"] if wrong else [])
+
+
+def test_zero_rows_of_an_embedding_or_head_are_of_tokens_that_never_came(tmp_path):
+    rows = torch.ones(16, 4)
+    rows[5] = 0
+    names = ("lm_head.lora_B.weight", "embed_tokens.lora_embedding_B", "layers.0.up_proj.lora_B.weight")
+    save_file({name: rows.clone() for name in names}, tmp_path / "adapter_model.safetensors")
+    assert checks.lora_rows(tmp_path) == [f"{names[-1]} (1 row): rows of zeros: not all of it was saved"]
+
+
+# ---------------------------------------------------------------- numbers of live weights
+
+
+def test_a_weight_is_its_own_but_for_half_a_unit_in_the_last_place_of_bf16(monkeypatch):
+    exact = torch.linspace(-3, 3, 400).reshape(100, 4)
+    assert live_checks._is_rounded(exact.bfloat16(), exact)
+    assert not live_checks._is_rounded(exact * (1 + 2**-7), exact)
+    assert not live_checks._is_rounded(exact[:50], exact)
+    monkeypatch.setattr(live_checks, "COMPARED_AT_A_TIME", 40)
+    for row in (0, 55, 99):  # wherever among those that are compared at a time
+        other = exact.clone()
+        other[row, 1] *= 1.1
+        assert not live_checks._is_rounded(other, exact), row
+
+
+@pytest.mark.parametrize(
+    ("small", "found", "same"), [(0.0, 2**-21, True), (0.0, 2**-19, False), (2**-12, 2**-11, False)]
+)
+def test_what_cancels_to_almost_nothing_may_be_off_by_a_float32_sum_and_no_more(small, found, same):
+    assert live_checks._is_rounded(torch.tensor([[1.0, found]]), torch.tensor([[1.0, small]])) is same
+
+
+def test_of_weights_in_few_bits_one_in_five_hundred_may_be_beyond():
+    exact = torch.ones(10, 100)
+    for count, accepted in ((0, True), (2, True), (3, False), (12, False)):
+        other = exact.clone()
+        other.view(-1)[:count] = 1.5
+        assert live_checks._is_rounded(other, exact, live_checks.QUANTIZED_OTHERWISE) is accepted
+        assert live_checks._is_rounded(other, exact) is (count == 0)
+
+
+def test_which_formats_are_held_to_the_trained_weights_matrix_by_matrix():
+    formats = ("bf16", "adapter", "gguf", "fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4")
+    assert [name for name in formats if live_checks.keeps_plain(name)] == [
+        "bf16", "fp8", "fp8_block", "int4", "int4_gptq", "nvfp4",
+    ]
+    assert [name for name in formats if live_checks.keeps_matrices(name)] == [
+        "gguf", "fp8", "fp8_block", "int4", "int4_gptq", "nvfp4",
+    ]
