@@ -109,6 +109,28 @@ def test_zero_rows_of_an_embedding_or_head_are_of_tokens_that_never_came(tmp_pat
     assert checks.lora_rows(tmp_path) == [f"{names[-1]} (1 row): rows of zeros: not all of it was saved"]
 
 
+@pytest.mark.parametrize(
+    ("part", "at", "value", "said"),
+    [
+        ("lora_A", (0, 0), float("nan"), "NaN or infinite"),
+        ("lora_B", (3, 1), float("-inf"), "NaN or infinite"),
+        ("lora_B", ..., 0.0, "all zero, as at initialisation"),
+        ("lora_A", 2, 0.0, "(1 row): rows of zeros"),
+        ("lora_B", (slice(None), 1), 0.0, "(1 of 4): ranks unchanged from initialisation"),
+        ("lora_A", (slice(None), 1), 0.0, None),  # an input that never came
+        ("lora_B", (3, 1), 0.0, None),
+    ],
+)
+def test_an_adapter_that_has_not_learnt_is_told_from_one_with_zeros(tmp_path, part, at, value, said):
+    tensors = {"up_proj.lora_A.weight": torch.ones(4, 8), "up_proj.lora_B.weight": torch.ones(16, 4)}
+    tensors[f"up_proj.{part}.weight"][at] = value
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    found = checks.lora_rows(tmp_path)
+    assert len(found) == (said is not None)
+    if said:
+        assert f"up_proj.{part}.weight" in found[0] and said in found[0]
+
+
 # ---------------------------------------------------------------- numbers of live weights
 
 
