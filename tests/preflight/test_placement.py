@@ -45,3 +45,4 @@ def test_a_placement_in_words():
     assert Placement((3,), 0, 5).words(has_gpus=False) == "3 of 8 layers in host memory, 5 on disk"
     assert Placement((1, 1), 1, 1).places() == [0, 1, "host", "disk"]
     assert Placement((2, 0)).is_whole and not Placement((1, 1)).is_whole and not Placement((1,), 1).is_whole
+    assert not Placement((1,), disk=1).is_whole

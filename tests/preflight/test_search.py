@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from loadmaster.preflight import largest, make_plan, shape
 from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.hardware import find_hardware
-from loadmaster.preflight.search import search
+from loadmaster.preflight.search import ranking, search
 from tests.preflight.test_make import LLAMA, job
 
 
@@ -20,6 +21,31 @@ def found(job, explain: bool = True) -> Candidate:
     best = search(job, find_shape(job.model), find_hardware(job.hardware), explain).best
     assert best is not None
     return best
+
+
+def fitting(speed: float, gib: float, precision: str = "bf16", shards: int = 1) -> SimpleNamespace:
+    setup = SimpleNamespace(precision=precision, state_shards=shards)
+    return SimpleNamespace(tokens_per_second=speed, memory=SimpleNamespace(needed_gib=gib), setup=setup)
+
+
+@pytest.mark.parametrize(
+    ("objective", "best_first"),
+    [
+        ("time", [fitting(100, 50), fitting(97, 30)]),
+        ("time", [fitting(98.5, 30), fitting(100, 50)]),  # as fast, with less memory
+        ("time", [fitting(98.5, 50), fitting(100, 30, shards=8)]),  # as fast, with nothing to gather
+        ("time", [fitting(98.5, 50), fitting(100, 30, "fp8")]),  # as fast, with a base that is not rounded
+        ("time", [fitting(98.5, 50, shards=8), fitting(100, 30, "fp8")]),
+        ("time", [fitting(100, 30, "fp8"), fitting(97, 50)]),
+        ("time", [fitting(100, 70), fitting(95, 60), fitting(94.5, 10), fitting(80, 5)]),
+        ("memory", [fitting(90, 30), fitting(80, 30), fitting(100, 50)]),
+    ],
+)
+def test_of_plans_that_are_as_fast_the_more_faithful_comes_first_then_the_smaller(objective, best_first) -> None:
+    asked = job(LLAMA + "8B", "lora", "h100_80gb")
+    asked = replace(asked, plan=replace(asked.plan, objective=objective))
+    fit = best_first[::-1]
+    assert sorted(fit, key=ranking(asked, fit)) == best_first
 
 
 @pytest.mark.parametrize(
