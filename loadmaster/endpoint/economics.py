@@ -85,11 +85,10 @@ def cold_share(rate: float, service: Service) -> float:
     return (1 + rate * service.start_s) / (rate * service.start_s + math.exp(exponent))
 
 
-def month(rate: float, service: Service, prices: Prices) -> Bill:
-    """rate: requests a second, Poisson. Raises ValueError when it is not above 0."""
+def month(rate: float, service: Service, prices: Prices, workers: int) -> Bill:
+    """rate: requests a second, Poisson; workers: always on, that it needs. Raises ValueError when it is not above 0."""
     if rate <= 0:
         raise ValueError("requests a second must be above 0")
-    workers = max(1, math.ceil(rate / service.requests_per_second))
     up = max(share_up(rate, service), rate / service.requests_per_second)
     hours = MONTH_S / 3600
     usd = {"flex": prices.flex * up * hours, "active": prices.active * workers * hours}

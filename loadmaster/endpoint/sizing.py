@@ -237,12 +237,19 @@ def _sizing(wanted: EndpointConfig, traffic: Traffic, able: list[Candidate], che
         plan=plan, traffic=traffic, workers=need, min_workers=wanted.min_workers, max_workers=most,
         requests_at_once=best.requests_at_once, pool=facts["pool"], excluded=list(facts["others"]), start_s=starts,
         starts=starts_of(checkpoint),
-        service=service, prices=prices, bills=[month(factor * rate, service, prices) for factor in (0.1, 1, 10)],
+        service=service, prices=prices, bills=[_bill(best, traffic, service, prices, times) for times in (0.1, 1, 10)],
         crossings={name: (share, crossing_rate(service, prices, name)) for name, share in shares.items()},
         outcomes=_outcomes(wanted, service, chosen), reasons=_reasons(best, wanted, traffic, able),
         runners_up=[candidate.plan for candidate in able[1:SHOWN]],
         load=plan_load(best.speed, traffic, best.requests_at_once),
     )
+
+
+def _bill(best: Candidate, traffic: Traffic, service: Service, prices: Prices, times: float) -> Bill:
+    """Of so many times the load; more workers than are counted one by one are taken to be as many times those of it."""
+    rate = times * traffic.requests_per_second
+    workers = best.speed.workers(replace(traffic, requests_per_second=rate), best.plan.cache_tokens)
+    return month(rate, service, prices, workers or math.ceil(times * best.workers))
 
 
 def starts_of(checkpoint: float) -> dict[str, float]:

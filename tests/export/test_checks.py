@@ -53,6 +53,15 @@ def test_a_config_that_says_another_quantization_or_none_is_not_the_formats(tmp_
     assert said.endswith("fp8 is 'float-quantized'")
 
 
+def test_few_bits_in_a_16_bit_export_are_named(tmp_path):
+    write_json(tmp_path / "config.json", {})
+    kinds = {torch.bfloat16: 0, torch.float32: 0, torch.float8_e4m3fn: 1, torch.int8: 1, torch.int32: 1}
+    for dtype, odd in kinds.items():
+        save_file({"a.weight": torch.ones(8, 8).to(dtype)}, tmp_path / "model.safetensors")
+        found = checks.storage(tmp_path, "bf16")
+        assert found == ["a.weight: quantized weights in a bf16 export"] * odd, dtype
+
+
 def test_nan_among_fp8_weights_is_found(tmp_path):
     tensors = layers(3, 0)
     assert checks.finite(fp8_export(tmp_path, tensors)) == []
