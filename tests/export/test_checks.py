@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -178,4 +180,72 @@ def test_which_formats_are_held_to_the_trained_weights_matrix_by_matrix():
     ]
     assert [name for name in formats if live_checks.keeps_matrices(name)] == [
         "gguf", "fp8", "fp8_block", "int4", "int4_gptq", "nvfp4",
+    ]
+
+
+@pytest.fixture
+def merged(tmp_path, monkeypatch):
+    """What is said of an export, where two layers were trained over 4-bit weights and a norm as a whole."""
+    torch.manual_seed(0)
+    names = ("a.weight", "b.weight")
+    stored = {name: torch.randn(40, 50).bfloat16() for name in names} | {"norm.weight": torch.ones(8).bfloat16()}
+    stored["experts.0.weight"] = torch.randn(4, 8).bfloat16()
+    held = {name: stored[name].float() + 0.1 * torch.randn(40, 50) for name in names}
+    update = {name: 0.1 * torch.randn(40, 50) for name in names}
+    norm = torch.full((8,), 1.25)
+
+    def live(_):
+        yield from ((name, held[name], update[name], True) for name in names)
+        yield "norm.weight", norm, None, False
+
+    monkeypatch.setattr(live_checks, "live_weights", live)
+    base, folder = tmp_path / "base", tmp_path / "bf16"
+    for each in (base, folder):
+        each.mkdir()
+    save_file(stored, base / "model.safetensors")
+    trained_over = {name: held[name] + update[name] for name in names}
+    over_stored = {name: stored[name].float() + update[name] for name in names}
+
+    def said(tensors) -> list[str]:
+        save_file({name: tensor.bfloat16().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+        return live_checks.merged_weights(SimpleNamespace(peft_config={}), [folder], base)[str(folder)]
+
+    good = {**stored, "norm.weight": norm}
+    return SimpleNamespace(
+        said=said, good=good, trained_over=trained_over, over_stored=over_stored, held=held, stored=stored
+    )
+
+
+def test_a_merge_is_into_the_weights_trained_over_or_into_the_stored_ones_throughout(merged):
+    assert merged.said({**merged.good, **merged.trained_over}) == []
+    assert merged.said({**merged.good, **merged.over_stored}) == []
+    mixed = {"a.weight": merged.trained_over["a.weight"], "b.weight": merged.over_stored["b.weight"]}
+    (said,) = merged.said({**merged.good, **mixed})
+    assert said.endswith("is not the weight that was trained, beyond bf16's rounding (1 of 4 tensors)")
+
+
+@pytest.mark.parametrize("name", ["a.weight", "norm.weight", "experts.0.weight"])
+def test_a_tensor_that_is_not_the_trained_one_is_named(merged, name):
+    """Of a layer its update is left out, of a norm all training; an expert is the base's."""
+    for whole in (merged.trained_over, merged.over_stored):
+        broken = {**merged.good, **whole}
+        for weight in (merged.held.get(name), merged.stored[name], 2 * broken[name]):
+            if weight is None or (name == "experts.0.weight" and weight is merged.stored[name]):
+                continue
+            (said,) = merged.said({**broken, name: weight})
+            assert said.startswith(f"{name} is not the weight that was trained") and "(1 of 4 tensors)" in said
+
+
+def test_codes_that_another_device_rounds_otherwise_are_allowed_in_weights_in_few_bits_alone(merged):
+    for whole, count, accepted in ((merged.trained_over, 4, True), (merged.trained_over, 5, False),
+                                   (merged.over_stored, 1, False)):
+        other = {name: weight.clone() for name, weight in whole.items()}
+        other["a.weight"].view(-1)[:count] += 3.0
+        assert (merged.said({**merged.good, **other}) == []) is accepted
+    assert merged.said({**merged.good, **merged.trained_over, "norm.weight": torch.tensor([1.25] * 7 + [1.3])}) != []
+
+
+def test_an_export_of_which_nothing_can_be_compared_does_not_pass(merged):
+    assert merged.said({"other.weight": torch.ones(4, 4)}) == [
+        "none of its tensors has the name of a live weight, so nothing could be compared"
     ]
