@@ -179,6 +179,43 @@ def test_exports_that_one_gpu_does_not_hold_are_verified_over_several() -> None:
     assert Plan.from_dict(large.to_dict()) == large
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "answers", "prompts", "passes"),
+    [
+        ({"task": "none"}, 16, None, 64),  # 16 answers of 64 tokens, in one batch
+        ({"task": "none"}, 8, None, 2 * 64),
+        ({"task": "none"}, 8, 3, 64),
+        ({"task": "none", "max_new_tokens": 40}, 16, 500, 40),
+        ({"task": "exact_match", "max_rows": 100}, 16, None, 7 * 256),
+        ({"task": "exact_match", "max_rows": 100}, 16, 40, 3 * 256),
+        ({"task": "exact_match", "max_rows": 100}, 16, 500, 7 * 256),
+        ({"task": "exact_match", "max_rows": None}, 16, None, 8 * 256),  # 128, where no number is set
+        ({"task": "exact_match", "max_rows": None}, 16, 500, 32 * 256),
+    ],
+)
+def test_each_token_of_a_batch_of_answers_is_a_pass(evaluation, answers, prompts, passes) -> None:
+    assert verification.answer_passes(EvaluationConfig(**evaluation), answers, prompts) == passes
+
+
+def test_passes_are_of_every_candidate_and_of_the_trained_model_and_its_base() -> None:
+    def passes(method: str, *formats: str) -> tuple[int, int]:
+        job = Job(model=EIGHT, method=method, export=ExportConfig(formats=list(formats), verification_rows=10))
+        setup = Setup(method, "bf16", "adamw", False)
+        return verification.forward_passes(job, setup, 16)
+
+    each, beside = 10 + 64, 4 * 32 + 2 * 4  # rows and answers; four recorded answers of 32 tokens, two stops of 4
+    assert passes("lora", "bf16") == (each + beside, each + 10)
+    assert passes("lora", "bf16", "int4") == (3 * each + 2 * beside, each + 10)  # of int4 two roundings
+    assert passes("qlora", "bf16") == (2 * 10 + each + beside, each + 10)  # two merges, which answer nothing
+    assert passes("qlora", "adapter") == (each + beside, each + 10)
+
+
+def test_no_more_answers_are_asked_at_a_time_than_there_are_prompts() -> None:
+    for rows, size, asked in ((None, "auto", 16), (5, "auto", 5), (200, "auto", 16), (5, 3, 3), (2, 3, 2)):
+        evaluation = EvaluationConfig(task="exact_match", max_rows=rows, batch_size=size)
+        assert verification.answers_at_a_time(Job(model=EIGHT, evaluation=evaluation)) == asked
+
+
 def test_what_the_gpus_do_not_hold_is_in_host_memory_and_costs_time() -> None:
     alone = plan("qlora", 1, model=SEVENTY, max_steps=10)
     found = alone.verification
