@@ -169,6 +169,15 @@ def test_the_nearest_candidate_is_taken_and_told_with_the_others(monkeypatch, na
     assert figures["candidates"]["far"]["flipped_answers"] == 0
 
 
+@pytest.mark.parametrize(("trained", "own", "retained"), [("b", "a", None), ("a", "a", 1.0), ("a", "b", 0.0)])
+def test_of_a_task_of_which_nothing_was_right_nothing_is_retained(monkeypatch, trained, own, retained):
+    verification = object.__new__(verify.Verification)
+    verification.prompts, verification.right_answers, verification.answers = ["p"], ["a"], [trained]
+    verification.evaluation = EvaluationConfig(task="exact_match")
+    monkeypatch.setattr(verification, "_answers", lambda *_: [own])
+    assert verification._answer_figures(None, None).get("task_retention") == retained
+
+
 def test_a_loss_beyond_all_numbers_is_an_infinite_perplexity():
     assert (_exp(1.0), _exp(1e6)) == (math.e, math.inf)
 
