@@ -174,7 +174,10 @@ def test_paths_move_to_the_volume_by_rule(path, on_volume):
 
 
 def test_the_endpoint_asks_for_one_card_of_a_mixed_pool(run_dir):
-    wanted = read_json(bundle(run_dir, gpu="l40s", min_workers=1, idle_timeout_s=60) / "endpoint.json")
+    folder = bundle(run_dir, gpu="l40s", min_workers=1, idle_timeout_s=60, active_discount=0.2)
+    wanted, plan = read_json(folder / "endpoint.json"), read_json(folder / "serving.json")["plan"]
+    assert wanted["usd_per_worker_hour"] == plan["flex_usd_per_hour"] > wanted["pod_usd_per_hour"] > 0.5
+    assert wanted["pod_usd_per_hour"] == plan["pod_usd_per_hour"] and wanted["active_discount"] == 0.2
     request = wanted["request"]
     assert request["gpu"] == {
         "pools": ["ADA_48_PRO"], "excludedTypes": ["NVIDIA L40", "NVIDIA RTX 6000 Ada Generation"], "count": 1,
@@ -290,10 +293,12 @@ def test_a_recipe_of_a_folder_names_its_endpoint_and_files_without_the_slash():
 
 
 def test_our_own_worker_has_all_it_needs_beside_it(run_dir):
-    folder = bundle(run_dir, worker="handler", image="me/tickets:1")
+    folder = bundle(run_dir, worker="handler", image="me/tickets:1", best_of_n=4)
     server = read_json(folder / "server.json")
     assert shlex.join(server["command"]).startswith("vllm serve /runpod-volume/runs/tickets/one/export/int4")
-    assert server["served_model_name"] == "tickets" and server["max_concurrency"] >= 1
+    assert server["served_model_name"] == "tickets" and server["max_concurrency"] == 64
+    assert server["command"][server["command"].index("--max-num-seqs") + 1] == "256"  # 64 requests of 4 answers
+    assert server["longest_input_bytes"] == 4096 + 16 * 512
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name)
         for node in ast.walk(ast.parse((folder / "handler.py").read_text()))
