@@ -189,7 +189,7 @@ def merged(tmp_path, monkeypatch):
     torch.manual_seed(0)
     names = ("a.weight", "b.weight")
     stored = {name: torch.randn(40, 50).bfloat16() for name in names} | {"norm.weight": torch.ones(8).bfloat16()}
-    stored["experts.0.weight"] = torch.randn(4, 8).bfloat16()
+    stored |= {"experts.0.weight": torch.randn(4, 8).bfloat16(), "embed.weight": torch.randn(40, 50).bfloat16()}
     held = {name: stored[name].float() + 0.1 * torch.randn(40, 50) for name in names}
     update = {name: 0.1 * torch.randn(40, 50) for name in names}
     norm = torch.full((8,), 1.25)
@@ -197,6 +197,7 @@ def merged(tmp_path, monkeypatch):
     def live(_):
         yield from ((name, held[name], update[name], True) for name in names)
         yield "norm.weight", norm, None, False
+        yield "embed.weight", stored["embed.weight"].float(), None, False
 
     monkeypatch.setattr(live_checks, "live_weights", live)
     base, folder = tmp_path / "base", tmp_path / "bf16"
@@ -221,7 +222,7 @@ def test_a_merge_is_into_the_weights_trained_over_or_into_the_stored_ones_throug
     assert merged.said({**merged.good, **merged.over_stored}) == []
     mixed = {"a.weight": merged.trained_over["a.weight"], "b.weight": merged.over_stored["b.weight"]}
     (said,) = merged.said({**merged.good, **mixed})
-    assert said.endswith("is not the weight that was trained, beyond bf16's rounding (1 of 4 tensors)")
+    assert said.endswith("is not the weight that was trained, beyond bf16's rounding (1 of 5 tensors)")
 
 
 @pytest.mark.parametrize("name", ["a.weight", "norm.weight", "experts.0.weight"])
@@ -233,7 +234,7 @@ def test_a_tensor_that_is_not_the_trained_one_is_named(merged, name):
             if weight is None or (name == "experts.0.weight" and weight is merged.stored[name]):
                 continue
             (said,) = merged.said({**broken, name: weight})
-            assert said.startswith(f"{name} is not the weight that was trained") and "(1 of 4 tensors)" in said
+            assert said.startswith(f"{name} is not the weight that was trained") and "(1 of 5 tensors)" in said
 
 
 def test_codes_that_another_device_rounds_otherwise_are_allowed_in_weights_in_few_bits_alone(merged):
@@ -242,7 +243,10 @@ def test_codes_that_another_device_rounds_otherwise_are_allowed_in_weights_in_fe
         other = {name: weight.clone() for name, weight in whole.items()}
         other["a.weight"].view(-1)[:count] += 3.0
         assert (merged.said({**merged.good, **other}) == []) is accepted
-    assert merged.said({**merged.good, **merged.trained_over, "norm.weight": torch.tensor([1.25] * 7 + [1.3])}) != []
+    embedding = merged.good["embed.weight"].float()
+    embedding[7, 7] += 3.0
+    (said,) = merged.said({**merged.good, **merged.trained_over, "embed.weight": embedding})
+    assert said.startswith("embed.weight is not the weight that was trained")
 
 
 def test_an_export_of_which_nothing_can_be_compared_does_not_pass(merged):
