@@ -8,6 +8,7 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ from loadmaster.cli import main
 from loadmaster.config.schema import EndpointConfig, ExportConfig, Job, ModelConfig
 from loadmaster.endpoint.bundle import choose, next_step, write_bundle
 from loadmaster.endpoint.readme import gguf_commands
-from loadmaster.endpoint.settings import endpoint_name, model_options, volume_path
+from loadmaster.endpoint.settings import endpoint_name, model_options, vllm_options, volume_path
 from loadmaster.endpoint.sizing import traffic_of
 from loadmaster.errors import ConfigError, ExportRejected
 from loadmaster.export.answers import keep
@@ -397,6 +398,18 @@ def test_a_rank_that_is_not_allowed_gets_the_next_one_up():
     assert choose({"adapter": {"bytes": 1}}, "auto") == "adapter"
     with pytest.raises(ConfigError, match=r"no server loads it: for llama\.cpp(.|\n)*serve_as=bf16"):
         choose({"gguf": {"bytes": 1}}, "gguf")  # of a manifest older than this field
+
+
+def test_a_server_is_told_its_cards_and_as_many_sequences_as_its_requests_have_answers():
+    manifest = {"format": "bf16", "recipe": "tickets"}
+    sizing = SimpleNamespace(
+        plan=SimpleNamespace(gpus=4), requests_at_once=10, traffic=SimpleNamespace(samples=3)
+    )
+    told = vllm_options(manifest, "/model", EndpointConfig(gpu_memory_utilization=0.85), 2048, sizing)
+    assert told == {
+        "model": "/model", "served-model-name": "tickets", "max-model-len": "2048", "gpu-memory-utilization": "0.85",
+        "tensor-parallel-size": "4", "max-num-seqs": "30",
+    }
 
 
 @pytest.mark.parametrize("serve_as", ["auto", "adapter"])
