@@ -123,7 +123,8 @@ def serve_check(
                 "seconds": seconds, "limits": asdict(LIMITS[name]), "failures": found, "passed": not found,
             }
             say(f"{outcome(results[name])} after {seconds:.0f} s")
-    recorded = {**results, **_kept(run_dir, results, echo)}
+    kept = _kept(run_dir, results, echo)
+    recorded = {**results, **kept}
     record: dict[str, Any] = {
         "schema": 1,
         "server": ", ".join(versions.values()),
