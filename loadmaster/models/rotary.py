@@ -8,6 +8,7 @@ the device, and no number decides what runs, so a step can be traced.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -29,16 +30,30 @@ def refuse_dynamic(decoder: nn.Module, longest: int) -> None:
     it are turned.
 
     Dynamic NTK scaling takes other frequencies for each length beyond the model's own, and transformers takes those of
-    the longest one in a batch for all.
+    the longest one in a batch for all. So it does with LongRoPE's factors, which are by document here but where layers
+    of one kind alone have them.
     """
-    rotary = getattr(decoder, "rotary_emb", None)
-    most = getattr(rotary, "original_max_seq_len", longest)
-    if getattr(rotary, "rope_type", None) == "dynamic" and longest > most:
-        raise LoadmasterError(
-            f"a document, or a row's padding, has {longest:,} tokens, and this model's rotary embeddings "
-            f"(rope_type=dynamic) turn what has more than {most:,} by its length, and all that is packed beside it\n"
-            f"    fix: sequence_length={most}"
-        )
+    for kind, most in _turned_by_length(getattr(decoder, "rotary_emb", None)):
+        if longest > most:
+            raise LoadmasterError(
+                f"a document, or a row's padding, has {longest:,} tokens, and this model's rotary embeddings "
+                f"(rope_type={kind}) turn what has more than {most:,} by its length, and all that is packed beside it\n"
+                f"    fix: sequence_length={most}"
+            )
+
+
+def _turned_by_length(rotary: Any) -> Iterator[tuple[str, int]]:
+    """Kinds of rotation that one length decides for all in a batch, each with the most tokens for which it does not."""
+    kinds = getattr(rotary, "rope_type", None)
+    if not isinstance(kinds, dict):
+        if kinds == "dynamic":
+            yield kinds, rotary.original_max_seq_len
+        return
+    for layers, kind in kinds.items():  # Gemma 3 and OLMo 3 have one for each kind of layers
+        if kind == "dynamic":
+            yield kind, rotary.original_max_seq_len
+        elif kind == "longrope":
+            yield kind, rotary.config.rope_parameters[layers]["original_max_position_embeddings"]
 
 
 @torch.no_grad()

@@ -7,14 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
 from loadmaster.config.schema import LoraConfig
+from loadmaster.errors import LoadmasterError
 from loadmaster.models import attention
 from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.attention import PACKED, cached_attention
 from loadmaster.models.forward import count_trained, token_losses, trained_logits
 from loadmaster.models.load import load_base
+from loadmaster.models.rotary import refuse_dynamic
 from loadmaster.models.spread import Spread, sizes
 from loadmaster.preflight.placement import Room
 
@@ -128,6 +130,22 @@ def test_a_long_document_does_not_turn_short_ones_beside_it_by_longropes_long_fa
     room = Spread(Room((rest + 1.5 * layer,)), "cpu", tmp_path / "offload")  # the second layer is left on disk
     spread = load_base(tmp_path / "model", torch.float32, room)
     torch.testing.assert_close(trained_logits(spread, packed(documents))[0], logits)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotation_by_length_of_some_layers_alone_is_refused_for_longer_documents(kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 12}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4} if kind == "longrope" else {}
+    config = Gemma3TextConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, vocab_size=20, max_position_embeddings=12 if kind == "dynamic" else 48,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    )
+    decoder = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED).get_decoder()
+    refuse_dynamic(decoder, 12)
+    with pytest.raises(LoadmasterError, match=rf"rope_type={kind}(?s:.*)sequence_length=12"):
+        refuse_dynamic(decoder, 13)
 
 
 def test_the_first_token_of_a_document_gets_no_loss():
