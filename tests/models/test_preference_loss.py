@@ -153,6 +153,16 @@ def test_at_the_start_dpo_is_log_2_and_its_margin_zero(tiny, rows):
     assert module.figures[2].item() == 0
 
 
+def test_dropout_that_a_models_own_config_asks_for_does_not_part_policy_and_reference(tiny, rows):
+    base = load_base(tiny, torch.float32, "cpu")
+    for layer in base.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+        layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.5))
+    module = PreferenceLoss(make_trainable(base, "lora", LoraConfig(rank=4)), "dpo", PreferenceConfig(beta=0.1)).train()
+    batch = collate(rows, 0)
+    assert module(batch).item() == pytest.approx(math.log(2) * module.figures[0].item(), rel=1e-5)
+
+
 def test_before_training_there_is_no_margin_and_what_is_trained_stays_so(policy, rows):
     """eval.json's "before": the adapter is off around the loss, whose reference pass must not switch it on."""
     trained = [name for name, _ in trainable(policy)]
