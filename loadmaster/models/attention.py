@@ -71,6 +71,15 @@ def _by_document(
     return torch.cat(outputs, dim=2)
 
 
+@torch.compiler.disable(reason="attention dropout")
+def _eagerly(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float | None, dropout: float, window: int | None
+) -> Tensor:
+    """`_by_document`, between two graphs of a compiled layer where there is dropout: the bounds that it reads would be
+    compiled in, and each batch has others."""
+    return _by_document(q, k, v, cu_seq_lens.tolist(), scale, dropout, window)
+
+
 @torch.library.custom_op("loadmaster::attention_by_document", mutates_args=())
 def attention_by_document(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float | None, window: int | None
@@ -202,7 +211,7 @@ def packed_attention(
     if torch.compiler.is_compiling() and dropout == 0.0:
         output = torch.ops.loadmaster.attention_by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window)
     else:
-        output = _by_document(query, key, value, cu_seq_lens_q.tolist(), scaling, dropout, sliding_window)
+        output = _eagerly(query, key, value, cu_seq_lens_q, scaling, dropout, sliding_window)
     return output.transpose(1, 2).contiguous(), None
 
 

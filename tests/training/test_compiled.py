@@ -109,6 +109,14 @@ def test_losses_and_gradients_are_those_of_plain_layers(form, method, checkpoint
             torch.testing.assert_close(gradient, other, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_under_attention_dropout_too_nothing_is_compiled_anew_for_other_documents(checkpointing):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    _, recompiled = steps(model(None, "lora", checkpointing, True, {**SHAPE, "attention_dropout": 0.1}))
+    assert recompiled == 0
+
+
 def test_products_in_fp32_are_no_news(monkeypatch):
     from torch._inductor import compile_fx
 
