@@ -78,6 +78,7 @@ OTHER_LAYERS = {
     "kv_lora_rank": "latent attention",
     "q_lora_rank": "latent attention",
     "n_routed_experts": "experts of another layout",
+    "moe_num_experts": "experts of another layout",
     "n_shared_experts": "shared experts",
     "num_shared_experts": "shared experts",
     "shared_expert_intermediate_size": "shared experts",

@@ -104,6 +104,7 @@ def test_another_kind_of_value_than_a_key_has_is_refused_in_a_sentence(odd: dict
     ("model_type", "more", "said"),
     [
         ("deepseek_v3", {"kv_lora_rank": 512, "n_routed_experts": 256}, "latent attention"),
+        ("ernie4_5_moe", {"moe_num_experts": 64, "moe_k": 6}, "experts of another layout"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 5632}, "shared experts"),
         ("jamba", {"mamba_d_state": 16}, "state space"),
         ("qwen3_next", {"layer_types": 16 * ["linear_attention"]}, "linear_attention"),
