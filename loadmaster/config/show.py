@@ -56,11 +56,11 @@ def _block(number: int, problem: Problem) -> Text:
     where = "on the command line" if problem.origin == "command line" else f"in {problem.origin}"
     return Text.assemble(
         f"{number:3}. ",
-        (f"{problem.key}{value}", "bold"),
-        (f"   {where}\n", "dim"),
-        f"     {problem.message}\n",
+        (visible(f"{problem.key}{value}"), "bold"),
+        (visible(f"   {where}\n"), "dim"),
+        visible(f"     {problem.message}\n"),
         ("     fix: ", "green"),
-        f"{problem.remedy}\n",
+        visible(f"{problem.remedy}\n"),
     )
 
 

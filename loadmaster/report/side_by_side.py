@@ -24,6 +24,7 @@ from loadmaster.report.inputs import RunFiles, dig, number, read_run
 from loadmaster.rundir import RECORD, is_at_work
 from loadmaster.streams import Output
 from loadmaster.tables import figure, print_table
+from loadmaster.words import visible
 
 OWN_DATA = ("data=file", "data.path=shipped:tickets")
 """Words of a job on data of its own, which lies elsewhere."""
@@ -42,7 +43,7 @@ def show_runs(folders: Sequence[Path], console: Console) -> None:
     for folder in folders or [Path("runs")]:
         runs = runs_in(folder)
         if not runs and folders:
-            message = "holds no run" if folder.is_dir() else "is no folder"
+            message = "holds no run" if os.path.isdir(folder) else "is no folder"
             remedy = "name a run directory, or a folder of some; without one it is runs/, where train.py puts them"
             raise ConfigError.of("FOLDER", str(folder), message, remedy, "command line")
         found |= dict.fromkeys(runs)
@@ -90,7 +91,7 @@ def show(runs: Sequence[Path], console: Console) -> None:
     for heading, _ in columns:
         table.add_column(heading, justify="right" if heading in FIGURES else "left", no_wrap=heading == "run")
     for row in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*map(escape, row))  # a list among the settings is no markup
+        table.add_row(*(escape(visible(cell)) for cell in row))  # a list among the settings is no markup
     print_table(table, console)
     if said := lowest({str(run.relative_to(root)): each for run, each in files.items()}):
         console.print(said, highlight=False, markup=False, soft_wrap=True)

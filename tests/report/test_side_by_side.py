@@ -31,6 +31,14 @@ def a_run(folder, stages=("plan", "train", "evaluate"), loss=1.0, before=2.0, st
     return folder
 
 
+def test_a_setting_that_a_terminal_would_obey_is_shown(tmp_path, capsys):
+    for number, name in enumerate(("plain", "\x1b[2J")):
+        a_run(tmp_path / str(number), model={"name": name})
+    show_runs([tmp_path], Console())
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "\u241b[2J" in said
+
+
 def test_what_sets_runs_apart_and_what_came_of_each(tmp_path, capsys):
     a_run(tmp_path / "mine/2026-01-01", loss=1.5, optimizer={"lr": 0.001, "name": "adamw"}, run_dir="a")
     a_run(tmp_path / "mine/2026-01-02", loss=1.25, optimizer={"lr": 0.0001, "name": "adamw"}, run_dir="b")
