@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager, redirect_stderr
@@ -57,8 +58,8 @@ def chat(asked: argparse.Namespace, unknown: list[str]) -> int:
     """
     if unknown:
         raise UsageError(f"chat does not know {' '.join(unknown)}; --message TEXT takes the message")
-    if not (asked.run_dir / "config.yaml").is_file():
-        newest = newest_in(asked.run_dir) if asked.run_dir.is_dir() else None
+    if not os.path.isfile(asked.run_dir / "config.yaml"):  # no error for a name that is too long, as Path's own is
+        newest = newest_in(asked.run_dir) if os.path.isdir(asked.run_dir) else None
         give = f"give one of those in it; the newest is {newest}" if newest else "give one whose train stage is done"
         raise LoadmasterError(f"{asked.run_dir} is no run directory: {give}")
     text = _message(asked)

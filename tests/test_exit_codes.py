@@ -27,6 +27,9 @@ DOCS = ROOT / "docs"
         (["verify", "nowhere"], 5),
         (["push", "nowhere", "--repo", "org/name", "--dry-run"], 5),
         (["serve-check", "nowhere"], 5),
+        (["runs", "x" * 5000], 2),
+        (["chat", "x" * 5000], 4),
+        (["chat", "nowhere", "Hello"], 2),
     ],
 )
 def test_a_mistake_beside_the_job_has_the_code_of_its_command(
@@ -36,6 +39,13 @@ def test_a_mistake_beside_the_job_has_the_code_of_its_command(
     monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
     assert main(words) == code
     assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["runs", "\x1b[2J"], ["plan", "\x1b[2J"], ["data", "data.path=\x1b[2J.jsonl"]])
+def test_what_is_wrong_is_said_without_characters_that_a_terminal_obeys(words: list[str], capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "\u241b[2J" in said
 
 
 @pytest.mark.parametrize("words", [["verify"], ["serve-check"], ["push", "--repo", "org/name"], ["deploy"]])
