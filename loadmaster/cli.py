@@ -33,6 +33,7 @@ if __name__ == "__main__":  # as a job on another machine is started
 from loadmaster import __version__, chat_command, collector, hub, processors
 from loadmaster.config.fields import nearest
 from loadmaster.config.schema import STAGES, Job
+from loadmaster.config.shipped import refuse_gone_folder
 from loadmaster.config.show import show_error
 from loadmaster.ending import ended
 from loadmaster.endpoint.command import add_parsers
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         starting.over(signal.SIGTERM, signal.SIGHUP)
         collector.resume()
     try:
+        refuse_gone_folder()
         if arguments.takes_words:
             return arguments.run(arguments, words)
         if words:

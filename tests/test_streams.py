@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from loadmaster.cli import main
 from loadmaster.config.compose import compose
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.files import cached_in
+from loadmaster.streams import agreed
 from tests.runs import command, environment, file_system, metrics
 
 LOADMASTER = [sys.executable, "-m", "loadmaster"]
@@ -75,13 +78,26 @@ def test_a_log_in_another_encoding_gets_question_marks(words: list[str], tmp_pat
     assert "???" in out if words == ["plan"] else '?{"customer"' in out
 
 
-def test_a_current_folder_that_is_gone_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_current_folder_that_is_gone_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
     with pytest.raises(ConfigError, match="is gone, or you may not look into it"):
         compose([])
+    assert main(["runs"]) == 2 and "cd to one that is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stdin", [None, io.TextIOWrapper(io.BytesIO(b""))])
+def test_nobody_who_could_be_asked_agrees(stdin, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", stdin)
+    with pytest.raises(LoadmasterError, match="nobody is there to ask: --yes goes on without"):
+        agreed("delete all?")
+
+
+def test_what_is_no_text_is_no_yes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    assert agreed("delete all?") is False
 
 
 def test_figures_for_programs_come_whole_through_a_pipe(tmp_path: Path):

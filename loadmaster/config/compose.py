@@ -7,7 +7,6 @@ Nothing here imports torch; the whole takes a fraction of a second in a cold pro
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from loadmaster.config.origins import COMMAND_LINE, lines_of, origin_of, origins
 from loadmaster.config.overrides import Overrides, groups_of, read_overrides, reading_order
 from loadmaster.config.rules import broken_rules
 from loadmaster.config.schema import Job
+from loadmaster.config.shipped import refuse_gone_folder
 from loadmaster.config.validate import MISSING, check, to_dict
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.files import read_text
@@ -75,21 +75,12 @@ def compose(
 
 
 def open_loader(config_dir: str | None = None) -> Loader:
-    if not _is_here():
-        message, remedy = "is gone, or you may not look into it", "cd to one that is there"
-        raise ConfigError.of("the current folder", None, message, remedy, "the shell")
+    refuse_gone_folder()
     try:
         return config_loader(config_dir)
     except SearchPathException as error:
         message, remedy = "there is no such folder", "name one that exists"
         raise ConfigError.of("--config-dir", config_dir, message, remedy, COMMAND_LINE) from error
-
-
-def _is_here() -> bool:
-    try:
-        return os.access(os.getcwd(), os.X_OK)
-    except OSError:
-        return False
 
 
 def compose_with(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+
+from loadmaster.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 SCHEME = "shipped:"
@@ -42,3 +45,12 @@ def display_path(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
     except ValueError:
         return str(path)
+
+
+def refuse_gone_folder() -> None:
+    """Raises ConfigError where paths are relative to nothing."""
+    with suppress(OSError):
+        if os.access(os.getcwd(), os.X_OK):
+            return
+    message, remedy = "is gone, or you may not look into it", "cd to one that is there"
+    raise ConfigError.of("the current folder", None, message, remedy, "the shell")
