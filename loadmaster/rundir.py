@@ -188,7 +188,7 @@ class RunDir:
         write_json(self.path / RECORD, record)
 
     def seconds_by_stage(self) -> dict[str, float]:
-        return {stage: record["seconds"] for stage, record in _stages(self.path).items()}
+        return {stage: record.get("seconds", 0.0) for stage, record in _stages(self.path).items()}
 
     def mend_result(self) -> str | None:
         """Begin result.json anew where it cannot be read; a sentence that says what is lost by that."""
@@ -222,7 +222,7 @@ def is_at_work(path: Path) -> bool:
 def started_in(path: Path) -> Path:
     """Where the command of a run was started, which the relative paths of its job count from; else this folder."""
     folder = Path(str(_record(path).get("started_in", ".")))
-    return folder if folder.is_dir() else Path.cwd()
+    return folder if os.path.isdir(folder) else Path.cwd()
 
 
 def newest_in(folder: Path) -> Path | None:
@@ -272,8 +272,8 @@ def _record(path: Path) -> dict[str, Any]:
     return object_in(path / RECORD)
 
 
-def _stages(path: Path) -> dict[str, Any]:
-    return as_object(_record(path).get("stages"))
+def _stages(path: Path) -> dict[str, dict[str, Any]]:
+    return {stage: as_object(record) for stage, record in as_object(_record(path).get("stages")).items()}
 
 
 def _is_nothing(name: str) -> bool:

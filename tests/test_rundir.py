@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.rundir import RunDir, file_fingerprint, is_at_work, newest_in
+from loadmaster.rundir import RunDir, file_fingerprint, is_at_work, newest_in, started_in
 
 
 def test_only_what_this_process_made_is_discarded(tmp_path: Path) -> None:
@@ -72,3 +72,11 @@ def test_a_folder_s_fingerprint_is_that_of_its_files_and_their_names(tmp_path: P
         (tmp_path / name).write_text(text)
         found |= {file_fingerprint(tmp_path), file_fingerprint(tmp_path / name)}
     assert len(found) == 5  # the last file is like the one before
+
+
+@pytest.mark.parametrize("record", ['{"plan": 3}', '{"plan": {}}', '["plan"]'])
+def test_of_stages_that_are_no_record_nothing_is_known(record: str, tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text(f'{{"identity": "i", "started_in": "{"x" * 5000}", "stages": {record}}}')
+    run = RunDir.choose(str(tmp_path), "smoke", "i")
+    assert not run.is_done("plan", "hash") and set(run.seconds_by_stage().values()) <= {0.0}
+    assert started_in(tmp_path) == Path.cwd()
