@@ -57,7 +57,9 @@ def agreed(question: str) -> bool:
     """Whether somebody says yes. Raises LoadmasterError where nobody is there."""
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
+    except UnicodeDecodeError:
+        return False
+    except (EOFError, RuntimeError):  # RuntimeError: with <&-
         raise LoadmasterError("nobody is there to ask: --yes goes on without") from None
 
 
