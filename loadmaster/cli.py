@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
 def _number_of_rows(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no number of rows: 0 or more")
-    return int(text)
+    return min(int(text), sys.maxsize)
 
 
 def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -8,17 +8,23 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from loadmaster.cli import STAGE_HELP, main
+from loadmaster.cli import STAGE_HELP, _parser, main
 from loadmaster.config.compose import compose
 from loadmaster.dataset_size import dataset_tokens
 from loadmaster.preflight import make_plan, print_plan
 
 ASKED = ["recipe=lora_8b", "hardware.gpu=h100_80gb", "hardware.count=1"]
+
+
+def test_more_rows_than_can_be_counted_are_all_rows():
+    asked, _ = _parser().parse_known_args(["data", "--rows", "9" * 30])
+    assert list(islice("abc", asked.rows)) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("rows", ["-1", "-3", "1.5", "many"])
