@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
@@ -78,9 +79,10 @@ class Worker:
         path = volume / "server.json"
         path.write_text(json.dumps({**settings, "command": command, "port": port}))
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+        self.left = TemporaryDirectory(prefix="loadmaster-")  # for vLLM's sockets, which it does not remove
+        told = {**platform.queue.environment, "SERVER_JSON": str(path), "TMPDIR": self.left.name}
         self.process = subprocess.Popen(
-            [sdk, bundle / "handler.py"], env={**kept, **SERVER_VARIABLES, **platform.queue.environment,
-                                               "SERVER_JSON": str(path)}, cwd=volume,
+            [sdk, bundle / "handler.py"], env={**kept, **SERVER_VARIABLES, **told}, cwd=volume
         )
 
     def running(self) -> float:
@@ -97,6 +99,7 @@ class Worker:
             if self.process.poll() is None:
                 self.process.kill()
                 self.process.wait()
+            self.left.cleanup()
 
 
 def local_api(sdk: Path, bundle: Path, server_port: int) -> None:
