@@ -81,7 +81,8 @@ class RunDir:
                 raise _refused(run_dir, f"{message}the two", remedy)
             return run
         parent = root / recipe
-        known = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
+        with _refusing(parent):
+            known = sorted(parent.iterdir(), reverse=True) if os.path.isdir(parent) else []
         for path in known:
             if _identity(path) == identity and not (path / LAUNCH_RECORD).exists():
                 return cls(path, identity)

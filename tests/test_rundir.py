@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.rundir import RunDir, file_fingerprint, is_at_work, newest_in, started_in
 
 
@@ -80,3 +81,13 @@ def test_of_stages_that_are_no_record_nothing_is_known(record: str, tmp_path: Pa
     run = RunDir.choose(str(tmp_path), "smoke", "i")
     assert not run.is_done("plan", "hash") and set(run.seconds_by_stage().values()) <= {0.0}
     assert started_in(tmp_path) == Path.cwd()
+
+
+def test_runs_that_may_not_be_looked_into_are_a_problem_of_run_dir(tmp_path: Path, monkeypatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))  # root may look into all
+
+    (tmp_path / "smoke").mkdir()
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ConfigError, match=r"(?s)no run can be kept in .*smoke: permission denied.*run_dir=FOLDER"):
+        RunDir.choose("auto", "smoke", "i", tmp_path)
