@@ -16,7 +16,14 @@ from loadmaster.cli import main
 from loadmaster.config.schema import EndpointConfig, ExportConfig, Job, ModelConfig
 from loadmaster.endpoint.bundle import choose, next_step, write_bundle
 from loadmaster.endpoint.readme import gguf_commands
-from loadmaster.endpoint.settings import endpoint_name, model_options, vllm_options, volume_path
+from loadmaster.endpoint.settings import (
+    endpoint_name,
+    endpoint_request,
+    hub_json,
+    model_options,
+    vllm_options,
+    volume_path,
+)
 from loadmaster.endpoint.sizing import traffic_of
 from loadmaster.errors import ConfigError, ExportRejected
 from loadmaster.export.answers import keep
@@ -395,6 +402,9 @@ def test_a_rank_that_is_not_allowed_gets_the_next_one_up():
         "adapter": {"rank": 65},
     }
     assert model_options(manifest, "x", 512)["max-lora-rank"] == "128"
+    for revision, told in (("abc", "abc"), (None, None), ("package==1.0", None)):  # a version is none of the Hub's
+        base = {"name": "org/base", "revision": revision}
+        assert model_options({**manifest, "base_model": base}, "x", 512).get("revision") == told
     assert choose({"adapter": {"bytes": 1}}, "auto") == "adapter"
     with pytest.raises(ConfigError, match=r"no server loads it: for llama\.cpp(.|\n)*serve_as=bf16"):
         choose({"gguf": {"bytes": 1}}, "gguf")  # of a manifest older than this field
@@ -410,6 +420,20 @@ def test_a_server_is_told_its_cards_and_as_many_sequences_as_its_requests_have_a
         "model": "/model", "served-model-name": "tickets", "max-model-len": "2048", "gpu-memory-utilization": "0.85",
         "tensor-parallel-size": "4", "max-num-seqs": "30",
     }
+
+
+@pytest.mark.parametrize(
+    ("format", "weights", "disk"),
+    [("bf16", "volume", 60), ("bf16", "image", 60 + 2 * 16), ("adapter", "volume", 60 + 2 * 14)],
+)
+def test_a_worker_has_room_for_the_weights_that_come_with_its_image_or_are_downloaded(format, weights, disk):
+    manifest = {"format": format, "recipe": "tickets", "bytes": 16_000_000_000}
+    sizing = SimpleNamespace(
+        plan=SimpleNamespace(gpus=2, weights_gb=14.0), pool="P", excluded=["NVIDIA L40"], min_workers=0, max_workers=3
+    )
+    request = endpoint_request(manifest, EndpointConfig(weights=weights), {}, sizing)
+    assert request["disk"] == disk and request["workers"]["max"] == 3
+    assert hub_json("tickets", "org/base", request)["config"]["gpuIds"] == "P,-NVIDIA L40"
 
 
 @pytest.mark.parametrize("serve_as", ["auto", "adapter"])
