@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from loadmaster.endpoint.economics import Prices
-from loadmaster.endpoint.inference import Load, loads
+from loadmaster.endpoint.inference import Load, NotAnswered, loads
 from loadmaster.endpoint.review import lines, prices_of, review, verdict, worker_hours
 from loadmaster.endpoint.smoke import compared, failures, figures, similarity
-from loadmaster.endpoint.validate import too_slow
+from loadmaster.endpoint.validate import WARM_S, Expected, _asked, too_slow
 from loadmaster.errors import LoadmasterError
 from loadmaster.launch.runpod.types import Endpoint, EndpointBill, GpuType, parse
 
@@ -127,3 +127,37 @@ def test_slower_than_planned_is_told_by_figure() -> None:
     load = Load(8, 4, first_token_s=1.4, slowest_first_token_s=2, tokens_per_second=60, tokens_per_second_each=21)
     assert too_slow(load, planned, 5.0) == []
     assert [said.split()[1] for said in too_slow(load, planned, 2.0)] == ["first", "answer"]
+
+
+class Served:
+    """An endpoint that gives the same answer to whatever it is asked, and keeps that."""
+
+    def __init__(self, text: str, finish_reason: str = "stop"):
+        self.choice = {"message": {"content": text}, "finish_reason": finish_reason}
+        self.asked, self.waits = [], []
+
+    def ask(self, given: dict, wait_s: float) -> dict:
+        self.asked.append(given["openai_input"])
+        self.waits.append(wait_s)
+        return {"model": "m", "choices": [self.choice]}
+
+
+def recorded(text: str) -> Expected:
+    asked = [{"role": "user", "content": "Where?"}]
+    prompt = {"messages": asked, "text": text, "finish_reason": "stop", "tokens": 2, "max_tokens": 32}
+    return Expected("m", 2048, [prompt, prompt], {}, 5.0)
+
+
+def test_recorded_prompts_are_asked_as_they_were_and_only_the_first_waits_for_a_start() -> None:
+    for text in ("There.", ""):  # the export may have said nothing
+        served = Served(text)
+        assert _asked(served, recorded(text), 900.0, lambda _: None)["equal"] == 2
+        assert [body["max_tokens"] for body in served.asked] == [32, 32] and served.waits == [900.0, WARM_S]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "said"), [("", "stop", "has no text"), ("There.", "abort", "ended with 'abort'")]
+)
+def test_an_answer_that_is_none_is_no_answer(text: str, reason: str, said: str) -> None:
+    with pytest.raises(NotAnswered, match=said):
+        _asked(Served(text, reason), recorded("There."), 900.0, lambda _: None)
