@@ -52,7 +52,6 @@ def test_the_figures_are_those_of_their_definitions(tiny, reference):
         other.model.layers[0].mlp.down_proj.weight.zero_()
     figures = compare(other, [reference], 0)
     p, q = reference.log_probabilities.double(), log_probabilities(other, ROW, 0)[0].double()
-    assert torch.allclose(p.exp().sum(-1), torch.ones(29, dtype=torch.float64), atol=1e-5)  # not in bf16, as the logits
     divergences = (p.exp() * (p - q)).sum(-1).numpy()
     assert figures["mean_kl"] == pytest.approx(divergences.mean(), rel=1e-4)
     assert figures["p99_kl"] == pytest.approx(np.percentile(divergences, 99), rel=1e-4)
