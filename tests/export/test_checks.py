@@ -142,6 +142,16 @@ def test_an_adapter_that_has_not_learnt_is_told_from_one_with_zeros(tmp_path, pa
         assert f"up_proj.{part}.weight" in found[0] and said in found[0]
 
 
+def test_other_tokens_are_other_tokens_where_they_are_as_many(monkeypatch):
+    monkeypatch.setattr(checks, "token_ids", lambda tokenizer, conversation: tokenizer.ids[conversation.origin])
+    trained, exported = (
+        SimpleNamespace(chat_template=None, ids={"a.jsonl:1": [1, 2], "a.jsonl:2": last}) for last in ([3, 4], [3, 5])
+    )
+    conversations = [SimpleNamespace(origin=origin) for origin in trained.ids]
+    assert checks.template(trained, trained, conversations) == []
+    assert checks.template(exported, trained, conversations) == ["a.jsonl:2 gives other tokens than in training"]
+
+
 # ---------------------------------------------------------------- numbers of live weights
 
 

@@ -152,7 +152,10 @@ def test_recorded_prompts_are_asked_as_they_were_and_only_the_first_waits_for_a_
     for text in ("There.", ""):  # the export may have said nothing
         served = Served(text)
         assert _asked(served, recorded(text), 900.0, lambda _: None)["equal"] == 2
-        assert [body["max_tokens"] for body in served.asked] == [32, 32] and served.waits == [900.0, WARM_S]
+        assert [body["max_tokens"] for body in served.asked] == [32, 32]
+        # Greedy, whatever generation_config.json asks for.
+        assert {(body["temperature"], body["repetition_penalty"]) for body in served.asked} == {(0, 1.0)}
+        assert served.waits == [900.0, WARM_S]
 
 
 @pytest.mark.parametrize(

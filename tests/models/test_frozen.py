@@ -321,3 +321,12 @@ def loss(model: nn.Module, length: int = 32) -> Tensor:
     ids = torch.randint(0, 300, (1, length), generator=torch.Generator().manual_seed(0))
     total, trained = token_losses(model.train(), MicroBatch(ids, ids, torch.arange(length)[None]))
     return total / trained
+
+
+def test_what_fp8_layers_multiply_with_is_not_rounded_to_the_inputs_dtype():
+    """The scale comes after the product, in float32."""
+    layer = FrozenFP8Linear(64, 32)
+    layer.fill(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16())
+    exact = layer.weight.view(torch.float8_e4m3fn).float() * layer.scale[:, None]
+    assert torch.equal(layer.multiplied_with(torch.bfloat16), exact)
+    assert not torch.equal(layer.dequantized(torch.bfloat16).float(), exact)
