@@ -8,7 +8,8 @@ taken for those of such a GPU, lowered to Triton, and every kernel is assembled 
 Nothing is run. Printed is JSON:
 
     graphs    [[forward or backward or loss, kernels assembled]]
-    bytes     that a token of a layer moves, in kernels that memory bounds: fused ones, and narrow products
+    bytes     that a token of a layer moves, in kernels that memory bounds (fused ones, and narrow products), and what
+              wide products are added to
     backward  bytes of a token in use at once that a layer's backward pass makes
     beyond    the same beyond what it was given, which it lets go as it is read
     mixed     graphs with a kernel that sums over tokens and over features at once
@@ -155,13 +156,17 @@ class Generated:
 
 
 def bytes_of(node: object) -> int:
-    """That a kernel reads and writes, if it is a fused one or a narrow product."""
+    """That a kernel reads and writes, if it is a fused one or a narrow product, or that it adds a wide one to."""
     kind = type(node).__name__
     if kind == "NopKernelSchedulerNode":
         return 0
     if kind != "ExternKernelSchedulerNode":
         return node.get_read_write_buffers_sizes()
-    if not (node.node.python_kernel_name or "").endswith(".mm"):
+    called = node.node.python_kernel_name or ""
+    if called.startswith("torch.ops.loadmaster.add_"):  # models/added.py
+        total = node.node.inputs[0]
+        return math.prod(map(int, total.get_size())) * total.get_dtype().itemsize
+    if not called.endswith(".mm"):
         return 0
     sizes = [int(size) for factor in node.node.inputs[:2] for size in factor.get_size() if str(size).isdigit()]
     return node.get_read_write_buffers_sizes() if min(sizes) <= NARROW else 0

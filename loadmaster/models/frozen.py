@@ -118,7 +118,7 @@ class FrozenNF4Linear(FrozenLinear):
         }
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        return _nf4_weight(
+        return nf4_weight(
             self.weight, self.absmax, self.absmax_scale, self.absmax_offset, self.absmax_code,
             [self.out_features, self.in_features], dtype,
         )
@@ -217,7 +217,7 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 # ---------------------------------------------------------------- nf4
 
 
-def _nf4_weight(
+def nf4_weight(
     codes: Tensor, absmax: Tensor, scale: Tensor, offset: Tensor, code: Tensor, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     ops = torch.ops.bitsandbytes
@@ -238,14 +238,14 @@ class _NF4Matmul(torch.autograd.Function):
         ctx.save_for_backward(codes, absmax, scale, offset, code)
         ctx.shape = shape
         if shape[1] % BLOCK:  # blocks run over the ends of rows, which the one operation is not made for
-            return nn.functional.linear(x, _nf4_weight(codes, absmax, scale, offset, code, shape, x.dtype), bias)
+            return nn.functional.linear(x, nf4_weight(codes, absmax, scale, offset, code, shape, x.dtype), bias)
         return torch.ops.bitsandbytes.gemm_4bit(
             x, codes.view(-1, 1), shape, scale, BLOCK, "nf4", bias, absmax, code, offset
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad @ _nf4_weight(*ctx.saved_tensors, ctx.shape, grad.dtype), *[None] * 7
+        return grad @ nf4_weight(*ctx.saved_tensors, ctx.shape, grad.dtype), *[None] * 7
 
 
 # ---------------------------------------------------------------- fp8

@@ -23,10 +23,13 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from loadmaster.models import added, graphs
+from loadmaster.models.added import add_to_narrow
+from loadmaster.models.graphs import MM, VIEWS, added_up_in, call, leave_out
+
 NARROW = 256
 """Most columns of a product that is worth merging; ranks are at most that. Wider ones keep a GPU busy by themselves."""
-VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
-MM, ADD, CAT = torch.ops.aten.mm.default, torch.ops.aten.add.Tensor, torch.ops.aten.cat.default
+CAT = torch.ops.aten.cat.default
 PERMUTE, SLICE = torch.ops.aten.permute.default, torch.ops.aten.slice.Tensor
 AS_STRIDED = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
 
@@ -38,9 +41,12 @@ class MergeNarrowProducts(CustomGraphPass):
         _share(graph, shared=0)
         _share(graph, shared=1)
         _sum(graph)
+        add_to_narrow(graph, _narrow_terms(graph))
 
     def uuid(self) -> bytes:
-        return sha256(Path(__file__).read_bytes()).digest()  # not of its path, which another machine may not share
+        """Of the code and not of its paths, which another machine may not share."""
+        files = (__file__, graphs.__file__, added.__file__)
+        return sha256(b"".join(Path(file).read_bytes() for file in files)).digest()
 
 
 def _size(node: fx.Node) -> tuple[int, int]:
@@ -99,12 +105,12 @@ def _share(graph: fx.Graph, shared: int) -> None:
         with graph.inserting_before(place):
             wide = _joined(graph, sources, shared if turned else own, place)
             if turned:
-                wide = _call(graph, PERMUTE, wide, [1, 0])
-            merged = _call(graph, MM, *((factor, wide) if shared == 0 else (wide, factor)))
+                wide = call(graph, PERMUTE, wide, [1, 0])
+            merged = call(graph, MM, *((factor, wide) if shared == 0 else (wide, factor)))
             start, results = 0, []
             for product in products:
                 end = start + _size(product)[own]
-                results.append(_call(graph, SLICE, merged, own, start, end))
+                results.append(call(graph, SLICE, merged, own, start, end))
                 start = end
         for product, result in zip(products, results, strict=True):
             _replace(graph, product, result)
@@ -128,11 +134,15 @@ def _used_before(place: fx.Node, products: list[fx.Node], read: list[fx.Node]) -
     return sorted(early)
 
 
+def _narrow_terms(graph: fx.Graph) -> list[fx.Node]:
+    return _products(graph, lambda m, k, n: _is_narrow(k, n))
+
+
 def _sum(graph: fx.Graph) -> None:
     """Merge products with few terms in each sum whose results are added up anyway."""
     groups: dict[tuple[fx.Node, tuple[int, int]], list[fx.Node]] = defaultdict(list)
-    for node in _products(graph, lambda m, k, n: _is_narrow(k, n)):
-        if (total := _added_up_in(node)) is not None:
+    for node in _narrow_terms(graph):
+        if (total := added_up_in(node)) is not None:
             groups[total, _size(node)].append(node)
     for products in groups.values():
         if len(products) < 2:
@@ -140,48 +150,11 @@ def _sum(graph: fx.Graph) -> None:
         *others, last = products
         with graph.inserting_before(last):
             factors = [[product.args[side] for product in products] for side in (0, 1)]
-            merged = _call(graph, MM, _joined(graph, factors[0], 1, last), _joined(graph, factors[1], 0, last))
+            merged = call(graph, MM, _joined(graph, factors[0], 1, last), _joined(graph, factors[1], 0, last))
         _replace(graph, last, merged)
         for product in others:
-            _leave_out(graph, product)
-
-
-def _added_up_in(node: fx.Node) -> fx.Node | None:
-    """The last of the additions that this product alone goes through, each of tensors of one shape and dtype."""
-    total = None
-    while len(node.users) == 1:
-        (user,) = node.users
-        if user.target in VIEWS:
-            node = user
-        elif _adds_two_alike(user):
-            node = total = user
-        else:
-            break
-    return total
-
-
-def _adds_two_alike(node: fx.Node) -> bool:
-    if node.target is not ADD or node.kwargs or len(node.args) != 2:
-        return False
-    if not all(isinstance(arg, fx.Node) for arg in node.args) or node.args[0] is node.args[1]:
-        return False
-    first, second = (arg.meta["val"] for arg in node.args)
-    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):  # a size that varies
-        return False
-    return first.shape == second.shape and first.dtype == second.dtype
-
-
-def _leave_out(graph: fx.Graph, product: fx.Node) -> None:
-    """Take a term out of the addition that it goes to."""
-    gone = [product]
-    while gone[-1].target is not ADD:
-        (user,) = gone[-1].users
-        gone.append(user)
-    addition, term = gone[-1], gone[-2]
-    (other,) = (arg for arg in addition.args if arg is not term)
-    addition.replace_all_uses_with(other)
-    for node in reversed(gone):
-        graph.erase_node(node)
+            leave_out(graph, product)
+            graph.erase_node(product)
 
 
 def _first_behind(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -196,14 +169,7 @@ def _joined(graph: fx.Graph, nodes: list[fx.Node], dim: int, place: fx.Node) -> 
     for user in nodes[0].users:
         if user.target is CAT and user.args == (nodes, dim) and user < place:
             return user
-    return _call(graph, CAT, nodes, dim)
-
-
-def _call(graph: fx.Graph, target: Callable, *args: object) -> fx.Node:
-    """A new node behind the one that was made before, with the value that its kind needs to be known by."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]))
-    return node
+    return call(graph, CAT, nodes, dim)
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:

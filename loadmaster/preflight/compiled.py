@@ -80,10 +80,10 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
 def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     """What one token of a layer has at once in its backward pass, beyond what is kept and its output's gradient.
 
-    Under adapters, at the kernel of the gated product: both products of the gradient, the product made again, and the
-    gradients of gate and up, in bf16, and in FP8 the codes of both, with dropout one in bf16 besides, and a GELU's in
-    fp32; where gate and up are one matrix, one product of the gradient. Under DoRA these lie beside what its magnitudes
-    have scaled: eight in all. At most, as some targets and dropout need less. Trained whole: one product of the
+    Under adapters, at the kernel of the gated product: its gradient, the product made again, and the gradients of gate
+    and up, in bf16 (three of the four where gate and up are one matrix); in FP8 the other product of its gradient, and
+    the codes of both, with dropout one in bf16 besides, and a GELU's in fp32. Under DoRA these lie beside what its
+    magnitudes have scaled: five to eight in all. At most, as some targets need less. Trained whole: one product of the
     gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
     and fp32; with four norms the gradient before the last one. Read off the code that inductor generates for a GPU
     (2.13; tests/models/test_gpu_code.py). With experts, or fused and trained whole, a layer is counted amply as an
@@ -96,9 +96,9 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
         return products * f + 2 * shape.hidden_size * (shape.norms == 4)
     scaled = {m.name for m in shape.adapted(setup.lora_targets) if m in shape.mlp_matrices} if setup.dora else ()
     if len(scaled) > 1 and "down_proj" in scaled:
-        return 16 * f
-    codes = (2 + 2 * bool(setup.lora_dropout) + 4 * shape.gelu) * (setup.precision == "fp8")
-    return (10 - 2 * shape.fused + codes) * f
+        return ((16 if setup.lora_dropout else 10) if shape.fused else (14 if setup.lora_dropout else 12)) * f
+    codes = (4 + 2 * bool(setup.lora_dropout) + 4 * shape.gelu) * (setup.precision == "fp8")
+    return (8 + 2 * bool(scaled) - 2 * shape.fused + codes) * f
 
 
 def made_again_bytes(shape: ModelShape, setup: Setup) -> int:
@@ -111,3 +111,23 @@ def made_again_bytes(shape: ModelShape, setup: Setup) -> int:
     kinds = [shape.has_experts(layer) for layer in range(first, shape.layers)]
     known = [kind for kind in kinds if kept_bytes(shape, setup, kind) is not None]
     return sum(8 * shape.hidden_size + 2 * products[kind] for kind in known)
+
+
+JOINED = {"v_proj": 2, "gate_proj": 1, "up_proj": 1, "gate_up_proj": 1, "qkv_proj": 1}
+"""Passes over the sum of base and adapter that are gone with the kernel that made it: what is kept was written there,
+and v, which attention reads as it is, read once more."""
+
+
+def joined_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Not moved, for one token, in all layers in which wide products are added to adapters' narrow ones
+    (models/added.py): their sums are written by the products. The gradient of attention's output was a sum, too. That
+    a wide product reads what it is added to is counted as the sum's reading of it was, though arithmetic hides it."""
+    if not setup.compiled or not setup.adapters or setup.precision == "fp8":
+        return 0
+    first, passes = shape.layers - setup.layers_kept(shape), 0
+    for layer in range(shape.layers):
+        adapted = shape.adapted(setup.lora_targets, shape.has_experts(layer))
+        made = {"none": 1, "selective": 0}.get(setup.checkpointing if layer < first else "none", 2) * (not setup.dora)
+        passes += made * sum(JOINED.get(m.name, 0) * m.outputs for m in adapted if not m.bias)
+        passes += 2 * sum(m.inputs for m in adapted if m.name == "o_proj")
+    return setup.width * passes

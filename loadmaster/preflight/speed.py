@@ -17,7 +17,7 @@ from dataclasses import replace
 from loadmaster import catalog
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.communication import step_communication
-from loadmaster.preflight.compiled import made_again_bytes
+from loadmaster.preflight.compiled import joined_bytes, made_again_bytes
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.memory import inputs_bytes, state_bytes
 from loadmaster.preflight.plan import Plan
@@ -77,7 +77,8 @@ def bytes_moved(shape: ModelShape, work: Work, setup: Setup) -> float:
     if not setup.compiled:
         return work.bytes_moved
     fused = (work.bytes_moved - work.bytes_unfused) * value("compiled", "traffic")
-    return work.bytes_unfused + fused + made_again_bytes(shape, setup) * setup.tokens
+    beside = made_again_bytes(shape, setup) - joined_bytes(shape, setup)
+    return work.bytes_unfused + fused + beside * setup.tokens
 
 
 def size_factor(shape: ModelShape, setup: Setup, faster: float = 1.0) -> float:

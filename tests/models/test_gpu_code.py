@@ -116,4 +116,4 @@ def test_another_family_assembles_too(method: str, precision: str) -> None:
     shape, setup = from_config({**GEMMA3, "vocab_size": 128256, "num_hidden_layers": 2}, "gemma3_text"), Setup(
         method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True
     )
-    assert found["beyond"] <= in_backward_bytes(shape, setup) <= 1.06 * found["beyond"]
+    assert found["beyond"] <= in_backward_bytes(shape, setup) <= 1.07 * found["beyond"]
