@@ -45,7 +45,9 @@ _opened: set[str] = set()
 
 def compile_layers(model: nn.Module) -> None:
     """Let every decoder layer run compiled, and the loss: when each is first called, forward and backward."""
-    from loadmaster.models.merged import MergeNarrowProducts  # the compiler takes two seconds to import
+    from torch._inductor.lowering import add_needs_realized_inputs  # the compiler takes two seconds to import
+
+    from loadmaster.models.merged import MergeNarrowProducts
 
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     # torch 2.11's shortcut past a module's guards: on there, off since for its crashes (pytorch #181873).
@@ -55,6 +57,8 @@ def compile_layers(model: nn.Module) -> None:
     # pass: a third of what a layer would keep, for about 1% of a step's time (modelled).
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._inductor.config.post_grad_custom_pre_pass = MergeNarrowProducts()
+    # What is cast to FP8 for several products, as q, k and v, is written once; it was once for each of them.
+    add_needs_realized_inputs(torch.ops.aten._scaled_mm)
     # Sums over tokens that share a kernel with others over features are left unwritten where they are to be part of a
     # larger tensor, from 16k tokens on: wrong gradients without a word (pytorch #193061, torch 2.10 to 2.13).
     torch._inductor.config.triton.mix_order_reduction = False

@@ -75,7 +75,7 @@ def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
         method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True,
         sequence_length=TOKENS,
     )
-    assert counted(setup) == pytest.approx(found["bytes"] + beside, rel=0.08)
+    assert counted(setup) == pytest.approx(found["bytes"] + beside, rel=0.018 if setup.adapters else 0.08)
     inside = found["backward" if setup.adapters else "beyond"]
     assert in_backward_bytes(SHAPE, setup) == pytest.approx(inside, rel=0.002)
 
