@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 
 from loadmaster import collector
 from loadmaster.errors import StoppedOnRequest
@@ -13,6 +15,7 @@ from loadmaster.errors import StoppedOnRequest
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Requests to stop."""
 PR_SET_PDEATHSIG = 1
+LOOK_S = 1.0
 
 
 def heed_no_more_requests() -> None:
@@ -31,9 +34,21 @@ def ended(code: int) -> int:
 
 
 def end_with(parent: int) -> None:
-    """On Linux the kernel ends this process when the one that started it is gone, however that came about."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before
+    """This process is killed when the one that started it is gone, however that came about: by the kernel on Linux, by
+    a thread that looks elsewhere."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        _end_without(parent)  # it was gone before
+    else:
+        threading.Thread(target=_look_for, args=(parent,), name="parent", daemon=True).start()
+
+
+def _look_for(parent: int) -> None:
+    while True:
+        _end_without(parent)
+        time.sleep(LOOK_S)
+
+
+def _end_without(parent: int) -> None:
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)

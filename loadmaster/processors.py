@@ -23,9 +23,14 @@ settled: dict[str, str] = {}
 """Variables that `settle` has set, with their values."""
 
 
+def shown() -> int:
+    """Processors of this process's affinity; all of them where a system knows none (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def usable() -> int:
-    """Processors of this process's affinity, and no more than its container has whole ones of."""
-    count, most = len(os.sched_getaffinity(0)), quota()
+    """Those that are shown, and no more than this process's container has whole ones of."""
+    count, most = shown(), quota()
     return count if most is None else max(1, min(count, int(most)))
 
 
@@ -48,7 +53,7 @@ def quota() -> float | None:
 
 def settle() -> None:
     """Tell libraries that are yet to be loaded, in this process and those that it starts, of a quota that binds."""
-    if (count := usable()) < len(os.sched_getaffinity(0)):
+    if (count := usable()) < shown():
         for name, value in shares(count).items():
             if name not in os.environ:
                 os.environ[name] = settled[name] = value

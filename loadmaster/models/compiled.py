@@ -186,8 +186,10 @@ class CompileCache:
 
 def _instructions() -> str:
     """Stands for what this machine's CPU can do."""
-    text = Path("/proc/cpuinfo").read_text()
-    known = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
+    lines = []
+    with suppress(OSError):  # macOS has no such file
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    known = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
     return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 

@@ -6,7 +6,6 @@ for a known card.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -196,8 +195,10 @@ def _meminfo_bytes() -> int:
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemTotal:"))
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except OSError:  # macOS
+        import psutil  # a plan on Linux is not to wait for it
+
+        return psutil.virtual_memory().total
 
 
 def detect_local(count: int | str = "auto", nodes: int = 1) -> Hardware:

@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -197,8 +196,10 @@ def _end_the_lost(count: int, before: set[int], over: threading.Event, lost: dic
 
 
 def _is_stopped(pid: int) -> bool:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    import psutil
+
+    with suppress(psutil.Error):
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
     return False
 
 
@@ -270,11 +271,9 @@ def _end_when_asked(ear: socket.socket) -> None:
 
 def _leaders_under(pid: int) -> list[int]:
     """Children that lead a session of their own, as the agent starts its workers."""
-    children: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # a thread that has ended meanwhile
-            children += map(int, task.read_text().split())
-    return [child for child in children if _session(child) == child]
+    import psutil  # no plan waits for it
+
+    return [child.pid for child in psutil.Process(pid).children() if _session(child.pid) == child.pid]
 
 
 def _session(pid: int) -> int | None:

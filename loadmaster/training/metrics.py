@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -97,7 +98,8 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     On a CPU all three are the process's largest resident set.
     """
     if device.type != "cuda":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
         return {"peak_allocated_gib": peak, "peak_reserved_gib": peak, "peak_device_gib": peak}
     free, total = torch.cuda.mem_get_info(device)
     return {

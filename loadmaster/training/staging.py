@@ -12,6 +12,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def host_bytes(tensor: Tensor) -> int:
 
 def free_host_bytes() -> float:
     """Memory that can still be taken on this machine, or in this container."""
-    found = [_meminfo("MemAvailable:")]
+    found: list[float] = [psutil.virtual_memory().available]
     for folder, largest, current, inactive in CGROUPS:
         with suppress(OSError, ValueError):
             limit, used = (folder / largest).read_text().strip(), int((folder / current).read_text())
@@ -72,11 +73,3 @@ def free_host_bytes() -> float:
             if limit.isdigit():
                 found.append(int(limit) - used + int(cached.get(inactive, 0)))
     return min(found)
-
-
-def _meminfo(name: str) -> float:
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
-    except (OSError, StopIteration):
-        return float("inf")

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -254,7 +255,7 @@ def leave(world: World) -> None:
 
 
 def quiet() -> None:
-    """Return once no other thread of this process runs, or after QUIET_S.
+    """Return once no other thread of this process runs, or after QUIET_S: that is always where there is no /proc.
 
     Gloo's threads let go of a collective's tensors after who waited for it goes on, and need Python to do so. Once
     Python ends that aborts the process ("terminate called without an active exception"), and FSDP and DeepSpeed keep
@@ -263,8 +264,9 @@ def quiet() -> None:
     me, deadline = threading.get_native_id(), time.monotonic() + QUIET_S
     while time.monotonic() < deadline:
         time.sleep(0.005)  # whoever waits for Python gets it now
-        if not any(_runs(task) for task in Path("/proc/self/task").iterdir() if task.name != str(me)):
-            return
+        with suppress(FileNotFoundError):
+            if not any(_runs(task) for task in Path("/proc/self/task").iterdir() if task.name != str(me)):
+                return
 
 
 def _runs(task: Path) -> bool:

@@ -396,7 +396,7 @@ def test_the_plan_of_a_405b_over_all_machines_takes_no_torch_and_few_replays(met
 import sys
 from loadmaster.cli import main
 assert main({words}) == {3 if method == "full" else 0}
-assert not {{"torch", "transformers"}} & set(sys.modules)
+assert not {{"torch", "transformers", "psutil"}} & set(sys.modules)
 from loadmaster.preflight.step import training_step
 print("replays", training_step.cache_info().misses)
 """

@@ -235,13 +235,15 @@ def test_who_is_gone_before_it_is_killed_does_not_end_the_looks(looked_at):
     assert looked_at(*[STOPPED] * (LOOKS + 3), gone=True) == [2, 2, 2]
 
 
-@pytest.mark.parametrize(
-    ("stat", "stopped"),
-    [("7 (sleep) T 1 7", True), ("7 (sleep) S 1 7", False), ("7 (a) T (b) S 1 7", False), ("7 (sleep) t 1 7", False)],
-)
-def test_a_process_is_stopped_by_a_signal_and_not_by_its_name_or_a_debugger(monkeypatch, stat, stopped):
-    monkeypatch.setattr(agent, "Path", lambda path: SimpleNamespace(read_text=lambda: stat))
-    assert agent._is_stopped(7) is stopped
+def test_a_process_is_stopped_by_a_signal(monkeypatch):
+    """Not by a debugger; psutil tells one from the other."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert not agent._is_stopped(process.pid)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        assert agent._is_stopped(process.pid)
+        process.kill()
+    assert not agent._is_stopped(process.pid)
 
 
 @pytest.fixture
@@ -330,14 +332,22 @@ def test_a_request_ends_this_process_only_while_other_hosts_are_waited_for(monke
     assert ("not all hosts had come" in capsys.readouterr().err) == ends
 
 
-def test_workers_are_those_of_all_threads_children_that_lead_a_session(monkeypatch, tmp_path):
-    (tmp_path / "1/children").mkdir(parents=True)  # cannot be read, as of a thread that has ended meanwhile
-    for thread, children in (("2", "5 6 "), ("3", "7 "), ("4", "")):
-        (tmp_path / thread).mkdir()
-        (tmp_path / thread / "children").write_text(children)
-    monkeypatch.setattr(agent, "Path", lambda path: tmp_path)
-    monkeypatch.setattr(agent, "_session", lambda pid: {5: 5, 6: 1, 7: 7}[pid])
-    assert sorted(agent._leaders_under(1)) == [5, 7]
+def test_workers_are_those_of_all_threads_children_that_lead_a_session():
+    started: list[subprocess.Popen] = []
+    before = agent._leaders_under(os.getpid())
+
+    def start():
+        started.extend(subprocess.Popen(["sleep", "60"], start_new_session=leads) for leads in (True, False))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    try:
+        assert set(agent._leaders_under(os.getpid())) - {*before} == {started[0].pid}
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def test_a_process_that_is_gone_leads_no_session():
