@@ -25,6 +25,8 @@ from typing import Any
 from loadmaster.errors import LoadmasterError, NotAFile
 
 PARTIAL_SUFFIX = ".partial"
+FINDER_FILE = ".DS_Store"
+"""What macOS's Finder leaves in a folder that somebody looks into, and is nobody's content."""
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.files import (
+    FINDER_FILE,
     PARTIAL_SUFFIX,
     as_object,
     is_full_disk,
@@ -236,7 +237,7 @@ def file_fingerprint(path: Path) -> str:
     """Hash of the contents of a file, or of all files of a folder with their names."""
     if path.is_file():
         return sha256_file(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file())
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != FINDER_FILE)
     return sha256_json([[os.fspath(p.relative_to(path)), sha256_file(p)] for p in files])
 
 
@@ -278,8 +279,8 @@ def _stages(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_nothing(name: str) -> bool:
-    """Left of a process that was killed before it could say whose folder this is."""
-    return name == ".lock" or name.endswith(PARTIAL_SUFFIX)
+    """Left of a process that was killed before it could say whose folder this is, or by who looked into it."""
+    return name in (".lock", FINDER_FILE) or name.endswith(PARTIAL_SUFFIX)
 
 
 def _identity(path: Path) -> str | None:

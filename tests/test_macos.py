@@ -14,6 +14,9 @@ import psutil
 import pytest
 
 from loadmaster import processors
+from loadmaster.export.manifest import verify_manifest, write_manifest
+from loadmaster.launch.wheel import _below
+from loadmaster.rundir import RunDir, file_fingerprint
 from tests.runs import ROOT, environment
 
 MACOS = ROOT / "tests" / "stand_in" / "macos"
@@ -103,3 +106,15 @@ def test_the_end_of_a_world_and_a_compilers_cache_need_no_proc(monkeypatch, tmp_
     world.quiet()
     monkeypatch.setattr(compiled, "Path", lambda path: tmp_path / "none")
     assert len(compiled._instructions()) == 16
+
+
+def test_what_the_finder_leaves_in_a_folder_changes_nothing(tmp_path):
+    (tmp_path / "weights").write_text("1")
+    write_manifest(tmp_path, {"format": "bf16"})
+    before = file_fingerprint(tmp_path), _below(tmp_path, "it")
+    (tmp_path / ".DS_Store").write_text("icons")
+    assert verify_manifest(tmp_path) == []
+    assert (file_fingerprint(tmp_path), _below(tmp_path, "it")) == before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.DS_Store").write_text("icons")
+    RunDir.choose(str(tmp_path / "run"), "smoke", "a job")  # is refused where other things are in it

@@ -20,7 +20,7 @@ from loadmaster import __version__
 from loadmaster.config.overrides import assigned
 from loadmaster.config.serving_rules import LORA_RANKS
 from loadmaster.errors import ExportRejected
-from loadmaster.files import read_json, sha256_file, storable, write_text
+from loadmaster.files import FINDER_FILE, read_json, sha256_file, storable, write_text
 from loadmaster.packages import versions
 from loadmaster.rundir import newest_in
 
@@ -235,7 +235,9 @@ def verify_manifest(folder: Path) -> list[str]:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() and name not in listed:
             problems.append(f"{name}: a symbolic link that is not in the manifest")
-        elif not path.is_dir() and name not in {NAME, *BESIDE, *listed} and not name.startswith(BESIDE_FOLDER):
+        elif path.is_dir() or path.name == FINDER_FILE:
+            continue
+        elif name not in {NAME, *BESIDE, *listed} and not name.startswith(BESIDE_FOLDER):
             problems.append(f"{name}: not in the manifest")
     return problems if listed or problems else ["the manifest lists no files"]
 

@@ -25,6 +25,7 @@ import loadmaster
 from loadmaster.config.schema import LaunchConfig
 from loadmaster.config.shipped import local_path, shipped_folder
 from loadmaster.errors import LoadmasterError
+from loadmaster.files import FINDER_FILE
 
 SHIPPED = ("conf", "recipes", "data", "launch")
 VARIABLE = "LOADMASTER_WHEEL_"
@@ -107,7 +108,7 @@ def _below(folder: Path, prefix: str) -> dict[str, bytes]:
     return {
         f"{prefix}/{path.relative_to(folder).as_posix()}": path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.name != FINDER_FILE
     }
 
 
