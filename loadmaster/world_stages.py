@@ -182,7 +182,8 @@ class StageRun:
             settings = self.settings or job_hash(self.job)
             examine(self.world, settings, fingerprint, self.run_dir, needs_of(self.plan), self.display.echo)
             if self.job.stop_after != "train":
-                refuse_unaskable(self.job.evaluation, self.materials.prepared.validation_conversations)
+                conversations = self.materials.prepared.validation_conversations
+                refuse_unaskable(self.materials.tokenizer, self.job.evaluation, conversations)
 
     # ------------------------------------------------------------------ train
 

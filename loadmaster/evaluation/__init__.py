@@ -11,7 +11,7 @@ from torch import nn
 
 from loadmaster.config.schema import EvaluationConfig
 from loadmaster.data import Conversation, prompt_and_reference
-from loadmaster.evaluation.generate import Progress, generate, is_spread, prompt_ids
+from loadmaster.evaluation.generate import Progress, generate, is_askable, is_spread, prompt_ids
 from loadmaster.evaluation.held_out import held_out
 from loadmaster.evaluation.tasks import task_metric
 from loadmaster.preflight.answers import LONGEST_SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLES
@@ -37,13 +37,13 @@ def run_task(
 ) -> dict[str, Any]:
     """Answer the held-out conversations and score the answers with `evaluation.task`.
 
-    The last assistant message of a conversation is the reference, what precedes it the prompt; plain text,
-    tool calls and answers labelled undesirable are left out, and of the rest the first `evaluation.max_rows` are
-    answered. Returns the metric's figures ("metric" first) and "samples", a few of {"prompt", "reference", "answer",
-    "right"}.
+    The last assistant message of a conversation is the reference, what precedes it the prompt; plain text, tool calls,
+    answers labelled undesirable and prompts that the chat template refuses alone are left out, and of the rest the
+    first `evaluation.max_rows` are answered. Returns the metric's figures ("metric" first) and "samples", a few of
+    {"prompt", "reference", "answer", "right"}.
     Raises DataError when no conversation can be scored.
     """
-    prompts, references = prompts_and_references(conversations, evaluation.max_rows)
+    prompts, references = prompts_and_references(tokenizer, conversations, evaluation.max_rows)
     answers = generate(model, tokenizer, prompts, evaluation.max_new_tokens, batch_size(evaluation), on_progress, world)
     samples = [
         _sample(*asked) | {"right": task_metric(evaluation.task, [asked[2]], [asked[1]])["metric"] == 1.0}
@@ -69,8 +69,8 @@ def some_answers(
         return []
     short = (
         (prompt, reference)
-        for prompt, reference in zip(*prompts_and_references(conversations, LOOKED_AT), strict=True)
-        if prompt.messages and len(prompt_ids(tokenizer, prompt)) <= LONGEST_SAMPLE_PROMPT
+        for prompt, reference in zip(*prompts_and_references(tokenizer, conversations, LOOKED_AT), strict=True)
+        if len(prompt_ids(tokenizer, prompt)) <= LONGEST_SAMPLE_PROMPT
     )
     asked = list(islice(short, SAMPLES))
     prompts, longest = [prompt for prompt, _ in asked], min(evaluation.max_new_tokens, SAMPLE_TOKENS)
@@ -78,25 +78,27 @@ def some_answers(
     return [_sample(*each, answer) for each, answer in zip(asked, answers, strict=True)]
 
 
-def refuse_unaskable(evaluation: EvaluationConfig, conversations: Sequence[Conversation]) -> None:
+def refuse_unaskable(tokenizer: Any, evaluation: EvaluationConfig, conversations: Sequence[Conversation]) -> None:
     """Raises DataError where the task metric cannot be had of these held-out conversations: before training."""
     if evaluation.task != "none":
-        _, references = prompts_and_references(conversations, evaluation.max_rows)
+        _, references = prompts_and_references(tokenizer, conversations, evaluation.max_rows)
         task_metric(evaluation.task, references, references)
 
 
 def prompts_and_references(
-    conversations: Sequence[Conversation], limit: int | None
+    tokenizer: Any, conversations: Sequence[Conversation], limit: int | None
 ) -> tuple[list[Conversation], list[str]]:
-    """What is asked, and the right answer to each: at most `limit` conversations that end in words (None: all)."""
+    """What is asked, and the right answer to each: at most `limit` conversations that end in words (None: all), and
+    that the chat template takes without them."""
     prompts, references = [], []
     for conversation in conversations:
         if len(prompts) == limit:
             break
         if conversation.text is None and conversation.label is not False:
             messages, reference = prompt_and_reference(conversation)
-            if not reference.get("tool_calls"):
-                prompts.append(replace(conversation, messages=messages))
+            prompt = replace(conversation, messages=messages)
+            if not reference.get("tool_calls") and is_askable(tokenizer, prompt):
+                prompts.append(prompt)
                 references.append(reference["content"])
     return prompts, references
 

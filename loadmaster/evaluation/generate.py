@@ -181,6 +181,15 @@ def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
     return rendered["input_ids"]
 
 
+def is_askable(tokenizer: Any, prompt: Conversation) -> bool:
+    """Whether the chat template takes a conversation without its answer: some refuse one in which no user speaks."""
+    try:
+        prompt_ids(tokenizer, prompt)
+    except Exception:  # the template's raise_exception and Jinja share no base class
+        return False
+    return True
+
+
 def _pad_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 

@@ -44,13 +44,16 @@ def recorded_answers(model: Any, tokenizer: Any, conversations: Sequence[Convers
 
 
 def _prompt(conversation: Conversation, tokenizer: Any) -> Conversation | None:
-    """The conversation up to its last answer; None where that is no short chat of words alone."""
-    from loadmaster.evaluation.generate import prompt_ids
+    """The conversation up to its last answer; None where that is no short chat of words alone, or the
+    chat template refuses it."""
+    from loadmaster.evaluation.generate import is_askable, prompt_ids
 
     if not conversation.is_words_alone:
         return None
     prompt = replace(conversation, messages=prompt_and_reference(conversation)[0])
-    return prompt if len(prompt_ids(tokenizer, prompt)) <= LONGEST_PROMPT_TOKENS else None
+    if not is_askable(tokenizer, prompt) or len(prompt_ids(tokenizer, prompt)) > LONGEST_PROMPT_TOKENS:
+        return None
+    return prompt
 
 
 def keep(run_dir: Path, manifest: dict[str, Any], answers: list[dict[str, Any]]) -> None:

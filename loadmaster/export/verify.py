@@ -275,8 +275,8 @@ class Verification:
         if not self.tokenizer.chat_template:
             return [], []
         if self.evaluation.task != "none":
-            return prompts_and_references(self.conversations, self.evaluation.max_rows)
-        return prompts_and_references(self.conversations, ANSWERS)[0], []
+            return prompts_and_references(self.tokenizer, self.conversations, self.evaluation.max_rows)
+        return prompts_and_references(self.tokenizer, self.conversations, ANSWERS)[0], []
 
     def _answers(self, model: nn.Module, tokenizer: Any) -> list[str]:
         longest = self.evaluation.max_new_tokens

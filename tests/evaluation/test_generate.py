@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 from loadmaster.config.schema import EvaluationConfig
 from loadmaster.data import Conversation
 from loadmaster.errors import DataError
-from loadmaster.evaluation import generate, run_task, some_answers
+from loadmaster.evaluation import generate, prompts_and_references, run_task, some_answers
+from loadmaster.export.answers import _prompt
 from loadmaster.models.load import load_base, load_tokenizer
 from loadmaster.training.world import World
 
@@ -257,6 +258,17 @@ def test_a_few_answers_are_there_to_be_read_where_there_is_no_task(model, tokeni
         assert some_answers(model, tokenizer, rows, briefly) == []
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert some_answers(model, tokenizer, rows, briefly) == []
+
+
+def test_prompts_that_the_chat_template_refuses_without_their_answer_are_not_asked(tokenizer, monkeypatch):
+    template = "{% if 'user' not in messages | map(attribute='role') %}{{ raise_exception('nobody asks') }}{% endif %}a"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    said = {"role": "assistant", "content": "no"}
+    greeting = Conversation([{"role": "system", "content": "Greet."}, said, {"role": "user", "content": "Hi"}])
+    asked, references = prompts_and_references(tokenizer, [greeting, conversation("Hi", said)], None)
+    assert ([prompt.messages[0]["content"] for prompt in asked], references) == (["Hi"], ["no"])
+    assert _prompt(greeting, tokenizer) is None
+    assert _prompt(conversation("Hi", said), tokenizer) is not None
 
 
 def test_a_longer_conversation_is_shown_turn_by_turn(model, tokenizer):

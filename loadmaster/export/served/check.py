@@ -26,7 +26,7 @@ from loadmaster.config.compose import read_job
 from loadmaster.config.schema import Job
 from loadmaster.data import Conversation, PreparedData, prepare, prompt_and_reference
 from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked, UsageError
-from loadmaster.evaluation.generate import prompt_ids
+from loadmaster.evaluation.generate import is_askable, prompt_ids
 from loadmaster.export.manifest import NAME as MANIFEST
 from loadmaster.export.manifest import is_served, no_export, read_manifest, verify_manifest
 from loadmaster.export.process import answering_s, run_step, timeout_s
@@ -224,7 +224,8 @@ def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any
     if not tokenizer.chat_template:
         return asked
     asked["conversations"] = {
-        name: messages for name, messages in FIXED_CONVERSATIONS.items() if _renders(tokenizer, messages)
+        name: messages for name, messages in FIXED_CONVERSATIONS.items()
+        if is_askable(tokenizer, Conversation(messages))
     }
     held_out = prepared.validation is not None
     for conversation in prepared.validation_conversations if held_out else prepared.train_conversations:
@@ -233,6 +234,8 @@ def questions(job: Job, prepared: PreparedData, tokenizer: Any) -> dict[str, Any
         if not conversation.is_words_alone:
             continue
         messages, _ = prompt_and_reference(conversation)
+        if not is_askable(tokenizer, Conversation(messages)):
+            continue
         if len(_rendered(tokenizer, messages)) + asked["max_new_tokens"] <= job.sequence_length:
             asked["prompts"].append(asdict(replace(conversation, messages=messages)))
             asked["conversations"][conversation.origin] = messages
@@ -328,11 +331,3 @@ def _say(echo: Callable[[str], None], name: str, text: str) -> None:
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
     return prompt_ids(tokenizer, Conversation(messages))
-
-
-def _renders(tokenizer: Any, messages: list[dict[str, Any]]) -> bool:
-    try:
-        _rendered(tokenizer, messages)
-    except Exception:  # the template's raise_exception and Jinja share no base class
-        return False
-    return True
