@@ -74,9 +74,10 @@ def prepare(job: Job, tokenizer: Any) -> PreparedData:
                         )
                     seal(partial)
     prepared = _open(folder, fingerprint)
-    if found := unfit(prepared.summary["format"], job.objective):  # what kto left in the cache, dpo and orpo find
-        reason, remedy = found
-        raise DataError(f"each row of the data {reason}\n    fix: {remedy}")
+    for part in prepared.summary.get("formats", [prepared.summary]):  # entries of the cache from before have none
+        if found := unfit(part["format"], job.objective):  # what kto left in the cache, dpo and orpo find
+            reason, remedy = found
+            raise DataError(f"each row of {listed(part.get('files', names))} {reason}\n    fix: {remedy}")
     if sheets := [display_path(sheet) for sheet in left_out(job.data.path) + (left_out(held) if validation else [])]:
         prepared.summary["notes"].append(f"{listed(sheets)}: {NOT_READ}")
     prepared.summary.update(cache="hit" if cached else "built", seconds=time.perf_counter() - started)

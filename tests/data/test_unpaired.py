@@ -196,6 +196,11 @@ def test_only_kto_takes_labelled_answers(tokenizer, write_jsonl, cached):
         said = rf"objective={objective} compares two[\s\S]*fix: use objective=kto, or write pairs"
         with pytest.raises(DataError, match=said):
             prepare(job(path, objective), tokenizer)
+    pairs = write_jsonl([{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": "no"} for n in range(4)], "pairs.jsonl")
+    if cached:
+        prepare(job(pairs, validation=str(path)), tokenizer)
+    with pytest.raises(DataError, match="objective=dpo compares two"):
+        prepare(job(pairs, "dpo", validation=str(path)), tokenizer)
     with pytest.raises(DataError, match="with objective=kto, or write the desirable ones as messages"):
         prepare(job(path, "sft"), tokenizer)
     with pytest.raises(DataError, match=r"objective=kto needs chosen and rejected \(or completion and label\)"):
