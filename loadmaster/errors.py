@@ -88,7 +88,7 @@ class NotAFile(LoadmasterError, OSError):
         super().__init__(errno.EINVAL, "is no regular file", str(path))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return NotAFile, (self.filename,)
+        return NotAFile, (self.filename,), self.__dict__
 
     def __str__(self) -> str:
         return f"{self.filename} {self.strerror}"

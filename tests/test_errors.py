@@ -49,5 +49,6 @@ def test_an_exception_comes_out_of_another_process_as_it_was(name: str):
     module, _, attribute = name.partition(":")
     kind = getattr(import_module(module), attribute)
     made = kind(*given_to(kind))
+    made.said = True  # in a host's log
     again = pickle.loads(pickle.dumps(made))
     assert (type(again), str(again), again.__dict__) == (kind, str(made), made.__dict__)
