@@ -111,7 +111,8 @@ def describe(summary: dict[str, Any]) -> str:
             )
             lost = long["cut_tokens"] / (figures["tokens"] + long["cut_tokens"])
             if split == "train" and "text" in summary["format"] and lost > MUCH:
-                advice = "of the text is cut off; data.on_long_row=split keeps it, in rows of sequence_length"
+                what, of_it = ("the text", "it") if summary["format"] == "text" else ("all tokens", "plain text")
+                advice = f"of {what} is cut off; data.on_long_row=split keeps {of_it}, in rows of sequence_length"
                 lines.append(f"  {split}: {lost:.0%} {advice}")
     return "\n".join(lines + [f"  note: {note}" for note in summary["notes"]])
 

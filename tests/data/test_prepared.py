@@ -352,6 +352,11 @@ def test_text_of_which_much_is_cut_off_is_advised_to_be_split(tokenizer, write_j
     assert advice.endswith("% of the text is cut off; data.on_long_row=split keeps it, in rows of sequence_length")
     assert "keeps it" not in said("split", 64) + said("cut", 4096)
 
+    chats = write_jsonl([row(n, words=100) for n in range(4)], "chats.jsonl")
+    mixed = job_for([path, chats], sequence_length=64, on_long_row="cut", validation=None)
+    advice = "% of all tokens is cut off; data.on_long_row=split keeps plain text, in rows of sequence_length"
+    assert advice in describe(prepare(mixed, tokenizer).summary)
+
 
 def test_a_missing_validation_file_is_named_by_its_own_key(tokenizer, write_jsonl, job_for):
     with pytest.raises(DataError, match=r"data\.validation = './none\.jsonl': no such file"):
