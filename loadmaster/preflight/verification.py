@@ -201,7 +201,7 @@ def answering_bytes(job: Job, shape: ModelShape, width: int, answers: int) -> fl
 
 def answers_at_a_time(job: Job) -> int:
     answers = ANSWERS_AT_A_TIME if job.evaluation.batch_size == "auto" else job.evaluation.batch_size
-    return answers if job.evaluation.max_rows is None else min(answers, job.evaluation.max_rows)
+    return answers if job.evaluation.task == "none" else min(answers, job.evaluation.max_rows or answers)
 
 
 def forward_passes(job: Job, setup: Setup, answers: int) -> tuple[int, int]:

@@ -129,6 +129,8 @@ def test_answers_to_be_read_are_counted_where_a_gpu_holds_all_weights() -> None:
     need, asked = answering(job, shape, hardware, alone)
     assert asked == 8 and need.activations == answer_bytes(shape, 2, 8, 1024, 128)
     assert need.weights / GIB == pytest.approx(BF16, rel=0.01)
+    of_a_task = replace(job, evaluation=EvaluationConfig(max_rows=1))  # the limit is on what a task scores
+    assert answering(of_a_task, shape, hardware, alone)[1] == 8
     for spread in ({"sharding": "fsdp"}, {"sharding": "zero3"}, {"sharding": "fsdp", "offload": "all"}):
         assert answering(job, shape, hardware, replace(alone, **spread)) == (Bytes(), 0)
     for data in (DataConfig(validation=None), DataConfig(format="text")):
