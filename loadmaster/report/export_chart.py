@@ -59,6 +59,9 @@ def _set_apart(labels: list[Any]) -> None:
     """Move each label, from the lowest on, up to where it lies over none below it."""
     placed: list[Any] = []
     for label in labels:
-        while any(label.get_window_extent().overlaps(other) for other in placed):
-            label.xyann = (label.xyann[0], label.xyann[1] + 1)
+        for below in sorted(placed, key=lambda box: box.y0):
+            box = label.get_window_extent()
+            if box.overlaps(below):
+                up = 1 + (below.y1 - box.y0) * 72 / label.figure.dpi
+                label.xyann = (label.xyann[0], label.xyann[1] + up)
         placed.append(label.get_window_extent())

@@ -50,3 +50,9 @@ def test_labels_of_exports_that_are_alike_lie_apart(size: tuple[int, int]):
     svg = draw_exports([Point(name, 135.0, 1e-9 * number, 0.02, True) for number, name in enumerate(names)], size)
     at = [float(re.search(rf'y="([0-9.]+)"[^>]*>{name}</text>', svg)[1]) for name in names]
     assert at[0] - at[1] > 9 and at[1] - at[2] > 9
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_labels_beyond_what_can_be_drawn_are_not_moved_for_ever():
+    points = [Point(name, 100.0, 1e300, None, False) for name in ("fp8", "int4")]
+    assert "<svg" in draw_exports([Point("bf16", 100.0, 0.0, None, True), *points], NARROW)
