@@ -1,6 +1,6 @@
 """A card's own kernels held against exact arithmetic: a minute on a GPU that nothing was run on before.
 
-    python benchmarks/gpu_kernels.py            attention of packed documents, and products over nf4 and FP8 bases
+    python benchmarks/gpu_kernels.py            attention of packed documents, products over nf4 and FP8 bases, adapters
     python benchmarks/gpu_kernels.py --size 256 smaller products, as the tests run it
 
 Everything else that training runs was held against a CPU's numbers, or is read off generated code; these operations
@@ -11,12 +11,15 @@ share of the norm, and ends with 1 where that is beyond a limit.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from loadmaster.models.attention import _by_document
+from loadmaster.models.compiled import set_compiler
 from loadmaster.models.flash import LENGTHS, WHOLE_LIMIT, Call, apart, results
 from loadmaster.models.frozen import FORMS
 
@@ -26,6 +29,9 @@ ROWS = 1, 7, 4096
 """One of generation, one that no tile divides, a micro-batch's."""
 LIMITS = {"nf4": 0.01, "fp8": 0.06}
 """Of bf16's rounding, and that of inputs and gradients to FP8: 0.002 and 0.027 on a CPU's kernels."""
+RANK, ADAPTED_LIMIT = 16, 0.02
+"""Of adapters. Of bf16's rounding of several products one after another: 0.006 on a CPU's kernels, 0.9 with a term that
+is lost."""
 
 
 def attention(call: Call, lengths: tuple[int, ...], device: torch.device) -> dict[str, float]:
@@ -69,6 +75,57 @@ def products(form: str, rows: int, size: int, device: torch.device) -> dict[str,
     return found
 
 
+class Adapted(nn.Module):
+    """A frozen linear layer and its adapter, of which each is about half of the result."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(RANK, inputs) / inputs**0.5)
+        self.b = nn.Parameter(torch.randn(outputs, RANK) / RANK**0.5)
+        nn.init.normal_(self.base.weight, std=inputs**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a.t() @ self.b.t()
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, size: int):
+        super().__init__()
+        self.gate, self.up, self.down = Adapted(size, 2 * size), Adapted(size, 2 * size), Adapted(2 * size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def adapters(form: str, rows: int, size: int, device: torch.device) -> dict[str, float]:
+    """Of an MLP's output, and its gradients at most, compiled as decoder layers are: sums of a base's products and an
+    adapter's are made in place there (loadmaster/models/added.py)."""
+    with device:
+        mlp = GatedMLP(size).bfloat16()
+    exact = copy.deepcopy(mlp).float()
+    for layer, plain in zip(mlp.children(), exact.children(), strict=True):
+        if form in FORMS:
+            base = FORMS[form](layer.base.in_features, layer.base.out_features)
+            base.fill(layer.base.weight.data)
+            layer.base, plain.base.weight.data = base, base.multiplied_with(torch.bfloat16).float()
+    x, d_output = (torch.randn(rows, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def results(run: Callable, mlp: nn.Module, x: Tensor, d_output: Tensor) -> list[Tensor]:
+        trained = [x.requires_grad_(), *(each for each in mlp.parameters() if each.requires_grad)]
+        output = run(mlp, x)
+        return [output.detach(), *torch.autograd.grad(output, trained, d_output)]
+
+    expected = results(nn.Module.__call__, exact, x.detach().float(), d_output.float())
+    found = {}
+    compiled = torch.compile(lambda mlp, x: mlp(x), dynamic=False)
+    for how, run in (("", nn.Module.__call__), ("compiled ", compiled)):
+        made = zip(results(run, mlp, x, d_output), expected, strict=True)
+        output, *gradients = (((each.float() - other).norm() / other.norm()).item() for each, other in made)
+        found |= {how + "output": output, how + "gradients": max(gradients)}
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096, help="inputs of the products; most of their rows, too")
@@ -76,12 +133,15 @@ def main() -> int:
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU here, or none that PyTorch can use")
     torch.manual_seed(0)
+    set_compiler()
     device, beyond = torch.device("cuda"), 0
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     cases = [(f"attention {call}, {lengths}", WHOLE_LIMIT, attention, (call, lengths, device))
              for call in CALLS for lengths in LENGTHS]
     cases += [(f"{form}, {rows} rows", limit, products, (form, rows, told.size, device))
               for form, limit in LIMITS.items() for rows in [min(each, told.size) for each in ROWS]]
+    cases += [(f"adapters over {form}, {told.size} rows", ADAPTED_LIMIT, adapters, (form, told.size, told.size, device))
+              for form in ("bf16", "nf4")]
     for name, limit, run, inputs in cases:
         try:
             found = run(*inputs)

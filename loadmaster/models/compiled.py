@@ -43,8 +43,8 @@ _opened: set[str] = set()
 """Folders that this process has set the variable to."""
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Let every decoder layer run compiled, and the loss: when each is first called, forward and backward."""
+def set_compiler() -> None:
+    """How layers are compiled in this process from now on."""
     from torch._inductor.lowering import add_needs_realized_inputs  # the compiler takes two seconds to import
 
     from loadmaster.models.merged import MergeNarrowProducts
@@ -65,6 +65,11 @@ def compile_layers(model: nn.Module) -> None:
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of selective checkpoints
     # Advice for who compiles: what is multiplied in fp32 (norms of DoRA, whole models) is meant to be.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Let every decoder layer run compiled, and the loss: when each is first called, forward and backward."""
+    set_compiler()
     lm = causal_lm(model)
     lm.disable_input_require_grads()
     if not lm.get_input_embeddings().weight.requires_grad:

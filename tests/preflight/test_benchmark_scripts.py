@@ -227,11 +227,14 @@ def test_a_cards_kernel_that_is_wrong_or_fails_is_told_and_the_others_are_tried(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
     monkeypatch.setattr(script, "attention", lambda call, *_: {"output": math.nan if call.window else 0.002})
     monkeypatch.setattr(script, "products", fail)
+    monkeypatch.setattr(script, "adapters", lambda form, *_: {"output": 0.005, "gradients": 0.9})
+    monkeypatch.setattr(script, "set_compiler", lambda: None)
     monkeypatch.setattr(sys, "argv", ["gpu_kernels.py"])
     assert script.main() == 1
     said = capsys.readouterr().out.splitlines()[1:]
     wrong = [line for line in said if line.startswith("BEYOND")]
-    assert len(said) == 12 and len(wrong) == 2 + 6 and sum("CUBLAS_STATUS_NOT_SUPPORTED" in line for line in wrong) == 6
+    assert len(said) == 14 and len(wrong) == 2 + 6 + 2
+    assert sum("CUBLAS_STATUS_NOT_SUPPORTED" in line for line in wrong) == 6
 
 
 def test_losses_are_compared_of_what_the_packages_there_can_train(tmp_path, monkeypatch, capsys) -> None:
