@@ -64,8 +64,8 @@ def test_a_weight_that_is_made_for_a_product_is_made_where_the_product_is() -> N
     assert [kind for kind in kinds if kind in (MM, *one)] == [MM, *one, *one]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_product_over_nf4_is_added_as_well(bias: bool) -> None:
+@pytest.mark.parametrize(("bias", "turned"), [(False, False), (True, False), (False, True)])
+def test_a_product_over_nf4_is_added_as_well(bias: bool, turned: bool) -> None:
     own = nn.Parameter(random(96)) if bias else None
     parts = FrozenNF4Linear.quantized(W.t().contiguous())
 
@@ -75,7 +75,8 @@ def test_a_product_over_nf4_is_added_as_well(bias: bool) -> None:
             base._parameters.pop(name, None)
             base._buffers.pop(name, None)
             setattr(base, name, tensor)
-        return base(x.view(1, 40, 64)) + (h @ a).view(1, 40, 96)
+        x = x.view(4, 10, 64).transpose(0, 1) if turned else x.view(1, 40, 64)  # no view of two dimensions, or one
+        return base(x) + (h @ a).view(*x.shape[:2], 96)
 
     graph = passed(layer, X, H, A, *parts.values(), *([own] if bias else []))
     assert found(graph) == ((1, 0, 1) if bias else (1, 1, 0))
