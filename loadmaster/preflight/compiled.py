@@ -116,6 +116,8 @@ def made_again_bytes(shape: ModelShape, setup: Setup) -> int:
 JOINED = {"v_proj": 2, "gate_proj": 1, "up_proj": 1, "gate_up_proj": 1, "qkv_proj": 1}
 """Passes over the sum of base and adapter that are gone with the kernel that made it: what is kept was written there,
 and v, which attention reads as it is, read once more."""
+JOINED_BEFORE_NORMS = {**JOINED, "q_proj": 2, "k_proj": 2}
+"""The same of q and k where their own norms read them."""
 
 
 def joined_bytes(shape: ModelShape, setup: Setup) -> int:
@@ -125,9 +127,10 @@ def joined_bytes(shape: ModelShape, setup: Setup) -> int:
     if not setup.compiled or not setup.adapters or setup.precision == "fp8":
         return 0
     first, passes = shape.layers - setup.layers_kept(shape), 0
+    joined = JOINED_BEFORE_NORMS if shape.query_key_norm else JOINED
     for layer in range(shape.layers):
         adapted = shape.adapted(setup.lora_targets, shape.has_experts(layer))
         made = {"none": 1, "selective": 0}.get(setup.checkpointing if layer < first else "none", 2) * (not setup.dora)
-        passes += made * sum(JOINED.get(m.name, 0) * m.outputs for m in adapted if not m.bias)
+        passes += made * sum(joined.get(m.name, 0) * m.outputs for m in adapted if not m.bias)
         passes += 2 * sum(m.inputs for m in adapted if m.name == "o_proj")
     return setup.width * passes

@@ -232,3 +232,10 @@ def test_sums_that_have_no_kernel_are_not_moved(changed: dict, numbers: int) -> 
 def test_a_sum_with_a_bias_keeps_its_kernel() -> None:
     shape = find_shape(ModelConfig(name="Qwen/Qwen2.5-7B"))
     assert joined_bytes(shape, setup()) == 28 * 2 * (2 * 18944 + 2 * 3584)
+
+
+def test_a_sum_that_a_norm_of_queries_or_keys_reads_is_not_moved() -> None:
+    shape = find_shape(ModelConfig(name="Qwen/Qwen3-8B"))
+    heads = 2 * (4096 + 1024)
+    assert joined_bytes(shape, setup()) == 36 * 2 * (heads + 2 * 1024 + 2 * 12288 + 2 * 4096)
+    assert joined_bytes(shape, replace(setup(), lora_targets=("q_proj", "k_proj"))) == 36 * 2 * heads
