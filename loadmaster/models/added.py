@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from loadmaster.models.frozen import BLOCK, nf4_weight
-from loadmaster.models.graphs import MM, RESHAPE, VIEWS, added_up_in, call, leave_out
+from loadmaster.models.graphs import MM, VIEWS, added_up_in, call, leave_out
 
 
 @torch.library.custom_op("loadmaster::add_product", mutates_args=("total",))
@@ -33,7 +33,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def add_nf4_product(
     total: Tensor, x: Tensor, codes: Tensor, absmax: Tensor, scale: Tensor, offset: Tensor, code: Tensor
 ) -> None:
-    """total += x W^T, of W [columns, inner] in nf4 as frozen.py holds it."""
+    """total += x W^T, of x [..., inner] and W [columns, inner] in nf4 as frozen.py holds it."""
+    x = x.reshape(-1, x.shape[-1])
     shape = [total.shape[1], x.shape[1]]
     torch.addmm(total, x, nf4_weight(codes, absmax, scale, offset, code, shape, x.dtype).t(), out=total)
 
@@ -103,8 +104,7 @@ def _added(graph: fx.Graph, total: fx.Node, product: fx.Node) -> fx.Node:
     else:
         x, codes, _, scale, *_, absmax, code, offset = product.args
         operation, factors = add_nf4_product, {
-            "x": call(graph, RESHAPE, x, [_size(product)[0], x.meta["val"].shape[-1]]), "codes": codes,
-            "absmax": absmax, "scale": scale, "offset": offset, "code": code,
+            "x": x, "codes": codes, "absmax": absmax, "scale": scale, "offset": offset, "code": code,
         }
     both = graph.call_function(auto_functionalized, (operation._opoverload,), {"total": total, **factors})
     both.meta["val"] = None, torch.empty_like(total.meta["val"])

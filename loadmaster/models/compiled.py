@@ -57,8 +57,12 @@ def set_compiler() -> None:
     # pass: a third of what a layer would keep, for about 1% of a step's time (modelled).
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._inductor.config.post_grad_custom_pre_pass = MergeNarrowProducts()
-    # What is cast to FP8 for several products, as q, k and v, is written once; it was once for each of them.
-    add_needs_realized_inputs(torch.ops.aten._scaled_mm)
+    # What several products read, as q, k and v, is written once; it was once for each of them: cast to FP8, and under
+    # dropout what the base reads, which adapters do not. The compiler knows of its own products only.
+    ours, theirs = torch.ops.loadmaster, torch.ops.bitsandbytes
+    add_needs_realized_inputs([torch.ops.aten._scaled_mm, ours.add_product, ours.add_nf4_product])
+    if hasattr(theirs, "gemm_4bit"):  # the package is imported by layers in nf4
+        add_needs_realized_inputs(theirs.gemm_4bit)
     # Sums over tokens that share a kernel with others over features are left unwritten where they are to be part of a
     # larger tensor, from 16k tokens on: wrong gradients without a word (pytorch #193061, torch 2.10 to 2.13).
     torch._inductor.config.triton.mix_order_reduction = False

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-RESHAPE = torch.ops.aten.reshape.default
-VIEWS = (torch.ops.aten.view.default, RESHAPE, torch.ops.aten._unsafe_view.default)
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 MM, ADD = torch.ops.aten.mm.default, torch.ops.aten.add.Tensor
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from loadmaster.models.compiled import set_compiler
 from loadmaster.models.frozen import FrozenNF4Linear
 from loadmaster.models.graphs import ADD, MM
 from loadmaster.models.merged import MergeNarrowProducts
@@ -80,3 +81,16 @@ def test_a_product_over_nf4_is_added_as_well(bias: bool, turned: bool) -> None:
 
     graph = passed(layer, X, H, A, *parts.values(), *([own] if bias else []))
     assert found(graph) == ((1, 0, 1) if bias else (1, 1, 0))
+
+
+def test_the_compiler_writes_once_what_several_products_read() -> None:
+    """It learns of an operation as it first meets it, which is after it has chosen how to make what that one reads."""
+    from torch._inductor.lowering import needs_realized_inputs
+
+    FrozenNF4Linear(64, 96)
+    ours, theirs = torch.ops.loadmaster, torch.ops.bitsandbytes
+    products = {ours.add_product.default, ours.add_nf4_product.default, theirs.gemm_4bit.default}
+    for each in products:
+        needs_realized_inputs.discard(each)
+    set_compiler()
+    assert products <= needs_realized_inputs
