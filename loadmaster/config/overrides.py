@@ -202,6 +202,9 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: Exception) -> Pr
         return Problem(argument, None, COMMAND_LINE, "has a space before the =", remedy)
     if value.startswith("=") and key in fields():
         return Problem(key, value, COMMAND_LINE, "stands behind two =", f"{key}={value.lstrip('=')}")
+    if value.endswith(",") and value.count("[") > value.count("]"):
+        remedy = f"no space behind a comma, {key}={value}..., or all of it in quotes"
+        return Problem(key, value, COMMAND_LINE, "is cut off by a space in the list", remedy)
     if value.endswith(","):
         return Problem(key, value, COMMAND_LINE, "ends with a comma", f"{key}={value.rstrip(',')}")
     reason = str(error).splitlines()[0]

@@ -222,6 +222,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("model=./mine", "model", "there is no model of this name", "model.path=./mine; "),
         ("lora.rank==8", "lora.rank", "stands behind two =", "lora.rank=8"),
         ("recipe=lora_8b,", "recipe", "ends with a comma", "recipe=lora_8b"),
+        ("data.path=[a.jsonl,", "data.path", "is cut off by a space in the list", "data.path=[a.jsonl,..., or all"),
         ("seed = 3", "seed = 3", "has a space before the =", "seed=3"),
         ("recipe=recipes/smoke.yaml", "recipe", "there is no recipe of this name", "recipe=smoke; the options are"),
         ("data.path=[a.jsonl,]", "data.path", "Hydra cannot read it", "\"data.path=['a.jsonl']\""),
