@@ -245,7 +245,7 @@ class Pipeline:
         if not plan.fits:
             without = self.job.hardware.gpu == "local" and plan.hardware.gpu == "cpu"
             here = " on this machine, which has no GPU, or no driver that shows it" if without else ""
-            raise DoesNotFit(f"{plan.refusal or f'nothing fits{here}'}; {kept}")
+            raise DoesNotFit(f"{self.composed.sourced(plan.refusal or f'nothing fits{here}')}; {kept}")
         if kept:
             self.echo(kept)
 

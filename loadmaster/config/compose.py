@@ -7,6 +7,7 @@ Nothing here imports torch; the whole takes a fraction of a second in a cold pro
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -58,6 +59,13 @@ class Composed:
                 for p in error.problems
             ]
             raise ConfigError(found, begun or error.begun) from error
+
+    def sourced(self, refusal: str) -> str:
+        """A plan's refusal with the file and line of the value that it begins with, unless that was typed."""
+        value = re.match(r"([\w.]+)=[^\s:;]+", refusal)
+        if value is None or value[1] not in fields() or (origin := origin_of(self.origins, value[1])) == COMMAND_LINE:
+            return refusal
+        return f"{value[0]} ({origin}){refusal[value.end():]}"
 
 
 def compose(

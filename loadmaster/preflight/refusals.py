@@ -79,7 +79,8 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     if job.optimizer.in_backward is True and job.lora.dora and job.method != "full" and world > 1:
         yield "optimizer.in_backward=true goes with fsdp and lora.dora=true with ddp; set one of the two to false"
     if rows % world:
-        yield f"batch.global_size={rows} does not divide over {world} GPUs; use {rounded_up(rows, world)}"
+        works = f"batch.global_size={rounded_up(rows, world)}"
+        yield f"batch.global_size={rows} does not divide over {world} GPUs; use {works}"
     elif job.optimizer.in_backward is True and job.micro_batch_size not in ("auto", rows // world):
         yield (
             f"optimizer.in_backward=true takes a step after each micro-batch, and batch.global_size={rows} is "
