@@ -141,10 +141,8 @@ class Pipeline:
                     raise StoppedOnRequest(f"{self.stop.message} (after the stage {stage})")
                 # What the plan chose counts from here on, and not on how many GPUs of which kind it did.
                 inputs = sha256_json([inputs, chosen(self.plan)]) if stage == "plan" else stage_inputs
-            if self.job.stop_after == "bundle" and "LOADMASTER_NODE" not in os.environ:  # a launch goes on at home
-                from loadmaster.endpoint.bundle import next_step
-
-                self.echo(next_step(self.run_dir.path))
+            if self.job.stop_after != "plan" and "LOADMASTER_NODE" not in os.environ:  # a launch goes on at home
+                self._say_what_is_next()
 
     def _stage_inputs(self, stage: str) -> Any:
         hardware = str(detect_local()) if stage == "plan" and self.job.hardware.gpu == "local" else None
@@ -223,6 +221,16 @@ class Pipeline:
     def _say_where(self) -> None:
         """Once the job can be planned: a refusal leaves no new folder behind."""
         self.echo(f"run directory: {self.run_dir.path}")
+
+    def _say_what_is_next(self) -> None:
+        folder = self.run_dir.path
+        self.echo(f"report: {folder / 'report.html'}")
+        if self.job.stop_after != "bundle":
+            self.echo(f"next: loadmaster chat {shlex.quote(str(folder))} (talks to what was trained)")
+            return
+        from loadmaster.endpoint.bundle import next_step
+
+        self.echo(next_step(folder))
 
     # ------------------------------------------------------------------ stages
 

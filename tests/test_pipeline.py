@@ -197,6 +197,9 @@ def test_a_second_start_skips_what_is_unchanged_and_redoes_what_is_not(tiny, tmp
     monkeypatch.setattr(Display, "PLAIN_EVERY_S", 0.0)
     first = go(tiny, tmp_path, "stop_after=evaluate")[1]
     assert "skipped" not in first and "  2 of 2 answers" in first
+    run = tmp_path / "run"
+    said = [f"report: {run / 'report.html'}", f"next: loadmaster chat {run} (talks to what was trained)"]
+    assert first.splitlines()[-2:] == said
     (tmp_path / "run/report.html").unlink()
     again = go(tiny, tmp_path, "stop_after=evaluate")[1]
     assert (tmp_path / "run/report.html").is_file()
