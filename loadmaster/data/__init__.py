@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loadmaster.data.formats import Conversation, prompt_and_reference
+    from loadmaster.data.formats import Conversation, in_turn, prompt_and_reference
     from loadmaster.data.microbatch import MicroBatch, collate
     from loadmaster.data.prepared import PreparedData, prepare, refuse_bad_rows
     from loadmaster.data.preview import describe, judged_alone, show
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loadmaster.data.sampler import BatchSampler
 
 _LIES_IN = {
-    "formats": ("Conversation", "prompt_and_reference"), "microbatch": ("MicroBatch", "collate"),
+    "formats": ("Conversation", "in_turn", "prompt_and_reference"), "microbatch": ("MicroBatch", "collate"),
     "prepared": ("PreparedData", "prepare", "refuse_bad_rows"), "preview": ("describe", "judged_alone", "show"),
     "render": ("stop_token_ids", "template_hash"), "rows": ("PackedRow", "PackedRows", "packed_rows"),
     "sampler": ("BatchSampler",),
@@ -27,8 +27,8 @@ _LIES_IN = {
 
 __all__ = [
     "BatchSampler", "Conversation", "MicroBatch", "PackedRow", "PackedRows", "PreparedData", "collate", "describe",
-    "judged_alone", "packed_rows", "prepare", "prompt_and_reference", "refuse_bad_rows", "show", "stop_token_ids",
-    "template_hash",
+    "in_turn", "judged_alone", "packed_rows", "prepare", "prompt_and_reference", "refuse_bad_rows", "show",
+    "stop_token_ids", "template_hash",
 ]
 
 

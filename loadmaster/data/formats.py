@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -47,6 +47,8 @@ FORMAT_FIELDS = {
     "preference": "chosen and rejected, with a prompt; for objective=dpo, orpo or kto",
     "unpaired": "completion and label, with a prompt; for objective=kto",
 }
+PROBES = 1000
+"""Rows that are read to learn which files a data set is of."""
 _CHAT = {"system", "tools"}
 _JUDGED = {*PROMPTS, "history", *_CHAT}
 _READ = {
@@ -109,6 +111,23 @@ def prompt_and_reference(conversation: Conversation) -> tuple[list[dict[str, Any
     """(messages before the last assistant message, that message): what to generate from, what to compare with."""
     last = max(n for n, message in enumerate(conversation.messages) if message["role"] == "assistant")
     return conversation.messages[:last], conversation.messages[last]
+
+
+def in_turn(conversations: Sequence[Conversation]) -> Iterator[Conversation]:
+    """All of them, one of each file in turn: the first rows of several files show the first file alone.
+
+    Where a file begins is looked for at PROBES places; rows of one that is missed come with those before it.
+    """
+    count, step = len(conversations), max(1, len(conversations) // PROBES)
+    begins: dict[str, int] = {}
+    for number, conversation in enumerate(conversations[::step]):
+        begins.setdefault(conversation.origin.rpartition(":")[0], number * step)
+    seen: set[int] = set()
+    for turn in range(count):
+        for place in (begin + turn for begin in begins.values()):
+            if place < count and place not in seen:
+                seen.add(place)
+                yield conversations[place]
 
 
 def with_fields(row: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from loadmaster.data.checks import marked
 from loadmaster.data.faults import listed
-from loadmaster.data.formats import Conversation
+from loadmaster.data.formats import Conversation, in_turn
 from loadmaster.data.preference import PAIR_FIELDS
 from loadmaster.data.prepared import PreparedData
 from loadmaster.data.render import ChatRenderer, Rendering, Span
@@ -33,7 +33,7 @@ def show(data: PreparedData, tokenizer: Any, count: int, console: Any) -> None:
     ⟧ elsewhere."""
     from rich.text import Text
 
-    for conversation, name in _named(islice(data.train_conversations, count)):
+    for conversation, name in _named(islice(in_turn(data.train_conversations), count)):
         rendering = rendered(conversation, tokenizer)
         shown = visible(rendering.text)  # as long as the text, whose spans it is marked by
         if console.is_terminal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from loadmaster.config.schema import EvaluationConfig
-from loadmaster.data import Conversation, prompt_and_reference
+from loadmaster.data import Conversation, in_turn, prompt_and_reference
 from loadmaster.evaluation.generate import Progress, generate, is_askable, is_spread, prompt_ids
 from loadmaster.evaluation.held_out import held_out
 from loadmaster.evaluation.tasks import task_metric
@@ -62,14 +62,14 @@ def some_answers(
 ) -> list[dict[str, str]]:
     """A few of {"prompt", "reference", "answer"} to be read, where no task scores answers.
 
-    Of held-out conversations, the first whose prompts are short. Empty where a model has no chat template, and where
-    its weights are spread over GPUs or lie in host memory: all of them would be moved for each token.
+    Of held-out conversations, the first whose prompts are short, of each file in turn. Empty where a model has no chat
+    template, and where its weights are spread over GPUs or lie in host memory: all would be moved for each token.
     """
     if not tokenizer.chat_template or is_spread(model):
         return []
     short = (
         (prompt, reference)
-        for prompt, reference in zip(*prompts_and_references(tokenizer, conversations, LOOKED_AT), strict=True)
+        for prompt, reference in zip(*prompts_and_references(tokenizer, in_turn(conversations), LOOKED_AT), strict=True)
         if len(prompt_ids(tokenizer, prompt)) <= LONGEST_SAMPLE_PROMPT
     )
     asked = list(islice(short, SAMPLES))
@@ -86,7 +86,7 @@ def refuse_unaskable(tokenizer: Any, evaluation: EvaluationConfig, conversations
 
 
 def prompts_and_references(
-    tokenizer: Any, conversations: Sequence[Conversation], limit: int | None
+    tokenizer: Any, conversations: Iterable[Conversation], limit: int | None
 ) -> tuple[list[Conversation], list[str]]:
     """What is asked, and the right answer to each: at most `limit` conversations that end in words (None: all), and
     that the chat template takes without them."""

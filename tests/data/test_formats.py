@@ -10,6 +10,7 @@ from loadmaster.data.formats import (
     FORMAT_FIELDS,
     Conversation,
     RowError,
+    in_turn,
     prompt_and_reference,
     recognise_format,
     renamed,
@@ -24,6 +25,14 @@ TOOL = {"name": "weather", "description": "Weather", "parameters": {"type": "obj
 
 def messages_of(row: dict, shape: str, **options) -> list[dict]:
     return to_conversation(row, shape, "f:1", **options).messages
+
+
+def test_rows_of_files_come_in_turn_each_of_them_once_however_few_places_are_looked_at(monkeypatch):
+    rows = [Conversation([], origin=f"{file}:{n}") for n, file in enumerate("aaaaabbbccd")]
+    assert [row.origin[0] for row in in_turn(rows)] == list("abcd" "abc" "ab" "a" "a")
+    monkeypatch.setattr("loadmaster.data.formats.PROBES", 3)
+    assert sorted(row.origin for row in in_turn(rows)) == sorted(row.origin for row in rows)
+    assert list(in_turn([])) == []
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,14 @@ def test_plain_output_marks_the_trained_part_and_ends_with_the_figures(tokenizer
     assert "data: 4 rows read as alpaca" in text
 
 
+def test_of_several_files_a_row_of_each_is_printed_in_turn(tokenizer, write_jsonl, job_for):
+    files = [write_jsonl([{"text": f"{name} {n}"} for n in range(3)], f"{name}.jsonl") for name in "abc"]
+    prepared = prepare(job_for(files, validation=None), tokenizer)
+    text = printed(False, prepared, tokenizer, 4)
+    shown = [line.rpartition("/")[2] for line in text.splitlines() if line.startswith("--- ")]
+    assert shown == ["a.jsonl:1", "b.jsonl:1", "c.jsonl:1", "a.jsonl:2"]
+
+
 def test_a_terminal_gets_the_trained_part_in_green(tokenizer, write_jsonl, job_for):
     rows = [{"instruction": "hi", "output": "answer"}]
     prepared = prepare(job_for(write_jsonl(rows), validation=None), tokenizer)

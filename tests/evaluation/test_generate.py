@@ -252,6 +252,9 @@ def test_a_few_answers_are_there_to_be_read_where_there_is_no_task(model, tokeni
     assert some_answers(model, tokenizer, rows, evaluation) == expected
     assert some_answers(model, tokenizer, rows[:4], evaluation) == []
     briefly = replace(evaluation, max_new_tokens=1)
+    files = [replace(conversation(f"{n}", said), origin=f"{'ab'[n > 8]}.jsonl:{n}") for n in range(12)]
+    asked = [sample["prompt"] for sample in some_answers(model, tokenizer, files, briefly)]
+    assert asked == ["0", "9", "1", "10", "2", "11", "3", "4"]  # of both files in turn
     assert len(some_answers(model, tokenizer, rows[4:5] * 20, briefly)) == 8
     with monkeypatch.context() as spread:  # over GPUs: they would be gathered for each token
         spread.setattr("loadmaster.evaluation.is_spread", lambda model: True)
