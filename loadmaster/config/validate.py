@@ -32,7 +32,7 @@ from loadmaster.config.fields import (
     written,
 )
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
-from loadmaster.config.schema import MOST, Job
+from loadmaster.config.schema import DATA_SUFFIXES, MOST, Job
 from loadmaster.config.synonyms import ALIASES, MEANT, NO_FIELD, OTHER_QUANTITIES, UNITS, VALUES
 from loadmaster.errors import Problem
 
@@ -243,6 +243,8 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
     guess = nearest_key(key, groups)
     if type(value) is int and guess in COUNTED:
         guess = COUNTED[guess]
+    if guess == "model.path" and str(value).lower().endswith(DATA_SUFFIXES):
+        guess = "data.path"
     if guess is None:
         parent = section.partition(".")[0]
         return f"{parent} has " + ", ".join(siblings) if parent and parent in sections() else NONE_LIKE_IT
@@ -253,7 +255,9 @@ def _instead(key: str, value: Any, origin: str, siblings: list[str], groups: dic
         return f"{guess} has " + ", ".join(field.rpartition(".")[2] for field in sections()[guess])
     if guess not in fields() or isinstance(value, dict):
         return guess
-    return _carried_over(guess, name.lower(), value, _assignment(origin)) or _how_to_set(guess)
+    said = _carried_over(guess, name.lower(), value, _assignment(origin)) or _how_to_set(guess)
+    is_typed = guess == "data.path" and origin == COMMAND_LINE
+    return f"data=file {said}" if is_typed else said  # beside a recipe's own data it would be refused
 
 
 def _mapping_called(section: str) -> str | None:
