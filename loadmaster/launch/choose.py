@@ -111,8 +111,8 @@ def choices(job: Job, offers: list[Offer], dataset_tokens: int | None) -> list[C
         plan = make_plan(on(job, offer), dataset_tokens)
         choice = Choice(offer, plan, can_export(job, plan.verification))
         if not plan.fits:
-            needed, budget = plan.memory_gib.total, plan.budget_gib
-            fell.append(f"{price}, does not fit ({needed:.1f} GiB on a GPU, {budget:.1f} there)")
+            room = f"does not fit ({plan.memory_gib.total:.1f} GiB on a GPU, {plan.budget_gib:.1f} there)"
+            fell.append(f"{price}, {plan.refusal or room}")
         elif launch.max_usd is not None and choice.usd is not None and choice.usd > launch.max_usd:
             fell.append(f"{price}, ${choice.usd:.2f} in all, over launch.max_usd={launch.max_usd:g}")
         else:

@@ -83,6 +83,11 @@ def test_a_machine_without_a_price_is_not_taken_for_one_that_costs_nothing():
         choices(job, [free], 200_000)
 
 
+def test_a_batch_that_does_not_divide_is_no_want_of_memory():
+    with pytest.raises(DoesNotFit, match=r"1\.98/h, batch\.global_size=7 does not divide over 2 GPUs; use batch"):
+        choices(composed("batch.global_size=7", "launch.gpus=[l40s:2]").job, OFFERS, 200_000)
+
+
 def test_a_machine_whose_exports_are_verified_from_host_memory_costs_that_time():
     """8B in bf16, which the export is verified as, and 128 answers are more than a 4090 holds; the training is not."""
     many = ("evaluation.batch_size=128", "evaluation.max_new_tokens=128")
