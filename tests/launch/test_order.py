@@ -88,6 +88,13 @@ def test_a_batch_that_does_not_divide_is_no_want_of_memory():
         choices(composed("batch.global_size=7", "launch.gpus=[l40s:2]").job, OFFERS, 200_000)
 
 
+def test_a_machine_that_the_catalogue_does_not_know_is_not_called_out_of_stock_where_nobody_was_asked():
+    with pytest.raises(ProviderError, match="the catalogue knows no 3x h100_80gb to rent; with RUNPOD_API_KEY set"):
+        Listed().offers(["h100_80gb"], (3,), "secure")
+    with pytest.raises(ProviderError, match="the catalogue knows no machine with rtx3090 to rent"):
+        Listed().offers(["rtx3090"], (1, 2, 4, 8), "secure")
+
+
 def test_a_machine_whose_exports_are_verified_from_host_memory_costs_that_time():
     """8B in bf16, which the export is verified as, and 128 answers are more than a 4090 holds; the training is not."""
     many = ("evaluation.batch_size=128", "evaluation.max_new_tokens=128")

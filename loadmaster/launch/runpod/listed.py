@@ -30,11 +30,12 @@ class Listed(Runpod):
     ) -> list[Offer]:
         price = "pod_usd_per_hour" if cloud == "secure" else "community_usd_per_hour"
         priced = {gpu: found for gpu, found in catalog.prices()["gpus"].items() if price in found}
-        rented = {machine["gpu"] for machine in catalog.machines()}
-        if not rented & set(gpus):
+        rented = {count for machine in catalog.machines() if machine["gpu"] in gpus for count in machine["counts"]}
+        if not rented & set(counts):
+            numbers = " or ".join(f"{count}x" for count in counts) if rented else "machine with"
             raise ProviderError(
-                f"the catalogue knows no machine with {' or '.join(gpus)} to rent; with {KEY_VARIABLE} set the "
-                "provider is asked"
+                f"the catalogue knows no {numbers} {' or '.join(gpus)} to rent; with {KEY_VARIABLE} set the provider "
+                "is asked"
             )
         return [
             Offer(
