@@ -8,7 +8,7 @@ from typing import Any
 
 from loadmaster.config.model_folder import lacking
 from loadmaster.config.rates import FAR, usual_rate
-from loadmaster.config.schema import Job
+from loadmaster.config.schema import DATA_SUFFIXES, Job
 from loadmaster.config.shipped import SCHEME, local_path
 from loadmaster.preflight.batch import divisors
 from loadmaster.preflight.calibration import CALIBRATED, quantizing
@@ -182,7 +182,10 @@ def how_much(job: Job, dataset_tokens: int | None) -> list[str]:
         named = f"the first {counted(job.data.max_rows, 'row')} of {named}"
     count = steps(job, dataset_tokens)
     if count is None:
-        return [f"no hours or dollars: how much {named} holds is not known here; max_steps would say it"]
+        files = [path for path in paths if path.lower().endswith(DATA_SUFFIXES) and not path.startswith(SCHEME)]
+        absent = [path for path in files if not os.path.exists(local_path(path))]
+        why = f", where there is no {' nor '.join(absent[:3])}" if absent else ""
+        return [f"no hours or dollars: how much {named} holds is not known here{why}; max_steps would say it"]
     whole = "max_steps" if job.max_steps is not None else f"{job.epochs:g} epoch{'s' if job.epochs != 1 else ''}"
     shown = ", which is here to try things on" if all(path.startswith(SCHEME) for path in paths) else ""
     most = job.batch.global_size

@@ -86,6 +86,14 @@ def test_what_memory_has_no_part_in_is_not_called_a_want_of_memory(capsys, tmp_p
     assert "- the catalogue knows no 3x h100_80gb to rent" in seen.out  # which is priced below as what would fit
 
 
+def test_a_file_that_is_not_here_is_why_nobody_knows_how_long_it_takes(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
+    assert main(["plan", *ASKED, "data=file", "data.path=[a.jsonl,b.jsonl]"]) == 0
+    said = "how much a.jsonl, b.jsonl holds is not known here, where there is no b.jsonl; max_steps would say it"
+    assert said in capsys.readouterr().out
+
+
 def test_hours_of_verification_are_named_where_they_are_most_of_a_run(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "recipe=qlora_70b", "hardware=h100_80gb_x1", "plan.objective=cost"]) == 0
