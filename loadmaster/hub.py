@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from loadmaster.config.schema import Job
 
 OFFLINE = "HF_HUB_OFFLINE"
+GATED = ("meta-llama/", "google/gemma-")
+"""How names of models begin that the Hub gives to those alone who have accepted their licence. There are more."""
 
 out_of_reach: str | None = None
 """Why the Hub is not asked, where `settle` found that out."""
@@ -46,6 +48,11 @@ def settle(*models: str) -> None:
             os.environ[OFFLINE] = "1"
     except ValueError:  # HF_ENDPOINT is no address; the library says so
         return
+
+
+def is_gated(model: str) -> bool:
+    """Whether a model is known to be gated; False says nothing."""
+    return model.lower().startswith(GATED)
 
 
 def why_unreached() -> str | None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from loadmaster import catalog
 from loadmaster.config.compose import Composed
 from loadmaster.errors import ConfigError, LoadmasterError, ProviderError, StoppedOnRequest
+from loadmaster.hub import is_gated
 from loadmaster.launch.check import problems
 from loadmaster.launch.choose import Choice, choices, counts, nodes_of, wanted
 from loadmaster.launch.context import Launch
@@ -206,6 +207,10 @@ def _show(launch: Launch, provider: Provider, ranked: list[Choice], choice: Choi
         launch.echo(f"  (on the network volume {order.volume.name}, {order.volume.size_gb} GB in {order.volume.place})")
     else:
         launch.echo("  no volume: the trained weights end with the Pod; only the run's small files come back")
+    model = launch.composed.job.model.name
+    if is_gated(model) and "HF_TOKEN" not in (settings.secrets or {}):
+        launch.echo(f"  {model} is gated on the Hub: without launch.secrets.HF_TOKEN=NAME (a secret of your account")
+        launch.echo("  there, of a token that may read it) it cannot be downloaded")
     for upload in order.uploads:
         launch.echo(f"  {upload.path.name} ({upload.bytes / 1e6:.1f} MB) goes to the volume first, as {upload.name}")
     about, more = ("at least", " or more") if choice.offer.is_of_community else ("about", "")

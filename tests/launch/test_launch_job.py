@@ -333,6 +333,14 @@ def test_without_a_key_a_dry_run_takes_the_catalogue_and_says_so(place, monkeypa
         launch_job(place.composed(), place.console, tokens=200_000)
 
 
+def test_a_gated_model_without_a_token_for_it_is_told_before_anything_is_rented(place):
+    said = "meta-llama/Llama-3.1-8B-Instruct is gated on the Hub: without launch.secrets.HF_TOKEN=NAME"
+    assert place.launch("launch.dry_run=true") == 0 and place.said.count(said) == 1
+    assert place.launch("launch.dry_run=true", "launch.secrets.HF_TOKEN=hf") == 0
+    assert place.launch("launch.dry_run=true", "model.name=Qwen/Qwen3-8B") == 0
+    assert place.said.count("is gated") == 1
+
+
 def test_without_a_yes_nothing_is_rented(place, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(LoadmasterError, match=r"launch\.yes=true"):
