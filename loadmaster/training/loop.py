@@ -19,10 +19,8 @@ from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, PreparedData
 from loadmaster.errors import StoppedOnRequest
-from loadmaster.models.capped import runs_fused
 from loadmaster.models.compiled import CompileCache, graphs_compiled
 from loadmaster.models.forward import causal_lm
-from loadmaster.models.load import config_of
 from loadmaster.models.rotary import refuse_dynamic
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import longest_stretch, losses, trained_tokens
@@ -45,6 +43,7 @@ from loadmaster.training.schedule import HeldOutLosses, checkpoint_interval, eva
 from loadmaster.training.session import (
     Session,
     attention_kernel,
+    compiles_some,
     make_session,
     own_code,
     skip,
@@ -111,9 +110,7 @@ def train(
         watch.at(0, "load")
         display.echo("loading the model")
         cache = CompileCache(run_dir / "compile_cache", world.lead)
-        # A step of adamw_bf16 and capped attention's kernel compile themselves.
-        compiles = plan.compile or plan.optimizer == "adamw_bf16" or runs_fused(config_of(base_folder), world.device)
-        if compiles:
+        if compiles := compiles_some(plan, base_folder, world.device):
             stack.callback(cache.close)
             cache.open()
         session = make_session(job, plan, world, tokenizer.pad_token_id, base_folder)

@@ -23,7 +23,9 @@ from loadmaster.errors import ConfigError, LoadmasterError, Problem, TrainingFai
 from loadmaster.models import flash
 from loadmaster.models.adapters import trainable
 from loadmaster.models.apart import refuse_mixing
+from loadmaster.models.capped import runs_fused
 from loadmaster.models.forward import causal_lm
+from loadmaster.models.load import config_of
 from loadmaster.models.preference import FIGURES, mean_figures, preference_figures
 from loadmaster.out_of_memory import ran_out
 from loadmaster.preflight.families import FAMILIES
@@ -159,6 +161,11 @@ def make_session(
     strategy = STRATEGIES[plan.sharding](job, plan, world)
     model, loss = strategy.prepare(strategy.load(base_folder) if base is None else base)
     return Session(job, plan, world, strategy, model, loss, strategy.optimizer(model), pad_token_id)
+
+
+def compiles_some(plan: Plan, base_folder: Path, device: torch.device) -> bool:
+    """Whether a run compiles anything: layers, or what compiles itself, a step of adamw_bf16 and capped attention."""
+    return plan.compile or plan.optimizer == "adamw_bf16" or runs_fused(config_of(base_folder), device)
 
 
 @contextmanager

@@ -261,8 +261,9 @@ def trained(made, monkeypatch):
     made.asked = asked = MagicMock()
     asked.rehearse_run.return_value = Rehearsed(0.0, 0.0, 0.0, seconds=0.0)
     monkeypatch.setattr(loop, "make_session", lambda *_: made.session)
-    for name in ("refuse_dynamic", "rehearse_run", "try_family", "causal_lm", "config_of"):
+    for name in ("refuse_dynamic", "rehearse_run", "try_family", "causal_lm"):
         monkeypatch.setattr(loop, name, getattr(asked, name))
+    monkeypatch.setattr("loadmaster.training.session.config_of", asked.config_of)
     monkeypatch.setattr(loop, "attention_kernel", lambda *_: contextlib.nullcontext("by_document"))
     monkeypatch.setattr(loop, "own_code", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(loop, "CompileCache", lambda *_: made.cache)
@@ -275,7 +276,7 @@ def trained(made, monkeypatch):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_attention_kernel_that_compiles_itself_is_kept_with_the_run(fused, made, trained, monkeypatch):
-    monkeypatch.setattr(loop, "runs_fused", lambda *_: fused)
+    monkeypatch.setattr("loadmaster.training.session.runs_fused", lambda *_: fused)
     trained()
     assert (made.cache.open.called, made.cache.close.called, made.cache.share.called) == (fused, fused, fused)
 
