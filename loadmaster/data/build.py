@@ -230,7 +230,10 @@ def _notes(sources: list[Checked], figures: dict[str, Any], data: DataConfig) ->
             notes.append(f"{shared:,} of {len(held.row_ids):,} validation rows also stand in the training data")
     repeated = len(reading.row_ids) - len(set(reading.row_ids))
     if repeated:
-        notes.append(f"{repeated:,} {'rows repeat' if repeated > 1 else 'row repeats'} another row word for word")
+        names = sources[0].names
+        again = listed([name for name in dict.fromkeys(names) if names.count(name) > 1])
+        also = f", those of {again} among them, which data.path lists more than once" if again else ""
+        notes.append(f"{repeated:,} {'rows repeat' if repeated > 1 else 'row repeats'} another row word for word{also}")
     if unread := dict.fromkeys(name for names in reading.unread.values() for name in names):
         notes.append(f"nothing is read from {', '.join(unread)}")
     if count := reading.unfilled:

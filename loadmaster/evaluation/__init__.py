@@ -62,16 +62,16 @@ def some_answers(
 ) -> list[dict[str, str]]:
     """A few of {"prompt", "reference", "answer"} to be read, where no task scores answers.
 
-    Of held-out conversations, the first whose prompts are short, of each file in turn. Empty where a model has no chat
-    template, and where its weights are spread over GPUs or lie in host memory: all would be moved for each token.
+    Of held-out conversations, the first whose prompts differ and are short, of each file in turn. Empty where a model
+    has no chat template, and where its weights are spread over GPUs or lie in host memory: all would be moved for each
+    token.
     """
     if not tokenizer.chat_template or is_spread(model):
         return []
-    short = (
-        (prompt, reference)
-        for prompt, reference in zip(*prompts_and_references(tokenizer, in_turn(conversations), LOOKED_AT), strict=True)
-        if len(prompt_ids(tokenizer, prompt)) <= LONGEST_SAMPLE_PROMPT
-    )
+    different: dict[str, tuple[Conversation, str]] = {}
+    for each in zip(*prompts_and_references(tokenizer, in_turn(conversations), LOOKED_AT), strict=True):
+        different.setdefault(str(each[0].messages), each)
+    short = (each for each in different.values() if len(prompt_ids(tokenizer, each[0])) <= LONGEST_SAMPLE_PROMPT)
     asked = list(islice(short, SAMPLES))
     prompts, longest = [prompt for prompt, _ in asked], min(evaluation.max_new_tokens, SAMPLE_TOKENS)
     answers = generate(model, tokenizer, prompts, longest, batch_size(evaluation), on_progress, world)

@@ -155,7 +155,7 @@ def parse(words: list[str]) -> Request:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or key not in known:
-            close = nearest(key, known, cutoff=0.4)
+            close = nearest(key, known)
             hint = f"{close}={text or '...'}" if close else USAGE if equals or word.startswith("-") else f"model={word}"
             problems.append(Problem(key, text or None, "command line", "is not a word of this command", hint))
             continue

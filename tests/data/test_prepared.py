@@ -52,7 +52,10 @@ def test_equal_rows_are_held_out_together(tokenizer, write_jsonl, job_for):
     held = {conversation.row_id for conversation in prepared.validation_conversations}
     kept = {conversation.row_id for conversation in prepared.train_conversations}
     assert len(held) == 4 and len(kept) == 16 and not held & kept
-    assert any("80 rows repeat another row" in note for note in prepared.summary["notes"])
+    assert "80 rows repeat another row word for word" in prepared.summary["notes"]
+    once, again = write_jsonl(rows[:20], "once.jsonl"), write_jsonl(rows[:3], "again.jsonl")
+    listed = prepare(job_for([once, again, again], validation=None), tokenizer).summary["notes"]
+    assert [note for note in listed if "6 rows repeat" in note and f"those of {again} among them" in note]
 
 
 @pytest.mark.parametrize(("held", "subset"), [("owner/name", "main"), ("owner/other", None)])

@@ -255,7 +255,8 @@ def test_a_few_answers_are_there_to_be_read_where_there_is_no_task(model, tokeni
     files = [replace(conversation(f"{n}", said), origin=f"{'ab'[n > 8]}.jsonl:{n}") for n in range(12)]
     asked = [sample["prompt"] for sample in some_answers(model, tokenizer, files, briefly)]
     assert asked == ["0", "9", "1", "10", "2", "11", "3", "4"]  # of both files in turn
-    assert len(some_answers(model, tokenizer, rows[4:5] * 20, briefly)) == 8
+    twice = [rows[4], replace(rows[4], messages=[*rows[4].messages[:-1], {**said, "content": "again"}])]
+    assert [sample["reference"] for sample in some_answers(model, tokenizer, twice, briefly)] == ["no"]
     with monkeypatch.context() as spread:  # over GPUs: they would be gathered for each token
         spread.setattr("loadmaster.evaluation.is_spread", lambda model: True)
         assert some_answers(model, tokenizer, rows, briefly) == []
