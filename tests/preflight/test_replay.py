@@ -82,9 +82,8 @@ CHECKS: dict[str, list[tuple[str, str, float, str, int, list[Case]]]] = {
     "fp8": [("lora", "fp8", 0.0, "sft", 0, CASES)],
     "dropout": [(method, precision, 0.1, "sft", 1, DROPPED) for method, precision in
                 (("lora", "bf16"), ("qlora", "bf16"), ("lora", "fp8"))],
-    "preference": [(method, "bf16", dropout, objective, 0, PAIRS) for method, objective, dropout in
-                   (("lora", "dpo", 0.0), ("qlora", "dpo", 0.1), ("lora", "orpo", 0.0), ("full", "orpo", 0.0),
-                    ("full", "dpo", 0.0))],
+    "preference": [(method, "bf16", 0.0, objective, 0, PAIRS) for method, objective in
+                   (("lora", "dpo"), ("qlora", "dpo"), ("lora", "orpo"), ("full", "orpo"), ("full", "dpo"))],
     "fp32": [(method, "fp32", 0.0, "sft", 0, DROPPED) for method in ("full", "lora")],
 }
 """(method, precision, dropout, objective, seed, cases) of each group of checks."""
