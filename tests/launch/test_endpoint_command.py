@@ -282,7 +282,7 @@ def test_what_is_no_run_is_a_sentence(run_dir, account, capsys, tmp_path) -> Non
 def test_a_run_that_cannot_be_written_is_said_before_anything_is_made(
     run_dir, account, capsys, monkeypatch  # noqa: F811
 ) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
     assert main(["deploy", str(run_dir), "--volume", "vol1", "--yes"]) == 4
     assert "cannot be written" in "".join(capsys.readouterr()).replace("\n", " ")
     assert account.calls == []

@@ -159,7 +159,7 @@ def test_what_layers_keep_too_much_of_is_in_use_in_their_own_backward_pass_alone
 
 @pytest.mark.parametrize(
     ("changed", "products"),
-    [({}, 5), ({"dora": True}, 8), ({"dora": True, "lora_targets": ("q_proj", "o_proj")}, 5),
+    [({}, 4), ({"dora": True}, 6), ({"dora": True, "lora_targets": ("q_proj", "o_proj")}, 4),
      ({"precision": "fp8"}, 6), ({"precision": "fp8", "lora_dropout": 0.1}, 7)],
 )
 def test_what_a_layers_backward_pass_has_at_once_lies_beside_what_all_layers_keep(changed: dict, products: int) -> None:
