@@ -263,7 +263,7 @@ class Pipeline:
         self._refuse_another_model()
         refuse_unholdable(self.job, self.materials.base_folder, self.plan.method)
         self.in_world("train")
-        trained = self.run_dir.path / ("model" if self.plan.method == "full" else "adapter")
+        trained = self.run_dir.path / self.plan.trained
         self.run_dir.update_result(trained_sha256=sha256_of_model(trained))
 
     def in_world(self, stage: str) -> None:

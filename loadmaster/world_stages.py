@@ -209,7 +209,7 @@ class StageRun:
             self.stop, self.display, self.world, watch,
         )
         watch.at(outcome.steps, "save")
-        folder = self.run_dir / ("model" if self.plan.method == "full" else "adapter")
+        folder = self.run_dir / self.plan.trained
         with publish_folder(folder) if self.world.lead else nullcontext():
             self.world.barrier()
             partial = folder.with_name(f".{folder.name}.partial")

@@ -123,7 +123,7 @@ class Builder:
     echo: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        self.trained = self.run_dir / ("model" if self.plan.method == "full" else "adapter")
+        self.trained = self.run_dir / self.plan.trained
         if not self.trained.is_dir():
             raise ExportRejected(f"{self.trained} is not there: train first (stop_after=train or later).")
         self.server = aimed_at(self.job.endpoint.server)

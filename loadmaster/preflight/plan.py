@@ -166,6 +166,11 @@ class Plan:
     def world_size(self) -> int:
         return self.hardware.count * self.hardware.nodes
 
+    @property
+    def trained(self) -> str:
+        """The folder of the run directory in which what was trained lies."""
+        return "model" if self.method == "full" else "adapter"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -308,7 +308,7 @@ def _reference(
     run_dir: Path, base: Path, wanted: dict[str, Any], formats: list[str], scratch: Path, echo: Callable[[str], None]
 ) -> dict[str, Any]:
     plan = Plan.read(run_dir / "plan.json")
-    trained = run_dir / ("model" if plan.method == "full" else "adapter")
+    trained = run_dir / plan.trained
     if not trained.is_dir():
         raise ExportRejected(f"{trained} is not there: without what was trained there is nothing to compare with.")
     # bf16 and the adapter are the trained model, to a rounding; transformers does not compute a GGUF as llama.cpp.
