@@ -3,6 +3,7 @@
 The stages take the same words as train.py. For example:
 
   loadmaster plan recipe=qlora_8b hardware=a100_80gb_x1
+  loadmaster export runs/smoke/...
   loadmaster data recipe=smoke
   loadmaster runs
   loadmaster chat runs/smoke/...
@@ -32,12 +33,12 @@ if __name__ == "__main__":  # as a job on another machine is started
 
 from loadmaster import __version__, chat_command, collector, hub, processors
 from loadmaster.config.fields import nearest
-from loadmaster.config.schema import STAGES, Job
+from loadmaster.config.schema import STAGES
 from loadmaster.config.shipped import refuse_gone_folder
 from loadmaster.config.show import show_error
 from loadmaster.ending import ended
 from loadmaster.endpoint.command import add_parsers
-from loadmaster.errors import ConfigError, ExportRejected, LoadmasterError, NotChecked, StoppedOnRequest, UsageError
+from loadmaster.errors import ExportRejected, LoadmasterError, NotChecked, StoppedOnRequest, UsageError
 from loadmaster.files import is_full_disk, read_json
 from loadmaster.streams import Output, settle_streams
 from loadmaster.tables import print_table
@@ -57,6 +58,8 @@ DONE_BY_STAGES = {
 """What people look for a command of, in lower case."""
 
 STAGE_OPTIONS = """\
+RUN is a run directory, with whose settings it goes on; recipe=NAME, or other words of train.py, are a job.
+
 options, as of python train.py:
   --multirun, -m             one run for each value of key=a,b
   --cfg job, -c job          print the composed job and start nothing; with --resolve, what ${...} stands for
@@ -127,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     for stage in STAGES:
         options = STAGE_OPTIONS if stage == "plan" else STAGE_OPTIONS + DRY_RUN  # a plan needs no machine
         command = commands.add_parser(
-            stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [recipe=NAME] [key=value ...]",
+            stage, help=STAGE_HELP[stage], usage=f"loadmaster {stage} [RUN | recipe=NAME] [key=value ...]",
             epilog=options + MORE_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=_stage, takes_words=True, stage=stage, compare=None, nodes=None, json=False)
@@ -216,45 +219,9 @@ def _number_of_rows(text: str) -> int:
 
 
 def _stage(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from loadmaster.config.compose import Composed
-    from loadmaster.config.hydra_app import run_app
+    from loadmaster.stage_command import run_stage
 
-    _refuse_other_end(arguments.stage, overrides)
-    shown = {"--json": arguments.json, "--nodes": arguments.nodes is not None, "--compare": bool(arguments.compare)}
-    if sum(shown.values()) > 1:
-        _parser().error(f"{' and '.join(name for name, given in shown.items() if given)}: one of them at a time")
-    if arguments.compare or arguments.nodes is not None or arguments.json:
-        from loadmaster import plan_command
-        from loadmaster.config.overrides import note_repeated
-
-        note_repeated(overrides)
-        if arguments.compare:
-            return plan_command.side_by_side(arguments.compare, overrides)
-        if arguments.nodes is not None:
-            return plan_command.on_more_nodes(arguments.nodes, overrides)
-        return plan_command.as_json(overrides)
-
-    def run_stages(composed: Composed) -> int:
-        hub.settle_for(composed.job)
-        from loadmaster.pipeline import run
-
-        return run(composed)
-
-    def compare(jobs: list[Job], start: float) -> None:
-        from loadmaster.report.side_by_side import show_sweep
-
-        show_sweep(jobs, start)
-
-    words = [f"stop_after={arguments.stage}", *overrides]  # in front: --info takes what follows it
-    return run_app(run_stages, words, tuple(shown) if arguments.stage == "plan" else (), compare)
-
-
-def _refuse_other_end(stage: str, overrides: list[str]) -> None:
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "stop_after" and value != stage:
-            remedy = f"loadmaster {value}" if value in STAGES else f"leave it out; the stages are {', '.join(STAGES)}"
-            raise ConfigError.of(key, value, f"`loadmaster {stage}` ends after {stage}", remedy, "command line")
+    return run_stage(arguments, overrides, _parser().error)
 
 
 def _prices(arguments: argparse.Namespace) -> int:

@@ -45,7 +45,8 @@ python train.py recipe=lora_8b --cfg job                     # print the compose
 python train.py --multirun seed=1,2,3 stop_after=evaluate    # three runs
 ```
 
-The installed command takes the same words: `loadmaster train recipe=lora_8b`.
+The installed command takes the same words: `loadmaster train recipe=lora_8b`. Given a run directory it goes on with
+that run, whose settings then count: `loadmaster export runs/lora_8b/<date-time> export=fp8`.
 
 A field is either written by you or `auto`. **What you write is respected or refused, never silently changed**; what
 is `auto` is decided by the plan stage, which says why and records it in `plan.json`. The schema is closed: an unknown

@@ -238,7 +238,7 @@ def as_recipe(given: str) -> str:
 
 
 def _goes_on(run_dir: Path) -> str:
-    return f"--config-dir {run_dir} --config-name config run_dir={run_dir} goes on with the run in it"
+    return f"loadmaster train {shlex.quote(str(run_dir))} goes on with the run in it"
 
 
 def _nameless(argument: str) -> Problem:

@@ -15,6 +15,7 @@ Files on the volume stay: they cost nothing beside the volume, and the next try 
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -96,7 +97,7 @@ def order(run_dir: Path, volume: str | None, name: str | None = None) -> Order:
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON that is cut, or of another shape
         raise LoadmasterError(
             f"{run_dir / 'bundle'} is damaged, or of another version of loadmaster ({type(error).__name__}): run the "
-            "bundle stage again (loadmaster bundle ...)"
+            f"bundle stage again (loadmaster bundle {shlex.quote(str(run_dir))})"
         ) from None
 
 
@@ -110,7 +111,7 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
                 raise LoadmasterError(f"{run_dir} is a part of a run: give the run directory, {run}")
         if run := newest_in(run_dir):
             raise LoadmasterError(f"{run_dir} is no run directory: give one of those in it, the newest is {run}")
-        raise LoadmasterError(f"{run_dir} has no bundle: run the bundle stage first (loadmaster bundle ...)")
+        raise LoadmasterError(f"{run_dir} has no bundle: loadmaster bundle {shlex.quote(str(run_dir))} writes it")
     manifest = read_manifest(bundle)
     artifact = Path(os.path.normpath(bundle / manifest["serve"]["artifact"]))
     left = away(run_dir, artifact)

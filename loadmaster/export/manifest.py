@@ -17,7 +17,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loadmaster import __version__
-from loadmaster.config.overrides import assigned
 from loadmaster.config.serving_rules import LORA_RANKS
 from loadmaster.errors import ExportRejected
 from loadmaster.files import FINDER_FILE, read_json, sha256_file, storable, write_text
@@ -200,8 +199,7 @@ def no_export(run_dir: Path) -> ExportRejected:
     if not os.path.isdir(run_dir):
         return ExportRejected(f"{_no_folder(run_dir)}; give a run directory whose export stage is done.")
     if (run_dir / "config.yaml").is_file():
-        again = f"loadmaster export --config-dir {shlex.quote(str(run_dir))} --config-name config "
-        again += shlex.quote(assigned("run_dir", str(run_dir)))
+        again = f"loadmaster export {shlex.quote(str(run_dir))}"
         return ExportRejected(f"{run_dir} holds no export yet: its export stage is not done; {again} goes on with it.")
     if run := newest_in(run_dir):
         return ExportRejected(f"{run_dir} is no run directory: give one of those in it, the newest is {run}")

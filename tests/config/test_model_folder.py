@@ -134,7 +134,7 @@ def test_a_run_given_as_a_word_is_told_how_to_go_on_with_it(tmp_path, monkeypatc
     for word in ("run", "run/config.yaml", "run/export/gguf"):
         with pytest.raises(ConfigError) as refused:
             compose([word])
-        assert refused.value.problems[0].remedy.startswith("--config-dir run --config-name config run_dir=run goes")
+        assert refused.value.problems[0].remedy.startswith("loadmaster train run goes on")
 
 
 def test_a_file_of_fields_is_not_taken_for_the_recipe_of_its_name(tmp_path, monkeypatch):

@@ -215,7 +215,7 @@ def test_loadmaster_verify_of_a_run_directory_checks_and_names_every_export(tmp_
     (tmp_path / "trained/config.yaml").touch()
     assert main(["verify", str(tmp_path / "trained")]) == 5
     told = capsys.readouterr().err
-    assert "trained holds no export yet: its export stage is not done; loadmaster export --config-dir" in told
+    assert f"trained holds no export yet: its export stage is not done; loadmaster export {tmp_path}" in told
     (tmp_path / "empty").mkdir()
     assert main(["verify", str(tmp_path / "empty")]) == 5
     assert "has no manifest.json" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""Stage commands given a run directory, or nothing."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loadmaster.cli import main
+from loadmaster.config.compose import read_job
+from loadmaster.stage_command import checked_run, place_of_run
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate", "export", "bundle"])
+def test_a_stage_of_nothing_starts_no_job_and_names_what_to_give(stage, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("loadmaster.pipeline.run", lambda composed: pytest.fail("a job was started"))
+    assert main([stage]) == main([stage, "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    assert f"loadmaster {stage} RUN" in told and f"loadmaster {stage} recipe=smoke" in told
+    newest = tmp_path / "runs/smoke/2026-11-30_10-00-00"
+    newest.mkdir(parents=True)
+    (newest / "stages.json").write_text("{}")
+    assert main([stage]) == 2
+    assert f"loadmaster {stage} runs/smoke/2026-11-30_10-00-00 goes on with the newest run" in capsys.readouterr().err
+
+
+def test_a_stage_goes_on_with_the_run_that_it_is_given_from_any_folder(tmp_path, monkeypatch):
+    here, other = tmp_path / "here", tmp_path / "my other"
+    here.mkdir(), other.mkdir()
+    (here / "rows.jsonl").write_text(json.dumps({"prompt": "a?", "completion": "b"}) + "\n")
+    monkeypatch.chdir(here)
+    words = ["recipe=lora_8b", "hardware=h200_x1", "data=file", "data.path=rows.jsonl", "seed=3"]
+    assert main(["plan", *words, "run_dir='run,1'"]) == 0
+    seen = []
+    monkeypatch.setattr("loadmaster.pipeline.run", lambda composed: seen.append((Path.cwd(), composed.job)) or 0)
+    monkeypatch.chdir(other)
+    assert main(["evaluate", "../here/run,1"]) == main(["export", "../here/run,1", "export=fp8"]) == 0
+    assert [folder for folder, _ in seen] == [here, here] and Path.cwd() == other and not list(other.iterdir())
+    evaluated, exported = (job for _, job in seen)
+    began = read_job(here / "run,1/config.yaml", to_run=False).job
+    run_dir = str(other / "../here/run,1")
+    assert evaluated == replace(began, run_dir=run_dir, stop_after="evaluate")
+    assert exported == replace(evaluated, stop_after="export", export=replace(began.export, formats=["bf16", "fp8"]))
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["recipe=smoke"], None),
+    (["runs/smoke/x"], 0),
+    (["--dry-run", "~/runs/x", "seed=1"], 1),
+    (["--config-dir", "/my/conf", "seed=1"], None),
+    (["rank"], None),
+    (["~tracker", "+a=b/c", "-x/y"], None),
+])
+def test_a_folder_is_told_from_settings_and_options(words, expected):
+    assert place_of_run(words) == expected
+
+
+def test_what_is_no_run_directory_is_refused_with_what_would_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bundle", "runs/nope"]) == 2
+    assert "runs/nope: there is no such folder; give a run directory" in capsys.readouterr().err
+    run = tmp_path / "runs/smoke/one"
+    run.mkdir(parents=True)
+    (run / "stages.json").write_text("{}")
+    assert main(["bundle", "runs"]) == 2
+    assert "runs is no run directory: give one of those in it, the newest is runs/smoke/one" in capsys.readouterr().err
+    (run / "config.yaml").write_text("seed: 1\n")
+    assert checked_run(run) == run
+    assert main(["bundle", str(run), "recipe=smoke"]) == 2
+    assert f"{run} recipe=smoke: a run has its own settings" in capsys.readouterr().err
+    (run / "launch.json").write_text("{}")
+    assert main(["bundle", str(run)]) == 2
+    assert "is the folder of a launch" in capsys.readouterr().err
