@@ -135,6 +135,11 @@ def known_cards(word: str, cards: Iterable[str], key: str | None = None) -> str:
     return (f"{named}; " if guess else "") + "known are " + ", ".join(known)
 
 
+def is_apples(word: str) -> bool:
+    """Whether a GPU's name is one of a Mac's: mps, metal, m2, apple_m3_max."""
+    return bool(re.fullmatch(r"mps|metal|apple.*|m[1-9](_(pro|max|ultra))?", re.sub("[ -]+", "_", word.lower())))
+
+
 def _series(name: str, number: str) -> str:
     """The letters right before a card's number: h of h100, none of rtx_6000_ada."""
     found = re.search(rf"([a-z]*){number}(?!\d)", name.lower())

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from loadmaster import catalog
-from loadmaster.config.fields import known_cards
+from loadmaster.config.fields import is_apples, known_cards
 from loadmaster.config.model_folder import broken_files, run_of
 from loadmaster.config.origins import COMMAND_LINE, origin_file, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
@@ -72,8 +72,11 @@ def gpu_is_known(job: Job, origins: Origins) -> Found:
     """hardware.gpu is local, cpu or a GPU of the catalogue."""
     known = ["local", "cpu", *catalog.gpus()]
     if job.hardware.gpu not in known:
-        remedy = known_cards(job.hardware.gpu, known, "hardware.gpu")
-        yield "hardware.gpu", job.hardware.gpu, "is not in the catalogue", remedy
+        message, remedy = "is not in the catalogue", known_cards(job.hardware.gpu, known, "hardware.gpu")
+        if is_apples(job.hardware.gpu):
+            message = "is a GPU of Apple's, which is not used: a Mac trains on its processors"
+            remedy = "hardware=cpu (or local, on the Mac), with a model as small as smoke's"
+        yield "hardware.gpu", job.hardware.gpu, message, remedy
 
 
 @rule("sharding", "hardware.count", "hardware.nodes")
@@ -215,11 +218,14 @@ def only_wsd_has_a_decay_of_its_own(job: Job, origins: Origins) -> Found:
 
 @rule("optimizer.decay_ratio", "optimizer.warmup_ratio", "optimizer.warmup_steps", "max_steps")
 def the_rate_rises_before_it_falls(job: Job, origins: Origins) -> Found:
-    """With schedule=wsd warm-up and optimizer.decay_ratio are no more than all of the steps."""
+    """With schedule=wsd warm-up and optimizer.decay_ratio are no more than all of the steps. (A warm-up as long as the
+    run is refused by itself.)"""
     optimizer = job.optimizer
     warmup = optimizer.warmup_ratio
     if optimizer.warmup_steps is not None:
         warmup = optimizer.warmup_steps / job.max_steps if job.max_steps else 0.0
+    if optimizer.warmup_steps is not None and warmup >= 1:
+        return
     if optimizer.schedule == "wsd" and warmup + optimizer.decay_ratio > 1:
         message = f"of the steps and a warm-up over {100 * warmup:.3g}% of them are more than all"
         left = math.floor(100 * (1 - warmup)) / 100

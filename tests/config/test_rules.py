@@ -10,7 +10,7 @@ import pytest
 
 from loadmaster import catalog
 from loadmaster.config.compose import compose
-from loadmaster.config.fields import nearest_card
+from loadmaster.config.fields import is_apples, nearest_card
 from loadmaster.config.rules import RULES
 from loadmaster.errors import ConfigError
 from tests.runs import PLAIN, environment
@@ -346,6 +346,22 @@ def test_a_card_that_is_like_none_of_the_catalogue_is_taken_for_none(key: str):
             compose([f"{key}={{{name}: 2}}" if "prices" in key else f"{key}={name}"])
         (problem,) = caught.value.problems
         assert problem.remedy.removeprefix(f"{key}=").startswith(begins) and "a100_80gb" in problem.remedy
+
+
+@pytest.mark.parametrize("name", ["mps", "Metal", "apple_m3_max", "m2", "m1-ultra", "M4 Pro"])
+def test_an_apple_gpu_is_said_not_to_be_used(name: str):
+    with pytest.raises(ConfigError) as caught:
+        compose([f"hardware.gpu='{name}'"])
+    (problem,) = caught.value.problems
+    assert "Apple's, which is not used" in problem.message and problem.remedy.startswith("hardware=cpu")
+    assert not any(map(is_apples, catalog.gpus())) and not is_apples("m40") and not is_apples("m60")
+
+
+def test_a_warm_up_as_long_as_the_run_is_one_problem_with_every_schedule():
+    for schedule in ("cosine", "wsd"):
+        with pytest.raises(ConfigError) as caught:
+            compose([f"optimizer.schedule={schedule}", "optimizer.warmup_steps=12", "max_steps=10"])
+        assert [problem.key for problem in caught.value.problems] == ["optimizer.warmup_steps"]
 
 
 def test_another_split_of_the_hub_dataset_is_held_out_and_the_same_is_refused():
