@@ -188,6 +188,8 @@ class Pipeline:
                 else:
                     figures = {"failure": {"stage": stage, "message": str(error)}}
             with suppress(OSError):  # on a disk that is full; the error itself says what could not be kept
+                if self.run_dir.path.is_dir():
+                    self.run_dir.mark_unfinished(stage, time.perf_counter() - start)
                 self._sum_up(**figures)
             raise
         self._sum_up(failure=None)

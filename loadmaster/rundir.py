@@ -169,8 +169,20 @@ class RunDir:
 
     def mark_done(self, stage: str, inputs: str, seconds: float) -> None:
         stages = _stages(self.path)
-        stages[stage] = {"inputs": inputs, "seconds": round(seconds, 3), "finished": datetime.now(UTC).isoformat()}
-        self._write(stages)
+        unfinished = self._unfinished()
+        seconds = round(seconds + unfinished.pop(stage, 0.0), 3)
+        stages[stage] = {"inputs": inputs, "seconds": seconds, "finished": datetime.now(UTC).isoformat()}
+        self._write(stages, unfinished)
+
+    def mark_unfinished(self, stage: str, seconds: float) -> None:
+        """What a stage took that was stopped, or failed; it counts as that stage's when it is done, too."""
+        unfinished = self._unfinished()
+        unfinished[stage] = round(unfinished.get(stage, 0.0) + seconds, 3)
+        self._write(_stages(self.path), unfinished)
+
+    def _unfinished(self) -> dict[str, float]:
+        found = as_object(_record(self.path).get("unfinished_seconds")) if _identity(self.path) == self.identity else {}
+        return {stage: seconds for stage, seconds in found.items() if isinstance(seconds, int | float)}
 
     def forget(self, stage: str) -> None:
         """A stage is not done any more, whatever comes of doing it again."""
@@ -185,12 +197,15 @@ class RunDir:
             (self.path / "result.json").unlink(missing_ok=True)
         self._write(_stages(self.path) if owner == self.identity else {})
 
-    def _write(self, stages: dict[str, Any]) -> None:
+    def _write(self, stages: dict[str, Any], unfinished: dict[str, float] | None = None) -> None:
         record = {"identity": self.identity, "started_in": str(Path.cwd()), "stages": stages}
+        if unfinished := self._unfinished() if unfinished is None else unfinished:
+            record["unfinished_seconds"] = unfinished
         write_json(self.path / RECORD, record)
 
     def seconds_by_stage(self) -> dict[str, float]:
-        return {stage: record.get("seconds", 0.0) for stage, record in _stages(self.path).items()}
+        """Of stages that are done, and what those took so far that are not."""
+        return self._unfinished() | {stage: record.get("seconds", 0.0) for stage, record in _stages(self.path).items()}
 
     def mend_result(self) -> str | None:
         """Begin result.json anew where it cannot be read; a sentence that says what is lost by that."""

@@ -564,6 +564,16 @@ def test_the_command_is_shown_as_one_would_type_it(argv, expected):
     assert command_line(argv) == expected
 
 
+def test_the_time_of_a_training_that_was_stopped_is_kept(tiny, tmp_path, monkeypatch):
+    def stops(pipeline):
+        raise StoppedOnRequest("stopped after step 1")
+
+    monkeypatch.setattr(Pipeline, "train", stops)
+    assert go(tiny, tmp_path)[0] == 75
+    assert set(json.loads((tmp_path / "run/result.json").read_text())["wall_seconds"]) == {"plan", "train"}
+    assert not RunDir(tmp_path / "run", "").trained
+
+
 @pytest.mark.parametrize("error", [LoadmasterError("step-4 could not be written"), StoppedOnRequest("stopped")])
 def test_a_disk_that_is_full_hides_neither_what_was_lost_nor_that_it_was_a_stop(error):
     """What is written last, result.json, fails too."""

@@ -91,3 +91,23 @@ def test_runs_that_may_not_be_looked_into_are_a_problem_of_run_dir(tmp_path: Pat
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(ConfigError, match=r"(?s)no run can be kept in .*smoke: permission denied.*run_dir=FOLDER"):
         RunDir.choose("auto", "smoke", "i", tmp_path)
+
+
+def test_what_a_stopped_stage_took_counts_and_counts_on_when_it_is_done(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "a")
+    run.claim()
+    run.mark_done("plan", "x", 1.0)
+    run.mark_unfinished("train", 60.0)
+    assert RunDir(tmp_path, "a").seconds_by_stage() == {"plan": 1.0, "train": 60.0}
+    assert not run.is_done("train", "x")
+    run.claim()
+    run.forget("train")
+    run.mark_unfinished("train", 40.0)
+    run.mark_done("train", "x", 5.0)
+    assert run.seconds_by_stage() == {"plan": 1.0, "train": 105.0}
+    run.forget("train")
+    run.mark_done("train", "y", 2.0)
+    assert run.seconds_by_stage() == {"plan": 1.0, "train": 2.0}
+    other = RunDir(tmp_path, "b")
+    other.claim()
+    assert other.seconds_by_stage() == {}
