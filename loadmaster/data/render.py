@@ -29,14 +29,12 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from loadmaster.data.dialect import in_dialect
 from loadmaster.errors import DataError
 
 SENTINEL = "zqSentinelqz"
 OWN = "zqSentinelqy"
 """What stands for the sentinel in a row that holds it itself, as a row with this file does: it is as long."""
-
-# How templates want tool calls: (null instead of empty content, arguments as JSON text).
-DIALECTS = ((False, False), (True, False), (True, True), (False, True))
 
 
 class TemplateRefused(ValueError):
@@ -69,7 +67,6 @@ class ChatRenderer:
 
     tokenizer: Any
     _skeletons: dict[tuple, _Skeleton | None] = field(default_factory=dict)
-    _dialect: tuple[bool, bool] | None = None
 
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template:
@@ -85,13 +82,10 @@ class ChatRenderer:
 
     def text(self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
         """What the template renders. Raises TemplateRefused with the template's own complaint."""
-        written = self._in_dialect(messages) if any(m.get("tool_calls") for m in messages) else messages
-        return self._apply(written, tools, add_generation_prompt)
-
-    def _apply(self, messages: list[dict], tools: list | None, add_generation_prompt: bool = False) -> str:
+        written = in_dialect(self.tokenizer, messages)
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                written, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateSyntaxError as error:
             raise DataError(
@@ -236,24 +230,6 @@ class ChatRenderer:
         found = {*self._special.findall(header), *self._special.findall(plain.split(SENTINEL)[0])[-1:]}
         return found - {self.tokenizer.eos_token}
 
-    def _in_dialect(self, messages: list[dict]) -> list[dict]:
-        """The same messages with tool calls written as this template wants them.
-
-        Most take an object as arguments and any content; DeepSeek's take null content and JSON text.
-        """
-        if self._dialect is None:
-            function = {"name": SENTINEL, "arguments": {"a": SENTINEL}}
-            call = {"type": "function", "id": "call00000", "function": function}
-            chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-            self._dialect = next((d for d in DIALECTS if self._shows_calls(_in_dialect(chat, *d))), DIALECTS[0])
-        return _in_dialect(messages, *self._dialect)
-
-    def _shows_calls(self, chat: list[dict]) -> bool:
-        try:
-            return self._apply(chat, None).count(SENTINEL) >= 2
-        except TemplateRefused:
-            return False
-
     def _skeleton(self, messages: list[dict], tools: list | None) -> _Skeleton | None:
         if any(message.keys() != {"role", "content"} for message in messages):
             return None
@@ -327,23 +303,6 @@ def _marked_turns(messages: list[dict], index: int) -> Iterator[tuple[list[dict]
         turn = {**messages[index], "tool_calls": [*calls[:-1], marked]}
         yield [*messages[:index], turn, *messages[index + 1 :]], True
     yield _with_content(messages, index), False
-
-
-def _in_dialect(messages: list[dict], null_content: bool, text_arguments: bool) -> list[dict]:
-    written = []
-    for message in messages:
-        if message.get("tool_calls"):
-            calls = message["tool_calls"]
-            if text_arguments:
-                texts = [json.dumps(call["function"]["arguments"], ensure_ascii=False) for call in calls]
-                calls = [
-                    {**call, "function": {**call["function"], "arguments": text}}
-                    for call, text in zip(calls, texts, strict=True)
-                ]
-            content = message["content"] or (None if null_content else "")
-            message = {**message, "content": content, "tool_calls": calls}
-        written.append(message)
-    return written
 
 
 def _shared_length(first: str, second: str) -> int:

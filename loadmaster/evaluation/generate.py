@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from loadmaster.data import Conversation
+from loadmaster.data.dialect import in_dialect
 from loadmaster.data.render import stop_token_ids
 from loadmaster.errors import ConfigError
 from loadmaster.evaluation.mode import evaluating
@@ -175,8 +176,9 @@ def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
     if conversation.text is not None:
         ids = tokenizer(conversation.text)["input_ids"]
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    messages = in_dialect(tokenizer, conversation.messages)
     rendered = tokenizer.apply_chat_template(
-        conversation.messages, tools=conversation.tools, add_generation_prompt=True, tokenize=True, return_dict=True
+        messages, tools=conversation.tools, add_generation_prompt=True, tokenize=True, return_dict=True
     )
     return rendered["input_ids"]
 

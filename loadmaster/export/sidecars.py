@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.data import Conversation
+from loadmaster.data.dialect import in_dialect
 from loadmaster.export.servers import NEWEST, Server, model_config, tokenizer_config
 from loadmaster.files import read_json, write_json
 
@@ -74,7 +75,6 @@ def token_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
     """The conversation as the model sees it: through the chat template, or as it is where it is plain text."""
     if conversation.text is not None:
         return tokenizer(conversation.text)["input_ids"]
-    rendered = tokenizer.apply_chat_template(
-        conversation.messages, tools=conversation.tools, tokenize=True, return_dict=True
-    )
+    messages = in_dialect(tokenizer, conversation.messages)
+    rendered = tokenizer.apply_chat_template(messages, tools=conversation.tools, tokenize=True, return_dict=True)
     return rendered["input_ids"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,8 @@ from loadmaster.data.checks import marked
 from loadmaster.data.formats import to_conversation
 from loadmaster.data.render import ChatRenderer, TemplateRefused, stop_token_ids, template_hash
 from loadmaster.errors import DataError
+from loadmaster.evaluation.generate import prompt_ids
+from loadmaster.export.sidecars import token_ids
 
 CALL = [{"function": {"name": "weather", "arguments": {"city": "Paris"}}}]
 TOOLS = [{"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
@@ -157,3 +160,16 @@ def test_stop_tokens_are_the_turn_ends_of_the_template_and_eos(tokenizer_with, t
 def test_template_hash_changes_with_the_template_only(tokenizer, tokenizer_with):
     assert template_hash(tokenizer) == template_hash(tokenizer)
     assert len({template_hash(tokenizer_with(name)) for name in ("llama3", "gemma")} | {template_hash(tokenizer)}) == 3
+
+
+def test_a_prompt_writes_earlier_tool_calls_as_training_does(tokenizer_with, chat):
+    tokenizer = tokenizer_with("deepseek")
+    messages = chat("u", "Weather?", "a", "x", "t", "20", "a", "Warm.", "u", "Thanks")
+    messages[1] = {"role": "assistant", "content": None, "tool_calls": CALL}
+    prompt = to_conversation({"messages": [*messages, *chat("a", "x")]}, "messages", "test:1")
+    prompt = replace(prompt, messages=prompt.messages[:-1])
+    asked = ChatRenderer(tokenizer).text(prompt.messages, add_generation_prompt=True)
+    assert '<|call|>weather\n{"city": "Paris"}<|/call|>' in asked
+    assert prompt_ids(tokenizer, prompt) == tokenizer(asked, add_special_tokens=False)["input_ids"]
+    whole = ChatRenderer(tokenizer).text(prompt.messages)
+    assert token_ids(tokenizer, prompt) == tokenizer(whole, add_special_tokens=False)["input_ids"]
