@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from loadmaster.config.schema import PreferenceConfig
 from loadmaster.data import MicroBatch
 from loadmaster.data.rows import NO_LOSS
+from loadmaster.models import dropout
 from loadmaster.models.adapters import without_adapter
 from loadmaster.models.forward import SummedLoss, causal_lm, document_bounds, logit_transform, trained_hidden
 from loadmaster.models.loss import CHUNK_TOKENS, logits_and_tanh
@@ -230,17 +231,6 @@ def mean_figures(sums: Tensor) -> dict[str, float]:
     return found
 
 
-def _without_dropout(model: nn.Module) -> None:
-    """Switch off the dropout (and a router's noise) of the model's own config.json: two answers under two masks would
-    differ by the masks. Not by `eval()`, in which transformers' layers are not checkpointed."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(module, name, 0.0)
-
-
 class PreferenceLoss(nn.Module):
     """A model whose forward is the sum of its batch's preference losses: what takes SummedLoss's place in the loop.
 
@@ -250,7 +240,8 @@ class PreferenceLoss(nn.Module):
     def __init__(self, model: nn.Module, objective: str, preference: PreferenceConfig):
         super().__init__()
         self.module = model
-        _without_dropout(model)
+        # Two answers under two masks would differ by the masks. Not by eval(), in which layers are not checkpointed.
+        dropout.switch_off(model)
         self.objective, self.beta, self.label_smoothing = objective, preference.beta, preference.label_smoothing
         self.weights = preference.desirable_weight, preference.undesirable_weight
         self.figures = torch.zeros(FIGURES)

@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from loadmaster.errors import TrainingFailed
 from loadmaster.models.adapters import trainable
+from loadmaster.models.dropout import as_loaded
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.shards import Checkpoint, saved_name
 from loadmaster.preflight.trained import in_groups
@@ -32,7 +33,20 @@ def write_trained(model: nn.Module, folder: Path, placed: Placed, world: World, 
     tokenizer: goes beside a whole model. Raises TrainingFailed when a file does not hold what was trained.
     """
     adapter = hasattr(model, "peft_config")
-    sharded = placed.sharded
+    with as_loaded(model):
+        _write(model, folder, placed, world, tokenizer)
+    world.barrier()
+    mine = _different(model, folder, placed, strict=placed.sharded or adapter)
+    different = [name for part in world.gather(mine) for name in part]
+    if different:
+        raise TrainingFailed(
+            f"{folder.name.strip('.')} does not hold what was trained: {', '.join(sorted(set(different))[:3])} differ; "
+            "nothing was published, and the last checkpoint is whole"
+        )
+
+
+def _write(model: nn.Module, folder: Path, placed: Placed, world: World, tokenizer: Any | None) -> None:
+    adapter, sharded = hasattr(model, "peft_config"), placed.sharded
     if not sharded and world.lead:
         model.save_pretrained(str(folder))  # an adapter in peft's layout, a whole model in transformers'
     elif sharded and adapter:
@@ -48,14 +62,6 @@ def write_trained(model: nn.Module, folder: Path, placed: Placed, world: World, 
         (folder / "README.md").unlink(missing_ok=True)  # peft's model card, which says nothing
     if world.lead and tokenizer is not None and not adapter:
         tokenizer.save_pretrained(folder)
-    world.barrier()
-    mine = _different(model, folder, placed, strict=sharded or adapter)
-    different = [name for part in world.gather(mine) for name in part]
-    if different:
-        raise TrainingFailed(
-            f"{folder.name.strip('.')} does not hold what was trained: {', '.join(sorted(set(different))[:3])} differ; "
-            "nothing was published, and the last checkpoint is whole"
-        )
 
 
 def _write_model(model: nn.Module, folder: Path, placed: Placed, world: World) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import shutil
 from types import SimpleNamespace
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PersimmonConfig
 
 from loadmaster.config.schema import DataConfig, Job, LoraConfig, PreferenceConfig
 from loadmaster.data import PackedRow, collate, prepare
-from loadmaster.models import preference
+from loadmaster.models import flash, preference
 from loadmaster.models.adapters import make_trainable, trainable
+from loadmaster.models.attention import PACKED
+from loadmaster.models.dropout import as_loaded
 from loadmaster.models.load import load_base
 from loadmaster.models.preference import PreferenceLoss, answer_log_probs, dpo_loss, mismatched, orpo_loss
 
@@ -521,3 +524,20 @@ def test_a_batch_without_answers_has_loss_zero_and_gradients_of_zero(policy, row
     loss.backward()
     assert loss.item() == 0 and not module.figures.any()
     assert all(p.grad is None or not p.grad.any() for _, p in trainable(policy))
+
+
+def test_dropout_that_layers_read_from_the_config_is_off_and_written_as_it_was(rows, tmp_path):
+    """Persimmon's attention and Falcon's layers ask their config on each pass."""
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=50000)
+    made = PersimmonConfig(**sizes, attention_dropout=0.5, hidden_dropout=0.25)
+    lm = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation=PACKED)
+    adapted = make_trainable(lm, "lora", LoraConfig(rank=2, targets="all-linear"))
+    module = PreferenceLoss(adapted, "dpo", PreferenceConfig(beta=0.1)).train()
+    batch = collate(rows, 0)
+    assert module(batch).item() == pytest.approx(math.log(2) * module.figures[0].item(), rel=1e-5)
+    assert flash.own_kernel(lm.config, torch.device("cuda")) == "varlen"
+    with as_loaded(module.module):
+        lm.config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["attention_dropout"], written["hidden_dropout"]) == (0.5, 0.25)
+    assert lm.config.attention_dropout == lm.config.hidden_dropout == 0.0
