@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         starting.over(signal.SIGTERM, signal.SIGHUP)
         collector.resume()
     try:
-        refuse_gone_folder()
+        if arguments.in_folder:
+            refuse_gone_folder()
         if arguments.takes_words:
             return arguments.run(arguments, words)
         if words:
@@ -125,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="loadmaster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"loadmaster {__version__}")
-    parser.set_defaults(takes_words=False)
+    parser.set_defaults(takes_words=False, in_folder=True)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for stage in STAGES:
         options = STAGE_OPTIONS if stage == "plan" else STAGE_OPTIONS + DRY_RUN  # a plan needs no machine
@@ -147,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         "prices", help="list what GPUs cost in plans; --refresh asks the provider (RUNPOD_API_KEY)"
     )
     prices.add_argument("--refresh", action="store_true", help="write today's list prices into your own price file")
-    prices.set_defaults(run=_prices)
+    prices.set_defaults(run=_prices, in_folder=False)
     data = commands.add_parser(
         "data",
         help="print rows of the data as they are rendered, with the trained part marked",
@@ -204,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     pods.add_argument("names", nargs="*", metavar="NAME", help="sweep: end these, whatever they do (name or id)")
     pods.add_argument("--all", action="store_true", help="sweep: end those whose job may still run, too")
     pods.add_argument("--yes", action="store_true", help="sweep: do not ask")
-    pods.set_defaults(run=_pods)
+    pods.set_defaults(run=_pods, in_folder=False)
     doctor = commands.add_parser(
         "doctor", help="say what this machine has (under torchrun: whether all machines are alike, and their links)"
     )

@@ -86,6 +86,10 @@ def test_a_current_folder_that_is_gone_is_a_sentence(tmp_path: Path, monkeypatch
     with pytest.raises(ConfigError, match="is gone, or you may not look into it"):
         compose([])
     assert main(["runs"]) == 2 and "cd to one that is there" in capsys.readouterr().err
+    assert main(["prices"]) == 0 and "h100_80gb" in capsys.readouterr().out
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["pods"]) not in (0, 2) and "RUNPOD_API_KEY" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stdin", [None, io.TextIOWrapper(io.BytesIO(b""))])
