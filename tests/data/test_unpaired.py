@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -221,3 +223,15 @@ def test_the_preview_says_which_label_an_answer_has(tokenizer, write_jsonl):
     text = printed(False, prepared, tokenizer, 2)
     assert "rows.jsonl:1 (desirable)\n" in text and "rows.jsonl:2 (undesirable)\n" in text
     assert "read as unpaired (recognised by completion, label)" in text
+
+
+def test_labelled_answers_may_be_held_out_beside_pairs_under_kto(tokenizer, write_jsonl, tmp_path):
+    pairs = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": "No."} for n in range(8)]
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n".join(json.dumps(answer(n)) for n in range(6)) + "\n")
+    prepared = prepare(job(write_jsonl(pairs), validation=str(held)), tokenizer)
+    assert collate([prepared.train[0]], 0).desirable is None
+    figures = prepared.summary["validation"]
+    assert figures["desirable"] + figures["undesirable"] == 6 and "desirable" not in prepared.summary["train"]
+    with pytest.raises(DataError, match="compares two"):
+        prepare(job(write_jsonl(pairs), "dpo", validation=str(held)), tokenizer)
