@@ -10,7 +10,7 @@ from typing import Any
 
 from loadmaster import catalog
 from loadmaster.config.schema import Job
-from loadmaster.preflight.batch import rounded_up, with_rows
+from loadmaster.preflight.batch import dividing, with_rows
 from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.explain import describe
 from loadmaster.preflight.hardware import Hardware, from_catalog, priced, rentable
@@ -93,7 +93,7 @@ def _on(
     job: Job, shape: ModelShape, machine: Hardware, dataset_tokens: int | None, changes: str
 ) -> dict[str, Any] | None:
     """The job on another machine, its global batch rounded up to the number of GPUs; None if it does not fit."""
-    rows = rounded_up(job.batch.global_size, machine.world_size)
+    rows = dividing(job, machine.world_size)
     adjusted = with_rows(job, rows)
     best = search(adjusted, shape, machine, explain=False).best
     if best is None:
@@ -134,7 +134,7 @@ def relaxations(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[tup
     if uncounted_adapters(job, shape) and job.method != "full":
         yield TYPED, replace(job, lora=replace(job.lora, targets=list(COUNTED)))
     if job.batch.global_size % gpus:
-        rows = rounded_up(job.batch.global_size, gpus)
+        rows = dividing(job, gpus)
         yield f"batch.global_size={rows}", with_rows(job, rows)
     if job.micro_batch_size != "auto":
         yield "micro_batch_size=auto", replace(job, micro_batch_size="auto")

@@ -13,6 +13,14 @@ def rounded_up(rows: int, gpus: int) -> int:
     return math.ceil(rows / gpus) * gpus
 
 
+def dividing(job: Job, gpus: int) -> int:
+    """batch.global_size where it divides over so many GPUs, else the next that does, in micro-batches as written."""
+    rows, each = job.batch.global_size, 1 if job.micro_batch_size == "auto" else job.micro_batch_size
+    if rows % gpus == 0:
+        return rows
+    return gpus * each if job.optimizer.in_backward is True and each > 1 else rounded_up(rows, gpus * each)
+
+
 def with_rows(job: Job, rows: int) -> Job:
     """The job with so many rows in a step (batch.global_size)."""
     if rows == job.batch.global_size:

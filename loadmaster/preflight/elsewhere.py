@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from loadmaster.config.schema import Job
-from loadmaster.preflight.batch import rounded_up, with_rows
+from loadmaster.preflight.batch import dividing, with_rows
 from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.hardware import Hardware, rentable
 from loadmaster.preflight.hours import run_hours, run_usd
@@ -49,7 +49,7 @@ def _best_on(machine: Hardware, job: Job, chosen: Candidate) -> Candidate | None
         return chosen
     setup = chosen.setup
     job = replace(
-        with_rows(job, rounded_up(job.batch.global_size, machine.world_size)),
+        with_rows(job, dividing(job, machine.world_size)),
         method=setup.method,
         offload="none" if setup.offload == "none" else job.offload,
         sharding="auto" if job.sharding == "none" or machine.world_size == 1 else job.sharding,

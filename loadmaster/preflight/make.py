@@ -19,6 +19,7 @@ from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardwar
 from loadmaster.preflight.hours import run_hours, run_usd
 from loadmaster.preflight.phases import components_gib, phase_bytes, phases_gib
 from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan, rounded
+from loadmaster.preflight.refusals import with_a_batch_that_divides
 from loadmaster.preflight.search import Found, search, smallest
 from loadmaster.preflight.speed import model_flops
 from loadmaster.preflight.verification import verifying
@@ -46,8 +47,12 @@ def make_plan(
     refuse_unholdable(job, shape)
     hardware = replace(hardware, memory_gib=card_share * hardware.memory_gib)
     found = search(job, shape, hardware)
-    chosen = found.best or min(found.nearest, key=closeness, default=None) or smallest(job, shape, hardware)
+    divided = with_a_batch_that_divides(job, shape, hardware) if found.refusals else None
+    near = search(divided, shape, hardware) if divided is not None else found
+    chosen = near.best or min(near.nearest, key=closeness, default=None) or smallest(job, shape, hardware)
     plan = _plan(job, chosen, found, dataset_tokens)
+    if divided is not None:
+        plan = replace(plan, planned_with=f"batch.global_size={divided.batch.global_size}")
     if found.best is not None:
         return replace(plan, elsewhere=elsewhere(job, chosen, dataset_tokens)) if with_elsewhere else plan
     if not with_alternatives:

@@ -149,6 +149,8 @@ class Plan:
     """Where the export's verification puts the largest model (loadmaster.preflight.verification): `fits`, `layers` on
     each GPU, in host memory and on disk, what is needed besides weights, what is moved, and whether that
     is `in_hours`: a job that ends before has none, nor has a CPU."""
+    planned_with: str | None = None
+    """Of a batch that does not divide over the GPUs: with which one all these figures are (`batch.global_size=18`)."""
     schema: int = SCHEMA
 
     @property
@@ -156,6 +158,11 @@ class Plan:
         """Why there is no plan where memory is not why."""
         refused = [row["reason"] for row in self.rejected]
         return refused[0] if refused and not self.fits and not any(row["plan"] for row in self.rejected) else None
+
+    @property
+    def has_figures(self) -> bool:
+        """Whether settings and memory are those of a plan: of what is refused whatever its memory they are not."""
+        return self.planned_with is not None or self.refusal is None
 
     @property
     def kept_layers(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import IN_THE_JOB, Problem
-from loadmaster.preflight.batch import divisors, rounded_up
+from loadmaster.preflight.batch import dividing, divisors, with_rows
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.words import counted
@@ -39,7 +39,7 @@ def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
     rows = job.batch.global_size
     if rows % hardware.world_size:
         message = f"does not divide over {hardware.world_size} processes"
-        works = f"batch.global_size={rounded_up(rows, hardware.world_size)}"
+        works = f"batch.global_size={dividing(job, hardware.world_size)}"
         yield Problem("batch.global_size", rows, IN_THE_JOB, message, works)
 
 
@@ -79,7 +79,7 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
     if job.optimizer.in_backward is True and job.lora.dora and job.method != "full" and world > 1:
         yield "optimizer.in_backward=true goes with fsdp and lora.dora=true with ddp; set one of the two to false"
     if rows % world:
-        works = f"batch.global_size={rounded_up(rows, world)}"
+        works = f"batch.global_size={dividing(job, world)}"
         yield f"batch.global_size={rows} does not divide over {world} GPUs; use {works}"
     elif job.optimizer.in_backward is True and job.micro_batch_size not in ("auto", rows // world):
         yield (
@@ -93,6 +93,12 @@ def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
             f"micro_batch_size={job.micro_batch_size} does not divide the {rows // world} rows that each GPU has of "
             f"batch.global_size={rows}; these do: {works}"
         )
+
+
+def with_a_batch_that_divides(job: Job, shape: ModelShape, hardware: Hardware) -> Job | None:
+    """The job with the batch that its refusal names, where that is all that is wrong with it here."""
+    changed = with_rows(job, dividing(job, hardware.world_size))
+    return changed if changed is not job and not any(refuse(changed, shape, hardware)) else None
 
 
 def uncounted_adapters(job: Job, shape: ModelShape) -> bool:

@@ -18,7 +18,7 @@ from rich.table import Table
 from loadmaster import catalog
 from loadmaster.config.schema import Job
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
-from loadmaster.preflight.batch import rounded_up, with_rows
+from loadmaster.preflight.batch import dividing, with_rows
 from loadmaster.preflight.hardware import find_hardware, from_catalog, unknown_network
 from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.plan import Plan
@@ -78,7 +78,7 @@ def scaling(job: Job, nodes: list[int], dataset_tokens: int | None) -> list[Step
     steps: list[Step] = []
     for count in nodes:
         world = machine.count * count
-        rows = rounded_up(job.batch.global_size, world)
+        rows = dividing(job, world)
         hardware = replace(job.hardware, gpu=machine.gpu, count=machine.count, nodes=count)
         here = replace(with_rows(job, rows), hardware=hardware)
         plan = make_plan(here, dataset_tokens, with_alternatives=False)

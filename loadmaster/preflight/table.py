@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -36,16 +36,10 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.refusal:
         verdict = f"[red]cannot run as asked[/]: {escape(plan.refusal)}"
     line(f"[bold]{escape(plan.model.name)}[/] ({_billions(plan.model.parameters)}) on {_place(plan)}: {verdict}")
-    line(_settings(plan))
-    print_table(memory_table(_memory(plan), plan.budget_gib, console), console)
-    peaks = ", ".join(f"{name.replace('_', ' ')} {gib:.1f}" for name, gib in _phases(plan.phases_gib).items())
-    on_cpu = plan.hardware.gpu == "cpu"
-    where, host = ("of host memory", "") if on_cpu else ("on each GPU", f"host memory {plan.host_memory_gib:.0f} GiB, ")
-    line(f"peaks in GiB {where}: {peaks}; {host}disk {plan.disk_gib:.0f} GiB")
-    if plan.peak_gib and not on_cpu:
-        seen = plan.peak_gib
-        counts = f"allocated {seen.allocated:.2f}, reserved {seen.reserved:.2f}, by the card {seen.device:.2f}"
-        line(f"GiB as counted: {counts}")
+    if plan.planned_with:
+        line(f"with {plan.planned_with} it is")
+    if plan.has_figures:
+        _print_figures(plan, console, line)
     if plan.fits:
         line(_speed(plan))
     if plan.trace:
@@ -61,8 +55,21 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         line(f"[yellow]would fit:[/] {_alternative(option)}")
     if plan.elsewhere:
         print_elsewhere(plan, console)
-    for subject, text in plan.basis.items():
+    for subject, text in plan.basis.items() if plan.has_figures or plan.alternatives else ():
         line(f"[dim]{subject.replace('_', ' ')}: {escape(text)}[/]")
+
+
+def _print_figures(plan: Plan, console: Console, line: Callable[[str], None]) -> None:
+    line(_settings(plan))
+    print_table(memory_table(_memory(plan), plan.budget_gib, console), console)
+    peaks = ", ".join(f"{name.replace('_', ' ')} {gib:.1f}" for name, gib in _phases(plan.phases_gib).items())
+    on_cpu = plan.hardware.gpu == "cpu"
+    where, host = ("of host memory", "") if on_cpu else ("on each GPU", f"host memory {plan.host_memory_gib:.0f} GiB, ")
+    line(f"peaks in GiB {where}: {peaks}; {host}disk {plan.disk_gib:.0f} GiB")
+    if plan.peak_gib and not on_cpu:
+        seen = plan.peak_gib
+        counts = f"allocated {seen.allocated:.2f}, reserved {seen.reserved:.2f}, by the card {seen.device:.2f}"
+        line(f"GiB as counted: {counts}")
 
 
 def _phases(gib: PhasesGib) -> dict[str, float]:
@@ -118,8 +125,8 @@ def print_comparison(key: str, plans: dict[str, Plan], console: Console | None =
             escape(value),
             _place(plan),
             "yes" if plan.fits else "no",
-            _brief(plan),
-            f"{plan.memory_gib.total:.1f} of {plan.budget_gib:.1f}",
+            _brief(plan) if plan.has_figures else "",
+            f"{plan.memory_gib.total:.1f} of {plan.budget_gib:.1f}" if plan.has_figures else "",
             figure(plan.tokens_per_second, "{:,.0f}"),
             figure(plan.hours, "{:.2f}"),
             figure(price.get("usd_per_hour"), "{:.2f}"),
@@ -142,6 +149,7 @@ def _brief(plan: Plan) -> str:
     parts += _recomputed(plan.activation_checkpointing, plan.checkpointed_layers, plan.model.layers)
     parts += [f"{plan.offload} offloaded"] if plan.offload != "none" else []
     rows, times = plan.micro_batch_size, plan.gradient_accumulation_steps
+    parts += [plan.planned_with] if plan.planned_with else []
     return f"{', '.join(parts)}, {counted(rows, 'row')} x {times} a step"
 
 

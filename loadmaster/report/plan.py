@@ -64,6 +64,8 @@ class Phase:
 @dataclass(frozen=True)
 class PlanSection:
     fits: bool
+    planned_with: str | None
+    """What was changed of a job that cannot run as asked, for these figures."""
     place: str
     decisions: list[Decision]
     amounts: list[tuple[str, str]]
@@ -103,6 +105,7 @@ def plan_section(files: RunFiles) -> PlanSection | None:
     runners_up = [row.get("difference") for row in rows(plan.get("runners_up"))]  # they have a table of their own
     return PlanSection(
         fits=plan.get("fits") is not False,
+        planned_with=plan.get("planned_with"),
         place=place(plan),
         decisions=decisions(files),
         amounts=amounts(plan),

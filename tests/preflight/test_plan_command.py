@@ -86,6 +86,43 @@ def test_what_memory_has_no_part_in_is_not_called_a_want_of_memory(capsys, tmp_p
     assert "- the catalogue knows no 3x h100_80gb to rent" in seen.out  # which is priced below as what would fit
 
 
+@pytest.mark.parametrize("written, works", [
+    (["hardware.count=6"], 18),
+    (["hardware.count=3", "micro_batch_size=4"], 24),
+    (["hardware.count=8", "hardware.nodes=3"], 24),
+])
+def test_a_batch_that_does_not_divide_is_shown_with_one_that_does_and_those_words_work(
+    written, works, capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["plan", *ASKED[:2], *written]
+    assert main([*asked, "--json"]) == 3
+    plan = json.loads(capsys.readouterr().out)
+    rows = plan["micro_batch_size"] * plan["gradient_accumulation_steps"]
+    assert rows * plan["hardware"]["count"] * plan["hardware"]["nodes"] == works
+    assert plan["planned_with"] == f"batch.global_size={works}" and plan["fits"] is False
+    assert main([*asked, f"batch.global_size={works}", "--json"]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["planned_with"] is None
+    assert (other["memory_gib"], other["sharding"]) == (plan["memory_gib"], plan["sharding"])
+    assert main(asked) == 3
+    told = capsys.readouterr()
+    verdict, said, settings = told.out.splitlines()[1:4]
+    assert f"use batch.global_size={works}" in verdict and said == f"with batch.global_size={works} it is"
+    assert settings.startswith("lora, ") and f"use batch.global_size={works};" in told.err
+
+
+def test_what_is_refused_whatever_its_memory_shows_no_memory(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word in ("precision=fp32", "sharding=ddp"):
+        assert main(["plan", *ASKED, word]) == 3
+        told = capsys.readouterr().out
+        assert "cannot run as asked" in told and "would fit: " in told and "peaks in GiB" not in told
+    assert main(["plan", *ASKED[:2], "--compare", "hardware.count=1,6"]) == 0
+    one, six = capsys.readouterr().out.splitlines()[1:3]
+    assert "batch.global_size=18" in six and "batch.global_size" not in one
+
+
 def test_a_file_that_is_not_here_is_why_nobody_knows_how_long_it_takes(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
