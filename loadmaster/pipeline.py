@@ -255,7 +255,8 @@ class Pipeline:
         if not plan.fits:
             without = self.job.hardware.gpu == "local" and plan.hardware.gpu == "cpu"
             here = " on this machine, which has no GPU, or no driver that shows it" if without else ""
-            raise DoesNotFit(f"{self.composed.sourced(plan.refusal or f'nothing fits{here}')}; {kept}")
+            why = self.composed.sourced(plan.refused) if plan.refused else f"nothing fits{here}"
+            raise DoesNotFit(f"{why}; {kept}")
         if kept:
             self.echo(kept)
 

@@ -7,7 +7,6 @@ Nothing here imports torch; the whole takes a fraction of a second in a cold pro
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -60,12 +59,14 @@ class Composed:
             ]
             raise ConfigError(found, begun or error.begun) from error
 
-    def sourced(self, refusal: str) -> str:
-        """A plan's refusal with the file and line of the value that it begins with, unless that was typed."""
-        value = re.match(r"([\w.]+)=[^\s:;]+", refusal)
-        if value is None or value[1] not in fields() or (origin := origin_of(self.origins, value[1])) == COMMAND_LINE:
-            return refusal
-        return f"{value[0]} ({origin}){refusal[value.end():]}"
+    def sourced(self, refused: dict[str, Any]) -> str:
+        """A plan's refusal with the file and line of the field that is why, unless that was typed. refused: its
+        `reason`, which begins with the `field` and its `value` if it is one's."""
+        field = refused.get("field")
+        if field is None or (origin := origin_of(self.origins, field)) == COMMAND_LINE:
+            return refused["reason"]
+        begins = f"{field}={refused['value']}"
+        return f"{begins} ({origin}){refused['reason'].removeprefix(begins)}"
 
 
 def compose(

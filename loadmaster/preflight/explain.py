@@ -97,7 +97,7 @@ def _explicit_remedy(job: Job, failed: Candidate) -> str:
 
 def refused(job: Job, chosen: Candidate, found: Found, rejected: list[dict[str, Any]]) -> list[str]:
     """Why there is no plan; rejected: `rejection` of each plan that came nearest."""
-    said = found.refusals or _left_out(job, chosen.shape)
+    said = [str(refusal) for refusal in found.refusals] or _left_out(job, chosen.shape)
     said = said + [f"{row['plan']}: {row['reason']}" for row in rejected]
     return said + list(filter(None, [not_offered(chosen.hardware)]))
 
@@ -169,7 +169,8 @@ def _left_out(job: Job, shape: ModelShape) -> list[str]:
     """Why method=auto did not consider adapters."""
     if job.method != "auto" or not uncounted_adapters(job, shape):
         return []
-    return [f"only full was considered, for {UNCOUNTED.format(name=shape.name)}; {TYPED} lets lora and qlora compete"]
+    why = f"lora.targets=all-linear: {UNCOUNTED.format(name=shape.name)}"
+    return [f"only full was considered, for {why}; {TYPED} lets lora and qlora compete"]
 
 
 def how_much(job: Job, dataset_tokens: int | None) -> list[str]:

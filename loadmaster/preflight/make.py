@@ -115,7 +115,7 @@ def _plan(job: Job, chosen: Candidate, found: Found, dataset_tokens: int | None)
         hours=rounded(hours, 4),
         cost_usd=run_usd(hours, hardware.usd_per_hour),
         reasons=why,
-        rejected=rejected + [{"plan": "", "reason": refusal} for refusal in found.refusals],
+        rejected=rejected + [refusal.row() for refusal in found.refusals],
         runners_up=[runner_up(chosen, other) for other in found.others],
         price=_price(hardware),
         basis=basis(hardware, setup),

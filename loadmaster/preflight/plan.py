@@ -156,8 +156,13 @@ class Plan:
     @property
     def refusal(self) -> str | None:
         """Why there is no plan where memory is not why."""
-        refused = [row["reason"] for row in self.rejected]
-        return refused[0] if refused and not self.fits and not any(row["plan"] for row in self.rejected) else None
+        return self.refused and self.refused["reason"]
+
+    @property
+    def refused(self) -> dict[str, Any] | None:
+        """The same with the `field` of the job that is why, and its `value`, if it is one."""
+        is_why = self.rejected and not self.fits and not any(row["plan"] for row in self.rejected)
+        return self.rejected[0] if is_why else None
 
     @property
     def has_figures(self) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from loadmaster.config.fields import written
 from loadmaster.config.schema import Job
 from loadmaster.errors import IN_THE_JOB, Problem
 from loadmaster.preflight.batch import dividing, divisors, with_rows
@@ -17,9 +18,7 @@ PACKED_FROM = 8.0
 COUNTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Linears of a mixture of experts whose adapters a plan can count."""
 TYPED = f"lora.targets=[{','.join(COUNTED)}]"
-UNCOUNTED = (
-    "lora.targets=all-linear: {name} is a mixture of experts, whose expert tensors get adapters that no plan counts"
-)
+UNCOUNTED = "{name} is a mixture of experts, whose expert tensors get adapters that no plan counts"
 
 
 def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
@@ -43,55 +42,79 @@ def impossible_on_cpu(job: Job, hardware: Hardware) -> Iterator[Problem]:
         yield Problem("batch.global_size", rows, IN_THE_JOB, message, works)
 
 
-def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[str]:
+@dataclass(frozen=True)
+class Refusal:
+    """Why a job cannot run on some hardware. field, value: what was written that cannot, if it is a field of the job;
+    the sentence begins with them then."""
+
+    text: str
+    field: str | None = None
+    value: object = None
+
+    def __str__(self) -> str:
+        return f"{self.field}={written(self.value)}{self.text}" if self.field else self.text
+
+    def row(self) -> dict[str, str | None]:
+        """Of plan.json's `rejected`."""
+        value = written(self.value) if self.field else None
+        return {"plan": "", "reason": str(self), "field": self.field, "value": value}
+
+
+def refuse(job: Job, shape: ModelShape, hardware: Hardware) -> Iterator[Refusal]:
     """What was written and cannot work on this hardware, whatever its memory."""
     if not hardware.is_cpu and 0 < hardware.compute_capability < PACKED_FROM:  # 0: the driver does not say
-        yield (
+        yield Refusal(
             f"{hardware.label} has compute capability {hardware.compute_capability}; attention over packed documents "
             f"needs {PACKED_FROM} or later"
         )
     values = 4 if hardware.is_cpu else 8  # of 16 bytes, which are the steps that the rows of grouped products come in
     if shape.experts and (shape.hidden_size % values or shape.expert_size % values):
-        yield (
+        yield Refusal(
             f"{shape.name} has experts of {shape.hidden_size} x {shape.expert_size}, and products of experts take "
             f"sizes that {values} divides; use another model"
         )
     if not hardware.is_cpu and job.precision == "fp32" and not shape.attention_softcap:
-        yield "precision=fp32: attention over packed documents is in 16 bits on a GPU; use bf16"
+        text = ": attention over packed documents is in 16 bits on a GPU; use bf16"
+        yield Refusal(text, "precision", "fp32")
     if job.precision == "fp8" and not hardware.has_fp8:
-        yield f"precision=fp8: {hardware.label} has no fp8 matrix units (compute capability 8.9 or later has); use bf16"
+        text = f": {hardware.label} has no fp8 matrix units (compute capability 8.9 or later has); use bf16"
+        yield Refusal(text, "precision", "fp8")
     if job.precision == "fp8" and job.method == "auto" and set(job.plan.methods) == {"qlora"}:
-        yield "precision=fp8 is for method=lora or full, which plan.methods leaves out; use bf16"
+        yield Refusal(" is for method=lora or full, which plan.methods leaves out; use bf16", "precision", "fp8")
     if uncounted_adapters(job, shape) and job.method != "full":
-        yield f"{UNCOUNTED.format(name=shape.name)}; use {TYPED}{'' if needs_adapter(job) else ', or method=full'}"
+        works = f"use {TYPED}{'' if needs_adapter(job) else ', or method=full'}"
+        yield Refusal(f": {UNCOUNTED.format(name=shape.name)}; {works}", "lora.targets", job.lora.targets)
     if job.checkpointed_layers != "auto" and job.checkpointed_layers > shape.layers:
         has = f"{shape.name} has {counted(shape.layers, 'layer')}"
-        yield f"checkpointed_layers={job.checkpointed_layers}: {has}; use auto for all"
+        yield Refusal(f": {has}; use auto for all", "checkpointed_layers", job.checkpointed_layers)
     world, rows = hardware.world_size, job.batch.global_size
     if job.sharding not in ("auto", "none") and world == 1:
-        yield f"sharding={job.sharding}: there is one GPU; use none or auto"
+        yield Refusal(": there is one GPU; use none or auto", "sharding", job.sharding)
     if job.sharding == "none" and world > 1:
-        yield f"sharding=none: there are {world} GPUs; use ddp, fsdp or auto"
+        yield Refusal(f": there are {world} GPUs; use ddp, fsdp or auto", "sharding", "none")
     if job.offload == "all" and job.sharding in ("none", "ddp", "zero1", "zero2"):
-        yield f"offload=all needs sharded weights; use sharding=fsdp or zero3 instead of {job.sharding}"
+        text = f" needs sharded weights; use sharding=fsdp or zero3 instead of {job.sharding}"
+        yield Refusal(text, "offload", "all")
     if job.offload == "all" and world == 1:
-        yield "offload=all: weights in host memory come to GPUs by shards, and there is one GPU; use optimizer or auto"
+        text = ": weights in host memory come to GPUs by shards, and there is one GPU; use optimizer or auto"
+        yield Refusal(text, "offload", "all")
     if job.optimizer.in_backward is True and job.lora.dora and job.method != "full" and world > 1:
-        yield "optimizer.in_backward=true goes with fsdp and lora.dora=true with ddp; set one of the two to false"
+        text = " goes with fsdp and lora.dora=true with ddp; set one of the two to false"
+        yield Refusal(text, "optimizer.in_backward", True)
     if rows % world:
         works = f"batch.global_size={dividing(job, world)}"
-        yield f"batch.global_size={rows} does not divide over {world} GPUs; use {works}"
+        yield Refusal(f" does not divide over {world} GPUs; use {works}", "batch.global_size", rows)
     elif job.optimizer.in_backward is True and job.micro_batch_size not in ("auto", rows // world):
-        yield (
-            f"optimizer.in_backward=true takes a step after each micro-batch, and batch.global_size={rows} is "
+        yield Refusal(
+            f" takes a step after each micro-batch, and batch.global_size={rows} is "
             f"{counted(rows // world, 'row')} on each GPU; use micro_batch_size={rows // world}, "
-            f"or batch.global_size={job.micro_batch_size * world}"
+            f"or batch.global_size={job.micro_batch_size * world}", "optimizer.in_backward", True,
         )
     elif job.micro_batch_size != "auto" and (rows // world) % job.micro_batch_size:
         works = ", ".join(map(str, divisors(rows // world)))
-        yield (
-            f"micro_batch_size={job.micro_batch_size} does not divide the {rows // world} rows that each GPU has of "
-            f"batch.global_size={rows}; these do: {works}"
+        yield Refusal(
+            f" does not divide the {rows // world} rows that each GPU has of batch.global_size={rows}; these do: "
+            f"{works}", "micro_batch_size", job.micro_batch_size,
         )
 
 

@@ -18,7 +18,7 @@ from loadmaster.preflight.candidate import Candidate, closeness, evaluate, fixed
 from loadmaster.preflight.compiled import kept_bytes
 from loadmaster.preflight.enumeration import ENOUGH_TOKENS, Enumeration
 from loadmaster.preflight.hardware import GIB, Hardware, priced
-from loadmaster.preflight.refusals import impossible_on_cpu, refuse, without_uncounted_adapters
+from loadmaster.preflight.refusals import Refusal, impossible_on_cpu, refuse, without_uncounted_adapters
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.tiers import tiers
@@ -37,7 +37,7 @@ class Found:
     """Fitting plans that lost, best first, one of each kind."""
     nearest: list[Candidate]
     """Of every more faithful tier, the plan that came nearest to fitting."""
-    refusals: list[str]
+    refusals: list[Refusal]
     """Settings that cannot work on this hardware at all."""
 
 

@@ -114,8 +114,30 @@ def test_experts_whose_rows_no_product_takes_are_refused(hardware, refused) -> N
     """In bf16 12 values are 24 bytes; in fp32, on a CPU, they are three times 16."""
     job = compose([*MIXTURE, "precision=auto", f"hardware={hardware}", "lora.targets=[q_proj]"]).job
     shape = replace(find_shape(job.model), expert_size=12)
-    said = " ".join(refuse(job, shape, find_hardware(job.hardware)))
+    said = " ".join(map(str, refuse(job, shape, find_hardware(job.hardware))))
     assert ("has experts of 2048 x 12" in said) == refused
+
+
+@pytest.mark.parametrize(("words", "field"), [
+    (["precision=fp32"], "precision"),
+    (["checkpointed_layers=99", "activation_checkpointing=full"], "checkpointed_layers"),
+    (["sharding=fsdp"], "sharding"),
+    (["offload=all"], "offload"),
+    (["batch.global_size=7", "hardware.count=2"], "batch.global_size"),
+    (["micro_batch_size=3"], "micro_batch_size"),
+    (["optimizer.in_backward=true", "optimizer.max_grad_norm=0", "micro_batch_size=2"], "optimizer.in_backward"),
+    (["model.name=Qwen/Qwen3-30B-A3B", "lora.targets=all-linear"], "lora.targets"),
+])
+def test_a_refusal_says_of_which_field_it_is_and_where_that_was_set(words, field) -> None:
+    composed = compose([*PLAN, "recipe=lora_8b", "hardware=h100_80gb_x1", *words])
+    refused = make_plan(composed.job, with_alternatives=False).refused
+    begins = f"{field}={refused['value']}"
+    assert refused["field"] == field and refused["reason"].startswith(begins)
+    assert composed.sourced(refused) == refused["reason"]  # typed
+    of_a_file = replace(composed, origins=composed.origins | {field: "recipes/mine.yaml:7"})
+    said = refused["reason"].replace(begins, f"{begins} (recipes/mine.yaml:7)", 1)
+    assert of_a_file.sourced(refused) == said
+    assert of_a_file.sourced({"plan": "", "reason": "of no field"}) == "of no field"
 
 
 def test_another_machine_is_said_to_be_as_fast_as_it_is_planned_to_be_there() -> None:
