@@ -135,6 +135,10 @@ def known_cards(word: str, cards: Iterable[str], key: str | None = None) -> str:
     return (f"{named}; " if guess else "") + "known are " + ", ".join(known)
 
 
+OF_APPLES = "is a GPU of Apple's, which is not used: a Mac trains on its processors"
+NOT_APPLES = "hardware=cpu (or local, on the Mac), with a model as small as smoke's"
+
+
 def is_apples(word: str) -> bool:
     """Whether a GPU's name is one of a Mac's: mps, metal, m2, apple_m3_max."""
     return bool(re.fullmatch(r"mps|metal|apple.*|m[1-9](_(pro|max|ultra))?", re.sub("[ -]+", "_", word.lower())))

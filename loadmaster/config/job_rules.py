@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from loadmaster import catalog
-from loadmaster.config.fields import is_apples, known_cards
+from loadmaster.config.fields import NOT_APPLES, OF_APPLES, is_apples, known_cards
 from loadmaster.config.model_folder import broken_files, run_of
 from loadmaster.config.origins import COMMAND_LINE, origin_file, origin_of
 from loadmaster.config.rule_table import Found, Origins, rule
@@ -74,8 +74,7 @@ def gpu_is_known(job: Job, origins: Origins) -> Found:
     if job.hardware.gpu not in known:
         message, remedy = "is not in the catalogue", known_cards(job.hardware.gpu, known, "hardware.gpu")
         if is_apples(job.hardware.gpu):
-            message = "is a GPU of Apple's, which is not used: a Mac trains on its processors"
-            remedy = "hardware=cpu (or local, on the Mac), with a model as small as smoke's"
+            message, remedy = OF_APPLES, NOT_APPLES
         yield "hardware.gpu", job.hardware.gpu, message, remedy
 
 

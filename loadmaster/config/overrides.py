@@ -23,7 +23,17 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
 from loadmaster import catalog
-from loadmaster.config.fields import describe, fields, leaves, nearest, nearest_card, nearest_key
+from loadmaster.config.fields import (
+    NOT_APPLES,
+    OF_APPLES,
+    describe,
+    fields,
+    is_apples,
+    leaves,
+    nearest,
+    nearest_card,
+    nearest_key,
+)
 from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.model_folder import run_of
 from loadmaster.config.origins import COMMAND_LINE
@@ -283,6 +293,8 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
 def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> Problem:
     is_file = wrong.endswith(FIELDS_SUFFIXES)
     named = Path(wrong).stem if is_file else wrong
+    if group == "hardware" and is_apples(named):
+        return Problem(group, wrong, origin, OF_APPLES, NOT_APPLES)
     beginnings = dict.fromkeys(option[: len(named) + 1] for option in options)  # lama is llama, of whatever size
     begun = nearest(named, beginnings, cutoff=0.75)
     alike = [option for option in options if begun and option.startswith(begun)]

@@ -350,10 +350,11 @@ def test_a_card_that_is_like_none_of_the_catalogue_is_taken_for_none(key: str):
 
 @pytest.mark.parametrize("name", ["mps", "Metal", "apple_m3_max", "m2", "m1-ultra", "M4 Pro"])
 def test_an_apple_gpu_is_said_not_to_be_used(name: str):
-    with pytest.raises(ConfigError) as caught:
-        compose([f"hardware.gpu='{name}'"])
-    (problem,) = caught.value.problems
-    assert "Apple's, which is not used" in problem.message and problem.remedy.startswith("hardware=cpu")
+    for key in ("hardware.gpu", "hardware"):
+        with pytest.raises(ConfigError) as caught:
+            compose([f"{key}='{name}'"])
+        (problem,) = caught.value.problems
+        assert "Apple's, which is not used" in problem.message and problem.remedy.startswith("hardware=cpu")
     assert not any(map(is_apples, catalog.gpus())) and not is_apples("m40") and not is_apples("m60")
 
 
