@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from loadmaster.export.adapter import read_adapter
 from loadmaster.export.candidates import streamed
 from loadmaster.export.linear import linear_weights
-from loadmaster.export.merge import merge, read_adapter
+from loadmaster.export.merge import merge
 from loadmaster.export.stream import ShardWriter
 from loadmaster.export.weights import INDEX, Shapes
 from loadmaster.files import write_json, write_text

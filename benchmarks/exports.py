@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from loadmaster.config.compose import read_job
 from loadmaster.data import prepare
 from loadmaster.export import live_checks, verify
-from loadmaster.export.merge import read_adapter
+from loadmaster.export.adapter import read_adapter
 from loadmaster.export.tuned_weights import tuned_weights
 from loadmaster.export.verify import Candidate, Verification
 from loadmaster.models.frozen import frozen_form

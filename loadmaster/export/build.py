@@ -19,9 +19,10 @@ from loadmaster.data import PreparedData
 from loadmaster.data.render import stop_token_ids
 from loadmaster.errors import ExportRejected
 from loadmaster.export import candidates, quantize
+from loadmaster.export.adapter import read_adapter
 from loadmaster.export.gguf import refuse_unwritable
 from loadmaster.export.linear import QuantizeLinears, linear_weights, quantization_config
-from loadmaster.export.merge import MergeReport, merge, read_adapter, round_trip
+from loadmaster.export.merge import MergeReport, merge, round_trip
 from loadmaster.export.process import run_step, timeout_s
 from loadmaster.export.servers import Server, aimed_at, for_server, model_config
 from loadmaster.export.sidecars import write_config, write_generation_config, write_tokenizer

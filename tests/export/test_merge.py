@@ -10,7 +10,8 @@ from tiny_models import save_adapter, save_tiny_llama
 
 from loadmaster.data import PackedRow
 from loadmaster.errors import ExportRejected
-from loadmaster.export.merge import merge, read_adapter, refusals, round_trip
+from loadmaster.export.adapter import read_adapter, refusals
+from loadmaster.export.merge import merge, round_trip
 from loadmaster.export.sidecars import write_config
 from loadmaster.export.weights import shards, tensor_files
 from loadmaster.files import read_json, write_json

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoTokenizer
 from loadmaster.config.schema import ThresholdsConfig
 from loadmaster.errors import ExportRejected, LoadmasterError
 from loadmaster.export import build, report_table, stage, thresholds
+from loadmaster.export.adapter import Delta
 from loadmaster.export.manifest import read_manifest, verify_manifest
-from loadmaster.export.merge import Delta
 from loadmaster.files import read_json, sha256_of_model, write_json
 
 ALL = ("adapter", "bf16", "fp8", "int4")

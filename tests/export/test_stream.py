@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_adapter, save_tiny_llama
 
 from loadmaster.errors import ExportRejected
+from loadmaster.export.adapter import read_adapter
 from loadmaster.export.fp8 import Fp8, Fp8Block
 from loadmaster.export.int4 import Int4, group_size
 from loadmaster.export.linear import QuantizeLinears, linear_weights, quantization_config
-from loadmaster.export.merge import merge, read_adapter
+from loadmaster.export.merge import merge
 from loadmaster.export.stream import ShardWriter, Unchanged, rewrite
 from loadmaster.export.weights import DTYPES, INDEX, shards, tensor_shapes
 from loadmaster.files import read_json, write_json

@@ -15,13 +15,14 @@ from tiny_models import save_adapter, save_tiny_llama
 
 from loadmaster.data.render import stop_token_ids
 from loadmaster.export import candidates, live_checks, thresholds, verify
+from loadmaster.export.adapter import Adapter, read_adapter
 from loadmaster.export.dequantize import ExportedTensors
 from loadmaster.export.fp8 import Fp8
 from loadmaster.export.gguf import export_gguf
 from loadmaster.export.int4 import Int4
 from loadmaster.export.linear import linear_weights, quantization_config
 from loadmaster.export.loading import load_export
-from loadmaster.export.merge import Adapter, merge, read_adapter, round_trip
+from loadmaster.export.merge import merge, round_trip
 from loadmaster.export.quantize import calibrate
 from loadmaster.export.servers import NEWEST
 from loadmaster.export.sidecars import write_config, write_generation_config, write_tokenizer

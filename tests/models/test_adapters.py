@@ -10,7 +10,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from loadmaster.config.schema import LoraConfig, OptimizerConfig
 from loadmaster.errors import ConfigError
-from loadmaster.export.merge import read_adapter
+from loadmaster.export.adapter import read_adapter
 from loadmaster.models.adapters import Narrow, make_trainable, trainable, without_adapter
 from loadmaster.models.forward import causal_lm, noisy, token_losses
 from loadmaster.models.load import random_model

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from loadmaster.config.schema import LoraConfig, OptimizerConfig
 from loadmaster.errors import ConfigError
+from loadmaster.export.adapter import read_adapter
 from loadmaster.export.checks import lora_rows
 from loadmaster.export.live_checks import merged_weights
-from loadmaster.export.merge import merge, read_adapter, round_trip
+from loadmaster.export.merge import merge, round_trip
 from loadmaster.export.sidecars import write_config
 from loadmaster.models import compiled, recompute
 from loadmaster.models.adapters import make_trainable, trainable, without_adapter

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loadmaster.config.schema import LoraConfig, OptimizerConfig
 from loadmaster.errors import ConfigError, ExportRejected
-from loadmaster.export.merge import read_adapter
+from loadmaster.export.adapter import read_adapter
 from loadmaster.models import compiled, recompute
 from loadmaster.models.adapters import make_trainable, saved_modules, trainable, without_adapter
 from loadmaster.models.compiled import compile_layers
