@@ -15,7 +15,6 @@ from loadmaster.words import counted
 
 IN_THE_JOB = "the job"
 """Origin of what is wrong with a field, where only the job is known and not what it was composed from."""
-DISK_REMEDY = "set run_dir to a folder that can be written, on a disk with room"
 
 
 class LoadmasterError(Exception):

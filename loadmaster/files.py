@@ -24,6 +24,8 @@ from typing import Any
 
 from loadmaster.errors import LoadmasterError, NotAFile
 
+DISK_REMEDY = "set run_dir to a folder that can be written, on a disk with room"
+
 PARTIAL_SUFFIX = ".partial"
 FINDER_FILE = ".DS_Store"
 """What macOS's Finder leaves in a folder that somebody looks into, and is nobody's content."""
@@ -148,6 +150,15 @@ def is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def disk_error(error: BaseException) -> LoadmasterError | None:
+    """What an error of a run's files means to who started it: a full or read-only disk, a folder that is a file.
+
+    None for an error of something else.
+    """
+    of_files = isinstance(error, OSError) or is_full_disk(error)
+    return LoadmasterError(f"{error}; {DISK_REMEDY}") if of_files else None
 
 
 def cache_root() -> Path:

@@ -29,8 +29,8 @@ from loadmaster.config.shipped import resolve_path
 from loadmaster.config.show import show_error
 from loadmaster.config.validate import check
 from loadmaster.dataset_size import dataset_tokens
-from loadmaster.errors import DISK_REMEDY, ConfigError, DataError, DoesNotFit, LoadmasterError, StoppedOnRequest
-from loadmaster.files import is_full_disk, read_text, sha256_json, sha256_of_model, storable, write_text
+from loadmaster.errors import ConfigError, DataError, DoesNotFit, LoadmasterError, StoppedOnRequest
+from loadmaster.files import disk_error, is_full_disk, read_text, sha256_json, sha256_of_model, storable, write_text
 from loadmaster.preflight import make_plan, print_plan
 from loadmaster.preflight.config_json import find_config
 from loadmaster.preflight.families import full_config
@@ -69,9 +69,7 @@ def run(composed: Composed, console: Console | None = None) -> int:
         stop.requested = stop.requested or isinstance(error, StoppedOnRequest)
         return team.end(show_error(error))
     except Exception as error:
-        said = packages.explained(error) if isinstance(error, ModuleNotFoundError) else None
-        if isinstance(error, OSError) or is_full_disk(error):  # a full or read-only disk, a folder that is a file
-            said = LoadmasterError(f"{error}; {DISK_REMEDY}")
+        said = packages.explained(error) if isinstance(error, ModuleNotFoundError) else disk_error(error)
         if said is None:
             raise
         return team.end(show_error(said))

@@ -20,8 +20,8 @@ if __name__ == "__main__":  # before what takes long to import
 from loadmaster.config.schema import Job
 from loadmaster.config.validate import check
 from loadmaster.ending import end_with, heed_no_more_requests
-from loadmaster.errors import DISK_REMEDY, LoadmasterError, StoppedOnRequest, TrainingFailed
-from loadmaster.files import read_text, write_json
+from loadmaster.errors import LoadmasterError, StoppedOnRequest, TrainingFailed
+from loadmaster.files import disk_error, read_text, write_json
 from loadmaster.preflight.plan import Plan
 from loadmaster.streams import Output, settle_streams
 from loadmaster.training.display import Display
@@ -50,8 +50,11 @@ def main(stage: str, run_dir: Path) -> int:
         outcome = Outcome(error.exit_code, str(error), stop=not agreed)
     except LoadmasterError as error:
         outcome = Outcome(error.exit_code, str(error))
-    except OSError as error:  # a full or read-only disk
-        outcome = Outcome(LoadmasterError.exit_code, f"rank {rank}: {error}; {DISK_REMEDY}")
+    except Exception as error:
+        said = disk_error(error)
+        if said is None:
+            raise
+        outcome = Outcome(said.exit_code, f"rank {rank}: {said}")
     heed_no_more_requests()  # the lead keeps them in mind
     leave_word(run_dir, rank, outcome)
     # What all agreed on is no failure of this process; else the first to go would take the others with it.

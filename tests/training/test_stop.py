@@ -1,6 +1,7 @@
 """Requests to stop: heard in time also where no Python runs, and limits of time and money as such requests."""
 
 import dataclasses
+import errno
 import os
 import signal
 import socket
@@ -15,8 +16,8 @@ import pytest
 from loadmaster import worker
 from loadmaster.config.schema import DataConfig, Job, LaunchConfig
 from loadmaster.ending import STOPS
-from loadmaster.errors import StoppedOnRequest
-from loadmaster.files import write_json
+from loadmaster.errors import LoadmasterError, StoppedOnRequest
+from loadmaster.files import read_json, write_json
 from loadmaster.training import workers
 from loadmaster.training.stop import STARTED, StopSignal, deadline
 from loadmaster.training.workers import Outcome, outcome_file, run_stage
@@ -146,6 +147,24 @@ def test_a_request_that_finds_a_worker_done_spoils_nothing_of_what_it_leaves(tmp
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"), Exception("No space left on device (os error 28)"),
+])
+def test_a_worker_whose_disk_is_full_says_so_in_a_sentence_whoever_raised_it(error, tmp_path, monkeypatch):
+    """safetensors raises an error of its own."""
+    for name in ("settle_streams", "die_with_the_lead", "read_job", "log_to", "heed_no_more_requests", "StopSignal"):
+        monkeypatch.setattr(worker, name, MagicMock())
+    monkeypatch.setattr(worker, "Plan", MagicMock())
+    monkeypatch.setattr(worker, "_run", MagicMock(side_effect=error))
+    monkeypatch.setenv("RANK", "1")
+    assert worker.main("train", tmp_path) == LoadmasterError.exit_code
+    left = read_json(outcome_file(tmp_path, 1))["message"]
+    assert left.startswith("rank 1: ") and "No space left" in left and "on a disk with room" in left
+    monkeypatch.setattr(worker, "_run", MagicMock(side_effect=ValueError("a defect")))
+    with pytest.raises(ValueError, match="a defect"):
+        worker.main("train", tmp_path)
 
 
 def test_a_request_that_finds_the_workers_done_is_kept_by_who_started_them(tmp_path, monkeypatch):
