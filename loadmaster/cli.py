@@ -53,7 +53,7 @@ STAGE_HELP = {
 
 DONE_BY_STAGES = {
     "report": "the run's command, given again, writes report.html into its run directory anew",
-    "resume": "the run's command, given again, goes on from the newest checkpoint",
+    "resume": "loadmaster train RUN, or the run's command given again, goes on from the newest checkpoint",
 }
 """What people look for a command of, in lower case."""
 
