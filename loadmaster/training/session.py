@@ -198,7 +198,7 @@ def try_family(session: Session) -> None:
     if session.plan.model.family in FAMILIES:
         return
     with session.strategy.generating(session.loss):
-        refuse_mixing(session.model)
+        refuse_mixing(session.model, session.job.sequence_length)
     session.strategy.settle(session.loss)
 
 

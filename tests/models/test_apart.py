@@ -11,6 +11,7 @@ from loadmaster.models.apart import refuse_mixing
 from loadmaster.models.float8 import train_in_fp8
 from loadmaster.models.load import random_model
 from loadmaster.preflight.config_json import refuse_uncountable
+from loadmaster.preflight.families import FAMILIES
 from tests.training import test_loop
 
 SIZES = {
@@ -34,14 +35,16 @@ def made(config: dict, dtype: torch.dtype = torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_whose_layers_see_other_documents_or_what_is_to_come_is_refused(config, dtype):
     with pytest.raises(LoadmasterError, match=f"'{config['model_type']}' cannot be trained here"):
-        refuse_mixing(made(config, dtype))
+        refuse_mixing(made(config, dtype), 512)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "granite", "glm4", "gpt_neox", "granitemoe", "mixtral"])
+@pytest.mark.parametrize("family", [*FAMILIES, "glm4", "gpt_neox", "granitemoe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_keeps_them_apart_passes_and_runs_packed_as_before(family, dtype):
-    model = made({"model_type": family, **SIZES, "num_local_experts": 4}, dtype)
-    refuse_mixing(model)
+    """Those that are modelled exactly do: training does not try them."""
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = made({"model_type": family, **SIZES, "head_dim": 16, **experts}, dtype)
+    refuse_mixing(model, 512)
     assert model.config._attn_implementation == "loadmaster_packed"
 
 
@@ -49,8 +52,20 @@ def test_products_in_fp8_which_share_a_scale_with_the_neighbours_pass_too():
     model = made({"model_type": "olmo2", **SIZES}, torch.bfloat16)
     train_in_fp8(model, torch.device("cpu"))
     kinds = list(map(type, model.modules()))
-    refuse_mixing(model)
+    refuse_mixing(model, 512)
     assert list(map(type, model.modules())) == kinds
+
+
+@pytest.mark.parametrize("family", ["phimoe", "starcoder2", "olmo3", "cohere2"])
+def test_a_window_that_a_models_mask_alone_has_limits_the_documents(family):
+    """PhiMoE's attention is not told of it; the others' is."""
+    model = made({"model_type": family, **SIZES, "num_local_experts": 4, "sliding_window": 64})
+    refuse_mixing(model, 64)
+    if family != "phimoe":
+        return refuse_mixing(model, 512)
+    with pytest.raises(LoadmasterError, match=r"have their window of 64 tokens .*\n    fix: sequence_length=64"):
+        refuse_mixing(model, 65)
+    assert model.config.sliding_window == 64
 
 
 STOPS = {"model_type": "stablelm", **SIZES}
