@@ -122,15 +122,21 @@ def config_of(folder: Path) -> Any:
     """A model's configuration, to be given to from_pretrained: what it read itself could name another attention than is
     asked for, kernels of the Hub's among them (_attn_implementation).
 
-    Raises LoadmasterError for a model type that the installed transformers has not.
+    Raises LoadmasterError for a model type that the installed transformers has not, or that continues no text.
     """
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        found = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except ValueError as error:
         reason = str(error).partition(". ")[0]
         raise LoadmasterError(f"transformers {transformers.__version__} cannot load {folder}: {reason}") from error
+    if type(found) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise LoadmasterError(
+            f"transformers {transformers.__version__} has no causal language model of type {found.model_type!r}, which "
+            f"is what {folder} holds\n    fix: a text-only model, of a family in docs/preflight.md"
+        )
+    return found
 
 
 @contextmanager

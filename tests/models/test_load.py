@@ -50,6 +50,14 @@ def test_a_model_type_that_is_not_known_is_named(load, folder: Path):
 
 
 @pytest.mark.parametrize("load", [partial(load_base, device="cpu"), empty_model])
+def test_a_model_that_continues_no_text_is_named(load, folder: Path):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral3"}))
+    said = r"has no causal language model of type 'mistral3'.*\n    fix: a text-only"
+    with pytest.raises(LoadmasterError, match=said):
+        load(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("load", [partial(load_base, device="cpu"), empty_model])
 def test_a_family_whose_code_takes_no_other_attention_than_its_own_is_refused(load, folder: Path):
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 49152}
     (folder / "config.json").write_text(json.dumps({"model_type": "falcon", **sizes}))
