@@ -93,7 +93,7 @@ class Blocks:
         each = w * shape.experts * shape.hidden_size
         mixed = [self.base(each * size) for size in (1, 2 * shape.expert_size, shape.expert_size)] if experts else []
         norms = [self.module(w * shape.hidden_size, name) for name in saved.layer_norms(shape)]
-        heads = [self.module(w * shape.head_dim, name) for name in saved.head_norms(shape)]
+        heads = [self.module(w * size, name) for name, size in saved.head_norm_sizes(shape)]
         return Weights(linears, norms, heads, rotary, mixed)
 
     def base(self, size: float, uses: int = 1) -> Tensor:
@@ -276,8 +276,10 @@ class Blocks:
             gain = self.elementwise(self.elementwise(weight, 4 * width) if w != 4 else weight)
             x32 = self.mul(x32, gain, reduced=4 * width)
             return self.elementwise(x32, w * elements) if w != 4 else x32
+        if self.shape.wide:
+            x32 = self.mul(x32, weight, reduced=4 * weight.bytes // w)
         narrow = self.elementwise(x32, w * elements) if w != 4 else x32
-        return self.mul(narrow, weight, reduced=weight.bytes)
+        return narrow if self.shape.wide else self.mul(narrow, weight, reduced=weight.bytes)
 
     def mean_square(self, x: Tensor, size: int) -> Tensor:
         """x.pow(2).mean(-1)."""
@@ -322,18 +324,20 @@ class Blocks:
     def _rotated(self, x: Tensor, rotary: Storage) -> Tensor:
         turned = self.times_constant(x, rotary)
         first, second = self.slice(x, 0.5), self.slice(x, 0.5)
-        return self.add(turned, self.times_constant(self.join(self.elementwise(second), first), rotary))
+        turned = self.add(turned, self.times_constant(self.join(self.elementwise(second), first), rotary))
+        return self.elementwise(turned, x.bytes) if turned.bytes != x.bytes else turned
 
     def times_constant(self, x: Tensor, constant: Storage) -> Tensor:
         """Product with cos or sin, which are saved."""
-        tape, size = self.tape, x.bytes
-        tape.moved(size, size)
+        tape, size, result = self.tape, x.bytes, x.bytes * 4 // self.w if self.shape.wide else x.bytes
+        tape.moved(size, result)
 
         def backward(g: Storage, _: list) -> list:
-            tape.moved(size, size)
-            return [tape.alloc(size)]
+            tape.moved(result, size)
+            whole = tape.alloc(result)
+            return [whole if result == size else tape.alloc(size)]
 
-        return tape.op(size, [x], [constant], backward)
+        return tape.op(result, [x], [constant], backward)
 
     def slice(self, x: Tensor, fraction: float) -> Tensor:
         """A view of part of x; its gradient is x-sized, with zeros elsewhere."""

@@ -4,10 +4,10 @@ torch.compile cuts a layer's forward from its backward where least has to be kep
 kernels (min-cut partitioning). Read off the compiled functions' saved tensors (tests/preflight/test_compiled_memory.py
 does it again, on the meta device), a token of a layer in bf16 keeps
 
-    2 h    for its input and the sum after attention (with four norms: three)
+    2 h    for its input and the sum after attention (three, where a norm comes after the MLP)
     4      for each norm                            (1 / root mean square)
     4 dq + 4 dk + 4 heads                           (q and the output; k and v; logsumexp)
-    2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k
+    2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k (8 where those are over all heads together)
     2 dq + 2 dk                                     fused (Phi-3): v is a part of q, k and v, which stay whole
     2 dq                                            where a part of each head turns, and o_proj is trained
                                                     on the output as it is: no dropout, not whole in FP8
@@ -42,19 +42,21 @@ PLACES = 29
 
 @cache
 def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | None:
-    """Of one token and layer, dense or with experts; None where it is not known: fp32, and norms trained beside an
-    adapter."""
+    """Of one token and layer, dense or with experts; None where it is not known: fp32, norms trained beside an
+    adapter, and dropout or DoRA where norms come after attention and MLP."""
     if setup.adapters and saved.layer_parameters(shape, setup.modules_to_save):
         return None
     if setup.precision == "fp32":
         return None
     if shape.estimate and "multimodal" not in shape.estimate:  # layers like none of those that were looked at
         return None
+    if shape.norms_after and (setup.lora_dropout or setup.dora):  # not looked at
+        return None
     h, f, dq, dk = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size
     adapted = shape.adapted(setup.lora_targets, experts) if setup.adapters else ()
-    kept = 2 * h * (2 if shape.norms == 2 else 3) + 4 * shape.norms + 4 * dq + 4 * dk + 4 * shape.heads
+    kept = 2 * h * (3 if shape.norm_places[3] else 2) + 4 * shape.norms + 4 * dq + 4 * dk + 4 * shape.heads
     if shape.query_key_norm:
-        kept += 2 * dq + 2 * dk + 4 * (shape.heads + shape.key_value_heads)
+        kept += 2 * dq + 2 * dk + 4 * (2 if shape.whole_norm else shape.heads + shape.key_value_heads)
     if shape.fused:
         whole = not setup.adapters and setup.precision == "bf16"
         read = whole or ("o_proj" in {m.name for m in adapted} and not setup.lora_dropout)
@@ -85,7 +87,7 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     the codes of both, with dropout one in bf16 besides, and a GELU's in fp32. Under DoRA these lie beside what its
     magnitudes have scaled: five to eight in all. At most, as some targets need less. Trained whole: one product of the
     gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
-    and fp32; with four norms the gradient before the last one. Read off the code that inductor generates for a GPU
+    and fp32; with a norm after the MLP the gradient before it. Read off the code that inductor generates for a GPU
     (2.13; tests/models/test_gpu_code.py). With experts, or fused and trained whole, a layer is counted amply as an
     eager one."""
     f = shape.intermediate_size
@@ -93,7 +95,7 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
         return 0
     if not setup.adapters:
         products = 8 if setup.precision == "bf16" else 11 if shape.gelu else 7
-        return products * f + 2 * shape.hidden_size * (shape.norms == 4)
+        return products * f + 2 * shape.hidden_size * shape.norm_places[3]
     scaled = {m.name for m in shape.adapted(setup.lora_targets) if m in shape.mlp_matrices} if setup.dora else ()
     if len(scaled) > 1 and "down_proj" in scaled:
         return ((16 if setup.lora_dropout else 10) if shape.fused else (14 if setup.lora_dropout else 12)) * f

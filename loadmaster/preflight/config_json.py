@@ -18,6 +18,10 @@ from loadmaster.files import as_object, read_json
 from loadmaster.preflight.families import FAMILIES, full_config, refuse_quantized, refuse_uncountable, refuse_untrained
 from loadmaster.preflight.shape import ModelShape
 
+FLAGS = ("gemma_norm", "wide", "norms_after", "query_key_norm", "whole_norm", "late_norm", "scaled_residual",
+         "scaled_embedding", "fused")
+"""What a family's code does, as the shape calls it."""
+
 
 def from_config(config: dict[str, Any], name: str) -> ModelShape:
     """The shape that a config.json describes.
@@ -43,13 +47,10 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         vocabulary_size=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         norms=known.get("norms", 2),
-        gemma_norm=known.get("gemma_norm", False),
-        query_key_norm=known.get("query_key_norm", False),
-        scaled_embedding=known.get("scaled_embedding", False),
+        **{flag: known.get(flag, False) for flag in FLAGS},
         query_key_value_bias=known.get("query_key_value_bias", bias),
         output_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias", False)) and family in ("llama", "smollm3"),
-        fused=known.get("fused", False),
+        mlp_bias=bool(config.get("mlp_bias", False)) and family in ("llama", "smollm3", "granite"),
         rotary_fraction=config.get("partial_rotary_factor") or rotary.get("partial_rotary_factor") or 1.0,
         gelu="gelu" in str(config.get("hidden_activation") or config.get("hidden_act", "silu")),
         experts=experts,
@@ -188,7 +189,9 @@ def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | No
         every = config.get("no_rope_layer_interval", 4)
         turned = config.get("no_rope_layers") or [(i + 1) % every for i in range(layers)]
         return tuple(None if turn else window for turn in turned)
-    period = {"gemma2": 2, "gemma3_text": config.get("sliding_window_pattern") or 6}.get(family)
+    own = config.get("sliding_window_pattern")  # of Exaone 4 it may be a word, beside layer_types
+    own = own if isinstance(own, int) else None
+    period = {"gemma2": 2, "gemma3_text": own or 6, "olmo3": 4, "exaone4": own}.get(family)
     return tuple(None if period and (i + 1) % period == 0 else window for i in range(layers))
 
 

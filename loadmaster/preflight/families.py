@@ -23,9 +23,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"biases": True, "norms": 4, "gemma_norm": True, "scaled_embedding": True, "whole_heads": True},
     "gemma3_text": {
         "biases": True, "norms": 4, "gemma_norm": True, "scaled_embedding": True, "query_key_norm": True,
-        "whole_heads": True,
+        "late_norm": True, "whole_heads": True,
     },
     "phi3": {"fused": True},
+    "ministral": {},
+    "granite": {"biases": True, "scaled_embedding": True, "scaled_residual": True},
+    "gemma": {"biases": True, "gemma_norm": True, "scaled_embedding": True},
+    "olmo2": {"biases": True, "norms_after": True, "wide": True, "query_key_norm": True, "whole_norm": True},
+    "olmo3": {"biases": True, "norms_after": True, "wide": True, "query_key_norm": True, "whole_norm": True},
+    "exaone4": {"norms_after": True, "query_key_norm": True, "late_norm": True},
 }
 """What the family's code does; `biases`: attention_bias in the config is read; `experts`: how many a layer has where
 neither of the names of their number is in the config, and without it there are none; `windows`: whether sliding_window
@@ -70,9 +76,31 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
         "vocab_size": 32064,
     },
+    "ministral": {
+        **_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000, "sliding_window": 4096,
+    },
+    "granite": {**_7B, "vocab_size": 32000},
+    "gemma": {
+        "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "head_dim": 256, "vocab_size": 256000, "tie_word_embeddings": True,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "olmo2": {**_7B, "vocab_size": 50304},
+    "olmo3": {**_7B, "vocab_size": 50304, "sliding_window": 4096},
+    "exaone4": {
+        **_7B, "intermediate_size": 16384, "num_key_value_heads": 32, "vocab_size": 102400, "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+    },
 }
 WRAPPED = {"gemma3": "gemma3_text"}
 """Multimodal configs whose language model is counted; the vision tower is not."""
+
+TOWERS_AND_ALL = (
+    "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified", "gemma4_unified_assistant",
+    "got_ocr2", "llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp",
+)
+"""Multimodal configs for which transformers has a model that continues a text; of others it has none, and they are
+refused (tests/preflight/test_config_json.py holds this equal to transformers)."""
 
 OTHER_LAYERS = {
     "kv_lora_rank": "latent attention",
@@ -88,11 +116,13 @@ OTHER_LAYERS = {
     "block_types": "layers without attention",
     "conv_L_cache": "layers without attention",
     "num_kv_shared_layers": "layers that share keys and values",
+    "hidden_size_per_layer_input": "an embedding of each layer's own",
+    "enable_moe_block": "experts beside a dense feed-forward",
     "is_encoder_decoder": "an encoder and a decoder",
 }
 """Keys of a config.json that say of a family which is not modelled that its layers are not Llama's."""
 OTHER_WORDS = {"mamba": "state space layers", "ssm": "state space layers", "rwkv": "state space layers"}
-UNTRAINED = {"gpt_oss": "attention sinks"}
+UNTRAINED = dict.fromkeys(("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "attention sinks")
 """By model type, what packed attention cannot do; loadmaster.models.load refuses it too, once the weights are there."""
 
 
@@ -142,6 +172,11 @@ def refuse_quantized(config: dict[str, Any], name: str) -> None:
 
 def refuse_untrained(config: dict[str, Any], name: str) -> None:
     """Raises ConfigError for a family that training would refuse when it is loaded."""
+    kind = str(config.get("model_type"))
+    if isinstance(config.get("text_config"), dict) and kind not in TOWERS_AND_ALL:
+        message = f"model type {kind!r} is multimodal, and transformers loads no language model by itself from it"
+        remedy = "a model of the family that is text only, or one of " + ", ".join(FAMILIES)
+        raise ConfigError([Problem("model", name, "its config.json", message, remedy)])
     why = UNTRAINED.get(str(config.get("model_type")))
     if why is not None:
         message = f"model type {config['model_type']!r} has {why}; models of this family are not trained yet"

@@ -12,30 +12,36 @@ LOSS_CHUNK_TOKENS = 1024
 
 
 def decoder_layer(b: Blocks, weights: Weights, x: Tensor, experts: bool) -> Tensor:
-    norms = weights.norms
+    places, scaled = b.shape.norm_places, b.shape.scaled_residual
+
+    def normed(h: Tensor, place: int) -> Tensor:
+        return b.norm(h, weights.norms[sum(places[:place])], b.n) if places[place] else h
+
     residual = x
-    h = b.norm(x, norms[0], b.n)
+    h = normed(x, 0)
     del x
     h = attention(b, weights, h)
-    if len(norms) == 4:
-        h = b.norm(h, norms[1], b.n)
-    h = b.add(residual, h)
+    h = normed(h, 1)
+    h = b.add(residual, b.elementwise(h) if scaled else h)
     residual = h
-    h = b.norm(h, norms[-2] if len(norms) == 4 else norms[1], b.n)
+    h = normed(h, 2)
     h = mixture(b, weights.experts, h) if experts else mlp_by_pieces(b, weights, h)
-    if len(norms) == 4:
-        h = b.norm(h, norms[3], b.n)
-    return b.add(residual, h)
+    h = normed(h, 3)
+    return b.add(residual, b.elementwise(h) if scaled else h)
 
 
 def attention(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
     shape, linears, norms = b.shape, weights.linears, weights.query_key_norms
-    late = shape.gemma_norm  # Gemma 3 norms heads after all three products, Qwen 3 those of each after its own
+    late = shape.late_norm  # Gemma 3 norms heads after all three products, Qwen 3 those of each after its own
 
     def product(name: str, heads: int) -> Tensor:
-        return b.linear(h, linears[name], contiguous=heads == 1)  # a single head lies in token order already
+        in_order = heads == 1 or (shape.whole_norm and name != "v_proj")  # a single head lies in token order already
+        return b.linear(h, linears[name], contiguous=in_order)
 
     def normed(x: Tensor, place: int, heads: int) -> Tensor:
+        if shape.whole_norm:
+            x = b.norm(x, norms[place], b.n)
+            return x if heads == 1 else b.restride(x)
         return b.norm(x, norms[place], b.n * heads) if norms else x
 
     if shape.fused:

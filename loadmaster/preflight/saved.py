@@ -13,16 +13,21 @@ from loadmaster.preflight.shape import ModelShape
 
 TABLES = ("embed_tokens", "lm_head")
 FOUR = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-"""Norms of a layer of Gemma 2 and 3, in the order in which it runs them; other families have the first two."""
+"""Norms of a layer of Gemma 2 and 3, in the order in which it runs them (but the second is after attention); others
+have the first two, or where norms come after attention and MLP the second and the last."""
 
 
 def layer_norms(shape: ModelShape) -> tuple[str, ...]:
     """Norms of hidden_size in a layer, in order."""
-    return FOUR[: shape.norms]
+    return FOUR[1::2] if shape.norms_after else FOUR[: shape.norms]
 
 
 def head_norms(shape: ModelShape) -> tuple[str, ...]:
     return ("q_norm", "k_norm") if shape.query_key_norm else ()
+
+
+def head_norm_sizes(shape: ModelShape) -> list[tuple[str, int]]:
+    return list(zip(head_norms(shape), shape.query_key_norm_sizes, strict=True))
 
 
 def names(shape: ModelShape) -> tuple[str, ...]:
@@ -39,7 +44,7 @@ def tables(shape: ModelShape, named: Sequence[str]) -> int:
 def layer_parameters(shape: ModelShape, named: Sequence[str]) -> int:
     """Of one layer."""
     norms = shape.hidden_size * len(set(layer_norms(shape)) & set(named))
-    return norms + shape.head_dim * len(set(head_norms(shape)) & set(named))
+    return norms + sum(size for name, size in head_norm_sizes(shape) if name in named)
 
 
 def parameters(shape: ModelShape, named: Sequence[str]) -> int:

@@ -49,7 +49,17 @@ class ModelShape:
     """Norms of hidden_size in a layer: 2, or 4 in Gemma 2 and 3."""
     gemma_norm: bool = False
     """The norm multiplies by (1 + weight) in fp32 before casting back."""
+    wide: bool = False
+    """Norms multiply by their weight, and heads are turned, in fp32 before casting back (Olmo)."""
+    norms_after: bool = False
+    """The two norms of a layer are not before attention and MLP but after them (Olmo, Exaone)."""
     query_key_norm: bool = False
+    whole_norm: bool = False
+    """Those are over all heads together."""
+    late_norm: bool = False
+    """They come after all three products."""
+    scaled_residual: bool = False
+    """What attention and MLP give is multiplied with a number (Granite)."""
     scaled_embedding: bool = False
     query_key_value_bias: bool = False
     output_bias: bool = False
@@ -132,9 +142,22 @@ class ModelShape:
         return self.experts * self.hidden_size * (3 * self.expert_size + 1)
 
     @property
+    def norm_places(self) -> tuple[bool, bool, bool, bool]:
+        """Whether a layer has a norm before attention, after it, before the MLP, and after it."""
+        before, after = not self.norms_after, self.norms == 4 or self.norms_after
+        return before, after, before, after
+
+    @property
+    def query_key_norm_sizes(self) -> tuple[int, ...]:
+        """Of one layer."""
+        if not self.query_key_norm:
+            return ()
+        return (self.query_size, self.key_value_size) if self.whole_norm else (self.head_dim, self.head_dim)
+
+    @property
     def norm_parameters(self) -> int:
         """Of one layer."""
-        return self.norms * self.hidden_size + (2 * self.head_dim if self.query_key_norm else 0)
+        return self.norms * self.hidden_size + sum(self.query_key_norm_sizes)
 
     @property
     def embedding_parameters(self) -> int:

@@ -154,9 +154,8 @@ def layer_parts(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part
             yield Part(m.outputs, w * setup.lora_rank, True)
             if setup.dora:
                 yield Part(m.outputs, w, True)
-        yield from [Part(shape.head_dim, w, True)] * sum(map(setup.trains, saved.head_norms(shape)))
-    if shape.query_key_norm:
-        yield from [Part(shape.head_dim, w, full)] * 2
+        yield from (Part(size, w, True) for name, size in saved.head_norm_sizes(shape) if setup.trains(name))
+    yield from (Part(size, w, full) for size in shape.query_key_norm_sizes)
     if experts:
         yield Part(shape.experts, w * 2 * shape.expert_size * h, full)
         yield Part(shape.experts, w * shape.expert_size * h, full)

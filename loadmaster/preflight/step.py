@@ -209,7 +209,8 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
     ids = tape.alloc(8 * b.n)
     x = embedded = _entering(b, embed(b, table, ids), "embedding")
     positions = tape.alloc(8 * b.n)
-    rotary = tape.alloc(b.w * 2 * b.n * shape.head_dim * shape.rotary_fraction * _rotary_sets(shape))
+    width = 4 if shape.wide else b.w
+    rotary = tape.alloc(width * 2 * b.n * shape.head_dim * shape.rotary_fraction * _rotary_sets(shape))
     units.top = list(tape.leaves)
     _stepped_alone(b, units.top)
     runs, index = _runs(b), 0
@@ -319,6 +320,6 @@ def _entering(b: Blocks, x: Tensor, phase: str) -> Tensor:
 
 
 def _rotary_sets(shape: ModelShape) -> int:
-    """Gemma 3 turns local and global layers at different rates."""
-    return len(set(shape.windows)) if shape.family == "gemma3_text" else 1
+    """Some turn local and global layers at different rates."""
+    return len(set(shape.windows)) if shape.family in ("gemma3_text", "olmo3") else 1
 

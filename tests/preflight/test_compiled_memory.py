@@ -39,6 +39,10 @@ SIZES = {
         "model_type": "phi3", "num_attention_heads": 16, "num_key_value_heads": 4, "partial_rotary_factor": 0.75,
         "pad_token_id": 0,
     },
+    "granite": {"num_attention_heads": 16, "num_key_value_heads": 4, "pad_token_id": 0},
+    "gemma": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256},
+    "olmo2": {"num_attention_heads": 16, "num_key_value_heads": 4, "pad_token_id": 0, "eos_token_id": 2},
+    "exaone4": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "sliding_window": 512},
 }
 
 
@@ -115,6 +119,8 @@ def changes(family: str) -> list[dict]:
     if family == "phi4_mini":
         some = [{"lora_targets": targets} for targets in (("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj"))]
         return [*CHANGES[:4], *some, CHANGES[-1]]
+    if family in ("granite", "gemma", "olmo2", "exaone4"):
+        return CHANGES[:3]
     if family in ("llama", "gemma2"):
         return CHANGES if family == "llama" else [*CHANGES[:2], *SCALED, *CHANGES[-2:]]
     return [

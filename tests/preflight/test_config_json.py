@@ -8,12 +8,14 @@ import re
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loadmaster import catalog
 from loadmaster.config.schema import ModelConfig
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.preflight.config_json import base_name, find_config, find_shape, from_config
-from loadmaster.preflight.families import FAMILIES
+from loadmaster.preflight.families import FAMILIES, TOWERS_AND_ALL
 from loadmaster.preflight.serving_model import model_and_config
 
 LLAMA = json.loads((catalog.FOLDER / "shapes" / "llama-3.2-1b.json").read_text())["config"]
@@ -28,6 +30,7 @@ def test_an_unknown_family_is_an_estimate_and_says_so() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
     few = {"model_type": family, "num_hidden_layers": 2}
+    few |= {"head_dim": 128} if family == "ministral" else {}  # which transformers cannot do without
     shape = from_config(few, family)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**few))
@@ -109,6 +112,8 @@ def test_another_kind_of_value_than_a_key_has_is_refused_in_a_sentence(odd: dict
         ("jamba", {"mamba_d_state": 16}, "state space"),
         ("qwen3_next", {"layer_types": 16 * ["linear_attention"]}, "linear_attention"),
         ("bert", {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 256}, "an embedding of each layer's own"),
+        ("gemma4_text", {"enable_moe_block": True}, "experts beside a dense feed-forward"),
     ],
 )
 def test_a_family_that_is_visibly_not_like_llama_is_refused_unless_it_is_traced(
@@ -120,6 +125,19 @@ def test_a_family_that_is_visibly_not_like_llama_is_refused_unless_it_is_traced(
     with pytest.raises(ConfigError, match=said):
         find_shape(model)
     assert "counted like Llama" in find_shape(model, traced=True).estimate
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("kind", ["mistral3", "qwen3_vl"])
+def test_a_multimodal_model_that_no_causal_language_model_is_loaded_from_is_refused(kind, traced, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "text_config": {**LLAMA, "model_type": "x"}}))
+    with pytest.raises(ConfigError, match=f"'{kind}' is multimodal, and transformers loads no language model"):
+        find_shape(ModelConfig(name="x", path=str(tmp_path)), traced)
+
+
+def test_multimodal_models_that_are_not_refused_are_those_that_transformers_loads() -> None:
+    known = {kind: CONFIG_MAPPING[kind] for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in CONFIG_MAPPING}
+    assert {kind for kind, config in known.items() if "text_config" in config.sub_configs} == set(TOWERS_AND_ALL)
 
 
 @pytest.mark.parametrize("traced", [False, True])

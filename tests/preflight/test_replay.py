@@ -32,6 +32,12 @@ FAMILIES = {
     "phi3 partial": {"partial_rotary_factor": 0.75, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "gemma2": {"sliding_window": 512},
     "gemma3_text": {"sliding_window": 512},
+    "ministral": {"sliding_window": 512},
+    "granite": {"pad_token_id": 0},
+    "gemma": {},
+    "olmo2": {"pad_token_id": 0, "eos_token_id": 2},
+    "olmo3": {"pad_token_id": 0, "eos_token_id": 2, "sliding_window": 512},
+    "exaone4": {"sliding_window": 512},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "num_experts": 8,
@@ -89,9 +95,10 @@ CHECKS: dict[str, list[tuple[str, str, float, str, int, list[Case]]]] = {
 """(method, precision, dropout, objective, seed, cases) of each group of checks."""
 
 
+LIKE_OTHERS = ("gemma2", "ministral", "gemma", "olmo2")
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
 PAIRED = [
-    pytest.param(family, checks, marks=[pytest.mark.slow] * (family == "gemma2" and checks != "lora"))
+    pytest.param(family, checks, marks=[pytest.mark.slow] * (checks != "lora" and family in LIKE_OTHERS))
     for family in FAMILIES
     for checks in CHECKS
     if not (checks == "fp32" and family in WITH_EXPERTS)  # grouped matmuls are traced in bf16 only
