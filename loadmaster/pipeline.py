@@ -22,6 +22,7 @@ import yaml
 from rich.console import Console
 
 from loadmaster import collector, out_of_memory, packages, processors
+from loadmaster.ahead import read_ahead
 from loadmaster.config.compose import Composed
 from loadmaster.config.jobhash import differing, job_hash, stage_inputs_hash
 from loadmaster.config.schema import STAGES, Job
@@ -259,9 +260,10 @@ class Pipeline:
             self.echo(kept)
 
     def train(self) -> None:
+        self._refuse_another_model()
+        read_ahead(self.materials.base_folder)  # before what takes long to import
         from loadmaster.export import refuse_unholdable
 
-        self._refuse_another_model()
         refuse_unholdable(self.job, self.materials.base_folder, self.plan.method)
         self.in_world("train")
         trained = self.run_dir.path / self.plan.trained

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from loadmaster.config.schema import EvaluationConfig
+from loadmaster.host_memory import free_host_bytes
 from loadmaster.models.frozen import frozen_form
 from loadmaster.models.spread import Spread
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.placement import Room
 from loadmaster.preflight.plan import Plan
-from loadmaster.training.staging import free_host_bytes
 
 
 def spread_over(device: str, scratch: Path | None, working: float, passing: float, kept: float) -> Spread:

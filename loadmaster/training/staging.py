@@ -9,20 +9,12 @@ Where the host has no room for a copy, nothing is copied and the loop waits unti
 
 from __future__ import annotations
 
-from contextlib import suppress
-from pathlib import Path
-
-import psutil
 import torch
 from torch import Tensor
 
+from loadmaster.host_memory import free_host_bytes
 from loadmaster.preflight.pinned import pinned
 
-CGROUPS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-"""Versions 2 and 1: folder, and the names of the limit, of what is taken, and of the cached part of that."""
 SPARE = 0.1
 """Share of the free host memory that is left alone."""
 
@@ -61,15 +53,3 @@ class Staging:
 def host_bytes(tensor: Tensor) -> int:
     """What a copy of it takes: what lies on a GPU is copied into pinned memory."""
     return pinned(tensor.nbytes) if tensor.is_cuda else tensor.nbytes
-
-
-def free_host_bytes() -> float:
-    """Memory that can still be taken on this machine, or in this container."""
-    found: list[float] = [psutil.virtual_memory().available]
-    for folder, largest, current, inactive in CGROUPS:
-        with suppress(OSError, ValueError):
-            limit, used = (folder / largest).read_text().strip(), int((folder / current).read_text())
-            cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            if limit.isdigit():
-                found.append(int(limit) - used + int(cached.get(inactive, 0)))
-    return min(found)

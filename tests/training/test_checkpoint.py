@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from loadmaster import host_memory
 from loadmaster.config.schema import OptimizerConfig
 from loadmaster.errors import TrainingFailed
 from loadmaster.training import checkpoint, checkpoint_folders, staging
@@ -242,11 +243,11 @@ print(taken() - before)
 
 @pytest.mark.parametrize("version", [0, 1])
 def test_what_a_container_has_left_is_what_copies_are_made_in(tmp_path, monkeypatch, version):
-    _, largest, current, inactive = staging.CGROUPS[version]
+    _, largest, current, inactive = host_memory.CGROUPS[version]
     for name, text in ((largest, "5000\n"), (current, "3000\n"), ("memory.stat", f"rss 7\n{inactive} 400\n")):
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(staging, "CGROUPS", [(tmp_path, largest, current, inactive)])
-    assert staging.free_host_bytes() == 2400
+    monkeypatch.setattr(host_memory, "CGROUPS", [(tmp_path, largest, current, inactive)])
+    assert host_memory.free_host_bytes() == 2400
 
 
 @pytest.mark.slow
