@@ -34,8 +34,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from loadmaster import processors
 from loadmaster.errors import TrainingFailed
-from loadmaster.files import publish_folder, read_json, sha256_file, write_json
+from loadmaster.files import publish_folder, read_json, sha256_file, sha256_files, write_json
 from loadmaster.models.shards import local_rows
 from loadmaster.training.checkpoint_folders import prune
 from loadmaster.training.liveness import WRITER
@@ -154,7 +155,8 @@ class Checkpoints:
         """Of this rank's files, by name."""
         kinds = (f"rng-{self.world.rank}.*", f"tensors/shard-{self.world.rank + 1:05d}-*")
         mine = [path for kind in kinds for path in sorted(partial.glob(kind))]
-        return {path.relative_to(partial).as_posix(): sha256_file(path) for path in mine}
+        digests = sha256_files(mine, max(1, processors.usable() // self.world.local_size))
+        return {path.relative_to(partial).as_posix(): digest for path, digest in zip(mine, digests, strict=True)}
 
     def _write_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """All ranks talk in it, so all come here or none: what may fail on one alone is no part of it."""

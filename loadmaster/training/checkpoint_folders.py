@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loadmaster import processors
 from loadmaster.errors import TrainingFailed
-from loadmaster.files import read_json, sha256_file
+from loadmaster.files import read_json, sha256_files
 from loadmaster.training.world import World
 
 
@@ -38,7 +39,9 @@ def _first_whole(in_order: list[tuple[int, Path]], job_hash: str, warn: Any, wor
         try:
             sums = read_json(path / "checksums.json")
             mine = sorted(sums)[world.rank :: world.size]
-            broken = [name for name in mine if sums[name] != sha256_file(path / name)]
+            threads = max(1, processors.usable() // world.local_size)
+            digests = sha256_files([path / name for name in mine], threads)
+            broken = [name for name, digest in zip(mine, digests, strict=True) if sums[name] != digest]
             state = read_json(path / "state.json")
         except (OSError, ValueError, AttributeError, TypeError) as error:
             broken = [str(error)]

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from loadmaster import processors
 from loadmaster.data import MicroBatch, PreparedData
 from loadmaster.errors import TrainingFailed
 from loadmaster.models.recompute import checkpoint_the_rest
@@ -31,9 +32,16 @@ from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed
 from loadmaster.training.rng import restore_rng, rng_state
 from loadmaster.training.session import Session
+from loadmaster.training.start import Parts
 
 FP8_WORDS = ("scaled_mm", "float8", "fp8", "cublas", "cutlass")
 """In what PyTorch says where it has no such kernel."""
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+ODD = -7046029254386353131
+"""2**64 by the golden ratio, as a signed number: its multiples are spread evenly."""
+PIECE = 2**22
+"""Elements at a time, for which there are 96 MiB besides."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Rehearsed:
     """Allocated between two steps."""
     kept_layers: int = 0
     """Decoder layers that keep their activations beside others that are checkpointed."""
+    parts_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of each part: the first step, in which all is compiled, the second, the evaluation, the checkpoint."""
 
 
 def rehearse_run(
@@ -114,7 +124,7 @@ def rehearse(
     worst: the fullest micro-batch, twice where a step accumulates: gradients then meet activations.
     in_fp8: products run on FP8 units, which a card or a build of PyTorch may refuse.
     """
-    start, world, local = time.perf_counter(), checkpoints.world, checkpoints.placed.part
+    parts, world, local = Parts(), checkpoints.world, checkpoints.placed.part
     weights = {name: local(parameter).to("cpu", copy=True) for name, parameter in trained}
     generators = rng_state()
     part = "the fullest micro-batch"
@@ -130,13 +140,14 @@ def rehearse(
     loaded = resting = allocated_gib(world.device)
     try:
         # Twice: gradients of the second backward pass meet the optimizer's states, as in every later step.
+        parts.ended("before")
         norms = [run_step(worst)]
-        began = time.perf_counter()
+        parts.ended("first_step")
         norms.append(run_step(worst))
         resting = allocated_gib(world.device)
         # Both: rounding.py makes -0 of a GPU's NaN, whose bits are all set, and bitsandbytes passes NaN by.
         finite = all(map(math.isfinite, norms)) and all(is_finite(local(parameter)) for _, parameter in trained)
-        step_s = (time.perf_counter() - began) / len(worst)
+        parts.ended("second_step")
         if world.any(not finite):
             raise TrainingFailed(
                 "an optimizer step of the rehearsal had gradients, or made weights, that are not finite\n"
@@ -144,8 +155,10 @@ def rehearse(
             )
         part = "an evaluation batch"
         evaluate_batch()
+        parts.ended("evaluation")
         part = "saving and reloading a checkpoint"
         _save_and_reload(scratch, trained, optimizer, checkpoints)
+        parts.ended("checkpoint")
     except RuntimeError as error:
         if ran_out(error):
             had = seen()
@@ -176,8 +189,11 @@ def rehearse(
             shutil.rmtree(scratch, ignore_errors=True)
     peaks = most(world.gather(peak_memory(world.device)))
     put_back()
-    seconds = time.perf_counter() - start
-    return Rehearsed(**peaks, seconds=seconds, step_s=step_s, loaded_gib=loaded, resting_gib=resting)
+    parts.ended("after")
+    step_s = parts.seconds["second_step"] / len(worst)
+    return Rehearsed(
+        **peaks, seconds=parts.total_s, step_s=step_s, loaded_gib=loaded, resting_gib=resting, parts_s=parts.seconds
+    )
 
 
 def told(rehearsal: Rehearsed, plan: Plan) -> list[str]:
@@ -210,22 +226,42 @@ def _save_and_reload(
     checkpoints.save(scratch, trained, optimizer, {"step": 0, "job_hash": "rehearsal"})
     checkpoints.wait()
     checkpoints.forget_figures()
-    before = _digests(trained, optimizer, checkpoints.placed)
+    before = _digests(trained, optimizer, checkpoints.placed, checkpoints.world.local_size)
     checkpoints.load(scratch, trained, optimizer)
-    after = _digests(trained, optimizer, checkpoints.placed)
-    changed = [name for name, digest in before.items() if after.get(name) != digest]
+    after = _digests(trained, optimizer, checkpoints.placed, checkpoints.world.local_size)
+    changed = [name for name, mark in before.items() if after.get(name) != mark]
     changed = [name for part in checkpoints.world.gather(changed) for name in part]
     if changed:
         raise TrainingFailed(f"a checkpoint did not read back as written: {', '.join(changed[:3])}")
 
 
 def _digests(
-    trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer, placed: Placed
-) -> dict[str, str]:
-    """A hash of each weight and each state: copies of them all would not fit beside a large model's."""
+    trained: list[tuple[str, nn.Parameter]], optimizer: TrainingOptimizer, placed: Placed, local_size: int
+) -> dict[str, int | str]:
+    """Of each weight and each state: copies of them all would not fit beside a large model's."""
     tensors = {name: placed.part(parameter) for name, parameter in trained} | optimizer.state()[0]
-    return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
+    host = {name: tensor for name, tensor in tensors.items() if tensor.device.type == "cpu"}
+    with ThreadPoolExecutor(max(1, processors.usable() // local_size)) as pool:
+        digests = dict(zip(host, pool.map(_sha256, host.values()), strict=True))
+    return digests | {name: fingerprint(tensor) for name, tensor in tensors.items() if name not in host}
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    """64 bits that depend on every bit of a tensor and on its place, for what lies on a GPU: SHA-256 is made on the
+    host, where all states of an 8B would go to twice.
+
+    Elements as integers, each times an odd number of its place, are added modulo 2**64, and so are pieces: one element
+    that alone has changed always shows, and other changes all but about one in 2**64.
+    """
+    whole = tensor.detach().contiguous().reshape(-1)
+    whole = whole.view(INTEGERS[whole.element_size()])
+    place = torch.arange(min(PIECE, whole.numel()), device=whole.device) * ODD
+    place = (place ^ place >> 29) | 1  # in no order: what changes places shows
+    total = 0
+    for piece in whole.split(PIECE):
+        total = (total * ODD + int((piece * place[: len(piece)]).sum())) % 2**64
+    return total

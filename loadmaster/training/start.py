@@ -1,0 +1,58 @@
+"""Where the seconds go from the job to its first optimizer step."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from loadmaster.training.stop import STARTED
+
+
+class Parts:
+    """Seconds of what comes one after the other, by name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def ended(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Start(Parts):
+    """Of a run: until training (imports, plan, data; from the job, in whatever process), then part by part."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds["before_training"] = time.time() - float(os.environ.get(STARTED, time.time()))
+        self.rehearsal: dict[str, float] = {}
+
+    @property
+    def is_over(self) -> bool:
+        return "first_step" in self.seconds
+
+    def sentence(self) -> str:
+        until, loading, rehearsal, *rest = (
+            self.seconds.get(name, 0.0) for name in ("before_training", "load", "rehearsal", "resume", "first_step")
+        )
+        compiling = f" (compiling, and what is done once: {self.compiling_s:.1f} s)" if self.rehearsal else ""
+        return (
+            f"first step taken {self.total_s:.1f} s after the job was read: {until:.1f} s until training, "
+            f"{loading:.1f} s loading, {rehearsal:.1f} s rehearsal{compiling}, {sum(rest):.1f} s the step"
+        )
+
+    @property
+    def compiling_s(self) -> float:
+        """What the first step of the rehearsal took beyond the second, which has all that it compiled."""
+        return max(0.0, self.rehearsal.get("first_step", 0.0) - self.rehearsal.get("second_step", 0.0))
+
+    def figures(self) -> dict[str, float]:
+        """For result.json; a part of the rehearsal has its name in front."""
+        of_it = {f"rehearsal_{name}": seconds for name, seconds in self.rehearsal.items()}
+        return {name: round(seconds, 3) for name, seconds in {**self.seconds, **of_it, "total": self.total_s}.items()}
