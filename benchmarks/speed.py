@@ -236,7 +236,7 @@ class Run:
                 if metrics.exists() and metrics.stat().st_size:
                     seconds = time.monotonic() - began
                     process.wait()
-                    return {"first_step_s": seconds}
+                    return {"first_step_s": seconds} | parts_of_start(run_dir / "result.json")
                 time.sleep(0.1)
             ended = process.poll()
             process.kill()
@@ -248,6 +248,14 @@ class Run:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps({**self.about, "rows": self.rows}, indent=1) + "\n")
         self.out.with_suffix(".md").write_text(page(self.about, self.rows))
+
+
+def parts_of_start(result: Path) -> dict[str, Any]:
+    """Where a start's seconds went, by the run itself (docs/training.md); {} where it has not said."""
+    if not result.is_file():
+        return {}
+    known = json.loads(result.read_text())
+    return {key: known[key] for key in ("start_s", "compiler_cache") if known.get(key)}
 
 
 def shape_config(name: str) -> dict[str, Any]:
@@ -297,7 +305,7 @@ def one_line(row: dict[str, Any]) -> str:
         return said + what
     if "tokens_per_second" in row:
         return said + f"{row['tokens_per_second']:10,.0f} tokens/s {row.get('peak_allocated_gib') or 0:7.2f} GiB"
-    return said + ", ".join(f"{k} {row[k]:.1f}" for k in row if k.endswith(("_s", "tflops")))
+    return said + ", ".join(f"{k} {row[k]:.1f}" for k in row if k.endswith(("_s", "tflops")) and k != "start_s")
 
 
 def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -318,9 +326,17 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             _said(row, "recompilations", "d"),
         ]
         notes = [verdict(row, rows), beside_peers(row, rows), of_the_ceiling(row, rows)]
-        note = row.get("not_run") or row.get("failed") or _products(row) or "; ".join(filter(None, notes))
+        note = row.get("not_run") or row.get("failed") or _products(row) or _start(row)
+        note = note or "; ".join(filter(None, notes))
         lines.append("| " + " | ".join([row["bar"], row["name"], *figures, note]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _start(row: dict[str, Any]) -> str:
+    """The parts of a start, and how many graphs the compiler found in its cache."""
+    parts = [f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in row.get("start_s", {}).items()]
+    graphs = row.get("compiler_cache", {})
+    return ", ".join(parts + [f"{count} graphs {name}" for name, count in graphs.items()])
 
 
 def _products(row: dict[str, Any]) -> str:

@@ -231,6 +231,8 @@ class StageRun:
             "kept_layers": outcome.rehearsal.kept_layers,
             "input_share": outcome.input_share,
             "attention_kernel": outcome.attention_kernel,
+            "start_s": outcome.start_s,
+            "compiler_cache": outcome.compiler_cache,
             "train_loss": outcome.train_loss,
             "eval_loss": outcome.eval_loss,
             "data": self.materials.prepared.summary,

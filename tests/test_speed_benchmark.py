@@ -133,6 +133,8 @@ def test_a_start_is_timed_from_nothing_though_the_folder_has_an_earlier_one(spee
             for folder in (run_dir, cache):
                 folder.mkdir(exist_ok=True)
             (run_dir / "metrics.jsonl").write_text("{}")
+            figures = {"start_s": {"load": 6.25, "total": 41.0}, "compiler_cache": {"found": 3, "made": 0}, "steps": 1}
+            (run_dir / "result.json").write_text(json.dumps(figures))
 
         def __enter__(self):
             return self
@@ -144,7 +146,10 @@ def test_a_start_is_timed_from_nothing_though_the_folder_has_an_earlier_one(spee
     monkeypatch.setattr(speed.subprocess, "Popen", Started)
     starts = [each for each in speed.bars() if each["kind"] == "start"]
     for each in 2 * starts:
-        assert run.start(each)["first_step_s"] < 5
+        row = {"bar": each["bar"], "name": each["name"], "settings": each, **run.start(each)}
+        assert row["first_step_s"] < 5 and "steps" not in row
+        assert "load 6.2 s, total 41.0 s, 3 graphs found, 0 graphs made" in speed.page(run.about, [row])
+        speed.one_line(row)
     assert found == 2 * [(False, False, True), (False, True, True)]
 
 

@@ -117,6 +117,20 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def cache_counts() -> dict[str, int]:
+    """Graphs of this process that were found in the compiler's cache, and that were not."""
+    counted = torch._dynamo.utils.counters["inductor"]
+    return {"found": counted["fxgraph_cache_hit"], "made": counted["fxgraph_cache_miss"]}
+
+
+def wake_compilers() -> None:
+    """Start the processes that assemble a GPU's kernels side by side, which takes them seconds: while the model loads.
+    Until they are there kernels are assembled one after the other, by the process that is to train."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.wakeup()
+
+
 class CompileCache:
     """The compiler's files of one run, in `folder`, taken from and given to this machine's other runs.
 
@@ -139,6 +153,11 @@ class CompileCache:
     @property
     def complete(self) -> Path:
         return self.folder / ".complete"
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether there are graphs in it, most likely those that this run needs."""
+        return next(Path(os.environ.get(CACHE_VARIABLE, self.folder)).glob("fxgraph/*/*"), None) is not None
 
     def open(self) -> None:
         """Before anything is compiled."""

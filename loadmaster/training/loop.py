@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from loadmaster.config.rates import peak_rate
 from loadmaster.config.schema import Job
 from loadmaster.data import BatchSampler, PreparedData
 from loadmaster.errors import StoppedOnRequest
-from loadmaster.models.compiled import CompileCache, graphs_compiled
+from loadmaster.models.compiled import CompileCache, cache_counts, graphs_compiled, wake_compilers
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.rotary import refuse_dynamic
 from loadmaster.preflight.plan import Plan
@@ -36,6 +36,7 @@ from loadmaster.training.metrics import (
     recent_loss,
     saving_sentence,
 )
+from loadmaster.training.outcome import Outcome
 from loadmaster.training.reference import Reference, asked_once
 from loadmaster.training.rehearsal import Rehearsed, rehearse_run, told
 from loadmaster.training.rng import seed_everything
@@ -49,6 +50,7 @@ from loadmaster.training.session import (
     skip,
     try_family,
 )
+from loadmaster.training.start import Start
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.tracker import open_tracker
 from loadmaster.training.watchdog import Watchdog
@@ -57,32 +59,6 @@ from loadmaster.words import counted
 
 HeldOut = Callable[[Session, Callable[[], bool]], dict[str, Any] | None]
 """Evaluates on the held-out rows: {"loss": ..., ...}; None when it was asked to stop on the way."""
-
-
-@dataclass
-class Outcome:
-    """What training reports; goes into result.json."""
-
-    steps: int
-    train_loss: float | None
-    eval_loss: float | None
-    tokens_per_second: float
-    trained_tokens_per_second: float
-    rehearsal: Rehearsed
-    peaks: dict[str, float]
-    """Of the rank that needed most."""
-    saves: dict[str, float | bool] | None
-    """How many checkpoints, their size, how long the loop waited for them and how long they took to write."""
-    recompilations: int = 0
-    """Graphs that were compiled after the rehearsal; each makes a step slow, and there should be none."""
-    input_share: float = 0.0
-    """Of the steps' time, what went by until their batches were there."""
-    attention_kernel: str = ""
-    """varlen (PyTorch's own), FA3, FA4, flex_attention, or by_document (a CPU, and attention dropout)."""
-    resumed_after: int = 0
-    """The step whose checkpoint this process went on from: rates and times are of what came after it."""
-    taken_step: int = 0
-    """The step whose weights are the trained ones."""
 
 
 def train(
@@ -106,6 +82,7 @@ def train(
     """
     world = world or World()
     watch = watch or Watchdog(world, run_dir / "logs")
+    start = Start()
     with stop.deferred(), ExitStack() as stack:
         watch.at(0, "load")
         display.echo("loading the model")
@@ -113,6 +90,8 @@ def train(
         if compiles := compiles_some(plan, base_folder, world.device):
             stack.callback(cache.close)
             cache.open()
+        if plan.compile and world.device.type == "cuda" and not cache.is_filled:
+            wake_compilers()
         session = make_session(job, plan, world, tokenizer.pad_token_id, base_folder)
         if world.rank:  # dropout differs from rank to rank; rank 0 draws what a run of one process draws
             seed_everything(job.seed + world.rank)
@@ -121,10 +100,11 @@ def train(
         refuse_dynamic(causal_lm(session.model).get_decoder(), longest)
         asked = asked_once(job, plan.method)
         reference = Reference(run_dir, job_hash, prepared, world, job.objective) if asked else None
-        training = Training(session, prepared, run_dir, job_hash, held_out, stop, display, watch)
+        training = Training(session, prepared, run_dir, job_hash, held_out, stop, display, watch, start)
         training.stop_if(training.stopping(), "before the first step")
         if world.lead:
             clear(training.folder)
+        start.ended("load")
         watch.at(0, "rehearse")
         display.echo("rehearsing; layers are compiled meanwhile" if plan.compile else "rehearsing")
         kernel = stack.enter_context(attention_kernel(session, display.echo))
@@ -139,6 +119,8 @@ def train(
         watch.expect(plan.gradient_accumulation_steps * rehearsal.step_s)
         if compiles:
             cache.share()
+        start.rehearsal = rehearsal.parts_s
+        start.ended("rehearsal")
         training.stop_if(training.stopping(), "after the rehearsal, before the first step")
         if reference is not None:
             watch.at(0, "reference")
@@ -160,8 +142,9 @@ class Training:
 
     def __init__(
         self, session: Session, prepared: PreparedData, run_dir: Path, job_hash: str, held_out: HeldOut,
-        stop: StopSignal, display: Display, watch: Watchdog,
+        stop: StopSignal, display: Display, watch: Watchdog, start: Start,
     ):
+        self.start = start
         self.session, self.prepared, self.run_dir, self.job_hash = session, prepared, run_dir, job_hash
         self.held_out, self.stop, self.display, self.watch = held_out, stop, display, watch
         job, rows = session.job, prepared.train
@@ -226,10 +209,15 @@ class Training:
             self._end_at(self.resumed_after)
             log.amend(self.resumed_after, {"steps": self.steps})
             self.display.start(self.steps, self.resumed_after)
+            self.start.ended("resume")
             throughput = Throughput()
             for step, indices in zip(range(first, self.steps + 1), self.sampler, strict=False):
                 before, position = position, self.sampler.state_dict()
-                row = self._step(step, indices, before, throughput) | self._evaluate(step)
+                row = self._step(step, indices, before, throughput)
+                if not self.start.is_over:
+                    self.start.ended("first_step")
+                    self.display.echo(self.start.sentence())
+                row |= self._evaluate(step)
                 self._end_at(step)
                 asked = self.stopping()
                 if asked or step % self.save_every == 0 or step == self.steps:
@@ -396,4 +384,6 @@ class Training:
             attention_kernel=attention,
             resumed_after=self.resumed_after,
             taken_step=self.taken["step"] if self.taken else self.steps,
+            start_s=self.start.figures(),
+            compiler_cache=cache_counts(),
         )

@@ -272,9 +272,11 @@ def test_the_compilers_cache_travels_with_the_run_and_serves_the_next_one(tiny, 
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         outcome = run(tiny, tmp_path / name, monkeypatch, compile=True)
+        assert outcome.rehearsal.parts_s.keys() >= {"first_step", "second_step", "evaluation", "checkpoint"}
         assert any((tmp_path / name / "compile_cache").rglob("*.so"))
         counted = torch._dynamo.utils.counters["inductor"]
         found.append((counted["fxgraph_cache_hit"], counted["fxgraph_cache_miss"], outcome.train_loss))
+        assert outcome.compiler_cache == {"found": found[-1][0], "made": found[-1][1]}
     (_, compiled_first, loss), (hits, misses, again), (none, anew, _) = found
     assert compiled_first > 0 and hits > 0 and misses == 0 and again == loss
     assert none == 0 and anew > 0
@@ -293,7 +295,11 @@ def test_layers_that_cannot_be_compiled_end_the_rehearsal_with_a_way_out(tiny, t
 
 def test_a_cache_folder_of_the_users_own_is_used_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
-    CompileCache(tmp_path / "run").open()
+    cache = CompileCache(tmp_path / "run")
+    cache.open()
+    assert not cache.is_filled
+    (tmp_path / "mine/fxgraph/ab/graph").mkdir(parents=True)
+    assert cache.is_filled
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
 
 
@@ -373,7 +379,7 @@ def test_a_machines_cache_is_a_help_and_no_condition(tmp_path, monkeypatch):
     CompileCache(tmp_path / "first").share()
     (tmp_path / "second").mkdir()  # of a run that was stopped before it compiled anything
     CompileCache(tmp_path / "second").open()
-    assert (tmp_path / "second/fxgraph/ab/graph").read_text() == "made"
+    assert (tmp_path / "second/fxgraph/ab/graph").read_text() == "made" and CompileCache(tmp_path / "second").is_filled
     assert not (tmp_path / "second/triton").exists(), "its files name one another by the first run's paths"
 
 

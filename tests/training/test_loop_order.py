@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -22,7 +23,8 @@ from loadmaster.training.display import Display
 from loadmaster.training.loop import Training, train
 from loadmaster.training.metrics import read_metrics
 from loadmaster.training.rehearsal import Rehearsed
-from loadmaster.training.stop import StopSignal
+from loadmaster.training.start import Start
+from loadmaster.training.stop import STARTED, StopSignal
 from loadmaster.training.world import World
 from tests.training.test_loop import JOB, PLAN, rows
 
@@ -73,7 +75,8 @@ def made(tmp_path, monkeypatch):
     given.said, given.display = log.getvalue, Display(Console(file=log, width=200))
     given.held_out = lambda session, stopping: {"loss": 1.0}
     given.training = lambda: Training(
-        given.session, given.prepared, tmp_path, "hash", given.held_out, given.stop, given.display, given.watch
+        given.session, given.prepared, tmp_path, "hash", given.held_out, given.stop, given.display, given.watch,
+        Start(),
     )
     return given
 
@@ -279,6 +282,48 @@ def test_an_attention_kernel_that_compiles_itself_is_kept_with_the_run(fused, ma
     monkeypatch.setattr("loadmaster.training.session.runs_fused", lambda *_: fused)
     trained()
     assert (made.cache.open.called, made.cache.close.called, made.cache.share.called) == (fused, fused, fused)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compilers_of_a_gpus_kernels_are_woken_before_the_model_is_loaded(
+    made, trained, monkeypatch, device, filled, compiled
+):
+    order = []
+    made.session.plan = replace(PLAN, compile=compiled)
+    made.cache.is_filled, world = filled, World(device=torch.device(device))
+    monkeypatch.setattr(loop, "compiles_some", lambda plan, *_: plan.compile)
+    made.cache.open.side_effect = lambda: order.append("cache")  # processes inherit where it is
+    monkeypatch.setattr(loop, "wake_compilers", lambda: order.append("compilers"))
+    monkeypatch.setattr(loop, "peak_memory", lambda _: {"peak_allocated_gib": 0.0})
+    monkeypatch.setattr(loop, "make_session", lambda *_: order.append("model") or made.session)
+    trained(world)
+    woken = ["compilers"] * (compiled and device == "cuda" and not filled)
+    assert order == [*["cache"] * compiled, *woken, "model"]
+
+
+def test_a_start_is_told_part_by_part_once(made, trained, monkeypatch):
+    parts = {"first_step": 20.0, "second_step": 0.5, "evaluation": 3.0, "checkpoint": 1.0}
+    made.asked.rehearse_run.return_value = Rehearsed(0.0, 0.0, 0.0, seconds=24.5, parts_s=parts)
+    monkeypatch.setenv(STARTED, str(time.time() - 1000))
+    _, outcome = trained()
+    said = made.said()
+    assert said.count("first step taken 100") == 1 and "compiling, and what is done once: 19.5 s" in said
+    told = outcome.start_s
+    of_all = ["before_training", "load", "rehearsal", "resume", "first_step"]
+    assert list(told) == [*of_all, *(f"rehearsal_{name}" for name in parts), "total"]
+    assert told["before_training"] >= 1000 and told["rehearsal_first_step"] == 20.0
+    assert told["total"] == pytest.approx(sum(map(told.get, of_all)), abs=0.01)
+    assert outcome.compiler_cache.keys() == {"found", "made"}
+
+
+def test_a_start_with_no_step_left_has_none(made):
+    made.session.job = replace(SHORT, max_steps=3)
+    training = made.training()
+    training.resumed_after = 3
+    training.run()
+    assert "first step taken" not in made.said() and "first_step" not in training.start.figures()
 
 
 def test_a_request_before_the_rehearsal_is_not_answered_behind_it(made, trained):
