@@ -233,6 +233,7 @@ class StageRun:
             "attention_kernel": outcome.attention_kernel,
             "start_s": outcome.start_s,
             "compiler_cache": outcome.compiler_cache,
+            "allocator": session.strategy.allocator,
             "train_loss": outcome.train_loss,
             "eval_loss": outcome.eval_loss,
             "data": self.materials.prepared.summary,

@@ -22,6 +22,7 @@ from loadmaster.models.load import DTYPES, load_base, load_trained
 from loadmaster.models.preference import loss_module
 from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.preflight.plan import Plan
+from loadmaster.training import allocator
 from loadmaster.training.in_backward import BackwardOptimizer
 from loadmaster.training.optimizer import TrainingOptimizer
 from loadmaster.training.placement import Placed
@@ -37,6 +38,8 @@ class Strategy:
         self.frozen = frozen_form(plan.method, plan.precision)
         self.dtype = DTYPES[plan.precision]
         self.placed = Placed()
+        self.allocator = allocator.settle(world.device)
+        """How memory of a GPU is taken, from before the model is there; nothing of a CPU."""
 
     def load(self, folder: Path) -> nn.Module:
         """The base model on this process's device."""

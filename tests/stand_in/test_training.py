@@ -146,7 +146,9 @@ def check(folder: Path, done: subprocess.CompletedProcess, expected: dict[str, l
     losses = [row["loss"] for row in metrics(folder / "run")]
     # bf16, FP8 and nf4 round; a second step that went the wrong way would be off by far more.
     assert losses == pytest.approx(expected["method=full" if method == "full" else "method=lora"], rel=0.02)
-    allocated = json.loads((folder / "run/result.json").read_text())["prediction"]["allocated"]
+    result = json.loads((folder / "run/result.json").read_text())
+    assert result["allocator"] == "expandable segments"
+    allocated = result["prediction"]["allocated"]
     predicted = allocated["predicted_gib"] - value("context", "cublas_workspace_gib")  # which no processor takes
     # What a kernel takes inside is a processor's here, and blocks are not rounded up to 512 bytes.
     assert 0.98 * predicted <= allocated["measured_gib"] <= 1.02 * predicted
