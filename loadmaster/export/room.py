@@ -64,6 +64,6 @@ def free_bytes(device: str) -> tuple[tuple[float, ...], float]:
     """(free on each visible GPU, but for what fragmentation takes; free in host memory)."""
     if device == "cpu":
         return (), free_host_bytes()
-    usable = 1 - value("fragmentation", "share")
+    usable = 1 - value("fragmentation", "fixed")
     gpus = range(torch.cuda.device_count())
     return tuple(usable * torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), free_host_bytes()

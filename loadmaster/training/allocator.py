@@ -1,8 +1,8 @@
 """How PyTorch's allocator takes memory of a GPU: in one segment that grows, instead of hundreds of fixed ones.
 
 What is free in a fixed segment and too small for what comes next stays with the allocator. By a simulation of it
-(benchmarks/reserved.py) a card needs up to 5% more than a run's tensors that way, which is more than plans leave free
-(plan.reserve), and at most 1 to 2% more in segments that grow.
+(benchmarks/reserved.py) a card needs up to 5.6% more than a run's tensors that way, which is more than plans leave free
+(plan.reserve), and up to 1.2% more with segments that grow.
 
 Set in this process alone, and not by a variable: what it starts (vLLM, whose kernels share memory between processes,
 which this memory cannot be) goes by its own.
