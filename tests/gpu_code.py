@@ -1,15 +1,15 @@
 """The code that a GPU would run, generated and assembled where there is none.
 
-    python tests/gpu_code.py METHOD PRECISION COMPUTE_CAPABILITY [CONFIG_JSON [SETUP_JSON]]     # lora fp8 90
+    python tests/gpu_code.py METHOD PRECISION COMPUTE_CAPABILITY [CONFIG_JSON [SETUP_JSON [count]]]     # lora fp8 90
 
 One decoder layer and the loss of a model of Llama 3.1 8B's shape, or CONFIG_JSON's, trained as SETUP_JSON says besides
 (`{"dora": true}`), go through torch.compile on the meta device. In the place of inductor's last step its graphs are
 taken for those of such a GPU, lowered to Triton, and every kernel is assembled by ptxas, which comes with Triton.
-Nothing is run. Printed is JSON:
+Nothing is run; with `count` nothing is assembled either. Printed is JSON:
 
     graphs    [[forward or backward or loss, kernels assembled]]
-    bytes     that a token of a layer moves, in kernels that memory bounds (fused ones, and narrow products), and what
-              wide products are added to
+    bytes     [forward, backward] that a token of a layer moves, in kernels that memory bounds (fused ones, and narrow
+              products), and what wide products are added to
     backward  bytes of a token in use at once that a layer's backward pass makes
     beyond    the same beyond what it was given, which it lets go as it is read
     mixed     graphs with a kernel that sums over tokens and over features at once
@@ -34,6 +34,7 @@ from types import SimpleNamespace
 if importlib.util.find_spec("triton") is None:
     sys.path.append(str(Path(sys.prefix) / "triton"))
 
+import sympy
 import torch
 import torch._dynamo.device_interface as interfaces
 import torch._inductor.config
@@ -42,6 +43,7 @@ import torch._inductor.runtime.triton_helpers as helpers
 from torch._dynamo.utils import detect_fake_mode
 from torch._inductor import compile_fx
 from torch._inductor.debug import DebugContext
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -51,6 +53,7 @@ from triton.runtime import driver
 from loadmaster.data import MicroBatch
 from loadmaster.models import compiled
 from loadmaster.models.forward import token_losses
+from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.preflight.setup import Setup
 from loadmaster.training.trace import _meta_model, with_trained_part
 
@@ -161,7 +164,7 @@ def bytes_of(node: object) -> int:
     if kind == "NopKernelSchedulerNode":
         return 0
     if kind != "ExternKernelSchedulerNode":
-        return node.get_read_write_buffers_sizes()
+        return sum(accessed(node).values())
     called = node.node.python_kernel_name or ""
     if called.startswith("torch.ops.loadmaster.add_"):  # models/added.py
         total = node.node.inputs[0]
@@ -170,6 +173,25 @@ def bytes_of(node: object) -> int:
         return 0
     sizes = [int(size) for factor in node.node.inputs[:2] for size in factor.get_size() if str(size).isdigit()]
     return node.get_read_write_buffers_sizes() if min(sizes) <= NARROW else 0
+
+
+def accessed(node: object) -> dict[str, int]:
+    """Bytes that a fused kernel reads or writes of each buffer. The compiler counts a buffer whole of which a part of
+    each row is read, as q is of q, k and v."""
+    found = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    parts: dict[str, list[tuple[int, float]]] = {}
+    for dep in node.read_writes.reads:
+        if isinstance(dep, MemoryDep) and dep.get_numel() >= TOKENS:
+            start = int(sympy.expand(dep.get_offset(), identity=True))
+            parts.setdefault(dep.name, []).append((start, start + int(dep.get_numel()) / TOKENS))
+    written = {dep.name for dep in node.read_writes.writes}
+    for name in parts.keys() & found.keys() - written:
+        covered = end = 0
+        for start, stop in sorted(parts[name]):
+            covered += max(0, stop - max(start, end))
+            end = max(end, stop)
+        found[name] = min(found[name], math.ceil(covered * TOKENS) * V.graph.get_dtype(name).itemsize)
+    return found
 
 
 def given(code: str) -> dict[str, int]:
@@ -212,7 +234,9 @@ def assembled(code: str, folder: Path) -> int:
     return len(kernels)
 
 
-def main(method: str, precision: str, capability: str, config: str = "{}", fields: str = "{}") -> None:
+def main(
+    method: str, precision: str, capability: str, config: str = "{}", fields: str = "{}", what: str = "assemble"
+) -> None:
     stand_in(int(capability))
     torch._inductor.config.fx_graph_cache = False
     torch._inductor.config.compile_threads = 1
@@ -223,6 +247,7 @@ def main(method: str, precision: str, capability: str, config: str = "{}", field
         method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True, **json.loads(fields)
     )
     model = with_trained_part(_meta_model({**LLAMA, **json.loads(config), "num_hidden_layers": LAYERS}), setup)
+    checkpoint_activations(model, setup.checkpointing)
     compiled.compile_layers(model)
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
     loss, _ = token_losses(model, MicroBatch(ids, ids, torch.arange(TOKENS)[None]))
@@ -230,11 +255,11 @@ def main(method: str, precision: str, capability: str, config: str = "{}", field
     graphs = generated.graphs
     torch.cuda.is_available = lambda: True
     with tempfile.TemporaryDirectory() as folder:
-        found = [(kind, assembled(code, Path(folder))) for kind, code, _ in graphs]
-    moved = sum(moved for *_, moved in graphs[:-1])
+        found = [(kind, assembled(code, Path(folder)) if what == "assemble" else 0) for kind, code, _ in graphs]
+    moved = [round(next(moved for kind, _, moved in graphs if kind == way) / TOKENS) for way in ("forward", "backward")]
     backward = next(code for kind, code, _ in graphs if kind == "backward")
     mixed = sum("MixOrderReductionGrid" in code for _, code, _ in graphs)
-    said = {"graphs": found, "bytes": round(moved / TOKENS), "mixed": mixed}
+    said = {"graphs": found, "bytes": moved, "mixed": mixed}
     said |= {"backward": round(made(backward, {}) / TOKENS), "beyond": round(made(backward, given(backward)) / TOKENS)}
     print(json.dumps(said))
 

@@ -27,6 +27,8 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import Matrix, ModelShape
 from loadmaster.preflight.stepping import Stepping
 
+MERGED = 256
+"""Highest rank of adapters whose products over one input are one in compiled layers (models/merged.py)."""
 NARROW = 512
 """A matmul with fewer columns than this moves bytes more than it computes."""
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
@@ -206,7 +208,7 @@ class Blocks:
         rank, n = self.setup.lora_rank, self.n
         scale = None if magnitudes is None else dora.scale(self, m, magnitudes)
         dropped = self.dropout(x) if self.setup.lora_dropout and self.tape.enabled else x
-        merged = self.setup.compiled and dropped is x and m.name in SHARING
+        merged = self.setup.compiled and dropped is x and m.name in SHARING and rank <= MERGED
         narrow = self.matmul(dropped, a, m.inputs, rank, n, merged=merged)
         narrow = self.elementwise(narrow) if scale is None else narrow  # models/adapters.py, models/dora.py
         update = self.matmul(narrow, b, rank, m.outputs, n)

@@ -101,38 +101,3 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
         return ((16 if setup.lora_dropout else 10) if shape.fused else (14 if setup.lora_dropout else 12)) * f
     codes = (4 + 2 * bool(setup.lora_dropout) + 4 * shape.gelu) * (setup.precision == "fp8")
     return (8 + 2 * bool(scaled) - 2 * shape.fused + codes) * f
-
-
-def made_again_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Read and written, of one token, to make norms' outputs and the product of gate and up of all layers that keep the
-    rest again. With products in FP8 of a full fine-tune, their casts do."""
-    if not setup.compiled or (setup.precision == "fp8" and not setup.adapters):
-        return 0
-    products = {False: shape.intermediate_size, True: shape.experts_per_token * shape.expert_size}
-    first = shape.layers - setup.layers_kept(shape)
-    kinds = [shape.has_experts(layer) for layer in range(first, shape.layers)]
-    known = [kind for kind in kinds if kept_bytes(shape, setup, kind) is not None]
-    return sum(8 * shape.hidden_size + 2 * products[kind] for kind in known)
-
-
-JOINED = {"v_proj": 2, "gate_proj": 1, "up_proj": 1, "gate_up_proj": 1, "qkv_proj": 1}
-"""Passes over the sum of base and adapter that are gone with the kernel that made it: what is kept was written there,
-and v, which attention reads as it is, read once more."""
-JOINED_BEFORE_NORMS = {**JOINED, "q_proj": 2, "k_proj": 2}
-"""The same of q and k where their own norms read them."""
-
-
-def joined_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Not moved, for one token, in all layers in which wide products are added to adapters' narrow ones
-    (models/added.py): their sums are written by the products. The gradient of attention's output was a sum, too. That
-    a wide product reads what it is added to is counted as the sum's reading of it was, though arithmetic hides it."""
-    if not setup.compiled or not setup.adapters or setup.precision == "fp8":
-        return 0
-    first, passes = shape.layers - setup.layers_kept(shape), 0
-    joined = JOINED_BEFORE_NORMS if shape.query_key_norm else JOINED
-    for layer in range(shape.layers):
-        adapted = shape.adapted(setup.lora_targets, shape.has_experts(layer))
-        made = {"none": 1, "selective": 0}.get(setup.checkpointing if layer < first else "none", 2) * (not setup.dora)
-        passes += made * sum(joined.get(m.name, 0) * m.outputs for m in adapted if not m.bias)
-        passes += 2 * sum(m.inputs for m in adapted if m.name == "o_proj")
-    return setup.width * passes

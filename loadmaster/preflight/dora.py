@@ -26,11 +26,11 @@ def norms(b: Blocks, m: Matrix) -> Storage:
     """|W + s B A| in fp32, without gradients; its products are small, and W is read twice."""
     tape, w, rank, outputs, kept = b.tape, b.w, b.setup.lora_rank, m.outputs, m.inputs >= WIDE
     with tape.gradients(False):
-        tape.moved(w * m.weight)
+        tape.moved(w * m.weight, fused=False)
         squares = tape.alloc(FP32 * outputs)
         wide = [tape.alloc(FP32 * rank * size) for size in ((m.inputs, outputs) if w != FP32 else ())]
         if tape.runs(kept):
-            tape.moved(w * m.weight, w * rank * (m.inputs + outputs))
+            tape.moved(w * m.weight, w * rank * (m.inputs + outputs), fused=False)
             tape.work.matmul_flops += 2.0 * rank * m.weight
         alloc = tape.alloc_kept if kept else tape.alloc
         crossed = alloc(w * rank * outputs)

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loadmaster.preflight.graph import Leaf, Node, Split, Storage, Tensor
@@ -92,8 +93,8 @@ class Work:
     bytes_moved: float = 0.0
     """By kernels that are bound by memory: every input read and every output written once."""
     bytes_unfused: float = 0.0
-    """Of those, by kernels that a compiler fuses with no other: narrow products, attention, casts to fewer bits, and
-    what is outside of layers."""
+    """Of those, where layers are compiled, by kernels of their own: narrow products, attention, casts to fewer bits,
+    and what is outside of layers."""
     kernels: int = 0
 
     def plus(self, other: Work, times: float = 1.0) -> Work:
@@ -140,6 +141,8 @@ class Tape:
         """Of each part of the step that has been told to `enter`, its peak by component."""
         self.phase = ""
         self.work = Work()
+        self.in_layer = False
+        """Whether what runs now is a decoder layer, forward or backward."""
         self.order = 0
         self.enabled = True
         self.pack: Callable | None = None
@@ -201,7 +204,7 @@ class Tape:
     def moved(self, *sizes: float, fused: bool = True) -> None:
         """fused: in a compiled layer, with the kernels around it."""
         self.work.bytes_moved += sum(sizes)
-        if not fused:
+        if not (fused and self.in_layer):
             self.work.bytes_unfused += sum(sizes)
         self.work.kernels += 1
 
@@ -231,6 +234,16 @@ class Tape:
             return [g]
 
         return self.link(Tensor(x.storage, x.node), [x], saved, backward)
+
+    def enter_layer(self, x: Tensor) -> Tensor:
+        """x, with which a decoder layer begins, and ends in the backward pass."""
+        x = self.on_gradient(x, partial(setattr, self, "in_layer", False))
+        self.in_layer = True
+        return x
+
+    def leave_layer(self, x: Tensor) -> Tensor:
+        self.in_layer = False
+        return self.on_gradient(x, partial(setattr, self, "in_layer", True))
 
     def op(
         self, size: float, inputs: Sequence[Tensor], saved: Sequence[Storage], backward: Callable, kept: bool = False
@@ -335,9 +348,9 @@ class Tape:
         node.saved = node.backward = None
         return results
 
-    def _sum(self, two: list[Storage]) -> Storage:
+    def _sum(self, two: list[Storage], fused: bool = True) -> Storage:
         """The sum of two gradients, in the memory of one that nobody else holds."""
-        self.moved(two[0].bytes, two[1].bytes, two[0].bytes)
+        self.moved(two[0].bytes, two[1].bytes, two[0].bytes, fused=fused)
         for storage in two:
             if self.in_place and sys.getrefcount(storage) == ALONE:
                 return storage
@@ -348,18 +361,18 @@ class Tape:
         if leaf.waiting is not None:
             box.append(leaf.waiting)
             leaf.waiting = None
-            box[:] = [self._sum(box)]
+            box[:] = [self._sum(box, fused=False)]
         if leaf.uses > 0:
             leaf.waiting = box.pop()
         elif leaf.gradient is None:
             if self.widens_gradients:
-                self.moved(box[0].bytes, 2 * box[0].bytes)
+                self.moved(box[0].bytes, 2 * box[0].bytes, fused=False)
                 box.append(self.alloc(2 * box[0].bytes))
             leaf.gradient = box.pop()
             leaf.gradient.retag(self.gradient_tag)
             if leaf.arrived is not None:
                 leaf.arrived()
         else:
-            self.moved(*(3 * [box[0].bytes]))
+            self.moved(*(3 * [box[0].bytes]), fused=False)
             if self.widens_gradients:
                 self.alloc(2 * box[0].bytes)

@@ -17,7 +17,6 @@ from dataclasses import replace
 from loadmaster import catalog
 from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.communication import step_communication
-from loadmaster.preflight.compiled import joined_bytes, made_again_bytes
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.memory import inputs_bytes, state_bytes
 from loadmaster.preflight.plan import Plan
@@ -25,6 +24,7 @@ from loadmaster.preflight.replay import Work
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.step import evaluation_batch, replay_key, training_step
+from loadmaster.preflight.traffic import fused_bytes
 
 
 def tokens_per_second(shape: ModelShape, hardware: Hardware, setup: Setup) -> float | None:
@@ -71,14 +71,10 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
 
 
 def bytes_moved(shape: ModelShape, work: Work, setup: Setup) -> float:
-    """By kernels that are bound by memory. Compiled, elementwise ones are fused, and what is between two of them is not
-    written: so much that layers move what the code moves that inductor generates for a GPU
-    (tests/models/test_gpu_code.py)."""
+    """By kernels that are bound by memory. In compiled layers most of them are the compiler's own (traffic.py)."""
     if not setup.compiled:
         return work.bytes_moved
-    fused = (work.bytes_moved - work.bytes_unfused) * value("compiled", "traffic")
-    beside = made_again_bytes(shape, setup) - joined_bytes(shape, setup)
-    return work.bytes_unfused + fused + beside * setup.tokens
+    return work.bytes_unfused + setup.tokens * fused_bytes(shape, setup)
 
 
 def size_factor(shape: ModelShape, setup: Setup, faster: float = 1.0) -> float:

@@ -235,7 +235,9 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
             x = run.leave(units.begin(x, index, experts, kinds[index + 1]))
             entered = [x.storage] if run.kept and run.kind == "none" and tape.enabled else []
             checkpointed = run.kind != "none" and tape.enabled
+            x = tape.enter_layer(x) if b.setup.compiled else x
             x = tape.checkpoint(layer, x, run.kind == "selective", run.kind == "offload") if checkpointed else layer(x)
+            x = tape.leave_layer(x) if b.setup.compiled else x
             eager, guessed = tape.by_tag["activations"] - activations + less, less
             less = max(0, eager - run.kept) if entered else 0
             tape.correct(guessed - less)

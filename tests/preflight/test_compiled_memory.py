@@ -11,7 +11,7 @@ from loadmaster.config.schema import ModelConfig
 from loadmaster.data import MicroBatch
 from loadmaster.models import compiled
 from loadmaster.models.forward import token_losses
-from loadmaster.preflight.compiled import in_backward_bytes, joined_bytes, kept_bytes
+from loadmaster.preflight.compiled import in_backward_bytes, kept_bytes
 from loadmaster.preflight.config_json import find_shape, from_config
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
@@ -222,26 +222,3 @@ def test_kinds_of_layers_that_were_not_looked_at_are_counted_as_if_eager() -> No
     assert kept_bytes(shape, setup()) is not None
     for changed in ({"precision": "fp32"}, {"modules_to_save": ("input_layernorm",)}):
         assert kept_bytes(shape, replace(setup(), **changed)) is None
-
-
-@pytest.mark.parametrize(
-    ("changed", "numbers"),
-    [({}, 2 * 1024 + 2 * 14336 + 2 * 4096), ({"lora_targets": ("q_proj", "v_proj")}, 2 * 1024),
-     ({"checkpointing": "full"}, 2 * (2 * 1024 + 2 * 14336) + 2 * 4096), ({"checkpointing": "selective"}, 2 * 4096),
-     ({"dora": True}, 2 * 4096), ({"precision": "fp8"}, 0), ({"compiled": False}, 0), ({"method": "full"}, 0)],
-)
-def test_sums_that_have_no_kernel_are_not_moved(changed: dict, numbers: int) -> None:
-    shape = find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B"))
-    assert joined_bytes(shape, replace(setup(), **changed)) == 32 * 2 * numbers
-
-
-def test_a_sum_with_a_bias_keeps_its_kernel() -> None:
-    shape = find_shape(ModelConfig(name="Qwen/Qwen2.5-7B"))
-    assert joined_bytes(shape, setup()) == 28 * 2 * (2 * 18944 + 2 * 3584)
-
-
-def test_a_sum_that_a_norm_of_queries_or_keys_reads_is_not_moved() -> None:
-    shape = find_shape(ModelConfig(name="Qwen/Qwen3-8B"))
-    heads = 2 * (4096 + 1024)
-    assert joined_bytes(shape, setup()) == 36 * 2 * (heads + 2 * 1024 + 2 * 12288 + 2 * 4096)
-    assert joined_bytes(shape, replace(setup(), lora_targets=("q_proj", "k_proj"))) == 36 * 2 * heads
