@@ -107,7 +107,7 @@ def _gradient_sums(shape: ModelShape, setup: Setup, experts: bool, adapted: dict
 
 def fused_bytes(shape: ModelShape, setup: Setup) -> int:
     """Of one token in all passes of a micro-batch through all layers."""
-    again = shape.layers - setup.layers_kept(shape) if setup.checkpointing == "full" else 0
+    again = shape.layers - setup.layers_kept(shape) if setup.checkpointing in ("full", "offload") else 0
     each, total = {experts: layer_bytes(shape, setup, experts) for experts, _ in shape.layer_kinds}, 0
     for layer in range(shape.layers):
         forward, backward = each[shape.has_experts(layer)]

@@ -334,9 +334,9 @@ def test_a_limit_of_time_or_money_that_the_run_does_not_keep_is_said() -> None:
     asked = job(LLAMA + "8B", "lora", "h200")
     whole = make_plan(asked, 10**8)
     for limits, said in (
-        ({"max_usd": whole.cost_usd / 200}, "launch.max_usd"),
+        ({"max_usd": whole.cost_usd / 400}, "launch.max_usd"),
         ({"max_usd": whole.cost_usd + 1}, None),
-        ({"max_hours": whole.hours / 200, "max_usd": whole.cost_usd / 2}, "launch.max_hours"),
+        ({"max_hours": whole.hours / 400, "max_usd": whole.cost_usd / 2}, "launch.max_hours"),
         ({"max_usd": 1.0, "name": "runpod"}, None),
     ):
         reasons = make_plan(replace(asked, launch=LaunchConfig(**limits)), 10**8).reasons

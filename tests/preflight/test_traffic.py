@@ -41,6 +41,7 @@ def test_a_layer_that_is_made_again_moves_all_of_its_forward_code_again() -> Non
     some = replace(LORA, checkpointing="full", kept_layers=12)
     assert fused_bytes(LLAMA, LORA) == 32 * (forward + backward)
     assert fused_bytes(LLAMA, some) == 32 * (forward + backward) + 20 * forward
+    assert fused_bytes(LLAMA, replace(LORA, checkpointing="offload")) == 32 * (2 * forward + backward)
     assert fused_bytes(LLAMA, replace(LORA, forwards=1)) == 32 * (2 * forward + backward)
 
 
