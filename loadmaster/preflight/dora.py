@@ -37,7 +37,7 @@ def norms(b: Blocks, m: Matrix) -> Storage:
         crossed = tape.alloc(FP32 * rank * outputs) if w != FP32 else crossed
         parts = [tape.alloc(FP32 * rank * outputs)]
         among = alloc(FP32 * rank * rank)  # A A^T
-        parts.append(tape.alloc(FP32 * rank * outputs))
+        parts.append((tape.alloc_kept if rank >= WIDE else tape.alloc)(FP32 * rank * outputs))  # B (A A^T)
         del among
         parts.append(tape.alloc(FP32 * rank * outputs))
         tape.work.kernels += 12

@@ -32,6 +32,9 @@ FIXED = [
     # Norms of DoRA's rows take products of the rank with itself and with the outputs, in fp32.
     ("qwen2", "lora", "fp32", ("up_proj", "q_proj", "down_proj", "gate_proj"), 256, True, Case(1024, "selective")),
     ("llama", "lora", "bf16", "all-linear", 256, True, Case(16, "full", kept_layers=3)),
+    # Their product over the rank is wide enough from 512 on for a selective checkpoint to keep it.
+    ("qwen2", "lora", "bf16", "all-linear", 768, True, Case(1024, "selective")),
+    ("llama", "lora", "fp32", ("o_proj", "up_proj"), 512, True, Case(512, "selective", objective="kto")),
 ]
 
 WIDE_HEADS = {
