@@ -85,3 +85,5 @@ class Stepping:
         while self.widens and gradients:  # a master copy's gradient is in fp32, too
             wide.append(self.tape.alloc(2 * gradients[0][1]))
             del gradients[0]
+        if self.adafactor and self.widens:
+            self.tape.alloc(adafactor_bytes(elements, rounds=False))

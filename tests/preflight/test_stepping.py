@@ -103,19 +103,22 @@ def test_replay_equals_a_trace(fused, family, name, precision) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("qwen3_moe", "adamw"), ("qwen3_moe", "adafactor"), ("phi3", "adafactor")]
+    ("family", "name", "masters"),
+    [("qwen3_moe", "adamw", True), ("qwen3_moe", "adafactor", False), ("phi3", "adafactor", False),
+     ("phi3", "adafactor", True)],
 )
-def test_experts_and_fused_matrices_are_stepped_with_their_layer(fused, family, name) -> None:
-    """Adafactor keeps an update until it has the next square; Phi-3's output matrix comes before its fused one."""
+def test_experts_and_fused_matrices_are_stepped_with_their_layer(fused, family, name, masters) -> None:
+    """Adafactor keeps an update until it has the next square; Phi-3's output matrix comes before its fused one. Where
+    there are masters their gradients lie beside that."""
     config = {**random_config(family, 1), "vocab_size": 1000}
     for checkpointing in ("none", "full"):
         setup = Setup(
-            method="full", precision="bf16", optimizer=name, master_weights=name == "adamw",
+            method="full", precision="bf16", optimizer=name, master_weights=masters,
             checkpointing=checkpointing, sequence_length=256, in_backward=True,
         )
         model = with_trained_part(_meta_model(config), setup)
         checkpoint_activations(model, checkpointing)
-        optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, name == "adamw")
+        optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, masters)
         ids = torch.zeros(1, 256, dtype=torch.long)
         batch = MicroBatch(ids, ids, torch.arange(256)[None])
 
