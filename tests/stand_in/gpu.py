@@ -247,6 +247,10 @@ def _kernels(native) -> None:
     def histogram(numbers, bins=100, min=0, max=0):
         return torch.histc(host(numbers).float(), bins, min, max).to(numbers.dtype).cuda()  # of integers, too
 
+    def silu_backward(gradient, x):
+        """One kernel; without it PyTorch makes it of seven, with five more tensors of its size."""
+        return torch.ops.aten.silu_backward(host(gradient), host(x)).cuda()
+
     def on_processor(name: str):
         """bitsandbytes' kernel for a processor, on the same memory; what is new goes to the card."""
         op = getattr(torch.ops.bitsandbytes, name).default
@@ -268,4 +272,5 @@ def _kernels(native) -> None:
     library.impl("_flash_attention_backward", flash_backward, "CUDA")
     library.impl("_scaled_mm", scaled_mm, "CUDA")
     library.impl("histc", histogram, "CUDA")
+    library.impl("silu_backward", silu_backward, "CUDA")
     _kernels.libraries = library, quantizing  # their registrations last as long

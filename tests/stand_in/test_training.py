@@ -184,6 +184,15 @@ def test_compiled_layers_train_as_the_plain_ones_in_the_memory_that_was_planned(
     assert allocated["measured_gib"] == pytest.approx(predicted, rel=0, abs=0.02 * predicted + 1e-4)
 
 
+def test_layers_that_are_made_again_take_what_was_planned(tmp_path, small, library):
+    """Where nothing but a layer's backward pass is the peak: few words, long rows."""
+    done = train(tmp_path, small, library, 1, *FULL, "activation_checkpointing=full", "sequence_length=2000")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    allocated = json.loads((tmp_path / "run/result.json").read_text())["prediction"]["allocated"]
+    predicted = allocated["predicted_gib"] - value("context", "cublas_workspace_gib")
+    assert allocated["measured_gib"] == pytest.approx(predicted, rel=0, abs=0.02 * predicted + 1e-4)
+
+
 def test_compiled_experts_train_as_the_plain_ones(tmp_path, experts, library):
     losses = []
     for compiled in ("true", "false"):
