@@ -1,5 +1,7 @@
 """Weights that are read before what loads them is imported: each byte once, and never a condition."""
 
+import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -52,6 +54,28 @@ def test_what_memory_does_not_hold_twice_is_not_read_ahead(folder, read, monkeyp
         for reader in readers:
             reader.join()
         assert bool(readers) == bool(read) == begun
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_the_model_is_not_loaded_from_is_not_read(folder, read, sharded):
+    """Mistral's repositories hold the whole model twice."""
+    names = ["model-1.safetensors", "model-2.safetensors"]
+    (folder / "consolidated.safetensors").write_bytes(bytes(40))
+    index = {"weight_map": {"a": names[0], "b": names[1], "c": names[0]}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if not sharded:
+        names = ["model.safetensors"]
+        (folder / names[0]).write_bytes(bytes(5))
+    for reader in ahead.read_ahead(folder):
+        reader.join()
+    assert {name for name, _ in read} == set(names) and set(read.values()) == {1}
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "gone.safetensors"}}', None])
+def test_an_index_that_says_nothing_is_for_who_loads_it(folder, index):
+    file = folder / "model.safetensors.index.json"
+    os.mkfifo(file) if index is None else file.write_text(index)
+    assert not any(reader.join() for reader in ahead.read_ahead(folder))
 
 
 def test_a_file_that_is_gone_or_cannot_be_read_is_for_who_loads_it(folder, monkeypatch, capsys):
