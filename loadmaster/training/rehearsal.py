@@ -254,8 +254,9 @@ def fingerprint(tensor: torch.Tensor) -> int:
     """64 bits that depend on every bit of a tensor and on its place, for what lies on a GPU: SHA-256 is made on the
     host, where all states of an 8B would go to twice.
 
-    Elements as integers, each times an odd number of its place, are added modulo 2**64, and so are pieces: one element
-    that alone has changed always shows, and other changes all but about one in 2**64.
+    Elements as integers, their bits mixed and each times an odd number of its place, are added modulo 2**64, and so are
+    pieces: one element that alone has changed always shows, and other changes all but about one in 2**64. Unmixed, a
+    sign of 32 bits would meet no more than 33 bits of its place's number. (torch.hash_tensor has no places at all.)
     """
     whole = tensor.detach().contiguous().reshape(-1)
     whole = whole.view(INTEGERS[whole.element_size()])
@@ -263,5 +264,7 @@ def fingerprint(tensor: torch.Tensor) -> int:
     place = (place ^ place >> 29) | 1  # in no order: what changes places shows
     total = 0
     for piece in whole.split(PIECE):
-        total = (total * ODD + int((piece * place[: len(piece)]).sum())) % 2**64
+        mixed = piece.long().mul_(ODD)
+        mixed ^= mixed >> 32  # no two numbers of 32 bits become the same
+        total = (total * ODD + int(mixed.mul_(place[: len(piece)]).sum())) % 2**64
     return total

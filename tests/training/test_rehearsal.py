@@ -63,6 +63,21 @@ def test_a_fingerprint_shows_every_bit_and_every_place(dtype, monkeypatch):
     assert fingerprint(whole[:0]) == 0 != fingerprint(whole[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float8_e4m3fn, torch.int16, torch.float64])
+def test_whatever_a_state_is_made_of_has_a_fingerprint(dtype):
+    whole = torch.tensor([[0, 1, 1], [0, 0, 1]]).to(dtype)
+    assert fingerprint(whole.t()) == fingerprint(whole.t().contiguous()) != fingerprint(whole)
+    assert fingerprint(whole[0, 1]) != fingerprint(whole[0, 0])  # of no dimension
+
+
+def test_signs_alone_show_in_a_fingerprint():
+    """Of these two places the numbers are opposite in all bits that a sign of fp32 meets, were it not mixed."""
+    whole = torch.zeros(2**17)
+    signed = whole.clone()
+    signed[[75628, 126277]] = -0.0
+    assert fingerprint(signed) != fingerprint(whole)
+
+
 def test_a_fingerprint_takes_the_memory_of_a_piece(monkeypatch):
     monkeypatch.setattr(rehearsal, "PIECE", 64)
     with Largest() as largest:
