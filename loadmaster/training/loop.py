@@ -90,6 +90,7 @@ def train(
         if compiles := compiles_some(plan, base_folder, world.device):
             stack.callback(cache.close)
             cache.open()
+        start.compiles = compiles
         if plan.compile and world.device.type == "cuda" and not cache.is_filled:
             wake_compilers()
         session = make_session(job, plan, world, tokenizer.pad_token_id, base_folder)
@@ -129,6 +130,7 @@ def train(
                 session.loss, session.split, plan.micro_batch_size, display.asked, training.stopping, trained_on
             )
             session.strategy.settle(session.loss)
+            start.ended("reference")
             training.stop_if(not done, "before the first step; what the model said so far is kept")
         training.resume()
         training.run()
@@ -165,6 +167,8 @@ class Training:
         self.left_out = False
         """A request to stop came before the last evaluation that was due: it is made up for when the run goes on."""
         self.recompilations = 0
+        self.graphs_before = cache_counts()
+        """Of what else this process compiled, as another run."""
         self.taken: dict[str, Any] | None = None
         """What the checkpoint says whose weights load_best took."""
 
@@ -385,5 +389,5 @@ class Training:
             resumed_after=self.resumed_after,
             taken_step=self.taken["step"] if self.taken else self.steps,
             start_s=self.start.figures(),
-            compiler_cache=cache_counts(),
+            compiler_cache={kind: count - self.graphs_before[kind] for kind, count in cache_counts().items()},
         )

@@ -34,4 +34,4 @@ class Outcome:
     start_s: dict[str, float] = field(default_factory=dict)
     """Seconds of each part until the first step of this process was taken (training/start.py)."""
     compiler_cache: dict[str, int] = field(default_factory=dict)
-    """Graphs that were found in the compiler's cache until then, and that were not."""
+    """Graphs of this run that were found in the compiler's cache, and that were not."""

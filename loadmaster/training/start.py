@@ -7,6 +7,18 @@ import time
 
 from loadmaster.training.stop import STARTED
 
+WORDS = {
+    "before_training": "until training",
+    "load": "loading",
+    "rehearsal": "rehearsal",
+    "reference": "for what the model said before",
+    "resume": "going on from a checkpoint",
+    "first_step": "the step",
+}
+"""Of each part, in their order, behind its seconds."""
+SAID = 0.05
+"""Seconds; what took less is told only in figures."""
+
 
 class Parts:
     """Seconds of what comes one after the other, by name."""
@@ -32,23 +44,22 @@ class Start(Parts):
         super().__init__()
         self.seconds["before_training"] = time.time() - float(os.environ.get(STARTED, time.time()))
         self.rehearsal: dict[str, float] = {}
+        self.compiles = False
+        """Layers, an attention kernel, or an optimizer's step."""
 
     @property
     def is_over(self) -> bool:
         return "first_step" in self.seconds
 
     def sentence(self) -> str:
-        until, loading, rehearsal, *rest = (
-            self.seconds.get(name, 0.0) for name in ("before_training", "load", "rehearsal", "resume", "first_step")
-        )
-        compiling = f" (compiling, and what is done once: {self.compiling_s:.1f} s)" if self.rehearsal else ""
-        return (
-            f"first step taken {self.total_s:.1f} s after the job was read: {until:.1f} s until training, "
-            f"{loading:.1f} s loading, {rehearsal:.1f} s rehearsal{compiling}, {sum(rest):.1f} s the step"
-        )
+        said = {name: f"{s:.1f} s {WORDS[name]}" for name, s in self.seconds.items() if s >= SAID}
+        if "rehearsal" in said and self.once_s >= SAID:
+            once = "compiling, and what is done once" if self.compiles else "what is done once"
+            said["rehearsal"] += f" ({once}: {self.once_s:.1f} s)"
+        return f"first step taken {self.total_s:.1f} s after the job was read: {', '.join(said.values())}"
 
     @property
-    def compiling_s(self) -> float:
+    def once_s(self) -> float:
         """What the first step of the rehearsal took beyond the second, which has all that it compiled."""
         return max(0.0, self.rehearsal.get("first_step", 0.0) - self.rehearsal.get("second_step", 0.0))
 

@@ -303,8 +303,12 @@ def test_compilers_of_a_gpus_kernels_are_woken_before_the_model_is_loaded(
     assert order == [*["cache"] * compiled, *woken, "model"]
 
 
+PARTS = {"first_step": 20.0, "second_step": 0.5, "evaluation": 3.0, "checkpoint": 1.0}
+
+
 def test_a_start_is_told_part_by_part_once(made, trained, monkeypatch):
-    parts = {"first_step": 20.0, "second_step": 0.5, "evaluation": 3.0, "checkpoint": 1.0}
+    parts, made.session.plan = PARTS, replace(PLAN, compile=True)
+    made.asked.rehearse_run.side_effect = lambda *_: time.sleep(0.1) or made.asked.rehearse_run.return_value
     made.asked.rehearse_run.return_value = Rehearsed(0.0, 0.0, 0.0, seconds=24.5, parts_s=parts)
     monkeypatch.setenv(STARTED, str(time.time() - 1000))
     _, outcome = trained()
@@ -315,7 +319,31 @@ def test_a_start_is_told_part_by_part_once(made, trained, monkeypatch):
     assert list(told) == [*of_all, *(f"rehearsal_{name}" for name in parts), "total"]
     assert told["before_training"] >= 1000 and told["rehearsal_first_step"] == 20.0
     assert told["total"] == pytest.approx(sum(map(told.get, of_all)), abs=0.01)
-    assert outcome.compiler_cache.keys() == {"found", "made"}
+
+
+@pytest.mark.parametrize(("once", "said"), [(20.0, "rehearsal (what is done once: 19.5 s)"), (0.5, "s rehearsal, ")])
+def test_where_nothing_is_compiled_no_start_says_so(made, trained, once, said):
+    made.asked.rehearse_run.side_effect = lambda *_: time.sleep(0.1) or Rehearsed(
+        0.0, 0.0, 0.0, seconds=0.1, parts_s=PARTS | {"first_step": once}
+    )
+    made.session.gradients.side_effect = lambda *_: time.sleep(0.1) or (torch.tensor(2.0), torch.tensor(1.0))
+    trained()
+    assert said in made.said() and "compiling" not in made.said()
+
+
+def test_what_the_model_said_before_is_a_part_of_its_own(made, trained, monkeypatch):
+    monkeypatch.setattr(loop, "asked_once", lambda *_: True)
+    made.reference.ask.side_effect = lambda *_: time.sleep(0.3) or True
+    _, outcome = trained()
+    assert outcome.start_s["reference"] >= 0.3
+    assert " s for what the model said before" in made.said() and " going on from" not in made.said()
+
+
+def test_graphs_of_an_earlier_run_in_this_process_are_not_this_runs(made, trained, monkeypatch):
+    counts = iter([{"found": 3, "made": 40}, {"found": 5, "made": 41}])
+    monkeypatch.setattr(loop, "cache_counts", lambda: next(counts))
+    _, outcome = trained()
+    assert outcome.compiler_cache == {"found": 2, "made": 1}
 
 
 def test_a_start_with_no_step_left_has_none(made):
