@@ -47,7 +47,7 @@ def settle(device: torch.device) -> str:
         return ""
     if reason := stays_fixed(os.environ, platform.release()):
         return f"as it was: {reason}"
-    tell = getattr(torch.cuda.memory, "_set_allocator_settings", None)  # there in torch 2.11 to 2.13
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # there in torch 2.11 to 2.13
     if tell is None:
         return f"as it was: torch {torch.__version__} has no such setting"
     tell(GROWING)
