@@ -17,16 +17,18 @@ from loadmaster.preflight.coefficients import value
 from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.placement import Room
 from loadmaster.preflight.plan import Plan
+from loadmaster.training import allocator
 
 
 def spread_over(device: str, scratch: Path | None, working: float, passing: float, kept: float) -> Spread:
-    """Where the models of a verification go; `device` alone where it holds them.
+    """Where the models of a verification go; `device` alone where it holds them. Memory of a GPU grows from here on.
 
     scratch: folder for what is written of layers on disk; None: none go there.
     working, passing: bytes beside weights, on the first GPU and on each other one.
     kept: bytes that stay in host memory meanwhile.
     """
     on_disk = scratch is not None
+    allocator.settle(torch.device(device))
     gpus, host = free_bytes(device)
     host = max(0.0, host - kept)
     room = Room(gpus, host, on_disk, working, passing) if gpus else Room((host,), 0.0, on_disk, working, passing)
@@ -64,6 +66,6 @@ def free_bytes(device: str) -> tuple[tuple[float, ...], float]:
     """(free on each visible GPU, but for what fragmentation takes; free in host memory)."""
     if device == "cpu":
         return (), free_host_bytes()
-    usable = 1 - value("fragmentation", "fixed")
+    usable = 1 - value("fragmentation", "share")
     gpus = range(torch.cuda.device_count())
     return tuple(usable * torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), free_host_bytes()

@@ -155,9 +155,12 @@ def test_every_visible_gpu_is_asked_what_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: ((10 + gpu) * GIB, 80 * GIB))
     monkeypatch.setattr(room, "free_host_bytes", lambda: 100.0 * GIB)
+    settled = []
+    monkeypatch.setattr(room.allocator, "settle", settled.append)
     found = room.spread_over("cuda", None, 3.0, 2.0, GIB).room
-    assert found.gpus == pytest.approx([0.97 * (10 + gpu) * GIB for gpu in range(3)])
+    assert found.gpus == pytest.approx([0.98 * (10 + gpu) * GIB for gpu in range(3)])
     assert found == Room(found.gpus, 99 * GIB, False, 3.0, 2.0)
+    assert settled == [torch.device("cuda")]
     on_a_cpu = room.spread_over("cpu", Path("x"), 3.0, 2.0, GIB).room
     assert on_a_cpu == Room((99 * GIB,), 0.0, True, 3.0, 2.0)
 
