@@ -16,6 +16,8 @@ from loadmaster.files import cache_root, cached_in, exclusive, publish_folder, s
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.*"]
 """What is fetched from a Hub repository: safetensors only, never pickled weights or code."""
+TWICE = ["consolidated*.safetensors", "*/*.safetensors"]
+"""The same weights once more, for other software: Mistral's, and those in folders below."""
 
 TEMPLATE = "chat_template.jinja"
 """Wins over the one in tokenizer_config.json."""
@@ -95,7 +97,7 @@ def base_revision(model: ModelConfig, folder: Path) -> str | None:
 def _from_hub(model: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=FILES))
+    return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=FILES, ignore_patterns=TWICE))
 
 
 def _check_folder(folder: Path, given: str) -> Path:

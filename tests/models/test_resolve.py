@@ -36,6 +36,24 @@ def test_a_model_that_the_hub_may_not_be_asked_for_says_so(monkeypatch) -> None:
         resolve_base(ModelConfig(name="somebody/nothing"))
 
 
+def test_a_model_is_fetched_once_and_without_code(monkeypatch, tmp_path):
+    """Of a repository in the form of Mistral's, whose consolidated.safetensors are all weights once more."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+              "additional_chat_templates/tools.jinja"]
+    others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "original/model.safetensors",
+              "pytorch_model.bin", "modeling.py"]
+    fetched = []
+
+    def fetch(name, revision, **patterns):
+        fetched.extend(filter_repo_objects([*wanted, *others], **patterns))
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert resolve_base(ModelConfig(name="somebody/a-model")) == tmp_path and fetched == wanted
+
+
 def test_a_chat_template_that_is_gone_since_the_run_is_named(smollm2, tmp_path) -> None:
     gone = ModelConfig(path=str(smollm2), chat_template=str(tmp_path / "gone.jinja"))
     with pytest.raises(ConfigError, match=r"(?s)gone\.jinja.*cannot be read here"):
