@@ -17,6 +17,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -127,9 +128,13 @@ def torn_safetensors(path: Path) -> str | None:
     return None
 
 
-def sha256_file(path: Path) -> str:
-    with open(regular(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_file(path: Path, ended: threading.Event | None = None) -> str:
+    """ended: set by another thread, there is nobody left to tell."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(2**18))
+    with open(regular(path), "rb", buffering=0) as file:
+        while (size := file.readinto(piece)) and not (ended and ended.is_set()):
+            digest.update(piece[:size])
+    return digest.hexdigest()
 
 
 def sha256_files(paths: list[Path], threads: int | None = None) -> list[str]:
@@ -137,8 +142,12 @@ def sha256_files(paths: list[Path], threads: int | None = None) -> list[str]:
 
     threads: None: one for each processor that this process may keep busy.
     """
+    ended = threading.Event()
     with ThreadPoolExecutor(threads or processors.usable()) as pool:
-        return list(pool.map(sha256_file, paths))
+        try:
+            return list(pool.map(lambda path: sha256_file(path, ended), paths))
+        finally:  # a request to stop, or a file that is gone: the pool waits for its threads
+            ended.set()
 
 
 def sha256_of_model(folder: Path) -> dict[str, str]:

@@ -122,11 +122,22 @@ def test_files_are_hashed_side_by_side_and_told_in_their_order(tmp_path, monkeyp
         path.write_text(path.name)
     expected, both, whole = [files.sha256_file(path) for path in paths], Barrier(2), files.sha256_file
 
-    def waits(path):
+    def waits(path, ended):
         if path.name != "c":
             both.wait(30)
-        return whole(path)
+        return whole(path, ended)
 
     monkeypatch.setattr(files, "sha256_file", waits)
     assert files.sha256_files(paths, 2) == expected
     assert files.sha256_files([], 1) == []
+
+
+def test_what_ends_one_files_hashing_ends_the_others(tmp_path):
+    """Or a request to stop would wait for files of many GB."""
+    endless = tmp_path / "endless"
+    endless.touch()
+    os.truncate(endless, 2**42)
+    code = "import sys; from loadmaster.files import *; sha256_files(list(map(Path, sys.argv[1:])), 2)"
+    command = [sys.executable, "-c", code, tmp_path / "gone", endless]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "FileNotFoundError" in done.stderr
