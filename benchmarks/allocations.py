@@ -51,6 +51,12 @@ class Recorder(TorchDispatchMode):
         for number in [self.took(size) for size in sizes if size]:
             self.let_go(number)
 
+    def multiplied(self) -> None:
+        """cuBLAS keeps a workspace for each thread."""
+        if not self.workspaces[self.in_backward]:
+            self.workspaces[self.in_backward] = True
+            self.took(WORKSPACE)
+
     def count(self, tensor: torch.Tensor) -> None:
         fake = isinstance(tensor, FakeTensor) and self.device == "meta"  # a compiler's
         if fake or is_traceable_wrapper_subclass(tensor) or tensor.device.type != self.device:
@@ -71,9 +77,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function._schema.name
-        if name in PRODUCTS and not self.workspaces[self.in_backward]:
-            self.workspaces[self.in_backward] = True
-            self.took(WORKSPACE)
+        if name in PRODUCTS:
+            self.multiplied()
         result = self.metas(function, args, kwargs) if self.metas else function(*args, **kwargs)
         for value in tree_iter(result):
             if isinstance(value, torch.Tensor):

@@ -30,6 +30,7 @@ gpu_code = importlib.import_module("tests.gpu_code")
 
 NEW = re.compile(r"(\w+) = empty_strided_cuda\(")
 RENAMED = re.compile(r"(\w+) = (?:reinterpret_tensor\()?(\w+)\b.*; del \2\b")
+ALIAS = re.compile(r"(\w+) = (\w+)$")
 PART = re.compile(r"(\w+) = (\w+)\[\d+\]")
 CALLED = re.compile(r"(\w+) = torch\.ops\.")
 GONE = re.compile(r"del ([\w, ]+)")
@@ -98,6 +99,7 @@ class Played(gpu_code.Generated):
             if isinstance(tensor, torch.Tensor):
                 owned[name] = tensor.untyped_storage()._cdata
         shared = [*owned.values()]
+        recorder.multiplied()  # each graph of a layer has products
         for what, name, other in lines:
             if what == "new":
                 owned[name] = ("made", recorder.took(sizes[name]) if sizes.get(name) else None)
@@ -168,6 +170,9 @@ def read(code: str, sizes: dict[str, int]) -> tuple[list[Line], list[str], list[
         elif part := PART.match(line):
             if sizes.get(part[1]):
                 lines.append(("new", part[1], ""))
+        elif alias := ALIAS.match(line):  # of a call's one result, whose size only this name has
+            if sizes.get(alias[1]) and not sizes.get(alias[2]):
+                lines.append(("new", alias[1], ""))
         elif call := CALLED.match(line):
             lines += [("new", call[1], "")] if sizes.get(call[1]) else []
             attends = "attn_backward" in line

@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -16,6 +14,8 @@ CGROUPS = (
 
 def free_host_bytes() -> float:
     """Memory that can still be taken on this machine, or in this container."""
+    import psutil  # not by plans, which take none
+
     found: list[float] = [psutil.virtual_memory().available]
     for folder, largest, current, inactive in CGROUPS:
         with suppress(OSError, ValueError):

@@ -138,8 +138,9 @@ class _Middle:
         self.kept = (each or 0) * b.n
         """Of a compiled layer, in all; 0 where it is not known, or not compiled."""
         self.inside = _in_backward(b, experts, kind, self.kept) if self.kept else 0
-        self.replaces = bool(self.inside) and b.full
-        """Whether it is all that counts in a layer's backward pass."""
+        plain = not (b.shape.fused or b.setup.dora or b.setup.lora_dropout)
+        self.replaces = bool(self.inside) and (b.full or plain)
+        """Whether it is all that counts in a layer's backward pass: under adapters where these are plain ones."""
         self.forward, self.started, self.finished = Work(), Work(), Work()
         self.gradients: list[Storage] = []
 
@@ -286,8 +287,25 @@ def _in_backward(b: Blocks, experts: bool, kind: str, kept: int) -> int:
         codes = shape.hidden_size * max(shape.intermediate_size, shape.query_size)  # of a matrix
         most = max(inside, _at_attention(b), gradient_bytes(shape, setup, experts))
         inside = most + (codes if setup.precision == "fp8" else 0)
+    else:
+        inside = max(inside, _at_adapted_product(b), _at_adapted_attention(b), gradient_bytes(shape, setup, experts))
     inputs = {"none": 0, "full": -1, "offload": 1}[kind] * b.w * n * shape.hidden_size  # fetched: the next one's
     return inside + (kept + inputs) * (kind != "none")
+
+
+def _at_adapted_product(b: Blocks) -> int:
+    """At the product before the gated one's gradient: that, and the matrix dequantized, or its codes turned."""
+    m = max(b.shape.mlp_matrices, key=lambda matrix: matrix.weight)
+    matrix = {"qlora": b.w * m.weight}.get(b.setup.method, m.weight if b.setup.precision == "fp8" else 0)
+    return matrix + b.w * b.n * b.shape.intermediate_size
+
+
+def _at_adapted_attention(b: Blocks) -> int:
+    """At attention's kernel, under adapters: the gradient of its output and its own three results; gate and up and the
+    sum before the MLP are gone."""
+    shape = b.shape
+    here = 2 * shape.query_size + 2 * shape.key_value_size - 2 * shape.intermediate_size - shape.hidden_size
+    return b.w * b.n * here + b.attention_scratch()
 
 
 def _at_attention(b: Blocks) -> int:
