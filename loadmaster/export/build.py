@@ -31,6 +31,7 @@ from loadmaster.export.weights import tensor_files, weight_bytes
 from loadmaster.files import read_json, write_json
 from loadmaster.models.adapters import linear_names
 from loadmaster.models.frozen import frozen_form
+from loadmaster.models.language_model import for_whole, multimodal_of
 from loadmaster.models.load import DTYPES
 from loadmaster.models.shards import empty_model
 from loadmaster.preflight.config_json import base_name
@@ -175,6 +176,8 @@ class Builder:
                     f"{self.trained} has no {name}: export.formats=[adapter] needs method=lora or qlora."
                 )
             shutil.copyfile(self.trained / name, target / name)
+        if multimodal_of(self.base) is not None:  # whose own names it goes onto the published base by
+            for_whole(self.trained, target)
         config = read_json(target / "adapter_config.json")
         # peft puts in the path on the machine that trained.
         config["base_model_name_or_path"] = base_name(self.job.model)

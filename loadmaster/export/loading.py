@@ -12,6 +12,7 @@ from loadmaster.export.weights import tensor_names, weight_files
 from loadmaster.files import read_json
 from loadmaster.models.attention import PACKED
 from loadmaster.models.bf16_products import quicken
+from loadmaster.models.language_model import by_names_of, of_whole
 from loadmaster.models.load import config_of, load_trained, placed_by
 from loadmaster.models.spread import Spread, other_shapes, settled, where_they_lie
 
@@ -42,6 +43,11 @@ def load_export(folder: Path, device: str | Spread) -> nn.Module:
 
 def load_adapter(base: Path, folder: Path, device: str | Spread) -> nn.Module:
     """The exported adapter over the bf16 base, every one of its tensors in use."""
+    with by_names_of(base, folder, of_whole) as own:
+        return _adapted(base, own, device)
+
+
+def _adapted(base: Path, folder: Path, device: str | Spread) -> nn.Module:
     from peft import get_peft_model_state_dict
 
     model = load_trained(base, folder, torch.bfloat16, device)

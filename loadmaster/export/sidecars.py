@@ -14,9 +14,12 @@ from loadmaster.data.dialect import in_dialect
 from loadmaster.export.servers import NEWEST, Server, model_config, tokenizer_config
 from loadmaster.files import read_json, write_json
 
-LEFT_BEHIND = ("quantization_config", "_name_or_path", "_model_name_or_path", "torch_dtype", "auto_map")
+LEFT_BEHIND = (
+    "quantization_config", "_name_or_path", "_model_name_or_path", "torch_dtype", "auto_map", "language_model_of",
+)
 """Of the base's config.json: how it was quantized for training, where it lay, the older name of dtype, and code beside
-it, which an export does not have: it was trained by transformers' own."""
+it, which an export does not have: it was trained by transformers' own.
+And that it was taken out of a multimodal one."""
 
 SERVER_CAPS = ("max_new_tokens", "max_length")
 """Of generation_config.json: vLLM takes these as a cap for every request."""

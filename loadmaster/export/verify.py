@@ -55,6 +55,7 @@ from loadmaster.export.tuned_weights import tuned_weights
 from loadmaster.export.weights import is_adapter
 from loadmaster.models.attention import cached_attention
 from loadmaster.models.frozen import round_inputs, rounds_inputs
+from loadmaster.models.language_model import by_names_of, for_whole
 from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
 from loadmaster.models.spread import NoRoom, free_device_memory
 from loadmaster.out_of_memory import ran_out
@@ -231,7 +232,8 @@ class Verification:
         }
         if is_adapter(folder):
             found["lora_rows"] = checks.lora_rows(folder)
-            found["as_trained"] = checks.as_trained(folder, self.trained)
+            with by_names_of(self.base, self.trained, for_whole) as trained:
+                found["as_trained"] = checks.as_trained(folder, trained)
         return found
 
     def _load(self, candidate: Candidate) -> nn.Module:

@@ -24,7 +24,10 @@ def make_trainable(model: nn.Module, method: str, lora: LoraConfig) -> nn.Module
     precision over many small updates comes from the optimizer's fp32 master copy.
     """
     if method == "full":
-        return model.requires_grad_(True)
+        model.requires_grad_(True)
+        for tower in _towers(model):  # no gradient reaches those, and a weight decay would
+            tower.requires_grad_(False)
+        return model
     if lora.dora and any(isinstance(module, FrozenLinear) for module in model.modules()):
         message = "takes norms of a base's weights, which are held in few bits here"
         remedy = "method=lora and precision=bf16, or lora.dora=false"
@@ -140,8 +143,26 @@ def linear_names(model: nn.Module) -> list[str]:
     """Full names of the linear layers that can carry an adapter: all but the head, and beside experts what is in an
     MLP, for by those names, of dense layers too, peft puts adapters on the experts' 3-D tensors."""
     head, mlps = model.get_output_embeddings(), not _has_experts(model)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    others = {head, *(module for tower in _towers(model) for module in tower.modules())}
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module not in others and not _is_router(module)
+    ]
     return [name for name in linears if mlps or ".mlp." not in name]
+
+
+def _towers(model: nn.Module) -> list[nn.Module]:
+    """What stands beside the language model in a multimodal one: vision towers, projectors."""
+    inner = getattr(model, model.base_model_prefix, model)
+    decoder = model.get_decoder()
+    used = {decoder, model.get_output_embeddings(), *decoder.modules()}
+    return [] if decoder is inner else [part for part in inner.children() if part not in used]
+
+
+def _is_router(module: nn.Module) -> bool:
+    """A linear layer by its class that yields more than a tensor (PhiMoE, Llama 4), which peft's layer would add to."""
+    return isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")
 
 
 def _has_experts(model: nn.Module) -> bool:
@@ -150,13 +171,13 @@ def _has_experts(model: nn.Module) -> bool:
 
 def target_modules(model: nn.Module, targets: str | list[str]) -> list[str] | str:
     """peft's option of this name; raises ConfigError when nothing matches, or what gets no adapter."""
-    if targets == "all-linear":
-        return "all-linear"
     names = linear_names(model)
+    if targets == "all-linear":
+        return names if _towers(model) or any(map(_is_router, model.modules())) else "all-linear"
     kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
     if isinstance(targets, str):
         if targets in kinds:
-            return [targets]
+            return _of_the_language_model(model, names, [targets])
         try:
             found = [name for name in names if re.fullmatch(targets, name)]
         except re.error as error:
@@ -170,7 +191,14 @@ def target_modules(model: nn.Module, targets: str | list[str]) -> list[str] | st
     unknown = [target for target in targets if target not in kinds and target not in names]
     if unknown:
         raise _wrong_targets(targets, f"names no linear layer of this model: {', '.join(unknown)}", kinds)
-    return list(targets)
+    return _of_the_language_model(model, names, targets)
+
+
+def _of_the_language_model(model: nn.Module, names: list[str], targets: Sequence[str]) -> list[str]:
+    """As they are; where towers may have layers of these names too, the full names of the language model's."""
+    if not _towers(model):
+        return list(targets)
+    return [name for name in names if name in targets or name.rpartition(".")[2] in targets]
 
 
 def _refuse_others(model: nn.Module, targets: str) -> None:

@@ -13,6 +13,7 @@ from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.files import cache_root, cached_in, exclusive, publish_folder, sha256_json
+from loadmaster.models.language_model import language_model_of
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.*"]
 """What is fetched from a Hub repository: safetensors only, never pickled weights or code."""
@@ -34,7 +35,7 @@ def resolve_base(model: ModelConfig) -> Path:
     Raises ConfigError when model.path is not such a folder or model.chat_template cannot be read, LoadmasterError when
     nothing is to be had.
     """
-    folder = _as_it_is(model)
+    folder = language_model_of(_as_it_is(model))
     return folder if model.chat_template is None else _with_template(folder, local_path(model.chat_template))
 
 

@@ -15,7 +15,14 @@ from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.files import as_object, read_json
-from loadmaster.preflight.families import FAMILIES, full_config, refuse_quantized, refuse_uncountable, refuse_untrained
+from loadmaster.preflight.families import (
+    FAMILIES,
+    full_config,
+    language_model,
+    refuse_quantized,
+    refuse_uncountable,
+    refuse_untrained,
+)
 from loadmaster.preflight.shape import ModelShape
 
 FLAGS = ("gemma_norm", "wide", "norms_after", "query_key_norm", "whole_norm", "late_norm", "scaled_residual",
@@ -64,6 +71,7 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         max_position=known_positions(config),
         short_positions=short_positions(config),
         estimate=estimate,
+        language_model_of=config.get("language_model_of"),
     )
 
 
@@ -200,7 +208,8 @@ KEPT_SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_laye
 
 
 def find_config(model: ModelConfig) -> tuple[dict[str, Any], str]:
-    """(config.json as a dict, where it was found), without reading any weight.
+    """(config.json as a dict, where it was found), without reading any weight; of a multimodal model whose language
+    model alone is trained, that one's.
 
     Looks at the local path, the shipped shapes, the Hub's local cache, and last the Hub itself.
     Raises ConfigError naming what was tried.
@@ -234,7 +243,7 @@ def _read(path: Path, key: str, model: ModelConfig) -> dict[str, Any]:
         raise _no_config(key, str(path), f"config.json cannot be read ({error})", model) from None
     if not isinstance(found, dict):
         raise _no_config(key, str(path), "config.json holds no JSON object", model)
-    return found
+    return language_model(found)
 
 
 def _no_config(key: str, value: str, message: str, model: ModelConfig) -> ConfigError:

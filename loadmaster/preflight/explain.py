@@ -138,8 +138,17 @@ def reasons(
     said += about_answers(job, chosen)
     said += about_quantizing(job, chosen)
     said += about_verification(job, chosen, verification)
+    if shape.language_model_of:
+        said.append(
+            f"{shape.language_model_of} is multimodal: its language model alone is trained, from a copy in the cache; "
+            "an adapter goes onto the whole of it, whose other parts are as they were, and every other export is that "
+            "language model without them, for text"
+        )
     if shape.estimate:
-        traced = "" if job.plan.trace else "; plan.trace=true counts the model itself and traces its step"
+        traced = "" if job.plan.trace else (
+            ", and parameters and weights may be off by a third (an MLP without a gate has two matrices, not three); "
+            "plan.trace=true counts the model itself and traces its step"
+        )
         said.append(f"an estimate: {shape.estimate}{traced}")
     if job.stop_after == "plan":  # else they are refused
         said += [f"the export will not pass: {p.key}: {p.message}; {p.remedy}" for p in export_problems(job, shape)]

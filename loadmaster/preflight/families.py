@@ -92,8 +92,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 4,
     },
 }
-WRAPPED = {"gemma3": "gemma3_text"}
-"""Multimodal configs whose language model is counted; the vision tower is not."""
+WRAPPED = {"gemma3": {"gemma3_text": "Gemma3ForCausalLM"}, "mistral3": {"mistral": "MistralForCausalLM"}}
+"""Multimodal configs whose language model is taken out and trained alone: by its model type, transformers' class."""
+OUTER = ("quantization_config", "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id",
+         "tie_word_embeddings", "language_model_of")
+"""Keys that a multimodal config.json has outside of its text_config, and that hold for the language model."""
+OF_THE_OUTER = frozenset({"tie_word_embeddings", "eos_token_id"})
+"""Of those, the ones that transformers reads there, whatever the text_config says."""
 
 TOWERS_AND_ALL = (
     "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified", "gemma4_unified_assistant",
@@ -122,17 +127,38 @@ OTHER_LAYERS = {
 }
 """Keys of a config.json that say of a family which is not modelled that its layers are not Llama's."""
 OTHER_WORDS = {"mamba": "state space layers", "ssm": "state space layers", "rwkv": "state space layers"}
-UNTRAINED = dict.fromkeys(("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "attention sinks")
+UNTRAINED = dict.fromkeys(("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "attention sinks") | {
+    "doge": "a mask over the keys that each layer makes of its values, which packed attention does not take",
+}
 """By model type, what packed attention cannot do; loadmaster.models.load refuses it too, once the weights are there."""
+
+
+def language_model(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the language model in a multimodal one that it is taken out of; any other as it is.
+
+    language_model_of: model type of the multimodal one.
+    """
+    kind, inner = config.get("model_type"), config.get("text_config")
+    classes = WRAPPED.get(str(kind), {})
+    if not isinstance(inner, dict) or not classes:
+        return config
+    own = str(inner.get("model_type") or next(iter(classes)))
+    if own not in classes:
+        return config
+    outer = {key: config[key] for key in OUTER if config.get(key) is not None}
+    held = {key: value for key, value in inner.items() if value is not None}
+    held = {key: value for key, value in held.items() if key not in OF_THE_OUTER or key not in outer}
+    return {**outer, **held, "model_type": own, "architectures": [classes[own]], "language_model_of": kind}
 
 
 def full_config(config: dict[str, Any]) -> tuple[dict[str, Any], str, str | None]:
     """(config of the language model with what it leaves out, its family, why figures are an estimate or None)."""
+    config = language_model(config)
     family, estimate = str(config.get("model_type", "unknown")), None
     if isinstance(config.get("text_config"), dict):
         estimate = f"{family} is multimodal: its language model is counted, its other towers are not"
         inner = config["text_config"]
-        family = WRAPPED.get(family) or str(inner.get("model_type") or family)
+        family = str(inner.get("model_type") or family)
         config = {**{k: v for k, v in config.items() if k == "tie_word_embeddings"}, **inner, "model_type": family}
     if family not in FAMILIES:
         estimate = f"model type {family!r} is not one that is modelled exactly: it is counted like Llama"

@@ -85,6 +85,8 @@ class ModelShape:
     """Tokens up to which LongRoPE has factors of their own (config_json.short_positions); None: it has one rotation."""
     estimate: str | None = None
     """Why the figures for this model are an estimate; None when its family is known."""
+    language_model_of: str | None = None
+    """Model type of the multimodal checkpoint that this is the language model of."""
 
     @property
     def query_size(self) -> int:

@@ -30,6 +30,16 @@ def adapted(**lora):
     return model.train()
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_a_router_that_is_a_linear_layer_by_its_class_alone_gets_no_adapter(targets):
+    """PhiMoE's yields weights and choices beside its logits."""
+    routes = {**SHAPE, "model_type": "phimoe", "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = make_trainable(random_model(routes, torch.float32, "cpu"), "lora", LoraConfig(rank=4, targets=targets))
+    assert not any("router" in name for name, _ in trainable(model))
+    token_losses(model.train(), batch(0))[0].backward()
+    assert all(parameter.grad is not None for _, parameter in trainable(model))
+
+
 @pytest.mark.parametrize("stabilised", [False, True])
 def test_scaling_on_the_values_between_a_and_b_is_pefts_scaling_of_their_product(stabilised):
     made = adapted(rank_stabilised=stabilised)

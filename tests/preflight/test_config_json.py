@@ -142,10 +142,11 @@ def test_multimodal_models_that_are_not_refused_are_those_that_transformers_load
 
 @pytest.mark.parametrize("traced", [False, True])
 def test_a_family_that_is_refused_at_load_is_refused_by_the_plan(traced: bool, tmp_path) -> None:
-    config = {**LLAMA, "model_type": "gpt_oss", "num_local_experts": 4}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="attention sinks; models of this family are not trained yet"):
-        find_shape(ModelConfig(name="x", path=str(tmp_path)), traced)
+    for kind, why in {"gpt_oss": "attention sinks", "doge": "a mask .* which packed attention does not take"}.items():
+        config = {**LLAMA, "model_type": kind, "num_experts": 16384}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=f"{why}; models of this family are not trained yet"):
+            find_shape(ModelConfig(name="x", path=str(tmp_path)), traced)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"model_type": ', "\x00"])

@@ -127,8 +127,12 @@ def test_what_cannot_be_counted_at_all_is_said(targets: str | list[str]) -> None
 
 
 def test_the_language_model_of_a_multimodal_one_may_be_meant() -> None:
+    """Of one that is loaded whole; a language model that is taken out has layers of its own names."""
     shape = from_config({"model_type": "gemma3", "text_config": few_layers("gemma3_text")}, "gemma-3-4b")
     expression = r".*language_model.*(q|v)_proj"
+    with pytest.raises(ConfigError, match="nor an expression that matches one"):
+        refuse_unknown(shape, expression, "gemma-3-4b")
+    shape = from_config({"model_type": "gemma4", "text_config": few_layers("gemma3_text")}, "gemma-4")
     refuse_unknown(shape, expression, "gemma-3-4b")
     assert [matrix.name for matrix in shape.adapted(expression)] == ["q_proj", "v_proj"]
     with pytest.raises(ConfigError, match="nor an expression that matches one"):

@@ -13,6 +13,7 @@ from loadmaster.export.served.gpus import Division, division
 from loadmaster.export.served.harness import LONGEST, Asked, Figures
 from loadmaster.export.served.server import free_port, server_command, start_timeout_s, started
 from loadmaster.files import read_json
+from loadmaster.models.language_model import multimodal_of
 from loadmaster.preflight.config_json import from_config, known_positions, short_positions
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.serving import weight_bytes
@@ -72,8 +73,9 @@ class Servers:
         divided = self._division(folder, manifest)
         if divided.gpus is not None and divided.gpus > 1:
             say(f"over {divided.gpus} GPUs")
+        base = multimodal_of(self.base) or self.base  # which an adapter is published for
         command = server_command(
-            self.python, folder.absolute(), self.base.absolute(), manifest, self.served_as, port, self.max_model_len,
+            self.python, folder.absolute(), base.absolute(), manifest, self.served_as, port, self.max_model_len,
             divided,
         )
         ready_within_s = start_timeout_s(file_bytes(folder) + file_bytes(self.base))

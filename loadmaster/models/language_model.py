@@ -1,0 +1,184 @@
+"""The language model of a multimodal checkpoint, in a folder of its own: what is trained, exported and served.
+
+Gemma 3 from 4B on and Mistral Small from 3.1 on are a language model behind a vision tower and a projector. Text never
+reaches those two, so they would take no gradient, and memory for nothing. Their tensors are left behind; the language
+model's are copied once into the cache, byte for byte, by the names that transformers' class for it alone has:
+
+    language_model.model.*   model.language_model.*   ->  model.*
+    language_model.lm_head.*                          ->  lm_head.*
+
+What is trained is then one of the families that are modelled exactly, and merged, whole and quantized exports are
+models of text alone. An adapter is published by the multimodal model's names (`for_whole`), so that it goes onto the
+checkpoint as it is on the Hub, and read by the language model's again (`of_whole`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
+
+from loadmaster.errors import LoadmasterError
+from loadmaster.files import cache_root, cached_in, exclusive, publish_folder, read_json, sha256_json, write_json
+from loadmaster.preflight.families import language_model
+
+WHERE = "MULTIMODAL"
+"""In the folder that is made: where the multimodal checkpoint lies, and what was left behind."""
+INDEX = "model.safetensors.index.json"
+OTHERS = ("config.json", "preprocessor_config.json", "processor_config.json", INDEX)
+"""Files that the language model has otherwise, or not at all."""
+NAMES = (
+    (re.compile(r"^language_model\.model\."), "model."),
+    (re.compile(r"^model\.language_model\."), "model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^lm_head\."), "lm_head."),
+)
+PREFIX = "base_model.model."
+CHUNK = 1 << 24
+"""Bytes that are copied at a time."""
+
+
+def own_name(name: str) -> str | None:
+    """What a tensor of the multimodal checkpoint is called in its language model; None: it is none of its."""
+    return next((pattern.sub(new, name) for pattern, new in NAMES if pattern.match(name)), None)
+
+
+def in_whole(module: str) -> str:
+    """What a module of the language model is called in the multimodal one, as transformers builds it."""
+    return re.sub(r"^model\.", "model.language_model.", module)
+
+
+def multimodal_of(folder: Path) -> Path | None:
+    """The multimodal checkpoint that the folder's language model was taken out of."""
+    return Path(read_json(folder / WHERE)["folder"]) if (folder / WHERE).is_file() else None
+
+
+def language_model_of(folder: Path) -> Path:
+    """A folder with the language model of a multimodal checkpoint; any other folder as it is.
+
+    Ends in the same two names as `folder`, by which a snapshot of the Hub is known. Raises LoadmasterError for files
+    that hold none.
+    """
+    config = read_json(folder / "config.json")
+    own = language_model(config) if isinstance(config, dict) else config
+    if own is config:
+        return folder
+    there = Path(os.path.abspath(folder))
+    files = sorted(file for file in there.iterdir() if file.is_file())
+    facts = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    target = cache_root() / "models" / f"language-{sha256_json([own, facts])[:16]}" / there.parent.name / there.name
+    what = f"the language model of {there}"
+    if not target.is_dir():
+        with exclusive(target, what):
+            if not target.is_dir():  # another process may have made it meanwhile
+                with cached_in(target.parent, what), publish_folder(target) as new:
+                    _write(there, files, own, new)
+    return target
+
+
+def _write(folder: Path, files: list[Path], config: dict[str, Any], new: Path) -> None:
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    for file in files:
+        if file.name not in OTHERS and file not in weights:
+            (new / file.name).symlink_to(file)
+    index: dict[str, str] = {}
+    left: dict[str, int] = {}
+    for file in weights:
+        names, others = _copy(file, new / file.name)
+        index |= dict.fromkeys(names, file.name)
+        left |= others
+    if not index:
+        raise LoadmasterError(f"{folder} says that it is a multimodal model, and its files hold no language model")
+    if list(set(index.values())) != ["model.safetensors"]:
+        size = sum(file.stat().st_size for file in new.glob("*.safetensors"))
+        write_json(new / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
+    if "lm_head.weight" not in index:
+        config = {**config, "tie_word_embeddings": True}
+    write_json(new / "config.json", config)
+    write_json(new / WHERE, {"folder": str(folder), "left_out": {"tensors": len(left), "bytes": sum(left.values())}})
+
+
+def _copy(source: Path, target: Path) -> tuple[list[str], dict[str, int]]:
+    """Copy a shard's tensors of the language model, if it has any; (their names, bytes of each other tensor)."""
+    with open(source, "rb") as old:
+        (length,) = struct.unpack("<Q", old.read(8))
+        header = json.loads(old.read(length))
+        metadata = header.pop("__metadata__", None)
+        spans = {name: entry["data_offsets"] for name, entry in header.items()}
+        taken = {name: own for name in sorted(spans, key=spans.__getitem__) if (own := own_name(name)) is not None}
+        left = {name: end - start for name, (start, end) in spans.items() if name not in taken}
+        if taken:
+            _write_shard(old, 8 + length, {own: header[name] for name, own in taken.items()}, metadata, target)
+    return list(taken.values()), left
+
+
+def _write_shard(
+    old: BinaryIO, begin: int, entries: Mapping[str, dict[str, Any]], metadata: dict[str, str] | None, target: Path
+) -> None:
+    """entries: of safetensors' header by new name, in the order of their bytes, which begin at `begin` of `old`."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    place = 0
+    for name, entry in entries.items():
+        start, end = entry["data_offsets"]
+        header[name] = {**entry, "data_offsets": [place, place + end - start]}
+        place += end - start
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(target, "wb") as new:
+        new.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries.values():
+            start, end = entry["data_offsets"]
+            old.seek(begin + start)
+            while start < end:
+                start += new.write(old.read(min(CHUNK, end - start)))
+
+
+@contextmanager
+def by_names_of(base: Path, adapter: Path, write: Callable[[Path, Path], None]) -> Iterator[Path]:
+    """The adapter's folder; over the language model of a multimodal checkpoint one that `write` made of it."""
+    if multimodal_of(base) is None:
+        yield adapter
+        return
+    with TemporaryDirectory() as scratch:
+        write(adapter, Path(scratch))
+        yield Path(scratch)
+
+
+def for_whole(folder: Path, target: Path) -> None:
+    """Write an adapter of the language model, as peft saved it in `folder`, by the multimodal model's names."""
+    config, tensors = _adapter(folder)
+    modules = {_module(name) for name in tensors if ".lora_" in name}
+    config["target_modules"] = sorted(in_whole(name) for name in modules)  # q_proj alone is the tower's as well
+    config["modules_to_save"] = [in_whole(name) for name in config.get("modules_to_save") or []] or None
+    _write_adapter(target, config, {PREFIX + in_whole(name.removeprefix(PREFIX)): t for name, t in tensors.items()})
+
+
+def of_whole(folder: Path, target: Path) -> None:
+    """The other way."""
+    config, tensors = _adapter(folder)
+    for key in ("target_modules", "modules_to_save"):
+        config[key] = [own_name(f"{name}.").removesuffix(".") for name in config.get(key) or []] or None
+    _write_adapter(target, config, {PREFIX + own_name(name.removeprefix(PREFIX)): t for name, t in tensors.items()})
+
+
+def _module(name: str) -> str:
+    return name.removeprefix(PREFIX).partition(".lora_")[0]
+
+
+def _adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    return read_json(folder / "adapter_config.json"), load_file(folder / "adapter_model.safetensors")
+
+
+def _write_adapter(target: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    write_json(target / "adapter_config.json", config)
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,137 @@
+"""The language model of a multimodal checkpoint: taken out byte for byte, and its adapter goes onto the whole again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from loadmaster.config.schema import LoraConfig, ModelConfig
+from loadmaster.export.checks import as_trained
+from loadmaster.export.loading import load_adapter
+from loadmaster.models.adapters import make_trainable, trainable
+from loadmaster.models.language_model import by_names_of, for_whole, language_model_of, multimodal_of, of_whole
+from loadmaster.models.load import load_base
+from loadmaster.models.resolve import base_revision, resolve_base
+from loadmaster.preflight.config_json import find_shape
+from loadmaster.preflight.setup import Setup
+
+TEXT = {
+    "hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 128,
+}
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}
+KINDS = {
+    "gemma3": {"text_config": {**TEXT, "sliding_window": 8}, "vision_config": VISION, "mm_tokens_per_image": 4},
+    "mistral3": {
+        "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None}, "tie_word_embeddings": False,
+        "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16},
+    },
+}
+IDS = torch.arange(40)[None]
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def whole(request, tmp_path_factory, tiny) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, **KINDS[request.param])
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny / name, folder / name)
+    (folder / "preprocessor_config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def own(whole, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    return resolve_base(ModelConfig(path=str(whole)))
+
+
+def logits(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits.float()
+
+
+def loaded(folder: Path) -> torch.nn.Module:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def test_it_is_the_language_model_to_the_bit_and_nothing_else(whole, own) -> None:
+    alone, info = AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(logits(alone), logits(loaded(whole)))
+    left = json.loads((own / "MULTIMODAL").read_text())["left_out"]
+    assert sum(file.stat().st_size for file in whole.glob("*.safetensors")) > left["bytes"] > 0 < left["tensors"]
+    assert not (own / "preprocessor_config.json").exists() and multimodal_of(own) == whole
+
+
+def test_it_is_made_once_and_again_where_the_files_are_others(whole, own, tmp_path) -> None:
+    made = (own / "config.json").stat().st_mtime_ns
+    assert language_model_of(whole) == own and (own / "config.json").stat().st_mtime_ns == made
+    assert language_model_of(own) == own
+    other = shutil.copytree(whole, tmp_path / "models--org--m" / "snapshots" / "0123abc")
+    found = language_model_of(other)
+    assert found != own and base_revision(ModelConfig(name="org/m"), found) == "0123abc"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_plan_counts_what_is_trained(method, whole, own) -> None:
+    shape = find_shape(ModelConfig(name="x", path=str(whole)))
+    model = load_base(own, torch.float32, "cpu")
+    kind = json.loads((whole / "config.json").read_text())["model_type"]
+    assert shape.estimate is None and shape.language_model_of == kind
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    model = make_trainable(model, method, LoraConfig(rank=4))
+    setup = Setup(method=method, precision="fp32", optimizer="adamw", master_weights=False, lora_rank=4)
+    counted = setup.trainable(shape)
+    assert counted == sum(p.numel() for _, p in trainable(model))
+
+
+def test_its_adapter_goes_onto_the_whole_and_no_further(whole, own, tmp_path) -> None:
+    model = make_trainable(load_base(own, torch.bfloat16, "cpu"), "lora", LoraConfig(rank=4, modules_to_save=["norm"]))
+    with torch.no_grad():
+        for _, parameter in trainable(model):
+            parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "trained")
+    exported, back = tmp_path / "exported", tmp_path / "back"
+    for folder, make, source in ((exported, for_whole, tmp_path / "trained"), (back, of_whole, exported)):
+        folder.mkdir()
+        make(source, folder)
+    over = PeftModel.from_pretrained(loaded(whole), str(exported))
+    adapted = [name for name, _ in over.named_parameters() if "lora_" in name]
+    assert len(adapted) == 2 * 7 * 2 and all(".language_model.layers." in name for name in adapted)
+    wanted = logits(PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16), str(tmp_path / "trained")))
+    assert torch.equal(logits(over), wanted) and not torch.equal(wanted, logits(loaded(whole)))
+
+    tensors, again = (load_file(each / "adapter_model.safetensors") for each in (tmp_path / "trained", back))
+    assert tensors.keys() == again.keys() and all(torch.equal(tensors[name], again[name]) for name in tensors)
+    load_adapter(own, exported, "cpu")  # strictly
+    with by_names_of(own, tmp_path / "trained", for_whole) as trained:
+        assert as_trained(exported, trained) == []
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], "q_proj"])
+def test_the_towers_of_a_model_that_is_loaded_whole_get_no_adapter(targets, whole) -> None:
+    """Vision layers are called q_proj too; no gradient would reach them, and data parallel training fail of that."""
+    model = make_trainable(loaded(whole), "lora", LoraConfig(rank=4, targets=targets))
+    names = [name for name, _ in trainable(model)]
+    assert names and all(".language_model.layers." in name for name in names)
+
+
+def test_the_towers_of_a_model_that_is_loaded_whole_are_not_trained(whole) -> None:
+    names = {name for name, _ in trainable(make_trainable(loaded(whole), "full", LoraConfig()))}
+    assert all("language_model" in name or name == "lm_head.weight" for name in names)
+    assert any("embed_tokens" in name for name in names) and any("mlp" in name for name in names)
