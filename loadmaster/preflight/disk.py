@@ -22,7 +22,7 @@ def disk_bytes(job: Job, shape: ModelShape, setup: Setup) -> float:
     trainable = setup.trainable(shape)
     checkpoints = job.checkpoint.keep_last + job.checkpoint.keep_best + 1
     checkpoint = (setup.width + state_bytes(setup)) * trainable
-    base = 2.0 * shape.parameters
+    base = 2.0 * shape.parameters * (2 if shape.language_model_of else 1)  # its copy in the cache
     return base + checkpoints * checkpoint + setup.width * trainable + export_bytes(job, shape, setup)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loadmaster import catalog
+from loadmaster.errors import ExportRejected
 from loadmaster.export.served.gpus import LOGIT_BYTES, Division, counts_over, division, tokens_at_a_time
 from loadmaster.export.served.run import Servers
 from loadmaster.files import write_json
@@ -95,3 +96,22 @@ def test_an_adapter_is_measured_with_the_base_that_it_is_served_over(tmp_path):
     servers = Servers(tmp_path, "job", base, 4096, Path("py"), from_catalog("h100_80gb", 4))
     assert servers._division(adapter, {"format": "adapter"}).gpus == 2
     assert servers._division(base, {"format": "bf16"}).gpus == 1  # by the bytes that are there
+
+
+def test_the_adapter_of_a_multimodal_model_is_served_over_the_whole_of_it(tmp_path, monkeypatch):
+    """It has that one's names; the language model beside it, which was trained, has others."""
+    base, adapter, asked = tmp_path / "base", tmp_path / "adapter", []
+    for folder in (base, adapter):
+        folder.mkdir()
+    write_json(base / "config.json", catalog.shapes()["meta-llama/llama-3.1-8b"])
+    write_json(base / "MULTIMODAL", {"folder": "/models/gemma-3-4b"})
+
+    def command(*arguments):
+        asked.append(arguments[2])
+        raise ExportRejected("enough")
+
+    monkeypatch.setattr("loadmaster.export.served.run.server_command", command)
+    servers = Servers(tmp_path, "job", base, 4096, Path("py"), from_catalog("h100_80gb", 1))
+    with pytest.raises(ExportRejected, match="enough"):
+        servers.figures("adapter", {"format": "adapter"}, lambda client: {}, print)
+    assert asked == [Path("/models/gemma-3-4b")]

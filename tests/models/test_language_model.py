@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from loadmaster.config.schema import LoraConfig, ModelConfig
+from loadmaster.config.schema import HardwareConfig, Job, LoraConfig, ModelConfig
 from loadmaster.export.checks import as_trained
 from loadmaster.export.loading import load_adapter
 from loadmaster.models.adapters import make_trainable, trainable
@@ -20,6 +20,7 @@ from loadmaster.models.language_model import by_names_of, for_whole, language_mo
 from loadmaster.models.load import load_base
 from loadmaster.models.resolve import base_revision, resolve_base
 from loadmaster.preflight.config_json import find_shape
+from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.setup import Setup
 
 TEXT = {
@@ -135,3 +136,10 @@ def test_the_towers_of_a_model_that_is_loaded_whole_are_not_trained(whole) -> No
     names = {name for name, _ in trainable(make_trainable(loaded(whole), "full", LoraConfig()))}
     assert all("language_model" in name or name == "lm_head.weight" for name in names)
     assert any("embed_tokens" in name for name in names) and any("mlp" in name for name in names)
+
+
+def test_the_plan_says_what_is_trained_and_what_becomes_of_the_rest(whole) -> None:
+    job = Job(model=ModelConfig(name="x", path=str(whole)), hardware=HardwareConfig(gpu="cpu"))
+    plan = make_plan(job)
+    (said,) = (reason for reason in plan.reasons if "multimodal" in reason)
+    assert "its language model alone is trained" in said and plan.model.estimate is None
