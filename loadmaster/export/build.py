@@ -99,8 +99,8 @@ def refuse_renamed(base: Path, whole: bool) -> None:
         "It was saved without its head: save it once with one, by AutoModelForCausalLM.from_pretrained(FOLDER)"
         ".save_pretrained(ANOTHER), and train that."
         if headless
-        else "Multimodal models are so; take one of the family that is text only, or export.formats=[adapter] with "
-        "lora.targets that its language model alone has."
+        else "Multimodal models are so; take one of the family that is text only, or export.formats=[adapter], "
+        "whose adapters its language model alone gets."
     )
     raise ExportRejected(
         f"the files of {kind} have other names for its layers than transformers, which trains it ({len(renamed)} "
