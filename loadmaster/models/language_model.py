@@ -14,15 +14,13 @@ checkpoint as it is on the Hub, and read by the language model's again (`of_whol
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import Any
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.files import cache_root, cached_in, exclusive, publish_folder, read_json, sha256_json, write_json
@@ -40,8 +38,6 @@ NAMES = (
     (re.compile(r"^lm_head\."), "lm_head."),
 )
 PREFIX = "base_model.model."
-CHUNK = 1 << 24
-"""Bytes that are copied at a time."""
 
 
 def own_name(name: str) -> str | None:
@@ -106,37 +102,16 @@ def _write(folder: Path, files: list[Path], config: dict[str, Any], new: Path) -
 
 def _copy(source: Path, target: Path) -> tuple[list[str], dict[str, int]]:
     """Copy a shard's tensors of the language model, if it has any; (their names, bytes of each other tensor)."""
-    with open(source, "rb") as old:
-        (length,) = struct.unpack("<Q", old.read(8))
-        header = json.loads(old.read(length))
-        metadata = header.pop("__metadata__", None)
-        spans = {name: entry["data_offsets"] for name, entry in header.items()}
-        taken = {name: own for name in sorted(spans, key=spans.__getitem__) if (own := own_name(name)) is not None}
-        left = {name: end - start for name, (start, end) in spans.items() if name not in taken}
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(source, "pt") as old:
+        own = {name: own_name(name) for name in old.keys()}  # noqa: SIM118 (it is no dict)
+        taken = {new: old.get_tensor(name) for name, new in own.items() if new is not None}
+        left = {name: old.get_tensor(name).nbytes for name, new in own.items() if new is None}
         if taken:
-            _write_shard(old, 8 + length, {own: header[name] for name, own in taken.items()}, metadata, target)
-    return list(taken.values()), left
-
-
-def _write_shard(
-    old: BinaryIO, begin: int, entries: Mapping[str, dict[str, Any]], metadata: dict[str, str] | None, target: Path
-) -> None:
-    """entries: of safetensors' header by new name, in the order of their bytes, which begin at `begin` of `old`."""
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    place = 0
-    for name, entry in entries.items():
-        start, end = entry["data_offsets"]
-        header[name] = {**entry, "data_offsets": [place, place + end - start]}
-        place += end - start
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(target, "wb") as new:
-        new.write(struct.pack("<Q", len(text)) + text)
-        for entry in entries.values():
-            start, end = entry["data_offsets"]
-            old.seek(begin + start)
-            while start < end:
-                start += new.write(old.read(min(CHUNK, end - start)))
+            save_file(taken, target, metadata=old.metadata())
+    return list(taken), left
 
 
 @contextmanager
