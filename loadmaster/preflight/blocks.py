@@ -278,10 +278,11 @@ class Blocks:
             gain = self.elementwise(self.elementwise(weight, 4 * width) if w != 4 else weight)
             x32 = self.mul(x32, gain, reduced=4 * width)
             return self.elementwise(x32, w * elements) if w != 4 else x32
-        if self.shape.wide:
-            x32 = self.mul(x32, weight, reduced=4 * weight.bytes // w)
+        if self.shape.wide:  # the code has a name for what it multiplies with the weight, so that stays up to the end
+            scaled = self.mul(x32, weight, reduced=4 * weight.bytes // w)
+            return self.elementwise(scaled, w * elements) if w != 4 else scaled
         narrow = self.elementwise(x32, w * elements) if w != 4 else x32
-        return narrow if self.shape.wide else self.mul(narrow, weight, reduced=weight.bytes)
+        return self.mul(narrow, weight, reduced=weight.bytes)
 
     def mean_square(self, x: Tensor, size: int) -> Tensor:
         """x.pow(2).mean(-1)."""

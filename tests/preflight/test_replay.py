@@ -135,6 +135,16 @@ def test_replay_equals_a_trace_of_the_engine(family: str, checks: str) -> None:
             assert abs(error) < TOLERANCE, f"{said}: replay is {error:+.3%} from the trace of {truth} bytes"
 
 
+@pytest.mark.parametrize("family", ["olmo2", "exaone4", "gemma"])
+def test_a_batch_without_gradients_has_its_peak_in_a_norm_where_mlps_are_narrow(family: str) -> None:
+    """Olmo's norm holds what it multiplies with its weight until it has cast the product: 4 bytes an element more."""
+    config = {**random_config(family, 0), "vocab_size": 1000, "hidden_size": 2048, "intermediate_size": 512}
+    setup = Setup(method="full", precision="bf16", optimizer="adamw", master_weights=True, sequence_length=2000)
+    truth, = traced_peaks(config, "full", [Case(2000, evaluated=True)])
+    error = evaluation_batch(from_config(config, family), setup, in_place=False).peak / truth - 1
+    assert abs(error) < TOLERANCE, f"replay is {error:+.3%} from the trace of {truth} bytes"
+
+
 @pytest.mark.parametrize(("method", "documents"), [("lora", 1), ("lora", 8), ("full", 8)])
 def test_kto_of_labelled_answers_takes_what_pairs_are_planned_with(method, documents, monkeypatch) -> None:
     """However many answers share the row, and whatever their labels: what is planned are tokens."""
