@@ -79,19 +79,21 @@ def state_bytes(setup: Setup) -> float:
     return STATE_BYTES[setup.optimizer] + (4.0 if setup.master_weights and setup.precision != "fp32" else 0.0)
 
 
-def step_bytes(shape: ModelShape, setup: Setup) -> float:
-    """What the optimizer step takes besides states and gradients."""
+def step_bytes(shape: ModelShape, setup: Setup, made: float = 0.0) -> float:
+    """What the optimizer step takes besides states and gradients; those states, too, of which an element gets `made`
+    bytes as it is stepped, in the first step."""
+    states = made * resident(shape, setup)[2]
     if setup.stage:
-        return zero_bytes(shape, setup).step
+        return zero_bytes(shape, setup).step + states
     if setup.in_backward:
-        return 0.0  # the replay has it
+        return states  # the replay has the rest
     if setup.optimizer == "adafactor":
-        return factored_bytes(shape, setup)
+        return factored_bytes(shape, setup) + states
     if setup.rounds:
-        return rounded_bytes(shape, setup)
+        return rounded_bytes(shape, setup, made)
     if setup.master_weights and setup.width == 2 and setup.offload == "none":
-        return widened_bytes(shape, setup)
-    return 0.0
+        return widened_bytes(shape, setup, made)
+    return states
 
 
 def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
@@ -99,14 +101,19 @@ def train_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> Bytes:
     return max(backward_and_step_bytes(shape, hardware, setup), key=lambda b: b.total)
 
 
-def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> tuple[Bytes, Bytes]:
-    """Peaks of the two halves of a steady step: forward and backward, and the optimizer step."""
+def backward_and_step_bytes(
+    shape: ModelShape, hardware: Hardware, setup: Setup, first: bool = False
+) -> tuple[Bytes, Bytes]:
+    """Peaks of the two halves of a steady step: forward and backward, and the optimizer step. In the first one masters
+    are there, and moments come as a parameter is stepped."""
     weights, gradients, local = resident(shape, setup)
     weights += setup.width * local if hardware.is_cpu else 0.0  # the rehearsal's copy, which is on the host
     optimizer = zero_bytes(shape, setup).states if setup.stage else state_bytes(setup) * local
     if setup.states_on_host and not hardware.is_cpu:
         optimizer = 0.0
-    replayed, static = worst_micro_batch(shape, setup)
+    masters = min(optimizer, 4.0 * local * setup.master_weights * (setup.width == 2)) if first else optimizer
+    made = (optimizer - masters) / local if local else 0.0
+    replayed, static = worst_micro_batch(shape, setup, made=made)
     if setup.offload == "all" and not setup.stage and not hardware.is_cpu:
         weights = gradients = static = 0.0
     at = replayed.at_peak
@@ -125,7 +132,7 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
     backward = Bytes(
         weights=weights,
         gradients=static + at["gradients"],
-        optimizer=optimizer,
+        optimizer=masters + at["optimizer"],
         activations=at["activations"],
         logits=at["logits"],
         quantization=at["quantization"],
@@ -135,7 +142,7 @@ def backward_and_step_bytes(shape: ModelShape, hardware: Hardware, setup: Setup)
     stepped_here = setup.offload == "none" or setup.stage or hardware.is_cpu
     step = Bytes(
         weights=weights,
-        gradients=gradients + (step_bytes(shape, setup) if stepped_here else 0.0),
+        gradients=gradients + (step_bytes(shape, setup, made) - made * local if stepped_here else 0.0),
         optimizer=optimizer,
         communication=communication,
         context=context,
@@ -151,8 +158,12 @@ def zero_peak(replayed: Replayed, zero: ZeroBytes) -> tuple[dict[str, int], floa
     return max(found, key=lambda part: sum(part[0].values()) + part[1])
 
 
-def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> tuple[Replayed, float]:
+def worst_micro_batch(
+    shape: ModelShape, setup: Setup, in_place: bool = True, made: float = 0.0
+) -> tuple[Replayed, float]:
     """(the micro-batch of a step that needs most, bytes of gradients that were there before it).
+
+    made: bytes of states that an element gets as it is stepped, in the first step.
 
     With several, it is one that finds the gradients of others; but where layers stay whole, the first may need more,
     for it gathers them.
@@ -161,7 +172,8 @@ def worst_micro_batch(shape: ModelShape, setup: Setup, in_place: bool = True) ->
         return training_step(shape, replay_key(setup, keep=True), in_place), zero_bytes(shape, setup).gradients
     found = []
     if setup.gradient_accumulation_steps == 1 or setup.keeps_weights:
-        found.append((training_step(shape, replay_key(setup, keep=False), in_place), 0.0))
+        made = made if setup.in_backward else 0.0
+        found.append((training_step(shape, replay_key(setup, keep=False), in_place, made), 0.0))
     if setup.gradient_accumulation_steps > 1:
         found.append((training_step(shape, replay_key(setup, keep=True), in_place), resident(shape, setup)[1]))
     return max(found, key=lambda pair: pair[0].peak + pair[1])

@@ -1,7 +1,7 @@
 """What every phase of a run takes of one GPU, by component. GiB = 2^30 bytes.
 
 load         weights, and a quantized matrix in bf16 and fp32 while it is read
-first step   no optimizer states before it ends (fp32 masters are there from the start)
+first step   moments come as parameters are stepped (fp32 masters are there from the start)
 steady step  backward pass or optimizer step, whichever is larger
 evaluate     no gradients but zero3's; or answers (answers.py), by a model that was loaded for it
 save         copies go to the host tensor by tensor, and sharded weights are gathered there: nothing more on the GPU
@@ -38,12 +38,9 @@ from loadmaster.preflight.verification import answering_bytes, answers_at_a_time
 
 def phase_bytes(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> dict[str, Bytes]:
     """Peak of one GPU by component in each phase, in the order in which they come."""
-    backward, step = backward_and_step_bytes(shape, hardware, setup)
     training = phases_in_training(shape, hardware, setup)
     train, rests = training["train"], training["save"]
-    masters = 4.0 * resident(shape, setup)[2] if setup.master_weights and train.optimizer else 0.0
-    before = backward.optimizer if setup.in_backward else masters  # there, states are made in the backward pass
-    first = max(replace(backward, optimizer=before), step, key=lambda b: b.total)
+    first = max(backward_and_step_bytes(shape, hardware, setup, first=True), key=lambda b: b.total)
     context = Bytes(context=context_bytes(hardware))
     return {
         "load": training["load"],

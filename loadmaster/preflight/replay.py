@@ -23,7 +23,7 @@ from typing import Any
 
 from loadmaster.preflight.graph import Leaf, Node, Split, Storage, Tensor
 
-TAGS = ("activations", "logits", "gradients", "quantization", "communication")
+TAGS = ("activations", "logits", "gradients", "quantization", "communication", "optimizer")
 
 
 class Stop(Exception):
@@ -323,7 +323,8 @@ class Tape:
                 if target is None or result is None:
                     continue
                 if isinstance(target, Leaf):
-                    self._into_leaf(target, [result])
+                    box, result = [result], None
+                    self._into_leaf(target, box)
                 elif isinstance(target, Split):
                     if target not in buffers:
                         buffers[target] = []

@@ -67,13 +67,18 @@ def replay_key(setup: Setup, keep: bool) -> Setup:
 
 
 @cache
-def training_step(shape: ModelShape, setup: Setup, in_place: bool = True) -> Replayed:
-    """Forward and backward of one micro-batch; every token trained, so the loss is as large as it can be."""
+def training_step(shape: ModelShape, setup: Setup, in_place: bool = True, made: float = 0.0) -> Replayed:
+    """Forward and backward of one micro-batch; every token trained, so the loss is as large as it can be.
+
+    made: bytes of optimizer states that an element gets when it is stepped in the backward pass, the first time.
+    """
     # Sharded gradients meet those of an earlier micro-batch after they were reduced, in units.py.
     accumulated = setup.gradient_accumulation_steps > 1 and not setup.shards > 1
     tape = Tape(in_place)
     tape.widens_gradients = setup.stage == 1 and setup.width < 4
     b = Blocks(tape, shape, setup, accumulated)
+    if b.stepping is not None:
+        b.stepping.made = made
     tape.enter("loss")
     _reference(b)
     loss, done, units = _forward(b)
@@ -148,8 +153,9 @@ class _Middle:
         one = self.forward.plus(self.finished).plus(self.started, -1.0)
         return work.plus(one, self.count)
 
-    def stand_in(self, x: Tensor, kept: int, gradient_bytes: int) -> Tensor:
-        """The skipped layers between x and the last layer: their kept bytes now, their gradients in the backward."""
+    def stand_in(self, x: Tensor, kept: int, gradient_bytes: int, stepped: float) -> Tensor:
+        """The skipped layers between x and the last layer: their kept bytes now, their gradients in the backward, or
+        what states `stepped` elements of each get there."""
         tape = self.b.tape
         if not tape.enabled or self.count == 0:
             return Tensor(x.storage, x.node)
@@ -159,6 +165,8 @@ class _Middle:
             held.clear()
             with tape.tagged("gradients"):
                 self.gradients.append(tape.alloc(gradient_bytes * self.count))
+            if self.b.stepping is not None:
+                self.b.stepping.make_states(stepped * self.count)
             self.started = copy(tape.work)
 
         return tape.on_gradient(x, run_backward)
@@ -217,13 +225,13 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
     runs, index = _runs(b), 0
     kinds = [run.experts for run in runs for _ in range(run.replayed)] + [None]
     for run in runs:
-        kept = gradients = less = 0
+        kept = gradients = less = stepped = 0
         for place in range(run.replayed):
             experts = run.experts
             if index == HEAD_LAYERS:
                 x = _entering(b, x, "first")
             if place == HEAD_LAYERS and run.count:
-                x = run.stand_in(x, kept, gradients)
+                x = run.stand_in(x, kept, gradients, stepped)
             before, work, first = tape.live, copy(tape.work), len(tape.leaves)
             activations = tape.by_tag["activations"]
             if place == 1:
@@ -247,8 +255,10 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
             kept = tape.live - before
             run.forward = tape.work.plus(work, -1.0) if place == 1 else run.forward
             stay = not b.accumulated and b.stepping is None
-            gradients = gradient_bytes(shape, b.setup, experts) * (1 + tape.widens_gradients) if stay else 0
+            trained = gradient_bytes(shape, b.setup, experts)
+            gradients = trained * (1 + tape.widens_gradients) if stay else 0
             gradients = units.shard_gradients(experts) if units.sharded else gradients
+            stepped = (units.trained_shard(experts) if units.sharded else trained) // b.w
             index += 1
     x = _entering(b, x, "layers")
     norm = b.module(b.w * shape.hidden_size, "norm")

@@ -41,6 +41,8 @@ Gradient = tuple[Storage, int]
 class Stepping:
     def __init__(self, tape: Tape, setup: Setup):
         self.tape, self.width = tape, setup.width
+        self.made, self.states = 0.0, list[Storage]()
+        """Bytes of states that an element gets when it is stepped, in the first step alone; and those."""
         self.widens = setup.master_weights and setup.width == 2
         self.adafactor, self.rounds = setup.optimizer == "adafactor", setup.rounds
         self.waiting: list[Gradient] = []
@@ -77,13 +79,20 @@ class Stepping:
 
     def _step(self, gradients: list[Gradient]) -> None:
         elements = [size // self.width for _, size in gradients]
-        if self.adafactor and not self.widens:
-            self.tape.alloc(adafactor_bytes(elements, self.rounds))
-        elif self.rounds:
-            self.tape.alloc(rounding_bytes(elements, PIECE))
         wide = []
         while self.widens and gradients:  # a master copy's gradient is in fp32, too
             wide.append(self.tape.alloc(2 * gradients[0][1]))
             del gradients[0]
-        if self.adafactor and self.widens:
-            self.tape.alloc(adafactor_bytes(elements, rounds=False))
+        if self.rounds and not self.adafactor:
+            for each in elements:
+                self.make_states(each)
+                self.tape.alloc(rounding_bytes([each], PIECE))
+            return
+        self.make_states(sum(elements))
+        if self.adafactor:
+            self.tape.alloc(adafactor_bytes(elements, self.rounds))
+
+    def make_states(self, elements: float) -> None:
+        if self.made:
+            with self.tape.tagged("optimizer"):
+                self.states.append(self.tape.alloc(self.made * elements))

@@ -31,20 +31,22 @@ class Trained(NamedTuple):
     """Or a vector: a bias, a norm."""
 
 
-def widened_bytes(shape: ModelShape, setup: Setup) -> float:
+def widened_bytes(shape: ModelShape, setup: Setup, made: float = 0.0) -> float:
     """At the most beside all gradients, in bf16, as AdamW steps fp32 masters: a gradient becomes fp32 (4 bytes) before
-    its bf16 one (2) goes."""
-    return _widened(tensors(shape, setup), BUCKET_ELEMENTS) / setup.shards
+    its bf16 one (2) goes. made: bytes of states that an element gets as it is stepped, in the first step; counted here.
+    """
+    return _widened(tensors(shape, setup), BUCKET_ELEMENTS, made) / setup.shards
 
 
 @cache
-def _widened(trained: tuple[Trained, ...], filled: int) -> int:
-    most = done = 0
+def _widened(trained: tuple[Trained, ...], filled: int, made: float) -> float:
+    most = done = 0.0
     for bucket in _buckets(trained, filled):
-        size = 0
+        size, before = 0, (made - 2) * done
         for each in bucket:
-            most = max(most, 2 * size + 4 * each.elements - 2 * done)
+            most = max(most, 2 * size + 4 * each.elements + before)
             size += each.elements
+        most = max(most, 2 * size + made * size + before)
         done += size
     return most
 
@@ -66,17 +68,20 @@ def _factored(trained: tuple[Trained, ...], filled: int, width: int, rounds: boo
     return most
 
 
-def rounded_bytes(shape: ModelShape, setup: Setup) -> float:
+def rounded_bytes(shape: ModelShape, setup: Setup, made: float = 0.0) -> float:
     """The same of optimizers that step bf16 weights in fp32, a part of one at a time."""
-    return _rounded(tensors(shape, setup), BUCKET_ELEMENTS, PIECE, setup.shards)
+    return _rounded(tensors(shape, setup), BUCKET_ELEMENTS, PIECE, setup.shards, made)
 
 
 @cache
-def _rounded(trained: tuple[Trained, ...], filled: int, piece: int, shards: int) -> float:
+def _rounded(trained: tuple[Trained, ...], filled: int, piece: int, shards: int, made: float) -> float:
     most = done = 0.0
     for bucket in _buckets(trained, filled):
-        most = max(most, rounding_bytes((each.elements / shards for each in bucket), piece) - 2 * done)
-        done += sum(each.elements for each in bucket) / shards
+        stepped = done
+        for each in bucket:
+            stepped += each.elements / shards
+            most = max(most, rounding_bytes([each.elements / shards], piece) + made * stepped - 2 * done)
+        done = stepped
     return most
 
 

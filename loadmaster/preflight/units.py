@@ -53,6 +53,10 @@ class Units:
         gone = self._accumulated or setup.offload == "all" or setup.in_backward
         return summed + (0 if gone else unit.trained_shard)
 
+    def trained_shard(self, experts: bool) -> int:
+        """Bytes of a layer's trained parameters on a GPU."""
+        return (self.sparse if experts else self.dense).trained_shard
+
     @property
     def _accumulated(self) -> bool:
         return self.b.setup.gradient_accumulation_steps > 1

@@ -27,7 +27,7 @@ from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.disk import EXPORT_BITS, export_bytes
 from loadmaster.preflight.explain import about_verification
 from loadmaster.preflight.hardware import from_catalog
-from loadmaster.preflight.memory import Bytes, host_bytes
+from loadmaster.preflight.memory import Bytes, backward_and_step_bytes, host_bytes
 from loadmaster.preflight.phases import answering
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
@@ -64,6 +64,20 @@ def test_the_first_step_has_masters_and_no_moments() -> None:
     difference = made.phases_gib.steady_step - made.phases_gib.first_step
     assert difference == pytest.approx(8 * trained / GIB, abs=0.001)  # two fp32 moments
     assert made.phase_components_gib["first_step"].optimizer == pytest.approx(4 * trained / GIB, abs=0.001)
+
+
+def test_inside_the_backward_pass_the_first_step_has_masters_and_the_moments_made_so_far() -> None:
+    shape, hardware = find_shape(EIGHT), from_catalog("h100_80gb", 1)
+    setup = Setup(
+        method="full", precision="bf16", optimizer="adamw", master_weights=True, checkpointing="none",
+        sequence_length=16384, in_backward=True,
+    )
+    for checkpointing, moments in (("none", 0.07), ("full", 1.0)):  # the last layer, with the head's; the end
+        given = replace(setup, checkpointing=checkpointing)
+        first, steady = (backward_and_step_bytes(shape, hardware, given, each)[0] for each in (True, False))
+        assert steady.optimizer == 12 * shape.parameters and first.total < steady.total
+        made = (first.optimizer - 4 * shape.parameters) / (8 * shape.parameters)
+        assert moments - 0.05 <= made <= moments, checkpointing
 
 
 def test_between_steps_there_are_weights_and_states_and_nothing_else() -> None:

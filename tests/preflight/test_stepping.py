@@ -20,7 +20,7 @@ from loadmaster.models.recompute import checkpoint_activations
 from loadmaster.preflight import trained
 from loadmaster.preflight.config_json import find_shape, from_config
 from loadmaster.preflight.hardware import from_catalog
-from loadmaster.preflight.memory import resident, step_bytes, worst_micro_batch
+from loadmaster.preflight.memory import STATE_BYTES, resident, step_bytes, worst_micro_batch
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.speed import APART, ROUNDED, optimizer_seconds
 from loadmaster.preflight.step import training_step
@@ -58,15 +58,46 @@ def traced_peak(step, model, optimizer) -> int:
     live = Live()
     with live:
         step()
+    count_resting(live, model, optimizer)
+    before, live.peak = live.live, 0
+    with live:
+        step()
+    return live.peak - before
+
+
+def count_resting(live, model, optimizer) -> None:
     for tensor in [*model.parameters(), *model.buffers(), *optimizer.state()[0].values()]:
         live.count(tensor)
     for bucket in optimizer.buckets:
         for tensor in bucket.targets:
             live.count(tensor)
+
+
+def traced_first_peak(step, model, optimizer) -> int:
+    """Bytes besides weights and masters of the first step, which makes the other states."""
+    live = Live()
+    count_resting(live, model, optimizer)
     before, live.peak = live.live, 0
     with live:
         step()
     return live.peak - before
+
+
+class WithMoments(Fused):
+    """Made for all of a bucket before any of it is stepped, as a fused AdamW does."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state[p] = self.state[p] or {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+
+
+@pytest.fixture
+def with_moments(monkeypatch) -> None:
+    real = optimizers._factory
+    monkeypatch.setattr(
+        optimizers, "_factory", lambda name, *more, **how: WithMoments if name == "adamw" else real(name, *more, **how)
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,6 +161,34 @@ def test_experts_and_fused_matrices_are_stepped_with_their_layer(fused, family, 
         truth = traced_peak(step, model, optimizer)
         error = training_step(from_config(config, family), setup, in_place=False).peak / truth - 1
         assert abs(error) < 0.001, f"{checkpointing}: replay is {error:+.3%} from {truth} bytes"
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("llama", 256), ("llama", 2000), ("qwen3_moe", 256)])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_in_the_first_step_a_layer_gets_its_moments_as_it_is_stepped(with_moments, family, tokens, name) -> None:
+    """So where the peak is the loss there are none yet, and where it is the embedding almost all."""
+    given = {"num_hidden_layers": 8, "vocab_size": 1000 if family == "qwen3_moe" else 32000}
+    config = {**random_config(family, 1), **given}
+    shape = from_config(config, family)
+    for checkpointing, kept in (("none", 0), ("full", 0), ("full", 2)):
+        setup = Setup(
+            method="full", precision="bf16", optimizer=name, master_weights=name == "adamw",
+            checkpointing=checkpointing, kept_layers=kept, sequence_length=tokens, in_backward=True,
+        )
+        model = with_trained_part(_meta_model(config), setup)
+        checkpoint_activations(model, checkpointing, kept)
+        optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, name == "adamw")
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        batch = MicroBatch(ids, ids, torch.arange(tokens)[None])
+
+        def step(model=model, batch=batch, optimizer=optimizer) -> None:
+            optimizer.begin(1e-3)
+            token_losses(model, batch)[0].backward()
+            optimizer.clip(0.0)
+
+        truth = traced_first_peak(step, model, optimizer)
+        error = training_step(shape, setup, in_place=False, made=STATE_BYTES[name]).peak / truth - 1
+        assert abs(error) < 0.001, f"{checkpointing} but {kept}: replay is {error:+.3%} from {truth} bytes"
 
 
 @pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -219,6 +278,31 @@ def test_what_a_step_takes_besides_states_equals_a_trace(fused, monkeypatch, fam
             # Adafactor's factors of rows and columns are not counted: it shows where matrices are thin.
             apart = 0.01 if (name, masters, method) == ("adafactor", False, "lora") else 0.001
             assert gradients + step_bytes(shape, setup) == pytest.approx(truth, rel=apart), (tied, method, saved)
+
+
+@pytest.mark.parametrize("bucket", [2**28, 2**21])
+@pytest.mark.parametrize(("name", "masters"), [("adamw", True), ("adamw_8bit", True), ("adamw_8bit", False)])
+def test_what_the_first_step_takes_equals_a_trace(with_moments, monkeypatch, bucket, name, masters) -> None:
+    """As a large embedding's gradient is made fp32, its moments are not there yet."""
+    monkeypatch.setattr(rounding, "PIECE", 2**20)
+    monkeypatch.setattr(trained, "PIECE", 2**20)
+    monkeypatch.setattr(optimizers, "BUCKET_ELEMENTS", bucket)
+    monkeypatch.setattr(trained, "BUCKET_ELEMENTS", bucket)
+    for tied in (True, False):
+        config = {**random_config("llama", 1), "vocab_size": 32000, "tie_word_embeddings": tied}
+        shape = from_config(config, "llama")
+        setup = Setup(method="full", precision="bf16", optimizer=name, master_weights=masters)
+        model = _meta_model(config)
+        optimizer = TrainingOptimizer(trainable(model), OptimizerConfig(weight_decay=0.1), name, masters)
+
+        def step(optimizer=optimizer) -> None:
+            for parameter in optimizer.parameters:
+                parameter.grad = torch.empty_like(parameter)
+            optimizer.step(1e-3)
+
+        _, gradients, _ = resident(shape, setup)
+        truth = traced_first_peak(step, model, optimizer)
+        assert gradients + step_bytes(shape, setup, STATE_BYTES[name]) == pytest.approx(truth, rel=0.001), tied
 
 
 def stepped(model: str, gpu: str, count: int, rows: int, **settings):
