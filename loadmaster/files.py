@@ -176,10 +176,15 @@ def is_full_disk(error: BaseException) -> bool:
 def disk_error(error: BaseException) -> LoadmasterError | None:
     """What an error of a run's files means to who started it: a full or read-only disk, a folder that is a file.
 
-    None for an error of something else.
+    Of a connection, or a library's OSError that the system did not raise, only what it says itself. None for an error
+    of something else.
     """
-    of_files = isinstance(error, OSError) or is_full_disk(error)
-    return LoadmasterError(f"{error}; {DISK_REMEDY}") if of_files else None
+    if is_full_disk(error):
+        return LoadmasterError(f"{error}; {DISK_REMEDY}")
+    if not isinstance(error, OSError):
+        return None
+    of_files = error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
+    return LoadmasterError(f"{error}; {DISK_REMEDY}" if of_files else str(error) or type(error).__name__)
 
 
 def cache_root() -> Path:

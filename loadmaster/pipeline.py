@@ -120,6 +120,10 @@ class Pipeline:
         if self.job.stop_after == "plan" and is_at_work(self.run_dir.path):
             self._show_plan(planned(self.job), f"this plan is not kept: another process works in {self.run_dir.path}")
             return
+        if self._is_another_plan():
+            kept = f"this plan is not kept: what {self.run_dir.path} holds is trained by the plan that is there"
+            self._show_plan(planned(self.job), kept)
+            return
         with self.run_dir.locked():
             if self.run_dir.is_damaged:
                 file = self.run_dir.path / RECORD
@@ -142,6 +146,12 @@ class Pipeline:
                 inputs = sha256_json([inputs, chosen(self.plan)]) if stage == "plan" else stage_inputs
             if self.job.stop_after != "plan" and "LOADMASTER_NODE" not in os.environ:  # a launch goes on at home
                 self._say_what_is_next()
+
+    def _is_another_plan(self) -> bool:
+        """Whether a plan alone is asked for, with other settings than those by which this run was trained."""
+        if self.job.stop_after != "plan" or not self.run_dir.begun or not self._is_whole("plan"):
+            return False
+        return not self.run_dir.is_done("plan", sha256_json([self.run_dir.identity, self._stage_inputs("plan")]))
 
     def _stage_inputs(self, stage: str) -> Any:
         hardware = str(detect_local()) if stage == "plan" and self.job.hardware.gpu == "local" else None
@@ -240,6 +250,8 @@ class Pipeline:
         self._say_where()
         plan.write(self.run_dir.path / "plan.json")
         near = "what came nearest, and what would fit, is" if plan.alternatives else "what came nearest is"
+        if not plan.has_figures:
+            near = "what would fit is" if plan.alternatives else "this is"
         self._show_plan(plan, "" if plan.fits else f"{near} in {self.run_dir.path / 'plan.json'}")
         free = shutil.disk_usage(self.run_dir.path).free / 2**30
         if self.job.stop_after != "plan" and free < plan.disk_gib:

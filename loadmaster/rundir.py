@@ -239,12 +239,15 @@ def is_at_work(path: Path) -> bool:
 def started_in(path: Path) -> Path:
     """Where the command of a run was started, which the relative paths of its job count from; else this folder."""
     folder = Path(str(_record(path).get("started_in", ".")))
-    return folder if os.path.isdir(folder) else Path.cwd()
+    return folder if os.path.isdir(folder) and os.access(folder, os.X_OK) else Path.cwd()
 
 
-def newest_in(folder: Path) -> Path | None:
-    """The newest run where `folder` is one of runs, as runs/ and runs/smoke/ are."""
+def newest_in(folder: Path, launched: bool = True) -> Path | None:
+    """The newest run where `folder` is one of runs, as runs/ and runs/smoke/ are; launched: what came home of a run
+    elsewhere is one, too."""
     records = [*folder.glob(f"*/{RECORD}"), *folder.glob(f"*/*/{RECORD}")]
+    if not launched:
+        records = [path for path in records if not path.with_name(LAUNCH_RECORD).exists()]
     return max(records, key=lambda path: (path.stat().st_mtime, path)).parent if records else None
 
 

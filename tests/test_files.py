@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from loadmaster.errors import LoadmasterError
 from loadmaster.files import (
     cache_root,
+    disk_error,
     exclusive,
     is_full_disk,
     is_whole_safetensors,
@@ -160,6 +161,15 @@ def test_a_full_disk_is_known_also_where_native_code_says_it():
 
 SHORT = (25).to_bytes(8, "little") + b'{"a":{"data_offsets":[0]}}'[:25]
 """An entry with one end; no file that safetensors would write."""
+
+
+def test_room_on_a_disk_is_asked_for_where_a_file_is_why_and_no_connection():
+    for error in (OSError(errno.EROFS, "Read-only file system", "/x"), Exception("(os error 28)")):
+        assert str(disk_error(error)).endswith("on a disk with room")
+    refused = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    for error in (refused, TimeoutError(errno.ETIMEDOUT, "timed out"), OSError("no connection to huggingface.co")):
+        assert str(disk_error(error)) == str(error)
+    assert disk_error(ValueError("a")) is None
 
 
 def test_a_file_of_tensors_that_was_cut_anywhere_is_not_whole(tmp_path):

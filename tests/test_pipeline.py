@@ -101,6 +101,27 @@ def test_a_plan_is_shown_while_another_process_works_in_its_folder_and_not_kept(
     assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+def test_a_plan_for_other_hardware_leaves_what_was_trained_with_its_own(tiny, tmp_path):
+    def plan(*words: str) -> tuple[int, str]:
+        console = Console(file=io.StringIO(), width=120)
+        job = [f"model.path={tiny}", f"run_dir={tmp_path / 'run'}", "recipe=lora_8b", "stop_after=plan", *words]
+        return run(compose(job), console), console.file.getvalue()
+
+    def files() -> dict[str, bytes]:
+        return {name: (tmp_path / "run" / name).read_bytes() for name in ("config.yaml", "plan.json", "stages.json")}
+
+    assert plan("hardware=h200_x1")[0] == 0
+    first = files()
+    assert plan("hardware=l40s_x1")[0] == 0 and files() != first  # nothing is trained: the last plan counts
+    (tmp_path / "run/checkpoints").mkdir()
+    kept = files()
+    code, output = plan("hardware=h200_x1")
+    assert code == 0 and "on 1x h200" in output and files() == kept
+    assert output.endswith(f"what {tmp_path / 'run'} holds is trained by the plan that is there\n")
+    (tmp_path / "run/plan.json").write_text("{")  # not whole: it is made anew
+    assert plan("hardware=h200_x1")[0] == 0 and files()["plan.json"] == first["plan.json"]
+
+
 @pytest.fixture(scope="module")
 def lora_8b(tiny, tmp_path_factory) -> tuple[Path, int, str]:
     """(folder, exit code, output) of a run to its end, which a later test goes on with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -111,3 +112,12 @@ def test_what_a_stopped_stage_took_counts_and_counts_on_when_it_is_done(tmp_path
     other = RunDir(tmp_path, "b")
     other.claim()
     assert other.seconds_by_stage() == {}
+
+
+def test_a_folder_that_may_not_be_entered_is_none_that_paths_count_from(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "stages.json").write_text(json.dumps({"identity": "i", "started_in": str(home)}))
+    assert started_in(tmp_path) == home
+    monkeypatch.setattr("loadmaster.rundir.os.access", lambda folder, mode: folder != home)  # root may enter any
+    assert started_in(tmp_path) == Path.cwd()

@@ -8,7 +8,7 @@ import pytest
 
 from loadmaster.cli import main
 from loadmaster.config.compose import read_job
-from loadmaster.stage_command import checked_run, place_of_run
+from loadmaster.given_run import checked_run, place_of_run
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate", "export", "bundle"])
@@ -21,6 +21,12 @@ def test_a_stage_of_nothing_starts_no_job_and_names_what_to_give(stage, capsys, 
     newest = tmp_path / "runs/smoke/2026-11-30_10-00-00"
     newest.mkdir(parents=True)
     (newest / "stages.json").write_text("{}")
+    assert main([stage]) == 2
+    assert f"loadmaster {stage} runs/smoke/2026-11-30_10-00-00 goes on with the newest run" in capsys.readouterr().err
+    launched = tmp_path / "runs/smoke/2026-11-30_11-00-00"
+    launched.mkdir()
+    for name in ("stages.json", "launch.json"):  # its run is elsewhere, so this command could not go on with it
+        (launched / name).write_text("{}")
     assert main([stage]) == 2
     assert f"loadmaster {stage} runs/smoke/2026-11-30_10-00-00 goes on with the newest run" in capsys.readouterr().err
 
@@ -39,7 +45,7 @@ def test_a_stage_goes_on_with_the_run_that_it_is_given_from_any_folder(tmp_path,
     assert [folder for folder, _ in seen] == [here, here] and Path.cwd() == other and not list(other.iterdir())
     evaluated, exported = (job for _, job in seen)
     began = read_job(here / "run,1/config.yaml", to_run=False).job
-    run_dir = str(other / "../here/run,1")
+    run_dir = str(here / "run,1")
     assert evaluated == replace(began, run_dir=run_dir, stop_after="evaluate")
     assert exported == replace(evaluated, stop_after="export", export=replace(began.export, formats=["bf16", "fp8"]))
 
@@ -69,6 +75,52 @@ def test_what_is_no_run_directory_is_refused_with_what_would_be(tmp_path, monkey
     assert checked_run(run) == run
     assert main(["bundle", str(run), "recipe=smoke"]) == 2
     assert f"{run} recipe=smoke: a run has its own settings" in capsys.readouterr().err
+    assert main(["bundle", str(run), "launch=runpod"]) == 2
+    assert "launch=runpod: a run goes on where it lies; leave launch=runpod out" in capsys.readouterr().err
+    (run / "export/bf16").mkdir(parents=True)
+    for part in ("export/bf16", "config.yaml"):
+        assert main(["bundle", str(run / part)]) == 2
+        assert f"{part} is a part of a run: give the run directory, {run}" in capsys.readouterr().err
     (run / "launch.json").write_text("{}")
     assert main(["bundle", str(run)]) == 2
     assert "is the folder of a launch" in capsys.readouterr().err
+
+
+@pytest.fixture
+def planned_run(tmp_path, monkeypatch) -> Path:
+    """A run that was planned in tmp_path, with a path that is relative to it; the test is in another folder."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a?", "completion": "b"}) + "\n")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = ["recipe=lora_8b", "hardware=h200_x1", "data=file", "data.path=rows.jsonl", "lora.rank=8"]
+    assert main(["plan", *words, "run_dir='out/lora.rank=8'"]) == 0
+    monkeypatch.chdir(tmp_path / "other")
+    return tmp_path / "out/lora.rank=8"
+
+
+def test_plans_that_are_shown_are_of_the_run_that_is_given(planned_run, capsys):
+    before = (planned_run / "plan.json").read_bytes()
+    capsys.readouterr()
+    assert main(["plan", str(planned_run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(before)
+    assert main(["plan", "--json", str(planned_run), "hardware=l40s_x1"]) == 0
+    assert json.loads(capsys.readouterr().out)["hardware"]["gpu"] == "l40s"
+    assert main(["plan", str(planned_run), "--nodes", "1,2"]) == 0
+    assert "would pay up to 2 nodes" in capsys.readouterr().out
+    assert main(["plan", str(planned_run), "--compare", "hardware=l40s_x1,h200_x1"]) == 0
+    assert "l40s_x1" in capsys.readouterr().out
+    assert (planned_run / "plan.json").read_bytes() == before
+
+
+def test_a_run_behind_a_link_or_in_a_folder_named_as_a_setting_keeps_its_own_place(planned_run, monkeypatch):
+    seen = []
+    monkeypatch.setattr("loadmaster.pipeline.run", lambda composed: seen.append(composed.job.run_dir) or 0)
+    Path("link").symlink_to(planned_run)
+    for given in ("link", "../out/lora.rank=8"):
+        assert main(["train", given]) == 0
+    assert seen == 2 * [str(planned_run)]
+
+
+def test_a_sweep_over_a_run_is_told_what_gives_each_job_a_folder(planned_run, capsys):
+    assert main(["plan", str(planned_run), "--multirun", "seed=1,2"]) == 2
+    assert "run_dir=auto: each job then gets its own" in capsys.readouterr().err

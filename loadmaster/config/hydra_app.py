@@ -191,7 +191,7 @@ def _wrong_in_sweep(loader: Loader, given: Overrides, config_name: str) -> list[
             found += [problem for problem in error.problems if problem not in (*given.problems, *found)]
     if clash := next((d for d in run_dirs if d != "auto" and run_dirs.count(d) > 1), None):
         message = "several jobs of the sweep would write into this one folder"
-        found.append(Problem("run_dir", clash, COMMAND_LINE, message, "leave it out: each job then gets its own"))
+        found.append(Problem("run_dir", clash, COMMAND_LINE, message, "run_dir=auto: each job then gets its own"))
     return found
 
 

@@ -194,7 +194,7 @@ def other_machines_need_a_way_to_them(job: Job, origins: Origins) -> Found:
     if launch.name != "local":
         return
     ways = {"nodes": "runpod, or slurm", "force_pods": "runpod", "hosts": "ssh", "sbatch": "slurm"}
-    ways |= {"dry_run": "runpod, ssh or slurm; here stop_after=plan shows the plan"}
+    ways |= {"dry_run": "runpod, ssh or slurm; here loadmaster plan, or stop_after=plan, shows the plan"}
     given = {"nodes": launch.nodes != "auto", "force_pods": launch.force_pods, "dry_run": launch.dry_run}
     given |= {"hosts": bool(launch.hosts), "sbatch": bool(launch.sbatch)}
     for field in dataclasses.fields(LaunchConfig):  # a recipe may say how it is launched, and be run here all the same

@@ -64,6 +64,8 @@ class Phase:
 @dataclass(frozen=True)
 class PlanSection:
     fits: bool
+    refusal: str | None
+    """Why it cannot run, where memory is not why."""
     planned_with: str | None
     """What was changed of a job that cannot run as asked, for these figures."""
     place: str
@@ -102,9 +104,12 @@ def plan_section(files: RunFiles) -> PlanSection | None:
     plan = files.plan
     if not plan:
         return None
+    rejected = rows(plan.get("rejected"))
+    is_refused = plan.get("fits") is False and bool(rejected) and not any(row.get("plan") for row in rejected)
     runners_up = [row.get("difference") for row in rows(plan.get("runners_up"))]  # they have a table of their own
     return PlanSection(
         fits=plan.get("fits") is not False,
+        refusal=str(rejected[0].get("reason")) if is_refused else None,
         planned_with=plan.get("planned_with"),
         place=place(plan),
         decisions=decisions(files),
@@ -112,7 +117,7 @@ def plan_section(files: RunFiles) -> PlanSection | None:
         bar=memory_bar(plan),
         phases=_phases(plan),
         reasons=[str(reason) for reason in plan.get("reasons") or [] if reason not in runners_up],
-        rejected=rows(plan.get("rejected")),
+        rejected=rejected,
         alternatives=rows(plan.get("alternatives")),
         runners_up=rows(plan.get("runners_up")),
         elsewhere=[{**row, "place": machine(row), "plan": _there(row, plan)} for row in rows(plan.get("elsewhere"))],

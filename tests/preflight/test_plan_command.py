@@ -116,8 +116,11 @@ def test_what_is_refused_whatever_its_memory_shows_no_memory(capsys, tmp_path, m
     monkeypatch.chdir(tmp_path)
     for word in ("precision=fp32", "sharding=ddp"):
         assert main(["plan", *ASKED, word]) == 3
-        told = capsys.readouterr().out
-        assert "cannot run as asked" in told and "would fit: " in told and "peaks in GiB" not in told
+        told = capsys.readouterr()
+        assert "cannot run as asked" in told.out and "would fit: " in told.out and "peaks in GiB" not in told.out
+        assert "; what would fit is in " in told.err and "nearest" not in told.err
+        report = next(tmp_path.rglob("report.html")).read_text()
+        assert f"<b>It cannot run as asked</b>: {word}" in report and "came nearest; what" not in report
     assert main(["plan", *ASKED[:2], "--compare", "hardware.count=1,6"]) == 0
     one, six = capsys.readouterr().out.splitlines()[1:3]
     assert "batch.global_size=18" in six and "batch.global_size" not in one
