@@ -30,7 +30,7 @@ from loadmaster.preflight.stepping import Stepping
 MERGED = 256
 """Highest rank of adapters whose products over one input are one in compiled layers (models/merged.py)."""
 NARROW = 512
-"""A matmul with fewer columns than this moves bytes more than it computes."""
+"""A matmul with fewer columns than this may be bound by the bytes that it moves, which the card decides (speed.py)."""
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 BLOCK = 128
 """Tokens of a block of attention with capped scores."""
@@ -164,9 +164,9 @@ class Blocks:
         saved = ([x.storage] if needs_w else []) + ([weight.storage] if needs_x else [])
 
         def work() -> None:
-            if min(inputs, outputs) < NARROW:  # an adapter's: bound by memory
-                x_bytes = 0 if merged else w * rows * inputs
-                tape.moved(x_bytes, w * rows * outputs, w * groups * inputs * outputs, fused=False)
+            if min(inputs, outputs) < NARROW:  # an adapter's
+                read = 0 if merged else w * rows * inputs
+                tape.narrow(2.0 * rows * inputs * outputs, read + w * rows * outputs + w * groups * inputs * outputs)
                 return
             tape.work.matmul_flops += 2.0 * rows * inputs * outputs
             tape.work.kernels += 1

@@ -95,6 +95,9 @@ class Work:
     bytes_unfused: float = 0.0
     """Of those, where layers are compiled, by kernels of their own: narrow products, attention, casts to fewer bits,
     and what is outside of layers."""
+    narrow_bytes: float = 0.0
+    """Of bytes moved, by products with few columns, which do `narrow_flops` beside."""
+    narrow_flops: float = 0.0
     kernels: int = 0
 
     def plus(self, other: Work, times: float = 1.0) -> Work:
@@ -207,6 +210,12 @@ class Tape:
         if not (fused and self.in_layer):
             self.work.bytes_unfused += sum(sizes)
         self.work.kernels += 1
+
+    def narrow(self, flops: float, size: float) -> None:
+        """A product with few columns, a kernel of its own."""
+        self.moved(size, fused=False)
+        self.work.narrow_flops += flops
+        self.work.narrow_bytes += size
 
     def needs(self, *inputs: Tensor) -> bool:
         if self.enabled:

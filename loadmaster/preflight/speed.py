@@ -1,7 +1,7 @@
 """Seconds of a training step by a roofline over the replayed work, and tokens a second.
 
     micro-batch = max( matmul FLOPs / (peak x e1) + attention FLOPs / (peak x e2) + bytes moved / (bandwidth x e3),
-                       kernels x launch time )
+                       kernels x launch time )       narrow products: the longer of their FLOPs and their bytes
     step        = micro-batches + optimizer traffic / (bandwidth x e3) + collectives that compute does not hide
                   (communication.py)
 
@@ -60,8 +60,9 @@ def micro_batch_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> 
         efficiency = value("efficiency", "fp8_row_matmul" if by_row else "fp8_matmul")
         seconds += work.fp8_flops / (fp8_peak * efficiency * size_factor(shape, setup, fp8_peak / peak))
     seconds += work.attention_flops / (peak * value("efficiency", "attention"))
-    traffic = bytes_moved(shape, work, setup)
-    seconds += traffic / (hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory"))
+    rate = hardware.bandwidth_gb_per_s * 1e9 * value("efficiency", "memory")
+    seconds += bytes_moved(shape, work, setup) / rate
+    seconds += max(0.0, work.narrow_flops / matmul_peak - work.narrow_bytes / rate)  # whichever bounds them
     kernels = work.kernels * (value("compiled", "kernels") if setup.compiled else 1)
     seconds = max(seconds, kernels * value("efficiency", "launch_us") * 1e-6)
     if setup.checkpointing == "offload":  # there and back, beside the layers
