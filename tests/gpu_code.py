@@ -54,6 +54,7 @@ from loadmaster.data import MicroBatch
 from loadmaster.models import compiled
 from loadmaster.models.forward import token_losses
 from loadmaster.models.recompute import checkpoint_activations
+from loadmaster.preflight.blocks import NARROW
 from loadmaster.preflight.setup import Setup
 from loadmaster.training.trace import _meta_model, with_trained_part
 
@@ -62,7 +63,6 @@ LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
 }
-NARROW = 256
 GPU = torch.device("cuda", 0)
 
 
@@ -172,7 +172,7 @@ def bytes_of(node: object) -> int:
     if not called.endswith(".mm"):
         return 0
     sizes = [int(size) for factor in node.node.inputs[:2] for size in factor.get_size() if str(size).isdigit()]
-    return node.get_read_write_buffers_sizes() if min(sizes) <= NARROW else 0
+    return node.get_read_write_buffers_sizes() if min(sizes) < NARROW else 0
 
 
 def accessed(node: object) -> dict[str, int]:

@@ -44,7 +44,9 @@ def kinds(shape: ModelShape, setup: Setup, experts: bool) -> list[tuple[bool, Pa
         (True, Passes(9, 2, 2, 3), Passes(8, 2, 4, 5)),
         (four, NONE, Passes(hidden=4 if fp8 and not whole else 8)),
         (shape.query_key_norm, NONE, Passes(query=1, key_value=1)),
-        (late, Passes(query=1, key_value=1), NONE),  # after all products: a kernel before rotary's
+        (shape.late_norm, Passes(query=1, key_value=1), NONE),  # after all products: a kernel before rotary's
+        (shape.norms_after, Passes(hidden=-3), Passes(hidden=1 if whole else 3)),  # what products read is given
+        (shape.scaled_residual, NONE, Passes(hidden=3)),  # what products are given is written besides
         (shape.fused, NONE, Passes(query=2, key_value=2, between=2)),  # gradients of its parts are joined
         (shape.fused and shape.rotary_fraction < 1, Passes(query=2), Passes(query=2)),
         (shape.attention_softcap, NONE, Passes(key_value=-2)),  # its kernel lays v's gradient out
@@ -91,7 +93,8 @@ def layer_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> tuple
         forward += bool(setup.lora_dropout) * m.inputs * (3 + 2 * (name == "o_proj"))
         backward += bool(setup.lora_dropout) * m.inputs
     trained = [m for m in (adapted.values() if setup.adapters else shape.matrices(experts)) if m.name != "o_proj"]
-    backward += setup.width * sum({LEADS.get(m.name, m.name): m.inputs for m in trained}.values())  # made again
+    if not setup.lora_dropout or setup.method == "qlora":  # otherwise kept as it is after dropout
+        backward += setup.width * sum({LEADS.get(m.name, m.name): m.inputs for m in trained}.values())  # made again
     backward += setup.width * _gradient_sums(shape, setup, experts, adapted, joined)
     return forward, backward
 
@@ -100,7 +103,7 @@ def _gradient_sums(shape: ModelShape, setup: Setup, experts: bool, adapted: dict
     """Numbers read of one token beyond one product, because an input's gradient is the sum of several; the gradient of
     a norm's weight reads them once more. That of attention's output is written where a kernel makes it."""
     sums = sum(m.inputs for m in shape.matrices(experts) if m.name in LEADS) * (1 if setup.adapters else 2)
-    narrow = {LEADS.get(name, name): m.inputs for name, m in adapted.items()}
+    narrow = {name if setup.lora_dropout else LEADS.get(name, name): m.inputs for name, m in adapted.items()}
     written = 0 if joined and not setup.lora_dropout else 2 * narrow.get("o_proj", 0)
     return sums + sum(narrow.values()) + written
 
