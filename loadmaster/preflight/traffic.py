@@ -63,6 +63,7 @@ def kinds(shape: ModelShape, setup: Setup, experts: bool) -> list[tuple[bool, Pa
         (fp8 and not whole and shape.query_key_norm, NONE, Passes(query=1, key_value=1)),
         (fp8 and not whole and four, Passes(hidden=2), NONE),
         (fp8 and whole and four, NONE, Passes(hidden=4)),
+        (fp8 and whole and shape.norms_after, Passes(hidden=3), Passes(hidden=2)),
         (fp8 and whole and (shape.gelu or shape.fused), NONE, Passes(between=6)),
         # What magnitudes scale is kept as it was; what a selective checkpoint does not keep is made again.
         (setup.dora, Passes(3, 2, 3, 0), Passes(10, 4, 9, 2)),

@@ -126,7 +126,7 @@ def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
         *((config, method, "bf16", {}) for method in ("lora", "full")
           for config in (GEMMA2, GEMMA3, PHI, PHI_MINI, QWEN2, QWEN3, GRANITE, GEMMA, OLMO2, EXAONE4)),
         *((config, method, "fp8", {}) for method in ("lora", "full") for config in (GEMMA3, PHI, QWEN3)),
-        (OLMO2, "lora", "fp8", {}),
+        *((OLMO2, method, "fp8", {}) for method in ("lora", "full")),
         *((config, "lora", "bf16", {"lora_targets": ATTENTION}) for config in (MIXTRAL, QWEN3_MOE)),
         (MIXTRAL, "full", "bf16", {}),
         *((None, method, "bf16", {"checkpointing": "selective"}) for method in ("lora", "full")),
