@@ -1,6 +1,6 @@
 """What PyTorch's allocator reserves above what is allocated: simulated for this engine's steps, on real shapes.
 
-    python benchmarks/reserved.py                   # all cases, an hour of one core; prints a table
+    python benchmarks/reserved.py                   # all cases, minutes of one core; prints a table
     python benchmarks/reserved.py 3 7               # these alone
     python benchmarks/reserved.py --eager           # those that compile nothing
 

@@ -1,8 +1,8 @@
 """How PyTorch's allocator takes memory of a GPU: in one segment that grows, instead of hundreds of fixed ones.
 
 What is free in a fixed segment and too small for what comes next stays with the allocator. By a simulation of it
-(benchmarks/reserved.py) a card needs up to 5.6% more than a run's tensors that way, which is more than plans leave free
-(plan.reserve), and up to 1.2% more with segments that grow.
+(benchmarks/reserved.py) a card needs up to 8% more than a run's tensors that way (11% with Adafactor), which is more
+than plans leave free (plan.reserve), and up to 2% more with segments that grow (4%).
 
 Set in this process alone, and not by a variable: what it starts (vLLM, whose kernels share memory between processes,
 which this memory cannot be) goes by its own.
