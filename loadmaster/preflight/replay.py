@@ -334,6 +334,7 @@ class Tape:
                 if isinstance(target, Leaf):
                     box, result = [result], None
                     self._into_leaf(target, box)
+                    box.clear()
                 elif isinstance(target, Split):
                     if target not in buffers:
                         buffers[target] = []

@@ -44,6 +44,7 @@ def test_a_model_is_fetched_once_and_without_code(monkeypatch, tmp_path):
               "additional_chat_templates/tools.jinja"]
     others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "original/model.safetensors",
               "pytorch_model.bin", "modeling.py"]
+    (tmp_path / "config.json").write_text("{}")
     fetched = []
 
     def fetch(name, revision, **patterns):
