@@ -23,11 +23,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 LONGEST = {
     "slow": (
-        "tests/test_smoke.py", "tests/export/test_serve_check.py", "tests/training/test_hostile.py",
-        "tests/launch/test_handover_served.py", "tests/training/test_parity.py",
+        "tests/test_smoke.py", "tests/export/test_serve_check.py", "tests/models/test_gpu_code.py",
+        "tests/training/test_hostile.py", "tests/launch/test_handover_served.py", "tests/training/test_parity.py",
         "tests/training/test_workers.py", "tests/stand_in/test_training.py", "tests/preflight/test_sharded.py",
         "tests/training/test_two_hosts.py", "tests/test_readme.py", "tests/test_fp8_recipes.py",
-        "tests/launch/test_handover.py", "tests/export/test_candidates.py", "tests/models/test_gpu_code.py",
+        "tests/launch/test_handover.py", "tests/export/test_candidates.py",
     ),
     "not slow": (
         "tests/preflight/test_replay.py", "tests/test_pipeline.py",

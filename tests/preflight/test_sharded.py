@@ -48,7 +48,11 @@ def check(family: str, method: str, precision: str, world_sizes: tuple[int, ...]
         assert unit.shard + unit.replicated == pytest.approx(weights, rel=0.002), f"weights: {said}"
         worst, gradients = worst_micro_batch(shape, setup, in_place=False)
         replayed = worst.peak + gradients
-        assert replayed == pytest.approx(peak, rel=TOLERANCE), f"{replayed / peak - 1:+.3%}: {said}"
+        # Olmo 3 turns its layers by two sets of cos and sin: one goes with the last layer that it turns, and the plan
+        # holds both to the end, a few MiB of any model.
+        other = 8 * case.tokens * shape.head_dim * (family == "olmo3")
+        off = f"{replayed / peak - 1:+.3%}: {said}"
+        assert peak * (1 - TOLERANCE) <= replayed <= peak * (1 + TOLERANCE) + other, off
 
 
 METHODS = [("full", "bf16"), ("lora", "bf16"), ("lora", "fp8"), ("qlora", "bf16")]
