@@ -17,12 +17,6 @@ from typing import Any
 
 import torch
 from allocations import Recorder, flash_scratch
-from torch._guards import detect_fake_mode
-from torch._inductor import compile_fx
-from torch._inductor.debug import DebugContext
-from torch._inductor.graph import GraphLowering
-from torch._inductor.virtualized import V
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import _disable_current_modes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -64,28 +58,8 @@ class Played(gpu_code.Generated):
         called._boxed_call = True
         return called
 
-    def _generate(self, module: torch.fx.GraphModule, inputs: list, backward: bool) -> None:
-        """As gpu_code's, which keeps no sizes of buffers."""
-        GPU = gpu_code.GPU
-        for node in module.graph.nodes:
-            node.kwargs = {k: GPU if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
-        mode = detect_fake_mode(inputs)
-        with mode:
-            there = [
-                torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=GPU) if torch.is_tensor(x) else x
-                for x in inputs
-            ]
-        with V.set_fake_mode(mode), torch._guards.tracing(torch._guards.TracingContext(mode)):
-            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*there)
-            compile_fx.record_original_output_strides(module)
-            compile_fx._recursive_post_grad_passes(module, is_inference=False)
-            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*there)
-            graph = GraphLowering(module, example_inputs=there, shape_env=mode.shape_env, is_backward=backward)
-            with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
-                graph.run(*there)
-                code, _ = graph.codegen()
-                sizes = {name: _bytes(buffer) for name, buffer in graph.name_to_buffer.items()}
-        self.latest = getattr(code, "value", code), sizes
+    def seen(self, module: torch.fx.GraphModule, graph: Any, code: str, backward: bool) -> None:
+        self.latest = code, {name: _bytes(buffer) for name, buffer in graph.name_to_buffer.items()}
         for node in module.graph.nodes:
             if "attn_backward" in str(node.target):
                 self.scratch = flash_scratch(node.args[1].meta["val"], node.args[2].meta["val"])

@@ -154,8 +154,11 @@ class Generated:
             with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
                 graph.run(*there)
                 code, _ = graph.codegen()
-                moved = sum(bytes_of(node) for node in graph.scheduler.nodes)
-        self.graphs.append(("backward" if backward else "forward", getattr(code, "value", code), moved))
+                self.seen(module, graph, getattr(code, "value", code), backward)
+
+    def seen(self, module: torch.fx.GraphModule, graph: GraphLowering, code: str, backward: bool) -> None:
+        moved = sum(bytes_of(node) for node in graph.scheduler.nodes)
+        self.graphs.append(("backward" if backward else "forward", code, moved))
 
 
 def bytes_of(node: object) -> int:
