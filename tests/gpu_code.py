@@ -185,7 +185,8 @@ def accessed(node: object) -> dict[str, int]:
     parts: dict[str, list[tuple[int, float]]] = {}
     for dep in node.read_writes.reads:
         if isinstance(dep, MemoryDep) and dep.get_numel() >= TOKENS:
-            start = int(sympy.expand(dep.get_offset(), identity=True))
+            offset = sympy.expand(dep.get_offset(), identity=True)
+            start = int(offset) if offset.is_number else 0  # of rows that are looked up, whole ones are read
             parts.setdefault(dep.name, []).append((start, start + int(dep.get_numel()) / TOKENS))
     written = {dep.name for dep in node.read_writes.writes}
     for name in parts.keys() & found.keys() - written:
