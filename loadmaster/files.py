@@ -18,7 +18,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -288,6 +288,16 @@ def publish_folder(target: Path) -> Iterator[Path]:
     _fsync_folder(target.parent)
     for left in (partial, previous):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def made_once(target: Path, what: str, write: Callable[[Path], None]) -> Path:
+    """`target`, a folder of the cache, which `write` fills if it is not there; other processes wait meanwhile."""
+    if not target.is_dir():
+        with exclusive(target, what):
+            if not target.is_dir():  # another process may have made it meanwhile
+                with cached_in(target.parent, what), publish_folder(target) as new:
+                    write(new)
+    return target
 
 
 def _exchanged(a: Path, b: Path) -> bool:

@@ -18,12 +18,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.files import cache_root, cached_in, exclusive, publish_folder, read_json, sha256_json, write_json
+from loadmaster.files import cache_root, made_once, read_json, sha256_json, write_json
 from loadmaster.preflight.families import language_model
 
 WHERE = "MULTIMODAL"
@@ -69,13 +70,7 @@ def language_model_of(folder: Path) -> Path:
     files = sorted(file for file in there.iterdir() if file.is_file())
     facts = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     target = cache_root() / "models" / f"language-{sha256_json([own, facts])[:16]}" / there.parent.name / there.name
-    what = f"the language model of {there}"
-    if not target.is_dir():
-        with exclusive(target, what):
-            if not target.is_dir():  # another process may have made it meanwhile
-                with cached_in(target.parent, what), publish_folder(target) as new:
-                    _write(there, files, own, new)
-    return target
+    return made_once(target, f"the language model of {there}", partial(_write, there, files, own))
 
 
 def _write(folder: Path, files: list[Path], config: dict[str, Any], new: Path) -> None:

@@ -26,9 +26,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from loadmaster.models import added, graphs
 from loadmaster.models.added import add_to_narrow
 from loadmaster.models.graphs import MM, VIEWS, added_up_in, call, leave_out
+from loadmaster.preflight.blocks import MERGED
 
-NARROW = 256
-"""Most columns of a product that is worth merging; ranks are at most that. Wider ones keep a GPU busy by themselves."""
 CAT = torch.ops.aten.cat.default
 PERMUTE, SLICE = torch.ops.aten.permute.default, torch.ops.aten.slice.Tensor
 AS_STRIDED = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
@@ -65,7 +64,7 @@ def _products(graph: fx.Graph, narrow: Callable[[int, int, int], bool]) -> list[
 
 
 def _is_narrow(size: int, beside: int) -> bool:
-    return size <= NARROW and 4 * size <= beside
+    return size <= MERGED and 4 * size <= beside
 
 
 def _is_bound_in_memory(node: fx.Node, strides: bool) -> bool:

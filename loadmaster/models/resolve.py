@@ -12,7 +12,7 @@ from loadmaster import hub
 from loadmaster.config.schema import ModelConfig
 from loadmaster.config.shipped import local_path
 from loadmaster.errors import ConfigError, LoadmasterError
-from loadmaster.files import cache_root, cached_in, exclusive, publish_folder, sha256_json
+from loadmaster.files import cache_root, made_once, sha256_json
 from loadmaster.models.language_model import language_model_of
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.*"]
@@ -50,15 +50,13 @@ def _with_template(folder: Path, template: Path) -> Path:
     files = sorted(file for file in there.iterdir() if file.is_file() and file.name != TEMPLATE)
     key = sha256_json([[str(file) for file in files], hashlib.sha256(text).hexdigest()])[:16]
     target = cache_root() / "models" / f"template-{key}" / there.parent.name / there.name
-    what = f"the model with {template}"
-    if not target.is_dir():
-        with exclusive(target, what):
-            if not target.is_dir():  # another process may have made it meanwhile
-                with cached_in(target.parent, what), publish_folder(target) as new:
-                    for file in files:
-                        (new / file.name).symlink_to(file)
-                    (new / TEMPLATE).write_bytes(text)
-    return target
+
+    def write(new: Path) -> None:
+        for file in files:
+            (new / file.name).symlink_to(file)
+        (new / TEMPLATE).write_bytes(text)
+
+    return made_once(target, f"the model with {template}", write)
 
 
 def _as_it_is(model: ModelConfig) -> Path:

@@ -28,7 +28,8 @@ from loadmaster.preflight.shape import Matrix, ModelShape
 from loadmaster.preflight.stepping import Stepping
 
 MERGED = 256
-"""Highest rank of adapters whose products over one input are one in compiled layers (models/merged.py)."""
+"""Highest rank of adapters whose products over one input are one in compiled layers (models/merged.py): wider ones keep
+a GPU busy by themselves."""
 NARROW = 512
 """A matmul with fewer columns than this may be bound by the bytes that it moves, which the card decides (speed.py)."""
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")

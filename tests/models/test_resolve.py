@@ -92,7 +92,7 @@ def test_a_model_under_a_template_follows_its_folder_and_is_read_from_a_cache_th
     (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")  # saved anew
     after = resolve_base(model)
     assert (after / "model-00001-of-00001.safetensors").is_file() and not (after / "model.safetensors").is_symlink()
-    monkeypatch.setattr("loadmaster.models.resolve.exclusive", lambda *_: pytest.fail("a lock is written"))
+    monkeypatch.setattr("loadmaster.files.exclusive", lambda *_: pytest.fail("a lock is written"))
     assert resolve_base(model) == after
 
 

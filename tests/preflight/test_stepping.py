@@ -83,6 +83,24 @@ def traced_first_peak(step, model, optimizer) -> int:
     return live.peak - before
 
 
+def stepping_in_backward(config: dict, setup: Setup) -> tuple:
+    """(a step, its model, its optimizer), which steps inside the backward pass."""
+    model = with_trained_part(_meta_model(config, DTYPES[setup.precision]), setup)
+    checkpoint_activations(model, setup.checkpointing, setup.kept_layers)
+    optimizer = BackwardOptimizer(
+        trainable(model), OptimizerConfig(max_grad_norm=0.0), setup.optimizer, setup.master_weights
+    )
+    ids = torch.zeros(1, setup.sequence_length, dtype=torch.long)
+    batch = MicroBatch(ids, ids, torch.arange(setup.sequence_length)[None])
+
+    def step() -> None:
+        optimizer.begin(1e-3)
+        token_losses(model, batch)[0].backward()
+        optimizer.clip(0.0)
+
+    return step, model, optimizer
+
+
 class WithMoments(Fused):
     """Made for all of a bucket before any of it is stepped, as a fused AdamW does."""
 
@@ -116,18 +134,7 @@ def test_replay_equals_a_trace(fused, family, name, precision) -> None:
                 method="full", precision=precision, optimizer=name, master_weights=name == "adamw",
                 checkpointing=checkpointing, kept_layers=kept, sequence_length=tokens, in_backward=True,
             )
-            model = with_trained_part(_meta_model(config, DTYPES[precision]), setup)
-            checkpoint_activations(model, checkpointing, kept)
-            optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, name == "adamw")
-            ids = torch.zeros(1, tokens, dtype=torch.long)
-            batch = MicroBatch(ids, ids, torch.arange(tokens)[None])
-
-            def step(model=model, batch=batch, optimizer=optimizer) -> None:
-                optimizer.begin(1e-3)
-                token_losses(model, batch)[0].backward()
-                optimizer.clip(0.0)
-
-            truth = traced_peak(step, model, optimizer)
+            truth = traced_peak(*stepping_in_backward(config, setup))
             error = training_step(from_config(config, family), setup, in_place=False).peak / truth - 1
             said = f"{checkpointing} but {kept}, {tokens} tokens"
             assert abs(error) < 0.001, f"{said}: replay is {error:+.3%} from {truth} bytes"
@@ -147,18 +154,7 @@ def test_experts_and_fused_matrices_are_stepped_with_their_layer(fused, family, 
             method="full", precision="bf16", optimizer=name, master_weights=masters,
             checkpointing=checkpointing, sequence_length=256, in_backward=True,
         )
-        model = with_trained_part(_meta_model(config), setup)
-        checkpoint_activations(model, checkpointing)
-        optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, masters)
-        ids = torch.zeros(1, 256, dtype=torch.long)
-        batch = MicroBatch(ids, ids, torch.arange(256)[None])
-
-        def step(model=model, batch=batch, optimizer=optimizer) -> None:
-            optimizer.begin(1e-3)
-            token_losses(model, batch)[0].backward()
-            optimizer.clip(0.0)
-
-        truth = traced_peak(step, model, optimizer)
+        truth = traced_peak(*stepping_in_backward(config, setup))
         error = training_step(from_config(config, family), setup, in_place=False).peak / truth - 1
         assert abs(error) < 0.001, f"{checkpointing}: replay is {error:+.3%} from {truth} bytes"
 
@@ -175,18 +171,7 @@ def test_in_the_first_step_a_layer_gets_its_moments_as_it_is_stepped(with_moment
             method="full", precision="bf16", optimizer=name, master_weights=name == "adamw",
             checkpointing=checkpointing, kept_layers=kept, sequence_length=tokens, in_backward=True,
         )
-        model = with_trained_part(_meta_model(config), setup)
-        checkpoint_activations(model, checkpointing, kept)
-        optimizer = BackwardOptimizer(trainable(model), OptimizerConfig(max_grad_norm=0.0), name, name == "adamw")
-        ids = torch.zeros(1, tokens, dtype=torch.long)
-        batch = MicroBatch(ids, ids, torch.arange(tokens)[None])
-
-        def step(model=model, batch=batch, optimizer=optimizer) -> None:
-            optimizer.begin(1e-3)
-            token_losses(model, batch)[0].backward()
-            optimizer.clip(0.0)
-
-        truth = traced_first_peak(step, model, optimizer)
+        truth = traced_first_peak(*stepping_in_backward(config, setup))
         error = training_step(shape, setup, in_place=False, made=STATE_BYTES[name]).peak / truth - 1
         assert abs(error) < 0.001, f"{checkpointing} but {kept}: replay is {error:+.3%} from {truth} bytes"
 
