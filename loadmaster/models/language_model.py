@@ -23,13 +23,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from loadmaster.ahead import INDEX, SINGLE, weights
 from loadmaster.errors import LoadmasterError
 from loadmaster.files import cache_root, made_once, read_json, sha256_json, write_json
 from loadmaster.preflight.families import language_model
 
 WHERE = "MULTIMODAL"
 """In the folder that is made: where the multimodal checkpoint lies, and what was left behind."""
-INDEX = "model.safetensors.index.json"
 OTHERS = ("config.json", "preprocessor_config.json", "processor_config.json", INDEX)
 """Files that the language model has otherwise, or not at all."""
 NAMES = (
@@ -74,22 +74,24 @@ def language_model_of(folder: Path) -> Path:
 
 
 def _write(folder: Path, files: list[Path], config: dict[str, Any], new: Path) -> None:
-    weights = [file for file in files if file.suffix == ".safetensors"]
     for file in files:
-        if file.name not in OTHERS and file not in weights:
+        if file.name not in OTHERS and file.suffix != ".safetensors":
             (new / file.name).symlink_to(file)
+    shards = weights(folder)
+    if missing := [file.name for file in shards if not file.is_file()]:
+        raise _incomplete(folder, f"{', '.join(missing)} of its index is not there")
     index: dict[str, str] = {}
     left: dict[str, int] = {}
-    for file in weights:
+    for file in shards:
         names, others = _copy(file, new / file.name)
         index |= dict.fromkeys(names, file.name)
         left |= others
     if not index:
         raise LoadmasterError(f"{folder} says that it is a multimodal model, and its files hold no language model")
-    if list(set(index.values())) != ["model.safetensors"]:
+    if set(index.values()) != {SINGLE}:
         size = sum(file.stat().st_size for file in new.glob("*.safetensors"))
         write_json(new / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
-    if "lm_head.weight" not in index:
+    if "lm_head.weight" not in index and read_json(folder / "config.json").get("tie_word_embeddings", True):
         config = {**config, "tie_word_embeddings": True}
     write_json(new / "config.json", config)
     write_json(new / WHERE, {"folder": str(folder), "left_out": {"tensors": len(left), "bytes": sum(left.values())}})
@@ -97,16 +99,24 @@ def _write(folder: Path, files: list[Path], config: dict[str, Any], new: Path) -
 
 def _copy(source: Path, target: Path) -> tuple[list[str], dict[str, int]]:
     """Copy a shard's tensors of the language model, if it has any; (their names, bytes of each other tensor)."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
-    with safe_open(source, "pt") as old:
+    try:
+        opened = safe_open(source, "pt")
+    except SafetensorError as error:
+        raise _incomplete(source.parent, f"{source.name} is torn ({error})") from None
+    with opened as old:
         own = {name: own_name(name) for name in old.keys()}  # noqa: SIM118 (it is no dict)
         taken = {new: old.get_tensor(name) for name, new in own.items() if new is not None}
         left = {name: old.get_tensor(name).nbytes for name, new in own.items() if new is None}
         if taken:
             save_file(taken, target, metadata=old.metadata())
     return list(taken), left
+
+
+def _incomplete(folder: Path, why: str) -> LoadmasterError:
+    return LoadmasterError(f"{folder} is no complete model: {why}\n    fix: download or save it again")
 
 
 @contextmanager

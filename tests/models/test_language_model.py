@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from loadmaster.config.schema import HardwareConfig, Job, LoraConfig, ModelConfig
+from loadmaster.errors import LoadmasterError
 from loadmaster.export.checks import as_trained
 from loadmaster.export.loading import load_adapter
 from loadmaster.models.adapters import make_trainable, trainable
@@ -85,6 +86,44 @@ def test_it_is_made_once_and_again_where_the_files_are_others(whole, own, tmp_pa
     other = shutil.copytree(whole, tmp_path / "models--org--m" / "snapshots" / "0123abc")
     found = language_model_of(other)
     assert found != own and base_revision(ModelConfig(name="org/m"), found) == "0123abc"
+
+
+def test_it_is_taken_from_the_files_that_the_whole_is_loaded_from(whole, tmp_path, monkeypatch) -> None:
+    """Others beside them may hold older weights by the same names."""
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    beside = shutil.copytree(whole, tmp_path / "beside")
+    names = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
+    old = {name: torch.zeros_like(load_file(whole / file)[name]) for name, file in names.items()}
+    save_file(old, beside / "model-00099-of-00099.safetensors", metadata={"format": "pt"})
+    own = language_model_of(beside)
+    alone = AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16)
+    assert torch.equal(logits(alone), logits(loaded(beside)))
+    assert not (own / "model-00099-of-00099.safetensors").exists()
+
+
+def test_files_that_are_not_there_or_torn_are_told_and_no_head_is_made_of_the_embedding(
+    whole, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
+    torn = shutil.copytree(whole, tmp_path / "torn")
+    names = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = torn / next(file for name, file in names.items() if name.endswith("norm.weight"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(LoadmasterError, match=rf"no complete model: {shard.name} is torn"):
+        language_model_of(torn)
+    shard.unlink()
+    with pytest.raises(LoadmasterError, match=rf"no complete model: {shard.name} of its index is not there"):
+        language_model_of(torn)
+
+    headless, tensors = tmp_path / "headless", {}
+    headless.mkdir()
+    for file in sorted(set(names.values())):
+        tensors |= {name: t for name, t in load_file(whole / file).items() if "lm_head" not in name}
+    save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((whole / "config.json").read_text())
+    (headless / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(LoadmasterError, match="does not fill the model"):
+        load_base(language_model_of(headless), torch.bfloat16, "cpu")
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
