@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loadmaster.export.weights import DTYPES, INDEX, Shapes, read_tensor, shards, tensor_shapes
+from loadmaster.export.weights import DTYPES, INDEX, SINGLE, Shapes, read_tensor, shards, tensor_shapes
 from loadmaster.files import write_json
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -88,8 +88,8 @@ class ShardWriter:
 def rewrite(source: Path, change: Change, targets: Mapping[Path, Change]) -> None:
     """Write the shards of `source` to every target folder: each tensor through `change`, then through the target's.
 
-    All targets are made in one pass, so a tensor is read and merged once. An index is written where there is more
-    than one shard; its `total_size` is in bytes.
+    All targets are made in one pass, so a tensor is read and merged once. An index is written but for
+    one shard called model.safetensors; its `total_size` is in bytes.
     """
     files = shards(source)
     weight_map: dict[Path, dict[str, str]] = {target: {} for target in targets}
@@ -113,7 +113,7 @@ def rewrite(source: Path, change: Change, targets: Mapping[Path, Change]) -> Non
                             writer.write(last, made)
             for writer, _ in writers:
                 writer.close()
-    if len(files) > 1:
+    if [file.name for file in files] != [SINGLE]:
         for target in targets:
             index = {"metadata": {"total_size": total_size[target]}, "weight_map": weight_map[target]}
             write_json(target / INDEX, index)

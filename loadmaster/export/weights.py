@@ -30,11 +30,12 @@ WHOLE = (HEAD, "embed_out.weight", *EMBEDDINGS)
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order.
+    """The safetensors files of a model folder, in order; as transformers does it, an index counts where there is no
+    model.safetensors.
 
     Raises ExportRejected where there are none, or where the index names a file that is not there.
     """
-    sharded = (folder / INDEX).exists()
+    sharded = (folder / INDEX).exists() and not (folder / SINGLE).is_file()
     names = sorted(set(read_json(folder / INDEX)["weight_map"].values())) if sharded else [SINGLE]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from loadmaster.ahead import INDEX, SINGLE, weights
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED
 from loadmaster.models.bf16_products import quicken
@@ -94,12 +95,11 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self._files: dict[str, Any] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            self._where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+            self._where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         else:
             self._where = {}
-            for path in sorted(folder.glob("*.safetensors")):
+            for path in weights(folder):
                 self._where |= dict.fromkeys(self._open(path.name).keys(), path.name)
 
     def __contains__(self, name: str) -> bool:

@@ -15,6 +15,7 @@ from loadmaster.export.merge import merge, round_trip
 from loadmaster.export.sidecars import write_config
 from loadmaster.export.weights import shards, tensor_files
 from loadmaster.files import read_json, write_json
+from loadmaster.models.shards import Checkpoint
 
 IDS = torch.arange(500, 564).reshape(2, 32)
 SOME = ["q_proj", "v_proj"]
@@ -272,6 +273,29 @@ def test_an_incomplete_download_is_named(tiny, tmp_path):
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "model-1.safetensors"}})
     with pytest.raises(ExportRejected, match=r"model-1\.safetensors is not there"):
         shards(tmp_path)
+
+
+def test_what_is_merged_is_what_transformers_loads_whatever_index_or_shards_were_left_beside(tiny32, tmp_path):
+    """It takes model.safetensors first, which others beside it may contradict, older or gone."""
+    folder = shutil.copytree(tiny32, tmp_path / "base")
+    names = load_file(folder / "model.safetensors")
+    write_json(folder / "model.safetensors.index.json", {"weight_map": dict.fromkeys(names, "model-1.safetensors")})
+    assert shards(folder) == [folder / "model.safetensors"]
+    assert Checkpoint(folder).rows("model.norm.weight").shape == names["model.norm.weight"].shape
+    save_file({name: torch.zeros_like(tensor) for name, tensor in names.items()}, folder / "model-1.safetensors")
+    assert Checkpoint(folder).rows("model.norm.weight").any()
+
+
+def test_one_shard_that_an_index_names_is_merged_to_one_that_can_be_loaded(tiny32, tmp_path):
+    base, merged = shutil.copytree(tiny32, tmp_path / "base"), tmp_path / "merged"
+    (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
+    names = load_file(base / "model-00001-of-00001.safetensors")
+    where = dict.fromkeys(names, "model-00001-of-00001.safetensors")
+    write_json(base / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    merged.mkdir()
+    merge(base, merged, None, torch.float32)
+    write_config(base, merged, tied_embeddings=True)
+    assert shards(merged) == [merged / "model-00001-of-00001.safetensors"]
 
 
 def test_an_adapter_whose_config_says_another_rank_than_its_tensors_is_refused(tiny_adapter, tmp_path):
