@@ -28,8 +28,10 @@ import math
 import re
 import sys
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 if importlib.util.find_spec("triton") is None:
     sys.path.append(str(Path(sys.prefix) / "triton"))
@@ -64,6 +66,10 @@ LLAMA = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
 }
 GPU = torch.device("cuda", 0)
+
+
+def available() -> AbstractContextManager:
+    return patch.object(torch.cuda, "is_available", lambda: True)
 
 
 def stand_in(capability: int) -> None:
@@ -129,11 +135,8 @@ class Generated:
         return compile_fx.compile_fx(module, inputs, inner_compile=self._lower)
 
     def _lower(self, module: torch.fx.GraphModule, inputs: list, **options: object) -> object:
-        available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
-        try:
+        with available():
             self._generate(copy.deepcopy(module), inputs, bool(options.get("is_backward")))
-        finally:
-            torch.cuda.is_available = available
         return compile_fx.make_boxed_func(module.forward)
 
     def _generate(self, module: torch.fx.GraphModule, inputs: list, backward: bool) -> None:
@@ -238,9 +241,9 @@ def assembled(code: str, folder: Path) -> int:
     return len(kernels)
 
 
-def main(
+def generate(
     method: str, precision: str, capability: str, config: str = "{}", fields: str = "{}", what: str = "assemble"
-) -> None:
+) -> dict[str, object]:
     stand_in(int(capability))
     torch._inductor.config.fx_graph_cache = False
     torch._inductor.config.compile_threads = 1
@@ -257,16 +260,15 @@ def main(
     loss, _ = token_losses(model, MicroBatch(ids, ids, torch.arange(TOKENS)[None]))
     loss.backward()
     graphs = generated.graphs
-    torch.cuda.is_available = lambda: True
-    with tempfile.TemporaryDirectory() as folder:
+    with available(), tempfile.TemporaryDirectory() as folder:
         found = [(kind, assembled(code, Path(folder)) if what == "assemble" else 0) for kind, code, _ in graphs]
     moved = [round(next(moved for kind, _, moved in graphs if kind == way) / TOKENS) for way in ("forward", "backward")]
     backward = next(code for kind, code, _ in graphs if kind == "backward")
     mixed = sum("MixOrderReductionGrid" in code for _, code, _ in graphs)
     said = {"graphs": found, "bytes": moved, "mixed": mixed}
     said |= {"backward": round(made(backward, {}) / TOKENS), "beyond": round(made(backward, given(backward)) / TOKENS)}
-    print(json.dumps(said))
+    return said
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(json.dumps(generate(*sys.argv[1:])))

@@ -5,11 +5,9 @@ are right; the same graphs' numbers are held on a CPU (tests/training/test_compi
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from multiprocessing import get_context
 
 import pytest
 
@@ -20,9 +18,12 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.speed import bytes_moved
 from loadmaster.preflight.step import training_step
-from tests.gpu_code import LLAMA, TOKENS
+from tests.gpu_code import LLAMA, TOKENS, generate
 
-SCRIPT = Path(__file__).parents[1] / "gpu_code.py"
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.gpu_code", "torch._inductor.lowering", "transformers.models.llama.modeling_llama"])
+ONE_EACH = ProcessPoolExecutor(1, FORKS, max_tasks_per_child=1)
+"""A process for each case, of one that has imported what they need."""
 A100, ADA, H100, B200 = 80, 89, 90, 100
 GEMMA3 = {
     "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8,
@@ -72,13 +73,8 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 def generated(
     method: str, precision: str, capability: int, config: dict | None = None, what: str = "assemble", **fields
 ) -> dict:
-    told = [json.dumps(config or {}), json.dumps(fields), what]
-    ran = subprocess.run(
-        [sys.executable, str(SCRIPT), method, precision, str(capability), *told],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(ran.stdout.splitlines()[-1])
+    told = (json.dumps(config or {}), json.dumps(fields), what)
+    return ONE_EACH.submit(generate, method, precision, str(capability), *told).result()
 
 
 SHAPE = find_shape(ModelConfig(name="meta-llama/Llama-3.1-8B"))
