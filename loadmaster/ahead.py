@@ -14,19 +14,18 @@ from queue import Empty, SimpleQueue
 
 from loadmaster import processors
 from loadmaster.errors import LoadmasterError
-from loadmaster.files import as_object, read_json
 from loadmaster.host_memory import free_host_bytes
+from loadmaster.model_files import shards
 
 PIECE_BYTES = 16 * 2**20
 THREADS = 4
 """At most; one processor is left to what imports meanwhile."""
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_ahead(folder: Path) -> list[threading.Thread]:
     """Begin to read the weights in `folder`; the threads that do, none where memory would not hold them."""
     try:
-        sizes = {file: file.stat().st_size for file in weights(folder)}
+        sizes = {file: file.stat().st_size for file in shards(folder)}
     except (OSError, ValueError, LoadmasterError):  # what loads it says so
         return []
     if sum(sizes.values()) > free_host_bytes() / 2:
@@ -42,16 +41,6 @@ def read_ahead(folder: Path) -> list[threading.Thread]:
     for reader in readers:
         reader.start()
     return readers
-
-
-def weights(folder: Path) -> list[Path]:
-    """What a model is loaded from, in order: Mistral's hold all of it once more, as consolidated.safetensors."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).exists():
-        return sorted(folder.glob("*.safetensors"))
-    names = as_object(as_object(read_json(folder / INDEX)).get("weight_map")).values()
-    return sorted({folder / str(name) for name in names})
 
 
 def _read_all(pieces: SimpleQueue[tuple[Path, int]]) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from loadmaster.files import read_json, torn_safetensors
+from loadmaster.model_files import INDEX, is_sharded
 
 OBJECTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json", "adapter_config.json")
 """Files that hold one JSON object."""
-INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer*", "tokenization*", "vocab*", "*.model", "tekken.json")
 """What a tokenizer of any kind has a file of."""
 
@@ -36,7 +36,7 @@ def broken_files(folder: Path) -> Iterator[str]:
             content, problem = _object(folder / name)
             if problem:
                 yield f"{name} {problem}"
-            elif name == INDEX:
+            elif name == INDEX and is_sharded(folder):
                 yield from _missing_shards(folder, content)
     for file in sorted(folder.glob("*.safetensors")):
         try:

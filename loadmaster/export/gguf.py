@@ -23,8 +23,9 @@ import torch
 from loadmaster.errors import ExportRejected
 from loadmaster.export.gguf_tokenizer import add_tokenizer, pre_tokenizer
 from loadmaster.export.stream import ShardWriter, row_chunks
-from loadmaster.export.weights import SINGLE, read_tensor, shards, tensor_shapes
+from loadmaster.export.weights import read_tensor, shards, tensor_shapes
 from loadmaster.files import read_json, write_json, write_text
+from loadmaster.model_files import SINGLE
 from loadmaster.preflight.exports import GGUF_ARCHITECTURES as ARCHITECTURES
 
 PERMUTED = ("llama",)

@@ -20,8 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loadmaster.export.weights import DTYPES, INDEX, SINGLE, Shapes, read_tensor, shards, tensor_shapes
+from loadmaster.export.weights import DTYPES, Shapes, read_tensor, shards, tensor_shapes
 from loadmaster.files import write_json
+from loadmaster.model_files import INDEX, SINGLE
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ORDER = {dtype: position for position, dtype in enumerate(NAMES)}

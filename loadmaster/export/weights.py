@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from loadmaster import model_files
 from loadmaster.errors import ExportRejected
 from loadmaster.files import read_json
+from loadmaster.model_files import SINGLE, is_sharded
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -30,20 +30,17 @@ WHOLE = (HEAD, "embed_out.weight", *EMBEDDINGS)
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order; as transformers does it, an index counts where there is no
-    model.safetensors.
+    """The safetensors files that a model is loaded from, in order.
 
     Raises ExportRejected where there are none, or where the index names a file that is not there.
     """
-    sharded = (folder / INDEX).exists() and not (folder / SINGLE).is_file()
-    names = sorted(set(read_json(folder / INDEX)["weight_map"].values())) if sharded else [SINGLE]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    files = model_files.shards(folder) if is_sharded(folder) else [folder / SINGLE]
+    if missing := [file.name for file in files if not file.is_file()]:
         raise ExportRejected(
             f"{folder} is not a complete model: {', '.join(missing)} is not there. "
             "Download or save it again as safetensors."
         )
-    return [folder / name for name in names]
+    return files
 
 
 def is_adapter(folder: Path) -> bool:

@@ -23,9 +23,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from loadmaster.ahead import INDEX, SINGLE, weights
 from loadmaster.errors import LoadmasterError
 from loadmaster.files import cache_root, made_once, read_json, sha256_json, write_json
+from loadmaster.model_files import INDEX, SINGLE, shards
 from loadmaster.preflight.families import language_model
 
 WHERE = "MULTIMODAL"
@@ -77,12 +77,12 @@ def _write(folder: Path, files: list[Path], config: dict[str, Any], new: Path) -
     for file in files:
         if file.name not in OTHERS and file.suffix != ".safetensors":
             (new / file.name).symlink_to(file)
-    shards = weights(folder)
-    if missing := [file.name for file in shards if not file.is_file()]:
+    sources = shards(folder)
+    if missing := [file.name for file in sources if not file.is_file()]:
         raise _incomplete(folder, f"{', '.join(missing)} of its index is not there")
     index: dict[str, str] = {}
     left: dict[str, int] = {}
-    for file in shards:
+    for file in sources:
         names, others = _copy(file, new / file.name)
         index |= dict.fromkeys(names, file.name)
         left |= others

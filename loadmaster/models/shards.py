@@ -11,7 +11,6 @@ rank, in turn, and handed round; the others never read it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from loadmaster.ahead import INDEX, SINGLE, weights
 from loadmaster.errors import LoadmasterError
+from loadmaster.model_files import is_sharded, shards, weight_map
 from loadmaster.models.attention import PACKED
 from loadmaster.models.bf16_products import quicken
 from loadmaster.models.experts import stored_as, stored_experts
@@ -95,11 +94,11 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self._files: dict[str, Any] = {}
-        if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-            self._where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if is_sharded(folder):
+            self._where = weight_map(folder)
         else:
             self._where = {}
-            for path in weights(folder):
+            for path in shards(folder):
                 self._where |= dict.fromkeys(self._open(path.name).keys(), path.name)
 
     def __contains__(self, name: str) -> bool:

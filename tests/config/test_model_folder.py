@@ -55,11 +55,18 @@ def test_a_whole_folder_has_nothing_broken(folder):
     ],
 )
 def test_each_broken_file_is_named(folder, name, content, said):
+    if name.endswith("index.json"):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / name).unlink(missing_ok=True)
     (folder / name).write_bytes(content)
     found = list(broken_files(folder))
     assert len(found) == 1
     assert said in found[0]
+
+
+def test_an_index_beside_whole_weights_is_not_followed(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+    assert list(broken_files(folder)) == []
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

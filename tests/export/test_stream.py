@@ -17,8 +17,9 @@ from loadmaster.export.int4 import Int4, group_size
 from loadmaster.export.linear import QuantizeLinears, linear_weights, quantization_config
 from loadmaster.export.merge import merge
 from loadmaster.export.stream import ShardWriter, Unchanged, rewrite
-from loadmaster.export.weights import DTYPES, INDEX, shards, tensor_shapes
+from loadmaster.export.weights import DTYPES, shards, tensor_shapes
 from loadmaster.files import read_json, write_json
+from loadmaster.model_files import INDEX
 
 LLM_COMPRESSOR = """
 import sys, torch
