@@ -9,17 +9,14 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     4 dq + 4 dk + 4 heads                           (q and the output; k and v; logsumexp)
     2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k (8 where those are over all heads together)
     2 dq + 2 dk                                     fused (Phi-3): v is a part of q, k and v, which stay whole
-    2 dq                                            where a part of each head turns, and o_proj is trained
-                                                    on the output as it is: no dropout, not whole in FP8
     4 f                                             (gate and up; their product and the norms' outputs are made again)
     k (4 e + 2 h + 29) + 4 E                        in its place, of k of E experts of size e: gate and up, results,
                                                     places; the router's logits. Trained whole 2 k h more: their inputs
     2 r    for each adapter
     3      for each input of an adapter with dropout: the mask, and what is left of the input; over an nf4 base that is
-           made again for q, gate and down, of which a byte stays
+           made again for q, o, gate and down, of which a byte stays
     2 h    where DoRA's magnitudes scale down's result, and 2 dq + 2 dk where q's and k's that no norm has kept; with
            four norms down's has been, and where q and k have norms as well, 4 dq if q, k and v are all scaled
-    dq     trained with products in FP8             (the output in FP8 as well)
 
 On an H100 a sketch of such an engine took 32.9 GiB (LoRA 8B, 2 x 2048), 23.2 over nf4, and 38.6 (full 3B, 4 x 2048), or
 32.5 in FP8: benchmarks/reference_runs.py has them beside this. Fused kernels' own temporaries are not known.
@@ -33,7 +30,7 @@ from loadmaster.preflight import saved
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 
-MADE_AGAIN = ("q_proj", "qkv_proj", "gate_proj", "gate_up_proj", "down_proj")
+MADE_AGAIN = ("q_proj", "qkv_proj", "o_proj", "gate_proj", "gate_up_proj", "down_proj")
 """Matrices over nf4 whose adapter's input, after dropout, is not kept."""
 
 PLACES = 29
@@ -58,10 +55,7 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
     if shape.query_key_norm:
         kept += 2 * dq + 2 * dk + 4 * (2 if shape.whole_norm else shape.heads + shape.key_value_heads)
     if shape.fused:
-        whole = not setup.adapters and setup.precision == "bf16"
-        read = whole or ("o_proj" in {m.name for m in adapted} and not setup.lora_dropout)
-        kept += 2 * dq + 2 * dk + (2 * dq if read and shape.rotary_fraction < 1 else 0)
-    kept += dq if setup.precision == "fp8" and not setup.adapters else 0
+        kept += 2 * dq + 2 * dk
     kept += 2 * setup.lora_rank * len(adapted)
     if experts:
         kept += shape.experts_per_token * (4 * shape.expert_size + 2 * h * (1 if setup.adapters else 2) + PLACES)
