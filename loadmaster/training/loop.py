@@ -133,6 +133,7 @@ def train(
             start.ended("reference")
             training.stop_if(not done, "before the first step; what the model said so far is kept")
         training.resume()
+        start.ended("resume")
         training.run()
         if job.checkpoint.load_best:
             training.load_best()
@@ -207,6 +208,7 @@ class Training:
         log = MetricsLog(self.run_dir / "metrics.jsonl", self.resumed_after, world.lead, self.resumed_row)
         tracker = open_tracker(self.session.job, self.run_dir, self.job_hash, world.lead, self.display.echo)
         compiled, position = graphs_compiled(), self.sampler.state_dict()
+        self.start.ended("records")
         try:
             if self.left_out:
                 self._make_up(log, tracker, position)

@@ -13,6 +13,7 @@ WORDS = {
     "rehearsal": "rehearsal",
     "reference": "for what the model said before",
     "resume": "going on from a checkpoint",
+    "records": "opening the log and the tracker",
     "first_step": "the step",
 }
 """Of each part, in their order, behind its seconds."""
@@ -28,8 +29,9 @@ class Parts:
         self._last = time.perf_counter()
 
     def ended(self, name: str) -> None:
+        """What took place since the last part was (some more of) this one."""
         now = time.perf_counter()
-        self.seconds[name] = now - self._last
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
 
     @property

@@ -315,7 +315,7 @@ def test_a_start_is_told_part_by_part_once(made, trained, monkeypatch):
     said = made.said()
     assert said.count("first step taken 100") == 1 and "compiling, and what is done once: 19.5 s" in said
     told = outcome.start_s
-    of_all = ["before_training", "load", "rehearsal", "resume", "first_step"]
+    of_all = ["before_training", "load", "rehearsal", "resume", "records", "first_step"]
     assert list(told) == [*of_all, *(f"rehearsal_{name}" for name in parts), "total"]
     assert told["before_training"] >= 1000 and told["rehearsal_first_step"] == 20.0
     assert told["total"] == pytest.approx(sum(map(told.get, of_all)), abs=0.01)
@@ -329,6 +329,15 @@ def test_where_nothing_is_compiled_no_start_says_so(made, trained, once, said):
     made.session.gradients.side_effect = lambda *_: time.sleep(0.1) or (torch.tensor(2.0), torch.tensor(1.0))
     trained()
     assert said in made.said() and "compiling" not in made.said()
+
+
+def test_a_run_that_begins_does_not_say_that_it_went_on_from_a_checkpoint(made, trained, monkeypatch):
+    """A tracker's library is imported as it is opened, which takes longer than to see that there is no checkpoint."""
+    opened = loop.open_tracker
+    monkeypatch.setattr(loop, "open_tracker", lambda *given: time.sleep(0.1) or opened(*given))
+    _, outcome = trained()
+    assert outcome.start_s["records"] >= 0.1 > outcome.start_s["resume"]
+    assert " s opening the log and the tracker" in made.said() and "going on from" not in made.said()
 
 
 def test_what_the_model_said_before_is_a_part_of_its_own(made, trained, monkeypatch):
