@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from loadmaster.config.hydra_sources import GROUP
-from loadmaster.config.overrides import assigned
-from loadmaster.config.shipped import shipped_folder
+from loadmaster.config.overrides import assigned, note_repeated
+from loadmaster.config.shipped import local_path, shipped_folder
 from loadmaster.errors import UsageError
 from loadmaster.rundir import LAUNCH_RECORD, RECORD, newest_in
 
@@ -19,6 +19,10 @@ SETTINGS = "config"
 SUCH_AS = "such as runs/smoke/<date-time>"
 WITH_A_WORD = ("--config-dir", "-cd", "--config-name", "-cn", "--cfg", "-c", "--info", "-i", "--package", "-p")
 """Options of train.py that the next word is the value of."""
+ITS_OWN = WITH_A_WORD[:4]
+"""Of those, the ones that say which settings are laid over which; a run's are."""
+PATHS = ("data.path", "data.validation", "model.path", "model.chat_template")
+"""Fields of paths, which in a run count from where it was started, and on a command line from where that is typed."""
 
 
 def run_and_words(words: list[str]) -> tuple[Path | None, list[str]]:
@@ -33,14 +37,15 @@ def run_and_words(words: list[str]) -> tuple[Path | None, list[str]]:
     run = checked_run(Path(typed).expanduser()).resolve()
     for word in others:
         key, _, value = word.lstrip("+").partition("=")
-        if key == GROUP:
+        if key == GROUP or key in ITS_OWN:
             raise UsageError(f"{typed} {word}: a run has its own settings; give one of the two")
         if key in ("launch", "launch.name") and value != "local":
             raise UsageError(
                 f"{typed} {word}: a run goes on where it lies; leave {word} out, or begin one on other machines with "
                 f"recipe=NAME and {word}"
             )
-    return run, [assigned("run_dir", str(run)), *map(over_run, others)]
+    note_repeated([word for word in others if is_group_choice(word)])
+    return run, over_run([assigned("run_dir", str(run)), *others])
 
 
 def place_of_run(words: list[str]) -> int | None:
@@ -81,8 +86,26 @@ def nothing_given(stage: str, newest: Path | None) -> str:
     return f"{stage} what? {run} goes on with {what}; loadmaster {stage} recipe=smoke begins the small job"
 
 
-def over_run(word: str) -> str:
-    """A word that follows a run: a group's file is laid over its settings, which no file of that group is behind."""
-    key, _, value = word.partition("=")
-    is_group = key != GROUP and (shipped_folder("conf") / key).is_dir()
-    return f"+{word}" if key and is_group and value[:1] not in ("", "{") else word
+def is_group_choice(word: str) -> bool:
+    key, _, value = word.lstrip("+").partition("=")
+    return key not in ("", GROUP) and (shipped_folder("conf") / key).is_dir() and value[:1] not in ("", "{")
+
+
+def over_run(words: list[str]) -> list[str]:
+    """Words that follow a run: a group's file is laid over its settings, which no file of that group is behind. The
+    last of each group: of two files Hydra takes neither there."""
+    last = {word.lstrip("+").partition("=")[0]: place for place, word in enumerate(words) if is_group_choice(word)}
+    chosen = {place: f"+{words[place].lstrip('+')}" for place in last.values()}
+    return [chosen.get(place, word) for place, word in enumerate(words) if place in chosen or not is_group_choice(word)]
+
+
+def from_elsewhere(word: str, here: Path, folder: Path) -> str:
+    """A word typed in `here` for a run whose paths count from `folder`: what it names in `here` by a relative path is
+    named by the whole one."""
+    key, _, value = word.lstrip("+").partition("=")
+    if key not in PATHS or not value or set(value) & set("\"'\\${},"):
+        return word
+    named, there = here / local_path(value), folder / local_path(value)
+    if not os.path.exists(named) or (os.path.exists(there) and os.path.samefile(named, there)):
+        return word
+    return assigned(key, os.path.abspath(named))

@@ -66,8 +66,8 @@ def side_by_side(compare: str, overrides: list[str], run: Path | None = None) ->
         raise ConfigError.of("--compare", compare, "compares values of one key", remedy, "command line")
     plans, jobs = {}, {}
     for value in _OUTSIDE_BRACKETS.split(values):
-        word = f"{key}={value}"
-        jobs[value] = _composed([*overrides, word if run is None else over_run(word)], run)
+        words = [*overrides, f"{key}={value}"]
+        jobs[value] = _composed(words if run is None else over_run(words), run)
     for composed in jobs.values():
         refuse_trace(composed.job, "--compare")
     hub.settle(*(composed.job.model.name for composed in jobs.values()))

@@ -17,7 +17,7 @@ from loadmaster.config.compose import Composed
 from loadmaster.config.overrides import note_repeated
 from loadmaster.config.schema import STAGES, Job
 from loadmaster.errors import ConfigError, UsageError
-from loadmaster.given_run import SETTINGS, nothing_given, run_and_words
+from loadmaster.given_run import SETTINGS, from_elsewhere, nothing_given, run_and_words
 from loadmaster.rundir import newest_in
 
 
@@ -36,6 +36,7 @@ def run_stage(arguments: argparse.Namespace, words: list[str], misused: Callable
         from loadmaster.export.served.check import folder_of_paths
 
         folder = folder_of_paths(run)
+        words = [from_elsewhere(word, Path.cwd(), folder) for word in words]
     with chdir(folder):  # which the run's own paths count from
         return _shown(arguments, words, run) if any(shown.values()) else _staged(stage, words, run, tuple(shown))
 

@@ -77,6 +77,9 @@ def test_what_is_no_run_directory_is_refused_with_what_would_be(tmp_path, monkey
     assert f"{run} recipe=smoke: a run has its own settings" in capsys.readouterr().err
     assert main(["bundle", str(run), "launch=runpod"]) == 2
     assert "launch=runpod: a run goes on where it lies; leave launch=runpod out" in capsys.readouterr().err
+    for words in (["--config-name=train"], ["-cn", "train"], ["--config-dir", "conf"]):
+        assert main(["bundle", *words, str(run)]) == 2
+        assert f"{run} {words[0]}: a run has its own settings; give one of the two" in capsys.readouterr().err
     (run / "export/bf16").mkdir(parents=True)
     for part in ("export/bf16", "config.yaml"):
         assert main(["bundle", str(run / part)]) == 2
@@ -124,3 +127,27 @@ def test_a_run_behind_a_link_or_in_a_folder_named_as_a_setting_keeps_its_own_pla
 def test_a_sweep_over_a_run_is_told_what_gives_each_job_a_folder(planned_run, capsys):
     assert main(["plan", str(planned_run), "--multirun", "seed=1,2"]) == 2
     assert "run_dir=auto: each job then gets its own" in capsys.readouterr().err
+
+
+def test_of_a_group_that_is_given_twice_over_a_run_the_last_one_counts(planned_run, capsys):
+    for words in (["hardware=a100_80gb_x1", "hardware=l40s_x1"], ["hardware=a100_80gb_x1", "+hardware=l40s_x1"]):
+        capsys.readouterr()
+        assert main(["plan", str(planned_run), "--json", *words]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)["hardware"]["gpu"] == "l40s"
+        assert said.err == "note: hardware is given as a100_80gb_x1 and l40s_x1: the last one counts\n"
+    words = ["hardware=l40s_x1", "--compare", "hardware=a100_80gb_x1,h200_x1"]
+    assert main(["plan", str(planned_run), *words]) == 0
+    assert "h200" in capsys.readouterr().out
+
+
+def test_a_path_over_a_run_counts_from_where_it_is_typed(planned_run, monkeypatch):
+    seen = []
+    monkeypatch.setattr("loadmaster.pipeline.run", lambda composed: seen.append(composed.job.data.path) or 0)
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "c?", "completion": "d"}) + "\n")
+    for path in ("rows.jsonl", "../other/rows.jsonl", "../rows.jsonl", "shipped:tickets/train.jsonl"):
+        assert main(["train", str(planned_run), f"data.path={path}"]) == 0
+    other, own = str(Path("rows.jsonl").absolute()), str(Path("../rows.jsonl").resolve())
+    assert seen == [other, other, own, "shipped:tickets/train.jsonl"]
+    Path("rows.jsonl").unlink()
+    assert main(["train", str(planned_run), "data.path=rows.jsonl"]) == 0 and seen[-1] == "rows.jsonl"
