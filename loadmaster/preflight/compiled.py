@@ -27,6 +27,7 @@ from __future__ import annotations
 from functools import cache
 
 from loadmaster.preflight import saved
+from loadmaster.preflight.blocks import MERGED
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 
@@ -77,7 +78,8 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     """What one token of a layer has at once in its backward pass, beyond what is kept and its output's gradient.
 
     Under adapters, at the kernel of the gated product: its gradient, the product made again, and the gradients of gate
-    and up, in bf16 (three of the four where gate and up are one matrix); in FP8 the other product of its gradient, and
+    and up, in bf16 (three of the four where gate and up are one matrix), and beyond the highest rank that is merged
+    down's adapter's part of that gradient, which no product is added to; in FP8 the other product of its gradient, and
     the codes of both, with dropout one in bf16 besides, and a GELU's in fp32. Under DoRA these lie beside what its
     magnitudes have scaled: five to eight in all. At most, as some targets need less. Trained whole: one product of the
     gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
@@ -94,4 +96,6 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     if len(scaled) > 1 and "down_proj" in scaled:
         return ((16 if setup.lora_dropout else 10) if shape.fused else (14 if setup.lora_dropout else 12)) * f
     codes = (4 + 2 * bool(setup.lora_dropout) + 4 * shape.gelu) * (setup.precision == "fp8")
-    return (8 + 2 * bool(scaled) - 2 * shape.fused + codes) * f
+    apart = setup.lora_rank > MERGED and not (codes or setup.dora or setup.lora_dropout)  # models/added.py
+    apart = apart and "down_proj" in {m.name for m in shape.adapted(setup.lora_targets)}
+    return (8 + 2 * (bool(scaled) + apart) - 2 * shape.fused + codes) * f

@@ -49,6 +49,10 @@ QWEN2 = {
     "num_key_value_heads": 4,
 }
 QWEN3 = {"model_type": "qwen3", "intermediate_size": 12288}
+QWEN3_SMALL = {
+    "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 128,
+}
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
 QWEN3_MOE = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
@@ -182,6 +186,20 @@ def test_magnitudes_and_dropout_have_more_at_once_in_their_backward_pass(
     )
     found = generated("lora", precision, H100, config, **fields)
     assert in_backward_bytes(shape, setup) == pytest.approx(found["backward"], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "targets", "rank"), [("lora", "all-linear", 512), ("qlora", ("down_proj",), 288)])
+def test_beyond_the_highest_rank_that_is_merged_the_gated_products_gradient_has_two_parts(
+    method: str, targets: str | tuple[str, ...], rank: int
+) -> None:
+    shape, setup = from_config({**LLAMA, **QWEN3_SMALL, "num_hidden_layers": 2}, "qwen3"), Setup(
+        method=method, precision="bf16", optimizer="adamw", master_weights=True, compiled=True, lora_rank=rank,
+        lora_targets=targets,
+    )
+    found = generated(method, "bf16", H100, QWEN3_SMALL, "count", lora_rank=rank, lora_targets=targets)
+    assert in_backward_bytes(shape, setup) == pytest.approx(found["beyond"], rel=0.01)
+    assert in_backward_bytes(shape, replace(setup, lora_rank=256)) < 0.85 * found["beyond"]
 
 
 @pytest.mark.slow

@@ -233,6 +233,17 @@ def test_layers_that_are_made_again_have_what_they_keep_and_what_is_inside(check
     assert sum(at.values()) >= least * job.tokens
 
 
+@pytest.mark.parametrize(
+    ("name", "rank", "found"),
+    [("meta-llama/Llama-3.1-8B", 256, 114_704), ("meta-llama/Llama-3.1-8B", 1024, 144_384),
+     ("meta-llama/Llama-3.1-8B", 4096, 147_456), ("Qwen/Qwen3-0.6B", 512, 30_848)],
+)
+def test_an_adapter_wider_than_is_merged_has_its_own_part_of_the_gated_products_gradient(name, rank, found) -> None:
+    """found: bytes of a token by generated code (python tests/gpu_code.py ...), the gradient of down's B among them."""
+    shape = find_shape(ModelConfig(name=name))
+    assert in_backward_bytes(shape, replace(setup(), lora_rank=rank)) == pytest.approx(found, rel=0.03)
+
+
 def test_where_attention_is_wide_its_kernel_has_more_at_once_than_the_gated_product() -> None:
     """62.5 MiB by the generated code, parameters' gradients so far and the kernel's own fp32 sums included."""
     shape = find_shape(ModelConfig(name="Qwen/Qwen3-0.6B"))
