@@ -11,6 +11,7 @@ import hashlib
 import os
 import pickle
 import re
+from collections import Counter
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -234,8 +235,9 @@ def _notes(sources: list[Checked], figures: dict[str, Any], data: DataConfig) ->
         again = listed([name for name in dict.fromkeys(names) if names.count(name) > 1])
         also = f", those of {again} among them, which data.path lists more than once" if again else ""
         notes.append(f"{repeated:,} {'rows repeat' if repeated > 1 else 'row repeats'} another row word for word{also}")
-    if unread := dict.fromkeys(name for names in reading.unread.values() for name in names):
-        notes.append(f"nothing is read from {', '.join(unread)}")
+    if unread := sum(reading.unread.values(), Counter()):
+        rows = [f"{name} ({count:,} {'rows' if count > 1 else 'row'})" for name, count in unread.items()]
+        notes.append(f"nothing is read from {', '.join(rows)}")
     if count := reading.unfilled:
         verb = "rows hold" if count > 1 else "row holds"
         notes.append(f"{count:,} {verb} fields like {{{{name}}}}, trained on as they stand")

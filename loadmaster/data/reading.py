@@ -53,7 +53,8 @@ class Reading:
     fields: set[str] = field(default_factory=set)  # that any row has, by its own names
     rows_of: Counter[str] = field(default_factory=Counter)  # file -> rows read
     row_ids: list[str] = field(default_factory=list)
-    unread: dict[str, list[str]] = field(default_factory=dict)  # file -> fields of its first row that are not taken up
+    unread: dict[str, Counter[str]] = field(default_factory=dict)
+    """File -> fields whose words are not taken up, with the number of its rows that have such words."""
     unfilled: int = 0  # rows with a {{field}} that nobody filled in
     control: list[tuple[str, str]] = field(default_factory=list)
     """(place, token) of rows whose own text holds one of the tokenizer's control tokens."""
@@ -136,8 +137,7 @@ def _conversation(raw: RawRow, file: str, reading: Reading, job: Job) -> Convers
         told = own and shape.recognised_by
         said = f"; its shape is {own}, {first}, and all rows of a file are to be of one" if told else ""
         raise RowError(f"{error}{said}", None if own else error.remedy) from None
-    if file not in reading.unread:
-        reading.unread[file] = unread_fields(raw.value, conversation)
+    reading.unread.setdefault(file, Counter()).update(unread_fields(raw.value, conversation))
     reading.row_ids.append(conversation.row_id)
     return conversation
 

@@ -184,6 +184,17 @@ def test_a_file_of_another_format_is_not_told_to_name_its_list_as_it_does(tokeni
     assert said.endswith("fix: data.format=auto, which reads each file by its own fields: sharegpt.jsonl as sharegpt")
 
 
+def test_words_of_later_rows_that_are_not_read_are_named(tokenizer, write_jsonl, job_for):
+    """Alpaca's input is empty in many first rows, and data.columns without it leaves it out of all the others."""
+    rows = [{"instruction": f"Translate, {n}", "input": "", "output": f"Done {n}"} for n in range(4)]
+    rows[1]["input"] = rows[3]["input"] = "Guten Tag, Welt"
+    path = str(write_jsonl(rows, "alpaca.jsonl"))
+    columns = {"prompt": "instruction", "completion": "output"}
+    named = prepare(job_for(path, validation=None, columns=columns), tokenizer).summary["notes"]
+    assert named == ["nothing is read from input (2 rows)"]
+    assert prepare(job_for(path, validation=None), tokenizer).summary["notes"] == []
+
+
 def test_every_file_is_read_by_its_own_fields(tokenizer, write_jsonl, job_for, chat):
     """And trained on as in a job of its own, as often as it stands in the list."""
     turns = [[{"from": "human", "value": f"Q {n}"}, {"from": "gpt", "value": f"A {n}"}] for n in range(3)]
@@ -203,7 +214,7 @@ def test_every_file_is_read_by_its_own_fields(tokenizer, write_jsonl, job_for, c
     for figure in ("tokens", "trained_tokens", "documents"):
         assert getattr(together.train, figure) == sum(getattr(one.train, figure) for one in each)
     described = describe(together.summary)
-    assert "data: 18 rows read in 5 formats, " in described and "note: nothing is read from title" in described
+    assert "data: 18 rows read in 5 formats, " in described and "note: nothing is read from title (3 rows)" in described
     assert f"\n  6 rows of {paths['text']} as text (recognised by text)\n" in described
     assert f"\n  3 rows of {paths['alpaca']} as alpaca (recognised by instruction, output)\n" in described
     held = prepare(job_for([paths["messages"], paths["text"]], validation=paths["sharegpt"]), tokenizer)
