@@ -32,7 +32,7 @@ from loadmaster.config.fields import (
     written,
 )
 from loadmaster.config.origins import COMMAND_LINE, DEFAULT, origin_of
-from loadmaster.config.schema import DATA_SUFFIXES, MOST, Job
+from loadmaster.config.schema import DATA_SUFFIXES, MOST, ExportFormat, Job
 from loadmaster.config.synonyms import ALIASES, MEANT, NO_FIELD, OTHER_QUANTITIES, UNITS, VALUES
 from loadmaster.errors import Problem
 
@@ -270,6 +270,8 @@ def instead_of_option(name: str, text: str) -> str:
     """What sets the field that an option `--name=text` was most likely meant to be."""
     if name.lower() in NO_FIELD:
         return NO_FIELD[name.lower()]
+    if name == "format" and text in typing.get_args(ExportFormat):  # as chat, push and serve-check take it
+        return f"fields are set without dashes: export.formats=[{text}]"
     guess, number = nearest_key(name) or name, _number(text)
     value = _TRUTH.get(text.lower(), text) if number is None else number
     known = text and guess in fields() and guess != name

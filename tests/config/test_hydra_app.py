@@ -296,6 +296,8 @@ def test_help_lists_recipes_groups_and_fields(capsys: pytest.CaptureFixture[str]
         (["--recipe=smoke"], "fields are set without dashes: recipe=smoke"),
         (["--lr=1e-4"], "fields are set without dashes: optimizer.lr=0.0001"),
         (["--gradient_accumulation_steps=4"], "fields are set without dashes: batch.global_size=...; Packed rows"),
+        (["--format", "fp8"], "fields are set without dashes: export.formats=[fp8]"),
+        (["--format", "alpaca"], "fields are set without dashes: data.format="),
         (["--load-in-4bit=true"], "fields are set without dashes: method=qlora"),
         (["--optim"], "fields are set without dashes: optimizer.name=..."),
         (["--learning_rate", "1e-4", "seed=1"], "1 problem in the configuration; nothing was started.\n\n"
