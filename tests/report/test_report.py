@@ -408,14 +408,16 @@ def test_a_run_on_preferences_shows_how_the_rewards_go(whole_run: Path, objectiv
     assert ("Chosen preferred share of pairs" in page.text) == (form == "preference")
 
 
-def test_answers_that_nothing_scored_are_shown_as_such(whole_run: Path):
-    put(whole_run, "config.yaml", "evaluation: {task: none}\n")
+@pytest.mark.parametrize(("limit", "tokens"), [("32", 32), ("512", 128), ("null", 128)])
+def test_answers_that_nothing_scored_are_shown_as_such(whole_run: Path, limit: str, tokens: int):
+    put(whole_run, "config.yaml", f"evaluation: {{task: none, max_new_tokens: {limit}}}\n")
     sample = {"prompt": "Where is it?", "reference": "In hold 3."}
     sides = [{"held_out": {"loss": loss}, "samples": [{**sample, "answer": said}] * 5}
              for loss, said in ((2.0, "Nowhere."), (1.0, "In hold 4."))]
     put(whole_run, "eval.json", {"before": sides[0], "after": sides[1]})
     page = report(whole_run)
-    for words in ("Where is it?", "In hold 3.", "Nowhere.", "In hold 4.", "Nothing scored them", "2 more"):
+    scored = f"at most {tokens}. Nothing scored them"
+    for words in ("Where is it?", "In hold 3.", "Nowhere.", "In hold 4.", scored, "2 more"):
         assert words in page.text
     shown = page.html.partition('<section id="samples">')[2].partition("</section>")[0]
     assert "right<" not in shown and "wrong<" not in shown
