@@ -97,7 +97,9 @@ def _drop(fields: dict[str, Any], since: dict[str, str], server: Server, implied
 
 
 def model_config(config: dict[str, Any], server: Server) -> dict[str, Any]:
-    """config.json with what transformers 4 reads beside what 5 writes, where the server may have 4."""
+    """config.json with what transformers 4 reads beside what 5 writes, where the server may have 4, and what vLLM looks
+    for elsewhere than transformers."""
+    config = {**config, **scaled_queries(config)}
     if server.reads_transformers_5:
         return config
     config = {**config, "torch_dtype": config.get("dtype")}
@@ -115,6 +117,15 @@ def model_config(config: dict[str, Any], server: Server) -> dict[str, Any]:
         "rope_theta": rope.get("rope_theta", 10000.0),
         "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
     }
+
+
+def scaled_queries(config: dict[str, Any]) -> dict[str, Any]:
+    """Ministral 3's queries grow from original_max_position_embeddings on; without this key vLLM leaves them as they
+    are (MistralAttention of 0.32.0)."""
+    rope = config.get("rope_parameters") or {}
+    beta = rope.get("llama_4_scaling_beta") if config.get("model_type") == "ministral3" else None
+    known = {"original_max_position_embeddings": rope.get("original_max_position_embeddings"), "beta": beta}
+    return {"llama_4_scaling": known} if beta else {}
 
 
 def tokenizer_config(config: dict[str, Any], server: Server) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The language model of a multimodal checkpoint, in a folder of its own: what is trained, exported and served.
 
-Gemma 3 from 4B on and Mistral Small from 3.1 on are a language model behind a vision tower and a projector. Text never
-reaches those two, so they would take no gradient, and memory for nothing. Their tensors are left behind; the language
-model's are copied once into the cache, byte for byte, by the names that transformers' class for it alone has:
+Gemma 3 from 4B on, Mistral Small from 3.1 on and Ministral 3 are a language model behind a vision tower and a
+projector. Text never reaches those two, so they would take no gradient, and memory for nothing. Their tensors are left
+behind; the language model's are copied once into the cache, byte for byte, by the names that transformers' class for it
+alone has:
 
     language_model.model.*   model.language_model.*   ->  model.*
     language_model.lm_head.*                          ->  lm_head.*

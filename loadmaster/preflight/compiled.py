@@ -9,6 +9,12 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     4 dq + 4 dk + 4 heads                           (q and the output; k and v; logsumexp)
     2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k (8 where those are over all heads together)
     2 dq + 2 dk                                     fused (Phi-3): v is a part of q, k and v, which stay whole
+<<<<<<< HEAD
+=======
+    2                                               the number that queries are multiplied with (Ministral 3)
+    2 dq                                            where a part of each head turns, and o_proj is trained
+                                                    on the output as it is: no dropout, not whole in FP8
+>>>>>>> aa1dbf0 (Ministral 3 is counted exactly and trained as its language model alone; its growing queries are written where vLLM looks for them)
     4 f                                             (gate and up; their product and the norms' outputs are made again)
     k (4 e + 2 h + 29) + 4 E                        in its place, of k of E experts of size e: gate and up, results,
                                                     places; the router's logits. Trained whole 2 k h more: their inputs
@@ -57,6 +63,7 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
         kept += 2 * dq + 2 * dk + 4 * (2 if shape.whole_norm else shape.heads + shape.key_value_heads)
     if shape.fused:
         kept += 2 * dq + 2 * dk
+    kept += 2 * shape.scaled_query
     kept += 2 * setup.lora_rank * len(adapted)
     if experts:
         kept += shape.experts_per_token * (4 * shape.expert_size + 2 * h * (1 if setup.adapters else 2) + PLACES)

@@ -25,8 +25,8 @@ from loadmaster.preflight.families import (
 )
 from loadmaster.preflight.shape import ModelShape
 
-FLAGS = ("gemma_norm", "wide", "norms_after", "query_key_norm", "whole_norm", "late_norm", "scaled_residual",
-         "scaled_embedding", "fused")
+FLAGS = ("gemma_norm", "wide", "norms_after", "query_key_norm", "whole_norm", "late_norm", "scaled_query",
+         "scaled_residual", "scaled_embedding", "fused")
 """What a family's code does, as the shape calls it."""
 
 

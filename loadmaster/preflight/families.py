@@ -27,6 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi3": {"fused": True},
     "ministral": {},
+    "ministral3": {"scaled_query": True},
     "granite": {"biases": True, "scaled_embedding": True, "scaled_residual": True},
     "gemma": {"biases": True, "gemma_norm": True, "scaled_embedding": True},
     "olmo2": {"biases": True, "norms_after": True, "wide": True, "query_key_norm": True, "whole_norm": True},
@@ -79,6 +80,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ministral": {
         **_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000, "sliding_window": 4096,
     },
+    "ministral3": {
+        **_7B, "intermediate_size": 14336, "num_hidden_layers": 34, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 131072,
+    },
     "granite": {**_7B, "vocab_size": 32000},
     "gemma": {
         "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
@@ -92,7 +97,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 4,
     },
 }
-WRAPPED = {"gemma3": {"gemma3_text": "Gemma3ForCausalLM"}, "mistral3": {"mistral": "MistralForCausalLM"}}
+WRAPPED = {
+    "gemma3": {"gemma3_text": "Gemma3ForCausalLM"},
+    "mistral3": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+}
 """Multimodal configs whose language model is taken out and trained alone: by its model type, transformers' class."""
 OUTER = ("quantization_config", "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id",
          "tie_word_embeddings", "language_model_of")

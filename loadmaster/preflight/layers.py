@@ -54,6 +54,8 @@ def attention(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
         v = product("v_proj", shape.key_value_heads)
         q, k = (normed(q, 0, shape.heads), normed(k, 1, shape.key_value_heads)) if late else (q, k)
     q, k = b.rotate(q, weights.rotary), b.rotate(k, weights.rotary)
+    if shape.scaled_query:
+        q = b.times_constant(q, b.tape.alloc(b.w * b.n))
     out = b.attention(q, k, v)
     if shape.fused and shape.heads > 1:  # q was joined head by head, so the result lies so and is put in token order
         out = b.copy(out)

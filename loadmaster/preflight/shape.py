@@ -58,6 +58,8 @@ class ModelShape:
     """Those are over all heads together."""
     late_norm: bool = False
     """They come after all three products."""
+    scaled_query: bool = False
+    """Turned queries are multiplied with a number of their position (Ministral 3)."""
     scaled_residual: bool = False
     """What attention and MLP give is multiplied with a number (Granite)."""
     scaled_embedding: bool = False

@@ -90,6 +90,15 @@ def test_rope_is_also_written_as_transformers_4_reads_it():
         model_config(several, aimed_at("vllm==0.14.0"))
 
 
+def test_what_queries_grow_by_is_written_where_vllm_looks_for_it():
+    rope = {"rope_type": "yarn", "original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1}
+    config = {"model_type": "ministral3", "rope_parameters": rope}
+    scaled = {"llama_4_scaling": {"original_max_position_embeddings": 16384, "beta": 0.1}}
+    assert model_config(config, aimed_at("vllm")) == {**config, **scaled}
+    for other in ({**config, "model_type": "mistral"}, {"model_type": "ministral3", "rope_parameters": None}):
+        assert model_config(other, aimed_at("vllm")) == other
+
+
 def test_the_tokenizer_is_written_in_the_terms_of_the_oldest_transformers():
     config = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}
     assert tokenizer_config(config, aimed_at("vllm")) == {**config, "tokenizer_class": "PreTrainedTokenizerFast"}

@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Ministral3Config,
+    MistralConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 
 from loadmaster.config.schema import LoraConfig
 from loadmaster.errors import LoadmasterError
@@ -91,8 +99,24 @@ def test_packed_equals_unpacked_on_the_real_model(smollm2, tokenizer):
             head_dim=32,
             vocab_size=120,
         ),
+        Ministral3Config(  # queries grow with their position in a document from 4 on
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            vocab_size=120,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 16.0,
+                "original_max_position_embeddings": 4,
+                "llama_4_scaling_beta": 0.5,
+            },
+        ),
     ],
-    ids=["llama", "mistral-sliding-window", "qwen3"],
+    ids=["llama", "mistral-sliding-window", "qwen3", "ministral3"],
 )
 def test_families_agree_with_transformers_own_attention(config):
     torch.manual_seed(0)

@@ -54,6 +54,7 @@ QWEN3_SMALL = {
     "num_key_value_heads": 8, "head_dim": 128,
 }
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+MINISTRAL3 = {"model_type": "ministral3", "vocab_size": 131072}
 QWEN3_MOE = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
     "num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4,
@@ -124,7 +125,7 @@ def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
     ("config", "method", "precision", "fields"),
     [
         *((config, method, "bf16", {}) for method in ("lora", "full")
-          for config in (GEMMA2, GEMMA3, PHI, PHI_MINI, QWEN2, QWEN3, GRANITE, GEMMA, OLMO2, EXAONE4)),
+          for config in (GEMMA2, GEMMA3, PHI, PHI_MINI, QWEN2, QWEN3, MINISTRAL3, GRANITE, GEMMA, OLMO2, EXAONE4)),
         *((config, method, "fp8", {}) for method in ("lora", "full") for config in (GEMMA3, PHI, QWEN3)),
         *((OLMO2, method, "fp8", {}) for method in ("lora", "full")),
         *((config, "lora", "bf16", {"lora_targets": ATTENTION}) for config in (MIXTRAL, QWEN3_MOE)),

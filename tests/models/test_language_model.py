@@ -32,11 +32,20 @@ VISION = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }
+PIXTRAL = {"vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16}, "tie_word_embeddings": False}
+SCALED = {"rope_theta": 1e4, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.5}
 KINDS = {
-    "gemma3": {"text_config": {**TEXT, "sliding_window": 8}, "vision_config": VISION, "mm_tokens_per_image": 4},
+    "gemma3": {
+        "model_type": "gemma3", "text_config": {**TEXT, "sliding_window": 8}, "vision_config": VISION,
+        "mm_tokens_per_image": 4,
+    },
     "mistral3": {
-        "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None}, "tie_word_embeddings": False,
-        "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16},
+        "model_type": "mistral3", "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None}, **PIXTRAL
+    },
+    "ministral3": {
+        "model_type": "mistral3", **PIXTRAL, "text_config": {
+            **TEXT, "model_type": "ministral3", "rope_parameters": {"rope_type": "yarn", "factor": 16.0, **SCALED},
+        },
     },
 }
 IDS = torch.arange(40)[None]
@@ -46,7 +55,7 @@ IDS = torch.arange(40)[None]
 def whole(request, tmp_path_factory, tiny) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, **KINDS[request.param])
+    config = AutoConfig.for_model(**KINDS[request.param])
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="60KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -43,6 +43,7 @@ SIZES = {
         "pad_token_id": 0,
     },
     "granite": {"num_attention_heads": 16, "num_key_value_heads": 4, "pad_token_id": 0},
+    "ministral3": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "pad_token_id": 0},
     "gemma": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256},
     "olmo2": {"num_attention_heads": 16, "num_key_value_heads": 4, "pad_token_id": 0, "eos_token_id": 2},
     "exaone4": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "sliding_window": 512},
@@ -105,6 +106,12 @@ def test_a_compiled_layer_keeps_what_its_partitioner_chose() -> None:
     check("llama", setup())
 
 
+def test_what_queries_are_multiplied_with_is_kept() -> None:
+    """A number of a token and layer."""
+    shape = from_config(config("ministral3", 2), "x")
+    assert kept_bytes(shape, setup()) == kept_bytes(replace(shape, scaled_query=False), setup()) + 2
+
+
 CHANGES = [
     {}, {"method": "full"}, {"method": "qlora"}, {"lora_dropout": 0.1}, {"precision": "fp8"},
     {"method": "qlora", "lora_dropout": 0.1}, {"precision": "fp8", "lora_dropout": 0.1},
@@ -128,7 +135,7 @@ def changes(family: str) -> list[dict]:
     if family == "phi4_mini":
         some = [{"lora_targets": targets} for targets in (("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj"))]
         return [*CHANGES[:4], *some, CHANGES[-1]]
-    if family in ("granite", "gemma", "olmo2", "exaone4"):
+    if family in ("granite", "ministral3", "gemma", "olmo2", "exaone4"):
         return CHANGES[:3]
     if family in ("llama", "gemma2"):
         return CHANGES if family == "llama" else [*CHANGES[:2], *SCALED, *CHANGES[-2:]]

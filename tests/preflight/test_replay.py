@@ -33,6 +33,7 @@ FAMILIES = {
     "gemma2": {"sliding_window": 512},
     "gemma3_text": {"sliding_window": 512},
     "ministral": {"sliding_window": 512},
+    "ministral3": {"pad_token_id": 0},
     "granite": {"pad_token_id": 0},
     "gemma": {},
     "olmo2": {"pad_token_id": 0, "eos_token_id": 2},
@@ -95,7 +96,7 @@ CHECKS: dict[str, list[tuple[str, str, float, str, int, list[Case]]]] = {
 """(method, precision, dropout, objective, seed, cases) of each group of checks."""
 
 
-LIKE_OTHERS = ("gemma2", "ministral", "gemma", "olmo2")
+LIKE_OTHERS = ("gemma2", "ministral", "ministral3", "gemma", "olmo2")
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
 PAIRED = [
     pytest.param(family, checks, marks=[pytest.mark.slow] * (checks != "lora" and family in LIKE_OTHERS))
@@ -143,6 +144,20 @@ def test_a_batch_without_gradients_has_its_peak_in_a_norm_where_mlps_are_narrow(
     truth, = traced_peaks(config, "full", [Case(2000, evaluated=True)])
     error = evaluation_batch(from_config(config, family), setup, in_place=False).peak / truth - 1
     assert abs(error) < TOLERANCE, f"replay is {error:+.3%} from the trace of {truth} bytes"
+
+
+def test_a_number_of_each_token_that_queries_are_multiplied_with_is_kept() -> None:
+    """Two bytes: too few for the tolerance of the others."""
+    narrow = {"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 256, "num_attention_heads": 16}
+    config = {**random_config("ministral3", 0), **narrow, "num_key_value_heads": 1, "head_dim": 128}
+    cases = [Case(2000), Case(2000, "full")]
+    for case, truth in zip(cases, traced_peaks(config, "full", cases), strict=True):
+        setup = Setup(
+            method="full", precision="bf16", optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
+            sequence_length=case.tokens,
+        )
+        replayed = training_step(from_config(config, "ministral3"), setup, in_place=False).peak
+        assert replayed == pytest.approx(truth, rel=1e-5)
 
 
 @pytest.mark.parametrize(("method", "documents"), [("lora", 1), ("lora", 8), ("full", 8)])

@@ -30,6 +30,13 @@ SHAPE = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.1,
 }
 MISTRAL = {**SHAPE, "model_type": "mistral", "sliding_window": 6}
+MINISTRAL = {
+    **SHAPE, "model_type": "ministral3", "pad_token_id": 0, "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.5,
+    },
+}
 QWEN = {**SHAPE, "model_type": "qwen2"}  # its q, k and v have biases
 
 
@@ -82,7 +89,7 @@ CASES = [
     ("nf4", "qlora", "selective", SHAPE), ("fp8", "lora", "selective", SHAPE), (None, "lora", "selective", MISTRAL),
     ("fp8", "lora", "selective", QWEN), ("nf4", "qlora", "full", QWEN), (None, "full", "offload", SHAPE),
     ("nf4", "qlora", "offload", SHAPE), ("fp8", "lora", "offload", QWEN), (None, "full", "full but 1", SHAPE),
-    ("nf4", "qlora", "full but 2", SHAPE), ("fp8", "lora", "full but 1", QWEN),
+    ("nf4", "qlora", "full but 2", SHAPE), ("fp8", "lora", "full but 1", QWEN), (None, "lora", "full", MINISTRAL),
 ]
 
 
