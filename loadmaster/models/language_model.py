@@ -1,12 +1,13 @@
 """The language model of a multimodal checkpoint, in a folder of its own: what is trained, exported and served.
 
-Gemma 3 from 4B on, Mistral Small from 3.1 on and Ministral 3 are a language model behind a vision tower and a
-projector. Text never reaches those two, so they would take no gradient, and memory for nothing. Their tensors are left
-behind; the language model's are copied once into the cache, byte for byte, by the names that transformers' class for it
-alone has:
+Gemma 3 from 4B on, Mistral Small from 3.1 on, Ministral 3 and Qwen 2, 2.5 and 3 VL are a language model behind a vision
+tower and a projector. Text never reaches those two, so they would take no gradient, and memory for nothing. Their
+tensors are left behind; the language model's are copied once into the cache, byte for byte, by the names that
+transformers' class for it alone has:
 
     language_model.model.*   model.language_model.*   ->  model.*
-    language_model.lm_head.*                          ->  lm_head.*
+    model.layers.* and the like (Qwen 2 VL)           ->  as they are
+    language_model.lm_head.*   lm_head.*              ->  lm_head.*
 
 What is trained is then one of the families that are modelled exactly, and merged, whole and quantized exports are
 models of text alone. An adapter is published by the multimodal model's names (`for_whole`), so that it goes onto the
@@ -27,17 +28,18 @@ from typing import Any
 from loadmaster.errors import LoadmasterError
 from loadmaster.files import cache_root, made_once, read_json, sha256_json, write_json
 from loadmaster.model_files import INDEX, SINGLE, shards
-from loadmaster.preflight.families import language_model
+from loadmaster.preflight.multimodal import TIED, language_model
 
 WHERE = "MULTIMODAL"
 """In the folder that is made: where the multimodal checkpoint lies, and what was left behind."""
-OTHERS = ("config.json", "preprocessor_config.json", "processor_config.json", INDEX)
+OTHERS = ("config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", INDEX)
 """Files that the language model has otherwise, or not at all."""
 NAMES = (
     (re.compile(r"^language_model\.model\."), "model."),
     (re.compile(r"^model\.language_model\."), "model."),
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^lm_head\."), "lm_head."),
+    (re.compile(r"^model\.(?=(layers|embed_tokens|norm)\.)"), "model."),
 )
 PREFIX = "base_model.model."
 
@@ -92,7 +94,8 @@ def _write(folder: Path, files: list[Path], config: dict[str, Any], new: Path) -
     if set(index.values()) != {SINGLE}:
         size = sum(file.stat().st_size for file in new.glob("*.safetensors"))
         write_json(new / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
-    if "lm_head.weight" not in index and read_json(folder / "config.json").get("tie_word_embeddings", True):
+    tied = read_json(folder / "config.json").get("tie_word_embeddings", config["language_model_of"] in TIED)
+    if "lm_head.weight" not in index and tied:
         config = {**config, "tie_word_embeddings": True}
     write_json(new / "config.json", config)
     write_json(new / WHERE, {"folder": str(folder), "left_out": {"tensors": len(left), "bytes": sum(left.values())}})

@@ -18,11 +18,11 @@ from loadmaster.files import as_object, read_json
 from loadmaster.preflight.families import (
     FAMILIES,
     full_config,
-    language_model,
     refuse_quantized,
     refuse_uncountable,
     refuse_untrained,
 )
+from loadmaster.preflight.multimodal import language_model
 from loadmaster.preflight.shape import ModelShape
 
 FLAGS = ("gemma_norm", "wide", "norms_after", "query_key_norm", "whole_norm", "late_norm", "scaled_query",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from loadmaster.errors import ConfigError, Problem
+from loadmaster.preflight.multimodal import language_model
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"biases": True, "whole_heads": True, "windows": False},
@@ -97,17 +98,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 4,
     },
 }
-WRAPPED = {
-    "gemma3": {"gemma3_text": "Gemma3ForCausalLM"},
-    "mistral3": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
-}
-"""Multimodal configs whose language model is taken out and trained alone: by its model type, transformers' class."""
-OUTER = ("quantization_config", "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id",
-         "tie_word_embeddings", "language_model_of")
-"""Keys that a multimodal config.json has outside of its text_config, and that hold for the language model."""
-OF_THE_OUTER = frozenset({"tie_word_embeddings", "eos_token_id"})
-"""Of those, the ones that transformers reads there, whatever the text_config says."""
-
 TOWERS_AND_ALL = (
     "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified", "gemma4_unified_assistant",
     "got_ocr2", "llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp",
@@ -139,24 +129,6 @@ UNTRAINED = dict.fromkeys(("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_
     "doge": "a mask over the keys that each layer makes of its values, which packed attention does not take",
 }
 """By model type, what packed attention cannot do; loadmaster.models.load refuses it too, once the weights are there."""
-
-
-def language_model(config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of the language model in a multimodal one that it is taken out of; any other as it is.
-
-    language_model_of: model type of the multimodal one.
-    """
-    kind, inner = config.get("model_type"), config.get("text_config")
-    classes = WRAPPED.get(str(kind), {})
-    if not isinstance(inner, dict) or not classes:
-        return config
-    own = str(inner.get("model_type") or next(iter(classes)))
-    if own not in classes:
-        return config
-    outer = {key: config[key] for key in OUTER if config.get(key) is not None}
-    held = {key: value for key, value in inner.items() if value is not None}
-    held = {key: value for key, value in held.items() if key not in OF_THE_OUTER or key not in outer}
-    return {**outer, **held, "model_type": own, "architectures": [classes[own]], "language_model_of": kind}
 
 
 def full_config(config: dict[str, Any]) -> tuple[dict[str, Any], str, str | None]:

@@ -22,6 +22,7 @@ from loadmaster.models.load import load_base
 from loadmaster.models.resolve import base_revision, resolve_base
 from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.make import make_plan
+from loadmaster.preflight.multimodal import FLAT
 from loadmaster.preflight.setup import Setup
 
 TEXT = {
@@ -34,6 +35,9 @@ VISION = {
 }
 PIXTRAL = {"vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16}, "tie_word_embeddings": False}
 SCALED = {"rope_theta": 1e4, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.5}
+GRIDS = {"mrope_section": [2, 3, 3]}
+PLAIN = {key: value for key, value in TEXT.items() if key != "head_dim"} | {"eos_token_id": 2, "bos_token_id": 1}
+QWEN_VISION = {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 32}
 KINDS = {
     "gemma3": {
         "model_type": "gemma3", "text_config": {**TEXT, "sliding_window": 8}, "vision_config": VISION,
@@ -46,6 +50,21 @@ KINDS = {
         "model_type": "mistral3", **PIXTRAL, "text_config": {
             **TEXT, "model_type": "ministral3", "rope_parameters": {"rope_type": "yarn", "factor": 16.0, **SCALED},
         },
+    },
+    "qwen2_vl": {
+        "model_type": "qwen2_vl", "text_config": {**PLAIN, "rope_parameters": {"rope_theta": 1e4, **GRIDS}},
+        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
+    },
+    "qwen2_5_vl": {
+        "model_type": "qwen2_5_vl", "text_config": {**PLAIN, "tie_word_embeddings": True, "rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4, **GRIDS,
+        }},
+        "vision_config": QWEN_VISION,
+    },
+    "qwen3_vl": {
+        "model_type": "qwen3_vl",
+        "text_config": {**TEXT, "rope_parameters": {"rope_theta": 1e4, "mrope_interleaved": True, **GRIDS}},
+        "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
     },
 }
 IDS = torch.arange(40)[None]
@@ -95,6 +114,35 @@ def test_it_is_made_once_and_again_where_the_files_are_others(whole, own, tmp_pa
     other = shutil.copytree(whole, tmp_path / "models--org--m" / "snapshots" / "0123abc")
     found = language_model_of(other)
     assert found != own and base_revision(ModelConfig(name="org/m"), found) == "0123abc"
+
+
+@pytest.mark.parametrize("whole", FLAT, indirect=True)
+def test_older_and_newer_files_of_qwens_give_the_same_one(whole, own, tmp_path) -> None:
+    """A config.json without a text_config, as the Hub's of Qwen 2.5 VL is, and names of both kinds of layers."""
+    config = json.loads((whole / "config.json").read_text())
+    text, flat = config.pop("text_config"), tmp_path / "org" / "flat"
+    rope = text.pop("rope_parameters")
+    theta = rope.pop("rope_theta")
+    rope |= {"type": "mrope"} if rope.pop("rope_type") == "default" else {"type": "yarn"}
+    flat.mkdir(parents=True)
+    told = {**text, **config, "rope_theta": theta, "rope_scaling": rope}
+    told |= {"tie_word_embeddings": text["tie_word_embeddings"]} if "tie_word_embeddings" in text else {}
+    (flat / "config.json").write_text(json.dumps(told))
+    tensors = {name: t for file in whole.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert any(name.startswith("model.layers.0.") for name in tensors)
+    newer = {
+        "model." + name if name.startswith("visual.") else name.replace("model.", "model.language_model."): t
+        for name, t in tensors.items()
+    }
+    save_file(newer, flat / "model.safetensors", metadata={"format": "pt"})
+    again = language_model_of(flat)
+    alone = AutoModelForCausalLM.from_pretrained(again, dtype=torch.bfloat16)
+    assert torch.equal(logits(alone), logits(loaded(whole))) and torch.equal(logits(alone), logits(loaded(flat)))
+    kept = [{**json.loads((folder / "config.json").read_text()), "layer_types": None} for folder in (again, own)]
+    for each in kept:
+        for key in ("transformers_version", "dtype", "architectures", "sliding_window", "pad_token_id"):
+            each.pop(key, None)
+    assert kept[0] == kept[1] and "mrope" not in json.dumps(kept[0])
 
 
 def test_it_is_taken_from_the_files_that_the_whole_is_loaded_from(whole, tmp_path, monkeypatch) -> None:

@@ -16,6 +16,7 @@ from loadmaster.config.schema import ModelConfig
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.preflight.config_json import base_name, find_config, find_shape, from_config
 from loadmaster.preflight.families import FAMILIES, TOWERS_AND_ALL
+from loadmaster.preflight.multimodal import FLAT, TIED, WRAPPED, language_model
 from loadmaster.preflight.serving_model import model_and_config
 
 LLAMA = json.loads((catalog.FOLDER / "shapes" / "llama-3.2-1b.json").read_text())["config"]
@@ -133,6 +134,55 @@ def test_a_multimodal_model_that_no_causal_language_model_is_loaded_from_is_refu
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "text_config": {**LLAMA, "model_type": "x"}}))
     with pytest.raises(ConfigError, match=f"'{kind}' is multimodal, and transformers loads no language model"):
         find_shape(ModelConfig(name="x", path=str(tmp_path)), traced)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inner", "flat"),
+    [(kind, inner, flat) for kind, inners in WRAPPED.items() for inner in inners for flat in {False, kind in FLAT}],
+)
+def test_what_a_language_models_config_leaves_out_is_what_transformers_takes_in_the_whole(kind, inner, flat) -> None:
+    few = {"num_hidden_layers": 2, "head_dim": 128} if inner == "ministral3" else {"num_hidden_layers": 2}
+    told = few if flat else {"text_config": {"model_type": inner, **few}}
+    alone = AutoConfig.for_model(**language_model({"model_type": kind, **told})).to_dict()
+    whole = AutoConfig.for_model(kind, **told)
+    within = {**whole.text_config.to_dict(), "tie_word_embeddings": whole.tie_word_embeddings}
+    own = {"model_type", "architectures", "tie_word_embeddings" * (kind in TIED)}  # that depends on the files
+    shared = (alone.keys() & within.keys()) - own
+    assert {"rope_parameters", "rms_norm_eps", "vocab_size", "max_position_embeddings"} <= shared
+    assert {key: alone[key] for key in shared} == {key: within[key] for key in shared}
+
+
+@pytest.mark.parametrize(
+    ("config", "like"),
+    [
+        (
+            {
+                "model_type": "qwen2_5_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "sliding_window": 32768,
+                "use_sliding_window": False, "max_window_layers": 28, "rope_theta": 1000000.0, "vision_config": {},
+                "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "tie_word_embeddings": False,
+            },
+            "Qwen/Qwen2.5-7B",
+        ),
+        (
+            {
+                "model_type": "qwen3_vl", "vision_config": {}, "tie_word_embeddings": False, "text_config": {
+                    "model_type": "qwen3_vl_text", "hidden_size": 4096, "intermediate_size": 12288, "head_dim": 128,
+                    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936,
+                    "rope_theta": 5000000, "max_position_embeddings": 262144,
+                    "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+                },
+            },
+            "Qwen/Qwen3-8B",
+        ),
+    ],
+)
+def test_qwens_with_a_vision_tower_have_the_parameters_of_those_without(config: dict, like: str, tmp_path) -> None:
+    """Configs as they are on the Hub."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape, other = find_shape(ModelConfig(path=str(tmp_path))), find_shape(ModelConfig(name=like))
+    assert shape.parameters == other.parameters and shape.family == other.family and not shape.estimate
+    assert shape.windows == other.windows and shape.language_model_of == config["model_type"]
 
 
 def test_multimodal_models_that_are_not_refused_are_those_that_transformers_loads() -> None:
