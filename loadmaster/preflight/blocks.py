@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from loadmaster.config.job_rules import MLP_TOKENS
 from loadmaster.preflight import dora, saved
+from loadmaster.preflight.activations import squared
 from loadmaster.preflight.frozen import (
-    SHARING,
     WIDE,
     fp8_as_numbers,
     fp8_matmul,
@@ -209,7 +209,7 @@ class Blocks:
         rank, n = self.setup.lora_rank, self.n
         scale = None if magnitudes is None else dora.scale(self, m, magnitudes)
         dropped = self.dropout(x) if self.setup.lora_dropout and self.tape.enabled else x
-        merged = self.setup.compiled and dropped is x and m.name in SHARING and rank <= MERGED
+        merged = self.setup.compiled and dropped is x and m.shared and rank <= MERGED
         narrow = self.matmul(dropped, a, m.inputs, rank, n, merged=merged)
         narrow = self.elementwise(narrow) if scale is None else narrow  # models/adapters.py, models/dora.py
         update = self.matmul(narrow, b, rank, m.outputs, n)
@@ -289,21 +289,13 @@ class Blocks:
         """x.pow(2).mean(-1)."""
         tape, whole = self.tape, x.bytes
 
-        def power(g: Storage, _: list) -> list:
-            parts = []
-            for _ in range(3):  # grad * (2 * x ** 1): each factor is a tensor
-                tape.moved(whole, whole)
-                parts.append(tape.alloc(whole))
-            return [parts[-1]]
-
         def average(g: Storage, _: list) -> list:
             tape.moved(whole)
             return [tape.alloc(whole)]
 
-        tape.moved(whole, whole)
-        squared = tape.op(whole, [x], [x.storage], power)
+        power = squared(self, x)
         tape.moved(whole, size)
-        return tape.op(size, [squared], [], average)
+        return tape.op(size, [power], [], average)
 
     def rsqrt(self, x: Tensor) -> Tensor:
         tape, size = self.tape, x.bytes

@@ -9,18 +9,14 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     4 dq + 4 dk + 4 heads                           (q and the output; k and v; logsumexp)
     2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k (8 where those are over all heads together)
     2 dq + 2 dk                                     fused (Phi-3): v is a part of q, k and v, which stay whole
-<<<<<<< HEAD
-=======
     2                                               the number that queries are multiplied with (Ministral 3)
-    2 dq                                            where a part of each head turns, and o_proj is trained
-                                                    on the output as it is: no dropout, not whole in FP8
->>>>>>> aa1dbf0 (Ministral 3 is counted exactly and trained as its language model alone; its growing queries are written where vLLM looks for them)
     4 f                                             (gate and up; their product and the norms' outputs are made again)
+    2 f                                             in its place, without a gate
     k (4 e + 2 h + 29) + 4 E                        in its place, of k of E experts of size e: gate and up, results,
                                                     places; the router's logits. Trained whole 2 k h more: their inputs
     2 r    for each adapter
     3      for each input of an adapter with dropout: the mask, and what is left of the input; over an nf4 base that is
-           made again for q, o, gate and down, of which a byte stays
+           made again for q, o, gate (or up alone) and down, of which a byte stays
     2 h    where DoRA's magnitudes scale down's result, and 2 dq + 2 dk where q's and k's that no norm has kept; with
            four norms down's has been, and where q and k have norms as well, 4 dq if q, k and v are all scaled
 
@@ -37,8 +33,8 @@ from loadmaster.preflight.blocks import MERGED
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 
-MADE_AGAIN = ("q_proj", "qkv_proj", "o_proj", "gate_proj", "gate_up_proj", "down_proj")
-"""Matrices over nf4 whose adapter's input, after dropout, is not kept."""
+MADE_AGAIN = ("q_proj", "qkv_proj", "o_proj", "gate_proj", "gate_up_proj", "up_proj", "down_proj")
+"""Matrices over nf4 whose adapter's input, after dropout, is not kept where it is no other one's before as well."""
 
 PLACES = 29
 """Bytes of each expert that a token is sent to: three indices, whether it is one of this process, its weight."""
@@ -69,7 +65,7 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
         kept += shape.experts_per_token * (4 * shape.expert_size + 2 * h * (1 if setup.adapters else 2) + PLACES)
         kept += 4 * shape.experts
     else:
-        kept += 4 * f
+        kept += (4 if shape.gated else 2) * f
     if setup.dora:
         scaled = ("q_proj", "k_proj") * (not shape.query_key_norm) + ("down_proj",) * (shape.norms == 2)
         kept += sum(2 * m.outputs for m in adapted if m.name in scaled)
@@ -77,7 +73,7 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
         kept += 4 * dq if together and shape.norms == 4 and shape.query_key_norm else 0
     if setup.lora_dropout:
         again = MADE_AGAIN if setup.method == "qlora" else ()
-        kept += sum((1 if m.name in again else 3) * m.inputs for m in adapted)
+        kept += sum((1 if m.name in again and not m.shared else 3) * m.inputs for m in adapted)
     return kept
 
 
@@ -90,12 +86,16 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     the codes of both, with dropout one in bf16 besides, and a GELU's in fp32. Under DoRA these lie beside what its
     magnitudes have scaled: five to eight in all. At most, as some targets need less. Trained whole: one product of the
     gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
-    and fp32; with a norm after the MLP the gradient before it. Read off the code that inductor generates for a GPU
-    (2.13; tests/models/test_gpu_code.py). With experts, or fused and trained whole, a layer is counted amply as an
-    eager one."""
+    and fp32; with a norm after the MLP the gradient before it. Without a gate there is one gradient less. Read off the
+    code that inductor generates for a GPU (2.13; tests/models/test_gpu_code.py). With experts, or fused and trained
+    whole, a layer is counted amply as an eager one."""
     f = shape.intermediate_size
     if shape.experts or (shape.fused and not setup.adapters):
         return 0
+    if not shape.gated:
+        if not setup.adapters:
+            return (4 if setup.precision == "bf16" else 5) * f
+        return (6 + 2 * setup.dora + (setup.precision == "fp8")) * f
     if not setup.adapters:
         products = 8 if setup.precision == "bf16" else 11 if shape.gelu else 7
         return products * f + 2 * shape.hidden_size * shape.norm_places[3]

@@ -17,6 +17,7 @@ from loadmaster.errors import IN_THE_JOB, ConfigError, Problem
 from loadmaster.files import as_object, read_json
 from loadmaster.preflight.families import (
     FAMILIES,
+    UNGATED,
     full_config,
     refuse_quantized,
     refuse_uncountable,
@@ -29,7 +30,6 @@ FLAGS = ("gemma_norm", "wide", "norms_after", "query_key_norm", "whole_norm", "l
          "scaled_residual", "scaled_embedding", "fused")
 """What a family's code does, as the shape calls it."""
 
-
 def from_config(config: dict[str, Any], name: str) -> ModelShape:
     """The shape that a config.json describes.
 
@@ -40,6 +40,10 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
     _refuse_sizes(config, family, name)
     heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
     experts = _experts(config, family)
+    activation = str(config.get("hidden_activation") or config.get("hidden_act", "silu"))
+    gated = known.get("gated", family not in UNGATED)
+    if family in FAMILIES and not gated and activation != "relu2":
+        estimate = f"{family} with {activation} between two matrices is not one that is modelled exactly"
     bias = bool(known.get("biases") and config.get("attention_bias"))
     rotary = config.get("rope_parameters") or {}
     return ModelShape(
@@ -57,9 +61,10 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         **{flag: known.get(flag, False) for flag in FLAGS},
         query_key_value_bias=known.get("query_key_value_bias", bias),
         output_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias", False)) and family in ("llama", "smollm3", "granite"),
+        mlp_bias=bool(config.get("mlp_bias", False)) and family in ("llama", "smollm3", "granite", "arcee"),
         rotary_fraction=config.get("partial_rotary_factor") or rotary.get("partial_rotary_factor") or 1.0,
-        gelu="gelu" in str(config.get("hidden_activation") or config.get("hidden_act", "silu")),
+        gated=gated,
+        gelu="gelu" in activation,
         experts=experts,
         experts_per_token=config.get("num_experts_per_tok", 2) if experts else 0,
         expert_size=_expert_size(config, family) if experts else 0,

@@ -145,9 +145,9 @@ def reasons(
             "language model without them, for text"
         )
     if shape.estimate:
+        off = ", and parameters and weights may be off by a third (an MLP without a gate has two matrices, not three)"
         traced = "" if job.plan.trace else (
-            ", and parameters and weights may be off by a third (an MLP without a gate has two matrices, not three); "
-            "plan.trace=true counts the model itself and traces its step"
+            f"{off * shape.gated}; plan.trace=true counts the model itself and traces its step"
         )
         said.append(f"an estimate: {shape.estimate}{traced}")
     if job.stop_after == "plan":  # else they are refused

@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi3": {"fused": True},
     "ministral": {},
+    "arcee": {"biases": True, "whole_heads": True, "windows": False, "gated": False},
     "ministral3": {"scaled_query": True},
     "granite": {"biases": True, "scaled_embedding": True, "scaled_residual": True},
     "gemma": {"biases": True, "gemma_norm": True, "scaled_embedding": True},
@@ -85,6 +86,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **_7B, "intermediate_size": 14336, "num_hidden_layers": 34, "num_key_value_heads": 8, "head_dim": 128,
         "vocab_size": 131072,
     },
+    "arcee": {
+        **_7B, "hidden_size": 2560, "intermediate_size": 18432, "vocab_size": 32000, "hidden_act": "relu2",
+    },
     "granite": {**_7B, "vocab_size": 32000},
     "gemma": {
         "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
@@ -98,6 +102,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 4,
     },
 }
+UNGATED = ("apertus", "jais2", "nanochat", "nemotron", "starcoder2")
+"""Families that are not modelled exactly, and whose feed-forward layers are known to have two matrices, not three."""
+
 TOWERS_AND_ALL = (
     "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified", "gemma4_unified_assistant",
     "got_ocr2", "llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp",
@@ -142,6 +149,7 @@ def full_config(config: dict[str, Any]) -> tuple[dict[str, Any], str, str | None
         config = {**{k: v for k, v in config.items() if k == "tie_word_embeddings"}, **inner, "model_type": family}
     if family not in FAMILIES:
         estimate = f"model type {family!r} is not one that is modelled exactly: it is counted like Llama"
+        estimate += " without gates" * (family in UNGATED)
     return {**DEFAULTS.get(family, {}), **config}, family, estimate
 
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 WIDE = 512
 """Inputs of a product that selective checkpointing keeps; an adapter's second product has its rank."""
-SHARING = ("k_proj", "v_proj", "up_proj")
-"""Matrices of a layer whose input another one has as well."""
 
 
 def nf4_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
@@ -104,7 +102,7 @@ def fp8_matmul(b: Blocks, x: Tensor, m: Matrix) -> Tensor:
         tape.work.fp8_flops += 2.0 * n * m.weight
         tape.work.kernels += 1
     with tape.tagged("quantization"):
-        rows = cast(m.inputs, m.name != "o_proj", m.name in SHARING)
+        rows = cast(m.inputs, m.name != "o_proj", m.shared)
     out = _made(b, x, m, backward)
     del rows
     return out

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from loadmaster.preflight import blocks
+from loadmaster.preflight.activations import activation, relu, squared
 from loadmaster.preflight.blocks import Blocks, Linear, Weights
 from loadmaster.preflight.graph import Split, Storage, Tensor
-from loadmaster.preflight.mixture import activation, halves, mixture
+from loadmaster.preflight.mixture import halves, mixture
 
 LOSS_CHUNK_TOKENS = 1024
 """Rows of logits that the engine has alive at a time."""
@@ -78,6 +79,10 @@ def mlp(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
         gate, up = halves(b, b.linear(h, linears["gate_up_proj"]))
         up = b.mul(up, activation(b, gate))
         return b.linear(up, linears["down_proj"])
+    if not b.shape.gated:
+        x = b.linear(h, linears["up_proj"])
+        x = activation(b, x) if b.shape.gelu else squared(b, relu(b, x))
+        return b.linear(x, linears["down_proj"])
     return b.linear(
         b.mul(activation(b, b.linear(h, linears["gate_proj"])), b.linear(h, linears["up_proj"])), linears["down_proj"]
     )

@@ -60,4 +60,5 @@ def _kept_bytes(shape: ModelShape, setup: Setup, done: int) -> int:
     if setup.checkpointing != "none":
         return inputs
     attention = 2 * (shape.query_size + shape.key_value_size) * max(0, layers - 1)
-    return inputs + each * (attention + 2 * shape.intermediate_size * max(0, shape.dense_layers - done - 1))
+    between = (1 + shape.gated) * shape.intermediate_size
+    return inputs + each * (attention + between * max(0, shape.dense_layers - done - 1))

@@ -8,20 +8,9 @@ token, 1,802 GiB for two layers of Mixtral at 2048 tokens.)
 
 from __future__ import annotations
 
+from loadmaster.preflight.activations import activation
 from loadmaster.preflight.blocks import Blocks
 from loadmaster.preflight.graph import Split, Storage, Tensor
-
-
-def activation(b: Blocks, x: Tensor) -> Tensor:
-    """SiLU or GELU: keeps its input."""
-    tape, size = b.tape, x.bytes
-    tape.moved(size, size)
-
-    def backward(g: Storage, _: list) -> list:
-        tape.moved(size, size, size)
-        return [tape.alloc(size)]
-
-    return tape.op(size, [x], [x.storage], backward)
 
 
 def halves(b: Blocks, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ class Matrix:
     inputs: int
     outputs: int
     bias: bool = False
+    shared: bool = False
+    """Its input is that of a matrix before it as well."""
 
     @property
     def weight(self) -> int:
@@ -66,6 +68,8 @@ class ModelShape:
     query_key_value_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    gated: bool = True
+    """A feed-forward layer has a gate; without one its activation is squared ReLU or, where `gelu` says so, GELU."""
     fused: bool = False
     """q, k, v in one matrix and gate, up in one (Phi-3 and 4)."""
     rotary_fraction: float = 1.0
@@ -106,7 +110,8 @@ class ModelShape:
         output = Matrix("o_proj", q, h, self.output_bias)
         if self.fused:
             return output, Matrix("qkv_proj", h, q + 2 * k, bias)
-        return Matrix("q_proj", h, q, bias), Matrix("k_proj", h, k, bias), Matrix("v_proj", h, k, bias), output
+        key, value = (Matrix(name, h, k, bias, True) for name in ("k_proj", "v_proj"))
+        return Matrix("q_proj", h, q, bias), key, value, output
 
     @cached_property
     def mlp_matrices(self) -> tuple[Matrix, ...]:
@@ -115,7 +120,8 @@ class ModelShape:
         down = Matrix("down_proj", f, h, self.mlp_bias)
         if self.fused:
             return Matrix("gate_up_proj", h, 2 * f, self.mlp_bias), down
-        return Matrix("gate_proj", h, f, self.mlp_bias), Matrix("up_proj", h, f, self.mlp_bias), down
+        gate = (Matrix("gate_proj", h, f, self.mlp_bias),) * self.gated
+        return *gate, Matrix("up_proj", h, f, self.mlp_bias, self.gated), down
 
     @property
     def dense_layers(self) -> int:

@@ -314,7 +314,8 @@ def _at_adapted_attention(b: Blocks) -> int:
     """At attention's kernel, under adapters: the gradient of its output and its own three results; gate and up and the
     sum before the MLP are gone."""
     shape = b.shape
-    here = 2 * shape.query_size + 2 * shape.key_value_size - 2 * shape.intermediate_size - shape.hidden_size
+    gone = (1 + shape.gated) * shape.intermediate_size + shape.hidden_size
+    here = 2 * shape.query_size + 2 * shape.key_value_size - gone
     return b.w * b.n * here + b.attention_scratch()
 
 
@@ -322,7 +323,8 @@ def _at_attention(b: Blocks) -> int:
     """At attention's kernel, trained whole: gradients of the MLP's parameters, which all come out at the end; three of
     hidden size, that of the output and its own three results; gate and up are gone."""
     shape = b.shape
-    here = 3 * shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - 2 * shape.intermediate_size
+    gone = (1 + shape.gated) * shape.intermediate_size
+    here = 3 * shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - gone
     return b.w * (b.n * here + sum(m.weight for m in shape.mlp_matrices)) + b.attention_scratch()
 
 

@@ -49,6 +49,7 @@ def kinds(shape: ModelShape, setup: Setup, experts: bool) -> list[tuple[bool, Pa
         (shape.scaled_residual, NONE, Passes(hidden=3)),  # what products are given is written besides
         (shape.fused, NONE, Passes(query=2, key_value=2, between=2)),  # gradients of its parts are joined
         (shape.fused and shape.rotary_fraction < 1, Passes(query=2), Passes(query=2)),
+        (not shape.gated, Passes(between=-2 if fp8 and whole else -1), Passes(between=-2)),
         (shape.attention_softcap, NONE, Passes(key_value=-2)),  # its kernel lays v's gradient out
         (shape.query_key_value_bias and not (whole or fp8 or shape.fused), Passes(key_value=2), NONE),  # v's is added
         # Tokens are gathered, masked three times, weighed and summed; Mixtral's weights are in fp32.
@@ -66,13 +67,13 @@ def kinds(shape: ModelShape, setup: Setup, experts: bool) -> list[tuple[bool, Pa
         (fp8 and whole and shape.norms_after, Passes(hidden=3), Passes(hidden=2)),
         (fp8 and whole and (shape.gelu or shape.fused), NONE, Passes(between=6)),
         # What magnitudes scale is kept as it was; what a selective checkpoint does not keep is made again.
-        (setup.dora, Passes(3, 2, 3, 0), Passes(10, 4, 9, 2)),
-        (selective, NONE, Passes(query=2, key_value=2) if whole else Passes(2, 3, 6, 2)),
+        (setup.dora, Passes(3, 2, 3, 0), Passes(10, 4, 9, 1 + shape.gated)),
+        (selective, NONE, Passes(query=2, key_value=2) if whole else Passes(2, 3, 6, 1 + shape.gated)),
     ]
 
 
 LEADS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-"""Matrices whose input another one has as well."""
+"""Matrices whose input may be another one's as well, and that one."""
 SUMMED = {"v_proj": 2, "gate_proj": 1, "up_proj": 1, "gate_up_proj": 2, "qkv_proj": 3}
 """Where a kernel makes the sum of base and adapter: passes over it beyond the adapter's part being read. What is kept
 is written, v too, and a fused one is read whole, or made, for each of its parts."""
@@ -87,6 +88,8 @@ def layer_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> tuple
     sums = {} if joined and not setup.dora and setup.checkpointing != "selective" else dict(SUMMED)
     if sums and shape.query_key_norm:
         sums |= dict.fromkeys(("q_proj", "k_proj"), 1 if shape.gemma_norm else 2)
+    if not shape.gated:
+        sums["up_proj"] = 1  # what the ReLU gives is written, and kept
     if setup.checkpointing == "selective":
         sums |= {"gate_proj": 0, "up_proj": 0}
     for name, m in adapted.items():
@@ -95,7 +98,7 @@ def layer_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> tuple
         backward += bool(setup.lora_dropout) * m.inputs
     trained = [m for m in (adapted.values() if setup.adapters else shape.matrices(experts)) if m.name != "o_proj"]
     if not setup.lora_dropout or setup.method == "qlora":  # otherwise kept as it is after dropout
-        backward += setup.width * sum({LEADS.get(m.name, m.name): m.inputs for m in trained}.values())  # made again
+        backward += setup.width * sum({_lead(m): m.inputs for m in trained}.values())  # made again
     backward += setup.width * _gradient_sums(shape, setup, experts, adapted, joined)
     return forward, backward
 
@@ -103,10 +106,14 @@ def layer_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> tuple
 def _gradient_sums(shape: ModelShape, setup: Setup, experts: bool, adapted: dict[str, Matrix], joined: bool) -> int:
     """Numbers read of one token beyond one product, because an input's gradient is the sum of several; the gradient of
     a norm's weight reads them once more. That of attention's output is written where a kernel makes it."""
-    sums = sum(m.inputs for m in shape.matrices(experts) if m.name in LEADS) * (1 if setup.adapters else 2)
-    narrow = {name if setup.lora_dropout else LEADS.get(name, name): m.inputs for name, m in adapted.items()}
+    sums = sum(m.inputs for m in shape.matrices(experts) if m.shared) * (1 if setup.adapters else 2)
+    narrow = {name if setup.lora_dropout else _lead(m): m.inputs for name, m in adapted.items()}
     written = 0 if joined and not setup.lora_dropout else 2 * narrow.get("o_proj", 0)
     return sums + sum(narrow.values()) + written
+
+
+def _lead(m: Matrix) -> str:
+    return LEADS[m.name] if m.shared else m.name
 
 
 def fused_bytes(shape: ModelShape, setup: Setup) -> int:

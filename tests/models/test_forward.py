@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -99,6 +100,14 @@ def test_packed_equals_unpacked_on_the_real_model(smollm2, tokenizer):
             head_dim=32,
             vocab_size=120,
         ),
+        ArceeConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=120,
+        ),
         Ministral3Config(  # queries grow with their position in a document from 4 on
             hidden_size=64,
             intermediate_size=96,
@@ -116,7 +125,7 @@ def test_packed_equals_unpacked_on_the_real_model(smollm2, tokenizer):
             },
         ),
     ],
-    ids=["llama", "mistral-sliding-window", "qwen3", "ministral3"],
+    ids=["llama", "mistral-sliding-window", "qwen3", "arcee", "ministral3"],
 )
 def test_families_agree_with_transformers_own_attention(config):
     torch.manual_seed(0)

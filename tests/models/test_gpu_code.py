@@ -55,6 +55,10 @@ QWEN3_SMALL = {
 }
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
 MINISTRAL3 = {"model_type": "ministral3", "vocab_size": 131072}
+ARCEE = {
+    "model_type": "arcee", "hidden_size": 2560, "intermediate_size": 18432, "num_attention_heads": 20,
+    "num_key_value_heads": 4, "hidden_act": "relu2",
+}
 QWEN3_MOE = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
     "num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4,
@@ -125,9 +129,10 @@ def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
     ("config", "method", "precision", "fields"),
     [
         *((config, method, "bf16", {}) for method in ("lora", "full")
-          for config in (GEMMA2, GEMMA3, PHI, PHI_MINI, QWEN2, QWEN3, MINISTRAL3, GRANITE, GEMMA, OLMO2, EXAONE4)),
+          for config in (GEMMA2, GEMMA3, PHI, PHI_MINI, QWEN2, QWEN3, MINISTRAL3, GRANITE, GEMMA, OLMO2, EXAONE4,
+                         ARCEE)),
         *((config, method, "fp8", {}) for method in ("lora", "full") for config in (GEMMA3, PHI, QWEN3)),
-        *((OLMO2, method, "fp8", {}) for method in ("lora", "full")),
+        *((config, method, "fp8", {}) for method in ("lora", "full") for config in (OLMO2, ARCEE)),
         *((config, "lora", "bf16", {"lora_targets": ATTENTION}) for config in (MIXTRAL, QWEN3_MOE)),
         (MIXTRAL, "full", "bf16", {}),
         *((None, method, "bf16", {"checkpointing": "selective"}) for method in ("lora", "full")),
@@ -201,6 +206,17 @@ def test_beyond_the_highest_rank_that_is_merged_the_gated_products_gradient_has_
     found = generated(method, "bf16", H100, QWEN3_SMALL, "count", lora_rank=rank, lora_targets=targets)
     assert in_backward_bytes(shape, setup) == pytest.approx(found["beyond"], rel=0.01)
     assert in_backward_bytes(shape, replace(setup, lora_rank=256)) < 0.85 * found["beyond"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_layer_without_a_gate_has_less_at_once(method: str, precision: str) -> None:
+    shape, setup = from_config({**ARCEE, "vocab_size": 128256, "num_hidden_layers": 2}, "arcee"), Setup(
+        method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True
+    )
+    found = generated(method, precision, H100, ARCEE)
+    assert in_backward_bytes(shape, setup) == pytest.approx(found["beyond"], rel=0.002)
 
 
 @pytest.mark.slow

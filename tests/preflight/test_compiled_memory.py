@@ -44,6 +44,7 @@ SIZES = {
     },
     "granite": {"num_attention_heads": 16, "num_key_value_heads": 4, "pad_token_id": 0},
     "ministral3": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "pad_token_id": 0},
+    "arcee": {"num_attention_heads": 16, "num_key_value_heads": 4, "hidden_act": "relu2"},
     "gemma": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256},
     "olmo2": {"num_attention_heads": 16, "num_key_value_heads": 4, "pad_token_id": 0, "eos_token_id": 2},
     "exaone4": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "sliding_window": 512},
@@ -137,6 +138,8 @@ def changes(family: str) -> list[dict]:
         return [*CHANGES[:4], *some, CHANGES[-1]]
     if family in ("granite", "ministral3", "gemma", "olmo2", "exaone4"):
         return CHANGES[:3]
+    if family == "arcee":
+        return [*CHANGES[:6], *CHANGES[-2:]]
     if family in ("llama", "gemma2"):
         return CHANGES if family == "llama" else [*CHANGES[:2], *SCALED, *CHANGES[-2:]]
     return [
@@ -149,6 +152,17 @@ def changes(family: str) -> list[dict]:
 @pytest.mark.parametrize(("family", "changed"), [(family, changed) for family in SIZES for changed in changes(family)])
 def test_every_family_and_method_keeps_what_its_partitioner_chose(family: str, changed: dict) -> None:
     check(family, replace(setup(), **changed))
+
+
+def test_a_layer_without_a_gate_keeps_and_has_less() -> None:
+    """As partitioner and generated code say (the slow tests here and in test_gpu_code.py), of h, dq 1024, dk 256."""
+    shape = from_config(config("arcee", 2), "x")
+    f, attention = shape.intermediate_size, 4 * 1024 + 8 + 4 * 1024 + 4 * 256 * 1 + 4 * 16
+    assert shape.head_dim == 64 and kept_bytes(shape, setup("full")) == attention + 2 * f
+    assert kept_bytes(shape, setup()) == attention + 2 * f + 2 * 16 * 6
+    for method, in_bf16, in_fp8 in (("full", 4, 5), ("lora", 6, 7)):
+        assert in_backward_bytes(shape, setup(method)) == in_bf16 * f
+        assert in_backward_bytes(shape, replace(setup(method), precision="fp8")) == in_fp8 * f
 
 
 def test_compiled_layers_are_counted_with_less_and_recomputed_ones_as_before() -> None:

@@ -34,6 +34,7 @@ FAMILIES = {
     "gemma3_text": {"sliding_window": 512},
     "ministral": {"sliding_window": 512},
     "ministral3": {"pad_token_id": 0},
+    "arcee": {"eos_token_id": 2, "bos_token_id": 1},
     "granite": {"pad_token_id": 0},
     "gemma": {},
     "olmo2": {"pad_token_id": 0, "eos_token_id": 2},

@@ -54,6 +54,22 @@ def test_other_layers_move_so_many_passes_more(flag: str, method: str, forward: 
     assert (other[0] - llama[0], other[1] - llama[1]) == (2 * forward, 2 * backward)
 
 
+@pytest.mark.parametrize(
+    ("changed", "forward", "backward"),
+    [
+        ({"method": "full"}, -F, -2 * F - 2 * H),
+        ({}, -F, -2 * F - H),
+        ({"lora_targets": ("q_proj", "v_proj")}, -F, -2 * F - H),
+        ({"method": "full", "precision": "fp8"}, -2 * F, -2 * F - 2 * H),
+    ],
+)
+def test_a_layer_without_a_gate_moves_less(changed: dict, forward: int, backward: int) -> None:
+    """What up's adapter is added to is read as a gate's was, and what the ReLU gives is written besides."""
+    shapes, setup = (replace(LLAMA, gated=False), LLAMA), replace(LORA, **changed)
+    other, llama = (layer_bytes(shape, setup) for shape in shapes)
+    assert (other[0] - llama[0], other[1] - llama[1]) == (2 * forward, 2 * backward)
+
+
 def test_a_layer_that_is_made_again_moves_all_of_its_forward_code_again() -> None:
     forward, backward = layer_bytes(LLAMA, LORA)
     some = replace(LORA, checkpointing="full", kept_layers=12)
