@@ -161,6 +161,21 @@ def test_a_number_of_each_token_that_queries_are_multiplied_with_is_kept() -> No
         assert replayed == pytest.approx(truth, rel=1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_estimate_of_starcoder_is_near_a_trace_and_not_below(dropout: float) -> None:
+    """Its LayerNorms keep less than Llama's norms; dropout of layers' results, as its checkpoints have, takes as much."""
+    config = {**random_config("arcee", 0), "model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh"}
+    config |= {"residual_dropout": dropout, "embedding_dropout": dropout}
+    cases = [Case(3000), Case(3000, "full")]
+    for case, truth in zip(cases, traced_peaks(config, "lora", cases), strict=True):
+        setup = Setup(
+            method="lora", precision="bf16", optimizer="adamw", master_weights=True, checkpointing=case.checkpointing,
+            sequence_length=case.tokens,
+        )
+        replayed = training_step(from_config(config, "starcoder2"), setup, in_place=False).peak
+        assert 0.995 < replayed / truth < 1.1, f"{case}: {replayed / truth:.3f}"
+
+
 @pytest.mark.parametrize(("method", "documents"), [("lora", 1), ("lora", 8), ("full", 8)])
 def test_kto_of_labelled_answers_takes_what_pairs_are_planned_with(method, documents, monkeypatch) -> None:
     """However many answers share the row, and whatever their labels: what is planned are tokens."""
