@@ -60,6 +60,7 @@ from loadmaster.training.metas import Metas
 from loadmaster.training.trace import _meta_model, with_trained_part
 
 EIGHT, THREE, ONE = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.2-1B"
+PHI3 = "microsoft/Phi-3-mini-4k-instruct"
 STEPS = 6
 CARD = from_catalog("h100_80gb", 1)
 RESERVE = 0.03
@@ -79,19 +80,25 @@ class Case:
     masters: bool = True
     accumulated: int = 1
     compiled: bool = False
+    dropout: float = 0.0
+    dora: bool = False
 
     def setup(self) -> Setup:
         return Setup(
             method=self.method, precision=self.precision, optimizer=self.optimizer, master_weights=self.masters,
             checkpointing=self.checkpointing, kept_layers=self.kept_layers, micro_batch_size=self.rows,
             sequence_length=self.length, gradient_accumulation_steps=self.accumulated, compiled=self.compiled,
+            lora_dropout=self.dropout, dora=self.dora,
         )
 
     def __str__(self) -> str:
-        said = [f"{self.model.rpartition('-')[2]} {self.method}", f"{self.rows} x {self.length:,}"]
+        name = self.model.rpartition("-" if "Llama" in self.model else "/")[2]
+        said = [f"{name} {self.method}", f"{self.rows} x {self.length:,}"]
         said += [f"checkpointing {self.checkpointing}"] if self.checkpointing != "none" else []
         said += [f"{self.kept_layers} layers kept"] if self.kept_layers else []
         said += ["FP8"] if self.precision == "fp8" else []
+        said += [f"dropout {self.dropout}"] if self.dropout else []
+        said += ["DoRA"] if self.dora else []
         said += [self.optimizer] if self.optimizer != "adamw" else []
         said += ["no masters"] if self.optimizer == "adamw" and not self.masters else []
         said += [f"{self.accumulated} micro-batches"] if self.accumulated > 1 else []
@@ -122,6 +129,16 @@ CASES = [
     Case(EIGHT, "lora", 2, precision="fp8", compiled=True),
     Case(THREE, "full", 4, 2048, compiled=True, **LIGHT),
     Case(THREE, "full", 4, 2048, "full", kept_layers=8, compiled=True),
+    Case(ONE, "full", 4, precision="fp8", compiled=True),
+    Case(EIGHT, "lora", 2, dropout=0.05, compiled=True),
+    Case(EIGHT, "lora", 2, dora=True, compiled=True),
+    Case("Qwen/Qwen3-4B", "full", 2, compiled=True, **LIGHT),
+    Case("google/gemma-3-1b-pt", "qlora", 4, 4096, "full", compiled=True),
+    Case(PHI3, "lora", 2, compiled=True),
+    Case(PHI3, "lora", 4, 4096, "full", compiled=True),
+    Case(PHI3, "full", 2, compiled=True, **LIGHT),
+    Case("microsoft/Phi-4-mini-instruct", "lora", 2, precision="fp8", compiled=True),
+    Case("microsoft/phi-4", "lora", 2, compiled=True),
 ]
 
 

@@ -80,11 +80,11 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
 def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     """What one token of a layer has at once in its backward pass, beyond what is kept and its output's gradient.
 
-    Under adapters, at the kernel of the gated product: its gradient, the product made again, and the gradients of gate
-    and up, in bf16 (three of the four where gate and up are one matrix), and beyond the highest rank that is merged
-    down's adapter's part of that gradient, which no product is added to; in FP8 the other product of its gradient, and
-    the codes of both, with dropout one in bf16 besides, and a GELU's in fp32. Under DoRA these lie beside what its
-    magnitudes have scaled: five to eight in all. At most, as some targets need less. Trained whole: one product of the
+    Under adapters, at the kernel of the gated product: its gradient, and the gradients of gate and up, in bf16. Where
+    down is adapted besides the product made again (not where gate and up are one matrix, nor with dropout, whose result
+    was kept), in FP8 the other product of the gradient, and the codes of both, and a GELU's in fp32; beyond the highest
+    rank that is merged the adapter's part of the gradient, which no product is added to. Under DoRA these lie beside
+    what its magnitudes have scaled. With a norm after the MLP its input is gone. Trained whole: one product of the
     gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
     and fp32; with a norm after the MLP the gradient before it. Without a gate there is one gradient less. Read off the
     code that inductor generates for a GPU (2.13; tests/models/test_gpu_code.py). With experts, or fused and trained
@@ -99,10 +99,16 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     if not setup.adapters:
         products = 8 if setup.precision == "bf16" else 11 if shape.gelu else 7
         return products * f + 2 * shape.hidden_size * shape.norm_places[3]
-    scaled = {m.name for m in shape.adapted(setup.lora_targets) if m in shape.mlp_matrices} if setup.dora else ()
-    if len(scaled) > 1 and "down_proj" in scaled:
-        return ((16 if setup.lora_dropout else 10) if shape.fused else (14 if setup.lora_dropout else 12)) * f
-    codes = (4 + 2 * bool(setup.lora_dropout) + 4 * shape.gelu) * (setup.precision == "fp8")
-    apart = setup.lora_rank > MERGED and not (codes or setup.dora or setup.lora_dropout)  # models/added.py
-    apart = apart and "down_proj" in {m.name for m in shape.adapted(setup.lora_targets)}
-    return (8 + 2 * (bool(scaled) + apart) - 2 * shape.fused + codes) * f
+    names = {m.name for m in shape.adapted(setup.lora_targets)}
+    dropped = bool(setup.lora_dropout) and setup.method != "qlora"  # an nf4 base's are made again
+    bytes_ = 6
+    if "down_proj" in names and setup.precision == "fp8":
+        bytes_ += 0 if dropped and shape.fused else 6 - 2 * shape.fused + 4 * (shape.gelu and not dropped)
+    elif "down_proj" in names:
+        bytes_ += 2 * (not shape.fused and (setup.dora or not dropped))
+        bytes_ += 2 * (setup.lora_rank > MERGED and not (setup.dora or setup.lora_dropout))  # models/added.py
+    if setup.dora and shape.fused and "gate_up_proj" in names:
+        bytes_ += 10 if dropped else 4
+    elif setup.dora:
+        bytes_ += 2 * len(names & {"gate_proj", "up_proj"})
+    return bytes_ * f - 2 * shape.hidden_size * shape.norm_places[3]

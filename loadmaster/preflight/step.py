@@ -143,9 +143,7 @@ class _Middle:
         self.kept = (each or 0) * b.n
         """Of a compiled layer, in all; 0 where it is not known, or not compiled."""
         self.inside = _in_backward(b, experts, kind, self.kept) if self.kept else 0
-        plain = not (b.shape.fused or b.setup.dora or b.setup.lora_dropout)
-        self.replaces = bool(self.inside) and (b.full or plain)
-        """Whether it is all that counts in a layer's backward pass: under adapters where these are plain ones."""
+        """All that counts in a layer's backward pass; 0 where it is not known, and what is replayed counts."""
         self.forward, self.started, self.finished = Work(), Work(), Work()
         self.gradients: list[Storage] = []
 
@@ -171,19 +169,16 @@ class _Middle:
 
         return tape.on_gradient(x, run_backward)
 
-    def enter(self, x: Tensor, less: int, place: int, entered: list[Storage]) -> Tensor:
-        """After a layer. A compiled one keeps its input, and `less` than was replayed. In its backward pass it has what
-        the compiler was seen to have at once: trained whole just that, else what is replayed as well; that alone in
-        the first ones."""
+    def enter(self, x: Tensor, less: int, entered: list[Storage]) -> Tensor:
+        """After a layer. A compiled one keeps its input, and `less` than was replayed. In its backward pass it has just
+        what the compiler was seen to have at once, where that is known."""
         tape = self.b.tape
         if not (less or self.inside):
             return x
-        known = self.replaces or self.kind != "none" or place >= HEAD_LAYERS or place == self.replayed - 1
 
         def begin_backward() -> None:
-            if known:
+            if self.inside:
                 tape.alloc(self.inside)
-            if self.replaces:
                 tape.hide()
             tape.correct(less)
 
@@ -192,7 +187,7 @@ class _Middle:
     def leave(self, x: Tensor) -> Tensor:
         """Before a layer; in the backward pass, after it."""
         tape = self.b.tape
-        return tape.on_gradient(x, tape.show) if self.replaces else x
+        return tape.on_gradient(x, tape.show) if self.inside else x
 
     def mark_end(self, x: Tensor) -> Tensor:
         """Before the second layer; in the backward pass, after it."""
@@ -250,7 +245,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
             eager, guessed = tape.by_tag["activations"] - activations + less, less
             less = max(0, eager - run.kept) if entered else 0
             tape.correct(guessed - less)
-            x = units.end(run.enter(x, less, place, entered), index, tape.leaves[first:])
+            x = units.end(run.enter(x, less, entered), index, tape.leaves[first:])
             del entered
             kept = tape.live - before
             run.forward = tape.work.plus(work, -1.0) if place == 1 else run.forward

@@ -180,18 +180,18 @@ def test_fused_gate_and_up_have_less_at_once_in_their_backward_pass() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "config", "fields"),
-    [("bf16", None, {"dora": True}), ("bf16", PHI, {"dora": True, "lora_dropout": 0.1}),
-     ("fp8", None, {"lora_dropout": 0.1})],
+    [("bf16", None, {"dora": True}), ("bf16", None, {"lora_dropout": 0.1}), ("fp8", PHI, {"lora_dropout": 0.1})],
 )
-def test_magnitudes_and_dropout_have_more_at_once_in_their_backward_pass(
+def test_magnitudes_and_dropout_have_what_is_counted_at_once_in_their_backward_pass(
     precision: str, config: dict | None, fields: dict
 ) -> None:
     shape = SHAPE if config is None else from_config({**config, "num_hidden_layers": 2}, "phi3")
     setup = Setup(
         method="lora", precision=precision, optimizer="adamw", master_weights=True, compiled=True, **fields
     )
-    found = generated("lora", precision, H100, config, **fields)
-    assert in_backward_bytes(shape, setup) == pytest.approx(found["backward"], rel=0.01)
+    found = generated("lora", precision, H100, config, "count", **fields)
+    gone = 2 * shape.hidden_size * setup.dora  # what down's magnitudes scaled, which is not counted
+    assert in_backward_bytes(shape, setup) - gone == pytest.approx(found["beyond"], rel=0.002)
 
 
 @pytest.mark.slow
@@ -229,4 +229,4 @@ def test_another_family_assembles_too(method: str, precision: str) -> None:
     shape, setup = from_config({**GEMMA3, "vocab_size": 128256, "num_hidden_layers": 2}, "gemma3_text"), Setup(
         method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True
     )
-    assert found["beyond"] <= in_backward_bytes(shape, setup) <= 1.07 * found["beyond"]
+    assert 0.999 * found["beyond"] <= in_backward_bytes(shape, setup) <= 1.07 * found["beyond"]

@@ -23,6 +23,9 @@ from loadmaster.preflight.step import training_step
 from loadmaster.training.trace import _meta_model, with_trained_part
 
 TOKENS = 2048
+QV = ("q_proj", "v_proj")
+LLAMA_8B = "meta-llama/Llama-3.1-8B"
+FOUR_LONG = {"micro_batch_size": 4, "sequence_length": 4096}
 SIZES = {
     "llama": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128},
     "qwen2": {"num_attention_heads": 16, "num_key_value_heads": 4},
@@ -195,8 +198,8 @@ def test_what_layers_keep_too_much_of_is_in_use_in_their_own_backward_pass_alone
 
 @pytest.mark.parametrize(
     ("changed", "products"),
-    [({}, 4), ({"dora": True}, 6), ({"dora": True, "lora_targets": ("q_proj", "o_proj")}, 4),
-     ({"precision": "fp8"}, 6), ({"precision": "fp8", "lora_dropout": 0.1}, 7)],
+    [({}, 4), ({"dora": True}, 6), ({"dora": True, "lora_targets": ("q_proj", "o_proj")}, 3),
+     ({"precision": "fp8"}, 6), ({"precision": "fp8", "lora_dropout": 0.1}, 6)],
 )
 def test_what_a_layers_backward_pass_has_at_once_lies_beside_what_all_layers_keep(changed: dict, products: int) -> None:
     """As many of a feed-forward layer's products, and the gradient of the layer's output (test_gpu_code.py)."""
@@ -219,15 +222,45 @@ def test_layers_trained_whole_have_what_their_code_has(precision: str, products:
 
 
 @pytest.mark.parametrize(
+    ("family", "changed", "products"),
+    [("llama", {}, 4), ("llama", {"lora_targets": QV}, 3), ("llama", {"lora_dropout": 0.1}, 3),
+     ("llama", {"lora_dropout": 0.1, "lora_targets": QV}, 3), ("llama", {"dora": True, "lora_dropout": 0.1}, 6),
+     ("llama", {"dora": True, "lora_targets": ("gate_proj", "up_proj")}, 5), ("llama", {"precision": "fp8"}, 6),
+     ("llama", {"dora": True, "lora_targets": ("up_proj", "down_proj")}, 5),
+     ("llama", {"precision": "fp8", "lora_targets": QV}, 3), ("llama", {"precision": "fp8", "lora_dropout": 0.1}, 6),
+     ("phi3", {}, 3), ("phi3", {"precision": "fp8"}, 5), ("phi3", {"precision": "fp8", "lora_dropout": 0.1}, 3),
+     ("phi3", {"lora_targets": ("qkv_proj", "o_proj")}, 3), ("phi3", {"dora": True}, 5),
+     ("gemma3_text", {}, 4), ("gemma3_text", {"lora_targets": QV}, 3), ("gemma3_text", {"dora": True}, 6),
+     ("gemma3_text", {"precision": "fp8", "lora_dropout": 0.1}, 6)],
+)
+def test_a_backward_pass_has_as_many_products_at_once_as_its_generated_code(
+    family: str, changed: dict, products: int
+) -> None:
+    """Read off inductor's code for an H100 (2026-12-01); with a norm after the MLP its input is gone by then. Of DoRA
+    in Llama and Phi the result that down's magnitudes scale is gone, too, which is not counted."""
+    shape = from_config(config(family, 2), family)
+    gone = 2 * shape.hidden_size * (family == "gemma3_text")
+    assert in_backward_bytes(shape, replace(setup(), **changed)) == 2 * products * shape.intermediate_size - gone
+
+
+LIGHT = {"method": "full", "optimizer": "adamw_bf16", "master_weights": False}
+
+
+@pytest.mark.parametrize(
     ("model", "changed", "gib"),
-    [("8B", {}, 27.582), ("8B", {"method": "qlora"}, 17.935), ("8B", {"precision": "fp8"}, 21.306),
-     ("8B", {"checkpointing": "full", "micro_batch_size": 4, "sequence_length": 4096}, 22.768),
-     ("3B", {"method": "full", "optimizer": "adamw_bf16", "master_weights": False, "micro_batch_size": 4}, 33.850)],
-    ids=["lora", "qlora", "fp8", "checkpointed", "full"],
+    [(LLAMA_8B, {}, 27.582), (LLAMA_8B, {"method": "qlora"}, 17.935), (LLAMA_8B, {"precision": "fp8"}, 21.306),
+     (LLAMA_8B, {**FOUR_LONG, "checkpointing": "full"}, 22.768),
+     ("meta-llama/Llama-3.2-3B", {**LIGHT, "micro_batch_size": 4}, 33.850),
+     ("meta-llama/Llama-3.2-1B", {"method": "full", "precision": "fp8", "micro_batch_size": 4}, 24.313),
+     (LLAMA_8B, {"lora_dropout": 0.05}, 41.738), ("Qwen/Qwen3-4B", LIGHT, 36.112),
+     ("microsoft/Phi-3-mini-4k-instruct", {}, 17.823), ("microsoft/Phi-3-mini-4k-instruct", LIGHT, 32.161),
+     ("microsoft/Phi-4-mini-instruct", {"precision": "fp8"}, 13.517),
+     ("google/gemma-3-1b-pt", {**FOUR_LONG, "method": "qlora", "checkpointing": "full"}, 3.534)],
+    ids=lambda value: value.rpartition("/")[2] if isinstance(value, str) else "",
 )
 def test_peaks_are_those_of_the_code_that_is_generated_for_a_gpu(model: str, changed: dict, gib: float) -> None:
     """What a whole run of that code allocates by `python benchmarks/reserved.py` (2026-12-01, torch 2.13)."""
-    shape = find_shape(ModelConfig(name=f"meta-llama/Llama-3.{1 if model == '8B' else 2}-{model}"))
+    shape = find_shape(ModelConfig(name=model))
     job = replace(setup(), **{"micro_batch_size": 2, "sequence_length": 2048, **changed})
     card = from_catalog("h100_80gb", 1)
     assert peaks(card, train_bytes(shape, card, job).total).allocated == pytest.approx(gib, rel=1e-3)

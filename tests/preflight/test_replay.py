@@ -163,7 +163,7 @@ def test_a_number_of_each_token_that_queries_are_multiplied_with_is_kept() -> No
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_estimate_of_starcoder_is_near_a_trace_and_not_below(dropout: float) -> None:
-    """Its LayerNorms keep less than Llama's norms; dropout of layers' results, as its checkpoints have, takes as much."""
+    """Its LayerNorms keep less than Llama's norms; dropout of layers' results takes as much."""
     config = {**random_config("arcee", 0), "model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh"}
     config |= {"residual_dropout": dropout, "embedding_dropout": dropout}
     cases = [Case(3000), Case(3000, "full")]
