@@ -140,15 +140,16 @@ def ranking(job: Job, fit: list[Candidate]) -> Callable[[Candidate], tuple]:
 
 
 def _one_of_each_kind(job: Job, fit: list[Candidate]) -> list[Candidate]:
-    """The best of every other combination of precision, sharding and checkpointing, as if there were no others; then
-    the second best plan, where it is the best one with another micro-batch."""
+    """The best of every other combination of precision, sharding and checkpointing, as if there were no others, and
+    the second best plan, where it is the best one with another micro-batch; the best first."""
     kinds: dict[tuple, list[Candidate]] = {}
     for candidate in fit:
         setup = candidate.setup
         kind = setup.precision, setup.sharding, setup.replicas, setup.checkpointing, setup.kept_layers > 0
         kinds.setdefault(kind, []).append(candidate)
     first, *others = kinds.values()
-    return [min(each, key=ranking(job, each)) for each in others] + [c for c in fit[1:2] if c in first]
+    found = [min(each, key=ranking(job, each)) for each in others] + [c for c in fit[1:2] if c in first]
+    return sorted(found, key=ranking(job, found)) if found else []
 
 
 def smallest(job: Job, shape: ModelShape, hardware: Hardware) -> Candidate:

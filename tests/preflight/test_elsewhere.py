@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
+from loadmaster.config.compose import compose
 from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConfig, PlanConfig
 from loadmaster.preflight import make_plan, print_plan
 from loadmaster.preflight.plan import Plan
@@ -107,6 +108,13 @@ def test_the_table_prints_the_first_and_the_cheapest_with_the_dates_of_prices() 
     assert "2026-11-09" in said
     cheapest = min(made.elsewhere, key=lambda row: row["cost_usd"])
     assert f"{cheapest['count']}x {cheapest['gpu']}" in said and "longest row that fits here" in said
+
+
+def test_runners_up_are_in_the_order_of_their_speed() -> None:
+    made = make_plan(compose(["recipe=auto", "hardware=h100_80gb_x1"]).job)
+    speeds = [other["tokens_per_second"] for other in made.runners_up]
+    assert len(speeds) > 3
+    assert all(one > 0.97 * after for one, after in pairwise(speeds))  # what is 2% slower than the fastest is as good
 
 
 def test_of_many_runners_up_the_first_are_printed_and_the_others_counted() -> None:
