@@ -35,6 +35,7 @@ from loadmaster.models.language_model import for_whole, multimodal_of
 from loadmaster.models.load import DTYPES
 from loadmaster.models.shards import empty_model
 from loadmaster.preflight.config_json import base_name
+from loadmaster.preflight.exports import WITHOUT_AWQ
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.tensor_parallel import NVFP4_GROUP
 
@@ -67,6 +68,11 @@ def streamed(formats: Sequence[str], source: Path, server: Server) -> dict[str, 
         refuse_unwritable(source, config)
     if formats != ["adapter"]:
         model_config(config, server)
+    if "int4_awq" in formats and config.get("model_type") in WITHOUT_AWQ:
+        raise ExportRejected(
+            f"int4_awq: llm-compressor does not know what AWQ may scale in {config['model_type']}. "
+            "Take export.formats=[int4_gptq] instead."
+        )
     wanted = candidates.needed(formats)
     linear = linear_weights(source) if {*wanted} & {*candidates.STREAMED, *candidates.CALIBRATED} else {}
     odd = [inputs for _, inputs in linear.values() if inputs % NVFP4_GROUP]

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from loadmaster.export import checks
 from loadmaster.export.weights import HEAD, read_tensor, tensor_files
+from loadmaster.models.buffers import stored_buffers
 from loadmaster.models.dora import LEAST_NORM
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.frozen import FrozenLinear
@@ -126,6 +127,9 @@ def live_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None,
     inside = tuple(f"{name}." for name in (*layers, *saved))
     with where_they_lie(lm):  # named_parameters() keeps all that it has seen
         names = [name for name, _ in lm.named_parameters() if not name.startswith(inside)]
+    for name in stored_buffers(lm):
+        layer, _, part = name.rpartition(".")
+        yield name, _read(lm.get_submodule(layer), part), None, False
     dtype = lm.get_input_embeddings().weight.dtype
     for name in names:
         layer, _, part = name.rpartition(".")
@@ -154,7 +158,8 @@ def _dense(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, bool]:
 
 
 def _read(module: nn.Module, name: str) -> Tensor:
-    """A parameter in float32; of a layer that lies elsewhere it is brought. Without numbers nothing is compared."""
+    """A parameter in float32, or a buffer; of a layer that lies elsewhere it is brought. Without numbers nothing is
+    compared."""
     parameter = getattr(module, name)
     if parameter.is_meta:
         raise RuntimeError(f"a {type(module).__name__} has no numbers in its {name}: it cannot be compared")

@@ -19,6 +19,7 @@ from typing import Any
 from loadmaster import catalog
 from loadmaster.config.serving_rules import as_version
 from loadmaster.errors import ExportRejected
+from loadmaster.preflight.other_layers import global_sizes
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,12 @@ def _drop(fields: dict[str, Any], since: dict[str, str], server: Server, implied
 
 
 def model_config(config: dict[str, Any], server: Server) -> dict[str, Any]:
-    """config.json with what transformers 4 reads beside what 5 writes, where the server may have 4, and what vLLM looks
-    for elsewhere than transformers."""
+    """config.json with what transformers 4 reads beside what 5 writes, where the server may have 4, what vLLM looks for
+    elsewhere than transformers, and of Gemma 4 what 5 read up to 5.14 (and llama.cpp and others do), beside the
+    per_layer_config that it writes since."""
     config = {**config, **scaled_queries(config)}
+    if config.get("model_type") == "gemma4_text" and (sizes := global_sizes(config)) is not None:
+        config = {**config, "global_head_dim": sizes[0], "num_global_key_value_heads": sizes[1]}
     if server.reads_transformers_5:
         return config
     config = {**config, "torch_dtype": config.get("dtype")}

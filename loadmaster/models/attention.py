@@ -11,7 +11,8 @@ Both are one operation to torch.compile, and neither how many documents there ar
 a compiled graph: each batch has others. The kernel is told the longest document's length, which is therefore the
 first size of a tensor without elements; as a number it would be compiled in.
 
-Soft-capped scores (Gemma 2) are a kernel of their own: capped.py.
+Soft-capped scores (Gemma 2) are a kernel of their own: capped.py; so are heads of more than 256 numbers (Gemma 4), on
+a GPU: wide_heads.py.
 
 Calling the model without the bounds is an error, never a silent leak: transformers' default call over a
 packed row lets documents see each other (logits differ by up to 37, measured on SmolLM2, 2026-11-23).
@@ -32,6 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from loadmaster.models.capped import attend_capped, own_attention
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.libraries import OPTIONAL, without
+from loadmaster.models.wide_heads import is_wide
 
 with without(*OPTIONAL):
     from transformers import AttentionInterface
@@ -204,6 +206,12 @@ def packed_attention(
         output = attend_capped(
             query, key, value, cu_seq_lens_q, scale, softcap, sliding_window, documents, blocks, kernel_options
         )
+        return output.transpose(1, 2), None
+    if is_wide(query.shape[-1]) and dropout == 0.0 and (query.is_meta or query.is_cuda):
+        if sliding_window is not None:
+            raise RuntimeError("packed attention has no windows for heads of this size; this model is refused at load")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = torch.ops.loadmaster.wide_attention(query, key, value, cu_seq_lens_q, scale)[0]
         return output.transpose(1, 2), None
     # A trace on the meta device stands for a GPU, whose kernel takes 16 bits (float32 is there to be compared with).
     if query.is_meta or (query.is_cuda and dropout == 0.0 and query.dtype != torch.float32):

@@ -96,12 +96,13 @@ def attention_calls(model: nn.Module) -> list[Call]:
     found = []
     for layer in decoder_layers(model):
         module = getattr(layer, "self_attn", None)
-        of_layer = [getattr(module, name, None) for name in ("qk_head_dim", "head_dim")]
-        head_dim = next(filter(None, (*of_layer, getattr(config, "head_dim", None))), config.hidden_size // heads)
+        own = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)  # a config may have several
+        head_dim = own or getattr(config, "head_dim", None) or config.hidden_size // heads
+        groups = getattr(module, "num_key_value_groups", None)
         windows = module if hasattr(module, "sliding_window") else config
         found.append(
             Call(
-                heads, getattr(config, "num_key_value_heads", None) or heads, head_dim,
+                heads, heads // groups if groups else getattr(config, "num_key_value_heads", None) or heads, head_dim,
                 getattr(module, "scaling", None), getattr(windows, "sliding_window", None) or None,
             )
         )

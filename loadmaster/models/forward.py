@@ -88,6 +88,7 @@ def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
     alpha = getattr(lm, "neftune_alpha", 0.0) if lm.training else 0.0
     text = {"inputs_embeds": noisy(lm.get_input_embeddings()(ids), bounds, alpha)} if alpha else {"input_ids": ids}
     turn_by_document(lm.get_decoder())
+    keep_no_keys(lm.get_decoder())
     hidden = lm.get_decoder()(
         **text,
         position_ids=put(positions, device),
@@ -99,6 +100,16 @@ def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
     ).last_hidden_state[0]
     trained = put(trained, device)
     return hidden.index_select(0, trained), put(targets, device).index_select(0, trained), documents
+
+
+def keep_no_keys(decoder: nn.Module) -> None:
+    """Let Gemma 4's layers not hand their keys and values on where no layer shares them: they would stay with the
+    arguments of every checkpointed layer, for as long as one of them is to be run again."""
+    attentions = [getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", ())]
+    if not any(getattr(attention, "is_kv_shared_layer", False) for attention in attentions):
+        for attention in attentions:
+            if getattr(attention, "store_full_length_kv", False):
+                attention.store_full_length_kv = False
 
 
 def noisy(embedded_NH: Tensor, bounds: list[int], alpha: float) -> Tensor:

@@ -1,9 +1,9 @@
 """The language model of a multimodal checkpoint, in a folder of its own: what is trained, exported and served.
 
-Gemma 3 from 4B on, Mistral Small from 3.1 on, Ministral 3 and Qwen 2, 2.5 and 3 VL are a language model behind a vision
-tower and a projector. Text never reaches those two, so they would take no gradient, and memory for nothing. Their
-tensors are left behind; the language model's are copied once into the cache, byte for byte, by the names that
-transformers' class for it alone has:
+Gemma 3 from 4B on, the dense Gemma 4, Mistral Small from 3.1 on, Ministral 3 and Qwen 2, 2.5 and 3 VL are a language
+model behind a vision tower and a projector. Text never reaches those two, so they would take no gradient, and memory
+for nothing. Their tensors are left behind; the language model's are copied once into the cache, byte for byte, by the
+names that transformers' class for it alone has:
 
     language_model.model.*   model.language_model.*   ->  model.*
     model.layers.* and the like (Qwen 2 VL)           ->  as they are

@@ -202,6 +202,7 @@ ATTENTION = {
     "torch_attn::_varlen_attn",
     "loadmaster::attention_by_document",
     "loadmaster::capped_attention",
+    "loadmaster::wide_attention",
     "flex_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
 }

@@ -1,9 +1,10 @@
 """A model built without weights, and filled shard by shard: no process holds what it does not keep.
 
-    1  `empty_model`   every parameter on the meta device, buffers that are computed (rotary frequencies) real
+    1  `empty_model`   every parameter on the meta device, buffers (rotary frequencies, computed) real
     2  (the caller adds adapters and shards: a parameter is then a DTensor, whose local part is this rank's)
     3  `materialise`   memory for the local parts
-    4  `fill`          each is read from the checkpoint's safetensors, the rows of this rank and no others
+    4  `fill`          each is read from the checkpoint's safetensors, the rows of this rank and no others; so are
+                       buffers that are stored there, whole
 
 A quantized layer has to see its whole weight, for its blocks share a scale. Each is read and quantized by one
 rank, in turn, and handed round; the others never read it.
@@ -26,6 +27,7 @@ from loadmaster.errors import LoadmasterError
 from loadmaster.model_files import is_sharded, shards, weight_map
 from loadmaster.models.attention import PACKED
 from loadmaster.models.bf16_products import quicken
+from loadmaster.models.buffers import stored_buffers
 from loadmaster.models.experts import stored_as, stored_experts
 from loadmaster.models.frozen import FrozenLinear, freeze_linears
 from loadmaster.models.load import config_of, knowing_packed_attention, refuse_unsupported
@@ -157,6 +159,7 @@ def fill(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """
     source = Checkpoint(folder)
     wanted, layers = _base(model)
+    wanted |= stored_buffers(model)
     _refuse_misfit(source, wanted, layers)
     for name, parameter in wanted.items():
         _fill_one(parameter, source, plain_name(name))
@@ -182,7 +185,9 @@ def stream(
     source = Checkpoint(folder)
     copies = None if trained is None else Checkpoint(trained)
     wanted, layers = _base(model)
-    _refuse_misfit(source, wanted, layers)
+    _refuse_misfit(source, wanted | stored_buffers(model), layers)
+    for name, buffer in stored_buffers(model).items():  # those of every rank: nothing cuts them
+        _fill_one(buffer, source, plain_name(name))
     names = {module: name for name, module in model.named_modules()}
     reads = not dist.is_initialized() or dist.get_rank() == 0
     missing = list(wanted)

@@ -18,9 +18,11 @@ SAMPLES, SAMPLE_TOKENS, LONGEST_SAMPLE_PROMPT = 8, 128, 1024
 
 def answer_bytes(shape: ModelShape, width: int, answers: int, prompt: float, new: int) -> float:
     """Of so many answers at a time, `prompt` and `new` tokens long; width: bytes of a weight."""
-    each = 2.0 * width * shape.layers * shape.key_value_size
-    beside = width * prompt * (4 * shape.hidden_size + 2 * shape.head_dim) + 3 * 8 * prompt
+    each = 2.0 * width * sum(layers * view.key_value_size for view, layers in shape.views)
+    turns = 2 * sum(view.head_dim for view, _ in shape.views)
+    beside = width * prompt * (4 * shape.hidden_size + turns) + 3 * 8 * prompt
     masks = len(set(shape.windows) or {None}) * prompt**2
+    shape = shape.widest
     if shape.attention_softcap:
         beside += width * masks
         attending = 2 * width * prompt * shape.query_size + SCORE_BYTES * shape.heads * prompt**2

@@ -7,6 +7,7 @@ trace therefore cannot see, is allocated and let go at once where `tape.in_place
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,13 +80,22 @@ class Blocks:
         self.blocks: Storage | None = None
         """`attention_blocks` of this micro-batch, until its backward pass is over."""
 
+    def of_kind(self, second: bool) -> Blocks:
+        """Of layers of this kind (ModelShape.view), on the same tape."""
+        if not self.shape.global_at:
+            return self
+        own = copy(self)
+        own.shape = self.shape.view(second)
+        own.attended = own.shape.attended(self.setup.sequence_length)
+        return own
+
     # ------------------------------------------------------------ parameters
 
-    def layer_weights(self, experts: bool, rotary: Storage) -> Weights:
+    def layer_weights(self, second: bool, rotary: Storage) -> Weights:
         shape, setup, w = self.shape, self.setup, self.w
-        adapted = set() if self.full else {m.name for m in shape.adapted(setup.lora_targets, experts)}
-        linears = {}
-        for m in shape.matrices(experts):
+        adapted = set() if self.full else {m.name for m in shape.adapted(setup.lora_targets, second)}
+        linears, experts = {}, second and shape.experts
+        for m in shape.matrices(second):
             a = b = magnitudes = None
             uses = self.pieces if m.name in MLP else 1
             if m.name in adapted:
@@ -128,6 +138,19 @@ class Blocks:
             return [tape.alloc(before)]
 
         return tape.op(size, [x], [], backward)
+
+    def elementwise_in_place(self, x: Tensor) -> Tensor:
+        """Multiplication with a stored number that lands where x was; the gradient is new. It is the last that a layer
+        saves something for, so that a checkpointed one is run again to its end."""
+        tape, size = self.tape, x.bytes
+        tape.moved(size, size)
+        number = tape.alloc(self.w)
+
+        def backward(g: Storage, _: list) -> list:
+            tape.moved(size, size)
+            return [tape.alloc(size)]
+
+        return tape.link(Tensor(x.storage, x.node, size), [x], [number], backward)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         self.tape.moved(x.bytes, y.bytes, x.bytes)
@@ -265,8 +288,8 @@ class Blocks:
 
     # ------------------------------------------------------------ norm, rotary, attention
 
-    def norm(self, x: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """RMSNorm in fp32; Gemma's multiplies by 1 + weight before casting back."""
+    def norm(self, x: Tensor, weight: Tensor | None, rows: int) -> Tensor:
+        """RMSNorm in fp32; Gemma's multiplies by 1 + weight, or where it has none by nothing, before casting back."""
         w = self.w
         elements = x.bytes // w
         x32 = self.elementwise(x, 4 * elements) if w != 4 else x
@@ -274,6 +297,8 @@ class Blocks:
         scale = self.rsqrt(self.elementwise(mean))
         x32 = self.mul(x32, scale, reduced=4 * rows)
         del scale
+        if weight is None:
+            return self.elementwise(x32, w * elements) if w != 4 else x32
         if self.shape.gemma_norm:
             width = weight.bytes // w
             gain = self.elementwise(self.elementwise(weight, 4 * width) if w != 4 else weight)
@@ -307,7 +332,7 @@ class Blocks:
 
         tape.moved(size, size)
         out = tape.op(size, [], [], backward)
-        return tape.link(out, [x], [out.storage], backward)
+        return tape.link(out, [x], [x.storage, out.storage] if self.shape.power_norm else [out.storage], backward)
 
     def rotate(self, x: Tensor, rotary: Storage) -> Tensor:
         """x * cos + rotate_half(x) * sin; where only a fraction of each head turns, the rest passes as it is."""
@@ -350,47 +375,3 @@ class Blocks:
         """Concatenation; its gradients are views."""
         self.tape.moved(*(2 * [x.bytes + y.bytes]))
         return self.tape.op(x.bytes + y.bytes, [x, y], [], lambda g, _: [g, g])
-
-    def attention_blocks(self) -> Storage:
-        """What FlexAttention reads besides q, k, v: each token's document, and four tables of blocks for each window
-        that layers have (models/capped.py). Nothing where scores are not capped."""
-        rows = self.n // BLOCK
-        tables = 4 * 4 * rows * (rows + 1) * len(set(self.shape.windows))
-        return self.tape.alloc(4 * self.n + tables if self.shape.attention_softcap else 0)
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Variable-length flash attention over q, k, v of one row; indexing the row gives each a copied gradient.
-        Of capped scores FlexAttention, which takes them as they are."""
-        tape, n, shape = self.tape, self.n, self.shape
-        capped = shape.attention_softcap
-        if not capped:
-            q, k, v = (self.slice(t, 1.0) for t in (q, k, v))
-        size = q.bytes
-        statistics = tape.alloc_kept(4 * n * shape.heads)
-        sizes = [q.bytes, k.bytes, v.bytes]
-
-        def work(share: float) -> None:
-            tape.work.attention_flops += share * 4.0 * n * self.attended * shape.query_size
-            tape.moved(*sizes, size, fused=False)
-
-        def backward(g: Storage, _: list) -> list:
-            work(2.5)
-            # Of the flash kernel's logsumexp a gradient of zeros; inside FlexAttention rowsum(dO O).
-            zeros = tape.alloc(4 * n * shape.heads) if tape.in_place or not capped else None
-            if tape.in_place and not capped:
-                tape.alloc(self.attention_scratch())
-            results = [tape.alloc(s) for s in sizes]
-            del zeros
-            return results
-
-        if tape.runs(kept=True):
-            work(1.0)
-        output = tape.op(size, [], [], backward, kept=True)
-        saved = [q.storage, k.storage, v.storage, output.storage, statistics]
-        return tape.link(output, [q, k, v], saved, backward)
-
-    def attention_scratch(self) -> int:
-        """Inside the backward kernel: dq in fp32, the row sums, and k, v gradients of every query head if grouped."""
-        shape, n = self.shape, self.n
-        grouped = 2 * self.w * shape.query_size if shape.key_value_heads != shape.heads else 0
-        return n * (4 * shape.query_size + 4 * shape.heads + grouped)

@@ -42,11 +42,11 @@ def quantizing(job: Job, shape: ModelShape, hardware: Hardware) -> Bytes:
     most = max(found, key=lambda b: b.total)
     if cpu:
         others = job.export.calibration_rows - 1  # their inputs, cosines and sines, token ids, places and mask
-        waiting = others * length * (WIDTH * (shape.hidden_size + 2 * shape.head_dim) + 3 * 8)
+        waiting = others * length * (WIDTH * (shape.hidden_size + 2 * shape.widest.head_dim) + 3 * 8)
         weights, context = WIDTH * shape.parameters, context_bytes(hardware)
     else:
         waiting, context = 0, 2 * context_bytes(hardware)
-        weights = WIDTH * shape.layer_parameters(experts=bool(shape.expert_layers))
+        weights = WIDTH * shape.widest.layer_parameters(second=bool(shape.expert_layers))
     return Bytes(
         weights=weights, activations=most.activations + waiting, quantization=most.quantization, context=context
     )
@@ -54,7 +54,7 @@ def quantizing(job: Job, shape: ModelShape, hardware: Hardware) -> Bytes:
 
 def _passing(shape: ModelShape, length: int) -> int:
     """A row's input, the sum after attention, that normalised, the output of the row before; cosines and sines."""
-    return WIDTH * length * (4 * shape.hidden_size + 2 * shape.head_dim)
+    return WIDTH * length * (4 * shape.hidden_size + 2 * shape.widest.head_dim)
 
 
 def in_layer(shape: ModelShape) -> int:
@@ -62,7 +62,7 @@ def in_layer(shape: ModelShape) -> int:
     token's experts, its input and those, or its output as it is, masked, weighted and sorted."""
     dense = (4 if shape.fused else 3) * shape.intermediate_size if shape.dense_layers else 0
     expert = max(shape.hidden_size + 4 * shape.expert_size, 4 * shape.hidden_size) if shape.expert_layers else 0
-    return max(dense, 5 * shape.query_size, shape.experts_per_token * expert)
+    return max(dense, 5 * shape.widest.query_size, shape.experts_per_token * expert)
 
 
 def _scores(shape: ModelShape, length: int) -> int:
@@ -95,6 +95,7 @@ def _gptq(shape: ModelShape, length: int, batched: bool) -> list[Bytes]:
 
 
 def _awq(shape: ModelShape, length: int, rows: int) -> list[Bytes]:
+    shape = shape.widest
     h, f, q = shape.hidden_size, shape.intermediate_size, shape.query_size
     outputs = q if shape.key_value_size == q and not shape.fused else 0
     inputs = 0 if shape.family in UNSCALED_INPUTS else h
@@ -112,7 +113,7 @@ def _awq(shape: ModelShape, length: int, rows: int) -> list[Bytes]:
 
 
 def _linears(shape: ModelShape) -> tuple[Matrix, ...]:
-    return shape.matrices(experts=shape.expert_layers == shape.layers)
+    return shape.widest.matrices(second=shape.expert_layers == shape.layers)
 
 
 def _products(m: Matrix) -> int:

@@ -70,8 +70,8 @@ def step_traffic(shape: ModelShape, setup: Setup) -> Collectives:
         return Collectives()
     setup = _as_fsdp(setup)
     if setup.shards > 1:
-        unit, (dense, sparse, root) = whole(shape, setup), fsdp_units(shape, setup)
-        layers, last = unit.gathered - root.gathered, sparse if shape.has_experts(shape.layers - 1) else dense
+        unit, (*kinds, root) = whole(shape, setup), fsdp_units(shape, setup)
+        layers, last = unit.gathered - root.gathered, kinds[shape.is_second(shape.layers - 1)]
         once = root.gathered + (last.gathered if setup.forwards else 0)
         gathered = layers + once if setup.keeps_weights else repeats * (_passes(setup) * layers + once)
         return Collectives(gathered, repeats * unit.reduced)
@@ -131,8 +131,8 @@ def _as_fsdp(setup: Setup) -> Setup:
 
 def _unhidden(shape: ModelShape, hardware: Hardware, setup: Setup, gpus: int, nodes: int) -> float:
     """First gather and last reduction of a micro-batch."""
-    dense, sparse, root = fsdp_units(shape, setup)
-    first = sparse if shape.expert_layers else dense
+    *kinds, root = fsdp_units(shape, setup)
+    first = kinds[shape.layer_kinds[-1][0]]
     seconds = collective_seconds(root.gathered + first.gathered, 2, gpus, nodes, hardware)
     seconds /= setup.gradient_accumulation_steps if setup.keeps_weights else 1
     return seconds + collective_seconds(root.reduced, 1, gpus, nodes, hardware)

@@ -8,6 +8,7 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     4      for each norm                            (1 / root mean square)
     4 dq + 4 dk + 4 heads                           (q and the output; k and v; logsumexp)
     2 dq + 2 dk + 4 heads + 4 key-value heads       with norms on q and k (8 where those are over all heads together)
+    4 key-value heads                               with a norm on v, unless v is k before its norm
     2 dq + 2 dk                                     fused (Phi-3): v is a part of q, k and v, which stay whole
     2                                               the number that queries are multiplied with (Ministral 3)
     4 f                                             (gate and up; their product and the norms' outputs are made again)
@@ -41,9 +42,10 @@ PLACES = 29
 
 
 @cache
-def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | None:
-    """Of one token and layer, dense or with experts; None where it is not known: fp32, norms trained beside an
+def kept_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int | None:
+    """Of one token and layer of a kind; None where it is not known: fp32, norms trained beside an
     adapter, and dropout or DoRA where norms come after attention and MLP."""
+    shape, experts = shape.view(second), second and bool(shape.experts)
     if setup.adapters and saved.layer_parameters(shape, setup.modules_to_save):
         return None
     if setup.precision == "fp32":
@@ -57,6 +59,8 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
     kept = 2 * h * (3 if shape.norm_places[3] else 2) + 4 * shape.norms + 4 * dq + 4 * dk + 4 * shape.heads
     if shape.query_key_norm:
         kept += 2 * dq + 2 * dk + 4 * (2 if shape.whole_norm else shape.heads + shape.key_value_heads)
+    if shape.value_norm and not shape.keys_as_values:
+        kept += 4 * shape.key_value_heads
     if shape.fused:
         kept += 2 * dq + 2 * dk
     kept += 2 * shape.scaled_query
@@ -70,7 +74,7 @@ def kept_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> int | 
         scaled = ("q_proj", "k_proj") * (not shape.query_key_norm) + ("down_proj",) * (shape.norms == 2)
         kept += sum(2 * m.outputs for m in adapted if m.name in scaled)
         together = {"q_proj", "k_proj", "v_proj"} <= {m.name for m in adapted}
-        kept += 4 * dq if together and shape.norms == 4 and shape.query_key_norm else 0
+        kept += 4 * dq if together and shape.norms == 4 and shape.late_norm else 0
     if setup.lora_dropout:
         again = MADE_AGAIN if setup.method == "qlora" else ()
         kept += sum((1 if m.name in again and not m.shared else 3) * m.inputs for m in adapted)

@@ -24,10 +24,11 @@ from loadmaster.preflight.families import (
     refuse_untrained,
 )
 from loadmaster.preflight.multimodal import language_model
-from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.other_layers import gemma4_layer_types, global_sizes
+from loadmaster.preflight.shape import FLASH_HEAD, ModelShape
 
 FLAGS = ("gemma_norm", "wide", "norms_after", "query_key_norm", "whole_norm", "late_norm", "scaled_query",
-         "scaled_residual", "scaled_embedding", "fused")
+         "scaled_residual", "scaled_embedding", "fused", "power_norm", "value_norm", "layer_scalar")
 """What a family's code does, as the shape calls it."""
 
 def from_config(config: dict[str, Any], name: str) -> ModelShape:
@@ -71,6 +72,7 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         dense_at=_dense_layers(config, layers) if experts and family != "mixtral" else (),
         normalised_routing=family == "mixtral" or bool(config.get("norm_topk_prob")),
         windows=_windows(config, family, layers),
+        **_global_layers(config, family),
         attention_softcap=bool(config.get("attn_logit_softcapping")),
         logit_softcap=bool(config.get("final_logit_softcapping")),
         max_position=known_positions(config),
@@ -111,7 +113,8 @@ def _rotation(config: dict[str, Any]) -> dict[str, Any]:
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OTHER_SIZES = ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts", "num_experts_per_tok",
-               "moe_intermediate_size", "sliding_window", "decoder_sparse_step", "max_window_layers")
+               "moe_intermediate_size", "sliding_window", "decoder_sparse_step", "max_window_layers",
+               "global_head_dim", "num_global_key_value_heads")
 MOST, MOST_COUNTED = 2**31 - 1, 10_000
 """Of a width, and of layers, heads and experts, which are counted one by one: beyond what any model has."""
 KINDS = {
@@ -119,7 +122,7 @@ KINDS = {
     "quantization_config": (dict, "object"), "rope_parameters": (dict, "object"), "rope_scaling": (dict, "object"),
     "text_config": (dict, "object"), "partial_rotary_factor": (float | int, "number"), "num_experts": (int, "number"),
     "num_local_experts": (int, "number"), "max_position_embeddings": (float | int, "number"),
-    "original_max_position_embeddings": (float | int, "number"),
+    "original_max_position_embeddings": (float | int, "number"), "per_layer_config": (dict, "object"),
 }
 """What a key must hold, where it holds anything."""
 
@@ -156,6 +159,9 @@ def _refuse_sizes(config: dict[str, Any], family: str, name: str) -> None:
         heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or 1
         if heads % groups:
             said.append(f"has {heads} attention heads that do not divide over {groups} key-value heads")
+        shared = _global_layers(config, family).get("global_key_value_heads") or 1
+        if heads % shared:
+            said.append(f"has {heads} attention heads that do not divide over {shared} global key-value heads")
         if not config.get("head_dim") and config["hidden_size"] < heads:
             said.append(f"has more heads ({heads}) than hidden_size={config['hidden_size']}")
         if FAMILIES.get(family, {}).get("whole_heads") and config["hidden_size"] % heads:
@@ -193,6 +199,8 @@ def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | No
     read = FAMILIES.get(family, {}).get("windows", True)
     if not (read and window) or config.get("use_sliding_window") is False:
         return (None,) * layers
+    if family == "gemma4_text":
+        return tuple(window if kind == "sliding_attention" else None for kind in gemma4_layer_types(config))
     if types := config.get("layer_types"):
         return tuple(window if kind == "sliding_attention" else None for kind in types)
     if family in ("qwen2", "qwen3"):
@@ -206,6 +214,18 @@ def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | No
     own = own if isinstance(own, int) else None
     period = {"gemma2": 2, "gemma3_text": own or 6, "olmo3": 4, "exaone4": own}.get(family)
     return tuple(None if period and (i + 1) % period == 0 else window for i in range(layers))
+
+
+def _global_layers(config: dict[str, Any], family: str) -> dict[str, Any]:
+    """What the shape says of layers whose heads are of sizes of their own; nothing where they are of one."""
+    sizes = global_sizes(config) if family == "gemma4_text" else None
+    values = bool(config.get("attention_k_eq_v"))
+    if sizes is None or (sizes == (config["head_dim"], config["num_key_value_heads"]) and not values):
+        return {}
+    at = tuple(layer for layer, kind in enumerate(gemma4_layer_types(config)) if kind == "full_attention")
+    return {
+        "global_at": at, "global_head_dim": sizes[0], "global_key_value_heads": sizes[1], "keys_as_values": values,
+    }
 
 
 KEPT_SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -283,7 +303,12 @@ def find_shape(model: ModelConfig, traced: bool = False) -> ModelShape:
     refuse_quantized(config, model.path or model.name)
     refuse_untrained(config, model.path or model.name)
     refuse_uncountable(config, model.path or model.name, traced)
-    return from_config(config, name_of(model, config))
+    shape = from_config(config, name_of(model, config))
+    if any(view.head_dim > FLASH_HEAD and any(view.windows) for view, _ in shape.views):
+        message = f"it has windows in layers with heads of {shape.head_dim} numbers, which no kernel here takes"
+        remedy = f"a model with heads of at most {FLASH_HEAD} there"
+        raise ConfigError([Problem("model", model.path or model.name, "its config.json", message, remedy)])
+    return shape
 
 
 def base_name(model: ModelConfig) -> str:

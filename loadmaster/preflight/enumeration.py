@@ -163,7 +163,7 @@ def selective_keeps_less(job: Job, shape: ModelShape, hardware: Hardware, tier: 
     """Enough less than layers that keep what they like: not where the compiler is known to make all again that is cheap
     to make. (With DoRA and experts it is about a tenth, which some layers recomputed whole save faster.)"""
     setup = Setup(**tier, **fixed(job, hardware, tier["method"], "selective", 0), sharding="none", checkpointing="none")
-    known = kept_bytes(shape, setup, shape.has_experts(shape.layers - 1))
+    known = kept_bytes(shape, setup, shape.is_second(shape.layers - 1))
     return not setup.compiled or bool(setup.adapters and setup.lora_dropout) or known is None
 
 

@@ -23,7 +23,7 @@ from loadmaster.preflight.plan import rounded
 from loadmaster.preflight.refusals import TYPED, UNCOUNTED, uncounted_adapters
 from loadmaster.preflight.search import Found
 from loadmaster.preflight.setup import Setup, sharding_words
-from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.shape import FLASH_HEAD, ModelShape
 from loadmaster.preflight.targets import in_some_layers_only
 from loadmaster.preflight.verification import VerificationNeed
 from loadmaster.words import counted
@@ -143,6 +143,14 @@ def reasons(
             f"{shape.language_model_of} is multimodal: its language model alone is trained, from a copy in the cache; "
             "an adapter goes onto the whole of it, whose other parts are as they were, and every other export is that "
             "language model without them, for text"
+        )
+    wide = sum(layers for view, layers in shape.views if view.head_dim > FLASH_HEAD)
+    if wide and not chosen.hardware.is_cpu:
+        said.append(
+            f"{wide} of its {shape.layers} layers have heads of {shape.widest.head_dim} numbers; flash kernels take "
+            f"{FLASH_HEAD}: attention there is by PyTorch's memory-efficient kernel, one document at a time; memory "
+            "is counted for a row that is one document, its speed was not measured and is counted as a flash kernel's, "
+            "so tokens a second are an upper bound"
         )
     if shape.estimate:
         off = ", and parameters and weights may be off by a third (an MLP without a gate has two matrices, not three)"

@@ -17,6 +17,8 @@ GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "q
 """model_type of what GGUF is written for -> llama.cpp's name."""
 MIN_QUANTIZED_SHARE = 0.9
 """Of the weights besides embeddings and head; below it the architecture keeps weights outside linear layers."""
+WITHOUT_AWQ = ("gemma4_text",)
+"""Families of which llm-compressor does not say which norms AWQ may scale (looked up in 0.14; its defaults fail)."""
 WHOLE = ("adapter", "bf16", "gguf")
 """Formats that leave linear layers as they are, or treat all matrices alike."""
 
@@ -96,6 +98,8 @@ def unholdable(name: str, shape: ModelShape) -> str | None:
         return f"it is written for {', '.join(GGUF_ARCHITECTURES)}, not for {shape.family}"
     if name in WHOLE:
         return None
+    if name == "int4_awq" and shape.family in WITHOUT_AWQ:
+        return f"llm-compressor does not know what AWQ may scale in {shape.family}; int4_gptq needs nothing of the kind"
     outside = shape.embedding_parameters + shape.head_parameters
     share = shape.linear_weights / (shape.parameters - outside)
     if share < MIN_QUANTIZED_SHARE:
@@ -105,7 +109,7 @@ def unholdable(name: str, shape: ModelShape) -> str | None:
 
 
 def _odd(name: str, shape: ModelShape) -> Iterator[tuple[Matrix, str, int]]:
-    for matrix in shape.matrices():
+    for matrix in shape.all_matrices:
         if name == "fp8_block" and matrix.outputs % FP8_BLOCK:
             yield matrix, f"{matrix.outputs} outputs", FP8_BLOCK
         group = {"fp8": 1, "fp8_block": FP8_BLOCK, "nvfp4": NVFP4_GROUP}.get(name, INT4_GROUPS[-1])

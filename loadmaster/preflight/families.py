@@ -12,6 +12,7 @@ from typing import Any
 
 from loadmaster.errors import ConfigError, Problem
 from loadmaster.preflight.multimodal import language_model
+from loadmaster.preflight.other_layers import GEMMA_4, OTHER_HEADS, OTHER_LAYERS, OTHER_WORDS, beyond_family
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"biases": True, "whole_heads": True, "windows": False},
@@ -25,6 +26,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "biases": True, "norms": 4, "gemma_norm": True, "scaled_embedding": True, "query_key_norm": True,
         "late_norm": True, "whole_heads": True,
+    },
+    "gemma4_text": {
+        "biases": True, "norms": 4, "gemma_norm": True, "scaled_embedding": True, "query_key_norm": True,
+        "power_norm": True, "value_norm": True, "layer_scalar": True,
     },
     "phi3": {"fused": True},
     "ministral": {},
@@ -75,6 +80,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **_GEMMA, "vocab_size": 256000, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
     },
     "gemma3_text": {**_GEMMA, "vocab_size": 262208},
+    "gemma4_text": GEMMA_4,
     "phi3": {
         "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
         "vocab_size": 32064,
@@ -112,26 +118,6 @@ TOWERS_AND_ALL = (
 """Multimodal configs for which transformers has a model that continues a text; of others it has none, and they are
 refused (tests/preflight/test_config_json.py holds this equal to transformers)."""
 
-OTHER_LAYERS = {
-    "kv_lora_rank": "latent attention",
-    "q_lora_rank": "latent attention",
-    "n_routed_experts": "experts of another layout",
-    "moe_num_experts": "experts of another layout",
-    "n_shared_experts": "shared experts",
-    "num_shared_experts": "shared experts",
-    "shared_expert_intermediate_size": "shared experts",
-    "full_attention_interval": "layers without attention",
-    "attn_layer_period": "layers without attention",
-    "hybrid_override_pattern": "layers without attention",
-    "block_types": "layers without attention",
-    "conv_L_cache": "layers without attention",
-    "num_kv_shared_layers": "layers that share keys and values",
-    "hidden_size_per_layer_input": "an embedding of each layer's own",
-    "enable_moe_block": "experts beside a dense feed-forward",
-    "is_encoder_decoder": "an encoder and a decoder",
-}
-"""Keys of a config.json that say of a family which is not modelled that its layers are not Llama's."""
-OTHER_WORDS = {"mamba": "state space layers", "ssm": "state space layers", "rwkv": "state space layers"}
 UNTRAINED = dict.fromkeys(("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "attention sinks") | {
     "doge": "a mask over the keys that each layer makes of its values, which packed attention does not take",
 }
@@ -147,7 +133,9 @@ def full_config(config: dict[str, Any]) -> tuple[dict[str, Any], str, str | None
         inner = config["text_config"]
         family = str(inner.get("model_type") or family)
         config = {**{k: v for k, v in config.items() if k == "tie_word_embeddings"}, **inner, "model_type": family}
-    if family not in FAMILIES:
+    if beyond := beyond_family({**config, "model_type": family}):
+        estimate = f"{family} is modelled only without what this one has, which is not counted: {', '.join(beyond)}"
+    elif family not in FAMILIES:
         estimate = f"model type {family!r} is not one that is modelled exactly: it is counted like Llama"
         estimate += " without gates" * (family in UNGATED)
     return {**DEFAULTS.get(family, {}), **config}, family, estimate
@@ -157,8 +145,8 @@ def unlike_llama(config: dict[str, Any]) -> list[str]:
     """What in the config of a family that is not modelled says that counting it like Llama would be a guess."""
     config, family, _ = full_config(config)
     if family in FAMILIES:
-        return []
-    found = [f"{what} ({key})" for key, what in OTHER_LAYERS.items() if config.get(key)]
+        return beyond_family(config)[:3]
+    found = [f"{what} ({key})" for key, what in (OTHER_LAYERS | OTHER_HEADS).items() if config.get(key)]
     found += [f"{what} ({key})" for key in config for word, what in OTHER_WORDS.items() if word in key.lower()]
     kinds = {str(kind) for kind in config.get("layer_types") or ()}
     kinds -= {"full_attention", "sliding_attention", "chunked_attention"}
@@ -201,6 +189,8 @@ def refuse_uncountable(config: dict[str, Any], name: str, traced: bool = False) 
     """Raises ConfigError for an unknown family that is visibly not like Llama, unless its step will be traced."""
     why = unlike_llama(config)
     if why and not traced:
-        message = f"model type {config.get('model_type')!r} is not modelled, and it has {', '.join(why)}"
+        kind = full_config(config)[1]
+        said = "is modelled only without what this one has:" if kind in FAMILIES else "is not modelled, and it has"
+        message = f"model type {config.get('model_type')!r} {said} {', '.join(why)}"
         remedy = "plan.trace=true, which traces a step of it, or one of " + ", ".join(FAMILIES)
         raise ConfigError([Problem("model", name, "its config.json", message, remedy)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loadmaster.preflight import blocks
+from loadmaster.preflight import attending, blocks
 from loadmaster.preflight.activations import activation, relu, squared
 from loadmaster.preflight.blocks import Blocks, Linear, Weights
 from loadmaster.preflight.graph import Split, Storage, Tensor
@@ -28,7 +28,8 @@ def decoder_layer(b: Blocks, weights: Weights, x: Tensor, experts: bool) -> Tens
     h = normed(h, 2)
     h = mixture(b, weights.experts, h) if experts else mlp_by_pieces(b, weights, h)
     h = normed(h, 3)
-    return b.add(residual, b.elementwise(h) if scaled else h)
+    h = b.add(residual, b.elementwise(h) if scaled else h)
+    return b.elementwise_in_place(h) if b.shape.layer_scalar else h
 
 
 def attention(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
@@ -47,6 +48,8 @@ def attention(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
 
     if shape.fused:
         q, k, v = fused_query_key_value(b, h, linears)
+    elif shape.value_norm:
+        return b.linear(attention_with_value_norm(b, weights, h), linears["o_proj"])
     else:
         q = product("q_proj", shape.heads)
         q = q if late else normed(q, 0, shape.heads)
@@ -57,10 +60,25 @@ def attention(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
     q, k = b.rotate(q, weights.rotary), b.rotate(k, weights.rotary)
     if shape.scaled_query:
         q = b.times_constant(q, b.tape.alloc(b.w * b.n))
-    out = b.attention(q, k, v)
+    out = attending.attention(b, q, k, v)
     if shape.fused and shape.heads > 1:  # q was joined head by head, so the result lies so and is put in token order
         out = b.copy(out)
     return b.linear(out, linears["o_proj"])
+
+
+def attention_with_value_norm(b: Blocks, weights: Weights, h: Tensor) -> Tensor:
+    """Gemma 4's, whose heads are normed and turned as they lie, token by token; values are normed last of all."""
+    shape, linears, (q_norm, k_norm) = b.shape, weights.linears, weights.query_key_norms
+    rows = b.n * shape.key_value_heads
+
+    def product(name: str) -> Tensor:
+        return b.linear(h, linears[name])
+
+    q = b.rotate(b.norm(product("q_proj"), q_norm, b.n * shape.heads), weights.rotary)
+    k = product("k_proj")
+    v = k if shape.keys_as_values else product("v_proj")
+    k = b.rotate(b.norm(k, k_norm, rows), weights.rotary)
+    return attending.attention(b, q, k, b.norm(v, None, rows))
 
 
 def fused_query_key_value(b: Blocks, h: Tensor, linears: dict[str, Linear]) -> tuple[Tensor, Tensor, Tensor]:

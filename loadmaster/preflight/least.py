@@ -37,7 +37,7 @@ def _gathered_bytes(shape: ModelShape, setup: Setup) -> int:
     if setup.keeps_weights:
         return whole(shape, setup).gathered
     *layers, root = units(shape, setup)
-    return root.gathered + min(2, shape.layers) * min(layers[experts].gathered for experts, _ in shape.layer_kinds)
+    return root.gathered + min(2, shape.layers) * min(layers[second].gathered for second, _ in shape.layer_kinds)
 
 
 def _reducing_bytes(shape: ModelShape, setup: Setup) -> int:
@@ -46,8 +46,8 @@ def _reducing_bytes(shape: ModelShape, setup: Setup) -> int:
     if setup.shards == 1 or setup.keeps_weights or shape.layers < 3:
         return 0
     *layers, _ = units(shape, setup)
-    reduced = min(layers[experts].reduced for experts, _ in shape.layer_kinds)
-    own = min(gradient_bytes(shape, setup, experts) for experts, _ in shape.layer_kinds)
+    reduced = min(layers[second].reduced for second, _ in shape.layer_kinds)
+    own = min(gradient_bytes(shape, setup, second) for second, _ in shape.layer_kinds)
     return _kept_bytes(shape, setup, 2) + _gathered_bytes(shape, setup) + reduced + own
 
 
@@ -59,6 +59,7 @@ def _kept_bytes(shape: ModelShape, setup: Setup, done: int) -> int:
     inputs = 0 if setup.checkpointing == "offload" else each * shape.hidden_size * layers
     if setup.checkpointing != "none":
         return inputs
-    attention = 2 * (shape.query_size + shape.key_value_size) * max(0, layers - 1)
+    each_layer = min(view.query_size + view.key_value_size for view, _ in shape.views)
+    attention = 2 * each_layer * max(0, layers - 1)
     between = (1 + shape.gated) * shape.intermediate_size
     return inputs + each * (attention + between * max(0, shape.dense_layers - done - 1))

@@ -265,7 +265,7 @@ def gathered_forward(shape: ModelShape, setup: Setup, batch: float) -> float:
 def load_bytes(shape: ModelShape, setup: Setup) -> float:
     """Beside the weights while they are read: a quantized matrix in bf16 and in fp32; under DoRA, peft's first values
     of a matrix: B A, that scaled, and the sum."""
-    largest = max(m.weight for m in shape.matrices())
+    largest = max(m.weight for m in shape.all_matrices)
     if setup.adapters and setup.dora:
         return 3 * setup.width * largest
     return 0 if setup.frozen_form is None else 6 * largest

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from loadmaster.preflight.other_layers import beyond_family
+
 
 @dataclass(frozen=True)
 class Inner:
@@ -35,6 +37,7 @@ _QWEN3_VL = Inner(
 )
 WRAPPED = {
     "gemma3": {"gemma3_text": Inner("gemma3_text", "Gemma3ForCausalLM")},
+    "gemma4": {"gemma4_text": Inner("gemma4_text", "Gemma4ForCausalLM")},
     "mistral3": {
         "mistral": Inner("mistral", "MistralForCausalLM"),
         "ministral3": Inner("ministral3", "Ministral3ForCausalLM"),
@@ -52,7 +55,7 @@ OUTER = ("quantization_config", "torch_dtype", "dtype", "bos_token_id", "eos_tok
 """Keys that a multimodal config.json has outside of its text_config, and that hold for the language model."""
 OF_THE_OUTER = frozenset({"tie_word_embeddings", "eos_token_id"})
 """Of those, the ones that transformers reads there, whatever the text_config says."""
-TIED = ("gemma3", "mistral3")
+TIED = ("gemma3", "gemma4", "mistral3")
 """Multimodal configs that tie the head to the embedding where they do not say."""
 OF_OTHERS = ("vision_config", "text_config", "image_token_id", "video_token_id", "vision_token_id",
              "vision_start_token_id", "vision_end_token_id", "architectures")
@@ -73,7 +76,7 @@ def language_model(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(inner, dict) or not kinds:
         return config
     own = str(inner.get("model_type") or next(iter(kinds)))
-    if own not in kinds:
+    if own not in kinds or beyond_family({**inner, "model_type": own}):
         return config
     alone = kinds[own]
     outer = {key: config[key] for key in OUTER if config.get(key) is not None}

@@ -42,14 +42,14 @@ def tables(shape: ModelShape, named: Sequence[str]) -> int:
 
 
 def layer_parameters(shape: ModelShape, named: Sequence[str]) -> int:
-    """Of one layer."""
+    """Of one layer, in a view of its kind."""
     norms = shape.hidden_size * len(set(layer_norms(shape)) & set(named))
     return norms + sum(size for name, size in head_norm_sizes(shape) if name in named)
 
 
 def parameters(shape: ModelShape, named: Sequence[str]) -> int:
     outside = shape.embedding_parameters * tables(shape, named) + shape.hidden_size * ("norm" in named)
-    return outside + shape.layers * layer_parameters(shape, named)
+    return outside + sum(layers * layer_parameters(view, named) for view, layers in shape.views)
 
 
 def refuse_unknown(shape: ModelShape, named: Sequence[str]) -> None:

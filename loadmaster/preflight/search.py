@@ -110,7 +110,7 @@ def _filled(job: Job, best: Candidate, setup: Setup, exactly: bool) -> Candidate
 
     low, high = 0, shape.layers
     found, most = best if setup == best.setup else keeping(0), (1 - SPARE) * best.budget_gib
-    known = kept_bytes(shape, setup, shape.has_experts(shape.layers - 1)) if setup.compiled else None
+    known = kept_bytes(shape, setup, shape.is_second(shape.layers - 1)) if setup.compiled else None
     each = (known - setup.width * shape.hidden_size) * setup.tokens / GIB if known else 0.0
     while high - low > 1 and found.memory.needed_gib <= most and (exactly or not low):
         more = (high - low) // 2

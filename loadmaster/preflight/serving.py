@@ -83,8 +83,8 @@ def weight_bytes(shape: ModelShape, form: str) -> float:
 
 def cache_bytes_per_token(shape: ModelShape, dtype: str = "bf16", tp: int = 1) -> int:
     """On one card. Tensor parallelism divides the KV heads until each card has one."""
-    heads = math.ceil(shape.key_value_heads / tp)
-    return 2 * shape.layers * heads * shape.head_dim * CACHE_BYTES[dtype]
+    numbers = sum(layers * math.ceil(view.key_value_heads / tp) * view.head_dim for view, layers in shape.views)
+    return 2 * numbers * CACHE_BYTES[dtype]
 
 
 def tokens_in(cache_bytes: float, per_token: int) -> int:
@@ -217,6 +217,11 @@ def _notes(
         notes.append(
             "its attention scores are capped, which not every kernel of a server can do: a vLLM of 2025 did not start "
             "with Gemma 2 on an H100 (its issue 25502); start the server once before you rely on it"
+        )
+    if shape.family == "gemma4_text":
+        notes.append(
+            "its config.json has no one size of heads since transformers 5.15: vLLM up to 0.27 does not start with "
+            "such a transformers (its issues 51744 and 52768), 0.28 does"
         )
     if form == "fp8" and not hardware.has_fp8:
         notes.append(f"{hardware.gpu} has no fp8 matrix units: the weights are read in fp8 and computed in bf16")

@@ -76,7 +76,8 @@ class Speed:
         if self.format == "fp8" and self.hardware.has_fp8:
             peak = self.hardware.tflops["fp8"] * 1e12
         flops = 2 * self.shape.active_matrix_parameters * traffic.new_prompt_tokens
-        flops += 2 * self.shape.layers * self.shape.query_size * traffic.new_prompt_tokens * traffic.prompt_tokens
+        queries = sum(layers * view.query_size for view, layers in self.shape.views)
+        flops += 2 * queries * traffic.new_prompt_tokens * traffic.prompt_tokens
         compute = flops / (self.hardware.count * peak * value("efficiency", "matmul"))
         return max(compute + self.all_reduces_s(traffic.new_prompt_tokens), self.step_s(traffic, 1))
 

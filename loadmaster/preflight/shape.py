@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 LAYERS = ("model.layers", "model.language_model.layers")
 """Where decoder layers are in transformers' models, of which the second kind is multimodal."""
+FLASH_HEAD = 256
+"""Numbers of the largest head that flash kernels take; beyond it, models/wide_heads.py."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class ModelShape:
     """Norms of hidden_size in a layer: 2, or 4 in Gemma 2 and 3."""
     gemma_norm: bool = False
     """The norm multiplies by (1 + weight) in fp32 before casting back."""
+    power_norm: bool = False
+    """The root in a norm is a power, for which what it is of is kept as well (Gemma 4)."""
     wide: bool = False
     """Norms multiply by their weight, and heads are turned, in fp32 before casting back (Olmo)."""
     norms_after: bool = False
@@ -83,6 +87,16 @@ class ModelShape:
     """The chosen experts' weights are divided by their sum."""
     windows: tuple[int | None, ...] = field(default=())
     """Attention window of each layer, tokens; None sees everything."""
+    global_at: tuple[int, ...] = ()
+    """Layers whose heads are of sizes of their own (those of Gemma 4 that see everything); `view` has these sizes."""
+    global_head_dim: int = 0
+    global_key_value_heads: int = 0
+    keys_as_values: bool = False
+    """In those there is no v_proj: values are what k_proj gives."""
+    value_norm: bool = False
+    """Values are normed as well, without a weight; heads are turned before they are put head by head."""
+    layer_scalar: bool = False
+    """What a layer gives is multiplied with a number that is stored beside its weights."""
     attention_softcap: bool = False
     """Scores are cap * tanh(score / cap), by a kernel of its own (models/capped.py)."""
     logit_softcap: bool = False
@@ -111,7 +125,7 @@ class ModelShape:
         if self.fused:
             return output, Matrix("qkv_proj", h, q + 2 * k, bias)
         key, value = (Matrix(name, h, k, bias, True) for name in ("k_proj", "v_proj"))
-        return Matrix("q_proj", h, q, bias), key, value, output
+        return Matrix("q_proj", h, q, bias), key, *((value,) * (not self.keys_as_values)), output
 
     @cached_property
     def mlp_matrices(self) -> tuple[Matrix, ...]:
@@ -135,11 +149,30 @@ class ModelShape:
     def expert_layers(self) -> int:
         return self.layers - self.dense_layers
 
+    def is_second(self, layer: int) -> bool:
+        """Layers are of up to two kinds; the second has experts, or heads of sizes of its own (global_at)."""
+        return layer in self.global_at or self.has_experts(layer)
+
     @cached_property
     def layer_kinds(self) -> tuple[tuple[bool, int], ...]:
-        """(with experts, how many layers) of each kind of layer that there is."""
-        counted = ((False, self.dense_layers), (True, self.expert_layers))
-        return tuple((experts, layers) for experts, layers in counted if layers)
+        """(whether it is the second, how many layers) of each kind of layer that there is."""
+        second = len(self.global_at) or self.expert_layers
+        return tuple((kind, layers) for kind, layers in ((False, self.layers - second), (True, second)) if layers)
+
+    def view(self, second: bool) -> ModelShape:
+        """The shape with the sizes and windows of one kind of layer as if all were of it; itself where heads are of one
+        size."""
+        return _view(self, second) if self.global_at else self
+
+    @property
+    def views(self) -> tuple[tuple[ModelShape, int], ...]:
+        """(view, how many layers) of each kind of layer that there is."""
+        return tuple((self.view(second), layers) for second, layers in self.layer_kinds)
+
+    @property
+    def widest(self) -> ModelShape:
+        """The view with most numbers of a token in attention."""
+        return max((view for view, _ in self.views), key=lambda view: view.query_size)
 
     @property
     def expert_weights(self) -> int:
@@ -159,14 +192,14 @@ class ModelShape:
 
     @property
     def query_key_norm_sizes(self) -> tuple[int, ...]:
-        """Of one layer."""
+        """Of one layer, in a view of its kind."""
         if not self.query_key_norm:
             return ()
         return (self.query_size, self.key_value_size) if self.whole_norm else (self.head_dim, self.head_dim)
 
     @property
     def norm_parameters(self) -> int:
-        """Of one layer."""
+        """Of one layer, in a view of its kind."""
         return self.norms * self.hidden_size + sum(self.query_key_norm_sizes)
 
     @property
@@ -178,22 +211,28 @@ class ModelShape:
         """Of an untied output head."""
         return 0 if self.tied else self.embedding_parameters
 
-    def matrices(self, experts: bool = False) -> tuple[Matrix, ...]:
-        """The linears of one layer, dense or with experts."""
-        return self.attention_matrices + (() if experts else self.mlp_matrices)
+    def matrices(self, second: bool = False) -> tuple[Matrix, ...]:
+        """The linears of one layer of a kind."""
+        return self.view(second).attention_matrices + (() if second and self.experts else self.mlp_matrices)
 
-    def layer_parameters(self, experts: bool = False) -> int:
-        linears = sum(m.parameters for m in self.matrices(experts))
-        return linears + self.norm_parameters + (self.expert_parameters if experts else 0)
+    @property
+    def all_matrices(self) -> tuple[Matrix, ...]:
+        """Those of a dense layer, and where heads are of several sizes of each kind; none twice."""
+        return tuple(dict.fromkeys((*self.matrices(False), *self.matrices(bool(self.global_at)))))
+
+    def layer_parameters(self, second: bool = False) -> int:
+        linears = sum(m.parameters for m in self.matrices(second))
+        experts = self.expert_parameters if second and self.experts else 0
+        return linears + self.view(second).norm_parameters + experts
 
     @cached_property
     def linear_weights(self) -> int:
         """Weights of every nn.Linear but the head: what nf4 quantizes."""
-        return sum(layers * sum(m.weight for m in self.matrices(experts)) for experts, layers in self.layer_kinds)
+        return sum(layers * sum(m.weight for m in self.matrices(second)) for second, layers in self.layer_kinds)
 
     @cached_property
     def parameters(self) -> int:
-        inside = sum(layers * self.layer_parameters(experts) for experts, layers in self.layer_kinds)
+        inside = sum(layers * self.layer_parameters(second) for second, layers in self.layer_kinds)
         return self.embedding_parameters + self.head_parameters + self.hidden_size + inside
 
     @cached_property
@@ -207,16 +246,28 @@ class ModelShape:
         windows = [min(window or length, length) for window in self.windows or (None,)]
         return sum(w - w * w / (2 * length) for w in windows) / len(windows)
 
+    def attention_width(self, length: int) -> float:
+        """Positions that a token sees, times the numbers of a query, summed over layers."""
+        return sum(layers * view.attended(length) * view.query_size for view, layers in self.views)
+
     def lora_parameters(self, rank: int, targets: str | Sequence[str], dora: bool = False) -> int:
-        return sum(n * self.layer_lora_parameters(rank, targets, dora, experts) for experts, n in self.layer_kinds)
+        return sum(n * self.layer_lora_parameters(rank, targets, dora, second) for second, n in self.layer_kinds)
 
-    def layer_lora_parameters(self, rank: int, targets: str | Sequence[str], dora: bool, experts: bool) -> int:
+    def layer_lora_parameters(self, rank: int, targets: str | Sequence[str], dora: bool, second: bool) -> int:
         """Of one layer; dora: with a magnitude for each output."""
-        return sum(rank * (m.inputs + m.outputs) + dora * m.outputs for m in self.adapted(targets, experts))
+        return sum(rank * (m.inputs + m.outputs) + dora * m.outputs for m in self.adapted(targets, second))
 
-    def adapted(self, targets: str | Sequence[str], experts: bool = False) -> tuple[Matrix, ...]:
+    def adapted(self, targets: str | Sequence[str], second: bool = False) -> tuple[Matrix, ...]:
         """The linears that get an adapter in any layer, taken as those of each: too many where it is not all layers."""
-        return tuple(m for m in self.matrices(experts) if adapted_layers(m.name, targets, self.layers))
+        return tuple(m for m in self.matrices(second) if adapted_layers(m.name, targets, self.layers))
+
+
+@lru_cache
+def _view(shape: ModelShape, second: bool) -> ModelShape:
+    windows = tuple(window for layer, window in enumerate(shape.windows) if shape.is_second(layer) == second)
+    own = {"head_dim": shape.global_head_dim, "key_value_heads": shape.global_key_value_heads}
+    sizes = own if second else {"keys_as_values": False}
+    return replace(shape, global_at=(), windows=windows, **sizes)
 
 
 def adapted_layers(name: str, targets: str | Sequence[str], layers: int) -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
+from operator import add
 from typing import Any
 
 from loadmaster.preflight import saved
@@ -66,7 +67,7 @@ class Unit:
 
 
 def units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
-    """A dense layer, a layer with experts, the root."""
+    """A layer of the first kind, one of the second (ModelShape.is_second), the root."""
     return _units(shape, cutting_key(setup))
 
 
@@ -94,10 +95,11 @@ def cutting_key(setup: Setup) -> Setup:
 @cache
 def _units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
     layers = (
-        _unit(list(layer_parts(shape, setup, experts)), setup, layer_buffers(shape, setup, experts))
-        for experts in (False, True)
+        _unit(list(layer_parts(shape, setup, second)), setup, layer_buffers(shape, setup, second))
+        for second in (False, True)
     )
-    return *layers, _unit(root_parts(shape, setup), setup, 4 * shape.head_dim)  # rotary frequencies, twice
+    rotary = sum(4 * view.head_dim for view, _ in shape.views)  # frequencies, twice
+    return *layers, _unit(root_parts(shape, setup), setup, rotary)
 
 
 def root_parts(shape: ModelShape, setup: Setup) -> list[Part]:
@@ -115,11 +117,11 @@ def root_parts(shape: ModelShape, setup: Setup) -> list[Part]:
 
 @cache
 def _whole(shape: ModelShape, setup: Setup) -> Unit:
-    dense, sparse, root = _units(shape, setup)
+    *kinds, root = _units(shape, setup)
 
     def total(name: str) -> Any:
-        layers = shape.dense_layers * getattr(dense, name) + shape.expert_layers * getattr(sparse, name)
-        return layers + getattr(root, name)
+        layers = (count * getattr(kinds[second], name) for second, count in shape.layer_kinds)
+        return reduce(add, (*layers, getattr(root, name)))
 
     return Unit(*map(total, Unit.__dataclass_fields__))
 
@@ -142,21 +144,22 @@ def _unit(parts: list[Part], setup: Setup, buffers: int) -> Unit:
     )
 
 
-def layer_parts(shape: ModelShape, setup: Setup, experts: bool) -> Iterator[Part]:
+def layer_parts(shape: ModelShape, setup: Setup, second: bool) -> Iterator[Part]:
+    shape = shape.view(second)
     w, h, full = setup.width, shape.hidden_size, not setup.adapters
-    for m in shape.matrices(experts):
+    for m in shape.matrices(second):
         yield from _frozen(m, setup.frozen_form) if setup.frozen_form else [Part(m.outputs, w * m.inputs, full)]
         if m.bias:
             yield Part(m.outputs, w, full)
     if not full:
-        for m in shape.adapted(setup.lora_targets, experts):
+        for m in shape.adapted(setup.lora_targets, second):
             yield Part(setup.lora_rank, w * m.inputs, True)
             yield Part(m.outputs, w * setup.lora_rank, True)
             if setup.dora:
                 yield Part(m.outputs, w, True)
         yield from (Part(size, w, True) for name, size in saved.head_norm_sizes(shape) if setup.trains(name))
     yield from (Part(size, w, full) for size in shape.query_key_norm_sizes)
-    if experts:
+    if second and shape.experts:
         yield Part(shape.experts, w * 2 * shape.expert_size * h, full)
         yield Part(shape.experts, w * shape.expert_size * h, full)
         yield Part(shape.experts, w * h, full)
@@ -171,11 +174,11 @@ def _frozen(m: Matrix, form: str) -> list[Part]:
     return [Part(-(-m.weight // 2), 1, False, True), Part(-(-m.weight // 64), 1, False, True)]
 
 
-def layer_buffers(shape: ModelShape, setup: Setup, experts: bool) -> int:
-    """nf4: second scales, offset, code; fp8: a scale a row."""
-    form = setup.frozen_form
+def layer_buffers(shape: ModelShape, setup: Setup, second: bool) -> int:
+    """nf4: second scales, offset, code; fp8: a scale a row. Besides, a layer's own number."""
+    form, own = setup.frozen_form, setup.width * shape.layer_scalar
     if form is None:
-        return 0
+        return own
     if form == "fp8":
-        return sum(4 * m.outputs for m in shape.matrices(experts))
-    return sum(4 * math.ceil(m.weight / (64 * 256)) + 4 + 1024 for m in shape.matrices(experts))
+        return own + sum(4 * m.outputs for m in shape.matrices(second))
+    return own + sum(4 * math.ceil(m.weight / (64 * 256)) + 4 + 1024 for m in shape.matrices(second))

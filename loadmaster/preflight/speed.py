@@ -140,7 +140,7 @@ def model_flops(shape: ModelShape, sequence_length: int, adapters: bool, head: b
     """
     matmuls = (4 if adapters else 6) * shape.active_matrix_parameters
     matmuls += 2 * shape.embedding_parameters if adapters and head else 0
-    return matmuls + 12 * shape.layers * shape.attended(sequence_length) * shape.query_size
+    return matmuls + 12 * shape.attention_width(sequence_length)
 
 
 def peak_flops(plan: Plan) -> float:

@@ -4,7 +4,7 @@ All layers of a kind are equal, so the first, the second and the last are replay
 is held as one block: between two layers the live bytes change by the same amount each time, so the peak is in
 one of the three. Sharded, or stepped in the backward pass, the last but one is replayed as well: in its backward pass,
 and not before, the gradients of another layer are on their way, or wait. Where the first layers are checkpointed and
-the last ones are not, or some have experts, each run of layers that are alike is replayed so.
+the last ones are not, or layers are of two kinds, each run of layers that are alike is replayed so.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import cache, partial
 from itertools import groupby
 
 from loadmaster.preflight import saved
+from loadmaster.preflight.attending import attention_blocks, attention_scratch
 from loadmaster.preflight.blocks import Blocks, Weights
 from loadmaster.preflight.compiled import in_backward_bytes, kept_bytes
 from loadmaster.preflight.graph import Leaf, Storage, Tensor
@@ -128,21 +129,23 @@ def _runs(b: Blocks) -> list[_Middle]:
     """Decoder layers one after another that are alike, and checkpointed in the same way."""
     shape, setup = b.shape, b.setup
     first_kept = shape.layers - setup.layers_kept(shape)
-    layers = [(shape.has_experts(i), "none" if i >= first_kept else setup.checkpointing) for i in range(shape.layers)]
-    return [_Middle(b, *alike, len(list(group))) for alike, group in groupby(layers)]
+    layers = [(shape.is_second(i), "none" if i >= first_kept else setup.checkpointing) for i in range(shape.layers)]
+    runs = [(*alike, len(list(group))) for alike, group in groupby(layers)]
+    return [_Middle(b.of_kind(second), second, kind, count) for second, kind, count in runs]
 
 
 class _Middle:
     """Of a run of equal layers those that are not replayed one by one."""
 
-    def __init__(self, b: Blocks, experts: bool, kind: str, layers: int):
-        self.b, self.experts, self.kind = b, experts, kind
+    def __init__(self, b: Blocks, second: bool, kind: str, layers: int):
+        """b: of that kind."""
+        self.b, self.second, self.kind = b, second, kind
         self.replayed = min(layers, HEAD_LAYERS + (2 if b.setup.shards > 1 or b.setup.in_backward else 1))
         self.count = layers - self.replayed
-        each = kept_bytes(b.shape, b.setup, experts) if b.setup.compiled and kind != "selective" else None
+        each = kept_bytes(b.shape, b.setup, second) if b.setup.compiled and kind != "selective" else None
         self.kept = (each or 0) * b.n
         """Of a compiled layer, in all; 0 where it is not known, or not compiled."""
-        self.inside = _in_backward(b, experts, kind, self.kept) if self.kept else 0
+        self.inside = _in_backward(b, second, kind, self.kept) if self.kept else 0
         """All that counts in a layer's backward pass; 0 where it is not known, and what is replayed counts."""
         self.forward, self.started, self.finished = Work(), Work(), Work()
         self.gradients: list[Storage] = []
@@ -209,20 +212,24 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
         table = head = b.module(size, "embed_tokens", "lm_head", uses=2)
     else:
         table, head = b.module(size, "embed_tokens"), b.module(size, "lm_head")
-    b.blocks = b.attention_blocks()
+    b.blocks = attention_blocks(b)
     ids = tape.alloc(8 * b.n)
     x = embedded = _entering(b, embed(b, table, ids), "embedding")
     positions = tape.alloc(8 * b.n)
     width = 4 if shape.wide else b.w
-    rotary = tape.alloc(width * 2 * b.n * shape.head_dim * shape.rotary_fraction * _rotary_sets(shape))
+    each = width * 2 * b.n * shape.rotary_fraction
+    if shape.global_at:
+        rotary = {second: tape.alloc(each * shape.view(second).head_dim) for second, _ in shape.layer_kinds}
+    else:
+        rotary = dict.fromkeys((False, True), tape.alloc(each * shape.head_dim * _rotary_sets(shape)))
     units.top = list(tape.leaves)
     _stepped_alone(b, units.top)
     runs, index = _runs(b), 0
-    kinds = [run.experts for run in runs for _ in range(run.replayed)] + [None]
+    kinds = [run.second for run in runs for _ in range(run.replayed)] + [None]
     for run in runs:
         kept = gradients = less = stepped = 0
         for place in range(run.replayed):
-            experts = run.experts
+            own, second = run.b, run.second
             if index == HEAD_LAYERS:
                 x = _entering(b, x, "first")
             if place == HEAD_LAYERS and run.count:
@@ -231,12 +238,12 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
             activations = tape.by_tag["activations"]
             if place == 1:
                 x = run.mark_end(x)
-            weights = b.layer_weights(experts, rotary)
+            weights = own.layer_weights(second, rotary[second])
             if b.stepping is not None and not units.sharded:
                 b.stepping.group(tape.leaves[first:])
-            layer = _layer(b, weights, experts, positions)
+            layer = _layer(own, weights, second, positions)
             tape.correct(-less)
-            x = run.leave(units.begin(x, index, experts, kinds[index + 1]))
+            x = run.leave(units.begin(x, index, second, kinds[index + 1]))
             entered = [x.storage] if run.kept and run.kind == "none" and tape.enabled else []
             checkpointed = run.kind != "none" and tape.enabled
             x = tape.enter_layer(x) if b.setup.compiled else x
@@ -250,10 +257,10 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
             kept = tape.live - before
             run.forward = tape.work.plus(work, -1.0) if place == 1 else run.forward
             stay = not b.accumulated and b.stepping is None
-            trained = gradient_bytes(shape, b.setup, experts)
+            trained = gradient_bytes(own.shape, b.setup, second)
             gradients = trained * (1 + tape.widens_gradients) if stay else 0
-            gradients = units.shard_gradients(experts) if units.sharded else gradients
-            stepped = (units.trained_shard(experts) if units.sharded else trained) // b.w
+            gradients = units.shard_gradients(second) if units.sharded else gradients
+            stepped = (units.trained_shard(second) if units.sharded else trained) // b.w
             index += 1
     x = _entering(b, x, "layers")
     norm = b.module(b.w * shape.hidden_size, "norm")
@@ -281,7 +288,7 @@ def _stepped_alone(b: Blocks, leaves: list[Leaf]) -> None:
             b.stepping.group([leaf])
 
 
-def _in_backward(b: Blocks, experts: bool, kind: str, kept: int) -> int:
+def _in_backward(b: Blocks, second: bool, kind: str, kept: int) -> int:
     """Bytes that a compiled layer's backward pass has at once beyond what it kept and its output's gradient, where that
     is known: what it has inside, and what it makes again before, if anything."""
     shape, setup, n = b.shape, b.setup, b.n
@@ -290,10 +297,10 @@ def _in_backward(b: Blocks, experts: bool, kind: str, kept: int) -> int:
         return 0
     if b.full:
         codes = shape.hidden_size * max(shape.intermediate_size, shape.query_size)  # of a matrix
-        most = max(inside, _at_attention(b), gradient_bytes(shape, setup, experts))
+        most = max(inside, _at_attention(b), gradient_bytes(shape, setup, second))
         inside = most + (codes if setup.precision == "fp8" else 0)
     else:
-        inside = max(inside, _at_adapted_product(b), _at_adapted_attention(b), gradient_bytes(shape, setup, experts))
+        inside = max(inside, _at_adapted_product(b), _at_adapted_attention(b), gradient_bytes(shape, setup, second))
     inputs = {"none": 0, "full": -1, "offload": 1}[kind] * b.w * n * shape.hidden_size  # fetched: the next one's
     return inside + (kept + inputs) * (kind != "none")
 
@@ -311,7 +318,7 @@ def _at_adapted_attention(b: Blocks) -> int:
     shape = b.shape
     gone = (1 + shape.gated) * shape.intermediate_size + shape.hidden_size
     here = 2 * shape.query_size + 2 * shape.key_value_size - gone
-    return b.w * b.n * here + b.attention_scratch()
+    return b.w * b.n * here + attention_scratch(b)
 
 
 def _at_attention(b: Blocks) -> int:
@@ -320,25 +327,25 @@ def _at_attention(b: Blocks) -> int:
     shape = b.shape
     gone = (1 + shape.gated) * shape.intermediate_size
     here = 3 * shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - gone
-    return b.w * (b.n * here + sum(m.weight for m in shape.mlp_matrices)) + b.attention_scratch()
+    return b.w * (b.n * here + sum(m.weight for m in shape.mlp_matrices)) + attention_scratch(b)
 
 
-def _layer(b: Blocks, weights: Weights, experts: bool, positions: Storage) -> Callable[[Tensor], Tensor]:
+def _layer(b: Blocks, weights: Weights, second: bool, positions: Storage) -> Callable[[Tensor], Tensor]:
     """One layer as a function of its input; a checkpoint keeps all its arguments, the position ids too."""
 
     def layer(x: Tensor, positions: Storage = positions) -> Tensor:
-        return decoder_layer(b, weights, x, experts)
+        return decoder_layer(b, weights, x, second and bool(b.shape.experts))
 
     return layer
 
 
-def gradient_bytes(shape: ModelShape, setup: Setup, experts: bool) -> int:
-    """Of one layer's trainable parameters."""
+def gradient_bytes(shape: ModelShape, setup: Setup, second: bool) -> int:
+    """Of the trainable parameters of one layer of a kind."""
     if not setup.adapters:
-        return setup.width * shape.layer_parameters(experts)
-    adapters = shape.layer_lora_parameters(setup.lora_rank, setup.lora_targets, setup.dora, experts)
-    beyond = (4 - setup.width) * sum(m.outputs for m in shape.adapted(setup.lora_targets, experts)) * setup.dora
-    return setup.width * (adapters + saved.layer_parameters(shape, setup.modules_to_save)) + beyond
+        return setup.width * shape.layer_parameters(second)
+    adapters = shape.layer_lora_parameters(setup.lora_rank, setup.lora_targets, setup.dora, second)
+    beyond = (4 - setup.width) * sum(m.outputs for m in shape.adapted(setup.lora_targets, second)) * setup.dora
+    return setup.width * (adapters + saved.layer_parameters(shape.view(second), setup.modules_to_save)) + beyond
 
 
 def _entering(b: Blocks, x: Tensor, phase: str) -> Tensor:
@@ -348,5 +355,5 @@ def _entering(b: Blocks, x: Tensor, phase: str) -> Tensor:
 
 def _rotary_sets(shape: ModelShape) -> int:
     """Some turn local and global layers at different rates."""
-    return len(set(shape.windows)) if shape.family in ("gemma3_text", "olmo3") else 1
+    return len(set(shape.windows)) if shape.family in ("gemma3_text", "gemma4_text", "olmo3") else 1
 

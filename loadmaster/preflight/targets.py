@@ -16,7 +16,9 @@ WHOLE = "the embedding, the head and norms are trained whole by lora.modules_to_
 
 def linears(shape: ModelShape) -> list[str]:
     """Of a layer, by name, what may have an adapter: beside experts attention's linears alone (models/adapters.py)."""
-    return [matrix.name for matrix in shape.matrices(experts=bool(shape.experts))]
+    if shape.experts:
+        return [matrix.name for matrix in shape.matrices(second=True)]
+    return list(dict.fromkeys(matrix.name for matrix in shape.all_matrices))
 
 
 def in_some_layers_only(shape: ModelShape, targets: str | Sequence[str]) -> bool:

@@ -79,8 +79,9 @@ SUMMED = {"v_proj": 2, "gate_proj": 1, "up_proj": 1, "gate_up_proj": 2, "qkv_pro
 is written, v too, and a fused one is read whole, or made, for each of its parts."""
 
 
-def layer_bytes(shape: ModelShape, setup: Setup, experts: bool = False) -> tuple[int, int]:
-    """(of the forward code, of the backward code) for one token of one layer, dense or with experts."""
+def layer_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> tuple[int, int]:
+    """(of the forward code, of the backward code) for one token of one layer of a kind."""
+    shape, experts = shape.view(second), second and bool(shape.experts)
     found = [kind for kind in kinds(shape, setup, experts) if kind[0]]
     forward, backward = (setup.width * sum(kind[at].numbers(shape, experts) for kind in found) for at in (1, 2))
     adapted = {m.name: m for m in shape.adapted(setup.lora_targets, experts)} if setup.adapters else {}
@@ -119,8 +120,8 @@ def _lead(m: Matrix) -> str:
 def fused_bytes(shape: ModelShape, setup: Setup) -> int:
     """Of one token in all passes of a micro-batch through all layers."""
     again = shape.layers - setup.layers_kept(shape) if setup.checkpointing in ("full", "offload") else 0
-    each, total = {experts: layer_bytes(shape, setup, experts) for experts, _ in shape.layer_kinds}, 0
+    each, total = {second: layer_bytes(shape, setup, second) for second, _ in shape.layer_kinds}, 0
     for layer in range(shape.layers):
-        forward, backward = each[shape.has_experts(layer)]
+        forward, backward = each[shape.is_second(layer)]
         total += forward * (1 + setup.forwards + (layer < again)) + backward
     return total

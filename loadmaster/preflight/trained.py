@@ -128,15 +128,15 @@ def tensors(shape: ModelShape, setup: Setup) -> tuple[Trained, ...]:
 
 @cache
 def _whole(shape: ModelShape) -> tuple[Trained, ...]:
-    def layer(experts: bool) -> Iterator[Trained]:
-        for m in shape.matrices(experts):
+    def layer(second: bool) -> Iterator[Trained]:
+        for m in shape.matrices(second):
             yield from (Trained(m.weight), Trained(m.bias * m.outputs, False))
-        if experts:
+        if second and shape.experts:
             expert = shape.experts * shape.expert_size * shape.hidden_size
             yield from map(Trained, (2 * expert, expert, shape.experts * shape.hidden_size))
-        yield Trained(shape.norm_parameters, False)
+        yield Trained(shape.view(second).norm_parameters, False)
 
-    return _around(shape, [list(layer(experts)) for experts in (False, True)], (*saved.TABLES, "norm"))
+    return _around(shape, [list(layer(second)) for second in (False, True)], (*saved.TABLES, "norm"))
 
 
 @cache
@@ -144,18 +144,18 @@ def _beside(shape: ModelShape, rank: int, targets: Any, named: tuple[str, ...]) 
     def adapter(m: Matrix) -> list[Trained]:
         return [Trained(rank * m.inputs), Trained(rank * m.outputs)]
 
-    norms = Trained(saved.layer_parameters(shape, named), False)
-    layers = [[*(part for m in shape.adapted(targets, experts) for part in adapter(m)), norms]
-              for experts in (False, True)]
+    norms = [Trained(saved.layer_parameters(shape.view(second), named), False) for second in (False, True)]
+    layers = [[*(part for m in shape.adapted(targets, second) for part in adapter(m)), norms[second]]
+              for second in (False, True)]
     return _around(shape, layers, named)
 
 
 def _around(shape: ModelShape, kinds: Sequence[list[Trained]], named: Sequence[str]) -> tuple[Trained, ...]:
-    """The layers, dense or with experts, between embedding and head."""
+    """The layers of both kinds between embedding and head."""
     count, table = saved.tables(shape, named), Trained(shape.embedding_parameters)
     first = count > 0 and (shape.tied or "embed_tokens" in named)
     found = [table] * first
     for index in range(shape.layers):
-        found += kinds[shape.has_experts(index)]
+        found += kinds[shape.is_second(index)]
     found += [Trained(shape.hidden_size, False)] * ("norm" in named) + [table] * (count - first)
     return tuple(each for each in found if each.elements)

@@ -34,7 +34,7 @@ class Units:
         if not self.sharded:
             return
         b.tape.gradient_tag = "communication"  # whole gradients are on their way to their shards
-        self.dense, self.sparse, self.root = units(b.shape, b.setup)
+        *self.kinds, self.root = units(b.shape, b.setup)
         self.held: list[Storage] = []
         self.ahead: list[Storage] = []
         self.prefetched: list[Storage] = []
@@ -46,16 +46,16 @@ class Units:
         """The layers that have run forward and are not through the backward pass."""
         self.leaves: dict[int, list[Leaf]] = {}
 
-    def shard_gradients(self, experts: bool) -> int:
+    def shard_gradients(self, second: bool) -> int:
         """Bytes that a layer's gradients leave on a GPU."""
-        unit, setup = self.sparse if experts else self.dense, self.b.setup
+        unit, setup = self.kinds[second], self.b.setup
         summed = unit.reduced // setup.shards if setup.replicas > 1 and setup.width < 4 else 0
         gone = self._accumulated or setup.offload == "all" or setup.in_backward
         return summed + (0 if gone else unit.trained_shard)
 
-    def trained_shard(self, experts: bool) -> int:
+    def trained_shard(self, second: bool) -> int:
         """Bytes of a layer's trained parameters on a GPU."""
-        return (self.sparse if experts else self.dense).trained_shard
+        return self.kinds[second].trained_shard
 
     @property
     def _accumulated(self) -> bool:
@@ -95,20 +95,20 @@ class Units:
         self.parameters[index] = self._alloc(unit.gathered)
         self.held, self.ahead = buffer, []
 
-    def begin(self, x: Tensor, index: int, experts: bool, following: bool | None) -> Tensor:
+    def begin(self, x: Tensor, index: int, second: bool, following: bool | None) -> Tensor:
         """Before a layer runs forward; in the backward pass, after it has run.
 
-        following: whether the next layer has experts; None for the last one.
+        following: whether the next layer is of the second kind; None for the last one.
         """
         if not self.sharded:
             return x
-        unit = self.sparse if experts else self.dense
+        unit = self.kinds[second]
         self.order.append((index, unit))
         self.last = unit
         if not self._stays:
             self._gather(index, unit)
         if following is not None and not self._stays:
-            self.ahead = [self._buffer(self.sparse if following else self.dense)]
+            self.ahead = [self._buffer(self.kinds[following])]
 
         def end_backward() -> None:
             self._reduce(index, unit)

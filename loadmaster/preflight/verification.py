@@ -171,7 +171,7 @@ def _compared(shape: ModelShape, setup: Setup, layers_alone: bool = False) -> fl
     """Of the largest tensor that is held against the live model's (export/live_checks.py): the live one in fp32, the
     exported one in bf16; under adapters their product and the sum, and of a frozen one the stored base and its sum."""
     each = 4 + 2 + (8 if setup.adapters else 0) + (8 if setup.frozen_form else 0) + (4 if setup.dora else 0)
-    matrix = max(m.weight for m in shape.matrices())
+    matrix = max(m.weight for m in shape.all_matrices)
     experts = 2 * shape.experts * shape.expert_size * shape.hidden_size
     outside = 0 if layers_alone else shape.embedding_parameters
     return float(max(each * matrix, (4 + 2) * max(experts, outside)))

@@ -31,7 +31,7 @@ def frozen_form(method: str, precision: str) -> str | None:
 def base_bytes(shape: ModelShape, method: str, precision: str) -> float:
     """The base model's weights, unsharded. Expert tensors are no nn.Linear: they stay in bf16 under nf4."""
     width = 4 if precision == "fp32" else 2
-    linears = [m for experts, layers in shape.layer_kinds for m in layers * shape.matrices(experts)]
+    linears = [m for second, layers in shape.layer_kinds for m in layers * shape.matrices(second)]
     rest = width * (shape.parameters - sum(m.parameters for m in linears))
     form = frozen_form(method, precision)
     if form == "nf4":

@@ -225,8 +225,8 @@ def _norm(setup: Setup, elements: int) -> int:
 
 def _parts(shape: ModelShape, setup: Setup) -> Iterator[tuple[Part, int]]:
     """(tensor, how many there are of it)."""
-    for experts, layers in shape.layer_kinds:
-        yield from ((part, layers) for part in layer_parts(shape, setup, experts))
+    for second, layers in shape.layer_kinds:
+        yield from ((part, layers) for part in layer_parts(shape, setup, second))
     yield from ((part, 1) for part in root_parts(shape, setup))
 
 
@@ -242,14 +242,14 @@ def sub_group_size(shape: ModelShape, setup: Setup) -> int:
 
 def _largest_in_layers(shape: ModelShape, setup: Setup) -> int:
     """Elements of the largest trained tensor of a decoder layer; 0 where none is trained."""
-    trained = (p for experts, _ in shape.layer_kinds for p in layer_parts(shape, setup, experts) if p.trained)
+    trained = (p for second, _ in shape.layer_kinds for p in layer_parts(shape, setup, second) if p.trained)
     return max((_elements(p, setup.width) for p in trained), default=0)
 
 
 @cache
 def _sub_groups(shape: ModelShape, setup: Setup) -> list[int]:
     embedding, *last = root_parts(shape, setup)
-    layers = (part for experts, n in shape.layer_kinds for part in n * list(layer_parts(shape, setup, experts)))
+    layers = (part for second, n in shape.layer_kinds for part in n * list(layer_parts(shape, setup, second)))
     found, enough = [0], sub_group_size(shape, setup)
     for part in (embedding, *layers, *last):
         if part.trained:
@@ -272,7 +272,7 @@ def _persists(part: Part, width: int) -> bool:
 
 
 def _buffers(shape: ModelShape, setup: Setup) -> int:
-    return sum(layers * layer_buffers(shape, setup, experts) for experts, layers in shape.layer_kinds)
+    return sum(layers * layer_buffers(shape, setup, second) for second, layers in shape.layer_kinds)
 
 
 def _gathered(shape: ModelShape, setup: Setup, parts: list[tuple[Part, int]]) -> dict[str, tuple[int, int]]:
@@ -280,7 +280,7 @@ def _gathered(shape: ModelShape, setup: Setup, parts: list[tuple[Part, int]]) ->
     it; beside it is what is gathered ahead until max_live is reached, which the last tensor goes beyond. After the
     layers that is the embedding, where it is trained. Tensors that are gathered together are copied out of one buffer.
     """
-    w, kinds = setup.width, [list(layer_parts(shape, setup, experts)) for experts, _ in shape.layer_kinds]
+    w, kinds = setup.width, [list(layer_parts(shape, setup, second)) for second, _ in shape.layer_kinds]
     cut = [p for layer in kinds for p in layer if not _persists(p, w)]
     table = w * shape.embedding_parameters
     head, embedding = table, table * (not shape.tied)

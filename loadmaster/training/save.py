@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from loadmaster.errors import TrainingFailed
 from loadmaster.models.adapters import trainable
+from loadmaster.models.buffers import stored_buffers
 from loadmaster.models.dropout import as_loaded
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.shards import Checkpoint, saved_name
@@ -66,7 +67,7 @@ def _write(model: nn.Module, folder: Path, placed: Placed, world: World, tokeniz
 
 def _write_model(model: nn.Module, folder: Path, placed: Placed, world: World) -> None:
     lm = causal_lm(model)
-    parameters = dict(lm.named_parameters())
+    parameters = {**dict(lm.named_parameters()), **stored_buffers(lm)}
     sizes = {name: placed.shape(p).numel() * p.element_size() for name, p in parameters.items()}
     files = in_groups(parameters, sizes.__getitem__, FILE_BYTES)
     where = {}

@@ -38,7 +38,20 @@ SCALED = {"rope_theta": 1e4, "original_max_position_embeddings": 8, "llama_4_sca
 GRIDS = {"mrope_section": [2, 3, 3]}
 PLAIN = {key: value for key, value in TEXT.items() if key != "head_dim"} | {"eos_token_id": 2, "bos_token_id": 1}
 QWEN_VISION = {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 32}
+GEMMA_4 = {
+    **TEXT, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32,
+    "num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0, "use_bidirectional_attention": "vision",
+}
 KINDS = {
+    "gemma4": {
+        "model_type": "gemma4",
+        "text_config": GEMMA_4,
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 16, "patch_size": 14, "position_embedding_size": 64,
+        },
+    },
     "gemma3": {
         "model_type": "gemma3", "text_config": {**TEXT, "sliding_window": 8}, "vision_config": VISION,
         "mm_tokens_per_image": 4,
@@ -76,6 +89,9 @@ def whole(request, tmp_path_factory, tiny) -> Path:
     torch.manual_seed(0)
     config = AutoConfig.for_model(**KINDS[request.param])
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):  # stored, and not 1 in a trained model
+            buffer.fill_(0.5)
     model.save_pretrained(folder, max_shard_size="60KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tiny / name, folder / name)
@@ -208,7 +224,8 @@ def test_its_adapter_goes_onto_the_whole_and_no_further(whole, own, tmp_path) ->
         make(source, folder)
     over = PeftModel.from_pretrained(loaded(whole), str(exported))
     adapted = [name for name, _ in over.named_parameters() if "lora_" in name]
-    assert len(adapted) == 2 * 7 * 2 and all(".language_model.layers." in name for name in adapted)
+    linears = 2 * 7 - (json.loads((whole / "config.json").read_text())["model_type"] == "gemma4")  # no v_proj in one
+    assert len(adapted) == 2 * linears and all(".language_model.layers." in name for name in adapted)
     wanted = logits(PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16), str(tmp_path / "trained")))
     assert torch.equal(logits(over), wanted) and not torch.equal(wanted, logits(loaded(whole)))

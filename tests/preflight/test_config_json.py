@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,7 @@ def test_a_gateless_family_with_another_activation_is_an_estimate() -> None:
 def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
     few = {"model_type": family, "num_hidden_layers": 2}
     few |= {"head_dim": 128} if family == "ministral" else {}  # which transformers cannot do without
+    few |= {"hidden_size_per_layer_input": 0} if family == "gemma4_text" else {}  # which is not modelled
     shape = from_config(few, family)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**few))
@@ -130,9 +132,8 @@ def test_another_kind_of_value_than_a_key_has_is_refused_in_a_sentence(odd: dict
         ("qwen2_moe", {"shared_expert_intermediate_size": 5632}, "shared experts"),
         ("jamba", {"mamba_d_state": 16}, "state space"),
         ("qwen3_next", {"layer_types": 16 * ["linear_attention"]}, "linear_attention"),
+        ("gemma4_unified_text", {"head_dim": 256, "global_head_dim": 512}, "layers with heads of other sizes"),
         ("bert", {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
-        ("gemma4_text", {"hidden_size_per_layer_input": 256}, "an embedding of each layer's own"),
-        ("gemma4_text", {"enable_moe_block": True}, "experts beside a dense feed-forward"),
     ],
 )
 def test_a_family_that_is_visibly_not_like_llama_is_refused_unless_it_is_traced(
@@ -144,6 +145,60 @@ def test_a_family_that_is_visibly_not_like_llama_is_refused_unless_it_is_traced(
     with pytest.raises(ConfigError, match=said):
         find_shape(model)
     assert "counted like Llama" in find_shape(model, traced=True).estimate
+
+
+GEMMA_4_31B = {
+    "model_type": "gemma4_text", "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60,
+    "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 256, "global_head_dim": 512,
+    "num_global_key_value_heads": 4, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "vocab_size": 262144,
+    "sliding_window": 1024, "final_logit_softcapping": 30.0, "use_bidirectional_attention": "vision",
+}
+"""Sizes of the dense Gemma 4 of 31 billion parameters; layer_types left to transformers, which has the same."""
+NOT_COUNTED = [
+    ({"hidden_size_per_layer_input": 256}, r"an embedding of each layer's own \(hidden_size_per_layer_input\)"),
+    ({"hidden_size_per_layer_input": None}, r"an embedding of each layer's own \(hidden_size_per_layer_input\)"),
+    ({"num_kv_shared_layers": 20}, r"layers that share keys and values \(num_kv_shared_layers\)"),
+    ({"enable_moe_block": True, "num_experts": 8}, r"experts beside a dense feed-forward \(enable_moe_block\)"),
+    ({"use_bidirectional_attention": "all"}, r"attention to later tokens \(use_bidirectional_attention=all\)"),
+    ({"per_layer_config": {"5": {"head_dim": 512}}}, r"layers of sizes of their own \(per_layer_config\)"),
+    ({"per_layer_config": {"full_attention": {"intermediate_size": 5}}}, r"their own \(per_layer_config\)"),
+]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("more", "said"), NOT_COUNTED)
+def test_kinds_of_gemma_4_that_are_not_modelled_are_refused_by_the_key_that_says(more, said, whole, tmp_path) -> None:
+    config = {key: value for key, value in {**GEMMA_4_31B, **more}.items() if value is not None}
+    config = {"model_type": "gemma4", "text_config": config} if whole else config
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ModelConfig(name="x", path=str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"modelled only without what this one has: .*{said}"):
+        find_shape(model)
+    assert "which is not counted" in find_shape(model, traced=True).estimate
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_dense_gemma_4_is_counted_exactly(whole, tmp_path) -> None:
+    config = {"model_type": "gemma4", "text_config": GEMMA_4_31B, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config if whole else GEMMA_4_31B))
+    shape = find_shape(ModelConfig(name="x", path=str(tmp_path)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**GEMMA_4_31B))
+    assert shape.estimate is None and shape.language_model_of == ("gemma4" if whole else None)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters()) == 30_697_345_280
+    assert shape.lora_parameters(16, "v_proj") == 50 * 16 * (5376 + 4096)  # layers that see everything have none
+    windows = {None: 8192 / 2, 1024: 1024 - 1024**2 / (2 * 8192)}
+    assert shape.attention_width(8192) == 50 * windows[1024] * 32 * 256 + 10 * windows[None] * 32 * 512
+
+
+@pytest.mark.parametrize("more", [{}, {"attention_k_eq_v": False}, {"num_global_key_value_heads": None},
+                                  {"global_head_dim": 256, "attention_k_eq_v": False}])
+def test_a_gemma_4_is_the_same_as_transformers_writes_it(more) -> None:
+    """It writes per_layer_config instead of the two keys that it makes it of."""
+    config = {**GEMMA_4_31B, **more}
+    written = json.loads(AutoConfig.for_model(**config).to_json_string())
+    assert "per_layer_config" in written and "global_head_dim" not in written
+    assert from_config(written, "x") == replace(from_config(config, "x"), max_position=131072)
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -159,7 +214,8 @@ def test_a_multimodal_model_that_no_causal_language_model_is_loaded_from_is_refu
     [(kind, inner, flat) for kind, inners in WRAPPED.items() for inner in inners for flat in {False, kind in FLAT}],
 )
 def test_what_a_language_models_config_leaves_out_is_what_transformers_takes_in_the_whole(kind, inner, flat) -> None:
-    few = {"num_hidden_layers": 2, "head_dim": 128} if inner == "ministral3" else {"num_hidden_layers": 2}
+    needed = {"ministral3": {"head_dim": 128}, "gemma4_text": {"hidden_size_per_layer_input": 0}}
+    few = {"num_hidden_layers": 2, **needed.get(inner, {})}
     told = few if flat else {"text_config": {"model_type": inner, **few}}
     alone = AutoConfig.for_model(**language_model({"model_type": kind, **told})).to_dict()
     whole = AutoConfig.for_model(kind, **told)

@@ -32,6 +32,11 @@ FAMILIES = {
     "phi3 partial": {"partial_rotary_factor": 0.75, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "gemma2": {"sliding_window": 512},
     "gemma3_text": {"sliding_window": 512},
+    "gemma4_text": {
+        "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 256,
+        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
+    },
+    "gemma4_text wide": {"sliding_window": 512, "global_head_dim": 512, "hidden_size_per_layer_input": 0},
     "ministral": {"sliding_window": 512},
     "ministral3": {"pad_token_id": 0},
     "arcee": {"eos_token_id": 2, "bos_token_id": 1},
@@ -97,7 +102,7 @@ CHECKS: dict[str, list[tuple[str, str, float, str, int, list[Case]]]] = {
 """(method, precision, dropout, objective, seed, cases) of each group of checks."""
 
 
-LIKE_OTHERS = ("gemma2", "ministral", "ministral3", "gemma", "olmo2")
+LIKE_OTHERS = ("gemma2", "gemma4_text wide", "ministral", "ministral3", "gemma", "olmo2")
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
 PAIRED = [
     pytest.param(family, checks, marks=[pytest.mark.slow] * (checks != "lora" and family in LIKE_OTHERS))
